@@ -1,0 +1,1 @@
+"""Shards on disk -> batches. ``schema`` and ``manifest`` never import torch: the rendering tools share them."""

@@ -1,0 +1,194 @@
+"""A folder of shards: manifest, tar files and their member indices; writing them whole, reading members by offset.
+
+    OUT/manifest.json            what is here: schema version, shards with counts, sizes and sha256, render settings
+    OUT/train-000000.tar         a WebDataset tar: samples of ``lrm_pl.data.schema``
+    OUT/train-000000.index.json  sample id -> member -> [offset, size] in the tar, so that a reader needs no scan
+
+The manifest is written last: a folder without one is not finished. Every file is written beside its place and
+renamed when whole. numpy-free, torch-free.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lrm_pl.data.schema import KEY_PATTERN, SCHEMA_VERSION
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+
+MANIFEST_NAME = "manifest.json"
+
+MemberIndex = dict[str, dict[str, tuple[int, int]]]
+
+
+class ShardError(ValueError):
+    """A shard folder is missing, unfinished or damaged; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One tar file.
+
+    Attributes:
+        name: File name in the folder, ``train-000000.tar``.
+        split: The split that it belongs to.
+        samples: Number of samples in it.
+        bytes: Size of the tar.
+        sha256: Hash of the tar, lower-case hex.
+    """
+
+    name: str
+    split: Split
+    samples: int
+    bytes: int
+    sha256: str
+
+    @property
+    def index_name(self) -> str:
+        """File name of the member index beside the tar."""
+        return self.name.removesuffix(".tar") + ".index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds.
+
+    Attributes:
+        shards: All shards, in order.
+        views: Views a sample.
+        failures: Number of assets that were left out (``failures.jsonl`` says why).
+        render: Settings the views were made with (preset, resolution, samples, seed, normalisation, renderer).
+        schema_version: Version of the sample schema.
+    """
+
+    shards: tuple[Shard, ...]
+    views: int
+    failures: int
+    render: dict[str, Any]
+    schema_version: int = SCHEMA_VERSION
+
+    def split(self, split: Split) -> tuple[Shard, ...]:
+        """Return the shards of one split, in order."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its place and rename it when it is whole and on disk."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_shard(folder: Path, name: str, split: Split, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Shard:
+    """Write one tar and its index, both whole or not at all; equal samples give equal bytes (all times are 0).
+
+    Args:
+        folder: Folder of the shards.
+        name: File name of the tar.
+        split: Split that it belongs to.
+        samples: (key, members) in order, members as from ``schema.encode_sample``.
+    """
+    buffer, index = io.BytesIO(), dict[str, dict[str, tuple[int, int]]]()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            assert KEY_PATTERN.fullmatch(key), key
+            index[key] = {}
+            for member, content in members.items():
+                header = tarfile.TarInfo(f"{key}.{member}")
+                header.size, header.mtime, header.mode = len(content), 0, 0o644
+                tar.addfile(header, io.BytesIO(content))
+                index[key][member] = (tar.offset - -(-len(content) // 512) * 512, len(content))
+    content = buffer.getvalue()
+    shard = Shard(name, split, len(index), len(content), hashlib.sha256(content).hexdigest())
+    write_atomically(folder / shard.index_name, json.dumps(index, indent=0).encode())
+    write_atomically(folder / name, content)
+    return shard
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``; do it last, its presence says that the folder is finished."""
+    write_atomically(folder / MANIFEST_NAME, (json.dumps(dataclasses.asdict(manifest), indent=2) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``, and that each shard it names is there in its full size.
+
+    Raises:
+        ShardError: No manifest, an unknown schema version, a strange field, a missing or truncated shard.
+    """
+    path = folder / MANIFEST_NAME
+    remedy = f"run `make render-shards OUT={folder}` (it goes on where it was)"
+    if not path.is_file():
+        raise ShardError(f"expected finished shards in {folder}, found no {MANIFEST_NAME}; {remedy}")
+    try:
+        record: Any = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ShardError(f"{path}: expected JSON, found: {error}; {remedy}") from error
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ShardError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}; render the shards again with this "
+            "version, or use the lrm_pl version that wrote them"
+        )
+    try:
+        shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
+        manifest = Manifest(shards=shards, **record)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ShardError(f"{path}: expected the fields of a manifest, found: {error}; {remedy}") from error
+    for shard in manifest.shards:
+        for name, size in ((shard.name, shard.bytes), (shard.index_name, None)):
+            file = folder / name
+            if not file.is_file():
+                raise ShardError(f"expected the shard file {file}, found none; delete {path} and {remedy}")
+            if size is not None and file.stat().st_size != size:
+                raise ShardError(
+                    f"{file}: expected {size} bytes, found {file.stat().st_size}: it is damaged; "
+                    f"delete it and {path}, then {remedy}"
+                )
+    return manifest
+
+
+def read_index(folder: Path, shard: Shard) -> MemberIndex:
+    """Read and check the member index of one shard: sample id -> member -> (offset, size), in tar order.
+
+    Raises:
+        ShardError: The index does not fit the tar.
+    """
+    path = folder / shard.index_name
+    try:
+        record = json.loads(path.read_bytes())
+        index = {
+            str(key): {str(name): (int(offset), int(size)) for name, (offset, size) in members.items()}
+            for key, members in record.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ShardError(f"{path}: expected a member index, found: {error}; render {shard.name} again") from error
+    spans = [span for members in index.values() for span in members.values()]
+    if len(index) != shard.samples or any(o < 0 or n < 0 or o + n > shard.bytes for o, n in spans):
+        raise ShardError(
+            f"{path}: expected {shard.samples} samples inside {shard.bytes} bytes, found {len(index)} samples and a "
+            f"last byte at {max((o + n for o, n in spans), default=0)}; render {shard.name} again"
+        )
+    return index
+
+
+def _checked_shard(entry: dict[str, Any]) -> Shard:
+    shard = Shard(**entry)
+    if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
+        raise ValueError(f"shard name {shard.name!r} is not a plain .tar file name")
+    if shard.split not in SPLITS or type(shard.samples) is not int or type(shard.bytes) is not int:
+        raise ValueError(f"shard {shard.name}: split {shard.split!r}, samples {shard.samples!r}")
+    return shard

@@ -1,0 +1,281 @@
+"""THE shard schema: what one sample (one object) is, how it becomes tar members and back. numpy + stdlib + PIL.
+
+A sample with key ``chair`` and V views is these members of a WebDataset tar, in this order:
+
+    chair.json           SampleInfo: id, name, licence, creator, source, seed, renderer, views, schema_version
+    chair.c2w.npy        (V, 4, 4) float32, OpenCV camera to world
+    chair.fxfycxcy.npy   (V, 4)    float32, divided by image width / height
+    chair.view_000.png   RGBA, 8 bits, straight alpha (PNG or lossless WebP), one a view
+    chair.view_001.png   ...
+
+No member is a pickle. Everything read from a tar is checked before it is used.
+"""
+
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lrm_pl.conventions import RIGID_TOLERANCE, rigid_error
+
+SCHEMA_VERSION = 1
+
+#: WebDataset splits a member's name at its first dot, so a key holds none; nor anything that leaves the folder; and a
+#: tar header holds names of at most 100 bytes.
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,80}")
+
+IMAGE_FORMATS = ("png", "webp")
+
+#: A view larger than this is refused before it is decoded (a decompression bomb, or the wrong file).
+MAX_IMAGE_SIDE = 4096
+
+
+class SampleError(ValueError):
+    """A sample breaks the schema; the message says which sample, what was expected, what was found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleInfo:
+    """What is known of an object besides its pictures; written to ``<key>.json``.
+
+    Attributes:
+        id: Key of the sample, unique in the data set.
+        name: Name for people.
+        licence: Licence of the mesh, "unknown" when nobody said.
+        creator: Who made the mesh, "unknown" when nobody said.
+        source: Where the mesh came from (library, file name, URL).
+        seed: Seed of this object's cameras and of Cycles.
+        renderer: Program, version and device kind that made the views.
+        views: Number of views V.
+        schema_version: Version of this schema.
+    """
+
+    id: str
+    name: str
+    licence: str
+    creator: str
+    source: str
+    seed: int
+    renderer: str
+    views: int
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One object: views still encoded (decode only what is used), cameras, and what is known of it.
+
+    Attributes:
+        info: The object's record.
+        c2w: (V, 4, 4) float32 poses, OpenCV.
+        fxfycxcy: (V, 4) float32 normalised intrinsics.
+        views: V encoded images; an empty ``bytes`` stands for a view that was not read.
+    """
+
+    info: SampleInfo
+    c2w: npt.NDArray[np.float32]
+    fxfycxcy: npt.NDArray[np.float32]
+    views: tuple[bytes, ...]
+
+
+def view_member(index: int, image_format: str = "png") -> str:
+    """Name the member (without its key) that holds view ``index``: ``view_003.png``."""
+    return f"view_{index:03d}.{image_format}"
+
+
+def encode_sample(sample: Sample) -> dict[str, bytes]:
+    """Turn a checked sample into tar members, in the order in which they are written.
+
+    Returns:
+        Member name without its key (``json``, ``c2w.npy``, ...) -> bytes; equal samples give equal bytes.
+
+    Raises:
+        SampleError: The sample breaks the schema.
+    """
+    check_sample(sample)
+    members = {
+        "json": json.dumps(dataclasses.asdict(sample.info), sort_keys=True, ensure_ascii=False).encode(),
+        "c2w.npy": _npy(sample.c2w),
+        "fxfycxcy.npy": _npy(sample.fxfycxcy),
+    }
+    for index, view in enumerate(sample.views):
+        members[view_member(index, _image_format(view))] = view
+    return members
+
+
+def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] | None = None) -> Sample:
+    """Rebuild a sample from its tar members and check it.
+
+    Args:
+        key: The sample's key in the tar.
+        members: Member name without its key -> bytes.
+        views: Which views ``members`` holds; None means all of them.
+
+    Raises:
+        SampleError: A member is missing or strange, or the sample breaks the schema.
+    """
+    info = _decode_info(key, _member(key, members, "json"))
+    wanted = range(info.views) if views is None else views
+    encoded = [b""] * info.views
+    for index in wanted:
+        if not 0 <= index < info.views:
+            raise SampleError(f"sample {key!r}: expected views below {info.views}, asked for view {index}")
+        names = [view_member(index, image_format) for image_format in IMAGE_FORMATS]
+        found = [name for name in names if name in members]
+        if not found:
+            raise SampleError(
+                f"sample {key!r}: its record says {info.views} views, but {names[0]} is missing; render it again"
+            )
+        encoded[index] = members[found[0]]
+    extra = {name for name in members if re.fullmatch(r"view_\d+\..*", name)} - {
+        view_member(index, image_format) for index in range(info.views) for image_format in IMAGE_FORMATS
+    }
+    if extra:
+        raise SampleError(f"sample {key!r}: its record says {info.views} views, but found also {sorted(extra)}")
+    sample = Sample(
+        info=info,
+        c2w=_decode_array(key, members, "c2w.npy", (info.views, 4, 4)),
+        fxfycxcy=_decode_array(key, members, "fxfycxcy.npy", (info.views, 4)),
+        views=tuple(encoded),
+    )
+    check_sample(sample)
+    return sample
+
+
+def check_sample(sample: Sample) -> None:
+    """Check everything that costs no decoding: key, counts, shapes, dtypes, finite and rigid poses, intrinsics.
+
+    Raises:
+        SampleError: With what was expected and what was found.
+    """
+    info, key = sample.info, sample.info.id
+    if not KEY_PATTERN.fullmatch(key):
+        raise SampleError(f"sample {key!r}: expected a key of letters, digits, '_' and '-', found {key!r}")
+    if info.views < 1:
+        raise SampleError(f"sample {key!r}: expected at least one view, found {info.views}")
+    for name, array, shape in (
+        ("c2w", sample.c2w, (info.views, 4, 4)),
+        ("fxfycxcy", sample.fxfycxcy, (info.views, 4)),
+    ):
+        if array.shape != shape or array.dtype != np.float32:
+            raise SampleError(
+                f"sample {key!r}: expected {name} of shape {shape} and float32 for {info.views} views, "
+                f"found {array.shape} and {array.dtype}"
+            )
+    if len(sample.views) != info.views:
+        raise SampleError(f"sample {key!r}: expected {info.views} views, found {len(sample.views)}")
+    error = rigid_error(sample.c2w)
+    if error > RIGID_TOLERANCE:
+        raise SampleError(
+            f"sample {key!r}: expected rigid poses (deviation at most {RIGID_TOLERANCE}), found {error:.2g}; "
+            "a pose is camera to world: a rotation, a translation, and a last row of 0 0 0 1"
+        )
+    focal = sample.fxfycxcy[:, :2]
+    if not np.isfinite(sample.fxfycxcy).all() or (focal <= 0).any():
+        raise SampleError(
+            f"sample {key!r}: expected finite intrinsics with positive focal lengths, found {sample.fxfycxcy.tolist()}"
+        )
+
+
+def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
+    """Decode one view.
+
+    Args:
+        key: The sample's key, for messages.
+        encoded: PNG or WebP bytes.
+
+    Returns:
+        (H, W, 4) uint8, straight alpha.
+
+    Raises:
+        SampleError: Not an image, not RGBA, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded), formats=("PNG", "WEBP")) as image:
+            if image.mode != "RGBA":
+                raise SampleError(f"sample {key!r}: expected RGBA views, found mode {image.mode}; render with alpha")
+            if max(image.size) > MAX_IMAGE_SIDE:
+                raise SampleError(
+                    f"sample {key!r}: expected views of at most {MAX_IMAGE_SIDE} pixels a side, found {image.size}"
+                )
+            return np.array(image, dtype=np.uint8)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's answers to a broken file
+        raise SampleError(f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}") from error
+
+
+def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
+    """Encode one (H, W, 4) uint8 view with straight alpha as PNG; equal pixels give equal bytes."""
+    if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
+        raise SampleError(f"expected an RGBA image (H, W, 4) of uint8, found {rgba.shape} of {rgba.dtype}")
+    buffer = io.BytesIO()
+    Image.fromarray(rgba, mode="RGBA").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _npy(array: npt.NDArray[np.float32]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _image_format(encoded: bytes) -> str:
+    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        return "webp"
+    raise SampleError(f"expected views encoded as PNG or WebP, found bytes that begin with {encoded[:12]!r}")
+
+
+def _member(key: str, members: Mapping[str, bytes], name: str) -> bytes:
+    if name not in members:
+        raise SampleError(f"sample {key!r}: expected a member {key}.{name}, found {sorted(members)}")
+    return members[name]
+
+
+def _decode_info(key: str, encoded: bytes) -> SampleInfo:
+    try:
+        record: Any = json.loads(encoded)
+    except ValueError as error:
+        raise SampleError(f"sample {key!r}: expected JSON in {key}.json, found: {error}") from error
+    if not isinstance(record, dict):
+        raise SampleError(f"sample {key!r}: expected a JSON object in {key}.json, found {type(record).__name__}")
+    version = record.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise SampleError(
+            f"sample {key!r}: expected schema version {SCHEMA_VERSION}, found {version!r}; "
+            "render it again with this version's data_tools, or use the lrm_pl version that wrote it"
+        )
+    expected = {field.name: field.type for field in dataclasses.fields(SampleInfo)}
+    wrong = [name for name, kind in expected.items() if type(record.get(name)) is not kind]
+    if wrong or set(record) != set(expected):
+        raise SampleError(
+            f"sample {key!r}: expected the fields {sorted(expected)} with their types, found {sorted(record)}"
+            + (f"; wrong or missing: {wrong}" if wrong else "")
+        )
+    if record["id"] != key:
+        raise SampleError(f"sample {key!r}: expected the id {key!r} in {key}.json, found {record['id']!r}")
+    if not 1 <= record["views"] <= 999:
+        raise SampleError(f"sample {key!r}: expected 1 to 999 views, found {record['views']}")
+    return SampleInfo(**record)
+
+
+def _decode_array(
+    key: str, members: Mapping[str, bytes], name: str, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
+    encoded = _member(key, members, name)
+    try:
+        array = np.lib.format.read_array(io.BytesIO(encoded), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise SampleError(f"sample {key!r}: expected a numpy array in {key}.{name}, found: {error}") from error
+    if array.shape != shape or array.dtype != np.float32:
+        raise SampleError(
+            f"sample {key!r}: expected {name} of shape {shape} and float32 for {shape[0]} views, "
+            f"found {array.shape} and {array.dtype}"
+        )
+    return array
