@@ -92,7 +92,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_shard(folder: Path, name: str, split: Split, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> Shard:
+def write_shard(
+    folder: Path, name: str, split: Split, samples: Iterable[tuple[str, Mapping[str, bytes]]]
+) -> Shard:
     """Write one tar and its index, both whole or not at all; equal samples give equal bytes (all times are 0).
 
     Args:
@@ -120,7 +122,9 @@ def write_shard(folder: Path, name: str, split: Split, samples: Iterable[tuple[s
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``; do it last, its presence says that the folder is finished."""
-    write_atomically(folder / MANIFEST_NAME, (json.dumps(dataclasses.asdict(manifest), indent=2) + "\n").encode())
+    write_atomically(
+        folder / MANIFEST_NAME, (json.dumps(dataclasses.asdict(manifest), indent=2) + "\n").encode()
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -175,7 +179,9 @@ def read_index(folder: Path, shard: Shard) -> MemberIndex:
             for key, members in record.items()
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ShardError(f"{path}: expected a member index, found: {error}; render {shard.name} again") from error
+        raise ShardError(
+            f"{path}: expected a member index, found: {error}; render {shard.name} again"
+        ) from error
     spans = [span for members in index.values() for span in members.values()]
     if len(index) != shard.samples or any(o < 0 or n < 0 or o + n > shard.bytes for o, n in spans):
         raise ShardError(

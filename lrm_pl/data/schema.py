@@ -137,7 +137,9 @@ def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] |
         view_member(index, image_format) for index in range(info.views) for image_format in IMAGE_FORMATS
     }
     if extra:
-        raise SampleError(f"sample {key!r}: its record says {info.views} views, but found also {sorted(extra)}")
+        raise SampleError(
+            f"sample {key!r}: its record says {info.views} views, but found also {sorted(extra)}"
+        )
     sample = Sample(
         info=info,
         c2w=_decode_array(key, members, "c2w.npy", (info.views, 4, 4)),
@@ -199,14 +201,18 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "WEBP")) as image:
             if image.mode != "RGBA":
-                raise SampleError(f"sample {key!r}: expected RGBA views, found mode {image.mode}; render with alpha")
+                raise SampleError(
+                    f"sample {key!r}: expected RGBA views, found mode {image.mode}; render with alpha"
+                )
             if max(image.size) > MAX_IMAGE_SIDE:
                 raise SampleError(
                     f"sample {key!r}: expected views of at most {MAX_IMAGE_SIDE} pixels a side, found {image.size}"
                 )
             return np.array(image, dtype=np.uint8)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's answers to a broken file
-        raise SampleError(f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}") from error
+        raise SampleError(
+            f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}"
+        ) from error
 
 
 def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
@@ -244,7 +250,9 @@ def _decode_info(key: str, encoded: bytes) -> SampleInfo:
     except ValueError as error:
         raise SampleError(f"sample {key!r}: expected JSON in {key}.json, found: {error}") from error
     if not isinstance(record, dict):
-        raise SampleError(f"sample {key!r}: expected a JSON object in {key}.json, found {type(record).__name__}")
+        raise SampleError(
+            f"sample {key!r}: expected a JSON object in {key}.json, found {type(record).__name__}"
+        )
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
         raise SampleError(
@@ -272,7 +280,9 @@ def _decode_array(
     try:
         array = np.lib.format.read_array(io.BytesIO(encoded), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise SampleError(f"sample {key!r}: expected a numpy array in {key}.{name}, found: {error}") from error
+        raise SampleError(
+            f"sample {key!r}: expected a numpy array in {key}.{name}, found: {error}"
+        ) from error
     if array.shape != shape or array.dtype != np.float32:
         raise SampleError(
             f"sample {key!r}: expected {name} of shape {shape} and float32 for {shape[0]} views, "
