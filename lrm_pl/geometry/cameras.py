@@ -1,0 +1,96 @@
+"""Cameras as pure functions: look-at, orbit, the canonical frame, crop and resize, the camera vector.
+
+Shapes: poses ``c2w`` (..., 4, 4), intrinsics ``fxfycxcy`` (..., 4), float32. Every function stays in float32 under
+autocast: products are written element by element, which autocast leaves alone.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def look_at(
+    position: Float[Tensor, "*batch 3"], target: tuple[float, float, float] = (0.0, 0.0, 0.0)
+) -> Float[Tensor, "*batch 4 4"]:
+    """Build OpenCV poses at ``position`` that look at ``target`` with +z up.
+
+    Args:
+        position: (..., 3) camera centres in scene units, not straight above or below the target.
+        target: Point that the optical axis passes through.
+
+    Raises:
+        ValueError: A camera stands at the target, or straight above or below it, where "up" has no meaning.
+    """
+    forward = torch.tensor(target, dtype=position.dtype, device=position.device) - position
+    distance = forward.norm(dim=-1, keepdim=True)
+    up = torch.tensor([0.0, 0.0, 1.0], dtype=position.dtype, device=position.device).expand_as(forward)
+    right = torch.linalg.cross(forward, up)
+    if (right.norm(dim=-1, keepdim=True) <= 1e-6 * distance.clamp_min(1e-12)).any():
+        raise ValueError(
+            f"expected cameras beside {target}, found one at, above or below it: {position.tolist()}"
+        )
+    forward = forward / distance
+    right = right / right.norm(dim=-1, keepdim=True)
+    down = torch.linalg.cross(forward, right)
+    rotation = torch.stack([right, down, forward], dim=-1)
+    top = torch.cat([rotation, position.unsqueeze(-1)], dim=-1)
+    last = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=position.dtype, device=position.device)
+    return torch.cat([top, last.expand(*top.shape[:-2], 1, 4)], dim=-2)
+
+
+def orbit(frames: int, distance: float, elevation_deg: float = 15.0) -> Float[Tensor, "V 4 4"]:
+    """Build ``frames`` poses on a circle about +z, the first of them on -y, counter-clockwise seen from above."""
+    azimuth = torch.arange(frames, dtype=torch.float32) * (2 * math.pi / frames) - math.pi / 2
+    elevation = torch.full_like(azimuth, math.radians(elevation_deg))
+    position = torch.stack(
+        [azimuth.cos() * elevation.cos(), azimuth.sin() * elevation.cos(), elevation.sin()], dim=-1
+    )
+    return look_at(distance * position)
+
+
+def canonical_rotation(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 3 3"]:
+    """Return the world rotation about the origin that makes this camera look along +y with +z up.
+
+    A camera that looks at the origin from distance d then stands at (0, -d, 0).
+    """
+    canonical = c2w.new_tensor(
+        [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]
+    )  # columns: right, down, forward
+    return _matmul(canonical.expand_as(c2w[..., :3, :3]), c2w[..., :3, :3].transpose(-1, -2))
+
+
+def canonicalise(c2w: Float[Tensor, "*batch V 4 4"]) -> Float[Tensor, "*batch V 4 4"]:
+    """Rotate the world about the origin so that view 0, the input camera, is canonical (see ``conventions``)."""
+    rotation = canonical_rotation(c2w[..., 0, :, :]).unsqueeze(-3)
+    top = _matmul(rotation.expand(*c2w.shape[:-2], 3, 3), c2w[..., :3, :])
+    return torch.cat([top, c2w[..., 3:, :]], dim=-2)
+
+
+def resize_and_crop(
+    fxfycxcy: Float[Tensor, "*batch 4"], size: tuple[int, int], window: tuple[int, int, int, int]
+) -> Float[Tensor, "*batch 4"]:
+    """Follow a crop of an image with its normalised intrinsics; resizing alone leaves these unchanged.
+
+    Args:
+        fxfycxcy: Intrinsics of the whole image.
+        size: Height and width of the (resized) image that the window is cut from.
+        window: top, left, height, width in pixels of that image.
+    """
+    (height, width), (top, left, crop_height, crop_width) = size, window
+    scale = fxfycxcy.new_tensor([width / crop_width, height / crop_height])
+    offset = fxfycxcy.new_tensor([left / crop_width, top / crop_height])
+    return torch.cat([fxfycxcy[..., :2] * scale, fxfycxcy[..., 2:] * scale - offset], dim=-1)
+
+
+def camera_vector(
+    c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"]
+) -> Float[Tensor, "*batch 20"]:
+    """Flatten a camera to LRM's 20 numbers: 16 of the pose (row by row), 2 focal, 2 principal point (section 3.2)."""
+    return torch.cat([c2w.flatten(-2), fxfycxcy], dim=-1)
+
+
+def _matmul(a: Float[Tensor, "*batch n k"], b: Float[Tensor, "*batch k m"]) -> Float[Tensor, "*batch n m"]:
+    """Multiply small matrices without a matrix product, which autocast would round to bf16."""
+    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(dim=-2)

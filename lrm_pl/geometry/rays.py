@@ -1,0 +1,69 @@
+"""From cameras to rays, and the part of each ray that crosses the field. Pure functions, float32."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: The region that holds the object: the unit sphere (sphere-normalised data), or the box [-1, 1]^3.
+Bounds = Literal["sphere", "box"]
+
+
+def pixel_rays(
+    c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"], height: int, width: int
+) -> tuple[Float[Tensor, "*batch H W 3"], Float[Tensor, "*batch H W 3"]]:
+    """Cast one ray through the centre of every pixel.
+
+    Args:
+        c2w: OpenCV poses.
+        fxfycxcy: Normalised intrinsics.
+        height: Rows H.
+        width: Columns W.
+
+    Returns:
+        Origins and unit directions, both (..., H, W, 3), in world space.
+    """
+    options = {"dtype": torch.float32, "device": c2w.device}
+    rows = (torch.arange(height, **options) + 0.5) / height
+    columns = (torch.arange(width, **options) + 0.5) / width
+    fx, fy, cx, cy = (number[..., None, None, None] for number in fxfycxcy.float().unbind(dim=-1))
+    x = (columns[None, :, None] - cx) / fx  # (..., 1, W, 1)
+    y = (rows[:, None, None] - cy) / fy  # (..., H, 1, 1)
+    right, down, forward, centre = (
+        column[..., None, None, :] for column in c2w[..., :3, :].float().unbind(-1)
+    )
+    directions = x * right + y * down + forward
+    directions = directions / directions.norm(dim=-1, keepdim=True)
+    return centre.expand_as(directions), directions
+
+
+def ray_interval(
+    origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"], bounds: Bounds
+) -> tuple[Float[Tensor, "*rays"], Float[Tensor, "*rays"]]:
+    """Intersect rays with the bounds.
+
+    Args:
+        origins: (..., 3).
+        directions: (..., 3), unit length.
+        bounds: The unit sphere or the box [-1, 1]^3.
+
+    Returns:
+        ``near`` and ``far``, (...), distances along the ray, never behind its origin; equal where it misses.
+    """
+    if bounds == "sphere":
+        middle = -(origins * directions).sum(dim=-1)
+        closest = origins + middle.unsqueeze(-1) * directions  # cancels less than |o|^2 - middle^2
+        half = (1 - closest.square().sum(dim=-1)).clamp_min(0).sqrt()
+        near, far = middle - half, middle + half
+    else:
+        # A zero component gives +-inf, which min and max read rightly; 0 * inf, a ray inside a face, gives NaN,
+        # which is read as "no limit along this axis".
+        inverse = 1 / directions
+        low, high = (-1 - origins) * inverse, (1 - origins) * inverse
+        near = (
+            torch.minimum(low, high).nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf).amax(-1)
+        )
+        far = torch.maximum(low, high).nan_to_num(nan=torch.inf, neginf=-torch.inf, posinf=torch.inf).amin(-1)
+    near = near.clamp_min(0)
+    return near, torch.maximum(near, far)

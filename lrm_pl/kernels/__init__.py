@@ -1,0 +1,1 @@
+"""One op, one contract, several bodies. Here: bilinear triplane sampling."""

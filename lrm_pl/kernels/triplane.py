@@ -1,0 +1,150 @@
+"""Bilinear triplane sampling: the contract, the plain twin, and the choice of a body.
+
+The contract. ``planes`` (P, S, S, C) float32, channels last, of ONE object; ``points`` (Q, 3) float32, in [-1, 1]
+inside the field; plane p is read at column = points[:, axes[p][0]], row = points[:, axes[p][1]], with
+``align_corners=False`` and zeros outside, as ``torch.nn.functional.grid_sample`` does. ``reduce`` adds the planes
+up ("sum", (Q, C)) or puts them side by side ("concat", (Q, P C)). Differentiable in the planes; NOT in the points,
+whose gradient is None: in this project no parameter moves a point.
+
+Bodies: numba on a CPU, PyTorch's own operators elsewhere. The bodies agree to float32 rounding (tested).
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrm_pl.kernels import triplane_numba
+
+Reduce = Literal["sum", "concat"]
+Axes = tuple[tuple[int, int], ...]
+
+
+def triplane_sample_plain(
+    planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
+) -> Float[Tensor, "Q G"]:
+    """Sample with ``grid_sample``: the slow, obvious twin, and the body on a GPU."""
+    columns, rows = zip(*axes, strict=True)
+    grid = torch.stack([points[:, list(columns)], points[:, list(rows)]], dim=-1)  # (Q, P, 2): x, y
+    features = F.grid_sample(
+        planes.permute(0, 3, 1, 2),
+        grid.transpose(0, 1).unsqueeze(2),
+        align_corners=False,
+        padding_mode="zeros",
+    ).squeeze(-1)  # (P, C, Q)
+    if reduce == "sum":
+        return features.sum(dim=0).T
+    return features.flatten(0, 1).T
+
+
+def triplane_sample(
+    planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
+) -> Float[Tensor, "Q G"]:
+    """Sample triplanes at points; see the contract at the top of this file.
+
+    Raises:
+        ValueError: Wrong shapes or dtypes.
+    """
+    if planes.ndim != 4 or planes.shape[1] != planes.shape[2] or planes.shape[0] != len(axes):
+        raise ValueError(f"expected planes ({len(axes)}, S, S, C), found {tuple(planes.shape)}")
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"expected points (Q, 3), found {tuple(points.shape)}")
+    if planes.dtype != torch.float32 or points.dtype != torch.float32:
+        raise ValueError(f"expected float32 planes and points, found {planes.dtype} and {points.dtype}")
+    flat = [axis for pair in axes for axis in pair]
+    return torch.ops.lrm_pl.triplane_sample(
+        planes.contiguous(), points.contiguous(), flat, reduce == "concat"
+    )
+
+
+def gradient_buffer(planes: Float[Tensor, "P S S C"]) -> Float[Tensor, "T P S S C"]:
+    """Make zeros that ``accumulate_gradient`` adds into: one private plane a thread on a CPU, one on a GPU."""
+    return planes.new_zeros((_threads(planes), *planes.shape))
+
+
+def accumulate_gradient(
+    buffer: Float[Tensor, "T P S S C"],
+    points: Float[Tensor, "Q 3"],
+    grad: Float[Tensor, "Q G"],
+    axes: Axes,
+    reduce: Reduce,
+) -> None:
+    """Add the gradient of ``triplane_sample`` to ``buffer`` in place; its sum over T is the planes' gradient."""
+    if buffer.device.type == "cpu":
+        triplane_numba.accumulate(
+            buffer.numpy(),
+            points.contiguous().numpy(),
+            np.array(axes, dtype=np.int64),
+            reduce == "concat",
+            grad.float().contiguous().numpy(),
+        )
+        return
+    with torch.enable_grad():
+        planes = torch.zeros_like(buffer[0]).requires_grad_()
+        sampled = triplane_sample_plain(planes, points, axes, reduce)
+    buffer[0] += torch.autograd.grad(sampled, planes, grad.float())[0]
+
+
+@torch.library.custom_op("lrm_pl::triplane_sample", mutates_args=())
+def _op(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor:
+    pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
+    if planes.device.type != "cpu":
+        return triplane_sample_plain(planes, points, pairs, "concat" if concat else "sum").contiguous()
+    out = planes.new_empty((points.shape[0], planes.shape[3] * (len(pairs) if concat else 1)))
+    triplane_numba.sample(
+        planes.detach().numpy(),
+        points.detach().numpy(),
+        np.array(pairs, dtype=np.int64),
+        concat,
+        _threads(planes),
+        out.numpy(),
+    )
+    return out
+
+
+@_op.register_fake
+def _(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor:
+    return planes.new_empty((points.shape[0], planes.shape[3] * (len(axes) // 2 if concat else 1)))
+
+
+@torch.library.custom_op("lrm_pl::triplane_sample_backward", mutates_args=())
+def _backward_op(grad: Tensor, planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor:
+    pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
+    buffer = gradient_buffer(planes)
+    accumulate_gradient(buffer, points, grad, pairs, "concat" if concat else "sum")
+    return buffer.sum(dim=0)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor:
+    return torch.empty_like(planes)
+
+
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, list[int], bool], output: Tensor
+) -> None:
+    planes, points, axes, concat = inputs
+    ctx.save_for_backward(planes, points)
+    ctx.axes, ctx.concat = axes, concat  # type: ignore[attr-defined]
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    planes, points = ctx.saved_tensors  # type: ignore[attr-defined]
+    gradient = torch.ops.lrm_pl.triplane_sample_backward(
+        grad,
+        planes,
+        points,
+        ctx.axes,
+        ctx.concat,  # type: ignore[attr-defined]
+    )
+    return gradient, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _threads(planes: Tensor) -> int:
+    return torch.get_num_threads() if planes.device.type == "cpu" else 1

@@ -1,0 +1,97 @@
+"""The CPU body of triplane sampling: numba loops over points, channels last.
+
+No PyTorch operator is good at this access pattern (four scattered reads of C contiguous floats a plane and point):
+this body is about ten times faster than ``grid_sample`` forward + backward on two cores.
+
+Threads take static, contiguous chunks of the points, and each adds gradients into a plane of its own; the caller
+sums these in a fixed order. So runs repeat bit for bit for a given number of threads.
+"""
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+
+@numba.njit(inline="always", fastmath=False)  # type: ignore[misc]
+def _tap(position: float, size: int) -> tuple[int, int, float, float]:
+    """Return the two neighbours of a position in [-1, 1] and their weights; a neighbour outside weighs 0."""
+    x = np.float32(0.5) * ((position + np.float32(1)) * np.float32(size) - np.float32(1))
+    x = min(max(x, np.float32(-2)), np.float32(size + 1))  # far outside: weight 0, and no integer overflow
+    low = int(np.floor(x))
+    high_weight = x - np.float32(low)
+    low_weight = np.float32(1) - high_weight
+    high = low + 1
+    if low < 0 or low >= size:
+        low_weight = np.float32(0)
+        low = 0
+    if high < 0 or high >= size:
+        high_weight = np.float32(0)
+        high = 0
+    return low, high, low_weight, high_weight
+
+
+@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[misc]
+def sample(
+    planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, threads: int, out: Floats
+) -> None:
+    """Fill ``out`` (Q, C), the sum over planes, or (Q, P C), their concatenation.
+
+    Args:
+        planes: (P, S, S, C).
+        points: (Q, 3) in [-1, 1]; zeros are read outside.
+        axes: (P, 2) column axis and row axis of each plane.
+        concat: Concatenate instead of summing.
+        threads: Number of static chunks.
+        out: Result, overwritten.
+    """
+    count, side, channels = points.shape[0], planes.shape[1], planes.shape[3]
+    step = (count + threads - 1) // threads
+    for thread in numba.prange(threads):
+        for q in range(thread * step, min(count, (thread + 1) * step)):
+            out[q, :] = 0
+            for p in range(planes.shape[0]):
+                x0, x1, wx0, wx1 = _tap(points[q, axes[p, 0]], side)
+                y0, y1, wy0, wy1 = _tap(points[q, axes[p, 1]], side)
+                w00, w01, w10, w11 = wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
+                offset = p * channels if concat else 0
+                for c in range(channels):
+                    out[q, offset + c] += (
+                        w00 * planes[p, y0, x0, c]
+                        + w01 * planes[p, y0, x1, c]
+                        + w10 * planes[p, y1, x0, c]
+                        + w11 * planes[p, y1, x1, c]
+                    )
+
+
+@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[misc]
+def accumulate(
+    grad_planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, grad: Floats
+) -> None:
+    """Add the gradient of ``sample`` into one private plane a thread.
+
+    Args:
+        grad_planes: (threads, P, S, S, C), added to in place.
+        points: (Q, 3).
+        axes: (P, 2).
+        concat: As in ``sample``.
+        grad: (Q, C) or (Q, P C), gradient of the output.
+    """
+    threads, side, channels = grad_planes.shape[0], grad_planes.shape[2], grad_planes.shape[4]
+    count = points.shape[0]
+    step = (count + threads - 1) // threads
+    for thread in numba.prange(threads):
+        mine = grad_planes[thread]
+        for q in range(thread * step, min(count, (thread + 1) * step)):
+            for p in range(mine.shape[0]):
+                x0, x1, wx0, wx1 = _tap(points[q, axes[p, 0]], side)
+                y0, y1, wy0, wy1 = _tap(points[q, axes[p, 1]], side)
+                w00, w01, w10, w11 = wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
+                offset = p * channels if concat else 0
+                for c in range(channels):
+                    g = grad[q, offset + c]
+                    mine[p, y0, x0, c] += w00 * g
+                    mine[p, y0, x1, c] += w01 * g
+                    mine[p, y1, x0, c] += w10 * g
+                    mine[p, y1, x1, c] += w11 * g

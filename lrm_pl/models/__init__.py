@@ -1,0 +1,1 @@
+"""The network: image + camera -> triplane -> field. Read ``lrm.py`` first. No training, no rendering here."""

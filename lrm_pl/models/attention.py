@@ -1,0 +1,51 @@
+"""Self- and cross-attention on PyTorch's scaled dot product; the backend is chosen in one function."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Attention(nn.Module):
+    """Multi-head attention, no biases (LRM, section 3.2; OpenLRM does the same).
+
+    Args:
+        dim: Width D of the queries and of the output.
+        heads: Number of heads; divides D.
+        context_dim: Width of the tokens attended to; None for self-attention, with one fused QKV product.
+    """
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"expected a width that {heads} heads divide, found {dim}")
+        self.heads = heads
+        self.is_self = context_dim is None
+        if context_dim is None:
+            self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        else:
+            self.q = nn.Linear(dim, dim, bias=False)
+            self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "B L D"], context: Float[Tensor, "B N M"] | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """Attend from ``x`` to itself, or to ``context``."""
+        if self.is_self:
+            q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
+        else:
+            q, (k, v) = (
+                self._split(self.q(x)),
+                (self._split(part) for part in self.kv(context).chunk(2, dim=-1)),
+            )
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(-2))
+
+    def _split(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B h L d"]:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def attend(
+    q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
+) -> Float[Tensor, "B h L d"]:
+    """Compute softmax(q k^T / sqrt d) v with PyTorch's choice of kernel."""
+    return F.scaled_dot_product_attention(q, k, v)

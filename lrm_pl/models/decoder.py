@@ -1,0 +1,95 @@
+"""The NeRF MLP: features of a point -> density and colour (LRM, section 3.3), and folding it into the planes.
+
+A linear layer on bilinearly sampled, concatenated features equals a sum of samples of pre-multiplied planes:
+W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). Exact, and it takes the widest layer off every sample; the bias
+is added once, after. It pays where the MLP is narrower than the planes' three feature vectors put together.
+"""
+
+from itertools import pairwise
+from typing import Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lrm_pl.models.triplane import Triplane, TriplaneField
+
+DensityActivation = Literal["softplus", "exp"]
+
+
+@final
+class NeRFDecoder(nn.Module):
+    """An MLP of ``layers`` linear layers with ReLU between them, shared by density and colour; no view dependence.
+
+    Density is softplus(x + density_bias) or exp(x + density_bias) a scene unit; colour is a sigmoid widened by
+    0.001 on each side so that pure black and white are reached.
+
+    Args:
+        channels: Plane channels F.
+        width: Hidden width.
+        layers: Number of linear layers, the last one to 4 numbers (the paper: 10).
+        density_activation: How density is made positive.
+        density_bias: Added before that; -1 starts nearly empty.
+        fold: Whether to fold the first layer into the planes; the result is the same.
+    """
+
+    def __init__(
+        self,
+        channels: int = 80,
+        width: int = 64,
+        layers: int = 10,
+        density_activation: DensityActivation = "softplus",
+        density_bias: float = -1.0,
+        *,
+        fold: bool = True,
+    ) -> None:
+        super().__init__()
+        if layers < 2:
+            raise ValueError(f"expected at least 2 layers, found {layers}")
+        sizes = [3 * channels, *[width] * (layers - 1), 4]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.channels, self.density_activation, self.density_bias, self.fold = (
+            channels,
+            density_activation,
+            density_bias,
+            fold,
+        )
+        for layer in self.layers[:-1]:
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def field(self, triplane: Triplane) -> TriplaneField:
+        """Put a triplane and this decoder together to a field that can be rendered."""
+        first, *others = self.layers
+        weights = tuple(tensor for layer in others for tensor in (layer.weight, layer.bias))
+        if self.fold:
+            per_plane = first.weight.unflatten(1, (3, self.channels))  # (width, 3, F)
+            planes = torch.einsum("bpfij,wpf->bpijw", triplane.planes, per_plane)
+            weights = (first.bias, *weights)
+        else:
+            planes = triplane.planes.permute(0, 1, 3, 4, 2)
+            weights = (first.weight, first.bias, *weights)
+        reduce: Literal["sum", "concat"] = "sum" if self.fold else "concat"
+        return TriplaneField(planes.float().contiguous(), weights, self.decode, reduce, triplane.axes)
+
+    def decode(
+        self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
+    ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
+        """Run the MLP with the given weights, as ``field`` ordered them.
+
+        Returns:
+            Density a scene unit and colour, float32.
+        """
+        if self.fold:
+            x, weights = features + weights[0], weights[1:]
+        else:
+            x, weights = F.linear(features, weights[0], weights[1]), weights[2:]
+        for weight, bias in zip(weights[::2], weights[1::2], strict=True):
+            x = F.linear(F.relu(x), weight, bias)
+        x = x.float()
+        raw = x[:, 0] + self.density_bias
+        # exp is cut off at e^11: beyond it a sample is opaque anyway, and the gradient would overflow.
+        sigma = F.softplus(raw) if self.density_activation == "softplus" else raw.clamp_max(11.0).exp()
+        return sigma, torch.sigmoid(x[:, 1:]) * 1.002 - 0.001

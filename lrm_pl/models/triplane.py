@@ -1,0 +1,69 @@
+"""The triplane, and the field that it becomes together with a decoder: what rendering queries."""
+
+import dataclasses
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from lrm_pl.conventions import PLANE_AXES
+from lrm_pl.kernels.triplane import (
+    Axes,
+    Reduce,
+    accumulate_gradient,
+    gradient_buffer,
+    triplane_sample,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Triplane:
+    """Three feature planes of each of B objects, over [-1, 1]^3.
+
+    Attributes:
+        planes: (B, 3, F, S, S).
+        axes: Column axis and row axis of each plane.
+    """
+
+    planes: Float[Tensor, "B 3 F S S"]
+    axes: Axes = PLANE_AXES
+
+
+@dataclasses.dataclass(frozen=True)
+class TriplaneField:
+    """A field in the form that ``lrm_pl.rendering`` asks for (``rendering.field.Field``).
+
+    Attributes:
+        planes: (B, 3, S, S, C) float32, channels last; C is F, or the decoder's width where its first layer has
+            been folded into the planes.
+        weights: What ``decoder`` needs besides features; differentiable.
+        decoder: (features, weights) -> (sigma, rgb); pure.
+        reduce: Whether features of the three planes are added up (folded) or concatenated.
+        axes: Column axis and row axis of each plane.
+    """
+
+    planes: Float[Tensor, "B 3 S S C"]
+    weights: tuple[Tensor, ...]
+    decoder: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+    reduce: Reduce
+    axes: Axes = PLANE_AXES
+
+    def sample(self, planes: Float[Tensor, "3 S S C"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
+        """Read features of one object."""
+        return triplane_sample(planes, points, self.axes, self.reduce)
+
+    def gradient_buffer(self, planes: Float[Tensor, "3 S S C"]) -> Float[Tensor, "T 3 S S C"]:
+        """Make zeros to accumulate the gradient of one object's planes in."""
+        return gradient_buffer(planes)
+
+    def accumulate(
+        self, buffer: Float[Tensor, "T 3 S S C"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
+    ) -> None:
+        """Add the gradient of ``sample`` in place."""
+        accumulate_gradient(buffer, points, grad, self.axes, self.reduce)
+
+    def decode(
+        self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
+    ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
+        """Turn features into density and colour."""
+        return self.decoder(features, weights)

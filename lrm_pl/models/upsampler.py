@@ -1,0 +1,26 @@
+"""From triplane tokens to planes: one shared deconvolution without overlap (LRM, section 3.2)."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Upsampler(nn.Module):
+    """Turn 3 s s tokens into three planes of side S = factor s.
+
+    Args:
+        dim: Width D of the tokens.
+        channels: Plane channels F.
+        factor: Kernel and stride of the deconvolution.
+    """
+
+    def __init__(self, dim: int, channels: int, factor: int = 2) -> None:
+        super().__init__()
+        self.deconvolution = nn.ConvTranspose2d(dim, channels, kernel_size=factor, stride=factor)
+
+    def forward(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B 3 F S S"]:
+        """Lay the tokens out plane by plane, row by row, and upsample."""
+        batch, length, dim = tokens.shape
+        side = round((length // 3) ** 0.5)
+        assert 3 * side * side == length, (length, side)
+        planes = tokens.view(batch * 3, side, side, dim).permute(0, 3, 1, 2)
+        return self.deconvolution(planes).unflatten(0, (batch, 3))

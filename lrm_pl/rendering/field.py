@@ -1,0 +1,38 @@
+"""What rendering asks of a field, and nothing else about it."""
+
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Field(Protocol):
+    """The fields of B objects: features that are linear in an object's planes, then a decoder that all share.
+
+    Rendering needs the two steps apart: the gradient of the first is added in place into one buffer, chunk after
+    chunk, and only the second needs a graph.
+    """
+
+    @property
+    def planes(self) -> Float[Tensor, "B *plane"]:
+        """What each object owns; differentiable."""
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """What the decoder owns; differentiable."""
+
+    def sample(self, planes: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
+        """Read features of one object at points."""
+
+    def gradient_buffer(self, planes: Float[Tensor, "*plane"]) -> Float[Tensor, "T *plane"]:
+        """Make zeros whose sum over T will be the gradient of one object's planes."""
+
+    def accumulate(
+        self, buffer: Float[Tensor, "T *plane"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
+    ) -> None:
+        """Add the gradient of ``sample`` to the buffer in place."""
+
+    def decode(
+        self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
+    ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
+        """Turn features into density a scene unit and colour, both float32; a pure function of its arguments."""
