@@ -1,0 +1,128 @@
+"""``python -m data_tools <command>``: meshes to shards. Runs in the render environment."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from data_tools.assets import AssetsError, find_assets
+from data_tools.plan import default_held_out
+from data_tools.settings import RenderSettings, SettingsError
+from data_tools.shard_folder import FolderError
+from data_tools.views import PRESETS
+from data_tools.workers import WorkerError, default_jobs
+from lrm_pl.data.manifest import ShardError
+
+DEMO_ASSETS = Path(__file__).parent / "demo_assets"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "render":
+            _render(args)
+        else:
+            _demo_assets(args)
+    except (AssetsError, SettingsError, FolderError, ShardError, WorkerError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again, it goes on where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _render(args: argparse.Namespace) -> None:
+    from data_tools.render import render
+
+    held_out = args.held_out
+    if held_out is None:
+        held_out = default_held_out(len(find_assets(args.assets)))
+    settings = RenderSettings(
+        preset=args.preset,
+        normalise=args.normalise or PRESETS[args.preset].normalise,
+        views=args.views,
+        resolution=args.res,
+        samples=args.samples,
+        seed=args.seed,
+        held_out=held_out,
+        shard_size=args.shard_size,
+    )
+    render(args.assets, args.out, settings, args.jobs, args.time_limit)
+
+
+def _demo_assets(args: argparse.Namespace) -> None:
+    from data_tools.demo_library import make_demo_assets
+
+    make_demo_assets(args.package, args.out)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_tools", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="<command>")
+    shown = argparse.ArgumentDefaultsHelpFormatter
+    render = commands.add_parser(
+        "render",
+        formatter_class=shown,
+        help="render a folder of meshes into shards with Blender's Cycles",
+        description=(
+            "Render every glb, gltf, obj, ply and fbx below ASSETS into WebDataset shards. A second run goes "
+            "on where the first one was. Assets that cannot be rendered are left out and listed in "
+            "OUT/failures.jsonl; delete that file to have them tried again. What Blender prints is in "
+            "OUT/logs. "
+            "A table assets.csv in ASSETS (id,name,creator,source,licence,sha256) fills the metadata."
+        ),
+    )
+    render.add_argument(
+        "--assets", type=Path, default=DEMO_ASSETS, help="folder of meshes, searched recursively"
+    )
+    render.add_argument("--out", type=Path, default=Path("data/demo"), help="folder of shards to make")
+    render.add_argument("--views", type=_between(1, 999), default=16, help="views an object")
+    render.add_argument("--res", type=_between(8, 4096), default=128, help="side of the square views, pixels")
+    render.add_argument("--samples", type=_between(1, 65536), default=16, help="Cycles samples a pixel")
+    render.add_argument("--jobs", type=_between(1, 256), default=default_jobs(), help="Blender processes")
+    render.add_argument("--preset", choices=sorted(PRESETS), default="frame", help="ranges of the cameras")
+    render.add_argument(
+        "--normalise",
+        choices=("sphere", "cube"),
+        default=None,
+        help="bounding sphere of radius 1, or longest side 2; the preset's choice unless given",
+    )
+    render.add_argument(
+        "--seed", type=_between(0, 2**31 - 1), default=0, help="seed of cameras and of Cycles"
+    )
+    render.add_argument(
+        "--held-out",
+        type=_between(0, 10**6),
+        default=None,
+        help="objects in the validation split; a sixth of all, at most 8, unless given",
+    )
+    render.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")
+    render.add_argument("--time-limit", type=float, default=600.0, help="seconds that one object may take")
+    demo = commands.add_parser(
+        "demo-assets",
+        formatter_class=shown,
+        help="make the demo assets from the Debian package sweethome3d-furniture",
+        description=(
+            "Make the folder of demo assets (GLB, assets.csv, LICENCE.txt) again, to the byte. "
+            "Get the package with `apt-get download sweethome3d-furniture`."
+        ),
+    )
+    demo.add_argument("--package", type=Path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
+    demo.add_argument("--out", type=Path, default=DEMO_ASSETS, help="folder to make")
+    return parser
+
+
+def _between(low: int, high: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, found {value}")
+        return value
+
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Blender side: a scene lit by uniform white light, and one view of it as an RGBA array. Needs bpy.
+
+Uniform light of strength 1 and the Standard view transform make a matt surface come back in its own sRGB
+colour.
+"""
+
+import os
+from pathlib import Path
+
+import bpy
+import mathutils
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lrm_pl.conventions import opengl_to_opencv
+
+#: Kinds of GPU that Cycles knows, the fastest on the same card first.
+GPU_KINDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
+
+SENSOR_MM = 36.0
+
+
+def choose_device() -> str:
+    """Turn on every GPU of the first kind that is present; to be called after each factory reset.
+
+    Returns:
+        Cycles' name of the kind in lower case, "cpu" where there is no GPU.
+    """
+    preferences = bpy.context.preferences.addons["cycles"].preferences
+    for kind in GPU_KINDS:
+        try:
+            preferences.compute_device_type = kind
+        except TypeError:  # this build of Blender does not know the kind
+            continue
+        devices = preferences.get_devices_for_type(kind)
+        if devices:
+            for device in devices:
+                device.use = device.type == kind
+            return kind.lower()
+    preferences.compute_device_type = "NONE"
+    return "cpu"
+
+
+def renderer_name(device: str) -> str:
+    """Name what makes the pixels: ``blender 5.0.1 cycles cpu``."""
+    return f"blender {bpy.app.version_string} cycles {device}"
+
+
+def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> None:
+    """Set every option that decides pixels; nothing is left to Blender's defaults that matters.
+
+    Args:
+        device: As from ``choose_device``.
+        resolution: Side of the image, pixels.
+        samples: Samples a pixel.
+        threads: CPU threads.
+    """
+    scene = bpy.context.scene
+    render, cycles = scene.render, scene.cycles
+    render.engine = "CYCLES"
+    cycles.device = "CPU" if device == "cpu" else "GPU"
+    render.resolution_x = render.resolution_y = resolution
+    render.resolution_percentage = 100
+    render.pixel_aspect_x = render.pixel_aspect_y = 1.0
+    render.film_transparent = True
+    render.dither_intensity = 0.0
+    render.use_compositing = render.use_sequencer = render.use_motion_blur = render.use_simplify = False
+    render.use_persistent_data = True  # keeps the scene and its BVH between the views of one object
+    render.threads_mode, render.threads = "FIXED", threads
+    # a fixed number of independent samples: what a pixel costs and means does not depend on the picture
+    cycles.samples = samples
+    cycles.use_adaptive_sampling = cycles.use_denoising = False
+    cycles.sampling_pattern = "TABULATED_SOBOL"
+    cycles.pixel_filter_type, cycles.filter_width = "BLACKMAN_HARRIS", 1.5
+    cycles.max_bounces = cycles.transmission_bounces = 4
+    cycles.diffuse_bounces = cycles.glossy_bounces = 2
+    cycles.transparent_max_bounces = 16
+    cycles.volume_bounces = 0
+    cycles.caustics_reflective = cycles.caustics_refractive = False
+    scene.display_settings.display_device = "sRGB"
+    view = scene.view_settings
+    view.view_transform, view.look = "Standard", "None"
+    view.exposure, view.gamma, view.use_curve_mapping = 0.0, 1.0, False
+    image = render.image_settings
+    image.file_format, image.color_mode, image.color_depth, image.compression = "PNG", "RGBA", "8", 0
+    _white_world()
+
+
+def add_camera() -> None:
+    """Add the scene's camera; ``render_view`` places it."""
+    data = bpy.data.cameras.new("view")
+    data.sensor_fit, data.sensor_width = "HORIZONTAL", SENSOR_MM
+    data.shift_x = data.shift_y = 0.0
+    data.clip_start, data.clip_end = 1e-3, 1e3
+    camera = bpy.data.objects.new("view", data)
+    bpy.context.scene.collection.objects.link(camera)
+    bpy.context.scene.camera = camera
+
+
+def render_view(
+    c2w: npt.NDArray[np.float32], focal: float, seed: int, scratch: Path
+) -> npt.NDArray[np.uint8]:
+    """Render one view.
+
+    Args:
+        c2w: (4, 4) OpenCV pose.
+        focal: Focal length in image sides.
+        seed: Seed of Cycles.
+        scratch: Folder for Blender's own file; Blender hands its pixels out no other way.
+
+    Returns:
+        (H, W, 4) uint8, sRGB, straight alpha; (0, 0, 0) where alpha is 0.
+    """
+    scene = bpy.context.scene
+    scene.camera.matrix_world = mathutils.Matrix(opengl_to_opencv(c2w).tolist())
+    scene.camera.data.lens = SENSOR_MM * focal
+    scene.cycles.seed = seed
+    path = scratch / "view.png"
+    scene.render.filepath = os.fspath(path)
+    bpy.ops.render.render(write_still=True)
+    with Image.open(path) as image:
+        rgba = np.array(image.convert("RGBA"), dtype=np.uint8)
+    path.unlink()
+    rgba[rgba[..., 3] == 0] = 0
+    return rgba
+
+
+def _white_world() -> None:
+    world = bpy.data.worlds.new("uniform")
+    world.use_nodes = True
+    background = world.node_tree.nodes["Background"]
+    background.inputs["Color"].default_value = (1.0, 1.0, 1.0, 1.0)
+    background.inputs["Strength"].default_value = 1.0
+    # every direction is equally bright: picking directions by brightness would only add noise
+    world.cycles.sampling_method = "NONE"
+    bpy.context.scene.world = world

@@ -1,0 +1,63 @@
+"""Decide which split and which shard an object belongs to: pure functions of the list of ids.
+
+Nothing here depends on how rendering goes, so a failure leaves a hole in its shard and moves nothing else.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+from lrm_pl.data.manifest import Split
+
+#: At most this many objects are held out unless the user says otherwise, and never more than a sixth.
+DEFAULT_HELD_OUT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedShard:
+    """One shard before anything is rendered.
+
+    Attributes:
+        name: File name, ``train-000000.tar``.
+        split: Its split.
+        ids: The objects that belong in it, in order.
+    """
+
+    name: str
+    split: Split
+    ids: tuple[str, ...]
+
+
+def default_held_out(assets: int) -> int:
+    """Say how many of ``assets`` objects are held out when nobody asked for a number."""
+    return min(DEFAULT_HELD_OUT, assets // 6)
+
+
+def held_out_ids(ids: Sequence[str], held_out: int) -> set[str]:
+    """Choose the validation split: the ``held_out`` ids whose sha256 (hex, of UTF-8) is smallest."""
+    return set(sorted(ids, key=lambda key: hashlib.sha256(key.encode()).hexdigest())[:held_out])
+
+
+def plan_shards(ids: Sequence[str], held_out: int, shard_size: int) -> tuple[PlannedShard, ...]:
+    """Cut each split, in order of id, into shards of ``shard_size`` objects.
+
+    Raises:
+        ValueError: ``held_out`` leaves nothing to train on, or ``shard_size`` is not positive.
+    """
+    if not 0 <= held_out < len(ids):
+        raise ValueError(
+            f"expected --held-out between 0 and {len(ids) - 1} ({len(ids)} assets, one at least trains), "
+            f"found {held_out}"
+        )
+    if shard_size < 1:
+        raise ValueError(f"expected a --shard-size of at least 1, found {shard_size}")
+    val = held_out_ids(ids, held_out)
+    members: dict[Split, list[str]] = {
+        "train": sorted(set(ids) - val),
+        "val": sorted(val),
+    }
+    return tuple(
+        PlannedShard(f"{split}-{start // shard_size:06d}.tar", split, tuple(keys[start : start + shard_size]))
+        for split, keys in members.items()
+        for start in range(0, len(keys), shard_size)
+    )

@@ -1,0 +1,133 @@
+"""What decides the pixels and the layout of a folder of shards, kept as ``render.json`` in that folder.
+
+The file is written before the first object. A later run in the same folder must agree with it, or it would
+mix two kinds of data.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.assets import Asset
+from data_tools.views import PRESETS, CameraPreset
+from lrm_pl.conventions import Normalisation
+from lrm_pl.data.manifest import write_atomically
+
+SETTINGS_NAME = "render.json"
+
+#: Raise it when a change to this package changes pixels or layout: old folders then refuse to be continued.
+PIPELINE_VERSION = 1
+
+
+class SettingsError(ValueError):
+    """A folder holds shards made otherwise, or settings that make no sense."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderSettings:
+    """Everything but the assets that decides the bytes of the shards.
+
+    Attributes:
+        preset: Name of the camera preset.
+        normalise: How objects are scaled.
+        views: Views an object.
+        resolution: Side of the square images, pixels.
+        samples: Cycles samples a pixel.
+        seed: Seed of all cameras and of Cycles.
+        held_out: Number of objects in the validation split.
+        shard_size: Objects a shard.
+        pipeline_version: Version of this package's rendering.
+    """
+
+    preset: str
+    normalise: Normalisation
+    views: int
+    resolution: int
+    samples: int
+    seed: int
+    held_out: int
+    shard_size: int
+    pipeline_version: int = PIPELINE_VERSION
+
+    @property
+    def cameras(self) -> CameraPreset:
+        """The ranges that the preset stands for."""
+        return PRESETS[self.preset]
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings, with the preset's ranges spelt out, as JSON values."""
+        ranges = dataclasses.asdict(self.cameras)
+        del ranges["normalise"]
+        return json.loads(json.dumps(dataclasses.asdict(self) | ranges))  # type: ignore[no-any-return]
+
+
+def write_settings(folder: Path, settings: RenderSettings, assets: Sequence[Asset], renderer: str) -> None:
+    """Write ``render.json``."""
+    record = {
+        "settings": settings.record() | {"renderer": renderer},
+        "assets": [dataclasses.asdict(asset) for asset in assets],
+    }
+    write_atomically(folder / SETTINGS_NAME, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings in ``render.json``, the renderer's name among them."""
+    return dict(json.loads((folder / SETTINGS_NAME).read_bytes())["settings"])
+
+
+def check_settings(
+    folder: Path, settings: RenderSettings, assets: Sequence[Asset], renderer: str | None = None
+) -> bool:
+    """Compare ``render.json`` with what is asked for now.
+
+    Args:
+        folder: Folder of the shards.
+        settings: Settings of this run.
+        assets: Assets of this run.
+        renderer: Renderer of this run; None while it is not known.
+
+    Returns:
+        Whether the folder has a ``render.json``.
+
+    Raises:
+        SettingsError: At the first difference, or where shards lie there without the file.
+    """
+    path = folder / SETTINGS_NAME
+    remedy = f"choose another OUT=, or delete {folder} to render it anew"
+    if not path.is_file():
+        strays = sorted(p.name for pattern in ("*.tar", "manifest.json") for p in folder.glob(pattern))
+        if strays:
+            raise SettingsError(
+                f"{folder}: expected an empty folder or one with {SETTINGS_NAME}, found {strays[0]} "
+                f"of unknown settings; {remedy}"
+            )
+        return False
+    try:
+        record = json.loads(path.read_bytes())
+        found = dict(record["settings"])
+        found_renderer = found.pop("renderer")
+        found_assets = {entry["id"]: dict(entry) for entry in record["assets"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"{path}: expected the settings of a rendering, found: {error!r}; {remedy}"
+        ) from error
+    expected = settings.record()
+    if renderer is not None:
+        expected["renderer"], found["renderer"] = renderer, found_renderer
+    _compare(path, "", expected, found, remedy)
+    ids = {asset.id: dataclasses.asdict(asset) for asset in assets}
+    _compare(path, "asset ", dict.fromkeys(ids, "present"), dict.fromkeys(found_assets, "present"), remedy)
+    for key, asset in ids.items():
+        _compare(path, f"asset {key!r}, ", asset, found_assets[key], remedy)
+    return True
+
+
+def _compare(path: Path, prefix: str, expected: dict[str, Any], found: dict[str, Any], remedy: str) -> None:
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        if expected.get(name) != found.get(name):
+            raise SettingsError(
+                f"{path}: {prefix}{name}: expected {expected.get(name)!r} as asked for now, "
+                f"found {found.get(name)!r}; {remedy}"
+            )

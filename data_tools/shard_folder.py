@@ -1,0 +1,169 @@
+"""The state of an unfinished folder of shards, all of it on disk, so that a killed run goes on where it was.
+
+    OUT/parts/<id>.tar     one finished object, until its shard is written
+    OUT/failures.jsonl     {"id", "file", "reason"}: left-out objects; delete it to have them tried again
+    OUT/train-000000.tar   written when all its objects are finished or failed; its parts are removed
+    OUT/manifest.json      written last
+
+Every file is written beside its place and renamed when whole: a name without ``.partial`` is a whole file.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_tools.plan import PlannedShard
+from lrm_pl.data.manifest import Shard, read_index, write_atomically, write_shard
+from lrm_pl.data.schema import Sample, encode_sample
+
+FAILURES_NAME = "failures.jsonl"
+PARTS_NAME = "parts"
+
+#: Seconds to wait for the workers of a run that was killed a moment ago; they end by themselves.
+LOCK_PATIENCE_S = 30.0
+
+
+class FolderError(ValueError):
+    """The folder of shards cannot be worked on; the message says what to do."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold a folder for one run; yields the lock's descriptor, which workers inherit, to outlive the driver.
+
+    Raises:
+        FolderError: Another run is at work there.
+    """
+    with open(folder / ".lock", "w") as file:
+        give_up = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    raise FolderError(
+                        f"{folder}: expected no other rendering at work there, found one; "
+                        "wait for it or stop it"
+                    ) from None
+                time.sleep(0.1)
+        yield file.fileno()
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half-written."""
+    (folder / PARTS_NAME).mkdir(exist_ok=True)
+    for place in (folder, folder / PARTS_NAME):
+        for path in place.glob("*.partial"):
+            path.unlink()
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+
+
+def write_part(folder: Path, sample: Sample) -> None:
+    """Keep one finished object until its shard is written."""
+    name = f"{sample.info.id}.tar"
+    write_shard(folder / PARTS_NAME, name, "train", [(sample.info.id, encode_sample(sample))])
+
+
+def parts(folder: Path) -> set[str]:
+    """List the ids that have a finished part."""
+    return {path.stem for path in (folder / PARTS_NAME).glob("*.tar")}
+
+
+def read_failures(folder: Path) -> dict[str, dict[str, str]]:
+    """Read ``failures.jsonl``: id -> record."""
+    path = folder / FAILURES_NAME
+    if not path.is_file():
+        return {}
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return {record["id"]: record for record in records}
+
+
+def write_failures(folder: Path, failures: dict[str, dict[str, str]]) -> None:
+    """Write ``failures.jsonl``, sorted by id."""
+    lines = [json.dumps(failures[key], ensure_ascii=False) + "\n" for key in sorted(failures)]
+    write_atomically(folder / FAILURES_NAME, "".join(lines).encode())
+
+
+def find_shard(folder: Path, planned: PlannedShard) -> Shard | None:
+    """Describe a planned shard that is on disk; None where it is not, or its index is missing.
+
+    Raises:
+        lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
+    """
+    tar = folder / planned.name
+    index = folder / (tar.stem + ".index.json")
+    if not tar.is_file() or not index.is_file():
+        return None
+    with open(tar, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    shard = Shard(
+        planned.name, planned.split, len(json.loads(index.read_bytes())), tar.stat().st_size, sha256
+    )
+    read_index(folder, shard)
+    return shard
+
+
+def finished_ids(folder: Path, plan: tuple[PlannedShard, ...], failed: set[str]) -> set[str]:
+    """List the ids that need no rendering, in shards or as parts.
+
+    A shard with a hole that is no longer a known failure (somebody deleted ``failures.jsonl``) is taken apart
+    into parts, so that it is written again when the hole is filled.
+    """
+    done = parts(folder)
+    for planned in plan:
+        shard = find_shard(folder, planned)
+        if shard is None:
+            continue
+        ids = set(read_index(folder, shard))
+        if ids | failed >= set(planned.ids):
+            _drop_parts(folder, planned)
+        else:
+            for key, members in _read_tar(folder / planned.name):
+                write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, members)])
+            (folder / planned.name).unlink()
+        done |= ids
+    return done
+
+
+def write_planned_shard(folder: Path, planned: PlannedShard) -> None:
+    """Join the parts of a shard whose objects are all finished or failed; an empty shard is not written."""
+    have = parts(folder)
+    ids = [key for key in planned.ids if key in have]
+    if ids:
+        samples = (sample for key in ids for sample in _read_tar(folder / PARTS_NAME / f"{key}.tar"))
+        write_shard(folder, planned.name, planned.split, samples)
+    _drop_parts(folder, planned)
+
+
+def no_space_message(folder: Path, needed: int) -> str:
+    """Say that the disk is full: expected, found, remedy."""
+    free = shutil.disk_usage(folder).free
+    return (
+        f"{folder}: expected about {needed / 1e6:.1f} MB of free disk space for the rest, found "
+        f"{free / 1e6:.1f} MB; free some space and run the same command again, it goes on where it was"
+    )
+
+
+def _drop_parts(folder: Path, planned: PlannedShard) -> None:
+    for key in planned.ids:
+        for suffix in (".tar", ".index.json"):
+            (folder / PARTS_NAME / (key + suffix)).unlink(missing_ok=True)
+
+
+def _read_tar(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """Read a tar that this package wrote: [(key, member -> bytes)] in order."""
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path, "r:") as tar:
+        for header in tar:
+            key, member = header.name.split(".", 1)
+            file = tar.extractfile(header)
+            assert file is not None, header.name
+            samples.setdefault(key, {})[member] = file.read()
+    return list(samples.items())
