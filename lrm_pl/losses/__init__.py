@@ -1,0 +1,1 @@
+"""Loss terms: small, named, and logged under that name."""

