@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -164,7 +165,7 @@ def _read(resolved: ResolvedWeights) -> Mapping[Any, Any]:
     return content
 
 
-def _tensors(arrays: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+def _tensors(arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
     """Copy arrays into tensors of the same layout as torch would save."""
     return {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
 

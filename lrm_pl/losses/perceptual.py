@@ -7,7 +7,7 @@ own linear layer, averaged over pixels, and added up. (n, 3, h, w) twice -> (n,)
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self, final
+from typing import final
 
 import lpips
 import torch
@@ -49,11 +49,11 @@ class PerceptualLoss:
         source: WeightSource = "any",
         path: str | Path | None = None,
         sha256: str | None = None,
-    ) -> Self:
+    ) -> "PerceptualLoss":
         """Find, verify and load the network's weights; the arguments are those of ``load_lpips_features``."""
         return cls(load_lpips_features(net, source=source, path=path, sha256=sha256), net)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "PerceptualLoss":
         """Move the network; its numbers stay float32."""
         self._net.to(device)
         return self

@@ -6,6 +6,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
+from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, psnr, psnr_pooled, ssim
 
 #: With the shape checker switched on, it speaks first.
@@ -70,15 +71,11 @@ def test_one_perfect_image_makes_the_mean_psnr_infinite_but_not_the_pooled_one()
     assert scores.psnr_pooled == pytest.approx(23.0103, abs=1e-3)  # squared error 0.01 / 2
 
 
-def test_lpips_is_averaged_over_images():
-    class Stub:
-        def to(self, device):
-            return self
-
-        def __call__(self, prediction, target):
-            return prediction.mean((1, 2, 3))
-
-    metrics = ImageMetrics(Stub())
+def test_lpips_is_averaged_over_images(monkeypatch):
+    network = object.__new__(PerceptualLoss)  # without weights: each image's mean stands for its LPIPS
+    monkeypatch.setattr(PerceptualLoss, "to", lambda self, device: self)
+    monkeypatch.setattr(PerceptualLoss, "__call__", lambda self, ours, theirs: ours.mean((1, 2, 3)))
+    metrics = ImageMetrics(network)
     metrics.update(flat(0.1, 0.2), flat(0.0, 0.0))
     metrics.update(flat(0.6), flat(0.0))
     assert metrics.compute().lpips == pytest.approx(0.3)
