@@ -24,7 +24,7 @@ def load_asset(path: Path, normalise: Normalisation) -> None:
     bpy.ops.wm.read_factory_settings(use_empty=True)
     _import(path)
     for image in bpy.data.images:
-        if image.source == "FILE" and not image.has_data and not image.size[0]:
+        if image.source == "FILE" and image.size[0] == 0:  # asking for the size makes Blender load it
             raise AssetError(f"expected the texture {image.filepath or image.name}, found no readable image")
     for thing in list(bpy.data.objects):
         if thing.type in {"CAMERA", "LIGHT", "LIGHT_PROBE"}:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -126,8 +127,11 @@ def _render_pending(
     rendered, failed, start = 0, 0, time.monotonic()
     by_id = {key: shard for shard in plan for key in shard.ids}
     done_before = len(assets) - len(pending)
-    with tqdm(total=len(assets), initial=done_before, unit="object", file=sys.stderr) as bar:
-        for outcome in run_workers(pool, first, pending):
+    with (
+        tqdm(total=len(assets), initial=done_before, unit="object", file=sys.stderr) as bar,
+        closing(run_workers(pool, first, pending)) as outcomes,
+    ):
+        for outcome in outcomes:
             asset = outcome.asset
             if outcome.kind == "no space":
                 raise OSError(errno.ENOSPC, outcome.reason)

@@ -11,7 +11,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ START_LIMIT_S = 300.0
 
 #: Characters of Blender's log that a failure's reason quotes.
 TAIL_LENGTH = 600
+
+#: What a worker process runs.
+COMMAND = (sys.executable, "-m", "data_tools.blender_worker")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -85,7 +88,7 @@ class Worker:
         self._log = logs / f"worker-{slot}.log"
         with open(self._log, "ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "data_tools.blender_worker"],
+                COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -122,8 +125,12 @@ class Worker:
         """Say whether the process can take another asset."""
         return self._process.poll() is None
 
+    def stop(self) -> None:
+        """End the process now; who waits for its answer gets none."""
+        self._process.kill()
+
     def kill(self) -> None:
-        """End the process now."""
+        """End the process now and close its pipes."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -169,7 +176,7 @@ class Worker:
             return log.read().decode(errors="replace")[-TAIL_LENGTH:].strip()
 
 
-def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Iterator[Outcome]:
+def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Generator[Outcome]:
     """Render assets on ``setup.jobs`` processes and yield what became of each, as it happens.
 
     Args:
@@ -185,6 +192,7 @@ def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Ite
         waiting.put(asset)
     outcomes: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
     workers: dict[int, Worker] = {0: first}
+    stopping = threading.Event()
 
     def serve(slot: int) -> None:
         try:
@@ -192,6 +200,8 @@ def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Ite
                 asset = waiting.get_nowait()
                 if slot not in workers or not workers[slot].is_alive():
                     workers[slot] = Worker(setup, slot)
+                if stopping.is_set():
+                    return
                 outcomes.put(workers[slot].render(asset, setup.time_limit_s))
         except queue.Empty:
             return
@@ -208,9 +218,14 @@ def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Ite
                 raise outcome
             yield outcome
     finally:
-        while not waiting.empty():  # so that no thread starts another process
+        stopping.set()
+        while not waiting.empty():
             waiting.get_nowait()
         for worker in list(workers.values()):
+            worker.stop()
+        for thread in threads:  # one that is just starting a process must be done with it
+            thread.join()
+        for worker in workers.values():
             worker.kill()
 
 

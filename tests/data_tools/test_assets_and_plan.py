@@ -1,0 +1,95 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from data_tools.assets import TABLE_COLUMNS, AssetsError, asset_id, find_assets
+from data_tools.demo_library import OBJECTS
+from data_tools.plan import default_held_out, held_out_ids, plan_shards
+
+DEMO_ASSETS = Path(__file__).resolve().parents[2] / "data_tools" / "demo_assets"
+HEADER = ",".join(TABLE_COLUMNS) + "\n"
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def test_ids_are_paths_without_suffix_in_the_letters_of_a_shard_key():
+    assert asset_id(Path("chairs/red 1.v2.glb")) == "chairs_red_1_v2"
+    assert asset_id(Path("stühle/A-b_c.OBJ")) == "st_hle_A-b_c"
+
+
+def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
+    touch(tmp_path, "b.GLB", "a/z.obj", "a/z.mtl", "c.ply", "d.fbx", "e.gltf", "readme.txt")
+    found = find_assets(tmp_path)
+    assert [asset.id for asset in found] == ["a_z", "b", "c", "d", "e"]
+    assert found[0].file == "a/z.obj"
+    assert found[0].sha256 == hashlib.sha256(b"a/z.obj").hexdigest()
+    assert (found[0].name, found[0].licence) == ("a_z", "unknown")
+
+
+def test_two_files_with_one_id_are_both_named(tmp_path):
+    touch(tmp_path, "a b.glb", "a_b.obj")
+    with pytest.raises(AssetsError, match=r"a b\.glb and .*a_b\.obj, which are both 'a_b'; rename"):
+        find_assets(tmp_path)
+
+
+def test_an_id_longer_than_a_key_is_refused(tmp_path):
+    touch(tmp_path, "x" * 81 + ".glb")
+    with pytest.raises(AssetsError, match="at most 80 characters, found 81"):
+        find_assets(tmp_path)
+
+
+def test_a_folder_without_assets_and_no_folder_say_what_was_expected(tmp_path):
+    with pytest.raises(AssetsError, match=r"expected glb, gltf, obj, ply, fbx files in .*, found none"):
+        find_assets(tmp_path)
+    with pytest.raises(AssetsError, match="found no folder"):
+        find_assets(tmp_path / "absent")
+
+
+def test_the_table_fills_metadata_and_its_hashes_are_checked(tmp_path):
+    touch(tmp_path, "a.glb")
+    table = tmp_path / "assets.csv"
+    table.write_text(HEADER + "a,Chair,Ann,library,CC0-1.0,\n")
+    found = find_assets(tmp_path)[0]
+    assert (found.name, found.creator, found.source, found.licence) == ("Chair", "Ann", "library", "CC0-1.0")
+    table.write_text(HEADER + f"a,Chair,Ann,library,CC0-1.0,{'0' * 64}\n")
+    with pytest.raises(AssetsError, match="expected sha256 0000"):
+        find_assets(tmp_path)
+    table.write_text("id,title\na,Chair\n")
+    with pytest.raises(AssetsError, match="expected the columns id,name"):
+        find_assets(tmp_path)
+
+
+def test_the_held_out_objects_are_those_with_the_smallest_hashes():
+    # sha256 of a, b, c, d begins with ca, 3e, 2e, 18
+    assert held_out_ids(["a", "b", "c", "d"], 2) == {"c", "d"}
+    assert [default_held_out(n) for n in (1, 5, 6, 47, 48, 1000)] == [0, 0, 1, 7, 8, 8]
+
+
+def test_shards_are_cut_by_position_in_the_sorted_list_of_a_split():
+    plan = plan_shards(["d", "b", "e", "a", "c"], held_out=2, shard_size=2)
+    assert [(shard.name, shard.ids) for shard in plan] == [
+        ("train-000000.tar", ("a", "b")),
+        ("train-000001.tar", ("e",)),
+        ("val-000000.tar", ("c", "d")),
+    ]
+
+
+def test_a_split_that_leaves_nothing_to_train_on_is_refused():
+    with pytest.raises(ValueError, match=r"expected --held-out between 0 and 1 .*, found 2"):
+        plan_shards(["a", "b"], held_out=2, shard_size=8)
+
+
+def test_the_demo_assets_are_complete_small_and_free():
+    found = find_assets(DEMO_ASSETS)  # checks the hashes of assets.csv too
+    assert [asset.id for asset in found] == sorted(OBJECTS)
+    assert len(found) == 48
+    assert {asset.licence for asset in found} == {"CC0-1.0"}
+    assert all(asset.creator != "unknown" and asset.name != asset.id for asset in found)
+    assert sum(path.stat().st_size for path in DEMO_ASSETS.iterdir()) < 12e6
+    held_out = held_out_ids([asset.id for asset in found], 8)
+    assert held_out == {"lockedLocker", "littlePlant", "stool2", "box", "rock3", "dustbin", "chair", "desk"}

@@ -1,0 +1,138 @@
+"""Real renders of known meshes, read back from their shards: cameras to a fraction of a pixel, colours, bad assets."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import box, write_gltf
+
+from lrm_pl.data.manifest import read_index, read_manifest
+from lrm_pl.data.schema import decode_image, decode_sample
+
+pytestmark = pytest.mark.blender
+
+RESOLUTION = 256
+PLANE_SRGB = (200, 100, 50)
+
+#: The cube's corners lie at +-CORNER, each marked by a small box of half side MARK in a colour of its own.
+CORNER, MARK = 1.0, 0.04
+SIGNS = np.array(list(itertools.product((-1, 1), repeat=3)))
+COLOURS = np.where(SIGNS > 0, 0.9, 0.1)
+
+
+def write_bad_assets(folder):
+    """Write assets that cannot be rendered, next to the good ones."""
+    (folder / "garbage.glb").write_bytes(b"glTF" + bytes(range(200)))
+    (folder / "empty.obj").write_text("# nothing\nv 0 0 0\nv 1 0 0\nv 0 1 0\n")
+    (folder / "untextured.mtl").write_text("newmtl m\nKd 1 1 1\nmap_Kd absent.png\n")
+    (folder / "untextured.obj").write_text(
+        "mtllib untextured.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nusemtl m\nf 1/1 2/1 3/1\n"
+    )
+    write_gltf(folder / "invisible.gltf", [(*box((0, 0, 0), (1, 1, 1)), (1, 1, 1), 0.0)])
+
+
+@pytest.fixture(scope="module")
+def rendered(render_command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("known")
+    out = folder / "out"
+    assets = folder / "assets"
+    assets.mkdir()
+    plane, _ = box((0, 0, 0), (1, 1, 0))
+    colour = np.array(PLANE_SRGB) / 255
+    write_gltf(assets / "plane.gltf", [(plane[[0, 2, 6, 4]], [(0, 1, 2), (0, 2, 3)], colour, 1.0)])
+    marks = [
+        (*box(CORNER * sign, [MARK] * 3), colour, 1.0) for sign, colour in zip(SIGNS, COLOURS, strict=True)
+    ]
+    # away from the origin and large: normalising must bring it back
+    write_gltf(assets / "corners.gltf", [(5 * v + (7, -3, 2), t, c, a) for v, t, c, a in marks])
+    write_bad_assets(assets)
+    options = ["--views", "6", "--res", RESOLUTION, "--samples", "16", "--held-out", "0", "--jobs", "1"]
+    return out, render_command(assets, out, *options)
+
+
+@pytest.fixture
+def read(rendered):
+    """Read one sample of the rendering; the views are (V, H, W, 4) in [0, 1]."""
+    out, _ = rendered
+
+    def read_one(key):
+        for shard in read_manifest(out).shards:
+            index = read_index(out, shard)
+            if key in index:
+                raw = (out / shard.name).read_bytes()
+                members = {name: raw[at : at + size] for name, (at, size) in index[key].items()}
+                sample = decode_sample(key, members)
+                return sample, np.stack([decode_image(key, view) for view in sample.views]) / 255
+        raise AssertionError(key)
+
+    return read_one
+
+
+def project(points, c2w, fxfycxcy):
+    """Project (n, 3) world points to (n, 2) pixel positions (x, y); pixel (row i, column j) has its centre at +0.5."""
+    camera = (points - c2w[:3, 3]) @ c2w[:3, :3]
+    assert (camera[:, 2] > 0).all()
+    return (camera[:, :2] / camera[:, 2:] * fxfycxcy[:2] + fxfycxcy[2:]) * RESOLUTION
+
+
+def find_marks(rgba):
+    """Find the coloured marks: sign index -> (x, y) of its centre of mass."""
+    rows, columns = np.mgrid[:RESOLUTION, :RESOLUTION] + 0.5
+    nearest = np.abs(rgba[..., None, :3] - COLOURS).max(-1).argmin(-1)
+    found = {}
+    for corner in range(8):
+        weight = rgba[..., 3] * (nearest == corner)
+        if weight.sum() > 4:
+            found[corner] = np.array([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
+    return found
+
+
+def test_projected_corners_of_a_cube_fall_where_blender_put_them(read):
+    sample, views = read("corners")
+    radius = np.sqrt(3) * (CORNER + MARK)  # of the bounding sphere, which rendering made 1
+    corners = CORNER * SIGNS / radius
+    errors = []
+    for c2w, fxfycxcy, rgba in zip(sample.c2w, sample.fxfycxcy, views, strict=True):
+        expected, found = (
+            project(corners, c2w.astype(np.float64), fxfycxcy.astype(np.float64)),
+            find_marks(rgba),
+        )
+        for corner, place in found.items():
+            others = np.delete(expected, corner, axis=0)
+            if np.linalg.norm(others - expected[corner], axis=1).min() > 20:  # pixels: no other mark hides it
+                errors.append(np.abs(place - expected[corner]).max())
+    assert len(errors) > 30
+    assert max(errors) < 0.25  # half a pixel is the promise; a shift by half a pixel must not slip through
+
+
+def test_a_matt_plane_comes_back_in_its_own_colour(read):
+    sample, views = read("plane")
+    seen = 0
+    for c2w, rgba in zip(sample.c2w, views, strict=True):
+        inside = rgba[..., 3] == 1
+        for axis, shift in itertools.product((0, 1), (-2, 2)):
+            inside &= np.roll(inside, shift, axis)
+        if inside.sum() < 100:  # seen almost from its edge
+            continue
+        seen += 1
+        found = rgba[inside][:, :3] * 255
+        assert np.abs(found - PLANE_SRGB).max() <= 2, (c2w, found.min(0), found.max(0))
+    assert seen >= 3
+
+
+def test_bad_assets_are_left_out_with_their_reasons(rendered):
+    out, done = rendered
+    reasons = {
+        record["id"]: record["reason"]
+        for record in map(json.loads, (out / "failures.jsonl").read_text().splitlines())
+    }
+    assert reasons.keys() == {"garbage", "empty", "untextured", "invisible"}
+    assert reasons["garbage"].startswith("cannot be imported: ")
+    assert reasons["empty"] == "is empty: expected mesh faces, found none"
+    assert reasons["untextured"].startswith("expected the texture ")
+    assert reasons["untextured"].endswith("absent.png, found no readable image")
+    assert reasons["invisible"] == "renders to nothing: all 6 views are transparent"
+    assert read_manifest(out).failures == 4
+    assert "objects        2 (2 train, 0 held out)" in done.stdout
+    assert "left out       4, see" in done.stdout

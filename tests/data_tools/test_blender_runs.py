@@ -1,0 +1,142 @@
+"""Real runs over demo objects: the same bytes in every order and number of processes, and after every interruption."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from lrm_pl.data.manifest import read_index, read_manifest
+
+pytestmark = pytest.mark.blender
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OBJECTS = ("bedsideTable2", "box", "bread", "forkLift", "horse2", "outdoorLamp")
+OPTIONS = ("--views", "4", "--res", "48", "--samples", "4", "--shard-size", "2", "--held-out", "1")
+
+
+def tars(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def copy_assets(folder, objects=OBJECTS):
+    folder.mkdir()
+    for name in objects:
+        shutil.copy(REPOSITORY / "data_tools" / "demo_assets" / f"{name}.glb", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(render_command, tmp_path_factory):
+    """One uninterrupted run with one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    assets = copy_assets(folder / "assets")
+    done = render_command(assets, folder / "out", *OPTIONS, "--jobs", "1")
+    assert "objects        6 (5 train, 1 held out), 4 views each" in done.stdout
+    assert sorted(tars(folder / "out")) == [*(f"train-00000{n}.tar" for n in range(3)), "val-000000.tar"]
+    return assets, folder / "out"
+
+
+def test_two_processes_give_the_same_bytes_as_one(reference, render_command, tmp_path):
+    assets, expected = reference
+    render_command(assets, tmp_path / "out", *OPTIONS, "--jobs", "2")
+    assert tars(tmp_path / "out") == tars(expected)
+
+
+def test_what_was_rendered_before_does_not_matter(reference, render_command, tmp_path):
+    _, expected = reference
+    assets = copy_assets(tmp_path / "assets", ("horse2", "bread"))
+    (tmp_path / "assets" / "horse2.glb").rename(tmp_path / "assets" / "a.glb")  # so that bread comes second
+    render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0", "--jobs", "1")
+
+    def bread(out):
+        for shard in read_manifest(out).shards:
+            spans = read_index(out, shard).get("bread")
+            if spans:
+                raw = (out / shard.name).read_bytes()
+                return {name: raw[at : at + size] for name, (at, size) in spans.items()}
+        raise AssertionError(out)
+
+    assert bread(tmp_path / "out") == bread(expected)
+
+
+def test_a_second_run_renders_nothing(reference, render_command):
+    assets, out = reference
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    start = time.monotonic()
+    done = render_command(assets, out, *OPTIONS)
+    assert "Nothing to render: all 6 objects" in done.stdout
+    assert time.monotonic() - start < 10  # Blender was not even started
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+    reference, render_python, render_command, tmp_path
+):
+    assets, expected = reference
+    out = tmp_path / "out"
+    command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *OPTIONS]
+    # killed with nothing, a part, and a shard finished
+    for pattern in ("render.json", "parts/*.tar", "train-*.tar"):
+        run = subprocess.Popen(
+            [str(part) for part in [*command, "--jobs", "2"]],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        give_up = time.monotonic() + 60
+        while not list(out.glob(pattern)):
+            assert run.poll() is None, f"ended with {run.returncode} before {pattern} was there"
+            assert time.monotonic() < give_up
+            time.sleep(0.002)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        assert not (out / "manifest.json").exists()
+    done = render_command(assets, out, *OPTIONS, "--jobs", "2")
+    assert "Rendering 6 of 6" not in done.stdout
+    assert tars(out) == tars(expected)
+    assert read_manifest(out) == read_manifest(expected)
+    assert not (out / "parts").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_stops_the_run_with_one_message_and_the_next_run_goes_on(
+    reference, render_python, render_command, tmp_path
+):
+    assets, expected = reference
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this machine does not let root mount a small disk")
+    try:
+        out, filler = disk / "out", disk / "filler"
+        command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *OPTIONS]
+        run = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=REPOSITORY,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not list(out.glob("render.json")):
+            assert run.poll() is None
+            time.sleep(0.002)
+        free = os.statvfs(disk)
+        filler.write_bytes(
+            bytes(max(0, free.f_bavail * free.f_bsize - 24_000))
+        )  # somebody else fills the disk
+        _, errors = run.communicate(timeout=60)
+        assert run.returncode == 1
+        assert "error: " in errors
+        assert "free some space and run the same command again, it goes on where it was" in errors
+        assert "Traceback" not in errors
+        assert not (out / "manifest.json").exists()
+        filler.unlink()
+        render_command(assets, out, *OPTIONS)
+        assert tars(out) == tars(expected)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

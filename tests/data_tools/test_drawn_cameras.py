@@ -1,0 +1,75 @@
+import math
+
+import numpy as np
+import pytest
+
+from data_tools.views import PRESETS, derive_seed, draw_cameras, focal_from_fov, look_at_origin, positions
+from lrm_pl.conventions import rigid_error
+
+
+def draw(preset="frame", views=16, seed=0):
+    return draw_cameras(PRESETS[preset], views, np.random.default_rng(seed))
+
+
+def test_a_camera_on_minus_y_is_the_canonical_camera():
+    expected = [[1, 0, 0, 0], [0, 0, 1, -2], [0, -1, 0, 0], [0, 0, 0, 1]]
+    np.testing.assert_allclose(look_at_origin(np.array([0.0, -2.0, 0.0])), expected, atol=1e-12)
+
+
+def test_a_camera_above_x_looks_down_at_the_origin():
+    c2w = look_at_origin(np.array([3.0, 0.0, 4.0]))
+    np.testing.assert_allclose(c2w[:3, 0], [0, 1, 0], atol=1e-12)  # right
+    np.testing.assert_allclose(c2w[:3, 1], [0.8, 0, -0.6], atol=1e-12)  # down, at right angles to the view
+    np.testing.assert_allclose(c2w[:3, 2], [-0.6, 0, -0.8], atol=1e-12)  # forward
+
+
+def test_positions_from_radius_height_and_azimuth():
+    found = positions(np.array([5.0, 5.0]), np.array([3.0, 4.0]), np.array([0.0, math.pi / 2]))
+    np.testing.assert_allclose(found, [[4, 0, 3], [0, 3, 4]], atol=1e-12)
+
+
+def test_a_height_beyond_the_radius_is_kept_off_the_up_axis():
+    found = positions(np.array([1.0]), np.array([1.6]), np.array([0.0]))
+    np.testing.assert_allclose(found, [[math.sqrt(1 - 0.95**2), 0, 0.95]], atol=1e-12)
+
+
+def test_focal_lengths_of_known_fields_of_view():
+    # 90 degrees: 0.5 / tan 45; lens 24 on sensor 32: 24 / 32
+    np.testing.assert_allclose(focal_from_fov(np.array([90.0])), 0.5)
+    np.testing.assert_allclose(focal_from_fov(np.array([67.38])), 0.75, atol=1e-5)
+    np.testing.assert_allclose(draw("frame").fxfycxcy[0], [1.0722535, 1.0722535, 0.5, 0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_drawn_cameras_stay_in_the_ranges_and_look_at_the_origin(preset):
+    ranges, cameras = PRESETS[preset], draw(preset, views=200)
+    place = cameras.c2w[:, :3, 3].astype(np.float64)
+    radius, height = np.linalg.norm(place, axis=1), place[:, 2]
+    assert cameras.c2w.dtype == cameras.fxfycxcy.dtype == np.float32
+    for drawn, (low, high) in ((radius, ranges.radius_range), (height, ranges.height_range)):
+        assert low - 1e-5 <= drawn.min() < drawn.max() <= high + 1e-5
+    assert rigid_error(cameras.c2w) < 1e-6
+    np.testing.assert_allclose(cameras.c2w[:, :3, 2], -place / radius[:, None], atol=1e-6)
+    assert (cameras.c2w[:, 2, 1] < 0).all()  # down in the picture is down in the world
+    assert (np.abs(cameras.c2w[:, 2, 0]) < 1e-6).all()  # and the horizon is level
+
+
+def test_each_sector_of_the_circle_holds_one_view():
+    place = draw(views=16).c2w[:, :3, 3]
+    azimuth = np.arctan2(place[:, 1], place[:, 0]) % (2 * math.pi)
+    sectors = np.floor(azimuth / (2 * math.pi) * 16).astype(int)
+    assert sorted(sectors) == list(range(16))
+    assert list(sectors) != sorted(sectors)  # in no order
+
+
+def test_the_default_preset_keeps_the_unit_sphere_in_the_frame():
+    frame = PRESETS["frame"]
+    half_sphere_deg = math.degrees(math.asin(1 / frame.radius_range[0]))
+    assert half_sphere_deg < frame.fov_range_deg[0] / 2
+
+
+def test_seeds_depend_on_what_they_are_derived_from_and_on_nothing_else():
+    assert derive_seed(0, "chair") == 0x500BA265  # the first 31 bits of sha256 of "0/chair"
+    assert len({derive_seed(s, k, v) for s in (0, 1) for k in ("a", "b") for v in range(9)}) == 36
+    np.testing.assert_array_equal(draw(seed=5).c2w, draw(seed=5).c2w)
+    assert not np.array_equal(draw(seed=5).c2w, draw(seed=6).c2w)

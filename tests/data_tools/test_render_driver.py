@@ -1,0 +1,236 @@
+"""The driver and its folder, with a stand-in for Blender that answers at once."""
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_tools import render as render_module
+from data_tools import shard_folder, workers
+from data_tools.__main__ import main
+from data_tools.settings import RenderSettings, SettingsError
+from data_tools.shard_folder import FolderError
+from data_tools.workers import WorkerError
+from lrm_pl.data.manifest import read_index, read_manifest
+
+STAND_IN = Path(__file__).with_name("stand_in_worker.py")
+SETTINGS = RenderSettings(
+    preset="frame", normalise="sphere", views=2, resolution=8, samples=1, seed=0, held_out=1, shard_size=2
+)
+
+
+@pytest.fixture
+def assets(tmp_path):
+    folder = tmp_path / "assets"
+    folder.mkdir()
+    for name in "abcdef":
+        (folder / f"{name}.glb").write_text("fine")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, str(STAND_IN)))
+
+
+def run(assets, out, settings=SETTINGS, jobs=2, time_limit_s=30.0):
+    return render_module.render(assets, out, settings, jobs, time_limit_s)
+
+
+def tars(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def failures(out):
+    lines = (out / "failures.jsonl").read_text().splitlines()
+    return {record["id"]: record["reason"] for record in map(json.loads, lines)}
+
+
+def test_a_run_makes_every_shard_and_a_second_run_renders_nothing(assets, tmp_path, capfd):
+    out = tmp_path / "out"
+    manifest = run(assets, out)
+    # sha256 of d is the smallest of a to f
+    assert [(s.name, s.samples) for s in manifest.shards] == [
+        ("train-000000.tar", 2),
+        ("train-000001.tar", 2),
+        ("train-000002.tar", 1),
+        ("val-000000.tar", 1),
+    ]
+    assert list(read_index(out, manifest.shards[3])) == ["d"]
+    assert read_manifest(out) == manifest
+    assert manifest.render["renderer"] == "stand-in"
+    assert {path.name for path in out.iterdir()} >= {"contact_sheet.png", "render.json", "logs"}
+    assert not (out / "parts").exists()
+    assert f"make train DATA={out}" in capfd.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert run(assets, out) == manifest
+    assert "Nothing to render: all 6 objects" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
+
+
+def test_a_failure_leaves_a_hole_and_moves_nothing_else(assets, tmp_path, capfd):
+    run(assets, tmp_path / "whole")
+    for name, what in {"b": "bad", "c": "dies", "e": "bad"}.items():
+        (assets / f"{name}.glb").write_text(what)
+    out = tmp_path / "out"
+    manifest = run(assets, out)
+    assert manifest.failures == 3
+    held = {shard.name: list(read_index(out, shard)) for shard in manifest.shards}
+    # train is a b | c e | f: the second shard has no object left, it is not written and not in the manifest
+    assert held == {"train-000000.tar": ["a"], "train-000002.tar": ["f"], "val-000000.tar": ["d"]}
+    whole, holed = tars(tmp_path / "whole"), tars(out)
+    assert all(holed[name] == whole[name] for name in ("train-000002.tar", "val-000000.tar"))
+    reasons = failures(out)
+    assert reasons["b"] == "is bad"
+    assert "Blender ended with -6; its last lines" in reasons["c"]
+    assert "about to die" in reasons["c"]  # the tail of what it printed
+    assert "left out       3, see" in capfd.readouterr().out
+
+
+def test_failures_are_tried_again_once_their_list_is_deleted(assets, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(assets, whole)
+    (assets / "b.glb").write_text("bad once")  # fails while the file "mended" is absent
+    run(assets, out)
+    assert set(failures(out)) == {"b"}
+    (tmp_path / "assets" / "mended").touch()
+    assert run(assets, out).failures == 1  # remembered
+    (out / "failures.jsonl").unlink()
+    assert run(assets, out).failures == 0
+    index = read_index(out, read_manifest(out).shards[0])
+    assert list(index) == ["a", "b"]
+
+
+def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
+    (assets / "b.glb").write_text("slow")
+    out = tmp_path / "out"
+    start = time.monotonic()
+    assert run(assets, out, time_limit_s=1.0).failures == 1
+    assert time.monotonic() - start < 20
+    assert failures(out)["b"].startswith("Blender took longer than 1 s")
+
+
+def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
+    for path in assets.iterdir():
+        path.write_text("bad")
+    with pytest.raises(FolderError, match="at least one object that renders, found that all 6 failed"):
+        run(assets, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_other_settings_are_refused_with_the_first_difference(assets, tmp_path):
+    out = tmp_path / "out"
+    run(assets, out)
+    other = RenderSettings("frame", "sphere", 3, 8, 1, 0, 1, 2)
+    with pytest.raises(
+        SettingsError, match=r"views: expected 3 as asked for now, found 2; choose another OUT="
+    ):
+        run(assets, out, other)
+    (assets / "a.glb").write_text("fine, but another")
+    with pytest.raises(SettingsError, match=r"asset 'a', sha256: expected '.*' as asked for now, found"):
+        run(assets, out)
+    (assets / "a.glb").unlink()
+    with pytest.raises(SettingsError, match=r"asset a: expected None as asked for now, found 'present'"):
+        run(assets, out)
+
+
+def test_shards_of_unknown_settings_are_not_continued(assets, tmp_path):
+    out = tmp_path / "out"
+    run(assets, out)
+    (out / "render.json").unlink()
+    with pytest.raises(SettingsError, match=r"found manifest.json of unknown settings"):
+        run(assets, out)
+
+
+def test_another_renderer_does_not_continue_a_folder(assets, tmp_path):
+    out = tmp_path / "out"
+    run(assets, out)
+    record = json.loads((out / "render.json").read_text())
+    record["settings"]["renderer"] = "blender 5.0.1 cycles cuda"
+    (out / "render.json").write_text(json.dumps(record))
+    for path in (out / "manifest.json", out / "train-000000.tar"):
+        path.unlink()
+    with pytest.raises(
+        SettingsError, match=r"renderer: expected 'stand-in' .* found 'blender 5.0.1 cycles cuda'"
+    ):
+        run(assets, out)
+
+
+def test_a_lost_shard_is_made_again_and_half_written_files_are_never_taken_for_whole(assets, tmp_path):
+    out = tmp_path / "out"
+    run(assets, out)
+    expected = tars(out)
+    (out / "manifest.json").unlink()
+    (out / "train-000001.tar").rename(out / "train-000001.tar.partial")
+    (out / "parts").mkdir()
+    (out / "parts" / "c.tar.partial").write_bytes(expected["train-000001.tar"][:700])
+    run(assets, out)
+    assert tars(out) == expected
+    assert not list(out.rglob("*.partial"))
+
+
+def test_too_little_space_is_said_before_anything_is_rendered(assets, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    message = (
+        r"expected about 0\.1 MB of free disk space for the rest, found 0\.0 MB; free some space and run"
+    )
+    with pytest.raises(FolderError, match=message):
+        run(assets, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("where", ["driver", "worker"])
+def test_a_disk_that_fills_up_stops_the_run_and_the_next_run_goes_on(assets, tmp_path, monkeypatch, where):
+    run(assets, tmp_path / "whole")
+    out, original = tmp_path / "out", shard_folder.write_shard
+    if where == "worker":
+        (assets / "full").touch()  # the stand-in answers "no space" while this file is there
+    else:
+
+        def fail(folder, name, *args):
+            if name == "train-000001.tar":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(folder, name, *args)
+
+        monkeypatch.setattr(shard_folder, "write_shard", fail)
+    with pytest.raises(FolderError, match=r"free disk space .* goes on where it was"):
+        run(assets, out)
+    assert not (out / "manifest.json").exists()
+    if where == "worker":
+        (assets / "full").unlink()
+    else:
+        monkeypatch.setattr(shard_folder, "write_shard", original)
+    run(assets, out)
+    assert tars(out) == tars(tmp_path / "whole")
+
+
+def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(shard_folder, "LOCK_PATIENCE_S", 0.2)
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FolderError, match="expected no other rendering at work there, found one"):
+            run(assets, out)
+
+
+def test_blender_that_does_not_start_is_one_clear_error(assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "raise SystemExit('no bpy')"))
+    with pytest.raises(
+        WorkerError, match=r"(?s)expected Blender to start .* no bpy.*run `make .venv-render`"
+    ):
+        run(assets, tmp_path / "out")
+
+
+def test_errors_reach_the_user_as_one_line_and_a_status(tmp_path, capsys):
+    assert main(["render", "--assets", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("error: expected glb, gltf, obj, ply, fbx files in ")
+    with pytest.raises(SystemExit):
+        main(["render", "--views", "0"])
+    assert "expected a number from 1 to 999, found 0" in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""The shard format, written as rendering writes it and read as others read it; no Blender."""
+
+import dataclasses
+import gc
+import io
+import json
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_tools.views import PRESETS, draw_cameras
+from lrm_pl.data.manifest import Manifest, ShardError, read_index, read_manifest, write_manifest, write_shard
+from lrm_pl.data.schema import (
+    Sample,
+    SampleError,
+    SampleInfo,
+    check_sample,
+    decode_image,
+    decode_sample,
+    encode_image,
+    encode_sample,
+)
+
+VIEWS = 3
+
+
+def make_sample(key="chair", views=VIEWS):
+    cameras = draw_cameras(PRESETS["frame"], views, np.random.default_rng(1))
+    rgba = np.arange(views * 8 * 8 * 4, dtype=np.uint32).reshape(views, 8, 8, 4).astype(np.uint8)
+    info = SampleInfo(key, "Chair", "CC0-1.0", "Ann", "library", 7, "blender", views)
+    return Sample(info, cameras.c2w, cameras.fxfycxcy, tuple(encode_image(image) for image in rgba))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    keys = ("bed", "chair")
+    shard = write_shard(
+        tmp_path, "train-000000.tar", "train", [(key, encode_sample(make_sample(key))) for key in keys]
+    )
+    write_manifest(tmp_path, Manifest((shard,), VIEWS, 0, {"preset": "frame"}))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_plain_webdataset_reads_the_shards(folder):
+    expected = make_sample("bed")
+    found = list(webdataset.WebDataset(str(folder / "train-000000.tar"), shardshuffle=False).decode("rgba8"))
+    assert [sample["__key__"] for sample in found] == ["bed", "chair"]
+    assert found[0]["json"]["name"] == "Chair"
+    np.testing.assert_array_equal(found[0]["c2w.npy"], expected.c2w)
+    np.testing.assert_array_equal(found[0]["fxfycxcy.npy"], expected.fxfycxcy)
+    np.testing.assert_array_equal(found[0]["view_002.png"], decode_image("bed", expected.views[2]))
+    gc.collect()  # webdataset leaves the tar open: let that warning come here, where it is ignored
+
+
+def test_a_sample_comes_back_by_its_offsets_and_equal_samples_are_equal_bytes(folder, tmp_path):
+    manifest = read_manifest(folder)
+    raw = (folder / "train-000000.tar").read_bytes()
+    members = read_index(folder, manifest.shards[0])["chair"]
+    found = decode_sample("chair", {name: raw[at : at + size] for name, (at, size) in members.items()})
+    expected = make_sample("chair")
+    assert found.info == expected.info
+    assert found.views == expected.views
+    np.testing.assert_array_equal(found.c2w, expected.c2w)
+    again = tmp_path / "again"
+    again.mkdir()
+    samples = [(key, encode_sample(make_sample(key))) for key in ("bed", "chair")]
+    assert write_shard(again, "train-000000.tar", "train", samples) == manifest.shards[0]
+    assert (again / "train-000000.tar").read_bytes() == raw
+
+
+def test_a_truncated_shard_is_named_with_both_sizes(folder):
+    tar = folder / "train-000000.tar"
+    size = tar.stat().st_size
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(ShardError, match=rf"train-000000.tar: expected {size} bytes, found {size - 512}"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.index.json"])
+def test_a_missing_shard_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ShardError, match=f"expected the shard file .*{name}, found none"):
+        read_manifest(folder)
+
+
+def test_a_folder_without_manifest_is_not_finished(tmp_path):
+    with pytest.raises(ShardError, match=r"found no manifest.json; run `make render-shards"):
+        read_manifest(tmp_path)
+
+
+def test_unknown_schema_versions_are_refused_by_number(folder):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
+    with pytest.raises(ShardError, match="expected schema version 1, found 99"):
+        read_manifest(folder)
+    members = encode_sample(make_sample())
+    members["json"] = json.dumps(json.loads(members["json"]) | {"schema_version": 99}).encode()
+    with pytest.raises(SampleError, match="expected schema version 1, found 99"):
+        decode_sample("chair", members)
+
+
+@pytest.mark.parametrize("fault", ["scaled", "mirrored", "last row", "nan"])
+def test_a_camera_that_is_not_rigid_is_refused(fault):
+    sample = make_sample()
+    c2w = sample.c2w.copy()
+    if fault == "scaled":
+        c2w[1, :3, :3] *= 1.001
+    elif fault == "mirrored":
+        c2w[1, :3, 0] *= -1
+    elif fault == "last row":
+        c2w[1, 3, 0] = 0.01
+    else:
+        c2w[1, 0, 0] = np.nan
+    with pytest.raises(SampleError, match="'chair': expected rigid poses"):
+        check_sample(dataclasses.replace(sample, c2w=c2w))
+
+
+def test_differing_numbers_of_views_are_refused():
+    sample = make_sample()
+    with pytest.raises(SampleError, match="expected 3 views, found 2"):
+        check_sample(dataclasses.replace(sample, views=sample.views[:2]))
+    with pytest.raises(SampleError, match=r"expected c2w of shape \(3, 4, 4\)"):
+        check_sample(dataclasses.replace(sample, c2w=sample.c2w[:2]))
+    members = encode_sample(sample)
+    with pytest.raises(SampleError, match=r"view_002\.png is missing"):
+        decode_sample("chair", {name: data for name, data in members.items() if name != "view_002.png"})
+    with pytest.raises(SampleError, match=r"found also \['view_003.png'\]"):
+        decode_sample("chair", members | {"view_003.png": sample.views[0]})
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_an_image_that_is_not_rgba_is_refused(mode):
+    buffer = io.BytesIO()
+    Image.new(mode, (8, 8)).save(buffer, format="PNG")
+    with pytest.raises(SampleError, match=f"expected RGBA views, found mode {mode}; render with alpha"):
+        decode_image("chair", buffer.getvalue())
+
+
+def test_bytes_that_are_no_image_are_refused():
+    with pytest.raises(SampleError, match="expected a PNG or WebP view, found 7 bytes"):
+        decode_image("chair", b"garbage")
+    with pytest.raises(SampleError, match="expected a PNG or WebP view"):
+        decode_image("chair", make_sample().views[0][:60])
