@@ -28,7 +28,7 @@ class PerceptualLoss:
     It is a plain object, not an ``nn.Module``: its owner keeps it as an attribute, so nothing wraps, casts,
     saves, averages or trains it; the owner also moves it (``to``).
 
-    The network runs under the caller's autocast, channels last, and the distance in float32. 16 images of 64 x 64
+    The network runs under the caller's autocast, channels last, the distance in float32. 16 images, 64 px,
     with VGG, forward and backward, 2 CPU cores: 0.35 s in bf16, 0.65 s in fp32. Channels first takes a third
     more processor time in fp32 and half as much again in bf16.
 
