@@ -29,6 +29,7 @@ from data_tools.shard_folder import (
     locked,
     no_space_message,
     read_failures,
+    shard_ids,
     write_failures,
     write_planned_shard,
 )
@@ -61,13 +62,13 @@ def render(
     check_settings(out, settings, assets)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) as lock:
+        manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
         clear_leftovers(out)
         failures = read_failures(out)
         finished = finished_ids(out, plan, set(failures))
         by_id = {asset.id: asset for asset in assets}
         pending = [by_id[key] for shard in plan for key in shard.ids if key not in finished | set(failures)]
-        if not pending and (out / MANIFEST_NAME).is_file():
-            manifest = read_manifest(out)
+        if not pending and manifest is not None:
             shutil.rmtree(out / PARTS_NAME)
             print(f"Nothing to render: all {len(assets)} objects of {assets_folder} are finished.")
             _print_summary(out, manifest, time.monotonic() - start, rendered=0)
@@ -112,7 +113,7 @@ def _render_pending(
     """Render the pending assets, write each shard as it becomes complete; returns the objects made."""
     left = {shard.name: {asset.id for asset in pending} & set(shard.ids) for shard in plan}
     for shard in plan:
-        if not left[shard.name] and find_shard(pool.out, shard) is None:
+        if not left[shard.name] and shard_ids(pool.out, shard) is None:
             write_planned_shard(pool.out, shard)
     if not pending:
         return 0

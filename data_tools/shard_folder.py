@@ -97,17 +97,27 @@ def find_shard(folder: Path, planned: PlannedShard) -> Shard | None:
     Raises:
         lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
     """
+    ids = shard_ids(folder, planned)
+    if ids is None:
+        return None
+    tar = folder / planned.name
+    with open(tar, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(planned.name, planned.split, len(ids), tar.stat().st_size, sha256)
+
+
+def shard_ids(folder: Path, planned: PlannedShard) -> tuple[str, ...] | None:
+    """List the objects of a shard that is on disk, without reading the tar; None where there is no shard.
+
+    Raises:
+        lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
+    """
     tar = folder / planned.name
     index = folder / (tar.stem + ".index.json")
     if not tar.is_file() or not index.is_file():
         return None
-    with open(tar, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    shard = Shard(
-        planned.name, planned.split, len(json.loads(index.read_bytes())), tar.stat().st_size, sha256
-    )
-    read_index(folder, shard)
-    return shard
+    count = len(json.loads(index.read_bytes()))
+    return tuple(read_index(folder, Shard(planned.name, planned.split, count, tar.stat().st_size, "")))
 
 
 def finished_ids(folder: Path, plan: tuple[PlannedShard, ...], failed: set[str]) -> set[str]:
@@ -118,17 +128,16 @@ def finished_ids(folder: Path, plan: tuple[PlannedShard, ...], failed: set[str])
     """
     done = parts(folder)
     for planned in plan:
-        shard = find_shard(folder, planned)
-        if shard is None:
+        ids = shard_ids(folder, planned)
+        if ids is None:
             continue
-        ids = set(read_index(folder, shard))
-        if ids | failed >= set(planned.ids):
+        if set(ids) | failed >= set(planned.ids):
             _drop_parts(folder, planned)
         else:
             for key, members in _read_tar(folder / planned.name):
                 write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, members)])
             (folder / planned.name).unlink()
-        done |= ids
+        done |= set(ids)
     return done
 
 

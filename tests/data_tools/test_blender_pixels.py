@@ -1,4 +1,4 @@
-"""Real renders of known meshes, read back from their shards: cameras to a fraction of a pixel, colours, bad assets."""
+"""Real renders of known meshes, read back from their shards: cameras, colours, bad assets."""
 
 import itertools
 import json
@@ -21,6 +21,17 @@ SIGNS = np.array(list(itertools.product((-1, 1), repeat=3)))
 COLOURS = np.where(SIGNS > 0, 0.9, 0.1)
 
 
+def write_ply(path, vertices, faces, colour):
+    """Write a PLY whose vertices all have one 8-bit colour, as scans have."""
+    lines = ["ply", "format ascii 1.0", f"element vertex {len(vertices)}"]
+    lines += [f"property float {name}" for name in "xyz"]
+    lines += [f"property uchar {name}" for name in ("red", "green", "blue")]
+    lines += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
+    lines += [" ".join(map(str, [*vertex, *colour])) for vertex in vertices]
+    lines += [" ".join(map(str, [len(face), *face])) for face in faces]
+    path.write_text("\n".join(lines) + "\n")
+
+
 def write_bad_assets(folder):
     """Write assets that cannot be rendered, next to the good ones."""
     (folder / "garbage.glb").write_bytes(b"glTF" + bytes(range(200)))
@@ -41,6 +52,7 @@ def rendered(render_command, tmp_path_factory):
     plane, _ = box((0, 0, 0), (1, 1, 0))
     colour = np.array(PLANE_SRGB) / 255
     write_gltf(assets / "plane.gltf", [(plane[[0, 2, 6, 4]], [(0, 1, 2), (0, 2, 3)], colour, 1.0)])
+    write_ply(assets / "scan.ply", plane[[0, 2, 6, 4]], [(0, 1, 2, 3)], PLANE_SRGB)
     marks = [
         (*box(CORNER * sign, [MARK] * 3), colour, 1.0) for sign, colour in zip(SIGNS, COLOURS, strict=True)
     ]
@@ -70,7 +82,7 @@ def read(rendered):
 
 
 def project(points, c2w, fxfycxcy):
-    """Project (n, 3) world points to (n, 2) pixel positions (x, y); pixel (row i, column j) has its centre at +0.5."""
+    """Project (n, 3) world points to (n, 2) pixels (x, y); pixel (row i, column j) has its centre at +0.5."""
     camera = (points - c2w[:3, 3]) @ c2w[:3, :3]
     assert (camera[:, 2] > 0).all()
     return (camera[:, :2] / camera[:, 2:] * fxfycxcy[:2] + fxfycxcy[2:]) * RESOLUTION
@@ -106,8 +118,9 @@ def test_projected_corners_of_a_cube_fall_where_blender_put_them(read):
     assert max(errors) < 0.25  # half a pixel is the promise; a shift by half a pixel must not slip through
 
 
-def test_a_matt_plane_comes_back_in_its_own_colour(read):
-    sample, views = read("plane")
+@pytest.mark.parametrize("key", ["plane", "scan"])
+def test_a_matt_plane_comes_back_in_its_own_colour(read, key):
+    sample, views = read(key)
     seen = 0
     for c2w, rgba in zip(sample.c2w, views, strict=True):
         inside = rgba[..., 3] == 1
@@ -134,5 +147,5 @@ def test_bad_assets_are_left_out_with_their_reasons(rendered):
     assert reasons["untextured"].endswith("absent.png, found no readable image")
     assert reasons["invisible"] == "renders to nothing: all 6 views are transparent"
     assert read_manifest(out).failures == 4
-    assert "objects        2 (2 train, 0 held out)" in done.stdout
+    assert "objects        3 (3 train, 0 held out)" in done.stdout
     assert "left out       4, see" in done.stdout

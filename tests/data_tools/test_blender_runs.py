@@ -1,4 +1,4 @@
-"""Real runs over demo objects: the same bytes in every order and number of processes, and after every interruption."""
+"""Real runs over demo objects: the same bytes in every order, at every width, after every interruption."""
 
 import os
 import shutil

@@ -16,7 +16,7 @@ from data_tools.__main__ import main
 from data_tools.settings import RenderSettings, SettingsError
 from data_tools.shard_folder import FolderError
 from data_tools.workers import WorkerError
-from lrm_pl.data.manifest import read_index, read_manifest
+from lrm_pl.data.manifest import ShardError, read_index, read_manifest
 
 STAND_IN = Path(__file__).with_name("stand_in_worker.py")
 SETTINGS = RenderSettings(
@@ -172,6 +172,22 @@ def test_a_lost_shard_is_made_again_and_half_written_files_are_never_taken_for_w
     run(assets, out)
     assert tars(out) == expected
     assert not list(out.rglob("*.partial"))
+
+
+def test_a_damaged_shard_is_named_with_the_remedy(assets, tmp_path):
+    out = tmp_path / "out"
+    run(assets, out)
+    tar = out / "train-000000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-1024])
+    with pytest.raises(
+        ShardError, match=rf"expected {len(whole)} bytes, found {len(whole) - 1024}: .*delete it"
+    ):
+        run(assets, out)
+    tar.unlink()
+    (out / "manifest.json").unlink()
+    run(assets, out)
+    assert tar.read_bytes() == whole
 
 
 def test_too_little_space_is_said_before_anything_is_rendered(assets, tmp_path, monkeypatch):
