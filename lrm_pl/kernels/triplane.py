@@ -60,22 +60,17 @@ def triplane_sample(
     )
 
 
-def gradient_buffer(planes: Float[Tensor, "P S S C"]) -> Float[Tensor, "T P S S C"]:
-    """Make zeros that ``accumulate_gradient`` adds into: one private plane a thread on a CPU, one on a GPU."""
-    return planes.new_zeros((_threads(planes), *planes.shape))
-
-
 def accumulate_gradient(
-    buffer: Float[Tensor, "T P S S C"],
+    total: Float[Tensor, "P S S C"],
     points: Float[Tensor, "Q 3"],
     grad: Float[Tensor, "Q G"],
     axes: Axes,
     reduce: Reduce,
 ) -> None:
-    """Add the gradient of ``triplane_sample`` to ``buffer`` in place; its sum over T is the planes' gradient."""
-    if buffer.device.type == "cpu":
+    """Add the planes' gradient of ``triplane_sample`` to ``total`` in place."""
+    if total.device.type == "cpu":
         triplane_numba.accumulate(
-            buffer.numpy(),
+            total.numpy(),
             points.contiguous().numpy(),
             np.array(axes, dtype=np.int64),
             reduce == "concat",
@@ -83,9 +78,9 @@ def accumulate_gradient(
         )
         return
     with torch.enable_grad():
-        planes = torch.zeros_like(buffer[0]).requires_grad_()
+        planes = torch.zeros_like(total).requires_grad_()
         sampled = triplane_sample_plain(planes, points, axes, reduce)
-    buffer[0] += torch.autograd.grad(sampled, planes, grad.float())[0]
+    total += torch.autograd.grad(sampled, planes, grad.float())[0]
 
 
 @torch.library.custom_op("lrm_pl::triplane_sample", mutates_args=())
@@ -99,7 +94,6 @@ def _op(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor
         points.detach().numpy(),
         np.array(pairs, dtype=np.int64),
         concat,
-        _threads(planes),
         out.numpy(),
     )
     return out
@@ -113,9 +107,9 @@ def _(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor:
 @torch.library.custom_op("lrm_pl::triplane_sample_backward", mutates_args=())
 def _backward_op(grad: Tensor, planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor:
     pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
-    buffer = gradient_buffer(planes)
-    accumulate_gradient(buffer, points, grad, pairs, "concat" if concat else "sum")
-    return buffer.sum(dim=0)
+    total = torch.zeros_like(planes)
+    accumulate_gradient(total, points, grad, pairs, "concat" if concat else "sum")
+    return total
 
 
 @_backward_op.register_fake
@@ -144,7 +138,3 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _threads(planes: Tensor) -> int:
-    return torch.get_num_threads() if planes.device.type == "cpu" else 1

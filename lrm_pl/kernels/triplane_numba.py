@@ -3,8 +3,8 @@
 No PyTorch operator is good at this access pattern (four scattered reads of C contiguous floats a plane and point):
 this body is about ten times faster than ``grid_sample`` forward + backward on two cores.
 
-Threads take static, contiguous chunks of the points, and each adds gradients into a plane of its own; the caller
-sums these in a fixed order. So runs repeat bit for bit for a given number of threads.
+They run on the calling thread and release the GIL: whoever wants more threads gives each its own points, and its own
+gradient to add into (``lrm_pl.rendering.deferred`` does), so that runs repeat bit for bit.
 """
 
 import numba
@@ -32,10 +32,8 @@ def _tap(position: float, size: int) -> tuple[int, int, float, float]:
     return low, high, low_weight, high_weight
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[misc]
-def sample(
-    planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, threads: int, out: Floats
-) -> None:
+@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[misc]
+def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, out: Floats) -> None:
     """Fill ``out`` (Q, C), the sum over planes, or (Q, P C), their concatenation.
 
     Args:
@@ -43,55 +41,48 @@ def sample(
         points: (Q, 3) in [-1, 1]; zeros are read outside.
         axes: (P, 2) column axis and row axis of each plane.
         concat: Concatenate instead of summing.
-        threads: Number of static chunks.
         out: Result, overwritten.
     """
-    count, side, channels = points.shape[0], planes.shape[1], planes.shape[3]
-    step = (count + threads - 1) // threads
-    for thread in numba.prange(threads):
-        for q in range(thread * step, min(count, (thread + 1) * step)):
-            out[q, :] = 0
-            for p in range(planes.shape[0]):
-                x0, x1, wx0, wx1 = _tap(points[q, axes[p, 0]], side)
-                y0, y1, wy0, wy1 = _tap(points[q, axes[p, 1]], side)
-                w00, w01, w10, w11 = wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
-                offset = p * channels if concat else 0
-                for c in range(channels):
-                    out[q, offset + c] += (
-                        w00 * planes[p, y0, x0, c]
-                        + w01 * planes[p, y0, x1, c]
-                        + w10 * planes[p, y1, x0, c]
-                        + w11 * planes[p, y1, x1, c]
-                    )
+    side, channels = planes.shape[1], planes.shape[3]
+    for q in range(points.shape[0]):
+        out[q, :] = 0
+        for p in range(planes.shape[0]):
+            x0, x1, wx0, wx1 = _tap(points[q, axes[p, 0]], side)
+            y0, y1, wy0, wy1 = _tap(points[q, axes[p, 1]], side)
+            w00, w01, w10, w11 = wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
+            offset = p * channels if concat else 0
+            for c in range(channels):
+                out[q, offset + c] += (
+                    w00 * planes[p, y0, x0, c]
+                    + w01 * planes[p, y0, x1, c]
+                    + w10 * planes[p, y1, x0, c]
+                    + w11 * planes[p, y1, x1, c]
+                )
 
 
-@numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[misc]
+@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[misc]
 def accumulate(
     grad_planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, grad: Floats
 ) -> None:
-    """Add the gradient of ``sample`` into one private plane a thread.
+    """Add the gradient of ``sample`` with respect to the planes.
 
     Args:
-        grad_planes: (threads, P, S, S, C), added to in place.
+        grad_planes: (P, S, S, C), added to in place.
         points: (Q, 3).
         axes: (P, 2).
         concat: As in ``sample``.
         grad: (Q, C) or (Q, P C), gradient of the output.
     """
-    threads, side, channels = grad_planes.shape[0], grad_planes.shape[2], grad_planes.shape[4]
-    count = points.shape[0]
-    step = (count + threads - 1) // threads
-    for thread in numba.prange(threads):
-        mine = grad_planes[thread]
-        for q in range(thread * step, min(count, (thread + 1) * step)):
-            for p in range(mine.shape[0]):
-                x0, x1, wx0, wx1 = _tap(points[q, axes[p, 0]], side)
-                y0, y1, wy0, wy1 = _tap(points[q, axes[p, 1]], side)
-                w00, w01, w10, w11 = wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
-                offset = p * channels if concat else 0
-                for c in range(channels):
-                    g = grad[q, offset + c]
-                    mine[p, y0, x0, c] += w00 * g
-                    mine[p, y0, x1, c] += w01 * g
-                    mine[p, y1, x0, c] += w10 * g
-                    mine[p, y1, x1, c] += w11 * g
+    side, channels = grad_planes.shape[1], grad_planes.shape[3]
+    for q in range(points.shape[0]):
+        for p in range(grad_planes.shape[0]):
+            x0, x1, wx0, wx1 = _tap(points[q, axes[p, 0]], side)
+            y0, y1, wy0, wy1 = _tap(points[q, axes[p, 1]], side)
+            w00, w01, w10, w11 = wy0 * wx0, wy0 * wx1, wy1 * wx0, wy1 * wx1
+            offset = p * channels if concat else 0
+            for c in range(channels):
+                g = grad[q, offset + c]
+                grad_planes[p, y0, x0, c] += w00 * g
+                grad_planes[p, y0, x1, c] += w01 * g
+                grad_planes[p, y1, x0, c] += w10 * g
+                grad_planes[p, y1, x1, c] += w11 * g

@@ -11,7 +11,6 @@ from lrm_pl.kernels.triplane import (
     Axes,
     Reduce,
     accumulate_gradient,
-    gradient_buffer,
     triplane_sample,
 )
 
@@ -52,15 +51,11 @@ class TriplaneField:
         """Read features of one object."""
         return triplane_sample(planes, points, self.axes, self.reduce)
 
-    def gradient_buffer(self, planes: Float[Tensor, "3 S S C"]) -> Float[Tensor, "T 3 S S C"]:
-        """Make zeros to accumulate the gradient of one object's planes in."""
-        return gradient_buffer(planes)
-
     def accumulate(
-        self, buffer: Float[Tensor, "T 3 S S C"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
+        self, total: Float[Tensor, "3 S S C"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
     ) -> None:
         """Add the gradient of ``sample`` in place."""
-        accumulate_gradient(buffer, points, grad, self.axes, self.reduce)
+        accumulate_gradient(total, points, grad, self.axes, self.reduce)
 
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]

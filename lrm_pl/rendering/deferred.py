@@ -6,7 +6,8 @@ the rendered area, chunks fit the cache, and DDP, FSDP2, DeepSpeed and accumulat
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def render_plain(
 
 
 class _Rays:
-    """The rays of a call, and the walk over them in chunks that fit the cache; holds no graph."""
+    """The rays of a call, and their walk in chunks that fit the cache; holds no graph."""
 
     def __init__(
         self,
@@ -84,17 +85,38 @@ class _Rays:
         rays_per_chunk: int,
     ) -> None:
         self.origins, self.directions, self.near, self.far = origins, directions, near, far
-        self.jitter, self.samples, self.rays_per_chunk = jitter, samples, rays_per_chunk
-        self.hits = [row.nonzero().squeeze(-1) for row in far > near]  # one list of ray numbers an object
+        self.jitter, self.samples = jitter, samples
+        hits = far > near
+        self.chunks = [
+            row.nonzero().squeeze(-1).split(rays_per_chunk) for row in hits
+        ]  # ray numbers, by object
+        # On a CPU each thread takes whole chunks of its own: their tensors are too small to share among threads.
+        self.threads = torch.get_num_threads() if near.device.type == "cpu" else 1
 
-    def chunks(self, index: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Yield (ray numbers, points (r K, 3), t (r, K), delta (r)) of the rays of an object that hit its bounds."""
-        for rays in self.hits[index].split(self.rays_per_chunk):
-            jitter = None if self.jitter is None else self.jitter[index, rays]
-            t, delta = stratified(self.near[index, rays], self.far[index, rays], self.samples, jitter)
-            directions = self.directions[index, rays].unsqueeze(-2)
-            points = torch.addcmul(self.origins[index, rays].unsqueeze(-2), directions, t.unsqueeze(-1))
-            yield rays, points.view(-1, 3), t, delta
+    def points(self, index: int, rays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sample points (r K, 3), t (r, K) and bin lengths (r) of some rays of an object."""
+        jitter = None if self.jitter is None else self.jitter[index, rays]
+        t, delta = stratified(self.near[index, rays], self.far[index, rays], self.samples, jitter)
+        directions = self.directions[index, rays].unsqueeze(-2)
+        points = torch.addcmul(self.origins[index, rays].unsqueeze(-2), directions, t.unsqueeze(-1))
+        return points.view(-1, 3), t, delta
+
+    def for_each_chunk(self, index: int, work: Callable[[int, Tensor], None]) -> None:
+        """Call ``work(thread, rays)`` for every chunk of an object; thread k takes the chunks k, k + T, ..."""
+        if self.threads == 1:
+            for rays in self.chunks[index]:
+                work(0, rays)
+            return
+
+        def run(thread: int) -> None:
+            torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
+            with autocast(), torch.set_grad_enabled(False):
+                for rays in self.chunks[index][thread :: self.threads]:
+                    work(thread, rays)
+
+        autocast = _autocast_state(self.near.device.type)
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(run, range(self.threads)))
 
 
 class _Deferred(torch.autograd.Function):
@@ -106,41 +128,57 @@ class _Deferred(torch.autograd.Function):
         shape = rays.near.shape
         rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
         for index in range(shape[0]):
-            for numbers, points, t, delta in rays.chunks(index):
+
+            def render(_: int, numbers: Tensor, index: int = index) -> None:
+                points, t, delta = rays.points(index, numbers)
                 density, colour = field.decode(field.sample(planes[index], points), weights)
                 pixels = composite(density.view(t.shape), colour.view(*t.shape, 3), t, delta)
                 rgb[index, numbers], opacity[index, numbers] = pixels.rgb, pixels.opacity
                 depth[index, numbers] = pixels.depth
+
+            rays.for_each_chunk(index, render)
         return rgb, opacity, depth
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         field, rays = ctx.field, ctx.rays
-        planes, *weights = (tensor.detach() for tensor in ctx.saved_tensors)
-        weights = [weight.requires_grad_() for weight in weights]
+        planes, *saved = (tensor.detach() for tensor in ctx.saved_tensors)
         plane_grad = torch.zeros_like(planes)
-        weight_grads = [torch.zeros_like(weight) for weight in weights]
+        # One set of leaves and of sums a thread; they are added up in a fixed order, so runs repeat bit for bit.
+        weights = [[w.detach().requires_grad_() for w in saved] for _ in range(rays.threads)]
+        weight_grads = [[torch.zeros_like(w) for w in saved] for _ in range(rays.threads)]
         with ctx.autocast():
             for index in range(planes.shape[0]):
-                buffer = field.gradient_buffer(planes[index])
-                for numbers, points, t, delta in rays.chunks(index):
+                totals = [torch.zeros_like(planes[index]) for _ in range(rays.threads)]
+
+                def differentiate(
+                    thread: int, numbers: Tensor, index: int = index, totals: list[Tensor] = totals
+                ) -> None:
+                    points, t, delta = rays.points(index, numbers)
                     features = field.sample(planes[index], points).requires_grad_()
                     with torch.enable_grad():
-                        density, colour = field.decode(features, tuple(weights))
+                        density, colour = field.decode(features, tuple(weights[thread]))
                         pixels = composite(density.view(t.shape), colour.view(*t.shape, 3), t, delta)
                     chunk_grads = torch.autograd.grad(
                         (pixels.rgb, pixels.opacity, pixels.depth),
-                        (features, *weights),
+                        (features, *weights[thread]),
                         [grad[index, numbers] for grad in grads],
                     )
-                    field.accumulate(buffer, points, chunk_grads[0])
-                    for total, part in zip(weight_grads, chunk_grads[1:], strict=True):
+                    field.accumulate(totals[thread], points, chunk_grads[0])
+                    for total, part in zip(weight_grads[thread], chunk_grads[1:], strict=True):
                         total += part
-                torch.sum(buffer, dim=0, out=plane_grad[index])
-        return None, None, plane_grad, *weight_grads
+
+                rays.for_each_chunk(index, differentiate)
+                plane_grad[index] = sum(totals[1:], start=totals[0])
+        return (
+            None,
+            None,
+            plane_grad,
+            *(sum(parts[1:], start=parts[0]) for parts in zip(*weight_grads, strict=True)),
+        )
 
 
-def _autocast_state(device: str) -> Any:  # noqa: ANN401
-    """Remember the autocast state of now, to enter it again in backward."""
+def _autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """Remember the autocast state of now, to enter it again in backward and in other threads."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype, enabled=True) if enabled else contextlib.nullcontext()

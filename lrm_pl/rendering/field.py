@@ -24,13 +24,10 @@ class Field(Protocol):
     def sample(self, planes: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
         """Read features of one object at points."""
 
-    def gradient_buffer(self, planes: Float[Tensor, "*plane"]) -> Float[Tensor, "T *plane"]:
-        """Make zeros whose sum over T will be the gradient of one object's planes."""
-
     def accumulate(
-        self, buffer: Float[Tensor, "T *plane"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
+        self, total: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
     ) -> None:
-        """Add the gradient of ``sample`` to the buffer in place."""
+        """Add the planes' gradient of ``sample`` to ``total`` in place."""
 
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]

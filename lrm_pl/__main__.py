@@ -1,0 +1,37 @@
+"""``lrm <command>``: one table of commands, each imported when it is used."""
+
+import importlib
+import sys
+
+#: command -> (module:function, what it does)
+COMMANDS = {
+    "fit": ("lrm_pl.apps.train:main", "train a model: lrm fit -c configs/experiment/demo.yaml"),
+    "validate": (
+        "lrm_pl.apps.train:main",
+        "measure a checkpoint: lrm validate -c RUN/config.yaml --ckpt_path X",
+    ),
+    "test": ("lrm_pl.apps.train:main", "as validate, under the names of a test"),
+}
+
+
+def main() -> None:
+    """Dispatch to the command named first on the command line."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+        sys.stdout.write(
+            "usage: lrm COMMAND ...\n\n" + "\n".join(lines) + "\n\n`lrm COMMAND --help` says more.\n"
+        )
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] not in COMMANDS:
+        sys.stderr.write(
+            f"lrm: expected one of {', '.join(COMMANDS)}, found {arguments[0]!r}; try lrm --help\n"
+        )
+        raise SystemExit(2)
+    module, function = COMMANDS[arguments[0]][0].split(":")
+    getattr(importlib.import_module(module), function)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Programs: what the commands of ``lrm`` run. Only these print."""

@@ -1,0 +1,100 @@
+"""What ``lrm fit`` ends with: metrics beside simple baselines, a picture grid, and what to type next."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from lrm_pl.callbacks.view_logger import view_row, write_png
+from lrm_pl.data.batch import Batch
+from lrm_pl.data.datamodule import EVALUATION_SETS, ShardDataModule
+from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.metrics import ImageMetrics, ImageMetricsResult
+from lrm_pl.training.module import LRMModule
+
+TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Metrics of the model and of the baselines on one evaluation set.
+
+    Attributes:
+        rows: Name of what was measured -> its metrics; "model" and the baselines.
+        grid: (3, H, W) picture: input | target | render | opacity | depth, a row an object.
+    """
+
+    rows: dict[str, ImageMetricsResult]
+    grid: Float[Tensor, "3 H W"]
+
+
+def print_report(
+    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, perceptual: PerceptualLoss, objects: int = 8
+) -> None:
+    """Measure the trained model on both evaluation sets, and print the results and what to do with them."""
+    console = Console()
+    folder = Path(trainer.log_dir or ".")
+    mean_image = data.mean_training_image()
+    for name in EVALUATION_SETS:
+        loader = data.evaluation_loader(name)
+        if not len(loader):
+            console.print(f"No {TITLES[name]} in {data.folder}: nothing to measure there.")
+            continue
+        report = measure(
+            module, track(loader, f"Measuring {name}", console=console), perceptual, mean_image, objects
+        )
+        table = Table(title=f"{TITLES[name]}, {report.rows['model'].images} images", title_justify="left")
+        for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
+            table.add_column(column, justify="left" if not column else "right")
+        for row, result in report.rows.items():
+            numbers = [
+                f"{result.psnr:.2f}",
+                f"{result.psnr_pooled:.2f}",
+                f"{result.ssim:.3f}",
+                f"{result.lpips:.3f}",
+            ]
+            table.add_row(row, *numbers)
+        console.print(table)
+        path = folder / f"{name}.png"
+        write_png(path, report.grid)
+        console.print(f"Pictures (input | target | render | opacity | depth): {path}", soft_wrap=True)
+    checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
+    console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
+    console.print(f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True)
+
+
+@torch.inference_mode()
+def measure(
+    module: LRMModule,
+    batches: Iterable[Batch],
+    perceptual: PerceptualLoss,
+    mean_image: Float[Tensor, "3 H W"],
+    objects: int,
+) -> Report:
+    """Render an evaluation set in float32 and measure it, with the baselines beside it."""
+    module.eval()
+    baselines: dict[str, Callable[[Batch], Tensor]] = {
+        "white image": lambda batch: torch.ones_like(batch.target.images),
+        "mean training image": lambda batch: mean_image.to(batch.target.images).expand_as(
+            batch.target.images
+        ),
+        "input view repeated": lambda batch: batch.input.images.expand_as(batch.target.images),
+    }
+    metrics = {name: ImageMetrics(perceptual).to(module.device) for name in ("model", *baselines)}
+    rows: list[Tensor] = []
+    for cpu_batch in batches:
+        batch = cpu_batch.to(module.device)
+        prediction = module.validation_step(batch, 0)
+        images = {"model": prediction.images, **{name: make(batch) for name, make in baselines.items()}}
+        for name, image in images.items():
+            metrics[name].update(image.flatten(0, 1), batch.target.images.flatten(0, 1))
+        if len(rows) < objects:
+            rows.append(view_row(prediction, batch, 0).cpu())
+    return Report({name: metric.compute() for name, metric in metrics.items()}, torch.cat(rows, dim=1))

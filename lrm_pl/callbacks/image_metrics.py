@@ -1,0 +1,79 @@
+"""PSNR, SSIM and LPIPS over the validation sets, by torchmetrics, so that they add up over ranks."""
+
+from typing import Any
+
+import lightning as L
+
+from lrm_pl.data.batch import Batch
+from lrm_pl.data.datamodule import EVALUATION_SETS
+from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.metrics import ImageMetrics
+from lrm_pl.training.module import Prediction
+
+
+class ImageMetricsLogger(L.Callback):
+    """Log ``val/<set>/{psnr,psnr_pooled,ssim,lpips}`` for the sets "unseen" and "heldout"."""
+
+    def __init__(self) -> None:
+        self.perceptual: PerceptualLoss | None = None
+        self.metrics: dict[str, ImageMetrics] = {}
+
+    def _begin(self, module: L.LightningModule) -> None:
+        if self.perceptual is not None:
+            self.perceptual.to(module.device)
+        self.metrics = {name: ImageMetrics(self.perceptual).to(module.device) for name in EVALUATION_SETS}
+
+    def _update(self, prediction: Prediction, batch: Batch, loader: int) -> None:
+        self.metrics[EVALUATION_SETS[loader]].update(
+            prediction.images.flatten(0, 1).float(), batch.target.images.flatten(0, 1).float()
+        )
+
+    def _end(self, module: L.LightningModule) -> None:
+        for name, metric in self.metrics.items():
+            if not metric.update_called:
+                continue  # no held-out objects
+            result = metric.compute()
+            for key in ("psnr", "psnr_pooled", "ssim", "lpips"):
+                value = getattr(result, key)
+                if value is not None:
+                    module.log(f"val/{name}/{key}", value, prog_bar=key == "psnr_pooled", sync_dist=False)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from nothing."""
+        self._begin(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in one batch."""
+        self._update(outputs, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the means."""
+        self._end(pl_module)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from nothing."""
+        self._begin(pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in one batch."""
+        self._update(outputs, batch, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the means."""
+        self._end(pl_module)

@@ -1,0 +1,84 @@
+"""Pictures of a run: input | target | render | opacity | depth, on fixed views, whole images, never crops."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor
+
+from lrm_pl.data.batch import Batch
+from lrm_pl.data.datamodule import EVALUATION_SETS
+from lrm_pl.training.module import Prediction
+
+
+class ViewLogger(L.Callback):
+    """Write a picture grid of the first objects of each validation set to TensorBoard and to a PNG.
+
+    Args:
+        objects: Objects a set that are shown, one row each.
+    """
+
+    def __init__(self, objects: int = 4) -> None:
+        self.objects = objects
+        self._rows: dict[str, list[Tensor]] = {}
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the last pictures."""
+        self._rows = {name: [] for name in EVALUATION_SETS}
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the rows of the first objects."""
+        rows = self._rows[EVALUATION_SETS[dataloader_idx]]
+        for index in range(len(batch.ids)):
+            if len(rows) < self.objects:
+                rows.append(view_row(outputs, batch, index).cpu())
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the grids; rank 0 only."""
+        if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        for name, rows in self._rows.items():
+            if rows:
+                grid = torch.cat(rows, dim=1)
+                trainer.logger.experiment.add_image(f"views/{name}", grid, trainer.global_step)
+                folder = Path(trainer.logger.log_dir) / "views"
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(folder / f"{name}-step{trainer.global_step:06d}.png", grid)
+
+
+def view_row(prediction: Prediction, batch: Batch, index: int) -> Float[Tensor, "3 H W"]:
+    """Lay out one object: the input, then target | render | opacity | depth of its first target view.
+
+    Depth is shown as nearness: white at the nearest point of the unit sphere, black at the farthest and where
+    nothing is.
+    """
+    rendering = prediction.rendering
+    source, target = batch.input.images[index, 0], batch.target.images[index, 0]
+    opacity = rendering.opacity[index, 0]
+    distance = batch.target.c2w[index, 0, :3, 3].norm()
+    nearness = ((distance + 1 - rendering.depth[index, 0]) / 2).clamp(0, 1) * opacity
+    height = target.shape[-2]
+    if source.shape[-2] != height:
+        source = torch.nn.functional.interpolate(
+            source[None], (height, height), mode="bilinear", antialias=True
+        )[0]
+    grey = [channel.expand(3, -1, -1) for channel in (opacity, nearness)]
+    cells = [source, target, prediction.images[index, 0], *grey]
+    return torch.cat([cell.float() for cell in cells], dim=-1).clamp(0, 1)
+
+
+def write_png(path: Path, image: Float[Tensor, "3 H W"]) -> None:
+    """Write an image in [0, 1] as PNG."""
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)

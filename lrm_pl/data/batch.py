@@ -1,0 +1,88 @@
+"""What a training step receives: views of B objects, as dataclasses of tensors.
+
+They are not frozen: Lightning rebuilds dataclasses field by field when it casts a batch, and refuses frozen ones.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class Views:
+    """V views of each object (without the leading B while still one item).
+
+    Attributes:
+        images: (B, V, 3, H, W) sRGB in [0, 1], over ``background``.
+        alpha: (B, V, H, W) coverage by the object.
+        background: (B, V, 3) colour behind the object.
+        c2w: (B, V, 4, 4) canonical poses, OpenCV.
+        fxfycxcy: (B, V, 4) normalised intrinsics.
+        jitter: (B, V, H, W) in [0, 1), place of each ray's samples in their bins; None for the middle.
+    """
+
+    images: Float[Tensor, "*B V 3 H W"]
+    alpha: Float[Tensor, "*B V H W"]
+    background: Float[Tensor, "*B V 3"]
+    c2w: Float[Tensor, "*B V 4 4"]
+    fxfycxcy: Float[Tensor, "*B V 4"]
+    jitter: Float[Tensor, "*B V H W"] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.images.shape[-2], self.images.shape[-1]
+
+    def to(self, device: torch.device | str) -> "Views":
+        """Move all tensors."""
+        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Views(**{name: None if x is None else x.to(device) for name, x in tensors.items()})
+
+
+@dataclasses.dataclass
+class Batch:
+    """B objects: the input view of each, and the views to be rendered.
+
+    Attributes:
+        ids: Keys of the samples.
+        input: One view an object (V = 1), whole, over white.
+        target: Views that the loss or the metrics see.
+    """
+
+    ids: tuple[str, ...]
+    input: Views
+    target: Views
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Move all tensors (Lightning calls this)."""
+        return Batch(self.ids, self.input.to(device), self.target.to(device))
+
+
+def collate(items: Sequence[Batch]) -> Batch:
+    """Stack items (without a leading B) to a batch.
+
+    Raises:
+        ValueError: Items whose images differ in size.
+    """
+    for part in ("input", "target"):
+        shapes = {tuple(getattr(item, part).images.shape) for item in items}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"expected {part} views of one shape in a batch, found {sorted(shapes)}; render all objects with the "
+                "same RES and VIEWS, or use a batch size of 1"
+            )
+    return Batch(
+        tuple(key for item in items for key in item.ids),
+        _stack([item.input for item in items]),
+        _stack([item.target for item in items]),
+    )
+
+
+def _stack(views: Sequence[Views]) -> Views:
+    columns = {
+        field.name: [getattr(view, field.name) for view in views] for field in dataclasses.fields(Views)
+    }
+    return Views(**{name: None if xs[0] is None else torch.stack(xs) for name, xs in columns.items()})

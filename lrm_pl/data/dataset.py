@@ -1,0 +1,112 @@
+"""Datasets over shards: the endless training stream, and evaluation sets with every sample once."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from lrm_pl.data.batch import Batch, collate
+from lrm_pl.data.manifest import Manifest, Split
+from lrm_pl.data.schema import Sample
+from lrm_pl.data.shards import Order, Place, ShardReader, require_samples
+from lrm_pl.data.transforms import CropConfig, choose_views, evaluation_item, sample_rng, training_item
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStream(IterableDataset[Batch]):
+    """Batches of the global sequence (``lrm_pl.data.shards``), from position ``position`` on.
+
+    Worker k of K makes the whole batches k, k + K, ... counted from there, so the order does not depend on K.
+
+    Args:
+        folder: Folder of the shards.
+        manifest: Its manifest.
+        batch_size: G, objects a batch.
+        views: Views an object: the input view and the side views.
+        unseen_views: The last views of every object, never trained on.
+        crop: Sizes of the target windows.
+        seed: Seed of order and augmentation.
+        streams: S of the global sequence.
+        batches: Length of the stream in batches (``position`` does not shorten it).
+        position: First global position g.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        batch_size: int,
+        views: int,
+        unseen_views: int,
+        crop: CropConfig,
+        seed: int,
+        streams: int,
+        batches: int,
+        position: int = 0,
+    ) -> None:
+        shards = manifest.split("train")
+        require_samples(folder, shards, "train")
+        self.reader = ShardReader(folder, shards)
+        self.order = Order(tuple(shard.samples for shard in shards), seed, streams)
+        self.batch_size, self.views, self.unseen_views = batch_size, views, unseen_views
+        self.crop, self.seed, self.batches, self.position = crop, seed, batches, position
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole run."""
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield collated batches."""
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        first = self.position // self.batch_size
+        for batch in range(first + worker, self.batches, workers):
+            start = batch * self.batch_size
+            yield collate([self.item(g) for g in range(start, start + self.batch_size)])
+
+    def item(self, position: int) -> Batch:
+        """Make the item at global position g; bad samples are replaced, and said so."""
+        place, sample = self.order.fill(
+            position, self._read, lambda message: logger.warning("skipped %s", message)
+        )
+        views, rng = self._chosen(place)
+        return training_item(sample, views, self.crop, rng)
+
+    def _read(self, place: Place) -> Sample:
+        return self.reader.read(place, self._chosen(place)[0])
+
+    def _chosen(self, place: Place) -> tuple[list[int], Any]:
+        """Draw the views of the sample at a place; deterministic, so it may be asked twice."""
+        key = self.reader.keys(place.shard)[place.index]
+        rng = sample_rng(self.seed, place.epoch, key)
+        available = self.reader.view_count(place) - self.unseen_views
+        return choose_views(rng, range(max(available, 0)), self.views), rng
+
+
+class EvaluationSet(Dataset[Batch]):
+    """Every sample of a split once, without randomness: view 0 in, some views out, whole and over white.
+
+    Args:
+        folder: Folder of the shards.
+        manifest: Its manifest.
+        split: Which split.
+        views: Numbers of the target views.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, split: Split, views: Sequence[int]) -> None:
+        shards = manifest.split(split)
+        self.reader = ShardReader(folder, shards)
+        self.places = [Place(0, i, k) for i, shard in enumerate(shards) for k in range(shard.samples)]
+        self.views = tuple(views)
+
+    def __len__(self) -> int:
+        """Return the number of objects."""
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Make the item of one object."""
+        sample = self.reader.read(self.places[index], sorted({0, *self.views}))
+        return evaluation_item(sample, 0, self.views)

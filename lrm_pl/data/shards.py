@@ -1,0 +1,159 @@
+"""The one global sequence of samples: (seed, position) -> sample, as pure functions; and reading a sample by offset.
+
+Epoch e is the split's shards, permuted by (seed, e) and concatenated to N samples, cut into S streams of equal
+length +-1. Position p of the epoch is in stream p mod S, at index p // S. A run is the endless sequence
+g = e N + p: batch t takes g in [t G, (t + 1) G), so batches straddle epochs and nothing is dropped or padded. The
+whole state of a run is g. Nothing is buffered: members are read by their offsets.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index
+from lrm_pl.data.schema import Sample, SampleError, decode_sample, view_member
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a sample is: epoch, shard number, index inside that shard."""
+
+    epoch: int
+    shard: int
+    index: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The global sequence, a pure function of its fields.
+
+    Attributes:
+        counts: Samples a shard.
+        seed: Seed of the permutations.
+        streams: S, the number of streams that an epoch is cut into: neighbours in the sequence come from
+            different streams, so from different shards.
+    """
+
+    counts: tuple[int, ...]
+    seed: int
+    streams: int
+
+    @property
+    def total(self) -> int:
+        """N, the number of samples of an epoch."""
+        return sum(self.counts)
+
+    def locate(self, position: int) -> Place:
+        """Find the sample at global position g."""
+        epoch, p = divmod(position, self.total)
+        index, stream = divmod(p, self.streams)
+        quotient, remainder = divmod(self.total, self.streams)
+        rank = stream * quotient + min(stream, remainder) + index  # place in the concatenated shards
+        permutation, ends = _epoch_layout(self.counts, self.seed, epoch)
+        slot = int(np.searchsorted(ends, rank, side="right"))
+        return Place(epoch, int(permutation[slot]), rank - (int(ends[slot - 1]) if slot else 0))
+
+    def fill(
+        self, position: int, read: Callable[[Place], Sample], skipped: Callable[[str], None]
+    ) -> tuple[Place, Sample]:
+        """Read the sample at a position; a bad one keeps its slot, filled by the next good one of its stream.
+
+        Args:
+            position: g.
+            read: Reads the sample at a place, raising ``SampleError`` where it is bad.
+            skipped: Told the message of each bad sample.
+
+        Raises:
+            SampleError: Every sample was bad.
+        """
+        message = ""
+        for attempt in range(self.total):
+            place = self.locate(position + attempt * self.streams)
+            try:
+                return place, read(place)
+            except SampleError as error:
+                message = str(error)
+                skipped(message)
+        raise SampleError(f"expected a readable sample, found none among {self.total}; the last: {message}")
+
+
+@lru_cache(maxsize=4)
+def _epoch_layout(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    permutation = np.random.default_rng([seed, epoch]).permutation(len(counts))
+    return permutation, np.cumsum(np.asarray(counts)[permutation])
+
+
+class ShardReader:
+    """Reads samples of a folder of shards by place; opens files when first needed.
+
+    Args:
+        folder: Folder of the shards.
+        shards: The shards that ``Place.shard`` numbers.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
+        self.folder, self.shards = folder, tuple(shards)
+        self._indices: dict[int, MemberIndex] = {}
+
+    def keys(self, shard: int) -> list[str]:
+        """Return the sample keys of a shard, in tar order."""
+        return list(self._index(shard))
+
+    def view_count(self, place: Place) -> int:
+        """Return how many views the sample at a place has, by the shard's index."""
+        members = self._index(place.shard)[self.keys(place.shard)[place.index]]
+        return sum(name.startswith("view_") for name in members)
+
+    def read(self, place: Place, views: Sequence[int]) -> Sample:
+        """Read one sample, with only the views that are used.
+
+        Args:
+            place: Where it is.
+            views: The views wanted.
+
+        Raises:
+            SampleError: The sample is bad; the message names shard and sample.
+        """
+        shard = self.shards[place.shard]
+        index = self._index(place.shard)
+        key = list(index)[place.index]
+        members = index[key]
+        images = {view_member(view, suffix) for view in views for suffix in ("png", "webp")}
+        names = [name for name in members if not name.startswith("view_") or name in images]
+        try:
+            with open(self.folder / shard.name, "rb") as file:
+                content = {name: _read_at(file, *members[name]) for name in names}
+            return decode_sample(key, content, views)
+        except (SampleError, OSError) as error:
+            raise SampleError(
+                f"{self.folder / shard.name}: {error}; delete this shard and the manifest, then render again"
+            ) from error
+
+    def _index(self, shard: int) -> MemberIndex:
+        if shard not in self._indices:
+            self._indices[shard] = read_index(self.folder, self.shards[shard])
+        return self._indices[shard]
+
+
+def require_samples(folder: Path, shards: Sequence[Shard], split: str) -> None:
+    """Refuse a split without samples.
+
+    Raises:
+        ShardError: The split is empty.
+    """
+    if not sum(shard.samples for shard in shards):
+        raise ShardError(
+            f"{folder}: expected samples in the split {split!r}, found none; render more objects"
+        )
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    content = file.read(size)
+    if len(content) != size:
+        raise SampleError(f"expected {size} bytes at {offset}, found {len(content)}: the file is truncated")
+    return content

@@ -1,0 +1,102 @@
+"""Analytic objects in schema form: shards in a second, without Blender, whose every pixel has a closed form.
+
+Each object is an axis-aligned ellipsoid inside the unit sphere whose colour is a linear function of position, seen
+over a transparent background; a ray hits it or not, so the alpha is 0 or 255.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lrm_pl.data.manifest import Manifest, Split, write_manifest, write_shard
+from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
+
+FOV_DEG = 50.0
+DISTANCE = 2.6
+
+
+def write_synthetic_shards(
+    folder: Path,
+    train: int = 4,
+    val: int = 2,
+    views: int = 8,
+    resolution: int = 32,
+    shard_size: int = 2,
+    seed: int = 0,
+) -> Manifest:
+    """Write a folder of shards of ellipsoids.
+
+    Args:
+        folder: Where to; made if it is not there.
+        train: Objects of the split "train".
+        val: Objects of the split "val".
+        views: Views an object.
+        resolution: Side of a view in pixels.
+        shard_size: Objects a shard.
+        seed: Seed of shapes, colours and cameras.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    splits: list[tuple[Split, int]] = [("train", train), ("val", val)]
+    for split, count in splits:
+        names = [f"{split}-ellipsoid-{i:03d}" for i in range(count)]
+        for number, first in enumerate(range(0, count, shard_size)):
+            samples = [
+                (key, encode_sample(synthetic_sample(key, views, resolution, seed)))
+                for key in names[first : first + shard_size]
+            ]
+            shards.append(write_shard(folder, f"{split}-{number:06d}.tar", split, samples))
+    manifest = Manifest(tuple(shards), views, 0, {"renderer": "synthetic", "normalise": "sphere"})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def synthetic_sample(key: str, views: int, resolution: int, seed: int) -> Sample:
+    """Make one ellipsoid with its views."""
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
+    radii = rng.uniform(0.4, 0.95, 3)
+    base, slope = rng.uniform(0.2, 0.8, 3), rng.uniform(-0.2, 0.2, (3, 3))
+    c2w = np.stack(
+        [_pose(2 * np.pi * (i + rng.random()) / views, rng.uniform(-0.4, 0.6)) for i in range(views)]
+    )
+    focal = 0.5 / np.tan(np.radians(FOV_DEG / 2))
+    fxfycxcy = np.tile(np.array([focal, focal, 0.5, 0.5], np.float32), (views, 1))
+    images = tuple(encode_image(_render(pose, focal, resolution, radii, base, slope)) for pose in c2w)
+    info = SampleInfo(key, key, "CC0", "lrm_pl", "synthetic", seed, "synthetic", views)
+    return Sample(info, c2w.astype(np.float32), fxfycxcy, images)
+
+
+def _pose(azimuth: float, elevation: float) -> npt.NDArray[np.float64]:
+    position = DISTANCE * np.array(
+        [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)]
+    )
+    forward = -position / DISTANCE
+    right = np.cross(forward, [0.0, 0.0, 1.0])
+    right /= np.linalg.norm(right)
+    pose = np.eye(4)
+    pose[:3] = np.column_stack([right, np.cross(forward, right), forward, position])
+    return pose
+
+
+def _render(
+    c2w: npt.NDArray[np.float64],
+    focal: float,
+    resolution: int,
+    radii: npt.NDArray[np.float64],
+    base: npt.NDArray[np.float64],
+    slope: npt.NDArray[np.float64],
+) -> npt.NDArray[np.uint8]:
+    centres = ((np.arange(resolution) + 0.5) / resolution - 0.5) / focal
+    x, y = np.meshgrid(centres, centres)
+    directions = np.stack([x, y, np.ones_like(x)], -1) @ c2w[:3, :3].T
+    o, d = c2w[:3, 3] / radii, directions / radii  # in the space where the ellipsoid is the unit sphere
+    a, b, c = (d * d).sum(-1), (o * d).sum(-1), (o * o).sum() - 1
+    discriminant = b * b - a * c
+    t = (-b - np.sqrt(np.maximum(discriminant, 0))) / a
+    points = c2w[:3, 3] + t[..., None] * directions
+    colour = np.clip(base + points @ slope.T, 0, 1)
+    rgba = np.concatenate([colour, np.ones_like(t)[..., None]], -1) * (discriminant > 0)[..., None]
+    return np.round(rgba * 255).astype(np.uint8)
