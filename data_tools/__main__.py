@@ -36,12 +36,12 @@ def main(argv: list[str] | None = None) -> int:
 def _render(args: argparse.Namespace) -> None:
     from data_tools.render import render
 
-    held_out = args.held_out
+    held_out = getattr(args, "held_out", None)
     if held_out is None:
         held_out = default_held_out(len(find_assets(args.assets)))
     settings = RenderSettings(
         preset=args.preset,
-        normalise=args.normalise or PRESETS[args.preset].normalise,
+        normalise=getattr(args, "normalise", PRESETS[args.preset].normalise),
         views=args.views,
         resolution=args.res,
         samples=args.samples,
@@ -59,7 +59,9 @@ def _demo_assets(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools", description="Turn meshes into shards. Runs in the render environment."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="<command>")
     shown = argparse.ArgumentDefaultsHelpFormatter
     render = commands.add_parser(
@@ -86,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument(
         "--normalise",
         choices=("sphere", "cube"),
-        default=None,
+        default=argparse.SUPPRESS,
         help="bounding sphere of radius 1, or longest side 2; the preset's choice unless given",
     )
     render.add_argument(
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument(
         "--held-out",
         type=_between(0, 10**6),
-        default=None,
+        default=argparse.SUPPRESS,
         help="objects in the validation split; a sixth of all, at most 8, unless given",
     )
     render.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")

@@ -15,8 +15,11 @@ class AssetError(ValueError):
     """One asset cannot be rendered; the message is its reason in ``failures.jsonl``."""
 
 
-def load_asset(path: Path, normalise: Normalisation) -> None:
+def load_asset(path: Path, normalise: Normalisation) -> npt.NDArray[np.float64]:
     """Empty Blender, import one file and normalise it.
+
+    Returns:
+        (3,) half sides of the bounding box, whose centre is the origin now.
 
     Raises:
         AssetError: The file cannot be imported, lacks a texture, or holds no usable mesh.
@@ -30,7 +33,7 @@ def load_asset(path: Path, normalise: Normalisation) -> None:
         if thing.type in {"CAMERA", "LIGHT", "LIGHT_PROBE"}:
             bpy.data.objects.remove(thing)
     _show_vertex_colours()
-    _normalise(normalise)
+    return _normalise(normalise)
 
 
 def _import(path: Path) -> None:
@@ -67,7 +70,7 @@ def _show_vertex_colours() -> None:
         mesh.materials.append(material)
 
 
-def _normalise(normalise: Normalisation) -> None:
+def _normalise(normalise: Normalisation) -> npt.NDArray[np.float64]:
     """Move the bounding box's centre to the origin and scale, by hanging every root under one empty."""
     parts = list(_world_vertices())
     if not parts:
@@ -91,6 +94,7 @@ def _normalise(normalise: Normalisation) -> None:
     bpy.context.scene.collection.objects.link(root)
     root.matrix_world = mathutils.Matrix.Scale(1 / size, 4) @ mathutils.Matrix.Translation(-centre)
     bpy.context.view_layer.update()
+    return (high - low) / 2 / size  # type: ignore[no-any-return]
 
 
 def _world_vertices() -> Iterator[npt.NDArray[np.float64]]:

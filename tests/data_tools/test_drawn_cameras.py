@@ -3,7 +3,15 @@ import math
 import numpy as np
 import pytest
 
-from data_tools.views import PRESETS, derive_seed, draw_cameras, focal_from_fov, look_at_origin, positions
+from data_tools.views import (
+    PRESETS,
+    derive_seed,
+    draw_cameras,
+    focal_from_fov,
+    frame_rectangle,
+    look_at_origin,
+    positions,
+)
 from lrm_pl.conventions import rigid_error
 
 
@@ -66,6 +74,20 @@ def test_the_default_preset_keeps_the_unit_sphere_in_the_frame():
     frame = PRESETS["frame"]
     half_sphere_deg = math.degrees(math.asin(1 / frame.radius_range[0]))
     assert half_sphere_deg < frame.fov_range_deg[0] / 2
+
+
+def test_the_rectangle_around_a_box_is_that_of_its_near_face_or_the_whole_picture():
+    c2w = look_at_origin(np.array([0.0, -3.0, 0.0])).astype(np.float32)
+    # the near face is 2 away: x reaches 0.5 * 1 / 2, z 0.25 * 1 / 2 of a picture side from the middle
+    found = frame_rectangle(c2w, 1.0, np.array([0.5, 1.0, 0.25]), margin=0.01)
+    np.testing.assert_allclose(found, [0.24, 0.365, 0.76, 0.635], atol=1e-6)
+    assert frame_rectangle(c2w, 1.0, np.array([9.0, 1.0, 0.0]), margin=0.0)[::2] == (0, 1)  # clipped
+    assert frame_rectangle(c2w, 1.0, np.array([0.1, 3.5, 0.1]), margin=0.0) == (
+        0,
+        0,
+        1,
+        1,
+    )  # around the camera
 
 
 def test_seeds_depend_on_what_they_are_derived_from_and_on_nothing_else():
