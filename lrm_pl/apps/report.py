@@ -16,7 +16,7 @@ from lrm_pl.callbacks.view_logger import view_row, write_png
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import EVALUATION_SETS, ShardDataModule
 from lrm_pl.losses.perceptual import PerceptualLoss
-from lrm_pl.metrics import ImageMetrics, ImageMetricsResult
+from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
 
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
@@ -31,7 +31,7 @@ class Report:
         grid: (3, H, W) picture: input | target | render | opacity | depth, a row an object.
     """
 
-    rows: dict[str, ImageMetricsResult]
+    rows: dict[str, ImageScores]
     grid: Float[Tensor, "3 H W"]
 
 

@@ -18,7 +18,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lrm_pl.apps.report import print_report
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.data.datamodule import ShardDataModule
-from lrm_pl.io.weights import WeightSource, load_encoder_state
+from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
+from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.training.module import LRMModule
 
@@ -92,12 +93,16 @@ class LRMCLI(LightningCLI):
             check_checkpoint(Path(checkpoint), self.model)
         weights: WeightsConfig = self._weights()
         if encoder and weights.pretrained:
-            network = self.model.lrm.encoder
-            state = load_encoder_state(network.name, source=weights.source, path=weights.encoder_path)
-            network.load_pretrained(state)
-        self.perceptual = PerceptualLoss("vgg", source=weights.source, path=weights.lpips_path)
-        self.perceptual.to(self.trainer.strategy.root_device)
-        self.model.objective.perceptual = self.perceptual
+            encoder_network = self.model.lrm.encoder
+            name = pretrained_name(encoder_network.name)
+            state = load_encoder_state(name, source=weights.source, path=weights.encoder_path)
+            encoder_network.load_pretrained(state)
+        device = self.trainer.strategy.root_device
+        if self.model.objective.lpips:
+            loss = PerceptualLoss.pretrained("vgg", source=weights.source, path=weights.lpips_path)
+            self.model.objective.perceptual = loss.to(device)
+        # Measured with the other network than trained with, as LPIPS' authors advise; and 20 times cheaper.
+        self.perceptual = PerceptualLoss.pretrained("alex", source=weights.source).to(device)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ImageMetricsLogger):
                 callback.perceptual = self.perceptual
@@ -134,6 +139,21 @@ def check_checkpoint(path: Path, module: LRMModule) -> None:
             f"({len(wrong)} in all), not of this model: {strange[:3]} ({len(strange)} in all); "
             "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
         )
+
+
+def pretrained_name(timm_name: str) -> EncoderName:
+    """Find the pretrained weights of an encoder by its timm name.
+
+    Raises:
+        ValueError: There are none.
+    """
+    for name, known in TIMM_NAMES.items():
+        if known == timm_name:
+            return name
+    raise ValueError(
+        f"expected an encoder with known weights ({', '.join(TIMM_NAMES.values())}), found {timm_name!r}; "
+        "choose one of these, or start from random weights: --weights.pretrained false"
+    )
 
 
 def git_commit() -> str:

@@ -110,11 +110,12 @@ class _Rays:
 
         def run(thread: int) -> None:
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
-            with autocast(), torch.set_grad_enabled(False):
+            with autocast(), torch.inference_mode(inference), torch.set_grad_enabled(False):
                 for rays in self.chunks[index][thread :: self.threads]:
                     work(thread, rays)
 
-        autocast = _autocast_state(self.near.device.type)
+        # Autocast, gradient and inference modes belong to a thread: hand the caller's on.
+        autocast, inference = _autocast_state(self.near.device.type), torch.is_inference_mode_enabled()
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(run, range(self.threads)))
 

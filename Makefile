@@ -1,0 +1,81 @@
+# The vocabulary of this project: `make help` lists it, the README and CI use nothing else.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3.11
+CONFIG ?= configs/experiment/demo.yaml
+DATA ?= data/demo
+ARGS ?=
+
+# make render-shards
+ASSETS ?= data_tools/demo_assets
+OUT ?= data/demo
+VIEWS ?= 16
+RES ?= 128
+SAMPLES ?= 16
+JOBS ?=
+
+APT_VENV := python3.11-venv
+APT_BLENDER := libx11-6 libxrender1 libxxf86vm1 libxfixes3 libxi6 libxkbcommon0 libsm6 libice6 libgl1 libegl1
+
+# $(call apt,PACKAGES): install system packages as root, else say how and stop.
+define apt
+if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-install-recommends $(1); \
+else echo "Missing system packages. Run:  sudo apt-get install $(1)   and then make again." >&2; exit 1; fi
+endef
+
+.PHONY: help train render-shards tensorboard test test-fast soak lint clean
+
+help: ## Show what can be made
+	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
+
+train: .venv/ready $(DATA)/manifest.json ## Train and measure: CONFIG= DATA= ARGS="--trainer.max_steps 50"
+	.venv/bin/lrm fit $(foreach config,$(CONFIG),-c $(config)) --data.folder $(DATA) $(ARGS)
+
+render-shards: .venv-render/ready ## Render meshes to shards: ASSETS= OUT= VIEWS= RES= SAMPLES= JOBS= ARGS=
+	.venv-render/bin/python -m data_tools render --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
+	  --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
+
+data/demo/manifest.json: | .venv-render/ready
+	.venv-render/bin/python -m data_tools render --out data/demo
+
+%/manifest.json:
+	@echo "No shards in $*. Make some with:  make render-shards ASSETS=folder-of-meshes OUT=$*" >&2; exit 1
+
+tensorboard: .venv/ready ## Watch the runs in the browser
+	.venv/bin/tensorboard --logdir runs
+
+test: .venv/ready .venv-render/ready ## Run every test that needs no GPU
+	.venv/bin/python -m pytest -m "not gpu and not soak"
+
+test-fast: .venv/ready ## Run the quick tests only: no Blender, nothing slow
+	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender"
+
+soak: .venv/ready .venv-render/ready ## Run the long tables
+	.venv/bin/python -m pytest -m soak -s
+
+lint: .venv/ready ## Check style, types and who imports whom
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+clean: ## Remove the environments and caches (not data/, not runs/)
+	rm -rf .venv .venv-render .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/ready: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,$(APT_VENV)); }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --progress-bar on -e '.[dev]'
+	@touch $@
+
+.venv-render/ready: data_tools/requirements.txt
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,$(APT_VENV)); }
+	$(PYTHON) -m venv .venv-render
+	.venv-render/bin/python -m pip install --quiet --progress-bar on -r data_tools/requirements.txt
+	@.venv-render/bin/python -c 'import bpy' >/dev/null 2>&1 || { $(call apt,$(APT_BLENDER)); }
+	@.venv-render/bin/python -c 'import bpy'
+	@touch $@
