@@ -191,18 +191,19 @@ def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Gen
     for asset in assets:
         waiting.put(asset)
     outcomes: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
-    workers: dict[int, Worker] = {0: first}
+    workers: list[Worker | None] = [first, *[None] * (setup.jobs - 1)]
     stopping = threading.Event()
 
     def serve(slot: int) -> None:
         try:
-            while True:
+            while not stopping.is_set():
                 asset = waiting.get_nowait()
-                if slot not in workers or not workers[slot].is_alive():
-                    workers[slot] = Worker(setup, slot)
+                worker = workers[slot]
+                if worker is None or not worker.is_alive():
+                    worker = workers[slot] = Worker(setup, slot)
                 if stopping.is_set():
                     return
-                outcomes.put(workers[slot].render(asset, setup.time_limit_s))
+                outcomes.put(worker.render(asset, setup.time_limit_s))
         except queue.Empty:
             return
         except BaseException as error:  # handed to the main thread, which raises it
@@ -219,13 +220,11 @@ def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Gen
             yield outcome
     finally:
         stopping.set()
-        while not waiting.empty():
-            waiting.get_nowait()
-        for worker in list(workers.values()):
+        for worker in filter(None, workers):
             worker.stop()
         for thread in threads:  # one that is just starting a process must be done with it
             thread.join()
-        for worker in workers.values():
+        for worker in filter(None, workers):
             worker.kill()
 
 
