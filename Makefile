@@ -17,7 +17,7 @@ SAMPLES ?= 16
 JOBS ?=
 
 APT_VENV := python3.11-venv
-APT_BLENDER := libx11-6 libxrender1 libxxf86vm1 libxfixes3 libxi6 libxkbcommon0 libsm6 libice6 libgl1 libegl1
+APT_BLENDER := libx11-6 libxrender1 libxfixes3 libxi6 libxkbcommon0 libsm6 libgl1
 
 # $(call apt,PACKAGES): install system packages as root, else say how and stop.
 define apt

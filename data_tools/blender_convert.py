@@ -7,7 +7,7 @@ import bpy
 from PIL import Image
 
 # isort: split
-import bmesh  # type: ignore[import-not-found]  # exists only once bpy is loaded
+import bmesh  # exists only once bpy is loaded
 
 MAX_TEXTURE_SIDE = 512
 

@@ -94,7 +94,7 @@ def _normalise(normalise: Normalisation) -> npt.NDArray[np.float64]:
     bpy.context.scene.collection.objects.link(root)
     root.matrix_world = mathutils.Matrix.Scale(1 / size, 4) @ mathutils.Matrix.Translation(-centre)
     bpy.context.view_layer.update()
-    return (high - low) / 2 / size  # type: ignore[no-any-return]
+    return (high - low) / 2 / size
 
 
 def _world_vertices() -> Iterator[npt.NDArray[np.float64]]:

@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from data_tools.assets import TABLE_COLUMNS, TABLE_NAME, AssetsError, hash_file
 

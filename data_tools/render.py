@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from data_tools.assets import Asset, find_assets
 from data_tools.contact_sheet import SHEET_NAME, write_contact_sheet

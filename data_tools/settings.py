@@ -60,7 +60,7 @@ class RenderSettings:
         """Return the settings, with the preset's ranges spelt out, as JSON values."""
         ranges = dataclasses.asdict(self.cameras)
         del ranges["normalise"]
-        return json.loads(json.dumps(dataclasses.asdict(self) | ranges))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(dataclasses.asdict(self) | ranges))
 
 
 def write_settings(folder: Path, settings: RenderSettings, assets: Sequence[Asset], renderer: str) -> None:

@@ -163,7 +163,7 @@ class Worker:
             timer.cancel()
             timer.join()
         if line.endswith("\n"):
-            return json.loads(line)  # type: ignore[no-any-return]
+            return json.loads(line)
         self.kill()
         ending = (
             f"took longer than {limit_s:g} s" if late.is_set() else f"ended with {self._process.returncode}"

@@ -38,8 +38,9 @@ class Views:
 
     def to(self, device: torch.device | str) -> "Views":
         """Move all tensors."""
-        tensors = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Views(**{name: None if x is None else x.to(device) for name, x in tensors.items()})
+        jitter = None if self.jitter is None else self.jitter.to(device)
+        images, alpha, background = self.images.to(device), self.alpha.to(device), self.background.to(device)
+        return Views(images, alpha, background, self.c2w.to(device), self.fxfycxcy.to(device), jitter)
 
 
 @dataclasses.dataclass
@@ -82,7 +83,12 @@ def collate(items: Sequence[Batch]) -> Batch:
 
 
 def _stack(views: Sequence[Views]) -> Views:
-    columns = {
-        field.name: [getattr(view, field.name) for view in views] for field in dataclasses.fields(Views)
-    }
-    return Views(**{name: None if xs[0] is None else torch.stack(xs) for name, xs in columns.items()})
+    jitters = [view.jitter for view in views if view.jitter is not None]
+    return Views(
+        torch.stack([view.images for view in views]),
+        torch.stack([view.alpha for view in views]),
+        torch.stack([view.background for view in views]),
+        torch.stack([view.c2w for view in views]),
+        torch.stack([view.fxfycxcy for view in views]),
+        torch.stack(jitters) if jitters else None,
+    )

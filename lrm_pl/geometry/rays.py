@@ -24,9 +24,8 @@ def pixel_rays(
     Returns:
         Origins and unit directions, both (..., H, W, 3), in world space.
     """
-    options = {"dtype": torch.float32, "device": c2w.device}
-    rows = (torch.arange(height, **options) + 0.5) / height
-    columns = (torch.arange(width, **options) + 0.5) / width
+    rows = (torch.arange(height, dtype=torch.float32, device=c2w.device) + 0.5) / height
+    columns = (torch.arange(width, dtype=torch.float32, device=c2w.device) + 0.5) / width
     fx, fy, cx, cy = (number[..., None, None, None] for number in fxfycxcy.float().unbind(dim=-1))
     x = (columns[None, :, None] - cx) / fx  # (..., 1, W, 1)
     y = (rows[:, None, None] - cy) / fy  # (..., H, 1, 1)

@@ -127,13 +127,8 @@ def _setup_context(
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
     planes, points = ctx.saved_tensors  # type: ignore[attr-defined]
-    gradient = torch.ops.lrm_pl.triplane_sample_backward(
-        grad,
-        planes,
-        points,
-        ctx.axes,
-        ctx.concat,  # type: ignore[attr-defined]
-    )
+    axes, concat = ctx.axes, ctx.concat  # type: ignore[attr-defined]
+    gradient = torch.ops.lrm_pl.triplane_sample_backward(grad, planes, points, axes, concat)
     return gradient, None, None, None
 
 

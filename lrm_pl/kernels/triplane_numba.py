@@ -14,8 +14,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 
 
-@numba.njit(inline="always", fastmath=False)  # type: ignore[misc]
-def _tap(position: float, size: int) -> tuple[int, int, float, float]:
+@numba.njit(inline="always", fastmath=False)  # type: ignore[untyped-decorator]
+def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.float32]:
     """Return the two neighbours of a position in [-1, 1] and their weights; a neighbour outside weighs 0."""
     x = np.float32(0.5) * ((position + np.float32(1)) * np.float32(size) - np.float32(1))
     x = min(max(x, np.float32(-2)), np.float32(size + 1))  # far outside: weight 0, and no integer overflow
@@ -32,7 +32,7 @@ def _tap(position: float, size: int) -> tuple[int, int, float, float]:
     return low, high, low_weight, high_weight
 
 
-@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[misc]
+@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[untyped-decorator]
 def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, out: Floats) -> None:
     """Fill ``out`` (Q, C), the sum over planes, or (Q, P C), their concatenation.
 
@@ -60,7 +60,7 @@ def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: 
                 )
 
 
-@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[misc]
+@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[untyped-decorator]
 def accumulate(
     grad_planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, grad: Floats
 ) -> None:

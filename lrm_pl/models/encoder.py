@@ -22,6 +22,9 @@ class ImageEncoder(nn.Module):
         frozen: Whether its weights stay as they are: no gradients, no optimiser state.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, name: str = "vit_base_patch16_224.dino", image_size: int = 512, *, frozen: bool = False
     ) -> None:

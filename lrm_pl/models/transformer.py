@@ -94,8 +94,9 @@ class TriplaneTransformer(nn.Module):
                 if "modulation" in name:
                     nn.init.zeros_(parameter)  # every ModLN begins as a plain layer norm
                 else:
-                    last = name.endswith(("out.weight", "mlp.2.weight"))
-                    # GPT-2's rule: the residual stream keeps its scale however many steps add to it.
-                    nn.init.trunc_normal_(parameter, std=0.02 / residuals**0.5 if last else 0.02)
+                    # Variance 1 / inputs keeps the scale at any width; what adds to the residual stream is
+                    # divided by the number of additions (GPT-2's rule), so that depth keeps it too.
+                    scale = residuals**-0.5 if name.endswith(("out.weight", "mlp.2.weight")) else 1.0
+                    nn.init.trunc_normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)

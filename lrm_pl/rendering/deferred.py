@@ -46,7 +46,7 @@ def render_deferred(
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
     """
     rays = _Rays(origins, directions, near, far, jitter, samples, max(1, chunk // samples))
-    rgb, opacity, depth = _Deferred.apply(field, rays, field.planes, *field.weights)  # type: ignore[no-untyped-call]
+    rgb, opacity, depth = _Deferred.apply(field, rays, field.planes, *field.weights)
     return Rendering(rgb, opacity, depth)
 
 

@@ -1,11 +1,12 @@
 """What rendering asks of a field, and nothing else about it."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable  # so that shape checks in tests can look at it
 class Field(Protocol):
     """The fields of B objects: features that are linear in an object's planes, then a decoder that all share.
 

@@ -23,7 +23,7 @@ class Renderer:
         chunk: Points decoded at a time: a matter of cache (CPU) or memory (GPU), never of the result.
     """
 
-    def __init__(self, samples_per_ray: int = 128, bounds: Bounds = "sphere", chunk: int = 16384) -> None:
+    def __init__(self, samples_per_ray: int = 128, bounds: Bounds = "sphere", chunk: int = 32768) -> None:
         if samples_per_ray < 1 or chunk < 1:
             raise ValueError(
                 f"expected positive samples_per_ray and chunk, found {samples_per_ray} and {chunk}"

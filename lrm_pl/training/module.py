@@ -68,12 +68,17 @@ class LRMModule(L.LightningModule):
         self.log("loss/total", loss, prog_bar=True, batch_size=len(batch.ids))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+    # Lightning's type asks for a tensor or a mapping; it hands whatever comes to the callbacks.
+    def validation_step(  # type: ignore[override]
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> Prediction:
         """Render whole target views; callbacks measure and show them."""
         prediction = self.render(batch, batch.target)
         return Prediction(prediction.images.clamp(0, 1), prediction.rendering)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
+    def test_step(  # type: ignore[override]
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> Prediction:
         """Do as in validation."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 

@@ -38,8 +38,12 @@ def test_two_samples_by_hand():
 
 
 def test_over_a_background_the_rest_of_the_light_comes_from_it():
-    pixels = composite(torch.tensor([[2.0]]), torch.zeros(1, 1, 3), torch.tensor([[1.0]]), torch.tensor([0.5]))
-    assert torch.allclose(pixels.over(torch.tensor([1.0, 0.5, 0.0]))[0], math.exp(-1) * torch.tensor([1, 0.5, 0]))
+    pixels = composite(
+        torch.tensor([[2.0]]), torch.zeros(1, 1, 3), torch.tensor([[1.0]]), torch.tensor([0.5])
+    )
+    assert torch.allclose(
+        pixels.over(torch.tensor([1.0, 0.5, 0.0]))[0], math.exp(-1) * torch.tensor([1, 0.5, 0])
+    )
 
 
 def test_huge_densities_give_no_nan_in_values_or_gradients():

@@ -1,0 +1,130 @@
+import pytest
+import torch
+
+from lrm_pl.models.attention import Attention
+from lrm_pl.models.decoder import NeRFDecoder
+from lrm_pl.models.encoder import ImageEncoder
+from lrm_pl.models.lrm import LRM
+from lrm_pl.models.transformer import ModLN
+from lrm_pl.models.upsampler import Upsampler
+
+
+def tiny_lrm(**options):
+    torch.manual_seed(0)
+    encoder = ImageEncoder("vit_small_patch14_dinov2", image_size=28, frozen=True)
+    return LRM(
+        encoder,
+        NeRFDecoder(channels=4, width=8, layers=3),
+        **{"dim": 16, "depth": 2, "heads": 2, "camera_dim": 8, "plane_tokens": 4, **options},
+    )
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_modln_at_identity_is_a_plain_layer_norm():
+    layer = ModLN(6, 3)
+    torch.nn.init.zeros_(layer.modulation[1].weight)
+    torch.nn.init.zeros_(layer.modulation[1].bias)
+    x = torch.randn(2, 5, 6)
+    expected = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(layer(x, torch.randn(2, 3)), expected, atol=1e-5)
+
+
+def test_modln_shifts_and_scales_by_hand():
+    layer = ModLN(2, 1)
+    with torch.no_grad():
+        layer.modulation[1].weight.zero_()
+        layer.modulation[1].bias.copy_(torch.tensor([0.5, -1.0, 1.0, 2.0]))  # shift, then scale
+    # LN of (1, 3) is (-1, 1): (-1) (1 + 1) + 0.5 and 1 (1 + 2) - 1.
+    out = layer(torch.tensor([[[1.0, 3.0]]]), torch.zeros(1, 1))
+    assert torch.allclose(out, torch.tensor([[[-1.5, 2.0]]]), atol=1e-4)
+
+
+def test_attention_equals_the_formula_written_out():
+    torch.manual_seed(0)
+    layer = Attention(8, heads=2, context_dim=6)
+    x, context = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
+    q, (k, v) = layer.q(x), layer.kv(context).chunk(2, dim=-1)
+    heads = []
+    for h in range(2):
+        part = slice(4 * h, 4 * h + 4)
+        weights = torch.softmax(q[..., part] @ k[..., part].transpose(1, 2) / 2, dim=-1)
+        heads.append(weights @ v[..., part])
+    assert torch.allclose(layer(x, context), layer.out(torch.cat(heads, dim=-1)), atol=1e-5)
+
+
+def test_upsampling_keeps_planes_rows_and_columns_apart():
+    layer = Upsampler(dim=1, channels=1, factor=2)
+    torch.nn.init.ones_(layer.deconvolution.weight)
+    torch.nn.init.zeros_(layer.deconvolution.bias)
+    planes = layer(torch.arange(12.0).view(1, 12, 1))
+    expected = torch.tensor([[0.0, 1], [2, 3]]).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert torch.equal(planes[0, :, 0], torch.stack([expected, expected + 4, expected + 8]))
+
+
+def test_the_encoder_returns_class_and_patch_tokens_of_any_image_size():
+    encoder = ImageEncoder("vit_small_patch14_dinov2", image_size=56)
+    assert encoder(torch.rand(2, 3, 40, 40)).shape == (2, 1 + 4 * 4, 384)
+
+
+def test_the_encoder_normalises_images_itself():
+    encoder = ImageEncoder("vit_small_patch14_dinov2", image_size=28)
+    seen = []
+    encoder.vit.forward_features = lambda x: seen.append(x) or torch.zeros(1, 5, 384)
+    encoder(torch.full((1, 3, 28, 28), 0.5))
+    expected = [(0.5 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, (0.5 - 0.406) / 0.225]
+    assert torch.allclose(seen[0][0, :, 0, 0], torch.tensor(expected), atol=1e-6)
+
+
+def test_an_image_size_that_patches_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"multiple of 14, found 30"):
+        ImageEncoder("vit_small_patch14_dinov2", image_size=30)
+
+
+def test_a_frozen_encoder_gets_no_gradient_and_all_else_does():
+    model = tiny_lrm()
+    c2w, camera = torch.eye(4).expand(2, 4, 4), torch.full((2, 4), 0.5)
+    torch.nn.init.normal_(model.transformer.blocks[0].self_norm.modulation[1].weight)
+    model(torch.rand(2, 3, 28, 28), c2w, camera).planes.square().sum().backward()
+    missing = {name for name, p in model.named_parameters() if p.grad is None}
+    assert all(name.startswith(("encoder.", "decoder.")) for name in missing)
+    assert any(name.startswith("encoder.vit.blocks") for name in missing)
+    assert all(p.grad is None for p in model.encoder.parameters())
+
+
+def test_the_input_camera_changes_the_triplane_once_modulated():
+    model = tiny_lrm()
+    for block in model.transformer.blocks:
+        torch.nn.init.normal_(block.cross_norm.modulation[1].weight)
+    image, camera = torch.rand(1, 3, 28, 28), torch.full((1, 4), 0.5)
+    near, far = torch.eye(4)[None].clone(), torch.eye(4)[None].clone()
+    near[0, 1, 3], far[0, 1, 3] = -1.5, -3.0
+    difference = model(image, near, camera).planes - model(image, far, camera).planes
+    assert difference.abs().max() > 1e-5
+
+
+def test_the_papers_model_has_the_parameters_that_arithmetic_says_part_by_part():
+    with torch.device("meta"):
+        model = LRM(ImageEncoder(), NeRFDecoder())
+    D, E, M, F = 1024, 1024, 768, 80
+    # ViT-B/16 at 512: patches 3 * 16 * 16 -> 768 with bias, class token, 1 + 32 * 32 positions, 12 blocks, last norm.
+    vit_block = 2 * 2 * M + (M + 1) * 3 * M + (M + 1) * M + (M + 1) * 4 * M + (4 * M + 1) * M
+    assert parameters(model.encoder) == (3 * 256 + 1) * M + M + 1025 * M + 12 * vit_block + 2 * M
+    assert parameters(model.camera_embedder) == (20 + 1) * E + (E + 1) * E
+    modln = 2 * D + (E + 1) * 2 * D
+    cross, self_ = D * D + M * 2 * D + D * D, D * 3 * D + D * D
+    mlp = (D + 1) * 4 * D + (4 * D + 1) * D
+    tokens = 3 * 32 * 32 * D
+    assert parameters(model.transformer) == tokens + 16 * (3 * modln + cross + self_ + mlp) + 2 * D
+    assert parameters(model.upsampler) == D * F * 2 * 2 + F
+    assert parameters(model.decoder) == (3 * F + 1) * 64 + 8 * (64 + 1) * 64 + (64 + 1) * 4
+    assert parameters(model) == 452_018_836
+
+
+def test_the_papers_planes_have_the_papers_shape():
+    with torch.device("meta"):
+        model = LRM(ImageEncoder(), NeRFDecoder())
+        triplane = model(torch.empty(1, 3, 512, 512), torch.empty(1, 4, 4), torch.empty(1, 4))
+    assert triplane.planes.shape == (1, 3, 80, 64, 64)

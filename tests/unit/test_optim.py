@@ -1,0 +1,67 @@
+import math
+
+import pytest
+import torch
+
+from lrm_pl.losses.objective import Objective
+from lrm_pl.training.optim import OptimizerConfig, parameter_groups, warmup_cosine
+from tests.unit.test_model import tiny_lrm
+
+
+def test_warm_up_and_cosine_by_hand():
+    # 100 steps, 10 of warm-up: 0.1, 0.2, ..., 1.0, then a cosine that is at half its way at step 55.
+    factors = [warmup_cosine(step, 100, 0.1, 0.0) for step in range(101)]
+    assert math.isclose(factors[0], 0.1)
+    assert math.isclose(factors[9], 1.0)
+    assert math.isclose(factors[10], 1.0)
+    assert math.isclose(factors[55], 0.5)
+    assert math.isclose(factors[100], 0.0, abs_tol=1e-9)
+    assert math.isclose(warmup_cosine(100, 100, 0.1, 0.25), 0.25)
+
+
+def test_a_short_run_leaves_its_warm_up():
+    assert warmup_cosine(2, 3, 0.07, 0.0) < warmup_cosine(0, 3, 0.07, 0.0) == 1.0
+
+
+def test_weight_decay_is_only_on_matrices_and_kernels():
+    model = tiny_lrm()
+    decayed, spared = parameter_groups(model, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    spared_names = {names[id(p)] for p in spared["params"]}
+    assert decayed["weight_decay"] == 0.05
+    assert spared["weight_decay"] == 0.0
+    assert {"transformer.tokens", "transformer.norm.weight", "camera_embedder.mlp.0.bias"} <= spared_names
+    assert {
+        "transformer.blocks.0.self_attention.qkv.weight",
+        "upsampler.deconvolution.weight",
+    } <= decayed_names
+    assert not any(name.endswith("bias") or "norm.norm" in name for name in decayed_names)
+    assert decayed_names | spared_names == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("encoder.") for name in decayed_names | spared_names), "it is frozen"
+
+
+def test_the_optimiser_is_adamw_with_the_papers_betas():
+    optimizer, _ = OptimizerConfig().build(torch.nn.Linear(2, 2), steps=10)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_the_objective_is_the_weighted_mse_before_lpips_starts():
+    objective = Objective(mse=3.0, lpips=2.0, lpips_start_step=5)
+    prediction, target = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 0.3)
+    terms = objective(prediction, target, step=4)
+    assert terms.keys() == {"mse"}
+    assert math.isclose(terms["mse"].item(), 3 * 0.04, rel_tol=1e-5)
+
+
+def test_lpips_is_added_from_its_start_step_with_its_weight():
+    objective = Objective(mse=1.0, lpips=2.0, lpips_start_step=5)
+    objective.perceptual = lambda prediction, target: torch.tensor([0.1, 0.3])
+    terms = objective(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), step=5)
+    assert math.isclose(terms["lpips"].item(), 0.4, rel_tol=1e-5)
+
+
+def test_lpips_without_a_network_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"--model\.objective\.lpips 0"):
+        Objective()(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), step=0)

@@ -1,0 +1,73 @@
+import pytest
+
+from lrm_pl.data.schema import SampleError
+from lrm_pl.data.shards import Order, Place
+from lrm_pl.data.synthetic import synthetic_sample
+
+
+def test_every_sample_comes_exactly_once_an_epoch():
+    for counts, streams in (((8, 8, 8, 8, 8), 8), ((3, 1, 7), 4), ((2,), 64), ((5, 5), 1)):
+        order = Order(counts, seed=3, streams=streams)
+        for epoch in range(3):
+            start = epoch * order.total
+            places = [order.locate(g) for g in range(start, start + order.total)]
+            assert {p.epoch for p in places} == {epoch}
+            expected = {(s, i) for s, count in enumerate(counts) for i in range(count)}
+            assert {(p.shard, p.index) for p in places} == expected
+            assert len(places) == len(expected)
+
+
+def test_the_sequence_by_hand():
+    # One shard of 5 in 2 streams: stream 0 holds 0 1 2, stream 1 holds 3 4; positions alternate.
+    order = Order((5,), seed=0, streams=2)
+    assert [order.locate(g).index for g in range(5)] == [0, 3, 1, 4, 2]
+
+
+def test_an_empty_shard_is_never_read():
+    order = Order((2, 0, 3), seed=1, streams=2)
+    assert all(order.locate(g).shard != 1 for g in range(50))
+
+
+def test_epochs_differ_and_seeds_differ_but_a_repetition_is_the_same():
+    def epoch(seed, number):
+        order = Order((4, 4, 4, 4, 4, 4), seed, streams=4)
+        return [order.locate(number * order.total + p) for p in range(order.total)]
+
+    def plain(places):
+        return [(p.shard, p.index) for p in places]
+
+    assert epoch(0, 0) == epoch(0, 0)
+    assert plain(epoch(0, 0)) != plain(epoch(0, 1))
+    assert plain(epoch(0, 0)) != plain(epoch(1, 0))
+
+
+def test_neighbours_come_from_different_parts_of_the_epoch():
+    order = Order((8,) * 5, seed=0, streams=8)
+    for g in range(0, 80, 4):
+        batch = [order.locate(h) for h in range(g, g + 4)]
+        assert len({(p.shard, p.index) for p in batch}) == 4
+        assert len({p.shard for p in batch}) >= 2
+
+
+def test_a_bad_sample_keeps_its_slot_filled_by_the_next_good_one_of_its_stream():
+    order = Order((5,), seed=0, streams=2)  # indices 0 3 1 4 2
+    messages = []
+
+    def read(place: Place):
+        if place.index in (0, 1):
+            raise SampleError(f"sample {place.index} is bad")
+        return synthetic_sample(str(place.index), views=1, resolution=4, seed=0)
+
+    filled = [order.fill(g, read, messages.append)[1].info.id for g in range(5)]
+    assert filled[1] == "3"
+    assert filled[3] == "4"
+    assert filled[0] == filled[4] == "2", "stream 0 goes on with 2"
+    assert messages[:2] == ["sample 0 is bad", "sample 1 is bad"]
+
+
+def test_only_bad_samples_are_an_error_and_not_a_hang():
+    def read(place: Place):
+        raise SampleError("broken")
+
+    with pytest.raises(SampleError, match="expected a readable sample, found none among 5; the last: broken"):
+        Order((5,), seed=0, streams=2).fill(0, read, lambda message: None)

@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+
+from lrm_pl.data.batch import collate
+from lrm_pl.data.dataset import EvaluationSet, TrainingStream
+from lrm_pl.data.manifest import read_manifest
+from lrm_pl.data.schema import Sample, SampleError, SampleInfo, encode_image
+from lrm_pl.data.synthetic import synthetic_sample
+from lrm_pl.data.transforms import (
+    CropConfig,
+    choose_views,
+    evaluation_item,
+    resize,
+    sample_rng,
+    training_item,
+)
+from lrm_pl.geometry.rays import pixel_rays
+
+
+def position_coded_sample(side=64):
+    """A square facing the camera whose colour is its place: u in red, v in green, so pixels tell where they are."""
+    centres = (np.arange(side) + 0.5) / side
+    red, green = np.meshgrid(centres, centres)
+    rgba = np.stack([red, green, np.zeros_like(red), np.ones_like(red)], -1)
+    view = encode_image(np.round(rgba * 255).astype(np.uint8))
+    pose = np.array([[1, 0, 0, 0], [0, 0, 1, -2], [0, -1, 0, 0], [0, 0, 0, 1]], np.float32)
+    info = SampleInfo("coded", "coded", "CC0", "x", "x", 0, "x", 2)
+    camera = np.array([1.0, 1.0, 0.5, 0.5], np.float32)
+    return Sample(info, np.stack([pose, pose]), np.stack([camera, camera]), (view, view))
+
+
+def test_intrinsics_follow_resize_and_crop_to_a_fraction_of_a_pixel():
+    sample = position_coded_sample()
+    for seed in range(5):
+        item = training_item(sample, [0, 1], CropConfig(24, 64, 20), np.random.default_rng(seed))
+        views = item.target
+        _, directions = pixel_rays(views.c2w, views.fxfycxcy, 20, 20)
+        # In the canonical frame a ray of pixel (u, v) is (u - 0.5, 1, 0.5 - v) up to length.
+        u = directions[..., 0] / directions[..., 1] + 0.5
+        v = 0.5 - directions[..., 2] / directions[..., 1]
+        inside = slice(2, -2)  # antialiasing rounds the border of the whole image
+        assert torch.allclose(views.images[:, 0, inside, inside], u[:, inside, inside], atol=0.01)
+        assert torch.allclose(views.images[:, 1, inside, inside], v[:, inside, inside], atol=0.01)
+
+
+def test_resizing_keeps_pixel_centres_by_hand():
+    image = torch.tensor([[[0.0, 0.2, 0.4, 0.6]]]).expand(1, 4, 4)
+    assert torch.allclose(resize(image, 4), image)
+    # Antialiased halving: triangle filter of width 4 about 1.5 and 3.5 pixels; the ramp is linear inside.
+    halved = resize(torch.linspace(0, 1, 16).expand(1, 16, 16), 8)[0, 0]
+    assert torch.allclose(halved[1:-1], (torch.arange(1, 7) * 2 + 0.5) / 15, atol=1e-5)
+
+
+def test_the_background_shows_only_where_the_object_is_not():
+    sample = synthetic_sample("a", views=4, resolution=32, seed=0)
+    item = training_item(sample, [0, 1, 2], CropConfig(32, 32, 32), np.random.default_rng(0))
+    target, background = item.target, item.target.background[:, :, None, None]
+    empty = (target.alpha == 0)[:, None].expand_as(target.images)
+    assert torch.equal(target.images[empty], background.expand_as(target.images)[empty])
+    assert len({tuple(colour.tolist()) for colour in target.background}) == 3
+    white = evaluation_item(sample, 0, [0]).input.images
+    assert torch.equal(item.input.images, white), "the input view is over white"
+
+
+def test_all_randomness_of_a_sample_is_a_function_of_seed_epoch_and_key():
+    sample = synthetic_sample("a", views=8, resolution=32, seed=0)
+
+    def item(seed, epoch, key):
+        rng = sample_rng(seed, epoch, key)
+        return training_item(sample, choose_views(rng, range(8), 4), CropConfig(16, 32, 16), rng).target
+
+    same = item(0, 1, "a")
+    assert torch.equal(same.images, item(0, 1, "a").images)
+    for other in (item(1, 1, "a"), item(0, 2, "a"), item(0, 1, "b")):
+        assert not torch.equal(same.images, other.images)
+
+
+def test_the_input_view_is_a_target_too_and_canonical():
+    sample = synthetic_sample("a", views=8, resolution=32, seed=0)
+    item = training_item(sample, [5, 2, 3], CropConfig(32, 32, 32), np.random.default_rng(0))
+    assert torch.equal(item.input.c2w[0], item.target.c2w[0])
+    assert torch.allclose(item.input.c2w[0, :3, 3], torch.tensor([0.0, -2.6, 0.0]), atol=1e-5)
+
+
+def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(shards):
+    manifest = read_manifest(shards)
+    stream = TrainingStream(shards, manifest, 2, 4, 3, CropConfig(32, 32, 32), 0, 4, 40)
+    used = {view for g in range(80) for view in stream._chosen(stream.order.locate(g))[0]}
+    assert used == {0, 1, 2, 3, 4}
+    items = EvaluationSet(shards, manifest, "train", range(5, 8))
+    assert len(items) == 4
+    assert items[0].target.images.shape == (3, 3, 32, 32)
+
+
+def test_workers_do_not_change_the_order(shards, monkeypatch):
+    def ids(worker, workers, position=0):
+        class Info:
+            id, num_workers = worker, workers
+
+        monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda: Info if workers else None)
+        stream = TrainingStream(
+            shards, read_manifest(shards), 2, 3, 2, CropConfig(8, 32, 8), 0, 4, 12, position
+        )
+        return [batch.ids for batch in stream]
+
+    alone = ids(0, 0)
+    assert len(alone) == 12
+    shared = [None] * 12
+    for k in range(3):
+        shared[k::3] = ids(k, 3)
+    assert shared == alone
+    assert ids(0, 0, position=14) == alone[7:], "a resumed stream goes on where it was"
+
+
+def test_items_of_different_sizes_are_refused_with_both_sizes():
+    small, large = (evaluation_item(synthetic_sample("a", 2, side, 0), 0, [1]) for side in (16, 32))
+    with pytest.raises(ValueError, match=r"one shape in a batch, found .*16, 16.*32, 32"):
+        collate([small, large])
+
+
+def test_too_few_views_are_refused():
+    with pytest.raises(SampleError, match="at least 4 training views, found 3"):
+        choose_views(np.random.default_rng(0), range(3), 4)

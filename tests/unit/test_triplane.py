@@ -1,0 +1,102 @@
+import warnings
+
+import pytest
+import torch
+
+from lrm_pl.conventions import PLANE_AXES
+from lrm_pl.kernels.triplane import (
+    accumulate_gradient,
+    triplane_sample,
+    triplane_sample_plain,
+)
+
+
+def planes_and_points(channels=5, side=7, count=300):
+    generator = torch.Generator().manual_seed(0)
+    planes = torch.randn(3, side, side, channels, generator=generator)
+    points = torch.rand(count, 3, generator=generator) * 2.6 - 1.3  # some outside the field
+    return planes, points
+
+
+def test_bilinear_sampling_by_hand():
+    # One plane of 2 x 2 over [-1, 1]: centres at -0.5 and 0.5. At x = 0, y = -0.5 the first row's mean is read;
+    # at x = 1.0 (the border) half of the neighbour outside counts as zero.
+    plane = torch.tensor([[1.0, 3.0], [5.0, 7.0]]).view(1, 2, 2, 1)
+    points = torch.tensor(
+        [[0.0, -0.5, 9.0], [0.0, 0.0, 9.0], [1.0, -0.5, 9.0], [2.0, -0.5, 9.0], [0.5, 0.25, 9.0]]
+    )
+    values = triplane_sample(plane, points, ((0, 1),), "sum")
+    assert torch.allclose(values[:, 0], torch.tensor([2.0, 4.0, 1.5, 0.0, 6.0]))
+
+
+def test_each_plane_is_read_along_its_own_axes():
+    # Plane p holds its column coordinate + 10 x its row coordinate, exact at pixel centres.
+    centres = torch.tensor([-0.75, -0.25, 0.25, 0.75])
+    plane = centres[None, :] + 10 * centres[:, None]
+    planes = plane.expand(3, 4, 4)[..., None].contiguous()
+    point = torch.tensor([[0.25, -0.25, 0.75]])
+    values = triplane_sample(planes, point, PLANE_AXES, "concat")
+    expected = torch.tensor([[0.25 - 2.5, 0.25 + 7.5, -0.25 + 7.5]])  # (x, y), (x, z), (y, z)
+    assert torch.allclose(values, expected)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "concat"])
+def test_the_fast_body_equals_its_plain_twin_in_values_and_gradients(reduce):
+    planes, points = planes_and_points()
+    results = []
+    for sample in (triplane_sample, triplane_sample_plain):
+        leaf = planes.clone().requires_grad_()
+        values = sample(leaf, points, PLANE_AXES, reduce)
+        (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()
+        results.append((values.detach(), leaf.grad))
+    (fast, fast_grad), (plain, plain_grad) = results
+    assert torch.allclose(fast, plain, atol=1e-5)
+    assert torch.allclose(fast_grad, plain_grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "concat"])
+def test_accumulating_adds_the_gradient_of_sampling(reduce):
+    planes, points = planes_and_points()
+    leaf = planes.clone().requires_grad_()
+    values = triplane_sample_plain(leaf, points, PLANE_AXES, reduce)
+    grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
+    values.backward(grad)
+    total = torch.full_like(planes, 2.0)
+    accumulate_gradient(total, points, grad, PLANE_AXES, reduce)
+    assert torch.allclose(total - 2, leaf.grad, atol=1e-4)
+
+
+def test_sampling_is_differentiable_in_the_planes_by_finite_differences():
+    planes, points = planes_and_points(channels=2, side=3, count=20)
+    leaf = planes.clone().requires_grad_()
+    weight = torch.linspace(-1, 1, 40).view(20, 2)
+    (triplane_sample(leaf, points, PLANE_AXES, "sum") * weight).sum().backward()
+    for index in [(0, 0, 0, 0), (1, 2, 1, 1), (2, 1, 1, 0)]:
+        step = torch.zeros_like(planes)
+        step[index] = 0.5  # linear: any step is exact
+        difference = [
+            (triplane_sample(planes + sign * step, points, PLANE_AXES, "sum") * weight).sum()
+            for sign in (1, -1)
+        ]
+        assert torch.isclose(leaf.grad[index], difference[0] - difference[1], atol=1e-4)
+
+
+def test_the_op_passes_pytorchs_own_checks():
+    planes, points = planes_and_points(count=16)
+    axes = [axis for pair in PLANE_AXES for axis in pair]
+    arguments = (planes.requires_grad_(), points, axes, False)
+    # The check itself reads .grad of a tensor that is no leaf.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+    torch.library.opcheck(torch.ops.lrm_pl.triplane_sample.default, arguments)
+
+
+def test_far_away_points_read_zeros():
+    planes, _ = planes_and_points()
+    points = torch.tensor([[1e9, -1e9, 1e30], [torch.inf, -torch.inf, torch.inf]])
+    values = triplane_sample(planes, points, PLANE_AXES, "sum")
+    assert torch.equal(values, torch.zeros(2, 5))
+
+
+def test_planes_that_do_not_fit_the_axes_are_refused_with_both_shapes():
+    with pytest.raises(ValueError, match=r"expected planes \(3, S, S, C\), found \(2, 4, 4, 1\)"):
+        triplane_sample(torch.zeros(2, 4, 4, 1), torch.zeros(1, 3), PLANE_AXES, "sum")
