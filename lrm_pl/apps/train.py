@@ -8,6 +8,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,10 @@ def git_commit() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; expected errors end in one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Not so: the stream gives whole batches to each worker in turn, and says its true length.
+    warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
+    # Lightning 2.6.6's own use of a name that torch renamed.
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         LRMCLI(
             LRMModule,

@@ -30,6 +30,9 @@ class ShardDataModule(L.LightningDataModule):
         batch_size: Objects a batch.
         side_views: Target views besides the input view (the paper: 3).
         unseen_views: The last views of every object, never trained on: what validation renders.
+        input_views: The input view is one of the first so many views; null means any training view, as in the
+            paper. Few make a small data set learnable in minutes: each input view is a scene of its own to learn,
+            because the canonical frame turns with it.
         crop: Sizes of the target windows in training.
         workers: Processes that decode; 0 decodes in the training process.
         seed: Seed of the order of samples and of all augmentation.
@@ -42,6 +45,7 @@ class ShardDataModule(L.LightningDataModule):
         batch_size: int = 4,
         side_views: int = 3,
         unseen_views: int = 4,
+        input_views: int | None = None,
         crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
         workers: int = 2,
         seed: int = 0,
@@ -49,7 +53,12 @@ class ShardDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.folder, self.batch_size, self.side_views = Path(folder), batch_size, side_views
-        self.unseen_views, self.crop, self.workers = unseen_views, crop, workers
+        self.unseen_views, self.input_views, self.crop, self.workers = (
+            unseen_views,
+            input_views,
+            crop,
+            workers,
+        )
         self.seed, self.streams, self.position = seed, streams, 0
 
     def setup(self, stage: str) -> None:
@@ -80,6 +89,7 @@ class ShardDataModule(L.LightningDataModule):
             self.batch_size,
             1 + self.side_views,
             self.unseen_views,
+            self.input_views,
             self.crop,
             self.seed,
             self.streams,

@@ -27,6 +27,7 @@ class TrainingStream(IterableDataset[Batch]):
         batch_size: G, objects a batch.
         views: Views an object: the input view and the side views.
         unseen_views: The last views of every object, never trained on.
+        input_views: The input view is one of the first so many; None means any training view.
         crop: Sizes of the target windows.
         seed: Seed of order and augmentation.
         streams: S of the global sequence.
@@ -41,6 +42,7 @@ class TrainingStream(IterableDataset[Batch]):
         batch_size: int,
         views: int,
         unseen_views: int,
+        input_views: int | None,
         crop: CropConfig,
         seed: int,
         streams: int,
@@ -52,6 +54,7 @@ class TrainingStream(IterableDataset[Batch]):
         self.reader = ShardReader(folder, shards)
         self.order = Order(tuple(shard.samples for shard in shards), seed, streams)
         self.batch_size, self.views, self.unseen_views = batch_size, views, unseen_views
+        self.input_views = input_views
         self.crop, self.seed, self.batches, self.position = crop, seed, batches, position
 
     def __len__(self) -> int:
@@ -83,7 +86,7 @@ class TrainingStream(IterableDataset[Batch]):
         key = self.reader.keys(place.shard)[place.index]
         rng = sample_rng(self.seed, place.epoch, key)
         available = self.reader.view_count(place) - self.unseen_views
-        return choose_views(rng, range(max(available, 0)), self.views), rng
+        return choose_views(rng, available, self.views, self.input_views), rng
 
 
 class EvaluationSet(Dataset[Batch]):

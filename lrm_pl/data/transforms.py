@@ -45,17 +45,25 @@ def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def choose_views(rng: np.random.Generator, available: Sequence[int], count: int) -> list[int]:
-    """Draw ``count`` different views; the first is the input view.
+def choose_views(
+    rng: np.random.Generator, available: int, count: int, input_views: int | None = None
+) -> list[int]:
+    """Draw ``count`` different views out of the first ``available``; the first drawn is the input view.
+
+    Args:
+        rng: The sample's generator.
+        available: Training views of the object.
+        count: Views wanted.
+        input_views: The input view is one of the first so many; None means any.
 
     Raises:
         SampleError: Too few views.
     """
-    if len(available) < count:
-        raise SampleError(
-            f"expected at least {count} training views, found {len(available)}; render more VIEWS"
-        )
-    return [available[i] for i in rng.permutation(len(available))[:count]]
+    if available < count:
+        raise SampleError(f"expected at least {count} training views, found {available}; render more VIEWS")
+    first = int(rng.integers(min(input_views or available, available)))
+    others = rng.permutation([view for view in range(available) if view != first])
+    return [first, *(int(view) for view in others[: count - 1])]
 
 
 def training_item(sample: Sample, views: Sequence[int], crop: CropConfig, rng: np.random.Generator) -> Batch:

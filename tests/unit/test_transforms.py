@@ -68,7 +68,7 @@ def test_all_randomness_of_a_sample_is_a_function_of_seed_epoch_and_key():
 
     def item(seed, epoch, key):
         rng = sample_rng(seed, epoch, key)
-        return training_item(sample, choose_views(rng, range(8), 4), CropConfig(16, 32, 16), rng).target
+        return training_item(sample, choose_views(rng, 8, 4), CropConfig(16, 32, 16), rng).target
 
     same = item(0, 1, "a")
     assert torch.equal(same.images, item(0, 1, "a").images)
@@ -85,7 +85,7 @@ def test_the_input_view_is_a_target_too_and_canonical():
 
 def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(shards):
     manifest = read_manifest(shards)
-    stream = TrainingStream(shards, manifest, 2, 4, 3, CropConfig(32, 32, 32), 0, 4, 40)
+    stream = TrainingStream(shards, manifest, 2, 4, 3, None, CropConfig(32, 32, 32), 0, 4, 40)
     used = {view for g in range(80) for view in stream._chosen(stream.order.locate(g))[0]}
     assert used == {0, 1, 2, 3, 4}
     items = EvaluationSet(shards, manifest, "train", range(5, 8))
@@ -100,7 +100,7 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
 
         monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda: Info if workers else None)
         stream = TrainingStream(
-            shards, read_manifest(shards), 2, 3, 2, CropConfig(8, 32, 8), 0, 4, 12, position
+            shards, read_manifest(shards), 2, 3, 2, None, CropConfig(8, 32, 8), 0, 4, 12, position
         )
         return [batch.ids for batch in stream]
 
@@ -121,4 +121,11 @@ def test_items_of_different_sizes_are_refused_with_both_sizes():
 
 def test_too_few_views_are_refused():
     with pytest.raises(SampleError, match="at least 4 training views, found 3"):
-        choose_views(np.random.default_rng(0), range(3), 4)
+        choose_views(np.random.default_rng(0), 3, 4)
+
+
+def test_input_views_bounds_which_views_are_inputs_but_not_which_are_targets():
+    drawn = [choose_views(np.random.default_rng(seed), 12, 4, input_views=2) for seed in range(200)]
+    assert {views[0] for views in drawn} == {0, 1}
+    assert {view for views in drawn for view in views[1:]} == set(range(12))
+    assert all(len(set(views)) == 4 for views in drawn)
