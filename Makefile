@@ -17,7 +17,7 @@ SAMPLES ?= 16
 JOBS ?=
 
 APT_VENV := python3.11-venv
-APT_BLENDER := libx11-6 libxrender1 libxfixes3 libxi6 libxkbcommon0 libsm6 libgl1
+APT_BLENDER := libx11-6 libxrender1 libxfixes3 libxi6 libxt6 libxkbcommon0 libsm6 libgl1
 
 # $(call apt,PACKAGES): install system packages as root, else say how and stop.
 define apt
@@ -65,6 +65,9 @@ lint: .venv/ready ## Check style, types and who imports whom
 clean: ## Remove the environments and caches (not data/, not runs/)
 	rm -rf .venv .venv-render .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv: .venv/ready
+.venv-render: .venv-render/ready
 
 .venv/ready: pyproject.toml
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,$(APT_VENV)); }

@@ -1,5 +1,7 @@
 """Shared fixtures: a folder of analytic shards, the repository's root."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,28 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     write_synthetic_shards(folder, train=4, val=2, views=8, resolution=32)
     return folder
+
+
+@pytest.fixture(scope="session")
+def render_python():
+    """The interpreter of the render environment; a missing one is a failure, never a skip."""
+    path = Path(os.environ.get("LRM_RENDER_PYTHON", ROOT / ".venv-render" / "bin" / "python"))
+    if not path.is_file():
+        pytest.fail(f"expected the render environment at {path}, found none; run `make .venv-render`")
+    return path
+
+
+@pytest.fixture(scope="session")
+def render_command(render_python):
+    """Run ``data_tools render`` to its end; returns the finished process with its output as text."""
+
+    def run(assets, out, *options, check=True):
+        command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *options]
+        done = subprocess.run(
+            [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=250
+        )
+        if check:
+            assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run

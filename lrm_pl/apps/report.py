@@ -37,8 +37,9 @@ class Report:
 
 def print_report(
     trainer: L.Trainer, module: LRMModule, data: ShardDataModule, perceptual: PerceptualLoss, objects: int = 8
-) -> None:
+) -> dict[str, Report]:
     """Measure the trained model on both evaluation sets, and print the results and what to do with them."""
+    reports = {}
     console = Console()
     folder = Path(trainer.log_dir or ".")
     mean_image = data.mean_training_image()
@@ -47,9 +48,10 @@ def print_report(
         if not len(loader):
             console.print(f"No {TITLES[name]} in {data.folder}: nothing to measure there.")
             continue
-        report = measure(
-            module, track(loader, f"Measuring {name}", console=console), perceptual, mean_image, objects
-        )
+        with trainer.precision_plugin.forward_context():
+            batches = track(loader, f"Measuring {name}", console=console)
+            report = measure(module, batches, perceptual, mean_image, objects)
+        reports[name] = report
         table = Table(title=f"{TITLES[name]}, {report.rows['model'].images} images", title_justify="left")
         for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
             table.add_column(column, justify="left" if not column else "right")
@@ -68,6 +70,7 @@ def print_report(
     checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     console.print(f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True)
+    return reports
 
 
 @torch.inference_mode()
@@ -78,7 +81,7 @@ def measure(
     mean_image: Float[Tensor, "3 H W"],
     objects: int,
 ) -> Report:
-    """Render an evaluation set in float32 and measure it, with the baselines beside it."""
+    """Render an evaluation set and measure it, with the baselines beside it."""
     module.eval()
     baselines: dict[str, Callable[[Batch], Tensor]] = {
         "white image": lambda batch: torch.ones_like(batch.target.images),

@@ -85,7 +85,7 @@ class LRMCLI(LightningCLI):
     def after_fit(self) -> None:
         """Print what was reached and where it is."""
         if self.trainer.is_global_zero and self.trainer.state.finished:
-            print_report(self.trainer, self.model, self.datamodule, self.perceptual)
+            self.reports = print_report(self.trainer, self.model, self.datamodule, self.perceptual)
 
     def _prepare(self, *, encoder: bool) -> None:
         self.datamodule.setup("fit")
@@ -108,11 +108,14 @@ class LRMCLI(LightningCLI):
             if isinstance(callback, ImageMetricsLogger):
                 callback.perceptual = self.perceptual
 
-    def _setting(self, name: str) -> Any:  # noqa: ANN401
-        return self.config[self.subcommand].get(name)
+    def _setting(self, name: str) -> Any:  # noqa: ANN401 - a namespace holds anything
+        return self._namespace(self.config).get(name)
+
+    def _namespace(self, config: Any) -> Any:  # noqa: ANN401 - a namespace
+        return config if self.subcommand is None else config[self.subcommand]
 
     def _weights(self) -> WeightsConfig:
-        return self.config_init[self.subcommand]["weights"]
+        return self._namespace(self.config_init)["weights"]
 
 
 def check_checkpoint(path: Path, module: LRMModule) -> None:

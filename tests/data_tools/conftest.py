@@ -1,11 +1,8 @@
 import base64
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -54,28 +51,3 @@ def box(centre, half):
     quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     triangles = [t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))]
     return np.asarray(centre) + signs * np.asarray(half), np.array(triangles)
-
-
-@pytest.fixture(scope="session")
-def render_python():
-    """The interpreter of the render environment; a missing one is a failure, never a skip."""
-    path = Path(os.environ.get("LRM_RENDER_PYTHON", REPOSITORY / ".venv-render" / "bin" / "python"))
-    if not path.is_file():
-        pytest.fail(f"expected the render environment at {path}, found none; run `make .venv-render`")
-    return path
-
-
-@pytest.fixture(scope="session")
-def render_command(render_python):
-    """Run ``data_tools render`` to its end; returns the finished process with its output as text."""
-
-    def run(assets, out, *options, check=True):
-        command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *options]
-        done = subprocess.run(
-            [str(part) for part in command], cwd=REPOSITORY, capture_output=True, text=True, timeout=250
-        )
-        if check:
-            assert done.returncode == 0, done.stdout + done.stderr
-        return done
-
-    return run

@@ -20,5 +20,5 @@ def test_no_demo_object_is_a_speck_or_a_wall(render_command, tmp_path):
             darkness = rgba[..., 3:] * (1 - rgba[..., :3])  # white minus the view composited on white
             white[key] = float(-10 * np.log10((darkness**2).mean()))
     assert len(white) == 48
-    print(f"white-image PSNR: {min(white.values()):.2f} to {max(white.values()):.2f} dB")  # noqa: T201
+    print(f"white-image PSNR: {min(white.values()):.2f} to {max(white.values()):.2f} dB")
     assert {key: psnr for key, psnr in white.items() if not 8 <= psnr <= 18} == {}

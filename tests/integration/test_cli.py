@@ -1,0 +1,275 @@
+"""The command line, in process, on analytic shards: what a user types, and what it must answer."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lrm_pl.__main__ import main as lrm
+from lrm_pl.apps.train import LRMCLI, main
+from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.training.module import LRMModule
+
+# Lightning warns of small things (few workers, short runs) that are so by design here.
+pytestmark = pytest.mark.filterwarnings("default")
+
+TINY = {
+    "seed_everything": 0,
+    "model": {
+        "lrm": {
+            "encoder": {"name": "vit_small_patch14_dinov2", "image_size": 28, "frozen": True},
+            "decoder": {"channels": 4, "width": 8, "layers": 3},
+            "dim": 16,
+            "depth": 1,
+            "heads": 2,
+            "camera_dim": 8,
+            "plane_tokens": 4,
+        },
+        "renderer": {"samples_per_ray": 8},
+        "objective": {"lpips": 0.0},
+    },
+    "data": {"batch_size": 2, "side_views": 1, "unseen_views": 2, "workers": 0, "streams": 2},
+    "weights": {"pretrained": False, "source": "pypi"},
+}
+TINY["data"]["crop"] = {"low": 16, "high": 32, "size": 16}
+
+
+@pytest.fixture
+def tiny(tmp_path, root, shards):
+    """Arguments of a tiny run, logging below tmp_path."""
+    path = tmp_path / "tiny.yaml"
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": str(tmp_path / "runs"), "name": "tiny"},
+    }
+    trainer = {
+        "max_steps": 2,
+        "val_check_interval": 2,
+        "log_every_n_steps": 1,
+        "logger": logger,
+        "precision": "32-true",
+    }
+    path.write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
+    trainer_layer = tmp_path / "trainer.yaml"
+    trainer_layer.write_text(f"trainer: {root / 'configs/trainer/auto.yaml'}\n")
+    return ["-c", str(trainer_layer), "-c", str(path), "--data.folder", str(shards)]
+
+
+def run_folder(tmp_path, version=0):
+    return tmp_path / "runs" / "tiny" / f"version_{version}"
+
+
+def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_path, capsys):
+    main(["fit", *tiny])
+    printed = capsys.readouterr().out
+    for words in (
+        "held-out objects",
+        "white image",
+        "mean training image",
+        "input view repeated",
+        "last.ckpt",
+    ):
+        assert words in printed
+    assert "make tensorboard" in printed
+    folder = run_folder(tmp_path)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["lrm"]["dim"] == 16
+    assert (folder / "commit.txt").read_text().strip()
+    for name in ("unseen", "heldout"):
+        with Image.open(folder / "views" / f"{name}-step000002.png") as picture:
+            rows = {"unseen": 4, "heldout": 2}[name]
+            assert picture.size == (5 * 32, rows * 32), (
+                "input | target | render | opacity | depth, whole views"
+            )
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    metrics = {
+        f"val/{s}/{m}" for s in ("unseen", "heldout") for m in ("psnr", "psnr_pooled", "ssim", "lpips")
+    }
+    assert metrics <= scalars
+    assert {
+        "loss/mse",
+        "loss/total",
+        "optim/grad_norm",
+        "speed/samples_per_second",
+        "memory/peak_host_gib",
+    } <= scalars
+    assert any(tag.startswith("lr-") for tag in scalars)
+    assert {"views/unseen", "views/heldout"} <= set(events.Tags()["images"])
+    assert any("run/commit" in tag for tag in events.Tags()["tensors"])
+
+
+def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny, tmp_path, capsys):
+    main(["fit", *tiny])
+    checkpoint = str(run_folder(tmp_path) / "checkpoints" / "last.ckpt")
+    for command in ("validate", "test"):
+        main([command, *tiny, "--ckpt_path", checkpoint])
+        assert "val/heldout/psnr_pooled" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"expected the weights of this model; missing or of another shape.*config\.yaml"
+    ):
+        main(["validate", *tiny, "--model.lrm.dim", "32", "--ckpt_path", checkpoint])
+    with pytest.raises(SystemExit, match="expected a checkpoint file, found none"):
+        main(["validate", *tiny, "--ckpt_path", str(tmp_path / "nothing.ckpt")])
+    (tmp_path / "page.ckpt").write_text("<html>not found</html>")
+    with pytest.raises(SystemExit, match="expected a checkpoint of `lrm fit`"):
+        main(["fit", *tiny, "--ckpt_path", str(tmp_path / "page.ckpt")])
+
+
+def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(tiny, tmp_path):
+    every = [
+        "--trainer.max_steps=4",
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=2",
+        "--trainer.callbacks.save_top_k=-1",
+    ]
+    main(["fit", *tiny, *every])
+    checkpoints = run_folder(tmp_path) / "checkpoints"
+    halfway = next(path for path in checkpoints.glob("*step=2*.ckpt"))
+    main(["fit", *tiny, *every, "--ckpt_path", str(halfway)])
+    whole, resumed = (
+        torch.load(run_folder(tmp_path, version) / "checkpoints" / "last.ckpt", weights_only=True)
+        for version in (0, 1)
+    )
+    assert whole["global_step"] == resumed["global_step"] == 4
+    assert whole["ShardDataModule"] == resumed["ShardDataModule"] == {"position": 8}
+    assert all(
+        torch.equal(whole["state_dict"][key], resumed["state_dict"][key]) for key in whole["state_dict"]
+    )
+
+
+def test_a_misspelt_key_is_refused_by_name(tiny, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *tiny, "--model.objective.lpipz", "1"])
+    assert stopped.value.code == 2
+    assert "lpipz" in capsys.readouterr().err
+
+
+def test_a_misspelt_key_in_a_config_file_is_refused_by_name(tiny, tmp_path, capsys):
+    (tmp_path / "typo.yaml").write_text("data: {bach_size: 4}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny, "-c", str(tmp_path / "typo.yaml")])
+    assert "bach_size" in capsys.readouterr().err
+
+
+def test_interpolation_resolves_after_the_layers_are_merged(tiny, tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("model: {objective: {lpips_start_step: '${trainer.max_steps}'}}\n")
+    second.write_text("trainer: {max_steps: 7}\n")
+    arguments = [*tiny, "-c", str(first), "-c", str(second)]
+    options = {"parser_mode": "omegaconf+"}
+    cli = LRMCLI(
+        LRMModule,
+        ShardDataModule,
+        run=False,
+        save_config_callback=None,
+        parser_kwargs=options,
+        args=arguments,
+    )
+    assert cli.model.objective.lpips_start_step == 7
+
+
+def test_predict_is_not_offered_and_help_names_what_is(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lrm", "predict"])
+    with pytest.raises(SystemExit):
+        lrm()
+    assert "expected one of fit, validate, test" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["lrm", "--help"])
+    with pytest.raises(SystemExit):
+        lrm()
+    assert "lrm fit -c configs/experiment/demo.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, monkeypatch, precision):
+    from lrm_pl.rendering import deferred, volume
+
+    seen = {}
+
+    def spy(module, name):
+        original = getattr(module, name)
+
+        def wrapper(*args):
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            seen.setdefault(name, set()).update(t.dtype for t in tensors)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    for module, name in (
+        (volume, "pixel_rays"),
+        (volume, "ray_interval"),
+        (deferred, "stratified"),
+        (deferred, "composite"),
+    ):
+        spy(module, name)
+    main(["fit", *tiny, "--trainer.precision", precision, "--trainer.max_steps", "1"])
+    assert seen.keys() == {"pixel_rays", "ray_interval", "stratified", "composite"}
+    assert set().union(*seen.values()) == {torch.float32}
+
+
+def test_missing_shards_and_a_truncated_shard_stop_before_training_with_the_remedy(tiny, tmp_path, shards):
+    with pytest.raises(SystemExit, match=r"expected finished shards in .*nowhere.*make render-shards OUT="):
+        main(["fit", *tiny, "--data.folder", str(tmp_path / "nowhere")])
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    tar = broken / "train-000001.tar"
+    size = tar.stat().st_size
+    with open(tar, "r+b") as file:
+        file.truncate(size - 1000)
+    with pytest.raises(SystemExit, match=f"expected {size} bytes, found {size - 1000}: it is damaged"):
+        main(["fit", *tiny, "--data.folder", str(broken)])
+    tar.unlink()
+    with pytest.raises(SystemExit, match=r"expected the shard file .*train-000001\.tar, found none"):
+        main(["fit", *tiny, "--data.folder", str(broken)])
+
+
+def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_path, shards, caplog):
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    tar = broken / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    place = content.index(b"\x93NUMPY")  # the first sample's poses
+    content[place : place + 6] = b"corrup"
+    tar.write_bytes(bytes(content))
+    caplog.set_level("WARNING")
+    main(["fit", *tiny, "--data.folder", str(broken), "--trainer.limit_val_batches", "0"])
+    assert "train-000000.tar" in caplog.text
+    assert "train-ellipsoid-000" in caplog.text
+
+
+def test_more_views_than_the_shards_have_are_refused_with_the_command_to_type(tiny):
+    with pytest.raises(
+        SystemExit, match=r"expected at least 12 views an object.*found 8.*make render-shards VIEWS=12"
+    ):
+        main(["fit", *tiny, "--data.side_views", "9"])
+
+
+def test_the_demo_experiment_takes_one_step_with_its_real_weights(root, tmp_path, shards):
+    main([
+        "fit", "-c", str(root / "configs/experiment/demo.yaml"), "--data.folder", str(shards),
+        "--trainer.max_steps", "1", "--data.batch_size", "2", "--model.objective.lpips_start_step", "0",
+        "--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.val_check_interval", "1",
+    ])  # fmt: skip
+    assert (tmp_path / "lrm" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_papers_size_takes_one_step(root, tmp_path):
+    write_synthetic_shards(tmp_path / "shards", train=1, val=0, views=3, resolution=32)
+    (tmp_path / "paper.yaml").write_text(
+        f"trainer: {root / 'configs/trainer/auto.yaml'}\nmodel: {root / 'configs/model/lrm.yaml'}\n"
+    )
+    main([
+        "fit", "-c", str(tmp_path / "paper.yaml"), "--data.folder", str(tmp_path / "shards"),
+        "--trainer.max_steps", "1", "--data.batch_size", "1", "--data.side_views", "1", "--data.unseen_views", "1",
+        "--data.crop.low", "16", "--data.crop.high", "32", "--data.crop.size", "16", "--data.workers", "0",
+        "--model.objective.lpips", "0", "--weights.pretrained", "false", "--weights.source", "pypi",
+        "--trainer.callbacks", "[]", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "0",
+        "--trainer.enable_checkpointing", "false", "--trainer.logger.init_args.save_dir", str(tmp_path),
+    ])  # fmt: skip
