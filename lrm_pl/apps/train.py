@@ -72,6 +72,12 @@ class LRMCLI(LightningCLI):
         commands = LightningCLI.subcommands()
         return {name: commands[name] for name in ("fit", "validate", "test")}
 
+    def _parse_ckpt_path(self) -> None:
+        """Read no settings out of a checkpoint, as Lightning would before anyone has checked the file.
+
+        A run keeps its settings in config.yaml; the checkpoint is checked before anything starts.
+        """
+
     def before_fit(self) -> None:
         """Check the data, then load weights: both before anything slow starts."""
         self._prepare(encoder=self._setting("ckpt_path") is None)

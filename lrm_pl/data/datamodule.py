@@ -119,8 +119,8 @@ class ShardDataModule(L.LightningDataModule):
             self.folder, self.manifest, "train", range(self.manifest.views - self.unseen_views)
         )
         total, count = torch.zeros(()), 0
-        for index in range(len(dataset)):
-            images = dataset[index].target.images
+        for item in dataset:
+            images = item.target.images
             total, count = total + images.sum(dim=0), count + len(images)
         return total / count
 

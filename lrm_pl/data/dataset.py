@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.manifest import Manifest, Split
-from lrm_pl.data.schema import Sample
+from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.data.shards import Order, Place, ShardReader, require_samples
 from lrm_pl.data.transforms import CropConfig, choose_views, evaluation_item, sample_rng, training_item
 
@@ -89,8 +89,10 @@ class TrainingStream(IterableDataset[Batch]):
         return choose_views(rng, available, self.views, self.input_views), rng
 
 
-class EvaluationSet(Dataset[Batch]):
+class EvaluationSet(IterableDataset[Batch]):
     """Every sample of a split once, without randomness: view 0 in, some views out, whole and over white.
+
+    A bad sample is left out, and said so. Worker k of K makes the items k, k + K, ...
 
     Args:
         folder: Folder of the shards.
@@ -106,10 +108,16 @@ class EvaluationSet(Dataset[Batch]):
         self.views = tuple(views)
 
     def __len__(self) -> int:
-        """Return the number of objects."""
+        """Return the number of objects, bad ones included."""
         return len(self.places)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Make the item of one object."""
-        sample = self.reader.read(self.places[index], sorted({0, *self.views}))
-        return evaluation_item(sample, 0, self.views)
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield an item an object."""
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        for place in self.places[worker::workers]:
+            try:
+                sample = self.reader.read(place, sorted({0, *self.views}))
+                yield evaluation_item(sample, 0, self.views)
+            except SampleError as error:
+                logger.warning("skipped %s", error)

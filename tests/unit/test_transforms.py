@@ -89,8 +89,8 @@ def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(s
     used = {view for g in range(80) for view in stream._chosen(stream.order.locate(g))[0]}
     assert used == {0, 1, 2, 3, 4}
     items = EvaluationSet(shards, manifest, "train", range(5, 8))
-    assert len(items) == 4
-    assert items[0].target.images.shape == (3, 3, 32, 32)
+    assert len(items) == len(list(items)) == 4
+    assert next(iter(items)).target.images.shape == (3, 3, 32, 32)
 
 
 def test_workers_do_not_change_the_order(shards, monkeypatch):
