@@ -12,7 +12,7 @@ from lrm_pl.data.dataset import EvaluationSet
 from lrm_pl.metrics import psnr_pooled
 from lrm_pl.training.module import LRMModule
 
-OBJECT = "fireExtinguisher"
+OBJECT = "lockedLocker"
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_c
             "-c", str(root / "configs/experiment/overfit.yaml"),
             "--data.folder", str(tmp_path / "shards"),
             "--trainer.logger.init_args.save_dir", str(tmp_path),
-            "--trainer.limit_val_batches", "0",
+            "--trainer.limit_val_batches", "0", "--trainer.max_steps", "400",
         ],
     )  # fmt: skip
     cli.before_fit()
