@@ -38,7 +38,8 @@ render-shards: .venv-render/ready ## Render meshes to shards: ASSETS= OUT= VIEWS
 	.venv-render/bin/python -m data_tools render --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
 	  --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
-data/demo/manifest.json: | .venv-render/ready
+data/demo/manifest.json:
+	$(MAKE) .venv-render
 	.venv-render/bin/python -m data_tools render --out data/demo
 
 %/manifest.json:
