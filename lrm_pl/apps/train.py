@@ -80,10 +80,16 @@ class LRMCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check the data, then load weights: both before anything slow starts."""
-        self._prepare(encoder=self._setting("ckpt_path") is None)
+        self._prepare(encoder=True)
 
     def before_validate(self) -> None:
-        """Get ready to measure."""
+        """Get ready to measure.
+
+        Raises:
+            ValueError: No checkpoint: an untrained model's figures would look like figures.
+        """
+        if self._setting("ckpt_path") is None:
+            raise ValueError("expected --ckpt_path, found none; give the checkpoint that is to be measured")
         self._prepare(encoder=False)
 
     before_test = before_validate
@@ -94,6 +100,11 @@ class LRMCLI(LightningCLI):
             self.reports = print_report(self.trainer, self.model, self.datamodule, self.perceptual)
 
     def _prepare(self, *, encoder: bool) -> None:
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"expected one process, found {self.trainer.world_size}: the stream of samples is not divided among "
+                "processes yet; run with --trainer.devices 1 --trainer.num_nodes 1"
+            )
         self.datamodule.setup("fit")
         checkpoint = self._setting("ckpt_path")
         if checkpoint is not None:

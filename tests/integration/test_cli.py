@@ -142,6 +142,13 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(tiny, tmp_p
     )
 
 
+def test_measuring_without_a_checkpoint_and_training_on_two_processes_are_refused(tiny):
+    with pytest.raises(SystemExit, match="expected --ckpt_path, found none"):
+        main(["validate", *tiny])
+    with pytest.raises(SystemExit, match="expected one process, found 2"):
+        main(["fit", *tiny, "--trainer.accelerator", "cpu", "--trainer.devices", "2"])
+
+
 def test_a_misspelt_key_is_refused_by_name(tiny, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *tiny, "--model.objective.lpipz", "1"])
