@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.manifest import Manifest, Split
-from lrm_pl.data.schema import Sample, SampleError
+from lrm_pl.data.schema import SampleError
 from lrm_pl.data.shards import Order, Place, ShardReader, require_samples
 from lrm_pl.data.transforms import CropConfig, choose_views, evaluation_item, sample_rng, training_item
 
@@ -72,14 +72,15 @@ class TrainingStream(IterableDataset[Batch]):
 
     def item(self, position: int) -> Batch:
         """Make the item at global position g; bad samples are replaced, and said so."""
-        place, sample = self.order.fill(
-            position, self._read, lambda message: logger.warning("skipped %s", message)
-        )
-        views, rng = self._chosen(place)
-        return training_item(sample, views, self.crop, rng)
+        return self.order.fill(position, self._make, lambda message: logger.warning("skipped %s", message))
 
-    def _read(self, place: Place) -> Sample:
-        return self.reader.read(place, self._chosen(place)[0])
+    def _make(self, place: Place) -> Batch:
+        views, rng = self._chosen(place)
+        sample = self.reader.read(place, views)
+        try:
+            return training_item(sample, views, self.crop, rng)
+        except SampleError as error:  # a view that is no picture
+            raise self.reader.located(place, error) from error
 
     def _chosen(self, place: Place) -> tuple[list[int], Any]:
         """Draw the views of the sample at a place; deterministic, so it may be asked twice."""
@@ -117,7 +118,15 @@ class EvaluationSet(IterableDataset[Batch]):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         for place in self.places[worker::workers]:
             try:
-                sample = self.reader.read(place, sorted({0, *self.views}))
-                yield evaluation_item(sample, 0, self.views)
+                item = self._make(place)
             except SampleError as error:
                 logger.warning("skipped %s", error)
+            else:
+                yield item
+
+    def _make(self, place: Place) -> Batch:
+        sample = self.reader.read(place, sorted({0, *self.views}))
+        try:
+            return evaluation_item(sample, 0, self.views)
+        except SampleError as error:  # a view that is no picture
+            raise self.reader.located(place, error) from error

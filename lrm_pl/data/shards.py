@@ -9,13 +9,16 @@ whole state of a run is g. Nothing is buffered: members are read by their offset
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
 from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index
 from lrm_pl.data.schema import Sample, SampleError, decode_sample, view_member
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,24 +60,28 @@ class Order:
         slot = int(np.searchsorted(ends, rank, side="right"))
         return Place(epoch, int(permutation[slot]), rank - (int(ends[slot - 1]) if slot else 0))
 
-    def fill(
-        self, position: int, read: Callable[[Place], Sample], skipped: Callable[[str], None]
-    ) -> tuple[Place, Sample]:
-        """Read the sample at a position; a bad one keeps its slot, filled by the next good one of its stream.
+    def fill(self, position: int, make: Callable[[Place], Item], skipped: Callable[[str], None]) -> Item:
+        """Make the item at a position; a bad sample keeps its slot, filled by the next good one of its stream.
+
+        Where the stream has none, the other streams of the epoch are asked: every sample at most once.
 
         Args:
             position: g.
-            read: Reads the sample at a place, raising ``SampleError`` where it is bad.
+            make: Makes the item of a place, raising ``SampleError`` where the sample is bad.
             skipped: Told the message of each bad sample.
 
         Raises:
             SampleError: Every sample was bad.
         """
+        start = position - position % self.total
+        stream = position % self.total % self.streams
+        own = range(start + stream, start + self.total, self.streams)
+        others = (g for g in range(start, start + self.total) if (g - start) % self.streams != stream)
+        here = own.index(position)
         message = ""
-        for attempt in range(self.total):
-            place = self.locate(position + attempt * self.streams)
+        for g in chain(own[here:], own[:here], others):
             try:
-                return place, read(place)
+                return make(self.locate(g))
             except SampleError as error:
                 message = str(error)
                 skipped(message)
@@ -129,9 +136,12 @@ class ShardReader:
                 content = {name: _read_at(file, *members[name]) for name in names}
             return decode_sample(key, content, views)
         except (SampleError, OSError) as error:
-            raise SampleError(
-                f"{self.folder / shard.name}: {error}; delete this shard and the manifest, then render again"
-            ) from error
+            raise self.located(place, error) from error
+
+    def located(self, place: Place, error: Exception) -> SampleError:
+        """Say of an error in a sample which shard it is in and what to do."""
+        path = self.folder / self.shards[place.shard].name
+        return SampleError(f"{path}: {error}; delete this shard and the manifest, then render again")
 
     def _index(self, shard: int) -> MemberIndex:
         if shard not in self._indices:

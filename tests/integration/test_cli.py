@@ -1,5 +1,6 @@
 """The command line, in process, on analytic shards: what a user types, and what it must answer."""
 
+import re
 import shutil
 
 import pytest
@@ -235,13 +236,23 @@ def test_missing_shards_and_a_truncated_shard_stop_before_training_with_the_reme
         main(["fit", *tiny, "--data.folder", str(broken)])
 
 
-def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_path, shards, caplog):
+def _break_poses(content):
+    place = content.index(b"\x93NUMPY")
+    content[place : place + 6] = b"corrup"
+
+
+def _break_pictures(content):
+    for place in (m.start() for m in re.finditer(rb"IHDR", bytes(content))):
+        content[place + 8 : place + 12] = b"\xff\xff\xff\xff"  # a height that the picture has not got
+
+
+@pytest.mark.parametrize("damage", [_break_poses, _break_pictures])
+def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_path, shards, caplog, damage):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     tar = broken / "train-000000.tar"
     content = bytearray(tar.read_bytes())
-    place = content.index(b"\x93NUMPY")  # the first sample's poses
-    content[place : place + 6] = b"corrup"
+    damage(content)
     tar.write_bytes(bytes(content))
     caplog.set_level("WARNING")
     main(["fit", *tiny, "--data.folder", str(broken), "--trainer.limit_val_batches", "0"])

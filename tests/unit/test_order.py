@@ -58,11 +58,23 @@ def test_a_bad_sample_keeps_its_slot_filled_by_the_next_good_one_of_its_stream()
             raise SampleError(f"sample {place.index} is bad")
         return synthetic_sample(str(place.index), views=1, resolution=4, seed=0)
 
-    filled = [order.fill(g, read, messages.append)[1].info.id for g in range(5)]
+    filled = [order.fill(g, read, messages.append).info.id for g in range(5)]
     assert filled[1] == "3"
     assert filled[3] == "4"
     assert filled[0] == filled[4] == "2", "stream 0 goes on with 2"
     assert messages[:2] == ["sample 0 is bad", "sample 1 is bad"]
+
+
+def test_one_bad_sample_among_fewer_samples_than_streams_is_replaced_by_a_good_one():
+    def read(place: Place):
+        if place.index == 1:
+            raise SampleError("bad")
+        return place.index
+
+    order = Order((4,), seed=0, streams=64)  # every stream holds one sample: its own cannot help
+    filled = [order.fill(g, read, lambda message: None) for g in range(8)]
+    assert 1 not in filled
+    assert {0, 2, 3} <= set(filled)
 
 
 def test_only_bad_samples_are_an_error_and_not_a_hang():
