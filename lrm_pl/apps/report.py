@@ -40,6 +40,7 @@ def print_report(
 ) -> dict[str, Report]:
     """Measure the trained model on both evaluation sets, and print the results and what to do with them."""
     reports = {}
+    module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when a fit ends
     console = Console()
     folder = Path(trainer.log_dir or ".")
     mean_image = data.mean_training_image()

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lrm_pl.apps.report import print_report
@@ -97,6 +98,11 @@ class LRMCLI(LightningCLI):
     def after_fit(self) -> None:
         """Print what was reached and where it is."""
         if self.trainer.is_global_zero and self.trainer.state.finished:
+            callback = self.trainer.checkpoint_callback
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                # Lightning saves at validations; what is reported must be what is kept.
+                callback.last_model_path = str(Path(callback.dirpath) / "last.ckpt")
+                self.trainer.save_checkpoint(callback.last_model_path)
             self.reports = print_report(self.trainer, self.model, self.datamodule, self.perceptual)
 
     def _prepare(self, *, encoder: bool) -> None:
@@ -106,6 +112,12 @@ class LRMCLI(LightningCLI):
                 "processes yet; run with --trainer.devices 1 --trainer.num_nodes 1"
             )
         self.datamodule.setup("fit")
+        normalise = self.datamodule.manifest.render.get("normalise")
+        if normalise == "cube" and self.model.renderer.bounds == "sphere":
+            raise ValueError(
+                f"{self.datamodule.folder}: expected sphere-normalised shards for renderer bounds 'sphere', found "
+                "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
+            )
         checkpoint = self._setting("ckpt_path")
         if checkpoint is not None:
             check_checkpoint(Path(checkpoint), self.model)

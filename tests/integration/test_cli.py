@@ -150,6 +150,21 @@ def test_measuring_without_a_checkpoint_and_training_on_two_processes_are_refuse
         main(["fit", *tiny, "--trainer.accelerator", "cpu", "--trainer.devices", "2"])
 
 
+def test_the_checkpoint_is_of_the_last_step_and_not_of_the_last_validation(tiny, tmp_path):
+    main(["fit", *tiny, "--trainer.max_steps", "3"])  # validation at step 2
+    checkpoint = torch.load(run_folder(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+
+
+def test_cube_normalised_shards_are_not_cut_to_the_sphere_in_silence(tiny, tmp_path, shards):
+    cube = tmp_path / "cube"
+    shutil.copytree(shards, cube)
+    manifest = cube / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sphere"', '"cube"'))
+    with pytest.raises(SystemExit, match=r"found 'cube'.*--model\.renderer\.bounds box"):
+        main(["fit", *tiny, "--data.folder", str(cube)])
+
+
 def test_a_misspelt_key_is_refused_by_name(tiny, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *tiny, "--model.objective.lpipz", "1"])

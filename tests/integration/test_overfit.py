@@ -1,6 +1,7 @@
 """One real object learnt by heart, from mesh to picture: if this holds, rendering, shards, cameras and model agree."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -38,7 +39,9 @@ def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_c
         ],
     )  # fmt: skip
     cli.before_fit()
+    start = time.perf_counter()
     cli.trainer.fit(cli.model, cli.datamodule)
+    seconds = time.perf_counter() - start
     items = EvaluationSet(tmp_path / "shards", cli.datamodule.manifest, "train", range(12))
     batch = collate([next(iter(items))])
     with torch.inference_mode():
@@ -47,5 +50,6 @@ def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_c
     white = psnr_pooled(torch.ones_like(truth), truth).item()
     reached = psnr_pooled(pictures, truth).item()
     print(f"{OBJECT}: white {white:.2f} dB, reached {reached:.2f} dB on its 12 training views")
+    assert seconds <= 180
     assert white <= 15
     assert reached >= 27
