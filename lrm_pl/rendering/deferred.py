@@ -6,6 +6,8 @@ the rendered area, chunks fit the cache, and DDP, FSDP2, DeepSpeed and accumulat
 """
 
 import contextlib
+import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -86,12 +88,14 @@ class _Rays:
     ) -> None:
         self.origins, self.directions, self.near, self.far = origins, directions, near, far
         self.jitter, self.samples = jitter, samples
-        hits = far > near
-        self.chunks = [
-            row.nonzero().squeeze(-1).split(rays_per_chunk) for row in hits
-        ]  # ray numbers, by object
         # On a CPU each thread takes whole chunks of its own: their tensors are too small to share among threads.
         self.threads = torch.get_num_threads() if near.device.type == "cpu" else 1
+        self.chunks = [self._split(row.nonzero().squeeze(-1), rays_per_chunk) for row in far > near]
+
+    def _split(self, rays: Tensor, most: int) -> tuple[Tensor, ...]:
+        """Cut the ray numbers of an object into equal chunks of at most ``most``, as many for each thread."""
+        rounds = math.ceil(len(rays) / (most * self.threads))
+        return rays.tensor_split(max(1, rounds) * self.threads)
 
     def points(self, index: int, rays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return sample points (r K, 3), t (r, K) and bin lengths (r) of some rays of an object."""
@@ -101,23 +105,65 @@ class _Rays:
         points = torch.addcmul(self.origins[index, rays].unsqueeze(-2), directions, t.unsqueeze(-1))
         return points.view(-1, 3), t, delta
 
-    def for_each_chunk(self, index: int, work: Callable[[int, Tensor], None]) -> None:
-        """Call ``work(thread, rays)`` for every chunk of an object; thread k takes the chunks k, k + T, ..."""
-        if self.threads == 1:
-            for rays in self.chunks[index]:
-                work(0, rays)
-            return
+    def for_each_chunk(
+        self, work: Callable[[int, int, Tensor], None], done: Callable[[int, int], None] = lambda *_: None
+    ) -> None:
+        """Call ``work(thread, object, rays)`` for every chunk, and ``done(thread, object)`` after an object's last.
+
+        Thread k takes the chunks k, k + T, ... of every object. All objects are walked in one go: between two
+        parallel operations of the calling thread, OpenMP's own idle threads spin, and take the cores away.
+        """
 
         def run(thread: int) -> None:
+            for index, chunks in enumerate(self.chunks):
+                for rays in chunks[thread :: self.threads]:
+                    work(thread, index, rays)
+                done(thread, index)
+
+        if self.threads == 1:
+            run(0)
+            return
+
+        def run_alone(thread: int) -> None:
             torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
             with autocast(), torch.inference_mode(inference), torch.set_grad_enabled(False):
-                for rays in self.chunks[index][thread :: self.threads]:
-                    work(thread, rays)
+                run(thread)
 
         # Autocast, gradient and inference modes belong to a thread: hand the caller's on.
         autocast, inference = _autocast_state(self.near.device.type), torch.is_inference_mode_enabled()
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(run, range(self.threads)))
+            list(pool.map(run_alone, range(self.threads)))
+
+
+class _Sums:
+    """Plane gradients of each object, added up over threads in a fixed order, so that runs repeat bit for bit.
+
+    Args:
+        result: (B, ...) where the sums go; all of it is overwritten.
+        threads: Number of threads.
+    """
+
+    def __init__(self, result: Tensor, threads: int) -> None:
+        self.result, self.threads = result, threads
+        self._parts: list[dict[int, Tensor]] = [{} for _ in range(result.shape[0])]
+        self._lock = threading.Lock()
+        self._finished = [0] * result.shape[0]
+
+    def part(self, thread: int, index: int) -> Tensor:
+        """Return what a thread adds into for an object."""
+        if thread not in self._parts[index]:
+            self._parts[index][thread] = torch.zeros_like(self.result[index])
+        return self._parts[index][thread]
+
+    def done(self, thread: int, index: int) -> None:
+        """Say that a thread has finished an object; the last one adds the parts up and frees them."""
+        with self._lock:
+            self._finished[index] += 1
+            last = self._finished[index] == self.threads
+        if last:
+            parts, self._parts[index] = self._parts[index], {}
+            first, *others = (parts[k] for k in sorted(parts))
+            self.result[index] = sum(others, start=first)
 
 
 class _Deferred(torch.autograd.Function):
@@ -128,49 +174,44 @@ class _Deferred(torch.autograd.Function):
         ctx.autocast = _autocast_state(planes.device.type)
         shape = rays.near.shape
         rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
-        for index in range(shape[0]):
 
-            def render(_: int, numbers: Tensor, index: int = index) -> None:
-                points, t, delta = rays.points(index, numbers)
-                density, colour = field.decode(field.sample(planes[index], points), weights)
-                pixels = composite(density.view(t.shape), colour.view(*t.shape, 3), t, delta)
-                rgb[index, numbers], opacity[index, numbers] = pixels.rgb, pixels.opacity
-                depth[index, numbers] = pixels.depth
+        def render(_: int, index: int, numbers: Tensor) -> None:
+            points, t, delta = rays.points(index, numbers)
+            density, colour = field.decode(field.sample(planes[index], points), weights)
+            pixels = composite(density.view(t.shape), colour.view(*t.shape, 3), t, delta)
+            rgb[index, numbers], opacity[index, numbers] = pixels.rgb, pixels.opacity
+            depth[index, numbers] = pixels.depth
 
-            rays.for_each_chunk(index, render)
+        rays.for_each_chunk(render)
         return rgb, opacity, depth
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         field, rays = ctx.field, ctx.rays
         planes, *saved = (tensor.detach() for tensor in ctx.saved_tensors)
-        plane_grad = torch.zeros_like(planes)
-        # One set of leaves and of sums a thread; they are added up in a fixed order, so runs repeat bit for bit.
+        plane_grad = torch.empty_like(planes)
+        planes_sums = _Sums(plane_grad, rays.threads)
+        # Each thread has leaves and sums of its own.
         weights = [[w.detach().requires_grad_() for w in saved] for _ in range(rays.threads)]
         weight_grads = [[torch.zeros_like(w) for w in saved] for _ in range(rays.threads)]
+
+        def differentiate(thread: int, index: int, numbers: Tensor) -> None:
+            points, t, delta = rays.points(index, numbers)
+            features = field.sample(planes[index], points).requires_grad_()
+            with torch.enable_grad():
+                density, colour = field.decode(features, tuple(weights[thread]))
+                pixels = composite(density.view(t.shape), colour.view(*t.shape, 3), t, delta)
+            chunk_grads = torch.autograd.grad(
+                (pixels.rgb, pixels.opacity, pixels.depth),
+                (features, *weights[thread]),
+                [grad[index, numbers] for grad in grads],
+            )
+            field.accumulate(planes_sums.part(thread, index), points, chunk_grads[0])
+            for total, part in zip(weight_grads[thread], chunk_grads[1:], strict=True):
+                total += part
+
         with ctx.autocast():
-            for index in range(planes.shape[0]):
-                totals = [torch.zeros_like(planes[index]) for _ in range(rays.threads)]
-
-                def differentiate(
-                    thread: int, numbers: Tensor, index: int = index, totals: list[Tensor] = totals
-                ) -> None:
-                    points, t, delta = rays.points(index, numbers)
-                    features = field.sample(planes[index], points).requires_grad_()
-                    with torch.enable_grad():
-                        density, colour = field.decode(features, tuple(weights[thread]))
-                        pixels = composite(density.view(t.shape), colour.view(*t.shape, 3), t, delta)
-                    chunk_grads = torch.autograd.grad(
-                        (pixels.rgb, pixels.opacity, pixels.depth),
-                        (features, *weights[thread]),
-                        [grad[index, numbers] for grad in grads],
-                    )
-                    field.accumulate(totals[thread], points, chunk_grads[0])
-                    for total, part in zip(weight_grads[thread], chunk_grads[1:], strict=True):
-                        total += part
-
-                rays.for_each_chunk(index, differentiate)
-                plane_grad[index] = sum(totals[1:], start=totals[0])
+            rays.for_each_chunk(differentiate, planes_sums.done)
         return (
             None,
             None,
