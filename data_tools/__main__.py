@@ -5,13 +5,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data_tools.assets import AssetsError, find_assets
+from data_tools.assets import find_assets
 from data_tools.plan import default_held_out
-from data_tools.settings import RenderSettings, SettingsError
-from data_tools.shard_folder import FolderError
+from data_tools.settings import RenderSettings
 from data_tools.views import PRESETS
-from data_tools.workers import WorkerError, default_jobs
-from lrm_pl.data.manifest import ShardError
+from data_tools.workers import default_jobs
+from lrm_pl.errors import InputError
 
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
 
@@ -24,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
             _render(args)
         else:
             _demo_assets(args)
-    except (AssetsError, SettingsError, FolderError, ShardError, WorkerError, ValueError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

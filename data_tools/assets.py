@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from lrm_pl.data.schema import KEY_PATTERN
+from lrm_pl.errors import InputError
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".fbx")
 
@@ -24,7 +25,7 @@ TABLE_COLUMNS = ("id", "name", "creator", "source", "licence", "sha256")
 MAX_ID_LENGTH = 80
 
 
-class AssetsError(ValueError):
+class AssetsError(InputError):
     """The assets folder cannot be rendered as it is; the message says what to do."""
 
 

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 
 from lrm_pl.data.manifest import Split
+from lrm_pl.errors import InputError
 
 #: At most this many objects are held out unless the user says otherwise, and never more than a sixth.
 DEFAULT_HELD_OUT = 8
@@ -42,15 +43,15 @@ def plan_shards(ids: Sequence[str], held_out: int, shard_size: int) -> tuple[Pla
     """Cut each split, in order of id, into shards of ``shard_size`` objects.
 
     Raises:
-        ValueError: ``held_out`` leaves nothing to train on, or ``shard_size`` is not positive.
+        InputError: ``held_out`` leaves nothing to train on, or ``shard_size`` is not positive.
     """
     if not 0 <= held_out < len(ids):
-        raise ValueError(
+        raise InputError(
             f"expected --held-out between 0 and {len(ids) - 1} ({len(ids)} assets, one at least trains), "
             f"found {held_out}"
         )
     if shard_size < 1:
-        raise ValueError(f"expected a --shard-size of at least 1, found {shard_size}")
+        raise InputError(f"expected a --shard-size of at least 1, found {shard_size}")
     val = held_out_ids(ids, held_out)
     members: dict[Split, list[str]] = {
         "train": sorted(set(ids) - val),

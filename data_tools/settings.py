@@ -14,6 +14,7 @@ from data_tools.assets import Asset
 from data_tools.views import PRESETS, CameraPreset
 from lrm_pl.conventions import Normalisation
 from lrm_pl.data.manifest import write_atomically
+from lrm_pl.errors import InputError
 
 SETTINGS_NAME = "render.json"
 
@@ -21,7 +22,7 @@ SETTINGS_NAME = "render.json"
 PIPELINE_VERSION = 1
 
 
-class SettingsError(ValueError):
+class SettingsError(InputError):
     """A folder holds shards made otherwise, or settings that make no sense."""
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from data_tools.plan import PlannedShard
 from lrm_pl.data.manifest import Shard, read_index, write_atomically, write_shard
 from lrm_pl.data.schema import Sample, encode_sample
+from lrm_pl.errors import InputError
 
 FAILURES_NAME = "failures.jsonl"
 PARTS_NAME = "parts"
@@ -29,7 +30,7 @@ PARTS_NAME = "parts"
 LOCK_PATIENCE_S = 30.0
 
 
-class FolderError(ValueError):
+class FolderError(InputError):
     """The folder of shards cannot be worked on; the message says what to do."""
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from data_tools.assets import Asset
 from data_tools.settings import RenderSettings
+from lrm_pl.errors import InputError
 
 LOGS_NAME = "logs"
 
@@ -32,7 +33,7 @@ COMMAND = (sys.executable, "-m", "data_tools.blender_worker")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-class WorkerError(RuntimeError):
+class WorkerError(InputError):
     """Blender does not start."""
 
 

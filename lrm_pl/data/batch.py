@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrm_pl.errors import InputError
+
 
 @dataclasses.dataclass
 class Views:
@@ -66,12 +68,12 @@ def collate(items: Sequence[Batch]) -> Batch:
     """Stack items (without a leading B) to a batch.
 
     Raises:
-        ValueError: Items whose images differ in size.
+        InputError: Items whose images differ in size.
     """
     for part in ("input", "target"):
         shapes = {tuple(getattr(item, part).images.shape) for item in items}
         if len(shapes) > 1:
-            raise ValueError(
+            raise InputError(
                 f"expected {part} views of one shape in a batch, found {sorted(shapes)}; render all objects with the "
                 "same RES and VIEWS, or use a batch size of 1"
             )

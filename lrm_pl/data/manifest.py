@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrm_pl.data.schema import KEY_PATTERN, SCHEMA_VERSION
+from lrm_pl.errors import InputError
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -28,7 +29,7 @@ MANIFEST_NAME = "manifest.json"
 MemberIndex = dict[str, dict[str, tuple[int, int]]]
 
 
-class ShardError(ValueError):
+class ShardError(InputError):
     """A shard folder is missing, unfinished or damaged; the message says what to do."""
 
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lrm_pl.conventions import RIGID_TOLERANCE, rigid_error
+from lrm_pl.errors import InputError
 
 SCHEMA_VERSION = 1
 
@@ -36,7 +37,7 @@ IMAGE_FORMATS = ("png", "webp")
 MAX_IMAGE_SIDE = 4096
 
 
-class SampleError(ValueError):
+class SampleError(InputError):
     """A sample breaks the schema; the message says which sample, what was expected, what was found."""
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lrm_pl.data.batch import Batch, Views
 from lrm_pl.data.schema import Sample, SampleError, decode_image
+from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import canonicalise, resize_and_crop
 
 
@@ -36,7 +37,7 @@ class CropConfig:
     def __post_init__(self) -> None:
         """Check the order of the sizes."""
         if not 0 < self.size <= self.low <= self.high:
-            raise ValueError(f"expected 0 < size <= low <= high, found {self}")
+            raise InputError(f"expected 0 < size <= low <= high, found {self}")
 
 
 def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:

@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrm_pl.errors import InputError
+
 
 class Attention(nn.Module):
     """Multi-head attention, no biases (LRM, section 3.2; OpenLRM does the same).
@@ -18,7 +20,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, context_dim: int | None = None) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"expected a width that {heads} heads divide, found {dim}")
+            raise InputError(f"expected a width that {heads} heads divide, found {dim}")
         self.heads = heads
         self.is_self = context_dim is None
         if context_dim is None:

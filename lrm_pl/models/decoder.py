@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrm_pl.errors import InputError
 from lrm_pl.models.triplane import Triplane, TriplaneField
 
 DensityActivation = Literal["softplus", "exp"]
@@ -46,7 +47,7 @@ class NeRFDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if layers < 2:
-            raise ValueError(f"expected at least 2 layers, found {layers}")
+            raise InputError(f"expected at least 2 layers, found {layers}")
         sizes = [3 * channels, *[width] * (layers - 1), 4]
         linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         for layer in linears[:-1]:

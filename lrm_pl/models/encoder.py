@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrm_pl.errors import InputError
+
 
 @final
 class ImageEncoder(nn.Module):
@@ -33,7 +35,7 @@ class ImageEncoder(nn.Module):
         self.vit = timm.create_model(name, pretrained=False, img_size=image_size, num_classes=0)
         patch = self.vit.patch_embed.patch_size[0]
         if image_size % patch:
-            raise ValueError(
+            raise InputError(
                 f"{name}: expected an image_size that is a multiple of {patch}, found {image_size}"
             )
         self.dim: int = self.vit.embed_dim

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrm_pl.errors import InputError
 from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 from lrm_pl.rendering.deferred import render_deferred
 from lrm_pl.rendering.field import Field
@@ -25,7 +26,7 @@ class Renderer:
 
     def __init__(self, samples_per_ray: int = 128, bounds: Bounds = "sphere", chunk: int = 32768) -> None:
         if samples_per_ray < 1 or chunk < 1:
-            raise ValueError(
+            raise InputError(
                 f"expected positive samples_per_ray and chunk, found {samples_per_ray} and {chunk}"
             )
         self.samples_per_ray, self.bounds, self.chunk = samples_per_ray, bounds, chunk
