@@ -19,6 +19,9 @@ from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
 
+#: Objects of a set that are measured at most, evenly spread over it, and that the picture shows.
+MEASURED, SHOWN = 256, 8
+
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
 
 
@@ -36,22 +39,23 @@ class Report:
 
 
 def print_report(
-    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, perceptual: PerceptualLoss, objects: int = 8
+    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, perceptual: PerceptualLoss
 ) -> dict[str, Report]:
     """Measure the trained model on both evaluation sets, and print the results and what to do with them."""
     reports = {}
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when a fit ends
     console = Console()
     folder = Path(trainer.log_dir or ".")
-    mean_image = data.mean_training_image()
+    training = data.training_views(MEASURED)
+    mean_image = average(track(training, "Averaging the training images", len(training), console=console))
     for name in EVALUATION_SETS:
-        loader = data.evaluation_loader(name)
+        loader = data.evaluation_loader(name, MEASURED)
         if not len(loader):
             console.print(f"No {TITLES[name]} in {data.folder}: nothing to measure there.")
             continue
         with trainer.precision_plugin.forward_context():
             batches = track(loader, f"Measuring {name}", console=console)
-            report = measure(module, batches, perceptual, mean_image, objects)
+            report = measure(module, batches, perceptual, mean_image, SHOWN)
         reports[name] = report
         table = Table(title=f"{TITLES[name]}, {report.rows['model'].images} images", title_justify="left")
         for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
@@ -72,6 +76,15 @@ def print_report(
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     console.print(f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True)
     return reports
+
+
+def average(items: Iterable[Batch]) -> Float[Tensor, "3 H W"]:
+    """Average all target views: the best answer of someone who has not seen the object."""
+    total, count = torch.zeros(()), 0
+    for item in items:
+        images = item.target.images
+        total, count = total + images.sum(dim=0), count + len(images)
+    return total / count
 
 
 @torch.inference_mode()

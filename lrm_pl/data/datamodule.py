@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Any, final
 
 import lightning as L
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.dataset import EvaluationSet, TrainingStream
-from lrm_pl.data.manifest import read_manifest
+from lrm_pl.data.manifest import Split, read_manifest
 from lrm_pl.data.transforms import CropConfig
+from lrm_pl.errors import InputError
 
 #: What the two validation loaders hold, in their order.
 EVALUATION_SETS = ("unseen", "heldout")
@@ -59,30 +57,39 @@ class ShardDataModule(L.LightningDataModule):
             crop,
             workers,
         )
-        self.seed, self.streams, self.position = seed, streams, 0
+        self.seed, self.streams = seed, streams
+        # Where the run started, or goes on: the global position g, and the batches it had had by then.
+        self.position, self.done = 0, 0
 
     def setup(self, stage: str) -> None:
         """Read the manifest and check that the shards can serve this run.
 
         Raises:
-            ValueError: No shards, damaged shards, or too few views.
+            InputError: No shards, damaged shards, or too few views.
         """
         self.manifest = read_manifest(self.folder)
         needed = 1 + self.side_views + self.unseen_views
         if self.manifest.views < needed:
-            raise ValueError(
+            raise InputError(
                 f"{self.folder}: expected at least {needed} views an object (1 input, {self.side_views} side, "
                 f"{self.unseen_views} unseen), found {self.manifest.views}; lower data.side_views or "
                 f"data.unseen_views, or run `make render-shards VIEWS={needed} OUT=...`"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Make the endless stream, as long as the run is in steps."""
+        """Make the endless stream, as long as what is left of the run.
+
+        A resumed run may have another batch size or accumulation: it goes on at its position g.
+        """
         assert self.trainer is not None
         if self.trainer.max_steps < 1:
-            raise ValueError(
+            raise InputError(
                 f"expected trainer.max_steps, found {self.trainer.max_steps}: a run is counted in steps, not epochs"
             )
+        accumulate = self.trainer.accumulate_grad_batches
+        steps = self.trainer.max_steps - self.trainer.global_step
+        # A checkpoint taken between two optimiser steps has batches that count for the next one.
+        batches = (self.done // accumulate + steps) * accumulate - self.done
         stream = TrainingStream(
             self.folder,
             self.manifest,
@@ -93,8 +100,9 @@ class ShardDataModule(L.LightningDataModule):
             self.crop,
             self.seed,
             self.streams,
-            self.trainer.max_steps * self.trainer.accumulate_grad_batches,
+            max(0, batches),
             self.position,
+            self.done,
         )
         return DataLoader(stream, batch_size=None, num_workers=self.workers, pin_memory=False)
 
@@ -106,30 +114,24 @@ class ShardDataModule(L.LightningDataModule):
         """Serve ``lrm test`` with the same two sets."""
         return self.val_dataloader()
 
-    def evaluation_loader(self, name: str) -> DataLoader[Batch]:
-        """Make one evaluation loader by its name in ``EVALUATION_SETS``."""
-        split = {"unseen": "train", "heldout": "val"}[name]
+    def evaluation_loader(self, name: str, limit: int | None = None) -> DataLoader[Batch]:
+        """Make one evaluation loader by its name in ``EVALUATION_SETS``, of at most ``limit`` objects."""
+        splits: dict[str, Split] = {"unseen": "train", "heldout": "val"}
         views = range(self.manifest.views - self.unseen_views, self.manifest.views)
-        dataset = EvaluationSet(self.folder, self.manifest, split, views)  # type: ignore[arg-type]
+        dataset = EvaluationSet(self.folder, self.manifest, splits[name], views, limit)
         return DataLoader(dataset, batch_size=1, collate_fn=collate, num_workers=self.workers)
 
-    def mean_training_image(self) -> Float[Tensor, "3 H W"]:
-        """Average the training views of all training objects, over white: a baseline."""
-        dataset = EvaluationSet(
-            self.folder, self.manifest, "train", range(self.manifest.views - self.unseen_views)
-        )
-        total, count = torch.zeros(()), 0
-        for item in dataset:
-            images = item.target.images
-            total, count = total + images.sum(dim=0), count + len(images)
-        return total / count
+    def training_views(self, limit: int | None = None) -> EvaluationSet:
+        """Return the training views of the training objects, whole, of at most ``limit`` objects."""
+        views = range(self.manifest.views - self.unseen_views)
+        return EvaluationSet(self.folder, self.manifest, "train", views, limit)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the one number that says where the stream is."""
+        """Return where the stream is: the global position g, and the batches that it took to get there."""
         assert self.trainer is not None
-        batches = self.trainer.global_step * self.trainer.accumulate_grad_batches
-        return {"position": batches * self.batch_size}
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        return {"position": self.position + (batches - self.done) * self.batch_size, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's position."""
-        self.position = int(state_dict["position"])
+        self.position, self.done = int(state_dict["position"]), int(state_dict["batches"])

@@ -31,8 +31,10 @@ class TrainingStream(IterableDataset[Batch]):
         crop: Sizes of the target windows.
         seed: Seed of order and augmentation.
         streams: S of the global sequence.
-        batches: Length of the stream in batches (``position`` does not shorten it).
+        batches: How many batches to make.
         position: First global position g.
+        done: Batches that the run has had before ``position``. They count in ``len`` only: Lightning compares it
+            with the number of batches of the whole run.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class TrainingStream(IterableDataset[Batch]):
         streams: int,
         batches: int,
         position: int = 0,
+        done: int = 0,
     ) -> None:
         shards = manifest.split("train")
         require_samples(folder, shards, "train")
@@ -55,19 +58,18 @@ class TrainingStream(IterableDataset[Batch]):
         self.order = Order(tuple(shard.samples for shard in shards), seed, streams)
         self.batch_size, self.views, self.unseen_views = batch_size, views, unseen_views
         self.input_views = input_views
-        self.crop, self.seed, self.batches, self.position = crop, seed, batches, position
+        self.crop, self.seed, self.batches, self.position, self.done = crop, seed, batches, position, done
 
     def __len__(self) -> int:
         """Return the number of batches of a whole run."""
-        return self.batches
+        return self.done + self.batches
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield collated batches."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        first = self.position // self.batch_size
-        for batch in range(first + worker, self.batches, workers):
-            start = batch * self.batch_size
+        for batch in range(worker, self.batches, workers):
+            start = self.position + batch * self.batch_size
             yield collate([self.item(g) for g in range(start, start + self.batch_size)])
 
     def item(self, position: int) -> Batch:
@@ -100,12 +102,17 @@ class EvaluationSet(IterableDataset[Batch]):
         manifest: Its manifest.
         split: Which split.
         views: Numbers of the target views.
+        limit: Most objects; where the split has more, that many, evenly spread. None means all.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: Split, views: Sequence[int]) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, split: Split, views: Sequence[int], limit: int | None = None
+    ) -> None:
         shards = manifest.split(split)
         self.reader = ShardReader(folder, shards)
-        self.places = [Place(0, i, k) for i, shard in enumerate(shards) for k in range(shard.samples)]
+        places = [Place(0, i, k) for i, shard in enumerate(shards) for k in range(shard.samples)]
+        count = len(places) if limit is None else min(limit, len(places))
+        self.places = [places[i * len(places) // count] for i in range(count)]
         self.views = tuple(views)
 
     def __len__(self) -> int:

@@ -93,14 +93,23 @@ def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(s
     assert next(iter(items)).target.images.shape == (3, 3, 32, 32)
 
 
+def test_a_limited_evaluation_set_is_spread_evenly_over_its_split(shards):
+    manifest = read_manifest(shards)
+    everything = [item.ids for item in EvaluationSet(shards, manifest, "train", [7])]
+    for limit, expected in ((2, everything[::2]), (9, everything), (None, everything)):
+        limited = EvaluationSet(shards, manifest, "train", [7], limit)
+        assert [item.ids for item in limited] == expected
+        assert len(limited) == len(expected)
+
+
 def test_workers_do_not_change_the_order(shards, monkeypatch):
-    def ids(worker, workers, position=0):
+    def ids(worker, workers, position=0, batches=12):
         class Info:
             id, num_workers = worker, workers
 
         monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda: Info if workers else None)
         stream = TrainingStream(
-            shards, read_manifest(shards), 2, 3, 2, None, CropConfig(8, 32, 8), 0, 4, 12, position
+            shards, read_manifest(shards), 2, 3, 2, None, CropConfig(8, 32, 8), 0, 4, batches, position
         )
         return [batch.ids for batch in stream]
 
@@ -110,7 +119,7 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
     for k in range(3):
         shared[k::3] = ids(k, 3)
     assert shared == alone
-    assert ids(0, 0, position=14) == alone[7:], "a resumed stream goes on where it was"
+    assert ids(0, 0, position=14, batches=5) == alone[7:], "a resumed stream goes on where it was"
 
 
 def test_items_of_different_sizes_are_refused_with_both_sizes():
