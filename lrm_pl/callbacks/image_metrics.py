@@ -18,29 +18,11 @@ class ImageMetricsLogger(L.Callback):
         self.perceptual: PerceptualLoss | None = None
         self.metrics: dict[str, ImageMetrics] = {}
 
-    def _begin(self, module: L.LightningModule) -> None:
-        if self.perceptual is not None:
-            self.perceptual.to(module.device)
-        self.metrics = {name: ImageMetrics(self.perceptual).to(module.device) for name in EVALUATION_SETS}
-
-    def _update(self, prediction: Prediction, batch: Batch, loader: int) -> None:
-        self.metrics[EVALUATION_SETS[loader]].update(
-            prediction.images.flatten(0, 1).float(), batch.target.images.flatten(0, 1).float()
-        )
-
-    def _end(self, module: L.LightningModule) -> None:
-        for name, metric in self.metrics.items():
-            if not metric.update_called:
-                continue  # no held-out objects
-            result = metric.compute()
-            for key in ("psnr", "psnr_pooled", "ssim", "lpips"):
-                value = getattr(result, key)
-                if value is not None:
-                    module.log(f"val/{name}/{key}", value, prog_bar=key == "psnr_pooled", sync_dist=False)
-
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start from nothing."""
-        self._begin(pl_module)
+        if self.perceptual is not None:
+            self.perceptual.to(pl_module.device)
+        self.metrics = {name: ImageMetrics(self.perceptual).to(pl_module.device) for name in EVALUATION_SETS}
 
     def on_validation_batch_end(
         self,
@@ -52,28 +34,23 @@ class ImageMetricsLogger(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take in one batch."""
-        self._update(outputs, batch, dataloader_idx)
+        prediction: Prediction = outputs
+        self.metrics[EVALUATION_SETS[dataloader_idx]].update(
+            prediction.images.flatten(0, 1).float(), batch.target.images.flatten(0, 1).float()
+        )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the means."""
-        self._end(pl_module)
+        for name, metric in self.metrics.items():
+            if not metric.update_called:
+                continue  # no held-out objects
+            result = metric.compute()
+            for key in ("psnr", "psnr_pooled", "ssim", "lpips"):
+                value = getattr(result, key)
+                if value is not None:
+                    pl_module.log(f"val/{name}/{key}", value, prog_bar=key == "psnr_pooled", sync_dist=False)
 
-    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start from nothing."""
-        self._begin(pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Take in one batch."""
-        self._update(outputs, batch, dataloader_idx)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the means."""
-        self._end(pl_module)
+    # `lrm test` measures the same.
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end

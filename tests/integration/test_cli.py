@@ -1,5 +1,7 @@
 """The command line, in process, on analytic shards: what a user types, and what it must answer."""
 
+import dataclasses
+import io
 import re
 import shutil
 
@@ -10,10 +12,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.__main__ import main as lrm
-from lrm_pl.apps.train import LRMCLI, main
-from lrm_pl.data.datamodule import ShardDataModule
-from lrm_pl.data.synthetic import write_synthetic_shards
-from lrm_pl.training.module import LRMModule
+from lrm_pl.apps.train import command_line, main
+from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
+from lrm_pl.data.schema import encode_sample
+from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -104,6 +106,16 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
     assert any("run/commit" in tag for tag in events.Tags()["tensors"])
 
 
+def test_a_few_dozen_steps_on_ellipsoids_already_beat_a_white_image_by_3_db(tiny):
+    cli = command_line([
+        "fit", *tiny, "--trainer.max_steps", "80", "--trainer.limit_val_batches", "0", "--data.batch_size", "4",
+        "--model.optimizer.lr", "1e-2", "--data.input_views", "1",
+    ])  # fmt: skip
+    scores = cli.reports["unseen"].rows
+    assert scores["model"].images == 4 * 2
+    assert scores["model"].psnr_pooled >= scores["white image"].psnr_pooled + 3
+
+
 def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny, tmp_path, capsys):
     main(["fit", *tiny])
     checkpoint = str(run_folder(tmp_path) / "checkpoints" / "last.ckpt")
@@ -116,6 +128,10 @@ def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny,
         main(["validate", *tiny, "--model.lrm.dim", "32", "--ckpt_path", checkpoint])
     with pytest.raises(SystemExit, match="expected a checkpoint file, found none"):
         main(["validate", *tiny, "--ckpt_path", str(tmp_path / "nothing.ckpt")])
+    # In a new run's folder Lightning would find none, and train from nothing.
+    for name in ("last", "best", "hpc"):
+        with pytest.raises(SystemExit, match=f"expected a checkpoint file, found none at {name}"):
+            main(["fit", *tiny, "--ckpt_path", name])
     (tmp_path / "page.ckpt").write_text("<html>not found</html>")
     with pytest.raises(SystemExit, match="expected a checkpoint of `lrm fit`"):
         main(["fit", *tiny, "--ckpt_path", str(tmp_path / "page.ckpt")])
@@ -137,10 +153,29 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(tiny, tmp_p
         for version in (0, 1)
     )
     assert whole["global_step"] == resumed["global_step"] == 4
-    assert whole["ShardDataModule"] == resumed["ShardDataModule"] == {"position": 8}
+    assert whole["ShardDataModule"] == resumed["ShardDataModule"] == {"position": 8, "batches": 4}
     assert all(
         torch.equal(whole["state_dict"][key], resumed["state_dict"][key]) for key in whole["state_dict"]
     )
+
+
+def test_a_run_resumed_with_another_batch_size_and_accumulation_goes_on_where_it_was(tiny, tmp_path):
+    main(["fit", *tiny])  # 2 steps of 2
+    first = run_folder(tmp_path) / "checkpoints" / "last.ckpt"
+    changed = ["--data.batch_size", "3", "--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "4"]
+    main(["fit", *tiny, *changed, "--ckpt_path", str(first)])
+    second = torch.load(run_folder(tmp_path, 1) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert second["global_step"] == 4
+    assert second["ShardDataModule"] == {"position": 2 * 2 + 2 * 2 * 3, "batches": 2 + 2 * 2}
+
+
+def test_a_mistake_of_our_own_keeps_its_traceback(tiny, monkeypatch):
+    def broken(self, stage):
+        raise ValueError("not the user's doing")
+
+    monkeypatch.setattr("lrm_pl.data.datamodule.ShardDataModule.setup", broken)
+    with pytest.raises(ValueError, match="not the user's doing"):
+        main(["fit", *tiny])
 
 
 def test_measuring_without_a_checkpoint_and_training_on_two_processes_are_refused(tiny):
@@ -184,15 +219,7 @@ def test_interpolation_resolves_after_the_layers_are_merged(tiny, tmp_path):
     first.write_text("model: {objective: {lpips_start_step: '${trainer.max_steps}'}}\n")
     second.write_text("trainer: {max_steps: 7}\n")
     arguments = [*tiny, "-c", str(first), "-c", str(second)]
-    options = {"parser_mode": "omegaconf+"}
-    cli = LRMCLI(
-        LRMModule,
-        ShardDataModule,
-        run=False,
-        save_config_callback=None,
-        parser_kwargs=options,
-        args=arguments,
-    )
+    cli = command_line(arguments, run=False)
     assert cli.model.objective.lpips_start_step == 7
 
 
@@ -261,6 +288,22 @@ def _break_pictures(content):
         content[place + 8 : place + 12] = b"\xff\xff\xff\xff"  # a height that the picture has not got
 
 
+def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path, caplog):
+    good = [synthetic_sample(f"good-{i}", views=8, resolution=32, seed=0) for i in range(2)]
+    opaque = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(opaque, "PNG")
+    bad = dataclasses.replace(synthetic_sample("opaque", 8, 32, seed=0), images=(opaque.getvalue(),) * 8)
+    folder = tmp_path / "rgb"
+    folder.mkdir()
+    samples = [(sample.info.id, encode_sample(sample)) for sample in (*good, bad)]
+    shard = write_shard(folder, "train-000000.tar", "train", samples)
+    write_manifest(folder, Manifest((shard,), 8, 0, {"renderer": "synthetic", "normalise": "sphere"}))
+    caplog.set_level("WARNING")
+    main(["fit", *tiny, "--data.folder", str(folder), "--trainer.limit_val_batches", "0"])
+    message = r"skipped .*train-000000\.tar.*'opaque'.*expected RGBA views, found mode RGB"
+    assert re.search(message, caplog.text)
+
+
 @pytest.mark.parametrize("damage", [_break_poses, _break_pictures])
 def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_path, shards, caplog, damage):
     broken = tmp_path / "broken"
@@ -302,7 +345,7 @@ def test_the_papers_size_takes_one_step(root, tmp_path):
         "fit", "-c", str(tmp_path / "paper.yaml"), "--data.folder", str(tmp_path / "shards"),
         "--trainer.max_steps", "1", "--data.batch_size", "1", "--data.side_views", "1", "--data.unseen_views", "1",
         "--data.crop.low", "16", "--data.crop.high", "32", "--data.crop.size", "16", "--data.workers", "0",
-        "--model.objective.lpips", "0", "--weights.pretrained", "false", "--weights.source", "pypi",
+        "--weights.pretrained", "false", "--weights.source", "pypi",
         "--trainer.callbacks", "[]", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "0",
         "--trainer.enable_checkpointing", "false", "--trainer.logger.init_args.save_dir", str(tmp_path),
     ])  # fmt: skip

