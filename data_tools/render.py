@@ -53,8 +53,7 @@ def render(
         The manifest of the finished folder.
 
     Raises:
-        ValueError: Bad assets, other settings in ``out``, no space, or every asset failed.
-        data_tools.workers.WorkerError: Blender does not start.
+        InputError: Bad assets, other settings in ``out``, no space, every asset failed, or Blender does not start.
     """
     start = time.monotonic()
     assets = find_assets(assets_folder)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from lrm_pl.errors import InputError
 from lrm_pl.losses.perceptual import PerceptualLoss
 
 #: How far values may leave [0, 1] before they are called wrong: a decoder's widened sigmoid does by 0.001.
@@ -63,7 +64,7 @@ def ssim(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"])
     """
     prediction, target = _checked(prediction, target)
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(
+        raise InputError(
             f"SSIM: expected images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, found "
             f"{tuple(prediction.shape[-2:])}; measure full images instead of crops"
         )
@@ -122,7 +123,7 @@ class ImageMetrics(Metric):
         """
         images = int(self.images)
         if images == 0:
-            raise ValueError(
+            raise InputError(
                 "image metrics: expected at least one image, found none; call update before compute, or "
                 "check that the evaluation set is not empty"
             )

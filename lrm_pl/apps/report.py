@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from torch.nn import functional as F
 
 from lrm_pl.callbacks.view_logger import view_row, write_png
 from lrm_pl.data.batch import Batch
@@ -19,8 +20,11 @@ from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
 
-#: Objects of a set that are measured at most, evenly spread over it, and that the picture shows.
-MEASURED, SHOWN = 256, 8
+#: Objects of a set that are measured at most, evenly spread over it.
+MEASURED = 256
+
+#: Objects that the picture shows.
+SHOWN = 8
 
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
 
@@ -46,7 +50,9 @@ def print_report(
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when a fit ends
     console = Console()
     folder = Path(trainer.log_dir or ".")
-    training = data.training_views(MEASURED)
+    checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
+    console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
+    training = data.training_views_loader(MEASURED)
     mean_image = average(track(training, "Averaging the training images", len(training), console=console))
     for name in EVALUATION_SETS:
         loader = data.evaluation_loader(name, MEASURED)
@@ -56,8 +62,14 @@ def print_report(
         with trainer.precision_plugin.forward_context():
             batches = track(loader, f"Measuring {name}", console=console)
             report = measure(module, batches, perceptual, mean_image, SHOWN)
+        if report is None:
+            console.print(
+                f"No readable sample among the {TITLES[name]} of {data.folder}: nothing to measure there."
+            )
+            continue
         reports[name] = report
-        table = Table(title=f"{TITLES[name]}, {report.rows['model'].images} images", title_justify="left")
+        title = f"{TITLES[name]}: {report.rows['model'].images} images of {len(loader)} objects"
+        table = Table(title=title, title_justify="left")
         for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
             table.add_column(column, justify="left" if not column else "right")
         for row, result in report.rows.items():
@@ -72,19 +84,28 @@ def print_report(
         path = folder / f"{name}.png"
         write_png(path, report.grid)
         console.print(f"Pictures (input | target | render | opacity | depth): {path}", soft_wrap=True)
-    checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
-    console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     console.print(f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True)
     return reports
 
 
-def average(items: Iterable[Batch]) -> Float[Tensor, "3 H W"]:
-    """Average all target views: the best answer of someone who has not seen the object."""
+def average(batches: Iterable[Batch]) -> Float[Tensor, "3 H W"]:
+    """Average all target views, in the size of the first: the best answer of someone who has not seen the object."""
     total, count = torch.zeros(()), 0
-    for item in items:
-        images = item.target.images
+    for batch in batches:
+        images = batch.target.images.flatten(0, 1)
+        if count:
+            images = _resized(images, total)
         total, count = total + images.sum(dim=0), count + len(images)
-    return total / count
+    return total / max(1, count)
+
+
+def _resized(images: Float[Tensor, "*n 3 H W"], like: Float[Tensor, "*m 3 h w"]) -> Float[Tensor, "*n 3 h w"]:
+    if images.shape[-2:] == like.shape[-2:]:
+        return images
+    flat = F.interpolate(
+        images.view(-1, *images.shape[-3:]), like.shape[-2:], mode="bilinear", antialias=True
+    )
+    return flat.view(*images.shape[:-2], *like.shape[-2:])
 
 
 @torch.inference_mode()
@@ -94,14 +115,14 @@ def measure(
     perceptual: PerceptualLoss,
     mean_image: Float[Tensor, "3 H W"],
     objects: int,
-) -> Report:
-    """Render an evaluation set and measure it, with the baselines beside it."""
+) -> Report | None:
+    """Render an evaluation set and measure it, with the baselines beside it; None if it has no readable sample."""
     module.eval()
     baselines: dict[str, Callable[[Batch], Tensor]] = {
         "white image": lambda batch: torch.ones_like(batch.target.images),
-        "mean training image": lambda batch: mean_image.to(batch.target.images).expand_as(
-            batch.target.images
-        ),
+        "mean training image": lambda batch: _resized(
+            mean_image.to(batch.target.images), batch.target.images
+        ).expand_as(batch.target.images),
         "input view repeated": lambda batch: batch.input.images.expand_as(batch.target.images),
     }
     metrics = {name: ImageMetrics(perceptual).to(module.device) for name in ("model", *baselines)}
@@ -114,4 +135,6 @@ def measure(
             metrics[name].update(image.flatten(0, 1), batch.target.images.flatten(0, 1))
         if len(rows) < objects:
             rows.append(view_row(prediction, batch, 0).cpu())
+    if not rows:
+        return None
     return Report({name: metric.compute() for name, metric in metrics.items()}, torch.cat(rows, dim=1))

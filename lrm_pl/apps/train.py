@@ -85,9 +85,9 @@ class LRMCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Offer no ``predict``: there is no inference yet."""
+        """Offer no ``predict``, as there is no inference yet, and no choice of how checkpoints are read."""
         commands = LightningCLI.subcommands()
-        return {name: commands[name] for name in ("fit", "validate", "test")}
+        return {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test")}
 
     def _parse_ckpt_path(self) -> None:
         """Read no settings out of a checkpoint, as Lightning would before anyone has checked the file.
@@ -96,7 +96,7 @@ class LRMCLI(LightningCLI):
         """
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Let Lightning read checkpoints without running what they hold, whatever it would choose itself."""
+        """Let Lightning read checkpoints without running what they hold."""
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
 
     def before_fit(self) -> None:
@@ -140,7 +140,7 @@ class LRMCLI(LightningCLI):
             )
         checkpoint = self._setting("ckpt_path")
         if checkpoint is not None:
-            check_checkpoint(Path(checkpoint), self.model)
+            check_checkpoint(Path(checkpoint), self.model, resume=encoder)
         weights: WeightsConfig = self._weights()
         if encoder and weights.pretrained:
             encoder_network = self.model.lrm.encoder
@@ -168,18 +168,25 @@ class LRMCLI(LightningCLI):
         return self._namespace(self.config_init)["weights"]
 
 
-def check_checkpoint(path: Path, module: LRMModule) -> None:
+def check_checkpoint(path: Path, module: LRMModule, *, resume: bool) -> None:
     """Refuse a checkpoint that does not fit the model, before anything else starts.
+
+    Args:
+        path: The checkpoint.
+        module: The model.
+        resume: Whether training is to go on from it, which takes more than weights.
 
     Raises:
         InputError: With the first differences.
     """
     if not path.is_file():
         raise InputError(
-            f"expected a checkpoint file, found none at {path}; list them with: ls runs/*/version_*/checkpoints"
+            f"expected a checkpoint file, found none at {path}; a run keeps its own in RUN/checkpoints, for instance "
+            "runs/lrm/version_0/checkpoints/last.ckpt"
         )
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("state_dict", {})
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = content.get("state_dict", {})
     except (RuntimeError, pickle.UnpicklingError, AttributeError) as error:
         raise InputError(f"{path}: expected a checkpoint of `lrm fit`, found: {error}") from error
     expected = module.state_dict()
@@ -190,6 +197,14 @@ def check_checkpoint(path: Path, module: LRMModule) -> None:
             f"{path}: expected the weights of this model; missing or of another shape: {wrong[:3]} "
             f"({len(wrong)} in all), not of this model: {strange[:3]} ({len(strange)} in all); "
             "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
+        )
+    position = content.get("ShardDataModule", {})
+    if resume and not (
+        {"optimizer_states", "loops"} <= content.keys() and {"position", "batches"} <= position.keys()
+    ):
+        raise InputError(
+            f"{path}: expected a checkpoint to go on from, with the optimiser's state and the position in the data, "
+            f"found only {sorted(content)}, position {position}; use the last.ckpt of a run of this version"
         )
 
 

@@ -1,5 +1,6 @@
 """The LightningDataModule over a folder of shards."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -77,19 +78,17 @@ class ShardDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Make the endless stream, as long as what is left of the run.
+        """Make the stream of what is left of the run.
 
-        A resumed run may have another batch size or accumulation: it goes on at its position g.
+        A resumed run may have another batch size or accumulation: it goes on at its position g. Gradients that were
+        being accumulated when the checkpoint was taken are lost (Lightning keeps none); their samples count as seen.
         """
         assert self.trainer is not None
         if self.trainer.max_steps < 1:
             raise InputError(
                 f"expected trainer.max_steps, found {self.trainer.max_steps}: a run is counted in steps, not epochs"
             )
-        accumulate = self.trainer.accumulate_grad_batches
-        steps = self.trainer.max_steps - self.trainer.global_step
-        # A checkpoint taken between two optimiser steps has batches that count for the next one.
-        batches = (self.done // accumulate + steps) * accumulate - self.done
+        steps = max(0, self.trainer.max_steps - self.trainer.global_step)
         stream = TrainingStream(
             self.folder,
             self.manifest,
@@ -100,7 +99,7 @@ class ShardDataModule(L.LightningDataModule):
             self.crop,
             self.seed,
             self.streams,
-            max(0, batches),
+            steps * self.trainer.accumulate_grad_batches,
             self.position,
             self.done,
         )
@@ -118,18 +117,22 @@ class ShardDataModule(L.LightningDataModule):
         """Make one evaluation loader by its name in ``EVALUATION_SETS``, of at most ``limit`` objects."""
         splits: dict[str, Split] = {"unseen": "train", "heldout": "val"}
         views = range(self.manifest.views - self.unseen_views, self.manifest.views)
-        dataset = EvaluationSet(self.folder, self.manifest, splits[name], views, limit)
-        return DataLoader(dataset, batch_size=1, collate_fn=collate, num_workers=self.workers)
+        return self._evaluation_loader(splits[name], views, limit)
 
-    def training_views(self, limit: int | None = None) -> EvaluationSet:
-        """Return the training views of the training objects, whole, of at most ``limit`` objects."""
+    def training_views_loader(self, limit: int | None = None) -> DataLoader[Batch]:
+        """Make a loader of the training views of the training objects, whole, of at most ``limit`` objects."""
         views = range(self.manifest.views - self.unseen_views)
-        return EvaluationSet(self.folder, self.manifest, "train", views, limit)
+        return self._evaluation_loader("train", views, limit)
+
+    def _evaluation_loader(self, split: Split, views: Sequence[int], limit: int | None) -> DataLoader[Batch]:
+        dataset = EvaluationSet(self.folder, self.manifest, split, views, limit)
+        return DataLoader(dataset, batch_size=1, collate_fn=collate, num_workers=self.workers)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream is: the global position g, and the batches that it took to get there."""
         assert self.trainer is not None
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        batches = progress.processed  # type: ignore[attr-defined]  # annotated with the base class
         return {"position": self.position + (batches - self.done) * self.batch_size, "batches": batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

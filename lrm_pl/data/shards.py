@@ -2,8 +2,8 @@
 
 Epoch e is the split's shards, permuted by (seed, e) and concatenated to N samples, cut into S streams of equal
 length +-1. Position p of the epoch is in stream p mod S, at index p // S. A run is the endless sequence
-g = e N + p: batch t takes g in [t G, (t + 1) G), so batches straddle epochs and nothing is dropped or padded. The
-whole state of a run is g. Nothing is buffered: members are read by their offsets.
+g = e N + p: a batch takes the next G of it, so batches straddle epochs and nothing is dropped or padded. Where a run
+is in its data is the one number g. Nothing is buffered: members are read by their offsets.
 """
 
 import dataclasses

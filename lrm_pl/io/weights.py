@@ -121,7 +121,7 @@ def _given(name: WeightName, path: Path, sha256: str | None) -> ResolvedWeights:
     if found not in expected:
         raise WeightsError(
             f"{name}: {path} has the wrong sha256: expected "
-            f"{' or '.join(expected) or 'one given with the path'}, found {found}; "
+            f"{' or '.join(expected)}, found {found}; "
             "get the file again, or, if it is another file that you trust, give that sha256 too "
             f"({_option(name)}.sha256)"
         )

@@ -42,7 +42,7 @@ def render_deferred(
         far: End of each ray's interval; rays with far <= near see nothing and cost nothing.
         jitter: Place of the samples in their bins, None for the middle.
         samples: K samples a ray.
-        chunk: Points decoded at a time.
+        chunk: Points decoded at a time, at most.
 
     Returns:
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
@@ -117,7 +117,8 @@ class _Rays:
         def run(thread: int) -> None:
             for index, chunks in enumerate(self.chunks):
                 for rays in chunks[thread :: self.threads]:
-                    work(thread, index, rays)
+                    if len(rays):
+                        work(thread, index, rays)
                 done(thread, index)
 
         if self.threads == 1:
@@ -162,8 +163,9 @@ class _Sums:
             last = self._finished[index] == self.threads
         if last:
             parts, self._parts[index] = self._parts[index], {}
-            first, *others = (parts[k] for k in sorted(parts))
-            self.result[index] = sum(others, start=first)
+            self.result[index] = 0  # an object that no ray hits has no parts
+            for k in sorted(parts):
+                self.result[index] += parts[k]
 
 
 class _Deferred(torch.autograd.Function):

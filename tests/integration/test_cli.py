@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.train import command_line, main
+from lrm_pl.data.dataset import TrainingStream
 from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
 from lrm_pl.data.schema import encode_sample
 from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
@@ -106,6 +107,7 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
     assert any("run/commit" in tag for tag in events.Tags()["tensors"])
 
 
+@pytest.mark.slow
 def test_a_few_dozen_steps_on_ellipsoids_already_beat_a_white_image_by_3_db(tiny):
     cli = command_line([
         "fit", *tiny, "--trainer.max_steps", "80", "--trainer.limit_val_batches", "0", "--data.batch_size", "4",
@@ -119,8 +121,8 @@ def test_a_few_dozen_steps_on_ellipsoids_already_beat_a_white_image_by_3_db(tiny
 def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny, tmp_path, capsys):
     main(["fit", *tiny])
     checkpoint = str(run_folder(tmp_path) / "checkpoints" / "last.ckpt")
-    for command in ("validate", "test"):
-        main([command, *tiny, "--ckpt_path", checkpoint])
+    for command in ("validate", "test"):  # from the run's own record, as the help says
+        main([command, "-c", str(run_folder(tmp_path) / "config.yaml"), "--ckpt_path", checkpoint])
         assert "val/heldout/psnr_pooled" in capsys.readouterr().out
     with pytest.raises(
         SystemExit, match=r"expected the weights of this model; missing or of another shape.*config\.yaml"
@@ -159,14 +161,35 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(tiny, tmp_p
     )
 
 
-def test_a_run_resumed_with_another_batch_size_and_accumulation_goes_on_where_it_was(tiny, tmp_path):
-    main(["fit", *tiny])  # 2 steps of 2
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_run_resumed_with_another_batch_size_and_accumulation_reads_on_where_it_was(
+    tiny, tmp_path, monkeypatch, steps
+):
+    asked = []
+    item = TrainingStream.item
+    monkeypatch.setattr(TrainingStream, "item", lambda self, g: asked.append(g) or item(self, g))
+    once = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
+    main(["fit", *tiny, *once])  # steps of 2 samples, the last one a validation's
     first = run_folder(tmp_path) / "checkpoints" / "last.ckpt"
-    changed = ["--data.batch_size", "3", "--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "4"]
-    main(["fit", *tiny, *changed, "--ckpt_path", str(first)])
+    changed = ["--data.batch_size", "3", "--trainer.accumulate_grad_batches", "2"]
+    more = ["--trainer.max_steps", str(steps + 2), "--trainer.val_check_interval", "1000"]
+    main(["fit", *tiny, *changed, *more, "--trainer.limit_val_batches", "0", "--ckpt_path", str(first)])
     second = torch.load(run_folder(tmp_path, 1) / "checkpoints" / "last.ckpt", weights_only=True)
-    assert second["global_step"] == 4
-    assert second["ShardDataModule"] == {"position": 2 * 2 + 2 * 2 * 3, "batches": 2 + 2 * 2}
+    assert second["global_step"] == steps + 2
+    read = second["ShardDataModule"]["position"]
+    assert read == steps * 2 + (second["ShardDataModule"]["batches"] - steps) * 3
+    assert asked[:read] == list(range(read)), "every sample once, none twice"
+    assert len(asked) - read <= 3, "at most one batch is fetched ahead"
+
+
+def test_a_checkpoint_of_weights_alone_can_be_measured_but_not_gone_on_from(tiny, tmp_path):
+    main(["fit", *tiny])
+    whole = torch.load(run_folder(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    bare = {key: value for key, value in whole.items() if key not in ("optimizer_states", "ShardDataModule")}
+    torch.save(bare, tmp_path / "bare.ckpt")
+    with pytest.raises(SystemExit, match=r"expected a checkpoint to go on from.*last\.ckpt"):
+        main(["fit", *tiny, "--ckpt_path", str(tmp_path / "bare.ckpt")])
+    main(["validate", *tiny, "--ckpt_path", str(tmp_path / "bare.ckpt")])
 
 
 def test_a_mistake_of_our_own_keeps_its_traceback(tiny, monkeypatch):
@@ -292,7 +315,7 @@ def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path,
     good = [synthetic_sample(f"good-{i}", views=8, resolution=32, seed=0) for i in range(2)]
     opaque = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(opaque, "PNG")
-    bad = dataclasses.replace(synthetic_sample("opaque", 8, 32, seed=0), images=(opaque.getvalue(),) * 8)
+    bad = dataclasses.replace(synthetic_sample("opaque", 8, 32, seed=0), views=(opaque.getvalue(),) * 8)
     folder = tmp_path / "rgb"
     folder.mkdir()
     samples = [(sample.info.id, encode_sample(sample)) for sample in (*good, bad)]

@@ -7,7 +7,7 @@ from lrm_pl.geometry.cameras import orbit
 from lrm_pl.geometry.rays import pixel_rays, ray_interval
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane, TriplaneField
-from lrm_pl.rendering.deferred import render_plain
+from lrm_pl.rendering.deferred import render_deferred, render_plain
 from lrm_pl.rendering.volume import Renderer
 
 CAMERA = torch.tensor([1.07, 1.07, 0.5, 0.5])
@@ -68,6 +68,26 @@ def test_chunk_size_does_not_change_the_result():
         other_loss, others = loss_and_gradients(decoder, planes, chunk=chunk)
         assert torch.isclose(loss, other_loss, rtol=1e-5)
         assert all(relative(a, b) < 1e-4 for a, b in zip(gradients, others, strict=True))
+
+
+def test_an_object_with_fewer_rays_than_threads_and_one_that_no_ray_hits_are_rendered_too():
+    decoder, planes = tiny_field()
+    field = decoder.field(Triplane(planes))
+    origins = torch.tensor([[[0.0, -2.0, 0.0]] * 2, [[0.0, -2.0, 5.0]] * 2])
+    directions = torch.tensor([0.0, 1.0, 0.0]).expand(2, 2, 3)
+    rays = (origins, directions, *ray_interval(origins, directions, "sphere"), None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        pixels = render_deferred(field, *rays, 12, 1000)
+        (gradient,) = torch.autograd.grad(pixels.rgb.sum(), planes, retain_graph=True)
+    finally:
+        torch.set_num_threads(before)
+    plain = render_plain(field, *rays, 12)
+    (expected,) = torch.autograd.grad(plain.rgb[0].sum(), planes)
+    assert torch.allclose(pixels.rgb[0], plain.rgb[0], atol=1e-6)
+    assert torch.equal(pixels.rgb[1], torch.zeros(2, 3))
+    assert relative(gradient, expected) < 1e-4
 
 
 def test_two_runs_give_the_same_bits():
