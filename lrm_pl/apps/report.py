@@ -1,6 +1,7 @@
 """What ``lrm fit`` ends with: metrics beside simple baselines, a picture grid, and what to type next."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from lrm_pl.callbacks.view_logger import view_row, write_png
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import EVALUATION_SETS, ShardDataModule
+from lrm_pl.data.manifest import write_atomically
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
@@ -68,8 +70,9 @@ def print_report(
             )
             continue
         reports[name] = report
-        title = f"{TITLES[name]}: {report.rows['model'].images} images of {len(loader)} objects"
-        table = Table(title=title, title_justify="left")
+        images = report.rows["model"].images
+        console.print(f"{TITLES[name]}: {images} images of {len(loader)} objects", soft_wrap=True)
+        table = Table()
         for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
             table.add_column(column, justify="left" if not column else "right")
         for row, result in report.rows.items():
@@ -84,6 +87,11 @@ def print_report(
         path = folder / f"{name}.png"
         write_png(path, report.grid)
         console.print(f"Pictures (input | target | render | opacity | depth): {path}", soft_wrap=True)
+    if reports:
+        record = {
+            name: {row: s._asdict() for row, s in report.rows.items()} for name, report in reports.items()
+        }
+        write_atomically(folder / "report.json", json.dumps(record, indent=2).encode())
     console.print(f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True)
     return reports
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 import shutil
 
@@ -82,6 +83,9 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
     folder = run_folder(tmp_path)
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["lrm"]["dim"] == 16
     assert (folder / "commit.txt").read_text().strip()
+    kept = json.loads((folder / "report.json").read_text())
+    assert kept["heldout"]["white image"]["images"] == 2 * 2
+    assert f"{kept['unseen']['model']['psnr_pooled']:.2f}" in printed
     for name in ("unseen", "heldout"):
         with Image.open(folder / "views" / f"{name}-step000002.png") as picture:
             rows = {"unseen": 4, "heldout": 2}[name]
