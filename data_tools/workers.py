@@ -200,7 +200,10 @@ def run_workers(setup: PoolSetup, first: Worker, assets: Sequence[Asset]) -> Gen
             while not stopping.is_set():
                 asset = waiting.get_nowait()
                 worker = workers[slot]
-                if worker is None or not worker.is_alive():
+                if worker is not None and not worker.is_alive():
+                    worker.kill()  # it died between two objects, or was stopped: its pipes are still open
+                    worker = None
+                if worker is None:
                     worker = workers[slot] = Worker(setup, slot)
                 if stopping.is_set():
                     return

@@ -13,6 +13,7 @@ import pytest
 from data_tools import render as render_module
 from data_tools import shard_folder, workers
 from data_tools.__main__ import main
+from data_tools.assets import find_assets
 from data_tools.settings import RenderSettings, SettingsError
 from data_tools.shard_folder import FolderError
 from data_tools.workers import WorkerError
@@ -224,6 +225,20 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_next_run_goes_on(assets, tmp
         monkeypatch.setattr(shard_folder, "write_shard", original)
     run(assets, out)
     assert tars(out) == tars(tmp_path / "whole")
+
+
+def test_a_process_that_died_between_two_objects_is_replaced_and_its_pipes_are_closed(assets, tmp_path):
+    (tmp_path / "out").mkdir()
+    shard_folder.clear_leftovers(tmp_path / "out")
+    with open(tmp_path / "lock", "w") as lock:
+        setup = workers.PoolSetup(assets, tmp_path / "out", SETTINGS, 1, 1, 30.0, lock.fileno())
+        first = workers.Worker(setup, 0)
+        first.stop()
+        first._process.wait()
+        outcomes = list(workers.run_workers(setup, first, find_assets(assets)))
+    assert [outcome.kind for outcome in outcomes] == ["done"] * 6
+    assert first._process.stdin.closed
+    assert first._process.stdout.closed
 
 
 def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
