@@ -45,17 +45,21 @@ class Report:
 
 
 def print_report(
-    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, perceptual: PerceptualLoss
+    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, perceptual: PerceptualLoss, checkpoint: str
 ) -> dict[str, Report]:
-    """Measure the trained model on both evaluation sets, and print the results and what to do with them."""
+    """Measure the trained model on both evaluation sets, and print the results and what to do with them.
+
+    All ranks measure their share; rank 0 prints.
+    """
     reports = {}
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when a fit ends
-    console = Console()
+    console = Console(quiet=not trainer.is_global_zero)
     folder = Path(trainer.log_dir or ".")
-    checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     training = data.training_views_loader(MEASURED)
-    mean_image = average(track(training, "Averaging the training images", len(training), console=console))
+    mean_image = average(
+        track(training, "Averaging the training images", len(training), console=console), trainer
+    )
     for name in EVALUATION_SETS:
         loader = data.evaluation_loader(name, MEASURED)
         if not len(loader):
@@ -64,7 +68,7 @@ def print_report(
         with trainer.precision_plugin.forward_context():
             batches = track(loader, f"Measuring {name}", console=console)
             report = measure(module, batches, perceptual, mean_image, SHOWN)
-        if report is None:
+        if report is None:  # on all ranks alike
             console.print(
                 f"No readable sample among the {TITLES[name]} of {data.folder}: nothing to measure there."
             )
@@ -85,9 +89,10 @@ def print_report(
             table.add_row(row, *numbers)
         console.print(table)
         path = folder / f"{name}.png"
-        write_png(path, report.grid)
+        if trainer.is_global_zero:
+            write_png(path, report.grid)
         console.print(f"Pictures (input | target | render | opacity | depth): {path}", soft_wrap=True)
-    if reports:
+    if reports and trainer.is_global_zero:
         record = {
             name: {row: s._asdict() for row, s in report.rows.items()} for name, report in reports.items()
         }
@@ -96,15 +101,23 @@ def print_report(
     return reports
 
 
-def average(batches: Iterable[Batch]) -> Float[Tensor, "3 H W"]:
-    """Average all target views, in the size of the first: the best answer of someone who has not seen the object."""
-    total, count = torch.zeros(()), 0
+def average(batches: Iterable[Batch], trainer: L.Trainer | None = None) -> Float[Tensor, "3 H W"]:
+    """Average all target views, in the size of the first: the best answer of someone who has not seen the object.
+
+    Args:
+        batches: This process's share.
+        trainer: Where given, the average is over all its processes.
+    """
+    total, count = torch.zeros(()), torch.zeros(())
     for batch in batches:
-        images = batch.target.images.flatten(0, 1)
-        if count:
+        images = batch.target.images[batch.weight > 0].flatten(0, 1)
+        if total.ndim:
             images = _resized(images, total)
         total, count = total + images.sum(dim=0), count + len(images)
-    return total / max(1, count)
+    if trainer is not None and trainer.world_size > 1:
+        device = trainer.strategy.root_device
+        total, count = (trainer.strategy.reduce(x.to(device), reduce_op="sum").cpu() for x in (total, count))
+    return total / count.clamp_min(1)
 
 
 def _resized(images: Float[Tensor, "*n 3 H W"], like: Float[Tensor, "*m 3 h w"]) -> Float[Tensor, "*n 3 h w"]:
@@ -135,14 +148,19 @@ def measure(
     }
     metrics = {name: ImageMetrics(perceptual).to(module.device) for name in ("model", *baselines)}
     rows: list[Tensor] = []
+    seen = False
     for cpu_batch in batches:
         batch = cpu_batch.to(module.device)
+        seen = True
         prediction = module.validation_step(batch, 0)
+        if not batch.weight.all():
+            continue  # it only stands in
         images = {"model": prediction.images, **{name: make(batch) for name, make in baselines.items()}}
         for name, image in images.items():
             metrics[name].update(image.flatten(0, 1), batch.target.images.flatten(0, 1))
         if len(rows) < objects:
             rows.append(view_row(prediction, batch, 0).cpu())
-    if not rows:
+    if not seen:
         return None
-    return Report({name: metric.compute() for name, metric in metrics.items()}, torch.cat(rows, dim=1))
+    grid = torch.cat(rows, dim=1) if rows else torch.zeros(3, 0, 0)
+    return Report({name: metric.compute() for name, metric in metrics.items()}, grid)

@@ -5,7 +5,6 @@ Every constructor argument is a field of the config and of the command line; a m
 
 import dataclasses
 import logging
-import pickle
 import subprocess
 import sys
 import warnings
@@ -13,18 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lrm_pl.apps.report import print_report
+from lrm_pl.apps.run_folder import (
+    RunConfig,
+    RunLock,
+    choose_checkpoint,
+    clear_leftovers,
+    find_checkpoint,
+    place_loggers,
+    purge_from,
+)
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.module import LRMModule
+from lrm_pl.training.run_keeper import RunKeeper, StoppedError
+from lrm_pl.training.state import load_network, require_network
+
+#: What every run begins with; config files and the command line are layers on top.
+BASE = Path(__file__).with_name("base.yaml")
+
+#: Exit status of a run that was told to stop and can go on (EX_TEMPFAIL: try again later).
+STOPPED_STATUS = 75
 
 
 @dataclasses.dataclass
@@ -68,6 +83,9 @@ class RunRecord(SaveConfigCallback):
         if trainer.log_dir is None:
             return
         Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+        keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
+        if any(keeper.resume_from is not None for keeper in keepers):
+            return  # the record of the first start stays
         commit = git_commit()
         (Path(trainer.log_dir) / "commit.txt").write_text(commit + "\n")
         if hasattr(trainer.logger, "experiment"):
@@ -77,17 +95,20 @@ class RunRecord(SaveConfigCallback):
 
 
 class LRMCLI(LightningCLI):
-    """The command line: adds the weights, loads them, and closes a fit with its report."""
+    """The command line: adds the run's folder and the weights, loads them, and closes a fit with its report."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--weights.*``."""
+        """Add ``--run.*`` and ``--weights.*``."""
+        parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(WeightsConfig, "weights")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Offer no ``predict``, as there is no inference yet, and no choice of how checkpoints are read."""
         commands = LightningCLI.subcommands()
-        return {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+        ours = {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+        ours["fit"] |= {"ckpt_path"}  # a run goes on by --run.resume
+        return ours
 
     def _parse_ckpt_path(self) -> None:
         """Read no settings out of a checkpoint, as Lightning would before anyone has checked the file.
@@ -96,12 +117,20 @@ class LRMCLI(LightningCLI):
         """
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Let Lightning read checkpoints without running what they hold."""
-        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+        """Keep checkpoints from Lightning, which knows another format."""
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": None}
+
+    def before_instantiate_classes(self) -> None:
+        """Make loggers write into the run's folder."""
+        folder = self._setting("run.folder")
+        if folder is not None:
+            place_loggers(self._setting("trainer.logger"), folder)
 
     def before_fit(self) -> None:
-        """Check the data, then load weights: both before anything slow starts."""
+        """Check the data, choose what to go on from, then load weights: all before anything slow starts."""
         self._prepare(encoder=True)
+        if self.trainer.is_global_zero:
+            self._enter_run_folder()
 
     def before_validate(self) -> None:
         """Get ready to measure.
@@ -109,38 +138,61 @@ class LRMCLI(LightningCLI):
         Raises:
             InputError: No checkpoint: an untrained model's figures would look like figures.
         """
-        if self._setting("ckpt_path") is None:
+        path = self._setting("ckpt_path")
+        if path is None:
             raise InputError("expected --ckpt_path, found none; give the checkpoint that is to be measured")
         self._prepare(encoder=False)
+        checkpoint = find_checkpoint(str(path))
+        averages = [c for c in self.trainer.callbacks if isinstance(c, WeightAverage) and c.validate]  # type: ignore[attr-defined]
+        load_network(checkpoint, self.model.lrm, average=bool(averages))
 
     before_test = before_validate
 
     def after_fit(self) -> None:
-        """Print what was reached and where it is."""
-        if self.trainer.is_global_zero and self.trainer.state.finished:
-            callback = self.trainer.checkpoint_callback
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-                # Lightning saves at validations; what is reported must be what is kept.
-                callback.last_model_path = str(Path(callback.dirpath) / "last.ckpt")
-                self.trainer.save_checkpoint(callback.last_model_path, weights_only=False)
-            self.reports = print_report(self.trainer, self.model, self.datamodule, self.perceptual)
+        """Print what was reached and where it is.
+
+        Raises:
+            StoppedError: The run stopped before its last step.
+        """
+        keeper = self._keeper()
+        if keeper is not None and keeper.stopped is not None:
+            raise keeper.stopped
+        checkpoint = "" if keeper is None or keeper.newest is None else keeper.newest
+        self.reports = print_report(self.trainer, self.model, self.datamodule, self.perceptual, checkpoint)
+
+    def _enter_run_folder(self) -> None:
+        """Lock the folder and choose the checkpoint to go on from; rank 0 does this."""
+        resume, given, keeper = self._setting("run.resume"), self._setting("run.folder"), self._keeper()
+        log_dir = self.trainer.loggers[0].log_dir if self.trainer.loggers else None
+        if log_dir is not None:
+            self._lock = RunLock(Path(log_dir))
+        if keeper is None:
+            if resume not in ("auto", "never"):
+                raise InputError("expected a RunKeeper among trainer.callbacks to resume with, found none")
+            return
+        checkpoints = keeper.folder or (None if given is None else f"{given}/checkpoints")
+        if checkpoints is not None and "://" not in checkpoints:
+            clear_leftovers(Path(checkpoints))
+        keeper.resume_from = choose_checkpoint(resume, checkpoints)
+        if keeper.resume_from is not None:
+            require_network(keeper.resume_from, self.model.lrm)
+            purge_from(self.trainer.loggers, keeper.resume_from.step)
+
+    def _keeper(self) -> RunKeeper | None:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, RunKeeper)), None)
 
     def _prepare(self, *, encoder: bool) -> None:
-        if self.trainer.world_size > 1:
-            raise InputError(
-                f"expected one process, found {self.trainer.world_size}: the stream of samples is not divided among "
-                "processes yet; run with --trainer.devices 1 --trainer.num_nodes 1"
-            )
         self.datamodule.setup("fit")
+        self.datamodule.trainer = self.trainer
+        if encoder:
+            self.datamodule.train_dataloader()  # says what is wrong with the data or their division
         normalise = self.datamodule.manifest.render.get("normalise")
         if normalise == "cube" and self.model.renderer.bounds == "sphere":
             raise InputError(
                 f"{self.datamodule.folder}: expected sphere-normalised shards for renderer bounds 'sphere', found "
                 "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
             )
-        checkpoint = self._setting("ckpt_path")
-        if checkpoint is not None:
-            check_checkpoint(Path(checkpoint), self.model, resume=encoder)
         weights: WeightsConfig = self._weights()
         if encoder and weights.pretrained:
             encoder_network = self.model.lrm.encoder
@@ -166,46 +218,6 @@ class LRMCLI(LightningCLI):
 
     def _weights(self) -> WeightsConfig:
         return self._namespace(self.config_init)["weights"]
-
-
-def check_checkpoint(path: Path, module: LRMModule, *, resume: bool) -> None:
-    """Refuse a checkpoint that does not fit the model, before anything else starts.
-
-    Args:
-        path: The checkpoint.
-        module: The model.
-        resume: Whether training is to go on from it, which takes more than weights.
-
-    Raises:
-        InputError: With the first differences.
-    """
-    if not path.is_file():
-        raise InputError(
-            f"expected a checkpoint file, found none at {path}; a run keeps its own in RUN/checkpoints, for instance "
-            "runs/lrm/version_0/checkpoints/last.ckpt"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        found = content.get("state_dict", {})
-    except (RuntimeError, pickle.UnpicklingError, AttributeError) as error:
-        raise InputError(f"{path}: expected a checkpoint of `lrm fit`, found: {error}") from error
-    expected = module.state_dict()
-    wrong = [key for key in expected if key not in found or found[key].shape != expected[key].shape]
-    strange = [key for key in found if key not in expected]
-    if wrong or strange:
-        raise InputError(
-            f"{path}: expected the weights of this model; missing or of another shape: {wrong[:3]} "
-            f"({len(wrong)} in all), not of this model: {strange[:3]} ({len(strange)} in all); "
-            "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
-        )
-    position = content.get("ShardDataModule", {})
-    if resume and not (
-        {"optimizer_states", "loops"} <= content.keys() and {"position", "batches"} <= position.keys()
-    ):
-        raise InputError(
-            f"{path}: expected a checkpoint to go on from, with the optimiser's state and the position in the data, "
-            f"found only {sorted(content)}, position {position}; use the last.ckpt of a run of this version"
-        )
 
 
 def pretrained_name(timm_name: str) -> EncoderName:
@@ -234,13 +246,14 @@ def git_commit() -> str:
 
 def command_line(arguments: list[str] | None = None, *, run: bool = True) -> LRMCLI:
     """Parse arguments (the process's own by default) and run their command; or only build what they describe."""
+    options = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)]}
     return LRMCLI(
         LRMModule,
         ShardDataModule,
         run=run,
         save_config_callback=RunRecord if run else None,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"parser_mode": "omegaconf+"},
+        parser_kwargs=dict.fromkeys(LRMCLI.subcommands(), options) if run else options,
         args=arguments,
     )
 
@@ -254,5 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:
         command_line(arguments)
+    except StoppedError as stopped:
+        sys.stderr.write(f"lrm: {stopped}\n")
+        sys.exit(STOPPED_STATUS)
     except InputError as error:
         sys.exit(f"lrm: {error}")

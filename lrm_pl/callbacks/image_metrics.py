@@ -33,17 +33,19 @@ class ImageMetricsLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in one batch."""
+        """Take in one batch, without what only stands in."""
         prediction: Prediction = outputs
-        self.metrics[EVALUATION_SETS[dataloader_idx]].update(
-            prediction.images.flatten(0, 1).float(), batch.target.images.flatten(0, 1).float()
-        )
+        real = batch.weight > 0
+        if real.any():
+            self.metrics[EVALUATION_SETS[dataloader_idx]].update(
+                prediction.images[real].flatten(0, 1).float(), batch.target.images[real].flatten(0, 1).float()
+            )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the means."""
+        """Log the means over all ranks."""
         for name, metric in self.metrics.items():
-            if not metric.update_called:
-                continue  # no held-out objects
+            if not trainer.strategy.reduce(metric.images.float(), reduce_op="sum"):
+                continue  # no held-out objects, or none that can be read
             result = metric.compute()
             for key in ("psnr", "psnr_pooled", "ssim", "lpips"):
                 value = getattr(result, key)

@@ -1,4 +1,4 @@
-"""What the hardware does: samples a second, memory, gradient norm."""
+"""What the hardware does: samples a second, memory."""
 
 import resource
 import sys
@@ -12,7 +12,7 @@ from lrm_pl.data.batch import Batch
 
 
 class ThroughputLogger(L.Callback):
-    """Log ``speed/samples_per_second``, ``memory/*_gib`` and ``optim/grad_norm`` at the trainer's logging steps."""
+    """Log ``speed/samples_per_second`` and ``memory/*_gib`` at the trainer's logging steps."""
 
     def __init__(self) -> None:
         self._samples, self._since = 0, 0.0
@@ -29,14 +29,6 @@ class ThroughputLogger(L.Callback):
         """Start the clock again."""
         self._since += time.perf_counter() - self._paused
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Log the norm of the gradient as it is before clipping."""
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.log("optim/grad_norm", torch.nn.utils.get_total_norm(gradients))
-
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
@@ -47,7 +39,8 @@ class ThroughputLogger(L.Callback):
     ) -> None:
         """Log speed and memory."""
         self._samples += len(batch.ids) * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not step_done or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         now = time.perf_counter()
         rate, self._samples, self._since = self._samples / max(now - self._since, 1e-9), 0, now

@@ -42,7 +42,7 @@ class ViewLogger(L.Callback):
         """Keep the rows of the first objects."""
         rows = self._rows[EVALUATION_SETS[dataloader_idx]]
         for index in range(len(batch.ids)):
-            if len(rows) < self.objects:
+            if len(rows) < self.objects and batch.weight[index]:
                 rows.append(view_row(outputs, batch, index).cpu())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,7 +52,8 @@ class ViewLogger(L.Callback):
         for name, rows in self._rows.items():
             if rows:
                 grid = torch.cat(rows, dim=1)
-                trainer.logger.experiment.add_image(f"views/{name}", grid, trainer.global_step)
+                # Lightning puts the metrics of a validation at the step before it, counted from 0.
+                trainer.logger.experiment.add_image(f"views/{name}", grid, trainer.global_step - 1)
                 folder = Path(trainer.logger.log_dir) / "views"
                 folder.mkdir(parents=True, exist_ok=True)
                 write_png(folder / f"{name}-step{trainer.global_step:06d}.png", grid)

@@ -53,15 +53,17 @@ class Batch:
         ids: Keys of the samples.
         input: One view an object (V = 1), whole, over white.
         target: Views that the loss or the metrics see.
+        weight: (B) 1, or 0 for an object that only stands in, so that all ranks have equally many.
     """
 
     ids: tuple[str, ...]
     input: Views
     target: Views
+    weight: Float[Tensor, "*B"]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move all tensors (Lightning calls this)."""
-        return Batch(self.ids, self.input.to(device), self.target.to(device))
+        return Batch(self.ids, self.input.to(device), self.target.to(device), self.weight.to(device))
 
 
 def collate(items: Sequence[Batch]) -> Batch:
@@ -81,6 +83,7 @@ def collate(items: Sequence[Batch]) -> Batch:
         tuple(key for item in items for key in item.ids),
         _stack([item.input for item in items]),
         _stack([item.target for item in items]),
+        torch.stack([item.weight for item in items]),
     )
 
 

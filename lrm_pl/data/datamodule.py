@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import lightning as L
 from torch.utils.data import DataLoader
 
 from lrm_pl.data.batch import Batch, collate
-from lrm_pl.data.dataset import EvaluationSet, TrainingStream
+from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import Split, read_manifest
 from lrm_pl.data.transforms import CropConfig
 from lrm_pl.errors import InputError
@@ -26,7 +26,8 @@ class ShardDataModule(L.LightningDataModule):
 
     Args:
         folder: Folder of the shards, with a manifest.json.
-        batch_size: Objects a batch.
+        batch_size: Objects an optimiser step, over all processes and accumulated batches together: the run is the
+            same whatever the number of processes, which must divide it (times ``accumulate_grad_batches``).
         side_views: Target views besides the input view (the paper: 3).
         unseen_views: The last views of every object, never trained on: what validation renders.
         input_views: The input view is one of the first so many views; null means any training view, as in the
@@ -59,8 +60,8 @@ class ShardDataModule(L.LightningDataModule):
             workers,
         )
         self.seed, self.streams = seed, streams
-        # Where the run started, or goes on: the global position g, and the batches it had had by then.
-        self.position, self.done = 0, 0
+        # Where this start of the run begins: optimiser steps done, and the global position g that they led to.
+        self._step, self._position = 0, 0
 
     def setup(self, stage: str) -> None:
         """Read the manifest and check that the shards can serve this run.
@@ -77,31 +78,52 @@ class ShardDataModule(L.LightningDataModule):
                 f"data.unseen_views, or run `make render-shards VIEWS={needed} OUT=...`"
             )
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Make the stream of what is left of the run.
+    @property
+    def share(self) -> Share:
+        """This process's part of every batch.
 
-        A resumed run may have another batch size or accumulation: it goes on at its position g. Gradients that were
-        being accumulated when the checkpoint was taken are lost (Lightning keeps none); their samples count as seen.
+        Raises:
+            InputError: The processes do not divide the batch, or steps are not what the run is counted in.
         """
         assert self.trainer is not None
         if self.trainer.max_steps < 1:
             raise InputError(
                 f"expected trainer.max_steps, found {self.trainer.max_steps}: a run is counted in steps, not epochs"
             )
-        steps = max(0, self.trainer.max_steps - self.trainer.global_step)
+        return Share(
+            self.batch_size,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+            self.trainer.accumulate_grad_batches,
+        )
+
+    def position(self, step: int) -> int:
+        """Return the global position g after ``step`` optimiser steps of the run: the whole state of the data."""
+        return self._position + (step - self._step) * self.batch_size
+
+    def resume(self, step: int, position: int) -> None:
+        """Go on after ``step`` optimiser steps, at position g; batch size, processes and workers may have changed."""
+        self._step, self._position = step, position
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Make the loader of what is left of the run.
+
+        Raises:
+            InputError: The data cannot feed it.
+        """
+        assert self.trainer is not None
         stream = TrainingStream(
             self.folder,
             self.manifest,
-            self.batch_size,
+            self.share,
             1 + self.side_views,
             self.unseen_views,
             self.input_views,
             self.crop,
             self.seed,
             self.streams,
-            steps * self.trainer.accumulate_grad_batches,
-            self.position,
-            self.done,
+            max(0, self.trainer.max_steps - self._step),
+            self._position,
         )
         return DataLoader(stream, batch_size=None, num_workers=self.workers, pin_memory=False)
 
@@ -125,16 +147,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._evaluation_loader("train", views, limit)
 
     def _evaluation_loader(self, split: Split, views: Sequence[int], limit: int | None) -> DataLoader[Batch]:
-        dataset = EvaluationSet(self.folder, self.manifest, split, views, limit)
-        return DataLoader(dataset, batch_size=1, collate_fn=collate, num_workers=self.workers)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where the stream is: the global position g, and the batches that it took to get there."""
         assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        batches = progress.processed  # type: ignore[attr-defined]  # annotated with the base class
-        return {"position": self.position + (batches - self.done) * self.batch_size, "batches": batches}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's position."""
-        self.position, self.done = int(state_dict["position"]), int(state_dict["batches"])
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        dataset = EvaluationSet(self.folder, self.manifest, split, views, limit, rank, world)
+        return DataLoader(dataset, batch_size=1, collate_fn=collate, num_workers=self.workers)

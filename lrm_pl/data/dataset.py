@@ -1,10 +1,12 @@
 """Datasets over shards: the endless training stream, and evaluation sets with every sample once."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lrm_pl.data.batch import Batch, collate
@@ -12,65 +14,112 @@ from lrm_pl.data.manifest import Manifest, Split
 from lrm_pl.data.schema import SampleError
 from lrm_pl.data.shards import Order, Place, ShardReader, require_samples
 from lrm_pl.data.transforms import CropConfig, choose_views, evaluation_item, sample_rng, training_item
+from lrm_pl.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of every global batch a process makes.
+
+    The batch of an optimiser step is G positions of the global sequence. It is cut into ``accumulate`` runs of equal
+    length, one after the other, and rank r of ``world`` takes every world-th position of a run, from r on: so the
+    samples of a step are the same whatever the world and the accumulation.
+
+    Attributes:
+        batch_size: G, objects an optimiser step, over all ranks and accumulated batches.
+        rank: Number of this process.
+        world: Number of processes.
+        accumulate: Batches an optimiser step.
+    """
+
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        """Check that the batch can be shared out.
+
+        Raises:
+            InputError: With the numbers to choose from.
+        """
+        parts = self.world * self.accumulate
+        if self.batch_size < 1 or self.batch_size % parts:
+            below, above = self.batch_size // parts * parts, -(-max(1, self.batch_size) // parts) * parts
+            raise InputError(
+                f"expected a data.batch_size that {self.world} processes x {self.accumulate} accumulated batches "
+                f"divide, found {self.batch_size}; it counts the objects of an optimiser step over all of them: take "
+                f"{f'{below} or ' if below else ''}{above}, or another number of processes"
+            )
+
+    @property
+    def local_batch_size(self) -> int:
+        """Objects that one process decodes at a time."""
+        return self.batch_size // (self.world * self.accumulate)
+
+    def positions(self, start: int, batch: int) -> range:
+        """Return the global positions of this process's batch number ``batch``, counted from ``start``."""
+        run = self.batch_size // self.accumulate
+        first = start + batch * run
+        return range(first + self.rank, first + run, self.world)
+
+
 class TrainingStream(IterableDataset[Batch]):
-    """Batches of the global sequence (``lrm_pl.data.shards``), from position ``position`` on.
+    """This process's share of the global sequence (``lrm_pl.data.shards``), from position ``position`` on.
 
     Worker k of K makes the whole batches k, k + K, ... counted from there, so the order does not depend on K.
 
     Args:
         folder: Folder of the shards.
         manifest: Its manifest.
-        batch_size: G, objects a batch.
+        share: Which samples are this process's.
         views: Views an object: the input view and the side views.
         unseen_views: The last views of every object, never trained on.
         input_views: The input view is one of the first so many; None means any training view.
         crop: Sizes of the target windows.
         seed: Seed of order and augmentation.
         streams: S of the global sequence.
-        batches: How many batches to make.
+        steps: How many optimiser steps to feed.
         position: First global position g.
-        done: Batches that the run has had before ``position``. They count in ``len`` only: Lightning compares it
-            with the number of batches of the whole run.
+
+    Raises:
+        InputError: The split has no samples, or fewer than an optimiser step takes.
     """
 
     def __init__(
         self,
         folder: Path,
         manifest: Manifest,
-        batch_size: int,
+        share: Share,
         views: int,
         unseen_views: int,
         input_views: int | None,
         crop: CropConfig,
         seed: int,
         streams: int,
-        batches: int,
+        steps: int,
         position: int = 0,
-        done: int = 0,
     ) -> None:
         shards = manifest.split("train")
-        require_samples(folder, shards, "train")
+        require_samples(folder, shards, "train", share.batch_size)
         self.reader = ShardReader(folder, shards)
         self.order = Order(tuple(shard.samples for shard in shards), seed, streams)
-        self.batch_size, self.views, self.unseen_views = batch_size, views, unseen_views
-        self.input_views = input_views
-        self.crop, self.seed, self.batches, self.position, self.done = crop, seed, batches, position, done
+        self.share, self.views, self.unseen_views = share, views, unseen_views
+        self.input_views, self.crop, self.seed = input_views, crop, seed
+        self.steps, self.position = steps, position
 
     def __len__(self) -> int:
-        """Return the number of batches of a whole run."""
-        return self.done + self.batches
+        """Return the number of batches; the same on every rank."""
+        return self.steps * self.share.accumulate
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield collated batches."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        for batch in range(worker, self.batches, workers):
-            start = self.position + batch * self.batch_size
-            yield collate([self.item(g) for g in range(start, start + self.batch_size)])
+        for batch in range(worker, len(self), workers):
+            yield collate([self.item(g) for g in self.share.positions(self.position, batch)])
 
     def item(self, position: int) -> Batch:
         """Make the item at global position g; bad samples are replaced, and said so."""
@@ -95,7 +144,9 @@ class TrainingStream(IterableDataset[Batch]):
 class EvaluationSet(IterableDataset[Batch]):
     """Every sample of a split once, without randomness: view 0 in, some views out, whole and over white.
 
-    A bad sample is left out, and said so. Worker k of K makes the items k, k + K, ...
+    Rank r of W takes every W-th sample from r on. All ranks make the same number of items, as sharded networks need:
+    where the split does not divide, and in the place of a bad sample (which is said), stands another one of weight 0.
+    Worker k of K makes the items k, k + K, ...
 
     Args:
         folder: Folder of the shards.
@@ -103,37 +154,59 @@ class EvaluationSet(IterableDataset[Batch]):
         split: Which split.
         views: Numbers of the target views.
         limit: Most objects; where the split has more, that many, evenly spread. None means all.
+        rank: Number of this process.
+        world: Number of processes.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, split: Split, views: Sequence[int], limit: int | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        split: Split,
+        views: Sequence[int],
+        limit: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         shards = manifest.split(split)
         self.reader = ShardReader(folder, shards)
         places = [Place(0, i, k) for i, shard in enumerate(shards) for k in range(shard.samples)]
         count = len(places) if limit is None else min(limit, len(places))
         self.places = [places[i * len(places) // count] for i in range(count)]
-        self.views = tuple(views)
+        self.views, self.rank, self.world = tuple(views), rank, world
 
     def __len__(self) -> int:
-        """Return the number of objects, bad ones included."""
-        return len(self.places)
+        """Return the number of items of every rank, those of weight 0 included."""
+        return -(-len(self.places) // self.world)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield an item an object."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        for place in self.places[worker::workers]:
-            try:
-                item = self._make(place)
-            except SampleError as error:
-                logger.warning("skipped %s", error)
-            else:
-                yield item
+        for number in range(worker, len(self), workers):
+            index = number * self.world + self.rank
+            item = self._try(index) if index < len(self.places) else None
+            if item is None:
+                item = self._stand_in()
+            if item is None:
+                return  # not one sample can be read: so it is on every rank
+            yield item
 
-    def _make(self, place: Place) -> Batch:
-        sample = self.reader.read(place, sorted({0, *self.views}))
+    def _try(self, index: int, *, say: bool = True) -> Batch | None:
+        place = self.places[index]
         try:
-            return evaluation_item(sample, 0, self.views)
-        except SampleError as error:  # a view that is no picture
-            raise self.reader.located(place, error) from error
+            sample = self.reader.read(place, sorted({0, *self.views}))
+            try:
+                return evaluation_item(sample, 0, self.views)
+            except SampleError as error:  # a view that is no picture
+                raise self.reader.located(place, error) from error
+        except SampleError as error:
+            if say:
+                logger.warning("skipped %s", error)
+            return None
+
+    def _stand_in(self) -> Batch | None:
+        """Make the first readable sample an item of weight 0."""
+        items = (self._try(index, say=False) for index in range(len(self.places)))
+        item = next((item for item in items if item is not None), None)
+        return None if item is None else dataclasses.replace(item, weight=torch.zeros(()))

@@ -149,15 +149,21 @@ class ShardReader:
         return self._indices[shard]
 
 
-def require_samples(folder: Path, shards: Sequence[Shard], split: str) -> None:
-    """Refuse a split without samples.
+def require_samples(folder: Path, shards: Sequence[Shard], split: str, least: int = 1) -> None:
+    """Refuse a split with fewer samples than an optimiser step takes.
 
     Raises:
-        ShardError: The split is empty.
+        ShardError: The split is empty or too small.
     """
-    if not sum(shard.samples for shard in shards):
+    found = sum(shard.samples for shard in shards)
+    if not found:
         raise ShardError(
             f"{folder}: expected samples in the split {split!r}, found none; render more objects"
+        )
+    if found < least:
+        raise ShardError(
+            f"{folder}: expected at least {least} samples in the split {split!r}, one optimiser step's, found {found}; "
+            f"render more objects, or take a smaller batch: --data.batch_size {found}"
         )
 
 

@@ -88,7 +88,7 @@ def training_item(sample: Sample, views: Sequence[int], crop: CropConfig, rng: n
     background = torch.from_numpy(rng.random((len(views), 3), dtype=np.float32))
     jitter = torch.from_numpy(rng.random((len(views), crop.size, crop.size), dtype=np.float32))
     target = _views(torch.stack(windows), background, c2w, torch.stack(intrinsics), jitter)
-    return Batch((sample.info.id,), _input(rgba[0], c2w, fxfycxcy), target)
+    return Batch((sample.info.id,), _input(rgba[0], c2w, fxfycxcy), target, torch.ones(()))
 
 
 def evaluation_item(sample: Sample, input_view: int, target_views: Sequence[int]) -> Batch:
@@ -98,7 +98,7 @@ def evaluation_item(sample: Sample, input_view: int, target_views: Sequence[int]
     c2w, fxfycxcy = _cameras(sample, views)
     white = torch.ones(len(target_views), 3)
     target = _views(torch.stack(rgba[1:]), white, c2w[1:], fxfycxcy[1:], None)
-    return Batch((sample.info.id,), _input(rgba[0], c2w, fxfycxcy), target)
+    return Batch((sample.info.id,), _input(rgba[0], c2w, fxfycxcy), target, torch.ones(()))
 
 
 def resize(image: Float[Tensor, "C H W"], side: int) -> Float[Tensor, "C side side"]:

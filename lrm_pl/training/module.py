@@ -4,15 +4,22 @@ import dataclasses
 from typing import Any
 
 import lightning as L
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.data.batch import Batch, Views
+from lrm_pl.errors import InputError
 from lrm_pl.losses.objective import Objective
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.gradients import GradientGuard, GuardConfig, clip, gradient_norm
 from lrm_pl.training.optim import OptimizerConfig
+from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, shard
+
+#: What blocks compute in and are gathered in when they are sharded, by the trainer's precision.
+SHARDED_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
 @dataclasses.dataclass
@@ -36,6 +43,8 @@ class LRMModule(L.LightningModule):
         renderer: The volume renderer.
         objective: The loss terms.
         optimizer: AdamW and its schedule.
+        parallel: What is done to the network's blocks from outside.
+        guard: When a step with a bad gradient is left out.
     """
 
     def __init__(
@@ -44,9 +53,33 @@ class LRMModule(L.LightningModule):
         renderer: Renderer,
         objective: Objective,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
+        guard: GuardConfig = GuardConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
         self.lrm, self.renderer, self.objective, self.optimizer = lrm, renderer, objective, optimizer
+        self.parallel, self.guard = parallel, GradientGuard(guard)
+        self.in_hand: tuple[str, ...] = ()  # ids of the samples of the step that is being made
+        self._terms: list[dict[str, Tensor]] = []  # loss terms of the step's accumulated batches
+        self._configured = False
+
+    def configure_model(self) -> None:
+        """Prepare the blocks, and shard where the strategy has laid out a mesh; Lightning calls this more than once.
+
+        Raises:
+            InputError: A precision that cannot be sharded.
+        """
+        if self._configured:
+            return
+        self._configured = True
+        prepare_blocks(self.lrm, self.parallel)
+        if self.device_mesh is not None:
+            precision = str(self.trainer.precision)
+            if precision not in SHARDED_PRECISIONS:
+                raise InputError(
+                    f"expected a precision of {', '.join(SHARDED_PRECISIONS)} with a sharded network, found {precision}"
+                )
+            shard(self.lrm, self.device_mesh, SHARDED_PRECISIONS[precision])
 
     def render(self, batch: Batch, views: Views) -> Prediction:
         """Reconstruct the objects of a batch from their input views and render other views of them."""
@@ -59,14 +92,49 @@ class LRMModule(L.LightningModule):
         return Prediction(pixels.permute(0, 1, 4, 2, 3), rendering)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute and log the loss terms by name."""
+        """Compute the loss of one batch; ``on_before_optimizer_step`` logs its terms by name."""
         prediction = self.render(batch, batch.target).images
         terms = self.objective(prediction.flatten(0, 1), batch.target.images.flatten(0, 1), self.global_step)
         loss = sum(terms.values(), start=prediction.new_zeros(()))
-        for name, value in terms.items():
-            self.log(f"loss/{name}", value, batch_size=len(batch.ids))
-        self.log("loss/total", loss, prog_bar=True, batch_size=len(batch.ids))
+        self._terms.append({name: value.detach() for name, value in (terms | {"total": loss}).items()})
+        self.in_hand += batch.ids
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the step's learning rate; log it and the loss terms: means over accumulated batches and ranks."""
+        rate = self.optimizer.learning_rate(self.global_step, self.trainer.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        terms, self._terms = self._terms, []
+        if not self._logs:
+            return
+        self.log("optim/lr", rate)
+        for name in terms[0]:
+            mean = torch.stack([batch[name] for batch in terms]).mean()
+            self.log(f"loss/{name}", self.trainer.strategy.reduce(mean), prog_bar=name == "total")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Judge the gradient, then clip it by its norm; a bad one is dropped, and AdamW leaves everything as it is."""
+        parameters = [p for p in self.lrm.parameters() if p.requires_grad]
+        norm = gradient_norm(parameters)
+        if not self.guard.accepts(norm.item()):
+            for parameter in parameters:
+                parameter.grad = None
+        elif gradient_clip_val:
+            clip(parameters, norm, gradient_clip_val)
+        if self._logs:
+            self.log("optim/grad_norm", norm)
+            self.log("optim/skipped_steps", float(self.guard.skipped))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's
+        """Forget the samples of a finished step."""
+        if not self._terms:
+            self.in_hand = ()
 
     # Lightning's type asks for a tensor or a mapping; it hands whatever comes to the callbacks.
     def validation_step(  # type: ignore[override]
@@ -82,7 +150,11 @@ class LRMModule(L.LightningModule):
         """Do as in validation."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union is wider than its documentation
-        """Make AdamW and the schedule for this run's length."""
-        optimizer, schedule = self.optimizer.build(self.lrm, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Make AdamW."""
+        return self.optimizer.build(self.lrm)
+
+    @property
+    def _logs(self) -> bool:
+        """Whether the step that is being made is one that Lightning logs."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -1,4 +1,8 @@
-"""AdamW without decay where it does not belong, and a warm-up + cosine schedule that fits the run's length."""
+"""AdamW without decay where it does not belong, and a warm-up + cosine schedule that fits the run's length.
+
+The learning rate is a pure function of the step and the run's length, so it has no state to save, and a run that is
+resumed with another length follows the new one.
+"""
 
 import dataclasses
 import math
@@ -26,17 +30,14 @@ class OptimizerConfig:
     warmup: float = 0.07
     final_lr: float = 0.0
 
-    def build(
-        self, model: nn.Module, steps: int
-    ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-        """Make optimiser and schedule for a run of ``steps`` optimiser steps."""
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, self.weight_decay), lr=self.lr, betas=self.betas
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, steps, self.warmup, self.final_lr)
-        )
-        return optimizer, schedule
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """Make the optimiser."""
+        groups = parameter_groups(model, self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of optimiser step ``step`` of ``steps``, counted from 0."""
+        return self.lr * warmup_cosine(step, steps, self.warmup, self.final_lr)
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:

@@ -18,6 +18,7 @@ from lrm_pl.data.dataset import TrainingStream
 from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
 from lrm_pl.data.schema import encode_sample
 from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
+from lrm_pl.io.checkpoints import read_index
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -44,7 +45,7 @@ TINY["data"]["crop"] = {"low": 16, "high": 32, "size": 16}
 
 
 @pytest.fixture
-def tiny(tmp_path, root, shards):
+def tiny(tmp_path, shards):
     """Arguments of a tiny run, logging below tmp_path."""
     path = tmp_path / "tiny.yaml"
     logger = {
@@ -59,13 +60,19 @@ def tiny(tmp_path, root, shards):
         "precision": "32-true",
     }
     path.write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
-    trainer_layer = tmp_path / "trainer.yaml"
-    trainer_layer.write_text(f"trainer: {root / 'configs/trainer/auto.yaml'}\n")
-    return ["-c", str(trainer_layer), "-c", str(path), "--data.folder", str(shards)]
+    return ["-c", str(path), "--data.folder", str(shards)]
 
 
 def run_folder(tmp_path, version=0):
     return tmp_path / "runs" / "tiny" / f"version_{version}"
+
+
+def checkpoint(tmp_path, step, version=0):
+    return run_folder(tmp_path, version) / "checkpoints" / f"step-{step:08d}"
+
+
+def weights(path):
+    return torch.load(path / "tensors.pt", weights_only=True)
 
 
 def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_path, capsys):
@@ -76,7 +83,7 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
         "white image",
         "mean training image",
         "input view repeated",
-        "last.ckpt",
+        "checkpoints/step-00000002",
     ):
         assert words in printed
     assert "make tensorboard" in printed
@@ -103,10 +110,11 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
         "loss/mse",
         "loss/total",
         "optim/grad_norm",
+        "optim/lr",
+        "optim/skipped_steps",
         "speed/samples_per_second",
         "memory/peak_host_gib",
     } <= scalars
-    assert any(tag.startswith("lr-") for tag in scalars)
     assert {"views/unseen", "views/heldout"} <= set(events.Tags()["images"])
     assert any("run/commit" in tag for tag in events.Tags()["tensors"])
 
@@ -124,45 +132,39 @@ def test_a_few_dozen_steps_on_ellipsoids_already_beat_a_white_image_by_3_db(tiny
 
 def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny, tmp_path, capsys):
     main(["fit", *tiny])
-    checkpoint = str(run_folder(tmp_path) / "checkpoints" / "last.ckpt")
-    for command in ("validate", "test"):  # from the run's own record, as the help says
-        main([command, "-c", str(run_folder(tmp_path) / "config.yaml"), "--ckpt_path", checkpoint])
-        assert "val/heldout/psnr_pooled" in capsys.readouterr().out
+    for command in (
+        "validate",
+        "test",
+    ):  # from the run's own record, as the help says; the run's folder will do
+        for path in (run_folder(tmp_path), checkpoint(tmp_path, 2)):
+            main([command, "-c", str(run_folder(tmp_path) / "config.yaml"), "--ckpt_path", str(path)])
+            assert "val/heldout/psnr_pooled" in capsys.readouterr().out
+    path = str(checkpoint(tmp_path, 2))
     with pytest.raises(
         SystemExit, match=r"expected the weights of this model; missing or of another shape.*config\.yaml"
     ):
-        main(["validate", *tiny, "--model.lrm.dim", "32", "--ckpt_path", checkpoint])
-    with pytest.raises(SystemExit, match="expected a checkpoint file, found none"):
-        main(["validate", *tiny, "--ckpt_path", str(tmp_path / "nothing.ckpt")])
-    # In a new run's folder Lightning would find none, and train from nothing.
-    for name in ("last", "best", "hpc"):
-        with pytest.raises(SystemExit, match=f"expected a checkpoint file, found none at {name}"):
-            main(["fit", *tiny, "--ckpt_path", name])
-    (tmp_path / "page.ckpt").write_text("<html>not found</html>")
-    with pytest.raises(SystemExit, match="expected a checkpoint of `lrm fit`"):
-        main(["fit", *tiny, "--ckpt_path", str(tmp_path / "page.ckpt")])
+        main(["validate", *tiny, "--model.lrm.dim", "32", "--ckpt_path", path])
+    with pytest.raises(SystemExit, match=r"expected a checkpoint at .*nothing.*, found no index\.json"):
+        main(["validate", *tiny, "--ckpt_path", str(tmp_path / "nothing")])
 
 
 def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(tiny, tmp_path):
-    every = [
-        "--trainer.max_steps=4",
-        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
-        "--trainer.callbacks.every_n_train_steps=2",
-        "--trainer.callbacks.save_top_k=-1",
-    ]
+    every = ["--trainer.max_steps=4", f"--trainer.callbacks={json.dumps([KEEPER])}"]
     main(["fit", *tiny, *every])
-    checkpoints = run_folder(tmp_path) / "checkpoints"
-    halfway = next(path for path in checkpoints.glob("*step=2*.ckpt"))
-    main(["fit", *tiny, *every, "--ckpt_path", str(halfway)])
-    whole, resumed = (
-        torch.load(run_folder(tmp_path, version) / "checkpoints" / "last.ckpt", weights_only=True)
-        for version in (0, 1)
-    )
-    assert whole["global_step"] == resumed["global_step"] == 4
-    assert whole["ShardDataModule"] == resumed["ShardDataModule"] == {"position": 8, "batches": 4}
-    assert all(
-        torch.equal(whole["state_dict"][key], resumed["state_dict"][key]) for key in whole["state_dict"]
-    )
+    main(["fit", *tiny, *every, "--run.resume", str(checkpoint(tmp_path, 2))])
+    whole, resumed = weights(checkpoint(tmp_path, 4)), weights(checkpoint(tmp_path, 4, version=1))
+    assert whole.keys() == resumed.keys()
+    assert any(name.startswith("adam.") for name in whole)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    first, second = (read_index(str(checkpoint(tmp_path, 4, version))).run for version in (0, 1))
+    assert first == second
+    assert first["position"] == 4 * 2
+
+
+KEEPER = {
+    "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+    "init_args": {"every": 2, "keep": 10, "monitor": None},
+}
 
 
 @pytest.mark.parametrize("steps", [2, 3])
@@ -173,27 +175,12 @@ def test_a_run_resumed_with_another_batch_size_and_accumulation_reads_on_where_i
     item = TrainingStream.item
     monkeypatch.setattr(TrainingStream, "item", lambda self, g: asked.append(g) or item(self, g))
     once = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
-    main(["fit", *tiny, *once])  # steps of 2 samples, the last one a validation's
-    first = run_folder(tmp_path) / "checkpoints" / "last.ckpt"
-    changed = ["--data.batch_size", "3", "--trainer.accumulate_grad_batches", "2"]
-    more = ["--trainer.max_steps", str(steps + 2), "--trainer.val_check_interval", "1000"]
-    main(["fit", *tiny, *changed, *more, "--trainer.limit_val_batches", "0", "--ckpt_path", str(first)])
-    second = torch.load(run_folder(tmp_path, 1) / "checkpoints" / "last.ckpt", weights_only=True)
-    assert second["global_step"] == steps + 2
-    read = second["ShardDataModule"]["position"]
-    assert read == steps * 2 + (second["ShardDataModule"]["batches"] - steps) * 3
-    assert asked[:read] == list(range(read)), "every sample once, none twice"
-    assert len(asked) - read <= 3, "at most one batch is fetched ahead"
-
-
-def test_a_checkpoint_of_weights_alone_can_be_measured_but_not_gone_on_from(tiny, tmp_path):
-    main(["fit", *tiny])
-    whole = torch.load(run_folder(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
-    bare = {key: value for key, value in whole.items() if key not in ("optimizer_states", "ShardDataModule")}
-    torch.save(bare, tmp_path / "bare.ckpt")
-    with pytest.raises(SystemExit, match=r"expected a checkpoint to go on from.*last\.ckpt"):
-        main(["fit", *tiny, "--ckpt_path", str(tmp_path / "bare.ckpt")])
-    main(["validate", *tiny, "--ckpt_path", str(tmp_path / "bare.ckpt")])
+    main(["fit", *tiny, *once])  # steps of 2 samples
+    changed = ["--data.batch_size", "4", "--trainer.accumulate_grad_batches", "2"]
+    more = ["--trainer.max_steps", str(steps + 2), "--trainer.limit_val_batches", "0"]
+    main(["fit", *tiny, *changed, *more, "--run.resume", str(run_folder(tmp_path))])
+    assert read_index(str(checkpoint(tmp_path, steps + 2, version=1))).run["position"] == steps * 2 + 2 * 4
+    assert asked == list(range(steps * 2 + 2 * 4)), "every sample once, none twice"
 
 
 def test_a_mistake_of_our_own_keeps_its_traceback(tiny, monkeypatch):
@@ -205,17 +192,28 @@ def test_a_mistake_of_our_own_keeps_its_traceback(tiny, monkeypatch):
         main(["fit", *tiny])
 
 
-def test_measuring_without_a_checkpoint_and_training_on_two_processes_are_refused(tiny):
+def test_measuring_without_a_checkpoint_is_refused(tiny):
     with pytest.raises(SystemExit, match="expected --ckpt_path, found none"):
         main(["validate", *tiny])
-    with pytest.raises(SystemExit, match="expected one process, found 2"):
-        main(["fit", *tiny, "--trainer.accelerator", "cpu", "--trainer.devices", "2"])
 
 
-def test_the_checkpoint_is_of_the_last_step_and_not_of_the_last_validation(tiny, tmp_path):
+def test_processes_that_do_not_divide_the_batch_are_refused_before_the_first_step(tiny):
+    with pytest.raises(
+        SystemExit, match=r"3 processes x 1 accumulated batches divide, found 2; .* take 3, or"
+    ):
+        main(["fit", *tiny, "--trainer.accelerator", "cpu", "--trainer.devices", "3"])
+    with pytest.raises(SystemExit, match=r"1 processes x 4 accumulated batches divide, found 2"):
+        main(["fit", *tiny, "--trainer.accumulate_grad_batches", "4"])
+
+
+def test_fewer_samples_than_a_step_takes_are_refused_before_the_first_step(tiny):
+    with pytest.raises(SystemExit, match=r"expected at least 6 samples .* found 4; .* --data.batch_size 4"):
+        main(["fit", *tiny, "--data.batch_size", "6"])
+
+
+def test_the_last_step_is_kept_whenever_validation_was(tiny, tmp_path):
     main(["fit", *tiny, "--trainer.max_steps", "3"])  # validation at step 2
-    checkpoint = torch.load(run_folder(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 3
+    assert read_index(str(checkpoint(tmp_path, 3))).step == 3
 
 
 def test_cube_normalised_shards_are_not_cut_to_the_sphere_in_silence(tiny, tmp_path, shards):
@@ -358,21 +356,19 @@ def test_the_demo_experiment_takes_one_step_with_its_real_weights(root, tmp_path
         "--trainer.max_steps", "1", "--data.batch_size", "2", "--model.objective.lpips_start_step", "0",
         "--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.val_check_interval", "1",
     ])  # fmt: skip
-    assert (tmp_path / "lrm" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "lrm" / "version_0" / "checkpoints" / "step-00000001" / "index.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_papers_size_takes_one_step(root, tmp_path):
     write_synthetic_shards(tmp_path / "shards", train=1, val=0, views=3, resolution=32)
-    (tmp_path / "paper.yaml").write_text(
-        f"trainer: {root / 'configs/trainer/auto.yaml'}\nmodel: {root / 'configs/model/lrm.yaml'}\n"
-    )
+    (tmp_path / "paper.yaml").write_text(f"model: {root / 'configs/model/lrm.yaml'}\n")
     main([
         "fit", "-c", str(tmp_path / "paper.yaml"), "--data.folder", str(tmp_path / "shards"),
         "--trainer.max_steps", "1", "--data.batch_size", "1", "--data.side_views", "1", "--data.unseen_views", "1",
         "--data.crop.low", "16", "--data.crop.high", "32", "--data.crop.size", "16", "--data.workers", "0",
         "--weights.pretrained", "false", "--weights.source", "pypi",
         "--trainer.callbacks", "[]", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "0",
-        "--trainer.enable_checkpointing", "false", "--trainer.logger.init_args.save_dir", str(tmp_path),
+        "--trainer.logger.init_args.save_dir", str(tmp_path),
     ])  # fmt: skip

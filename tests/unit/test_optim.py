@@ -42,7 +42,7 @@ def test_weight_decay_is_only_on_matrices_and_kernels():
 
 
 def test_the_optimiser_is_adamw_with_the_papers_betas():
-    optimizer, _ = OptimizerConfig().build(torch.nn.Linear(2, 2), steps=10)
+    optimizer = OptimizerConfig().build(torch.nn.Linear(2, 2))
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lrm_pl.data.batch import collate
-from lrm_pl.data.dataset import EvaluationSet, TrainingStream
+from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import read_manifest
 from lrm_pl.data.schema import Sample, SampleError, SampleInfo, encode_image
 from lrm_pl.data.synthetic import synthetic_sample
@@ -85,7 +85,7 @@ def test_the_input_view_is_a_target_too_and_canonical():
 
 def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(shards):
     manifest = read_manifest(shards)
-    stream = TrainingStream(shards, manifest, 2, 4, 3, None, CropConfig(32, 32, 32), 0, 4, 40)
+    stream = TrainingStream(shards, manifest, Share(2), 4, 3, None, CropConfig(32, 32, 32), 0, 4, 40)
     used = {view for g in range(80) for view in stream._chosen(stream.order.locate(g))[0]}
     assert used == {0, 1, 2, 3, 4}
     items = EvaluationSet(shards, manifest, "train", range(5, 8))
@@ -109,7 +109,7 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
 
         monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda: Info if workers else None)
         stream = TrainingStream(
-            shards, read_manifest(shards), 2, 3, 2, None, CropConfig(8, 32, 8), 0, 4, batches, position
+            shards, read_manifest(shards), Share(2), 3, 2, None, CropConfig(8, 32, 8), 0, 4, batches, position
         )
         return [batch.ids for batch in stream]
 

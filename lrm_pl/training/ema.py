@@ -1,0 +1,79 @@
+"""A moving average of the weights, in float32, under every strategy: each rank averages the shards that it holds."""
+
+from typing import Any, final
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lrm_pl.data.batch import Batch
+from lrm_pl.errors import InputError
+from lrm_pl.training.module import LRMModule
+
+
+@final
+class WeightAverage(L.Callback):
+    """Keep average <- decay average + (1 - decay) weights after every step that was taken (Polyak averaging).
+
+    Args:
+        decay: Share of the old average that stays.
+        validate: Whether validation measures the average instead of the weights.
+    """
+
+    def __init__(self, decay: float = 0.9999, *, validate: bool = False) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"expected a decay in [0, 1), found {decay}")
+        self.decay, self.validate = decay, validate
+        self.average: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the weights; a resumed run then reads its average over this."""
+        assert isinstance(pl_module, LRMModule)
+        self.average = {
+            name: parameter.detach().float().clone()
+            for name, parameter in pl_module.lrm.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Move the average towards the weights, if they moved."""
+        assert isinstance(pl_module, LRMModule)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or pl_module.guard.in_a_row:
+            return
+        weights = dict(pl_module.lrm.named_parameters())
+        ours = [_local(tensor) for tensor in self.average.values()]
+        theirs = [_local(weights[name]) for name in self.average]
+        torch._foreach_lerp_(ours, theirs, 1 - self.decay)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the average into the network."""
+        if self.validate and self.average:
+            self._swap(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the weights back."""
+        if self.validate and self.average:
+            self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, module: L.LightningModule) -> None:
+        assert isinstance(module, LRMModule)
+        weights = dict(module.lrm.named_parameters())
+        for name, average in self.average.items():
+            ours, theirs = _local(average), _local(weights[name])
+            kept = theirs.clone()
+            theirs.copy_(ours)
+            ours.copy_(kept)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

@@ -1,0 +1,98 @@
+"""What is done to the network from outside before it trains: recomputed activations, compiled blocks, shards.
+
+In this order: recomputation is compiled with its block, and a block is sharded as a whole. Nothing here changes a
+parameter's name, so a checkpoint does not depend on it.
+"""
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from lrm_pl.errors import InputError
+from lrm_pl.models.lrm import LRM
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How blocks are run.
+
+    Attributes:
+        recompute_every: Every so-manieth block keeps only its input and recomputes the rest in backward (activation
+            checkpointing): 1 is all blocks, least memory, about a third more time; 0 is none.
+        compile: Compile each block with ``torch.compile``: the first step takes minutes, later ones less.
+    """
+
+    recompute_every: int = 0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.recompute_every < 0:
+            raise InputError(f"expected recompute_every of 0 or more, found {self.recompute_every}")
+
+
+def network_blocks(lrm: LRM) -> list[nn.Module]:
+    """List the blocks of the encoder and of the transformer, in the order in which they run."""
+    return [*lrm.encoder.vit.blocks, *lrm.transformer.blocks]
+
+
+def prepare_blocks(lrm: LRM, config: ParallelConfig) -> None:
+    """Make blocks recompute, then compile them, in place."""
+    for number, block in enumerate(network_blocks(lrm), start=1):
+        trained = any(p.requires_grad for p in block.parameters())
+        if config.recompute_every and number % config.recompute_every == 0 and trained:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if config.compile:
+            block.compile()
+
+
+def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
+    """Shard parameters over a mesh with FSDP2, in place: every block on its own, the small modules as one group.
+
+    Args:
+        lrm: The network, with equal weights on all ranks.
+        mesh: One dimension shards over all ranks; two replicate over the first and shard over the second (HSDP).
+        block_dtype: What blocks compute in and are gathered in; their gradients are reduced in float32. None, and
+            the small modules (camera embedder, decoder, norms, tokens) always: float32.
+
+    Raises:
+        InputError: Ranks hold different weights.
+    """
+    require_equal_weights(lrm)
+    # FSDP's own cast would round poses and intrinsics; autocast casts what may be cast.
+    policy = MixedPrecisionPolicy(
+        param_dtype=block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in network_blocks(lrm):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(lrm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+def require_equal_weights(module: nn.Module) -> None:
+    """Refuse ranks that start from different weights, which sharding would mix.
+
+    Raises:
+        InputError: They differ.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    # A sum a parameter, on the device that the process group speaks.
+    sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    bounds = torch.stack([sums, -sums]).to(device)
+    torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
+    if not torch.equal(bounds[0], -bounds[1]):
+        raise InputError(
+            "expected the same initial weights on all ranks, found different ones; give one seed to all of them "
+            "(--seed_everything 0) and the same weights files"
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be in shards (a DTensor) as an ordinary one; all ranks must call this."""
+    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

@@ -1,0 +1,339 @@
+"""What keeps a run: it saves, resumes where it was, and stops in time. All of it happens between two steps.
+
+Between two steps means at the start of the next step's first batch: by then the step's validation and its log lines
+are done, so a checkpoint is of everything up to the step, and a resumed run does and logs nothing twice.
+"""
+
+import logging
+import math
+import os
+import subprocess
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lrm_pl.data.batch import Batch
+from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    Format,
+    checkpoint_path,
+    complete,
+    list_checkpoints,
+    read_checkpoint,
+    read_index,
+    read_tensors,
+    remove_checkpoint,
+    tensor_names,
+    write_tensors,
+)
+from lrm_pl.training.ema import WeightAverage
+from lrm_pl.training.module import LRMModule
+from lrm_pl.training.parallel import whole
+from lrm_pl.training.signals import StopSignals
+from lrm_pl.training.state import average_tensors, network_tensors, optimizer_tensors, snapshot
+
+logger = logging.getLogger(__name__)
+
+
+class StoppedError(InputError):
+    """The run stopped before its last step, with everything kept: started again, it goes on."""
+
+
+@final
+class RunKeeper(L.Callback):
+    """Save checkpoints, resume from them, and stop at a signal or when training has gone wrong.
+
+    Args:
+        every: Steps from one checkpoint to the next. The last step is always kept.
+        keep: So many of the newest checkpoints stay.
+        keep_every: Checkpoints of multiples of this step stay too; null: none.
+        monitor: The checkpoint of the validation with the highest value of this metric stays too; null: none.
+        layout: "sharded" (a file a rank) or "single"; null: sharded where the network is.
+        background: Write while training goes on; it waits only for the copy to memory.
+        folder: Where to; null: ``checkpoints`` in the run's folder. A URL (``s3://``, ``gs://``) is an object store.
+    """
+
+    def __init__(
+        self,
+        every: int = 500,
+        keep: int = 2,
+        keep_every: int | None = None,
+        monitor: str | None = "val/heldout/psnr_pooled",
+        layout: Format | None = None,
+        folder: str | None = None,
+        *,
+        background: bool = True,
+    ) -> None:
+        if every < 1 or keep < 1 or (keep_every is not None and keep_every < 1):
+            raise InputError(
+                f"expected every, keep and keep_every of at least 1, found {every}, {keep}, {keep_every}"
+            )
+        self.every, self.keep, self.keep_every, self.monitor = every, keep, keep_every, monitor
+        self.layout, self.folder, self.background = layout, folder, background
+        #: Rank 0's choice of what to go on from, made before the run starts.
+        self.resume_from: Checkpoint | None = None
+        #: Why the run stopped before its last step; None while it has not.
+        self.stopped: InputError | None = None
+        #: The newest checkpoint that is whole.
+        self.newest: str | None = None
+        self.signals = StopSignals()
+        self._group: torch.distributed.ProcessGroup | None = None
+        self._writing: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._start, self._saved = 0, -1
+        self._validated: float | None = None
+        self._best = -math.inf
+
+    # --- resuming
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Load the state of the checkpoint that rank 0 chose."""
+        assert isinstance(pl_module, LRMModule)
+        if torch.distributed.is_initialized():
+            group = torch.distributed.new_group(backend="gloo")
+            assert isinstance(group, torch.distributed.ProcessGroup)  # of all ranks, so this one is in it
+            self._group = group
+        self.folder = trainer.strategy.broadcast(self.folder or f"{trainer.log_dir}/checkpoints")
+        best = max(self._scores().values(), default=-math.inf) if trainer.is_global_zero else None
+        self._best = float(trainer.strategy.broadcast(best))  # type: ignore[arg-type]
+        path = trainer.strategy.broadcast(None if self.resume_from is None else self.resume_from.path)
+        if path is None:
+            return
+        checkpoint = self.resume_from or read_checkpoint(path)
+        self._load(trainer, pl_module, checkpoint)
+        self._start = self._saved = checkpoint.step
+        self.newest = path
+        if trainer.is_global_zero:
+            logger.info("going on after step %d from %s", checkpoint.step, path)
+
+    def _load(self, trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> None:
+        tensors = self._tensors(trainer, module)
+        found = tensor_names(checkpoint)
+        for kind, lost in (
+            ("adam", "the optimizer's moments start anew"),
+            ("average", "it starts at the weights"),
+        ):
+            if not any(name.startswith(f"{kind}.") for name in found):
+                if any(name.startswith(f"{kind}.") for name in tensors) and trainer.is_global_zero:
+                    logger.warning("%s holds nothing under %r: %s", checkpoint.path, kind, lost)
+                tensors = {
+                    name: tensor for name, tensor in tensors.items() if not name.startswith(f"{kind}.")
+                }
+        read_tensors(checkpoint, tensors)
+        if not any(name.startswith("average.") for name in tensors):
+            for callback in _averages(trainer):
+                callback.on_fit_start(trainer, module)
+        run = checkpoint.run
+        module.guard.resume(run["guard"])
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and run["scaler"]:
+            scaler.load_state_dict(run["scaler"])
+        _data(trainer).resume(checkpoint.step, int(run["position"]))
+        set_progress(trainer, checkpoint.step)
+
+    # --- between two steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen to signals; Lightning has put its handlers in place by now."""
+        self.signals.listen()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember what the validation found."""
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        self._validated = None if value is None else float(value)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Save where one is due, and stop where a rank was told to; all ranks agree by one small reduction."""
+        assert isinstance(pl_module, LRMModule)
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        told, failed = self._agree(trainer, self.signals.received is not None, self._failure is not None)
+        if failed:
+            self._join()
+            raise self._explained(step)
+        if pl_module.guard.exhausted:
+            self.stopped = InputError(self._diverged(pl_module, step))
+        elif told:
+            self.stopped = StoppedError(f"stopped by a signal after step {step}")
+        improved = self._validated is not None and self._validated > self._best
+        if step > self._start and (step % self.every == 0 or improved or self.stopped is not None):
+            self._save(trainer, pl_module, step)
+        self._validated = None
+        if self.stopped is not None:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the last step, and wait until it is written."""
+        assert isinstance(pl_module, LRMModule)
+        if trainer.global_step > self._saved:
+            self._save(trainer, pl_module, trainer.global_step)
+        self._join()
+        self.signals.restore()
+        if any(self._agree(trainer, self._failure is not None)):
+            raise self._explained(trainer.global_step)
+        if self.stopped is not None and trainer.is_global_zero:
+            kind = type(self.stopped)
+            self.stopped = kind(
+                f"{self.stopped}; everything up to there is in {self.newest}: start the same command with "
+                f"--run.folder {trainer.log_dir} to go on"
+            )
+            self._requeue()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Let a checkpoint that is being written be finished."""
+        self._join()
+        self.signals.restore()
+
+    def _agree(self, trainer: L.Trainer, *flags: bool) -> list[bool]:
+        if trainer.world_size == 1:
+            return list(flags)
+        mine = torch.tensor(flags, dtype=torch.float32, device=trainer.strategy.root_device)
+        return [bool(flag) for flag in trainer.strategy.reduce(mine, reduce_op="max")]
+
+    def _explained(self, step: int) -> Exception:
+        """Say that a checkpoint could not be written, and what is left."""
+        error = self._failure
+        if error is not None and not isinstance(_cause(error), OSError):
+            return error
+        found = "another rank's log says why" if error is None else f"found: {_cause(error)}"
+        return InputError(
+            f"expected to write a checkpoint into {self.folder}, {found}; the newest whole one is "
+            f"{self.newest or 'none'}. Make space and start the same command again: it goes on from there "
+            f"(training was at step {step})"
+        )
+
+    def _diverged(self, module: LRMModule, step: int) -> str:
+        return (
+            f"expected finite gradients, found {module.guard.in_a_row} bad ones in a row by step {step}; the last "
+            f"samples in hand: {', '.join(module.in_hand)}; look at these, lower the learning rate, or take fp32"
+        )
+
+    def _requeue(self) -> None:
+        """Ask Slurm to start this job again, where the time was up; for a SIGTERM the sender has decided that."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if job is None or self.signals.received is None or self.signals.received.name != "SIGUSR1":
+            return
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        logger.info("scontrol requeue %s: %s", job, done.stderr.strip() or "requeued")
+
+    # --- saving
+
+    def _tensors(self, trainer: L.Trainer, module: LRMModule) -> dict[str, Tensor]:
+        tensors = network_tensors(module.lrm) | optimizer_tensors(module.lrm, trainer.optimizers[0])
+        for callback in _averages(trainer):
+            tensors |= average_tensors(callback.average)
+        return tensors
+
+    def _run_state(self, trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, Any]:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return {
+            "position": _data(trainer).position(step),
+            "guard": module.guard.state(),
+            "scaler": {} if scaler is None else scaler.state_dict(),
+            "score": self._validated,
+        }
+
+    def _save(self, trainer: L.Trainer, module: LRMModule, step: int) -> None:
+        """Copy the state, and write it in the background."""
+        self._join()
+        for log in trainer.loggers:  # what was logged up to here must not be lost while the checkpoint stays
+            log.save()
+            if isinstance(log, TensorBoardLogger):
+                log.experiment.flush()
+        layout = self.layout or ("single" if module.device_mesh is None else "sharded")
+        tensors: Mapping[str, Tensor] = self._tensors(trainer, module)
+        if layout == "single":
+            tensors = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+        copy = snapshot(tensors) if layout == "sharded" or trainer.is_global_zero else {}
+        run = self._run_state(trainer, module, step)
+        path = checkpoint_path(str(self.folder), step)
+        first = trainer.is_global_zero
+
+        def write() -> None:
+            try:
+                write_tensors(path, copy, layout, self._group, writes=first)
+                if first:
+                    complete(path, layout, step, run)
+                    self._tidy(step)
+                self.newest = path
+            except Exception as error:  # handed to the main thread, which raises it
+                self._failure = error
+
+        self._saved, self._best = step, max(self._best, self._validated or -math.inf)
+        self._writing = threading.Thread(target=write, name=f"checkpoint {step}")
+        self._writing.start()
+        if not self.background:
+            self._join()
+
+    def _join(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+
+    def _scores(self) -> dict[str, float]:
+        scores = {}
+        for path in list_checkpoints(str(self.folder)):
+            try:
+                score = read_index(path).run.get("score")
+            except CheckpointError:
+                continue  # half-written or damaged: it has no score
+            if score is not None:
+                scores[path] = float(score)
+        return scores
+
+    def _tidy(self, step: int) -> None:
+        """Delete checkpoints that nothing keeps."""
+        paths = list_checkpoints(str(self.folder))
+        scores = self._scores()
+        kept = {*paths[: self.keep]}
+        if scores:
+            kept.add(max(scores, key=lambda path: scores[path]))
+        for path in paths:
+            number = int(Path(path).name.removeprefix("step-"))
+            if path not in kept and not (self.keep_every and number % self.keep_every == 0):
+                remove_checkpoint(path)
+
+
+def set_progress(trainer: L.Trainer, step: int) -> None:
+    """Tell Lightning's loops that ``step`` optimiser steps are done, as if they had been done in this process.
+
+    Its own loop state is not used: that is of a moment inside a step, and of one accumulation and world size.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    steps = loop.automatic_optimization.optim_progress.optimizer.step.total
+    steps.ready = steps.completed = step
+    loop._batches_that_stepped = step
+    batches = loop.batch_progress.total
+    batches.ready = batches.completed = step * trainer.accumulate_grad_batches
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Find what lies under the exceptions that ``torch.distributed.checkpoint`` wraps around it."""
+    if isinstance(error, CheckpointException):
+        return next(iter(failure[0] for failure in error.failures.values()))
+    return error
+
+
+def _averages(trainer: L.Trainer) -> list[WeightAverage]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]  # type: ignore[attr-defined]
+
+
+def _data(trainer: L.Trainer) -> ShardDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, ShardDataModule)
+    return data

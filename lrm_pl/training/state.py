@@ -1,0 +1,80 @@
+"""The state of a run as named tensors, the same names under every strategy, so that any of them reads any checkpoint.
+
+network.<parameter or buffer>            weights, float32
+adam.<parameter>.{step,exp_avg,exp_avg_sq}   AdamW's state
+average.<parameter>                      moving average of the weights, where one is kept
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lrm_pl.io.checkpoints import Checkpoint, CheckpointError, read_tensors, tensor_names
+
+#: What AdamW keeps of each parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def network_tensors(lrm: nn.Module) -> dict[str, Tensor]:
+    """Name the weights; the tensors are the network's own."""
+    return {f"network.{name}": tensor for name, tensor in lrm.state_dict().items()}
+
+
+def optimizer_tensors(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Name AdamW's state; the tensors are the optimizer's own, made where it has made none yet."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _optimized(lrm, optimizer):
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        tensors |= {f"adam.{name}.{key}": state[key] for key in ("step", *MOMENTS)}
+    return tensors
+
+
+def average_tensors(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the moving average."""
+    return {f"average.{name}": tensor for name, tensor in average.items()}
+
+
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU, shards as shards, so that training may go on while the copy is written."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def require_network(checkpoint: Checkpoint, lrm: nn.Module) -> None:
+    """Refuse a checkpoint of another model, before anything starts.
+
+    Raises:
+        CheckpointError: With the first differences.
+    """
+    found = {name: shape for name, shape in tensor_names(checkpoint).items() if name.startswith("network.")}
+    expected = {name: tensor.shape for name, tensor in network_tensors(lrm).items()}
+    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
+    strange = [name for name in found if name not in expected]
+    if wrong or strange:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected the weights of this model; missing or of another shape: {wrong[:3]} "
+            f"({len(wrong)} in all), not of this model: {strange[:3]} ({len(strange)} in all); "
+            "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
+        )
+
+
+def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = False) -> None:
+    """Load weights into a network that is not sharded; with ``average``, the moving average where there is one.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model, or has no average.
+    """
+    require_network(checkpoint, lrm)
+    read_tensors(checkpoint, network_tensors(lrm))
+    if average:
+        trained = {name: p for name, p in lrm.named_parameters() if p.requires_grad}
+        read_tensors(checkpoint, average_tensors(trained))
+
+
+def _optimized(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return ((name, p) for name, p in lrm.named_parameters() if id(p) in owned)

@@ -1,0 +1,64 @@
+"""Lightning strategies for what Lightning leaves open: FSDP2 with or without replicas."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+
+from lrm_pl.errors import InputError
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallelism (FSDP2): every rank holds a part of parameters, gradients and optimizer state.
+
+    ``training.parallel.shard`` cuts the network; this makes the mesh of processes. It runs on GPUs (NCCL) and, to be
+    tried out, on CPUs (gloo).
+
+    Args:
+        replicas: 1 shards over all processes. More makes so many copies, each sharded over world / replicas processes
+            (HSDP): with one copy a node, weights are gathered inside nodes only.
+        process_group_backend: NCCL on GPUs, gloo on CPUs unless said otherwise.
+        timeout_s: Seconds until a rank that does not answer ends the run.
+    """
+
+    def __init__(
+        self, replicas: int = 1, process_group_backend: str | None = None, timeout_s: float = 1800.0
+    ) -> None:
+        super().__init__(
+            data_parallel_size=1,
+            tensor_parallel_size=1,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        self.replicas = replicas
+
+    def setup_environment(self) -> None:
+        """Start the process group and lay the processes out as a mesh.
+
+        Raises:
+            InputError: The replicas do not divide the processes.
+        """
+        self._setup_distributed()
+        if self.replicas < 1 or self.world_size % self.replicas:
+            raise InputError(
+                f"expected replicas that divide the {self.world_size} processes, found {self.replicas}; "
+                "one a node is usual: --trainer.strategy.init_args.replicas NODES"
+            )
+        shards = self.world_size // self.replicas
+        shape, names = (
+            ((shards,), ("shard",)) if self.replicas == 1 else ((self.replicas, shards), ("copy", "shard"))
+        )
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Say how data are divided: all ranks are data parallel."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def _determine_device_ids(self) -> list[int]:
+        assert isinstance(self.root_device, torch.device)
+        return [self.root_device.index]
