@@ -80,14 +80,16 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``commit.txt`` (``config.yaml`` is Lightning's)."""
-        if trainer.log_dir is None:
+        if not trainer.loggers or trainer.loggers[0].log_dir is None:
             return
-        Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+        # Not trainer.log_dir: that asks all ranks, and only rank 0 is here.
+        folder = Path(trainer.loggers[0].log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
         if any(keeper.resume_from is not None for keeper in keepers):
             return  # the record of the first start stays
         commit = git_commit()
-        (Path(trainer.log_dir) / "commit.txt").write_text(commit + "\n")
+        (folder / "commit.txt").write_text(commit + "\n")
         if hasattr(trainer.logger, "experiment"):
             config = self.parser.dump(self.config, skip_none=False)
             trainer.logger.experiment.add_text("run/commit", commit)  # type: ignore[union-attr]

@@ -92,7 +92,7 @@ class RunKeeper(L.Callback):
         self._failure: Exception | None = None
         self._start, self._saved = 0, -1
         self._validated: float | None = None
-        self._best = -math.inf
+        self._best, self._run = -math.inf, "."
 
     # --- resuming
 
@@ -103,7 +103,8 @@ class RunKeeper(L.Callback):
             group = torch.distributed.new_group(backend="gloo")
             assert isinstance(group, torch.distributed.ProcessGroup)  # of all ranks, so this one is in it
             self._group = group
-        self.folder = trainer.strategy.broadcast(self.folder or f"{trainer.log_dir}/checkpoints")
+        self._run = trainer.log_dir or "."
+        self.folder = trainer.strategy.broadcast(self.folder or f"{self._run}/checkpoints")
         best = max(self._scores().values(), default=-math.inf) if trainer.is_global_zero else None
         self._best = float(trainer.strategy.broadcast(best))  # type: ignore[arg-type]
         path = trainer.strategy.broadcast(None if self.resume_from is None else self.resume_from.path)
@@ -188,7 +189,7 @@ class RunKeeper(L.Callback):
             kind = type(self.stopped)
             self.stopped = kind(
                 f"{self.stopped}; everything up to there is in {self.newest}: start the same command with "
-                f"--run.folder {trainer.log_dir} to go on"
+                f"--run.folder {self._run} to go on"
             )
             self._requeue()
 
