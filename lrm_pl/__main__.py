@@ -11,6 +11,7 @@ COMMANDS = {
         "measure a checkpoint: lrm validate -c RUN/config.yaml --ckpt_path X",
     ),
     "test": ("lrm_pl.apps.train:main", "as validate, under the names of a test"),
+    "launch": ("lrm_pl.apps.launch:main", "start a fit on several processes: under Slurm, or with torchrun"),
 }
 
 
