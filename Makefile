@@ -48,18 +48,21 @@ LAUNCH = $(JOB) $(call option,--strategy,$(STRATEGY)) $(call option,--name,$(NAM
 DRY = $(filter-out 0,$(DRY_RUN))
 LAYERS = $(foreach config,$(CONFIG),-c $(config))
 
-.PHONY: help train render-shards tensorboard test test-fast soak lint clean
+.PHONY: help train doctor render-shards tensorboard test test-fast soak lint clean
 
 help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 train: .venv/ready $(if $(DRY),,$(DATA)/manifest.json) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; NODES= GPUS=
-ifeq ($(NODES)$(GPUS),)
+ifeq ($(strip $(LAUNCH)),)
 	.venv/bin/lrm fit $(LAYERS) --data.folder $(DATA) $(ARGS)
 else
 	@.venv/bin/lrm launch $(LAUNCH) $(LAYERS) --data $(DATA) -- $(ARGS)
 endif
+
+doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PARTITION= ACCOUNT=
+	.venv/bin/lrm doctor $(JOB) $(LAYERS) --data.folder $(DATA) $(ARGS)
 
 render-shards: .venv-render/ready ## Render meshes to shards: ASSETS= OUT= VIEWS= RES= SAMPLES= JOBS= ARGS=
 	.venv-render/bin/python -m data_tools render --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \

@@ -12,6 +12,7 @@ COMMANDS = {
     ),
     "test": ("lrm_pl.apps.train:main", "as validate, under the names of a test"),
     "launch": ("lrm_pl.apps.launch:main", "start a fit on several processes: under Slurm, or with torchrun"),
+    "doctor": ("lrm_pl.apps.doctor:main", "check what a run needs, on every node"),
 }
 
 

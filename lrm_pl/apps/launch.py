@@ -139,15 +139,11 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
     Raises:
         InputError: Something that cannot be used.
     """
-    gpus = gpus_a_node(options.partition) if options.gpus is None else options.gpus
+    gpus = slurm.gpus_a_node(options.partition) if options.gpus is None else options.gpus
     for name, value, least in (("NODES", options.nodes, 1), ("GPUS", gpus, 0)):
         if value < least:
             raise InputError(f"expected {name} of at least {least}, found {value}; correct {name}=")
-    processes = (gpus or 1) if options.processes is None else options.processes
-    if processes < 1 or (gpus and processes != gpus):
-        raise InputError(
-            f"expected one process a GPU, found PROCESSES={processes} with GPUS={gpus}; PROCESSES= is for CPUs: GPUS=0"
-        )
+    processes = processes_a_node(gpus, options.processes)
     strategy = options.strategy or ("ddp" if options.nodes * processes > 1 else "gpu" if gpus else "cpu")
     layer = STRATEGIES / f"{slurm.checked('strategy', strategy)}.yaml"
     if not layer.is_file():
@@ -170,28 +166,23 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
     )
 
 
-def gpus_a_node(partition: str) -> int:
-    """Ask Slurm how many GPUs a node has, for a command line that does not say.
+def processes_a_node(gpus: int, given: int | None) -> int:
+    """Return the processes that a node runs: one a GPU, or on CPUs as many as are given.
 
     Raises:
-        InputError: There is no Slurm, or its nodes differ.
+        InputError: The two do not fit.
     """
-    if not slurm.available():
-        raise InputError("expected GPUS, found none; GPUS=8 is eight GPUs a node, GPUS=0 trains on CPUs")
-    found = sorted({shape.gpus for shape in slurm.node_shapes(slurm.checked("partition", partition))})
-    if len(found) > 1:
+    processes = (gpus or 1) if given is None else given
+    if processes < 1 or (gpus and processes != gpus):
         raise InputError(
-            f"expected GPUS, found none, and nodes with {found} GPUs; say how many a node: GPUS="
+            f"expected one process a GPU, found PROCESSES={processes} with GPUS={gpus}; PROCESSES= is for CPUs: GPUS=0"
         )
-    print(f"GPUS is not given: the nodes of this partition have {found[0]}.")
-    return found[0]
+    return processes
 
 
 def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
     """Show the job's script, and submit it unless the run is dry."""
-    shapes = slurm.node_shapes(slurm.checked("partition", options.partition))
-    # A process gets its GPU's share of the node's CPUs: Slurm's own default of one CPU starves the data loader.
-    cpus = max(1, min(shape.cpus // (max(shape.gpus, launch.gpus) or launch.processes) for shape in shapes))
+    cpus = slurm.cpus_a_process(options.partition, launch.gpus, launch.processes)
     python = "python" if options.container else sys.executable  # an image has its own
     script = job_script(
         launch,
@@ -241,9 +232,9 @@ def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
     sys.stdout.flush()
     if not options.master and not options.dry_run:
         raise InputError(
-            f"expected Slurm to start {launch.nodes} nodes, found no `sbatch` on PATH; nothing was started: run this on "
-            "a login node, or type the lines above, each on its node, with the code, the data and the run folder at the "
-            "same paths"
+            f"expected Slurm to start {launch.nodes} nodes, found no `sbatch` on PATH; nothing was started: run this "
+            "on a login node, or type the lines above, each on its node, with code, data and run folder at the same "
+            "paths"
         )
 
 

@@ -109,6 +109,7 @@ def node_shapes(partition: str) -> list[NodeShape]:
     Raises:
         InputError: Slurm does not answer, or knows no such partition.
     """
+    checked("partition", partition)
     rows = _run("sinfo", "--noheader", "--Node", "--format=%P|%c|%G").splitlines()
     entries = [row.strip().split("|", 2) for row in rows]
     wanted = partition.split(",")
@@ -124,6 +125,41 @@ def node_shapes(partition: str) -> list[NodeShape]:
             "one of them: PARTITION="
         )
     return shapes
+
+
+def gpus_a_node(partition: str) -> int:
+    """Ask Slurm how many GPUs a node has, for a command line that does not say.
+
+    Raises:
+        InputError: There is no Slurm, or its nodes differ.
+    """
+    if not available():
+        raise InputError("expected GPUS, found none; GPUS=8 is eight GPUs a node, GPUS=0 trains on CPUs")
+    found = sorted({shape.gpus for shape in node_shapes(partition)})
+    if len(found) > 1:
+        raise InputError(
+            f"expected GPUS, found none, and nodes with {found} GPUs; say how many a node: GPUS="
+        )
+    print(f"GPUS is not given: the nodes of this partition have {found[0]}.")
+    return found[0]
+
+
+def cpus_a_process(partition: str, gpus: int, processes: int) -> int:
+    """Return a process's share of a node's CPUs; a GPU has its share even if the others of its node are not ours.
+
+    Slurm's own default, one CPU, starves the data loader.
+
+    Raises:
+        InputError: There are more processes than CPUs, for which the job would wait for ever.
+    """
+    shapes = node_shapes(partition)
+    share = min(shape.cpus // (max(shape.gpus, gpus) or processes) for shape in shapes)
+    if share < 1:
+        fewest = min(shape.cpus for shape in shapes)
+        raise InputError(
+            f"expected at most {fewest} processes a node, as many as it has CPUs, found {processes}; lower them"
+        )
+    return share
 
 
 def submit(script: Path) -> str:
