@@ -73,6 +73,10 @@ class Meeting:
         """Exchange the nodes' names, in their order."""
         return [name.decode() for name in self._exchanged("name", self.crew.name)]
 
+    def all(self, good: bool) -> bool:
+        """Return whether it is so on every node."""
+        return all(answer == b"yes" for answer in self._exchanged("good", "yes" if good else "no"))
+
     def wait(self, moment: str) -> None:
         """Wait until every node has come to the same moment, each of which has a name of its own."""
         self._exchanged(moment, "here")

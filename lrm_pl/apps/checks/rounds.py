@@ -23,31 +23,31 @@ def examine(arguments: list[str], versions: Sequence[Finding]) -> list[Row]:
         arguments: Those of `lrm fit`.
         versions: What was found before.
     """
-    findings = list(versions)
-    here = crew()
+    wanted, findings = None, list(versions)
     try:
         wanted = read_wanted(arguments)
     except InputError as error:
         expectation, _, remedy = str(error).rpartition("; ")
         findings.append(Finding("config", expectation, "missing", remedy))
-        return rows({"": findings})  # all nodes read the same words
+    here = crew()
     if here is None:
-        return rows({"": [*findings, *examine_node(wanted), machine.port(0), *_alone(wanted)]})
+        alone = [] if wanted is None else [*examine_node(wanted), machine.port(0), *_alone(wanted)]
+        return rows({"": [*findings, *alone]})
     try:
         meeting = Meeting(here)
-        point = Finding("rendezvous", f"all meet at {meeting.address}:{meeting.port}")
-        together = look_together(meeting, wanted)
-        reports = meeting.gather([*findings, *examine_node(wanted), point, *together])
-        return rows(dict(zip(meeting.names(), reports, strict=True)))
+        findings.append(Finding("rendezvous", f"all meet at {meeting.address}:{meeting.port}"))
+        # One node without the config would keep the others waiting for its token.
+        if meeting.all(wanted is not None) and wanted is not None:
+            findings += look_together(meeting, wanted)
+        findings += [] if wanted is None else examine_node(wanted)
+        return rows(dict(zip(meeting.names(), meeting.gather(findings), strict=True)))
     except torch.distributed.DistError as error:
         address, port = meeting_point()
-        point = Finding(
-            "rendezvous",
-            f"{address}:{port}: {str(error).splitlines()[0]}",
-            "missing",
-            f"nodes must reach each other at ports over 1024; see the firewall, and whether {address} is node 0",
-        )
-        return rows({here.name: [*findings, *examine_node(wanted), point]})
+        remedy = f"nodes must reach each other at ports over 1024; see the firewall, and whether {address} is node 0"
+        reason = f"{address}:{port}: {str(error).splitlines()[0]}"
+        findings = [finding for finding in findings if finding.check != "rendezvous"]
+        findings.append(Finding("rendezvous", reason, "missing", remedy))
+        return rows({here.name: [*findings, *([] if wanted is None else examine_node(wanted))]})
 
 
 def examine_node(wanted: Wanted) -> list[Finding]:
