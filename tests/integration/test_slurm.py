@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lrm_pl.apps import slurm
-from lrm_pl.apps.launch import Launch, job_script
+from lrm_pl.apps.job import Launch, job_script
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps import slurm
-from lrm_pl.apps.launch import Launch, job_script, main
+from lrm_pl.apps.job import Launch, job_script, node_lines
+from lrm_pl.apps.launch import main
 from lrm_pl.errors import InputError
 
 
@@ -273,3 +275,27 @@ def test_torchrun_really_starts_the_processes_of_a_line(checkout, root):
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
     assert sorted(re.findall(r"rank \d of \d", done.stdout)) == ["rank 0 of 2", "rank 1 of 2"], done.stderr
+
+
+def test_the_lines_of_two_nodes_really_meet(checkout, root):
+    """Both on this machine, with a program that sums the ranks in the place of lrm_pl."""
+    program = "import torch.distributed as d, torch\nd.init_process_group('gloo')\nx = torch.tensor(d.get_rank() + 1)\n"
+    program += "d.all_reduce(x)\nprint('sum', x.item())\nd.destroy_process_group()\n"
+    (checkout / "lrm_pl.py").write_text(program)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    lines = node_lines(a_launch(gpus=0, processes=1), f"127.0.0.1:{port}")
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            shlex.split(line), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for line in lines
+    ]
+    try:
+        said = [node.communicate(timeout=100)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert all("sum 3" in text for text in said), said

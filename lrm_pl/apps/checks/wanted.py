@@ -63,6 +63,9 @@ class _ParsedOnly(LRMCLI):
     def instantiate_classes(self) -> None:
         """Make nothing."""
 
+    def _set_seed(self) -> None:
+        """Seed nothing, and say nothing of it."""
+
 
 def read_wanted(arguments: list[str]) -> Wanted:
     """Read the arguments of `lrm fit`.
