@@ -27,20 +27,18 @@ raise SystemExit(3 if rank == "1" else time.sleep(300))
 
 
 def idle_nodes():
-    """Names of idle nodes; none where there is no Slurm."""
+    """Names of idle nodes; none where there is no Slurm, or one that does not answer."""
     if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         return []
-    done = subprocess.run(
-        ["sinfo", "-hN", "-t", "idle", "-o", "%N"], capture_output=True, text=True, timeout=20
-    )
-    return sorted(set(done.stdout.split()))
+    command = ["timeout", "20", "sinfo", "-hN", "-t", "idle", "-o", "%N"]
+    return sorted(set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
 
 
 @pytest.fixture
 def here(tmp_path, root, monkeypatch):
     """A working folder with the template, where two nodes are idle."""
-    if len(idle_nodes()) < 2:
-        pytest.skip(f"needs a Slurm with two idle nodes, found {idle_nodes()}")
+    if len(idle := idle_nodes()) < 2:
+        pytest.skip(f"needs a Slurm with two idle nodes, found {idle}")
     shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
     (tmp_path / "program.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
