@@ -91,6 +91,10 @@ class LRMModule(L.LightningModule):
         pixels = rendering.over(views.background[:, :, None, None])  # (B, V, H, W, 3)
         return Prediction(pixels.permute(0, 1, 4, 2, 3), rendering)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
+        """Leave the loop at once where the run is to stop: -1 is Lightning's word for it."""
+        return -1 if self.trainer.should_stop else None
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of one batch; ``on_before_optimizer_step`` logs its terms by name."""
         prediction = self.render(batch, batch.target).images

@@ -1,6 +1,7 @@
 """Real runs on several processes of this machine (gloo), each with a time limit and a log; what they left behind."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ TINY = {
     "seed_everything": 0,
     "model": {
         "lrm": {
-            "encoder": {"name": "vit_small_patch14_dinov2", "image_size": 28, "frozen": False},
+            "encoder": {"name": "test_vit", "image_size": 32, "frozen": False},
             "decoder": {"channels": 4, "width": 8, "layers": 3},
             "dim": 16,
             "depth": 2,
@@ -133,6 +134,20 @@ def kill(process):
     ):
         assert time.monotonic() < deadline, f"{everyone} do not die"
         time.sleep(0.05)
+
+
+def keep_every(steps, keep=10):
+    """The option that makes a run keep a checkpoint every so many steps."""
+    callbacks = [
+        {"class_path": "lightning.pytorch.callbacks.TQDMProgressBar"},
+        {"class_path": "lrm_pl.callbacks.image_metrics.ImageMetricsLogger"},
+        {"class_path": "lrm_pl.callbacks.view_logger.ViewLogger"},
+        {
+            "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+            "init_args": {"every": steps, "keep": keep, "monitor": None},
+        },
+    ]
+    return f"--trainer.callbacks={json.dumps(callbacks)}"
 
 
 @pytest.fixture(scope="session")

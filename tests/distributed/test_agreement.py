@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.conftest import largest_difference
+from tests.distributed.conftest import keep_every, largest_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -62,17 +62,36 @@ def test_every_way_to_divide_a_run_agrees_to_1e_5(runs):
     assert max(rows.values()) <= 1e-5
 
 
-def test_a_checkpoint_of_two_fsdp2_processes_goes_on_in_one_process_and_the_other_way_round(runs):
-    runs.run("half-sharded", 2, "--trainer.max_steps=10", layers=["fsdp2"])
-    runs.run("half-single", 1, "--trainer.max_steps=10", layers=["cpu"])
+def test_a_checkpoint_of_two_fsdp2_processes_goes_on_under_ddp_and_in_one_process_and_the_other_way_round(
+    runs,
+):
+    runs.run("sharded", 2, keep_every(10), layers=["fsdp2"])
+    runs.run("single", 1, keep_every(10), layers=["cpu"])
+    print("\nwritten by, at step 10 -> gone on by: loss, largest difference to one uninterrupted process")
     for name, processes, layer, source in (
-        ("single-from-sharded", 1, "cpu", "half-sharded"),
-        ("sharded-from-single", 2, "fsdp2", "half-single"),
-        ("ddp-from-sharded", 2, "ddp", "half-sharded"),
+        ("fsdp2(2) -> one", 1, "cpu", "sharded"),
+        ("fsdp2(2) -> ddp(2)", 2, "ddp", "sharded"),
+        ("one -> fsdp2(2)", 2, "fsdp2", "single"),
     ):
-        runs.run(name, processes, f"--run.resume={runs.folder / source}", layers=[layer])
-    runs.run("whole", 1, layers=["cpu"])
-    whole = runs.losses("whole")
-    for name in ("single-from-sharded", "sharded-from-single", "ddp-from-sharded"):
-        rest = {step: value for step, value in whole.items() if step >= 10}
-        assert largest_difference(runs.losses(name), rest) <= 1e-5
+        halfway = runs.folder / source / "checkpoints" / "step-00000010"
+        runs.run(name, processes, f"--run.resume={halfway}", layers=[layer])
+        rest = {step: value for step, value in runs.losses("single").items() if step >= 10}
+        difference = largest_difference(runs.losses(name), rest)
+        print(f"{name:<20} {difference:.1e}")
+        assert difference <= 1e-5
+
+
+@pytest.mark.soak
+def test_four_then_two_then_one_process_are_one_run(runs):
+    runs.run("four", 4, keep_every(6), layers=["ddp"])
+    first = runs.folder / "four" / "checkpoints" / "step-00000006"
+    runs.run("two", 2, keep_every(6), f"--run.resume={first}", layers=["ddp"])
+    second = runs.folder / "two" / "checkpoints" / "step-00000012"
+    runs.run("one-after", 1, f"--run.resume={second}", layers=["cpu"])
+    runs.run("one-alone", 1, layers=["cpu"])
+    whole = runs.losses("one-alone")
+    for name, start in (("four", 0), ("two", 6), ("one-after", 12)):
+        rest = {step: value for step, value in whole.items() if step >= start}
+        difference = largest_difference(runs.losses(name), rest)
+        print(f"{name:<10} from step {start:>2}: {difference:.1e}")
+        assert difference <= 1e-5
