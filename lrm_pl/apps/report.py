@@ -37,10 +37,12 @@ class Report:
 
     Attributes:
         rows: Name of what was measured -> its metrics; "model" and the baselines.
-        grid: (3, H, W) picture: input | target | render | opacity | depth, a row an object.
+        views: Target views an object.
+        grid: (3, H, W) picture: input | target | render | opacity | depth, a row an object; of this rank's objects.
     """
 
     rows: dict[str, ImageScores]
+    views: int
     grid: Float[Tensor, "3 H W"]
 
 
@@ -75,7 +77,8 @@ def print_report(
             continue
         reports[name] = report
         images = report.rows["model"].images
-        console.print(f"{TITLES[name]}: {images} images of {len(loader)} objects", soft_wrap=True)
+        objects = report.rows["model"].images // report.views
+        console.print(f"{TITLES[name]}: {images} images of {objects} objects", soft_wrap=True)
         table = Table()
         for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
             table.add_column(column, justify="left" if not column else "right")
@@ -148,10 +151,10 @@ def measure(
     }
     metrics = {name: ImageMetrics(perceptual).to(module.device) for name in ("model", *baselines)}
     rows: list[Tensor] = []
-    seen = False
+    views = 0
     for cpu_batch in batches:
         batch = cpu_batch.to(module.device)
-        seen = True
+        views = batch.target.images.shape[1]
         prediction = module.validation_step(batch, 0)
         if not batch.weight.all():
             continue  # it only stands in
@@ -160,7 +163,7 @@ def measure(
             metrics[name].update(image.flatten(0, 1), batch.target.images.flatten(0, 1))
         if len(rows) < objects:
             rows.append(view_row(prediction, batch, 0).cpu())
-    if not seen:
+    if not views:
         return None
     grid = torch.cat(rows, dim=1) if rows else torch.zeros(3, 0, 0)
-    return Report({name: metric.compute() for name, metric in metrics.items()}, grid)
+    return Report({name: metric.compute() for name, metric in metrics.items()}, views, grid)

@@ -1,7 +1,6 @@
 """The LightningModule: the steps, the optimiser, the losses by name. No plotting, no metric maths, no files."""
 
 import dataclasses
-from typing import Any
 
 import lightning as L
 import torch
@@ -59,7 +58,7 @@ class LRMModule(L.LightningModule):
         super().__init__()
         self.lrm, self.renderer, self.objective, self.optimizer = lrm, renderer, objective, optimizer
         self.parallel, self.guard = parallel, GradientGuard(guard)
-        self.in_hand: tuple[str, ...] = ()  # ids of the samples of the step that is being made
+        self.in_hand: tuple[str, ...] = ()  # ids of the samples of the newest step, of this rank
         self._terms: list[dict[str, Tensor]] = []  # loss terms of the step's accumulated batches
         self._configured = False
 
@@ -101,7 +100,7 @@ class LRMModule(L.LightningModule):
         terms = self.objective(prediction.flatten(0, 1), batch.target.images.flatten(0, 1), self.global_step)
         loss = sum(terms.values(), start=prediction.new_zeros(()))
         self._terms.append({name: value.detach() for name, value in (terms | {"total": loss}).items()})
-        self.in_hand += batch.ids
+        self.in_hand = (self.in_hand if len(self._terms) > 1 else ()) + batch.ids
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -134,11 +133,6 @@ class LRMModule(L.LightningModule):
         if self._logs:
             self.log("optim/grad_norm", norm)
             self.log("optim/skipped_steps", float(self.guard.skipped))
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401 - Lightning's
-        """Forget the samples of a finished step."""
-        if not self._terms:
-            self.in_hand = ()
 
     # Lightning's type asks for a tensor or a mapping; it hands whatever comes to the callbacks.
     def validation_step(  # type: ignore[override]

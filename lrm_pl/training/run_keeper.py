@@ -37,6 +37,7 @@ from lrm_pl.io.checkpoints import (
     write_tensors,
 )
 from lrm_pl.training.ema import WeightAverage
+from lrm_pl.training.gradients import DivergedError
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import whole
 from lrm_pl.training.signals import StopSignals
@@ -168,7 +169,7 @@ class RunKeeper(L.Callback):
             self._join()
             raise self._explained(step)
         if pl_module.guard.exhausted:
-            self.stopped = InputError(self._diverged(pl_module, step))
+            self.stopped = DivergedError(self._diverged(trainer, pl_module, step))
         elif told:
             self.stopped = StoppedError(f"stopped by a signal after step {step}")
         improved = self._validated is not None and self._validated > self._best
@@ -220,10 +221,15 @@ class RunKeeper(L.Callback):
             f"(training was at step {step})"
         )
 
-    def _diverged(self, module: LRMModule, step: int) -> str:
+    def _diverged(self, trainer: L.Trainer, module: LRMModule, step: int) -> str:
+        ids: list[tuple[str, ...]] = [module.in_hand]
+        if trainer.world_size > 1:
+            ids = [()] * trainer.world_size
+            torch.distributed.all_gather_object(ids, module.in_hand, group=self._group)
         return (
-            f"expected finite gradients, found {module.guard.in_a_row} bad ones in a row by step {step}; the last "
-            f"samples in hand: {', '.join(module.in_hand)}; look at these, lower the learning rate, or take fp32"
+            f"expected finite gradients, found {module.guard.in_a_row} bad ones in a row by step {step}; the samples "
+            f"of the last one: {', '.join(sorted(key for rank in ids for key in rank))}; look at these, lower the "
+            "learning rate, or train in 32-true"
         )
 
     def _requeue(self) -> None:

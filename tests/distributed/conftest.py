@@ -15,7 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.data.synthetic import write_synthetic_shards
-from lrm_pl.io.checkpoints import newest_checkpoint, read_tensors, tensor_names
+from lrm_pl.io.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, tensor_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,7 +107,13 @@ class Runs:
 
     def final(self, name):
         """Read the newest checkpoint: its run state and all its tensors, whole."""
-        checkpoint = newest_checkpoint(str(self.folder / name / "checkpoints"), print)
+        return self._read(newest_checkpoint(str(self.folder / name / "checkpoints"), print))
+
+    def at(self, name, step):
+        """Read the checkpoint of a step, as ``final`` does."""
+        return self._read(read_checkpoint(str(self.folder / name / "checkpoints" / f"step-{step:08d}")))
+
+    def _read(self, checkpoint):
         tensors = {key: torch.empty(shape) for key, shape in tensor_names(checkpoint).items()}
         read_tensors(checkpoint, tensors)
         return checkpoint, tensors

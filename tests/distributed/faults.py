@@ -1,0 +1,14 @@
+"""Faults for runs to survive, as callbacks that a test's config names."""
+
+import lightning as L
+
+
+class Poison(L.Callback):
+    """Make a picture of one rank all NaN, at some steps."""
+
+    def __init__(self, rank: int = 1, first: int = 3, last: int = 3) -> None:
+        self.rank, self.first, self.last = rank, first, last
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank and self.first <= trainer.global_step <= self.last:
+            batch.target.images[0, 0] = float("nan")

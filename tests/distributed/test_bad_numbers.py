@@ -1,0 +1,47 @@
+"""A NaN on one rank: all ranks leave that step out, count it, and stop with everything kept if it does not end."""
+
+import math
+
+import pytest
+import torch
+
+from tests.distributed.conftest import keep_every
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def poison(first, last):
+    return (
+        "--trainer.callbacks+=tests.distributed.faults.Poison",
+        f"--trainer.callbacks.first={first}", f"--trainer.callbacks.last={last}",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", ["ddp", "fsdp2"])
+def test_a_nan_on_one_rank_makes_all_ranks_leave_that_step_out(runs, layer):
+    name = f"poisoned-{layer}"
+    runs.run(name, 2, keep_every(1, 30), *poison(3, 3), "--trainer.max_steps=6", layers=[layer])
+    points = runs.scalars(name)
+    assert [value for _, value in points["optim/skipped_steps"]] == [0, 0, 0, 1, 1, 1]
+    assert [math.isfinite(value) for _, value in points["loss/total"]] == [True] * 3 + [False] + [True] * 2
+    states = [runs.at(name, step)[1] for step in (3, 4, 5)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), "weights and moments stay"
+    changed = [
+        key
+        for key in states[0]
+        if key.startswith("network.") and not torch.equal(states[1][key], states[2][key])
+    ]
+    assert len(changed) > 50, "the next step is taken"
+    assert all(torch.isfinite(tensor).all() for tensor in states[2].values())
+
+
+def test_bad_steps_in_a_row_stop_the_run_with_a_checkpoint_and_the_samples_in_hand(runs):
+    options = (keep_every(100), *poison(5, 99), "--model.guard.patience=3")
+    log = runs.run("diverged", 2, *options, layers=["ddp"], status=1)
+    assert "expected finite gradients, found 3 bad ones in a row by step 8" in log
+    assert log.count("train-ellipsoid-") >= 4, "the four samples of the step, of both ranks"
+    checkpoint, tensors = runs.final("diverged")
+    assert checkpoint.step == 8
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    runs.run("diverged", 2, keep_every(100), "--trainer.max_steps=10", layers=["ddp"])
+    assert runs.final("diverged")[0].step == 10, "without the fault it goes on"
