@@ -164,7 +164,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message_and_the_one_b
         ck.read_checkpoint(checkpoint_path(str(tmp_path), 2))
     damage(tmp_path / "step-00000001")
     with pytest.raises(
-        CheckpointError, match="expected a whole checkpoint among the 2 in .*--run.resume PATH"
+        CheckpointError, match=r"expected a whole checkpoint among the 2 in .*--run.resume PATH"
     ):
         ck.newest_checkpoint(str(tmp_path), said.append)
 
@@ -423,7 +423,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_lost(tmp_
     ck.require_writable(str(tmp_path / "new" / "folder"))
     assert os.listdir(tmp_path / "new" / "folder") == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="expected to write checkpoints into .*file"):
+    with pytest.raises(InputError, match=r"expected to write checkpoints into .*file"):
         ck.require_writable(str(tmp_path / "file"))
 
 
