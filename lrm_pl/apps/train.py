@@ -38,6 +38,9 @@ from lrm_pl.training.state import load_network, require_network
 #: What every run begins with; config files and the command line are layers on top.
 BASE = Path(__file__).with_name("base.yaml")
 
+#: How config files are read: ${...} is resolved after all layers are merged.
+PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)]}
+
 #: Exit status of a run that was told to stop and can go on (EX_TEMPFAIL: try again later).
 STOPPED_STATUS = 75
 
@@ -248,14 +251,13 @@ def git_commit() -> str:
 
 def command_line(arguments: list[str] | None = None, *, run: bool = True) -> LRMCLI:
     """Parse arguments (the process's own by default) and run their command; or only build what they describe."""
-    options = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)]}
     return LRMCLI(
         LRMModule,
         ShardDataModule,
         run=run,
         save_config_callback=RunRecord if run else None,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs=dict.fromkeys(LRMCLI.subcommands(), options) if run else options,
+        parser_kwargs=dict.fromkeys(LRMCLI.subcommands(), PARSER_OPTIONS) if run else PARSER_OPTIONS,
         args=arguments,
     )
 
@@ -265,6 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Not so: the stream gives whole batches to each worker in turn, and says its true length.
     warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
+    # The metrics of a validation are added up over ranks before they are logged.
+    warnings.filterwarnings("ignore", "It is recommended to use `self.log")
     # Lightning 2.6.6's own use of a name that torch renamed.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     try:

@@ -27,11 +27,16 @@ class WeightAverage(L.Callback):
         self.average: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin at the weights; a resumed run then reads its average over this."""
+        """Begin at the weights, unless a resumed run has read its average already."""
         assert isinstance(pl_module, LRMModule)
+        if not self.average:
+            self.begin(pl_module)
+
+    def begin(self, module: LRMModule) -> None:
+        """Make the average equal to the weights."""
         self.average = {
             name: parameter.detach().float().clone()
-            for name, parameter in pl_module.lrm.named_parameters()
+            for name, parameter in module.lrm.named_parameters()
             if parameter.requires_grad
         }
 

@@ -1,5 +1,6 @@
 """Real runs on several processes of this machine (gloo), each with a time limit and a log; what they left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -111,11 +112,27 @@ class Runs:
         return checkpoint, tensors
 
 
+def descendants(pid):
+    """List the processes that a process has started, and theirs; a launcher's are in sessions of their own."""
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    own = [int(line) for line in done.stdout.split()]
+    return own + [grandchild for child in own for grandchild in descendants(child)]
+
+
 def kill(process):
     """End a run as a power cut would: every process of it at once."""
-    os.killpg(process.pid, signal.SIGKILL)
+    everyone = [process.pid, *descendants(process.pid)]
+    for pid in everyone:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(pid, signal.SIGKILL)
     process.wait()
-    time.sleep(0.2)  # children of a killed launcher are reaped by init
+    deadline = time.monotonic() + 10
+    while any(
+        Path(f"/proc/{pid}/cmdline").is_file() and Path(f"/proc/{pid}/cmdline").read_bytes()
+        for pid in everyone
+    ):
+        assert time.monotonic() < deadline, f"{everyone} do not die"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

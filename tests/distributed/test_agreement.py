@@ -50,8 +50,10 @@ def compare(runs, ways):
 def test_one_process_ddp_fsdp2_and_accumulation_agree_to_1e_5_in_the_loss_over_20_steps(runs):
     rows = compare(runs, WAYS)
     assert max(rows.values()) <= 1e-5
-    losses = runs.losses("one")
-    assert losses[19] < 0.8 * losses[0], "it learns, so a wrong gradient would show"
+    _, weights = runs.final("one")
+    assert weights["network.decoder.layers.0.bias"].abs().max() > 1e-3, (
+        "it began at 0 and moved: gradients count"
+    )
 
 
 @pytest.mark.soak

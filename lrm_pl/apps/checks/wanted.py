@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from jsonargparse import Namespace
 
-from lrm_pl.apps.train import LRMCLI, WeightsConfig, WeightsFile, pretrained_name
+from lrm_pl.apps.train import LRMCLI, PARSER_OPTIONS, WeightsConfig, WeightsFile, pretrained_name
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.artefacts import WeightName
@@ -82,7 +82,7 @@ def read_wanted(arguments: list[str]) -> Wanted:
                 run=False,
                 save_config_callback=None,
                 seed_everything_default=False,
-                parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+                parser_kwargs={**PARSER_OPTIONS, "exit_on_error": False},
                 args=arguments,
             ).config
         except argparse.ArgumentError as error:

@@ -1,0 +1,115 @@
+"""A run that is killed at any moment and started again is the uninterrupted run: every bit, every point once."""
+
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+from tests.distributed.conftest import descendants, kill, largest_difference
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+#: Sixty steps, a checkpoint every five, validation and an average of the weights on the way.
+LONG = (
+    "--trainer.max_steps=60", "--trainer.val_check_interval=15",
+    "--trainer.callbacks+=lrm_pl.training.ema.WeightAverage", "--trainer.callbacks.decay=0.9",
+)  # fmt: skip
+OFTEN = "--trainer.callbacks=" + str([
+    {"class_path": "lightning.pytorch.callbacks.TQDMProgressBar"},
+    {"class_path": "lrm_pl.callbacks.image_metrics.ImageMetricsLogger"},
+    {"class_path": "lrm_pl.callbacks.view_logger.ViewLogger"},
+    {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": {"every": 5}},
+]).replace("'", '"')  # fmt: skip
+
+
+def survive(runs, name, processes, kills, seed, *options, layer, limit_s=240):
+    """Kill a run so many times, each some steps and a random moment after its start; returns where it was then."""
+    rng, killed_at = random.Random(seed), []
+    for _ in range(kills):
+        before = len(runs.log(name)) if (runs.folder / f"{name}.log").is_file() else 0
+        process = runs.start(name, processes, OFTEN, *LONG, *options, layers=[layer])
+        steps, deadline = rng.randint(0, 60 // kills), time.monotonic() + limit_s
+        while _steps(runs.log(name)[before:]) < steps and process.poll() is None:
+            assert time.monotonic() < deadline, runs.log(name)[-4000:]
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
+        kill(process)
+        killed_at.append(_steps(runs.log(name)[before:]))
+    runs.run(name, processes, OFTEN, *LONG, *options, layers=[layer], limit_s=limit_s)
+    return killed_at
+
+
+def _steps(log):
+    """Read off the progress bar how many steps this start has made; -1 before it is there."""
+    return max(
+        (int(step) for step in re.findall(r"\| (\d+)/\d+ \[.*loss", log)),
+        default=0 if "Epoch 0" in log else -1,
+    )
+
+
+def same(runs, name, reference):
+    """Compare two finished runs: tensors and run state bit for bit, every point of TensorBoard exactly once."""
+    (checkpoint, tensors), (expected, theirs) = runs.final(name), runs.final(reference)
+    assert checkpoint.step == expected.step == 60
+    assert checkpoint.run == expected.run
+    assert tensors.keys() == theirs.keys()
+    assert any(key.startswith("average.") for key in tensors)
+    assert [key for key in tensors if not torch.equal(tensors[key], theirs[key])] == []
+    points, wanted = runs.scalars(name), runs.scalars(reference)
+    assert points.keys() == wanted.keys()
+    assert [tag for tag in points if points[tag] != wanted[tag]] == []
+    assert [step for step, _ in points["loss/total"]] == list(range(60))
+
+
+def test_a_run_on_two_processes_killed_twice_ends_in_the_same_bits_with_every_point_logged_once(runs):
+    runs.run("ddp-whole", 2, OFTEN, *LONG, layers=["ddp"])
+    survive(runs, "ddp-killed", 2, 2, 0, "--data.workers=1", layer="ddp")
+    same(runs, "ddp-killed", "ddp-whole")
+    assert "going on after step" in runs.log("ddp-killed")
+
+
+@pytest.mark.soak
+def test_twenty_random_kills_each_under_ddp_and_fsdp2_with_0_1_and_3_workers(runs):
+    print(
+        f"\n{'strategy':<9} {'workers':>7} {'kills':>5}   same bits, same points; steps from each start to its kill"
+    )
+    for layer in ("ddp", "fsdp2"):
+        runs.run(f"{layer}-reference", 2, OFTEN, *LONG, layers=[layer])
+        for workers, kills in ((0, 7), (1, 7), (3, 6)):
+            name = f"{layer}-{workers}-killed"
+            moments = survive(runs, name, 2, kills, workers, f"--data.workers={workers}", layer=layer)
+            same(runs, name, f"{layer}-reference")
+            print(f"{layer:<9} {workers:>7} {kills:>5}   yes; {' '.join(map(str, moments))}")
+
+
+@pytest.mark.soak
+def test_four_then_two_then_one_process_go_on_in_one_global_order(runs):
+    runs.run("world-1", 1, "--trainer.max_steps=18", layers=["cpu"])
+    for processes, steps, layer in ((4, 6, "ddp"), (2, 12, "fsdp2"), (1, 18, "cpu")):
+        runs.run("elastic", processes, f"--trainer.max_steps={steps}", OFTEN, layers=[layer])
+        print(f"{processes} processes to step {steps}")
+    # The schedule follows max_steps, so this compares the order and not the curve: the positions read.
+    assert runs.final("elastic")[0].run["position"] == runs.final("world-1")[0].run["position"] == 18 * 4
+
+
+def test_sigterm_keeps_the_step_and_the_run_goes_on_where_it_was(runs):
+    process = runs.start("told", 2, OFTEN, *LONG, layers=["ddp"])
+    deadline = time.monotonic() + 90
+    while "step-00000005" not in str(list((runs.folder / "told").glob("checkpoints/*"))):
+        assert time.monotonic() < deadline, runs.log("told")
+        time.sleep(0.05)
+    for pid in descendants(process.pid):  # as Slurm does: every process of the step, not the launcher
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert "stopped by a signal after step" in runs.log("told")
+    stopped = runs.final("told")[0].step
+    assert 5 <= stopped < 60
+    runs.run("told", 2, OFTEN, *LONG, layers=["ddp"])
+    assert f"going on after step {stopped} from" in runs.log("told")
+    runs.run("not-told", 2, OFTEN, *LONG, layers=["ddp"])
+    assert runs.scalars("told") == runs.scalars("not-told")
+    assert largest_difference(runs.losses("told"), runs.losses("not-told")) == 0
