@@ -25,7 +25,9 @@ class FaultyProxy:
             def handle_request(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 with lock:
-                    number = proxy.seen[self.command, self.path] = proxy.seen.get((self.command, self.path), -1) + 1
+                    number = proxy.seen[self.command, self.path] = (
+                        proxy.seen.get((self.command, self.path), -1) + 1
+                    )
                 fault = proxy.fault(self.command, self.path, number)
                 if fault:
                     proxy.broken.append((self.command, self.path, fault))

@@ -88,7 +88,12 @@ def first_times(times, fault, *, method="PUT", name):
     return lambda m, path, number: fault if m == method and name in path and number < times else None
 
 
-OBJECTS = [("single", "tensors.pt"), ("sharded", "__0_0.distcp"), ("sharded", ".metadata"), ("single", "index.json")]
+OBJECTS = [
+    ("single", "tensors.pt"),
+    ("sharded", "__0_0.distcp"),
+    ("sharded", ".metadata"),
+    ("single", "index.json"),
+]
 
 
 @pytest.mark.parametrize(("layout", "name"), OBJECTS)
@@ -170,11 +175,15 @@ def test_without_s3fs_the_error_names_the_extra_to_install(root):
         "try: list_checkpoints('s3://bucket/run')\n"
         "except Exception as error: print(type(error).__name__, error)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.startswith("InputError"), done.stdout + done.stderr
     assert "pip install 'lrm_pl[s3]'" in done.stdout
 
 
 def test_a_store_of_no_known_kind_is_refused():
-    with pytest.raises(InputError, match=r"expected a folder or a URL such as s3://BUCKET/RUN, found 'nope://x'"):
+    with pytest.raises(
+        InputError, match=r"expected a folder or a URL such as s3://BUCKET/RUN, found 'nope://x'"
+    ):
         ck.list_checkpoints("nope://x")
