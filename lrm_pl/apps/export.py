@@ -132,8 +132,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"lrm: {error}")
     what = "moving average" if given.average else "weights"
     size = (given.out / WEIGHTS_NAME).stat().st_size / 1e6
-    print(
-        f"{given.out / WEIGHTS_NAME}: {what} of step {checkpoint.step} of {checkpoint.path}, {given.dtype}, {size:.1f} MB"
-    )
+    print(f"{given.out / WEIGHTS_NAME}: {what} of {checkpoint.path}, {given.dtype}, {size:.1f} MB")
     print(f"{given.out / CONFIG_NAME}: its model section")
     print(f"Measure that checkpoint: lrm validate -c {config} --ckpt_path {checkpoint.path}")

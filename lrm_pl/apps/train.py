@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl.apps.report import print_report
 from lrm_pl.apps.run_folder import (
@@ -96,10 +97,10 @@ class RunRecord(SaveConfigCallback):
             return  # the record of the first start stays
         commit = git_commit()
         (folder / "commit.txt").write_text(commit + "\n")
-        if hasattr(trainer.logger, "experiment"):
+        if isinstance(trainer.logger, TensorBoardLogger):
             config = self.parser.dump(self.config, skip_none=False)
-            trainer.logger.experiment.add_text("run/commit", commit)  # type: ignore[union-attr]
-            trainer.logger.experiment.add_text("run/config", f"```yaml\n{config}\n```")  # type: ignore[union-attr]
+            trainer.logger.experiment.add_text("run/commit", commit)
+            trainer.logger.experiment.add_text("run/config", f"```yaml\n{config}\n```")
 
 
 class LRMCLI(LightningCLI):

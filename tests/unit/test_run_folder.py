@@ -160,7 +160,7 @@ def test_one_logger_none_and_wandb_are_placed_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("choice", [True, None])
 def test_lightnings_own_choice_of_a_logger_is_refused(choice, tmp_path):
-    with pytest.raises(InputError, match="expected trainer.logger to name a logger, or false"):
+    with pytest.raises(InputError, match=r"expected trainer\.logger to name a logger, or false"):
         place_loggers(choice, str(tmp_path))
 
 
