@@ -11,6 +11,10 @@ COMMANDS = {
         "measure a checkpoint: lrm validate -c RUN/config.yaml --ckpt_path X",
     ),
     "test": ("lrm_pl.apps.train:main", "as validate, under the names of a test"),
+    "export": (
+        "lrm_pl.apps.export:main",
+        "turn a checkpoint into config.yaml + model.safetensors: lrm export RUN OUT",
+    ),
     "launch": ("lrm_pl.apps.launch:main", "start a fit on several processes: under Slurm, or with torchrun"),
     "doctor": ("lrm_pl.apps.doctor:main", "check what a run needs, on every node"),
 }

@@ -1,10 +1,10 @@
 """The folder of a run: where it is, that one run at a time is in it, and what to go on from."""
 
 import dataclasses
+import errno
 import fcntl
 import logging
 import os
-import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, newest_checkpoint, read_checkpoint
+from lrm_pl.io.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -27,20 +27,46 @@ class RunConfig:
         folder: The run's folder. Started again with the same folder, a run goes on where it was. Null makes a new
             one, runs/lrm/version_N.
         resume: "auto" goes on from the newest whole checkpoint in the folder, and starts where there is none; "never"
-            starts, and refuses a folder that has checkpoints; anything else is the path of a checkpoint, or of the
-            folder of a run whose newest one is taken.
+            starts, and refuses a folder that has checkpoints; anything else is where a new run begins: the path of a
+            checkpoint, or the folder of a run whose newest one is taken. Once the run has checkpoints of its own it
+            goes on from these, so that it may be started again with the same command.
     """
 
     folder: str | None = None
     resume: str = "auto"
 
 
+def run_path(folder: str) -> Path:
+    """Return the run's folder as an absolute path: what ``~`` and relative paths mean is settled once.
+
+    Raises:
+        InputError: It is a URL: logs are appended to, which object stores cannot do.
+    """
+    if "://" in folder:
+        raise InputError(
+            f"expected a local folder for a run's logs, found --run.folder {folder}; keep only checkpoints there: "
+            f"--trainer.callbacks with RunKeeper's init_args {{folder: {folder}}}"
+        )
+    return Path(folder).expanduser().absolute()
+
+
 def place_loggers(loggers: Any, folder: str) -> None:  # noqa: ANN401 - a config: what the user gave, not checked yet
-    """Make every logger of a trainer's config write into the run's folder itself."""
-    path = Path(folder).absolute()
+    """Make every logger of a trainer's config write into the run's folder itself.
+
+    Raises:
+        InputError: A logger that Lightning would choose, and place elsewhere.
+    """
+    path = run_path(folder)
     for logger_config in loggers if isinstance(loggers, list) else [loggers]:
-        if isinstance(logger_config, bool) or logger_config is None:
+        if logger_config is False:
             continue
+        if logger_config is None or logger_config is True:
+            raise InputError(
+                f"expected trainer.logger to name a logger, or false, found {logger_config}: Lightning's choice would "
+                "not write into the run's folder; leave it out for TensorBoard"
+            )
+        if logger_config.get("init_args") is None:  # a class that was named without arguments
+            logger_config["init_args"] = {}
         arguments = logger_config["init_args"]
         if "WandbLogger" in logger_config["class_path"]:
             arguments["save_dir"] = str(path)
@@ -58,16 +84,32 @@ def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
     Raises:
         InputError: There is nothing where something was asked for, or something where nothing was expected.
     """
-    if resume == "auto":
-        return None if folder is None else newest_checkpoint(folder, logger.warning)
+    own = [] if folder is None else list_checkpoints(folder)
     if resume == "never":
-        if folder is not None and newest_checkpoint(folder, logger.warning) is not None:
+        if own:
             raise InputError(
-                f"expected no checkpoints in {folder}, found some; go on from them (--run.resume auto) or start in "
-                "another folder (--run.folder)"
+                f"expected no checkpoints in {folder}, found {len(own)}; go on from them (--run.resume auto) or start "
+                "in another folder (--run.folder)"
             )
         return None
-    return find_checkpoint(resume)
+    if folder is None or (resume != "auto" and not own):
+        return None if resume == "auto" else find_checkpoint(resume)
+    if resume != "auto":
+        _require_new(resume, own[0])
+        logger.warning(
+            "the run has checkpoints of its own and goes on from these: not from %s, where it began", resume
+        )
+    return newest_checkpoint(folder, logger.warning)
+
+
+def _require_new(resume: str, newest: str) -> None:
+    """Refuse to go back within a run: its later checkpoints would be mixed with the new ones."""
+    if Path(resume).expanduser().absolute().parent == Path(newest).expanduser().absolute().parent:
+        raise InputError(
+            f"expected --run.resume {resume} to be of another run, found it in this run's own folder, up to {newest}; "
+            "leave --run.resume out to go on from the newest; to go back, take another --run.folder, or delete the "
+            "later checkpoints first"
+        )
 
 
 def find_checkpoint(path: str) -> Checkpoint:
@@ -76,33 +118,35 @@ def find_checkpoint(path: str) -> Checkpoint:
     Raises:
         CheckpointError: There is none.
     """
-    if "step-" not in path.rstrip("/").rsplit("/", 1)[-1]:
-        found = newest_checkpoint(f"{path.rstrip('/')}/checkpoints", logger.warning)
+    path = path.rstrip("/") if "://" in path else str(Path(path).expanduser())
+    for folder in (f"{path}/checkpoints", path):
+        found = newest_checkpoint(folder, logger.warning)
         if found is not None:
             return found
-    return read_checkpoint(path.rstrip("/"))
+    return read_checkpoint(path)
 
 
 class RunLock:
-    """Hold a run's folder for as long as this object lives; the lock goes with the process, however it ends."""
+    """Hold a run's folder for as long as this process lives, however it ends.
+
+    A POSIX lock, not ``flock``: it is this process's alone, so that data workers that outlive a killed process do not
+    hold the folder against its next start; and it holds between the nodes of a network file system.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         weakref.finalize(self, os.close, descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX leaves open which
             raise InputError(
                 f"expected no other run in {folder}, found one at work there; wait for it, or take another --run.folder"
             ) from error
-
-
-def clear_leftovers(folder: Path) -> None:
-    """Delete what an interrupted run left half-written; the lock must be held."""
-    for path in sorted(folder.glob("*.partial")):
-        logger.warning("deleting %s: a checkpoint that was not finished when the run ended", path)
-        shutil.rmtree(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s: its file system has no locks (%s): start no second run there", folder, error)
 
 
 def purge_from(loggers: list[Any], step: int) -> None:

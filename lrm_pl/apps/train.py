@@ -13,20 +13,22 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl.apps.report import print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
     RunLock,
     choose_checkpoint,
-    clear_leftovers,
     find_checkpoint,
     place_loggers,
     purge_from,
+    run_path,
 )
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints import clear_leftovers, require_writable
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -34,6 +36,8 @@ from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper, StoppedError
 from lrm_pl.training.state import load_network, require_network
+
+logger = logging.getLogger(__name__)
 
 #: What every run begins with; config files and the command line are layers on top.
 BASE = Path(__file__).with_name("base.yaml")
@@ -93,10 +97,10 @@ class RunRecord(SaveConfigCallback):
             return  # the record of the first start stays
         commit = git_commit()
         (folder / "commit.txt").write_text(commit + "\n")
-        if hasattr(trainer.logger, "experiment"):
+        if isinstance(trainer.logger, TensorBoardLogger):
             config = self.parser.dump(self.config, skip_none=False)
-            trainer.logger.experiment.add_text("run/commit", commit)  # type: ignore[union-attr]
-            trainer.logger.experiment.add_text("run/config", f"```yaml\n{config}\n```")  # type: ignore[union-attr]
+            trainer.logger.experiment.add_text("run/commit", commit)
+            trainer.logger.experiment.add_text("run/config", f"```yaml\n{config}\n```")
 
 
 class LRMCLI(LightningCLI):
@@ -169,16 +173,19 @@ class LRMCLI(LightningCLI):
         """Lock the folder and choose the checkpoint to go on from; rank 0 does this."""
         resume, given, keeper = self._setting("run.resume"), self._setting("run.folder"), self._keeper()
         log_dir = self.trainer.loggers[0].log_dir if self.trainer.loggers else None
-        if log_dir is not None:
-            self._lock = RunLock(Path(log_dir))
+        folder = log_dir if given is None else str(run_path(given))
+        if folder is not None:
+            self._lock = RunLock(Path(folder))
         if keeper is None:
             if resume not in ("auto", "never"):
                 raise InputError("expected a RunKeeper among trainer.callbacks to resume with, found none")
             return
-        checkpoints = keeper.folder or (None if given is None else f"{given}/checkpoints")
-        if checkpoints is not None and "://" not in checkpoints:
-            clear_leftovers(Path(checkpoints))
-        keeper.resume_from = choose_checkpoint(resume, checkpoints)
+        if given is not None and keeper.folder is None:
+            keeper.folder = f"{folder}/checkpoints"  # whatever its loggers are
+        if keeper.folder is not None:
+            clear_leftovers(keeper.folder, logger.warning)
+            require_writable(keeper.folder)
+        keeper.resume_from = choose_checkpoint(resume, keeper.folder)
         if keeper.resume_from is not None:
             require_network(keeper.resume_from, self.model.lrm)
             purge_from(self.trainer.loggers, keeper.resume_from.step)

@@ -10,30 +10,28 @@ import os
 import subprocess
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, final
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import (
     Checkpoint,
-    CheckpointError,
     Format,
+    best_score,
     checkpoint_path,
     complete,
     list_checkpoints,
-    read_checkpoint,
     read_index,
     read_tensors,
-    remove_checkpoint,
+    step_of,
     tensor_names,
+    tidy,
     write_tensors,
 )
 from lrm_pl.training.ema import WeightAverage
@@ -94,6 +92,8 @@ class RunKeeper(L.Callback):
         self._start, self._saved = 0, -1
         self._validated: float | None = None
         self._best, self._run = -math.inf, "."
+        #: Checkpoints in the folder that are newer than the one the run goes on from: not whole.
+        self._passed_over: set[str] = set()
 
     # --- resuming
 
@@ -106,16 +106,20 @@ class RunKeeper(L.Callback):
             self._group = group
         self._run = trainer.log_dir or "."
         self.folder = trainer.strategy.broadcast(self.folder or f"{self._run}/checkpoints")
-        best = max(self._scores().values(), default=-math.inf) if trainer.is_global_zero else None
-        self._best = float(trainer.strategy.broadcast(best))  # type: ignore[arg-type]
+        best = best_score(self.folder) if trainer.is_global_zero else None
+        best = trainer.strategy.broadcast(best)
+        self._best = -math.inf if best is None else best
         path = trainer.strategy.broadcast(None if self.resume_from is None else self.resume_from.path)
         if path is None:
             return
-        checkpoint = self.resume_from or read_checkpoint(path)
+        checkpoint = self.resume_from or read_index(path)  # rank 0 has checked its files
         self._load(trainer, pl_module, checkpoint)
         self._start = self._saved = checkpoint.step
         self.newest = path
         if trainer.is_global_zero:
+            self._passed_over = {
+                p for p in list_checkpoints(str(self.folder)) if step_of(p) > checkpoint.step
+            }
             logger.info("going on after step %d from %s", checkpoint.step, path)
 
     def _load(self, trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> None:
@@ -212,9 +216,9 @@ class RunKeeper(L.Callback):
     def _explained(self, step: int) -> Exception:
         """Say that a checkpoint could not be written, and what is left."""
         error = self._failure
-        if error is not None and not isinstance(_cause(error), OSError):
+        if error is not None and not isinstance(error, OSError):
             return error
-        found = "another rank's log says why" if error is None else f"found: {_cause(error)}"
+        found = "another rank's log says why" if error is None else f"found: {error}"
         return InputError(
             f"expected to write a checkpoint into {self.folder}, {found}; the newest whole one is "
             f"{self.newest or 'none'}. Make space and start the same command again: it goes on from there "
@@ -275,10 +279,13 @@ class RunKeeper(L.Callback):
 
         def write() -> None:
             try:
-                write_tensors(path, copy, layout, self._group, writes=first)
+                files = write_tensors(path, copy, layout, self._group, writes=first)
                 if first:
-                    complete(path, layout, step, run)
-                    self._tidy(step)
+                    complete(path, layout, step, run, files)
+                    self._passed_over.discard(path)
+                    tidy(
+                        str(self.folder), keep=self.keep, keep_every=self.keep_every, apart=self._passed_over
+                    )
                 self.newest = path
             except Exception as error:  # handed to the main thread, which raises it
                 self._failure = error
@@ -294,29 +301,6 @@ class RunKeeper(L.Callback):
             self._writing.join()
             self._writing = None
 
-    def _scores(self) -> dict[str, float]:
-        scores = {}
-        for path in list_checkpoints(str(self.folder)):
-            try:
-                score = read_index(path).run.get("score")
-            except CheckpointError:
-                continue  # half-written or damaged: it has no score
-            if score is not None:
-                scores[path] = float(score)
-        return scores
-
-    def _tidy(self, step: int) -> None:
-        """Delete checkpoints that nothing keeps."""
-        paths = list_checkpoints(str(self.folder))
-        scores = self._scores()
-        kept = {*paths[: self.keep]}
-        if scores:
-            kept.add(max(scores, key=lambda path: scores[path]))
-        for path in paths:
-            number = int(Path(path).name.removeprefix("step-"))
-            if path not in kept and not (self.keep_every and number % self.keep_every == 0):
-                remove_checkpoint(path)
-
 
 def set_progress(trainer: L.Trainer, step: int) -> None:
     """Tell Lightning's loops that ``step`` optimiser steps are done, as if they had been done in this process.
@@ -329,13 +313,6 @@ def set_progress(trainer: L.Trainer, step: int) -> None:
     loop._batches_that_stepped = step
     batches = loop.batch_progress.total
     batches.ready = batches.completed = step * trainer.accumulate_grad_batches
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Find what lies under the exceptions that ``torch.distributed.checkpoint`` wraps around it."""
-    if isinstance(error, CheckpointException):
-        return next(iter(failure[0] for failure in error.failures.values()))
-    return error
 
 
 def _averages(trainer: L.Trainer) -> list[WeightAverage]:

@@ -1,0 +1,137 @@
+"""``lrm export CKPT OUT``: from a checkpoint of any strategy to a folder with config.yaml and model.safetensors."""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrm_pl.apps.run_folder import find_checkpoint
+from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints import Checkpoint, read_tensors, tensor_specs
+from lrm_pl.io.checkpoints.store import is_local, sync_folder
+
+CONFIG_NAME, WEIGHTS_NAME = "config.yaml", "model.safetensors"
+
+#: What --dtype may be.
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export(
+    source: str, out: Path, *, average: bool = False, dtype: str = "float32", config: Path | None = None
+) -> tuple[Checkpoint, Path]:
+    """Write the weights of a checkpoint, and the model section of its run's config, into a new folder.
+
+    Args:
+        source: A checkpoint, or the folder of a run, whose newest whole one is taken; a path or a URL.
+        out: The folder, which must not exist; it appears when it is whole.
+        average: Whether the moving average takes the place of the weights that are trained.
+        dtype: "float32" or "bf16", for everything that is floating point.
+        config: The run's config.yaml; None: the one above the checkpoint.
+
+    Returns:
+        The checkpoint, and the config that was taken.
+
+    Raises:
+        InputError: Something of this is not there, or OUT is.
+    """
+    if os.path.lexists(out):
+        raise InputError(f"expected to make the folder {out}, found it there; name another")
+    checkpoint = find_checkpoint(source)
+    config = _find_config(checkpoint, config)
+    record = {"model": _model_section(config)}
+    weights = {
+        name: _cast(tensor, DTYPES[dtype]) for name, tensor in _weights(checkpoint, average=average).items()
+    }
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    header = f"# The model section of {config.name} of the run whose step {checkpoint.step} this is.\n"
+    (partial / CONFIG_NAME).write_text(header + yaml.safe_dump(record, sort_keys=False))
+    save_file(weights, partial / WEIGHTS_NAME, metadata={"format": "pt"})
+    sync_folder(str(partial))
+    partial.rename(out)
+    return checkpoint, config
+
+
+def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:
+    """Read the network's tensors, by the names of its state dict."""
+    specs = tensor_specs(checkpoint)
+    names = [name.removeprefix("network.") for name in specs if name.startswith("network.")]
+    averaged = (
+        {name.removeprefix("average.") for name in specs if name.startswith("average.")} if average else set()
+    )
+    if not names:
+        raise InputError(f"{checkpoint.path}: expected the weights of a network, found none; export another")
+    if average and not averaged:
+        raise InputError(
+            f"{checkpoint.path}: expected a moving average, found none: the run kept none (its config names no "
+            "lrm_pl.training.ema.WeightAverage); leave --average out"
+        )
+    sources = {name: f"{'average' if name in averaged else 'network'}.{name}" for name in names}
+    tensors = {name: torch.empty_like(specs[source], device="cpu") for name, source in sources.items()}
+    read_tensors(checkpoint, {sources[name]: tensor for name, tensor in tensors.items()})
+    return tensors
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor.contiguous()
+
+
+def _find_config(checkpoint: Checkpoint, given: Path | None) -> Path:
+    """Find RUN/config.yaml of RUN/checkpoints/step-...."""
+    path = given
+    if path is None and is_local(checkpoint.path):
+        path = Path(checkpoint.path).absolute().parents[1] / CONFIG_NAME
+    if path is None or not path.is_file():
+        raise InputError(
+            f"expected the config of the run of {checkpoint.path}, found none at {path or 'its place'}; name it: "
+            f"--config RUN/{CONFIG_NAME}"
+        )
+    return path
+
+
+def _model_section(config: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(config.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{config}: expected the config of a run, found: {error}") from error
+    section = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(section, dict) or "lrm" not in section:
+        raise InputError(f"{config}: expected a section model.lrm, found none; name the config.yaml of a run")
+    return section
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; expected errors end in one message."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="lrm export", description=__doc__)
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="a checkpoint, or a run's folder: its newest whole one"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("--average", action="store_true", help="the moving average instead of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file (float32)")
+    parser.add_argument(
+        "--config", type=Path, help="the run's config.yaml, where it is not above the checkpoint"
+    )
+    given = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    try:
+        checkpoint, config = export(
+            given.checkpoint, given.out, average=given.average, dtype=given.dtype, config=given.config
+        )
+    except (InputError, OSError) as error:
+        sys.exit(f"lrm: {error}")
+    what = "moving average" if given.average else "weights"
+    size = (given.out / WEIGHTS_NAME).stat().st_size / 1e6
+    print(f"{given.out / WEIGHTS_NAME}: {what} of {checkpoint.path}, {given.dtype}, {size:.1f} MB")
+    print(f"{given.out / CONFIG_NAME}: its model section")
+    print(f"Measure that checkpoint: lrm validate -c {config} --ckpt_path {checkpoint.path}")

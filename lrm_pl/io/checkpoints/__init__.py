@@ -1,0 +1,38 @@
+"""A training checkpoint as files: written whole or not at all, checked before it is used, read without running code.
+
+    CHECKPOINTS/step-00000650/
+        .metadata, __0_0.distcp, ...   tensors by name, in shards, one file a rank (torch.distributed.checkpoint); or
+        tensors.pt                     the same tensors in one file
+        index.json                     written last: format version, run state, every file's size and sha256
+
+A local folder is written as ``step-....partial`` and renamed when its index is in it; in an object store, where there
+is no renaming, the index is what makes it complete. CHECKPOINTS is a local folder or a URL (``s3://``, ``gs://``).
+
+``store`` is the border to file systems, ``index`` is about whole checkpoints, ``tensors`` about what is in them.
+"""
+
+from lrm_pl.io.checkpoints.index import (
+    Checkpoint,
+    CheckpointError,
+    Format,
+    best_score,
+    checkpoint_path,
+    clear_leftovers,
+    complete,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    read_index,
+    remove_checkpoint,
+    step_of,
+    tidy,
+)
+from lrm_pl.io.checkpoints.store import StoreError, require_writable
+from lrm_pl.io.checkpoints.tensors import read_tensors, tensor_names, tensor_specs, write_tensors
+
+__all__ = [
+    "Checkpoint", "CheckpointError", "Format", "StoreError",
+    "checkpoint_path", "step_of", "list_checkpoints", "newest_checkpoint", "read_checkpoint", "read_index",
+    "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "clear_leftovers", "require_writable",
+    "tensor_names", "tensor_specs", "read_tensors",
+]  # fmt: skip

@@ -1,0 +1,261 @@
+"""Checkpoints beyond the run's own folder: in a bucket, exported, and of any number of processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from lrm_pl.apps.export import main as export
+from lrm_pl.apps.train import command_line, main
+from lrm_pl.io import checkpoints as ck
+from tests.integration.test_cli import TINY
+
+pytest_plugins = ["tests.s3_store"]
+# Lightning warns of small things (few workers, short runs) that are so by design here.
+pytestmark = pytest.mark.filterwarnings("default")
+
+AVERAGE = {"class_path": "lrm_pl.training.ema.WeightAverage", "init_args": {"decay": 0.5}}
+
+
+def keeper(**options):
+    options = {"every": 2, "keep": 2, "monitor": None, **options}
+    return {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": options}
+
+
+@pytest.fixture
+def fit(tmp_path, shards):
+    """Run the tiny configuration below tmp_path for so many steps."""
+
+    def run(name, steps, *callbacks, options=()):
+        trainer = {
+            "max_steps": steps, "val_check_interval": steps, "limit_val_batches": 0, "log_every_n_steps": 1,
+            "precision": "32-true", "accelerator": "cpu", "callbacks": list(callbacks),
+        }  # fmt: skip
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump({**TINY, "trainer": trainer, "run": {"folder": str(tmp_path / name)}}))
+        main(["fit", "-c", str(path), "--data.folder", str(shards), *options])
+        return tmp_path / name
+
+    return run
+
+
+def read(checkpoint):
+    into = {name: torch.empty_like(spec, device="cpu") for name, spec in ck.tensor_specs(checkpoint).items()}
+    ck.read_tensors(checkpoint, into)
+    return into
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_run_keeps_its_checkpoints_in_a_bucket_tidies_them_and_resumes_from_them(fit, s3):
+    bucket = "s3://bucket/runs/one"
+    folder = fit("run", 6, keeper(folder=bucket))
+    assert not (folder / "checkpoints").exists()
+    assert [ck.step_of(path) for path in ck.list_checkpoints(bucket)] == [6, 4]
+    whole = ck.newest_checkpoint(bucket, print)
+    tensors = read(whole)
+    ck.remove_checkpoint(whole.path)
+    fit("run", 6, keeper(folder=bucket))
+    again = ck.newest_checkpoint(bucket, print)
+    assert (again.step, again.run) == (6, whole.run)
+    assert same(read(again), tensors)
+
+
+def test_a_bucket_that_does_not_exist_stops_a_run_before_its_first_step(fit, s3):
+    with pytest.raises(SystemExit, match="bucket does not exist"):
+        fit("run", 2, keeper(folder="s3://nowhere/run"))
+
+
+def test_a_damaged_newest_checkpoint_costs_a_run_only_the_steps_since_the_one_before(fit, caplog):
+    folder = fit("run", 6, keeper(keep=9))
+    path = f"{folder}/checkpoints/step-00000006"
+    whole = read(ck.read_checkpoint(path))
+    with open(f"{path}/tensors.pt", "r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    fit("run", 6, keeper(keep=1))
+    assert "passed over a checkpoint" in caplog.text
+    assert same(read(ck.read_checkpoint(path)), whole)
+    assert ck.list_checkpoints(f"{folder}/checkpoints") == [path]
+
+
+@pytest.mark.parametrize("logger", ["false", "lightning.pytorch.loggers.CSVLogger"])
+def test_a_run_is_kept_in_its_folder_and_resumed_from_it_whatever_its_logger(
+    fit, tmp_path, monkeypatch, logger
+):
+    monkeypatch.chdir(tmp_path)  # a run without a logger would use the working directory
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    options = [f"--trainer.logger={logger}"]
+    fit("run", 2, keeper(), options=options)
+    folder = fit("run", 4, keeper(), options=options)
+    assert [ck.step_of(path) for path in ck.list_checkpoints(f"{folder}/checkpoints")] == [4, 2]
+    assert not (tmp_path / "elsewhere" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_network_of_its_config(
+    fit, tmp_path, capsys, layout
+):
+    folder = fit("run", 2, keeper(layout=layout), AVERAGE)
+    checkpoint = ck.newest_checkpoint(f"{folder}/checkpoints", print)
+    assert checkpoint.format == layout
+    tensors = read(checkpoint)
+    network = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
+    average = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
+    assert average
+    assert not same(average, {name: network[name] for name in average})
+
+    export([str(folder), str(tmp_path / "weights")])
+    export([checkpoint.path, str(tmp_path / "average"), "--average"])
+    export([checkpoint.path, str(tmp_path / "half"), "--dtype", "bf16"])
+    assert same(load_file(tmp_path / "weights" / "model.safetensors"), network)
+    assert same(load_file(tmp_path / "average" / "model.safetensors"), network | average)
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    assert same(half, {name: t.bfloat16() if t.is_floating_point() else t for name, t in network.items()})
+    assert sorted(os.listdir(tmp_path / "weights")) == ["config.yaml", "model.safetensors"]
+    printed = capsys.readouterr().out
+    assert f"lrm validate -c {folder / 'config.yaml'} --ckpt_path {checkpoint.path}" in printed
+
+    config = tmp_path / "weights" / "config.yaml"
+    assert list(yaml.safe_load(config.read_text())) == ["model"]
+    cli = command_line(["-c", str(config), "--trainer.accelerator", "cpu"], run=False)
+    cli.model.lrm.load_state_dict(load_file(tmp_path / "weights" / "model.safetensors"), strict=True)
+
+
+def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
+    folder = fit("run", 2, keeper())
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"expected a moving average, found none.*leave --average out"):
+        export([str(folder), str(out), "--average"])
+    with pytest.raises(SystemExit, match="found no index.json"):
+        export([str(tmp_path / "nothing"), str(out)])
+    (folder / "config.yaml").rename(tmp_path / "config.yaml")
+    with pytest.raises(SystemExit, match=r"expected the config of the run .*--config RUN/config\.yaml"):
+        export([str(folder), str(out)])
+    (tmp_path / "other.yaml").write_text("data: {}\n")
+    with pytest.raises(SystemExit, match=r"expected a section model\.lrm"):
+        export([str(folder), str(out), "--config", str(tmp_path / "other.yaml")])
+    assert not list(tmp_path.glob("out*"))
+    export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])
+    with pytest.raises(SystemExit, match="expected to make the folder .*out, found it there"):
+        export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])
+
+
+# --- any number of processes
+
+WRITE_OR_READ = """
+import json, os, sys, torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from lrm_pl.io import checkpoints as ck
+
+what, folder = sys.argv[1:]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+mesh = init_device_mesh("cpu", (world,))
+copies = init_device_mesh("cpu", (2, world // 2))
+torch.manual_seed(0)
+network = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))  # sizes that no number of processes divides
+plain = {name: p.detach().clone() for name, p in network.named_parameters()}
+fully_shard(network, mesh=mesh)
+tensors = {f"network.{name}": p.detach() for name, p in network.named_parameters()}
+whole = {
+    "adam.rows": torch.arange(33.0).reshape(11, 3), "adam.columns": torch.arange(35).reshape(5, 7),
+    "adam.copies": torch.arange(26).bfloat16().reshape(13, 2), "adam.same": torch.arange(4.0),
+}
+tensors["adam.rows"] = distribute_tensor(whole["adam.rows"], mesh, [Shard(0)])
+tensors["adam.columns"] = distribute_tensor(whole["adam.columns"], mesh, [Shard(1)])
+tensors["adam.copies"] = distribute_tensor(whole["adam.copies"], copies, [Replicate(), Shard(0)])
+tensors["adam.same"] = distribute_tensor(whole["adam.same"], mesh, [Replicate()])
+tensors["adam.step"] = torch.tensor(3.0)
+whole |= {f"network.{name}": t for name, t in plain.items()} | {"adam.step": torch.tensor(3.0)}
+path = ck.checkpoint_path(folder, 1)
+if what == "write":
+    files = ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
+    if rank == 0:
+        ck.complete(path, "sharded", 1, {}, files)
+        print("FILES", json.dumps(files))
+elif what == "fail":  # rank 1 cannot write its file
+    if rank == 1:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    try:
+        ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
+    except OSError as error:
+        print("RANK", rank, error)
+elif what == "no folder":  # rank 0 cannot make the folder
+    try:
+        ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
+    except OSError as error:
+        print("RANK", rank, error)
+else:
+    for tensor in tensors.values():
+        tensor.zero_()
+    ck.read_tensors(ck.read_checkpoint(path), tensors)
+    for name, tensor in tensors.items():
+        found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(found, whole[name]), (name, found)
+    print("EXACT", len(tensors))
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def processes(tmp_path, root):
+    def run(count, what, folder):
+        (tmp_path / "program.py").write_text(WRITE_OR_READ)
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+                str(tmp_path / "program.py"), what, str(folder),
+            ],
+            cwd=root, capture_output=True, text=True, timeout=150,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_what_two_processes_wrote_in_shards_is_read_exactly_by_one_by_two_and_by_four(tmp_path, processes):
+    files = json.loads(processes(2, "write", tmp_path).split("FILES")[1])
+    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    checkpoint = ck.read_checkpoint(ck.checkpoint_path(str(tmp_path), 1))
+    tensors = read(checkpoint)
+    assert torch.equal(tensors["adam.rows"], torch.arange(33.0).reshape(11, 3))
+    assert torch.equal(tensors["adam.columns"], torch.arange(35).reshape(5, 7))
+    assert torch.equal(tensors["adam.copies"], torch.arange(26).bfloat16().reshape(13, 2))
+    for count in (2, 4):
+        assert processes(count, "read", tmp_path).count("EXACT 9") == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_what_one_process_wrote_is_read_exactly_into_shards(tmp_path, processes, layout):
+    processes(2, "write", tmp_path / "two")
+    tensors = read(ck.read_checkpoint(ck.checkpoint_path(str(tmp_path / "two"), 1)))
+    path = ck.checkpoint_path(str(tmp_path / "one"), 1)
+    ck.complete(path, layout, 1, {}, ck.write_tensors(path, tensors, layout, None, writes=True))
+    assert processes(2, "read", tmp_path / "one").count("EXACT 9") == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_cannot_write_makes_all_ranks_say_so_and_none_wait(tmp_path, processes):
+    said = processes(2, "fail", tmp_path)
+    assert said.count("File too large") == 2
+    assert ck.list_checkpoints(str(tmp_path)) == []
+    (tmp_path / "file").write_text("")
+    assert processes(2, "no folder", tmp_path / "file").count("RANK") == 2

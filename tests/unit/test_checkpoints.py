@@ -1,0 +1,447 @@
+"""Checkpoints as files: whole or passed over, exact, and never run."""
+
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from lrm_pl.errors import InputError
+from lrm_pl.io import checkpoints as ck
+from lrm_pl.io.checkpoints import CheckpointError, checkpoint_path
+
+LAYOUTS = ("single", "sharded")
+
+
+def some_tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    floats = torch.randn(5, 7, generator=generator)
+    return {
+        "network.a.weight": floats,
+        "network.a.bias": torch.randn(7, generator=generator).bfloat16(),
+        "network.numbers": torch.arange(12).reshape(3, 4),
+        "network.column": torch.randn(4, 6, generator=generator)[:, 2],  # not contiguous
+        "network.empty": torch.empty(0, 3),
+        "adam.a.weight.step": torch.tensor(float(seed)),
+    }
+
+
+def write(folder, step, layout="single", tensors=None, run=None):
+    path = checkpoint_path(str(folder), step)
+    files = ck.write_tensors(
+        path, some_tensors(step) if tensors is None else tensors, layout, None, writes=True
+    )
+    return ck.complete(path, layout, step, {"position": step} if run is None else run, files)
+
+
+def read(checkpoint):
+    into = {name: torch.empty_like(spec, device="cpu") for name, spec in ck.tensor_specs(checkpoint).items()}
+    ck.read_tensors(checkpoint, into)
+    return into
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype
+        assert torch.equal(ours[name], theirs[name]), name
+    return True
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path, layout):
+    run = {"position": 17, "guard": {"norms": [0.1, 1e-300]}, "score": None}
+    written = write(tmp_path, 17, layout, run=run)
+    found = ck.read_checkpoint(checkpoint_path(str(tmp_path), 17))
+    assert found == written
+    assert (found.step, found.run, found.format) == (17, run, layout)
+    assert same(read(found), some_tensors(17))
+    assert ck.tensor_names(found) == {name: tensor.shape for name, tensor in some_tensors(17).items()}
+    assert os.listdir(tmp_path) == ["step-00000017"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_is_partial_until_its_index_is_in_it(tmp_path, layout):
+    path = checkpoint_path(str(tmp_path), 3)
+    files = ck.write_tensors(path, some_tensors(), layout, None, writes=True)
+    assert os.listdir(tmp_path) == ["step-00000003.partial"]
+    assert ck.list_checkpoints(str(tmp_path)) == []
+    assert ck.newest_checkpoint(str(tmp_path), print) is None
+    ck.complete(path, layout, 3, {}, files)
+    assert os.listdir(tmp_path) == ["step-00000003"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_of_another_shape_is_refused_by_name(tmp_path, layout):
+    found = write(tmp_path, 1, layout)
+    with pytest.raises(CheckpointError, match=r"network\.a\.bias.*\(2 in all\).*-c RUN/config\.yaml"):
+        ck.read_tensors(found, {"network.a.bias": torch.empty(1), "other": torch.empty(2)})
+
+
+def largest(path):
+    return max((path / name for name in os.listdir(path) if name != "index.json"), key=os.path.getsize)
+
+
+def without_index(path):
+    (path / "index.json").unlink()
+
+
+def truncated(path):
+    os.truncate(largest(path), largest(path).stat().st_size // 2)
+
+
+def flipped(path):
+    content = bytearray(largest(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    largest(path).write_bytes(content)
+
+
+def missing_file(path):
+    largest(path).unlink()
+
+
+def no_json(path):
+    (path / "index.json").write_text('{"version": 1, ')
+
+
+def no_text(path):
+    (path / "index.json").write_bytes(b"\xff\xfe\x00")
+
+
+def a_list(path):
+    (path / "index.json").write_text("[]")
+
+
+def changed(key, value):
+    def change(path):
+        index = path / "index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {key: value}))
+
+    change.__name__ = f"{key} {value}"
+    return change
+
+
+DAMAGES = {
+    without_index: "found no index.json there: it is missing or half-written",
+    truncated: "bytes, found .*: it is damaged",
+    flipped: "with sha256 .*, found another: it is damaged",
+    missing_file: "bytes, found none: it is damaged",
+    no_json: "expected the index of a checkpoint, found: JSONDecodeError",
+    no_text: "expected the index of a checkpoint, found: UnicodeDecodeError",
+    a_list: "expected the index of a checkpoint, found: TypeError",
+    changed("version", 2): "expected checkpoint version 1, found 2; use the version of lrm_pl that wrote it",
+    changed("format", "zip"): "expected one of the formats single, sharded.*found format 'zip'",
+    changed("files", {}): "found format .* do not trust it",
+    changed(
+        "files", {"../x": [1, "0"], "tensors.pt": [1, "0"], ".metadata": [1, "0"]}
+    ): r"\.\./x.*do not trust",
+    changed("files", 3): "expected the index of a checkpoint, found: TypeError",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message_and_the_one_before_is_used(
+    tmp_path, layout, damage
+):
+    write(tmp_path, 1, layout)
+    write(tmp_path, 2, layout)
+    (tmp_path / "x").write_text("outside")
+    damage(tmp_path / "step-00000002")
+    said = []
+    found = ck.newest_checkpoint(str(tmp_path), said.append)
+    assert found.step == 1
+    assert same(read(found), some_tensors(1))
+    assert len(said) == 1
+    with pytest.raises(CheckpointError, match=DAMAGES[damage]):
+        ck.read_checkpoint(checkpoint_path(str(tmp_path), 2))
+    damage(tmp_path / "step-00000001")
+    with pytest.raises(
+        CheckpointError, match=r"expected a whole checkpoint among the 2 in .*--run.resume PATH"
+    ):
+        ck.newest_checkpoint(str(tmp_path), said.append)
+
+
+def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_to_its_step_again(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    flipped(tmp_path / "step-00000002")
+    write(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002"]
+    assert sorted(os.listdir(tmp_path / "step-00000002")) == ["index.json", "tensors.pt"]
+    assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 2
+
+
+def test_a_rank_whose_file_is_not_in_the_folder_is_noticed(tmp_path):
+    path = checkpoint_path(str(tmp_path), 1)
+    files = ck.write_tensors(path, some_tensors(), "sharded", None, writes=True)
+    with pytest.raises(
+        OSError, match=r"__1_0\.distcp of 5 bytes.*found none; do all nodes share this folder"
+    ):
+        ck.complete(path, "sharded", 1, {}, {**files, "__1_0.distcp": (5, "0")})
+    assert ck.list_checkpoints(str(tmp_path)) == []
+
+
+# --- code
+
+
+class Runs:
+    """Pickles as a call of os.system that leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+def swap(path, name, content):
+    """Put content into a checkpoint's file, with an index that agrees."""
+    from hashlib import sha256
+
+    (path / name).write_bytes(content)
+    index = json.loads((path / "index.json").read_text())
+    index["files"][name] = [len(content), sha256(content).hexdigest()]
+    (path / "index.json").write_text(json.dumps(index))
+
+
+def torch_file(value, path):
+    torch.save(value, path)
+    return path.read_bytes()
+
+
+def test_a_file_that_wants_to_run_code_is_refused_by_name_and_nothing_is_run(tmp_path):
+    trace = tmp_path / "trace"
+    bare, nested = pickle.dumps(Runs(trace)), torch_file({"a": Runs(trace)}, tmp_path / "evil.pt")
+    for step, (layout, name, content) in enumerate((
+        ("sharded", ".metadata", bare), ("sharded", ".metadata", pickle.dumps({"a": [Runs(trace)]}, protocol=0)),
+        ("sharded", ".metadata", b"cbuiltins\neval\n(S'1'\ntR."), ("single", "tensors.pt", nested),
+    )):  # fmt: skip
+        write(tmp_path, step, layout)
+        swap(tmp_path / f"step-{step:08d}", name, content)
+        found = ck.read_checkpoint(checkpoint_path(str(tmp_path), step))
+        for way in (ck.tensor_names, read, lambda one: ck.read_tensors(one, some_tensors())):
+            with pytest.raises(
+                CheckpointError, match=r"wants to run (posix\.system|builtins\.eval), which was not"
+            ):
+                way(found)
+    assert not trace.exists()
+    pickle.loads(bare)
+    assert trace.exists(), "the trap works"
+
+
+def test_a_shard_that_wants_to_run_code_is_refused_and_nothing_is_run(tmp_path):
+    trace = tmp_path / "trace"
+    found = write(tmp_path, 1, "sharded", {"a": torch.zeros(4)})
+    evil = torch_file(Runs(trace), tmp_path / "evil.pt")
+    swap(tmp_path / "step-00000001", "__0_0.distcp", evil)
+    metadata = tmp_path / "step-00000001" / ".metadata"
+    content = pickle.loads(metadata.read_bytes())
+    for entry in content.storage_data.values():
+        entry.length = len(evil)
+    swap(tmp_path / "step-00000001", ".metadata", pickle.dumps(content))
+    found = ck.read_checkpoint(found.path)
+    with pytest.raises(CheckpointError, match=r"wants to run posix\.system, which was not done"):
+        read(found)
+    assert not trace.exists()
+
+
+def test_metadata_that_points_out_of_the_folder_is_refused(tmp_path):
+    write(tmp_path, 1, "sharded")
+    path = tmp_path / "step-00000001"
+    swap(path, ".metadata", (path / ".metadata").read_bytes().replace(b"__0_0.distcp", b"../../a/../b"))
+    found = ck.read_checkpoint(str(path))
+    with pytest.raises(
+        CheckpointError, match=r"files that are not of this checkpoint: \['\.\./\.\./a/\.\./b'\]"
+    ):
+        ck.tensor_names(found)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x04.", b"garbage", pickle.dumps({"a": 1}), b"\x80\x04K\x01h\x05."]
+)
+def test_metadata_that_is_none_is_refused(tmp_path, content):
+    write(tmp_path, 1, "sharded")
+    swap(tmp_path / "step-00000001", ".metadata", content)
+    with pytest.raises(CheckpointError, match=r"\.metadata: expected tensors by name"):
+        ck.tensor_names(ck.read_index(str(tmp_path / "step-00000001")))
+
+
+# --- being killed, and a full disk
+
+WRITER = """
+import sys, torch
+from lrm_pl.io.checkpoints import *
+folder, layout = sys.argv[1:]
+print("ready", flush=True)
+for step in range(1, 10**6):
+    path = checkpoint_path(folder, step)
+    tensors = {"a": torch.full((200_000,), float(step)), "b": torch.tensor(step)}
+    complete(path, layout, step, {"position": 2 * step}, write_tensors(path, tensors, layout, None, writes=True))
+    tidy(folder, keep=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp_path, root, layout):
+    generator = torch.Generator().manual_seed(0)
+    reached = 0
+    for trial in range(10):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path), layout],
+            cwd=root, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        process.stdout.readline()
+        wait = 0.2 if trial == 0 else 0.0
+        time.sleep(wait + torch.rand((), generator=generator).item() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+        process.stdout.close()
+        ck.clear_leftovers(str(tmp_path), print)
+        assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
+        found = ck.newest_checkpoint(str(tmp_path), print)
+        if found is None:
+            assert reached == 0
+            continue
+        reached = max(reached, found.step)
+        tensors = read(found)
+        assert (tensors["a"] == found.step).all()
+        assert tensors["b"] == found.step
+        assert found.run == {"position": 2 * found.step}
+    assert reached > 1
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 100 kB, as on a full disk: writes fail in the middle."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_file_that_cannot_be_written_to_its_end_is_an_os_error_and_the_checkpoint_is_not_taken(
+    tmp_path, layout, small_files
+):
+    write(tmp_path, 1, layout)
+    with pytest.raises(OSError, match="File too large"):
+        write(tmp_path, 2, layout, {"a": torch.randn(100_000)})
+    assert ck.list_checkpoints(str(tmp_path)) == [checkpoint_path(str(tmp_path), 1)]
+    assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 1
+    write(tmp_path, 2, layout)  # on top of what was left
+    assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path, layout):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
+    try:
+        write(disk, 1, layout)
+        with pytest.raises(OSError, match="No space left on device"):
+            write(disk, 2, layout, {"a": torch.randn(100_000)})
+        assert ck.newest_checkpoint(str(disk), pytest.fail).step == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- retention
+
+
+def steps(folder):
+    return sorted(ck.step_of(path) for path in ck.list_checkpoints(str(folder)))
+
+
+def test_the_newest_the_best_and_every_nth_stay(tmp_path):
+    scores = {10: 1.0, 20: 3.0, 30: 2.0, 40: None, 50: 2.5}
+    for step, score in scores.items():
+        write(tmp_path, step, run={"score": score})
+        ck.tidy(str(tmp_path), keep=1, keep_every=30)
+    assert steps(tmp_path) == [20, 30, 50]
+    assert ck.best_score(str(tmp_path)) == 3.0
+
+
+def test_a_damaged_checkpoint_that_a_run_passed_over_does_not_push_out_the_whole_ones(tmp_path):
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    flipped(tmp_path / "step-00000030")
+    apart = {checkpoint_path(str(tmp_path), 30)}
+    write(tmp_path, 25)  # the run goes on after 20
+    ck.tidy(str(tmp_path), keep=1, apart=apart)
+    assert steps(tmp_path) == [25, 30]
+    assert ck.newest_checkpoint(str(tmp_path), print).step == 25
+
+
+def test_a_deletion_that_is_cut_short_leaves_nothing_that_is_taken_for_whole(tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+
+    def cut(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalFileSystem, "rm", cut)
+    with pytest.raises(KeyboardInterrupt):
+        ck.remove_checkpoint(checkpoint_path(str(tmp_path), 2))
+    monkeypatch.undo()
+    assert os.listdir(tmp_path / "step-00000002") == ["tensors.pt"]
+    assert ck.newest_checkpoint(str(tmp_path), print).step == 1
+    ck.remove_checkpoint(checkpoint_path(str(tmp_path), 2))
+    assert steps(tmp_path) == [1]
+
+
+def test_only_half_written_checkpoints_are_cleared_away(tmp_path):
+    write(tmp_path, 1)
+    for name in ("step-00000002.partial", "mine.partial"):
+        (tmp_path / name).mkdir()
+    said = []
+    ck.clear_leftovers(str(tmp_path), said.append)
+    assert sorted(os.listdir(tmp_path)) == ["mine.partial", "step-00000001"]
+    assert len(said) == 1
+    ck.clear_leftovers(str(tmp_path / "none"), said.append)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_lost(tmp_path):
+    ck.require_writable(str(tmp_path / "new" / "folder"))
+    assert os.listdir(tmp_path / "new" / "folder") == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"expected to write checkpoints into .*file"):
+        ck.require_writable(str(tmp_path / "file"))
+
+
+def test_a_checkpoint_can_be_written_in_a_thread_while_others_read(tmp_path):
+    write(tmp_path, 1, "sharded")
+    failures = []
+
+    def work(step):
+        try:
+            write(tmp_path, step, "sharded")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(step,)) for step in (2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    assert same(read(ck.newest_checkpoint(str(tmp_path), pytest.fail)), some_tensors(4))

@@ -1,0 +1,189 @@
+"""Checkpoints in an object store: a real S3 server on loopback, and a network that fails at chosen requests."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lrm_pl.errors import InputError
+from lrm_pl.io import checkpoints as ck
+from lrm_pl.io.checkpoints import CheckpointError, StoreError, checkpoint_path
+
+pytest_plugins = ["tests.s3_store"]
+LAYOUTS = ("single", "sharded")
+RUN = "s3://bucket/runs/one"
+
+# Sockets that the proxy or botocore leave to the garbage collector, on purpose or not, are no concern of these tests.
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+]
+
+
+def some_tensors(step):
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "network.a": torch.randn(30, 40, generator=generator),
+        "network.b": torch.randn(7, generator=generator).bfloat16(),
+        "adam.a.step": torch.tensor(step),
+    }
+
+
+def write(step, layout="single", tensors=None):
+    path = checkpoint_path(RUN, step)
+    files = ck.write_tensors(path, tensors or some_tensors(step), layout, None, writes=True)
+    return ck.complete(path, layout, step, {"position": step}, files)
+
+
+def require_whole(step):
+    said = []
+    found = ck.newest_checkpoint(RUN, said.append)
+    assert found is not None
+    assert found.step == step, said
+    into = {name: torch.empty_like(spec, device="cpu") for name, spec in ck.tensor_specs(found).items()}
+    ck.read_tensors(found, into)
+    expected = some_tensors(step)
+    assert into.keys() == expected.keys()
+    assert all(torch.equal(into[name], expected[name]) for name in expected)
+    return said
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_are_written_listed_read_and_removed_in_a_bucket(s3, layout):
+    assert ck.newest_checkpoint(RUN, print) is None
+    for step in (1, 2, 3):
+        write(step, layout)
+    require_whole(3)
+    ck.tidy(RUN, keep=2)
+    assert ck.list_checkpoints(RUN) == [checkpoint_path(RUN, 3), checkpoint_path(RUN, 2)]
+    ck.remove_checkpoint(checkpoint_path(RUN, 3))
+    require_whole(2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_index_is_the_last_object_that_is_put(s3, layout):
+    path = checkpoint_path(RUN, 1)
+    files = ck.write_tensors(path, some_tensors(1), layout, None, writes=True)
+    with pytest.raises(CheckpointError, match="half-written"):
+        ck.read_checkpoint(path)
+    ck.complete(path, layout, 1, {}, files)
+    puts = [path.rsplit("/", 1)[-1] for method, path in s3.seen if method == "PUT"]
+    assert puts[-1] == "index.json"
+    require_whole(1)
+
+
+def test_a_large_tensor_goes_up_in_parts_and_comes_back_exact(s3):
+    large = {"large": torch.arange(30_000_000, dtype=torch.float32)}  # 120 MB; s3fs uploads parts of 50
+    found = write(5, "single", large)
+    assert any("partNumber=2" in path for _, path in s3.seen)
+    into = {"large": torch.empty(30_000_000)}
+    ck.read_tensors(ck.read_checkpoint(found.path), into)
+    assert torch.equal(into["large"], large["large"])
+
+
+def first_times(times, fault, *, method="PUT", name):
+    """Break the first so many requests for an object."""
+    return lambda m, path, number: fault if m == method and name in path and number < times else None
+
+
+OBJECTS = [
+    ("single", "tensors.pt"),
+    ("sharded", "__0_0.distcp"),
+    ("sharded", ".metadata"),
+    ("single", "index.json"),
+]
+
+
+@pytest.mark.parametrize(("layout", "name"), OBJECTS)
+@pytest.mark.parametrize("fault", ["503", "drop", "deaf"])
+def test_an_upload_that_fails_once_is_tried_again(s3, layout, name, fault):
+    write(1, layout)
+    s3.fault = first_times(1, fault, name=f"step-00000002/{name}")
+    write(2, layout)
+    assert s3.broken
+    s3.fault = first_times(0, fault, name="-")
+    assert require_whole(2) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "name"), OBJECTS)
+@pytest.mark.parametrize("fault", ["500", "drop"])
+def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s3, layout, name, fault):
+    write(1, layout)
+    s3.fault = first_times(1000, fault, name=f"step-00000002/{name}")
+    with pytest.raises(OSError, match=r"step-00000002.*expected the object store to do as asked"):
+        write(2, layout)
+    s3.fault = first_times(0, fault, name="-")
+    assert any("half-written" in message for message in require_whole(1)) or name != "index.json"
+    write(2, layout)  # the run goes on and comes there again
+    assert require_whole(2) == []
+
+
+@pytest.mark.slow
+def test_a_part_of_an_upload_that_keeps_failing_is_an_error_and_leaves_no_object(s3):
+    s3.fault = lambda method, path, number: "500" if method == "PUT" and "partNumber=2" in path else None
+    with pytest.raises(OSError, match="expected the object store to do as asked"):
+        write(5, "single", {"large": torch.zeros(30_000_000)})
+    s3.fault = lambda method, path, number: None
+    assert ck.list_checkpoints(RUN) == []
+
+
+def test_a_download_that_is_cut_once_is_tried_again(s3):
+    write(1, "single")
+    s3.fault = first_times(1, "drop", method="GET", name="step-00000001")
+    assert require_whole(1) == []
+    assert s3.broken
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_answer_is_an_error_and_not_a_damaged_checkpoint(s3):
+    write(1)
+    write(2)
+    s3.fault = first_times(1000, "drop", method="GET", name="step-00000002/index.json")
+    with pytest.raises(StoreError, match="look at the bucket, the credentials and the endpoint"):
+        ck.newest_checkpoint(RUN, pytest.fail)
+
+
+def test_an_object_that_was_changed_in_the_bucket_is_passed_over(s3):
+    import fsspec
+
+    write(1)
+    write(2)
+    fs = fsspec.filesystem("s3")
+    content = bytearray(fs.cat_file("bucket/runs/one/step-00000002/tensors.pt"))
+    content[len(content) // 2] ^= 1
+    fs.pipe_file("bucket/runs/one/step-00000002/tensors.pt", bytes(content))
+    assert "found another: it is damaged" in require_whole(1)[0]
+    fs.pipe_file("bucket/runs/one/step-00000002/tensors.pt", bytes(content[:-5]))
+    assert "bytes, found" in require_whole(1)[0]
+
+
+def test_a_misspelt_bucket_is_refused_before_the_run_starts_and_is_not_made(s3):
+    with pytest.raises(InputError, match="bucket does not exist"):
+        ck.require_writable("s3://buckett/run")
+    ck.require_writable(RUN)
+    assert not any(method == "PUT" and path.rstrip("/") == "/buckett" for method, path in s3.seen)
+    assert ck.list_checkpoints(RUN) == []
+
+
+def test_without_s3fs_the_error_names_the_extra_to_install(root):
+    program = (
+        "import sys; sys.modules['s3fs'] = None\n"
+        "from lrm_pl.io.checkpoints import *\n"
+        "try: list_checkpoints('s3://bucket/run')\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith("InputError"), done.stdout + done.stderr
+    assert "pip install 'lrm_pl[s3]'" in done.stdout
+
+
+def test_a_store_of_no_known_kind_is_refused():
+    with pytest.raises(
+        InputError, match=r"expected a folder or a URL such as s3://BUCKET/RUN, found 'nope://x'"
+    ):
+        ck.list_checkpoints("nope://x")

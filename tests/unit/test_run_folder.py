@@ -1,0 +1,173 @@
+"""The folder of a run: one run at a time, what to go on from, where loggers write."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrm_pl.apps.run_folder import RunLock, choose_checkpoint, find_checkpoint, place_loggers, run_path
+from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints import CheckpointError, checkpoint_path, complete, write_tensors
+
+
+def write(folder, step):
+    path = checkpoint_path(str(folder), step)
+    files = write_tensors(path, {"a": torch.tensor(step)}, "single", None, writes=True)
+    return complete(path, "single", step, {}, files).path
+
+
+# --- one run at a time
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from lrm_pl.apps.run_folder import RunLock
+lock = RunLock(Path(sys.argv[1]))
+child = os.fork() if sys.argv[2] == "fork" else 1
+if child == 0:  # as a data worker
+    time.sleep(60)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(root, tmp_path):
+    """Start another process that holds a folder."""
+    started = []
+
+    def start(folder, how="alone"):
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder), how],
+            cwd=root,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        started.append(process)
+        assert process.stdout.readline().strip()
+        return process
+
+    yield start
+    for process in started:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+        process.stdout.close()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_one_in_another_is_not(tmp_path, holder):
+    holder(tmp_path / "run")
+    with pytest.raises(InputError, match=r"expected no other run in .*run, found one at work.*--run\.folder"):
+        RunLock(tmp_path / "run")
+    RunLock(tmp_path / "other")
+
+
+def test_a_killed_run_gives_its_folder_back_even_while_its_workers_live(tmp_path, holder):
+    process = holder(tmp_path / "run", "fork")
+    process.kill()
+    process.wait(10)
+    RunLock(tmp_path / "run")
+
+
+# --- what to go on from
+
+
+def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(tmp_path):
+    assert choose_checkpoint("auto", None) is None
+    assert choose_checkpoint("auto", str(tmp_path / "none")) is None
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    assert choose_checkpoint("auto", str(tmp_path)).step == 2
+
+
+def test_never_refuses_a_folder_with_checkpoints_whole_or_not(tmp_path):
+    assert choose_checkpoint("never", None) is None
+    assert choose_checkpoint("never", str(tmp_path)) is None
+    path = write(tmp_path, 1)
+    (Path(path) / "index.json").unlink()
+    with pytest.raises(InputError, match=r"expected no checkpoints in .*, found 1; .*--run\.resume auto"):
+        choose_checkpoint("never", str(tmp_path))
+
+
+def test_a_path_is_a_checkpoint_or_a_run_and_is_where_a_new_run_begins(tmp_path):
+    first = tmp_path / "first" / "checkpoints"
+    path = write(first, 10)
+    write(first, 20)
+    new = str(tmp_path / "second" / "checkpoints")
+    assert choose_checkpoint(path, new).step == 10
+    assert choose_checkpoint(path + "/", None).step == 10
+    assert choose_checkpoint(str(tmp_path / "first"), new).step == 20
+    assert find_checkpoint(str(first)).step == 20
+
+
+def test_started_again_with_the_same_command_a_run_goes_on_from_its_own_checkpoints(tmp_path, caplog):
+    path = write(tmp_path / "first" / "checkpoints", 10)
+    own = tmp_path / "second" / "checkpoints"
+    write(own, 15)
+    assert choose_checkpoint(path, str(own)).step == 15
+    assert "checkpoints of its own" in caplog.text
+
+
+def test_going_back_within_a_run_is_refused(tmp_path):
+    path = write(tmp_path / "checkpoints", 10)
+    write(tmp_path / "checkpoints", 20)
+    with pytest.raises(InputError, match=r"found it in this run's own folder, up to .*step-00000020"):
+        choose_checkpoint(path, str(tmp_path / "checkpoints"))
+
+
+def test_a_run_may_have_step_in_its_name(tmp_path):
+    write(tmp_path / "two-step-lr" / "checkpoints", 3)
+    assert find_checkpoint(str(tmp_path / "two-step-lr")).step == 3
+
+
+def test_nothing_there_is_an_error_that_says_where_checkpoints_are(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(CheckpointError, match=r"found no index\.json.*RUN/checkpoints/step-"):
+            find_checkpoint(str(path))
+
+
+# --- loggers
+
+
+def logger_config(kind, **arguments):
+    return {"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": arguments}
+
+
+def test_tensorboard_and_csv_write_into_the_runs_folder_itself(tmp_path):
+    from lightning.pytorch import loggers
+
+    configs = [logger_config("TensorBoardLogger", save_dir="runs", name="lrm"), logger_config("CSVLogger")]
+    place_loggers(configs, str(tmp_path / "run"))
+    for config in configs:
+        made = getattr(loggers, config["class_path"].rsplit(".", 1)[1])(**config["init_args"])
+        assert Path(made.log_dir) == tmp_path / "run"
+
+
+def test_one_logger_none_and_wandb_are_placed_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": None}
+    place_loggers(one, "runs/mine")  # relative: made absolute, so that a later chdir changes nothing
+    assert one["init_args"] == {"save_dir": str(tmp_path / "runs"), "name": "", "version": "mine"}
+    place_loggers(False, "runs/mine")
+    place_loggers([], "runs/mine")
+    wandb = logger_config("WandbLogger", project="x")
+    place_loggers([wandb], "runs/mine")
+    assert wandb["init_args"] == {"project": "x", "save_dir": str(tmp_path / "runs" / "mine")}
+
+
+@pytest.mark.parametrize("choice", [True, None])
+def test_lightnings_own_choice_of_a_logger_is_refused(choice, tmp_path):
+    with pytest.raises(InputError, match=r"expected trainer\.logger to name a logger, or false"):
+        place_loggers(choice, str(tmp_path))
+
+
+def test_a_home_folder_is_the_home_folder_and_a_url_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_path("~/run") == tmp_path / "run"
+    with pytest.raises(
+        InputError, match=r"expected a local folder .* found --run.folder s3://b/run; .*RunKeeper"
+    ):
+        run_path("s3://b/run")
