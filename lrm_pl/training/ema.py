@@ -29,9 +29,14 @@ class WeightAverage(L.Callback):
         self.average: dict[str, Held] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin at the weights; a resumed run then reads its average over this."""
+        """Begin at the weights, unless a resumed run has read its average already."""
         assert isinstance(pl_module, LRMModule)
-        trained = holder_of(trainer, pl_module.lrm).trained()
+        if not self.average:
+            self.begin(pl_module)
+
+    def begin(self, module: LRMModule) -> None:
+        """Make the average equal to the weights."""
+        trained = holder_of(module.trainer, module.lrm).trained()
         self.average = {name: _copy(held) for name, held in trained.items()}
 
     @torch.no_grad()
@@ -55,17 +60,17 @@ class WeightAverage(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average into the network."""
         if self.validate and self.average:
-            self._swap(trainer, pl_module)
+            self._swap(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the weights back."""
         if self.validate and self.average:
-            self._swap(trainer, pl_module)
+            self._swap(pl_module)
 
     @torch.no_grad()
-    def _swap(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _swap(self, module: L.LightningModule) -> None:
         assert isinstance(module, LRMModule)
-        holder = holder_of(trainer, module.lrm)
+        holder = holder_of(module.trainer, module.lrm)
         weights = holder.trained()
         for name, average in self.average.items():
             ours, theirs = local(average), local(weights[name])

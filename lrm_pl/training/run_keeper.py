@@ -115,6 +115,8 @@ class RunKeeper(L.Callback):
             logger.info("going on after step %d from %s", checkpoint.step, path)
 
     def _load(self, trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> None:
+        for callback in _averages(trainer):
+            callback.begin(module)
         tensors = self._tensors(trainer, module)
         found = tensor_names(checkpoint)
         for kind, lost in (
@@ -130,8 +132,8 @@ class RunKeeper(L.Callback):
         read_state(checkpoint, tensors)
         holder_of(trainer, module.lrm).changed()
         if not any(name.startswith("average.") for name in tensors):
-            for callback in _averages(trainer):
-                callback.on_fit_start(trainer, module)
+            for callback in _averages(trainer):  # of the weights that have been read
+                callback.begin(module)
         run = checkpoint.run
         module.guard.resume(run["guard"])
         scaler = getattr(trainer.precision_plugin, "scaler", None)
