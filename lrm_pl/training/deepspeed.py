@@ -9,6 +9,7 @@ Only this file knows DeepSpeed; it is imported when a run asks for it.
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -42,8 +43,9 @@ class ZeroPrecision(DeepSpeedPrecision):
         """Enter autocast; the engine enters it again, see ``ZeroStrategy``."""
         if self.precision == "32-true":
             return contextlib.nullcontext()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.autocast(device, torch.bfloat16)
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.autocast(get_accelerator().device_name(), torch.bfloat16)
 
     def backward(  # type: ignore[override]
         self,
@@ -135,6 +137,10 @@ class ZeroStrategy(DeepSpeedStrategy):
             set_accelerator(CPU_Accelerator())  # DeepSpeed would take a GPU where it sees one
             # Shared-memory sums, which it would compile now, for a minute and more; gloo's do.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed's own use, at every step, of names that torch 2.14 renamed.
+        warnings.filterwarnings(
+            "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor`", FutureWarning
+        )
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
@@ -160,6 +166,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         self.config |= {
             "gradient_clipping": 0.0,  # the LightningModule's, as under every strategy
+            "bf16": {"enabled": False},  # Lightning's choice for bf16-mixed: weights in bf16
             # Without this the engine would leave autocast on GPUs. No module has its weights or gradients sent in bf16.
             "torch_autocast": {
                 "enabled": self.precision_plugin.precision == "bf16-mixed",
@@ -184,6 +191,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         lrm = self.lightning_module.lrm
         held = self.make_holder(lrm).network()
         self.deepspeed_engine.destroy()  # takes its hooks off the modules
+        if self.stage < 3:
+            return
         for name, parameter in lrm.named_parameters():
             parameter.data = whole(held[f"network.{name}"]).clone()
 

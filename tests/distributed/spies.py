@@ -56,7 +56,7 @@ class PrecisionSpy(L.Callback):
 
 
 class Spoiler(L.Callback):
-    """Put a NaN into one batch of one rank.
+    """Put NaN into the pictures of one batch of one rank.
 
     Args:
         step: Of this step.
@@ -68,4 +68,4 @@ class Spoiler(L.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
-            batch.target.images.view(-1)[0] = torch.nan
+            batch.target.images.fill_(torch.nan)
