@@ -243,9 +243,11 @@ class ZeroHolder(Holder):
         """Make the network compute with the weights that were written; all ranks call this."""
         if self._whole_weights:
             self.optimizer.update_lp_params()
-        else:  # gathers anew what stays gathered between steps
-            self.optimizer.checkpoint_event_prologue()
-            self.optimizer.checkpoint_event_epilogue()
+            return
+        self.optimizer.checkpoint_event_prologue()  # lets go of what is gathered
+        for number in range(len(self._flats)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        self.optimizer.checkpoint_event_epilogue()  # gathers what stays gathered between steps
 
     def gradient_norm(self) -> Tensor:
         """Measure the 2-norm over all ranks' parts of the gradient."""
