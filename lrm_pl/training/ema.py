@@ -1,14 +1,16 @@
-"""A moving average of the weights, in float32, under every strategy: each rank averages the shards that it holds."""
+"""A moving average of the weights, in float32, under every strategy: each rank averages what it holds of them."""
 
 from typing import Any, final
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.errors import InputError
+from lrm_pl.training.holder import holder_of, local
 from lrm_pl.training.module import LRMModule
+from lrm_pl.training.parallel import Part
+from lrm_pl.training.state import Held
 
 
 @final
@@ -24,7 +26,7 @@ class WeightAverage(L.Callback):
         if not 0 <= decay < 1:
             raise InputError(f"expected a decay in [0, 1), found {decay}")
         self.decay, self.validate = decay, validate
-        self.average: dict[str, Tensor] = {}
+        self.average: dict[str, Held] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin at the weights, unless a resumed run has read its average already."""
@@ -34,11 +36,8 @@ class WeightAverage(L.Callback):
 
     def begin(self, module: LRMModule) -> None:
         """Make the average equal to the weights."""
-        self.average = {
-            name: parameter.detach().float().clone()
-            for name, parameter in module.lrm.named_parameters()
-            if parameter.requires_grad
-        }
+        trained = holder_of(module.trainer, module.lrm).trained()
+        self.average = {name: _copy(held) for name, held in trained.items()}
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -53,9 +52,9 @@ class WeightAverage(L.Callback):
         assert isinstance(pl_module, LRMModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches or pl_module.guard.in_a_row:
             return
-        weights = dict(pl_module.lrm.named_parameters())
-        ours = [_local(tensor) for tensor in self.average.values()]
-        theirs = [_local(weights[name]) for name in self.average]
+        weights = holder_of(trainer, pl_module.lrm).trained()
+        ours = [local(held) for held in self.average.values()]
+        theirs = [local(weights[name]) for name in self.average]
         torch._foreach_lerp_(ours, theirs, 1 - self.decay)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,14 +70,17 @@ class WeightAverage(L.Callback):
     @torch.no_grad()
     def _swap(self, module: L.LightningModule) -> None:
         assert isinstance(module, LRMModule)
-        weights = dict(module.lrm.named_parameters())
+        holder = holder_of(module.trainer, module.lrm)
+        weights = holder.trained()
         for name, average in self.average.items():
-            ours, theirs = _local(average), _local(weights[name])
+            ours, theirs = local(average), local(weights[name])
             kept = theirs.clone()
             theirs.copy_(ours)
             ours.copy_(kept)
+        holder.changed()
 
 
-def _local(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+def _copy(held: Held) -> Held:
+    if isinstance(held, Part):
+        return Part(held.local.float().clone(), held.start, held.shape)
+    return held.float().clone()

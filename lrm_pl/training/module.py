@@ -13,7 +13,8 @@ from lrm_pl.losses.objective import Objective
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.gradients import GradientGuard, GuardConfig, clip, gradient_norm
+from lrm_pl.training.gradients import GradientGuard, GuardConfig
+from lrm_pl.training.holder import holder_of
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, shard
 
@@ -123,13 +124,12 @@ class LRMModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Judge the gradient, then clip it by its norm; a bad one is dropped, and AdamW leaves everything as it is."""
-        parameters = [p for p in self.lrm.parameters() if p.requires_grad]
-        norm = gradient_norm(parameters)
+        holder = holder_of(self.trainer, self.lrm)
+        norm = holder.gradient_norm()
         if not self.guard.accepts(norm.item()):
-            for parameter in parameters:
-                parameter.grad = None
+            holder.drop_gradient()
         elif gradient_clip_val:
-            clip(parameters, norm, gradient_clip_val)
+            holder.clip(norm, gradient_clip_val)
         if self._logs:
             self.log("optim/grad_norm", norm)
             self.log("optim/skipped_steps", float(self.guard.skipped))

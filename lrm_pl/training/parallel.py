@@ -93,6 +93,34 @@ def require_equal_weights(module: nn.Module) -> None:
         )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be in shards (a DTensor) as an ordinary one; all ranks must call this."""
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What a rank holds of a tensor that is cut like a line of numbers, as ZeRO cuts.
+
+    Attributes:
+        local: The numbers from ``start`` on of the flattened tensor; may be none.
+        start: Where they begin.
+        shape: Shape of the whole.
+    """
+
+    local: Tensor
+    start: int
+    shape: torch.Size
+
+    def whole(self) -> Tensor:
+        """Return the whole tensor; all ranks must call this."""
+        flat = self.local.new_zeros(self.shape.numel())
+        flat[self.start : self.start + len(self.local)] = self.local
+        torch.distributed.all_reduce(flat)
+        return flat.view(self.shape)
+
+    def fill(self, value: Tensor) -> None:
+        """Take this rank's numbers from a whole tensor."""
+        self.local.copy_(value.flatten()[self.start : self.start + len(self.local)])
+
+
+def whole(tensor: Tensor | Part) -> Tensor:
+    """Return a tensor that may be in shards or parts as an ordinary one; all ranks must call this."""
+    if isinstance(tensor, Part):
+        return tensor.whole()
     return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

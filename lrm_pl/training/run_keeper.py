@@ -9,13 +9,11 @@ import math
 import os
 import subprocess
 import threading
-from collections.abc import Mapping
 from typing import Any, final
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import ShardDataModule
@@ -28,7 +26,6 @@ from lrm_pl.io.checkpoints import (
     complete,
     list_checkpoints,
     read_index,
-    read_tensors,
     step_of,
     tensor_names,
     tidy,
@@ -36,10 +33,10 @@ from lrm_pl.io.checkpoints import (
 )
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.gradients import DivergedError
+from lrm_pl.training.holder import holder_of
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.parallel import whole
 from lrm_pl.training.signals import StopSignals
-from lrm_pl.training.state import average_tensors, network_tensors, optimizer_tensors, snapshot
+from lrm_pl.training.state import Held, average_tensors, read_state, snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +134,8 @@ class RunKeeper(L.Callback):
                 tensors = {
                     name: tensor for name, tensor in tensors.items() if not name.startswith(f"{kind}.")
                 }
-        read_tensors(checkpoint, tensors)
+        read_state(checkpoint, tensors)
+        holder_of(trainer, module.lrm).changed()
         if not any(name.startswith("average.") for name in tensors):
             for callback in _averages(trainer):  # of the weights that have been read
                 callback.begin(module)
@@ -246,8 +244,9 @@ class RunKeeper(L.Callback):
 
     # --- saving
 
-    def _tensors(self, trainer: L.Trainer, module: LRMModule) -> dict[str, Tensor]:
-        tensors = network_tensors(module.lrm) | optimizer_tensors(module.lrm, trainer.optimizers[0])
+    def _tensors(self, trainer: L.Trainer, module: LRMModule) -> dict[str, Held]:
+        holder = holder_of(trainer, module.lrm)
+        tensors = holder.network() | holder.moments()
         for callback in _averages(trainer):
             tensors |= average_tensors(callback.average)
         return tensors
@@ -269,10 +268,7 @@ class RunKeeper(L.Callback):
             if isinstance(log, TensorBoardLogger):
                 log.experiment.flush()
         layout = self.layout or ("single" if module.device_mesh is None else "sharded")
-        tensors: Mapping[str, Tensor] = self._tensors(trainer, module)
-        if layout == "single":
-            tensors = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
-        copy = snapshot(tensors) if layout == "sharded" or trainer.is_global_zero else {}
+        copy = snapshot(self._tensors(trainer, module), layout, writes=trainer.is_global_zero)
         run = self._run_state(trainer, module, step)
         path = checkpoint_path(str(self.folder), step)
         first = trainer.is_global_zero

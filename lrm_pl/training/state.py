@@ -10,7 +10,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lrm_pl.io.checkpoints import Checkpoint, CheckpointError, read_tensors, tensor_names
+from lrm_pl.io.checkpoints import Checkpoint, CheckpointError, Format, read_tensors, tensor_names
+from lrm_pl.training.parallel import Part, whole
+
+#: A tensor as a strategy holds it: whole, a DTensor, or a part.
+Held = Tensor | Part
 
 #: What AdamW keeps of each parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -34,14 +38,41 @@ def optimizer_tensors(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return tensors
 
 
-def average_tensors(average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def average_tensors(average: Mapping[str, Held]) -> dict[str, Held]:
     """Name the moving average."""
-    return {f"average.{name}": tensor for name, tensor in average.items()}
+    return {f"average.{name}": held for name, held in average.items()}
 
 
-def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to the CPU, shards as shards, so that training may go on while the copy is written."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def snapshot(state: Mapping[str, Held], layout: Format, *, writes: bool) -> dict[str, Tensor]:
+    """Copy a state to the CPU, so that training may go on while it is written; all ranks call this together.
+
+    Args:
+        state: What is copied, one tensor after the other: no second state fits beside the first on a GPU.
+        layout: How it will lie: "sharded" keeps the shards of DTensors, "single" is whole tensors.
+        writes: Whether this rank writes a layout "single"; the others get nothing.
+    """
+    copy = {}
+    for name, held in state.items():
+        tensor = whole(held) if layout == "single" or isinstance(held, Part) else held
+        if layout == "sharded" or writes:
+            copy[name] = tensor.detach().to("cpu", copy=True)
+    return copy
+
+
+def read_state(checkpoint: Checkpoint, state: Mapping[str, Held]) -> None:
+    """Fill a state in place from a checkpoint; all ranks call this together.
+
+    Where a rank holds parts, it reads the whole tensors into its memory first.
+
+    Raises:
+        CheckpointError: A name is missing, or its shape is another.
+    """
+    parts = {name: held for name, held in state.items() if isinstance(held, Part)}
+    into = {name: held for name, held in state.items() if not isinstance(held, Part)}
+    wholes = {name: torch.empty(part.shape, dtype=part.local.dtype) for name, part in parts.items()}
+    read_tensors(checkpoint, into | wholes)
+    for name, part in parts.items():
+        part.fill(wholes[name])
 
 
 def require_network(checkpoint: Checkpoint, lrm: nn.Module) -> None:
@@ -72,7 +103,7 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
     read_tensors(checkpoint, network_tensors(lrm))
     if average:
         trained = {name: p for name, p in lrm.named_parameters() if p.requires_grad}
-        read_tensors(checkpoint, average_tensors(trained))
+        read_state(checkpoint, average_tensors(trained))
 
 
 def _optimized(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

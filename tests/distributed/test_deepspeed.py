@@ -1,0 +1,263 @@
+"""DeepSpeed ZeRO 1, 2 and 3, for real on two CPU processes: the same run as on one, and nothing lost between them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lrm_pl.io.checkpoints import read_checkpoint, read_tensors, tensor_names
+from tests.distributed.conftest import ROOT, largest_difference
+
+pytestmark = pytest.mark.timeout(1800)
+
+STAGES = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
+
+#: The last ones replace the base's callbacks: a checkpoint every so many steps, an average of the weights.
+QUIET = "--trainer.limit_val_batches=0"
+
+
+def callbacks(*more, every=100, keep=100):
+    keeper = {
+        "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+        "init_args": {"every": every, "keep": keep, "monitor": None},
+    }
+    average = {"class_path": "lrm_pl.training.ema.WeightAverage", "init_args": {"decay": 0.5}}
+    return f"--trainer.callbacks={json.dumps([average, *more, keeper])}"
+
+
+def tensors(runs, name, step):
+    checkpoint = read_checkpoint(str(runs.folder / name / "checkpoints" / f"step-{step:08d}"))
+    found = {key: torch.empty(shape) for key, shape in tensor_names(checkpoint).items()}
+    read_tensors(checkpoint, found)
+    return found
+
+
+def farthest(ours, theirs, kind):
+    """The largest relative difference (2-norms) of the tensors of a kind; names and shapes are the same."""
+    assert ours.keys() == theirs.keys()
+    keys = [key for key in ours if key.startswith(f"{kind}.")]
+    assert keys
+    return max(((ours[k] - theirs[k]).norm() / theirs[k].norm().clamp_min(1e-6)).item() for k in keys)
+
+
+def test_two_deepspeed_processes_take_the_same_steps_as_one_process(runs):
+    small = (
+        "--model.lrm.encoder.name=test_vit", "--model.lrm.encoder.image_size=32", "--trainer.max_steps=3", QUIET,
+        callbacks(),
+    )  # fmt: skip
+    runs.run("small-one", 1, *small, layers=["cpu"])
+    runs.run("small-zero", 2, *small, layers=["deepspeed_2"])
+    assert largest_difference(runs.losses("small-zero"), runs.losses("small-one")) <= 1e-5
+    ours, theirs = tensors(runs, "small-zero", 3), tensors(runs, "small-one", 3)
+    for kind in ("network", "adam", "average"):
+        assert farthest(ours, theirs, kind) <= 1e-3, kind
+
+
+#: name -> processes, layer, options; compared with "zero-one".
+WAYS = {
+    **{stage: (2, stage, []) for stage in STAGES},
+    # The second half of every accumulated step is another micro-batch of the engine.
+    "accumulation": (
+        2,
+        "deepspeed_2",
+        ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=20"],
+    ),
+    "recomputed": (2, "deepspeed_3", ["--model.parallel.recompute_every=1"]),
+}
+
+
+#: Below the norms of this run, so that it counts.
+CLIPPED = "--trainer.gradient_clip_val=0.01"
+
+
+def compare(runs, ways):
+    runs.run("zero-one", 1, callbacks(), CLIPPED, layers=["cpu"], limit_s=300)
+    expected, losses = tensors(runs, "zero-one", 20), runs.losses("zero-one")
+    norms = dict(runs.scalars("zero-one")["optim/grad_norm"])
+    assert min(norms.values()) < 0.01 < max(norms.values())
+    heads = ("loss", "norm", "weights", "moments", "average")
+    print(f"\n{'run':<14} " + " ".join(f"{head:>8}" for head in heads) + "   farthest from one process")
+    worst = 0.0
+    for name, (processes, layer, options) in ways.items():
+        runs.run(f"zero-{name}", processes, callbacks(), CLIPPED, *options, layers=[layer], limit_s=300)
+        ours = tensors(runs, f"zero-{name}", 20)
+        loss = largest_difference(runs.losses(f"zero-{name}"), losses)
+        norm = largest_difference(dict(runs.scalars(f"zero-{name}")["optim/grad_norm"]), norms)
+        rest = [farthest(ours, expected, kind) for kind in ("network", "adam", "average")]
+        print(f"{name:<14} " + " ".join(f"{value:8.1e}" for value in (loss, norm, *rest)))
+        worst = max(worst, loss)
+    return worst
+
+
+@pytest.mark.slow
+def test_stage_2_agrees_with_one_process_over_20_steps(runs):
+    assert compare(runs, {"deepspeed_2": WAYS["deepspeed_2"]}) <= 1e-5
+
+
+@pytest.mark.soak
+def test_every_stage_agrees_with_one_process_over_20_steps(runs):
+    assert compare(runs, WAYS) <= 1e-5
+
+
+def spoilt(rank):
+    return {"class_path": "tests.distributed.spies.Spoiler", "init_args": {"step": 3, "rank": rank}}
+
+
+def check_that_a_nan_is_skipped(runs, layer):
+    runs.run(f"nan-{layer}", 2, callbacks(spoilt(1), every=1), "--trainer.max_steps=6", QUIET, layers=[layer])
+    before, after, later = (tensors(runs, f"nan-{layer}", step) for step in (3, 4, 5))
+    assert all(torch.equal(before[key], after[key]) for key in before), "weights, moments, average stay"
+    assert not torch.equal(after["network.transformer.tokens"], later["network.transformer.tokens"])
+    scalars = runs.scalars(f"nan-{layer}")
+    assert [value for _, value in scalars["optim/skipped_steps"]] == [0, 0, 0, 1, 1, 1]
+    return {step: value for step, value in scalars["loss/total"] if step != 3}
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_rank_makes_both_leave_the_step_out_and_go_on_as_one_process_does(runs):
+    losses = check_that_a_nan_is_skipped(runs, "deepspeed_2")
+    runs.run("nan-one", 1, callbacks(spoilt(0)), "--trainer.max_steps=6", QUIET, layers=["cpu"])
+    expected = runs.losses("nan-one")
+    del expected[3]
+    assert largest_difference(losses, expected) <= 1e-5
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("layer", ["deepspeed_1", "deepspeed_3"])
+def test_a_nan_is_skipped_at_the_other_stages_too(runs, layer):
+    check_that_a_nan_is_skipped(runs, layer)
+
+
+def check_precision(runs, layer, precision, *options):
+    spy = {"class_path": "tests.distributed.spies.PrecisionSpy"}
+    log = runs.run(
+        f"spied-{layer}-{precision}", 2, callbacks(spy), f"--trainer.precision={precision}",
+        "--trainer.max_steps=2", "--trainer.val_check_interval=2", *options, layers=[layer],
+    )  # fmt: skip
+    products = {"32-true": "torch.float32", "bf16-mixed": "torch.bfloat16"}[precision]
+    for rank in (0, 1):
+        assert f"rank {rank} is exact; products in {{{products}}}" in log
+
+
+@pytest.mark.slow
+def test_under_bf16_mixed_products_are_bf16_and_poses_rays_t_density_and_compositing_float32(runs):
+    check_precision(runs, "deepspeed_2", "bf16-mixed")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("layer", STAGES)
+def test_poses_rays_t_density_and_compositing_are_float32_at_every_stage(runs, layer, precision):
+    check_precision(runs, layer, precision)
+
+
+@pytest.mark.soak
+def test_stage_3_renders_with_a_wide_decoder_and_keeps_a_frozen_encoder(runs):
+    # Wider than what DeepSpeed keeps whole by itself; frozen weights are cut too, and no optimizer knows them.
+    wide = (
+        "--model.lrm.decoder.width=400", "--model.lrm.encoder.frozen=true", "--trainer.max_steps=2", QUIET,
+        callbacks(),
+    )  # fmt: skip
+    runs.run("wide-one", 1, *wide, layers=["cpu"])
+    runs.run("wide-zero", 2, *wide, layers=["deepspeed_3"])
+    assert largest_difference(runs.losses("wide-zero"), runs.losses("wide-one")) <= 1e-5
+    ours, theirs = tensors(runs, "wide-zero", 2), tensors(runs, "wide-one", 2)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith("network.encoder."))
+    again = ("--trainer.max_steps=3", f"--run.resume={runs.folder / 'wide-one'}")
+    runs.run("wide-again", 2, *wide, *again, layers=["deepspeed_3"])
+    ours = tensors(runs, "wide-again", 3)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if key.startswith("network.encoder."))
+
+
+def go_on(runs, sources, goals):
+    """Save at step 10 in some ways, go on from each in some ways; the rest equals the uninterrupted run's."""
+    runs.run("uninterrupted", 1, callbacks(), layers=["cpu"], limit_s=300)
+    losses, end = runs.losses("uninterrupted"), tensors(runs, "uninterrupted", 20)
+    rest = {step: value for step, value in losses.items() if step >= 10}
+    for source in sources:
+        processes = 1 if source == "cpu" else 2
+        runs.run(f"from-{source}", processes, callbacks(every=10), layers=[source], limit_s=300)
+    print(f"\n{'from':<12} {'to':<12} {'loss':>8} {'weights':>8} {'moments':>8} {'average':>8}   farthest")
+    worst = 0.0
+    for source in sources:
+        for goal in goals(source):
+            name, processes = f"{source}-to-{goal}", 1 if goal == "cpu" else 2
+            half = runs.folder / f"from-{source}" / "checkpoints" / "step-00000010"
+            log = runs.run(name, processes, callbacks(), f"--run.resume={half}", layers=[goal], limit_s=300)
+            assert "going on after step 10" in log
+            assert "start anew" not in log
+            difference = largest_difference(runs.losses(name), rest)
+            ours = tensors(runs, name, 20)
+            others = [farthest(ours, end, kind) for kind in ("network", "adam", "average")]
+            print(f"{source:<12} {goal:<12} " + " ".join(f"{value:8.1e}" for value in (difference, *others)))
+            worst = max(worst, difference)
+    return worst
+
+
+@pytest.mark.slow
+def test_a_deepspeed_checkpoint_goes_on_in_one_process_and_the_other_way_round(runs):
+    other = {"deepspeed_2": ["cpu", "deepspeed_2"], "cpu": ["deepspeed_2"]}
+    assert go_on(runs, list(other), lambda source: other[source]) <= 1e-5
+
+
+@pytest.mark.soak
+def test_every_strategy_goes_on_from_every_deepspeed_stage_and_every_stage_from_every_strategy(runs):
+    others = ("cpu", "ddp", "fsdp2")
+    ways = {**dict.fromkeys(STAGES, (*STAGES, *others)), **dict.fromkeys(others, STAGES)}
+    assert go_on(runs, list(ways), lambda source: ways[source]) <= 1e-5
+
+
+@pytest.mark.slow
+def test_validation_can_measure_the_average_while_training_goes_on_with_the_weights(runs):
+    measured = {
+        "class_path": "lrm_pl.training.ema.WeightAverage",
+        "init_args": {"decay": 0.5, "validate": True},
+    }
+    keeper = {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": {"monitor": None}}
+    metrics = {"class_path": "lrm_pl.callbacks.image_metrics.ImageMetricsLogger"}
+    options = (
+        f"--trainer.callbacks={json.dumps([measured, metrics, keeper])}",
+        "--trainer.max_steps=6", "--trainer.val_check_interval=2",
+    )  # fmt: skip
+    runs.run("averaged-one", 1, *options, layers=["cpu"])
+    for layer in ("deepspeed_2", "deepspeed_3"):
+        runs.run(f"averaged-{layer}", 2, *options, layers=[layer])
+        ours, theirs = runs.scalars(f"averaged-{layer}"), runs.scalars("averaged-one")
+        for tag in ("loss/total", "val/unseen/psnr_pooled"):
+            assert largest_difference(dict(ours[tag]), dict(theirs[tag])) <= 1e-5, (layer, tag)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_measured_by_two_deepspeed_processes_as_by_one(runs):
+    runs.run("to-measure", 1, "--trainer.max_steps=2", QUIET, layers=["cpu"])
+    found = []
+    for name, processes, layer in (("measure-one", 1, "cpu"), ("measure-zero", 2, "deepspeed_3")):
+        path = f"--ckpt_path={runs.folder / 'to-measure'}"
+        log = runs.run(name, processes, path, layers=[layer], command="validate")
+        found.append([line for line in log.splitlines() if line.startswith("│ val/")])
+    assert found[0]
+    assert found[0] == found[1]
+
+
+def test_without_deepspeed_the_extra_to_install_is_named(tmp_path):
+    hidden = (
+        "import importlib.util as u, sys\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'deepspeed' else find(name, *rest)\n"
+        "from lrm_pl.training.deepspeed import ZeroStrategy\n"
+        "ZeroStrategy()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", hidden], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "expected DeepSpeed for this strategy, found none; install the extra" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_precision_that_deepspeed_would_train_otherwise_is_refused(runs):
+    log = runs.run("half", 2, "--trainer.precision=16-mixed", layers=["deepspeed_2"], status=1)
+    assert "expected trainer.precision 32-true or bf16-mixed with DeepSpeed, found 16-mixed" in log
