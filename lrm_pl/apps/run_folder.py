@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import importlib.util
 import logging
 import os
 import shutil
@@ -9,8 +10,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lrm_pl.apps.csv_rows import KeptRows
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Checkpoint, newest_checkpoint, read_checkpoint
 
@@ -29,23 +32,45 @@ class RunConfig:
         resume: "auto" goes on from the newest whole checkpoint in the folder, and starts where there is none; "never"
             starts, and refuses a folder that has checkpoints; anything else is the path of a checkpoint, or of the
             folder of a run whose newest one is taken.
+        profile: So many steps, after a warm-up of five, are traced into ``profile/`` in the folder; 0: none.
     """
 
     folder: str | None = None
     resume: str = "auto"
+    profile: int = 0
 
 
-def place_loggers(loggers: Any, folder: str) -> None:  # noqa: ANN401 - a config: what the user gave, not checked yet
-    """Make every logger of a trainer's config write into the run's folder itself."""
-    path = Path(folder).absolute()
+def place_loggers(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - a config: what the user gave, not checked yet
+    """Make every logger of a trainer's config write into the run's folder itself, where one is given.
+
+    Raises:
+        InputError: A logger needs a package that is not installed.
+    """
     for logger_config in loggers if isinstance(loggers, list) else [loggers]:
         if isinstance(logger_config, bool) or logger_config is None:
             continue
         arguments = logger_config["init_args"]
-        if "WandbLogger" in logger_config["class_path"]:
-            arguments["save_dir"] = str(path)
+        is_wandb = "WandbLogger" in logger_config["class_path"]
+        if is_wandb and importlib.util.find_spec("wandb") is None:
+            raise InputError(
+                "expected the package wandb for the WandbLogger, found none; pip install -e '.[wandb]', or leave "
+                "configs/logger/wandb.yaml out"
+            )
+        if folder is None:
+            continue
+        path = Path(folder).absolute()
+        if is_wandb:
+            arguments["save_dir"], arguments["name"] = str(path), path.name
         else:
             arguments["save_dir"], arguments["name"], arguments["version"] = str(path.parent), "", path.name
+
+
+def folder_of(trainer: L.Trainer) -> Path:
+    """Return the run's folder as this process sees it; ``trainer.log_dir`` asks all ranks, this asks none."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    first = trainer.loggers[0]
+    return Path(first.log_dir or first.save_dir or trainer.default_root_dir)
 
 
 def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
@@ -106,7 +131,12 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def purge_from(loggers: list[Any], step: int) -> None:
-    """Make TensorBoard drop points at or after ``step`` that a run logged after the checkpoint it goes on from."""
+    """Make loggers drop points at or after ``step``: a run logged them after the checkpoint it goes on from.
+
+    With step 0 these are all: of a run that ended before its first checkpoint.
+    """
     for log in loggers:
         if isinstance(log, TensorBoardLogger):
             log._kwargs["purge_step"] = step
+        elif isinstance(log, CSVLogger):
+            log._experiment = KeptRows(log.log_dir, step)

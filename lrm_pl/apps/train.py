@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl.apps.report import print_report
 from lrm_pl.apps.run_folder import (
@@ -21,10 +22,12 @@ from lrm_pl.apps.run_folder import (
     choose_checkpoint,
     clear_leftovers,
     find_checkpoint,
+    folder_of,
     place_loggers,
     purge_from,
 )
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
+from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
@@ -80,20 +83,20 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``commit.txt`` (``config.yaml`` is Lightning's)."""
-        if not trainer.loggers or trainer.loggers[0].log_dir is None:
+        if not trainer.loggers:
             return
-        # Not trainer.log_dir: that asks all ranks, and only rank 0 is here.
-        folder = Path(trainer.loggers[0].log_dir)
+        folder = folder_of(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
         if any(keeper.resume_from is not None for keeper in keepers):
             return  # the record of the first start stays
         commit = git_commit()
         (folder / "commit.txt").write_text(commit + "\n")
-        if hasattr(trainer.logger, "experiment"):
-            config = self.parser.dump(self.config, skip_none=False)
-            trainer.logger.experiment.add_text("run/commit", commit)  # type: ignore[union-attr]
-            trainer.logger.experiment.add_text("run/config", f"```yaml\n{config}\n```")  # type: ignore[union-attr]
+        config = self.parser.dump(self.config, skip_none=False)
+        for log in trainer.loggers:
+            if isinstance(log, TensorBoardLogger):
+                log.experiment.add_text("run/commit", commit)
+                log.experiment.add_text("run/config", f"```yaml\n{config}\n```")
 
 
 class LRMCLI(LightningCLI):
@@ -123,14 +126,17 @@ class LRMCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": None}
 
     def before_instantiate_classes(self) -> None:
-        """Make loggers write into the run's folder."""
+        """Make loggers write into the run's folder, and what has no logger too."""
         folder = self._setting("run.folder")
+        place_loggers(self._setting("trainer.logger"), folder)
         if folder is not None:
-            place_loggers(self._setting("trainer.logger"), folder)
+            self._namespace(self.config)["trainer"]["default_root_dir"] = folder
 
     def before_fit(self) -> None:
         """Check the data, choose what to go on from, then load weights: all before anything slow starts."""
         self._prepare(encoder=True)
+        if self._setting("run.profile"):
+            self.trainer.callbacks.append(TraceRecorder(self._setting("run.profile")))  # type: ignore[attr-defined]
         if self.trainer.is_global_zero:
             self._enter_run_folder()
 
@@ -165,9 +171,8 @@ class LRMCLI(LightningCLI):
     def _enter_run_folder(self) -> None:
         """Lock the folder and choose the checkpoint to go on from; rank 0 does this."""
         resume, given, keeper = self._setting("run.resume"), self._setting("run.folder"), self._keeper()
-        log_dir = self.trainer.loggers[0].log_dir if self.trainer.loggers else None
-        if log_dir is not None:
-            self._lock = RunLock(Path(log_dir))
+        if self.trainer.loggers or given is not None:
+            self._lock = RunLock(folder_of(self.trainer))
         if keeper is None:
             if resume not in ("auto", "never"):
                 raise InputError("expected a RunKeeper among trainer.callbacks to resume with, found none")
@@ -178,7 +183,8 @@ class LRMCLI(LightningCLI):
         keeper.resume_from = choose_checkpoint(resume, checkpoints)
         if keeper.resume_from is not None:
             require_network(keeper.resume_from, self.model.lrm)
-            purge_from(self.trainer.loggers, keeper.resume_from.step)
+        if given is not None:
+            purge_from(self.trainer.loggers, 0 if keeper.resume_from is None else keeper.resume_from.step)
 
     def _keeper(self) -> RunKeeper | None:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
