@@ -8,6 +8,20 @@ CONFIG ?= configs/experiment/demo.yaml
 DATA ?= data/demo
 ARGS ?=
 
+# make train on several processes, or on a cluster; see `lrm launch --help`. Not taken from the environment, where
+# names as plain as these may mean anything.
+NODES :=
+GPUS :=
+PROCESSES :=
+STRATEGY :=
+NAME :=
+PARTITION :=
+ACCOUNT :=
+TIME :=
+CONTAINER :=
+MASTER :=
+DRY_RUN :=
+
 # make render-shards
 ASSETS ?= data_tools/demo_assets
 OUT ?= data/demo
@@ -25,14 +39,30 @@ if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-i
 else echo "Missing system packages. Run:  sudo apt-get install $(1)   and then make again." >&2; exit 1; fi
 endef
 
-.PHONY: help train render-shards tensorboard test test-fast soak lint clean
+# $(call option,--name,VALUE): --name='VALUE', or nothing where there is no value.
+option = $(if $(2),$(1)='$(subst ','\'',$(2))')
+JOB = $(call option,--nodes,$(NODES)) $(call option,--gpus,$(GPUS)) $(call option,--processes,$(PROCESSES)) \
+  $(call option,--partition,$(PARTITION)) $(call option,--account,$(ACCOUNT)) $(call option,--container,$(CONTAINER))
+LAUNCH = $(JOB) $(call option,--strategy,$(STRATEGY)) $(call option,--name,$(NAME)) $(call option,--time,$(TIME)) \
+  $(call option,--master,$(MASTER)) $(if $(DRY),--dry-run)
+DRY = $(filter-out 0,$(DRY_RUN))
+LAYERS = $(foreach config,$(CONFIG),-c $(config))
+
+.PHONY: help train doctor render-shards tensorboard test test-fast soak lint clean
 
 help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
-train: .venv/ready $(DATA)/manifest.json ## Train and measure: CONFIG= DATA= ARGS="--trainer.max_steps 50"
-	.venv/bin/lrm fit $(foreach config,$(CONFIG),-c $(config)) --data.folder $(DATA) $(ARGS)
+train: .venv/ready $(if $(DRY),,$(DATA)/manifest.json) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; NODES= GPUS=
+ifeq ($(strip $(LAUNCH)),)
+	.venv/bin/lrm fit $(LAYERS) --data.folder $(DATA) $(ARGS)
+else
+	@.venv/bin/lrm launch $(LAUNCH) $(LAYERS) --data $(DATA) -- $(ARGS)
+endif
+
+doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PARTITION= ACCOUNT=
+	.venv/bin/lrm doctor $(JOB) $(LAYERS) --data.folder $(DATA) $(ARGS)
 
 render-shards: .venv-render/ready ## Render meshes to shards: ASSETS= OUT= VIEWS= RES= SAMPLES= JOBS= ARGS=
 	.venv-render/bin/python -m data_tools render --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \

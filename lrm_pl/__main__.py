@@ -11,6 +11,8 @@ COMMANDS = {
         "measure a checkpoint: lrm validate -c RUN/config.yaml --ckpt_path X",
     ),
     "test": ("lrm_pl.apps.train:main", "as validate, under the names of a test"),
+    "launch": ("lrm_pl.apps.launch:main", "start a fit on several processes: under Slurm, or with torchrun"),
+    "doctor": ("lrm_pl.apps.doctor:main", "check what a run needs, on every node"),
 }
 
 

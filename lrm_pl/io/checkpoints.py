@@ -15,6 +15,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -246,11 +247,14 @@ def read_tensors(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
             _fill(tensor, content[name])
         return
     alone = not torch.distributed.is_initialized()
-    load(
-        {name: tensor.detach() for name, tensor in into.items()},
-        storage_reader=_SafeReader(checkpoint.path),
-        no_dist=alone,
-    )
+    with warnings.catch_warnings():
+        # Said of every read by one process, also where one is what is meant.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        load(
+            {name: tensor.detach() for name, tensor in into.items()},
+            storage_reader=_SafeReader(checkpoint.path),
+            no_dist=alone,
+        )
 
 
 def _fill(tensor: Tensor, value: Tensor) -> None:

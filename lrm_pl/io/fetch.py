@@ -17,6 +17,8 @@ from lrm_pl.io.artefacts import Artefact
 
 #: A server that sends nothing for this long is given up.
 SILENCE_SECONDS = 30.0
+#: A source that is only asked whether it is there.
+ASK_SECONDS = 5.0
 #: pip retries on its own; a slow line needs this long for 90 MB at 50 kB/s.
 PIP_SECONDS = 1800.0
 _BLOCK_BYTES = 1 << 20
@@ -84,6 +86,30 @@ def fetch(artefact: Artefact, folder: Path) -> Path:
             return whole.replace(folder / artefact.filename)
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
         raise FetchError(f"{type(error).__name__}: {error}") from error
+
+
+def ask(artefact: Artefact) -> None:
+    """Ask an artefact's source whether it would answer, without downloading.
+
+    Raises:
+        FetchError: It would not.
+    """
+    if artefact.provider == "official":
+        request = urllib.request.Request(artefact.address, headers={"User-Agent": "lrm_pl"}, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=ASK_SECONDS).close()
+        except (OSError, http.client.HTTPException) as error:
+            raise FetchError(f"{type(error).__name__}: {error}") from error
+        return
+    name, version = artefact.address.split("==")
+    command = [sys.executable, "-P", "-m", "pip", "index", "versions", name, "--ignore-requires-python"]
+    command += ["--no-input", "--disable-pip-version-check", "--retries=0", f"--timeout={ASK_SECONDS:.0f}"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=4 * ASK_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise FetchError(f"pip did not answer within {4 * ASK_SECONDS:.0f} s") from error
+    if run.returncode or not re.search(rf"(?<![\d.]){re.escape(version)}(?![\d.])", run.stdout):
+        raise FetchError(f"pip's index does not offer {artefact.address}")
 
 
 def _download_url(artefact: Artefact, path: Path) -> None:

@@ -64,14 +64,14 @@ def cached_path(artefact: Artefact) -> Path:
     return cache_folder() / "weights" / artefact.provider / artefact.filename
 
 
-def resolve(
+def find(
     name: WeightName,
     *,
     source: WeightSource = "any",
     path: str | Path | None = None,
     sha256: str | None = None,
-) -> ResolvedWeights:
-    """Find the file that holds an entry's weights and verify its sha256.
+) -> ResolvedWeights | None:
+    """Find an entry's file on this machine and verify its sha256; None where it would have to be downloaded.
 
     Args:
         name: The entry.
@@ -80,9 +80,9 @@ def resolve(
         sha256: The hash of that file, needed when it is none of the entry's artefacts.
 
     Raises:
-        WeightsError: Nothing answered, or a file is not what it should be.
+        WeightsError: A file is not what it should be, or there is no such source.
     """
-    artefacts = [artefact for artefact in ARTEFACTS[name] if source in ("any", artefact.provider)]
+    artefacts = candidates(name, source)
     if sha256 is not None and (path is None or not re.fullmatch(r"[0-9a-fA-F]{64}", sha256)):
         raise WeightsError(
             f"{name}: expected sha256 to be 64 hex digits and to come with the path of the file, "
@@ -98,15 +98,37 @@ def resolve(
     for artefact in artefacts:
         if (found := _cached(name, artefact)) is not None:
             return found
-    failures = []
+    return None
+
+
+def candidates(name: WeightName, source: WeightSource) -> list[Artefact]:
+    """Return the artefacts that may answer for an entry, in the order in which they are tried."""
+    return [artefact for artefact in ARTEFACTS[name] if source in ("any", artefact.provider)]
+
+
+def resolve(
+    name: WeightName,
+    *,
+    source: WeightSource = "any",
+    path: str | Path | None = None,
+    sha256: str | None = None,
+) -> ResolvedWeights:
+    """Find the file that holds an entry's weights as ``find`` does, or else download it.
+
+    Raises:
+        WeightsError: Nothing answered, or a file is not what it should be.
+    """
+    if (found := find(name, source=source, path=path, sha256=sha256)) is not None:
+        return found
+    artefacts, failures = candidates(name, source), []
     for artefact in artefacts:
         try:
             fetched = fetch(artefact, cached_path(artefact).parent)
         except FetchError as error:
-            failures.append(f"{_source(artefact)}: {error}")
+            failures.append(f"{source_name(artefact)}: {error}")
             _LOG.warning("%s: %s", name, failures[-1])
             continue
-        _LOG.info("%s: %s, from %s, kept as %s", name, artefact.what, _source(artefact), fetched)
+        _LOG.info("%s: %s, from %s, kept as %s", name, artefact.what, source_name(artefact), fetched)
         return ResolvedWeights(name, fetched, artefact.sha256, artefact, "download")
     raise WeightsError(_nothing_answered(name, source, artefacts, failures))
 
@@ -155,7 +177,8 @@ def _option(name: WeightName) -> str:
     return f"--weights.{name if name.startswith('lpips') else 'encoder'}"
 
 
-def _source(artefact: Artefact) -> str:
+def source_name(artefact: Artefact) -> str:
+    """Name where an artefact comes from."""
     kind = "official download" if artefact.provider == "official" else "PyPI package"
     return f"{kind} {artefact.address}"
 

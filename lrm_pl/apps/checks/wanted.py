@@ -1,0 +1,128 @@
+"""What a run asks for: its config, as `lrm fit` would read it, without making the model."""
+
+import argparse
+import dataclasses
+import warnings
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+
+from lrm_pl.apps.train import LRMCLI, WeightsConfig, WeightsFile, pretrained_name
+from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.errors import InputError
+from lrm_pl.io.artefacts import WeightName
+from lrm_pl.io.weights import WeightSource
+from lrm_pl.training.module import LRMModule
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One file of pretrained weights: the entry, and where the config looks for it."""
+
+    name: WeightName
+    source: WeightSource
+    path: str | None
+    sha256: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a run asks of the machines.
+
+    Attributes:
+        nodes: Machines.
+        processes: Processes a machine.
+        gpus: GPUs a machine; 0 on CPUs.
+        precision: Lightning's name of it.
+        accumulate: Batches accumulated into an optimiser step.
+        batch_size: Objects an optimiser step.
+        views: Views an object must have.
+        workers: Loader workers a process.
+        data: Folder of the shards.
+        run: Folder that the run writes into.
+        weights: Pretrained files that it starts from or measures with.
+    """
+
+    nodes: int
+    processes: int
+    gpus: int
+    precision: str
+    accumulate: int
+    batch_size: int
+    views: int
+    workers: int
+    data: Path
+    run: Path
+    weights: tuple[Weights, ...]
+
+
+class _ParsedOnly(LRMCLI):
+    """The command line of `lrm fit` that stops once everything is parsed."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def _set_seed(self) -> None:
+        """Seed nothing, and say nothing of it."""
+
+
+def read_wanted(arguments: list[str]) -> Wanted:
+    """Read the arguments of `lrm fit`.
+
+    Raises:
+        InputError: `lrm fit` would refuse them, or there are no known weights for the encoder.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+        try:
+            config = _ParsedOnly(
+                LRMModule,
+                ShardDataModule,
+                run=False,
+                save_config_callback=None,
+                seed_everything_default=False,
+                parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+                args=arguments,
+            ).config
+        except argparse.ArgumentError as error:
+            raise InputError(
+                f"expected arguments that `lrm fit` takes, found: {error}; correct them, see `lrm fit --help`"
+            ) from error
+    trainer, data = config["trainer"], config["data"]
+    accelerator = trainer["accelerator"]
+    on_gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    processes = process_count(trainer["devices"], torch.cuda.device_count() if on_gpus else 1)
+    return Wanted(
+        nodes=trainer["num_nodes"],
+        processes=processes,
+        gpus=processes if on_gpus else 0,
+        precision=str(trainer["precision"]),
+        accumulate=trainer["accumulate_grad_batches"],
+        batch_size=data["batch_size"],
+        views=1 + data["side_views"] + data["unseen_views"],
+        workers=data["workers"],
+        data=Path(data["folder"]),
+        run=Path(config.get("run.folder") or "runs"),
+        weights=_weights(config),
+    )
+
+
+def process_count(devices: int | str | list[int], available: int) -> int:
+    """Return how many processes Lightning's ``devices`` starts on a node, of which -1 and "auto" mean all there are."""
+    if isinstance(devices, list):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return max(1, available)
+    chosen = [part for part in str(devices).split(",") if part]
+    return len(chosen) if "," in str(devices) else int(chosen[0])
+
+
+def _weights(config: Namespace) -> tuple[Weights, ...]:
+    given: WeightsConfig = config["weights"]
+    files: list[tuple[WeightName, WeightsFile]] = [("lpips_alex", given.lpips_alex)]
+    if config["model"]["objective"]["lpips"]:
+        files.insert(0, ("lpips_vgg", given.lpips_vgg))
+    if given.pretrained:
+        files.insert(0, (pretrained_name(config["model"]["lrm"]["encoder"]["name"]), given.encoder))
+    return tuple(Weights(name, given.source, file.path, file.sha256) for name, file in files)

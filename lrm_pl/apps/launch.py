@@ -1,0 +1,160 @@
+"""``lrm launch``: start `lrm fit` on several processes, under Slurm or with torchrun (`make train NODES= GPUS=`).
+
+Under Slurm it fills configs/cluster/slurm.sbatch, shows it and submits it. Elsewhere it starts one node's processes
+itself; for more nodes it prints the line that starts each of them.
+"""
+
+import argparse
+import datetime
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrm_pl.apps import slurm
+from lrm_pl.apps.job import FIRST_NODE, STRATEGIES, Launch, job_script, node_lines, torchrun
+from lrm_pl.data.manifest import write_atomically
+from lrm_pl.errors import InputError
+from lrm_pl.io.weights import cache_folder
+
+
+def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
+    """Turn the command line into a run.
+
+    Raises:
+        InputError: Something that cannot be used.
+    """
+    gpus = slurm.gpus_a_node(options.partition) if options.gpus is None else options.gpus
+    for name, value, least in (("NODES", options.nodes, 1), ("GPUS", gpus, 0)):
+        if value < least:
+            raise InputError(f"expected {name} of at least {least}, found {value}; correct {name}=")
+    processes = processes_a_node(gpus, options.processes)
+    strategy = options.strategy or ("ddp" if options.nodes * processes > 1 else "gpu" if gpus else "cpu")
+    layer = STRATEGIES / f"{slurm.checked('strategy', strategy)}.yaml"
+    if not layer.is_file():
+        known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
+        raise InputError(
+            f"expected STRATEGY among {known} ({STRATEGIES}/), found {strategy!r}; name one of them"
+        )
+    for config in options.config:
+        if not Path(config).is_file():
+            raise InputError(f"expected a config file, found none at {config}; correct CONFIG=")
+    experiment = re.sub(r"[^A-Za-z0-9]+", "-", Path(options.config[0]).stem).strip("-") or "run"
+    name = options.name or f"{experiment}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    if name in ("bash", "interactive"):
+        raise InputError(
+            f"expected another NAME, found {name!r}: Lightning takes it for a shell, not a job; choose one"
+        )
+    run = Path("runs") / slurm.checked("name", name)
+    return Launch(
+        options.nodes, processes, gpus, tuple(options.config), strategy, options.data, run, tuple(arguments)
+    )
+
+
+def processes_a_node(gpus: int, given: int | None) -> int:
+    """Return the processes that a node runs: one a GPU, or on CPUs as many as are given.
+
+    Raises:
+        InputError: The two do not fit.
+    """
+    processes = (gpus or 1) if given is None else given
+    if processes < 1 or (gpus and processes != gpus):
+        raise InputError(
+            f"expected one process a GPU, found PROCESSES={processes} with GPUS={gpus}; PROCESSES= is for CPUs: GPUS=0"
+        )
+    return processes
+
+
+def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
+    """Show the job's script, and submit it unless the run is dry."""
+    cpus = slurm.cpus_a_process(options.partition, launch.gpus, launch.processes)
+    python = "python" if options.container else sys.executable  # an image has its own
+    script = job_script(
+        launch,
+        [python, *launch.fit()],
+        cpus=cpus,
+        cache=cache_folder(),
+        partition=options.partition,
+        account=options.account,
+        time=options.time,
+        container=options.container,
+    )
+    print(script)
+    path = launch.run / "job.sbatch"
+    if options.dry_run:
+        print(f"DRY_RUN: nothing was submitted; the script would be {path}.")
+        return
+    for folder in (launch.run, cache_folder()):  # a container mounts only what is there
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, script.encode())
+    job = slurm.submit(path)
+    print(f"Submitted job {job}, script {path}. To follow it:")
+    print(f"  tail -F {launch.run}/slurm-{job}.log    what it prints, from its start on")
+    print(f"  squeue -j {job}    where it is in the queue")
+    print("  make tensorboard    its curves and pictures")
+    print(f"  scancel {job}    ends it; the same command with NAME={launch.run.name} goes on from there")
+
+
+def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
+    """Start this machine's processes, or show what to type on each machine.
+
+    Raises:
+        InputError: More nodes than this machine, and nothing that could start them.
+    """
+    if launch.nodes == 1:
+        command = torchrun(launch, "--standalone")
+        print(slurm.quoted(command), flush=True)
+        if options.dry_run:
+            print("DRY_RUN: nothing was started.")
+            return
+        os.execv(command[0], command)  # signals then reach torchrun as they would without this program
+    for rank, line in enumerate(node_lines(launch, options.master)):
+        print(f"# node {rank}, in {shlex.quote(str(Path.cwd()))}\n{line}")
+    if not options.master:
+        print(
+            f"# {FIRST_NODE} stands for the address of node 0, as the other nodes reach it: MASTER=address[:port]"
+        )
+    sys.stdout.flush()
+    if not options.master and not options.dry_run:
+        raise InputError(
+            f"expected Slurm to start {launch.nodes} nodes, found no `sbatch` on PATH; nothing was started: run this "
+            "on a login node, or type the lines above, each on its node, with code, data and run folder at the same "
+            "paths"
+        )
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Describe the command line; `lrm fit`'s arguments come after ``--``."""
+    parser = argparse.ArgumentParser(
+        prog="lrm launch", description=__doc__, usage="%(prog)s [options] -- [arguments of lrm fit]",
+        allow_abbrev=False,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--nodes", type=int, default=1, help="machines")
+    add("--gpus", type=int, help="GPUs a machine; 0 trains on CPUs; Slurm is asked if it is not given")
+    add("--processes", type=int, help="processes a machine where no GPU is used (1)")
+    add("--config", "-c", action="append", required=True, help="a layer of the config; the last wins")
+    add("--data", default="data/demo", help="folder of the shards")
+    add("--name", default="", help="the run is runs/NAME; one that is there is gone on with")
+    add("--strategy", default="", help=f"a layer of {STRATEGIES} (ddp for more than one process)")
+    add("--partition", default="", help="Slurm's partition")
+    add("--account", default="", help="Slurm's account")
+    add("--time", default="24:00:00", help="limit of one start of the job (24:00:00)")
+    add("--container", default="", help="image that the processes run in (pyxis)")
+    add("--master", default="", help="without Slurm: address[:port] of the first machine")
+    add("--dry-run", action="store_true", help="only show")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; expected errors end in one message instead of a traceback."""
+    words = sys.argv[2:] if argv is None else argv
+    split = words.index("--") if "--" in words else len(words)
+    options = argument_parser().parse_args(words[:split])
+    try:
+        launch = planned(options, words[split + 1 :])
+        (launch_with_slurm if slurm.available() else launch_with_torchrun)(launch, options)
+    except InputError as error:
+        sys.exit(f"lrm: {error}")

@@ -1,0 +1,114 @@
+"""The job script and the doctor under a real Slurm of two nodes, where there is one."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lrm_pl.apps import slurm
+from lrm_pl.apps.job import Launch, job_script
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import os, signal, time
+rank = os.environ["SLURM_PROCID"]
+signal.signal(signal.SIGUSR1, lambda *_: print("rank", rank, "got USR1"))
+print("rank", rank, "of", os.environ["SLURM_NTASKS"], "on", os.environ["SLURMD_NODENAME"])
+while not os.path.exists("stop"):
+    time.sleep(0.1)
+raise SystemExit(3 if rank == "1" else time.sleep(300))
+"""
+
+
+def idle_nodes():
+    """Names of idle nodes; none where there is no Slurm, or one that does not answer."""
+    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
+        return []
+    command = ["timeout", "20", "sinfo", "-hN", "-t", "idle", "-o", "%N"]
+    return sorted(set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
+
+
+@pytest.fixture
+def here(tmp_path, root, monkeypatch):
+    """A working folder with the template, where two nodes are idle."""
+    if len(idle := idle_nodes()) < 2:
+        pytest.skip(f"needs a Slurm with two idle nodes, found {idle}")
+    shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    return tmp_path
+
+
+def wait_for(log, pattern, count, seconds=60):
+    """Wait until a log has so many lines of a kind, in any order; return its text."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        text = log.read_text() if log.is_file() else ""
+        if len(re.findall(pattern, text, re.MULTILINE)) >= count:
+            return text
+        time.sleep(0.2)
+    pytest.fail(f"expected {count} x {pattern!r} within {seconds} s, found:\n{text}")
+
+
+def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_rank_dies(here):
+    launch = Launch(2, 1, 0, (), "ddp", "data", Path("runs/try"), ())
+    launch.run.mkdir(parents=True)
+    script = launch.run / "job.sbatch"
+    script.write_text(
+        job_script(launch, [sys.executable, "program.py"], cpus=1, cache=here / "cache", time="5")
+    )
+    job = slurm.submit(script)
+    log = launch.run / f"slurm-{job}.log"
+    try:
+        wait_for(log, r"^rank \d of 2", 2)
+        subprocess.run(["scancel", "--signal=USR1", job], check=True)  # as --signal=USR1@120 does, in time
+        wait_for(log, r"^rank \d got USR1", 2)
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        wait_for(log, "DUE TO JOB REQUEUE", 1)
+        # Slurm holds a requeued job back for two minutes, because nodes refuse the credential of a job that they have
+        # just ended; that is so for whole seconds, so three are enough here, and none is not.
+        time.sleep(3)
+        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+        text = wait_for(log, r"^rank \d of 2", 4)
+        assert re.search(rf"job {job}, start 1, on .*job {job}, start 2, on ", text, re.DOTALL), text
+        places = set(re.findall(r"^rank (\d) of 2 on (\S+)$", text, re.MULTILINE))
+        assert len(places) == len({node for _, node in places}) == 2, "each rank has a node of its own"
+        (here / "stop").touch()  # rank 1 fails, rank 0 would sleep on
+        wait_for(log, r"srun: error: .* task 1: Exited with exit code 3", 1)
+        for _ in range(100):
+            if not subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip():
+                break
+            time.sleep(0.2)
+        else:
+            pytest.fail(f"expected the job to end with its rank, found it running:\n{log.read_text()}")
+    finally:
+        subprocess.run(["scancel", job], check=False, capture_output=True)
+
+
+def test_the_doctor_looks_at_both_nodes_and_prints_one_table(here, root, shards):
+    command = [sys.executable, "-m", "lrm_pl", "doctor", "--nodes=2", "--gpus=0", f"--data.folder={shards}"]
+    given = ["--data.batch_size=3", "--data.side_views=1", "--data.unseen_views=2", "--data.workers=0"]
+    given += ["--weights.pretrained=false", "--weights.source=pypi", "--model.objective.lpips=0"]
+    given += ["--weights.lpips_alex.path=none.pth"]
+    done = subprocess.run(
+        command + given,
+        env=os.environ | {"LRM_CACHE": str(here / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode != 0, "a batch of 3 over 2 processes"
+    found = [line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│")]
+    said = " ".join(found)  # cells are folded
+    assert done.stdout.count("rendezvous") == 1, done.stdout + done.stderr
+    assert f"{here}/runs: all nodes see each other's files" in said
+    assert "missing: batch: 2 must divide it: --data.batch_size 2 or 4" in done.stdout
+    assert "expected a file at none.pth, found none" in said
+    assert not list(here.rglob(".doctor-*")), "the tokens are removed"

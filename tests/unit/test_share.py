@@ -1,0 +1,118 @@
+"""The global sequence divided among processes, accumulated batches and workers: the same samples whatever the world."""
+
+import itertools
+
+import pytest
+
+from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
+from lrm_pl.data.manifest import read_manifest
+from lrm_pl.data.shards import Order
+from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.data.transforms import CropConfig
+from lrm_pl.errors import InputError
+
+WORLDS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 3), (12, 1), (3, 4)]
+
+
+def positions(world, accumulate, steps, batch_size=12, start=0):
+    """What each optimiser step reads, over all ranks and accumulated batches."""
+    shares = [Share(batch_size, rank, world, accumulate) for rank in range(world)]
+    return [
+        sorted(
+            g
+            for share in shares
+            for batch in range(step * accumulate, (step + 1) * accumulate)
+            for g in share.positions(start, batch)
+        )
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(("world", "accumulate"), WORLDS)
+def test_a_step_reads_the_same_positions_whatever_the_world_and_the_accumulation(world, accumulate):
+    expected = [list(range(5 + 12 * step, 5 + 12 * (step + 1))) for step in range(7)]
+    assert positions(world, accumulate, steps=7, start=5) == expected
+
+
+def test_the_division_by_hand():
+    # 8 objects a step, 2 processes, 2 accumulated batches: runs 0-3 and 4-7, each dealt out in turn.
+    assert [list(Share(8, 0, 2, 2).positions(0, batch)) for batch in range(3)] == [[0, 2], [4, 6], [8, 10]]
+    assert [list(Share(8, 1, 2, 2).positions(0, batch)) for batch in range(3)] == [[1, 3], [5, 7], [9, 11]]
+    assert Share(8, 1, 2, 2).local_batch_size == 2
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_with_the_nearest_that_can():
+    with pytest.raises(
+        InputError, match=r"8 processes x 2 accumulated .* divide, found 24; .* take 16 or 32"
+    ):
+        Share(24, 0, 8, 2)
+    with pytest.raises(InputError, match="take 8,"):
+        Share(3, 0, 8, 1)
+    with pytest.raises(InputError, match="found 0"):
+        Share(0)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Twelve objects in shards of 5, 5 and 2."""
+    folder = tmp_path_factory.mktemp("odd")
+    write_synthetic_shards(folder, train=12, val=5, views=3, resolution=8, shard_size=5)
+    return folder
+
+
+def stream(folder, share, steps, position=0):
+    crop = CropConfig(8, 8, 8)
+    return TrainingStream(folder, read_manifest(folder), share, 2, 1, None, crop, 0, 4, steps, position)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 1), (4, 3)])
+def test_every_sample_comes_exactly_once_an_epoch_over_any_ranks_and_workers(
+    odd, monkeypatch, world, workers
+):
+    ids = []
+    for rank, worker in itertools.product(range(world), range(max(1, workers))):
+        info = type("Info", (), {"id": worker, "num_workers": workers}) if workers else None
+        monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda info=info: info)
+        # 3 epochs of 12 objects, 4 a step; with 4 ranks x 3 workers there are more workers than shards
+        ids += [key for batch in stream(odd, Share(4, rank, world), steps=9) for key in batch.ids]
+    assert len(ids) == 36
+    assert all(ids.count(key) == 3 for key in set(ids))
+    assert len(set(ids)) == 12
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone(odd):
+    order = Order((5, 5, 2), seed=0, streams=4)
+    keys = stream(odd, Share(4), 1).reader
+    expected = [keys.keys(p.shard)[p.index] for p in map(order.locate, range(24))]
+    whole = [key for batch in stream(odd, Share(4), steps=6) for key in batch.ids]
+    assert whole == expected
+    dealt = [batch.ids for rank in range(2) for batch in stream(odd, Share(4, rank, 2), steps=6)]
+    assert sorted(key for ids in dealt for key in ids) == sorted(expected)
+    assert [key for batch in stream(odd, Share(6), steps=2, position=8) for key in batch.ids] == expected[
+        8:20
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_evaluation_has_every_sample_once_and_equally_many_items_on_every_rank(odd, world):
+    manifest = read_manifest(odd)
+    ranks = [list(EvaluationSet(odd, manifest, "val", [2], None, rank, world)) for rank in range(world)]
+    assert {len(items) for items in ranks} == {-(-5 // world)}
+    real = [item.ids[0] for items in ranks for item in items if item.weight]
+    assert sorted(real) == [f"val-ellipsoid-{i:03d}" for i in range(5)]
+
+
+def test_a_bad_sample_leaves_an_item_of_weight_0_so_that_no_rank_waits_for_another(tmp_path, caplog):
+    write_synthetic_shards(tmp_path, train=1, val=3, views=3, resolution=8, shard_size=5)
+    tar = tmp_path / "val-000000.tar"
+    content = bytearray(tar.read_bytes())
+    place = content.index(b"\x93NUMPY")  # the poses of the first object
+    content[place : place + 6] = b"corrup"
+    tar.write_bytes(bytes(content))
+    items = list(EvaluationSet(tmp_path, read_manifest(tmp_path), "val", [2]))
+    assert [(item.ids[0], float(item.weight)) for item in items] == [
+        ("val-ellipsoid-001", 0.0),
+        ("val-ellipsoid-001", 1.0),
+        ("val-ellipsoid-002", 1.0),
+    ]
+    assert "val-ellipsoid-000" in caplog.text
