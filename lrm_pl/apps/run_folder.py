@@ -3,14 +3,17 @@
 import dataclasses
 import errno
 import fcntl
+import importlib.util
 import logging
 import os
 import weakref
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lrm_pl.apps.csv_rows import KeptRows
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, read_checkpoint
 
@@ -30,10 +33,12 @@ class RunConfig:
             starts, and refuses a folder that has checkpoints; anything else is where a new run begins: the path of a
             checkpoint, or the folder of a run whose newest one is taken. Once the run has checkpoints of its own it
             goes on from these, so that it may be started again with the same command.
+        profile: So many steps, after a warm-up of five, are traced into ``profile/`` in the folder; 0: none.
     """
 
     folder: str | None = None
     resume: str = "auto"
+    profile: int = 0
 
 
 def run_path(folder: str) -> Path:
@@ -50,17 +55,19 @@ def run_path(folder: str) -> Path:
     return Path(folder).expanduser().absolute()
 
 
-def place_loggers(loggers: Any, folder: str) -> None:  # noqa: ANN401 - a config: what the user gave, not checked yet
-    """Make every logger of a trainer's config write into the run's folder itself.
+def place_loggers(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - a config: what the user gave, not checked yet
+    """Make every logger of a trainer's config write into the run's folder itself, where one is given.
 
     Raises:
-        InputError: A logger that Lightning would choose, and place elsewhere.
+        InputError: A logger that Lightning would choose and place elsewhere, or one whose package is not installed.
     """
-    path = run_path(folder)
+    path = None if folder is None else run_path(folder)
     for logger_config in loggers if isinstance(loggers, list) else [loggers]:
         if logger_config is False:
             continue
         if logger_config is None or logger_config is True:
+            if path is None:
+                continue
             raise InputError(
                 f"expected trainer.logger to name a logger, or false, found {logger_config}: Lightning's choice would "
                 "not write into the run's folder; leave it out for TensorBoard"
@@ -68,10 +75,26 @@ def place_loggers(loggers: Any, folder: str) -> None:  # noqa: ANN401 - a config
         if logger_config.get("init_args") is None:  # a class that was named without arguments
             logger_config["init_args"] = {}
         arguments = logger_config["init_args"]
-        if "WandbLogger" in logger_config["class_path"]:
-            arguments["save_dir"] = str(path)
+        is_wandb = "WandbLogger" in logger_config["class_path"]
+        if is_wandb and importlib.util.find_spec("wandb") is None:
+            raise InputError(
+                "expected the package wandb for the WandbLogger, found none; pip install -e '.[wandb]', or leave "
+                "configs/logger/wandb.yaml out"
+            )
+        if path is None:
+            continue
+        if is_wandb:
+            arguments["save_dir"], arguments["name"] = str(path), path.name
         else:
             arguments["save_dir"], arguments["name"], arguments["version"] = str(path.parent), "", path.name
+
+
+def folder_of(trainer: L.Trainer) -> Path:
+    """Return the run's folder as this process sees it; ``trainer.log_dir`` asks all ranks, this asks none."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    first = trainer.loggers[0]
+    return Path(first.log_dir or first.save_dir or trainer.default_root_dir)
 
 
 def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
@@ -150,7 +173,12 @@ class RunLock:
 
 
 def purge_from(loggers: list[Any], step: int) -> None:
-    """Make TensorBoard drop points at or after ``step`` that a run logged after the checkpoint it goes on from."""
+    """Make loggers drop points at or after ``step``: a run logged them after the checkpoint it goes on from.
+
+    With step 0 these are all: of a run that ended before its first checkpoint.
+    """
     for log in loggers:
         if isinstance(log, TensorBoardLogger):
             log._kwargs["purge_step"] = step
+        elif isinstance(log, CSVLogger):
+            log._experiment = KeptRows(log.log_dir, step)

@@ -21,11 +21,13 @@ from lrm_pl.apps.run_folder import (
     RunLock,
     choose_checkpoint,
     find_checkpoint,
+    folder_of,
     place_loggers,
     purge_from,
     run_path,
 )
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
+from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import clear_leftovers, require_writable
@@ -87,20 +89,20 @@ class RunRecord(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``commit.txt`` (``config.yaml`` is Lightning's)."""
-        if not trainer.loggers or trainer.loggers[0].log_dir is None:
+        if not trainer.loggers:
             return
-        # Not trainer.log_dir: that asks all ranks, and only rank 0 is here.
-        folder = Path(trainer.loggers[0].log_dir)
+        folder = folder_of(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
         if any(keeper.resume_from is not None for keeper in keepers):
             return  # the record of the first start stays
         commit = git_commit()
         (folder / "commit.txt").write_text(commit + "\n")
-        if isinstance(trainer.logger, TensorBoardLogger):
-            config = self.parser.dump(self.config, skip_none=False)
-            trainer.logger.experiment.add_text("run/commit", commit)
-            trainer.logger.experiment.add_text("run/config", f"```yaml\n{config}\n```")
+        config = self.parser.dump(self.config, skip_none=False)
+        for log in trainer.loggers:
+            if isinstance(log, TensorBoardLogger):
+                log.experiment.add_text("run/commit", commit)
+                log.experiment.add_text("run/config", f"```yaml\n{config}\n```")
 
 
 class LRMCLI(LightningCLI):
@@ -130,14 +132,17 @@ class LRMCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": None}
 
     def before_instantiate_classes(self) -> None:
-        """Make loggers write into the run's folder."""
+        """Make loggers write into the run's folder, and what has no logger too."""
         folder = self._setting("run.folder")
+        place_loggers(self._setting("trainer.logger"), folder)
         if folder is not None:
-            place_loggers(self._setting("trainer.logger"), folder)
+            self._namespace(self.config)["trainer"]["default_root_dir"] = folder
 
     def before_fit(self) -> None:
         """Check the data, choose what to go on from, then load weights: all before anything slow starts."""
         self._prepare(encoder=True)
+        if self._setting("run.profile"):
+            self.trainer.callbacks.append(TraceRecorder(self._setting("run.profile")))  # type: ignore[attr-defined]
         if self.trainer.is_global_zero:
             self._enter_run_folder()
 
@@ -172,10 +177,15 @@ class LRMCLI(LightningCLI):
     def _enter_run_folder(self) -> None:
         """Lock the folder and choose the checkpoint to go on from; rank 0 does this."""
         resume, given, keeper = self._setting("run.resume"), self._setting("run.folder"), self._keeper()
-        log_dir = self.trainer.loggers[0].log_dir if self.trainer.loggers else None
-        folder = log_dir if given is None else str(run_path(given))
+        folder = (
+            run_path(given)
+            if given is not None
+            else folder_of(self.trainer)
+            if self.trainer.loggers
+            else None
+        )
         if folder is not None:
-            self._lock = RunLock(Path(folder))
+            self._lock = RunLock(folder)
         if keeper is None:
             if resume not in ("auto", "never"):
                 raise InputError("expected a RunKeeper among trainer.callbacks to resume with, found none")
@@ -188,7 +198,8 @@ class LRMCLI(LightningCLI):
         keeper.resume_from = choose_checkpoint(resume, keeper.folder)
         if keeper.resume_from is not None:
             require_network(keeper.resume_from, self.model.lrm)
-            purge_from(self.trainer.loggers, keeper.resume_from.step)
+        if given is not None:
+            purge_from(self.trainer.loggers, 0 if keeper.resume_from is None else keeper.resume_from.step)
 
     def _keeper(self) -> RunKeeper | None:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]

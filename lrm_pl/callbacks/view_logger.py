@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from jaxtyping import Float
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from lrm_pl.training.module import Prediction
 
 
 class ViewLogger(L.Callback):
-    """Write a picture grid of the first objects of each validation set to TensorBoard and to a PNG.
+    """Write a picture grid of the first objects of each validation set to a PNG, and to the loggers that show pictures.
 
     Args:
         objects: Objects a set that are shown, one row each.
@@ -47,16 +47,22 @@ class ViewLogger(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the grids; rank 0 only."""
-        if not trainer.is_global_zero or not isinstance(trainer.logger, TensorBoardLogger):
+        folder = Path(trainer.log_dir or ".") / "views"  # asks all ranks
+        if not trainer.is_global_zero:
             return
         for name, rows in self._rows.items():
-            if rows:
-                grid = torch.cat(rows, dim=1)
+            if not rows:
+                continue
+            grid = torch.cat(rows, dim=1)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{name}-step{trainer.global_step:06d}.png"
+            write_png(path, grid)
+            for log in trainer.loggers:
                 # Lightning puts the metrics of a validation at the step before it, counted from 0.
-                trainer.logger.experiment.add_image(f"views/{name}", grid, trainer.global_step - 1)
-                folder = Path(trainer.logger.log_dir) / "views"
-                folder.mkdir(parents=True, exist_ok=True)
-                write_png(folder / f"{name}-step{trainer.global_step:06d}.png", grid)
+                if isinstance(log, TensorBoardLogger):
+                    log.experiment.add_image(f"views/{name}", grid, trainer.global_step - 1)
+                elif isinstance(log, WandbLogger):
+                    log.log_image(f"views/{name}", [str(path)], trainer.global_step - 1)
 
 
 def view_row(prediction: Prediction, batch: Batch, index: int) -> Float[Tensor, "3 H W"]:

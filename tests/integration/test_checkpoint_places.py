@@ -135,7 +135,7 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match=r"expected a moving average, found none.*leave --average out"):
         export([str(folder), str(out), "--average"])
-    with pytest.raises(SystemExit, match="found no index.json"):
+    with pytest.raises(SystemExit, match=r"found no index\.json"):
         export([str(tmp_path / "nothing"), str(out)])
     (folder / "config.yaml").rename(tmp_path / "config.yaml")
     with pytest.raises(SystemExit, match=r"expected the config of the run .*--config RUN/config\.yaml"):
@@ -145,7 +145,7 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
         export([str(folder), str(out), "--config", str(tmp_path / "other.yaml")])
     assert not list(tmp_path.glob("out*"))
     export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])
-    with pytest.raises(SystemExit, match="expected to make the folder .*out, found it there"):
+    with pytest.raises(SystemExit, match=r"expected to make the folder .*out, found it there"):
         export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])
 
 

@@ -1,0 +1,94 @@
+"""A trace of a few steps: every operation on its time line, for Perfetto, Chrome or TensorBoard."""
+
+import logging
+from pathlib import Path
+from typing import Any, final
+
+import lightning as L
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from lrm_pl.data.batch import Batch
+from lrm_pl.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+#: Steps before the trace: the first ones compile, fill caches and start loader workers.
+WARMUP = 5
+
+
+@final
+class TraceRecorder(L.Callback):
+    """Record ``steps`` optimiser steps of rank 0, after a warm-up, into ``profile/`` in the run's folder.
+
+    Args:
+        steps: So many.
+    """
+
+    def __init__(self, steps: int) -> None:
+        if steps < 1:
+            raise InputError(f"expected at least 1 step to profile, found {steps}")
+        self.steps = steps
+        self._profile: profile | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count.
+
+        Raises:
+            InputError: The run ends before the trace is whole.
+        """
+        left = trainer.max_steps - trainer.global_step
+        if left < WARMUP + self.steps:
+            raise InputError(
+                f"expected at least {WARMUP + self.steps} steps to profile {self.steps} after {WARMUP} of warm-up, "
+                f"found {left} left; raise --trainer.max_steps or lower --run.profile"
+            )
+        folder = Path(trainer.log_dir or ".") / "profile"  # asks all ranks
+        if not trainer.is_global_zero:
+            return
+        first = trainer.global_step + WARMUP + 1
+        path = folder / f"rank0-steps-{first}-{first + self.steps - 1}.pt.trace.json"
+
+        def write(recorded: profile) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            recorded.export_chrome_trace(str(path))
+            logger.info(
+                "wrote a trace of %d steps: %s (open it in https://ui.perfetto.dev)", self.steps, path
+            )
+
+        cuda = [ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else []
+        self._profile = profile(
+            activities=[ProfilerActivity.CPU, *cuda],
+            schedule=schedule(wait=WARMUP - 1, warmup=1, active=self.steps, repeat=1),
+            on_trace_ready=write,
+            # The renderer works in threads of its own on a CPU.
+            experimental_config=_ExperimentalConfig(profile_all_threads=True),
+        )
+        self._profile.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Count a step."""
+        if self._profile is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._profile.step()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop; by now the trace is written, unless the run was stopped early."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Stop."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None

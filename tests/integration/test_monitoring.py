@@ -1,0 +1,163 @@
+"""What a run says about its own speed, in process, on analytic shards."""
+
+import csv
+import json
+import time
+
+import pytest
+import yaml
+
+from lrm_pl.apps.train import main
+from lrm_pl.callbacks.step_timer import PARTS
+from lrm_pl.data.dataset import TrainingStream
+from lrm_pl.losses.objective import Objective
+from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.module import LRMModule
+from tests.distributed.conftest import TINY
+
+# Lightning warns of small things (few workers, short runs) that are so by design here.
+pytestmark = pytest.mark.filterwarnings("default")
+
+QUICK = {
+    **TINY,
+    "trainer": {**TINY["trainer"], "max_steps": 6, "log_every_n_steps": 3, "val_check_interval": 3},
+}
+TIMER_ALONE = '--trainer.callbacks=[{"class_path": "lrm_pl.callbacks.step_timer.StepTimer"}]'
+
+
+@pytest.fixture
+def quick(tmp_path, shards, root):
+    """Arguments of a run of six steps, logging to CSV in tmp_path/run."""
+    (tmp_path / "quick.yaml").write_text(yaml.safe_dump(QUICK))
+    return [
+        "-c", str(tmp_path / "quick.yaml"), "-c", str(root / "configs/logger/csv.yaml"),
+        "--data.folder", str(shards), "--run.folder", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    monkeypatch.setattr("lrm_pl.apps.train.print_report", lambda *_: {})
+
+
+def lines(folder):
+    """Read the log lines of training."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [row for row in csv.DictReader(file) if row["time/step"]]
+
+
+def slow(monkeypatch, owner, name, seconds):
+    """Make a method take so much longer."""
+    original = getattr(owner, name)
+
+    def slower(self, *arguments, **keywords):
+        time.sleep(seconds)
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, slower)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_part_of_a_step_has_its_own_time_and_together_they_are_the_step(
+    quick, tmp_path, monkeypatch, no_report, accumulate
+):
+    ends, validations = [], []
+    end_of_batch, validation = LRMModule.on_train_batch_end, LRMModule.validation_step
+    monkeypatch.setattr(
+        LRMModule,
+        "on_train_batch_end",
+        lambda self, *arguments: (ends.append(time.perf_counter()), end_of_batch(self, *arguments))[1],
+    )
+
+    def slow_validation(self, *arguments):
+        began = time.perf_counter()
+        time.sleep(0.2)
+        result = validation(self, *arguments)
+        validations.append(time.perf_counter() - began)
+        return result
+
+    monkeypatch.setattr(LRMModule, "validation_step", slow_validation)
+    slow(monkeypatch, TrainingStream, "item", 0.02)  # four a step
+    slow(monkeypatch, Renderer, "__call__", 0.06)
+    slow(monkeypatch, Objective, "__call__", 0.04)
+    main([
+        "fit", *quick, f"--trainer.accumulate_grad_batches={accumulate}",
+        f"--trainer.val_check_interval={3 * accumulate}", "--trainer.limit_val_batches=1", TIMER_ALONE,
+    ])  # fmt: skip
+    first, second = lines(tmp_path / "run")
+    for line in (first, second):
+        parts = {part: float(line[f"time/{part}"]) for part in PARTS}
+        step = float(line["time/step"])
+        assert sum(parts.values()) == pytest.approx(step, rel=0.05)
+        assert all(parts.values()), "no part was missed"
+        assert parts["data_wait"] >= 4 * 20
+        assert parts["renderer"] >= 60 * accumulate
+        assert parts["losses"] >= 40 * accumulate
+        assert float(line["speed/data_wait_share"]) == pytest.approx(parts["data_wait"] / step, rel=1e-3)
+        assert float(line["speed/samples_per_second"]) == pytest.approx(4000 / step, rel=1e-3)
+        rays = 4 * 2 * 16 * 16  # objects, views, pixels
+        assert float(line["speed/rays_per_second"]) == pytest.approx(1000 * rays / step, rel=1e-3)
+    # Another clock: from batch end to batch end, without the validation in between (which begins a little later).
+    assert len(validations) == 2 * 2
+    passed = ends[6 * accumulate - 1] - ends[3 * accumulate - 1] - sum(validations[:2])
+    assert 0.6 * passed < 3 * float(second["time/step"]) / 1000 < passed
+
+
+def test_after_a_run_the_network_carries_no_marks(quick, shards, monkeypatch, no_report):
+    seen = []
+    monkeypatch.setattr(LRMModule, "on_fit_end", lambda self: seen.append(self), raising=False)
+    main(["fit", *quick, TIMER_ALONE])
+    (module,) = seen
+    assert type(module.renderer) is Renderer
+    assert type(module.objective) is Objective
+    assert not module.lrm.encoder._forward_pre_hooks
+    assert not module.lrm.upsampler._forward_hooks
+
+
+@pytest.mark.slow
+def test_profile_writes_a_trace_of_the_asked_steps_that_is_json_with_our_operations(quick, tmp_path, caplog):
+    caplog.set_level("INFO")
+    main(
+        ["fit", *quick, "--run.profile", "2", "--trainer.max_steps", "7", "--trainer.limit_val_batches", "0"]
+    )
+    path = tmp_path / "run" / "profile" / "rank0-steps-6-7.pt.trace.json"
+    assert f"wrote a trace of 2 steps: {path} (open it in https://ui.perfetto.dev)" in caplog.text
+    names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
+    assert names.count("_Deferred") == 2
+    assert names.count("_DeferredBackward") == 2
+    assert "lrm_pl::triplane_sample" in names
+
+
+def test_a_run_too_short_to_profile_says_so_before_its_first_step(quick):
+    with pytest.raises(SystemExit, match=r"expected at least 7 steps to profile 2 .* found 6 left; raise"):
+        main(["fit", *quick, "--run.profile", "2"])
+
+
+def test_without_tensorboard_pictures_config_and_report_are_still_written(quick, tmp_path):
+    main(["fit", *quick, "--trainer.max_steps", "3"])
+    folder = tmp_path / "run"
+    for name in (
+        "views/unseen-step000003.png",
+        "views/heldout-step000003.png",
+        "config.yaml",
+        "commit.txt",
+        "report.json",
+    ):
+        assert (folder / name).is_file()
+    assert not list(folder.glob("events*"))
+    with open(folder / "metrics.csv", newline="") as file:
+        assert any(row["val/heldout/psnr_pooled"] for row in csv.DictReader(file))
+
+
+def test_without_any_logger_a_run_keeps_to_its_folder(quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["fit", *quick, "--trainer.logger", "false", "--trainer.max_steps", "3"])
+    assert (tmp_path / "run" / "checkpoints" / "step-00000003").is_dir()
+    assert (tmp_path / "run" / "views" / "unseen-step000003.png").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"quick.yaml", "run"}
+
+
+def test_weights_and_biases_that_is_not_installed_is_asked_for_by_its_extra(quick, root, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"expected the package wandb .* pip install -e '\.\[wandb\]'"):
+        main(["fit", *quick, "-c", str(root / "configs/logger/wandb.yaml")])
