@@ -48,7 +48,7 @@ LAUNCH = $(JOB) $(call option,--strategy,$(STRATEGY)) $(call option,--name,$(NAM
 DRY = $(filter-out 0,$(DRY_RUN))
 LAYERS = $(foreach config,$(CONFIG),-c $(config))
 
-.PHONY: help train doctor render-shards tensorboard test test-fast soak lint clean
+.PHONY: help train doctor render-shards tensorboard test test-fast soak bench lint clean
 
 help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
@@ -86,6 +86,9 @@ test-fast: .venv/ready ## Run the quick tests only: no Blender, nothing slow
 
 soak: .venv/ready .venv-render/ready ## Run the long tables
 	.venv/bin/python -m pytest -m soak -s
+
+bench: .venv/ready ## Measure speed on this machine: BENCH="scaling overhead stall" ARGS="--rounds 3"
+	.venv/bin/python -m tests.bench $(BENCH) $(ARGS)
 
 lint: .venv/ready ## Check style, types and who imports whom
 	.venv/bin/ruff check

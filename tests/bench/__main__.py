@@ -1,0 +1,54 @@
+"""`make bench`: a table, and a JSON line for each figure in bench/results.jsonl."""
+
+import argparse
+import datetime
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lrm_pl.apps.train import git_commit
+from tests.bench import overhead, scaling, stall
+from tests.bench.demo_run import ROOT, machine, write_shards
+
+BENCHES = {"scaling": (scaling.measure, 5), "overhead": (overhead.measure, 15), "stall": (stall.measure, 5)}
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(BENCHES), metavar="NAME", help=", ".join(BENCHES))
+    parser.add_argument("--rounds", type=int, help="turns of both sides")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    here = machine()
+    results = ROOT / "bench" / "results.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    table = Table(title=", ".join(f"{key} {value}" for key, value in here.items()))
+    for column in ("", "value", "target", "met", "details"):
+        table.add_column(column)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder))
+        for name in arguments.names:
+            measure, rounds = BENCHES[name]
+            result = measure(shards, arguments.rounds or rounds)
+            record = {
+                **result, **here, "commit": git_commit(),
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            }  # fmt: skip
+            with open(results, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            shown = {"bench", "value", "target", "met", "rounds"}
+            details = json.dumps({k: v for k, v in result.items() if k not in shown}, default=str)
+            met = "yes" if result["met"] else "NO"
+            table.add_row(str(result["bench"]), f"{result['value']:.3f}", str(result["target"]), met, details)
+    console = Console()
+    console.print(table)
+    console.print(f"Appended to {results}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

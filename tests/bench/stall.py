@@ -1,0 +1,58 @@
+"""(c) How long a checkpoint holds training up: the longest step around a save, minus the median step."""
+
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from tests.bench.demo_run import build, fit_on_kept_batches
+
+TARGET = 1.0
+EVERY = 12
+
+
+class Steps(L.Callback):
+    """Note how long each step takes, from batch end to batch end."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def measure(shards: Path, rounds: int) -> dict[str, object]:
+    """Save so many times; a save is made at the start of a step, and written during that one and the next ones."""
+    times = Steps()
+    keeper = {
+        "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+        "init_args": {"every": EVERY, "monitor": None, "background": True},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        cli = build(
+            shards, Path(folder), "--trainer.max_steps", str((rounds + 1) * EVERY), "--trainer.accelerator", "cpu",
+            "--trainer.callbacks", json.dumps([keeper]),
+        )  # fmt: skip
+        fit_on_kept_batches(cli, times)
+    steps = [b - a for a, b in itertools.pairwise(times.ends)]  # steps[i] is step i + 2
+    median = statistics.median(steps)
+    stalls = []
+    for saved in range(EVERY, rounds * EVERY + 1, EVERY):
+        around = steps[saved - 1 : saved + 3]  # the step that begins with the save, and three more
+        stalls.append((max(around) - median) / median)
+    quiet = [step for i, step in enumerate(steps) if (i + 1) % EVERY > 4]
+    stall = statistics.median(stalls)
+    return {
+        "bench": "stall by a checkpoint, in steps",
+        "value": stall,
+        "target": f"< {TARGET}",
+        "met": stall < TARGET,
+        "step_ms": 1000 * median,
+        "longest_step_without_a_save": max(quiet) / median - 1,
+        "rounds": stalls,
+    }
