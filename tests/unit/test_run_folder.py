@@ -154,8 +154,12 @@ def test_one_logger_none_and_wandb_are_placed_too(tmp_path, monkeypatch):
     place_loggers(False, "runs/mine")
     place_loggers([], "runs/mine")
     wandb = logger_config("WandbLogger", project="x")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"expected the package wandb .* pip install -e '\.\[wandb\]'"):
+        place_loggers([wandb], "runs/mine")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     place_loggers([wandb], "runs/mine")
-    assert wandb["init_args"] == {"project": "x", "save_dir": str(tmp_path / "runs" / "mine")}
+    assert wandb["init_args"] == {"project": "x", "save_dir": str(tmp_path / "runs" / "mine"), "name": "mine"}
 
 
 @pytest.mark.parametrize("choice", [True, None])
