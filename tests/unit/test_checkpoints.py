@@ -280,8 +280,9 @@ WRITER = """
 import sys, torch
 from lrm_pl.io.checkpoints import *
 folder, layout = sys.argv[1:]
+newest = newest_checkpoint(folder, print)  # a run that is started again goes on
 print("ready", flush=True)
-for step in range(1, 10**6):
+for step in range((newest.step if newest else 0) + 1, 10**6):
     path = checkpoint_path(folder, step)
     tensors = {"a": torch.full((200_000,), float(step)), "b": torch.tensor(step)}
     complete(path, layout, step, {"position": 2 * step}, write_tensors(path, tensors, layout, None, writes=True))
@@ -299,7 +300,8 @@ def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp
             [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path), layout],
             cwd=root, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        process.stdout.readline()
+        while process.stdout.readline() != b"ready\n":
+            assert process.poll() is None
         wait = 0.2 if trial == 0 else 0.0
         time.sleep(wait + torch.rand((), generator=generator).item() * 0.3)
         process.send_signal(signal.SIGKILL)
@@ -311,7 +313,8 @@ def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp
         if found is None:
             assert reached == 0
             continue
-        reached = max(reached, found.step)
+        assert found.step >= reached, "what was whole before the kill is whole after it"
+        reached = found.step
         tensors = read(found)
         assert (tensors["a"] == found.step).all()
         assert tensors["b"] == found.step
