@@ -11,7 +11,7 @@ import torch
 from lrm_pl.io.checkpoints import read_checkpoint, read_tensors, tensor_names
 from tests.distributed.conftest import ROOT, largest_difference
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STAGES = ("deepspeed_1", "deepspeed_2", "deepspeed_3")
 
@@ -92,7 +92,6 @@ def compare(runs, ways):
     return worst
 
 
-@pytest.mark.slow
 def test_stage_2_agrees_with_one_process_over_20_steps(runs):
     assert compare(runs, {"deepspeed_2": WAYS["deepspeed_2"]}) <= 1e-5
 
@@ -116,7 +115,6 @@ def check_that_a_nan_is_skipped(runs, layer):
     return {step: value for step, value in scalars["loss/total"] if step != 3}
 
 
-@pytest.mark.slow
 def test_a_nan_on_one_rank_makes_both_leave_the_step_out_and_go_on_as_one_process_does(runs):
     losses = check_that_a_nan_is_skipped(runs, "deepspeed_2")
     runs.run("nan-one", 1, callbacks(spoilt(0)), "--trainer.max_steps=6", QUIET, layers=["cpu"])
@@ -142,7 +140,6 @@ def check_precision(runs, layer, precision, *options):
         assert f"rank {rank} is exact; products in {{{products}}}" in log
 
 
-@pytest.mark.slow
 def test_under_bf16_mixed_products_are_bf16_and_poses_rays_t_density_and_compositing_float32(runs):
     check_precision(runs, "deepspeed_2", "bf16-mixed")
 
@@ -197,7 +194,6 @@ def go_on(runs, sources, goals):
     return worst
 
 
-@pytest.mark.slow
 def test_a_deepspeed_checkpoint_goes_on_in_one_process_and_the_other_way_round(runs):
     other = {"deepspeed_2": ["cpu", "deepspeed_2"], "cpu": ["deepspeed_2"]}
     assert go_on(runs, list(other), lambda source: other[source]) <= 1e-5
@@ -210,7 +206,6 @@ def test_every_strategy_goes_on_from_every_deepspeed_stage_and_every_stage_from_
     assert go_on(runs, list(ways), lambda source: ways[source]) <= 1e-5
 
 
-@pytest.mark.slow
 def test_validation_can_measure_the_average_while_training_goes_on_with_the_weights(runs):
     measured = {
         "class_path": "lrm_pl.training.ema.WeightAverage",
@@ -230,7 +225,6 @@ def test_validation_can_measure_the_average_while_training_goes_on_with_the_weig
             assert largest_difference(dict(ours[tag]), dict(theirs[tag])) <= 1e-5, (layer, tag)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_is_measured_by_two_deepspeed_processes_as_by_one(runs):
     runs.run("to-measure", 1, "--trainer.max_steps=2", QUIET, layers=["cpu"])
     found = []
@@ -257,7 +251,6 @@ def test_without_deepspeed_the_extra_to_install_is_named(tmp_path):
     assert "expected DeepSpeed for this strategy, found none; install the extra" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_precision_that_deepspeed_would_train_otherwise_is_refused(runs):
     log = runs.run("half", 2, "--trainer.precision=16-mixed", layers=["deepspeed_2"], status=1)
     assert "expected trainer.precision 32-true or bf16-mixed with DeepSpeed, found 16-mixed" in log

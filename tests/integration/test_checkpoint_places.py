@@ -54,6 +54,7 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_checkpoints_in_a_bucket_tidies_them_and_resumes_from_them(fit, s3):
     bucket = "s3://bucket/runs/one"
     folder = fit("run", 6, keeper(folder=bucket))

@@ -16,6 +16,7 @@ RUN = "s3://bucket/runs/one"
 
 # Sockets that the proxy or botocore leave to the garbage collector, on purpose or not, are no concern of these tests.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(120),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("default::DeprecationWarning"),
@@ -107,7 +108,6 @@ def test_an_upload_that_fails_once_is_tried_again(s3, layout, name, fault):
     assert require_whole(2) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "name"), OBJECTS)
 @pytest.mark.parametrize("fault", ["500", "drop"])
 def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s3, layout, name, fault):
@@ -121,7 +121,6 @@ def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s
     assert require_whole(2) == []
 
 
-@pytest.mark.slow
 def test_a_part_of_an_upload_that_keeps_failing_is_an_error_and_leaves_no_object(s3):
     s3.fault = lambda method, path, number: "500" if method == "PUT" and "partNumber=2" in path else None
     with pytest.raises(OSError, match="expected the object store to do as asked"):
@@ -137,7 +136,6 @@ def test_a_download_that_is_cut_once_is_tried_again(s3):
     assert s3.broken
 
 
-@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_an_error_and_not_a_damaged_checkpoint(s3):
     write(1)
     write(2)
