@@ -286,7 +286,9 @@ class RunKeeper(L.Callback):
             except Exception as error:  # handed to the main thread, which raises it
                 self._failure = error
 
-        self._saved, self._best = step, max(self._best, self._validated or -math.inf)
+        self._saved = step
+        if self._validated is not None:
+            self._best = max(self._best, self._validated)
         self._writing = threading.Thread(target=write, name=f"checkpoint {step}")
         self._writing.start()
         if not self.background:
