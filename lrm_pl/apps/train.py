@@ -3,6 +3,7 @@
 Every constructor argument is a field of the config and of the command line; a misspelt one is refused.
 """
 
+import atexit
 import dataclasses
 import logging
 import subprocess
@@ -35,6 +36,7 @@ from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.training.ema import WeightAverage
+from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper, StoppedError
 from lrm_pl.training.state import load_network, require_network
@@ -289,6 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "It is recommended to use `self.log")
     # Lightning 2.6.6's own use of a name that torch renamed.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    atexit.register(settle_processes)
     try:
         command_line(arguments)
     except StoppedError as stopped:

@@ -153,16 +153,21 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
 # --- any number of processes
 
 WRITE_OR_READ = """
-import json, os, sys, torch
+import atexit, json, os, sys, torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from lrm_pl.io import checkpoints as ck
+from lrm_pl.training.ending import settle_processes
+
+def say(*words):  # one write, so that the ranks' lines do not mix
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
 what, folder = sys.argv[1:]
 dist.init_process_group("gloo")
+atexit.register(settle_processes)
 rank, world = dist.get_rank(), dist.get_world_size()
 mesh = init_device_mesh("cpu", (world,))
 copies = init_device_mesh("cpu", (2, world // 2))
@@ -186,7 +191,7 @@ if what == "write":
     files = ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
     if rank == 0:
         ck.complete(path, "sharded", 1, {}, files)
-        print("FILES", json.dumps(files))
+        say("FILES", json.dumps(files))
 elif what == "fail":  # rank 1 cannot write its file
     if rank == 1:
         import resource
@@ -194,12 +199,12 @@ elif what == "fail":  # rank 1 cannot write its file
     try:
         ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
     except OSError as error:
-        print("RANK", rank, error)
+        say("RANK", rank, error)
 elif what == "no folder":  # rank 0 cannot make the folder
     try:
         ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
     except OSError as error:
-        print("RANK", rank, error)
+        say("RANK", rank, error)
 else:
     for tensor in tensors.values():
         tensor.zero_()
@@ -207,8 +212,7 @@ else:
     for name, tensor in tensors.items():
         found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.equal(found, whole[name]), (name, found)
-    print("EXACT", len(tensors))
-dist.destroy_process_group()
+    say("EXACT", len(tensors))
 """
 
 
