@@ -43,19 +43,6 @@ def farthest(ours, theirs, kind):
     return max(((ours[k] - theirs[k]).norm() / theirs[k].norm().clamp_min(1e-6)).item() for k in keys)
 
 
-def test_two_deepspeed_processes_take_the_same_steps_as_one_process(runs):
-    small = (
-        "--model.lrm.encoder.name=test_vit", "--model.lrm.encoder.image_size=32", "--trainer.max_steps=3", QUIET,
-        callbacks(),
-    )  # fmt: skip
-    runs.run("small-one", 1, *small, layers=["cpu"])
-    runs.run("small-zero", 2, *small, layers=["deepspeed_2"])
-    assert largest_difference(runs.losses("small-zero"), runs.losses("small-one")) <= 1e-5
-    ours, theirs = tensors(runs, "small-zero", 3), tensors(runs, "small-one", 3)
-    for kind in ("network", "adam", "average"):
-        assert farthest(ours, theirs, kind) <= 1e-3, kind
-
-
 #: name -> processes, layer, options; compared with "zero-one".
 WAYS = {
     **{stage: (2, stage, []) for stage in STAGES},
@@ -115,7 +102,12 @@ def check_that_a_nan_is_skipped(runs, layer):
     return {step: value for step, value in scalars["loss/total"] if step != 3}
 
 
-def test_a_nan_on_one_rank_makes_both_leave_the_step_out_and_go_on_as_one_process_does(runs):
+def test_a_nan_on_one_rank_makes_both_leave_the_step_out(runs):
+    check_that_a_nan_is_skipped(runs, "deepspeed_2")
+
+
+@pytest.mark.soak
+def test_after_a_nan_they_go_on_as_one_process_does(runs):
     losses = check_that_a_nan_is_skipped(runs, "deepspeed_2")
     runs.run("nan-one", 1, callbacks(spoilt(0)), "--trainer.max_steps=6", QUIET, layers=["cpu"])
     expected = runs.losses("nan-one")
@@ -127,28 +119,6 @@ def test_a_nan_on_one_rank_makes_both_leave_the_step_out_and_go_on_as_one_proces
 @pytest.mark.parametrize("layer", ["deepspeed_1", "deepspeed_3"])
 def test_a_nan_is_skipped_at_the_other_stages_too(runs, layer):
     check_that_a_nan_is_skipped(runs, layer)
-
-
-def check_precision(runs, layer, precision, *options):
-    spy = {"class_path": "tests.distributed.spies.PrecisionSpy"}
-    log = runs.run(
-        f"spied-{layer}-{precision}", 2, callbacks(spy), f"--trainer.precision={precision}",
-        "--trainer.max_steps=2", "--trainer.val_check_interval=2", *options, layers=[layer],
-    )  # fmt: skip
-    products = {"32-true": "torch.float32", "bf16-mixed": "torch.bfloat16"}[precision]
-    for rank in (0, 1):
-        assert f"rank {rank} is exact; products in {{{products}}}" in log
-
-
-def test_under_bf16_mixed_products_are_bf16_and_poses_rays_t_density_and_compositing_float32(runs):
-    check_precision(runs, "deepspeed_2", "bf16-mixed")
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("layer", STAGES)
-def test_poses_rays_t_density_and_compositing_are_float32_at_every_stage(runs, layer, precision):
-    check_precision(runs, layer, precision)
 
 
 @pytest.mark.soak
@@ -195,7 +165,7 @@ def go_on(runs, sources, goals):
 
 
 def test_a_deepspeed_checkpoint_goes_on_in_one_process_and_the_other_way_round(runs):
-    other = {"deepspeed_2": ["cpu", "deepspeed_2"], "cpu": ["deepspeed_2"]}
+    other = {"deepspeed_2": ["cpu"], "cpu": ["deepspeed_2"]}
     assert go_on(runs, list(other), lambda source: other[source]) <= 1e-5
 
 
@@ -218,11 +188,10 @@ def test_validation_can_measure_the_average_while_training_goes_on_with_the_weig
         "--trainer.max_steps=6", "--trainer.val_check_interval=2",
     )  # fmt: skip
     runs.run("averaged-one", 1, *options, layers=["cpu"])
-    for layer in ("deepspeed_2", "deepspeed_3"):
-        runs.run(f"averaged-{layer}", 2, *options, layers=[layer])
-        ours, theirs = runs.scalars(f"averaged-{layer}"), runs.scalars("averaged-one")
-        for tag in ("loss/total", "val/unseen/psnr_pooled"):
-            assert largest_difference(dict(ours[tag]), dict(theirs[tag])) <= 1e-5, (layer, tag)
+    runs.run("averaged-zero", 2, *options, layers=["deepspeed_3"])
+    ours, theirs = runs.scalars("averaged-zero"), runs.scalars("averaged-one")
+    for tag in ("loss/total", "val/unseen/psnr_pooled"):
+        assert largest_difference(dict(ours[tag]), dict(theirs[tag])) <= 1e-5, tag
 
 
 def test_a_checkpoint_is_measured_by_two_deepspeed_processes_as_by_one(runs):

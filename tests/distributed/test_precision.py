@@ -1,0 +1,43 @@
+"""Under every configuration of a trainer: products as the precision says; poses, rays, t and compositing float32."""
+
+import json
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+#: Layer -> processes: every file of configs/trainer but gpu.yaml, which needs one.
+LAYERS = {
+    "cpu": 1, "ddp": 2, "fsdp2": 2, "hsdp": 4, "deepspeed_1": 2, "deepspeed_2": 2, "deepspeed_3": 2,
+}  # fmt: skip
+PRODUCTS = {"32-true": "torch.float32", "bf16-mixed": "torch.bfloat16"}
+SPY = [
+    {"class_path": "tests.distributed.spies.PrecisionSpy"},
+    {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": {"monitor": None}},
+]
+
+
+def check(runs, layer, precision):
+    log = runs.run(
+        f"spied-{layer}-{precision}", LAYERS[layer], f"--trainer.callbacks={json.dumps(SPY)}",
+        f"--trainer.precision={precision}", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
+        layers=[layer],
+    )  # fmt: skip
+    for rank in range(LAYERS[layer]):
+        assert f"rank {rank} is exact; products in {{{PRODUCTS[precision]}}}" in log
+
+
+def test_no_trainer_config_is_forgotten(root):
+    assert {path.stem for path in (root / "configs/trainer").glob("*.yaml")} == LAYERS.keys() | {"gpu"}
+
+
+@pytest.mark.parametrize("layer", ["fsdp2", "deepspeed_2"])
+def test_under_bf16_mixed_only_the_products_are_bf16(runs, layer):
+    check(runs, layer, "bf16-mixed")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("precision", PRODUCTS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_under_every_trainer_config_only_the_products_are_in_its_precision(runs, layer, precision):
+    check(runs, layer, precision)
