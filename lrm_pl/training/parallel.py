@@ -68,9 +68,14 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in network_blocks(lrm):
+        norms: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+        if block_dtype is not None and norms:
+            # A group of their own: what they norm is float32, and a CPU refuses weights of another type.
+            fully_shard(norms, mesh=mesh, mp_policy=exact)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(lrm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    fully_shard(lrm, mesh=mesh, mp_policy=exact)
 
 
 def require_equal_weights(module: nn.Module) -> None:
