@@ -359,7 +359,7 @@ def test_the_demo_experiment_takes_one_step_with_its_real_weights(root, tmp_path
     assert (tmp_path / "lrm" / "version_0" / "checkpoints" / "step-00000001" / "index.json").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_the_papers_size_takes_one_step(root, tmp_path):
     write_synthetic_shards(tmp_path / "shards", train=1, val=0, views=3, resolution=32)
