@@ -291,6 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "It is recommended to use `self.log")
     # Lightning 2.6.6's own use of a name that torch renamed.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # The planes are such a view; they are read, and never written in place.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
     atexit.register(settle_processes)
     try:
         command_line(arguments)

@@ -33,7 +33,7 @@ TINY = {
         },
         "renderer": {"samples_per_ray": 8},
         "objective": {"lpips": 0.0},
-        "optimizer": {"lr": 3e-3},  # large, so that a difference would grow
+        "optimizer": {"lr": 1e-3},  # large, so that a difference would grow
     },
     "data": {
         "batch_size": 4,

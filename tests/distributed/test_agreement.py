@@ -22,6 +22,8 @@ MORE = {
     ),
     "ddp-workers": (2, ["ddp"], ["--data.workers=3"]),
     "fsdp2-recomputed": (2, ["fsdp2"], ["--model.parallel.recompute_every=2"]),
+    "compiled": (1, ["cpu"], ["--model.parallel.compile=true"]),
+    "fsdp2-compiled": (2, ["fsdp2"], ["--model.parallel.compile=true", "--model.parallel.recompute_every=2"]),
     "hsdp": (4, ["hsdp"], []),
     "ddp-4": (4, ["ddp"], []),
 }
@@ -30,7 +32,7 @@ MORE = {
 def compare(runs, ways):
     for name, (processes, layers, options) in ways.items():
         if not (runs.folder / name).exists():
-            runs.run(name, processes, keep_every(10), *options, layers=layers)
+            runs.run(name, processes, keep_every(10), *options, layers=layers, limit_s=300)
     losses, (_, weights) = runs.losses("one"), runs.final("one")
     print(
         f"\n{'run':<18} {'loss, largest':>14} {'weights, largest':>17}   relative to one process, 20 steps, fp32"

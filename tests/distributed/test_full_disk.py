@@ -1,0 +1,48 @@
+"""A disk that fills up in the middle of a run, for real: checkpoints go to a tmpfs that holds one or two of them."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.distributed.conftest import ROOT, keep_every
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+#: A mount namespace of its own: no right is needed that a user does not have, and nothing is left behind.
+OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")
+
+
+@pytest.mark.parametrize(("layer", "processes"), [("cpu", 1), ("fsdp2", 2)])
+def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_space(runs, layer, processes):
+    tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
+    if tried.returncode:
+        pytest.skip("needs user namespaces, in which a small disk can be mounted")
+    folder = runs.folder / f"full-{layer}"
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes}" if processes > 1 else ""
+    run = (
+        f"{sys.executable} {launcher} -m lrm_pl fit -c {runs.folder}/tiny.yaml -c configs/trainer/{layer}.yaml "
+        f"--data.folder {runs.shards} --trainer.devices {processes} --run.folder {folder} "
+        f"{shlex.quote(keep_every(5))}"
+    )
+    script = f"""
+        mount -t tmpfs -o size=10m tmpfs {checkpoints}
+        {run} > {folder}/first.log 2>&1; echo $? > {folder}/status
+        ls {checkpoints} > {folder}/left
+        mount -o remount,size=100m {checkpoints}
+        {run} > {folder}/second.log 2>&1
+    """
+    second = subprocess.run([*OWN_MOUNTS, "sh", "-c", script], cwd=ROOT, timeout=280, check=False)
+    first = (folder / "first.log").read_text()
+    assert (folder / "status").read_text().strip() == "1", first[-4000:]
+    assert f"expected to write a checkpoint into {checkpoints}, found: [Errno 28] No space left" in first
+    *_, newest = [name for name in (folder / "left").read_text().split() if "partial" not in name]
+    step = int(newest.removeprefix("step-"))
+    assert step in (5, 10), "a rank's file takes more room than its tensors"
+    assert f"the newest whole one is {checkpoints}/{newest}. Make space and start the same command" in first
+    assert second.returncode == 0, (folder / "second.log").read_text()[-4000:]
+    assert f"going on after step {step} from {checkpoints}/{newest}" in (folder / "second.log").read_text()
+    assert [step for step, _ in runs.scalars(f"full-{layer}")["loss/total"]] == list(range(20))
