@@ -42,12 +42,19 @@ def main() -> None:
             with open(results, "a") as file:
                 file.write(json.dumps(record) + "\n")
             shown = {"bench", "value", "target", "met", "rounds"}
-            details = json.dumps({k: v for k, v in result.items() if k not in shown}, default=str)
+            details = ", ".join(_said(k, v) for k, v in result.items() if k not in shown)
             met = "yes" if result["met"] else "NO"
             table.add_row(str(result["bench"]), f"{result['value']:.3f}", str(result["target"]), met, details)
     console = Console()
     console.print(table)
     console.print(f"Appended to {results}", soft_wrap=True)
+
+
+def _said(name: str, value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(_said(f"{name} {key}", part) for key, part in value.items())
+    words = name.replace("_", " ")
+    return f"{words} {value:.3g}" if isinstance(value, float) else f"{words} {value}"
 
 
 if __name__ == "__main__":
