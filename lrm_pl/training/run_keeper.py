@@ -9,14 +9,13 @@ import math
 import os
 import subprocess
 import threading
-from typing import Any, final
+from typing import final
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl.data.batch import Batch
-from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import (
     Checkpoint,
@@ -27,16 +26,14 @@ from lrm_pl.io.checkpoints import (
     list_checkpoints,
     read_index,
     step_of,
-    tensor_names,
     tidy,
     write_tensors,
 )
-from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.gradients import DivergedError
-from lrm_pl.training.holder import holder_of
 from lrm_pl.training.module import LRMModule
+from lrm_pl.training.run_state import load_run, run_numbers, run_tensors
 from lrm_pl.training.signals import StopSignals
-from lrm_pl.training.state import Held, average_tensors, read_state, snapshot
+from lrm_pl.training.state import snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +107,7 @@ class RunKeeper(L.Callback):
         if path is None:
             return
         checkpoint = self.resume_from or read_index(path)  # rank 0 has checked its files
-        self._load(trainer, pl_module, checkpoint)
+        load_run(trainer, pl_module, checkpoint)
         self._start = self._saved = checkpoint.step
         self.newest = path
         if trainer.is_global_zero:
@@ -118,34 +115,6 @@ class RunKeeper(L.Callback):
                 p for p in list_checkpoints(str(self.folder)) if step_of(p) > checkpoint.step
             }
             logger.info("going on after step %d from %s", checkpoint.step, path)
-
-    def _load(self, trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> None:
-        for callback in _averages(trainer):
-            callback.begin(module)
-        tensors = self._tensors(trainer, module)
-        found = tensor_names(checkpoint)
-        for kind, lost in (
-            ("adam", "the optimizer's moments start anew"),
-            ("average", "it starts at the weights"),
-        ):
-            if not any(name.startswith(f"{kind}.") for name in found):
-                if any(name.startswith(f"{kind}.") for name in tensors) and trainer.is_global_zero:
-                    logger.warning("%s holds nothing under %r: %s", checkpoint.path, kind, lost)
-                tensors = {
-                    name: tensor for name, tensor in tensors.items() if not name.startswith(f"{kind}.")
-                }
-        read_state(checkpoint, tensors)
-        holder_of(trainer, module.lrm).changed()
-        if not any(name.startswith("average.") for name in tensors):
-            for callback in _averages(trainer):  # of the weights that have been read
-                callback.begin(module)
-        run = checkpoint.run
-        module.guard.resume(run["guard"])
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and run["scaler"]:
-            scaler.load_state_dict(run["scaler"])
-        _data(trainer).resume(checkpoint.step, int(run["position"]))
-        set_progress(trainer, checkpoint.step)
 
     # --- between two steps
 
@@ -244,22 +213,6 @@ class RunKeeper(L.Callback):
 
     # --- saving
 
-    def _tensors(self, trainer: L.Trainer, module: LRMModule) -> dict[str, Held]:
-        holder = holder_of(trainer, module.lrm)
-        tensors = holder.network() | holder.moments()
-        for callback in _averages(trainer):
-            tensors |= average_tensors(callback.average)
-        return tensors
-
-    def _run_state(self, trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, Any]:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return {
-            "position": _data(trainer).position(step),
-            "guard": module.guard.state(),
-            "scaler": {} if scaler is None else scaler.state_dict(),
-            "score": self._validated,
-        }
-
     def _save(self, trainer: L.Trainer, module: LRMModule, step: int) -> None:
         """Copy the state, and write it in the background."""
         self._join()
@@ -268,8 +221,8 @@ class RunKeeper(L.Callback):
             if isinstance(log, TensorBoardLogger):
                 log.experiment.flush()
         layout = self.layout or ("single" if module.device_mesh is None else "sharded")
-        copy = snapshot(self._tensors(trainer, module), layout, writes=trainer.is_global_zero)
-        run = self._run_state(trainer, module, step)
+        copy = snapshot(run_tensors(trainer, module), layout, writes=trainer.is_global_zero)
+        run = run_numbers(trainer, module, step) | {"score": self._validated}
         path = checkpoint_path(str(self.folder), step)
         first = trainer.is_global_zero
 
@@ -298,26 +251,3 @@ class RunKeeper(L.Callback):
         if self._writing is not None:
             self._writing.join()
             self._writing = None
-
-
-def set_progress(trainer: L.Trainer, step: int) -> None:
-    """Tell Lightning's loops that ``step`` optimiser steps are done, as if they had been done in this process.
-
-    Its own loop state is not used: that is of a moment inside a step, and of one accumulation and world size.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    steps = loop.automatic_optimization.optim_progress.optimizer.step.total
-    steps.ready = steps.completed = step
-    loop._batches_that_stepped = step
-    batches = loop.batch_progress.total
-    batches.ready = batches.completed = step * trainer.accumulate_grad_batches
-
-
-def _averages(trainer: L.Trainer) -> list[WeightAverage]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]  # type: ignore[attr-defined]
-
-
-def _data(trainer: L.Trainer) -> ShardDataModule:
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, ShardDataModule)
-    return data
