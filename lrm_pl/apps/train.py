@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -30,8 +31,9 @@ from lrm_pl.apps.run_folder import (
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import clear_leftovers, require_writable
+from lrm_pl.io.checkpoints import Owner, clear_leftovers, is_local, require_writable
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -90,17 +92,18 @@ class RunRecord(SaveConfigCallback):
     """Keep the resolved config and the git commit with the run, in its folder and in TensorBoard."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write ``commit.txt`` (``config.yaml`` is Lightning's)."""
+        """Write ``config.yaml`` and ``commit.txt``, on rank 0."""
         if not trainer.loggers:
             return
         folder = folder_of(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
-        if any(keeper.resume_from is not None for keeper in keepers):
+        if any(keeper.resume_from is not None for keeper in keepers) and (folder / "config.yaml").is_file():
             return  # the record of the first start stays
         commit = git_commit()
-        (folder / "commit.txt").write_text(commit + "\n")
         config = self.parser.dump(self.config, skip_none=False)
+        for name, text in (("commit.txt", commit + "\n"), ("config.yaml", config)):
+            write_atomically(folder / name, text.encode())
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
                 log.experiment.add_text("run/commit", commit)
@@ -134,11 +137,33 @@ class LRMCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": None}
 
     def before_instantiate_classes(self) -> None:
-        """Make loggers write into the run's folder, and what has no logger too."""
+        """Make loggers write into the run's folder, and what has no logger too; measurements below it."""
         folder = self._setting("run.folder")
+        if folder is not None and self.subcommand in (
+            "validate",
+            "test",
+        ):  # what a run has logged stays as it is
+            folder = f"{folder}/{self.subcommand}"
         place_loggers(self._setting("trainer.logger"), folder)
         if folder is not None:
             self._namespace(self.config)["trainer"]["default_root_dir"] = folder
+
+    def instantiate_trainer(self, **options: Any) -> L.Trainer:  # noqa: ANN401 - the trainer's arguments
+        """Make the trainer; under Slurm, one that leaves signals and requeueing to the run.
+
+        Raises:
+            InputError: Lightning would go on from a file of its own instead of from the run's checkpoints.
+        """
+        if SLURMEnvironment.detect():
+            folder = Path(self._setting("trainer.default_root_dir") or ".")
+            if theirs := sorted(folder.glob("hpc_ckpt_*")):
+                raise InputError(
+                    f"expected no checkpoint that Lightning would load unasked, found {theirs[0]}; move it away"
+                )
+            given = self._namespace(self.config_init)["trainer"].get("plugins") or []
+            plugins = list(given) if isinstance(given, list) else [given]
+            options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
+        return super().instantiate_trainer(**options)
 
     def before_fit(self) -> None:
         """Check the data, choose what to go on from, then load weights: all before anything slow starts."""
@@ -172,9 +197,16 @@ class LRMCLI(LightningCLI):
         """
         keeper = self._keeper()
         if keeper is not None and keeper.stopped is not None:
+            keeper.signals.restore()
             raise keeper.stopped
         checkpoint = "" if keeper is None or keeper.newest is None else keeper.newest
-        self.reports = print_report(self.trainer, self.model, self.datamodule, self.perceptual, checkpoint)
+        try:
+            self.reports = print_report(
+                self.trainer, self.model, self.datamodule, self.perceptual, checkpoint
+            )
+        finally:
+            if keeper is not None:
+                keeper.signals.restore()
 
     def _enter_run_folder(self) -> None:
         """Lock the folder and choose the checkpoint to go on from; rank 0 does this."""
@@ -195,8 +227,12 @@ class LRMCLI(LightningCLI):
         if given is not None and keeper.folder is None:
             keeper.folder = f"{folder}/checkpoints"  # whatever its loggers are
         if keeper.folder is not None:
-            clear_leftovers(keeper.folder, logger.warning)
             require_writable(keeper.folder)
+            if is_local(keeper.folder):
+                self._checkpoints_lock = RunLock(Path(keeper.folder))
+            else:
+                keeper.owner = Owner(keeper.folder, str(folder))
+            clear_leftovers(keeper.folder, logger.warning)
         keeper.resume_from = choose_checkpoint(resume, keeper.folder)
         if keeper.resume_from is not None:
             require_network(keeper.resume_from, self.model.lrm)
@@ -276,7 +312,7 @@ def command_line(arguments: list[str] | None = None, *, run: bool = True) -> LRM
         ShardDataModule,
         run=run,
         save_config_callback=RunRecord if run else None,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"save_to_log_dir": False},
         parser_kwargs=dict.fromkeys(LRMCLI.subcommands(), PARSER_OPTIONS) if run else PARSER_OPTIONS,
         args=arguments,
     )

@@ -35,9 +35,12 @@ class TraceRecorder(L.Callback):
         """Begin to count.
 
         Raises:
-            InputError: The run ends before the trace is whole.
+            InputError: The run ends before the trace is whole. A run that goes on near its end makes none.
         """
         left = trainer.max_steps - trainer.global_step
+        if left < WARMUP + self.steps and trainer.global_step:
+            logger.warning("no trace: %d steps are left, it takes %d", left, WARMUP + self.steps)
+            return
         if left < WARMUP + self.steps:
             raise InputError(
                 f"expected at least {WARMUP + self.steps} steps to profile {self.steps} after {WARMUP} of warm-up, "

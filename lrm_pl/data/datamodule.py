@@ -11,6 +11,7 @@ from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import Split, read_manifest
 from lrm_pl.data.transforms import CropConfig
+from lrm_pl.data.workers import outlive_stop_signals
 from lrm_pl.errors import InputError
 
 #: What the two validation loaders hold, in their order.
@@ -125,7 +126,9 @@ class ShardDataModule(L.LightningDataModule):
             max(0, self.trainer.max_steps - self._step),
             self._position,
         )
-        return DataLoader(stream, batch_size=None, num_workers=self.workers, pin_memory=False)
+        return DataLoader(
+            stream, batch_size=None, num_workers=self.workers, worker_init_fn=outlive_stop_signals
+        )
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """Make the loaders of ``EVALUATION_SETS``, one object a batch; "heldout" may be empty."""
@@ -150,4 +153,10 @@ class ShardDataModule(L.LightningDataModule):
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
         dataset = EvaluationSet(self.folder, self.manifest, split, views, limit, rank, world)
-        return DataLoader(dataset, batch_size=1, collate_fn=collate, num_workers=self.workers)
+        return DataLoader(
+            dataset,
+            batch_size=1,
+            collate_fn=collate,
+            num_workers=self.workers,
+            worker_init_fn=outlive_stop_signals,
+        )

@@ -47,15 +47,18 @@ class GradientGuard:
     Attributes:
         skipped: Steps left out so far.
         in_a_row: Of these, the ones since the last good step.
+        last: The norm that was judged last.
     """
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.skipped, self.in_a_row = 0, 0
+        self.last = math.nan
         self._norms: deque[float] = deque(maxlen=config.window)
 
     def accepts(self, norm: float) -> bool:
         """Say whether a step with this gradient norm may be taken, and count it."""
+        self.last = norm
         good = math.isfinite(norm) and not self._is_spike(norm)
         if good:
             self._norms.append(norm)
@@ -69,23 +72,40 @@ class GradientGuard:
         """Whether too many steps in a row were left out."""
         return self.in_a_row >= self.config.patience
 
+    @property
+    def expectation(self) -> str:
+        """What the last gradient should have been, for a message."""
+        if not math.isfinite(self.last):
+            return "finite gradients"
+        return f"gradient norms up to {self.config.spike} times their running median, {self._median:.3g}"
+
+    @property
+    def remedy(self) -> str:
+        """What may help besides a lower learning rate, for a message."""
+        return "train in 32-true" if not math.isfinite(self.last) else "raise --model.guard.spike"
+
     def state(self) -> dict[str, int | list[float]]:
         """Return what a resumed run needs to judge alike."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "norms": list(self._norms)}
 
     def resume(self, state: dict[str, int | list[float]]) -> None:
-        """Go on from ``state``; a run that had given up gets a new chance."""
+        """Go on from ``state``; a run that had given up gets a new chance, and a new median."""
         assert isinstance(state["skipped"], int)
         assert isinstance(state["in_a_row"], int)
         assert isinstance(state["norms"], list)
         self.skipped = state["skipped"]
-        self.in_a_row = 0 if state["in_a_row"] >= self.config.patience else state["in_a_row"]
-        self._norms = deque(state["norms"], maxlen=self.config.window)
+        gave_up = state["in_a_row"] >= self.config.patience
+        self.in_a_row = 0 if gave_up else state["in_a_row"]
+        self._norms = deque([] if gave_up else state["norms"], maxlen=self.config.window)
 
     def _is_spike(self, norm: float) -> bool:
         if self.config.spike is None or len(self._norms) < self.config.window:
             return False
-        return norm > self.config.spike * statistics.median(self._norms)
+        return norm > self.config.spike * self._median
+
+    @property
+    def _median(self) -> float:
+        return statistics.median(self._norms)
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -4,10 +4,9 @@ Between two steps means at the start of the next step's first batch: by then the
 are done, so a checkpoint is of everything up to the step, and a resumed run does and logs nothing twice.
 """
 
+import errno
 import logging
 import math
-import os
-import subprocess
 import threading
 from typing import final
 
@@ -20,6 +19,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import (
     Checkpoint,
     Format,
+    Owner,
     best_score,
     checkpoint_path,
     complete,
@@ -38,6 +38,10 @@ from lrm_pl.training.state import snapshot
 logger = logging.getLogger(__name__)
 
 
+#: Errors of a disk without room, and of a quota that is used up.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 class StoppedError(InputError):
     """The run stopped before its last step, with everything kept: started again, it goes on."""
 
@@ -45,6 +49,8 @@ class StoppedError(InputError):
 @final
 class RunKeeper(L.Callback):
     """Save checkpoints, resume from them, and stop at a signal or when training has gone wrong.
+
+    After a fit, whoever started it calls ``signals.restore()``: until then a signal may still come.
 
     Args:
         every: Steps from one checkpoint to the next. The last step is always kept.
@@ -75,9 +81,11 @@ class RunKeeper(L.Callback):
         self.layout, self.folder, self.background = layout, folder, background
         #: Rank 0's choice of what to go on from, made before the run starts.
         self.resume_from: Checkpoint | None = None
+        #: Rank 0's signature in an object store's folder of checkpoints, made before the run starts.
+        self.owner: Owner | None = None
         #: Why the run stopped before its last step; None while it has not.
         self.stopped: InputError | None = None
-        #: The newest checkpoint that is whole.
+        #: The newest checkpoint that is whole, as rank 0 knows it.
         self.newest: str | None = None
         self.signals = StopSignals()
         self._group: torch.distributed.ProcessGroup | None = None
@@ -86,7 +94,7 @@ class RunKeeper(L.Callback):
         self._start, self._saved = 0, -1
         self._validated: float | None = None
         self._best, self._run = -math.inf, "."
-        #: Checkpoints in the folder that are newer than the one the run goes on from: not whole.
+        #: Checkpoints in the folder that are not whole: newer than the one the run goes on from, or damaged best ones.
         self._passed_over: set[str] = set()
 
     # --- resuming
@@ -100,10 +108,14 @@ class RunKeeper(L.Callback):
             self._group = group
         self._run = trainer.log_dir or "."
         self.folder = trainer.strategy.broadcast(self.folder or f"{self._run}/checkpoints")
-        best = best_score(self.folder) if trainer.is_global_zero else None
-        best = trainer.strategy.broadcast(best)
-        self._best = -math.inf if best is None else best
+        self.signals.listen(trainer)
         path = trainer.strategy.broadcast(None if self.resume_from is None else self.resume_from.path)
+        if trainer.is_global_zero:
+            after = -1 if self.resume_from is None else self.resume_from.step
+            newer = {p for p in list_checkpoints(str(self.folder)) if step_of(p) > after}
+            self._best, damaged = best_score(str(self.folder), logger.warning, apart=newer)
+            self._passed_over = newer | damaged
+        self._best = trainer.strategy.broadcast(self._best)
         if path is None:
             return
         checkpoint = self.resume_from or read_index(path)  # rank 0 has checked its files
@@ -111,16 +123,9 @@ class RunKeeper(L.Callback):
         self._start = self._saved = checkpoint.step
         self.newest = path
         if trainer.is_global_zero:
-            self._passed_over = {
-                p for p in list_checkpoints(str(self.folder)) if step_of(p) > checkpoint.step
-            }
             logger.info("going on after step %d from %s", checkpoint.step, path)
 
     # --- between two steps
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen to signals; Lightning has put its handlers in place by now."""
-        self.signals.listen()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember what the validation found."""
@@ -138,7 +143,7 @@ class RunKeeper(L.Callback):
         told, failed = self._agree(trainer, self.signals.received is not None, self._failure is not None)
         if failed:
             self._join()
-            raise self._explained(step)
+            raise self._explained(trainer, step)
         if pl_module.guard.exhausted:
             self.stopped = DivergedError(self._diverged(trainer, pl_module, step))
         elif told:
@@ -153,19 +158,19 @@ class RunKeeper(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the last step, and wait until it is written."""
         assert isinstance(pl_module, LRMModule)
+        if pl_module.guard.exhausted and self.stopped is None:
+            self.stopped = DivergedError(self._diverged(trainer, pl_module, trainer.global_step))
         if trainer.global_step > self._saved:
             self._save(trainer, pl_module, trainer.global_step)
         self._join()
-        self.signals.restore()
         if any(self._agree(trainer, self._failure is not None)):
-            raise self._explained(trainer.global_step)
+            raise self._explained(trainer, trainer.global_step)
         if self.stopped is not None and trainer.is_global_zero:
             kind = type(self.stopped)
             self.stopped = kind(
                 f"{self.stopped}; everything up to there is in {self.newest}: start the same command with "
                 f"--run.folder {self._run} to go on"
             )
-            self._requeue()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -180,42 +185,38 @@ class RunKeeper(L.Callback):
         mine = torch.tensor(flags, dtype=torch.float32, device=trainer.strategy.root_device)
         return [bool(flag) for flag in trainer.strategy.reduce(mine, reduce_op="max")]
 
-    def _explained(self, step: int) -> Exception:
+    def _explained(self, trainer: L.Trainer, step: int) -> Exception:
         """Say that a checkpoint could not be written, and what is left."""
         error = self._failure
         if error is not None and not isinstance(error, OSError):
             return error
         found = "another rank's log says why" if error is None else f"found: {error}"
+        newest = f"; the newest whole one is {self.newest or 'none'}" if trainer.is_global_zero else ""
+        remedy = "Make space" if getattr(error, "errno", None) in FULL else "Mend that"
         return InputError(
-            f"expected to write a checkpoint into {self.folder}, {found}; the newest whole one is "
-            f"{self.newest or 'none'}. Make space and start the same command again: it goes on from there "
-            f"(training was at step {step})"
+            f"expected to write a checkpoint into {self.folder}, {found}{newest}. {remedy} and start the same command "
+            f"again: it goes on from the newest whole one (training was at step {step})"
         )
 
     def _diverged(self, trainer: L.Trainer, module: LRMModule, step: int) -> str:
+        self._join()  # its thread talks through the same group
         ids: list[tuple[str, ...]] = [module.in_hand]
         if trainer.world_size > 1:
             ids = [()] * trainer.world_size
             torch.distributed.all_gather_object(ids, module.in_hand, group=self._group)
         return (
-            f"expected finite gradients, found {module.guard.in_a_row} bad ones in a row by step {step}; the samples "
-            f"of the last one: {', '.join(sorted(key for rank in ids for key in rank))}; look at these, lower the "
-            "learning rate, or train in 32-true"
+            f"expected {module.guard.expectation}, found {module.guard.in_a_row} bad ones in a row by step {step}, the "
+            f"last of norm {module.guard.last:.3g}; the samples of the last one: "
+            f"{', '.join(sorted(key for rank in ids for key in rank))}; look at these, lower the learning rate, or "
+            f"{module.guard.remedy}"
         )
-
-    def _requeue(self) -> None:
-        """Ask Slurm to start this job again, where the time was up; for a SIGTERM the sender has decided that."""
-        job = os.environ.get("SLURM_JOB_ID")
-        if job is None or self.signals.received is None or self.signals.received.name != "SIGUSR1":
-            return
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-        logger.info("scontrol requeue %s: %s", job, done.stderr.strip() or "requeued")
 
     # --- saving
 
     def _save(self, trainer: L.Trainer, module: LRMModule, step: int) -> None:
         """Copy the state, and write it in the background."""
         self._join()
+        self._require_ownership(trainer)
         for log in trainer.loggers:  # what was logged up to here must not be lost while the checkpoint stays
             log.save()
             if isinstance(log, TensorBoardLogger):
@@ -231,11 +232,9 @@ class RunKeeper(L.Callback):
                 files = write_tensors(path, copy, layout, self._group, writes=first)
                 if first:
                     complete(path, layout, step, run, files)
+                    self.newest = path
                     self._passed_over.discard(path)
-                    tidy(
-                        str(self.folder), keep=self.keep, keep_every=self.keep_every, apart=self._passed_over
-                    )
-                self.newest = path
+                    self._tidy()
             except Exception as error:  # handed to the main thread, which raises it
                 self._failure = error
 
@@ -246,6 +245,24 @@ class RunKeeper(L.Callback):
         self._writing.start()
         if not self.background:
             self._join()
+
+    def _require_ownership(self, trainer: L.Trainer) -> None:
+        """Stop on all ranks where another run has taken the folder over."""
+        found = None
+        if self.owner is not None:
+            try:
+                self.owner.require()
+            except InputError as error:
+                found = str(error)
+        found = trainer.strategy.broadcast(found)
+        if found is not None:
+            raise InputError(found)
+
+    def _tidy(self) -> None:
+        try:
+            tidy(str(self.folder), keep=self.keep, keep_every=self.keep_every, apart=self._passed_over)
+        except OSError as error:  # the new checkpoint is whole all the same
+            logger.warning("old checkpoints in %s are not deleted: %s", self.folder, error)
 
     def _join(self) -> None:
         if self._writing is not None:

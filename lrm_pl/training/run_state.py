@@ -53,6 +53,15 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
         if any(name.startswith(f"{kind}.") for name in tensors) and trainer.is_global_zero:
             logger.warning("%s holds nothing under %r: %s", checkpoint.path, kind, lost)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{kind}.")}
+    if (
+        not _averages(trainer)
+        and any(name.startswith("average.") for name in found)
+        and trainer.is_global_zero
+    ):
+        logger.warning(
+            "%s holds a moving average, which this run does not go on with: it has no WeightAverage among "
+            "trainer.callbacks", checkpoint.path,
+        )  # fmt: skip
     read_state(checkpoint, tensors)
     holder_of(trainer, module.lrm).changed()
     if not any(name.startswith("average.") for name in tensors):

@@ -1,8 +1,10 @@
 """Checkpoints as files: whole or passed over, exact, and never run."""
 
+import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -119,10 +121,22 @@ def a_list(path):
     (path / "index.json").write_text("[]")
 
 
+def sealed(record):
+    """The text of an index that is in itself consistent, as a hostile one would be."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    seal = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps(rest | {"sha256": seal})
+
+
+def a_step_changed(path):
+    index = path / "index.json"
+    index.write_text(re.sub(r'"step": \d', '"step": 9', index.read_text()))
+
+
 def changed(key, value):
     def change(path):
         index = path / "index.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | {key: value}))
+        index.write_text(sealed(json.loads(index.read_text()) | {key: value}))
 
     change.__name__ = f"{key} {value}"
     return change
@@ -136,6 +150,8 @@ DAMAGES = {
     no_json: "expected the index of a checkpoint, found: JSONDecodeError",
     no_text: "expected the index of a checkpoint, found: UnicodeDecodeError",
     a_list: "expected the index of a checkpoint, found: TypeError",
+    a_step_changed: "sha256 of what else it says, found others: it is damaged",
+    changed("step", 9): "expected the step of the folder's name",
     changed("version", 2): "expected checkpoint version 1, found 2; use the version of lrm_pl that wrote it",
     changed("format", "zip"): "expected one of the formats single, sharded.*found format 'zip'",
     changed("files", {}): "found format .* do not trust it",
@@ -204,12 +220,10 @@ class Runs:
 
 def swap(path, name, content):
     """Put content into a checkpoint's file, with an index that agrees."""
-    from hashlib import sha256
-
     (path / name).write_bytes(content)
     index = json.loads((path / "index.json").read_text())
-    index["files"][name] = [len(content), sha256(content).hexdigest()]
-    (path / "index.json").write_text(json.dumps(index))
+    index["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
+    (path / "index.json").write_text(sealed(index))
 
 
 def torch_file(value, path):
@@ -378,7 +392,19 @@ def test_the_newest_the_best_and_every_nth_stay(tmp_path):
         write(tmp_path, step, run={"score": score})
         ck.tidy(str(tmp_path), keep=1, keep_every=30)
     assert steps(tmp_path) == [20, 30, 50]
-    assert ck.best_score(str(tmp_path)) == 3.0
+    assert ck.best_score(str(tmp_path), print) == (3.0, set())
+
+
+def test_a_damaged_best_checkpoint_is_not_the_best_any_more(tmp_path, capsys):
+    for step, score in {10: 1.0, 20: 3.0, 30: 2.0}.items():
+        write(tmp_path, step, run={"score": score})
+    flipped(tmp_path / "step-00000020")
+    damaged = checkpoint_path(str(tmp_path), 20)
+    assert ck.best_score(str(tmp_path), print) == (2.0, {damaged})
+    assert "not the best checkpoint any more" in capsys.readouterr().out
+    write(tmp_path, 40, run={"score": 1.5})
+    ck.tidy(str(tmp_path), keep=1, apart={damaged})
+    assert steps(tmp_path) == [20, 30, 40], "the best whole one stays"
 
 
 def test_a_damaged_checkpoint_that_a_run_passed_over_does_not_push_out_the_whole_ones(tmp_path):

@@ -74,11 +74,54 @@ def test_a_gpu_job_is_this_script_line_by_line(checkout):
         "set -euo pipefail",
         "export LRM_CACHE=/cache",
         "export PYTHONUNBUFFERED=1",
+        "export LRM_REQUEUE_NOTE=runs/mine-1/.requeue",
+        'rm -f "$LRM_REQUEUE_NOTE"',
         'echo "$(date -Is) job $SLURM_JOB_ID, start $((1 + ${SLURM_RESTART_COUNT:-0})), on $SLURM_JOB_NODELIST"',
+        "trap : TERM",
+        "status=0",
         "srun --kill-on-bad-exit=1 --cpus-per-task=6 \\",
         "  python -m lrm_pl fit -c mine.yaml -c configs/trainer/ddp.yaml --trainer.num_nodes 2 --trainer.devices 8 "
-        "--trainer.accelerator gpu --data.folder data/mine --run.folder runs/mine-1",
+        "--trainer.accelerator gpu --data.folder data/mine --run.folder runs/mine-1 || status=$?",
+        'if [ -e "$LRM_REQUEUE_NOTE" ] && { [ $status = 75 ] || [ $status -ge 128 ]; }; then',
+        '  rm "$LRM_REQUEUE_NOTE"',
+        '  exec scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        "exit $status",
     ]
+
+
+@pytest.mark.parametrize(
+    ("note", "status", "requeued"),
+    [
+        (True, 75, True),
+        (True, 143, True),
+        (True, 0, False),
+        (True, 1, False),
+        (False, 75, False),
+        (False, 137, False),
+    ],
+)
+def test_a_job_asks_for_another_start_where_its_time_was_up_and_never_else(checkout, note, status, requeued):
+    """Run by bash; the run is a stand-in that leaves the note, or not, and ends with a status."""
+    (checkout / "runs" / "mine-1").mkdir(parents=True)
+    stand_ins = f"""
+        srun() {{ {'touch "$LRM_REQUEUE_NOTE"' if note else ":"}; return {status}; }}
+        exec() {{ echo "$@"; exit; }}
+        SLURM_JOB_ID=17 SLURM_JOB_NODELIST=n0
+    """
+    done = subprocess.run(
+        ["bash"],
+        input=stand_ins + script_of(a_launch()),
+        capture_output=True,
+        text=True,
+        cwd=checkout,
+        check=False,
+    )
+    assert ("scontrol requeue 17" in done.stdout) == requeued, done.stdout + done.stderr
+    assert done.returncode == (0 if requeued else status)
+    assert (checkout / "runs/mine-1/.requeue").exists() == (note and not requeued), (
+        "else it is asked for twice"
+    )
 
 
 def test_a_cpu_job_asks_for_no_gpu_and_trains_on_cpus(checkout):
@@ -264,7 +307,7 @@ def lrm_launch(arguments):
 def test_torchrun_really_starts_the_processes_of_a_line(checkout, root):
     """The printed line, with a program of two lines in the place of lrm_pl."""
     (checkout / "lrm_pl.py").write_text(
-        "import os\nprint('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n"
+        "import os\nprint(f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\")\n"
     )
     command = [sys.executable, "-P", "-m", "lrm_pl", "launch", "--gpus=0", "--processes=2", "-c", "mine.yaml"]
     bare = {"PATH": str(checkout), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -280,7 +323,7 @@ def test_torchrun_really_starts_the_processes_of_a_line(checkout, root):
 def test_the_lines_of_two_nodes_really_meet(checkout, root):
     """Both on this machine, with a program that sums the ranks in the place of lrm_pl."""
     program = "import torch.distributed as d, torch\nd.init_process_group('gloo')\nx = torch.tensor(d.get_rank() + 1)\n"
-    program += "d.all_reduce(x)\nprint('sum', x.item())\nd.destroy_process_group()\n"
+    program += "d.all_reduce(x)\nprint(f'sum {x.item()}')\nd.destroy_process_group()\n"
     (checkout / "lrm_pl.py").write_text(program)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

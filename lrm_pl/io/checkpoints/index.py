@@ -1,7 +1,9 @@
 """Checkpoints as wholes: their index, finding the newest one, retention. All but ``complete`` is for one rank."""
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -98,7 +100,14 @@ def complete(path: str, layout: Format, step: int, run: Mapping[str, Any], files
                     f"expected {folder}/{name} of {size} bytes, which a rank has written, found {found}; do all "
                     "nodes share this folder?"
                 )
-    record = {"version": FORMAT_VERSION, "format": layout, "step": step, "run": run, "files": files}
+    record: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "format": layout,
+        "step": step,
+        "run": run,
+        "files": files,
+    }
+    record["sha256"] = _digest(record)
     with writing(f"{folder}/{INDEX_NAME}") as file:
         file.write(json.dumps(record, indent=1).encode())
     if folder != path:
@@ -165,6 +174,10 @@ def read_index(path: str) -> Checkpoint:
     return _parsed(path, content)
 
 
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _parsed(path: str, content: bytes) -> Checkpoint:
     try:
         record = json.loads(content)
@@ -172,6 +185,12 @@ def _parsed(path: str, content: bytes) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: expected checkpoint version {FORMAT_VERSION}, found {record['version']!r}; use the version "
                 "of lrm_pl that wrote it"
+            )
+        name = _NAME.fullmatch(path.rstrip("/").rsplit("/", 1)[-1])
+        if record.pop("sha256") != _digest(record) or (name and int(name[1]) != record["step"]):
+            raise CheckpointError(
+                f"{path}/{INDEX_NAME}: expected the step of the folder's name and the sha256 of what else it says, "
+                "found others: it is damaged"
             )
         layout, files = record["format"], record["files"]
         strange = [name for name in files if not re.fullmatch(r"[\w.]+", name) or name in (".", "..")]
@@ -223,7 +242,8 @@ def newest_checkpoint(folder: str, say: Callable[[str], None]) -> Checkpoint | N
     """Find the newest checkpoint that is whole; damaged ones are passed over, and said so.
 
     Raises:
-        CheckpointError: There are checkpoints, and none is whole: starting over in silence would lose the run.
+        CheckpointError: There are checkpoints, and none is whole: starting over in silence would lose the run. In an
+            object store, where the index comes last, those without one are of a run that ended before its first.
     """
     paths = list_checkpoints(folder)
     for path in paths:
@@ -231,12 +251,21 @@ def newest_checkpoint(folder: str, say: Callable[[str], None]) -> Checkpoint | N
             return read_checkpoint(path)
         except CheckpointError as error:
             say(f"passed over a checkpoint: {error}")
+    if paths and not is_local(folder) and not any(map(_has_index, paths)):
+        say(f"{folder}: no checkpoint was ever finished there; starting from the beginning")
+        return None
     if paths:
         raise CheckpointError(
             f"expected a whole checkpoint among the {len(paths)} in {folder}, found none; give one that is elsewhere "
             "(--run.resume PATH), or start over in another folder (--run.folder)"
         )
     return None
+
+
+def _has_index(path: str) -> bool:
+    fs, inner = open_store(path)
+    with talking_to(path):
+        return bool(fs.isfile(f"{inner}/{INDEX_NAME}"))
 
 
 def tidy(folder: str, *, keep: int, keep_every: int | None = None, apart: Collection[str] = ()) -> None:
@@ -257,9 +286,30 @@ def tidy(folder: str, *, keep: int, keep_every: int | None = None, apart: Collec
             remove_checkpoint(path)
 
 
-def best_score(folder: str) -> float | None:
-    """Return the highest score (``run["score"]``) of a folder's checkpoints; None where none has one."""
-    return max(_scores(list_checkpoints(folder)).values(), default=None)
+def best_score(
+    folder: str, say: Callable[[str], None], apart: Collection[str] = ()
+) -> tuple[float, set[str]]:
+    """Find the highest score (``run["score"]``) of a folder's whole checkpoints, and the damaged ones with a higher.
+
+    Args:
+        folder: Folder of the checkpoints.
+        say: Told about each damaged one.
+        apart: Checkpoints that are not looked at.
+
+    Returns:
+        The score, minus infinity where there is none; the damaged ones, which nothing should count as the best.
+    """
+    scores = _scores([path for path in list_checkpoints(folder) if path not in apart])
+    damaged: set[str] = set()
+    for path in sorted(scores, key=lambda path: scores[path], reverse=True):
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            say(f"not the best checkpoint any more: {error}")
+            damaged.add(path)
+        else:
+            return scores[path], damaged
+    return -math.inf, damaged
 
 
 def _scores(paths: Collection[str]) -> dict[str, float]:
