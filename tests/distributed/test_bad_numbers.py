@@ -36,7 +36,8 @@ def test_a_nan_on_one_rank_makes_all_ranks_leave_that_step_out(runs, layer):
 
 
 def test_bad_steps_in_a_row_stop_the_run_with_a_checkpoint_and_the_samples_in_hand(runs):
-    options = (keep_every(100), *poison(5, 99), "--model.guard.patience=3")
+    # A checkpoint is being written while the ranks tell each other their samples.
+    options = (keep_every(1), *poison(5, 99), "--model.guard.patience=3")
     log = runs.run("diverged", 2, *options, layers=["ddp"], status=1)
     assert "expected finite gradients, found 3 bad ones in a row by step 8" in log
     assert log.count("train-ellipsoid-") >= 4, "the four samples of the step, of both ranks"
@@ -45,3 +46,13 @@ def test_bad_steps_in_a_row_stop_the_run_with_a_checkpoint_and_the_samples_in_ha
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     runs.run("diverged", 2, keep_every(100), "--trainer.max_steps=10", layers=["ddp"])
     assert runs.final("diverged")[0].step == 10, "without the fault it goes on"
+
+
+def test_the_last_steps_are_judged_too(runs):
+    options = (
+        keep_every(100), *poison(5, 99), "--trainer.callbacks.rank=0", "--model.guard.patience=3",
+        "--trainer.max_steps=8",
+    )  # fmt: skip
+    log = runs.run("diverged-last", 1, *options, layers=["cpu"], status=1)
+    assert "expected finite gradients, found 3 bad ones in a row by step 8, the last of norm nan" in log
+    assert runs.final("diverged-last")[0].step == 8

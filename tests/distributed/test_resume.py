@@ -88,12 +88,14 @@ def test_twenty_random_kills_each_under_ddp_and_fsdp2_with_0_1_and_3_workers(run
 
 
 def test_sigterm_keeps_the_step_and_the_run_goes_on_where_it_was(runs, whole):
-    process = runs.start("told", 2, OFTEN, *LONG, layers=["ddp"])
+    process = runs.start("told", 2, OFTEN, *LONG, "--data.workers=2", layers=["ddp"])
     deadline = time.monotonic() + 90
     while "step-00000005" not in str(list((runs.folder / "told").glob("checkpoints/*"))):
         assert time.monotonic() < deadline, runs.log("told")
         time.sleep(0.05)
-    for pid in descendants(process.pid):  # as Slurm does: every process of the step, not the launcher
+    everyone = descendants(process.pid)
+    assert len(everyone) == 6, "two ranks with two loader workers each"
+    for pid in everyone:  # as Slurm does: every process of the step, not the launcher
         os.kill(pid, signal.SIGTERM)
     assert process.wait(60) != 0
     assert "stopped by a signal after step" in runs.log("told")
@@ -102,3 +104,36 @@ def test_sigterm_keeps_the_step_and_the_run_goes_on_where_it_was(runs, whole):
     runs.run("told", 2, OFTEN, *LONG, layers=["ddp"])
     assert f"going on after step {stopped} from" in runs.log("told")
     same(runs, "told", whole)
+
+
+def test_under_slurm_usr1_keeps_the_run_leaves_a_note_and_lightning_neither_saves_nor_requeues(
+    runs, tmp_path
+):
+    note, asked = tmp_path / "note", tmp_path / "asked"
+    stub = tmp_path / "scontrol"
+    stub.write_text(f"#!/bin/sh\necho $@ >> {asked}\n")
+    stub.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "try", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0", "LRM_REQUEUE_NOTE": str(note), "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    options = (keep_every(2), "--trainer.max_steps=60", "--data.workers=1")
+    process = runs.start("slurm", 1, *options, layers=["cpu"], **slurm)
+    deadline = time.monotonic() + 60
+    while not list((runs.folder / "slurm").glob("checkpoints/step-*2")):
+        assert time.monotonic() < deadline, runs.log("slurm")
+        time.sleep(0.05)
+    for pid in (process.pid, *descendants(process.pid)):
+        os.kill(pid, signal.SIGUSR1)
+    assert process.wait(60) == 75
+    assert note.exists()
+    stopped = runs.final("slurm")[0].step
+    assert f"stopped by a signal after step {stopped}; everything up to there is in" in runs.log("slurm")
+    runs.run("slurm", 1, *options, layers=["cpu"], **slurm)
+    assert f"going on after step {stopped} from" in runs.log("slurm")
+    assert [step for step, _ in runs.scalars("slurm")["loss/total"]] == list(range(60))
+    assert not asked.exists(), asked.read_text()
+    assert not list((runs.folder / "slurm").rglob("hpc_ckpt*"))
+    (runs.folder / "slurm" / "hpc_ckpt_1.ckpt").touch()
+    log = runs.run("slurm", 1, *options, layers=["cpu"], status=1, **slurm)
+    assert "expected no checkpoint that Lightning would load unasked, found" in log

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -67,6 +68,80 @@ def test_a_run_keeps_its_checkpoints_in_a_bucket_tidies_them_and_resumes_from_th
     again = ck.newest_checkpoint(bucket, print)
     assert (again.step, again.run) == (6, whole.run)
     assert same(read(again), tensors)
+
+
+class Intruder(L.Callback):
+    """Another run that begins in the same folder, in the middle of this one."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            ck.Owner(self.folder, "runs/newer")
+
+
+def test_a_run_whose_bucket_another_run_took_over_ends_before_it_writes_there(fit, s3):
+    bucket = "s3://bucket/run"
+    intruder = {"class_path": f"{__name__}.Intruder", "init_args": {"folder": bucket}}
+    with pytest.raises(
+        SystemExit, match=r"another took it over: .*runs/newer.*give each run a folder of its own"
+    ):
+        fit("run", 8, keeper(folder=bucket), intruder)
+    assert [ck.step_of(path) for path in ck.list_checkpoints(bucket)] == [2]
+
+
+def test_two_runs_with_one_local_folder_of_checkpoints_are_refused(fit, tmp_path):
+    code = "import sys; from pathlib import Path; from lrm_pl.apps.run_folder import RunLock; "
+    code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "shared")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SystemExit, match=r"expected no other run in .*/shared, found one at work there"):
+            fit("run", 2, keeper(folder=str(tmp_path / "shared")))
+        other.stdin.close()
+    fit("run", 2, keeper(folder=str(tmp_path / "shared")))
+
+
+def test_old_checkpoints_that_cannot_be_deleted_end_no_run(fit, monkeypatch, caplog):
+    def refuse(*arguments, **options):
+        raise OSError("busy")
+
+    monkeypatch.setattr("lrm_pl.training.run_keeper.tidy", refuse)
+    folder = fit("run", 6, keeper(keep=1))
+    assert "are not deleted: busy" in caplog.text
+    assert len(ck.list_checkpoints(str(folder / "checkpoints"))) == 3
+
+
+def test_an_average_that_a_run_does_not_go_on_with_is_named(fit, caplog):
+    fit("run", 2, keeper(), AVERAGE)
+    fit("run", 4, keeper())
+    assert "holds a moving average, which this run does not go on with" in caplog.text
+
+
+def test_a_run_that_goes_on_keeps_its_first_config_and_a_measurement_touches_nothing_of_it(
+    fit, tmp_path, shards
+):
+    folder = fit("run", 2, keeper())
+
+    def contents():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    config = (folder / "config.yaml").read_text()
+    fit("run", 4, keeper())
+    assert (folder / "config.yaml").read_text() == config
+    before = contents()
+    options = ["--ckpt_path", str(folder), "--trainer.limit_val_batches", "1.0"]
+    main(["validate", "-c", str(folder / "config.yaml"), *options])
+    after = contents()
+    assert {path: after[path] for path in before} == before
+    new = {path.relative_to(folder).parts[0] for path in after if path not in before}
+    assert new == {"validate"}
+    assert list((folder / "validate").glob("events.*"))
+    main(["fit", "-c", str(folder / "config.yaml"), "--trainer.max_steps", "5", "--run.profile", "3"])
+    assert ck.newest_checkpoint(str(folder / "checkpoints"), print).step == 5, (
+        "also with nothing left to profile"
+    )
 
 
 def test_a_bucket_that_does_not_exist_stops_a_run_before_its_first_step(fit, s3):

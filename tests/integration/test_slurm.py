@@ -9,9 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.apps import slurm
 from lrm_pl.apps.job import Launch, job_script
+from lrm_pl.io.weights import cache_folder
+from tests.integration.test_cli import TINY
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +92,43 @@ def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_
             time.sleep(0.2)
         else:
             pytest.fail(f"expected the job to end with its rank, found it running:\n{log.read_text()}")
+    finally:
+        subprocess.run(["scancel", job], check=False, capture_output=True)
+
+
+def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_itself(here, root, shards):
+    shutil.copytree(root / "configs" / "trainer", here / "configs" / "trainer")
+    trainer = {"max_steps": 300, "limit_val_batches": 0, "log_every_n_steps": 1, "precision": "32-true"}
+    config = {**TINY, "trainer": {**trainer, "val_check_interval": 300}}
+    (here / "tiny.yaml").write_text(yaml.safe_dump(config | {"data": TINY["data"] | {"workers": 1}}))
+    launch = Launch(2, 1, 0, ("tiny.yaml",), "ddp", str(shards), Path("runs/real"), ())
+    launch.run.mkdir(parents=True)
+    script = launch.run / "job.sbatch"
+    program = [sys.executable, *launch.fit()]
+    script.write_text(job_script(launch, program, cpus=1, cache=cache_folder(), time="5"))
+    job = slurm.submit(script)
+    log = launch.run / f"slurm-{job}.log"
+    try:
+        wait_for(log, r"loss/total", 1)
+        subprocess.run(["scancel", "--signal=USR1", job], check=True)  # as --signal=USR1@120 does, in time
+        text = wait_for(log, "DUE TO JOB REQUEUE", 1)
+        stopped = int(
+            re.search(r"stopped by a signal after step (\d+); everything up to there is in", text)[1]
+        )
+        assert 0 < stopped < 300
+        time.sleep(3)  # and not two minutes: see above
+        subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
+        text = wait_for(log, r"max_steps=300", 1)
+        assert f"going on after step {stopped} from" in text
+        for _ in range(300):
+            state = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip()
+            if not state:
+                break
+            time.sleep(0.2)
+        assert (launch.run / "report.json").is_file(), log.read_text()[-4000:]
+        assert not (launch.run / ".requeue").exists()
+        events = EventAccumulator(str(launch.run), size_guidance={"scalars": 0}).Reload()
+        assert [event.step for event in events.Scalars("loss/total")] == list(range(300))
     finally:
         subprocess.run(["scancel", job], check=False, capture_output=True)
 

@@ -158,6 +158,25 @@ def test_an_object_that_was_changed_in_the_bucket_is_passed_over(s3):
     assert "bytes, found" in require_whole(1)[0]
 
 
+def test_a_run_that_ended_in_its_first_upload_starts_from_the_beginning_and_says_so(s3):
+    path = ck.checkpoint_path("s3://bucket/run", 5)
+    ck.write_tensors(path, {"a": torch.ones(3)}, "single", None, writes=True)
+    said = []
+    assert ck.newest_checkpoint("s3://bucket/run", said.append) is None
+    assert "no checkpoint was ever finished there; starting from the beginning" in said[-1]
+
+
+def test_of_two_runs_that_sign_one_folder_the_older_is_told(s3):
+    older = ck.Owner("s3://bucket/run", "runs/older")
+    older.require()
+    newer = ck.Owner("s3://bucket/run", "runs/newer")
+    newer.require()
+    with pytest.raises(InputError, match=r"expected to be the only run.*took it over: .*'run': 'runs/newer'"):
+        older.require()
+    ck.Owner("s3://bucket/other", "runs/other")
+    newer.require()
+
+
 def test_a_misspelt_bucket_is_refused_before_the_run_starts_and_is_not_made(s3):
     with pytest.raises(InputError, match="bucket does not exist"):
         ck.require_writable("s3://buckett/run")
