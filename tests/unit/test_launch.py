@@ -84,6 +84,7 @@ def test_a_gpu_job_is_this_script_line_by_line(checkout):
         "--trainer.accelerator gpu --data.folder data/mine --run.folder runs/mine-1 || status=$?",
         'if [ -e "$LRM_REQUEUE_NOTE" ] && { [ $status = 75 ] || [ $status -ge 128 ]; }; then',
         '  rm "$LRM_REQUEUE_NOTE"',
+        '  echo "$(date -Is) the time was up: job $SLURM_JOB_ID is requeued, and goes on from its last checkpoint"',
         '  exec scontrol requeue "$SLURM_JOB_ID"',
         "fi",
         "exit $status",
