@@ -98,8 +98,8 @@ def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_
 
 def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_itself(here, root, shards):
     shutil.copytree(root / "configs" / "trainer", here / "configs" / "trainer")
-    trainer = {"max_steps": 300, "limit_val_batches": 0, "log_every_n_steps": 1, "precision": "32-true"}
-    config = {**TINY, "trainer": {**trainer, "val_check_interval": 300}}
+    trainer = {"max_steps": 60, "limit_val_batches": 0, "log_every_n_steps": 1, "precision": "32-true"}
+    config = {**TINY, "trainer": {**trainer, "val_check_interval": 60}}
     (here / "tiny.yaml").write_text(yaml.safe_dump(config | {"data": TINY["data"] | {"workers": 1}}))
     launch = Launch(2, 1, 0, ("tiny.yaml",), "ddp", str(shards), Path("runs/real"), ())
     launch.run.mkdir(parents=True)
@@ -115,10 +115,10 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
         stopped = int(
             re.search(r"stopped by a signal after step (\d+); everything up to there is in", text)[1]
         )
-        assert 0 < stopped < 300
+        assert 0 < stopped < 60
         time.sleep(3)  # and not two minutes: see above
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
-        text = wait_for(log, r"max_steps=300", 1)
+        text = wait_for(log, r"max_steps=60", 1)
         assert f"going on after step {stopped} from" in text
         for _ in range(300):
             state = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip()
@@ -128,7 +128,7 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
         assert (launch.run / "report.json").is_file(), log.read_text()[-4000:]
         assert not (launch.run / ".requeue").exists()
         events = EventAccumulator(str(launch.run), size_guidance={"scalars": 0}).Reload()
-        assert [event.step for event in events.Scalars("loss/total")] == list(range(300))
+        assert [event.step for event in events.Scalars("loss/total")] == list(range(60))
     finally:
         subprocess.run(["scancel", job], check=False, capture_output=True)
 
