@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,16 +78,21 @@ def test_a_gpu_job_is_this_script_line_by_line(checkout):
         "export LRM_REQUEUE_NOTE=runs/mine-1/.requeue",
         'rm -f "$LRM_REQUEUE_NOTE"',
         'echo "$(date -Is) job $SLURM_JOB_ID, start $((1 + ${SLURM_RESTART_COUNT:-0})), on $SLURM_JOB_NODELIST"',
-        "trap : TERM",
-        "status=0",
-        "srun --kill-on-bad-exit=1 --cpus-per-task=6 \\",
-        "  python -m lrm_pl fit -c mine.yaml -c configs/trainer/ddp.yaml --trainer.num_nodes 2 --trainer.devices 8 "
-        "--trainer.accelerator gpu --data.folder data/mine --run.folder runs/mine-1 || status=$?",
-        'if [ -e "$LRM_REQUEUE_NOTE" ] && { [ $status = 75 ] || [ $status -ge 128 ]; }; then',
+        "come_back() {",
+        '  [ -e "$LRM_REQUEUE_NOTE" ] || return 0',
         '  rm "$LRM_REQUEUE_NOTE"',
         '  echo "$(date -Is) the time was up: job $SLURM_JOB_ID is requeued, and goes on from its last checkpoint"',
         '  exec scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
+        "}",
+        "trap come_back TERM",
+        "srun --kill-on-bad-exit=1 --cpus-per-task=6 \\",
+        "  python -m lrm_pl fit -c mine.yaml -c configs/trainer/ddp.yaml --trainer.num_nodes 2 --trainer.devices 8 "
+        "--trainer.accelerator gpu --data.folder data/mine --run.folder runs/mine-1 &",
+        "step=$!",
+        "status=0",
+        "wait $step || status=$?",
+        "while kill -0 $step 2>/dev/null; do wait $step || status=$?; done  # a signal has interrupted it",
+        "if [ $status = 75 ] || [ $status -ge 128 ]; then come_back; fi",
         "exit $status",
     ]
 
@@ -123,6 +129,32 @@ def test_a_job_asks_for_another_start_where_its_time_was_up_and_never_else(check
     assert (checkout / "runs/mine-1/.requeue").exists() == (note and not requeued), (
         "else it is asked for twice"
     )
+
+
+@pytest.mark.parametrize(("note", "found"), [(True, "scontrol requeue 17"), (False, "the run ended")])
+def test_at_the_time_limit_a_job_asks_at_once_and_one_that_is_cancelled_waits_for_its_run(
+    checkout, note, found
+):
+    (checkout / "runs" / "mine-1").mkdir(parents=True)
+    stand_ins = f"""
+        srun() {{
+            {'touch "$LRM_REQUEUE_NOTE"' if note else ":"}
+            touch begun; sleep 2; echo the run ended; return 75
+        }}
+        exec() {{ echo "$@"; exit; }}
+        SLURM_JOB_ID=17 SLURM_JOB_NODELIST=n0
+    """
+    (checkout / "job.sh").write_text(stand_ins + script_of(a_launch()))
+    with subprocess.Popen(["bash", "job.sh"], cwd=checkout, stdout=subprocess.PIPE, text=True) as job:
+        until = time.monotonic() + 30
+        while not (checkout / "begun").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        job.terminate()
+        said = job.stdout.read().splitlines()
+    assert found in said
+    assert ("scontrol requeue 17" in said) == note
+    assert job.returncode == (0 if note else 75)
 
 
 def test_a_cpu_job_asks_for_no_gpu_and_trains_on_cpus(checkout):
