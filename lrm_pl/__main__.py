@@ -15,6 +15,10 @@ COMMANDS = {
         "lrm_pl.apps.export:main",
         "turn a checkpoint into config.yaml + model.safetensors: lrm export RUN OUT",
     ),
+    "convert": (
+        "lrm_pl.apps.convert:main",
+        "turn weights of OpenLRM or TripoSR into such a folder: lrm convert --from triposr model.ckpt OUT",
+    ),
     "launch": ("lrm_pl.apps.launch:main", "start a fit on several processes: under Slurm, or with torchrun"),
     "doctor": ("lrm_pl.apps.doctor:main", "check what a run needs, on every node"),
 }

@@ -32,9 +32,20 @@ import numpy.typing as npt
 
 Normalisation = Literal["sphere", "cube"]
 
-#: Axis pairs (column axis, row axis) that the three planes of a triplane are sampled with, in channel order.
-#: OpenLRM's third plane is (z, y); that is a matter for its converter.
-PLANE_AXES: tuple[tuple[int, int], ...] = ((0, 1), (0, 2), (1, 2))
+#: How the three planes of a triplane lie in the world. Weights that others trained fix it: the deconvolution is
+#: shared by the planes, so no rearrangement of weights could turn one of them.
+PlaneLayout = Literal["lrm", "openlrm", "triposr"]
+
+#: Axis pairs (column axis, row axis) that the three planes are sampled with, in channel order. OpenLRM's third is
+#: (z, y). TripoSR sees the input view from +x where our world has it on -y: its x is our -y, its y our x.
+PLANE_AXES: dict[PlaneLayout, tuple[tuple[int, int], ...]] = {
+    "lrm": ((0, 1), (0, 2), (1, 2)),
+    "openlrm": ((0, 1), (0, 2), (2, 1)),
+    "triposr": ((1, 0), (1, 2), (0, 2)),
+}
+
+#: Planes whose columns run against the axis.
+MIRRORED_PLANES: dict[PlaneLayout, tuple[int, ...]] = {"lrm": (), "openlrm": (), "triposr": (0, 1)}
 
 #: Blender and OpenGL cameras look along -z with +y up; OpenCV's along +z with +y down.
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0]).astype(np.float32)

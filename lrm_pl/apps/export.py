@@ -2,24 +2,24 @@
 
 import argparse
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Checkpoint, read_tensors, tensor_specs
-from lrm_pl.io.checkpoints.store import is_local, sync_folder
-
-CONFIG_NAME, WEIGHTS_NAME = "config.yaml", "model.safetensors"
+from lrm_pl.io.checkpoints.store import is_local
+from lrm_pl.io.pretrained import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    read_model_section,
+    require_no_folder,
+    write_pretrained,
+)
 
 #: What --dtype may be.
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -43,22 +43,15 @@ def export(
     Raises:
         InputError: Something of this is not there, or OUT is.
     """
-    if os.path.lexists(out):
-        raise InputError(f"expected to make the folder {out}, found it there; name another")
+    require_no_folder(out)
     checkpoint = find_checkpoint(source)
     config = _find_config(checkpoint, config)
-    record = {"model": _model_section(config)}
+    model = read_model_section(config)
     weights = {
         name: _cast(tensor, DTYPES[dtype]) for name, tensor in _weights(checkpoint, average=average).items()
     }
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    header = f"# The model section of {config.name} of the run whose step {checkpoint.step} this is.\n"
-    (partial / CONFIG_NAME).write_text(header + yaml.safe_dump(record, sort_keys=False))
-    save_file(weights, partial / WEIGHTS_NAME, metadata={"format": "pt"})
-    sync_folder(str(partial))
-    partial.rename(out)
+    header = f"The model section of {config.name} of the run whose step {checkpoint.step} this is."
+    write_pretrained(out, model, weights, header)
     return checkpoint, config
 
 
@@ -97,17 +90,6 @@ def _find_config(checkpoint: Checkpoint, given: Path | None) -> Path:
             f"--config RUN/{CONFIG_NAME}"
         )
     return path
-
-
-def _model_section(config: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(config.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{config}: expected the config of a run, found: {error}") from error
-    section = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(section, dict) or "lrm" not in section:
-        raise InputError(f"{config}: expected a section model.lrm, found none; name the config.yaml of a run")
-    return section
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

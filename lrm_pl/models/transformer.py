@@ -1,14 +1,22 @@
-"""The image-to-triplane transformer: camera-modulated blocks of cross-attention, self-attention, MLP.
+"""The image-to-triplane transformer: blocks of cross-attention, self-attention, MLP, modulated by the camera.
 
 LRM, section 3.2 and figure 2. Tokens (B, L, D) ask the image features (B, N, M); the camera embedding (B, E)
 modulates every normalisation.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lrm_pl.models.attention import Attention
+
+#: "lrm": cross-attention, self-attention, GELU MLP; a layer norm at the end of the stack (LRM, OpenLRM). "triposr":
+#: self-attention, cross-attention, GEGLU MLP, biases on attention outputs; a group norm and a projection before the
+#: stack, a projection and a residual around all of it behind (TripoSR's Transformer1D).
+BlockDesign = Literal["lrm", "triposr"]
 
 
 class ModLN(nn.Module):
@@ -16,18 +24,45 @@ class ModLN(nn.Module):
 
     Args:
         dim: Width D of the tokens.
-        camera_dim: Width E of the camera embedding.
+        camera_dim: Width E of the camera embedding; None makes it a plain layer norm.
+        eps: Added to the variance.
     """
 
-    def __init__(self, dim: int, camera_dim: int) -> None:
+    def __init__(self, dim: int, camera_dim: int | None, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(camera_dim, 2 * dim))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        if camera_dim is not None:
+            linear = nn.Linear(camera_dim, 2 * dim)
+            nn.init.zeros_(linear.weight)  # it begins as a plain layer norm
+            nn.init.zeros_(linear.bias)
+            self.modulation = nn.Sequential(nn.SiLU(), linear)
 
-    def forward(self, x: Float[Tensor, "B L D"], camera: Float[Tensor, "B E"]) -> Float[Tensor, "B L D"]:
-        """Normalise and modulate."""
+    def forward(
+        self, x: Float[Tensor, "B L D"], camera: Float[Tensor, "B E"] | None
+    ) -> Float[Tensor, "B L D"]:
+        """Normalise, and modulate where there is a camera."""
+        if camera is None:
+            return self.norm(x)
         shift, scale = self.modulation(camera).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
         return self.norm(x) * (1 + scale) + shift
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose one half gates the other: a GELU(b) (Shazeer 2020).
+
+    Args:
+        dim: Width of the input.
+        hidden: Width of the output.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * hidden)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L hidden"]:
+        """Project and gate."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 class Block(nn.Module):
@@ -37,30 +72,48 @@ class Block(nn.Module):
         dim: Width D of the tokens.
         heads: Attention heads.
         image_dim: Width M of the image features.
-        camera_dim: Width E of the camera embedding.
+        camera_dim: Width E of the camera embedding; None without one.
+        design: The order of the steps and the kind of the MLP.
+        qk_norm: Whether queries and keys are normalised.
         mlp_ratio: Hidden width of the MLP in units of D.
     """
 
-    def __init__(self, dim: int, heads: int, image_dim: int, camera_dim: int, mlp_ratio: int = 4) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        image_dim: int,
+        camera_dim: int | None,
+        design: BlockDesign = "lrm",
+        *,
+        qk_norm: bool = False,
+        mlp_ratio: int = 4,
+    ) -> None:
         super().__init__()
-        self.cross_norm = ModLN(dim, camera_dim)
-        self.cross_attention = Attention(dim, heads, context_dim=image_dim)
-        self.self_norm = ModLN(dim, camera_dim)
-        self.self_attention = Attention(dim, heads)
-        self.mlp_norm = ModLN(dim, camera_dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.self_first = triposr = design == "triposr"
+        eps, hidden = (1e-5 if triposr else 1e-6), mlp_ratio * dim
+        self.cross_norm = ModLN(dim, camera_dim, eps)
+        self.cross_attention = Attention(dim, heads, image_dim, out_bias=triposr, qk_norm=qk_norm)
+        self.self_norm = ModLN(dim, camera_dim, eps)
+        self.self_attention = Attention(dim, heads, out_bias=triposr, qk_norm=qk_norm)
+        self.mlp_norm = ModLN(dim, camera_dim, eps)
+        entry = (GEGLU(dim, hidden), nn.Identity()) if triposr else (nn.Linear(dim, hidden), nn.GELU())
+        self.mlp = nn.Sequential(*entry, nn.Linear(hidden, dim))
 
     def forward(
-        self, x: Float[Tensor, "B L D"], image: Float[Tensor, "B N M"], camera: Float[Tensor, "B E"]
+        self, x: Float[Tensor, "B L D"], image: Float[Tensor, "B N M"], camera: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B L D"]:
         """Run the three residual steps."""
+        if self.self_first:
+            x = x + self.self_attention(self.self_norm(x, camera))
         x = x + self.cross_attention(self.cross_norm(x, camera), image)
-        x = x + self.self_attention(self.self_norm(x, camera))
+        if not self.self_first:
+            x = x + self.self_attention(self.self_norm(x, camera))
         return x + self.mlp(self.mlp_norm(x, camera))
 
 
 class TriplaneTransformer(nn.Module):
-    """A stack of blocks over learnable triplane tokens, and a last layer norm.
+    """A stack of blocks over learnable triplane tokens, and what stands before and behind it.
 
     Args:
         tokens: Number L of triplane tokens.
@@ -68,35 +121,58 @@ class TriplaneTransformer(nn.Module):
         depth: Number of blocks.
         heads: Attention heads a block.
         image_dim: Width M of the image features.
-        camera_dim: Width E of the camera embedding.
+        camera_dim: Width E of the camera embedding; None without one.
+        design: Kind of the blocks and of what surrounds them.
+        qk_norm: Whether queries and keys are normalised.
     """
 
     def __init__(
-        self, tokens: int, dim: int, depth: int, heads: int, image_dim: int, camera_dim: int
+        self,
+        tokens: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        image_dim: int,
+        camera_dim: int | None,
+        design: BlockDesign = "lrm",
+        *,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.design = design
         self.tokens = nn.Parameter(torch.randn(1, tokens, dim) / dim**0.5)
-        self.blocks = nn.ModuleList(Block(dim, heads, image_dim, camera_dim) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, image_dim, camera_dim, design, qk_norm=qk_norm) for _ in range(depth)
+        )
+        if design == "triposr":
+            self.norm: nn.Module = nn.GroupNorm(32, dim, eps=1e-6)
+            self.proj_in, self.proj_out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        else:
+            self.norm = nn.LayerNorm(dim, eps=1e-6)
         self._initialise()
 
-    def forward(self, image: Float[Tensor, "B N M"], camera: Float[Tensor, "B E"]) -> Float[Tensor, "B L D"]:
+    def forward(
+        self, image: Float[Tensor, "B N M"], camera: Float[Tensor, "B E"] | None
+    ) -> Float[Tensor, "B L D"]:
         """Turn image features and camera embeddings into triplane tokens."""
-        x = self.tokens.expand(image.shape[0], -1, -1)
+        tokens = x = self.tokens.expand(image.shape[0], -1, -1)
+        if self.design == "triposr":
+            x = self.proj_in(self.norm(x.transpose(1, 2)).transpose(1, 2))
         for block in self.blocks:
             x = block(x, image, camera)
-        return self.norm(x)
+        return tokens + self.proj_out(x) if self.design == "triposr" else self.norm(x)
 
     def _initialise(self) -> None:
         residuals = 3 * len(self.blocks)
         for name, parameter in self.blocks.named_parameters():
-            if name.endswith("weight") and parameter.ndim == 2:
-                if "modulation" in name:
-                    nn.init.zeros_(parameter)  # every ModLN begins as a plain layer norm
-                else:
-                    # Variance 1 / inputs keeps the scale at any width; what adds to the residual stream is
-                    # divided by the number of additions (GPT-2's rule), so that depth keeps it too.
-                    scale = residuals**-0.5 if name.endswith(("out.weight", "mlp.2.weight")) else 1.0
-                    nn.init.trunc_normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
+            if name.endswith("weight") and parameter.ndim == 2 and "modulation" not in name:
+                # Variance 1 / inputs keeps the scale at any width; what adds to the residual stream is
+                # divided by the number of additions (GPT-2's rule), so that depth keeps it too.
+                scale = residuals**-0.5 if name.endswith(("out.weight", "mlp.2.weight")) else 1.0
+                nn.init.trunc_normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        if self.design == "triposr":
+            for layer in (self.proj_in, self.proj_out):
+                nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+                nn.init.zeros_(layer.bias)

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lrm_pl.conventions import PLANE_AXES
+from lrm_pl.conventions import MIRRORED_PLANES, PLANE_AXES, PlaneLayout
 from lrm_pl.kernels.triplane import (
     Axes,
     Reduce,
@@ -21,11 +22,27 @@ class Triplane:
 
     Attributes:
         planes: (B, 3, F, S, S).
-        axes: Column axis and row axis of each plane.
+        layout: How they lie in the world.
     """
 
     planes: Float[Tensor, "B 3 F S S"]
-    axes: Axes = PLANE_AXES
+    layout: PlaneLayout = "lrm"
+
+    @property
+    def axes(self) -> Axes:
+        """Column axis and row axis of each plane of ``upright``."""
+        return PLANE_AXES[self.layout]
+
+    def upright(self) -> Float[Tensor, "B 3 F S S"]:
+        """Return the planes with every column running along its axis."""
+        mirrored = MIRRORED_PLANES[self.layout]
+        if not mirrored:
+            return self.planes
+        planes = [
+            self.planes[:, p].flip(-1) if p in mirrored else self.planes[:, p]
+            for p in range(self.planes.shape[1])
+        ]
+        return torch.stack(planes, dim=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +53,8 @@ class TriplaneField:
         planes: (B, 3, S, S, C) float32, channels last; C is F, or the decoder's width where its first layer has
             been folded into the planes.
         weights: What ``decoder`` needs besides features; differentiable.
-        decoder: (features, weights) -> (sigma, rgb); pure.
+        decoder: (features, weights) -> (raw density, rgb); pure.
+        activation: raw density -> density a scene unit; pure.
         reduce: Whether features of the three planes are added up (folded) or concatenated.
         axes: Column axis and row axis of each plane.
     """
@@ -44,8 +62,9 @@ class TriplaneField:
     planes: Float[Tensor, "B 3 S S C"]
     weights: tuple[Tensor, ...]
     decoder: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+    activation: Callable[[Tensor], Tensor]
     reduce: Reduce
-    axes: Axes = PLANE_AXES
+    axes: Axes
 
     def sample(self, planes: Float[Tensor, "3 S S C"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
         """Read features of one object."""
@@ -60,5 +79,9 @@ class TriplaneField:
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Turn features into density and colour."""
+        """Turn features into raw density and colour."""
         return self.decoder(features, weights)
+
+    def activate(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
+        """Turn raw density into density."""
+        return self.activation(raw)

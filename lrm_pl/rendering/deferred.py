@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lrm_pl.rendering.compositing import composite
 from lrm_pl.rendering.field import Field
+from lrm_pl.rendering.march import March, march_rays
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.sampling import stratified
 
 
 def render_deferred(
@@ -29,7 +28,7 @@ def render_deferred(
     near: Float[Tensor, "B R"],
     far: Float[Tensor, "B R"],
     jitter: Float[Tensor, "B R"] | None,
-    samples: int,
+    march: March,
     chunk: int,
 ) -> Rendering:
     """Render rays through the field of each object.
@@ -41,14 +40,14 @@ def render_deferred(
         near: Start of each ray's interval.
         far: End of each ray's interval; rays with far <= near see nothing and cost nothing.
         jitter: Place of the samples in their bins, None for the middle.
-        samples: K samples a ray.
+        march: The walk along a ray.
         chunk: Points decoded at a time, at most.
 
     Returns:
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
     """
-    rays = _Rays(origins, directions, near, far, jitter, samples, max(1, chunk // samples))
-    rgb, opacity, depth = _Deferred.apply(field, rays, field.planes, *field.weights)
+    rays = _Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples))
+    rgb, opacity, depth = _Deferred.apply(field, rays, march, field.planes, *field.weights)
     return Rendering(rgb, opacity, depth)
 
 
@@ -59,18 +58,28 @@ def render_plain(
     near: Float[Tensor, "B R"],
     far: Float[Tensor, "B R"],
     jitter: Float[Tensor, "B R"] | None,
-    samples: int,
+    march: March,
 ) -> Rendering:
     """Render as one ordinary graph: the slow, obvious twin of ``render_deferred``."""
-    t, delta = stratified(near, far, samples, jitter)
-    points = origins.unsqueeze(-2) + t.unsqueeze(-1) * directions.unsqueeze(-2)  # (B, R, K, 3)
-    sigma, rgb = [], []
-    for index in range(points.shape[0]):
-        features = field.sample(field.planes[index], points[index].reshape(-1, 3))
-        density, colour = field.decode(features, field.weights)
-        sigma.append(density.view(points.shape[1:3]))
-        rgb.append(colour.view(*points.shape[1:3], 3))
-    return composite(torch.stack(sigma), torch.stack(rgb), t, delta)
+    objects = []
+    for index in range(origins.shape[0]):
+        hit = far[index] > near[index]
+        start, along = origins[index, hit].unsqueeze(-2), directions[index, hit].unsqueeze(-2)
+
+        def evaluate(
+            t: Tensor, index: int = index, start: Tensor = start, along: Tensor = along
+        ) -> tuple[Tensor, Tensor]:
+            features = field.sample(field.planes[index], (start + t.unsqueeze(-1) * along).reshape(-1, 3))
+            raw, rgb = field.decode(features, field.weights)
+            return raw.view(t.shape), rgb.view(*t.shape, 3)
+
+        noise = None if jitter is None else jitter[index, hit]
+        seen = march_rays(march, near[index, hit], far[index, hit], noise, evaluate, field.activate)
+        whole = Rendering(*(near.new_zeros(size) for size in ((*hit.shape, 3), hit.shape, hit.shape)))
+        objects.append(
+            [a.index_put((hit,), b) for a, b in zip(vars(whole).values(), vars(seen).values(), strict=True)]
+        )
+    return Rendering(*(torch.stack(parts) for parts in zip(*objects, strict=True)))
 
 
 class _Rays:
@@ -83,11 +92,10 @@ class _Rays:
         near: Tensor,
         far: Tensor,
         jitter: Tensor | None,
-        samples: int,
         rays_per_chunk: int,
     ) -> None:
         self.origins, self.directions, self.near, self.far = origins, directions, near, far
-        self.jitter, self.samples = jitter, samples
+        self.jitter = jitter
         # On a CPU each thread takes whole chunks of its own: their tensors are too small to share among threads.
         self.threads = torch.get_num_threads() if near.device.type == "cpu" else 1
         self.chunks = [self._split(row.nonzero().squeeze(-1), rays_per_chunk) for row in far > near]
@@ -97,13 +105,26 @@ class _Rays:
         rounds = math.ceil(len(rays) / (most * self.threads))
         return rays.tensor_split(max(1, rounds) * self.threads)
 
-    def points(self, index: int, rays: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sample points (r K, 3), t (r, K) and bin lengths (r) of some rays of an object."""
+    def march(
+        self,
+        march: March,
+        index: int,
+        rays: Tensor,
+        read: Callable[[Tensor], tuple[Tensor, Tensor]],
+        activate: Callable[[Tensor], Tensor],
+    ) -> Rendering:
+        """Walk along some rays of an object; ``read`` decodes points (q, 3)."""
+        origins, directions = (
+            self.origins[index, rays].unsqueeze(-2),
+            self.directions[index, rays].unsqueeze(-2),
+        )
+
+        def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
+            raw, rgb = read(torch.addcmul(origins, directions, t.unsqueeze(-1)).view(-1, 3))
+            return raw.view(t.shape), rgb.view(*t.shape, 3)
+
         jitter = None if self.jitter is None else self.jitter[index, rays]
-        t, delta = stratified(self.near[index, rays], self.far[index, rays], self.samples, jitter)
-        directions = self.directions[index, rays].unsqueeze(-2)
-        points = torch.addcmul(self.origins[index, rays].unsqueeze(-2), directions, t.unsqueeze(-1))
-        return points.view(-1, 3), t, delta
+        return march_rays(march, self.near[index, rays], self.far[index, rays], jitter, evaluate, activate)
 
     def for_each_chunk(
         self, work: Callable[[int, int, Tensor], None], done: Callable[[int, int], None] = lambda *_: None
@@ -170,17 +191,25 @@ class _Sums:
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, field: Field, rays: _Rays, planes: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
-        ctx.field, ctx.rays = field, rays
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        field: Field,
+        rays: _Rays,
+        march: March,
+        planes: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.field, ctx.rays, ctx.march = field, rays, march
         ctx.save_for_backward(planes, *weights)
         ctx.autocast = _autocast_state(planes.device.type)
         shape = rays.near.shape
         rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
 
         def render(_: int, index: int, numbers: Tensor) -> None:
-            points, t, delta = rays.points(index, numbers)
-            density, colour = field.decode(field.sample(planes[index], points), weights)
-            pixels = composite(density.view(t.shape), colour.view(*t.shape, 3), t, delta)
+            def read(points: Tensor) -> tuple[Tensor, Tensor]:
+                return field.decode(field.sample(planes[index], points), weights)
+
+            pixels = rays.march(march, index, numbers, read, field.activate)
             rgb[index, numbers], opacity[index, numbers] = pixels.rgb, pixels.opacity
             depth[index, numbers] = pixels.depth
 
@@ -189,7 +218,7 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        field, rays = ctx.field, ctx.rays
+        field, rays, march = ctx.field, ctx.rays, ctx.march
         planes, *saved = (tensor.detach() for tensor in ctx.saved_tensors)
         plane_grad = torch.empty_like(planes)
         planes_sums = _Sums(plane_grad, rays.threads)
@@ -198,23 +227,30 @@ class _Deferred(torch.autograd.Function):
         weight_grads = [[torch.zeros_like(w) for w in saved] for _ in range(rays.threads)]
 
         def differentiate(thread: int, index: int, numbers: Tensor) -> None:
-            points, t, delta = rays.points(index, numbers)
-            features = field.sample(planes[index], points).requires_grad_()
+            sampled: list[tuple[Tensor, Tensor]] = []  # points, and their features as leaves
+
+            def read(points: Tensor) -> tuple[Tensor, Tensor]:
+                with torch.no_grad():
+                    features = field.sample(planes[index], points)
+                sampled.append((points, features.requires_grad_()))
+                return field.decode(features, tuple(weights[thread]))
+
             with torch.enable_grad():
-                density, colour = field.decode(features, tuple(weights[thread]))
-                pixels = composite(density.view(t.shape), colour.view(*t.shape, 3), t, delta)
+                pixels = rays.march(march, index, numbers, read, field.activate)
             chunk_grads = torch.autograd.grad(
                 (pixels.rgb, pixels.opacity, pixels.depth),
-                (features, *weights[thread]),
+                (*weights[thread], *(features for _, features in sampled)),
                 [grad[index, numbers] for grad in grads],
             )
-            field.accumulate(planes_sums.part(thread, index), points, chunk_grads[0])
-            for total, part in zip(weight_grads[thread], chunk_grads[1:], strict=True):
+            for total, part in zip(weight_grads[thread], chunk_grads, strict=False):
                 total += part
+            for (points, _), grad in zip(sampled, chunk_grads[len(saved) :], strict=True):
+                field.accumulate(planes_sums.part(thread, index), points, grad)
 
         with ctx.autocast():
             rays.for_each_chunk(differentiate, planes_sums.done)
         return (
+            None,
             None,
             None,
             plane_grad,

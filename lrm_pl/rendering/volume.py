@@ -10,26 +10,37 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 from lrm_pl.rendering.deferred import render_deferred
 from lrm_pl.rendering.field import Field
+from lrm_pl.rendering.march import LengthUnit, March, Quadrature
 from lrm_pl.rendering.output import Rendering
 
 
 @final
 class Renderer:
-    """Volume renderer of LRM (section 3.3): samples a ray evenly inside the bounds and composites them.
+    """Volume renderer of LRM (section 3.3): samples each ray inside the bounds and composites.
 
     Args:
         samples_per_ray: K samples between a ray's entry into the bounds and its exit.
+        importance_samples: So many of them are placed where the others saw something (OpenLRM: half).
         bounds: Region that holds the object: the unit sphere for sphere-normalised shards, the box [-1, 1]^3
             for cube-normalised ones. The sphere spends no samples on corners that are empty by construction.
+        quadrature: What a sample stands for: its bin, or with its neighbour the stretch between them (OpenLRM).
+        unit: What density counts lengths in: scene units, or the part of the ray inside the bounds (TripoSR).
         chunk: Points decoded at a time: a matter of cache (CPU) or memory (GPU), never of the result.
     """
 
-    def __init__(self, samples_per_ray: int = 128, bounds: Bounds = "sphere", chunk: int = 32768) -> None:
-        if samples_per_ray < 1 or chunk < 1:
-            raise InputError(
-                f"expected positive samples_per_ray and chunk, found {samples_per_ray} and {chunk}"
-            )
-        self.samples_per_ray, self.bounds, self.chunk = samples_per_ray, bounds, chunk
+    def __init__(
+        self,
+        samples_per_ray: int = 128,
+        importance_samples: int = 0,
+        bounds: Bounds = "sphere",
+        quadrature: Quadrature = "bins",
+        unit: LengthUnit = "scene",
+        chunk: int = 32768,
+    ) -> None:
+        if chunk < 1:
+            raise InputError(f"expected a positive chunk, found {chunk}")
+        self.march = March(samples_per_ray, importance_samples, quadrature, unit)
+        self.bounds, self.chunk = bounds, chunk
 
     def __call__(
         self,
@@ -62,7 +73,7 @@ class Renderer:
             near.flatten(1),
             far.flatten(1),
             None if jitter is None else jitter.float().flatten(1),
-            self.samples_per_ray,
+            self.march,
             self.chunk,
         )
         return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))

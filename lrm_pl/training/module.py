@@ -84,7 +84,7 @@ class LRMModule(L.LightningModule):
     def render(self, batch: Batch, views: Views) -> Prediction:
         """Reconstruct the objects of a batch from their input views and render other views of them."""
         source = batch.input
-        triplane = self.lrm(source.images[:, 0], source.c2w[:, 0], source.fxfycxcy[:, 0])
+        triplane = self.lrm(source.images, source.c2w, source.fxfycxcy)
         rendering = self.renderer(
             self.lrm.field(triplane), views.c2w, views.fxfycxcy, views.size, views.jitter
         )
@@ -108,7 +108,7 @@ class LRMModule(L.LightningModule):
         """Set the step's learning rate; log it and the loss terms: means over accumulated batches and ranks."""
         rate = self.optimizer.learning_rate(self.global_step, self.trainer.max_steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         terms, self._terms = self._terms, []
         if not self._logs:
             return

@@ -6,9 +6,16 @@ resumed with another length follows the new one.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
+
+from lrm_pl.errors import InputError
+from lrm_pl.models.lrm import LRM
+from lrm_pl.training.parallel import network_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +29,8 @@ class OptimizerConfig:
         warmup: Share of the run's steps spent warming up. A share and not a number, so that a short run leaves
             its warm-up; the paper's 3000 steps are 0.07 of its run.
         final_lr: Learning rate at the end, as a share of the peak.
+        layer_decay: For fine-tuning: a block learns at this share of the rate of the block behind it, through
+            transformer and encoder to the image; what follows the last block learns at the full rate (BEiT, A.2).
     """
 
     lr: float = 4e-4
@@ -29,10 +38,16 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     warmup: float = 0.07
     final_lr: float = 0.0
+    layer_decay: float = 1.0
 
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """Make the optimiser."""
-        groups = parameter_groups(model, self.weight_decay)
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"expected a layer_decay in (0, 1], found {self.layer_decay}")
+
+    def build(self, model: LRM) -> torch.optim.AdamW:
+        """Make the optimiser; each group's share of the learning rate is its ``share``."""
+        groups = parameter_groups(model, self.weight_decay, layer_shares(model, self.layer_decay))
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
 
     def learning_rate(self, step: int, steps: int) -> float:
@@ -49,12 +64,43 @@ def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split trainable parameters into those that decay (weights of linear and convolution layers) and the rest."""
+def layer_shares(lrm: LRM, decay: float) -> dict[int, float]:
+    """Compute the share of the learning rate of every parameter in or before a block, by the parameter's id."""
+    blocks = network_blocks(lrm)
+    shares = {
+        id(p): decay ** (len(blocks) - number)
+        for number, block in enumerate(blocks)
+        for p in block.parameters()
+    }
+    encoder_blocks = len(blocks) - len(lrm.transformer.blocks)
+    # What a block is fed with learns as slowly as one more block in its place.
+    entries = [
+        lrm.transformer.tokens,
+        *(p for m in (lrm.camera_embedder, lrm.view_norm) if m for p in m.parameters()),
+    ]
+    for parameters, number in ((lrm.encoder.parameters(), 0), (entries, encoder_blocks)):
+        for parameter in parameters:
+            shares.setdefault(id(parameter), decay ** (len(blocks) - number + 1))
+    return shares
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, shares: Mapping[int, float] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """Split trainable parameters by whether they decay (weights of linear and convolution layers), and by share.
+
+    Args:
+        model: Whose parameters.
+        weight_decay: Of those that decay.
+        shares: Share of the learning rate by the parameter's id; 1 where none is named.
+    """
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, layers)}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trainable if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if id(p) not in decayed], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for share in sorted({shares.get(id(p), 1.0) for p in trainable}):
+        members = [p for p in trainable if shares.get(id(p), 1.0) == share]
+        for decays in (True, False):
+            chosen = [p for p in members if (id(p) in decayed) is decays]
+            groups.append({"params": chosen, "weight_decay": weight_decay if decays else 0.0, "share": share})
+    return [group for group in groups if group["params"]]

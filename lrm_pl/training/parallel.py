@@ -70,7 +70,9 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
     )
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in network_blocks(lrm):
-        norms: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+        norms: list[nn.Module] = [
+            module for module in block.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)
+        ]
         if block_dtype is not None and norms:
             # A group of their own: what they norm is float32, and a CPU refuses weights of another type.
             fully_shard(norms, mesh=mesh, mp_policy=exact)

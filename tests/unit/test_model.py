@@ -85,9 +85,9 @@ def test_an_image_size_that_patches_do_not_divide_is_refused():
 
 def test_a_frozen_encoder_gets_no_gradient_and_all_else_does():
     model = tiny_lrm()
-    c2w, camera = torch.eye(4).expand(2, 4, 4), torch.full((2, 4), 0.5)
+    c2w, camera = torch.eye(4).expand(2, 1, 4, 4), torch.full((2, 1, 4), 0.5)
     torch.nn.init.normal_(model.transformer.blocks[0].self_norm.modulation[1].weight)
-    model(torch.rand(2, 3, 28, 28), c2w, camera).planes.square().sum().backward()
+    model(torch.rand(2, 1, 3, 28, 28), c2w, camera).planes.square().sum().backward()
     missing = {name for name, p in model.named_parameters() if p.grad is None}
     assert all(name.startswith(("encoder.", "decoder.")) for name in missing)
     assert any(name.startswith("encoder.vit.blocks") for name in missing)
@@ -98,9 +98,9 @@ def test_the_input_camera_changes_the_triplane_once_modulated():
     model = tiny_lrm()
     for block in model.transformer.blocks:
         torch.nn.init.normal_(block.cross_norm.modulation[1].weight)
-    image, camera = torch.rand(1, 3, 28, 28), torch.full((1, 4), 0.5)
-    near, far = torch.eye(4)[None].clone(), torch.eye(4)[None].clone()
-    near[0, 1, 3], far[0, 1, 3] = -1.5, -3.0
+    image, camera = torch.rand(1, 1, 3, 28, 28), torch.full((1, 1, 4), 0.5)
+    near, far = torch.eye(4)[None, None].clone(), torch.eye(4)[None, None].clone()
+    near[0, 0, 1, 3], far[0, 0, 1, 3] = -1.5, -3.0
     difference = model(image, near, camera).planes - model(image, far, camera).planes
     assert difference.abs().max() > 1e-5
 
@@ -126,5 +126,5 @@ def test_the_papers_model_has_the_parameters_that_arithmetic_says_part_by_part()
 def test_the_papers_planes_have_the_papers_shape():
     with torch.device("meta"):
         model = LRM(ImageEncoder(), NeRFDecoder())
-        triplane = model(torch.empty(1, 3, 512, 512), torch.empty(1, 4, 4), torch.empty(1, 4))
+        triplane = model(torch.empty(1, 1, 3, 512, 512), torch.empty(1, 1, 4, 4), torch.empty(1, 1, 4))
     assert triplane.planes.shape == (1, 3, 80, 64, 64)

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from lrm_pl.losses.objective import Objective
+from lrm_pl.models.decoder import NeRFDecoder
+from lrm_pl.models.encoder import ImageEncoder
+from lrm_pl.models.lrm import LRM
 from lrm_pl.training.optim import OptimizerConfig, parameter_groups, warmup_cosine
 from tests.unit.test_model import tiny_lrm
 
@@ -42,9 +45,32 @@ def test_weight_decay_is_only_on_matrices_and_kernels():
 
 
 def test_the_optimiser_is_adamw_with_the_papers_betas():
-    optimizer = OptimizerConfig().build(torch.nn.Linear(2, 2))
+    optimizer = OptimizerConfig().build(tiny_lrm())
     assert optimizer.defaults["betas"] == (0.9, 0.95)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_with_layer_decay_every_block_learns_slower_than_the_next_down_to_the_image():
+    torch.manual_seed(0)
+    encoder = ImageEncoder("test_vit", image_size=32)
+    model = LRM(encoder, NeRFDecoder(4, 8, 3), dim=16, depth=2, heads=2, camera_dim=8, plane_tokens=4)
+    optimizer = OptimizerConfig(layer_decay=0.5).build(model)
+    share = {id(p): group["share"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(share) == len(list(model.parameters()))
+    depth = len(encoder.vit.blocks)
+    for module, blocks_behind in (
+        (model.decoder, None), (model.upsampler, None), (model.transformer.norm, None),
+        (model.transformer.blocks[1], 0), (model.transformer.blocks[0], 1), (model.camera_embedder, 2),
+        (encoder.vit.blocks[-1], 2), (encoder.vit.blocks[0], 1 + depth), (encoder.vit.patch_embed, 2 + depth),
+    ):  # fmt: skip
+        expected = 1.0 if blocks_behind is None else 0.5 ** (blocks_behind + 1)
+        assert {share[id(p)] for p in module.parameters()} == {expected}, module
+    assert share[id(model.transformer.tokens)] == 0.5**3
+
+
+def test_a_layer_decay_above_one_is_refused():
+    with pytest.raises(ValueError, match=r"layer_decay in \(0, 1\], found 1.5"):
+        OptimizerConfig(layer_decay=1.5)
 
 
 def test_the_objective_is_the_weighted_mse_before_lpips_starts():

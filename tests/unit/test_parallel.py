@@ -22,8 +22,8 @@ def lrm():
 def step(network):
     """One forward and backward; returns the planes and all gradients by name."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(2, 3, 32, 32, generator=generator)
-    c2w, fxfycxcy = torch.eye(4).expand(2, 4, 4), torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(2, 4)
+    images = torch.rand(2, 1, 3, 32, 32, generator=generator)
+    c2w, fxfycxcy = torch.eye(4).expand(2, 1, 4, 4), torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(2, 1, 4)
     planes = network(images, c2w, fxfycxcy).planes
     planes.square().mean().backward()
     return planes.detach(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}

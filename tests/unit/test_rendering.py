@@ -8,6 +8,7 @@ from lrm_pl.geometry.rays import pixel_rays, ray_interval
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane, TriplaneField
 from lrm_pl.rendering.deferred import render_deferred, render_plain
+from lrm_pl.rendering.march import March
 from lrm_pl.rendering.volume import Renderer
 
 CAMERA = torch.tensor([1.07, 1.07, 0.5, 0.5])
@@ -30,11 +31,11 @@ def render(decoder, planes, chunk=96, plain=False, jitter=True):
     noise = torch.rand(len(planes), 2, 9, 9, generator=torch.Generator().manual_seed(1)) if jitter else None
     field = decoder.field(Triplane(planes))
     if not plain:
-        return Renderer(12, "sphere", chunk)(field, c2w, fxfycxcy, (9, 9), noise)
+        return Renderer(12, chunk=chunk)(field, c2w, fxfycxcy, (9, 9), noise)
     origins, directions = pixel_rays(c2w, fxfycxcy, 9, 9)
     near, far = ray_interval(origins, directions, "sphere")
     rays = (origins.flatten(1, 3), directions.flatten(1, 3), near.flatten(1), far.flatten(1))
-    return render_plain(field, *rays, None if noise is None else noise.flatten(1), 12)
+    return render_plain(field, *rays, None if noise is None else noise.flatten(1), March(12))
 
 
 def loss_and_gradients(decoder, planes, **options):
@@ -79,11 +80,11 @@ def test_an_object_with_fewer_rays_than_threads_and_one_that_no_ray_hits_are_ren
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        pixels = render_deferred(field, *rays, 12, 1000)
+        pixels = render_deferred(field, *rays, March(12), 1000)
         (gradient,) = torch.autograd.grad(pixels.rgb.sum(), planes, retain_graph=True)
     finally:
         torch.set_num_threads(before)
-    plain = render_plain(field, *rays, 12)
+    plain = render_plain(field, *rays, March(12))
     (expected,) = torch.autograd.grad(plain.rgb[0].sum(), planes)
     assert torch.allclose(pixels.rgb[0], plain.rgb[0], atol=1e-6)
     assert torch.equal(pixels.rgb[1], torch.zeros(2, 3))
@@ -143,11 +144,14 @@ class ConstantSphere:
     def decode(self, features, weights):
         return features.new_full((len(features),), self.sigma), self.colour.expand(len(features), 3)
 
+    def activate(self, raw):
+        return raw
+
 
 def test_a_sphere_of_constant_density_has_the_closed_form_picture():
     c2w, fxfycxcy = cameras(1, 1)
     colour = torch.tensor([0.1, 0.6, 0.9])
-    pixels = Renderer(7, "sphere")(ConstantSphere(0.9, colour), c2w, fxfycxcy, (16, 16))
+    pixels = Renderer(7)(ConstantSphere(0.9, colour), c2w, fxfycxcy, (16, 16))
     origins, directions = pixel_rays(c2w, fxfycxcy, 16, 16)
     closest = torch.linalg.cross(origins, directions).norm(dim=-1)  # distance of the ray from the centre
     chord = 2 * (1 - closest.square()).clamp_min(0).sqrt()
@@ -165,7 +169,9 @@ def test_the_picture_is_not_mirrored_or_turned():
             return near.float() * 50, torch.ones(len(features), 3)
 
     c2w = orbit(1, 2.6, 0.0)[None]
-    opacity = Renderer(96, "box")(Blob(0, torch.ones(3)), c2w, CAMERA.expand(1, 1, 4), (32, 32)).opacity[0, 0]
+    opacity = Renderer(96, bounds="box")(
+        Blob(0, torch.ones(3)), c2w, CAMERA.expand(1, 1, 4), (32, 32)
+    ).opacity[0, 0]
     rows, columns = (opacity > 0.5).nonzero().float().mean(dim=0)
     # By hand: depth along the axis 2.6 - 0.3 = 2.3, so u = 0.5 + 1.07 * 0.5 / 2.3, v = 0.5 - 1.07 * 0.4 / 2.3.
     assert math.isclose((columns.item() + 0.5) / 32, 0.5 + 1.07 * 0.5 / 2.3, abs_tol=0.02)
@@ -190,7 +196,7 @@ def test_under_autocast_only_the_decoder_is_rounded(dtype):
     c2w, fxfycxcy = cameras()
     with torch.autocast("cpu", dtype):
         field = decoder.field(Triplane(planes))
-        field = Spy(field.planes, field.weights, field.decoder, field.reduce)
+        field = Spy(**vars(field))
         pixels = Renderer(12)(field, c2w, fxfycxcy, (9, 9))
     assert set(seen.values()) == {torch.float32}
     assert {pixels.rgb.dtype, pixels.opacity.dtype, pixels.depth.dtype} == {torch.float32}

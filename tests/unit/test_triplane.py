@@ -10,6 +10,8 @@ from lrm_pl.kernels.triplane import (
     triplane_sample_plain,
 )
 
+AXES = PLANE_AXES["lrm"]
+
 
 def planes_and_points(channels=5, side=7, count=300):
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +37,7 @@ def test_each_plane_is_read_along_its_own_axes():
     plane = centres[None, :] + 10 * centres[:, None]
     planes = plane.expand(3, 4, 4)[..., None].contiguous()
     point = torch.tensor([[0.25, -0.25, 0.75]])
-    values = triplane_sample(planes, point, PLANE_AXES, "concat")
+    values = triplane_sample(planes, point, AXES, "concat")
     expected = torch.tensor([[0.25 - 2.5, 0.25 + 7.5, -0.25 + 7.5]])  # (x, y), (x, z), (y, z)
     assert torch.allclose(values, expected)
 
@@ -46,7 +48,7 @@ def test_the_fast_body_equals_its_plain_twin_in_values_and_gradients(reduce):
     results = []
     for sample in (triplane_sample, triplane_sample_plain):
         leaf = planes.clone().requires_grad_()
-        values = sample(leaf, points, PLANE_AXES, reduce)
+        values = sample(leaf, points, AXES, reduce)
         (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()
         results.append((values.detach(), leaf.grad))
     (fast, fast_grad), (plain, plain_grad) = results
@@ -58,11 +60,11 @@ def test_the_fast_body_equals_its_plain_twin_in_values_and_gradients(reduce):
 def test_accumulating_adds_the_gradient_of_sampling(reduce):
     planes, points = planes_and_points()
     leaf = planes.clone().requires_grad_()
-    values = triplane_sample_plain(leaf, points, PLANE_AXES, reduce)
+    values = triplane_sample_plain(leaf, points, AXES, reduce)
     grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
     values.backward(grad)
     total = torch.full_like(planes, 2.0)
-    accumulate_gradient(total, points, grad, PLANE_AXES, reduce)
+    accumulate_gradient(total, points, grad, AXES, reduce)
     assert torch.allclose(total - 2, leaf.grad, atol=1e-4)
 
 
@@ -70,20 +72,19 @@ def test_sampling_is_differentiable_in_the_planes_by_finite_differences():
     planes, points = planes_and_points(channels=2, side=3, count=20)
     leaf = planes.clone().requires_grad_()
     weight = torch.linspace(-1, 1, 40).view(20, 2)
-    (triplane_sample(leaf, points, PLANE_AXES, "sum") * weight).sum().backward()
+    (triplane_sample(leaf, points, AXES, "sum") * weight).sum().backward()
     for index in [(0, 0, 0, 0), (1, 2, 1, 1), (2, 1, 1, 0)]:
         step = torch.zeros_like(planes)
         step[index] = 0.5  # linear: any step is exact
         difference = [
-            (triplane_sample(planes + sign * step, points, PLANE_AXES, "sum") * weight).sum()
-            for sign in (1, -1)
+            (triplane_sample(planes + sign * step, points, AXES, "sum") * weight).sum() for sign in (1, -1)
         ]
         assert torch.isclose(leaf.grad[index], difference[0] - difference[1], atol=1e-4)
 
 
 def test_the_op_passes_pytorchs_own_checks():
     planes, points = planes_and_points(count=16)
-    axes = [axis for pair in PLANE_AXES for axis in pair]
+    axes = [axis for pair in AXES for axis in pair]
     arguments = (planes.requires_grad_(), points, axes, False)
     # The check itself reads .grad of a tensor that is no leaf.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
@@ -93,10 +94,10 @@ def test_the_op_passes_pytorchs_own_checks():
 def test_far_away_points_read_zeros():
     planes, _ = planes_and_points()
     points = torch.tensor([[1e9, -1e9, 1e30], [torch.inf, -torch.inf, torch.inf]])
-    values = triplane_sample(planes, points, PLANE_AXES, "sum")
+    values = triplane_sample(planes, points, AXES, "sum")
     assert torch.equal(values, torch.zeros(2, 5))
 
 
 def test_planes_that_do_not_fit_the_axes_are_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"expected planes \(3, S, S, C\), found \(2, 4, 4, 1\)"):
-        triplane_sample(torch.zeros(2, 4, 4, 1), torch.zeros(1, 3), PLANE_AXES, "sum")
+        triplane_sample(torch.zeros(2, 4, 4, 1), torch.zeros(1, 3), AXES, "sum")

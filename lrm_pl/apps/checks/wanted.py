@@ -123,6 +123,6 @@ def _weights(config: Namespace) -> tuple[Weights, ...]:
     files: list[tuple[WeightName, WeightsFile]] = [("lpips_alex", given.lpips_alex)]
     if config["model"]["objective"]["lpips"]:
         files.insert(0, ("lpips_vgg", given.lpips_vgg))
-    if given.pretrained:
+    if given.pretrained and given.network is None:
         files.insert(0, (pretrained_name(config["model"]["lrm"]["encoder"]["name"]), given.encoder))
     return tuple(Weights(name, given.source, file.path, file.sha256) for name, file in files)

@@ -1,0 +1,142 @@
+"""The folder that a trained network is handed on in: config.yaml (how it is built) and model.safetensors.
+
+``lrm export`` and ``lrm convert`` write it, ``lrm fit --weights.network`` starts from it, inference reads it. Nothing
+in it is run: the config names no classes, the weights are numbers.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints.store import sync_folder
+from lrm_pl.models.lrm import LRM
+from lrm_pl.rendering.volume import Renderer
+
+CONFIG_NAME, WEIGHTS_NAME = "config.yaml", "model.safetensors"
+
+
+def require_no_folder(out: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        InputError: OUT is there.
+    """
+    if os.path.lexists(out):
+        raise InputError(f"expected to make the folder {out}, found it there; name another")
+
+
+def write_pretrained(out: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], header: str) -> None:
+    """Write a new folder; it appears when it is whole.
+
+    Args:
+        out: The folder, which must not exist.
+        model: The model section of a config; its parts ``lrm`` and ``renderer`` are what is read again.
+        weights: The network's state dict.
+        header: A line that says where this comes from.
+
+    Raises:
+        InputError: OUT is there.
+    """
+    require_no_folder(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    text = yaml.safe_dump({"model": dict(model)}, sort_keys=False)
+    (partial / CONFIG_NAME).write_text(f"# {header}\n{text}")
+    save_file(dict(weights), partial / WEIGHTS_NAME, metadata={"format": "pt"})
+    sync_folder(str(partial))
+    partial.rename(out)
+
+
+def read_model_section(config: Path) -> dict[str, Any]:
+    """Read the model section of a config file.
+
+    Raises:
+        InputError: It is no config of a run, or of a folder like this.
+    """
+    try:
+        content = yaml.safe_load(config.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{config}: expected the config of a run, found: {error}") from error
+    section = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(section, dict) or "lrm" not in section:
+        raise InputError(f"{config}: expected a section model.lrm, found none; name the config.yaml of a run")
+    return section
+
+
+def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:
+    """Build the network, with random weights, and the renderer that a model section describes.
+
+    Raises:
+        InputError: It names what there is not, or numbers that do not go together.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(LRM, "lrm")
+    parser.add_class_arguments(Renderer, "renderer")
+    try:
+        parsed = parser.parse_object({part: model.get(part, {}) for part in ("lrm", "renderer")})
+    except ArgumentError as error:
+        raise InputError(f"expected a model section that this version knows, found: {error}") from error
+    made = parser.instantiate(parsed)
+    return cast(LRM, made["lrm"]), cast(Renderer, made["renderer"])
+
+
+def load_weights(network: LRM, folder: Path) -> None:
+    """Load ``model.safetensors`` of a folder into a network, strictly, in the network's own precision.
+
+    Raises:
+        InputError: There is no such file, it cannot be read, or it is of another network.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise InputError(
+            f"expected the weights of a network at {path}, found none; `lrm export RUN OUT` and `lrm convert` make "
+            "such folders"
+        )
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: expected safetensors, found a damaged file ({error}); get it again"
+        ) from error
+    ours = network.state_dict()
+    wrong = [f"{name} is missing" for name in ours if name not in weights]
+    wrong += [f"{name} is a stranger" for name in weights if name not in ours]
+    wrong += [
+        f"{name} has shape {tuple(value.shape)} instead of {tuple(ours[name].shape)}"
+        for name, value in weights.items()
+        if name in ours and value.shape != ours[name].shape
+    ]
+    wrong += [
+        f"{name} has numbers that are not finite"
+        for name, x in weights.items()
+        if not torch.isfinite(x).all()
+    ]
+    if wrong:
+        raise InputError(
+            f"{path}: expected the weights of this network, found {len(wrong)} differences: {'; '.join(wrong[:6])}"
+            f"{f'; and {len(wrong) - 6} more' if len(wrong) > 6 else ''}; build the network of its own config: -c "
+            f"{folder / CONFIG_NAME}"
+        )
+    network.load_state_dict(weights, strict=True)
+
+
+def read_pretrained(folder: Path) -> tuple[LRM, Renderer]:
+    """Build the network of a folder, in evaluation mode, and its renderer.
+
+    Raises:
+        InputError: The folder is not what it should be.
+    """
+    network, renderer = build_network(read_model_section(folder / CONFIG_NAME))
+    load_weights(network, folder)
+    return network.eval(), renderer

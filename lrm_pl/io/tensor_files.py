@@ -1,0 +1,45 @@
+"""Read a file of tensors by name that came from outside: safetensors, or torch's own with nothing in it run."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lrm_pl.io.weights import WeightsError
+
+
+def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
+    """Read tensors by name.
+
+    Args:
+        path: A .safetensors file, or a .pth, .pt, .ckpt or .bin that torch wrote (read with ``weights_only``).
+        name: What it should hold, for messages.
+
+    Raises:
+        WeightsError: It cannot be read, holds something else, or wants to run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise WeightsError(
+                f"{name}: expected {path} to end in .safetensors, .pth, .pt, .ckpt or .bin, or to "
+                f"be one of the known archives, found {path.suffix!r}; convert the file or leave the path out"
+            )
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(
+            f"{name}: expected tensors by name in {path}, found a file that cannot be read as such "
+            f"({type(error).__name__}: {error}); get the file again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(
+            f"{name}: expected tensors by name in {path}, found {type(content).__name__}; "
+            "save the network's state_dict()"
+        )
+    return content

@@ -1,0 +1,110 @@
+"""Our network and the twins against what the original code answered; LRM_GOLDENS names the folder of its files."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lrm_pl.geometry.rays import ray_interval
+from lrm_pl.io.conversion import UnseenNumbers
+from lrm_pl.io.convert_openlrm import convert_openlrm
+from lrm_pl.io.convert_triposr import RADIUS, convert_triposr
+from lrm_pl.models.triplane import Triplane
+from lrm_pl.rendering.deferred import render_deferred
+from tests.parity.networks import built
+from tests.parity.openlrm import OpenLRM
+from tests.parity.triposr import TripoSR
+
+FOLDER = os.environ.get("LRM_GOLDENS")
+pytestmark = pytest.mark.skipif(
+    FOLDER is None,
+    reason="the original code's answers are not part of the project; set LRM_GOLDENS to their folder",
+)
+OPENGL = torch.diag(torch.tensor([1.0, -1, -1, 1]))
+
+
+def golden(name):
+    tensors = load_file(Path(FOLDER) / f"{name}_tiny.safetensors")
+    weights = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
+    return tensors, weights
+
+
+def windows(images, corners):
+    """Cut 24 x 24 windows (B, V, ..., 24, 24) out of images (B, V, ..., H, W)."""
+    rows = [
+        torch.stack(
+            [image[..., r : r + 24, c : c + 24] for image, (r, c) in zip(view, at.tolist(), strict=True)]
+        )
+        for view, at in zip(images, corners, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def test_openlrm():
+    f, weights = golden("openlrm")
+    conversion = convert_openlrm(weights, UnseenNumbers(4, 3, 112, 32))
+    ours, renderer = built(conversion)
+    image, camera = f["in.image"], f["in.source_camera_16"]
+    assert (ours.encoder(image) - f["out.encoder_tokens"]).abs().max() < 1e-5
+    c2w = torch.eye(4).repeat(2, 1, 1)
+    c2w[:, :3] = camera[:, :12].view(2, 3, 4)
+    source = (image[:, None], (c2w @ OPENGL)[:, None], camera[:, None, 12:])
+    planes = ours(*source).planes
+    # These weights are so large that attention's logits reach 30 000, and float32 itself is 1.3e-3 away from
+    # float64 in a few of the golden's numbers. The same code in float32 on one machine agrees to the bit:
+    theirs = OpenLRM()
+    theirs.load_state_dict(weights, strict=True)
+    theirs.eval()
+    assert (planes - theirs.planes(image, camera)).abs().max() < 1e-4
+    assert (planes - f["out.planes"]).abs().mean() < 1e-5
+    exact = theirs.double().planes(image.double(), camera.double())
+    theirs.float()
+    assert (planes - f["out.planes"]).abs().max() < 3 * (f["out.planes"] - exact).abs().max()
+
+    field = ours.field(Triplane(f["out.planes"], "openlrm"))
+    for index in range(2):
+        raw, rgb = field.decode(field.sample(field.planes[index], f["in.points"][index]), field.weights)
+        assert (field.activate(raw) - f["out.point_sigma"][index, :, 0]).abs().max() < 1e-5
+        assert (rgb - f["out.point_rgb"][index]).abs().max() < 1e-5
+    views, fxfycxcy = f["in.render_c2w_opengl"] @ OPENGL, f["in.fxfycxcy"].expand(2, 3, 4)
+    background = f["in.background"].view(1, 3, 1, 1, 1).expand(2, 3, 1, 1, 3)
+    for made, bound in ((f["out.planes"], 1e-5), (planes, 1e-3)):
+        pixels = renderer(ours.field(Triplane(made, "openlrm")), views, fxfycxcy, (32, 32))
+        corners = f["in.patch_row_col"]
+        picture = windows(pixels.over(background).permute(0, 1, 4, 2, 3), corners)
+        assert (picture - f["out.rgb"]).abs().max() < bound
+        assert (windows(pixels.opacity, corners) - f["out.opacity"][:, :, 0]).abs().max() < bound
+
+
+@torch.no_grad()
+def test_triposr():
+    f, weights = golden("triposr")
+    ours, renderer = built(convert_triposr(weights, UnseenNumbers(4, 3, 128, 32)))
+    theirs = TripoSR()
+    theirs.load_state_dict(weights, strict=True)
+    theirs.eval()
+    image = f["in.image_BHWC"].permute(0, 3, 1, 2)
+    assert (ours.encoder(image).transpose(1, 2) - f["out.encoder_tokens"][:, 0]).abs().max() < 1e-5
+    triplane = ours(image[:, None], torch.eye(4).expand(2, 1, 4, 4), torch.ones(2, 1, 4))
+    assert (triplane.planes - f["out.planes"]).abs().max() < 1e-4
+    assert (theirs.planes(image) - f["out.planes"]).abs().max() < 1e-4
+
+    field, turn = ours.field(triplane), torch.tensor([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
+    points = f["in.points"] / RADIUS @ turn.T
+    for index in range(2):
+        raw, rgb = field.decode(field.sample(field.planes[index], points), field.weights)
+        assert torch.allclose(field.activate(raw), f["out.point_density_act"][index, :, 0], rtol=1e-4)
+        assert (rgb - f["out.point_color"][index]).abs().max() < 1e-5
+    origins, directions = (
+        f["in.rays_o"].flatten(0, 2) / RADIUS @ turn.T,
+        f["in.rays_d"].flatten(0, 2) @ turn.T,
+    )
+    origins, directions = origins.expand(2, -1, 3), directions.expand(2, -1, 3)
+    interval = ray_interval(origins, directions, "box")
+    pixels = render_deferred(field, origins, directions, *interval, None, renderer.march, 4096)
+    assert (pixels.over(torch.ones(3)) - f["out.rgb"].flatten(1, 3)).abs().max() < 1e-3
+    rays = (f["in.rays_o"].flatten(0, 2).expand(2, -1, 3), f["in.rays_d"].flatten(0, 2).expand(2, -1, 3))
+    assert (theirs.render(f["out.planes"], *rays, 32) - f["out.rgb"].flatten(1, 3)).abs().max() < 1e-3

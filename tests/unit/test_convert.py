@@ -1,0 +1,179 @@
+"""``lrm convert``: strict about what it is given, and what it makes is a folder that ``lrm fit`` starts from."""
+
+import pickle
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from lrm_pl.apps.convert import main
+from lrm_pl.io.conversion import ConversionError, UnseenNumbers
+from lrm_pl.io.convert_openlrm import convert_openlrm
+from lrm_pl.io.convert_triposr import convert_triposr
+from lrm_pl.io.pretrained import build_network, read_pretrained
+from tests.parity.networks import randomised
+from tests.parity.openlrm import OpenLRM
+from tests.parity.triposr import TripoSR
+
+SIZES = ["--heads", "4", "--encoder-heads", "3", "--image-size", "112", "--samples-per-ray", "16"]
+NUMBERS = UnseenNumbers(4, 3, 112, 16)
+NETWORKS = {"openlrm": (OpenLRM, convert_openlrm), "triposr": (TripoSR, convert_triposr)}
+
+
+def state(source="openlrm"):
+    return {name: x.contiguous() for name, x in randomised(NETWORKS[source][0](), 0).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("source", "ending"), [("openlrm", "safetensors"), ("triposr", "ckpt"), ("openlrm", "pth")]
+)
+def test_a_converted_folder_holds_the_network_and_the_report_names_every_key(
+    source, ending, tmp_path, capsys
+):
+    weights, out = tmp_path / f"model.{ending}", tmp_path / "out"
+    tensors = state(source)
+    save_file(tensors, weights) if ending == "safetensors" else torch.save(tensors, weights)
+    main(["--from", source, str(weights), str(out), *SIZES])
+    printed = capsys.readouterr().out
+    assert all(key in printed for key in tensors), "every key is in the report"
+    assert f"lrm fit -c {out}/config.yaml" in printed
+    network, renderer = read_pretrained(out)
+    expected = NETWORKS[source][1](tensors, NUMBERS)
+    assert all(torch.equal(x, expected.weights[name]) for name, x in network.state_dict().items())
+    assert renderer.march.samples == 16
+    assert yaml.safe_load((out / "config.yaml").read_text())["model"] == expected.model
+
+
+def change(tensors, key, value):
+    return {**tensors, key: value}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: {k: v for k, v in s.items() if k != "transformer.norm.bias"}, r"transformer\.norm\.bias is missing"),
+        (lambda s: change(s, "transformer.extra", torch.zeros(3)), r"transformer\.extra \(3,\) is a stranger"),
+        (lambda s: change(s, "upsampler.bias", torch.zeros(9)), r"upsampler\.bias has shape \(9,\) instead of \(8,\)"),
+        (lambda s: change(s, "upsampler.bias", torch.full((8,), torch.nan)), r"has numbers that are not finite"),
+        (lambda s: change(s, "upsampler.bias", torch.zeros(8, dtype=torch.long)), r"expected tensors of floats"),
+        (lambda s: {"state": s["pos_embed"]}, r"expected the key 'pos_embed', found 'state'; is this another network"),
+    ],
+)  # fmt: skip
+def test_weights_with_a_missing_strange_or_misshapen_key_are_refused_and_nothing_is_written(
+    spoil, message, tmp_path
+):
+    save = spoil(state())
+    weights, out = tmp_path / "model.safetensors", tmp_path / "out"
+    save_file(save, weights)
+    with pytest.raises(SystemExit, match=message):
+        main(["--from", "openlrm", str(weights), str(out), *SIZES])
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+@pytest.mark.parametrize(("source", "other"), [("openlrm", "triposr"), ("triposr", "openlrm")])
+def test_weights_of_the_other_network_are_refused(source, other):
+    with pytest.raises(ConversionError, match="is this another network"):
+        NETWORKS[source][1](state(other), NUMBERS)
+
+
+def test_all_differences_are_listed_at_once():
+    tensors = state("triposr")
+    for key in ("backbone.norm.weight", "decoder.layers.2.bias"):
+        del tensors[key]
+    tensors["lora"] = torch.zeros(1)
+    with pytest.raises(ConversionError) as caught:
+        convert_triposr(tensors, NUMBERS)
+    for part in (
+        "3 differences",
+        "backbone.norm.weight is missing",
+        "decoder.layers.2.bias is missing",
+        "lora (1,) is",
+    ):
+        assert part in str(caught.value)
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("code of the file ran",))
+
+
+def test_a_file_that_wants_to_run_code_is_refused(tmp_path, capsys):
+    weights = tmp_path / "model.ckpt"
+    weights.write_bytes(pickle.dumps({"pos_embed": _Evil()}, protocol=2))
+    with pytest.raises(SystemExit, match="cannot be read as such"):
+        main(["--from", "triposr", str(weights), str(tmp_path / "out")])
+    assert "code of the file ran" not in capsys.readouterr().out
+
+
+def test_a_size_of_no_published_model_must_be_said():
+    with pytest.raises(
+        ConversionError, match=r"widths 48 and 64 are of no published model; give --image-size"
+    ):
+        convert_openlrm(state(), UnseenNumbers(4, 3))
+
+
+def test_an_existing_folder_and_a_missing_file_are_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit, match="found it there"):
+        main(["--from", "openlrm", str(tmp_path / "x.pth"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"expected weights at .*x\.pth, found no file"):
+        main(["--from", "openlrm", str(tmp_path / "x.pth"), str(tmp_path / "new")])
+
+
+BASE = {"encoder_dim": 768, "encoder_depth": 12, "encoder_heads": 12}
+LARGE = {**BASE, "dim": 1024, "depth": 16, "heads": 16}
+SMALL = {"encoder_dim": 384, "encoder_depth": 12, "encoder_heads": 6, "dim": 512, "depth": 12, "heads": 8}
+PUBLISHED = {
+    "openlrm_small": (OpenLRM, {**SMALL, "channels": 32}),
+    "openlrm_base": (OpenLRM, {**BASE, "dim": 768, "depth": 12, "heads": 12, "channels": 48}),
+    "openlrm_large": (OpenLRM, {**LARGE, "channels": 80}),
+    "triposr": (TripoSR, {**LARGE, "stored": 14, "channels": 40}),
+}
+#: Parameters of their own networks: fp32 bytes of the published files divided by 4, in millions (model cards).
+MILLIONS = {"openlrm_small": 111.4, "openlrm_base": 260.2, "openlrm_large": 452.1}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_the_published_weights_become_the_network_of_the_preset(preset, root):
+    kind, sizes = PUBLISHED[preset]
+    if kind is OpenLRM:
+        sizes = {**sizes, "stored": 37, "camera_dim": 1024}
+    with torch.device("meta"):
+        theirs = kind(side=32, **sizes)
+        if preset in MILLIONS:
+            assert abs(sum(p.numel() for p in theirs.parameters()) / 1e6 - MILLIONS[preset]) < 0.06
+        conversion = (convert_openlrm if kind is OpenLRM else convert_triposr)(theirs.state_dict())
+        network, renderer = build_network(yaml.safe_load((root / f"configs/model/{preset}.yaml").read_text()))
+        converted, its_renderer = build_network(conversion.model)
+    shapes = {name: x.shape for name, x in network.state_dict().items()}
+    assert shapes == {name: x.shape for name, x in conversion.weights.items()}
+    assert str(network) == str(converted)
+    for part in ("encoder", "decoder", ""):
+        ours, other = (model.get_submodule(part) for model in (network, converted))
+        plain = {k: v for k, v in vars(ours).items() if not k.startswith("_")}
+        assert plain == {k: v for k, v in vars(other).items() if not k.startswith("_")}
+    assert vars(renderer) == vars(its_renderer)
+
+
+def test_a_damaged_folder_is_refused_with_the_reason(tmp_path):
+    weights, out = tmp_path / "model.safetensors", tmp_path / "out"
+    save_file(state(), weights)
+    main(["--from", "openlrm", str(weights), str(out), *SIZES])
+    file, config = out / "model.safetensors", out / "config.yaml"
+    tensors = load_file(file)
+    del tensors["transformer.tokens"]
+    save_file(tensors, file)
+    with pytest.raises(
+        ValueError, match=r"found 1 differences: transformer\.tokens is missing; build the network of"
+    ):
+        read_pretrained(out)
+    file.write_bytes(b"not safetensors at all")
+    with pytest.raises(ValueError, match="expected safetensors, found a damaged file"):
+        read_pretrained(out)
+    config.write_text(config.read_text().replace("depth: 2", "depths: 2"))
+    with pytest.raises(ValueError, match="expected a model section that this version knows"):
+        read_pretrained(out)
+    config.write_text("model: {lrm: {encoder: {name: no_such_vit}}}")
+    with pytest.raises(ValueError, match="expected an encoder that timm knows, found 'no_such_vit'"):
+        read_pretrained(out)
