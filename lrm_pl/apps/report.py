@@ -147,7 +147,7 @@ def measure(
         "mean training image": lambda batch: _resized(
             mean_image.to(batch.target.images), batch.target.images
         ).expand_as(batch.target.images),
-        "input view repeated": lambda batch: batch.input.images.expand_as(batch.target.images),
+        "input view repeated": lambda batch: batch.input.images[:, :1].expand_as(batch.target.images),
     }
     metrics = {name: ImageMetrics(perceptual).to(module.device) for name in ("model", *baselines)}
     rows: list[Tensor] = []

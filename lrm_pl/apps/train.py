@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -35,7 +36,7 @@ from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Owner, clear_leftovers, is_local, require_writable
 from lrm_pl.io.pretrained import load_weights
-from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state
+from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state, load_other_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.training.ema import WeightAverage
@@ -121,6 +122,7 @@ class LRMCLI(LightningCLI):
         """Add ``--run.*`` and ``--weights.*``."""
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(WeightsConfig, "weights")
+        parser.link_arguments("model.lrm.input_views", "data.inputs")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -262,10 +264,8 @@ class LRMCLI(LightningCLI):
         if encoder and weights.network is not None:
             load_weights(self.model.lrm, Path(weights.network).expanduser())
         elif encoder and weights.pretrained:
-            encoder_network = self.model.lrm.encoder
-            name = pretrained_name(encoder_network.name)
-            state = load_encoder_state(name, source=weights.source, **vars(weights.encoder))
-            encoder_network.load_pretrained(state)
+            network = self.model.lrm.encoder
+            network.load_pretrained(_encoder_state(network.name, weights))
         device = self.trainer.strategy.root_device
         if self.model.objective.lpips:
             loss = PerceptualLoss.pretrained("vgg", source=weights.source, **vars(weights.lpips_vgg))
@@ -287,6 +287,13 @@ class LRMCLI(LightningCLI):
         return self._namespace(self.config_init)["weights"]
 
 
+def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:
+    given = weights.encoder
+    if timm_name not in TIMM_NAMES.values() and given.path is not None and given.sha256 is not None:
+        return load_other_encoder_state(timm_name, given.path, given.sha256)
+    return load_encoder_state(pretrained_name(timm_name), source=weights.source, **vars(given))
+
+
 def pretrained_name(timm_name: str) -> EncoderName:
     """Find the pretrained weights of an encoder by its timm name.
 
@@ -298,7 +305,8 @@ def pretrained_name(timm_name: str) -> EncoderName:
             return name
     raise InputError(
         f"expected an encoder with known weights ({', '.join(TIMM_NAMES.values())}), found {timm_name!r}; "
-        "choose one of these, or start from random weights: --weights.pretrained false"
+        "choose one of these, give a file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or "
+        "start from random weights: --weights.pretrained false"
     )
 
 

@@ -47,11 +47,11 @@ class Views:
 
 @dataclasses.dataclass
 class Batch:
-    """B objects: the input view of each, and the views to be rendered.
+    """B objects: the input views of each, and the views to be rendered.
 
     Attributes:
         ids: Keys of the samples.
-        input: One view an object (V = 1), whole, over white.
+        input: The views that the network is given (usually V = 1), whole, over white.
         target: Views that the loss or the metrics see.
         weight: (B) 1, or 0 for an object that only stands in, so that all ranks have equally many.
     """

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import Split, read_manifest
-from lrm_pl.data.transforms import CropConfig
+from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage
 from lrm_pl.data.workers import outlive_stop_signals
 from lrm_pl.errors import InputError
 
@@ -23,18 +23,21 @@ class ShardDataModule(L.LightningDataModule):
     """Feed training and evaluation from a folder of shards (``make render-shards`` makes one).
 
     Validation has two sets: "unseen", the unseen views of the training objects, and "heldout", the same views of
-    the objects of the split "val". Both get view 0 as input.
+    the objects of the split "val". Both get the first views as input.
 
     Args:
         folder: Folder of the shards, with a manifest.json.
         batch_size: Objects an optimiser step, over all processes and accumulated batches together: the run is the
             same whatever the number of processes, which must divide it (times ``accumulate_grad_batches``).
-        side_views: Target views besides the input view (the paper: 3).
+        side_views: Target views besides the input views (the paper: 3).
         unseen_views: The last views of every object, never trained on: what validation renders.
-        input_views: The input view is one of the first so many views; null means any training view, as in the
+        inputs: Views that the network is given; a run takes them from ``model.lrm.input_views``.
+        input_pool: The (first) input view is one of the first so many views; null means any training view, as in the
             paper. Few make a small data set learnable in minutes: each input view is a scene of its own to learn,
             because the canonical frame turns with it.
         crop: Sizes of the target windows in training.
+        crop_stages: Other sizes from later steps on (progressive resolution).
+        camera_noise: Noise on the cameras that the network is told.
         workers: Processes that decode; 0 decodes in the training process.
         seed: Seed of the order of samples and of all augmentation.
         streams: Streams that an epoch is cut into, so that neighbours in a batch come from different shards.
@@ -46,20 +49,24 @@ class ShardDataModule(L.LightningDataModule):
         batch_size: int = 4,
         side_views: int = 3,
         unseen_views: int = 4,
-        input_views: int | None = None,
+        inputs: int = 1,
+        input_pool: int | None = None,
         crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
+        crop_stages: Sequence[CropStage] = (),
+        camera_noise: float = 0.0,
         workers: int = 2,
         seed: int = 0,
         streams: int = 64,
     ) -> None:
         super().__init__()
         self.folder, self.batch_size, self.side_views = Path(folder), batch_size, side_views
-        self.unseen_views, self.input_views, self.crop, self.workers = (
+        self.unseen_views, self.inputs, self.input_pool, self.workers = (
             unseen_views,
-            input_views,
-            crop,
+            inputs,
+            input_pool,
             workers,
         )
+        self.augmentation = Augmentation(crop, tuple(crop_stages), camera_noise)
         self.seed, self.streams = seed, streams
         # Where this start of the run begins: optimiser steps done, and the global position g that they led to.
         self._step, self._position = 0, 0
@@ -71,11 +78,11 @@ class ShardDataModule(L.LightningDataModule):
             InputError: No shards, damaged shards, or too few views.
         """
         self.manifest = read_manifest(self.folder)
-        needed = 1 + self.side_views + self.unseen_views
+        needed = self.inputs + self.side_views + self.unseen_views
         if self.manifest.views < needed:
             raise InputError(
-                f"{self.folder}: expected at least {needed} views an object (1 input, {self.side_views} side, "
-                f"{self.unseen_views} unseen), found {self.manifest.views}; lower data.side_views or "
+                f"{self.folder}: expected at least {needed} views an object ({self.inputs} input, {self.side_views} "
+                f"side, {self.unseen_views} unseen), found {self.manifest.views}; lower data.side_views or "
                 f"data.unseen_views, or run `make render-shards VIEWS={needed} OUT=...`"
             )
 
@@ -117,13 +124,15 @@ class ShardDataModule(L.LightningDataModule):
             self.folder,
             self.manifest,
             self.share,
-            1 + self.side_views,
+            self.inputs,
+            self.side_views,
             self.unseen_views,
-            self.input_views,
-            self.crop,
+            self.input_pool,
+            self.augmentation,
             self.seed,
             self.streams,
             max(0, self.trainer.max_steps - self._step),
+            self._step,
             self._position,
         )
         return DataLoader(
@@ -152,7 +161,7 @@ class ShardDataModule(L.LightningDataModule):
     def _evaluation_loader(self, split: Split, views: Sequence[int], limit: int | None) -> DataLoader[Batch]:
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        dataset = EvaluationSet(self.folder, self.manifest, split, views, limit, rank, world)
+        dataset = EvaluationSet(self.folder, self.manifest, split, self.inputs, views, limit, rank, world)
         return DataLoader(
             dataset,
             batch_size=1,

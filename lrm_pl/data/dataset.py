@@ -13,7 +13,7 @@ from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.manifest import Manifest, Split
 from lrm_pl.data.schema import SampleError
 from lrm_pl.data.shards import Order, Place, ShardReader, require_samples
-from lrm_pl.data.transforms import CropConfig, choose_views, evaluation_item, sample_rng, training_item
+from lrm_pl.data.transforms import Augmentation, choose_views, evaluation_item, sample_rng, training_item
 from lrm_pl.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -75,13 +75,15 @@ class TrainingStream(IterableDataset[Batch]):
         folder: Folder of the shards.
         manifest: Its manifest.
         share: Which samples are this process's.
-        views: Views an object: the input view and the side views.
+        inputs: Input views an object; they are targets too.
+        side_views: Views an object that are targets only.
         unseen_views: The last views of every object, never trained on.
-        input_views: The input view is one of the first so many; None means any training view.
-        crop: Sizes of the target windows.
+        input_pool: The first input view is one of the first so many; None means any training view.
+        augmentation: What else is random.
         seed: Seed of order and augmentation.
         streams: S of the global sequence.
         steps: How many optimiser steps to feed.
+        step: Optimiser steps done before.
         position: First global position g.
 
     Raises:
@@ -93,22 +95,24 @@ class TrainingStream(IterableDataset[Batch]):
         folder: Path,
         manifest: Manifest,
         share: Share,
-        views: int,
+        inputs: int,
+        side_views: int,
         unseen_views: int,
-        input_views: int | None,
-        crop: CropConfig,
+        input_pool: int | None,
+        augmentation: Augmentation,
         seed: int,
         streams: int,
         steps: int,
+        step: int = 0,
         position: int = 0,
     ) -> None:
         shards = manifest.split("train")
         require_samples(folder, shards, "train", share.batch_size)
         self.reader = ShardReader(folder, shards)
         self.order = Order(tuple(shard.samples for shard in shards), seed, streams)
-        self.share, self.views, self.unseen_views = share, views, unseen_views
-        self.input_views, self.crop, self.seed = input_views, crop, seed
-        self.steps, self.position = steps, position
+        self.share, self.inputs, self.side_views, self.unseen_views = share, inputs, side_views, unseen_views
+        self.input_pool, self.augmentation, self.seed = input_pool, augmentation, seed
+        self.steps, self.step, self.position = steps, step, position
 
     def __len__(self) -> int:
         """Return the number of batches; the same on every rank."""
@@ -123,13 +127,18 @@ class TrainingStream(IterableDataset[Batch]):
 
     def item(self, position: int) -> Batch:
         """Make the item at global position g; bad samples are replaced, and said so."""
-        return self.order.fill(position, self._make, lambda message: logger.warning("skipped %s", message))
+        step = self.step + (position - self.position) // self.share.batch_size
+        return self.order.fill(
+            position,
+            lambda place: self._make(place, step),
+            lambda message: logger.warning("skipped %s", message),
+        )
 
-    def _make(self, place: Place) -> Batch:
+    def _make(self, place: Place, step: int) -> Batch:
         views, rng = self._chosen(place)
         sample = self.reader.read(place, views)
         try:
-            return training_item(sample, views, self.crop, rng)
+            return training_item(sample, views, self.inputs, self.augmentation, step, rng)
         except SampleError as error:  # a view that is no picture
             raise self.reader.located(place, error) from error
 
@@ -138,11 +147,11 @@ class TrainingStream(IterableDataset[Batch]):
         key = self.reader.keys(place.shard)[place.index]
         rng = sample_rng(self.seed, place.epoch, key)
         available = self.reader.view_count(place) - self.unseen_views
-        return choose_views(rng, available, self.views, self.input_views), rng
+        return choose_views(rng, available, self.inputs + self.side_views, self.input_pool), rng
 
 
 class EvaluationSet(IterableDataset[Batch]):
-    """Every sample of a split once, without randomness: view 0 in, some views out, whole and over white.
+    """Every sample of a split once, without randomness: first views in, some views out, whole and over white.
 
     Rank r of W takes every W-th sample from r on. All ranks make the same number of items, as sharded networks need:
     where the split does not divide, and in the place of a bad sample (which is said), stands another one of weight 0.
@@ -152,6 +161,7 @@ class EvaluationSet(IterableDataset[Batch]):
         folder: Folder of the shards.
         manifest: Its manifest.
         split: Which split.
+        inputs: Number of input views.
         views: Numbers of the target views.
         limit: Most objects; where the split has more, that many, evenly spread. None means all.
         rank: Number of this process.
@@ -163,6 +173,7 @@ class EvaluationSet(IterableDataset[Batch]):
         folder: Path,
         manifest: Manifest,
         split: Split,
+        inputs: int,
         views: Sequence[int],
         limit: int | None = None,
         rank: int = 0,
@@ -173,7 +184,7 @@ class EvaluationSet(IterableDataset[Batch]):
         places = [Place(0, i, k) for i, shard in enumerate(shards) for k in range(shard.samples)]
         count = len(places) if limit is None else min(limit, len(places))
         self.places = [places[i * len(places) // count] for i in range(count)]
-        self.views, self.rank, self.world = tuple(views), rank, world
+        self.inputs, self.views, self.rank, self.world = inputs, tuple(views), rank, world
 
     def __len__(self) -> int:
         """Return the number of items of every rank, those of weight 0 included."""
@@ -195,9 +206,9 @@ class EvaluationSet(IterableDataset[Batch]):
     def _try(self, index: int, *, say: bool = True) -> Batch | None:
         place = self.places[index]
         try:
-            sample = self.reader.read(place, sorted({0, *self.views}))
+            sample = self.reader.read(place, sorted({*range(self.inputs), *self.views}))
             try:
-                return evaluation_item(sample, 0, self.views)
+                return evaluation_item(sample, self.inputs, self.views)
             except SampleError as error:  # a view that is no picture
                 raise self.reader.located(place, error) from error
         except SampleError as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrm_pl.io import pypi_copies
+from lrm_pl.io.fetch import sha256_of
 from lrm_pl.io.tensor_files import read_tensor_file
 from lrm_pl.io.weights import ResolvedWeights, WeightsError, WeightSource, resolve
 
@@ -117,6 +118,31 @@ def load_encoder_state(
     else:
         shapes = _vit_shapes(width=768, patch=16, tokens=1 + 14 * 14, layer_scale=False)
     return _checked(resolved, state, shapes)
+
+
+def load_other_encoder_state(timm_name: str, path: str | Path, sha256: str) -> dict[str, Tensor]:
+    """Load the weights of an encoder that is in no table of ours from a file that the user has and trusts.
+
+    Args:
+        timm_name: Whose weights these are, for messages.
+        path: The file; in timm's names, or in those of the network's authors.
+        sha256: Its hash.
+
+    Raises:
+        WeightsError: It is not there, is another file, or holds no tensors.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise WeightsError(f"{timm_name}: expected weights at {file}, found no file; correct the path")
+    if (found := sha256_of(file)) != sha256.lower():
+        raise WeightsError(
+            f"{timm_name}: expected {file} with sha256 {sha256}, found {found}; get the file again"
+        )
+    return {
+        str(key): value
+        for key, value in read_tensor_file(file, timm_name).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _vit_shapes(*, width: int, patch: int, tokens: int, layer_scale: bool) -> Shapes:

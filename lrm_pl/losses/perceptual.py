@@ -5,9 +5,9 @@ own linear layer, averaged over pixels, and added up. (n, 3, h, w) twice -> (n,)
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import lpips
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from lrm_pl.io.state_dicts import LpipsNet, load_lpips_features
 from lrm_pl.io.weights import WeightSource
+
+#: Pixels that are measured at a time: one view of 384 x 384, whose activations are a quarter of a GB.
+_PIXELS = 384 * 384
 
 #: Added to the norm of a feature vector, as lpips does.
 _EPSILON = 1e-10
@@ -78,6 +81,15 @@ class PerceptualLoss:
                 "LPIPS: expected two batches of RGB images (n, 3, h, w) of one shape, found prediction "
                 f"{tuple(prediction.shape)} and target {tuple(target.shape)}; resize or crop one of them"
             )
+        group = max(1, _PIXELS // (prediction.shape[-1] * prediction.shape[-2]))
+        if torch.is_grad_enabled() and prediction.requires_grad:
+            return _GradientAtOnce.apply(prediction, target, self._measure, group)
+        pairs = zip(prediction.split(group), target.split(group), strict=True)
+        return torch.cat([self._measure(ours, theirs) for ours, theirs in pairs])
+
+    def _measure(
+        self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]
+    ) -> Float[Tensor, " n"]:
         with torch.no_grad():
             true = self._features(target)
         drawn = self._features(prediction)
@@ -93,6 +105,36 @@ class PerceptualLoss:
         scaled = self._net.scaling_layer(2 * images.float() - 1)
         layers: tuple[Tensor, ...] = self._net.net(scaled.contiguous(memory_format=torch.channels_last))
         return layers
+
+
+class _GradientAtOnce(torch.autograd.Function):
+    """Measure group by group of images, and differentiate each at once: one group's activations are held at a time.
+
+    No more work than an ordinary graph: what it would do in backward is done here, and only scaled there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        prediction: Tensor,
+        target: Tensor,
+        measure: Callable[[Tensor, Tensor], Tensor],
+        group: int,
+    ) -> Tensor:
+        distances, gradients = [], []
+        for ours, theirs in zip(prediction.detach().split(group), target.split(group), strict=True):
+            with torch.enable_grad():
+                leaf = ours.requires_grad_()
+                distance = measure(leaf, theirs)
+            gradients += torch.autograd.grad(distance.sum(), leaf)
+            distances.append(distance.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(distances)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None, None, None], None, None, None
 
 
 def _distance(

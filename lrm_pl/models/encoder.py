@@ -1,6 +1,7 @@
 """The image encoder: a timm DINO, DINOv2 or DINOv3 vision transformer, all of its tokens (LRM, section 3.1)."""
 
 import difflib
+import sys
 from functools import partial
 from typing import Any, Literal, final
 
@@ -94,16 +95,15 @@ class ImageEncoder(nn.Module):
         return tokens
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:
-        """Load weights in timm's names, strictly; position embeddings are resized to this image size.
+        """Load weights in timm's names or in their authors', strictly; position embeddings are resized.
 
         Raises:
-            RuntimeError: Keys or shapes differ.
+            InputError: Keys or shapes differ.
         """
-        state = dict(state)
-        if "pos_embed" in state:  # DINOv3 has rotary ones, which are not stored
-            state["pos_embed"] = timm.layers.resample_abs_pos_embed(
-                state["pos_embed"],
-                new_size=list(self.vit.patch_embed.grid_size),
-                num_prefix_tokens=self.vit.num_prefix_tokens if not self.vit.no_embed_class else 0,
-            )
-        self.vit.load_state_dict(state, strict=True)
+        convert = sys.modules[type(self.vit).__module__].checkpoint_filter_fn
+        try:
+            self.vit.load_state_dict(convert(dict(state), self.vit), strict=True)
+        except (RuntimeError, KeyError) as error:
+            raise InputError(
+                f"expected the weights of {self.name}, found others: {error}; give the file of this network"
+            ) from error

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lrm_pl.data.batch import Batch, Views
 from lrm_pl.errors import InputError
-from lrm_pl.losses.objective import Objective
+from lrm_pl.losses.objective import Evidence, Objective
 from lrm_pl.models.lrm import LRM
+from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.gradients import GradientGuard, GuardConfig
@@ -29,10 +30,12 @@ class Prediction:
     Attributes:
         images: (B, V, 3, H, W) rendered views over the targets' backgrounds, in [0, 1].
         rendering: The same pixels with opacity and depth.
+        triplane: What they were rendered from.
     """
 
     images: Float[Tensor, "B V 3 H W"]
     rendering: Rendering
+    triplane: Triplane
 
 
 class LRMModule(L.LightningModule):
@@ -89,7 +92,15 @@ class LRMModule(L.LightningModule):
             self.lrm.field(triplane), views.c2w, views.fxfycxcy, views.size, views.jitter
         )
         pixels = rendering.over(views.background[:, :, None, None])  # (B, V, H, W, 3)
-        return Prediction(pixels.permute(0, 1, 4, 2, 3), rendering)
+        return Prediction(pixels.permute(0, 1, 4, 2, 3), rendering, triplane)
+
+    def look(self, batch: Batch) -> Evidence:
+        """Render the target views of a batch, for the objective to judge."""
+        prediction, target = self.render(batch, batch.target), batch.target
+        return Evidence(
+            prediction.images.flatten(0, 1), target.images.flatten(0, 1),
+            prediction.rendering.opacity.flatten(0, 1), target.alpha.flatten(0, 1), prediction.triplane.planes,
+        )  # fmt: skip
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         """Leave the loop at once where the run is to stop: -1 is Lightning's word for it."""
@@ -97,9 +108,8 @@ class LRMModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the loss of one batch; ``on_before_optimizer_step`` logs its terms by name."""
-        prediction = self.render(batch, batch.target).images
-        terms = self.objective(prediction.flatten(0, 1), batch.target.images.flatten(0, 1), self.global_step)
-        loss = sum(terms.values(), start=prediction.new_zeros(()))
+        terms = self.objective(self.look(batch), self.global_step)
+        loss = sum(terms.values(), start=batch.target.images.new_zeros(()))
         self._terms.append({name: value.detach() for name, value in (terms | {"total": loss}).items()})
         self.in_hand = (self.in_hand if len(self._terms) > 1 else ()) + batch.ids
         return loss
@@ -140,7 +150,7 @@ class LRMModule(L.LightningModule):
     ) -> Prediction:
         """Render whole target views; callbacks measure and show them."""
         prediction = self.render(batch, batch.target)
-        return Prediction(prediction.images.clamp(0, 1), prediction.rendering)
+        return dataclasses.replace(prediction, images=prediction.images.clamp(0, 1))
 
     def test_step(  # type: ignore[override]
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0

@@ -47,9 +47,7 @@ class BareLoop(L.Callback):
         optimizer = trainer.optimizers[0]
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            prediction = module.render(batch, batch.target).images
-            terms = module.objective(prediction.flatten(0, 1), batch.target.images.flatten(0, 1), 0)
-            loss = sum(terms.values())
+            loss = sum(module.objective(module.look(batch), 0).values())
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in module.lrm.parameters() if p.requires_grad], 1.0)
         type(optimizer).step(optimizer)

@@ -128,7 +128,7 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
 def test_a_few_dozen_steps_on_ellipsoids_already_beat_a_white_image_by_3_db(tiny):
     cli = command_line([
         "fit", *tiny, "--trainer.max_steps", "80", "--trainer.limit_val_batches", "0", "--data.batch_size", "4",
-        "--model.optimizer.lr", "1e-2", "--data.input_views", "1",
+        "--model.optimizer.lr", "1e-2", "--data.input_pool", "1",
     ])  # fmt: skip
     scores = cli.reports["unseen"].rows
     assert scores["model"].images == 4 * 2

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -128,3 +130,133 @@ def test_the_papers_planes_have_the_papers_shape():
         model = LRM(ImageEncoder(), NeRFDecoder())
         triplane = model(torch.empty(1, 1, 3, 512, 512), torch.empty(1, 1, 4, 4), torch.empty(1, 1, 4))
     assert triplane.planes.shape == (1, 3, 80, 64, 64)
+
+
+def planes_of(model, views=1, **changes):
+    torch.manual_seed(1)
+    inputs = {
+        "image": torch.rand(2, views, 3, 28, 28),
+        "c2w": torch.eye(4).expand(2, views, 4, 4).clone(),
+        "fxfycxcy": torch.full((2, views, 4), 0.5),
+    }
+    return model(**{**inputs, **changes}).planes
+
+
+def modulated(**options):
+    """A tiny network whose modulations do something."""
+    model = tiny_lrm(**options)
+    for name, parameter in model.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@torch.no_grad()
+def test_the_camera_of_16_numbers_leaves_out_the_last_row_and_none_leaves_out_all():
+    poses = torch.eye(4).expand(2, 1, 4, 4).clone()
+    poses[:, :, 3] = torch.tensor([0.0, 0, 0, 7])
+    moved = torch.eye(4).expand(2, 1, 4, 4).clone()
+    moved[:, :, 1, 3] = -3
+    for camera, sees_last_row, sees_pose in ((20, True, True), (16, False, True), (None, False, False)):
+        model = modulated(camera=camera)
+        plain = planes_of(model)
+        assert torch.equal(plain, planes_of(model, c2w=poses)) is not sees_last_row
+        assert torch.equal(plain, planes_of(model, c2w=moved)) is not sees_pose
+    assert modulated(camera=16).camera_embedder.mlp[0].in_features == 16
+    assert not any("modulation" in name for name, _ in modulated(camera=None).named_parameters())
+
+
+@torch.no_grad()
+def test_every_input_view_and_its_camera_changes_the_planes():
+    model = modulated(input_views=3)
+    plain = planes_of(model, 3)
+    for view in range(3):
+        for name in ("image", "c2w"):
+            torch.manual_seed(1)
+            value = (
+                torch.rand(2, 3, 3, 28, 28) if name == "image" else torch.eye(4).expand(2, 3, 4, 4).clone()
+            )
+            value[:, view] += 0.5
+            assert (planes_of(model, 3, **{name: value}) - plain).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="expected input_views of 1, or of more with a camera"):
+        tiny_lrm(input_views=2, camera=None)
+
+
+@torch.no_grad()
+def test_qk_norm_bounds_attention_whatever_the_size_of_its_weights():
+    torch.manual_seed(0)
+    x, plain, normed = torch.randn(1, 6, 16), Attention(16, 2), Attention(16, 2, qk_norm=True)
+    normed.load_state_dict(plain.state_dict(), strict=False)
+
+    def answers(layer, factor):
+        scaled = Attention(16, 2, qk_norm=layer is normed)
+        scaled.load_state_dict(layer.state_dict())
+        scaled.qkv.weight[:32] *= factor  # queries and keys
+        return scaled(x)
+
+    assert torch.allclose(answers(normed, 1), answers(normed, 100), atol=1e-4)
+    assert not torch.allclose(answers(plain, 1), answers(plain, 100), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("vit_small_patch16_224.dino", 1),
+        ("vit_small_patch14_dinov2", 1),
+        ("vit_small_patch14_reg4_dinov2", 5),
+        ("vit_small_patch16_dinov3", 5),
+    ],
+)
+@torch.no_grad()
+def test_each_family_of_encoders_gives_its_tokens_at_any_image_size(name, prefix):
+    patch = 14 if "14" in name else 16
+    encoder = ImageEncoder(name, image_size=3 * patch, dim=48, depth=2, heads=3).eval()
+    images = torch.rand(2, 3, 3 * patch, 3 * patch)
+    everything = encoder(images)
+    assert everything.shape == (2, prefix + 9, 48)
+    few = ImageEncoder(
+        name, image_size=3 * patch, dim=48, depth=2, heads=3, tokens="class_and_patches"
+    ).eval()
+    few.load_state_dict(encoder.state_dict())
+    assert torch.equal(few(images), torch.cat([everything[:, :1], everything[:, prefix:]], dim=1))
+
+
+def test_an_encoder_that_timm_does_not_know_is_refused_with_names_like_it():
+    with pytest.raises(
+        ValueError, match=r"found 'vit_smal_patch14_dinov2'; close to it: vit_small_patch14_dinov2"
+    ):
+        ImageEncoder("vit_smal_patch14_dinov2")
+
+
+def test_plain_images_are_what_the_encoder_sees_on_demand():
+    encoder = ImageEncoder(
+        "vit_small_patch14_dinov2", image_size=28, normalise=False, dim=48, depth=1, heads=3
+    )
+    seen = []
+    encoder.vit.forward_features = lambda x: seen.append(x) or torch.zeros(1, 5, 48)
+    encoder(torch.full((1, 3, 28, 28), 0.3))
+    assert torch.equal(seen[0], torch.full((1, 3, 28, 28), 0.3))
+
+
+def test_the_decoder_does_what_its_options_say_by_hand():
+    def decoded(**options):
+        decoder = NeRFDecoder(channels=1, width=1, layers=2, fold=False, **options)
+        weights = (torch.ones(1, 3), torch.zeros(1), torch.tensor([[1.0], [0], [50], [-50]]), torch.zeros(4))
+        raw, colour = decoder.decode(torch.tensor([[-2.0, 0.5, 0.5]]), weights)
+        return raw.item(), decoder.density(raw).item(), colour[0].tolist()
+
+    # The features add up to -1: ReLU gives 0, SiLU gives -1 / (1 + e).
+    raw, sigma, colour = decoded()
+    assert raw == 0
+    assert sigma == pytest.approx(math.log1p(math.exp(-1)))
+    assert colour == pytest.approx([0.5, 0.5, 0.5])
+    raw, sigma, colour = decoded(
+        activation="silu", density_activation="exp", density_bias=2.0, colour_margin=0.0
+    )
+    silu = -1 / (1 + math.e)
+    assert raw == pytest.approx(silu)
+    assert sigma == pytest.approx(math.exp(silu + 2))
+    assert colour == pytest.approx([0.5, 1 / (1 + math.exp(-50 * silu)), 1 / (1 + math.exp(50 * silu))])
+    wide = decoded(activation="silu", colour_margin=0.1)[2]
+    assert wide[2] == pytest.approx(colour[2] * 1.2 - 0.1)
+    assert wide[2] > 1 > colour[2]

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from lrm_pl.losses.objective import Objective
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
@@ -71,23 +70,3 @@ def test_with_layer_decay_every_block_learns_slower_than_the_next_down_to_the_im
 def test_a_layer_decay_above_one_is_refused():
     with pytest.raises(ValueError, match=r"layer_decay in \(0, 1\], found 1.5"):
         OptimizerConfig(layer_decay=1.5)
-
-
-def test_the_objective_is_the_weighted_mse_before_lpips_starts():
-    objective = Objective(mse=3.0, lpips=2.0, lpips_start_step=5)
-    prediction, target = torch.full((2, 3, 4, 4), 0.5), torch.full((2, 3, 4, 4), 0.3)
-    terms = objective(prediction, target, step=4)
-    assert terms.keys() == {"mse"}
-    assert math.isclose(terms["mse"].item(), 3 * 0.04, rel_tol=1e-5)
-
-
-def test_lpips_is_added_from_its_start_step_with_its_weight():
-    objective = Objective(mse=1.0, lpips=2.0, lpips_start_step=5)
-    objective.perceptual = lambda prediction, target: torch.tensor([0.1, 0.3])
-    terms = objective(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), step=5)
-    assert math.isclose(terms["lpips"].item(), 0.4, rel_tol=1e-5)
-
-
-def test_lpips_without_a_network_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"--model\.objective\.lpips 0"):
-        Objective()(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), step=0)

@@ -131,3 +131,18 @@ def test_shapes_that_differ_are_refused_with_both(alex_features):
     # with the shape checker switched on, it speaks first
     with pytest.raises((ValueError, TypeCheckError), match=r"2, ?3, ?64, ?64[\s\S]*2, ?3, ?32, ?64"):
         loss(images()[0], images()[1][:, :, :32])
+
+
+def test_measuring_group_by_group_changes_neither_values_nor_gradients(alex_features, monkeypatch):
+    loss = PerceptualLoss(alex_features, "alex")
+    prediction, target = images(5)
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0])
+    found = []
+    for pixels in (10**9, 2 * 64 * 64, 1):  # all at once, two at a time, one by one
+        monkeypatch.setattr("lrm_pl.losses.perceptual._PIXELS", pixels)
+        leaf = prediction.clone().requires_grad_()
+        (loss(leaf, target) * weight).sum().backward()
+        found.append((loss(prediction, target), leaf.grad))
+    for distances, gradient in found[1:]:
+        assert torch.allclose(distances, found[0][0], rtol=1e-5)
+        assert (gradient - found[0][1]).norm() < 1e-5 * found[0][1].norm()

@@ -8,7 +8,9 @@ from lrm_pl.data.manifest import read_manifest
 from lrm_pl.data.schema import Sample, SampleError, SampleInfo, encode_image
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.data.transforms import (
+    Augmentation,
     CropConfig,
+    CropStage,
     choose_views,
     evaluation_item,
     resize,
@@ -16,6 +18,12 @@ from lrm_pl.data.transforms import (
     training_item,
 )
 from lrm_pl.geometry.rays import pixel_rays
+
+WHOLE = Augmentation(CropConfig(32, 32, 32))
+
+
+def training_of(sample, views, crop, rng, inputs=1, step=0, **options):
+    return training_item(sample, views, inputs, Augmentation(crop, **options), step, rng)
 
 
 def position_coded_sample(side=64):
@@ -33,7 +41,7 @@ def position_coded_sample(side=64):
 def test_intrinsics_follow_resize_and_crop_to_a_fraction_of_a_pixel():
     sample = position_coded_sample()
     for seed in range(5):
-        item = training_item(sample, [0, 1], CropConfig(24, 64, 20), np.random.default_rng(seed))
+        item = training_of(sample, [0, 1], CropConfig(24, 64, 20), np.random.default_rng(seed))
         views = item.target
         _, directions = pixel_rays(views.c2w, views.fxfycxcy, 20, 20)
         # In the canonical frame a ray of pixel (u, v) is (u - 0.5, 1, 0.5 - v) up to length.
@@ -54,12 +62,12 @@ def test_resizing_keeps_pixel_centres_by_hand():
 
 def test_the_background_shows_only_where_the_object_is_not():
     sample = synthetic_sample("a", views=4, resolution=32, seed=0)
-    item = training_item(sample, [0, 1, 2], CropConfig(32, 32, 32), np.random.default_rng(0))
+    item = training_of(sample, [0, 1, 2], CropConfig(32, 32, 32), np.random.default_rng(0))
     target, background = item.target, item.target.background[:, :, None, None]
     empty = (target.alpha == 0)[:, None].expand_as(target.images)
     assert torch.equal(target.images[empty], background.expand_as(target.images)[empty])
     assert len({tuple(colour.tolist()) for colour in target.background}) == 3
-    white = evaluation_item(sample, 0, [0]).input.images
+    white = evaluation_item(sample, 1, [0]).input.images
     assert torch.equal(item.input.images, white), "the input view is over white"
 
 
@@ -68,7 +76,7 @@ def test_all_randomness_of_a_sample_is_a_function_of_seed_epoch_and_key():
 
     def item(seed, epoch, key):
         rng = sample_rng(seed, epoch, key)
-        return training_item(sample, choose_views(rng, 8, 4), CropConfig(16, 32, 16), rng).target
+        return training_of(sample, choose_views(rng, 8, 4), CropConfig(16, 32, 16), rng).target
 
     same = item(0, 1, "a")
     assert torch.equal(same.images, item(0, 1, "a").images)
@@ -78,26 +86,26 @@ def test_all_randomness_of_a_sample_is_a_function_of_seed_epoch_and_key():
 
 def test_the_input_view_is_a_target_too_and_canonical():
     sample = synthetic_sample("a", views=8, resolution=32, seed=0)
-    item = training_item(sample, [5, 2, 3], CropConfig(32, 32, 32), np.random.default_rng(0))
+    item = training_of(sample, [5, 2, 3], CropConfig(32, 32, 32), np.random.default_rng(0))
     assert torch.equal(item.input.c2w[0], item.target.c2w[0])
     assert torch.allclose(item.input.c2w[0, :3, 3], torch.tensor([0.0, -2.6, 0.0]), atol=1e-5)
 
 
 def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(shards):
     manifest = read_manifest(shards)
-    stream = TrainingStream(shards, manifest, Share(2), 4, 3, None, CropConfig(32, 32, 32), 0, 4, 40)
+    stream = TrainingStream(shards, manifest, Share(2), 1, 3, 3, None, WHOLE, 0, 4, 40)
     used = {view for g in range(80) for view in stream._chosen(stream.order.locate(g))[0]}
     assert used == {0, 1, 2, 3, 4}
-    items = EvaluationSet(shards, manifest, "train", range(5, 8))
+    items = EvaluationSet(shards, manifest, "train", 1, range(5, 8))
     assert len(items) == len(list(items)) == 4
     assert next(iter(items)).target.images.shape == (3, 3, 32, 32)
 
 
 def test_a_limited_evaluation_set_is_spread_evenly_over_its_split(shards):
     manifest = read_manifest(shards)
-    everything = [item.ids for item in EvaluationSet(shards, manifest, "train", [7])]
+    everything = [item.ids for item in EvaluationSet(shards, manifest, "train", 1, [7])]
     for limit, expected in ((2, everything[::2]), (9, everything), (None, everything)):
-        limited = EvaluationSet(shards, manifest, "train", [7], limit)
+        limited = EvaluationSet(shards, manifest, "train", 1, [7], limit)
         assert [item.ids for item in limited] == expected
         assert len(limited) == len(expected)
 
@@ -109,7 +117,19 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
 
         monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda: Info if workers else None)
         stream = TrainingStream(
-            shards, read_manifest(shards), Share(2), 3, 2, None, CropConfig(8, 32, 8), 0, 4, batches, position
+            shards,
+            read_manifest(shards),
+            Share(2),
+            1,
+            2,
+            2,
+            None,
+            Augmentation(CropConfig(8, 32, 8)),
+            0,
+            4,
+            batches,
+            0,
+            position,
         )
         return [batch.ids for batch in stream]
 
@@ -123,7 +143,7 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
 
 
 def test_items_of_different_sizes_are_refused_with_both_sizes():
-    small, large = (evaluation_item(synthetic_sample("a", 2, side, 0), 0, [1]) for side in (16, 32))
+    small, large = (evaluation_item(synthetic_sample("a", 2, side, 0), 1, [1]) for side in (16, 32))
     with pytest.raises(ValueError, match=r"one shape in a batch, found .*16, 16.*32, 32"):
         collate([small, large])
 
@@ -133,8 +153,68 @@ def test_too_few_views_are_refused():
         choose_views(np.random.default_rng(0), 3, 4)
 
 
-def test_input_views_bounds_which_views_are_inputs_but_not_which_are_targets():
-    drawn = [choose_views(np.random.default_rng(seed), 12, 4, input_views=2) for seed in range(200)]
+def test_the_input_pool_bounds_which_views_are_inputs_but_not_which_are_targets():
+    drawn = [choose_views(np.random.default_rng(seed), 12, 4, input_pool=2) for seed in range(200)]
     assert {views[0] for views in drawn} == {0, 1}
     assert {view for views in drawn for view in views[1:]} == set(range(12))
     assert all(len(set(views)) == 4 for views in drawn)
+
+
+def test_windows_on_the_foreground_show_the_object_and_others_often_do_not():
+    sample = synthetic_sample("a", views=4, resolution=96, seed=0)
+
+    def covered(foreground):
+        crop = CropConfig(96, 96, 8, foreground)
+        items = [training_of(sample, [0, 1], crop, np.random.default_rng(seed)) for seed in range(40)]
+        return torch.stack([item.target.alpha.amax((-1, -2)) > 0.5 for item in items]).float().mean().item()
+
+    assert covered(1.0) == 1.0
+    assert covered(0.0) < 0.8 < covered(0.8) < 1.0
+
+
+def test_windows_grow_at_the_step_that_the_config_says_wherever_a_run_is_resumed(shards):
+    stages = (CropStage(3, CropConfig(16, 24, 16)), CropStage(5, CropConfig(32, 32, 32)))
+    augmentation = Augmentation(CropConfig(8, 8, 8), stages)
+
+    def sizes(steps, step, position):
+        stream = TrainingStream(
+            shards, read_manifest(shards), Share(2), 1, 2, 2, None, augmentation, 0, 4, steps, step, position
+        )
+        return [batch.target.size[0] for batch in stream]
+
+    assert sizes(7, 0, 0) == [8, 8, 8, 16, 16, 32, 32]
+    assert sizes(4, 3, 12) == [16, 16, 32, 32], "the position has seen batches of another size"
+    with pytest.raises(ValueError, match=r"ascending steps from 1 on, found \[5, 3\]"):
+        Augmentation(CropConfig(8, 8, 8), stages[::-1])
+
+
+def test_camera_noise_moves_what_the_network_is_told_and_no_true_camera():
+    sample = synthetic_sample("a", views=8, resolution=32, seed=0)
+
+    def item(noise):
+        return training_of(
+            sample, [5, 2, 3], CropConfig(32, 32, 32), np.random.default_rng(1), camera_noise=noise
+        )
+
+    exact, noisy = item(0.0), item(0.02)
+    assert torch.equal(noisy.target.c2w, exact.target.c2w)
+    assert torch.equal(noisy.target.fxfycxcy, exact.target.fxfycxcy)
+    assert torch.equal(noisy.target.images, exact.target.images)
+    pose, camera = (
+        (noisy.input.c2w - exact.input.c2w).abs(),
+        (noisy.input.fxfycxcy - exact.input.fxfycxcy).abs(),
+    )
+    assert torch.equal(pose[:, 3], torch.zeros(1, 4))
+    assert 0 < pose[:, :3].max() <= 0.02
+    assert 0 < camera.max() <= 0.02
+
+
+def test_several_input_views_go_in_whole_and_are_targets_too():
+    sample = synthetic_sample("a", views=8, resolution=32, seed=0)
+    item = training_of(sample, [5, 2, 3, 1], CropConfig(16, 32, 16), np.random.default_rng(0), inputs=2)
+    assert item.input.images.shape == (2, 3, 32, 32)
+    assert item.target.images.shape == (4, 3, 16, 16)
+    assert torch.equal(item.input.c2w, item.target.c2w[:2])
+    evaluated = evaluation_item(sample, 2, [6, 7])
+    assert torch.allclose(evaluated.input.c2w[0], item.input.c2w[0], atol=1e-6), "both canonical by the first"
+    assert evaluated.input.images.shape == evaluated.target.images.shape == (2, 3, 32, 32)

@@ -19,7 +19,11 @@ from safetensors.torch import save_file
 
 from lrm_pl.io import fetch, pypi_copies, state_dicts, weights
 from lrm_pl.io.artefacts import ARTEFACTS, Artefact
+from lrm_pl.io.state_dicts import load_other_encoder_state
 from lrm_pl.io.weights import WeightsError, resolve
+from lrm_pl.models.encoder import ImageEncoder
+from tests.parity.networks import randomised
+from tests.parity.openlrm import OpenLRM
 
 
 def hash_of(content):
@@ -321,3 +325,24 @@ def test_the_blocks_of_the_pypi_copy_compute_what_its_onnx_graph_computes(dinov2
     with torch.no_grad():
         found = vit.norm(vit.blocks(tokens)).numpy()
     assert np.abs(found - expected).max() < 1e-4
+
+
+@torch.no_grad()
+def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_path):
+    # DINOv2 with registers as its authors name things; 5 x 5 patches stored, 4 x 4 wanted.
+    theirs = randomised(OpenLRM(stored=5), 0).encoder.model
+    state = {**theirs.state_dict(), "mask_token": torch.zeros(1, 48)}
+    torch.save(state, tmp_path / "reg4.pth")
+    digest = hashlib.sha256((tmp_path / "reg4.pth").read_bytes()).hexdigest()
+    name = "vit_small_patch14_reg4_dinov2"
+    encoder = ImageEncoder(
+        name, 56, dim=48, depth=2, heads=3, normalise=False, tokens="class_and_patches"
+    ).eval()  # fmt: skip
+    encoder.load_pretrained(load_other_encoder_state(name, tmp_path / "reg4.pth", digest))
+    image = torch.rand(1, 3, 56, 56)
+    assert (encoder(image) - theirs(image)).abs().max() < 1e-5
+    with pytest.raises(WeightsError, match=r"expected .*reg4\.pth with sha256 000"):
+        load_other_encoder_state(name, tmp_path / "reg4.pth", "0" * 64)
+    del state["norm.bias"]
+    with pytest.raises(ValueError, match=rf"expected the weights of {name}, found others: (?s:.*)norm\.bias"):
+        encoder.load_pretrained(state)

@@ -12,6 +12,7 @@ from lrm_pl.apps.train import LRMCLI, PARSER_OPTIONS, WeightsConfig, WeightsFile
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.artefacts import WeightName
+from lrm_pl.io.state_dicts import TIMM_NAMES
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.training.module import LRMModule
 
@@ -100,7 +101,7 @@ def read_wanted(arguments: list[str]) -> Wanted:
         precision=str(trainer["precision"]),
         accumulate=trainer["accumulate_grad_batches"],
         batch_size=data["batch_size"],
-        views=1 + data["side_views"] + data["unseen_views"],
+        views=config["model"]["lrm"]["input_views"] + data["side_views"] + data["unseen_views"],
         workers=data["workers"],
         data=Path(data["folder"]),
         run=Path(config.get("run.folder") or "runs"),
@@ -123,6 +124,8 @@ def _weights(config: Namespace) -> tuple[Weights, ...]:
     files: list[tuple[WeightName, WeightsFile]] = [("lpips_alex", given.lpips_alex)]
     if config["model"]["objective"]["lpips"]:
         files.insert(0, ("lpips_vgg", given.lpips_vgg))
-    if given.pretrained and given.network is None:
-        files.insert(0, (pretrained_name(config["model"]["lrm"]["encoder"]["name"]), given.encoder))
+    encoder = config["model"]["lrm"]["encoder"]["name"]
+    own_file = encoder not in TIMM_NAMES.values() and given.encoder.path and given.encoder.sha256
+    if given.pretrained and given.network is None and not own_file:
+        files.insert(0, (pretrained_name(encoder), given.encoder))
     return tuple(Weights(name, given.source, file.path, file.sha256) for name, file in files)
