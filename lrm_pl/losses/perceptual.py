@@ -84,7 +84,7 @@ class PerceptualLoss:
         group = max(1, _PIXELS // (prediction.shape[-1] * prediction.shape[-2]))
         if torch.is_grad_enabled() and prediction.requires_grad:
             return _GradientAtOnce.apply(prediction, target, self._measure, group)
-        pairs = zip(prediction.split(group), target.split(group), strict=True)
+        pairs = zip(torch.split(prediction, group), torch.split(target, group), strict=True)
         return torch.cat([self._measure(ours, theirs) for ours, theirs in pairs])
 
     def _measure(
@@ -122,11 +122,13 @@ class _GradientAtOnce(torch.autograd.Function):
         group: int,
     ) -> Tensor:
         distances, gradients = [], []
-        for ours, theirs in zip(prediction.detach().split(group), target.split(group), strict=True):
+        for ours, theirs in zip(
+            torch.split(prediction.detach(), group), torch.split(target, group), strict=True
+        ):
             with torch.enable_grad():
                 leaf = ours.requires_grad_()
                 distance = measure(leaf, theirs)
-            gradients += torch.autograd.grad(distance.sum(), leaf)
+                gradients += torch.autograd.grad(distance.sum(), leaf)
             distances.append(distance.detach())
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(distances)
