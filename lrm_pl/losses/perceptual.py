@@ -121,7 +121,8 @@ class _GradientAtOnce(torch.autograd.Function):
         measure: Callable[[Tensor, Tensor], Tensor],
         group: int,
     ) -> Tensor:
-        distances, gradients = [], []
+        distances: list[Tensor] = []
+        gradients: list[Tensor] = []
         for ours, theirs in zip(
             torch.split(prediction.detach(), group), torch.split(target, group), strict=True
         ):

@@ -1,11 +1,11 @@
 """Self- and cross-attention on PyTorch's scaled dot product; the backend is chosen in one function."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.attention import attention_in_blocks, attention_plain
 
 
 class Attention(nn.Module):
@@ -63,21 +63,18 @@ class Attention(nn.Module):
         return x.view(batch, length, self.heads, -1).transpose(1, 2)
 
 
+#: From so many scores a head on, a CPU computes attention block by block.
+_MANY_SCORES = 256 * 1024
+
+
 def attend(
     q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
 ) -> Float[Tensor, "B h L d"]:
     """Compute softmax(q k^T / sqrt d) v; the one place where the backend is chosen.
 
-    On a CPU, training takes the products as written: PyTorch's flash kernel was 1.3 to 1.8 times slower there,
-    forward and backward together (two cores, bf16, 768 tokens). Elsewhere PyTorch chooses.
+    On a CPU: as written where the scores fit the cache, else block by block of queries. Elsewhere PyTorch chooses.
     """
-    if q.device.type == "cpu" and torch.is_grad_enabled():
-        return attend_plain(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def attend_plain(
-    q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
-) -> Float[Tensor, "B h L d"]:
-    """Compute the same as one product after the other."""
-    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    body = attention_in_blocks if q.shape[2] * k.shape[2] >= _MANY_SCORES else attention_plain
+    return body(q, k, v)

@@ -43,8 +43,12 @@ class ModLN(nn.Module):
         """Normalise, and modulate where there is a camera."""
         if camera is None:
             return self.norm(x)
-        shift, scale = self.modulation(camera).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
-        return self.norm(x) * (1 + scale) + shift
+        shift, scale = self.modulation(camera).float().chunk(2, dim=-1)  # each (B, D)
+        # One norm an object, whose weight and bias are those of the norm modulated: the same numbers, but nothing
+        # of the size of x is kept for backward besides x.
+        weight, bias = self.norm.weight * (1 + scale), self.norm.bias * (1 + scale) + shift
+        shape, eps = self.norm.normalized_shape, self.norm.eps
+        return torch.stack([F.layer_norm(x[b], shape, weight[b], bias[b], eps) for b in range(x.shape[0])])
 
 
 class GEGLU(nn.Module):

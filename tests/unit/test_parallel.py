@@ -92,3 +92,19 @@ def test_compiled_blocks_recomputed_or_not_give_the_planes_and_the_gradients_of_
 def test_a_negative_number_of_blocks_is_refused():
     with pytest.raises(InputError, match="expected recompute_every of 0 or more, found -1"):
         ParallelConfig(recompute_every=-1)
+
+
+def test_recomputed_mlps_keep_their_input_only_and_gradients_stay_the_same_bits():
+    def held(config):
+        network, kept = lrm(), []
+        prepare_blocks(network, config)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            outcome = step(network)
+        hidden = [x for x in kept if x.shape[-1] == 4 * 16 and x.numel() == 2 * (3 * 4 * 4) * (4 * 16)]
+        return outcome, len(hidden), len(network.transformer.blocks)
+
+    plain, many, blocks = held(ParallelConfig())
+    recomputed, few, _ = held(ParallelConfig(recompute_mlp=True))
+    same(recomputed, plain, rtol=0, atol=0)
+    assert many >= 2 * blocks, "before and after the GELU"
+    assert few == 0

@@ -1,0 +1,132 @@
+"""Attention on a CPU, a block of queries of one head at a time: the contract, and its body.
+
+The contract. softmax(q k^T / sqrt d) v for ``q`` (B, h, L, d), ``k`` and ``v`` (B, h, N, d), of one dtype;
+differentiable in all three. No more than a block's scores is held at a time, and backward computes them again
+(Rabe and Staats 2021; FlashAttention, Dao et al. 2022): the scores of 3072 tokens would be 150 MB a layer in bf16, and
+fresh memory costs a CPU more than the arithmetic. The plain twin is ``attention_plain``.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+#: Scores that are held at a time, per thread: a block and what is made of it fit a core's L2 cache.
+_SCORES = 768 * 1024
+
+
+def attention_plain(
+    q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
+) -> Float[Tensor, "B h L d"]:
+    """Compute it as written: the slow, obvious twin, and the faster body where the scores are few."""
+    return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
+
+
+def attention_in_blocks(
+    q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
+) -> Float[Tensor, "B h L d"]:
+    """Compute it block by block; see the contract at the top of this file.
+
+    Raises:
+        ValueError: Tensors of another device or of several dtypes.
+    """
+    if q.device.type != "cpu" or not q.dtype == k.dtype == v.dtype:
+        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"expected q, k and v of one dtype on the CPU, found {kinds}")
+    return torch.ops.lrm_pl.attention_in_blocks(q, k, v)
+
+
+@torch.library.custom_op("lrm_pl::attention_in_blocks", mutates_args=())
+def _op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = _like(q)
+
+    def head(b: int, h: int) -> None:
+        queries, keys, values = q[b, h] * q.shape[-1] ** -0.5, k[b, h].t(), v[b, h].contiguous()
+        for rows in _blocks(q.shape[2], k.shape[2]):
+            out[b, h, rows] = torch.softmax(queries[rows] @ keys, dim=-1) @ values
+
+    _for_each_head(q, head)
+    return out
+
+
+@torch.library.custom_op("lrm_pl::attention_in_blocks_backward", mutates_args=())
+def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q_grad, k_grad, v_grad = _like(q), _like(k), _like(v)
+
+    def head(b: int, h: int) -> None:
+        scale = q.shape[-1] ** -0.5
+        queries, keys, values = q[b, h] * scale, k[b, h].contiguous(), v[b, h].contiguous()
+        # Sums over blocks of queries: float32, whatever they are sums of.
+        keys_sum, values_sum = (torch.zeros(x.shape, dtype=torch.float32) for x in (keys, values))
+        for rows in _blocks(q.shape[2], k.shape[2]):
+            block, incoming = queries[rows], grad[b, h, rows]
+            shares = torch.softmax(block @ keys.t(), dim=-1)
+            values_sum += shares.t() @ incoming
+            scores_grad = torch.ops.aten._softmax_backward_data(
+                incoming @ values.t(), shares, -1, shares.dtype
+            )
+            q_grad[b, h, rows] = (scores_grad @ keys) * scale
+            keys_sum += scores_grad.t() @ block
+        k_grad[b, h], v_grad[b, h] = keys_sum, values_sum
+
+    _for_each_head(q, head)
+    return q_grad, k_grad, v_grad
+
+
+def _like(x: Tensor) -> Tensor:
+    """Make a tensor (B, h, L, d) whose heads lie side by side in memory, as the next linear layer wants them."""
+    batch, heads, length, width = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def _blocks(queries: int, keys: int) -> list[slice]:
+    """Cut the queries into blocks of equal size."""
+    count = math.ceil(queries * keys / _SCORES)
+    size = math.ceil(queries / count)
+    return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+
+
+def _for_each_head(q: Tensor, work: Callable[[int, int], None]) -> None:
+    """Call ``work(b, h)`` for every head of every object; each thread takes whole heads of its own."""
+    heads = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
+    threads = min(torch.get_num_threads(), len(heads))
+
+    def run(thread: int) -> None:
+        torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
+        with torch.no_grad():
+            for b, h in heads[thread::threads]:
+                work(b, h)
+
+    if threads == 1:
+        with torch.no_grad():
+            for b, h in heads:
+                work(b, h)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _like(q)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(q), _like(k), _like(v)
+
+
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor
+) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.lrm_pl.attention_in_blocks_backward(grad, *ctx.saved_tensors)  # type: ignore[attr-defined]
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
