@@ -54,6 +54,11 @@ def orbit(frames: int, distance: float, elevation_deg: float = 15.0) -> Float[Te
     return look_at(distance * position)
 
 
+def canonical_pose(distance: float) -> Float[Tensor, "4 4"]:
+    """Return the pose of an input camera at ``distance`` in the canonical frame: on -y, looking along +y, +z up."""
+    return torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, -distance], [0, -1, 0, 0], [0, 0, 0, 1]])
+
+
 def canonical_rotation(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 3 3"]:
     """Return the world rotation about the origin that makes this camera look along +y with +z up.
 

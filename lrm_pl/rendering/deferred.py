@@ -46,7 +46,7 @@ def render_deferred(
     Returns:
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
     """
-    rays = _Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples))
+    rays = Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples))
     rgb, opacity, depth = _Deferred.apply(field, rays, march, field.planes, *field.weights)
     return Rendering(rgb, opacity, depth)
 
@@ -82,7 +82,7 @@ def render_plain(
     return Rendering(*(torch.stack(parts) for parts in zip(*objects, strict=True)))
 
 
-class _Rays:
+class Rays:
     """The rays of a call, and their walk in chunks that fit the cache; holds no graph."""
 
     def __init__(
@@ -105,6 +105,14 @@ class _Rays:
         rounds = math.ceil(len(rays) / (most * self.threads))
         return rays.tensor_split(max(1, rounds) * self.threads)
 
+    def points(self, index: int, rays: Tensor, t: Tensor) -> Tensor:
+        """Return the points (r k, 3) at distances t (r, k) along some rays of an object."""
+        origins, directions = (
+            self.origins[index, rays].unsqueeze(-2),
+            self.directions[index, rays].unsqueeze(-2),
+        )
+        return torch.addcmul(origins, directions, t.unsqueeze(-1)).view(-1, 3)
+
     def march(
         self,
         march: March,
@@ -114,13 +122,9 @@ class _Rays:
         activate: Callable[[Tensor], Tensor],
     ) -> Rendering:
         """Walk along some rays of an object; ``read`` decodes points (q, 3)."""
-        origins, directions = (
-            self.origins[index, rays].unsqueeze(-2),
-            self.directions[index, rays].unsqueeze(-2),
-        )
 
         def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
-            raw, rgb = read(torch.addcmul(origins, directions, t.unsqueeze(-1)).view(-1, 3))
+            raw, rgb = read(self.points(index, rays, t))
             return raw.view(t.shape), rgb.view(*t.shape, 3)
 
         jitter = None if self.jitter is None else self.jitter[index, rays]
@@ -152,7 +156,7 @@ class _Rays:
                 run(thread)
 
         # Autocast, gradient and inference modes belong to a thread: hand the caller's on.
-        autocast, inference = _autocast_state(self.near.device.type), torch.is_inference_mode_enabled()
+        autocast, inference = autocast_state(self.near.device.type), torch.is_inference_mode_enabled()
         with ThreadPoolExecutor(self.threads) as pool:
             list(pool.map(run_alone, range(self.threads)))
 
@@ -194,14 +198,14 @@ class _Deferred(torch.autograd.Function):
     def forward(
         ctx: Any,  # noqa: ANN401
         field: Field,
-        rays: _Rays,
+        rays: Rays,
         march: March,
         planes: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.field, ctx.rays, ctx.march = field, rays, march
         ctx.save_for_backward(planes, *weights)
-        ctx.autocast = _autocast_state(planes.device.type)
+        ctx.autocast = autocast_state(planes.device.type)
         shape = rays.near.shape
         rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
 
@@ -258,7 +262,7 @@ class _Deferred(torch.autograd.Function):
         )
 
 
-def _autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
+def autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
     """Remember the autocast state of now, to enter it again in backward and in other threads."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype, enabled=True) if enabled else contextlib.nullcontext()

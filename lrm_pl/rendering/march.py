@@ -21,7 +21,7 @@ Quadrature = Literal["bins", "midpoints"]
 LengthUnit = Literal["scene", "chord"]
 
 #: A raw density that no activation makes anything of, even after averaging with a large one.
-_NOTHING = -1e4
+NOTHING = -1e4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +108,12 @@ def stretches(
     """Turn samples into the stretches that they stand for: density, colour, distance, length."""
     chord = (far - near).unsqueeze(-1)
     if march.quadrature == "midpoints":
-        raw = raw.masked_fill(t > far.unsqueeze(-1), _NOTHING)
+        raw = raw.masked_fill(t > far.unsqueeze(-1), NOTHING)
         sigma, rgb = activate((raw[:, 1:] + raw[:, :-1]) / 2), (rgb[:, 1:] + rgb[:, :-1]) / 2
         delta, t = t.diff(dim=-1), (t[:, 1:] + t[:, :-1]) / 2
     else:
         sigma = activate(raw)
-        delta = bin_edges(t, near, far).diff(dim=-1) if march.importance else chord / t.shape[-1]
+        delta = bin_edges(t, near, far).diff(dim=-1) if march.importance else chord / march.samples
     return sigma, rgb, t, delta / chord if march.unit == "chord" else delta
 
 

@@ -1,5 +1,6 @@
 """The renderer: cameras in, pictures out."""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -11,7 +12,9 @@ from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 from lrm_pl.rendering.deferred import render_deferred
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.march import LengthUnit, March, Quadrature
+from lrm_pl.rendering.occupancy import Occupancy
 from lrm_pl.rendering.output import Rendering
+from lrm_pl.rendering.skipping import render_skipping
 
 
 @final
@@ -62,18 +65,48 @@ class Renderer:
         Returns:
             Pixels with rays of shape (B, V, H, W).
         """
-        shape = (*c2w.shape[:2], *size)
-        with torch.autocast(c2w.device.type, enabled=False):
-            origins, directions = pixel_rays(c2w.float(), fxfycxcy.float(), *size)
-            near, far = ray_interval(origins, directions, self.bounds)
         flat = render_deferred(
             field,
-            origins.flatten(1, 3),
-            directions.flatten(1, 3),
-            near.flatten(1),
-            far.flatten(1),
+            *self._rays(c2w, fxfycxcy, size),
             None if jitter is None else jitter.float().flatten(1),
             self.march,
             self.chunk,
         )
-        return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))
+        return _unflattened(flat, (*c2w.shape[:2], *size))
+
+    def draw(
+        self,
+        field: Field,
+        occupancies: Sequence[Occupancy],
+        c2w: Float[Tensor, "B V 4 4"],
+        fxfycxcy: Float[Tensor, "B V 4"],
+        size: tuple[int, int],
+    ) -> Rendering:
+        """Render to look at, without gradients: the same pictures to less than 1/255, past what is empty or hidden.
+
+        Args:
+            field: The fields of B objects.
+            occupancies: The occupied cells of each (``measure_occupancy``).
+            c2w: OpenCV poses.
+            fxfycxcy: Normalised intrinsics.
+            size: Height and width.
+
+        Returns:
+            Pixels with rays of shape (B, V, H, W).
+        """
+        rays = self._rays(c2w, fxfycxcy, size)
+        flat = render_skipping(field, occupancies, *rays, self.march, self.chunk)
+        return _unflattened(flat, (*c2w.shape[:2], *size))
+
+    def _rays(
+        self, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return origins, directions (B, R, 3), near and far (B, R) of all pixels of all views."""
+        with torch.autocast(c2w.device.type, enabled=False):
+            origins, directions = pixel_rays(c2w.float(), fxfycxcy.float(), *size)
+            near, far = ray_interval(origins, directions, self.bounds)
+        return origins.flatten(1, 3), directions.flatten(1, 3), near.flatten(1), far.flatten(1)
+
+
+def _unflattened(flat: Rendering, shape: tuple[int, ...]) -> Rendering:
+    return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))

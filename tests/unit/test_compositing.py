@@ -1,9 +1,11 @@
 import math
 
+import pytest
 import torch
 
 from lrm_pl.rendering.compositing import composite
-from lrm_pl.rendering.sampling import stratified
+from lrm_pl.rendering.march import March, march_rays
+from lrm_pl.rendering.sampling import importance, stratified, widened
 
 
 def test_a_box_of_constant_density_has_the_closed_form_opacity_and_colour():
@@ -71,3 +73,75 @@ def test_compositing_is_float32_under_autocast():
         pixels = composite(sigma, rgb, t, delta[..., None])
     assert pixels.rgb.dtype == pixels.opacity.dtype == pixels.depth.dtype == torch.float32
     assert torch.equal(pixels.rgb, expected.rgb)
+
+
+def test_importance_samples_are_where_the_weight_is_by_hand():
+    # Weight 1 on [1, 2] and 3 on [2, 4]: a quarter of the samples evenly over the first, the rest over the second.
+    edges, weights = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 3.0]])
+    t = importance(edges, weights, 8, torch.tensor([0.5]))
+    # u = (i + 0.5) / 8: 1/16 and 3/16 of the first quarter, then steps of 1/8 of the other three.
+    expected = torch.tensor(
+        [[1.25, 1.75, *(2 + 2 * (u - 0.25) / 0.75 for u in (torch.arange(2, 8) + 0.5) / 8)]]
+    )
+    assert torch.allclose(t, expected, atol=1e-3)
+    ends = importance(edges, weights, 5, None)
+    assert torch.allclose(ends[0, [0, 1, -1]], torch.tensor([1.0, 2.0, 4.0]), atol=1e-3)
+
+
+def test_a_ray_that_saw_nothing_is_sampled_evenly():
+    edges = torch.linspace(1, 3, 9)[None]
+    t = importance(edges, torch.zeros(1, 8), 4, torch.tensor([0.5]))
+    assert torch.allclose(t[0], torch.tensor([1.25, 1.75, 2.25, 2.75]), atol=1e-5)
+
+
+def test_weights_are_widened_to_their_neighbours_by_hand():
+    # The larger of each two: 0 4 4 0 0 (with zeros outside); the mean of each two of these, and the floor.
+    assert torch.allclose(
+        widened(torch.tensor([[0.0, 4.0, 0.0, 0.0]])), torch.tensor([[2.01, 4.01, 2.01, 0.01]])
+    )
+
+
+def march_through(march, sigma_of, near=1.0, far=3.0):
+    """March one ray through a density sigma_of(t) of colour 1."""
+
+    def evaluate(t):
+        return sigma_of(t), torch.ones(*t.shape, 3)
+
+    return march_rays(
+        march, torch.tensor([near]), torch.tensor([far]), None, evaluate, torch.nn.functional.relu
+    )
+
+
+@pytest.mark.parametrize(
+    "march", [March(33), March(33, 16), March(33, 0, "midpoints"), March(33, 16, "midpoints")]
+)
+def test_a_homogeneous_ray_has_the_closed_form_opacity_however_it_is_marched(march):
+    pixels = march_through(march, lambda t: torch.full_like(t, 0.7))
+    # Midpoints lose what lies before the first sample, half a bin, and pass the end by no more.
+    slack = 0.7 * 2 / 30 if march.quadrature == "midpoints" else 1e-6
+    assert pixels.opacity.item() == pytest.approx(1 - math.exp(-0.7 * 2), abs=slack)
+
+
+def test_density_of_a_chord_does_not_know_how_long_the_chord_is():
+    opacities = [
+        march_through(March(8, unit="chord"), lambda t: torch.full_like(t, 0.7), far=far).opacity.item()
+        for far in (1.5, 3.0, 9.0)
+    ]
+    assert opacities == pytest.approx([1 - math.exp(-0.7)] * 3)
+
+
+def test_importance_samples_find_a_thin_wall_that_even_ones_blur():
+    # A wall 0.02 thick of optical depth 3 at t = 2: its opacity is 1 - exp(-3).
+    def wall(t):
+        return 150.0 * ((t - 2.0).abs() < 0.01) + 5.0 * ((t - 2.0).abs() < 0.05)
+
+    exact = 1 - math.exp(-(150 * 0.02 + 5 * 0.1))
+    even, drawn = (march_through(March(64, extra), wall).opacity.item() for extra in (0, 40))
+    assert abs(drawn - exact) < 0.05 < abs(even - exact)
+
+
+def test_too_few_even_samples_are_refused():
+    with pytest.raises(ValueError, match=r"at least 1 samples a ray besides .*, found 8 with 8 of them"):
+        March(8, 8)
+    with pytest.raises(ValueError, match="at least 4 samples a ray"):
+        March(6, 3, "midpoints")

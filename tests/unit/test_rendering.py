@@ -12,6 +12,7 @@ from lrm_pl.rendering.march import March
 from lrm_pl.rendering.volume import Renderer
 
 CAMERA = torch.tensor([1.07, 1.07, 0.5, 0.5])
+EVEN = March(12)
 
 
 def cameras(objects=2, views=2):
@@ -26,16 +27,17 @@ def tiny_field(fold=True, objects=2, activation="softplus"):
     return decoder, planes
 
 
-def render(decoder, planes, chunk=96, plain=False, jitter=True):
+def render(decoder, planes, chunk=96, plain=False, jitter=True, march=EVEN):
     c2w, fxfycxcy = cameras(len(planes))
     noise = torch.rand(len(planes), 2, 9, 9, generator=torch.Generator().manual_seed(1)) if jitter else None
     field = decoder.field(Triplane(planes))
     if not plain:
-        return Renderer(12, chunk=chunk)(field, c2w, fxfycxcy, (9, 9), noise)
+        renderer = Renderer(march.samples, march.importance, "sphere", march.quadrature, march.unit, chunk)
+        return renderer(field, c2w, fxfycxcy, (9, 9), noise)
     origins, directions = pixel_rays(c2w, fxfycxcy, 9, 9)
     near, far = ray_interval(origins, directions, "sphere")
     rays = (origins.flatten(1, 3), directions.flatten(1, 3), near.flatten(1), far.flatten(1))
-    return render_plain(field, *rays, None if noise is None else noise.flatten(1), March(12))
+    return render_plain(field, *rays, None if noise is None else noise.flatten(1), march)
 
 
 def loss_and_gradients(decoder, planes, **options):
@@ -57,6 +59,23 @@ def test_deferred_rendering_equals_its_plain_twin_in_values_and_gradients(fold, 
     decoder, planes = tiny_field(fold, activation=activation)
     loss, gradients = loss_and_gradients(decoder, planes)
     expected_loss, expected = loss_and_gradients(decoder, planes, plain=True)
+    assert torch.isclose(loss, expected_loss, rtol=1e-5)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert relative(gradient, other) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "march",
+    [
+        March(12, 5), March(12, 6, "midpoints"), March(9, 0, "midpoints"), March(12, unit="chord"),
+        March(12, 4, unit="chord"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_way_of_marching_is_deferred_with_the_values_and_gradients_of_its_plain_twin(march):
+    decoder, planes = tiny_field()
+    loss, gradients = loss_and_gradients(decoder, planes, march=march)
+    expected_loss, expected = loss_and_gradients(decoder, planes, plain=True, march=march)
     assert torch.isclose(loss, expected_loss, rtol=1e-5)
     for gradient, other in zip(gradients, expected, strict=True):
         assert relative(gradient, other) < 1e-4

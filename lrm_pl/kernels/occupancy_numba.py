@@ -1,0 +1,25 @@
+"""Look up which points lie in marked cells of a lattice, on a CPU."""
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def occupied(cells: npt.NDArray[np.bool_], points: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Return the numbers of the points (Q, 3) that lie in marked cells (n, n, n) of [-1, 1]^3, ascending."""
+    size = cells.shape[0]
+    numbers = np.empty(points.shape[0], dtype=np.int64)
+    count = 0
+    for q in range(points.shape[0]):
+        x, y, z = points[q, 0], points[q, 1], points[q, 2]
+        if min(x, y, z) < -1 or max(x, y, z) > 1:
+            continue
+        half = np.float32(size / 2)
+        i = min(int((x + np.float32(1)) * half), size - 1)
+        j = min(int((y + np.float32(1)) * half), size - 1)
+        k = min(int((z + np.float32(1)) * half), size - 1)
+        if cells[i, j, k]:
+            numbers[count] = q
+            count += 1
+    return numbers[:count]

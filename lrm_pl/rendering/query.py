@@ -1,0 +1,60 @@
+"""Ask a field at points, without gradients: in chunks that fit the cache, a thread to each."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lrm_pl.rendering.deferred import autocast_state
+from lrm_pl.rendering.field import Field
+
+#: Points decoded at a time.
+_CHUNK = 16384
+
+
+def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, " Q"]:
+    """Return the densities of one object at points."""
+    density = points.new_empty(len(points))
+
+    def work(start: int, chunk: Tensor) -> None:
+        density[start : start + len(chunk)] = field.activate(_decode(field, index, chunk)[0])
+
+    _for_each_chunk(points, work)
+    return density
+
+
+def query_colour(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q 3"]:
+    """Return the colours of one object at points."""
+    colour = torch.empty_like(points)
+
+    def work(start: int, chunk: Tensor) -> None:
+        colour[start : start + len(chunk)] = _decode(field, index, chunk)[1]
+
+    _for_each_chunk(points, work)
+    return colour
+
+
+def _decode(field: Field, index: int, points: Tensor) -> tuple[Tensor, Tensor]:
+    return field.decode(field.sample(field.planes[index], points), field.weights)
+
+
+def _for_each_chunk(points: Tensor, work: Callable[[int, Tensor], None]) -> None:
+    chunks = [(start, points[start : start + _CHUNK]) for start in range(0, len(points), _CHUNK)]
+    threads = min(torch.get_num_threads(), len(chunks)) if points.device.type == "cpu" else 1
+    if threads <= 1:
+        with torch.no_grad():
+            for start, chunk in chunks:
+                work(start, chunk)
+        return
+    autocast = autocast_state(points.device.type)
+
+    def run(thread: int) -> None:
+        torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
+        with autocast(), torch.no_grad():
+            for start, chunk in chunks[thread::threads]:
+                work(start, chunk)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))

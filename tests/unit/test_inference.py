@@ -1,0 +1,171 @@
+"""Looking at fields without gradients: grids, meshes, empty space, rays that end."""
+
+import math
+
+import pytest
+import torch
+
+from lrm_pl.geometry.cameras import canonicalise, look_at, orbit
+from lrm_pl.inference import InputCamera, reconstruct
+from lrm_pl.models.decoder import NeRFDecoder
+from lrm_pl.models.triplane import Triplane
+from lrm_pl.rendering.grid import density_grid
+from lrm_pl.rendering.occupancy import measure_occupancy
+from lrm_pl.rendering.query import query_colour, query_density
+from lrm_pl.rendering.surface import NoSurfaceError, extract_mesh
+from lrm_pl.rendering.volume import Renderer
+from tests.unit.test_model import tiny_lrm
+from tests.unit.test_rendering import CAMERA
+
+CENTRE, RADIUS = torch.tensor([0.2, -0.1, 0.15]), 0.45
+
+
+class Ball:
+    """A ball of density 40 with a soft rim 0.1 wide, coloured by place, outside the middle of the box."""
+
+    reduce = "sum"
+    planes, weights = torch.zeros(1, 3, 1, 1, 1), ()
+
+    def __init__(self):
+        self.asked = 0
+
+    def sample(self, planes, points):
+        return points
+
+    def accumulate(self, total, points, grad):
+        raise AssertionError("nothing to differentiate")
+
+    def decode(self, points, weights):
+        self.asked += len(points)
+        return (RADIUS - (points - CENTRE).norm(dim=-1)) / 0.05, (points + 1) / 2
+
+    def activate(self, raw):
+        return 40 * torch.sigmoid(raw * 4) * (raw > -4)
+
+
+def test_a_grid_read_coarse_to_fine_has_the_surface_of_one_read_in_full():
+    ball = Ball()
+    full = density_grid(ball, 0, 97)
+    coarse = density_grid(ball, 0, 97, threshold=20.0)
+    assert full.asked == 97**3
+    assert coarse.asked < 0.3 * full.asked
+    assert torch.equal(full.density > 20, coarse.density > 20)
+    near = (full.density - 20).abs() < 10
+    assert torch.allclose(full.density[near], coarse.density[near], rtol=1e-5)
+    step = 2 / 96
+    point = torch.tensor([[10 * step - 1, 50 * step - 1, 70 * step - 1]])
+    assert full.density[10, 50, 70] == query_density(ball, 0, point).item()
+
+
+def test_the_mesh_of_a_ball_is_a_ball_with_its_colours_and_its_faces_outward():
+    mesh = extract_mesh(Ball(), 0, 20.0, resolution=96)
+    distance = (mesh.vertices - CENTRE).norm(dim=-1)
+    assert (distance - RADIUS).abs().max() < 2 / 95
+    assert torch.allclose(mesh.colours, (mesh.vertices + 1) / 2, atol=1e-5)
+    a, b, c = (mesh.vertices[mesh.faces[:, k]] for k in range(3))
+    volume = (a * torch.linalg.cross(b, c)).sum() / 6  # positive where faces look outward
+    assert volume.item() == pytest.approx(4 / 3 * math.pi * RADIUS**3, rel=0.02)
+    edges = (
+        torch.cat([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]]).sort(dim=1).values
+    )
+    assert (torch.unique(edges, dim=0, return_counts=True)[1] == 2).all(), "closed"
+
+
+@pytest.mark.parametrize("threshold", [41.0, -1.0])
+def test_a_field_without_a_surface_says_what_densities_it_has(threshold):
+    with pytest.raises(NoSurfaceError, match=r"both sides of -?\d+, found 0 to 40: there is no surface"):
+        extract_mesh(Ball(), 0, threshold, resolution=32)
+
+
+RENDERERS = {
+    "bins": Renderer(64, chunk=4096),
+    "importance": Renderer(64, 32, chunk=4096),
+    "midpoints": Renderer(48, 24, "box", "midpoints", chunk=4096),
+}
+
+
+@pytest.mark.parametrize("kind", RENDERERS)
+def test_skipping_empty_space_and_hidden_samples_does_not_change_the_picture(kind):
+    ball, renderer = Ball(), RENDERERS[kind]
+    cameras = orbit(3, 2.6, 20.0)[None], CAMERA.expand(1, 3, 4)
+    whole = renderer(ball, *cameras, (32, 32))
+    asked, ball.asked = ball.asked, 0
+    occupancy = measure_occupancy(ball, 0, 32)
+    assert occupancy.share < 0.25
+    ball.asked = 0
+    skipped = renderer.draw(ball, [occupancy], *cameras, (32, 32))
+    assert ball.asked < 0.4 * asked
+    assert whole.opacity.max() > 0.99
+    assert (skipped.rgb - whole.rgb).abs().max() < 1 / 255
+    assert (skipped.opacity - whole.opacity).abs().max() < 1 / 255
+    seen = whole.opacity > 0.5
+    assert (skipped.depth - whole.depth)[seen].abs().max() < 0.01
+
+
+def test_a_random_triplane_is_drawn_as_it_is_rendered():
+    torch.manual_seed(0)
+    decoder = NeRFDecoder(4, 8, 3, density_bias=-6.0)
+    field = decoder.field(Triplane(20 * torch.randn(2, 3, 4, 8, 8)))
+    cameras = orbit(2, 2.6, 20.0).expand(2, 2, 4, 4), CAMERA.expand(2, 2, 4)
+    renderer = Renderer(32, chunk=1000)
+    with torch.no_grad():
+        whole = renderer(field, *cameras, (24, 24))
+        skipped = renderer.draw(field, [measure_occupancy(field, b) for b in range(2)], *cameras, (24, 24))
+    assert whole.opacity.max() > 0.5
+    assert (skipped.over(torch.ones(3)) - whole.over(torch.ones(3))).abs().max() < 1 / 255
+
+
+def test_points_are_read_alike_in_chunks_and_threads():
+    torch.manual_seed(0)
+    field = NeRFDecoder(4, 8, 3).field(Triplane(torch.randn(1, 3, 4, 8, 8)))
+    points = torch.rand(40_000, 3) * 2 - 1
+    with torch.no_grad():
+        raw, colour = field.decode(field.sample(field.planes[0], points), field.weights)
+        assert torch.allclose(query_density(field, 0, points), field.activate(raw), atol=1e-6)
+        assert torch.allclose(query_colour(field, 0, points), colour, atol=1e-6)
+
+
+def test_a_picture_becomes_a_mesh_and_frames_that_begin_where_it_was_taken_from():
+    network = tiny_lrm(depth=1).eval()
+    with torch.no_grad():
+        network.decoder.layers[-1].weight[0] *= 30
+    picture = torch.rand(3, 40, 40)
+    scene = reconstruct(network, picture, InputCamera(2.6, 40.0))
+    frames = list(scene.orbit(Renderer(24), frames=3, size=20))
+    assert len(frames) == 3
+    assert frames[0].shape == (20, 20, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = Renderer(24)(
+            scene.field, scene.camera.c2w[None, None], scene.camera.fxfycxcy[None, None], (20, 20)
+        ).over(torch.ones(3))[0, 0]  # fmt: skip
+    assert (frames[0] - expected).abs().max() < 1 / 255
+    low, high = (
+        query_density(scene.field, 0, torch.rand(1000, 3) * 2 - 1).quantile(q).item() for q in (0.2, 0.8)
+    )
+    mesh = scene.mesh((low + high) / 2, resolution=32)
+    assert len(mesh.faces) > 10
+    assert mesh.vertices.abs().max() <= 1
+
+
+def test_the_input_camera_is_canonical():
+    camera = InputCamera(1.7, 60.0)
+    seen = look_at(torch.tensor([[0.9, -1.2, 0.8]]) / torch.tensor([0.9, -1.2, 0.8]).norm() * 1.7)
+    assert torch.allclose(canonicalise(seen)[0], camera.c2w, atol=1e-5)
+    assert camera.fxfycxcy[0].item() == pytest.approx(0.5 / math.tan(math.radians(30)))
+
+
+def test_alpha_is_put_over_white_and_wrong_pictures_are_refused_with_the_remedy():
+    network = tiny_lrm(depth=1).eval()
+    rgba = torch.rand(4, 28, 28)
+    over = rgba[:3] * rgba[3:] + 1 - rgba[3:]
+    assert torch.equal(reconstruct(network, rgba).field.planes, reconstruct(network, over).field.planes)
+    for wrong, message in (
+        (torch.rand(2, 28, 28), "found 2 x 28 x 28; crop it, or convert it to RGBA"),
+        (torch.rand(3, 28, 30), "expected a square picture"),
+        (torch.rand(3, 28, 28) * 255, "divide bytes by 255"),
+        (torch.full((3, 28, 28), torch.nan), r"expected a picture in \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reconstruct(network, wrong)
+    with pytest.raises(ValueError, match="fov_deg between 0 and 180"):
+        InputCamera(fov_deg=190.0)
