@@ -19,6 +19,24 @@ from lrm_pl.models.attention import Attention
 BlockDesign = Literal["lrm", "triposr"]
 
 
+class ScaledLayerNorm(nn.LayerNorm):
+    """Layer norm whose output is scaled and shifted once more, object by object.
+
+    Computed as one norm an object whose weight and bias are the modulated ones: the same numbers, but nothing of the
+    size of x is kept for backward besides x. A module of its own, so that sharding sees its weights being used.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "B L D"], shift: Float[Tensor, "B D"], scale: Float[Tensor, "B D"]
+    ) -> Float[Tensor, "B L D"]:
+        """Compute LN(x) (1 + scale) + shift."""
+        weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
+        norms = [
+            F.layer_norm(x[b], self.normalized_shape, weight[b], bias[b], self.eps) for b in range(x.shape[0])
+        ]
+        return torch.stack(norms)
+
+
 class ModLN(nn.Module):
     """Layer norm modulated by the camera: LN(x) (1 + scale) + shift, (shift, scale) = Linear(SiLU(c)) (DiT's adaLN).
 
@@ -30,7 +48,7 @@ class ModLN(nn.Module):
 
     def __init__(self, dim: int, camera_dim: int | None, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = (nn.LayerNorm if camera_dim is None else ScaledLayerNorm)(dim, eps=eps)
         if camera_dim is not None:
             linear = nn.Linear(camera_dim, 2 * dim)
             nn.init.zeros_(linear.weight)  # it begins as a plain layer norm
@@ -44,11 +62,7 @@ class ModLN(nn.Module):
         if camera is None:
             return self.norm(x)
         shift, scale = self.modulation(camera).float().chunk(2, dim=-1)  # each (B, D)
-        # One norm an object, whose weight and bias are those of the norm modulated: the same numbers, but nothing
-        # of the size of x is kept for backward besides x.
-        weight, bias = self.norm.weight * (1 + scale), self.norm.bias * (1 + scale) + shift
-        shape, eps = self.norm.normalized_shape, self.norm.eps
-        return torch.stack([F.layer_norm(x[b], shape, weight[b], bias[b], eps) for b in range(x.shape[0])])
+        return self.norm(x, shift, scale)
 
 
 class GEGLU(nn.Module):

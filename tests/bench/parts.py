@@ -1,0 +1,162 @@
+"""(f) The parts: encoder, transformer, renderer, grid queries, marching cubes; random weights, bf16 products."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrm_pl.geometry.cameras import orbit
+from lrm_pl.models.decoder import NeRFDecoder
+from lrm_pl.models.encoder import ImageEncoder
+from lrm_pl.models.transformer import TriplaneTransformer
+from lrm_pl.models.triplane import Triplane
+from lrm_pl.rendering.occupancy import measure_occupancy
+from lrm_pl.rendering.query import query_density
+from lrm_pl.rendering.surface import extract_mesh
+from lrm_pl.rendering.volume import Renderer
+from tests.bench.demo_run import ROOT
+
+#: Seen of TripoSR's own code on two cores with AMX: 2.1 million points of a grid in 1.5 s; a picture of 128 x 128 rays
+#: of 128 samples in 1.3 s.
+TRIPOSR_POINTS, TRIPOSR_SAMPLES = 2.1e6 / 1.5, 128**3 / 1.3
+
+
+def seconds(work: Callable[[], object], rounds: int) -> float:
+    """Do it once to warm up, then return the median."""
+    work()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_flops(rounds: int) -> float:
+    """Measure bf16 products of the shape of the paper's MLP."""
+    x, w = torch.randn(3072, 1024, dtype=torch.bfloat16), torch.randn(4096, 1024, dtype=torch.bfloat16)
+    return 2 * 3072 * 1024 * 4096 / seconds(lambda: F.linear(x, w), 3 * rounds)
+
+
+def block_flops(length: int, dim: int, image_tokens: int, image_dim: int) -> int:
+    """Count the products of one block forward: linear layers, then attention."""
+    linear = 2 * length * dim * dim * (3 + 1 + 1 + 1 + 8) + 2 * image_tokens * image_dim * 2 * dim
+    return linear + 4 * length * length * dim + 4 * length * image_tokens * dim
+
+
+def transformer(rounds: int) -> list[dict[str, object]]:
+    """Run two blocks of the paper's width, forward and backward."""
+    depth, length, dim = 2, 3072, 1024
+    network = TriplaneTransformer(length, dim, depth, 16, 768, 1024)
+    image, camera = torch.randn(1, 1025, 768), torch.randn(1, 1024)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = network(image, camera).float().square().mean()
+        loss.backward()
+
+    peak, taken = peak_flops(rounds), seconds(step, rounds)
+    flops = 3 * depth * block_flops(length, dim, 1025, 768)
+    share = flops / taken / peak
+    return [{
+        "bench": "transformer, paper's width, forward + backward: share of the bf16 peak", "value": share,
+        "target": ">= 0.4", "met": share >= 0.4, "ms_a_block": 1e3 * taken / depth, "gflops": flops / taken / 1e9,
+        "peak_gflops": peak / 1e9, "bound_by": "products and softmax of attention's scores, twice in backward",
+        "rounds": rounds,
+    }]  # fmt: skip
+
+
+def encoder(rounds: int) -> list[dict[str, object]]:
+    """Run the paper's encoder on one picture."""
+    network, image = ImageEncoder("vit_base_patch16_224.dino", 512), torch.rand(1, 3, 512, 512)
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(image)
+
+    forward_only = torch.no_grad()(forward)
+    ahead, both = seconds(forward_only, rounds), seconds(lambda: forward().float().mean().backward(), rounds)
+    return [{
+        "bench": "encoder, ViT-B/16 at 512 px: seconds forward + backward", "value": both, "target": "-", "met": True,
+        "forward": ahead, "rounds": rounds,
+    }]  # fmt: skip
+
+
+def _decoder(name: str) -> tuple[NeRFDecoder, Renderer, dict]:
+    config = yaml.safe_load((ROOT / f"configs/model/{name}.yaml").read_text())
+    return NeRFDecoder(**config["lrm"]["decoder"]), Renderer(**config["renderer"]), config["lrm"]
+
+
+def renderer(rounds: int) -> list[dict[str, object]]:
+    """Render 4 views of 64 x 64 at the sizes of OpenLRM-small and the paper, forward, then with backward."""
+    results: list[dict[str, object]] = []
+    c2w, camera = orbit(4, 2.2, 10.0)[None], torch.tensor([1.2, 1.2, 0.5, 0.5]).expand(1, 4, 4)
+    for name in ("openlrm_small", "lrm"):
+        decoder, render, _ = _decoder(name)
+        planes = torch.randn(1, 3, decoder.channels, 64, 64, requires_grad=True)
+
+        def forward(
+            decoder: NeRFDecoder = decoder, render: Renderer = render, planes: Tensor = planes
+        ) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                field = decoder.field(Triplane(planes))
+                return render(field, c2w, camera, (64, 64), torch.rand(1, 4, 64, 64)).rgb
+
+        samples = 4 * 64 * 64 * render.march.samples
+        ahead = samples / seconds(torch.no_grad()(forward), rounds)
+        both = samples / seconds(lambda forward=forward: forward().square().mean().backward(), rounds)
+        width = decoder.layers[0].out_features
+        results.append({
+            "bench": f"renderer, {name}: million samples a second forward + backward", "value": both / 1e6,
+            "target": "-", "met": True, "forward": ahead / 1e6,
+            # Twelve neighbours are read of the folded planes, and hidden layers are written and read in bf16.
+            "bytes_a_sample_forward": 12 * width * 4 + 4 * width * len(decoder.layers),
+            "bound_by": "reads of planes that are larger than the L2 cache, then the MLP's products", "rounds": rounds,
+        })  # fmt: skip
+    return results
+
+
+@torch.no_grad()
+def looking(rounds: int) -> list[dict[str, object]]:
+    """Query a grid, draw a picture and cut a mesh at TripoSR's size."""
+    decoder, render, _ = _decoder("triposr")
+    axis = torch.linspace(-1, 1, 128)
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
+    camera = torch.tensor([1.37, 1.37, 0.5, 0.5])[None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        field = decoder.field(Triplane(torch.randn(1, 3, 40, 64, 64), "triposr"))
+        rate = len(points) / seconds(lambda: query_density(field, 0, points), rounds)
+        occupancy = measure_occupancy(field, 0)
+        drawn = 128**3 / seconds(
+            lambda: render.draw(field, [occupancy], orbit(1, 2.2)[None], camera, (128, 128)), rounds
+        )
+        level = query_density(field, 0, points[::97]).quantile(0.99).item()
+        mesh = seconds(lambda: extract_mesh(field, 0, level, 384), 1)
+    return [
+        {
+            "bench": "TripoSR's size: million grid points a second", "value": rate / 1e6,
+            "target": f">= {3 * TRIPOSR_POINTS / 1e6:.1f}", "met": rate >= 3 * TRIPOSR_POINTS,
+            "triposr_seen": TRIPOSR_POINTS / 1e6, "bound_by": "ten layers of 64: products and SiLU", "rounds": rounds,
+        },
+        {
+            "bench": "TripoSR's size: million samples a second of a picture", "value": drawn / 1e6,
+            "target": f">= {3 * TRIPOSR_SAMPLES / 1e6:.1f}", "met": drawn >= 3 * TRIPOSR_SAMPLES,
+            "triposr_seen": TRIPOSR_SAMPLES / 1e6, "occupied": occupancy.share, "rounds": rounds,
+        },
+        {
+            "bench": "TripoSR's size: seconds for a mesh of 384^3, coarse to fine", "value": mesh, "target": "-",
+            "met": True, "rounds": 1,
+        },
+    ]  # fmt: skip
+
+
+def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
+    """Measure all parts."""
+    torch.manual_seed(0)
+    parts = (encoder, transformer, renderer, looking)
+    return [result for part in parts for result in part(rounds)]

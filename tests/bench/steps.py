@@ -1,0 +1,121 @@
+"""(d) A whole training step at the size of OpenLRM-small, and its memory, against the plain twin of their code.
+
+Batch 1, source of 224 px, encoder trained, 4 views, 96 samples a ray, MSE + TV, AdamW, bf16, random weights, no LPIPS.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from lrm_pl.geometry.cameras import orbit
+from lrm_pl.geometry.rays import pixel_rays
+from lrm_pl.io.pretrained import build_network
+from lrm_pl.losses.regularizers import total_variation
+from lrm_pl.training.optim import OptimizerConfig
+from lrm_pl.training.parallel import ParallelConfig, prepare_blocks
+from tests.bench.demo_run import ROOT
+from tests.parity.openlrm import OpenLRM
+
+#: Seen of OpenLRM's own code on two cores with AMX: seconds a step, GB.
+SEEN = {64: (7.6, 5.7), 128: (39.0, 10.9)}
+FASTER = {64: 2.0, 128: 3.0}
+C2W, CAMERA = orbit(4, 2.2, 10.0)[None], torch.tensor([1.2, 1.2, 0.5, 0.5]).expand(1, 4, 4)
+
+
+class Ours:
+    """What `lrm fit -c configs/model/openlrm_small.yaml` does in a step."""
+
+    def __init__(self) -> None:
+        config = yaml.safe_load((ROOT / "configs/model/openlrm_small.yaml").read_text())
+        self.network, self.renderer = build_network(config)
+        prepare_blocks(self.network, ParallelConfig(**config["parallel"]))
+        self.optimizer = OptimizerConfig().build(self.network)
+
+    def pixels(self, size: int) -> tuple[Tensor, Tensor]:
+        """Render 4 views (1, 4, size, size, 3) over white; also the planes."""
+        triplane = self.network(torch.rand(1, 1, 3, 224, 224), C2W[:, :1], CAMERA[:, :1])
+        field, jitter = self.network.field(triplane), torch.rand(1, 4, size, size)
+        return self.renderer(field, C2W, CAMERA, (size, size), jitter).over(torch.ones(3)), triplane.planes
+
+    def loss(self, size: int, target: Tensor) -> Tensor:
+        pixels, planes = self.pixels(size)
+        return (pixels - target).square().mean() + 5e-4 * total_variation(planes)
+
+
+class Twin:
+    """The same, written plainly: planes repeated for each view, one graph of all samples, PyTorch's operators."""
+
+    def __init__(self) -> None:
+        self.network = OpenLRM(384, 12, 6, 37, 1024, 512, 12, 8, 32, 32)
+        nn.init.normal_(self.network.pos_embed, std=512**-0.5)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), 4e-4)
+
+    def loss(self, size: int, target: Tensor) -> Tensor:
+        planes = self.network.planes(torch.rand(1, 3, 224, 224), torch.rand(1, 16))
+        rays = (part.reshape(4, -1, 3) for part in pixel_rays(C2W, CAMERA, size, size))
+        each = planes.float().repeat_interleave(4, dim=0)
+        pixels, _ = self.network.render(each, *rays, 48, 48, torch.ones(3))
+        return (pixels.view_as(target) - target).square().mean() + 5e-4 * total_variation(planes)
+
+
+def main() -> None:
+    """Take steps of one side in this process, and print their times and the process's peak memory."""
+    side, size, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    torch.manual_seed(0)
+    run = Ours() if side == "ours" else Twin()
+    target, times = torch.rand(1, 4, size, size, 3), []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run.loss(size, target)
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        times.append(time.perf_counter() - start)
+    print(json.dumps({"seconds": times[1:], "peak_gb": getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+
+
+def in_a_process(module: str, *arguments: object) -> dict:
+    """Run a module of this package alone, and read the JSON that it prints last."""
+    command = [sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
+    """Let both sides take turns at both sizes."""
+    results: list[dict[str, object]] = []
+    for size in (64, 128):
+        turns = [
+            {side: in_a_process("steps", side, size, 2) for side in ("ours", "twin")} for _ in range(rounds)
+        ]
+        seconds, memory = (
+            {side: statistics.median(f(turn[side]) for turn in turns) for side in ("ours", "twin")}
+            for f in (lambda x: statistics.median(x["seconds"]), lambda x: x["peak_gb"])
+        )
+        ratio = seconds["twin"] / seconds["ours"]
+        results.append({
+            "bench": f"OpenLRM-small, step at {size} px: times as fast as the plain twin", "value": ratio,
+            "target": f">= {FASTER[size]:g}", "met": ratio >= FASTER[size], "seconds": seconds, "peak_gb": memory,
+            "openlrm_seen_seconds": SEEN[size][0], "openlrm_seen_gb": SEEN[size][1], "rounds": rounds,
+        })  # fmt: skip
+    peak, seen = memory["ours"], SEEN[128][1]
+    results.append({
+        "bench": "OpenLRM-small, step at 128 px: peak memory in GB", "value": peak, "target": f"<= {seen / 3:.2f}",
+        "met": peak <= seen / 3, "twin": memory["twin"], "openlrm_seen": seen, "rounds": rounds,
+    })  # fmt: skip
+    return results
+
+
+if __name__ == "__main__":
+    main()
