@@ -61,13 +61,18 @@ def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
         queries, keys, values = q[b, h] * scale, k[b, h].contiguous(), v[b, h].contiguous()
         # Sums over blocks of queries: float32, whatever they are sums of.
         keys_sum, values_sum = (torch.zeros(x.shape, dtype=torch.float32) for x in (keys, values))
-        for rows in _blocks(q.shape[2], k.shape[2]):
+        blocks = _blocks(q.shape[2], k.shape[2])
+        # Two buffers serve all blocks: fresh ones would cost page faults.
+        most = max(rows.stop - rows.start for rows in blocks)
+        buffers = q.new_empty(2, most, k.shape[2])
+        for rows in blocks:
             block, incoming = queries[rows], grad[b, h, rows]
-            shares = torch.softmax(block @ keys.t(), dim=-1)
+            scores, other = buffers[:, : rows.stop - rows.start]
+            torch.mm(block, keys.t(), out=scores)
+            shares = torch.softmax(scores, dim=-1, out=scores)
             values_sum += shares.t() @ incoming
-            scores_grad = torch.ops.aten._softmax_backward_data(
-                incoming @ values.t(), shares, -1, shares.dtype
-            )
+            torch.mm(incoming, values.t(), out=other)
+            scores_grad = torch.ops.aten._softmax_backward_data(other, shares, -1, shares.dtype)
             q_grad[b, h, rows] = (scores_grad @ keys) * scale
             keys_sum += scores_grad.t() @ block
         k_grad[b, h], v_grad[b, h] = keys_sum, values_sum

@@ -127,7 +127,13 @@ class Block(nn.Module):
         x = x + self.cross_attention(self.cross_norm(x, camera), image)
         if not self.self_first:
             x = x + self.self_attention(self.self_norm(x, camera))
-        return x + self.mlp(self.mlp_norm(x, camera))
+        return x + self.mlp_step(x, camera)
+
+    def mlp_step(
+        self, x: Float[Tensor, "B L D"], camera: Float[Tensor, "B E"] | None
+    ) -> Float[Tensor, "B L D"]:
+        """Norm and MLP: what may be computed again in backward for little (``training.parallel``)."""
+        return self.mlp(self.mlp_norm(x, camera))
 
 
 class TriplaneTransformer(nn.Module):

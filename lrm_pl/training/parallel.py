@@ -6,7 +6,6 @@ parameter's name, so a checkpoint does not depend on it.
 
 import dataclasses
 import functools
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
-from lrm_pl.models.transformer import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +47,20 @@ def network_blocks(lrm: LRM) -> list[nn.Module]:
 def prepare_blocks(lrm: LRM, config: ParallelConfig) -> None:
     """Make blocks recompute, then compile them, in place."""
     if config.recompute_mlp:
-        for mlp in (cast(Block, block).mlp for block in lrm.transformer.blocks):
+        for block in lrm.transformer.blocks:
             # It stops before the last product, whose result nothing needs.
-            _recompute(mlp)
+            _recompute(block, "mlp_step")
     for number, block in enumerate(network_blocks(lrm), start=1):
         trained = any(p.requires_grad for p in block.parameters())
         if config.recompute_every and number % config.recompute_every == 0 and trained:
-            _recompute(block)
+            _recompute(block, "forward")
         if config.compile:
             block.compile()
 
 
-def _recompute(module: nn.Module) -> None:
-    """Make a module keep only its input for backward."""
-    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+def _recompute(module: nn.Module, method: str) -> None:
+    """Make a method of a module keep only its inputs for backward."""
+    setattr(module, method, functools.partial(checkpoint, getattr(module, method), use_reentrant=False))
 
 
 def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:

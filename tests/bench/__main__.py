@@ -13,6 +13,7 @@ from rich.table import Table
 from lrm_pl.apps.train import git_commit
 from tests.bench import deferred_memory, overhead, parts, scaling, stall, steps
 from tests.bench.demo_run import ROOT, machine, write_shards
+from tests.bench.readme import update
 
 BENCHES = {
     "scaling": (scaling.measure, 5), "overhead": (overhead.measure, 15), "stall": (stall.measure, 5),
@@ -42,7 +43,8 @@ def main() -> None:
                 _keep(result, here, results, table)
     console = Console()
     console.print(table)
-    console.print(f"Appended to {results}", soft_wrap=True)
+    update(ROOT / "README.md", results)
+    console.print(f"Appended to {results}; README.md has the last of each", soft_wrap=True)
 
 
 def _keep(result: dict[str, object], here: dict[str, object], results: Path, table: Table) -> None:
