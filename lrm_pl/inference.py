@@ -65,13 +65,12 @@ class Scene:
     camera: InputCamera
 
     def mesh(self, threshold: float, resolution: int = 384) -> Mesh:
-        """Cut the surface out of the density; see ``extract_mesh``.
+        """Cut the surface out of the density, read in float32: half precision makes terraces; see ``extract_mesh``.
 
         Raises:
             NoSurfaceError: There is no surface at this threshold.
         """
-        with _half(self.field.planes.device):
-            return extract_mesh(self.field, 0, threshold, resolution)
+        return extract_mesh(self.field, 0, threshold, resolution)
 
     @torch.no_grad()
     def orbit(
@@ -98,26 +97,28 @@ class Scene:
 @torch.no_grad()
 def reconstruct(
     network: LRM,
-    image: Float[Tensor, "C H W"],
+    image: Tensor,
     camera: InputCamera = InputCamera(),
 ) -> Scene:
     """Reconstruct the object in a picture.
 
     Args:
         network: A network of one input view, in evaluation mode.
-        image: Square, sRGB in [0, 1]; RGB over the background that the network was trained with (white), or RGBA with
-            straight alpha, which is put over white.
+        image: (C, H, W), square, sRGB in [0, 1]; RGB over the background that the network was trained with (white),
+            or RGBA with straight alpha, which is put over white.
         camera: The camera that it is taken to be seen by.
 
     Raises:
         InputError: The picture is no square RGB or RGBA picture in [0, 1], or the network wants several.
     """
-    channels, height, width = image.shape
-    if channels not in (3, 4) or height != width:
+    shape = tuple(image.shape)
+    if len(shape) != 3 or shape[0] not in (3, 4) or shape[1] != shape[2] or shape[1] < 1:
         raise InputError(
-            f"expected a square picture of 3 or 4 channels (RGB, or RGBA with straight alpha), found {channels} x "
-            f"{height} x {width}; crop it, or convert it to RGBA"
+            "expected a square picture of 3 or 4 channels (RGB, or RGBA with straight alpha), found "
+            f"{' x '.join(map(str, shape))}; crop it, or convert it to RGBA"
         )
+    if not image.is_floating_point():
+        raise InputError(f"expected a picture of floats in [0, 1], found {image.dtype}; divide bytes by 255")
     if not torch.isfinite(image).all() or image.min() < 0 or image.max() > 1:
         raise InputError(
             f"expected a picture in [0, 1], found {image.min():.3g} to {image.max():.3g}; divide bytes by 255"
@@ -125,8 +126,12 @@ def reconstruct(
     if network.input_views != 1:
         raise InputError(f"expected a network of one input view, found one of {network.input_views}")
     device = next(network.parameters()).device
-    picture = image.to(device)
-    if channels == 4:
+    picture = image.to(device).float()
+    if shape[0] == 4:
+        if not picture[3].any():
+            raise InputError(
+                "expected an object in the picture, found alpha 0 everywhere; check its alpha channel"
+            )
         picture = picture[:3] * picture[3:] + 1 - picture[3:]
     with _half(device):
         triplane = network(

@@ -16,7 +16,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.io.conversion import Conversion, UnseenNumbers
 from lrm_pl.io.convert_openlrm import convert_openlrm
 from lrm_pl.io.convert_triposr import convert_triposr
-from lrm_pl.io.pretrained import build_network, load_weights, require_no_folder, write_pretrained
+from lrm_pl.io.pretrained import build_network, require_no_folder, write_pretrained
 from lrm_pl.io.tensor_files import read_tensor_file
 
 CONVERTERS = {"openlrm": convert_openlrm, "triposr": convert_triposr}
@@ -29,7 +29,7 @@ WORLDS = {
 
 
 def convert(source: str, weights: Path, out: Path, unseen: UnseenNumbers) -> Conversion:
-    """Convert a file of weights into a new folder, and load it once to be sure.
+    """Convert a file of weights into a new folder, after its network was built and has taken them.
 
     Args:
         source: "openlrm" or "triposr".
@@ -44,9 +44,9 @@ def convert(source: str, weights: Path, out: Path, unseen: UnseenNumbers) -> Con
     if not weights.is_file():
         raise InputError(f"expected weights at {weights}, found no file; correct the path")
     conversion = CONVERTERS[source](read_tensor_file(weights, source), unseen)
-    write_pretrained(out, conversion.model, conversion.weights, f"Converted from {weights.name} ({source}).")
     network, _ = build_network(conversion.model)
-    load_weights(network, out)
+    network.load_state_dict(conversion.weights, strict=True)
+    write_pretrained(out, conversion.model, conversion.weights, f"Converted from {weights.name} ({source}).")
     return conversion
 
 

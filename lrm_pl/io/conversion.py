@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lrm_pl.errors import InputError
 
+#: What weights may be stored in.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class ConversionError(InputError):
     """The weights are not of the architecture that they were said to be of."""
@@ -84,7 +87,9 @@ class KeyMapper:
         self._wrong: list[str] = []
         self._left = dict.fromkeys(self.state)
         for key, value in self.state.items():
-            if not (isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()):
+            if not (isinstance(key, str) and isinstance(value, Tensor) and value.dtype in _DTYPES) or (
+                value.layout != torch.strided
+            ):
                 raise ConversionError(
                     f"{source}: expected tensors of floats by name, found {key!r}: {type(value).__name__}; "
                     "give the network's plain state dict"
@@ -117,6 +122,11 @@ class KeyMapper:
         """Say whether a key is there."""
         return key in self.state
 
+    @property
+    def sound(self) -> bool:
+        """Whether nothing was wrong so far; if something was, sizes are not to be trusted with memory."""
+        return not self._wrong
+
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """Take one of their tensors; a missing or misshapen one is remembered, and zeros stand in for it."""
         self._left.pop(key, None)
@@ -129,11 +139,11 @@ class KeyMapper:
             self._wrong.append(f"{key} has numbers that are not finite")
         else:
             return tensor.float()
-        return torch.zeros(shape)
+        return torch.zeros(()).expand(shape)  # a size out of a file: no memory is taken for it
 
     def put(self, ours: str, value: Tensor, theirs: tuple[str, ...], how: str) -> None:
         """Set one of our tensors."""
-        self.weights[ours] = value.contiguous()
+        self.weights[ours] = value.contiguous() if self.sound else value
         self.report.append(KeyRecord(theirs, ours, tuple(value.shape), how))
 
     def copy(self, theirs: str, ours: str, shape: tuple[int, ...]) -> None:
@@ -153,7 +163,9 @@ class KeyMapper:
 
     def stacked(self, theirs: tuple[str, ...], ours: str, shape: tuple[int, ...]) -> None:
         """Put tensors of one shape below each other."""
-        self.put(ours, torch.cat([self.take(key, shape) for key in theirs]), theirs, "put together")
+        parts = [self.take(key, shape) for key in theirs]
+        together = torch.cat(parts) if self.sound else parts[0].expand(shape)
+        self.put(ours, together, theirs, "put together")
 
     def leave_out(self, key: str, why: str) -> None:
         """Pass over a key that this network does not need, if it is there."""
@@ -175,6 +187,28 @@ class KeyMapper:
                 + "\n  ".join(wrong)
                 + "\nNothing was written; give the weights of this network."
             )
+
+
+def patch_sides(positions: int, image_size: int, patch: int, source: str) -> tuple[int, int]:
+    """Return how many patches a side position embeddings are stored for, and how many the image has.
+
+    Args:
+        positions: Number of position embeddings, that of the class token among them.
+        image_size: Side of the image.
+        patch: Side of a patch.
+        source: Whose weights these are.
+
+    Raises:
+        ConversionError: The embeddings are no square, or patches do not divide the image.
+    """
+    stored = round(max(0, positions - 1) ** 0.5)
+    if stored < 1 or stored * stored != positions - 1:
+        raise ConversionError(f"{source}: expected 1 + n n position embeddings, found {positions}")
+    if image_size < patch or image_size % patch:
+        raise ConversionError(
+            f"{source}: expected an image size that is a multiple of {patch}, found {image_size}; give --image-size"
+        )
+    return stored, image_size // patch
 
 
 def plane_side(tokens: int, source: str) -> int:

@@ -21,6 +21,7 @@ from lrm_pl.io.conversion import (
     KeyMapper,
     UnseenNumbers,
     default_heads,
+    patch_sides,
     plane_side,
 )
 
@@ -118,18 +119,13 @@ def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
         f"{theirs}.patch_embed.proj.weight", f"{ours}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH)
     )
     keys.copy(f"{theirs}.patch_embed.proj.bias", f"{ours}.patch_embed.proj.bias", (dim,))
-    stored = keys.shape(f"{theirs}.pos_embed", 3)
-    side = round((stored[1] - 1) ** 0.5)
+    side, patches = patch_sides(keys.shape(f"{theirs}.pos_embed", 3)[1], image_size, _PATCH, keys.source)
     positions = keys.take(f"{theirs}.pos_embed", (1, 1 + side * side, dim))
-    token = keys.take(f"{theirs}.cls_token", (1, 1, dim)) + positions[:, :1]
+    cls_token = keys.take(f"{theirs}.cls_token", (1, 1, dim))
+    token = cls_token + positions[:, :1] if keys.sound else cls_token
     keys.put(f"{ours}.cls_token", token, (f"{theirs}.cls_token", f"{theirs}.pos_embed"), "with its position")
-    patches = image_size // _PATCH
-    keys.put(
-        f"{ours}.pos_embed",
-        _resized(positions[:, 1:], patches),
-        (f"{theirs}.pos_embed",),
-        f"{side} -> {patches}",
-    )
+    resized = _resized(positions[:, 1:], patches) if keys.sound else positions
+    keys.put(f"{ours}.pos_embed", resized, (f"{theirs}.pos_embed",), f"{side} -> {patches}")
     keys.copy(f"{theirs}.register_tokens", f"{ours}.reg_token", (1, _REGISTERS, dim))
     keys.leave_out(f"{theirs}.mask_token", "for DINOv2's own training")
     for number in range(depth):

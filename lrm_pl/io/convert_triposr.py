@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrm_pl.io.conversion import Conversion, KeyMapper, UnseenNumbers, default_heads
+from lrm_pl.io.conversion import Conversion, KeyMapper, UnseenNumbers, default_heads, patch_sides
 
 #: Half the side of TripoSR's box, in its scene units.
 RADIUS = 0.87
@@ -57,7 +57,7 @@ def convert_triposr(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumb
 
     _encoder(keys, encoder_dim, encoder_depth, image_size)
     tokens = keys.take("tokenizer.embeddings", (3, dim, side, side))
-    tokens = tokens.permute(0, 2, 3, 1).reshape(1, 3 * side * side, dim)
+    tokens = tokens.permute(0, 2, 3, 1).reshape(1, 3 * side * side, dim) if keys.sound else tokens
     keys.put("transformer.tokens", tokens, ("tokenizer.embeddings",), "channels last, in one row")
     keys.norm("backbone.norm", "transformer.norm", dim)
     for projection in ("proj_in", "proj_out"):
@@ -102,9 +102,10 @@ def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
     keys.copy(f"{patch}.weight", f"{ours}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH))
     keys.copy(f"{patch}.bias", f"{ours}.patch_embed.proj.bias", (dim,))
     keys.copy(f"{theirs}.embeddings.cls_token", f"{ours}.cls_token", (1, 1, dim))
-    name, patches = f"{theirs}.embeddings.position_embeddings", image_size // _PATCH
-    stored = round((keys.shape(name, 3)[1] - 1) ** 0.5)
-    positions = _resized(keys.take(name, (1, 1 + stored * stored, dim)), stored, patches)
+    name = f"{theirs}.embeddings.position_embeddings"
+    stored, patches = patch_sides(keys.shape(name, 3)[1], image_size, _PATCH, keys.source)
+    positions = keys.take(name, (1, 1 + stored * stored, dim))
+    positions = _resized(positions, stored, patches) if keys.sound else positions
     keys.put(f"{ours}.pos_embed", positions, (name,), f"{stored} -> {patches}")
     for number in range(depth):
         layer, block = f"{theirs}.encoder.layer.{number}", f"{ours}.blocks.{number}"

@@ -1,12 +1,10 @@
 """Read a file of tensors by name that came from outside: safetensors, or torch's own with nothing in it run."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lrm_pl.io.weights import WeightsError
@@ -32,7 +30,9 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
                 f"{name}: expected {path} to end in .safetensors, .pth, .pt, .ckpt or .bin, or to "
                 f"be one of the known archives, found {path.suffix!r}; convert the file or leave the path out"
             )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:  # a damaged file may fail anywhere in the readers
         raise WeightsError(
             f"{name}: expected tensors by name in {path}, found a file that cannot be read as such "
             f"({type(error).__name__}: {error}); get the file again"

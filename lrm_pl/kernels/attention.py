@@ -99,9 +99,11 @@ def _for_each_head(q: Tensor, work: Callable[[int, int], None]) -> None:
     heads = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
     threads = min(torch.get_num_threads(), len(heads))
 
+    inference = torch.is_inference_mode_enabled()  # belongs to a thread: handed on
+
     def run(thread: int) -> None:
         torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
-        with torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad():
             for b, h in heads[thread::threads]:
                 work(b, h)
 

@@ -7,18 +7,19 @@ import numpy.typing as npt
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def occupied(cells: npt.NDArray[np.bool_], points: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Return the numbers of the points (Q, 3) that lie in marked cells (n, n, n) of [-1, 1]^3, ascending."""
+    """Return the numbers of the points (Q, 3) that lie in marked cells (n, n, n) of [-1, 1]^3, ascending.
+
+    A point outside, by an ulp or more, is looked up in the nearest cell.
+    """
     size = cells.shape[0]
     numbers = np.empty(points.shape[0], dtype=np.int64)
     count = 0
     for q in range(points.shape[0]):
         x, y, z = points[q, 0], points[q, 1], points[q, 2]
-        if min(x, y, z) < -1 or max(x, y, z) > 1:
-            continue
         half = np.float32(size / 2)
-        i = min(int((x + np.float32(1)) * half), size - 1)
-        j = min(int((y + np.float32(1)) * half), size - 1)
-        k = min(int((z + np.float32(1)) * half), size - 1)
+        i = min(max(int((x + np.float32(1)) * half), 0), size - 1)
+        j = min(max(int((y + np.float32(1)) * half), 0), size - 1)
+        k = min(max(int((z + np.float32(1)) * half), 0), size - 1)
         if cells[i, j, k]:
             numbers[count] = q
             count += 1

@@ -121,6 +121,11 @@ class _GradientAtOnce(torch.autograd.Function):
         measure: Callable[[Tensor, Tensor], Tensor],
         group: int,
     ) -> Tensor:
+        # What a gradient scaler would do comes too late here: half precision would lose small gradients inside.
+        half = torch.is_autocast_enabled(prediction.device.type) and (
+            torch.get_autocast_dtype(prediction.device.type) == torch.float16
+        )
+        scale = 2.0**16 if half else 1.0
         distances: list[Tensor] = []
         gradients: list[Tensor] = []
         for ours, theirs in zip(
@@ -129,7 +134,8 @@ class _GradientAtOnce(torch.autograd.Function):
             with torch.enable_grad():
                 leaf = ours.requires_grad_()
                 distance = measure(leaf, theirs)
-                gradients += torch.autograd.grad(distance.sum(), leaf)
+                (gradient,) = torch.autograd.grad(distance.sum() * scale, leaf)
+            gradients.append(gradient / scale)
             distances.append(distance.detach())
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(distances)

@@ -30,7 +30,7 @@ class Attention(nn.Module):
         qk_norm: bool = False,
     ) -> None:
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise InputError(f"expected a width that {heads} heads divide, found {dim}")
         self.heads = heads
         self.is_self = context_dim is None

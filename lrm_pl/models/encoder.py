@@ -8,6 +8,8 @@ from typing import Any, Literal, final
 import timm
 import torch
 from jaxtyping import Float
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,7 +70,16 @@ class ImageEncoder(nn.Module):
         options: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
         if norm_eps is not None:
             options["norm_layer"] = partial(nn.LayerNorm, eps=norm_eps)
-        self.vit = timm.create_model(name, pretrained=False, img_size=image_size, num_classes=0, **options)
+        try:
+            self.vit = timm.create_model(
+                name, pretrained=False, img_size=image_size, num_classes=0, **options
+            )
+        except (TypeError, AssertionError, ZeroDivisionError) as error:
+            raise InputError(
+                f"{name}: expected a plain vision transformer of sizes that go together, found {sizes}: {error}"
+            ) from error
+        if not isinstance(self.vit, VisionTransformer | Eva):
+            raise InputError(f"{name}: expected a plain vision transformer, found {type(self.vit).__name__}")
         patch = self.vit.patch_embed.patch_size[0]
         if image_size % patch:
             raise InputError(

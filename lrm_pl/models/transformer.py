@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrm_pl.errors import InputError
 from lrm_pl.models.attention import Attention
 
 #: "lrm": cross-attention, self-attention, GELU MLP; a layer norm at the end of the stack (LRM, OpenLRM). "triposr":
@@ -31,10 +32,11 @@ class ScaledLayerNorm(nn.LayerNorm):
     ) -> Float[Tensor, "B L D"]:
         """Compute LN(x) (1 + scale) + shift."""
         weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
-        norms = [
-            F.layer_norm(x[b], self.normalized_shape, weight[b], bias[b], self.eps) for b in range(x.shape[0])
-        ]
-        return torch.stack(norms)
+        # unbind: indexing object by object would write a whole gradient of zeros for each.
+        objects = zip(x.unbind(0), weight.unbind(0), bias.unbind(0), strict=True)
+        return torch.stack(
+            [F.layer_norm(one, self.normalized_shape, w, b, self.eps) for one, w, b in objects]
+        )
 
 
 class ModLN(nn.Module):
@@ -163,6 +165,8 @@ class TriplaneTransformer(nn.Module):
         qk_norm: bool = False,
     ) -> None:
         super().__init__()
+        if design == "triposr" and dim % 32:
+            raise InputError(f"expected a width that 32 groups divide with blocks 'triposr', found {dim}")
         self.design = design
         self.tokens = nn.Parameter(torch.randn(1, tokens, dim) / dim**0.5)
         self.blocks = nn.ModuleList(

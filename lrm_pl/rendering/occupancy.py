@@ -39,7 +39,7 @@ class Occupancy:
             return torch.from_numpy(occupied(self.cells.numpy(), points.numpy()))
         size = len(self.cells)
         x, y, z = ((points + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)
-        return (self.cells[x, y, z] & (points.abs() <= 1).all(dim=-1)).nonzero().squeeze(-1)
+        return self.cells[x, y, z].nonzero().squeeze(-1)
 
 
 @torch.no_grad()

@@ -48,11 +48,12 @@ def _for_each_chunk(points: Tensor, work: Callable[[int, Tensor], None]) -> None
             for start, chunk in chunks:
                 work(start, chunk)
         return
-    autocast = autocast_state(points.device.type)
+    # Autocast and inference modes belong to a thread: hand the caller's on.
+    autocast, inference = autocast_state(points.device.type), torch.is_inference_mode_enabled()
 
     def run(thread: int) -> None:
         torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
-        with autocast(), torch.no_grad():
+        with autocast(), torch.inference_mode(inference), torch.no_grad():
             for start, chunk in chunks[thread::threads]:
                 work(start, chunk)
 

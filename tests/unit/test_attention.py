@@ -90,3 +90,13 @@ def test_tensors_of_several_dtypes_are_refused():
         ValueError, match=r"of one dtype on the CPU, found torch\.float32 on cpu, torch\.bfloat16"
     ):
         attention_in_blocks(q, k.bfloat16(), v)
+
+
+def test_it_runs_under_inference_mode_on_several_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            assert Attention(8, heads=2)(torch.randn(1, 513, 8)).shape == (1, 513, 8)
+    finally:
+        torch.set_num_threads(before)

@@ -1,6 +1,7 @@
 """``lrm convert``: strict about what it is given, and what it makes is a folder that ``lrm fit`` starts from."""
 
 import pickle
+import random
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from lrm_pl.io.conversion import ConversionError, UnseenNumbers
 from lrm_pl.io.convert_openlrm import convert_openlrm
 from lrm_pl.io.convert_triposr import convert_triposr
 from lrm_pl.io.pretrained import build_network, read_pretrained
+from lrm_pl.io.tensor_files import read_tensor_file
+from lrm_pl.io.weights import WeightsError
 from tests.parity.networks import randomised
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
@@ -177,3 +180,51 @@ def test_a_damaged_folder_is_refused_with_the_reason(tmp_path):
     config.write_text("model: {lrm: {encoder: {name: no_such_vit}}}")
     with pytest.raises(ValueError, match="expected an encoder that timm knows, found 'no_such_vit'"):
         read_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("openlrm", ["--image-size", "100"], "image size that is a multiple of 14, found 100"),
+        ("openlrm", ["--samples-per-ray", "4"], "samples a ray"),
+        ("triposr", ["--image-size", "8"], "image size that is a multiple of 16, found 8"),
+        ("triposr", ["--heads", "7"], "a number of heads that divides the width 64, found 7; give --heads"),
+    ],
+)
+def test_numbers_that_do_not_fit_leave_nothing_behind(source, options, message, tmp_path):
+    weights, out = tmp_path / "model.safetensors", tmp_path / "out"
+    save_file(state(source), weights)
+    with pytest.raises(SystemExit, match=message):
+        main(["--from", source, str(weights), str(out), *SIZES, *options])
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_a_file_that_is_damaged_anywhere_is_refused(tmp_path):
+    whole = tmp_path / "whole.pth"
+    torch.save({"a": torch.arange(6.0), "b": {"c": torch.ones(2)}}, whole)
+    content, damaged = whole.read_bytes(), tmp_path / "damaged.pth"
+    generator = random.Random(0)
+    for _ in range(60):
+        spoilt = bytearray(content)
+        for _ in range(4):
+            spoilt[generator.randrange(len(spoilt))] = generator.randrange(256)
+        damaged.write_bytes(spoilt)
+        try:
+            read_tensor_file(damaged, "x")
+        except WeightsError:
+            continue
+
+
+@pytest.mark.parametrize("positions", [1, 3, 11])
+def test_position_embeddings_that_are_no_square_are_refused(positions):
+    tensors = change(state(), "encoder.model.pos_embed", torch.zeros(1, positions, 48))
+    with pytest.raises(ConversionError, match=f"expected 1 . n n position embeddings, found {positions}"):
+        convert_openlrm(tensors, NUMBERS)
+
+
+def test_a_size_that_a_file_claims_takes_no_memory():
+    tensors = change(
+        state("triposr"), "image_tokenizer.model.embeddings.cls_token", torch.zeros(1, 1, 3_000_000)
+    )
+    with pytest.raises(ConversionError, match="has shape"):
+        convert_triposr(tensors, UnseenNumbers(4, 3, 112, 16))

@@ -10,7 +10,7 @@ from lrm_pl.inference import InputCamera, reconstruct
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.grid import density_grid
-from lrm_pl.rendering.occupancy import measure_occupancy
+from lrm_pl.rendering.occupancy import Occupancy, measure_occupancy
 from lrm_pl.rendering.query import query_colour, query_density
 from lrm_pl.rendering.surface import NoSurfaceError, extract_mesh
 from lrm_pl.rendering.volume import Renderer
@@ -163,9 +163,53 @@ def test_alpha_is_put_over_white_and_wrong_pictures_are_refused_with_the_remedy(
         (torch.rand(2, 28, 28), "found 2 x 28 x 28; crop it, or convert it to RGBA"),
         (torch.rand(3, 28, 30), "expected a square picture"),
         (torch.rand(3, 28, 28) * 255, "divide bytes by 255"),
+        (torch.zeros(3, 28, 28, dtype=torch.uint8), "expected a picture of floats"),
+        (torch.zeros(28, 28), "found 28 x 28; crop it"),
+        (torch.zeros(3, 0, 0), "found 3 x 0 x 0"),
+        (torch.zeros(4, 28, 28), "alpha 0 everywhere"),
         (torch.full((3, 28, 28), torch.nan), r"expected a picture in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             reconstruct(network, wrong)
     with pytest.raises(ValueError, match="fov_deg between 0 and 180"):
         InputCamera(fov_deg=190.0)
+
+
+def test_a_box_that_is_wholly_occupied_is_drawn_as_it_is_rendered_up_to_its_faces():
+    # Importance samples lie on the faces themselves, where rounding may put them outside by an ulp.
+    torch.manual_seed(0)
+    field = NeRFDecoder(4, 8, 3, density_bias=2.0).field(Triplane(5 * torch.randn(1, 3, 4, 8, 8)))
+    cameras = orbit(2, 2.6, 20.0)[None], CAMERA.expand(1, 2, 4)
+    for renderer in (Renderer(32, 16, "box"), Renderer(32, 0, "box")):
+        with torch.inference_mode():
+            whole = renderer(field, *cameras, (24, 24))
+            occupancy = measure_occupancy(field, 0, 16)
+            skipped = renderer.draw(field, [occupancy], *cameras, (24, 24))
+        assert occupancy.share == 1
+        assert (skipped.rgb - whole.rgb).abs().max() < 1 / 255
+
+
+def test_the_lookup_of_cells_is_the_same_with_numba_and_without():
+    torch.manual_seed(0)
+    cells, points = torch.rand(5, 5, 5) > 0.5, torch.rand(500, 3) * 2.2 - 1.1
+    size = len(cells)
+    x, y, z = ((points + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)
+    assert torch.equal(Occupancy(cells).occupied(points), cells[x, y, z].nonzero().squeeze(-1))
+
+
+class Sheet(Ball):
+    """A wall of density 40 at x = 0.3, 0.06 thick, with a haze of 1 about it as wide as two coarse cells."""
+
+    def decode(self, points, weights):
+        self.asked += len(points)
+        return 1 - (points[:, 0] - 0.3).abs() / 0.03, points
+
+    def activate(self, raw):
+        return 40.0 * (raw > 0) + 1.0 * (raw > -4)
+
+
+def test_a_thin_wall_with_a_haze_about_it_is_found_coarse_to_fine():
+    full, coarse = density_grid(Sheet(), 0, 65), density_grid(Sheet(), 0, 65, threshold=20.0)
+    assert (full.density > 20).sum() > 4000
+    assert torch.equal(full.density > 20, coarse.density > 20)
+    assert coarse.asked < 0.5 * full.asked

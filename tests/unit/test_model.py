@@ -260,3 +260,29 @@ def test_the_decoder_does_what_its_options_say_by_hand():
     wide = decoded(activation="silu", colour_margin=0.1)[2]
     assert wide[2] == pytest.approx(colour[2] * 1.2 - 0.1)
     assert wide[2] > 1 > colour[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "resnet50"}, "resnet50: expected a plain vision transformer"),
+        (
+            {"name": "swin_tiny_patch4_window7_224", "image_size": 224},
+            "expected a plain vision transformer, found Swin",
+        ),
+        (
+            {"name": "vit_small_patch14_dinov2", "image_size": 28, "dim": 50, "heads": 3},
+            "of sizes that go together",
+        ),
+    ],
+)
+def test_encoders_that_are_no_plain_vision_transformers_or_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageEncoder(**options)
+
+
+def test_widths_that_heads_or_groups_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="a width that 0 heads divide, found 16"):
+        tiny_lrm(heads=0)
+    with pytest.raises(ValueError, match="32 groups divide"):
+        tiny_lrm(blocks="triposr")

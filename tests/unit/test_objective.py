@@ -37,9 +37,9 @@ def test_the_mask_term_is_the_cross_entropy_of_opacity_by_hand():
     # Covered pixels seen with opacity 1/4 cost -log(1/4); bare ones -log(3/4).
     terms = Objective(mse=0.0, lpips=0.0, mask=0.05)(evidence(), step=0)
     assert terms.keys() == {"mask"}
-    assert math.isclose(terms["mask"].item(), 0.05 * -math.log(0.25), rel_tol=1e-5)
+    assert math.isclose(terms["mask"].item(), 0.05 * -math.log(0.25), rel_tol=1e-3)
     bare = Objective(mse=0.0, lpips=0.0, mask=1.0)(evidence(alpha=0.0), step=0)
-    assert math.isclose(bare["mask"].item(), -math.log(0.75), rel_tol=1e-5)
+    assert math.isclose(bare["mask"].item(), -math.log(0.75), rel_tol=1e-3)
 
 
 def test_the_mask_term_is_finite_with_a_finite_gradient_where_opacity_is_wholly_wrong():
@@ -48,6 +48,8 @@ def test_the_mask_term_is_finite_with_a_finite_gradient_where_opacity_is_wholly_
     loss.backward()
     assert math.isfinite(loss.item())
     assert opacity.grad.isfinite().all()
+    assert opacity.grad[0, 0, 0] < -100, "a clear pixel of the object is pulled up"
+    assert opacity.grad[0, 0, 1] > 100, "a floater is pulled down, though rounding left [0, 1]"
 
 
 def test_total_variation_by_hand():

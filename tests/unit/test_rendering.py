@@ -61,7 +61,7 @@ def test_deferred_rendering_equals_its_plain_twin_in_values_and_gradients(fold, 
     expected_loss, expected = loss_and_gradients(decoder, planes, plain=True)
     assert torch.isclose(loss, expected_loss, rtol=1e-5)
     for gradient, other in zip(gradients, expected, strict=True):
-        assert relative(gradient, other) < 1e-4
+        assert relative(gradient, other) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_every_way_of_marching_is_deferred_with_the_values_and_gradients_of_its_
     expected_loss, expected = loss_and_gradients(decoder, planes, plain=True, march=march)
     assert torch.isclose(loss, expected_loss, rtol=1e-5)
     for gradient, other in zip(gradients, expected, strict=True):
-        assert relative(gradient, other) < 1e-4
+        assert relative(gradient, other) < 1e-5
 
 
 def test_chunk_size_does_not_change_the_result():
@@ -87,7 +87,7 @@ def test_chunk_size_does_not_change_the_result():
     for chunk in (100, 10**6):
         other_loss, others = loss_and_gradients(decoder, planes, chunk=chunk)
         assert torch.isclose(loss, other_loss, rtol=1e-5)
-        assert all(relative(a, b) < 1e-4 for a, b in zip(gradients, others, strict=True))
+        assert all(relative(a, b) < 1e-5 for a, b in zip(gradients, others, strict=True))
 
 
 def test_an_object_with_fewer_rays_than_threads_and_one_that_no_ray_hits_are_rendered_too():
@@ -107,7 +107,7 @@ def test_an_object_with_fewer_rays_than_threads_and_one_that_no_ray_hits_are_ren
     (expected,) = torch.autograd.grad(plain.rgb[0].sum(), planes)
     assert torch.allclose(pixels.rgb[0], plain.rgb[0], atol=1e-6)
     assert torch.equal(pixels.rgb[1], torch.zeros(2, 3))
-    assert relative(gradient, expected) < 1e-4
+    assert relative(gradient, expected) < 1e-5
 
 
 def test_two_runs_give_the_same_bits():
@@ -125,7 +125,7 @@ def test_folding_the_first_layer_into_the_planes_does_not_change_the_picture():
     loss, gradients = loss_and_gradients(decoder, planes)
     expected_loss, expected = loss_and_gradients(twin, planes)
     assert torch.isclose(loss, expected_loss, rtol=1e-5)
-    assert all(relative(a, b) < 1e-4 for a, b in zip(gradients, expected, strict=True))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(gradients, expected, strict=True))
 
 
 def test_gradients_equal_finite_differences():
