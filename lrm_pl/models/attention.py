@@ -1,5 +1,6 @@
 """Self- and cross-attention on PyTorch's scaled dot product; the backend is chosen in one function."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,9 +73,11 @@ def attend(
 ) -> Float[Tensor, "B h L d"]:
     """Compute softmax(q k^T / sqrt d) v; the one place where the backend is chosen.
 
-    On a CPU: as written where the scores fit the cache, else block by block of queries. Elsewhere PyTorch chooses.
+    On a CPU: as written where the scores fit the cache, else block by block of queries. Elsewhere PyTorch chooses; and
+    in float32 without gradients, where published weights are compared with their own code: their scores may be so large
+    that another order of sums shows.
     """
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v)
     body = attention_in_blocks if q.shape[2] * k.shape[2] >= _MANY_SCORES else attention_plain
     return body(q, k, v)

@@ -23,14 +23,18 @@ BlockDesign = Literal["lrm", "triposr"]
 class ScaledLayerNorm(nn.LayerNorm):
     """Layer norm whose output is scaled and shifted once more, object by object.
 
-    Computed as one norm an object whose weight and bias are the modulated ones: the same numbers, but nothing of the
-    size of x is kept for backward besides x. A module of its own, so that sharding sees its weights being used.
+    Where gradients are wanted it is one norm an object, whose weight and bias are the modulated ones: the same
+    function, but nothing of the size of x is kept for backward besides x. A module of its own, so that sharding sees
+    its weights being used.
     """
 
     def forward(  # type: ignore[override]
         self, x: Float[Tensor, "B L D"], shift: Float[Tensor, "B D"], scale: Float[Tensor, "B D"]
     ) -> Float[Tensor, "B L D"]:
         """Compute LN(x) (1 + scale) + shift."""
+        if not torch.is_grad_enabled():
+            # In the order in which those computed it whose weights these may be: rounding grows with large weights.
+            return super().forward(x) * (1 + scale).unsqueeze(1) + shift.unsqueeze(1)
         weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
         # unbind: indexing object by object would write a whole gradient of zeros for each.
         objects = zip(x.unbind(0), weight.unbind(0), bias.unbind(0), strict=True)

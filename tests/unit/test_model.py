@@ -44,6 +44,16 @@ def test_modln_shifts_and_scales_by_hand():
     assert torch.allclose(out, torch.tensor([[[-1.5, 2.0]]]), atol=1e-4)
 
 
+def test_modln_is_the_same_function_with_gradients_and_without():
+    torch.manual_seed(0)
+    layer, x, camera = ModLN(6, 3), torch.randn(2, 5, 6), torch.randn(2, 3)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        plain = layer(x, camera)
+    assert torch.allclose(layer(x, camera), plain, atol=1e-5)
+
+
 def test_attention_equals_the_formula_written_out():
     torch.manual_seed(0)
     layer = Attention(8, heads=2, context_dim=6)
