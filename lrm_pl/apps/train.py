@@ -122,7 +122,6 @@ class LRMCLI(LightningCLI):
         """Add ``--run.*`` and ``--weights.*``."""
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(WeightsConfig, "weights")
-        parser.link_arguments("model.lrm.input_views", "data.inputs")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -250,6 +249,7 @@ class LRMCLI(LightningCLI):
         return next((callback for callback in callbacks if isinstance(callback, RunKeeper)), None)
 
     def _prepare(self, *, encoder: bool) -> None:
+        self.datamodule.inputs = self.model.lrm.input_views
         self.datamodule.setup("fit")
         self.datamodule.trainer = self.trainer
         if encoder:

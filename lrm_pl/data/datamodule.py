@@ -31,7 +31,6 @@ class ShardDataModule(L.LightningDataModule):
             same whatever the number of processes, which must divide it (times ``accumulate_grad_batches``).
         side_views: Target views besides the input views (the paper: 3).
         unseen_views: The last views of every object, never trained on: what validation renders.
-        inputs: Views that the network is given; a run takes them from ``model.lrm.input_views``.
         input_pool: The (first) input view is one of the first so many views; null means any training view, as in the
             paper. Few make a small data set learnable in minutes: each input view is a scene of its own to learn,
             because the canonical frame turns with it.
@@ -49,7 +48,6 @@ class ShardDataModule(L.LightningDataModule):
         batch_size: int = 4,
         side_views: int = 3,
         unseen_views: int = 4,
-        inputs: int = 1,
         input_pool: int | None = None,
         crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
         crop_stages: Sequence[CropStage] = (),
@@ -60,12 +58,8 @@ class ShardDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.folder, self.batch_size, self.side_views = Path(folder), batch_size, side_views
-        self.unseen_views, self.inputs, self.input_pool, self.workers = (
-            unseen_views,
-            inputs,
-            input_pool,
-            workers,
-        )
+        self.unseen_views, self.input_pool, self.workers = unseen_views, input_pool, workers
+        self.inputs = 1  # views that the network is given; `lrm fit` takes them from the network
         self.augmentation = Augmentation(crop, tuple(crop_stages), camera_noise)
         self.seed, self.streams = seed, streams
         # Where this start of the run begins: optimiser steps done, and the global position g that they led to.

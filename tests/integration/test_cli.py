@@ -419,3 +419,20 @@ def test_fine_tuning_starts_from_converted_weights_keeps_the_encoder_and_trains_
                 str(tmp_path / "other"),
             ]
         )
+
+
+def test_a_network_of_two_input_views_is_given_two_and_their_number_is_no_setting_of_the_data(tiny, tmp_path):
+    seen = []
+
+    def note(_, inputs):
+        seen.append(tuple(inputs[0].shape))
+
+    cli = command_line(
+        [*tiny, "--model.lrm.input_views", "2", "--run.folder", str(tmp_path / "run")], run=False
+    )
+    cli.before_fit()
+    cli.model.lrm.register_forward_pre_hook(note)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert {shape[1] for shape in seen} == {2}
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny, "--data.inputs", "3"])
