@@ -111,10 +111,10 @@ class KeyMapper:
             raise ConversionError(f"{self.source}: expected {key} of {dimensions} dimensions, found {shape}")
         return shape
 
-    def count(self, pattern: str) -> int:
-        """Count the layers whose keys are ``pattern`` with 0, 1, 2 ... in it."""
+    def count(self, pattern: str, step: int = 1) -> int:
+        """Count the layers whose keys are ``pattern`` with 0, step, 2 step ... in it."""
         number = 0
-        while pattern.format(number) in self.state:
+        while pattern.format(step * number) in self.state:
             number += 1
         return number
 
@@ -155,6 +155,14 @@ class KeyMapper:
         self.copy(f"{theirs}.weight", f"{ours}.weight", (rows, columns))
         if bias:
             self.copy(f"{theirs}.bias", f"{ours}.bias", (rows,))
+
+    def decoder(self, theirs: str, channels: int, width: int, layers: int) -> None:
+        """Take the NeRF MLP: linear layers at every second place of a sequence, activations between them."""
+        sizes = [3 * channels, *[width] * (layers - 1), 4]
+        for number in range(layers):
+            self.linear(
+                f"{theirs}.{2 * number}", f"decoder.layers.{number}", sizes[number + 1], sizes[number]
+            )
 
     def norm(self, theirs: str, ours: str, size: int) -> None:
         """Take weight and bias of a norm."""

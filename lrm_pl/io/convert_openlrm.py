@@ -48,7 +48,7 @@ def convert_openlrm(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumb
     width = keys.shape("synthesizer.decoder.net.0.weight", 2)[0]
     depth, layers = (
         keys.count("transformer.layers.{}.mlp.0.weight"),
-        _decoder_layers(keys),
+        keys.count("synthesizer.decoder.net.{}.weight", step=2),
     )
     encoder_depth = keys.count("encoder.model.blocks.{}.norm1.weight")
     published = _PUBLISHED.get((encoder_dim, dim), (None, None))
@@ -69,10 +69,7 @@ def convert_openlrm(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumb
     keys.norm("transformer.norm", "transformer.norm", dim)
     keys.copy("upsampler.weight", "upsampler.deconvolution.weight", (dim, channels, upsample, upsample))
     keys.copy("upsampler.bias", "upsampler.deconvolution.bias", (channels,))
-    sizes = [3 * channels, *[width] * (layers - 1), 4]
-    for number in range(layers):
-        theirs, ours = f"synthesizer.decoder.net.{2 * number}", f"decoder.layers.{number}"
-        keys.linear(theirs, ours, sizes[number + 1], sizes[number])
+    keys.decoder("synthesizer.decoder.net", channels, width, layers)
     keys.finish()
 
     name, usual_depth, usual_heads = _ENCODERS.get(encoder_dim, (_ENCODERS[384][0], 0, 0))
@@ -95,13 +92,6 @@ def convert_openlrm(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumb
         "samples_per_ray": samples, "importance_samples": samples // 2, "bounds": "box", "quadrature": "midpoints",
     }  # fmt: skip
     return Conversion({"lrm": lrm, "renderer": renderer}, keys.weights, keys.report)
-
-
-def _decoder_layers(keys: KeyMapper) -> int:
-    layers = 0
-    while keys.has(f"synthesizer.decoder.net.{2 * layers}.weight"):
-        layers += 1
-    return layers
 
 
 def _camera(keys: KeyMapper, dim: int) -> None:

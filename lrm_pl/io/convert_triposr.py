@@ -48,9 +48,7 @@ def convert_triposr(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumb
     width = keys.shape("decoder.layers.0.weight", 2)[0]
     depth = keys.count("backbone.transformer_blocks.{}.norm1.weight")
     encoder_depth = keys.count("image_tokenizer.model.encoder.layer.{}.layernorm_before.weight")
-    layers = 0
-    while keys.has(f"decoder.layers.{2 * layers}.weight"):
-        layers += 1
+    layers = keys.count("decoder.layers.{}.weight", step=2)
     image_size, samples = unseen.image_size or 512, unseen.samples_per_ray or 128
     heads = default_heads(dim, unseen.heads, "--heads", keys.source)
     encoder_heads = default_heads(encoder_dim, unseen.encoder_heads, "--encoder-heads", keys.source)
@@ -70,11 +68,7 @@ def convert_triposr(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumb
         (dim, channels, upsample, upsample),
     )
     keys.copy("post_processor.upsample.bias", "upsampler.deconvolution.bias", (channels,))
-    sizes = [3 * channels, *[width] * (layers - 1), 4]
-    for number in range(layers):
-        keys.linear(
-            f"decoder.layers.{2 * number}", f"decoder.layers.{number}", sizes[number + 1], sizes[number]
-        )
+    keys.decoder("decoder.layers", channels, width, layers)
     keys.finish()
 
     name, usual_depth, usual_heads = _ENCODERS.get(encoder_dim, (_ENCODERS[768][0], 0, 0))
