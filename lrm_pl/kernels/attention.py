@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 #: Scores that are held at a time, per thread: a block and what is made of it fit a core's L2 cache.
 _SCORES = 768 * 1024
@@ -137,3 +138,19 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# PyTorch's counter sees an operation, not what is inside it. The scores' product is computed twice: again in backward.
+@register_flop_formula(torch.ops.lrm_pl.attention_in_blocks)
+def _(q: torch.Size, k: torch.Size, v: torch.Size, **_: object) -> int:
+    return 2 * _products(q, k)
+
+
+@register_flop_formula(torch.ops.lrm_pl.attention_in_blocks_backward)
+def _(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, **_: object) -> int:
+    return 5 * _products(q, k)
+
+
+def _products(q: torch.Size, k: torch.Size) -> int:
+    """Count the operations of one product of the size of the scores: 2 B h L N d."""
+    return 2 * q.numel() * k[2]

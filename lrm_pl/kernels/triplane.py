@@ -68,19 +68,31 @@ def accumulate_gradient(
     reduce: Reduce,
 ) -> None:
     """Add the planes' gradient of ``triplane_sample`` to ``total`` in place."""
+    flat = [axis for pair in axes for axis in pair]
+    torch.ops.lrm_pl.triplane_accumulate(total, points, grad, flat, reduce == "concat")
+
+
+@torch.library.custom_op("lrm_pl::triplane_accumulate", mutates_args=("total",))
+def _accumulate_op(total: Tensor, points: Tensor, grad: Tensor, axes: list[int], concat: bool) -> None:
+    pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
     if total.device.type == "cpu":
         triplane_numba.accumulate(
             total.numpy(),
             points.contiguous().numpy(),
-            np.array(axes, dtype=np.int64),
-            reduce == "concat",
+            np.array(pairs, dtype=np.int64),
+            concat,
             grad.float().contiguous().numpy(),
         )
         return
     with torch.enable_grad():
         planes = torch.zeros_like(total).requires_grad_()
-        sampled = triplane_sample_plain(planes, points, axes, reduce)
+        sampled = triplane_sample_plain(planes, points, pairs, "concat" if concat else "sum")
     total += torch.autograd.grad(sampled, planes, grad.float())[0]
+
+
+@_accumulate_op.register_fake
+def _(total: Tensor, points: Tensor, grad: Tensor, axes: list[int], concat: bool) -> None:
+    pass
 
 
 @torch.library.custom_op("lrm_pl::triplane_sample", mutates_args=())

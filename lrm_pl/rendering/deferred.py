@@ -46,7 +46,11 @@ def render_deferred(
     Returns:
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
     """
-    rays = Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples))
+    return render_rays(field, Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples)), march)
+
+
+def render_rays(field: Field, rays: "Rays", march: March) -> Rendering:
+    """Render rays that know how they are walked; see ``render_deferred``."""
     rgb, opacity, depth = _Deferred.apply(field, rays, march, field.planes, *field.weights)
     return Rendering(rgb, opacity, depth)
 

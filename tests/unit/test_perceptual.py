@@ -72,7 +72,7 @@ def test_gradients_reach_the_prediction_only(alex_features):
     loss(prediction, target).mean().backward()
     assert prediction.grad.abs().sum() > 0
     assert target.grad is None
-    assert all(not weight.requires_grad and weight.grad is None for weight in loss._net.parameters())
+    assert all(not weight.requires_grad and weight.grad is None for weight in loss.network.parameters())
 
 
 def test_equal_images_have_distance_0_and_a_gradient_without_nan(alex_features):
@@ -111,8 +111,8 @@ def test_an_owner_neither_saves_nor_trains_nor_casts_it(vgg):
     assert not list(owner.parameters())
     assert not list(owner.buffers())
     assert not owner.state_dict()
-    assert {weight.dtype for weight in vgg._net.parameters()} == {torch.float32}
-    assert not any(module.training for module in vgg._net.modules())
+    assert {weight.dtype for weight in vgg.network.parameters()} == {torch.float32}
+    assert not any(module.training for module in vgg.network.modules())
 
 
 def test_making_one_leaves_the_random_state_alone(alex_features):

@@ -1,0 +1,1 @@
+"""What training costs, before anything is run: a step on fake tensors, divided over machines."""

@@ -1,0 +1,170 @@
+"""An account of a program as it runs on fake tensors: memory held, operations, bytes sent to other processes."""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation, or several alike.
+
+    Attributes:
+        part: Which part of the program it belongs to.
+        flops: Floating-point operations of its products, 2 a multiplication and addition; 0 for everything else.
+        moved: Bytes that it reads and writes.
+        count: How often it runs; flops and bytes are of all of them together.
+    """
+
+    part: str
+    flops: float
+    moved: float
+    count: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One exchange among processes.
+
+    Attributes:
+        kind: "gather", "scatter" (its sum) or "reduce" (a sum that all get).
+        size: Bytes of the whole tensor.
+        processes: How many take part.
+    """
+
+    kind: str
+    size: float
+    processes: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a process sends, in a ring: (n - 1) / n of the whole, twice for a sum that all get."""
+        return (2 if self.kind == "reduce" else 1) * self.size * (self.processes - 1) / self.processes
+
+
+_MESSAGES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter", "allreduce_": "reduce"}
+
+
+class Ledger(TorchDispatchMode):
+    """Watch every operation of the calling thread while it is entered.
+
+    Attributes:
+        part: What operations are booked under.
+        held: Bytes that live tensors hold now, but for what was set aside.
+        peak: The most that they held.
+        aside: Bytes set aside: gradients of parameters, which some strategies hold all the time.
+        peak_with_aside: The most that both held together.
+        operations: What ran.
+        messages: What was exchanged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = ""
+        self.held = self.peak = self.aside = self.peak_with_aside = 0
+        self.operations: list[Operation] = []
+        self.messages: list[Message] = []
+        self._sizes: dict[int, int] = {}
+        self._times = 1.0
+
+    def flops(self, part: str | None = None) -> float:
+        """Add up the operations of a part, or of all."""
+        return sum(x.flops for x in self.operations if part is None or x.part == part)
+
+    def hold(self, tensor: Tensor) -> None:
+        """Book the memory of a tensor until it is gone; once for all tensors that share it."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._drop, key)
+            self._resize(key, storage.nbytes())
+
+    def set_aside(self, tensor: Tensor) -> None:
+        """Book the memory of a tensor apart from now on."""
+        key = tensor.untyped_storage()._cdata
+        self.aside += self._sizes[key]
+        self._resize(key, 0)
+
+    def _resize(self, key: int, size: int) -> None:
+        self.held += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peak = max(self.peak, self.held)
+        self.peak_with_aside = max(self.peak_with_aside, self.held + self.aside)
+
+    def _drop(self, key: int) -> None:
+        self.held -= self._sizes.pop(key)
+
+    @contextlib.contextmanager
+    def repeated(self, times: float, threads: int = 1) -> Iterator[None]:
+        """Book what is done inside as if it were done so many times, by so many threads at once."""
+        before, peak, self._times = self.held, self.peak, times
+        self.peak = before
+        try:
+            yield
+        finally:
+            most = before + threads * (self.peak - before)
+            self.peak = max(peak, most)
+            self.peak_with_aside = max(self.peak_with_aside, most + self.aside)
+            self._times = 1.0
+
+    @contextlib.contextmanager
+    def seeing_resizes(self) -> Iterator[None]:
+        """See storages that are emptied and filled again without an operation, as FSDP2 does with gathered weights."""
+        original: Callable[..., Any] = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:  # noqa: ANN401 - as torch has it
+            result = original(storage, size)
+            if storage._cdata in self._sizes:
+                self._resize(storage._cdata, size)
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - an operator
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Run an operation and book it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for tensor in results:
+            self.hold(tensor)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func.namespace == "c10d":
+            self._exchange(func, args, inputs)
+        elif not _is_view(func):
+            count = flop_registry.get(func._overloadpacket)
+            flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+            moved = sum(x.numel() * x.element_size() for x in (*inputs, *results))
+            self.operations.append(Operation(self.part, self._times * flops, self._times * moved, self._times))
+        return out
+
+    def _exchange(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:  # noqa: ANN401
+        kind = _MESSAGES.get(func._overloadpacket.__name__)
+        if kind is None:
+            return
+        group = next(ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x))
+        self.messages.append(Message(kind, max(x.numel() * x.element_size() for x in tensors), group.size()))
+
+
+def _is_view(func: Any) -> bool:  # noqa: ANN401 - an operator
+    """Say whether an operator only looks at memory in another way."""
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)

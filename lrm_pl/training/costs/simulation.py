@@ -1,0 +1,304 @@
+"""One training step on fake tensors: the program itself, whose tensors have shapes and no numbers.
+
+So an estimate knows every option that the program knows. Nothing is computed: a step of the paper's size takes
+seconds on a laptop. Rendering depends on where rays go; here so many of them hit the object as do from a usual
+distance, and one chunk of them stands for all.
+"""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+
+from lrm_pl.data.batch import Batch, Views
+from lrm_pl.geometry.cameras import orbit
+from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
+from lrm_pl.losses.objective import Objective
+from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.models.lrm import LRM
+from lrm_pl.rendering.deferred import Rays, render_rays
+from lrm_pl.rendering.field import Field
+from lrm_pl.rendering.output import Rendering
+from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.costs.ledger import Ledger, Message, Operation
+from lrm_pl.training.module import LRMModule
+from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, shard
+
+#: The usual camera: 50 degrees, far enough away that the unit sphere fits the picture.
+_DISTANCE, _FOCAL = 2.37, 1.07
+
+Module = TypeVar("Module", bound=nn.Module)
+
+PARTS = ("encoder", "transformer", "renderer", "losses", "backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """What a process computes between two exchanges.
+
+    Attributes:
+        objects: Objects of a batch of one process.
+        views: Target views of each.
+        size: Side of a target window.
+        threads: CPU threads; 1 for a GPU.
+        dtype: What products are computed in.
+    """
+
+    objects: int
+    views: int
+    size: int
+    threads: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCosts:
+    """What one process does and holds in a step, without the optimizer's own step.
+
+    Attributes:
+        parameters: Numbers of the network.
+        trained: Those that learn.
+        largest: Numbers of the largest trained tensor.
+        weights: Bytes of weights held: all, or this process's part.
+        frozen_other: Bytes of networks that only the loss uses.
+        gradients: Bytes of all gradients of the weights held.
+        activations: Bytes at the peak besides weights, their gradients, and the loss's network.
+        work: The same with the gradients there are by then; those of early layers come after the peak.
+        operations: What ran.
+        messages: What was exchanged.
+        forward: FLOPs of forward by part.
+        model: FLOPs that the mathematics needs, forward and backward, nothing computed twice.
+    """
+
+    parameters: int
+    trained: int
+    largest: int
+    weights: float
+    frozen_other: float
+    gradients: float
+    activations: float
+    work: float
+    operations: tuple[Operation, ...]
+    messages: tuple[Message, ...]
+    forward: dict[str, float]
+    model: float
+
+    @property
+    def flops(self) -> float:
+        """FLOPs that are run, what backward computes again among them."""
+        return sum(x.flops for x in self.operations)
+
+
+def simulate_step(
+    lrm: LRM,
+    renderer: Renderer,
+    objective: Objective,
+    parallel: ParallelConfig,
+    shape: StepShape,
+    mesh: DeviceMesh | None = None,
+) -> StepCosts:
+    """Run forward and backward of one batch on fake tensors and account for it.
+
+    Args:
+        lrm: The network; best on the meta device, and not touched.
+        renderer: The renderer.
+        objective: The loss terms; LPIPS is in from its start.
+        parallel: What is done to the blocks; compilation is left out.
+        shape: The batch.
+        mesh: Shards the network over it with FSDP2.
+    """
+    ledger, fake = Ledger(), FakeTensorMode(allow_non_fake_inputs=True)
+    hits = hit_share(renderer.bounds)
+    judge = copy.copy(objective)
+    if judge.lpips:
+        judge.perceptual = _meta_perceptual_loss()
+    with fake:
+        network = _fake_copy(lrm).train()
+        prepare_blocks(network, dataclasses.replace(parallel, compile=False))
+        if mesh is not None:
+            shard(network, mesh, None if shape.dtype == torch.float32 else shape.dtype)
+        if judge.perceptual is not None:
+            judge.perceptual.network = _fake_copy(judge.perceptual.network)
+        drawn = _FakeRenderer(renderer, hits, shape.threads, ledger)
+        module = LRMModule(network, drawn, judge)  # type: ignore[arg-type] - it is called alike
+        with ledger, ledger.seeing_resizes(), _marked(network, ledger):
+            parameters = list(network.parameters())
+            for parameter in parameters:
+                ledger.hold(_local(parameter))
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(_set_gradient_aside(ledger))
+            weights = ledger.held
+            other = _hold_perceptual(judge, ledger)
+            batch = _batch(network, shape)
+            autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
+            with autocast:
+                terms = judge(module.look(batch), judge.lpips_start_step)
+                loss = sum(terms.values(), start=torch.zeros(()))
+            forward = {part: ledger.flops(part) for part in PARTS[:-1]}
+            ledger.part = "backward"
+            loss.backward()  # type: ignore[no-untyped-call]
+    trained = [p for p in parameters if p.requires_grad]
+    return StepCosts(
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in trained),
+        largest=max(p.numel() for p in trained),
+        weights=weights,
+        frozen_other=other,
+        gradients=sum(_local(p).numel() * 4 for p in trained),
+        activations=ledger.peak - weights - other,
+        work=ledger.peak_with_aside - weights - other,
+        operations=tuple(ledger.operations),
+        messages=tuple(ledger.messages),
+        forward=forward,
+        model=_model_flops(forward, frozen_encoder=network.encoder.frozen),
+    )
+
+
+def hit_share(bounds: Bounds) -> float:
+    """Return the share of a picture's rays that hit the bounds, for the usual camera."""
+    c2w, camera = orbit(4, _DISTANCE), torch.tensor([_FOCAL, _FOCAL, 0.5, 0.5]).expand(4, 4)
+    near, far = ray_interval(*pixel_rays(c2w, camera, 64, 64), bounds)
+    return (far > near).float().mean().item()
+
+
+def _model_flops(forward: dict[str, float], *, frozen_encoder: bool) -> float:
+    """Backward is twice forward; LPIPS is differentiated in forward; a frozen encoder has no backward."""
+    encoder = forward["encoder"] * (1 if frozen_encoder else 3)
+    return encoder + 3 * (forward["transformer"] + forward["renderer"]) + forward["losses"]
+
+
+def _batch(network: LRM, shape: StepShape) -> Batch:
+    side, inputs = network.encoder.image_size, network.input_views
+
+    def views(count: int, size: int, jitter: Tensor | None) -> Views:
+        lead = (shape.objects, count)
+        cameras = torch.empty(*lead, 4, 4), torch.empty(*lead, 4)
+        return Views(torch.empty(*lead, 3, size, size), torch.empty(*lead, size, size), torch.empty(*lead, 3),
+                     *cameras, jitter)  # fmt: skip
+
+    jitter = torch.empty(shape.objects, shape.views, shape.size, shape.size)
+    ids = tuple(str(number) for number in range(shape.objects))
+    return Batch(ids, views(inputs, side, None), views(shape.views, shape.size, jitter), torch.ones(shape.objects))
+
+
+def _fake_copy(module: Module) -> Module:
+    """Copy a module; its tensors are made anew, in the fake mode that this is called in."""
+    copies: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        new = torch.empty_like(tensor, device="cpu")
+        copies[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    return copy.deepcopy(module, copies)
+
+
+def _meta_perceptual_loss() -> PerceptualLoss:
+    with torch.device("meta"):
+        features = torchvision.models.vgg16().features.state_dict()
+    return PerceptualLoss({f"features.{name}": value for name, value in features.items()}, "vgg")
+
+
+def _hold_perceptual(objective: Objective, ledger: Ledger) -> float:
+    if objective.perceptual is None:
+        return 0.0
+    before = ledger.held
+    for tensor in (*objective.perceptual.network.parameters(), *objective.perceptual.network.buffers()):
+        ledger.hold(tensor)
+    return ledger.held - before
+
+
+def _set_gradient_aside(ledger: Ledger) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        ledger.set_aside(_local(parameter.grad))
+
+    return hook
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter
+
+
+@contextlib.contextmanager
+def _marked(network: LRM, ledger: Ledger) -> Iterator[None]:
+    """Book operations under the part that runs; backward is one part, also what it computes again."""
+
+    def enter(part: str) -> Callable[..., None]:
+        def mark(*_: Any) -> None:  # noqa: ANN401 - a hook's arguments
+            if ledger.part != "backward":
+                ledger.part = part
+
+        return mark
+
+    hooks = [
+        network.encoder.register_forward_pre_hook(enter("encoder")),
+        network.encoder.register_forward_hook(enter("transformer")),
+        network.upsampler.register_forward_hook(enter("renderer")),
+    ]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+class _FakeRenderer:
+    """A renderer that walks one chunk of an object's rays and books it as all of them."""
+
+    def __init__(self, renderer: Renderer, hits: float, threads: int, ledger: Ledger) -> None:
+        self.renderer, self.hits, self.threads, self.ledger = renderer, hits, threads, ledger
+
+    def __call__(
+        self, field: Field, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], jitter: Tensor | None = None
+    ) -> Rendering:
+        """Render as ``Renderer.__call__`` does."""
+        self.ledger.part = "renderer"
+        shape = (*c2w.shape[:2], *size)
+        with torch.autocast("cpu", enabled=False):
+            origins, directions = pixel_rays(c2w, fxfycxcy, *size)
+            near, far = ray_interval(origins, directions, self.renderer.bounds)
+        march = self.renderer.march
+        rays = _OneChunk(
+            origins.flatten(1, 3), directions.flatten(1, 3), near.flatten(1), far.flatten(1),
+            None if jitter is None else jitter.flatten(1), self.hits, max(1, self.renderer.chunk // march.samples),
+            self.threads, self.ledger,
+        )  # fmt: skip
+        flat = render_rays(field, rays, march)
+        self.ledger.part = "losses"
+        return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))
+
+
+class _OneChunk(Rays):
+    """Rays that do not know where they go: so many of each object's hit, and one chunk of these is walked."""
+
+    def __init__(
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        near: Tensor,
+        far: Tensor,
+        jitter: Tensor | None,
+        hits: float,
+        rays_per_chunk: int,
+        threads: int,
+        ledger: Ledger,
+    ) -> None:
+        self.origins, self.directions, self.near, self.far, self.jitter = origins, directions, near, far, jitter
+        self.threads, self.ledger = threads, ledger
+        hit = hits * near.shape[1]
+        self.walked = max(1, min(rays_per_chunk, round(hit / threads)))
+        self.times = hit / self.walked
+
+    def for_each_chunk(
+        self, work: Callable[[int, int, Tensor], None], done: Callable[[int, int], None] = lambda *_: None
+    ) -> None:
+        """Let every thread walk one chunk of each object, which stands for all of its chunks."""
+        chunk = torch.empty(self.walked, dtype=torch.int64)
+        for index in range(self.near.shape[0]):
+            for thread in range(self.threads):
+                with self.ledger.repeated(self.times / self.threads, self.threads):
+                    work(thread, index, chunk)
+                done(thread, index)
