@@ -19,6 +19,10 @@ COMMANDS = {
         "lrm_pl.apps.convert:main",
         "turn weights of OpenLRM or TripoSR into such a folder: lrm convert --from triposr model.ckpt OUT",
     ),
+    "estimate": (
+        "lrm_pl.apps.estimate:main",
+        "say what a run costs, before it is started: lrm estimate CONFIG --gpus 128 --gpu a100-40g",
+    ),
     "launch": ("lrm_pl.apps.launch:main", "start a fit on several processes: under Slurm, or with torchrun"),
     "doctor": ("lrm_pl.apps.doctor:main", "check what a run needs, on every node"),
 }

@@ -30,6 +30,7 @@ from lrm_pl.apps.run_folder import (
     run_path,
 )
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
+from lrm_pl.callbacks.memory import memory_of_libraries
 from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.manifest import write_atomically
@@ -344,6 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     # The planes are such a view; they are read, and never written in place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
     atexit.register(settle_processes)
+    memory_of_libraries()
     try:
         command_line(arguments)
     except StoppedError as stopped:
@@ -351,3 +353,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(STOPPED_STATUS)
     except InputError as error:
         sys.exit(f"lrm: {error}")
+    except (RuntimeError, MemoryError) as error:
+        from lrm_pl.apps.advice import explain, ran_out  # it reads arguments with this module
+
+        given = sys.argv[1:] if arguments is None else arguments
+        if not ran_out(error) or given[0] != "fit":
+            raise
+        error.__traceback__ = None  # its frames hold what filled the memory
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.stderr.write(f"lrm: out of memory: {message}\nEstimating what would help ...\n")
+        sys.exit(explain(given[1:]))

@@ -23,6 +23,7 @@ import torch
 
 from lrm_pl.callbacks.memory import peak_memory
 from lrm_pl.callbacks.part_clock import PartClock
+from lrm_pl.callbacks.utilisation import BatchSize, UtilisationMeter
 from lrm_pl.data.batch import Batch
 from lrm_pl.training.module import LRMModule
 
@@ -47,17 +48,30 @@ class StepTimer(L.Callback):
 
     Times are milliseconds an optimiser step, the mean since the last log line, of this process; the parts add up to
     ``time/step``. Rates are of all processes together. Validation does not count.
+
+    ``speed/mfu`` is the share of the devices' bf16 peak that the mathematics of a step needs, forward and backward,
+    nothing counted twice (PaLM, appendix B). The peak of a CPU is measured once; of a GPU that
+    ``training.costs.machines`` does not know there is none.
     """
 
     def __init__(self) -> None:
         self._clock: PartClock | None = None
         self._steps = self._samples = self._rays = 0
+        self._batches: list[BatchSize] = []
+        self._meter: UtilisationMeter | None = None
         self._undo: list[Callable[[], None]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the shape of the network while it is whole."""
+        if stage == "fit":
+            assert isinstance(pl_module, LRMModule)
+            self._meter = UtilisationMeter(pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the marks and start the clock."""
         assert isinstance(pl_module, LRMModule)
         self._steps = self._samples = self._rays = 0
+        self._batches = []
         self._clock = clock = PartClock(trainer.strategy.root_device)
         self._mark_forward(pl_module, clock)
         self._mark_fetching(trainer, clock)
@@ -91,6 +105,7 @@ class StepTimer(L.Callback):
         assert self._clock is not None
         self._clock.switch("other")
         self._samples += len(batch.ids) * trainer.world_size
+        self._batches.append(BatchSize(len(batch.ids), batch.target.alpha.numel(), trainer.global_step))
         self._rays += batch.target.alpha.numel() * trainer.world_size
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -99,6 +114,7 @@ class StepTimer(L.Callback):
             return
         spent = self._clock.take()
         total = max(sum(ms for part, ms in spent.items() if part != PAUSE), 1e-6)
+        mfu = self._utilisation(pl_module.device, total / 1000)
         times = {f"time/{part}": spent.get(part, 0.0) / self._steps for part in PARTS}
         pl_module.log("speed/samples_per_second", 1000 * self._samples / total, prog_bar=True)
         pl_module.log_dict(
@@ -106,11 +122,13 @@ class StepTimer(L.Callback):
                 "speed/rays_per_second": 1000 * self._rays / total,
                 "speed/data_wait_share": spent.get("data_wait", 0.0) / total,
                 "time/step": total / self._steps,
+                **({} if mfu is None else {"speed/mfu": mfu}),
                 **times,
                 **peak_memory(pl_module.device),
             }
         )
         self._steps = self._samples = self._rays = 0
+        self._batches = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave out validation, with the start of its loader workers since the last batch."""
@@ -126,6 +144,15 @@ class StepTimer(L.Callback):
     ) -> None:
         """Take the marks away."""
         self._clear()
+
+    def _utilisation(self, device: torch.device, seconds: float) -> float | None:
+        """Ask the meter; what it takes the first time does not count."""
+        assert self._clock is not None
+        assert self._meter is not None
+        self._clock.switch(PAUSE)
+        share = self._meter.share(self._batches, device, seconds)
+        self._clock.switch("other")
+        return share
 
     def _switch(self, part: str) -> None:
         assert self._clock is not None

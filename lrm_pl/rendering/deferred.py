@@ -46,7 +46,9 @@ def render_deferred(
     Returns:
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
     """
-    return render_rays(field, Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples)), march)
+    return render_rays(
+        field, Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples)), march
+    )
 
 
 def render_rays(field: Field, rays: "Rays", march: March) -> Rendering:

@@ -28,7 +28,8 @@ class Renderer:
             for cube-normalised ones. The sphere spends no samples on corners that are empty by construction.
         quadrature: What a sample stands for: its bin, or with its neighbour the stretch between them (OpenLRM).
         unit: What density counts lengths in: scene units, or the part of the ray inside the bounds (TripoSR).
-        chunk: Points decoded at a time: a matter of cache (CPU) or memory (GPU), never of the result.
+        chunk: Points decoded at a time, never a matter of the result; null chooses by the device: 32768 fit a CPU's
+            cache, 262144 keep a GPU busy (fewer would leave it waiting for the next kernel to start).
     """
 
     def __init__(
@@ -38,9 +39,9 @@ class Renderer:
         bounds: Bounds = "sphere",
         quadrature: Quadrature = "bins",
         unit: LengthUnit = "scene",
-        chunk: int = 32768,
+        chunk: int | None = None,
     ) -> None:
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise InputError(f"expected a positive chunk, found {chunk}")
         self.march = March(samples_per_ray, importance_samples, quadrature, unit)
         self.bounds, self.chunk = bounds, chunk
@@ -67,10 +68,10 @@ class Renderer:
         """
         flat = render_deferred(
             field,
-            *self._rays(c2w, fxfycxcy, size),
+            *self.rays(c2w, fxfycxcy, size),
             None if jitter is None else jitter.float().flatten(1),
             self.march,
-            self.chunk,
+            self.chunk_on(c2w.device),
         )
         return _unflattened(flat, (*c2w.shape[:2], *size))
 
@@ -94,11 +95,15 @@ class Renderer:
         Returns:
             Pixels with rays of shape (B, V, H, W).
         """
-        rays = self._rays(c2w, fxfycxcy, size)
-        flat = render_skipping(field, occupancies, *rays, self.march, self.chunk)
+        rays = self.rays(c2w, fxfycxcy, size)
+        flat = render_skipping(field, occupancies, *rays, self.march, self.chunk_on(c2w.device))
         return _unflattened(flat, (*c2w.shape[:2], *size))
 
-    def _rays(
+    def chunk_on(self, device: torch.device) -> int:
+        """Return how many points are decoded at a time on a device."""
+        return self.chunk or (32768 if device.type == "cpu" else 262144)
+
+    def rays(
         self, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return origins, directions (B, R, 3), near and far (B, R) of all pixels of all views."""

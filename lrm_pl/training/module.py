@@ -17,7 +17,7 @@ from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.gradients import GradientGuard, GuardConfig
 from lrm_pl.training.holder import holder_of
 from lrm_pl.training.optim import OptimizerConfig
-from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, shard
+from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, require_equal_weights, shard
 
 #: What blocks compute in and are gathered in when they are sharded, by the trainer's precision.
 SHARDED_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
@@ -70,7 +70,7 @@ class LRMModule(L.LightningModule):
         """Prepare the blocks, and shard where the strategy has laid out a mesh; Lightning calls this more than once.
 
         Raises:
-            InputError: A precision that cannot be sharded.
+            InputError: A precision that cannot be sharded, or ranks that hold different weights.
         """
         if self._configured:
             return
@@ -82,6 +82,7 @@ class LRMModule(L.LightningModule):
                 raise InputError(
                     f"expected a precision of {', '.join(SHARDED_PRECISIONS)} with a sharded network, found {precision}"
                 )
+            require_equal_weights(self.lrm)
             shard(self.lrm, self.device_mesh, SHARDED_PRECISIONS[precision])
 
     def render(self, batch: Batch, views: Views) -> Prediction:

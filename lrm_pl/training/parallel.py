@@ -71,11 +71,7 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
         mesh: One dimension shards over all ranks; two replicate over the first and shard over the second (HSDP).
         block_dtype: What blocks compute in and are gathered in; their gradients are reduced in float32. None, and
             the small modules (camera embedder, decoder, norms, tokens) always: float32.
-
-    Raises:
-        InputError: Ranks hold different weights.
     """
-    require_equal_weights(lrm)
     # FSDP's own cast would round poses and intrinsics; autocast casts what may be cast.
     policy = MixedPrecisionPolicy(
         param_dtype=block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False

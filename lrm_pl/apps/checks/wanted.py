@@ -1,20 +1,16 @@
 """What a run asks for: its config, as `lrm fit` would read it, without making the model."""
 
-import argparse
 import dataclasses
-import warnings
 from pathlib import Path
 
 import torch
 from jsonargparse import Namespace
 
-from lrm_pl.apps.train import LRMCLI, PARSER_OPTIONS, WeightsConfig, WeightsFile, pretrained_name
-from lrm_pl.data.datamodule import ShardDataModule
-from lrm_pl.errors import InputError
+from lrm_pl.apps.parsed import parse_fit
+from lrm_pl.apps.train import WeightsConfig, WeightsFile, pretrained_name
 from lrm_pl.io.artefacts import WeightName
 from lrm_pl.io.state_dicts import TIMM_NAMES
 from lrm_pl.io.weights import WeightSource
-from lrm_pl.training.module import LRMModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,38 +54,13 @@ class Wanted:
     weights: tuple[Weights, ...]
 
 
-class _ParsedOnly(LRMCLI):
-    """The command line of `lrm fit` that stops once everything is parsed."""
-
-    def instantiate_classes(self) -> None:
-        """Make nothing."""
-
-    def _set_seed(self) -> None:
-        """Seed nothing, and say nothing of it."""
-
-
 def read_wanted(arguments: list[str]) -> Wanted:
     """Read the arguments of `lrm fit`.
 
     Raises:
         InputError: `lrm fit` would refuse them, or there are no known weights for the encoder.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
-        try:
-            config = _ParsedOnly(
-                LRMModule,
-                ShardDataModule,
-                run=False,
-                save_config_callback=None,
-                seed_everything_default=False,
-                parser_kwargs={**PARSER_OPTIONS, "exit_on_error": False},
-                args=arguments,
-            ).config
-        except argparse.ArgumentError as error:
-            raise InputError(
-                f"expected arguments that `lrm fit` takes, found: {error}; correct them, see `lrm fit --help`"
-            ) from error
+    config = parse_fit(arguments)
     trainer, data = config["trainer"], config["data"]
     accelerator = trainer["accelerator"]
     on_gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())

@@ -54,7 +54,7 @@ class Message:
 _MESSAGES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter", "allreduce_": "reduce"}
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watch every operation of the calling thread while it is entered.
 
     Attributes:
@@ -68,12 +68,12 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.part = ""
-        self.held = self.peak = self.aside = self.peak_with_aside = 0
+        self.held = self.peak = self.aside = self.peak_with_aside = 0.0
         self.operations: list[Operation] = []
         self.messages: list[Message] = []
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, float] = {}
         self._times = 1.0
 
     def flops(self, part: str | None = None) -> float:
@@ -85,17 +85,17 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
-            self._sizes[key] = 0
+            self._sizes[key] = 0.0
             weakref.finalize(storage, self._drop, key)
-            self._resize(key, storage.nbytes())
+            self._resize(key, float(storage.nbytes()))
 
     def set_aside(self, tensor: Tensor) -> None:
         """Book the memory of a tensor apart from now on."""
         key = tensor.untyped_storage()._cdata
         self.aside += self._sizes[key]
-        self._resize(key, 0)
+        self._resize(key, 0.0)
 
-    def _resize(self, key: int, size: int) -> None:
+    def _resize(self, key: int, size: float) -> None:
         self.held += size - self._sizes[key]
         self._sizes[key] = size
         self.peak = max(self.peak, self.held)
@@ -125,10 +125,10 @@ class Ledger(TorchDispatchMode):
         def resize(storage: torch.UntypedStorage, size: int) -> Any:  # noqa: ANN401 - as torch has it
             result = original(storage, size)
             if storage._cdata in self._sizes:
-                self._resize(storage._cdata, size)
+                self._resize(storage._cdata, float(size))
             return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -153,18 +153,28 @@ class Ledger(TorchDispatchMode):
         elif not _is_view(func):
             count = flop_registry.get(func._overloadpacket)
             flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
-            moved = sum(x.numel() * x.element_size() for x in (*inputs, *results))
-            self.operations.append(Operation(self.part, self._times * flops, self._times * moved, self._times))
+            moved = float(sum(x.numel() * x.element_size() for x in (*inputs, *results)))
+            self.operations.append(
+                Operation(self.part, self._times * flops, self._times * moved, self._times)
+            )
         return out
 
     def _exchange(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:  # noqa: ANN401
         kind = _MESSAGES.get(func._overloadpacket.__name__)
         if kind is None:
             return
-        group = next(ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x))
-        self.messages.append(Message(kind, max(x.numel() * x.element_size() for x in tensors), group.size()))
+        group = next(
+            ProcessGroup.unbox(x)
+            for x in args
+            if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x)
+        )
+        self.messages.append(
+            Message(kind, float(max(x.numel() * x.element_size() for x in tensors)), group.size())
+        )
 
 
 def _is_view(func: Any) -> bool:  # noqa: ANN401 - an operator
     """Say whether an operator only looks at memory in another way."""
-    return any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
+    return any(
+        result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns
+    )

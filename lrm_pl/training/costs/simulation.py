@@ -8,8 +8,9 @@ distance, and one chunk of them stands for all.
 import contextlib
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torchvision
@@ -47,6 +48,7 @@ class StepShape:
         objects: Objects of a batch of one process.
         views: Target views of each.
         size: Side of a target window.
+        device: Where it is computed; fake tensors are the same on both, chunks are not.
         threads: CPU threads; 1 for a GPU.
         dtype: What products are computed in.
     """
@@ -54,8 +56,14 @@ class StepShape:
     objects: int
     views: int
     size: int
+    device: Literal["cpu", "cuda"] = "cuda"
     threads: int = 1
     dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def pixels(self) -> int:
+        """Target pixels of all objects."""
+        return self.objects * self.views * self.size**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +82,8 @@ class StepCosts:
         operations: What ran.
         messages: What was exchanged.
         forward: FLOPs of forward by part.
-        model: FLOPs that the mathematics needs, forward and backward, nothing computed twice.
+        shape: What was computed.
+        encoder_frozen: Whether the encoder has no backward.
     """
 
     parameters: int
@@ -88,12 +97,28 @@ class StepCosts:
     operations: tuple[Operation, ...]
     messages: tuple[Message, ...]
     forward: dict[str, float]
-    model: float
+    shape: StepShape
+    encoder_frozen: bool
 
     @property
     def flops(self) -> float:
         """FLOPs that are run, what backward computes again among them."""
         return sum(x.flops for x in self.operations)
+
+    @property
+    def model(self) -> float:
+        """FLOPs that the mathematics needs, forward and backward, nothing computed twice."""
+        return self.model_flops(self.shape.objects, self.shape.pixels, lpips=True)
+
+    def model_flops(self, objects: int, pixels: int, *, lpips: bool) -> float:
+        """Return ``model`` for another number of objects, of target pixels in all views, and with or without LPIPS.
+
+        Backward is twice forward; LPIPS is differentiated in forward; a frozen encoder has no backward.
+        """
+        part = self.forward
+        an_object = part["encoder"] * (1 if self.encoder_frozen else 3) + 3 * part["transformer"]
+        a_pixel = 3 * part["renderer"] + (part["losses"] if lpips else 0.0)
+        return an_object * objects / self.shape.objects + a_pixel * pixels / self.shape.pixels
 
 
 def simulate_step(
@@ -120,20 +145,22 @@ def simulate_step(
     if judge.lpips:
         judge.perceptual = _meta_perceptual_loss()
     with fake:
-        network = _fake_copy(lrm).train()
+        network = fake_copy(lrm).train()
         prepare_blocks(network, dataclasses.replace(parallel, compile=False))
         if mesh is not None:
             shard(network, mesh, None if shape.dtype == torch.float32 else shape.dtype)
         if judge.perceptual is not None:
-            judge.perceptual.network = _fake_copy(judge.perceptual.network)
-        drawn = _FakeRenderer(renderer, hits, shape.threads, ledger)
-        module = LRMModule(network, drawn, judge)  # type: ignore[arg-type] - it is called alike
-        with ledger, ledger.seeing_resizes(), _marked(network, ledger):
+            judge.perceptual.network = fake_copy(judge.perceptual.network)
+        module = LRMModule(network, renderer, judge)
+        module.renderer = _FakeRenderer(renderer, hits, shape, ledger)  # type: ignore[assignment]
+        with ledger, ledger.seeing_resizes(), _marked(network, ledger), warnings.catch_warnings():
+            # The planes are such a view; they are read, and never written in place.
+            warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
             parameters = list(network.parameters())
             for parameter in parameters:
                 ledger.hold(_local(parameter))
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(_set_gradient_aside(ledger))
+                    parameter.register_post_accumulate_grad_hook(_set_gradient_aside(ledger))  # type: ignore[no-untyped-call]
             weights = ledger.held
             other = _hold_perceptual(judge, ledger)
             batch = _batch(network, shape)
@@ -151,14 +178,25 @@ def simulate_step(
         largest=max(p.numel() for p in trained),
         weights=weights,
         frozen_other=other,
-        gradients=sum(_local(p).numel() * 4 for p in trained),
+        gradients=4.0 * sum(_local(p).numel() for p in trained),
         activations=ledger.peak - weights - other,
         work=ledger.peak_with_aside - weights - other,
         operations=tuple(ledger.operations),
         messages=tuple(ledger.messages),
         forward=forward,
-        model=_model_flops(forward, frozen_encoder=network.encoder.frozen),
+        shape=shape,
+        encoder_frozen=network.encoder.frozen,
     )
+
+
+def without_numbers(module: Module) -> Module:
+    """Copy a module to the meta device."""
+    return _copied(module, "meta")
+
+
+def fake_copy(module: Module) -> Module:
+    """Copy a module in the fake mode that this is called in: tensors on a CPU, without numbers."""
+    return _copied(module, "cpu")
 
 
 def hit_share(bounds: Bounds) -> float:
@@ -166,12 +204,6 @@ def hit_share(bounds: Bounds) -> float:
     c2w, camera = orbit(4, _DISTANCE), torch.tensor([_FOCAL, _FOCAL, 0.5, 0.5]).expand(4, 4)
     near, far = ray_interval(*pixel_rays(c2w, camera, 64, 64), bounds)
     return (far > near).float().mean().item()
-
-
-def _model_flops(forward: dict[str, float], *, frozen_encoder: bool) -> float:
-    """Backward is twice forward; LPIPS is differentiated in forward; a frozen encoder has no backward."""
-    encoder = forward["encoder"] * (1 if frozen_encoder else 3)
-    return encoder + 3 * (forward["transformer"] + forward["renderer"]) + forward["losses"]
 
 
 def _batch(network: LRM, shape: StepShape) -> Batch:
@@ -185,15 +217,18 @@ def _batch(network: LRM, shape: StepShape) -> Batch:
 
     jitter = torch.empty(shape.objects, shape.views, shape.size, shape.size)
     ids = tuple(str(number) for number in range(shape.objects))
-    return Batch(ids, views(inputs, side, None), views(shape.views, shape.size, jitter), torch.ones(shape.objects))
+    return Batch(
+        ids, views(inputs, side, None), views(shape.views, shape.size, jitter), torch.ones(shape.objects)
+    )
 
 
-def _fake_copy(module: Module) -> Module:
-    """Copy a module; its tensors are made anew, in the fake mode that this is called in."""
+def _copied(module: Module, device: str) -> Module:
     copies: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        new = torch.empty_like(tensor, device="cpu")
-        copies[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        new = torch.empty_like(tensor, device=device)
+        copies[id(tensor)] = (
+            nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        )
     return copy.deepcopy(module, copies)
 
 
@@ -248,8 +283,8 @@ def _marked(network: LRM, ledger: Ledger) -> Iterator[None]:
 class _FakeRenderer:
     """A renderer that walks one chunk of an object's rays and books it as all of them."""
 
-    def __init__(self, renderer: Renderer, hits: float, threads: int, ledger: Ledger) -> None:
-        self.renderer, self.hits, self.threads, self.ledger = renderer, hits, threads, ledger
+    def __init__(self, renderer: Renderer, hits: float, shape: StepShape, ledger: Ledger) -> None:
+        self.renderer, self.hits, self.step, self.ledger = renderer, hits, shape, ledger
 
     def __call__(
         self, field: Field, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], jitter: Tensor | None = None
@@ -257,16 +292,12 @@ class _FakeRenderer:
         """Render as ``Renderer.__call__`` does."""
         self.ledger.part = "renderer"
         shape = (*c2w.shape[:2], *size)
-        with torch.autocast("cpu", enabled=False):
-            origins, directions = pixel_rays(c2w, fxfycxcy, *size)
-            near, far = ray_interval(origins, directions, self.renderer.bounds)
-        march = self.renderer.march
+        most = max(1, self.renderer.chunk_on(torch.device(self.step.device)) // self.renderer.march.samples)
+        noise = None if jitter is None else jitter.flatten(1)
         rays = _OneChunk(
-            origins.flatten(1, 3), directions.flatten(1, 3), near.flatten(1), far.flatten(1),
-            None if jitter is None else jitter.flatten(1), self.hits, max(1, self.renderer.chunk // march.samples),
-            self.threads, self.ledger,
-        )  # fmt: skip
-        flat = render_rays(field, rays, march)
+            self.renderer.rays(c2w, fxfycxcy, size), noise, self.hits, most, self.step.threads, self.ledger
+        )
+        flat = render_rays(field, rays, self.renderer.march)
         self.ledger.part = "losses"
         return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))
 
@@ -276,19 +307,16 @@ class _OneChunk(Rays):
 
     def __init__(
         self,
-        origins: Tensor,
-        directions: Tensor,
-        near: Tensor,
-        far: Tensor,
+        rays: tuple[Tensor, Tensor, Tensor, Tensor],
         jitter: Tensor | None,
         hits: float,
         rays_per_chunk: int,
         threads: int,
         ledger: Ledger,
     ) -> None:
-        self.origins, self.directions, self.near, self.far, self.jitter = origins, directions, near, far, jitter
-        self.threads, self.ledger = threads, ledger
-        hit = hits * near.shape[1]
+        self.origins, self.directions, self.near, self.far = rays
+        self.jitter, self.threads, self.ledger = jitter, threads, ledger
+        hit = hits * self.near.shape[1]
         self.walked = max(1, min(rays_per_chunk, round(hit / threads)))
         self.times = hit / self.walked
 

@@ -1,0 +1,214 @@
+"""``lrm estimate CONFIG... --gpus N``: what a run costs before it is started; no GPU and no data are needed.
+
+A step of one process is run on fake tensors, so every option counts; under FSDP2 as a process of the whole run, its
+messages going nowhere, and what each process holds is checked. Everything that `lrm fit` takes may follow.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lrm_pl.apps.advice import table_lines, what_would_help
+from lrm_pl.apps.plan import Plan, plan
+from lrm_pl.callbacks.memory import memory_of_libraries
+from lrm_pl.errors import InputError
+from lrm_pl.training.costs.division import CPU_SLACK, Division, Machines, alone, best_fitting, divisions
+from lrm_pl.training.costs.fake_group import as_rank
+from lrm_pl.training.costs.machines import GPUS, cpu_flops
+from lrm_pl.training.costs.sharding import check_shards
+from lrm_pl.training.costs.simulation import StepCosts, simulate_step
+
+#: Share of the measured peak that a step reaches on a CPU, about (`make bench`).
+_CPU_SHARE = 0.5
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split the command line into our options and the arguments of `lrm fit`."""
+    parser = argparse.ArgumentParser(
+        prog="lrm estimate",
+        description=__doc__,
+        usage="%(prog)s CONFIG... [--gpus N] [options] [arguments of lrm fit]",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--gpus",
+        type=int,
+        default=0,
+        help="all GPUs of the run; 0, the default: one process on this machine's CPU",
+    )
+    add("--gpu", choices=GPUS, default="a100-80g", help="which GPU (default: %(default)s)")
+    add("--gpus-per-node", type=int, default=8, help="default: %(default)s")
+    add(
+        "--network", type=float, default=800, help="Gbit/s that a node sends to others (default: %(default)s)"
+    )
+    add(
+        "--every-rank",
+        action="store_true",
+        help="build the sharded program of every process, not of the first and last",
+    )
+    configs = []
+    rest = list(argv)
+    while rest and not rest[0].startswith("-"):
+        configs.append(rest.pop(0))
+    options, arguments = parser.parse_known_args(rest)
+    if not configs and not arguments:
+        parser.error("expected a config: lrm estimate configs/experiment/demo.yaml --gpus 8")
+    return options, [*(part for config in configs for part in ("-c", config)), *arguments]
+
+
+def show_step(console: Console, planned: Plan, costs: StepCosts) -> None:
+    """Print the network's size and the operations of an optimiser step, of all processes together."""
+    lrm, times = planned.module.lrm, planned.processes * planned.accumulate
+    table = Table(title="The network and a step of all processes", show_header=False)
+    for name, part in (("encoder", lrm.encoder), ("transformer", lrm.transformer), ("all", lrm)):
+        table.add_row(f"parameters, {name}", f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M")
+    table.add_row("parameters that learn", f"{costs.trained / 1e6:.1f} M")
+    table.add_row("objects a step", f"{planned.batch_size}: {times} x {planned.shape.objects} at a time")
+    lines = {f"forward, {name}": flops for name, flops in costs.forward.items()}
+    lines |= {"forward + backward": costs.model, "run, with what is recomputed": costs.flops}
+    for name, flops in lines.items():
+        table.add_row(name, f"{flops * times / 1e9:,.1f} GFLOP")
+    console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds in the unit in which one would say them."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def show_divisions(console: Console, rows: Sequence[Division], planned: Plan, memory: float | None) -> None:
+    """Print a row a strategy."""
+    timed = any(row.compute for row in rows)
+    title = f"A process of {planned.processes}, GB" + (f"; it has {memory / 1e9:.0f}" if memory else "")
+    table = Table(title=title)
+    for column in ("strategy", "weights", "gradients", "optimizer", "activations", "peak"):
+        table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
+    if timed:
+        for column in ("sent a step", "s computing", "s waiting", "whole run"):
+            table.add_column(column, justify="right")
+    for row in rows:
+        sizes = [row.weights, row.gradients, row.optimizer, row.activations]
+        peak = f"{row.peak / 1e9:.2f}" + ("" if memory is None or row.peak <= memory else " too much")
+        cells = [row.strategy, *(f"{size / 1e9:.2f}" for size in sizes), peak]
+        if timed:
+            whole = duration(planned.steps * row.seconds) if planned.steps > 0 else "-"
+            cells += [f"{row.sent / 1e9:.2f}", f"{row.compute:.3f}", f"{row.exposed:.3f}", whole]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str]) -> None:
+    """Estimate a run on GPUs.
+
+    Raises:
+        InputError: Arguments that cannot be used.
+    """
+    if options.gpus > options.gpus_per_node and options.gpus % options.gpus_per_node:
+        raise InputError(
+            f"expected whole nodes of {options.gpus_per_node} GPUs, found {options.gpus}; give --gpus-per-node"
+        )
+    planned, gpu = plan(arguments, options.gpus, gpu=True), GPUS[options.gpu]
+    machines = Machines(gpu, options.gpus, options.gpus_per_node, options.network * 1e9 / 8)
+    whole = planned.costs()
+    module = planned.module
+    sharded: list[StepCosts | None] = []
+    for copies in (1, machines.nodes):
+        if options.gpus == 1 or (copies == 1 and sharded):
+            sharded.append(None)  # FSDP2 with one copy is what the first of the two is
+            continue
+        with as_rank(0, options.gpus, copies) as mesh:
+            sharded.append(
+                simulate_step(
+                    module.lrm, module.renderer, module.objective, module.parallel, planned.shape, mesh
+                )
+            )
+    if options.gpus > 1:
+        ranks = range(options.gpus) if options.every_rank else sorted({0, options.gpus - 1})
+        for copies in sorted({1, machines.nodes}):
+            shown = track(
+                ranks,
+                f"checking shards, {'fsdp2' if copies == 1 else 'hsdp'}",
+                console=console,
+                transient=True,
+            )
+            check_shards(module.lrm, options.gpus, copies, planned.shape.dtype, shown)
+            console.print(
+                f"{'fsdp2' if copies == 1 else 'hsdp'}: built {len(ranks)} of {options.gpus} processes' programs: "
+                "every weight is held once a copy, in parts of the right shape"
+            )
+    show_step(console, planned, whole)
+    rows = divisions(whole, sharded[0], sharded[1], machines, planned.accumulate)
+    show_divisions(console, rows, planned, gpu.memory)
+    gbit = f", {options.network:g} Gbit/s a node" if machines.nodes > 1 else ""
+    console.print(
+        f"{options.gpus} x {gpu.title} in {machines.nodes} node(s){gbit}; {planned.steps} steps. Roofline: products at "
+        "70 % of the peak, memory and links at 80 % of theirs, no loading of data. DeepSpeed's rows are arithmetic.",
+        soft_wrap=True,
+    )
+    best = best_fitting(rows, gpu.memory)
+    if best is None:
+        peak, remedies = what_would_help(arguments, options.gpus, gpu=True)
+        console.print("Nothing fits;", "\n".join(table_lines(peak, remedies)), soft_wrap=True)
+        return
+    mfu = whole.model * planned.accumulate / best.seconds / gpu.products(whole.shape.dtype)
+    console.print(
+        f"Simplest of the fastest that fit: {best.strategy}, {best.seconds:.2f} s a step, MFU {mfu:.2f}."
+    )
+    words = [f"NODES={machines.nodes}"] if machines.nodes > 1 else []
+    words.append(f"GPUS={min(options.gpus, options.gpus_per_node)}")
+    words += [] if best.strategy == "none" else [f"STRATEGY={best.strategy}"]
+    configs = " ".join(b for a, b in itertools.pairwise(arguments) if a == "-c")
+    console.print(
+        f'Next: make train {" ".join(words)} CONFIG="{configs}" DATA=...  (make doctor checks the nodes)',
+        soft_wrap=True,
+    )
+
+
+def on_cpu(console: Console, arguments: list[str]) -> None:
+    """Estimate a run of one process on this machine.
+
+    Raises:
+        InputError: Arguments that cannot be used.
+    """
+    base = memory_of_libraries()
+    planned = plan(arguments, 1, gpu=False)
+    costs = planned.costs()
+    show_step(console, planned, costs)
+    row = alone(costs, planned.accumulate, base, CPU_SLACK, 4.0 * costs.largest)
+    peak = cpu_flops(costs.shape.dtype)
+    row = dataclasses.replace(
+        row, strategy="cpu", compute=planned.accumulate * costs.flops / (_CPU_SHARE * peak)
+    )
+    show_divisions(console, [row], planned, None)
+    console.print(
+        f"The peak holds {base / 1e9:.2f} GB of Python and libraries, and what the heap keeps. This machine's peak: "
+        f"{peak / 1e9:.0f} GFLOP/s, of which a step reaches about half.",
+        soft_wrap=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; expected errors end in one message."""
+    options, arguments = parse(sys.argv[2:] if argv is None else argv)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    try:
+        if options.gpus < 0 or options.gpus_per_node < 1 or options.network <= 0:
+            raise InputError(
+                "expected --gpus of 0 or more, --gpus-per-node of 1 or more and --network above 0"
+            )
+        if options.gpus:
+            on_gpus(console, options, arguments)
+        else:
+            on_cpu(console, arguments)
+    except InputError as error:
+        sys.exit(f"lrm: {error}")

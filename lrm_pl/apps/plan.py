@@ -1,0 +1,77 @@
+"""What the arguments of `lrm fit` ask of one process, and what its step costs."""
+
+import dataclasses
+
+import torch
+
+from lrm_pl.apps.parsed import model_without_numbers
+from lrm_pl.errors import InputError
+from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step
+from lrm_pl.training.module import LRMModule
+
+DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, divided over processes.
+
+    Attributes:
+        module: Its model, on the meta device.
+        shape: What a process computes at a time.
+        batch_size: Objects an optimiser step.
+        processes: Processes.
+        accumulate: Batches of a process an optimiser step.
+        steps: Optimiser steps of the run.
+        strategy: The strategy's class, or Lightning's word for one.
+    """
+
+    module: LRMModule
+    shape: StepShape
+    batch_size: int
+    processes: int
+    accumulate: int
+    steps: int
+    strategy: str
+
+    def costs(self) -> StepCosts:
+        """Simulate a step of a process that holds the whole network."""
+        module = self.module
+        return simulate_step(module.lrm, module.renderer, module.objective, module.parallel, self.shape)
+
+
+def plan(arguments: list[str], processes: int, *, gpu: bool) -> Plan:
+    """Read the arguments of `lrm fit` for a number of processes.
+
+    Args:
+        arguments: As typed.
+        processes: All processes of the run.
+        gpu: Whether each has a GPU; else it is this machine's CPU, with as many threads as this process.
+
+    Raises:
+        InputError: `lrm fit` would refuse them, or the batch cannot be divided.
+    """
+    config, module, data = model_without_numbers(arguments)
+    trainer = config["trainer"]
+    accumulate, precision = trainer["accumulate_grad_batches"], str(trainer["precision"])
+    if precision not in DTYPES:
+        raise InputError(
+            f"expected trainer.precision {', '.join(DTYPES)}, found {precision}; choose one of these"
+        )
+    parts = processes * accumulate
+    if data.batch_size % parts:
+        above = -(-data.batch_size // parts) * parts
+        raise InputError(
+            f"expected a data.batch_size that {processes} processes x {accumulate} accumulated batches divide, found "
+            f"{data.batch_size}; give --data.batch_size {above}"
+        )
+    augmentation = data.augmentation
+    size = max(augmentation.crop.size, *(stage.crop.size for stage in augmentation.stages), 0)
+    views = module.lrm.input_views + data.side_views
+    shape = StepShape(
+        data.batch_size // parts, views, size, "cuda" if gpu else "cpu", 1 if gpu else torch.get_num_threads(),
+        DTYPES[precision],
+    )  # fmt: skip
+    strategy = trainer["strategy"]
+    name = strategy if isinstance(strategy, str) else strategy["class_path"]
+    return Plan(module, shape, data.batch_size, processes, accumulate, trainer["max_steps"], name)

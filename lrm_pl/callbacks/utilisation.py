@@ -1,0 +1,54 @@
+"""What share of a device's peak a run reaches (model FLOPs utilisation)."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from lrm_pl.training.costs.machines import peak_flops
+from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step, without_numbers
+from lrm_pl.training.module import LRMModule
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSize:
+    """What a process computed at once.
+
+    Attributes:
+        objects: Objects.
+        pixels: Target pixels of all of them.
+        step: Optimiser steps done by then, this one perhaps among them.
+    """
+
+    objects: int
+    pixels: int
+    step: int
+
+
+class UtilisationMeter:
+    """Count what batches need, by a simulated step, made when it is first asked for.
+
+    Args:
+        module: What is trained, before it is divided; only its shapes are kept.
+    """
+
+    def __init__(self, module: LRMModule) -> None:
+        self.lrm = without_numbers(module.lrm)
+        self.renderer, self.objective, self.parallel = module.renderer, module.objective, module.parallel
+        self._costs: StepCosts | None = None
+
+    def share(self, batches: Sequence[BatchSize], device: torch.device, seconds: float) -> float | None:
+        """Return the share of a device's peak that batches took in so many seconds; None where no peak is known."""
+        peak = peak_flops(device)
+        if peak is None:
+            return None
+        if self._costs is None:
+            shape = StepShape(1, 1, 64)
+            with torch.enable_grad():
+                self._costs = simulate_step(self.lrm, self.renderer, self.objective, self.parallel, shape)
+        start = self.objective.lpips_start_step if self.objective.lpips else None
+        flops = sum(
+            self._costs.model_flops(x.objects, x.pixels, lpips=start is not None and x.step > start)
+            for x in batches
+        )
+        return flops / seconds / peak
