@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from lrm_pl.errors import InputError
@@ -85,7 +86,15 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
             # A group of their own: what they norm is float32, and a CPU refuses weights of another type.
             fully_shard(norms, mesh=mesh, mp_policy=exact)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(lrm, mesh=mesh, mp_policy=exact)
+    shards = mesh.size(mesh.ndim - 1)
+    fully_shard(lrm, mesh=mesh, mp_policy=exact, shard_placement_fn=lambda p: _placement(p, shards))
+
+
+def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
+    """Cut tokens and embeddings, (1, N, D), along N or D: FSDP2 would pad their first dimension to a row a rank."""
+    if parameter.shape[0] >= shards:
+        return None
+    return next((Shard(d) for d, size in enumerate(parameter.shape) if size % shards == 0), None)
 
 
 def require_equal_weights(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from lrm_pl.callbacks.step_timer import PARTS
 from lrm_pl.data.dataset import TrainingStream
 from lrm_pl.losses.objective import Objective
 from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.costs.simulation import StepCosts
 from lrm_pl.training.module import LRMModule
 from tests.distributed.conftest import TINY
 
@@ -55,6 +56,28 @@ def slow(monkeypatch, owner, name, seconds):
         return original(self, *arguments, **keywords)
 
     monkeypatch.setattr(owner, name, slower)
+
+
+def test_utilisation_is_the_model_operations_of_the_logged_steps_over_their_time_and_the_peak(
+    quick, monkeypatch, tmp_path, no_report
+):
+    monkeypatch.setattr("lrm_pl.callbacks.utilisation.peak_flops", lambda _: 1e9)
+    monkeypatch.setattr(
+        StepCosts, "model_flops", lambda self, objects, pixels, *, lpips: 1000.0 * objects + pixels
+    )
+    main(["fit", *quick, TIMER_ALONE])
+    for row in lines(tmp_path / "run"):
+        pixels = TINY["data"]["batch_size"] * 2 * TINY["data"]["crop"]["size"] ** 2
+        flops = 1000 * TINY["data"]["batch_size"] + pixels
+        assert float(row["speed/mfu"]) == pytest.approx(
+            flops / (float(row["time/step"]) / 1000) / 1e9, rel=1e-3
+        )
+
+
+def test_a_device_without_a_known_peak_has_no_utilisation(quick, monkeypatch, tmp_path, no_report):
+    monkeypatch.setattr("lrm_pl.callbacks.utilisation.peak_flops", lambda _: None)
+    main(["fit", *quick, TIMER_ALONE])
+    assert all("speed/mfu" not in row for row in lines(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
@@ -16,7 +16,7 @@ from lrm_pl.training.parallel import shard
 def check_shards(lrm: LRM, processes: int, copies: int, dtype: torch.dtype, ranks: Iterable[int]) -> None:
     """Shard a network as each of some ranks would, and compare what it holds with what it should.
 
-    A weight is cut along its first dimension into parts of equal size, the last ones smaller or empty.
+    A weight is cut along one dimension into parts of equal size, the last ones smaller or empty.
 
     Args:
         lrm: The network; best on the meta device, and not touched.
@@ -35,11 +35,13 @@ def check_shards(lrm: LRM, processes: int, copies: int, dtype: torch.dtype, rank
             shard(network, mesh, None if dtype == torch.float32 else dtype)
             for name, parameter in network.named_parameters():
                 assert isinstance(parameter, DTensor), name
-                rows = parameter.shape[0]
+                placement = parameter.placements[-1]
+                assert isinstance(placement, Shard), (name, placement)
+                rows, expected = parameter.shape[placement.dim], list(parameter.shape)
                 size = -(-rows // parts)
                 first = min(rows, rank % parts * size)
-                expected = (min(rows, first + size) - first, *parameter.shape[1:])
-                found = tuple(parameter.to_local().shape)
+                expected[placement.dim] = min(rows, first + size) - first
+                found = list(parameter.to_local().shape)
                 if found != expected:
                     raise InputError(
                         f"{name}: expected rank {rank} to hold {expected} of {tuple(parameter.shape)}, found {found}"

@@ -1,0 +1,151 @@
+"""`lrm estimate`, held against real runs; and what a run says that ran out of memory."""
+
+import csv
+import dataclasses
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lrm_pl.apps.estimate import main as estimate
+from lrm_pl.training.costs.machines import GPUS
+from tests.integration.test_cli import TINY
+
+# LightningCLI uses names that jsonargparse has deprecated.
+pytestmark = pytest.mark.filterwarnings("default")
+
+#: Big enough that a step shows beside Python and its libraries, small enough for seconds.
+MIDDLE = {
+    **TINY,
+    "model": {
+        **TINY["model"],
+        "lrm": {
+            "encoder": {"name": "vit_small_patch14_dinov2", "image_size": 112, "frozen": False},
+            "decoder": {"channels": 16, "width": 32, "layers": 4}, "dim": 384, "depth": 6, "heads": 6,
+            "camera_dim": 256, "plane_tokens": 24, "upsample": 2,
+        },
+        "renderer": {"samples_per_ray": 16},
+    },
+    "data": {**TINY["data"], "batch_size": 2, "side_views": 3},
+    "trainer": {
+        "accelerator": "cpu", "max_steps": 3, "log_every_n_steps": 1, "limit_val_batches": 0,
+        "callbacks": [{"class_path": "lrm_pl.callbacks.step_timer.StepTimer"}],
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "m"},
+        },
+    },
+}  # fmt: skip
+
+SHALLOW = ("--model.lrm.depth=2", "--model.lrm.encoder.depth=2")
+
+
+@pytest.fixture
+def middle(tmp_path):
+    (tmp_path / "middle.yaml").write_text(yaml.safe_dump(MIDDLE))
+    return str(tmp_path / "middle.yaml")
+
+
+def fit(arguments, limit=None):
+    """Run `lrm fit` in a process of its own, which may hold so many bytes of data."""
+    command = [sys.executable, "-m", "lrm_pl", "fit", *arguments]
+    limits = (
+        {}
+        if limit is None
+        else {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit,) * 2)}
+    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ, **limits)
+
+
+def cells(output, row):
+    """Read the numbers of a row of a printed table."""
+    (line,) = [line for line in output.splitlines() if re.match(rf"│ {re.escape(row)} +│", line)]
+    return [float(number) for number in re.findall(r"[\d.]*\d", line.split("│", 2)[2].replace(",", ""))]
+
+
+def peak_in_training(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return max(float(row["memory/peak_host_gib"] or 0) for row in csv.DictReader(file)) * 2**30
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_run_is_what_was_estimated_to_15_percent(middle, shards, tmp_path):
+    # In a process of its own: what Python and its libraries hold is part of the estimate.
+    said = subprocess.run(
+        [sys.executable, "-m", "lrm_pl", "estimate", middle],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    done = fit(["-c", middle, "--data.folder", str(shards), "--run.folder", str(tmp_path / "run")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    estimated = cells(said.stdout, "cpu")[4] * 1e9
+    assert estimated == pytest.approx(peak_in_training(tmp_path / "run"), rel=0.15)
+
+
+@pytest.mark.slow
+def test_a_run_out_of_memory_names_three_settings_with_what_each_would_need(middle, shards, tmp_path):
+    arguments = ["-c", middle, "--data.folder", str(shards), "--data.batch_size", "4"]
+    done = fit([*arguments, "--run.folder", str(tmp_path / "run")], limit=2_200_000_000)
+    assert done.returncode == 1
+    assert "lrm: out of memory:" in done.stderr
+    assert "Traceback" not in done.stderr
+    now = float(re.search(r"estimated: ([\d.]+) GB a process\. What would help most:", done.stderr)[1])
+    remedies = re.findall(r"^  (--\S+) +([\d.]+) GB  \((.+)\)$", done.stderr, re.MULTILINE)
+    assert len(remedies) == 3
+    assert all(float(less) < now for _, less, _ in remedies)
+    assert "--trainer.accumulate_grad_batches=2" in [option for option, _, _ in remedies]
+
+
+def test_the_plan_for_many_gpus_builds_every_process_and_says_which_strategy_to_take(middle, capsys):
+    estimate(
+        [middle, *SHALLOW, "--gpus", "8", "--gpus-per-node", "4", "--every-rank", "--data.batch_size", "16"]
+    )
+    said = capsys.readouterr().out
+    assert "fsdp2: built 8 of 8 processes' programs" in said
+    assert "hsdp: built 8 of 8 processes' programs" in said
+    ddp, fsdp2, hsdp = (cells(said, name) for name in ("ddp", "fsdp2", "hsdp"))
+    assert ddp[0] > hsdp[0] > fsdp2[0]  # weights held
+    assert re.search(r"Next: make train NODES=2 GPUS=4 STRATEGY=\w+ CONFIG=", said)
+
+
+def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
+    estimate([middle])
+    said = capsys.readouterr().out
+    forward = {
+        name: cells(said, f"forward, {name}")[-1] for name in ("encoder", "transformer", "renderer", "losses")
+    }
+    both = cells(said, "forward + backward")[-1]
+    assert both == pytest.approx(3 * sum(forward.values()), rel=0.01)
+    assert cells(said, "run, with what is recomputed")[-1] > both
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--gpus", "3"],
+            "expected a data.batch_size that 3 processes x 1 accumulated batches divide, found 2",
+        ),
+        (["--gpus", "12", "--data.batch_size", "12"], "expected whole nodes of 8 GPUs, found 12"),
+        (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),
+        (["--model.lrm.width", "3"], "expected arguments that `lrm fit` takes"),
+        (["--gpus", "-1"], "expected --gpus of 0 or more"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused_with_a_remedy(middle, arguments, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        estimate([middle, *arguments])
+
+
+def test_a_gpu_too_small_is_told_what_would_help(middle, capsys, monkeypatch):
+    monkeypatch.setitem(GPUS, "l4", dataclasses.replace(GPUS["l4"], memory=0.7e9))
+    estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "l4"])
+    said = capsys.readouterr().out
+    assert "too much" in said
+    assert "Nothing fits" in said
+    assert said.count(" GB  (") == 3

@@ -1,0 +1,165 @@
+"""A step on fake tensors stands for a real one: the same operations, no numbers, nothing touched."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrm_pl.data.batch import Batch, Views
+from lrm_pl.geometry.cameras import orbit
+from lrm_pl.losses.objective import Objective
+from lrm_pl.models.decoder import NeRFDecoder
+from lrm_pl.models.encoder import ImageEncoder
+from lrm_pl.models.lrm import LRM
+from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.costs.fake_group import as_rank
+from lrm_pl.training.costs.sharding import check_shards
+from lrm_pl.training.costs.simulation import StepShape, hit_share, simulate_step, without_numbers
+from lrm_pl.training.module import LRMModule
+from lrm_pl.training.parallel import ParallelConfig, prepare_blocks
+
+SIZE = 32
+
+
+def network(*, frozen=False, depth=2, plane_tokens=16):
+    torch.manual_seed(0)
+    encoder = ImageEncoder("vit_tiny_patch16_224", 64, frozen=frozen)
+    return LRM(encoder, NeRFDecoder(8, 32, 4), 96, depth, 4, 20, 32, plane_tokens=plane_tokens, upsample=2)
+
+
+def shape(objects=2, **options):
+    return StepShape(objects, 4, SIZE, "cpu", dtype=torch.bfloat16, **options)
+
+
+def real_batch(objects):
+    """Four views around each object from about the usual distance."""
+    c2w = orbit(4, 2.4, 12.0).expand(objects, 4, 4, 4)
+    camera = torch.tensor([1.07, 1.07, 0.5, 0.5]).expand(objects, 4, 4)
+
+    def views(count, size):
+        images = torch.rand(objects, count, 3, size, size)
+        alpha, background = torch.rand(objects, count, size, size), torch.rand(objects, count, 3)
+        return Views(
+            images,
+            alpha,
+            background,
+            c2w[:, :count].clone(),
+            camera[:, :count].clone(),
+            torch.rand_like(alpha),
+        )
+
+    return Batch(tuple("ab")[:objects], views(1, 64), views(4, SIZE), torch.ones(objects))
+
+
+@pytest.fixture
+def one_thread():
+    """PyTorch's counter sees the calling thread only, and rendering hands chunks to others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "recompute", "importance"), [(False, 0, 0), (False, 1, 8), (True, 0, 8), (True, 2, 0)]
+)
+def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
+    one_thread, frozen, recompute, importance
+):
+    lrm, renderer = network(frozen=frozen), Renderer(24, importance)
+    objective, parallel = Objective(lpips=0.0, tv=1e-3), ParallelConfig(recompute_every=recompute)
+    estimated = simulate_step(lrm, renderer, objective, parallel, shape())
+    prepare_blocks(lrm, parallel)
+    module, batch = LRMModule(lrm, renderer, objective), real_batch(2)
+    with FlopCounterMode(display=False) as counter:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(objective(module.look(batch), 0).values())
+        loss.backward()
+    assert estimated.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_a_simulation_touches_neither_the_network_nor_the_random_state():
+    lrm = network()
+    before, state = copy.deepcopy(lrm.state_dict()), torch.get_rng_state()
+    simulate_step(lrm, Renderer(16, 8), Objective(lpips=2.0), ParallelConfig(recompute_every=1), shape())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in lrm.state_dict().items())
+    assert all(p.grad is None for p in lrm.parameters())
+
+
+def test_a_network_without_numbers_costs_the_same():
+    lrm = network()
+    parts = (Renderer(16), Objective(lpips=2.0), ParallelConfig(), shape())
+    whole, bare = simulate_step(lrm, *parts), simulate_step(without_numbers(lrm), *parts)
+    assert whole == bare
+
+
+def test_recomputing_needs_less_memory_and_more_operations_for_the_same_mathematics():
+    lrm, rest = network(depth=6), (Renderer(8), Objective(lpips=0.0))
+    plain = simulate_step(lrm, *rest, ParallelConfig(), shape())
+    again = simulate_step(lrm, *rest, ParallelConfig(recompute_every=1), shape())
+    assert again.activations < 0.6 * plain.activations
+    assert again.flops > 1.15 * plain.flops
+    assert again.model == plain.model
+
+
+def test_model_operations_of_a_plain_network_are_what_is_run_but_for_rendering_again():
+    """Without recomputed blocks or attention in blocks, only the renderer computes twice."""
+    lrm = network(plane_tokens=8)
+    costs = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape())
+    assert costs.flops - costs.forward["renderer"] == pytest.approx(costs.model, rel=0.02)
+
+
+def test_model_operations_grow_with_objects_and_pixels():
+    parts = (network(), Renderer(24), Objective(lpips=2.0), ParallelConfig())
+    one, two = (simulate_step(*parts, shape(objects)) for objects in (1, 2))
+    assert one.model_flops(2, two.shape.pixels, lpips=True) == pytest.approx(two.model, rel=1e-3)
+    assert one.model_flops(1, one.shape.pixels, lpips=False) == pytest.approx(
+        one.model - one.forward["losses"]
+    )
+
+
+def test_a_frozen_encoder_has_neither_gradients_nor_a_backward():
+    parts = (Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape())
+    trained, frozen = simulate_step(network(), *parts), simulate_step(network(frozen=True), *parts)
+    encoder = sum(p.numel() for p in network().encoder.parameters())
+    assert trained.trained - frozen.trained == encoder
+    assert trained.gradients - frozen.gradients == 4 * encoder
+    assert trained.model - frozen.model == pytest.approx(2 * trained.forward["encoder"])
+
+
+def test_the_share_of_rays_that_hit_the_sphere_is_that_of_a_disc_that_fits_the_picture():
+    """The silhouette has the radius fx / sqrt(d^2 - 1) of the picture's width; seen whole its share is pi r^2."""
+    radius = 1.07 / (2.37**2 - 1) ** 0.5
+    assert radius == pytest.approx(0.498, abs=1e-3)
+    assert hit_share("sphere") == pytest.approx(3.14159 * radius**2, abs=0.01)
+    assert hit_share("box") > hit_share("sphere")
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_parts_of_all_ranks_are_the_whole_network_once_a_copy(copies):
+    lrm, processes, held = network(depth=1), 4, 0.0
+    for rank in range(processes):
+        with as_rank(rank, processes, copies) as mesh:
+            costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)
+        held += costs.weights
+        assert costs.flops > 0
+    # PyTorch pads a part to the size of the largest; it is less than one row a tensor and rank.
+    whole = 4 * sum(p.numel() for p in lrm.parameters())
+    assert copies * whole <= held < 1.1 * copies * whole
+    check_shards(lrm, processes, copies, torch.bfloat16, range(processes))
+
+
+def test_sharding_sends_each_weight_twice_in_bf16_and_each_gradient_once_in_float32():
+    lrm = network()
+    with as_rank(0, 4) as mesh:
+        costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)
+    sizes = {kind: sum(x.size for x in costs.messages if x.kind == kind) for kind in ("gather", "scatter")}
+    numbers = sum(p.numel() for p in lrm.parameters())
+    blocks = sum(
+        p.numel() for b in (*lrm.encoder.vit.blocks, *lrm.transformer.blocks) for p in b.parameters()
+    )
+    # Small modules and norms are gathered in float32; those outside of blocks are kept after forward.
+    assert sizes["gather"] == pytest.approx(2 * 2 * blocks + 4 * (numbers - blocks), rel=0.05)
+    assert sizes["scatter"] == pytest.approx(4 * numbers, rel=0.02)
