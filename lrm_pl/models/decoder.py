@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.linear import HiddenActivation, activation, linear_activated
 from lrm_pl.models.triplane import Triplane, TriplaneField
 
 DensityActivation = Literal["softplus", "exp"]
-HiddenActivation = Literal["relu", "silu"]
 
 
 @final
@@ -96,10 +96,10 @@ class NeRFDecoder(nn.Module):
             x, weights = features + weights[0].to(features.dtype), weights[1:]
         else:
             x, weights = F.linear(features, weights[0], weights[1]), weights[2:]
-        hidden = F.relu if self.activation == "relu" else F.silu
-        for weight, bias in zip(weights[::2], weights[1::2], strict=True):
-            x = F.linear(hidden(x), weight, bias)
-        x = x.float()
+        x = activation(x, self.activation)
+        for weight, bias in zip(weights[:-2:2], weights[1:-2:2], strict=True):
+            x = linear_activated(x, weight, bias, self.activation)
+        x = F.linear(x, *weights[-2:]).float()
         margin = self.colour_margin
         return x[:, 0], torch.sigmoid(x[:, 1:]) * (1 + 2 * margin) - margin
 

@@ -11,7 +11,7 @@ from lrm_pl.rendering.deferred import autocast_state
 from lrm_pl.rendering.field import Field
 
 #: Points decoded at a time.
-_CHUNK = 16384
+_CHUNK = 32768
 
 
 def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, " Q"]:
