@@ -89,7 +89,10 @@ def test_hybrid_sharding_gathers_inside_nodes_and_sums_in_as_many_rings_as_a_nod
     row = rows(16, network=1e9, hybrid=hybrid)["hsdp"]
     inside, between = 2e9 * 7 / 8 / 80e9, 2 * 0.5e9 / 2 / (0.8e9 / 8)
     assert row.sent == 2e9 * 7 / 8 + 0.5e9
-    assert row.exposed == pytest.approx(max(0.0, inside + between - row.compute), abs=1e-3)
+    assert between > 2 > inside
+    assert row.exposed == pytest.approx(
+        between - 2, abs=1e-3
+    )  # the sum hides behind backward, the gather elsewhere
 
 
 def test_alone_gradients_come_when_activations_are_gone_unless_batches_are_accumulated():

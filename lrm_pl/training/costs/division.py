@@ -5,8 +5,8 @@ gradients all the time; alone, those of early layers come when activations are g
 
 Time on a GPU, a roofline: each operation takes as long as its products at 70 % of the peak, its bytes at 80 % of the
 memory's bandwidth, or 4 microseconds, whichever is longest; nothing is fused. A message takes its bytes at 80 % of the
-slowest link that its ring crosses, and 50 microseconds. Gradients travel while backward runs (DDP, ZeRO 1, 2), weights
-while anything runs (FSDP2, ZeRO 3). Loading data is not in it.
+slowest link that its ring crosses, and 50 microseconds. Gradients travel while backward runs, weights while anything
+else runs; those that ZeRO 1 and 2 spread after their step, while nothing does. Loading data is not in it.
 """
 
 import dataclasses
@@ -139,14 +139,15 @@ def divisions(
     found = []
     for name, held, gradients, optimizer, active, messages, stepped in rows:
         compute = _compute(whole, stepped, machines.gpu, accumulate)
-        talk = sum(_seconds(message, machines) for message in messages)
-        backward = _roofline(whole, machines.gpu, "backward")
-        hidden = compute if name in ("fsdp2", "hsdp", "deepspeed_3") else backward
+        in_parts = name in ("fsdp2", "hsdp", "deepspeed_3")
+        backward = _roofline(whole, machines.gpu, "backward") * (accumulate if in_parts else 1)
+        gathering = sum(_seconds(message, machines) for message in messages if message.kind == "gather")
+        summing = sum(_seconds(message, machines) for message in messages if message.kind != "gather")
+        elsewhere = compute - min(summing, backward) if in_parts else 0.0
+        exposed = max(0.0, summing - backward) + max(0.0, gathering - elsewhere)
         peak = _with_slack(CUDA_CONTEXT + held + gradients + optimizer + active)
         sent = sum(message.sent for message in messages)
-        found.append(
-            Division(name, held, gradients, optimizer, active, peak, sent, compute, max(0.0, talk - hidden))
-        )
+        found.append(Division(name, held, gradients, optimizer, active, peak, sent, compute, exposed))
     return found
 
 
