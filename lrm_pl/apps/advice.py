@@ -1,8 +1,13 @@
 """What would make a run need less memory, estimated: for `lrm estimate`, and for a run that ran out of it."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -11,8 +16,12 @@ from lrm_pl.apps.parsed import parse_fit
 from lrm_pl.apps.plan import Plan, plan
 from lrm_pl.callbacks.memory import memory_of_libraries
 from lrm_pl.errors import InputError
-from lrm_pl.training.costs.division import CPU_SLACK, CUDA_CONTEXT, GPU_SLACK, alone, arithmetic_fsdp2
+from lrm_pl.training.costs.division import CPU_SLACK, CUDA_CONTEXT, GPU_SLACK, alone
+from lrm_pl.training.costs.simulation import StepCosts
 from lrm_pl.training.parallel import network_blocks
+
+#: Seconds that a process waits for the one that estimates.
+_PATIENCE = 120.0
 
 #: What Lightning calls a strategy that divides weights.
 _SHARDED = ("FSDP2Strategy", "ZeroStrategy")
@@ -43,17 +52,34 @@ def peak_of(planned: Plan, *, gpu: bool, sharded: bool | None = None) -> float:
         gpu: On a GPU; else on this machine's CPU.
         sharded: Whether weights are divided over the processes; None as the run says.
     """
-    costs = planned.costs()
+    costs, n = planned.costs(), planned.processes
     if sharded is None:
         sharded = planned.strategy.endswith(_SHARDED)
-    if sharded and planned.processes > 1:
-        return arithmetic_fsdp2(costs, planned.processes, len(network_blocks(planned.module.lrm)))
+    base, slack, step = (
+        (CUDA_CONTEXT, GPU_SLACK, 4.0 * costs.trained)
+        if gpu
+        else (memory_of_libraries(), CPU_SLACK, 4.0 * costs.largest)
+    )
+    if sharded and n > 1:
+        held, work = _divided(costs, planned, stage=planned.stage or 3)
+        return base + held + slack * work
     # DDP holds all gradients all the time, as accumulation does.
-    kept = planned.accumulate if planned.processes == 1 else 2
+    kept = planned.accumulate if n == 1 else 2
     if gpu:
-        peak = alone(costs, kept, 0.0, 1.0, 4.0 * costs.trained).peak
-        return CUDA_CONTEXT + GPU_SLACK * peak
-    return alone(costs, kept, memory_of_libraries(), CPU_SLACK, 4.0 * costs.largest).peak
+        return base + slack * alone(costs, kept, 0.0, 1.0, step).peak
+    return alone(costs, kept, base, slack, step).peak
+
+
+def _divided(costs: StepCosts, planned: Plan, stage: int) -> tuple[float, float]:
+    """Return bytes that a process holds all the time under ZeRO or FSDP2, and those that come and go.
+
+    Stage 1 divides moments, 2 gradients too, 3 weights too, of which two blocks at a time are whole.
+    """
+    n = planned.processes // planned.replicas
+    weights = costs.weights / n if stage == 3 else costs.weights
+    gradients = costs.gradients / n if stage > 1 else costs.gradients
+    gathered = 2 * costs.weights / len(network_blocks(planned.module.lrm)) if stage == 3 else 0.0
+    return weights + costs.frozen_other + gradients + 8.0 * costs.trained / n, costs.activations + gathered
 
 
 def what_would_help(
@@ -122,26 +148,61 @@ def _candidates(now: Plan) -> list[tuple[list[str], str]]:
     return options
 
 
+#: What errors of memory say that have no class of their own.
+_SAYINGS = ("can't allocate memory", "std::bad_alloc", "CUDA error: out of memory", "ALLOC_FAILED")
+
+
 def ran_out(error: BaseException) -> bool:
     """Say whether an error is one of memory: of a GPU, of PyTorch's allocator on a CPU, or of Python."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(saying in str(error) for saying in _SAYINGS)
     )
 
 
 def explain(arguments: Sequence[str]) -> str:
     """Say what a fit that ran out of memory needs, and the three settings that would help most.
 
+    Where several processes of a machine ran out, the first says it and the others wait: if one ended earlier, the
+    launcher would stop them all.
+
     Args:
         arguments: Of `lrm fit`.
     """
-    config = parse_fit(list(arguments))["trainer"]
-    gpu = torch.cuda.is_available() and config["accelerator"] != "cpu"
-    devices = process_count(config["devices"], torch.cuda.device_count() if gpu else 1)
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank != "0":
-        return f"rank {rank}: `lrm estimate` with the same arguments says what it needs, and what would help"
-    return "\n".join(table_lines(*what_would_help(arguments, config["num_nodes"] * devices, gpu=gpu)))
+    with _first_of_a_node() as first:
+        if not first:
+            return "lrm: see what another process says"
+        sys.stderr.write("Estimating what would help ...\n")
+        try:
+            config = parse_fit(list(arguments))["trainer"]
+            gpu = torch.cuda.is_available() and config["accelerator"] != "cpu"
+            devices = process_count(config["devices"], torch.cuda.device_count() if gpu else 1)
+            found = what_would_help(arguments, config["num_nodes"] * devices, gpu=gpu)
+        except Exception as error:  # the run has failed already: this must not hide why
+            return f"lrm: no estimate: {error}; see `lrm estimate --help`"
+        text = "\n".join(table_lines(*found))
+        sys.stderr.write(f"{text}\n")
+        return "lrm: out of memory"
+
+
+@contextlib.contextmanager
+def _first_of_a_node() -> Iterator[bool]:
+    """Let one process of those that a launcher started here do something while the others wait."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", "1"))) == 1:
+        yield True
+        return
+    path = Path(tempfile.gettempdir()) / f"lrm-memory-{os.getuid()}-{os.getppid()}"
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        deadline = time.monotonic() + _PATIENCE
+        while path.exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def table_lines(peak: float, remedies: Sequence[Remedy]) -> list[str]:

@@ -6,7 +6,7 @@ messages going nowhere, and what each process holds is checked. Everything that 
 
 import argparse
 import dataclasses
-import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -144,7 +144,7 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
             check_shards(module.lrm, options.gpus, copies, planned.shape.dtype, shown)
             console.print(
                 f"{'fsdp2' if copies == 1 else 'hsdp'}: built {len(ranks)} of {options.gpus} processes' programs: "
-                "every weight is held once a copy, in parts of the right shape"
+                "each holds a part of the right shape of every weight"
             )
     show_step(console, planned, whole)
     rows = divisions(whole, sharded[0], sharded[1], machines, planned.accumulate)
@@ -167,11 +167,20 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     words = [f"NODES={machines.nodes}"] if machines.nodes > 1 else []
     words.append(f"GPUS={min(options.gpus, options.gpus_per_node)}")
     words += [] if best.strategy == "none" else [f"STRATEGY={best.strategy}"]
-    configs = " ".join(b for a, b in itertools.pairwise(arguments) if a == "-c")
-    console.print(
-        f'Next: make train {" ".join(words)} CONFIG="{configs}" DATA=...  (make doctor checks the nodes)',
-        soft_wrap=True,
-    )
+    configs, others = _layers(arguments)
+    if best.strategy == "hsdp":
+        others.append(f"--trainer.strategy.init_args.replicas={machines.nodes}")
+    words.append(f'CONFIG="{" ".join(configs)}" DATA=...')
+    words += [f"ARGS={shlex.quote(shlex.join(others))}"] if others else []
+    console.print(f"Next: make train {' '.join(words)}  (make doctor checks the nodes)", soft_wrap=True)
+
+
+def _layers(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell config files from the other arguments of `lrm fit`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    known, others = parser.parse_known_args(arguments)
+    return known.config, others
 
 
 def on_cpu(console: Console, arguments: list[str]) -> None:

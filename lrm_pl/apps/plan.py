@@ -24,6 +24,8 @@ class Plan:
         accumulate: Batches of a process an optimiser step.
         steps: Optimiser steps of the run.
         strategy: The strategy's class, or Lightning's word for one.
+        replicas: Copies that FSDP2 makes.
+        stage: DeepSpeed's, or 0.
     """
 
     module: LRMModule
@@ -33,6 +35,8 @@ class Plan:
     accumulate: int
     steps: int
     strategy: str
+    replicas: int
+    stage: int
 
     def costs(self) -> StepCosts:
         """Simulate a step of a process that holds the whole network."""
@@ -58,6 +62,11 @@ def plan(arguments: list[str], processes: int, *, gpu: bool) -> Plan:
         raise InputError(
             f"expected trainer.precision {', '.join(DTYPES)}, found {precision}; choose one of these"
         )
+    if accumulate < 1 or data.batch_size < 1:
+        raise InputError(
+            f"expected data.batch_size and trainer.accumulate_grad_batches of 1 or more, found {data.batch_size} and "
+            f"{accumulate}"
+        )
     parts = processes * accumulate
     if data.batch_size % parts:
         above = -(-data.batch_size // parts) * parts
@@ -73,5 +82,10 @@ def plan(arguments: list[str], processes: int, *, gpu: bool) -> Plan:
         DTYPES[precision],
     )  # fmt: skip
     strategy = trainer["strategy"]
-    name = strategy if isinstance(strategy, str) else strategy["class_path"]
-    return Plan(module, shape, data.batch_size, processes, accumulate, trainer["max_steps"], name)
+    name, options = (
+        (strategy, {}) if isinstance(strategy, str) else (strategy["class_path"], strategy["init_args"])
+    )
+    replicas, stage = options.get("replicas", 1), options.get("stage", 0)
+    return Plan(
+        module, shape, data.batch_size, processes, accumulate, trainer["max_steps"], name, replicas, stage
+    )

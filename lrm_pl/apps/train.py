@@ -361,5 +361,5 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         error.__traceback__ = None  # its frames hold what filled the memory
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.stderr.write(f"lrm: out of memory: {message}\nEstimating what would help ...\n")
+        sys.stderr.write(f"lrm: out of memory: {message}\n")
         sys.exit(explain(given[1:]))

@@ -3,17 +3,27 @@
 import functools
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the most memory that this process has held so far, in GiB, by the name it is logged under."""
-    unit = 1024**3 if sys.platform == "darwin" else 1024**2  # ru_maxrss counts bytes there, KiB elsewhere
-    peaks = {"memory/peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    peaks = {"memory/peak_host_gib": _host_peak() / 1024**3}
     if device.type == "cuda":
         peaks["memory/peak_gpu_gib"] = torch.cuda.max_memory_allocated(device) / 1024**3
     return peaks
+
+
+def _host_peak() -> float:
+    """Return bytes. Linux' ru_maxrss is no less than that of whoever started the process: VmHWM is its own."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024.0 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+    return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 #: Bytes that a run loads besides when it begins: compiled kernels, the networks of LPIPS while they are read.

@@ -105,9 +105,11 @@ class StepTimer(L.Callback):
         assert self._clock is not None
         self._clock.switch("other")
         self._samples += len(batch.ids) * trainer.world_size
-        self._batches.append(BatchSize(len(batch.ids), batch.target.alpha.numel(), trainer.global_step))
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        before = trainer.global_step - ends_step
+        self._batches.append(BatchSize(len(batch.ids), batch.target.alpha.numel(), before))
         self._rays += batch.target.alpha.numel() * trainer.world_size
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not ends_step:
             return
         self._steps += 1
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]

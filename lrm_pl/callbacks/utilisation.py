@@ -1,6 +1,7 @@
 """What share of a device's peak a run reaches (model FLOPs utilisation)."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,8 @@ import torch
 from lrm_pl.training.costs.machines import peak_flops
 from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step, without_numbers
 from lrm_pl.training.module import LRMModule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +20,7 @@ class BatchSize:
     Attributes:
         objects: Objects.
         pixels: Target pixels of all of them.
-        step: Optimiser steps done by then, this one perhaps among them.
+        step: Optimiser steps done before.
     """
 
     objects: int
@@ -36,19 +39,29 @@ class UtilisationMeter:
         self.lrm = without_numbers(module.lrm)
         self.renderer, self.objective, self.parallel = module.renderer, module.objective, module.parallel
         self._costs: StepCosts | None = None
+        self._failed = False
 
     def share(self, batches: Sequence[BatchSize], device: torch.device, seconds: float) -> float | None:
         """Return the share of a device's peak that batches took in so many seconds; None where no peak is known."""
         peak = peak_flops(device)
         if peak is None:
             return None
+        if self._failed:
+            return None
         if self._costs is None:
-            shape = StepShape(1, 1, 64)
-            with torch.enable_grad():
-                self._costs = simulate_step(self.lrm, self.renderer, self.objective, self.parallel, shape)
+            try:
+                with torch.enable_grad():
+                    parts = self.lrm, self.renderer, self.objective, self.parallel
+                    self._costs = simulate_step(*parts, StepShape(1, 1, 64))
+            except (
+                Exception
+            ) as error:  # whatever a new part of a network cannot do without numbers: a run goes on
+                logger.warning("speed/mfu is left out: this network cannot be run without numbers: %r", error)
+                self._failed = True
+                return None
         start = self.objective.lpips_start_step if self.objective.lpips else None
         flops = sum(
-            self._costs.model_flops(x.objects, x.pixels, lpips=start is not None and x.step > start)
+            self._costs.model_flops(x.objects, x.pixels, lpips=start is not None and x.step >= start)
             for x in batches
         )
         return flops / seconds / peak

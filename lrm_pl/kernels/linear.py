@@ -6,6 +6,7 @@ while it is still in registers, which takes a fifth (SiLU) to a quarter (ReLU) o
 gradient, so it serves where none is wanted; the two agree to the rounding of bf16, of which the body does one less.
 """
 
+import functools
 from typing import Literal
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 HiddenActivation = Literal["relu", "silu"]
+
+#: Whether this PyTorch was built with oneDNN's fused layers.
+_BUILT = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 #: oneDNN's names.
 _NAMES: dict[HiddenActivation, str] = {"relu": "relu", "silu": "swish"}
@@ -42,12 +46,22 @@ def linear_activated(
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.enabled
+        and _here()
     )
     if not fused:
         return linear_plain(x, weight, bias, act)
     return torch.ops.mkldnn._linear_pointwise(x, weight.to(x.dtype), bias.to(x.dtype), _NAMES[act], [], "")
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-def _(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+@functools.cache
+def _here() -> bool:
+    """Say whether oneDNN and this processor have the body: below AVX-512 it has no bf16."""
+    return _BUILT and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * x.numel() * weight[0]
+
+
+if _BUILT:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_flops)

@@ -26,9 +26,9 @@ STEP = StepCosts(
     parameters=10**9, trained=10**9, largest=10**6, weights=4e9, frozen_other=0.5e9, gradients=4e9, activations=3e9,
     work=5e9,
     operations=(
-        Operation("transformer", 0.7e12, 1.0),  # a second of products at 70 %
-        Operation("backward", 0.0, 1.6e12),  # two seconds of bytes at 80 %
-        Operation("renderer", 1.0, 1.0, 500_000.0),  # two seconds of starting kernels
+        Operation("transformer", "mm", 0.7e12, 1.0),  # a second of products at 70 %
+        Operation("backward", "add", 0.0, 1.6e12),  # two seconds of bytes at 80 %
+        Operation("renderer", "mm", 1.0, 1.0, 500_000.0),  # two seconds of starting kernels
     ),
     messages=(), forward={"encoder": 1.0, "transformer": 2.0, "renderer": 3.0, "losses": 4.0},
     shape=StepShape(1, 4, 8), encoder_frozen=False,
@@ -131,6 +131,9 @@ def test_a_gpu_is_known_by_the_name_that_pytorch_gives_it(name, key):
 def test_a_gpu_that_the_table_lacks_is_not_taken_for_another():
     assert gpu_of_name("NVIDIA GeForce GTX 1080") is None
     assert gpu_of_name("Tesla T4") is None
+    for name in ("NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D",
+                 "NVIDIA GeForce RTX 3090 Ti", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):  # fmt: skip
+        assert gpu_of_name(name) is None, name
 
 
 def test_the_peak_of_a_cpu_is_measured_once():

@@ -42,10 +42,19 @@ def test_products_are_counted_and_other_operations_have_bytes_only():
         product = x @ w
         product.relu()
     assert ledger.flops() == 2 * 5 * 7 * 11
-    assert [operation.moved for operation in ledger.operations[-2:]] == [
-        4 * (35 + 77 + 55),
-        4 * (55 + 55),
-    ]
+    assert [(x.name, x.moved) for x in ledger.operations] == [
+        ("empty", 0.0), ("empty", 0.0), ("mm", 4.0 * (35 + 77 + 55)), ("relu", 4.0 * (55 + 55)),
+    ]  # fmt: skip
+
+
+def test_a_softmax_with_its_gradient_is_as_many_operations_as_kernels_are_started():
+    ledger = Ledger()
+    x = torch.empty(3, 5, requires_grad=True)
+    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        torch.softmax(x, -1).sum().backward()
+    names = [x.name for x in ledger.operations]
+    assert names == ["_softmax", "sum", "ones_like", "_softmax_backward_data"]
+    assert ledger.operations[2].moved == 4.0  # what is made after a pattern does not read it
 
 
 def test_blockwise_attention_counts_two_products_forward_and_five_backward():

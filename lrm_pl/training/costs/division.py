@@ -5,18 +5,20 @@ gradients all the time; alone, those of early layers come when activations are g
 
 Time on a GPU, a roofline: each operation takes as long as its products at 70 % of the peak, its bytes at 80 % of the
 memory's bandwidth, or 4 microseconds, whichever is longest; nothing is fused. A message takes its bytes at 80 % of the
-slowest link that its ring crosses, and 50 microseconds. Gradients travel while backward runs, weights while anything
-else runs; those that ZeRO 1 and 2 spread after their step, while nothing does. Loading data is not in it.
+slowest link that its ring crosses, and 6 microseconds a process (a sum that all get goes along a tree). Gradients
+travel while backward runs, weights while anything else runs; those that ZeRO 1 and 2 spread after their step, while
+nothing does. So waiting is a lower bound. Loading data is not in it.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from lrm_pl.training.costs.ledger import Message
 from lrm_pl.training.costs.machines import Gpu
 from lrm_pl.training.costs.simulation import StepCosts
 
-_PRODUCTS, _BYTES, _LAUNCH, _LATENCY = 0.7, 0.8, 4e-6, 50e-6
+_PRODUCTS, _BYTES, _LAUNCH, _HOP = 0.7, 0.8, 4e-6, 6e-6
 
 #: What an allocator holds besides: on a GPU a guess; on a CPU what glibc's heap held of what was freed (measured).
 GPU_SLACK, CPU_SLACK = 1.1, 1.5
@@ -126,7 +128,8 @@ def divisions(
         # name, weights, gradients, optimizer, activations, messages, trained bytes of the optimizer's step
         ("ddp", weights, trained, 2 * trained, max(activations, trained), [reduce], trained),
         ("deepspeed_1", weights, trained, 3 * trained / n, activations, [scatter, gather], trained / n),
-        ("deepspeed_2", weights, trained / n, 3 * trained / n, whole.work, [scatter, gather], trained / n),
+        ("deepspeed_2", weights, trained / n, 3 * trained / n, whole.work, [*[scatter] * accumulate, gather],
+         trained / n),
         # ZeRO 3 keeps up to 1e9 gathered numbers: of these networks all.
         ("deepspeed_3", whole.weights / n + whole.frozen_other, trained / n, 3 * trained / n,
          whole.weights + whole.work, [*[all_weights] * 2 * accumulate, *[scatter] * accumulate], trained / n),
@@ -182,14 +185,9 @@ def _seconds(message: Message, machines: Machines) -> float:
     inside = message.processes <= machines.per_node and not (message.kind == "reduce" and machines.nodes > 1)
     rings = machines.per_node if message.processes < machines.processes and not inside else 1
     speed = machines.gpu.link if inside else min(machines.gpu.link, machines.network / rings)
-    return message.sent / (_BYTES * speed) + _LATENCY
-
-
-def arithmetic_fsdp2(whole: StepCosts, processes: int, blocks: int) -> float:
-    """Return the peak under FSDP2 without simulating it: parts of everything, two whole blocks at a time."""
-    parts = (whole.weights + whole.gradients + 8.0 * whole.trained) / processes
-    gathered = 2 * whole.weights / 2 / blocks
-    return _with_slack(CUDA_CONTEXT + parts + whole.frozen_other + whole.activations + gathered)
+    n = message.processes
+    hops = 2 * math.log2(n) if message.kind == "reduce" else n - 1
+    return message.sent / (_BYTES * speed) + _HOP * hops
 
 
 def best_fitting(rows: Sequence[Division], memory: float) -> Division | None:

@@ -20,12 +20,14 @@ class Operation:
 
     Attributes:
         part: Which part of the program it belongs to.
+        name: The operator's.
         flops: Floating-point operations of its products, 2 a multiplication and addition; 0 for everything else.
         moved: Bytes that it reads and writes.
         count: How often it runs; flops and bytes are of all of them together.
     """
 
     part: str
+    name: str
     flops: float
     moved: float
     count: float = 1.0
@@ -150,14 +152,24 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func.namespace == "c10d":
             self._exchange(func, args, inputs)
-        elif not _is_view(func):
-            count = flop_registry.get(func._overloadpacket)
-            flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
-            moved = float(sum(x.numel() * x.element_size() for x in (*inputs, *results)))
-            self.operations.append(
-                Operation(self.part, self._times * flops, self._times * moved, self._times)
-            )
+        elif func.namespace != "prim" and not _is_view(func):  # prim looks up devices and the like
+            self._book(func, args, kwargs, out, inputs, results)
         return out
+
+    def _book(
+        self,
+        func: Any,  # noqa: ANN401 - an operator
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,  # noqa: ANN401
+        inputs: list[Tensor],
+        results: list[Tensor],
+    ) -> None:
+        count, times = flop_registry.get(func._overloadpacket), self._times
+        flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+        moved = float(sum(x.numel() * x.element_size() for x in _touched(func, inputs, results)))
+        name = func._overloadpacket.__name__
+        self.operations.append(Operation(self.part, name, times * flops, times * moved, times))
 
     def _exchange(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:  # noqa: ANN401
         kind = _MESSAGES.get(func._overloadpacket.__name__)
@@ -178,3 +190,11 @@ def _is_view(func: Any) -> bool:  # noqa: ANN401 - an operator
     return any(
         result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns
     )
+
+
+def _touched(func: Any, inputs: list[Tensor], results: list[Tensor]) -> list[Tensor]:  # noqa: ANN401 - an operator
+    """Return what an operator reads or writes: one that makes a tensor after another's pattern reads nothing."""
+    name = func._overloadpacket.__name__
+    if "empty" in name:
+        return []
+    return results if name.startswith("new_") or name.endswith("_like") else [*inputs, *results]

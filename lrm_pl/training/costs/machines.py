@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import statistics
 import time
 
 import torch
@@ -52,8 +51,14 @@ GPUS = {
 }  # fmt: skip
 
 
+#: Words that make another GPU, or a part of one, of a name.
+_OTHERS = {"NVL", "Laptop", "Ti", "D", "SUPER", "MIG"}
+
+
 def gpu_of_name(name: str) -> Gpu | None:
     """Find a GPU by the name that PyTorch gives it; None where the table lacks it."""
+    if _OTHERS & set(name.replace("-", " ").split()):
+        return None
     words = [*name.replace("-", " ").split(), name]
     for gpu in GPUS.values():
         if all(any(word == part or (" " in word and word in name) for part in words) for word in gpu.words):
@@ -63,7 +68,7 @@ def gpu_of_name(name: str) -> Gpu | None:
 
 @functools.cache
 def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Measure this process's products a second, once: of the shape of the paper's MLP, the median of nine."""
+    """Measure this process's products a second, once: of the shape of the paper's MLP, the best of nine."""
     x, w = torch.randn(3072, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
     seconds = []
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -72,7 +77,7 @@ def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
             start = time.perf_counter()
             F.linear(x, w)
             seconds.append(time.perf_counter() - start)
-    return 2 * 3072 * 1024 * 4096 / statistics.median(seconds)
+    return 2 * 3072 * 1024 * 4096 / min(seconds)
 
 
 def peak_flops(device: torch.device) -> float | None:

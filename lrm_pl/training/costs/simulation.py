@@ -48,7 +48,8 @@ class StepShape:
         objects: Objects of a batch of one process.
         views: Target views of each.
         size: Side of a target window.
-        device: Where it is computed; fake tensors are the same on both, chunks are not.
+        device: Where it is computed. A GPU gets its own chunks of points; else its operations are taken to be a
+            CPU's, which is not so for attention with few scores, and for reading planes.
         threads: CPU threads; 1 for a GPU.
         dtype: What products are computed in.
     """
@@ -153,7 +154,8 @@ def simulate_step(
             judge.perceptual.network = fake_copy(judge.perceptual.network)
         module = LRMModule(network, renderer, judge)
         module.renderer = _FakeRenderer(renderer, hits, shape, ledger)  # type: ignore[assignment]
-        with ledger, ledger.seeing_resizes(), _marked(network, ledger), warnings.catch_warnings():
+        resizes = contextlib.nullcontext() if mesh is None else ledger.seeing_resizes()
+        with ledger, resizes, _marked(network, ledger), warnings.catch_warnings():
             # The planes are such a view; they are read, and never written in place.
             warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
             parameters = list(network.parameters())
