@@ -207,7 +207,10 @@ def _first_of_a_node() -> Iterator[bool]:
 
 def table_lines(peak: float, remedies: Sequence[Remedy]) -> list[str]:
     """Say what the three best would do."""
-    lines = [f"estimated: {peak / 1e9:.1f} GB a process. What would help most:"]
+    need = f"estimated: {peak / 1e9:.1f} GB a process."
+    if not remedies:
+        return [f"{need} No setting would need noticeably less: most of it are Python and its libraries."]
+    lines = [f"{need} What would help most:"]
     width = max((len(remedy.option) for remedy in remedies[:3]), default=0)
     return lines + [
         f"  {remedy.option:<{width}}  {remedy.peak / 1e9:6.1f} GB  ({remedy.price})"

@@ -1,6 +1,7 @@
 """Faults for runs to survive, as callbacks that a test's config names."""
 
 import lightning as L
+import torch
 
 
 class Poison(L.Callback):
@@ -12,3 +13,14 @@ class Poison(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_rank == self.rank and self.first <= trainer.global_step <= self.last:
             batch.target.images[0, 0] = float("nan")
+
+
+class RunOut(L.Callback):
+    """Run out of a GPU's memory on every rank, at one step."""
+
+    def __init__(self, step: int = 1) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise torch.OutOfMemoryError("1 GB short")
