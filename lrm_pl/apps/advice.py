@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -87,7 +87,6 @@ def what_would_help(
     processes: int,
     *,
     gpu: bool,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[float, list[Remedy]]:
     """Try settings that need less memory.
 
@@ -95,7 +94,6 @@ def what_would_help(
         arguments: Of `lrm fit`.
         processes: All processes of the run.
         gpu: Whether it runs on GPUs.
-        progress: Called with each option before it is tried.
 
     Returns:
         Bytes of the run as it is, and the settings that need less: the best first, other networks last.
@@ -104,7 +102,6 @@ def what_would_help(
     peak = peak_of(now, gpu=gpu)
     found = []
     for options, price in _candidates(now):
-        progress(" ".join(options))
         try:
             changed = plan(
                 [*arguments, *(o for o in options if "trainer.strategy" not in o)], processes, gpu=gpu

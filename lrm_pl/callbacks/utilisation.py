@@ -44,18 +44,15 @@ class UtilisationMeter:
     def share(self, batches: Sequence[BatchSize], device: torch.device, seconds: float) -> float | None:
         """Return the share of a device's peak that batches took in so many seconds; None where no peak is known."""
         peak = peak_flops(device)
-        if peak is None:
-            return None
-        if self._failed:
+        if peak is None or self._failed:
             return None
         if self._costs is None:
             try:
                 with torch.enable_grad():
                     parts = self.lrm, self.renderer, self.objective, self.parallel
                     self._costs = simulate_step(*parts, StepShape(1, 1, 64))
-            except (
-                Exception
-            ) as error:  # whatever a new part of a network cannot do without numbers: a run goes on
+            # Whatever a new part of a network cannot do without numbers: the run goes on.
+            except Exception as error:
                 logger.warning("speed/mfu is left out: this network cannot be run without numbers: %r", error)
                 self._failed = True
                 return None

@@ -64,6 +64,11 @@ def _recompute(module: nn.Module, method: str) -> None:
     setattr(module, method, functools.partial(checkpoint, getattr(module, method), use_reentrant=False))
 
 
+def mesh_layout(processes: int, copies: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return shape and names of the mesh that shards over all processes, or makes copies and shards each (HSDP)."""
+    return ((processes,), ("shard",)) if copies == 1 else ((copies, processes // copies), ("copy", "shard"))
+
+
 def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
     """Shard parameters over a mesh with FSDP2, in place: every block on its own, the small modules as one group.
 

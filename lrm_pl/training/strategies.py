@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from lrm_pl.errors import InputError
+from lrm_pl.training.parallel import mesh_layout
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -46,10 +47,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"expected replicas that divide the {self.world_size} processes, found {self.replicas}; "
                 "one a node is usual: --trainer.strategy.init_args.replicas NODES"
             )
-        shards = self.world_size // self.replicas
-        shape, names = (
-            ((shards,), ("shard",)) if self.replicas == 1 else ((self.replicas, shards), ("copy", "shard"))
-        )
+        shape, names = mesh_layout(self.world_size, self.replicas)
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch.distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lrm_pl.training.parallel import mesh_layout
+
 
 @contextlib.contextmanager
 def as_rank(rank: int, processes: int, copies: int = 1) -> Iterator[DeviceMesh]:
@@ -21,9 +23,7 @@ def as_rank(rank: int, processes: int, copies: int = 1) -> Iterator[DeviceMesh]:
 
     torch.distributed.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     try:
-        shape, names = (
-            ((processes,), ("shard",)) if copies == 1 else ((copies, processes // copies), ("copy", "shard"))
-        )
+        shape, names = mesh_layout(processes, copies)
         yield init_device_mesh("cpu", shape, mesh_dim_names=names)
     finally:
         torch.distributed.destroy_process_group()
