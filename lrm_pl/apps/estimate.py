@@ -120,34 +120,14 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     planned, gpu = plan(arguments, options.gpus, gpu=True), GPUS[options.gpu]
     machines = Machines(gpu, options.gpus, options.gpus_per_node, options.network * 1e9 / 8)
     whole = planned.costs()
-    module = planned.module
-    sharded: list[StepCosts | None] = []
-    for copies in (1, machines.nodes):
-        if options.gpus == 1 or (copies == 1 and sharded):
-            sharded.append(None)  # FSDP2 with one copy is what the first of the two is
-            continue
-        with as_rank(0, options.gpus, copies) as mesh:
-            sharded.append(
-                simulate_step(
-                    module.lrm, module.renderer, module.objective, module.parallel, planned.shape, mesh
-                )
-            )
-    if options.gpus > 1:
-        ranks = range(options.gpus) if options.every_rank else sorted({0, options.gpus - 1})
-        for copies in sorted({1, machines.nodes}):
-            shown = track(
-                ranks,
-                f"checking shards, {'fsdp2' if copies == 1 else 'hsdp'}",
-                console=console,
-                transient=True,
-            )
-            check_shards(module.lrm, options.gpus, copies, planned.shape.dtype, shown)
-            console.print(
-                f"{'fsdp2' if copies == 1 else 'hsdp'}: built {len(ranks)} of {options.gpus} processes' programs: "
-                "each holds a part of the right shape of every weight"
-            )
+    flat, hybrid = (
+        _sharded(console, planned, name, copies, every_rank=options.every_rank)
+        if options.gpus > 1 and (name == "fsdp2" or copies > 1)
+        else None
+        for name, copies in (("fsdp2", 1), ("hsdp", machines.nodes))
+    )
     show_step(console, planned, whole)
-    rows = divisions(whole, sharded[0], sharded[1], machines, planned.accumulate)
+    rows = divisions(whole, flat, hybrid, machines, planned.accumulate)
     show_divisions(console, rows, planned, gpu.memory)
     gbit = f", {options.network:g} Gbit/s a node" if machines.nodes > 1 else ""
     console.print(
@@ -173,6 +153,20 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     words.append(f'CONFIG="{" ".join(configs)}" DATA=...')
     words += [f"ARGS={shlex.quote(shlex.join(others))}"] if others else []
     console.print(f"Next: make train {' '.join(words)}  (make doctor checks the nodes)", soft_wrap=True)
+
+
+def _sharded(console: Console, planned: Plan, name: str, copies: int, *, every_rank: bool) -> StepCosts:
+    """Check the parts of the first and last process, or of every one, and simulate the first one's step."""
+    module, n = planned.module, planned.processes
+    ranks = range(n) if every_rank else (0, n - 1)
+    shown = track(ranks, f"checking shards, {name}", console=console, transient=True)
+    check_shards(module.lrm, n, copies, planned.shape.dtype, shown)
+    console.print(
+        f"{name}: built {len(ranks)} of {n} processes' programs: each holds a part of the right shape of every weight"
+    )
+    parts = module.lrm, module.renderer, module.objective, module.parallel
+    with as_rank(0, n, copies) as mesh:
+        return simulate_step(*parts, planned.shape, mesh)
 
 
 def _layers(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
