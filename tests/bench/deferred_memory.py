@@ -3,12 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 
 from lrm_pl.losses.perceptual import PerceptualLoss
-from tests.bench.steps import Ours, in_a_process
+from tests.bench.steps import Ours, in_a_process, peak_gb
 
 SIZES = (64, 128, 256, 384)
 TARGET = 1.2
@@ -27,7 +26,7 @@ def main() -> None:
         loss.backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
-    print(json.dumps({"peak_gb": getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+    print(json.dumps({"peak_gb": peak_gb()}))
 
 
 def measure(shards: Path, rounds: int) -> dict[str, object]:

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 import yaml
 from torch import Tensor, nn
 
+from lrm_pl.callbacks.memory import peak_memory
 from lrm_pl.geometry.cameras import orbit
 from lrm_pl.geometry.rays import pixel_rays
 from lrm_pl.io.pretrained import build_network
@@ -81,7 +81,12 @@ def main() -> None:
         run.optimizer.step()
         run.optimizer.zero_grad()
         times.append(time.perf_counter() - start)
-    print(json.dumps({"seconds": times[1:], "peak_gb": getrusage(RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+    print(json.dumps({"seconds": times[1:], "peak_gb": peak_gb()}))
+
+
+def peak_gb() -> float:
+    """Return the most memory that this process has held so far, in GB."""
+    return peak_memory(torch.device("cpu"))["memory/peak_host_gib"] * 2**30 / 1e9
 
 
 def in_a_process(module: str, *arguments: object) -> dict:
