@@ -54,7 +54,7 @@ help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
-train: .venv/ready $(if $(DRY),,$(DATA)/manifest.json) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; NODES= GPUS=
+train: .venv/ready $(if $(or $(DRY),$(findstring ://,$(DATA))),,$(DATA)/manifest.json) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; NODES= GPUS=
 ifeq ($(strip $(LAUNCH)),)
 	.venv/bin/lrm fit $(LAYERS) --data.folder $(DATA) $(ARGS)
 else

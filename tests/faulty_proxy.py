@@ -2,6 +2,7 @@
 
 import http.client
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ERROR = b"<Error><Code>%s</Code><Message>injected</Message></Error>"
@@ -12,7 +13,8 @@ class FaultyProxy:
 
     ``fault(method, path, number)`` is asked of every request (number: how many such requests came before) and returns
     None, or "drop" (the body is read, then the line goes dead: the request is not made), "deaf" (the request is made,
-    its answer is lost), "503" or "500".
+    its answer is lost), "cut" (half of the answer's body comes, then the line goes dead), "slow" (the answer comes
+    half a second late), "503" or "500".
     """
 
     def __init__(self, host, port):
@@ -46,11 +48,13 @@ class FaultyProxy:
                 if fault == "deaf":
                     self.close_connection = True
                     return None
-                return self.answer(response.status, dict(response.getheaders()), content)
+                if fault == "slow":
+                    time.sleep(0.5)
+                return self.answer(response.status, dict(response.getheaders()), content, cut=fault == "cut")
 
             do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_request
 
-            def answer(self, status, headers, content):
+            def answer(self, status, headers, content, cut=False):
                 self.send_response_only(status)
                 length = headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(content))
                 skipped = ("content-length", "transfer-encoding", "connection")
@@ -60,7 +64,8 @@ class FaultyProxy:
                 self.send_header("Content-Length", length)
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(content)
+                    self.wfile.write(content[: len(content) // 2] if cut else content)
+                    self.close_connection = self.close_connection or cut
 
             def log_message(self, *args):
                 pass

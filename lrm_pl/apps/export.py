@@ -12,7 +12,6 @@ from torch import Tensor
 from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Checkpoint, read_tensors, tensor_specs
-from lrm_pl.io.checkpoints.store import is_local
 from lrm_pl.io.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -20,6 +19,7 @@ from lrm_pl.io.pretrained import (
     require_no_folder,
     write_pretrained,
 )
+from lrm_pl.stores import is_local
 
 #: What --dtype may be.
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

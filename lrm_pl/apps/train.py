@@ -35,11 +35,12 @@ from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Owner, clear_leftovers, is_local, require_writable
+from lrm_pl.io.checkpoints import Owner, clear_leftovers, require_writable
 from lrm_pl.io.pretrained import load_weights
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state, load_other_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.stores import is_local
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.module import LRMModule

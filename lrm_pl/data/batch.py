@@ -54,16 +54,19 @@ class Batch:
         input: The views that the network is given (usually V = 1), whole, over white.
         target: Views that the loss or the metrics see.
         weight: (B) 1, or 0 for an object that only stands in, so that all ranks have equally many.
+        faults: What was wrong with the samples in whose place each object stands; () for most.
     """
 
     ids: tuple[str, ...]
     input: Views
     target: Views
     weight: Float[Tensor, "*B"]
+    faults: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """Move all tensors (Lightning calls this)."""
-        return Batch(self.ids, self.input.to(device), self.target.to(device), self.weight.to(device))
+        input_views, target = self.input.to(device), self.target.to(device)
+        return Batch(self.ids, input_views, target, self.weight.to(device), self.faults)
 
 
 def collate(items: Sequence[Batch]) -> Batch:
@@ -84,6 +87,7 @@ def collate(items: Sequence[Batch]) -> Batch:
         _stack([item.input for item in items]),
         _stack([item.target for item in items]),
         torch.stack([item.weight for item in items]),
+        tuple(met for item in items for met in item.faults),
     )
 
 

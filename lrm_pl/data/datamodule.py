@@ -1,15 +1,16 @@
 """The LightningDataModule over a folder of shards."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import final
 
 import lightning as L
 from torch.utils.data import DataLoader
 
 from lrm_pl.data.batch import Batch, collate
+from lrm_pl.data.cache import CacheConfig
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
-from lrm_pl.data.manifest import Split, read_manifest
+from lrm_pl.data.manifest import Split
+from lrm_pl.data.source import ShardSource
 from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage
 from lrm_pl.data.workers import outlive_stop_signals
 from lrm_pl.errors import InputError
@@ -26,7 +27,8 @@ class ShardDataModule(L.LightningDataModule):
     the objects of the split "val". Both get the first views as input.
 
     Args:
-        folder: Folder of the shards, with a manifest.json.
+        folder: Folder of the shards, with a manifest.json; or its URL (``s3://``, ``gs://``, ``https://``).
+        cache: How shards at a URL are read.
         batch_size: Objects an optimiser step, over all processes and accumulated batches together: the run is the
             same whatever the number of processes, which must divide it (times ``accumulate_grad_batches``).
         side_views: Target views besides the input views (the paper: 3).
@@ -37,6 +39,8 @@ class ShardDataModule(L.LightningDataModule):
         crop: Sizes of the target windows in training.
         crop_stages: Other sizes from later steps on (progressive resolution).
         camera_noise: Noise on the cameras that the network is told.
+        max_bad_share: Share of the samples that may be unreadable before training stops and lists them; their places
+            are taken by others. 1 lets any number pass.
         workers: Processes that decode; 0 decodes in the training process.
         seed: Seed of the order of samples and of all augmentation.
         streams: Streams that an epoch is cut into, so that neighbours in a batch come from different shards.
@@ -45,6 +49,7 @@ class ShardDataModule(L.LightningDataModule):
     def __init__(
         self,
         folder: str = "data/demo",
+        cache: CacheConfig = CacheConfig(),  # noqa: B008 - frozen
         batch_size: int = 4,
         side_views: int = 3,
         unseen_views: int = 4,
@@ -52,12 +57,17 @@ class ShardDataModule(L.LightningDataModule):
         crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
         crop_stages: Sequence[CropStage] = (),
         camera_noise: float = 0.0,
+        max_bad_share: float = 0.01,
         workers: int = 2,
         seed: int = 0,
         streams: int = 64,
     ) -> None:
         super().__init__()
-        self.folder, self.batch_size, self.side_views = Path(folder), batch_size, side_views
+        if not 0 <= max_bad_share <= 1:
+            raise InputError(f"expected a data.max_bad_share in [0, 1], found {max_bad_share}")
+        self.max_bad_share = max_bad_share
+        self.folder, self.batch_size, self.side_views = folder, batch_size, side_views
+        self.cache = cache
         self.unseen_views, self.input_pool, self.workers = unseen_views, input_pool, workers
         self.inputs = 1  # views that the network is given; `lrm fit` takes them from the network
         self.augmentation = Augmentation(crop, tuple(crop_stages), camera_noise)
@@ -71,7 +81,8 @@ class ShardDataModule(L.LightningDataModule):
         Raises:
             InputError: No shards, damaged shards, or too few views.
         """
-        self.manifest = read_manifest(self.folder)
+        self.source = ShardSource(self.folder, self.cache)
+        self.manifest = self.source.manifest()
         needed = self.inputs + self.side_views + self.unseen_views
         if self.manifest.views < needed:
             raise InputError(
@@ -115,7 +126,7 @@ class ShardDataModule(L.LightningDataModule):
         """
         assert self.trainer is not None
         stream = TrainingStream(
-            self.folder,
+            self.source,
             self.manifest,
             self.share,
             self.inputs,
@@ -155,7 +166,7 @@ class ShardDataModule(L.LightningDataModule):
     def _evaluation_loader(self, split: Split, views: Sequence[int], limit: int | None) -> DataLoader[Batch]:
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        dataset = EvaluationSet(self.folder, self.manifest, split, self.inputs, views, limit, rank, world)
+        dataset = EvaluationSet(self.source, self.manifest, split, self.inputs, views, limit, rank, world)
         return DataLoader(
             dataset,
             batch_size=1,

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.manifest import Manifest, Split
 from lrm_pl.data.schema import SampleError
 from lrm_pl.data.shards import Order, Place, ShardReader, require_samples
+from lrm_pl.data.source import ShardSource
 from lrm_pl.data.transforms import Augmentation, choose_views, evaluation_item, sample_rng, training_item
 from lrm_pl.errors import InputError
 
@@ -72,7 +72,7 @@ class TrainingStream(IterableDataset[Batch]):
     Worker k of K makes the whole batches k, k + K, ... counted from there, so the order does not depend on K.
 
     Args:
-        folder: Folder of the shards.
+        source: Where the shards are.
         manifest: Its manifest.
         share: Which samples are this process's.
         inputs: Input views an object; they are targets too.
@@ -92,7 +92,7 @@ class TrainingStream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        folder: Path,
+        source: ShardSource,
         manifest: Manifest,
         share: Share,
         inputs: int,
@@ -107,8 +107,8 @@ class TrainingStream(IterableDataset[Batch]):
         position: int = 0,
     ) -> None:
         shards = manifest.split("train")
-        require_samples(folder, shards, "train", share.batch_size)
-        self.reader = ShardReader(folder, shards)
+        require_samples(source.location, shards, "train", share.batch_size)
+        self.reader = ShardReader(source, shards)
         self.order = Order(tuple(shard.samples for shard in shards), seed, streams)
         self.share, self.inputs, self.side_views, self.unseen_views = share, inputs, side_views, unseen_views
         self.input_pool, self.augmentation, self.seed = input_pool, augmentation, seed
@@ -122,17 +122,27 @@ class TrainingStream(IterableDataset[Batch]):
         """Yield collated batches."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        ahead = self._announced(range(worker, len(self), workers))
         for batch in range(worker, len(self), workers):
+            next(ahead, None)
             yield collate([self.item(g) for g in self.share.positions(self.position, batch)])
 
+    def _announced(self, batches: range) -> Iterator[None]:
+        """Announce shards some samples ahead: all of them at first, then a batch's at a time."""
+        config = self.reader.source.config
+        first = -(-config.ahead // self.share.local_batch_size)
+        for number, batch in enumerate(batches):
+            for g in self.share.positions(self.position, batch):
+                self.reader.announce(self.order.locate(g).shard)
+            if number >= first:
+                yield
+
     def item(self, position: int) -> Batch:
-        """Make the item at global position g; bad samples are replaced, and said so."""
+        """Make the item at global position g; bad samples are replaced, and named among its faults."""
         step = self.step + (position - self.position) // self.share.batch_size
-        return self.order.fill(
-            position,
-            lambda place: self._make(place, step),
-            lambda message: logger.warning("skipped %s", message),
-        )
+        faults: list[str] = []
+        item = self.order.fill(position, lambda place: self._make(place, step), faults.append)
+        return dataclasses.replace(item, faults=(tuple(faults),))
 
     def _make(self, place: Place, step: int) -> Batch:
         views, rng = self._chosen(place)
@@ -158,7 +168,7 @@ class EvaluationSet(IterableDataset[Batch]):
     Worker k of K makes the items k, k + K, ...
 
     Args:
-        folder: Folder of the shards.
+        source: Where the shards are.
         manifest: Its manifest.
         split: Which split.
         inputs: Number of input views.
@@ -170,7 +180,7 @@ class EvaluationSet(IterableDataset[Batch]):
 
     def __init__(
         self,
-        folder: Path,
+        source: ShardSource,
         manifest: Manifest,
         split: Split,
         inputs: int,
@@ -180,7 +190,7 @@ class EvaluationSet(IterableDataset[Batch]):
         world: int = 1,
     ) -> None:
         shards = manifest.split(split)
-        self.reader = ShardReader(folder, shards)
+        self.reader = ShardReader(source, shards)
         places = [Place(0, i, k) for i, shard in enumerate(shards) for k in range(shard.samples)]
         count = len(places) if limit is None else min(limit, len(places))
         self.places = [places[i * len(places) // count] for i in range(count)]

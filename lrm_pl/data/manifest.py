@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -138,21 +139,7 @@ def read_manifest(folder: Path) -> Manifest:
     remedy = f"run `make render-shards OUT={folder}` (it goes on where it was)"
     if not path.is_file():
         raise ShardError(f"expected finished shards in {folder}, found no {MANIFEST_NAME}; {remedy}")
-    try:
-        record: Any = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ShardError(f"{path}: expected JSON, found: {error}; {remedy}") from error
-    version = record.get("schema_version") if isinstance(record, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ShardError(
-            f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}; render the shards again with this "
-            "version, or use the lrm_pl version that wrote them"
-        )
-    try:
-        shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
-        manifest = Manifest(shards=shards, **record)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ShardError(f"{path}: expected the fields of a manifest, found: {error}; {remedy}") from error
+    manifest = parse_manifest(path.read_bytes(), str(path))
     for shard in manifest.shards:
         for name, size in ((shard.name, shard.bytes), (shard.index_name, None)):
             file = folder / name
@@ -166,27 +153,75 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Check the content of a ``manifest.json``.
+
+    Args:
+        content: The file.
+        where: What messages call it.
+
+    Raises:
+        ShardError: An unknown schema version, or a strange field.
+    """
+    remedy = "render the shards again, or copy the whole folder again"
+    try:
+        record: Any = json.loads(content)
+    except ValueError as error:
+        raise ShardError(f"{where}: expected JSON, found: {error}; {remedy}") from error
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ShardError(
+            f"{where}: expected schema version {SCHEMA_VERSION}, found {version!r}; render the shards again with this "
+            "version, or use the lrm_pl version that wrote them"
+        )
+    try:
+        shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
+        return Manifest(shards=shards, **record)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ShardError(f"{where}: expected the fields of a manifest, found: {error}; {remedy}") from error
+
+
 def read_index(folder: Path, shard: Shard) -> MemberIndex:
     """Read and check the member index of one shard: sample id -> member -> (offset, size), in tar order.
 
     Raises:
-        ShardError: The index does not fit the tar.
+        ShardError: There is none, or it does not fit the tar.
     """
     path = folder / shard.index_name
     try:
-        record = json.loads(path.read_bytes())
+        content = path.read_bytes()
+    except OSError as error:
+        raise ShardError(
+            f"{path}: expected a member index, found: {error}; render {shard.name} again"
+        ) from error
+    return parse_index(content, str(path), shard)
+
+
+def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
+    """Check the content of a member index.
+
+    Args:
+        content: The file.
+        where: What messages call it.
+        shard: The shard that it belongs to.
+
+    Raises:
+        ShardError: It does not fit the tar.
+    """
+    try:
+        record = json.loads(content)
         index = {
             str(key): {str(name): (int(offset), int(size)) for name, (offset, size) in members.items()}
             for key, members in record.items()
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ShardError(
-            f"{path}: expected a member index, found: {error}; render {shard.name} again"
+            f"{where}: expected a member index, found: {error}; render {shard.name} again"
         ) from error
     spans = [span for members in index.values() for span in members.values()]
     if len(index) != shard.samples or any(o < 0 or n < 0 or o + n > shard.bytes for o, n in spans):
         raise ShardError(
-            f"{path}: expected {shard.samples} samples inside {shard.bytes} bytes, found {len(index)} samples and a "
+            f"{where}: expected {shard.samples} samples inside {shard.bytes} bytes, found {len(index)} samples and a "
             f"last byte at {max((o + n for o, n in spans), default=0)}; render {shard.name} again"
         )
     return index
@@ -196,6 +231,8 @@ def _checked_shard(entry: dict[str, Any]) -> Shard:
     shard = Shard(**entry)
     if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
         raise ValueError(f"shard name {shard.name!r} is not a plain .tar file name")
+    if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        raise ValueError(f"shard {shard.name}: sha256 {shard.sha256!r}")
     if shard.split not in SPLITS or type(shard.samples) is not int or type(shard.bytes) is not int:
         raise ValueError(f"shard {shard.name}: split {shard.split!r}, samples {shard.samples!r}")
     return shard

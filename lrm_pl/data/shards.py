@@ -10,13 +10,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import chain
-from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index
+from lrm_pl.data.manifest import MemberIndex, Shard, ShardError
 from lrm_pl.data.schema import Sample, SampleError, decode_sample, view_member
+from lrm_pl.data.source import ShardSource
+from lrm_pl.stores import StoreError
 
 Item = TypeVar("Item")
 
@@ -95,19 +96,27 @@ def _epoch_layout(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.nd
 
 
 class ShardReader:
-    """Reads samples of a folder of shards by place; opens files when first needed.
+    """Reads samples of a folder of shards by place; asks for files when first needed.
 
     Args:
-        folder: Folder of the shards.
+        source: Where the shards are.
         shards: The shards that ``Place.shard`` numbers.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self.folder, self.shards = folder, tuple(shards)
+    def __init__(self, source: ShardSource, shards: Sequence[Shard]) -> None:
+        self.source, self.shards = source, tuple(shards)
         self._indices: dict[int, MemberIndex] = {}
 
+    def announce(self, shard: int) -> None:
+        """Say that a shard is read soon."""
+        self.source.announce(self.shards[shard])
+
     def keys(self, shard: int) -> list[str]:
-        """Return the sample keys of a shard, in tar order."""
+        """Return the sample keys of a shard, in tar order.
+
+        Raises:
+            SampleError: The shard's index cannot be read.
+        """
         return list(self._index(shard))
 
     def view_count(self, place: Place) -> int:
@@ -132,24 +141,31 @@ class ShardReader:
         images = {view_member(view, suffix) for view in views for suffix in ("png", "webp")}
         names = [name for name in members if not name.startswith("view_") or name in images]
         try:
-            with open(self.folder / shard.name, "rb") as file:
-                content = {name: _read_at(file, *members[name]) for name in names}
-            return decode_sample(key, content, views)
+            content = self.source.read(shard, [members[name] for name in names])
+            return decode_sample(key, dict(zip(names, content, strict=True)), views)
         except (SampleError, OSError) as error:
             raise self.located(place, error) from error
 
     def located(self, place: Place, error: Exception) -> SampleError:
-        """Say of an error in a sample which shard it is in and what to do."""
-        path = self.folder / self.shards[place.shard].name
-        return SampleError(f"{path}: {error}; delete this shard and the manifest, then render again")
+        """Say of an error in a sample which sample of which shard it is and what to do."""
+        key, what = self.keys(place.shard)[place.index], str(error)
+        what = what if repr(key) in what else f"sample {key!r}: {what}"
+        path = f"{self.source.location}/{self.shards[place.shard].name}"
+        remedy = (
+            "delete this shard and the manifest, then render again" if self.source.local else "look there"
+        )
+        return SampleError(f"{path}: {what}; {remedy}")
 
     def _index(self, shard: int) -> MemberIndex:
         if shard not in self._indices:
-            self._indices[shard] = read_index(self.folder, self.shards[shard])
+            try:
+                self._indices[shard] = self.source.index(self.shards[shard])
+            except (ShardError, StoreError) as error:
+                raise SampleError(str(error)) from error
         return self._indices[shard]
 
 
-def require_samples(folder: Path, shards: Sequence[Shard], split: str, least: int = 1) -> None:
+def require_samples(folder: str, shards: Sequence[Shard], split: str, least: int = 1) -> None:
     """Refuse a split with fewer samples than an optimiser step takes.
 
     Raises:
@@ -165,11 +181,3 @@ def require_samples(folder: Path, shards: Sequence[Shard], split: str, least: in
             f"{folder}: expected at least {least} samples in the split {split!r}, one optimiser step's, found {found}; "
             f"render more objects, or take a smaller batch: --data.batch_size {found}"
         )
-
-
-def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    content = file.read(size)
-    if len(content) != size:
-        raise SampleError(f"expected {size} bytes at {offset}, found {len(content)}: the file is truncated")
-    return content

@@ -29,6 +29,7 @@ from lrm_pl.io.checkpoints import (
     tidy,
     write_tensors,
 )
+from lrm_pl.training.bad_samples import BadSamples, BadSamplesError
 from lrm_pl.training.gradients import DivergedError
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_state import load_run, run_numbers, run_tensors
@@ -146,6 +147,8 @@ class RunKeeper(L.Callback):
             raise self._explained(trainer, step)
         if pl_module.guard.exhausted:
             self.stopped = DivergedError(self._diverged(trainer, pl_module, step))
+        elif (too_many := _bad_samples(trainer)) is not None:
+            self.stopped = BadSamplesError(too_many)
         elif told:
             self.stopped = StoppedError(f"stopped by a signal after step {step}")
         improved = self._validated is not None and self._validated > self._best
@@ -160,6 +163,8 @@ class RunKeeper(L.Callback):
         assert isinstance(pl_module, LRMModule)
         if pl_module.guard.exhausted and self.stopped is None:
             self.stopped = DivergedError(self._diverged(trainer, pl_module, trainer.global_step))
+        if (too_many := _bad_samples(trainer)) is not None and self.stopped is None:
+            self.stopped = BadSamplesError(too_many)
         if trainer.global_step > self._saved:
             self._save(trainer, pl_module, trainer.global_step)
         self._join()
@@ -268,3 +273,9 @@ class RunKeeper(L.Callback):
         if self._writing is not None:
             self._writing.join()
             self._writing = None
+
+
+def _bad_samples(trainer: L.Trainer) -> str | None:
+    """Return what the counter of bad samples has to say, where there is one."""
+    counters = (c for c in trainer.callbacks if isinstance(c, BadSamples))  # type: ignore[attr-defined]
+    return next((counter.too_many for counter in counters), None)

@@ -6,12 +6,20 @@ import re
 import signal
 import time
 
+import fsspec
 import pytest
 import torch
 
 from tests.distributed.conftest import descendants, keep_every, kill
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytest_plugins = ["tests.s3_store"]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(2400),
+    # Sockets that the proxy breaks on purpose are left to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+]
 
 #: Sixty steps, a checkpoint every five, validation and an average of the weights on the way.
 LONG = (
@@ -137,3 +145,18 @@ def test_under_slurm_usr1_keeps_the_run_leaves_a_note_and_lightning_neither_save
     (runs.folder / "slurm" / "hpc_ckpt_1.ckpt").touch()
     log = runs.run("slurm", 1, *options, layers=["cpu"], status=1, **slurm)
     assert "expected no checkpoint that Lightning would load unasked, found" in log
+
+
+def test_a_run_fed_from_a_bucket_through_faults_and_two_kills_is_the_local_run(runs, whole, s3, tmp_path):
+    fsspec.filesystem("s3").put(f"{runs.shards}/", "bucket/shards/", recursive=True)
+    chance = random.Random(0)
+    faults = ("503", "drop", "deaf", "cut", "slow")
+    s3.fault = lambda method, path, number: chance.choice(faults) if chance.random() < 0.1 else None
+    data = (
+        "--data.folder=s3://bucket/shards", f"--data.cache.folder={tmp_path / 'cache'}", "--data.cache.attempts=10",
+        "--data.workers=1",
+    )  # fmt: skip
+    survive(runs, "bucket", 2, 2, 0, *data, layer="ddp")
+    same(runs, "bucket", whole)
+    assert len(s3.broken) > 10
+    assert len(list((tmp_path / "cache").glob("*.tar"))) >= 6

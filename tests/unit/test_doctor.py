@@ -126,7 +126,7 @@ def test_a_truncated_shard_is_missing(wanted, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     tar = next(copy.glob("train-*.tar"))
     tar.write_bytes(tar.read_bytes()[:-512])
-    (finding,) = training.shards(dataclasses.replace(wanted, data=copy))
+    (finding,) = training.shards(dataclasses.replace(wanted, data=str(copy)))
     assert (finding.verdict, "it is damaged" in finding.found or "damaged" in finding.remedy) == (
         "missing",
         True,

@@ -8,7 +8,8 @@ import torch
 
 from lrm_pl.errors import InputError
 from lrm_pl.io import checkpoints as ck
-from lrm_pl.io.checkpoints import CheckpointError, StoreError, checkpoint_path
+from lrm_pl.io.checkpoints import CheckpointError, checkpoint_path
+from lrm_pl.stores import StoreError
 
 pytest_plugins = ["tests.s3_store"]
 LAYOUTS = ("single", "sharded")

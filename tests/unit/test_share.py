@@ -7,6 +7,7 @@ import pytest
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import read_manifest
 from lrm_pl.data.shards import Order
+from lrm_pl.data.source import ShardSource
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
@@ -63,7 +64,19 @@ def odd(tmp_path_factory):
 def stream(folder, share, steps, position=0):
     crop = CropConfig(8, 8, 8)
     return TrainingStream(
-        folder, read_manifest(folder), share, 1, 1, 1, None, Augmentation(crop), 0, 4, steps, 0, position
+        ShardSource(str(folder)),
+        read_manifest(folder),
+        share,
+        1,
+        1,
+        1,
+        None,
+        Augmentation(crop),
+        0,
+        4,
+        steps,
+        0,
+        position,
     )
 
 
@@ -98,7 +111,10 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone(odd):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 def test_evaluation_has_every_sample_once_and_equally_many_items_on_every_rank(odd, world):
     manifest = read_manifest(odd)
-    ranks = [list(EvaluationSet(odd, manifest, "val", 1, [2], None, rank, world)) for rank in range(world)]
+    ranks = [
+        list(EvaluationSet(ShardSource(str(odd)), manifest, "val", 1, [2], None, rank, world))
+        for rank in range(world)
+    ]
     assert {len(items) for items in ranks} == {-(-5 // world)}
     real = [item.ids[0] for items in ranks for item in items if item.weight]
     assert sorted(real) == [f"val-ellipsoid-{i:03d}" for i in range(5)]
@@ -111,7 +127,7 @@ def test_a_bad_sample_leaves_an_item_of_weight_0_so_that_no_rank_waits_for_anoth
     place = content.index(b"\x93NUMPY")  # the poses of the first object
     content[place : place + 6] = b"corrup"
     tar.write_bytes(bytes(content))
-    items = list(EvaluationSet(tmp_path, read_manifest(tmp_path), "val", 1, [2]))
+    items = list(EvaluationSet(ShardSource(str(tmp_path)), read_manifest(tmp_path), "val", 1, [2]))
     assert [(item.ids[0], float(item.weight)) for item in items] == [
         ("val-ellipsoid-001", 0.0),
         ("val-ellipsoid-001", 1.0),

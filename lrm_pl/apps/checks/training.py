@@ -4,7 +4,9 @@ import hashlib
 
 from lrm_pl.apps.checks.finding import Finding
 from lrm_pl.apps.checks.wanted import Wanted, Weights
-from lrm_pl.data.manifest import MANIFEST_NAME, ShardError, read_manifest
+from lrm_pl.data.cache import CacheConfig
+from lrm_pl.data.source import ShardSource
+from lrm_pl.errors import InputError
 from lrm_pl.io.fetch import FetchError, ask
 from lrm_pl.io.weights import WeightsError, cached_path, candidates, find, source_name
 
@@ -37,14 +39,14 @@ def weights(wanted: Weights) -> Finding:
 def shards(wanted: Wanted) -> list[Finding]:
     """Read the manifest; compare objects and views with what the run takes."""
     try:
-        manifest = read_manifest(wanted.data)
-    except ShardError as error:
+        manifest = ShardSource(wanted.data, CacheConfig(attempts=2)).manifest()
+    except InputError as error:  # of the shards, or of the store that they are in
         expectation, _, remedy = str(error).partition("; ")
         return [Finding("shards", expectation, "missing", remedy)]
     except OSError as error:
         remedy = f"give this user the right to read {wanted.data}"
         return [Finding("shards", f"{wanted.data}: {error.strerror}", "missing", remedy)]
-    digest = hashlib.sha256((wanted.data / MANIFEST_NAME).read_bytes()).hexdigest()[:8]
+    digest = hashlib.sha256(repr(manifest).encode()).hexdigest()[:8]
     train, val = (sum(shard.samples for shard in manifest.split(split)) for split in ("train", "val"))
     found = f"{wanted.data}: {train} objects to train on, {val} held out, {len(manifest.shards)} shards ({digest})"
     findings = [Finding("shards", found, alike=True)]

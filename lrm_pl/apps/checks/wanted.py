@@ -36,7 +36,7 @@ class Wanted:
         batch_size: Objects an optimiser step.
         views: Views an object must have.
         workers: Loader workers a process.
-        data: Folder of the shards.
+        data: Folder or URL of the shards.
         run: Folder that the run writes into.
         weights: Pretrained files that it starts from or measures with.
     """
@@ -49,7 +49,7 @@ class Wanted:
     batch_size: int
     views: int
     workers: int
-    data: Path
+    data: str
     run: Path
     weights: tuple[Weights, ...]
 
@@ -74,7 +74,7 @@ def read_wanted(arguments: list[str]) -> Wanted:
         batch_size=data["batch_size"],
         views=config["model"]["lrm"]["input_views"] + data["side_views"] + data["unseen_views"],
         workers=data["workers"],
-        data=Path(data["folder"]),
+        data=data["folder"],
         run=Path(config.get("run.folder") or "runs"),
         weights=_weights(config),
     )

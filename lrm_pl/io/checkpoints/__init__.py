@@ -8,7 +8,7 @@
 A local folder is written as ``step-....partial`` and renamed when its index is in it; in an object store, where there
 is no renaming, the index is what makes it complete. CHECKPOINTS is a local folder or a URL (``s3://``, ``gs://``).
 
-``store`` is the border to file systems, ``owner`` keeps two runs apart, ``index`` is about whole checkpoints,
+``store`` writes and hashes files, ``owner`` keeps two runs apart, ``index`` is about whole checkpoints,
 ``tensors`` about what is in them.
 """
 
@@ -29,12 +29,12 @@ from lrm_pl.io.checkpoints.index import (
     tidy,
 )
 from lrm_pl.io.checkpoints.owner import Owner
-from lrm_pl.io.checkpoints.store import StoreError, is_local, require_writable
+from lrm_pl.io.checkpoints.store import require_writable
 from lrm_pl.io.checkpoints.tensors import read_tensors, tensor_names, tensor_specs, write_tensors
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "Format", "Owner", "StoreError",
+    "Checkpoint", "CheckpointError", "Format", "Owner",
     "checkpoint_path", "step_of", "list_checkpoints", "newest_checkpoint", "read_checkpoint", "read_index",
     "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "clear_leftovers", "require_writable",
-    "tensor_names", "tensor_specs", "read_tensors", "is_local",
+    "tensor_names", "tensor_specs", "read_tensors",
 ]  # fmt: skip

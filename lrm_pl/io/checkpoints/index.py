@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints.store import Files, is_local, open_store, sha256, sync_folder, talking_to, writing
+from lrm_pl.io.checkpoints.store import Files, sha256, sync_folder, writing
+from lrm_pl.stores import is_local, open_store, talking_to
 
 #: How the tensors lie: a file a rank, or one file.
 Format = Literal["sharded", "single"]

@@ -10,7 +10,8 @@ import socket
 import uuid
 
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints.store import open_store, talking_to, writing
+from lrm_pl.io.checkpoints.store import writing
+from lrm_pl.stores import open_store, talking_to
 
 OWNER_NAME = "owner.json"
 

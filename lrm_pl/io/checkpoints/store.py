@@ -1,4 +1,4 @@
-"""Where files lie: a local folder or an object store, through fsspec. Every file is hashed as it is written.
+"""Files of checkpoints, in a local folder or an object store. Every file is hashed as it is written.
 
 Hashing what passes by costs no second reading (from an object store: no second transfer), and a file that is cut or
 changed on its way does not get a hash that agrees with the damage.
@@ -10,66 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-
 from lrm_pl.errors import InputError
+from lrm_pl.stores import is_local, open_store, talking_to
 
 #: File name -> (size, sha256).
 Files = Mapping[str, tuple[int, str]]
-
-#: Packages under object stores, whose exceptions are no OSErrors: not reached, no credentials, cut off.
-_STORE_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
-
-#: URL scheme -> our extra that brings its fsspec package.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-
-
-class StoreError(InputError, OSError):
-    """An object store does not do what it was asked for."""
-
-
-def open_store(path: str) -> tuple[Any, str]:
-    """Return the file system of a path or URL, and the path inside it.
-
-    Raises:
-        InputError: The package for it is not installed, or there is none.
-    """
-    scheme = path.split("://")[0]
-    try:
-        # A listing that is remembered is wrong as soon as another process has written.
-        return url_to_fs(path, use_listings_cache=False)
-    except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        how = f"pip install 'lrm_pl[{extra}]'" if extra else f"install the fsspec package for {scheme}"
-        raise InputError(
-            f"expected the package that reads {scheme}://, found: {error}; install it: {how}"
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"expected a folder or a URL such as s3://BUCKET/RUN, found {path!r}: {error}"
-        ) from error
-
-
-def is_local(path: str) -> bool:
-    """Say whether a path is on this machine's file systems."""
-    return isinstance(open_store(path)[0], LocalFileSystem)
-
-
-@contextmanager
-def talking_to(path: str) -> Iterator[None]:
-    """Turn what an object store's packages raise into one error; local paths keep their OSErrors."""
-    try:
-        yield
-    except Exception as error:
-        ours = isinstance(error, InputError)
-        theirs = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORE_PACKAGES
-        if ours or not theirs or is_local(path):
-            raise
-        raise StoreError(
-            f"{path}: expected the object store to do as asked, found {type(error).__name__}: {error}; look at the "
-            "bucket, the credentials and the endpoint (for S3: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
-        ) from error
 
 
 class HashingWriter:

@@ -32,7 +32,8 @@ from lrm_pl.io.checkpoints.index import (
     begin,
     partial_path,
 )
-from lrm_pl.io.checkpoints.store import Files, is_local, open_store, talking_to, writing
+from lrm_pl.io.checkpoints.store import Files, writing
+from lrm_pl.stores import is_local, open_store, talking_to
 
 
 def write_tensors(

@@ -1,0 +1,175 @@
+"""The bytes of a folder of shards, wherever it lies: a local folder, or a URL of an object store or a web server.
+
+Locally, members are read by their offsets. At a URL a member is read out of the machine's copy of its shard where
+there is one (``lrm_pl.data.cache``), else alone, by its range; threads bring the shards that are needed next. So the
+first step waits for a few members, not for whole shards.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrm_pl.data.cache import CacheConfig, ShardCache
+from lrm_pl.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    MemberIndex,
+    Shard,
+    ShardError,
+    parse_index,
+    parse_manifest,
+    read_index,
+    read_manifest,
+)
+from lrm_pl.data.schema import SampleError
+from lrm_pl.stores import MissingError, StoreError, insisting, is_local, open_store, read_ranges, talking_to
+
+logger = logging.getLogger(__name__)
+
+#: Shards that a process brings at the same time.
+_TRANSFERS = 2
+
+#: Seconds after which a shard that could not be read is asked for again.
+_REST_S = 300.0
+
+
+class ShardSource:
+    """Reads what is in a folder of shards.
+
+    Args:
+        location: A local folder or a URL (``s3://``, ``gs://``, ``https://``).
+        cache: How shards at a URL are read.
+
+    Raises:
+        InputError: The package that reads such a URL is not installed.
+    """
+
+    def __init__(self, location: str, cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 - frozen
+        self.location, self.config = location.rstrip("/"), cache
+        self.local = is_local(location)
+        self._cache = None if self.local or not cache.gigabytes else ShardCache(self.location, cache)
+        self._lost: dict[str, tuple[float, str]] = {}  # file -> when it could not be read, and why
+        self._coming: set[str] = set()
+        self._errands: tuple[int, queue.SimpleQueue[Shard]] | None = None
+
+    def manifest(self) -> Manifest:
+        """Read the manifest.
+
+        Raises:
+            ShardError: There is none, or it is no manifest.
+            StoreError: The store does not answer.
+        """
+        if self.local:
+            return read_manifest(Path(self.location))
+        where = f"{self.location}/{MANIFEST_NAME}"
+        try:
+            return parse_manifest(self._small(where), where)
+        except MissingError as error:
+            raise ShardError(
+                f"expected finished shards at {self.location}, found no {MANIFEST_NAME}: {error}; put the whole "
+                "folder that `make render-shards` made there"
+            ) from error
+
+    def index(self, shard: Shard) -> MemberIndex:
+        """Read where the members of a shard are.
+
+        Raises:
+            ShardError: The index does not fit the shard.
+            StoreError: The store does not answer.
+        """
+        if self.local:
+            return read_index(Path(self.location), shard)
+        where = f"{self.location}/{shard.index_name}"
+        self._require_not_lost(shard.index_name)
+        try:
+            return parse_index(self._small(where), where, shard)
+        except StoreError as error:
+            self._lose(shard.index_name, error)
+            raise
+
+    def read(self, shard: Shard, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read members.
+
+        Args:
+            shard: The shard.
+            spans: (offset, size) of each member.
+
+        Raises:
+            SampleError: The shard is truncated.
+            OSError: It cannot be read; a ``StoreError`` at a URL.
+        """
+        if self.local:
+            return _read(Path(self.location) / shard.name, spans)
+        if self._cache is not None and (copy := self._cache.find(shard)) is not None:
+            try:
+                return _read(copy, spans)
+            except FileNotFoundError:  # it has just been removed for another shard
+                pass
+        self._require_not_lost(shard.name)
+        try:
+            return read_ranges(f"{self.location}/{shard.name}", spans, self.config.attempts)
+        except StoreError as error:
+            self._lose(shard.name, error)
+            raise
+
+    def announce(self, shard: Shard) -> None:
+        """Have a shard brought that is needed soon; returns at once."""
+        cache = self._cache
+        if cache is None or shard.name in self._coming or cache.find(shard) is not None:
+            return
+        if self._errands is None or self._errands[0] != os.getpid():  # threads are left behind by a fork
+            self._errands = os.getpid(), queue.SimpleQueue()
+            for _ in range(_TRANSFERS):
+                # Daemons: a process that ends does not wait for a shard.
+                threading.Thread(
+                    target=self._run_errands, args=(cache, self._errands[1]), daemon=True
+                ).start()
+        self._coming.add(shard.name)
+        self._errands[1].put(shard)
+
+    def _run_errands(self, cache: ShardCache, errands: "queue.SimpleQueue[Shard]") -> None:
+        while True:
+            shard = errands.get()
+            try:
+                cache.bring(shard)
+            except OSError as error:  # members are read alone then, and say what is wrong with theirs
+                logger.warning("not copied: %s", error)
+                time.sleep(_REST_S / 10)
+            self._coming.discard(shard.name)
+
+    def _lose(self, name: str, error: StoreError) -> None:
+        """Keep in mind that a file cannot be read: else each of its samples would be waited for in vain."""
+        self._lost[name] = time.monotonic(), str(error)
+
+    def _require_not_lost(self, name: str) -> None:
+        when, why = self._lost.get(name, (-_REST_S, ""))
+        if why and time.monotonic() < when + _REST_S:
+            raise StoreError(why)
+
+    def _small(self, url: str) -> bytes:
+        """Read a whole small file."""
+
+        def read() -> bytes:
+            fs, inner = open_store(url)
+            with talking_to(url):
+                return fs.cat_file(inner)
+
+        return insisting(read, self.config.attempts)
+
+
+def _read(path: Path, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    contents = []
+    with open(path, "rb") as file:
+        for offset, size in spans:
+            file.seek(offset)
+            content = file.read(size)
+            if len(content) != size:
+                raise SampleError(
+                    f"expected {size} bytes at {offset}, found {len(content)}: the file is truncated"
+                )
+            contents.append(content)
+    return contents

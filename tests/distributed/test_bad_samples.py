@@ -1,0 +1,44 @@
+"""Samples that cannot be read: few cost nothing but themselves, many end the run on all ranks, with the list."""
+
+import shutil
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def damaged(runs, tmp_path_factory):
+    """The shards with one of twelve objects damaged."""
+    folder = tmp_path_factory.mktemp("damaged") / "shards"
+    shutil.copytree(runs.shards, folder)
+    tar = folder / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    place = content.index(b"\x93NUMPY")  # the poses of its first object
+    content[place : place + 6] = b"corrup"
+    tar.write_bytes(bytes(content))
+    return folder
+
+
+def test_too_many_bad_samples_stop_both_ranks_with_the_list_and_a_checkpoint(runs, damaged):
+    options = (
+        f"--data.folder={damaged}", "--data.workers=1", "--trainer.max_steps=40", "--trainer.limit_val_batches=0",
+    )  # fmt: skip
+    log = runs.run("bad", 2, *options, layers=["ddp"], status=1)
+    # 4 objects a step: 100 are judged at step 25, by then each of 12 has come twice
+    assert "expected at most 0.01 of the samples to be bad, found 9 of 100" in log or (
+        "expected at most 0.01 of the samples to be bad, found 8 of 100" in log
+    )
+    assert "train-000000.tar: sample 'train-ellipsoid-000'" in log
+    assert log.count("skipped ") == log.count("skipped /"), "each is named once a rank"
+    assert log.count("skipped /") <= 2
+    checkpoint, _ = runs.final("bad")
+    assert checkpoint.step == 25
+    assert runs.scalars("bad")["data/bad_samples"][-1][1] in (8, 9)
+
+
+def test_a_run_that_may_lose_samples_makes_all_its_steps_on_both_ranks(runs, damaged):
+    options = (f"--data.folder={damaged}", "--data.max_bad_share=0.2", "--trainer.max_steps=30")
+    runs.run("bad-allowed", 2, *options, layers=["ddp"])
+    assert runs.final("bad-allowed")[0].step == 30
+    assert len(runs.losses("bad-allowed")) == 30

@@ -1,0 +1,257 @@
+"""Shards in a bucket and on a web server, both real and on loopback: read as local ones, through every fault."""
+
+import hashlib
+import http.server
+import random
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+
+import fsspec
+import pytest
+import torch
+
+from lrm_pl.data import source as source_module
+from lrm_pl.data.cache import CacheConfig, ShardCache
+from lrm_pl.data.dataset import Share, TrainingStream
+from lrm_pl.data.manifest import ShardError, read_manifest
+from lrm_pl.data.source import ShardSource
+from lrm_pl.data.transforms import Augmentation, CropConfig
+from lrm_pl.errors import InputError
+from lrm_pl.stores import StoreError
+
+pytest_plugins = ["tests.s3_store", "tests.web_server"]
+
+# Sockets that the proxy or botocore leave to the garbage collector, on purpose or not, are no concern of these tests.
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Wait for hundredths of a second where a user would wait for seconds."""
+    monkeypatch.setattr("lrm_pl.stores._LONGEST_WAIT_S", 0.02)
+
+
+@pytest.fixture(params=["bucket", "web"])
+def remote(request, shards):
+    """The six ellipsoids at a URL, and the proxy before it."""
+    if request.param == "bucket":
+        proxy = request.getfixturevalue("s3")
+        fsspec.filesystem("s3").put(f"{shards}/", "bucket/shards/", recursive=True)
+        proxy.address = "s3://bucket/shards"
+    else:
+        proxy = request.getfixturevalue("web_server")
+        for path in shards.iterdir():
+            (proxy.folder / path.name).write_bytes(path.read_bytes())
+        proxy.address = proxy.url
+    proxy.seen.clear()
+    return proxy
+
+
+def items(source, steps=12, workers=None):
+    """The batches of three epochs of four objects, one at a time."""
+    augmentation = Augmentation(CropConfig(16, 32, 16))
+    stream = TrainingStream(source, source.manifest(), Share(1), 1, 2, 2, None, augmentation, 0, 2, steps)
+    return list(stream)
+
+
+def require_equal(found, expected):
+    assert [batch.ids for batch in found] == [batch.ids for batch in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.target.images, other.target.images)
+        assert torch.equal(one.input.c2w, other.input.c2w)
+
+
+@pytest.mark.parametrize("gigabytes", [0.0, 1.0])
+def test_what_is_read_at_a_url_is_what_is_read_locally(remote, shards, tmp_path, gigabytes):
+    cache = CacheConfig(str(tmp_path / "cache"), gigabytes, ahead=2)
+    require_equal(items(ShardSource(remote.address, cache)), items(ShardSource(str(shards))))
+    tars = [path for path, _ in counted(remote) if path.endswith(".tar")]
+    if gigabytes:
+        deadline = time.monotonic() + 10
+        while len(list((tmp_path / "cache").glob("*.tar"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        remote.seen.clear()
+        require_equal(items(ShardSource(remote.address, cache)), items(ShardSource(str(shards))))
+        assert not [path for path, _ in counted(remote) if path.endswith(".tar")], "copies were not used"
+    else:
+        assert tars
+        assert not (tmp_path / "cache").exists()
+
+
+def counted(proxy):
+    return [(path, count + 1) for (method, path), count in proxy.seen.items() if method == "GET"]
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "deaf", "cut", "slow"])
+def test_a_fault_that_passes_changes_nothing(remote, shards, tmp_path, fault):
+    chance = random.Random(0)
+    remote.fault = lambda method, path, number: fault if chance.random() < 0.3 else None
+    for gigabytes in (0.0, 1.0):  # members alone, then copies of shards
+        cache = CacheConfig(str(tmp_path / "cache"), gigabytes, attempts=12, ahead=2)
+        require_equal(items(ShardSource(remote.address, cache)), items(ShardSource(str(shards))))
+    assert len(remote.broken) > 5
+    sums = {shard.sha256 for shard in read_manifest(shards).shards}
+    for copy in (tmp_path / "cache").glob("*.tar"):
+        assert hashlib.sha256(copy.read_bytes()).hexdigest() == copy.stem
+        assert copy.stem in sums
+
+
+def test_copies_stay_within_their_limit_and_the_least_used_goes_first(remote, shards, tmp_path):
+    first, second, third = read_manifest(shards).shards
+    limit = first.bytes + max(second.bytes, third.bytes) + 1000
+    cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), limit / 1e9))
+    for shard in (first, second, first, third):
+        assert cache.bring(shard).read_bytes() == (shards / shard.name).read_bytes()
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= limit
+    assert cache.find(second) is None, "the first was used since"
+    assert cache.find(first) is not None
+    small = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), first.bytes / 2e9))
+    assert small.bring(second) is None, "a shard larger than the cache is read by its members"
+
+
+def test_processes_share_one_copy_that_was_brought_once(remote, shards, tmp_path):
+    remote.fault = lambda method, path, number: "slow" if path.endswith(".tar") else None
+    processes = [bringing(remote, tmp_path / "cache") for _ in range(3)]
+    for process in processes:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said.decode()
+    tars = {path: count for path, count in counted(remote) if path.endswith(".tar")}
+    assert len(tars) == 3
+    assert set(tars.values()) == {1}
+    for shard in read_manifest(shards).shards:
+        copy = tmp_path / "cache" / f"{shard.sha256}.tar"
+        assert copy.read_bytes() == (shards / shard.name).read_bytes()
+
+
+def bringing(remote, folder):
+    """Start a process that copies all shards."""
+    program = (
+        "import sys\nfrom lrm_pl.data.cache import *\nfrom lrm_pl.data.source import ShardSource\n"
+        "config = CacheConfig(sys.argv[2], 1.0)\n"
+        "for shard in ShardSource(sys.argv[1], config).manifest().shards:\n"
+        "    ShardCache(sys.argv[1], config).bring(shard)\n"
+    )
+    command = [sys.executable, "-c", program, remote.address, str(folder)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+def test_a_transfer_that_was_killed_leaves_nothing_that_is_read_or_counted(remote, shards, tmp_path):
+    remote.fault = lambda method, path, number: "slow" if path.endswith(".tar") else None
+    process = bringing(remote, tmp_path / "cache")
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").glob("*.partial")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=10)
+    remote.fault = lambda method, path, number: None
+    first, second, _ = read_manifest(shards).shards
+    limit = max(first.bytes, second.bytes) + 100  # no room for what was left behind
+    cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), limit / 1e9))
+    assert cache.find(first) is None
+    assert cache.bring(second).read_bytes() == (shards / second.name).read_bytes()
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_a_shard_that_is_not_the_manifests_is_never_copied(remote, shards, tmp_path):
+    shard = read_manifest(shards).shards[0]
+    content = bytearray((shards / shard.name).read_bytes())
+    content[len(content) // 2] ^= 1
+    put(remote, shard.name, bytes(content))
+    cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), 1.0))
+    with pytest.raises(StoreError, match=f"expected sha256 {shard.sha256}, found"):
+        cache.bring(shard)
+    assert not list((tmp_path / "cache").glob("*.tar*l"))
+    assert cache.find(shard) is None
+
+
+def put(remote, name, content):
+    """Replace a file, or remove it."""
+    if remote.address.startswith("s3"):
+        fs = fsspec.filesystem("s3")
+        fs.rm(f"bucket/shards/{name}")
+        if content is not None:
+            fs.pipe(f"bucket/shards/{name}", content)
+    elif content is None:
+        (remote.folder / name).unlink()
+    else:
+        (remote.folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("what", ["tar", "index"])
+def test_a_vanished_shard_costs_its_own_samples_and_is_not_asked_for_each_time(remote, shards, what):
+    lost = read_manifest(shards).split("train")[0]
+    put(remote, lost.name if what == "tar" else lost.index_name, None)
+    found = items(ShardSource(remote.address, CacheConfig(None, 0.0)))
+    assert len(found) == 12
+    assert {batch.ids[0] for batch in found} == {"train-ellipsoid-002", "train-ellipsoid-003"}
+    name = lost.name if what == "tar" else lost.index_name
+    faults = [message for batch in found for met in batch.faults for message in met]
+    assert len(faults) >= 6, "two of four objects in three epochs"
+    assert all(name in message for message in faults)
+    assert what == "index" or any("'train-ellipsoid-000'" in message for message in faults)
+    (count,) = {count for path, count in counted(remote) if path.endswith(name)} or {0}
+    assert count <= 7, (
+        "the members of one sample, or an index, once: else six samples would be waited for in vain"
+    )
+
+
+def test_a_shard_that_is_back_after_a_while_is_read_again(remote, shards, monkeypatch):
+    monkeypatch.setattr(source_module, "_REST_S", 0.3)
+    shard = read_manifest(shards).shards[0]
+    source = ShardSource(remote.address, CacheConfig(None, 0.0, attempts=1))
+    remote.fault = lambda method, path, number: "503" if path.endswith(".tar") else None
+    with pytest.raises(StoreError):
+        source.read(shard, [(0, 512)])
+    remote.fault = lambda method, path, number: None
+    with pytest.raises(StoreError):
+        source.read(shard, [(0, 512)])
+    time.sleep(0.4)
+    assert source.read(shard, [(0, 512)]) == [(shards / shard.name).read_bytes()[:512]]
+
+
+def test_no_manifest_at_a_url_is_an_error_that_says_what_to_put_there(remote):
+    with pytest.raises(ShardError, match=r"found no manifest\.json.*put the whole folder"):
+        ShardSource(f"{remote.address}/nowhere").manifest()
+
+
+def test_a_web_server_that_ignores_ranges_is_refused(shards):
+    """Python's own, which sends whole files."""
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(shards))
+    handler.log_message = None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = ShardSource(f"http://127.0.0.1:{server.server_port}", CacheConfig(None, 0.0, attempts=1))
+        shard = source.manifest().shards[0]
+        with pytest.raises(StoreError, match=r"must answer requests for a part of a file \(Range\)"):
+            source.read(shard, [(512, 100)])
+        server.shutdown()
+
+
+def test_numbers_that_mean_nothing_are_refused():
+    for wrong in ({"gigabytes": -1.0}, {"attempts": 0}, {"ahead": -1}):
+        with pytest.raises(InputError, match="of 0 or more"):
+            CacheConfig(**wrong)
+
+
+def test_a_bad_sample_is_told_with_the_item_that_took_its_place(shards, tmp_path):
+    for path in shards.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tar = tmp_path / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    place = content.index(b"\x93NUMPY")  # the poses of its first object
+    content[place : place + 6] = b"corrup"
+    tar.write_bytes(bytes(content))
+    found = items(ShardSource(str(tmp_path)))
+    assert sum(bool(met) for batch in found for met in batch.faults) == 3, "once an epoch"
+    (message,) = {message for batch in found for met in batch.faults for message in met}
+    assert str(tar) in message
+    assert "'train-ellipsoid-000'" in message
