@@ -65,14 +65,14 @@ def print_report(
     for name in EVALUATION_SETS:
         loader = data.evaluation_loader(name, MEASURED)
         if not len(loader):
-            console.print(f"No {TITLES[name]} in {data.folder}: nothing to measure there.")
+            console.print(f"No {TITLES[name]} in {data.mixture.name}: nothing to measure there.")
             continue
         with trainer.precision_plugin.forward_context():
             batches = track(loader, f"Measuring {name}", console=console)
             report = measure(module, batches, perceptual, mean_image, SHOWN)
         if report is None:  # on all ranks alike
             console.print(
-                f"No readable sample among the {TITLES[name]} of {data.folder}: nothing to measure there."
+                f"No readable sample among the {TITLES[name]} of {data.mixture.name}: nothing to measure there."
             )
             continue
         reports[name] = report

@@ -256,12 +256,12 @@ class LRMCLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         if encoder:
             self.datamodule.train_dataloader()  # says what is wrong with the data or their division
-        normalise = self.datamodule.manifest.render.get("normalise")
-        if normalise == "cube" and self.model.renderer.bounds == "sphere":
-            raise InputError(
-                f"{self.datamodule.folder}: expected sphere-normalised shards for renderer bounds 'sphere', found "
-                "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
-            )
+        for source, manifest, _ in self.datamodule.mixture.members:
+            if manifest.render.get("normalise") == "cube" and self.model.renderer.bounds == "sphere":
+                raise InputError(
+                    f"{source.location}: expected sphere-normalised shards for renderer bounds 'sphere', found "
+                    "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
+                )
         weights: WeightsConfig = self._weights()
         if encoder and weights.network is not None:
             load_weights(self.model.lrm, Path(weights.network).expanduser())

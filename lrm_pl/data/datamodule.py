@@ -10,7 +10,7 @@ from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.cache import CacheConfig
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import Split
-from lrm_pl.data.source import ShardSource
+from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage
 from lrm_pl.data.workers import outlive_stop_signals
 from lrm_pl.errors import InputError
@@ -28,6 +28,8 @@ class ShardDataModule(L.LightningDataModule):
 
     Args:
         folder: Folder of the shards, with a manifest.json; or its URL (``s3://``, ``gs://``, ``https://``).
+        weight: How often each of its objects comes in an epoch, where other sets are mixed in.
+        also: Other sets that are mixed in (LRM: Objaverse once, MVImgNet three times an epoch).
         cache: How shards at a URL are read.
         batch_size: Objects an optimiser step, over all processes and accumulated batches together: the run is the
             same whatever the number of processes, which must divide it (times ``accumulate_grad_batches``).
@@ -49,6 +51,8 @@ class ShardDataModule(L.LightningDataModule):
     def __init__(
         self,
         folder: str = "data/demo",
+        weight: int = 1,
+        also: Sequence[DataSet] = (),
         cache: CacheConfig = CacheConfig(),  # noqa: B008 - frozen
         batch_size: int = 4,
         side_views: int = 3,
@@ -67,7 +71,7 @@ class ShardDataModule(L.LightningDataModule):
             raise InputError(f"expected a data.max_bad_share in [0, 1], found {max_bad_share}")
         self.max_bad_share = max_bad_share
         self.folder, self.batch_size, self.side_views = folder, batch_size, side_views
-        self.cache = cache
+        self.sets, self.cache = (DataSet(folder, weight), *also), cache
         self.unseen_views, self.input_pool, self.workers = unseen_views, input_pool, workers
         self.inputs = 1  # views that the network is given; `lrm fit` takes them from the network
         self.augmentation = Augmentation(crop, tuple(crop_stages), camera_noise)
@@ -81,15 +85,15 @@ class ShardDataModule(L.LightningDataModule):
         Raises:
             InputError: No shards, damaged shards, or too few views.
         """
-        self.source = ShardSource(self.folder, self.cache)
-        self.manifest = self.source.manifest()
+        self.mixture = Mixture(self.sets, self.cache)
         needed = self.inputs + self.side_views + self.unseen_views
-        if self.manifest.views < needed:
-            raise InputError(
-                f"{self.folder}: expected at least {needed} views an object ({self.inputs} input, {self.side_views} "
-                f"side, {self.unseen_views} unseen), found {self.manifest.views}; lower data.side_views or "
-                f"data.unseen_views, or run `make render-shards VIEWS={needed} OUT=...`"
-            )
+        for source, manifest, _ in self.mixture.members:
+            if manifest.views < needed:
+                raise InputError(
+                    f"{source.location}: expected at least {needed} views an object ({self.inputs} input, "
+                    f"{self.side_views} side, {self.unseen_views} unseen), found {manifest.views}; lower "
+                    f"data.side_views or data.unseen_views, or run `make render-shards VIEWS={needed} OUT=...`"
+                )
 
     @property
     def share(self) -> Share:
@@ -126,8 +130,7 @@ class ShardDataModule(L.LightningDataModule):
         """
         assert self.trainer is not None
         stream = TrainingStream(
-            self.source,
-            self.manifest,
+            self.mixture,
             self.share,
             self.inputs,
             self.side_views,
@@ -155,18 +158,17 @@ class ShardDataModule(L.LightningDataModule):
     def evaluation_loader(self, name: str, limit: int | None = None) -> DataLoader[Batch]:
         """Make one evaluation loader by its name in ``EVALUATION_SETS``, of at most ``limit`` objects."""
         splits: dict[str, Split] = {"unseen": "train", "heldout": "val"}
-        views = range(self.manifest.views - self.unseen_views, self.manifest.views)
+        views = slice(-self.unseen_views, None) if self.unseen_views else slice(0)
         return self._evaluation_loader(splits[name], views, limit)
 
     def training_views_loader(self, limit: int | None = None) -> DataLoader[Batch]:
         """Make a loader of the training views of the training objects, whole, of at most ``limit`` objects."""
-        views = range(self.manifest.views - self.unseen_views)
-        return self._evaluation_loader("train", views, limit)
+        return self._evaluation_loader("train", slice(-self.unseen_views or None), limit)
 
-    def _evaluation_loader(self, split: Split, views: Sequence[int], limit: int | None) -> DataLoader[Batch]:
+    def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[Batch]:
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        dataset = EvaluationSet(self.source, self.manifest, split, self.inputs, views, limit, rank, world)
+        dataset = EvaluationSet(self.mixture, split, self.inputs, views, limit, rank, world)
         return DataLoader(
             dataset,
             batch_size=1,

@@ -2,17 +2,17 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lrm_pl.data.batch import Batch, collate
-from lrm_pl.data.manifest import Manifest, Split
+from lrm_pl.data.manifest import Split
+from lrm_pl.data.mixture import Mixture
 from lrm_pl.data.schema import SampleError
-from lrm_pl.data.shards import Order, Place, ShardReader, require_samples
-from lrm_pl.data.source import ShardSource
+from lrm_pl.data.shards import Order, Place, ShardReader
 from lrm_pl.data.transforms import Augmentation, choose_views, evaluation_item, sample_rng, training_item
 from lrm_pl.errors import InputError
 
@@ -72,8 +72,7 @@ class TrainingStream(IterableDataset[Batch]):
     Worker k of K makes the whole batches k, k + K, ... counted from there, so the order does not depend on K.
 
     Args:
-        source: Where the shards are.
-        manifest: Its manifest.
+        mixture: The data sets.
         share: Which samples are this process's.
         inputs: Input views an object; they are targets too.
         side_views: Views an object that are targets only.
@@ -92,8 +91,7 @@ class TrainingStream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        source: ShardSource,
-        manifest: Manifest,
+        mixture: Mixture,
         share: Share,
         inputs: int,
         side_views: int,
@@ -106,10 +104,10 @@ class TrainingStream(IterableDataset[Batch]):
         step: int = 0,
         position: int = 0,
     ) -> None:
-        shards = manifest.split("train")
-        require_samples(source.location, shards, "train", share.batch_size)
-        self.reader = ShardReader(source, shards)
-        self.order = Order(tuple(shard.samples for shard in shards), seed, streams)
+        mixture.require_samples(share.batch_size)
+        entries = mixture.entries("train", repeated=True)
+        self.reader, self.ahead = ShardReader(entries), mixture.ahead
+        self.order = Order(tuple(entry.shard.samples for entry in entries), seed, streams)
         self.share, self.inputs, self.side_views, self.unseen_views = share, inputs, side_views, unseen_views
         self.input_pool, self.augmentation, self.seed = input_pool, augmentation, seed
         self.steps, self.step, self.position = steps, step, position
@@ -129,8 +127,7 @@ class TrainingStream(IterableDataset[Batch]):
 
     def _announced(self, batches: range) -> Iterator[None]:
         """Announce shards some samples ahead: all of them at first, then a batch's at a time."""
-        config = self.reader.source.config
-        first = -(-config.ahead // self.share.local_batch_size)
+        first = -(-self.ahead // self.share.local_batch_size)
         for number, batch in enumerate(batches):
             for g in self.share.positions(self.position, batch):
                 self.reader.announce(self.order.locate(g).shard)
@@ -155,7 +152,7 @@ class TrainingStream(IterableDataset[Batch]):
     def _chosen(self, place: Place) -> tuple[list[int], Any]:
         """Draw the views of the sample at a place; deterministic, so it may be asked twice."""
         key = self.reader.keys(place.shard)[place.index]
-        rng = sample_rng(self.seed, place.epoch, key)
+        rng = sample_rng(self.seed, place.epoch, key, self.reader.entries[place.shard].repeat)
         available = self.reader.view_count(place) - self.unseen_views
         return choose_views(rng, available, self.inputs + self.side_views, self.input_pool), rng
 
@@ -168,11 +165,10 @@ class EvaluationSet(IterableDataset[Batch]):
     Worker k of K makes the items k, k + K, ...
 
     Args:
-        source: Where the shards are.
-        manifest: Its manifest.
+        mixture: The data sets; each object comes once, whatever the weights.
         split: Which split.
         inputs: Number of input views.
-        views: Numbers of the target views.
+        views: Which of an object's views are targets, as a slice of them all.
         limit: Most objects; where the split has more, that many, evenly spread. None means all.
         rank: Number of this process.
         world: Number of processes.
@@ -180,21 +176,20 @@ class EvaluationSet(IterableDataset[Batch]):
 
     def __init__(
         self,
-        source: ShardSource,
-        manifest: Manifest,
+        mixture: Mixture,
         split: Split,
         inputs: int,
-        views: Sequence[int],
+        views: slice,
         limit: int | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        shards = manifest.split(split)
-        self.reader = ShardReader(source, shards)
-        places = [Place(0, i, k) for i, shard in enumerate(shards) for k in range(shard.samples)]
+        entries = mixture.entries(split, repeated=False)
+        self.reader = ShardReader(entries)
+        places = [Place(0, i, k) for i, entry in enumerate(entries) for k in range(entry.shard.samples)]
         count = len(places) if limit is None else min(limit, len(places))
         self.places = [places[i * len(places) // count] for i in range(count)]
-        self.inputs, self.views, self.rank, self.world = inputs, tuple(views), rank, world
+        self.inputs, self.views, self.rank, self.world = inputs, views, rank, world
 
     def __len__(self) -> int:
         """Return the number of items of every rank, those of weight 0 included."""
@@ -216,9 +211,10 @@ class EvaluationSet(IterableDataset[Batch]):
     def _try(self, index: int, *, say: bool = True) -> Batch | None:
         place = self.places[index]
         try:
-            sample = self.reader.read(place, sorted({*range(self.inputs), *self.views}))
+            views = range(self.reader.view_count(place))[self.views]
+            sample = self.reader.read(place, sorted({*range(self.inputs), *views}))
             try:
-                return evaluation_item(sample, self.inputs, self.views)
+                return evaluation_item(sample, self.inputs, views)
             except SampleError as error:  # a view that is no picture
                 raise self.reader.located(place, error) from error
         except SampleError as error:

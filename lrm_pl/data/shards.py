@@ -1,9 +1,10 @@
 """The one global sequence of samples: (seed, position) -> sample, as pure functions; and reading a sample by offset.
 
-Epoch e is the split's shards, permuted by (seed, e) and concatenated to N samples, cut into S streams of equal
-length +-1. Position p of the epoch is in stream p mod S, at index p // S. A run is the endless sequence
-g = e N + p: a batch takes the next G of it, so batches straddle epochs and nothing is dropped or padded. Where a run
-is in its data is the one number g. Nothing is buffered: members are read by their offsets.
+Epoch e is the split's shards (those of a set of weight w stand there w times), permuted by (seed, e) and concatenated
+to N samples, cut into S streams of equal length +-1. Position p of the epoch is in stream p mod S, at index p // S. A
+run is the endless sequence g = e N + p: a batch takes the next G of it, so batches straddle epochs and nothing is
+dropped or padded. Where a run is in its data is the one number g. Nothing is buffered: members are read by their
+offsets.
 """
 
 import dataclasses
@@ -14,9 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from lrm_pl.data.manifest import MemberIndex, Shard, ShardError
+from lrm_pl.data.manifest import MemberIndex, ShardError
+from lrm_pl.data.mixture import Entry
 from lrm_pl.data.schema import Sample, SampleError, decode_sample, view_member
-from lrm_pl.data.source import ShardSource
 from lrm_pl.stores import StoreError
 
 Item = TypeVar("Item")
@@ -96,20 +97,20 @@ def _epoch_layout(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.nd
 
 
 class ShardReader:
-    """Reads samples of a folder of shards by place; asks for files when first needed.
+    """Reads samples by place; asks for files when first needed.
 
     Args:
-        source: Where the shards are.
-        shards: The shards that ``Place.shard`` numbers.
+        entries: The shards that ``Place.shard`` numbers.
     """
 
-    def __init__(self, source: ShardSource, shards: Sequence[Shard]) -> None:
-        self.source, self.shards = source, tuple(shards)
-        self._indices: dict[int, MemberIndex] = {}
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = tuple(entries)
+        self._indices: dict[tuple[str, str], MemberIndex] = {}
 
     def announce(self, shard: int) -> None:
         """Say that a shard is read soon."""
-        self.source.announce(self.shards[shard])
+        entry = self.entries[shard]
+        entry.source.announce(entry.shard)
 
     def keys(self, shard: int) -> list[str]:
         """Return the sample keys of a shard, in tar order.
@@ -134,14 +135,14 @@ class ShardReader:
         Raises:
             SampleError: The sample is bad; the message names shard and sample.
         """
-        shard = self.shards[place.shard]
+        entry = self.entries[place.shard]
         index = self._index(place.shard)
         key = list(index)[place.index]
         members = index[key]
         images = {view_member(view, suffix) for view in views for suffix in ("png", "webp")}
         names = [name for name in members if not name.startswith("view_") or name in images]
         try:
-            content = self.source.read(shard, [members[name] for name in names])
+            content = entry.source.read(entry.shard, [members[name] for name in names])
             return decode_sample(key, dict(zip(names, content, strict=True)), views)
         except (SampleError, OSError) as error:
             raise self.located(place, error) from error
@@ -150,34 +151,17 @@ class ShardReader:
         """Say of an error in a sample which sample of which shard it is and what to do."""
         key, what = self.keys(place.shard)[place.index], str(error)
         what = what if repr(key) in what else f"sample {key!r}: {what}"
-        path = f"{self.source.location}/{self.shards[place.shard].name}"
-        remedy = (
-            "delete this shard and the manifest, then render again" if self.source.local else "look there"
-        )
+        source = self.entries[place.shard].source
+        path = f"{source.location}/{self.entries[place.shard].shard.name}"
+        remedy = "delete this shard and the manifest, then render again" if source.local else "look there"
         return SampleError(f"{path}: {what}; {remedy}")
 
     def _index(self, shard: int) -> MemberIndex:
-        if shard not in self._indices:
+        entry = self.entries[shard]
+        name = entry.source.location, entry.shard.name  # the same in all its appearances
+        if name not in self._indices:
             try:
-                self._indices[shard] = self.source.index(self.shards[shard])
+                self._indices[name] = entry.source.index(entry.shard)
             except (ShardError, StoreError) as error:
                 raise SampleError(str(error)) from error
-        return self._indices[shard]
-
-
-def require_samples(folder: str, shards: Sequence[Shard], split: str, least: int = 1) -> None:
-    """Refuse a split with fewer samples than an optimiser step takes.
-
-    Raises:
-        ShardError: The split is empty or too small.
-    """
-    found = sum(shard.samples for shard in shards)
-    if not found:
-        raise ShardError(
-            f"{folder}: expected samples in the split {split!r}, found none; render more objects"
-        )
-    if found < least:
-        raise ShardError(
-            f"{folder}: expected at least {least} samples in the split {split!r}, one optimiser step's, found {found}; "
-            f"render more objects, or take a smaller batch: --data.batch_size {found}"
-        )
+        return self._indices[name]

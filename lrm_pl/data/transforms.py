@@ -87,9 +87,10 @@ class Augmentation:
         return begun[-1] if begun else self.crop
 
 
-def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """Make the one generator that all randomness of a sample in an epoch comes from."""
-    digest = hashlib.sha256(f"{seed}/{epoch}/{key}".encode()).digest()
+def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Generator:
+    """Make the one generator that all randomness of a sample's appearance in an epoch comes from."""
+    again = f"/{repeat}" if repeat else ""
+    digest = hashlib.sha256(f"{seed}/{epoch}/{key}{again}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 

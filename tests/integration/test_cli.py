@@ -436,3 +436,10 @@ def test_a_network_of_two_input_views_is_given_two_and_their_number_is_no_settin
     assert {shape[1] for shape in seen} == {2}
     with pytest.raises(SystemExit):
         main(["fit", *tiny, "--data.inputs", "3"])
+
+
+def test_a_mixture_of_sets_is_trained_on_and_measured(tiny, tmp_path, shards, capsys):
+    other = tmp_path / "other"
+    write_synthetic_shards(other, train=3, val=1, views=6, resolution=32)
+    main(["fit", *tiny, f"--data.also=[{{folder: {other}, weight: 3}}]"])
+    assert "unseen views of the training objects: 14 images of 7 objects" in capsys.readouterr().out

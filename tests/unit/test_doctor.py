@@ -18,6 +18,7 @@ from lrm_pl.apps.checks.table import rows, show
 from lrm_pl.apps.checks.versions import REQUIREMENTS, version, versions
 from lrm_pl.apps.checks.wanted import Weights, process_count, read_wanted
 from lrm_pl.apps.doctor import main
+from lrm_pl.data.mixture import DataSet
 from lrm_pl.errors import InputError
 from lrm_pl.io.artefacts import ARTEFACTS
 from lrm_pl.io.weights import cached_path
@@ -103,6 +104,18 @@ def test_the_doctor_reads_what_fit_would(config):
     assert [file.name for file in wanted.weights] == ["lpips_vgg", "lpips_alex"]
 
 
+def test_all_sets_of_a_mixture_are_looked_at(config, shards, tmp_path):
+    def looked_at(also):
+        wanted = read_wanted(["-c", str(config), f"--data.also=[{{folder: {also}, weight: 3}}]"])
+        return training.shards(wanted)[0]
+
+    assert looked_at(shards).verdict == "ok"
+    assert "16 objects to train on, 4 held out" in looked_at(shards).found, "4 once and 4 three times"
+    missing = looked_at(tmp_path / "nowhere")
+    assert missing.verdict == "missing"
+    assert "nowhere" in missing.found
+
+
 def test_the_encoders_weights_are_looked_for_unless_it_starts_from_random_ones(config):
     wanted = read_wanted(["-c", str(config), "--weights.pretrained=true"])
     assert [file.name for file in wanted.weights] == ["dino_vitb16", "lpips_alex"]
@@ -126,7 +139,7 @@ def test_a_truncated_shard_is_missing(wanted, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     tar = next(copy.glob("train-*.tar"))
     tar.write_bytes(tar.read_bytes()[:-512])
-    (finding,) = training.shards(dataclasses.replace(wanted, data=str(copy)))
+    (finding,) = training.shards(dataclasses.replace(wanted, sets=(DataSet(str(copy)),)))
     assert (finding.verdict, "it is damaged" in finding.found or "damaged" in finding.remedy) == (
         "missing",
         True,

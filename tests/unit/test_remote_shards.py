@@ -17,6 +17,7 @@ from lrm_pl.data import source as source_module
 from lrm_pl.data.cache import CacheConfig, ShardCache
 from lrm_pl.data.dataset import Share, TrainingStream
 from lrm_pl.data.manifest import ShardError, read_manifest
+from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.source import ShardSource
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
@@ -54,10 +55,10 @@ def remote(request, shards):
     return proxy
 
 
-def items(source, steps=12, workers=None):
+def items(folder, cache=CacheConfig(), steps=12):  # noqa: B008 - frozen
     """The batches of three epochs of four objects, one at a time."""
-    augmentation = Augmentation(CropConfig(16, 32, 16))
-    stream = TrainingStream(source, source.manifest(), Share(1), 1, 2, 2, None, augmentation, 0, 2, steps)
+    augmentation, mixture = Augmentation(CropConfig(16, 32, 16)), Mixture([DataSet(str(folder))], cache)
+    stream = TrainingStream(mixture, Share(1), 1, 2, 2, None, augmentation, 0, 2, steps)
     return list(stream)
 
 
@@ -71,14 +72,14 @@ def require_equal(found, expected):
 @pytest.mark.parametrize("gigabytes", [0.0, 1.0])
 def test_what_is_read_at_a_url_is_what_is_read_locally(remote, shards, tmp_path, gigabytes):
     cache = CacheConfig(str(tmp_path / "cache"), gigabytes, ahead=2)
-    require_equal(items(ShardSource(remote.address, cache)), items(ShardSource(str(shards))))
+    require_equal(items(remote.address, cache), items(shards))
     tars = [path for path, _ in counted(remote) if path.endswith(".tar")]
     if gigabytes:
         deadline = time.monotonic() + 10
         while len(list((tmp_path / "cache").glob("*.tar"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         remote.seen.clear()
-        require_equal(items(ShardSource(remote.address, cache)), items(ShardSource(str(shards))))
+        require_equal(items(remote.address, cache), items(shards))
         assert not [path for path, _ in counted(remote) if path.endswith(".tar")], "copies were not used"
     else:
         assert tars
@@ -95,7 +96,7 @@ def test_a_fault_that_passes_changes_nothing(remote, shards, tmp_path, fault):
     remote.fault = lambda method, path, number: fault if chance.random() < 0.3 else None
     for gigabytes in (0.0, 1.0):  # members alone, then copies of shards
         cache = CacheConfig(str(tmp_path / "cache"), gigabytes, attempts=12, ahead=2)
-        require_equal(items(ShardSource(remote.address, cache)), items(ShardSource(str(shards))))
+        require_equal(items(remote.address, cache), items(shards))
     assert len(remote.broken) > 5
     sums = {shard.sha256 for shard in read_manifest(shards).shards}
     for copy in (tmp_path / "cache").glob("*.tar"):
@@ -190,7 +191,7 @@ def put(remote, name, content):
 def test_a_vanished_shard_costs_its_own_samples_and_is_not_asked_for_each_time(remote, shards, what):
     lost = read_manifest(shards).split("train")[0]
     put(remote, lost.name if what == "tar" else lost.index_name, None)
-    found = items(ShardSource(remote.address, CacheConfig(None, 0.0)))
+    found = items(remote.address, CacheConfig(None, 0.0))
     assert len(found) == 12
     assert {batch.ids[0] for batch in found} == {"train-ellipsoid-002", "train-ellipsoid-003"}
     name = lost.name if what == "tar" else lost.index_name
@@ -250,7 +251,7 @@ def test_a_bad_sample_is_told_with_the_item_that_took_its_place(shards, tmp_path
     place = content.index(b"\x93NUMPY")  # the poses of its first object
     content[place : place + 6] = b"corrup"
     tar.write_bytes(bytes(content))
-    found = items(ShardSource(str(tmp_path)))
+    found = items(tmp_path)
     assert sum(bool(met) for batch in found for met in batch.faults) == 3, "once an epoch"
     (message,) = {message for batch in found for met in batch.faults for message in met}
     assert str(tar) in message

@@ -5,9 +5,8 @@ import itertools
 import pytest
 
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
-from lrm_pl.data.manifest import read_manifest
+from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.shards import Order
-from lrm_pl.data.source import ShardSource
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
@@ -61,11 +60,14 @@ def odd(tmp_path_factory):
     return folder
 
 
+def mixture(folder):
+    return Mixture([DataSet(str(folder))])
+
+
 def stream(folder, share, steps, position=0):
     crop = CropConfig(8, 8, 8)
     return TrainingStream(
-        ShardSource(str(folder)),
-        read_manifest(folder),
+        mixture(folder),
         share,
         1,
         1,
@@ -110,10 +112,8 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone(odd):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 def test_evaluation_has_every_sample_once_and_equally_many_items_on_every_rank(odd, world):
-    manifest = read_manifest(odd)
     ranks = [
-        list(EvaluationSet(ShardSource(str(odd)), manifest, "val", 1, [2], None, rank, world))
-        for rank in range(world)
+        list(EvaluationSet(mixture(odd), "val", 1, slice(2, 3), None, rank, world)) for rank in range(world)
     ]
     assert {len(items) for items in ranks} == {-(-5 // world)}
     real = [item.ids[0] for items in ranks for item in items if item.weight]
@@ -127,7 +127,7 @@ def test_a_bad_sample_leaves_an_item_of_weight_0_so_that_no_rank_waits_for_anoth
     place = content.index(b"\x93NUMPY")  # the poses of the first object
     content[place : place + 6] = b"corrup"
     tar.write_bytes(bytes(content))
-    items = list(EvaluationSet(ShardSource(str(tmp_path)), read_manifest(tmp_path), "val", 1, [2]))
+    items = list(EvaluationSet(mixture(tmp_path), "val", 1, slice(2, 3)))
     assert [(item.ids[0], float(item.weight)) for item in items] == [
         ("val-ellipsoid-001", 0.0),
         ("val-ellipsoid-001", 1.0),

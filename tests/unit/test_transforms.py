@@ -4,9 +4,8 @@ import torch
 
 from lrm_pl.data.batch import collate
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
-from lrm_pl.data.manifest import read_manifest
+from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.schema import Sample, SampleError, SampleInfo, encode_image
-from lrm_pl.data.source import ShardSource
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.data.transforms import (
     Augmentation,
@@ -19,6 +18,11 @@ from lrm_pl.data.transforms import (
     training_item,
 )
 from lrm_pl.geometry.rays import pixel_rays
+
+
+def mixture(folder):
+    return Mixture([DataSet(str(folder))])
+
 
 WHOLE = Augmentation(CropConfig(32, 32, 32))
 
@@ -93,20 +97,18 @@ def test_the_input_view_is_a_target_too_and_canonical():
 
 
 def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(shards):
-    manifest = read_manifest(shards)
-    stream = TrainingStream(ShardSource(str(shards)), manifest, Share(2), 1, 3, 3, None, WHOLE, 0, 4, 40)
+    stream = TrainingStream(mixture(shards), Share(2), 1, 3, 3, None, WHOLE, 0, 4, 40)
     used = {view for g in range(80) for view in stream._chosen(stream.order.locate(g))[0]}
     assert used == {0, 1, 2, 3, 4}
-    items = EvaluationSet(ShardSource(str(shards)), manifest, "train", 1, range(5, 8))
+    items = EvaluationSet(mixture(shards), "train", 1, slice(-3, None))
     assert len(items) == len(list(items)) == 4
     assert next(iter(items)).target.images.shape == (3, 3, 32, 32)
 
 
 def test_a_limited_evaluation_set_is_spread_evenly_over_its_split(shards):
-    manifest = read_manifest(shards)
-    everything = [item.ids for item in EvaluationSet(ShardSource(str(shards)), manifest, "train", 1, [7])]
+    everything = [item.ids for item in EvaluationSet(mixture(shards), "train", 1, slice(7, 8))]
     for limit, expected in ((2, everything[::2]), (9, everything), (None, everything)):
-        limited = EvaluationSet(ShardSource(str(shards)), manifest, "train", 1, [7], limit)
+        limited = EvaluationSet(mixture(shards), "train", 1, slice(7, 8), limit)
         assert [item.ids for item in limited] == expected
         assert len(limited) == len(expected)
 
@@ -118,8 +120,7 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
 
         monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda: Info if workers else None)
         stream = TrainingStream(
-            ShardSource(str(shards)),
-            read_manifest(shards),
+            mixture(shards),
             Share(2),
             1,
             2,
@@ -179,8 +180,7 @@ def test_windows_grow_at_the_step_that_the_config_says_wherever_a_run_is_resumed
 
     def sizes(steps, step, position):
         stream = TrainingStream(
-            ShardSource(str(shards)),
-            read_manifest(shards),
+            mixture(shards),
             Share(2),
             1,
             2,

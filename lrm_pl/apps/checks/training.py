@@ -5,7 +5,8 @@ import hashlib
 from lrm_pl.apps.checks.finding import Finding
 from lrm_pl.apps.checks.wanted import Wanted, Weights
 from lrm_pl.data.cache import CacheConfig
-from lrm_pl.data.source import ShardSource
+from lrm_pl.data.manifest import SPLITS
+from lrm_pl.data.mixture import Mixture
 from lrm_pl.errors import InputError
 from lrm_pl.io.fetch import FetchError, ask
 from lrm_pl.io.weights import WeightsError, cached_path, candidates, find, source_name
@@ -39,22 +40,26 @@ def weights(wanted: Weights) -> Finding:
 def shards(wanted: Wanted) -> list[Finding]:
     """Read the manifest; compare objects and views with what the run takes."""
     try:
-        manifest = ShardSource(wanted.data, CacheConfig(attempts=2)).manifest()
+        mixture = Mixture(wanted.sets, CacheConfig(attempts=2))
     except InputError as error:  # of the shards, or of the store that they are in
         expectation, _, remedy = str(error).partition("; ")
         return [Finding("shards", expectation, "missing", remedy)]
     except OSError as error:
-        remedy = f"give this user the right to read {wanted.data}"
-        return [Finding("shards", f"{wanted.data}: {error.strerror}", "missing", remedy)]
-    digest = hashlib.sha256(repr(manifest).encode()).hexdigest()[:8]
-    train, val = (sum(shard.samples for shard in manifest.split(split)) for split in ("train", "val"))
-    found = f"{wanted.data}: {train} objects to train on, {val} held out, {len(manifest.shards)} shards ({digest})"
+        remedy = f"give this user the right to read {error.filename}"
+        return [Finding("shards", f"{error.filename}: {error.strerror}", "missing", remedy)]
+    digest = hashlib.sha256(repr([manifest for _, manifest, _ in mixture.members]).encode()).hexdigest()[:8]
+    train, val = (
+        sum(entry.shard.samples for entry in mixture.entries(split, repeated=split == "train"))
+        for split in SPLITS
+    )
+    shards = sum(len(manifest.shards) for _, manifest, _ in mixture.members)
+    found = f"{mixture.name}: {train} objects to train on, {val} held out, {shards} shards ({digest})"
     findings = [Finding("shards", found, alike=True)]
     if train < wanted.batch_size:
         remedy = f"a step takes {wanted.batch_size} objects: render more, or lower --data.batch_size"
         findings = [Finding("shards", found, "missing", remedy)]
-    seen = f"{manifest.views} an object, {wanted.views} needed"
-    if manifest.views < wanted.views:
+    seen = f"{mixture.views} an object, {wanted.views} needed"
+    if mixture.views < wanted.views:
         remedy = f"lower --data.side_views or --data.unseen_views, or: make render-shards VIEWS={wanted.views} OUT=..."
         return [*findings, Finding("views", seen, "missing", remedy)]
     return [*findings, Finding("views", seen)]

@@ -8,6 +8,7 @@ from jsonargparse import Namespace
 
 from lrm_pl.apps.parsed import parse_fit
 from lrm_pl.apps.train import WeightsConfig, WeightsFile, pretrained_name
+from lrm_pl.data.mixture import DataSet
 from lrm_pl.io.artefacts import WeightName
 from lrm_pl.io.state_dicts import TIMM_NAMES
 from lrm_pl.io.weights import WeightSource
@@ -36,7 +37,7 @@ class Wanted:
         batch_size: Objects an optimiser step.
         views: Views an object must have.
         workers: Loader workers a process.
-        data: Folder or URL of the shards.
+        sets: The data sets.
         run: Folder that the run writes into.
         weights: Pretrained files that it starts from or measures with.
     """
@@ -49,7 +50,7 @@ class Wanted:
     batch_size: int
     views: int
     workers: int
-    data: str
+    sets: tuple[DataSet, ...]
     run: Path
     weights: tuple[Weights, ...]
 
@@ -74,7 +75,7 @@ def read_wanted(arguments: list[str]) -> Wanted:
         batch_size=data["batch_size"],
         views=config["model"]["lrm"]["input_views"] + data["side_views"] + data["unseen_views"],
         workers=data["workers"],
-        data=data["folder"],
+        sets=(DataSet(data["folder"], data["weight"]), *(DataSet(**vars(one)) for one in data["also"])),
         run=Path(config.get("run.folder") or "runs"),
         weights=_weights(config),
     )

@@ -1,0 +1,89 @@
+"""Several data sets as one: how often each object comes, and what every appearance looks like."""
+
+import collections
+
+import pytest
+import torch
+
+from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
+from lrm_pl.data.manifest import ShardError
+from lrm_pl.data.mixture import DataSet, Mixture
+from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.data.transforms import Augmentation, CropConfig
+from lrm_pl.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Three objects of 6 views, and two of 4, all of the same names."""
+    folders = [tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")]
+    write_synthetic_shards(folders[0], train=3, val=1, views=6, resolution=16, shard_size=2)
+    write_synthetic_shards(folders[1], train=2, val=2, views=4, resolution=16, shard_size=2)
+    return folders
+
+
+def mixed(two, weights=(1, 3)):
+    return Mixture([DataSet(str(folder), weight) for folder, weight in zip(two, weights, strict=True)])
+
+
+def stream(mixture, share, steps, position=0):
+    augmentation = Augmentation(CropConfig(16, 16, 16))
+    return TrainingStream(mixture, share, 1, 1, 1, None, augmentation, 0, 4, steps, 0, position)
+
+
+def test_an_object_comes_as_often_an_epoch_as_the_weight_of_its_set_says(two):
+    run = stream(mixed(two), Share(1), steps=9)
+    assert run.order.total == 3 * 1 + 2 * 3
+    places = [run.order.locate(g) for g in range(3 * 9)]
+    entries = run.reader.entries
+    for epoch in range(3):
+        came = collections.Counter(
+            (entries[p.shard].source.location, run.reader.keys(p.shard)[p.index])
+            for p in places
+            if p.epoch == epoch
+        )
+        first, second = str(two[0]), str(two[1])
+        assert {name: count for (folder, name), count in came.items() if folder == first} == {
+            f"train-ellipsoid-00{i}": 1 for i in range(3)
+        }
+        assert {name: count for (folder, name), count in came.items() if folder == second} == {
+            f"train-ellipsoid-00{i}": 3 for i in range(2)
+        }
+
+
+def test_the_mixture_is_the_same_over_any_ranks_and_from_any_position(two):
+    whole = [key for batch in stream(mixed(two), Share(3), steps=6) for key in batch.ids]
+    dealt = [batch.ids[0] for rank in range(3) for batch in stream(mixed(two), Share(3, rank, 3), steps=6)]
+    assert sorted(dealt) == sorted(whole)
+    assert [key for batch in stream(mixed(two), Share(3), 4, 6) for key in batch.ids] == whole[6:]
+
+
+def test_appearances_of_an_object_in_one_epoch_differ(two):
+    run = stream(mixed(two), Share(1), steps=9)
+    places = [run.order.locate(g) for g in range(9)]
+    again = [
+        g
+        for g, p in enumerate(places)
+        if run.reader.entries[p.shard].source.location == str(two[1]) and p.index == 0
+    ]
+    assert len(again) == 3
+    backgrounds = [run.item(g).target.background for g in again]
+    assert not any(torch.equal(backgrounds[a], backgrounds[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_evaluation_has_every_object_once_with_the_last_views_of_its_own(two):
+    items = list(EvaluationSet(mixed(two), "train", 1, slice(-1, None)))
+    assert len(items) == 5
+    assert all(item.target.images.shape[0] == 1 for item in items)
+    counts = [item.target.images.shape[0] for item in EvaluationSet(mixed(two), "train", 1, slice(None, -1))]
+    assert counts == [5, 5, 5, 3, 3], "6 and 4 views an object, the last one left out"
+
+
+def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, tmp_path):
+    write_synthetic_shards(tmp_path, train=0, val=2, views=4, resolution=16)
+    with pytest.raises(ShardError, match=rf"{tmp_path}: expected samples in the split 'train', found none"):
+        stream(mixed([two[0], tmp_path], (1, 1)), Share(1), 1)
+    with pytest.raises(InputError, match=r"weights of 1 or more, found .*weight=0"):
+        DataSet("somewhere", 0)
+    with pytest.raises(ShardError, match=r"expected at least 10 samples .* found 9; .*--data.batch_size 9"):
+        stream(mixed(two), Share(10), 1)
