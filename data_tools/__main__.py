@@ -21,6 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "render":
             _render(args)
+        elif args.command == "validate":
+            from data_tools.validate import validate
+
+            return 1 if validate(args.shards) else 0
         else:
             _demo_assets(args)
     except InputError as error:
@@ -101,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     render.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")
     render.add_argument("--time-limit", type=float, default=600.0, help="seconds that one object may take")
+    check = commands.add_parser(
+        "validate",
+        formatter_class=shown,
+        help="look at every byte of a folder of shards",
+        description=(
+            "Check sizes, hashes, members, schema, pictures, and whether cameras fit pictures; names what is wrong by "
+            "shard and sample, and ends with status 1 if anything is."
+        ),
+    )
+    check.add_argument("--shards", type=Path, default=Path("data/demo"), help="folder of shards")
     demo = commands.add_parser(
         "demo-assets",
         formatter_class=shown,

@@ -19,13 +19,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lrm_pl.data.schema import KEY_PATTERN, SCHEMA_VERSION
+from lrm_pl.data.schema import KEY_PATTERN, MAX_IMAGE_SIDE, SCHEMA_VERSION
 from lrm_pl.errors import InputError
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 MANIFEST_NAME = "manifest.json"
+
+#: A view of the largest size that is read, without any compression.
+MAX_MEMBER_BYTES = 4 * MAX_IMAGE_SIDE**2
 
 MemberIndex = dict[str, dict[str, tuple[int, int]]]
 
@@ -218,6 +221,11 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
         raise ShardError(
             f"{where}: expected a member index, found: {error}; render {shard.name} again"
         ) from error
+    large = max((size for members in index.values() for _, size in members.values()), default=0)
+    if large > MAX_MEMBER_BYTES:
+        raise ShardError(
+            f"{where}: expected members of at most {MAX_MEMBER_BYTES} bytes, found one of {large}; it is no view"
+        )
     spans = [span for members in index.values() for span in members.values()]
     if len(index) != shard.samples or any(o < 0 or n < 0 or o + n > shard.bytes for o, n in spans):
         raise ShardError(

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -144,3 +145,47 @@ def test_bytes_that_are_no_image_are_refused():
         decode_image("chair", b"garbage")
     with pytest.raises(SampleError, match="expected a PNG or WebP view"):
         decode_image("chair", make_sample().views[0][:60])
+
+
+def _array(header, content=b""):
+    """Bytes of a .npy with a header of one's own."""
+    text = header.ljust(117).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (_array("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 4, 4)}"), "found (1000000000000"),
+        (_array("{'descr': '<f4', 'fortran_order': False, 'shape': (3, 4, 4)}", bytes(100)), "found 100"),
+        (_array("{'descr': '<f4', 'fortran_order': True, 'shape': (3, 4, 4)}", bytes(192)), "column by column"),
+        (_array("{'descr': '|O', 'fortran_order': False, 'shape': (3, 4, 4)}", bytes(192)), "object"),
+        (_array("__import__('os').system('true')"), "expected a numpy array"),
+        (b"\x93NUMPY\x09\x00" + bytes(100), "expected a numpy array"),
+        (b"", "expected a numpy array"),
+    ],
+)  # fmt: skip
+def test_an_array_is_refused_by_its_header_before_anything_is_allocated(array, message):
+    members = encode_sample(make_sample()) | {"c2w.npy": array}
+    with pytest.raises(SampleError, match="sample 'chair'") as error:
+        decode_sample("chair", members)
+    assert message in str(error.value)
+
+
+def test_a_picture_is_refused_by_its_size_before_it_is_decoded():
+    bomb = io.BytesIO()
+    Image.new("RGBA", (8, 8)).save(bomb, "PNG")
+    content = bytearray(bomb.getvalue())
+    content[16:24] = (8192).to_bytes(4, "big") * 2  # width and height in the header
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    with pytest.raises(SampleError, match=r"at most 4096 pixels a side, found \(8192, 8192\)"):
+        decode_image("chair", bytes(content))
+
+
+def test_an_index_with_a_member_larger_than_any_view_is_refused(folder):
+    path = folder / "train-000000.index.json"
+    index = json.loads(path.read_bytes())
+    index["chair"]["json"][1] = 2**30
+    path.write_text(json.dumps(index))
+    with pytest.raises(ShardError, match=r"members of at most 67108864 bytes, found one of 1073741824"):
+        read_index(folder, read_manifest(folder).shards[0])
