@@ -25,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
             from data_tools.validate import validate
 
             return 1 if validate(args.shards) else 0
+        elif args.command in ("repack", "merge"):
+            from data_tools.repack import repack
+
+            repack(args.shards, args.out, args.res, args.shard_size, args.held_out)
         else:
             _demo_assets(args)
     except InputError as error:
@@ -115,6 +119,27 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     check.add_argument("--shards", type=Path, default=Path("data/demo"), help="folder of shards")
+    for name, what in (
+        ("repack", "another resolution, shard size or split, without rendering"),
+        ("merge", "join folders of shards to one"),
+    ):
+        pack = commands.add_parser(
+            name,
+            formatter_class=shown,
+            help=what,
+            description="Make one folder of shards out of others; pictures that keep their size keep their bytes.",
+        )
+        pack.add_argument("--shards", type=Path, nargs="+", required=True, help="folders of shards")
+        pack.add_argument("--out", type=Path, required=True, help="folder to make")
+        pack.add_argument(
+            "--res", type=_between(8, 4096), help="side of the views, pixels; as they are unless given"
+        )
+        pack.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")
+        pack.add_argument(
+            "--held-out",
+            type=_between(0, 10**6),
+            help="objects in the validation split, chosen anew; as they are unless given",
+        )
     demo = commands.add_parser(
         "demo-assets",
         formatter_class=shown,

@@ -5,7 +5,7 @@ Nothing here depends on how rendering goes, so a failure leaves a hole in its sh
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lrm_pl.data.manifest import Split
 from lrm_pl.errors import InputError
@@ -50,13 +50,18 @@ def plan_shards(ids: Sequence[str], held_out: int, shard_size: int) -> tuple[Pla
             f"expected --held-out between 0 and {len(ids) - 1} ({len(ids)} assets, one at least trains), "
             f"found {held_out}"
         )
+    val = held_out_ids(ids, held_out)
+    return cut({"train": sorted(set(ids) - val), "val": sorted(val)}, shard_size)
+
+
+def cut(members: Mapping[Split, Sequence[str]], shard_size: int) -> tuple[PlannedShard, ...]:
+    """Cut the ids of each split, in their order, into shards of ``shard_size`` objects.
+
+    Raises:
+        InputError: ``shard_size`` is not positive.
+    """
     if shard_size < 1:
         raise InputError(f"expected a --shard-size of at least 1, found {shard_size}")
-    val = held_out_ids(ids, held_out)
-    members: dict[Split, list[str]] = {
-        "train": sorted(set(ids) - val),
-        "val": sorted(val),
-    }
     return tuple(
         PlannedShard(f"{split}-{start // shard_size:06d}.tar", split, tuple(keys[start : start + shard_size]))
         for split, keys in members.items()

@@ -12,7 +12,7 @@ from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage
-from lrm_pl.data.workers import outlive_stop_signals
+from lrm_pl.data.workers import outlive_stop_signals, start_method
 from lrm_pl.errors import InputError
 
 #: What the two validation loaders hold, in their order.
@@ -144,7 +144,11 @@ class ShardDataModule(L.LightningDataModule):
             self._position,
         )
         return DataLoader(
-            stream, batch_size=None, num_workers=self.workers, worker_init_fn=outlive_stop_signals
+            stream,
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=outlive_stop_signals,
+            multiprocessing_context=start_method(self.workers),
         )
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
@@ -175,4 +179,5 @@ class ShardDataModule(L.LightningDataModule):
             collate_fn=collate,
             num_workers=self.workers,
             worker_init_fn=outlive_stop_signals,
+            multiprocessing_context=start_method(self.workers),
         )

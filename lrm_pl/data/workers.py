@@ -1,8 +1,13 @@
-"""How decoding processes meet the signals that stop a run: the training process alone decides when they end."""
+"""How decoding processes are started, and meet the signals that stop a run: the training process says when they end."""
 
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
+
+import fsspec.asyn
 
 #: What clusters send to every process of a job before its time is up, and before they kill.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1})
@@ -18,7 +23,34 @@ def outlive_stop_signals(worker: int) -> None:
         worker: Its number; not used.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_wait_for_parent, args=(parent.pid,), daemon=True).start()
+
+
+def start_method(workers: int) -> str | None:
+    """Say how a DataLoader is to start its workers: its ``multiprocessing_context``.
+
+    A process that has spoken to an object store has a thread that goes on doing so. To fork it may copy a lock that
+    this thread holds, and that nobody opens in the copy: a worker that never starts, once in some tens of starts. So
+    there workers are forked from a server that has no other threads; it outlives stop signals as they do.
+
+    Args:
+        workers: Number of them.
+
+    Returns:
+        None for the usual way.
+    """
+    if not workers or fsspec.asyn.iothread[0] is None:
+        return None
+    multiprocessing.set_forkserver_preload(["lrm_pl.data.dataset"])
+    multiprocessing.resource_tracker.ensure_running()  # the server would start it, and it lets SIGTERM pass again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # what it starts with, it keeps
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return "forkserver"
 
 
 def _wait_for_parent(parent: int) -> None:

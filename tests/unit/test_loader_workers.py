@@ -1,19 +1,32 @@
 """A signal that stops a run reaches its decoding processes too: they go on until the run has no more use for them."""
 
+import multiprocessing.forkserver
 import subprocess
 import time
 
+import fsspec.asyn
 import pytest
 from torch.utils.data import DataLoader
 
-from lrm_pl.data.workers import outlive_stop_signals
+from lrm_pl.data.workers import outlive_stop_signals, start_method
 
 
-@pytest.fixture
-def loading():
+@pytest.fixture(params=["usual", "beside an object store"])
+def loading(request, monkeypatch):
     """An iterator over numbers with one worker, and its process."""
+    if request.param != "usual":
+        monkeypatch.setattr(fsspec.asyn, "iothread", ["a thread that talks to a store"])
+    method = start_method(1)
+    assert method == (None if request.param == "usual" else "forkserver")
+    monkeypatch.undo()
     iterator = iter(
-        DataLoader(range(100), batch_size=None, num_workers=1, worker_init_fn=outlive_stop_signals)
+        DataLoader(
+            range(100),
+            batch_size=None,
+            num_workers=1,
+            worker_init_fn=outlive_stop_signals,
+            multiprocessing_context=method,
+        )
     )
     assert next(iterator) == 0
     (worker,) = iterator._workers
@@ -24,8 +37,9 @@ def loading():
 @pytest.mark.parametrize("name", ["TERM", "USR1"])
 def test_a_signal_from_elsewhere_ends_no_worker(loading, name):
     iterator, worker = loading
-    for _ in range(3):
-        subprocess.run(["bash", "-c", f"kill -{name} {worker.pid}"], check=True)
+    servers = [multiprocessing.forkserver._forkserver._forkserver_pid]  # None in the usual way, or before any
+    for pid in [worker.pid, *filter(None, servers)] * 3:
+        subprocess.run(["bash", "-c", f"kill -{name} {pid}"], check=True)
     assert list(iterator) == list(range(1, 100))
 
 
@@ -42,3 +56,7 @@ def test_an_iterator_that_is_let_go_leaves_no_worker(loading):
     iterator._shutdown_workers()
     assert not worker.is_alive()
     assert time.monotonic() - began < 4, "it did not have to be killed"
+
+
+def test_without_workers_nothing_is_started():
+    assert start_method(0) is None

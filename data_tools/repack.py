@@ -1,0 +1,191 @@
+"""``python -m data_tools repack``: folders of shards made into another one, without rendering.
+
+Another resolution, shard size or split, several folders joined to one, or a part of them. Pictures that keep their size
+keep their bytes. The new folder appears under its name when it is whole.
+"""
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools.contact_sheet import write_contact_sheet
+from data_tools.plan import PlannedShard, cut, held_out_ids
+from data_tools.workers import default_jobs
+from lrm_pl.data.manifest import (
+    Manifest,
+    Shard,
+    ShardError,
+    Split,
+    read_index,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
+from lrm_pl.data.schema import decode_image, decode_sample, encode_image, encode_sample
+from lrm_pl.errors import InputError
+
+
+class RepackError(InputError):
+    """Folders do not go together, or not into what was asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Where a sample lies now.
+
+    Attributes:
+        folder: Its folder.
+        shard: Its shard.
+        members: Member -> (offset, size).
+    """
+
+    folder: Path
+    shard: Shard
+    members: Mapping[str, tuple[int, int]]
+
+
+def repack(
+    folders: Sequence[Path],
+    out: Path,
+    resolution: int | None = None,
+    shard_size: int = 8,
+    held_out: int | None = None,
+    jobs: int | None = None,
+) -> Manifest:
+    """Make one folder of shards out of others.
+
+    Args:
+        folders: Folders of shards with equally many views an object.
+        out: The folder to make.
+        resolution: Side of the pictures; None leaves them as they are.
+        shard_size: Objects a shard.
+        held_out: Objects in the validation split, chosen anew; None leaves every object in its split.
+        jobs: Processes that resize.
+
+    Raises:
+        InputError: ``out`` is there, folders differ in views or normalisation, two objects have one name, or pictures
+            would become larger.
+    """
+    if out.exists():
+        raise RepackError(f"expected no {out} yet, found one; choose another --out, or delete it")
+    manifests = {folder: read_manifest(folder) for folder in folders}
+    first = manifests[folders[0]]
+    for name, found in (
+        ("views", {folder: manifest.views for folder, manifest in manifests.items()}),
+        ("normalise", {folder: manifest.render.get("normalise") for folder, manifest in manifests.items()}),
+    ):
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{value} in {folder}" for folder, value in found.items())
+            raise RepackError(
+                f"expected folders of one kind, found {name}: {told}; train on both as they are: --data.also"
+            )
+    samples = _samples(manifests)
+    plan = cut(_splits(samples, held_out), shard_size)
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    partial_out.mkdir(parents=True)
+    shards = []
+    with (
+        tqdm(total=len(samples), unit="object", file=sys.stderr) as bar,
+        ProcessPoolExecutor(jobs or 2 * default_jobs()) as pool,
+    ):
+        for planned in plan:
+            content = pool.map(
+                partial(_members, resolution=resolution), [samples[key] for key in planned.ids], planned.ids
+            )
+            shards.append(
+                write_shard(partial_out, planned.name, planned.split, _counted(planned, content, bar))
+            )
+    render = first.render | {
+        "shard_size": shard_size,
+        "held_out": sum(len(s.ids) for s in plan if s.split == "val"),
+    }
+    render |= {"repacked_from": [str(folder) for folder in folders]}
+    render |= {"resolution": resolution} if resolution is not None else {}
+    failures = sum(manifest.failures for manifest in manifests.values())
+    manifest = Manifest(shards=tuple(shards), views=first.views, failures=failures, render=render)
+    write_contact_sheet(partial_out, manifest.shards, manifest.views)
+    write_manifest(partial_out, manifest)
+    partial_out.rename(out)
+    print(f"{len(samples)} objects in {len(shards)} shards\nnext           make train DATA={out}")
+    return manifest
+
+
+def _samples(manifests: Mapping[Path, Manifest]) -> dict[str, Found]:
+    samples: dict[str, Found] = {}
+    for folder, manifest in manifests.items():
+        for shard in manifest.shards:
+            for key, members in read_index(folder, shard).items():
+                if key in samples:
+                    raise RepackError(
+                        f"expected every name once, found {key!r} in {samples[key].folder} and in {folder}; train on "
+                        "both as they are: --data.also"
+                    )
+                samples[key] = Found(folder, shard, members)
+    return samples
+
+
+def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, list[str]]:
+    if held_out is None:
+        val = {key for key, found in samples.items() if found.shard.split == "val"}
+    elif held_out < len(samples):
+        val = held_out_ids(list(samples), held_out)
+    else:
+        raise RepackError(
+            f"expected --held-out below {len(samples)}, the number of objects, found {held_out}"
+        )
+    return {"train": sorted(set(samples) - val), "val": sorted(val)}
+
+
+def _members(found: Found, key: str, resolution: int | None) -> dict[str, bytes]:
+    """Read a sample, check it, and give it its new size."""
+    with open(found.folder / found.shard.name, "rb") as file:
+        content = {}
+        for name, (offset, size) in found.members.items():
+            file.seek(offset)
+            content[name] = file.read(size)
+    try:
+        sample = decode_sample(key, content)
+    except InputError as error:
+        raise ShardError(f"{found.folder / found.shard.name}: {error}") from error
+    if resolution is None:
+        return encode_sample(sample)
+    views = tuple(resized(key, view, resolution) for view in sample.views)
+    return encode_sample(dataclasses.replace(sample, views=views))
+
+
+def resized(key: str, view: bytes, resolution: int) -> bytes:
+    """Make a picture smaller; one of this size keeps its bytes.
+
+    Colours are weighted by their alpha, so that nothing bleeds in from where nothing is. Normalised intrinsics stay
+    true.
+
+    Raises:
+        RepackError: The picture is smaller.
+    """
+    rgba = decode_image(key, view)
+    if rgba.shape[:2] == (resolution, resolution):
+        return view
+    if min(rgba.shape[:2]) < resolution:
+        raise RepackError(
+            f"sample {key!r}: expected views of at least {resolution} pixels a side, found {rgba.shape[:2]}; larger "
+            "ones must be rendered"
+        )
+    small = Image.fromarray(rgba).convert("RGBa").resize((resolution, resolution), Image.Resampling.BOX)
+    return encode_image(np.array(small.convert("RGBA"), dtype=np.uint8))
+
+
+def _counted(
+    planned: PlannedShard, content: Iterator[dict[str, bytes]], bar: tqdm
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for key, members in zip(planned.ids, content, strict=True):
+        yield key, members
+        bar.update()

@@ -1,0 +1,108 @@
+"""Shards made into others: what changes, what keeps its bytes, and what is refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from data_tools.__main__ import main
+from data_tools.repack import RepackError, repack, resized
+from data_tools.validate import validate
+from lrm_pl.data.manifest import read_index, read_manifest
+from lrm_pl.data.schema import decode_image, encode_image
+from lrm_pl.data.synthetic import write_synthetic_shards
+
+
+def members(folder):
+    """Every sample of a folder: key -> (split, member -> bytes)."""
+    found = {}
+    for shard in read_manifest(folder).shards:
+        content = (folder / shard.name).read_bytes()
+        for key, spans in read_index(folder, shard).items():
+            found[key] = shard.split, {name: content[at : at + size] for name, (at, size) in spans.items()}
+    return found
+
+
+def test_another_shard_size_keeps_every_byte_and_every_split(shards, tmp_path):
+    manifest = repack([shards], tmp_path / "out", shard_size=3)
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [
+        ("train-000000.tar", 3), ("train-000001.tar", 1), ("val-000000.tar", 2),
+    ]  # fmt: skip
+    assert members(tmp_path / "out") == members(shards)
+    assert validate(tmp_path / "out") == 0
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_another_resolution_changes_pictures_alone_and_cameras_still_fit(shards, tmp_path):
+    repack([shards], tmp_path / "out", resolution=16)
+    for key, (split, content) in members(shards).items():
+        again_split, again = members(tmp_path / "out")[key]
+        assert again_split == split
+        for name in content:
+            if name.startswith("view_"):
+                assert decode_image(key, again[name]).shape == (16, 16, 4)
+            else:
+                assert again[name] == content[name]
+    assert validate(tmp_path / "out") == 0
+    assert read_manifest(tmp_path / "out").render["resolution"] == 16
+
+
+def test_making_smaller_averages_colours_by_their_alpha_by_hand():
+    rgba = np.zeros((8, 8, 4), dtype=np.uint8)
+    rgba[0, 0] = (200, 100, 50, 255)
+    rgba[0, 1] = (0, 255, 0, 0)  # of no colour where nothing is
+    rgba[2:4, 2:4] = (10, 20, 30, 255)
+    small = decode_image("a", resized("a", encode_image(rgba), 4))
+    assert small[0, 0, 3] in (63, 64), "a quarter is covered"
+    assert np.abs(small[0, 0, :3].astype(int) - (200, 100, 50)).max() <= 4, "its colour is that of the part"
+    assert small[1, 1].tolist() == [10, 20, 30, 255]
+    assert small[3, 3].tolist() == [0, 0, 0, 0]
+    same = encode_image(rgba)
+    assert resized("a", same, 8) is same
+    with pytest.raises(RepackError, match=r"at least 16 pixels a side, found \(8, 8\)"):
+        resized("a", same, 16)
+
+
+def test_another_split_is_that_of_the_renderer(shards, tmp_path):
+    repack([shards], tmp_path / "out", held_out=3)
+    from data_tools.plan import held_out_ids
+
+    found = members(tmp_path / "out")
+    assert {key for key, (split, _) in found.items() if split == "val"} == held_out_ids(list(found), 3)
+    with pytest.raises(RepackError, match="below 6"):
+        repack([shards], tmp_path / "other", held_out=6)
+
+
+def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys):
+    other = tmp_path / "other"
+    write_synthetic_shards(other, train=2, val=0, views=8, resolution=32, shard_size=1)
+    with pytest.raises(
+        RepackError, match=r"'train-ellipsoid-000' in .*shards.* and in .*other; .*--data\.also"
+    ):
+        repack([shards, other], tmp_path / "out")
+    few = tmp_path / "few"
+    write_synthetic_shards(few, train=1, val=0, views=3, resolution=32)
+    with pytest.raises(RepackError, match=r"views: 8 in .*, 3 in .*few"):
+        repack([shards, few], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    only_val = tmp_path / "only-val"
+    repack([shards], only_val, held_out=0)
+    assert {split for split, _ in members(only_val).values()} == {"train"}
+    assert main(["merge", "--shards", str(shards), "--out", str(tmp_path / "out")]) == 0
+    assert f"make train DATA={tmp_path / 'out'}" in capsys.readouterr().out
+    assert main(["merge", "--shards", str(shards), "--out", str(tmp_path / "out")]) == 1
+    assert "expected no" in capsys.readouterr().err
+
+
+def test_a_damaged_sample_stops_it_and_leaves_nothing_under_the_name(shards, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    tar = broken / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    place = content.index(b"\x93NUMPY")
+    content[place : place + 6] = b"corrup"
+    tar.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"train-000000\.tar: sample 'train-ellipsoid-000'"):
+        repack([broken], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
