@@ -25,6 +25,10 @@ def main(argv: list[str] | None = None) -> int:
             from data_tools.validate import validate
 
             return 1 if validate(args.shards) else 0
+        elif args.command == "inspect":
+            from data_tools.inspect_shards import inspect
+
+            inspect(args.shards)
         elif args.command in ("repack", "merge"):
             from data_tools.repack import repack
 
@@ -119,6 +123,16 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     check.add_argument("--shards", type=Path, default=Path("data/demo"), help="folder of shards")
+    look = commands.add_parser(
+        "inspect",
+        formatter_class=shown,
+        help="say what a folder of shards holds, with a page of pictures",
+        description=(
+            "Print statistics of cameras, pictures, licences and failures, and write SHARDS/inspect.html with the "
+            "contact sheet."
+        ),
+    )
+    look.add_argument("--shards", type=Path, default=Path("data/demo"), help="folder of shards")
     for name, what in (
         ("repack", "another resolution, shard size or split, without rendering"),
         ("merge", "join folders of shards to one"),

@@ -1,0 +1,99 @@
+"""What `data_tools inspect` says of a folder: numbers that can be known beforehand, and a page that shows them."""
+
+import html.parser
+import json
+import re
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_tools.__main__ import main
+from data_tools.inspect_shards import histogram, inspect, measure, positions
+from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, write_manifest, write_shard
+from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One object of two views whose numbers are known; its name and licence want to be markup."""
+    rgba = np.zeros((2, 20, 20, 4), dtype=np.uint8)
+    rgba[0, :5] = 255  # a quarter
+    rgba[1] = 255
+    c2w = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
+    c2w[0, :3, 3] = (3, 0, 0)
+    c2w[1, :3, 3] = (0, 1, 1)
+    fxfycxcy = np.tile(np.float32([0.5, 0.5, 0.5, 0.5]), (2, 1))
+    info = SampleInfo("a", "<b>A</b>", "<script>alert(1)</script>", "Ann & Bob", "library", 7, "blender", 2)
+    sample = Sample(info, c2w, fxfycxcy, tuple(encode_image(image) for image in rgba))
+    shard = write_shard(tmp_path, "train-000000.tar", "train", [("a", encode_sample(sample))])
+    write_manifest(tmp_path, Manifest((shard,), 2, 1, {"preset": "frame"}))
+    record = {"id": "b", "file": "b.glb", "reason": "is empty: <i>no faces</i>\nand more"}
+    (tmp_path / "failures.jsonl").write_text(json.dumps(record) + "\n")
+    return tmp_path
+
+
+def test_numbers_are_those_that_are_known(folder):
+    found = measure(folder, read_manifest(folder))
+    assert found.splits == Counter(train=1)
+    np.testing.assert_allclose(found.distance, [3, 2**0.5], rtol=1e-6)
+    np.testing.assert_allclose(found.elevation_deg, [0, 45], atol=1e-5)
+    np.testing.assert_allclose(found.fov_deg, [90, 90], rtol=1e-6)
+    np.testing.assert_allclose(found.coverage, [0.25, 1.0])
+    assert found.side.tolist() == [20, 20]
+
+
+def test_the_page_is_one_file_in_which_records_are_text(folder, capsys):
+    assert main(["inspect", "--shards", str(folder)]) == 0
+    text = (folder / "inspect.html").read_text()
+    seen = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            seen.append((tag, dict(attributes)))
+
+    Reader().feed(text)
+    tags = Counter(tag for tag, _ in seen)
+    assert tags["svg"] == 7
+    assert not tags["script"]
+    assert not tags["i"]
+    assert tags["img"] == 1
+    sources = [value for _, attributes in seen for key, value in attributes.items() if key in ("src", "href")]
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for word in (
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "Ann &amp; Bob",
+        "is empty: &lt;i&gt;no faces&lt;/i&gt;",
+    ):
+        assert word in text
+    out = capsys.readouterr().out
+    assert "objects        1 (1 train, 0 held out), 2 views each" in out
+    assert re.search(r"picture covered by the object\s+25 / 62.5 / 100 %", out)
+    assert f"page           {folder / 'inspect.html'}" in out
+
+
+def test_a_histogram_counts_every_value_also_where_all_are_equal():
+    heights = re.compile(r'height="([\d.]+)" fill')
+    for values in (np.array([1.0, 1.0, 1.0]), np.linspace(0, 1, 24)):
+        bars = [float(height) for height in heights.findall(histogram(values))]
+        assert len(bars) == 24
+        assert max(bars) == 120
+    assert sum(bars) == 24 * 120, "one value in each of 24 bars"
+
+
+def test_a_plot_of_many_cameras_stays_small():
+    place = np.random.default_rng(0).normal(size=(100_000, 3))
+    assert positions(place).count("<circle") <= 2 * 2000 + 2
+
+
+def test_a_damaged_folder_points_to_validate(shards, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    tar = broken / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    place = content.index(b"\x93NUMPY")
+    content[place : place + 6] = b"corrup"
+    tar.write_bytes(bytes(content))
+    with pytest.raises(ShardError, match=r"train-000000\.tar: sample .*data_tools validate --shards"):
+        inspect(broken)
