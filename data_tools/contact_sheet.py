@@ -1,13 +1,13 @@
 """Draw ``contact_sheet.png``: a few views and the name of each object of a finished folder of shards."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lrm_pl.data.manifest import Shard, read_index
-from lrm_pl.data.schema import view_member
+from lrm_pl.data.manifest import Shard, read_index, read_members
+from lrm_pl.data.schema import IMAGE_FORMATS, view_member
 
 SHEET_NAME = "contact_sheet.png"
 
@@ -32,7 +32,7 @@ def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Pa
     Returns:
         Where the picture is.
     """
-    found = [(shard, key) for shard in shards for key in read_index(folder, shard)]
+    found = [(shard, key, members) for shard in shards for key, members in read_index(folder, shard).items()]
     step = max(1, -(-len(found) // MAX_OBJECTS))
     shown = found[::step]
     count = min(views, VIEWS_SHOWN)
@@ -43,11 +43,11 @@ def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Pa
     font = ImageFont.load_default(size=12)
     title = f"{len(shown)} of {len(found)} objects, {count} of {views} views each; held-out objects in orange"
     pen.text((GAP, GAP // 2), title, fill="black", font=font)
-    for cell, (shard, key) in enumerate(shown):
+    for cell, (shard, key, members) in enumerate(shown):
         left = GAP + cell % COLUMNS * width
         top = LABEL + GAP + cell // COLUMNS * height
         for place in range(count):
-            thumbnail = _thumbnail(folder, shard, key, place * views // count)
+            thumbnail = _thumbnail(folder / shard.name, members, place * views // count)
             sheet.paste(thumbnail, (left + place * THUMBNAIL, top), thumbnail)
         pen.text((left, top + THUMBNAIL), key[:48], fill=INK[shard.split], font=font)
     path = folder / SHEET_NAME
@@ -57,9 +57,8 @@ def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Pa
     return path
 
 
-def _thumbnail(folder: Path, shard: Shard, key: str, view: int) -> Image.Image:
-    offset, size = read_index(folder, shard)[key][view_member(view)]
-    with open(folder / shard.name, "rb") as tar:
-        tar.seek(offset)
-        with Image.open(io.BytesIO(tar.read(size)), formats=("PNG",)) as image:
-            return image.convert("RGBA").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+def _thumbnail(tar: Path, members: Mapping[str, tuple[int, int]], view: int) -> Image.Image:
+    names = [view_member(view, image_format) for image_format in IMAGE_FORMATS]
+    (content,) = read_members(tar, [members[name] for name in names if name in members])
+    with Image.open(io.BytesIO(content), formats=[name.upper() for name in IMAGE_FORMATS]) as image:
+        return image.convert("RGBA").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from data_tools.contact_sheet import SHEET_NAME, write_contact_sheet
 from data_tools.shard_folder import read_failures
-from lrm_pl.data.manifest import Manifest, ShardError, read_index, read_manifest, write_atomically
-from lrm_pl.data.schema import SampleInfo, decode_image, decode_sample
+from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, read_samples, write_atomically
+from lrm_pl.data.schema import SampleError, SampleInfo, decode_image, decode_sample
 
 PAGE_NAME = "inspect.html"
 
@@ -106,14 +106,11 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
     infos, splits, places, fovs, coverage, side, sizes = [], Counter[str](), [], [], [], [], []
     with tqdm(total=sum(shard.samples for shard in manifest.shards), unit="object", file=sys.stderr) as bar:
         for shard in manifest.shards:
-            content = (folder / shard.name).read_bytes()
-            for key, members in read_index(folder, shard).items():
+            for key, content in read_samples(folder, shard):
                 try:
-                    sample = decode_sample(
-                        key, {n: content[at : at + size] for n, (at, size) in members.items()}
-                    )
+                    sample = decode_sample(key, content)
                     alphas = [decode_image(key, view)[..., 3] for view in sample.views]
-                except ValueError as error:
+                except SampleError as error:
                     raise ShardError(
                         f"{folder / shard.name}: {error}; see `python -m data_tools validate --shards {folder}`"
                     ) from error

@@ -5,6 +5,7 @@ keep their bytes. The new folder appears under its name when it is whole.
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,6 @@ from tqdm import tqdm
 
 from data_tools.contact_sheet import write_contact_sheet
 from data_tools.plan import PlannedShard, cut, held_out_ids
-from data_tools.workers import default_jobs
 from lrm_pl.data.manifest import (
     Manifest,
     Shard,
@@ -26,10 +26,11 @@ from lrm_pl.data.manifest import (
     Split,
     read_index,
     read_manifest,
+    read_members,
     write_manifest,
     write_shard,
 )
-from lrm_pl.data.schema import decode_image, decode_sample, encode_image, encode_sample
+from lrm_pl.data.schema import SampleError, decode_image, decode_sample, encode_image, encode_sample
 from lrm_pl.errors import InputError
 
 
@@ -58,7 +59,6 @@ def repack(
     resolution: int | None = None,
     shard_size: int = 8,
     held_out: int | None = None,
-    jobs: int | None = None,
 ) -> Manifest:
     """Make one folder of shards out of others.
 
@@ -68,7 +68,6 @@ def repack(
         resolution: Side of the pictures; None leaves them as they are.
         shard_size: Objects a shard.
         held_out: Objects in the validation split, chosen anew; None leaves every object in its split.
-        jobs: Processes that resize.
 
     Raises:
         InputError: ``out`` is there, folders differ in views or normalisation, two objects have one name, or pictures
@@ -95,7 +94,7 @@ def repack(
     shards = []
     with (
         tqdm(total=len(samples), unit="object", file=sys.stderr) as bar,
-        ProcessPoolExecutor(jobs or 2 * default_jobs()) as pool,
+        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
         for planned in plan:
             content = pool.map(
@@ -147,15 +146,12 @@ def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, l
 
 def _members(found: Found, key: str, resolution: int | None) -> dict[str, bytes]:
     """Read a sample, check it, and give it its new size."""
-    with open(found.folder / found.shard.name, "rb") as file:
-        content = {}
-        for name, (offset, size) in found.members.items():
-            file.seek(offset)
-            content[name] = file.read(size)
+    path = found.folder / found.shard.name
     try:
-        sample = decode_sample(key, content)
-    except InputError as error:
-        raise ShardError(f"{found.folder / found.shard.name}: {error}") from error
+        content = read_members(path, found.members.values())
+        sample = decode_sample(key, dict(zip(found.members, content, strict=True)))
+    except SampleError as error:
+        raise ShardError(f"{path}: {error}") from error
     if resolution is None:
         return encode_sample(sample)
     views = tuple(resized(key, view, resolution) for view in sample.views)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index, read_manifest
+from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index, read_manifest, read_samples
 from lrm_pl.data.schema import KEY_PATTERN, Sample, SampleError, decode_image, decode_sample
 
 #: Points of the hull along each axis, over [-1.05, 1.05].
@@ -89,17 +89,12 @@ def problems(folder: Path, shard: Shard, bar: tqdm) -> Iterator[Problem]:
         return
     for what in differences:
         yield Problem(shard.name, "", what)
-    with open(path, "rb") as file:
-        for key, members in index.items():
-            content = {}
-            for name, (offset, size) in members.items():
-                file.seek(offset)
-                content[name] = file.read(size)
-            try:
-                check_pictures(decode_sample(key, content))
-            except SampleError as error:
-                yield Problem(shard.name, key, str(error))
-            bar.update()
+    for key, content in read_samples(folder, shard):
+        try:
+            check_pictures(decode_sample(key, content))
+        except SampleError as error:
+            yield Problem(shard.name, key, str(error))
+        bar.update()
 
 
 def index_differences(path: Path, index: MemberIndex) -> Iterator[str]:

@@ -8,7 +8,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lrm_pl.apps import slurm
 from lrm_pl.apps.checks.table import rows, show
@@ -33,7 +32,7 @@ def start_on_nodes(options: argparse.Namespace, arguments: Sequence[str]) -> lis
     cpus = processes * slurm.cpus_a_process(partition, gpus, processes)
     python = "python" if options.container else sys.executable
     data = [] if options.data is None else [f"--data.folder={options.data}"]
-    mounts = [Path(path) for path in (options.data or ".", "runs", cache_folder()) if "://" not in str(path)]
+    mounts = [options.data or ".", "runs", cache_folder()]
     return [
         *("srun", "--job-name=lrm-doctor", "--time=30", f"--nodes={options.nodes}", "--ntasks-per-node=1"),
         f"--cpus-per-task={cpus}",

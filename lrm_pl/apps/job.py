@@ -74,8 +74,7 @@ def job_script(
         time: Limit of one start of the job.
         container: Image to run in; "" means none.
     """
-    mounts = [Path(folder) for folder in (launch.data,) if "://" not in folder]
-    options = slurm.container_options(container, [*mounts, launch.run.parent, cache])
+    options = slurm.container_options(container, [launch.data, launch.run.parent, cache])
     values = {
         "name": slurm.checked("name", launch.run.name),
         "nodes": str(launch.nodes),

@@ -26,6 +26,10 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
     Raises:
         InputError: Something that cannot be used.
     """
+    if options.gpus is None and options.master:
+        raise InputError(
+            "expected GPUS with MASTER, found none; GPUS=8 is eight GPUs a node, GPUS=0 trains on CPUs"
+        )
     gpus = slurm.gpus_a_node(options.partition) if options.gpus is None else options.gpus
     for name, value, least in (("NODES", options.nodes, 1), ("GPUS", gpus, 0)):
         if value < least:
@@ -143,7 +147,11 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--account", default="", help="Slurm's account")
     add("--time", default="24:00:00", help="limit of one start of the job (24:00:00)")
     add("--container", default="", help="image that the processes run in (pyxis)")
-    add("--master", default="", help="without Slurm: address[:port] of the first machine")
+    add(
+        "--master",
+        default="",
+        help="address[:port] of the first machine; Slurm is not asked, if there is one",
+    )
     add("--dry-run", action="store_true", help="only show")
     return parser
 
@@ -155,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     options = argument_parser().parse_args(words[:split])
     try:
         launch = planned(options, words[split + 1 :])
-        (launch_with_slurm if slurm.available() else launch_with_torchrun)(launch, options)
+        with_slurm = slurm.available() and not options.master
+        (launch_with_slurm if with_slurm else launch_with_torchrun)(launch, options)
     except InputError as error:
         sys.exit(f"lrm: {error}")

@@ -171,12 +171,12 @@ def submit(script: Path) -> str:
     return _run("sbatch", "--parsable", str(script)).strip().split(";")[0]
 
 
-def container_options(image: str, folders: Sequence[Path]) -> list[str]:
+def container_options(image: str, folders: Sequence[str | Path]) -> list[str]:
     """Return srun's options (pyxis) that run a step in an image, with the working folder and others mounted.
 
     Args:
         image: Image, as enroot names it, or a .sqsh file; "" means no container.
-        folders: What must be seen inside at the same path; those below the working folder are.
+        folders: What must be seen inside at the same path; those below the working folder are, and URLs need not.
 
     Raises:
         InputError: A path that a mount cannot name.
@@ -185,7 +185,8 @@ def container_options(image: str, folders: Sequence[Path]) -> list[str]:
         return []
     here = Path.cwd()
     mounts = [here]
-    for folder in dict.fromkeys(path.resolve() for path in folders):
+    local = (Path(folder) for folder in folders if "://" not in str(folder))
+    for folder in dict.fromkeys(path.resolve() for path in local):
         if not any(folder.is_relative_to(mount) for mount in mounts):
             mounts.append(folder)
     if bad := [str(mount) for mount in mounts if re.search(r"[,:]", str(mount))]:
@@ -205,6 +206,6 @@ def _run(*command: str) -> str:
         said = done.stderr.strip() or "nothing"
         raise InputError(
             f"expected `{command[0]}` to succeed, found status {done.returncode}: {said}; correct what it names, or "
-            "ask whoever runs the cluster"
+            "ask whoever runs the cluster; MASTER=localhost with GPUS= starts processes here without Slurm"
         )
     return done.stdout

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 BASE = Path(__file__).with_name("base.yaml")
 
 #: How config files are read: ${...} is resolved after all layers are merged.
-PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)]}
+PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)], "allow_abbrev": False}
 
 #: Exit status of a run that was told to stop and can go on (EX_TEMPFAIL: try again later).
 STOPPED_STATUS = 75

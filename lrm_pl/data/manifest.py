@@ -15,11 +15,11 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lrm_pl.data.schema import KEY_PATTERN, MAX_IMAGE_SIDE, SCHEMA_VERSION
+from lrm_pl.data.schema import KEY_PATTERN, MAX_IMAGE_SIDE, SCHEMA_VERSION, SampleError
 from lrm_pl.errors import InputError
 
 Split = Literal["train", "val"]
@@ -233,6 +233,37 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
             f"last byte at {max((o + n for o, n in spans), default=0)}; render {shard.name} again"
         )
     return index
+
+
+def read_members(tar: Path, spans: Iterable[tuple[int, int]]) -> list[bytes]:
+    """Read members of a shard by (offset, size).
+
+    Raises:
+        SampleError: The file ends before one of them does.
+        OSError: It cannot be read.
+    """
+    contents = []
+    with open(tar, "rb") as file:
+        for offset, size in spans:
+            file.seek(offset)
+            content = file.read(size)
+            if len(content) != size:
+                raise SampleError(
+                    f"expected {size} bytes at {offset}, found {len(content)}: the file is truncated"
+                )
+            contents.append(content)
+    return contents
+
+
+def read_samples(folder: Path, shard: Shard) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Read a shard sample by sample: (key, member -> bytes), in tar order, one in memory at a time.
+
+    Raises:
+        ShardError: The index does not fit the tar.
+        SampleError: The file ends before a member does.
+    """
+    for key, members in read_index(folder, shard).items():
+        yield key, dict(zip(members, read_members(folder / shard.name, members.values()), strict=True))
 
 
 def _checked_shard(entry: dict[str, Any]) -> Shard:

@@ -24,8 +24,8 @@ from lrm_pl.data.manifest import (
     parse_manifest,
     read_index,
     read_manifest,
+    read_members,
 )
-from lrm_pl.data.schema import SampleError
 from lrm_pl.stores import MissingError, StoreError, insisting, is_local, open_store, read_ranges, talking_to
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,10 @@ class ShardSource:
             OSError: It cannot be read; a ``StoreError`` at a URL.
         """
         if self.local:
-            return _read(Path(self.location) / shard.name, spans)
+            return read_members(Path(self.location) / shard.name, spans)
         if self._cache is not None and (copy := self._cache.find(shard)) is not None:
             try:
-                return _read(copy, spans)
+                return read_members(copy, spans)
             except FileNotFoundError:  # it has just been removed for another shard
                 pass
         self._require_not_lost(shard.name)
@@ -159,17 +159,3 @@ class ShardSource:
                 return fs.cat_file(inner)
 
         return insisting(read, self.config.attempts)
-
-
-def _read(path: Path, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-    contents = []
-    with open(path, "rb") as file:
-        for offset, size in spans:
-            file.seek(offset)
-            content = file.read(size)
-            if len(content) != size:
-                raise SampleError(
-                    f"expected {size} bytes at {offset}, found {len(content)}: the file is truncated"
-                )
-            contents.append(content)
-    return contents

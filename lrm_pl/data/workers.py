@@ -31,9 +31,9 @@ def outlive_stop_signals(worker: int) -> None:
 def start_method(workers: int) -> str | None:
     """Say how a DataLoader is to start its workers: its ``multiprocessing_context``.
 
-    A process that has spoken to an object store has a thread that goes on doing so. To fork it may copy a lock that
-    this thread holds, and that nobody opens in the copy: a worker that never starts, once in some tens of starts. So
-    there workers are forked from a server that has no other threads; it outlives stop signals as they do.
+    A process that has spoken to an object store has threads that go on doing so, and a fork copies whatever lock one of
+    them holds: a worker was seen that waited for ever within the fork. So there workers are forked from a server that
+    has no other threads; it outlives stop signals as they do.
 
     Args:
         workers: Number of them.

@@ -1,5 +1,6 @@
 """Read a file of tensors by name that came from outside: safetensors, or torch's own with nothing in it run."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,15 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise WeightsError(
-                f"{name}: expected {path} to end in .safetensors, .pth, .pt, .ckpt or .bin, or to "
-                f"be one of the known archives, found {path.suffix!r}; convert the file or leave the path out"
+                f"{name}: expected {path} to end in .safetensors, .pth, .pt, .ckpt or .bin, found {path.suffix!r}; "
+                "give the file of weights as it was published"
             )
     except (WeightsError, OSError):
         raise
     except Exception as error:  # a damaged file may fail anywhere in the readers
         raise WeightsError(
             f"{name}: expected tensors by name in {path}, found a file that cannot be read as such "
-            f"({type(error).__name__}: {error}); get the file again"
+            f"({type(error).__name__}: {_first_sentence(error)}); nothing in it was run; get the file again"
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(
@@ -43,3 +44,8 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
             "save the network's state_dict()"
         )
     return content
+
+
+def _first_sentence(error: Exception) -> str:
+    """Leave out what PyTorch goes on to advise: to run what is in the file."""
+    return re.split(r"(?<=[.!?]) |\n", str(error).strip(), maxsplit=1)[0]

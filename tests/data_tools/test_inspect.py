@@ -13,6 +13,7 @@ from data_tools.__main__ import main
 from data_tools.inspect_shards import histogram, inspect, measure, positions
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
+from tests.damage import spoil_first_poses
 
 
 @pytest.fixture
@@ -90,10 +91,6 @@ def test_a_plot_of_many_cameras_stays_small():
 def test_a_damaged_folder_points_to_validate(shards, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
-    tar = broken / "train-000000.tar"
-    content = bytearray(tar.read_bytes())
-    place = content.index(b"\x93NUMPY")
-    content[place : place + 6] = b"corrup"
-    tar.write_bytes(bytes(content))
+    spoil_first_poses(broken / "train-000000.tar")
     with pytest.raises(ShardError, match=r"train-000000\.tar: sample .*data_tools validate --shards"):
         inspect(broken)

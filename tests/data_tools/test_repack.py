@@ -11,6 +11,7 @@ from data_tools.validate import validate
 from lrm_pl.data.manifest import read_index, read_manifest
 from lrm_pl.data.schema import decode_image, encode_image
 from lrm_pl.data.synthetic import write_synthetic_shards
+from tests.damage import spoil_first_poses
 
 
 def members(folder):
@@ -98,11 +99,7 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
 def test_a_damaged_sample_stops_it_and_leaves_nothing_under_the_name(shards, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
-    tar = broken / "train-000000.tar"
-    content = bytearray(tar.read_bytes())
-    place = content.index(b"\x93NUMPY")
-    content[place : place + 6] = b"corrup"
-    tar.write_bytes(bytes(content))
+    spoil_first_poses(broken / "train-000000.tar")
     with pytest.raises(ValueError, match=r"train-000000\.tar: sample 'train-ellipsoid-000'"):
         repack([broken], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 
+from tests.damage import spoil_first_poses
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -12,11 +14,7 @@ def damaged(runs, tmp_path_factory):
     """The shards with one of twelve objects damaged."""
     folder = tmp_path_factory.mktemp("damaged") / "shards"
     shutil.copytree(runs.shards, folder)
-    tar = folder / "train-000000.tar"
-    content = bytearray(tar.read_bytes())
-    place = content.index(b"\x93NUMPY")  # the poses of its first object
-    content[place : place + 6] = b"corrup"
-    tar.write_bytes(bytes(content))
+    spoil_first_poses(folder / "train-000000.tar")
     return folder
 
 

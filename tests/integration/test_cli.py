@@ -230,11 +230,12 @@ def test_cube_normalised_shards_are_not_cut_to_the_sphere_in_silence(tiny, tmp_p
         main(["fit", *tiny, "--data.folder", str(cube)])
 
 
-def test_a_misspelt_key_is_refused_by_name(tiny, capsys):
+@pytest.mark.parametrize("key", ["lpipz", "lpip"])
+def test_a_misspelt_or_shortened_key_is_refused_by_name(tiny, capsys, key):
     with pytest.raises(SystemExit) as stopped:
-        main(["fit", *tiny, "--model.objective.lpipz", "1"])
+        main(["fit", *tiny, f"--model.objective.{key}", "1"])
     assert stopped.value.code == 2
-    assert "lpipz" in capsys.readouterr().err
+    assert f"--model.objective.{key}" in capsys.readouterr().err
 
 
 def test_a_misspelt_key_in_a_config_file_is_refused_by_name(tiny, tmp_path, capsys):

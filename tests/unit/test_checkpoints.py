@@ -1,5 +1,6 @@
 """Checkpoints as files: whole or passed over, exact, and never run."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -336,21 +337,23 @@ def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp
     assert reached > 1
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file may grow beyond 100 kB, as on a full disk: writes fail in the middle."""
+    """Let no file grow beyond 100 kB, as on a full disk: writes fail in the middle. Only here: pytest has a log."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_file_that_cannot_be_written_to_its_end_is_an_os_error_and_the_checkpoint_is_not_taken(
-    tmp_path, layout, small_files
+    tmp_path, layout
 ):
     write(tmp_path, 1, layout)
-    with pytest.raises(OSError, match="File too large"):
+    with small_files(), pytest.raises(OSError, match="File too large"):
         write(tmp_path, 2, layout, {"a": torch.randn(100_000)})
     assert ck.list_checkpoints(str(tmp_path)) == [checkpoint_path(str(tmp_path), 1)]
     assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 1

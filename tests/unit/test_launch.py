@@ -286,6 +286,24 @@ def test_two_nodes_without_slurm_and_master_end_in_an_error_that_says_what_to_do
     assert capsys.readouterr().out.count("--master-addr FIRST_NODE") == 2
 
 
+def test_master_leaves_a_slurm_alone_that_does_not_answer(checkout, monkeypatch, capsys):
+    """Programs of Slurm are on PATH, and there is no controller: as on a machine that once was in a cluster."""
+    for name in ("sbatch", "sinfo"):
+        program = checkout / name
+        program.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{checkout}:{os.environ['PATH']}")
+    given = ["--gpus=0", "--processes=2", "-c", "mine.yaml", "--dry-run"]
+    with pytest.raises(
+        SystemExit, match=r"Unable to contact slurm controller; .*MASTER=localhost with GPUS="
+    ):
+        main(given)
+    main([*given, "--master=localhost"])
+    assert "--nproc-per-node 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected GPUS with MASTER"):
+        main(["--master=localhost", "-c", "mine.yaml", "--dry-run"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "strategy"),
     [

@@ -14,8 +14,9 @@ from lrm_pl.data.workers import outlive_stop_signals, start_method
 @pytest.fixture(params=["usual", "beside an object store"])
 def loading(request, monkeypatch):
     """An iterator over numbers with one worker, and its process."""
-    if request.param != "usual":
-        monkeypatch.setattr(fsspec.asyn, "iothread", ["a thread that talks to a store"])
+    # Whatever other tests of this process have talked to.
+    thread = None if request.param == "usual" else "a thread that talks to a store"
+    monkeypatch.setattr(fsspec.asyn, "iothread", [thread])
     method = start_method(1)
     assert method == (None if request.param == "usual" else "forkserver")
     monkeypatch.undo()

@@ -10,6 +10,7 @@ from lrm_pl.data.shards import Order
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
+from tests.damage import spoil_first_poses
 
 WORLDS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 3), (12, 1), (3, 4)]
 
@@ -122,11 +123,7 @@ def test_evaluation_has_every_sample_once_and_equally_many_items_on_every_rank(o
 
 def test_a_bad_sample_leaves_an_item_of_weight_0_so_that_no_rank_waits_for_another(tmp_path, caplog):
     write_synthetic_shards(tmp_path, train=1, val=3, views=3, resolution=8, shard_size=5)
-    tar = tmp_path / "val-000000.tar"
-    content = bytearray(tar.read_bytes())
-    place = content.index(b"\x93NUMPY")  # the poses of the first object
-    content[place : place + 6] = b"corrup"
-    tar.write_bytes(bytes(content))
+    spoil_first_poses(tmp_path / "val-000000.tar")
     items = list(EvaluationSet(mixture(tmp_path), "val", 1, slice(2, 3)))
     assert [(item.ids[0], float(item.weight)) for item in items] == [
         ("val-ellipsoid-001", 0.0),
