@@ -1,28 +1,40 @@
-"""Find the meshes in a folder, name them, and look up what ``assets.csv`` says of them.
+"""The list of assets: what is to be rendered, and what is known of it.
 
-``assets.csv`` lies in the assets folder itself and is optional. It is UTF-8 with the header
-``id,name,creator,source,licence,sha256``: ``id`` is the asset's id as below, ``sha256`` (may be empty) is the
-hash of its mesh file and is checked. Assets without a row are called by their id, everything else "unknown".
+``assets.parquet`` in the assets folder is the list; ``python -m data_tools fetch`` writes it. Its columns are the
+fields of ``Asset``, and a mesh may be a URL, which is then downloaded when its turn comes.
 
-An id is the mesh's path in the folder without its suffix, every character that a shard key cannot hold
-replaced by "_".
+A folder without one is searched for meshes. An id is then the mesh's path in the folder without its suffix, every
+character that a shard key cannot hold replaced by "_", and a table ``assets.csv`` (UTF-8, with the header
+``id,name,creator,source,licence,sha256``) may say more: ``sha256`` (may be empty) is the hash of the mesh file and is
+checked. Assets without a row are called by their id, everything else is "unknown".
 """
 
 import csv
 import dataclasses
 import hashlib
 import re
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
+import pyarrow
+import pyarrow.parquet
+
+from lrm_pl.data.manifest import write_atomically
 from lrm_pl.data.schema import KEY_PATTERN
 from lrm_pl.errors import InputError
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".fbx")
 
+LIST_NAME = "assets.parquet"
+
 TABLE_NAME = "assets.csv"
 TABLE_COLUMNS = ("id", "name", "creator", "source", "licence", "sha256")
 
 MAX_ID_LENGTH = 80
+
+_KINDS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 
 class AssetsError(InputError):
@@ -35,12 +47,14 @@ class Asset:
 
     Attributes:
         id: Key of its sample.
-        file: Path relative to the assets folder, with forward slashes.
-        sha256: Hash of that file (textures and materials that lie beside it are not hashed).
+        file: Path relative to the assets folder, with forward slashes; or a URL.
+        sha256: Hash of that file (textures and materials that lie beside it are not hashed); "" where it is not known.
         name: Name for people.
         creator: Who made it.
         source: Where it came from.
         licence: Its licence.
+        tags: Words that describe it: categories, keywords.
+        split: "train" or "val" where its source says so (unseen authors are held out); "" leaves it to the plan.
     """
 
     id: str
@@ -50,22 +64,107 @@ class Asset:
     creator: str
     source: str
     licence: str
+    tags: tuple[str, ...] = ()
+    split: Literal["", "train", "val"] = ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether ``file`` is a URL."""
+        return "://" in self.file
+
+
+#: Columns of ``assets.parquet``.
+LIST_SCHEMA = pyarrow.schema([
+    (field.name, pyarrow.list_(pyarrow.string()) if field.name == "tags" else pyarrow.string())
+    for field in dataclasses.fields(Asset)
+])  # fmt: skip
 
 
 def find_assets(folder: Path) -> tuple[Asset, ...]:
-    """List the assets of a folder and its subfolders, sorted by id.
+    """List the assets of a folder: those of its ``assets.parquet``, else all meshes in it and its subfolders.
+
+    Returns:
+        The assets, sorted by id.
 
     Raises:
-        AssetsError: No folder, no assets, an id too long, two files with one id, or a broken table.
+        AssetsError: No folder, no assets, an id too long, two files with one id, a broken list or table.
     """
-    kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
     if not folder.is_dir():
         raise AssetsError(
-            f"expected a folder of {kinds} files at {folder}, found no folder; pass ASSETS=<folder>"
+            f"expected a folder of {_KINDS} files at {folder}, found no folder; pass ASSETS=<folder>"
         )
+    if (folder / LIST_NAME).is_file():
+        return read_list(folder)
+    return scan(folder)
+
+
+def write_list(folder: Path, assets: Iterable[Asset]) -> None:
+    """Write ``assets.parquet``, sorted by id."""
+    rows = [dataclasses.asdict(asset) for asset in sorted(assets, key=lambda asset: asset.id)]
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, LIST_SCHEMA), sink)
+    write_atomically(folder / LIST_NAME, sink.getvalue().to_pybytes())
+
+
+def read_list(folder: Path) -> tuple[Asset, ...]:
+    """Read and check ``assets.parquet``; meshes are not opened, whoever renders them checks their hashes.
+
+    Raises:
+        AssetsError: It is damaged, has other columns, an id twice or one that no shard can hold, a mesh of another
+            kind, a path that leaves the folder, or no rows.
+    """
+    path = folder / LIST_NAME
+    remedy = "make the list again: python -m data_tools fetch"
+    try:
+        table = pyarrow.parquet.read_table(path, memory_map=False)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise AssetsError(f"{path}: expected a Parquet file, found: {error}; {remedy}") from error
+    if table.schema.names != LIST_SCHEMA.names or any(column.null_count for column in table.columns):
+        raise AssetsError(
+            f"{path}: expected the columns {', '.join(LIST_SCHEMA.names)} without gaps, found "
+            f"{', '.join(table.schema.names)}; {remedy}"
+        )
+    try:
+        rows = table.cast(LIST_SCHEMA).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise AssetsError(f"{path}: expected columns of text, found: {error}; {remedy}") from error
+    assets = sorted((Asset(**row | {"tags": tuple(row["tags"])}) for row in rows), key=lambda asset: asset.id)
+    if not assets:
+        raise AssetsError(f"{path}: expected at least one asset, found none; {remedy}")
+    twice = [key for key, count in Counter(asset.id for asset in assets).items() if count > 1]
+    if twice:
+        raise AssetsError(f"{path}: expected every id once, found {twice[0]!r} twice; {remedy}")
+    for asset in assets:
+        _check(path, asset, remedy)
+    return tuple(assets)
+
+
+def _check(path: Path, asset: Asset, remedy: str) -> None:
+    file = PurePosixPath(asset.file)
+    for what, fits, found in (
+        ("an id of letters, digits, '_' and '-'", KEY_PATTERN.fullmatch(asset.id), asset.id),
+        (f"a mesh that ends in one of {_KINDS}", file.suffix.lower() in SUFFIXES, asset.file),
+        (
+            "a path inside the folder, or a URL",
+            asset.is_remote or not (file.is_absolute() or ".." in file.parts),
+            asset.file,
+        ),
+        ("a sha256 or nothing", re.fullmatch("([0-9a-f]{64})?", asset.sha256), asset.sha256),
+        ('the split "train", "val" or nothing', asset.split in ("", "train", "val"), asset.split),
+    ):
+        if not fits:
+            raise AssetsError(f"{path}: asset {asset.id!r}: expected {what}, found {found!r}; {remedy}")
+
+
+def scan(folder: Path) -> tuple[Asset, ...]:
+    """Find all meshes in a folder and its subfolders, hash them, and look them up in ``assets.csv``.
+
+    Raises:
+        AssetsError: No assets, an id too long, two files with one id, or a broken table.
+    """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise AssetsError(f"expected {kinds} files in {folder}, found none; pass another ASSETS=<folder>")
+        raise AssetsError(f"expected {_KINDS} files in {folder}, found none; pass another ASSETS=<folder>")
     by_id: dict[str, Path] = {}
     for path in files:
         key = asset_id(path.relative_to(folder))

@@ -1,9 +1,19 @@
 import hashlib
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from data_tools.assets import TABLE_COLUMNS, AssetsError, asset_id, find_assets
+from data_tools.assets import (
+    LIST_SCHEMA,
+    TABLE_COLUMNS,
+    Asset,
+    AssetsError,
+    asset_id,
+    find_assets,
+    write_list,
+)
 from data_tools.demo_library import OBJECTS
 from data_tools.plan import default_held_out, held_out_ids, plan_shards
 
@@ -93,3 +103,54 @@ def test_the_demo_assets_are_complete_small_and_free():
     assert sum(path.stat().st_size for path in DEMO_ASSETS.iterdir()) < 12e6
     held_out = held_out_ids([asset.id for asset in found], 8)
     assert held_out == {"lockedLocker", "littlePlant", "stool2", "box", "rock3", "dustbin", "chair", "desk"}
+
+
+def listed(folder, **changes):
+    asset = dict(id="a", file="a.glb", sha256="", name="A", creator="Ann", source="s", licence="CC0-1.0")
+    write_list(folder, [Asset(**asset | changes)])
+
+
+def test_a_list_of_assets_says_what_is_to_be_rendered_and_comes_back_as_it_was(tmp_path):
+    touch(tmp_path, "not_listed.glb")
+    b = Asset(
+        "b", "https://example.org/b.glb", "ab" * 32, "B", "Bo", "x", "CC-BY-3.0", ("chair", "old"), "val"
+    )
+    a = Asset("a", "sub/a.obj", "", "A", "Ann", "x", "CC0-1.0")
+    write_list(tmp_path, [b, a])
+    assert find_assets(tmp_path) == (a, b)
+    assert (a.is_remote, b.is_remote) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": "../a"}, "expected an id of letters"),
+        ({"file": "/etc/a.glb"}, "expected a path inside the folder, or a URL, found '/etc/a.glb'"),
+        ({"file": "b/../../a.glb"}, "expected a path inside the folder"),
+        ({"file": "a.exe"}, r"expected a mesh that ends in one of glb, .*, found 'a\.exe'"),
+        ({"sha256": "00"}, "expected a sha256 or nothing, found '00'"),
+        ({"split": "test"}, "expected the split"),
+    ],
+)
+def test_a_list_that_cannot_be_trusted_is_refused_with_the_asset_and_the_field(tmp_path, changes, message):
+    listed(tmp_path, **changes)
+    with pytest.raises(AssetsError, match=message):
+        find_assets(tmp_path)
+
+
+def test_a_damaged_list_or_another_table_is_refused(tmp_path):
+    listed(tmp_path)
+    path = tmp_path / "assets.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(AssetsError, match="expected a Parquet file"):
+        find_assets(tmp_path)
+    pyarrow.parquet.write_table(pyarrow.table({"uid": ["a"]}), path)
+    with pytest.raises(
+        AssetsError, match=r"expected the columns id, file, .* found uid; make the list again"
+    ):
+        find_assets(tmp_path)
+    same = {"id": "a", "file": "a.glb", "sha256": "", "name": "", "creator": "", "source": "", "licence": ""}
+    twice = [same | {"tags": [], "split": ""}] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(twice, LIST_SCHEMA), path)
+    with pytest.raises(AssetsError, match="expected every id once, found 'a' twice"):
+        find_assets(tmp_path)
