@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_tools.assets import find_assets
+from data_tools.blender_process import Limits
+from data_tools.criteria import DEFAULT_RULES, parse_rule
 from data_tools.plan import default_held_out
 from data_tools.settings import RenderSettings
 from data_tools.views import PRESETS
-from data_tools.workers import default_jobs
 from lrm_pl.errors import InputError
 
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command in ("repack", "merge"):
             from data_tools.repack import repack
 
-            repack(args.shards, args.out, args.res, args.shard_size, args.held_out)
+            repack(args.shards, args.out, args.res, args.shard_size, args.held_out, args.where)
         else:
             _demo_assets(args)
     except InputError as error:
@@ -45,11 +46,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _render(args: argparse.Namespace) -> None:
+    from data_tools.cluster import Setup  # loads Ray
     from data_tools.render import render
 
+    assets = find_assets(args.assets)
     held_out = getattr(args, "held_out", None)
     if held_out is None:
-        held_out = default_held_out(len(find_assets(args.assets)))
+        held_out = default_held_out([asset.split for asset in assets])
     settings = RenderSettings(
         preset=args.preset,
         normalise=getattr(args, "normalise", PRESETS[args.preset].normalise),
@@ -59,8 +62,10 @@ def _render(args: argparse.Namespace) -> None:
         seed=args.seed,
         held_out=held_out,
         shard_size=args.shard_size,
+        rules=tuple(args.rules),
     )
-    render(args.assets, args.out, settings, args.jobs, args.time_limit)
+    limits = Limits(args.time_limit, args.memory_limit)
+    render(assets, args.out, settings, Setup(args.assets, settings, args.jobs, limits))
 
 
 def _demo_assets(args: argparse.Namespace) -> None:
@@ -80,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=shown,
         help="render a folder of meshes into shards with Blender's Cycles",
         description=(
-            "Render every glb, gltf, obj, ply and fbx below ASSETS into WebDataset shards. A second run goes "
-            "on where the first one was. Assets that cannot be rendered are left out and listed in "
-            "OUT/failures.jsonl; delete that file to have them tried again. What Blender prints is in "
-            "OUT/logs. "
-            "A table assets.csv in ASSETS (id,name,creator,source,licence,sha256) fills the metadata."
+            "Render what ASSETS/assets.parquet lists (`fetch` writes it), or else every glb, gltf, obj, ply and fbx "
+            "below ASSETS, into WebDataset shards. A second run goes on where the first one was. Assets that cannot be "
+            "rendered are left out and listed in OUT/failures.jsonl; delete that file to have them tried again. What "
+            "Blender printed about them is in OUT/quarantine. Objects that break a rule go to shards of their own; "
+            "OUT/filter.parquet holds what was measured of all. With RAY_ADDRESS the processes run on that Ray cluster."
         ),
     )
     render.add_argument(
@@ -94,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--views", type=_between(1, 999), default=16, help="views an object")
     render.add_argument("--res", type=_between(8, 4096), default=128, help="side of the square views, pixels")
     render.add_argument("--samples", type=_between(1, 65536), default=16, help="Cycles samples a pixel")
-    render.add_argument("--jobs", type=_between(1, 256), default=default_jobs(), help="Blender processes")
+    render.add_argument(
+        "--jobs",
+        type=_between(1, 100_000),
+        help="Blender processes; one a GPU, or one for two CPUs, unless given",
+    )
     render.add_argument("--preset", choices=sorted(PRESETS), default="frame", help="ranges of the cameras")
     render.add_argument(
         "--normalise",
@@ -112,7 +121,20 @@ def _parser() -> argparse.ArgumentParser:
         help="objects in the validation split; a sixth of all, at most 8, unless given",
     )
     render.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")
-    render.add_argument("--time-limit", type=float, default=600.0, help="seconds that one object may take")
+    render.add_argument(
+        "--time-limit", type=float, default=Limits.time_s, help="seconds that one object may take"
+    )
+    render.add_argument(
+        "--memory-limit", type=float, default=Limits.memory_gb, help="GB of memory that one object may take"
+    )
+    render.add_argument(
+        "--rules",
+        type=_rule,
+        nargs="*",
+        default=DEFAULT_RULES,
+        metavar="RULE",
+        help="what an object must obey, else it is rejected: measures of OUT/filter.parquet compared with numbers",
+    )
     check = commands.add_parser(
         "validate",
         formatter_class=shown,
@@ -154,6 +176,14 @@ def _parser() -> argparse.ArgumentParser:
             type=_between(0, 10**6),
             help="objects in the validation split, chosen anew; as they are unless given",
         )
+        pack.add_argument(
+            "--where",
+            type=_rule,
+            nargs="+",
+            metavar="RULE",
+            help="keep what obeys, such as 'coverage >= 0.05' (measures of filter.parquet), those that were rejected "
+            "before too; unless given, all that was not rejected",
+        )
     demo = commands.add_parser(
         "demo-assets",
         formatter_class=shown,
@@ -166,6 +196,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--package", type=Path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
     demo.add_argument("--out", type=Path, default=DEMO_ASSETS, help="folder to make")
     return parser
+
+
+def _rule(text: str) -> str:
+    try:
+        parse_rule(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:

@@ -1,9 +1,9 @@
 """A long-lived Blender process that renders one asset after another: ``python -m data_tools.blender_worker``.
 
-It speaks JSON lines. First line in: where things are and the settings; first line out: the renderer's name.
-After that each line in is an asset, each line out its outcome, and the finished object lies in the parts
-folder. When standard input closes (also because the driver was killed) the process ends at once, in the
-middle of an object too. Everything that Blender prints goes to standard error.
+It speaks lines of JSON. First line in: where things are and the settings; first line out: the renderer's name.
+After that each line in is an asset, each line out its outcome, with the sizes of the sample's members, which follow as
+plain bytes. When standard input closes (also because the driver was killed) the process ends at once, in the middle of
+an object too. Everything that Blender prints goes to standard error.
 """
 
 import dataclasses
@@ -11,19 +11,23 @@ import errno
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
-from data_tools.assets import Asset
+from data_tools.assets import Asset, hash_file
+from data_tools.criteria import MEASURES_MEMBER, encode_measures, measure_views
+from data_tools.download import download
 from data_tools.settings import RenderSettings
-from data_tools.shard_folder import write_part
 from data_tools.views import derive_seed, draw_cameras
-from lrm_pl.data.schema import Sample, SampleInfo, encode_image
+from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
+from lrm_pl.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +36,12 @@ class WorkerSetup:
 
     Attributes:
         assets: Absolute path of the assets folder.
-        out: Absolute path of the folder of shards.
         scratch: Absolute path of a folder for this worker alone.
         threads: CPU threads that it may use.
         settings: Settings of the run.
     """
 
     assets: str
-    out: str
     scratch: str
     threads: int
     settings: RenderSettings
@@ -47,21 +49,22 @@ class WorkerSetup:
 
 def main() -> None:
     """Serve until standard input closes."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(
         sys.stderr.fileno(), sys.stdout.fileno()
     )  # Blender's C++ prints to descriptor 1, whatever sys.stdout is
-    lines = _read_lines_aside(sys.stdin)
-    record = json.loads(lines.get())
+    record = json.loads(sys.stdin.readline())
     setup = WorkerSetup(**record | {"settings": RenderSettings(**record["settings"])})
+    lines = _read_lines_aside(sys.stdin, setup.scratch)
     from data_tools.blender_scene import choose_device, renderer_name  # loads Blender
 
     renderer = renderer_name(choose_device())
-    _answer(answers, {"renderer": renderer})
+    _answer(answers, {"renderer": renderer}, {})
     while True:
         asset = Asset(**json.loads(lines.get()))
         print(f"--- {asset.id} ({asset.file})", file=sys.stderr, flush=True)
-        _answer(answers, {"id": asset.id} | _try_render(asset, setup, renderer))
+        outcome, reason, members = _try_render(asset, setup, renderer)
+        _answer(answers, {"outcome": outcome, "reason": reason}, members)
 
 
 def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> Sample:
@@ -69,13 +72,14 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> Sample:
 
     Raises:
         AssetError: The asset cannot be imported, is empty, or no view shows anything.
+        InputError: It is not the file that it should be, or cannot be downloaded.
     """
     from data_tools import blender_import, blender_scene
 
     settings = setup.settings
     seed = derive_seed(settings.seed, asset.id)
     cameras = draw_cameras(settings.cameras, settings.views, np.random.default_rng(seed))
-    half_extent = blender_import.load_asset(Path(setup.assets) / asset.file, settings.normalise)
+    half_extent, mesh = blender_import.load_asset(_mesh_file(asset, setup), settings.normalise)
     device = blender_scene.choose_device()
     blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
     blender_scene.add_camera()
@@ -101,40 +105,68 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> Sample:
         renderer=renderer,
         views=settings.views,
     )
-    return Sample(info, cameras.c2w, cameras.fxfycxcy, tuple(encode_image(image) for image in images))
+    return Sample(
+        info,
+        cameras.c2w,
+        cameras.fxfycxcy,
+        tuple(encode_image(image) for image in images),
+        {MEASURES_MEMBER: encode_measures(measure_views(mesh, images))},
+    )
 
 
-def _try_render(asset: Asset, setup: WorkerSetup, renderer: str) -> dict[str, str]:
+def _mesh_file(asset: Asset, setup: WorkerSetup) -> Path:
+    """Return where the mesh lies, of which the hash is known; a remote one is brought here first.
+
+    Raises:
+        InputError: It is another file, or cannot be downloaded.
+    """
+    if asset.is_remote:
+        path = Path(setup.scratch) / f"{asset.id}{Path(asset.file).suffix.lower()}"
+        download(asset.file, path, sha256=asset.sha256 or None)
+        return path
+    path = Path(setup.assets) / asset.file
+    if asset.sha256 and (found := hash_file(path)) != asset.sha256:
+        raise InputError(f"expected sha256 {asset.sha256} as listed, found {found}; fetch the file again")
+    return path
+
+
+def _try_render(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[str, str, Mapping[str, bytes]]:
     from data_tools.blender_import import AssetError
 
     try:
-        write_part(Path(setup.out), render_object(asset, setup, renderer))
-    except AssetError as error:
-        return {"outcome": "failed", "reason": str(error)}
+        return "done", "", encode_sample(render_object(asset, setup, renderer))
+    except (AssetError, InputError) as error:
+        return "failed", str(error), {}
     except Exception as error:  # whatever one asset does to Blender, the next one is still rendered
         traceback.print_exc()
         full = os.strerror(errno.ENOSPC)
         if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            return {"outcome": "no space", "reason": str(error)}
-        return {"outcome": "failed", "reason": f"{type(error).__name__}: {str(error).strip()}"}
-    return {"outcome": "done", "reason": ""}
+            return "no space", f"{setup.scratch}: {error}", {}
+        return "failed", f"{type(error).__name__}: {str(error).strip()}", {}
+    finally:
+        for path in Path(setup.scratch).iterdir():  # the next object finds an empty folder
+            path.unlink()
 
 
-def _read_lines_aside(stream: TextIO) -> "queue.SimpleQueue[str]":
+def _read_lines_aside(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
     """Read lines in a thread, which ends the process as soon as the driver is gone."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
         for line in stream:
             lines.put(line)
+        shutil.rmtree(scratch, ignore_errors=True)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
     return lines
 
 
-def _answer(stream: TextIO, record: dict[str, Any]) -> None:
-    stream.write(json.dumps(record) + "\n")
+def _answer(stream: BinaryIO, record: dict[str, Any], members: Mapping[str, bytes]) -> None:
+    record = record | {"members": {name: len(content) for name, content in members.items()}}
+    stream.write(json.dumps(record).encode() + b"\n")
+    for content in members.values():
+        stream.write(content)
     stream.flush()
 
 

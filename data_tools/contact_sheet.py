@@ -32,7 +32,12 @@ def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Pa
     Returns:
         Where the picture is.
     """
-    found = [(shard, key, members) for shard in shards for key, members in read_index(folder, shard).items()]
+    found = [
+        (shard, key, members)
+        for shard in shards
+        if not shard.rejected
+        for key, members in read_index(folder, shard).items()
+    ]
     step = max(1, -(-len(found) // MAX_OBJECTS))
     shown = found[::step]
     count = min(views, VIEWS_SHOWN)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from data_tools.contact_sheet import SHEET_NAME, write_contact_sheet
+from data_tools.filter_table import FILTER_NAME, outcomes
 from data_tools.shard_folder import read_failures
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, read_samples, write_atomically
 from lrm_pl.data.schema import SampleError, SampleInfo, decode_image, decode_sample
@@ -37,7 +38,7 @@ class Statistics:
 
     Attributes:
         infos: Records of all objects.
-        splits: Objects of each split.
+        splits: Objects of each split, and those that were rejected.
         distance: (N) of every camera from the origin, scene units.
         elevation_deg: (N) its height above the horizon.
         fov_deg: (N) horizontal field of view.
@@ -80,8 +81,10 @@ def inspect(folder: Path) -> Path:
     """
     manifest = read_manifest(folder)
     found = measure(folder, manifest)
-    train, val = found.splits["train"], found.splits["val"]
+    train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
     print(f"objects        {train + val} ({train} train, {val} held out), {manifest.views} views each")
+    if rejected:
+        print(f"rejected       {rejected}, counted below too")
     print(f"shards         {len(manifest.shards)}, {sum(s.bytes for s in manifest.shards) / 1e6:.1f} MB")
     for name, values, unit in found.rows():
         low, middle, high = np.percentile(values, (0, 50, 100))
@@ -115,7 +118,7 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
                         f"{folder / shard.name}: {error}; see `python -m data_tools validate --shards {folder}`"
                     ) from error
                 infos.append(sample.info)
-                splits[shard.split] += 1
+                splits["rejected" if shard.rejected else shard.split] += 1
                 places.append(sample.c2w[:, :3, 3])
                 fovs.append(sample.fxfycxcy[:, 0])
                 coverage += [float(alpha.mean()) / 255 for alpha in alphas]
@@ -140,10 +143,12 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
 def words(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
     """Count licences, creators, renderers, and the reasons for which assets were left out."""
     reasons = (record["reason"].splitlines()[0][:80] for record in read_failures(folder).values())
+    table = (folder / FILTER_NAME).is_file()
     return {
         "licences": Counter(info.licence for info in found.infos),
         "creators": Counter(info.creator for info in found.infos),
         "renderers": Counter(info.renderer for info in found.infos),
+        "outcomes": outcomes(folder) if table else Counter[str](),
         "left out": Counter(reasons),
     }
 
@@ -151,7 +156,7 @@ def words(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
 def page(folder: Path, manifest: Manifest, found: Statistics) -> str:
     """Write the page; whatever a record says is shown as text."""
     sheet = base64.b64encode((folder / SHEET_NAME).read_bytes()).decode()
-    train, val = found.splits["train"], found.splits["val"]
+    train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
     figures = "".join(
         f"<figure>{histogram(values)}<figcaption>{name}, {unit}</figcaption></figure>"
         for name, values, unit in found.rows()
@@ -170,8 +175,8 @@ table {{ display: inline-block; vertical-align: top; margin: 0 2em 1em 0; border
 td, th {{ text-align: left; padding: .1em .8em .1em 0; }} td.number {{ text-align: right; }} img {{ max-width: 100%; }}
 </style></head><body>
 <h1>{title}</h1>
-<p>{train + val} objects ({train} to train on, {val} held out), {manifest.views} views each, in
-{len(manifest.shards)} shards of {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB;
+<p>{train + val} objects ({train} to train on, {val} held out; {rejected} more were rejected), {manifest.views} views
+each, in {len(manifest.shards)} shards of {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB;
 {manifest.failures} assets left out.</p>
 {figures}
 <div>{tables}</div>

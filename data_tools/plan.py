@@ -5,7 +5,7 @@ Nothing here depends on how rendering goes, so a failure leaves a hole in its sh
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lrm_pl.data.manifest import Split
 from lrm_pl.errors import InputError
@@ -29,9 +29,9 @@ class PlannedShard:
     ids: tuple[str, ...]
 
 
-def default_held_out(assets: int) -> int:
-    """Say how many of ``assets`` objects are held out when nobody asked for a number."""
-    return min(DEFAULT_HELD_OUT, assets // 6)
+def default_held_out(splits: Collection[str]) -> int:
+    """Say how many objects are held out when nobody asked for a number: none where the list holds out some."""
+    return 0 if "val" in splits else min(DEFAULT_HELD_OUT, len(splits) // 6)
 
 
 def held_out_ids(ids: Sequence[str], held_out: int) -> set[str]:
@@ -39,19 +39,27 @@ def held_out_ids(ids: Sequence[str], held_out: int) -> set[str]:
     return set(sorted(ids, key=lambda key: hashlib.sha256(key.encode()).hexdigest())[:held_out])
 
 
-def plan_shards(ids: Sequence[str], held_out: int, shard_size: int) -> tuple[PlannedShard, ...]:
+def plan_shards(splits: Mapping[str, str], held_out: int, shard_size: int) -> tuple[PlannedShard, ...]:
     """Cut each split, in order of id, into shards of ``shard_size`` objects.
+
+    Args:
+        splits: Id -> "train", "val", or "" where nobody said.
+        held_out: How many of those that nobody assigned are held out.
+        shard_size: Objects a shard.
 
     Raises:
         InputError: ``held_out`` leaves nothing to train on, or ``shard_size`` is not positive.
     """
-    if not 0 <= held_out < len(ids):
+    free = [key for key, split in splits.items() if not split]
+    val = {key for key, split in splits.items() if split == "val"}
+    most = len(free) - (0 if "train" in splits.values() else 1)
+    if held_out and not 0 <= held_out <= most:
         raise InputError(
-            f"expected --held-out between 0 and {len(ids) - 1} ({len(ids)} assets, one at least trains), "
-            f"found {held_out}"
+            f"expected --held-out between 0 and {max(0, most)} ({len(free)} assets to choose from, one at least "
+            f"trains), found {held_out}"
         )
-    val = held_out_ids(ids, held_out)
-    return cut({"train": sorted(set(ids) - val), "val": sorted(val)}, shard_size)
+    val |= held_out_ids(free, held_out)
+    return cut({"train": sorted(set(splits) - val), "val": sorted(val)}, shard_size)
 
 
 def cut(members: Mapping[Split, Sequence[str]], shard_size: int) -> tuple[PlannedShard, ...]:

@@ -1,7 +1,7 @@
-"""``python -m data_tools render``: meshes to shards; a thin driver around Blender workers.
+"""``python -m data_tools render``: meshes to shards; a thin driver around Blender processes.
 
 The order of events in OUT: ``render.json`` first, then parts and shards as objects finish (``shard_folder``),
-the contact sheet, and ``manifest.json`` last.
+the contact sheet, ``filter.parquet``, and ``manifest.json`` last.
 """
 
 import errno
@@ -9,45 +9,49 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.assets import Asset, find_assets
+from data_tools.assets import Asset
+from data_tools.cluster import Pool, Setup, connected
 from data_tools.contact_sheet import SHEET_NAME, write_contact_sheet
+from data_tools.criteria import parse_rule
+from data_tools.filter_table import FILTER_NAME, write_filter_table
 from data_tools.plan import PlannedShard, plan_shards
-from data_tools.settings import RenderSettings, check_settings, read_settings, write_settings
+from data_tools.settings import SETTINGS_NAME, RenderSettings, check_settings, read_settings, write_settings
 from data_tools.shard_folder import (
     FAILURES_NAME,
     PARTS_NAME,
+    QUARANTINE_NAME,
     FolderError,
     clear_leftovers,
-    find_shard,
+    find_shards,
     finished_ids,
     locked,
     no_space_message,
+    parts,
     read_failures,
-    shard_ids,
     write_failures,
+    write_part,
     write_planned_shard,
+    write_quarantine,
 )
-from data_tools.workers import PoolSetup, Worker, run_workers
 from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 
 
-def render(
-    assets_folder: Path, out: Path, settings: RenderSettings, jobs: int, time_limit_s: float
-) -> Manifest:
+def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: Setup) -> Manifest:
     """Render what is not rendered yet and finish the folder.
 
     Args:
-        assets_folder: Folder of meshes.
+        assets: The assets.
         out: Folder of shards.
         settings: What decides the bytes.
-        jobs: Blender processes.
-        time_limit_s: Seconds that one object may take.
+        setup: Where the meshes lie, and what Blender processes may take.
 
     Returns:
         The manifest of the finished folder.
@@ -56,11 +60,12 @@ def render(
         InputError: Bad assets, other settings in ``out``, no space, every asset failed, or Blender does not start.
     """
     start = time.monotonic()
-    assets = find_assets(assets_folder)
-    plan = plan_shards([asset.id for asset in assets], settings.held_out, settings.shard_size)
+    splits = {asset.id: asset.split for asset in assets}
+    plan = plan_shards(splits, settings.held_out, settings.shard_size)
+    rules = [parse_rule(rule) for rule in settings.rules]
     check_settings(out, settings, assets)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out) as lock:
+    with locked(out):
         manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
         clear_leftovers(out)
         failures = read_failures(out)
@@ -69,25 +74,23 @@ def render(
         pending = [by_id[key] for shard in plan for key in shard.ids if key not in finished | set(failures)]
         if not pending and manifest is not None:
             shutil.rmtree(out / PARTS_NAME)
-            print(f"Nothing to render: all {len(assets)} objects of {assets_folder} are finished.")
+            print(f"Nothing to render: all {len(assets)} objects of {setup.assets} are finished.")
             _print_summary(out, manifest, time.monotonic() - start, rendered=0)
             return manifest
         (out / MANIFEST_NAME).unlink(missing_ok=True)
         needed = estimate_bytes(len(pending), settings)
         if shutil.disk_usage(out).free < needed:
             raise FolderError(no_space_message(out, needed))
-        pool = PoolSetup(
-            assets=assets_folder,
-            out=out,
-            settings=settings,
-            jobs=jobs,
-            threads=max(1, len(os.sched_getaffinity(0)) // jobs),
-            time_limit_s=time_limit_s,
-            lock=lock,
-        )
         try:
-            rendered = _render_pending(pool, plan, assets, pending, failures)
-            manifest = _finish(out, plan, settings, len(failures))
+            left = {shard: {asset.id for asset in pending} & set(shard.ids) for shard in plan}
+            have = parts(out)
+            for shard in (shard for shard in plan if not left[shard] and have.intersection(shard.ids)):
+                write_planned_shard(out, shard, rules)
+            rendered = 0
+            if pending:
+                with connected(setup.jobs):
+                    rendered = _render_pending(setup, out, assets, pending, left, failures)
+            manifest = _finish(out, plan, assets, failures)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -103,79 +106,89 @@ def estimate_bytes(objects: int, settings: RenderSettings) -> int:
 
 
 def _render_pending(
-    pool: PoolSetup,
-    plan: Sequence[PlannedShard],
+    setup: Setup,
+    out: Path,
     assets: Sequence[Asset],
     pending: Sequence[Asset],
+    left: Mapping[PlannedShard, set[str]],
     failures: dict[str, dict[str, str]],
 ) -> int:
     """Render the pending assets, write each shard as it becomes complete; returns the objects made."""
-    left = {shard.name: {asset.id for asset in pending} & set(shard.ids) for shard in plan}
-    for shard in plan:
-        if not left[shard.name] and shard_ids(pool.out, shard) is None:
-            write_planned_shard(pool.out, shard)
-    if not pending:
-        return 0
-    print(f"Rendering {len(pending)} of {len(assets)} objects, {pool.jobs} Blender processes ...", flush=True)
-    first = Worker(pool, 0)
-    try:
-        if not check_settings(pool.out, pool.settings, assets, first.renderer):
-            write_settings(pool.out, pool.settings, assets, first.renderer)
-    except BaseException:
-        first.kill()
-        raise
-    rendered, failed, start = 0, 0, time.monotonic()
-    by_id = {key: shard for shard in plan for key in shard.ids}
-    done_before = len(assets) - len(pending)
-    with (
-        tqdm(total=len(assets), initial=done_before, unit="object", file=sys.stderr) as bar,
-        closing(run_workers(pool, first, pending)) as outcomes,
-    ):
-        for outcome in outcomes:
-            asset = outcome.asset
-            if outcome.kind == "no space":
-                raise OSError(errno.ENOSPC, outcome.reason)
-            if outcome.kind == "failed":
-                failed += 1
-                failures[asset.id] = {"id": asset.id, "file": asset.file, "reason": outcome.reason}
-                write_failures(pool.out, failures)
-                bar.write(f"left out: {asset.file}: {outcome.reason.splitlines()[0]}", file=sys.stderr)
-            else:
-                rendered += 1
-            speed = rendered * pool.settings.views / (time.monotonic() - start)
-            bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)
-            bar.update()
-            shard = by_id[asset.id]
-            left[shard.name].discard(asset.id)
-            if not left[shard.name]:
-                write_planned_shard(pool.out, shard)
+    rules = [parse_rule(rule) for rule in setup.settings.rules]
+    rendered, failed = 0, 0
+    by_id = {key: shard for shard in left for key in shard.ids}
+    with closing(Pool(setup)) as pool, closing(pool.render(pending)) as outcomes:
+        if not check_settings(out, setup.settings, assets, pool.renderer):
+            write_settings(out, setup.settings, assets, pool.renderer)
+        print(f"Rendering {len(pending)} of {len(assets)} objects, {pool.describe()} ...", flush=True)
+        start = time.monotonic()
+        with tqdm(
+            total=len(assets), initial=len(assets) - len(pending), unit="object", file=sys.stderr
+        ) as bar:
+            for outcome in outcomes:
+                asset = outcome.asset
+                if outcome.kind == "no space":
+                    raise FolderError(
+                        "expected room for a few pictures in the scratch folder of each node, found: "
+                        f"{outcome.reason}; free some space there and run the same command again, it goes on where it "
+                        "was"
+                    )
+                if outcome.kind == "done":
+                    rendered += 1
+                    write_part(out, asset.id, outcome.members)
+                else:
+                    failed += 1
+                    failures[asset.id] = {"id": asset.id, "file": asset.file, "reason": outcome.reason}
+                    write_quarantine(out, asset.id, f"{outcome.reason}\n\n{outcome.log}")
+                    write_failures(out, failures)
+                    bar.write(f"left out: {asset.file}: {outcome.reason.splitlines()[0]}", file=sys.stderr)
+                speed = rendered * setup.settings.views / (time.monotonic() - start)
+                bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)
+                bar.update()
+                shard = by_id[asset.id]
+                left[shard].discard(asset.id)
+                if not left[shard]:
+                    write_planned_shard(out, shard, rules)
     return rendered
 
 
-def _finish(out: Path, plan: Sequence[PlannedShard], settings: RenderSettings, failures: int) -> Manifest:
+def _finish(
+    out: Path,
+    plan: Sequence[PlannedShard],
+    assets: Sequence[Asset],
+    failures: Mapping[str, Mapping[str, str]],
+) -> Manifest:
     """Describe the shards that are there, draw the contact sheet, write the manifest last."""
-    shards = tuple(shard for planned in plan if (shard := find_shard(out, planned)) is not None)
-    if not shards:
+    settings = read_settings(out) if (out / SETTINGS_NAME).is_file() else {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashes every byte
+        shards = tuple(shard for found in pool.map(partial(find_shards, out), plan) for shard in found)
+    kept = tuple(shard for shard in shards if not shard.rejected)
+    write_filter_table(out, shards, assets, settings.get("rules", ()), failures)
+    if not kept:
         raise FolderError(
-            f"expected at least one object that renders, found that all {failures} failed; "
-            f"{out / FAILURES_NAME} says why: mend the assets, delete that file and run again"
+            f"expected at least one object to keep, found that of {len(assets)} {len(failures)} failed and the rules "
+            f"reject the others; {out / FILTER_NAME} and {out / FAILURES_NAME} say why: mend the assets, delete that "
+            "file and run again, or choose other rules (--rules) and another OUT="
         )
-    write_contact_sheet(out, shards, settings.views)
-    manifest = Manifest(shards=shards, views=settings.views, failures=failures, render=read_settings(out))
+    views = settings["views"]
+    write_contact_sheet(out, kept, views)
+    manifest = Manifest(shards=shards, views=views, failures=len(failures), render=settings)
     write_manifest(out, manifest)
-    for name in (PARTS_NAME, "scratch"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    shutil.rmtree(out / PARTS_NAME, ignore_errors=True)
     return manifest
 
 
 def _print_summary(out: Path, manifest: Manifest, seconds: float, rendered: int) -> None:
     train, val = (sum(s.samples for s in manifest.split(split)) for split in ("train", "val"))
+    rejected = sum(shard.samples for shard in manifest.shards if shard.rejected)
     print(f"objects        {train + val} ({train} train, {val} held out), {manifest.views} views each")
     print(f"shards         {len(manifest.shards)}")
+    if rejected:
+        print(f"rejected       {rejected}, see {out / FILTER_NAME}; `repack --where` chooses again")
     if manifest.failures:
         print(
-            f"left out       {manifest.failures}, see {out / FAILURES_NAME} "
-            "(they are not tried again unless you delete that file)"
+            f"left out       {manifest.failures}, see {out / FAILURES_NAME} and {out / QUARANTINE_NAME} (they are not "
+            "tried again unless you delete that file)"
         )
     if rendered:
         views = rendered * manifest.views

@@ -18,6 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.contact_sheet import write_contact_sheet
+from data_tools.criteria import Rule, objections, parse_rule
+from data_tools.filter_table import shard_measures
 from data_tools.plan import PlannedShard, cut, held_out_ids
 from lrm_pl.data.manifest import (
     Manifest,
@@ -59,6 +61,7 @@ def repack(
     resolution: int | None = None,
     shard_size: int = 8,
     held_out: int | None = None,
+    rules: Sequence[str] | None = None,
 ) -> Manifest:
     """Make one folder of shards out of others.
 
@@ -68,10 +71,12 @@ def repack(
         resolution: Side of the pictures; None leaves them as they are.
         shard_size: Objects a shard.
         held_out: Objects in the validation split, chosen anew; None leaves every object in its split.
+        rules: What an object must obey (``criteria.parse_rule``), those that were rejected before too; None leaves out
+            just these.
 
     Raises:
-        InputError: ``out`` is there, folders differ in views or normalisation, two objects have one name, or pictures
-            would become larger.
+        InputError: ``out`` is there, folders differ in views or normalisation, two objects have one name, pictures
+            would become larger, or nothing obeys.
     """
     if out.exists():
         raise RepackError(f"expected no {out} yet, found one; choose another --out, or delete it")
@@ -86,7 +91,10 @@ def repack(
             raise RepackError(
                 f"expected folders of one kind, found {name}: {told}; train on both as they are: --data.also"
             )
-    samples = _samples(manifests)
+    samples = _samples(manifests, rules)
+    total = sum(shard.samples for manifest in manifests.values() for shard in manifest.shards)
+    if not samples:
+        raise RepackError(f"expected objects that obey {' and '.join(rules or ())}, found none of {total}")
     plan = cut(_splits(samples, held_out), shard_size)
     partial_out = out.with_name(out.name + ".partial")
     shutil.rmtree(partial_out, ignore_errors=True)
@@ -109,20 +117,26 @@ def repack(
     }
     render |= {"repacked_from": [str(folder) for folder in folders]}
     render |= {"resolution": resolution} if resolution is not None else {}
+    render |= {"rules": list(rules)} if rules is not None else {}
     failures = sum(manifest.failures for manifest in manifests.values())
     manifest = Manifest(shards=tuple(shards), views=first.views, failures=failures, render=render)
     write_contact_sheet(partial_out, manifest.shards, manifest.views)
     write_manifest(partial_out, manifest)
     partial_out.rename(out)
-    print(f"{len(samples)} objects in {len(shards)} shards\nnext           make train DATA={out}")
+    left_out = f", {total - len(samples)} left out" if len(samples) < total else ""
+    print(f"{len(samples)} objects in {len(shards)} shards{left_out}\nnext           make train DATA={out}")
     return manifest
 
 
-def _samples(manifests: Mapping[Path, Manifest]) -> dict[str, Found]:
+def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) -> dict[str, Found]:
     samples: dict[str, Found] = {}
+    parsed = None if rules is None else [parse_rule(rule) for rule in rules]
     for folder, manifest in manifests.items():
         for shard in manifest.shards:
+            chosen = _chosen(folder, shard, parsed)
             for key, members in read_index(folder, shard).items():
+                if key not in chosen:
+                    continue
                 if key in samples:
                     raise RepackError(
                         f"expected every name once, found {key!r} in {samples[key].folder} and in {folder}; train on "
@@ -130,6 +144,20 @@ def _samples(manifests: Mapping[Path, Manifest]) -> dict[str, Found]:
                     )
                 samples[key] = Found(folder, shard, members)
     return samples
+
+
+def _chosen(folder: Path, shard: Shard, rules: Sequence[Rule] | None) -> set[str]:
+    """Name the objects of a shard that obey; without rules those that none rejected before."""
+    keys = set(read_index(folder, shard))
+    if rules is None:
+        return set() if shard.rejected else keys
+    measured = dict(shard_measures(folder, shard))
+    if unknown := sorted(keys - set(measured)):
+        raise RepackError(
+            f"{folder / shard.name}: expected measures of every object, found none of {unknown[0]!r}; rules need a "
+            "folder that `render` made"
+        )
+    return {key for key, measures in measured.items() if not objections(measures, rules)}
 
 
 def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, list[str]]:

@@ -1,7 +1,7 @@
-"""What decides the pixels and the layout of a folder of shards, kept as ``render.json`` in that folder.
+"""What decides the pixels and the layout of a folder of shards, kept in that folder: settings and list of assets.
 
-The file is written before the first object. A later run in the same folder must agree with it, or it would
-mix two kinds of data.
+``render.json`` and a copy of ``assets.parquet`` are written before the first object. A later run in the same folder
+must agree with them, or it would mix two kinds of data.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.assets import Asset
+from data_tools.assets import LIST_NAME, Asset, AssetsError, read_list, write_list
+from data_tools.criteria import DEFAULT_RULES
 from data_tools.views import PRESETS, CameraPreset
 from lrm_pl.conventions import Normalisation
 from lrm_pl.data.manifest import write_atomically
@@ -19,7 +20,7 @@ from lrm_pl.errors import InputError
 SETTINGS_NAME = "render.json"
 
 #: Raise it when a change to this package changes pixels or layout: old folders then refuse to be continued.
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 
 
 class SettingsError(InputError):
@@ -39,6 +40,7 @@ class RenderSettings:
         seed: Seed of all cameras and of Cycles.
         held_out: Number of objects in the validation split.
         shard_size: Objects a shard.
+        rules: What an object must obey, else it is rejected (``criteria.parse_rule``).
         pipeline_version: Version of this package's rendering.
     """
 
@@ -50,6 +52,7 @@ class RenderSettings:
     seed: int
     held_out: int
     shard_size: int
+    rules: tuple[str, ...] = DEFAULT_RULES
     pipeline_version: int = PIPELINE_VERSION
 
     @property
@@ -65,17 +68,15 @@ class RenderSettings:
 
 
 def write_settings(folder: Path, settings: RenderSettings, assets: Sequence[Asset], renderer: str) -> None:
-    """Write ``render.json``."""
-    record = {
-        "settings": settings.record() | {"renderer": renderer},
-        "assets": [dataclasses.asdict(asset) for asset in assets],
-    }
+    """Write ``assets.parquet`` and ``render.json``."""
+    write_list(folder, assets)
+    record = settings.record() | {"renderer": renderer}
     write_atomically(folder / SETTINGS_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Return the settings in ``render.json``, the renderer's name among them."""
-    return dict(json.loads((folder / SETTINGS_NAME).read_bytes())["settings"])
+    return dict(json.loads((folder / SETTINGS_NAME).read_bytes()))
 
 
 def check_settings(
@@ -106,13 +107,12 @@ def check_settings(
             )
         return False
     try:
-        record = json.loads(path.read_bytes())
-        found = dict(record["settings"])
+        found = read_settings(folder)
         found_renderer = found.pop("renderer")
-        found_assets = {entry["id"]: dict(entry) for entry in record["assets"]}
-    except (ValueError, KeyError, TypeError) as error:
+        found_assets = {asset.id: dataclasses.asdict(asset) for asset in read_list(folder)}
+    except (AssetsError, ValueError, KeyError, TypeError, OSError) as error:
         raise SettingsError(
-            f"{path}: expected the settings of a rendering, found: {error!r}; {remedy}"
+            f"{path}: expected the settings of a rendering and {LIST_NAME}, found: {error!r}; {remedy}"
         ) from error
     expected = settings.record()
     if renderer is not None:

@@ -2,7 +2,9 @@
 
     OUT/parts/<id>.tar     one finished object, until its shard is written
     OUT/failures.jsonl     {"id", "file", "reason"}: left-out objects; delete it to have them tried again
+    OUT/quarantine/<id>.log    what Blender printed about them
     OUT/train-000000.tar   written when all its objects are finished or failed; its parts are removed
+    OUT/rejected-train-000000.tar    those of its objects that a rule rejected
     OUT/manifest.json      written last
 
 Every file is written beside its place and renamed when whole: a name without ``.partial`` is a whole file.
@@ -14,19 +16,20 @@ import json
 import shutil
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_tools.criteria import MEASURES_MEMBER, Rule, decode_measures, objections
 from data_tools.plan import PlannedShard
 from lrm_pl.data.manifest import Shard, read_index, write_atomically, write_shard
-from lrm_pl.data.schema import Sample, encode_sample
 from lrm_pl.errors import InputError
 
 FAILURES_NAME = "failures.jsonl"
 PARTS_NAME = "parts"
+QUARANTINE_NAME = "quarantine"
 
-#: Seconds to wait for the workers of a run that was killed a moment ago; they end by themselves.
+#: Seconds to wait for a run that was killed a moment ago.
 LOCK_PATIENCE_S = 30.0
 
 
@@ -35,8 +38,8 @@ class FolderError(InputError):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Hold a folder for one run; yields the lock's descriptor, which workers inherit, to outlive the driver.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run.
 
     Raises:
         FolderError: Another run is at work there.
@@ -54,7 +57,7 @@ def locked(folder: Path) -> Iterator[int]:
                         "wait for it or stop it"
                     ) from None
                 time.sleep(0.1)
-        yield file.fileno()
+        yield
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -63,13 +66,18 @@ def clear_leftovers(folder: Path) -> None:
     for place in (folder, folder / PARTS_NAME):
         for path in place.glob("*.partial"):
             path.unlink()
-    shutil.rmtree(folder / "scratch", ignore_errors=True)
 
 
-def write_part(folder: Path, sample: Sample) -> None:
-    """Keep one finished object until its shard is written."""
-    name = f"{sample.info.id}.tar"
-    write_shard(folder / PARTS_NAME, name, "train", [(sample.info.id, encode_sample(sample))])
+def write_part(folder: Path, key: str, members: Mapping[str, bytes]) -> None:
+    """Keep one finished object, members as from ``schema.encode_sample``, until its shard is written."""
+    write_shard(folder / PARTS_NAME, f"{key}.tar", "train", [(key, members)])
+    (folder / QUARANTINE_NAME / f"{key}.log").unlink(missing_ok=True)
+
+
+def write_quarantine(folder: Path, key: str, log: str) -> None:
+    """Keep what Blender printed about an object that failed."""
+    (folder / QUARANTINE_NAME).mkdir(exist_ok=True)
+    write_atomically(folder / QUARANTINE_NAME / f"{key}.log", log.encode())
 
 
 def parts(folder: Path) -> set[str]:
@@ -92,36 +100,33 @@ def write_failures(folder: Path, failures: dict[str, dict[str, str]]) -> None:
     write_atomically(folder / FAILURES_NAME, "".join(lines).encode())
 
 
-def find_shard(folder: Path, planned: PlannedShard) -> Shard | None:
-    """Describe a planned shard that is on disk; None where it is not, or its index is missing.
+def find_shards(folder: Path, planned: PlannedShard) -> list[Shard]:
+    """Describe the shards on disk that a planned one became: itself, and the rejected ones.
 
     Raises:
         lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
     """
-    ids = shard_ids(folder, planned)
-    if ids is None:
-        return None
-    tar = folder / planned.name
-    with open(tar, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(planned.name, planned.split, len(ids), tar.stat().st_size, sha256)
+    found = []
+    for name, rejected in _names(planned):
+        ids = _ids(folder, name, planned)
+        if ids is not None:
+            with open(folder / name, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            size = (folder / name).stat().st_size
+            found.append(Shard(name, planned.split, len(ids), size, sha256, rejected))
+    return found
 
 
-def shard_ids(folder: Path, planned: PlannedShard) -> tuple[str, ...] | None:
-    """List the objects of a shard that is on disk, without reading the tar; None where there is no shard.
+def shard_ids(folder: Path, planned: PlannedShard) -> set[str]:
+    """List the objects of a planned shard that are in shards on disk, without reading the tars.
 
     Raises:
         lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
     """
-    tar = folder / planned.name
-    index = folder / (tar.stem + ".index.json")
-    if not tar.is_file() or not index.is_file():
-        return None
-    count = len(json.loads(index.read_bytes()))
-    return tuple(read_index(folder, Shard(planned.name, planned.split, count, tar.stat().st_size, "")))
+    return {key for name, _ in _names(planned) for key in _ids(folder, name, planned) or ()}
 
 
-def finished_ids(folder: Path, plan: tuple[PlannedShard, ...], failed: set[str]) -> set[str]:
+def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -> set[str]:
     """List the ids that need no rendering, in shards or as parts.
 
     A shard with a hole that is no longer a known failure (somebody deleted ``failures.jsonl``) is taken apart
@@ -130,26 +135,51 @@ def finished_ids(folder: Path, plan: tuple[PlannedShard, ...], failed: set[str])
     done = parts(folder)
     for planned in plan:
         ids = shard_ids(folder, planned)
-        if ids is None:
+        if not ids:
             continue
-        if set(ids) | failed >= set(planned.ids):
+        if ids | failed >= set(planned.ids):
             _drop_parts(folder, planned)
         else:
-            for key, members in _read_tar(folder / planned.name):
-                write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, members)])
-            (folder / planned.name).unlink()
-        done |= set(ids)
+            for name in (name for name, _ in _names(planned) if (folder / name).is_file()):
+                for key, members in _read_tar(folder / name):
+                    write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, members)])
+                (folder / name).unlink()
+        done |= ids
     return done
 
 
-def write_planned_shard(folder: Path, planned: PlannedShard) -> None:
-    """Join the parts of a shard whose objects are all finished or failed; an empty shard is not written."""
+def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rule]) -> None:
+    """Join the parts of a shard whose objects are all finished or failed; an empty shard is not written.
+
+    Args:
+        folder: Folder of shards.
+        planned: The shard.
+        rules: What an object must obey; the others go into a shard of their own.
+    """
     have = parts(folder)
-    ids = [key for key in planned.ids if key in have]
-    if ids:
-        samples = (sample for key in ids for sample in _read_tar(folder / PARTS_NAME / f"{key}.tar"))
-        write_shard(folder, planned.name, planned.split, samples)
+    chosen = dict[bool, list[tuple[str, dict[str, bytes]]]]({False: [], True: []})
+    for key in (key for key in planned.ids if key in have):
+        for _, members in _read_tar(folder / PARTS_NAME / f"{key}.tar"):
+            rejected = bool(objections(decode_measures(key, members[MEASURES_MEMBER]), rules))
+            chosen[rejected].append((key, members))
+    for name, rejected in _names(planned):
+        if chosen[rejected]:
+            write_shard(folder, name, planned.split, chosen[rejected], rejected=rejected)
     _drop_parts(folder, planned)
+
+
+def _names(planned: PlannedShard) -> tuple[tuple[str, bool], ...]:
+    """Name the files that a planned shard becomes, and say which holds the rejected objects."""
+    return (planned.name, False), (f"rejected-{planned.name}", True)
+
+
+def _ids(folder: Path, name: str, planned: PlannedShard) -> tuple[str, ...] | None:
+    tar = folder / name
+    index = folder / (tar.stem + ".index.json")
+    if not tar.is_file() or not index.is_file():
+        return None
+    count = len(json.loads(index.read_bytes()))
+    return tuple(read_index(folder, Shard(name, planned.split, count, tar.stat().st_size, "")))
 
 
 def no_space_message(folder: Path, needed: int) -> str:

@@ -47,6 +47,7 @@ class Shard:
         samples: Number of samples in it.
         bytes: Size of the tar.
         sha256: Hash of the tar, lower-case hex.
+        rejected: Whether a rule rejected its samples: kept, so that another rule may choose them, and never read.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    rejected: bool = False
 
     @property
     def index_name(self) -> str:
@@ -80,8 +82,8 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
     def split(self, split: Split) -> tuple[Shard, ...]:
-        """Return the shards of one split, in order."""
-        return tuple(shard for shard in self.shards if shard.split == split)
+        """Return the shards of one split, in order, without those that were rejected."""
+        return tuple(shard for shard in self.shards if shard.split == split and not shard.rejected)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -98,7 +100,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_shard(
-    folder: Path, name: str, split: Split, samples: Iterable[tuple[str, Mapping[str, bytes]]]
+    folder: Path,
+    name: str,
+    split: Split,
+    samples: Iterable[tuple[str, Mapping[str, bytes]]],
+    *,
+    rejected: bool = False,
 ) -> Shard:
     """Write one tar and its index, both whole or not at all; equal samples give equal bytes (all times are 0).
 
@@ -107,6 +114,7 @@ def write_shard(
         name: File name of the tar.
         split: Split that it belongs to.
         samples: (key, members) in order, members as from ``schema.encode_sample``.
+        rejected: Whether a rule rejected them.
     """
     buffer, index = io.BytesIO(), dict[str, dict[str, tuple[int, int]]]()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -119,7 +127,7 @@ def write_shard(
                 tar.addfile(header, io.BytesIO(content))
                 index[key][member] = (tar.offset - -(-len(content) // 512) * 512, len(content))
     content = buffer.getvalue()
-    shard = Shard(name, split, len(index), len(content), hashlib.sha256(content).hexdigest())
+    shard = Shard(name, split, len(index), len(content), hashlib.sha256(content).hexdigest(), rejected)
     write_atomically(folder / shard.index_name, json.dumps(index, indent=0).encode())
     write_atomically(folder / name, content)
     return shard
@@ -274,4 +282,6 @@ def _checked_shard(entry: dict[str, Any]) -> Shard:
         raise ValueError(f"shard {shard.name}: sha256 {shard.sha256!r}")
     if shard.split not in SPLITS or type(shard.samples) is not int or type(shard.bytes) is not int:
         raise ValueError(f"shard {shard.name}: split {shard.split!r}, samples {shard.samples!r}")
+    if type(shard.rejected) is not bool:
+        raise ValueError(f"shard {shard.name}: rejected {shard.rejected!r}")
     return shard

@@ -7,6 +7,10 @@ A sample with key ``chair`` and V views is these members of a WebDataset tar, in
     chair.fxfycxcy.npy   (V, 4)    float32, divided by image width / height
     chair.view_000.png   RGBA, 8 bits, straight alpha (PNG or lossless WebP), one a view
     chair.view_001.png   ...
+    chair.measures.json  optional: what was measured of the object (data_tools/criteria.py)
+    chair.depth_000.png  optional, one a view: 16 bits, depth along the camera's z axis, 0 where nothing is, else
+                         depth / ``MAX_DEPTH`` * 65535
+    chair.normal_000.png optional, one a view: RGB, 8 bits, world normal n as (n + 1) / 2, 0 where nothing is
 
 No member is a pickle. Everything read from a tar is checked before it is used.
 """
@@ -36,6 +40,12 @@ IMAGE_FORMATS = ("png", "webp")
 
 #: A view larger than this is refused before it is decoded (a decompression bomb, or the wrong file).
 MAX_IMAGE_SIDE = 4096
+
+#: Members that need not be there, and are read only by who asks for them.
+EXTRA_PATTERN = re.compile(r"measures\.json|(depth|normal)_\d{3}\.png")
+
+#: Depth that the largest value of a depth picture stands for, scene units.
+MAX_DEPTH = 8.0
 
 
 class SampleError(InputError):
@@ -78,12 +88,14 @@ class Sample:
         c2w: (V, 4, 4) float32 poses, OpenCV.
         fxfycxcy: (V, 4) float32 normalised intrinsics.
         views: V encoded images; an empty ``bytes`` stands for a view that was not read.
+        extras: Optional members, name -> bytes.
     """
 
     info: SampleInfo
     c2w: npt.NDArray[np.float32]
     fxfycxcy: npt.NDArray[np.float32]
     views: tuple[bytes, ...]
+    extras: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def view_member(index: int, image_format: str = "png") -> str:
@@ -108,7 +120,7 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     }
     for index, view in enumerate(sample.views):
         members[view_member(index, _image_format(view))] = view
-    return members
+    return members | {name: sample.extras[name] for name in sorted(sample.extras)}
 
 
 def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] | None = None) -> Sample:
@@ -147,6 +159,7 @@ def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] |
         c2w=_decode_array(key, members, "c2w.npy", (info.views, 4, 4)),
         fxfycxcy=_decode_array(key, members, "fxfycxcy.npy", (info.views, 4)),
         views=tuple(encoded),
+        extras={name: content for name, content in members.items() if EXTRA_PATTERN.fullmatch(name)},
     )
     check_sample(sample)
     return sample
@@ -174,6 +187,9 @@ def check_sample(sample: Sample) -> None:
             )
     if len(sample.views) != info.views:
         raise SampleError(f"sample {key!r}: expected {info.views} views, found {len(sample.views)}")
+    strange = sorted(name for name in sample.extras if not EXTRA_PATTERN.fullmatch(name))
+    if strange:
+        raise SampleError(f"sample {key!r}: expected extras like {EXTRA_PATTERN.pattern}, found {strange}")
     error = rigid_error(sample.c2w)
     if error > RIGID_TOLERANCE:
         raise SampleError(

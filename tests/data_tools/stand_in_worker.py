@@ -1,5 +1,6 @@
 """Answers like data_tools.blender_worker, without Blender: what a "mesh" says decides what becomes of it."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -10,42 +11,80 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data_tools.shard_folder import write_part
+from data_tools.criteria import Measures, encode_measures
 from data_tools.views import PRESETS, derive_seed, draw_cameras
-from lrm_pl.data.schema import Sample, SampleInfo, encode_image
+from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
+
+MEASURES = Measures(
+    triangles=12,
+    degenerate=0.0,
+    size=1.0,
+    thinness=1.0,
+    materials=1,
+    coloured=True,
+    textures=0,
+    missing_textures=0,
+    animated=False,
+    hidden=0,
+    cameras=0,
+    lights=0,
+    coverage=0.5,
+    coverage_min=0.5,
+    cropped=0.0,
+    white=0.0,
+)
 
 
-def answer(record):
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
+def answer(record, members):
+    record = record | {"members": {name: len(content) for name, content in members.items()}}
+    sys.stdout.buffer.write(json.dumps(record).encode() + b"\n" + b"".join(members.values()))
+    sys.stdout.buffer.flush()
 
 
 def serve():
     setup = json.loads(sys.stdin.readline())
     views = setup["settings"]["views"]
-    answer({"renderer": "stand-in"})
+    answer({"renderer": "stand-in"}, {})
+    served = 0
     for line in sys.stdin:
         asset = json.loads(line)
         folder = Path(setup["assets"])
         text = (folder / asset["file"]).read_text()
-        outcome = {"id": asset["id"], "outcome": "done", "reason": ""}
-        if text == "dies":
+        served += 1
+        outcome = {"outcome": "done", "reason": ""}
+        mended = (folder / "mended").exists()
+        if text == "dies" or (text == "dies once" and not mended):
+            (folder / "mended").touch()
             sys.stderr.write("about to die\n")
             sys.stderr.flush()
             os.abort()
+        if text == "waits":
+            (folder / f"{asset['id']}.working").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
         if text == "slow":
             time.sleep(60)
-        if text == "bad" or (text == "bad once" and not (folder / "mended").exists()):
-            answer(outcome | {"outcome": "failed", "reason": "is bad"})
+        if text == "hungry":
+            held = np.ones(60_000_000)  # 480 MB
+            time.sleep(60)
+            del held
+        if text == "bad" or (text == "bad once" and not mended):
+            sys.stderr.write("what Blender says\n")
+            sys.stderr.flush()
+            answer(outcome | {"outcome": "failed", "reason": "is bad"}, {})
         elif asset["id"] == "e" and (folder / "full").exists():
-            answer(outcome | {"outcome": "no space", "reason": "No space left on device"})
+            answer(outcome | {"outcome": "no space", "reason": "No space left on device"}, {})
         else:
             seed = derive_seed(0, asset["id"])
             cameras = draw_cameras(PRESETS["frame"], views, np.random.default_rng(seed))
             image = encode_image(np.full((8, 8, 4), seed % 256, dtype=np.uint8))
-            info = SampleInfo(asset["id"], asset["name"], "", "", "", seed, "stand-in", views)
-            write_part(Path(setup["out"]), Sample(info, cameras.c2w, cameras.fxfycxcy, (image,) * views))
-            answer(outcome)
+            info = SampleInfo(asset["id"], asset["name"], "", str(served), "", seed, "stand-in", views)
+            if text != "counts":
+                info = dataclasses.replace(info, creator="")
+            white = 1.0 if text == "white" else 0.0
+            extras = {"measures.json": encode_measures(dataclasses.replace(MEASURES, white=white))}
+            sample = Sample(info, cameras.c2w, cameras.fxfycxcy, (image,) * views, extras)
+            answer(outcome, encode_sample(sample))
 
 
 if __name__ == "__main__":

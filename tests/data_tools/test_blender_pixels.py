@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from conftest import box, write_gltf
 
@@ -60,6 +61,7 @@ def rendered(render_command, tmp_path_factory):
     write_gltf(assets / "corners.gltf", [(5 * v + (7, -3, 2), t, c, a) for v, t, c, a in marks])
     write_bad_assets(assets)
     options = ["--views", "6", "--res", RESOLUTION, "--samples", "16", "--held-out", "0", "--jobs", "1"]
+    options += ["--rules", "missing_textures <= 0"]  # corners cover little on purpose
     return out, render_command(assets, out, *options)
 
 
@@ -140,12 +142,13 @@ def test_bad_assets_are_left_out_with_their_reasons(rendered):
         record["id"]: record["reason"]
         for record in map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     }
-    assert reasons.keys() == {"garbage", "empty", "untextured", "invisible"}
+    assert reasons.keys() == {"garbage", "empty", "invisible"}
     assert reasons["garbage"].startswith("cannot be imported: ")
     assert reasons["empty"] == "is empty: expected mesh faces, found none"
-    assert reasons["untextured"].startswith("expected the texture ")
-    assert reasons["untextured"].endswith("absent.png, found no readable image")
-    assert reasons["invisible"] == "renders to nothing: all 6 views are transparent"
-    assert read_manifest(out).failures == 4
+    assert reasons["invisible"] == "is empty: expected mesh faces, found none"
+    assert read_manifest(out).failures == 3
+    rows = {row["id"]: row for row in pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()}
+    assert rows["untextured"]["outcome"] == "rejected"
+    assert rows["untextured"]["reason"] == "missing_textures 1, expected <= 0"
     assert "objects        3 (3 train, 0 held out)" in done.stdout
-    assert "left out       4, see" in done.stdout
+    assert "left out       3, see" in done.stdout

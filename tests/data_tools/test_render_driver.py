@@ -1,23 +1,31 @@
 """The driver and its folder, with a stand-in for Blender that answers at once."""
 
+import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
 import os
+import re
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
+import pyarrow.parquet
 import pytest
 
+from data_tools import blender_process, cluster, shard_folder
 from data_tools import render as render_module
-from data_tools import shard_folder, workers
 from data_tools.__main__ import main
 from data_tools.assets import find_assets
+from data_tools.blender_process import BlenderError, Limits
 from data_tools.settings import RenderSettings, SettingsError
 from data_tools.shard_folder import FolderError
-from data_tools.workers import WorkerError
-from lrm_pl.data.manifest import ShardError, read_index, read_manifest
+from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_samples
+from lrm_pl.data.schema import decode_sample
 
 STAND_IN = Path(__file__).with_name("stand_in_worker.py")
 SETTINGS = RenderSettings(
@@ -36,11 +44,19 @@ def assets(tmp_path):
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(workers, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, str(STAND_IN)))
 
 
-def run(assets, out, settings=SETTINGS, jobs=2, time_limit_s=30.0):
-    return render_module.render(assets, out, settings, jobs, time_limit_s)
+@pytest.fixture(autouse=True, scope="module")
+def one_ray_for_all():
+    """Starting Ray takes seconds; ``render`` uses the one that there is."""
+    with cluster.connected(4):
+        yield
+
+
+def run(assets, out, settings=SETTINGS, jobs=2, **limits):
+    setup = cluster.Setup(assets, settings, jobs, Limits(**{"time_s": 30.0} | limits))
+    return render_module.render(find_assets(assets), out, settings, setup)
 
 
 def tars(folder):
@@ -65,7 +81,7 @@ def test_a_run_makes_every_shard_and_a_second_run_renders_nothing(assets, tmp_pa
     assert list(read_index(out, manifest.shards[3])) == ["d"]
     assert read_manifest(out) == manifest
     assert manifest.render["renderer"] == "stand-in"
-    assert {path.name for path in out.iterdir()} >= {"contact_sheet.png", "render.json", "logs"}
+    assert {path.name for path in out.iterdir()} >= {"contact_sheet.png", "render.json", "filter.parquet"}
     assert not (out / "parts").exists()
     assert f"make train DATA={out}" in capfd.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
@@ -90,6 +106,14 @@ def test_a_failure_leaves_a_hole_and_moves_nothing_else(assets, tmp_path, capfd)
     assert reasons["b"] == "is bad"
     assert "Blender ended with -6; its last lines" in reasons["c"]
     assert "about to die" in reasons["c"]  # the tail of what it printed
+    logs = {path.name: path.read_text() for path in (out / "quarantine").iterdir()}
+    assert logs["b.log"] == "is bad\n\nwhat Blender says\n"
+    assert logs["c.log"].endswith("about to die\n")
+    table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
+    assert [row["id"] for row in table] == list("abcdef")
+    assert {row["id"] for row in table if row["outcome"] == "failed" and row["triangles"] is None} == set(
+        "bce"
+    )
     assert "left out       3, see" in capfd.readouterr().out
 
 
@@ -111,7 +135,7 @@ def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
     (assets / "b.glb").write_text("slow")
     out = tmp_path / "out"
     start = time.monotonic()
-    assert run(assets, out, time_limit_s=1.0).failures == 1
+    assert run(assets, out, time_s=1.0).failures == 1
     assert time.monotonic() - start < 20
     assert failures(out)["b"].startswith("Blender took longer than 1 s")
 
@@ -119,7 +143,7 @@ def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
 def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("bad")
-    with pytest.raises(FolderError, match="at least one object that renders, found that all 6 failed"):
+    with pytest.raises(FolderError, match="at least one object to keep, found that of 6 6 failed"):
         run(assets, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -127,7 +151,7 @@ def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
 def test_other_settings_are_refused_with_the_first_difference(assets, tmp_path):
     out = tmp_path / "out"
     run(assets, out)
-    other = RenderSettings("frame", "sphere", 3, 8, 1, 0, 1, 2)
+    other = dataclasses.replace(SETTINGS, views=3)
     with pytest.raises(
         SettingsError, match=r"views: expected 3 as asked for now, found 2; choose another OUT="
     ):
@@ -152,7 +176,7 @@ def test_another_renderer_does_not_continue_a_folder(assets, tmp_path):
     out = tmp_path / "out"
     run(assets, out)
     record = json.loads((out / "render.json").read_text())
-    record["settings"]["renderer"] = "blender 5.0.1 cycles cuda"
+    record["renderer"] = "blender 5.0.1 cycles cuda"
     (out / "render.json").write_text(json.dumps(record))
     for path in (out / "manifest.json", out / "train-000000.tar"):
         path.unlink()
@@ -210,13 +234,13 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_next_run_goes_on(assets, tmp
         (assets / "full").touch()  # the stand-in answers "no space" while this file is there
     else:
 
-        def fail(folder, name, *args):
+        def fail(folder, name, *args, **options):
             if name == "train-000001.tar":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return original(folder, name, *args)
+            return original(folder, name, *args, **options)
 
         monkeypatch.setattr(shard_folder, "write_shard", fail)
-    with pytest.raises(FolderError, match=r"free disk space .* goes on where it was"):
+    with pytest.raises(FolderError, match=r"(free disk space|scratch folder) .* goes on where it was"):
         run(assets, out)
     assert not (out / "manifest.json").exists()
     if where == "worker":
@@ -227,18 +251,89 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_next_run_goes_on(assets, tmp
     assert tars(out) == tars(tmp_path / "whole")
 
 
-def test_a_process_that_died_between_two_objects_is_replaced_and_its_pipes_are_closed(assets, tmp_path):
-    (tmp_path / "out").mkdir()
-    shard_folder.clear_leftovers(tmp_path / "out")
-    with open(tmp_path / "lock", "w") as lock:
-        setup = workers.PoolSetup(assets, tmp_path / "out", SETTINGS, 1, 1, 30.0, lock.fileno())
-        first = workers.Worker(setup, 0)
-        first.stop()
-        first._process.wait()
-        outcomes = list(workers.run_workers(setup, first, find_assets(assets)))
-    assert [outcome.kind for outcome in outcomes] == ["done"] * 6
-    assert first._process.stdin.closed
-    assert first._process.stdout.closed
+def test_a_crash_costs_the_object_one_more_try(assets, tmp_path):
+    run(assets, tmp_path / "whole")
+    (assets / "b.glb").write_text("dies once")
+    assert run(assets, tmp_path / "out").failures == 0
+    assert tars(tmp_path / "out") == tars(tmp_path / "whole")
+
+
+def test_an_object_over_the_memory_limit_costs_only_itself(assets, tmp_path):
+    (assets / "b.glb").write_text("hungry")
+    out = tmp_path / "out"
+    assert run(assets, out, memory_gb=0.3).failures == 1
+    assert re.match(r"Blender took 0\.[345] GB of memory, more than 0\.3 GB", failures(out)["b"])
+
+
+def test_a_process_serves_as_many_objects_as_it_may_and_is_replaced(assets, tmp_path):
+    for path in assets.iterdir():
+        path.write_text("counts")
+    run(assets, tmp_path / "out", jobs=1, objects=2)
+    shards = read_manifest(tmp_path / "out").shards
+    samples = [decode_sample(*found) for shard in shards for found in read_samples(tmp_path / "out", shard)]
+    assert sorted(sample.info.creator for sample in samples) == ["1", "1", "1", "2", "2", "2"]
+
+
+def test_objects_that_break_a_rule_go_to_shards_of_their_own(assets, tmp_path, capfd):
+    run(assets, tmp_path / "whole")
+    for name in "bd":
+        (assets / f"{name}.glb").write_text("white")
+    out = tmp_path / "out"
+    manifest = run(assets, out)
+    held = {shard.name: list(read_index(out, shard)) for shard in manifest.shards}
+    assert held == {
+        "train-000000.tar": ["a"],
+        "rejected-train-000000.tar": ["b"],
+        "train-000001.tar": ["c", "e"],
+        "train-000002.tar": ["f"],
+        "rejected-val-000000.tar": ["d"],
+    }
+    assert [shard.samples for shard in manifest.split("train")] == [1, 2, 1]
+    assert manifest.split("val") == ()
+    assert "rejected       2, see" in capfd.readouterr().out
+    rows = {row["id"]: row for row in pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()}
+    assert (rows["b"]["outcome"], rows["b"]["reason"]) == ("rejected", "white 1, expected <= 0.98")
+    assert (rows["a"]["outcome"], rows["a"]["reason"], rows["a"]["white"]) == ("kept", "", 0.0)
+    assert run(assets, out) == manifest  # nothing is rendered again
+
+
+@pytest.mark.parametrize("victim", ["Blender", "Ray worker"])
+def test_whatever_is_killed_at_work_the_bytes_are_the_same(assets, tmp_path, victim):
+    run(assets, tmp_path / "whole")
+    for name in "ab":
+        (assets / f"{name}.glb").write_text("waits")
+    out, killed = tmp_path / "out", []
+
+    def kill():
+        while not killed:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    at_work = [str(STAND_IN) in process.cmdline() and (assets / "a.working").exists()]
+                    if any(at_work):
+                        target = process if victim == "Blender" else process.parent()
+                        assert victim == "Blender" or target.name().startswith("ray::")
+                        target.send_signal(signal.SIGKILL)
+                        killed.append(target.pid)
+                        (assets / "go").touch()
+                        return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    manifest = run(assets, out, jobs=1)
+    thread.join()
+    assert killed
+    assert manifest.failures == 0
+    assert tars(out) == tars(tmp_path / "whole")
+
+
+def test_blender_goes_with_its_ray_worker(assets, tmp_path):
+    setup = cluster.Setup(assets, SETTINGS, 1)
+    pool = cluster.Pool(setup)
+    blenders = [p for p in psutil.Process().children(recursive=True) if str(STAND_IN) in p.cmdline()]
+    assert len(blenders) == 1
+    pool.close()
+    blenders[0].wait(timeout=20)
 
 
 def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
@@ -252,9 +347,9 @@ def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
 
 
 def test_blender_that_does_not_start_is_one_clear_error(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "raise SystemExit('no bpy')"))
+    monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, "-c", "raise SystemExit('no bpy')"))
     with pytest.raises(
-        WorkerError, match=r"(?s)expected Blender to start .* no bpy.*run `make .venv-render`"
+        BlenderError, match=r"(?s)expected Blender to start .* no bpy.*run `make .venv-render`"
     ):
         run(assets, tmp_path / "out")
 

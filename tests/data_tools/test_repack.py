@@ -1,17 +1,20 @@
 """Shards made into others: what changes, what keeps its bytes, and what is refused."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
 from data_tools.__main__ import main
+from data_tools.criteria import encode_measures
 from data_tools.repack import RepackError, repack, resized
 from data_tools.validate import validate
-from lrm_pl.data.manifest import read_index, read_manifest
+from lrm_pl.data.manifest import read_index, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import decode_image, encode_image
 from lrm_pl.data.synthetic import write_synthetic_shards
 from tests.damage import spoil_first_poses
+from tests.data_tools.stand_in_worker import MEASURES
 
 
 def members(folder):
@@ -103,3 +106,43 @@ def test_a_damaged_sample_stops_it_and_leaves_nothing_under_the_name(shards, tmp
     with pytest.raises(ValueError, match=r"train-000000\.tar: sample 'train-ellipsoid-000'"):
         repack([broken], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def measured(shards, out):
+    """Copy a folder with measures in every sample; the first object is white and was rejected."""
+    out.mkdir()
+    content = members(shards)
+    first, *rest = sorted(key for key, (split, _) in content.items() if split == "train")
+    val = sorted(key for key, (split, _) in content.items() if split == "val")
+
+    def sample(key):
+        measures = encode_measures(dataclasses.replace(MEASURES, white=1.0 if key == first else 0.0))
+        return key, content[key][1] | {"measures.json": measures}
+
+    written = [
+        write_shard(out, "train-000000.tar", "train", map(sample, rest)),
+        write_shard(out, "rejected-train-000000.tar", "train", [sample(first)], rejected=True),
+        write_shard(out, "val-000000.tar", "val", map(sample, val)),
+    ]
+    write_manifest(out, dataclasses.replace(read_manifest(shards), shards=tuple(written)))
+    return first
+
+
+def test_rules_choose_again_without_rendering_among_rejected_objects_too(shards, tmp_path, capsys):
+    first = measured(shards, tmp_path / "in")
+    assert validate(tmp_path / "in") == 0
+    everything = set(members(shards))
+    repack([tmp_path / "in"], tmp_path / "as-it-was")
+    assert set(members(tmp_path / "as-it-was")) == everything - {first}
+    assert "5 objects in 2 shards, 1 left out" in capsys.readouterr().out
+    repack([tmp_path / "in"], tmp_path / "all", rules=["white <= 1"])
+    assert members(tmp_path / "all") == members(tmp_path / "in")  # each in its split again, with its measures
+    repack([tmp_path / "in"], tmp_path / "white", rules=["white == 1"])
+    assert set(members(tmp_path / "white")) == {first}
+    assert read_manifest(tmp_path / "white").render["rules"] == ["white == 1"]
+    with pytest.raises(RepackError, match="expected objects that obey white > 1, found none of 6"):
+        repack([tmp_path / "in"], tmp_path / "none", rules=["white > 1"])
+    with pytest.raises(
+        RepackError, match="expected measures of every object, found none of 'train-ellipsoid-000'"
+    ):
+        repack([shards], tmp_path / "unmeasured", rules=["white < 1"])

@@ -1,0 +1,289 @@
+"""Blender processes on one machine or many: Ray starts them, each pulls one object after another.
+
+Without ``RAY_ADDRESS`` Ray runs on this machine, for this run alone. With it the run uses that cluster, all of it, and
+nodes may come and go. Meshes must have the same path on each node (or be URLs); finished objects come back through Ray,
+so that only the driver writes.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+
+from data_tools import blender_process
+from data_tools.assets import Asset
+from data_tools.blender_process import BlenderError, BlenderProcess, Limits, Outcome
+from data_tools.settings import RenderSettings
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: it would send statistics
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+#: How often an object is tried whose process ends under it, and one whose Ray worker or node is lost.
+_TRIES, _MOVES = 2, 5
+
+#: Seconds between two looks at which nodes there are.
+_LOOK_S = 10.0
+
+#: CPUs of a Blender process. Two threads in one took a fifth less CPU time an object than two processes of one.
+_CPUS = 2
+
+#: Ray's store holds finished objects for a moment only.
+_STORE_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all processes of a run have in common.
+
+    Attributes:
+        assets: Assets folder.
+        settings: Settings of the run.
+        jobs: Processes at most; None leaves it to what the cluster has.
+        limits: What an object may take.
+        command: What a process runs.
+    """
+
+    assets: Path
+    settings: RenderSettings
+    jobs: int | None = None
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    command: tuple[str, ...] = dataclasses.field(default_factory=lambda: blender_process.COMMAND)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What Ray sets aside for one process.
+
+    Attributes:
+        cpus: CPUs.
+        gpus: GPUs; less than 1 where processes share one.
+    """
+
+    cpus: int
+    gpus: float = 0.0
+
+
+class Slot:
+    """A place for one Blender process, in a Ray worker; a process that is gone or worn out is replaced."""
+
+    def __init__(self, setup: Setup, threads: int) -> None:
+        self._setup, self._threads = setup, threads
+        self._blender: BlenderProcess | None = None
+
+    def start(self) -> str:
+        """Start Blender; returns the name of its renderer."""
+        return self._ready().renderer
+
+    def render(self, asset: Asset) -> Outcome:
+        """Render one asset."""
+        return self._ready().render(asset, self._setup.limits)
+
+    def _ready(self) -> BlenderProcess:
+        blender = self._blender
+        if blender is not None and (not blender.is_alive() or blender.served >= self._setup.limits.objects):
+            blender.close()
+            blender = None
+        if blender is None:
+            setup = self._setup
+            blender = BlenderProcess(setup.assets, setup.settings, self._threads, setup.command)
+            self._blender = blender
+        return blender
+
+
+class Pool:
+    """All Blender processes of a run.
+
+    Attributes:
+        renderer: Name of their renderer, the same for all.
+        share: What each has.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self.share = _share(setup.jobs)
+        self._slots: set[ActorHandle] = set()
+        self._starting: dict[ObjectRef, ActorHandle] = {}  # the first answer of each slot -> slot
+        self._next_look = 0.0
+        self._room = 0
+        self.renderer = ""
+        self._idle: list[ActorHandle] = []
+        while not self.renderer:
+            self._welcome(self._add_slot())
+
+    def render(self, assets: Sequence[Asset]) -> Generator[Outcome]:
+        """Render assets and yield what became of each, as it happens.
+
+        Args:
+            assets: The assets, in the order in which they are handed out.
+
+        Raises:
+            BlenderError: Blender started once but not again, or elsewhere with another renderer.
+        """
+        waiting, busy = deque(assets), dict[ObjectRef, tuple[ActorHandle, Asset]]()
+        crashes, moves = Counter[str](), Counter[str]()
+        while waiting or busy:
+            while waiting and self._idle:
+                slot, asset = self._idle.pop(), waiting.popleft()
+                busy[slot.render.remote(asset)] = slot, asset
+            self._grow(len(busy), len(waiting))
+            ready, _ = ray.wait([*busy, *self._starting], timeout=_LOOK_S)
+            for answer in ready:
+                if answer in self._starting:
+                    self._welcome(answer)
+                    continue
+                slot, asset = busy.pop(answer)
+                try:
+                    outcome: Outcome = ray.get(answer)
+                except RayTaskError as error:
+                    raise _cause(error) from error
+                except RayError as error:  # the worker, its node, or the finished object is lost
+                    self._slots.discard(slot)
+                    moves[asset.id] += 1
+                    if moves[asset.id] < _MOVES:
+                        waiting.append(asset)
+                    else:
+                        yield Outcome(
+                            asset, "crashed", f"its node or Ray worker was lost {_MOVES} times: {error}"
+                        )
+                    continue
+                self._idle.append(slot)
+                crashes[asset.id] += outcome.kind == "crashed"
+                if outcome.kind == "crashed" and crashes[asset.id] < _TRIES:
+                    waiting.append(asset)
+                else:
+                    yield outcome
+
+    def describe(self) -> str:
+        """Say in words how many processes there is room for."""
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        gpus = f" and {self.share.gpus:g} GPUs" if self.share.gpus else ""
+        room = min(_room(self.share), self._setup.jobs or sys.maxsize)
+        return f"{room} Blender processes ({self.share.cpus} CPUs{gpus} each) on {nodes} nodes"
+
+    def close(self) -> None:
+        """End all processes."""
+        for slot in self._slots:
+            ray.kill(slot)
+
+    def _grow(self, busy: int, waiting: int) -> None:
+        """Start more processes where there is room and work."""
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + _LOOK_S
+            self._room = min(_room(self.share), self._setup.jobs or sys.maxsize)
+        for _ in range(min(self._room - busy - len(self._starting), waiting - len(self._starting))):
+            self._add_slot()
+
+    def _add_slot(self) -> ObjectRef:
+        share = self.share
+        slot = (
+            ray.remote(Slot).options(num_cpus=share.cpus, num_gpus=share.gpus).remote(self._setup, share.cpus)
+        )
+        self._slots.add(slot)
+        answer = slot.start.remote()
+        self._starting[answer] = slot
+        return answer
+
+    def _welcome(self, answer: ObjectRef) -> None:
+        slot = self._starting.pop(answer)
+        try:
+            renderer = str(ray.get(answer))
+        except RayTaskError as error:
+            raise _cause(error) from error
+        except RayError:  # its node went before it began: another one takes its place
+            self._slots.discard(slot)
+            return
+        if renderer != (self.renderer or renderer):
+            raise BlenderError(
+                f"expected the renderer {self.renderer} on every node, found {renderer}; use nodes of one kind, whose "
+                "pictures are the same"
+            )
+        self.renderer = renderer
+        self._idle.append(slot)
+
+
+@contextlib.contextmanager
+def connected(jobs: int | None) -> Iterator[None]:
+    """Use the cluster at ``RAY_ADDRESS``, the one that this process is connected to already, or one of this machine.
+
+    Args:
+        jobs: Processes at most, where Ray runs on this machine for this run.
+
+    Raises:
+        BlenderError: There is no cluster at that address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    if address:
+        try:
+            ray.init(address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BlenderError(
+                f"expected a Ray cluster at RAY_ADDRESS={address}, found: {error}; start one with `ray start --head`, "
+                "or unset RAY_ADDRESS to render on this machine alone"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    cpus = len(os.sched_getaffinity(0))
+    # A folder of our own: another user's Ray may own the default one. Short, for it holds sockets.
+    folder = tempfile.mkdtemp(prefix="lrm-ray-", dir="/tmp")
+    try:
+        ray.init(
+            "local",
+            num_cpus=max(cpus, jobs or 1),
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            _temp_dir=folder,
+            **quiet,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _share(jobs: int | None) -> Share:
+    """Say what one process gets: a GPU where there are any (a part of one if more are asked for), else two CPUs."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    if gpus:
+        each = min(1.0, gpus / (jobs or gpus))
+        fewest = min(node.get("CPU", 1.0) / node["GPU"] for node in nodes if node.get("GPU"))
+        return Share(max(1, int(fewest * each)), each)
+    largest = max(int(node.get("CPU", 1.0)) for node in nodes)
+    cpus = sum(int(node.get("CPU", 0.0)) for node in nodes)
+    # Fewer processes than there is room for, as many as CPUs or more: whatever was asked for, no CPU is idle.
+    return Share(max(1, min(largest, cpus // jobs if jobs else _CPUS)))
+
+
+def _room(share: Share) -> int:
+    """Count the processes that fit on the nodes there are."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(
+        int(
+            min(
+                node.get("CPU", 0.0) / share.cpus,
+                node.get("GPU", 0.0) / share.gpus if share.gpus else sys.maxsize,
+            )
+        )
+        for node in nodes
+    )
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    return error.cause if isinstance(error.cause, BlenderError) else error

@@ -1,0 +1,85 @@
+"""``filter.parquet``: what was measured of each object and what became of it; one row an asset, in order of id."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from data_tools.assets import Asset
+from data_tools.criteria import MEASURES_MEMBER, Measures, decode_measures, objections, parse_rule
+from lrm_pl.data.manifest import Shard, read_index, read_members, write_atomically
+
+FILTER_NAME = "filter.parquet"
+
+_KINDS = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
+
+_SCHEMA = pyarrow.schema([
+    ("id", pyarrow.string()),
+    ("outcome", pyarrow.string()),  # kept, rejected, failed
+    ("reason", pyarrow.string()),
+    *((field.name, _KINDS[field.type]) for field in dataclasses.fields(Measures)),  # type: ignore[index]
+])  # fmt: skip
+
+
+def write_filter_table(
+    out: Path,
+    shards: Sequence[Shard],
+    assets: Sequence[Asset],
+    rules: Sequence[str],
+    failures: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write the table.
+
+    Args:
+        out: Folder of shards.
+        shards: All shards, those of rejected objects too.
+        assets: All assets.
+        rules: Rules that chose.
+        failures: Id -> record of each asset that could not be rendered; its measures are empty.
+    """
+    parsed = [parse_rule(rule) for rule in rules]
+    measured = {key: measures for shard in shards for key, measures in shard_measures(out, shard)}
+    rows = []
+    for asset in assets:
+        if asset.id in measured:
+            measures = measured[asset.id]
+            reason = objections(measures, parsed)
+            rows.append(
+                {"id": asset.id, "outcome": "rejected" if reason else "kept", "reason": reason}
+                | dataclasses.asdict(measures)
+            )
+        else:
+            rows.append({"id": asset.id, "outcome": "failed", "reason": failures[asset.id]["reason"]})
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA), sink)
+    write_atomically(out / FILTER_NAME, sink.getvalue().to_pybytes())
+
+
+def outcomes(out: Path) -> Counter[str]:
+    """Count what became of the assets, and which measure rejected how many: ``rejected: white``."""
+    table = pyarrow.parquet.read_table(out / FILTER_NAME, columns=["outcome", "reason"])
+    counted = Counter[str]()
+    for outcome, reason in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        counted[outcome] += 1
+        if outcome == "rejected":
+            counted.update(f"rejected: {part.split()[0]}" for part in reason.split("; "))
+    return counted
+
+
+def shard_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]:
+    """Read the measures of a shard's objects: (key, measures), without those that have none.
+
+    Raises:
+        InputError: The index does not fit the tar, or measures are damaged.
+    """
+    spans = {
+        key: members[MEASURES_MEMBER]
+        for key, members in read_index(folder, shard).items()
+        if MEASURES_MEMBER in members
+    }
+    contents = read_members(folder / shard.name, spans.values())
+    for key, content in zip(spans, contents, strict=True):
+        yield key, decode_measures(key, content)

@@ -1,0 +1,97 @@
+"""What is left out of a scene, and what is measured of it, in the real Blender."""
+
+import json
+import subprocess
+
+import pytest
+
+pytestmark = pytest.mark.blender
+
+#: Builds a scene, prepares it, and prints the box's half sides and the measures.
+SCRIPT = """
+import bpy, dataclasses, json, sys
+from data_tools.blender_import import prepare
+
+def cube(name, at, half=1.0, parent=None, alpha=None, colour=(0.8, 0.8, 0.8, 1.0)):
+    bpy.ops.mesh.primitive_cube_add(size=2 * half, location=at)
+    thing = bpy.context.object
+    thing.name, thing.parent = name, parent
+    if alpha is not None:
+        material = bpy.data.materials.new(name)
+        material.use_nodes = True
+        shader = material.node_tree.nodes["Principled BSDF"]
+        shader.inputs["Alpha"].default_value = alpha
+        shader.inputs["Base Color"].default_value = colour
+        thing.data.materials.append(material)
+    return thing
+
+bpy.ops.wm.read_factory_settings(use_empty=True)
+{scene}
+extent, measures = prepare("cube")
+print("FOUND", json.dumps([extent.tolist(), dataclasses.asdict(measures)]))
+"""
+
+
+@pytest.fixture
+def prepared(render_python, root):
+    def run(scene):
+        code = SCRIPT.replace("{scene}", scene)
+        done = subprocess.run(
+            [str(render_python), "-c", code], cwd=root, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+        return json.loads(line.removeprefix("FOUND "))
+
+    return run
+
+
+def test_what_a_file_hides_is_no_part_of_the_object_and_what_hangs_under_it_keeps_its_place(prepared):
+    extent, measures = prepared("""
+cube("shown", (0, 0, 0))
+cube("no_render", (50, 0, 0)).hide_render = True
+cube("no_viewport", (0, 50, 0)).hide_viewport = True
+cube("not_for_cameras", (0, 0, 50)).visible_camera = False
+cube("clear", (0, -50, 0), alpha=0.0)
+bpy.ops.object.light_add(type="SUN", location=(3, 0, 0))
+sun = bpy.context.object
+cube("lamp", (0, 0, 0), half=1.0, parent=sun)  # at (3, 0, 0), under the light
+bpy.ops.object.camera_add(location=(0, -80, 0))
+""")
+    # the cubes reach from -1 to 4 along x and from -1 to 1 along y and z
+    assert extent == pytest.approx([1.0, 0.4, 0.4])
+    assert measures["size"] == pytest.approx(5.0)
+    assert measures["thinness"] == pytest.approx(0.4)
+    assert (measures["triangles"], measures["degenerate"]) == (24, 0.0)
+    assert (measures["hidden"], measures["cameras"], measures["lights"]) == (4, 1, 1)
+    assert (measures["materials"], measures["coloured"], measures["animated"]) == (0, False, False)
+
+
+def test_an_animation_stands_at_its_first_frame(prepared):
+    extent, measures = prepared("""
+still = cube("still", (0, 0, 0))
+moving = cube("moving", (0, 0, 0))
+for frame, x in ((7, 4.0), (20, 90.0)):
+    moving.location.x = x
+    moving.keyframe_insert("location", frame=frame)
+bpy.context.scene.frame_set(20)
+""")
+    assert extent == pytest.approx([1.0, 1 / 3, 1 / 3])  # from -1 to 5
+    assert measures["animated"] is True
+
+
+def test_materials_without_colour_and_triangles_without_area_are_marked(prepared):
+    _, measures = prepared("""
+cube("a", (0, 0, 0), alpha=1.0)
+cube("b", (3, 0, 0), alpha=1.0)
+flat = bpy.data.meshes.new("flat")
+flat.from_pydata([(0, 0, 0), (1, 0, 0), (2, 0, 0), (0, 1, 0)], [], [(0, 1, 2), (0, 1, 3)])
+bpy.context.scene.collection.objects.link(bpy.data.objects.new("flat", flat))
+""")
+    assert (measures["materials"], measures["coloured"]) == (2, False)  # two materials, one colour
+    assert measures["degenerate"] == pytest.approx(1 / 26)
+    _, measures = prepared("""
+cube("a", (0, 0, 0), alpha=1.0)
+cube("b", (3, 0, 0), alpha=1.0, colour=(0.8, 0.1, 0.1, 1.0))
+""")
+    assert measures["coloured"] is True

@@ -1,0 +1,82 @@
+"""Measures of pictures and rules, by hand."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from data_tools.criteria import (
+    DEFAULT_RULES,
+    MeshMeasures,
+    RuleError,
+    decode_measures,
+    encode_measures,
+    measure_views,
+    objections,
+    parse_rule,
+)
+
+MESH = MeshMeasures(
+    triangles=12,
+    degenerate=0.0,
+    size=2.0,
+    thinness=0.5,
+    materials=1,
+    coloured=True,
+    textures=1,
+    missing_textures=0,
+    animated=False,
+    hidden=0,
+    cameras=0,
+    lights=0,
+)
+
+
+def picture(box, colour, side=10):
+    top, left, bottom, right = box
+    rgba = np.zeros((side, side, 4), dtype=np.uint8)
+    rgba[top:bottom, left:right] = (*colour, 255)
+    return rgba
+
+
+def test_what_pictures_show_is_measured():
+    red_inside = picture((2, 2, 6, 7), (200, 0, 0))  # 20 of 100 pixels
+    white_at_the_edge = picture((0, 0, 2, 5), (250, 255, 251))  # 10 of 100, at the top and the left
+    found = measure_views(MESH, [red_inside, white_at_the_edge])
+    assert found.coverage == pytest.approx(0.15)
+    assert found.coverage_min == pytest.approx(0.1)
+    assert found.cropped == 0.5
+    assert found.white == pytest.approx(10 / 30)
+    assert dataclasses.asdict(found) | dataclasses.asdict(MESH) == dataclasses.asdict(found)
+    assert decode_measures("a", encode_measures(found)) == found
+
+
+def test_rules_say_what_an_object_breaks():
+    white = measure_views(MESH, [picture((0, 0, 10, 10), (255, 255, 255))])
+    said = objections(white, [parse_rule(rule) for rule in DEFAULT_RULES])
+    assert said == "cropped 1, expected <= 0.5; white 1, expected <= 0.98"
+    assert objections(white, [parse_rule("white == 1"), parse_rule("coloured>0")]) == ""
+    assert objections(white, [parse_rule("triangles > 12")]) == "triangles 12, expected > 12"
+
+
+@pytest.mark.parametrize(
+    "text", ["colour > 1", "white", "white > x", "white > 1.2.3", "__class__ == 1", "white =< 1"]
+)
+def test_a_rule_that_is_none_is_refused_with_an_example(text):
+    with pytest.raises(RuleError, match=r"expected a rule such as 'coverage >= 0\.01', one of triangles, "):
+        parse_rule(text)
+
+
+def test_damaged_measures_are_refused():
+    record = json.loads(encode_measures(measure_views(MESH, [picture((0, 0, 9, 9), (9, 9, 9))])))
+    for wrong in (
+        b"{",
+        b"[]",
+        json.dumps(record | {"white": "1"}).encode(),
+        json.dumps(record | {"x": 1}).encode(),
+    ):
+        with pytest.raises(
+            RuleError, match=r"sample 'a': expected the measures triangles, .* in a\.measures\.json"
+        ):
+            decode_measures("a", wrong)
