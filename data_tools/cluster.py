@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -33,6 +34,9 @@ _TRIES, _MOVES = 2, 5
 
 #: Seconds between two looks at which nodes there are.
 _LOOK_S = 10.0
+
+#: Seconds that a cluster gets to answer at all.
+_KNOCK_S = 10.0
 
 #: CPUs of a Blender process. Two threads in one took a fifth less CPU time an object than two processes of one.
 _CPUS = 2
@@ -228,8 +232,12 @@ def connected(jobs: int | None) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": "error"}
     if address:
         try:
+            host, _, port = address.rpartition(":")
+            if "/" not in host and port.isdecimal():
+                # Ray itself knocks for minutes.
+                socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
             ray.init(address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise BlenderError(
                 f"expected a Ray cluster at RAY_ADDRESS={address}, found: {error}; start one with `ray start --head`, "
                 "or unset RAY_ADDRESS to render on this machine alone"

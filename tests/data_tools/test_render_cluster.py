@@ -1,0 +1,89 @@
+"""The driver on a Ray cluster of several nodes, which come and go; a stand-in for Blender answers."""
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from data_tools import blender_process, cluster, render
+from data_tools.assets import find_assets
+from data_tools.blender_process import BlenderError
+from lrm_pl.data.manifest import read_manifest
+from tests.data_tools.test_render_driver import SETTINGS, STAND_IN, tars
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, str(STAND_IN)))
+    folder = tmp_path / "assets"
+    folder.mkdir()
+    for name in "abcdef":
+        (folder / f"{name}.glb").write_text("fine")
+    return folder
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A head without CPUs of its own and two nodes with two CPUs each."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=2)
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        yield nodes
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def run(assets, out):
+    return render.render(find_assets(assets), out, SETTINGS, cluster.Setup(assets, SETTINGS))
+
+
+def wait_for(path):
+    give_up = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < give_up, path
+        time.sleep(0.01)
+
+
+def test_all_nodes_of_a_cluster_render_and_the_bytes_are_those_of_one(assets, nodes, tmp_path, capfd):
+    run(assets, tmp_path / "many")
+    assert "2 Blender processes (2 CPUs each) on 3 nodes" in capfd.readouterr().out
+    nodes.remove_node(nodes.list_all_nodes()[-1])
+    run(assets, tmp_path / "one")
+    assert "1 Blender processes" in capfd.readouterr().out
+    assert tars(tmp_path / "many") == tars(tmp_path / "one")
+
+
+def test_a_node_that_dies_costs_the_objects_in_hand_one_more_try_and_a_new_one_is_used(
+    assets, nodes, tmp_path
+):
+    run(assets, tmp_path / "whole")
+    for name in "abc":
+        (assets / f"{name}.glb").write_text("waits")
+
+    with ThreadPoolExecutor(1) as pool:
+        rendering = pool.submit(run, assets, tmp_path / "out")
+        try:
+            wait_for(assets / "a.working")
+            wait_for(assets / "b.working")
+            nodes.remove_node(nodes.list_all_nodes()[-1], allow_graceful=False)
+            nodes.add_node(num_cpus=2)
+        finally:
+            (assets / "go").touch()
+        manifest = rendering.result()
+    assert manifest.failures == 0
+    assert tars(tmp_path / "out") == tars(tmp_path / "whole")
+    assert read_manifest(tmp_path / "out") == manifest
+
+
+def test_no_cluster_at_the_address_is_one_clear_error(assets, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(
+        BlenderError, match=r"expected a Ray cluster at RAY_ADDRESS=127.0.0.1:1, .*`ray start --head`"
+    ):
+        run(assets, tmp_path / "out")
