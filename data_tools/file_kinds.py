@@ -39,7 +39,7 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
     }
     if not fits.get(kind, True):
         raise KindError(
-            f"{where}: expected a {kind[1:]} file, found one that begins with {_shown(head)}; "
+            f"{where}: expected {kind[1:]}, found a file that begins with {_shown(head)}; "
             "look at what is there, it may be the message of a server"
         )
 
@@ -68,7 +68,7 @@ def check_kind(path: Path, where: str, suffix: str | None = None) -> None:
             )
     if kind == ".gltf" and b'"asset"' not in path.read_bytes():
         raise KindError(
-            f"{where}: expected a gltf file, found JSON without an asset that begins with {_shown(head)}; "
+            f"{where}: expected gltf, found JSON without an asset that begins with {_shown(head)}; "
             "look at what is there, it may be the message of a server"
         )
 
