@@ -8,7 +8,7 @@ from pathlib import Path
 from data_tools.wavefront import leaves
 from lrm_pl.errors import InputError
 
-#: What the files of one model may be in all, unpacked; the largest of those that we know are a tenth of it.
+#: What the files of one model may be in all, unpacked.
 MAX_MODEL_BYTES = 1 << 30
 
 

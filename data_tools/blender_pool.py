@@ -18,7 +18,7 @@ from pathlib import Path
 from data_tools.archives import extract
 from lrm_pl.data.manifest import write_atomically
 
-#: Seconds that one model may take; the slowest that we know took 20.
+#: Seconds that one model may take; most take less than one.
 TIME_LIMIT_S = 300.0
 
 
@@ -80,6 +80,7 @@ class _Process:
         self._log = log
         self._context = multiprocessing.get_context("spawn")
         self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection
 
     def convert(self, task: Task) -> str:
         if self._process is None or not self._process.is_alive():

@@ -44,13 +44,11 @@ class Download(NamedTuple):
         id: What the caller calls it.
         url: Where it is.
         path: Where it goes.
-        size: Bytes, if that is known.
     """
 
     id: str
     url: str
     path: Path
-    size: int | None = None
 
 
 def download(url: str, path: Path, *, size: int | None = None, sha256: str | None = None) -> str:
@@ -96,7 +94,7 @@ def download_all(downloads: Sequence[Download]) -> Iterator[tuple[Download, str,
     """Download many files at once; yields each with its sha256 and why it failed (one of them ""), as it happens."""
     with ThreadPoolExecutor(JOBS) as threads:
         futures: dict[Future[str], Download] = {
-            threads.submit(download, each.url, each.path, size=each.size): each for each in downloads
+            threads.submit(download, each.url, each.path): each for each in downloads
         }
         try:
             for future in as_completed(futures):

@@ -54,9 +54,9 @@ def add_parser(commands: _Parsers) -> None:
         "fetch",
         help="get meshes from a public collection and write the list of assets",
         description=(
-            "Get meshes into OUT and write OUT/assets.parquet, which `render --assets OUT` goes by. What cannot be "
-            "had or used is listed with its reason in OUT/left_out.jsonl. A second run goes on where the first one "
-            "was."
+            "Get meshes into OUT and write OUT/assets.parquet, the list of what this command names, which `render "
+            "--assets OUT` goes by. What cannot be had or used is listed with its reason in OUT/left_out.jsonl. A "
+            "second run goes on where the first one was."
         ),
     )
     sources = fetching.add_subparsers(dest="source", required=True, metavar="<source>")

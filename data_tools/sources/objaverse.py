@@ -36,7 +36,7 @@ CHANGES = "Objects of Objaverse 1.0 (Deitke et al., CVPR 2023), all from sketchf
 
 _PATH = re.compile(r"glbs/(\d{3}-\d{3})/([A-Za-z0-9_-]{1,80})\.glb")
 
-#: Unpacked, the largest table is a tenth of it.
+#: A bound for what a table may be unpacked; the paths of all objects are some 80 MB.
 _MAX_TABLE_BYTES = 1 << 30
 
 
@@ -71,31 +71,24 @@ def fetch_objaverse(
     tags: dict[str, str] = {}
     if categories:
         tags = _by_category(_table(base, index, "lvis-annotations.json.gz"), categories)
-        uids = list(tags)
     paths = _table(base, index, "object-paths.json.gz")
     _refuse_unknown("uid", uids or (), paths)
-    chosen = sorted(set(uids or ()))[:limit]
     left_out: dict[str, str] = {}
-    folders: dict[str, list[str]] = {}
-    for uid in chosen:
-        found = _PATH.fullmatch(str(paths[uid]))
-        if found and found[2] == uid:
-            folders.setdefault(found[1], []).append(uid)
-        else:
-            left_out[uid] = f"strange path: expected glbs/000-000/{uid}.glb, found {str(paths[uid])[:200]!r}"
+    folders = _by_folder(sorted({*(uids or ()), *tags})[:limit], paths, left_out)
     assets: list[Asset] = []
     downloads: list[Download] = []
-    for name, members in tqdm(
-        sorted(folders.items()), desc="metadata", unit="table", disable=len(folders) < 2
-    ):
+    sizes: dict[str, int] = {}
+    bar = tqdm(sorted(folders.items()), desc="metadata", unit="table", disable=len(folders) < 2)
+    for name, members in bar:
         records = _table(base, index, f"metadata/{name}.json.gz")
         for uid in members:
             path, record = str(paths[uid]), records.get(uid)
             asset = describe(uid, f"{base}/{path}" if urls_only else path, record, tags.get(uid, ""))
             assets.append(asset)
-            downloads.append(Download(uid, f"{base}/{path}", out / path, _size(record)))
+            downloads.append(Download(uid, f"{base}/{path}", out / path))
+            sizes |= _size(uid, record)
     if not urls_only:
-        hashes = _bring(downloads, left_out)
+        hashes = _bring(downloads, sizes, left_out)
         assets = [replace(asset, sha256=hashes[asset.id]) for asset in assets if asset.id in hashes]
     hint = "To try them again, run the same command again." if left_out else ""
     write_outcome(out, assets, left_out, CHANGES, hint)
@@ -139,10 +132,23 @@ def _text(record: object, *fields: str) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _size(record: object) -> int | None:
+def _size(uid: str, record: object) -> dict[str, int]:
     """Return the bytes of the GLB, where the metadata know them."""
     size = _look_up(record, "archives", "glb", "size")
-    return size if isinstance(size, int) and size > 0 else None
+    return {uid: size} if isinstance(size, int) and size > 0 else {}
+
+
+def _by_folder(uids: Sequence[str], paths: dict[str, Any], left_out: dict[str, str]) -> dict[str, list[str]]:
+    """Return folder (``000-023``) -> uids; whose path is not as it should be is added to ``left_out``."""
+    folders: dict[str, list[str]] = {}
+    for uid in uids:
+        path = str(paths.get(uid))
+        found = _PATH.fullmatch(path)
+        if found and found[2] == uid:
+            folders.setdefault(found[1], []).append(uid)
+        else:
+            left_out[uid] = f"strange path: expected glbs/000-000/{uid}.glb, found {path[:200]!r}"
+    return folders
 
 
 def _by_category(annotations: dict[str, Any], categories: Sequence[str]) -> dict[str, str]:
@@ -154,7 +160,9 @@ def _by_category(annotations: dict[str, Any], categories: Sequence[str]) -> dict
 def _refuse_unknown(what: str, wanted: Sequence[str], known: dict[str, Any]) -> None:
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.5)
+        head, tail = unknown[0][:4], unknown[0][-4:]  # to compare all 798,759 uids takes most of a minute
+        alike = [name for name in known if len(known) < 9999 or name[:4] == head or name[-4:] == tail]
+        near = difflib.get_close_matches(unknown[0], alike, n=3, cutoff=0.5)
         meant = (
             f"did you mean {', '.join(near)}?"
             if near
@@ -182,9 +190,14 @@ def _table(base: str, index: Path, name: str) -> dict[str, Any]:
     return table
 
 
-def _bring(downloads: Sequence[Download], left_out: dict[str, str]) -> dict[str, str]:
-    """Download meshes; returns uid -> sha256, what fails is added to ``left_out``."""
+def _bring(downloads: Sequence[Download], sizes: dict[str, int], left_out: dict[str, str]) -> dict[str, str]:
+    """Download meshes; returns uid -> sha256, what fails is added to ``left_out``.
+
+    A GLB knows its own length, so one that is whole is taken even where the metadata, which were written at another
+    time, say another size; that is said.
+    """
     hashes: dict[str, str] = {}
+    others: list[str] = []
     bar = tqdm(download_all(downloads), total=len(downloads), unit="mesh")
     for done, digest, reason in bar:
         if reason:
@@ -192,4 +205,11 @@ def _bring(downloads: Sequence[Download], left_out: dict[str, str]) -> dict[str,
             bar.set_postfix(failures=len(left_out))
         else:
             hashes[done.id] = digest
+            size = done.path.stat().st_size
+            if size != sizes.get(done.id, size):
+                others.append(f"{done.id} ({size} bytes, not {sizes[done.id]})")
+    if others:
+        print(
+            f"{len(others)} meshes are whole but not of the size in the metadata, for instance {min(others)}"
+        )
     return hashes

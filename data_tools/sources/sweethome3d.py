@@ -73,15 +73,19 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
             (out / library).mkdir(exist_ok=True)
             (out / library / "LICENCE.txt").write_text(read_licence(archive) + "\n", encoding="utf-8")
             for asset, task, reason in examine(archive, out):
+                assets[asset.id] = asset
                 if reason:
                     left_out[asset.id] = reason
                 else:
-                    assets[asset.id] = asset
                     tasks.append(task)
         _convert(tasks, out, left_out)
-    whole = [asset for key, asset in assets.items() if key not in left_out]
-    _print_table(whole, left_out)
-    write_outcome(out, [_hashed(asset, out) for asset in whole], left_out, CHANGES)
+    _print_table(assets, left_out)
+    usable = [
+        dataclasses.replace(asset, sha256=hash_file(out / asset.file))
+        for key, asset in assets.items()
+        if key not in left_out
+    ]
+    write_outcome(out, usable, left_out, CHANGES)
 
 
 def examine(archive: Path, out: Path) -> list[tuple[Asset, Task, str]]:
@@ -187,19 +191,13 @@ def _is_whole(glb: Path) -> bool:
     return True
 
 
-def _hashed(asset: Asset, out: Path) -> Asset:
-    return dataclasses.replace(asset, sha256=hash_file(out / asset.file))
-
-
-def _print_table(assets: list[Asset], left_out: Mapping[str, str]) -> None:
-    """Print how many models of each library are in, and why the others are not."""
-    kept = Counter(asset.file.partition("/")[0] for asset in assets)
-    cells: Counter[tuple[str, str]] = Counter()
-    for key, reason in left_out.items():
-        library = max((name for name in LIBRARIES if key.startswith(name)), key=len)
-        cells[library, reason.partition(":")[0]] += 1
-    kinds = sorted({kind for _, kind in cells})
-    print(f"{'':30}" + "".join(f"{name:>17}" for name in LIBRARIES))
-    print(f"{'usable':30}" + "".join(f"{kept[name]:17d}" for name in LIBRARIES))
+def _print_table(assets: Mapping[str, Asset], left_out: Mapping[str, str]) -> None:
+    """Print how many models of each library can be used, and why the others cannot."""
+    cells = Counter(
+        (left_out.get(key, "usable").partition(":")[0], asset.file.partition("/")[0])
+        for key, asset in assets.items()
+    )
+    kinds = sorted({kind for kind, _ in cells}, key=lambda kind: (kind != "usable", kind))
+    print(f"{'':28}" + "".join(f"{name:>16}" for name in LIBRARIES))
     for kind in kinds:
-        print(f"{kind:30}" + "".join(f"{cells[name, kind]:17d}" for name in LIBRARIES))
+        print(f"{kind:28}" + "".join(f"{cells[kind, name]:16d}" for name in LIBRARIES))
