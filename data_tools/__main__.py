@@ -8,6 +8,8 @@ from pathlib import Path
 from data_tools.assets import find_assets
 from data_tools.blender_process import Limits
 from data_tools.criteria import DEFAULT_RULES, parse_rule
+from data_tools.fetch import add_parser as add_fetch_parser
+from data_tools.fetch import fetch
 from data_tools.plan import default_held_out
 from data_tools.settings import RenderSettings
 from data_tools.views import PRESETS
@@ -34,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
             from data_tools.repack import repack
 
             repack(args.shards, args.out, args.res, args.shard_size, args.held_out, args.where)
+        elif args.command == "fetch":
+            fetch(args)
         else:
             _demo_assets(args)
     except InputError as error:
@@ -184,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
             help="keep what obeys, such as 'coverage >= 0.05' (measures of filter.parquet), those that were rejected "
             "before too; unless given, all that was not rejected",
         )
+    add_fetch_parser(commands)
     demo = commands.add_parser(
         "demo-assets",
         formatter_class=shown,

@@ -1,0 +1,64 @@
+"""Taking files out of zips that others made: nothing leaves the folder, no more is written than a model may be."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from data_tools.wavefront import leaves
+from lrm_pl.errors import InputError
+
+#: What the files of one model may be in all, unpacked.
+MAX_MODEL_BYTES = 1 << 30
+
+
+class ArchiveError(InputError):
+    """An archive is damaged, or holds what it should not; the message says what."""
+
+
+def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTES) -> bytes | None:
+    """Return one file of a zip, or None where it has no such file.
+
+    Raises:
+        ArchiveError: It says that it is larger than ``limit`` bytes, or it is damaged.
+    """
+    try:
+        member = archive.getinfo(name)
+    except KeyError:
+        return None
+    if member.file_size > limit:
+        raise ArchiveError(
+            f"{archive.filename}: expected {name} to be of at most {limit} bytes, found {member.file_size}; "
+            "it is no model"
+        )
+    try:
+        return archive.read(member)  # never more than it says that it is, and its checksum is looked at
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ArchiveError(
+            f"{archive.filename}: expected to read {name}, found: {error}; it is damaged"
+        ) from error
+
+
+def extract(archive: zipfile.ZipFile, members: Mapping[str, str], folder: Path) -> None:
+    """Write files of a zip to a folder.
+
+    Args:
+        archive: The zip.
+        members: Path in the folder -> name in the zip.
+        folder: The folder.
+
+    Raises:
+        ArchiveError: A path leaves the folder, a file is not there or damaged, or all are larger than a model is.
+    """
+    left = MAX_MODEL_BYTES
+    for path, name in members.items():
+        if leaves(path):
+            raise ArchiveError(
+                f"{archive.filename}: expected paths inside the model's folder, found {path!r}; it is not used"
+            )
+        content = read_member(archive, name, left)
+        if content is None:
+            raise ArchiveError(f"{archive.filename}: expected the file {name}, found none")
+        left -= len(content)
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)

@@ -1,0 +1,193 @@
+"""Google Scanned Objects as Gazebo Fuel serves them: pages of records, and a zip a model."""
+
+import http.server
+import io
+import json
+import re
+import threading
+import urllib.parse
+import zipfile
+
+import pytest
+
+from data_tools.__main__ import main
+from data_tools.archives import ArchiveError, extract
+from data_tools.assets import KEY_PATTERN, find_assets
+from data_tools.sources import gso
+from data_tools.sources.gso import fetch_gso
+from data_tools.sources.outcome import safe_id
+from lrm_pl.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "default::DeprecationWarning")
+
+OBJ = b"mtllib model.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nusemtl material_0\nf 1 2 3\n"
+MTL = b"newmtl material_0\nKd 1 1 1\nmap_Kd texture.png\n"
+TEA = "Threshold_Teapot"
+LONG = "A" * 90 + " (blue/white)"
+
+
+def zipped(**changes):
+    files = {"meshes/model.obj": OBJ, "meshes/model.mtl": MTL, "materials/textures/texture.png": b"picture"}
+    files |= {"model.config": b"<model/>", "thumbnails/0.jpg": b"jpg"} | changes
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            if content is not None:
+                archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def models(*names):
+    records = [
+        {
+            "name": name,
+            "owner": "GoogleResearch",
+            "license_name": "Creative Commons Attribution 4.0 International",
+        }
+        | {"description": "...", "tags": ["ceramic"], "categories": ["Bottles and Cans and Cups"]}
+        for name in names
+    ]
+    return json.dumps(records).encode()
+
+
+@pytest.fixture
+def fuel(monkeypatch):
+    """A server whose ``pages`` are path and query -> answer; what is not there is a 404, as behind Fuel's last page."""
+    monkeypatch.setattr("lrm_pl.stores._LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(gso, "PAGE", 2)
+    pages, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = urllib.parse.unquote(self.path)
+            asked.append((self.command, path))
+            self.send_response(200 if path in pages else 404)
+            self.send_header("Content-Length", str(len(pages.get(path, b""))))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(pages.get(path, b""))
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        server.pages, server.asked = pages, asked
+        server.url = f"http://127.0.0.1:{server.server_port}/1.0/GoogleResearch"
+        pages["/1.0/GoogleResearch/models?page=1&per_page=2"] = models(TEA, "Shoe")
+        pages["/1.0/GoogleResearch/models?page=2&per_page=2"] = models(LONG)
+        for name in (TEA, "Shoe", LONG):
+            pages[f"/1.0/GoogleResearch/models/{name}.zip"] = zipped()
+        yield server
+        server.shutdown()
+        thread.join(10)
+
+
+def fetch(server, out, limit=None):
+    fetch_gso(out, limit, server.url)
+    return {asset.id: asset for asset in find_assets(out)}
+
+
+def left_out(out):
+    return {
+        entry["id"]: entry["reason"]
+        for entry in map(json.loads, (out / "left_out.jsonl").read_text().splitlines())
+    }
+
+
+def test_models_of_all_pages_are_unpacked_so_that_the_mesh_finds_its_texture(fuel, tmp_path):
+    found = fetch(fuel, tmp_path)
+    assert set(found) == {TEA, "Shoe", safe_id(LONG)}
+    tea = found[TEA]
+    assert (tea.name, tea.licence, tea.split) == ("Threshold Teapot", "CC-BY-4.0", "val")
+    assert tea.tags == ("Bottles and Cans and Cups", "ceramic")
+    assert tea.file == f"{TEA}/model.obj"
+    files = {path.name: path.read_bytes() for path in (tmp_path / TEA).iterdir()}
+    assert files == {"model.obj": OBJ, "model.mtl": MTL, "texture.png": b"picture"}
+    assert not (tmp_path / "zips").exists()
+
+
+def test_a_second_run_downloads_nothing_and_a_limit_goes_by_name(fuel, tmp_path):
+    assert set(fetch(fuel, tmp_path, limit=2)) == {safe_id(LONG), "Shoe"}
+    fuel.asked.clear()
+    assert set(fetch(fuel, tmp_path, limit=2)) == {safe_id(LONG), "Shoe"}
+    assert not [path for _, path in fuel.asked if path.endswith(".zip")]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"<html>busy</html>", "not downloaded: .*expected zip, found a file that begins with '<html>busy"),
+        (b"PK and then nothing", "not unpacked: Shoe.zip: expected a zip, found"),
+        (
+            zipped(**{"meshes/model.obj": None}),
+            "not unpacked: Shoe.zip: expected meshes/model.obj, found none",
+        ),
+        (zipped(**{"materials/textures/texture.png": None}), "expected the file texture.png, found none"),
+        (zipped(**{"meshes/model.mtl": None}), "expected the file model.mtl, found none"),
+        (
+            zipped(**{"meshes/model.mtl": MTL.replace(b"texture", b"../../x")}),
+            r"expected the file \.\./\.\./x\.png",
+        ),
+        (
+            zipped().replace(b"picture", b"pictura"),
+            "expected to read materials/textures/texture.png, found: Bad CRC",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_used_costs_only_itself(fuel, tmp_path, content, reason):
+    fuel.pages["/1.0/GoogleResearch/models/Shoe.zip"] = content
+    assert set(fetch(fuel, tmp_path)) == {TEA, safe_id(LONG)}
+    assert re.search(reason, left_out(tmp_path)["Shoe"])
+    assert not (tmp_path / "Shoe").exists()
+    fuel.pages["/1.0/GoogleResearch/models/Shoe.zip"] = zipped()
+    assert "Shoe" in fetch(fuel, tmp_path)
+    assert left_out(tmp_path) == {}
+
+
+def test_a_server_that_is_no_fuel_is_refused(fuel, tmp_path):
+    fuel.pages["/1.0/GoogleResearch/models?page=1&per_page=2"] = b"<html>"
+    with pytest.raises(
+        InputError, match=r"page=1&per_page=2: expected a list of models in JSON, found b'<html>'"
+    ):
+        fetch(fuel, tmp_path)
+    fuel.pages["/1.0/GoogleResearch/models?page=1&per_page=2"] = b"[]"
+    with pytest.raises(InputError, match="expected a list of models, found an empty one"):
+        fetch(fuel, tmp_path)
+    del fuel.pages["/1.0/GoogleResearch/models?page=1&per_page=2"]
+    with pytest.raises(InputError, match="expected a file, found none"):
+        fetch(fuel, tmp_path)
+
+
+def test_a_server_that_sends_one_page_for_ever_is_left(fuel, tmp_path):
+    fuel.pages["/1.0/GoogleResearch/models?page=3&per_page=2"] = models(LONG)
+    assert len(fetch(fuel, tmp_path)) == 3
+
+
+def test_the_help_says_that_these_objects_are_for_evaluation(capsys):
+    with pytest.raises(SystemExit):
+        main(["fetch", "gso", "--help"])
+    assert 'all of them get the split "val"' in " ".join(capsys.readouterr().out.split())
+
+
+def test_names_that_differ_give_ids_that_differ_and_fit():
+    names = [LONG, LONG + ".", "a b", "a_b", "a/b", "", "é", "../x"]
+    ids = [safe_id(name) for name in names]
+    assert len(set(ids)) == len(names)
+    assert all(KEY_PATTERN.fullmatch(key) for key in ids)
+    assert safe_id("a_b") == "a_b"
+
+
+def test_a_zip_writes_nothing_outside_its_folder_and_nothing_too_large(tmp_path, monkeypatch):
+    with zipfile.ZipFile(io.BytesIO(zipped(**{"../evil.obj": b"x", "big": b"0" * 5000}))) as archive:
+        for path in ("../evil.obj", "/evil.obj", "a/../../evil.obj", "C:\\evil.obj"):
+            with pytest.raises(ArchiveError, match="expected paths inside the model's folder"):
+                extract(archive, {path: "../evil.obj"}, tmp_path)
+        monkeypatch.setattr("data_tools.archives.MAX_MODEL_BYTES", 9000)
+        with pytest.raises(ArchiveError, match="expected big to be of at most 4000 bytes, found 5000"):
+            extract(archive, {"a": "big", "b": "big"}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,345 @@
+"""A small package of the layout of sweethome3d-furniture: what is used, what is left out, what Blender makes of it."""
+
+import csv
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import struct
+import subprocess
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_tools import sweethome3d
+from data_tools.assets import find_assets
+from data_tools.blender_pool import Task, convert_all
+from data_tools.sources.folder import fetch_folder
+from data_tools.sources.sweethome3d import examine, fetch_sweethome3d
+from data_tools.sweethome3d import LIBRARIES, PackageError, opened_package, read_catalogue, read_licence
+from data_tools.wavefront import read_surface
+from lrm_pl.errors import InputError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+OBJ = """mtllib {key}.mtl
+v 0 0 0
+v 1 0 0
+v 1 1 0
+v 0 1 1
+vt 0 0
+vt 1 0
+vt 1 1
+usemtl red
+f 1/1 2/2 3/3
+usemtl {second}
+f 1/1 3/3 4/2
+"""
+MTL = "newmtl red\nKd 1 0 0\nnewmtl blue\nKd 0 0 1\nnewmtl wood\nmap_Kd wood.png\n"
+
+
+def picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (90, 60, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def library(prefix, models):
+    """Return a library's zip; models: key -> changes of its catalogue entry, "files" among them."""
+    lines, files = ["id=SweetHome3D#X", "name=X"], {"LICENSE.TXT": b"LICENSE \r\n\r\nUse it.  \r\n"}
+    for number, (key, changes) in enumerate(models.items(), 1):
+        entry = {"id": f"{prefix}#{key}", "name": key.title(), "tags": "Seat, Old", "category": "Kitchen"}
+        entry |= {"model": f"/lib/{key}/{key}.obj", "width": "50", "depth": "40.5", "height": "90"}
+        entry |= {"doorOrWindow": "false", "creator": "Ann"} | changes
+        own = {f"{key}.obj": OBJ.format(key=key, second="blue").encode(), f"{key}.mtl": MTL.encode()}
+        own |= entry.pop("files", {})
+        files |= {f"lib/{key}/{name}": content for name, content in own.items() if content is not None}
+        lines += [f"{field}#{number}={value}" for field, value in entry.items()] + [""]
+    files["PluginFurnitureCatalog.properties"] = "\n".join(lines).encode("latin-1")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def write_package(path, libraries):
+    """Write the ar archive of three members, the last of which holds the libraries."""
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as data:
+        for name, content in libraries.items():
+            member = tarfile.TarInfo(f"./usr/share/sweethome3d/furniture/{name}.sh3f")
+            member.size = len(content)
+            data.addfile(member, io.BytesIO(content))
+    archive = b"!<arch>\n"
+    for name, content in (
+        ("debian-binary", b"2.0\n"),
+        ("control.tar.xz", b"odd"),
+        ("data.tar.xz", lzma.compress(tar.getvalue())),
+    ):
+        archive += f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
+        archive += b"\n" * (len(content) % 2)
+    path.write_bytes(archive)
+    return hashlib.sha256(archive).hexdigest()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with one good model a library, and what is left out in Scopia."""
+    textured = OBJ.format(key="table", second="wood").encode()
+    plain = OBJ.format(key="plain", second="red").encode()
+    scopia = {
+        "chair": {"name": "Chaise d'\xe9t\xe9 10\\u20ac"},
+        "table": {"files": {"table.obj": textured, "wood.png": picture()}},
+        "door": {"doorOrWindow": "true"},
+        "frame": {"category": "Doors and windows"},
+        "steps": {"staircaseCutOutShape": "M0,0"},
+        "ladder": {"category": "Staircases"},
+        "rug": {"height": "0.9"},
+        "plain": {"files": {"plain.obj": plain}},
+        "bare": {"files": {"bare.obj": OBJ.format(key="bare", second="wood").encode()}},
+        "dull": {"files": {"dull.mtl": None}},
+        "gone": {"files": {"gone.obj": None}},
+        "../up": {"files": {"../up.obj": None}},
+    }
+    libraries = {name: library(name, {"cup": {}}) for name in LIBRARIES} | {
+        "Scopia": library("Scopia", scopia)
+    }
+    licence = b"Thank you for downloading this\nDownloaded from http://www.blendswap.com/blends/view/7\r\n"
+    cup = {"cup": {"files": {"BLENDSWAP_LICENSE.txt": licence}, "creator": "Nmn9"}}
+    libraries["BlendSwap-CC-BY"] = library("Blend Swap CC-BY", cup)
+    path = tmp_path / "furniture.deb"
+    monkeypatch.setattr(sweethome3d, "PACKAGE_SHA256", write_package(path, libraries))
+    return path
+
+
+def test_a_library_is_read_with_names_as_they_are_written(package):
+    with opened_package(package) as folder:
+        catalogue = read_catalogue(folder / "Scopia.sh3f")
+        assert read_licence(folder / "Scopia.sh3f") == "LICENSE\n\nUse it."
+    assert not folder.exists()
+    chair = catalogue["chair"]
+    assert (chair.name, chair.creator) == ("Chaise d'été 10€", "Ann")
+    assert (chair.obj, chair.category, chair.tags) == ("lib/chair/chair.obj", "Kitchen", ("Seat", "Old"))
+    assert chair.size == (50, 40.5, 90)
+
+
+def test_what_is_no_object_to_learn_from_is_left_out_with_its_reason(package, tmp_path):
+    with opened_package(package) as folder:
+        found = examine(folder / "Scopia.sh3f", tmp_path)
+    reasons = {asset.id.removeprefix("Scopia-"): reason for asset, _, reason in found}
+    up = next(key for key in reasons if key.startswith("___up"))
+    assert reasons == {
+        "chair": "",
+        "table": "",
+        "door": "door or window",
+        "frame": "door or window",
+        "steps": "staircase",
+        "ladder": "staircase",
+        "rug": "thin: 0.9 cm, its longest side 50 cm",
+        "plain": "one colour without a texture",
+        "bare": "missing file: wood.png",
+        "dull": "missing file: dull.mtl",
+        "gone": "missing file: lib/gone/gone.obj",
+        up: "missing file: lib/../up/../up.obj",
+    }
+    tasks = {asset.id: task for asset, task, _ in found}
+    assert tasks["Scopia-table"].members == {
+        "table.obj": "lib/table/table.obj",
+        "table.mtl": "lib/table/table.mtl",
+        "wood.png": "lib/table/wood.png",
+    }
+    assert all(task.glb.parent == tmp_path / "Scopia" for task in tasks.values())
+
+
+def test_every_model_has_its_librarys_licence_and_one_author_is_held_out(package, tmp_path):
+    with opened_package(package) as folder:
+        cups = [examine(folder / f"{name}.sh3f", tmp_path)[0][0] for name in LIBRARIES if name != "Scopia"]
+    assert [(cup.id, cup.licence, cup.split) for cup in cups] == [
+        ("BlendSwap-CC-0-cup", "CC0-1.0", "train"),
+        ("BlendSwap-CC-BY-cup", "CC-BY-3.0", "train"),
+        ("Reallusion-cup", "CC-BY-3.0-US", "train"),
+        ("KatorLegaz-cup", "CC-BY-3.0-US", "val"),
+    ]
+    assert cups[1].source == (
+        "cup in BlendSwap-CC-BY of the Debian package sweethome3d-furniture 1.8-1, "
+        "from http://www.blendswap.com/blends/view/7"
+    )
+    assert (cups[1].creator, cups[1].tags) == ("Nmn9", ("Kitchen", "Seat", "Old"))
+
+
+def test_another_package_is_refused_with_what_to_do(package, tmp_path, monkeypatch):
+    with pytest.raises(
+        PackageError, match="found no file; get it with `apt-get download sweethome3d-furniture`"
+    ):
+        opened_package(tmp_path / "absent.deb").__enter__()
+    monkeypatch.setattr(sweethome3d, "PACKAGE_SHA256", write_package(package, {"Scopia": b""}))
+    with pytest.raises(PackageError, match=r"expected the library BlendSwap-CC-0\.sh3f, found none"):
+        opened_package(package).__enter__()
+    package.write_bytes(b"!<arch>\n")
+    with pytest.raises(PackageError, match=r"expected sha256 .* \(sweethome3d-furniture 1\.8-1\), found"):
+        opened_package(package).__enter__()
+    monkeypatch.setattr(sweethome3d, "PACKAGE_SHA256", hashlib.sha256(b"!<arch>\n").hexdigest())
+    with pytest.raises(PackageError, match=r"expected a member data\.tar\.xz, found none"):
+        opened_package(package).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        (None, "expected `apt-get download sweethome3d-furniture=1.8-1` to run, found: .*apt-get"),
+        ("echo 'E: Version 1.8-1 was not found' >&2; exit 100", "it said: E: Version 1.8-1 was not found"),
+        ("touch sweethome3d.deb", "expected sha256"),
+    ],
+)
+def test_a_machine_whose_apt_cannot_bring_the_package_is_told_the_remedy(
+    tmp_path, monkeypatch, script, message
+):
+    if script:
+        (tmp_path / "apt-get").write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{script}\n")
+        (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PackageError, match=message) as error:
+        opened_package(None).__enter__()
+    assert re.search("pass --package FILE.deb|get that version", str(error.value))
+
+
+def test_without_blender_the_right_interpreter_is_named(package, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=r"expected Blender \(bpy\) in this environment, found none; use \.venv-render"
+    ):
+        fetch_sweethome3d(tmp_path / "out", package)
+
+
+def test_a_surface_is_what_faces_show():
+    files = {
+        "a.mtl": b"newmtl a\nKd 1 0 0\nmap_Kd -s 2 2 1 -bm 0.03 my wood.jpg\nnewmtl b\nKd  0 0\t1\nmap_Bump no.png\n"
+    }
+    files["my wood.jpg"] = b""
+    surface = read_surface(b"mtllib ./a.mtl\r\nusemtl a\nf 1\nusemtl b\nf 2\nusemtl b\n", files.get)
+    assert (surface.libraries, surface.textures, surface.missing) == (("a.mtl",), ("my wood.jpg",), ())
+    assert surface.colours == {"0 0 1"}
+    unused = read_surface(b"mtllib a.mtl\nusemtl b\n", {"a.mtl": files["a.mtl"]}.get)
+    assert (unused.textures, unused.missing) == ((), ())
+    for name in ("../x.jpg", "/etc/x.jpg", "C:/x.jpg", "a\\x.jpg"):
+        files["a.mtl"] = f"newmtl a\nmap_Kd {name}\n".encode()
+        assert read_surface(b"mtllib a.mtl\nusemtl a\n", lambda _: files["a.mtl"]).missing == (name,)
+    assert read_surface(b"mtllib ../a.mtl\n", lambda name: b"").missing == ("../a.mtl",)
+
+
+def test_a_process_that_dies_or_hangs_costs_only_the_model_that_it_was_at(package, tmp_path, monkeypatch):
+    """In this environment, which has no Blender, the others are not converted either, and say so themselves."""
+    monkeypatch.setattr("data_tools.blender_pool.TIME_LIMIT_S", 2.0)
+    with opened_package(package) as folder:
+        archive = folder / "Scopia.sh3f"
+        tasks = [task for _, task, reason in examine(archive, tmp_path) if not reason]
+        deadly = Task("deadly", archive, {}, _Run(os._exit, 3), tmp_path / "deadly.glb")
+        endless = Task("endless", archive, {}, _Run(time.sleep, 60), tmp_path / "endless.glb")
+        tasks = [tasks[0], deadly, endless, tasks[1]]
+        outcome = {task.id: reason for task, reason in convert_all(tasks, tmp_path / "log", 1)}
+    assert outcome["deadly"].startswith("Blender died: with status 3; see")
+    assert outcome["endless"] == "too slow: took longer than 2 s"
+    for key in ("Scopia-chair", "Scopia-table"):
+        assert outcome[key].startswith("not converted: ModuleNotFoundError")
+    assert "--- Scopia-chair" in (tmp_path / "log").read_text()
+
+
+class _Run:
+    """Something that runs a function in the process that it is sent to."""
+
+    def __init__(self, function, argument):
+        self._what = function, (argument,)
+
+    def __reduce__(self):
+        return self._what
+
+
+@pytest.mark.blender
+def test_blender_makes_glb_files_and_a_second_run_makes_none(package, render_python, tmp_path):
+    out = tmp_path / "out"
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom data_tools import sweethome3d\n"
+        "from data_tools.sources.sweethome3d import fetch_sweethome3d\n"
+        "if __name__ == '__main__':\n"
+        "    sweethome3d.PACKAGE_SHA256 = sys.argv[3]\n"
+        "    fetch_sweethome3d(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    script = tmp_path / "fetch.py"
+    script.write_text(program)
+
+    def run():
+        command = [render_python, script, out, package, hashlib.sha256(package.read_bytes()).hexdigest()]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = run()
+    assert "Converting 6 models" in said
+    assert "Left out 10 of 16" in said
+    found = {asset.id: asset for asset in find_assets(out)}
+    assert len(found) == 6
+    assert {asset.split for asset in found.values()} == {"train", "val"}
+    table = (out / found["Scopia-table"].file).read_bytes()
+    assert hashlib.sha256(table).hexdigest() == found["Scopia-table"].sha256
+    length, size = struct.unpack_from("<I", table, 12)[0], struct.unpack_from("<I", table, 8)[0]
+    gltf = json.loads(table[20 : 20 + length])
+    assert size == len(table)
+    assert (len(gltf["images"]), len(gltf["materials"])) == (1, 2)
+    lines = (out / "ATTRIBUTION.txt").read_text().splitlines()
+    assert "Scopia-chair | Chaise d'été 10€ | Ann | CC-BY-3.0 | chair in Scopia of the Debian" in "\n".join(
+        lines
+    )
+    assert (out / "Scopia" / "LICENCE.txt").read_text() == "LICENSE\n\nUse it.\n"
+
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.glb")}
+    cut = out / "Reallusion" / "cup.glb"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    assert "Converting 1 models" in run()
+    again = {path: path.stat().st_mtime_ns for path in out.rglob("*.glb")}
+    assert {path for path in made if again[path] != made[path]} == {cut}
+    assert {asset.id: asset for asset in find_assets(out)} == found
+
+
+def test_a_folder_is_listed_in_place_or_as_a_copy_with_what_its_table_says(tmp_path, capsys):
+    mine = tmp_path / "mine"
+    (mine / "chairs").mkdir(parents=True)
+    (mine / "chairs" / "red.obj").write_text("v 0 0 0\n")
+    (mine / "chairs" / "red.mtl").write_text("newmtl a\n")
+    with open(mine / "assets.csv", "w", newline="") as file:
+        csv.writer(file).writerows([
+            ("id", "name", "creator", "source", "licence", "sha256"),
+            ("chairs_red", "Red chair", "Bo", "me", "CC0-1.0", ""),
+        ])  # fmt: skip
+    copy = tmp_path / "copy"
+    fetch_folder(mine, copy)
+    assert not (mine / "assets.parquet").exists()
+    assert (copy / "chairs" / "red.mtl").is_file()
+    fetch_folder(mine, None)
+    assert find_assets(mine) == find_assets(copy)
+    (asset,) = find_assets(mine)
+    assert (asset.file, asset.name, asset.licence, asset.split) == (
+        "chairs/red.obj",
+        "Red chair",
+        "CC0-1.0",
+        "",
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == f"next  make render-shards ASSETS={mine} OUT=data/mine"
+    with pytest.raises(InputError, match="expected --out outside"):
+        fetch_folder(mine, mine / "sub")
+    with pytest.raises(InputError, match="expected a folder of meshes at"):
+        fetch_folder(tmp_path / "absent", None)
