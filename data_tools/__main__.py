@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data_tools import convert
 from data_tools.assets import find_assets
 from data_tools.plan import default_held_out
 from data_tools.settings import RenderSettings
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
             from data_tools.repack import repack
 
             repack(args.shards, args.out, args.res, args.shard_size, args.held_out)
+        elif args.command == "convert":
+            convert.run(args)
         else:
             _demo_assets(args)
     except InputError as error:
@@ -154,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
             type=_between(0, 10**6),
             help="objects in the validation split, chosen anew; as they are unless given",
         )
+    convert.add_parser(commands)
     demo = commands.add_parser(
         "demo-assets",
         formatter_class=shown,
