@@ -68,8 +68,8 @@ def _axes(poses: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]
     however the camera is tilted. The plane through the places of the cameras would need a long arc of one height.
     """
     right, down = poses[:, :3, 0], poses[:, :3, 1]
-    _, spread, directions = np.linalg.svd(right)
-    if spread[1] < _LEAST_TURN * spread[0]:
+    _, spread, directions = np.linalg.svd(right.T @ right)
+    if spread[1] < _LEAST_TURN**2 * spread[0]:
         raise LayoutError(
             f"{where}: expected cameras that go around the object, found that they look in one direction"
         )

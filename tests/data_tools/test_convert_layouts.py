@@ -116,6 +116,12 @@ def test_cameras_and_pictures_come_out_as_they_went_in(layout, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_an_object_is_not_searched_for_others(layout, tmp_path):
+    for folder in (tmp_path / "in" / "a", tmp_path / "in" / "a" / "before"):
+        WRITERS[layout](folder, ellipsoid("a"))
+    assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a"}
+
+
 def test_a_resolution_makes_pictures_smaller_and_keeps_cameras(layout, tmp_path):
     WRITERS[layout](tmp_path / "in" / "a", ellipsoid("a"))
     found = converted(layout, tmp_path / "in", tmp_path / "out", resolution=16)["a"]
