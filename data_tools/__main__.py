@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data_tools import convert
 from data_tools.assets import find_assets
 from data_tools.blender_process import Limits
 from data_tools.criteria import DEFAULT_RULES, parse_rule
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             repack(args.shards, args.out, args.res, args.shard_size, args.held_out, args.where)
         elif args.command == "fetch":
             fetch(args)
+        elif args.command == "convert":
+            convert.run(args)
         else:
             _demo_assets(args)
     except InputError as error:
@@ -189,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
             "before too; unless given, all that was not rejected",
         )
     add_fetch_parser(commands)
+    convert.add_parser(commands)
     demo = commands.add_parser(
         "demo-assets",
         formatter_class=shown,

@@ -5,22 +5,18 @@ keep their bytes. The new folder appears under its name when it is whole.
 """
 
 import dataclasses
-import os
-import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data_tools.contact_sheet import write_contact_sheet
 from data_tools.criteria import Rule, objections, parse_rule
 from data_tools.filter_table import shard_measures
-from data_tools.plan import PlannedShard, cut, held_out_ids
+from data_tools.new_folder import new_folder, write_shards
+from data_tools.plan import cut, held_out_ids
 from lrm_pl.data.manifest import (
     Manifest,
     Shard,
@@ -30,7 +26,6 @@ from lrm_pl.data.manifest import (
     read_manifest,
     read_members,
     write_manifest,
-    write_shard,
 )
 from lrm_pl.data.schema import SampleError, decode_image, decode_sample, encode_image, encode_sample
 from lrm_pl.errors import InputError
@@ -78,8 +73,6 @@ def repack(
         InputError: ``out`` is there, folders differ in views or normalisation, two objects have one name, pictures
             would become larger, or nothing obeys.
     """
-    if out.exists():
-        raise RepackError(f"expected no {out} yet, found one; choose another --out, or delete it")
     manifests = {folder: read_manifest(folder) for folder in folders}
     first = manifests[folders[0]]
     for name, found in (
@@ -96,33 +89,19 @@ def repack(
     if not samples:
         raise RepackError(f"expected objects that obey {' and '.join(rules or ())}, found none of {total}")
     plan = cut(_splits(samples, held_out), shard_size)
-    partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
-    shards = []
-    with (
-        tqdm(total=len(samples), unit="object", file=sys.stderr) as bar,
-        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-    ):
-        for planned in plan:
-            content = pool.map(
-                partial(_members, resolution=resolution), [samples[key] for key in planned.ids], planned.ids
-            )
-            shards.append(
-                write_shard(partial_out, planned.name, planned.split, _counted(planned, content, bar))
-            )
-    render = first.render | {
-        "shard_size": shard_size,
-        "held_out": sum(len(s.ids) for s in plan if s.split == "val"),
-    }
-    render |= {"repacked_from": [str(folder) for folder in folders]}
-    render |= {"resolution": resolution} if resolution is not None else {}
-    render |= {"rules": list(rules)} if rules is not None else {}
-    failures = sum(manifest.failures for manifest in manifests.values())
-    manifest = Manifest(shards=tuple(shards), views=first.views, failures=failures, render=render)
-    write_contact_sheet(partial_out, manifest.shards, manifest.views)
-    write_manifest(partial_out, manifest)
-    partial_out.rename(out)
+    with new_folder(out) as folder:
+        shards, _ = write_shards(folder, plan, samples, partial(_members, resolution=resolution))
+        render = first.render | {
+            "shard_size": shard_size,
+            "held_out": sum(len(s.ids) for s in plan if s.split == "val"),
+        }
+        render |= {"repacked_from": [str(source) for source in folders]}
+        render |= {"resolution": resolution} if resolution is not None else {}
+        render |= {"rules": list(rules)} if rules is not None else {}
+        failures = sum(manifest.failures for manifest in manifests.values())
+        manifest = Manifest(shards=shards, views=first.views, failures=failures, render=render)
+        write_contact_sheet(folder, manifest.shards, manifest.views)
+        write_manifest(folder, manifest)
     left_out = f", {total - len(samples)} left out" if len(samples) < total else ""
     print(f"{len(samples)} objects in {len(shards)} shards{left_out}\nnext           make train DATA={out}")
     return manifest
@@ -172,7 +151,7 @@ def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, l
     return {"train": sorted(set(samples) - val), "val": sorted(val)}
 
 
-def _members(found: Found, key: str, resolution: int | None) -> dict[str, bytes]:
+def _members(key: str, found: Found, resolution: int | None) -> dict[str, bytes]:
     """Read a sample, check it, and give it its new size."""
     path = found.folder / found.shard.name
     try:
@@ -205,11 +184,3 @@ def resized(key: str, view: bytes, resolution: int) -> bytes:
         )
     small = Image.fromarray(rgba).convert("RGBa").resize((resolution, resolution), Image.Resampling.BOX)
     return encode_image(np.array(small.convert("RGBA"), dtype=np.uint8))
-
-
-def _counted(
-    planned: PlannedShard, content: Iterator[dict[str, bytes]], bar: tqdm
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    for key, members in zip(planned.ids, content, strict=True):
-        yield key, members
-        bar.update()

@@ -1,0 +1,181 @@
+"""COLMAP's binary models (colmap.github.io/format.html): ``cameras.bin`` and ``images.bin``, little endian.
+
+    cameras.bin   count; each: id u32, model i32, width u64, height u64, parameters f64
+    images.bin    count; each: id u32, rotation w x y z and translation f64 (world to camera, OpenCV's axes),
+                  camera u32, name and a zero byte, count of points u64; each: x y f64, id i64
+
+Nothing is allocated by a count: records are read one after the other as far as the file goes. COLMAP's pixel (0.5, 0.5)
+is the middle of the first one, as here.
+"""
+
+import dataclasses
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.layouts.files import LayoutError, read_file
+
+#: Larger models are not of one object.
+_MAX_MODEL_BYTES = 1 << 28
+
+#: Model id -> its parameters, in order.
+_MODELS = {
+    0: ("f", "cx", "cy"),  # SIMPLE_PINHOLE
+    1: ("fx", "fy", "cx", "cy"),  # PINHOLE
+    2: ("f", "cx", "cy", "k1"),  # SIMPLE_RADIAL
+    3: ("f", "cx", "cy", "k1", "k2"),  # RADIAL
+    4: ("fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2"),  # OPENCV
+}
+
+_CAMERA = "<IiQQ"
+_IMAGE = "<I7dI"
+_POINT_BYTES = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """Intrinsics in pixels, with OpenCV's distortion."""
+
+    width: int
+    height: int
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    k1: float = 0.0
+    k2: float = 0.0
+    p1: float = 0.0
+    p2: float = 0.0
+
+    def displacement(self, pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Say how far distortion moves points of the picture: (N, 2) pixels -> (N) pixels."""
+        x, y = (pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy
+        square = x * x + y * y
+        radial = self.k1 * square + self.k2 * square**2
+        dx = x * radial + 2 * self.p1 * x * y + self.p2 * (square + 2 * x * x)
+        dy = y * radial + 2 * self.p2 * x * y + self.p1 * (square + 2 * y * y)
+        return np.hypot(self.fx * dx, self.fy * dy)
+
+
+@dataclasses.dataclass(frozen=True)
+class PosedImage:
+    """A picture that COLMAP found the pose of.
+
+    Attributes:
+        name: File name.
+        c2w: (4, 4) float64 pose, OpenCV, in COLMAP's world.
+        camera: Its camera.
+    """
+
+    name: str
+    c2w: npt.NDArray[np.float64]
+    camera: Camera
+
+
+def read_model(folder: Path) -> list[PosedImage]:
+    """Read a model, sorted by the names of its pictures.
+
+    Raises:
+        LayoutError: A file is missing, truncated, or not of this format.
+    """
+    cameras = read_cameras(folder / "cameras.bin")
+    return sorted(read_images(folder / "images.bin", cameras), key=lambda image: image.name)
+
+
+def read_cameras(path: Path) -> dict[int, Camera]:
+    """Read ``cameras.bin``: id -> camera.
+
+    Raises:
+        LayoutError: It is missing, truncated, or holds a camera model that we do not know.
+    """
+    rest, cameras = _Bytes(path), dict[int, Camera]()
+    for _ in range(rest.count()):
+        key, model, width, height = rest.take(_CAMERA)
+        if model not in _MODELS:
+            raise LayoutError(
+                f"{path}: expected a pinhole camera, with radial or OpenCV's distortion or without, found model {model}"
+            )
+        values = dict(zip(_MODELS[model], rest.take(f"<{len(_MODELS[model])}d"), strict=True))
+        if "f" in values:
+            values["fx"] = values["fy"] = values.pop("f")
+        if (
+            not np.isfinite(list(values.values())).all()
+            or min(values["fx"], values["fy"]) <= 0
+            or not width * height
+        ):
+            raise LayoutError(f"{path}: expected a camera, found {width} x {height} pixels, {values}")
+        cameras[key] = Camera(width, height, **values)
+    rest.end()
+    return cameras
+
+
+def read_images(path: Path, cameras: dict[int, Camera]) -> list[PosedImage]:
+    """Read ``images.bin``.
+
+    Args:
+        path: The file.
+        cameras: Id -> camera.
+
+    Raises:
+        LayoutError: It is missing, truncated, or makes no sense.
+    """
+    rest, images = _Bytes(path), []
+    for _ in range(rest.count()):
+        _, *pose, camera = rest.take(_IMAGE)
+        name = rest.text()
+        rest.skip(_POINT_BYTES * rest.count())
+        length = np.linalg.norm(pose[:4])
+        if camera not in cameras or not np.isfinite(pose).all() or not 0.5 < length < 2:
+            raise LayoutError(
+                f"{path}: expected a pose and the number of a camera, found {pose} and {camera}"
+            )
+        c2w = np.eye(4)
+        c2w[:3, :3] = _rotation(np.array(pose[:4]) / length).T
+        c2w[:3, 3] = -c2w[:3, :3] @ pose[4:]
+        images.append(PosedImage(name, c2w, cameras[camera]))
+    rest.end()
+    return images
+
+
+def _rotation(quaternion: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Turn a unit quaternion (w, x, y, z) into a (3, 3) matrix: I + 2 w [v] + 2 [v]^2."""
+    w, x, y, z = quaternion
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + 2 * w * cross + 2 * cross @ cross
+
+
+class _Bytes:
+    """What is left of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._content, self._at = path, read_file(path, _MAX_MODEL_BYTES), 0
+
+    def take(self, layout: str) -> tuple[Any, ...]:
+        start = self._at
+        self.skip(struct.calcsize(layout))
+        return struct.unpack_from(layout, self._content, start)
+
+    def count(self) -> int:
+        return int(self.take("<Q")[0])
+
+    def text(self) -> str:
+        end = self._content.find(b"\0", self._at)
+        if end < 0:
+            raise LayoutError(f"{self._path}: expected a name that ends, found none")
+        text = self._content[self._at : end]
+        self._at = end + 1
+        return text.decode(errors="replace")
+
+    def skip(self, size: int) -> None:
+        if self._at + size > len(self._content):
+            raise LayoutError(
+                f"{self._path}: expected {self._at + size} bytes or more, found {len(self._content)}"
+            )
+        self._at += size
+
+    def end(self) -> None:
+        if self._at != len(self._content):
+            raise LayoutError(f"{self._path}: expected {self._at} bytes, found {len(self._content)}")

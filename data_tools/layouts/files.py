@@ -1,0 +1,181 @@
+"""What all layouts share: finding objects, and reading files that nobody vouches for.
+
+A file is read when its size makes sense, an array when its header does; nothing is unpickled.
+"""
+
+import dataclasses
+import io
+import math
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from tokenize import TokenError
+
+import numpy as np
+import numpy.typing as npt
+
+from lrm_pl.data.manifest import MAX_MEMBER_BYTES
+from lrm_pl.errors import InputError
+
+#: A pose has twelve numbers, the poses of 999 views 16 times as many; no such file is larger.
+_MAX_ARRAY_BYTES = 1 << 20
+
+#: A sample's views are numbered by three digits.
+MAX_VIEWS = 999
+
+
+class LayoutError(InputError):
+    """An object's folder is not as its layout says; the message says what is wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Posed:
+    """The views of one object, in our conventions.
+
+    Attributes:
+        c2w: (V, 4, 4) float32 poses, OpenCV, +z up.
+        fxfycxcy: (V, 4) float32 intrinsics, divided by the picture's width and height.
+        views: V encoded RGBA pictures.
+    """
+
+    c2w: npt.NDArray[np.float32]
+    fxfycxcy: npt.NDArray[np.float32]
+    views: tuple[bytes, ...]
+
+
+def folders_with(root: Path, names: Sequence[str]) -> list[Path]:
+    """Find the folders that hold any of these files or folders, sorted; nothing is searched inside them."""
+    found = []
+    for path, folders, files in os.walk(root):
+        if any(name in folders or name in files for name in names):
+            found.append(Path(path))
+            folders.clear()
+    return sorted(found)
+
+
+def numbered_pictures(folder: Path) -> list[Path]:
+    """List the pictures of a folder whose names are numbers (``007.png``), in order."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if re.fullmatch(r"\d{1,6}\.(png|webp)", path.name)]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
+    """Read a file of at most ``limit`` bytes.
+
+    Raises:
+        LayoutError: There is none, or a larger one.
+    """
+    if not path.is_file():
+        raise LayoutError(f"expected a file {path}, found none")
+    if path.stat().st_size > limit:
+        raise LayoutError(f"{path}: expected at most {limit} bytes, found {path.stat().st_size}")
+    return path.read_bytes()
+
+
+def read_views(files: Sequence[Path], folder: Path) -> tuple[bytes, ...]:
+    """Read an object's pictures, without decoding them.
+
+    Raises:
+        LayoutError: There are none, too many, or one is too large.
+    """
+    if not 1 <= len(files) <= MAX_VIEWS:
+        raise LayoutError(
+            f"{folder}: expected 1 to {MAX_VIEWS} pictures 000.png, 001.png, ..., found {len(files)}"
+        )
+    return tuple(read_file(file) for file in files)
+
+
+def read_pose(path: Path) -> npt.NDArray[np.float64]:
+    """Read a (4, 4) pose from a ``.npy`` file of 3 x 4 or 4 x 4 numbers.
+
+    Raises:
+        LayoutError: It holds anything else.
+    """
+    pose = squared(read_npy(path), str(path))
+    if pose.shape != (4, 4):
+        raise LayoutError(f"{path}: expected one matrix, found {pose.shape}")
+    return pose
+
+
+def read_npy(path: Path) -> npt.NDArray[np.float64]:
+    """Read an array of numbers from a ``.npy`` file.
+
+    Raises:
+        LayoutError: It holds anything else, or another number of bytes than it says.
+    """
+    return parse_npy(read_file(path, _MAX_ARRAY_BYTES), str(path))
+
+
+def read_npz(path: Path, name: str) -> npt.NDArray[np.float64]:
+    """Read one array of numbers from a ``.npz`` file.
+
+    Raises:
+        LayoutError: It is not there, or holds anything else.
+    """
+    where = f"{path}, {name}"
+    try:
+        with zipfile.ZipFile(io.BytesIO(read_file(path, _MAX_ARRAY_BYTES))) as archive:
+            with archive.open(f"{name}.npy") as member:
+                content = member.read(_MAX_ARRAY_BYTES + 1)  # whatever its header says
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise LayoutError(f"{where}: expected an array, found: {error}") from error
+    if len(content) > _MAX_ARRAY_BYTES:
+        raise LayoutError(f"{where}: expected at most {_MAX_ARRAY_BYTES} bytes, found more")
+    return parse_npy(content, where)
+
+
+def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
+    """Turn the content of a ``.npy`` file into an array.
+
+    Args:
+        content: The file.
+        where: What messages call it.
+
+    Raises:
+        LayoutError: It holds anything but numbers, or another number of bytes than it says.
+    """
+    file = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, fortran, dtype = read_header[version](file)
+    except (ValueError, KeyError, EOFError, SyntaxError, TokenError, RecursionError) as error:
+        raise LayoutError(f"{where}: expected a numpy array, found: {error}") from error
+    if dtype.kind not in "fiu":
+        raise LayoutError(f"{where}: expected an array of numbers, found {dtype}; pickles are not read")
+    numbers = file.read()
+    # Before anything is allocated: a header of a hundred bytes can ask for terabytes.
+    if any(n < 1 for n in shape) or len(numbers) != math.prod(shape) * dtype.itemsize:
+        raise LayoutError(f"{where}: expected {shape} of {dtype}, found {len(numbers)} bytes")
+    return np.frombuffer(numbers, dtype).reshape(shape, order="F" if fortran else "C").astype(np.float64)
+
+
+def squared(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]:
+    """Complete (..., 3, 4) matrices to (..., 4, 4) by the row 0 0 0 1; those that are 4 x 4 stay.
+
+    Raises:
+        LayoutError: Another shape.
+    """
+    if matrices.shape[-2:] == (4, 4):
+        return matrices
+    if matrices.shape[-2:] != (3, 4):
+        raise LayoutError(f"{where}: expected matrices of 3 x 4 or 4 x 4, found {matrices.shape}")
+    last = np.broadcast_to([0.0, 0.0, 0.0, 1.0], (*matrices.shape[:-2], 1, 4))
+    return np.concatenate([matrices, last], axis=-2)
+
+
+def inverted(poses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Turn rigid (..., 4, 4) world-to-camera matrices into camera-to-world ones, or back."""
+    inverse = poses.copy()
+    rotation = poses[..., :3, :3].swapaxes(-1, -2)
+    inverse[..., :3, :3] = rotation
+    inverse[..., :3, 3] = -(rotation @ poses[..., :3, 3:])[..., 0]
+    return inverse

@@ -1,0 +1,56 @@
+"""OpenLRM's renders of Objaverse (github.com/3DTopia/OpenLRM, scripts/data/objaverse/blender_script.py).
+
+    <uid>/rgba/000.png        RGBA
+    <uid>/pose/000.npy        3 x 4, camera to world; Blender's camera: x right, y up, z backward
+    <uid>/intrinsics.npy      3 x 2, pixels: fx fy, cx cy, width height; the pictures may have been resized since
+
+The world is ours: +z up, the object's longest side is 2, the centre of its box is the origin. The focal length is 0.75
+of the width (lens 24 mm, sensor 32 mm).
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.layouts.files import (
+    LayoutError,
+    Posed,
+    folders_with,
+    numbered_pictures,
+    read_npy,
+    read_pose,
+    read_views,
+)
+from lrm_pl.conventions import opengl_to_opencv
+
+
+def find_objects(root: Path) -> list[Path]:
+    """List the folders of objects below ``root``."""
+    return folders_with(root, ("rgba", "pose", "intrinsics.npy"))
+
+
+def pictures(folder: Path) -> list[Path]:
+    """List an object's pictures, in order."""
+    return numbered_pictures(folder / "rgba")
+
+
+def read_object(folder: Path) -> Posed:
+    """Read an object.
+
+    Raises:
+        LayoutError: A file is missing or strange.
+    """
+    intrinsics = read_npy(folder / "intrinsics.npy")
+    if intrinsics.shape != (3, 2) or not (intrinsics[2] > 0).all():
+        raise LayoutError(
+            f"{folder / 'intrinsics.npy'}: expected fx fy, cx cy, width height, found {intrinsics.tolist()}"
+        )
+    camera = (intrinsics[:2] / intrinsics[2]).reshape(4)
+    files = pictures(folder)
+    views = read_views(files, folder)
+    c2w = np.stack([read_pose(folder / "pose" / f"{file.stem}.npy") for file in files])
+    return Posed(
+        c2w=opengl_to_opencv(c2w.astype(np.float32)),
+        fxfycxcy=np.tile(camera, (len(files), 1)).astype(np.float32),
+        views=views,
+    )

@@ -1,0 +1,315 @@
+"""Folders in others' layouts made into shards: the cameras and pictures that come out are those that went in."""
+
+import io
+import json
+import re
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.__main__ import main
+from data_tools.convert import convert
+from data_tools.layouts.choice import make_layout
+from data_tools.layouts.files import LayoutError, parse_npy, read_npz
+from data_tools.layouts.instantmesh import opencv_poses
+from data_tools.validate import validate
+from lrm_pl.data.manifest import read_manifest, read_samples
+from lrm_pl.data.schema import decode_image, decode_sample
+from lrm_pl.data.synthetic import synthetic_sample
+from lrm_pl.errors import InputError
+
+VIEWS = 6
+
+#: Blender's camera (x right, y up, z backward) against OpenCV's (x right, y down, z forward).
+FLIP = np.diag([1.0, -1.0, -1.0, 1.0])
+
+
+def opengl_w2c(sample):
+    return np.linalg.inv(sample.c2w.astype(np.float64) @ FLIP)
+
+
+def write_pictures(folder, sample):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, view in enumerate(sample.views):
+        (folder / f"{number:03d}.png").write_bytes(view)
+
+
+def write_openlrm(folder, sample):
+    write_pictures(folder / "rgba", sample)
+    (folder / "pose").mkdir()
+    for number, c2w in enumerate(sample.c2w):
+        np.save(folder / "pose" / f"{number:03d}.npy", (c2w @ FLIP)[:3])
+    (fx, fy, cx, cy), (width, height) = (
+        sample.fxfycxcy[0],
+        (1024, 1024),
+    )  # the pictures were made smaller since
+    np.save(
+        folder / "intrinsics.npy", [[fx * width, fy * height], [cx * width, cy * height], [width, height]]
+    )
+
+
+def write_zero123(folder, sample):
+    write_pictures(folder, sample)
+    for number, w2c in enumerate(opengl_w2c(sample)):
+        w2c[:3, 3] /= 2  # the object's longest side is 1 there
+        np.save(folder / f"{number:03d}.npy", w2c[:3])
+
+
+def write_instantmesh(folder, sample, poses=None):
+    write_pictures(folder, sample)
+    (folder / "000_normal.png").write_bytes(sample.views[0])
+    (folder / "000_depth.png").write_bytes(sample.views[0])
+    np.savez(folder / "cameras.npz", cam_poses=opengl_w2c(sample)[:, :3] if poses is None else poses)
+
+
+WRITERS = {"openlrm": write_openlrm, "zero123": write_zero123, "instantmesh": write_instantmesh}
+
+
+@pytest.fixture(params=sorted(WRITERS))
+def layout(request, monkeypatch):
+    """A layout, and ellipsoids seen by the lens that it has."""
+    if request.param == "zero123":  # lens 35 mm, sensor 32 mm
+        monkeypatch.setattr("lrm_pl.data.synthetic.FOV_DEG", 2 * np.degrees(np.arctan(16 / 35)))
+    return request.param
+
+
+def ellipsoid(key):
+    return synthetic_sample(key, VIEWS, 32, 0)
+
+
+def converted(layout, root, out, **options):
+    manifest = convert(make_layout(layout, root), root, out, **options)
+    samples = {}
+    for shard in manifest.shards:
+        for key, members in read_samples(out, shard):
+            samples[key] = decode_sample(key, members)
+    return samples
+
+
+def reasons(out):
+    records = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    return {record["id"]: record["reason"] for record in records}
+
+
+def test_cameras_and_pictures_come_out_as_they_went_in(layout, tmp_path):
+    went_in = {key: ellipsoid(key) for key in ("a", "b", "c")}
+    for key, sample in went_in.items():
+        WRITERS[layout](tmp_path / "in" / "000-023" / key, sample)  # folders of folders are searched
+    came_out = converted(layout, tmp_path / "in", tmp_path / "out", held_out=1, shard_size=1)
+    assert set(came_out) == {"000-023_a", "000-023_b", "000-023_c"}
+    for key, sample in went_in.items():
+        found = came_out[f"000-023_{key}"]
+        np.testing.assert_allclose(found.c2w, sample.c2w, atol=2e-6)
+        np.testing.assert_allclose(found.fxfycxcy, sample.fxfycxcy, atol=1e-6)
+        assert found.views == sample.views, "to the byte"
+        assert (found.info.name, found.info.licence, found.info.source) == (key, "unknown", f"000-023/{key}")
+        assert found.info.renderer == f"converted from {layout}"
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.views, manifest.failures, manifest.render["normalise"]) == (VIEWS, 0, "cube")
+    assert [shard.split for shard in manifest.shards] == ["train", "train", "val"]
+    assert validate(tmp_path / "out") == 0
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_object_is_not_searched_for_others(layout, tmp_path):
+    for folder in (tmp_path / "in" / "a", tmp_path / "in" / "a" / "before"):
+        WRITERS[layout](folder, ellipsoid("a"))
+    assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a"}
+
+
+def test_a_resolution_makes_pictures_smaller_and_keeps_cameras(layout, tmp_path):
+    WRITERS[layout](tmp_path / "in" / "a", ellipsoid("a"))
+    found = converted(layout, tmp_path / "in", tmp_path / "out", resolution=16)["a"]
+    assert {decode_image("a", view).shape for view in found.views} == {(16, 16, 4)}
+    np.testing.assert_allclose(found.c2w, ellipsoid("a").c2w, atol=2e-6)
+    assert validate(tmp_path / "out") == 0
+
+
+def a_pose(folder, layout):
+    return {
+        "openlrm": folder / "pose" / "003.npy",
+        "zero123": folder / "003.npy",
+        "instantmesh": folder / "cameras.npz",
+    }[layout]
+
+
+def a_picture(folder, layout):
+    return (folder / "rgba" if layout == "openlrm" else folder) / "003.png"
+
+
+def bad_objects(root, layout):
+    """Write one object for each thing that can be wrong; yields its name and what must be said of it."""
+    for name, said in (
+        ("missing-pose", "expected a file .*, found none"),
+        ("pickle", "pickles are not read|expected a numpy array"),
+        ("stretched-pose", "expected rigid poses|look at the origin"),
+        ("corrupt-picture", "expected a PNG or WebP view"),
+        ("huge-picture", "at most 4096 pixels a side, found"),
+        (
+            "missing-picture",
+            f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, found {VIEWS - 1}",
+        ),
+        ("other-size", "as most objects have, found 6 views of 64 x 64 pixels"),
+        ("opaque-picture", "expected RGBA views, found mode RGB"),
+        ("too-large", "cameras that fit the pictures"),
+    ):
+        folder = root / name
+        sample = synthetic_sample(name, VIEWS, 64 if name == "other-size" else 32, 0)
+        if name == "too-large":
+            sample.c2w[:, :3, 3] *= 3
+        WRITERS[layout](folder, sample)
+        pose, picture = a_pose(folder, layout), a_picture(folder, layout)
+        if name == "missing-pose":
+            pose.unlink()
+        elif name == "pickle":
+            hostile = np.array([print], dtype=object)
+            np.savez(pose, cam_poses=hostile) if layout == "instantmesh" else np.save(pose, hostile)
+        elif name == "stretched-pose":
+            matrix = np.load(pose)["cam_poses"] if layout == "instantmesh" else np.load(pose)
+            matrix[..., :3, :3] *= 1.01
+            np.savez(pose, cam_poses=matrix) if layout == "instantmesh" else np.save(pose, matrix)
+        elif name == "corrupt-picture":
+            picture.write_bytes(picture.read_bytes()[:100])
+        elif name == "huge-picture":
+            picture.write_bytes(png_of_declared_size(5000, 5000))
+        elif name == "missing-picture":
+            picture.unlink()
+        elif name == "opaque-picture":
+            Image.open(picture).convert("RGB").save(picture)
+        yield name, said
+
+
+def png_of_declared_size(width, height):
+    """A PNG of a hundred bytes that says it is large."""
+    picture = io.BytesIO()
+    Image.new("RGBA", (1, 1)).save(picture, format="PNG")
+    content = bytearray(picture.getvalue())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+def test_bad_objects_are_named_and_the_others_stay(layout, tmp_path, capsys):
+    expected = dict(bad_objects(tmp_path / "in", layout))
+    for key in ("a", "b"):  # in one shard with some of the bad ones
+        WRITERS[layout](tmp_path / "in" / key, ellipsoid(key))
+    arguments = [
+        "convert",
+        "--from",
+        layout,
+        "--folder",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, "--held-out", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"2 objects in 1 shards, {len(expected)} left out\nwhy " in said
+    assert said.splitlines()[-1] == f"next           make train DATA={tmp_path / 'out'}"
+    found = reasons(tmp_path / "out")
+    assert set(found) == set(expected)
+    for name, pattern in expected.items():
+        assert re.search(pattern, found[name]), (name, found[name])
+    assert read_manifest(tmp_path / "out").failures == len(expected)
+    assert validate(tmp_path / "out") == 0
+
+
+def test_where_all_objects_are_bad_nothing_takes_the_name_and_the_reasons_stay(layout, tmp_path, capsys):
+    WRITERS[layout](tmp_path / "in" / "a", ellipsoid("a"))
+    a_pose(tmp_path / "in" / "a", layout).unlink()
+    arguments = [
+        "convert",
+        "--from",
+        layout,
+        "--folder",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(arguments) == 1
+    assert re.search(
+        r"found none among 1 that can be used; .*failures.jsonl .*expected a file", capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+    assert set(reasons(tmp_path / "out.partial")) == {"a"}
+    (tmp_path / "empty").mkdir()
+    assert main([*arguments[:4], str(tmp_path / "empty"), *arguments[5:]]) == 1
+    assert f"expected objects as {layout} lays them out, found none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["openlrm", "zero123"], indirect=True)
+def test_poses_of_another_convention_are_refused_at_conversion(layout, tmp_path):
+    for key, change in (("opencv", FLIP), ("inverted", None)):
+        sample = ellipsoid("a")
+        c2w = sample.c2w @ FLIP if change is not None else np.linalg.inv(sample.c2w)
+        sample.c2w[:] = c2w
+        WRITERS[layout](tmp_path / "in" / key, sample)
+    with pytest.raises(
+        InputError, match="covers 0% of the object in view 0: poses are OpenCV camera to world"
+    ):
+        converted(layout, tmp_path / "in", tmp_path / "out")
+
+
+def test_instantmesh_poses_say_which_convention_they_have():
+    c2w = ellipsoid("a").c2w.astype(np.float64)
+    w2c = np.linalg.inv(c2w)
+    for matrices in (np.linalg.inv(c2w @ FLIP), c2w @ FLIP, w2c, c2w):
+        np.testing.assert_allclose(opencv_poses(matrices, "here"), c2w, atol=2e-6)
+    with pytest.raises(LayoutError, match="here: expected cameras that look at the origin, found others"):
+        opencv_poses(c2w + 0.3 * np.eye(4)[:, [0, 1, 3, 2]], "here")
+
+
+def test_arrays_are_refused_by_their_header_and_archives_by_what_comes_out(tmp_path):
+    def npy(header, numbers):
+        text = header.encode().ljust(117) + b"\n"
+        return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + numbers
+
+    fine = npy("{'descr': '<f8', 'fortran_order': True, 'shape': (2, 2)}", struct.pack("<4d", 1, 2, 3, 4))
+    assert parse_npy(fine, "x").tolist() == [[1, 3], [2, 4]]
+    for header in (
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000)}",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (-2, -2)}",
+        "{'descr': '|O', 'fortran_order': False, 'shape': (4,)}",
+        "{'descr': '<U8', 'fortran_order': False, 'shape': (1,)}",
+        "__import__('os').abort()",
+        "(" * 100,
+        "",
+    ):
+        with pytest.raises(LayoutError, match="x: expected"):
+            parse_npy(npy(header, struct.pack("<4d", 1, 2, 3, 4)), "x")
+    for content in (b"", b"\x93NUMPY", b"\x93NUMPY\x03\x00", fine[:-1], fine + b"\0"):
+        with pytest.raises(LayoutError, match="x: expected"):
+            parse_npy(content, "x")
+    bomb = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cam_poses.npy", bytes(1 << 24))
+    assert bomb.stat().st_size < 1 << 16
+    with pytest.raises(LayoutError, match="at most 1048576 bytes, found more"):
+        read_npz(bomb, "cam_poses")
+    with pytest.raises(LayoutError, match="expected an array"):
+        read_npz(bomb, "other")
+    bomb.write_bytes(b"no archive")
+    with pytest.raises(LayoutError, match="expected an array, found: File is not a zip file"):
+        read_npz(bomb, "cam_poses")
+
+
+def test_options_of_another_layout_and_strange_numbers_are_refused(tmp_path):
+    with pytest.raises(
+        LayoutError, match="--views and --masks with --from mvimgnet only, found --from openlrm"
+    ):
+        make_layout("openlrm", tmp_path, views=8)
+    with pytest.raises(LayoutError, match="expected --res from 1 to 4096, found 0"):
+        make_layout("mvimgnet", tmp_path, resolution=0)
+
+
+def test_two_objects_of_one_name_are_refused_before_anything_is_made(tmp_path):
+    for name in ("a b", "a_b"):
+        write_zero123(tmp_path / "in" / name, ellipsoid("a"))
+    with pytest.raises(InputError, match="found a b and a_b, which are both 'a_b'"):
+        converted("zero123", tmp_path / "in", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

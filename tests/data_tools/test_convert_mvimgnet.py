@@ -1,0 +1,401 @@
+"""MVImgNet's videos made into shards: crops, cameras up to a similarity, and COLMAP files that are not believed."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.__main__ import main
+from data_tools.convert import convert
+from data_tools.layouts.choice import make_layout
+from data_tools.layouts.colmap import Camera, read_model
+from data_tools.layouts.files import LayoutError
+from data_tools.layouts.object_frame import Sighting, into_object_frame
+from data_tools.validate import validate
+from lrm_pl.conventions import rigid_error
+from lrm_pl.data.manifest import read_manifest, read_samples
+from lrm_pl.data.schema import decode_image, decode_sample
+from lrm_pl.data.synthetic import synthetic_sample
+
+FRAMES, SIDE = 10, 128
+
+#: A world of COLMAP's: turned (x -> y -> z -> x, then by 0.6 / 0.8 about z), 7 times as large, elsewhere.
+TURN = np.array([[0.6, -0.8, 0], [0.8, 0.6, 0], [0, 0, 1]]) @ np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])
+SCALE, OFFSET = 7.0, np.array([3.0, -20.0, 11.0])
+
+SIMPLE_PINHOLE, PINHOLE, SIMPLE_RADIAL, RADIAL, OPENCV, FISHEYE = range(6)
+
+
+def quaternion(rotation):
+    """(w, x, y, z) of a rotation: the eigenvector of Bar-Itzhack's matrix, whichever its angle."""
+    (a, b, c), (d, e, f), (g, h, i) = rotation
+    k = np.array([
+        [a + e + i, h - f, c - g, d - b],
+        [h - f, a - e - i, b + d, c + g],
+        [c - g, b + d, e - a - i, f + h],
+        [d - b, c + g, f + h, i - a - e],
+    ])  # fmt: skip
+    return np.linalg.eigh(k)[1][:, -1]
+
+
+def write_model(folder, poses, parameters, model=PINHOLE):
+    """Write a COLMAP model by hand: w2c poses, with some points in each picture."""
+    folder.mkdir(parents=True)
+    camera = struct.pack(f"<QIiQQ{len(parameters)}d", 1, 5, model, SIDE, SIDE, *parameters)
+    (folder / "cameras.bin").write_bytes(camera)
+    images = struct.pack("<Q", len(poses))
+    for number in reversed(range(len(poses))):  # in no order
+        images += struct.pack(
+            "<I7dI", number + 1, *quaternion(poses[number][:3, :3]), *poses[number][:3, 3], 5
+        )
+        images += f"{number + 1:03d}.jpg".encode() + b"\0" + struct.pack("<Q", number)
+        images += struct.pack("<ddq", 1.0, 2.0, -1) * number
+    (folder / "images.bin").write_bytes(images)
+
+
+def write_video(folder, sample, masks, parameters=None, model=PINHOLE):
+    """Write a sample as a video: JPEG pictures over a background, masks, poses in COLMAP's world."""
+    poses = []
+    for c2w in sample.c2w.astype(np.float64):
+        rotation, place = TURN @ c2w[:3, :3], SCALE * TURN @ c2w[:3, 3] + OFFSET
+        poses.append(np.column_stack([rotation.T, -rotation.T @ place]))
+    write_model(folder / "sparse" / "0", poses, parameters or sample.fxfycxcy[0] * SIDE, model)
+    (folder / "images").mkdir()
+    masks.mkdir(parents=True, exist_ok=True)
+    for number, view in enumerate(sample.views, start=1):
+        rgba = decode_image("a", view)
+        picture = np.where(rgba[..., 3:] > 0, rgba[..., :3], [0, 255, 0]).astype(np.uint8)
+        Image.fromarray(picture).save(folder / "images" / f"{number:03d}.jpg", quality=98, subsampling=0)
+        Image.fromarray(rgba[..., 3]).save(masks / f"{number:03d}.jpg.png")
+
+
+@pytest.fixture
+def video(tmp_path):
+    """The folder of one object, and what it was made of."""
+    sample = synthetic_sample("a", FRAMES, SIDE, 0)
+    write_video(tmp_path / "in" / "7" / "1a2b", sample, tmp_path / "in" / "7" / "1a2b" / "masks")
+    return tmp_path / "in" / "7" / "1a2b", sample
+
+
+def converted(root, out, views=FRAMES, resolution=64, masks=None):
+    manifest = convert(make_layout("mvimgnet", root, resolution, views, masks), root, out)
+    return {
+        key: decode_sample(key, members)
+        for shard in manifest.shards
+        for key, members in read_samples(out, shard)
+    }
+
+
+def reason(folder, out, views=FRAMES):
+    """Convert a folder with one bad object, and return why it is left out."""
+    root = folder.parents[1]
+    with pytest.raises(ValueError, match="none among 1 that can be used"):
+        converted(root, out, views)
+    (record,) = [
+        json.loads(line) for line in (out.parent / "out.partial" / "failures.jsonl").read_text().splitlines()
+    ]
+    assert record["id"] == f"{folder.parent.name}_{folder.name}"
+    return record["reason"]
+
+
+def similarity(c2w, target):
+    """Fit target = s R x + t to the places of cameras (Umeyama), and return s, R, t."""
+    x, y = c2w[:, :3, 3], target[:, :3, 3]
+    u, spread, vt = np.linalg.svd((y - y.mean(0)).T @ (x - x.mean(0)))
+    sign = np.diag([1, 1, np.sign(np.linalg.det(u @ vt))])
+    rotation = u @ sign @ vt
+    scale = np.trace(np.diag(spread) @ sign) / ((x - x.mean(0)) ** 2).sum()
+    return scale, rotation, y.mean(0) - scale * rotation @ x.mean(0)
+
+
+def projected(points, c2w, fxfycxcy):
+    local = (points - c2w[:3, 3]) @ c2w[:3, :3]
+    return local[:, :2] / local[:, 2:] * fxfycxcy[:2] + fxfycxcy[2:]
+
+
+def box(alpha):
+    rows, columns = (np.flatnonzero((alpha > 127).any(axis=axis)) for axis in (1, 0))
+    return np.array([columns[0], rows[0]]), np.array([columns[-1] + 1, rows[-1] + 1])
+
+
+def test_cameras_come_out_up_to_a_similarity_and_points_fall_where_they_fell(video, tmp_path):
+    folder, sample = video
+    found = converted(folder.parents[1], tmp_path / "out")["7_1a2b"]
+    c2w, before = found.c2w.astype(np.float64), sample.c2w.astype(np.float64)
+    scale, rotation, offset = similarity(before, c2w)
+    np.testing.assert_allclose(c2w[:, :3, 3], scale * before[:, :3, 3] @ rotation.T + offset, atol=1e-5)
+    np.testing.assert_allclose(c2w[:, :3, :3], rotation @ before[:, :3, :3], atol=1e-5)
+    np.testing.assert_allclose(rotation[2], [0, 0, 1], atol=1e-5, err_msg="up is up again")
+    np.testing.assert_allclose(offset, 0, atol=0.02, err_msg="the ellipsoid's middle is the origin")
+    right, forward = c2w[0, :3, 0], c2w[0, :3, 2]
+    np.testing.assert_allclose(right, [1, 0, 0], atol=1e-5, err_msg="the first camera stands on -y")
+    assert forward[1] > 0
+    points = np.random.default_rng(0).uniform(-0.3, 0.3, (50, 3))
+    for view in range(FRAMES):
+        (low, high), (new_low, new_high) = (
+            box(decode_image("a", views[view])[..., 3]) for views in (sample.views, found.views)
+        )
+        expected = projected(points, before[view], sample.fxfycxcy[view]) * SIDE
+        expected = new_low + (expected - low) * (new_high - new_low) / (high - low)  # where the mask went
+        again = projected(scale * points @ rotation.T + offset, c2w[view], found.fxfycxcy[view]) * 64
+        assert np.abs(again - expected).max() < 1
+    assert validate(tmp_path / "out") == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.views, manifest.render["normalise"], manifest.render["resolution"]) == (
+        FRAMES,
+        "sphere",
+        64,
+    )
+
+
+def test_the_object_fills_the_unit_sphere_and_the_camera_keeps_its_distance_in_objects(video, tmp_path):
+    folder, sample = video
+    found = converted(folder.parents[1], tmp_path / "out")["7_1a2b"]
+    scale, _, _ = similarity(sample.c2w.astype(np.float64), found.c2w.astype(np.float64))
+    seed = int.from_bytes(hashlib.sha256(b"0/a").digest()[:8], "little")
+    longest = np.random.default_rng(seed).uniform(0.4, 0.95, 3).max()  # the ellipsoid's first three numbers
+    assert 0.95 < scale * longest < 1.05
+    ratio = np.linalg.norm(found.c2w[:, :3, 3], axis=1) / (scale * longest)
+    np.testing.assert_allclose(ratio, 2.6 / longest, rtol=0.02)
+
+
+def test_a_quarter_of_a_circle_is_enough_to_find_up_and_the_middle(tmp_path):
+    sample = synthetic_sample("a", 32, SIDE, 0)
+    sample = dataclasses.replace(
+        sample, c2w=sample.c2w[:8], fxfycxcy=sample.fxfycxcy[:8], views=sample.views[:8]
+    )
+    write_video(tmp_path / "in" / "7" / "a", sample, tmp_path / "in" / "7" / "a" / "masks")
+    found = converted(tmp_path / "in", tmp_path / "out", views=8)["7_a"]
+    scale, rotation, offset = similarity(sample.c2w.astype(np.float64), found.c2w.astype(np.float64))
+    np.testing.assert_allclose(rotation[2], [0, 0, 1], atol=1e-4)
+    assert np.abs(offset).max() < 0.12
+    assert 0.9 < scale < 1.6
+
+
+def test_a_hand_that_is_not_steady_still_gives_rigid_cameras_and_up_within_its_own_unsteadiness():
+    rng, sightings, before = np.random.default_rng(0), [], []
+    middle = np.array([5.0, -3.0, 2.0])
+    for c2w in synthetic_sample("a", 24, 8, 0).c2w.astype(np.float64):
+        roll = np.radians(rng.normal(0, 3))
+        c2w[:3, :2] = c2w[:3, :2] @ [[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]]
+        c2w[:3, 3] = 10 * c2w[:3, 3] + middle  # a sphere of radius 4, a long way off
+        towards = middle - c2w[:3, 3]
+        distance = np.linalg.norm(towards)
+        rays = towards + np.stack([c2w[:3, 0], -c2w[:3, 1]]) * distance * np.tan(np.arcsin(4 / distance))
+        rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+        sightings.append(Sighting(c2w, rays, towards / distance))
+        before.append(c2w)
+    framed = into_object_frame(sightings, "here")
+    assert rigid_error(framed) < 1e-6
+    np.testing.assert_allclose(np.linalg.norm(framed[:, :3, 3], axis=1), 26 / 4, rtol=1e-6)
+    _, rotation, _ = similarity(np.stack(before), framed)
+    assert np.degrees(np.arccos(rotation[2, 2])) < 3
+    with pytest.raises(LayoutError, match="look in one direction"):
+        into_object_frame(sightings[:1], "here")
+
+
+def test_crops_are_squares_about_the_mask_without_background(video, tmp_path):
+    folder, _ = video
+    found = converted(folder.parents[1], tmp_path / "out", resolution=96)["7_1a2b"]
+    for view in found.views:
+        rgba = decode_image("a", view)
+        assert rgba.shape == (96, 96, 4)
+        low, high = box(rgba[..., 3])
+        assert (high - low).max() == pytest.approx(96 / 1.2, abs=2), "a tenth on each side"
+        assert np.abs((low + high) / 2 - 48).max() <= 1.5
+        inside = rgba[rgba[..., 3] > 32].astype(int)
+        assert inside[:, 1].max() < 250, "no green at the rim"
+    assert np.isclose(found.fxfycxcy[:, 0], found.fxfycxcy[:, 1]).all()
+
+
+def test_masks_may_lie_in_a_folder_of_their_own_and_views_are_evenly_spaced(tmp_path, capsys):
+    for key in ("a", "b"):
+        write_video(
+            tmp_path / "in" / "7" / key,
+            synthetic_sample(key, FRAMES, SIDE, 0),
+            tmp_path / "masks" / "7" / key,
+        )
+    arguments = [
+        "convert",
+        "--from",
+        "mvimgnet",
+        "--folder",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, "--masks", str(tmp_path / "masks"), "--views", "5", "--res", "32"]) == 0
+    assert "2 objects in 1 shards, 0 left out" in capsys.readouterr().out
+    all_views = converted(tmp_path / "in", tmp_path / "all", resolution=32, masks=tmp_path / "masks")["7_a"]
+    assert read_manifest(tmp_path / "out").views == 5
+    (shard,) = read_manifest(tmp_path / "out").shards
+    found = {key: decode_sample(key, members) for key, members in read_samples(tmp_path / "out", shard)}
+    assert found["7_a"].views == all_views.views[::2]
+
+
+def test_views_that_show_a_part_or_nothing_do_not_count(video, tmp_path):
+    folder, _ = video
+    (folder / "masks" / "001.jpg.png").unlink()
+    (folder / "images" / "002.jpg").unlink()
+    Image.new("L", (SIDE, SIDE)).save(folder / "masks" / "003.jpg.png")
+    Image.new("L", (SIDE, SIDE), 255).save(folder / "masks" / "004.jpg.png")
+    for name, edge in (("005", np.s_[0, 40:60]), ("006", np.s_[-1, 40:60]), ("007", np.s_[40:60, 0])):
+        mask = np.array(Image.open(folder / "masks" / f"{name}.jpg.png"))
+        mask[edge] = 255
+        Image.fromarray(mask).save(folder / "masks" / f"{name}.jpg.png")
+    said = reason(folder, tmp_path / "out", views=4)
+    assert "expected at least 4 whole views, found 3 of 10: 1 without a mask, 1 without a picture, " in said
+    assert "1 with an empty mask, 4 cut by the picture's edge" in said
+    found = converted(folder.parents[1], tmp_path / "three", views=3)["7_1a2b"]
+    assert found.info.views == 3
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def prolonged(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def lying(path):
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+
+
+def short_counted(path):
+    path.write_bytes(struct.pack("<Q", 3) + path.read_bytes()[8:])
+
+
+def not_finite(path):
+    content = bytearray(path.read_bytes())
+    content[12:20] = struct.pack("<d", np.nan)
+    path.write_bytes(bytes(content))
+
+
+def leaving(path):
+    path.write_bytes(path.read_bytes().replace(b"001.jpg", b"../1jpg"))
+
+
+def missing(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("name", ["cameras.bin", "images.bin"])
+@pytest.mark.parametrize("damage", [truncated, prolonged, lying, missing])
+def test_a_colmap_file_that_is_not_whole_is_refused_by_its_size(video, tmp_path, name, damage):
+    folder, _ = video
+    damage(folder / "sparse" / "0" / name)
+    assert name in reason(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (short_counted, r"images\.bin: expected \d+ bytes, found"),
+        (not_finite, "expected a pose and the number of a camera, found .*nan"),
+        (leaving, r"expected plain file names in images\.bin, found '\.\./1jpg'"),
+    ],
+)
+def test_strange_poses_and_names_are_refused(video, damage, said):
+    folder, _ = video
+    damage(folder / "sparse" / "0" / "images.bin")
+    with pytest.raises(LayoutError, match=said):
+        make_layout("mvimgnet", folder.parents[1], 64, FRAMES).read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("images/003.jpg", b"nothing", "003.jpg: expected a picture, found"),
+        ("masks/003.jpg.png", b"nothing", "003.jpg.png: expected a mask, found"),
+        (
+            "images/003.jpg",
+            None,
+            r"expected a picture of \(128, 128\) pixels as its camera says, .*found \(9000, 100\)",
+        ),
+        ("masks/003.jpg.png", None, r"expected a mask of \(128, 128\) pixels"),
+    ],
+)
+def test_pictures_and_masks_that_are_not_their_cameras_are_refused(video, name, content, said):
+    folder, _ = video
+    if content is None:
+        Image.new("L", (9000, 100), 255).save(folder / name)
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(LayoutError, match=said):
+        make_layout("mvimgnet", folder.parents[1], 64, FRAMES).read(folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        (SIMPLE_PINHOLE, [137.0, 64, 64]),
+        (PINHOLE, [137.0, 137.0, 64, 64]),
+        (SIMPLE_RADIAL, [137.0, 64, 64, 0.01]),
+        (RADIAL, [137.0, 64, 64, 0.01, 0]),
+        (OPENCV, [137.0, 137.0, 64, 64, 0.01, 0, 0, 0]),
+    ],
+)
+def test_every_camera_model_gives_the_same_cameras(tmp_path, model, parameters):
+    write_model(tmp_path / "0", [np.eye(4)[:3]], parameters, model)
+    (image,) = read_model(tmp_path / "0")
+    k1 = 0.01 if model >= SIMPLE_RADIAL else 0.0
+    assert image.camera == Camera(SIDE, SIDE, 137.0, 137.0, 64.0, 64.0, k1)
+
+
+def test_a_camera_model_that_we_do_not_know_and_a_strange_camera_are_refused(tmp_path):
+    write_model(tmp_path / "a", [], [100.0, 100, 64, 64, 0, 0, 0, 0], FISHEYE)
+    with pytest.raises(LayoutError, match=r"expected a pinhole camera, .*found model 5"):
+        read_model(tmp_path / "a")
+    write_model(tmp_path / "b", [], [-100.0, 100, 64, 64])
+    with pytest.raises(LayoutError, match="expected a camera, found 128 x 128 pixels"):
+        read_model(tmp_path / "b")
+
+
+def test_distortion_is_measured_by_hand_and_refused_above_a_hundredth_of_the_crop(video, tmp_path):
+    camera = Camera(200, 100, 100.0, 50.0, 100.0, 50.0, k1=0.1, k2=0.01, p1=0.001, p2=0.002)
+    # x = 1, y = 2, r^2 = 5: radial 0.5 + 0.25; dx = 0.75 + 2 p1 2 + p2 (5 + 2), dy = 1.5 + 2 p2 2 + p1 (5 + 8)
+    dx, dy = 0.75 + 0.004 + 0.014, 1.5 + 0.008 + 0.013
+    assert camera.displacement(np.array([[200.0, 150.0]]))[0] == pytest.approx(np.hypot(100 * dx, 50 * dy))
+    assert camera.displacement(np.array([[100.0, 50.0]]))[0] == 0
+    _, sample = video
+    focal = float(sample.fxfycxcy[0, 0]) * SIDE
+    for name, k in (("mild", 0.02), ("strong", 0.2)):
+        write_video(
+            tmp_path / name / "7" / "a", sample, tmp_path / name / "7" / "a" / "masks", [focal, 64, 64, k], 2
+        )
+    converted(tmp_path / "mild", tmp_path / "mild-out")
+    said = reason(tmp_path / "strong" / "7" / "a", tmp_path / "out")
+    assert "expected a lens that moves the crop's corners by at most 1% of its side, found" in said
+
+
+def test_cameras_that_do_not_go_around_an_object_are_refused(tmp_path):
+    sample = synthetic_sample("a", FRAMES, SIDE, 0)
+    still = np.repeat(sample.c2w[:1], FRAMES, axis=0)
+    away = sample.c2w.copy()
+    away[:, :3, :3] = away[:, :3, :3] @ np.diag([-1, 1, -1]).astype(np.float32)  # turned about their up axes
+    for name, c2w, said in (
+        ("still", still, "look in one direction"),
+        ("away", away, "found none before camera"),
+    ):
+        sample.c2w[:] = c2w
+        write_video(tmp_path / name / "7" / "a", sample, tmp_path / name / "7" / "a" / "masks")
+        assert said in reason(tmp_path / name / "7" / "a", tmp_path / "out")
+        shutil.rmtree(tmp_path / "out.partial")
+
+
+def test_one_bad_object_leaves_the_others_and_is_named(video, tmp_path):
+    folder, _ = video
+    shutil.copytree(folder, folder.parent / "bad")
+    missing(folder.parent / "bad" / "sparse" / "0" / "images.bin")
+    found = converted(folder.parents[1], tmp_path / "out")
+    assert set(found) == {"7_1a2b"}
+    (line,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert (record["id"], record["file"]) == ("7_bad", "7/bad")
+    assert "images.bin, found none" in record["reason"]
