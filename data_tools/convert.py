@@ -105,8 +105,9 @@ def convert(
         InputError: ``out`` is there, there are no objects, none can be used, or two have one name.
     """
     tasks = find_tasks(layout, folder)
-    count = default_held_out(len(tasks)) if held_out is None else held_out
-    plan = plan_shards(list(tasks), count, shard_size)
+    splits = dict.fromkeys(tasks, "")
+    count = default_held_out(splits.values()) if held_out is None else held_out
+    plan = plan_shards(splits, count, shard_size)
     kinds = Counter(_wanted(task.kind, resolution) for task in tasks.values() if task.kind)
     kind = kinds.most_common(1)[0][0] if kinds else None
     with new_folder(out) as partial_out:

@@ -20,7 +20,7 @@ from lrm_pl.errors import InputError
 MEASURES_MEMBER = "measures.json"
 
 #: Rules that an object must obey unless the user says otherwise.
-DEFAULT_RULES = ("coverage >= 0.01", "cropped <= 0.5", "white <= 0.98", "missing_textures <= 0")
+DEFAULT_RULES = ("coverage >= 0.01", "cropped <= 0.5", "white <= 0.95", "missing_textures <= 0")
 
 #: Above this in all channels (of 255) a pixel counts as white.
 _WHITE = 250

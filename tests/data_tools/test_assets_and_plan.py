@@ -77,11 +77,12 @@ def test_the_table_fills_metadata_and_its_hashes_are_checked(tmp_path):
 def test_the_held_out_objects_are_those_with_the_smallest_hashes():
     # sha256 of a, b, c, d begins with ca, 3e, 2e, 18
     assert held_out_ids(["a", "b", "c", "d"], 2) == {"c", "d"}
-    assert [default_held_out(n) for n in (1, 5, 6, 47, 48, 1000)] == [0, 0, 1, 7, 8, 8]
+    assert [default_held_out([""] * n) for n in (1, 5, 6, 47, 48, 1000)] == [0, 0, 1, 7, 8, 8]
+    assert default_held_out(["train", "val"] * 50) == 0  # the list has chosen
 
 
 def test_shards_are_cut_by_position_in_the_sorted_list_of_a_split():
-    plan = plan_shards(["d", "b", "e", "a", "c"], held_out=2, shard_size=2)
+    plan = plan_shards(dict.fromkeys("dbeac", ""), held_out=2, shard_size=2)
     assert [(shard.name, shard.ids) for shard in plan] == [
         ("train-000000.tar", ("a", "b")),
         ("train-000001.tar", ("e",)),
@@ -89,9 +90,17 @@ def test_shards_are_cut_by_position_in_the_sorted_list_of_a_split():
     ]
 
 
+def test_objects_whose_split_is_listed_stay_there_and_only_others_are_chosen_from():
+    # sha256 of a, b, c, d begins with ca, 3e, 2e, 18
+    plan = plan_shards({"a": "val", "b": "", "c": "", "d": "train"}, held_out=1, shard_size=8)
+    assert {shard.split: shard.ids for shard in plan} == {"train": ("b", "d"), "val": ("a", "c")}
+    with pytest.raises(ValueError, match=r"expected --held-out between 0 and 2 \(2 assets to choose from"):
+        plan_shards({"a": "val", "b": "", "c": "", "d": "train"}, held_out=3, shard_size=8)
+
+
 def test_a_split_that_leaves_nothing_to_train_on_is_refused():
     with pytest.raises(ValueError, match=r"expected --held-out between 0 and 1 .*, found 2"):
-        plan_shards(["a", "b"], held_out=2, shard_size=8)
+        plan_shards(dict.fromkeys("ab", ""), held_out=2, shard_size=8)
 
 
 def test_the_demo_assets_are_complete_small_and_free():

@@ -292,7 +292,7 @@ def test_objects_that_break_a_rule_go_to_shards_of_their_own(assets, tmp_path, c
     assert manifest.split("val") == ()
     assert "rejected       2, see" in capfd.readouterr().out
     rows = {row["id"]: row for row in pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()}
-    assert (rows["b"]["outcome"], rows["b"]["reason"]) == ("rejected", "white 1, expected <= 0.98")
+    assert (rows["b"]["outcome"], rows["b"]["reason"]) == ("rejected", "white 1, expected <= 0.95")
     assert (rows["a"]["outcome"], rows["a"]["reason"], rows["a"]["white"]) == ("kept", "", 0.0)
     assert run(assets, out) == manifest  # nothing is rendered again
 
