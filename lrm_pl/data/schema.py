@@ -5,8 +5,8 @@ A sample with key ``chair`` and V views is these members of a WebDataset tar, in
     chair.json           SampleInfo: id, name, licence, creator, source, seed, renderer, views, schema_version
     chair.c2w.npy        (V, 4, 4) float32, OpenCV camera to world
     chair.fxfycxcy.npy   (V, 4)    float32, divided by image width / height
-    chair.view_000.png   RGBA, 8 bits, straight alpha (PNG or lossless WebP), one a view
-    chair.view_001.png   ...
+    chair.view_000.webp  RGBA, 8 bits, straight alpha (lossless WebP, or PNG), one a view
+    chair.view_001.webp  ...
     chair.measures.json  optional: what was measured of the object (data_tools/criteria.py)
     chair.depth_000.png  optional, one a view: 16 bits, depth along the camera's z axis, 0 where nothing is, else
                          depth / ``MAX_DEPTH`` * 65535
@@ -36,10 +36,13 @@ SCHEMA_VERSION = 1
 #: tar header holds names of at most 100 bytes.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 
-IMAGE_FORMATS = ("png", "webp")
+IMAGE_FORMATS = ("webp", "png")
 
 #: A view larger than this is refused before it is decoded (a decompression bomb, or the wrong file).
 MAX_IMAGE_SIDE = 4096
+
+#: As long to encode as PNG; more effort saves a few hundredths of the size for ten times as long.
+_WEBP_EFFORT = {"method": 2, "quality": 20}
 
 #: Members that need not be there, and are read only by who asks for them.
 EXTRA_PATTERN = re.compile(r"measures\.json|(depth|normal)_\d{3}\.png")
@@ -98,8 +101,8 @@ class Sample:
     extras: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
 
-def view_member(index: int, image_format: str = "png") -> str:
-    """Name the member (without its key) that holds view ``index``: ``view_003.png``."""
+def view_member(index: int, image_format: str = "webp") -> str:
+    """Name the member (without its key) that holds view ``index``: ``view_003.webp``."""
     return f"view_{index:03d}.{image_format}"
 
 
@@ -227,18 +230,25 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
                     f"sample {key!r}: expected views of at most {MAX_IMAGE_SIDE} pixels a side, found {image.size}"
                 )
             return np.array(image, dtype=np.uint8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's answers to a broken file
+    except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, of a broken file
         raise SampleError(
             f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}"
         ) from error
 
 
 def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
-    """Encode one (H, W, 4) uint8 view with straight alpha as PNG; equal pixels give equal bytes."""
+    """Encode one (H, W, 4) uint8 view with straight alpha; equal pixels give equal bytes.
+
+    As lossless WebP, which is decoded in a third to a half of PNG's time and is a quarter smaller. A view without a
+    transparent pixel becomes a PNG: WebP would not keep its alpha.
+    """
     if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
         raise SampleError(f"expected an RGBA image (H, W, 4) of uint8, found {rgba.shape} of {rgba.dtype}")
-    buffer = io.BytesIO()
-    Image.fromarray(rgba, mode="RGBA").save(buffer, format="PNG")
+    buffer, image = io.BytesIO(), Image.fromarray(rgba, mode="RGBA")
+    if (rgba[..., 3] == 255).all():
+        image.save(buffer, format="PNG")
+    else:
+        image.save(buffer, format="WEBP", lossless=True, exact=True, **_WEBP_EFFORT)
     return buffer.getvalue()
 
 

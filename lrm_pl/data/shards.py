@@ -17,7 +17,7 @@ import numpy as np
 
 from lrm_pl.data.manifest import MemberIndex, ShardError
 from lrm_pl.data.mixture import Entry
-from lrm_pl.data.schema import Sample, SampleError, decode_sample, view_member
+from lrm_pl.data.schema import IMAGE_FORMATS, Sample, SampleError, decode_sample, view_member
 from lrm_pl.stores import StoreError
 
 Item = TypeVar("Item")
@@ -139,7 +139,7 @@ class ShardReader:
         index = self._index(place.shard)
         key = list(index)[place.index]
         members = index[key]
-        images = {view_member(view, suffix) for view in views for suffix in ("png", "webp")}
+        images = {view_member(view, suffix) for view in views for suffix in IMAGE_FORMATS}
         names = [name for name in members if not name.startswith("view_") or name in images]
         try:
             content = entry.source.read(entry.shard, [members[name] for name in names])

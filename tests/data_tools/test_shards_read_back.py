@@ -52,7 +52,7 @@ def test_plain_webdataset_reads_the_shards(folder):
     assert found[0]["json"]["name"] == "Chair"
     np.testing.assert_array_equal(found[0]["c2w.npy"], expected.c2w)
     np.testing.assert_array_equal(found[0]["fxfycxcy.npy"], expected.fxfycxcy)
-    np.testing.assert_array_equal(found[0]["view_002.png"], decode_image("bed", expected.views[2]))
+    np.testing.assert_array_equal(found[0]["view_002.webp"], decode_image("bed", expected.views[2]))
     gc.collect()  # webdataset leaves the tar open: let that warning come here, where it is ignored
 
 
@@ -126,10 +126,10 @@ def test_differing_numbers_of_views_are_refused():
     with pytest.raises(SampleError, match=r"expected c2w of shape \(3, 4, 4\)"):
         check_sample(dataclasses.replace(sample, c2w=sample.c2w[:2]))
     members = encode_sample(sample)
-    with pytest.raises(SampleError, match=r"view_002\.png is missing"):
-        decode_sample("chair", {name: data for name, data in members.items() if name != "view_002.png"})
-    with pytest.raises(SampleError, match=r"found also \['view_003.png'\]"):
-        decode_sample("chair", members | {"view_003.png": sample.views[0]})
+    with pytest.raises(SampleError, match=r"view_002\.webp is missing"):
+        decode_sample("chair", {name: data for name, data in members.items() if name != "view_002.webp"})
+    with pytest.raises(SampleError, match=r"found also \['view_003.webp'\]"):
+        decode_sample("chair", members | {"view_003.webp": sample.views[0]})
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P"])
@@ -144,7 +144,7 @@ def test_bytes_that_are_no_image_are_refused():
     with pytest.raises(SampleError, match="expected a PNG or WebP view, found 7 bytes"):
         decode_image("chair", b"garbage")
     with pytest.raises(SampleError, match="expected a PNG or WebP view"):
-        decode_image("chair", make_sample().views[0][:60])
+        decode_image("chair", make_sample().views[0][:30])
 
 
 def _array(header, content=b""):
@@ -172,14 +172,43 @@ def test_an_array_is_refused_by_its_header_before_anything_is_allocated(array, m
     assert message in str(error.value)
 
 
-def test_a_picture_is_refused_by_its_size_before_it_is_decoded():
+def _large_png():
     bomb = io.BytesIO()
     Image.new("RGBA", (8, 8)).save(bomb, "PNG")
     content = bytearray(bomb.getvalue())
     content[16:24] = (8192).to_bytes(4, "big") * 2  # width and height in the header
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+def _large_webp():
+    content = bytearray(make_sample().views[0])
+    content[21:25] = (8191 | 8191 << 14 | 1 << 28).to_bytes(
+        4, "little"
+    )  # width - 1, height - 1, alpha is used
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content", [_large_png(), _large_webp()], ids=["png", "webp"])
+def test_a_picture_is_refused_by_its_size_before_it_is_decoded(content):
     with pytest.raises(SampleError, match=r"at most 4096 pixels a side, found \(8192, 8192\)"):
-        decode_image("chair", bytes(content))
+        decode_image("chair", content)
+
+
+@pytest.mark.parametrize("alpha", [slice(0, 256), slice(255, 256)], ids=["any alpha", "opaque"])
+def test_every_pixel_of_a_view_comes_back_also_a_colour_that_alpha_hides(alpha):
+    rng = np.random.default_rng(3)
+    rgba = rng.integers(0, 256, (40, 56, 4), dtype=np.uint8)
+    rgba[..., 3] = rng.integers(alpha.start, alpha.stop, (40, 56))
+    rgba[:20, :20, 3] = alpha.start
+    np.testing.assert_array_equal(decode_image("chair", encode_image(rgba)), rgba)
+
+
+def test_a_view_that_is_cut_off_anywhere_is_refused():
+    view = make_sample().views[0]
+    for end in range(0, len(view) - 1, 7):
+        with pytest.raises(SampleError, match="sample 'chair'"):
+            decode_image("chair", view[:end])
 
 
 def test_an_index_with_a_member_larger_than_any_view_is_refused(folder):

@@ -47,7 +47,7 @@ def test_whole_shards_pass_and_the_next_command_is_said(folder, capsys):
 def test_a_flipped_byte_is_found_by_hash_and_by_sample(folder, capsys):
     shard = read_manifest(folder).shards[1]
     key, members = list(read_index(folder, shard).items())[1]
-    offset, size = members["view_003.png"]
+    offset, size = members["view_003.webp"]
     content = bytearray((folder / shard.name).read_bytes())
     content[offset + size // 2] ^= 255
     (folder / shard.name).write_bytes(bytes(content))
@@ -75,12 +75,12 @@ def _empty(members, sample):
 
 
 def _two_sizes(members, sample):
-    small = encode_image(np.full((16, 16, 4), 255, dtype=np.uint8))
-    members["view_005.png"] = small
+    small = encode_image(np.full((16, 16, 4), 254, dtype=np.uint8))
+    members["view_005.webp"] = small
 
 
 def _no_view(members, sample):
-    del members["view_005.png"]
+    del members["view_005.webp"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def _no_view(members, sample):
         (_pixels, "cameras that fit the pictures"),
         (_empty, "expected an object, found 8 wholly transparent views"),
         (_two_sizes, "expected views of one size, found [(16, 16), (32, 32)]"),
-        (_no_view, "its record says 8 views, but view_005.png is missing"),
+        (_no_view, "its record says 8 views, but view_005.webp is missing"),
     ],
 )
 def test_a_bad_sample_is_named_with_its_shard(folder, capsys, change, message):
