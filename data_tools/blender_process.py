@@ -65,6 +65,7 @@ class Outcome:
         reason: Why, where it is not done.
         members: The sample's members, where it is done.
         log: What Blender printed, where it is not done.
+        cycles_s: Seconds that Cycles itself took, where it is done.
     """
 
     asset: Asset
@@ -72,6 +73,7 @@ class Outcome:
     reason: str = ""
     members: dict[str, bytes] = dataclasses.field(default_factory=dict)
     log: str = ""
+    cycles_s: float = 0.0
 
 
 class BlenderProcess:
@@ -123,7 +125,7 @@ class BlenderProcess:
             )
         if answer["outcome"] != "done":
             return Outcome(asset, answer["outcome"], answer["reason"], log=self._printed())
-        return Outcome(asset, "done", members=answer["members"])
+        return Outcome(asset, "done", members=answer["members"], cycles_s=answer["cycles_s"])
 
     def is_alive(self) -> bool:
         """Say whether the process can take another asset."""

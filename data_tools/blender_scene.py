@@ -4,7 +4,10 @@ Uniform light of strength 1 and the Standard view transform make a matt surface 
 colour.
 """
 
+import contextlib
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import bpy
@@ -100,6 +103,27 @@ def add_camera() -> None:
     camera = bpy.data.objects.new("view", data)
     bpy.context.scene.collection.objects.link(camera)
     bpy.context.scene.camera = camera
+
+
+@contextlib.contextmanager
+def cycles_clock() -> Iterator[list[float]]:
+    """Note the seconds of each picture between Blender's handing over to Cycles and Cycles' last pixel."""
+    seconds, start = list[float](), [0.0]
+
+    def begin(*_: object) -> None:
+        start[0] = time.perf_counter()
+
+    def end(*_: object) -> None:
+        seconds.append(time.perf_counter() - start[0])
+
+    handlers = bpy.app.handlers
+    handlers.render_pre.append(begin)
+    handlers.render_post.append(end)
+    try:
+        yield seconds
+    finally:
+        handlers.render_pre.remove(begin)
+        handlers.render_post.remove(end)
 
 
 def render_view(

@@ -63,12 +63,15 @@ def main() -> None:
     while True:
         asset = Asset(**json.loads(lines.get()))
         print(f"--- {asset.id} ({asset.file})", file=sys.stderr, flush=True)
-        outcome, reason, members = _try_render(asset, setup, renderer)
-        _answer(answers, {"outcome": outcome, "reason": reason}, members)
+        outcome, reason, cycles_s, members = _try_render(asset, setup, renderer)
+        _answer(answers, {"outcome": outcome, "reason": reason, "cycles_s": cycles_s}, members)
 
 
-def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> Sample:
+def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Sample, float]:
     """Render all views of one asset in a scene of its own.
+
+    Returns:
+        The sample, and the seconds that Cycles itself took.
 
     Raises:
         AssetError: The asset cannot be imported, is empty, or no view shows anything.
@@ -83,16 +86,17 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> Sample:
     device = blender_scene.choose_device()
     blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
     blender_scene.add_camera()
-    images = [
-        blender_scene.render_view(
-            cameras.c2w[view],
-            float(cameras.fxfycxcy[view, 0]),
-            half_extent,
-            derive_seed(settings.seed, asset.id, view),
-            Path(setup.scratch),
-        )
-        for view in range(settings.views)
-    ]
+    with blender_scene.cycles_clock() as cycles_s:
+        images = [
+            blender_scene.render_view(
+                cameras.c2w[view],
+                float(cameras.fxfycxcy[view, 0]),
+                half_extent,
+                derive_seed(settings.seed, asset.id, view),
+                Path(setup.scratch),
+            )
+            for view in range(settings.views)
+        ]
     if not any(image[..., 3].any() for image in images):
         raise blender_import.AssetError(f"renders to nothing: all {settings.views} views are transparent")
     info = SampleInfo(
@@ -105,13 +109,14 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> Sample:
         renderer=renderer,
         views=settings.views,
     )
-    return Sample(
+    sample = Sample(
         info,
         cameras.c2w,
         cameras.fxfycxcy,
         tuple(encode_image(image) for image in images),
         {MEASURES_MEMBER: encode_measures(measure_views(mesh, images))},
     )
+    return sample, sum(cycles_s)
 
 
 def _mesh_file(asset: Asset, setup: WorkerSetup) -> Path:
@@ -130,19 +135,22 @@ def _mesh_file(asset: Asset, setup: WorkerSetup) -> Path:
     return path
 
 
-def _try_render(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[str, str, Mapping[str, bytes]]:
+def _try_render(
+    asset: Asset, setup: WorkerSetup, renderer: str
+) -> tuple[str, str, float, Mapping[str, bytes]]:
     from data_tools.blender_import import AssetError
 
     try:
-        return "done", "", encode_sample(render_object(asset, setup, renderer))
+        sample, cycles_s = render_object(asset, setup, renderer)
+        return "done", "", cycles_s, encode_sample(sample)
     except (AssetError, InputError) as error:
-        return "failed", str(error), {}
+        return "failed", str(error), 0.0, {}
     except Exception as error:  # whatever one asset does to Blender, the next one is still rendered
         traceback.print_exc()
         full = os.strerror(errno.ENOSPC)
         if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
-            return "no space", f"{setup.scratch}: {error}", {}
-        return "failed", f"{type(error).__name__}: {str(error).strip()}", {}
+            return "no space", f"{setup.scratch}: {error}", 0.0, {}
+        return "failed", f"{type(error).__name__}: {str(error).strip()}", 0.0, {}
     finally:
         for path in Path(setup.scratch).iterdir():  # the next object finds an empty folder
             path.unlink()

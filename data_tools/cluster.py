@@ -167,12 +167,18 @@ class Pool:
                 else:
                     yield outcome
 
+    @property
+    def processes(self) -> int:
+        """Blender processes there are now."""
+        return len(self._slots)
+
     def describe(self) -> str:
         """Say in words how many processes there is room for."""
         nodes = sum(node["Alive"] for node in ray.nodes())
-        gpus = f" and {self.share.gpus:g} GPUs" if self.share.gpus else ""
         room = min(_room(self.share), self._setup.jobs or sys.maxsize)
-        return f"{room} Blender processes ({self.share.cpus} CPUs{gpus} each) on {nodes} nodes"
+        each = _counted(self.share.cpus, "CPU") + (f" and {self.share.gpus:g} GPU" if self.share.gpus else "")
+        processes = _counted(room, "Blender process", "Blender processes")
+        return f"{processes} ({each}{' each' if room > 1 else ''}) on {_counted(nodes, 'node')}"
 
     def close(self) -> None:
         """End all processes."""
@@ -291,6 +297,10 @@ def _room(share: Share) -> int:
         )
         for node in nodes
     )
+
+
+def _counted(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _cause(error: RayTaskError) -> BaseException:

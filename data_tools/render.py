@@ -4,6 +4,7 @@ The order of events in OUT: ``render.json`` first, then parts and shards as obje
 the contact sheet, ``filter.parquet``, and ``manifest.json`` last.
 """
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -44,6 +45,14 @@ from data_tools.shard_folder import (
 from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 
 
+@dataclasses.dataclass
+class _Done:
+    """What this run rendered: objects, the share of the processes' time that Cycles itself took."""
+
+    objects: int = 0
+    cycles: float = 0.0
+
+
 def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: Setup) -> Manifest:
     """Render what is not rendered yet and finish the folder.
 
@@ -75,7 +84,7 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
         if not pending and manifest is not None:
             shutil.rmtree(out / PARTS_NAME)
             print(f"Nothing to render: all {len(assets)} objects of {setup.assets} are finished.")
-            _print_summary(out, manifest, time.monotonic() - start, rendered=0)
+            _print_summary(out, manifest, time.monotonic() - start, _Done())
             return manifest
         (out / MANIFEST_NAME).unlink(missing_ok=True)
         needed = estimate_bytes(len(pending), settings)
@@ -86,16 +95,16 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             have = parts(out)
             for shard in (shard for shard in plan if not left[shard] and have.intersection(shard.ids)):
                 write_planned_shard(out, shard, rules)
-            rendered = 0
+            done = _Done()
             if pending:
                 with connected(setup.jobs):
-                    rendered = _render_pending(setup, out, assets, pending, left, failures)
+                    done = _render_pending(setup, out, assets, pending, left, failures)
             manifest = _finish(out, plan, assets, failures)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             raise FolderError(no_space_message(out, needed)) from error
-    _print_summary(out, manifest, time.monotonic() - start, rendered)
+    _print_summary(out, manifest, time.monotonic() - start, done)
     return manifest
 
 
@@ -112,16 +121,17 @@ def _render_pending(
     pending: Sequence[Asset],
     left: Mapping[PlannedShard, set[str]],
     failures: dict[str, dict[str, str]],
-) -> int:
-    """Render the pending assets, write each shard as it becomes complete; returns the objects made."""
+) -> _Done:
+    """Render the pending assets, write each shard as it becomes complete."""
     rules = [parse_rule(rule) for rule in setup.settings.rules]
-    rendered, failed = 0, 0
+    rendered, failed, cycles_s = 0, 0, 0.0
+    start = time.monotonic()
     by_id = {key: shard for shard in left for key in shard.ids}
     with closing(Pool(setup)) as pool, closing(pool.render(pending)) as outcomes:
         if not check_settings(out, setup.settings, assets, pool.renderer):
             write_settings(out, setup.settings, assets, pool.renderer)
         print(f"Rendering {len(pending)} of {len(assets)} objects, {pool.describe()} ...", flush=True)
-        start = time.monotonic()
+        begun = time.monotonic()
         with tqdm(
             total=len(assets), initial=len(assets) - len(pending), unit="object", file=sys.stderr
         ) as bar:
@@ -135,6 +145,7 @@ def _render_pending(
                     )
                 if outcome.kind == "done":
                     rendered += 1
+                    cycles_s += outcome.cycles_s
                     write_part(out, asset.id, outcome.members)
                 else:
                     failed += 1
@@ -142,14 +153,14 @@ def _render_pending(
                     write_quarantine(out, asset.id, f"{outcome.reason}\n\n{outcome.log}")
                     write_failures(out, failures)
                     bar.write(f"left out: {asset.file}: {outcome.reason.splitlines()[0]}", file=sys.stderr)
-                speed = rendered * setup.settings.views / (time.monotonic() - start)
+                speed = rendered * setup.settings.views / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)
                 bar.update()
                 shard = by_id[asset.id]
                 left[shard].discard(asset.id)
                 if not left[shard]:
                     write_planned_shard(out, shard, rules)
-    return rendered
+        return _Done(rendered, cycles_s / ((time.monotonic() - start) * max(1, pool.processes)))
 
 
 def _finish(
@@ -178,7 +189,7 @@ def _finish(
     return manifest
 
 
-def _print_summary(out: Path, manifest: Manifest, seconds: float, rendered: int) -> None:
+def _print_summary(out: Path, manifest: Manifest, seconds: float, done: _Done) -> None:
     train, val = (sum(s.samples for s in manifest.split(split)) for split in ("train", "val"))
     rejected = sum(shard.samples for shard in manifest.shards if shard.rejected)
     print(f"objects        {train + val} ({train} train, {val} held out), {manifest.views} views each")
@@ -190,10 +201,11 @@ def _print_summary(out: Path, manifest: Manifest, seconds: float, rendered: int)
             f"left out       {manifest.failures}, see {out / FAILURES_NAME} and {out / QUARANTINE_NAME} (they are not "
             "tried again unless you delete that file)"
         )
-    if rendered:
-        views = rendered * manifest.views
+    if done.objects:
+        views = done.objects * manifest.views
         print(
-            f"speed          {views / seconds:.1f} views/s ({views} views in {seconds:.1f} s, start included)"
+            f"speed          {views / seconds:.1f} views/s ({views} views in {seconds:.1f} s, start included); Cycles "
+            f"itself took {done.cycles:.0%}"
         )
     print(f"folder         {out}")
     print(f"contact sheet  {out / SHEET_NAME}")

@@ -51,7 +51,7 @@ def serve():
         folder = Path(setup["assets"])
         text = (folder / asset["file"]).read_text()
         served += 1
-        outcome = {"outcome": "done", "reason": ""}
+        outcome = {"outcome": "done", "reason": "", "cycles_s": 0.0}
         mended = (folder / "mended").exists()
         if text == "dies" or (text == "dies once" and not mended):
             (folder / "mended").touch()
