@@ -87,7 +87,7 @@ test-fast: .venv/ready ## Run the quick tests only: no Blender, nothing slow
 soak: .venv/ready .venv-render/ready ## Run the long tables
 	.venv/bin/python -m pytest -m soak -s
 
-bench: .venv/ready ## Measure speed on this machine: BENCH="scaling overhead stall" ARGS="--rounds 3"
+bench: .venv/ready .venv-render/ready ## Measure speed on this machine: BENCH="scaling overhead stall" ARGS="--rounds 3"
 	.venv/bin/python -m tests.bench $(BENCH) $(ARGS)
 
 lint: .venv/ready ## Check style, types and who imports whom

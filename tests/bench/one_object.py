@@ -1,0 +1,35 @@
+"""One Blender process for one object, nothing kept between its views: the usual script, with our settings.
+
+`.venv-render/bin/python -m tests.bench.one_object MESH VIEWS RESOLUTION SAMPLES THREADS FOLDER`. What differs from
+``data_tools``: the process starts for each object, and each view is the whole frame of a scene that Cycles reads anew.
+"""
+
+import sys
+from pathlib import Path
+
+import bpy
+import mathutils
+import numpy as np
+
+from data_tools import blender_import, blender_scene
+from data_tools.views import PRESETS, draw_cameras
+from lrm_pl.conventions import opengl_to_opencv
+
+
+def main(mesh: Path, views: int, resolution: int, samples: int, threads: int, folder: Path) -> None:
+    """Render every view to a PNG in ``folder``."""
+    blender_import.load_asset(mesh, "sphere")
+    blender_scene.set_up_scene(blender_scene.choose_device(), resolution, samples, threads)
+    blender_scene.add_camera()
+    scene = bpy.context.scene
+    scene.render.use_persistent_data = False
+    cameras = draw_cameras(PRESETS["frame"], views, np.random.default_rng(0))
+    for view in range(views):
+        scene.camera.matrix_world = mathutils.Matrix(opengl_to_opencv(cameras.c2w[view]).tolist())
+        scene.camera.data.lens = blender_scene.SENSOR_MM * float(cameras.fxfycxcy[view, 0])
+        scene.render.filepath = str(folder / f"{view:03d}.png")
+        bpy.ops.render.render(write_still=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *(int(number) for number in sys.argv[2:6]), Path(sys.argv[6]))

@@ -1,0 +1,86 @@
+"""Views a second of `data_tools render` over those of the usual way: one Blender process an object, nothing kept.
+
+The usual way gets as many processes at a time as there are cores, of one thread each, so that none of them idles.
+"""
+
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.bench.demo_run import ROOT
+
+TARGET, MOST_NOT_CYCLES = 3.0, 0.25
+VIEWS, RESOLUTION, SAMPLES = 16, 128, 16
+PYTHON = ROOT / ".venv-render" / "bin" / "python"
+
+
+def measure(_: Path, rounds: int, objects: int = 24) -> list[dict[str, object]]:
+    """Render the same objects either way in turns."""
+    meshes = sorted((ROOT / "data_tools" / "demo_assets").glob("*.glb"))[::2][:objects]
+    ours, theirs, cycles = list[float](), list[float](), list[float]()
+    for _round in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.append(one_process_an_object(meshes, Path(folder)))
+        with tempfile.TemporaryDirectory() as folder:
+            speed, share = data_tools(meshes, Path(folder))
+            ours.append(speed)
+            cycles.append(share)
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    other = 1 - statistics.median(cycles)
+    return [
+        {
+            "bench": f"rendering at {RESOLUTION} px, {SAMPLES} samples / one Blender process an object",
+            "value": ratio, "target": f">= {TARGET}", "met": ratio >= TARGET, "objects": len(meshes),
+            "views_per_second": {"ours": statistics.median(ours), "theirs": statistics.median(theirs)},
+            "rounds": {"ours": ours, "theirs": theirs},
+        },
+        {
+            "bench": "rendering: share of the time that is not Cycles, start included",
+            "value": other, "target": f"< {MOST_NOT_CYCLES}", "met": other < MOST_NOT_CYCLES, "rounds": cycles,
+        },
+    ]  # fmt: skip
+
+
+def one_process_an_object(meshes: list[Path], folder: Path) -> float:
+    """Return views a second, start included."""
+    cores = len(os.sched_getaffinity(0))
+
+    def render(mesh: Path) -> None:
+        out = folder / mesh.stem
+        out.mkdir()
+        command = [PYTHON, "-m", "tests.bench.one_object", mesh, VIEWS, RESOLUTION, SAMPLES, 1, out]
+        subprocess.run([str(word) for word in command], cwd=ROOT, check=True, capture_output=True)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(render, meshes))
+    return len(meshes) * VIEWS / (time.perf_counter() - start)
+
+
+def data_tools(meshes: list[Path], folder: Path) -> tuple[float, float]:
+    """Return views a second, start included, and the share of the time that Cycles took."""
+    assets = folder / "assets"
+    assets.mkdir()
+    for mesh in meshes:
+        (assets / mesh.name).symlink_to(mesh)
+    command = [
+        PYTHON, "-m", "data_tools", "render", "--assets", assets, "--out", folder / "out", "--views", VIEWS,
+        "--res", RESOLUTION, "--samples", SAMPLES,
+    ]  # fmt: skip
+    start = time.perf_counter()
+    done = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+    share = re.search(r"Cycles itself took (\d+)%", done.stdout)
+    assert share is not None, done.stdout
+    return len(meshes) * VIEWS / seconds, int(share[1]) / 100
+
+
+if __name__ == "__main__":
+    print(measure(Path(), 1, objects=6))
