@@ -35,21 +35,22 @@ def main() -> None:
     table = Table(title=", ".join(f"{key} {value}" for key, value in here.items()))
     for column in ("", "value", "target", "met", "details"):
         table.add_column(column)
+    records = []
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder))
         for name in arguments.names:
             measure, rounds = BENCHES[name]
             found = measure(shards, arguments.rounds or rounds)
             for result in found if isinstance(found, list) else [found]:
-                _keep(result, here, results, table)
+                records.append(_keep(result, here, results, table))
     console = Console()
     console.print(table)
-    update(ROOT / "README.md", results)
+    update(ROOT / "README.md", records)
     console.print(f"Appended to {results}; README.md has the last of each", soft_wrap=True)
 
 
-def _keep(result: dict[str, object], here: dict[str, object], results: Path, table: Table) -> None:
-    """Append a figure to the file and to the table."""
+def _keep(result: dict[str, object], here: dict[str, object], results: Path, table: Table) -> dict:
+    """Append a figure to the file and to the table; returns its record."""
     record = {
         **result, **here, "commit": git_commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -60,6 +61,7 @@ def _keep(result: dict[str, object], here: dict[str, object], results: Path, tab
     details = ", ".join(_said(k, v) for k, v in result.items() if k not in shown)
     met = "yes" if result["met"] else "NO"
     table.add_row(str(result["bench"]), f"{result['value']:.3f}", str(result["target"]), met, details)
+    return record
 
 
 def _said(name: str, value: object) -> str:

@@ -1,29 +1,42 @@
 """Keep the last figure of every benchmark as a table in the README."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 BEGIN, END = "<!-- what make bench found last -->", "<!-- end of it -->"
 
+#: (machine, benchmark) -> (what was found, what is wanted)
+Rows = dict[tuple[str, str], tuple[str, str]]
 
-def table(records: Iterable[dict]) -> str:
-    """Write the last record of each name as a markdown table, machine by machine, in the order of first appearance."""
-    last = {(_machine(record), record["bench"]): record for record in records}
+
+def table(rows: Rows) -> str:
+    """Write the figures as a markdown table, machine by machine, in the order of first appearance."""
     lines = []
-    for machine in dict.fromkeys(machine for machine, _ in last):
+    for machine in dict.fromkeys(machine for machine, _ in rows):
         lines += [f"On {machine}:", "", "| | found | wanted |", "|---|---|---|"]
         lines += [
-            f"| {name} | {record['value']:.3g} | {record['target']} |"
-            for (place, name), record in last.items()
+            f"| {name} | {found} | {wanted} |"
+            for (place, name), (found, wanted) in rows.items()
             if place == machine
         ]
         lines.append("")
     return "\n".join(lines)
 
 
-def update(readme: Path, results: Path) -> None:
-    """Put the table of a file of results between the marks in the README.
+def read_table(text: str) -> Rows:
+    """Read what ``table`` wrote."""
+    rows, machine = Rows(), ""
+    for line in text.splitlines():
+        if line.startswith("On "):
+            machine = line.removeprefix("On ").removesuffix(":")
+        elif line.startswith("| ") and not line.startswith("| |"):
+            name, found, wanted = (cell.strip() for cell in line.strip("|").split(" | "))
+            rows[machine, name] = found, wanted
+    return rows
+
+
+def update(readme: Path, records: Iterable[dict]) -> None:
+    """Put new figures in the place of their old ones, between the marks in the README; other figures stay.
 
     Raises:
         ValueError: The marks are not there.
@@ -31,9 +44,12 @@ def update(readme: Path, results: Path) -> None:
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{readme}: expected the marks {BEGIN} and {END} once each")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    records = [json.loads(line) for line in results.read_text().splitlines()]
-    readme.write_text(f"{before}{BEGIN}\n{table(records)}{END}{after}")
+    before, (old, after) = text.split(BEGIN)[0], text.split(BEGIN)[1].split(END)
+    new = {
+        (_machine(record), record["bench"]): (f"{record['value']:.3g}", record["target"])
+        for record in records
+    }
+    readme.write_text(f"{before}{BEGIN}\n{table(read_table(old) | new)}{END}{after}")
 
 
 def _machine(record: dict) -> str:
