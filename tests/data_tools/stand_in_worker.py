@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -85,6 +86,7 @@ def serve():
             extras = {"measures.json": encode_measures(dataclasses.replace(MEASURES, white=white))}
             sample = Sample(info, cameras.c2w, cameras.fxfycxcy, (image,) * views, extras)
             answer(outcome, encode_sample(sample))
+    shutil.rmtree(setup["scratch"])
 
 
 if __name__ == "__main__":
