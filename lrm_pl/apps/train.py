@@ -265,6 +265,8 @@ class LRMCLI(LightningCLI):
         weights: WeightsConfig = self._weights()
         if encoder and weights.network is not None:
             load_weights(self.model.lrm, Path(weights.network).expanduser())
+            if self.trainer.is_global_zero:
+                print(f"The whole network starts from the weights in {weights.network}")
         elif encoder and weights.pretrained:
             network = self.model.lrm.encoder
             network.load_pretrained(_encoder_state(network.name, weights))

@@ -382,7 +382,7 @@ def test_the_papers_size_takes_one_step(root, tmp_path):
 
 @pytest.mark.parametrize("source", ["openlrm", "triposr"])
 def test_fine_tuning_starts_from_converted_weights_keeps_the_encoder_and_trains_the_rest(
-    source, tmp_path, shards, root
+    source, tmp_path, shards, root, capsys
 ):
     theirs = {"openlrm": OpenLRM, "triposr": TripoSR}[source]()
     save_file(randomised(theirs, 0).state_dict(), tmp_path / "theirs.safetensors")
@@ -400,6 +400,7 @@ def test_fine_tuning_starts_from_converted_weights_keeps_the_encoder_and_trains_
         str(shards),
     ]
     main(["fit", *layers, *small, *run, *start, "--trainer.precision=32-true"])
+    assert f"The whole network starts from the weights in {tmp_path / 'start'}" in capsys.readouterr().out
     before = load_file(tmp_path / "start" / "model.safetensors")
     after = weights(tmp_path / "run" / "checkpoints" / "step-00000002")
     moved = {name: (after[f"network.{name}"] - tensor).abs().max().item() for name, tensor in before.items()}
