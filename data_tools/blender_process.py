@@ -88,7 +88,9 @@ class BlenderProcess:
         self, assets: Path, settings: RenderSettings, threads: int, command: tuple[str, ...] = COMMAND
     ) -> None:
         self.served = 0
-        self._scratch = tempfile.mkdtemp(prefix="lrm-blender-")
+        self._folder = tempfile.mkdtemp(prefix="lrm-blender-")
+        scratch = Path(self._folder) / "scratch"
+        scratch.mkdir()
         self._log = tempfile.TemporaryFile()
         self._mark = 0
         self._process = subprocess.Popen(
@@ -97,11 +99,12 @@ class BlenderProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=REPOSITORY,
+            env=os.environ | {"TMPDIR": self._folder},  # Blender leaves a folder behind when it is killed
             start_new_session=True,  # Ctrl-C is the driver's to handle
         )
         record = {
             "assets": str(assets.resolve()),
-            "scratch": self._scratch,
+            "scratch": str(scratch),
             "threads": threads,
             "settings": dataclasses.asdict(settings),
         }
@@ -132,7 +135,7 @@ class BlenderProcess:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End the process now, and remove its scratch folder."""
+        """End the process now, and remove its folder."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
@@ -141,7 +144,7 @@ class BlenderProcess:
                 pipe.close()
             except BrokenPipeError:  # what was still to be said to it is of no use now
                 continue
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _ask(self, record: dict[str, Any], limits: Limits) -> dict[str, Any] | str:
         """Send a line and wait for the answer; a string says why there is none (the process is dead then)."""

@@ -36,7 +36,7 @@ class WorkerSetup:
 
     Attributes:
         assets: Absolute path of the assets folder.
-        scratch: Absolute path of a folder for this worker alone.
+        scratch: Absolute path of a folder for this worker alone; what holds it goes with the worker.
         threads: CPU threads that it may use.
         settings: Settings of the run.
     """
@@ -163,7 +163,7 @@ def _read_lines_aside(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
     def read() -> None:
         for line in stream:
             lines.put(line)
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(Path(scratch).parent, ignore_errors=True)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()

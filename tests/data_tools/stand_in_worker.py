@@ -86,7 +86,7 @@ def serve():
             extras = {"measures.json": encode_measures(dataclasses.replace(MEASURES, white=white))}
             sample = Sample(info, cameras.c2w, cameras.fxfycxcy, (image,) * views, extras)
             answer(outcome, encode_sample(sample))
-    shutil.rmtree(setup["scratch"])
+    shutil.rmtree(Path(setup["scratch"]).parent)
 
 
 if __name__ == "__main__":
