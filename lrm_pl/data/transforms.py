@@ -9,15 +9,16 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from lrm_pl.data.batch import Batch, Views
 from lrm_pl.data.schema import Sample, SampleError, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import canonicalise, resize_and_crop
+from lrm_pl.kernels.views import over_white, resized_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,19 +135,19 @@ def training_item(
         rng: The sample's generator.
     """
     crop = augmentation.crop_at(step)
-    rgba = [_premultiplied(sample, view) for view in views]
+    rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
     c2w, fxfycxcy = _cameras(sample, views)
     side = int(rng.integers(crop.low, crop.high + 1))
     windows, intrinsics = [], []
-    for image, camera in zip(rgba, fxfycxcy, strict=True):
-        resized = resize(image, side)
-        top, left = _window(resized[3], crop, rng)
-        windows.append(resized[:, top : top + crop.size, left : left + crop.size])
+    for view, camera in zip(rgba, fxfycxcy, strict=True):
+        top, left = _place_window(view, side, crop, rng)
+        windows.append(resized_window(view, side, top, left, crop.size))
         intrinsics.append(resize_and_crop(camera, (side, side), (top, left, crop.size, crop.size)))
     background = torch.from_numpy(rng.random((len(views), 3), dtype=np.float32))
     jitter = torch.from_numpy(rng.random((len(views), crop.size, crop.size), dtype=np.float32))
     target = _views(torch.stack(windows), background, c2w, torch.stack(intrinsics), jitter)
-    told = _input(rgba[:inputs], c2w, fxfycxcy)
+    # Copies: what the network is told may be made noisy.
+    told = _whole(sample, rgba[:inputs], c2w[:inputs].clone(), fxfycxcy[:inputs].clone())
     if augmentation.camera_noise:
         told.c2w[:, :3] += _noise(rng, augmentation.camera_noise, (inputs, 3, 4))
         told.fxfycxcy += _noise(rng, augmentation.camera_noise, (inputs, 4))
@@ -156,24 +157,15 @@ def training_item(
 def evaluation_item(sample: Sample, inputs: int, target_views: Sequence[int]) -> Batch:
     """Make an item without randomness: whole images over white, of which the first ``inputs`` views go in."""
     views = [*range(inputs), *target_views]
-    rgba = [_premultiplied(sample, view) for view in views]
+    rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
     c2w, fxfycxcy = _cameras(sample, views)
-    white = torch.ones(len(target_views), 3)
-    target = _views(torch.stack(rgba[inputs:]), white, c2w[inputs:], fxfycxcy[inputs:], None)
-    return Batch((sample.info.id,), _input(rgba[:inputs], c2w, fxfycxcy), target, torch.ones(()))
-
-
-def resize(image: Float[Tensor, "C H W"], side: int) -> Float[Tensor, "C side side"]:
-    """Resize with pixel centres at + 0.5 and antialiasing, so that intrinsics divided by the size stay true."""
-    if image.shape[-2:] == (side, side):
-        return image
-    resized = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)
-    return resized[0].clamp(0, 1)
-
-
-def _premultiplied(sample: Sample, view: int) -> Float[Tensor, "4 H W"]:
-    rgba = torch.from_numpy(decode_image(sample.info.id, sample.views[view])).permute(2, 0, 1).float() / 255
-    return torch.cat([rgba[:3] * rgba[3:], rgba[3:]])  # resizing straight alpha would bleed hidden colours
+    target = _whole(sample, rgba[inputs:], c2w[inputs:], fxfycxcy[inputs:])
+    return Batch(
+        (sample.info.id,),
+        _whole(sample, rgba[:inputs], c2w[:inputs], fxfycxcy[:inputs]),
+        target,
+        torch.ones(()),
+    )
 
 
 def _cameras(sample: Sample, views: Sequence[int]) -> tuple[Float[Tensor, "V 4 4"], Float[Tensor, "V 4"]]:
@@ -181,20 +173,27 @@ def _cameras(sample: Sample, views: Sequence[int]) -> tuple[Float[Tensor, "V 4 4
     return canonicalise(c2w), torch.from_numpy(sample.fxfycxcy[list(views)])
 
 
-def _input(rgba: Sequence[Tensor], c2w: Tensor, fxfycxcy: Tensor) -> Views:
-    count = len(rgba)
-    # Copies: what the network is told may be made noisy.
-    cameras = c2w[:count].clone(), fxfycxcy[:count].clone()
-    return _views(torch.stack(list(rgba)), torch.ones(count, 3), *cameras, None)
+def _whole(sample: Sample, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxcy: Tensor) -> Views:
+    """Make whole views over white."""
+    if not rgba:
+        return Views(torch.empty(0, 3, 1, 1), torch.empty(0, 1, 1), torch.empty(0, 3), c2w, fxfycxcy)
+    sizes = sorted({view.shape[:2] for view in rgba})
+    if len(sizes) > 1:
+        raise SampleError(f"sample {sample.info.id!r}: expected views of one size, found {sizes}")
+    images, alpha = over_white(rgba)
+    return Views(images, alpha, torch.ones(len(rgba), 3), c2w, fxfycxcy)
 
 
-def _window(alpha: Float[Tensor, "H W"], crop: CropConfig, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw the top left corner of a window."""
-    spare = alpha.shape[-1] - crop.size
-    if crop.foreground and rng.random() < crop.foreground and (alpha > 0.5).any():
-        pixels = (alpha > 0.5).nonzero()
-        row, column = pixels[int(rng.integers(len(pixels)))].tolist()
-        return min(max(row - crop.size // 2, 0), spare), min(max(column - crop.size // 2, 0), spare)
+def _place_window(
+    rgba: npt.NDArray[np.uint8], side: int, crop: CropConfig, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Draw the top left corner of a window of the resized view."""
+    spare = side - crop.size
+    if crop.foreground and rng.random() < crop.foreground:
+        pixels = (resized_window(rgba, side, 0, 0, side)[3] > 0.5).nonzero()
+        if len(pixels):
+            row, column = pixels[int(rng.integers(len(pixels)))].tolist()
+            return min(max(row - crop.size // 2, 0), spare), min(max(column - crop.size // 2, 0), spare)
     top, left = (int(x) for x in rng.integers(0, spare + 1, size=2))
     return top, left
 

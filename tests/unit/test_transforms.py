@@ -13,11 +13,11 @@ from lrm_pl.data.transforms import (
     CropStage,
     choose_views,
     evaluation_item,
-    resize,
     sample_rng,
     training_item,
 )
 from lrm_pl.geometry.rays import pixel_rays
+from lrm_pl.kernels.views import resize
 
 
 def mixture(folder):

@@ -1,0 +1,107 @@
+"""Views from bytes to floats on a CPU: over white, or the window of a resized picture without the rest of it.
+
+Contracts and plain twins are in ``lrm_pl.kernels.views``.
+"""
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+_BYTE = np.float32(1 / 255)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def over_white(
+    rgba: npt.NDArray[np.uint8], images: npt.NDArray[np.float32], alpha: npt.NDArray[np.float32]
+) -> None:
+    """Lay a view (H, W, 4) over white: into ``images`` (3, H, W), and its ``alpha`` (H, W)."""
+    one, byte = np.float32(1), np.float32(255)
+    for y in range(rgba.shape[0]):
+        row = rgba[y].reshape(-1)
+        for x in range(rgba.shape[1]):
+            alpha[y, x] = np.float32(row[4 * x + 3]) / byte
+        for c in range(3):
+            for x in range(rgba.shape[1]):
+                images[c, y, x] = np.float32(row[4 * x + c]) / byte * alpha[y, x] + (one - alpha[y, x])
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def resized_window(
+    rgba: npt.NDArray[np.uint8], side: int, top: int, left: int, window: npt.NDArray[np.float32]
+) -> None:
+    """Write a window of a view (H, W, 4), resized to ``side`` x ``side``, premultiplied, into (4, h, w).
+
+    Only the pixels that the window shows are read.
+    """
+    height, width = window.shape[1], window.shape[2]
+    y_first, y_weights = _taps(rgba.shape[0], side, top, height)
+    x_first, x_weights = _taps(rgba.shape[1], side, left, width)
+    x0, x1 = x_first[0], min(x_first[width - 1] + x_weights.shape[1], rgba.shape[1])
+    y0, y1 = y_first[0], min(y_first[height - 1] + y_weights.shape[1], rgba.shape[0])
+    across = x1 - x0
+    source = np.empty(
+        (y1 - y0, 4 * across), dtype=np.float32
+    )  # the four channels of a row one after the other
+    for y in range(y1 - y0):
+        row, line = rgba[y0 + y, x0:x1].reshape(-1), source[y]
+        alpha = line[3 * across :]
+        for x in range(across):
+            alpha[x] = np.float32(row[4 * x + 3]) * _BYTE
+        for c in range(3):
+            channel = line[c * across : (c + 1) * across]
+            for x in range(across):
+                channel[x] = np.float32(row[4 * x + c]) * _BYTE * alpha[x]
+    sums, pixels = np.empty(4 * across, dtype=np.float32), np.empty((across, 4), dtype=np.float32)
+    zero, one = np.float32(0), np.float32(1)
+    for i in range(height):
+        sums[:] = 0
+        for k in range(min(y_weights.shape[1], y1 - y_first[i])):
+            weight, line = y_weights[i, k], source[y_first[i] - y0 + k]
+            if weight != 0:
+                for x in range(sums.shape[0]):
+                    sums[x] += weight * line[x]
+        for x in range(across):  # pixel by pixel: its four channels are summed at once
+            for c in range(4):
+                pixels[x, c] = sums[c * across + x]
+        for j in range(width):
+            r = g = b = a = zero
+            start = x_first[j] - x0
+            for k in range(min(x_weights.shape[1], across - start)):
+                weight = x_weights[j, k]
+                r += weight * pixels[start + k, 0]
+                g += weight * pixels[start + k, 1]
+                b += weight * pixels[start + k, 2]
+                a += weight * pixels[start + k, 3]
+            window[0, i, j] = min(max(r, zero), one)
+            window[1, i, j] = min(max(g, zero), one)
+            window[2, i, j] = min(max(b, zero), one)
+            window[3, i, j] = min(max(a, zero), one)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _taps(
+    size: int, resized: int, start: int, count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Return the first source pixel and the weights of ``count`` pixels from ``start`` on, when an axis is resized.
+
+    A triangle as wide as two resized pixels, or two source pixels where these are larger; in float32 as PyTorch has it.
+    """
+    half, one = np.float32(0.5), np.float32(1)
+    scale = np.float32(size) / np.float32(resized)
+    support = max(scale, one)
+    inverse = one / support
+    first = np.empty(count, dtype=np.int64)
+    weights = np.zeros((count, int(np.ceil(support)) * 2 + 1), dtype=np.float32)
+    for i in range(count):
+        centre = scale * (np.float32(start + i) + half)
+        low = max(int(centre - support + half), 0)
+        taps = min(int(centre + support + half), size) - low
+        first[i] = low
+        total = np.float32(0)
+        for k in range(taps):
+            away = abs((np.float32(k + low) - centre + half) * inverse)
+            weights[i, k] = max(one - away, np.float32(0))
+            total += weights[i, k]
+        for k in range(taps):
+            weights[i, k] /= total
+    return first, weights
