@@ -1,10 +1,10 @@
 """The LightningDataModule over a folder of shards."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, cast, final
 
 import lightning as L
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lrm_pl.data.batch import Batch, collate
 from lrm_pl.data.cache import CacheConfig
@@ -144,7 +144,7 @@ class ShardDataModule(L.LightningDataModule):
             self._position,
         )
         return DataLoader(
-            stream,
+            cast(Dataset[Any], stream),  # what it yields is a batch when it arrives
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=outlive_stop_signals,
@@ -172,9 +172,9 @@ class ShardDataModule(L.LightningDataModule):
     def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[Batch]:
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        dataset = EvaluationSet(self.mixture, split, self.inputs, views, limit, rank, world)
+        items = EvaluationSet(self.mixture, split, self.inputs, views, limit, rank, world)
         return DataLoader(
-            dataset,
+            cast(Dataset[Any], items),
             batch_size=1,
             collate_fn=collate,
             num_workers=self.workers,

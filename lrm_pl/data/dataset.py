@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lrm_pl.data.batch import Batch, collate
+from lrm_pl.data.batch import Batch, Item, Parcel, collate
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.mixture import Mixture
 from lrm_pl.data.schema import SampleError
@@ -66,7 +66,7 @@ class Share:
         return range(first + self.rank, first + run, self.world)
 
 
-class TrainingStream(IterableDataset[Batch]):
+class TrainingStream(IterableDataset[Batch | Parcel]):
     """This process's share of the global sequence (``lrm_pl.data.shards``), from position ``position`` on.
 
     Worker k of K makes the whole batches k, k + K, ... counted from there, so the order does not depend on K.
@@ -116,7 +116,7 @@ class TrainingStream(IterableDataset[Batch]):
         """Return the number of batches; the same on every rank."""
         return self.steps * self.share.accumulate
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | Parcel]:
         """Yield collated batches."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
@@ -134,14 +134,14 @@ class TrainingStream(IterableDataset[Batch]):
             if number >= first:
                 yield
 
-    def item(self, position: int) -> Batch:
+    def item(self, position: int) -> Item:
         """Make the item at global position g; bad samples are replaced, and named among its faults."""
         step = self.step + (position - self.position) // self.share.batch_size
         faults: list[str] = []
         item = self.order.fill(position, lambda place: self._make(place, step), faults.append)
         return dataclasses.replace(item, faults=(tuple(faults),))
 
-    def _make(self, place: Place, step: int) -> Batch:
+    def _make(self, place: Place, step: int) -> Item:
         views, rng = self._chosen(place)
         sample = self.reader.read(place, views)
         try:
@@ -157,7 +157,7 @@ class TrainingStream(IterableDataset[Batch]):
         return choose_views(rng, available, self.inputs + self.side_views, self.input_pool), rng
 
 
-class EvaluationSet(IterableDataset[Batch]):
+class EvaluationSet(IterableDataset[Item]):
     """Every sample of a split once, without randomness: first views in, some views out, whole and over white.
 
     Rank r of W takes every W-th sample from r on. All ranks make the same number of items, as sharded networks need:
@@ -195,7 +195,7 @@ class EvaluationSet(IterableDataset[Batch]):
         """Return the number of items of every rank, those of weight 0 included."""
         return -(-len(self.places) // self.world)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Item]:
         """Yield an item an object."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
@@ -208,7 +208,7 @@ class EvaluationSet(IterableDataset[Batch]):
                 return  # not one sample can be read: so it is on every rank
             yield item
 
-    def _try(self, index: int, *, say: bool = True) -> Batch | None:
+    def _try(self, index: int, *, say: bool = True) -> Item | None:
         place = self.places[index]
         try:
             views = range(self.reader.view_count(place))[self.views]
@@ -222,7 +222,7 @@ class EvaluationSet(IterableDataset[Batch]):
                 logger.warning("skipped %s", error)
             return None
 
-    def _stand_in(self) -> Batch | None:
+    def _stand_in(self) -> Item | None:
         """Make the first readable sample an item of weight 0."""
         items = (self._try(index, say=False) for index in range(len(self.places)))
         item = next((item for item in items if item is not None), None)

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lrm_pl.data.batch import Batch, Views
+from lrm_pl.data.batch import Item, Views, WholeViews
 from lrm_pl.data.schema import Sample, SampleError, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import canonicalise, resize_and_crop
-from lrm_pl.kernels.views import over_white, resized_window
+from lrm_pl.kernels.views import resized_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def training_item(
     augmentation: Augmentation,
     step: int,
     rng: np.random.Generator,
-) -> Batch:
+) -> Item:
     """Make the item of one object: input views whole and over white, all chosen views resized, cropped, recoloured.
 
     Args:
@@ -151,16 +151,16 @@ def training_item(
     if augmentation.camera_noise:
         told.c2w[:, :3] += _noise(rng, augmentation.camera_noise, (inputs, 3, 4))
         told.fxfycxcy += _noise(rng, augmentation.camera_noise, (inputs, 4))
-    return Batch((sample.info.id,), told, target, torch.ones(()))
+    return Item((sample.info.id,), told, target, torch.ones(()))
 
 
-def evaluation_item(sample: Sample, inputs: int, target_views: Sequence[int]) -> Batch:
+def evaluation_item(sample: Sample, inputs: int, target_views: Sequence[int]) -> Item:
     """Make an item without randomness: whole images over white, of which the first ``inputs`` views go in."""
     views = [*range(inputs), *target_views]
     rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
     c2w, fxfycxcy = _cameras(sample, views)
     target = _whole(sample, rgba[inputs:], c2w[inputs:], fxfycxcy[inputs:])
-    return Batch(
+    return Item(
         (sample.info.id,),
         _whole(sample, rgba[:inputs], c2w[:inputs], fxfycxcy[:inputs]),
         target,
@@ -173,15 +173,15 @@ def _cameras(sample: Sample, views: Sequence[int]) -> tuple[Float[Tensor, "V 4 4
     return canonicalise(c2w), torch.from_numpy(sample.fxfycxcy[list(views)])
 
 
-def _whole(sample: Sample, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxcy: Tensor) -> Views:
-    """Make whole views over white."""
-    if not rgba:
-        return Views(torch.empty(0, 3, 1, 1), torch.empty(0, 1, 1), torch.empty(0, 3), c2w, fxfycxcy)
+def _whole(
+    sample: Sample, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxcy: Tensor
+) -> WholeViews:
+    """Put views together as they are."""
     sizes = sorted({view.shape[:2] for view in rgba})
     if len(sizes) > 1:
         raise SampleError(f"sample {sample.info.id!r}: expected views of one size, found {sizes}")
-    images, alpha = over_white(rgba)
-    return Views(images, alpha, torch.ones(len(rgba), 3), c2w, fxfycxcy)
+    pixels = np.stack(rgba) if rgba else np.empty((0, 1, 1, 4), np.uint8)
+    return WholeViews(torch.from_numpy(pixels), c2w, fxfycxcy)
 
 
 def _place_window(

@@ -6,8 +6,10 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import threading
+from multiprocessing.process import BaseProcess
 
 import fsspec.asyn
+import torch.distributed
 
 #: What clusters send to every process of a job before its time is up, and before they kill.
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1})
@@ -17,7 +19,8 @@ def outlive_stop_signals(worker: int) -> None:
     """Ignore stop signals that others send; ``worker_init_fn`` of a DataLoader.
 
     A worker that died of one would take the run with it, before it could keep its last steps. The parent's own SIGTERM
-    still ends the worker, as PyTorch expects; if the parent is killed, PyTorch's watchdog ends it.
+    still ends the worker, as PyTorch expects, and so does the parent's end: PyTorch looks for that only between two
+    batches, and a worker that waits for room in a pipe never gets there.
 
     Args:
         worker: Its number; not used.
@@ -25,15 +28,16 @@ def outlive_stop_signals(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_wait_for_parent, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_wait_for_word_of, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_wait_for_end_of, args=(parent,), daemon=True).start()
 
 
 def start_method(workers: int) -> str | None:
     """Say how a DataLoader is to start its workers: its ``multiprocessing_context``.
 
-    A process that has spoken to an object store has threads that go on doing so, and a fork copies whatever lock one of
-    them holds: a worker was seen that waited for ever within the fork. So there workers are forked from a server that
-    has no other threads; it outlives stop signals as they do.
+    A process that has spoken to an object store, or belongs to a group of several, has threads that go on doing so, and
+    a fork copies whatever lock one of them holds: workers were seen that waited for ever within the fork. So there
+    workers are forked from a server that has no other threads; it outlives stop signals as they do.
 
     Args:
         workers: Number of them.
@@ -41,7 +45,8 @@ def start_method(workers: int) -> str | None:
     Returns:
         None for the usual way.
     """
-    if not workers or fsspec.asyn.iothread[0] is None:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not workers or (fsspec.asyn.iothread[0] is None and not together):
         return None
     multiprocessing.set_forkserver_preload(["lrm_pl.data.dataset"])
     multiprocessing.resource_tracker.ensure_running()  # the server would start it, and it lets SIGTERM pass again
@@ -53,7 +58,12 @@ def start_method(workers: int) -> str | None:
     return "forkserver"
 
 
-def _wait_for_parent(parent: int) -> None:
+def _wait_for_end_of(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(0)
+
+
+def _wait_for_word_of(parent: int) -> None:
     while True:
         received = signal.sigwaitinfo(STOP_SIGNALS)
         if received.si_signo == signal.SIGTERM and received.si_pid == parent:

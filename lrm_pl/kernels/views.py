@@ -4,8 +4,6 @@
 of premultiplied colours, with pixel centres at + 0.5 and antialiased, so that intrinsics divided by the size stay true.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
@@ -17,29 +15,28 @@ from lrm_pl.kernels import views_numba
 RGBA = UInt8[np.ndarray, "H W 4"]
 
 
-def over_white(views: Sequence[RGBA]) -> tuple[Float[Tensor, "V 3 H W"], Float[Tensor, "V H W"]]:
-    """Lay views of one size with straight alpha over white; the very bits of ``over_white_plain``.
+def over_white(rgba: UInt8[Tensor, "*B H W 4"]) -> tuple[Float[Tensor, "*B 3 H W"], Float[Tensor, "*B H W"]]:
+    """Lay views with straight alpha over white; the very bits of ``over_white_plain``.
 
     Returns:
         Colours and alpha, in [0, 1].
-
-    Raises:
-        ValueError: Views of several sizes.
     """
-    height, width = views[0].shape[:2]
-    if any(rgba.shape != (height, width, 4) for rgba in views):
-        raise ValueError(f"expected views of one size, found {[rgba.shape for rgba in views]}")
-    images = np.empty((len(views), 3, height, width), np.float32)
-    alpha = np.empty((len(views), height, width), np.float32)
-    for number, rgba in enumerate(views):
-        views_numba.over_white(np.ascontiguousarray(rgba), images[number], alpha[number])
-    return torch.from_numpy(images), torch.from_numpy(alpha)
+    *several, height, width, _ = rgba.shape
+    images, alpha = torch.empty(*several, 3, height, width), torch.empty(*several, height, width)
+    flat = rgba.contiguous().view(-1, height, width, 4).numpy()
+    colours, opacities = images.view(-1, 3, height, width).numpy(), alpha.view(-1, height, width).numpy()
+    for view, colour, opacity in zip(flat, colours, opacities, strict=True):
+        views_numba.over_white(view, colour, opacity)
+    return images, alpha
 
 
-def over_white_plain(views: Sequence[RGBA]) -> tuple[Float[Tensor, "V 3 H W"], Float[Tensor, "V H W"]]:
+def over_white_plain(
+    rgba: UInt8[Tensor, "*B H W 4"],
+) -> tuple[Float[Tensor, "*B 3 H W"], Float[Tensor, "*B H W"]]:
     """Compute ``over_white`` as written."""
-    rgba = torch.stack([premultiplied(view) for view in views])
-    return rgba[:, :3] + (1 - rgba[:, 3:]), rgba[:, 3]
+    view = rgba.movedim(-1, -3).float() / 255
+    colours, alpha = view[..., :3, :, :], view[..., 3:, :, :]
+    return colours * alpha + (1 - alpha), alpha.squeeze(-3)
 
 
 def resized_window(rgba: RGBA, side: int, top: int, left: int, size: int) -> Float[Tensor, "4 size size"]:

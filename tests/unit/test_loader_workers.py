@@ -2,9 +2,11 @@
 
 import multiprocessing.forkserver
 import subprocess
+import sys
 import time
 
 import fsspec.asyn
+import psutil
 import pytest
 from torch.utils.data import DataLoader
 
@@ -57,6 +59,47 @@ def test_an_iterator_that_is_let_go_leaves_no_worker(loading):
     iterator._shutdown_workers()
     assert not worker.is_alive()
     assert time.monotonic() - began < 4, "it did not have to be killed"
+
+
+TRAINING = """
+import sys, torch
+from torch.utils.data import DataLoader
+from lrm_pl.data.workers import outlive_stop_signals, start_method
+if sys.argv[1] == "one of a group":
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
+method = start_method(2)
+assert method == ("forkserver" if sys.argv[1] == "one of a group" else None), method
+loader = DataLoader(
+    torch.zeros(99, 1000), batch_size=None, num_workers=2, worker_init_fn=outlive_stop_signals,
+    multiprocessing_context=method,
+)
+batches = iter(loader)
+next(batches)
+print(*(worker.pid for worker in batches._workers), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["alone", "one of a group"])
+def test_workers_end_when_the_run_is_killed(kind, tmp_path, root):
+    command = [sys.executable, "-c", TRAINING, kind, str(tmp_path / "meeting")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=root, text=True, **pipes) as training:
+        workers = [int(pid) for pid in training.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(psutil.pid_exists(pid) for pid in workers)
+        training.kill()
+    give_up = time.monotonic() + 4  # PyTorch's own watchdog looks every 5 s
+    while any(map(_runs, workers)):
+        assert time.monotonic() < give_up, "the workers outlive their run"
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_without_workers_nothing_is_started():

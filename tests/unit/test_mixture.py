@@ -74,8 +74,8 @@ def test_appearances_of_an_object_in_one_epoch_differ(two):
 def test_evaluation_has_every_object_once_with_the_last_views_of_its_own(two):
     items = list(EvaluationSet(mixed(two), "train", 1, slice(-1, None)))
     assert len(items) == 5
-    assert all(item.target.images.shape[0] == 1 for item in items)
-    counts = [item.target.images.shape[0] for item in EvaluationSet(mixed(two), "train", 1, slice(None, -1))]
+    assert all(item.target.rgba.shape[0] == 1 for item in items)
+    counts = [item.target.rgba.shape[0] for item in EvaluationSet(mixed(two), "train", 1, slice(None, -1))]
     assert counts == [5, 5, 5, 3, 3], "6 and 4 views an object, the last one left out"
 
 

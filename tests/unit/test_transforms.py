@@ -72,8 +72,8 @@ def test_the_background_shows_only_where_the_object_is_not():
     empty = (target.alpha == 0)[:, None].expand_as(target.images)
     assert torch.equal(target.images[empty], background.expand_as(target.images)[empty])
     assert len({tuple(colour.tolist()) for colour in target.background}) == 3
-    white = evaluation_item(sample, 1, [0]).input.images
-    assert torch.equal(item.input.images, white), "the input view is over white"
+    white = evaluation_item(sample, 1, [0]).input.over_white().images
+    assert torch.equal(item.input.over_white().images, white), "the input view is over white"
 
 
 def test_all_randomness_of_a_sample_is_a_function_of_seed_epoch_and_key():
@@ -102,7 +102,7 @@ def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(s
     assert used == {0, 1, 2, 3, 4}
     items = EvaluationSet(mixture(shards), "train", 1, slice(-3, None))
     assert len(items) == len(list(items)) == 4
-    assert next(iter(items)).target.images.shape == (3, 3, 32, 32)
+    assert next(iter(items)).target.rgba.shape == (3, 32, 32, 4)
 
 
 def test_a_limited_evaluation_set_is_spread_evenly_over_its_split(shards):
@@ -225,9 +225,9 @@ def test_camera_noise_moves_what_the_network_is_told_and_no_true_camera():
 def test_several_input_views_go_in_whole_and_are_targets_too():
     sample = synthetic_sample("a", views=8, resolution=32, seed=0)
     item = training_of(sample, [5, 2, 3, 1], CropConfig(16, 32, 16), np.random.default_rng(0), inputs=2)
-    assert item.input.images.shape == (2, 3, 32, 32)
+    assert item.input.rgba.shape == (2, 32, 32, 4)
     assert item.target.images.shape == (4, 3, 16, 16)
     assert torch.equal(item.input.c2w, item.target.c2w[:2])
     evaluated = evaluation_item(sample, 2, [6, 7])
     assert torch.allclose(evaluated.input.c2w[0], item.input.c2w[0], atol=1e-6), "both canonical by the first"
-    assert evaluated.input.images.shape == evaluated.target.images.shape == (2, 3, 32, 32)
+    assert evaluated.input.rgba.shape == evaluated.target.rgba.shape == (2, 32, 32, 4)
