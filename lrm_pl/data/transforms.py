@@ -135,19 +135,22 @@ def training_item(
         rng: The sample's generator.
     """
     crop = augmentation.crop_at(step)
-    rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
     c2w, fxfycxcy = _cameras(sample, views)
     side = int(rng.integers(crop.low, crop.high + 1))
-    windows, intrinsics = [], []
-    for view, camera in zip(rgba, fxfycxcy, strict=True):
-        top, left = _place_window(view, side, crop, rng)
-        windows.append(resized_window(view, side, top, left, crop.size))
+    whole, windows, intrinsics = [], [], []
+    for view, camera in zip(views, fxfycxcy, strict=True):
+        # One view is done before the next is decoded: their bytes then lie in the same place, which is in the cache.
+        rgba = decode_image(sample.info.id, sample.views[view])
+        top, left = _place_window(rgba, side, crop, rng)
+        windows.append(resized_window(rgba, side, top, left, crop.size))
         intrinsics.append(resize_and_crop(camera, (side, side), (top, left, crop.size, crop.size)))
+        if len(whole) < inputs:
+            whole.append(rgba)
     background = torch.from_numpy(rng.random((len(views), 3), dtype=np.float32))
     jitter = torch.from_numpy(rng.random((len(views), crop.size, crop.size), dtype=np.float32))
     target = _views(torch.stack(windows), background, c2w, torch.stack(intrinsics), jitter)
     # Copies: what the network is told may be made noisy.
-    told = _whole(sample, rgba[:inputs], c2w[:inputs].clone(), fxfycxcy[:inputs].clone())
+    told = _whole(sample, whole, c2w[:inputs].clone(), fxfycxcy[:inputs].clone())
     if augmentation.camera_noise:
         told.c2w[:, :3] += _noise(rng, augmentation.camera_noise, (inputs, 3, 4))
         told.fxfycxcy += _noise(rng, augmentation.camera_noise, (inputs, 4))
@@ -180,7 +183,7 @@ def _whole(
     sizes = sorted({view.shape[:2] for view in rgba})
     if len(sizes) > 1:
         raise SampleError(f"sample {sample.info.id!r}: expected views of one size, found {sizes}")
-    pixels = np.stack(rgba) if rgba else np.empty((0, 1, 1, 4), np.uint8)
+    pixels = rgba[0][None] if len(rgba) == 1 else np.stack(rgba) if rgba else np.empty((0, 1, 1, 4), np.uint8)
     return WholeViews(torch.from_numpy(pixels), c2w, fxfycxcy)
 
 
