@@ -137,7 +137,8 @@ def training_item(
     crop = augmentation.crop_at(step)
     c2w, fxfycxcy = _cameras(sample, views)
     side = int(rng.integers(crop.low, crop.high + 1))
-    whole, windows, intrinsics = [], [], []
+    whole: list[npt.NDArray[np.uint8]] = []
+    windows, intrinsics = [], []
     for view, camera in zip(views, fxfycxcy, strict=True):
         # One view is done before the next is decoded: their bytes then lie in the same place, which is in the cache.
         rgba = decode_image(sample.info.id, sample.views[view])
