@@ -102,7 +102,7 @@ def test_sigterm_keeps_the_step_and_the_run_goes_on_where_it_was(runs, whole):
         assert time.monotonic() < deadline, runs.log("told")
         time.sleep(0.05)
     everyone = descendants(process.pid)
-    assert len(everyone) == 6, "two ranks with two loader workers each"
+    assert len(everyone) == 10, "two ranks, each with two loader workers, what forks them, and its tracker"
     for pid in everyone:  # as Slurm does: every process of the step, not the launcher
         os.kill(pid, signal.SIGTERM)
     assert process.wait(60) != 0
