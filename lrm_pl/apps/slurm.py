@@ -222,7 +222,7 @@ def _run(*command: str) -> str:
         said = done.stderr.strip() or "nothing"
         raise InputError(
             f"expected `{command[0]}` to succeed, found status {done.returncode}: {said}; correct what it names, or "
-            "ask whoever runs the cluster; without Slurm, `make train MASTER=localhost GPUS=` starts processes here, "
-            "and `make render-shards` without NODES= renders here"
+            "ask whoever runs the cluster; MASTER=localhost with GPUS= starts processes here without Slurm, and "
+            "`make render-shards` without NODES= renders here"
         )
     return done.stdout
