@@ -248,8 +248,7 @@ def connected(jobs: int | None) -> Iterator[None]:
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise BlenderError(
                 f"expected a Ray cluster at RAY_ADDRESS={address}, found: {error}; start one with `ray start --head`, "
-                "set RAY_AUTH_MODE=token here where it asks for a token, or unset RAY_ADDRESS to render on this machine "
-                "alone"
+                "set RAY_AUTH_MODE=token here if it has a token, or unset RAY_ADDRESS to render on this machine alone"
             ) from error
         try:
             yield

@@ -27,7 +27,9 @@ def here(tmp_path, root, monkeypatch):
         pytest.skip("needs namespaces of processes, so that other Ray on this machine is left alone")
     template = (root / "configs" / "cluster" / "render.sbatch").read_text()
     (tmp_path / "configs" / "cluster").mkdir(parents=True)
-    alone, lines = re.subn(r"^(  ray symmetric-run |srun .* sh -c 'ray stop)", "ALONE\\1", template, flags=re.M)
+    alone, lines = re.subn(
+        r"^(  ray symmetric-run |srun .* sh -c 'ray stop)", "ALONE\\1", template, flags=re.M
+    )
     assert lines == 2
     alone = alone.replace("ALONE  ray", f"  {ALONE} ray")
     alone = re.sub("ALONE(srun .*) sh -c", rf"\1 {ALONE} sh -c", alone)
@@ -63,7 +65,7 @@ def test_a_job_renders_with_rays_own_launcher_and_ends_well(here, render_python)
     assert "Rendering 2 of 2 objects" in said, said[-3000:]
     assert "the rendering ended with status 0" in said
     state = subprocess.run(["scontrol", "show", "job", job[1]], capture_output=True, text=True).stdout
-    assert "JobState=COMPLETED" in state and "ExitCode=0:0" in state
+    assert re.search(r"JobState=COMPLETED .*ExitCode=0:0$", state, re.DOTALL | re.MULTILINE), state
     manifest = read_manifest(here / "out")
     assert (manifest.failures, sum(shard.samples for shard in manifest.shards)) == (0, 2)
     assert not os.path.exists(f"/tmp/lrm-ray-{job[1]}"), "what Ray left is removed"

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.__main__ import main
+from data_tools.assets import find_assets
 from data_tools.launch import job_script
+from data_tools.settings import RenderSettings, write_settings
 from lrm_pl.errors import InputError
 
 ARGUMENTS = ("--assets", "meshes", "--out", "data/mine")
@@ -23,7 +25,7 @@ def checkout(tmp_path, root, monkeypatch):
     for name in "ab":
         (tmp_path / "meshes" / f"{name}.glb").write_text(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin" if shutil.which("sbatch") is None else str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
     return tmp_path
 
 
@@ -123,10 +125,14 @@ exit 0
 
 def node(checkout, python, script):
     """Start a job's script by bash with the stand-ins; `python` is a script in the place of the rendering."""
-    for name, text in (("ray", RAY), ("python", f"#!/bin/sh\n[ $1 = -c ] && echo secret && exit\n{python}\n")):
+    for name, text in (
+        ("ray", RAY),
+        ("python", f"#!/bin/sh\n[ $1 = -c ] && echo secret && exit\n{python}\n"),
+    ):
         (checkout / name).write_text(text)
         (checkout / name).chmod(0o755)
-    (checkout / "job.sh").write_text(STAND_INS + re.sub("(?m)^export PATH=.*", "", script))
+    script = re.sub("(?m)^export PATH=.*", "", script).replace("/tmp/", f"{checkout}/")
+    (checkout / "job.sh").write_text(STAND_INS + script)
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
     return subprocess.Popen(
         ["bash", "job.sh"], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True
@@ -196,23 +202,24 @@ def test_a_value_that_would_add_to_the_script_is_refused(checkout, field, value)
         ((), ("--out", "data/$(id)"), "expected OUT to look like"),
         (("--nodes=0",), (), "expected NODES of at least 1, found 0"),
         (("--gpus=-1",), (), "expected GPUS of at least 0, found -1"),
-        ((), ("--seed", "1", "--out", "other"), "seed: expected 1 as asked for now, found 0"),
     ],
 )
 def test_what_could_not_render_is_refused_before_it_waits_in_a_queue(
     checkout, capsys, options, arguments, message
 ):
-    (checkout / "other").mkdir()
-    shutil.copytree(checkout / "meshes", checkout / "seen")
-    if "--seed" in arguments:
-        from data_tools.__main__ import _parser, _settings
-        from data_tools.settings import write_settings
-
-        rendering = _parser().parse_args(["render", "--assets", "meshes"])
-        write_settings(checkout / "other", *_settings(rendering), "stand-in")
     given = ["launch", "--gpus=0", *options, "--dry-run", "--", *ARGUMENTS, *arguments]
     assert main(given) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_other_settings_than_those_of_the_shards_are_refused_before_too(checkout, capsys):
+    Path("data/mine").mkdir(parents=True)
+    settings = RenderSettings("frame", "sphere", 16, 128, 16, seed=0, held_out=0, shard_size=8)
+    write_settings(Path("data/mine"), settings, find_assets(Path("meshes")), "stand-in")
+    given = ["launch", "--gpus=0", "--dry-run", "--", *ARGUMENTS, "--held-out", "0"]
+    assert main(given) == 0
+    assert main([*given, "--seed", "1"]) == 1
+    assert "seed: expected 1 as asked for now, found 0" in capsys.readouterr().err
 
 
 def test_an_argument_that_render_does_not_know_is_refused(checkout, capsys):
