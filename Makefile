@@ -8,8 +8,8 @@ CONFIG ?= configs/experiment/demo.yaml
 DATA ?= data/demo
 ARGS ?=
 
-# make train on several processes, or on a cluster; see `lrm launch --help`. Not taken from the environment, where
-# names as plain as these may mean anything.
+# make train on several processes, and make train and render-shards on a cluster; see `lrm launch --help`. Not taken
+# from the environment, where names as plain as these may mean anything.
 NODES :=
 GPUS :=
 PROCESSES :=
@@ -46,6 +46,10 @@ JOB = $(call option,--nodes,$(NODES)) $(call option,--gpus,$(GPUS)) $(call optio
 LAUNCH = $(JOB) $(call option,--strategy,$(STRATEGY)) $(call option,--name,$(NAME)) $(call option,--time,$(TIME)) \
   $(call option,--master,$(MASTER)) $(if $(DRY),--dry-run)
 DRY = $(filter-out 0,$(DRY_RUN))
+RENDER_JOB = $(call option,--nodes,$(NODES)) $(call option,--gpus,$(GPUS)) $(call option,--partition,$(PARTITION)) \
+  $(call option,--account,$(ACCOUNT)) $(call option,--time,$(TIME)) $(if $(DRY),--dry-run)
+RENDER = --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
+  --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 LAYERS = $(foreach config,$(CONFIG),-c $(config))
 
 .PHONY: help train doctor render-shards tensorboard test test-fast soak bench lint clean
@@ -64,9 +68,12 @@ endif
 doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PARTITION= ACCOUNT=
 	.venv/bin/lrm doctor $(JOB) $(LAYERS) --data.folder $(DATA) $(ARGS)
 
-render-shards: .venv-render/ready ## Render meshes to shards: ASSETS= OUT= VIEWS= RES= SAMPLES= JOBS= ARGS=
-	.venv-render/bin/python -m data_tools render --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
-	  --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
+render-shards: .venv-render/ready ## Render meshes: ASSETS= OUT= VIEWS= RES= SAMPLES= JOBS= ARGS=; on a cluster: NODES=
+ifeq ($(strip $(RENDER_JOB)),)
+	.venv-render/bin/python -m data_tools render $(RENDER)
+else
+	@.venv-render/bin/python -m data_tools launch $(RENDER_JOB) -- $(RENDER)
+endif
 
 data/demo/manifest.json:
 	$(MAKE) .venv-render

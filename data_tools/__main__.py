@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_tools import convert
-from data_tools.assets import find_assets
+from data_tools.assets import Asset, find_assets
 from data_tools.blender_process import Limits
 from data_tools.criteria import DEFAULT_RULES, parse_rule
 from data_tools.fetch import add_parser as add_fetch_parser
 from data_tools.fetch import fetch
+from data_tools.launch import add_parser as add_launch_parser
+from data_tools.launch import launch
 from data_tools.plan import default_held_out
-from data_tools.settings import RenderSettings
+from data_tools.settings import RenderSettings, check_settings
 from data_tools.views import PRESETS
 from lrm_pl.errors import InputError
 
@@ -25,6 +27,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "render":
             _render(args)
+        elif args.command == "launch":
+            rendering = _parser().parse_args(["render", *args.arguments])
+            check_settings(rendering.out, *_settings(rendering))
+            launch(args, rendering.out)
         elif args.command == "validate":
             from data_tools.validate import validate
 
@@ -56,6 +62,12 @@ def _render(args: argparse.Namespace) -> None:
     from data_tools.cluster import Setup  # loads Ray
     from data_tools.render import render
 
+    settings, assets = _settings(args)
+    limits = Limits(args.time_limit, args.memory_limit)
+    render(assets, args.out, settings, Setup(args.assets, settings, args.jobs, limits))
+
+
+def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ...]]:
     assets = find_assets(args.assets)
     held_out = getattr(args, "held_out", None)
     if held_out is None:
@@ -71,8 +83,7 @@ def _render(args: argparse.Namespace) -> None:
         shard_size=args.shard_size,
         rules=tuple(args.rules),
     )
-    limits = Limits(args.time_limit, args.memory_limit)
-    render(assets, args.out, settings, Setup(args.assets, settings, args.jobs, limits))
+    return settings, assets
 
 
 def _demo_assets(args: argparse.Namespace) -> None:
@@ -142,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RULE",
         help="what an object must obey, else it is rejected: measures of OUT/filter.parquet compared with numbers",
     )
+    add_launch_parser(commands)
     check = commands.add_parser(
         "validate",
         formatter_class=shown,

@@ -27,7 +27,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported:
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 #: How often an object is tried whose process ends under it, and one whose Ray worker or node is lost.
 _TRIES, _MOVES = 2, 5
@@ -121,7 +121,8 @@ class Pool:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+        # Ray's workers run in the folder where their node was started.
+        self._setup = dataclasses.replace(setup, assets=setup.assets.absolute())
         self.share = _share(setup.jobs)
         self._slots: set[ActorHandle] = set()
         self._starting: dict[ObjectRef, ActorHandle] = {}  # the first answer of each slot -> slot
@@ -220,7 +221,14 @@ class Pool:
             renderer = str(ray.get(answer))
         except RayTaskError as error:
             raise _cause(error) from error
-        except RayError:  # its node went before it began: another one takes its place
+        except RayError as error:
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise BlenderError(
+                    f"expected {blender_process.REPOSITORY} at that path on every node, with the Python {sys.prefix} "
+                    f"there too, found: {str(error).splitlines()[-1]}; start Ray on the nodes with that environment, "
+                    "or share the folder"
+                ) from error
+            # Its node went before it began: another one takes its place.
             self._slots.discard(slot)
             return
         if renderer != (self.renderer or renderer):
@@ -257,7 +265,7 @@ def connected(jobs: int | None) -> Iterator[None]:
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise BlenderError(
                 f"expected a Ray cluster at RAY_ADDRESS={address}, found: {error}; start one with `ray start --head`, "
-                "or unset RAY_ADDRESS to render on this machine alone"
+                "set RAY_AUTH_MODE=token here if it has a token, or unset RAY_ADDRESS to render on this machine alone"
             ) from error
         try:
             yield

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrm_pl.apps import slurm
-from lrm_pl.errors import InputError
 
 STRATEGIES = Path("configs/trainer")
 PORT = 29500
@@ -89,21 +88,7 @@ def job_script(
         "container": " " + slurm.quoted(options) if options else "",
         "command": slurm.quoted(program),
     }
-    return slurm.fill(read_template(), values)
-
-
-def read_template() -> str:
-    """Read the template of the job.
-
-    Raises:
-        InputError: It is not here.
-    """
-    if not slurm.TEMPLATE.is_file():
-        raise InputError(
-            f"expected the job's template at {slurm.TEMPLATE}, found none in {Path.cwd()}; run from the folder "
-            "that has the Makefile"
-        )
-    return slurm.TEMPLATE.read_text()
+    return slurm.fill(slurm.read_template(slurm.TEMPLATE), values)
 
 
 def torchrun(launch: Launch, *place: str) -> list[str]:

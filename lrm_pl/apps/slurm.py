@@ -25,6 +25,7 @@ PATTERNS = {
     "time": (r"(\d+-)?\d+(:\d+){0,2}", "24:00:00"),
     "master": (r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?", "node-1.cluster:29500"),
     "strategy": (r"[A-Za-z0-9_-]+", "ddp"),
+    "out": (r"[A-Za-z0-9_./][A-Za-z0-9_./+=@-]*", "data/mine"),
 }
 
 
@@ -70,12 +71,27 @@ def quoted(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def fill(template: str, values: Mapping[str, str]) -> str:
+def read_template(path: Path) -> str:
+    """Read the template of a job.
+
+    Raises:
+        InputError: It is not here.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"expected the job's template at {path}, found none in {Path.cwd()}; run from the folder that has the "
+            "Makefile"
+        )
+    return path.read_text()
+
+
+def fill(template: str, values: Mapping[str, str], path: Path = TEMPLATE) -> str:
     """Fill the template; an ``#SBATCH`` line whose value is empty is left out.
 
     Args:
         template: Text with ``$placeholders``.
         values: Placeholder -> text, safe where it stands.
+        path: Where the text comes from, for messages.
 
     Raises:
         InputError: A placeholder without a value, a value without a placeholder, or a stray dollar sign.
@@ -83,19 +99,19 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     parsed = string.Template(template)
     if not parsed.is_valid():
         raise InputError(
-            f"{TEMPLATE}: expected a dollar sign before each name to fill in, found one before something else; "
+            f"{path}: expected a dollar sign before each name to fill in, found one before something else; "
             "write a dollar sign that is meant for the shell twice"
         )
     names = set(parsed.get_identifiers())
     given = {name for name, value in values.items() if value}
     if unknown := sorted(names - values.keys()):
         raise InputError(
-            f"{TEMPLATE}: expected placeholders among {sorted(values)}, found {unknown}; remove them, or write a "
+            f"{path}: expected placeholders among {sorted(values)}, found {unknown}; remove them, or write a "
             "dollar sign that is meant for the shell twice"
         )
     if unused := sorted(given - names):
         raise InputError(
-            f"{TEMPLATE}: expected a place for {unused}, found none; put the placeholder back into the template"
+            f"{path}: expected a place for {unused}, found none; put the placeholder back into the template"
         )
     lines = template.splitlines()
     empty = [place for name, value in values.items() if not value for place in (f"${name}", f"${{{name}}}")]
@@ -134,7 +150,7 @@ def gpus_a_node(partition: str) -> int:
         InputError: There is no Slurm, or its nodes differ.
     """
     if not available():
-        raise InputError("expected GPUS, found none; GPUS=8 is eight GPUs a node, GPUS=0 trains on CPUs")
+        raise InputError("expected GPUS, found none; GPUS=8 is eight GPUs a node, GPUS=0 takes CPUs alone")
     found = sorted({shape.gpus for shape in node_shapes(partition)})
     if len(found) > 1:
         raise InputError(
@@ -206,6 +222,7 @@ def _run(*command: str) -> str:
         said = done.stderr.strip() or "nothing"
         raise InputError(
             f"expected `{command[0]}` to succeed, found status {done.returncode}: {said}; correct what it names, or "
-            "ask whoever runs the cluster; MASTER=localhost with GPUS= starts processes here without Slurm"
+            "ask whoever runs the cluster; MASTER=localhost with GPUS= starts processes here without Slurm, and "
+            "`make render-shards` without NODES= renders here"
         )
     return done.stdout

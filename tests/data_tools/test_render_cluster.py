@@ -1,8 +1,11 @@
 """The driver on a Ray cluster of several nodes, which come and go; a stand-in for Blender answers."""
 
+import contextlib
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import ray
@@ -26,12 +29,15 @@ def assets(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def nodes(monkeypatch):
-    """A head without CPUs of its own and two nodes with two CPUs each."""
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+def nodes(monkeypatch, tmp_path_factory):
+    """A head without CPUs of its own and two nodes with two CPUs each, started in another folder than the driver's."""
+    elsewhere = contextlib.chdir(tmp_path_factory.mktemp("elsewhere"))
+    with elsewhere:
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        for _ in range(2):
-            nodes.add_node(num_cpus=2)
+        with elsewhere:
+            for _ in range(2):
+                nodes.add_node(num_cpus=2)
         monkeypatch.setenv("RAY_ADDRESS", nodes.address)
         yield nodes
     finally:
@@ -57,6 +63,22 @@ def test_all_nodes_of_a_cluster_render_and_the_bytes_are_those_of_one(assets, no
     run(assets, tmp_path / "one")
     assert "1 Blender process (2 CPUs) on 2 nodes" in capfd.readouterr().out
     assert tars(tmp_path / "many") == tars(tmp_path / "one")
+
+
+def test_a_relative_assets_folder_is_the_one_that_the_driver_means(assets, nodes, tmp_path):
+    assert run(Path(os.path.relpath(assets)), tmp_path / "out").failures == 0
+
+
+def test_nodes_that_do_not_have_this_code_are_named_instead_of_tried_for_ever(
+    assets, nodes, tmp_path, monkeypatch
+):
+    """Ray's workers look for the code where the driver does: in its path, and in its working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "data_tools").is_dir()])
+    with pytest.raises(
+        BlenderError, match=r"expected .* at that path on every node, .* No module named 'data_tools'"
+    ):
+        run(assets, tmp_path / "out")
 
 
 def test_a_node_that_dies_costs_the_objects_in_hand_one_more_try_and_a_new_one_is_used(

@@ -1,0 +1,71 @@
+"""A rendering job under a real Slurm, with the real Ray and Blender, where there is one."""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from lrm_pl.data.manifest import read_manifest
+from tests.integration.test_slurm import idle_nodes
+
+pytestmark = [pytest.mark.slow, pytest.mark.blender]
+
+#: Ray's launcher refuses a machine on which Ray runs, and at its end kills all Ray there. On a node that is shared with
+#: other tests it therefore gets processes of its own.
+ALONE = "unshare --map-root-user --pid --fork --kill-child --mount-proc"
+
+
+@pytest.fixture
+def here(tmp_path, root, monkeypatch):
+    """A working folder with the template and two meshes, where a node is idle."""
+    if not (idle := idle_nodes()):
+        pytest.skip(f"needs a Slurm with an idle node, found {idle}")
+    if subprocess.run([*ALONE.split(), "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs namespaces of processes, so that other Ray on this machine is left alone")
+    template = (root / "configs" / "cluster" / "render.sbatch").read_text()
+    (tmp_path / "configs" / "cluster").mkdir(parents=True)
+    alone, lines = re.subn(
+        r"^(  ray symmetric-run |srun .* sh -c 'ray stop)", "ALONE\\1", template, flags=re.M
+    )
+    assert lines == 2
+    alone = alone.replace("ALONE  ray", f"  {ALONE} ray")
+    alone = re.sub("ALONE(srun .*) sh -c", rf"\1 {ALONE} sh -c", alone)
+    (tmp_path / "configs" / "cluster" / "render.sbatch").write_text(alone)
+    for name in ("bread", "horse2"):
+        (tmp_path / "meshes").mkdir(exist_ok=True)
+        shutil.copy(root / "data_tools" / "demo_assets" / f"{name}.glb", tmp_path / "meshes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    return tmp_path
+
+
+def launch(python, *options):
+    arguments = ("--assets", "meshes", "--out", "out", "--views", "3", "--res", "32", "--samples", "4")
+    command = [str(python), "-m", "data_tools", "launch", *options, "--", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_job_renders_with_rays_own_launcher_and_ends_well(here, render_python):
+    assert "found the partitions" in launch(render_python, "--partition=no-such").stderr
+    done = launch(render_python, "--nodes=1", "--gpus=0", "--time=5")
+    job = re.search(r"^Submitted job (\d+), script out/job.sbatch", done.stdout, re.MULTILINE)
+    assert job, done.stdout + done.stderr
+    log = here / "out" / f"slurm-{job[1]}.log"
+    try:
+        until = time.monotonic() + 100
+        while subprocess.run(["squeue", "-h", "-j", job[1]], capture_output=True, text=True).stdout.strip():
+            assert time.monotonic() < until, log.read_text()[-3000:]
+            time.sleep(0.5)
+    finally:
+        subprocess.run(["scancel", job[1]], check=False, capture_output=True)
+    said = log.read_text()
+    assert "Rendering 2 of 2 objects" in said, said[-3000:]
+    assert "the rendering ended with status 0" in said
+    state = subprocess.run(["scontrol", "show", "job", job[1]], capture_output=True, text=True).stdout
+    assert re.search(r"JobState=COMPLETED .*ExitCode=0:0$", state, re.DOTALL | re.MULTILINE), state
+    manifest = read_manifest(here / "out")
+    assert (manifest.failures, sum(shard.samples for shard in manifest.shards)) == (0, 2)
+    assert not os.path.exists(f"/tmp/lrm-ray-{job[1]}"), "what Ray left is removed"

@@ -1,0 +1,268 @@
+"""The job that renders on a cluster: what its script says and does, and that nothing can be smuggled into it."""
+
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from data_tools.__main__ import main
+from data_tools.assets import find_assets
+from data_tools.launch import job_script
+from data_tools.settings import RenderSettings, write_settings
+from lrm_pl.errors import InputError
+
+ARGUMENTS = ("--assets", "meshes", "--out", "data/mine")
+
+
+@pytest.fixture
+def checkout(tmp_path, root, monkeypatch):
+    """A working folder with the template and two meshes, and no Slurm on PATH."""
+    shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
+    (tmp_path / "meshes").mkdir()
+    for name in "ab":
+        (tmp_path / "meshes" / f"{name}.glb").write_text(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def script_of(*arguments, **changes):
+    options = {"nodes": 8, "gpus": 0, "out": Path("data/mine")} | changes
+    return job_script(options.pop("nodes"), options.pop("gpus"), options.pop("out"), arguments, **options)
+
+
+def test_a_job_is_this_script_line_by_line(checkout, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/shared/my env/bin/python")
+    script = script_of(*ARGUMENTS, gpus=4, partition="gpu", account="lab", time="1-00:00:00")
+    assert [line for line in script.splitlines() if not line.startswith("# ")] == [
+        "#!/usr/bin/env bash",
+        "#SBATCH --job-name=render-mine",
+        "#SBATCH --nodes=8",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --exclusive",
+        "#SBATCH --mem=0",
+        "#SBATCH --gres=gpu:4",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --account=lab",
+        "#SBATCH --time=1-00:00:00",
+        "#SBATCH --output=data/mine/slurm-%j.log",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:USR1@60",
+        "set -euo pipefail",
+        "export PATH='/shared/my env/bin':\"$PATH\"",
+        "export PYTHONUNBUFFERED=1",
+        "export RAY_USAGE_STATS_ENABLED=0",
+        "export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600",
+        "export RAY_py_gcs_connect_timeout_s=600",
+        "export RAY_gcs_rpc_server_reconnect_timeout_s=600",
+        "export RAY_TMPDIR=/tmp/lrm-ray-$SLURM_JOB_ID  # short, for it holds sockets; /tmp/ray may be another user's",
+        "export RAY_AUTH_MODE=token",
+        "RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')",
+        "export RAY_AUTH_TOKEN",
+        "export TMPDIR=$RAY_TMPDIR  # what a killed Blender leaves is removed with it",
+        "unset RAY_ADDRESS",
+        "export TQDM_MININTERVAL=30  # a log is no screen",
+        'echo "$(date -Is) job $SLURM_JOB_ID, start $((1 + ${SLURM_RESTART_COUNT:-0})), on $SLURM_JOB_NODELIST"',
+        "come_back() {",
+        '  echo "$(date -Is) the time is up: job $SLURM_JOB_ID is requeued, and goes on where it was"',
+        '  exec scontrol requeue "$SLURM_JOB_ID"',
+        "}",
+        "trap come_back USR1",
+        "ip=$(getent ahostsv4 \"$(hostname)\" | awk 'NR == 1 {print $1}') || ip=",
+        "case $ip in \"\" | 127.*) ip=$(hostname -I | awk '{print $1}') ;; esac",
+        "address=$ip:$((20000 + SLURM_JOB_ID % 10000))  # no port that Ray takes by itself",
+        "ended=$RAY_TMPDIR/ended  # holds the rendering's own status; that of symmetric-run is 0 where no head starts",
+        'mkdir -p "$RAY_TMPDIR"',
+        'rm -f "$ended"',
+        "srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=0 \\",
+        '  sh -c \'"$@" && { [ "$SLURM_PROCID" != 0 ] || [ -s "$0" ]; }\' "$ended" \\',
+        '  ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" --num-gpus 4 -- \\',
+        '  sh -c \'"$@"; echo $? >"$0"\' "$ended" env RAY_ADDRESS="$address" '
+        "python -m data_tools render --assets meshes --out data/mine &",
+        "step=$!",
+        'while [ ! -s "$ended" ] && kill -0 $step 2>/dev/null; do sleep 1; done',
+        "status=1",
+        'if [ -s "$ended" ]; then',
+        '  status=$(cat "$ended")',
+        '  echo "$(date -Is) the rendering ended with status $status; now Ray is killed"',
+        '  scancel "$SLURM_JOB_ID.0"  # else the other nodes take a minute to see that their head is gone',
+        "fi",
+        "wait $step || true",
+        "srun --ntasks-per-node=1 sh -c 'ray stop --force --grace-period 5 >/dev/null; rm -rf \"$RAY_TMPDIR\"' || true",
+        'exit "$status"',
+    ]
+
+
+def test_what_is_not_given_is_left_to_slurm(checkout):
+    script = script_of(*ARGUMENTS)
+    assert not re.search(r"^#SBATCH --(gres|partition|account|time)", script, re.MULTILINE)
+    assert "--num-gpus 0 " in script, "a GPU that Ray finds is not used where none was asked for"
+
+
+#: Stand-ins for the programs of a node. `ray` runs what it is given, as on the head; its own status is ray_status.
+STAND_INS = """
+    SLURM_JOB_ID=$$ SLURM_JOB_NUM_NODES=1 SLURM_JOB_NODELIST=n0 SLURM_PROCID=0; export SLURM_PROCID
+    srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }
+    scancel() { echo "scancel ${1#$$}"; }
+    scontrol() { echo "scontrol $1"; }
+    exec() { "$@"; exit; }
+    PATH=$PWD:$PATH
+"""
+RAY = """#!/bin/sh
+[ "$1" = symmetric-run ] || exit 0
+touch begun
+[ -e no-head ] && exit 0
+while [ "$1" != -- ]; do shift; done
+shift
+"$@"
+exit 0
+"""
+
+
+def node(checkout, python, script):
+    """Start a job's script by bash with the stand-ins; `python` is a script in the place of the rendering."""
+    for name, text in (
+        ("ray", RAY),
+        ("python", f"#!/bin/sh\n[ $1 = -c ] && echo secret && exit\n{python}\n"),
+    ):
+        (checkout / name).write_text(text)
+        (checkout / name).chmod(0o755)
+    script = re.sub("(?m)^export PATH=.*", "", script).replace("/tmp/", f"{checkout}/")
+    (checkout / "job.sh").write_text(STAND_INS + script)
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
+    return subprocess.Popen(
+        ["bash", "job.sh"], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("status", [0, 1, 130])
+def test_a_job_ends_with_the_status_of_the_rendering_whatever_ray_says(checkout, status):
+    with node(checkout, f"echo rendering at $RAY_ADDRESS; exit {status}", script_of(*ARGUMENTS)) as job:
+        said = job.stdout.read()
+    assert re.search(r"^rendering at \d+\.\d+\.\d+\.\d+:2\d{4}$", said, re.MULTILINE), said
+    assert "rendering at 127." not in said, "other nodes could not reach it"
+    assert f"the rendering ended with status {status};" in said
+    assert "scancel .0\n" in said
+    assert job.returncode == status
+
+
+def test_a_job_fails_where_ray_ends_well_and_nothing_was_rendered(checkout):
+    (checkout / "no-head").touch()
+    with node(checkout, "echo rendering", script_of(*ARGUMENTS)) as job:
+        said = job.stdout.read()
+    assert "rendering" not in said
+    assert "scancel" not in said
+    assert job.returncode == 1
+
+
+def test_a_job_whose_time_is_up_asks_for_another_start_at_once(checkout):
+    with node(checkout, "sleep 5", script_of(*ARGUMENTS)) as job:
+        until = time.monotonic() + 30
+        while not (checkout / "begun").exists():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        job.send_signal(10)  # USR1
+        line = next(line for line in job.stdout if line.startswith("scontrol"))
+    assert line == "scontrol requeue\n"
+
+
+def test_the_script_is_a_shell_script_whatever_the_arguments_hold(checkout):
+    nasty = ("$(touch pwned)", "`touch pwned`", "a b", "'; touch pwned; '", '"', "${HOME}", "*", "$$", "\\")
+    with node(checkout, "printf '<%s>\\n' \"$@\"", script_of(*ARGUMENTS, *nasty)) as job:
+        said = job.stdout.read()
+    assert tuple(re.findall("<(.*)>", said))[-len(nasty) :] == nasty
+    assert not (checkout / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("partition", "gpu --uid=0"),
+        ("account", "lab;id"),
+        ("time", "soon"),
+        ("out", "data/a b"),
+        ("out", "data/%j"),
+        ("out", "--uid=0"),
+        ("out", "data\n#SBATCH --uid=0"),
+    ],
+)
+def test_a_value_that_would_add_to_the_script_is_refused(checkout, field, value):
+    with pytest.raises(InputError, match=f"expected {field.upper()} to look like "):
+        script_of(*ARGUMENTS, **{field: Path(value) if field == "out" else value})
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ((), ("--assets", "none"), "expected a folder of .* found no folder"),
+        ((), ("--out", "data/$(id)"), "expected OUT to look like"),
+        (("--nodes=0",), (), "expected NODES of at least 1, found 0"),
+        (("--gpus=-1",), (), "expected GPUS of at least 0, found -1"),
+    ],
+)
+def test_what_could_not_render_is_refused_before_it_waits_in_a_queue(
+    checkout, capsys, options, arguments, message
+):
+    given = ["launch", "--gpus=0", *options, "--dry-run", "--", *ARGUMENTS, *arguments]
+    assert main(given) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_other_settings_than_those_of_the_shards_are_refused_before_too(checkout, capsys):
+    Path("data/mine").mkdir(parents=True)
+    settings = RenderSettings("frame", "sphere", 16, 128, 16, seed=0, held_out=0, shard_size=8)
+    write_settings(Path("data/mine"), settings, find_assets(Path("meshes")), "stand-in")
+    given = ["launch", "--gpus=0", "--dry-run", "--", *ARGUMENTS, "--held-out", "0"]
+    assert main(given) == 0
+    assert main([*given, "--seed", "1"]) == 1
+    assert "seed: expected 1 as asked for now, found 0" in capsys.readouterr().err
+
+
+def test_an_argument_that_render_does_not_know_is_refused(checkout, capsys):
+    with pytest.raises(SystemExit):
+        main(["launch", "--gpus=0", "--dry-run", "--", "--vews", "4"])
+    assert "unrecognized arguments: --vews" in capsys.readouterr().err
+
+
+def test_without_slurm_nothing_is_started_and_the_other_way_is_named(checkout, capsys):
+    assert main(["launch", "--nodes=8", "--gpus=0", "--", *ARGUMENTS]) == 1
+    assert re.search("expected Slurm .* found no `sbatch` on PATH; .*RAY_ADDRESS=", capsys.readouterr().err)
+    assert not Path("data").exists()
+
+
+def test_a_dry_run_shows_the_script_and_writes_nothing(checkout, capsys):
+    assert main(["launch", "--nodes=8", "--gpus=0", "--dry-run", "--", *ARGUMENTS, "--views", "4"]) == 0
+    said = capsys.readouterr().out
+    assert "#SBATCH --nodes=8\n" in said
+    assert "python -m data_tools render --assets meshes --out data/mine --views 4 &\n" in said
+    assert "DRY_RUN: nothing was submitted; the script would be data/mine/job.sbatch." in said
+    assert not Path("data").exists()
+
+
+def test_slurm_says_which_partitions_there_are_and_how_many_gpus_their_nodes_have(
+    checkout, capsys, monkeypatch
+):
+    for name, text in (("sinfo", "echo 'main*|4|(null)'; echo 'gpu|8|gpu:a100:4'"), ("sbatch", "exit 1")):
+        (checkout / name).write_text(f"#!/bin/sh\n{text}\n")
+        (checkout / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{checkout}:/usr/bin:/bin")
+    given = ["--dry-run", "--", *ARGUMENTS]
+    assert main(["launch", "--partition=gpu", *given]) == 0
+    assert "#SBATCH --gres=gpu:4\n" in capsys.readouterr().out
+    assert main(["launch", "--partition=gup", "--gpus=4", *given]) == 1
+    assert "found the partitions ['gpu', 'main*']" in capsys.readouterr().err
+
+
+def test_make_renders_here_unless_a_cluster_is_named(root):
+    def typed(*words):
+        command = ["make", "-n", "-o", ".venv-render/ready", "render-shards", "OUT=data/mine", *words]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+    assert "data_tools render --assets data_tools/demo_assets --out data/mine --views 16 " in typed()
+    assert "data_tools launch --nodes='8' --partition='gpu' --dry-run -- --assets " in re.sub(
+        " +", " ", typed("NODES=8", "PARTITION=gpu", "DRY_RUN=1")
+    )
