@@ -31,6 +31,9 @@ from lrm_pl.data.geometry_views import depth_member, encode_depth, encode_normal
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
 from lrm_pl.errors import InputError
 
+#: With less room than this in the scratch folder, bytes, an object that fails has failed for want of it.
+_ROOM = 1 << 20
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkerSetup:
@@ -156,7 +159,9 @@ def _try_render(
     except Exception as error:  # whatever one asset does to Blender, the next one is still rendered
         traceback.print_exc()
         full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
+        # Blender does not always say so: then what it wrote cannot be read, and still takes the last room
+        short = shutil.disk_usage(setup.scratch).free < _ROOM
+        if short or getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
             return "no space", f"{setup.scratch}: {error}", 0.0, {}
         return "failed", f"{type(error).__name__}: {str(error).strip()}", 0.0, {}
     finally:

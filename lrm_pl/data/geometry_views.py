@@ -81,7 +81,7 @@ def encode_normals(normals: npt.NDArray[np.floating]) -> bytes:
         SampleError: A length is neither 0 nor 1.
     """
     length = np.linalg.norm(normals, axis=-1)
-    seen = length > 0
+    seen = length != 0
     if not (np.abs(length[seen] - 1) < _UNIT_TOLERANCE).all():
         raise SampleError(f"expected normals of length 1, or 0 where nothing is, found {length[seen].min()}")
     pixels = np.rint((normals.astype(np.float64) + 1) / 2 * 255)

@@ -235,7 +235,9 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
                     f"sample {key!r}: expected views of at most {MAX_IMAGE_SIDE} pixels a side, found {image.size}"
                 )
             return np.array(image, dtype=np.uint8)
-    except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, of a broken file
+    except SampleError:
+        raise
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's
         raise SampleError(
             f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}"
         ) from error
