@@ -12,8 +12,9 @@ import bpy
 import numpy as np
 import numpy.typing as npt
 
-#: A surface of less opacity is looked through.
-_OPACITY = 0.1
+#: A surface of less opacity is not there: 8 bits would not show it. More than that must not be looked through, for
+#: Cycles does so by chance, sample by sample.
+_OPACITY = 1 / 512
 
 #: Cycles gives this depth, or more, where it meets nothing.
 _NOTHING = 1e9

@@ -1,7 +1,7 @@
 """Depth and normals of a view as pictures, and back: the optional members ``depth_000.png`` and ``normal_000.png``.
 
-Both tell of the first surface, at least a tenth opaque, at a pixel's centre. They are 0 where there is none: wherever
-alpha is 0, and at some pixels of soft edges and thin things, which show something beside their centre only.
+Both tell of the first surface at a pixel's centre, be it of glass. They are 0 where there is none: wherever alpha is 0,
+and at some pixels of soft edges and thin things, which show something beside their centre only.
 """
 
 import io
