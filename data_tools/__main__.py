@@ -81,6 +81,8 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         seed=args.seed,
         held_out=held_out,
         shard_size=args.shard_size,
+        depth=args.depth,
+        normals=args.normals,
         rules=tuple(args.rules),
     )
     return settings, assets
@@ -116,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--out", type=Path, default=Path("data/demo"), help="folder of shards to make")
     render.add_argument("--views", type=_between(1, 999), default=16, help="views an object")
     render.add_argument("--res", type=_between(8, 4096), default=128, help="side of the square views, pixels")
+    render.add_argument("--depth", action="store_true", help="keep the depth of each view too")
+    render.add_argument("--normals", action="store_true", help="keep the normals of each view too")
     render.add_argument("--samples", type=_between(1, 65536), default=16, help="Cycles samples a pixel")
     render.add_argument(
         "--jobs",

@@ -18,6 +18,7 @@ from PIL import Image
 
 from data_tools.views import frame_rectangle
 from lrm_pl.conventions import opengl_to_opencv
+from lrm_pl.data.geometry_views import MIN_DEPTH
 
 #: Kinds of GPU that Cycles knows, the fastest on the same card first.
 GPU_KINDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
@@ -99,7 +100,7 @@ def add_camera() -> None:
     data = bpy.data.cameras.new("view")
     data.sensor_fit, data.sensor_width = "HORIZONTAL", SENSOR_MM
     data.shift_x = data.shift_y = 0.0
-    data.clip_start, data.clip_end = 1e-3, 1e3
+    data.clip_start, data.clip_end = MIN_DEPTH, 1e3
     camera = bpy.data.objects.new("view", data)
     bpy.context.scene.collection.objects.link(camera)
     bpy.context.scene.camera = camera

@@ -20,14 +20,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 from data_tools.assets import Asset, hash_file
 from data_tools.criteria import MEASURES_MEMBER, encode_measures, measure_views
 from data_tools.download import download
 from data_tools.settings import RenderSettings
 from data_tools.views import derive_seed, draw_cameras
+from lrm_pl.data.geometry_views import depth_member, encode_depth, encode_normals, normal_member
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
 from lrm_pl.errors import InputError
+
+#: With less room than this in the scratch folder, bytes, an object that fails has failed for want of it.
+_ROOM = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
         AssetError: The asset cannot be imported, is empty, or no view shows anything.
         InputError: It is not the file that it should be, or cannot be downloaded.
     """
-    from data_tools import blender_import, blender_scene
+    from data_tools import blender_import, blender_passes, blender_scene
 
     settings = setup.settings
     seed = derive_seed(settings.seed, asset.id)
@@ -86,17 +91,23 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     device = blender_scene.choose_device()
     blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
     blender_scene.add_camera()
+    if settings.depth or settings.normals:
+        blender_passes.keep_passes(normals=settings.normals)
+    images, extras, scratch = list[npt.NDArray[np.uint8]](), dict[str, bytes](), Path(setup.scratch)
     with blender_scene.cycles_clock() as cycles_s:
-        images = [
-            blender_scene.render_view(
+        for view in range(settings.views):
+            image = blender_scene.render_view(
                 cameras.c2w[view],
                 float(cameras.fxfycxcy[view, 0]),
                 half_extent,
                 derive_seed(settings.seed, asset.id, view),
-                Path(setup.scratch),
+                scratch,
             )
-            for view in range(settings.views)
-        ]
+            images.append(image)
+            if settings.depth or settings.normals:
+                depth, normals = blender_passes.last_geometry(image[..., 3], scratch)
+                extras |= {depth_member(view): encode_depth(depth)} if settings.depth else {}
+                extras |= {normal_member(view): encode_normals(normals)} if normals is not None else {}
     if not any(image[..., 3].any() for image in images):
         raise blender_import.AssetError(f"renders to nothing: all {settings.views} views are transparent")
     info = SampleInfo(
@@ -114,7 +125,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
         cameras.c2w,
         cameras.fxfycxcy,
         tuple(encode_image(image) for image in images),
-        {MEASURES_MEMBER: encode_measures(measure_views(mesh, images))},
+        extras | {MEASURES_MEMBER: encode_measures(measure_views(mesh, images))},
     )
     return sample, sum(cycles_s)
 
@@ -148,7 +159,9 @@ def _try_render(
     except Exception as error:  # whatever one asset does to Blender, the next one is still rendered
         traceback.print_exc()
         full = os.strerror(errno.ENOSPC)
-        if getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
+        # Blender does not always say so: then what it wrote cannot be read, and still takes the last room
+        short = shutil.disk_usage(setup.scratch).free < _ROOM
+        if short or getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
             return "no space", f"{setup.scratch}: {error}", 0.0, {}
         return "failed", f"{type(error).__name__}: {str(error).strip()}", 0.0, {}
     finally:

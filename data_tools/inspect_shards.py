@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data_tools.contact_sheet import SHEET_NAME, write_contact_sheet
 from data_tools.filter_table import FILTER_NAME, outcomes
+from data_tools.geometry import kinds_of
 from data_tools.shard_folder import read_failures
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, read_samples, write_atomically
 from lrm_pl.data.schema import SampleError, SampleInfo, decode_image, decode_sample
@@ -39,6 +40,7 @@ class Statistics:
     Attributes:
         infos: Records of all objects.
         splits: Objects of each split, and those that were rejected.
+        geometry: Objects with depth, and with normals.
         distance: (N) of every camera from the origin, scene units.
         elevation_deg: (N) its height above the horizon.
         fov_deg: (N) horizontal field of view.
@@ -50,6 +52,7 @@ class Statistics:
 
     infos: tuple[SampleInfo, ...]
     splits: Counter[str]
+    geometry: Counter[str]
     distance: npt.NDArray[np.float64]
     elevation_deg: npt.NDArray[np.float64]
     fov_deg: npt.NDArray[np.float64]
@@ -89,6 +92,7 @@ def inspect(folder: Path) -> Path:
     for name, values, unit in found.rows():
         low, middle, high = np.percentile(values, (0, 50, 100))
         print(f"{name:<31}{low:.4g} / {middle:.4g} / {high:.4g} {unit} (least, median, most)")
+    print(f"{'depth, normals':<31}of {found.geometry['depth']}, of {found.geometry['normal']} objects")
     for name, counted in words(folder, found).items():
         told = ", ".join(f"{word} {count}" for word, count in counted.most_common(3))
         print(f"{name:<31}{len(counted)} kinds: {told}" if counted else f"{name:<31}none")
@@ -107,6 +111,7 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
         ShardError: One of them cannot be read.
     """
     infos, splits, places, fovs, coverage, side, sizes = [], Counter[str](), [], [], [], [], []
+    geometry = Counter[str]()
     with tqdm(total=sum(shard.samples for shard in manifest.shards), unit="object", file=sys.stderr) as bar:
         for shard in manifest.shards:
             for key, content in read_samples(folder, shard):
@@ -119,6 +124,7 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
                     ) from error
                 infos.append(sample.info)
                 splits["rejected" if shard.rejected else shard.split] += 1
+                geometry.update(kinds_of(sample))
                 places.append(sample.c2w[:, :3, 3])
                 fovs.append(sample.fxfycxcy[:, 0])
                 coverage += [float(alpha.mean()) / 255 for alpha in alphas]
@@ -130,6 +136,7 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
     return Statistics(
         infos=tuple(infos),
         splits=splits,
+        geometry=geometry,
         distance=distance,
         elevation_deg=np.degrees(np.arcsin((place[:, 2] / distance).clip(-1, 1))),
         fov_deg=np.degrees(2 * np.arctan(0.5 / np.concatenate(fovs).astype(np.float64))),

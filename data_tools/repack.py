@@ -15,6 +15,7 @@ from PIL import Image
 from data_tools.contact_sheet import write_contact_sheet
 from data_tools.criteria import Rule, objections, parse_rule
 from data_tools.filter_table import shard_measures
+from data_tools.geometry import smaller_geometry
 from data_tools.new_folder import new_folder, write_shards
 from data_tools.plan import cut, held_out_ids
 from lrm_pl.data.manifest import (
@@ -157,12 +158,13 @@ def _members(key: str, found: Found, resolution: int | None) -> dict[str, bytes]
     try:
         content = read_members(path, found.members.values())
         sample = decode_sample(key, dict(zip(found.members, content, strict=True)))
+        if resolution is None:
+            return encode_sample(sample)
+        views = tuple(resized(key, view, resolution) for view in sample.views)
+        extras = smaller_geometry(sample, views)
     except SampleError as error:
         raise ShardError(f"{path}: {error}") from error
-    if resolution is None:
-        return encode_sample(sample)
-    views = tuple(resized(key, view, resolution) for view in sample.views)
-    return encode_sample(dataclasses.replace(sample, views=views))
+    return encode_sample(dataclasses.replace(sample, views=views, extras=extras))
 
 
 def resized(key: str, view: bytes, resolution: int) -> bytes:

@@ -40,6 +40,8 @@ class RenderSettings:
         seed: Seed of all cameras and of Cycles.
         held_out: Number of objects in the validation split.
         shard_size: Objects a shard.
+        depth: Whether views have their depth beside them.
+        normals: Whether they have their normals.
         rules: What an object must obey, else it is rejected (``criteria.parse_rule``).
         pipeline_version: Version of this package's rendering.
     """
@@ -52,6 +54,8 @@ class RenderSettings:
     seed: int
     held_out: int
     shard_size: int
+    depth: bool = False
+    normals: bool = False
     rules: tuple[str, ...] = DEFAULT_RULES
     pipeline_version: int = PIPELINE_VERSION
 
@@ -107,7 +111,7 @@ def check_settings(
             )
         return False
     try:
-        found = read_settings(folder)
+        found = {"depth": False, "normals": False} | read_settings(folder)  # older folders have neither
         found_renderer = found.pop("renderer")
         found_assets = {asset.id: dataclasses.asdict(asset) for asset in read_list(folder)}
     except (AssetsError, ValueError, KeyError, TypeError, OSError) as error:

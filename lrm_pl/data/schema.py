@@ -12,6 +12,8 @@ A sample with key ``chair`` and V views is these members of a WebDataset tar, in
                          depth / ``MAX_DEPTH`` * 65535
     chair.normal_000.png optional, one a view: RGB, 8 bits, world normal n as (n + 1) / 2, 0 where nothing is
 
+Nothing is where alpha is 0, or where no surface lies at the pixel's centre (soft edges; never where alpha is 255).
+
 No member is a pickle. Everything read from a tar is checked before it is used.
 """
 
@@ -43,6 +45,9 @@ MAX_IMAGE_SIDE = 4096
 
 #: As long to encode as PNG; more effort saves a few hundredths of the size for ten times as long.
 _WEBP_EFFORT = {"method": 2, "quality": 20}
+
+#: Members that are read whatever views are wanted.
+NEEDED_MEMBERS = ("json", "c2w.npy", "fxfycxcy.npy")
 
 #: Members that need not be there, and are read only by who asks for them.
 EXTRA_PATTERN = re.compile(r"measures\.json|(depth|normal)_\d{3}\.png")
@@ -230,7 +235,9 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
                     f"sample {key!r}: expected views of at most {MAX_IMAGE_SIDE} pixels a side, found {image.size}"
                 )
             return np.array(image, dtype=np.uint8)
-    except (OSError, EOFError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, of a broken file
+    except SampleError:
+        raise
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's
         raise SampleError(
             f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}"
         ) from error

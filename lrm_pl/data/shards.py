@@ -17,7 +17,7 @@ import numpy as np
 
 from lrm_pl.data.manifest import MemberIndex, ShardError
 from lrm_pl.data.mixture import Entry
-from lrm_pl.data.schema import IMAGE_FORMATS, Sample, SampleError, decode_sample, view_member
+from lrm_pl.data.schema import IMAGE_FORMATS, NEEDED_MEMBERS, Sample, SampleError, decode_sample, view_member
 from lrm_pl.stores import StoreError
 
 Item = TypeVar("Item")
@@ -140,7 +140,7 @@ class ShardReader:
         key = list(index)[place.index]
         members = index[key]
         images = {view_member(view, suffix) for view in views for suffix in IMAGE_FORMATS}
-        names = [name for name in members if not name.startswith("view_") or name in images]
+        names = [name for name in members if name in images or name in NEEDED_MEMBERS]
         try:
             content = entry.source.read(entry.shard, [members[name] for name in names])
             return decode_sample(key, dict(zip(names, content, strict=True)), views)

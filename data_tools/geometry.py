@@ -1,0 +1,121 @@
+"""Depth and normals beside finished views: what they must obey, and how they are made smaller. numpy only."""
+
+import numpy as np
+import numpy.typing as npt
+
+from lrm_pl.data.geometry_views import (
+    decode_depth,
+    decode_normals,
+    depth_member,
+    normal_member,
+    read_pixels,
+    write_pixels,
+)
+from lrm_pl.data.schema import Sample, SampleError, decode_image
+
+#: Kind of member -> how the one of a view is called.
+KINDS = {"depth": depth_member, "normal": normal_member}
+
+#: Share of a view's opaque pixels that may be without geometry: their centre may fall into a crack of the mesh.
+_CRACKS = 1e-3
+
+#: The object lies in [-1, 1]^3, and its depth is rounded.
+_REACH = 1.01
+
+
+def kinds_of(sample: Sample) -> list[str]:
+    """Name which of depth and normal a sample has."""
+    return [kind for kind in KINDS if any(name.startswith(kind) for name in sample.extras)]
+
+
+def check_geometry(sample: Sample) -> None:
+    """Check the depth and the normals of a sample, if it has any, against its views and cameras.
+
+    Raises:
+        SampleError: With what is wrong, and in which member.
+    """
+    key, kinds = sample.info.id, kinds_of(sample)
+    for kind in kinds:
+        found = {name for name in sample.extras if name.startswith(kind)}
+        if odd := sorted(found ^ {KINDS[kind](view) for view in range(sample.info.views)}):
+            raise SampleError(
+                f"sample {key!r}: expected {kind} of all {sample.info.views} views or of none, found {len(found)}; "
+                f"{odd[0]} is {'strange' if odd[0] in found else 'missing'}"
+            )
+    for view, picture in enumerate(sample.views if kinds else ()):
+        alpha = decode_image(key, picture)[..., 3]
+        if "depth" in kinds:
+            name = depth_member(view)
+            depth = decode_depth(key, name, sample.extras[name])
+            _check_holes(key, name, depth > 0, alpha)
+            reach = np.abs(back_project(depth, sample.c2w[view], sample.fxfycxcy[view])).max(initial=0)
+            if reach > _REACH:
+                raise SampleError(
+                    f"sample {key!r}: expected the points of {name} within [-1, 1]^3, found one at {reach:.3g}; depth "
+                    "is measured along the camera's z axis, in scene units"
+                )
+        if "normal" in kinds:
+            name = normal_member(view)
+            normals = decode_normals(key, name, sample.extras[name])
+            _check_holes(key, name, (normals != 0).any(axis=-1), alpha)
+
+
+def back_project(
+    depth: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]:
+    """Return the (N, 3) world points that an (H, W) depth shows, row by row; none where it is 0."""
+    rows, columns = np.nonzero(depth)
+    height, width = depth.shape
+    pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
+    z = depth[rows, columns].astype(np.float64)[:, None]
+    points = np.concatenate([(pixels - fxfycxcy[2:]) / fxfycxcy[:2] * z, z], axis=1)
+    return points @ c2w[:3, :3].T.astype(np.float64) + c2w[:3, 3]
+
+
+def smaller_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes]:
+    """Give depth and normals the size of smaller views; other extras, and pictures of that size, keep their bytes.
+
+    Of the pixels under a smaller one that is taken which lies at its centre (of four, the one below and to the right):
+    a mean over an edge would be a surface where none is. It is 0 where the smaller view's alpha is.
+
+    Args:
+        sample: The sample as it was.
+        views: Its views in their new size.
+
+    Raises:
+        SampleError: A picture is none, or had another size than its view.
+    """
+    key, smaller = sample.info.id, dict(sample.extras)
+    for view, (before, after) in enumerate(zip(sample.views, views, strict=True) if kinds_of(sample) else ()):
+        size, alpha = decode_image(key, before).shape[:2], decode_image(key, after)[..., 3]
+        for name in (member(view) for member in KINDS.values()):
+            if name in sample.extras and alpha.shape != size:
+                pixels = read_pixels(key, name, sample.extras[name])
+                _check_size(key, name, pixels.shape[:2], size)
+                rows, columns = (
+                    (np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(alpha.shape, size, strict=True)
+                )
+                pixels = pixels[rows[:, None], columns]
+                pixels[alpha == 0] = 0
+                smaller[name] = write_pixels(pixels)
+    return smaller
+
+
+def _check_holes(key: str, name: str, seen: npt.NDArray[np.bool_], alpha: npt.NDArray[np.uint8]) -> None:
+    _check_size(key, name, seen.shape, alpha.shape)
+    if outside := int((seen & (alpha == 0)).sum()):
+        raise SampleError(
+            f"sample {key!r}: expected 0 in {name} wherever alpha is 0, found something at {outside} pixels"
+        )
+    opaque = alpha == 255
+    holes = int((opaque & ~seen).sum())
+    if holes > _CRACKS * opaque.sum():
+        raise SampleError(
+            f"sample {key!r}: expected something in {name} wherever alpha is 255, found 0 at {holes} of "
+            f"{int(opaque.sum())} pixels"
+        )
+
+
+def _check_size(key: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise SampleError(f"sample {key!r}: expected {name} of the view's size {expected}, found {found}")

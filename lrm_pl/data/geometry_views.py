@@ -1,0 +1,143 @@
+"""Depth and normals of a view as pictures, and back: the optional members ``depth_000.png`` and ``normal_000.png``.
+
+Both tell of the first surface at a pixel's centre, be it of glass. They are 0 where there is none: wherever alpha is 0,
+and at some pixels of soft edges and thin things, which show something beside their centre only.
+"""
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, SampleError
+
+#: Depth that is nearest to a camera, scene units.
+MIN_DEPTH = 1e-3
+
+#: Value of a depth picture that stands for ``MAX_DEPTH``.
+_FULL = 65535
+
+#: How far a normal's length may be from 1: rounding to 8 bits alone makes it 0.007.
+_UNIT_TOLERANCE = 0.02
+
+#: Kind of member -> what Pillow calls its pixels.
+_MODES = {"depth": "I;16", "normal": "RGB"}
+
+
+def depth_member(view: int) -> str:
+    """Name the member (without its key) that holds the depth of a view: ``depth_003.png``."""
+    return f"depth_{view:03d}.png"
+
+
+def normal_member(view: int) -> str:
+    """Name the member (without its key) that holds the normals of a view: ``normal_003.png``."""
+    return f"normal_{view:03d}.png"
+
+
+def encode_depth(depth: npt.NDArray[np.floating]) -> bytes:
+    """Encode (H, W) depth along the camera's z axis, scene units, 0 where nothing is; equal depths give equal bytes.
+
+    Raises:
+        SampleError: It is neither 0 nor between ``MIN_DEPTH`` and ``MAX_DEPTH``.
+    """
+    seen = depth != 0
+    if not ((depth[seen] >= MIN_DEPTH) & (depth[seen] <= MAX_DEPTH)).all():
+        raise SampleError(
+            f"expected depth from {MIN_DEPTH} to {MAX_DEPTH}, or 0 where nothing is, found {depth[seen].min()} to "
+            f"{depth[seen].max()}"
+        )
+    return write_pixels(np.rint(depth.astype(np.float64) / MAX_DEPTH * _FULL).astype(np.uint16))
+
+
+def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]:
+    """Decode the depth of a view.
+
+    Args:
+        key: The sample's key, for messages.
+        name: The member's name, ``depth_003.png``.
+        encoded: PNG bytes.
+
+    Returns:
+        (H, W) depth along the camera's z axis, scene units; 0 where nothing is.
+
+    Raises:
+        SampleError: Not a picture of depth, too large, or nearer than ``MIN_DEPTH``.
+    """
+    pixels = read_pixels(key, name, encoded)
+    least = round(MIN_DEPTH / MAX_DEPTH * _FULL)
+    if ((pixels > 0) & (pixels < least)).any():
+        raise SampleError(
+            f"sample {key!r}: expected depth from {MIN_DEPTH} to {MAX_DEPTH} in {name}, or 0 where nothing is, found "
+            f"{pixels[pixels > 0].min() / _FULL * MAX_DEPTH:.2g}"
+        )
+    return (pixels.astype(np.float64) / _FULL * MAX_DEPTH).astype(np.float32)
+
+
+def encode_normals(normals: npt.NDArray[np.floating]) -> bytes:
+    """Encode (H, W, 3) unit normals in the world, 0 where nothing is; equal normals give equal bytes.
+
+    Raises:
+        SampleError: A length is neither 0 nor 1.
+    """
+    length = np.linalg.norm(normals, axis=-1)
+    seen = length != 0
+    if not (np.abs(length[seen] - 1) < _UNIT_TOLERANCE).all():
+        raise SampleError(f"expected normals of length 1, or 0 where nothing is, found {length[seen].min()}")
+    pixels = np.rint((normals.astype(np.float64) + 1) / 2 * 255)
+    return write_pixels(np.where(seen[..., None], pixels, 0).clip(0, 255).astype(np.uint8))
+
+
+def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]:
+    """Decode the normals of a view.
+
+    Args:
+        key: The sample's key, for messages.
+        name: The member's name, ``normal_003.png``.
+        encoded: PNG bytes.
+
+    Returns:
+        (H, W, 3) normals in the world, of length 1; 0 where nothing is.
+
+    Raises:
+        SampleError: Not a picture of normals, or too large.
+    """
+    pixels = read_pixels(key, name, encoded)
+    seen = pixels.any(axis=-1)
+    normals = pixels.astype(np.float64) / 255 * 2 - 1
+    length = np.linalg.norm(normals, axis=-1)
+    wrong = seen & (np.abs(length - 1) > _UNIT_TOLERANCE)
+    if wrong.any():
+        raise SampleError(
+            f"sample {key!r}: expected normals of length 1 in {name}, or 0 where nothing is, found one of "
+            f"{length[wrong][0]:.3g}"
+        )
+    length[~seen] = np.inf
+    return (normals / length[..., None]).astype(np.float32)
+
+
+def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
+    """Return a picture as it is stored: (H, W) uint16 of ``depth_*``, (H, W, 3) uint8 of ``normal_*``.
+
+    Raises:
+        SampleError: It is no such picture, or too large.
+    """
+    mode = _MODES[name.partition("_")[0]]
+    try:
+        with Image.open(io.BytesIO(encoded), formats=("PNG",)) as image:
+            if image.mode == mode and max(image.size) <= MAX_IMAGE_SIDE:
+                return np.array(image)
+            found = f"mode {image.mode} and {image.size}"
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's
+        found = f"{len(encoded)} bytes: {error}"
+    raise SampleError(
+        f"sample {key!r}: expected {name} to be a PNG of mode {mode} and at most {MAX_IMAGE_SIDE} pixels a side, found "
+        f"{found}"
+    )
+
+
+def write_pixels(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> bytes:
+    """Undo ``read_pixels``; equal pixels give equal bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

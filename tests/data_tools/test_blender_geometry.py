@@ -1,0 +1,213 @@
+"""Real depth and normals of meshes in closed form, pixel by pixel, through the shards to points on the mesh."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import box, write_gltf
+from test_repack import members
+
+from data_tools.geometry import back_project
+from data_tools.repack import repack
+from data_tools.validate import validate
+from lrm_pl.data.geometry_views import decode_depth, decode_normals, depth_member, normal_member
+from lrm_pl.data.schema import decode_image, decode_sample
+
+pytestmark = pytest.mark.blender
+
+SIDE, VIEWS = 64, 4
+OPTIONS = ["--views", VIEWS, "--res", SIDE, "--samples", 4, "--held-out", 0, "--jobs", 1, "--rules"]
+
+#: A step of 16 bits of depth; rounding is off by half of it.
+STEP = 8 / 65535
+
+#: The cube is turned about z, then about x, so that no face looks along an axis.
+TURN = np.radians((25, 35))
+
+
+def turned():
+    (cz, cx), (sz, sx) = np.cos(TURN), np.sin(TURN)
+    about_z = np.array([(cz, -sz, 0), (sz, cz, 0), (0, 0, 1)])
+    return np.array([(1, 0, 0), (0, cx, -sx), (0, sx, cx)]) @ about_z
+
+
+def sphere(rings=256, segments=512):
+    """Return vertices and triangles so fine that a face lies 4e-5 inside the unit sphere."""
+    polar, azimuth = np.meshgrid(
+        np.pi * np.arange(rings + 1) / rings, 2 * np.pi * np.arange(segments) / segments, indexing="ij"
+    )
+    points = np.stack(
+        [np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth), np.cos(polar)], axis=-1
+    )
+    row, column = np.mgrid[:rings, :segments]
+    a, b = row * segments + column, row * segments + (column + 1) % segments
+    quads = np.stack([a, a + segments, b + segments, b], axis=-1).reshape(-1, 4)
+    return points.reshape(-1, 3), np.concatenate([quads[:, [0, 1, 2]], quads[:, [0, 2, 3]]])
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("geometry")
+    ball, faces = sphere()
+    # away from the origin and large: normalising must bring it back
+    write_gltf(folder / "ball.gltf", [(ball * 3 + (1, 2, 3), faces, (0.5, 0.5, 0.5), 1.0)])
+    corners, faces = box((0, 0, 0), (1, 1, 1))
+    cube = corners @ turned().T
+    write_gltf(folder / "cube.gltf", [(5 * cube + (7, -3, 2), faces, (0.9, 0.2, 0.2), 1.0)])
+    # as the cube, of faces that look inwards
+    write_gltf(folder / "inward.gltf", [(cube, faces[:, ::-1], (0.9, 0.2, 0.2), 1.0)])
+    # as the cube, of glass with something inside; and in glass of no colour at all
+    for name, alpha in (("glass", 0.3), ("clear", 0.0)):
+        core, shell = (cube * 0.5, faces, (0.2, 0.2, 0.9), 1.0), (cube, faces, (0.9, 0.2, 0.2), alpha)
+        write_gltf(folder / f"{name}.gltf", [core, shell])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(render_command, assets, tmp_path_factory):
+    """The same objects with nothing beside their views, with normals, and with both."""
+    out = tmp_path_factory.mktemp("rendered")
+    for name, options in (("plain", []), ("normals", ["--normals"]), ("both", ["--depth", "--normals"])):
+        render_command(assets, out / name, *OPTIONS, *options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def samples(folders):
+    found = members(folders / "both")
+    return {key: decode_sample(key, content) for key, (_, content) in found.items()}
+
+
+def geometry(sample, view):
+    names = depth_member(view), normal_member(view)
+    alpha = decode_image("", sample.views[view])[..., 3]
+    depth = decode_depth("", names[0], sample.extras[names[0]])
+    return alpha, depth, decode_normals("", names[1], sample.extras[names[1]])
+
+
+def rays(sample, view, side=SIDE):
+    """Return origin (3,) and directions (side, side, 3) of the pixels' centres; of length 1 along the camera's z."""
+    c2w, camera = sample.c2w[view].astype(np.float64), sample.fxfycxcy[view].astype(np.float64)
+    y, x = (np.mgrid[:side, :side] + 0.5) / side
+    directions = np.stack(
+        [(x - camera[2]) / camera[0], (y - camera[3]) / camera[1], np.ones_like(x)], axis=-1
+    )
+    return c2w[:3, 3], directions @ c2w[:3, :3].T
+
+
+def meet_sphere(origin, directions):
+    """Depth, 0 where the unit sphere is missed, and normals."""
+    a, b, c = (directions**2).sum(-1), directions @ origin, origin @ origin - 1
+    root = b * b - a * c
+    depth = np.where(root > 0, (-b - np.sqrt(root.clip(0))) / a, 0)
+    return depth, np.where(root[..., None] > 0, origin + depth[..., None] * directions, 0)
+
+
+def meet_cube(origin, directions, half):
+    """Depth, 0 where the turned cube is missed, and normals."""
+    o, d = origin @ turned(), directions @ turned()
+    near, far = np.sort(np.stack([(-half - o) / d, (half - o) / d]), axis=0)
+    first, last = near.max(-1), far.min(-1)
+    face = np.eye(3)[near.argmax(-1)] * -np.sign(d)
+    hit = first < last
+    return np.where(hit, first, 0), np.where(hit[..., None], face @ turned().T, 0)
+
+
+def expected(key, sample, view, side=SIDE):
+    origin, directions = rays(sample, view, side)
+    if key == "ball":
+        return meet_sphere(origin, directions)
+    return meet_cube(origin, directions, (0.5 if key == "clear" else 1) / np.sqrt(3))
+
+
+def angle_deg(a, b):
+    return np.degrees(np.arccos((a * b).sum(-1).clip(-1, 1)))
+
+
+KEYS = ("ball", "cube", "inward", "glass", "clear")
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_depth_is_that_of_the_first_surface_at_each_pixels_centre_along_the_cameras_z(samples, key):
+    for view in range(VIEWS):
+        alpha, depth, _ = geometry(samples[key], view)
+        right, face = expected(key, samples[key], view)
+        assert ((depth > 0) != (right > 0)).sum() <= 2, "a ray along the edge may go either way"
+        both = (depth > 0) & (right > 0)
+        assert both.sum() > 250
+        # how far from the surface: seen at a grazing angle, it is far away in depth soon
+        _, directions = rays(samples[key], view)
+        assert np.abs((depth - right) * (directions * face).sum(-1))[both].max() < STEP
+        assert not depth[alpha == 0].any()
+        assert (depth[alpha == 255] > 0).all()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_normals_are_those_of_the_world_and_face_the_camera(samples, key):
+    for view in range(VIEWS):
+        _, depth, normals = geometry(samples[key], view)
+        _, right = expected(key, samples[key], view)
+        assert ((normals != 0).any(-1) == (depth > 0)).all()
+        _, directions = rays(samples[key], view)
+        inner = (depth > 0) & ((right * directions).sum(-1) < -0.5)
+        for shift in itertools.product((-1, 0, 1), repeat=2):  # a pixel that shows two faces has their mean
+            inner &= (np.roll(right, shift, (0, 1)) * right).sum(-1) > 0.9
+        assert inner.sum() > 90
+        # the mean over a pixel of the ball, of 1.3 degrees and more, is not that of its centre
+        assert angle_deg(normals, right)[inner].max() < (2.5 if key == "ball" else 0.5)
+
+
+def test_depth_leads_back_to_points_on_the_sphere_and_on_the_cube(samples):
+    half = 1 / np.sqrt(3)
+    for view in range(VIEWS):
+        sample = samples["ball"]
+        points = back_project(geometry(sample, view)[1], sample.c2w[view], sample.fxfycxcy[view])
+        assert len(points) > 1000
+        assert np.abs(np.linalg.norm(points, axis=1) - 1).max() < STEP
+        sample = samples["cube"]
+        points = back_project(geometry(sample, view)[1], sample.c2w[view], sample.fxfycxcy[view])
+        assert np.abs(np.abs(points @ turned()).max(axis=1) - half).max() < STEP
+
+
+def test_views_are_the_same_bytes_with_and_without_geometry(folders):
+    plain, normals, both = (members(folders / name) for name in ("plain", "normals", "both"))
+    assert set(plain) == set(KEYS)
+    for key, (_, content) in plain.items():
+        names = {normal_member(view) for view in range(VIEWS)}
+        assert set(normals[key][1]) == set(content) | names
+        assert set(both[key][1]) == set(content) | names | {depth_member(view) for view in range(VIEWS)}
+        assert {name: normals[key][1][name] for name in content} == content
+        assert {name: both[key][1][name] for name in normals[key][1]} == normals[key][1]
+
+
+def test_what_was_rendered_is_valid_and_so_is_half_of_its_size(folders, samples, tmp_path):
+    assert validate(folders / "both") == 0
+    repack([folders / "both"], tmp_path / "small", resolution=SIDE // 2)
+    assert validate(tmp_path / "small") == 0
+    for key in ("ball", "cube"):
+        small = decode_sample(key, members(tmp_path / "small")[key][1])
+        for view in range(VIEWS):
+            alpha, depth, _ = geometry(small, view)
+            _, large, _ = geometry(samples[key], view)
+            assert depth.shape == (SIDE // 2, SIDE // 2)
+            np.testing.assert_array_equal(depth, np.where(alpha > 0, large[1::2, 1::2], 0))
+            right, face = expected(key, small, view, SIDE // 2)
+            _, directions = rays(small, view, SIDE // 2)
+            # that of a quarter of a pixel away, to the right and down
+            away = np.sqrt(2) / 4 * depth / (small.fxfycxcy[view, 0] * SIDE / 2)
+            both = (depth > 0) & (right > 0)
+            assert both.sum() > 150
+            assert (np.abs((depth - right) * (directions * face).sum(-1)) < 1.1 * away)[both].all()
+
+
+def test_a_folder_that_was_begun_without_depth_is_not_continued_with_it(render_command, assets, folders):
+    record = json.loads((folders / "plain" / "render.json").read_text())
+    assert (record["depth"], record["normals"]) == (False, False)
+    done = render_command(assets, folders / "plain", *OPTIONS, "--depth", check=False)
+    assert done.returncode == 1
+    assert "render.json: depth: expected True as asked for now, found False" in done.stderr
+    # folders of earlier versions say nothing of either
+    old = {name: value for name, value in record.items() if name not in ("depth", "normals")}
+    (folders / "plain" / "render.json").write_text(json.dumps(old))
+    assert "Nothing to render" in render_command(assets, folders / "plain", *OPTIONS).stdout

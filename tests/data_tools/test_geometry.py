@@ -1,0 +1,186 @@
+"""Depth and normals beside views, without Blender: what repack, merge, validate, inspect and training make of them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from test_repack import members
+
+from data_tools.__main__ import main
+from data_tools.geometry import back_project, check_geometry, smaller_geometry
+from data_tools.repack import repack, resized
+from data_tools.validate import validate
+from lrm_pl.data.geometry_views import (
+    decode_depth,
+    depth_member,
+    encode_depth,
+    encode_normals,
+    normal_member,
+    read_pixels,
+    write_pixels,
+)
+from lrm_pl.data.manifest import Manifest, read_manifest, write_manifest, write_shard
+from lrm_pl.data.mixture import Entry
+from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_sample
+from lrm_pl.data.shards import Place, ShardReader
+from lrm_pl.data.source import ShardSource
+from lrm_pl.data.synthetic import DISTANCE, synthetic_sample
+
+VIEWS, SIDE = 4, 32
+
+
+def with_geometry(sample):
+    """Give an ellipsoid the depth of a card that stands at the origin, and faces the camera."""
+    extras = {}
+    for view, (c2w, picture) in enumerate(zip(sample.c2w, sample.views, strict=True)):
+        seen = decode_image("", picture)[..., 3] > 0
+        extras[depth_member(view)] = encode_depth(np.where(seen, DISTANCE, 0.0))
+        extras[normal_member(view)] = encode_normals(np.where(seen[..., None], -c2w[:3, 2], 0.0))
+    return dataclasses.replace(sample, extras=extras)
+
+
+@pytest.fixture
+def sample():
+    return with_geometry(synthetic_sample("a", VIEWS, SIDE, 0))
+
+
+@pytest.fixture
+def folder(tmp_path, sample):
+    """Two objects with depth and normals and one without."""
+    others = [synthetic_sample("b", VIEWS, SIDE, 1), with_geometry(synthetic_sample("c", VIEWS, SIDE, 2))]
+    path = tmp_path / "made"
+    path.mkdir()
+    content = [(s.info.id, encode_sample(s)) for s in (sample, *others)]
+    shard = write_shard(path, "train-000000.tar", "train", content)
+    write_manifest(path, Manifest((shard,), VIEWS, 0, {"normalise": "sphere"}))
+    return path
+
+
+def test_depth_leads_back_to_the_points_that_were_seen_by_hand():
+    depth = np.zeros((2, 4), np.float32)
+    depth[1, 2] = 2.0  # the pixel's centre is at (2.5 / 4, 1.5 / 2)
+    c2w = np.eye(4, dtype=np.float32)
+    c2w[:3, :3] = [(0, 0, 1), (1, 0, 0), (0, 1, 0)]  # z of the camera is x of the world
+    c2w[:3, 3] = (10, 20, 30)
+    # x = (0.625 - 0.5) / 0.5 * 2 = 0.5, y = (0.75 - 0.5) / 1 * 2 = 0.5
+    points = back_project(depth, c2w, np.array([0.5, 1.0, 0.5, 0.5], np.float32))
+    np.testing.assert_allclose(points, [(12, 20.5, 30.5)])
+
+
+def test_repack_and_merge_keep_the_bytes_unless_the_size_changes(folder, shards, tmp_path):
+    assert validate(folder) == 0
+    for name, resolution in (("copy", None), ("same", SIDE)):
+        repack([folder], tmp_path / name, resolution=resolution, shard_size=1)
+        assert members(tmp_path / name) == members(folder)
+
+
+def test_a_smaller_folder_has_smaller_geometry_and_is_still_right(folder, tmp_path):
+    repack([folder], tmp_path / "small", resolution=SIDE // 2)
+    assert validate(tmp_path / "small") == 0
+    found = members(tmp_path / "small")
+    assert [any(name.startswith("depth") for name in found[key][1]) for key in "abc"] == [True, False, True]
+    alpha = decode_image("a", found["a"][1]["view_002.webp"])[..., 3]
+    depth = decode_depth("a", "depth_002.png", found["a"][1]["depth_002.png"])
+    assert depth.shape == (16, 16)
+    assert not depth[alpha == 0].any()
+    np.testing.assert_allclose(depth[alpha == 255], DISTANCE, atol=8 / 65535)
+
+
+def test_a_smaller_pixel_takes_one_value_and_never_a_mean_over_an_edge(sample):
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:, 1:] = 255
+    depth = np.array([[0, 1, 2, 3], [0, 5, 6, 7], [0, 1, 1, 2], [0, 0, 2, 2]], dtype=np.float64)
+    normals = np.zeros((4, 4, 3))
+    normals[:, 1:2], normals[:, 2:] = (1, 0, 0), (0, 0, 1)
+    extras = {"depth_000.png": encode_depth(depth), "normal_000.png": encode_normals(normals)}
+    views = (encode_image(rgba), *sample.views[1:])
+    one = dataclasses.replace(sample, views=views, extras=extras)
+    small = smaller_geometry(one, (resized("a", views[0], 2), *views[1:]))
+    # of each block of four that below and to the right: 5, 7, 0 and 2
+    np.testing.assert_allclose(
+        decode_depth("a", "depth_000.png", small["depth_000.png"]), [[5, 7], [0, 2]], atol=8 / 65535
+    )
+    assert read_pixels("a", "normal_000.png", small["normal_000.png"]).tolist() == [
+        [[255, 128, 128], [128, 128, 255]], [[255, 128, 128], [128, 128, 255]],
+    ]  # fmt: skip
+    faint = encode_image(np.zeros((2, 2, 4), np.uint8))
+    gone = smaller_geometry(one, (faint, *views[1:]))
+    assert not decode_depth("a", "depth_000.png", gone["depth_000.png"]).any()
+    wrong = dataclasses.replace(one, extras={"depth_000.png": encode_depth(depth[:3])})
+    with pytest.raises(SampleError, match=r"depth_000\.png of the view's size \(4, 4\), found \(3, 4\)"):
+        smaller_geometry(wrong, (faint, *views[1:]))
+
+
+def _hole(pixels, alpha):
+    row, column = np.argwhere(alpha == 255)[50]
+    pixels[row, column] = 0
+    return pixels
+
+
+def _beside(pixels, alpha):
+    row, column = np.argwhere(alpha == 0)[7]
+    pixels[row, column] = pixels.max(axis=(0, 1))
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("depth_002.png", lambda pixels, _: pixels[::2, ::2], r"of the view's size (32, 32), found (16, 16)"),
+        ("depth_002.png", _hole, "expected something in depth_002.png wherever alpha is 255, found 0 at 1 of"),
+        ("depth_002.png", _beside, "expected 0 in depth_002.png wherever alpha is 0, found something at 1 pix"),
+        ("depth_002.png", lambda pixels, _: pixels * 2, "the points of depth_002.png within [-1, 1]^3, found one"),
+        ("depth_002.png", lambda pixels, _: (pixels >> 8).astype(np.uint8), "depth_002.png to be a PNG of mode I;16"),
+        ("depth_002.png", None, "depth of all 4 views or of none, found 3; depth_002.png is missing"),
+        ("normal_001.png", lambda pixels, _: pixels[:, 1:], r"of the view's size (32, 32), found (32, 31)"),
+        ("normal_001.png", _hole, "expected something in normal_001.png wherever alpha is 255, found 0 at 1 of"),
+        ("normal_001.png", _beside, "expected 0 in normal_001.png wherever alpha is 0, found something at 1 pix"),
+        ("normal_001.png", lambda pixels, _: pixels // 2, "expected normals of length 1 in normal_001.png"),
+        ("normal_001.png", None, "normal of all 4 views or of none, found 3; normal_001.png is missing"),
+    ],
+)  # fmt: skip
+def test_bad_geometry_is_named_by_shard_sample_and_member(folder, capsys, name, change, message):
+    content = members(folder)
+    extras = content["c"][1]
+    encoded = extras.pop(name)
+    if change:
+        alpha = decode_image("c", extras[f"view_{name[-7:-4]}.webp"])[..., 3]
+        extras[name] = write_pixels(change(read_pixels("c", name, encoded).copy(), alpha))
+    shard = write_shard(
+        folder, "train-000000.tar", "train", [(key, found) for key, (_, found) in content.items()]
+    )
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), shards=(shard,)))
+    assert main(["validate", "--shards", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert "train-000000.tar: sample 'c': " in out
+    assert message in out
+    assert "1 problems" in out
+
+
+def test_geometry_of_a_view_that_is_not_there_is_named(sample):
+    more = dataclasses.replace(
+        sample, extras=sample.extras | {"depth_004.png": sample.extras["depth_000.png"]}
+    )
+    with pytest.raises(SampleError, match=r"found 5; depth_004\.png is strange"):
+        check_geometry(more)
+
+
+def test_inspect_counts_the_objects_that_have_them(folder, capsys):
+    assert main(["inspect", "--shards", str(folder)]) == 0
+    assert "depth, normals                 of 2, of 2 objects" in capsys.readouterr().out
+
+
+def test_training_reads_the_bytes_of_the_views_that_it_uses_and_of_cameras_alone(folder):
+    class Counting(ShardSource):
+        def read(self, shard, spans):
+            read.extend(size for _, size in spans)
+            return super().read(shard, spans)
+
+    read = []
+    (shard,) = read_manifest(folder).shards
+    sample = ShardReader([Entry(Counting(str(folder)), shard, 0)]).read(Place(0, 0, 2), [1])
+    content = members(folder)["c"][1]
+    needed = ("json", "c2w.npy", "fxfycxcy.npy", "view_001.webp")
+    assert read == [len(content[name]) for name in needed]
+    assert sample.views == (b"", content["view_001.webp"], b"", b"")
+    assert sample.extras == {}
