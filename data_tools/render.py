@@ -111,7 +111,7 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
 def estimate_bytes(objects: int, settings: RenderSettings) -> int:
     """Estimate, generously, the disk space that ``objects`` objects need: 2 bytes a pixel and headers.
 
-    Depth takes as much again, normals half as much more.
+    Depth takes 2 more, normals 3.
     """
     view = (2 + 2 * settings.depth + 3 * settings.normals) * settings.resolution**2 + 4096
     return (objects + 2 * settings.shard_size if objects else 0) * settings.views * view
