@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument(
         "--jobs",
         type=_between(1, 100_000),
-        help="Blender processes; one a GPU, or one for two CPUs, unless given",
+        help="Blender processes; one a GPU, or one for two CPUs but at least two, unless given",
     )
     render.add_argument("--preset", choices=sorted(PRESETS), default="frame", help="ranges of the cameras")
     render.add_argument(

@@ -41,7 +41,8 @@ _KNOCK_S = 10.0
 #: Seconds that processes get to end in good order.
 _CLOSE_S = 5.0
 
-#: CPUs of a Blender process. Two threads in one took a fifth less CPU time an object than two processes of one.
+#: CPUs set aside for a Blender process, half a machine's at most: it has a thread more than these, so that one process
+#: uses them while another imports or encodes (a sixth more views a second than one process of two threads on two CPUs).
 _CPUS = 2
 
 #: Ray's store holds finished objects for a moment only.
@@ -73,10 +74,12 @@ class Share:
 
     Attributes:
         cpus: CPUs.
+        threads: Threads that it may run on them.
         gpus: GPUs; less than 1 where processes share one.
     """
 
     cpus: int
+    threads: int
     gpus: float = 0.0
 
 
@@ -208,7 +211,9 @@ class Pool:
     def _add_slot(self) -> ObjectRef:
         share = self.share
         slot = (
-            ray.remote(Slot).options(num_cpus=share.cpus, num_gpus=share.gpus).remote(self._setup, share.cpus)
+            ray.remote(Slot)
+            .options(num_cpus=share.cpus, num_gpus=share.gpus)
+            .remote(self._setup, share.threads)
         )
         self._slots.add(slot)
         answer = slot.start.remote()
@@ -291,17 +296,18 @@ def connected(jobs: int | None) -> Iterator[None]:
 
 
 def _share(jobs: int | None) -> Share:
-    """Say what one process gets: a GPU where there are any (a part of one if more are asked for), else two CPUs."""
+    """Say what one process gets: a GPU where there are any (a part of one if more are asked for), else CPUs alone."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if gpus:
         each = min(1.0, gpus / (jobs or gpus))
         fewest = min(node.get("CPU", 1.0) / node["GPU"] for node in nodes if node.get("GPU"))
-        return Share(max(1, int(fewest * each)), each)
+        return Share(max(1, int(fewest * each)), max(1, int(fewest * each)), each)
     largest = max(int(node.get("CPU", 1.0)) for node in nodes)
     cpus = sum(int(node.get("CPU", 0.0)) for node in nodes)
     # Fewer processes than there is room for, as many as CPUs or more: whatever was asked for, no CPU is idle.
-    return Share(max(1, min(largest, cpus // jobs if jobs else _CPUS)))
+    each = max(1, min(largest, cpus // jobs) if jobs else min(_CPUS, largest // 2))
+    return Share(each, min(each + 1, largest))
 
 
 def _room(share: Share) -> int:

@@ -58,10 +58,10 @@ def wait_for(path):
 
 def test_all_nodes_of_a_cluster_render_and_the_bytes_are_those_of_one(assets, nodes, tmp_path, capfd):
     run(assets, tmp_path / "many")
-    assert "2 Blender processes (2 CPUs each) on 3 nodes" in capfd.readouterr().out
+    assert "4 Blender processes (1 CPU each) on 3 nodes" in capfd.readouterr().out
     nodes.remove_node(nodes.list_all_nodes()[-1])
     run(assets, tmp_path / "one")
-    assert "1 Blender process (2 CPUs) on 2 nodes" in capfd.readouterr().out
+    assert "2 Blender processes (1 CPU each) on 2 nodes" in capfd.readouterr().out
     assert tars(tmp_path / "many") == tars(tmp_path / "one")
 
 
