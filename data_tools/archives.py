@@ -1,5 +1,8 @@
 """Taking files out of zips that others made: nothing leaves the folder, no more is written than a model may be."""
 
+import errno
+import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -10,6 +13,13 @@ from lrm_pl.errors import InputError
 
 #: What the files of one model may be in all, unpacked.
 MAX_MODEL_BYTES = 1 << 30
+
+
+#: What a zip that is damaged, or was made to do damage, may be answered with.
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, ValueError,
+    OverflowError, struct.error,
+)  # fmt: skip
 
 
 class ArchiveError(InputError):
@@ -33,7 +43,9 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTE
         )
     try:
         return archive.read(member)  # never more than it says that it is, and its checksum is looked at
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+    except (*DAMAGE, OSError) as error:  # OSError: bz2's
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's
+            raise
         raise ArchiveError(
             f"{archive.filename}: expected to read {name}, found: {error}; it is damaged"
         ) from error
@@ -60,5 +72,16 @@ def extract(archive: zipfile.ZipFile, members: Mapping[str, str], folder: Path) 
         if content is None:
             raise ArchiveError(f"{archive.filename}: expected the file {name}, found none")
         left -= len(content)
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
+        try:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            raise ArchiveError(
+                f"{archive.filename}: expected files and folders of different names, found: {error}"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
+                raise
+            raise ArchiveError(
+                f"{archive.filename}: expected names that a file may have, found: {error}"
+            ) from error

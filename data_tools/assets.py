@@ -197,11 +197,18 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
     """Read ``assets.csv``: id -> column -> text; an absent file is an empty table.
 
     Raises:
-        AssetsError: Other columns, or an id twice.
+        AssetsError: No CSV of UTF-8, other columns, or an id twice.
     """
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8") as file:
+    try:
+        return _parse_table(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise AssetsError(f"{path}: expected a CSV, found: {error}; save it as CSV in UTF-8") from error
+
+
+def _parse_table(path: Path) -> dict[str, dict[str, str]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark first
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != TABLE_COLUMNS:
             raise AssetsError(

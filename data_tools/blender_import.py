@@ -1,6 +1,7 @@
 """Blender side: load one mesh file into an empty scene and scale it into the sphere or cube. Needs bpy."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,15 +24,33 @@ class AssetError(ValueError):
     """One asset cannot be rendered; the message is its reason in ``failures.jsonl``."""
 
 
-def load_asset(path: Path, normalise: Normalisation) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
+def load_asset(
+    path: Path, normalise: Normalisation, root: Path | None = None
+) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
     """Empty Blender, import one file and make it an object as ``prepare`` does.
 
+    Args:
+        path: The file.
+        normalise: How it is scaled.
+        root: The only folder that its pictures may lie in; the file's own unless given.
+
     Raises:
-        AssetError: The file cannot be imported, or holds no usable mesh.
+        AssetError: The file cannot be imported, holds no usable mesh, or uses pictures from elsewhere.
     """
     bpy.ops.wm.read_factory_settings(use_empty=True)
     _import(path)
+    _refuse_pictures_outside((root or path.parent).absolute())
     return prepare(normalise)
+
+
+def _refuse_pictures_outside(root: Path) -> None:
+    """Keep a stranger's mesh from showing this machine's pictures."""
+    for image in bpy.data.images:
+        if image.source != "FILE" or image.packed_file or not image.filepath:
+            continue
+        place = Path(os.path.normpath(bpy.path.abspath(image.filepath)))  # links are the user's own
+        if place.exists() and not any(place.is_relative_to(folder) for folder in (root, root.resolve())):
+            raise AssetError(f"expected pictures in {root}, found that it uses {place}; put it there")
 
 
 def prepare(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], MeshMeasures]:

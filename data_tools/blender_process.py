@@ -61,7 +61,8 @@ class Outcome:
 
     Attributes:
         asset: The asset.
-        kind: "done"; "failed": the object is at fault, and would be again; "crashed": its process ended; "no space".
+        kind: "done"; "failed": the object is at fault, and would be again; "crashed": its process ended;
+            "unreachable": it could not be downloaded; "no space".
         reason: Why, where it is not done.
         members: The sample's members, where it is done.
         log: What Blender printed, where it is not done.
@@ -69,7 +70,7 @@ class Outcome:
     """
 
     asset: Asset
-    kind: Literal["done", "failed", "crashed", "no space"]
+    kind: Literal["done", "failed", "crashed", "unreachable", "no space"]
     reason: str = ""
     members: dict[str, bytes] = dataclasses.field(default_factory=dict)
     log: str = ""
@@ -110,8 +111,10 @@ class BlenderProcess:
         }
         hello = self._ask(record, Limits(time_s=START_LIMIT_S))
         if isinstance(hello, str):
+            tail = self._tail()
+            self.close()
             raise BlenderError(
-                f"expected Blender to start with {command[0]}, found that it {hello}; its last lines: {self._tail()}\n"
+                f"expected Blender to start with {command[0]}, found that it {hello}; its last lines: {tail}\n"
                 "remedy: run `make .venv-render`, which installs bpy and the system libraries that it links"
             )
         self.renderer = str(hello["renderer"])

@@ -30,6 +30,7 @@ from data_tools.views import derive_seed, draw_cameras
 from lrm_pl.data.geometry_views import depth_member, encode_depth, encode_normals, normal_member
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
 from lrm_pl.errors import InputError
+from lrm_pl.stores import MissingError, StoreError
 
 #: With less room than this in the scratch folder, bytes, an object that fails has failed for want of it.
 _ROOM = 1 << 20
@@ -87,7 +88,9 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     settings = setup.settings
     seed = derive_seed(settings.seed, asset.id)
     cameras = draw_cameras(settings.cameras, settings.views, np.random.default_rng(seed))
-    half_extent, mesh = blender_import.load_asset(_mesh_file(asset, setup), settings.normalise)
+    half_extent, mesh = blender_import.load_asset(
+        _mesh_file(asset, setup), settings.normalise, Path(setup.scratch if asset.is_remote else setup.assets)
+    )
     device = blender_scene.choose_device()
     blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
     blender_scene.add_camera()
@@ -154,6 +157,10 @@ def _try_render(
     try:
         sample, cycles_s = render_object(asset, setup, renderer)
         return "done", "", cycles_s, encode_sample(sample)
+    except MissingError as error:
+        return "failed", str(error), 0.0, {}
+    except StoreError as error:
+        return "unreachable", str(error), 0.0, {}
     except (AssetError, InputError) as error:
         return "failed", str(error), 0.0, {}
     except Exception as error:  # whatever one asset does to Blender, the next one is still rendered

@@ -32,6 +32,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 #: How often an object is tried whose process ends under it, and one whose Ray worker or node is lost.
 _TRIES, _MOVES = 2, 5
 
+#: Seconds before a Blender that did not start is started again.
+_START_AGAIN_S = (0.5, 2.0)
+
 #: Seconds between two looks at which nodes there are.
 _LOOK_S = 10.0
 
@@ -107,12 +110,20 @@ class Slot:
         blender = self._blender
         if blender is not None and (not blender.is_alive() or blender.served >= self._setup.limits.objects):
             blender.close()
-            blender = None
+            self._blender = blender = None
         if blender is None:
-            setup = self._setup
-            blender = BlenderProcess(setup.assets, setup.settings, self._threads, setup.command)
-            self._blender = blender
+            self._blender = blender = self._start()
         return blender
+
+    def _start(self) -> BlenderProcess:
+        """Start Blender; one that is killed at that is started again."""
+        setup = self._setup
+        for wait_s in _START_AGAIN_S:
+            try:
+                return BlenderProcess(setup.assets, setup.settings, self._threads, setup.command)
+            except BlenderError:
+                time.sleep(wait_s)
+        return BlenderProcess(setup.assets, setup.settings, self._threads, setup.command)
 
 
 class Pool:

@@ -21,8 +21,9 @@ from data_tools.contact_sheet import SHEET_NAME, write_contact_sheet
 from data_tools.filter_table import FILTER_NAME, outcomes
 from data_tools.geometry import kinds_of
 from data_tools.shard_folder import read_failures
+from data_tools.validate import decode_alphas
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, read_samples, write_atomically
-from lrm_pl.data.schema import SampleError, SampleInfo, decode_image, decode_sample
+from lrm_pl.data.schema import SampleError, SampleInfo, decode_sample
 
 PAGE_NAME = "inspect.html"
 
@@ -117,7 +118,7 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
             for key, content in read_samples(folder, shard):
                 try:
                     sample = decode_sample(key, content)
-                    alphas = [decode_image(key, view)[..., 3] for view in sample.views]
+                    seen = [(float(alpha.mean()) / 255, max(alpha.shape)) for alpha in decode_alphas(sample)]
                 except SampleError as error:
                     raise ShardError(
                         f"{folder / shard.name}: {error}; see `python -m data_tools validate --shards {folder}`"
@@ -127,8 +128,8 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
                 geometry.update(kinds_of(sample))
                 places.append(sample.c2w[:, :3, 3])
                 fovs.append(sample.fxfycxcy[:, 0])
-                coverage += [float(alpha.mean()) / 255 for alpha in alphas]
-                side += [max(alpha.shape) for alpha in alphas]
+                coverage += [share for share, _ in seen]
+                side += [longer for _, longer in seen]
                 sizes += [len(view) for view in sample.views]
                 bar.update()
     place = np.concatenate(places).astype(np.float64)

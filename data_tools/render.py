@@ -44,6 +44,9 @@ from data_tools.shard_folder import (
 )
 from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 
+#: Meshes that cannot be downloaded, one after the other, before a run takes it for the network's fault.
+_UNREACHABLE = 5
+
 
 @dataclasses.dataclass
 class _Done:
@@ -128,6 +131,7 @@ def _render_pending(
     """Render the pending assets, write each shard as it becomes complete."""
     rules = [parse_rule(rule) for rule in setup.settings.rules]
     rendered, failed, cycles_s = 0, 0, 0.0
+    unreachable: list[str] = []
     start = time.monotonic()
     by_id = {key: shard for shard in left for key in shard.ids}
     with closing(Pool(setup)) as pool, closing(pool.render(pending)) as outcomes:
@@ -144,6 +148,16 @@ def _render_pending(
                     raise FolderError(
                         "expected room for a few pictures in the scratch folder of each node, found: "
                         f"{outcome.reason}; free some space there and run the same command again, it goes on where it "
+                        "was"
+                    )
+                unreachable = [*unreachable, asset.id] if outcome.kind == "unreachable" else []
+                if len(unreachable) >= _UNREACHABLE:
+                    for key in unreachable:  # no fault of theirs
+                        failures.pop(key, None)
+                    write_failures(out, failures)
+                    raise FolderError(
+                        f"expected to download meshes, found that {_UNREACHABLE} in a row could not be: "
+                        f"{outcome.reason}; run the same command again when the network is back, it goes on where it "
                         "was"
                     )
                 if outcome.kind == "done":

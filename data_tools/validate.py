@@ -21,6 +21,9 @@ from data_tools.geometry import check_geometry
 from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index, read_manifest, read_samples
 from lrm_pl.data.schema import KEY_PATTERN, Sample, SampleError, decode_image, decode_sample
 
+#: Pixels that the views of one object may have in all: 64 of 2048 x 2048.
+_MAX_PIXELS = 1 << 28
+
 #: Points of the hull along each axis, over [-1.05, 1.05].
 _POINTS = 48
 
@@ -120,6 +123,24 @@ def index_differences(path: Path, index: MemberIndex) -> Iterator[str]:
         yield f"expected the members of the index, found no {sorted(expected)[0]!r} and {len(expected) - 1} more"
 
 
+def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
+    """Decode one view after the other and yield its alpha.
+
+    Raises:
+        SampleError: A view cannot be decoded, or all have more pixels than an object's views may have.
+    """
+    left = _MAX_PIXELS
+    for view in sample.views:
+        alpha = decode_image(sample.info.id, view)[..., 3].copy()  # without the colours
+        left -= alpha.size
+        if left < 0:
+            raise SampleError(
+                f"sample {sample.info.id!r}: expected at most {_MAX_PIXELS} pixels in all views, found more; use "
+                "fewer or smaller views"
+            )
+        yield alpha
+
+
 def check_pictures(sample: Sample) -> None:
     """Check all pictures of a sample, and its cameras against them.
 
@@ -127,12 +148,11 @@ def check_pictures(sample: Sample) -> None:
         SampleError: With what is wrong.
     """
     key = sample.info.id
-    pictures = [decode_image(key, view) for view in sample.views]
-    if len({picture.shape for picture in pictures}) > 1:
+    alphas = list(decode_alphas(sample))
+    if len({alpha.shape for alpha in alphas}) > 1:
         raise SampleError(
-            f"sample {key!r}: expected views of one size, found {sorted({p.shape[:2] for p in pictures})}"
+            f"sample {key!r}: expected views of one size, found {sorted({alpha.shape for alpha in alphas})}"
         )
-    alphas = [picture[..., 3] for picture in pictures]
     if not any(alpha.any() for alpha in alphas):
         raise SampleError(f"sample {key!r}: expected an object, found {len(alphas)} wholly transparent views")
     covered = hull_coverage(sample.c2w, sample.fxfycxcy, alphas)

@@ -33,8 +33,12 @@ def read_surface(obj: bytes, read: Read) -> Surface:
         obj: Content of the OBJ.
         read: Gives the files beside it.
     """
-    names = [_text(name) for name in re.findall(rb"^[ \t]*mtllib[ \t]+(.+?)\s*$", obj, re.MULTILINE)]
-    used = {_text(name) for name in re.findall(rb"^[ \t]*usemtl[ \t]+(.+?)\s*$", obj, re.MULTILINE)}
+    names = [
+        _text(name.rstrip()) for name in re.findall(rb"^[ \t]*mtllib[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
+    ]
+    used = {
+        _text(name.rstrip()) for name in re.findall(rb"^[ \t]*usemtl[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
+    }
     libraries = tuple(dict.fromkeys(posixpath.normpath(name) for name in names))
     missing, colours, pictures = [], dict[str, str](), dict[str, list[str]]()
     for library in libraries:

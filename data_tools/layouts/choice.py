@@ -89,7 +89,7 @@ def _kind(folder: Path, pictures: Callable[[Path], list[Path]]) -> Kind | None:
     try:
         with Image.open(files[0], formats=("PNG", "WEBP")) as image:  # only its header is read
             return Kind(len(files), image.size)
-    except (IndexError, OSError, SyntaxError, Image.DecompressionBombError):
+    except (IndexError, OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError):
         return None  # whoever reads it says why
 
 

@@ -161,5 +161,11 @@ def _decoded(path: Path, kind: Literal["picture", "mask"], image: PosedImage) ->
             return np.array(plain.getchannel(len(plain.getbands()) - 1).convert("L"), dtype=np.uint8)[
                 ..., None
             ]
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's answers to a broken file
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # PIL's answers to a broken file
         raise LayoutError(f"{path}: expected a {kind}, found: {error}") from error

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from data_tools.archives import ArchiveError, extract, read_member
+from data_tools.archives import DAMAGE, ArchiveError, extract, read_member
 from data_tools.assets import Asset, hash_file
 from data_tools.download import Download, download_all, read_all
 from data_tools.sources.outcome import safe_id, write_outcome
@@ -125,7 +125,9 @@ def _unpack(path: Path, folder: Path) -> None:
                 raise ArchiveError(f"{path.name}: expected the file {surface.missing[0]}, found none")
             names = ("model.obj", *surface.libraries, *surface.textures)
             extract(archive, {name: _place(archive, name) for name in names}, partial)
-    except zipfile.BadZipFile as error:
+    except ArchiveError:
+        raise
+    except DAMAGE as error:
         raise ArchiveError(f"{path.name}: expected a zip, found: {error}") from error
     partial.rename(folder)
 

@@ -155,9 +155,13 @@ def collate(items: Sequence[Item]) -> Batch | Parcel:
         sizes = {getattr(item, part).size for item in items}
         counts = {getattr(item, part).c2w.shape[0] for item in items}
         if len(sizes) > 1 or len(counts) > 1:
+            which = ", ".join(
+                f"{getattr(item, part).size} of {item.ids[0]!r} ({getattr(item, part).c2w.shape[0]} views)"
+                for item in items
+            )
             raise InputError(
-                f"expected {part} views of one shape in a batch, found {sorted(sizes)}, {sorted(counts)} of them; "
-                "render all objects with the same RES and VIEWS, or use a batch size of 1"
+                f"expected {part} views of one shape in a batch, found {which}; render all objects with the same RES "
+                "and VIEWS, leave out those that differ, or use a batch size of 1"
             )
     if get_worker_info() is not None:
         return Parcel(items)

@@ -105,6 +105,8 @@ class ShardCache:
             try:
                 insisting(lambda: self._copy(shard, partial), 2)
                 _mark_used(partial)
+                with open(partial, "rb") as file:  # else a power failure may leave a whole size of nothing
+                    os.fsync(file.fileno())
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)

@@ -177,7 +177,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     remedy = "render the shards again, or copy the whole folder again"
     try:
         record: Any = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(f"{where}: expected JSON, found: {error}; {remedy}") from error
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
@@ -188,7 +188,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     try:
         shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
         return Manifest(shards=shards, **record)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise ShardError(f"{where}: expected the fields of a manifest, found: {error}; {remedy}") from error
 
 
@@ -225,7 +225,7 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
             str(key): {str(name): (int(offset), int(size)) for name, (offset, size) in members.items()}
             for key, members in record.items()
         }
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ShardError(
             f"{where}: expected a member index, found: {error}; render {shard.name} again"
         ) from error

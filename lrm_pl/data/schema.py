@@ -23,6 +23,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,9 @@ NEEDED_MEMBERS = ("json", "c2w.npy", "fxfycxcy.npy")
 
 #: Members that need not be there, and are read only by who asks for them.
 EXTRA_PATTERN = re.compile(r"measures\.json|(depth|normal)_\d{3}\.png")
+
+#: What numpy's reader of headers answers to a broken one.
+_NO_HEADER = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
 
 #: Depth that the largest value of a depth picture stands for, scene units.
 MAX_DEPTH = 8.0
@@ -282,7 +286,7 @@ def _member(key: str, members: Mapping[str, bytes], name: str) -> bytes:
 def _decode_info(key: str, encoded: bytes) -> SampleInfo:
     try:
         record: Any = json.loads(encoded)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SampleError(f"sample {key!r}: expected JSON in {key}.json, found: {error}") from error
     if not isinstance(record, dict):
         raise SampleError(
@@ -317,7 +321,7 @@ def _decode_array(
         if version != (1, 0):
             raise ValueError(f"version {version} of the format")
         found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, EOFError) as error:
+    except _NO_HEADER as error:
         raise SampleError(
             f"sample {key!r}: expected a numpy array in {key}.{name}, found: {error}"
         ) from error

@@ -45,6 +45,11 @@ def answer(record, members):
 def serve():
     setup = json.loads(sys.stdin.readline())
     views = setup["settings"]["views"]
+    fails = Path(setup["assets"]) / "one start fails"
+    if fails.exists() and (Path(setup["assets"]) / "started").exists():
+        fails.unlink()
+        os.abort()
+    (Path(setup["assets"]) / "started").touch()
     answer({"renderer": "stand-in"}, {})
     served = 0
     for line in sys.stdin:
@@ -73,6 +78,8 @@ def serve():
             sys.stderr.write("what Blender says\n")
             sys.stderr.flush()
             answer(outcome | {"outcome": "failed", "reason": "is bad"}, {})
+        elif text == "unreachable" and not mended:
+            answer(outcome | {"outcome": "unreachable", "reason": "no route to host"}, {})
         elif asset["id"] == "e" and (folder / "full").exists():
             answer(outcome | {"outcome": "no space", "reason": "No space left on device"}, {})
         else:

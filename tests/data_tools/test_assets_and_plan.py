@@ -12,6 +12,7 @@ from data_tools.assets import (
     AssetsError,
     asset_id,
     find_assets,
+    read_table,
     write_list,
 )
 from data_tools.demo_library import OBJECTS
@@ -163,3 +164,13 @@ def test_a_damaged_list_or_another_table_is_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(twice, LIST_SCHEMA), path)
     with pytest.raises(AssetsError, match="expected every id once, found 'a' twice"):
         find_assets(tmp_path)
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read_or_refused_with_the_remedy(tmp_path):
+    text = "id,name,creator,source,licence,sha256\na,Stühle,Ann,library,CC0-1.0,\n"
+    table = tmp_path / "assets.csv"
+    table.write_text(text, encoding="utf-8-sig")
+    assert read_table(table)["a"]["name"] == "Stühle"
+    table.write_text(text, encoding="latin-1")
+    with pytest.raises(AssetsError, match=r"expected a CSV, found: .*; save it as CSV in UTF-8"):
+        read_table(table)

@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.blender
 
@@ -95,3 +96,30 @@ cube("a", (0, 0, 0), alpha=1.0)
 cube("b", (3, 0, 0), alpha=1.0, colour=(0.8, 0.1, 0.1, 1.0))
 """)
     assert measures["coloured"] is True
+
+
+@pytest.mark.parametrize("way", ["relative", "absolute"])
+def test_a_mesh_shows_no_picture_from_outside_its_folder(render_python, root, tmp_path, way):
+    inside, outside = tmp_path / "assets" / "chair", tmp_path / "private"
+    inside.mkdir(parents=True)
+    outside.mkdir()
+    Image.new("RGB", (4, 4), "red").save(outside / "x.png")
+    Image.new("RGB", (4, 4), "blue").save(tmp_path / "assets" / "shared.png")
+    (inside / "chair.obj").write_text(
+        "mtllib chair.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\nusemtl m\nf 1/1 2/2 3/3\n"
+    )
+    code = (
+        "import sys; from pathlib import Path; from data_tools.blender_import import load_asset\n"
+        f"load_asset(Path({str(inside / 'chair.obj')!r}), 'cube', Path({str(tmp_path / 'assets')!r}))"
+    )
+
+    def load(picture):
+        (inside / "chair.mtl").write_text(f"newmtl m\nKd 1 1 1\nmap_Kd {picture}\n")
+        return subprocess.run(
+            [str(render_python), "-c", code], cwd=root, capture_output=True, text=True, timeout=100
+        )
+
+    assert load("../shared.png").returncode == 0
+    done = load("../../private/x.png" if way == "relative" else outside / "x.png")
+    assert done.returncode != 0
+    assert "expected pictures in" in done.stderr

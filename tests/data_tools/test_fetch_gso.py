@@ -5,6 +5,7 @@ import io
 import json
 import re
 import threading
+import time
 import urllib.parse
 import zipfile
 
@@ -16,6 +17,7 @@ from data_tools.assets import KEY_PATTERN, find_assets
 from data_tools.sources import gso
 from data_tools.sources.gso import fetch_gso
 from data_tools.sources.outcome import safe_id
+from data_tools.wavefront import read_surface
 from lrm_pl.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "default::DeprecationWarning")
@@ -118,6 +120,13 @@ def test_a_second_run_downloads_nothing_and_a_limit_goes_by_name(fuel, tmp_path)
     assert not [path for _, path in fuel.asked if path.endswith(".zip")]
 
 
+def needs_version(version):
+    """A zip of which the last entry says that only a later zip program can read it."""
+    content = bytearray(zipped())
+    content[content.rindex(b"PK\x01\x02") + 6] = version
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -137,6 +146,7 @@ def test_a_second_run_downloads_nothing_and_a_limit_goes_by_name(fuel, tmp_path)
             zipped().replace(b"picture", b"pictura"),
             "expected to read materials/textures/texture.png, found: Bad CRC",
         ),
+        (needs_version(99), "expected a zip, found: zip file version 9.9"),
     ],
 )
 def test_a_model_that_cannot_be_used_costs_only_itself(fuel, tmp_path, content, reason):
@@ -191,3 +201,10 @@ def test_a_zip_writes_nothing_outside_its_folder_and_nothing_too_large(tmp_path,
         with pytest.raises(ArchiveError, match="expected big to be of at most 4000 bytes, found 5000"):
             extract(archive, {"a": "big", "b": "big"}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_many_spaces_in_an_obj_cost_no_time():
+    start = time.monotonic()
+    surface = read_surface(b"mtllib a" + b" " * 200_000 + b"x\nusemtl wood \n", lambda name: None)
+    assert time.monotonic() - start < 1
+    assert surface.missing[0].startswith("a ")

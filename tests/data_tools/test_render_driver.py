@@ -360,3 +360,23 @@ def test_errors_reach_the_user_as_one_line_and_a_status(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["render", "--views", "0"])
     assert "expected a number from 1 to 999, found 0" in capsys.readouterr().err
+
+
+def test_a_blender_that_is_killed_while_it_starts_is_started_again(assets, tmp_path):
+    (assets / "a.glb").write_text("dies")  # so that a second process has to be started
+    (assets / "one start fails").touch()
+    manifest = run(assets, tmp_path / "out", jobs=1)
+    assert not (assets / "one start fails").exists()
+    assert sum(shard.samples for shard in manifest.shards) == 5
+
+
+def test_a_network_that_is_down_stops_the_run_and_blames_no_object(assets, tmp_path):
+    for name in "abcdef":
+        (assets / f"{name}.glb").write_text("unreachable")
+    with pytest.raises(FolderError, match=r"5 in a row could not be.*run the same command again"):
+        run(assets, tmp_path / "out")
+    assert shard_folder.read_failures(tmp_path / "out") == {}
+    (assets / "mended").touch()
+    manifest = run(assets, tmp_path / "out")
+    assert sum(shard.samples for shard in manifest.shards) == 6
+    assert manifest.failures == 0

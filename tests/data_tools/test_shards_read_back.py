@@ -218,3 +218,29 @@ def test_an_index_with_a_member_larger_than_any_view_is_refused(folder):
     path.write_text(json.dumps(index))
     with pytest.raises(ShardError, match=r"members of at most 67108864 bytes, found one of 1073741824"):
         read_index(folder, read_manifest(folder).shards[0])
+
+
+def test_no_flipped_bit_in_the_header_of_an_array_is_more_than_a_bad_sample():
+    members = encode_sample(make_sample())
+    header = len(members["c2w.npy"]) - 4 * 16 * VIEWS
+    refused = 0
+    for bit in range(8 * header):
+        content = bytearray(members["c2w.npy"])
+        content[bit // 8] ^= 1 << bit % 8
+        try:
+            decode_sample("chair", members | {"c2w.npy": bytes(content)})
+        except SampleError:
+            refused += 1
+    assert refused > 4 * header  # some are in its padding
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"chair": {"json": [1e999, 4]}}', b"\xff", b"[]"])
+def test_json_that_is_none_is_refused_wherever_it_stands(folder, text):
+    with pytest.raises(SampleError, match="'chair'"):
+        decode_sample("chair", encode_sample(make_sample()) | {"json": text})
+    (folder / "train-000000.index.json").write_bytes(text)
+    with pytest.raises(ShardError, match="index"):
+        read_index(folder, read_manifest(folder).shards[0])
+    (folder / "manifest.json").write_bytes(text)
+    with pytest.raises(ShardError, match="manifest"):
+        read_manifest(folder)
