@@ -192,17 +192,23 @@ def _finish(
         shards = tuple(shard for found in pool.map(partial(find_shards, out), plan) for shard in found)
     kept = tuple(shard for shard in shards if not shard.rejected)
     write_filter_table(out, shards, assets, settings.get("rules", ()), failures)
-    if not kept:
+    if not shards:
         raise FolderError(
-            f"expected at least one object to keep, found that of {len(assets)} {len(failures)} failed and the rules "
-            f"reject the others; {out / FILTER_NAME} and {out / FAILURES_NAME} say why: mend the assets, delete that "
-            "file and run again, or choose other rules (--rules) and another OUT="
+            f"expected at least one object, found that all {len(assets)} failed; {out / FAILURES_NAME} says why: mend "
+            "them, delete that file and run again"
         )
     views = settings["views"]
-    write_contact_sheet(out, kept, views)
+    if kept:
+        write_contact_sheet(out, kept, views)
     manifest = Manifest(shards=shards, views=views, failures=len(failures), render=settings)
     write_manifest(out, manifest)
     shutil.rmtree(out / PARTS_NAME, ignore_errors=True)
+    if not kept:
+        raise FolderError(
+            f"expected at least one object to keep, found that of {len(assets)} {len(failures)} failed and the rules "
+            f"reject the others; {out / FILTER_NAME} and {out / FAILURES_NAME} say why: choose other rules with "
+            f"`python -m data_tools repack --shards {out} --out ... --where ...`, or mend the assets"
+        )
     return manifest
 
 

@@ -34,6 +34,10 @@ class MissingError(StoreError):
     """What was asked for is not in the store, or not for us: to ask again is of no use."""
 
 
+class StoreDownError(InputError):
+    """A whole store does not answer: no fault of what was asked for."""
+
+
 def open_store(path: str) -> tuple[Any, str]:
     """Return the file system of a path or URL, and the path inside it.
 

@@ -26,12 +26,24 @@ from lrm_pl.data.manifest import (
     read_manifest,
     read_members,
 )
-from lrm_pl.stores import MissingError, StoreError, insisting, is_local, open_store, read_ranges, talking_to
+from lrm_pl.stores import (
+    MissingError,
+    StoreDownError,
+    StoreError,
+    insisting,
+    is_local,
+    open_store,
+    read_ranges,
+    talking_to,
+)
 
 logger = logging.getLogger(__name__)
 
 #: Shards that a process brings at the same time.
 _TRANSFERS = 2
+
+#: Files in a row that a store does not give before it is taken for down.
+_DOWN = 4
 
 #: Seconds after which a shard that could not be read is asked for again.
 _REST_S = 300.0
@@ -53,6 +65,7 @@ class ShardSource:
         self.local = is_local(location)
         self._cache = None if self.local or not cache.gigabytes else ShardCache(self.location, cache)
         self._lost: dict[str, tuple[float, str]] = {}  # file -> when it could not be read, and why
+        self._in_a_row: set[str] = set()  # files that the store did not give since it last gave one
         self._coming: set[str] = set()
         self._errands: tuple[int, queue.SimpleQueue[Shard]] | None = None
 
@@ -101,6 +114,7 @@ class ShardSource:
         Raises:
             SampleError: The shard is truncated.
             OSError: It cannot be read; a ``StoreError`` at a URL.
+            StoreDownError: Nor can many others.
         """
         if self.local:
             return read_members(Path(self.location) / shard.name, spans)
@@ -111,10 +125,12 @@ class ShardSource:
                 pass
         self._require_not_lost(shard.name)
         try:
-            return read_ranges(f"{self.location}/{shard.name}", spans, self.config.attempts)
+            found = read_ranges(f"{self.location}/{shard.name}", spans, self.config.attempts)
         except StoreError as error:
             self._lose(shard.name, error)
             raise
+        self._in_a_row.clear()
+        return found
 
     def announce(self, shard: Shard) -> None:
         """Have a shard brought that is needed soon; returns at once."""
@@ -142,8 +158,20 @@ class ShardSource:
             self._coming.discard(shard.name)
 
     def _lose(self, name: str, error: StoreError) -> None:
-        """Keep in mind that a file cannot be read: else each of its samples would be waited for in vain."""
+        """Keep in mind that a file cannot be read: else each of its samples would be waited for in vain.
+
+        Raises:
+            StoreDownError: It is one of many in a row; to go through all the others would take hours.
+        """
         self._lost[name] = time.monotonic(), str(error)
+        if isinstance(error, MissingError):
+            return
+        self._in_a_row.add(name)
+        if len(self._in_a_row) >= _DOWN:
+            raise StoreDownError(
+                f"expected {self.location} to answer, found that {_DOWN} files in a row could not be read, the last: "
+                f"{error}; start again when it is back, a run goes on where it was"
+            ) from error
 
     def _require_not_lost(self, name: str) -> None:
         when, why = self._lost.get(name, (-_REST_S, ""))

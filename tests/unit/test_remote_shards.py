@@ -19,9 +19,10 @@ from lrm_pl.data.dataset import Share, TrainingStream
 from lrm_pl.data.manifest import ShardError, read_manifest
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.source import ShardSource
+from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
-from lrm_pl.stores import StoreError
+from lrm_pl.stores import StoreDownError, StoreError
 from tests.damage import spoil_first_poses
 
 pytest_plugins = ["tests.s3_store", "tests.web_server"]
@@ -255,3 +256,14 @@ def test_a_bad_sample_is_told_with_the_item_that_took_its_place(shards, tmp_path
     (message,) = {message for batch in found for met in batch.faults for message in met}
     assert str(tmp_path / "train-000000.tar") in message
     assert "'train-ellipsoid-000'" in message
+
+
+def test_a_store_that_is_down_ends_the_run_instead_of_being_asked_for_each_shard(remote, tmp_path):
+    write_synthetic_shards(tmp_path / "many", train=8, val=1, views=8, resolution=32, shard_size=1)
+    for path in (tmp_path / "many").iterdir():
+        put(remote, path.name, path.read_bytes())
+    remote.fault = lambda method, path, number: "503" if path.endswith(".tar") else None
+    with pytest.raises(
+        StoreDownError, match=r"4 files in a row could not be read, .*; start again when it is back"
+    ):
+        items(remote.address, CacheConfig(None, 0.0, attempts=1))
