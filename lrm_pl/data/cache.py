@@ -87,6 +87,22 @@ class ShardCache:
             return None
         return path
 
+    def doubt(self, shard: Shard) -> bool:
+        """Hash the copy of a shard in which something bad was read, and remove it if it is not the shard's bytes.
+
+        Returns:
+            Whether it was removed: the bad thing is not the shard's then.
+        """
+        path = self._path(shard)
+        try:
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
+                    return False
+        except FileNotFoundError:
+            return False
+        path.unlink(missing_ok=True)
+        return True
+
     def bring(self, shard: Shard) -> Path | None:
         """Copy a shard unless it is there, or larger than the whole cache may be; waits for who is at it.
 

@@ -147,6 +147,8 @@ class TrainingStream(IterableDataset[Batch | Parcel]):
         try:
             return training_item(sample, views, self.inputs, self.augmentation, step, rng)
         except SampleError as error:  # a view that is no picture
+            if self.reader.doubt(place):
+                return self._make(place, step)
             raise self.reader.located(place, error) from error
 
     def _chosen(self, place: Place) -> tuple[list[int], Any]:

@@ -145,7 +145,14 @@ class ShardReader:
             content = entry.source.read(entry.shard, [members[name] for name in names])
             return decode_sample(key, dict(zip(names, content, strict=True)), views)
         except (SampleError, OSError) as error:
+            if self.doubt(place):
+                return self.read(place, views)
             raise self.located(place, error) from error
+
+    def doubt(self, place: Place) -> bool:
+        """Look whether a bad sample is the fault of this machine's copy of its shard; if so, it can be read anew."""
+        entry = self.entries[place.shard]
+        return entry.source.doubt(entry.shard)
 
     def located(self, place: Place, error: Exception) -> SampleError:
         """Say of an error in a sample which sample of which shard it is and what to do."""

@@ -67,6 +67,7 @@ class ShardSource:
         self._lost: dict[str, tuple[float, str]] = {}  # file -> when it could not be read, and why
         self._in_a_row: set[str] = set()  # files that the store did not give since it last gave one
         self._coming: set[str] = set()
+        self._doubted: set[str] = set()
         self._errands: tuple[int, queue.SimpleQueue[Shard]] | None = None
 
     def manifest(self) -> Manifest:
@@ -131,6 +132,16 @@ class ShardSource:
             raise
         self._in_a_row.clear()
         return found
+
+    def doubt(self, shard: Shard) -> bool:
+        """Look once whether something bad that was read is this machine's copy's fault; such a copy is removed."""
+        if self._cache is None or shard.name in self._doubted:
+            return False
+        self._doubted.add(shard.name)
+        removed = self._cache.doubt(shard)
+        if removed:
+            logger.warning("removed a damaged copy of %s/%s", self.location, shard.name)
+        return removed
 
     def announce(self, shard: Shard) -> None:
         """Have a shard brought that is needed soon; returns at once."""

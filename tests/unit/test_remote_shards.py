@@ -267,3 +267,16 @@ def test_a_store_that_is_down_ends_the_run_instead_of_being_asked_for_each_shard
         StoreDownError, match=r"4 files in a row could not be read, .*; start again when it is back"
     ):
         items(remote.address, CacheConfig(None, 0.0, attempts=1))
+
+
+@pytest.mark.parametrize("where", [b"", b"WEBPVP8L"], ids=["everything", "pictures"])
+def test_a_copy_that_was_damaged_on_this_machine_is_removed_and_read_anew(
+    remote, shards, tmp_path, caplog, where
+):
+    cache = CacheConfig(str(tmp_path / "cache"), 1.0)
+    shard = read_manifest(shards).split("train")[0]
+    copy = ShardCache(remote.address, cache).bring(shard)
+    # As after a power failure: all of its size, and nothing in it.
+    copy.write_bytes(copy.read_bytes().replace(where, bytes(len(where))) if where else bytes(shard.bytes))
+    require_equal(items(remote.address, cache), items(shards))
+    assert caplog.text.count("removed a damaged copy") == 1
