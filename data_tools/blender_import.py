@@ -1,10 +1,12 @@
 """Blender side: load one mesh file into an empty scene and scale it into the sphere or cube. Needs bpy."""
 
+import json
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import bpy
 import mathutils
@@ -37,20 +39,32 @@ def load_asset(
     Raises:
         AssetError: The file cannot be imported, holds no usable mesh, or uses pictures from elsewhere.
     """
+    root = (root or path.parent).absolute()
     bpy.ops.wm.read_factory_settings(use_empty=True)
+    if path.suffix.lower() == ".gltf":
+        _refuse_files_outside(root, _files_of_gltf(path))
     _import(path)
-    _refuse_pictures_outside((root or path.parent).absolute())
+    pictures = [image for image in bpy.data.images if image.source == "FILE" and not image.packed_file]
+    _refuse_files_outside(root, [bpy.path.abspath(image.filepath) for image in pictures if image.filepath])
     return prepare(normalise)
 
 
-def _refuse_pictures_outside(root: Path) -> None:
-    """Keep a stranger's mesh from showing this machine's pictures."""
-    for image in bpy.data.images:
-        if image.source != "FILE" or image.packed_file or not image.filepath:
-            continue
-        place = Path(os.path.normpath(bpy.path.abspath(image.filepath)))  # links are the user's own
+def _files_of_gltf(path: Path) -> list[str]:
+    """List the files that a .gltf names."""
+    try:
+        record = json.loads(path.read_bytes())
+        uris = [str(entry.get("uri", "")) for kind in ("buffers", "images") for entry in record.get(kind, ())]
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
+    return [str(path.parent / unquote(uri)) for uri in uris if uri and not uri.startswith("data:")]
+
+
+def _refuse_files_outside(root: Path, files: Iterable[str]) -> None:
+    """Keep a stranger's mesh from showing what else is on this machine."""
+    for file in files:
+        place = Path(os.path.normpath(file))  # links are the user's own
         if place.exists() and not any(place.is_relative_to(folder) for folder in (root, root.resolve())):
-            raise AssetError(f"expected pictures in {root}, found that it uses {place}; put it there")
+            raise AssetError(f"expected its files in {root}, found that it uses {place}; put it there")
 
 
 def prepare(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], MeshMeasures]:

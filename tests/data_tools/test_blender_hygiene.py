@@ -122,4 +122,24 @@ def test_a_mesh_shows_no_picture_from_outside_its_folder(render_python, root, tm
     assert load("../shared.png").returncode == 0
     done = load("../../private/x.png" if way == "relative" else outside / "x.png")
     assert done.returncode != 0
-    assert "expected pictures in" in done.stderr
+    assert "expected its files in" in done.stderr
+
+
+def test_a_gltf_reads_no_buffer_from_outside_its_folder(render_python, root, tmp_path):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "private.bin").write_bytes(bytes(36))
+    gltf = tmp_path / "assets" / "chair.gltf"
+    gltf.write_text(
+        json.dumps(
+            {"asset": {"version": "2.0"}, "buffers": [{"byteLength": 36, "uri": "%2e%2e/private.bin"}]}
+        )
+    )
+    code = (
+        "from pathlib import Path; from data_tools.blender_import import load_asset\n"
+        f"load_asset(Path({str(gltf)!r}), 'cube')"
+    )
+    done = subprocess.run(
+        [str(render_python), "-c", code], cwd=root, capture_output=True, text=True, timeout=100
+    )
+    assert "expected its files in" in done.stderr
+    assert "private.bin" in done.stderr
