@@ -87,6 +87,7 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
         if not pending and manifest is not None:
             shutil.rmtree(out / PARTS_NAME)
             print(f"Nothing to render: all {len(assets)} objects of {setup.assets} are finished.")
+            _require_kept(out, manifest, len(assets))
             _print_summary(out, manifest, time.monotonic() - start, _Done())
             return manifest
         (out / MANIFEST_NAME).unlink(missing_ok=True)
@@ -107,6 +108,7 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             if error.errno != errno.ENOSPC:
                 raise
             raise FolderError(no_space_message(out, needed)) from error
+    _require_kept(out, manifest, len(assets))
     _print_summary(out, manifest, time.monotonic() - start, done)
     return manifest
 
@@ -203,13 +205,16 @@ def _finish(
     manifest = Manifest(shards=shards, views=views, failures=len(failures), render=settings)
     write_manifest(out, manifest)
     shutil.rmtree(out / PARTS_NAME, ignore_errors=True)
-    if not kept:
+    return manifest
+
+
+def _require_kept(out: Path, manifest: Manifest, assets: int) -> None:
+    if all(shard.rejected for shard in manifest.shards):
         raise FolderError(
-            f"expected at least one object to keep, found that of {len(assets)} {len(failures)} failed and the rules "
+            f"expected at least one object to keep, found that of {assets} {manifest.failures} failed and the rules "
             f"reject the others; {out / FILTER_NAME} and {out / FAILURES_NAME} say why: choose other rules with "
             f"`python -m data_tools repack --shards {out} --out ... --where ...`, or mend the assets"
         )
-    return manifest
 
 
 def _print_summary(out: Path, manifest: Manifest, seconds: float, done: _Done) -> None:

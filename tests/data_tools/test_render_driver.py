@@ -22,6 +22,7 @@ from data_tools import render as render_module
 from data_tools.__main__ import main
 from data_tools.assets import find_assets
 from data_tools.blender_process import BlenderError, Limits
+from data_tools.repack import repack
 from data_tools.settings import RenderSettings, SettingsError
 from data_tools.shard_folder import FolderError
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_samples
@@ -143,7 +144,7 @@ def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
 def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("bad")
-    with pytest.raises(FolderError, match="at least one object to keep, found that of 6 6 failed"):
+    with pytest.raises(FolderError, match="at least one object, found that all 6 failed"):
         run(assets, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -380,3 +381,15 @@ def test_a_network_that_is_down_stops_the_run_and_blames_no_object(assets, tmp_p
     manifest = run(assets, tmp_path / "out")
     assert sum(shard.samples for shard in manifest.shards) == 6
     assert manifest.failures == 0
+
+
+def test_where_the_rules_reject_everything_other_rules_still_need_no_rendering(assets, tmp_path):
+    for path in assets.iterdir():
+        path.write_text("white")
+    for _ in range(2):
+        with pytest.raises(
+            FolderError, match=r"of 6 0 failed and the rules reject the others; .* repack --shard"
+        ):
+            run(assets, tmp_path / "out")
+    repack([tmp_path / "out"], tmp_path / "all", rules=["white <= 1"])
+    assert sum(shard.samples for shard in read_manifest(tmp_path / "all").shards) == 6
