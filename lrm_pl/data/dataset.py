@@ -218,6 +218,8 @@ class EvaluationSet(IterableDataset[Item]):
             try:
                 return evaluation_item(sample, self.inputs, views)
             except SampleError as error:  # a view that is no picture
+                if self.reader.doubt(place):
+                    return self._try(index, say=say)
                 raise self.reader.located(place, error) from error
         except SampleError as error:
             if say:

@@ -163,6 +163,7 @@ class ShardSource:
             shard = errands.get()
             try:
                 cache.bring(shard)
+                self._in_a_row.clear()
             except OSError as error:  # members are read alone then, and say what is wrong with theirs
                 logger.warning("not copied: %s", error)
                 time.sleep(_REST_S / 10)

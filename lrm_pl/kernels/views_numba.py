@@ -39,9 +39,8 @@ def resized_window(
     x0, x1 = x_first[0], min(x_first[width - 1] + x_weights.shape[1], rgba.shape[1])
     y0, y1 = y_first[0], min(y_first[height - 1] + y_weights.shape[1], rgba.shape[0])
     across = x1 - x0
-    source = np.empty(
-        (y1 - y0, 4 * across), dtype=np.float32
-    )  # the four channels of a row one after the other
+    # The four channels of a row lie one after the other.
+    source = np.empty((y1 - y0, 4 * across), dtype=np.float32)
     for y in range(y1 - y0):
         row, line = rgba[y0 + y, x0:x1].reshape(-1), source[y]
         alpha = line[3 * across :]

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 
 import pytest
@@ -68,4 +69,4 @@ def test_a_job_renders_with_rays_own_launcher_and_ends_well(here, render_python)
     assert re.search(r"JobState=COMPLETED .*ExitCode=0:0$", state, re.DOTALL | re.MULTILINE), state
     manifest = read_manifest(here / "out")
     assert (manifest.failures, sum(shard.samples for shard in manifest.shards)) == (0, 2)
-    assert not os.path.exists(f"/tmp/lrm-ray-{job[1]}"), "what Ray left is removed"
+    assert not os.path.exists(f"{tempfile.gettempdir()}/lrm-ray-{job[1]}"), "what Ray left is removed"
