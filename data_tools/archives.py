@@ -26,6 +26,18 @@ class ArchiveError(InputError):
     """An archive is damaged, or holds what it should not; the message says what."""
 
 
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip.
+
+    Raises:
+        ArchiveError: It is none.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except DAMAGE as error:
+        raise ArchiveError(f"{path.name}: expected a zip, found: {error}") from error
+
+
 def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTES) -> bytes | None:
     """Return one file of a zip, or None where it has no such file.
 

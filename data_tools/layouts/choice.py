@@ -10,7 +10,7 @@ from PIL import Image
 from data_tools.layouts import instantmesh, mvimgnet, openlrm, zero123
 from data_tools.layouts.files import MAX_VIEWS, LayoutError, Posed
 from lrm_pl.conventions import Normalisation
-from lrm_pl.data.schema import MAX_IMAGE_SIDE
+from lrm_pl.data.schema import MAX_IMAGE_SIDE, PICTURE_ERRORS
 
 LAYOUTS = ("openlrm", "zero123", "instantmesh", "mvimgnet")
 
@@ -89,7 +89,7 @@ def _kind(folder: Path, pictures: Callable[[Path], list[Path]]) -> Kind | None:
     try:
         with Image.open(files[0], formats=("PNG", "WEBP")) as image:  # only its header is read
             return Kind(len(files), image.size)
-    except (IndexError, OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError):
+    except (IndexError, *PICTURE_ERRORS):
         return None  # whoever reads it says why
 
 

@@ -9,15 +9,15 @@ import math
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.archives import DAMAGE
 from lrm_pl.data.manifest import MAX_MEMBER_BYTES
+from lrm_pl.data.schema import HEADER_ERRORS
 from lrm_pl.errors import InputError
 
 #: A pose has twelve numbers, the poses of 999 views 16 times as many; no such file is larger.
@@ -118,11 +118,12 @@ def read_npz(path: Path, name: str) -> npt.NDArray[np.float64]:
         LayoutError: It is not there, or holds anything else.
     """
     where = f"{path}, {name}"
+    content = read_file(path, _MAX_ARRAY_BYTES)
     try:
-        with zipfile.ZipFile(io.BytesIO(read_file(path, _MAX_ARRAY_BYTES))) as archive:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             with archive.open(f"{name}.npy") as member:
                 content = member.read(_MAX_ARRAY_BYTES + 1)  # whatever its header says
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+    except (*DAMAGE, KeyError, OSError) as error:  # OSError: bz2's; nothing else is read here
         raise LayoutError(f"{where}: expected an array, found: {error}") from error
     if len(content) > _MAX_ARRAY_BYTES:
         raise LayoutError(f"{where}: expected at most {_MAX_ARRAY_BYTES} bytes, found more")
@@ -147,7 +148,7 @@ def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
             (2, 0): np.lib.format.read_array_header_2_0,
         }
         shape, fortran, dtype = read_header[version](file)
-    except (ValueError, KeyError, EOFError, SyntaxError, TokenError, RecursionError) as error:
+    except (*HEADER_ERRORS, KeyError) as error:
         raise LayoutError(f"{where}: expected a numpy array, found: {error}") from error
     if dtype.kind not in "fiu":
         raise LayoutError(f"{where}: expected an array of numbers, found {dtype}; pickles are not read")

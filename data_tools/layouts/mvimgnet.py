@@ -26,7 +26,7 @@ from PIL import Image
 from data_tools.layouts.colmap import PosedImage, read_model
 from data_tools.layouts.files import LayoutError, Posed, folders_with, read_file
 from data_tools.layouts.object_frame import Sighting, into_object_frame
-from lrm_pl.data.schema import MAX_IMAGE_SIDE, encode_image
+from lrm_pl.data.schema import MAX_IMAGE_SIDE, PICTURE_ERRORS, encode_image
 
 #: Added on each side of the mask, as a part of its longer side.
 MARGIN = 0.1
@@ -161,11 +161,5 @@ def _decoded(path: Path, kind: Literal["picture", "mask"], image: PosedImage) ->
             return np.array(plain.getchannel(len(plain.getbands()) - 1).convert("L"), dtype=np.uint8)[
                 ..., None
             ]
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # PIL's answers to a broken file
+    except PICTURE_ERRORS as error:
         raise LayoutError(f"{path}: expected a {kind}, found: {error}") from error

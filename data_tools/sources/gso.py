@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from data_tools.archives import DAMAGE, ArchiveError, extract, read_member
+from data_tools.archives import ArchiveError, extract, open_zip, read_member
 from data_tools.assets import Asset, hash_file
 from data_tools.download import Download, download_all, read_all
 from data_tools.sources.outcome import safe_id, write_outcome
@@ -115,20 +115,15 @@ def _unpack(path: Path, folder: Path) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            obj = read_member(archive, "meshes/model.obj")
-            if obj is None:
-                raise ArchiveError(f"{path.name}: expected meshes/model.obj, found none")
-            surface = read_surface(obj, lambda name: read_member(archive, _place(archive, name)))
-            if surface.missing:
-                raise ArchiveError(f"{path.name}: expected the file {surface.missing[0]}, found none")
-            names = ("model.obj", *surface.libraries, *surface.textures)
-            extract(archive, {name: _place(archive, name) for name in names}, partial)
-    except ArchiveError:
-        raise
-    except DAMAGE as error:
-        raise ArchiveError(f"{path.name}: expected a zip, found: {error}") from error
+    with open_zip(path) as archive:
+        obj = read_member(archive, "meshes/model.obj")
+        if obj is None:
+            raise ArchiveError(f"{path.name}: expected meshes/model.obj, found none")
+        surface = read_surface(obj, lambda name: read_member(archive, _place(archive, name)))
+        if surface.missing:
+            raise ArchiveError(f"{path.name}: expected the file {surface.missing[0]}, found none")
+        names = ("model.obj", *surface.libraries, *surface.textures)
+        extract(archive, {name: _place(archive, name) for name in names}, partial)
     partial.rename(folder)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, SampleError
+from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, PICTURE_ERRORS, SampleError
 
 #: Depth that is nearest to a camera, scene units.
 MIN_DEPTH = 1e-3
@@ -128,7 +128,7 @@ def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | 
             if image.mode == mode and max(image.size) <= MAX_IMAGE_SIDE:
                 return np.array(image)
             found = f"mode {image.mode} and {image.size}"
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's
+    except PICTURE_ERRORS as error:
         found = f"{len(encoded)} bytes: {error}"
     raise SampleError(
         f"sample {key!r}: expected {name} to be a PNG of mode {mode} and at most {MAX_IMAGE_SIDE} pixels a side, found "

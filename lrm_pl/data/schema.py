@@ -53,8 +53,11 @@ NEEDED_MEMBERS = ("json", "c2w.npy", "fxfycxcy.npy")
 #: Members that need not be there, and are read only by who asks for them.
 EXTRA_PATTERN = re.compile(r"measures\.json|(depth|normal)_\d{3}\.png")
 
+#: What PIL answers to a broken picture.
+PICTURE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
+
 #: What numpy's reader of headers answers to a broken one.
-_NO_HEADER = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
+HEADER_ERRORS = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
 
 #: Depth that the largest value of a depth picture stands for, scene units.
 MAX_DEPTH = 8.0
@@ -241,7 +244,7 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
             return np.array(image, dtype=np.uint8)
     except SampleError:
         raise
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's
+    except PICTURE_ERRORS as error:
         raise SampleError(
             f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}"
         ) from error
@@ -321,7 +324,7 @@ def _decode_array(
         if version != (1, 0):
             raise ValueError(f"version {version} of the format")
         found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except _NO_HEADER as error:
+    except HEADER_ERRORS as error:
         raise SampleError(
             f"sample {key!r}: expected a numpy array in {key}.{name}, found: {error}"
         ) from error

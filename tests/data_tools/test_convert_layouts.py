@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from data_tools.__main__ import main
 from data_tools.convert import convert
@@ -149,6 +150,7 @@ def bad_objects(root, layout):
         ("pickle", "pickles are not read|expected a numpy array"),
         ("stretched-pose", "expected rigid poses|look at the origin"),
         ("corrupt-picture", "expected a PNG or WebP view"),
+        ("text-bomb-first", "expected a PNG or WebP view"),
         ("huge-picture", "at most 4096 pixels a side, found"),
         (
             "missing-picture",
@@ -175,6 +177,10 @@ def bad_objects(root, layout):
             np.savez(pose, cam_poses=matrix) if layout == "instantmesh" else np.save(pose, matrix)
         elif name == "corrupt-picture":
             picture.write_bytes(picture.read_bytes()[:100])
+        elif name == "text-bomb-first":
+            text = PngInfo()
+            text.add_text("a", "x" * 3_000_000, zip=True)
+            Image.new("RGBA", (32, 32)).save(picture.with_name("000.png"), pnginfo=text)
         elif name == "huge-picture":
             picture.write_bytes(png_of_declared_size(5000, 5000))
         elif name == "missing-picture":

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.validate import hull_coverage, index_differences
+from data_tools.validate import check_pictures, hull_coverage, index_differences
 from lrm_pl.data.manifest import read_index, read_manifest, write_manifest, write_shard
-from lrm_pl.data.schema import decode_image, encode_image, encode_sample
+from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_sample
 from lrm_pl.data.synthetic import synthetic_sample
 
 
@@ -143,3 +143,14 @@ def test_the_hull_of_right_cameras_covers_the_object_and_another_convention_leav
     opengl = sample.c2w.copy()
     opengl[:, :3, 1:3] *= -1
     assert hull_coverage(opengl, sample.fxfycxcy, alphas).max() == 0
+
+
+def test_more_pixels_than_an_object_may_have_are_not_all_decoded(monkeypatch):
+    sample = synthetic_sample("a", views=8, resolution=32, seed=0)
+    monkeypatch.setattr("data_tools.validate._MAX_PIXELS", 8 * 32 * 32)
+    check_pictures(sample)
+    monkeypatch.setattr("data_tools.validate._MAX_PIXELS", 8 * 32 * 32 - 1)
+    with pytest.raises(
+        SampleError, match="sample 'a': expected at most 8191 pixels in all views, found more"
+    ):
+        check_pictures(sample)
