@@ -83,6 +83,7 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         shard_size=args.shard_size,
         depth=args.depth,
         normals=args.normals,
+        surface=args.surface,
         rules=tuple(args.rules),
     )
     return settings, assets
@@ -120,6 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--res", type=_between(8, 4096), default=128, help="side of the square views, pixels")
     render.add_argument("--depth", action="store_true", help="keep the depth of each view too")
     render.add_argument("--normals", action="store_true", help="keep the normals of each view too")
+    render.add_argument(
+        "--surface",
+        action="store_true",
+        help="keep points of each surface too: `lrm evaluate` holds meshes to them",
+    )
     render.add_argument("--samples", type=_between(1, 65536), default=16, help="Cycles samples a pixel")
     render.add_argument(
         "--jobs",

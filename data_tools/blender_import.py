@@ -193,7 +193,7 @@ def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float
         (3,) half sides of the box; its longest side before, in the file's units; number of triangles; share of them
         without an area.
     """
-    parts = list(_world_meshes())
+    parts = list(world_meshes())
     if not parts:
         raise AssetError("is empty: expected mesh faces, found none")
     vertices = np.concatenate([points for points, _ in parts])
@@ -230,7 +230,7 @@ def _count_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32])
     return int((area <= 1e-9 * np.maximum.reduce(sides)).sum())
 
 
-def _world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]]:
+def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]]:
     """Yield (n, 3) world positions and (m, 3) triangles of every visible object, modifiers and instances included."""
     depsgraph = bpy.context.evaluated_depsgraph_get()
     for instance in depsgraph.object_instances:

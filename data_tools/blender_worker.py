@@ -26,9 +26,11 @@ from data_tools.assets import Asset, hash_file
 from data_tools.criteria import MEASURES_MEMBER, encode_measures, measure_views
 from data_tools.download import download
 from data_tools.settings import RenderSettings
+from data_tools.surface import draw_points
 from data_tools.views import derive_seed, draw_cameras
 from lrm_pl.data.geometry_views import depth_member, encode_depth, encode_normals, normal_member
-from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
+from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleInfo, encode_image, encode_sample
+from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.errors import InputError
 from lrm_pl.stores import MissingError, StoreError
 
@@ -91,12 +93,18 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     half_extent, mesh = blender_import.load_asset(
         _mesh_file(asset, setup), settings.normalise, Path(setup.scratch if asset.is_remote else setup.assets)
     )
+    extras = dict[str, bytes]()
+    if settings.surface:
+        rng = np.random.default_rng(derive_seed(settings.seed, asset.id, SURFACE_MEMBER))
+        extras[SURFACE_MEMBER] = encode_surface(
+            *draw_points(blender_import.world_meshes(), SURFACE_POINTS, rng)
+        )
     device = blender_scene.choose_device()
     blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
     blender_scene.add_camera()
     if settings.depth or settings.normals:
         blender_passes.keep_passes(normals=settings.normals)
-    images, extras, scratch = list[npt.NDArray[np.uint8]](), dict[str, bytes](), Path(setup.scratch)
+    images, scratch = list[npt.NDArray[np.uint8]](), Path(setup.scratch)
     with blender_scene.cycles_clock() as cycles_s:
         for view in range(settings.views):
             image = blender_scene.render_view(

@@ -23,7 +23,7 @@ from data_tools.geometry import kinds_of
 from data_tools.shard_folder import read_failures
 from data_tools.validate import decode_alphas
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, read_samples, write_atomically
-from lrm_pl.data.schema import SampleError, SampleInfo, decode_sample
+from lrm_pl.data.schema import SURFACE_MEMBER, SampleError, SampleInfo, decode_sample
 
 PAGE_NAME = "inspect.html"
 
@@ -41,7 +41,7 @@ class Statistics:
     Attributes:
         infos: Records of all objects.
         splits: Objects of each split, and those that were rejected.
-        geometry: Objects with depth, and with normals.
+        geometry: Objects with depth, with normals, with a surface.
         distance: (N) of every camera from the origin, scene units.
         elevation_deg: (N) its height above the horizon.
         fov_deg: (N) horizontal field of view.
@@ -93,7 +93,8 @@ def inspect(folder: Path) -> Path:
     for name, values, unit in found.rows():
         low, middle, high = np.percentile(values, (0, 50, 100))
         print(f"{name:<31}{low:.4g} / {middle:.4g} / {high:.4g} {unit} (least, median, most)")
-    print(f"{'depth, normals':<31}of {found.geometry['depth']}, of {found.geometry['normal']} objects")
+    kinds = ", ".join(f"of {found.geometry[kind]}" for kind in ("depth", "normal", "surface"))
+    print(f"{'depth, normals, surfaces':<31}{kinds} objects")
     for name, counted in words(folder, found).items():
         told = ", ".join(f"{word} {count}" for word, count in counted.most_common(3))
         print(f"{name:<31}{len(counted)} kinds: {told}" if counted else f"{name:<31}none")
@@ -126,6 +127,7 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
                 infos.append(sample.info)
                 splits["rejected" if shard.rejected else shard.split] += 1
                 geometry.update(kinds_of(sample))
+                geometry["surface"] += SURFACE_MEMBER in sample.extras
                 places.append(sample.c2w[:, :3, 3])
                 fovs.append(sample.fxfycxcy[:, 0])
                 coverage += [share for share, _ in seen]

@@ -43,6 +43,7 @@ from data_tools.shard_folder import (
     write_quarantine,
 )
 from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from lrm_pl.data.surface import SURFACE_POINTS
 
 #: Meshes that cannot be downloaded, one after the other, before a run takes it for the network's fault.
 _UNREACHABLE = 5
@@ -116,10 +117,11 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
 def estimate_bytes(objects: int, settings: RenderSettings) -> int:
     """Estimate, generously, the disk space that ``objects`` objects need: 2 bytes a pixel and headers.
 
-    Depth takes 2 more, normals 3.
+    Depth takes 2 more, normals 3; a surface 24 bytes a point.
     """
     view = (2 + 2 * settings.depth + 3 * settings.normals) * settings.resolution**2 + 4096
-    return (objects + 2 * settings.shard_size if objects else 0) * settings.views * view
+    one = settings.views * view + settings.surface * SURFACE_POINTS * 24
+    return (objects + 2 * settings.shard_size if objects else 0) * one
 
 
 def _render_pending(

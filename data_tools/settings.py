@@ -42,6 +42,7 @@ class RenderSettings:
         shard_size: Objects a shard.
         depth: Whether views have their depth beside them.
         normals: Whether they have their normals.
+        surface: Whether objects have points of their surface beside their views.
         rules: What an object must obey, else it is rejected (``criteria.parse_rule``).
         pipeline_version: Version of this package's rendering.
     """
@@ -56,6 +57,7 @@ class RenderSettings:
     shard_size: int
     depth: bool = False
     normals: bool = False
+    surface: bool = False
     rules: tuple[str, ...] = DEFAULT_RULES
     pipeline_version: int = PIPELINE_VERSION
 
@@ -111,7 +113,9 @@ def check_settings(
             )
         return False
     try:
-        found = {"depth": False, "normals": False} | read_settings(folder)  # older folders have neither
+        found = {"depth": False, "normals": False, "surface": False} | read_settings(
+            folder
+        )  # as older folders
         found_renderer = found.pop("renderer")
         found_assets = {asset.id: dataclasses.asdict(asset) for asset in read_list(folder)}
     except (AssetsError, ValueError, KeyError, TypeError, OSError) as error:

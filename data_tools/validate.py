@@ -1,9 +1,9 @@
 """``python -m data_tools validate``: look at every byte of a folder of shards; name what is wrong by shard and sample.
 
-Of each shard: size, sha256, plain members only, the index. Of each sample: the schema, every picture, depth and normals
-if it has them, and whether the cameras fit the pictures: points that all views show as object make up a hull
-(Laurentini 1994), and that hull, seen again by each camera, must cover the object there. Poses of another convention
-leave no hull at all.
+Of each shard: size, sha256, plain members only, the index. Of each sample: the schema, every picture, depth, normals
+and surface if it has them, and whether the cameras fit the pictures: points that all views show as object make up a
+hull (Laurentini 1994), and that hull, seen again by each camera, must cover the object there. Poses of another
+convention leave no hull at all.
 """
 
 import dataclasses
@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from data_tools.geometry import check_geometry
 from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index, read_manifest, read_samples
-from lrm_pl.data.schema import KEY_PATTERN, Sample, SampleError, decode_image, decode_sample
+from lrm_pl.data.schema import (
+    KEY_PATTERN,
+    SURFACE_MEMBER,
+    Sample,
+    SampleError,
+    decode_image,
+    decode_sample,
+)
+from lrm_pl.data.surface import decode_surface
 
 #: Pixels that the views of one object may have in all: 64 of 2048 x 2048.
 _MAX_PIXELS = 1 << 28
@@ -100,6 +108,8 @@ def problems(folder: Path, shard: Shard, bar: tqdm) -> Iterator[Problem]:
             if not shard.rejected:  # next to nothing may be seen of it
                 check_pictures(sample)
             check_geometry(sample)
+            if SURFACE_MEMBER in sample.extras:
+                decode_surface(key, sample.extras[SURFACE_MEMBER])
         except SampleError as error:
             yield Problem(shard.name, key, str(error))
         bar.update()

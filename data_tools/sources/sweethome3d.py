@@ -113,7 +113,7 @@ def examine(archive: Path, out: Path) -> list[tuple[Asset, Task, str]]:
                 source=source,
                 licence=LIBRARIES[model.library],
                 tags=tuple(dict.fromkeys((*filter(None, [model.category]), *model.tags))),
-                split="val" if model.library == HELD_OUT else "train",
+                split="val" if model.library == HELD_OUT else "",
             )
             obj = posixpath.basename(model.obj)
             files = (obj, *surface.libraries, *surface.textures) if surface else ()

@@ -11,6 +11,7 @@ A sample with key ``chair`` and V views is these members of a WebDataset tar, in
     chair.depth_000.png  optional, one a view: 16 bits, depth along the camera's z axis, 0 where nothing is, else
                          depth / ``MAX_DEPTH`` * 65535
     chair.normal_000.png optional, one a view: RGB, 8 bits, world normal n as (n + 1) / 2, 0 where nothing is
+    chair.surface.npy    optional: (20000, 6) float32, points on the surface and their normals, in the world
 
 Nothing is where alpha is 0, or where no surface lies at the pixel's centre (soft edges; never where alpha is 255).
 
@@ -50,8 +51,11 @@ _WEBP_EFFORT = {"method": 2, "quality": 20}
 #: Members that are read whatever views are wanted.
 NEEDED_MEMBERS = ("json", "c2w.npy", "fxfycxcy.npy")
 
+#: Points on the surface, and their normals.
+SURFACE_MEMBER = "surface.npy"
+
 #: Members that need not be there, and are read only by who asks for them.
-EXTRA_PATTERN = re.compile(r"measures\.json|(depth|normal)_\d{3}\.png")
+EXTRA_PATTERN = re.compile(r"measures\.json|surface\.npy|(depth|normal)_\d{3}\.png")
 
 #: What PIL answers to a broken picture.
 PICTURE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -130,8 +134,8 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     check_sample(sample)
     members = {
         "json": json.dumps(dataclasses.asdict(sample.info), sort_keys=True, ensure_ascii=False).encode(),
-        "c2w.npy": _npy(sample.c2w),
-        "fxfycxcy.npy": _npy(sample.fxfycxcy),
+        "c2w.npy": encode_array(sample.c2w),
+        "fxfycxcy.npy": encode_array(sample.fxfycxcy),
     }
     for index, view in enumerate(sample.views):
         members[view_member(index, _image_format(view))] = view
@@ -171,8 +175,8 @@ def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] |
         )
     sample = Sample(
         info=info,
-        c2w=_decode_array(key, members, "c2w.npy", (info.views, 4, 4)),
-        fxfycxcy=_decode_array(key, members, "fxfycxcy.npy", (info.views, 4)),
+        c2w=decode_array(key, "c2w.npy", _member(key, members, "c2w.npy"), (info.views, 4, 4)),
+        fxfycxcy=decode_array(key, "fxfycxcy.npy", _member(key, members, "fxfycxcy.npy"), (info.views, 4)),
         views=tuple(encoded),
         extras={name: content for name, content in members.items() if EXTRA_PATTERN.fullmatch(name)},
     )
@@ -266,10 +270,47 @@ def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _npy(array: npt.NDArray[np.float32]) -> bytes:
+def encode_array(array: npt.NDArray[np.float32]) -> bytes:
+    """Encode an array as ``.npy``; equal arrays give equal bytes."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
+
+
+def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Decode an array of float32.
+
+    Args:
+        key: The sample's key, for messages.
+        name: The member's name.
+        encoded: The member.
+        shape: The only shape that it may have.
+
+    Raises:
+        SampleError: It is no such array.
+    """
+    file = io.BytesIO(encoded)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version != (1, 0):
+            raise ValueError(f"version {version} of the format")
+        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except HEADER_ERRORS as error:
+        raise SampleError(
+            f"sample {key!r}: expected a numpy array in {key}.{name}, found: {error}"
+        ) from error
+    # Before anything is allocated: a header of a hundred bytes can ask for terabytes.
+    if found != shape or dtype != np.float32 or fortran:
+        raise SampleError(
+            f"sample {key!r}: expected {name} of shape {shape} and float32, found {found} and "
+            f"{dtype}{', column by column' if fortran else ''}"
+        )
+    content = file.read()
+    if len(content) != 4 * math.prod(shape):
+        raise SampleError(
+            f"sample {key!r}: expected {4 * math.prod(shape)} bytes in {key}.{name}, found {len(content)}"
+        )
+    return np.frombuffer(content, dtype=np.float32).reshape(shape).copy()
 
 
 def _image_format(encoded: bytes) -> str:
@@ -313,30 +354,3 @@ def _decode_info(key: str, encoded: bytes) -> SampleInfo:
     if not 1 <= record["views"] <= 999:
         raise SampleError(f"sample {key!r}: expected 1 to 999 views, found {record['views']}")
     return SampleInfo(**record)
-
-
-def _decode_array(
-    key: str, members: Mapping[str, bytes], name: str, shape: tuple[int, ...]
-) -> npt.NDArray[np.float32]:
-    file = io.BytesIO(_member(key, members, name))
-    try:
-        version = np.lib.format.read_magic(file)
-        if version != (1, 0):
-            raise ValueError(f"version {version} of the format")
-        found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except HEADER_ERRORS as error:
-        raise SampleError(
-            f"sample {key!r}: expected a numpy array in {key}.{name}, found: {error}"
-        ) from error
-    # Before anything is allocated: a header of a hundred bytes can ask for terabytes.
-    if found != shape or dtype != np.float32 or fortran:
-        raise SampleError(
-            f"sample {key!r}: expected {name} of shape {shape} and float32 for {shape[0]} views, found {found} and "
-            f"{dtype}{', column by column' if fortran else ''}"
-        )
-    content = file.read()
-    if len(content) != 4 * math.prod(shape):
-        raise SampleError(
-            f"sample {key!r}: expected {4 * math.prod(shape)} bytes in {key}.{name}, found {len(content)}"
-        )
-    return np.frombuffer(content, dtype=np.float32).reshape(shape).copy()

@@ -12,7 +12,8 @@ from data_tools.geometry import back_project
 from data_tools.repack import repack
 from data_tools.validate import validate
 from lrm_pl.data.geometry_views import decode_depth, decode_normals, depth_member, normal_member
-from lrm_pl.data.schema import decode_image, decode_sample
+from lrm_pl.data.schema import SURFACE_MEMBER, decode_image, decode_sample
+from lrm_pl.data.surface import SURFACE_POINTS, decode_surface
 
 pytestmark = pytest.mark.blender
 
@@ -66,9 +67,13 @@ def assets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(render_command, assets, tmp_path_factory):
-    """The same objects with nothing beside their views, with normals, and with both."""
+    """The same objects with nothing beside their views, with normals, and with all there is."""
     out = tmp_path_factory.mktemp("rendered")
-    for name, options in (("plain", []), ("normals", ["--normals"]), ("both", ["--depth", "--normals"])):
+    for name, options in (
+        ("plain", []),
+        ("normals", ["--normals"]),
+        ("both", ["--depth", "--normals", "--surface"]),
+    ):
         render_command(assets, out / name, *OPTIONS, *options)
     return out
 
@@ -170,13 +175,30 @@ def test_depth_leads_back_to_points_on_the_sphere_and_on_the_cube(samples):
         assert np.abs(np.abs(points @ turned()).max(axis=1) - half).max() < STEP
 
 
+def test_points_of_the_surface_lie_on_the_sphere_and_evenly_on_the_faces_of_the_cube(samples):
+    points, normals = decode_surface("", samples["ball"].extras[SURFACE_MEMBER])
+    assert len(points) == SURFACE_POINTS
+    assert np.abs(np.linalg.norm(points, axis=1) - 1).max() < 1e-4
+    assert (points * normals).sum(axis=1).min() > 0.999
+    assert np.abs(points.mean(axis=0)).max() < 5 / np.sqrt(3 * SURFACE_POINTS)
+    for key, side in (("cube", 1), ("inward", -1)):
+        points, normals = decode_surface("", samples[key].extras[SURFACE_MEMBER])
+        local = points @ turned() * np.sqrt(3)
+        assert np.abs(np.abs(local).max(axis=1) - 1).max() < 1e-5
+        face = np.abs(local).argmax(axis=1)
+        np.testing.assert_allclose(normals @ turned(), side * np.eye(3)[face] * np.sign(local), atol=1e-5)
+        count = np.bincount(2 * face + (local[np.arange(len(face)), face] > 0), minlength=6)
+        assert np.abs(count - SURFACE_POINTS / 6).max() < 5 * np.sqrt(SURFACE_POINTS / 6)
+
+
 def test_views_are_the_same_bytes_with_and_without_geometry(folders):
     plain, normals, both = (members(folders / name) for name in ("plain", "normals", "both"))
     assert set(plain) == set(KEYS)
     for key, (_, content) in plain.items():
         names = {normal_member(view) for view in range(VIEWS)}
         assert set(normals[key][1]) == set(content) | names
-        assert set(both[key][1]) == set(content) | names | {depth_member(view) for view in range(VIEWS)}
+        depths = {depth_member(view) for view in range(VIEWS)}
+        assert set(both[key][1]) == set(content) | names | depths | {SURFACE_MEMBER}
         assert {name: normals[key][1][name] for name in content} == content
         assert {name: both[key][1][name] for name in normals[key][1]} == normals[key][1]
 

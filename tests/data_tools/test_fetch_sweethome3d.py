@@ -162,9 +162,9 @@ def test_every_model_has_its_librarys_licence_and_one_author_is_held_out(package
     with opened_package(package) as folder:
         cups = [examine(folder / f"{name}.sh3f", tmp_path)[0][0] for name in LIBRARIES if name != "Scopia"]
     assert [(cup.id, cup.licence, cup.split) for cup in cups] == [
-        ("BlendSwap-CC-0-cup", "CC0-1.0", "train"),
-        ("BlendSwap-CC-BY-cup", "CC-BY-3.0", "train"),
-        ("Reallusion-cup", "CC-BY-3.0-US", "train"),
+        ("BlendSwap-CC-0-cup", "CC0-1.0", ""),
+        ("BlendSwap-CC-BY-cup", "CC-BY-3.0", ""),
+        ("Reallusion-cup", "CC-BY-3.0-US", ""),
         ("KatorLegaz-cup", "CC-BY-3.0-US", "val"),
     ]
     assert cups[1].source == (
@@ -293,7 +293,7 @@ def test_blender_makes_glb_files_and_a_second_run_makes_none(package, render_pyt
     assert "Left out 10 of 16" in said
     found = {asset.id: asset for asset in find_assets(out)}
     assert len(found) == 6
-    assert {asset.split for asset in found.values()} == {"train", "val"}
+    assert {asset.split for asset in found.values()} == {"", "val"}
     table = (out / found["Scopia-table"].file).read_bytes()
     assert hashlib.sha256(table).hexdigest() == found["Scopia-table"].sha256
     length, size = struct.unpack_from("<I", table, 12)[0], struct.unpack_from("<I", table, 8)[0]

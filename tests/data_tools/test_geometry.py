@@ -9,6 +9,7 @@ from test_repack import members
 from data_tools.__main__ import main
 from data_tools.geometry import back_project, check_geometry, smaller_geometry
 from data_tools.repack import repack, resized
+from data_tools.surface import draw_points
 from data_tools.validate import validate
 from lrm_pl.data.geometry_views import (
     decode_depth,
@@ -21,10 +22,12 @@ from lrm_pl.data.geometry_views import (
 )
 from lrm_pl.data.manifest import Manifest, read_manifest, write_manifest, write_shard
 from lrm_pl.data.mixture import Entry
-from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_sample
+from lrm_pl.data.schema import SampleError, decode_image, encode_array, encode_image, encode_sample
 from lrm_pl.data.shards import Place, ShardReader
 from lrm_pl.data.source import ShardSource
+from lrm_pl.data.surface import SURFACE_POINTS, decode_surface, encode_surface
 from lrm_pl.data.synthetic import DISTANCE, synthetic_sample
+from lrm_pl.errors import InputError
 
 VIEWS, SIDE = 4, 32
 
@@ -167,7 +170,7 @@ def test_geometry_of_a_view_that_is_not_there_is_named(sample):
 
 def test_inspect_counts_the_objects_that_have_them(folder, capsys):
     assert main(["inspect", "--shards", str(folder)]) == 0
-    assert "depth, normals                 of 2, of 2 objects" in capsys.readouterr().out
+    assert "depth, normals, surfaces       of 2, of 2, of 0 objects" in capsys.readouterr().out
 
 
 def test_training_reads_the_bytes_of_the_views_that_it_uses_and_of_cameras_alone(folder):
@@ -184,3 +187,38 @@ def test_training_reads_the_bytes_of_the_views_that_it_uses_and_of_cameras_alone
     assert read == [len(content[name]) for name in needed]
     assert sample.views == (b"", content["view_001.webp"], b"", b"")
     assert sample.extras == {}
+
+
+def test_points_are_drawn_uniformly_by_area_and_have_their_triangles_normals():
+    # two triangles in z = 0, of areas 1/2 and 3/2, and one without an area
+    vertices = np.array([(0, 0, 0), (1, 0, 0), (0, 1, 0), (4, 0, 0), (2, 2, 0)], dtype=np.float64)
+    faces = np.array([(0, 1, 2), (0, 1, 0), (1, 4, 3)], dtype=np.int32)
+    points, normals = draw_points([(vertices, faces)], 40_000, np.random.default_rng(0))
+    left = points[:, 0] + points[:, 1] < 1
+    assert abs(left.mean() - 0.5 / 3.5) < 0.01
+    np.testing.assert_array_equal(normals, np.where(left[:, None], (0, 0, 1), (0, 0, -1)))
+    # the mean over a triangle is its centroid; the share of its corner (half the sides) is a quarter
+    np.testing.assert_allclose(points[left].mean(axis=0), (1 / 3, 1 / 3, 0), atol=0.01)
+    assert abs((points[left][:, :2].sum(axis=1) < 0.5).mean() - 0.25) < 0.02
+    with pytest.raises(InputError, match="expected a surface, found triangles without an area"):
+        draw_points([(vertices, faces[1:2])], 10, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda record: record * 1.01, "expected the points of surface.npy within"),
+        (lambda record: record * (1, 1, 1, 2, 2, 2), "expected normals of length 1"),
+        (lambda record: record[:-1], "expected surface.npy of shape"),
+        (lambda record: record + np.nan, "expected the points of surface.npy within"),
+    ],
+)
+def test_a_surface_that_is_none_is_refused(spoil, message):
+    normals = np.random.default_rng(0).normal(size=(SURFACE_POINTS, 3))
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    points = normals / np.abs(normals).max(axis=1, keepdims=True)
+    encoded = encode_surface(points, normals)
+    assert encode_surface(*decode_surface("a", encoded)) == encoded
+    record = spoil(np.concatenate([points, normals], axis=1)).astype(np.float32)
+    with pytest.raises(SampleError, match=message):
+        decode_surface("a", encode_array(record))
