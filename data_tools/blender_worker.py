@@ -26,12 +26,12 @@ from data_tools.assets import Asset, hash_file
 from data_tools.criteria import MEASURES_MEMBER, encode_measures, measure_views
 from data_tools.download import download
 from data_tools.settings import RenderSettings
-from data_tools.surface import draw_points
 from data_tools.views import derive_seed, draw_cameras
 from lrm_pl.data.geometry_views import depth_member, encode_depth, encode_normals, normal_member
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleInfo, encode_image, encode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.errors import InputError
+from lrm_pl.meshes.triangles import draw_points
 from lrm_pl.stores import MissingError, StoreError
 
 #: With less room than this in the scratch folder, bytes, an object that fails has failed for want of it.

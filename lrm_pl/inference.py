@@ -1,55 +1,30 @@
-"""From a picture to a field, a mesh, the frames of an orbit. Functions, without gradients; no command yet.
+"""From a picture to a field, a mesh, the frames of an orbit. Without gradients; ``lrm_pl.LRM`` is the short way.
 
 network, renderer = read_pretrained(Path("model"))          # a folder of `lrm export` or `lrm convert`
-scene = reconstruct(network, image, InputCamera(distance=2.0, fov_deg=50.0))
-mesh = scene.mesh(threshold=10.0)
-frames = scene.orbit(renderer, frames=60, size=256)
+scene = reconstruct(network, renderer, image, InputCamera(distance=2.0, fov_deg=50.0))
+mesh = scene.mesh()
+frames = scene.orbit(frames=60, size=256)
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.errors import InputError
-from lrm_pl.geometry.cameras import canonical_pose, orbit
+from lrm_pl.geometry.cameras import InputCamera, orbit
+from lrm_pl.meshes.mesh import Mesh
+from lrm_pl.meshes.texture import textured
 from lrm_pl.models.lrm import LRM
 from lrm_pl.models.triplane import TriplaneField
-from lrm_pl.rendering.occupancy import measure_occupancy
-from lrm_pl.rendering.surface import Mesh, extract_mesh
+from lrm_pl.rendering.occupancy import Occupancy, measure_occupancy
+from lrm_pl.rendering.surface import colours_at, extract_mesh, surface_density
 from lrm_pl.rendering.volume import Renderer
-
-
-@dataclasses.dataclass(frozen=True)
-class InputCamera:
-    """The camera that a picture is taken to be seen by; a network without a camera does not ask.
-
-    Attributes:
-        distance: From the object's middle, in scene units (LRM and OpenLRM: 2).
-        fov_deg: Field of view of the whole picture.
-    """
-
-    distance: float = 2.0
-    fov_deg: float = 50.0
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.distance <= 0 or not 0 < self.fov_deg < 180:
-            raise InputError(f"expected a distance above 0 and a fov_deg between 0 and 180, found {self}")
-
-    @property
-    def c2w(self) -> Float[Tensor, "4 4"]:
-        """The canonical pose."""
-        return canonical_pose(self.distance)
-
-    @property
-    def fxfycxcy(self) -> Float[Tensor, "4"]:
-        """Normalised intrinsics of a square picture."""
-        focal = 0.5 / math.tan(math.radians(self.fov_deg / 2))
-        return torch.tensor([focal, focal, 0.5, 0.5])
+from lrm_pl.stages import stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,54 +34,114 @@ class Scene:
     Attributes:
         field: Its field.
         camera: The camera of its picture, canonical.
+        renderer: The renderer that the network was trained with.
+        usual_threshold: Density of the surface; None measures it of this object.
     """
 
     field: TriplaneField
     camera: InputCamera
+    renderer: Renderer
+    usual_threshold: float | None = None
 
-    def mesh(self, threshold: float, resolution: int = 384) -> Mesh:
+    @functools.cached_property
+    def occupancy(self) -> Occupancy:
+        """Where there is anything."""
+        with stage("occupancy"), _half(self.field.planes.device):
+            return measure_occupancy(self.field, 0)
+
+    @functools.cached_property
+    def threshold(self) -> float:
+        """Density at which the surface lies.
+
+        Raises:
+            NoSurfaceError: There is nothing opaque.
+        """
+        if self.usual_threshold is not None:
+            return self.usual_threshold
+        occupancy = self.occupancy
+        with stage("threshold"):
+            return surface_density(
+                self.field, 0, self.renderer, occupancy, self.camera.distance, self.camera.fxfycxcy
+            )
+
+    def mesh(
+        self,
+        threshold: float | None = None,
+        resolution: int = 256,
+        *,
+        floaters: float = 0.0,
+        most_faces: int | None = None,
+    ) -> Mesh:
         """Cut the surface out of the density, read in float32: half precision makes terraces; see ``extract_mesh``.
+
+        Args:
+            threshold: Density at the surface; ``self.threshold`` unless given.
+            resolution: Points of the lattice along each axis.
+            floaters: Parts of less than this share of the largest part's area are left out.
+            most_faces: Faces that may stay; None keeps all.
 
         Raises:
             NoSurfaceError: There is no surface at this threshold.
         """
-        return extract_mesh(self.field, 0, threshold, resolution)
+        level = self.threshold if threshold is None else threshold
+        return extract_mesh(self.field, 0, level, resolution, floaters=floaters, most_faces=most_faces)
+
+    def textured(self, mesh: Mesh, size: int = 1024, limit_s: float = 60.0) -> Mesh:
+        """Give a mesh of this object a picture of its colours; see ``meshes.texture.textured``.
+
+        Raises:
+            UnwrapError: The mesh cannot be laid out in that time.
+        """
+        return textured(mesh, lambda points: colours_at(self.field, 0, points), size, limit_s)
 
     @torch.no_grad()
+    def view(self, c2w: Float[Tensor, "4 4"], size: int) -> Float[Tensor, "size size 3"]:
+        """Render one view over white, with the intrinsics of the input camera."""
+        device = self.field.planes.device
+        occupancy = self.occupancy
+        with _half(device):
+            pixels = self.renderer.draw(
+                self.field,
+                [occupancy],
+                c2w.to(device)[None, None],
+                self.camera.fxfycxcy.to(device)[None, None],
+                (size, size),
+            )
+        return pixels.over(torch.ones(3, device=device))[0, 0].clamp(0, 1)
+
     def orbit(
-        self, renderer: Renderer, frames: int = 60, size: int = 256, elevation_deg: float = 0.0
+        self, frames: int = 60, size: int = 256, elevation_deg: float = 0.0
     ) -> Iterator[Float[Tensor, "size size 3"]]:
         """Render frames on a circle about the object over white, the first from the side of the input picture.
 
         Args:
-            renderer: The renderer that the network was trained with.
             frames: How many.
             size: Side of a frame.
             elevation_deg: Height of the circle; 0 passes through the input camera.
         """
-        device = self.field.planes.device
-        with _half(device):
-            occupancy = measure_occupancy(self.field, 0)
-        fxfycxcy = self.camera.fxfycxcy.to(device)[None, None]
-        for c2w in orbit(frames, self.camera.distance, elevation_deg).to(device):
-            with _half(device):
-                pixels = renderer.draw(self.field, [occupancy], c2w[None, None], fxfycxcy, (size, size))
-            yield pixels.over(torch.ones(3, device=device))[0, 0].clamp(0, 1)
+        for c2w in orbit(frames, self.camera.distance, elevation_deg):
+            yield self.view(c2w, size)
 
 
 @torch.no_grad()
 def reconstruct(
     network: LRM,
+    renderer: Renderer,
     image: Tensor,
-    camera: InputCamera = InputCamera(),
+    camera: InputCamera = InputCamera(),  # noqa: B008 - frozen
+    background: float = 1.0,
+    threshold: float | None = None,
 ) -> Scene:
     """Reconstruct the object in a picture.
 
     Args:
         network: A network of one input view, in evaluation mode.
-        image: (C, H, W), square, sRGB in [0, 1]; RGB over the background that the network was trained with (white),
-            or RGBA with straight alpha, which is put over white.
+        renderer: The renderer that it was trained with.
+        image: (C, H, W), square, sRGB in [0, 1]; RGB over the background that the network was trained with, or RGBA
+            with straight alpha, which is put over it.
         camera: The camera that it is taken to be seen by.
+        background: Grey of that background; LRM's is white.
+        threshold: Density of the surface; None measures it of the object.
 
     Raises:
         InputError: The picture is no square RGB or RGBA picture in [0, 1], or the network wants several.
@@ -132,12 +167,17 @@ def reconstruct(
             raise InputError(
                 "expected an object in the picture, found alpha 0 everywhere; check its alpha channel"
             )
-        picture = picture[:3] * picture[3:] + 1 - picture[3:]
-    with _half(device):
+        picture = picture[:3] * picture[3:] + background * (1 - picture[3:])
+    with stage("planes"), _half(device):
         triplane = network(
             picture[None, None], camera.c2w.to(device)[None, None], camera.fxfycxcy.to(device)[None, None]
         )
-        return Scene(network.field(triplane), camera)
+        return Scene(network.field(triplane), camera, renderer, threshold)
+
+
+def as_tensor(image: np.ndarray) -> Float[Tensor, "C H W"]:
+    """Turn an (H, W, C) picture of bytes into what ``reconstruct`` takes."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def _half(device: torch.device) -> torch.autocast:

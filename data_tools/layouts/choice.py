@@ -10,7 +10,8 @@ from PIL import Image
 from data_tools.layouts import instantmesh, mvimgnet, openlrm, zero123
 from data_tools.layouts.files import MAX_VIEWS, LayoutError, Posed
 from lrm_pl.conventions import Normalisation
-from lrm_pl.data.schema import MAX_IMAGE_SIDE, PICTURE_ERRORS
+from lrm_pl.data.schema import MAX_IMAGE_SIDE
+from lrm_pl.pictures import PICTURE_ERRORS
 
 LAYOUTS = ("openlrm", "zero123", "instantmesh", "mvimgnet")
 

@@ -26,7 +26,8 @@ from PIL import Image
 from data_tools.layouts.colmap import PosedImage, read_model
 from data_tools.layouts.files import LayoutError, Posed, folders_with, read_file
 from data_tools.layouts.object_frame import Sighting, into_object_frame
-from lrm_pl.data.schema import MAX_IMAGE_SIDE, PICTURE_ERRORS, encode_image
+from lrm_pl.data.schema import MAX_IMAGE_SIDE, encode_image
+from lrm_pl.pictures import PICTURE_ERRORS
 
 #: Added on each side of the mask, as a part of its longer side.
 MARGIN = 0.1

@@ -12,14 +12,30 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.errors import InputError
 from lrm_pl.io.conversion import Conversion, UnseenNumbers
 from lrm_pl.io.convert_openlrm import convert_openlrm
 from lrm_pl.io.convert_triposr import convert_triposr
+from lrm_pl.io.model_card import model_card
 from lrm_pl.io.pretrained import build_network, require_no_folder, write_pretrained
 from lrm_pl.io.tensor_files import read_tensor_file
 
 CONVERTERS = {"openlrm": convert_openlrm, "triposr": convert_triposr}
+
+#: How their own programs show an object to the network, and where they cut its surface.
+SETUPS = {
+    # openlrm/runners/infer/lrm.py and configs/infer-*.yaml
+    "openlrm": InputSetup(distance=2.0, fov_deg=67.38, foreground=0.85, threshold=3.0),
+    # run.py; our scene unit is 0.87 of theirs, and their cameras stand 1.9 of theirs away
+    "triposr": InputSetup(1.9 / 0.87, 40.0, foreground=0.85, background=0.5, threshold=25.0),
+}
+
+#: What the published weights may be used for.
+LICENCES = {
+    "openlrm": "OpenLRM's published weights are CC BY-NC 4.0.",
+    "triposr": "TripoSR's published weights are MIT.",
+}
 
 #: What to know of the world of a converted network.
 WORLDS = {
@@ -46,7 +62,9 @@ def convert(source: str, weights: Path, out: Path, unseen: UnseenNumbers) -> Con
     conversion = CONVERTERS[source](read_tensor_file(weights, source), unseen)
     network, _ = build_network(conversion.model)
     network.load_state_dict(conversion.weights, strict=True)
-    write_pretrained(out, conversion.model, conversion.weights, f"Converted from {weights.name} ({source}).")
+    origin = f"Converted from {weights.name} ({source})."
+    card = model_card(out.name, f"{origin} {LICENCES[source]}", conversion.model, {})
+    write_pretrained(out, conversion.model, conversion.weights, origin, SETUPS[source], card)
     return conversion
 
 
@@ -83,5 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = sum(tensor.numel() for tensor in conversion.weights.values())
     print(f"{given.out}: config.yaml and model.safetensors, {count / 1e6:.1f} M parameters.")
     print(WORLDS[given.source])
+    print(f"Use it: lrm infer PICTURE --ckpt {given.out}")
     layers = f"-c {given.out}/config.yaml -c configs/experiment/finetune.yaml"
     print(f"Fine-tune it: lrm fit {layers} --weights.network {given.out} --data.folder DATA")

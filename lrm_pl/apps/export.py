@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from lrm_pl.apps.run_folder import find_checkpoint
+from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Checkpoint, read_tensors, tensor_specs
+from lrm_pl.io.model_card import model_card, run_facts
 from lrm_pl.io.pretrained import (
+    CARD_NAME,
     CONFIG_NAME,
     WEIGHTS_NAME,
     read_model_section,
+    read_setup,
     require_no_folder,
     write_pretrained,
 )
@@ -45,13 +50,16 @@ def export(
     """
     require_no_folder(out)
     checkpoint = find_checkpoint(source)
-    config = _find_config(checkpoint, config)
+    config = find_config(checkpoint, config)
     model = read_model_section(config)
     weights = {
         name: _cast(tensor, DTYPES[dtype]) for name, tensor in _weights(checkpoint, average=average).items()
     }
     header = f"The model section of {config.name} of the run whose step {checkpoint.step} this is."
-    write_pretrained(out, model, weights, header)
+    what = "The moving average of the weights" if average else "The weights"
+    facts = run_facts(config.parent, yaml.safe_load(config.read_text()))
+    card = model_card(out.name, f"{what} at step {checkpoint.step} of a run.", model, facts)
+    write_pretrained(out, model, weights, header, read_setup(config.parent) or InputSetup(), card)
     return checkpoint, config
 
 
@@ -79,7 +87,7 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor.contiguous()
 
 
-def _find_config(checkpoint: Checkpoint, given: Path | None) -> Path:
+def find_config(checkpoint: Checkpoint, given: Path | None) -> Path:
     """Find RUN/config.yaml of RUN/checkpoints/step-...."""
     path = given
     if path is None and is_local(checkpoint.path):
@@ -115,5 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = "moving average" if given.average else "weights"
     size = (given.out / WEIGHTS_NAME).stat().st_size / 1e6
     print(f"{given.out / WEIGHTS_NAME}: {what} of {checkpoint.path}, {given.dtype}, {size:.1f} MB")
-    print(f"{given.out / CONFIG_NAME}: its model section")
+    print(f"{given.out / CONFIG_NAME}: its model section; {given.out / CARD_NAME}: its model card")
+    print(f"Use it: lrm infer PICTURE --ckpt {given.out}")
     print(f"Measure that checkpoint: lrm validate -c {config} --ckpt_path {checkpoint.path}")

@@ -33,10 +33,11 @@ from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.callbacks.memory import memory_of_libraries
 from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.data.input_setup import InputSetup, measure_setup
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Owner, clear_leftovers, require_writable
-from lrm_pl.io.pretrained import load_weights
+from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state, load_other_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -96,7 +97,12 @@ class WeightsConfig:
 
 
 class RunRecord(SaveConfigCallback):
-    """Keep the resolved config and the git commit with the run, in its folder and in TensorBoard."""
+    """Keep the resolved config and the git commit with the run, in its folder and in TensorBoard.
+
+    And, for inference, what pictures the network is trained on.
+    """
+
+    setup: InputSetup | None = None
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` and ``commit.txt``, on rank 0."""
@@ -109,7 +115,10 @@ class RunRecord(SaveConfigCallback):
             return  # the record of the first start stays
         commit = git_commit()
         config = self.parser.dump(self.config, skip_none=False)
-        for name, text in (("commit.txt", commit + "\n"), ("config.yaml", config)):
+        files = {"commit.txt": commit + "\n", "config.yaml": config}
+        if self.setup is not None:
+            files[SETUP_NAME] = setup_text(self.setup)
+        for name, text in files.items():
             write_atomically(folder / name, text.encode())
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
@@ -179,6 +188,11 @@ class LRMCLI(LightningCLI):
             self.trainer.callbacks.append(TraceRecorder(self._setting("run.profile")))  # type: ignore[attr-defined]
         if self.trainer.is_global_zero:
             self._enter_run_folder()
+            keeper = self._keeper()
+            if keeper is None or keeper.resume_from is None:
+                records = [callback for callback in self.trainer.callbacks if isinstance(callback, RunRecord)]  # type: ignore[attr-defined]
+                for record in records:
+                    record.setup = measure_setup(self.datamodule.setup_batches())
 
     def before_validate(self) -> None:
         """Get ready to measure.

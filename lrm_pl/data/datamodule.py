@@ -1,6 +1,6 @@
 """The LightningDataModule over a folder of shards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast, final
 
 import lightning as L
@@ -17,6 +17,9 @@ from lrm_pl.errors import InputError
 
 #: What the two validation loaders hold, in their order.
 EVALUATION_SETS = ("unseen", "heldout")
+
+#: Objects, and views of each, that tell what pictures a network is trained on.
+_SETUP_OBJECTS, _SETUP_VIEWS = 32, 4
 
 
 @final
@@ -168,6 +171,12 @@ class ShardDataModule(L.LightningDataModule):
     def training_views_loader(self, limit: int | None = None) -> DataLoader[Batch]:
         """Make a loader of the training views of the training objects, whole, of at most ``limit`` objects."""
         return self._evaluation_loader("train", slice(-self.unseen_views or None), limit)
+
+    def setup_batches(self) -> Iterator[Batch]:
+        """Read the input views of a few training objects, without a process of its own: ``measure_setup`` asks."""
+        views = slice(min(self.input_pool or _SETUP_VIEWS, _SETUP_VIEWS))
+        few = EvaluationSet(self.mixture, "train", self.inputs, views, _SETUP_OBJECTS)
+        return (cast(Batch, collate([item])) for item in few)
 
     def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[Batch]:
         assert self.trainer is not None

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, PICTURE_ERRORS, SampleError
+from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, SampleError
+from lrm_pl.pictures import PICTURE_ERRORS
 
 #: Depth that is nearest to a camera, scene units.
 MIN_DEPTH = 1e-3

@@ -33,6 +33,7 @@ from PIL import Image
 
 from lrm_pl.conventions import RIGID_TOLERANCE, rigid_error
 from lrm_pl.errors import InputError
+from lrm_pl.pictures import PICTURE_ERRORS, webp_size
 
 SCHEMA_VERSION = 1
 
@@ -56,9 +57,6 @@ SURFACE_MEMBER = "surface.npy"
 
 #: Members that need not be there, and are read only by who asks for them.
 EXTRA_PATTERN = re.compile(r"measures\.json|surface\.npy|(depth|normal)_\d{3}\.png")
-
-#: What PIL answers to a broken picture.
-PICTURE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 #: What numpy's reader of headers answers to a broken one.
 HEADER_ERRORS = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
@@ -235,16 +233,14 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
     Raises:
         SampleError: Not an image, not RGBA, or too large.
     """
+    _require_small(key, webp_size(encoded))
     try:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "WEBP")) as image:
             if image.mode != "RGBA":
                 raise SampleError(
                     f"sample {key!r}: expected RGBA views, found mode {image.mode}; render with alpha"
                 )
-            if max(image.size) > MAX_IMAGE_SIDE:
-                raise SampleError(
-                    f"sample {key!r}: expected views of at most {MAX_IMAGE_SIDE} pixels a side, found {image.size}"
-                )
+            _require_small(key, image.size)
             return np.array(image, dtype=np.uint8)
     except SampleError:
         raise
@@ -252,6 +248,13 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
         raise SampleError(
             f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}"
         ) from error
+
+
+def _require_small(key: str, size: tuple[int, int]) -> None:
+    if max(size) > MAX_IMAGE_SIDE:
+        raise SampleError(
+            f"sample {key!r}: expected views of at most {MAX_IMAGE_SIDE} pixels a side, found {size}"
+        )
 
 
 def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:

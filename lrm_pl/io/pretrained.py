@@ -1,9 +1,16 @@
-"""The folder that a trained network is handed on in: config.yaml (how it is built) and model.safetensors.
+"""The folder that a trained network is handed on in.
+
+    config.yaml          how it is built
+    model.safetensors    its weights
+    input.yaml           what pictures it is used to (``InputSetup``)
+    README.md            what it is, for people: the model card
 
 ``lrm export`` and ``lrm convert`` write it, ``lrm fit --weights.network`` starts from it, inference reads it. Nothing
 in it is run: the config names no classes, the weights are numbers.
 """
 
+import dataclasses
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,12 +24,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints.store import sync_folder
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.volume import Renderer
 
-CONFIG_NAME, WEIGHTS_NAME = "config.yaml", "model.safetensors"
+CONFIG_NAME, WEIGHTS_NAME, SETUP_NAME, CARD_NAME = (
+    "config.yaml",
+    "model.safetensors",
+    "input.yaml",
+    "README.md",
+)
 
 
 def require_no_folder(out: Path) -> None:
@@ -35,7 +48,14 @@ def require_no_folder(out: Path) -> None:
         raise InputError(f"expected to make the folder {out}, found it there; name another")
 
 
-def write_pretrained(out: Path, model: Mapping[str, Any], weights: Mapping[str, Tensor], header: str) -> None:
+def write_pretrained(
+    out: Path,
+    model: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    header: str,
+    setup: InputSetup,
+    card: str,
+) -> None:
     """Write a new folder; it appears when it is whole.
 
     Args:
@@ -43,6 +63,8 @@ def write_pretrained(out: Path, model: Mapping[str, Any], weights: Mapping[str, 
         model: The model section of a config; its parts ``lrm`` and ``renderer`` are what is read again.
         weights: The network's state dict.
         header: A line that says where this comes from.
+        setup: What pictures it is used to.
+        card: The model card.
 
     Raises:
         InputError: OUT is there.
@@ -51,11 +73,57 @@ def write_pretrained(out: Path, model: Mapping[str, Any], weights: Mapping[str, 
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    text = yaml.safe_dump({"model": dict(model)}, sort_keys=False)
-    (partial / CONFIG_NAME).write_text(f"# {header}\n{text}")
-    save_file(dict(weights), partial / WEIGHTS_NAME, metadata={"format": "pt"})
+    fill_pretrained(partial, model, weights, header, setup, card)
     sync_folder(str(partial))
     partial.rename(out)
+
+
+def fill_pretrained(
+    folder: Path,
+    model: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    header: str,
+    setup: InputSetup,
+    card: str,
+) -> None:
+    """Write the files of ``write_pretrained`` into a folder that is there."""
+    text = yaml.safe_dump({"model": dict(model)}, sort_keys=False)
+    (folder / CONFIG_NAME).write_text(f"# {header}\n{text}")
+    (folder / SETUP_NAME).write_text(setup_text(setup))
+    (folder / CARD_NAME).write_text(card)
+    save_file(dict(weights), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def setup_text(setup: InputSetup) -> str:
+    """Write an ``input.yaml``."""
+    return yaml.safe_dump(dataclasses.asdict(setup), sort_keys=False)
+
+
+def read_setup(folder: Path) -> InputSetup | None:
+    """Read what pictures a network is used to; None where its folder does not say.
+
+    Raises:
+        InputError: The file is none.
+    """
+    path = folder / SETUP_NAME
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected numbers with names, found: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected numbers with names, found {type(content).__name__}")
+    return InputSetup.of_record(content, str(path))
+
+
+def weights_hash(network: LRM) -> str:
+    """Hash a network's weights: sha256 over names, shapes and float32 values, in order of name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def read_model_section(config: Path) -> dict[str, Any]:

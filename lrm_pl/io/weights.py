@@ -145,7 +145,7 @@ def _given(name: WeightName, path: Path, sha256: str | None) -> ResolvedWeights:
             f"{name}: {path} has the wrong sha256: expected "
             f"{' or '.join(expected)}, found {found}; "
             "get the file again, or, if it is another file that you trust, give that sha256 too "
-            f"({_option(name)}.sha256)"
+            f"({_options(name)[1]})"
         )
     known = next((artefact for artefact in artefacts if artefact.sha256 == found), None)
     resolved = ResolvedWeights(name, path, found, known, "path")
@@ -172,9 +172,12 @@ def _cached(name: WeightName, artefact: Artefact) -> ResolvedWeights | None:
     return ResolvedWeights(name, path, found, artefact, "cache")
 
 
-def _option(name: WeightName) -> str:
-    """Name the option of `lrm fit` that takes an entry's file."""
-    return f"--weights.{name if name.startswith('lpips') else 'encoder'}"
+def _options(name: WeightName) -> tuple[str, str]:
+    """Name the options that take an entry's file, and its hash: of `lrm fit`, or of `lrm infer`."""
+    if name == "u2netp":
+        return "--rembg-model", "--rembg-sha256"
+    option = f"--weights.{name if name.startswith('lpips') else 'encoder'}"
+    return f"{option}.path", f"{option}.sha256"
 
 
 def source_name(artefact: Artefact) -> str:
@@ -192,7 +195,7 @@ def _nothing_answered(
     lines += [f"  - {failure}" for failure in failures]
     lines += [
         "Any one of these helps:",
-        f"  1. give the path of a file that you have: {_option(name)}.path FILE;",
+        f"  1. give the path of a file that you have: {_options(name)[0]} FILE;",
     ]
     lines += ["  2. put a file into the cache: " + "\n     or ".join(places) + ";"]
     lines += ["  3. connect to the network, or let pip reach its index (`pip config list`), and run again."]

@@ -1,40 +1,40 @@
 """From a field to a mesh: marching cubes (scikit-image's, Lewiner et al. 2003) and colours at the vertices."""
 
-import dataclasses
-
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from skimage.measure import marching_cubes
 from torch import Tensor
 
 from lrm_pl.errors import InputError
+from lrm_pl.geometry.cameras import orbit
+from lrm_pl.meshes.mesh import Mesh
+from lrm_pl.meshes.repair import decimated, without_floaters
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.grid import density_grid
-from lrm_pl.rendering.query import query_colour
+from lrm_pl.rendering.occupancy import Occupancy
+from lrm_pl.rendering.query import query_colour, query_density
+from lrm_pl.rendering.volume import Renderer
+from lrm_pl.stages import stage
+
+#: Views, their side in pixels, and their elevations, that are asked how dense the surface is.
+_LOOKS, _LOOK_SIDE, _LOOK_ELEVATIONS_DEG = 4, 48, (-20.0, 20.0)
 
 
 class NoSurfaceError(InputError):
     """The density is on one side of the threshold everywhere."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Mesh:
-    """A surface.
-
-    Attributes:
-        vertices: (N, 3) in scene units.
-        faces: (M, 3) numbers of vertices, counter-clockwise seen from outside.
-        colours: (N, 3) sRGB in [0, 1].
-    """
-
-    vertices: Float[Tensor, "N 3"]
-    faces: Int[Tensor, "M 3"]
-    colours: Float[Tensor, "N 3"]
-
-
 @torch.no_grad()
-def extract_mesh(field: Field, index: int, threshold: float, resolution: int = 384) -> Mesh:
+def extract_mesh(
+    field: Field,
+    index: int,
+    threshold: float,
+    resolution: int = 384,
+    *,
+    floaters: float = 0.0,
+    most_faces: int | None = None,
+) -> Mesh:
     """Cut the surface of one object out of its density.
 
     Args:
@@ -42,24 +42,88 @@ def extract_mesh(field: Field, index: int, threshold: float, resolution: int = 3
         index: Which object.
         threshold: Density at the surface (OpenLRM: 3 a scene unit; TripoSR: 25 a chord).
         resolution: Points of the lattice along each axis (LRM: 384).
+        floaters: Parts of less than this share of the largest part's area are left out.
+        most_faces: Faces that may stay; None keeps all.
 
     Raises:
         NoSurfaceError: There is no surface at this threshold.
     """
-    density = density_grid(field, index, resolution, threshold).density.cpu()
+    with stage("grid"):
+        density = density_grid(field, index, resolution, threshold).density.cpu()
     inside = density > threshold
     if not inside.any() or inside.all():
         raise NoSurfaceError(
             f"expected densities on both sides of {threshold:g}, found {density.min():.3g} to {density.max():.3g}: "
             "there is no surface; choose a threshold between, or train longer"
         )
+    with stage("marching cubes"):
+        vertices, faces = _cut(density, inside, threshold)
+    if floaters:
+        with stage("floaters"):
+            vertices, faces = without_floaters(vertices, faces, floaters)
+    if most_faces is not None:
+        with stage("decimation"):
+            vertices, faces = decimated(vertices, faces, most_faces)
+    with stage("colours"):
+        return Mesh(vertices, faces, colours_at(field, index, vertices))
+
+
+def _cut(density: Tensor, inside: Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     low, high = _bounds(inside)
     part = density[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
     places, faces, _, _ = marching_cubes(part.numpy(), threshold, gradient_direction="ascent")
-    vertices = torch.from_numpy(places + np.array(low, dtype=np.float32)) * (2 / (resolution - 1)) - 1
-    vertices = vertices.float().to(field.planes.device)
-    colours = query_colour(field, index, vertices).clamp(0, 1)
-    return Mesh(vertices, torch.from_numpy(faces.astype(np.int64)).to(vertices.device), colours)
+    vertices = (places + np.array(low)) * (2 / (len(density) - 1)) - 1
+    return vertices.astype(np.float32), faces.astype(np.int64)
+
+
+@torch.no_grad()
+def colours_at(field: Field, index: int, points: Float[np.ndarray, "Q 3"]) -> Float[np.ndarray, "Q 3"]:
+    """Return the colours of one object at points, sRGB in [0, 1]."""
+    places = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).to(field.planes.device)
+    return query_colour(field, index, places).float().clamp(0, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def surface_density(
+    field: Field,
+    index: int,
+    renderer: Renderer,
+    occupancy: Occupancy,
+    distance: float,
+    fxfycxcy: Float[Tensor, "4"],
+) -> float:
+    """Find the density at the surface that pictures show: the threshold that suits this object.
+
+    Where a ray's light comes from on average lies inside what is seen, and the density there depends on how sharp the
+    model's edges are, which no constant knows. Here it is the median over a few views, of where opaque rays end.
+
+    Args:
+        field: The fields.
+        index: Which object.
+        renderer: The renderer that the network was trained with.
+        occupancy: The occupied cells of the object.
+        distance: Of the views.
+        fxfycxcy: Their intrinsics.
+
+    Raises:
+        NoSurfaceError: No view shows anything opaque.
+    """
+    device = field.planes.device
+    poses = torch.cat([orbit(_LOOKS, distance, elevation) for elevation in _LOOK_ELEVATIONS_DEG])
+    c2w, cameras = poses.to(device)[None], fxfycxcy.to(device).expand(1, len(poses), 4)
+    size = (_LOOK_SIDE, _LOOK_SIDE)
+    seen = renderer.draw(field, [occupancy], c2w, cameras, size)
+    origins, directions, _, _ = renderer.rays(c2w, cameras, size)
+    opaque = seen.opacity.flatten() > 0.5
+    if not opaque.any():
+        density = density_grid(field, index, 64).density
+        raise NoSurfaceError(
+            f"expected an object, found that no view shows anything opaque: densities are from {density.min():.3g} to "
+            f"{density.max():.3g}; choose a threshold between, or train longer"
+        )
+    t = seen.depth.flatten()[opaque, None]
+    points = origins.flatten(0, 1)[opaque] + t * directions.flatten(0, 1)[opaque]
+    return float(query_density(field, index, points).median())
 
 
 def _bounds(inside: Tensor) -> tuple[list[int], list[int]]:

@@ -9,7 +9,6 @@ from test_repack import members
 from data_tools.__main__ import main
 from data_tools.geometry import back_project, check_geometry, smaller_geometry
 from data_tools.repack import repack, resized
-from data_tools.surface import draw_points
 from data_tools.validate import validate
 from lrm_pl.data.geometry_views import (
     decode_depth,
@@ -28,6 +27,7 @@ from lrm_pl.data.source import ShardSource
 from lrm_pl.data.surface import SURFACE_POINTS, decode_surface, encode_surface
 from lrm_pl.data.synthetic import DISTANCE, synthetic_sample
 from lrm_pl.errors import InputError
+from lrm_pl.meshes.triangles import draw_points
 
 VIEWS, SIDE = 4, 32
 

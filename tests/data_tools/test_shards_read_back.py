@@ -189,8 +189,31 @@ def _large_webp():
     return bytes(content)
 
 
-@pytest.mark.parametrize("content", [_large_png(), _large_webp()], ids=["png", "webp"])
-def test_a_picture_is_refused_by_its_size_before_it_is_decoded(content):
+def _large_webp_of_parts(**options):
+    """Make a WebP whose first chunk names a canvas (VP8X), or one that loses something (VP8)."""
+    buffer = io.BytesIO()
+    Image.new("RGB" if "lossless" not in options else "RGBA", (8, 8)).save(buffer, "WEBP", **options)
+    content = bytearray(buffer.getvalue())
+    if content[12:16] == b"VP8X":
+        content[24:30] = (8191).to_bytes(3, "little") * 2
+    else:
+        assert content[12:16] == b"VP8 "
+        content[26:30] = (8192).to_bytes(2, "little") * 2
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _large_png(),
+        _large_webp(),
+        _large_webp_of_parts(),
+        _large_webp_of_parts(lossless=True, xmp=b"<x/>"),
+    ],
+    ids=["png", "lossless", "lossy", "extended"],
+)
+def test_a_picture_is_refused_by_its_size_before_it_is_decoded(content, monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
     with pytest.raises(SampleError, match=r"at most 4096 pixels a side, found \(8192, 8192\)"):
         decode_image("chair", content)
 

@@ -2,18 +2,20 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from lrm_pl.geometry.cameras import canonicalise, look_at, orbit
-from lrm_pl.inference import InputCamera, reconstruct
+from lrm_pl.geometry.cameras import InputCamera, canonicalise, look_at, orbit
+from lrm_pl.inference import reconstruct
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.grid import density_grid
 from lrm_pl.rendering.occupancy import Occupancy, measure_occupancy
 from lrm_pl.rendering.query import query_colour, query_density
-from lrm_pl.rendering.surface import NoSurfaceError, extract_mesh
+from lrm_pl.rendering.surface import NoSurfaceError, extract_mesh, surface_density
 from lrm_pl.rendering.volume import Renderer
+from tests.unit.test_meshes import is_closed, volume
 from tests.unit.test_model import tiny_lrm
 from tests.unit.test_rendering import CAMERA
 
@@ -59,16 +61,26 @@ def test_a_grid_read_coarse_to_fine_has_the_surface_of_one_read_in_full():
 
 def test_the_mesh_of_a_ball_is_a_ball_with_its_colours_and_its_faces_outward():
     mesh = extract_mesh(Ball(), 0, 20.0, resolution=96)
-    distance = (mesh.vertices - CENTRE).norm(dim=-1)
-    assert (distance - RADIUS).abs().max() < 2 / 95
-    assert torch.allclose(mesh.colours, (mesh.vertices + 1) / 2, atol=1e-5)
-    a, b, c = (mesh.vertices[mesh.faces[:, k]] for k in range(3))
-    volume = (a * torch.linalg.cross(b, c)).sum() / 6  # positive where faces look outward
-    assert volume.item() == pytest.approx(4 / 3 * math.pi * RADIUS**3, rel=0.02)
-    edges = (
-        torch.cat([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]]).sort(dim=1).values
+    distance = np.linalg.norm(mesh.vertices - CENTRE.numpy(), axis=-1)
+    assert np.abs(distance - RADIUS).max() < 2 / 95
+    np.testing.assert_allclose(mesh.colours, (mesh.vertices + 1) / 2, atol=1e-5)
+    assert volume(mesh) == pytest.approx(4 / 3 * math.pi * RADIUS**3, rel=0.02)
+    assert is_closed(mesh)
+
+
+def test_the_threshold_is_the_density_where_pictures_see_the_surface():
+    # In the middle of the soft rim the density is 20; rays end a little inside of it, and never at its outer edge.
+    ball = Ball()
+    camera = InputCamera(2.6, 50.0)
+    found = surface_density(
+        ball, 0, Renderer(256, chunk=4096), measure_occupancy(ball, 0), camera.distance, camera.fxfycxcy
     )
-    assert (torch.unique(edges, dim=0, return_counts=True)[1] == 2).all(), "closed"
+    mesh = extract_mesh(ball, 0, found, resolution=96)
+    radius = np.linalg.norm(mesh.vertices - CENTRE.numpy(), axis=-1)
+    assert np.abs(radius - RADIUS).max() < 0.05, "within the rim"
+    ball.activate = lambda raw: 0.1 * torch.sigmoid(raw * 4)  # a haze that nothing is seen of
+    with pytest.raises(NoSurfaceError, match=r"no view shows anything opaque: densities are from 0 to 0\.1;"):
+        surface_density(ball, 0, Renderer(64), measure_occupancy(ball, 0), camera.distance, camera.fxfycxcy)
 
 
 @pytest.mark.parametrize("threshold", [41.0, -1.0])
@@ -130,8 +142,8 @@ def test_a_picture_becomes_a_mesh_and_frames_that_begin_where_it_was_taken_from(
     with torch.no_grad():
         network.decoder.layers[-1].weight[0] *= 30
     picture = torch.rand(3, 40, 40)
-    scene = reconstruct(network, picture, InputCamera(2.6, 40.0))
-    frames = list(scene.orbit(Renderer(24), frames=3, size=20))
+    scene = reconstruct(network, Renderer(24), picture, InputCamera(2.6, 40.0))
+    frames = list(scene.orbit(frames=3, size=20))
     assert len(frames) == 3
     assert frames[0].shape == (20, 20, 3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -144,7 +156,7 @@ def test_a_picture_becomes_a_mesh_and_frames_that_begin_where_it_was_taken_from(
     )
     mesh = scene.mesh((low + high) / 2, resolution=32)
     assert len(mesh.faces) > 10
-    assert mesh.vertices.abs().max() <= 1
+    assert np.abs(mesh.vertices).max() <= 1
 
 
 def test_the_input_camera_is_canonical():
@@ -158,7 +170,10 @@ def test_alpha_is_put_over_white_and_wrong_pictures_are_refused_with_the_remedy(
     network = tiny_lrm(depth=1).eval()
     rgba = torch.rand(4, 28, 28)
     over = rgba[:3] * rgba[3:] + 1 - rgba[3:]
-    assert torch.equal(reconstruct(network, rgba).field.planes, reconstruct(network, over).field.planes)
+    assert torch.equal(
+        reconstruct(network, Renderer(24), rgba).field.planes,
+        reconstruct(network, Renderer(24), over).field.planes,
+    )
     for wrong, message in (
         (torch.rand(2, 28, 28), "found 2 x 28 x 28; crop it, or convert it to RGBA"),
         (torch.rand(3, 28, 30), "expected a square picture"),
@@ -170,7 +185,7 @@ def test_alpha_is_put_over_white_and_wrong_pictures_are_refused_with_the_remedy(
         (torch.full((3, 28, 28), torch.nan), r"expected a picture in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            reconstruct(network, wrong)
+            reconstruct(network, Renderer(24), wrong)
     with pytest.raises(ValueError, match="fov_deg between 0 and 180"):
         InputCamera(fov_deg=190.0)
 

@@ -1,0 +1,308 @@
+"""``lrm infer PICTURE...``: from a photo to a mesh, an orbit, and a record of what was done with what.
+
+Of each picture OUT/NAME gets mesh.glb, orbit.mp4, grid.png, input.png (what the network saw) and result.json.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lrm_pl import __version__
+from lrm_pl.apps.orbit_files import encode_video, grid
+from lrm_pl.apps.train import git_commit
+from lrm_pl.apps.trained import Trained, open_trained
+from lrm_pl.data.manifest import write_atomically
+from lrm_pl.errors import InputError
+from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.inference import Scene
+from lrm_pl.io.background import BackgroundRemover
+from lrm_pl.meshes.files import MESH_FORMATS, MeshFormat, encode_mesh
+from lrm_pl.meshes.mesh import Mesh
+from lrm_pl.meshes.unwrap import UnwrapError
+from lrm_pl.stages import Listener, listening, stage
+
+#: Endings of the files of a folder that are taken for pictures.
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+#: Faces that a mesh may have before it is laid out for a texture: xatlas' time grows faster than they do.
+TEXTURE_FACES = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """What is made of a picture.
+
+    Attributes:
+        resolution: Points of the lattice along each axis.
+        threshold: Density of the surface; None: the network's own, or measured.
+        floaters: Parts of less than this share of the largest one's area are left out.
+        most_faces: Faces of the mesh at most; None: as many as there are, ``TEXTURE_FACES`` with a texture.
+        texture: Side of the texture, pixels; 0: colours at the vertices.
+        texture_limit_s: Seconds that laying the surface out for it may take.
+        formats: Files of the mesh.
+        frames: Of the orbit; 0: no orbit and no grid.
+        size: Side of a frame.
+        elevation_deg: Height of the orbit.
+        camera: The camera that the picture is taken to be seen by; None: that of training.
+    """
+
+    resolution: int = 256
+    threshold: float | None = None
+    floaters: float = 0.0
+    most_faces: int | None = None
+    texture: int = 0
+    texture_limit_s: float = 60.0
+    formats: tuple[MeshFormat, ...] = ("glb",)
+    frames: int = 60
+    size: int = 256
+    elevation_deg: float = 15.0
+    camera: InputCamera | None = None
+
+
+def make_mesh(scene: Scene, wishes: Wishes) -> tuple[Mesh, list[str]]:
+    """Make the mesh of an object.
+
+    Returns:
+        The mesh, and what was not as it was wished.
+
+    Raises:
+        NoSurfaceError: There is no surface.
+    """
+    most = wishes.most_faces or (TEXTURE_FACES if wishes.texture else None)
+    mesh = scene.mesh(wishes.threshold, wishes.resolution, floaters=wishes.floaters, most_faces=most)
+    if not wishes.texture:
+        return mesh, []
+    try:
+        return scene.textured(mesh, wishes.texture, wishes.texture_limit_s), []
+    except UnwrapError as error:
+        return mesh, [f"colours at the vertices instead of a texture: {error}"]
+
+
+def infer(
+    trained: Trained, picture: Path, out: Path, wishes: Wishes, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Make everything of one picture.
+
+    Args:
+        trained: The network.
+        picture: The file.
+        out: Folder of the results; files of the same names are replaced, result.json last.
+        wishes: What is made.
+        listener: Told what is being done.
+
+    Returns:
+        What result.json holds.
+
+    Raises:
+        InputError: It is no picture, or there is no surface.
+    """
+    model = trained.model
+    (out / "result.json").unlink(missing_ok=True)
+    files = dict[str, bytes]()
+    with listening(listener) as seconds:
+        framed = model.picture(picture)
+        scene = model(framed, wishes.camera)
+        mesh, notes = make_mesh(scene, wishes)
+        with stage("files"):
+            for kind in wishes.formats:
+                files |= encode_mesh(mesh, kind)
+            files["input.png"] = _png(framed)
+        if wishes.frames:
+            with stage("orbit"):
+                frames = [
+                    (frame.cpu().numpy() * 255).round().astype(np.uint8)
+                    for frame in scene.orbit(wishes.frames, wishes.size, wishes.elevation_deg)
+                ]
+            with stage("files"):
+                files["orbit.mp4"] = encode_video(frames)
+                files["grid.png"] = _png(grid(framed, frames))
+    record = {
+        "picture": str(picture),
+        "network": {"source": trained.source, "step": trained.step, "sha256": trained.sha256},
+        "background": model.remover.what if "background" in seconds else "transparent already",
+        "camera": dataclasses.asdict(scene.camera),
+        "setup": dataclasses.asdict(model.setup),
+        "threshold": scene.threshold if wishes.threshold is None else wishes.threshold,
+        "mesh": {
+            "vertices": len(mesh.vertices),
+            "faces": len(mesh.faces),
+            "texture": mesh.texture is not None,
+        },
+        "wishes": dataclasses.asdict(wishes),
+        "notes": notes,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "files": sorted(files),
+        "device": str(next(model.parameters()).device),
+        "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    write_atomically(out / "result.json", (json.dumps(record, indent=2) + "\n").encode())
+    return record
+
+
+def find_pictures(paths: Sequence[Path]) -> list[Path]:
+    """List the pictures that are named, and those in the folders that are.
+
+    Raises:
+        InputError: A path is neither, a folder has none, or two results would have one name.
+    """
+    found = list[Path]()
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+            if not inside:
+                raise InputError(f"expected pictures ({', '.join(ENDINGS)}) in {path}, found none")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputError(
+                f"expected a picture or a folder of pictures at {path}, found neither; correct the path"
+            )
+    names = [path.stem for path in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"expected pictures of different names, found {twice[0]!r} twice: each has a folder of its name in OUT"
+        )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; expected errors end in one message."""
+    given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.filterwarnings("ignore", module="onnxruntime|rembg")
+    console = Console(soft_wrap=True)
+    try:
+        pictures = find_pictures(given.picture)
+        wishes = _wishes(given)
+        remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
+        trained = open_trained(given.ckpt, average=given.average, device=given.device, remover=remover)
+        if wishes.camera is None and (given.distance or given.fov):
+            setup = trained.model.setup
+            camera = InputCamera(given.distance or setup.distance, given.fov or setup.fov_deg)
+            wishes = dataclasses.replace(wishes, camera=camera)
+    except (InputError, OSError) as error:
+        sys.exit(f"lrm: {error}")
+    at = "" if trained.step is None else f", step {trained.step}"
+    console.print(f"Network: {trained.source}{at}, on {next(trained.model.parameters()).device}")
+    failed = 0
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(pictures))
+        for picture in pictures:
+            out = given.out / picture.stem
+            name = picture.stem[:12]
+            try:
+                record = infer(
+                    trained, picture, out, wishes,
+                    lambda what, name=name: bar.update(task, description=f"{name}: {what}"),
+                )  # fmt: skip
+            except InputError as error:
+                failed += 1
+                console.print(f"{picture}: {error}")
+            else:
+                _print_result(console, out, record)
+            bar.advance(task)
+    if failed:
+        sys.exit(f"lrm: {failed} of {len(pictures)} pictures gave nothing; their reasons stand above")
+
+
+def _print_result(console: Console, out: Path, record: dict[str, Any]) -> None:
+    mesh, seconds = record["mesh"], record["seconds"]
+    told = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    console.print(
+        f"{out}: {', '.join(record['files'])}; {mesh['faces']} faces at density {record['threshold']:.3g}\n"
+        f"  background: {record['background']}; seconds: {told}"
+    )
+    for note in record["notes"]:
+        console.print(f"  note: {note}")
+
+
+def _wishes(given: argparse.Namespace) -> Wishes:
+    names = {field.name for field in dataclasses.fields(Wishes)} & set(vars(given))
+    return Wishes(**{name: getattr(given, name) for name in names} | {"formats": tuple(given.formats)})
+
+
+def _png(image: Any) -> bytes:  # noqa: ANN401 - a PIL image
+    import io
+
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def _parser() -> argparse.ArgumentParser:
+    usual = Wishes()
+    parser = argparse.ArgumentParser(prog="lrm infer", description=__doc__)
+    parser.add_argument(
+        "picture", metavar="PICTURE", type=Path, nargs="+", help="a picture, or a folder of pictures"
+    )
+    parser.add_argument(
+        "--ckpt",
+        metavar="CKPT",
+        help="a run's folder, a checkpoint, a folder of `lrm export`, or owner/name on the Hugging Face hub; unless "
+        "given, the newest run in runs/lrm",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (out)")
+    parser.add_argument(
+        "--average", action="store_true", help="the run's moving average instead of its weights"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
+    mesh = parser.add_argument_group("mesh")
+    mesh.add_argument("--resolution", type=int, default=usual.resolution, help="points along each axis (256)")
+    mesh.add_argument("--threshold", type=float, help="density of the surface; found out unless given")
+    mesh.add_argument(
+        "--floaters",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out parts of less than this share of the largest part's area (0: keep all)",
+    )
+    mesh.add_argument("--faces", dest="most_faces", type=int, help="faces at most; all unless given")
+    mesh.add_argument(
+        "--texture",
+        type=int,
+        nargs="?",
+        const=1024,
+        default=0,
+        metavar="SIDE",
+        help=f"bake a texture of so many pixels (1024), on at most {TEXTURE_FACES} faces unless --faces says more",
+    )
+    mesh.add_argument(
+        "--texture-limit",
+        dest="texture_limit_s",
+        type=float,
+        default=usual.texture_limit_s,
+        metavar="SECONDS",
+        help="time for laying out the surface; after it, colours stay at the vertices (60)",
+    )
+    mesh.add_argument("--formats", nargs="+", choices=MESH_FORMATS, default=usual.formats, help="files (glb)")
+    camera = parser.add_argument_group("camera of the picture; that of training unless given")
+    camera.add_argument("--distance", type=float, help="from the object's middle, scene units")
+    camera.add_argument("--fov", type=float, help="field of view, degrees")
+    orbit = parser.add_argument_group("orbit")
+    orbit.add_argument("--frames", type=int, default=usual.frames, help="how many (60); 0: no orbit, no grid")
+    orbit.add_argument("--size", type=int, default=usual.size, help="side of a frame, pixels (256)")
+    orbit.add_argument(
+        "--elevation", dest="elevation_deg", type=float, default=usual.elevation_deg, help="degrees (15)"
+    )
+    rembg = parser.add_argument_group("taking out the background of pictures without alpha")
+    rembg.add_argument(
+        "--rembg-model", metavar="FILE", help="an ONNX file of U^2-Net; found or downloaded unless given"
+    )
+    rembg.add_argument("--rembg-sha256", metavar="HEX", help="its hash, where it is another one")
+    return parser

@@ -1,0 +1,103 @@
+"""Find a trained network by what a user calls it: a run, a checkpoint, an exported folder, a name on the hub."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import torch
+
+from lrm_pl.apps.export import find_config
+from lrm_pl.apps.run_folder import find_checkpoint
+from lrm_pl.errors import InputError
+from lrm_pl.io.background import BackgroundRemover
+from lrm_pl.io.checkpoints import list_checkpoints
+from lrm_pl.io.pretrained import WEIGHTS_NAME, read_model_section, read_setup, weights_hash
+from lrm_pl.pretrained import PretrainedLRM
+from lrm_pl.training.state import load_network
+
+#: Where `lrm fit` puts runs that were given no folder.
+RUNS = Path("runs/lrm")
+
+_HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A network and where it comes from.
+
+    Attributes:
+        model: The network, in evaluation mode.
+        source: What it was read from.
+        step: Optimiser steps of its run; None where that is not known.
+        sha256: Of its weights (``weights_hash``).
+    """
+
+    model: PretrainedLRM
+    source: str
+    step: int | None
+    sha256: str
+
+
+def open_trained(
+    name: str | None, *, average: bool = False, device: str = "auto", remover: BackgroundRemover | None = None
+) -> Trained:
+    """Open a network.
+
+    Args:
+        name: A checkpoint, a run's folder (its newest whole checkpoint), a folder of `lrm export` or `lrm convert`, or
+            "owner/name" on the Hugging Face hub; None: the newest run in ``runs/lrm``.
+        average: Whether the moving average is taken, of a run that keeps one.
+        device: Where it computes; "auto" is a GPU if there is one.
+        remover: What takes backgrounds out.
+
+    Raises:
+        InputError: There is none, or it is not what it should be.
+    """
+    name = name or newest_run()
+    path = Path(name).expanduser()
+    step = None
+    if (path / WEIGHTS_NAME).is_file() or (not path.exists() and _HUB_NAME.fullmatch(name)):
+        model = PretrainedLRM.from_pretrained(name)
+        source = name
+    else:
+        checkpoint = find_checkpoint(name)
+        config = find_config(checkpoint, None)
+        model = PretrainedLRM(read_model_section(config), read_setup(config.parent))
+        load_network(checkpoint, model.network, average=average)
+        source, step = checkpoint.path, checkpoint.step
+    if remover is not None:
+        model.remover = remover
+    sha256 = weights_hash(model.network)
+    return Trained(model.to(choose_device(device)), source, step, sha256)
+
+
+def newest_run() -> str:
+    """Return the newest run in ``runs/lrm`` that has a checkpoint.
+
+    Raises:
+        InputError: There is none.
+    """
+    runs = [path for path in RUNS.glob("version_*") if list_checkpoints(str(path / "checkpoints"))]
+    if not runs:
+        raise InputError(
+            f"expected a trained network in {RUNS}, found none; train the demo (make train, ten minutes), or name a "
+            "run, a checkpoint, or a folder of `lrm export`: CKPT=... (--ckpt)"
+        )
+    return str(max(runs, key=lambda path: int(path.name.removeprefix("version_"))))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is a GPU if there is one.
+
+    Raises:
+        InputError: There is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"expected a device such as cpu or cuda, found {name!r}: {reason}") from error
+    return device

@@ -1,0 +1,80 @@
+"""The model card of a trained network: Markdown with a header that the Hugging Face hub reads."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrm_pl import __version__
+
+_HEADER = """---
+library_name: lrm_pl
+pipeline_tag: image-to-3d
+tags:
+- image-to-3d
+- lrm
+- triplane
+---
+"""
+
+_USE = """
+## Use
+
+```python
+from lrm_pl import LRM
+
+scene = LRM.from_pretrained("{name}")("photo.png")
+mesh = scene.mesh()
+```
+
+or `lrm infer photo.png --ckpt {name}`.
+"""
+
+
+def model_card(name: str, origin: str, model: Mapping[str, Any], facts: Mapping[str, str]) -> str:
+    """Write a card.
+
+    Args:
+        name: What the network is called.
+        origin: A sentence that says where it comes from.
+        model: The model section of its config.
+        facts: What else is known, a row each.
+    """
+    lrm = model.get("lrm", {})
+    encoder = lrm.get("encoder", {})
+    size = {
+        "encoder": f"{encoder.get('name', '-')} at {encoder.get('image_size', '-')} px",
+        "transformer": f"{lrm.get('depth', 16)} blocks of width {lrm.get('dim', 1024)}",
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in {**size, **facts}.items())
+    return (
+        f"{_HEADER}\n# {name}\n\nA Large Reconstruction Model (arXiv 2311.04400): a picture in, a triplane NeRF out.\n"
+        f"{origin} Made with lrm_pl {__version__}.\n\n| | |\n|---|---|\n{rows}\n{_USE.format(name=name)}"
+    )
+
+
+def run_facts(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Collect what a run's folder knows: its commit, what it trained on, what its report measured.
+
+    Args:
+        folder: The run's folder.
+        config: Its config.
+    """
+    facts = dict[str, str]()
+    data, trainer = config.get("data") or {}, config.get("trainer") or {}
+    if data.get("folder"):
+        also = [str(entry.get("folder")) for entry in data.get("also") or []]
+        facts["trained on"] = ", ".join([str(data["folder"]), *also])
+        facts["objects a step"] = str(data.get("batch_size"))
+    if trainer.get("max_steps"):
+        facts["steps"] = f"{trainer['max_steps']}, {trainer.get('precision')}"
+    if (commit := folder / "commit.txt").is_file():
+        facts["code"] = commit.read_text().strip()
+    if (report := folder / "report.json").is_file():
+        for split, rows in json.loads(report.read_text()).items():
+            scores = rows["model"]
+            facts[f"{split} views"] = (
+                f"PSNR {scores['psnr']:.2f}, SSIM {scores['ssim']:.3f}, LPIPS {scores['lpips']:.3f} "
+                f"over {scores['images']} images"
+            )
+    return facts

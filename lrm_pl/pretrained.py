@@ -1,0 +1,176 @@
+"""A trained network with all that it takes to use it: ``LRM.from_pretrained(path)(picture)`` of ``lrm_pl``.
+
+Folders are those of ``lrm export`` and ``lrm convert``, here or on the Hugging Face hub.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from torch import Tensor, nn
+
+from lrm_pl.data.input_setup import InputSetup
+from lrm_pl.errors import InputError
+from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.inference import Scene, as_tensor, reconstruct
+from lrm_pl.io.background import BackgroundRemover
+from lrm_pl.io.model_card import model_card
+from lrm_pl.io.pretrained import (
+    CARD_NAME,
+    CONFIG_NAME,
+    SETUP_NAME,
+    WEIGHTS_NAME,
+    build_network,
+    fill_pretrained,
+    load_weights,
+    read_model_section,
+    read_setup,
+)
+from lrm_pl.pictures import framed, has_background, open_picture
+from lrm_pl.stages import stage
+
+#: Side of the pictures that objects are framed in, at least; the network makes them smaller itself.
+_FRAME = 512
+
+
+class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
+    """A network, its renderer, and what pictures it is used to.
+
+    ``save_pretrained`` and ``push_to_hub`` come from the hub's mixin.
+
+    Args:
+        model: The model section of a config: its parts ``lrm`` and ``renderer`` are built.
+        setup: What pictures it is used to.
+        card: Its model card; one is written unless given.
+        remover: What takes backgrounds out; rembg's small network unless given.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        setup: InputSetup | None = None,
+        card: str = "",
+        remover: BackgroundRemover | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.renderer = build_network(model)
+        self.network.eval().requires_grad_(False)
+        self.model, self.setup, self.card = dict(model), setup or InputSetup(), card
+        self.remover = remover or BackgroundRemover()
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Open a folder, or the repository of that name on the Hugging Face hub.
+
+        Args:
+            name: A path, or "owner/name".
+            revision: Branch, tag or commit of the repository.
+            token: For the hub.
+            cache_dir: Where the hub's files are kept.
+            local_files_only: Whether the hub is not asked.
+
+        Raises:
+            InputError: There is no such thing, or it is not what it should be.
+        """
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            folder = _download(str(name), revision, token, cache_dir, local_files_only=local_files_only)
+        card = folder / CARD_NAME
+        made = cls(
+            read_model_section(folder / CONFIG_NAME),
+            read_setup(folder),
+            card.read_text() if card.is_file() else "",
+        )
+        load_weights(made.network, folder)
+        return made
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write the files; the mixin calls this."""
+        card = self.card or model_card(save_directory.name, "Saved from Python.", self.model, {})
+        weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        fill_pretrained(save_directory, self.model, weights, "Saved from Python.", self.setup, card)
+
+    def picture(self, source: str | Path | bytes | Image.Image) -> Image.Image:
+        """Make of a photo what the network is used to: the object alone, in the middle, as large as in training.
+
+        Args:
+            source: A file, its bytes, or a picture. Where nothing of it is transparent, the background is taken out.
+
+        Returns:
+            A square RGBA picture.
+
+        Raises:
+            InputError: It is no picture, or shows nothing.
+        """
+        if isinstance(source, str):
+            source = Path(source)
+        image = source if isinstance(source, Image.Image) else open_picture(source)
+        if has_background(image):
+            with stage("background"):
+                image = self.remover(image)
+        side = max(_FRAME, self.network.encoder.image_size)
+        return framed(image.convert("RGBA"), self.setup.foreground, side)
+
+    def forward(
+        self, picture: str | Path | bytes | Image.Image | Tensor, camera: InputCamera | None = None
+    ) -> Scene:
+        """Reconstruct the object in a picture.
+
+        Args:
+            picture: A photo, which is made into what the network is used to (``picture``); or a square (C, H, W)
+                tensor in [0, 1] that is that already.
+            camera: The camera that it is taken to be seen by; the one of training unless given.
+
+        Raises:
+            InputError: It is no picture, shows nothing, or the network wants several.
+        """
+        image = picture if isinstance(picture, Tensor) else as_tensor(self.picture(picture))
+        with torch.inference_mode():
+            return reconstruct(
+                self.network,
+                self.renderer,
+                image,
+                camera or self.setup.camera,
+                self.setup.background,
+                self.setup.threshold,
+            )
+
+
+def _download(
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    *,
+    local_files_only: bool,
+) -> Path:
+    """Bring the files of a repository, and no others, into the hub's cache."""
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, SETUP_NAME, CARD_NAME],
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"expected a folder of `lrm export`, or a repository of the Hugging Face hub, named {name!r}, found "
+            f"neither: {reason}"
+        ) from error

@@ -1,0 +1,45 @@
+"""Named stages of long work: whoever does the work names them, whoever listens times or shows them."""
+
+import contextlib
+import contextvars
+import time
+from collections.abc import Callable, Iterator
+
+#: Called with a stage's name when it begins.
+Listener = Callable[[str], None]
+
+_LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("listener", default=None)
+_SECONDS: contextvars.ContextVar[dict[str, float] | None] = contextvars.ContextVar("seconds", default=None)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Do a stage of the work; its seconds are added up under its name for whoever listens."""
+    listener, seconds = _LISTENER.get(), _SECONDS.get()
+    if listener is not None:
+        listener(name)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        if seconds is not None:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def listening(listener: Listener | None = None) -> Iterator[dict[str, float]]:
+    """Listen to the stages of this thread's work.
+
+    Args:
+        listener: Told when a stage begins.
+
+    Returns:
+        Stage -> seconds, filled as they end.
+    """
+    seconds = dict[str, float]()
+    tokens = _LISTENER.set(listener), _SECONDS.set(seconds)
+    try:
+        yield seconds
+    finally:
+        _LISTENER.reset(tokens[0])
+        _SECONDS.reset(tokens[1])

@@ -1,0 +1,212 @@
+"""Meshes: repair, texture, files that other programs open."""
+
+import io
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+from skimage.measure import marching_cubes
+
+from lrm_pl.errors import InputError
+from lrm_pl.meshes import unwrap as unwrap_file
+from lrm_pl.meshes.files import encode_mesh
+from lrm_pl.meshes.glb import encode_glb, srgb_to_linear
+from lrm_pl.meshes.mesh import Mesh, vertex_normals
+from lrm_pl.meshes.repair import decimated, without_floaters
+from lrm_pl.meshes.texture import texel_places, textured
+from lrm_pl.meshes.unwrap import Atlas, UnwrapError, unwrap
+
+#: Both shapes of ``lumps``: a large ball and a small one beside it.
+BALLS = (np.zeros(3), 0.6), (np.full(3, 0.75), 0.15)
+
+
+def lumps(points=64):
+    """Vertices and faces of two balls, faces outward."""
+    axis = np.linspace(-1, 1, points)
+    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
+    inside = np.maximum(*(radius - np.linalg.norm(grid - centre, axis=-1) for centre, radius in BALLS))
+    places, faces, _, _ = marching_cubes(inside, 0.0, gradient_direction="ascent")
+    return (places * 2 / (points - 1) - 1).astype(np.float32), faces.astype(np.int64)
+
+
+def by_place(points):
+    """A colour for every place, steeper along x than 8 bits could hide."""
+    return np.clip((points + 1) / 2, 0, 1).astype(np.float32)
+
+
+def ball(most=1500):
+    vertices, faces = decimated(*without_floaters(*lumps(), 0.5), most)
+    return Mesh(vertices, faces, by_place(vertices))
+
+
+def volume(mesh):
+    """Positive where faces look outward."""
+    a, b, c = (mesh.vertices[mesh.faces[:, k]].astype(np.float64) for k in range(3))
+    return (a * np.cross(b, c)).sum() / 6
+
+
+def is_closed(mesh):
+    edges = np.sort(
+        np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]]), axis=1
+    )
+    return (np.unique(edges, axis=0, return_counts=True)[1] == 2).all()
+
+
+def test_parts_below_a_share_of_the_largest_ones_area_go_and_the_rest_stays_as_it_is():
+    vertices, faces = lumps()
+    share = (BALLS[1][1] / BALLS[0][1]) ** 2  # 1/16
+    kept = without_floaters(vertices, faces, share * 0.8)
+    assert len(kept[1]) == len(faces)
+    large, ball_faces = without_floaters(vertices, faces, share * 1.2)
+    assert np.linalg.norm(large, axis=1).max() < 0.61
+    assert len(ball_faces) < len(faces)
+    assert is_closed(Mesh(large, ball_faces, large))
+    assert volume(Mesh(large, ball_faces, large)) == pytest.approx(4 / 3 * np.pi * 0.6**3, rel=0.01)
+
+
+def test_a_decimated_ball_is_a_closed_ball_of_few_faces():
+    mesh = ball(1500)
+    assert 1000 < len(mesh.faces) <= 1500
+    assert is_closed(mesh)
+    assert volume(mesh) == pytest.approx(4 / 3 * np.pi * 0.6**3, rel=0.01)
+    vertices, faces = lumps(16)
+    assert decimated(vertices, faces, len(faces))[1] is faces, "nothing to do"
+
+
+def test_vertex_normals_of_a_ball_point_away_from_its_middle():
+    mesh = ball()
+    normals = vertex_normals(mesh.vertices, mesh.faces)
+    radial = mesh.vertices / np.linalg.norm(mesh.vertices, axis=1, keepdims=True)
+    assert (normals * radial).sum(axis=1).min() > 0.98
+    flat = vertex_normals(np.zeros((3, 3), np.float32), np.array([[0, 1, 2]]))
+    np.testing.assert_array_equal(flat, np.tile((0, 0, 1), (3, 1)))
+
+
+def test_texels_show_the_points_that_their_place_says():
+    # one triangle that fills half of a picture of 4 x 4; the middle of a texel is at (column + .5) / 4, (row + .5) / 4
+    uv = np.array([(0, 0), (1, 0), (0, 1)], dtype=np.float32)
+    vertices = np.array([(0, 0, 5), (1, 0, 5), (0, 2, 5)], dtype=np.float32)
+    places, covered = texel_places(vertices, Atlas(np.arange(3), np.array([[0, 1, 2]]), uv), 4)
+    row, column = np.nonzero(covered)
+    assert set(zip(row.tolist(), column.tolist(), strict=True)) == {
+        (r, c) for r in range(4) for c in range(4 - r)
+    }
+    expected = np.stack([(column + 0.5) / 4, (row + 0.5) / 4 * 2, np.full(len(row), 5)], axis=1)
+    np.testing.assert_allclose(places[covered], expected, atol=1e-6)
+
+
+def test_a_baked_texture_shows_the_colours_of_the_places_on_the_surface():
+    mesh = textured(ball(), by_place, 256)
+    rng = np.random.default_rng(0)
+    face = rng.integers(len(mesh.faces), size=4000)
+    weights = rng.dirichlet((1, 1, 1), size=4000)
+    corners = mesh.faces[face]
+    places = (mesh.vertices[corners] * weights[:, :, None]).sum(axis=1)
+    uv = (mesh.texture.uv[corners] * weights[:, :, None]).sum(axis=1)
+    column, row = (np.floor(uv * 256).astype(int).clip(0, 255)).T
+    seen = mesh.texture.image[row, column] / 255
+    # a texel is about 0.01 wide, and its colour changes by half of that
+    assert np.abs(seen - by_place(places)).max() < 0.03
+    assert volume(mesh) == pytest.approx(volume(ball()), rel=1e-5)
+
+
+def test_laying_out_that_takes_too_long_or_fails_says_so():
+    vertices, faces = lumps()
+    with pytest.raises(UnwrapError, match=f"took more than 0.01 s for {len(faces)} faces"):
+        unwrap(vertices, faces, 256, 0.01)
+    done = subprocess.run(
+        [sys.executable, "-m", unwrap_file.__name__, "/nowhere", "64"], capture_output=True, check=False
+    )
+    assert done.returncode
+    with pytest.raises(UnwrapError, match="xatlas failed: "):
+        unwrap(vertices, np.full((1, 3), 10**6), 256, 60)
+
+
+def _parts(glb):
+    """Split a GLB into its JSON and its binary part."""
+    magic, version, length = struct.unpack_from("<4sII", glb)
+    assert (magic, version, length) == (b"glTF", 2, len(glb))
+    size, kind = struct.unpack_from("<I4s", glb, 12)
+    assert kind == b"JSON"
+    return json.loads(glb[20 : 20 + size]), glb[28 + size :]
+
+
+def test_a_glb_has_linear_colours_of_16_bits_y_up_and_a_matt_surface():
+    vertices = np.array(
+        [(0, 0, 0), (1, 0, 0), (0, 0, 1)], dtype=np.float32
+    )  # in the plane that faces the camera
+    mesh = Mesh(vertices, np.array([[0, 1, 2]]), np.array([(0.5, 0, 1)] * 3, dtype=np.float32))
+    record, data = _parts(encode_glb(mesh))
+    assert record["materials"][0]["pbrMetallicRoughness"] == {"metallicFactor": 0.0, "roughnessFactor": 1.0}
+    attributes = record["meshes"][0]["primitives"][0]["attributes"]
+
+    def values(name, dtype, width):
+        view = record["bufferViews"][record["accessors"][attributes[name]]["bufferView"]]
+        return np.frombuffer(data, dtype, 3 * width, view["byteOffset"]).reshape(3, width)
+
+    np.testing.assert_array_equal(values("POSITION", "<f4", 3), [(0, 0, 0), (1, 0, 0), (0, 1, 0)])
+    np.testing.assert_array_equal(values("NORMAL", "<f4", 3), [(0, 0, 1)] * 3)  # towards the viewer
+    # sRGB 0.5 is 0.2140 of the light
+    np.testing.assert_array_equal(
+        values("COLOR_0", "<u2", 4), [(round(0.21404114 * 65535), 0, 65535, 65535)] * 3
+    )
+    np.testing.assert_allclose(srgb_to_linear(np.array([0.04, 1.0])), (0.04 / 12.92, 1.0))
+
+
+@pytest.mark.parametrize("is_textured", [False, True], ids=["colours", "texture"])
+@pytest.mark.parametrize("kind", ["glb", "obj", "ply", "stl"])
+def test_files_come_back_in_trimesh_with_their_shape_colours_and_up(kind, is_textured, tmp_path):
+    mesh = ball()
+    mesh = textured(mesh, by_place, 128) if is_textured else mesh
+    files = encode_mesh(mesh, kind, "thing")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    found = trimesh.load(tmp_path / f"thing.{kind}", process=False)
+    if kind == "glb":
+        (found,) = found.geometry.values()
+    assert len(found.faces) == len(mesh.faces)
+    assert found.volume == pytest.approx(volume(mesh), rel=1e-4)
+    vertices = (
+        np.asarray(found.vertices)[:, [0, 2, 1]] * (1, -1, 1) if kind in ("glb", "obj") else found.vertices
+    )
+    if kind == "stl":  # it has a vertex a corner
+        np.testing.assert_allclose(
+            np.sort(vertices, axis=0)[[0, -1]], np.sort(mesh.vertices, axis=0)[[0, -1]], atol=1e-6
+        )
+        return
+    np.testing.assert_allclose(vertices, mesh.vertices, atol=1e-6)
+    if is_textured and kind != "ply":
+        image = np.asarray(
+            (
+                found.visual.material.baseColorTexture if kind == "glb" else found.visual.material.image
+            ).convert("RGB")
+        )
+        np.testing.assert_array_equal(image, mesh.texture.image)
+        up = np.stack([mesh.texture.uv[:, 0], 1 - mesh.texture.uv[:, 1]], axis=1)
+        np.testing.assert_allclose(found.visual.uv, up, atol=1e-6)
+    else:
+        colours = (
+            found.visual.vertex_attributes["color"][:, :3] / 65535
+            if kind == "glb"
+            else found.visual.vertex_colors[:, :3] / 255
+        )
+        expected = srgb_to_linear(mesh.colours) if kind == "glb" else mesh.colours
+        np.testing.assert_allclose(colours, expected, atol=0.6 / 255)
+
+
+def test_another_kind_of_file_is_refused():
+    with pytest.raises(InputError, match="expected a mesh of glb, obj, ply, stl, found 'fbx'"):
+        encode_mesh(ball(), "fbx")
+
+
+def test_equal_meshes_give_equal_bytes():
+    mesh = textured(ball(), by_place, 128)
+    for kind in ("glb", "obj", "ply", "stl"):
+        assert encode_mesh(mesh, kind) == encode_mesh(mesh, kind)
+    picture = Image.open(io.BytesIO(encode_mesh(mesh, "obj")["mesh.png"]))
+    np.testing.assert_array_equal(np.asarray(picture), mesh.texture.image)
