@@ -22,6 +22,10 @@ CONTAINER :=
 MASTER :=
 DRY_RUN :=
 
+# make infer
+IMAGE :=
+CKPT :=
+
 # make render-shards
 ASSETS ?= data_tools/demo_assets
 OUT ?= data/demo
@@ -52,7 +56,7 @@ RENDER = --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
   --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 LAYERS = $(foreach config,$(CONFIG),-c $(config))
 
-.PHONY: help train doctor render-shards tensorboard test test-fast soak bench lint clean
+.PHONY: help train infer doctor render-shards tensorboard test test-fast soak bench lint clean
 
 help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
@@ -64,6 +68,10 @@ ifeq ($(strip $(LAUNCH)),)
 else
 	@.venv/bin/lrm launch $(LAUNCH) $(LAYERS) --data $(DATA) -- $(ARGS)
 endif
+
+infer: .venv/ready ## From a photo to a 3D file: IMAGE=photo.png CKPT= ARGS="--texture"
+	@test -n "$(IMAGE)" || { echo "Which picture?  make infer IMAGE=photo.png" >&2; exit 2; }
+	.venv/bin/lrm infer $(IMAGE) $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PARTITION= ACCOUNT=
 	.venv/bin/lrm doctor $(JOB) $(LAYERS) --data.folder $(DATA) $(ARGS)
@@ -85,13 +93,13 @@ data/demo/manifest.json:
 tensorboard: .venv/ready ## Watch the runs in the browser
 	.venv/bin/tensorboard --logdir runs
 
-test: .venv/ready .venv-render/ready ## Run every test that needs no GPU
+test: .venv/ready .venv-render/ready .tools/ready ## Run every test that needs no GPU
 	.venv/bin/python -m pytest -m "not gpu and not soak"
 
-test-fast: .venv/ready ## Run the quick tests only: no Blender, nothing slow
+test-fast: .venv/ready .tools/ready ## Run the quick tests only: no Blender, nothing slow
 	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender"
 
-soak: .venv/ready .venv-render/ready ## Run the long tables
+soak: .venv/ready .venv-render/ready .tools/ready ## Run the long tables
 	.venv/bin/python -m pytest -m soak -s
 
 bench: .venv/ready .venv-render/ready ## Measure speed on this machine: BENCH="scaling overhead stall" ARGS="--rounds 3"
@@ -104,9 +112,18 @@ lint: .venv/ready ## Check style, types and who imports whom
 	.venv/bin/lint-imports
 
 clean: ## Remove the environments and caches (not data/, not runs/)
-	rm -rf .venv .venv-render .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf .venv .venv-render .tools .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# What only tests need: the Khronos validator of glTF files (npm), a browser.
+.tools/ready: tests/web/package.json
+	@command -v npm >/dev/null || { $(call apt,nodejs npm); }
+	@command -v chromium >/dev/null || { $(call apt,chromium); }
+	@mkdir -p .tools && cp $< .tools/
+	cd .tools && npm install --silent --no-audit --no-fund --no-package-lock
+	@touch $@
+
+.tools: .tools/ready
 .venv: .venv/ready
 .venv-render: .venv-render/ready
 

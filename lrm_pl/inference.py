@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from lrm_pl.errors import InputError
@@ -175,8 +176,8 @@ def reconstruct(
         return Scene(network.field(triplane), camera, renderer, threshold)
 
 
-def as_tensor(image: np.ndarray) -> Float[Tensor, "C H W"]:
-    """Turn an (H, W, C) picture of bytes into what ``reconstruct`` takes."""
+def as_tensor(image: Image.Image | np.ndarray) -> Float[Tensor, "C H W"]:
+    """Turn a picture, or an (H, W, C) array of bytes, into what ``reconstruct`` takes."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 

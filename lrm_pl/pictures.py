@@ -67,6 +67,10 @@ def open_picture(
                 return _eight_bits(ImageOps.exif_transpose(image))
     except PictureError:
         raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(
+            f"{name}: expected at most {max_pixels / 1e6:.0f} megapixels, found more: {error}; make it smaller"
+        ) from error
     except UnidentifiedImageError as error:
         raise PictureError(
             f"{name}: expected a picture ({', '.join(FORMATS)}), found {size} bytes of something else; convert it"
@@ -151,7 +155,7 @@ def _square(channel: np.ndarray, x: float, y: float, length: float, side: int) -
     margin = int(np.ceil(max(0.0, -x, -y, x + length - channel.shape[1], y + length - channel.shape[0])))
     padded = Image.fromarray(np.pad(channel, margin))
     box = (x + margin, y + margin, x + margin + length, y + margin + length)
-    return padded.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    return padded.resize((side, side), Image.Resampling.BILINEAR, box=box)
 
 
 def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:

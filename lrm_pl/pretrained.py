@@ -5,7 +5,7 @@ Folders are those of ``lrm export`` and ``lrm convert``, here or on the Hugging 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
@@ -71,7 +71,7 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
-    ) -> Self:
+    ) -> "PretrainedLRM":
         """Open a folder, or the repository of that name on the Hugging Face hub.
 
         Args:

@@ -5,6 +5,8 @@ Of each picture OUT/NAME gets mesh.glb, orbit.mp4, grid.png, input.png (what the
 
 import argparse
 import dataclasses
+import functools
+import io
 import json
 import logging
 import sys
@@ -15,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lrm_pl import __version__
 from lrm_pl.apps.orbit_files import encode_video, grid
@@ -205,12 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = bar.add_task("", total=len(pictures))
         for picture in pictures:
             out = given.out / picture.stem
-            name = picture.stem[:12]
+            say = functools.partial(_say, bar, task, picture.stem[:12])
             try:
-                record = infer(
-                    trained, picture, out, wishes,
-                    lambda what, name=name: bar.update(task, description=f"{name}: {what}"),
-                )  # fmt: skip
+                record = infer(trained, picture, out, wishes, say)
             except InputError as error:
                 failed += 1
                 console.print(f"{picture}: {error}")
@@ -219,6 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bar.advance(task)
     if failed:
         sys.exit(f"lrm: {failed} of {len(pictures)} pictures gave nothing; their reasons stand above")
+
+
+def _say(bar: Progress, task: TaskID, name: str, what: str) -> None:
+    bar.update(task, description=f"{name}: {what}")
 
 
 def _print_result(console: Console, out: Path, record: dict[str, Any]) -> None:
@@ -237,9 +241,7 @@ def _wishes(given: argparse.Namespace) -> Wishes:
     return Wishes(**{name: getattr(given, name) for name in names} | {"formats": tuple(given.formats)})
 
 
-def _png(image: Any) -> bytes:  # noqa: ANN401 - a PIL image
-    import io
-
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()

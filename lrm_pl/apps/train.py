@@ -102,7 +102,7 @@ class RunRecord(SaveConfigCallback):
     And, for inference, what pictures the network is trained on.
     """
 
-    setup: InputSetup | None = None
+    input_setup: InputSetup | None = None
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` and ``commit.txt``, on rank 0."""
@@ -116,8 +116,8 @@ class RunRecord(SaveConfigCallback):
         commit = git_commit()
         config = self.parser.dump(self.config, skip_none=False)
         files = {"commit.txt": commit + "\n", "config.yaml": config}
-        if self.setup is not None:
-            files[SETUP_NAME] = setup_text(self.setup)
+        if self.input_setup is not None:
+            files[SETUP_NAME] = setup_text(self.input_setup)
         for name, text in files.items():
             write_atomically(folder / name, text.encode())
         for log in trainer.loggers:
@@ -192,7 +192,7 @@ class LRMCLI(LightningCLI):
             if keeper is None or keeper.resume_from is None:
                 records = [callback for callback in self.trainer.callbacks if isinstance(callback, RunRecord)]  # type: ignore[attr-defined]
                 for record in records:
-                    record.setup = measure_setup(self.datamodule.setup_batches())
+                    record.input_setup = measure_setup(self.datamodule.setup_batches())
 
     def before_validate(self) -> None:
         """Get ready to measure.

@@ -62,7 +62,8 @@ class InputSetup:
             raise InputError(
                 f"{where}: expected numbers named {', '.join(sorted(known))}, found {', '.join(wrong)}"
             )
-        return cls(**{name: None if value is None else float(value) for name, value in record.items()})
+        numbers: dict[str, Any] = {name: value and float(value) for name, value in record.items()}
+        return cls(**numbers)
 
 
 def measure_setup(batches: Iterable[Batch]) -> InputSetup | None:

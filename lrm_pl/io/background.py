@@ -66,7 +66,7 @@ class BackgroundRemover:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns of each missing GPU library
 
-        class Session(U2netCustomSession):
+        class Session(U2netCustomSession):  # type: ignore[misc]
             """rembg's, with a file that lies outside of its own folder."""
 
             @classmethod

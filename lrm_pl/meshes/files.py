@@ -10,7 +10,6 @@ from trimesh.exchange.obj import export_obj
 from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import SimpleMaterial
 
-from lrm_pl.errors import InputError
 from lrm_pl.meshes.glb import Y_UP, encode_glb
 from lrm_pl.meshes.mesh import Mesh
 
@@ -28,17 +27,12 @@ def encode_mesh(mesh: Mesh, kind: MeshFormat, stem: str = "mesh") -> dict[str, b
 
     Returns:
         File name -> content; the first is the mesh, others (a texture, a material) belong beside it.
-
-    Raises:
-        InputError: There is no such kind.
     """
     if kind == "glb":
         return {f"{stem}.glb": encode_glb(mesh, stem)}
     if kind == "obj":
         return _encode_obj(mesh, stem)
-    if kind in ("ply", "stl"):
-        return {f"{stem}.{kind}": _trimesh(mesh, mesh.vertices).export(file_type=kind)}
-    raise InputError(f"expected a mesh of {', '.join(MESH_FORMATS)}, found {kind!r}")
+    return {f"{stem}.{kind}": _trimesh(mesh, mesh.vertices).export(file_type=kind)}
 
 
 def _encode_obj(mesh: Mesh, stem: str) -> dict[str, bytes]:

@@ -12,7 +12,6 @@ import trimesh
 from PIL import Image
 from skimage.measure import marching_cubes
 
-from lrm_pl.errors import InputError
 from lrm_pl.meshes import unwrap as unwrap_file
 from lrm_pl.meshes.files import encode_mesh
 from lrm_pl.meshes.glb import encode_glb, srgb_to_linear
@@ -124,7 +123,7 @@ def test_laying_out_that_takes_too_long_or_fails_says_so():
     )
     assert done.returncode
     with pytest.raises(UnwrapError, match="xatlas failed: "):
-        unwrap(vertices, np.full((1, 3), 10**6), 256, 60)
+        unwrap(vertices, np.full((1, 3), 10**6), 256, 60.0)
 
 
 def _parts(glb):
@@ -197,11 +196,6 @@ def test_files_come_back_in_trimesh_with_their_shape_colours_and_up(kind, is_tex
         )
         expected = srgb_to_linear(mesh.colours) if kind == "glb" else mesh.colours
         np.testing.assert_allclose(colours, expected, atol=0.6 / 255)
-
-
-def test_another_kind_of_file_is_refused():
-    with pytest.raises(InputError, match="expected a mesh of glb, obj, ply, stl, found 'fbx'"):
-        encode_mesh(ball(), "fbx")
 
 
 def test_equal_meshes_give_equal_bytes():

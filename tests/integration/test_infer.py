@@ -1,0 +1,195 @@
+"""`lrm infer` as it is typed: from pictures to files that other programs open."""
+
+import io
+import json
+import os
+import subprocess
+
+import cv2
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from lrm_pl.__main__ import main as lrm
+from lrm_pl.apps.infer import Wishes, infer, main
+from lrm_pl.apps.orbit_files import encode_gif, encode_video, grid
+from lrm_pl.apps.trained import open_trained
+from lrm_pl.meshes import unwrap as unwrap_file
+
+SMALL = ["--resolution", "48", "--frames", "8", "--size", "64"]
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.fixture
+def pictures(tmp_path, root):
+    """One object cut out, one photo with its background, one that is no picture."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rgba = np.zeros((80, 60, 4), dtype=np.uint8)
+    rgba[20:60, 10:40] = (200, 100, 50, 255)
+    Image.fromarray(rgba).save(folder / "cut.png")
+    demo = Image.fromarray(read(root / "configs" / "experiment" / "demo.png")[:128, :128, :3])
+    table = Image.new("RGB", (200, 160), (90, 140, 90))
+    table.paste(demo.resize((100, 100)), (50, 30))
+    table.save(folder / "photo.jpg", quality=95)
+    (folder / "broken.webp").write_bytes(b"RIFF0000WEBP")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def validated(root):
+    """Return the Khronos validator's reports of glTF files; a missing validator is a failure, never a skip."""
+    modules = root / ".tools" / "node_modules"
+    if not (modules / "gltf-validator").is_dir():
+        pytest.fail(f"expected gltf-validator in {modules}, found none; run `make .tools`")
+
+    def run(*files):
+        done = subprocess.run(
+            ["node", root / "tests" / "web" / "validate.js", *files],
+            env=os.environ | {"LRM_NODE_MODULES": str(modules)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("texture", [(), ("--texture", "128", "--faces", "800")], ids=["colours", "texture"])
+def test_a_folder_of_pictures_becomes_meshes_orbits_and_records(
+    pretrained, pictures, tmp_path, validated, capsys, texture
+):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="1 of 3 pictures gave nothing; their reasons stand above"):
+        main([str(pictures), "--ckpt", str(pretrained), "--out", str(out), *SMALL, *texture])
+    said = capsys.readouterr().out
+    assert "broken.webp: expected a" in said
+    assert not (out / "broken").exists()
+    for name, background in (("cut", "transparent already"), ("photo", "rembg, U^2-Net (small), on CPU")):
+        record = json.loads((out / name / "result.json").read_text())
+        assert record["background"] == background
+        assert record["camera"] == {"distance": 2.5, "fov_deg": 45.0}
+        assert record["network"]["source"] == str(pretrained)
+        assert len(record["network"]["sha256"]) == 64
+        assert {"planes", "grid", "marching cubes", "colours", "orbit"} <= set(record["seconds"])
+        assert set(record["files"]) | {"result.json"} == {path.name for path in (out / name).iterdir()}
+        (report,) = validated(out / name / "mesh.glb")
+        assert (report["issues"]["numErrors"], report["issues"]["numWarnings"]) == (0, 0), report["issues"]
+        assert report["info"]["hasTextures"] == bool(texture)
+        assert report["info"]["totalTriangleCount"] == record["mesh"]["faces"]
+        assert record["mesh"]["faces"] <= 800 or not texture
+        video = cv2.VideoCapture(str(out / name / "orbit.mp4"))
+        assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 8
+        assert video.read()[1].shape == (64, 64, 3)
+        assert read(out / name / "grid.png").shape == (2 * 64, 4 * 64, 3)
+        seen = read(out / name / "input.png")
+        rows = np.nonzero((seen[..., 3] > 127).any(axis=1))[0]
+        columns = np.nonzero((seen[..., 3] > 127).any(axis=0))[0]
+        assert max(len(rows), len(columns)) / len(seen) == pytest.approx(0.7, abs=0.03)
+
+
+def test_blender_opens_the_files_upright_and_in_metres(pretrained, pictures, tmp_path, render_python, root):
+    main([str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL,
+          "--formats", "glb", "obj", "ply", "stl"])  # fmt: skip
+    folder = tmp_path / "cut"
+    program = (
+        "import bpy, json, sys; from pathlib import Path\n"
+        "for path in map(Path, sys.argv[1:]):\n"
+        "    bpy.ops.wm.read_factory_settings(use_empty=True)\n"
+        "    load = {'.glb': bpy.ops.import_scene.gltf, '.obj': bpy.ops.wm.obj_import, '.ply': bpy.ops.wm.ply_import, "
+        "'.stl': bpy.ops.wm.stl_import}[path.suffix]\n"
+        "    load(filepath=str(path))\n"
+        "    things = [t for t in bpy.data.objects if t.type == 'MESH']\n"
+        "    corners = [t.matrix_world @ v.co for t in things for v in t.data.vertices]\n"
+        "    print('BOX', json.dumps([[f(c[k] for c in corners) for k in range(3)] for f in (min, max)]))\n"
+    )
+    files = [str(folder / f"mesh.{kind}") for kind in ("glb", "obj", "ply", "stl")]
+    done = subprocess.run(
+        [render_python, "-c", program, *files], capture_output=True, text=True, timeout=120, cwd=root
+    )
+    boxes = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("BOX")]
+    assert len(boxes) == 4, done.stdout + done.stderr
+    expected = trimesh.load(files[2], process=False).bounds  # ply: as it is in our world
+    for box in boxes:
+        np.testing.assert_allclose(box, expected, atol=1e-5)
+
+
+def test_a_texture_that_takes_too_long_leaves_colours_at_the_vertices_and_says_so(
+    pretrained, pictures, tmp_path, capsys
+):
+    options = ["--texture", "--texture-limit", "0.01"]
+    main([str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL, *options])
+    assert (
+        "note: colours at the vertices instead of a texture: xatlas took more than 0.01 s"
+        in capsys.readouterr().out
+    )
+    record = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert not record["mesh"]["texture"]
+    assert record["notes"]
+
+
+def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ckpt = ["--ckpt", str(pretrained)]
+    for arguments, message in (
+        (["nowhere.png", *ckpt], "expected a picture or a folder of pictures at nowhere.png"),
+        ([str(tmp_path), *ckpt], r"expected pictures \(.png"),
+        ([str(pictures / "cut.png")], "found none; train the demo .make train, ten minutes., or name"),
+        ([str(pictures / "cut.png"), "--ckpt", "nothing"], "nothing"),
+        ([str(pictures / "cut.png"), *ckpt, "--device", "tpu9"], "expected a device such as cpu or cuda"),
+        ([str(pictures / "cut.png"), *ckpt, "--fov", "190"], "fov_deg between 0 and 180"),
+        ([str(pictures / "cut.png"), str(pictures), *ckpt], "found 'cut' twice"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+    with pytest.raises(SystemExit):
+        main([str(pictures / "cut.png"), *ckpt, *SMALL, "--threshold", "1e9"])
+    assert "expected densities on both sides of 1e+09, found" in capsys.readouterr().out
+
+
+def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(
+    pretrained, pictures, tmp_path, monkeypatch
+):
+    command = ["lrm", "infer", str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path)]
+    options = ["--distance", "1.9", "--fov", "40", "--frames", "0", "--resolution", "48", "--formats", "stl"]
+    monkeypatch.setattr("sys.argv", [*command, *options])
+    lrm()
+    record = json.loads((tmp_path / "cut" / "result.json").read_text())
+    assert record["camera"] == {"distance": 1.9, "fov_deg": 40.0}
+    assert record["files"] == ["input.png", "mesh.stl"]
+
+
+def test_the_same_picture_gives_the_same_bytes(pretrained, pictures, tmp_path):
+    trained = open_trained(str(pretrained), device="cpu")
+    wishes = Wishes(resolution=48, frames=0, texture=64, most_faces=300)
+    for name in ("a", "b"):
+        infer(trained, pictures / "cut.png", tmp_path / name, wishes)
+    for name in ("mesh.glb", "input.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_video_shows_its_frames_and_the_grid_begins_with_the_input():
+    frames = [np.full((32, 32, 3), (20 * k, 100, 200 - 20 * k), dtype=np.uint8) for k in range(9)]
+    assert encode_video(frames)[4:8] == b"ftyp"
+    gif = Image.open(io.BytesIO(encode_gif(frames)))
+    assert gif.n_frames == 9
+    picture = grid(Image.new("RGBA", (10, 10), (255, 0, 0, 0)), frames)
+    cells = np.asarray(picture).reshape(2, 32, 4, 32, 3)[:, 16, :, 16]
+    assert cells[0, 0].tolist() == [255, 255, 255]
+    assert [cell.tolist() for cell in cells.reshape(8, 3)[1:]] == [
+        frames[k * 9 // 7][0, 0].tolist() for k in range(7)
+    ]
+
+
+def test_xatlas_runs_in_a_process_of_its_own_whatever_lies_where_the_user_stands(tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('the wrong numpy')")
+    monkeypatch.chdir(tmp_path)
+    vertices = np.array([(0, 0, 0), (1, 0, 0), (0, 1, 0)], dtype=np.float32)
+    assert len(unwrap_file.unwrap(vertices, np.array([[0, 1, 2]]), 64, 60.0).source) == 3

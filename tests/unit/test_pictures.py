@@ -1,0 +1,144 @@
+"""Pictures from outside: what is read, what is refused, how an object is framed."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lrm_pl.pictures import PictureError, framed, has_background, object_box, open_picture
+
+
+def encoded(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def png(width, height, data=b""):
+    """A PNG whose header claims a size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected at most 67108864 bytes, and some, found 0"),
+        (b"hello " * 100, "expected a picture .*found 600 bytes of something else; convert it"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+            ".*of something else",
+        ),  # PIL would start Ghostscript
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*of something else"),
+        (encoded(RGB, "GIF"), ".*of something else"),
+        (encoded(RGB)[:200], "expected a whole picture, found a broken one"),
+        (encoded(RGB, "JPEG")[:300], "expected a whole picture, found a broken one"),
+        (encoded(RGB, "WEBP")[:300], "expected a (whole )?picture"),
+        (png(30_000, 30_000), "expected at most 67 megapixels, found "),
+        (png(20, 20, zlib.compress(b"")), "expected a whole picture, found a broken one"),
+    ],
+    ids=["empty", "text", "postscript", "svg", "gif", "png cut", "jpeg cut", "webp cut", "bomb", "no pixels"],
+)
+def test_what_is_no_picture_is_refused_by_what_it_is(content, message):
+    with pytest.raises(PictureError, match=f"a.bin: {message}"):
+        open_picture(content, "a.bin")
+
+
+def test_a_picture_is_refused_by_bytes_and_pixels_that_are_asked_for(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(RGB))
+    assert open_picture(path).size == (30, 20)
+    with pytest.raises(PictureError, match=r"a\.png: expected at most 100 bytes"):
+        open_picture(path, max_bytes=100)
+    with pytest.raises(PictureError, match="expected at most 0 megapixels, found 30 x 20"):
+        open_picture(path, max_pixels=599)
+    with pytest.raises(PictureError, match="found no file; correct the path"):
+        open_picture(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    ("image", "mode"),
+    [
+        (RGB.convert("L"), "RGB"),
+        (RGB.convert("1"), "RGB"),
+        (RGB.convert("P"), "RGB"),
+        (RGB.convert("LA"), "RGBA"),
+        (RGB.convert("RGBA"), "RGBA"),
+    ],
+    ids=["grey", "bits", "palette", "grey with alpha", "alpha"],
+)
+def test_every_kind_of_png_becomes_rgb_or_rgba_of_the_same_colours(image, mode):
+    found = open_picture(encoded(image))
+    assert found.mode == mode
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert(mode)))
+
+
+def test_sixteen_bits_become_eight_and_transparent_colours_alpha():
+    deep = Image.fromarray((np.arange(600).reshape(20, 30) * 109).astype(np.uint16))
+    found = np.asarray(open_picture(encoded(deep)))
+    assert np.abs(found[..., 0] - np.arange(600).reshape(20, 30) * 109 / 257).max() < 1.01
+    clear = open_picture(encoded(RGB.convert("P"), transparency=0))
+    assert clear.mode == "RGBA"
+
+
+def test_a_photo_is_turned_as_its_camera_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter to the right
+    smooth = RGB.resize((3, 2)).resize((30, 20), Image.Resampling.BICUBIC)
+    found = open_picture(encoded(smooth, "JPEG", exif=exif, quality=95))
+    assert found.size == (20, 30)
+    turned = np.asarray(smooth.transpose(Image.Transpose.ROTATE_270)).astype(int)
+    assert np.abs(np.asarray(found) - turned).mean() < 3
+
+
+def test_a_picture_has_a_background_unless_some_of_it_is_transparent():
+    assert has_background(RGB)
+    assert has_background(RGB.convert("RGBA"))
+    rgba = RGB.convert("RGBA")
+    rgba.putpixel((0, 0), (1, 2, 3, 0))
+    assert not has_background(rgba)
+
+
+def rectangle(top, left, height, width, size=(60, 100)):
+    rgba = np.zeros((*size, 4), dtype=np.uint8)
+    rgba[..., :3] = (0, 255, 0)  # hidden green must not come in
+    rgba[top : top + height, left : left + width] = (200, 40, 10, 255)
+    return Image.fromarray(rgba)
+
+
+@pytest.mark.parametrize("place", [(20, 30, 12, 24), (0, 0, 12, 24), (48, 76, 12, 24), (0, 0, 60, 100)])
+@pytest.mark.parametrize("side", [64, 256])
+def test_an_object_is_framed_in_the_middle_with_its_longer_side_a_share_of_the_square(place, side):
+    found = np.asarray(framed(rectangle(*place), 0.75, side))
+    assert found.shape == (side, side, 4)
+    top, left, bottom, right = object_box(found[..., 3] / 255)
+    wide = side * 0.75
+    high = wide * place[2] / place[3]
+    assert right - left == pytest.approx(wide, abs=2)
+    assert bottom - top == pytest.approx(high, abs=2)
+    assert (left + right) / 2 == pytest.approx(side / 2, abs=1)
+    assert (top + bottom) / 2 == pytest.approx(side / 2, abs=1)
+    solid = found[..., 3] > 200
+    assert np.abs(found[solid][:, :3].astype(int) - (200, 40, 10)).max() <= 12
+    assert (found[found[..., 3] > 8][:, 1] < 90).all(), "no hidden colour at the edges"
+
+
+def test_nothing_cannot_be_framed_and_a_faint_object_can():
+    with pytest.raises(PictureError, match="alpha 0 everywhere; check its alpha channel"):
+        framed(Image.new("RGBA", (8, 8)), 0.8, 32)
+    faint = np.zeros((20, 20, 4), dtype=np.uint8)
+    faint[5:15, 5:15, 3] = 60
+    assert object_box(faint[..., 3] / 255) == (5, 5, 15, 15)
+    assert np.asarray(framed(Image.fromarray(faint), 0.5, 32))[..., 3].max() == 60

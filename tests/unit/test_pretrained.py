@@ -1,0 +1,188 @@
+"""Networks as folders and on the hub: what is printed in the README, what comes back, what is refused."""
+
+import http.server
+import json
+import re
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import lrm_pl
+from lrm_pl.data.batch import Batch
+from lrm_pl.data.input_setup import InputSetup, measure_setup
+from lrm_pl.errors import InputError
+from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.io.pretrained import weights_hash
+from lrm_pl.pretrained import PretrainedLRM
+from tests.pretrained_folder import SETUP, tiny_pretrained
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    rgba = np.zeros((50, 40, 4), dtype=np.uint8)
+    rgba[10:40, 5:25] = (200, 100, 50, 255)
+    Image.fromarray(rgba).save(path)
+    return path
+
+
+def test_three_lines_make_a_mesh_of_a_photo(pretrained, photo, monkeypatch, root):
+    printed = re.search(
+        r"```python\nfrom lrm_pl import LRM\n(.*?)```", (root / "README.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(photo.parent)
+    shutil.copytree(pretrained, "model")
+    names = {}
+    exec("from lrm_pl import LRM\n" + printed[1], names)
+    assert len(names["mesh"].faces) > 10
+    assert names["mesh"].colours.min() >= 0
+
+
+def test_what_is_saved_comes_back_the_same(tmp_path, photo):
+    model = tiny_pretrained()
+    model.save_pretrained(tmp_path / "saved")
+    again = lrm_pl.LRM.from_pretrained(tmp_path / "saved")
+    assert weights_hash(again.network) == weights_hash(model.network)
+    assert again.setup == SETUP
+    assert torch.equal(again(photo).field.planes, model(photo).field.planes)
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-to-3d"
+    assert "| transformer | 1 blocks of width 16 |" in card
+    again.save_pretrained(tmp_path / "twice")
+    assert (tmp_path / "twice" / "README.md").read_text() == card
+
+
+def test_a_hash_of_weights_tells_networks_apart():
+    model = tiny_pretrained()
+    before = weights_hash(model.network)
+    with torch.no_grad():
+        next(model.network.parameters()).view(-1)[0] += 1e-3
+    assert weights_hash(model.network) != before
+
+
+def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pretrained, photo):
+    model = PretrainedLRM.from_pretrained(pretrained)
+    picture = model.picture(photo)
+    alpha = np.asarray(picture)[..., 3] / 255
+    rows = np.nonzero((alpha > 0.5).any(axis=1))[0]
+    assert len(rows) / len(alpha) == pytest.approx(SETUP.foreground, abs=0.01)
+    scene = model(picture)
+    assert scene.camera == InputCamera(2.5, 45.0)
+    assert model(picture, InputCamera(1.9, 40.0)).camera.distance == 1.9
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "expected the weights of a network at"),
+        (lambda folder: (folder / "config.yaml").write_text("a: 1"), "expected a section model.lrm"),
+        (lambda folder: (folder / "input.yaml").write_text("distance: near"), "found distance"),
+        (lambda folder: (folder / "input.yaml").write_text("[1]"), "expected numbers with names, found list"),
+        (lambda folder: (folder / "input.yaml").write_text("distance: -1"), "a distance above 0"),
+        (lambda folder: (folder / "input.yaml").write_text("foreground: 2"), "foreground in"),
+    ],
+)
+def test_a_folder_that_is_none_says_what_is_wrong(pretrained, tmp_path, spoil, message):
+    folder = tmp_path / "copy"
+    shutil.copytree(pretrained, folder)
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        PretrainedLRM.from_pretrained(folder)
+
+
+def test_a_name_that_is_neither_folder_nor_repository_says_so(monkeypatch, tmp_path):
+    for name in ("no/such", "not a name/at all/x"):
+        with pytest.raises(InputError, match="neither: "):
+            PretrainedLRM.from_pretrained(name, local_files_only=True, cache_dir=tmp_path)
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as it takes to download a repository."""
+
+    folder, commit = None, "1" * 40
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self._serve(body=False)
+
+    def do_GET(self):
+        self._serve(body=True)
+
+    def _serve(self, *, body):
+        names = sorted(path.name for path in self.folder.iterdir())
+        if self.path.startswith("/api/models/me/tiny"):
+            files = [{"rfilename": name} for name in names]
+            content = json.dumps({"id": "me/tiny", "sha": self.commit, "siblings": files}).encode()
+            if "/tree/" in self.path:
+                content = json.dumps(
+                    [
+                        {"type": "file", "path": n, "size": (self.folder / n).stat().st_size, "oid": "0" * 40}
+                        for n in names
+                    ]
+                ).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+        elif self.path.startswith("/me/tiny/resolve/") and self.path.split("/")[-1] in names:
+            content = (self.folder / self.path.split("/")[-1]).read_bytes()
+            self.send_response(200)
+            self.send_header("ETag", f'"{len(content)}-{self.path.split("/")[-1]}"')
+            self.send_header("X-Repo-Commit", self.commit)
+        else:
+            content = b""
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(pretrained, monkeypatch):
+    """A hub on loopback that has the repository me/tiny; its address is where the client looks."""
+    handler = type("Hub", (_Hub,), {"folder": pretrained})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    yield address
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path, photo):
+    model = PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path)
+    here = PretrainedLRM.from_pretrained(pretrained)
+    assert weights_hash(model.network) == weights_hash(here.network)
+    assert model.setup == SETUP
+    again = PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path, local_files_only=True)
+    assert weights_hash(again.network) == weights_hash(here.network)
+    with pytest.raises(InputError, match="named 'me/other', found neither"):
+        PretrainedLRM.from_pretrained("me/other", cache_dir=tmp_path)
+
+
+def test_the_input_setup_is_measured_from_what_is_trained_on():
+    alpha = torch.zeros(1, 2, 20, 20)
+    alpha[0, 0, 5:15, 8:12] = 1  # 10 of 20
+    alpha[0, 1, 5:19, 8:12] = 1  # 14 of 20
+    c2w = torch.eye(4).repeat(1, 2, 1, 1)
+    c2w[0, :, :3, 3] = torch.tensor([(0, -2.4, 0), (0, 0, 2.8)])
+    fxfycxcy = torch.tensor([0.5, 0.5, 0.5, 0.5]).repeat(1, 2, 1)  # 90 degrees
+    from lrm_pl.data.batch import Views
+
+    views = Views(torch.zeros(1, 2, 3, 20, 20), alpha, torch.ones(1, 2, 3), c2w, fxfycxcy, None)
+    assert measure_setup([Batch(("a",), views, views, torch.ones(1))]) == InputSetup(2.6, 90.0, 0.6)
+    assert measure_setup([]) is None
