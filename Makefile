@@ -26,6 +26,9 @@ DRY_RUN :=
 IMAGE :=
 CKPT :=
 
+# make evaluate
+PROTOCOL :=
+
 # make render-shards
 ASSETS ?= data_tools/demo_assets
 OUT ?= data/demo
@@ -56,7 +59,7 @@ RENDER = --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
   --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 LAYERS = $(foreach config,$(CONFIG),-c $(config))
 
-.PHONY: help train infer doctor render-shards tensorboard test test-fast soak bench lint clean
+.PHONY: help train infer evaluate doctor render-shards tensorboard test test-fast soak bench lint clean
 
 help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
@@ -72,6 +75,10 @@ endif
 infer: .venv/ready ## From a photo to a 3D file: IMAGE=photo.png CKPT= ARGS="--texture"
 	@test -n "$(IMAGE)" || { echo "Which picture?  make infer IMAGE=photo.png" >&2; exit 2; }
 	.venv/bin/lrm infer $(IMAGE) $(call option,--ckpt,$(CKPT)) $(ARGS)
+
+evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PROCESSES= ARGS="--baseline"
+	$(if $(PROCESSES),.venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m lrm_pl,.venv/bin/lrm) evaluate \
+	  $(call option,--ckpt,$(CKPT)) --data $(DATA) $(call option,--protocol,$(PROTOCOL)) $(ARGS)
 
 doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PARTITION= ACCOUNT=
 	.venv/bin/lrm doctor $(JOB) $(LAYERS) --data.folder $(DATA) $(ARGS)

@@ -69,7 +69,7 @@ class RenderSettings:
     def record(self) -> dict[str, Any]:
         """Return the settings, with the preset's ranges spelt out, as JSON values."""
         ranges = dataclasses.asdict(self.cameras)
-        del ranges["normalise"]
+        del ranges["normalise"], ranges["orbit"]
         return json.loads(json.dumps(dataclasses.asdict(self) | ranges))
 
 

@@ -27,13 +27,18 @@ class CameraPreset:
         height_range: World z of the camera, scene units; kept within 0.95 of the radius.
         fov_range_deg: Full field of view, the same in both directions (images are square), degrees.
         normalise: How the object is scaled before it is rendered.
+        orbit: Whether cameras stand where ``ORBIT_DEG`` says instead, turn after turn; heights are not drawn then.
     """
 
     radius_range: tuple[float, float]
     height_range: tuple[float, float]
     fov_range_deg: tuple[float, float]
     normalise: Normalisation
+    orbit: bool = False
 
+
+#: The 24 views of MeshLRM's protocol (appendix I): polar angles of 90, 60 and 120 degrees, the front first.
+ORBIT_DEG = [(azimuth, elevation) for elevation in (0, 30, -30) for azimuth in range(0, 360, 45)]
 
 #: ``frame`` keeps the unit sphere wholly inside the picture: it reaches asin(1 / 2.4) = 24.6 of 25 degrees.
 #: The others follow the published ranges of their models and may crop an object that is near.
@@ -42,6 +47,7 @@ PRESETS: dict[str, CameraPreset] = {
     "lrm": CameraPreset((1.5, 3.0), (-0.75, 1.60), (50.0, 50.0), "cube"),
     "openlrm": CameraPreset((1.9, 2.6), (-0.75, 1.60), (67.38, 67.38), "cube"),
     "instantmesh": CameraPreset((2.0, 3.5), (-0.75, 1.60), (50.0, 50.0), "cube"),
+    "gso-orbit": CameraPreset((2.5, 2.5), (0.0, 0.0), (50.0, 50.0), "sphere", orbit=True),
 }
 
 
@@ -77,6 +83,9 @@ def draw_cameras(preset: CameraPreset, views: int, rng: np.random.Generator) -> 
     radius = rng.uniform(*preset.radius_range, size=views)
     height = rng.uniform(*preset.height_range, size=views)
     fov_deg = rng.uniform(*preset.fov_range_deg, size=views)
+    if preset.orbit:
+        azimuth, elevation = np.radians([ORBIT_DEG[view % len(ORBIT_DEG)] for view in range(views)]).T
+        azimuth_rad, height = azimuth - math.pi / 2, radius * np.sin(elevation)
     c2w = np.stack([look_at_origin(p) for p in positions(radius, height, azimuth_rad)])
     focal = focal_from_fov(fov_deg)
     centre = np.full(views, 0.5)

@@ -15,6 +15,10 @@ COMMANDS = {
         "lrm_pl.apps.infer:main",
         "turn a photo into a mesh, an orbit and a record: lrm infer photo.png --ckpt RUN",
     ),
+    "evaluate": (
+        "lrm_pl.apps.evaluate:main",
+        "measure a trained network under a protocol: lrm evaluate --ckpt RUN --data SHARDS --protocol lrm",
+    ),
     "export": (
         "lrm_pl.apps.export:main",
         "turn a checkpoint into config.yaml + model.safetensors: lrm export RUN OUT",

@@ -125,12 +125,13 @@ class ShardReader:
         members = self._index(place.shard)[self.keys(place.shard)[place.index]]
         return sum(name.startswith("view_") for name in members)
 
-    def read(self, place: Place, views: Sequence[int]) -> Sample:
+    def read(self, place: Place, views: Sequence[int], extras: Sequence[str] = ()) -> Sample:
         """Read one sample, with only the views that are used.
 
         Args:
             place: Where it is.
             views: The views wanted.
+            extras: Optional members wanted, where there are such.
 
         Raises:
             SampleError: The sample is bad; the message names shard and sample.
@@ -140,13 +141,13 @@ class ShardReader:
         key = list(index)[place.index]
         members = index[key]
         images = {view_member(view, suffix) for view in views for suffix in IMAGE_FORMATS}
-        names = [name for name in members if name in images or name in NEEDED_MEMBERS]
+        names = [name for name in members if name in images or name in NEEDED_MEMBERS or name in extras]
         try:
             content = entry.source.read(entry.shard, [members[name] for name in names])
             return decode_sample(key, dict(zip(names, content, strict=True)), views)
         except (SampleError, OSError) as error:
             if self.doubt(place):
-                return self.read(place, views)
+                return self.read(place, views, extras)
             raise self.located(place, error) from error
 
     def doubt(self, place: Place) -> bool:

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lrm_pl.data.manifest import Manifest, Split, write_manifest, write_shard
-from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
+from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleInfo, encode_image, encode_sample
+from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 
 FOV_DEG = 50.0
 DISTANCE = 2.6
@@ -25,6 +26,8 @@ def write_synthetic_shards(
     resolution: int = 32,
     shard_size: int = 2,
     seed: int = 0,
+    *,
+    surface: bool = False,
 ) -> Manifest:
     """Write a folder of shards of ellipsoids.
 
@@ -36,6 +39,7 @@ def write_synthetic_shards(
         resolution: Side of a view in pixels.
         shard_size: Objects a shard.
         seed: Seed of shapes, colours and cameras.
+        surface: Whether samples have points of their surface.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -44,7 +48,7 @@ def write_synthetic_shards(
         names = [f"{split}-ellipsoid-{i:03d}" for i in range(count)]
         for number, first in enumerate(range(0, count, shard_size)):
             samples = [
-                (key, encode_sample(synthetic_sample(key, views, resolution, seed)))
+                (key, encode_sample(synthetic_sample(key, views, resolution, seed, surface=surface)))
                 for key in names[first : first + shard_size]
             ]
             shards.append(write_shard(folder, f"{split}-{number:06d}.tar", split, samples))
@@ -53,7 +57,7 @@ def write_synthetic_shards(
     return manifest
 
 
-def synthetic_sample(key: str, views: int, resolution: int, seed: int) -> Sample:
+def synthetic_sample(key: str, views: int, resolution: int, seed: int, *, surface: bool = False) -> Sample:
     """Make one ellipsoid with its views."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
@@ -66,7 +70,25 @@ def synthetic_sample(key: str, views: int, resolution: int, seed: int) -> Sample
     fxfycxcy = np.tile(np.array([focal, focal, 0.5, 0.5], np.float32), (views, 1))
     images = tuple(encode_image(_render(pose, focal, resolution, radii, base, slope)) for pose in c2w)
     info = SampleInfo(key, key, "CC0", "lrm_pl", "synthetic", seed, "synthetic", views)
-    return Sample(info, c2w.astype(np.float32), fxfycxcy, images)
+    extras = (
+        {SURFACE_MEMBER: encode_surface(*ellipsoid_surface(radii, SURFACE_POINTS, rng))} if surface else {}
+    )
+    return Sample(info, c2w.astype(np.float32), fxfycxcy, images, extras)
+
+
+def ellipsoid_surface(
+    radii: npt.NDArray[np.float64], count: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Draw points on an ellipsoid, uniformly by area, and its normals there."""
+    unit = rng.normal(size=(16 * count, 3))
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    gradient = (
+        unit / radii
+    )  # of the ellipsoid's function; its length is how much area a piece of the sphere becomes
+    stretch = np.linalg.norm(gradient, axis=1)
+    kept = np.flatnonzero(rng.random(len(unit)) < stretch * radii.min())[:count]
+    assert len(kept) == count, len(kept)
+    return unit[kept] * radii, gradient[kept] / stretch[kept, None]
 
 
 def _pose(azimuth: float, elevation: float) -> npt.NDArray[np.float64]:

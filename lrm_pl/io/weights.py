@@ -173,9 +173,11 @@ def _cached(name: WeightName, artefact: Artefact) -> ResolvedWeights | None:
 
 
 def _options(name: WeightName) -> tuple[str, str]:
-    """Name the options that take an entry's file, and its hash: of `lrm fit`, or of `lrm infer`."""
+    """Name the options that take an entry's file, and its hash: of `lrm fit`, `lrm infer` or `lrm evaluate`."""
     if name == "u2netp":
         return "--rembg-model", "--rembg-sha256"
+    if name == "inception":
+        return "--inception", "--inception-sha256"
     option = f"--weights.{name if name.startswith('lpips') else 'encoder'}"
     return f"{option}.path", f"{option}.sha256"
 

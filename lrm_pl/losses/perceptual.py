@@ -91,6 +91,19 @@ class PerceptualLoss:
         pairs = zip(torch.split(prediction, group), torch.split(target, group), strict=True)
         return torch.cat([self._measure(ours, theirs) for ours, theirs in pairs])
 
+    def features(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Tensor, ...]:
+        """Return what ``distance`` compares: worth keeping where images are compared more than once. No gradients."""
+        with torch.no_grad():
+            return self._features(images)
+
+    def distance(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Float[Tensor, " n"]:
+        """Measure LPIPS of images by their ``features``; either may be those of one image."""
+        distances = [
+            _distance(a, b, linear.model[-1].weight.flatten())
+            for a, b, linear in zip(ours, theirs, self.network.lins, strict=True)
+        ]
+        return torch.stack(distances).sum(0)
+
     def _measure(
         self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]
     ) -> Float[Tensor, " n"]:
@@ -98,11 +111,7 @@ class PerceptualLoss:
             true = self._features(target)
         drawn = self._features(prediction)
         with torch.autocast(prediction.device.type, enabled=False):
-            distances = [
-                _distance(ours, theirs, linear.model[-1].weight.flatten())
-                for ours, theirs, linear in zip(drawn, true, self.network.lins, strict=True)
-            ]
-            return torch.stack(distances).sum(0)
+            return self.distance(drawn, true)
 
     def _features(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Tensor, ...]:
         """Run the network on images in [0, 1]; five tensors (n, c, h', w')."""
@@ -151,7 +160,7 @@ class _GradientAtOnce(torch.autograd.Function):
 
 
 def _distance(
-    ours: Float[Tensor, "n c h w"], theirs: Float[Tensor, "n c h w"], weight: Float[Tensor, " c"]
+    ours: Float[Tensor, "#n c h w"], theirs: Float[Tensor, "#n c h w"], weight: Float[Tensor, " c"]
 ) -> Float[Tensor, " n"]:
     """Average the weighted squared differences of normalised features over pixels.
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from lrm_pl.errors import InputError
 
 #: Vertices (n, 3) and the triangles (m, 3) between them.
-Part = tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]
+Part = tuple[npt.NDArray[np.float64], npt.NDArray[np.integer]]
 
 
 def draw_points(

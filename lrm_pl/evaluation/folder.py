@@ -1,0 +1,136 @@
+"""The folder of an evaluation: a record an object, so that it goes on where it was, whoever measured what.
+
+OUT/settings.json      what is measured: protocol, weights, shards; another evaluation refuses the folder
+OUT/objects/ID.json    the metrics of one object, model and baselines
+OUT/objects/ID.png     its strip of pictures
+OUT/objects/ID.npz     features of its images, where FID and KID are wanted
+OUT/results.json, results.md, index.html    written last
+"""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lrm_pl.data.manifest import write_atomically
+from lrm_pl.errors import InputError
+from lrm_pl.evaluation.objects import Measured
+
+SETTINGS_NAME, OBJECTS_NAME, RESULTS_NAME = "settings.json", "objects", "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectRecord:
+    """What is kept of one object.
+
+    Attributes:
+        id: Its key.
+        rows: "model" and the baselines -> metric -> figure.
+        notes: What could not be measured, and why.
+        bad: Why nothing was measured; empty where something was.
+    """
+
+    id: str
+    rows: dict[str, dict[str, float]]
+    notes: tuple[str, ...] = ()
+    bad: str = ""
+
+
+def claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a folder this evaluation's, or make sure that it is.
+
+    Raises:
+        InputError: It is another one's.
+    """
+    path = folder / SETTINGS_NAME
+    content = (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
+    (folder / OBJECTS_NAME).mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        write_atomically(path, content)
+    found = read_json(path)
+    expected = json.loads(content)
+    if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
+        name = sorted(different)[0]
+        raise InputError(
+            f"{path}: expected {name} {expected.get(name)!r} as asked for now, found {found.get(name)!r}; choose "
+            f"another --out, or delete {folder}"
+        )
+
+
+def write_object(folder: Path, key: str, measured: Measured | None, bad: str = "") -> None:
+    """Keep what was found about an object; its record comes last.
+
+    Args:
+        folder: The evaluation's.
+        key: The object's.
+        measured: What was found; None where nothing was.
+        bad: Why.
+    """
+    place = folder / OBJECTS_NAME
+    record = ObjectRecord(key, measured.rows if measured else {}, measured.notes if measured else (), bad)
+    if measured is not None:
+        pixels = (measured.strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="PNG")
+        write_atomically(place / f"{key}.png", file.getvalue())
+    if measured is not None and measured.features:
+        file = io.BytesIO()
+        arrays: dict[str, Any] = {
+            name.replace(" ", "_"): values for name, values in measured.features.items()
+        }
+        np.savez(file, **arrays)
+        write_atomically(place / f"{key}.npz", file.getvalue())
+    write_atomically(
+        place / f"{key}.json", (json.dumps(dataclasses.asdict(record), sort_keys=True) + "\n").encode()
+    )
+
+
+def read_object(folder: Path, key: str) -> ObjectRecord | None:
+    """Read the record of an object; None where there is none yet.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    path = folder / OBJECTS_NAME / f"{key}.json"
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    try:
+        rows = {
+            str(name): {str(metric): float(value) for metric, value in row.items()}
+            for name, row in record["rows"].items()
+        }
+        return ObjectRecord(str(record["id"]), rows, tuple(map(str, record["notes"])), str(record["bad"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: expected the record of an object, found: {error!r}; delete it") from error
+
+
+def read_features(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
+    """Join the features of all objects: "target", "model" and the baselines -> (n, d)."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for key in keys:
+        path = folder / OBJECTS_NAME / f"{key}.npz"
+        if path.is_file():
+            with np.load(path, allow_pickle=False) as found:
+                for name in found.files:
+                    parts.setdefault(name.replace("_", " "), []).append(found[name])
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, found: {error}; delete it and measure again") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(record).__name__}; delete it")
+    return record

@@ -1,0 +1,251 @@
+"""Measure one object: reconstruct it from its inputs, compare pictures and surfaces with the truth."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleError, decode_image
+from lrm_pl.data.surface import decode_surface
+from lrm_pl.data.transforms import sample_rng
+from lrm_pl.evaluation.geometry import Cloud, SurfaceScores, align, compare_surfaces
+from lrm_pl.evaluation.protocols import Geometry, Protocol
+from lrm_pl.geometry.cameras import canonical_rotation, canonicalise
+from lrm_pl.inference import Scene
+from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.meshes.triangles import draw_points
+from lrm_pl.metrics import psnr, ssim
+from lrm_pl.rendering.surface import NoSurfaceError
+from lrm_pl.stages import stage
+
+#: Image embeddings (n, d) of images (n, 3, h, w) in [0, 1].
+Embed = Callable[[Tensor], Tensor]
+
+#: Makes a scene of an input view: image (3, h, w) over white, its c2w and fxfycxcy, canonical.
+Reconstruct = Callable[[Tensor, Tensor, Tensor], Scene]
+
+#: Targets that the strip of pictures shows.
+_SHOWN = 4
+
+#: Images that are measured at a time.
+_IMAGES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """What images are measured with besides arithmetic.
+
+    Attributes:
+        lpips: Name -> network.
+        clip: CLIP's image embeddings; None leaves CLIP similarity out.
+        features: Features of FID and KID; None leaves these out.
+    """
+
+    lpips: Mapping[str, PerceptualLoss]
+    clip: Embed | None = None
+    features: Embed | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was found about one object.
+
+    Attributes:
+        rows: "model" and the baselines -> metric -> mean over the object's images, or of its surface.
+        strip: (3, H, W) input | target, render, target, render ...
+        features: "target", "model" and the baselines -> features of all images, where these were asked for.
+        notes: What could not be measured, and why.
+    """
+
+    rows: dict[str, dict[str, float]]
+    strip: Float[Tensor, "3 H W"]
+    features: dict[str, Float[np.ndarray, "n d"]]
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """A trivial answer.
+
+    Attributes:
+        make: Input image (3, h, w) and targets (n, 3, h, w) -> answers of the targets' shape.
+        looks: Whether it depends on the input.
+    """
+
+    make: Callable[[Tensor, Tensor], Tensor]
+    looks: bool
+
+
+@torch.no_grad()
+def measure_object(
+    sample: Sample,
+    protocol: Protocol,
+    reconstruct: Reconstruct,
+    judges: Judges,
+    baselines: Mapping[str, Baseline],
+) -> Measured:
+    """Measure one object.
+
+    Args:
+        sample: The object, with the views that the protocol needs.
+        protocol: What is measured.
+        reconstruct: The network.
+        judges: What images are measured with.
+        baselines: What else is measured, where images are.
+
+    Raises:
+        SampleError: A view cannot be read, or there is no true surface where the protocol needs one.
+    """
+    targets = over_white(sample, protocol.seen)
+    size = targets.shape[-2], targets.shape[-1]
+    answers: dict[str, list[Tensor]] = {"model": []}
+    surface: dict[str, list[float]] = {}
+    notes = list[str]()
+    strip: Tensor | None = None
+    for view in protocol.inputs:
+        image = over_white(sample, (view,))[0]
+        c2w = canonicalise(torch.from_numpy(sample.c2w[[view, *protocol.seen]]))
+        fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.seen]])
+        scene = reconstruct(image, c2w[0], fxfycxcy[0])
+        with stage("views"):
+            renders = _render(scene, c2w[1:], fxfycxcy[1:], size)
+        answers["model"].append(renders)
+        for name, baseline in baselines.items():
+            if baseline.looks or name not in answers:
+                answers.setdefault(name, []).append(baseline.make(image, targets))
+        strip = _strip(image, targets, renders) if strip is None else strip
+        if protocol.geometry is not None:
+            with stage("surface"):
+                note = _measure_surface(surface, scene, sample, view, protocol.geometry)
+            notes += [note] if note else []
+    assert strip is not None, protocol.inputs
+    rows: dict[str, dict[str, float]] = {
+        "model": {name: float(np.mean(values)) for name, values in surface.items()}
+    }
+    features = dict[str, Float[np.ndarray, "n d"]]()
+    if protocol.targets:
+        with stage("metrics"):
+            for name, row in _measure_images(answers, targets, judges).items():
+                rows[name] = rows.get(name, {}) | row
+            if judges.features is not None:
+                features["target"] = judges.features(targets).float().cpu().numpy()
+                for name, images in answers.items():
+                    features[name] = judges.features(torch.cat(images)).float().cpu().numpy()
+    return Measured(rows, strip, features, tuple(notes))
+
+
+def true_surface(sample: Sample, view: int, geometry: Geometry) -> Cloud:
+    """Return the true surface as the input view's canonical frame has it.
+
+    Raises:
+        SampleError: The sample has none.
+    """
+    if SURFACE_MEMBER not in sample.extras:
+        raise SampleError(
+            f"sample {sample.info.id!r}: expected {SURFACE_MEMBER}, the true surface, found none; render the shards "
+            'with ARGS="--surface"'
+        )
+    points, normals = decode_surface(sample.info.id, sample.extras[SURFACE_MEMBER])
+    turn = canonical_rotation(torch.from_numpy(sample.c2w[view])).double().numpy()
+    truth = Cloud(points[: geometry.points].astype(np.float64), normals[: geometry.points].astype(np.float64))
+    truth = truth.moved(turn)
+    return truth.normalised() if geometry.normalised else truth
+
+
+def _measure_surface(
+    row: dict[str, list[float]], scene: Scene, sample: Sample, view: int, geometry: Geometry
+) -> str:
+    """Add the scores of a mesh; returns why there are none, or nothing."""
+    truth = true_surface(sample, view, geometry)
+    try:
+        mesh = scene.mesh(resolution=geometry.resolution)
+    except NoSurfaceError as error:
+        return f"view {view}: {error}"
+    rng = sample_rng(0, view, sample.info.id)
+    prediction = Cloud(*draw_points([(mesh.vertices.astype(np.float64), mesh.faces)], geometry.points, rng))
+    if geometry.normalised:
+        prediction = prediction.normalised()
+    if geometry.aligned:
+        prediction = align(prediction, truth)
+    add_surface(row, compare_surfaces(prediction, truth, geometry.thresholds))
+    return ""
+
+
+def add_surface(row: dict[str, list[float]], scores: SurfaceScores) -> None:
+    """Add the scores of one surface to a row, by the names of ``surface_metrics``."""
+    values = {"chamfer": scores.chamfer, "normal_consistency": scores.normal_consistency}
+    values |= {f"f_score@{threshold:g}": value for threshold, value in scores.f_scores.items()}
+    for name, value in values.items():
+        row.setdefault(name, []).append(value)
+
+
+def over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "n 3 h w"]:
+    """Decode views and put them over white."""
+    rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
+    if len({image.shape for image in rgba}) > 1:
+        raise SampleError(f"sample {sample.info.id!r}: expected views of one size, found several")
+    pixels = torch.from_numpy(np.stack(rgba)).permute(0, 3, 1, 2).float() / 255
+    return pixels[:, :3] * pixels[:, 3:] + 1 - pixels[:, 3:]
+
+
+def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) -> Float[Tensor, "n 3 h w"]:
+    device = scene.field.planes.device
+    occupancy = scene.occupancy
+    views = []
+    for pose, camera in zip(c2w.to(device), fxfycxcy.to(device), strict=True):
+        with torch.autocast(device.type, torch.bfloat16):
+            pixels = scene.renderer.draw(
+                scene.field, [occupancy], pose[None, None], camera[None, None], (size[0], size[1])
+            )
+        views.append(pixels.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).permute(2, 0, 1).cpu())
+    return torch.stack(views)
+
+
+def _measure_images(
+    answers: Mapping[str, list[Tensor]], targets: Tensor, judges: Judges
+) -> dict[str, dict[str, float]]:
+    """Measure all answers; what is known of the targets is found out once."""
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
+    for start in range(0, len(targets), _IMAGES):
+        theirs = targets[start : start + _IMAGES]
+        known = {name: _features_of(network, theirs) for name, network in judges.lpips.items()}
+        clip = None if judges.clip is None else judges.clip(theirs)
+        for name, row in values.items():
+            for answer in answers[name]:
+                ours = answer[start : start + _IMAGES]
+                once = ours[:1] if ours.stride(0) == 0 else ours  # one image for all targets
+                found = {"psnr": psnr(ours, theirs), "ssim": ssim(ours, theirs)}
+                for kind, network in judges.lpips.items():
+                    found[f"lpips_{kind}"] = network.distance(_features_of(network, once), known[kind]).cpu()
+                if judges.clip is not None and clip is not None:
+                    found["clip"] = torch.nn.functional.cosine_similarity(
+                        judges.clip(once), clip, dim=-1
+                    ).cpu()
+                # A baseline that repeats the input equals it in that one view: no figure of a comparison.
+                counts = found["psnr"].isfinite()
+                for metric, figures in found.items():
+                    row.setdefault(metric, []).extend(figures[counts].tolist())
+    return {
+        name: {metric: float(np.mean(v)) for metric, v in row.items() if v} for name, row in values.items()
+    }
+
+
+def _features_of(network: PerceptualLoss, images: Tensor) -> tuple[Tensor, ...]:
+    return network.features(images.to(next(network.network.parameters()).device))
+
+
+def _strip(image: Tensor, targets: Tensor, renders: Tensor) -> Float[Tensor, "3 H W"]:
+    height = targets.shape[-2]
+    if image.shape[-2] != height:
+        image = torch.nn.functional.interpolate(
+            image[None], (height, height), mode="bilinear", antialias=True
+        )[0]
+    count = min(_SHOWN, len(targets))
+    chosen = [(2 * k + 1) * len(targets) // (2 * count) for k in range(count)]
+    cells = [image]
+    for k in chosen:
+        cells += [targets[k], renders[k]]
+    return torch.cat(cells, dim=-1)

@@ -1,0 +1,151 @@
+"""The page of an evaluation: its table, and the worst, median and best objects in pictures. One file."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lrm_pl.evaluation.folder import OBJECTS_NAME, ObjectRecord
+from lrm_pl.evaluation.summary import Difference, digits
+
+#: Objects that are shown of each kind.
+_SHOWN = 4
+
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}
+figure{margin:0 0 1rem}img{max-width:100%;border:1px solid #ddd}figcaption{color:#555;font-size:.9rem}
+.worse{color:#a33}.better{color:#273}
+"""
+
+
+def ranked(
+    records: Sequence[ObjectRecord], metric: str, *, more_is_better: bool
+) -> dict[str, list[ObjectRecord]]:
+    """Choose the worst, the median and the best objects by a metric of the model; none twice."""
+    known = [record for record in records if metric in record.rows.get("model", {})]
+    order = sorted(
+        known, key=lambda r: (r.rows["model"][metric], r.id), reverse=not more_is_better
+    )  # worst first
+    count = min(_SHOWN, -(-len(order) // 3))
+    middle = (len(order) - count) // 2
+    parts = {
+        "worst": order[:count],
+        "median": order[middle : middle + count],
+        "best": list(reversed(order[len(order) - count :])),
+    }
+    seen = set[str]()
+    chosen = {}
+    for name, part in parts.items():
+        chosen[name] = [record for record in part if record.id not in seen]
+        seen |= {record.id for record in part}
+    return chosen
+
+
+def render_page(
+    title: str,
+    facts: Mapping[str, str],
+    rows: Mapping[str, Mapping[str, float]],
+    better: Mapping[str, bool],
+    records: Sequence[ObjectRecord],
+    folder: Path,
+) -> str:
+    """Write the page.
+
+    Args:
+        title: Its title.
+        facts: What was measured, a row each.
+        rows: Row -> metric -> mean.
+        better: Metric -> whether more is better; objects are ranked by the first that there is.
+        records: All objects.
+        folder: The evaluation's, for the pictures.
+    """
+    columns = [metric for metric in better if any(metric in row for row in rows.values())]
+    parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts), _means(rows, better, columns)]
+    if columns:
+        for name, chosen in ranked(records, columns[0], more_is_better=better[columns[0]]).items():
+            figures = "".join(_figure(record, columns, folder) for record in chosen)
+            parts.append(f"<h2>{name} objects, by {html.escape(columns[0])}</h2>{figures}")
+    missing = [record for record in records if record.bad or record.notes]
+    if missing:
+        lines = "".join(
+            f"<li>{html.escape(record.id)}: {html.escape(record.bad or '; '.join(record.notes))}</li>"
+            for record in missing
+        )
+        parts.append(f"<h2>not measured, or not wholly</h2><ul>{lines}</ul>")
+    return _document(title, "".join(parts))
+
+
+def render_comparison(
+    title: str, names: tuple[str, str], rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool],
+    differences: Mapping[str, Difference], folders: tuple[Path, Path], records: Sequence[ObjectRecord],
+) -> str:  # fmt: skip
+    """Write the page of two evaluations: means, paired differences, and the objects whose difference is largest."""
+    columns = [metric for metric in better if metric in differences]
+    lines = []
+    for metric in columns:
+        found = differences[metric]
+        sure = found.low > 0 or found.high < 0
+        kind = ("better" if (found.mean > 0) == better[metric] else "worse") if sure else ""
+        places = digits(metric)
+        lines.append(
+            f"<tr><td>{html.escape(metric)}</td><td class='{kind}'>{found.mean:+.{places}f}</td>"
+            f"<td>{found.low:+.{places}f} to {found.high:+.{places}f}</td><td>{found.objects}</td></tr>"
+        )
+    table = (
+        "<h2>B - A, object by object</h2><table><tr><th></th><th>mean</th><th>95 % interval</th><th>objects</th></tr>"
+        + "".join(lines)
+        + "</table>"
+    )
+    pictures = []
+    for record in records[:_SHOWN]:
+        for name, folder in zip(names, folders, strict=True):
+            pictures.append(_picture(folder, record.id, f"{name}: {record.id}"))
+    parts = [f"<h1>{html.escape(title)}</h1>", _means(rows, better, columns), table, *pictures]
+    return _document(title, "".join(parts))
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    lines = "".join(
+        f"<tr><td>{html.escape(name)}</td><td style='text-align:left'>{html.escape(value)}</td></tr>"
+        for name, value in facts.items()
+    )
+    return f"<table>{lines}</table>"
+
+
+def _means(
+    rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool], columns: Sequence[str]
+) -> str:
+    head = "".join(f"<th>{html.escape(metric)} {'↑' if better[metric] else '↓'}</th>" for metric in columns)
+    lines = []
+    for name, row in rows.items():
+        cells = "".join(
+            f"<td>{row[metric]:.{digits(metric)}f}</td>" if metric in row else "<td>-</td>"
+            for metric in columns
+        )
+        lines.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
+    return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+
+
+def _figure(record: ObjectRecord, columns: Sequence[str], folder: Path) -> str:
+    row = record.rows.get("model", {})
+    told = ", ".join(f"{metric} {row[metric]:.{digits(metric)}f}" for metric in columns if metric in row)
+    return _picture(folder, record.id, f"{record.id}: {told}")
+
+
+def _picture(folder: Path, key: str, caption: str) -> str:
+    path = folder / OBJECTS_NAME / f"{key}.png"
+    image = ""
+    if path.is_file():
+        data = base64.b64encode(path.read_bytes()).decode()
+        image = f"<img alt='input, then target and render by turns' src='data:image/png;base64,{data}'>"
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _document(title: str, body: str) -> str:
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style>{body}</html>\n"
+    )

@@ -1,0 +1,62 @@
+"""Which objects of a folder of shards are measured, and reading them."""
+
+import fnmatch
+
+from lrm_pl.data.manifest import Split
+from lrm_pl.data.mixture import Entry
+from lrm_pl.data.schema import SURFACE_MEMBER, Sample
+from lrm_pl.data.shards import Place, ShardReader
+from lrm_pl.data.source import ShardSource
+from lrm_pl.errors import InputError
+from lrm_pl.evaluation.protocols import Protocol
+
+
+class Objects:
+    """The objects that are measured, in the order of the shards.
+
+    Attributes:
+        manifest: Of the folder.
+        chosen: Their ids and places.
+
+    Args:
+        data: The folder of shards, or its URL.
+        split: Which objects.
+        pattern: What their ids fit, as file names fit a shell's patterns.
+        limit: Most objects, evenly spread; None: all.
+
+    Raises:
+        InputError: There are none.
+    """
+
+    def __init__(self, data: str, split: Split, pattern: str = "*", limit: int | None = None) -> None:
+        source = ShardSource(data)
+        self.manifest = source.manifest()
+        self._reader = ShardReader(
+            [Entry(source, shard, 0) for shard in self.manifest.shards if not shard.rejected]
+        )
+        chosen = [(key, place) for key, place in self.of_split(split) if fnmatch.fnmatchcase(key, pattern)]
+        count = len(chosen) if limit is None else min(limit, len(chosen))
+        self.chosen = [chosen[i * len(chosen) // count] for i in range(count)]
+        if not self.chosen:
+            raise InputError(
+                f"expected objects of the split {split!r} named {pattern} in {data}, found none of "
+                f"{len(self.of_split(split))}; choose --split or --ids, or render with --held-out"
+            )
+
+    def of_split(self, split: Split) -> list[tuple[str, Place]]:
+        """List all objects of a split: id and place."""
+        return [
+            (key, Place(0, number, index))
+            for number, entry in enumerate(self._reader.entries)
+            if entry.shard.split == split
+            for index, key in enumerate(self._reader.keys(number))
+        ]
+
+    def read(self, place: Place, protocol: Protocol) -> Sample:
+        """Read an object with the views, and the surface, that a protocol needs.
+
+        Raises:
+            SampleError: It is bad.
+        """
+        extras = [SURFACE_MEMBER] if protocol.geometry is not None else []
+        return self._reader.read(place, sorted({*protocol.inputs, *protocol.seen}), extras)

@@ -1,0 +1,232 @@
+"""`lrm evaluate` as it is typed: results that another start, and any number of processes, find again to the byte."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lrm_pl.apps.evaluate import Objects, evaluate, main
+from lrm_pl.apps.trained import open_trained
+from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.evaluation.objects import Judges
+from lrm_pl.evaluation.protocols import PROTOCOLS
+from lrm_pl.io import fetch
+from tests.pretrained_folder import tiny_pretrained
+
+# TensorBoard's writer, and torch's loader of its own files, warn of what they will change.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated") / "shards"
+    write_synthetic_shards(folder, train=2, val=2, views=16, resolution=32, surface=True)
+    return folder
+
+
+def run(pretrained, data, out, *options):
+    main(["--ckpt", str(pretrained), "--data", str(data), "--out", str(out), "--device", "cpu", *options])
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(pretrained, data, tmp_path_factory):
+    """An evaluation under LRM's protocol with its baselines."""
+    out = tmp_path_factory.mktemp("finished") / "lrm"
+    run(pretrained, data, out, "--baseline")
+    return out
+
+
+def test_results_are_figures_tables_pictures_and_a_board(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert results["objects"] == 2
+    assert results["protocol"]["name"] == "lrm"
+    assert len(results["settings"]["network"]["sha256"]) == 64
+    assert results["versions"]["commit"]
+    rows = results["mean"]
+    assert set(rows) == {"model", "white image", "input view repeated", "mean training image"}
+    for row in rows.values():
+        assert set(row) == {"psnr", "ssim", "lpips_alex", "lpips_vgg"}
+        assert 3 < row["psnr"] < 40
+    table = (finished / "results.md").read_text()
+    assert "| | psnr ↑ | ssim ↑ | lpips_alex ↓ | lpips_vgg ↓ |" in table
+    assert f"| model | {rows['model']['psnr']:.2f} |" in table
+    page = (finished / "index.html").read_text()
+    for word in (
+        "worst objects",
+        "median objects",
+        "best objects",
+        "val-ellipsoid-000",
+        "data:image/png;base64",
+    ):
+        assert word in page
+    board = EventAccumulator(str(finished))
+    board.Reload()
+    assert board.Scalars("lrm/psnr/model")[0].value == pytest.approx(rows["model"]["psnr"], rel=1e-6)
+    assert {"lrm/worst", "lrm/median", "lrm/best"} <= set(board.Tags()["images"])
+
+
+def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_bytes(
+    finished, pretrained, data, tmp_path, capsys
+):
+    out = tmp_path / "again"
+    shutil.copytree(finished, out)
+    (out / "objects" / "val-ellipsoid-001.json").unlink()
+    (out / "results.json").unlink()
+    kept = (out / "objects" / "val-ellipsoid-000.json").stat().st_mtime_ns
+    run(pretrained, data, out, "--baseline")
+    assert "1 objects are measured already" in capsys.readouterr().out
+    assert (out / "objects" / "val-ellipsoid-000.json").stat().st_mtime_ns == kept
+    for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-001.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    with pytest.raises(
+        SystemExit, match="expected baselines False as asked for now, found True; choose another --out"
+    ):
+        run(pretrained, data, out)
+
+
+def test_two_processes_come_to_the_bytes_of_one(finished, pretrained, data, tmp_path, root):
+    out = tmp_path / "two"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "lrm_pl",
+    ]
+    command += [
+        "evaluate",
+        "--ckpt",
+        pretrained,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--baseline",
+    ]
+    done = subprocess.run(
+        [str(part) for part in command], cwd=root, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (out, finished))
+    for row, metrics in expected["mean"].items():  # each has one thread instead of two: sums in another order
+        assert found["mean"][row] == pytest.approx(metrics, rel=1e-4), row
+    assert found["objects"] == 2
+    assert done.stdout.count("2 of 2 objects") == 1, "rank 0 alone speaks"
+
+
+@pytest.mark.parametrize("name", ["geometry", "geometry-posed"])
+def test_surfaces_are_held_against_the_truth(name, pretrained, data, tmp_path, monkeypatch):
+    # rotations of a coarser grid: the full one is for machines with more time
+    monkeypatch.setattr("lrm_pl.evaluation.geometry._STEPS", (4, 4, 2))
+    from lrm_pl.evaluation.geometry import rotation_grid
+
+    rotation_grid.cache_clear()
+    results = run(pretrained, data, tmp_path / name, "--protocol", name, "--limit", "1")
+    rotation_grid.cache_clear()
+    row = results["mean"]["model"]
+    assert set(row) == {"chamfer", "f_score@0.1", "f_score@0.2", "f_score@0.5", "normal_consistency"}
+    assert 0 < row["chamfer"] < 1
+    assert row["f_score@0.1"] <= row["f_score@0.2"] <= row["f_score@0.5"]
+
+
+def test_shards_that_cannot_serve_a_protocol_say_how_to_make_some(pretrained, shards, data, tmp_path):
+    for arguments, message in (
+        ((shards, "--protocol", "lrm"), "at least 15 views an object for the protocol 'lrm', found 8"),
+        ((data, "--protocol", "gso-orbit"), "at least 24 views"),
+        ((data, "--ids", "chair*"), "objects of the split 'val' named chair"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(pretrained, arguments[0], tmp_path / "out", *arguments[1:])
+    plain = tmp_path / "plain"
+    write_synthetic_shards(plain, train=1, val=1, views=16, resolution=32)
+    with pytest.raises(
+        SystemExit, match=r"expected surface\.npy, the true surface, found none; render the shards with ARGS"
+    ):
+        run(pretrained, plain, tmp_path / "out2", "--protocol", "geometry")
+
+
+def test_two_networks_are_compared_object_by_object(finished, data, tmp_path, capsys):
+    other = tiny_pretrained()
+    with torch.no_grad():
+        other.network.decoder.layers[-1].bias[0] -= 5  # next to nothing is drawn: white
+    other.save_pretrained(tmp_path / "other")
+    run(tmp_path / "other", data, tmp_path / "b", "--baseline")
+    main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
+    said = capsys.readouterr().out
+    a, b = (
+        json.loads((folder / "results.json").read_text())["mean"]["model"]
+        for folder in (finished, tmp_path / "b")
+    )
+    assert f"| psnr | {b['psnr'] - a['psnr']:+.4f} |" in said
+    assert "| 2 |" in said
+    page = (tmp_path / "c" / "comparison.html").read_text()
+    assert "95 % interval" in page
+    assert page.count("data:image/png;base64") == 4
+    with pytest.raises(SystemExit, match="expected a finished evaluation in"):
+        main(["--compare", str(finished), str(tmp_path / "nothing")])
+
+
+def test_a_bad_object_is_named_and_the_others_are_measured(pretrained, data, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    index = json.loads((copy / "val-000000.index.json").read_text())
+    offset, size = index["val-ellipsoid-000"]["view_003.webp"]
+    content = bytearray((copy / "val-000000.tar").read_bytes())
+    content[offset : offset + size] = bytes(size)
+    (copy / "val-000000.tar").write_bytes(content)
+    results = run(pretrained, copy, tmp_path / "out", "--protocol", "lrm")
+    assert results["objects"] == 1
+    assert "expected a PNG or WebP view" in results["not measured"]["val-ellipsoid-000"]
+    assert "val-ellipsoid-000: " in capsys.readouterr().out
+
+
+def test_features_and_clip_are_measured_with_the_extractors_that_are_given(pretrained, data, tmp_path):
+    def pooled(images):
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+    trained, objects = open_trained(str(pretrained), device="cpu"), Objects(str(data), "val", limit=1)
+    settings = {
+        "protocol": {"name": "lrm"},
+        "network": {"source": "x", "step": None, "sha256": "0" * 64},
+        "data": {"folder": "d", "split": "val", "ids": "*"},
+    }
+    judges = Judges({}, clip=pooled, features=pooled)
+    results = evaluate(trained, PROTOCOLS["lrm"], objects, tmp_path, judges, {}, settings)
+    row = results["mean"]["model"]
+    assert set(row) == {"psnr", "ssim", "clip", "fid", "kid"}
+    with np.load(tmp_path / "objects" / "val-ellipsoid-000.npz") as features:
+        assert features["model"].shape == (75, 12)
+        assert features["target"].shape == (15, 12)
+    assert row["fid"] > 0.01
+
+
+def test_without_the_inception_network_fid_says_where_it_is_looked_for(
+    pretrained, data, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise fetch.FetchError("no network here")
+
+    monkeypatch.setattr("lrm_pl.io.weights.fetch", fail)
+    monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
+    from lrm_pl.io.image_features import load_inception
+
+    with pytest.raises(
+        ValueError, match=r"(?s)no source gave .*give the path of a file that you have: --inception FILE"
+    ):
+        load_inception(None, None, torch.device("cpu"))
+    monkeypatch.delenv("LRM_CACHE")
+    with pytest.raises(
+        SystemExit, match=r"expected CLIP's image tower at .*none.pth with sha256 00, found no file"
+    ):
+        run(pretrained, data, tmp_path / "out", "--clip", str(tmp_path / "none.pth"), "--clip-sha256", "00")

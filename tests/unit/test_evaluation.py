@@ -1,0 +1,286 @@
+"""Evaluation: surfaces, sets of images, paired differences, by closed forms and by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from lrm_pl.data.synthetic import ellipsoid_surface, synthetic_sample
+from lrm_pl.errors import InputError
+from lrm_pl.evaluation.baselines import Baseline
+from lrm_pl.evaluation.folder import ObjectRecord, claim, read_object, write_object
+from lrm_pl.evaluation.geometry import Cloud, align, chamfer, compare_surfaces, rotation_grid
+from lrm_pl.evaluation.objects import Judges, Measured, measure_object, true_surface
+from lrm_pl.evaluation.page import ranked, render_page
+from lrm_pl.evaluation.protocols import PROTOCOLS, Geometry, Protocol
+from lrm_pl.evaluation.summary import means, paired_differences, set_distances, table
+from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.inference import Scene
+from lrm_pl.meshes.mesh import Mesh
+from lrm_pl.metrics import ssim
+from lrm_pl.rendering.surface import NoSurfaceError
+from tests.unit.test_meshes import lumps
+
+RNG = np.random.default_rng
+
+
+def ball(radius=1.0, centre=(0, 0, 0), count=40_000, seed=0):
+    points, normals = ellipsoid_surface(np.full(3, 1.0), count, RNG(seed))
+    return Cloud(points * radius + centre, normals)
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.5, 0.9])
+def test_the_chamfer_distance_of_two_shifted_spheres_is_its_closed_form(shift):
+    # From a point of one unit sphere at angle theta to the shift d: s = sqrt(1 + d^2 - 2 d cos theta) to the other's
+    # middle, |s - 1| to its surface. Uniform in cos theta, ds s / d: 1/(2d) int |s - 1| s ds from 1 - d to 1 + d.
+    low, high = 1 - shift, 1 + shift
+
+    def integral(s):  # of (s - 1) s
+        return s**3 / 3 - s**2 / 2
+
+    expected = ((integral(low) - integral(1)) + (integral(high) - integral(1))) / (2 * shift)
+    found = chamfer(ball().points, ball(centre=(0, 0, shift), seed=1).points)
+    assert found == pytest.approx(
+        expected, abs=0.004
+    )  # points are 0.018 apart, which adds to small distances
+    assert found == pytest.approx(expected, rel=0.08)
+
+
+def test_spheres_about_one_middle_are_the_difference_of_their_radii_apart():
+    scores = compare_surfaces(ball(0.8), ball(1.0, seed=1), (0.1, 0.199, 0.21))
+    assert scores.chamfer == pytest.approx(0.2, abs=0.001)
+    assert scores.f_scores == {0.1: 0.0, 0.199: 0.0, 0.21: 1.0}
+    assert scores.normal_consistency == pytest.approx(1, abs=0.001)
+
+
+def test_the_f_score_is_that_by_hand():
+    # Three of four predicted points are within 0.1 of the truth; one of two true points is within 0.1 of a prediction.
+    points = np.array([(0, 0, 0), (0.05, 0, 0), (0, 0.05, 0), (9, 0, 0)], dtype=float)
+    truth = np.array([(0, 0, 0), (-5, 0, 0)], dtype=float)
+    up, side = np.tile((0.0, 0, 1), (4, 1)), np.tile((1.0, 0, 0), (2, 1))
+    scores = compare_surfaces(Cloud(points, up), Cloud(truth, side), (0.1,))
+    assert scores.f_scores[0.1] == pytest.approx(2 * 0.75 * 0.5 / 1.25)
+    assert scores.chamfer == pytest.approx(((0 + 0.05 + 0.05 + 9) / 4 + (0 + 5) / 2) / 2)
+    assert scores.normal_consistency == 0
+    assert compare_surfaces(Cloud(points, up), Cloud(truth + 100, side), (0.1,)).f_scores[0.1] == 0
+
+
+def test_a_flipped_normal_counts_as_the_same():
+    assert compare_surfaces(ball(), Cloud(ball().points, -ball().normals), (0.1,)).normal_consistency == 1
+
+
+def test_normalising_brings_the_mean_to_the_origin_and_the_longest_side_to_2():
+    found = Cloud(RNG(0).uniform((5, 0, 0), (9, 1, 2), (5000, 3)), np.zeros((5000, 3))).normalised()
+    np.testing.assert_allclose(found.points.mean(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose(np.ptp(found.points, axis=0), (2, 0.5, 1), rtol=0.01)
+
+
+def lopsided(count, seed):
+    """A surface that looks the same in one position only: three ellipsoids of different sizes."""
+    parts = [
+        (np.array((0.9, 0.3, 0.2)), (0, 0, 0)), (np.array((0.2, 0.5, 0.2)), (0.6, 0.4, 0)),
+        (np.array((0.15, 0.15, 0.4)), (-0.5, 0, 0.5)),
+    ]  # fmt: skip
+    clouds = [ellipsoid_surface(radii, count, RNG(seed + k)) for k, (radii, _) in enumerate(parts)]
+    points = np.concatenate([p + c for (p, _), (_, c) in zip(clouds, parts, strict=True)])
+    order = RNG(seed).permutation(len(points))
+    return Cloud(points[order], np.concatenate([n for _, n in clouds])[order])
+
+
+def test_alignment_finds_a_turned_and_shifted_shape_again():
+    truth = lopsided(1500, 0).normalised()
+    turn = Rotation.from_euler("zxy", (100, -50, 20), degrees=True).as_matrix()
+    away = lopsided(1500, 10).moved(turn, np.array((0.3, -0.2, 0.1))).normalised()
+    same = chamfer(lopsided(1500, 10).normalised().points, truth.points)
+    assert chamfer(away.points, truth.points) > 4 * same
+    found = align(away, truth)
+    assert chamfer(found.points, truth.points) < 1.15 * same
+    assert compare_surfaces(found, truth, (0.1,)).normal_consistency > 0.9
+    assert len(rotation_grid()) == 24 * 24 * 12
+    np.testing.assert_allclose(rotation_grid()[0], np.eye(3), atol=1e-15)
+
+
+def test_alignment_never_makes_it_worse():
+    truth, prediction = ball(count=600).normalised(), ball(count=600, seed=3).normalised()
+    assert chamfer(align(prediction, truth).points, truth.points) <= chamfer(prediction.points, truth.points)
+
+
+def record(key, **metrics):
+    return ObjectRecord(key, {"model": {name: float(value) for name, value in metrics.items()}})
+
+
+def test_paired_differences_have_the_interval_of_students_t():
+    a = [record(str(k), psnr=v) for k, v in enumerate((20, 22, 24, 30))]
+    b = [record(str(k), psnr=v) for k, v in enumerate((21, 24, 27, 34))]  # +1, +2, +3, +4
+    found = paired_differences(a, b)["psnr"]
+    reach = 3.182446305 * math.sqrt(5 / 3 / 4)  # t of 3 degrees of freedom, times the standard error
+    assert (found.mean, found.objects) == (2.5, 4)
+    assert (found.low, found.high) == pytest.approx((2.5 - reach, 2.5 + reach))
+    assert paired_differences(b, a)["psnr"].mean == -2.5
+    with pytest.raises(InputError, match="at least two objects in common"):
+        paired_differences(a[:1], b)
+
+
+def test_means_are_over_the_objects_that_have_a_figure_and_the_model_comes_first():
+    records = [
+        ObjectRecord("b", {"a baseline": {"psnr": 1.0}, "model": {"psnr": 10.0, "chamfer": 0.5}}),
+        ObjectRecord("a", {"a baseline": {"psnr": 3.0}, "model": {"psnr": 20.0}}),
+    ]
+    found = means(records)
+    assert list(found) == ["model", "a baseline"]
+    assert found == {"model": {"psnr": 15.0, "chamfer": 0.5}, "a baseline": {"psnr": 2.0}}
+    assert table(found, {"psnr": True, "chamfer": False, "ssim": True}).splitlines() == [
+        "| | psnr ↑ | chamfer ↓ |",
+        "|---|---:|---:|",
+        "| model | 15.00 | 0.5000 |",
+        "| a baseline | 2.00 | - |",
+    ]
+
+
+def test_fid_of_shifted_features_is_the_squared_shift_and_kid_of_one_distribution_is_nothing():
+    features = RNG(0).normal(size=(400, 4)).astype(np.float32)
+    shift = np.array((1, 2, 0, 0), dtype=np.float32)
+    other = RNG(1).normal(size=(400, 4)).astype(np.float32)
+    found = set_distances({"target": features, "model": features + shift, "other": other})
+    assert found["model"]["fid"] == pytest.approx(5, rel=1e-3)
+    assert abs(found["other"]["kid"]) < 0.05 < found["model"]["kid"]
+
+
+class Given(Scene):
+    """A scene whose mesh is given."""
+
+    def __init__(self, mesh):
+        object.__setattr__(self, "given", mesh)
+
+    def mesh(self, resolution):
+        if self.given is None:
+            raise NoSurfaceError("nothing there")
+        return self.given
+
+
+def test_a_mesh_that_is_the_truth_has_no_distance_in_the_frame_of_the_input_view():
+    sample = synthetic_sample("a", 4, 32, 0, surface=True)
+    radii = np.abs(
+        true_points := np.frombuffer(sample.extras["surface.npy"][128:], np.float32).reshape(-1, 6)[:, :3]
+    ).max(axis=0)
+    assert np.abs(((true_points / radii) ** 2).sum(axis=1) - 1).max() < 0.01
+    geometry = Geometry(normalised=False, aligned=False)
+    truth = true_surface(sample, 2, geometry)
+    assert len(truth.points) == 10_000
+    # the input camera stands on -y: what it sees nearest has the smallest y
+    c2w = sample.c2w[2].astype(float)
+    depth = (true_points[:10_000] - c2w[:3, 3]) @ c2w[:3, 2]
+    distance = np.linalg.norm(c2w[:3, 3])
+    np.testing.assert_allclose(truth.points[:, 1], depth - distance, atol=1e-5)
+
+
+def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_comparison(monkeypatch):
+    sample = synthetic_sample("a", 4, 32, 0)
+    protocol = Protocol("two", "", inputs=(0, 1), targets=(0, 1, 2))
+    drawn = [torch.full((3, 3, 32, 32), 0.5), torch.full((3, 3, 32, 32), 0.25)]
+    calls = iter(drawn)
+    monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: next(calls))
+    baselines = {
+        "grey": Baseline(lambda image, targets: torch.full((), 0.75).expand_as(targets), looks=False),
+        "copy": Baseline(lambda image, targets: image.expand_as(targets), looks=True),
+    }
+    judges = Judges({}, clip=lambda images: images.mean((2, 3)), features=lambda images: images.mean((2, 3)))
+    found = measure_object(sample, protocol, lambda *_: Given(None), judges, baselines)
+    from lrm_pl.evaluation.objects import over_white
+
+    targets = over_white(sample, (0, 1, 2))
+
+    def psnr(images, targets):
+        return (-10 * torch.log10((images - targets).square().mean((1, 2, 3)))).tolist()
+
+    assert found.rows["model"]["psnr"] == pytest.approx(
+        np.mean(psnr(drawn[0], targets) + psnr(drawn[1], targets))
+    )
+    assert found.rows["model"]["ssim"] == pytest.approx(
+        torch.cat([ssim(images, targets) for images in drawn]).mean().item(), abs=1e-6
+    )
+    assert found.rows["grey"]["psnr"] == pytest.approx(np.mean(psnr(torch.full_like(targets, 0.75), targets)))
+    copied = psnr(targets[:1], targets[1:]) + psnr(targets[1:2], targets[[0, 2]])
+    assert found.rows["copy"]["psnr"] == pytest.approx(np.mean(copied))
+    assert found.rows["grey"]["clip"] < 1
+    assert found.features["target"].shape == (3, 3)
+    assert found.features["model"].shape == (6, 3)
+    assert found.features["grey"].shape == (3, 3)
+    assert found.strip.shape == (3, 32, 32 * 7)
+
+
+def test_a_surface_is_measured_and_an_empty_field_is_a_note(monkeypatch):
+    sample = synthetic_sample("a", 12, 32, 0, surface=True)
+    monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: torch.zeros(4, 3, 32, 32))
+    vertices, faces = lumps()
+    scene = Given(Mesh(vertices, faces, vertices))
+    found = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: scene, Judges({}), {})
+    assert set(found.rows["model"]) == {
+        "chamfer",
+        "f_score@0.1",
+        "f_score@0.2",
+        "f_score@0.5",
+        "normal_consistency",
+    }
+    assert 0.01 < found.rows["model"]["chamfer"] < 0.6
+    again = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: scene, Judges({}), {})
+    assert again.rows == found.rows
+
+    found = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), Judges({}), {})
+    assert found.rows == {"model": {}}
+    assert found.notes == ("view 0: nothing there",)
+
+
+def test_records_come_back_and_another_evaluation_refuses_the_folder(tmp_path):
+    claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 3})
+    claim(tmp_path, {"limit": 3, "protocol": {"name": "lrm"}})
+    with pytest.raises(InputError, match="expected limit 4 as asked for now, found 3; choose another --out"):
+        claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 4})
+    assert read_object(tmp_path, "a") is None
+    measured = Measured({"model": {"psnr": 12.5}}, torch.rand(3, 4, 20), {}, ("a note",))
+    write_object(tmp_path, "a", measured)
+    assert read_object(tmp_path, "a") == ObjectRecord("a", {"model": {"psnr": 12.5}}, ("a note",))
+    (tmp_path / "objects" / "a.json").write_text('{"id": "a"}')
+    with pytest.raises(InputError, match="expected the record of an object, found: KeyError"):
+        read_object(tmp_path, "a")
+
+
+def test_the_page_shows_worst_median_and_best_once_and_escapes_names(tmp_path):
+    records = [record(f"<b>{k}", psnr=float(k)) for k in range(12)]
+    chosen = ranked(records, "psnr", more_is_better=True)
+    assert [[r.id for r in part] for part in chosen.values()] == [
+        ["<b>0", "<b>1", "<b>2", "<b>3"], ["<b>4", "<b>5", "<b>6", "<b>7"], ["<b>11", "<b>10", "<b>9", "<b>8"],
+    ]  # fmt: skip
+    few = ranked(records[:2], "psnr", more_is_better=False)
+    assert sorted(r.id for part in few.values() for r in part) == ["<b>0", "<b>1"]
+    page = render_page("T<", {"a": "<script>"}, means(records), {"psnr": True}, records, tmp_path)
+    assert "<script>" not in page
+    assert "&lt;b&gt;11" in page
+
+
+def test_a_protocol_names_what_shards_lack():
+    from lrm_pl.data.manifest import Manifest
+
+    with pytest.raises(
+        InputError, match="at least 15 views an object for the protocol 'lrm', found 8; render with VIEWS=15"
+    ):
+        PROTOCOLS["lrm"].require(Manifest((), 8, 0, {}), "data")
+    with pytest.raises(
+        InputError, match=r"expected the cameras 'gso-orbit' .* found 'frame'; render with ARGS"
+    ):
+        PROTOCOLS["gso-orbit"].require(Manifest((), 24, 0, {"preset": "frame"}), "data")
+
+
+def test_a_scene_of_the_input_view_has_that_views_camera():
+    from lrm_pl.apps.evaluate import reconstructor
+    from lrm_pl.apps.trained import Trained
+    from tests.pretrained_folder import tiny_pretrained
+
+    make = reconstructor(Trained(tiny_pretrained(), "", None, ""))
+    c2w = InputCamera(2.2, 60.0)
+    scene = make(torch.rand(3, 32, 32), c2w.c2w, c2w.fxfycxcy)
+    assert isinstance(scene, Scene)
+    assert scene.camera.distance == pytest.approx(2.2)
+    assert scene.camera.fov_deg == pytest.approx(60, abs=1e-4)
