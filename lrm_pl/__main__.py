@@ -19,6 +19,7 @@ COMMANDS = {
         "lrm_pl.apps.evaluate:main",
         "measure a trained network under a protocol: lrm evaluate --ckpt RUN --data SHARDS --protocol lrm",
     ),
+    "serve": ("lrm_pl.apps.serve:main", "answer pictures with meshes over HTTP: lrm serve --ckpt RUN"),
     "export": (
         "lrm_pl.apps.export:main",
         "turn a checkpoint into config.yaml + model.safetensors: lrm export RUN OUT",

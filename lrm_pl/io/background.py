@@ -40,17 +40,26 @@ class BackgroundRemover:
         Raises:
             InputError: rembg is not installed, or its network cannot be found.
         """
-        import_error = (
-            "expected rembg to take the background out, found none; pip install -e '.[infer]', or give a picture with "
-            "an alpha channel"
-        )
+        self.load()
+        import rembg
+
+        return rembg.remove(image.convert("RGB"), session=self._session)
+
+    def load(self) -> None:
+        """Load the network, if it is not loaded yet.
+
+        Raises:
+            InputError: rembg is not installed, or its network cannot be found.
+        """
         try:
-            import rembg
+            import rembg  # noqa: F401
         except ImportError as error:
-            raise InputError(import_error) from error
+            raise InputError(
+                "expected rembg to take the background out, found none; pip install -e '.[infer]', or give a picture "
+                "with an alpha channel"
+            ) from error
         if self._session is None:
             self._session = self._load()
-        return rembg.remove(image.convert("RGB"), session=self._session)
 
     def _load(self) -> Any:  # noqa: ANN401 - rembg is untyped
         import onnxruntime

@@ -1,0 +1,285 @@
+"""``lrm serve``: a network behind HTTP. POST /reconstruct takes a picture, and answers with a GLB.
+
+    curl --data-binary @photo.png http://127.0.0.1:8000/reconstruct -o mesh.glb
+
+One picture is worked on at a time; others wait in a queue of a bounded length. GET /health says whether it works,
+GET /metrics counts for Prometheus, GET /docs describes all of it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any
+
+from lrm_pl import __version__
+from lrm_pl.apps.infer import Wishes, make_mesh
+from lrm_pl.apps.trained import Trained, open_trained
+from lrm_pl.errors import InputError
+from lrm_pl.io.background import BackgroundRemover
+from lrm_pl.meshes.glb import encode_glb
+from lrm_pl.pictures import PictureError, open_picture
+from lrm_pl.stages import listening, stage
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that requests in hand have to finish in once the server is told to stop.
+_GRACE_S = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a request may cost.
+
+    Attributes:
+        megabytes: Size of a picture's file.
+        megapixels: Pixels of a picture.
+        seconds: From the end of a request's body to the answer's beginning, waiting included; looked at between the
+            stages of the work.
+        upload_seconds: For the body to arrive.
+        queue: Requests that may wait.
+        resolution: Largest lattice that may be asked for, points along each axis.
+    """
+
+    megabytes: float = 16.0
+    megapixels: float = 25.0
+    seconds: float = 120.0
+    upload_seconds: float = 30.0
+    queue: int = 8
+    resolution: int = 384
+
+
+class RefusedError(Exception):
+    """A request is not served.
+
+    Args:
+        status: The HTTP status.
+        reason: Why, for the one who asked.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Works:
+    """Makes meshes of pictures, one at a time, on a thread of its own.
+
+    Args:
+        trained: The network.
+        limits: What a request may cost.
+    """
+
+    def __init__(self, trained: Trained, limits: Limits) -> None:
+        self.trained, self.limits = trained, limits
+        self.waiting = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reconstruct")
+
+    async def make(self, content: bytes, wishes: Wishes) -> tuple[bytes, dict[str, float]]:
+        """Turn a picture's bytes into a GLB's.
+
+        Returns:
+            The GLB, and the seconds of each stage.
+
+        Raises:
+            RefusedError: With the status that fits.
+        """
+        if self.waiting > self.limits.queue:
+            raise RefusedError(503, f"{self.waiting} requests are waiting already; come back later")
+        self.waiting += 1
+        deadline = time.monotonic() + self.limits.seconds
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._make, content, wishes, deadline
+            )
+        finally:
+            self.waiting -= 1
+
+    def _make(self, content: bytes, wishes: Wishes, deadline: float) -> tuple[bytes, dict[str, float]]:
+        def watch(name: str) -> None:
+            if time.monotonic() > deadline:
+                raise RefusedError(504, f"not finished after {self.limits.seconds:g} s, before {name!r}")
+
+        with listening(watch) as seconds:
+            try:
+                with stage("picture"):
+                    image = open_picture(
+                        content,
+                        "the picture",
+                        max_bytes=int(self.limits.megabytes * 1e6),
+                        max_pixels=int(self.limits.megapixels * 1e6),
+                    )
+                framed = self.trained.model.picture(image)
+            except PictureError as error:
+                raise RefusedError(_status_of(error), str(error)) from error
+            try:
+                mesh, _ = make_mesh(self.trained.model(framed), wishes)
+            except InputError as error:
+                raise RefusedError(422, str(error)) from error
+            with stage("files"):
+                return encode_glb(mesh), seconds
+
+    def close(self) -> None:
+        """Wait for what is in hand."""
+        self._thread.shutdown(wait=True)
+
+
+def _status_of(error: PictureError) -> int:
+    """Choose the status for a picture that cannot be used: too large, of another type, or broken."""
+    text = str(error)
+    if "megapixels" in text or "bytes, and some" in text:
+        return 413
+    return 415 if "something else" in text else 400
+
+
+def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastAPI
+    """Make the web application."""
+    from fastapi import FastAPI, Query, Request, Response
+    from fastapi.responses import JSONResponse
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+    works, registry = Works(trained, limits), CollectorRegistry()
+    requests = Counter("lrm_requests", "Requests for a mesh, by status", ["status"], registry=registry)
+    waiting = Gauge("lrm_waiting", "Requests that wait or are worked on", registry=registry)
+    waiting.set_function(lambda: works.waiting)
+    seconds = Histogram(
+        "lrm_stage_seconds", "Time of each stage of a mesh", ["stage"], registry=registry,
+        buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
+    )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        works.close()
+
+    app = FastAPI(title="lrm", version=__version__, description=__doc__, lifespan=lifespan)
+
+    @app.post(
+        "/reconstruct",
+        responses={200: {"content": {"model/gltf-binary": {}}, "description": "The mesh"}},
+        response_class=Response,
+        openapi_extra={"requestBody": {"required": True, "content": {"image/*": {}}}},
+    )
+    async def reconstruct(
+        request: Request,
+        resolution: Annotated[int, Query(ge=16, le=limits.resolution)] = min(256, limits.resolution),
+        threshold: Annotated[float | None, Query(gt=0)] = None,
+        floaters: Annotated[float, Query(ge=0, le=1)] = 0.0,
+        faces: Annotated[int | None, Query(ge=4)] = None,
+    ) -> Response:
+        """Turn the picture in the body (PNG, JPEG, WebP, BMP) into a GLB."""
+        try:
+            content = await _body(request, limits)
+            wishes = Wishes(resolution=resolution, threshold=threshold, floaters=floaters, most_faces=faces)
+            glb, stages = await works.make(content, wishes)
+        except RefusedError as error:
+            requests.labels(error.status).inc()
+            headers = {"Retry-After": "10"} if error.status == 503 else {}
+            if error.status in (408, 413):
+                headers["Connection"] = "close"  # the rest of the body is not read
+            return JSONResponse({"detail": error.reason}, error.status, headers)
+        requests.labels(200).inc()
+        for name, value in stages.items():
+            seconds.labels(name).observe(value)
+        return Response(glb, media_type="model/gltf-binary")
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Say what is served."""
+        return {"status": "ok", "network": trained.source, "sha256": trained.sha256, "waiting": works.waiting}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Count, in Prometheus' format."""
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+async def _body(request: Any, limits: Limits) -> bytes:  # noqa: ANN401 - a Starlette request
+    """Read a body, but no more of it than is allowed.
+
+    Raises:
+        RefusedError: It is too large, too slow, or cut off.
+    """
+    from starlette.requests import ClientDisconnect
+
+    most = int(limits.megabytes * 1e6)
+    too_large = RefusedError(413, f"expected at most {limits.megabytes:g} MB, found more")
+    stated = request.headers.get("content-length", "")
+    if stated.isdigit() and int(stated) > most:
+        raise too_large
+    content = bytearray()
+    try:
+        async with asyncio.timeout(limits.upload_seconds):
+            async for part in request.stream():
+                content += part
+                if len(content) > most:
+                    raise too_large
+    except TimeoutError as error:
+        raise RefusedError(408, f"expected the picture within {limits.upload_seconds:g} s") from error
+    except ClientDisconnect as error:
+        raise RefusedError(400, "the picture was cut off") from error
+    return bytes(content)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; expected errors end in one message."""
+    given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
+    try:
+        import uvicorn
+    except ImportError:
+        sys.exit("lrm: expected uvicorn and fastapi to serve with, found none; pip install -e '.[serve]'")
+    limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
+    try:
+        remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
+        trained = open_trained(given.ckpt, average=given.average, device=given.device, remover=remover)
+        remover.load()
+    except (InputError, OSError) as error:
+        sys.exit(f"lrm: {error}")
+    print(
+        f"Network: {trained.source}; try: curl --data-binary @photo.png http://{given.host}:{given.port}/reconstruct -o mesh.glb"
+    )
+    uvicorn.run(
+        make_app(trained, limits), host=given.host, port=given.port, timeout_graceful_shutdown=_GRACE_S,
+        timeout_keep_alive=10, h11_max_incomplete_event_size=1 << 16, limit_concurrency=4 * (limits.queue + 8),
+    )  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    usual = Limits()
+    parser = argparse.ArgumentParser(prog="lrm serve", description=__doc__)
+    parser.add_argument(
+        "--ckpt", metavar="CKPT", help="as of `lrm infer`; unless given, the newest run in runs/lrm"
+    )
+    parser.add_argument(
+        "--average", action="store_true", help="the run's moving average instead of its weights"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; this machine only unless given"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    limits = parser.add_argument_group("what a request may cost")
+    for name, kind, what in (
+        ("megabytes", float, "size of a picture's file"),
+        ("megapixels", float, "pixels of a picture"),
+        ("seconds", float, "until the answer, waiting included"),
+        ("upload_seconds", float, "for the picture to arrive"),
+        ("queue", int, "requests that may wait"),
+        ("resolution", int, "largest lattice, points along each axis"),
+    ):
+        value = getattr(usual, name)
+        option = f"--{name.replace('_', '-')}"
+        limits.add_argument(option, dest=name, type=kind, default=value, help=f"{what} ({value:g})")
+    rembg = parser.add_argument_group("taking out the background of pictures without alpha")
+    rembg.add_argument(
+        "--rembg-model", metavar="FILE", help="an ONNX file of U^2-Net; found or downloaded unless given"
+    )
+    rembg.add_argument("--rembg-sha256", metavar="HEX", help="its hash, where it is another one")
+    return parser

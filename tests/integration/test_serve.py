@@ -1,0 +1,221 @@
+"""`lrm serve` as a process of its own: the right status for every kind of request, whoever sends it."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import aiohttp
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from tests.unit.test_pictures import encoded, png
+
+LIMITS = [
+    "--megabytes",
+    "1",
+    "--megapixels",
+    "2",
+    "--queue",
+    "3",
+    "--upload-seconds",
+    "2",
+    "--resolution",
+    "64",
+]
+
+
+def photo(seed=0):
+    rgba = np.zeros((64, 64, 4), dtype=np.uint8)
+    rgba[10:50, 15:45, :3] = np.random.default_rng(seed).integers(0, 256, 3)
+    rgba[10:50, 15:45, 3] = 255
+    return encoded(Image.fromarray(rgba))
+
+
+#: Kind of hostile request -> its body, and the only right status.
+HOSTILE = {
+    "bomb": (png(30_000, 30_000), 413),
+    "many pixels": (encoded(Image.new("L", (2000, 2000))), 413),
+    "truncated": (photo()[:120], 400),
+    "truncated jpeg": (encoded(Image.new("RGB", (64, 64), "red"), "JPEG")[:300], 400),
+    "text": (b"hello" * 100, 415),
+    "zip": (b"PK\x03\x04" + bytes(200), 415),
+    "empty": (b"", 413),
+    "huge": (bytes(1_500_000), 413),
+    "transparent": (encoded(Image.new("RGBA", (32, 32))), 400),
+}
+
+
+class Server:
+    """The process, and where it listens."""
+
+    def __init__(self, folder, *options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [
+            sys.executable,
+            "-m",
+            "lrm_pl",
+            "serve",
+            "--ckpt",
+            folder,
+            "--port",
+            self.port,
+            "--device",
+            "cpu",
+        ]
+        self.process = subprocess.Popen(
+            [str(part) for part in (*command, *LIMITS, *options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.address = f"http://127.0.0.1:{self.port}"
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            assert self.process.poll() is None, self.process.stdout.read()
+            time.sleep(0.1)
+        pytest.fail("it does not listen")
+
+    def memory(self):
+        return psutil.Process(self.process.pid).memory_info().rss / 1e6
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate(timeout=60)[0]
+
+
+@pytest.fixture
+def server(pretrained):
+    made = Server(pretrained)
+    yield made
+    if made.process.poll() is None:
+        made.process.kill()
+        made.process.communicate()
+
+
+async def ask(session, server, body, query="?resolution=32"):
+    async with session.post(f"{server.address}/reconstruct{query}", data=body) as answer:
+        return answer.status, await answer.read()
+
+
+async def mixed(server, count, hostile_share, at_once=3):
+    """Send requests, some hostile; returns what was answered: kind -> statuses."""
+    rng, found, turn = np.random.default_rng(0), {}, asyncio.Semaphore(at_once)
+    kinds = list(HOSTILE)
+
+    async def one(session, number):
+        kind = kinds[number % len(kinds)] if rng.random() < hostile_share else "good"
+        body = photo(number) if kind == "good" else HOSTILE[kind][0]
+        async with turn:
+            status, content = await ask(session, server, body)
+        assert (content[:4] == b"glTF") == (status == 200), (kind, status, content[:200])
+        found.setdefault(kind, []).append(status)
+
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(one(session, number) for number in range(count)))
+    return found
+
+
+def expected(kind):
+    return 200 if kind == "good" else HOSTILE[kind][1]
+
+
+def test_every_request_gets_the_right_status_and_the_server_ends_cleanly(server):
+    async def run():
+        async with aiohttp.ClientSession() as session:
+            for kind, (body, status) in HOSTILE.items():
+                found, content = await ask(session, server, body)
+                assert found == status, (kind, found, content)
+                assert b"detail" in content
+            status, glb = await ask(session, server, photo())
+            assert (status, glb[:4]) == (200, b"glTF")
+            assert (await ask(session, server, photo(), "?resolution=4096"))[0] == 422
+            assert (await ask(session, server, photo(), "?resolution=32&threshold=1e9"))[0] == 422
+            async with session.get(f"{server.address}/health") as answer:
+                assert (await answer.json())["status"] == "ok"
+            async with session.get(f"{server.address}/metrics") as answer:
+                text = await answer.text()
+            assert 'lrm_requests_total{status="200"} 1.0' in text
+            assert 'lrm_requests_total{status="415"} 2.0' in text
+            assert 'lrm_stage_seconds_count{stage="planes"} 1.0' in text
+            async with session.get(f"{server.address}/docs") as answer:
+                assert answer.status == 200
+
+    asyncio.run(run())
+    said = server.stop()
+    assert server.process.returncode == 0, said
+    assert "Traceback" not in said
+    assert "Finished server process" in said
+
+
+def test_a_picture_that_does_not_arrive_is_given_up_and_one_that_is_too_large_is_not_read(server):
+    def raw(head, body=b""):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
+            line.sendall(f"POST /reconstruct HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)
+            return line.recv(65536).decode()
+
+    start = time.monotonic()
+    assert raw("Content-Length: 1000", b"only this").startswith("HTTP/1.1 408")
+    assert time.monotonic() - start < 6
+    assert raw("Content-Length: 999999999999").startswith("HTTP/1.1 413")
+    chunk = b"100000\r\n" + bytes(1 << 20) + b"\r\n"
+    assert raw("Transfer-Encoding: chunked", chunk).startswith("HTTP/1.1 413")
+
+
+def test_more_requests_than_may_wait_are_sent_away_and_late_ones_end(pretrained):
+    server = Server(pretrained, "--seconds", "0.5")
+    try:
+
+        async def run():
+            async with aiohttp.ClientSession() as session:
+                return await asyncio.gather(
+                    *(ask(session, server, photo(), "?resolution=64") for _ in range(12))
+                )
+
+        statuses = [status for status, _ in asyncio.run(run())]
+        assert statuses.count(503) >= 4
+        assert set(statuses) <= {200, 503, 504}
+        assert asyncio.run(one_more(server)) in (200, 504)
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+async def one_more(server):
+    async with aiohttp.ClientSession() as session:
+        return (await ask(session, server, photo()))[0]
+
+
+def test_a_mixture_of_good_and_hostile_requests_is_answered_each_as_it_should(server):
+    found = asyncio.run(mixed(server, 60, 0.3))
+    assert sum(map(len, found.values())) == 60
+    for kind, statuses in found.items():
+        assert set(statuses) == {expected(kind)}, kind
+    assert server.process.poll() is None
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_a_thousand_requests_with_one_in_twenty_hostile_neither_crash_nor_leak(server):
+    asyncio.run(mixed(server, 100, 0.05))
+    before = server.memory()
+    start = time.monotonic()
+    found = asyncio.run(mixed(server, 1000, 0.05))
+    after = server.memory()
+    print(f"\n1000 requests in {time.monotonic() - start:.0f} s; memory {before:.0f} -> {after:.0f} MB")
+    print("| request | sent | status |\n|---|---:|---|")
+    for kind, statuses in sorted(found.items()):
+        print(f"| {kind} | {len(statuses)} | {', '.join(map(str, sorted(set(statuses))))} |")
+        assert set(statuses) == {expected(kind)}, kind
+    assert after < before + 50
+    server.stop()
+    assert server.process.returncode == 0
