@@ -28,6 +28,14 @@ class PictureError(InputError):
     """A file is no picture that can be used; the message says what was expected and what was found."""
 
 
+class PictureTooLargeError(PictureError):
+    """A picture has more bytes or pixels than it may have."""
+
+
+class NotAPictureError(PictureError):
+    """A file is something else."""
+
+
 def open_picture(
     source: Path | bytes, name: str = "", *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
@@ -53,9 +61,9 @@ def open_picture(
         content = source.read_bytes() if size <= max_bytes else b""
     else:
         content, size = source, len(source)
-    if not 0 < size <= max_bytes:
-        raise PictureError(
-            f"{name}: expected at most {max_bytes} bytes, and some, found {size}; make it smaller"
+    if size > max_bytes:
+        raise PictureTooLargeError(
+            f"{name}: expected at most {max_bytes} bytes, found {size}; make it smaller"
         )
     _require_pixels(name, webp_size(content), max_pixels)
     try:
@@ -68,11 +76,11 @@ def open_picture(
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(
+        raise PictureTooLargeError(
             f"{name}: expected at most {max_pixels / 1e6:.0f} megapixels, found more: {error}; make it smaller"
         ) from error
     except UnidentifiedImageError as error:
-        raise PictureError(
+        raise NotAPictureError(
             f"{name}: expected a picture ({', '.join(FORMATS)}), found {size} bytes of something else; convert it"
         ) from error
     except PICTURE_ERRORS as error:
@@ -160,7 +168,7 @@ def _square(channel: np.ndarray, x: float, y: float, length: float, side: int) -
 
 def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:
     if size[0] * size[1] > most:
-        raise PictureError(
+        raise PictureTooLargeError(
             f"{name}: expected at most {most / 1e6:.0f} megapixels, found {size[0]} x {size[1]}; make it smaller"
         )
 

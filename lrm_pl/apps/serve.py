@@ -23,7 +23,7 @@ from lrm_pl.apps.trained import Trained, open_trained
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.meshes.glb import encode_glb
-from lrm_pl.pictures import PictureError, open_picture
+from lrm_pl.pictures import NotAPictureError, PictureError, PictureTooLargeError, open_picture
 from lrm_pl.stages import listening, stage
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,12 @@ class Works:
                         max_pixels=int(self.limits.megapixels * 1e6),
                     )
                 framed = self.trained.model.picture(image)
+            except PictureTooLargeError as error:
+                raise RefusedError(413, str(error)) from error
+            except NotAPictureError as error:
+                raise RefusedError(415, str(error)) from error
             except PictureError as error:
-                raise RefusedError(_status_of(error), str(error)) from error
+                raise RefusedError(400, str(error)) from error
             try:
                 mesh, _ = make_mesh(self.trained.model(framed), wishes)
             except InputError as error:
@@ -127,14 +131,6 @@ class Works:
     def close(self) -> None:
         """Wait for what is in hand."""
         self._thread.shutdown(wait=True)
-
-
-def _status_of(error: PictureError) -> int:
-    """Choose the status for a picture that cannot be used: too large, of another type, or broken."""
-    text = str(error)
-    if "megapixels" in text or "bytes, and some" in text:
-        return 413
-    return 415 if "something else" in text else 400
 
 
 def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastAPI
@@ -242,9 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         remover.load()
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
-    print(
-        f"Network: {trained.source}; try: curl --data-binary @photo.png http://{given.host}:{given.port}/reconstruct -o mesh.glb"
-    )
+    address = f"http://{given.host}:{given.port}"
+    print(f"Network: {trained.source}\nTry: curl --data-binary @photo.png {address}/reconstruct -o mesh.glb")
     uvicorn.run(
         make_app(trained, limits), host=given.host, port=given.port, timeout_graceful_shutdown=_GRACE_S,
         timeout_keep_alive=10, h11_max_incomplete_event_size=1 << 16, limit_concurrency=4 * (limits.queue + 8),

@@ -1,6 +1,7 @@
 """`lrm serve` as a process of its own: the right status for every kind of request, whoever sends it."""
 
 import asyncio
+import io
 import signal
 import socket
 import subprocess
@@ -44,7 +45,7 @@ HOSTILE = {
     "truncated jpeg": (encoded(Image.new("RGB", (64, 64), "red"), "JPEG")[:300], 400),
     "text": (b"hello" * 100, 415),
     "zip": (b"PK\x03\x04" + bytes(200), 415),
-    "empty": (b"", 413),
+    "empty": (b"", 415),
     "huge": (bytes(1_500_000), 413),
     "transparent": (encoded(Image.new("RGBA", (32, 32))), 400),
 }
@@ -103,7 +104,7 @@ def server(pretrained):
 
 
 async def ask(session, server, body, query="?resolution=32"):
-    async with session.post(f"{server.address}/reconstruct{query}", data=body) as answer:
+    async with session.post(f"{server.address}/reconstruct{query}", data=io.BytesIO(body)) as answer:
         return answer.status, await answer.read()
 
 
@@ -145,7 +146,7 @@ def test_every_request_gets_the_right_status_and_the_server_ends_cleanly(server)
             async with session.get(f"{server.address}/metrics") as answer:
                 text = await answer.text()
             assert 'lrm_requests_total{status="200"} 1.0' in text
-            assert 'lrm_requests_total{status="415"} 2.0' in text
+            assert 'lrm_requests_total{status="415"} 3.0' in text
             assert 'lrm_stage_seconds_count{stage="planes"} 1.0' in text
             async with session.get(f"{server.address}/docs") as answer:
                 assert answer.status == 200
