@@ -59,7 +59,7 @@ RENDER = --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
   --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 LAYERS = $(foreach config,$(CONFIG),-c $(config))
 
-.PHONY: help train infer evaluate doctor render-shards tensorboard test test-fast soak bench lint clean
+.PHONY: help train infer evaluate demo serve doctor render-shards tensorboard test test-fast soak bench lint clean
 
 help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
@@ -79,6 +79,12 @@ infer: .venv/ready ## From a photo to a 3D file: IMAGE=photo.png CKPT= ARGS="--t
 evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PROCESSES= ARGS="--baseline"
 	$(if $(PROCESSES),.venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m lrm_pl,.venv/bin/lrm) evaluate \
 	  $(call option,--ckpt,$(CKPT)) --data $(DATA) $(call option,--protocol,$(PROTOCOL)) $(ARGS)
+
+demo: .venv/ready ## A page in the browser that turns photos into meshes: CKPT= ARGS="--port 7860"
+	.venv/bin/lrm demo $(call option,--ckpt,$(CKPT)) $(ARGS)
+
+serve: .venv/ready ## Answer pictures with meshes over HTTP: CKPT= ARGS="--port 8000"
+	.venv/bin/lrm serve $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PARTITION= ACCOUNT=
 	.venv/bin/lrm doctor $(JOB) $(LAYERS) --data.folder $(DATA) $(ARGS)

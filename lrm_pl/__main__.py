@@ -19,6 +19,7 @@ COMMANDS = {
         "lrm_pl.apps.evaluate:main",
         "measure a trained network under a protocol: lrm evaluate --ckpt RUN --data SHARDS --protocol lrm",
     ),
+    "demo": ("lrm_pl.apps.demo:main", "show a page that turns photos into meshes: lrm demo --ckpt RUN"),
     "serve": ("lrm_pl.apps.serve:main", "answer pictures with meshes over HTTP: lrm serve --ckpt RUN"),
     "export": (
         "lrm_pl.apps.export:main",

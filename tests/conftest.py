@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lrm_pl.data.synthetic import write_synthetic_shards
+from tests.browser import chromium  # noqa: F401 - a fixture
 from tests.pretrained_folder import pretrained  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[1]

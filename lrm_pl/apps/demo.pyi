@@ -1,0 +1,174 @@
+"""``lrm demo``: a page in the browser. A photo goes in; its object without background, an orbit and a mesh come out."""
+
+import argparse
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lrm_pl.apps.infer import Wishes, make_mesh
+from lrm_pl.apps.orbit_files import encode_video
+from lrm_pl.apps.trained import Trained, open_trained
+from lrm_pl.errors import InputError
+from lrm_pl.io.background import BackgroundRemover
+from lrm_pl.meshes.glb import encode_glb
+from lrm_pl.pictures import open_picture
+from lrm_pl.stages import listening, stage
+
+#: Pictures to begin with: renders of the CC0 demo objects.
+EXAMPLES = Path(__file__).with_name("examples")
+
+#: Size of an upload, and pixels of a picture.
+MEGABYTES, MEGAPIXELS = 16, 25
+
+#: Visitors that may wait.
+QUEUE = 16
+
+#: Frames of the orbit, and their side.
+_FRAMES, _SIDE = 36, 256
+
+#: Seconds that a visitor's files are kept, and how often old ones are looked for.
+_KEPT_S, _SWEEP_S = 3600, 600
+
+
+def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio.Blocks
+    """Make the page.
+
+    Args:
+        trained: The network.
+        folder: Where files for visitors are written; the page's own cache takes them over.
+    """
+    import gradio as gr
+from gradio.events import Dependency
+
+    class Photo(gr.Image):  # type: ignore[misc]
+        """An image field that hands on the file as it came: we look at it with care ourselves."""
+
+        is_template = True
+
+        def preprocess(self, payload: Any) -> str | None:  # noqa: ANN401 - gradio's
+            return None if payload is None else payload.path
+
+    def make(
+        path: str | None,
+        resolution: int,
+        threshold: float,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - gradio wants it there
+    ) -> tuple[Any, ...]:
+        if path is None:
+            raise gr.Error("Choose a picture first.", title="No picture")
+        done = 0
+
+        def show(name: str) -> None:
+            nonlocal done
+            done += 1
+            progress(min(0.95, done / 12), desc=name)
+
+        try:
+            with listening(show):
+                image = open_picture(
+                    Path(path), "This file", max_bytes=MEGABYTES * 10**6, max_pixels=MEGAPIXELS * 10**6
+                )
+                framed = trained.model.picture(image)
+                scene = trained.model(framed)
+                wishes = Wishes(threshold=threshold or None, resolution=int(resolution), floaters=0.01)
+                mesh, _ = make_mesh(scene, wishes)
+                with stage("orbit"):
+                    frames = [
+                        (frame.cpu().numpy() * 255).round().astype(np.uint8)
+                        for frame in scene.orbit(_FRAMES, _SIDE, 15.0)
+                    ]
+                place = Path(tempfile.mkdtemp(dir=folder))
+                (place / "mesh.glb").write_bytes(encode_glb(mesh))
+                (place / "orbit.mp4").write_bytes(encode_video(frames))
+        except InputError as error:
+            raise gr.Error(str(error), title="That did not work", duration=None) from error
+        density = threshold or scene.threshold
+        told = f"{len(mesh.faces):,} triangles; the surface lies at density {density:.3g}."
+        white = Image.alpha_composite(Image.new("RGBA", framed.size, "white"), framed).convert("RGB")
+        glb = str(place / "mesh.glb")
+        return white, str(place / "orbit.mp4"), glb, glb, told
+
+    with gr.Blocks(title="lrm", analytics_enabled=False, delete_cache=(_SWEEP_S, _KEPT_S)) as page:
+        gr.Markdown(
+            f"# From a photo to a 3D file\n`{trained.source}`, LRM (arXiv 2311.04400). One object, wholly in the picture: "
+            "where nothing is transparent, its background is taken out."
+        )
+        with gr.Row():
+            with gr.Column(scale=1):
+                photo = Photo(label="Photo", sources=["upload", "clipboard"], height=280, elem_id="photo")
+                resolution = gr.Slider(64, 384, 192, step=32, label="Points of the lattice along each axis")
+                threshold = gr.Slider(0, 60, 0, step=0.5, label="Density of the surface (0: found out)")
+                button = gr.Button("Reconstruct", variant="primary", elem_id="go")
+                gr.Examples(
+                    [[str(path)] for path in sorted(EXAMPLES.glob("*.png"))], [photo], label="Examples"
+                )
+            with gr.Column(scale=2):
+                with gr.Row():
+                    seen = gr.Image(
+                        label="What the network sees", height=280, interactive=False, elem_id="seen"
+                    )
+                    orbit = gr.Video(label="Orbit", height=280, autoplay=True, loop=True, elem_id="orbit")
+                mesh = gr.Model3D(label="Mesh", height=380, clear_color=(1, 1, 1, 1), elem_id="mesh")
+                told = gr.Markdown(elem_id="told")
+                download = gr.DownloadButton("Download mesh.glb", elem_id="download")
+        button.click(
+            make, [photo, resolution, threshold], [seen, orbit, mesh, download, told], concurrency_limit=1
+        )
+    return page.queue(max_size=QUEUE)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; expected errors end in one message."""
+    given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
+    # Gradio reads these when it is imported: files of visitors lie in a folder that goes with the process.
+    folder = Path(tempfile.mkdtemp(prefix="lrm-demo-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio  # noqa: F401 - said here, not in the middle of a page
+    except ImportError:
+        sys.exit("lrm: expected gradio to show the page with, found none; pip install -e '.[demo]'")
+    try:
+        remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
+        trained = open_trained(given.ckpt, average=given.average, device=given.device, remover=remover)
+        remover.load()
+    except (InputError, OSError) as error:
+        sys.exit(f"lrm: {error}")
+    make_page(trained, folder).launch(
+        server_name=given.host,
+        server_port=given.port,
+        share=False,
+        max_file_size=f"{MEGABYTES}mb",
+        show_error=True,
+        ssr_mode=False,
+        footer_links=[],
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lrm demo", description=__doc__)
+    parser.add_argument(
+        "--ckpt", metavar="CKPT", help="as of `lrm infer`; unless given, the newest run in runs/lrm"
+    )
+    parser.add_argument(
+        "--average", action="store_true", help="the run's moving average instead of its weights"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; this machine only unless given"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port to listen at (7860)")
+    parser.add_argument(
+        "--rembg-model", metavar="FILE", help="an ONNX file of U^2-Net; found or downloaded unless given"
+    )
+    parser.add_argument("--rembg-sha256", metavar="HEX", help="its hash, where it is another one")
+    return parser

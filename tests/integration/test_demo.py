@@ -1,0 +1,93 @@
+"""`lrm demo` in a real browser: what a visitor does, and what the page answers."""
+
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from tests.browser import Page
+
+# Playwright's loop and pipes are closed by its own thread.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def page_server(pretrained):
+    server = Page("demo", "--ckpt", pretrained, "--device", "cpu")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def visitor(chromium, page_server):
+    context = chromium.new_context(viewport={"width": 1300, "height": 1150}, accept_downloads=True)
+    page = context.new_page()
+    page.goto(page_server.address, wait_until="domcontentloaded")
+    page.wait_for_selector("#go", timeout=60_000)
+    yield page
+    context.close()
+
+
+def test_a_visitor_uploads_a_picture_and_downloads_its_mesh(visitor, tmp_path):
+    rgba = np.zeros((80, 60, 4), dtype=np.uint8)
+    rgba[20:60, 10:40] = (200, 100, 50, 255)
+    Image.fromarray(rgba).save(tmp_path / "object.png")
+    visitor.set_input_files("#photo input[type=file]", tmp_path / "object.png")
+    visitor.wait_for_selector("#photo img", timeout=30_000)
+    visitor.click("#go")
+    visitor.wait_for_function(
+        "document.querySelector('#told')?.innerText.includes('triangles')", timeout=120_000
+    )
+    visitor.wait_for_selector("#mesh canvas", timeout=60_000)
+    visitor.wait_for_function("document.querySelector('#orbit video')?.readyState >= 2", timeout=60_000)
+    assert visitor.evaluate("document.querySelector('#orbit video').videoWidth") == 256
+    with visitor.expect_download(timeout=60_000) as download:
+        visitor.click("#download")
+    download.value.save_as(tmp_path / "mesh.glb")
+    (shape,) = trimesh.load(tmp_path / "mesh.glb", process=False).geometry.values()
+    told = visitor.inner_text("#told")
+    assert f"{len(shape.faces):,} triangles" in told
+    # the mesh is really drawn: some of its picture is not the background
+    visitor.wait_for_timeout(2000)
+    drawn = Image.open(Path(_shot(visitor, "#mesh canvas", tmp_path / "mesh.png"))).convert("RGB")
+    assert (np.asarray(drawn) < 200).any(axis=-1).mean() > 0.01
+
+
+def _shot(page, selector, path):
+    page.locator(selector).screenshot(path=path)
+    return path
+
+
+def test_an_example_is_picked_with_one_click(visitor):
+    visitor.locator("button.gallery-item").first.click()
+    visitor.wait_for_selector("#photo img", timeout=30_000)
+
+
+def test_a_bad_file_and_no_file_are_answered_in_words(visitor, tmp_path):
+    visitor.click("#go")
+    visitor.wait_for_selector("text=Choose a picture first.", timeout=30_000)
+    (tmp_path / "bad.png").write_bytes(b"this is no picture")
+    visitor.set_input_files("#photo input[type=file]", tmp_path / "bad.png")
+    visitor.wait_for_timeout(1500)
+    visitor.click("#go")
+    visitor.wait_for_selector("text=expected a picture", timeout=30_000)
+
+
+def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_path, monkeypatch):
+    import psutil
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    server = Page("demo", "--ckpt", pretrained, "--device", "cpu")
+    hosts = {c.laddr.ip for c in psutil.Process(server.process.pid).net_connections() if c.status == "LISTEN"}
+    assert hosts == {"127.0.0.1"}
+    assert list(tmp_path.glob("lrm-demo-*"))
+    server.process.send_signal(signal.SIGINT)
+    server.process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while list(tmp_path.glob("lrm-demo-*")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not list(tmp_path.glob("lrm-demo-*"))
