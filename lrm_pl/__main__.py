@@ -20,6 +20,10 @@ COMMANDS = {
         "measure a trained network under a protocol: lrm evaluate --ckpt RUN --data SHARDS --protocol lrm",
     ),
     "demo": ("lrm_pl.apps.demo:main", "show a page that turns photos into meshes: lrm demo --ckpt RUN"),
+    "view": (
+        "lrm_pl.apps.view:main",
+        "fly around what a run reconstructs, also while it trains: lrm view RUN",
+    ),
     "serve": ("lrm_pl.apps.serve:main", "answer pictures with meshes over HTTP: lrm serve --ckpt RUN"),
     "export": (
         "lrm_pl.apps.export:main",

@@ -47,14 +47,6 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
     """
     import gradio as gr
 
-    class Photo(gr.Image):  # type: ignore[misc]
-        """An image field that hands on the file as it came: we look at it with care ourselves."""
-
-        is_template = True
-
-        def preprocess(self, payload: Any) -> str | None:  # noqa: ANN401 - gradio's
-            return None if payload is None else payload.path
-
     def make(
         path: str | None,
         resolution: int,
@@ -97,12 +89,14 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
 
     with gr.Blocks(title="lrm", analytics_enabled=False, delete_cache=(_SWEEP_S, _KEPT_S)) as page:
         gr.Markdown(
-            f"# From a photo to a 3D file\n`{trained.source}` (LRM, arXiv 2311.04400). One object, wholly in its picture: "
-            "where nothing is transparent, its background is taken out."
+            f"# From a photo to a 3D file\n`{trained.source}` (LRM, arXiv 2311.04400). One object, wholly in its "
+            "picture: where nothing is transparent, its background is taken out."
         )
         with gr.Row():
             with gr.Column(scale=1):
-                photo = Photo(label="Photo", sources=["upload", "clipboard"], height=280, elem_id="photo")
+                photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=280, elem_id="photo")
+                # The file as it came: we look at it with care ourselves, and say what is wrong with it.
+                photo.preprocess = lambda payload: None if payload is None else payload.path
                 resolution = gr.Slider(64, 384, 192, step=32, label="Points of the lattice along each axis")
                 threshold = gr.Slider(0, 60, 0, step=0.5, label="Density of the surface (0: found out)")
                 button = gr.Button("Reconstruct", variant="primary", elem_id="go")

@@ -21,11 +21,11 @@ from rich.progress import track
 from torch import Tensor
 
 from lrm_pl import __version__
-from lrm_pl.apps.evaluation_board import write_board
+from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, show_object, write_board
 from lrm_pl.apps.train import git_commit
 from lrm_pl.apps.trained import Trained, choose_device, open_trained
 from lrm_pl.data.manifest import SPLITS, write_atomically
-from lrm_pl.data.schema import SampleError
+from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.baselines import trivial_baselines
 from lrm_pl.evaluation.folder import (
@@ -38,12 +38,12 @@ from lrm_pl.evaluation.folder import (
     read_object,
     write_object,
 )
-from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, measure_object
+from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, measure_object, over_white
 from lrm_pl.evaluation.page import render_comparison, render_page
 from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, image_metrics, surface_metrics
 from lrm_pl.evaluation.selection import Objects
 from lrm_pl.evaluation.summary import means, paired_differences, set_distances, table
-from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.geometry.cameras import InputCamera, canonicalise
 from lrm_pl.inference import Scene, reconstruct
 from lrm_pl.io.image_features import load_clip, load_inception
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -85,6 +85,7 @@ def evaluate(
     console = console or Console(quiet=True)
     claim(out, settings)
     mine = objects.chosen[rank::world]
+    shown = {key for key, _ in objects.chosen[:SHOWN_OBJECTS]}
     todo = [(key, place) for key, place in mine if read_object(out, key) is None]
     if len(todo) < len(mine):
         console.print(f"{len(mine) - len(todo)} objects are measured already")
@@ -97,6 +98,8 @@ def evaluate(
         except SampleError as error:
             write_object(out, key, None, str(error))
         else:
+            if key in shown:
+                show_object(out, key, scene_of(trained, sample, protocol.inputs[0]))
             write_object(out, key, measured)
     if rank:
         return None
@@ -220,6 +223,14 @@ def reconstructor(trained: Trained) -> Reconstruct:
         )
 
     return make
+
+
+def scene_of(trained: Trained, sample: Sample, view: int) -> Scene:
+    """Reconstruct an object from one of its views."""
+    c2w = canonicalise(torch.from_numpy(sample.c2w[[view]]))
+    return reconstructor(trained)(
+        over_white(sample, (view,))[0], c2w[0], torch.from_numpy(sample.fxfycxcy[view])
+    )
 
 
 def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:

@@ -11,6 +11,10 @@ from lrm_pl.errors import InputError
 from lrm_pl.evaluation.protocols import Protocol
 
 
+class NoObjectsError(InputError):
+    """A folder has no such objects."""
+
+
 class Objects:
     """The objects that are measured, in the order of the shards.
 
@@ -25,7 +29,8 @@ class Objects:
         limit: Most objects, evenly spread; None: all.
 
     Raises:
-        InputError: There are none.
+        NoObjectsError: There are none.
+        InputError: The folder is not what it should be.
     """
 
     def __init__(self, data: str, split: Split, pattern: str = "*", limit: int | None = None) -> None:
@@ -38,7 +43,7 @@ class Objects:
         count = len(chosen) if limit is None else min(limit, len(chosen))
         self.chosen = [chosen[i * len(chosen) // count] for i in range(count)]
         if not self.chosen:
-            raise InputError(
+            raise NoObjectsError(
                 f"expected objects of the split {split!r} named {pattern} in {data}, found none of "
                 f"{len(self.of_split(split))}; choose --split or --ids, or render with --held-out"
             )

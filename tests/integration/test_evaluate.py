@@ -1,5 +1,6 @@
 """`lrm evaluate` as it is typed: results that another start, and any number of processes, find again to the byte."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.apps.evaluate import Objects, evaluate, main
@@ -68,7 +70,15 @@ def test_results_are_figures_tables_pictures_and_a_board(finished):
     board = EventAccumulator(str(finished))
     board.Reload()
     assert board.Scalars("lrm/psnr/model")[0].value == pytest.approx(rows["model"]["psnr"], rel=1e-6)
-    assert {"lrm/worst", "lrm/best"} <= set(board.Tags()["images"])
+    tags = board.Tags()
+    orbits = {f"lrm/orbit/val-ellipsoid-00{k}" for k in range(2)}
+    assert {"lrm/worst", "lrm/best"} | orbits <= set(tags["images"])
+    orbit = Image.open(io.BytesIO(board.Images("lrm/orbit/val-ellipsoid-000")[0].encoded_image_string))
+    assert (orbit.format, orbit.n_frames) == ("GIF", 24)
+    assert {f"lrm/mesh/val-ellipsoid-000_{part}" for part in ("VERTEX", "FACE", "COLOR")} <= set(
+        tags["tensors"]
+    )
+    assert "evaluation/lrm/text_summary" in tags["tensors"]
 
 
 def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_bytes(

@@ -1,0 +1,303 @@
+"""``lrm view RUN``: fly around what a run reconstructs, also while it trains.
+
+The page draws the current field at the visitor's camera, shows the cameras of the object's views as frusta, and takes
+over new checkpoints as they appear.
+"""
+
+import argparse
+import dataclasses
+import logging
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from scipy.spatial.transform import Rotation
+
+from lrm_pl.apps.evaluate import scene_of
+from lrm_pl.apps.export import find_config
+from lrm_pl.apps.run_folder import find_checkpoint
+from lrm_pl.apps.trained import Trained, newest_run, open_trained
+from lrm_pl.data.manifest import Split
+from lrm_pl.data.schema import SampleError, decode_image
+from lrm_pl.errors import InputError
+from lrm_pl.evaluation.objects import over_white
+from lrm_pl.evaluation.protocols import Protocol
+from lrm_pl.evaluation.selection import NoObjectsError, Objects
+from lrm_pl.geometry.cameras import canonicalise
+from lrm_pl.inference import Scene
+from lrm_pl.io.checkpoints import list_checkpoints
+from lrm_pl.rendering.occupancy import measure_occupancy
+from lrm_pl.training.state import load_network
+
+logger = logging.getLogger(__name__)
+
+#: Height of a picture while the camera moves, and once it rests, pixels.
+_MOVING, _RESTING = 96, 288
+
+#: Seconds without a movement after which the camera rests; between two looks for new checkpoints.
+_REST_S, _POLL_S = 0.4, 3.0
+
+#: Objects of each split to choose from.
+_OBJECTS = 24
+
+#: Of the frusta's depth, scene units.
+_FRUSTUM = 0.2
+
+
+@dataclasses.dataclass
+class Sight:
+    """What one visitor sees.
+
+    Attributes:
+        moved: When the camera was last moved, seconds of ``time.monotonic``.
+        drawn: Height of what was drawn last; 0: something else must be drawn now.
+    """
+
+    moved: float = 0.0
+    drawn: int = 0
+
+
+class Viewer:
+    """The page of a run.
+
+    Args:
+        run: The run's folder.
+        data: Folder of the shards whose objects are shown.
+        device: Where it computes.
+        host: Address that it listens at.
+        port: Port.
+    """
+
+    def __init__(self, run: str, data: str, device: str, host: str, port: int) -> None:
+        import viser
+
+        self.run, self.trained = run, open_trained(run, device=device)
+        self.objects = {key: (objects, place) for key, objects, place in _choices(data)}
+        self._checkpoint = find_checkpoint(run).path
+        self._sights: dict[int, Sight] = {}
+        self._lock = threading.RLock()  # one computes at a time
+        self._frusta: list[Any] = []
+        self.server = viser.ViserServer(host=host, port=port, verbose=False)
+        self.server.scene.set_up_direction("+z")
+        self.server.scene.world_axes.visible = False
+        gui = self.server.gui
+        gui.add_markdown(f"**{run}**")
+        self.state = gui.add_markdown("")
+        self.object = gui.add_dropdown("object", tuple(self.objects))
+        self.view = gui.add_slider("input view", 0, 15, 1, 0)
+        self.input = gui.add_image(np.full((8, 8, 3), 255, np.uint8), label="input")
+        self.checkpoint = gui.add_dropdown(
+            "checkpoint", self._checkpoints(), initial_value=Path(self._checkpoint).name
+        )
+        self.follow = gui.add_checkbox("follow the run", initial_value=True)
+        self.threshold = gui.add_slider("hide densities below", 0.0, 30.0, 0.5, 0.0)
+        self.frusta = gui.add_checkbox("cameras", initial_value=True)
+        self._show_object()
+        for control in (self.object, self.view):
+            control.on_update(lambda _: self._show_object())
+        self.checkpoint.on_update(lambda _: self._choose(self.checkpoint.value))
+        self.threshold.on_update(lambda _: self._draw_anew())
+        self.frusta.on_update(lambda _: self._show_frusta())
+        self.server.on_client_connect(self._enter)
+        self.server.on_client_disconnect(lambda client: self._sights.pop(client.client_id, None))
+
+    def serve(self) -> None:
+        """Draw for all visitors, and look for new checkpoints, until the process ends."""
+        looked = time.monotonic()
+        while True:
+            busy = False
+            for client in self.server.get_clients().values():
+                sight = self._sights.get(client.client_id)
+                if sight is None:
+                    continue
+                height = _RESTING if time.monotonic() - sight.moved > _REST_S else _MOVING
+                if height != sight.drawn:
+                    busy = True
+                    sight.drawn = height
+                    self._draw(client, height)
+            if time.monotonic() - looked > _POLL_S:
+                looked = time.monotonic()
+                self._look_for_checkpoints()
+            if not busy:
+                time.sleep(0.02)
+
+    def _enter(self, client: Any) -> None:  # noqa: ANN401 - viser's client
+        away = self.scene.camera.distance
+        client.camera.position, client.camera.look_at = (0.8 * away, -1.5 * away, 0.8 * away), (0.0, 0.0, 0.0)
+        client.camera.fov = float(np.radians(self.scene.camera.fov_deg))
+        sight = self._sights[client.client_id] = Sight()
+
+        def moved(_: Any) -> None:  # noqa: ANN401 - viser's camera
+            sight.moved, sight.drawn = time.monotonic(), 0
+
+        client.camera.on_update(moved)
+
+    @torch.no_grad()
+    def _draw(self, client: Any, height: int) -> None:  # noqa: ANN401 - viser's client
+        camera = client.camera
+        c2w = torch.eye(4)
+        c2w[:3, :3] = torch.from_numpy(Rotation.from_quat(np.roll(camera.wxyz, -1)).as_matrix()).float()
+        c2w[:3, 3] = torch.from_numpy(np.asarray(camera.position, dtype=np.float32))
+        focal = 0.5 / np.tan(camera.fov / 2)
+        fxfycxcy = torch.tensor([focal / camera.aspect, focal, 0.5, 0.5])
+        width = max(8, round(height * camera.aspect))
+        with self._lock:
+            field, occupancy = self._shown
+            device = field.planes.device
+            with torch.autocast(device.type, torch.bfloat16):
+                seen = self.scene.renderer.draw(
+                    field,
+                    [occupancy],
+                    c2w.to(device)[None, None],
+                    fxfycxcy.to(device)[None, None],
+                    (height, width),
+                )
+        rgb = seen.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).cpu().numpy()
+        # frusta in front of the object cover it, others are covered
+        t = torch.where(seen.opacity > 0.5, seen.depth, 100.0)[0, 0].cpu().numpy()
+        client.scene.set_background_image((rgb * 255).astype(np.uint8), format="jpeg", depth=t)
+
+    def _show_object(self) -> None:
+        """Reconstruct the chosen object from the chosen view, and draw it."""
+        objects, place = self.objects[self.object.value]
+        views = tuple(range(objects.manifest.views))
+        view = min(int(self.view.value), len(views) - 1)
+        with self._lock:
+            try:
+                sample = objects.read(place, Protocol("view", "", inputs=(view,), targets=views))
+            except SampleError as error:
+                self.state.content = f"{self.object.value}: {error}"
+                return
+            image = over_white(sample, (view,))[0]
+            self._sample, self._c2w = sample, canonicalise(torch.from_numpy(sample.c2w[[view, *views]]))[1:]
+            self.scene: Scene = scene_of(self.trained, sample, view)
+            self.input.image = (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+            self._draw_anew()
+            self._show_frusta()
+        step = "" if self.trained.step is None else f", step {self.trained.step}"
+        self.state.content = f"{Path(self._checkpoint).name}{step}"
+
+    def _draw_anew(self) -> None:
+        """Hide what is less dense than wished, and have every visitor's picture drawn."""
+        with self._lock:
+            field, least = self.scene.field, float(self.threshold.value)
+            if least:
+                activation = field.activation
+                field = dataclasses.replace(
+                    field, activation=lambda raw: activation(raw) * (activation(raw) >= least)
+                )
+            self._shown = field, measure_occupancy(field, 0)
+        for sight in self._sights.values():
+            sight.drawn = 0
+
+    def _show_frusta(self) -> None:
+        with self._lock:
+            for frustum in self._frusta:
+                frustum.remove()
+            self._frusta = []
+            if not self.frusta.value:
+                return
+            for number, c2w in enumerate(self._c2w.numpy()):
+                focal = float(self._sample.fxfycxcy[number, 1])
+                picture = decode_image(self._sample.info.id, self._sample.views[number])[::2, ::2]
+                frustum = self.server.scene.add_camera_frustum(
+                    f"/cameras/{number:03d}",
+                    fov=float(2 * np.arctan(0.5 / focal)),
+                    aspect=1.0,
+                    scale=_FRUSTUM,
+                    thickness=0.008,
+                    image=picture,
+                    color=(230, 120, 20) if number == int(self.view.value) else (90, 90, 90),
+                    wxyz=np.roll(Rotation.from_matrix(c2w[:3, :3]).as_quat(), 1),
+                    position=c2w[:3, 3],
+                )
+                self._frusta.append(frustum)
+
+    def _checkpoints(self) -> tuple[str, ...]:
+        folder = str(Path(self._checkpoint).parent)
+        return tuple(Path(path).name for path in list_checkpoints(folder)) or (Path(self._checkpoint).name,)
+
+    def _look_for_checkpoints(self) -> None:
+        names = self._checkpoints()
+        if names != tuple(self.checkpoint.options):
+            self.checkpoint.options = names
+        newest = max(names)
+        if self.follow.value and newest != Path(self._checkpoint).name:
+            self.checkpoint.value = newest
+            self._choose(newest)
+
+    def _choose(self, name: str) -> None:
+        """Take over the weights of another checkpoint."""
+        path = str(Path(self._checkpoint).with_name(name))
+        if path == self._checkpoint:
+            return
+        with self._lock:
+            try:
+                checkpoint = find_checkpoint(path)
+                load_network(checkpoint, self.trained.model.network, average=False)
+            except (InputError, OSError) as error:  # it was removed, as old ones are
+                logger.warning("%s", error)
+                return
+            self._checkpoint = path
+            self.trained = Trained(self.trained.model, path, checkpoint.step, "")
+            self._show_object()
+
+
+def _choices(data: str) -> list[tuple[str, Objects, Any]]:
+    """List objects to choose from: held-out ones first."""
+    found = []
+    splits: tuple[Split, ...] = ("val", "train")
+    for split in splits:
+        try:
+            objects = Objects(data, split, limit=_OBJECTS)
+        except NoObjectsError:
+            continue
+        found += [(f"{split}: {key}", objects, place) for key, place in objects.chosen]
+    if not found:
+        raise InputError(f"expected objects in {data}, found none; render some, or name other shards: --data")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; expected errors end in one message."""
+    given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # it prints a stack for whoever hangs up
+    try:
+        import viser  # noqa: F401
+    except ImportError:
+        sys.exit("lrm: expected viser to show the page with, found none; pip install -e '.[view]'")
+    try:
+        run = given.run or newest_run()
+        data = given.data
+        if data is None:
+            config = yaml.safe_load(find_config(find_checkpoint(run), None).read_text())
+            data = config.get("data", {}).get("folder")
+        viewer = Viewer(run, str(data), given.device, given.host, given.port)
+    except (InputError, OSError) as error:
+        sys.exit(f"lrm: {error}")
+    print(f"http://{given.host}:{given.port} shows {run}; Ctrl-C ends it", flush=True)
+    try:
+        viewer.serve()
+    except KeyboardInterrupt:
+        viewer.server.stop()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lrm view", description=__doc__)
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="a run's folder; the newest in runs/lrm unless given"
+    )
+    parser.add_argument("--data", help="folder of shards whose objects are shown; the run's own unless given")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at; this machine only unless given"
+    )
+    parser.add_argument("--port", type=int, default=8080, help="port to listen at (8080)")
+    return parser

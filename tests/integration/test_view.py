@@ -1,0 +1,82 @@
+"""`lrm view` in a real browser: it draws the run's field, and follows the run."""
+
+import io
+import shutil
+import time
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from lrm_pl.apps.train import main as train
+from lrm_pl.apps.view import main
+from tests.browser import Page
+from tests.integration.test_cli import TINY
+
+# Lightning warns of short runs, Playwright's pipes are closed by its own thread.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture
+def run(tmp_path, shards):
+    """Train a tiny run up to a step; called again, it goes on."""
+    config, folder = tmp_path / "tiny.yaml", tmp_path / "run"
+    trainer = {"val_check_interval": 2, "log_every_n_steps": 1, "precision": "32-true"}
+    config.write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
+
+    def go(steps):
+        train(["fit", "-c", str(config), "--data.folder", str(shards), "--run.folder", str(folder),
+               "--trainer.max_steps", str(steps)])  # fmt: skip
+        return folder
+
+    return go
+
+
+def picture(page):
+    """The page without its controls and notices, as numbers."""
+    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    return np.asarray(image).astype(int)[200:, :750]
+
+
+def box_beside(page, label):
+    """Find the checkbox on the line of a label."""
+    line = page.get_by_text(label, exact=True).bounding_box()["y"]
+    boxes = page.locator("input[type=checkbox]:visible").all()
+    return min(boxes, key=lambda box: abs((box.bounding_box() or {"y": 1e6})["y"] - line))
+
+
+def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoints(run, chromium):
+    folder = run(2)
+    server = Page("view", folder, "--device", "cpu")
+    try:
+        page = chromium.new_page(viewport={"width": 1100, "height": 750})
+        page.goto(server.address)
+        page.wait_for_selector("text=step-00000002, step 2", timeout=60_000)
+        page.wait_for_selector("canvas", timeout=60_000)
+        page.wait_for_timeout(4000)
+        before = picture(page)
+        assert before.min() < 200, "something is drawn"
+        box_beside(page, "cameras").uncheck(force=True)
+        deadline = time.monotonic() + 30
+        while (changed := (np.abs(picture(page) - before) > 30).any(axis=-1).mean()) < 0.01:
+            assert time.monotonic() < deadline, f"frusta do not go: {changed}"
+            page.wait_for_timeout(500)
+        assert picture(page)[100:400, 200:600].min() < 250, "the field is drawn"
+        run(4)
+        page.wait_for_selector("text=step-00000004, step 4", timeout=60_000)
+        page.close()
+    finally:
+        said = server.kill()
+    assert "Traceback" not in said
+
+
+def test_a_run_without_a_checkpoint_or_data_says_so(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="expected a trained network in runs/lrm, found none"):
+        main([])
+    folder = run(2)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    with pytest.raises(SystemExit, match="expected finished shards in nowhere"):
+        main([str(tmp_path / "moved"), "--data", "nowhere"])
+    assert not folder.exists()
