@@ -11,6 +11,10 @@ COMMANDS = {
         "measure a checkpoint: lrm validate -c RUN/config.yaml --ckpt_path X",
     ),
     "test": ("lrm_pl.apps.train:main", "as validate, under the names of a test"),
+    "predict": (
+        "lrm_pl.apps.train:main",
+        "reconstruct a data set's held-out objects: lrm predict -c RUN/config.yaml --ckpt_path RUN",
+    ),
     "infer": (
         "lrm_pl.apps.infer:main",
         "turn a photo into a mesh, an orbit and a record: lrm infer photo.png --ckpt RUN",

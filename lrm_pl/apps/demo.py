@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from lrm_pl.apps.infer import Wishes, make_mesh
-from lrm_pl.apps.orbit_files import encode_video
 from lrm_pl.apps.trained import Trained, open_trained
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
+from lrm_pl.io.orbit_files import encode_video
 from lrm_pl.meshes.glb import encode_glb
 from lrm_pl.pictures import open_picture
 from lrm_pl.stages import listening, stage

@@ -10,11 +10,11 @@ from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from lrm_pl.apps.orbit_files import encode_gif
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.evaluation.folder import OBJECTS_NAME, ObjectRecord
 from lrm_pl.evaluation.page import ranked
 from lrm_pl.inference import Scene
+from lrm_pl.io.orbit_files import encode_gif
 from lrm_pl.rendering.surface import NoSurfaceError
 
 #: Folder of an evaluation that holds orbits (.gif) and meshes (.npz) of a few objects.

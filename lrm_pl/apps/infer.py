@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lrm_pl import __version__
-from lrm_pl.apps.orbit_files import encode_video, grid
 from lrm_pl.apps.train import git_commit
 from lrm_pl.apps.trained import Trained, open_trained
 from lrm_pl.data.manifest import write_atomically
@@ -30,6 +29,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.inference import Scene
 from lrm_pl.io.background import BackgroundRemover
+from lrm_pl.io.orbit_files import encode_video, grid
 from lrm_pl.meshes.files import MESH_FORMATS, MeshFormat, encode_mesh
 from lrm_pl.meshes.mesh import Mesh
 from lrm_pl.meshes.unwrap import UnwrapError

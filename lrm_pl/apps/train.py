@@ -31,6 +31,7 @@ from lrm_pl.apps.run_folder import (
 )
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.callbacks.memory import memory_of_libraries
+from lrm_pl.callbacks.scene_writer import SceneWriter
 from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.input_setup import InputSetup, measure_setup
@@ -136,9 +137,10 @@ class LRMCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Offer no ``predict``, as there is no inference yet, and no choice of how checkpoints are read."""
+        """Offer no choice of how checkpoints are read."""
         commands = LightningCLI.subcommands()
-        ours = {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test")}
+        ours = {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test", "predict")}
+        ours["predict"] |= {"return_predictions"}
         ours["fit"] |= {"ckpt_path"}  # a run goes on by --run.resume
         return ours
 
@@ -150,7 +152,8 @@ class LRMCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Keep checkpoints from Lightning, which knows another format."""
-        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": None}
+        kept = {"return_predictions": False} if subcommand == "predict" else {}  # they are written
+        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": None, **kept}
 
     def before_instantiate_classes(self) -> None:
         """Make loggers write into the run's folder, and what has no logger too; measurements below it."""
@@ -158,6 +161,7 @@ class LRMCLI(LightningCLI):
         if folder is not None and self.subcommand in (
             "validate",
             "test",
+            "predict",
         ):  # what a run has logged stays as it is
             folder = f"{folder}/{self.subcommand}"
         place_loggers(self._setting("trainer.logger"), folder)
@@ -209,6 +213,20 @@ class LRMCLI(LightningCLI):
         load_network(checkpoint, self.model.lrm, average=bool(averages))
 
     before_test = before_validate
+
+    def before_predict(self) -> None:
+        """Get ready to reconstruct the held-out objects and to write what comes out."""
+        self.before_validate()
+        root = Path(self._setting("trainer.default_root_dir") or ".")
+        self.scenes = SceneWriter(root if root.name == "predict" else root / "predict")
+        self.trainer.callbacks.append(self.scenes)  # type: ignore[attr-defined]
+
+    def after_predict(self) -> None:
+        """Say where it is."""
+        if self.trainer.is_global_zero:
+            print(f"Meshes, orbits and grids: {self.scenes.folder}")
+            for key, why in self.scenes.without.items():
+                print(f"No mesh of {key}: {why}")
 
     def after_fit(self) -> None:
         """Print what was reached and where it is.

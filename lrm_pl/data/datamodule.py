@@ -162,6 +162,10 @@ class ShardDataModule(L.LightningDataModule):
         """Serve ``lrm test`` with the same two sets."""
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Serve ``lrm predict`` with the held-out objects."""
+        return self.evaluation_loader("heldout")
+
     def evaluation_loader(self, name: str, limit: int | None = None) -> DataLoader[Batch]:
         """Make one evaluation loader by its name in ``EVALUATION_SETS``, of at most ``limit`` objects."""
         splits: dict[str, Split] = {"unseen": "train", "heldout": "val"}

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lrm_pl.data.batch import Batch, Views
 from lrm_pl.errors import InputError
+from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.inference import Scene
 from lrm_pl.losses.objective import Evidence, Objective
 from lrm_pl.models.lrm import LRM
 from lrm_pl.models.triplane import Triplane
@@ -158,6 +160,18 @@ class LRMModule(L.LightningModule):
     ) -> Prediction:
         """Do as in validation."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Scene]:
+        """Reconstruct the objects of a batch; a callback writes them."""
+        source = batch.input
+        field = self.lrm.field(self.lrm(source.images, source.c2w, source.fxfycxcy))
+        scenes = []
+        for index in range(len(batch.ids)):
+            distance = float(source.c2w[index, 0, :3, 3].norm())
+            fov_deg = float(torch.rad2deg(2 * torch.atan(0.5 / source.fxfycxcy[index, 0, 0])))
+            one = dataclasses.replace(field, planes=field.planes[index : index + 1])
+            scenes.append(Scene(one, InputCamera(distance, fov_deg), self.renderer))
+        return scenes
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make AdamW."""

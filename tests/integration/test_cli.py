@@ -135,6 +135,22 @@ def test_a_few_dozen_steps_on_ellipsoids_already_beat_a_white_image_by_3_db(tiny
     assert scores["model"].psnr_pooled >= scores["white image"].psnr_pooled + 3
 
 
+def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(tiny, tmp_path, capsys):
+    folder = tmp_path / "kept"
+    main(["fit", *tiny, "--run.folder", str(folder)])
+    assert set(yaml.safe_load((folder / "input.yaml").read_text())) == {
+        "distance", "fov_deg", "foreground", "background", "threshold",
+    }  # fmt: skip
+    main(["predict", "-c", str(folder / "config.yaml"), "--ckpt_path", str(folder)])
+    said = capsys.readouterr().out
+    assert f"Meshes, orbits and grids: {folder / 'predict'}" in said
+    for key in ("val-ellipsoid-000", "val-ellipsoid-001"):
+        files = {path.name for path in (folder / "predict" / key).iterdir()}
+        assert {"orbit.mp4", "grid.png"} <= files
+        # two steps of training may leave nothing opaque: then it says so
+        assert ("mesh.glb" in files) != (f"No mesh of {key}" in said)
+
+
 def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny, tmp_path, capsys):
     main(["fit", *tiny])
     for command in (
@@ -254,11 +270,11 @@ def test_interpolation_resolves_after_the_layers_are_merged(tiny, tmp_path):
     assert cli.model.objective.lpips_start_step == 7
 
 
-def test_predict_is_not_offered_and_help_names_what_is(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["lrm", "predict"])
+def test_an_unknown_command_is_refused_and_help_names_what_there_is(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["lrm", "predikt"])
     with pytest.raises(SystemExit):
         lrm()
-    assert "expected one of fit, validate, test" in capsys.readouterr().err
+    assert "expected one of fit, validate, test, predict" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["lrm", "--help"])
     with pytest.raises(SystemExit):
         lrm()

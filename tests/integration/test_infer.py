@@ -13,8 +13,8 @@ from PIL import Image
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.infer import Wishes, infer, main
-from lrm_pl.apps.orbit_files import encode_gif, encode_video, grid
 from lrm_pl.apps.trained import open_trained
+from lrm_pl.io.orbit_files import encode_gif, encode_video, grid
 from lrm_pl.meshes import unwrap as unwrap_file
 
 SMALL = ["--resolution", "48", "--frames", "8", "--size", "64"]

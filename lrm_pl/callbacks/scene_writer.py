@@ -1,0 +1,64 @@
+"""Write what ``lrm predict`` reconstructs: a mesh, an orbit and a grid of each object."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from PIL import Image
+
+from lrm_pl.data.batch import Batch
+from lrm_pl.data.manifest import write_atomically
+from lrm_pl.inference import Scene
+from lrm_pl.io.orbit_files import encode_video, grid
+from lrm_pl.meshes.files import encode_mesh
+from lrm_pl.rendering.surface import NoSurfaceError
+
+
+class SceneWriter(L.Callback):
+    """Write FOLDER/ID/{mesh.glb, orbit.mp4, grid.png} of each object, on the rank that has it.
+
+    Args:
+        folder: Where they go.
+        resolution: Points of the mesh's lattice along each axis.
+        frames: Of the orbit.
+        size: Side of a frame.
+    """
+
+    def __init__(self, folder: Path, resolution: int = 256, frames: int = 60, size: int = 256) -> None:
+        self.folder, self.resolution, self.frames, self.size = folder, resolution, frames, size
+        self.without: dict[str, str] = {}  # objects without a surface, and why
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the objects of a batch, but those that only stand in."""
+        scenes: list[Scene] = outputs
+        for index, (key, scene) in enumerate(zip(batch.ids, scenes, strict=True)):
+            if batch.weight[index]:
+                self._write(self.folder / key, key, scene, batch, index)
+
+    def _write(self, place: Path, key: str, scene: Scene, batch: Batch, index: int) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        frames = [
+            (frame.float().cpu().numpy() * 255).round().astype(np.uint8)
+            for frame in scene.orbit(self.frames, self.size, 15.0)
+        ]
+        pixels = batch.input.images[index, 0].float().cpu().permute(1, 2, 0).numpy()
+        source = Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGBA")
+        picture = io.BytesIO()
+        grid(source, frames).save(picture, format="PNG")
+        files = {"orbit.mp4": encode_video(frames), "grid.png": picture.getvalue()}
+        try:
+            files |= encode_mesh(scene.mesh(resolution=self.resolution), "glb")
+        except NoSurfaceError as error:
+            self.without[key] = str(error)
+        for name, content in files.items():
+            write_atomically(place / name, content)
