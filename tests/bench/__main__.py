@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lrm_pl.apps.train import git_commit
-from tests.bench import deferred_memory, loader, overhead, parts, rendering, scaling, stall, steps
+from tests.bench import deferred_memory, inference, loader, overhead, parts, rendering, scaling, stall, steps
 from tests.bench.demo_run import ROOT, machine, write_shards
 from tests.bench.readme import update
 
 BENCHES = {
     "scaling": (scaling.measure, 5), "overhead": (overhead.measure, 15), "stall": (stall.measure, 5),
     "parts": (parts.measure, 5), "steps": (steps.measure, 2), "deferred_memory": (deferred_memory.measure, 1),
-    "rendering": (rendering.measure, 3), "loader": (loader.measure, 5),
+    "rendering": (rendering.measure, 3), "loader": (loader.measure, 5), "inference": (inference.measure, 3),
 }  # fmt: skip
 
 

@@ -1,0 +1,86 @@
+"""(i) From a picture to a grid of densities at TripoSR's size, against the plain twin of its code, in turns.
+
+Random weights, bf16 products. Both reconstruct the same picture; ours then reads a 256^3 lattice coarse to fine, theirs
+reads every point, 8192 at a time, of a 128^3 lattice, which counts eight times. The field that the grid is read of is
+that of a ball, an object among empty space: random weights have none. Marching cubes, decimation, colours and GLB
+come after, apart, and so does the same grid of noise, of which nothing can be passed over.
+"""
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from lrm_pl.inference import reconstruct
+from lrm_pl.io.pretrained import build_network
+from lrm_pl.meshes.glb import encode_glb
+from lrm_pl.models.triplane import Triplane
+from lrm_pl.rendering.grid import density_grid
+from lrm_pl.rendering.query import query_density
+from lrm_pl.rendering.surface import extract_mesh
+from lrm_pl.stages import listening, stage
+from tests.bench.demo_run import ROOT
+from tests.bench.parts import TRIPOSR_LEVEL, Plain, ball, in_turns
+from tests.parity.triposr import RADIUS, TripoSR
+
+#: Points along each axis of ours, and of theirs, which is scaled up.
+OURS, THEIRS = 256, 128
+
+
+@torch.no_grad()
+def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
+    """Measure forward and grid of both sides, and what follows of ours."""
+    torch.manual_seed(0)
+    network, renderer = build_network(yaml.safe_load((ROOT / "configs/model/triposr.yaml").read_text()))
+    network.eval()
+    twin = TripoSR(768, 12, 12, 14, 1024, 16, 16, 32, 40).eval()
+    image = torch.rand(3, 512, 512)
+
+    def their_forward() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return twin.planes(image[None])
+
+    ahead, their_ahead = in_turns(lambda: reconstruct(network, renderer, image), their_forward, rounds)
+    with torch.enable_grad():
+        planes = ball(network.decoder)
+    axis = torch.linspace(-1, 1, THEIRS)
+    points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
+    plain = Plain(planes)
+    field = network.decoder.field(Triplane(planes, "triposr"))
+
+    def their_grid() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain.query(points * RADIUS)
+
+    grid, their_grid_seconds = in_turns(
+        lambda: density_grid(field, 0, OURS, TRIPOSR_LEVEL), their_grid, rounds
+    )
+    their_grid_seconds *= (OURS / THEIRS) ** 3
+    noise = network.decoder.field(Triplane(torch.randn(1, 3, 40, 64, 64), "triposr"))
+    level = query_density(noise, 0, points[::97]).quantile(0.99).item()
+    noise_grid, _ = in_turns(lambda: density_grid(noise, 0, OURS, level), lambda: None, 1)
+    with listening() as after:
+        mesh = extract_mesh(field, 0, TRIPOSR_LEVEL, OURS, most_faces=100_000)
+        with stage("glb"):
+            encode_glb(mesh)
+    del after["grid"]
+    share = (ahead + grid) / (their_ahead + their_grid_seconds)
+    found: list[dict[str, object]] = [
+        {
+            "bench": "TripoSR's size, picture to a grid of 256^3, a ball: share of the plain twin's time",
+            "value": share, "target": "<= 0.5", "met": share <= 0.5, "forward": ahead, "grid": grid,
+            "plain_forward": their_ahead, "plain_grid": their_grid_seconds, "rounds": rounds,
+        },
+        {
+            "bench": "TripoSR's size, picture to a grid of 256^3, noise: share of the plain twin's time",
+            "value": (ahead + noise_grid) / (their_ahead + their_grid_seconds), "target": "-", "met": True,
+            "grid": noise_grid, "rounds": 1,
+        },
+    ]  # fmt: skip
+    return found + [
+        {
+            "bench": f"TripoSR's size, a ball, 256^3: seconds for {name}", "value": seconds, "target": "-", "met": True,
+            "faces": len(mesh.faces), "rounds": 1,
+        }
+        for name, seconds in after.items()
+    ]  # fmt: skip
