@@ -48,7 +48,10 @@ def test_focal_lengths_of_known_fields_of_view():
     np.testing.assert_allclose(draw("frame").fxfycxcy[0], [1.0722535, 1.0722535, 0.5, 0.5], atol=1e-6)
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+DRAWN = sorted(name for name, preset in PRESETS.items() if not preset.orbit)
+
+
+@pytest.mark.parametrize("preset", DRAWN)
 def test_drawn_cameras_stay_in_the_ranges_and_look_at_the_origin(preset):
     ranges, cameras = PRESETS[preset], draw(preset, views=200)
     place = cameras.c2w[:, :3, 3].astype(np.float64)
@@ -95,3 +98,17 @@ def test_seeds_depend_on_what_they_are_derived_from_and_on_nothing_else():
     assert len({derive_seed(s, k, v) for s in (0, 1) for k in ("a", "b") for v in range(9)}) == 36
     np.testing.assert_array_equal(draw(seed=5).c2w, draw(seed=5).c2w)
     assert not np.array_equal(draw(seed=5).c2w, draw(seed=6).c2w)
+
+
+def test_an_orbit_has_its_24_views_the_front_first_and_is_the_same_for_every_object():
+    cameras = draw("gso-orbit", views=24)
+    place = cameras.c2w[:, :3, 3].astype(np.float64)
+    np.testing.assert_allclose(place[0], (0, -2.5, 0), atol=1e-6)
+    np.testing.assert_allclose(place[2], (2.5, 0, 0), atol=1e-6)  # 90 degrees on, counter-clockwise from above
+    np.testing.assert_allclose(np.linalg.norm(place, axis=1), 2.5, atol=1e-6)
+    polar_deg = np.degrees(np.arccos(place[:, 2] / 2.5))
+    np.testing.assert_allclose(polar_deg, np.repeat((90, 60, 120), 8), atol=1e-4)
+    azimuth_deg = np.degrees(np.arctan2(place[:, 1], place[:, 0])) + 90
+    np.testing.assert_allclose(azimuth_deg % 360, np.tile(np.arange(0, 360, 45), 3), atol=1e-4)
+    np.testing.assert_array_equal(cameras.c2w, draw("gso-orbit", views=24, seed=5).c2w)
+    np.testing.assert_allclose(cameras.c2w[:, :3, 2], -place / 2.5, atol=1e-6)
