@@ -180,7 +180,7 @@ class ShardDataModule(L.LightningDataModule):
         """Read the input views of a few training objects, without a process of its own: ``measure_setup`` asks."""
         views = slice(min(self.input_pool or _SETUP_VIEWS, _SETUP_VIEWS))
         few = EvaluationSet(self.mixture, "train", self.inputs, views, _SETUP_OBJECTS)
-        return (cast(Batch, collate([item])) for item in few)
+        return (cast(Batch, collate([item])) for item in few.readable())
 
     def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[Batch]:
         assert self.trainer is not None

@@ -210,6 +210,11 @@ class EvaluationSet(IterableDataset[Item]):
                 return  # not one sample can be read: so it is on every rank
             yield item
 
+    def readable(self) -> Iterator[Item]:
+        """Yield the items of all that can be read, in this process, without a word of the rest."""
+        items = (self._try(index, say=False) for index in range(len(self.places)))
+        return (item for item in items if item is not None)
+
     def _try(self, index: int, *, say: bool = True) -> Item | None:
         place = self.places[index]
         try:
@@ -228,6 +233,5 @@ class EvaluationSet(IterableDataset[Item]):
 
     def _stand_in(self) -> Item | None:
         """Make the first readable sample an item of weight 0."""
-        items = (self._try(index, say=False) for index in range(len(self.places)))
-        item = next((item for item in items if item is not None), None)
+        item = next(self.readable(), None)
         return None if item is None else dataclasses.replace(item, weight=torch.zeros(()))
