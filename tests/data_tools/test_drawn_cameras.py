@@ -104,7 +104,8 @@ def test_an_orbit_has_its_24_views_the_front_first_and_is_the_same_for_every_obj
     cameras = draw("gso-orbit", views=24)
     place = cameras.c2w[:, :3, 3].astype(np.float64)
     np.testing.assert_allclose(place[0], (0, -2.5, 0), atol=1e-6)
-    np.testing.assert_allclose(place[2], (2.5, 0, 0), atol=1e-6)  # 90 degrees on, counter-clockwise from above
+    # the third is 90 degrees on, counter-clockwise seen from above
+    np.testing.assert_allclose(place[2], (2.5, 0, 0), atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(place, axis=1), 2.5, atol=1e-6)
     polar_deg = np.degrees(np.arccos(place[:, 2] / 2.5))
     np.testing.assert_allclose(polar_deg, np.repeat((90, 60, 120), 8), atol=1e-4)
