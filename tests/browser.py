@@ -9,9 +9,12 @@ import time
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A browser with a software GPU; a missing one is a failure, never a skip."""
+    """A browser with a software GPU; a missing one is a failure, never a skip.
+
+    Of a module: while it is there, its event loop runs in the tests' thread.
+    """
     from playwright.sync_api import sync_playwright
 
     path = shutil.which("chromium")

@@ -4,6 +4,7 @@ import argparse
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -124,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Gradio reads these when it is imported: files of visitors lie in a folder that goes with the process.
     folder = Path(tempfile.mkdtemp(prefix="lrm-demo-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else nothing is tidied up
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:

@@ -196,7 +196,12 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     assert same(load_file(tmp_path / "average" / "model.safetensors"), network | average)
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert same(half, {name: t.bfloat16() if t.is_floating_point() else t for name, t in network.items()})
-    assert sorted(os.listdir(tmp_path / "weights")) == ["config.yaml", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "weights")) == [
+        "README.md",
+        "config.yaml",
+        "input.yaml",
+        "model.safetensors",
+    ]
     printed = capsys.readouterr().out
     assert f"lrm validate -c {folder / 'config.yaml'} --ckpt_path {checkpoint.path}" in printed
 

@@ -1,6 +1,5 @@
 """`lrm demo` in a real browser: what a visitor does, and what the page answers."""
 
-import signal
 import time
 from pathlib import Path
 
@@ -85,8 +84,11 @@ def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_pat
     hosts = {c.laddr.ip for c in psutil.Process(server.process.pid).net_connections() if c.status == "LISTEN"}
     assert hosts == {"127.0.0.1"}
     assert list(tmp_path.glob("lrm-demo-*"))
-    server.process.send_signal(signal.SIGINT)
-    server.process.communicate(timeout=30)
+    server.process.terminate()
+    try:
+        server.process.communicate(timeout=30)
+    finally:
+        server.kill()
     deadline = time.monotonic() + 10
     while list(tmp_path.glob("lrm-demo-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
