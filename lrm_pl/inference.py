@@ -85,7 +85,15 @@ class Scene:
             NoSurfaceError: There is no surface at this threshold.
         """
         level = self.threshold if threshold is None else threshold
-        return extract_mesh(self.field, 0, level, resolution, floaters=floaters, most_faces=most_faces)
+        return extract_mesh(
+            self.field,
+            0,
+            level,
+            resolution,
+            bounds=self.renderer.bounds,
+            floaters=floaters,
+            most_faces=most_faces,
+        )
 
     def textured(self, mesh: Mesh, size: int = 1024, limit_s: float = 60.0) -> Mesh:
         """Give a mesh of this object a picture of its colours; see ``meshes.texture.textured``.

@@ -1,12 +1,14 @@
 """Pictures from outside: opened with care, and framed as training pictures are. numpy and PIL only."""
 
 import io
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lrm_pl.errors import InputError
 
@@ -18,7 +20,30 @@ MAX_BYTES: Final = 64 << 20
 MAX_PIXELS: Final = 64 << 20
 
 #: What PIL answers to a broken picture.
-PICTURE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
+PICTURE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+#: EXIF's tag of how a camera was held, and what makes its pictures upright.
+_ORIENTATION: Final = 0x0112
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 #: Alpha (of 255) above which a pixel belongs to the object.
 _SOLID = 127
@@ -72,7 +97,7 @@ def open_picture(
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _require_pixels(name, image.size, max_pixels)
                 image.load()
-                return _eight_bits(ImageOps.exif_transpose(image))
+                return _eight_bits(_upright(image))
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
@@ -132,12 +157,17 @@ def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:
             "expected an object in the picture, found alpha 0 everywhere; check its alpha channel"
         )
     top, left, bottom, right = box
-    length = max(bottom - top, right - left) / foreground
-    x, y = (left + right) / 2 - length / 2, (top + bottom) / 2 - length / 2
+    scale = foreground * side / max(bottom - top, right - left)
+    middle = (top + bottom) / 2, (left + right) / 2
+    # With a little around it, where alpha is soft. No more: a square around a long thin object has no bounds.
+    soft = 2 + max(bottom - top, right - left) // 50
+    top, left = max(0, top - soft), max(0, left - soft)
+    rgba = rgba[top : bottom + soft, left : right + soft]
+    place = round(side / 2 + (top - middle[0]) * scale), round(side / 2 + (left - middle[1]) * scale)
     # Colours count as much as they are seen: what alpha hides must not come in from the edges.
     premultiplied = (*np.moveaxis(rgba[..., :3] * rgba[..., 3:], -1, 0), rgba[..., 3])
-    channels = [_square(channel, x, y, length, side) for channel in premultiplied]
-    red, green, blue, alpha = (np.asarray(channel).clip(0, 1) for channel in channels)
+    channels = [_placed(channel, scale, place, side) for channel in premultiplied]
+    red, green, blue, alpha = (channel.clip(0, 1) for channel in channels)
     straight = np.stack([red, green, blue], axis=-1) / np.maximum(alpha, 1e-6)[..., None]
     square = np.concatenate([straight.clip(0, 1), alpha[..., None]], axis=-1)
     square[alpha < 0.5 / 255] = 0
@@ -158,12 +188,25 @@ def object_box(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
     return None
 
 
-def _square(channel: np.ndarray, x: float, y: float, length: float, side: int) -> Image.Image:
-    """Take a square out of a picture, 0 outside of it, in another size."""
-    margin = int(np.ceil(max(0.0, -x, -y, x + length - channel.shape[1], y + length - channel.shape[0])))
-    padded = Image.fromarray(np.pad(channel, margin))
-    box = (x + margin, y + margin, x + margin + length, y + margin + length)
-    return padded.resize((side, side), Image.Resampling.BILINEAR, box=box)
+def _placed(channel: np.ndarray, scale: float, place: tuple[int, int], side: int) -> np.ndarray:
+    """Put a channel, in another size, into an empty square; what does not fit is cut off."""
+    height, width = (max(1, round(length * scale)) for length in channel.shape)
+    resized = np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
+    square = np.zeros((side, side), dtype=np.float32)
+    top, left = max(0, place[0]), max(0, place[1])
+    part = resized[top - place[0] :, left - place[1] :][: side - top, : side - left]
+    square[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return square
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF says; one whose EXIF is broken stays as it is."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except (*PICTURE_ERRORS, AttributeError):
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:

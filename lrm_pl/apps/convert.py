@@ -25,8 +25,8 @@ CONVERTERS = {"openlrm": convert_openlrm, "triposr": convert_triposr}
 
 #: How their own programs show an object to the network, and where they cut its surface.
 SETUPS = {
-    # openlrm/runners/infer/lrm.py and configs/infer-*.yaml
-    "openlrm": InputSetup(distance=2.0, fov_deg=67.38, foreground=0.85, threshold=3.0),
+    # openlrm/utils/preprocess.py (a border of a fifth) and configs/infer-*.yaml
+    "openlrm": InputSetup(distance=2.0, fov_deg=67.38, foreground=0.8, threshold=3.0),
     # run.py; our scene unit is 0.87 of theirs, and their cameras stand 1.9 of theirs away
     "triposr": InputSetup(1.9 / 0.87, 40.0, foreground=0.85, background=0.5, threshold=25.0),
 }

@@ -116,7 +116,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
         button.click(
             make, [photo, resolution, threshold], [seen, orbit, mesh, download, told], concurrency_limit=1
         )
-    return page.queue(max_size=QUEUE)
+    return page.queue(max_size=QUEUE, api_open=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

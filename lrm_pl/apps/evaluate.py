@@ -25,7 +25,7 @@ from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, show_object, write_board
 from lrm_pl.apps.train import git_commit
 from lrm_pl.apps.trained import Trained, choose_device, open_trained
 from lrm_pl.data.manifest import SPLITS, write_atomically
-from lrm_pl.data.schema import Sample, SampleError
+from lrm_pl.data.schema import Sample, SampleError, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.baselines import trivial_baselines
 from lrm_pl.evaluation.folder import (
@@ -38,7 +38,7 @@ from lrm_pl.evaluation.folder import (
     read_object,
     write_object,
 )
-from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, measure_object, over_white
+from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, measure_object
 from lrm_pl.evaluation.page import render_comparison, render_page
 from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, image_metrics, surface_metrics
 from lrm_pl.evaluation.selection import Objects
@@ -96,6 +96,8 @@ def evaluate(
             sample = objects.read(place, protocol)
             measured = measure_object(sample, protocol, reconstructor(trained), judges, baselines)
         except SampleError as error:
+            if isinstance(error.__cause__, OSError):  # it may be there the next time
+                raise
             write_object(out, key, None, str(error))
         else:
             if key in shown:
@@ -228,9 +230,8 @@ def reconstructor(trained: Trained) -> Reconstruct:
 def scene_of(trained: Trained, sample: Sample, view: int) -> Scene:
     """Reconstruct an object from one of its views."""
     c2w = canonicalise(torch.from_numpy(sample.c2w[[view]]))
-    return reconstructor(trained)(
-        over_white(sample, (view,))[0], c2w[0], torch.from_numpy(sample.fxfycxcy[view])
-    )
+    rgba = torch.from_numpy(decode_image(sample.info.id, sample.views[view])).permute(2, 0, 1).float() / 255
+    return reconstructor(trained)(rgba, c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
 
 
 def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:
@@ -263,8 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; expected errors end in one message."""
     given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    under_srun = "SLURM_STEP_NUM_TASKS" in os.environ  # an allocation alone has SLURM_NTASKS too
+    rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if under_srun else 0))
+    world = int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if under_srun else 1))
     console = Console(soft_wrap=True, quiet=rank > 0)
     try:
         if given.compare:
@@ -283,7 +285,8 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
     protocol.require(objects.manifest, given.data)
     device = given.device
     if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0)))}"
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        device = f"cuda:{local % torch.cuda.device_count()}"  # a task of Slurm may see one GPU only
     trained = open_trained(given.ckpt, average=given.average, device=device)
     place = choose_device(device)
     judges = Judges({})

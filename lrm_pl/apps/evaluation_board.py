@@ -1,6 +1,7 @@
 """An evaluation in TensorBoard: its table, its figures, its pictures; of a few objects an orbit and a mesh."""
 
 import io
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from lrm_pl.evaluation.page import ranked
 from lrm_pl.inference import Scene
 from lrm_pl.io.orbit_files import encode_gif
 from lrm_pl.rendering.surface import NoSurfaceError
+
+#: Folder of an evaluation that holds TensorBoard's events.
+BOARD_NAME = "board"
 
 #: Folder of an evaluation that holds orbits (.gif) and meshes (.npz) of a few objects.
 SHOWN_NAME = "shown"
@@ -62,9 +66,9 @@ def write_board(
         better: Metric -> whether more is better.
         step: Of the network.
     """
-    for old in out.glob("events.out.tfevents.*"):
-        old.unlink()
-    with SummaryWriter(str(out)) as board:
+    place = out / BOARD_NAME
+    shutil.rmtree(place, ignore_errors=True)
+    with SummaryWriter(str(place)) as board:
         board.add_text(f"evaluation/{name}", table, step)
         for row, metrics in rows.items():
             for metric, value in metrics.items():

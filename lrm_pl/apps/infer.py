@@ -72,6 +72,20 @@ class Wishes:
     elevation_deg: float = 15.0
     camera: InputCamera | None = None
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, value, low, high in (
+            ("resolution", self.resolution, 8, 1024),
+            ("floaters", self.floaters, 0, 1),
+            ("faces", 4 if self.most_faces is None else self.most_faces, 4, 10**8),
+            ("texture", self.texture, 0, 8192),
+            ("frames", self.frames, 0, 10_000),
+            ("size", self.size, 8, 4096),
+            ("elevation", self.elevation_deg, -89, 89),
+        ):
+            if not low <= value <= high:
+                raise InputError(f"expected {name} from {low} to {high}, found {value:g}")
+
 
 def make_mesh(scene: Scene, wishes: Wishes) -> tuple[Mesh, list[str]]:
     """Make the mesh of an object.
@@ -82,7 +96,7 @@ def make_mesh(scene: Scene, wishes: Wishes) -> tuple[Mesh, list[str]]:
     Raises:
         NoSurfaceError: There is no surface.
     """
-    most = wishes.most_faces or (TEXTURE_FACES if wishes.texture else None)
+    most = TEXTURE_FACES if wishes.most_faces is None and wishes.texture else wishes.most_faces
     mesh = scene.mesh(wishes.threshold, wishes.resolution, floaters=wishes.floaters, most_faces=most)
     if not wishes.texture:
         return mesh, []
@@ -176,6 +190,8 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
                 f"expected a picture or a folder of pictures at {path}, found neither; correct the path"
             )
     names = [path.stem for path in found]
+    if bad := [path for path in found if path.stem in (".", "..")]:
+        raise InputError(f"expected pictures with a name of their own, found {bad[0]}; rename it")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(
             f"expected pictures of different names, found {twice[0]!r} twice: each has a folder of its name in OUT"
@@ -194,9 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wishes = _wishes(given)
         remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
         trained = open_trained(given.ckpt, average=given.average, device=given.device, remover=remover)
-        if wishes.camera is None and (given.distance or given.fov):
+        if wishes.camera is None and (given.distance is not None or given.fov is not None):
             setup = trained.model.setup
-            camera = InputCamera(given.distance or setup.distance, given.fov or setup.fov_deg)
+            camera = InputCamera(
+                setup.distance if given.distance is None else given.distance,
+                setup.fov_deg if given.fov is None else given.fov,
+            )
             wishes = dataclasses.replace(wishes, camera=camera)
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
@@ -211,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say = functools.partial(_say, bar, task, picture.stem[:12])
             try:
                 record = infer(trained, picture, out, wishes, say)
-            except InputError as error:
+            except (InputError, OSError) as error:
                 failed += 1
                 console.print(f"{picture}: {error}")
             else:

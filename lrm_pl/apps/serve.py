@@ -179,6 +179,10 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
             if error.status in (408, 413):
                 headers["Connection"] = "close"  # the rest of the body is not read
             return JSONResponse({"detail": error.reason}, error.status, headers)
+        except Exception:  # whatever one request does, the next is served
+            logger.exception("a request failed")
+            requests.labels(500).inc()
+            return JSONResponse({"detail": "this request failed; the server's log says why"}, 500)
         requests.labels(200).inc()
         for name, value in stages.items():
             seconds.labels(name).observe(value)

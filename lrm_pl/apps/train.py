@@ -111,14 +111,14 @@ class RunRecord(SaveConfigCallback):
             return
         folder = folder_of(trainer)
         folder.mkdir(parents=True, exist_ok=True)
+        if self.input_setup is not None and not (folder / SETUP_NAME).is_file():
+            write_atomically(folder / SETUP_NAME, setup_text(self.input_setup).encode())
         keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
         if any(keeper.resume_from is not None for keeper in keepers) and (folder / "config.yaml").is_file():
             return  # the record of the first start stays
         commit = git_commit()
         config = self.parser.dump(self.config, skip_none=False)
         files = {"commit.txt": commit + "\n", "config.yaml": config}
-        if self.input_setup is not None:
-            files[SETUP_NAME] = setup_text(self.input_setup)
         for name, text in files.items():
             write_atomically(folder / name, text.encode())
         for log in trainer.loggers:
@@ -192,11 +192,9 @@ class LRMCLI(LightningCLI):
             self.trainer.callbacks.append(TraceRecorder(self._setting("run.profile")))  # type: ignore[attr-defined]
         if self.trainer.is_global_zero:
             self._enter_run_folder()
-            keeper = self._keeper()
-            if keeper is None or keeper.resume_from is None:
-                records = [callback for callback in self.trainer.callbacks if isinstance(callback, RunRecord)]  # type: ignore[attr-defined]
-                for record in records:
-                    record.input_setup = measure_setup(self.datamodule.setup_batches())
+            records = [callback for callback in self.trainer.callbacks if isinstance(callback, RunRecord)]  # type: ignore[attr-defined]
+            for record in records:
+                record.input_setup = measure_setup(self.datamodule.setup_batches())
 
     def before_validate(self) -> None:
         """Get ready to measure.

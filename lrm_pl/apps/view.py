@@ -160,8 +160,9 @@ class Viewer:
                 )
         rgb = seen.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).cpu().numpy()
         # frusta in front of the object cover it, others are covered
-        t = torch.where(seen.opacity > 0.5, seen.depth, 100.0)[0, 0].cpu().numpy()
-        client.scene.set_background_image((rgb * 255).astype(np.uint8), format="jpeg", depth=t)
+        z = seen.depth * _cosines(fxfycxcy, height, width).to(device)
+        depth = torch.where(seen.opacity > 0.5, z, 100.0)[0, 0].cpu().numpy()
+        client.scene.set_background_image((rgb * 255).astype(np.uint8), format="jpeg", depth=depth)
 
     def _show_object(self) -> None:
         """Reconstruct the chosen object from the chosen view, and draw it."""
@@ -193,7 +194,7 @@ class Viewer:
                     field, activation=lambda raw: activation(raw) * (activation(raw) >= least)
                 )
             self._shown = field, measure_occupancy(field, 0)
-        for sight in self._sights.values():
+        for sight in list(self._sights.values()):
             sight.drawn = 0
 
     def _show_frusta(self) -> None:
@@ -247,6 +248,13 @@ class Viewer:
             self._checkpoint = path
             self.trained = Trained(self.trained.model, path, checkpoint.step, "")
             self._show_object()
+
+
+def _cosines(fxfycxcy: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return how much of a step along each pixel's ray goes along the camera's z axis."""
+    y = ((torch.arange(height) + 0.5) / height - 0.5) / fxfycxcy[1]
+    x = ((torch.arange(width) + 0.5) / width - 0.5) / fxfycxcy[0]
+    return (1 + y[:, None] ** 2 + x**2).rsqrt()
 
 
 def _choices(data: str) -> list[tuple[str, Objects, Any]]:

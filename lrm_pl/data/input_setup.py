@@ -53,10 +53,13 @@ class InputSetup:
         """
         known = {field.name for field in dataclasses.fields(cls)}
         wrong = sorted(
-            name
+            str(name)
             for name, value in record.items()
             if name not in known
-            or not (isinstance(value, int | float) or (name == "threshold" and value is None))
+            or not (
+                (isinstance(value, int | float) and not isinstance(value, bool))
+                or (name == "threshold" and value is None)
+            )
         )
         if wrong:
             raise InputError(

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +89,9 @@ class Manifest:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file beside its place and rename it when it is whole and on disk."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(
+        f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial"
+    )  # others may write it too
     try:
         with open(partial, "wb") as file:
             file.write(content)

@@ -24,7 +24,7 @@ from lrm_pl.stages import stage
 #: Image embeddings (n, d) of images (n, 3, h, w) in [0, 1].
 Embed = Callable[[Tensor], Tensor]
 
-#: Makes a scene of an input view: image (3, h, w) over white, its c2w and fxfycxcy, canonical.
+#: Makes a scene of an input view: RGBA (4, h, w), its c2w and fxfycxcy, canonical.
 Reconstruct = Callable[[Tensor, Tensor, Tensor], Scene]
 
 #: Targets that the strip of pictures shows.
@@ -107,9 +107,12 @@ def measure_object(
     strip: Tensor | None = None
     for view in protocol.inputs:
         image = over_white(sample, (view,))[0]
+        rgba = (
+            torch.from_numpy(decode_image(sample.info.id, sample.views[view])).permute(2, 0, 1).float() / 255
+        )
         c2w = canonicalise(torch.from_numpy(sample.c2w[[view, *protocol.seen]]))
         fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.seen]])
-        scene = reconstruct(image, c2w[0], fxfycxcy[0])
+        scene = reconstruct(rgba, c2w[0], fxfycxcy[0])
         with stage("views"):
             renders = _render(scene, c2w[1:], fxfycxcy[1:], size)
         answers["model"].append(renders)

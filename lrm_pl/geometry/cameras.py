@@ -130,7 +130,7 @@ class InputCamera:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.distance <= 0 or not 0 < self.fov_deg < 180:
+        if not 0 < self.distance < math.inf or not 0 < self.fov_deg < 180:
             raise InputError(f"expected a distance above 0 and a fov_deg between 0 and 180, found {self}")
 
     @property

@@ -85,7 +85,10 @@ class BackgroundRemover:
         with tempfile.TemporaryDirectory(prefix="lrm-u2netp-") as folder:  # it takes a path only
             file = Path(folder) / "u2netp.onnx"
             file.write_bytes(content)
-            session = Session("u2net_custom", options, model_path=str(file))
+            try:
+                session = Session("u2net_custom", options, model_path=str(file))
+            except Exception as error:  # onnxruntime has no common one
+                raise InputError(f"{found.path}: expected an ONNX file of U^2-Net, found: {error}") from error
         provider = session.inner_session.get_providers()[0].removesuffix("ExecutionProvider")
         self.what = f"rembg, {found.what}, on {provider}"
         return session

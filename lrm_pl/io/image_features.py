@@ -13,7 +13,7 @@ from lrm_pl.io.tensor_files import read_tensor_file
 from lrm_pl.io.weights import resolve
 
 #: timm's name of CLIP ViT-B/32 with OpenAI's weights: what papers call CLIP similarity, unless they say otherwise.
-CLIP_NAME = "vit_base_patch32_clip_224.openai"
+CLIP_NAME = "vit_base_patch32_clip_quickgelu_224.openai"
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -39,16 +39,21 @@ class Mesh:
 def vertex_normals(
     vertices: Float[np.ndarray, "N 3"], faces: Int[np.ndarray, "M 3"]
 ) -> Float[np.ndarray, "N 3"]:
-    """Return unit normals at the vertices: means over their faces, weighted by area; +z where these cancel out."""
+    """Return unit normals at the vertices: means over their faces, weighted by area; +z where these cancel out.
+
+    Vertices of one place (those at the seams of a texture) share their faces, and have one normal.
+    """
+    _, welded = np.unique(vertices, axis=0, return_inverse=True)
+    welded = welded.reshape(-1)
     corners = vertices.astype(np.float64)[faces]
     twice_area = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     total = np.stack(
         [
-            np.bincount(faces.ravel(), np.repeat(twice_area[:, axis], 3), minlength=len(vertices))
+            np.bincount(welded[faces].ravel(), np.repeat(twice_area[:, axis], 3), minlength=len(vertices))
             for axis in range(3)
         ],
         axis=1,
     )
     length = np.linalg.norm(total, axis=1, keepdims=True)
     total[length[:, 0] == 0] = (0, 0, 1)
-    return (total / np.where(length == 0, 1, length)).astype(np.float32)
+    return (total / np.where(length == 0, 1, length))[welded].astype(np.float32)

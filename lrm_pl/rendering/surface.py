@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import orbit
+from lrm_pl.geometry.rays import Bounds
 from lrm_pl.meshes.mesh import Mesh
 from lrm_pl.meshes.repair import decimated, without_floaters
 from lrm_pl.rendering.field import Field
@@ -32,6 +33,7 @@ def extract_mesh(
     threshold: float,
     resolution: int = 384,
     *,
+    bounds: Bounds = "box",
     floaters: float = 0.0,
     most_faces: int | None = None,
 ) -> Mesh:
@@ -42,6 +44,7 @@ def extract_mesh(
         index: Which object.
         threshold: Density at the surface (OpenLRM: 3 a scene unit; TripoSR: 25 a chord).
         resolution: Points of the lattice along each axis (LRM: 384).
+        bounds: What the renderer draws: beyond it the field was never trained, and nothing is taken to be there.
         floaters: Parts of less than this share of the largest part's area are left out.
         most_faces: Faces that may stay; None keeps all.
 
@@ -50,6 +53,9 @@ def extract_mesh(
     """
     with stage("grid"):
         density = density_grid(field, index, resolution, threshold).density.cpu()
+    if bounds == "sphere":
+        axis = torch.linspace(-1, 1, resolution).square()
+        density[axis[:, None, None] + axis[:, None] + axis > 1] = 0
     inside = density > threshold
     if not inside.any() or inside.all():
         raise NoSurfaceError(

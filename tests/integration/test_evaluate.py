@@ -67,7 +67,7 @@ def test_results_are_figures_tables_pictures_and_a_board(finished):
         "data:image/png;base64",
     ):
         assert word in page
-    board = EventAccumulator(str(finished))
+    board = EventAccumulator(str(finished / "board"))
     board.Reload()
     assert board.Scalars("lrm/psnr/model")[0].value == pytest.approx(rows["model"]["psnr"], rel=1e-6)
     tags = board.Tags()

@@ -68,6 +68,15 @@ def test_the_mesh_of_a_ball_is_a_ball_with_its_colours_and_its_faces_outward():
     assert is_closed(mesh)
 
 
+def test_what_the_renderer_never_draws_is_not_in_the_mesh():
+    ball = Ball()
+    ball.activate = lambda raw: torch.full_like(raw, 40.0)  # dense everywhere, in the corners too
+    mesh = extract_mesh(ball, 0, 20.0, resolution=48, bounds="sphere")
+    assert np.abs(np.linalg.norm(mesh.vertices, axis=-1) - 1).max() < 2 / 47
+    with pytest.raises(NoSurfaceError):
+        extract_mesh(ball, 0, 20.0, resolution=48)
+
+
 def test_the_threshold_is_the_density_where_pictures_see_the_surface():
     # In the middle of the soft rim the density is 20; rays end a little inside of it, and never at its outer edge.
     ball = Ball()

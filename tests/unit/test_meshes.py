@@ -114,6 +114,14 @@ def test_a_baked_texture_shows_the_colours_of_the_places_on_the_surface():
     assert volume(mesh) == pytest.approx(volume(ball()), rel=1e-5)
 
 
+def test_normals_at_the_seams_of_a_texture_are_those_of_the_whole_surface():
+    plain, mesh = ball(), textured(ball(), by_place, 256)
+    assert len(mesh.vertices) > len(plain.vertices)
+    normals = vertex_normals(mesh.vertices, mesh.faces)
+    expected = dict(zip(map(bytes, plain.vertices), vertex_normals(plain.vertices, plain.faces), strict=True))
+    np.testing.assert_allclose(normals, [expected[bytes(place)] for place in mesh.vertices], atol=1e-5)
+
+
 def test_laying_out_that_takes_too_long_or_fails_says_so():
     vertices, faces = lumps()
     with pytest.raises(UnwrapError, match=f"took more than 0.01 s for {len(faces)} faces"):

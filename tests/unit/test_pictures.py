@@ -1,7 +1,9 @@
 """Pictures from outside: what is read, what is refused, how an object is framed."""
 
+import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -142,3 +144,23 @@ def test_nothing_cannot_be_framed_and_a_faint_object_can():
     faint[5:15, 5:15, 3] = 60
     assert object_box(faint[..., 3] / 255) == (5, 5, 15, 15)
     assert np.asarray(framed(Image.fromarray(faint), 0.5, 32))[..., 3].max() == 60
+
+
+def test_a_long_thin_object_takes_no_more_memory_than_its_picture_and_its_square():
+    line = np.zeros((2, 400_000, 4), dtype=np.uint8)
+    line[:, 1000:-1000] = 255
+    tracemalloc.start()
+    found = np.asarray(framed(Image.fromarray(line), 0.75, 256))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * line.nbytes
+    assert object_box(found[..., 3] / 255)[1::2] == (32, 225)
+
+
+@pytest.mark.parametrize("chunk", [b"gAMA", b"cHRM", b"tRNS", b"iCCP"])
+def test_a_picture_with_a_damaged_chunk_is_a_broken_picture_or_a_good_one(chunk):
+    content = encoded(RGB)
+    end = content.index(b"IEND") - 4
+    damaged = struct.pack(">I", 0) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    with contextlib.suppress(PictureError):
+        assert open_picture(content[:end] + damaged + content[end:]).size == (30, 20)
