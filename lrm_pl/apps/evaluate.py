@@ -47,6 +47,7 @@ from lrm_pl.geometry.cameras import InputCamera, canonicalise
 from lrm_pl.inference import Scene, reconstruct
 from lrm_pl.io.image_features import load_clip, load_inception
 from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.stores import StoreError
 
 #: Seconds without a new record after which other processes are taken for dead.
 _PATIENCE_S = 1800.0
@@ -96,7 +97,7 @@ def evaluate(
             sample = objects.read(place, protocol)
             measured = measure_object(sample, protocol, reconstructor(trained), judges, baselines)
         except SampleError as error:
-            if isinstance(error.__cause__, OSError):  # it may be there the next time
+            if isinstance(error.__cause__, StoreError):  # it may answer the next time
                 raise
             write_object(out, key, None, str(error))
         else:
