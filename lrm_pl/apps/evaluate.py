@@ -177,11 +177,15 @@ def compare(a: Path, b: Path, out: Path) -> str:
         [_known(folder, path.stem) for path in sorted((folder / "objects").glob("*.json"))]
         for folder in (a, b)
     ]
+    common = {r.id for r in found[0] if r.rows.get("model")} & {r.id for r in found[1] if r.rows.get("model")}
+    found = [[record for record in records if record.id in common] for records in found]
     differences = paired_differences(*found)
     better = metrics_of(protocol)
     rows = {name: means(records).get("model", {}) for name, records in zip(("A", "B"), found, strict=True)}
     first = next(metric for metric in better if metric in differences)
-    of_b = {record.id: record.rows.get("model", {}).get(first, 0.0) for record in found[1]}
+    of_b = {
+        record.id: record.rows["model"][first] for record in found[1] if first in record.rows.get("model", {})
+    }
     widest = sorted(
         (record for record in found[0] if first in record.rows.get("model", {}) and record.id in of_b),
         key=lambda record: -abs(of_b[record.id] - record.rows["model"][first]),

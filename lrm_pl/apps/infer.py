@@ -98,12 +98,15 @@ def make_mesh(scene: Scene, wishes: Wishes) -> tuple[Mesh, list[str]]:
     """
     most = TEXTURE_FACES if wishes.most_faces is None and wishes.texture else wishes.most_faces
     mesh = scene.mesh(wishes.threshold, wishes.resolution, floaters=wishes.floaters, most_faces=most)
+    notes = []
+    if most is not None and len(mesh.faces) > most:
+        notes.append(f"{len(mesh.faces)} faces instead of {most}: fewer would tear the surface")
     if not wishes.texture:
-        return mesh, []
+        return mesh, notes
     try:
-        return scene.textured(mesh, wishes.texture, wishes.texture_limit_s), []
+        return scene.textured(mesh, wishes.texture, wishes.texture_limit_s), notes
     except UnwrapError as error:
-        return mesh, [f"colours at the vertices instead of a texture: {error}"]
+        return mesh, [*notes, f"colours at the vertices instead of a texture: {error}"]
 
 
 def infer(

@@ -57,6 +57,11 @@ def open_trained(
     path = Path(name).expanduser()
     step = None
     if (path / WEIGHTS_NAME).is_file() or (not path.exists() and _HUB_NAME.fullmatch(name)):
+        if average:
+            raise InputError(
+                f"expected a run that keeps a moving average, found the exported network {name}; leave --average out, "
+                "or export the average: lrm export RUN OUT --average"
+            )
         model = PretrainedLRM.from_pretrained(name)
         source = name
     else:
