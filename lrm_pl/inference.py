@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -187,6 +187,11 @@ def reconstruct(
 def as_tensor(image: Image.Image | np.ndarray) -> Float[Tensor, "C H W"]:
     """Turn a picture, or an (H, W, C) array of bytes, into what ``reconstruct`` takes."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def as_pixels(image: Float[Tensor, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Turn a rendered picture into bytes."""
+    return (image.float().cpu().numpy() * 255).round().astype(np.uint8)
 
 
 def _half(device: torch.device) -> torch.autocast:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from lrm_pl.apps.infer import Wishes, make_mesh
 from lrm_pl.apps.trained import Trained, open_trained
 from lrm_pl.errors import InputError
+from lrm_pl.inference import as_pixels
 from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.io.orbit_files import encode_video
 from lrm_pl.meshes.glb import encode_glb
@@ -73,10 +73,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
                 wishes = Wishes(threshold=threshold or None, resolution=int(resolution), floaters=0.01)
                 mesh, _ = make_mesh(scene, wishes)
                 with stage("orbit"):
-                    frames = [
-                        (frame.cpu().numpy() * 255).round().astype(np.uint8)
-                        for frame in scene.orbit(_FRAMES, _SIDE, 15.0)
-                    ]
+                    frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
                 place = Path(tempfile.mkdtemp(dir=folder))
                 (place / "mesh.glb").write_bytes(encode_glb(mesh))
                 (place / "orbit.mp4").write_bytes(encode_video(frames))

@@ -5,12 +5,12 @@ again. OUT gets results.json, results.md, index.html and TensorBoard's events.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,37 +20,23 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from lrm_pl import __version__
-from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, show_object, write_board
-from lrm_pl.apps.train import git_commit
+from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, show_object
+from lrm_pl.apps.evaluation_results import compare, finish, metrics_of, shortfall
 from lrm_pl.apps.trained import Trained, choose_device, open_trained
-from lrm_pl.data.manifest import SPLITS, write_atomically
-from lrm_pl.data.schema import Sample, SampleError, decode_image
+from lrm_pl.data.manifest import SPLITS
+from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.baselines import trivial_baselines
-from lrm_pl.evaluation.folder import (
-    RESULTS_NAME,
-    SETTINGS_NAME,
-    ObjectRecord,
-    claim,
-    read_features,
-    read_json,
-    read_object,
-    write_object,
-)
-from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, measure_object
-from lrm_pl.evaluation.page import render_comparison, render_page
-from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, image_metrics, surface_metrics
+from lrm_pl.evaluation.folder import RESULTS_NAME, claim, read_object, write_object
+from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, decode_view, measure_object
+from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol
 from lrm_pl.evaluation.selection import Objects
-from lrm_pl.evaluation.summary import means, paired_differences, set_distances, table
+from lrm_pl.evaluation.summary import table
 from lrm_pl.geometry.cameras import InputCamera, canonicalise
 from lrm_pl.inference import Scene, reconstruct
 from lrm_pl.io.image_features import load_clip, load_inception
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.stores import StoreError
-
-#: Seconds without a new record after which other processes are taken for dead.
-_PATIENCE_S = 1800.0
 
 
 def evaluate(
@@ -109,114 +95,6 @@ def evaluate(
     return finish(out, [key for key, _ in objects.chosen], protocol, settings)
 
 
-def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, Any]) -> dict[str, Any]:
-    """Wait for all records, and write what they come to.
-
-    Raises:
-        InputError: Other processes do not finish, or nothing could be measured.
-    """
-    records = _wait_for(out, keys)
-    good = [record for record in records if record.rows.get("model")]
-    if not good:
-        reasons = "; ".join(sorted({record.bad or "; ".join(record.notes) for record in records})[:3])
-        raise InputError(f"{out}: expected at least one object that can be measured, found none: {reasons}")
-    rows = means(good)
-    features = read_features(out, keys)
-    for name, values in (set_distances(features) if features else {}).items():
-        rows[name] |= values
-    better = metrics_of(protocol)
-    results = {
-        "protocol": settings["protocol"],
-        "settings": settings,
-        "objects": len(good),
-        "not measured": {record.id: record.bad for record in records if record.bad},
-        "notes": {record.id: list(record.notes) for record in records if record.notes},
-        "mean": rows,
-        "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
-    }
-    facts = {
-        "protocol": f"{protocol.name}: {protocol.what}",
-        "network": f"{settings['network']['source']}, step {settings['network']['step']}",
-        "weights, sha256": settings["network"]["sha256"],
-        "shards": f"{settings['data']['folder']}, split {settings['data']['split']}, {settings['data']['ids']}",
-        "objects": f"{len(good)} of {len(records)}",
-        "code": f"lrm_pl {__version__}, {git_commit()}",
-    }
-    told = "\n".join(f"{name}: {value}  " for name, value in facts.items())
-    write_atomically(out / "results.md", f"{told}\n\n{table(rows, better)}\n".encode())
-    page = render_page(f"Evaluation: {protocol.name}", facts, rows, better, records, out)
-    write_atomically(out / "index.html", page.encode())
-    write_board(out, protocol.name, table(rows, better), rows, good, better, settings["network"]["step"] or 0)
-    write_atomically(out / RESULTS_NAME, (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
-    return results
-
-
-def compare(a: Path, b: Path, out: Path) -> str:
-    """Put two evaluations side by side.
-
-    Returns:
-        A Markdown table of the paired differences.
-
-    Raises:
-        InputError: They are not of one protocol and one data set, or not finished.
-    """
-    settings = []
-    for folder in (a, b):
-        if not (folder / RESULTS_NAME).is_file():
-            raise InputError(
-                f"expected a finished evaluation in {folder}, found none; make it: lrm evaluate --out {folder} ..."
-            )
-        settings.append(read_json(folder / SETTINGS_NAME))
-    for name in ("protocol", "data"):
-        if settings[0].get(name) != settings[1].get(name):
-            raise InputError(
-                f"expected two evaluations of one {name}, found {settings[0].get(name)} and {settings[1].get(name)}"
-            )
-    protocol = PROTOCOLS[settings[0]["protocol"]["name"]]
-    found = [
-        [_known(folder, path.stem) for path in sorted((folder / "objects").glob("*.json"))]
-        for folder in (a, b)
-    ]
-    common = {r.id for r in found[0] if r.rows.get("model")} & {r.id for r in found[1] if r.rows.get("model")}
-    found = [[record for record in records if record.id in common] for records in found]
-    differences = paired_differences(*found)
-    better = metrics_of(protocol)
-    rows = {name: means(records).get("model", {}) for name, records in zip(("A", "B"), found, strict=True)}
-    first = next(metric for metric in better if metric in differences)
-    of_b = {
-        record.id: record.rows["model"][first] for record in found[1] if first in record.rows.get("model", {})
-    }
-    widest = sorted(
-        (record for record in found[0] if first in record.rows.get("model", {}) and record.id in of_b),
-        key=lambda record: -abs(of_b[record.id] - record.rows["model"][first]),
-    )
-    names = f"A: {settings[0]['network']['source']}", f"B: {settings[1]['network']['source']}"
-    out.mkdir(parents=True, exist_ok=True)
-    page = render_comparison(
-        f"Comparison: {protocol.name}; {names[0]}, {names[1]}",
-        ("A", "B"),
-        rows,
-        better,
-        differences,
-        (a, b),
-        widest,
-    )
-    write_atomically(out / "comparison.html", page.encode())
-    lines = ["| B - A | mean | 95 % interval | objects |", "|---|---:|---:|---:|"]
-    for metric in (metric for metric in better if metric in differences):
-        d = differences[metric]
-        lines.append(f"| {metric} | {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {d.objects} |")
-    told = "\n".join([*names, "", table(rows, better), "", *lines])
-    write_atomically(out / "comparison.md", (told + "\n").encode())
-    return told
-
-
-def metrics_of(protocol: Protocol) -> dict[str, bool]:
-    """Name the metrics that a protocol may have, in the order of tables -> whether more is better."""
-    images = image_metrics(["clip"]) | {"fid": False, "kid": False} if protocol.targets else {}
-    return images | (surface_metrics(protocol.geometry) if protocol.geometry else {})
-
-
 def reconstructor(trained: Trained) -> Reconstruct:
     """Make scenes of input views with their own cameras."""
     model = trained.model
@@ -235,34 +113,7 @@ def reconstructor(trained: Trained) -> Reconstruct:
 def scene_of(trained: Trained, sample: Sample, view: int) -> Scene:
     """Reconstruct an object from one of its views."""
     c2w = canonicalise(torch.from_numpy(sample.c2w[[view]]))
-    rgba = torch.from_numpy(decode_image(sample.info.id, sample.views[view])).permute(2, 0, 1).float() / 255
-    return reconstructor(trained)(rgba, c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
-
-
-def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:
-    records = dict[str, ObjectRecord]()
-    last = time.monotonic()
-    while True:
-        before = len(records)
-        for key in keys:
-            if key not in records and (record := read_object(out, key)) is not None:
-                records[key] = record
-        if len(records) == len(keys):
-            return [records[key] for key in keys]
-        if len(records) > before:
-            last = time.monotonic()
-        if time.monotonic() - last > _PATIENCE_S:
-            raise InputError(
-                f"{out}: expected other processes to measure {len(keys) - len(records)} more objects, found nothing "
-                f"new for {_PATIENCE_S / 60:.0f} minutes; start the same command again, it goes on where it was"
-            )
-        time.sleep(0.5)
-
-
-def _known(folder: Path, key: str) -> ObjectRecord:
-    record = read_object(folder, key)
-    assert record is not None, key
-    return record
+    return reconstructor(trained)(decode_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -289,26 +140,31 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
     objects = Objects(given.data, given.split, given.ids, given.limit)
     protocol.require(objects.manifest, given.data)
     device = given.device
-    if device == "auto" and torch.cuda.is_available():
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         device = f"cuda:{local % torch.cuda.device_count()}"  # a task of Slurm may see one GPU only
     trained = open_trained(given.ckpt, average=given.average, device=device)
     place = choose_device(device)
-    judges = Judges({})
+    judges, inception = Judges({}), None
     if protocol.targets:
-        judges = Judges(
-            {name: PerceptualLoss.pretrained(name).to(place) for name in ("alex", "vgg")},
-            load_clip(given.clip, given.clip_sha256 or "", place) if given.clip else None,
-            load_inception(given.inception, given.inception_sha256, place)
-            if given.fid or given.inception
-            else None,
-        )
+        lpips = {name: PerceptualLoss.pretrained(name).to(place) for name in ("alex", "vgg")}
+        clip = load_clip(given.clip, given.clip_sha256 or "", place) if given.clip else None
+        features = None
+        if given.fid or given.inception:
+            features, inception = load_inception(given.inception, given.inception_sha256, place)
+        judges = Judges(lpips, clip, features)
     manifest = json.dumps([(s.name, s.sha256) for s in objects.manifest.shards]).encode()
     settings = {
         "protocol": json.loads(
             json.dumps(vars(protocol) | {"geometry": vars(protocol.geometry) if protocol.geometry else None})
         ),
-        "network": {"source": trained.source, "step": trained.step, "sha256": trained.sha256},
+        "network": {
+            "source": trained.source,
+            "step": trained.step,
+            "sha256": trained.sha256,
+            "setup": dataclasses.asdict(trained.model.setup),
+            "renderer": trained.model.model["renderer"],
+        },
         "data": {
             "folder": given.data,
             "shards": hashlib.sha256(manifest).hexdigest(),
@@ -318,7 +174,7 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
         },
         "baselines": bool(given.baseline),
         "clip": given.clip_sha256 if given.clip else None,
-        "fid": bool(given.fid or given.inception),
+        "inception": inception,
     }
     out = given.out or Path("evaluation") / f"{protocol.name}-{Path(given.data).name}-{trained.sha256[:8]}"
     step = "" if trained.step is None else f", step {trained.step}"
@@ -333,6 +189,8 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
         f"{results['objects']} of {len(objects.chosen)} objects of {given.data}, split {given.split}:"
     )
     console.print(table(results["mean"], metrics_of(protocol)), markup=False)
+    if short := shortfall(results):
+        console.print(f"Means of fewer: {short}", markup=False)
     for key, why in [*results["not measured"].items(), *results["notes"].items()]:
         console.print(f"  {key}: {why}", markup=False)
     console.print(f"Page: {out / 'index.html'}; figures: {out / RESULTS_NAME}, {out / 'results.md'}")

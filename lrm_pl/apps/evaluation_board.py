@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.evaluation.folder import OBJECTS_NAME, ObjectRecord
 from lrm_pl.evaluation.page import ranked
-from lrm_pl.inference import Scene
+from lrm_pl.inference import Scene, as_pixels
 from lrm_pl.io.orbit_files import encode_gif
 from lrm_pl.rendering.surface import NoSurfaceError
 
@@ -34,7 +34,7 @@ def show_object(out: Path, key: str, scene: Scene) -> None:
     """Keep an orbit and a mesh of an object, for the board."""
     place = out / SHOWN_NAME
     place.mkdir(parents=True, exist_ok=True)
-    frames = [(f.cpu().numpy() * 255).round().astype(np.uint8) for f in scene.orbit(_FRAMES, _SIDE, 15.0)]
+    frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
     write_atomically(place / f"{key}.gif", encode_gif(frames))
     try:
         mesh = scene.mesh(resolution=_LATTICE, most_faces=_FACES)

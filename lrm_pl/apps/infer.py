@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -27,7 +26,7 @@ from lrm_pl.apps.trained import Trained, open_trained
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
-from lrm_pl.inference import Scene
+from lrm_pl.inference import Scene, as_pixels
 from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.io.orbit_files import encode_video, grid
 from lrm_pl.meshes.files import MESH_FORMATS, MeshFormat, encode_mesh
@@ -141,7 +140,7 @@ def infer(
         if wishes.frames:
             with stage("orbit"):
                 frames = [
-                    (frame.cpu().numpy() * 255).round().astype(np.uint8)
+                    as_pixels(frame)
                     for frame in scene.orbit(wishes.frames, wishes.size, wishes.elevation_deg)
                 ]
             with stage("files"):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.manifest import write_atomically
-from lrm_pl.inference import Scene
+from lrm_pl.inference import Scene, as_pixels
 from lrm_pl.io.orbit_files import encode_video, grid
 from lrm_pl.meshes.files import encode_mesh
 from lrm_pl.rendering.surface import NoSurfaceError
@@ -47,10 +47,7 @@ class SceneWriter(L.Callback):
 
     def _write(self, place: Path, key: str, scene: Scene, batch: Batch, index: int) -> None:
         place.mkdir(parents=True, exist_ok=True)
-        frames = [
-            (frame.float().cpu().numpy() * 255).round().astype(np.uint8)
-            for frame in scene.orbit(self.frames, self.size, 15.0)
-        ]
+        frames = [as_pixels(frame) for frame in scene.orbit(self.frames, self.size, 15.0)]
         pixels = batch.input.images[index, 0].float().cpu().permute(1, 2, 0).numpy()
         source = Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGBA")
         picture = io.BytesIO()

@@ -12,9 +12,9 @@ from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleError, decode_image
 from lrm_pl.data.surface import decode_surface
 from lrm_pl.data.transforms import sample_rng
 from lrm_pl.evaluation.geometry import Cloud, SurfaceScores, align, compare_surfaces
-from lrm_pl.evaluation.protocols import Geometry, Protocol
+from lrm_pl.evaluation.protocols import Geometry, Protocol, f_score_name
 from lrm_pl.geometry.cameras import canonical_rotation, canonicalise
-from lrm_pl.inference import Scene
+from lrm_pl.inference import Scene, as_tensor
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.meshes.triangles import draw_points
 from lrm_pl.metrics import psnr, ssim
@@ -107,9 +107,7 @@ def measure_object(
     strip: Tensor | None = None
     for view in protocol.inputs:
         image = over_white(sample, (view,))[0]
-        rgba = (
-            torch.from_numpy(decode_image(sample.info.id, sample.views[view])).permute(2, 0, 1).float() / 255
-        )
+        rgba = decode_view(sample, view)
         c2w = canonicalise(torch.from_numpy(sample.c2w[[view, *protocol.seen]]))
         fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.seen]])
         scene = reconstruct(rgba, c2w[0], fxfycxcy[0])
@@ -161,11 +159,13 @@ def true_surface(sample: Sample, view: int, geometry: Geometry) -> Cloud:
 def _measure_surface(
     row: dict[str, list[float]], scene: Scene, sample: Sample, view: int, geometry: Geometry
 ) -> str:
-    """Add the scores of a mesh; returns why there are none, or nothing."""
+    """Add the scores of a mesh; returns why there is none, or nothing."""
     truth = true_surface(sample, view, geometry)
     try:
         mesh = scene.mesh(resolution=geometry.resolution)
     except NoSurfaceError as error:
+        for threshold in geometry.thresholds:  # no point is near: distances are not defined, scores are
+            row.setdefault(f_score_name(threshold), []).append(0.0)
         return f"view {view}: {error}"
     rng = sample_rng(0, view, sample.info.id)
     prediction = Cloud(*draw_points([(mesh.vertices.astype(np.float64), mesh.faces)], geometry.points, rng))
@@ -180,17 +180,30 @@ def _measure_surface(
 def add_surface(row: dict[str, list[float]], scores: SurfaceScores) -> None:
     """Add the scores of one surface to a row, by the names of ``surface_metrics``."""
     values = {"chamfer": scores.chamfer, "normal_consistency": scores.normal_consistency}
-    values |= {f"f_score@{threshold:g}": value for threshold, value in scores.f_scores.items()}
+    values |= {f_score_name(threshold): value for threshold, value in scores.f_scores.items()}
     for name, value in values.items():
         row.setdefault(name, []).append(value)
 
 
+def decode_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
+    """Decode a view, RGBA with straight alpha.
+
+    Raises:
+        SampleError: It cannot be read.
+    """
+    return as_tensor(decode_image(sample.info.id, sample.views[view]))
+
+
 def over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "n 3 h w"]:
-    """Decode views and put them over white."""
-    rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
+    """Decode views and put them over white.
+
+    Raises:
+        SampleError: One cannot be read, or they differ in size.
+    """
+    rgba = [decode_view(sample, view) for view in views]
     if len({image.shape for image in rgba}) > 1:
         raise SampleError(f"sample {sample.info.id!r}: expected views of one size, found several")
-    pixels = torch.from_numpy(np.stack(rgba)).permute(0, 3, 1, 2).float() / 255
+    pixels = torch.stack(rgba)
     return pixels[:, :3] * pixels[:, 3:] + 1 - pixels[:, 3:]
 
 

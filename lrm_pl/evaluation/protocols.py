@@ -1,7 +1,8 @@
 """What is measured, by name: which views go in, which are compared, how surfaces are held against the truth.
 
 PSNR is of each image, on [0, 1] RGB over white; SSIM has data_range 1 (torchmetrics: Gaussian window of 11); LPIPS is
-measured with both networks. A metric's figure is the mean over an object's images, then the mean over objects.
+measured with both networks. A metric's figure is the mean over an object's images, then the mean over objects. An
+object of which nothing is opaque has an F-score of 0; its distances are not defined and left out, and counted.
 """
 
 import dataclasses
@@ -125,10 +126,15 @@ def image_metrics(extras: Sequence[str] = ()) -> dict[str, bool]:
     return usual | dict.fromkeys(extras, True)
 
 
+def f_score_name(threshold: float) -> str:
+    """Name the F-score at a threshold."""
+    return f"f_score@{threshold:g}"
+
+
 def surface_metrics(geometry: Geometry) -> dict[str, bool]:
     """Name the metrics of surfaces -> whether more is better."""
     return {
         "chamfer": False,
-        **{f"f_score@{threshold:g}": True for threshold in geometry.thresholds},
+        **{f_score_name(threshold): True for threshold in geometry.thresholds},
         "normal_consistency": True,
     }

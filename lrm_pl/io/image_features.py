@@ -57,7 +57,7 @@ def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
     return embed
 
 
-def load_inception(path: str | None, sha256: str | None, device: torch.device) -> Embed:
+def load_inception(path: str | None, sha256: str | None, device: torch.device) -> tuple[Embed, str]:
     """Load the Inception network of FID through torch-fidelity.
 
     Args:
@@ -66,7 +66,7 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
         device: Where it computes.
 
     Returns:
-        Images (n, 3, h, w) in [0, 1] -> (n, 2048).
+        Images (n, 3, h, w) in [0, 1] -> (n, 2048), and the file's hash.
 
     Raises:
         InputError: torch-fidelity is not installed, or nothing gave the file.
@@ -87,4 +87,4 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
         (values,) = network((images * 255).round().to(torch.uint8).to(device))
         return values
 
-    return features
+    return features, found.sha256

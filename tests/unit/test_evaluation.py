@@ -1,5 +1,6 @@
 """Evaluation: surfaces, sets of images, paired differences, by closed forms and by hand."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import ellipsoid_surface, synthetic_sample
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.baselines import Baseline
@@ -16,9 +18,10 @@ from lrm_pl.evaluation.objects import Judges, Measured, measure_object, true_sur
 from lrm_pl.evaluation.page import ranked, render_page
 from lrm_pl.evaluation.protocols import PROTOCOLS, Geometry, Protocol
 from lrm_pl.evaluation.summary import means, paired_differences, set_distances, table
-from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.geometry.cameras import InputCamera, canonicalise
 from lrm_pl.inference import Scene
 from lrm_pl.meshes.mesh import Mesh
+from lrm_pl.meshes.triangles import draw_points
 from lrm_pl.metrics import ssim
 from lrm_pl.rendering.surface import NoSurfaceError
 from tests.unit.test_meshes import lumps
@@ -229,8 +232,38 @@ def test_a_surface_is_measured_and_an_empty_field_is_a_note(monkeypatch):
     assert again.rows == found.rows
 
     found = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), Judges({}), {})
-    assert found.rows == {"model": {}}
+    # no point of it is near the truth; how far it is from nothing is not defined
+    assert found.rows == {"model": {"f_score@0.1": 0, "f_score@0.2": 0, "f_score@0.5": 0}}
     assert found.notes == ("view 0: nothing there",)
+
+
+@pytest.mark.parametrize("name", ["geometry-posed", "geometry"])
+def test_an_objects_own_mesh_is_next_to_the_truth_and_its_mirror_image_is_not(name, monkeypatch):
+    monkeypatch.setattr("lrm_pl.evaluation.geometry._STEPS", (12, 12, 6))
+    rotation_grid.cache_clear()
+    monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: torch.zeros(4, 3, 32, 32))
+    vertices, faces = lumps()
+    x, y, z = vertices.T.astype(np.float64)
+    vertices = 0.6 * np.stack([x + 0.5 * y**2 + 0.4 * z, y, 0.7 * z + 0.5 * y * x], axis=1)  # no symmetry
+    world = draw_points([(vertices, faces)], SURFACE_POINTS, RNG(0))
+    sample = synthetic_sample("a", 12, 32, 0)
+    extras = {**sample.extras, "surface.npy": encode_surface(*world)}
+    sample = dataclasses.replace(sample, extras=extras)
+
+    def measured(mirror):
+        # the object as a perfect network gives it: in the frame in which the input camera is the canonical one
+        c2w = torch.from_numpy(sample.c2w[[0]]).double()
+        to_canonical = (canonicalise(c2w.float()).double() @ c2w.inverse())[0].numpy()
+        ours = (vertices @ to_canonical[:3, :3].T + to_canonical[:3, 3]) * (mirror, 1, 1)
+        scene = Given(Mesh(ours.astype(np.float32), faces, np.zeros_like(ours, dtype=np.float32)))
+        return measure_object(sample, PROTOCOLS[name], lambda *_: scene, Judges({}), {}).rows["model"]
+
+    own, mirrored = measured(1), measured(-1)
+    rotation_grid.cache_clear()
+    assert own["chamfer"] < 0.02  # half the distance of neighbours among 10,000 points
+    assert own["f_score@0.1"] == 1
+    assert own["normal_consistency"] > 0.97
+    assert mirrored["chamfer"] > 3 * own["chamfer"]
 
 
 def test_records_come_back_and_another_evaluation_refuses_the_folder(tmp_path):
