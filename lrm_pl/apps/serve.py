@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 #: Seconds that requests in hand have to finish in once the server is told to stop.
 _GRACE_S = 30
 
+#: Pictures that may arrive at a time, and connections that may be open: walls for memory; the queue is much shorter.
+_UPLOADS, _CONNECTIONS = 32, 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -133,13 +136,66 @@ class Works:
         self._thread.shutdown(wait=True)
 
 
+class Uploads:
+    """Reads the bodies of requests: each in a bounded time, and of all together a bounded number of bytes.
+
+    Args:
+        limits: What a request may cost.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._arriving = 0
+
+    async def read(self, request: Any) -> bytes:  # noqa: ANN401 - a Starlette request
+        """Read a body, but no more of it than is allowed.
+
+        Raises:
+            RefusedError: It is too large, too slow, or cut off, or too many arrive at a time.
+        """
+        if self._arriving >= _UPLOADS:
+            raise RefusedError(503, f"{self._arriving} pictures are arriving already; come back later")
+        self._arriving += 1
+        try:
+            async with asyncio.timeout(self.limits.upload_seconds):
+                return await self._read(request)
+        except TimeoutError as error:
+            raise RefusedError(
+                408, f"expected the picture within {self.limits.upload_seconds:g} s"
+            ) from error
+        finally:
+            self._arriving -= 1
+
+    async def _read(self, request: Any) -> bytes:  # noqa: ANN401 - a Starlette request
+        from starlette.requests import ClientDisconnect
+
+        most = int(self.limits.megabytes * 1e6)
+        too_large = RefusedError(413, f"expected at most {self.limits.megabytes:g} MB, found more")
+        stated = request.headers.get("content-length", "")
+        if stated.isdigit() and int(stated) > most:
+            raise too_large
+        content = bytearray()
+        try:
+            async for part in request.stream():
+                content += part
+                if len(content) > most:
+                    raise too_large
+        except ClientDisconnect as error:
+            raise RefusedError(400, "the picture was cut off") from error
+        return bytes(content)
+
+
 def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastAPI
     """Make the web application."""
     from fastapi import FastAPI, Query, Request, Response
+    from fastapi.exception_handlers import request_validation_exception_handler
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-    works, registry = Works(trained, limits), CollectorRegistry()
+    from lrm_pl.apps.connections import Refusal
+
+    works, uploads, registry = Works(trained, limits), Uploads(limits), CollectorRegistry()
     requests = Counter("lrm_requests", "Requests for a mesh, by status", ["status"], registry=registry)
     waiting = Gauge("lrm_waiting", "Requests that wait or are worked on", registry=registry)
     waiting.set_function(lambda: works.waiting)
@@ -154,6 +210,11 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
         works.close()
 
     app = FastAPI(title="lrm", version=__version__, description=__doc__, lifespan=lifespan)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> Response:
+        requests.labels(422).inc()
+        return await request_validation_exception_handler(request, error)
 
     @app.post(
         "/reconstruct",
@@ -170,14 +231,14 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
     ) -> Response:
         """Turn the picture in the body (PNG, JPEG, WebP, BMP) into a GLB."""
         try:
-            content = await _body(request, limits)
+            content = await uploads.read(request)
             wishes = Wishes(resolution=resolution, threshold=threshold, floaters=floaters, most_faces=faces)
             glb, stages = await works.make(content, wishes)
         except RefusedError as error:
             requests.labels(error.status).inc()
+            if error.status in (408, 413):  # the rest of the body is not read
+                return Refusal({"detail": error.reason}, error.status)
             headers = {"Retry-After": "10"} if error.status == 503 else {}
-            if error.status in (408, 413):
-                headers["Connection"] = "close"  # the rest of the body is not read
             return JSONResponse({"detail": error.reason}, error.status, headers)
         except Exception:  # whatever one request does, the next is served
             logger.exception("a request failed")
@@ -201,38 +262,13 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
     return app
 
 
-async def _body(request: Any, limits: Limits) -> bytes:  # noqa: ANN401 - a Starlette request
-    """Read a body, but no more of it than is allowed.
-
-    Raises:
-        RefusedError: It is too large, too slow, or cut off.
-    """
-    from starlette.requests import ClientDisconnect
-
-    most = int(limits.megabytes * 1e6)
-    too_large = RefusedError(413, f"expected at most {limits.megabytes:g} MB, found more")
-    stated = request.headers.get("content-length", "")
-    if stated.isdigit() and int(stated) > most:
-        raise too_large
-    content = bytearray()
-    try:
-        async with asyncio.timeout(limits.upload_seconds):
-            async for part in request.stream():
-                content += part
-                if len(content) > most:
-                    raise too_large
-    except TimeoutError as error:
-        raise RefusedError(408, f"expected the picture within {limits.upload_seconds:g} s") from error
-    except ClientDisconnect as error:
-        raise RefusedError(400, "the picture was cut off") from error
-    return bytes(content)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; expected errors end in one message."""
     given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     try:
         import uvicorn
+
+        from lrm_pl.apps.connections import BoundedProtocol
     except ImportError:
         sys.exit("lrm: expected uvicorn and fastapi to serve with, found none; pip install -e '.[serve]'")
     limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
@@ -245,9 +281,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     address = f"http://{given.host}:{given.port}"
     print(f"Network: {trained.source}\nTry: curl --data-binary @photo.png {address}/reconstruct -o mesh.glb")
     uvicorn.run(
-        make_app(trained, limits), host=given.host, port=given.port, timeout_graceful_shutdown=_GRACE_S,
-        timeout_keep_alive=10, h11_max_incomplete_event_size=1 << 16, limit_concurrency=4 * (limits.queue + 8),
-    )  # fmt: skip
+        make_app(trained, limits),
+        host=given.host,
+        port=given.port,
+        http=BoundedProtocol,
+        limit_concurrency=_CONNECTIONS,
+        h11_max_incomplete_event_size=1 << 16,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
