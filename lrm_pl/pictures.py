@@ -83,7 +83,12 @@ def open_picture(
         if not source.is_file():
             raise PictureError(f"expected a picture at {source}, found no file; correct the path")
         size = source.stat().st_size
-        content = source.read_bytes() if size <= max_bytes else b""
+        try:
+            content = source.read_bytes() if size <= max_bytes else b""
+        except OSError as error:
+            raise PictureError(
+                f"expected a picture at {source}, found that it cannot be read: {error}"
+            ) from error
     else:
         content, size = source, len(source)
     if size > max_bytes:
@@ -97,7 +102,7 @@ def open_picture(
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _require_pixels(name, image.size, max_pixels)
                 image.load()
-                return _eight_bits(_upright(image))
+                return to_rgb8(image)
     except PictureError:
         raise
     except Image.DecompressionBombError as error:
@@ -110,6 +115,11 @@ def open_picture(
         ) from error
     except PICTURE_ERRORS as error:
         raise PictureError(f"{name}: expected a whole picture, found a broken one: {error}") from error
+
+
+def to_rgb8(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF says, and make it RGBA of 8 bits where it has any transparency to it, else RGB."""
+    return _eight_bits(_upright(image))
 
 
 def webp_size(encoded: bytes) -> tuple[int, int]:

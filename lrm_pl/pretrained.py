@@ -18,7 +18,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.inference import Scene, as_tensor, reconstruct
 from lrm_pl.io.background import BackgroundRemover
-from lrm_pl.io.model_card import model_card
+from lrm_pl.io.model_card import model_card, renamed
 from lrm_pl.io.pretrained import (
     CARD_NAME,
     CONFIG_NAME,
@@ -30,7 +30,7 @@ from lrm_pl.io.pretrained import (
     read_model_section,
     read_setup,
 )
-from lrm_pl.pictures import framed, has_background, open_picture
+from lrm_pl.pictures import framed, has_background, open_picture, to_rgb8
 from lrm_pl.stages import stage
 
 #: Side of the pictures that objects are framed in, at least; the network makes them smaller itself.
@@ -59,8 +59,10 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         self.network, self.renderer = build_network(model)
         self.network.eval().requires_grad_(False)
-        self.model, self.setup, self.card = dict(model), setup or InputSetup(), card
+        self.model, self.card = dict(model), card
+        self.setup, self.setup_known = setup or InputSetup(), setup is not None
         self.remover = remover or BackgroundRemover()
+        self._repository = ""
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -98,9 +100,18 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the files; the mixin calls this."""
-        card = self.card or model_card(save_directory.name, "Saved from Python.", self.model, {})
+        name = self._repository or save_directory.name
+        card = renamed(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         fill_pretrained(save_directory, self.model, weights, "Saved from Python.", self.setup, card)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # noqa: ANN401 - the mixin's
+        """Upload it, under a card that calls it by the repository's name; options are the mixin's."""
+        self._repository = repo_id
+        try:
+            return super().push_to_hub(repo_id, **options)
+        finally:
+            self._repository = ""
 
     def picture(self, source: str | Path | bytes | Image.Image) -> Image.Image:
         """Make of a photo what the network is used to: the object alone, in the middle, as large as in training.
@@ -116,7 +127,7 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         """
         if isinstance(source, str):
             source = Path(source)
-        image = source if isinstance(source, Image.Image) else open_picture(source)
+        image = to_rgb8(source) if isinstance(source, Image.Image) else open_picture(source)
         if has_background(image):
             with stage("background"):
                 image = self.remover(image)

@@ -10,6 +10,7 @@ Listener = Callable[[str], None]
 
 _LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("listener", default=None)
 _SECONDS: contextvars.ContextVar[dict[str, float] | None] = contextvars.ContextVar("seconds", default=None)
+_WAIT: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("wait", default=None)
 
 
 @contextlib.contextmanager
@@ -23,23 +24,29 @@ def stage(name: str) -> Iterator[None]:
         yield
     finally:
         if seconds is not None:
+            if (wait := _WAIT.get()) is not None:
+                wait()
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 @contextlib.contextmanager
-def listening(listener: Listener | None = None) -> Iterator[dict[str, float]]:
+def listening(
+    listener: Listener | None = None, wait: Callable[[], None] | None = None
+) -> Iterator[dict[str, float]]:
     """Listen to the stages of this thread's work.
 
     Args:
         listener: Told when a stage begins.
+        wait: Called before the clock is read: what a GPU was asked for is not done when the call comes back.
 
     Returns:
         Stage -> seconds, filled as they end.
     """
     seconds = dict[str, float]()
-    tokens = _LISTENER.set(listener), _SECONDS.set(seconds)
+    tokens = _LISTENER.set(listener), _SECONDS.set(seconds), _WAIT.set(wait)
     try:
         yield seconds
     finally:
         _LISTENER.reset(tokens[0])
         _SECONDS.reset(tokens[1])
+        _WAIT.reset(tokens[2])

@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from lrm_pl.apps.infer import Wishes, make_mesh
-from lrm_pl.apps.trained import Trained, open_trained
+from lrm_pl.apps.options import add_address, add_background, add_network, open_network
+from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
 from lrm_pl.inference import as_pixels
-from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.io.orbit_files import encode_video
 from lrm_pl.meshes.glb import encode_glb
 from lrm_pl.pictures import open_picture
@@ -37,6 +37,20 @@ _FRAMES, _SIDE = 36, 256
 
 #: Seconds that a visitor's files are kept, and how often old ones are looked for.
 _KEPT_S, _SWEEP_S = 3600, 600
+
+
+def uploads_only(block: Any) -> Any:  # noqa: ANN401 - a part of a gradio page
+    """Return how a part of the page takes over files, but for those that a request names by a URL: none is fetched."""
+    import gradio as gr
+
+    take_over = block.async_move_resource_to_block_cache
+
+    async def checked(path: str | Path | None) -> str | None:
+        if "://" in str(path):
+            raise gr.Error(f"Expected an uploaded picture, found the address {path}; upload it.")
+        return await take_over(path)
+
+    return checked
 
 
 def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio.Blocks
@@ -113,6 +127,8 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
         button.click(
             make, [photo, resolution, threshold], [seen, orbit, mesh, download, told], concurrency_limit=1
         )
+    for block in page.blocks.values():
+        block.async_move_resource_to_block_cache = uploads_only(block)
     return page.queue(max_size=QUEUE, api_open=False)
 
 
@@ -130,11 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         sys.exit("lrm: expected gradio to show the page with, found none; pip install -e '.[demo]'")
     try:
-        remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
-        trained = open_trained(given.ckpt, average=given.average, device=given.device, remover=remover)
-        remover.load()
+        trained = open_network(given)
+        trained.model.remover.load()
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
+    if trained.note:
+        print(trained.note)
     make_page(trained, folder).launch(
         server_name=given.host,
         server_port=given.port,
@@ -148,19 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lrm demo", description=__doc__)
-    parser.add_argument(
-        "--ckpt", metavar="CKPT", help="as of `lrm infer`; unless given, the newest run in runs/lrm"
-    )
-    parser.add_argument(
-        "--average", action="store_true", help="the run's moving average instead of its weights"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; this machine only unless given"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="port to listen at (7860)")
-    parser.add_argument(
-        "--rembg-model", metavar="FILE", help="an ONNX file of U^2-Net; found or downloaded unless given"
-    )
-    parser.add_argument("--rembg-sha256", metavar="HEX", help="its hash, where it is another one")
+    add_network(parser)
+    add_address(parser, 7860)
+    add_background(parser)
     return parser

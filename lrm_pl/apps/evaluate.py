@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, show_object
 from lrm_pl.apps.evaluation_results import compare, finish, metrics_of, shortfall
-from lrm_pl.apps.trained import Trained, choose_device, open_trained
+from lrm_pl.apps.options import add_network, open_network
+from lrm_pl.apps.trained import Trained, choose_device
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.errors import InputError
@@ -143,7 +144,7 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
     if device in ("auto", "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         device = f"cuda:{local % torch.cuda.device_count()}"  # a task of Slurm may see one GPU only
-    trained = open_trained(given.ckpt, average=given.average, device=device)
+    trained = open_network(given, device)
     place = choose_device(device)
     judges, inception = Judges({}), None
     if protocol.targets:
@@ -202,12 +203,7 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
 def _parser() -> argparse.ArgumentParser:
     protocols = "; ".join(f"{protocol.name}: {protocol.what}" for protocol in PROTOCOLS.values())
     parser = argparse.ArgumentParser(prog="lrm evaluate", description=__doc__)
-    parser.add_argument(
-        "--ckpt",
-        metavar="CKPT",
-        help="a run's folder, a checkpoint, a folder of `lrm export`, or owner/name on the Hugging Face hub; unless "
-        "given, the newest run in runs/lrm",
-    )
+    add_network(parser)
     parser.add_argument("--data", default="data/demo", help="folder of shards, or its URL (data/demo)")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="lrm", help=protocols)
     parser.add_argument("--split", choices=SPLITS, default="val", help="which objects: held-out ones (val)")
@@ -216,10 +212,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="most objects, evenly spread; all unless given")
     parser.add_argument("--out", type=Path, help="folder of the results (evaluation/...)")
-    parser.add_argument(
-        "--average", action="store_true", help="the run's moving average instead of its weights"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
     parser.add_argument("--baseline", action="store_true", help="measure trivial answers too")
     parser.add_argument(
         "--compare",

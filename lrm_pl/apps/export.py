@@ -18,6 +18,7 @@ from lrm_pl.io.model_card import model_card, run_facts
 from lrm_pl.io.pretrained import (
     CARD_NAME,
     CONFIG_NAME,
+    SETUP_NAME,
     WEIGHTS_NAME,
     read_model_section,
     read_setup,
@@ -25,6 +26,8 @@ from lrm_pl.io.pretrained import (
     write_pretrained,
 )
 from lrm_pl.stores import is_local
+
+logger = logging.getLogger(__name__)
 
 #: What --dtype may be.
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -59,7 +62,14 @@ def export(
     what = "The moving average of the weights" if average else "The weights"
     facts = run_facts(config.parent, yaml.safe_load(config.read_text()))
     card = model_card(out.name, f"{what} at step {checkpoint.step} of a run.", model, facts)
-    write_pretrained(out, model, weights, header, read_setup(config.parent) or InputSetup(), card)
+    setup = read_setup(config.parent)
+    if setup is None:
+        logger.warning(
+            "%s: expected %s beside it, which says how training pictures were taken, found none; LRM's numbers are "
+            "written, correct them in %s where they are wrong", config, SETUP_NAME, out / SETUP_NAME,
+        )  # fmt: skip
+        setup = InputSetup()
+    write_pretrained(out, model, weights, header, setup, card)
     return checkpoint, config
 
 

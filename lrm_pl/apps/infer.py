@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lrm_pl import __version__
+from lrm_pl.apps.options import add_background, add_network, open_network
 from lrm_pl.apps.train import git_commit
-from lrm_pl.apps.trained import Trained, open_trained
+from lrm_pl.apps.trained import Trained
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.inference import Scene, as_pixels
-from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.io.orbit_files import encode_video, grid
 from lrm_pl.meshes.files import MESH_FORMATS, MeshFormat, encode_mesh
 from lrm_pl.meshes.mesh import Mesh
@@ -36,6 +36,16 @@ from lrm_pl.stages import Listener, listening, stage
 
 #: Endings of the files of a folder that are taken for pictures.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+#: Everything that a picture's folder may have, besides result.json.
+_ALL_FILES = (
+    *(f"mesh.{kind}" for kind in MESH_FORMATS),
+    "mesh.mtl",
+    "mesh.png",
+    "input.png",
+    "orbit.mp4",
+    "grid.png",
+)
 
 #: Faces that a mesh may have before it is laid out for a texture: xatlas' time grows faster than they do.
 TEXTURE_FACES = 20_000
@@ -50,7 +60,7 @@ class Wishes:
         threshold: Density of the surface; None: the network's own, or measured.
         floaters: Parts of less than this share of the largest one's area are left out.
         most_faces: Faces of the mesh at most; None: as many as there are, ``TEXTURE_FACES`` with a texture.
-        texture: Side of the texture, pixels; 0: colours at the vertices.
+        texture: Side of the texture, about, pixels; 0: colours at the vertices.
         texture_limit_s: Seconds that laying the surface out for it may take.
         formats: Files of the mesh.
         frames: Of the orbit; 0: no orbit and no grid.
@@ -116,7 +126,7 @@ def infer(
     Args:
         trained: The network.
         picture: The file.
-        out: Folder of the results; files of the same names are replaced, result.json last.
+        out: Folder of the results; files of an earlier result are replaced or removed, result.json comes last.
         wishes: What is made.
         listener: Told what is being done.
 
@@ -129,7 +139,7 @@ def infer(
     model = trained.model
     (out / "result.json").unlink(missing_ok=True)
     files = dict[str, bytes]()
-    with listening(listener) as seconds:
+    with listening(listener, trained.wait) as seconds:
         framed = model.picture(picture)
         scene = model(framed, wishes.camera)
         mesh, notes = make_mesh(scene, wishes)
@@ -156,10 +166,10 @@ def infer(
         "mesh": {
             "vertices": len(mesh.vertices),
             "faces": len(mesh.faces),
-            "texture": mesh.texture is not None,
+            "texture": None if mesh.texture is None else list(mesh.texture.image.shape[1::-1]),
         },
         "wishes": dataclasses.asdict(wishes),
-        "notes": notes,
+        "notes": [trained.note, *notes] if trained.note else notes,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "files": sorted(files),
         "device": str(next(model.parameters()).device),
@@ -168,6 +178,8 @@ def infer(
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomically(out / name, content)
+    for name in set(_ALL_FILES) - set(files):  # of an earlier picture, or other wishes
+        (out / name).unlink(missing_ok=True)
     write_atomically(out / "result.json", (json.dumps(record, indent=2) + "\n").encode())
     return record
 
@@ -210,8 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pictures = find_pictures(given.picture)
         wishes = _wishes(given)
-        remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
-        trained = open_trained(given.ckpt, average=given.average, device=given.device, remover=remover)
+        trained = open_network(given)
         if wishes.camera is None and (given.distance is not None or given.fov is not None):
             setup = trained.model.setup
             camera = InputCamera(
@@ -223,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"lrm: {error}")
     at = "" if trained.step is None else f", step {trained.step}"
     console.print(f"Network: {trained.source}{at}, on {next(trained.model.parameters()).device}")
+    if trained.note:
+        console.print(trained.note)
     failed = 0
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -274,17 +287,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "picture", metavar="PICTURE", type=Path, nargs="+", help="a picture, or a folder of pictures"
     )
-    parser.add_argument(
-        "--ckpt",
-        metavar="CKPT",
-        help="a run's folder, a checkpoint, a folder of `lrm export`, or owner/name on the Hugging Face hub; unless "
-        "given, the newest run in runs/lrm",
-    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (out)")
-    parser.add_argument(
-        "--average", action="store_true", help="the run's moving average instead of its weights"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
+    add_network(parser)
     mesh = parser.add_argument_group("mesh")
     mesh.add_argument("--resolution", type=int, default=usual.resolution, help="points along each axis (256)")
     mesh.add_argument("--threshold", type=float, help="density of the surface; found out unless given")
@@ -303,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
         const=1024,
         default=0,
         metavar="SIDE",
-        help=f"bake a texture of so many pixels (1024), on at most {TEXTURE_FACES} faces unless --faces says more",
+        help=f"bake a texture of about so many pixels (1024), at most {TEXTURE_FACES} faces unless --faces says more",
     )
     mesh.add_argument(
         "--texture-limit",
@@ -323,9 +327,5 @@ def _parser() -> argparse.ArgumentParser:
     orbit.add_argument(
         "--elevation", dest="elevation_deg", type=float, default=usual.elevation_deg, help="degrees (15)"
     )
-    rembg = parser.add_argument_group("taking out the background of pictures without alpha")
-    rembg.add_argument(
-        "--rembg-model", metavar="FILE", help="an ONNX file of U^2-Net; found or downloaded unless given"
-    )
-    rembg.add_argument("--rembg-sha256", metavar="HEX", help="its hash, where it is another one")
+    add_background(parser)
     return parser

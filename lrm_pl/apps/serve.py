@@ -19,9 +19,9 @@ from typing import Annotated, Any
 
 from lrm_pl import __version__
 from lrm_pl.apps.infer import Wishes, make_mesh
-from lrm_pl.apps.trained import Trained, open_trained
+from lrm_pl.apps.options import add_address, add_background, add_network, open_network
+from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
-from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.meshes.glb import encode_glb
 from lrm_pl.pictures import NotAPictureError, PictureError, PictureTooLargeError, open_picture
 from lrm_pl.stages import listening, stage
@@ -108,7 +108,7 @@ class Works:
             if time.monotonic() > deadline:
                 raise RefusedError(504, f"not finished after {self.limits.seconds:g} s, before {name!r}")
 
-        with listening(watch) as seconds:
+        with listening(watch, self.trained.wait) as seconds:
             try:
                 with stage("picture"):
                     image = open_picture(
@@ -273,12 +273,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("lrm: expected uvicorn and fastapi to serve with, found none; pip install -e '.[serve]'")
     limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
     try:
-        remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
-        trained = open_trained(given.ckpt, average=given.average, device=given.device, remover=remover)
-        remover.load()
+        trained = open_network(given)
+        trained.model.remover.load()
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
     address = f"http://{given.host}:{given.port}"
+    if trained.note:
+        print(trained.note)
     print(f"Network: {trained.source}\nTry: curl --data-binary @photo.png {address}/reconstruct -o mesh.glb")
     uvicorn.run(
         make_app(trained, limits),
@@ -294,17 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     usual = Limits()
     parser = argparse.ArgumentParser(prog="lrm serve", description=__doc__)
-    parser.add_argument(
-        "--ckpt", metavar="CKPT", help="as of `lrm infer`; unless given, the newest run in runs/lrm"
-    )
-    parser.add_argument(
-        "--average", action="store_true", help="the run's moving average instead of its weights"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; this machine only unless given"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    add_network(parser)
+    add_address(parser, 8000)
     limits = parser.add_argument_group("what a request may cost")
     for name, kind, what in (
         ("megabytes", float, "size of a picture's file"),
@@ -317,9 +309,5 @@ def _parser() -> argparse.ArgumentParser:
         value = getattr(usual, name)
         option = f"--{name.replace('_', '-')}"
         limits.add_argument(option, dest=name, type=kind, default=value, help=f"{what} ({value:g})")
-    rembg = parser.add_argument_group("taking out the background of pictures without alpha")
-    rembg.add_argument(
-        "--rembg-model", metavar="FILE", help="an ONNX file of U^2-Net; found or downloaded unless given"
-    )
-    rembg.add_argument("--rembg-sha256", metavar="HEX", help="its hash, where it is another one")
+    add_background(parser)
     return parser

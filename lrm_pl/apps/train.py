@@ -223,8 +223,6 @@ class LRMCLI(LightningCLI):
         """Say where it is."""
         if self.trainer.is_global_zero:
             print(f"Meshes, orbits and grids: {self.scenes.folder}")
-            for key, why in self.scenes.without.items():
-                print(f"No mesh of {key}: {why}")
 
     def after_fit(self) -> None:
         """Print what was reached and where it is.

@@ -11,12 +11,14 @@ from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.io.checkpoints import list_checkpoints
-from lrm_pl.io.pretrained import WEIGHTS_NAME, read_model_section, read_setup, weights_hash
+from lrm_pl.io.pretrained import SETUP_NAME, WEIGHTS_NAME, read_model_section, read_setup, weights_hash
 from lrm_pl.pretrained import PretrainedLRM
 from lrm_pl.training.state import load_network
 
 #: Where `lrm fit` puts runs that were given no folder.
 RUNS = Path("runs/lrm")
+
+_VERSION = re.compile(r"version_\d+")
 
 _HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 
@@ -30,16 +32,29 @@ class Trained:
         source: What it was read from.
         step: Optimiser steps of its run; None where that is not known.
         sha256: Of its weights (``weights_hash``).
+        note: What a user should know about it, or nothing.
     """
 
     model: PretrainedLRM
     source: str
     step: int | None
     sha256: str
+    note: str = ""
+
+    def wait(self) -> None:
+        """Wait until the device has done what it was asked for."""
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def open_trained(
-    name: str | None, *, average: bool = False, device: str = "auto", remover: BackgroundRemover | None = None
+    name: str | None,
+    *,
+    average: bool = False,
+    device: str = "auto",
+    remover: BackgroundRemover | None = None,
+    config: Path | None = None,
 ) -> Trained:
     """Open a network.
 
@@ -49,6 +64,7 @@ def open_trained(
         average: Whether the moving average is taken, of a run that keeps one.
         device: Where it computes; "auto" is a GPU if there is one.
         remover: What takes backgrounds out.
+        config: The config.yaml of the run, where it is not above the checkpoint.
 
     Raises:
         InputError: There is none, or it is not what it should be.
@@ -66,14 +82,17 @@ def open_trained(
         source = name
     else:
         checkpoint = find_checkpoint(name)
-        config = find_config(checkpoint, None)
+        config = find_config(checkpoint, config)
         model = PretrainedLRM(read_model_section(config), read_setup(config.parent))
         load_network(checkpoint, model.network, average=average)
         source, step = checkpoint.path, checkpoint.step
     if remover is not None:
         model.remover = remover
     sha256 = weights_hash(model.network)
-    return Trained(model.to(choose_device(device)), source, step, sha256)
+    note = (
+        "" if model.setup_known else f"{source}: no {SETUP_NAME} beside it: pictures are framed as LRM's are"
+    )
+    return Trained(model.to(choose_device(device)), source, step, sha256, note)
 
 
 def newest_run() -> str:
@@ -82,7 +101,11 @@ def newest_run() -> str:
     Raises:
         InputError: There is none.
     """
-    runs = [path for path in RUNS.glob("version_*") if list_checkpoints(str(path / "checkpoints"))]
+    runs = [
+        path
+        for path in RUNS.glob("version_*")
+        if _VERSION.fullmatch(path.name) and list_checkpoints(str(path / "checkpoints"))
+    ]
     if not runs:
         raise InputError(
             f"expected a trained network in {RUNS}, found none; train the demo (make train, ten minutes), or name a "

@@ -21,6 +21,7 @@ from scipy.spatial.transform import Rotation
 
 from lrm_pl.apps.evaluate import scene_of
 from lrm_pl.apps.export import find_config
+from lrm_pl.apps.options import add_address
 from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.apps.trained import Trained, newest_run, open_trained
 from lrm_pl.data.manifest import Split
@@ -98,7 +99,7 @@ class Viewer:
         self.follow = gui.add_checkbox("follow the run", initial_value=True)
         self.threshold = gui.add_slider("hide densities below", 0.0, 30.0, 0.5, 0.0)
         self.frusta = gui.add_checkbox("cameras", initial_value=True)
-        self._show_object()
+        self._show_first()
         for control in (self.object, self.view):
             control.on_update(lambda _: self._show_object())
         self.checkpoint.on_update(lambda _: self._choose(self.checkpoint.value))
@@ -120,7 +121,10 @@ class Viewer:
                 if height != sight.drawn:
                     busy = True
                     sight.drawn = height
-                    self._draw(client, height)
+                    try:
+                        self._draw(client, height)
+                    except Exception:  # a visitor whose camera is no camera, or who left, is no reason to end
+                        logger.exception("could not draw for visitor %d", client.client_id)
             if time.monotonic() - looked > _POLL_S:
                 looked = time.monotonic()
                 self._look_for_checkpoints()
@@ -164,8 +168,20 @@ class Viewer:
         depth = torch.where(seen.opacity > 0.5, z, 100.0)[0, 0].cpu().numpy()
         client.scene.set_background_image((rgb * 255).astype(np.uint8), format="jpeg", depth=depth)
 
-    def _show_object(self) -> None:
-        """Reconstruct the chosen object from the chosen view, and draw it."""
+    def _show_first(self) -> None:
+        """Show the first object that can be read.
+
+        Raises:
+            InputError: None can.
+        """
+        for name in self.objects:
+            self.object.value = name
+            if self._show_object():
+                return
+        raise InputError(f"expected an object that can be read, found none; the first: {self.state.content}")
+
+    def _show_object(self) -> bool:
+        """Reconstruct the chosen object from the chosen view, and draw it; returns whether it can be read."""
         objects, place = self.objects[self.object.value]
         views = tuple(range(objects.manifest.views))
         view = min(int(self.view.value), len(views) - 1)
@@ -174,7 +190,7 @@ class Viewer:
                 sample = objects.read(place, Protocol("view", "", inputs=(view,), targets=views))
             except SampleError as error:
                 self.state.content = f"{self.object.value}: {error}"
-                return
+                return False
             image = over_white(sample, (view,))[0]
             self._sample, self._c2w = sample, canonicalise(torch.from_numpy(sample.c2w[[view, *views]]))[1:]
             self.scene: Scene = scene_of(self.trained, sample, view)
@@ -183,6 +199,7 @@ class Viewer:
             self._show_frusta()
         step = "" if self.trained.step is None else f", step {self.trained.step}"
         self.state.content = f"{Path(self._checkpoint).name}{step}"
+        return True
 
     def _draw_anew(self) -> None:
         """Hide what is less dense than wished, and have every visitor's picture drawn."""
@@ -304,8 +321,5 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", help="folder of shards whose objects are shown; the run's own unless given")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; this machine only unless given"
-    )
-    parser.add_argument("--port", type=int, default=8080, help="port to listen at (8080)")
+    add_address(parser, 8080)
     return parser

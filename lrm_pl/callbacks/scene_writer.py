@@ -1,6 +1,7 @@
 """Write what ``lrm predict`` reconstructs: a mesh, an orbit and a grid of each object."""
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lrm_pl.io.orbit_files import encode_video, grid
 from lrm_pl.meshes.files import encode_mesh
 from lrm_pl.rendering.surface import NoSurfaceError
 
+logger = logging.getLogger(__name__)
+
 
 class SceneWriter(L.Callback):
     """Write FOLDER/ID/{mesh.glb, orbit.mp4, grid.png} of each object, on the rank that has it.
@@ -28,7 +31,6 @@ class SceneWriter(L.Callback):
 
     def __init__(self, folder: Path, resolution: int = 256, frames: int = 60, size: int = 256) -> None:
         self.folder, self.resolution, self.frames, self.size = folder, resolution, frames, size
-        self.without: dict[str, str] = {}  # objects without a surface, and why
 
     def on_predict_batch_end(
         self,
@@ -56,6 +58,7 @@ class SceneWriter(L.Callback):
         try:
             files |= encode_mesh(scene.mesh(resolution=self.resolution), "glb")
         except NoSurfaceError as error:
-            self.without[key] = str(error)
+            logger.warning("No mesh of %s: %s", key, error)
+            (place / "mesh.glb").unlink(missing_ok=True)  # of an earlier start
         for name, content in files.items():
             write_atomically(place / name, content)

@@ -1,6 +1,7 @@
 """The model card of a trained network: Markdown with a header that the Hugging Face hub reads."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,17 @@ def model_card(name: str, origin: str, model: Mapping[str, Any], facts: Mapping[
     return (
         f"{_HEADER}\n# {name}\n\nA Large Reconstruction Model (arXiv 2311.04400): a picture in, a triplane NeRF out.\n"
         f"{origin} Made with lrm_pl {__version__}.\n\n| | |\n|---|---|\n{rows}\n{_USE.format(name=name)}"
+    )
+
+
+def renamed(card: str, name: str) -> str:
+    """Call the network of a card by another name, where it is one that ``model_card`` wrote."""
+    found = re.search(r'LRM\.from_pretrained\("([^"\n]+)"\)', card)
+    if found is None or _USE.format(name=found[1]) not in card:
+        return card
+    old = found[1]
+    return card.replace(_USE.format(name=old), _USE.format(name=name)).replace(
+        f"\n# {old}\n", f"\n# {name}\n"
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.ndimage import distance_transform_edt
 
 from lrm_pl.meshes.mesh import Mesh, Texture
@@ -24,7 +24,7 @@ def textured(mesh: Mesh, colour: Colour, size: int = 1024, limit_s: float = 60.0
     Args:
         mesh: The mesh; at seams its vertices are doubled.
         colour: What colours are there.
-        size: Side of the picture, pixels.
+        size: Side of the picture, pixels; charts take what room they need: it comes out up to a half larger.
         limit_s: Seconds that laying it out may take.
 
     Raises:
@@ -34,8 +34,8 @@ def textured(mesh: Mesh, colour: Colour, size: int = 1024, limit_s: float = 60.0
         atlas = unwrap(mesh.vertices, mesh.faces, size, limit_s)
     vertices = mesh.vertices[atlas.source]
     with stage("texture"):
-        places, covered = texel_places(vertices, atlas, size)
-        image = np.zeros((size, size, 3), dtype=np.float32)
+        places, covered = texel_places(vertices, atlas)
+        image = np.zeros(places.shape, dtype=np.float32)
         image[covered] = colour(places[covered])
         image = _filled(image, covered)
     texture = Texture(atlas.uv, np.rint(image.clip(0, 1) * 255).astype(np.uint8))
@@ -45,15 +45,16 @@ def textured(mesh: Mesh, colour: Colour, size: int = 1024, limit_s: float = 60.0
 
 
 def texel_places(
-    vertices: Float[np.ndarray, "N 3"], atlas: Atlas, size: int
-) -> tuple[Float[np.ndarray, "size size 3"], np.ndarray]:
+    vertices: Float[np.ndarray, "N 3"], atlas: Atlas
+) -> tuple[Float[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]]:
     """Find the point of the surface that each texel's centre shows.
 
     Returns:
-        Points, and (size, size) whether there is one.
+        Points, and whether there is one.
     """
-    places = np.zeros((size, size, 3), dtype=np.float32)
-    covered = np.zeros((size, size), dtype=bool)
+    size = np.array(atlas.size)
+    places = np.zeros((*atlas.size[::-1], 3), dtype=np.float32)
+    covered = np.zeros(atlas.size[::-1], dtype=bool)
     corners = atlas.uv[atlas.faces].astype(np.float64) * size - 0.5  # (M, 3, 2) in texels; centres are whole
     low = np.floor(corners.min(axis=1)).clip(0, size - 1).astype(np.int64)
     high = np.ceil(corners.max(axis=1)).clip(0, size - 1).astype(np.int64)

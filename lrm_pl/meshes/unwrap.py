@@ -28,11 +28,13 @@ class Atlas:
         source: (N,) which vertex of the surface each vertex of the atlas is; those at seams are there several times.
         faces: (M, 3) the same faces, in numbers of the atlas' vertices.
         uv: (N, 2) place of each vertex, from the left and top edge (0) to the right and bottom one (1).
+        size: Width and height of the picture that it is laid out in, pixels: about what was asked for.
     """
 
     source: Int[np.ndarray, " N"]
     faces: Int[np.ndarray, "M 3"]
     uv: Float[np.ndarray, "N 2"]
+    size: tuple[int, int]
 
 
 def unwrap(
@@ -62,7 +64,13 @@ def unwrap(
             said = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
             raise UnwrapError(f"xatlas failed: {said[0]}")
         with np.load(folder / "atlas.npz", allow_pickle=False) as found:
-            return Atlas(found["source"].astype(np.int64), found["faces"].astype(np.int64), found["uv"])
+            width, height = found["size"].tolist()
+            return Atlas(
+                found["source"].astype(np.int64),
+                found["faces"].astype(np.int64),
+                found["uv"],
+                (width, height),
+            )
 
 
 def _main(folder: Path, size: int) -> None:
@@ -76,8 +84,9 @@ def _main(folder: Path, size: int) -> None:
     source, faces, uv = atlas[0]
     if atlas.atlas_count != 1:
         raise SystemExit(f"it needs {atlas.atlas_count} pictures of {size} x {size} pixels")
-    # xatlas measures from the picture that it made, which may be a little larger than asked for: both edges are 1
-    np.savez(folder / "atlas.npz", source=source, faces=faces, uv=uv.astype(np.float32))
+    # xatlas may need a little more or less than asked for; in another size, the space between charts would shrink
+    size_found = np.array((atlas.width, atlas.height))
+    np.savez(folder / "atlas.npz", source=source, faces=faces, uv=uv.astype(np.float32), size=size_found)
 
 
 if __name__ == "__main__":

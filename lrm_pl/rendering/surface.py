@@ -49,7 +49,7 @@ def extract_mesh(
         most_faces: Faces that may stay; None keeps all.
 
     Raises:
-        NoSurfaceError: There is no surface at this threshold.
+        NoSurfaceError: There is no surface at this threshold, or none of so few faces.
     """
     with stage("grid"):
         density = density_grid(field, index, resolution, threshold).density.cpu()
@@ -62,6 +62,9 @@ def extract_mesh(
             f"expected densities on both sides of {threshold:g}, found {density.min():.3g} to {density.max():.3g}: "
             "there is no surface; choose a threshold between, or train longer"
         )
+    for dim in range(3):  # what reaches a face of the box is closed there, just inside of it
+        density.select(dim, 0).zero_()
+        density.select(dim, -1).zero_()
     with stage("marching cubes"):
         vertices, faces = _cut(density, inside, threshold)
     if floaters:
@@ -70,6 +73,10 @@ def extract_mesh(
     if most_faces is not None:
         with stage("decimation"):
             vertices, faces = decimated(vertices, faces, most_faces)
+    if not len(faces):
+        raise NoSurfaceError(
+            f"expected a surface of at most {most_faces} faces, found that none would be left; allow more"
+        )
     with stage("colours"):
         return Mesh(vertices, faces, colours_at(field, index, vertices))
 

@@ -1,14 +1,18 @@
 """`lrm demo` in a real browser: what a visitor does, and what the page answers."""
 
+import asyncio
+import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 import pytest
 import trimesh
 from PIL import Image
 
-from tests.browser import Page
+from tests.served import Served
 
 # Playwright's loop and pipes are closed by its own thread.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -16,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 @pytest.fixture(scope="module")
 def page_server(pretrained):
-    server = Page("demo", "--ckpt", pretrained, "--device", "cpu")
+    server = Served("demo", "--ckpt", pretrained, "--device", "cpu")
     yield server
     server.kill()
 
@@ -80,7 +84,7 @@ def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_pat
     import psutil
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    server = Page("demo", "--ckpt", pretrained, "--device", "cpu")
+    server = Served("demo", "--ckpt", pretrained, "--device", "cpu")
     hosts = {c.laddr.ip for c in psutil.Process(server.process.pid).net_connections() if c.status == "LISTEN"}
     assert hosts == {"127.0.0.1"}
     assert list(tmp_path.glob("lrm-demo-*"))
@@ -93,3 +97,65 @@ def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_pat
     while list(tmp_path.glob("lrm-demo-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not list(tmp_path.glob("lrm-demo-*"))
+
+
+async def joined(session, address, fn, photo, number, *, follow=True):
+    """Ask for a mesh as the page does; returns the messages that come back, or the first alone."""
+    body = {"data": [photo, 64, 0], "fn_index": fn, "session_hash": f"visitor{number}"}
+    async with session.post(f"{address}/gradio_api/queue/join", json=body) as answer:
+        if answer.status != 200:
+            return [{"msg": "refused", "status": answer.status, "output": await answer.json()}]
+    messages = [{"msg": "joined"}]
+    if not follow:
+        return messages
+    async with session.get(f"{address}/gradio_api/queue/data?session_hash=visitor{number}") as stream:
+        async for line in stream.content:
+            if line.startswith(b"data: "):
+                messages.append(json.loads(line[6:]))
+                if messages[-1]["msg"] in ("process_completed", "close_stream"):
+                    break
+    return messages
+
+
+def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(page_server, tmp_path):
+    rgba = np.zeros((80, 60, 4), dtype=np.uint8)
+    rgba[20:60, 10:40] = 255
+    Image.fromarray(rgba).save(tmp_path / "object.png")
+    address = page_server.address
+
+    async def run():
+        async with aiohttp.ClientSession() as session:
+
+            async def upload(content):
+                form = aiohttp.FormData()
+                form.add_field("files", content, filename="a.png")
+                async with session.post(f"{address}/gradio_api/upload", data=form) as answer:
+                    return answer.status, await answer.text()
+
+            assert (await upload(bytes(17_000_000)))[0] == 413
+            status, uploaded = await upload((tmp_path / "object.png").read_bytes())
+            assert status == 200
+            (path,) = json.loads(uploaded)
+            async with session.get(f"{address}/config") as answer:
+                calls = (await answer.json())["dependencies"]
+            file = {"meta": {"_type": "gradio.FileData"}}
+            for call in calls:  # the button's, and the examples'
+                url = {**file, "path": "http://127.0.0.1:9/a.png"}
+                last = (await joined(session, address, call["id"], url, f"url{call['id']}"))[-1]
+                assert not last["success"]
+                assert "Expected an uploaded picture, found the address" in last["output"]["error"]
+                other = {**file, "path": "/etc/passwd"}
+                last = (await joined(session, address, call["id"], other, f"file{call['id']}"))[-1]
+                assert not last["success"]
+            make = next(call["id"] for call in calls if len(call["inputs"]) == 3)
+            joins = [
+                joined(session, address, make, {**file, "path": path}, k, follow=False) for k in range(24)
+            ]
+            answers = await asyncio.gather(*joins)
+            refused = [answer for (answer,) in answers if answer["msg"] == "refused"]
+            assert 6 <= len(refused) <= 7, "16 wait, one is worked on"
+            assert {answer["status"] for answer in refused} == {503}
+            assert "full" in str(refused[0]["output"])
+
+    with ThreadPoolExecutor(1) as another:  # the browser's loop runs in this thread
+        another.submit(asyncio.run, run()).result()

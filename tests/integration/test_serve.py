@@ -4,16 +4,14 @@ import asyncio
 import io
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import aiohttp
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
+from tests.served import Served
 from tests.unit.test_pictures import encoded, png
 
 LIMITS = [
@@ -51,56 +49,15 @@ HOSTILE = {
 }
 
 
-class Server:
-    """The process, and where it listens."""
-
-    def __init__(self, folder, *options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [
-            sys.executable,
-            "-m",
-            "lrm_pl",
-            "serve",
-            "--ckpt",
-            folder,
-            "--port",
-            self.port,
-            "--device",
-            "cpu",
-        ]
-        self.process = subprocess.Popen(
-            [str(part) for part in (*command, *LIMITS, *options)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.address = f"http://127.0.0.1:{self.port}"
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            assert self.process.poll() is None, self.process.stdout.read()
-            time.sleep(0.1)
-        pytest.fail("it does not listen")
-
-    def memory(self):
-        return psutil.Process(self.process.pid).memory_info().rss / 1e6
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.communicate(timeout=60)[0]
+def serve(folder, *options):
+    return Served("serve", "--ckpt", folder, "--device", "cpu", *LIMITS, *options)
 
 
 @pytest.fixture
 def server(pretrained):
-    made = Server(pretrained)
+    made = serve(pretrained)
     yield made
-    if made.process.poll() is None:
-        made.process.kill()
-        made.process.communicate()
+    made.kill()
 
 
 async def ask(session, server, body, query="?resolution=32"):
@@ -147,6 +104,7 @@ def test_every_request_gets_the_right_status_and_the_server_ends_cleanly(server)
                 text = await answer.text()
             assert 'lrm_requests_total{status="200"} 1.0' in text
             assert 'lrm_requests_total{status="415"} 3.0' in text
+            assert 'lrm_requests_total{status="422"} 2.0' in text
             assert 'lrm_stage_seconds_count{stage="planes"} 1.0' in text
             async with session.get(f"{server.address}/docs") as answer:
                 assert answer.status == 200
@@ -173,7 +131,7 @@ def test_a_picture_that_does_not_arrive_is_given_up_and_one_that_is_too_large_is
 
 
 def test_more_requests_than_may_wait_are_sent_away_and_late_ones_end(pretrained):
-    server = Server(pretrained, "--seconds", "0.5")
+    server = serve(pretrained, "--seconds", "0.5")
     try:
 
         async def run():
@@ -187,8 +145,7 @@ def test_more_requests_than_may_wait_are_sent_away_and_late_ones_end(pretrained)
         assert set(statuses) <= {200, 503, 504}
         assert asyncio.run(one_more(server)) in (200, 504)
     finally:
-        server.process.kill()
-        server.process.communicate()
+        server.kill()
 
 
 async def one_more(server):

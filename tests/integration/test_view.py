@@ -11,8 +11,9 @@ from PIL import Image
 
 from lrm_pl.apps.train import main as train
 from lrm_pl.apps.view import main
-from tests.browser import Page
+from tests.damage import spoil_first_poses
 from tests.integration.test_cli import TINY
+from tests.served import Served
 
 # Lightning warns of short runs, Playwright's pipes are closed by its own thread.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -46,9 +47,14 @@ def box_beside(page, label):
     return min(boxes, key=lambda box: abs((box.bounding_box() or {"y": 1e6})["y"] - line))
 
 
-def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoints(run, chromium):
+def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoints(
+    run, chromium, shards, tmp_path
+):
     folder = run(2)
-    server = Page("view", folder, "--device", "cpu")
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    spoil_first_poses(next(data.glob("val-*.tar")))  # the next object is shown
+    server = Served("view", folder, "--data", data, "--device", "cpu")
     try:
         page = chromium.new_page(viewport={"width": 1100, "height": 750})
         page.goto(server.address)

@@ -73,6 +73,7 @@ def test_what_the_renderer_never_draws_is_not_in_the_mesh():
     ball.activate = lambda raw: torch.full_like(raw, 40.0)  # dense everywhere, in the corners too
     mesh = extract_mesh(ball, 0, 20.0, resolution=48, bounds="sphere")
     assert np.abs(np.linalg.norm(mesh.vertices, axis=-1) - 1).max() < 2 / 47
+    assert is_closed(mesh)
     with pytest.raises(NoSurfaceError):
         extract_mesh(ball, 0, 20.0, resolution=48)
 
@@ -96,6 +97,23 @@ def test_the_threshold_is_the_density_where_pictures_see_the_surface():
 def test_a_field_without_a_surface_says_what_densities_it_has(threshold):
     with pytest.raises(NoSurfaceError, match=r"both sides of -?\d+, found 0 to 40: there is no surface"):
         extract_mesh(Ball(), 0, threshold, resolution=32)
+
+
+def test_what_reaches_the_faces_of_the_box_is_closed_there():
+    ball = Ball()
+    ball.decode = lambda points, weights: ((0.45 - points[:, :2].norm(dim=-1)) / 0.05, (points + 1) / 2)
+    mesh = extract_mesh(ball, 0, 20.0, resolution=64)  # a column through two faces
+    assert is_closed(mesh)
+    assert np.abs(mesh.vertices).max() <= 1
+    assert volume(mesh) == pytest.approx(math.pi * 0.45**2 * 2, rel=0.04)
+
+
+def test_a_surface_of_too_few_faces_to_be_one_says_so(monkeypatch):
+    monkeypatch.setattr(
+        "lrm_pl.rendering.surface.decimated", lambda vertices, faces, most: (vertices[:0], faces[:0])
+    )
+    with pytest.raises(NoSurfaceError, match="at most 4 faces, found that none would be left"):
+        extract_mesh(Ball(), 0, 20.0, resolution=32, most_faces=4)
 
 
 RENDERERS = {

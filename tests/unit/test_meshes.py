@@ -1,5 +1,6 @@
 """Meshes: repair, texture, files that other programs open."""
 
+import dataclasses
 import io
 import json
 import struct
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 import trimesh
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from lrm_pl.meshes import unwrap as unwrap_file
@@ -18,7 +22,7 @@ from lrm_pl.meshes.glb import encode_glb, srgb_to_linear
 from lrm_pl.meshes.mesh import Mesh, vertex_normals
 from lrm_pl.meshes.repair import decimated, without_floaters
 from lrm_pl.meshes.texture import texel_places, textured
-from lrm_pl.meshes.unwrap import Atlas, UnwrapError, unwrap
+from lrm_pl.meshes.unwrap import PADDING, Atlas, UnwrapError, unwrap
 
 #: Both shapes of ``lumps``: a large ball and a small one beside it.
 BALLS = (np.zeros(3), 0.6), (np.full(3, 0.75), 0.15)
@@ -90,13 +94,32 @@ def test_texels_show_the_points_that_their_place_says():
     # one triangle that fills half of a picture of 4 x 4; the middle of a texel is at (column + .5) / 4, (row + .5) / 4
     uv = np.array([(0, 0), (1, 0), (0, 1)], dtype=np.float32)
     vertices = np.array([(0, 0, 5), (1, 0, 5), (0, 2, 5)], dtype=np.float32)
-    places, covered = texel_places(vertices, Atlas(np.arange(3), np.array([[0, 1, 2]]), uv), 4)
+    places, covered = texel_places(vertices, Atlas(np.arange(3), np.array([[0, 1, 2]]), uv, (4, 4)))
     row, column = np.nonzero(covered)
     assert set(zip(row.tolist(), column.tolist(), strict=True)) == {
         (r, c) for r in range(4) for c in range(4 - r)
     }
     expected = np.stack([(column + 0.5) / 4, (row + 0.5) / 4 * 2, np.full(len(row), 5)], axis=1)
     np.testing.assert_allclose(places[covered], expected, atol=1e-6)
+
+
+def test_charts_of_a_texture_are_as_far_apart_as_filters_reach():
+    mesh = ball()
+    atlas = unwrap(mesh.vertices, mesh.faces, 256, 60.0)
+    assert all(200 < side < 400 for side in atlas.size)  # about what was asked for
+    _, covered = texel_places(mesh.vertices[atlas.source], atlas)
+    edges = np.concatenate([atlas.faces[:, [0, 1]], atlas.faces[:, [1, 2]]])
+    joined = coo_array((np.ones(len(edges)), edges.T), shape=(len(atlas.uv),) * 2)
+    charts, chart = connected_components(joined, directed=False)
+    assert charts > 1
+    texels = []
+    for number in range(charts):
+        of_it = dataclasses.replace(atlas, faces=atlas.faces[chart[atlas.faces[:, 0]] == number])
+        texels.append(np.argwhere(texel_places(mesh.vertices[atlas.source], of_it)[1]))
+    assert sum(map(len, texels)) == covered.sum()
+    for number, places in enumerate(texels):
+        others = cKDTree(np.concatenate([places for other, places in enumerate(texels) if other != number]))
+        assert others.query(places)[0].min() >= PADDING - 1
 
 
 def test_a_baked_texture_shows_the_colours_of_the_places_on_the_surface():
@@ -107,7 +130,8 @@ def test_a_baked_texture_shows_the_colours_of_the_places_on_the_surface():
     corners = mesh.faces[face]
     places = (mesh.vertices[corners] * weights[:, :, None]).sum(axis=1)
     uv = (mesh.texture.uv[corners] * weights[:, :, None]).sum(axis=1)
-    column, row = (np.floor(uv * 256).astype(int).clip(0, 255)).T
+    height, width = mesh.texture.image.shape[:2]
+    column, row = np.floor(uv * (width, height)).astype(int).T
     seen = mesh.texture.image[row, column] / 255
     # a texel is about 0.01 wide, and its colour changes by half of that
     assert np.abs(seen - by_place(places)).max() < 0.03

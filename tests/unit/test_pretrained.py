@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ import yaml
 from PIL import Image
 
 import lrm_pl
+from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.input_setup import InputSetup, measure_setup
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.io.model_card import renamed
 from lrm_pl.io.pretrained import weights_hash
 from lrm_pl.pretrained import PretrainedLRM
 from tests.pretrained_folder import SETUP, tiny_pretrained
@@ -54,7 +58,51 @@ def test_what_is_saved_comes_back_the_same(tmp_path, photo):
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-to-3d"
     assert "| transformer | 1 blocks of width 16 |" in card
     again.save_pretrained(tmp_path / "twice")
-    assert (tmp_path / "twice" / "README.md").read_text() == card
+    assert (tmp_path / "twice" / "README.md").read_text() == card.replace("saved", "twice")
+
+
+def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretrained, monkeypatch):
+    sent = {}
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, folder_path, **_):
+            sent.update({path.name: path.read_text("latin-1") for path in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    model = PretrainedLRM.from_pretrained(pretrained)
+    model.push_to_hub("me/chairs")
+    assert 'LRM.from_pretrained("me/chairs")("photo.png")' in sent["README.md"]
+    assert "\n# me/chairs\n" in sent["README.md"]
+    assert {"config.yaml", "model.safetensors", "input.yaml"} <= set(sent)
+    assert renamed("a card of somebody's own", "x") == "a card of somebody's own"
+
+
+def test_pictures_that_python_opened_are_seen_as_their_files_are(pretrained, photo, tmp_path):
+    model = PretrainedLRM.from_pretrained(pretrained)
+    turned = tmp_path / "turned.png"
+    with Image.open(photo) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.convert("LA").save(turned, exif=exif)
+    with Image.open(turned) as image:
+        assert image.mode == "LA"
+        np.testing.assert_array_equal(model.picture(image), model.picture(turned))
+    box = np.asarray(model.picture(turned))[..., 3] > 127
+    assert box.any(axis=0).sum() > box.any(axis=1).sum(), "a high object that lies on its side"
+
+
+def test_a_folder_that_does_not_say_how_pictures_are_taken_is_told_of(pretrained, tmp_path):
+    assert open_trained(str(pretrained), device="cpu").note == ""
+    shutil.copytree(pretrained, tmp_path / "copy")
+    (tmp_path / "copy" / "input.yaml").unlink()
+    note = open_trained(str(tmp_path / "copy"), device="cpu").note
+    assert note.endswith("no input.yaml beside it: pictures are framed as LRM's are")
 
 
 def test_a_hash_of_weights_tells_networks_apart():

@@ -1,0 +1,49 @@
+"""Commands of ours that listen, as processes of their own."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+
+class Served:
+    """A command that serves, at a free port of this machine.
+
+    Args:
+        arguments: Of `lrm`, but for the port.
+    """
+
+    def __init__(self, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "lrm_pl", *map(str, arguments), "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.address = f"http://127.0.0.1:{self.port}"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            assert self.process.poll() is None, self.process.stdout.read()
+            time.sleep(0.1)
+        self.kill()
+        pytest.fail("it does not listen")
+
+    def memory(self):
+        """What it holds, MB."""
+        return psutil.Process(self.process.pid).memory_info().rss / 1e6
+
+    def stop(self):
+        """End it as a service manager does; returns what it said."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate(timeout=60)[0]
+
+    def kill(self):
+        """End it at once, if it has not ended; returns what it said."""
+        self.process.kill()
+        return self.process.communicate()[0]
