@@ -100,13 +100,19 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the files; the mixin calls this."""
-        name = self._repository or save_directory.name
+        name = self._repository or save_directory.resolve().name
         card = renamed(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         fill_pretrained(save_directory, self.model, weights, "Saved from Python.", self.setup, card)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # noqa: ANN401 - the mixin's
-        """Upload it, under a card that calls it by the repository's name; options are the mixin's."""
+        """Upload it, under a card that calls it by the repository's name; options are the mixin's.
+
+        Raises:
+            InputError: It is no full name: the card could not say how to open it.
+        """
+        if "/" not in repo_id:
+            raise InputError(f"expected a repository's full name, owner/name, found {repo_id!r}")
         self._repository = repo_id
         try:
             return super().push_to_hub(repo_id, **options)

@@ -1,24 +1,25 @@
 """Connections of ``lrm serve``: none is held open by a client that does nothing, and every refusal is read.
 
-uvicorn waits for ever for the head of a request, and for a client to take its answer; both hold one of the connections
-that it accepts. And it hangs up on a client that is still sending, who then sees a reset in place of the answer.
+uvicorn waits for ever for the head of a request, and for a client to take its answer, on any number of connections.
 """
 
 import asyncio
-from typing import Any
+import contextlib
 
-from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 #: Seconds for a request's head to arrive.
 HEAD_S = 10.0
 
-#: Seconds for an answer to be taken.
-ANSWER_S = 60.0
+#: Seconds in which some of an answer must be taken.
+ANSWER_S = 30.0
 
 #: Seconds for which what a refused client goes on sending is read, and dropped.
-_LINGER_S = 5.0
+LINGER_S = 5.0
+
+#: Connections that may be open: less than the files that a process may usually have open.
+CONNECTIONS = 500
 
 
 class BoundedProtocol(H11Protocol):
@@ -29,7 +30,10 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
-        self._await_head()
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+        else:
+            self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
@@ -45,7 +49,7 @@ class BoundedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """Begin to wait for the client to take its answer."""
         super().pause_writing()
-        self._set_timer(self.loop.call_later(ANSWER_S, self.transport.abort))
+        self._await_taking()
 
     def resume_writing(self) -> None:
         """It takes it."""
@@ -54,6 +58,16 @@ class BoundedProtocol(H11Protocol):
 
     def _await_head(self) -> None:
         self._set_timer(self.loop.call_later(HEAD_S, self._end_unless_busy))
+
+    def _await_taking(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._set_timer(self.loop.call_later(ANSWER_S, self._end_unless_taken, left))
+
+    def _end_unless_taken(self, left: int) -> None:
+        if self.transport.get_write_buffer_size() < left:
+            self._await_taking()
+        else:
+            self.transport.abort()
 
     def _end_unless_busy(self) -> None:
         # ``close`` would wait for what is still to be sent
@@ -66,25 +80,36 @@ class BoundedProtocol(H11Protocol):
         self._timer = timer
 
 
-class Refusal(JSONResponse):
-    """An answer to a request whose body was not read to its end: it is dropped while the client reads the answer.
+class Lingering:
+    """Middleware: where an answer is given before the request's body was read, the rest is read and dropped.
+
+    uvicorn would hang up in the middle of what the client sends, who then sees a reset in place of the answer.
 
     Args:
-        content: What the answer says.
-        status: Its status.
+        app: The application.
     """
 
-    def __init__(self, content: dict[str, Any], status: int) -> None:
-        super().__init__(content, status, {"Connection": "close"})
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the answer, and end the connection once the client has ended its request."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        try:
-            async with asyncio.timeout(_LINGER_S):
-                while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-                    pass
-        except TimeoutError:
-            pass  # it has had its time
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        """Answer, and end the answer once the client has ended its request."""
+        ended = scope["type"] != "http"
+
+        async def receive_some() -> Message:
+            nonlocal ended
+            message = await receive()
+            ended = message["type"] != "http.request" or not message.get("more_body")
+            return message
+
+        async def send_and_linger(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body") and not ended:
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):  # it has had its time
+                    async with asyncio.timeout(LINGER_S):
+                        while not ended:
+                            await receive_some()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        await self.app(scope, receive_some, send_and_linger)

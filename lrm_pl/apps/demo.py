@@ -152,15 +152,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"lrm: {error}")
     if trained.note:
         print(trained.note)
-    make_page(trained, folder).launch(
-        server_name=given.host,
-        server_port=given.port,
-        share=False,
-        max_file_size=f"{MEGABYTES}mb",
-        show_error=True,
-        ssr_mode=False,
-        footer_links=[],
-    )
+    try:
+        make_page(trained, folder).launch(
+            server_name=given.host,
+            server_port=given.port,
+            share=False,
+            max_file_size=f"{MEGABYTES}mb",
+            show_error=True,
+            ssr_mode=False,
+            footer_links=[],
+        )
+    except OSError as error:
+        sys.exit(
+            f"lrm: expected to listen at {given.host}:{given.port}, found: {error}; choose another: --port"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,7 +29,7 @@ from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.baselines import trivial_baselines
 from lrm_pl.evaluation.folder import RESULTS_NAME, claim, read_object, write_object
-from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, decode_view, measure_object
+from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, input_view, measure_object
 from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol
 from lrm_pl.evaluation.selection import Objects
 from lrm_pl.evaluation.summary import table
@@ -112,9 +112,13 @@ def reconstructor(trained: Trained) -> Reconstruct:
 
 
 def scene_of(trained: Trained, sample: Sample, view: int) -> Scene:
-    """Reconstruct an object from one of its views."""
+    """Reconstruct an object from one of its views.
+
+    Raises:
+        SampleError: The view cannot be read, or shows nothing.
+    """
     c2w = canonicalise(torch.from_numpy(sample.c2w[[view]]))
-    return reconstructor(trained)(decode_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
+    return reconstructor(trained)(input_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,11 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     under_srun = "SLURM_STEP_NUM_TASKS" in os.environ  # an allocation alone has SLURM_NTASKS too
     rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if under_srun else 0))
     world = int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if under_srun else 1))
-    console = Console(soft_wrap=True, quiet=rank > 0)
+    console = Console(soft_wrap=True, markup=False, quiet=rank > 0)
     try:
         if given.compare:
             a, b = given.compare
-            console.print(compare(a, b, given.out or Path("evaluation")), markup=False)
+            console.print(compare(a, b, given.out or Path("evaluation")))
             console.print(f"Page: {(given.out or Path('evaluation')) / 'comparison.html'}")
             return
         _run(given, rank, world, console)
@@ -137,6 +141,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> None:
+    if given.clip and not given.clip_sha256:
+        raise InputError(
+            "expected the hash of CLIP's weights too, found none: --clip-sha256 $(sha256sum FILE)"
+        )
     protocol = PROTOCOLS[given.protocol]
     objects = Objects(given.data, given.split, given.ids, given.limit)
     protocol.require(objects.manifest, given.data)
@@ -149,7 +157,7 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
     judges, inception = Judges({}), None
     if protocol.targets:
         lpips = {name: PerceptualLoss.pretrained(name).to(place) for name in ("alex", "vgg")}
-        clip = load_clip(given.clip, given.clip_sha256 or "", place) if given.clip else None
+        clip = load_clip(given.clip, given.clip_sha256, place) if given.clip else None
         features = None
         if given.fid or given.inception:
             features, inception = load_inception(given.inception, given.inception_sha256, place)
@@ -164,7 +172,7 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
             "step": trained.step,
             "sha256": trained.sha256,
             "setup": dataclasses.asdict(trained.model.setup),
-            "renderer": trained.model.model["renderer"],
+            "renderer": trained.model.model.get("renderer", {}),
         },
         "data": {
             "folder": given.data,
@@ -174,7 +182,7 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
             "objects": len(objects.chosen),
         },
         "baselines": bool(given.baseline),
-        "clip": given.clip_sha256 if given.clip else None,
+        "clip": given.clip_sha256.lower() if given.clip else None,
         "inception": inception,
     }
     out = given.out or Path("evaluation") / f"{protocol.name}-{Path(given.data).name}-{trained.sha256[:8]}"
@@ -189,11 +197,11 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
     console.print(
         f"{results['objects']} of {len(objects.chosen)} objects of {given.data}, split {given.split}:"
     )
-    console.print(table(results["mean"], metrics_of(protocol)), markup=False)
+    console.print(table(results["mean"], metrics_of(protocol)))
     if short := shortfall(results):
-        console.print(f"Means of fewer: {short}", markup=False)
+        console.print(f"Means of fewer: {short}")
     for key, why in [*results["not measured"].items(), *results["notes"].items()]:
-        console.print(f"  {key}: {why}", markup=False)
+        console.print(f"  {key}: {why}")
     console.print(f"Page: {out / 'index.html'}; figures: {out / RESULTS_NAME}, {out / 'results.md'}")
     console.print(
         f"Compare it with another one: lrm evaluate --compare {out} OTHER   Watch: tensorboard --logdir {out}"

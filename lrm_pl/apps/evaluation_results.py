@@ -1,5 +1,6 @@
 """What the records of an evaluation come to: results, tables, pages; and two evaluations side by side."""
 
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -114,8 +115,7 @@ def compare(a: Path, b: Path, out: Path) -> str:
         [_known(folder, path.stem) for path in sorted((folder / "objects").glob("*.json"))]
         for folder in (a, b)
     ]
-    common = {r.id for r in found[0] if r.rows.get("model")} & {r.id for r in found[1] if r.rows.get("model")}
-    found = [[record for record in records if record.id in common] for records in found]
+    found = in_common(*found)
     differences = paired_differences(*found)
     better = metrics_of(protocol)
     rows = {name: means(records).get("model", {}) for name, records in zip(("A", "B"), found, strict=True)}
@@ -152,6 +152,20 @@ def metrics_of(protocol: Protocol) -> dict[str, bool]:
     """Name the metrics that a protocol may have, in the order of tables -> whether more is better."""
     images = image_metrics(["clip"]) | {"fid": False, "kid": False} if protocol.targets else {}
     return images | (surface_metrics(protocol.geometry) if protocol.geometry else {})
+
+
+def in_common(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
+    """Keep of two evaluations the objects, and of each the metrics, that both have."""
+    metrics = [{record.id: set(record.rows.get("model", {})) for record in records} for records in (a, b)]
+    both = {key: metrics[0][key] & metrics[1][key] for key in metrics[0].keys() & metrics[1].keys()}
+    return [
+        [
+            dataclasses.replace(record, rows={"model": {m: record.rows["model"][m] for m in both[record.id]}})
+            for record in records
+            if both.get(record.id)
+        ]
+        for records in (a, b)
+    ]
 
 
 def _without_place(setting: Any) -> Any:  # noqa: ANN401 - JSON

@@ -51,6 +51,10 @@ _ALL_FILES = (
 TEXTURE_FACES = 20_000
 
 
+#: Faces that may be asked for.
+MOST_FACES = 10**8
+
+
 @dataclasses.dataclass(frozen=True)
 class Wishes:
     """What is made of a picture.
@@ -86,7 +90,7 @@ class Wishes:
         for name, value, low, high in (
             ("resolution", self.resolution, 8, 1024),
             ("floaters", self.floaters, 0, 1),
-            ("faces", 4 if self.most_faces is None else self.most_faces, 4, 10**8),
+            ("faces", 4 if self.most_faces is None else self.most_faces, 4, MOST_FACES),
             ("texture", self.texture, 0, 8192),
             ("frames", self.frames, 0, 10_000),
             ("size", self.size, 8, 4096),
@@ -218,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", module="onnxruntime|rembg")
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False)
     try:
         pictures = find_pictures(given.picture)
         wishes = _wishes(given)
@@ -237,7 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if trained.note:
         console.print(trained.note)
     failed = 0
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<28}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(pictures))
         for picture in pictures:

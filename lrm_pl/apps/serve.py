@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from lrm_pl import __version__
-from lrm_pl.apps.infer import Wishes, make_mesh
+from lrm_pl.apps.infer import MOST_FACES, Wishes, make_mesh
 from lrm_pl.apps.options import add_address, add_background, add_network, open_network
 from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 #: Seconds that requests in hand have to finish in once the server is told to stop.
 _GRACE_S = 30
 
-#: Pictures that may arrive at a time, and connections that may be open: walls for memory; the queue is much shorter.
-_UPLOADS, _CONNECTIONS = 32, 1000
+#: Pictures that may arrive at a time: a wall for memory; the queue is much shorter.
+_UPLOADS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +193,7 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
     from fastapi.responses import JSONResponse
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-    from lrm_pl.apps.connections import Refusal
+    from lrm_pl.apps.connections import Lingering
 
     works, uploads, registry = Works(trained, limits), Uploads(limits), CollectorRegistry()
     requests = Counter("lrm_requests", "Requests for a mesh, by status", ["status"], registry=registry)
@@ -210,6 +210,7 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
         works.close()
 
     app = FastAPI(title="lrm", version=__version__, description=__doc__, lifespan=lifespan)
+    app.add_middleware(Lingering)
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError) -> Response:
@@ -227,7 +228,7 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
         resolution: Annotated[int, Query(ge=16, le=limits.resolution)] = min(256, limits.resolution),
         threshold: Annotated[float | None, Query(gt=0)] = None,
         floaters: Annotated[float, Query(ge=0, le=1)] = 0.0,
-        faces: Annotated[int | None, Query(ge=4)] = None,
+        faces: Annotated[int | None, Query(ge=4, le=MOST_FACES)] = None,
     ) -> Response:
         """Turn the picture in the body (PNG, JPEG, WebP, BMP) into a GLB."""
         try:
@@ -236,8 +237,6 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
             glb, stages = await works.make(content, wishes)
         except RefusedError as error:
             requests.labels(error.status).inc()
-            if error.status in (408, 413):  # the rest of the body is not read
-                return Refusal({"detail": error.reason}, error.status)
             headers = {"Retry-After": "10"} if error.status == 503 else {}
             return JSONResponse({"detail": error.reason}, error.status, headers)
         except Exception:  # whatever one request does, the next is served
@@ -273,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("lrm: expected uvicorn and fastapi to serve with, found none; pip install -e '.[serve]'")
     limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
     try:
+        _ = Wishes(resolution=limits.resolution)  # says what there may be
         trained = open_network(given)
         trained.model.remover.load()
     except (InputError, OSError) as error:
@@ -286,7 +286,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         host=given.host,
         port=given.port,
         http=BoundedProtocol,
-        limit_concurrency=_CONNECTIONS,
         h11_max_incomplete_event_size=1 << 16,
         timeout_graceful_shutdown=_GRACE_S,
     )

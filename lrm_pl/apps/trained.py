@@ -73,6 +73,10 @@ def open_trained(
     path = Path(name).expanduser()
     step = None
     if (path / WEIGHTS_NAME).is_file() or (not path.exists() and _HUB_NAME.fullmatch(name)):
+        if config is not None:
+            raise InputError(
+                f"expected --config with a checkpoint, found the exported network {name}; leave it out"
+            )
         if average:
             raise InputError(
                 f"expected a run that keeps a moving average, found the exported network {name}; leave --average out, "

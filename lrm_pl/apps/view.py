@@ -102,7 +102,7 @@ class Viewer:
         self._show_first()
         for control in (self.object, self.view):
             control.on_update(lambda _: self._show_object())
-        self.checkpoint.on_update(lambda _: self._choose(self.checkpoint.value))
+        self.checkpoint.on_update(lambda _: self._pick())
         self.threshold.on_update(lambda _: self._draw_anew())
         self.frusta.on_update(lambda _: self._show_frusta())
         self.server.on_client_connect(self._enter)
@@ -250,6 +250,12 @@ class Viewer:
             self.checkpoint.value = newest
             self._choose(newest)
 
+    def _pick(self) -> None:
+        """Take over the picked checkpoint; one that is not the newest stays."""
+        if self.checkpoint.value != max(self._checkpoints()):
+            self.follow.value = False
+        self._choose(self.checkpoint.value)
+
     def _choose(self, name: str) -> None:
         """Take over the weights of another checkpoint."""
         path = str(Path(self._checkpoint).with_name(name))
@@ -307,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         viewer = Viewer(run, str(data), given.device, given.host, given.port)
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
-    print(f"http://{given.host}:{given.port} shows {run}; Ctrl-C ends it", flush=True)
+    print(f"http://{given.host}:{viewer.server.get_port()} shows {run}; Ctrl-C ends it", flush=True)
     try:
         viewer.serve()
     except KeyboardInterrupt:

@@ -107,7 +107,7 @@ def measure_object(
     strip: Tensor | None = None
     for view in protocol.inputs:
         image = over_white(sample, (view,))[0]
-        rgba = decode_view(sample, view)
+        rgba = input_view(sample, view)
         c2w = canonicalise(torch.from_numpy(sample.c2w[[view, *protocol.seen]]))
         fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.seen]])
         scene = reconstruct(rgba, c2w[0], fxfycxcy[0])
@@ -192,6 +192,20 @@ def decode_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
         SampleError: It cannot be read.
     """
     return as_tensor(decode_image(sample.info.id, sample.views[view]))
+
+
+def input_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
+    """Decode a view that is to be reconstructed from.
+
+    Raises:
+        SampleError: It cannot be read, or shows nothing.
+    """
+    rgba = decode_view(sample, view)
+    if not rgba[3].any():
+        raise SampleError(
+            f"sample {sample.info.id!r}: expected an object in view {view}, found alpha 0 everywhere"
+        )
+    return rgba
 
 
 def over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "n 3 h w"]:

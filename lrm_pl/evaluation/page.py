@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,10 +25,14 @@ figure{margin:0 0 1rem}img{max-width:100%;border:1px solid #ddd}figcaption{color
 def ranked(
     records: Sequence[ObjectRecord], metric: str, *, more_is_better: bool
 ) -> dict[str, list[ObjectRecord]]:
-    """Choose the worst, the median and the best objects by a metric of the model; none twice."""
-    known = [record for record in records if metric in record.rows.get("model", {})]
+    """Choose the worst, the median and the best objects by a metric of the model; none twice.
+
+    One without a figure for it, though it has others, is the worst: there was no surface to measure.
+    """
+    known = [record for record in records if record.rows.get("model")]
+    missing = -math.inf if more_is_better else math.inf
     order = sorted(
-        known, key=lambda r: (r.rows["model"][metric], r.id), reverse=not more_is_better
+        known, key=lambda r: (r.rows["model"].get(metric, missing), r.id), reverse=not more_is_better
     )  # worst first
     count = min(_SHOWN, -(-len(order) // 3))
     middle = (len(order) - count) // 2

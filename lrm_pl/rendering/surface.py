@@ -56,15 +56,12 @@ def extract_mesh(
     if bounds == "sphere":
         axis = torch.linspace(-1, 1, resolution).square()
         density[axis[:, None, None] + axis[:, None] + axis > 1] = 0
-    inside = density > threshold
-    if not inside.any() or inside.all():
-        raise NoSurfaceError(
-            f"expected densities on both sides of {threshold:g}, found {density.min():.3g} to {density.max():.3g}: "
-            "there is no surface; choose a threshold between, or train longer"
-        )
+    _require_both_sides(density, threshold)
     for dim in range(3):  # what reaches a face of the box is closed there, just inside of it
         density.select(dim, 0).zero_()
         density.select(dim, -1).zero_()
+    _require_both_sides(density, threshold)
+    inside = density > threshold
     with stage("marching cubes"):
         vertices, faces = _cut(density, inside, threshold)
     if floaters:
@@ -79,6 +76,15 @@ def extract_mesh(
         )
     with stage("colours"):
         return Mesh(vertices, faces, colours_at(field, index, vertices))
+
+
+def _require_both_sides(density: Tensor, threshold: float) -> None:
+    low, high = float(density.min()), float(density.max())
+    if not low <= threshold < high:
+        raise NoSurfaceError(
+            f"expected densities on both sides of {threshold:g}, found {low:.3g} to {high:.3g}: there is no surface; "
+            "choose a threshold between, or train longer"
+        )
 
 
 def _cut(density: Tensor, inside: Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:

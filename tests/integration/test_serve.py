@@ -98,13 +98,14 @@ def test_every_request_gets_the_right_status_and_the_server_ends_cleanly(server)
             assert (status, glb[:4]) == (200, b"glTF")
             assert (await ask(session, server, photo(), "?resolution=4096"))[0] == 422
             assert (await ask(session, server, photo(), "?resolution=32&threshold=1e9"))[0] == 422
+            assert (await ask(session, server, photo(), "?resolution=32&faces=1000000000"))[0] == 422
             async with session.get(f"{server.address}/health") as answer:
                 assert (await answer.json())["status"] == "ok"
             async with session.get(f"{server.address}/metrics") as answer:
                 text = await answer.text()
             assert 'lrm_requests_total{status="200"} 1.0' in text
             assert 'lrm_requests_total{status="415"} 3.0' in text
-            assert 'lrm_requests_total{status="422"} 2.0' in text
+            assert 'lrm_requests_total{status="422"} 3.0' in text
             assert 'lrm_stage_seconds_count{stage="planes"} 1.0' in text
             async with session.get(f"{server.address}/docs") as answer:
                 assert answer.status == 200

@@ -8,6 +8,8 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from lrm_pl.apps.evaluation_results import in_common
+from lrm_pl.data.schema import SampleError, encode_image
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import ellipsoid_surface, synthetic_sample
 from lrm_pl.errors import InputError
@@ -264,6 +266,36 @@ def test_an_objects_own_mesh_is_next_to_the_truth_and_its_mirror_image_is_not(na
     assert own["f_score@0.1"] == 1
     assert own["normal_consistency"] > 0.97
     assert mirrored["chamfer"] > 3 * own["chamfer"]
+
+
+def test_a_view_that_shows_nothing_is_a_bad_sample():
+    sample = synthetic_sample("a", 12, 32, 0, surface=True)
+    empty = encode_image(np.zeros((32, 32, 4), dtype=np.uint8))
+    sample = dataclasses.replace(sample, views=(empty, *sample.views[1:]))
+    with pytest.raises(
+        SampleError, match="sample 'a': expected an object in view 0, found alpha 0 everywhere"
+    ):
+        measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), Judges({}), {})
+
+
+def test_of_two_evaluations_only_what_both_have_is_compared():
+    a = [record("a", chamfer=0.1, f=1.0), record("b", chamfer=0.1, f=1.0), record("c", chamfer=0.9, f=0.5)]
+    b = [
+        record("a", chamfer=0.2, f=1.0),
+        record("b", chamfer=0.3, f=1.0),
+        record("c", f=0.0),
+        record("d", f=1.0),
+    ]
+    rows = [means(records)["model"] for records in in_common(a, b)]
+    assert rows[0] == pytest.approx({"chamfer": 0.1, "f": 2.5 / 3})
+    assert rows[1] == pytest.approx({"chamfer": 0.25, "f": 2 / 3})
+
+
+def test_an_object_without_a_surface_is_the_worst():
+    records = [record(str(k), chamfer=0.1 * k, f=1.0) for k in range(6)] + [record("none", f=0.0)]
+    chosen = ranked(records, "chamfer", more_is_better=False)
+    assert [found.id for found in chosen["worst"]] == ["none", "5", "4"]
+    assert [found.id for found in chosen["best"]] == ["0", "1"]  # 2 is among the median ones
 
 
 def test_records_come_back_and_another_evaluation_refuses_the_folder(tmp_path):

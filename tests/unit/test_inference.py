@@ -108,6 +108,13 @@ def test_what_reaches_the_faces_of_the_box_is_closed_there():
     assert volume(mesh) == pytest.approx(math.pi * 0.45**2 * 2, rel=0.04)
 
 
+def test_what_is_dense_on_the_faces_of_the_box_alone_is_no_surface():
+    ball = Ball()
+    ball.decode = lambda points, weights: ((points.abs().amax(dim=-1) - 0.99) * 100, points)
+    with pytest.raises(NoSurfaceError, match="both sides of 20, found 0 to"):
+        extract_mesh(ball, 0, 20.0, resolution=64)
+
+
 def test_a_surface_of_too_few_faces_to_be_one_says_so(monkeypatch):
     monkeypatch.setattr(
         "lrm_pl.rendering.surface.decimated", lambda vertices, faces, most: (vertices[:0], faces[:0])
