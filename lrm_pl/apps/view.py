@@ -102,7 +102,7 @@ class Viewer:
         self._show_first()
         for control in (self.object, self.view):
             control.on_update(lambda _: self._show_object())
-        self.checkpoint.on_update(lambda _: self._pick())
+        self.checkpoint.on_update(self._pick)
         self.threshold.on_update(lambda _: self._draw_anew())
         self.frusta.on_update(lambda _: self._show_frusta())
         self.server.on_client_connect(self._enter)
@@ -239,7 +239,8 @@ class Viewer:
 
     def _checkpoints(self) -> tuple[str, ...]:
         folder = str(Path(self._checkpoint).parent)
-        return tuple(Path(path).name for path in list_checkpoints(folder)) or (Path(self._checkpoint).name,)
+        names = {Path(path).name for path in list_checkpoints(folder)}
+        return tuple(sorted(names | {Path(self._checkpoint).name}))  # the one that is shown may be gone already
 
     def _look_for_checkpoints(self) -> None:
         names = self._checkpoints()
@@ -250,8 +251,10 @@ class Viewer:
             self.checkpoint.value = newest
             self._choose(newest)
 
-    def _pick(self) -> None:
-        """Take over the picked checkpoint; one that is not the newest stays."""
+    def _pick(self, event: Any) -> None:  # noqa: ANN401 - viser's event
+        """Take over the checkpoint that a visitor picked; one that is not the newest stays."""
+        if event.client_id is None:
+            return
         if self.checkpoint.value != max(self._checkpoints()):
             self.follow.value = False
         self._choose(self.checkpoint.value)

@@ -71,6 +71,11 @@ def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoint
         assert picture(page)[100:400, 200:600].min() < 250, "the field is drawn"
         run(4)
         page.wait_for_selector("text=step-00000004, step 4", timeout=60_000)
+        page.locator("input[role=combobox][value='step-00000004']").click()
+        page.get_by_role("option", name="step-00000002").click()
+        page.wait_for_selector("text=step-00000002, step 2", timeout=60_000)
+        page.wait_for_timeout(4000)  # it looks for new ones every three seconds
+        assert page.get_by_text("step-00000002, step 2").is_visible(), "what was picked stays"
         page.close()
     finally:
         said = server.kill()
