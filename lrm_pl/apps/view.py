@@ -240,7 +240,8 @@ class Viewer:
     def _checkpoints(self) -> tuple[str, ...]:
         folder = str(Path(self._checkpoint).parent)
         names = {Path(path).name for path in list_checkpoints(folder)}
-        return tuple(sorted(names | {Path(self._checkpoint).name}))  # the one that is shown may be gone already
+        names.add(Path(self._checkpoint).name)  # it may be gone already
+        return tuple(sorted(names))
 
     def _look_for_checkpoints(self) -> None:
         names = self._checkpoints()
