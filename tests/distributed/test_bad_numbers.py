@@ -17,7 +17,7 @@ def poison(first, last):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("layer", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("layer", [pytest.param("ddp", marks=pytest.mark.soak), "fsdp2"])
 def test_a_nan_on_one_rank_makes_all_ranks_leave_that_step_out(runs, layer):
     name = f"poisoned-{layer}"
     runs.run(name, 2, keep_every(1, 30), *poison(3, 3), "--trainer.max_steps=6", layers=[layer])

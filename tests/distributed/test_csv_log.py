@@ -42,6 +42,7 @@ def test_a_killed_run_that_goes_on_has_every_csv_row_once_and_the_values_of_an_u
     assert found == points(runs.folder / "csv-whole")
 
 
+@pytest.mark.soak
 def test_a_run_killed_before_its_first_checkpoint_starts_its_csv_anew(runs, root):
     options = ["-c", root / "configs/logger/csv.yaml", "--trainer.max_steps=4"]
     kill = {**KILL, "init_args": {"step": 3}}

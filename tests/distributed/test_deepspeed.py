@@ -176,6 +176,7 @@ def test_every_strategy_goes_on_from_every_deepspeed_stage_and_every_stage_from_
     assert go_on(runs, list(ways), lambda source: ways[source]) <= 1e-5
 
 
+@pytest.mark.soak
 def test_validation_can_measure_the_average_while_training_goes_on_with_the_weights(runs):
     measured = {
         "class_path": "lrm_pl.training.ema.WeightAverage",
@@ -194,6 +195,7 @@ def test_validation_can_measure_the_average_while_training_goes_on_with_the_weig
         assert largest_difference(dict(ours[tag]), dict(theirs[tag])) <= 1e-5, tag
 
 
+@pytest.mark.soak
 def test_a_checkpoint_is_measured_by_two_deepspeed_processes_as_by_one(runs):
     runs.run("to-measure", 1, "--trainer.max_steps=2", QUIET, layers=["cpu"])
     found = []

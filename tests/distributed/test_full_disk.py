@@ -14,7 +14,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")
 
 
-@pytest.mark.parametrize(("layer", "processes"), [("cpu", 1), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    ("layer", "processes"), [("cpu", 1), pytest.param("fsdp2", 2, marks=pytest.mark.soak)]
+)
 def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_space(runs, layer, processes):
     tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
     if tried.returncode:

@@ -31,7 +31,7 @@ def test_no_trainer_config_is_forgotten(root):
     assert {path.stem for path in (root / "configs/trainer").glob("*.yaml")} == LAYERS.keys() | {"gpu"}
 
 
-@pytest.mark.parametrize("layer", ["fsdp2", "deepspeed_2"])
+@pytest.mark.parametrize("layer", ["fsdp2", pytest.param("deepspeed_2", marks=pytest.mark.soak)])
 def test_under_bf16_mixed_only_the_products_are_bf16(runs, layer):
     check(runs, layer, "bf16-mixed")
 

@@ -328,7 +328,7 @@ def test_what_two_processes_wrote_in_shards_is_read_exactly_by_one_by_two_and_by
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["single", "sharded"])
+@pytest.mark.parametrize("layout", [pytest.param("single", marks=pytest.mark.soak), "sharded"])
 def test_what_one_process_wrote_is_read_exactly_into_shards(tmp_path, processes, layout):
     processes(2, "write", tmp_path / "two")
     tensors = read(ck.read_checkpoint(ck.checkpoint_path(str(tmp_path / "two"), 1)))

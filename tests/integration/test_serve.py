@@ -53,11 +53,18 @@ def serve(folder, *options):
     return Served("serve", "--ckpt", folder, "--device", "cpu", *LIMITS, *options)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(pretrained):
+    """A server for all tests that do not end it; after them it ends cleanly."""
     made = serve(pretrained)
-    yield made
-    made.kill()
+    try:
+        yield made
+        said = made.stop()
+    finally:
+        made.kill()
+    assert made.process.returncode == -signal.SIGTERM, said  # uvicorn ends by the signal, after all is done
+    assert "Traceback" not in said
+    assert "Finished server process" in said
 
 
 async def ask(session, server, body, query="?resolution=32"):
@@ -87,9 +94,18 @@ def expected(kind):
     return 200 if kind == "good" else HOSTILE[kind][1]
 
 
-def test_every_request_gets_the_right_status_and_the_server_ends_cleanly(server):
+def test_every_request_gets_the_right_status_and_is_counted(server):
+    async def counted(session):
+        async with session.get(f"{server.address}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+        return {
+            name: float(value)
+            for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")
+        }
+
     async def run():
         async with aiohttp.ClientSession() as session:
+            before = await counted(session)
             for kind, (body, status) in HOSTILE.items():
                 found, content = await ask(session, server, body)
                 assert found == status, (kind, found, content)
@@ -101,20 +117,17 @@ def test_every_request_gets_the_right_status_and_the_server_ends_cleanly(server)
             assert (await ask(session, server, photo(), "?resolution=32&faces=1000000000"))[0] == 422
             async with session.get(f"{server.address}/health") as answer:
                 assert (await answer.json())["status"] == "ok"
-            async with session.get(f"{server.address}/metrics") as answer:
-                text = await answer.text()
-            assert 'lrm_requests_total{status="200"} 1.0' in text
-            assert 'lrm_requests_total{status="415"} 3.0' in text
-            assert 'lrm_requests_total{status="422"} 3.0' in text
-            assert 'lrm_stage_seconds_count{stage="planes"} 1.0' in text
+            counts = {name: value - before.get(name, 0.0) for name, value in (await counted(session)).items()}
+            assert counts['lrm_requests_total{status="200"}'] == 1
+            assert counts['lrm_requests_total{status="415"}'] == 3
+            assert counts['lrm_requests_total{status="422"}'] == 3
+            assert (
+                counts['lrm_stage_seconds_count{stage="planes"}'] == 2
+            )  # one had no surface at its threshold
             async with session.get(f"{server.address}/docs") as answer:
                 assert answer.status == 200
 
     asyncio.run(run())
-    said = server.stop()
-    assert server.process.returncode == -signal.SIGTERM, said  # uvicorn ends by the signal, after all is done
-    assert "Traceback" not in said
-    assert "Finished server process" in said
 
 
 def test_a_picture_that_does_not_arrive_is_given_up_and_one_that_is_too_large_is_not_read(server):
@@ -176,5 +189,3 @@ def test_a_thousand_requests_with_one_in_twenty_hostile_neither_crash_nor_leak(s
         print(f"| {kind} | {len(statuses)} | {', '.join(map(str, sorted(set(statuses))))} |")
         assert set(statuses) == {expected(kind)}, kind
     assert after < before + 50
-    server.stop()
-    assert server.process.returncode == -signal.SIGTERM

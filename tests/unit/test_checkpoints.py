@@ -306,11 +306,12 @@ for step in range((newest.step if newest else 0) + 1, 10**6):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp_path, root, layout):
+def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp_path, root, layout, kills):
     generator = torch.Generator().manual_seed(0)
     reached = 0
-    for trial in range(10):
+    for trial in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path), layout],
             cwd=root, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -258,6 +258,7 @@ def test_a_bad_sample_is_told_with_the_item_that_took_its_place(shards, tmp_path
     assert "'train-ellipsoid-000'" in message
 
 
+@pytest.mark.parametrize("remote", [pytest.param("bucket", marks=pytest.mark.soak), "web"], indirect=True)
 def test_a_store_that_is_down_ends_the_run_instead_of_being_asked_for_each_shard(remote, tmp_path):
     write_synthetic_shards(tmp_path / "many", train=8, val=1, views=8, resolution=32, shard_size=1)
     for path in (tmp_path / "many").iterdir():
