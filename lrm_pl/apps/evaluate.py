@@ -200,8 +200,10 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
     console.print(table(results["mean"], metrics_of(protocol)))
     if short := shortfall(results):
         console.print(f"Means of fewer: {short}")
-    for key, why in [*results["not measured"].items(), *results["notes"].items()]:
+    for key, why in results["not measured"].items():
         console.print(f"  {key}: {why}")
+    for key, notes in results["notes"].items():
+        console.print(f"  {key}: {'; '.join(notes)}")
     console.print(f"Page: {out / 'index.html'}; figures: {out / RESULTS_NAME}, {out / 'results.md'}")
     console.print(
         f"Compare it with another one: lrm evaluate --compare {out} OTHER   Watch: tensorboard --logdir {out}"
