@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import psutil
@@ -22,14 +23,15 @@ class Served:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "lrm_pl", *map(str, arguments), "--port", str(self.port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._log = tempfile.TemporaryFile("w+")  # a pipe that nobody empties would stop it
+        self.process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
         self.address = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
-            assert self.process.poll() is None, self.process.stdout.read()
+            assert self.process.poll() is None, self.said()
             time.sleep(0.1)
         self.kill()
         pytest.fail("it does not listen")
@@ -41,9 +43,16 @@ class Served:
     def stop(self):
         """End it as a service manager does; returns what it said."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.communicate(timeout=60)[0]
+        self.process.wait(timeout=60)
+        return self.said()
 
     def kill(self):
         """End it at once, if it has not ended; returns what it said."""
         self.process.kill()
-        return self.process.communicate()[0]
+        self.process.wait()
+        return self.said()
+
+    def said(self):
+        """What it has said so far."""
+        self._log.seek(0)
+        return self._log.read()

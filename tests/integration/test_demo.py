@@ -90,7 +90,7 @@ def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_pat
     assert list(tmp_path.glob("lrm-demo-*"))
     server.process.terminate()
     try:
-        server.process.communicate(timeout=30)
+        server.process.wait(timeout=30)
     finally:
         server.kill()
     deadline = time.monotonic() + 10
