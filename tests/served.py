@@ -47,10 +47,12 @@ class Served:
         return self.said()
 
     def kill(self):
-        """End it at once, if it has not ended; returns what it said."""
+        """End it at once, if it has not ended, and for good; returns what it said."""
         self.process.kill()
         self.process.wait()
-        return self.said()
+        said = self.said()
+        self._log.close()
+        return said
 
     def said(self):
         """What it has said so far."""
