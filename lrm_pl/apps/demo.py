@@ -17,7 +17,7 @@ from lrm_pl.apps.infer import Wishes, make_mesh
 from lrm_pl.apps.options import add_address, add_background, add_network, open_network
 from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
-from lrm_pl.inference import as_pixels
+from lrm_pl.inference import as_pixels, as_tensor
 from lrm_pl.io.orbit_files import encode_video
 from lrm_pl.meshes.glb import encode_glb
 from lrm_pl.pictures import open_picture
@@ -83,7 +83,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
                     Path(path), "This file", max_bytes=MEGABYTES * 10**6, max_pixels=MEGAPIXELS * 10**6
                 )
                 framed = trained.model.picture(image)
-                scene = trained.model(framed)
+                scene = trained.model(as_tensor(framed))
                 wishes = Wishes(threshold=threshold or None, resolution=int(resolution), floaters=0.01)
                 mesh, _ = make_mesh(scene, wishes)
                 with stage("orbit"):

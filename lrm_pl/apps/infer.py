@@ -27,7 +27,7 @@ from lrm_pl.apps.trained import Trained
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
-from lrm_pl.inference import Scene, as_pixels
+from lrm_pl.inference import Scene, as_pixels, as_tensor
 from lrm_pl.io.orbit_files import encode_video, grid
 from lrm_pl.meshes.files import MESH_FORMATS, MeshFormat, encode_mesh
 from lrm_pl.meshes.mesh import Mesh
@@ -145,7 +145,7 @@ def infer(
     files = dict[str, bytes]()
     with listening(listener, trained.wait) as seconds:
         framed = model.picture(picture)
-        scene = model(framed, wishes.camera)
+        scene = model(as_tensor(framed), wishes.camera)
         mesh, notes = make_mesh(scene, wishes)
         with stage("files"):
             for kind in wishes.formats:

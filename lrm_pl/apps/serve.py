@@ -22,6 +22,7 @@ from lrm_pl.apps.infer import MOST_FACES, Wishes, make_mesh
 from lrm_pl.apps.options import add_address, add_background, add_network, open_network
 from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
+from lrm_pl.inference import as_tensor
 from lrm_pl.meshes.glb import encode_glb
 from lrm_pl.pictures import NotAPictureError, PictureError, PictureTooLargeError, open_picture
 from lrm_pl.stages import listening, stage
@@ -125,7 +126,7 @@ class Works:
             except PictureError as error:
                 raise RefusedError(400, str(error)) from error
             try:
-                mesh, _ = make_mesh(self.trained.model(framed), wishes)
+                mesh, _ = make_mesh(self.trained.model(as_tensor(framed)), wishes)
             except InputError as error:
                 raise RefusedError(422, str(error)) from error
             with stage("files"):

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 
 import lrm_pl
+from lrm_pl.apps.infer import Wishes, infer
 from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.input_setup import InputSetup, measure_setup
@@ -59,6 +60,13 @@ def test_what_is_saved_comes_back_the_same(tmp_path, photo):
     assert "| transformer | 1 blocks of width 16 |" in card
     again.save_pretrained(tmp_path / "twice")
     assert (tmp_path / "twice" / "README.md").read_text() == card.replace("saved", "twice")
+
+
+def test_the_command_shows_the_network_what_python_shows_it(pretrained, photo, tmp_path):
+    threshold = PretrainedLRM.from_pretrained(pretrained)(photo).threshold
+    trained = open_trained(str(pretrained), device="cpu")
+    record = infer(trained, photo, tmp_path / "out", Wishes(resolution=32, frames=0))
+    assert record["threshold"] == pytest.approx(threshold, rel=1e-6), "framed once, not twice"
 
 
 def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretrained, monkeypatch):
