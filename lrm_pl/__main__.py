@@ -1,6 +1,7 @@
 """``lrm <command>``: one table of commands, each imported when it is used."""
 
 import importlib
+import signal
 import sys
 
 #: command -> (module:function, what it does)
@@ -62,7 +63,11 @@ def main() -> None:
         )
         raise SystemExit(2)
     module, function = COMMANDS[arguments[0]][0].split(":")
-    getattr(importlib.import_module(module), function)()
+    try:
+        getattr(importlib.import_module(module), function)()
+    except KeyboardInterrupt:  # Ctrl-C before the command listens for it, or in the middle of its work
+        sys.stderr.write("\nlrm: interrupted\n")
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 if __name__ == "__main__":

@@ -109,6 +109,8 @@ def compare(a: Path, b: Path, out: Path) -> str:
     for name in ("protocol", "data", "clip"):
         of_a, of_b = (_without_place(found.get(name)) for found in settings)
         if of_a != of_b:
+            if name == "protocol" and of_a["name"] != of_b["name"]:
+                of_a, of_b = of_a["name"], of_b["name"]
             raise InputError(f"expected two evaluations of one {name}, found {of_a} and {of_b}")
     protocol = PROTOCOLS[settings[0]["protocol"]["name"]]
     found = [

@@ -135,4 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{given.out / WEIGHTS_NAME}: {what} of {checkpoint.path}, {given.dtype}, {size:.1f} MB")
     print(f"{given.out / CONFIG_NAME}: its model section; {given.out / CARD_NAME}: its model card")
     print(f"Use it: lrm infer PICTURE --ckpt {given.out}")
-    print(f"Measure that checkpoint: lrm validate -c {config} --ckpt_path {checkpoint.path}")
+    print(
+        f"Measure that checkpoint: lrm validate -c {config} --ckpt_path {checkpoint.path} "
+        "--trainer.limit_val_batches 1.0"
+    )

@@ -149,6 +149,14 @@ def find_checkpoint(path: str) -> Checkpoint:
     return read_checkpoint(path)
 
 
+def run_of(path: str) -> Path | None:
+    """Return the local folder of the run that a checkpoint lies in, or that PATH is; None where there is none."""
+    if "://" in path:
+        return None
+    place = Path(path).expanduser().absolute()
+    return next((f for f in (place, *place.parents[1:2]) if (f / "config.yaml").is_file()), None)
+
+
 class RunLock:
     """Hold a run's folder for as long as this process lives, however it ends.
 

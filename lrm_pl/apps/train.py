@@ -27,6 +27,7 @@ from lrm_pl.apps.run_folder import (
     folder_of,
     place_loggers,
     purge_from,
+    run_of,
     run_path,
 )
 from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
@@ -158,12 +159,9 @@ class LRMCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Make loggers write into the run's folder, and what has no logger too; measurements below it."""
         folder = self._setting("run.folder")
-        if folder is not None and self.subcommand in (
-            "validate",
-            "test",
-            "predict",
-        ):  # what a run has logged stays as it is
-            folder = f"{folder}/{self.subcommand}"
+        if self.subcommand in ("validate", "test", "predict"):  # what a run has logged stays as it is
+            folder = folder or run_of(str(self._setting("ckpt_path")))
+            folder = folder and f"{folder}/{self.subcommand}"
         place_loggers(self._setting("trainer.logger"), folder)
         if folder is not None:
             self._namespace(self.config)["trainer"]["default_root_dir"] = folder

@@ -92,6 +92,8 @@ def fill_pretrained(
     (folder / SETUP_NAME).write_text(setup_text(setup))
     (folder / CARD_NAME).write_text(card)
     save_file(dict(weights), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    # safetensors lets nobody else read it; a folder is handed on
+    (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
 
 
 def setup_text(setup: InputSetup) -> str:

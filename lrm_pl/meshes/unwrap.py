@@ -59,7 +59,10 @@ def unwrap(
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
         except subprocess.TimeoutExpired as error:
-            raise UnwrapError(f"xatlas took more than {limit_s:g} s for {len(faces)} faces") from error
+            raise UnwrapError(
+                f"xatlas took more than {limit_s:g} s for {len(faces)} faces; make fewer (20,000 take seconds) or wait "
+                "longer"
+            ) from error
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
             raise UnwrapError(f"xatlas failed: {said[0]}")

@@ -153,13 +153,16 @@ def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(tiny, tmp_path
 
 def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny, tmp_path, capsys):
     main(["fit", *tiny])
+    run = run_folder(tmp_path)
     for command in (
         "validate",
         "test",
     ):  # from the run's own record, as the help says; the run's folder will do
-        for path in (run_folder(tmp_path), checkpoint(tmp_path, 2)):
-            main([command, "-c", str(run_folder(tmp_path) / "config.yaml"), "--ckpt_path", str(path)])
+        for path in (run, checkpoint(tmp_path, 2)):
+            main([command, "-c", str(run / "config.yaml"), "--ckpt_path", str(path)])
             assert "val/heldout/psnr_pooled" in capsys.readouterr().out
+        assert list((run / command).glob("events*")), "what is found lies below the run"
+    assert sorted(path.name for path in run.parent.iterdir()) == [run.name], "no new run is made"
     path = str(checkpoint(tmp_path, 2))
     with pytest.raises(
         SystemExit, match=r"expected the weights of this model; missing or of another shape.*config\.yaml"
