@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from lrm_pl.apps.infer import Wishes, make_mesh
-from lrm_pl.apps.options import add_address, add_background, add_network, open_network
+from lrm_pl.apps.options import add_address, add_background, add_network, open_network, require_free
 from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
 from lrm_pl.inference import as_pixels, as_tensor
@@ -146,26 +146,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         sys.exit("lrm: expected gradio to show the page with, found none; pip install -e '.[demo]'")
     try:
+        require_free(given.host, given.port)
         trained = open_network(given)
         trained.model.remover.load()
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
     if trained.note:
         print(trained.note)
-    try:
-        make_page(trained, folder).launch(
-            server_name=given.host,
-            server_port=given.port,
-            share=False,
-            max_file_size=f"{MEGABYTES}mb",
-            show_error=True,
-            ssr_mode=False,
-            footer_links=[],
-        )
-    except OSError as error:
-        sys.exit(
-            f"lrm: expected to listen at {given.host}:{given.port}, found: {error}; choose another: --port"
-        )
+    page = make_page(trained, folder)
+    page.launch(
+        server_name=given.host,
+        server_port=given.port,
+        share=False,
+        max_file_size=f"{MEGABYTES}mb",
+        show_error=True,
+        ssr_mode=False,
+        footer_links=[],
+        prevent_thread_lock=True,
+        quiet=True,
+    )
+    print(f"http://{given.host}:{given.port} shows {trained.source}; Ctrl-C ends it", flush=True)
+    page.block_thread()
 
 
 def _parser() -> argparse.ArgumentParser:

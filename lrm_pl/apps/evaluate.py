@@ -71,7 +71,7 @@ def evaluate(
         The results, on rank 0.
     """
     console = console or Console(quiet=True)
-    claim(out, settings)
+    settings = claim(out, settings)
     mine = objects.chosen[rank::world]
     shown = {key for key, _ in objects.chosen[:SHOWN_OBJECTS]}
     todo = [(key, place) for key, place in mine if read_object(out, key) is None]

@@ -21,6 +21,7 @@ from lrm_pl.evaluation.folder import (
     read_features,
     read_json,
     read_object,
+    without_places,
 )
 from lrm_pl.evaluation.page import render_comparison, render_page
 from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, image_metrics, surface_metrics
@@ -56,9 +57,10 @@ def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, A
         "objects of the mean": of_how_many(good),
         "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
     }
+    step = settings["network"]["step"]
     facts = {
         "protocol": f"{protocol.name}: {protocol.what}",
-        "network": f"{settings['network']['source']}, step {settings['network']['step']}",
+        "network": settings["network"]["source"] + ("" if step is None else f", step {step}"),
         "weights, sha256": settings["network"]["sha256"],
         "shards": f"{settings['data']['folder']}, split {settings['data']['split']}, {settings['data']['ids']}",
         "objects": f"{len(good)} of {len(records)}",
@@ -70,7 +72,7 @@ def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, A
     write_atomically(out / "results.md", f"{told}\n\n{table(rows, better)}\n".encode())
     page = render_page(f"Evaluation: {protocol.name}", facts, rows, better, records, out)
     write_atomically(out / "index.html", page.encode())
-    write_board(out, protocol.name, table(rows, better), rows, good, better, settings["network"]["step"] or 0)
+    write_board(out, protocol.name, table(rows, better), rows, good, better, step or 0)
     write_atomically(out / RESULTS_NAME, (json.dumps(results, indent=1, sort_keys=True) + "\n").encode())
     return results
 
@@ -107,7 +109,7 @@ def compare(a: Path, b: Path, out: Path) -> str:
             )
         settings.append(read_json(folder / SETTINGS_NAME))
     for name in ("protocol", "data", "clip"):
-        of_a, of_b = (_without_place(found.get(name)) for found in settings)
+        of_a, of_b = (without_places(found).get(name) for found in settings)
         if of_a != of_b:
             if name == "protocol" and of_a["name"] != of_b["name"]:
                 of_a, of_b = of_a["name"], of_b["name"]
@@ -168,11 +170,6 @@ def in_common(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectR
         ]
         for records in (a, b)
     ]
-
-
-def _without_place(setting: Any) -> Any:  # noqa: ANN401 - JSON
-    """Drop the folder: the shards' hash says what they are, wherever they lie."""
-    return {k: v for k, v in setting.items() if k != "folder"} if isinstance(setting, dict) else setting
 
 
 def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:

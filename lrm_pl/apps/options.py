@@ -1,9 +1,11 @@
 """Options that several commands share, and what they come to."""
 
 import argparse
+import socket
 from pathlib import Path
 
 from lrm_pl.apps.trained import Trained, open_trained
+from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
 
 
@@ -39,6 +41,23 @@ def add_address(parser: argparse.ArgumentParser, port: int) -> None:
         "--host", default="127.0.0.1", help="address to listen at; this machine only unless given"
     )
     parser.add_argument("--port", type=int, default=port, help=f"port to listen at ({port})")
+
+
+def require_free(host: str, port: int) -> None:
+    """Make sure, before a network is read, that a command can listen where it is to.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that ended lingers
+            probe.bind((address[0], port, *address[2:]))
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"expected to listen at {host}:{port}, found: {error}; choose another: --host, --port"
+        ) from error
 
 
 def open_network(given: argparse.Namespace, device: str | None = None) -> Trained:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from lrm_pl import __version__
 from lrm_pl.apps.infer import MOST_FACES, Wishes, make_mesh
-from lrm_pl.apps.options import add_address, add_background, add_network, open_network
+from lrm_pl.apps.options import add_address, add_background, add_network, open_network, require_free
 from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
 from lrm_pl.inference import as_tensor
@@ -274,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
     try:
         _ = Wishes(resolution=limits.resolution)  # says what there may be
+        require_free(given.host, given.port)
         trained = open_network(given)
         trained.model.remover.load()
     except (InputError, OSError) as error:

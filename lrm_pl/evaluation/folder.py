@@ -22,6 +22,9 @@ from lrm_pl.evaluation.objects import Measured
 
 SETTINGS_NAME, OBJECTS_NAME, RESULTS_NAME = "settings.json", "objects", "results.json"
 
+#: Settings that say where something was found; the hash beside them says what it is, wherever it lies.
+_PLACES = {"network": ("source", "step"), "data": ("folder",)}
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectRecord:
@@ -40,8 +43,11 @@ class ObjectRecord:
     bad: str = ""
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> None:
+def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Make a folder this evaluation's, or make sure that it is.
+
+    Returns:
+        The settings that it was first claimed with: a network and shards may have moved, or been exported, since then.
 
     Raises:
         InputError: It is another one's.
@@ -51,14 +57,25 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     (folder / OBJECTS_NAME).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_atomically(path, content)
-    found = read_json(path)
-    expected = json.loads(content)
+    first = read_json(path)
+    expected, found = without_places(json.loads(content)), without_places(first)
     if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         name = sorted(different)[0]
         raise InputError(
             f"{path}: expected {name} {expected.get(name)!r} as asked for now, found {found.get(name)!r}; choose "
             f"another --out, or delete {folder}"
         )
+    return first
+
+
+def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Drop where things lay from settings that were read: what is left says what was measured, and how."""
+    return {
+        name: {k: v for k, v in value.items() if k not in _PLACES.get(name, ())}
+        if isinstance(value, dict)
+        else value
+        for name, value in settings.items()
+    }
 
 
 def write_object(folder: Path, key: str, measured: Measured | None, bad: str = "") -> None:

@@ -89,7 +89,8 @@ def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_b
     (out / "objects" / "val-ellipsoid-001.json").unlink()
     (out / "results.json").unlink()
     kept = (out / "objects" / "val-ellipsoid-000.json").stat().st_mtime_ns
-    run(pretrained, data, out, "--baseline")
+    shutil.copytree(pretrained, tmp_path / "moved")
+    run(tmp_path / "moved", data, out, "--baseline")
     assert "1 objects are measured already" in capsys.readouterr().out
     assert (out / "objects" / "val-ellipsoid-000.json").stat().st_mtime_ns == kept
     for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-001.json"):

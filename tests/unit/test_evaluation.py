@@ -298,11 +298,27 @@ def test_an_object_without_a_surface_is_the_worst():
     assert [found.id for found in chosen["best"]] == ["0", "1"]  # 2 is among the median ones
 
 
-def test_records_come_back_and_another_evaluation_refuses_the_folder(tmp_path):
+def test_another_evaluation_refuses_the_folder(tmp_path):
     claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 3})
     claim(tmp_path, {"limit": 3, "protocol": {"name": "lrm"}})
     with pytest.raises(InputError, match="expected limit 4 as asked for now, found 3; choose another --out"):
         claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 4})
+
+
+def test_a_network_and_shards_that_moved_are_the_same_ones_and_other_weights_are_not(tmp_path):
+    first = {"network": {"source": "run", "step": 5, "sha256": "a"}, "data": {"folder": "x", "shards": "c"}}
+    moved = {
+        "network": {"source": "out", "step": None, "sha256": "a"},
+        "data": {"folder": "y", "shards": "c"},
+    }
+    assert claim(tmp_path, first) == first
+    assert claim(tmp_path, moved) == first
+    with pytest.raises(InputError, match=r"expected network \{'sha256': 'b'\} as asked for now, found"):
+        claim(tmp_path, first | {"network": {"source": "run", "step": 5, "sha256": "b"}})
+
+
+def test_records_come_back_and_a_damaged_one_is_named(tmp_path):
+    claim(tmp_path, {})
     assert read_object(tmp_path, "a") is None
     measured = Measured({"model": {"psnr": 12.5}}, torch.rand(3, 4, 20), {}, ("a note",))
     write_object(tmp_path, "a", measured)

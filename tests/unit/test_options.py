@@ -1,0 +1,29 @@
+"""What several commands ask before they read a network."""
+
+import socket
+
+import pytest
+
+from lrm_pl.apps import demo, serve
+
+
+@pytest.mark.parametrize("command", [demo, serve], ids=["demo", "serve"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_a_port_that_is_taken_is_said_before_a_network_is_read(command, host, tmp_path):
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as other:
+        try:
+            other.bind((host, 0))
+        except OSError as error:
+            pytest.skip(f"no address {host} here: {error}")
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            SystemExit, match=rf"lrm: expected to listen at {host}:{port}, found: .*in use; choose"
+        ):
+            command.main(["--host", host, "--port", str(port), "--ckpt", str(tmp_path / "none")])
+
+
+def test_an_address_that_is_none_is_named():
+    for host, port in (("no.such.host.invalid", "8000"), ("127.0.0.1", "70000")):
+        with pytest.raises(SystemExit, match=f"lrm: expected to listen at {host}:{port}, found: "):
+            serve.main(["--host", host, "--port", port])
