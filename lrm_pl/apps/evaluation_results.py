@@ -109,7 +109,8 @@ def compare(a: Path, b: Path, out: Path) -> str:
             )
         settings.append(read_json(folder / SETTINGS_NAME))
     for name in ("protocol", "data", "clip"):
-        of_a, of_b = (without_places(found).get(name) for found in settings)
+        sides: list[Any] = [without_places(found).get(name) for found in settings]
+        of_a, of_b = sides
         if of_a != of_b:
             if name == "protocol" and of_a["name"] != of_b["name"]:
                 of_a, of_b = of_a["name"], of_b["name"]
