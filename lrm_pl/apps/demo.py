@@ -32,6 +32,9 @@ MEGABYTES, MEGAPIXELS = 16, 25
 #: Visitors that may wait.
 QUEUE = 16
 
+#: Points of the lattice along each axis; densities of the surface, 0: found out.
+RESOLUTIONS, THRESHOLDS = (64, 384), (0, 60)
+
 #: Frames of the orbit, and their side.
 _FRAMES, _SIDE = 36, 256
 
@@ -39,18 +42,37 @@ _FRAMES, _SIDE = 36, 256
 _KEPT_S, _SWEEP_S = 3600, 600
 
 
-def uploads_only(block: Any) -> Any:  # noqa: ANN401 - a part of a gradio page
-    """Return how a part of the page takes over files, but for those that a request names by a URL: none is fetched."""
+def refuse_addresses(data: Any) -> None:  # noqa: ANN401 - JSON
+    """Refuse files that a request names by a URL, which gradio would fetch.
+
+    Args:
+        data: What a visitor sent.
+
+    Raises:
+        gradio.Error: There is one.
+    """
     import gradio as gr
 
-    take_over = block.async_move_resource_to_block_cache
-
-    async def checked(path: str | Path | None) -> str | None:
-        if "://" in str(path):
+    if isinstance(data, list):
+        for part in data:
+            refuse_addresses(part)
+    elif isinstance(data, dict):
+        path = data.get("path")
+        if isinstance(path, str) and "://" in path:
             raise gr.Error(f"Expected an uploaded picture, found the address {path}; upload it.")
-        return await take_over(path)
+        refuse_addresses(list(data.values()))
 
-    return checked
+
+def require_within(bounds: tuple[int, int], found: Any, what: str) -> float:  # noqa: ANN401 - JSON
+    """Return a number that a visitor sent.
+
+    Raises:
+        InputError: It is none, or out of bounds.
+    """
+    low, high = bounds
+    if not isinstance(found, int | float) or not low <= found <= high:
+        raise InputError(f"Expected {low} to {high} {what}, found {found!r}.")
+    return found
 
 
 def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio.Blocks
@@ -62,13 +84,18 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
     """
     import gradio as gr
 
+    class Page(gr.Blocks):  # type: ignore[misc]
+        async def preprocess_data(self, block_fn: Any, inputs: list[Any], *more: Any, **options: Any) -> Any:  # noqa: ANN401 - gradio's
+            refuse_addresses(inputs)
+            return await super().preprocess_data(block_fn, inputs, *more, **options)
+
     def make(
-        path: str | None,
-        resolution: int,
+        photo: dict[str, Any] | None,
+        resolution: float,
         threshold: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - gradio wants it there
     ) -> tuple[Any, ...]:
-        if path is None:
+        if photo is None or photo["path"] is None:
             raise gr.Error("Choose a picture first.", title="No picture")
         done = 0
 
@@ -79,12 +106,17 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
 
         try:
             with listening(show):
+                resolution = int(require_within(RESOLUTIONS, resolution, "points along each axis"))
+                threshold = require_within(THRESHOLDS, threshold, "as the surface's density")
                 image = open_picture(
-                    Path(path), "This file", max_bytes=MEGABYTES * 10**6, max_pixels=MEGAPIXELS * 10**6
+                    Path(photo["path"]),
+                    "This file",
+                    max_bytes=MEGABYTES * 10**6,
+                    max_pixels=MEGAPIXELS * 10**6,
                 )
                 framed = trained.model.picture(image)
                 scene = trained.model(as_tensor(framed))
-                wishes = Wishes(threshold=threshold or None, resolution=int(resolution), floaters=0.01)
+                wishes = Wishes(threshold=threshold or None, resolution=resolution, floaters=0.01)
                 mesh, _ = make_mesh(scene, wishes)
                 with stage("orbit"):
                     frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
@@ -99,7 +131,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
         glb = str(place / "mesh.glb")
         return white, str(place / "orbit.mp4"), glb, glb, told
 
-    with gr.Blocks(title="lrm", analytics_enabled=False, delete_cache=(_SWEEP_S, _KEPT_S)) as page:
+    with Page(title="lrm", analytics_enabled=False, delete_cache=(_SWEEP_S, _KEPT_S)) as page:
         gr.Markdown(
             f"# From a photo to a 3D file\n`{trained.source}` (LRM, arXiv 2311.04400). One object, wholly in its "
             "picture: where nothing is transparent, its background is taken out."
@@ -107,10 +139,10 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
         with gr.Row():
             with gr.Column(scale=1):
                 photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=280, elem_id="photo")
-                # The file as it came: we look at it with care ourselves, and say what is wrong with it.
-                photo.preprocess = lambda payload: None if payload is None else payload.path
-                resolution = gr.Slider(64, 384, 192, step=32, label="Points of the lattice along each axis")
-                threshold = gr.Slider(0, 60, 0, step=0.5, label="Density of the surface (0: found out)")
+                resolution = gr.Slider(
+                    *RESOLUTIONS, 192, step=32, label="Points of the lattice along each axis"
+                )
+                threshold = gr.Slider(*THRESHOLDS, 0, step=0.5, label="Density of the surface (0: found out)")
                 button = gr.Button("Reconstruct", variant="primary", elem_id="go")
                 gr.Examples(
                     [[str(path)] for path in sorted(EXAMPLES.glob("*.png"))], [photo], label="Examples"
@@ -124,11 +156,14 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
                 mesh = gr.Model3D(label="Mesh", height=380, clear_color=(1, 1, 1, 1), elem_id="mesh")
                 told = gr.Markdown(elem_id="told")
                 download = gr.DownloadButton("Download mesh.glb", elem_id="download")
+        # Files and numbers come as they were sent: we look at them with care ourselves, and say what is wrong.
         button.click(
-            make, [photo, resolution, threshold], [seen, orbit, mesh, download, told], concurrency_limit=1
+            make,
+            [photo, resolution, threshold],
+            [seen, orbit, mesh, download, told],
+            concurrency_limit=1,
+            preprocess=False,
         )
-    for block in page.blocks.values():
-        block.async_move_resource_to_block_cache = uploads_only(block)
     return page.queue(max_size=QUEUE, api_open=False)
 
 

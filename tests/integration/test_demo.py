@@ -69,9 +69,13 @@ def _shot(page, selector, path):
     return path
 
 
-def test_an_example_is_picked_with_one_click(visitor):
+def test_an_example_is_picked_with_one_click_and_reconstructed_with_another(visitor):
     visitor.locator("button.gallery-item").first.click()
     visitor.wait_for_selector("#photo img", timeout=30_000)
+    visitor.click("#go")
+    visitor.wait_for_function(
+        "document.querySelector('#told')?.innerText.includes('triangles')", timeout=120_000
+    )
 
 
 def test_a_bad_file_and_no_file_are_answered_in_words(visitor, tmp_path):
