@@ -204,12 +204,20 @@ class Pool:
         return f"{processes} ({each}{' each' if room > 1 else ''}) on {_counted(nodes, 'node')}"
 
     def close(self) -> None:
-        """End all processes: those at rest in good order, the others at once."""
+        """End all processes: those at rest in good order, those at work at once, those that start when they have."""
         closing = [slot.close.remote() for slot in self._idle]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_S)
-        for slot in self._slots:
+        # Ray may forget the kill of an actor that it is making: the actor would then hold its CPUs for ever.
+        # Without handles it ends by itself, after what it was asked for.
+        starting = set(self._starting.values())
+        for slot in starting:
+            slot.close.remote()
+        for slot in self._slots - starting:
             ray.kill(slot)
+        self._starting.clear()
+        self._slots.clear()
+        self._idle.clear()
 
     def _grow(self, busy: int, waiting: int) -> None:
         """Start more processes where there is room and work."""

@@ -48,6 +48,9 @@ _TURNS: Final = {
 #: Alpha (of 255) above which a pixel belongs to the object.
 _SOLID = 127
 
+#: Share of a picture that an object has at least.
+_LEAST_SHARE = 1e-3
+
 
 class PictureError(InputError):
     """A file is no picture that can be used; the message says what was expected and what was found."""
@@ -142,6 +145,14 @@ def webp_size(encoded: bytes) -> tuple[int, int]:
 def has_background(image: Image.Image) -> bool:
     """Say whether a picture shows more than an object: nothing of it is transparent."""
     return image.mode != "RGBA" or int(np.asarray(image.getchannel("A")).min()) > _SOLID
+
+
+def has_object(image: Image.Image) -> bool:
+    """Say whether a thousandth or more of an RGBA picture is more than half opaque.
+
+    Where a photo shows nothing, its background's remover, whose masks reach from 0 to 1 always, leaves a few specks.
+    """
+    return float((np.asarray(image.getchannel("A")) > _SOLID).mean()) >= _LEAST_SHARE
 
 
 def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:

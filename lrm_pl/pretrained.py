@@ -30,7 +30,7 @@ from lrm_pl.io.pretrained import (
     read_model_section,
     read_setup,
 )
-from lrm_pl.pictures import framed, has_background, open_picture, to_rgb8
+from lrm_pl.pictures import PictureError, framed, has_background, has_object, open_picture, to_rgb8
 from lrm_pl.stages import stage
 
 #: Side of the pictures that objects are framed in, at least; the network makes them smaller itself.
@@ -137,6 +137,11 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         if has_background(image):
             with stage("background"):
                 image = self.remover(image)
+            if not has_object(image):
+                raise PictureError(
+                    "expected an object in the picture, found none: all of it was taken for background; give a picture "
+                    "with an alpha channel, or another one"
+                )
         side = max(_FRAME, self.network.encoder.image_size)
         return framed(image.convert("RGBA"), self.setup.foreground, side)
 

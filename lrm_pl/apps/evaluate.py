@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, show_object
+from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.apps.evaluation_results import compare, finish, metrics_of, shortfall
 from lrm_pl.apps.options import add_network, open_network
+from lrm_pl.apps.paths import require_out, user_path
 from lrm_pl.apps.trained import Trained, choose_device
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.data.schema import Sample, SampleError
@@ -36,8 +37,12 @@ from lrm_pl.evaluation.summary import table
 from lrm_pl.geometry.cameras import InputCamera, canonicalise
 from lrm_pl.inference import Scene, reconstruct
 from lrm_pl.io.image_features import load_clip, load_inception
+from lrm_pl.io.pretrained import weights_hash
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.stores import StoreError
+
+#: Where results go that were given no folder.
+EVALUATIONS = Path("evaluation")
 
 
 def evaluate(
@@ -74,7 +79,7 @@ def evaluate(
     settings = claim(out, settings)
     mine = objects.chosen[rank::world]
     shown = {key for key, _ in objects.chosen[:SHOWN_OBJECTS]}
-    todo = [(key, place) for key, place in mine if read_object(out, key) is None]
+    todo = [(key, place) for key, place in mine if not _is_measured(out, key, shown)]
     if len(todo) < len(mine):
         console.print(f"{len(mine) - len(todo)} objects are measured already")
     for key, place in track(
@@ -94,6 +99,11 @@ def evaluate(
     if rank:
         return None
     return finish(out, [key for key, _ in objects.chosen], protocol, settings)
+
+
+def _is_measured(out: Path, key: str, shown: set[str]) -> bool:
+    record = read_object(out, key)
+    return record is not None and bool(record.bad or key not in shown or is_shown(out, key))
 
 
 def reconstructor(trained: Trained) -> Reconstruct:
@@ -132,8 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if given.compare:
             a, b = given.compare
-            console.print(compare(a, b, given.out or Path("evaluation")))
-            console.print(f"Page: {(given.out or Path('evaluation')) / 'comparison.html'}")
+            out = given.out or EVALUATIONS
+            require_out(out)
+            console.print(compare(a, b, out))
+            console.print(f"Page: {out / 'comparison.html'}")
             return
         _run(given, rank, world, console)
     except (InputError, OSError) as error:
@@ -145,6 +157,7 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
         raise InputError(
             "expected the hash of CLIP's weights too, found none: --clip-sha256 $(sha256sum FILE)"
         )
+    require_out(given.out or EVALUATIONS)
     protocol = PROTOCOLS[given.protocol]
     objects = Objects(given.data, given.split, given.ids, given.limit)
     protocol.require(objects.manifest, given.data)
@@ -162,6 +175,7 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
         if given.fid or given.inception:
             features, inception = load_inception(given.inception, given.inception_sha256, place)
         judges = Judges(lpips, clip, features)
+    lpips_sha256 = {name: weights_hash(judge.network) for name, judge in judges.lpips.items()}
     manifest = json.dumps([(s.name, s.sha256) for s in objects.manifest.shards]).encode()
     settings = {
         "protocol": json.loads(
@@ -182,10 +196,11 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
             "objects": len(objects.chosen),
         },
         "baselines": bool(given.baseline),
+        "lpips": lpips_sha256,
         "clip": given.clip_sha256.lower() if given.clip else None,
         "inception": inception,
     }
-    out = given.out or Path("evaluation") / f"{protocol.name}-{Path(given.data).name}-{trained.sha256[:8]}"
+    out = given.out or EVALUATIONS / f"{protocol.name}-{Path(given.data).name}-{trained.sha256[:8]}"
     step = "" if trained.step is None else f", step {trained.step}"
     console.print(f"Network: {trained.source}{step}, on {place}\nProtocol {protocol.name}: {protocol.what}")
     baselines = trivial_baselines(objects) if given.baseline and protocol.targets else {}
@@ -221,18 +236,18 @@ def _parser() -> argparse.ArgumentParser:
         "--ids", default="*", metavar="PATTERN", help="objects whose id fits, such as 'KatorLegaz*' (*)"
     )
     parser.add_argument("--limit", type=int, help="most objects, evenly spread; all unless given")
-    parser.add_argument("--out", type=Path, help="folder of the results (evaluation/...)")
+    parser.add_argument("--out", type=user_path, help="folder of the results (evaluation/...)")
     parser.add_argument("--baseline", action="store_true", help="measure trivial answers too")
     parser.add_argument(
         "--compare",
         nargs=2,
-        type=Path,
+        type=user_path,
         metavar=("A", "B"),
         help="instead, compare two finished evaluations object by object: paired differences with their 95 %% interval",
     )
     more = parser.add_argument_group("metrics that need networks of one's own choice")
     more.add_argument(
-        "--clip", type=Path, metavar="FILE", help="CLIP similarity: the weights of timm's CLIP ViT-B/32"
+        "--clip", type=user_path, metavar="FILE", help="CLIP similarity: the weights of timm's CLIP ViT-B/32"
     )
     more.add_argument("--clip-sha256", metavar="HEX", help="their hash")
     more.add_argument(

@@ -12,7 +12,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from lrm_pl.data.manifest import write_atomically
-from lrm_pl.evaluation.folder import OBJECTS_NAME, ObjectRecord
+from lrm_pl.evaluation.folder import OBJECTS_NAME, ObjectRecord, read_arrays
 from lrm_pl.evaluation.page import ranked
 from lrm_pl.inference import Scene, as_pixels
 from lrm_pl.io.orbit_files import encode_gif
@@ -31,19 +31,24 @@ _FRAMES, _SIDE, _LATTICE, _FACES = 24, 128, 128, 20_000
 
 
 def show_object(out: Path, key: str, scene: Scene) -> None:
-    """Keep an orbit and a mesh of an object, for the board."""
+    """Keep an orbit and a mesh of an object, for the board; the mesh has no faces where there is no surface."""
     place = out / SHOWN_NAME
     place.mkdir(parents=True, exist_ok=True)
     frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
     write_atomically(place / f"{key}.gif", encode_gif(frames))
     try:
         mesh = scene.mesh(resolution=_LATTICE, most_faces=_FACES)
-    except NoSurfaceError:
-        return  # its record says so
+        arrays = mesh.vertices, mesh.faces, np.rint(mesh.colours * 255).astype(np.uint8)
+    except NoSurfaceError:  # its record says so
+        arrays = (np.empty((0, 3)),) * 3
     file = io.BytesIO()
-    colours = np.rint(mesh.colours * 255).astype(np.uint8)
-    np.savez(file, vertices=mesh.vertices, faces=mesh.faces, colours=colours)
+    np.savez(file, vertices=arrays[0], faces=arrays[1], colours=arrays[2])
     write_atomically(place / f"{key}.npz", file.getvalue())
+
+
+def is_shown(out: Path, key: str) -> bool:
+    """Say whether both are there."""
+    return all((out / SHOWN_NAME / f"{key}{ending}").is_file() for ending in (".gif", ".npz"))
 
 
 def write_board(
@@ -80,8 +85,10 @@ def write_board(
             value = Summary.Value(tag=f"{name}/orbit/{path.stem}", image=image)
             board._get_file_writer().add_summary(Summary(value=[value]), step)
         for path in sorted((out / SHOWN_NAME).glob("*.npz")):
-            with np.load(path, allow_pickle=False) as found:
-                parts = [torch.from_numpy(found[part])[None] for part in ("vertices", "colours", "faces")]
+            arrays = read_arrays(path)
+            if not len(arrays["faces"]):
+                continue
+            parts = [torch.from_numpy(arrays[part])[None] for part in ("vertices", "colours", "faces")]
             board.add_mesh(f"{name}/mesh/{path.stem}", *parts, global_step=step)
         first = next((metric for metric in better if metric in rows["model"]), None)
         if first is None:

@@ -15,6 +15,7 @@ from lrm_pl.apps.train import git_commit
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.folder import (
+    OBJECTS_NAME,
     RESULTS_NAME,
     SETTINGS_NAME,
     ObjectRecord,
@@ -101,14 +102,8 @@ def compare(a: Path, b: Path, out: Path) -> str:
     Raises:
         InputError: They are not of one protocol and one data set, or not finished.
     """
-    settings = []
-    for folder in (a, b):
-        if not (folder / RESULTS_NAME).is_file():
-            raise InputError(
-                f"expected a finished evaluation in {folder}, found none; make it: lrm evaluate --out {folder} ..."
-            )
-        settings.append(read_json(folder / SETTINGS_NAME))
-    for name in ("protocol", "data", "clip"):
+    settings = [_finished(folder) for folder in (a, b)]
+    for name in ("protocol", "data", "lpips", "clip"):
         sides: list[Any] = [without_places(found).get(name) for found in settings]
         of_a, of_b = sides
         if of_a != of_b:
@@ -116,11 +111,7 @@ def compare(a: Path, b: Path, out: Path) -> str:
                 of_a, of_b = of_a["name"], of_b["name"]
             raise InputError(f"expected two evaluations of one {name}, found {of_a} and {of_b}")
     protocol = PROTOCOLS[settings[0]["protocol"]["name"]]
-    found = [
-        [_known(folder, path.stem) for path in sorted((folder / "objects").glob("*.json"))]
-        for folder in (a, b)
-    ]
-    found = in_common(*found)
+    found = in_common(*(_records(*each) for each in zip((a, b), settings, strict=True)))
     differences = paired_differences(*found)
     better = metrics_of(protocol)
     rows = {name: means(records).get("model", {}) for name, records in zip(("A", "B"), found, strict=True)}
@@ -193,7 +184,35 @@ def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:
         time.sleep(0.5)
 
 
-def _known(folder: Path, key: str) -> ObjectRecord:
-    record = read_object(folder, key)
-    assert record is not None, key
-    return record
+def _finished(folder: Path) -> dict[str, Any]:
+    """Read the settings of a finished evaluation."""
+    if not (folder / RESULTS_NAME).is_file():
+        raise InputError(
+            f"expected a finished evaluation in {folder}, found none; make it: lrm evaluate --out {folder} ..."
+        )
+    settings = read_json(folder / SETTINGS_NAME)
+    try:
+        known = settings["protocol"]["name"] in PROTOCOLS
+        known &= isinstance(settings["network"]["source"], str) and isinstance(
+            settings["data"]["objects"], int
+        )
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise InputError(
+            f"{folder / SETTINGS_NAME}: expected the settings of an evaluation, found others; delete {folder} and "
+            "measure again"
+        )
+    return settings
+
+
+def _records(folder: Path, settings: dict[str, Any]) -> list[ObjectRecord]:
+    """Read all records of a finished evaluation."""
+    paths = sorted((folder / OBJECTS_NAME).glob("*.json"))
+    records = [record for path in paths if (record := read_object(folder, path.stem)) is not None]
+    if len(records) != settings["data"]["objects"]:
+        raise InputError(
+            f"{folder}: expected {settings['data']['objects']} measured objects, found {len(records)}; measure the "
+            "rest with the command that made it, it goes on where it was"
+        )
+    return records

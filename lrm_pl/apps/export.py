@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from lrm_pl.apps.paths import user_path
 from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.errors import InputError
@@ -26,6 +27,7 @@ from lrm_pl.io.pretrained import (
     write_pretrained,
 )
 from lrm_pl.stores import is_local
+from lrm_pl.training.state import averaged_names
 
 logger = logging.getLogger(__name__)
 
@@ -77,16 +79,9 @@ def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:
     """Read the network's tensors, by the names of its state dict."""
     specs = tensor_specs(checkpoint)
     names = [name.removeprefix("network.") for name in specs if name.startswith("network.")]
-    averaged = (
-        {name.removeprefix("average.") for name in specs if name.startswith("average.")} if average else set()
-    )
+    averaged = averaged_names(checkpoint) if average else []
     if not names:
         raise InputError(f"{checkpoint.path}: expected the weights of a network, found none; export another")
-    if average and not averaged:
-        raise InputError(
-            f"{checkpoint.path}: expected a moving average, found none: the run kept none (its config names no "
-            "lrm_pl.training.ema.WeightAverage); leave --average out"
-        )
     sources = {name: f"{'average' if name in averaged else 'network'}.{name}" for name in names}
     tensors = {name: torch.empty_like(specs[source], device="cpu") for name, source in sources.items()}
     read_tensors(checkpoint, {sources[name]: tensor for name, tensor in tensors.items()})
@@ -117,11 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "checkpoint", metavar="CKPT", help="a checkpoint, or a run's folder: its newest whole one"
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("out", metavar="OUT", type=user_path, help="the folder to make")
     parser.add_argument("--average", action="store_true", help="the moving average instead of the weights")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file (float32)")
     parser.add_argument(
-        "--config", type=Path, help="the run's config.yaml, where it is not above the checkpoint"
+        "--config", type=user_path, help="the run's config.yaml, where it is not above the checkpoint"
     )
     given = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
     try:

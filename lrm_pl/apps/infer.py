@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from lrm_pl import __version__
 from lrm_pl.apps.options import add_background, add_network, open_network
+from lrm_pl.apps.paths import require_out, user_path
 from lrm_pl.apps.train import git_commit
 from lrm_pl.apps.trained import Trained
 from lrm_pl.data.manifest import write_atomically
@@ -92,6 +93,7 @@ class Wishes:
             ("floaters", self.floaters, 0, 1),
             ("faces", 4 if self.most_faces is None else self.most_faces, 4, MOST_FACES),
             ("texture", self.texture, 0, 8192),
+            ("texture-limit", self.texture_limit_s, 0, 86_400),
             ("frames", self.frames, 0, 10_000),
             ("size", self.size, 8, 4096),
             ("elevation", self.elevation_deg, -89, 89),
@@ -197,7 +199,9 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     found = list[Path]()
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+            inside = sorted(
+                file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file()
+            )
             if not inside:
                 raise InputError(f"expected pictures ({', '.join(ENDINGS)}) in {path}, found none")
             found += inside
@@ -212,7 +216,8 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
         raise InputError(f"expected pictures with a name of their own, found {bad[0]}; rename it")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(
-            f"expected pictures of different names, found {twice[0]!r} twice: each has a folder of its name in OUT"
+            f"expected pictures of different names, found {twice[0]!r} twice: each has a folder of its name in OUT; "
+            "rename one"
         )
     return found
 
@@ -226,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pictures = find_pictures(given.picture)
         wishes = _wishes(given)
+        require_out(given.out)
         trained = open_network(given)
         if wishes.camera is None and (given.distance is not None or given.fov is not None):
             setup = trained.model.setup
@@ -256,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 record = infer(trained, picture, out, wishes, say)
             except (InputError, OSError) as error:
                 failed += 1
-                console.print(f"{picture}: {error}")
+                told = str(error)
+                console.print(told if told.startswith(str(picture)) else f"{picture}: {told}")
             else:
                 _print_result(console, out, record)
             bar.advance(task)
@@ -294,9 +301,9 @@ def _parser() -> argparse.ArgumentParser:
     usual = Wishes()
     parser = argparse.ArgumentParser(prog="lrm infer", description=__doc__)
     parser.add_argument(
-        "picture", metavar="PICTURE", type=Path, nargs="+", help="a picture, or a folder of pictures"
+        "picture", metavar="PICTURE", type=user_path, nargs="+", help="a picture, or a folder of pictures"
     )
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (out)")
+    parser.add_argument("--out", type=user_path, default=Path("out"), help="folder of the results (out)")
     add_network(parser)
     mesh = parser.add_argument_group("mesh")
     mesh.add_argument("--resolution", type=int, default=usual.resolution, help="points along each axis (256)")

@@ -2,8 +2,8 @@
 
 import argparse
 import socket
-from pathlib import Path
 
+from lrm_pl.apps.paths import user_path
 from lrm_pl.apps.trained import Trained, open_trained
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
@@ -18,7 +18,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         "Face hub; unless given, the newest run in runs/lrm",
     )
     parser.add_argument(
-        "--config", type=Path, help="the run's config.yaml, where it is not above the checkpoint"
+        "--config", type=user_path, help="the run's config.yaml, where it is not above the checkpoint"
     )
     parser.add_argument(
         "--average", action="store_true", help="the run's moving average instead of its weights"

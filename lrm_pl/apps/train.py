@@ -18,6 +18,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lrm_pl import __version__
 from lrm_pl.apps.report import print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
@@ -39,7 +40,7 @@ from lrm_pl.data.input_setup import InputSetup, measure_setup
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Owner, clear_leftovers, require_writable
-from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text
+from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state, load_other_encoder_state
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -207,6 +208,7 @@ class LRMCLI(LightningCLI):
         checkpoint = find_checkpoint(str(path))
         averages = [c for c in self.trainer.callbacks if isinstance(c, WeightAverage) and c.validate]  # type: ignore[attr-defined]
         load_network(checkpoint, self.model.lrm, average=bool(averages))
+        self.measured = {"source": checkpoint.path, "step": checkpoint.step, "average": bool(averages)}
 
     before_test = before_validate
 
@@ -214,7 +216,13 @@ class LRMCLI(LightningCLI):
         """Get ready to reconstruct the held-out objects and to write what comes out."""
         self.before_validate()
         root = Path(self._setting("trainer.default_root_dir") or ".")
-        self.scenes = SceneWriter(root if root.name == "predict" else root / "predict")
+        versions = {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__}
+        what = {
+            "network": self.measured | {"sha256": weights_hash(self.model.lrm)},
+            "data": self.datamodule.folder,
+            "versions": versions,
+        }
+        self.scenes = SceneWriter(root if root.name == "predict" else root / "predict", what)
         self.trainer.callbacks.append(self.scenes)  # type: ignore[attr-defined]
 
     def after_predict(self) -> None:

@@ -132,4 +132,6 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"expected a device such as cpu or cuda, found {name!r}: {reason}") from error
+    if device.type == "meta":
+        raise InputError("expected a device such as cpu or cuda, found 'meta', which computes nothing")
     return device

@@ -1,6 +1,8 @@
 """Write what ``lrm predict`` reconstructs: a mesh, an orbit and a grid of each object."""
 
+import dataclasses
 import io
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,27 @@ from lrm_pl.rendering.surface import NoSurfaceError
 
 logger = logging.getLogger(__name__)
 
+RECORD_NAME = "result.json"
+
 
 class SceneWriter(L.Callback):
-    """Write FOLDER/ID/{mesh.glb, orbit.mp4, grid.png} of each object, on the rank that has it.
+    """Write FOLDER/ID/{mesh.glb, orbit.mp4, grid.png, result.json} of each object, on the rank that has it.
+
+    result.json comes last, and says what was done with what.
 
     Args:
         folder: Where they go.
         resolution: Points of the mesh's lattice along each axis.
+        what: What every record says: the network, the versions.
         frames: Of the orbit.
         size: Side of a frame.
     """
 
-    def __init__(self, folder: Path, resolution: int = 256, frames: int = 60, size: int = 256) -> None:
-        self.folder, self.resolution, self.frames, self.size = folder, resolution, frames, size
+    def __init__(
+        self, folder: Path, what: dict[str, Any], resolution: int = 256, frames: int = 60, size: int = 256
+    ) -> None:
+        self.folder, self.what = folder, what
+        self.resolution, self.frames, self.size = resolution, frames, size
 
     def on_predict_batch_end(
         self,
@@ -49,16 +59,31 @@ class SceneWriter(L.Callback):
 
     def _write(self, place: Path, key: str, scene: Scene, batch: Batch, index: int) -> None:
         place.mkdir(parents=True, exist_ok=True)
+        (place / RECORD_NAME).unlink(missing_ok=True)
         frames = [as_pixels(frame) for frame in scene.orbit(self.frames, self.size, 15.0)]
         pixels = batch.input.images[index, 0].float().cpu().permute(1, 2, 0).numpy()
         source = Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGBA")
         picture = io.BytesIO()
         grid(source, frames).save(picture, format="PNG")
         files = {"orbit.mp4": encode_video(frames), "grid.png": picture.getvalue()}
+        shape, notes = None, list[str]()
         try:
-            files |= encode_mesh(scene.mesh(resolution=self.resolution), "glb")
+            density = scene.threshold
+            mesh = scene.mesh(resolution=self.resolution)
+            files |= encode_mesh(mesh, "glb")
+            shape = {"vertices": len(mesh.vertices), "faces": len(mesh.faces), "threshold": density}
         except NoSurfaceError as error:
             logger.warning("No mesh of %s: %s", key, error)
+            notes.append(f"no mesh: {error}")
             (place / "mesh.glb").unlink(missing_ok=True)  # of an earlier start
         for name, content in files.items():
             write_atomically(place / name, content)
+        record = self.what | {
+            "object": key,
+            "camera": dataclasses.asdict(scene.camera),
+            "mesh": shape,
+            "wishes": {"resolution": self.resolution, "frames": self.frames, "size": self.size},
+            "notes": notes,
+            "files": sorted(files),
+        }
+        write_atomically(place / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())

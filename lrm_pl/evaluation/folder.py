@@ -10,6 +10,8 @@ OUT/results.json, results.md, index.html    written last
 import dataclasses
 import io
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,14 @@ class ObjectRecord:
         rows: "model" and the baselines -> metric -> figure.
         notes: What could not be measured, and why.
         bad: Why nothing was measured; empty where something was.
+        files: Endings of the files that were kept beside the record.
     """
 
     id: str
     rows: dict[str, dict[str, float]]
     notes: tuple[str, ...] = ()
     bad: str = ""
+    files: tuple[str, ...] = ()
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -87,27 +91,28 @@ def write_object(folder: Path, key: str, measured: Measured | None, bad: str = "
         measured: What was found; None where nothing was.
         bad: Why.
     """
-    place = folder / OBJECTS_NAME
-    record = ObjectRecord(key, measured.rows if measured else {}, measured.notes if measured else (), bad)
+    place, files = folder / OBJECTS_NAME, dict[str, bytes]()
     if measured is not None:
         pixels = (measured.strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="PNG")
-        write_atomically(place / f"{key}.png", file.getvalue())
+        files[".png"] = file.getvalue()
     if measured is not None and measured.features:
         file = io.BytesIO()
         arrays: dict[str, Any] = {
             name.replace(" ", "_"): values for name, values in measured.features.items()
         }
         np.savez(file, **arrays)
-        write_atomically(place / f"{key}.npz", file.getvalue())
-    write_atomically(
-        place / f"{key}.json", (json.dumps(dataclasses.asdict(record), sort_keys=True) + "\n").encode()
-    )
+        files[".npz"] = file.getvalue()
+    for ending, content in files.items():
+        write_atomically(place / f"{key}{ending}", content)
+    rows, notes = (measured.rows, measured.notes) if measured else ({}, ())
+    record = dataclasses.asdict(ObjectRecord(key, rows, notes, bad, tuple(files)))
+    write_atomically(place / f"{key}.json", (json.dumps(record, sort_keys=True) + "\n").encode())
 
 
 def read_object(folder: Path, key: str) -> ObjectRecord | None:
-    """Read the record of an object; None where there is none yet.
+    """Read the record of an object; None where there is none yet, or a file beside it is missing.
 
     Raises:
         InputError: It is damaged.
@@ -121,9 +126,13 @@ def read_object(folder: Path, key: str) -> ObjectRecord | None:
             str(name): {str(metric): float(value) for metric, value in row.items()}
             for name, row in record["rows"].items()
         }
-        return ObjectRecord(str(record["id"]), rows, tuple(map(str, record["notes"])), str(record["bad"]))
+        notes, files = (tuple(map(str, record[name])) for name in ("notes", "files"))
+        found = ObjectRecord(str(record["id"]), rows, notes, str(record["bad"]), files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: expected the record of an object, found: {error!r}; delete it") from error
+        raise InputError(
+            f"{path}: expected the record of an object, found: {error!r}; delete it and measure again"
+        ) from error
+    return found if all(path.with_name(key + ending).is_file() for ending in files) else None
 
 
 def read_features(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
@@ -132,10 +141,24 @@ def read_features(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
     for key in keys:
         path = folder / OBJECTS_NAME / f"{key}.npz"
         if path.is_file():
-            with np.load(path, allow_pickle=False) as found:
-                for name in found.files:
-                    parts.setdefault(name.replace("_", " "), []).append(found[name])
+            for name, values in read_arrays(path).items():
+                parts.setdefault(name.replace("_", " "), []).append(values)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read arrays that belong to an object.
+
+    Raises:
+        InputError: They are damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+        raise InputError(
+            f"{path}: expected arrays, found: {error}; delete it and measure again: the same command"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

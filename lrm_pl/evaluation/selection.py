@@ -34,6 +34,8 @@ class Objects:
     """
 
     def __init__(self, data: str, split: Split, pattern: str = "*", limit: int | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise InputError(f"expected a limit of at least one object, found {limit}; correct --limit")
         source = ShardSource(data)
         self.manifest = source.manifest()
         self._reader = ShardReader(

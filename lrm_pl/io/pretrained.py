@@ -22,7 +22,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.errors import InputError
@@ -119,7 +119,7 @@ def read_setup(folder: Path) -> InputSetup | None:
     return InputSetup.of_record(content, str(path))
 
 
-def weights_hash(network: LRM) -> str:
+def weights_hash(network: nn.Module) -> str:
     """Hash a network's weights: sha256 over names, shapes and float32 values, in order of name."""
     found = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -94,7 +94,7 @@ def require_network(checkpoint: Checkpoint, lrm: nn.Module) -> None:
 
 
 def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = False) -> None:
-    """Load weights into a network that is not sharded; with ``average``, the moving average where there is one.
+    """Load weights into a network that is not sharded; with ``average``, the moving average of those that have one.
 
     Raises:
         CheckpointError: The checkpoint is of another model, or has no average.
@@ -102,8 +102,25 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
     require_network(checkpoint, lrm)
     read_tensors(checkpoint, network_tensors(lrm))
     if average:
-        trained = {name: p for name, p in lrm.named_parameters() if p.requires_grad}
-        read_state(checkpoint, average_tensors(trained))
+        weights = lrm.state_dict()
+        read_state(checkpoint, average_tensors({name: weights[name] for name in averaged_names(checkpoint)}))
+
+
+def averaged_names(checkpoint: Checkpoint) -> list[str]:
+    """List the weights that a checkpoint holds a moving average of.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    names = [
+        name.removeprefix("average.") for name in tensor_names(checkpoint) if name.startswith("average.")
+    ]
+    if not names:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected a moving average, found none: the run kept none (its config names no "
+            "lrm_pl.training.ema.WeightAverage); leave --average out, or its `validate`"
+        )
+    return names
 
 
 def _optimized(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

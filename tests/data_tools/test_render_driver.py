@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet
 import pytest
+import ray
 
 from data_tools import blender_process, cluster, shard_folder
 from data_tools import render as render_module
@@ -335,6 +336,19 @@ def test_blender_goes_with_its_ray_worker(assets, tmp_path):
     assert len(blenders) == 1
     pool.close()
     blenders[0].wait(timeout=20)
+
+
+def test_processes_that_are_starting_when_a_run_ends_leave_their_cpus_to_the_next(assets):
+    setup = cluster.Setup(assets, SETTINGS, 4)
+    for wait_s in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6):
+        pool = cluster.Pool(setup)
+        pool._grow(0, 4)
+        time.sleep(wait_s)
+        pool.close()
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == 4
 
 
 def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):

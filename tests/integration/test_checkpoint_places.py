@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from lrm_pl.apps.export import main as export
 from lrm_pl.apps.train import command_line, main
+from lrm_pl.apps.trained import open_trained
+from lrm_pl.errors import InputError
 from lrm_pl.io import checkpoints as ck
 from tests.integration.test_cli import TINY
 
@@ -194,6 +196,9 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     export([checkpoint.path, str(tmp_path / "half"), "--dtype", "bf16"])
     assert same(load_file(tmp_path / "weights" / "model.safetensors"), network)
     assert same(load_file(tmp_path / "average" / "model.safetensors"), network | average)
+    for wanted, expected in ((False, network), (True, network | average)):  # what infer and evaluate use
+        opened = open_trained(str(folder), average=wanted, device="cpu").model.network
+        assert same(opened.state_dict(), expected)
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert same(half, {name: t.bfloat16() if t.is_floating_point() else t for name, t in network.items()})
     assert sorted(os.listdir(tmp_path / "weights")) == [
@@ -216,6 +221,8 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match=r"expected a moving average, found none.*leave --average out"):
         export([str(folder), str(out), "--average"])
+    with pytest.raises(InputError, match=r"expected a moving average, found none.*leave --average out"):
+        open_trained(str(folder), average=True, device="cpu")
     with pytest.raises(SystemExit, match=r"found no index\.json"):
         export([str(tmp_path / "nothing"), str(out)])
     (folder / "config.yaml").rename(tmp_path / "config.yaml")

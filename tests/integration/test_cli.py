@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.convert import main as convert
 from lrm_pl.apps.train import command_line, main
+from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.dataset import TrainingStream
 from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
 from lrm_pl.data.schema import encode_sample
@@ -146,7 +147,12 @@ def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(tiny, tmp_path
     assert f"Meshes, orbits and grids: {folder / 'predict'}" in said
     for key in ("val-ellipsoid-000", "val-ellipsoid-001"):
         files = {path.name for path in (folder / "predict" / key).iterdir()}
-        assert {"orbit.mp4", "grid.png"} <= files
+        record = json.loads((folder / "predict" / key / "result.json").read_text())
+        assert record["object"] == key
+        assert files == {*record["files"], "result.json"} >= {"orbit.mp4", "grid.png"}
+        assert record["network"]["step"] == 2
+        assert record["network"]["sha256"] == open_trained(str(folder), device="cpu").sha256
+        assert bool(record["mesh"]) != bool(record["notes"])
         # two steps of training may leave nothing opaque: then it says so
         assert ("mesh.glb" in files) != (f"No mesh of {key}" in said)
 

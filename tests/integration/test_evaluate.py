@@ -101,6 +101,25 @@ def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_b
         run(pretrained, data, out)
 
 
+def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
+    finished, pretrained, data, tmp_path, capsys
+):
+    out = tmp_path / "again"
+    shutil.copytree(finished, out)
+    mesh = out / "shown" / "val-ellipsoid-001.npz"
+    mesh.write_bytes(mesh.read_bytes()[:500])
+    with pytest.raises(SystemExit, match=r"val-ellipsoid-001\.npz: expected arrays, found: .*measure again"):
+        run(pretrained, data, out, "--baseline")
+    mesh.unlink()
+    (out / "objects" / "val-ellipsoid-000.png").unlink()
+    capsys.readouterr()
+    run(pretrained, data, out, "--baseline")
+    assert "objects are measured already" not in capsys.readouterr().out
+    for name in ("objects/val-ellipsoid-000.png", "index.html", "results.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert mesh.is_file()
+
+
 def test_two_processes_come_to_the_bytes_of_one(finished, pretrained, data, tmp_path, root):
     out = tmp_path / "two"
     command = [
@@ -156,9 +175,13 @@ def test_shards_that_cannot_serve_a_protocol_say_how_to_make_some(pretrained, sh
         ((shards, "--protocol", "lrm"), "at least 15 views an object for the protocol 'lrm', found 8"),
         ((data, "--protocol", "gso-orbit"), "at least 24 views"),
         ((data, "--ids", "chair*"), "objects of the split 'val' named chair"),
+        ((data, "--limit", "0"), "expected a limit of at least one object, found 0"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(pretrained, arguments[0], tmp_path / "out", *arguments[1:])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"expected to write into .*file, found: .*choose another folder"):
+        run(pretrained, data, tmp_path / "file")
     plain = tmp_path / "plain"
     write_synthetic_shards(plain, train=1, val=1, views=16, resolution=32)
     with pytest.raises(
@@ -186,6 +209,12 @@ def test_two_networks_are_compared_object_by_object(finished, data, tmp_path, ca
     assert page.count("data:image/png;base64") == 4
     with pytest.raises(SystemExit, match="expected a finished evaluation in"):
         main(["--compare", str(finished), str(tmp_path / "nothing")])
+    (tmp_path / "b" / "objects" / "val-ellipsoid-000.json").unlink()
+    with pytest.raises(SystemExit, match="expected 2 measured objects, found 1; measure the rest"):
+        main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
+    (tmp_path / "b" / "settings.json").write_text('{"protocol": {"name": "lrm"}}')
+    with pytest.raises(SystemExit, match="expected the settings of an evaluation, found others"):
+        main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
 
 
 def test_a_bad_object_is_named_and_the_others_are_measured(pretrained, data, tmp_path, capsys):

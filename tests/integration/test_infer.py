@@ -146,12 +146,28 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, pictures, tmp_p
         ([str(pictures / "cut.png"), *ckpt, "--device", "tpu9"], "expected a device such as cpu or cuda"),
         ([str(pictures / "cut.png"), *ckpt, "--fov", "190"], "fov_deg between 0 and 180"),
         ([str(pictures / "cut.png"), str(pictures), *ckpt], "found 'cut' twice"),
+        ([str(pictures / "cut.png"), *ckpt, "--device", "meta"], "found 'meta', which computes nothing"),
+        (
+            [str(pictures / "cut.png"), *ckpt, "--texture-limit", "nan"],
+            "texture-limit from 0 to 86400, found nan",
+        ),
+        (
+            [str(pictures / "cut.png"), *ckpt, "--out", str(pictures / "cut.png")],
+            "expected to write into .*choose another",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
     with pytest.raises(SystemExit):
         main([str(pictures / "cut.png"), *ckpt, *SMALL, "--threshold", "1e9"])
     assert "expected densities on both sides of 1e+09, found" in capsys.readouterr().out
+    Image.new("RGB", (200, 200), "white").save(tmp_path / "empty.png")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "empty.png"), *ckpt, *SMALL])
+    assert (
+        "expected an object in the picture, found none: all of it was taken for background"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(

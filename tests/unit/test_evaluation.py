@@ -322,7 +322,9 @@ def test_records_come_back_and_a_damaged_one_is_named(tmp_path):
     assert read_object(tmp_path, "a") is None
     measured = Measured({"model": {"psnr": 12.5}}, torch.rand(3, 4, 20), {}, ("a note",))
     write_object(tmp_path, "a", measured)
-    assert read_object(tmp_path, "a") == ObjectRecord("a", {"model": {"psnr": 12.5}}, ("a note",))
+    assert read_object(tmp_path, "a") == ObjectRecord(
+        "a", {"model": {"psnr": 12.5}}, ("a note",), "", (".png",)
+    )
     (tmp_path / "objects" / "a.json").write_text('{"id": "a"}')
     with pytest.raises(InputError, match="expected the record of an object, found: KeyError"):
         read_object(tmp_path, "a")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrm_pl.pictures import PictureError, framed, has_background, object_box, open_picture
+from lrm_pl.pictures import PictureError, framed, has_background, has_object, object_box, open_picture
 
 
 def encoded(image, kind="PNG", **options):
@@ -135,6 +135,16 @@ def test_an_object_is_framed_in_the_middle_with_its_longer_side_a_share_of_the_s
     solid = found[..., 3] > 200
     assert np.abs(found[solid][:, :3].astype(int) - (200, 40, 10)).max() <= 12
     assert (found[found[..., 3] > 8][:, 1] < 90).all(), "no hidden colour at the edges"
+
+
+def test_specks_are_no_object():
+    alpha = np.zeros((100, 100), dtype=np.uint8)
+    alpha[:3, :3] = 255
+    picture = Image.new("RGBA", (100, 100))
+    for opaque, expected in ((9, False), (10, True)):
+        alpha[50, 0] = 255 * (opaque == 10)
+        picture.putalpha(Image.fromarray(alpha))
+        assert has_object(picture) is expected
 
 
 def test_nothing_cannot_be_framed_and_a_faint_object_can():
