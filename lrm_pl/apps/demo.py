@@ -2,11 +2,14 @@
 
 import argparse
 import atexit
+import contextlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,25 @@ def refuse_addresses(data: Any) -> None:  # noqa: ANN401 - JSON
         if isinstance(path, str) and "://" in path:
             raise gr.Error(f"Expected an uploaded picture, found the address {path}; upload it.")
         refuse_addresses(list(data.values()))
+
+
+def sweep(folder: Path, kept_s: float) -> None:
+    """Remove what gradio forgets: uploads that were broken off, and empty folders of results.
+
+    Args:
+        folder: Of the visitors' files.
+        kept_s: Age from which a file is removed, seconds.
+    """
+    for path in folder.glob("tmp*"):
+        with contextlib.suppress(OSError):  # a folder that is not empty, a file that has gone
+            if time.time() - path.stat().st_mtime >= kept_s:
+                path.rmdir() if path.is_dir() else path.unlink()
+
+
+def _keep_swept(folder: Path) -> None:
+    while True:
+        time.sleep(_SWEEP_S)
+        sweep(folder, _KEPT_S)
 
 
 def require_within(bounds: tuple[int, int], found: Any, what: str) -> float:  # noqa: ANN401 - JSON
@@ -201,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quiet=True,
     )
     print(f"http://{given.host}:{given.port} shows {trained.source}; Ctrl-C ends it", flush=True)
+    threading.Thread(target=_keep_swept, args=(folder,), daemon=True).start()
     page.block_thread()
 
 

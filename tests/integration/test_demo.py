@@ -12,7 +12,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from lrm_pl.apps.demo import QUEUE
+from lrm_pl.apps.demo import QUEUE, sweep
 from tests.served import Served
 
 # Playwright's loop and pipes are closed by its own thread.
@@ -144,6 +144,22 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
             status, uploaded = await upload((tmp_path / "object.png").read_bytes())
             assert status == 200
             (path,) = json.loads(uploaded)
+            kept = Path(path).parents[1]
+            _, writer = await asyncio.open_connection("127.0.0.1", page_server.port)
+            writer.write(
+                b"POST /gradio_api/upload HTTP/1.1\r\nHost: a\r\nContent-Length: 9000000\r\n"
+                b"Content-Type: multipart/form-data; boundary=B\r\n\r\n--B\r\nContent-Disposition: form-data; "
+                b'name="files"; filename="b.png"\r\n\r\n' + bytes(2_000_000)
+            )
+            await writer.drain()
+            while not (broken_off := [file for file in kept.glob("tmp*") if file.is_file()]):
+                await asyncio.sleep(0.05)
+            writer.close()
+            sweep(kept, 3600.0)
+            assert broken_off[0].exists()
+            sweep(kept, 0.0)
+            assert not broken_off[0].exists()
+            assert Path(path).exists()
             async with session.get(f"{address}/config") as answer:
                 calls = (await answer.json())["dependencies"]
             file = {"meta": {"_type": "gradio.FileData"}}
