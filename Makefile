@@ -74,7 +74,7 @@ endif
 
 infer: .venv/ready ## From a photo to a 3D file: IMAGE=photo.png CKPT= ARGS="--texture"
 	@test -n "$(IMAGE)" || { echo "Which picture?  make infer IMAGE=photo.png" >&2; exit 2; }
-	.venv/bin/lrm infer $(IMAGE) $(call option,--ckpt,$(CKPT)) $(ARGS)
+	.venv/bin/lrm infer "$(IMAGE)" $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PROCESSES= ARGS="--baseline"
 	$(if $(PROCESSES),.venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m lrm_pl,.venv/bin/lrm) evaluate \

@@ -195,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Gradio reads these when it is imported: files of visitors lie in a folder that goes with the process.
     folder = Path(tempfile.mkdtemp(prefix="lrm-demo-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # else nothing is tidied up
+    for name in (signal.SIGTERM, signal.SIGHUP):  # else nothing is tidied up
+        if signal.getsignal(name) is not signal.SIG_IGN:  # nohup
+            signal.signal(name, lambda *_: sys.exit(0))
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -28,6 +29,9 @@ from lrm_pl.pictures import NotAPictureError, PictureError, PictureTooLargeError
 from lrm_pl.stages import listening, stage
 
 logger = logging.getLogger(__name__)
+
+#: Smallest lattice, points along each axis.
+LEAST_RESOLUTION = 16
 
 #: Seconds that requests in hand have to finish in once the server is told to stop.
 _GRACE_S = 30
@@ -56,6 +60,15 @@ class Limits:
     upload_seconds: float = 30.0
     queue: int = 8
     resolution: int = 384
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, low in (("megabytes", 0), ("megapixels", 0), ("seconds", 0), ("upload_seconds", 0)):
+            if not low < getattr(self, name) < math.inf:
+                raise InputError(f"expected {name} above {low}, found {getattr(self, name):g}")
+        for name, low in (("queue", 0), ("resolution", LEAST_RESOLUTION)):
+            if getattr(self, name) < low:
+                raise InputError(f"expected {name} of {low} or more, found {getattr(self, name)}")
 
 
 class RefusedError(Exception):
@@ -226,13 +239,20 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
     )
     async def reconstruct(
         request: Request,
-        resolution: Annotated[int, Query(ge=16, le=limits.resolution)] = min(256, limits.resolution),
+        resolution: Annotated[int, Query(ge=LEAST_RESOLUTION, le=limits.resolution)] = min(
+            256, limits.resolution
+        ),
         threshold: Annotated[float | None, Query(gt=0)] = None,
         floaters: Annotated[float, Query(ge=0, le=1)] = 0.0,
         faces: Annotated[int | None, Query(ge=4, le=MOST_FACES)] = None,
     ) -> Response:
         """Turn the picture in the body (PNG, JPEG, WebP, BMP) into a GLB."""
         try:
+            if request.headers.get("content-type", "").startswith("multipart/"):
+                raise RefusedError(
+                    415,
+                    "expected the picture itself as the body, found a form; curl --data-binary @photo.png",
+                )
             content = await uploads.read(request)
             wishes = Wishes(resolution=resolution, threshold=threshold, floaters=floaters, most_faces=faces)
             glb, stages = await works.make(content, wishes)
@@ -271,8 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lrm_pl.apps.connections import BoundedProtocol
     except ImportError:
         sys.exit("lrm: expected uvicorn and fastapi to serve with, found none; pip install -e '.[serve]'")
-    limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
     try:
+        limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
         _ = Wishes(resolution=limits.resolution)  # says what there may be
         require_free(given.host, given.port)
         trained = open_network(given)

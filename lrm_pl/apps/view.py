@@ -21,10 +21,10 @@ from scipy.spatial.transform import Rotation
 
 from lrm_pl.apps.evaluate import scene_of
 from lrm_pl.apps.export import find_config
-from lrm_pl.apps.options import add_address
+from lrm_pl.apps.options import add_address, require_free
 from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.apps.trained import Trained, newest_run, open_trained
-from lrm_pl.data.manifest import Split
+from lrm_pl.data.manifest import MANIFEST_NAME, Split
 from lrm_pl.data.schema import SampleError, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.objects import over_white
@@ -33,7 +33,9 @@ from lrm_pl.evaluation.selection import NoObjectsError, Objects
 from lrm_pl.geometry.cameras import canonicalise
 from lrm_pl.inference import Scene
 from lrm_pl.io.checkpoints import list_checkpoints
+from lrm_pl.io.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from lrm_pl.rendering.occupancy import measure_occupancy
+from lrm_pl.stores import is_local
 from lrm_pl.training.state import load_network
 
 logger = logging.getLogger(__name__)
@@ -80,7 +82,7 @@ class Viewer:
 
         self.run, self.trained = run, open_trained(run, device=device)
         self.objects = {key: (objects, place) for key, objects, place in _choices(data)}
-        self._checkpoint = find_checkpoint(run).path
+        self._checkpoint = self.trained.source
         self._sights: dict[int, Sight] = {}
         self._lock = threading.RLock()  # one computes at a time
         self._frusta: list[Any] = []
@@ -188,7 +190,7 @@ class Viewer:
         with self._lock:
             try:
                 sample = objects.read(place, Protocol("view", "", inputs=(view,), targets=views))
-            except SampleError as error:
+            except (InputError, SampleError, OSError) as error:  # shards may go while they are looked at
                 self.state.content = f"{self.object.value}: {error}"
                 return False
             image = over_white(sample, (view,))[0]
@@ -243,11 +245,16 @@ class Viewer:
         names.add(Path(self._checkpoint).name)  # it may be gone already
         return tuple(sorted(names))
 
+    def _newest(self) -> str:
+        """Name the run's newest checkpoint; the one that is shown may be a later one of a run that began anew."""
+        kept = list_checkpoints(str(Path(self._checkpoint).parent))
+        return max((Path(path).name for path in kept), default=Path(self._checkpoint).name)
+
     def _look_for_checkpoints(self) -> None:
         names = self._checkpoints()
         if names != tuple(self.checkpoint.options):
             self.checkpoint.options = names
-        newest = max(names)
+        newest = self._newest()
         if self.follow.value and newest != Path(self._checkpoint).name:
             self.checkpoint.value = newest
             self._choose(newest)
@@ -256,7 +263,7 @@ class Viewer:
         """Take over the checkpoint that a visitor picked; one that is not the newest stays."""
         if event.client_id is None:
             return
-        if self.checkpoint.value != max(self._checkpoints()):
+        if self.checkpoint.value != self._newest():
             self.follow.value = False
         self._choose(self.checkpoint.value)
 
@@ -284,8 +291,36 @@ def _cosines(fxfycxcy: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return (1 + y[:, None] ** 2 + x**2).rsqrt()
 
 
+def wait_for_checkpoint(run: str) -> None:
+    """Wait until a run that has begun keeps its first checkpoint.
+
+    Raises:
+        InputError: There is no such folder.
+    """
+    if not is_local(run):
+        return
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"expected a run's folder at {run}, found none; correct the path")
+    checkpoints = str(folder / "checkpoints")
+    if (
+        not (folder / CONFIG_NAME).is_file()
+        or (folder / WEIGHTS_NAME).is_file()
+        or list_checkpoints(checkpoints)
+    ):
+        return
+    print(f"{run} has begun; waiting for its first checkpoint ... Ctrl-C ends it", flush=True)
+    while not list_checkpoints(checkpoints):
+        time.sleep(_POLL_S)
+
+
 def _choices(data: str) -> list[tuple[str, Objects, Any]]:
     """List objects to choose from: held-out ones first."""
+    if is_local(data) and not (Path(data) / MANIFEST_NAME).is_file():
+        raise InputError(
+            f"expected finished shards in {data}, found none; name the run's: --data FOLDER (a relative path begins "
+            "where you are)"
+        )
     found = []
     splits: tuple[Split, ...] = ("val", "train")
     for split in splits:
@@ -309,10 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         sys.exit("lrm: expected viser to show the page with, found none; pip install -e '.[view]'")
     try:
+        require_free(given.host, given.port)
         run = given.run or newest_run()
-        data = given.data
+        wait_for_checkpoint(run)
+        checkpoint, data = find_checkpoint(run), given.data
         if data is None:
-            config = yaml.safe_load(find_config(find_checkpoint(run), None).read_text())
+            config = yaml.safe_load(find_config(checkpoint, None).read_text())
             data = config.get("data", {}).get("folder")
         viewer = Viewer(run, str(data), given.device, given.host, given.port)
     except (InputError, OSError) as error:

@@ -110,6 +110,9 @@ def test_every_request_gets_the_right_status_and_is_counted(server):
                 found, content = await ask(session, server, body)
                 assert found == status, (kind, found, content)
                 assert b"detail" in content
+            form = aiohttp.FormData({"file": io.BytesIO(photo())})
+            async with session.post(f"{server.address}/reconstruct", data=form) as answer:
+                assert (answer.status, "found a form" in await answer.text()) == (415, True)
             status, glb = await ask(session, server, photo())
             assert (status, glb[:4]) == (200, b"glTF")
             assert (await ask(session, server, photo(), "?resolution=4096"))[0] == 422
@@ -119,7 +122,7 @@ def test_every_request_gets_the_right_status_and_is_counted(server):
                 assert (await answer.json())["status"] == "ok"
             counts = {name: value - before.get(name, 0.0) for name, value in (await counted(session)).items()}
             assert counts['lrm_requests_total{status="200"}'] == 1
-            assert counts['lrm_requests_total{status="415"}'] == 3
+            assert counts['lrm_requests_total{status="415"}'] == 4
             assert counts['lrm_requests_total{status="422"}'] == 3
             assert counts['lrm_stage_seconds_count{stage="planes"}'] == 1
             async with session.get(f"{server.address}/docs") as answer:

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from lrm_pl.apps.train import main as train
-from lrm_pl.apps.view import main
+from lrm_pl.apps.view import main, wait_for_checkpoint
 from tests.damage import spoil_first_poses
 from tests.integration.test_cli import TINY
 from tests.served import Served
@@ -91,3 +91,19 @@ def test_a_run_without_a_checkpoint_or_data_says_so(tmp_path, run, monkeypatch):
     with pytest.raises(SystemExit, match="expected finished shards in nowhere"):
         main([str(tmp_path / "moved"), "--data", "nowhere"])
     assert not folder.exists()
+    with pytest.raises(SystemExit, match="expected a run's folder at nothing, found none"):
+        main(["nothing"])
+    with pytest.raises(SystemExit, match=r"lrm: expected to listen at 127\.0\.0\.1:99999, found: "):
+        main([str(tmp_path / "moved"), "--port", "99999"])
+
+
+def test_a_run_that_has_just_begun_is_waited_for(run, tmp_path, monkeypatch, capsys):
+    folder = run(2)
+    (folder / "checkpoints").rename(tmp_path / "later")
+    monkeypatch.setattr(
+        "lrm_pl.apps.view.time.sleep", lambda _: (tmp_path / "later").rename(folder / "checkpoints")
+    )
+    wait_for_checkpoint(str(folder))
+    assert "waiting for its first checkpoint" in capsys.readouterr().out
+    wait_for_checkpoint(str(folder))
+    assert capsys.readouterr().out == ""

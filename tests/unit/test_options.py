@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from lrm_pl.apps import demo, serve
+from lrm_pl.errors import InputError
 
 
 @pytest.mark.parametrize("command", [demo, serve], ids=["demo", "serve"])
@@ -27,3 +28,12 @@ def test_an_address_that_is_none_is_named():
     for host, port in (("no.such.host.invalid", "8000"), ("127.0.0.1", "70000")):
         with pytest.raises(SystemExit, match=f"lrm: expected to listen at {host}:{port}, found: "):
             serve.main(["--host", host, "--port", port])
+
+
+@pytest.mark.parametrize(
+    "name", ["megabytes", "megapixels", "seconds", "upload_seconds", "queue", "resolution"]
+)
+def test_limits_that_no_request_could_keep_are_refused(name):
+    bad = -1 if name in ("queue", "resolution") else float("nan")
+    with pytest.raises(InputError, match=f"expected {name} "):
+        serve.Limits(**{name: bad})
