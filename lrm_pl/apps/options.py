@@ -50,10 +50,13 @@ def require_free(host: str, port: int) -> None:
         InputError: It cannot.
     """
     try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that ended lingers
-            probe.bind((address[0], port, *address[2:]))
+        # A name may have several addresses, and a server listens at all of them.
+        for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that ended lingers
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((address[0], port, *address[2:]))
     except (OSError, OverflowError) as error:
         raise InputError(
             f"expected to listen at {host}:{port}, found: {error}; choose another: --host, --port"

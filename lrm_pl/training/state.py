@@ -118,7 +118,7 @@ def averaged_names(checkpoint: Checkpoint) -> list[str]:
     if not names:
         raise CheckpointError(
             f"{checkpoint.path}: expected a moving average, found none: the run kept none (its config names no "
-            "lrm_pl.training.ema.WeightAverage); leave --average out, or its `validate`"
+            "lrm_pl.training.ema.WeightAverage); leave --average out; in a config, WeightAverage's `validate`"
         )
     return names
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,15 +89,22 @@ def test_a_bad_file_and_no_file_are_answered_in_words(visitor, tmp_path):
     visitor.wait_for_selector("text=expected a picture", timeout=30_000)
 
 
-def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_path, monkeypatch, ending):
     import psutil
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    server = Served("demo", "--ckpt", pretrained, "--device", "cpu")
+    before = signal.signal(
+        signal.SIGHUP, signal.SIG_DFL
+    )  # tests under nohup would hand down that it is ignored
+    try:
+        server = Served("demo", "--ckpt", pretrained, "--device", "cpu")
+    finally:
+        signal.signal(signal.SIGHUP, before)
     hosts = {c.laddr.ip for c in psutil.Process(server.process.pid).net_connections() if c.status == "LISTEN"}
     assert hosts == {"127.0.0.1"}
     assert list(tmp_path.glob("lrm-demo-*"))
-    server.process.terminate()
+    server.process.send_signal(ending)
     try:
         server.process.wait(timeout=30)
     finally:
@@ -107,9 +115,9 @@ def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_pat
     assert not list(tmp_path.glob("lrm-demo-*"))
 
 
-async def joined(session, address, fn, photo, number, *, until="process_completed", resolution=64):
+async def joined(session, address, fn, photo, number, *, until="process_completed", resolution=64, data=None):
     """Ask for a mesh as the page does; returns the messages that come back, up to one of a kind."""
-    body = {"data": [photo, resolution, 0], "fn_index": fn, "session_hash": f"visitor{number}"}
+    body = {"data": data or [photo, resolution, 0], "fn_index": fn, "session_hash": f"visitor{number}"}
     async with session.post(f"{address}/gradio_api/queue/join", json=body) as answer:
         if answer.status != 200:
             return [{"msg": "refused", "status": answer.status, "output": await answer.json()}]
@@ -172,6 +180,12 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
                 last = (await joined(session, address, call["id"], other, f"file{call['id']}"))[-1]
                 assert not last["success"]
             make = next(call["id"] for call in calls if len(call["inputs"]) == 3)
+            pick = next(call["id"] for call in calls if len(call["inputs"]) == 1)
+            # gradio makes a new part of the page for a visitor who picks an example
+            assert (await joined(session, address, pick, 0, "picked", data=[0]))[-1]["success"]
+            url = {**file, "path": "http://127.0.0.1:9/a.png"}
+            last = (await joined(session, address, make, url, "picked"))[-1]
+            assert "Expected an uploaded picture, found the address" in last["output"]["error"]
             photo = {**file, "path": path}
             last = (
                 await joined(session, address, make, photo, "first", until="process_starts", resolution=384)
