@@ -16,12 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from data_tools import blender_device
 from data_tools.views import frame_rectangle
 from lrm_pl.conventions import opengl_to_opencv
 from lrm_pl.data.geometry_views import MIN_DEPTH
-
-#: Kinds of GPU that Cycles knows, the fastest on the same card first.
-GPU_KINDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
 
 SENSOR_MM = 36.0
 
@@ -30,24 +28,8 @@ MARGIN_PX = 2.0
 
 
 def choose_device() -> str:
-    """Turn on every GPU of the first kind that is present; to be called after each factory reset.
-
-    Returns:
-        Cycles' name of the kind in lower case, "cpu" where there is no GPU.
-    """
-    preferences = bpy.context.preferences.addons["cycles"].preferences
-    for kind in GPU_KINDS:
-        try:
-            preferences.compute_device_type = kind
-        except TypeError:  # this build of Blender does not know the kind
-            continue
-        devices = preferences.get_devices_for_type(kind)
-        if devices:
-            for device in devices:
-                device.use = device.type == kind
-            return kind.lower()
-    preferences.compute_device_type = "NONE"
-    return "cpu"
+    """Choose the device of the running Blender; see ``blender_device.choose_device``."""
+    return blender_device.choose_device(bpy.context.preferences.addons["cycles"].preferences)
 
 
 def renderer_name(device: str) -> str:
@@ -67,7 +49,7 @@ def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> No
     scene = bpy.context.scene
     render, cycles = scene.render, scene.cycles
     render.engine = "CYCLES"
-    cycles.device = "CPU" if device == "cpu" else "GPU"
+    cycles.device = blender_device.cycles_device(device)
     render.resolution_x = render.resolution_y = resolution
     render.resolution_percentage = 100
     render.pixel_aspect_x = render.pixel_aspect_y = 1.0

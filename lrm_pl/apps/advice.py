@@ -16,6 +16,7 @@ from lrm_pl.apps.parsed import parse_fit
 from lrm_pl.apps.plan import Plan, plan
 from lrm_pl.callbacks.memory import memory_of_libraries
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import num_visible_gpus
 from lrm_pl.training.costs.division import CPU_SLACK, CUDA_CONTEXT, GPU_SLACK, alone
 from lrm_pl.training.costs.simulation import StepCosts
 from lrm_pl.training.parallel import network_blocks
@@ -171,9 +172,9 @@ def explain(arguments: Sequence[str]) -> str:
         sys.stderr.write("Estimating what would help ...\n")
         try:
             config = parse_fit(list(arguments))["trainer"]
-            gpu = torch.cuda.is_available() and config["accelerator"] != "cpu"
-            devices = process_count(config["devices"], torch.cuda.device_count() if gpu else 1)
-            found = what_would_help(arguments, config["num_nodes"] * devices, gpu=gpu)
+            gpus = num_visible_gpus(config["accelerator"])
+            devices = process_count(config["devices"], gpus or 1)
+            found = what_would_help(arguments, config["num_nodes"] * devices, gpu=gpus > 0)
         except Exception as error:  # the run has failed already: this must not hide why
             return f"lrm: no estimate: {error}; see `lrm estimate --help`"
         text = "\n".join(table_lines(*found))

@@ -24,7 +24,7 @@ from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.apps.evaluation_results import compare, finish, metrics_of, shortfall
 from lrm_pl.apps.options import add_network, open_network
 from lrm_pl.apps.paths import require_out, user_path
-from lrm_pl.apps.trained import Trained, choose_device
+from lrm_pl.apps.trained import Trained
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.errors import InputError
@@ -38,6 +38,7 @@ from lrm_pl.geometry.cameras import InputCamera, canonicalise
 from lrm_pl.inference import Scene, reconstruct
 from lrm_pl.io.image_features import load_clip, load_inception
 from lrm_pl.io.pretrained import weights_hash
+from lrm_pl.kernels.device import choose_device
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.stores import StoreError
 
@@ -161,12 +162,8 @@ def _run(given: argparse.Namespace, rank: int, world: int, console: Console) -> 
     protocol = PROTOCOLS[given.protocol]
     objects = Objects(given.data, given.split, given.ids, given.limit)
     protocol.require(objects.manifest, given.data)
-    device = given.device
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        device = f"cuda:{local % torch.cuda.device_count()}"  # a task of Slurm may see one GPU only
-    trained = open_network(given, device)
-    place = choose_device(device)
+    place = choose_device(given.device, int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+    trained = open_network(given, str(place))
     judges, inception = Judges({}), None
     if protocol.targets:
         lpips = {name: PerceptualLoss.pretrained(name).to(place) for name in ("alex", "vgg")}

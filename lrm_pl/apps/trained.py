@@ -4,14 +4,13 @@ import dataclasses
 import re
 from pathlib import Path
 
-import torch
-
 from lrm_pl.apps.export import find_config
 from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.io.checkpoints import list_checkpoints
 from lrm_pl.io.pretrained import SETUP_NAME, WEIGHTS_NAME, read_model_section, read_setup, weights_hash
+from lrm_pl.kernels.device import choose_device, synchronize
 from lrm_pl.pretrained import PretrainedLRM
 from lrm_pl.training.state import load_network
 
@@ -43,9 +42,7 @@ class Trained:
 
     def wait(self) -> None:
         """Wait until the device has done what it was asked for."""
-        device = next(self.model.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(next(self.model.parameters()).device)
 
 
 def open_trained(
@@ -116,22 +113,3 @@ def newest_run() -> str:
             "run, a checkpoint, or a folder of `lrm export`: CKPT=... (--ckpt)"
         )
     return str(max(runs, key=lambda path: int(path.name.removeprefix("version_"))))
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is a GPU if there is one.
-
-    Raises:
-        InputError: There is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"expected a device such as cpu or cuda, found {name!r}: {reason}") from error
-    if device.type == "meta":
-        raise InputError("expected a device such as cpu or cuda, found 'meta', which computes nothing")
-    return device

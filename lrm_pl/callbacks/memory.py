@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from lrm_pl.kernels.device import peak_device_memory
+
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the most memory that this process has held so far, in GiB, by the name it is logged under."""
     peaks = {"memory/peak_host_gib": _host_peak() / 1024**3}
-    if device.type == "cuda":
-        peaks["memory/peak_gpu_gib"] = torch.cuda.max_memory_allocated(device) / 1024**3
+    if (on_gpu := peak_device_memory(device)) is not None:
+        peaks["memory/peak_gpu_gib"] = on_gpu / 1024**3
     return peaks
 
 

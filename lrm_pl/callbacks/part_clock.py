@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from lrm_pl.kernels.device import on_cuda
+
 
 class PartClock:
     """Give all time that passes to the part that runs.
@@ -47,7 +49,7 @@ class PartClock:
         return totals
 
     def _now(self) -> float | torch.cuda.Event:
-        if self.device.type != "cuda":
+        if not on_cuda(self.device):
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))

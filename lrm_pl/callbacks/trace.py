@@ -6,10 +6,11 @@ from typing import Any, final
 
 import lightning as L
 from torch._C._profiler import _ExperimentalConfig
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import profiler_activities
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,8 @@ class TraceRecorder(L.Callback):
                 "wrote a trace of %d steps: %s (open it in https://ui.perfetto.dev)", self.steps, path
             )
 
-        cuda = [ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else []
         self._profile = profile(
-            activities=[ProfilerActivity.CPU, *cuda],
+            activities=profiler_activities(pl_module.device),
             schedule=schedule(wait=WARMUP - 1, warmup=1, active=self.steps, repeat=1),
             on_trace_ready=write,
             # The renderer works in threads of its own on a CPU.

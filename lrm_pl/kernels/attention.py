@@ -15,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from lrm_pl.kernels.device import on_cpu
+
 #: Scores that are held at a time, per thread: a block and what is made of it fit a core's L2 cache.
 _SCORES = 768 * 1024
 
@@ -34,7 +36,7 @@ def attention_in_blocks(
     Raises:
         ValueError: Tensors of another device or of several dtypes.
     """
-    if q.device.type != "cpu" or not q.dtype == k.dtype == v.dtype:
+    if not on_cpu(q) or not q.dtype == k.dtype == v.dtype:
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"expected q, k and v of one dtype on the CPU, found {kinds}")
     return torch.ops.lrm_pl.attention_in_blocks(q, k, v)

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from lrm_pl.kernels.device import on_cpu
+
 HiddenActivation = Literal["relu", "silu"]
 
 #: Whether this PyTorch was built with oneDNN's fused layers.
@@ -43,7 +45,7 @@ def linear_activated(
     fused = (
         type(x) is Tensor  # a subclass, such as a fake tensor, goes the way of every device
         and x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
+        and on_cpu(x)
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.enabled
         and _here()

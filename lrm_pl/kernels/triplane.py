@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrm_pl.kernels import triplane_numba
+from lrm_pl.kernels.device import on_cpu
 
 Reduce = Literal["sum", "concat"]
 Axes = tuple[tuple[int, int], ...]
@@ -75,7 +76,7 @@ def accumulate_gradient(
 @torch.library.custom_op("lrm_pl::triplane_accumulate", mutates_args=("total",))
 def _accumulate_op(total: Tensor, points: Tensor, grad: Tensor, axes: list[int], concat: bool) -> None:
     pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
-    if total.device.type == "cpu":
+    if on_cpu(total):
         triplane_numba.accumulate(
             total.numpy(),
             points.contiguous().numpy(),
@@ -98,7 +99,7 @@ def _(total: Tensor, points: Tensor, grad: Tensor, axes: list[int], concat: bool
 @torch.library.custom_op("lrm_pl::triplane_sample", mutates_args=())
 def _op(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor:
     pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
-    if planes.device.type != "cpu":
+    if not on_cpu(planes):
         return triplane_sample_plain(planes, points, pairs, "concat" if concat else "sum").contiguous()
     out = planes.new_empty((points.shape[0], planes.shape[3] * (len(pairs) if concat else 1)))
     triplane_numba.sample(

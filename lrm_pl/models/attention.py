@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.attention import attention_in_blocks, attention_plain
+from lrm_pl.kernels.device import on_cpu
 
 
 class Attention(nn.Module):
@@ -77,7 +78,7 @@ def attend(
     in float32 without gradients, where published weights are compared with their own code: their scores may be so large
     that another order of sums shows.
     """
-    if q.device.type != "cpu" or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
+    if not on_cpu(q) or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v)
     body = attention_in_blocks if q.shape[2] * k.shape[2] >= _MANY_SCORES else attention_plain
     return body(q, k, v)

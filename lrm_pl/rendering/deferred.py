@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrm_pl.kernels.device import num_threads
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.march import March, march_rays
 from lrm_pl.rendering.output import Rendering
@@ -103,7 +104,7 @@ class Rays:
         self.origins, self.directions, self.near, self.far = origins, directions, near, far
         self.jitter = jitter
         # On a CPU each thread takes whole chunks of its own: their tensors are too small to share among threads.
-        self.threads = torch.get_num_threads() if near.device.type == "cpu" else 1
+        self.threads = num_threads(near.device)
         self.chunks = [self._split(row.nonzero().squeeze(-1), rays_per_chunk) for row in far > near]
 
     def _split(self, rays: Tensor, most: int) -> tuple[Tensor, ...]:

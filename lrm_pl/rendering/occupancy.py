@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from lrm_pl.kernels.device import on_cpu
 from lrm_pl.kernels.occupancy_numba import occupied
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.grid import density_grid
@@ -35,7 +36,7 @@ class Occupancy:
 
     def occupied(self, points: Float[Tensor, "Q 3"]) -> Int[Tensor, " occupied"]:
         """Return the numbers of the points that lie in occupied cells, in ascending order."""
-        if points.device.type == "cpu":
+        if on_cpu(points):
             return torch.from_numpy(occupied(self.cells.numpy(), points.numpy()))
         size = len(self.cells)
         x, y, z = ((points + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)

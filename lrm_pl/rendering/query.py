@@ -7,11 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrm_pl.kernels.device import num_threads, points_per_chunk
 from lrm_pl.rendering.deferred import autocast_state
 from lrm_pl.rendering.field import Field
-
-#: Points decoded at a time.
-_CHUNK = 32768
 
 
 def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, " Q"]:
@@ -41,8 +39,9 @@ def _decode(field: Field, index: int, points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _for_each_chunk(points: Tensor, work: Callable[[int, Tensor], None]) -> None:
-    chunks = [(start, points[start : start + _CHUNK]) for start in range(0, len(points), _CHUNK)]
-    threads = min(torch.get_num_threads(), len(chunks)) if points.device.type == "cpu" else 1
+    size = points_per_chunk(points.device)
+    chunks = [(start, points[start : start + size]) for start in range(0, len(points), size)]
+    threads = min(num_threads(points.device), len(chunks))
     if threads <= 1:
         with torch.no_grad():
             for start, chunk in chunks:

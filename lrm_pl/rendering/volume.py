@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
+from lrm_pl.kernels.device import points_per_chunk
 from lrm_pl.rendering.deferred import render_deferred
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.march import LengthUnit, March, Quadrature
@@ -101,7 +102,7 @@ class Renderer:
 
     def chunk_on(self, device: torch.device) -> int:
         """Return how many points are decoded at a time on a device."""
-        return self.chunk or (32768 if device.type == "cpu" else 262144)
+        return self.chunk or points_per_chunk(device)
 
     def rays(
         self, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import indexed
 from lrm_pl.training.holder import Holder
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import Part, whole
@@ -124,8 +125,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         """This process's device; DeepSpeed wants an index on a CPU too."""
-        device = super().root_device
-        return torch.device("cpu", 0) if device.type == "cpu" else device
+        return indexed(super().root_device)
 
     def setup_environment(self) -> None:
         """Start the process group; on a CPU too, which Lightning's own refuses."""

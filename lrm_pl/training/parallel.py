@@ -15,6 +15,7 @@ from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import collective_device
 from lrm_pl.models.lrm import LRM
 
 
@@ -112,8 +113,7 @@ def require_equal_weights(module: nn.Module) -> None:
         return
     # A sum a parameter, on the device that the process group speaks.
     sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    bounds = torch.stack([sums, -sums]).to(device)
+    bounds = torch.stack([sums, -sums]).to(collective_device())
     torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
     if not torch.equal(bounds[0], -bounds[1]):
         raise InputError(

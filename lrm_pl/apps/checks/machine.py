@@ -11,6 +11,7 @@ import torch
 
 from lrm_pl.apps.checks.finding import Finding
 from lrm_pl.apps.checks.wanted import Wanted
+from lrm_pl.kernels.device import num_visible_gpus
 
 GB = 1 << 30
 
@@ -28,7 +29,7 @@ def processors(wanted: Wanted) -> Finding:
 
 def gpus(wanted: Wanted) -> Finding:
     """Count the GPUs that torch sees."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = num_visible_gpus()
     found = "none"
     if count:
         devices = [torch.cuda.get_device_properties(index) for index in range(count)]
@@ -45,7 +46,7 @@ def gpus(wanted: Wanted) -> Finding:
 
 def bf16(wanted: Wanted) -> Finding:
     """Find whether bf16 products are made in hardware."""
-    if wanted.gpus and torch.cuda.is_available():
+    if wanted.gpus and num_visible_gpus():
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         path = Path("/proc/cpuinfo")

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import torch
 from jsonargparse import Namespace
 
 from lrm_pl.apps.parsed import parse_fit
@@ -12,6 +11,7 @@ from lrm_pl.data.mixture import DataSet
 from lrm_pl.io.artefacts import WeightName
 from lrm_pl.io.state_dicts import TIMM_NAMES
 from lrm_pl.io.weights import WeightSource
+from lrm_pl.kernels.device import num_visible_gpus, requires_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ def read_wanted(arguments: list[str]) -> Wanted:
     config = parse_fit(arguments)
     trainer, data = config["trainer"], config["data"]
     accelerator = trainer["accelerator"]
-    on_gpus = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-    processes = process_count(trainer["devices"], torch.cuda.device_count() if on_gpus else 1)
+    on_gpus = requires_gpu(accelerator) or num_visible_gpus(accelerator) > 0
+    processes = process_count(trainer["devices"], num_visible_gpus(accelerator) if on_gpus else 1)
     return Wanted(
         nodes=trainer["num_nodes"],
         processes=processes,

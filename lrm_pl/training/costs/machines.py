@@ -7,6 +7,8 @@ import time
 import torch
 from torch.nn import functional as F
 
+from lrm_pl.kernels.device import on_cpu, on_cuda
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
@@ -82,7 +84,7 @@ def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the bf16 operations a second that a device can do at most; None for a GPU that the table lacks."""
-    if device.type == "cpu":
-        return cpu_flops()
-    gpu = gpu_of_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if not on_cuda(device):
+        return cpu_flops() if on_cpu(device) else None
+    gpu = gpu_of_name(torch.cuda.get_device_name(device))
     return None if gpu is None else gpu.flops

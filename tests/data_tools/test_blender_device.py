@@ -1,0 +1,59 @@
+from types import SimpleNamespace
+
+import pytest
+
+from data_tools.blender_device import choose_device, cycles_device
+
+
+class Preferences:
+    """Cycles' preferences as Blender offers them: unknown kinds raise TypeError, CPUs are listed beside GPUs."""
+
+    def __init__(self, known, present):
+        self.known, self.present, self.kind = known, present, "NONE"
+
+    @property
+    def compute_device_type(self):
+        return self.kind
+
+    @compute_device_type.setter
+    def compute_device_type(self, kind):
+        if kind not in {*self.known, "NONE"}:
+            raise TypeError(f"enum {kind!r} not found")
+        self.kind = kind
+
+    def get_devices_for_type(self, kind):
+        return [d for d in self.present if d.type in (kind, "CPU")] if kind in self.kinds else []
+
+    @property
+    def kinds(self):
+        return {d.type for d in self.present}
+
+
+def device(kind):
+    return SimpleNamespace(type=kind, use=True)
+
+
+@pytest.mark.parametrize(
+    ("known", "present", "chosen"),
+    [
+        (("OPTIX", "CUDA"), ("CUDA", "OPTIX", "CPU"), "optix"),
+        (("CUDA",), ("CUDA", "OPTIX", "CPU"), "cuda"),
+        (("OPTIX", "CUDA", "HIP"), ("HIP", "CPU"), "hip"),
+        (("OPTIX", "CUDA"), ("CPU",), "cpu"),
+        ((), (), "cpu"),
+    ],
+)
+def test_cycles_renders_on_all_gpus_of_the_fastest_kind_and_never_on_the_cpu_beside_them(
+    known, present, chosen
+):
+    devices = [device(kind) for kind in present]
+    preferences = Preferences(known, devices)
+    assert choose_device(preferences) == chosen
+    if chosen == "cpu":
+        assert preferences.compute_device_type == "NONE"
+        assert cycles_device(chosen) == "CPU"
+        return
+    assert preferences.compute_device_type == chosen.upper()
+    offered = preferences.get_devices_for_type(chosen.upper())
+    assert {d.type for d in offered if d.use} == {chosen.upper()}
+    assert cycles_device(chosen) == "GPU"

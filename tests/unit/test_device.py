@@ -1,0 +1,83 @@
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrm_pl.errors import InputError
+from lrm_pl.kernels import device
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Where devices may be compared: PyTorch's in one file, Blender's in another.
+ALLOWED = {"lrm_pl/kernels/device.py", "data_tools/blender_device.py"}
+
+DEVICE_TYPES = {"cpu", "cuda", "mps", "xpu", "hip"}
+
+
+def device_comparisons(source):
+    """Yield the line of every comparison of a device, and of every question whether CUDA is there."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+            constants = {c.value for o in operands for c in ast.walk(o) if isinstance(c, ast.Constant)}
+            attributes = {o.attr for o in operands if isinstance(o, ast.Attribute)}
+            if constants & DEVICE_TYPES or "device" in attributes:
+                yield node.lineno
+        if isinstance(node, ast.Attribute) and node.attr in {"is_cuda", "is_cpu", "is_available"}:
+            if node.attr != "is_available" or "cuda" in ast.unparse(node.value):
+                yield node.lineno
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("x.device.type == 'cpu'", True),
+        ("kind in ('gpu', 'cuda')", True),
+        ("a.device != b.device", True),
+        ("torch.cuda.is_available()", True),
+        ("x.is_cuda", True),
+        ("torch.distributed.is_available()", False),
+        ("node.type == 'TEX_IMAGE'", False),
+    ],
+)
+def test_a_device_comparison_is_recognized(line, found):
+    assert bool(list(device_comparisons(line))) is found
+
+
+def test_devices_are_compared_in_one_file_only():
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for package in ("lrm_pl", "data_tools")
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if str(path.relative_to(ROOT)) not in ALLOWED
+        for line in device_comparisons(path.read_text())
+    ]
+    assert not found
+
+
+def test_emptying_the_host_types_sends_cpu_tensors_to_the_accelerators_branches(monkeypatch):
+    assert device.on_cpu(torch.zeros(1))
+    assert device.num_threads(torch.device("cpu")) == torch.get_num_threads()
+    monkeypatch.setattr(device, "HOST_TYPES", frozenset())
+    assert not device.on_cpu(torch.zeros(1))
+    assert not device.on_cpu(torch.device("cpu"))
+    assert device.num_threads(torch.device("cpu")) == 1
+    assert device.points_per_chunk(torch.device("cpu")) == 262144
+
+
+def test_every_process_of_a_node_gets_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)
+    assert device.choose_device("auto", local_rank=2) == torch.device("cuda:2")
+    assert device.choose_device("cuda", local_rank=5) == torch.device("cuda:1")
+    assert device.choose_device("cuda:3", local_rank=1) == torch.device("cuda:3")
+    assert device.num_visible_gpus("cpu") == 0
+    assert device.num_visible_gpus("auto") == device.num_visible_gpus("gpu") == 4
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:99", "nonsense"])
+def test_a_device_that_is_not_here_is_refused_by_name(name):
+    with pytest.raises(InputError, match=name):
+        device.choose_device(name)
