@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrm_pl.callbacks.view_logger import view_row, write_png
-from lrm_pl.data.batch import Batch
+from lrm_pl.data.batch import Batch, PackedBatch
 from lrm_pl.data.datamodule import EVALUATION_SETS, ShardDataModule
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -104,7 +104,7 @@ def print_report(
     return reports
 
 
-def average(batches: Iterable[Batch], trainer: L.Trainer | None = None) -> Float[Tensor, "3 H W"]:
+def average(batches: Iterable[PackedBatch], trainer: L.Trainer | None = None) -> Float[Tensor, "3 H W"]:
     """Average all target views, in the size of the first: the best answer of someone who has not seen the object.
 
     Args:
@@ -112,7 +112,8 @@ def average(batches: Iterable[Batch], trainer: L.Trainer | None = None) -> Float
         trainer: Where given, the average is over all its processes.
     """
     total, count = torch.zeros(()), torch.zeros(())
-    for batch in batches:
+    for packed in batches:
+        batch = packed.to("cpu")
         images = batch.target.images[batch.weight > 0].flatten(0, 1)
         if total.ndim:
             images = _resized(images, total)
@@ -135,7 +136,7 @@ def _resized(images: Float[Tensor, "*n 3 H W"], like: Float[Tensor, "*m 3 h w"])
 @torch.inference_mode()
 def measure(
     module: LRMModule,
-    batches: Iterable[Batch],
+    batches: Iterable[PackedBatch],
     perceptual: PerceptualLoss,
     mean_image: Float[Tensor, "3 H W"],
     objects: int,
@@ -152,8 +153,8 @@ def measure(
     metrics = {name: ImageMetrics(perceptual).to(module.device) for name in ("model", *baselines)}
     rows: list[Tensor] = []
     views = 0
-    for cpu_batch in batches:
-        batch = cpu_batch.to(module.device)
+    for packed in batches:
+        batch = packed.to(module.device)
         views = batch.target.images.shape[1]
         prediction = module.validation_step(batch, 0)
         if not batch.weight.all():

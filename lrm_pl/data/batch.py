@@ -1,13 +1,12 @@
-"""What a training step receives: views of B objects, as dataclasses of tensors.
+"""Batches: ``collate`` packs items as bytes (``PackedBatch``), a step receives them as views (``Batch``).
 
-They are not frozen: Lightning rebuilds dataclasses field by field when it casts a batch, and refuses frozen ones.
+The dataclasses are not frozen: Lightning rebuilds them field by field when it casts or moves a batch.
 """
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -15,12 +14,19 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import on_cuda
 from lrm_pl.kernels.views import over_white
 
 Ids = tuple[str, ...]
 
 #: What was wrong with the samples in whose place each object stands.
 Faults = tuple[tuple[str, ...], ...]
+
+#: Dtype and shape of each tensor in a block.
+Layout = list[tuple[torch.dtype, tuple[int, ...]]]
+
+#: Bytes that the start of each tensor in a block is a multiple of: what vectorized loads expect, of any dtype.
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass
@@ -48,12 +54,6 @@ class Views:
         """Height and width of the images."""
         return self.images.shape[-2], self.images.shape[-1]
 
-    def to(self, device: torch.device | str) -> "Views":
-        """Move all tensors."""
-        jitter = None if self.jitter is None else self.jitter.to(device)
-        images, alpha, background = self.images.to(device), self.alpha.to(device), self.background.to(device)
-        return Views(images, alpha, background, self.c2w.to(device), self.fxfycxcy.to(device), jitter)
-
 
 @dataclasses.dataclass
 class Batch:
@@ -72,11 +72,6 @@ class Batch:
     target: Views
     weight: Float[Tensor, "*B"]
     faults: Faults = ()
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Move all tensors (Lightning calls this)."""
-        input_views, target = self.input.to(device), self.target.to(device)
-        return Batch(self.ids, input_views, target, self.weight.to(device), self.faults)
 
 
 @dataclasses.dataclass
@@ -99,9 +94,10 @@ class WholeViews:
         return self.rgba.shape[-3], self.rgba.shape[-2]
 
     def over_white(self) -> Views:
-        """Lay them over white."""
+        """Lay them over white, on the device that they are on."""
         images, alpha = over_white(self.rgba)
-        return Views(images, alpha, torch.ones(*self.rgba.shape[:-3], 3), self.c2w, self.fxfycxcy)
+        background = torch.ones(*self.rgba.shape[:-3], 3, device=self.rgba.device)
+        return Views(images, alpha, background, self.c2w, self.fxfycxcy)
 
 
 @dataclasses.dataclass
@@ -123,30 +119,42 @@ class Item:
     faults: Faults = ()
 
 
-class Parcel:
-    """A batch on its way from a worker: all its numbers in one piece of shared memory. It arrives as a ``Batch``.
+@dataclasses.dataclass
+class PackedBatch:
+    """A batch in one block of memory, with whole views as bytes: one shared-memory file, one pinning, one copy.
 
-    A tensor alone costs a file, a message and two mappings; and white is laid behind whole views on arrival.
+    Attributes:
+        flat: (N) the block.
+        layout: Dtype and shape of each tensor in the block, in the order of ``_tensors``.
+        whole: Whether the targets are whole views.
+        ids: Keys of the samples.
+        faults: As in ``Batch``.
     """
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        columns = list(zip(*map(_tensors, items), strict=True))
-        self.layout = [(column[0].dtype, (len(items), *column[0].shape)) for column in columns]
-        ends = list(itertools.accumulate(_bytes(*place) for place in self.layout))
-        # As PyTorch's own collate does: stacked where the other process reads it.
-        storage = torch.UntypedStorage._new_shared(ends[-1])  # type: ignore[no-untyped-call]
-        self.flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-        for place, column in zip(_cut(self.flat, self.layout), columns, strict=True):
-            torch.stack(column, out=place)
-        self.ids, self.faults, self.whole = *_names(items), isinstance(items[0].target, WholeViews)
+    flat: UInt8[Tensor, " N"]
+    layout: Layout
+    whole: bool
+    ids: Ids
+    faults: Faults
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Send the memory, and open it there."""
-        return _open, (self.flat, self.layout, self.whole, self.ids, self.faults)
+    def pin_memory(self) -> "PackedBatch":
+        """Copy the block to pinned memory; a DataLoader with ``pin_memory=True`` calls this."""
+        return dataclasses.replace(self, flat=self.flat.pin_memory())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy the block to a device and lay whole views over white there; Lightning calls this.
+
+        Copies to CUDA devices are asynchronous: a blocking copy would wait for everything queued before it.
+        """
+        device = torch.device(device)
+        flat = self.flat.to(device, non_blocking=on_cuda(device))
+        weight, rgba, c2w, fxfycxcy, *target = _unpack(flat, self.layout)
+        views = WholeViews(*target).over_white() if self.whole else Views(*target)
+        return Batch(self.ids, WholeViews(rgba, c2w, fxfycxcy).over_white(), views, weight, self.faults)
 
 
-def collate(items: Sequence[Item]) -> Batch | Parcel:
-    """Stack items to a batch; in a worker process to one that is sent well.
+def collate(items: Sequence[Item]) -> PackedBatch:
+    """Stack items to a batch; in a worker process in shared memory.
 
     Raises:
         InputError: Items whose images differ in size.
@@ -163,51 +171,36 @@ def collate(items: Sequence[Item]) -> Batch | Parcel:
                 f"expected {part} views of one shape in a batch, found {which}; render all objects with the same RES "
                 "and VIEWS, leave out those that differ, or use a batch size of 1"
             )
-    if get_worker_info() is not None:
-        return Parcel(items)
-    tensors = [torch.stack(column) for column in zip(*map(_tensors, items), strict=True)]
-    return _batch(tensors, isinstance(items[0].target, WholeViews), *_names(items))
+    columns = list(zip(*map(_tensors, items), strict=True))
+    layout = [(column[0].dtype, (len(items), *column[0].shape)) for column in columns]
+    size = _offsets(layout)[-1]
+    if get_worker_info() is None:
+        flat = torch.empty(size, dtype=torch.uint8)
+    else:  # as PyTorch's own collate does: stacked where the other process reads it
+        storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    for tensor, column in zip(_unpack(flat, layout), columns, strict=True):
+        torch.stack(column, out=tensor)
+    ids = tuple(key for item in items for key in item.ids)
+    faults = tuple(met for item in items for met in item.faults)
+    return PackedBatch(flat, layout, isinstance(items[0].target, WholeViews), ids, faults)
 
 
 def _tensors(item: Item) -> list[Tensor]:
-    """List the numbers of an item; bytes last, so that all lie on multiples of their size."""
-    target, whole = item.target, item.input
-    if isinstance(target, WholeViews):
-        numbers, pixels = [target.c2w, target.fxfycxcy], [target.rgba]
-    else:
-        numbers, pixels = [target.images, target.alpha, target.background, target.c2w, target.fxfycxcy], []
-        numbers += [] if target.jitter is None else [target.jitter]
-    return [item.weight, whole.c2w, whole.fxfycxcy, *numbers, *pixels, whole.rgba]
+    """List the tensors of an item, those of views in the order of their fields."""
+    views = (*vars(item.input).values(), *vars(item.target).values())
+    return [item.weight, *(tensor for tensor in views if tensor is not None)]
 
 
-def _batch(tensors: Sequence[Tensor], whole: bool, ids: Ids, faults: Faults) -> Batch:
-    """Undo ``_tensors``."""
-    weight, c2w, fxfycxcy, *target, rgba = tensors
-    views = WholeViews(target[2], target[0], target[1]).over_white() if whole else Views(*target)
-    return Batch(ids, WholeViews(rgba, c2w, fxfycxcy).over_white(), views, weight, faults)
+def _offsets(layout: Layout) -> list[int]:
+    """Return the byte at which each tensor of a block starts, and the size of the block."""
+    sizes = (math.prod(shape) * dtype.itemsize for dtype, shape in layout)
+    return [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
 
 
-def _names(items: Sequence[Item]) -> tuple[Ids, Faults]:
-    return tuple(key for item in items for key in item.ids), tuple(
-        met for item in items for met in item.faults
-    )
-
-
-def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _cut(flat: Tensor, layout: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
-    """Lay tensors out one after the other in flat bytes."""
-    ends = list(itertools.accumulate(_bytes(*place) for place in layout))
-    starts = [0, *ends[:-1]]
+def _unpack(flat: Tensor, layout: Layout) -> list[Tensor]:
+    """Return the tensors of a block, as views of it."""
     return [
-        flat[start:end].view(dtype).view(shape)
-        for start, end, (dtype, shape) in zip(starts, ends, layout, strict=True)
+        flat[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        for start, (dtype, shape) in zip(_offsets(layout), layout, strict=False)
     ]
-
-
-def _open(
-    flat: Tensor, layout: Sequence[tuple[torch.dtype, tuple[int, ...]]], whole: bool, ids: Ids, faults: Faults
-) -> Batch:
-    return _batch(_cut(flat, layout), whole, ids, faults)

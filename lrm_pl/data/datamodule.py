@@ -1,12 +1,12 @@
 """The LightningDataModule over a folder of shards."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast, final
+from typing import Any, final
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from lrm_pl.data.batch import Batch, collate
+from lrm_pl.data.batch import Batch, PackedBatch, collate
 from lrm_pl.data.cache import CacheConfig
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import Split
@@ -14,6 +14,7 @@ from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage
 from lrm_pl.data.workers import outlive_stop_signals, start_method
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import on_cuda
 
 #: What the two validation loaders hold, in their order.
 EVALUATION_SETS = ("unseen", "heldout")
@@ -125,7 +126,7 @@ class ShardDataModule(L.LightningDataModule):
         """Go on after ``step`` optimiser steps, at position g; batch size, processes and workers may have changed."""
         self._step, self._position = step, position
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
         """Make the loader of what is left of the run.
 
         Raises:
@@ -146,33 +147,27 @@ class ShardDataModule(L.LightningDataModule):
             self._step,
             self._position,
         )
-        return DataLoader(
-            cast(Dataset[Any], stream),  # what it yields is a batch when it arrives
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=outlive_stop_signals,
-            multiprocessing_context=start_method(self.workers),
-        )
+        return self._loader(stream, batch_size=None)
 
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
+    def val_dataloader(self) -> list[DataLoader[PackedBatch]]:
         """Make the loaders of ``EVALUATION_SETS``, one object a batch; "heldout" may be empty."""
         return [self.evaluation_loader("unseen"), self.evaluation_loader("heldout")]
 
-    def test_dataloader(self) -> list[DataLoader[Batch]]:
+    def test_dataloader(self) -> list[DataLoader[PackedBatch]]:
         """Serve ``lrm test`` with the same two sets."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> DataLoader[PackedBatch]:
         """Serve ``lrm predict`` with the held-out objects."""
         return self.evaluation_loader("heldout")
 
-    def evaluation_loader(self, name: str, limit: int | None = None) -> DataLoader[Batch]:
+    def evaluation_loader(self, name: str, limit: int | None = None) -> DataLoader[PackedBatch]:
         """Make one evaluation loader by its name in ``EVALUATION_SETS``, of at most ``limit`` objects."""
         splits: dict[str, Split] = {"unseen": "train", "heldout": "val"}
         views = slice(-self.unseen_views, None) if self.unseen_views else slice(0)
         return self._evaluation_loader(splits[name], views, limit)
 
-    def training_views_loader(self, limit: int | None = None) -> DataLoader[Batch]:
+    def training_views_loader(self, limit: int | None = None) -> DataLoader[PackedBatch]:
         """Make a loader of the training views of the training objects, whole, of at most ``limit`` objects."""
         return self._evaluation_loader("train", slice(-self.unseen_views or None), limit)
 
@@ -180,17 +175,23 @@ class ShardDataModule(L.LightningDataModule):
         """Read the input views of a few training objects, without a process of its own: ``measure_setup`` asks."""
         views = slice(min(self.input_pool or _SETUP_VIEWS, _SETUP_VIEWS))
         few = EvaluationSet(self.mixture, "train", self.inputs, views, _SETUP_OBJECTS)
-        return (cast(Batch, collate([item])) for item in few.readable())
+        return (collate([item]).to("cpu") for item in few.readable())
 
-    def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[Batch]:
+    def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[PackedBatch]:
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
         items = EvaluationSet(self.mixture, split, self.inputs, views, limit, rank, world)
+        # Each validation iterates anew: its workers wait for the next one.
+        return self._loader(items, batch_size=1, collate_fn=collate, persistent_workers=self.workers > 0)
+
+    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[PackedBatch]:  # noqa: ANN401 - DataLoader's
+        """Make a loader with this run's workers; batches are pinned where they are copied to a CUDA device."""
+        assert self.trainer is not None
         return DataLoader(
-            cast(Dataset[Any], items),
-            batch_size=1,
-            collate_fn=collate,
+            dataset,
             num_workers=self.workers,
             worker_init_fn=outlive_stop_signals,
             multiprocessing_context=start_method(self.workers),
+            pin_memory=on_cuda(self.trainer.strategy.root_device),
+            **options,
         )

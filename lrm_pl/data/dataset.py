@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lrm_pl.data.batch import Batch, Item, Parcel, collate
+from lrm_pl.data.batch import Item, PackedBatch, collate
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.mixture import Mixture
 from lrm_pl.data.schema import SampleError
@@ -66,7 +66,7 @@ class Share:
         return range(first + self.rank, first + run, self.world)
 
 
-class TrainingStream(IterableDataset[Batch | Parcel]):
+class TrainingStream(IterableDataset[PackedBatch]):
     """This process's share of the global sequence (``lrm_pl.data.shards``), from position ``position`` on.
 
     Worker k of K makes the whole batches k, k + K, ... counted from there, so the order does not depend on K.
@@ -116,7 +116,7 @@ class TrainingStream(IterableDataset[Batch | Parcel]):
         """Return the number of batches; the same on every rank."""
         return self.steps * self.share.accumulate
 
-    def __iter__(self) -> Iterator[Batch | Parcel]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         """Yield collated batches."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)

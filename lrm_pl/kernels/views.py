@@ -1,7 +1,8 @@
-"""Views from bytes to floats, on a CPU: contracts, plain twins, and which body serves.
+"""Views from bytes to floats: contracts, plain twins, and which implementation runs.
 
-``over_white`` gives a whole view; ``resized_window`` a window of the resized view, without the rest of it. Resizing is
-of premultiplied colours, with pixel centres at + 0.5 and antialiased, so that intrinsics divided by the size stay true.
+``over_white`` gives a whole view, on any device; ``resized_window`` a window of the resized view, without the rest of
+it, on a CPU. Resizing is of premultiplied colours, with pixel centres at + 0.5 and antialiased, so that intrinsics
+divided by the size stay true.
 """
 
 import numpy as np
@@ -11,16 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrm_pl.kernels import views_numba
+from lrm_pl.kernels.device import on_cpu
 
 RGBA = UInt8[np.ndarray, "H W 4"]
 
 
 def over_white(rgba: UInt8[Tensor, "*B H W 4"]) -> tuple[Float[Tensor, "*B 3 H W"], Float[Tensor, "*B H W"]]:
-    """Lay views with straight alpha over white; the very bits of ``over_white_plain``.
+    """Lay views with straight alpha over white; bit-equal to ``over_white_plain``.
 
     Returns:
         Colours and alpha, in [0, 1].
     """
+    if not on_cpu(rgba):
+        return over_white_plain(rgba)
     *several, height, width, _ = rgba.shape
     images, alpha = torch.empty(*several, 3, height, width), torch.empty(*several, height, width)
     flat = rgba.contiguous().view(-1, height, width, 4).numpy()
@@ -34,9 +38,10 @@ def over_white_plain(
     rgba: UInt8[Tensor, "*B H W 4"],
 ) -> tuple[Float[Tensor, "*B 3 H W"], Float[Tensor, "*B H W"]]:
     """Compute ``over_white`` as written."""
-    view = rgba.movedim(-1, -3).float() / 255
+    # Divided by a tensor on the device: by a number of the host, CUDA would multiply with the rounded reciprocal.
+    view = rgba.movedim(-1, -3).contiguous().float() / torch.full((), 255.0, device=rgba.device)
     colours, alpha = view[..., :3, :, :], view[..., 3:, :, :]
-    return colours * alpha + (1 - alpha), alpha.squeeze(-3)
+    return colours * alpha + (1 - alpha), alpha.squeeze(-3).contiguous()
 
 
 def resized_window(rgba: RGBA, side: int, top: int, left: int, size: int) -> Float[Tensor, "4 size size"]:

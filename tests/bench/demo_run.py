@@ -53,7 +53,7 @@ def fit_on_kept_batches(cli: LRMCLI, callback: L.Callback) -> None:
     data, steps = cli.datamodule, cli.trainer.max_steps
     data.setup("fit")
     data.trainer = cli.trainer
-    batches = [batch for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
+    batches = [batch.to("cpu") for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
     data.train_dataloader = lambda: DataLoader(Kept(batches, steps), batch_size=None)
     cli.trainer.callbacks.append(callback)
     cli.trainer.fit(cli.model, data)

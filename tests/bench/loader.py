@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from lrm_pl.data.batch import PackedBatch
 from lrm_pl.data.dataset import Share, TrainingStream
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.schema import decode_image
@@ -94,9 +95,10 @@ def stream(shards: Path) -> TrainingStream:
 
 
 def rate(dataset: Dataset, workers: int) -> float:
-    """Return samples a second, after some batches."""
+    """Return samples a second, after some batches; ours as a step on a CPU receives them."""
     batched = None if isinstance(dataset, IterableDataset) else BATCH
-    batches = iter(DataLoader(dataset, batch_size=batched, num_workers=workers))
+    loader = DataLoader(dataset, batch_size=batched, num_workers=workers)
+    batches = (batch.to("cpu") if isinstance(batch, PackedBatch) else batch for batch in loader)
     for _ in itertools.islice(batches, WARM):
         pass
     start = time.perf_counter()

@@ -33,7 +33,7 @@ def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_c
     cli.trainer.fit(cli.model, cli.datamodule)
     seconds = time.perf_counter() - start
     items = EvaluationSet(cli.datamodule.mixture, "train", 1, slice(12))
-    batch = collate([next(iter(items))])
+    batch = collate([next(iter(items))]).to("cpu")
     with torch.inference_mode():
         pictures = cli.model.eval().validation_step(batch, 0).images.flatten(0, 1)
     truth = batch.target.images.flatten(0, 1)

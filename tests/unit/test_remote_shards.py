@@ -61,7 +61,7 @@ def items(folder, cache=CacheConfig(), steps=12):  # noqa: B008 - frozen
     """The batches of three epochs of four objects, one at a time."""
     augmentation, mixture = Augmentation(CropConfig(16, 32, 16)), Mixture([DataSet(str(folder))], cache)
     stream = TrainingStream(mixture, Share(1), 1, 2, 2, None, augmentation, 0, 2, steps)
-    return list(stream)
+    return [batch.to("cpu") for batch in stream]
 
 
 def require_equal(found, expected):

@@ -193,7 +193,7 @@ def test_windows_grow_at_the_step_that_the_config_says_wherever_a_run_is_resumed
             step,
             position,
         )
-        return [batch.target.size[0] for batch in stream]
+        return [batch.to("cpu").target.size[0] for batch in stream]
 
     assert sizes(7, 0, 0) == [8, 8, 8, 16, 16, 32, 32]
     assert sizes(4, 3, 12) == [16, 16, 32, 32], "the position has seen batches of another size"

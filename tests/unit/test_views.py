@@ -1,15 +1,10 @@
-"""Views from bytes to floats: the kernels against their plain twins; a batch that a worker sends."""
+"""Views from bytes to floats: the kernels against their plain twins."""
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from lrm_pl.data.batch import collate
-from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
-from lrm_pl.data.mixture import DataSet, Mixture
-from lrm_pl.data.transforms import Augmentation, CropConfig
+from lrm_pl.kernels import device, views_numba
 from lrm_pl.kernels.views import over_white, over_white_plain, resized_window, resized_window_plain
 
 
@@ -49,48 +44,11 @@ def test_a_resized_window_is_cut_out_of_what_its_twin_resizes(height, width, sid
         assert (found - expected).abs().max() <= 3e-7
 
 
-def stream(folder, steps, size=16):
-    crop = Augmentation(CropConfig(size, 32, size))
-    return TrainingStream(Mixture([DataSet(str(folder))]), Share(2), 1, 3, 2, None, crop, 0, 4, steps)
-
-
-def same(one, other):
-    for part in ("input", "target"):
-        for name, tensor in vars(getattr(one, part)).items():
-            found = getattr(getattr(other, part), name)
-            assert found is tensor is None or torch.equal(found, tensor), (part, name)
-    assert torch.equal(one.weight, other.weight)
-    assert (one.ids, one.faults) == (other.ids, other.faults)
-
-
-def test_a_batch_arrives_from_a_worker_as_it_is_made_here(shards):
-    alone = list(DataLoader(stream(shards, 4), batch_size=None))
-    sent = list(DataLoader(stream(shards, 4), batch_size=None, num_workers=2))
-    for one, other in zip(alone, sent, strict=True):
-        same(one, other)
-        storages = {tensor.untyped_storage().data_ptr() for tensor in vars(other.target).values()}
-        assert len(storages) == 1, "one piece of memory"
-
-
-def test_an_evaluation_set_arrives_from_a_worker_as_it_is_made_here(shards):
-    items = EvaluationSet(Mixture([DataSet(str(shards))]), "train", 1, slice(-2, None))
-    alone, sent = (list(DataLoader(items, collate_fn=collate, num_workers=count)) for count in (0, 1))
-    assert len(alone) == len(items)
-    for one, other in zip(alone, sent, strict=True):
-        same(one, other)
-
-
-def test_the_memory_of_a_worker_stays_flat_over_eighty_epochs(shards):
-    steps = 160  # of two objects; the split has four
-    # Spawned: a fork's memory also grows by the pages that it shared with these tests.
-    loader = DataLoader(
-        stream(shards, steps), batch_size=None, num_workers=1, multiprocessing_context="spawn"
-    )
-    batches, held = iter(loader), []
-    worker = psutil.Process(batches._workers[0].pid)
-    for number in range(steps):
-        next(batches)
-        if number % 15 == 0:
-            held.append(worker.memory_full_info().uss)
-    assert len(held) == 11
-    assert max(held[3:]) - held[3] < 2e6, held
+def test_an_accelerator_gets_the_bits_and_the_layout_that_a_cpu_gets(monkeypatch):
+    rgba = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (2, 3, 5, 7, 4), dtype=np.uint8))
+    expected = over_white(rgba)
+    monkeypatch.setattr(device, "HOST_TYPES", frozenset())
+    monkeypatch.delattr(views_numba, "over_white")
+    for found, wanted in zip(over_white(rgba), expected, strict=True):
+        assert torch.equal(found, wanted)
+        assert found.stride() == wanted.stride()
