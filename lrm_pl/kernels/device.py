@@ -6,6 +6,9 @@ accelerator go through ``on_cpu``, so that tests can run the accelerator's branc
 """
 
 import contextlib
+import importlib.util
+import os
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,13 +19,27 @@ from torch.profiler import ProfilerActivity
 from lrm_pl.errors import InputError
 
 #: Device types served by the CPU implementations.
-HOST_TYPES = {"cpu"}
+HOST_TYPES: Container[str] = frozenset({"cpu"})
 
 
 def on_cpu(where: Tensor | torch.device) -> bool:
     """Return whether the CPU implementation of an operation applies to a tensor or device."""
     device = where.device if isinstance(where, Tensor) else where
     return device.type in HOST_TYPES
+
+
+@contextlib.contextmanager
+def as_accelerator() -> Iterator[None]:
+    """Run CPU tensors, real or fake, through the branches of accelerators, for the whole process.
+
+    The cost estimate of a GPU's step and the tests of those branches use it.
+    """
+    global HOST_TYPES
+    before, HOST_TYPES = HOST_TYPES, frozenset()
+    try:
+        yield
+    finally:
+        HOST_TYPES = before
 
 
 def on_cuda(device: torch.device) -> bool:
@@ -43,6 +60,108 @@ def points_per_chunk(device: torch.device) -> int:
 def synchronize(device: torch.device) -> None:
     """Wait for all work queued on a device."""
     torch.get_device_module(device).synchronize()
+
+
+def record_event(device: torch.device) -> torch.cuda.Event:
+    """Return a timing event in the current stream of a device of ``torch.cuda``."""
+    module = torch.get_device_module(device)
+    event: torch.cuda.Event = module.Event(enable_timing=True)
+    event.record(module.current_stream(device))
+    return event
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute float32 convolutions and matrix products in float32, for the whole process; restored on exit.
+
+    By default, PyTorch lets cuDNN round the factors of float32 convolutions to TF32's 10 bits of mantissa on GPUs of
+    compute capability 8.0 and higher.
+    """
+    # The switches that Lightning and PyTorch's compiler read; reading them raises once conv.fp32_precision is set.
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    if products != "highest":  # setting it again would not be the same: the precision of oneDNN is set with it
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        if products != "highest":
+            torch.set_float32_matmul_precision(products)
+
+
+def host_buffer(tensor: Tensor) -> Tensor:
+    """Return an uninitialized CPU tensor (or DTensor) to copy ``tensor`` into; pinned if that is on CUDA."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=on_cuda(tensor.device))
+
+
+class HostCopy:
+    """A copy of a tensor's numbers on the host: making it does not wait for the device, reading it does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._buffer = host_buffer(tensor).copy_(tensor.detach(), non_blocking=True)
+        self._copied = torch.get_device_module(tensor.device).Event()
+        self._copied.record()
+
+    def numbers(self) -> list[float]:
+        """Return the numbers, once they have arrived."""
+        self._copied.synchronize()
+        return self._buffer.tolist()
+
+
+class CopyStream:
+    """A stream on which tensors are copied to the host while the current stream goes on; a no-op stream on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._module = torch.get_device_module(device)
+        self._stream = self._module.Stream()
+
+    @contextlib.contextmanager
+    def after_current(self) -> Iterator[None]:
+        """Queue work on this stream, after what the current stream has queued so far."""
+        self._stream.wait_stream(self._module.current_stream())
+        with self._module.stream(self._stream):
+            yield
+
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        """Queue a copy."""
+        into.copy_(source, non_blocking=True)
+
+    def hold_back_current(self) -> None:
+        """Make what the current stream queues from now on wait for the copies; the host does not wait."""
+        self._module.current_stream().wait_stream(self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until the copies are complete."""
+        self._module.synchronize() if self._stream is None else self._stream.synchronize()
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Return why Triton kernels cannot run on a device; None where they can.
+
+    Their products are bfloat16 on tensor cores, which GPUs have from compute capability 8.0 on. Triton's interpreter
+    (``TRITON_INTERPRET=1`` when the process starts) runs them on CPU tensors, for tests.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not on_cuda(device):
+        return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return (
+        None if major >= 8 else f"compute capability 8.0 or higher is required, this GPU has {major}.{minor}"
+    )
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Return how many programs of a kernel run at the same time; 3 where Triton interprets them."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if on_cuda(device) else 3
+
+
+def l2_cache_bytes(device: torch.device) -> int:
+    """Return the size of a GPU's L2 cache; that of an A100 where Triton interprets kernels."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if on_cuda(device) else 40 * 2**20
 
 
 def launch_guard(device: torch.device) -> AbstractContextManager[Any]:

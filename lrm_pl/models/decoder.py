@@ -78,7 +78,14 @@ class NeRFDecoder(nn.Module):
             weights = (first.weight, first.bias, *weights)
         reduce: Literal["sum", "concat"] = "sum" if self.fold else "concat"
         return TriplaneField(
-            planes.float().contiguous(), weights, self.decode, self.density, reduce, triplane.axes
+            planes.float().contiguous(),
+            weights,
+            self.decode,
+            self.density,
+            self.color,
+            self.activation,
+            reduce,
+            triplane.axes,
         )
 
     def decode(
@@ -89,6 +96,11 @@ class NeRFDecoder(nn.Module):
         Returns:
             Raw density, which ``density`` makes positive, and colour; float32.
         """
+        x = self.mlp(features, weights)
+        return x[:, 0], self.color(x[:, 1:])
+
+    def mlp(self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]) -> Float[Tensor, "Q 4"]:
+        """Return raw density and color logits, float32; see ``decode``."""
         if torch.is_autocast_enabled(features.device.type):
             # The products would round it anyway; half as wide it passes through the first activation twice as fast.
             features = features.to(torch.get_autocast_dtype(features.device.type))
@@ -99,9 +111,11 @@ class NeRFDecoder(nn.Module):
         x = activation(x, self.activation)
         for weight, bias in zip(weights[:-2:2], weights[1:-2:2], strict=True):
             x = linear_activated(x, weight, bias, self.activation)
-        x = F.linear(x, *weights[-2:]).float()
-        margin = self.colour_margin
-        return x[:, 0], torch.sigmoid(x[:, 1:]) * (1 + 2 * margin) - margin
+        return F.linear(x, *weights[-2:]).float()
+
+    def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:
+        """Map color logits to colors: a sigmoid, widened by the margin."""
+        return torch.sigmoid(logits) * (1 + 2 * self.colour_margin) - self.colour_margin
 
     def density(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
         """Make raw density positive: density a scene unit, or a chord's length where the renderer counts in those."""

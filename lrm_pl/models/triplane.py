@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.conventions import MIRRORED_PLANES, PLANE_AXES, PlaneLayout
+from lrm_pl.kernels.linear import HiddenActivation
 from lrm_pl.kernels.triplane import (
     Axes,
     Reduce,
@@ -55,6 +56,8 @@ class TriplaneField:
         weights: What ``decoder`` needs besides features; differentiable.
         decoder: (features, weights) -> (raw density, rgb); pure.
         activation: raw density -> density a scene unit; pure.
+        color_activation: Color logits -> color; pure.
+        hidden_activation: Between the layers of the decoder's MLP.
         reduce: Whether features of the three planes are added up (folded) or concatenated.
         axes: Column axis and row axis of each plane.
     """
@@ -63,6 +66,8 @@ class TriplaneField:
     weights: tuple[Tensor, ...]
     decoder: Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
     activation: Callable[[Tensor], Tensor]
+    color_activation: Callable[[Tensor], Tensor]
+    hidden_activation: HiddenActivation
     reduce: Reduce
     axes: Axes
 
@@ -85,3 +90,7 @@ class TriplaneField:
     def activate(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
         """Turn raw density into density."""
         return self.activation(raw)
+
+    def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:
+        """Map color logits to colors."""
+        return self.color_activation(logits)

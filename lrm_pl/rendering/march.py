@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.decode_along_rays import NOTHING
 from lrm_pl.rendering.compositing import composite, sample_weights
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.sampling import importance, stratified, widened
@@ -20,8 +21,7 @@ Quadrature = Literal["bins", "midpoints"]
 #: The unit that density counts lengths in: scene units, or the part of the ray inside the bounds (TripoSR).
 LengthUnit = Literal["scene", "chord"]
 
-#: A raw density that no activation makes anything of, even after averaging with a large one.
-NOTHING = -1e4
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,8 @@ def stretches(
     else:
         sigma = activate(raw)
         delta = bin_edges(t, near, far).diff(dim=-1) if march.importance else chord / march.samples
-    return sigma, rgb, t, delta / chord if march.unit == "chord" else delta
+    # A ray that misses has a chord of length 0.
+    return sigma, rgb, t, delta / chord.clamp_min(_TINY) if march.unit == "chord" else delta
 
 
 def bin_edges(

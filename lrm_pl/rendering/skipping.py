@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrm_pl.kernels.decode_along_rays import NOTHING
 from lrm_pl.rendering.compositing import sample_weights
 from lrm_pl.rendering.deferred import Rays
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.march import NOTHING, March, stretches
+from lrm_pl.rendering.march import March, stretches
 from lrm_pl.rendering.occupancy import Occupancy
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.sampling import stratified

@@ -12,6 +12,7 @@ from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 from lrm_pl.kernels.device import points_per_chunk
 from lrm_pl.rendering.deferred import render_deferred
 from lrm_pl.rendering.field import Field
+from lrm_pl.rendering.fused import is_fused, render_fused
 from lrm_pl.rendering.march import LengthUnit, March, Quadrature
 from lrm_pl.rendering.occupancy import Occupancy
 from lrm_pl.rendering.output import Rendering
@@ -30,7 +31,8 @@ class Renderer:
         quadrature: What a sample stands for: its bin, or with its neighbour the stretch between them (OpenLRM).
         unit: What density counts lengths in: scene units, or the part of the ray inside the bounds (TripoSR).
         chunk: Points decoded at a time, never a matter of the result; null chooses by the device: 32768 fit a CPU's
-            cache, 262144 keep a GPU busy (fewer would leave it waiting for the next kernel to start).
+            cache, 262144 keep a GPU busy (fewer would leave it waiting for the next kernel to start), 2 M with
+            the fused decoder.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class Renderer:
         Returns:
             Pixels with rays of shape (B, V, H, W).
         """
-        flat = render_deferred(
-            field,
-            *self.rays(c2w, fxfycxcy, size),
-            None if jitter is None else jitter.float().flatten(1),
-            self.march,
-            self.chunk_on(c2w.device),
-        )
-        return _unflattened(flat, (*c2w.shape[:2], *size))
+        rays = self.rays(c2w, fxfycxcy, size)
+        noise = None if jitter is None else jitter.float().flatten(1)
+        shape = (*c2w.shape[:2], *size)
+        if not is_fused(field, c2w.device):
+            chunk = self.chunk_on(c2w.device)
+            return _unflattened(render_deferred(field, *rays, noise, self.march, chunk), shape)
+        grid = (c2w.shape[1] * size[0], size[1])
+        return _unflattened(render_fused(field, *rays, noise, self.march, grid, self.chunk), shape)
 
     def draw(
         self,

@@ -1,0 +1,264 @@
+"""Rendering with the fused decoder on GPUs: one operation for autograd, as in ``deferred``, over grids of pixels.
+
+``is_fused`` decides whether a field is rendered by ``kernels.decode_along_rays`` or by its own ``sample`` and
+``decode``. The fused decoder wants compact tiles of pixels, so rays that miss the bounds stay in their grid and are
+only marked. Its outputs, 16 bytes a sample, are kept for backward up to 2 GB, and computed again beyond: memory does not
+grow with the rendered area.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lrm_pl.kernels.decode_along_rays import (
+    WIDTHS,
+    PackedMLP,
+    accumulate_gradient,
+    decode_along_rays,
+    pack,
+    unpack,
+)
+from lrm_pl.kernels.device import on_cpu, triton_unavailable
+from lrm_pl.kernels.linear import HiddenActivation
+from lrm_pl.kernels.triplane import Axes, Reduce
+from lrm_pl.rendering.deferred import autocast_state
+from lrm_pl.rendering.field import Field
+from lrm_pl.rendering.march import Evaluate, March, march_rays
+from lrm_pl.rendering.output import Rendering
+
+logger = logging.getLogger(__name__)
+
+#: Points decoded at a time: what compositing holds of them is about half a GB.
+_POINTS = 2**21
+
+#: Bytes of decoded samples that are kept for backward.
+_KEPT_BYTES = 2**31
+
+
+@runtime_checkable
+class FusableField(Field, Protocol):
+    """A triplane with an MLP that the fused decoder can evaluate, if its sizes allow."""
+
+    axes: Axes
+    reduce: Reduce
+    hidden_activation: HiddenActivation
+
+    def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:
+        """Map color logits to colors; pure."""
+
+
+def is_fused(field: Field, device: torch.device) -> TypeGuard[FusableField]:
+    """Decide whether a field is rendered by the fused decoder; on an accelerator, log once why not."""
+    if on_cpu(device):
+        return False
+    reason = _reason_against(field, device)
+    if reason is not None:
+        _log_once(reason)
+    return reason is None
+
+
+def _reason_against(field: Field, device: torch.device) -> str | None:
+    if not isinstance(field, FusableField):
+        return "the field is no triplane with an MLP"
+    if field.reduce != "sum":
+        return "the decoder's first layer is not folded into the planes (decoder.fold)"
+    if (width := field.planes.shape[-1]) not in WIDTHS:
+        return f"decoder.width is {width}, the kernels support {', '.join(map(str, WIDTHS))}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its gradients are summed by atomic additions, and deterministic algorithms are required"
+    if _compute_dtype(device) == torch.float16:
+        return "it computes in bfloat16 or float32, not in float16"
+    return triton_unavailable(device)
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.info("rendering without the fused decoder: %s", reason)
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """Return autocast's type, float32 without autocast."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if enabled else torch.float32
+
+
+class PixelRays:
+    """Rays of B objects on grids of N rows of W pixels, in chunks of rows; holds no graph.
+
+    Args:
+        origins: Ray origins, row by row.
+        directions: Unit directions.
+        near: Start of each ray's interval.
+        far: End of it; rays with far <= near are not evaluated.
+        jitter: Position of the samples in their bins; None for the middle.
+        grid: N and W.
+        rows: Rows of a chunk.
+    """
+
+    def __init__(
+        self,
+        origins: Float[Tensor, "B R 3"],
+        directions: Float[Tensor, "B R 3"],
+        near: Float[Tensor, "B R"],
+        far: Float[Tensor, "B R"],
+        jitter: Float[Tensor, "B R"] | None,
+        grid: tuple[int, int],
+        rows: int,
+    ) -> None:
+        self.origins, self.directions = (x.view(len(x), *grid, 3) for x in (origins, directions))
+        self.near, self.far = (x.view(len(x), *grid) for x in (near, far))
+        self.jitter = None if jitter is None else jitter.view(len(jitter), *grid)
+        self.alive, self.rows = self.far > self.near, rows
+
+    def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
+        """Call ``work(object, rows)`` for every chunk."""
+        for index, rays in enumerate(self.near):
+            for start in range(0, len(rays), self.rows):
+                work(index, slice(start, start + self.rows))
+
+    def march(
+        self, march: March, index: int, rows: slice, evaluate: Evaluate, activate: Callable[[Tensor], Tensor]
+    ) -> Rendering:
+        """March along some rows of an object's rays; ``evaluate`` gets distances (N W, K)."""
+        near, far = self.near[index, rows].flatten(), self.far[index, rows].flatten()
+        jitter = None if self.jitter is None else self.jitter[index, rows].flatten()
+        seen = march_rays(march, near, far, jitter, evaluate, activate)
+        shape = self.near[index, rows].shape
+        return Rendering(seen.rgb.view(*shape, 3), seen.opacity.view(shape), seen.depth.view(shape))
+
+    def samples(self, index: int, rows: slice, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return origins, directions, distances and liveness as ``decode_along_rays`` takes them."""
+        alive = self.alive[index, rows]
+        return self.origins[index, rows], self.directions[index, rows], t.view(*alive.shape, -1), alive
+
+
+def render_fused(
+    field: FusableField,
+    origins: Float[Tensor, "B R 3"],
+    directions: Float[Tensor, "B R 3"],
+    near: Float[Tensor, "B R"],
+    far: Float[Tensor, "B R"],
+    jitter: Float[Tensor, "B R"] | None,
+    march: March,
+    grid: tuple[int, int],
+    chunk: int | None,
+) -> Rendering:
+    """Render grids of rays through the field of each object with the fused decoder.
+
+    Args:
+        field: The objects' fields.
+        origins: Ray origins; the rows of all views of an object one below the other.
+        directions: Unit directions.
+        near: Start of each ray's interval.
+        far: End of each ray's interval; rays with far <= near see nothing.
+        jitter: Position of the samples in their bins, None for the middle.
+        march: How rays are marched.
+        grid: Rows and columns of an object's rays, R of them.
+        chunk: Points decoded at a time, at most; None for 2 M.
+
+    Returns:
+        Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
+    """
+    rows = max(4, (chunk or _POINTS) // (grid[1] * march.samples) // 4 * 4)  # whole tiles
+    return render_pixels(field, PixelRays(origins, directions, near, far, jitter, grid, rows), march)
+
+
+def render_pixels(field: FusableField, rays: PixelRays, march: March) -> Rendering:
+    """Render rays that know their chunks; see ``render_fused``."""
+    keeps = torch.is_grad_enabled()
+    seen = _Fused.apply(field, rays, march, keeps, field.planes, *field.weights)
+    return Rendering(*(pixels.flatten(1, 2) for pixels in seen))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        field: FusableField,
+        rays: PixelRays,
+        march: March,
+        keeps: bool,
+        planes: Tensor,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.field, ctx.rays, ctx.march = field, rays, march
+        ctx.save_for_backward(planes, *weights)
+        ctx.autocast, ctx.dtype = autocast_state(planes.device.type), _compute_dtype(planes.device)
+        ctx.kept = {}
+        mlp, room = pack(weights, ctx.dtype), _KEPT_BYTES if keeps else 0
+        shape = rays.near.shape
+        rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
+
+        def render(index: int, rows: slice) -> None:
+            nonlocal room
+            decoded: list[Tensor] = []
+            texels = planes[index].to(ctx.dtype)
+
+            def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
+                decoded.append(_decode(field, rays, index, rows, texels, mlp, t))
+                return _split(field, decoded[-1], t)
+
+            seen = rays.march(march, index, rows, evaluate, field.activate)
+            rgb[index, rows], opacity[index, rows], depth[index, rows] = seen.rgb, seen.opacity, seen.depth
+            room -= sum(y.nbytes for y in decoded)
+            if room >= 0:
+                ctx.kept[index, rows.start] = decoded
+
+        rays.for_each_chunk(render)
+        return rgb, opacity, depth
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        field: FusableField = ctx.field
+        rays: PixelRays = ctx.rays
+        planes, *weights = (tensor.detach() for tensor in ctx.saved_tensors)
+        planes_grad, mlp = torch.zeros_like(planes), pack(weights, ctx.dtype)
+        sums = PackedMLP(*(torch.zeros_like(x, dtype=torch.float32) for x in mlp))
+
+        def differentiate(index: int, rows: slice) -> None:
+            kept = ctx.kept.pop((index, rows.start), None)
+            decoded: list[tuple[Tensor, Tensor]] = []  # distances, and what was decoded there as leaves
+            texels = planes[index].to(ctx.dtype)
+
+            def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
+                y = kept[len(decoded)] if kept else _decode(field, rays, index, rows, texels, mlp, t)
+                leaf = y.detach().requires_grad_()
+                decoded.append((t.detach(), leaf))
+                return _split(field, leaf, t)
+
+            with torch.enable_grad():
+                seen = rays.march(ctx.march, index, rows, evaluate, field.activate)
+            leaf_grads = torch.autograd.grad(
+                (seen.rgb, seen.opacity, seen.depth),
+                [leaf for _, leaf in decoded],
+                [grad[index, rows] for grad in grads],
+            )
+            for (t, _), grad in zip(decoded, leaf_grads, strict=True):
+                samples = rays.samples(index, rows, t)
+                found = accumulate_gradient(
+                    planes_grad[index], grad, texels, *samples, mlp, field.axes, field.hidden_activation
+                )
+                sums.weights.add_(found.weights)
+                sums.biases.add_(found.biases)
+
+        with ctx.autocast():
+            rays.for_each_chunk(differentiate)
+        weight_grads = (grad.contiguous() for grad in unpack(sums, planes.shape[-1]))
+        return (None, None, None, None, planes_grad, *weight_grads)
+
+
+def _decode(
+    field: FusableField, rays: PixelRays, index: int, rows: slice, texels: Tensor, mlp: PackedMLP, t: Tensor
+) -> Tensor:
+    samples = rays.samples(index, rows, t)
+    return decode_along_rays(texels, *samples, mlp, field.axes, field.hidden_activation)
+
+
+def _split(field: FusableField, decoded: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return raw density (r, k) and color (r, k, 3)."""
+    return decoded[..., 0].view(t.shape), field.color(decoded[..., 1:]).view(*t.shape, 3)

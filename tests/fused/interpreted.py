@@ -1,0 +1,130 @@
+"""The fused decoder's kernels, run by Triton's interpreter in float32, against the plain twin: the table of cases.
+
+TRITON_INTERPRET=1 python -m tests.fused.interpreted prints a line per case and fails above 1e-5. It is a process of its
+own, since the interpreter must be chosen before Triton is first imported.
+"""
+
+import itertools
+import sys
+
+import torch
+
+from lrm_pl.conventions import PLANE_AXES
+from lrm_pl.geometry.cameras import orbit
+from lrm_pl.kernels import decode_along_rays as fused
+from lrm_pl.models.decoder import NeRFDecoder
+from lrm_pl.models.triplane import Triplane
+from lrm_pl.rendering.volume import Renderer
+
+BOUND = 1e-5
+
+
+def case(
+    side,
+    width,
+    layers,
+    act,
+    layout,
+    tile,
+    *,
+    views=1,
+    size=8,
+    samples=8,
+    distance=2.37,
+    stretch=1.0,
+    programs=3,
+):
+    """Compare values and all gradients of one case with the project's decoder.
+
+    Args:
+        side: S.
+        width: C.
+        layers: Linear layers of the decoder.
+        act: Activation.
+        layout: Of the planes.
+        tile: Rows, columns, samples.
+        views: Cameras on an orbit.
+        size: Side of their pictures.
+        samples: K.
+        distance: Of the cameras; rays miss the sphere at the corners, all of them from far away.
+        stretch: Factor on distances, above 1 beyond the planes.
+        programs: How many.
+
+    Returns:
+        Relative differences of the values of live rays, of the planes' gradient, and of every weight's and bias'.
+    """
+    torch.manual_seed(0)
+    decoder = NeRFDecoder(channels=5, width=width, layers=layers, activation=act)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    planes = torch.randn(1, 3, 5, side, side)
+    field = decoder.field(Triplane(planes, layout))
+    cameras = torch.tensor([1.07, 1.07, 0.5, 0.5]).expand(1, views, 4)
+    rays = Renderer(samples).rays(orbit(views, distance)[None], cameras, (size, size))
+    origins, directions, near, far = (x[0].unflatten(0, (views * size, size)) for x in rays)
+    alive = far > near
+    t = (
+        near[..., None]
+        + (torch.arange(samples) + torch.rand(views * size, size, 1)) / samples * (far - near)[..., None]
+    )
+    fused.TILES = (tile,)
+    fused.num_multiprocessors = lambda device: programs
+    mlp = fused.pack(field.weights, torch.float32)
+    given = (field.planes[0].detach(), origins, directions, stretch * t, alive, mlp, PLANE_AXES[layout], act)
+    grad = torch.randn(*t.shape, 4)
+
+    leaves = field.planes.detach()[0].requires_grad_(), *(w.detach().requires_grad_() for w in field.weights)
+    points = (origins.unsqueeze(-2) + given[3].unsqueeze(-1) * directions.unsqueeze(-2)).view(-1, 3)
+    expected = decoder.mlp(field.sample(leaves[0], points), leaves[1:]).view(*t.shape, 4)
+    gradients = torch.autograd.grad(expected[alive], leaves, grad[alive])
+
+    total = torch.zeros_like(given[0])
+    found = fused.decode_along_rays(*given)
+    sums = fused.unpack(fused.accumulate_gradient(total, grad, *given), width)
+    nothing = torch.tensor([fused.NOTHING, 0, 0, 0]).expand(samples, 4)
+    assert (found[~alive] == nothing).all()
+    pairs = zip((found[alive], total, *sums), (expected[alive].detach(), *gradients), strict=True)
+    return [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs]
+
+
+def cases():
+    """Yield the table: every value with every other one at least once, and what is special."""
+    defaults = {"side": 16, "width": 16, "layers": 3, "act": "relu", "layout": "lrm", "tile": (4, 4, 4)}
+    choices = {
+        "side": (8, 16), "width": (16, 32, 64), "layers": (2, 3, 5, 10), "act": ("relu", "silu"),
+        "layout": ("lrm", "openlrm", "triposr"), "tile": ((4, 4, 4), (2, 4, 8), (8, 8, 2), (4, 4, 8)),
+    }  # fmt: skip
+    seen = []
+    for (first, some), (second, others) in itertools.combinations(choices.items(), 2):
+        for a, b in zip(itertools.cycle(some), others, strict=False):
+            seen.append(defaults | {first: a, second: b})
+    seen += [
+        defaults | {"views": 3},  # several views in one grid
+        defaults | {"size": 6, "samples": 5},  # no multiple of the tile
+        defaults | {"distance": 6.0},  # most rays miss, whole tiles among them
+        defaults | {"stretch": 3.0},  # points beyond the planes
+        defaults | {"programs": 1},
+        defaults | {"tile": (8, 8, 4), "samples": 4, "side": 64},  # a tile larger than a window of texels
+    ]
+    unique = {repr(sorted(one.items())): one for one in seen}
+    return list(unique.values())
+
+
+def main():
+    torch.set_num_threads(1)
+    table, wrong = cases(), 0
+    for one in table:
+        found = case(**one)
+        wrong += not max(found) <= BOUND
+        values, planes, *weights = found
+        print(
+            f"{one}: values {values:.0e}, planes {planes:.0e}, weights and biases {max(weights):.0e}",
+            flush=True,
+        )
+    print(f"{len(table) - wrong} passed, {wrong} failed")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
