@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from lrm_pl.kernels.device import on_cuda
+from lrm_pl.kernels.device import on_cuda, record_event
 
 
 class PartClock:
@@ -39,7 +39,7 @@ class PartClock:
         if not self._marks:
             return {}
         running, end = self._marks[-1][0], self._now()
-        if isinstance(end, torch.cuda.Event):
+        if not isinstance(end, float):
             end.synchronize()
         totals: dict[str, float] = {}
         marks = [*self._marks, (running, end)]
@@ -49,16 +49,12 @@ class PartClock:
         return totals
 
     def _now(self) -> float | torch.cuda.Event:
-        if not on_cuda(self.device):
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return record_event(self.device) if on_cuda(self.device) else time.perf_counter()
 
 
 def _milliseconds(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(begin, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        return begin.elapsed_time(end)
-    assert not isinstance(end, torch.cuda.Event)
-    return 1000 * (end - begin)
+    if isinstance(begin, float) or isinstance(end, float):
+        assert isinstance(begin, float), begin
+        assert isinstance(end, float), end
+        return 1000 * (end - begin)
+    return begin.elapsed_time(end)

@@ -80,7 +80,9 @@ def without_tf32() -> Iterator[None]:
     # The switches that Lightning and PyTorch's compiler read; reading them raises once conv.fp32_precision is set.
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
-    if products != "highest":  # setting it again would not be the same: the precision of oneDNN is set with it
+    if (
+        products != "highest"
+    ):  # setting it again would not be the same: the precision of oneDNN is set with it
         torch.set_float32_matmul_precision("highest")
     try:
         yield
@@ -114,7 +116,7 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self._module = torch.get_device_module(device)
-        self._stream = self._module.Stream()
+        self._stream, self._copied = self._module.Stream(), self._module.Event()
 
     @contextlib.contextmanager
     def after_current(self) -> Iterator[None]:
@@ -122,6 +124,7 @@ class CopyStream:
         self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):
             yield
+            self._copied.record(self._stream)
 
     def copy(self, into: Tensor, source: Tensor) -> None:
         """Queue a copy."""
@@ -129,11 +132,11 @@ class CopyStream:
 
     def hold_back_current(self) -> None:
         """Make what the current stream queues from now on wait for the copies; the host does not wait."""
-        self._module.current_stream().wait_stream(self._stream)
+        self._copied.wait(self._module.current_stream())
 
     def synchronize(self) -> None:
-        """Wait until the copies are complete."""
-        self._module.synchronize() if self._stream is None else self._stream.synchronize()
+        """Wait until the copies are complete; from any thread."""
+        self._copied.synchronize()
 
 
 def triton_unavailable(device: torch.device) -> str | None:

@@ -6,14 +6,17 @@ inside the field; plane p is read at column = points[:, axes[p][0]], row = point
 up ("sum", (Q, C)) or puts them side by side ("concat", (Q, P C)). Differentiable in the planes; NOT in the points,
 whose gradient is None: in this project no parameter moves a point.
 
-Bodies: numba on a CPU, PyTorch's own operators elsewhere. The bodies agree to float32 rounding (tested).
+Bodies: numba on a CPU; elsewhere PyTorch's operators on rows of channels: ``embedding_bag`` reads the four neighbors
+of a point in every plane and sums them in one kernel, ``index_add_`` adds their gradients in place. The bodies agree
+to float32 rounding (tested). Gradients repeat bit for bit on a CPU; on CUDA only under
+``torch.use_deterministic_algorithms``, which ``grid_sample`` does not support and ``index_add_`` does.
 """
 
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,18 +30,47 @@ Axes = tuple[tuple[int, int], ...]
 def triplane_sample_plain(
     planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
 ) -> Float[Tensor, "Q G"]:
-    """Sample with ``grid_sample``: the slow, obvious twin, and the body on a GPU."""
-    columns, rows = zip(*axes, strict=True)
-    grid = torch.stack([points[:, list(columns)], points[:, list(rows)]], dim=-1)  # (Q, P, 2): x, y
+    """Sample with ``grid_sample``: the slow, obvious twin."""
     features = F.grid_sample(
         planes.permute(0, 3, 1, 2),
-        grid.transpose(0, 1).unsqueeze(2),
+        _plane_coordinates(points, axes).transpose(0, 1).unsqueeze(2),
         align_corners=False,
         padding_mode="zeros",
     ).squeeze(-1)  # (P, C, Q)
     if reduce == "sum":
         return features.sum(dim=0).T
     return features.flatten(0, 1).T
+
+
+def _plane_coordinates(points: Float[Tensor, "Q 3"], axes: Axes) -> Float[Tensor, "Q P 2"]:
+    """Project points onto each plane: column coordinate, row coordinate.
+
+    Views are stacked: indexing with a list would copy the list to the device and wait for the copy.
+    """
+    columns, rows = (torch.stack([points[:, pair[k]] for pair in axes], dim=-1) for k in (0, 1))
+    return torch.stack([columns, rows], dim=-1)
+
+
+def _neighbors(
+    points: Float[Tensor, "Q 3"], axes: Axes, side: int
+) -> tuple[Int[Tensor, "Q P 4"], Float[Tensor, "Q P 4"]]:
+    """Return the four pixels about each point in each plane, as rows of (P S S, C), and their bilinear weights.
+
+    Pixels outside a plane have the weight 0.
+    """
+    # In pixels. One beyond the border is outside, however far away; larger numbers would overflow as integers.
+    places = (((_plane_coordinates(points, axes) + 1) * side - 1) / 2).clamp(-1, side)
+    low = places.floor()
+    high_weight = places - low
+    pixels = torch.stack([low, low + 1], dim=-1)  # (Q, P, 2, 2): column and row, low and high
+    weights = torch.stack([1 - high_weight, high_weight], dim=-1)
+    weights = torch.where((pixels >= 0) & (pixels < side), weights, 0)
+    pixels = pixels.int().clamp(0, side - 1)
+    columns, rows = pixels.unbind(2)
+    first = torch.arange(0, len(axes) * side, side, dtype=torch.int32, device=points.device)[:, None]
+    index = (first + rows).unsqueeze(-1) * side + columns.unsqueeze(-2)  # (Q, P, 2, 2)
+    column_weights, row_weights = weights.unbind(2)
+    return index.flatten(2), (row_weights.unsqueeze(-1) * column_weights.unsqueeze(-2)).flatten(2)
 
 
 def triplane_sample(
@@ -85,10 +117,13 @@ def _accumulate_op(total: Tensor, points: Tensor, grad: Tensor, axes: list[int],
             grad.float().contiguous().numpy(),
         )
         return
-    with torch.enable_grad():
-        planes = torch.zeros_like(total).requires_grad_()
-        sampled = triplane_sample_plain(planes, points, pairs, "concat" if concat else "sum")
-    total += torch.autograd.grad(sampled, planes, grad.float())[0]
+    rows, weights = _neighbors(points, pairs, total.shape[1])
+    table = total.view(-1, total.shape[3])
+    # (Q, 1, C) or (Q, P, C): what reaches each plane.
+    incoming = grad.float().reshape(len(points), -1, total.shape[3]).expand(-1, len(pairs), -1)
+    for plane in range(len(pairs)):
+        for k in range(4):  # one neighbor at a time: no temporary is larger than the gradient
+            table.index_add_(0, rows[:, plane, k], weights[:, plane, k, None] * incoming[:, plane])
 
 
 @_accumulate_op.register_fake
@@ -100,7 +135,15 @@ def _(total: Tensor, points: Tensor, grad: Tensor, axes: list[int], concat: bool
 def _op(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor:
     pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
     if not on_cpu(planes):
-        return triplane_sample_plain(planes, points, pairs, "concat" if concat else "sum").contiguous()
+        rows, weights = _neighbors(points, pairs, planes.shape[1])
+        # A bag is what is added up: the neighbors of a point in all planes, or in one.
+        bag = 4 if concat else 4 * len(pairs)
+        return F.embedding_bag(
+            rows.view(-1, bag),
+            planes.view(-1, planes.shape[3]),
+            mode="sum",
+            per_sample_weights=weights.view(-1, bag),
+        ).view(len(points), -1)
     out = planes.new_empty((points.shape[0], planes.shape[3] * (len(pairs) if concat else 1)))
     triplane_numba.sample(
         planes.detach().numpy(),

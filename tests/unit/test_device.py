@@ -81,3 +81,33 @@ def test_every_process_of_a_node_gets_a_gpu_of_its_own(monkeypatch):
 def test_a_device_that_is_not_here_is_refused_by_name(name):
     with pytest.raises(InputError, match=name):
         device.choose_device(name)
+
+
+def tf32_switches():
+    return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+@pytest.fixture
+def matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.usefixtures("matmul_precision")
+def test_without_tf32_convolutions_and_products_are_float32_and_the_switches_come_back(precision):
+    torch.set_float32_matmul_precision(precision)
+    assert tf32_switches() == (True, precision)  # PyTorch's default for convolutions
+    with device.without_tf32():
+        assert tf32_switches() == (False, "highest")
+        assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+        assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+        with device.without_tf32():
+            pass
+        assert tf32_switches() == (False, "highest")
+    assert tf32_switches() == (True, precision)
+    with pytest.raises(KeyError), device.without_tf32():
+        raise KeyError
+    assert tf32_switches() == (True, precision)
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lrm_pl.conventions import PLANE_AXES
+from lrm_pl.kernels import device
 from lrm_pl.kernels.triplane import (
     accumulate_gradient,
     triplane_sample,
@@ -101,3 +102,60 @@ def test_far_away_points_read_zeros():
 def test_planes_that_do_not_fit_the_axes_are_refused_with_both_shapes():
     with pytest.raises(ValueError, match=r"expected planes \(3, S, S, C\), found \(2, 4, 4, 1\)"):
         triplane_sample(torch.zeros(2, 4, 4, 1), torch.zeros(1, 3), AXES, "sum")
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """CPU tensors take the branches for accelerators."""
+    monkeypatch.setattr(device, "HOST_TYPES", frozenset())
+
+
+@pytest.mark.parametrize("reduce", ["sum", "concat"])
+def test_an_accelerators_body_equals_the_cpus_and_the_plain_twin_in_values_and_gradients(reduce, monkeypatch):
+    planes, points = planes_and_points()
+    points = torch.cat([points, torch.tensor([[-1.0, 1.0, 0.0], [1e9, 0.0, -1e9]])])
+
+    def values_and_gradient(sample):
+        leaf = planes.clone().requires_grad_()
+        values = sample(leaf, points, AXES, reduce)
+        (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()
+        return values.detach(), leaf.grad
+
+    expected = [values_and_gradient(sample) for sample in (triplane_sample, triplane_sample_plain)]
+    monkeypatch.setattr(device, "HOST_TYPES", frozenset())
+    values, gradient = values_and_gradient(triplane_sample)
+    assert values.is_contiguous()
+    for other_values, other_gradient in expected:
+        assert torch.allclose(values, other_values, atol=1e-5)
+        assert torch.allclose(gradient, other_gradient, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduce", ["sum", "concat"])
+def test_an_accelerators_body_accumulates_what_the_cpus_does_and_without_a_graph(reduce, dtype, monkeypatch):
+    planes, points = planes_and_points()
+    values = triplane_sample(planes, points, AXES, reduce)
+    grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected, total = torch.full_like(planes, 2.0), torch.full_like(planes, 2.0)
+    accumulate_gradient(expected, points, grad, AXES, reduce)
+    monkeypatch.setattr(device, "HOST_TYPES", frozenset())
+    with torch.no_grad():  # as in the backward of deferred rendering
+        accumulate_gradient(total, points, grad, AXES, reduce)
+    assert torch.allclose(total, expected, atol=1e-4)
+
+
+def test_an_accelerators_body_adds_into_a_view_of_a_larger_tensor(on_an_accelerator):
+    planes, points = planes_and_points()
+    grad = torch.ones(len(points), planes.shape[-1])
+    both = torch.zeros(2, *planes.shape)
+    accumulate_gradient(both[1], points, grad, AXES, "sum")
+    assert not both[0].any()
+    assert both[1].any()
+
+
+@pytest.mark.usefixtures("on_an_accelerator")
+def test_an_accelerators_body_reads_zeros_far_away_and_passes_pytorchs_own_checks():
+    test_far_away_points_read_zeros()
+    test_bilinear_sampling_by_hand()
+    test_each_plane_is_read_along_its_own_axes()
+    test_the_op_passes_pytorchs_own_checks()
