@@ -232,7 +232,7 @@ class ZeroHolder(Holder):
         for name, parameter, flat in self._trained():
             state = self.optimizer.optimizer.state[flat]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)  # as fused AdamW's
                 for moment in MOMENTS:
                     state[moment] = torch.zeros_like(flat)
             held[f"adam.{name}.step"] = state["step"]
@@ -255,14 +255,10 @@ class ZeroHolder(Holder):
         torch.distributed.all_reduce(square)
         return square.sqrt()
 
-    def drop_gradient(self) -> None:
-        """Make this step leave everything as it is: DeepSpeed takes no step with a gradient that is not finite."""
-        for gradient in self._gradients():
-            gradient.fill_(torch.nan)
-
-    def clip(self, norm: Tensor, limit: float) -> None:
-        """Scale the gradient of this norm down to the norm ``limit``, with PyTorch's formula."""
-        torch._foreach_mul_(self._gradients(), (limit / (norm + 1e-6)).clamp(max=1.0))
+    def clip_or_skip(self, norm: Tensor, limit: float | None, skip: Tensor) -> None:
+        """Clip with PyTorch's formula, or make it NaN: DeepSpeed takes no step with a gradient that is not finite."""
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+        torch._foreach_mul_(self._gradients(), factor.where(skip == 0, torch.nan))
 
     def _gradients(self) -> list[Tensor]:
         parts = self.optimizer.averaged_gradients.values()

@@ -48,14 +48,15 @@ class WeightAverage(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Move the average towards the weights, if they moved."""
+        """Move the average towards the weights, unless the step was skipped."""
         assert isinstance(pl_module, LRMModule)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or pl_module.guard.in_a_row:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         weights = holder_of(trainer, pl_module.lrm).trained()
         ours = [local(held) for held in self.average.values()]
         theirs = [local(weights[name]) for name in self.average]
-        torch._foreach_lerp_(ours, theirs, 1 - self.decay)
+        weight = (1 - pl_module.guard.skip) * (1 - self.decay)  # 0 in a skipped step, without a look at it
+        torch._foreach_lerp_(ours, theirs, [weight] * len(ours))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the average into the network."""

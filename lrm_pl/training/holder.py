@@ -45,14 +45,23 @@ class Holder:
         """Measure the 2-norm of the whole gradient, the same on every rank."""
         return gradient_norm(self._parameters())
 
-    def drop_gradient(self) -> None:
-        """Make this step leave weights and moments as they are."""
-        for parameter in self._parameters():
-            parameter.grad = None
+    def clip_or_skip(self, norm: Tensor, limit: float | None, skip: Tensor) -> None:
+        """Clip the gradient, or make the optimizer leave weights and moments as they are, without a look at ``skip``.
 
-    def clip(self, norm: Tensor, limit: float) -> None:
-        """Scale the gradient of this norm down to the norm ``limit`` where it exceeds it."""
-        clip(self._parameters(), norm, limit)
+        Args:
+            norm: () norm of the gradient.
+            limit: Norm to clip to; None: not clipped.
+            skip: () 1 if this step is to be skipped, else 0.
+        """
+        if limit:
+            clip(self._parameters(), norm, limit)
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler sets it
+        elif (
+            skip.item()
+        ):  # a GradScaler, which waits for the device anyway, see LRMModule.configure_optimizers
+            for parameter in self._parameters():
+                parameter.grad = None
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self.lrm.parameters() if p.requires_grad]

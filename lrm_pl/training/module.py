@@ -49,7 +49,7 @@ class LRMModule(L.LightningModule):
         objective: The loss terms.
         optimizer: AdamW and its schedule.
         parallel: What is done to the network's blocks from outside.
-        guard: When a step with a bad gradient is left out.
+        guard: When a step with a bad gradient is skipped.
     """
 
     def __init__(
@@ -125,7 +125,9 @@ class LRMModule(L.LightningModule):
         terms, self._terms = self._terms, []
         if not self._logs:
             return
-        self.log("optim/lr", rate)
+        self.log(
+            "optim/lr", torch.full((), rate, device=self.device)
+        )  # a float would be copied, and waited for
         for name in terms[0]:
             mean = torch.stack([batch[name] for batch in terms]).mean()
             self.log(f"loss/{name}", self.trainer.strategy.reduce(mean), prog_bar=name == "total")
@@ -136,16 +138,13 @@ class LRMModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Judge the gradient, then clip it by its norm; a bad one is dropped, and AdamW leaves everything as it is."""
+        """Clip the gradient by its norm, or skip the step if it is bad; nothing waits for the device."""
         holder = holder_of(self.trainer, self.lrm)
         norm = holder.gradient_norm()
-        if not self.guard.accepts(norm.item()):
-            holder.drop_gradient()
-        elif gradient_clip_val:
-            holder.clip(norm, gradient_clip_val)
+        holder.clip_or_skip(norm, gradient_clip_val, self.guard.judge(norm))
         if self._logs:
             self.log("optim/grad_norm", norm)
-            self.log("optim/skipped_steps", float(self.guard.skipped))
+            self.log("optim/skipped_steps", self.guard.num_skipped)
 
     # Lightning's type asks for a tensor or a mapping; it hands whatever comes to the callbacks.
     def validation_step(  # type: ignore[override]
@@ -174,8 +173,9 @@ class LRMModule(L.LightningModule):
         return scenes
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make AdamW."""
-        return self.optimizer.build(self.lrm)
+        """Make AdamW: fused, but for a GradScaler (16-mixed), under which Lightning cannot clip for a fused one."""
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return self.optimizer.build(self.lrm, fused=not scaled)
 
     @property
     def _logs(self) -> bool:

@@ -45,10 +45,15 @@ class OptimizerConfig:
         if not 0 < self.layer_decay <= 1:
             raise InputError(f"expected a layer_decay in (0, 1], found {self.layer_decay}")
 
-    def build(self, model: LRM) -> torch.optim.AdamW:
-        """Make the optimiser; each group's share of the learning rate is its ``share``."""
+    def build(self, model: LRM, *, fused: bool = True) -> torch.optim.AdamW:
+        """Make the optimizer; each group's share of the learning rate is its ``share``.
+
+        Args:
+            model: Whose parameters.
+            fused: One kernel per step, which can skip a step on the device (``found_inf``).
+        """
         groups = parameter_groups(model, self.weight_decay, layer_shares(model, self.layer_decay))
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused)
 
     def learning_rate(self, step: int, steps: int) -> float:
         """Return the learning rate of optimiser step ``step`` of ``steps``, counted from 0."""

@@ -34,7 +34,7 @@ from lrm_pl.training.gradients import DivergedError
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_state import load_run, run_numbers, run_tensors
 from lrm_pl.training.signals import StopSignals
-from lrm_pl.training.state import snapshot
+from lrm_pl.training.state import Snapshots
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class RunKeeper(L.Callback):
         keep_every: Checkpoints of multiples of this step stay too; null: none.
         monitor: The checkpoint of the validation with the highest value of this metric stays too; null: none.
         layout: "sharded" (a file a rank) or "single"; null: sharded where the network is.
-        background: Write while training goes on; it waits only for the copy to memory.
+        background: Write while training goes on. On a CPU, training waits for the copy in memory; on an accelerator,
+            the device's next optimizer step does.
         folder: Where to; null: ``checkpoints`` in the run's folder. A URL (``s3://``, ``gs://``) is an object store.
     """
 
@@ -89,7 +90,10 @@ class RunKeeper(L.Callback):
         #: The newest checkpoint that is whole, as rank 0 knows it.
         self.newest: str | None = None
         self.signals = StopSignals()
+        #: Of all ranks, on gloo: one for the thread that writes, and one for what is agreed on meanwhile.
         self._group: torch.distributed.ProcessGroup | None = None
+        self._agreement: torch.distributed.ProcessGroup | None = None
+        self._snapshots: Snapshots | None = None
         self._writing: threading.Thread | None = None
         self._failure: Exception | None = None
         self._start, self._saved = 0, -1
@@ -104,9 +108,8 @@ class RunKeeper(L.Callback):
         """Load the state of the checkpoint that rank 0 chose."""
         assert isinstance(pl_module, LRMModule)
         if torch.distributed.is_initialized():
-            group = torch.distributed.new_group(backend="gloo")
-            assert isinstance(group, torch.distributed.ProcessGroup)  # of all ranks, so this one is in it
-            self._group = group
+            self._group, self._agreement = _gloo_group(), _gloo_group()
+        self._snapshots = Snapshots(trainer.strategy.root_device)
         self._run = trainer.log_dir or "."
         self.folder = trainer.strategy.broadcast(self.folder or f"{self._run}/checkpoints")
         self.signals.listen(trainer)
@@ -141,7 +144,7 @@ class RunKeeper(L.Callback):
         if batch_idx % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        told, failed = self._agree(trainer, self.signals.received is not None, self._failure is not None)
+        told, failed = self._agree(self.signals.received is not None, self._failure is not None)
         if failed:
             self._join()
             raise self._explained(trainer, step)
@@ -158,6 +161,14 @@ class RunKeeper(L.Callback):
         if self.stopped is not None:
             trainer.should_stop = True
 
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let the device change the state only after a checkpoint's copy of it is complete."""
+        if self._writing is not None:
+            assert self._snapshots is not None
+            self._snapshots.stream.hold_back_current()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the last step, and wait until it is written."""
         assert isinstance(pl_module, LRMModule)
@@ -168,7 +179,7 @@ class RunKeeper(L.Callback):
         if trainer.global_step > self._saved:
             self._save(trainer, pl_module, trainer.global_step)
         self._join()
-        if any(self._agree(trainer, self._failure is not None)):
+        if any(self._agree(self._failure is not None)):
             raise self._explained(trainer, trainer.global_step)
         if self.stopped is not None and trainer.is_global_zero:
             kind = type(self.stopped)
@@ -184,11 +195,12 @@ class RunKeeper(L.Callback):
         self._join()
         self.signals.restore()
 
-    def _agree(self, trainer: L.Trainer, *flags: bool) -> list[bool]:
-        if trainer.world_size == 1:
-            return list(flags)
-        mine = torch.tensor(flags, dtype=torch.float32, device=trainer.strategy.root_device)
-        return [bool(flag) for flag in trainer.strategy.reduce(mine, reduce_op="max")]
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Return which flags any rank has set; on the CPU, so that no accelerator is waited for."""
+        mine = torch.tensor(flags, dtype=torch.int32)
+        if self._agreement is not None:
+            torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MAX, self._agreement)
+        return [bool(flag) for flag in mine.tolist()]
 
     def _explained(self, trainer: L.Trainer, step: int) -> Exception:
         """Say that a checkpoint could not be written, and what is left."""
@@ -227,13 +239,16 @@ class RunKeeper(L.Callback):
             if isinstance(log, TensorBoardLogger):
                 log.experiment.flush()
         layout = self.layout or ("single" if module.device_mesh is None else "sharded")
-        copy = snapshot(run_tensors(trainer, module), layout, writes=trainer.is_global_zero)
+        snapshots = self._snapshots
+        assert snapshots is not None
+        copy = snapshots.take(run_tensors(trainer, module), layout, writes=trainer.is_global_zero)
         run = run_numbers(trainer, module, step) | {"score": self._validated}
         path = checkpoint_path(str(self.folder), step)
         first = trainer.is_global_zero
 
         def write() -> None:
             try:
+                snapshots.stream.synchronize()
                 files = write_tensors(path, copy, layout, self._group, writes=first)
                 if first:
                     complete(path, layout, step, run, files)
@@ -273,6 +288,12 @@ class RunKeeper(L.Callback):
         if self._writing is not None:
             self._writing.join()
             self._writing = None
+
+
+def _gloo_group() -> torch.distributed.ProcessGroup:
+    group = torch.distributed.new_group(backend="gloo")
+    assert isinstance(group, torch.distributed.ProcessGroup)  # of all ranks, so this one is in it
+    return group
 
 
 def _bad_samples(trainer: L.Trainer) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrm_pl.io.checkpoints import Checkpoint, CheckpointError, Format, read_tensors, tensor_names
+from lrm_pl.kernels.device import CopyStream, host_buffer, on_cpu
 from lrm_pl.training.parallel import Part, whole
 
 #: A tensor as a strategy holds it: whole, a DTensor, or a part.
@@ -31,7 +32,8 @@ def optimizer_tensors(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     for name, parameter in _optimized(lrm, optimizer):
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            device = parameter.device if optimizer.defaults["fused"] else None  # where each keeps it
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         tensors |= {f"adam.{name}.{key}": state[key] for key in ("step", *MOMENTS)}
@@ -43,20 +45,45 @@ def average_tensors(average: Mapping[str, Held]) -> dict[str, Held]:
     return {f"average.{name}": held for name, held in average.items()}
 
 
-def snapshot(state: Mapping[str, Held], layout: Format, *, writes: bool) -> dict[str, Tensor]:
-    """Copy a state to the CPU, so that training may go on while it is written; all ranks call this together.
+class Snapshots:
+    """Copies of a state on the CPU, so that training goes on while one is written.
+
+    From an accelerator, tensors are copied on a stream of their own into pinned buffers, which the next copy reuses.
 
     Args:
-        state: What is copied, one tensor after the other: no second state fits beside the first on a GPU.
-        layout: How it will lie: "sharded" keeps the shards of DTensors, "single" is whole tensors.
-        writes: Whether this rank writes a layout "single"; the others get nothing.
+        device: The device that the process trains on.
     """
-    copy = {}
-    for name, held in state.items():
-        tensor = whole(held) if layout == "single" or isinstance(held, Part) else held
-        if layout == "sharded" or writes:
-            copy[name] = tensor.detach().to("cpu", copy=True)
-    return copy
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = CopyStream(device)
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, state: Mapping[str, Held], layout: Format, *, writes: bool) -> dict[str, Tensor]:
+        """Copy a state; all ranks call this together.
+
+        The copies are complete after ``stream.synchronize()``. Whoever changes the state calls
+        ``stream.hold_back_current()`` first. Until both are done, no other copy is taken.
+
+        Args:
+            state: What is copied, one tensor after the other: no second state fits beside the first on a GPU.
+            layout: How it will lie: "sharded" keeps the shards of DTensors, "single" is whole tensors.
+            writes: Whether this rank writes a layout "single"; the others get nothing.
+        """
+        copy = {}
+        with self.stream.after_current():  # whole tensors are made there too, so each makes room for the next
+            for name, held in state.items():
+                tensor = whole(held) if layout == "single" or isinstance(held, Part) else held
+                if layout == "sharded" or writes:
+                    copy[name] = self._copied(name, tensor.detach())
+        return copy
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        if on_cpu(tensor):
+            return tensor.to("cpu", copy=True)
+        if name not in self._buffers:
+            self._buffers[name] = host_buffer(tensor)
+        self.stream.copy(self._buffers[name], tensor)
+        return self._buffers[name]
 
 
 def read_state(checkpoint: Checkpoint, state: Mapping[str, Held]) -> None:
