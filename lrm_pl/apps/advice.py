@@ -56,11 +56,8 @@ def peak_of(planned: Plan, *, gpu: bool, sharded: bool | None = None) -> float:
     costs, n = planned.costs(), planned.processes
     if sharded is None:
         sharded = planned.strategy.endswith(_SHARDED)
-    base, slack, step = (
-        (CUDA_CONTEXT, GPU_SLACK, 4.0 * costs.trained)
-        if gpu
-        else (memory_of_libraries(), CPU_SLACK, 4.0 * costs.largest)
-    )
+    base, slack = (CUDA_CONTEXT, GPU_SLACK) if gpu else (memory_of_libraries(), CPU_SLACK)
+    step = planned.optimizer_temporaries(costs)
     if sharded and n > 1:
         held, work = _divided(costs, planned, stage=planned.stage or 3)
         return base + held + slack * work

@@ -1,7 +1,8 @@
 """``lrm estimate CONFIG... --gpus N``: what a run costs before it is started; no GPU and no data are needed.
 
 A step of one process is run on fake tensors, so every option counts; under FSDP2 as a process of the whole run, its
-messages going nowhere, and what each process holds is checked. Everything that `lrm fit` takes may follow.
+messages going nowhere, and what each process holds is checked. Times of GPUs are ranges, estimated and not measured.
+Everything that `lrm fit` takes may follow.
 """
 
 import argparse
@@ -18,9 +19,18 @@ from lrm_pl.apps.advice import table_lines, what_would_help
 from lrm_pl.apps.plan import Plan, plan
 from lrm_pl.callbacks.memory import memory_of_libraries
 from lrm_pl.errors import InputError
-from lrm_pl.training.costs.division import CPU_SLACK, Division, Machines, alone, best_fitting, divisions
+from lrm_pl.training.costs.division import (
+    CPU_SLACK,
+    FAST,
+    SLOW,
+    Division,
+    Machines,
+    alone,
+    best_fitting,
+    divisions,
+)
 from lrm_pl.training.costs.fake_group import as_rank
-from lrm_pl.training.costs.machines import GPUS, cpu_flops
+from lrm_pl.training.costs.machines import cpu_flops, require_gpu
 from lrm_pl.training.costs.sharding import check_shards
 from lrm_pl.training.costs.simulation import StepCosts, simulate_step
 
@@ -43,7 +53,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default=0,
         help="all GPUs of the run; 0, the default: one process on this machine's CPU",
     )
-    add("--gpu", choices=GPUS, default="a100-80g", help="which GPU (default: %(default)s)")
+    add(
+        "--gpu",
+        default="A100 80GB",
+        help="which GPU, as in 4090, H100, a100-40g or MI300X; memory where there are several (default: %(default)s)",
+    )
     add("--gpus-per-node", type=int, default=8, help="default: %(default)s")
     add(
         "--network", type=float, default=800, help="Gbit/s that a node sends to others (default: %(default)s)"
@@ -70,6 +84,8 @@ def show_step(console: Console, planned: Plan, costs: StepCosts) -> None:
     for name, part in (("encoder", lrm.encoder), ("transformer", lrm.transformer), ("all", lrm)):
         table.add_row(f"parameters, {name}", f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M")
     table.add_row("parameters that learn", f"{costs.trained / 1e6:.1f} M")
+    hits = f"{planned.shape.hits:.0%} of {planned.shape.pixels * times:,} ({planned.cameras})"
+    table.add_row(f"rays that hit the {planned.module.renderer.bounds}", hits)
     table.add_row("objects a step", f"{planned.batch_size}: {times} x {planned.shape.objects} at a time")
     lines = {f"forward, {name}": flops for name, flops in costs.forward.items()}
     lines |= {"forward + backward": costs.model, "run, with what is recomputed": costs.flops}
@@ -78,18 +94,26 @@ def show_step(console: Console, planned: Plan, costs: StepCosts) -> None:
     console.print(table)
 
 
-def duration(seconds: float) -> str:
-    """Write seconds in the unit in which one would say them."""
+def duration(seconds: tuple[float, float]) -> str:
+    """Write a range of seconds in the unit in which one would say its end."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
+        if seconds[1] >= 2 * size:
+            return f"{span((seconds[0] / size, seconds[1] / size), 1)} {unit}"
+    return f"{span(seconds, 1)} s"
+
+
+def span(ends: tuple[float, float], digits: int) -> str:
+    """Write a range; one number where both ends are the same."""
+    low, high = (f"{end:.{digits}f}" for end in sorted(ends))
+    return low if low == high else f"{low}-{high}"
 
 
 def show_divisions(console: Console, rows: Sequence[Division], planned: Plan, memory: float | None) -> None:
     """Print a row a strategy."""
-    timed = any(row.compute for row in rows)
-    title = f"A process of {planned.processes}, GB" + (f"; it has {memory / 1e9:.0f}" if memory else "")
+    timed = any(row.compute[1] for row in rows)
+    title = f"A process of {planned.processes}, GB" + (
+        f"; it has {memory / 1e9:.0f}. Times are estimated, not measured" if memory else ""
+    )
     table = Table(title=title)
     for column in ("strategy", "weights", "gradients", "optimizer", "activations", "peak"):
         table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=True)
@@ -101,8 +125,9 @@ def show_divisions(console: Console, rows: Sequence[Division], planned: Plan, me
         peak = f"{row.peak / 1e9:.2f}" + ("" if memory is None or row.peak <= memory else " too much")
         cells = [row.strategy, *(f"{size / 1e9:.2f}" for size in sizes), peak]
         if timed:
-            whole = duration(planned.steps * row.seconds) if planned.steps > 0 else "-"
-            cells += [f"{row.sent / 1e9:.2f}", f"{row.compute:.3f}", f"{row.exposed:.3f}", whole]
+            fast, slow = (planned.steps * end for end in row.seconds)
+            whole = duration((fast, slow)) if planned.steps > 0 else "-"
+            cells += [f"{row.sent / 1e9:.2f}", span(row.compute, 2), span(row.exposed, 2), whole]
         table.add_row(*cells)
     console.print(table)
 
@@ -117,7 +142,9 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
         raise InputError(
             f"expected whole nodes of {options.gpus_per_node} GPUs, found {options.gpus}; give --gpus-per-node"
         )
-    planned, gpu = plan(arguments, options.gpus, gpu=True), GPUS[options.gpu]
+    gpu = require_gpu(options.gpu)
+    planned = plan(arguments, options.gpus, gpu=True)
+    gpu.products(planned.shape.dtype)  # refuses what it is not built for before anything is simulated
     machines = Machines(gpu, options.gpus, options.gpus_per_node, options.network * 1e9 / 8)
     whole = planned.costs()
     flat, hybrid = (
@@ -127,12 +154,14 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
         for name, copies in (("fsdp2", 1), ("hsdp", machines.nodes))
     )
     show_step(console, planned, whole)
-    rows = divisions(whole, flat, hybrid, machines, planned.accumulate)
+    rows = divisions(whole, flat, hybrid, machines, planned.accumulate, fused=planned.fused)
     show_divisions(console, rows, planned, gpu.memory)
     gbit = f", {options.network:g} Gbit/s a node" if machines.nodes > 1 else ""
     console.print(
-        f"{options.gpus} x {gpu.title} in {machines.nodes} node(s){gbit}; {planned.steps} steps. Roofline: products at "
-        "70 % of the peak, memory and links at 80 % of theirs, no loading of data. DeepSpeed's rows are arithmetic.",
+        f"{options.gpus} x {gpu.name} in {machines.nodes} node(s){gbit}; {planned.steps} steps. Roofline: products at "
+        f"{FAST.products:.0%} to {SLOW.products:.0%} of the peak, memory and links at {FAST.bytes:.0%} to "
+        f"{SLOW.bytes:.0%} of theirs, {FAST.launch * 1e6:.0f} to {SLOW.launch * 1e6:.0f} us per launch; no atomics, no "
+        f"loading of data. {'Fused' if planned.fused else 'Foreach'} AdamW. DeepSpeed's rows are arithmetic.",
         soft_wrap=True,
     )
     best = best_fitting(rows, gpu.memory)
@@ -140,9 +169,12 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
         peak, remedies = what_would_help(arguments, options.gpus, gpu=True)
         console.print("Nothing fits;", "\n".join(table_lines(peak, remedies)), soft_wrap=True)
         return
-    mfu = whole.model * planned.accumulate / best.seconds / gpu.products(whole.shape.dtype)
+    needed = whole.model * planned.accumulate / gpu.products(whole.shape.dtype)
+    mfu = needed / best.seconds[0], needed / best.seconds[1]
     console.print(
-        f"Simplest of the fastest that fit: {best.strategy}, {best.seconds:.2f} s a step, MFU {mfu:.2f}."
+        f"Simplest of the fastest that fit: {best.strategy}, {span(best.seconds, 2)} s a step, MFU {span(mfu, 2)} "
+        "(estimated, not measured).",
+        soft_wrap=True,
     )
     words = [f"NODES={machines.nodes}"] if machines.nodes > 1 else []
     words.append(f"GPUS={min(options.gpus, options.gpus_per_node)}")
@@ -187,11 +219,10 @@ def on_cpu(console: Console, arguments: list[str]) -> None:
     planned = plan(arguments, 1, gpu=False)
     costs = planned.costs()
     show_step(console, planned, costs)
-    row = alone(costs, planned.accumulate, base, CPU_SLACK, 4.0 * costs.largest)
+    row = alone(costs, planned.accumulate, base, CPU_SLACK, planned.optimizer_temporaries(costs))
     peak = cpu_flops(costs.shape.dtype)
-    row = dataclasses.replace(
-        row, strategy="cpu", compute=planned.accumulate * costs.flops / (_CPU_SHARE * peak)
-    )
+    seconds = planned.accumulate * costs.flops / (_CPU_SHARE * peak)
+    row = dataclasses.replace(row, strategy="cpu", compute=(seconds, seconds))
     show_divisions(console, [row], planned, None)
     console.print(
         f"The peak holds {base / 1e9:.2f} GB of Python and libraries, and what the heap keeps. This machine's peak: "

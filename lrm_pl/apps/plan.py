@@ -6,6 +6,7 @@ import torch
 
 from lrm_pl.apps.parsed import model_without_numbers
 from lrm_pl.errors import InputError
+from lrm_pl.training.costs.hits import cameras_of, hit_share
 from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step
 from lrm_pl.training.module import LRMModule
 
@@ -19,6 +20,7 @@ class Plan:
     Attributes:
         module: Its model, on the meta device.
         shape: What a process computes at a time.
+        cameras: Where the share of rays that hit the bounds is from.
         batch_size: Objects an optimiser step.
         processes: Processes.
         accumulate: Batches of a process an optimiser step.
@@ -30,6 +32,7 @@ class Plan:
 
     module: LRMModule
     shape: StepShape
+    cameras: str
     batch_size: int
     processes: int
     accumulate: int
@@ -37,6 +40,17 @@ class Plan:
     strategy: str
     replicas: int
     stage: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether AdamW is fused, as ``LRMModule.configure_optimizers`` decides: but under a GradScaler."""
+        return self.shape.dtype != torch.float16
+
+    def optimizer_temporaries(self, costs: StepCosts) -> float:
+        """Return the bytes of temporary tensors of AdamW's step: all at once on a GPU, tensor by tensor on a CPU."""
+        if self.fused:
+            return 0.0
+        return 4.0 * (costs.trained if self.shape.gpu else costs.largest)
 
     def costs(self) -> StepCosts:
         """Simulate a step of a process that holds the whole network."""
@@ -75,17 +89,33 @@ def plan(arguments: list[str], processes: int, *, gpu: bool) -> Plan:
             f"{data.batch_size}; give --data.batch_size {above}"
         )
     augmentation = data.augmentation
-    size = max(augmentation.crop.size, *(stage.crop.size for stage in augmentation.stages), 0)
-    views = module.lrm.input_views + data.side_views
+    crop = max(
+        (augmentation.crop, *(stage.crop for stage in augmentation.stages)), key=lambda crop: crop.size
+    )
+    cameras = cameras_of(data)
     shape = StepShape(
-        data.batch_size // parts, views, size, "cuda" if gpu else "cpu", 1 if gpu else torch.get_num_threads(),
-        DTYPES[precision],
-    )  # fmt: skip
+        objects=data.batch_size // parts,
+        views=module.lrm.input_views + data.side_views,
+        size=crop.size,
+        hits=hit_share(module.renderer.bounds, crop, cameras),
+        gpu=gpu,
+        threads=1 if gpu else torch.get_num_threads(),
+        dtype=DTYPES[precision],
+    )
     strategy = trainer["strategy"]
     name, options = (
         (strategy, {}) if isinstance(strategy, str) else (strategy["class_path"], strategy["init_args"])
     )
     replicas, stage = options.get("replicas", 1), options.get("stage", 0)
     return Plan(
-        module, shape, data.batch_size, processes, accumulate, trainer["max_steps"], name, replicas, stage
+        module,
+        shape,
+        cameras.source,
+        data.batch_size,
+        processes,
+        accumulate,
+        trainer["max_steps"],
+        name,
+        replicas,
+        stage,
     )

@@ -65,7 +65,7 @@ class StepTimer(L.Callback):
         """Take the shape of the network while it is whole."""
         if stage == "fit":
             assert isinstance(pl_module, LRMModule)
-            self._meter = UtilisationMeter(pl_module)
+            self._meter = UtilisationMeter(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the marks and start the clock."""

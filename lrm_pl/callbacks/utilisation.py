@@ -4,8 +4,13 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+import lightning as L
 import torch
 
+from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.data.transforms import CropConfig
+from lrm_pl.kernels.device import on_cpu
+from lrm_pl.training.costs.hits import cameras_of, default_cameras, hit_share
 from lrm_pl.training.costs.machines import peak_flops
 from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step, without_numbers
 from lrm_pl.training.module import LRMModule
@@ -33,11 +38,13 @@ class UtilisationMeter:
 
     Args:
         module: What is trained, before it is divided; only its shapes are kept.
+        data: What it is trained on: the share of rays that hit depends on its cameras and crops.
     """
 
-    def __init__(self, module: LRMModule) -> None:
+    def __init__(self, module: LRMModule, data: L.LightningDataModule | None = None) -> None:
         self.lrm = without_numbers(module.lrm)
         self.renderer, self.objective, self.parallel = module.renderer, module.objective, module.parallel
+        self.data = data
         self._costs: StepCosts | None = None
         self._failed = False
 
@@ -50,7 +57,8 @@ class UtilisationMeter:
             try:
                 with torch.enable_grad():
                     parts = self.lrm, self.renderer, self.objective, self.parallel
-                    self._costs = simulate_step(*parts, StepShape(1, 1, 64))
+                    shape = StepShape(1, 1, 64, self._hits(), gpu=not on_cpu(device))
+                    self._costs = simulate_step(*parts, shape)
             # Whatever a new part of a network cannot do without numbers: the run goes on.
             except Exception as error:
                 logger.warning("speed/mfu is left out: this network cannot be run without numbers: %r", error)
@@ -62,3 +70,8 @@ class UtilisationMeter:
             for x in batches
         )
         return flops / seconds / peak
+
+    def _hits(self) -> float:
+        if isinstance(self.data, ShardDataModule):
+            return hit_share(self.renderer.bounds, self.data.augmentation.crop, cameras_of(self.data))
+        return hit_share(self.renderer.bounds, CropConfig(), default_cameras())

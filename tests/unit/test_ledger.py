@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 
 from lrm_pl.kernels.attention import attention_in_blocks
 from lrm_pl.training.costs.fake_group import as_rank
-from lrm_pl.training.costs.ledger import Ledger, Message
+from lrm_pl.training.costs.ledger import _TRAFFIC, Ledger, Message, Traffic, register_bytes_formula
 
 
 def test_the_peak_is_what_lived_at_once():
@@ -67,6 +68,93 @@ def test_blockwise_attention_counts_two_products_forward_and_five_backward():
     product = 2 * (2 * 3) * 40 * 50 * 8
     assert forward == 2 * product
     assert ledger.flops() - forward == 5 * product
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scaled_dot_product_attention_counts_two_products_forward_and_five_backward(dtype):
+    ledger = Ledger()
+    with FakeTensorMode(), ledger:
+        q, k, v = (torch.empty(2, 3, length, 8, dtype=dtype, requires_grad=True) for length in (40, 50, 50))
+        out = F.scaled_dot_product_attention(q, k, v)
+        forward, moved = ledger.flops(), ledger.moved()
+        out.sum().backward()
+    product = 2 * (2 * 3) * 40 * 50 * 8
+    assert forward == 2 * product
+    assert ledger.flops() - forward == 5 * product
+    # Queries and the output, keys and values, and a float32 per query for backward: no scores.
+    assert moved == dtype.itemsize * 6 * 8 * (2 * 40 + 2 * 50) + 4 * 6 * 40
+
+
+def test_an_operator_moves_the_numbers_that_it_touches():
+    """float32 (4 bytes) and int64 (8 bytes), by hand."""
+    cases = {
+        "copy_": (lambda x, i: x.copy_(torch.empty(10, 6)), 4 * 60 * 2),
+        "zero_": (lambda x, i: x.zero_(), 4 * 60),
+        "add_": (lambda x, i: x.add_(1), 4 * 60 * 2),
+        "index": (lambda x, i: x[i], 8 * 3 + 2 * 4 * 18),
+        "index_put_": (lambda x, i: x.index_put_((i,), torch.empty(3, 6)), 8 * 3 + 2 * 4 * 18),
+        "add": (lambda x, i: x + torch.empty(1, 6).expand(10, 6), 4 * (60 + 6 + 60)),
+    }  # fmt: skip
+    for name, (run, moved) in cases.items():
+        ledger = Ledger()
+        with FakeTensorMode():
+            x, index = torch.empty(10, 6), torch.empty(3, dtype=torch.int64)
+            with ledger:
+                run(x, index)
+        assert [(o.name, o.moved) for o in ledger.operations if o.moved] == [(name, moved)]
+
+
+@pytest.fixture
+def doubling():
+    """An operator whose body, for accelerators, doubles twice."""
+
+    @torch.library.custom_op("lrm_pl::doubling_of_a_test", mutates_args=())
+    def op(x: torch.Tensor) -> torch.Tensor:
+        return 2 * (2 * x)
+
+    @op.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+    yield torch.ops.lrm_pl.doubling_of_a_test
+    _TRAFFIC.pop(torch.ops.lrm_pl.doubling_of_a_test, None)
+
+
+def booked(op, **options):
+    ledger = Ledger(**options)
+    with FakeTensorMode():
+        x = torch.empty(100)
+        with ledger:
+            op(x)
+    return ledger
+
+
+def test_a_custom_operator_moves_inputs_and_outputs_or_what_its_body_moves(doubling):
+    assert booked(doubling).moved() == 2 * 400
+    opened = booked(doubling, open_bodies=True)
+    assert [x.name for x in opened.operations] == ["mul", "mul"]
+    assert opened.moved() == 4 * 400
+    assert opened.peak == 2 * 400
+
+
+def test_a_custom_operator_moves_what_its_formula_says_and_holds_its_scratch_apart(doubling):
+    @register_bytes_formula(doubling)
+    def _(x, *, out_val):
+        return Traffic(moved=x.nbytes + out_val.nbytes / 2, scratch=1000.0)
+
+    ledger = booked(doubling, open_bodies=True)
+    (operation,) = ledger.operations
+    assert (operation.moved, operation.scratch) == (600.0, 1000.0)
+    assert ledger.peak == 400 + 1000
+    assert ledger.held == 0
+
+
+def test_scratch_is_not_multiplied_by_repetitions(doubling):
+    register_bytes_formula(doubling)(lambda x, out_val: Traffic(8.0, 16.0))
+    ledger = Ledger()
+    with FakeTensorMode(), ledger, ledger.repeated(5.0):
+        doubling(torch.empty(1))
+    assert (ledger.operations[-1].moved, ledger.operations[-1].scratch) == (40.0, 16.0)
 
 
 def test_what_is_repeated_by_several_threads_counts_as_often_and_is_held_as_often():

@@ -3,22 +3,51 @@
 Memory. Everything trained is float32 (4 bytes a number), AdamW holds two numbers more of each. DDP and ZeRO 1 hold all
 gradients all the time; alone, those of early layers come when activations are gone.
 
-Time on a GPU, a roofline: each operation takes as long as its products at 70 % of the peak, its bytes at 80 % of the
-memory's bandwidth, or 4 microseconds, whichever is longest; nothing is fused. A message takes its bytes at 80 % of the
-slowest link that its ring crosses, and 6 microseconds a process (a sum that all get goes along a tree). Gradients
-travel while backward runs, weights while anything else runs; those that ZeRO 1 and 2 spread after their step, while
-nothing does. So waiting is a lower bound. Loading data is not in it.
+Time on a GPU is a range, estimated and not measured: a roofline between FAST and SLOW. Each operation takes as long as
+its products at some share of the data sheet's peak, its bytes at some share of the memory's bandwidth, or its launch,
+whichever is longest; nothing is fused. Atomic additions, waits of the host and loading of data are not in it. A message
+takes its bytes at the same share of the slowest link that its ring crosses, and a latency per process (an all-reduce
+goes along a tree). Gradients travel while backward runs, weights while anything else runs; those that ZeRO 1 and 2
+spread after their step, while nothing does. So waiting is a lower bound.
+
+Where the shares are from. Products: attention kernels reach 35 % of an H100's peak and 50 to 73 % of an A100's (Dao
+2023, FlashAttention-2; Shah et al. 2024, FlashAttention-3); large matrix products reach the upper end. Bytes: copies
+reach 80 to 90 % of a data sheet's bandwidth, reductions and strided reads less; 50 % is a guess. Launches: 4 us is
+about what PyTorch needs for an operator without a graph, 10 us with autograd and a busy host; guesses.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lrm_pl.training.costs.ledger import Message
 from lrm_pl.training.costs.machines import Gpu
 from lrm_pl.training.costs.simulation import StepCosts
 
-_PRODUCTS, _BYTES, _LAUNCH, _HOP = 0.7, 0.8, 4e-6, 6e-6
+
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """What programs reach of a data sheet's figures.
+
+    Attributes:
+        products: Share of the peak of products.
+        bytes: Share of the bandwidth of memory and links.
+        launch: Seconds that an operation takes at least.
+        hop: Seconds of latency of a message, per process.
+    """
+
+    products: float
+    bytes: float
+    launch: float
+    hop: float
+
+
+FAST, SLOW = Efficiency(0.7, 0.8, 4e-6, 6e-6), Efficiency(0.35, 0.5, 10e-6, 12e-6)
+
+#: Numbers read or written per trained number by the norm of gradients and their scaling, and by AdamW: fused, it reads
+#: weight, gradient and moments and writes weight and moments once. PyTorch's foreach AdamW makes a pass per operation:
+#: decay 2, first moment 3, second 2 + 3, square root 2, division 2, epsilon 2, update 4.
+NORM_NUMBERS, FUSED_NUMBERS, FOREACH_NUMBERS = 3, 7, 20
 
 #: What an allocator holds besides: on a GPU a guess; on a CPU what glibc's heap held of what was freed (measured).
 GPU_SLACK, CPU_SLACK = 1.1, 1.5
@@ -51,7 +80,7 @@ class Machines:
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """One strategy's costs for one process; bytes and seconds, a step.
+    """One strategy's costs for one process; bytes and seconds per step, times from fast to slow.
 
     Attributes:
         strategy: Its name among configs/trainer/.
@@ -72,13 +101,14 @@ class Division:
     activations: float
     peak: float
     sent: float
-    compute: float
-    exposed: float
+    compute: tuple[float, float]
+    exposed: tuple[float, float]
 
     @property
-    def seconds(self) -> float:
-        """Seconds a step."""
-        return self.compute + self.exposed
+    def seconds(self) -> tuple[float, float]:
+        """Seconds per step."""
+        fast, slow = (a + b for a, b in zip(self.compute, self.exposed, strict=True))
+        return fast, slow
 
 
 def alone(costs: StepCosts, accumulate: int, base: float, slack: float, spare: float) -> Division:
@@ -96,11 +126,19 @@ def alone(costs: StepCosts, accumulate: int, base: float, slack: float, spare: f
     work = max(kept + costs.activations, costs.work, costs.gradients + spare)
     # What a heap keeps of freed memory grows with all that comes and goes: activations, and gradients between steps.
     peak = base + weights + optimizer + (work + (slack - 1) * (work + costs.gradients) if slack > 1 else work)
-    return Division("none", weights, costs.gradients, optimizer, costs.activations, peak, 0.0, 0.0, 0.0)
+    return Division(
+        "none", weights, costs.gradients, optimizer, costs.activations, peak, 0.0, (0.0, 0.0), (0.0, 0.0)
+    )
 
 
 def divisions(
-    whole: StepCosts, sharded: StepCosts | None, hybrid: StepCosts | None, machines: Machines, accumulate: int
+    whole: StepCosts,
+    sharded: StepCosts | None,
+    hybrid: StepCosts | None,
+    machines: Machines,
+    accumulate: int,
+    *,
+    fused: bool,
 ) -> list[Division]:
     """Cost every strategy on GPUs.
 
@@ -110,23 +148,20 @@ def divisions(
         hybrid: The same with shards inside a node; None for one node.
         machines: What it runs on.
         accumulate: Batches a step.
+        fused: Whether AdamW is fused; else its step holds temporary tensors as large as the weights that it moves.
     """
     n, trained = machines.processes, 4.0 * whole.trained
+    spare = 0.0 if fused else 1.0
     if n == 1:
-        single = alone(whole, accumulate, CUDA_CONTEXT, 1.0, trained)
-        return [
-            dataclasses.replace(
-                single,
-                peak=_with_slack(single.peak),
-                compute=_compute(whole, trained, machines.gpu, accumulate),
-            )
-        ]
+        single = alone(whole, accumulate, CUDA_CONTEXT, 1.0, spare * trained)
+        compute = _range(lambda reach: _compute(whole, trained, machines.gpu, accumulate, reach, fused=fused))
+        return [dataclasses.replace(single, peak=_with_slack(single.peak), compute=compute)]
     weights, activations = whole.weights + whole.frozen_other, whole.activations
     reduce, scatter, gather = (Message(kind, trained, n) for kind in ("reduce", "scatter", "gather"))
     all_weights = Message("gather", whole.weights, n)
     rows = [
         # name, weights, gradients, optimizer, activations, messages, trained bytes of the optimizer's step
-        ("ddp", weights, trained, 2 * trained, max(activations, trained), [reduce], trained),
+        ("ddp", weights, trained, 2 * trained, max(activations, spare * trained), [reduce], trained),
         ("deepspeed_1", weights, trained, 3 * trained / n, activations, [scatter, gather], trained / n),
         ("deepspeed_2", weights, trained / n, 3 * trained / n, whole.work, [*[scatter] * accumulate, gather],
          trained / n),
@@ -137,45 +172,75 @@ def divisions(
     for name, costs in (("fsdp2", sharded), ("hsdp", hybrid)):
         if costs is not None:
             rows.append((name, costs.weights + costs.frozen_other, costs.gradients, 2 * costs.gradients,
-                         max(costs.activations, costs.gradients), list(costs.messages) * accumulate,
+                         max(costs.activations, spare * costs.gradients), list(costs.messages) * accumulate,
                          costs.gradients))  # fmt: skip
     found = []
     for name, held, gradients, optimizer, active, messages, stepped in rows:
-        compute = _compute(whole, stepped, machines.gpu, accumulate)
-        in_parts = name in ("fsdp2", "hsdp", "deepspeed_3")
-        backward = _roofline(whole, machines.gpu, "backward") * (accumulate if in_parts else 1)
-        gathering = sum(_seconds(message, machines) for message in messages if message.kind == "gather")
-        summing = sum(_seconds(message, machines) for message in messages if message.kind != "gather")
-        elsewhere = compute - min(summing, backward) if in_parts else 0.0
-        exposed = max(0.0, summing - backward) + max(0.0, gathering - elsewhere)
+        times = [
+            _times(whole, messages, stepped, machines, accumulate, reach, fused=fused,
+                   in_parts=name in ("fsdp2", "hsdp", "deepspeed_3"))
+            for reach in (FAST, SLOW)
+        ]  # fmt: skip
+        (fast, waiting), (slow, waiting_slow) = times
         peak = _with_slack(CUDA_CONTEXT + held + gradients + optimizer + active)
         sent = sum(message.sent for message in messages)
-        found.append(Division(name, held, gradients, optimizer, active, peak, sent, compute, exposed))
+        found.append(
+            Division(
+                name, held, gradients, optimizer, active, peak, sent, (fast, slow), (waiting, waiting_slow)
+            )
+        )
     return found
+
+
+def _times(
+    whole: StepCosts,
+    messages: Sequence[Message],
+    stepped: float,
+    machines: Machines,
+    accumulate: int,
+    reach: Efficiency,
+    *,
+    fused: bool,
+    in_parts: bool,
+) -> tuple[float, float]:
+    """Return seconds of computing, and of waiting for messages; ``in_parts``: each batch sends, module by module."""
+    compute = _compute(whole, stepped, machines.gpu, accumulate, reach, fused=fused)
+    backward = _roofline(whole, machines.gpu, reach, "backward") * (accumulate if in_parts else 1)
+    gathering = sum(_seconds(message, machines, reach) for message in messages if message.kind == "gather")
+    summing = sum(_seconds(message, machines, reach) for message in messages if message.kind != "gather")
+    elsewhere = compute - min(summing, backward) if in_parts else 0.0
+    return compute, max(0.0, summing - backward) + max(0.0, gathering - elsewhere)
+
+
+def _range(seconds: Callable[[Efficiency], float]) -> tuple[float, float]:
+    return seconds(FAST), seconds(SLOW)
 
 
 def _with_slack(peak: float) -> float:
     return CUDA_CONTEXT + GPU_SLACK * (peak - CUDA_CONTEXT)
 
 
-def _compute(costs: StepCosts, stepped: float, gpu: Gpu, accumulate: int) -> float:
-    """Seconds of all batches of a step, then of AdamW: it reads and writes eight numbers for each that it moves."""
-    return accumulate * _roofline(costs, gpu) + 8 * stepped / (_BYTES * gpu.bandwidth)
+def _compute(
+    costs: StepCosts, stepped: float, gpu: Gpu, accumulate: int, reach: Efficiency, *, fused: bool
+) -> float:
+    """Return the seconds of all batches of a step, then of the gradient's norm and AdamW."""
+    numbers = NORM_NUMBERS + (FUSED_NUMBERS if fused else FOREACH_NUMBERS)
+    return accumulate * _roofline(costs, gpu, reach) + numbers * stepped / (reach.bytes * gpu.bandwidth)
 
 
-def _roofline(costs: StepCosts, gpu: Gpu, part: str | None = None) -> float:
+def _roofline(costs: StepCosts, gpu: Gpu, reach: Efficiency, part: str | None = None) -> float:
     return sum(
         max(
-            x.flops / (_PRODUCTS * gpu.products(costs.shape.dtype)),
-            x.moved / (_BYTES * gpu.bandwidth),
-            x.count * _LAUNCH,
+            x.flops / (reach.products * gpu.products(costs.shape.dtype)),
+            x.moved / (reach.bytes * gpu.bandwidth),
+            x.count * reach.launch,
         )
         for x in costs.operations
         if part is None or x.part == part
     )
 
 
-def _seconds(message: Message, machines: Machines) -> float:
+def _seconds(message: Message, machines: Machines, reach: Efficiency) -> float:
     """A ring inside a node runs at the GPUs' links; one over nodes at what a node sends.
 
     Shards are laid inside nodes first; what is reduced over copies crosses nodes, one ring a GPU of a node at once.
@@ -187,11 +252,14 @@ def _seconds(message: Message, machines: Machines) -> float:
     speed = machines.gpu.link if inside else min(machines.gpu.link, machines.network / rings)
     n = message.processes
     hops = 2 * math.log2(n) if message.kind == "reduce" else n - 1
-    return message.sent / (_BYTES * speed) + _HOP * hops
+    return message.sent / (reach.bytes * speed) + reach.hop * hops
 
 
 def best_fitting(rows: Sequence[Division], memory: float) -> Division | None:
-    """Return the simplest row that fits a GPU's memory and is as fast as any to 2 %; None where nothing fits."""
+    """Return the simplest row that fits a GPU's memory and is as fast as any to 2 %; None where nothing fits.
+
+    The middles of the ranges are compared.
+    """
     fits = [row for row in rows if row.peak <= memory]
-    least = min((row.seconds for row in fits), default=0.0)
-    return next((row for row in fits if row.seconds <= 1.02 * least), None)
+    least = min((sum(row.seconds) for row in fits), default=0.0)
+    return next((row for row in fits if sum(row.seconds) <= 1.02 * least), None)

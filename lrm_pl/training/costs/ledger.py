@@ -2,16 +2,17 @@
 
 import contextlib
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Operation:
         part: Which part of the program it belongs to.
         name: The operator's.
         flops: Floating-point operations of its products, 2 a multiplication and addition; 0 for everything else.
-        moved: Bytes that it reads and writes.
+        moved: Bytes of memory that it reads and writes.
         count: How often it runs; flops and bytes are of all of them together.
+        scratch: Bytes of private buffers that it holds while it runs, whose traffic stays in a cache; not in ``moved``.
     """
 
     part: str
@@ -31,6 +33,48 @@ class Operation:
     flops: float
     moved: float
     count: float = 1.0
+    scratch: float = 0.0
+
+
+class Traffic(NamedTuple):
+    """Bytes of memory that an operator reads and writes, and of private buffers that it holds while it runs."""
+
+    moved: float
+    scratch: float = 0.0
+
+
+_TRAFFIC: dict[Any, Callable[..., Traffic]] = {}
+
+
+def register_bytes_formula(op: Any) -> Callable[[Callable[..., Traffic]], Callable[..., Traffic]]:  # noqa: ANN401
+    """Decorate a function of an operator's arguments and ``out_val`` that returns its traffic.
+
+    For custom operators that do not move each input and output once: bytes of other operators follow from their
+    tensors.
+
+    Args:
+        op: The operator, such as ``torch.ops.lrm_pl.decode_along_rays``.
+    """
+
+    def register(formula: Callable[..., Traffic]) -> Callable[..., Traffic]:
+        _TRAFFIC[op] = formula
+        return formula
+
+    return register
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
+    """Return the FLOPs of q k^T and of its product with v. PyTorch 2.14 registers CUDA's operators only."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+@register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+def _attention_backward_flops(
+    grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
+) -> int:
+    """Return the FLOPs of q k^T again and of the four gradients' products: three of q's width, two of v's."""
+    return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +103,10 @@ _MESSAGES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter", "
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watch every operation of the calling thread while it is entered.
 
+    Args:
+        open_bodies: Book what the bodies of custom operators do in their place, but of those that have a formula. Fake
+            tensors run bodies made of PyTorch's operators only, as those of accelerators are.
+
     Attributes:
         part: What operations are booked under.
         held: Bytes that live tensors hold now, but for what was set aside.
@@ -69,8 +117,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         messages: What was exchanged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, open_bodies: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.open_bodies = open_bodies
         self.part = ""
         self.held = self.peak = self.aside = self.peak_with_aside = 0.0
         self.operations: list[Operation] = []
@@ -81,6 +130,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def flops(self, part: str | None = None) -> float:
         """Add up the operations of a part, or of all."""
         return sum(x.flops for x in self.operations if part is None or x.part == part)
+
+    def moved(self, part: str | None = None) -> float:
+        """Add up the bytes that a part, or all, reads and writes."""
+        return sum(x.moved for x in self.operations if part is None or x.part == part)
 
     def hold(self, tensor: Tensor) -> None:
         """Book the memory of a tensor until it is gone; once for all tensors that share it."""
@@ -145,6 +198,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:  # noqa: ANN401
         """Run an operation and book it."""
         kwargs = kwargs or {}
+        if self.open_bodies and (body := _body(func)) is not None:
+            with self:
+                return body(*args, **kwargs)
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for tensor in results:
@@ -165,11 +221,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs: list[Tensor],
         results: list[Tensor],
     ) -> None:
-        count, times = flop_registry.get(func._overloadpacket), self._times
+        op, times = func._overloadpacket, self._times
+        count, formula = flop_registry.get(op), _TRAFFIC.get(op)
         flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
-        moved = float(sum(x.numel() * x.element_size() for x in _touched(func, inputs, results)))
-        name = func._overloadpacket.__name__
-        self.operations.append(Operation(self.part, name, times * flops, times * moved, times))
+        if formula is None:
+            traffic = Traffic(_moved(func, inputs, results))
+        else:
+            traffic = formula(*args, **kwargs, out_val=out)
+        self.operations.append(
+            Operation(self.part, op.__name__, times * flops, times * traffic.moved, times, traffic.scratch)
+        )
+        self.peak = max(self.peak, self.held + traffic.scratch)
+        self.peak_with_aside = max(self.peak_with_aside, self.held + self.aside + traffic.scratch)
 
     def _exchange(self, func: Any, args: tuple[Any, ...], tensors: list[Tensor]) -> None:  # noqa: ANN401
         kind = _MESSAGES.get(func._overloadpacket.__name__)
@@ -185,16 +248,53 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
+def _body(func: Any) -> Callable[..., Any] | None:  # noqa: ANN401 - an operator
+    """Return the body of a custom operator without formulas; None of any other operator."""
+    op = func._overloadpacket
+    if func.namespace != "lrm_pl" or op in flop_registry or op in _TRAFFIC:
+        return None
+    # Private (torch 2.14.1): there is no public way from an operator to the function that custom_op decorated.
+    definition = torch._library.custom_ops.OPDEFS[f"{func.namespace}::{op.__name__}"]
+    body: Callable[..., Any] = definition._init_fn
+    return body
+
+
 def _is_view(func: Any) -> bool:  # noqa: ANN401 - an operator
-    """Say whether an operator only looks at memory in another way."""
-    return any(
+    """Return whether an operator only looks at memory in another way."""
+    return func._overloadpacket.__name__ == "_unsafe_view" or any(
         result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns
     )
 
 
-def _touched(func: Any, inputs: list[Tensor], results: list[Tensor]) -> list[Tensor]:  # noqa: ANN401 - an operator
-    """Return what an operator reads or writes: one that makes a tensor after another's pattern reads nothing."""
+#: Operators that overwrite their first argument; that read a part of it as large as the result; that write a part of
+#: it as large as their last tensor.
+_OVERWRITING = frozenset({"copy_", "fill_", "zero_"})
+_GATHERING = frozenset({"index", "index_select", "gather", "embedding"})
+_SCATTERING = frozenset({"index_put_", "_index_put_impl_"})
+
+
+def _moved(func: Any, inputs: list[Tensor], results: list[Tensor]) -> float:  # noqa: ANN401 - an operator
+    """Return the bytes that an operator reads and writes: each input and result once, but for those named above."""
     name = func._overloadpacket.__name__
     if "empty" in name:
-        return []
-    return results if name.startswith("new_") or name.endswith("_like") else [*inputs, *results]
+        touched = []
+    elif name.startswith("new_") or name.endswith("_like"):
+        touched = results  # of the other tensor only the pattern is read
+    elif name in _OVERWRITING:
+        touched = [*inputs[1:], *results]
+    elif name in _GATHERING:
+        touched = [*inputs[1:], *results, *results]
+    elif name in _SCATTERING:
+        touched = [*inputs[1:], inputs[-1]]
+    else:
+        touched = [*inputs, *results]
+    return float(sum(_size(x) for x in touched))
+
+
+def _size(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's distinct numbers: those of an expanded dimension are one."""
+    if tensor.layout != torch.strided:
+        return tensor.numel() * tensor.element_size()
+    return tensor.element_size() * math.prod(
+        size if stride or size == 0 else 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

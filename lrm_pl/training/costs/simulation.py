@@ -1,8 +1,9 @@
 """One training step on fake tensors: the program itself, whose tensors have shapes and no numbers.
 
 So an estimate knows every option that the program knows. Nothing is computed: a step of the paper's size takes
-seconds on a laptop. Rendering depends on where rays go; here so many of them hit the object as do from a usual
-distance, and one chunk of them stands for all.
+seconds on a laptop. For a GPU the program takes the branches of accelerators, on fake tensors of the CPU: autograd
+needs a real device of the tensors' type. Rendering depends on where rays go; here a given share of them hits the
+bounds, and one chunk of them stands for all.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torchvision
@@ -19,8 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from lrm_pl.data.batch import Batch, Views
-from lrm_pl.geometry.cameras import orbit
-from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
+from lrm_pl.kernels.device import as_accelerator
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.models.lrm import LRM
@@ -31,9 +31,6 @@ from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.costs.ledger import Ledger, Message, Operation
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, shard
-
-#: The usual camera: 50 degrees, far enough away that the unit sphere fits the picture.
-_DISTANCE, _FOCAL = 2.37, 1.07
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -48,8 +45,8 @@ class StepShape:
         objects: Objects of a batch of one process.
         views: Target views of each.
         size: Side of a target window.
-        device: Where it is computed. A GPU gets its own chunks of points; else its operations are taken to be a
-            CPU's, which is not so for attention with few scores, and for reading planes.
+        hits: Share of the target rays that hit the renderer's bounds (``costs.hits``).
+        gpu: Whether a GPU computes it: the operations are then those of the accelerators' branches.
         threads: CPU threads; 1 for a GPU.
         dtype: What products are computed in.
     """
@@ -57,7 +54,8 @@ class StepShape:
     objects: int
     views: int
     size: int
-    device: Literal["cpu", "cuda"] = "cuda"
+    hits: float
+    gpu: bool = True
     threads: int = 1
     dtype: torch.dtype = torch.bfloat16
 
@@ -140,12 +138,11 @@ def simulate_step(
         shape: The batch.
         mesh: Shards the network over it with FSDP2.
     """
-    ledger, fake = Ledger(), FakeTensorMode(allow_non_fake_inputs=True)
-    hits = hit_share(renderer.bounds)
+    ledger, fake = Ledger(open_bodies=shape.gpu), FakeTensorMode(allow_non_fake_inputs=True)
     judge = copy.copy(objective)
     if judge.lpips:
         judge.perceptual = _meta_perceptual_loss()
-    with fake:
+    with fake, branches(shape):
         network = fake_copy(lrm).train()
         prepare_blocks(network, dataclasses.replace(parallel, compile=False))
         if mesh is not None:
@@ -153,7 +150,7 @@ def simulate_step(
         if judge.perceptual is not None:
             judge.perceptual.network = fake_copy(judge.perceptual.network)
         module = LRMModule(network, renderer, judge)
-        module.renderer = _FakeRenderer(renderer, hits, shape, ledger)  # type: ignore[assignment]
+        module.renderer = FakeRenderer(renderer, shape, ledger)  # type: ignore[assignment]
         resizes = contextlib.nullcontext() if mesh is None else ledger.seeing_resizes()
         with ledger, resizes, _marked(network, ledger), warnings.catch_warnings():
             # The planes are such a view; they are read, and never written in place.
@@ -201,11 +198,9 @@ def fake_copy(module: Module) -> Module:
     return _copied(module, "cpu")
 
 
-def hit_share(bounds: Bounds) -> float:
-    """Return the share of a picture's rays that hit the bounds, for the usual camera."""
-    c2w, camera = orbit(4, _DISTANCE), torch.tensor([_FOCAL, _FOCAL, 0.5, 0.5]).expand(4, 4)
-    near, far = ray_interval(*pixel_rays(c2w, camera, 64, 64), bounds)
-    return (far > near).float().mean().item()
+def branches(shape: StepShape) -> contextlib.AbstractContextManager[None]:
+    """Answer questions about the device for the one that is estimated."""
+    return as_accelerator() if shape.gpu else contextlib.nullcontext()
 
 
 def _batch(network: LRM, shape: StepShape) -> Batch:
@@ -282,11 +277,11 @@ def _marked(network: LRM, ledger: Ledger) -> Iterator[None]:
         hook.remove()
 
 
-class _FakeRenderer:
+class FakeRenderer:
     """A renderer that walks one chunk of an object's rays and books it as all of them."""
 
-    def __init__(self, renderer: Renderer, hits: float, shape: StepShape, ledger: Ledger) -> None:
-        self.renderer, self.hits, self.step, self.ledger = renderer, hits, shape, ledger
+    def __init__(self, renderer: Renderer, shape: StepShape, ledger: Ledger) -> None:
+        self.renderer, self.step, self.ledger = renderer, shape, ledger
 
     def __call__(
         self, field: Field, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], jitter: Tensor | None = None
@@ -294,32 +289,29 @@ class _FakeRenderer:
         """Render as ``Renderer.__call__`` does."""
         self.ledger.part = "renderer"
         shape = (*c2w.shape[:2], *size)
-        most = max(1, self.renderer.chunk_on(torch.device(self.step.device)) // self.renderer.march.samples)
+        most = max(1, self.renderer.chunk_on(c2w.device) // self.renderer.march.samples)
         noise = None if jitter is None else jitter.flatten(1)
-        rays = _OneChunk(
-            self.renderer.rays(c2w, fxfycxcy, size), noise, self.hits, most, self.step.threads, self.ledger
-        )
+        rays = _OneChunk(self.renderer.rays(c2w, fxfycxcy, size), noise, most, self.step, self.ledger)
         flat = render_rays(field, rays, self.renderer.march)
         self.ledger.part = "losses"
         return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))
 
 
 class _OneChunk(Rays):
-    """Rays that do not know where they go: so many of each object's hit, and one chunk of these is walked."""
+    """Rays that do not know where they go: a share of each object's hits, and one chunk of these is walked."""
 
     def __init__(
         self,
         rays: tuple[Tensor, Tensor, Tensor, Tensor],
         jitter: Tensor | None,
-        hits: float,
         rays_per_chunk: int,
-        threads: int,
+        step: StepShape,
         ledger: Ledger,
     ) -> None:
         self.origins, self.directions, self.near, self.far = rays
-        self.jitter, self.threads, self.ledger = jitter, threads, ledger
-        hit = hits * self.near.shape[1]
-        self.walked = max(1, min(rays_per_chunk, round(hit / threads)))
+        self.jitter, self.threads, self.ledger = jitter, step.threads, ledger
+        hit = step.hits * self.near.shape[1]
+        self.walked = max(1, min(rays_per_chunk, round(hit / step.threads)))
         self.times = hit / self.walked
 
     def for_each_chunk(
