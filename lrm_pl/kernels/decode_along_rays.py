@@ -31,11 +31,11 @@ from lrm_pl.kernels.triplane import Axes, triplane_sample_plain
 #: Raw density of rays that are not evaluated: no activation makes anything of it, even averaged with a large one.
 NOTHING = -1e4
 
-#: Widths C whose kernels do not spill more than a few hundred bytes a thread (tests/fused/build.py).
+#: Widths C that the kernels are used at: at 128 backward spills more than 1 KB a thread (tests/fused/build.py).
 WIDTHS = (16, 32, 64)
 
-#: Pixels x pixels x samples of a tile; the first whose scratch fits is used.
-TILES = ((4, 4, 8), (4, 4, 4))
+#: Pixels x pixels x samples of a tile, by the planes' type; the first whose scratch fits is used.
+TILES = {torch.bfloat16: ((4, 4, 8), (4, 4, 4)), torch.float32: ((4, 4, 2),)}
 
 #: Texels x texels of a plane for which a tile's gradients are summed at a time.
 WINDOW = 8
@@ -200,6 +200,8 @@ class Launch:
         tiles: How many tiles.
         programs: How many programs process them.
         layers: L.
+        width: C.
+        dtype: Type of the planes.
     """
 
     tile: tuple[int, int, int]
@@ -207,16 +209,16 @@ class Launch:
     programs: int
     layers: int
     width: int
-    itemsize: int
+    dtype: torch.dtype
 
     @property
     def scratch(self) -> int:
         """Bytes of pre-activations that all programs together write and read again, in the L2 cache."""
-        return self.programs * (self.layers + 1) * math.prod(self.tile) * self.width * self.itemsize
+        return self.programs * (self.layers + 1) * math.prod(self.tile) * self.width * self.dtype.itemsize
 
 
 def plan_launch(
-    shape: torch.Size, width: int, layers: int, itemsize: int, multiprocessors: int, l2_bytes: int
+    shape: torch.Size, width: int, layers: int, dtype: torch.dtype, multiprocessors: int, l2_bytes: int
 ) -> Launch:
     """Choose the tile: the largest whose scratch, of one program per multiprocessor, stays below a quarter of the L2.
 
@@ -224,13 +226,13 @@ def plan_launch(
         shape: (N, W, K).
         width: C.
         layers: L.
-        itemsize: Bytes of a number of the planes' type.
+        dtype: Type of the planes.
         multiprocessors: Of the GPU.
         l2_bytes: Its L2 cache.
     """
-    for tile in TILES:
+    for tile in TILES[dtype]:
         tiles = math.prod(-(-size // part) for size, part in zip(shape, tile, strict=True))
-        launch = Launch(tile, tiles, min(multiprocessors, tiles), layers, width, itemsize)
+        launch = Launch(tile, tiles, min(multiprocessors, tiles), layers, width, dtype)
         if 4 * launch.scratch <= l2_bytes:
             break
     return launch
@@ -241,7 +243,7 @@ def _launch(planes: Tensor, t: Tensor, biases: Tensor) -> tuple[Launch, dict[str
     layers = (biases.numel() - _LAST) // width - 1
     device = planes.device
     launch = plan_launch(
-        t.shape, width, layers, planes.dtype.itemsize, num_multiprocessors(device), l2_cache_bytes(device)
+        t.shape, width, layers, planes.dtype, num_multiprocessors(device), l2_cache_bytes(device)
     )
     rows, columns, samples = launch.tile
     half = planes.dtype == torch.bfloat16

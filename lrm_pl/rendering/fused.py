@@ -2,8 +2,8 @@
 
 ``is_fused`` decides whether a field is rendered by ``kernels.decode_along_rays`` or by its own ``sample`` and
 ``decode``. The fused decoder wants compact tiles of pixels, so rays that miss the bounds stay in their grid and are
-only marked. Its outputs, 16 bytes a sample, are kept for backward up to 2 GB, and computed again beyond: memory does not
-grow with the rendered area.
+only marked. Its outputs, 16 bytes a sample, are kept for backward up to 2 GB, and computed again beyond: memory
+does not grow with the rendered area.
 """
 
 import functools

@@ -9,12 +9,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from lrm_pl.kernels import decode_along_rays_triton as kernels
-from lrm_pl.kernels.decode_along_rays import NOTHING, NUM_WARPS, TILES, WINDOW
+from lrm_pl.kernels.decode_along_rays import NOTHING, NUM_WARPS, TILES, WIDTHS, WINDOW
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,7 +43,7 @@ class Build:
     tensor_cores: int
     two_byte_loads: int
     vector_atomics: int
-    returning_atomics: int
+    atomics: int
 
     def __str__(self):
         precision = "bf16" if self.half else "fp32"
@@ -93,7 +94,7 @@ def build(kernel, arch, width=64, tile=(4, 4, 4), half=True, layers=8, silu=Fals
         tensor_cores=sum(ptx.count(word) for word in ("wgmma.mma_async", "mma.sync", "tcgen05.mma")),
         two_byte_loads=ptx.count("ld.global.b16"),
         vector_atomics=len(re.findall(r"(?:atom|red)\.global[.a-z0-9]*\.v4\.f32", ptx)),
-        returning_atomics=len(re.findall(r"\batom\.", ptx)),
+        atomics=len(re.findall(r"\b(?:atom|red)\.global", ptx)),
     )
 
 
@@ -114,7 +115,7 @@ if __name__ == "__main__":
     print(f"triton {triton.__version__}")
     for arch in TARGETS:
         for width in (16, 32, 64, 128):
-            for half in (True, False):
-                for tile in TILES:
+            for dtype, tiles in TILES.items():
+                for tile in tiles if width in WIDTHS or dtype == torch.bfloat16 else ():
                     for kernel in ("forward", "backward"):
-                        print(build(kernel, arch, width, tile, half), flush=True)
+                        print(build(kernel, arch, width, tile, half=dtype == torch.bfloat16), flush=True)

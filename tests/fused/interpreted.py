@@ -68,7 +68,7 @@ def case(
         near[..., None]
         + (torch.arange(samples) + torch.rand(views * size, size, 1)) / samples * (far - near)[..., None]
     )
-    fused.TILES = (tile,)
+    fused.TILES = {torch.float32: (tile,)}
     fused.num_multiprocessors = lambda device: programs
     mlp = fused.pack(field.weights, torch.float32)
     given = (field.planes[0].detach(), origins, directions, stretch * t, alive, mlp, PLANE_AXES[layout], act)

@@ -1,0 +1,45 @@
+"""The kernels built for GPUs that are not here: what registers, spills and instructions say of their speed."""
+
+import itertools
+
+import pytest
+import torch
+import triton
+
+from lrm_pl.kernels.decode_along_rays import TILES, WIDTHS
+from tests.fused.build import TARGETS, build
+
+#: Another Triton allocates registers in another way: bounds are of the one that they were measured with.
+MEASURED = "3.8.0"
+
+pytestmark = pytest.mark.skipif(
+    triton.__version__ != MEASURED,
+    reason=f"bounds are of Triton {MEASURED}, installed is {triton.__version__}",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("tile", TILES[torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_at_width_64_kernels_do_not_spill_and_use_vector_loads_and_tensor_cores(kernel, tile, arch):
+    found = build(kernel, arch, 64, tile)
+    print(found)
+    assert found.spilled <= (300 if (kernel, arch) == ("backward", "sm_80") else 0)
+    assert found.two_byte_loads == 0
+    assert found.tensor_cores > 0
+    assert found.shared <= 48 * 1024
+    if kernel == "forward":
+        assert found.atomics == 0
+    elif arch == "sm_90":
+        assert found.vector_atomics == found.atomics > 0
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("arch", TARGETS)
+def test_no_kernel_that_is_used_spills_more_than_a_kilobyte(arch):
+    for width, (dtype, tiles), kernel in itertools.product(WIDTHS, TILES.items(), ("forward", "backward")):
+        for tile in tiles:
+            found = build(kernel, arch, width, tile, half=dtype == torch.bfloat16)
+            print(found)
+            assert found.spilled <= 1024

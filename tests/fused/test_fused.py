@@ -1,0 +1,275 @@
+"""The fused decoder without a GPU: Triton's interpreter, the plain twin in the renderer, and when it is not used."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrm_pl.geometry.cameras import orbit
+from lrm_pl.kernels import decode_along_rays as fused
+from lrm_pl.kernels import device
+from lrm_pl.models.decoder import NeRFDecoder
+from lrm_pl.models.triplane import Triplane
+from lrm_pl.rendering import fused as rendering
+from lrm_pl.rendering.volume import Renderer
+from tests.conftest import ROOT
+
+
+def interpreted(module, *arguments, limit_s=280):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=limit_s,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_kernels_equal_the_projects_decoder_in_values_and_all_gradients():
+    assert " passed, 0 failed" in interpreted("tests.fused.interpreted")
+
+
+@pytest.mark.slow
+def test_a_training_step_with_the_kernels_equals_one_with_plain_operators():
+    assert "2 passed, 0 failed" in interpreted("tests.fused.interpreted_step")
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """Answer "not a CPU" and "Triton runs": the renderer takes the fused path, with the op's plain twin."""
+    monkeypatch.setattr(device, "HOST_TYPES", frozenset())
+    monkeypatch.setattr(rendering, "triton_unavailable", lambda device: None)
+
+
+def scene(width=16, layers=4, **options):
+    torch.manual_seed(0)
+    decoder = NeRFDecoder(channels=5, width=width, layers=layers, **options)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    planes = torch.randn(2, 3, 5, 12, 12, requires_grad=True)
+    return decoder, planes
+
+
+def rendered(decoder, planes, renderer, *, views=2, size=(10, 9), layout="lrm", autocast=False):
+    """Render with random jitter; returns pixels, and gradients of planes and weights for random gradients."""
+    torch.manual_seed(1)
+    c2w = orbit(views, 2.37).expand(2, -1, -1, -1)
+    cameras = torch.tensor([0.6, 0.6, 0.5, 0.5]).expand(2, views, 4)  # rays at the corners miss
+    jitter = torch.rand(2, views, *size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        field = decoder.field(Triplane(planes, layout))
+        seen = renderer(field, c2w, cameras, size, jitter)
+    pixels = seen.rgb, seen.opacity, seen.depth
+    leaves = [planes, *decoder.parameters()]
+    return pixels, torch.autograd.grad(pixels, leaves, [torch.randn_like(x) for x in pixels])
+
+
+RENDERERS = {
+    "bins": Renderer(12),
+    "midpoints": Renderer(12, quadrature="midpoints", bounds="box"),
+    "chord": Renderer(12, unit="chord"),
+    "importance": Renderer(12, 5, unit="chord"),
+    "importance, midpoints": Renderer(12, 6, quadrature="midpoints"),
+}
+
+
+@pytest.mark.parametrize("renderer", RENDERERS.values(), ids=RENDERERS)
+@pytest.mark.parametrize("chunk", [None, 12 * 9 * 4])
+def test_every_way_of_marching_renders_fused_as_it_does_deferred(renderer, chunk, twin, monkeypatch):
+    decoder, planes = scene(activation="silu")
+    monkeypatch.setattr(renderer, "chunk", chunk)
+    pixels, gradients = rendered(decoder, planes, renderer)
+    monkeypatch.undo()
+    assert not rendering.is_fused(decoder.field(Triplane(planes)), planes.device)
+    expected, expected_gradients = rendered(decoder, planes, renderer)
+    for name, a, b in zip(("rgb", "opacity", "depth"), pixels, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5, msg=name)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        assert (a - b).norm() <= 2e-4 * b.norm()
+    assert (expected[1] == 0).any()
+    assert torch.equal(pixels[1] == 0, expected[1] == 0), "rays that miss see nothing, without NaN"
+
+
+def test_decoded_samples_beyond_the_room_for_them_are_computed_again(twin, monkeypatch):
+    decoder, planes = scene()
+    pixels, gradients = rendered(decoder, planes, Renderer(12))
+    calls = []
+    decode = rendering.decode_along_rays
+    monkeypatch.setattr(rendering, "decode_along_rays", lambda *given: calls.append(1) or decode(*given))
+    monkeypatch.setattr(rendering, "_POINTS", 12 * 9 * 4)  # 5 chunks an object
+    monkeypatch.setattr(rendering, "_KEPT_BYTES", 3 * 12 * 9 * 4 * 16)
+    again = rendered(decoder, planes, Renderer(12))
+    assert len(calls) == 10 + 7, "ten chunks, three of which are kept"
+    for a, b in zip([*pixels, *gradients], [*again[0], *again[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_kept_for_backward_without_gradients(twin, monkeypatch):
+    decoder, planes = scene()
+    field = decoder.field(Triplane(planes))
+    contexts = []
+    forward = rendering._Fused.forward
+    monkeypatch.setattr(
+        rendering._Fused,
+        "forward",
+        lambda context, *given: contexts.append(context) or forward(context, *given),
+    )
+    given = orbit(1, 2.37).expand(2, -1, -1, -1), torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(2, 1, 4), (8, 8)
+    with torch.no_grad():
+        Renderer(12)(field, *given)
+    Renderer(12)(field, *given)
+    assert [len(context.kept) for context in contexts] == [0, 2]
+
+
+def test_under_autocast_the_fused_decoder_multiplies_in_bfloat16_as_exactly_as_plain_operators(
+    twin, monkeypatch
+):
+    decoder, planes = scene()
+    seen = []
+    decode = rendering.decode_along_rays
+    monkeypatch.setattr(
+        rendering, "decode_along_rays", lambda *given: seen.append(given[0].dtype) or decode(*given)
+    )
+    ours = rendered(decoder, planes, Renderer(12), autocast=True)
+    assert set(seen) == {torch.bfloat16}
+    exact = rendered(decoder, planes, Renderer(12))
+    assert seen[-1] == torch.float32
+    monkeypatch.undo()
+    plain = rendered(decoder, planes, Renderer(12), autocast=True)
+
+    def errors(found):
+        pairs = zip([*found[0], *found[1]], [*exact[0], *exact[1]], strict=True)
+        return [float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs]
+
+    for mine, theirs in zip(errors(ours), errors(plain), strict=True):
+        assert 1e-5 < mine < 1.5 * theirs
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"fold": False}, "not folded"), ({"width": 24}, "decoder.width is 24"), ({}, "float16")],
+)
+def test_what_the_kernels_cannot_do_is_rendered_plainly_and_said_once(options, reason, twin, caplog):
+    decoder, planes = scene(**options)
+    field = decoder.field(Triplane(planes))
+    rendering._log_once.cache_clear()
+    with caplog.at_level(logging.INFO), torch.autocast("cpu", torch.float16, enabled="float16" in reason):
+        assert not rendering.is_fused(field, planes.device)
+        assert not rendering.is_fused(field, planes.device)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("rendering without the fused decoder: ")
+    assert reason in message
+
+
+def test_deterministic_algorithms_are_rendered_without_atomics(twin):
+    decoder, planes = scene()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not rendering.is_fused(decoder.field(Triplane(planes)), planes.device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "works"),
+    [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)],
+)
+def test_kernels_run_from_compute_capability_8_on(capability, works, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = device.triton_unavailable(torch.device("cuda:0"))
+    assert (reason is None) is works
+    if not works:
+        assert f"has {capability[0]}.{capability[1]}" in reason
+
+
+def test_without_triton_nothing_is_fused(monkeypatch):
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    assert device.triton_unavailable(torch.device("cuda:0")) == "Triton is not installed"
+
+
+def test_packing_weights_can_be_undone():
+    decoder, planes = scene(width=32, layers=5)
+    weights = decoder.field(Triplane(planes)).weights
+    packed = fused.pack(weights, torch.float32)
+    assert packed.weights.numel() == 3 * 32 * 32 + 32 * 16
+    assert packed.biases.numel() == 4 * 32 + 16
+    for a, b in zip(fused.unpack(packed, 32), weights, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_first_packed_matrix_maps_inputs_to_outputs_by_hand():
+    weights = [torch.zeros(16), torch.zeros(16, 16), torch.zeros(16), torch.zeros(4, 16), torch.zeros(4)]
+    weights[1][3, 7] = 5.0  # output 3 of input 7
+    weights[3][2, 11] = 6.0
+    packed = fused.pack(weights, torch.float32)
+    assert packed.weights[7 * 16 + 3] == 5
+    assert packed.weights[256 + 11 * 16 + 2] == 6
+    assert packed.weights.count_nonzero() == 2
+
+
+#: Multiprocessors and L2 cache, MB.
+GPUS = {
+    "A100": (108, 40),
+    "H100": (132, 50),
+    "B200": (148, 126),
+    "L4": (58, 48),
+    "L40S": (142, 96),
+    "RTX 4090": (128, 72),
+}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_scratch_of_all_programs_stays_below_a_quarter_of_the_l2_cache(gpu):
+    multiprocessors, l2 = GPUS[gpu]
+    launch = fused.plan_launch(
+        torch.Size((512, 128, 128)), 64, 8, torch.bfloat16, multiprocessors, l2 * 10**6
+    )
+    rows, columns, samples = launch.tile
+    assert launch.programs == multiprocessors
+    assert launch.tiles == (512 // rows) * (128 // columns) * (128 // samples)
+    assert launch.scratch == launch.programs * 9 * rows * columns * samples * 64 * 2
+    assert launch.scratch < l2 * 10**6 / 4
+
+
+def test_flops_are_those_of_the_layers_counted_by_hand():
+    decoder, planes = scene(width=16, layers=4)
+    field = decoder.field(Triplane(planes))
+    mlp = fused.pack(field.weights, torch.float32)
+    with FlopCounterMode(display=False) as plain:
+        decoder.mlp(torch.randn(7, 16), field.weights)
+    a_sample = 2 * (2 * 16 * 16 + 16 * 4)
+    assert plain.get_total_flops() == 7 * a_sample
+    shapes = (3, 12, 12, 16), (5, 4, 3), (5, 4, 3), (5, 4, 6), (5, 4), mlp.weights.shape, mlp.biases.shape
+    forward = torch.utils.flop_counter.flop_registry[torch.ops.lrm_pl.decode_along_rays]
+    backward = torch.utils.flop_counter.flop_registry[torch.ops.lrm_pl.decode_along_rays_backward]
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    assert forward(*tensors, [0, 1, 0, 2, 1, 2], False) == 120 * a_sample
+    total, grad = torch.empty(shapes[0], device="meta"), torch.empty(5, 4, 6, 4, device="meta")
+    assert backward(total, grad, *tensors, [0, 1, 0, 2, 1, 2], False) == 120 * (
+        3 * a_sample + 2 * 3 * 64 * 16
+    )
+
+
+def test_wrong_shapes_and_types_are_refused():
+    decoder, planes = scene()
+    field = decoder.field(Triplane(planes))
+    mlp = fused.pack(field.weights, torch.float32)
+    rays, t, alive = torch.zeros(2, 3, 3), torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
+    given = {
+        "planes": field.planes[0], "origins": rays, "directions": rays, "t": t, "alive": alive, "mlp": mlp,
+        "axes": field.axes, "act": "relu",
+    }  # fmt: skip
+    assert fused.decode_along_rays(**given).shape == (2, 3, 5, 4)
+    for change, found in (
+        ({"planes": field.planes[0].bfloat16()}, "bfloat16 and torch.float32"),
+        ({"t": t[:1]}, r"\(1, 3, 5\)"),
+        ({"alive": alive[:, :1]}, r"\(2, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            fused._check(*((given | change)[name] for name in ("planes", "origins", "t", "alive", "mlp")))
