@@ -1,4 +1,4 @@
-"""Image metrics: PSNR, SSIM and LPIPS of sRGB images in [0, 1], always in float32.
+"""Image metrics: PSNR, SSIM and LPIPS of sRGB images in [0, 1], always in float32, without TF32.
 
 SSIM is torchmetrics' (Gaussian window of 11 pixels, sigma 1.5, data_range 1, border left out), LPIPS is the
 lpips package's. The mean of the images' PSNR is not the PSNR of their pooled squared error: both are here.
@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
 
 #: How far values may leave [0, 1] before they are called wrong: a decoder's widened sigmoid does by 0.001.
@@ -62,13 +63,17 @@ def ssim(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"])
     Raises:
         ValueError: The images are smaller than SSIM's window, or not images in [0, 1] of one shape.
     """
-    prediction, target = _checked(prediction, target)
+    return _ssim(*_checked(prediction, target))
+
+
+def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
+    """Measure it of images that have been checked."""
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
         raise InputError(
             f"SSIM: expected images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, found "
             f"{tuple(prediction.shape[-2:])}; measure full images instead of crops"
         )
-    with torch.autocast(prediction.device.type, enabled=False):
+    with torch.autocast(prediction.device.type, enabled=False), without_tf32():
         values = structural_similarity_index_measure(prediction, target, data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)  # it returns a pair only when asked for the full picture
     return values
@@ -85,6 +90,8 @@ class ImageMetrics(Metric):
     is_differentiable = False
     full_state_update = False
 
+    lowest: Tensor
+    highest: Tensor
     squared_error: Tensor
     values: Tensor
     images: Tensor
@@ -100,18 +107,27 @@ class ImageMetrics(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("values", "images"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        # Of predictions and of targets. Read by ``compute`` only: reading them waits for a GPU.
+        self.add_state("lowest", torch.full((2,), torch.inf), dist_reduce_fx="min")
+        self.add_state("highest", torch.full((2,), -torch.inf), dist_reduce_fx="max")
 
     def update(self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> None:
-        """Take in a batch of images."""
-        prediction, target = _checked(prediction, target)
+        """Take in a batch of images; whether they are in [0, 1] is checked by ``compute``."""
+        _check_shapes(prediction, target)
+        lowest, highest = _ranges(prediction, target)
+        self.lowest, self.highest = (
+            torch.minimum(self.lowest, lowest),
+            torch.maximum(self.highest, highest),
+        )
+        prediction, target = _clamped(prediction), _clamped(target)
         squared = (prediction - target).square()
         self.squared_error += squared.double().sum()
         self.values += squared.numel()
         self.images += squared.shape[0]
         self.psnr_sum += _decibel(squared.mean((1, 2, 3))).double().sum()
-        self.ssim_sum += ssim(prediction, target).double().sum()
+        self.ssim_sum += _ssim(prediction, target).double().sum()
         if self.perceptual is not None:
-            with torch.autocast(prediction.device.type, enabled=False):
+            with torch.autocast(prediction.device.type, enabled=False), without_tf32():
                 distances = self.perceptual.to(prediction.device)(prediction, target)
             self.lpips_sum += distances.double().sum()
 
@@ -119,7 +135,7 @@ class ImageMetrics(Metric):
         """Return the means over everything taken in, on all ranks.
 
         Raises:
-            ValueError: Nothing was taken in.
+            ValueError: Nothing was taken in, or images with values outside [0, 1].
         """
         images = int(self.images)
         if images == 0:
@@ -127,6 +143,7 @@ class ImageMetrics(Metric):
                 "image metrics: expected at least one image, found none; call update before compute, or "
                 "check that the evaluation set is not empty"
             )
+        _check_ranges(self.lowest, self.highest)
         return ImageScores(
             psnr=float(self.psnr_sum) / images,
             psnr_pooled=float(_decibel(self.squared_error / self.values)),
@@ -142,6 +159,12 @@ def _decibel(squared_error: Tensor) -> Tensor:
 
 def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in float32, clamped to [0, 1], after making sure that they are images of one shape."""
+    _check_shapes(prediction, target)
+    _check_ranges(*_ranges(prediction, target))
+    return _clamped(prediction), _clamped(target)
+
+
+def _check_shapes(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
         raise ValueError(
             "image metrics: expected two batches of RGB images (n, 3, h, w) of one shape, found prediction "
@@ -149,11 +172,23 @@ def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         )
     if prediction.numel() == 0:
         raise ValueError(f"image metrics: expected at least one image, found shape {tuple(prediction.shape)}")
-    for name, image in (("prediction", prediction), ("target", target)):
-        lowest, highest = (float(value) for value in image.detach().float().aminmax())  # NaN if one value is
-        if not (lowest >= -RANGE_TOLERANCE and highest <= 1 + RANGE_TOLERANCE):
+
+
+def _ranges(prediction: Tensor, target: Tensor) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
+    """Return the lowest and the highest value of each, on their device; NaN if one value is."""
+    (a, b), (c, d) = (images.detach().float().aminmax() for images in (prediction, target))
+    return torch.stack([a, c]), torch.stack([b, d])
+
+
+def _check_ranges(lowest: Float[Tensor, "2"], highest: Float[Tensor, "2"]) -> None:
+    found = torch.stack([lowest, highest], dim=-1).tolist()  # the one wait for a GPU
+    for name, (low, high) in zip(("prediction", "target"), found, strict=True):
+        if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise ValueError(
-                f"image metrics: expected a {name} with values in [0, 1], found [{lowest:g}, {highest:g}]; "
+                f"image metrics: expected a {name} with values in [0, 1], found [{low:g}, {high:g}]; "
                 "scale 8-bit images by 1 / 255, undo a network's normalisation, look for what is not finite"
             )
-    return prediction.float().clamp(0, 1), target.float().clamp(0, 1)
+
+
+def _clamped(images: Tensor) -> Tensor:
+    return images.float().clamp(0, 1)

@@ -35,8 +35,8 @@ class ImageMetricsLogger(L.Callback):
     ) -> None:
         """Take in one batch, without what only stands in."""
         prediction: Prediction = outputs
-        real = batch.weight > 0
-        if real.any():
+        real = batch.weight.nonzero().squeeze(-1)  # the one wait for a GPU: boolean masks would wait each
+        if len(real):
             self.metrics[EVALUATION_SETS[dataloader_idx]].update(
                 prediction.images[real].flatten(0, 1).float(), batch.target.images[real].flatten(0, 1).float()
             )

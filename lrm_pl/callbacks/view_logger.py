@@ -41,9 +41,9 @@ class ViewLogger(L.Callback):
     ) -> None:
         """Keep the rows of the first objects."""
         rows = self._rows[EVALUATION_SETS[dataloader_idx]]
-        for index in range(len(batch.ids)):
-            if len(rows) < self.objects and batch.weight[index]:
-                rows.append(view_row(outputs, batch, index).cpu())
+        if len(rows) < self.objects:
+            real = batch.weight.nonzero().squeeze(-1).tolist()
+            rows += [view_row(outputs, batch, index) for index in real[: self.objects - len(rows)]]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the grids; rank 0 only."""
@@ -53,7 +53,7 @@ class ViewLogger(L.Callback):
         for name, rows in self._rows.items():
             if not rows:
                 continue
-            grid = torch.cat(rows, dim=1)
+            grid = torch.cat(rows, dim=1).cpu()
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{name}-step{trainer.global_step:06d}.png"
             write_png(path, grid)

@@ -43,7 +43,7 @@ def _mean_image(objects: Objects) -> Float[Tensor, "3 h w"] | None:
 
 
 def _resized(image: Float[Tensor, "3 h w"], targets: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
-    return _resized_all(image[None], targets[0]).expand_as(targets)
+    return _resized_all(image[None].to(targets.device), targets[0]).expand_as(targets)
 
 
 def _resized_all(images: Float[Tensor, "n 3 h w"], like: Float[Tensor, "3 H W"]) -> Float[Tensor, "n 3 H W"]:

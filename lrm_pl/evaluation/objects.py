@@ -15,6 +15,7 @@ from lrm_pl.evaluation.geometry import Cloud, SurfaceScores, align, compare_surf
 from lrm_pl.evaluation.protocols import Geometry, Protocol, f_score_name
 from lrm_pl.geometry.cameras import canonical_rotation, canonicalise
 from lrm_pl.inference import Scene, as_tensor
+from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.meshes.triangles import draw_points
 from lrm_pl.metrics import psnr, ssim
@@ -87,7 +88,7 @@ def measure_object(
     judges: Judges,
     baselines: Mapping[str, Baseline],
 ) -> Measured:
-    """Measure one object.
+    """Measure one object, in float32 without TF32, where the network draws it.
 
     Args:
         sample: The object, with the views that the protocol needs.
@@ -113,6 +114,7 @@ def measure_object(
         scene = reconstruct(rgba, c2w[0], fxfycxcy[0])
         with stage("views"):
             renders = _render(scene, c2w[1:], fxfycxcy[1:], size)
+        image, targets = image.to(renders.device), targets.to(renders.device)
         answers["model"].append(renders)
         for name, baseline in baselines.items():
             if baseline.looks or name not in answers:
@@ -128,14 +130,14 @@ def measure_object(
     }
     features = dict[str, Float[np.ndarray, "n d"]]()
     if protocol.targets:
-        with stage("metrics"):
+        with stage("metrics"), without_tf32():
             for name, row in _measure_images(answers, targets, judges).items():
                 rows[name] = rows.get(name, {}) | row
             if judges.features is not None:
                 features["target"] = judges.features(targets).float().cpu().numpy()
                 for name, images in answers.items():
                     features[name] = judges.features(torch.cat(images)).float().cpu().numpy()
-    return Measured(rows, strip, features, tuple(notes))
+    return Measured(rows, strip.cpu(), features, tuple(notes))
 
 
 def true_surface(sample: Sample, view: int, geometry: Geometry) -> Cloud:
@@ -230,7 +232,7 @@ def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) 
             pixels = scene.renderer.draw(
                 scene.field, [occupancy], pose[None, None], camera[None, None], (size[0], size[1])
             )
-        views.append(pixels.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).permute(2, 0, 1).cpu())
+        views.append(pixels.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).permute(2, 0, 1))
     return torch.stack(views)
 
 
@@ -249,15 +251,14 @@ def _measure_images(
                 once = ours[:1] if ours.stride(0) == 0 else ours  # one image for all targets
                 found = {"psnr": psnr(ours, theirs), "ssim": ssim(ours, theirs)}
                 for kind, network in judges.lpips.items():
-                    found[f"lpips_{kind}"] = network.distance(_features_of(network, once), known[kind]).cpu()
+                    found[f"lpips_{kind}"] = network.distance(_features_of(network, once), known[kind])
                 if judges.clip is not None and clip is not None:
-                    found["clip"] = torch.nn.functional.cosine_similarity(
-                        judges.clip(once), clip, dim=-1
-                    ).cpu()
+                    found["clip"] = torch.nn.functional.cosine_similarity(judges.clip(once), clip, dim=-1)
+                figures = torch.stack([figure.to(ours.device) for figure in found.values()]).cpu()
                 # A baseline that repeats the input equals it in that one view: no figure of a comparison.
-                counts = found["psnr"].isfinite()
-                for metric, figures in found.items():
-                    row.setdefault(metric, []).extend(figures[counts].tolist())
+                counts = figures[0].isfinite()
+                for metric, figure in zip(found, figures, strict=True):
+                    row.setdefault(metric, []).extend(figure[counts].tolist())
     return {
         name: {metric: float(np.mean(v)) for metric, v in row.items() if v} for name, row in values.items()
     }

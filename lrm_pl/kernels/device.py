@@ -80,9 +80,7 @@ def without_tf32() -> Iterator[None]:
     # The switches that Lightning and PyTorch's compiler read; reading them raises once conv.fp32_precision is set.
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
-    if (
-        products != "highest"
-    ):  # setting it again would not be the same: the precision of oneDNN is set with it
+    if products != "highest":  # else untouched: setting it sets oneDNN's precision too
         torch.set_float32_matmul_precision("highest")
     try:
         yield

@@ -191,7 +191,13 @@ def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_compa
         "grey": Baseline(lambda image, targets: torch.full((), 0.75).expand_as(targets), looks=False),
         "copy": Baseline(lambda image, targets: image.expand_as(targets), looks=True),
     }
-    judges = Judges({}, clip=lambda images: images.mean((2, 3)), features=lambda images: images.mean((2, 3)))
+    tf32 = set()
+
+    def embed(images):
+        tf32.add(torch.backends.cudnn.allow_tf32)
+        return images.mean((2, 3))
+
+    judges = Judges({}, clip=embed, features=embed)
     found = measure_object(sample, protocol, lambda *_: Given(None), judges, baselines)
     from lrm_pl.evaluation.objects import over_white
 
@@ -214,6 +220,8 @@ def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_compa
     assert found.features["model"].shape == (6, 3)
     assert found.features["grey"].shape == (3, 3)
     assert found.strip.shape == (3, 32, 32 * 7)
+    assert tf32 == {False}
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_a_surface_is_measured_and_an_empty_field_is_a_note(monkeypatch):

@@ -1,10 +1,12 @@
 """PSNR, SSIM and LPIPS against numbers worked out by hand."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, psnr, psnr_pooled, ssim
@@ -116,3 +118,56 @@ def test_shapes_that_differ_are_refused_with_both():
             metric(noise(2), noise(2)[:, :, :8])
     with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, found \(8, 8\)"):
         ssim(flat(0.5, side=8), flat(0.5, side=8))
+
+
+class Operators(TorchDispatchMode):
+    """Counts calls of each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_taking_in_images_reads_no_number_and_computing_refuses_what_was_no_image():
+    metrics = ImageMetrics()
+    with Operators() as operators:
+        metrics.update(noise(2), noise(2, seed=1))
+        metrics.update(flat(0.5), flat(255.0))
+        metrics.update(noise(2), noise(2, seed=2))
+    assert operators.calls["aten::aminmax"] == 6
+    assert not operators.calls["aten::_local_scalar_dense"]  # each would wait for a GPU
+    assert not operators.calls["aten::nonzero"]
+    with pytest.raises(ValueError, match=r"a target with values in \[0, 1\], found \[.*, 255\]"):
+        metrics.compute()
+    metrics.reset()
+    metrics.update(flat(0.5), flat(0.6))
+    assert metrics.compute().psnr == pytest.approx(20.0, abs=1e-3)
+
+
+def test_not_a_number_in_one_image_is_seen_among_others():
+    metrics = ImageMetrics()
+    metrics.update(flat(0.5, math.nan), flat(0.5, 0.5))
+    metrics.update(flat(0.5), flat(0.5))
+    with pytest.raises(ValueError, match=r"a prediction with values in \[0, 1\], found \[nan, nan\]"):
+        metrics.compute()
+
+
+def test_tf32_is_off_while_images_are_measured_and_only_then(monkeypatch):
+    seen = []
+
+    def note(*_, **__):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return torch.zeros(1)
+
+    network = object.__new__(PerceptualLoss)
+    monkeypatch.setattr(PerceptualLoss, "to", lambda self, device: self)
+    monkeypatch.setattr(PerceptualLoss, "__call__", note)
+    monkeypatch.setattr("lrm_pl.metrics.structural_similarity_index_measure", note)
+    ssim(flat(0.5), flat(0.5))
+    ImageMetrics(network).update(flat(0.5), flat(0.5))
+    assert seen == [False] * 3
+    assert torch.backends.cudnn.allow_tf32

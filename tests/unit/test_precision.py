@@ -1,0 +1,68 @@
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lrm_pl.training.module import LRMModule
+from lrm_pl.training.precision import Float32Convolutions
+
+#: Lightning's own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning"),
+]
+
+
+class Linear(L.LightningModule):
+    """Notes whether TF32 is allowed in forward and in backward."""
+
+    def __init__(self, *, fails=False):
+        super().__init__()
+        self.layer, self.fails, self.allowed = nn.Linear(2, 1), fails, []
+
+    def configure_callbacks(self):
+        return [Float32Convolutions()]
+
+    def training_step(self, batch, batch_idx):
+        self.note()
+        if self.fails:
+            raise KeyError
+        loss = self.layer(batch).sum()
+        loss.register_hook(lambda _: self.note())
+        return loss
+
+    def note(self):
+        self.allowed.append(torch.backends.cudnn.allow_tf32)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module, precision):
+    trainer = L.Trainer(accelerator="cpu", barebones=True, max_steps=1, precision=precision)
+    trainer.fit(module, DataLoader(torch.ones(2, 2), batch_size=2))
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("32-true", False), ("bf16-mixed", True)])
+def test_float32_training_runs_without_tf32_forward_and_backward_and_other_precisions_as_pytorch_does(
+    precision, allowed
+):
+    module = Linear()
+    fit(module, precision)
+    assert module.allowed == [allowed] * 2
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def test_tf32_comes_back_when_training_fails():
+    module = Linear(fails=True)
+    with pytest.raises(KeyError):
+        fit(module, "32-true")
+    assert module.allowed == [False]
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_the_module_brings_the_callback_along():
+    module = object.__new__(LRMModule)  # without a network
+    assert [type(callback) for callback in module.configure_callbacks()] == [Float32Convolutions]
