@@ -50,6 +50,7 @@ from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper, StoppedError
 from lrm_pl.training.state import load_network, require_network
+from lrm_pl.training.strategies import require_supported_name
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,13 @@ class LRMCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": None, **kept}
 
     def before_instantiate_classes(self) -> None:
-        """Make loggers write into the run's folder, and what has no logger too; measurements below it."""
+        """Make loggers write into the run's folder, and what has no logger too; measurements below it.
+
+        Raises:
+            InputError: Lightning's own FSDP or DeepSpeed, which would start on GPUs only, and then fail.
+        """
+        strategy = self._setting("trainer.strategy")
+        require_supported_name(strategy if isinstance(strategy, str) else strategy["class_path"])
         folder = self._setting("run.folder")
         if self.subcommand in ("validate", "test", "predict"):  # what a run has logged stays as it is
             folder = folder or run_of(str(self._setting("ckpt_path")))

@@ -20,6 +20,8 @@ from lrm_pl.training.gradients import GradientGuard, GuardConfig
 from lrm_pl.training.holder import holder_of
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, require_equal_weights, shard
+from lrm_pl.training.precision import Float32Convolutions
+from lrm_pl.training.strategies import require_supported
 
 #: What blocks compute in and are gathered in when they are sharded, by the trainer's precision.
 SHARDED_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
@@ -67,6 +69,18 @@ class LRMModule(L.LightningModule):
         self.in_hand: tuple[str, ...] = ()  # ids of the samples of the newest step, of this rank
         self._terms: list[dict[str, Tensor]] = []  # loss terms of the step's accumulated batches
         self._configured = False
+
+    def setup(self, stage: str) -> None:
+        """Refuse Lightning's own FSDP and DeepSpeed.
+
+        Raises:
+            InputError: The trainer has such a strategy.
+        """
+        require_supported(self.trainer.strategy)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Keep float32 training free of TF32."""
+        return [Float32Convolutions()]
 
     def configure_model(self) -> None:
         """Prepare the blocks, and shard where the strategy has laid out a mesh; Lightning calls this more than once.

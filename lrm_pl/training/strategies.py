@@ -1,14 +1,48 @@
-"""Lightning strategies for what Lightning leaves open: FSDP2 with or without replicas."""
+"""FSDP2 with or without replicas as a Lightning strategy, and which of Lightning's own are refused."""
 
+import re
 from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from lrm_pl.errors import InputError
+from lrm_pl.training.holder import MakesHolder
 from lrm_pl.training.parallel import mesh_layout
+
+
+def require_supported_name(name: str) -> None:
+    """Refuse the name or class of a strategy of Lightning that this package replaces by its own.
+
+    Lightning's FSDP and DeepSpeed round cameras to bf16 and hold weights and gradients in ways of their own, which
+    neither checkpoints nor the gradient guard read.
+
+    Args:
+        name: As in ``trainer.strategy``: a registered name (``fsdp``) or a class.
+
+    Raises:
+        InputError: It is one of these; the message names the config file to use.
+    """
+    found = re.match(r"(fsdp|deepspeed)(?:strategy|_stage_(\d)|_|$)", name.rpartition(".")[2].lower())
+    if found is not None:
+        config = "fsdp2" if found[1] == "fsdp" else f"deepspeed_{found[2] or 2}"
+        raise InputError(
+            f"expected a strategy whose weights and gradients can be checkpointed and checked, found Lightning's own "
+            f"{name}; use this package's instead: -c configs/trainer/{config}.yaml"
+        )
+
+
+def require_supported(strategy: Strategy) -> None:
+    """Refuse a strategy of Lightning that this package replaces by its own.
+
+    Raises:
+        InputError: It is one of these; the message names the config file to use.
+    """
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy) and not isinstance(strategy, MakesHolder):
+        base = FSDPStrategy if isinstance(strategy, FSDPStrategy) else DeepSpeedStrategy
+        require_supported_name(base.__name__)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
