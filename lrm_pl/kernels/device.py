@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,18 +28,44 @@ def on_cpu(where: Tensor | torch.device) -> bool:
     return device.type in HOST_TYPES
 
 
+class GpuProperties(NamedTuple):
+    """What kernels are chosen by.
+
+    Attributes:
+        capability: Compute capability.
+        multiprocessors: Streaming multiprocessors (compute units).
+        l2: Bytes of the L2 cache.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    l2: int
+
+
+#: The GPU that CPU tensors stand for; see ``as_accelerator``.
+_assumed: GpuProperties | None = None
+
+#: What Triton's interpreter stands for: few programs, since it runs them one after the other.
+_INTERPRETED = GpuProperties((8, 0), 3, 40 * 10**6)
+
+
 @contextlib.contextmanager
-def as_accelerator() -> Iterator[None]:
+def as_accelerator(gpu: GpuProperties | None = None) -> Iterator[None]:
     """Run CPU tensors, real or fake, through the branches of accelerators, for the whole process.
 
     The cost estimate of a GPU's step and the tests of those branches use it.
+
+    Args:
+        gpu: The GPU that fake tensors stand for; its Triton kernels are chosen as on that GPU. None chooses those that
+            can run.
     """
-    global HOST_TYPES
-    before, HOST_TYPES = HOST_TYPES, frozenset()
+    global HOST_TYPES, _assumed
+    before = HOST_TYPES, _assumed
+    HOST_TYPES, _assumed = frozenset(), gpu
     try:
         yield
     finally:
-        HOST_TYPES = before
+        HOST_TYPES, _assumed = before
 
 
 def on_cuda(device: torch.device) -> bool:
@@ -55,6 +81,14 @@ def num_threads(device: torch.device) -> int:
 def points_per_chunk(device: torch.device) -> int:
     """Return how many points are decoded at a time: a cache's worth on a CPU, enough to fill a GPU elsewhere."""
     return 32768 if on_cpu(device) else 262144
+
+
+def pixels_per_group(device: torch.device) -> int:
+    """Return how many pixels LPIPS measures at a time.
+
+    A picture of 384 x 384, whose activations are a quarter of a GB, on a CPU; eight of them fill a GPU.
+    """
+    return 384 * 384 * (1 if on_cpu(device) else 8)
 
 
 def synchronize(device: torch.device) -> None:
@@ -143,26 +177,24 @@ def triton_unavailable(device: torch.device) -> str | None:
     Their products are bfloat16 on tensor cores, which GPUs have from compute capability 8.0 on. Triton's interpreter
     (``TRITON_INTERPRET=1`` when the process starts) runs them on CPU tensors, for tests.
     """
-    if importlib.util.find_spec("triton") is None:
+    if _assumed is None and importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if not on_cuda(device):
+    gpu = gpu_properties(device)
+    if gpu is None:
         return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return (
-        None if major >= 8 else f"compute capability 8.0 or higher is required, this GPU has {major}.{minor}"
-    )
+    if gpu.capability < (8, 0):
+        return "compute capability 8.0 or higher is required, this GPU has {}.{}".format(*gpu.capability)
+    return None
 
 
-def num_multiprocessors(device: torch.device) -> int:
-    """Return how many programs of a kernel run at the same time; 3 where Triton interprets them."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if on_cuda(device) else 3
-
-
-def l2_cache_bytes(device: torch.device) -> int:
-    """Return the size of a GPU's L2 cache; that of an A100 where Triton interprets kernels."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if on_cuda(device) else 40 * 2**20
+def gpu_properties(device: torch.device) -> GpuProperties | None:
+    """Return what Triton's kernels are chosen by; None where the device runs none."""
+    if on_cuda(device):
+        found = torch.cuda.get_device_properties(device)
+        return GpuProperties((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
+    if _assumed is not None:
+        return _assumed
+    return _INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
 def launch_guard(device: torch.device) -> AbstractContextManager[Any]:

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from lrm_pl.io.state_dicts import LpipsNet, load_lpips_features
 from lrm_pl.io.weights import WeightSource
-
-#: Pixels that are measured at a time: one view of 384 x 384, whose activations are a quarter of a GB.
-_PIXELS = 384 * 384
+from lrm_pl.kernels.device import pixels_per_group
 
 #: Added to the norm of a feature vector, as lpips does.
 _EPSILON = 1e-10
@@ -85,7 +83,7 @@ class PerceptualLoss:
                 "LPIPS: expected two batches of RGB images (n, 3, h, w) of one shape, found prediction "
                 f"{tuple(prediction.shape)} and target {tuple(target.shape)}; resize or crop one of them"
             )
-        group = max(1, _PIXELS // (prediction.shape[-1] * prediction.shape[-2]))
+        group = max(1, pixels_per_group(prediction.device) // (prediction.shape[-1] * prediction.shape[-2]))
         if torch.is_grad_enabled() and prediction.requires_grad:
             return _GradientAtOnce.apply(prediction, target, self._measure, group)
         pairs = zip(torch.split(prediction, group), torch.split(target, group), strict=True)

@@ -1,5 +1,6 @@
 """LPIPS: published figures, equality with the lpips package, where gradients go."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from jaxtyping import TypeCheckError
 from torch import nn
 
 from lrm_pl.io.state_dicts import load_lpips_features
+from lrm_pl.kernels import device
 from lrm_pl.losses.perceptual import PerceptualLoss
 
 
@@ -139,10 +141,23 @@ def test_measuring_group_by_group_changes_neither_values_nor_gradients(alex_feat
     weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0])
     found = []
     for pixels in (10**9, 2 * 64 * 64, 1):  # all at once, two at a time, one by one
-        monkeypatch.setattr("lrm_pl.losses.perceptual._PIXELS", pixels)
+        monkeypatch.setattr("lrm_pl.losses.perceptual.pixels_per_group", lambda _, pixels=pixels: pixels)
         leaf = prediction.clone().requires_grad_()
         (loss(leaf, target) * weight).sum().backward()
         found.append((loss(prediction, target), leaf.grad))
     for distances, gradient in found[1:]:
         assert torch.allclose(distances, found[0][0], rtol=1e-5)
         assert (gradient - found[0][1]).norm() < 1e-5 * found[0][1].norm()
+
+
+@pytest.mark.parametrize(("accelerator", "groups"), [(False, [9, 1]), (True, [10])])
+def test_a_gpu_measures_larger_groups_than_a_cpu_with_the_same_values(accelerator, groups, alex_features):
+    loss = PerceptualLoss(alex_features, "alex")
+    measure, seen = loss._measure, []
+    prediction, target = images(10, side=128)
+    expected = measure(prediction, target)
+    loss._measure = lambda ours, theirs: seen.append(len(ours)) or measure(ours, theirs)
+    with device.as_accelerator() if accelerator else contextlib.nullcontext():
+        found = loss(prediction, target)
+    assert seen == groups
+    assert torch.allclose(found, expected, rtol=1e-5)
