@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from lrm_pl.kernels.device import l2_cache_bytes, launch_guard, num_multiprocessors, triton_unavailable
+from lrm_pl.kernels.device import GpuProperties, gpu_properties, launch_guard, triton_unavailable
 from lrm_pl.kernels.linear import HiddenActivation, activation
 from lrm_pl.kernels.triplane import Axes, triplane_sample_plain
 
@@ -217,39 +217,35 @@ class Launch:
         return self.programs * (self.layers + 1) * math.prod(self.tile) * self.width * self.dtype.itemsize
 
 
-def plan_launch(
-    shape: torch.Size, width: int, layers: int, dtype: torch.dtype, multiprocessors: int, l2_bytes: int
-) -> Launch:
+def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -> Launch:
     """Choose the tile: the largest whose scratch, of one program per multiprocessor, stays below a quarter of the L2.
 
     Args:
-        shape: (N, W, K).
-        width: C.
-        layers: L.
-        dtype: Type of the planes.
-        multiprocessors: Of the GPU.
-        l2_bytes: Its L2 cache.
+        planes: (3, S, S, C).
+        t: (N, W, K).
+        biases: Packed biases.
+        gpu: What it runs on.
     """
+    width, dtype = planes.shape[3], planes.dtype
+    layers = (biases.numel() - _LAST) // width - 1
     for tile in TILES[dtype]:
-        tiles = math.prod(-(-size // part) for size, part in zip(shape, tile, strict=True))
-        launch = Launch(tile, tiles, min(multiprocessors, tiles), layers, width, dtype)
-        if 4 * launch.scratch <= l2_bytes:
+        tiles = math.prod(-(-size // part) for size, part in zip(t.shape, tile, strict=True))
+        launch = Launch(tile, tiles, min(gpu.multiprocessors, tiles), layers, width, dtype)
+        if 4 * launch.scratch < gpu.l2:
             break
     return launch
 
 
 def _launch(planes: Tensor, t: Tensor, biases: Tensor) -> tuple[Launch, dict[str, object]]:
-    width = planes.shape[3]
-    layers = (biases.numel() - _LAST) // width - 1
-    device = planes.device
-    launch = plan_launch(
-        t.shape, width, layers, planes.dtype, num_multiprocessors(device), l2_cache_bytes(device)
-    )
+    """Return a launch and the kernels' sizes."""
+    gpu = gpu_properties(planes.device)
+    assert gpu is not None, planes.device
+    launch = plan_launch(planes, t, biases, gpu)
     rows, columns, samples = launch.tile
-    half = planes.dtype == torch.bfloat16
     return launch, {
-        "N": t.shape[0], "W": t.shape[1], "K": t.shape[2], "S": planes.shape[1], "C": width, "L": layers,
-        "TH": rows, "TW": columns, "TK": samples, "HALF": half, "num_warps": NUM_WARPS, "num_stages": 1,
+        "N": t.shape[0], "W": t.shape[1], "K": t.shape[2], "S": planes.shape[1], "C": launch.width,
+        "L": launch.layers, "TH": rows, "TW": columns, "TK": samples, "HALF": planes.dtype == torch.bfloat16,
+        "num_warps": NUM_WARPS, "num_stages": 1,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering import fused as rendering
 from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.costs.machines import require_gpu
 from tests.conftest import ROOT
 
 
@@ -181,7 +183,10 @@ def test_deterministic_algorithms_are_rendered_without_atomics(twin):
     [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)],
 )
 def test_kernels_run_from_compute_capability_8_on(capability, works, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = SimpleNamespace(
+        major=capability[0], minor=capability[1], multi_processor_count=80, L2_cache_size=6 << 20
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     reason = device.triton_unavailable(torch.device("cuda:0"))
     assert (reason is None) is works
     if not works:
@@ -213,28 +218,20 @@ def test_the_first_packed_matrix_maps_inputs_to_outputs_by_hand():
     assert packed.weights.count_nonzero() == 2
 
 
-#: Multiprocessors and L2 cache, MB.
-GPUS = {
-    "A100": (108, 40),
-    "H100": (132, 50),
-    "B200": (148, 126),
-    "L4": (58, 48),
-    "L40S": (142, 96),
-    "RTX 4090": (128, 72),
-}
-
-
-@pytest.mark.parametrize("gpu", GPUS)
-def test_scratch_of_all_programs_stays_below_a_quarter_of_the_l2_cache(gpu):
-    multiprocessors, l2 = GPUS[gpu]
-    launch = fused.plan_launch(
-        torch.Size((512, 128, 128)), 64, 8, torch.bfloat16, multiprocessors, l2 * 10**6
+@pytest.mark.parametrize("name", ["A100 80GB", "H100", "H200", "B200", "L4", "L40S", "RTX 4090", "RTX 5090"])
+def test_scratch_of_all_programs_stays_below_a_quarter_of_the_l2_cache(name):
+    found = require_gpu(name)
+    gpu = device.GpuProperties(found.capability, found.multiprocessors, found.l2)
+    planes, t = (
+        torch.empty(3, 64, 64, 64, dtype=torch.bfloat16, device="meta"),
+        torch.empty(512, 128, 128, device="meta"),
     )
+    launch = fused.plan_launch(planes, t, torch.empty(9 * 64 + 16, device="meta"), gpu)
     rows, columns, samples = launch.tile
-    assert launch.programs == multiprocessors
+    assert launch.programs == gpu.multiprocessors
     assert launch.tiles == (512 // rows) * (128 // columns) * (128 // samples)
     assert launch.scratch == launch.programs * 9 * rows * columns * samples * 64 * 2
-    assert launch.scratch < l2 * 10**6 / 4
+    assert launch.scratch < gpu.l2 / 4
 
 
 def test_flops_are_those_of_the_layers_counted_by_hand():
