@@ -169,13 +169,13 @@ def reconstruct(
         )
     if network.input_views != 1:
         raise InputError(f"expected a network of one input view, found one of {network.input_views}")
+    if shape[0] == 4 and not image[3].any():
+        raise InputError(
+            "expected an object in the picture, found alpha 0 everywhere; check its alpha channel"
+        )
     device = next(network.parameters()).device
     picture = image.to(device).float()
     if shape[0] == 4:
-        if not picture[3].any():
-            raise InputError(
-                "expected an object in the picture, found alpha 0 everywhere; check its alpha channel"
-            )
         picture = picture[:3] * picture[3:] + background * (1 - picture[3:])
     with stage("planes"), _half(device):
         triplane = network(

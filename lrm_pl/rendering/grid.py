@@ -54,13 +54,11 @@ def density_grid(
         return DensityGrid(density.view(resolution, resolution, resolution), density.numel())
     some = axis[torch.arange(0, resolution + _STEP - 1, _STEP).clamp_max(resolution - 1)]
     coarse = query_density(field, index, _lattice(some, some, some)).view(len(some), len(some), len(some))
-    crossed = _crossed_cells(coarse, threshold)
-    if not crossed.any():
+    wanted = _expanded(_crossed_cells(coarse, threshold), resolution).nonzero()  # the one wait for a GPU
+    if not len(wanted):
         return density_grid(field, index, resolution)
-    near = _expanded(crossed, resolution)
     density = _expanded(coarse[:-1, :-1, :-1], resolution)
-    wanted = near.nonzero()
-    density[near] = query_density(field, index, axis[wanted])
+    density[wanted.unbind(-1)] = query_density(field, index, axis[wanted])
     return DensityGrid(density, coarse.numel() + len(wanted))
 
 

@@ -34,13 +34,21 @@ class Occupancy:
         """How much of the box is occupied."""
         return self.cells.float().mean().item()
 
-    def occupied(self, points: Float[Tensor, "Q 3"]) -> Int[Tensor, " occupied"]:
-        """Return the numbers of the points that lie in occupied cells, in ascending order."""
-        if on_cpu(points):
+    def occupied(
+        self, points: Float[Tensor, "Q 3"], among: Bool[Tensor, " Q"] | None = None
+    ) -> Int[Tensor, " occupied"]:
+        """Return the numbers of the points that lie in occupied cells, in ascending order.
+
+        Args:
+            points: The points.
+            among: Which of them may be returned; None for all.
+        """
+        if on_cpu(points) and among is None:
             return torch.from_numpy(occupied(self.cells.numpy(), points.numpy()))
         size = len(self.cells)
         x, y, z = ((points + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)
-        return self.cells[x, y, z].nonzero().squeeze(-1)
+        found = self.cells[x, y, z]
+        return (found if among is None else found & among).nonzero().squeeze(-1)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.kernels.decode_along_rays import NOTHING
+from lrm_pl.kernels.device import on_cpu
 from lrm_pl.rendering.compositing import sample_weights
 from lrm_pl.rendering.deferred import Rays
 from lrm_pl.rendering.field import Field
@@ -25,7 +26,8 @@ _LEFT = 1e-3
 #: Samples of a ray between two looks at what is left of its light.
 _SEGMENT = 16
 
-Read = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: Decodes points (q, 3); where a second tensor (q) is False, a point counts as empty.
+Read = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -59,8 +61,8 @@ def render_skipping(
     rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
 
     def render(_: int, index: int, numbers: Tensor) -> None:
-        def read(points: Tensor) -> tuple[Tensor, Tensor]:
-            kept = occupancies[index].occupied(points)
+        def read(points: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            kept = occupancies[index].occupied(points, among)
             raw, colour = field.decode(field.sample(planes[index], points[kept]), field.weights)
             everywhere = raw.new_full((len(points),), NOTHING)
             return everywhere.index_copy(0, kept, raw), colour.new_zeros(len(points), 3).index_copy(
@@ -81,21 +83,26 @@ def render_skipping(
 def _walk(
     rays: Rays, march: March, index: int, numbers: Tensor, read: Read, activate: Callable[[Tensor], Tensor]
 ) -> Rendering:
-    """Walk from front to back, a few samples at a time, with those rays that still have light."""
+    """Walk from front to back, a few samples at a time, with those rays that still have light.
+
+    On a CPU the other rays are left out; elsewhere their points are, since leaving out rays would wait for the device.
+    """
     near, far = rays.near[index, numbers], rays.far[index, numbers]
     t, _ = stratified(near, far, march.samples, None)
     rgb, opacity, weighted_t = near.new_zeros(len(near), 3), torch.zeros_like(near), torch.zeros_like(near)
-    going = torch.arange(len(near), device=near.device)
+    going, ended_rays_stay = torch.arange(len(near), device=near.device), not on_cpu(near)
     for start in range(0, march.samples, _SEGMENT):
         part = t[going, start : start + _SEGMENT]
-        raw, colour = read(rays.points(index, numbers[going], part))
+        seeing = (opacity < 1 - _LEFT).repeat_interleave(part.shape[1]) if ended_rays_stay else None
+        raw, colour = read(rays.points(index, numbers[going], part), seeing)
         raw, colour = raw.view(part.shape), colour.view(*part.shape, 3)
         sigma, colour, _, delta = stretches(march, raw, colour, part, near[going], far[going], activate)
         weights = sample_weights(sigma, delta) * (1 - opacity[going]).unsqueeze(-1)
         rgb[going] += (weights.unsqueeze(-1) * colour).sum(dim=-2)
         weighted_t[going] += (weights * part).sum(dim=-1)
         opacity[going] += weights.sum(dim=-1)
-        going = going[opacity[going] < 1 - _LEFT]
-        if not len(going):
-            break
+        if not ended_rays_stay:
+            going = going[opacity[going] < 1 - _LEFT]
+            if not len(going):
+                break
     return Rendering(rgb, opacity, weighted_t / opacity.clamp_min(1e-6))

@@ -133,8 +133,8 @@ def surface_density(
     size = (_LOOK_SIDE, _LOOK_SIDE)
     seen = renderer.draw(field, [occupancy], c2w, cameras, size)
     origins, directions, _, _ = renderer.rays(c2w, cameras, size)
-    opaque = seen.opacity.flatten() > 0.5
-    if not opaque.any():
+    opaque = (seen.opacity.flatten() > 0.5).nonzero().squeeze(-1)
+    if not len(opaque):
         density = density_grid(field, index, 64).density
         raise NoSurfaceError(
             f"expected an object, found that no view shows anything opaque: densities are from {density.min():.3g} to "

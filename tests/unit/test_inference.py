@@ -1,5 +1,6 @@
 """Looking at fields without gradients: grids, meshes, empty space, rays that end."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -8,14 +9,17 @@ import torch
 
 from lrm_pl.geometry.cameras import InputCamera, canonicalise, look_at, orbit
 from lrm_pl.inference import reconstruct
+from lrm_pl.kernels import device
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.grid import density_grid
 from lrm_pl.rendering.occupancy import Occupancy, measure_occupancy
 from lrm_pl.rendering.query import query_colour, query_density
+from lrm_pl.rendering.skipping import render_skipping
 from lrm_pl.rendering.surface import NoSurfaceError, extract_mesh, surface_density
 from lrm_pl.rendering.volume import Renderer
 from tests.unit.test_meshes import is_closed, volume
+from tests.unit.test_metrics import Operators
 from tests.unit.test_model import tiny_lrm
 from tests.unit.test_rendering import CAMERA
 
@@ -148,6 +152,32 @@ def test_skipping_empty_space_and_hidden_samples_does_not_change_the_picture(kin
     assert (skipped.depth - whole.depth)[seen].abs().max() < 0.01
 
 
+@pytest.mark.parametrize("kind", RENDERERS)
+def test_an_accelerator_draws_the_same_points_and_picture_and_waits_once_a_segment(kind):
+    ball, renderer = Ball(), RENDERERS[kind]
+    rays = renderer.rays(orbit(1, 2.6, 20.0)[None], CAMERA.expand(1, 1, 4), (16, 16))
+    occupancy = measure_occupancy(ball, 0, 32)
+    drawn, asked = [], []
+    for choose in (contextlib.nullcontext, device.as_accelerator):
+        ball.asked = 0
+        with choose(), Operators() as operators:
+            drawn.append(render_skipping(ball, [occupancy], *rays, renderer.march, 10**9))
+        asked.append(ball.asked)
+    assert asked[1] == asked[0]
+    for a, b in zip(vars(drawn[1]).values(), vars(drawn[0]).values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    reads = 4 if kind == "bins" else 2  # 64 samples in segments of 16; before and after importance
+    assert operators.calls["aten::nonzero"] == 1 + reads  # the rays that hit, then the points of each read
+    assert not operators.calls["aten::_local_scalar_dense"]
+
+
+def test_a_coarse_to_fine_grid_waits_for_a_gpu_once():
+    with device.as_accelerator(), Operators() as operators:
+        density_grid(Ball(), 0, 33, threshold=20.0)
+    assert operators.calls["aten::nonzero"] == 1
+    assert not operators.calls["aten::_local_scalar_dense"]
+
+
 def test_a_random_triplane_is_drawn_as_it_is_rendered():
     torch.manual_seed(0)
     decoder = NeRFDecoder(4, 8, 3, density_bias=-6.0)
@@ -243,7 +273,12 @@ def test_the_lookup_of_cells_is_the_same_with_numba_and_without():
     cells, points = torch.rand(5, 5, 5) > 0.5, torch.rand(500, 3) * 2.2 - 1.1
     size = len(cells)
     x, y, z = ((points + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)
-    assert torch.equal(Occupancy(cells).occupied(points), cells[x, y, z].nonzero().squeeze(-1))
+    expected = cells[x, y, z].nonzero().squeeze(-1)
+    assert torch.equal(Occupancy(cells).occupied(points), expected)
+    with device.as_accelerator():
+        assert torch.equal(Occupancy(cells).occupied(points), expected)
+        among = torch.arange(500) % 3 == 0
+        assert torch.equal(Occupancy(cells).occupied(points, among), expected[expected % 3 == 0])
 
 
 class Sheet(Ball):
