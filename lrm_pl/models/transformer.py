@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.modulated_norm import modulated_norm
 from lrm_pl.models.attention import Attention
 
 #: "lrm": cross-attention, self-attention, GELU MLP; a layer norm at the end of the stack (LRM, OpenLRM). "triposr":
@@ -23,9 +24,9 @@ BlockDesign = Literal["lrm", "triposr"]
 class ScaledLayerNorm(nn.LayerNorm):
     """Layer norm whose output is scaled and shifted once more, object by object.
 
-    Where gradients are wanted it is one norm an object, whose weight and bias are the modulated ones: the same
-    function, but nothing of the size of x is kept for backward besides x. A module of its own, so that sharding sees
-    its weights being used.
+    Where gradients are wanted it is one norm whose weights and biases are the modulated ones: the same function, but
+    nothing of the size of x is kept for backward besides x. A module of its own, so that sharding sees its weights
+    being used.
     """
 
     def forward(  # type: ignore[override]
@@ -36,11 +37,7 @@ class ScaledLayerNorm(nn.LayerNorm):
             # In the order in which those computed it whose weights these may be: rounding grows with large weights.
             return super().forward(x) * (1 + scale).unsqueeze(1) + shift.unsqueeze(1)
         weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
-        # unbind: indexing object by object would write a whole gradient of zeros for each.
-        objects = zip(x.unbind(0), weight.unbind(0), bias.unbind(0), strict=True)
-        return torch.stack(
-            [F.layer_norm(one, self.normalized_shape, w, b, self.eps) for one, w, b in objects]
-        )
+        return modulated_norm(x, weight, bias, self.eps)
 
 
 class ModLN(nn.Module):
