@@ -63,15 +63,16 @@ class GradientGuard:
         assert isinstance(state["in_a_row"], int)
         assert isinstance(state["norms"], list)
         gave_up, window = state["in_a_row"] >= self.config.patience, self.config.window
-        self.num_skipped = torch.tensor(float(state["skipped"]))
-        self._in_a_row = torch.tensor(0.0 if gave_up else float(state["in_a_row"]))
-        #: Accepted norms, oldest first; NaN in front while there are fewer than the window.
-        self._norms = torch.tensor(([math.nan] * window + ([] if gave_up else state["norms"]))[-window:])
-        self.skip, unknown = torch.zeros(()), torch.tensor(math.nan)
-        #: Of the step before the newest, and of the newest.
-        self._reports: deque[HostCopy] = deque(maxlen=2)
-        for _ in range(2):
-            self._report(unknown, unknown)
+        with torch.device("cpu"):  # also where the network is made on the meta device
+            self.num_skipped = torch.tensor(float(state["skipped"]))
+            self._in_a_row = torch.tensor(0.0 if gave_up else float(state["in_a_row"]))
+            #: Accepted norms, oldest first; NaN in front while there are fewer than the window.
+            self._norms = torch.tensor(([math.nan] * window + ([] if gave_up else state["norms"]))[-window:])
+            self.skip, unknown = torch.zeros(()), torch.tensor(math.nan)
+            #: Of the step before the newest, and of the newest.
+            self._reports: deque[HostCopy] = deque(maxlen=2)
+            for _ in range(2):
+                self._report(unknown, unknown)
 
     def judge(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Return 1 if a step with this gradient norm is to be skipped, else 0; count it."""

@@ -1,21 +1,28 @@
 """A step on fake tensors stands for a real one: the same operations, no numbers, nothing touched."""
 
+import contextlib
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lrm_pl.data.batch import Batch, Views
-from lrm_pl.geometry.cameras import orbit
+from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.data.transforms import CropConfig
+from lrm_pl.geometry.cameras import orbit, resize_and_crop
+from lrm_pl.geometry.rays import pixel_rays, ray_interval
+from lrm_pl.kernels.device import HOST_TYPES, as_accelerator, on_cpu
 from lrm_pl.losses.objective import Objective
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.costs.fake_group import as_rank
+from lrm_pl.training.costs.hits import cameras_of, default_cameras, hit_share
 from lrm_pl.training.costs.sharding import check_shards
-from lrm_pl.training.costs.simulation import StepShape, hit_share, simulate_step, without_numbers
+from lrm_pl.training.costs.simulation import StepShape, simulate_step, without_numbers
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks
 
@@ -28,14 +35,20 @@ def network(*, frozen=False, depth=2, plane_tokens=16):
     return LRM(encoder, NeRFDecoder(8, 32, 4), 96, depth, 4, 20, 32, plane_tokens=plane_tokens, upsample=2)
 
 
-def shape(objects=2, **options):
-    return StepShape(objects, 4, SIZE, "cpu", dtype=torch.bfloat16, **options)
+CAMERA = torch.tensor([1.07, 1.07, 0.5, 0.5])
+
+#: Share of the rays of ``real_batch`` that hit the sphere.
+HITS = 0.76
+
+
+def shape(objects=2, *, gpu=False, **options):
+    return StepShape(objects, 4, SIZE, HITS, gpu, dtype=torch.bfloat16, **options)
 
 
 def real_batch(objects):
-    """Four views around each object from about the usual distance."""
+    """Four views around each object from a distance that it fits the image from."""
     c2w = orbit(4, 2.4, 12.0).expand(objects, 4, 4, 4)
-    camera = torch.tensor([1.07, 1.07, 0.5, 0.5]).expand(objects, 4, 4)
+    camera = CAMERA.expand(objects, 4, 4)
 
     def views(count, size):
         images = torch.rand(objects, count, 3, size, size)
@@ -61,22 +74,46 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def test_the_share_of_a_real_batch_is_what_its_rays_say():
+    near, far = ray_interval(*pixel_rays(orbit(4, 2.4, 12.0), CAMERA.expand(4, 4), SIZE, SIZE), "sphere")
+    assert (far > near).float().mean().item() == pytest.approx(HITS, abs=0.01)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
     ("frozen", "recompute", "importance"), [(False, 0, 0), (False, 1, 8), (True, 0, 8), (True, 2, 0)]
 )
 def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
-    one_thread, frozen, recompute, importance
+    one_thread, gpu, frozen, recompute, importance
 ):
+    """For a GPU: in a step whose CPU tensors go through the branches of accelerators."""
     lrm, renderer = network(frozen=frozen), Renderer(24, importance)
     objective, parallel = Objective(lpips=0.0, tv=1e-3), ParallelConfig(recompute_every=recompute)
-    estimated = simulate_step(lrm, renderer, objective, parallel, shape())
+    estimated = simulate_step(lrm, renderer, objective, parallel, shape(gpu=gpu))
     prepare_blocks(lrm, parallel)
     module, batch = LRMModule(lrm, renderer, objective), real_batch(2)
-    with FlopCounterMode(display=False) as counter:
+    branches = as_accelerator() if gpu else contextlib.nullcontext()
+    with branches, FlopCounterMode(display=False) as counter:
         with torch.autocast("cpu", torch.bfloat16):
             loss = sum(objective(module.look(batch), 0).values())
         loss.backward()
-    assert estimated.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert estimated.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_a_gpu_is_simulated_by_the_branches_of_accelerators_and_nothing_stays_switched():
+    parts = network(plane_tokens=8), Renderer(8), Objective(lpips=0.0), ParallelConfig()
+    gpu, cpu = ({x.name for x in simulate_step(*parts, shape(gpu=gpu)).operations} for gpu in (True, False))
+    assert {"_scaled_dot_product_flash_attention_for_cpu", "embedding_bag", "index_add_"} <= gpu
+    assert {"triplane_sample", "triplane_accumulate"} <= cpu
+    assert not {"triplane_sample", "triplane_accumulate", "attention_in_blocks", "_softmax"} & gpu
+    assert HOST_TYPES == {"cpu"}
+
+
+def test_the_switch_to_accelerators_is_undone_after_an_error():
+    with contextlib.suppress(ZeroDivisionError), as_accelerator():
+        assert not on_cpu(torch.empty(1))
+        raise ZeroDivisionError
+    assert on_cpu(torch.empty(1))
 
 
 def test_a_simulation_touches_neither_the_network_nor_the_random_state():
@@ -129,12 +166,57 @@ def test_a_frozen_encoder_has_neither_gradients_nor_a_backward():
     assert trained.model - frozen.model == pytest.approx(2 * trained.forward["encoder"])
 
 
-def test_the_share_of_rays_that_hit_the_sphere_is_that_of_a_disc_that_fits_the_picture():
-    """The silhouette has the radius fx / sqrt(d^2 - 1) of the picture's width; seen whole its share is pi r^2."""
-    radius = 1.07 / (2.37**2 - 1) ** 0.5
-    assert radius == pytest.approx(0.498, abs=1e-3)
-    assert hit_share("sphere") == pytest.approx(3.14159 * radius**2, abs=0.01)
-    assert hit_share("box") > hit_share("sphere")
+def whole(size=128):
+    return CropConfig(low=size, high=size, size=size)
+
+
+def test_the_default_camera_sees_the_sphere_as_a_disc_that_touches_the_images_sides():
+    """The silhouette's radius is f / sqrt(d^2 - 1) image widths, here 1/2; a disc of it covers pi / 4."""
+    cameras = default_cameras()
+    distance, focal = cameras.c2w[0, :3, 3].norm().item(), cameras.fxfycxcy[0, 0].item()
+    assert focal / (distance**2 - 1) ** 0.5 == pytest.approx(0.5)
+    assert hit_share("sphere", whole(), cameras) == pytest.approx(3.14159 / 4, abs=0.01)
+    assert hit_share("box", whole(), cameras) > 0.99
+
+
+def test_windows_of_the_papers_crops_hit_what_random_windows_hit():
+    """128 pixels out of views resized to 128 to 384: 95.6 % of the rays, counted over random windows here."""
+    cameras, crop = default_cameras(), CropConfig(low=128, high=384, size=128)
+    draw, count = torch.Generator().manual_seed(0), 0.0
+    for _ in range(300):
+        side = int(torch.randint(128, 385, (), generator=draw))
+        top, left = torch.randint(0, side - 127, (2,), generator=draw).tolist()
+        camera = resize_and_crop(cameras.fxfycxcy[:1], (side, side), (top, left, 128, 128))
+        near, far = ray_interval(*pixel_rays(cameras.c2w[:1], camera, 32, 32), "sphere")
+        count += (far > near).float().mean().item() / 300
+    assert hit_share("sphere", crop, cameras) == pytest.approx(count, abs=0.01)
+    assert hit_share("sphere", crop, cameras) == pytest.approx(0.956, abs=0.002)
+
+
+def test_windows_centered_on_the_object_hit_more_of_an_object_that_is_far_away():
+    """At twice the size of a window, a far object: from its middle all rays hit, from the image's corner none."""
+    cameras = default_cameras()
+    far = cameras._replace(c2w=orbit(4, 10.0))
+    crops = [CropConfig(low=512, high=512, size=64, foreground=share) for share in (0.0, 0.5, 1.0)]
+    anywhere, half, centered = (hit_share("sphere", crop, far) for crop in crops)
+    assert centered > 3 * anywhere
+    assert half == pytest.approx((anywhere + centered) / 2)
+
+
+def test_cameras_are_those_of_the_shards_where_these_are_local(shards, tmp_path):
+    cameras = cameras_of(ShardDataModule(str(shards)))
+    assert cameras.source == "cameras of 4 training objects"
+    assert cameras.c2w.shape == (16, 4, 4)
+    distances = cameras.c2w[:, :3, 3].norm(dim=-1)
+    assert (distances != default_cameras().c2w[0, :3, 3].norm()).all()
+    for folder in (tmp_path, "s3://bucket/shards"):
+        assert cameras_of(ShardDataModule(str(folder))).source.startswith("assumed")
+
+
+def test_work_of_rendering_grows_with_the_share_of_rays_that_hit():
+    parts = network(), Renderer(24), Objective(lpips=0.0), ParallelConfig()
+    some, all_ = (simulate_step(*parts, dataclasses.replace(shape(), hits=hits)) for hits in (0.5, 1.0))
+    assert all_.forward["renderer"] == pytest.approx(2 * some.forward["renderer"], rel=0.02)
 
 
 @pytest.mark.parametrize("copies", [1, 2])

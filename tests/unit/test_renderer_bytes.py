@@ -1,0 +1,61 @@
+"""Bytes that the renderer's operations read and write, forward and backward."""
+
+import pytest
+import torch
+
+from lrm_pl.apps.plan import plan
+from lrm_pl.losses.objective import Objective
+from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.costs.renderer import renderer_bytes, renderer_operations
+from lrm_pl.training.costs.simulation import StepShape, simulate_step
+from lrm_pl.training.parallel import ParallelConfig
+from tests.unit.test_simulation import network
+
+#: 2 objects, 4 views of 32 x 32 of which all rays hit, 24 samples each: 196,608 samples, one chunk per object.
+SHAPE, SAMPLES = StepShape(2, 4, 32, 1.0), 2 * 4 * 32 * 32 * 24
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_they_are_those_of_the_renderer_in_a_whole_step(gpu):
+    lrm, shape = network(depth=1), StepShape(2, 4, 32, 1.0, gpu)
+    step = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape)
+    ours = renderer_operations(lrm, Renderer(24), shape)
+    for what in ("flops", "moved"):
+        theirs = sum(getattr(x, what) for x in step.operations if x.part == "renderer")
+        assert sum(getattr(x, what) for x in ours if x.part == "renderer") == pytest.approx(theirs, rel=0.01)
+
+
+def test_products_of_the_mlp_read_and_write_each_sample_once_a_layer():
+    """bf16: two layers of 32 x 32 + bias and one of 32 x 4; in backward again, and with two gradients each."""
+    operations = renderer_operations(network(), Renderer(24), SHAPE)
+    layers = [(32, 32), (32, 32), (32, 4)]
+    forward = sum(2 * (SAMPLES * (i + o) + SHAPE.objects * (i * o + o)) for i, o in layers)
+    # Per layer x^T g and g W^T, of samples and weights.
+    backward = sum(2 * 2 * (SAMPLES * (i + o) + SHAPE.objects * i * o) for i, o in layers)
+    moved = {
+        (part, name): sum(x.moved for x in operations if (x.part, x.name) == (part, name))
+        for part in ("renderer", "backward")
+        for name in ("addmm", "mm")
+    }
+    assert moved["renderer", "addmm"] == forward
+    assert moved["backward", "addmm"] == forward
+    assert moved["backward", "mm"] == backward
+
+
+def test_importance_samples_are_sorted_and_decoded_in_a_second_pass():
+    plain, importance = (renderer_operations(network(), Renderer(24, n), SHAPE) for n in (0, 8))
+    assert not any(x.name == "sort" for x in plain)
+    assert any(x.name == "sort" for x in importance)
+    assert sum(x.flops for x in importance) == pytest.approx(sum(x.flops for x in plain))
+
+
+@pytest.mark.filterwarnings("default")  # LightningCLI uses names that jsonargparse has deprecated
+def test_bytes_of_the_papers_step(root):
+    """configs/experiment/paper.yaml on 128 GPUs: 8 objects each, 4 views of 128 x 128, 128 samples; 95 % hit."""
+    planned = plan(["-c", str(root / "configs/experiment/paper.yaml")], 128, gpu=True)
+    module, shape = planned.module, planned.shape
+    assert (shape.objects, shape.views, shape.size, shape.dtype) == (8, 4, 128, torch.bfloat16)
+    assert shape.hits == pytest.approx(0.95, abs=0.01)
+    moved = renderer_bytes(module.lrm, module.renderer, shape)
+    print(f"renderer of the paper's step: {moved / 1e12:.3f} TB")
+    assert 1.7e12 < moved < 2.4e12
