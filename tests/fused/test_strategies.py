@@ -1,0 +1,50 @@
+"""Real runs whose renderer uses the fused decoder, its twin or interpreted kernels: the losses of plain operators."""
+
+import pytest
+
+from tests.distributed.conftest import largest_difference, runs  # noqa: F401 - a fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+#: Few samples: the interpreter takes a fifth of a second for 32 of them.
+TINY = (
+    "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--model.lrm.decoder.width=16",
+    "--model.renderer.samples_per_ray=4", "--data.batch_size=2", "--data.crop.size=8", "--trainer.limit_val_batches=0",
+)  # fmt: skip
+
+WAYS = {
+    "ddp": (2, ["ddp"], []),
+    "fsdp2": (2, ["fsdp2"], ["--model.parallel.recompute_every=1"]),
+    "deepspeed_2": (2, ["deepspeed_2"], []),
+    "accumulation": (1, ["cpu"], ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4"]),
+    "compiled": (1, ["cpu"], ["--model.parallel.compile=true"]),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(runs):  # noqa: F811 - the fixture
+    runs.run("plain", 1, *TINY, layers=["cpu"])
+    return runs.losses("plain")
+
+
+def require_plain_losses(runs, plain, way, **how):  # noqa: F811
+    processes, layers, options = WAYS[way]
+    name = f"{how['module']}-{way}"
+    log = runs.run(name, processes, *TINY, *options, layers=layers, limit_s=600, **how)
+    assert "rendering without the fused decoder" not in log
+    found = runs.losses(name)
+    assert len(found) == 2
+    assert largest_difference(found, plain) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.soak] if way == "compiled" else []) for way in WAYS]
+)
+def test_every_strategy_trains_fused_as_one_process_does_plainly(runs, plain, way):  # noqa: F811
+    require_plain_losses(runs, plain, way, module="tests.fused.twin")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("way", WAYS)
+def test_every_strategy_trains_with_interpreted_kernels_as_one_process_does_plainly(runs, plain, way):  # noqa: F811
+    require_plain_losses(runs, plain, way, module="tests.accelerator.run", TRITON_INTERPRET="1")

@@ -1,0 +1,10 @@
+"""``python -m tests.fused.twin fit ...``: the command line on a CPU that renders with the fused decoder's plain twin."""
+
+from lrm_pl.__main__ import main
+from lrm_pl.kernels.device import as_accelerator
+from lrm_pl.rendering import fused
+
+if __name__ == "__main__":
+    fused.triton_unavailable = lambda device: None
+    with as_accelerator():
+        main()
