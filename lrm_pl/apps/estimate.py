@@ -103,9 +103,12 @@ def duration(seconds: tuple[float, float]) -> str:
 
 
 def span(ends: tuple[float, float], digits: int) -> str:
-    """Write a range; one number where both ends are the same."""
-    low, high = (f"{end:.{digits}f}" for end in sorted(ends))
-    return low if low == high else f"{low}-{high}"
+    """Write a range, with as many more digits as tell its ends apart; one number where they are the same."""
+    low, high = sorted(ends)
+    while digits < 6 and low != high and f"{low:.{digits}f}" == f"{high:.{digits}f}":
+        digits += 1
+    written = f"{low:.{digits}f}", f"{high:.{digits}f}"
+    return written[0] if low == high else "-".join(written)
 
 
 def show_divisions(console: Console, rows: Sequence[Division], planned: Plan, memory: float | None) -> None:

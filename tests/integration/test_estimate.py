@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lrm_pl.apps.estimate import main as estimate
-from lrm_pl.training.costs.machines import GPUS
+from lrm_pl.training.costs.machines import require_gpu
 from tests.integration.test_cli import TINY
 
 # LightningCLI uses names that jsonargparse has deprecated.
@@ -112,6 +112,13 @@ def test_the_plan_for_many_gpus_builds_every_process_and_says_which_strategy_to_
     assert ddp[0] > hsdp[0] >= fsdp2[0]  # weights held
     assert ddp[2] > hsdp[2] >= fsdp2[2]  # moments
     assert re.search(r"Next: make train NODES=2 GPUS=4 STRATEGY=\w+ CONFIG=", said)
+    assert "Times are estimated, not measured" in said
+    best = re.search(
+        r"fastest that fit: (\w+), ([\d.]+)-([\d.]+) s a step, MFU ([\d.]+)-([\d.]+) \(estimated, not", said
+    )
+    assert float(best[2]) < float(best[3])
+    row = next(line for line in said.splitlines() if line.startswith(f"│ {best[1]} "))
+    assert re.search(r"│ +[\d.]+-[\d.]+ │ +[\d.]+(-[\d.]+)? │ +[\d.]+-[\d.]+ (s|min|h) │$", row)
 
 
 def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
@@ -136,6 +143,11 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
         (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),
         (["--model.lrm.width", "3"], "expected arguments that `lrm fit` takes"),
         (["--gpus", "-1"], "expected --gpus of 0 or more"),
+        (["--gpus", "1", "--gpu", "4090x"], "found '4090x'; closest: GeForce RTX 4090"),
+        (
+            ["--gpus", "1", "--gpu", "t4", "--trainer.precision", "bf16-mixed"],
+            "give --trainer.precision 16-mixed",
+        ),
     ],
 )
 def test_what_cannot_be_estimated_is_refused_with_a_remedy(middle, arguments, message):
@@ -143,8 +155,24 @@ def test_what_cannot_be_estimated_is_refused_with_a_remedy(middle, arguments, me
         estimate([middle, *arguments])
 
 
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("bf16-mixed", "Fused AdamW"), ("16-mixed", "Foreach AdamW")]
+)
+def test_a_fused_optimizer_is_priced_only_where_it_is_used(middle, capsys, precision, optimizer):
+    estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "4090", "--trainer.precision", precision])
+    said = capsys.readouterr().out
+    assert optimizer in said
+    assert "1 x GeForce RTX 4090 in 1 node(s)" in said
+
+
+def test_rays_that_hit_are_those_of_the_data_that_is_there(middle, shards, capsys):
+    estimate([middle, *SHALLOW, "--data.folder", str(shards)])
+    assert "(cameras of 4 training objects)" in capsys.readouterr().out
+
+
 def test_a_gpu_too_small_is_told_what_would_help(middle, capsys, monkeypatch):
-    monkeypatch.setitem(GPUS, "l4", dataclasses.replace(GPUS["l4"], memory=0.7e9))
+    small = dataclasses.replace(require_gpu("l4"), memory=0.7e9)
+    monkeypatch.setattr("lrm_pl.apps.estimate.require_gpu", lambda _: small)
     estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "l4"])
     said = capsys.readouterr().out
     assert "too much" in said
