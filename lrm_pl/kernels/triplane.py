@@ -120,7 +120,8 @@ def _accumulate_op(total: Tensor, points: Tensor, grad: Tensor, axes: list[int],
     rows, weights = _neighbors(points, pairs, total.shape[1])
     table = total.view(-1, total.shape[3])
     # (Q, 1, C) or (Q, P, C): what reaches each plane.
-    incoming = grad.float().reshape(len(points), -1, total.shape[3]).expand(-1, len(pairs), -1)
+    groups = len(pairs) if concat else 1
+    incoming = grad.float().reshape(len(points), groups, total.shape[3]).expand(-1, len(pairs), -1)
     for plane in range(len(pairs)):
         for k in range(4):  # one neighbor at a time: no temporary is larger than the gradient
             table.index_add_(0, rows[:, plane, k], weights[:, plane, k, None] * incoming[:, plane])
@@ -143,7 +144,7 @@ def _op(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor
             planes.view(-1, planes.shape[3]),
             mode="sum",
             per_sample_weights=weights.view(-1, bag),
-        ).view(len(points), -1)
+        ).view(len(points), planes.shape[3] * (len(pairs) if concat else 1))
     out = planes.new_empty((points.shape[0], planes.shape[3] * (len(pairs) if concat else 1)))
     triplane_numba.sample(
         planes.detach().numpy(),

@@ -1,4 +1,5 @@
 import ast
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,40 @@ def test_without_tf32_convolutions_and_products_are_float32_and_the_switches_com
         raise KeyError
     assert tf32_switches() == (True, precision)
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def launches(source):
+    """Yield the line of every Triton launch, ``kernels.name[grid](...)``, and whether a launch guard is around it."""
+
+    def visit(node, guarded):
+        if isinstance(node, ast.With):
+            guarded |= any("launch_guard(" in ast.unparse(item.context_expr) for item in node.items)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            if ast.unparse(node.func.value).startswith("kernels."):
+                yield node.lineno, guarded
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, guarded)
+
+    yield from visit(ast.parse(source), False)
+
+
+def test_a_launch_without_a_guard_is_recognized():
+    source = "kernels.forward[(1,)](x)\nwith launch_guard(x.device):\n    kernels.forward[(1,)](x)"
+    assert list(launches(source)) == [(1, False), (3, True)]
+
+
+def test_every_triton_launch_makes_the_device_of_its_tensors_current():
+    found = [
+        (path.name, line, guarded)
+        for path in sorted((ROOT / "lrm_pl").rglob("*.py"))
+        for line, guarded in launches(path.read_text())
+    ]
+    assert len(found) >= 4
+    assert all(guarded for *_, guarded in found), found
+
+
+def test_the_launch_guard_of_a_gpu_is_pytorchs_own_and_of_a_cpu_nothing(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda which: entered.append(which) or contextlib.nullcontext())
+    with device.launch_guard(torch.device("cuda:3")), device.launch_guard(torch.device("cpu")):
+        assert entered == [torch.device("cuda:3")]

@@ -159,3 +159,14 @@ def test_an_accelerators_body_reads_zeros_far_away_and_passes_pytorchs_own_check
     test_bilinear_sampling_by_hand()
     test_each_plane_is_read_along_its_own_axes()
     test_the_op_passes_pytorchs_own_checks()
+
+
+@pytest.mark.usefixtures("on_an_accelerator")
+@pytest.mark.parametrize("reduce", ["sum", "concat"])
+def test_no_points_are_sampled_and_accumulated_as_nothing(reduce):
+    planes, points = planes_and_points(count=0)
+    values = triplane_sample(planes, points, AXES, reduce)
+    assert values.shape == (0, 5 if reduce == "sum" else 15)
+    total = planes.clone()
+    accumulate_gradient(total, points, values, AXES, reduce)
+    assert torch.equal(total, planes)
