@@ -1,60 +1,109 @@
-"""Which steps are left out: norms judged by hand."""
+"""Which steps are skipped: norms judged by hand."""
 
+import json
 import math
 
 import pytest
+import torch
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels import device
 from lrm_pl.training.gradients import GradientGuard, GuardConfig
+
+
+def accepts(judge, norm):
+    return not judge.judge(torch.tensor(norm)).item()
 
 
 def guard(*norms, **config):
     judge = GradientGuard(GuardConfig(**config))
-    assert [norm for norm in norms if not judge.accepts(norm)] == []
+    assert [norm for norm in norms if not accepts(judge, norm)] == []
     return judge
 
 
-def test_without_a_limit_only_what_is_not_finite_is_left_out_and_counted():
+def test_without_a_limit_only_what_is_not_finite_is_skipped_and_counted():
     judge = guard(1.0, 1e9, 1.0)
-    assert not judge.accepts(math.nan)
-    assert not judge.accepts(math.inf)
-    assert (judge.skipped, judge.in_a_row) == (2, 2)
-    assert judge.accepts(2.0)
-    assert (judge.skipped, judge.in_a_row) == (2, 0)
+    assert not accepts(judge, math.nan)
+    assert not accepts(judge, math.inf)
+    assert (judge.num_skipped.item(), judge.in_a_row) == (2, 2)
+    assert accepts(judge, 2.0)
+    assert (judge.num_skipped.item(), judge.in_a_row) == (2, 0)
 
 
-def test_a_norm_above_so_many_times_the_running_median_is_left_out():
+def test_a_norm_above_so_many_times_the_running_median_is_skipped():
     judge = guard(1.0, 2.0, 3.0, spike=5.0, window=3)
-    assert not judge.accepts(10.1)  # the median is 2
-    assert judge.accepts(9.9)  # and stays so: what was left out does not count
-    assert judge.accepts(14.9)  # of 2, 3 and 9.9 it is 3
-    assert not judge.accepts(49.6)  # of 3, 9.9 and 14.9 it is 9.9
+    assert not accepts(judge, 10.1)  # the median is 2
+    assert accepts(judge, 9.9)  # and stays so: what was skipped does not count
+    assert accepts(judge, 14.9)  # of 2, 3 and 9.9 it is 3
+    assert not accepts(judge, 49.6)  # of 3, 9.9 and 14.9 it is 9.9
+
+
+def test_the_median_of_an_even_number_of_norms_is_between_the_middle_two():
+    judge = guard(4.0, 1.0, 2.0, 8.0, spike=2.0, window=4)
+    assert not accepts(judge, 6.1)  # the median is 3
+    assert accepts(judge, 5.9)
 
 
 def test_before_the_window_is_full_nothing_is_called_a_spike():
     judge = guard(1.0, 1.0, spike=2.0, window=3)
-    assert judge.accepts(1000.0)
+    assert accepts(judge, 1000.0)
 
 
 def test_norms_that_stay_larger_stop_the_run_with_what_to_do_and_the_next_start_goes_on():
     judge = guard(*[0.1] * 4, spike=5.0, window=4, patience=3)
-    assert [judge.accepts(0.6) for _ in range(3)] == [False] * 3
+    for _ in range(3):
+        assert not judge.exhausted
+        assert not accepts(judge, 0.6)
     assert judge.exhausted
+    assert judge.last == pytest.approx(0.6)
     assert judge.expectation == "gradient norms up to 5.0 times their running median, 0.1"
     assert judge.remedy == "raise --model.guard.spike"
     again = GradientGuard(judge.config)
     again.resume(judge.state())
     assert not again.exhausted
-    assert [again.accepts(0.6) for _ in range(10)] == [True] * 10, "it has a new median"
+    assert [accepts(again, 0.6) for _ in range(10)] == [True] * 10, "it has a new median"
+
+
+def test_a_guard_that_allows_no_bad_step_is_exhausted_by_the_first():
+    judge = guard(1.0, patience=1)
+    assert not judge.exhausted
+    assert not accepts(judge, math.nan)
+    assert judge.exhausted
+    assert (judge.expectation, judge.remedy) == ("finite gradients", "train in 32-true")
 
 
 def test_a_resumed_guard_judges_as_the_one_that_was_saved():
-    judge = guard(1.0, 2.0, 3.0, spike=5.0, window=3)
-    assert not judge.accepts(10.1)
+    judge = guard(1.0, 2.0, 0.1, spike=5.0, window=3)
+    assert not accepts(judge, 5.1)
     again = GradientGuard(judge.config)
-    again.resume(judge.state())
+    again.resume(json.loads(json.dumps(judge.state())))
     assert again.state() == judge.state()
-    assert not again.accepts(10.1)
+    assert judge.state() == {"skipped": 1, "in_a_row": 1, "norms": [1.0, 2.0, torch.tensor(0.1).item()]}
+    assert not accepts(again, 5.1)
+    assert again.in_a_row == 2
+    assert accepts(again, 4.9)
+
+
+def test_a_window_that_a_resumed_run_makes_smaller_keeps_the_newest_norms():
+    again = GradientGuard(GuardConfig(spike=2.0, window=2))
+    again.resume(guard(9.0, 1.0, 3.0, window=5).state())
+    assert not accepts(again, 4.1)  # the median is 2
+    assert accepts(again, 3.9)
+
+
+def test_whether_it_is_exhausted_waits_for_the_newest_step_only_if_that_could_be_the_one_too_many(
+    monkeypatch,
+):
+    judge = GradientGuard(GuardConfig(patience=3))
+    waited = []
+    numbers = device.HostCopy.numbers
+    monkeypatch.setattr(device.HostCopy, "numbers", lambda copy: waited.append(copy) or numbers(copy))
+    found = []
+    for norm in (math.nan, 1.0, math.nan, math.nan, math.nan):
+        judge.judge(torch.tensor(norm))
+        waited.clear()
+        found.append((judge.exhausted, judge._reports[-1] in waited))
+    assert found == [(False, False)] * 4 + [(True, True)]
 
 
 @pytest.mark.parametrize("wrong", [{"patience": 0}, {"window": 0}, {"spike": 1.0}])

@@ -1,0 +1,215 @@
+"""Real runs whose gradient goes bad on the way: the step is skipped on the device, and the host reads that later."""
+
+import contextlib
+import copy
+import re
+import threading
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lrm_pl.apps.train import command_line
+from lrm_pl.io.checkpoints import read_checkpoint, read_tensors, tensor_names
+from lrm_pl.kernels.device import CopyStream, as_accelerator
+from lrm_pl.training import state as state_file
+from lrm_pl.training.ema import WeightAverage
+from lrm_pl.training.run_keeper import RunKeeper
+from lrm_pl.training.run_state import run_tensors
+from tests.distributed.conftest import TINY
+
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow]
+
+aten = torch.ops.aten
+
+#: Operators that make the host wait for a number or a shape from the device.
+WAITING = {
+    aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.masked_select, aten.equal, aten.unique_consecutive,
+    aten._unique2, aten.bincount,
+}  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fail where the host would wait for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in WAITING, f"{function} makes the host wait"
+        self.names.add(function.overloadpacket._qualified_op_name.removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+class Spoil(L.Callback):
+    """Multiply the gradient by a factor at some steps; then nothing may wait, until ``Watch`` says so."""
+
+    def __init__(self, factors, mode):
+        self.factors, self.mode = factors, mode
+
+    def on_after_backward(self, trainer, pl_module):
+        for parameter in pl_module.lrm.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= self.factors.get(trainer.global_step, 1.0)
+        if self.mode is not None:
+            self.mode.__enter__()
+
+
+class Watch(L.Callback):
+    """Keep all tensors of a run after every step."""
+
+    def __init__(self, mode):
+        self.mode, self.states, self.skipped = mode, {}, {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+        tensors = run_tensors(trainer, pl_module)
+        self.states[trainer.global_step] = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.skipped[trainer.global_step] = trainer.callback_metrics["optim/skipped_steps"].item()
+
+
+@pytest.fixture
+def fit(tmp_path, shards):
+    def run(name, factors, *options, every=100, mode=None, steps=8):
+        """Train; returns what it was after every step, and its folder of checkpoints."""
+        config = copy.deepcopy(TINY)
+        config["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "gradient_clip_val": 0.01}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        arguments = ["-c", str(path), "--data.folder", str(shards), "--run.folder", str(tmp_path / name)]
+        cli = command_line([*arguments, *options], run=False)
+        watch = Watch(mode)
+        keeper = RunKeeper(every=every, keep=100, monitor=None)
+        cli.trainer.callbacks = [Spoil(factors, mode), WeightAverage(0.5), watch, keeper]
+        cli.before_fit()
+        cli.trainer.fit(cli.model, cli.datamodule)
+        keeper.signals.restore()
+        return watch, tmp_path / name / "checkpoints"
+
+    return run
+
+
+def read(folder, step):
+    checkpoint = read_checkpoint(str(folder / f"step-{step:08d}"))
+    tensors = {name: torch.empty(shape) for name, shape in tensor_names(checkpoint).items()}
+    read_tensors(checkpoint, tensors)
+    return checkpoint, tensors
+
+
+def different(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+BAD = {2: float("nan"), 5: 1e4}
+SPIKES = ("--model.guard.spike=50", "--model.guard.window=3")
+
+
+@pytest.mark.parametrize("branch", [contextlib.nullcontext, as_accelerator])
+def test_a_nan_and_a_spike_leave_every_bit_as_it_was_and_the_host_does_not_wait_for_the_verdict(fit, branch):
+    mode = NoWaiting()
+    with branch():
+        watch, _ = fit("bad", BAD, *SPIKES, mode=mode)
+    assert list(watch.skipped.values()) == [0, 0, 1, 1, 1, 2, 2, 2]
+    states = watch.states
+    kinds = {name.partition(".")[0] for name in states[1]}
+    assert kinds == {"network", "adam", "average"}
+    for bad in (3, 6):
+        assert different(states[bad], states[bad - 1]) == []
+    for good in (2, 4, 5, 7, 8):
+        changed = different(states[good], states[good - 1])
+        assert {name.partition(".")[0] for name in changed} == kinds
+        assert all(torch.isfinite(tensor).all() for tensor in states[good].values())
+    steps = {tensor.item() for name, tensor in states[8].items() if name.endswith(".step")}
+    assert steps == {6.0}, "AdamW's own count leaves skipped steps out"
+    assert {"_fused_adamw_", "_foreach_lerp_", "_foreach_mul_", "_foreach_norm"} <= mode.names
+    # For `--trainer.deterministic true`: operators that PyTorch lists as not deterministic, or slower if they must be.
+    listed = re.findall(r":func:`torch\.(?:\w+\.)*(\w+)`", torch.use_deterministic_algorithms.__doc__)
+    assert {"cumsum", "index_put_", "median"} <= set(listed)
+    assert {name.rstrip("_") for name in listed} & {name.rstrip("_") for name in mode.names} == set()
+
+
+def test_a_run_that_goes_on_between_a_nan_and_a_spike_is_the_uninterrupted_run_bit_for_bit_on_a_cpu(fit):
+    whole, folder = fit("whole", BAD, *SPIKES, every=4)
+    resumed, again = fit("resumed", BAD, *SPIKES, f"--run.resume={folder}/step-00000004")
+    assert list(resumed.states) == [5, 6, 7, 8]
+    for step, state in resumed.states.items():
+        assert different(state, whole.states[step]) == []
+        assert resumed.skipped[step] == whole.skipped[step]
+    assert read(again, 8)[0].run == read(folder, 8)[0].run
+    assert read(folder, 4)[0].run["guard"]["skipped"] == 1
+
+
+class DeferredCopies(CopyStream):
+    """A stream whose copies are made as late as can be: when training is held back for them.
+
+    Those of the last checkpoint, after which there is no step, are made when they are waited for.
+    """
+
+    deferred = 3  # checkpoints
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.pending, self.lock, self.due, self.taken = [], threading.Lock(), threading.Event(), 0
+
+    def after_current(self):
+        self.taken += 1
+        self.due.clear()
+        if self.taken > self.deferred:
+            self.due.set()
+        return super().after_current()
+
+    def copy(self, into, source):
+        self.pending.append((into, source))
+
+    def hold_back_current(self):
+        self._make()
+        self.due.set()
+
+    def synchronize(self):
+        assert self.due.wait(120)
+        self._make()
+
+    def _make(self):
+        with self.lock:
+            for into, source in self.pending:
+                into.copy_(source)
+            self.pending.clear()
+
+
+class LateCopies(DeferredCopies):
+    """A stream whose copies are made one step too late, with nothing held back."""
+
+    deferred, steps = 1, 0
+
+    def hold_back_current(self):
+        self.steps += 1
+        if self.steps > 1:  # one step was made after the copies were queued
+            self.due.set()
+
+
+def test_what_is_written_is_the_state_of_its_step_although_training_goes_on_before_it_is_copied(
+    fit, monkeypatch
+):
+    monkeypatch.setattr(state_file, "CopyStream", DeferredCopies)
+    with as_accelerator():
+        watch, folder = fit("deferred", {}, every=2)
+    for step in (2, 4, 6, 8):
+        assert different(read(folder, step)[1], watch.states[step]) == [], step
+
+
+def test_without_the_optimizer_held_back_the_copies_would_be_of_later_steps(fit, monkeypatch):
+    monkeypatch.setattr(state_file, "CopyStream", LateCopies)
+    with as_accelerator():
+        watch, folder = fit("late", {}, every=2, steps=4)
+    assert different(read(folder, 2)[1], watch.states[2]) != []
+
+
+def test_on_a_cpu_a_checkpoint_is_copied_before_training_goes_on(fit, monkeypatch):
+    monkeypatch.setattr(state_file, "CopyStream", LateCopies)
+    watch, folder = fit("at-once", {}, every=2, steps=4)
+    assert different(read(folder, 2)[1], watch.states[2]) == []

@@ -1,0 +1,279 @@
+"""AdamW's state and copies of it, whatever holds them; ranks that agree; strategies that are refused."""
+
+import types
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from lrm_pl.apps.train import LRMCLI, command_line
+from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import as_accelerator
+from lrm_pl.losses.objective import Objective
+from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.holder import Holder
+from lrm_pl.training.module import LRMModule
+from lrm_pl.training.optim import OptimizerConfig
+from lrm_pl.training.run_keeper import RunKeeper
+from lrm_pl.training.state import Snapshots, optimizer_tensors
+from lrm_pl.training.strategies import FSDP2Strategy, require_supported, require_supported_name
+from tests.unit.test_model import tiny_lrm
+
+NAN, INF = float("nan"), float("inf")
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+
+
+def set_gradient(model, step):
+    torch.manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+
+
+def steps(model, optimizer, *numbers):
+    for number in numbers:
+        set_gradient(model, number)
+        optimizer.step()
+
+
+@pytest.fixture
+def gloo(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+# --- AdamW's state
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_state_that_is_made_for_a_checkpoint_lies_where_adamw_keeps_it(fused):
+    ours, theirs = network(), network()
+    made = optimizer_tensors(ours, torch.optim.AdamW(ours.parameters(), fused=fused))
+    optimizer = torch.optim.AdamW(theirs.parameters(), fused=fused)
+    steps(theirs, optimizer, 0)
+    for name, tensor in optimizer_tensors(theirs, optimizer).items():
+        assert (made[name].shape, made[name].dtype, made[name].device) == (
+            tensor.shape, tensor.dtype, tensor.device,
+        ), name  # fmt: skip
+        assert not made[name].any()
+
+
+@pytest.mark.parametrize(("fused", "place"), [(True, "cuda"), (False, "cpu")])
+def test_on_cuda_a_fused_adamw_counts_its_steps_on_the_gpu_and_another_on_the_cpu(fused, place):
+    with FakeTensorMode():
+        model = nn.Linear(2, 2, device="cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+        tensors = optimizer_tensors(model, optimizer)
+    assert tensors["adam.weight.step"].device.type == place
+    assert tensors["adam.weight.exp_avg"].device.type == "cuda"
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_state_of_a_fused_adamw_goes_on_in_another_and_back(fused):
+    first, second, whole = network(), network(1), network()
+    writes = torch.optim.AdamW(first.parameters(), fused=fused)
+    steps(first, writes, 0, 1)
+    reads = torch.optim.AdamW(second.parameters(), fused=not fused)
+    state = optimizer_tensors(second, reads)
+    for name, tensor in optimizer_tensors(first, writes).items():
+        state[name].copy_(tensor)
+    second.load_state_dict(first.state_dict())
+    steps(second, reads, 2, 3)
+    alone = torch.optim.AdamW(whole.parameters(), fused=fused)
+    steps(whole, alone, 0, 1, 2, 3)
+    for name, tensor in optimizer_tensors(whole, alone).items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-6, atol=1e-8)
+    for ours, theirs in zip(second.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+# --- skipped steps
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_skipped_step_is_a_dropped_step_with_and_without_a_gradient_scaler(scaled):
+    """The scaler is that of 16-mixed: it steps an AdamW that is not fused."""
+    model, twin = network(), network()
+    optimizer, theirs = (torch.optim.AdamW(m.parameters(), fused=not scaled) for m in (model, twin))
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1.0)
+    for number, (factor, skip) in enumerate(((1.0, 0.0), (NAN, 1.0), (1.0, 0.0), (1e4, 1.0), (INF, 1.0))):
+        set_gradient(model, number)
+        for parameter in model.parameters():
+            parameter.grad *= factor * scaler.get_scale()
+        scaler.scale(torch.zeros(()))  # makes the scaler's own tensors
+        scaler.unscale_(optimizer)
+        holder = Holder(model, optimizer)
+        holder.clip_or_skip(holder.gradient_norm(), None, torch.tensor(skip))
+        scaler.step(optimizer)
+        scaler.update()
+        if not skip:
+            steps(twin, theirs, number)
+    ours, expected = optimizer_tensors(model, optimizer), optimizer_tensors(twin, theirs)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert ours["adam.0.weight.step"] == 2
+
+
+def test_a_sharded_fused_adamw_skips_and_steps_as_a_whole_one(gloo):
+    model, twin = network(), network()
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model:
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    optimizer, theirs = (torch.optim.AdamW(m.parameters(), fused=True) for m in (model, twin))
+    for number, skip in enumerate((0.0, 1.0, 0.0)):
+        set_gradient(twin, number)
+        for ours, theirs_ in zip(model.parameters(), twin.parameters(), strict=True):
+            ours.grad = distribute_tensor(theirs_.grad * (NAN if skip else 1.0), mesh, [Shard(0)])
+        holder = Holder(model, optimizer)
+        norm = holder.gradient_norm()
+        holder.clip_or_skip(norm, 0.1, torch.tensor(skip))
+        optimizer.step()
+        if not skip:
+            nn.utils.clip_grads_with_norm_(twin.parameters(), 0.1, norm)
+            theirs.step()
+    ours, expected = optimizer_tensors(model, optimizer), optimizer_tensors(twin, theirs)
+    for name, tensor in expected.items():
+        held = ours[name]
+        assert torch.equal(held.full_tensor() if isinstance(held, DTensor) else held, tensor), name
+    assert expected["adam.0.weight.step"] == 2
+
+
+def test_under_a_gradient_scaler_adamw_is_not_fused():
+    for scaler, fused in ((None, True), (object(), False)):
+        module = LRMModule(tiny_lrm(), Renderer(8), Objective())
+        module._trainer = types.SimpleNamespace(precision_plugin=types.SimpleNamespace(scaler=scaler))
+        module._fabric = None
+        assert module.optimizer.build(module.lrm).defaults["fused"]
+        assert module.configure_optimizers().defaults["fused"] is fused
+    assert OptimizerConfig().build(tiny_lrm(), fused=False).defaults["fused"] is False
+
+
+# --- copies for checkpoints
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_copies_of_shards_keep_their_layout_and_the_next_checkpoint_reuses_their_memory(gloo, layout):
+    mesh = init_device_mesh("cpu", (1,))
+    plain, whole = torch.randn(3, 4).t(), torch.randn(5, 2)
+    state = {"plain": plain, "shards": distribute_tensor(whole, mesh, [Shard(1)]), "empty": torch.empty(0, 3)}
+    snapshots = Snapshots(torch.device("cpu"))
+    with as_accelerator():
+        first = snapshots.take(state, layout, writes=True)
+        snapshots.stream.synchronize()
+        assert torch.equal(first["plain"], plain)
+        kept = first["shards"]
+        if layout == "sharded":
+            assert isinstance(kept, DTensor)
+            assert (kept.placements, kept.device_mesh, kept.shape) == ((Shard(1),), mesh, whole.shape)
+            kept = kept.full_tensor()
+        else:
+            assert type(kept) is torch.Tensor
+        assert torch.equal(kept, whole)
+        plain += 1
+        assert not torch.equal(first["plain"], plain), "a copy"
+        second = snapshots.take(state, layout, writes=True)
+    assert torch.equal(second["plain"], plain)
+    assert all(second[name] is first[name] for name in state)
+
+
+def test_on_a_cpu_every_copy_has_its_own_memory_and_ranks_that_do_not_write_keep_none():
+    state = {"a": torch.ones(3)}
+    snapshots = Snapshots(torch.device("cpu"))
+    first, second = (snapshots.take(state, "single", writes=True)["a"] for _ in range(2))
+    assert first.data_ptr() != second.data_ptr() != state["a"].data_ptr()
+    assert snapshots.take(state, "single", writes=False) == {}
+
+
+# --- ranks that agree
+
+
+def test_ranks_agree_on_a_group_of_the_cpu_and_alone_without_one(gloo, monkeypatch):
+    keeper = RunKeeper()
+    assert keeper._agree(True, False) == [True, False]
+    group = torch.distributed.new_group(backend="gloo")
+    keeper._agreement = group
+    reduce, seen = torch.distributed.all_reduce, []
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_reduce",
+        lambda t, op, on: seen.append((t.device.type, on)) or reduce(t, op, on),
+    )
+    assert keeper._agree(False, True) == [False, True]
+    assert seen == [("cpu", group)]
+
+
+# --- strategies
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("fsdp", "fsdp2"),
+        ("fsdp_cpu_offload", "fsdp2"),
+        ("lightning.pytorch.strategies.FSDPStrategy", "fsdp2"),
+        ("deepspeed", "deepspeed_2"),
+        ("deepspeed_stage_1", "deepspeed_1"),
+        ("deepspeed_stage_2", "deepspeed_2"),
+        ("deepspeed_stage_2_offload", "deepspeed_2"),
+        ("deepspeed_stage_3", "deepspeed_3"),
+        ("deepspeed_stage_3_offload_nvme", "deepspeed_3"),
+        ("lightning.pytorch.strategies.DeepSpeedStrategy", "deepspeed_2"),
+    ],
+)
+def test_lightnings_own_sharding_is_refused_with_the_config_to_use(root, name, config):
+    with pytest.raises(
+        InputError, match=rf"found Lightning's own {name}; use .*configs/trainer/{config}\.yaml"
+    ):
+        require_supported_name(name)
+    assert (root / "configs" / "trainer" / f"{config}.yaml").is_file()
+
+
+def test_every_other_strategy_of_lightning_is_let_through():
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    refused = []
+    for name in ("auto", *StrategyRegistry.available_strategies(), "lrm_pl.training.deepspeed.ZeroStrategy"):
+        try:
+            require_supported_name(name)
+        except InputError:
+            refused.append(name)
+    assert {"auto", "ddp", "ddp_spawn"}.isdisjoint(refused)
+    assert {name.partition("_")[0] for name in refused} == {"fsdp", "deepspeed"}
+    require_supported(FSDP2Strategy())
+    require_supported(DDPStrategy())
+
+
+@pytest.mark.filterwarnings("default")
+def test_on_the_command_line_it_is_refused_before_anything_is_made(root, monkeypatch):
+    monkeypatch.setattr(LRMCLI, "instantiate_trainer", lambda *_, **__: pytest.fail("a trainer was made"))
+    config = str(root / "configs" / "experiment" / "demo.yaml")
+    with pytest.raises(InputError, match=r"Lightning's own fsdp; use .*-c configs/trainer/fsdp2\.yaml"):
+        command_line(["fit", "-c", config, "--trainer.strategy", "fsdp"])
+
+
+def test_in_python_it_is_refused_before_the_network_is_moved():
+    module = LRMModule(tiny_lrm(), Renderer(8), Objective())
+    module._trainer = types.SimpleNamespace(strategy=FSDPStrategy())
+    module._fabric = None
+    with pytest.raises(InputError, match=r"FSDPStrategy; use .*configs/trainer/fsdp2\.yaml"):
+        module.setup("fit")
+
+
+def test_lightnings_deepspeed_is_refused_and_ours_is_not():
+    pytest.importorskip("deepspeed")
+    from lightning.pytorch.strategies import DeepSpeedStrategy
+
+    from lrm_pl.training.deepspeed import ZeroStrategy
+
+    require_supported(ZeroStrategy())
+    with pytest.raises(InputError, match=r"DeepSpeedStrategy; use .*configs/trainer/deepspeed_2\.yaml"):
+        require_supported(DeepSpeedStrategy())
