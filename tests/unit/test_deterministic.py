@@ -51,6 +51,8 @@ REFUSED = {
     "replication_pad1d_backward",
     "replication_pad2d_backward",
     "replication_pad3d_backward",
+    "scatter",
+    "scatter_",
     "scatter_reduce",
     "scatter_reduce_",
     "upsample_bicubic2d_backward",
