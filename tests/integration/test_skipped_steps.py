@@ -44,6 +44,20 @@ class NoWaiting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class NoWaitingForCuda:
+    """Fail where the host waits for a GPU, from the third step on: the first ones make tensors that stay."""
+
+    entered = 0
+
+    def __enter__(self):
+        self.entered += 1
+        if self.entered > 2:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_):
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class Spoil(L.Callback):
     """Multiply the gradient by a factor at some steps; then nothing may wait, until ``Watch`` says so."""
 
@@ -107,6 +121,7 @@ def different(ours, theirs):
 
 BAD = {2: float("nan"), 5: 1e4}
 SPIKES = ("--model.guard.spike=50", "--model.guard.window=3")
+ONE_GPU = ("--trainer.accelerator=gpu", "--trainer.devices=1")
 
 
 @pytest.mark.parametrize("branch", [contextlib.nullcontext, as_accelerator])
@@ -129,8 +144,19 @@ def test_a_nan_and_a_spike_leave_every_bit_as_it_was_and_the_host_does_not_wait_
     assert {"_fused_adamw_", "_foreach_lerp_", "_foreach_mul_", "_foreach_norm"} <= mode.names
     # For `--trainer.deterministic true`: operators that PyTorch lists as not deterministic, or slower if they must be.
     listed = re.findall(r":func:`torch\.(?:\w+\.)*(\w+)`", torch.use_deterministic_algorithms.__doc__)
-    assert {"cumsum", "index_put_", "median"} <= set(listed)
+    assert {"cumsum", "index_put", "median"} <= set(listed)
     assert {name.rstrip("_") for name in listed} & {name.rstrip("_") for name in mode.names} == set()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_from_the_end_of_backward_to_the_moving_average(fit):
+    watch, folder = fit("gpu", BAD, *SPIKES, *ONE_GPU, mode=NoWaitingForCuda(), every=2)
+    assert list(watch.skipped.values()) == [0, 0, 1, 1, 1, 2, 2, 2]
+    for bad in (3, 6):
+        assert different(watch.states[bad], watch.states[bad - 1]) == []
+    for step in (2, 4, 6, 8):
+        state = {name: tensor.cpu() for name, tensor in watch.states[step].items()}
+        assert different(read(folder, step)[1], state) == [], step
 
 
 def test_a_run_that_goes_on_between_a_nan_and_a_spike_is_the_uninterrupted_run_bit_for_bit_on_a_cpu(fit):
