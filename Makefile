@@ -59,7 +59,7 @@ RENDER = --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
   --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 LAYERS = $(foreach config,$(CONFIG),-c $(config))
 
-.PHONY: help train infer evaluate demo serve doctor render-shards tensorboard test test-fast soak bench lint clean
+.PHONY: help train infer evaluate demo serve doctor render-shards tensorboard test test-fast test-gpu soak bench lint clean
 
 help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
@@ -111,6 +111,10 @@ test: .venv/ready .venv-render/ready .tools/ready ## Run every test that needs n
 
 test-fast: .venv/ready .tools/ready ## Run the quick tests only: no Blender, nothing slow
 	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender"
+
+test-gpu: .venv/ready ## Run the tests that need a GPU
+	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: expected a GPU that PyTorch can use, found none; `make test` runs what needs none")'
+	.venv/bin/python -m pytest -m gpu
 
 soak: .venv/ready .venv-render/ready .tools/ready ## Run the long tables
 	.venv/bin/python -m pytest -m soak -s

@@ -61,8 +61,21 @@ class Runs:
         self.folder, self.shards = folder, shards
         (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
 
-    def start(self, name, processes, *options, layers=(), threads=1, command="fit", **environment):
-        """Start a run in a process group of its own; its output goes to NAME.log, appended."""
+    def start(
+        self, name, processes, *options, layers=(), threads=1, command="fit", module="lrm_pl", **environment
+    ):
+        """Start a run in a process group of its own; its output goes to NAME.log, appended.
+
+        Args:
+            name: Of its folder and its log.
+            processes: How many.
+            options: Of the command line.
+            layers: Configs of configs/trainer.
+            threads: A process.
+            command: Of ``lrm``.
+            module: What is run: ``lrm_pl``, or ``tests.accelerator.run`` for the branches of accelerators.
+            environment: Variables that are set.
+        """
         arguments = [command, "-c", str(self.folder / "tiny.yaml")]
         arguments += [
             part for layer in layers for part in ("-c", str(ROOT / "configs" / "trainer" / f"{layer}.yaml"))
@@ -75,7 +88,7 @@ class Runs:
         launcher += [] if processes == 1 else [str(processes)]
         with open(self.folder / f"{name}.log", "ab") as log:
             return subprocess.Popen(
-                [sys.executable, *launcher, "-m", "lrm_pl", *arguments],
+                [sys.executable, *launcher, "-m", module, *arguments],
                 cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
             )  # fmt: skip

@@ -1,0 +1,41 @@
+"""The configs of configs/model with every size made small and every option kept."""
+
+import yaml
+
+from tests.conftest import ROOT
+
+MODELS = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
+
+#: Sizes by their place in a config; whatever is not named here is an option, and stays. So does the decoder's MLP,
+#: whose width and depth choose what renders it on a GPU.
+SIZES = {
+    ("lrm", "dim"): 32,  # blocks "triposr" need a multiple of 32
+    ("lrm", "depth"): 2,
+    ("lrm", "heads"): 2,
+    ("lrm", "camera_dim"): 8,
+    ("lrm", "plane_tokens"): 4,
+    ("lrm", "decoder", "channels"): 4,
+    ("renderer", "samples_per_ray"): 8,
+    ("renderer", "importance_samples"): 4,
+    ("objective", "lpips_start_step"): 0,
+}
+
+#: Terms that a config leaves out are measured too.
+TERMS = {"mse": 1.0, "lpips": 1.0, "mask": 0.05, "tv": 5e-4, "opacity": 0.01}
+
+
+def shrunk(name):
+    """Read the section ``model`` of a config, with small sizes and all loss terms."""
+    config = yaml.safe_load((ROOT / "configs/model" / f"{name}.yaml").read_text())
+    for place, size in SIZES.items():
+        *sections, key = place
+        section = config
+        for part in sections:
+            section = section[part]
+        if key in section:
+            section[key] = size
+    encoder = config["lrm"]["encoder"]
+    patch = 14 if "patch14" in encoder["name"] else 16
+    encoder |= {"image_size": 2 * patch, "dim": 32, "depth": 2, "heads": 2}
+    config["objective"] = TERMS | config["objective"]
+    return config

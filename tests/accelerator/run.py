@@ -1,0 +1,8 @@
+"""``python -m tests.accelerator.run fit ...``: the command line on a CPU that takes the branches of accelerators."""
+
+from lrm_pl.__main__ import main
+from lrm_pl.kernels.device import as_accelerator
+
+if __name__ == "__main__":
+    with as_accelerator():
+        main()

@@ -1,0 +1,117 @@
+"""Nothing that only accelerators run is left out: a new branch fails here until a test runs it.
+
+Branches on ``on_cuda`` need CUDA itself; they are listed with the test that runs them on a GPU (``make test-gpu``).
+"""
+
+import ast
+
+import pytest
+
+from tests.accelerator.branches import RECORD, Record, find, find_in
+from tests.conftest import ROOT
+
+FOLDERS = ("tests/accelerator", "tests/gpu")
+
+#: Tests that run several of the functions below.
+STEP = "tests/gpu/test_training.py::test_a_trainer_config_trains_one_process_as_a_cpu_does"
+MODEL = "tests/accelerator/test_models.py::test_a_training_step_a_validation_and_their_checkpoint_are_those_of_a_cpu"
+TRACE = "tests/gpu/test_training.py::test_a_run_is_timed_and_traced"
+RENDER = (
+    "tests/gpu/test_rendering.py::test_the_renderer_has_the_values_and_deferred_gradients_of_its_plain_twin"
+)
+
+#: Functions that ask ``on_cuda`` -> a test that runs them, on a GPU too.
+ON_CUDA = {
+    "lrm_pl/callbacks/memory.py:peak_memory": TRACE,
+    "lrm_pl/callbacks/part_clock.py:PartClock._now": TRACE,
+    "lrm_pl/callbacks/trace.py:TraceRecorder.on_train_start": TRACE,
+    "lrm_pl/callbacks/utilisation.py:UtilisationMeter.share": TRACE,
+    "lrm_pl/data/batch.py:PackedBatch.to": MODEL,
+    "lrm_pl/data/datamodule.py:ShardDataModule._loader": MODEL,
+    "lrm_pl/kernels/decode_along_rays.py:decode_along_rays": RENDER,
+    "lrm_pl/kernels/decode_along_rays.py:accumulate_gradient": RENDER,
+    "lrm_pl/kernels/decode_along_rays.py:_launch": RENDER,
+    "lrm_pl/kernels/decode_along_rays.py:_op": RENDER,
+    "lrm_pl/kernels/decode_along_rays.py:_backward_op": RENDER,
+    "lrm_pl/kernels/device.py:HostCopy.__init__": MODEL,
+    "lrm_pl/kernels/device.py:gpu_properties": RENDER,
+    "lrm_pl/kernels/device.py:host_buffer": MODEL,
+    "lrm_pl/kernels/device.py:launch_guard": RENDER,
+    "lrm_pl/kernels/device.py:peak_device_memory": TRACE,
+    "lrm_pl/kernels/device.py:profiler_activities": TRACE,
+    "lrm_pl/kernels/device.py:triton_unavailable": RENDER,
+    "lrm_pl/kernels/modulated_norm.py:modulated_norm": MODEL,
+    "lrm_pl/kernels/modulated_norm.py:_op": MODEL,
+    "lrm_pl/kernels/modulated_norm.py:_backward_op": MODEL,
+    "lrm_pl/rendering/fused.py:_reason_against": RENDER,
+    "lrm_pl/training/costs/machines.py:peak_flops": TRACE,
+    "lrm_pl/training/state.py:Snapshots._copied": MODEL,
+}
+
+
+#: Those that ask about GPUs that an estimate is of, present or not -> a test that runs them.
+ESTIMATES = {
+    "lrm_pl/apps/advice.py:explain": "tests/distributed/test_out_of_memory.py",
+    "lrm_pl/training/costs/simulation.py:_backward_traffic": "tests/unit/test_simulation.py",
+}
+
+
+def tests_of(folder):
+    """List the test functions of a folder, as pytest names them."""
+    return {
+        f"{path.relative_to(ROOT)}::{node.name}"
+        for path in sorted((ROOT / folder).glob("test_*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+def test_every_question_about_the_device_is_asked_for_both_and_all_that_hangs_on_it_runs(request):
+    known = set().union(*map(tests_of, FOLDERS))
+    if not known <= {item.nodeid.split("[")[0] for item in request.session.items}:
+        pytest.skip(f"it is about all tests of {' and '.join(FOLDERS)} together")
+    assert RECORD.missing(*find()) == []
+
+
+def test_every_function_that_asks_for_cuda_is_listed_with_a_test_that_runs_it_on_a_gpu():
+    assert {f"{question.file}:{question.function}" for question in find("on_cuda")[0]} == (
+        ON_CUDA.keys() | ESTIMATES.keys()
+    )
+    assert all((ROOT / path).is_file() for path in ESTIMATES.values())
+    for test in set(ON_CUDA.values()):
+        path, name = test.split("::")
+        functions = {
+            node.name: {argument.arg for argument in node.args.args}
+            for node in ast.parse((ROOT / path).read_text()).body
+            if isinstance(node, ast.FunctionDef)
+        }
+        assert functions[name] & {"device", "trained"}, f"{test} does not run on a GPU"
+
+
+BRANCH = """
+from lrm_pl.kernels.device import on_cpu
+def ask(x):
+    if on_cpu(x):
+        return 1
+    elif x.ndim:
+        return 2
+    return 3
+"""
+
+
+def test_a_branch_that_did_not_run_is_found_and_one_that_ran_is_not():
+    questions, statements = find_in("some.py", BRANCH)
+    assert [str(question) for question in questions] == ["some.py:4 in ask"]
+    assert [statement.first for statement in statements] == [5, 6, 7]
+    path, record = str(ROOT / "some.py"), Record()
+    record.answers[path, 4] = {True}
+    record.lines |= {(path, 5), (path, 6)}
+    expected = ["some.py:4 in ask was not asked as an accelerator", "some.py:7 did not run"]
+    assert record.missing(questions, statements) == expected
+    record.answers[path, 4].add(False)
+    record.lines.add((path, 7))
+    assert record.missing(questions, statements) == []
+
+
+def test_another_function_of_the_same_name_is_no_question():
+    assert find_in("some.py", BRANCH.replace("from lrm_pl.kernels.device", "from elsewhere"))[0] == []

@@ -1,0 +1,137 @@
+"""The program on fake CUDA tensors: an operation on tensors of two devices raises here as it would on a GPU.
+
+Not seen this way: bodies of custom operations, backward, and what autocast does.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from lrm_pl.data.batch import collate
+from lrm_pl.data.synthetic import synthetic_sample
+from lrm_pl.data.transforms import Augmentation, CropConfig, evaluation_item, training_item
+from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.io.pretrained import build_network
+from lrm_pl.losses.objective import Objective
+from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.metrics import ImageMetrics
+from lrm_pl.rendering.query import query_colour, query_density
+from lrm_pl.training.module import LRMModule
+from lrm_pl.training.parallel import ParallelConfig, prepare_blocks
+from tests.accelerator.configs import MODELS, shrunk
+from tests.accelerator.fake import DEVICE, FakeCuda, devices
+
+SAMPLES = [synthetic_sample(name, 4, 32, 0) for name in "ab"]
+
+
+@pytest.fixture(params=[(8, 0), (7, 5)], ids=["sm_80", "sm_75"])
+def cuda(request, recorded, monkeypatch):
+    """Fake CUDA devices that Triton's kernels run on, and older ones."""
+    major, minor = request.param
+    gpu = SimpleNamespace(major=major, minor=minor, multi_processor_count=108, L2_cache_size=40 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    with FakeCuda() as mode:
+        yield mode
+
+
+def training_batch():
+    augmentation, rng = Augmentation(CropConfig(low=16, high=32, size=16)), np.random.default_rng(0)
+    return collate([training_item(sample, (0, 1), 1, augmentation, 0, rng) for sample in SAMPLES])
+
+
+def evaluation_batch():
+    return collate([evaluation_item(sample, 1, (2, 3)) for sample in SAMPLES])
+
+
+def arrived(cuda, packed):
+    """Copy a batch to the device as Lightning does."""
+    host = dataclasses.replace(packed, flat=cuda.on_the_host(packed.flat))
+    return host.to(DEVICE)
+
+
+@pytest.mark.parametrize("make", [training_batch, evaluation_batch])
+def test_all_of_a_batch_reaches_the_device(cuda, make):
+    assert devices(arrived(cuda, make())) == {DEVICE}
+
+
+@pytest.fixture(scope="module")
+def lpips():
+    with torch.device("meta"):
+        features = torchvision.models.vgg16().features.state_dict()
+    return PerceptualLoss({f"features.{name}": value for name, value in features.items()}, "vgg")
+
+
+@pytest.fixture
+def perceptual(cuda, lpips):
+    """LPIPS without numbers, on the device."""
+    copied = PerceptualLoss.__new__(PerceptualLoss)
+    copied.name, copied.network = lpips.name, cuda.module(lpips.network)
+    return copied
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def built(request):
+    """A config's section, its network with real numbers, and its renderer."""
+    section = shrunk(request.param)
+    return section, *build_network(section)
+
+
+@pytest.fixture
+def module(built, cuda, perceptual):
+    """The module of a config, on the device."""
+    section, network, renderer = built
+    network = cuda.module(network)
+    prepare_blocks(network, ParallelConfig(**section.get("parallel", {})))
+    made = LRMModule(network, renderer, Objective(**section["objective"]))
+    made.objective.perceptual = perceptual
+    return made
+
+
+def test_the_forward_of_a_training_step_stays_on_the_device(cuda, module):
+    batch = arrived(cuda, training_batch())
+    inputs = module.look(batch)
+    assert devices(inputs) == {DEVICE}
+    assert inputs.prediction.requires_grad
+    terms = module.objective(dataclasses.replace(inputs, prediction=inputs.prediction.detach()), 0)
+    assert terms.keys() == {"mse", "lpips", "mask", "tv", "opacity"}
+    assert devices(terms) == {DEVICE}
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    """Metrics with real numbers; torchmetrics cannot be made of fake ones."""
+    return ImageMetrics()
+
+
+@pytest.mark.parametrize("built", ["small"], indirect=True)
+def test_validation_and_its_metrics_stay_on_the_device(metrics, cuda, module, perceptual):
+    module = module.eval()
+    batch = arrived(cuda, evaluation_batch())
+    with torch.no_grad():
+        prediction = module.validation_step(batch, 0)
+        assert devices(prediction) == {DEVICE}
+        metrics.perceptual, metrics._device = perceptual, DEVICE
+        for name, default in metrics._defaults.items():
+            setattr(metrics, name, torch.empty(default.shape, dtype=default.dtype, device=DEVICE))
+        metrics.update(prediction.images.flatten(0, 1), batch.target.images.flatten(0, 1))
+        assert devices([getattr(metrics, name) for name in metrics._defaults]) == {DEVICE}
+
+
+def test_pictures_and_densities_of_a_reconstruction_stay_on_the_device(cuda, module):
+    with torch.no_grad():
+        scene, _ = module.eval().predict_step(arrived(cuda, evaluation_batch()), 0)
+    assert devices(scene.field.planes) == {DEVICE}
+    assert devices(scene.occupancy.cells) == {DEVICE}
+    pose = cuda.on_the_host(InputCamera(2.5, 45.0).c2w)
+    assert devices(scene.view(pose, 16)) == {DEVICE}
+    points = torch.empty(100, 3, device=DEVICE)
+    assert devices([query_density(scene.field, 0, points), query_colour(scene.field, 0, points)]) == {DEVICE}
+
+
+def test_tensors_of_two_devices_do_not_mix(cuda):
+    with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+        torch.empty(2, device=DEVICE) + torch.empty(2)

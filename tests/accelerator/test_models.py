@@ -1,0 +1,154 @@
+"""Every config of configs/model, small: an accelerator computes what a CPU does, in values and in gradients.
+
+The bounds are ``Device.rounding``: sums of another order differ by a few float32 ulps (6e-8), and a network of this
+depth carried them to 5e-7 at most. In bf16, whose ulp is 8e-3, the branches round in other places.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lrm_pl.data.input_setup import InputSetup
+from lrm_pl.geometry.cameras import InputCamera, orbit
+from lrm_pl.inference import reconstruct
+from lrm_pl.io.checkpoints import read_tensors, tensor_names
+from lrm_pl.pretrained import PretrainedLRM
+from lrm_pl.rendering.grid import density_grid
+from lrm_pl.training.state import load_network
+from tests.accelerator.configs import MODELS, shrunk
+from tests.accelerator.training import train
+
+# Lightning warns of few workers and of short runs.
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.parametrize("model", MODELS)]
+
+#: Figures of a run that are not numbers of the network.
+OTHER = ("time/", "speed/", "memory/", "data/")
+
+
+def tensors(checkpoint):
+    """Read all tensors of a checkpoint."""
+    found = {name: torch.empty(shape) for name, shape in tensor_names(checkpoint).items()}
+    read_tensors(checkpoint, found)
+    return found
+
+
+def figures(run):
+    return [{tag: value for tag, value in step.items() if not tag.startswith(OTHER)} for step in run.logged]
+
+
+@pytest.fixture(scope="module")
+def references():
+    """What a CPU made of a model, once it has."""
+    return {}
+
+
+@pytest.fixture
+def on_a_cpu(device, model, references, tmp_path, shards, lpips_networks, monkeypatch):
+    """Train on the CPU in float32."""
+    if model not in references:
+        device.to_cpu()
+        folder = tmp_path / "reference"
+        references[model] = train(shrunk(model), folder, shards, lpips_networks, monkeypatch)
+        device.to_accelerator()
+    return references[model]
+
+
+@pytest.fixture
+def trained(device, model, tmp_path, shards, lpips_networks, monkeypatch):
+    """Train on the accelerator."""
+
+    def run(precision):
+        where = {"accelerator": "gpu" if device.is_gpu else "cpu", "precision": precision}
+        return train(shrunk(model), tmp_path / "ours", shards, lpips_networks, monkeypatch, **where)
+
+    return run
+
+
+def test_a_training_step_a_validation_and_their_checkpoint_are_those_of_a_cpu(device, trained, on_a_cpu):
+    ours, theirs = trained("32-true"), on_a_cpu
+    step, validation = figures(theirs)
+    terms = {"loss/mse", "loss/lpips", "loss/mask", "loss/tv", "loss/opacity", "optim/grad_norm"}
+    assert terms <= step.keys()
+    assert {"val/unseen/psnr", "val/heldout/ssim", "val/heldout/lpips"} <= validation.keys()
+    found, measured = figures(ours)
+    assert found == pytest.approx(step, rel=device.rounding)
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    wrong = [name for name, g in theirs.gradients.items() if not device.close(ours.gradients[name], g)]
+    assert wrong == []
+    kept, reference = tensors(ours.checkpoint), tensors(theirs.checkpoint)
+    assert kept.keys() == reference.keys()
+    moments = [name for name in kept if name.startswith("adam.")]
+    assert moments
+    # Squares of gradients have twice the relative difference.
+    assert [name for name in moments if not device.close(kept[name], reference[name], times=2)] == []
+    for name, gradient in theirs.gradients.items():
+        # AdamW's first step is the rate times the sign of the gradient, which a gradient of rounding has not.
+        clear = gradient.abs() > 10 * device.rounding * gradient.abs().max()
+        difference = (kept[f"network.{name}"] - reference[f"network.{name}"]).abs()
+        assert (difference[clear] <= 0.01 * step["optim/lr"]).all(), name
+    # The weights that these signs have moved: one step is 4e-4 to 1.5e-3 of weights of about 0.1.
+    assert measured == pytest.approx(validation, rel=10 * device.rounding)
+    weights = {name: value.cpu().clone() for name, value in ours.module.lrm.state_dict().items()}
+    with torch.no_grad():
+        for parameter in ours.module.lrm.parameters():
+            parameter.zero_()
+    load_network(ours.checkpoint, ours.module.lrm)
+    for name, value in ours.module.lrm.state_dict().items():
+        assert torch.equal(value.cpu(), weights[name]), name
+
+
+def test_training_under_bf16_autocast_stays_near_float32_on_a_cpu(trained, on_a_cpu):
+    found, expected = figures(trained("bf16-mixed"))[0], figures(on_a_cpu)[0]
+    assert found.keys() == expected.keys()
+    assert all(map(math.isfinite, found.values()))
+    for name in ("loss/total", "loss/mse", "loss/mask"):
+        assert found[name] == pytest.approx(expected[name], rel=0.02), name
+
+
+def opaque(model):
+    """A network with random weights that draws something with a surface."""
+    section = shrunk(model)
+    torch.manual_seed(0)
+    made = PretrainedLRM({part: section[part] for part in ("lrm", "renderer")}, InputSetup())
+    with torch.no_grad():
+        made.network.decoder.layers[-1].weight[0] *= 20
+        made.network.decoder.layers[-1].bias[0] += 1
+    return made
+
+
+def test_meshes_pictures_and_thresholds_are_those_of_a_cpu(device, model):
+    found, surface = {}, 0.0
+    image = torch.rand(4, 30, 30, generator=torch.Generator().manual_seed(1))
+    camera = InputCamera(2.5, 45.0)
+    for name, choose in ((device.name, device.to_accelerator), ("cpu", device.to_cpu)):
+        choose()
+        made = opaque(model).to(name)
+        scene = reconstruct(made.network, made.renderer, image, camera)
+        # Without the rounding of bf16, which turns signs on the way to a surface.
+        with torch.autocast(name, enabled=False):
+            triplane = made.network(
+                image[None, None, :3].to(name), camera.c2w.to(name)[None, None],
+                camera.fxfycxcy.to(name)[None, None],
+            )  # fmt: skip
+        exact = dataclasses.replace(scene, field=made.network.field(triplane))
+        level = scene.threshold
+        if not surface:  # a density that a quarter of the space exceeds
+            surface = density_grid(exact.field, 0, 24).density.quantile(0.75).item()
+        found[choose] = (
+            scene.field.planes, level, exact.mesh(surface, 24),
+            torch.stack([scene.view(c2w, 24) for c2w in orbit(2, 2.5)]), scene.occupancy.cells,
+        )  # fmt: skip
+    (planes, level, mesh, views, cells), (planes_cpu, level_cpu, mesh_cpu, views_cpu, cells_cpu) = (
+        found.values()
+    )
+    assert device.close(planes, planes_cpu, 0.02 / device.rounding)
+    assert level == pytest.approx(level_cpu, rel=0.05)
+    assert len(mesh.faces) > 100
+    assert mesh.faces.shape == mesh_cpu.faces.shape
+    assert abs(mesh.vertices - mesh_cpu.vertices).max() < 10 * device.rounding
+    assert abs(mesh.colours - mesh_cpu.colours).max() < 10 * device.rounding
+    assert views_cpu.std() > 0.05
+    assert (views.cpu() - views_cpu).abs().max() < 4 / 255
+    assert (cells.cpu() != cells_cpu).float().mean() < 0.01

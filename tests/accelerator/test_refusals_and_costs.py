@@ -1,0 +1,24 @@
+"""Branches that no run of a model takes."""
+
+import pytest
+import torch
+
+from lrm_pl.kernels.attention import attention_in_blocks, attention_plain
+from lrm_pl.training.costs.machines import peak_flops
+
+
+def test_attention_in_blocks_is_a_cpus(device):
+    q, k, v = torch.randn(3, 1, 2, 8, 4, device=device.name)
+    with pytest.raises(ValueError, match="on the CPU, found"):
+        attention_in_blocks(q, k, v)
+    device.to_cpu()
+    assert torch.allclose(
+        attention_in_blocks(q.cpu(), k.cpu(), v.cpu()), attention_plain(q, k, v).cpu(), atol=1e-5
+    )
+
+
+def test_the_peak_of_an_accelerator_is_not_measured_as_a_cpus_is(device):
+    where = torch.device(device.name)
+    assert device.is_gpu or peak_flops(where) is None
+    device.to_cpu()
+    assert peak_flops(torch.device("cpu")) > 1e9

@@ -1,0 +1,33 @@
+"""DDP, FSDP2 and DeepSpeed on two processes that take the branches of accelerators: the run of one ordinary process."""
+
+import pytest
+import torch
+
+from tests.distributed.conftest import largest_difference, runs  # noqa: F401 - a fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+STEPS = ("--trainer.max_steps=10", "--trainer.val_check_interval=10")
+
+
+@pytest.fixture(scope="module")
+def ordinary(runs):  # noqa: F811 - the fixture
+    """Train in one process on the CPU; returns its losses and the tensors of its checkpoint."""
+    runs.run("ordinary", 1, *STEPS, layers=["cpu"])
+    return runs.losses("ordinary"), runs.final("ordinary")[1]
+
+
+@pytest.mark.parametrize("layer", ["ddp", "fsdp2", "deepspeed_2"])
+def test_accelerators_train_under_a_strategy_as_one_process_on_a_cpu_does(runs, ordinary, layer):  # noqa: F811
+    losses, expected = ordinary
+    name = f"accelerated-{layer}"
+    runs.run(name, 2, *STEPS, layers=[layer], module="tests.accelerator.run")
+    found = runs.losses(name)
+    assert len(found) == 10
+    # Between strategies on a CPU the largest is 1e-6 after 20 steps; sums of another order come on top.
+    assert largest_difference(found, losses) <= 1e-5
+    _, tensors = runs.final(name)
+    assert tensors.keys() == expected.keys()
+    whole = [torch.cat([t[key].flatten() for key in sorted(t) if key.startswith("network.")]) for t in
+             (tensors, expected)]  # fmt: skip
+    assert (whole[0] - whole[1]).norm() <= 1e-4 * whole[1].norm()

@@ -1,0 +1,116 @@
+"""A short training run in this process, by the command line's own way, and what it left."""
+
+import copy
+import dataclasses
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from lrm_pl.apps.train import command_line
+from lrm_pl.io.checkpoints import newest_checkpoint
+from lrm_pl.losses.perceptual import PerceptualLoss
+
+DATA = {
+    "batch_size": 2,
+    "side_views": 1,
+    "unseen_views": 2,
+    "workers": 0,
+    "streams": 2,
+    "crop": {"low": 16, "high": 32, "size": 16},
+}
+
+TRAINER = {
+    "accelerator": "cpu",
+    "max_steps": 1,
+    "val_check_interval": 1,
+    "limit_val_batches": 1,
+    "log_every_n_steps": 1,
+    "precision": "32-true",
+}
+
+
+@pytest.fixture(scope="session")
+def lpips_networks():
+    """Read the networks of LPIPS once."""
+    return {net: PerceptualLoss.pretrained(net, source="pypi") for net in ("vgg", "alex")}
+
+
+@dataclasses.dataclass
+class Trained:
+    """A finished run.
+
+    Attributes:
+        module: The trained module.
+        logged: Step -> what was logged.
+        gradients: Of the first step, before clipping.
+        checkpoint: The last checkpoint.
+    """
+
+    module: L.LightningModule
+    logged: list[dict[str, float]]
+    gradients: dict[str, torch.Tensor]
+    checkpoint: object
+
+
+class Watch(L.Callback):
+    """Keep the gradients of the first step and the figures of every step."""
+
+    def __init__(self):
+        self.gradients, self.logged = {}, []
+
+    def on_after_backward(self, trainer, pl_module):
+        if not self.gradients:
+            named = pl_module.lrm.named_parameters()
+            self.gradients = {name: p.grad.cpu().clone() for name, p in named if p.grad is not None}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def smooth(loss):
+    """Copy LPIPS without the kinks of ReLU and max pooling, at which a rounding changes a gradient by up to 1e-3."""
+    found = copy.deepcopy(loss)
+    for module in list(found.network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.GELU())
+            elif isinstance(child, nn.MaxPool2d):
+                setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride))
+    return found
+
+
+def train(model, folder, shards, networks, monkeypatch, *options, **trainer):
+    """Train a model section for a step, validate it, and keep its checkpoint below a folder."""
+    folder.mkdir(parents=True)
+    config = {
+        "seed_everything": 0,
+        "model": model,
+        "data": DATA,
+        "weights": {"pretrained": False, "source": "pypi"},
+        "trainer": TRAINER | trainer,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(PerceptualLoss, "pretrained", lambda net, **_: smooth(networks[net]))
+    cli = command_line(
+        ["-c", str(folder / "config.yaml"), "--data.folder", str(shards), "--run.folder", str(folder / "run"),
+         *options],
+        run=False,
+    )  # fmt: skip
+    # Layers that begin as zeros would pass no gradient on.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in cli.model.lrm.parameters():
+            if not parameter.any():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    watch = Watch()
+    cli.trainer.callbacks.append(watch)
+    cli.before_fit()
+    cli.trainer.fit(cli.model, cli.datamodule)
+    cli._keeper().signals.restore()
+    logged = watch.logged
+    logged.append({name: float(value) for name, value in cli.trainer.callback_metrics.items()})
+    checkpoint = newest_checkpoint(str(folder / "run" / "checkpoints"), print)
+    return Trained(cli.model, logged, watch.gradients, checkpoint)
