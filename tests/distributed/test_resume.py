@@ -1,4 +1,4 @@
-"""A run on CPUs that is killed at any moment and started again is the uninterrupted run: every bit, every point once."""
+"""A run on CPUs that is killed at any moment and started again is the uninterrupted one: every bit, each point once."""
 
 import os
 import random
