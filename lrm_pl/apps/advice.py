@@ -16,7 +16,7 @@ from lrm_pl.apps.parsed import parse_fit
 from lrm_pl.apps.plan import Plan, plan
 from lrm_pl.callbacks.memory import memory_of_libraries
 from lrm_pl.errors import InputError
-from lrm_pl.kernels.device import num_visible_gpus
+from lrm_pl.kernels.device import GpuProperties, gpu_properties, num_visible_gpus
 from lrm_pl.training.costs.division import CPU_SLACK, CUDA_CONTEXT, GPU_SLACK, alone
 from lrm_pl.training.costs.simulation import StepCosts
 from lrm_pl.training.parallel import network_blocks
@@ -45,15 +45,14 @@ class Remedy:
     peak: float
 
 
-def peak_of(planned: Plan, *, gpu: bool, sharded: bool | None = None) -> float:
+def peak_of(planned: Plan, sharded: bool | None = None) -> float:
     """Estimate the most bytes that a process of a run holds.
 
     Args:
         planned: The run.
-        gpu: On a GPU; else on this machine's CPU.
         sharded: Whether weights are divided over the processes; None as the run says.
     """
-    costs, n = planned.costs(), planned.processes
+    costs, n, gpu = planned.costs(), planned.processes, planned.shape.gpu
     if sharded is None:
         sharded = planned.strategy.endswith(_SHARDED)
     base, slack = (CUDA_CONTEXT, GPU_SLACK) if gpu else (memory_of_libraries(), CPU_SLACK)
@@ -83,31 +82,28 @@ def _divided(costs: StepCosts, planned: Plan, stage: int) -> tuple[float, float]
 def what_would_help(
     arguments: Sequence[str],
     processes: int,
-    *,
-    gpu: bool,
+    gpu: GpuProperties | None,
 ) -> tuple[float, list[Remedy]]:
     """Try settings that need less memory.
 
     Args:
         arguments: Of `lrm fit`.
         processes: All processes of the run.
-        gpu: Whether it runs on GPUs.
+        gpu: The GPU that each has; None on this machine's CPU.
 
     Returns:
         Bytes of the run as it is, and the settings that need less: the best first, other networks last.
     """
-    now = plan(list(arguments), processes, gpu=gpu)
-    peak = peak_of(now, gpu=gpu)
+    now = plan(list(arguments), processes, gpu)
+    peak = peak_of(now)
     found = []
     for options, price in _candidates(now):
         try:
-            changed = plan(
-                [*arguments, *(o for o in options if "trainer.strategy" not in o)], processes, gpu=gpu
-            )
+            changed = plan([*arguments, *(o for o in options if "trainer.strategy" not in o)], processes, gpu)
         except InputError:
             continue  # it does not go together with the rest of the config
         sharded = True if any("trainer.strategy" in o for o in options) else None
-        less = peak_of(changed, gpu=gpu, sharded=sharded)
+        less = peak_of(changed, sharded)
         if less < 0.99 * peak:
             found.append(Remedy(" ".join(options), price, not price.startswith("another network"), less))
     return peak, sorted(found, key=lambda remedy: (not remedy.same, remedy.peak))
@@ -171,7 +167,11 @@ def explain(arguments: Sequence[str]) -> str:
             config = parse_fit(list(arguments))["trainer"]
             gpus = num_visible_gpus(config["accelerator"])
             devices = process_count(config["devices"], gpus or 1)
-            found = what_would_help(arguments, config["num_nodes"] * devices, gpu=gpus > 0)
+            found = what_would_help(
+                arguments,
+                config["num_nodes"] * devices,
+                gpu_properties(torch.device("cuda")) if gpus else None,
+            )
         except Exception as error:  # the run has failed already: this must not hide why
             return f"lrm: no estimate: {error}; see `lrm estimate --help`"
         text = "\n".join(table_lines(*found))

@@ -146,7 +146,7 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
             f"expected whole nodes of {options.gpus_per_node} GPUs, found {options.gpus}; give --gpus-per-node"
         )
     gpu = require_gpu(options.gpu)
-    planned = plan(arguments, options.gpus, gpu=True)
+    planned = plan(arguments, options.gpus, gpu.properties)
     gpu.products(planned.shape.dtype)  # refuses what it is not built for before anything is simulated
     machines = Machines(gpu, options.gpus, options.gpus_per_node, options.network * 1e9 / 8)
     whole = planned.costs()
@@ -169,7 +169,7 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     )
     best = best_fitting(rows, gpu.memory)
     if best is None:
-        peak, remedies = what_would_help(arguments, options.gpus, gpu=True)
+        peak, remedies = what_would_help(arguments, options.gpus, gpu.properties)
         console.print("Nothing fits;", "\n".join(table_lines(peak, remedies)), soft_wrap=True)
         return
     needed = whole.model * planned.accumulate / gpu.products(whole.shape.dtype)
@@ -219,7 +219,7 @@ def on_cpu(console: Console, arguments: list[str]) -> None:
         InputError: Arguments that cannot be used.
     """
     base = memory_of_libraries()
-    planned = plan(arguments, 1, gpu=False)
+    planned = plan(arguments, 1, None)
     costs = planned.costs()
     show_step(console, planned, costs)
     row = alone(costs, planned.accumulate, base, CPU_SLACK, planned.optimizer_temporaries(costs))

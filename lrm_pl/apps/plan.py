@@ -6,6 +6,7 @@ import torch
 
 from lrm_pl.apps.parsed import model_without_numbers
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import GpuProperties
 from lrm_pl.training.costs.hits import cameras_of, hit_share
 from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step
 from lrm_pl.training.module import LRMModule
@@ -58,13 +59,13 @@ class Plan:
         return simulate_step(module.lrm, module.renderer, module.objective, module.parallel, self.shape)
 
 
-def plan(arguments: list[str], processes: int, *, gpu: bool) -> Plan:
+def plan(arguments: list[str], processes: int, gpu: GpuProperties | None) -> Plan:
     """Read the arguments of `lrm fit` for a number of processes.
 
     Args:
         arguments: As typed.
         processes: All processes of the run.
-        gpu: Whether each has a GPU; else it is this machine's CPU, with as many threads as this process.
+        gpu: The GPU that each has; None for this machine's CPU, with as many threads as this process.
 
     Raises:
         InputError: `lrm fit` would refuse them, or the batch cannot be divided.

@@ -9,7 +9,7 @@ import torch
 
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.transforms import CropConfig
-from lrm_pl.kernels.device import on_cpu
+from lrm_pl.kernels.device import gpu_properties
 from lrm_pl.training.costs.hits import cameras_of, default_cameras, hit_share
 from lrm_pl.training.costs.machines import peak_flops
 from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step, without_numbers
@@ -57,7 +57,7 @@ class UtilisationMeter:
             try:
                 with torch.enable_grad():
                     parts = self.lrm, self.renderer, self.objective, self.parallel
-                    shape = StepShape(1, 1, 64, self._hits(), gpu=not on_cpu(device))
+                    shape = StepShape(1, 1, 64, self._hits(), gpu=gpu_properties(device))
                     self._costs = simulate_step(*parts, shape)
             # Whatever a new part of a network cannot do without numbers: the run goes on.
             except Exception as error:

@@ -192,7 +192,7 @@ def gpu_properties(device: torch.device) -> GpuProperties | None:
     if on_cuda(device):
         found = torch.cuda.get_device_properties(device)
         return GpuProperties((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
-    if _assumed is not None:
+    if on_cpu(device) or _assumed is not None:
         return _assumed
     return _INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else None
 

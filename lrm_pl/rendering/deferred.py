@@ -169,7 +169,7 @@ class Rays:
 
 
 class _Sums:
-    """Plane gradients of each object, added up over threads in a fixed order, so that runs repeat bit for bit.
+    """Plane gradients of each object, added up over threads in a fixed order: on a CPU runs repeat bit for bit.
 
     Args:
         result: (B, ...) where the sums go; all of it is overwritten.

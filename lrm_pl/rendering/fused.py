@@ -9,7 +9,7 @@ does not grow with the rendered area.
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _POINTS = 2**21
 
 #: Bytes of decoded samples that are kept for backward.
-_KEPT_BYTES = 2**31
+KEPT_BYTES = 2**31
 
 
 @runtime_checkable
@@ -87,17 +87,37 @@ def _compute_dtype(device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
+class PixelGrid(NamedTuple):
+    """How the rays of an object lie, and how they are divided.
+
+    Attributes:
+        rows: N; the rows of all views one below the other.
+        columns: W.
+        samples: Samples per ray.
+        chunk: Points decoded at a time, at most; None for 2 M.
+    """
+
+    rows: int
+    columns: int
+    samples: int
+    chunk: int | None
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a chunk: whole tiles of 4."""
+        return max(4, (self.chunk or _POINTS) // (self.columns * self.samples) // 4 * 4)
+
+
 class PixelRays:
-    """Rays of B objects on grids of N rows of W pixels, in chunks of rows; holds no graph.
+    """Rays of B objects on grids of pixels, in chunks of rows; holds no graph.
 
     Args:
         origins: Ray origins, row by row.
         directions: Unit directions.
         near: Start of each ray's interval.
-        far: End of it; rays with far <= near are not evaluated.
+        far: End of it; rays with far <= near are not evaluated and see nothing.
         jitter: Position of the samples in their bins; None for the middle.
-        grid: N and W.
-        rows: Rows of a chunk.
+        grid: How they lie; R is N W.
     """
 
     def __init__(
@@ -107,19 +127,19 @@ class PixelRays:
         near: Float[Tensor, "B R"],
         far: Float[Tensor, "B R"],
         jitter: Float[Tensor, "B R"] | None,
-        grid: tuple[int, int],
-        rows: int,
+        grid: PixelGrid,
     ) -> None:
-        self.origins, self.directions = (x.view(len(x), *grid, 3) for x in (origins, directions))
-        self.near, self.far = (x.view(len(x), *grid) for x in (near, far))
-        self.jitter = None if jitter is None else jitter.view(len(jitter), *grid)
-        self.alive, self.rows = self.far > self.near, rows
+        size = grid.rows, grid.columns
+        self.origins, self.directions = (x.view(len(x), *size, 3) for x in (origins, directions))
+        self.near, self.far = (x.view(len(x), *size) for x in (near, far))
+        self.jitter = None if jitter is None else jitter.view(len(jitter), *size)
+        self.alive, self.grid = self.far > self.near, grid
 
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
         """Call ``work(object, rows)`` for every chunk."""
         for index, rays in enumerate(self.near):
-            for start in range(0, len(rays), self.rows):
-                work(index, slice(start, start + self.rows))
+            for start in range(0, len(rays), self.grid.chunk_rows):
+                work(index, slice(start, start + self.grid.chunk_rows))
 
     def march(
         self, march: March, index: int, rows: slice, evaluate: Evaluate, activate: Callable[[Tensor], Tensor]
@@ -137,39 +157,12 @@ class PixelRays:
         return self.origins[index, rows], self.directions[index, rows], t.view(*alive.shape, -1), alive
 
 
-def render_fused(
-    field: FusableField,
-    origins: Float[Tensor, "B R 3"],
-    directions: Float[Tensor, "B R 3"],
-    near: Float[Tensor, "B R"],
-    far: Float[Tensor, "B R"],
-    jitter: Float[Tensor, "B R"] | None,
-    march: March,
-    grid: tuple[int, int],
-    chunk: int | None,
-) -> Rendering:
-    """Render grids of rays through the field of each object with the fused decoder.
-
-    Args:
-        field: The objects' fields.
-        origins: Ray origins; the rows of all views of an object one below the other.
-        directions: Unit directions.
-        near: Start of each ray's interval.
-        far: End of each ray's interval; rays with far <= near see nothing.
-        jitter: Position of the samples in their bins, None for the middle.
-        march: How rays are marched.
-        grid: Rows and columns of an object's rays, R of them.
-        chunk: Points decoded at a time, at most; None for 2 M.
+def render_fused(field: FusableField, rays: PixelRays, march: March) -> Rendering:
+    """Render rays through the field of each object with the fused decoder.
 
     Returns:
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
     """
-    rows = max(4, (chunk or _POINTS) // (grid[1] * march.samples) // 4 * 4)  # whole tiles
-    return render_pixels(field, PixelRays(origins, directions, near, far, jitter, grid, rows), march)
-
-
-def render_pixels(field: FusableField, rays: PixelRays, march: March) -> Rendering:
-    """Render rays that know their chunks; see ``render_fused``."""
     keeps = torch.is_grad_enabled()
     seen = _Fused.apply(field, rays, march, keeps, field.planes, *field.weights)
     return Rendering(*(pixels.flatten(1, 2) for pixels in seen))
@@ -190,7 +183,7 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(planes, *weights)
         ctx.autocast, ctx.dtype = autocast_state(planes.device.type), _compute_dtype(planes.device)
         ctx.kept = {}
-        mlp, room = pack(weights, ctx.dtype), _KEPT_BYTES if keeps else 0
+        mlp, room = pack(weights, ctx.dtype), KEPT_BYTES if keeps else 0
         shape = rays.near.shape
         rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
 

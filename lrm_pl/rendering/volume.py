@@ -12,7 +12,7 @@ from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 from lrm_pl.kernels.device import points_per_chunk
 from lrm_pl.rendering.deferred import render_deferred
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.fused import is_fused, render_fused
+from lrm_pl.rendering.fused import PixelGrid, PixelRays, is_fused, render_fused
 from lrm_pl.rendering.march import LengthUnit, March, Quadrature
 from lrm_pl.rendering.occupancy import Occupancy
 from lrm_pl.rendering.output import Rendering
@@ -75,8 +75,8 @@ class Renderer:
         if not is_fused(field, c2w.device):
             chunk = self.chunk_on(c2w.device)
             return _unflattened(render_deferred(field, *rays, noise, self.march, chunk), shape)
-        grid = (c2w.shape[1] * size[0], size[1])
-        return _unflattened(render_fused(field, *rays, noise, self.march, grid, self.chunk), shape)
+        grid = PixelGrid(c2w.shape[1] * size[0], size[1], self.march.samples, self.chunk)
+        return _unflattened(render_fused(field, PixelRays(*rays, noise, grid), self.march), shape)
 
     def draw(
         self,

@@ -105,7 +105,7 @@ def test_decoded_samples_beyond_the_room_for_them_are_computed_again(twin, monke
     decode = rendering.decode_along_rays
     monkeypatch.setattr(rendering, "decode_along_rays", lambda *given: calls.append(1) or decode(*given))
     monkeypatch.setattr(rendering, "_POINTS", 12 * 9 * 4)  # 5 chunks an object
-    monkeypatch.setattr(rendering, "_KEPT_BYTES", 3 * 12 * 9 * 4 * 16)
+    monkeypatch.setattr(rendering, "KEPT_BYTES", 3 * 12 * 9 * 4 * 16)
     again = rendered(decoder, planes, Renderer(12))
     assert len(calls) == 10 + 7, "ten chunks, three of which are kept"
     for a, b in zip([*pixels, *gradients], [*again[0], *again[1]], strict=True):
@@ -220,8 +220,7 @@ def test_the_first_packed_matrix_maps_inputs_to_outputs_by_hand():
 
 @pytest.mark.parametrize("name", ["A100 80GB", "H100", "H200", "B200", "L4", "L40S", "RTX 4090", "RTX 5090"])
 def test_scratch_of_all_programs_stays_below_a_quarter_of_the_l2_cache(name):
-    found = require_gpu(name)
-    gpu = device.GpuProperties(found.capability, found.multiprocessors, found.l2)
+    gpu = require_gpu(name).properties
     planes, t = (
         torch.empty(3, 64, 64, 64, dtype=torch.bfloat16, device="meta"),
         torch.empty(512, 128, 128, device="meta"),

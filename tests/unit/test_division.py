@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lrm_pl.errors import InputError
+from lrm_pl.kernels.device import GpuProperties
 from lrm_pl.training.costs.division import (
     CUDA_CONTEXT,
     GPU_SLACK,
@@ -21,7 +22,7 @@ from lrm_pl.training.costs.machines import GPUS, Gpu, cpu_flops, gpu_of_name, pe
 from lrm_pl.training.costs.simulation import StepCosts, StepShape
 
 #: A GPU of round numbers: 1 TFLOP/s, 1 TB/s, links of 100 GB/s.
-ROUND = Gpu("round", 1e12, 0.5e12, 10e9, 1e12, 100e9, (8, 0), 100, 40 * 2**20)
+ROUND = Gpu("round", 1e12, 0.5e12, 10e9, 1e12, 100e9, GpuProperties((8, 0), 100, 40 * 2**20))
 
 #: A network of 1e9 numbers, all trained: 4 GB.
 STEP = StepCosts(

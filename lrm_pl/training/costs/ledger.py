@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -104,8 +104,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watch every operation of the calling thread while it is entered.
 
     Args:
-        open_bodies: Book what the bodies of custom operators do in their place, but of those that have a formula. Fake
-            tensors run bodies made of PyTorch's operators only, as those of accelerators are.
+        opened: Names of custom operators in whose place the operations of their bodies are booked. Fake tensors run
+            bodies made of PyTorch's operators only.
 
     Attributes:
         part: What operations are booked under.
@@ -117,9 +117,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         messages: What was exchanged.
     """
 
-    def __init__(self, *, open_bodies: bool = False) -> None:
+    def __init__(self, opened: Container[str] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.open_bodies = open_bodies
+        self.opened = opened
         self.part = ""
         self.held = self.peak = self.aside = self.peak_with_aside = 0.0
         self.operations: list[Operation] = []
@@ -198,9 +198,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:  # noqa: ANN401
         """Run an operation and book it."""
         kwargs = kwargs or {}
-        if self.open_bodies and (body := _body(func)) is not None:
+        if func._overloadpacket.__name__ in self.opened:
             with self:
-                return body(*args, **kwargs)
+                return _body(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for tensor in results:
@@ -248,13 +248,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
 
-def _body(func: Any) -> Callable[..., Any] | None:  # noqa: ANN401 - an operator
-    """Return the body of a custom operator without formulas; None of any other operator."""
-    op = func._overloadpacket
-    if func.namespace != "lrm_pl" or op in flop_registry or op in _TRAFFIC:
-        return None
+def _body(func: Any) -> Callable[..., Any]:  # noqa: ANN401 - an operator
+    """Return the body of a custom operator."""
     # Private (torch 2.14.1): there is no public way from an operator to the function that custom_op decorated.
-    definition = torch._library.custom_ops.OPDEFS[f"{func.namespace}::{op.__name__}"]
+    definition = torch._library.custom_ops.OPDEFS[func._schema.name]
     body: Callable[..., Any] = definition._init_fn
     return body
 

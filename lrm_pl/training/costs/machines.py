@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
-from lrm_pl.kernels.device import on_cpu, on_cuda
+from lrm_pl.kernels.device import GpuProperties, on_cpu, on_cuda
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,7 @@ class Gpu:
         memory: Bytes.
         bandwidth: Bytes of memory read or written per second.
         link: Bytes per second that it sends to GPUs of its node (NVLink, Infinity Fabric, else PCIe), one direction.
-        capability: Compute capability as PyTorch reports it.
-        multiprocessors: Streaming multiprocessors (compute units).
-        l2: Bytes of the L2 cache.
+        properties: What kernels are chosen by.
     """
 
     name: str
@@ -35,14 +33,12 @@ class Gpu:
     memory: float
     bandwidth: float
     link: float
-    capability: tuple[int, int]
-    multiprocessors: int
-    l2: int
+    properties: GpuProperties
 
     @property
     def has_bfloat16(self) -> bool:
         """Whether its tensor cores multiply bfloat16: from compute capability 8.0 on."""
-        return self.capability >= (8, 0)
+        return self.properties.capability >= (8, 0)
 
     def products(self, dtype: torch.dtype) -> float:
         """Return operations per second of products in a type.
@@ -128,7 +124,7 @@ def _row(line: str) -> Gpu:
     major, minor = (int(x) for x in capability.split("."))
     return Gpu(
         " ".join(name), float(half) * 1e12, float(single) * 1e12, float(memory) * 1e9, float(bandwidth) * 1e9,
-        float(link) * 1e9, (major, minor), int(multiprocessors), int(l2) * 2**20,
+        float(link) * 1e9, GpuProperties((major, minor), int(multiprocessors), int(l2) * 2**20),
     )  # fmt: skip
 
 

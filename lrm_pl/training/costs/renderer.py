@@ -7,7 +7,7 @@ from lrm_pl.models.lrm import LRM
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.costs.ledger import Ledger, Operation
-from lrm_pl.training.costs.simulation import FakeRenderer, StepShape, branches, fake_copy
+from lrm_pl.training.costs.simulation import FakeRenderer, StepShape, branches, fake_copy, opened_operators
 
 
 def renderer_operations(lrm: LRM, renderer: Renderer, shape: StepShape) -> tuple[Operation, ...]:
@@ -21,7 +21,7 @@ def renderer_operations(lrm: LRM, renderer: Renderer, shape: StepShape) -> tuple
     Returns:
         Operations of the parts "renderer" and "backward". Gradients of the pixels are given.
     """
-    ledger = Ledger(open_bodies=shape.gpu)
+    ledger = Ledger(opened_operators(shape))
     with FakeTensorMode(allow_non_fake_inputs=True), branches(shape):
         decoder = fake_copy(lrm.decoder).train()
         tokens = torch.empty(shape.objects, *lrm.transformer.tokens.shape[-2:])

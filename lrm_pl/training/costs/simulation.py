@@ -20,19 +20,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from lrm_pl.data.batch import Batch, Views
-from lrm_pl.kernels.device import as_accelerator
+from lrm_pl.kernels.decode_along_rays import plan_launch
+from lrm_pl.kernels.device import GpuProperties, as_accelerator, gpu_properties
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.deferred import Rays, render_rays
 from lrm_pl.rendering.field import Field
+from lrm_pl.rendering.fused import KEPT_BYTES, PixelGrid, PixelRays, is_fused, render_fused
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.costs.ledger import Ledger, Message, Operation
+from lrm_pl.training.costs.ledger import Ledger, Message, Operation, Traffic, register_bytes_formula
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, shard
 
 Module = TypeVar("Module", bound=nn.Module)
+
+#: The GPU that a step is simulated for where none is named.
+A100 = GpuProperties((8, 0), 108, 40 * 2**20)
 
 PARTS = ("encoder", "transformer", "renderer", "losses", "backward")
 
@@ -46,7 +51,7 @@ class StepShape:
         views: Target views of each.
         size: Side of a target window.
         hits: Share of the target rays that hit the renderer's bounds (``costs.hits``).
-        gpu: Whether a GPU computes it: the operations are then those of the accelerators' branches.
+        gpu: The GPU that computes it: the operations are then those of the accelerators' branches; None for a CPU.
         threads: CPU threads; 1 for a GPU.
         dtype: What products are computed in.
     """
@@ -55,7 +60,7 @@ class StepShape:
     views: int
     size: int
     hits: float
-    gpu: bool = True
+    gpu: GpuProperties | None = A100
     threads: int = 1
     dtype: torch.dtype = torch.bfloat16
 
@@ -138,7 +143,7 @@ def simulate_step(
         shape: The batch.
         mesh: Shards the network over it with FSDP2.
     """
-    ledger, fake = Ledger(open_bodies=shape.gpu), FakeTensorMode(allow_non_fake_inputs=True)
+    ledger, fake = Ledger(opened_operators(shape)), FakeTensorMode(allow_non_fake_inputs=True)
     judge = copy.copy(objective)
     if judge.lpips:
         judge.perceptual = _meta_perceptual_loss()
@@ -198,9 +203,15 @@ def fake_copy(module: Module) -> Module:
     return _copied(module, "cpu")
 
 
+def opened_operators(shape: StepShape) -> frozenset[str]:
+    """Return the custom operators whose body is made of PyTorch's operators on the device that is estimated."""
+    names = ("triplane_sample", "triplane_sample_backward", "triplane_accumulate")
+    return frozenset() if shape.gpu is None else frozenset(names)
+
+
 def branches(shape: StepShape) -> contextlib.AbstractContextManager[None]:
     """Answer questions about the device for the one that is estimated."""
-    return as_accelerator() if shape.gpu else contextlib.nullcontext()
+    return contextlib.nullcontext() if shape.gpu is None else as_accelerator(shape.gpu)
 
 
 def _batch(network: LRM, shape: StepShape) -> Batch:
@@ -291,8 +302,16 @@ class FakeRenderer:
         shape = (*c2w.shape[:2], *size)
         most = max(1, self.renderer.chunk_on(c2w.device) // self.renderer.march.samples)
         noise = None if jitter is None else jitter.flatten(1)
-        rays = _OneChunk(self.renderer.rays(c2w, fxfycxcy, size), noise, most, self.step, self.ledger)
-        flat = render_rays(field, rays, self.renderer.march)
+        cast = self.renderer.rays(c2w, fxfycxcy, size)
+        if is_fused(field, c2w.device):
+            grid = PixelGrid(
+                c2w.shape[1] * size[0], size[1], self.renderer.march.samples, self.renderer.chunk
+            )
+            pixels = _OneChunkOfPixels(cast, noise, grid, self.step, self.ledger)
+            flat = render_fused(field, pixels, self.renderer.march)
+        else:
+            rays = _OneChunk(cast, noise, most, self.step, self.ledger)
+            flat = render_rays(field, rays, self.renderer.march)
         self.ledger.part = "losses"
         return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))
 
@@ -324,3 +343,55 @@ class _OneChunk(Rays):
                 with self.ledger.repeated(self.times / self.threads, self.threads):
                     work(thread, index, chunk)
                 done(thread, index)
+
+
+class _OneChunkOfPixels(PixelRays):
+    """Grids of rays of which one chunk per object is marched, and booked as often as a share of hits needs it."""
+
+    def __init__(
+        self,
+        rays: tuple[Tensor, Tensor, Tensor, Tensor],
+        jitter: Tensor | None,
+        grid: PixelGrid,
+        step: StepShape,
+        ledger: Ledger,
+    ) -> None:
+        super().__init__(*rays, jitter, grid)
+        self.ledger, self.walked = ledger, min(grid.chunk_rows, grid.rows)
+        self.times = step.hits * grid.rows / self.walked
+        samples = self.alive.numel() * grid.samples
+        chunk = len(self.alive) * self.walked * grid.columns * grid.samples
+        #: Bytes kept for backward beyond those of the chunks that are marched.
+        self.more = max(0, min(KEPT_BYTES, 16 * samples) - 16 * chunk)
+        self.kept: Tensor | None = None
+
+    def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
+        """March one chunk of each object; between forward and backward the others' samples are kept."""
+        for index in range(len(self.alive)):
+            with self.ledger.repeated(self.times):
+                work(index, slice(0, self.walked))
+        self.kept = torch.empty(self.more, dtype=torch.uint8) if self.kept is None else None
+
+
+@register_bytes_formula(torch.ops.lrm_pl.decode_along_rays)
+def _traffic(
+    planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor, weights: Tensor, biases: Tensor,
+    *_: object, out_val: Tensor, **__: object,
+) -> Traffic:  # fmt: skip
+    """Return what a kernel moves: planes and weights once (an L2 cache holds them), rays and samples once."""
+    tensors = planes, origins, directions, t, alive, weights, biases, out_val
+    return Traffic(float(sum(x.nbytes for x in tensors)))
+
+
+@register_bytes_formula(torch.ops.lrm_pl.decode_along_rays_backward)
+def _backward_traffic(
+    total: Tensor, grad: Tensor, planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor,
+    weights: Tensor, biases: Tensor, *_: object, **__: object,
+) -> Traffic:  # fmt: skip
+    """Return the same for backward: gradients of planes read and written, programs' sums written and read."""
+    gpu = gpu_properties(t.device)
+    assert gpu is not None, "the operator runs on a GPU, assumed or real"
+    launch = plan_launch(planes, t, biases, gpu)
+    inputs = sum(x.nbytes for x in (planes, grad, origins, directions, t, alive, weights, biases))
+    sums = 4 * launch.programs * (weights.numel() + biases.numel())
+    return Traffic(inputs + 2 * total.nbytes + 2 * sums, float(launch.scratch))
