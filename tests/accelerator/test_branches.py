@@ -56,7 +56,7 @@ ESTIMATES = {
 }
 
 
-def tests_of(folder):
+def names_of_tests(folder):
     """List the test functions of a folder, as pytest names them."""
     return {
         f"{path.relative_to(ROOT)}::{node.name}"
@@ -67,7 +67,7 @@ def tests_of(folder):
 
 
 def test_every_question_about_the_device_is_asked_for_both_and_all_that_hangs_on_it_runs(request):
-    known = set().union(*map(tests_of, FOLDERS))
+    known = set().union(*map(names_of_tests, FOLDERS))
     if not known <= {item.nodeid.split("[")[0] for item in request.session.items}:
         pytest.skip(f"it is about all tests of {' and '.join(FOLDERS)} together")
     assert RECORD.missing(*find()) == []

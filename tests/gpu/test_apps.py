@@ -1,5 +1,6 @@
 """Commands on a trained network, on the device that the user names."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lrm_pl.apps import evaluation_board
 from lrm_pl.apps.evaluate import main as evaluate
 from lrm_pl.apps.export import main as export
 from lrm_pl.apps.infer import main as infer
 from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.losses.perceptual import PerceptualLoss
 from tests.accelerator.configs import shrunk
 from tests.accelerator.training import train
@@ -24,8 +27,20 @@ def networks(lpips_networks, monkeypatch):
     monkeypatch.setattr(PerceptualLoss, "pretrained", lambda net, **_: lpips_networks[net])
 
 
-def test_an_evaluation_has_the_figures_of_one_on_a_cpu(device, networks, pretrained, tmp_path):
-    write_synthetic_shards(tmp_path / "shards", train=2, val=2, views=16, resolution=32)
+@pytest.fixture
+def short_protocol(monkeypatch):
+    """LRM's protocol with one input, three targets, and small pictures on the board."""
+    short = dataclasses.replace(PROTOCOLS["lrm"], inputs=(0,), targets=(1, 2, 3))
+    monkeypatch.setitem(PROTOCOLS, "lrm", short)
+    for name, value in (("_FRAMES", 2), ("_SIDE", 32), ("_LATTICE", 32)):
+        monkeypatch.setattr(evaluation_board, name, value)
+
+
+@pytest.mark.slow
+def test_an_evaluation_has_the_figures_of_one_on_a_cpu(
+    device, networks, short_protocol, pretrained, tmp_path
+):
+    write_synthetic_shards(tmp_path / "shards", train=1, val=1, views=16, resolution=32)
     found = {}
     for name, choose in ((device.name, device.to_accelerator), ("cpu", device.to_cpu)):
         choose()
