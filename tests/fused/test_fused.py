@@ -21,10 +21,10 @@ from lrm_pl.training.costs.machines import require_gpu
 from tests.conftest import ROOT
 
 
-def interpreted(module, *arguments, limit_s=280):
+def interpreted(module, *arguments, interpret="1", limit_s=280):
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=limit_s,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -39,6 +39,11 @@ def test_the_kernels_equal_the_projects_decoder_in_values_and_all_gradients():
 @pytest.mark.slow
 def test_a_training_step_with_the_kernels_equals_one_with_plain_operators():
     assert "2 passed, 0 failed" in interpreted("tests.fused.interpreted_step")
+
+
+@pytest.mark.slow
+def test_every_launch_passes_tritons_jit_also_with_sizes_of_1():
+    assert "compiled 16 launches" in interpreted("tests.fused.jit", interpret="0")
 
 
 @pytest.fixture
