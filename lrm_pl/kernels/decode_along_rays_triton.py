@@ -231,4 +231,5 @@ def backward(
                 planes_grad + 2 * SIZE, dz, _axis(px, py, pz, AXES[4]), _axis(px, py, pz, AXES[5]), hit, S, C,
                 WINDOW, HALF,
             )  # fmt: skip
-            tl.debug_barrier()  # the next tile overwrites the scratch
+            # The next tile overwrites the scratch, and reads sums that other threads have written.
+            tl.debug_barrier()
