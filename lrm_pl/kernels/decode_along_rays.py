@@ -160,6 +160,10 @@ def accumulate_gradient(
         The gradients of weights and biases, float32, packed as these are.
     """
     _check(planes, origins, t, alive, mlp)
+    if total.dtype != torch.float32 or not total.is_contiguous():
+        raise ValueError(
+            f"expected a contiguous float32 total, found {total.dtype} of strides {total.stride()}"
+        )
     if triton_unavailable(planes.device) is not None:
         leaves = [x.detach().requires_grad_() for x in (planes, *mlp)]
         with torch.enable_grad():
@@ -219,6 +223,8 @@ class Launch:
 
 def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -> Launch:
     """Choose the tile: the largest whose scratch, of one program per multiprocessor, stays below a quarter of the L2.
+
+    Where none does (RTX 30xx, A10, A40, A30, MI300X), the smallest: fewer programs would leave multiprocessors idle.
 
     Args:
         planes: (3, S, S, C).

@@ -93,7 +93,7 @@ def pixels_per_group(device: torch.device) -> int:
 
 def synchronize(device: torch.device) -> None:
     """Wait for all work queued on a device."""
-    torch.get_device_module(device).synchronize()
+    torch.get_device_module(device).synchronize(device)
 
 
 def record_event(device: torch.device) -> torch.cuda.Event:

@@ -131,9 +131,11 @@ class PixelRays:
     ) -> None:
         size = grid.rows, grid.columns
         self.origins, self.directions = (x.view(len(x), *size, 3) for x in (origins, directions))
-        self.near, self.far = (x.view(len(x), *size) for x in (near, far))
+        near, far = (x.view(len(x), *size) for x in (near, far))
         self.jitter = None if jitter is None else jitter.view(len(jitter), *size)
-        self.alive, self.grid = self.far > self.near, grid
+        self.alive, self.grid = far > near, grid
+        # Of a ray that misses both may be infinite, and their difference no number.
+        self.near, self.far = near.where(self.alive, 0), far.where(self.alive, 0)
 
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
         """Call ``work(object, rows)`` for every chunk."""

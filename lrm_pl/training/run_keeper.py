@@ -8,7 +8,7 @@ import errno
 import logging
 import math
 import threading
-from typing import final
+from typing import Any, final
 
 import lightning as L
 import torch
@@ -165,6 +165,13 @@ class RunKeeper(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Let the device change the state only after a checkpoint's copy of it is complete."""
+        self._hold_back()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
+        """Do the same before a validation, which may put the average in place of the weights."""
+        self._hold_back()
+
+    def _hold_back(self) -> None:
         if self._writing is not None:
             assert self._snapshots is not None
             self._snapshots.stream.hold_back_current()

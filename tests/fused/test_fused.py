@@ -103,6 +103,17 @@ def test_every_way_of_marching_renders_fused_as_it_does_deferred(renderer, chunk
     assert torch.equal(pixels[1] == 0, expected[1] == 0), "rays that miss see nothing, without NaN"
 
 
+def test_rays_that_run_along_a_face_of_the_box_and_miss_it_see_nothing(twin):
+    decoder, planes = scene()
+    c2w = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, -2.4], [0, -1, 0, -1.5], [0, 0, 0, 1]]).expand(2, 1, 4, 4)
+    camera = torch.tensor([1.0, 1.0, 0.5, 0.5]).expand(2, 1, 4)
+    for unit in ("scene", "chord"):
+        seen = Renderer(8, bounds="box", unit=unit)(decoder.field(Triplane(planes)), c2w, camera, (9, 9))
+        assert seen.rgb.isfinite().all()
+        assert (seen.opacity[:, :, 4] == 0).all(), "horizontal rays below the box"
+        assert (seen.opacity > 0).any()
+
+
 def test_decoded_samples_beyond_the_room_for_them_are_computed_again(twin, monkeypatch):
     decoder, planes = scene()
     pixels, gradients = rendered(decoder, planes, Renderer(12))
@@ -255,6 +266,25 @@ def test_flops_are_those_of_the_layers_counted_by_hand():
     assert backward(total, grad, *tensors, [0, 1, 0, 2, 1, 2], False) == 120 * (
         3 * a_sample + 2 * 3 * 64 * 16
     )
+
+
+def test_gradients_are_added_to_contiguous_float32_only():
+    decoder, planes = scene()
+    field = decoder.field(Triplane(planes))
+    mlp, rays, t = fused.pack(field.weights, torch.float32), torch.zeros(2, 3, 3), torch.zeros(2, 3, 5)
+    given = (
+        field.planes[0].detach(),
+        rays,
+        rays,
+        t,
+        torch.ones(2, 3, dtype=torch.bool),
+        mlp,
+        field.axes,
+        "relu",
+    )
+    for total in (torch.zeros(3, 12, 12, 32)[..., ::2], torch.zeros(3, 12, 12, 16, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="expected a contiguous float32 total"):
+            fused.accumulate_gradient(total, torch.zeros(2, 3, 5, 4), *given)
 
 
 def test_wrong_shapes_and_types_are_refused():

@@ -83,22 +83,25 @@ class Watch(L.Callback):
             self.mode.__exit__(None, None, None)
         tensors = run_tensors(trainer, pl_module)
         self.states[trainer.global_step] = {name: tensor.clone() for name, tensor in tensors.items()}
-        self.skipped[trainer.global_step] = trainer.callback_metrics["optim/skipped_steps"].item()
+        self.skipped[trainer.global_step] = float(trainer.callback_metrics.get("optim/skipped_steps", 0))
 
 
 @pytest.fixture
 def fit(tmp_path, shards):
-    def run(name, factors, *options, every=100, mode=None, steps=8):
+    def run(name, factors, *options, every=100, mode=None, steps=8, validating=None):
         """Train; returns what it was after every step, and its folder of checkpoints."""
         config = copy.deepcopy(TINY)
-        config["trainer"] |= {"max_steps": steps, "limit_val_batches": 0, "gradient_clip_val": 0.01}
+        validations = 0 if validating is None else 1
+        config["trainer"] |= {"max_steps": steps, "limit_val_batches": validations, "gradient_clip_val": 0.01}
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         arguments = ["-c", str(path), "--data.folder", str(shards), "--run.folder", str(tmp_path / name)]
         cli = command_line([*arguments, *options], run=False)
         watch = Watch(mode)
         keeper = RunKeeper(every=every, keep=100, monitor=None)
-        cli.trainer.callbacks = [Spoil(factors, mode), WeightAverage(0.5), watch, keeper]
+        average = WeightAverage(0.5, validate=validating is not None)
+        cli.trainer.callbacks = [Spoil(factors, mode), average, watch, keeper]
+        cli.trainer.callbacks += [] if validating is None else [validating]
         cli.before_fit()
         cli.trainer.fit(cli.model, cli.datamodule)
         keeper.signals.restore()
@@ -180,6 +183,7 @@ class DeferredCopies(CopyStream):
 
     def __init__(self, device):
         super().__init__(device)
+        type(self).newest = self
         self.pending, self.lock, self.due, self.taken = [], threading.Lock(), threading.Event(), 0
 
     def after_current(self):
@@ -207,6 +211,13 @@ class DeferredCopies(CopyStream):
             self.pending.clear()
 
 
+class CopiesInValidation(L.Callback):
+    """Make the copies that are still to be made while the average is validated in place of the weights."""
+
+    def on_validation_batch_start(self, *_):
+        DeferredCopies.newest._make()
+
+
 class LateCopies(DeferredCopies):
     """A stream whose copies are made one step too late, with nothing held back."""
 
@@ -225,6 +236,16 @@ def test_what_is_written_is_the_state_of_its_step_although_training_goes_on_befo
     with as_accelerator():
         watch, folder = fit("deferred", {}, every=2)
     for step in (2, 4, 6, 8):
+        assert different(read(folder, step)[1], watch.states[step]) == [], step
+
+
+def test_a_validation_of_the_average_waits_until_the_weights_are_copied(fit, monkeypatch):
+    """Accumulation puts validations between a checkpoint and the next optimizer step."""
+    monkeypatch.setattr(state_file, "CopyStream", DeferredCopies)
+    options = ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3")
+    with as_accelerator():
+        watch, folder = fit("validated", {}, *options, every=1, steps=4, validating=CopiesInValidation())
+    for step in (1, 2, 3, 4):
         assert different(read(folder, step)[1], watch.states[step]) == [], step
 
 

@@ -78,6 +78,13 @@ def test_every_process_of_a_node_gets_a_gpu_of_its_own(monkeypatch):
     assert device.num_visible_gpus("auto") == device.num_visible_gpus("gpu") == 4
 
 
+def test_the_device_that_is_named_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    device.synchronize(torch.device("cuda:3"))
+    assert waited == [torch.device("cuda:3")]
+
+
 @pytest.mark.parametrize("name", ["meta", "cuda:99", "nonsense"])
 def test_a_device_that_is_not_here_is_refused_by_name(name):
     with pytest.raises(InputError, match=name):

@@ -22,8 +22,8 @@ from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 #: Objects whose cameras are read, and views of each.
 _OBJECTS, _VIEWS = 8, 4
 
-#: Sides of the resized view that stand for all, and pixels of a window's side.
-_SIDES, _WINDOW = 16, 32
+#: Sides of the resized view that stand for all, pixels of a window's side, and the most of a view's.
+_SIDES, _WINDOW, _LARGEST = 16, 32, 256
 
 
 class Cameras(NamedTuple):
@@ -77,18 +77,20 @@ def hit_share(bounds: Bounds, crop: CropConfig, cameras: Cameras) -> float:
     """
     count = min(_SIDES, crop.high - crop.low + 1)
     sides = [crop.low + (k + 0.5) / count * (crop.high - crop.low) for k in range(count)]
-    shares = [_share_of_side(bounds, round(_WINDOW * side / crop.size), crop, cameras) for side in sides]
+    shares = [_share_of_side(bounds, side / crop.size, crop, cameras) for side in sides]
     return sum(shares) / len(shares)
 
 
-def _share_of_side(bounds: Bounds, side: int, crop: CropConfig, cameras: Cameras) -> float:
-    """Return the share for views of ``side`` pixels and windows of ``_WINDOW``."""
+def _share_of_side(bounds: Bounds, ratio: float, crop: CropConfig, cameras: Cameras) -> float:
+    """Return the share for windows of which ``ratio`` make a view's side."""
+    window = max(1, min(_WINDOW, round(_LARGEST / ratio)))
+    side = max(window, round(window * ratio)) if window > 1 else _LARGEST
     near, far = ray_interval(*pixel_rays(cameras.c2w, cameras.fxfycxcy, side, side), bounds)
     hit = far > near
-    windows = F.avg_pool2d(hit.float().unsqueeze(1), _WINDOW, stride=1).squeeze(1)
+    windows = F.avg_pool2d(hit.float().unsqueeze(1), window, stride=1).squeeze(1)
     anywhere = windows.mean().item()
     view, row, column = hit.nonzero().unbind(-1)
     if not crop.foreground or not len(view):
         return anywhere
-    top, left = ((x - _WINDOW // 2).clamp(0, side - _WINDOW) for x in (row, column))
+    top, left = ((x - window // 2).clamp(0, side - window) for x in (row, column))
     return crop.foreground * windows[view, top, left].mean().item() + (1 - crop.foreground) * anywhere
