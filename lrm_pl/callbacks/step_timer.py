@@ -118,7 +118,7 @@ class StepTimer(L.Callback):
         total = max(sum(ms for part, ms in spent.items() if part != PAUSE), 1e-6)
         mfu = self._utilisation(pl_module.device, total / 1000)
         times = {f"time/{part}": spent.get(part, 0.0) / self._steps for part in PARTS}
-        pl_module.log("speed/samples_per_second", 1000 * self._samples / total, prog_bar=True)
+        pl_module.log("speed/samples_per_second", 1000 * self._samples / total)
         pl_module.log_dict(
             {
                 "speed/rays_per_second": 1000 * self._rays / total,

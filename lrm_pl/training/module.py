@@ -144,7 +144,7 @@ class LRMModule(L.LightningModule):
         )  # a float would be copied, and waited for
         for name in terms[0]:
             mean = torch.stack([batch[name] for batch in terms]).mean()
-            self.log(f"loss/{name}", self.trainer.strategy.reduce(mean), prog_bar=name == "total")
+            self.log(f"loss/{name}", self.trainer.strategy.reduce(mean))
 
     def configure_gradient_clipping(
         self,

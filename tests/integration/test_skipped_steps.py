@@ -12,6 +12,7 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrm_pl.apps.train import command_line
+from lrm_pl.callbacks.progress_bar import ProgressBar
 from lrm_pl.io.checkpoints import read_checkpoint, read_tensors, tensor_names
 from lrm_pl.kernels.device import CopyStream, as_accelerator
 from lrm_pl.training import state as state_file
@@ -171,6 +172,63 @@ def test_a_run_that_goes_on_between_a_nan_and_a_spike_is_the_uninterrupted_run_b
         assert resumed.skipped[step] == whole.skipped[step]
     assert read(again, 8)[0].run == read(folder, 8)[0].run
     assert read(folder, 4)[0].run["guard"]["skipped"] == 1
+
+
+class ReadsPerStep(L.Callback):
+    """Count the numbers that are read from the device in every step, callbacks and logging included."""
+
+    def __init__(self):
+        self.reads, self.mode = {}, None
+
+    def on_train_batch_start(self, trainer, *_):
+        self.stop()
+        self.mode = CountReads()
+        self.reads[trainer.global_step] = self.mode
+        self.mode.__enter__()
+
+    def stop(self):
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            self.mode = None
+
+
+class CountReads(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket == aten._local_scalar_dense
+        return function(*args, **(kwargs or {}))
+
+
+def test_with_the_default_callbacks_nothing_is_read_from_the_device_in_steps_that_are_not_logged(
+    tmp_path, shards
+):
+    config = copy.deepcopy(TINY)
+    config["trainer"] |= {
+        "max_steps": 9,
+        "limit_val_batches": 0,
+        "log_every_n_steps": 4,
+        "gradient_clip_val": 1.0,
+    }
+    path = tmp_path / "default.yaml"
+    path.write_text(yaml.safe_dump(config))
+    folders = ["--data.folder", str(shards), "--run.folder", str(tmp_path / "default")]
+    cli = command_line(["-c", str(path), *folders], run=False)
+    reads = ReadsPerStep()
+    cli.trainer.callbacks.insert(0, reads)
+    cli.before_fit()
+    with as_accelerator():
+        cli.trainer.fit(cli.model, cli.datamodule)
+    reads.stop()
+    keeper, bar = (
+        next(c for c in cli.trainer.callbacks if isinstance(c, kind)) for kind in (RunKeeper, ProgressBar)
+    )
+    keeper.signals.restore()
+    assert [mode.count for mode in reads.reads.values()][4:7] == [0, 0, 0], (
+        "the fourth and the eighth are logged"
+    )
+    assert reads.reads[3].count > 0
+    assert bar.get_metrics(cli.trainer, cli.model).keys() >= {"loss/total", "speed/samples_per_second"}
 
 
 class DeferredCopies(CopyStream):

@@ -1,0 +1,41 @@
+"""The progress bar: loss and speed of the last logged step."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+#: Logged values that are shown.
+SHOWN = ("loss/total", "speed/samples_per_second")
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, without a wait for the device at steps that are not logged.
+
+    Lightning reads each value that is logged with ``prog_bar=True`` from the device at every step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+    ) -> None:
+        """Read what was logged, where something was."""
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if ends_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            logged = trainer.callback_metrics
+            self._shown = {name: float(logged[name]) for name in SHOWN if name in logged}
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Add them to what Lightning shows."""
+        return super().get_metrics(trainer, pl_module) | self._shown
