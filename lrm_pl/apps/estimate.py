@@ -50,13 +50,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add(
         "--gpus",
         type=int,
-        default=0,
-        help="all GPUs of the run; 0, the default: one process on this machine's CPU",
+        help="all GPUs of the run; 1 with --gpu, else 0: one process on this machine's CPU",
     )
     add(
         "--gpu",
-        default="A100 80GB",
-        help="which GPU, as in 4090, H100, a100-40g or MI300X; memory where there are several (default: %(default)s)",
+        help="which GPU, as in 4090, H100, a100-40g or MI300X; memory where there are several (default: A100 80GB)",
     )
     add("--gpus-per-node", type=int, default=8, help="default: %(default)s")
     add(
@@ -72,6 +70,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     while rest and not rest[0].startswith("-"):
         configs.append(rest.pop(0))
     options, arguments = parser.parse_known_args(rest)
+    if options.gpus is None:
+        options.gpus = 0 if options.gpu is None else 1
+    options.gpu = options.gpu or "A100 80GB"
     if not configs and not arguments:
         parser.error("expected a config: lrm estimate configs/experiment/demo.yaml --gpus 8")
     return options, [*(part for config in configs for part in ("-c", config)), *arguments]

@@ -102,6 +102,7 @@ def plan(arguments: list[str], processes: int, gpu: GpuProperties | None) -> Pla
         gpu=gpu,
         threads=1 if gpu else torch.get_num_threads(),
         dtype=DTYPES[precision],
+        deterministic=bool(trainer["deterministic"]),
     )
     strategy = trainer["strategy"]
     name, options = (

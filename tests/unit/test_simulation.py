@@ -22,7 +22,7 @@ from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.costs.fake_group import as_rank
 from lrm_pl.training.costs.hits import cameras_of, default_cameras, hit_share
 from lrm_pl.training.costs.sharding import check_shards
-from lrm_pl.training.costs.simulation import StepShape, simulate_step, without_numbers
+from lrm_pl.training.costs.simulation import A100, StepShape, simulate_step, without_numbers
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks
 
@@ -102,6 +102,17 @@ def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
             loss = sum(objective(module.look(batch), 0).values())
         loss.backward()
     assert estimated.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_deterministic_steps_are_simulated_without_the_fused_decoder_and_the_flag_is_restored():
+    parts = network(plane_tokens=8), Renderer(8), Objective(lpips=0.0), ParallelConfig()
+    names = [
+        {x.name for x in simulate_step(*parts, shape(gpu=A100, deterministic=flag)).operations}
+        for flag in (False, True)
+    ]
+    assert ["decode_along_rays" in found for found in names] == [True, False]
+    assert "index_add_" in names[1]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_gpu_is_simulated_by_the_branches_of_accelerators_and_nothing_stays_switched():

@@ -20,8 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from lrm_pl.data.batch import Batch, Views
-from lrm_pl.kernels.decode_along_rays import plan_launch
-from lrm_pl.kernels.device import GpuProperties, as_accelerator, gpu_properties
+from lrm_pl.kernels.device import GpuProperties, as_accelerator
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.models.lrm import LRM
@@ -30,7 +29,8 @@ from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.fused import KEPT_BYTES, PixelGrid, PixelRays, is_fused, render_fused
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.costs.ledger import Ledger, Message, Operation, Traffic, register_bytes_formula
+from lrm_pl.training.costs import traffic  # noqa: F401 - registers formulas
+from lrm_pl.training.costs.ledger import Ledger, Message, Operation
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, shard
 
@@ -54,6 +54,7 @@ class StepShape:
         gpu: The GPU that computes it: the operations are then those of the accelerators' branches; None for a CPU.
         threads: CPU threads; 1 for a GPU.
         dtype: What products are computed in.
+        deterministic: Whether only deterministic algorithms may be used.
     """
 
     objects: int
@@ -63,6 +64,7 @@ class StepShape:
     gpu: GpuProperties | None = A100
     threads: int = 1
     dtype: torch.dtype = torch.bfloat16
+    deterministic: bool = False
 
     @property
     def pixels(self) -> int:
@@ -209,9 +211,19 @@ def opened_operators(shape: StepShape) -> frozenset[str]:
     return frozenset() if shape.gpu is None else frozenset(names)
 
 
-def branches(shape: StepShape) -> contextlib.AbstractContextManager[None]:
-    """Answer questions about the device for the one that is estimated."""
-    return contextlib.nullcontext() if shape.gpu is None else as_accelerator(shape.gpu)
+@contextlib.contextmanager
+def branches(shape: StepShape) -> Iterator[None]:
+    """Answer questions about the device for the one that is estimated, and whether algorithms are deterministic."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(shape.deterministic)
+    try:
+        with contextlib.nullcontext() if shape.gpu is None else as_accelerator(shape.gpu):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _batch(network: LRM, shape: StepShape) -> Batch:
@@ -371,27 +383,3 @@ class _OneChunkOfPixels(PixelRays):
             with self.ledger.repeated(self.times):
                 work(index, slice(0, self.walked))
         self.kept = torch.empty(self.more, dtype=torch.uint8) if self.kept is None else None
-
-
-@register_bytes_formula(torch.ops.lrm_pl.decode_along_rays)
-def _traffic(
-    planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor, weights: Tensor, biases: Tensor,
-    *_: object, out_val: Tensor, **__: object,
-) -> Traffic:  # fmt: skip
-    """Return what a kernel moves: planes and weights once (an L2 cache holds them), rays and samples once."""
-    tensors = planes, origins, directions, t, alive, weights, biases, out_val
-    return Traffic(float(sum(x.nbytes for x in tensors)))
-
-
-@register_bytes_formula(torch.ops.lrm_pl.decode_along_rays_backward)
-def _backward_traffic(
-    total: Tensor, grad: Tensor, planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor,
-    weights: Tensor, biases: Tensor, *_: object, **__: object,
-) -> Traffic:  # fmt: skip
-    """Return the same for backward: gradients of planes read and written, programs' sums written and read."""
-    gpu = gpu_properties(t.device)
-    assert gpu is not None, "the operator runs on a GPU, assumed or real"
-    launch = plan_launch(planes, t, biases, gpu)
-    inputs = sum(x.nbytes for x in (planes, grad, origins, directions, t, alive, weights, biases))
-    sums = 4 * launch.programs * (weights.numel() + biases.numel())
-    return Traffic(inputs + 2 * total.nbytes + 2 * sums, float(launch.scratch))
