@@ -52,7 +52,7 @@ ON_CUDA = {
 #: Those that ask about GPUs that an estimate is of, present or not -> a test that runs them.
 ESTIMATES = {
     "lrm_pl/apps/advice.py:explain": "tests/distributed/test_out_of_memory.py",
-    "lrm_pl/training/costs/simulation.py:_backward_traffic": "tests/unit/test_simulation.py",
+    "lrm_pl/training/costs/traffic.py:_backward_traffic": "tests/unit/test_simulation.py",
 }
 
 
