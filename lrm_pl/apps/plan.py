@@ -10,8 +10,7 @@ from lrm_pl.kernels.device import GpuProperties
 from lrm_pl.training.costs.hits import cameras_of, hit_share
 from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step
 from lrm_pl.training.module import LRMModule
-
-DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
+from lrm_pl.training.precision import DTYPES, require_supported_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +72,7 @@ def plan(arguments: list[str], processes: int, gpu: GpuProperties | None) -> Pla
     config, module, data = model_without_numbers(arguments)
     trainer = config["trainer"]
     accumulate, precision = trainer["accumulate_grad_batches"], str(trainer["precision"])
-    if precision not in DTYPES:
-        raise InputError(
-            f"expected trainer.precision {', '.join(DTYPES)}, found {precision}; choose one of these"
-        )
+    require_supported_precision(precision)
     if accumulate < 1 or data.batch_size < 1:
         raise InputError(
             f"expected data.batch_size and trainer.accumulate_grad_batches of 1 or more, found {data.batch_size} and "

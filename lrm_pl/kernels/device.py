@@ -6,10 +6,15 @@ accelerator go through ``on_cpu``, so that tests can run the accelerator's branc
 """
 
 import contextlib
+import functools
 import importlib.util
+import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +22,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity
 
 from lrm_pl.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 #: Device types served by the CPU implementations.
 HOST_TYPES: Container[str] = frozenset({"cpu"})
@@ -133,9 +140,10 @@ class HostCopy:
     """A copy of a tensor's numbers on the host: making it does not wait for the device, reading it does."""
 
     def __init__(self, tensor: Tensor) -> None:
+        module = torch.get_device_module(tensor.device)
         self._buffer = host_buffer(tensor).copy_(tensor.detach(), non_blocking=True)
-        self._copied = torch.get_device_module(tensor.device).Event()
-        self._copied.record()
+        self._copied = module.Event()
+        self._copied.record(module.current_stream(tensor.device))
 
     def numbers(self) -> list[float]:
         """Return the numbers, once they have arrived."""
@@ -147,13 +155,14 @@ class CopyStream:
     """A stream on which tensors are copied to the host while the current stream goes on; a no-op stream on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._module = torch.get_device_module(device)
-        self._stream, self._copied = self._module.Stream(), self._module.Event()
+        self._module, self._device = torch.get_device_module(device), device
+        with launch_guard(device):
+            self._stream, self._copied = self._module.Stream(), self._module.Event()
 
     @contextlib.contextmanager
     def after_current(self) -> Iterator[None]:
         """Queue work on this stream, after what the current stream has queued so far."""
-        self._stream.wait_stream(self._module.current_stream())
+        self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             yield
             self._copied.record(self._stream)
@@ -164,26 +173,48 @@ class CopyStream:
 
     def hold_back_current(self) -> None:
         """Make what the current stream queues from now on wait for the copies; the host does not wait."""
-        self._copied.wait(self._module.current_stream())
+        self._copied.wait(self._module.current_stream(self._device))
 
     def synchronize(self) -> None:
         """Wait until the copies are complete; from any thread."""
         self._copied.synchronize()
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_unavailable(device: torch.device) -> str | None:
-    """Return why Triton kernels cannot run on a device; None where they can.
+    """Return why Triton kernels cannot run on a device, and log it once; None where they can.
 
     Their products are bfloat16 on tensor cores, which GPUs have from compute capability 8.0 on. Triton's interpreter
     (``TRITON_INTERPRET=1`` when the process starts) runs them on CPU tensors, for tests.
     """
-    if _assumed is None and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+    reason = _missing_for_triton() if _assumed is None else None
     gpu = gpu_properties(device)
     if gpu is None:
-        return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
-    if gpu.capability < (8, 0):
-        return "compute capability 8.0 or higher is required, this GPU has {}.{}".format(*gpu.capability)
+        reason = f"a CUDA or ROCm device is required, this one is {device.type}"
+    elif gpu.capability < (8, 0):
+        reason = "compute capability 8.0 or higher is required, this GPU has {}.{}".format(*gpu.capability)
+    if reason is not None:
+        _log_once("running without Triton kernels: %s", reason)
+    return reason
+
+
+@functools.cache
+def _log_once(message: str, reason: str) -> None:
+    logger.info(message, reason)
+
+
+@functools.cache
+def _missing_for_triton() -> str | None:
+    """Return what Triton would miss at its first launch, which compiles C code that includes Python's headers."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
+        return "expected gcc, clang or $CC, found no C compiler for Triton; install gcc"
+    headers = Path(sysconfig.get_config_var("INCLUDEPY"))
+    if not (headers / "Python.h").is_file():
+        return (
+            f"expected Python's headers for Triton, found that {headers} has no Python.h; install python3-dev"
+        )
     return None
 
 

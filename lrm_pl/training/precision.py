@@ -1,11 +1,31 @@
-"""What the trainer's precision means on GPUs."""
+"""Which precisions a trainer may have, and what they mean on GPUs."""
 
 import contextlib
 
 import lightning as L
 import torch
 
+from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import without_tf32
+
+#: Type of products by the trainer's precision. Weights are float32 with all of them.
+DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
+
+
+def require_supported_precision(precision: str) -> None:
+    """Refuse precisions whose weights are not float32: cameras, compositing and the optimizer need it.
+
+    Args:
+        precision: As in ``trainer.precision``.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    if precision not in DTYPES:
+        raise InputError(
+            f"expected trainer.precision {', '.join(DTYPES)}, found {precision}; choose one of these: weights stay "
+            "float32, and bf16-mixed computes products in bfloat16"
+        )
 
 
 class Float32Convolutions(L.Callback):

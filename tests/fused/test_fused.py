@@ -209,9 +209,48 @@ def test_kernels_run_from_compute_capability_8_on(capability, works, monkeypatch
         assert f"has {capability[0]}.{capability[1]}" in reason
 
 
-def test_without_triton_nothing_is_fused(monkeypatch):
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    assert device.triton_unavailable(torch.device("cuda:0")) == "Triton is not installed"
+@pytest.fixture
+def machine(monkeypatch):
+    """A GPU of capability 8.0; what Triton needs besides it is looked for anew."""
+    found = SimpleNamespace(major=8, minor=0, multi_processor_count=80, L2_cache_size=6 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.delenv("CC", raising=False)
+    for cached in (device._missing_for_triton, device._log_once):
+        cached.cache_clear()
+    yield monkeypatch
+    device._missing_for_triton.cache_clear()
+
+
+def reason_against_triton():
+    return device.triton_unavailable(torch.device("cuda:0"))
+
+
+def test_without_triton_nothing_is_fused(machine):
+    machine.setattr(device.importlib.util, "find_spec", lambda name: None)
+    assert reason_against_triton() == "Triton is not installed"
+
+
+def test_without_a_c_compiler_triton_is_not_used_and_that_is_logged_once(machine, tmp_path, caplog):
+    machine.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        assert "found no C compiler" in reason_against_triton()
+        assert "install gcc" in reason_against_triton()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("running without Triton kernels: expected")
+    compiler = tmp_path / "mycc"
+    compiler.touch(mode=0o755)
+    machine.setenv("CC", "mycc")
+    device._missing_for_triton.cache_clear()
+    assert reason_against_triton() is None
+
+
+def test_without_pythons_headers_triton_is_not_used(machine, tmp_path):
+    machine.setattr(device.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    machine.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert f"{tmp_path} has no Python.h; install python3-dev" in reason_against_triton()
+    (tmp_path / "Python.h").touch()
+    device._missing_for_triton.cache_clear()
+    assert reason_against_triton() is None
 
 
 def test_packing_weights_can_be_undone():

@@ -145,7 +145,8 @@ def test_the_simplest_of_the_fastest_that_fit_is_chosen():
         ("Tesla T4", "T4"), ("Tesla V100-SXM2-16GB", "V100 16GB"), ("Tesla V100-SXM2-32GB", "V100 32GB"),
         ("Tesla V100-PCIE-16GB", "V100 PCIe 16GB"), ("NVIDIA RTX A6000", "RTX A6000"),
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"), ("AMD Instinct MI300X", "MI300X"),
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 Blackwell"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
+        ("NVIDIA GH200 480GB", "GH200 480GB"), ("Tesla V100S-PCIE-32GB", "V100S"),
         ("NVIDIA GeForce RTX 4090", "GeForce RTX 4090"), ("NVIDIA GeForce RTX 4090 D", "GeForce RTX 4090 D"),
         ("NVIDIA GeForce RTX 3090 Ti", "GeForce RTX 3090 Ti"), ("NVIDIA GeForce RTX 5080", "GeForce RTX 5080"),
         ("NVIDIA GeForce RTX 4070 Ti SUPER", "GeForce RTX 4070 Ti SUPER"),
@@ -164,7 +165,10 @@ def test_a_gpu_is_known_by_the_name_that_pytorch_gives_it(written, name):
         ("H100", "H100"), ("h100", "H100"), ("h100-pcie", "H100 PCIe"), ("h100pcie", "H100 PCIe"),
         ("a100", "A100 80GB"), ("a100-40g", "A100 40GB"), ("a100_80gb", "A100 80GB"), ("A100 40 GB", "A100 40GB"),
         ("v100", "V100 16GB"), ("t4", "T4"), ("l40s", "L40S"), ("a6000", "RTX A6000"), ("6000 ada", "RTX 6000 Ada"),
-        ("mi300x", "MI300X"), ("b200", "B200"),
+        ("mi300x", "MI300X"), ("b200", "B200"), ("B200 192GB", "B200"), ("GB200 NVL72", "GB200"),
+        ("A100-80", "A100 80GB"), ("A100 40", "A100 40GB"), ("L40S-48", "L40S"), ("3080 12", "GeForce RTX 3080 12GB"),
+        ("GH200", "GH200 96GB"), ("gh200-144gb", "GH200 144GB"), ("V100S", "V100S"), ("rtx6000ada", "RTX 6000 Ada"),
+        ("RTX PRO 6000", "RTX PRO 6000"), ("rtxpro6000", "RTX PRO 6000"),
     ],
 )  # fmt: skip
 def test_a_gpu_is_known_by_any_spelling(written, name):
@@ -199,7 +203,7 @@ def test_a_gpu_without_bfloat16_is_refused_for_it_and_computes_float16():
     assert require_gpu("T4").products(torch.float16) == 65e12
     assert require_gpu("T4").products(torch.float32) == 8.1e12
     assert {gpu.name for gpu in GPUS if not gpu.has_bfloat16} == {
-        "T4", "V100 16GB", "V100 32GB", "V100 PCIe 16GB", "V100 PCIe 32GB",
+        "T4", "V100 16GB", "V100 32GB", "V100 PCIe 16GB", "V100 PCIe 32GB", "V100S",
     }  # fmt: skip
 
 

@@ -4,8 +4,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lrm_pl.errors import InputError
+from lrm_pl.losses.objective import Objective
+from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.precision import Float32Convolutions
+from tests.unit.test_model import tiny_lrm
 
 #: Lightning's own.
 pytestmark = [
@@ -66,3 +70,20 @@ def test_tf32_comes_back_when_training_fails():
 def test_the_module_brings_the_callback_along():
     module = object.__new__(LRMModule)  # without a network
     assert [type(callback) for callback in module.configure_callbacks()] == [Float32Convolutions]
+
+
+def set_up(precision):
+    module = LRMModule(tiny_lrm(), Renderer(8), Objective())
+    module.trainer = L.Trainer(accelerator="cpu", barebones=True, precision=precision)
+    module.setup("fit")
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_weights_that_are_not_float32_are_refused_before_training(precision):
+    with pytest.raises(InputError, match=f"expected trainer.precision bf16-mixed, .*, found {precision}"):
+        set_up(precision)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", 32])
+def test_precisions_are_let_through_by_any_of_lightnings_names(precision):
+    set_up(precision)

@@ -56,6 +56,7 @@ class Gpu:
 
 #: Name; half and single TFLOP/s; GB; GB/s of memory and link; capability; multiprocessors; MB of L2. Makers' data
 #: sheets and architecture white papers. GeForce: float32 sums run at half the rate of float16 sums.
+#: The 480 GB in the GH200's name are its CPU's.
 _TABLE = """
 A100 80GB                  312    19.5   80 2039 300  8.0 108  40
 A100 40GB                  312    19.5   40 1555 300  8.0 108  40
@@ -66,6 +67,9 @@ H100 PCIe                  756    51     80 2000  64  9.0 114  50
 H100 NVL                   835    60     94 3938  64  9.0 132  50
 H200                       989.4  67    141 4800 450  9.0 132  50
 H200 NVL                   835    60    141 4800 450  9.0 132  50
+GH200 96GB                 989.4  67     96 4000 450  9.0 132  50
+GH200 480GB                989.4  67     96 4000 450  9.0 132  50
+GH200 144GB                989.4  67    144 4900 450  9.0 132  50
 B200                       2250   75    180 7700 900 10.0 148 126
 GB200                      2500   80    186 8000 900 10.0 148 126
 MI300X                     1307.4 163.4 192 5300 448  9.4 304  32
@@ -81,8 +85,9 @@ V100 16GB                  125    15.7   16  900 150  7.0  80   6
 V100 32GB                  125    15.7   32  900 150  7.0  80   6
 V100 PCIe 16GB             112    14     16  900  16  7.0  80   6
 V100 PCIe 32GB             112    14     32  900  16  7.0  80   6
+V100S                      130    16.4   32 1134  16  7.0  80   6
 T4                         65     8.1    16  320  16  7.5  40   4
-RTX PRO 6000 Blackwell     503.8  125.9  96 1792  64 12.0 188 128
+RTX PRO 6000               503.8  125.9  96 1792  64 12.0 188 128
 RTX 6000 Ada               364.2  91.1   48  960  32  8.9 142  96
 RTX 5000 Ada               261    65.3   32  576  32  8.9 100  64
 RTX A6000                  154.8  38.7   48  768  32  8.6  84   6
@@ -134,22 +139,8 @@ GPUS = tuple(_row(line) for line in _TABLE.strip().splitlines())
 #: Words of a name that do not change which GPU it is.
 _MAKERS = frozenset({"nvidia", "amd", "geforce", "tesla", "instinct", "rtx", "gpu"})
 _FORMS = frozenset(
-    {
-        "sxm",
-        "sxm2",
-        "sxm3",
-        "sxm4",
-        "sxm5",
-        "sxm6",
-        "oam",
-        "pcie",
-        "hbm2",
-        "hbm2e",
-        "hbm3",
-        "hbm3e",
-        "generation",
-    }
-    | {"workstation", "server", "edition", "nvlink"}
+    "sxm sxm2 sxm3 sxm4 sxm5 sxm6 oam pcie nvlink nvl72 hbm2 hbm2e hbm3 hbm3e generation workstation server edition "
+    "blackwell".split()
 )
 
 
@@ -162,9 +153,14 @@ def gpu_of_name(name: str) -> Gpu | None:
     for ignored in (frozenset[str](), _FORMS):
         for gpu in GPUS:
             own, own_memory = _parsed(gpu.name)
-            if own == words - (ignored - own) and memory in (None, own_memory or round(gpu.memory / 1e9)):
+            if own == words - (ignored - own) and _may_be(memory, own_memory, gpu.memory / 1e9):
                 return gpu
     return None
+
+
+def _may_be(memory: int | None, own: int | None, size: float) -> bool:
+    """Return whether a GPU's memory in GB is the one named; of a single size some of it may be reserved (B200)."""
+    return memory is None or (memory == own if own else abs(memory - size) < size / 10)
 
 
 def require_gpu(name: str) -> Gpu:
@@ -185,13 +181,15 @@ def require_gpu(name: str) -> Gpu:
 def _parsed(name: str) -> tuple[frozenset[str], int | None]:
     """Return the words of a name in lower case without the maker's, and the gigabytes of memory that it names."""
     text = re.sub(r"(\d)\s+gb?\b", r"\1gb", name.lower())
-    text = re.sub(r"\brtx(?=[a\d])", "rtx ", text)
-    text = re.sub(r"\b(\d{4})(?=ti|super|d\b)", r"\1 ", text)
-    text = re.sub(r"\bti(?=super)|(?<=\d)(?=pcie|sxm|nvl)", lambda match: f"{match[0]} ", text)
+    text = re.sub(
+        r"\brtx(?=a|\d|pro)|(?<=\d{4})(?=ti|super|ada|d\b)|(?<=\d)(?=pcie|sxm|nvl)", r"\g<0> ", text
+    )
+    text = re.sub(r"\bti(?=super)|\bpro(?=\d)", r"\g<0> ", text)
     words = set(re.split(r"[\s_\-]+", text.strip())) - _MAKERS
-    sizes = {word for word in words if re.fullmatch(r"\d+gb?", word)}
-    memory = int(re.sub(r"\D", "", sizes.pop())) if len(sizes) == 1 else None
-    return frozenset(word for word in words if not re.fullmatch(r"\d+gb?", word)), memory
+    # Model numbers have four digits or letters.
+    sizes = {word for word in words if re.fullmatch(r"\d+gb?|\d{2,3}", word)}
+    memory = int(re.sub(r"\D", "", min(sizes))) if len(sizes) == 1 else None
+    return frozenset(words - sizes), memory
 
 
 def _spelling(name: str) -> str:
