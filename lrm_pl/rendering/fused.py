@@ -94,7 +94,7 @@ class PixelGrid(NamedTuple):
         rows: N; the rows of all views one below the other.
         columns: W.
         samples: Samples per ray.
-        chunk: Points decoded at a time, at most; None for 2 M.
+        chunk: Points decoded at a time, at most, but for 4 rows of pixels at least; None for 2 M.
     """
 
     rows: int

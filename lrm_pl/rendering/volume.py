@@ -32,7 +32,7 @@ class Renderer:
         unit: What density counts lengths in: scene units, or the part of the ray inside the bounds (TripoSR).
         chunk: Points decoded at a time, never a matter of the result; null chooses by the device: 32768 fit a CPU's
             cache, 262144 keep a GPU busy (fewer would leave it waiting for the next kernel to start), 2 M with
-            the fused decoder.
+            the fused decoder, which takes 4 rows of pixels at least.
     """
 
     def __init__(

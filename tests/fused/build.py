@@ -1,11 +1,13 @@
 """Builds of the fused decoder's kernels for GPUs that are not here: registers, spills, shared memory, instructions.
 
-python -m tests.fused.build prints the table.
+python -m tests.fused.build prints the table, of one architecture if it is named.
 """
 
 import dataclasses
+import itertools
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,14 +17,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from lrm_pl.kernels import decode_along_rays_triton as kernels
-from lrm_pl.kernels.decode_along_rays import NOTHING, NUM_WARPS, TILES, WIDTHS, WINDOW
+from lrm_pl.kernels.decode_along_rays import NOTHING, NUM_WARPS, TILES, WINDOW
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
+    **{f"sm_{version}": GPUTarget("cuda", version, 32) for version in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+#: Width, layers between the first and the last, SiLU: the decoders of configs/model, and what else may be configured.
+MLPS = (
+    (64, 8, False),
+    (64, 8, True),
+    (64, 2, False),
+    (64, 1, True),
+    (32, 1, False),
+    (32, 8, True),
+    (16, 2, False),
+)
 
 INPUTS = {"origins": "*fp32", "directions": "*fp32", "t": "*fp32", "alive": "*i8"}
 NUMBERS = {"tiles": "i32", "N": "i32", "W": "i32", "K": "i32"}
@@ -37,6 +48,8 @@ class Build:
     width: int
     tile: tuple[int, int, int]
     half: bool
+    layers: int
+    silu: bool
     registers: int
     spilled: int
     shared: int
@@ -46,9 +59,10 @@ class Build:
     atomics: int
 
     def __str__(self):
-        precision = "bf16" if self.half else "fp32"
+        precision, act = "bf16" if self.half else "fp32", "SiLU" if self.silu else "ReLU"
         return (
-            f"{self.kernel:8} {self.arch:7} {precision} width {self.width:3} tile {self.tile}: "
+            f"{self.kernel:8} {self.arch:7} {precision} width {self.width:3} "
+            f"{self.layers} {act} tile {self.tile}: "
             f"{self.registers:3} registers, {self.spilled:5} bytes spilled, {self.shared:6} bytes shared, "
             f"{self.tensor_cores} tensor-core products, {self.two_byte_loads} two-byte loads, "
             f"{self.vector_atomics} vector atomics"
@@ -77,7 +91,7 @@ def build(kernel, arch, width=64, tile=(4, 4, 4), half=True, layers=8, silu=Fals
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     built = compile(source, target=TARGETS[arch], options={"num_warps": NUM_WARPS, "num_stages": 1})
-    common = kernel, arch, width, tile, half
+    common = kernel, arch, width, tile, half, layers, silu
     if "amdgcn" in built.asm:
         text = built.asm["amdgcn"]
         registers, spilled = (
@@ -102,7 +116,7 @@ def _assembled(ptx):
     """Assemble PTX and return what ptxas says of registers and spills."""
     arch = re.search(r"\.target (\w+)", ptx)[1]
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    program = folder / ("ptxas-blackwell" if arch.startswith("sm_10") else "ptxas")
+    program = folder / ("ptxas-blackwell" if arch.startswith(("sm_10", "sm_12")) else "ptxas")
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "kernel.ptx"
         path.write_text(ptx)
@@ -111,11 +125,17 @@ def _assembled(ptx):
     return done.stderr
 
 
+def builds(arch):
+    """Build every body that is used on an architecture."""
+    for (width, layers, silu), (dtype, tiles) in itertools.product(MLPS, TILES.items()):
+        for tile, kernel in itertools.product(tiles, ("forward", "backward")):
+            yield build(kernel, arch, width, tile, dtype == torch.bfloat16, layers, silu)
+
+
 if __name__ == "__main__":
     print(f"triton {triton.__version__}")
-    for arch in TARGETS:
-        for width in (16, 32, 64, 128):
-            for dtype, tiles in TILES.items():
-                for tile in tiles if width in WIDTHS or dtype == torch.bfloat16 else ():
-                    for kernel in ("forward", "backward"):
-                        print(build(kernel, arch, width, tile, half=dtype == torch.bfloat16), flush=True)
+    for arch in sys.argv[1:] or TARGETS:
+        for found in builds(arch):
+            print(found, flush=True)
+        for kernel in ("forward", "backward"):
+            print(build(kernel, arch, 128), "- not used", flush=True)

@@ -1,13 +1,11 @@
 """The kernels built for GPUs that are not here: what registers, spills and instructions say of their speed."""
 
-import itertools
-
 import pytest
 import torch
 import triton
 
-from lrm_pl.kernels.decode_along_rays import TILES, WIDTHS
-from tests.fused.build import TARGETS, build
+from lrm_pl.kernels.decode_along_rays import TILES
+from tests.fused.build import TARGETS, build, builds
 
 #: Another Triton allocates registers in another way: bounds are of the one that they were measured with.
 MEASURED = "3.8.0"
@@ -38,8 +36,6 @@ def test_at_width_64_kernels_do_not_spill_and_use_vector_loads_and_tensor_cores(
 @pytest.mark.soak
 @pytest.mark.parametrize("arch", TARGETS)
 def test_no_kernel_that_is_used_spills_more_than_a_kilobyte(arch):
-    for width, (dtype, tiles), kernel in itertools.product(WIDTHS, TILES.items(), ("forward", "backward")):
-        for tile in tiles:
-            found = build(kernel, arch, width, tile, half=dtype == torch.bfloat16)
-            print(found)
-            assert found.spilled <= 1024
+    for found in builds(arch):
+        print(found)
+        assert found.spilled <= 1024
