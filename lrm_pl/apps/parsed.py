@@ -1,13 +1,12 @@
 """The config of a run as `lrm fit` would read it, without making anything of it, or only its model, without numbers."""
 
 import argparse
-import warnings
 from typing import cast
 
 import torch
 from jsonargparse import Namespace
 
-from lrm_pl.apps.train import LRMCLI, PARSER_OPTIONS
+from lrm_pl.apps.train import LRMCLI
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.training.module import LRMModule
@@ -59,19 +58,9 @@ def model_without_numbers(arguments: list[str]) -> tuple[Namespace, LRMModule, S
 
 
 def _parsed(arguments: list[str]) -> _ParsedOnly:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
-        try:
-            return _ParsedOnly(
-                LRMModule,
-                ShardDataModule,
-                run=False,
-                save_config_callback=None,
-                seed_everything_default=False,
-                parser_kwargs={**PARSER_OPTIONS, "exit_on_error": False},
-                args=arguments,
-            )
-        except argparse.ArgumentError as error:
-            raise InputError(
-                f"expected arguments that `lrm fit` takes, found: {error}; correct them, see `lrm fit --help`"
-            ) from error
+    try:
+        return _ParsedOnly("fit", arguments, records=False, exits=False)
+    except argparse.ArgumentError as error:
+        raise InputError(
+            f"expected arguments that `lrm fit` takes, found: {error}; correct them, see `lrm fit --help`"
+        ) from error

@@ -10,12 +10,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl import __version__
@@ -59,6 +59,9 @@ BASE = Path(__file__).with_name("base.yaml")
 
 #: How config files are read: ${...} is resolved after all layers are merged.
 PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)], "allow_abbrev": False}
+
+#: Methods of the trainer that are commands.
+Command = Literal["fit", "validate", "test", "predict"]
 
 #: Exit status of a run that was told to stop and can go on (EX_TEMPFAIL: try again later).
 STOPPED_STATUS = 75
@@ -131,32 +134,56 @@ class RunRecord(SaveConfigCallback):
 
 
 class LRMCLI(LightningCLI):
-    """The command line: adds the run's folder and the weights, loads them, and closes a fit with its report."""
+    """The command line: adds the run's folder and the weights, loads them, and closes a fit with its report.
+
+    One parser serves all commands, and ``lrm estimate``, ``launch`` and ``doctor``: what one of them accepts means the
+    same to the others. Lightning's subcommands are not used, since jsonargparse resolves ${...} in a root parser only.
+
+    Args:
+        command: Method of the trainer that the arguments are for.
+        arguments: Arguments after the command.
+        records: Whether the run's config is kept in its folder.
+        exits: Whether wrong arguments end the process; else ``argparse.ArgumentError`` is raised.
+    """
+
+    def __init__(
+        self, command: Command, arguments: list[str], *, records: bool = True, exits: bool = True
+    ) -> None:
+        self.command = command
+        super().__init__(
+            LRMModule,
+            ShardDataModule,
+            run=False,
+            args=arguments,
+            auto_configure_optimizers=False,  # model.optimizer is the one
+            save_config_callback=RunRecord if records else None,
+            save_config_kwargs={"save_to_log_dir": False},
+            parser_kwargs=PARSER_OPTIONS | {"prog": f"lrm {command}", "exit_on_error": exits},
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run.*`` and ``--weights.*``."""
+        """Add ``--run.*`` and ``--weights.*``, and the checkpoint that other commands than fit read."""
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(WeightsConfig, "weights")
+        if self.command != "fit":  # a run goes on by --run.resume
+            parser.add_argument(
+                "--ckpt_path", type=str | None, help="The checkpoint, or the folder of its run."
+            )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Offer no choice of how checkpoints are read."""
-        commands = LightningCLI.subcommands()
-        ours = {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test", "predict")}
-        ours["predict"] |= {"return_predictions"}
-        ours["fit"] |= {"ckpt_path"}  # a run goes on by --run.resume
-        return ours
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse the given arguments, whatever the process was started with."""
+        self.config = parser.parse_args(cast(list[str], args))
 
-    def _parse_ckpt_path(self) -> None:
-        """Read no settings out of a checkpoint, as Lightning would before anyone has checked the file.
-
-        A run keeps its settings in config.yaml; the checkpoint is checked before anything starts.
-        """
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Keep checkpoints from Lightning, which knows another format."""
-        kept = {"return_predictions": False} if subcommand == "predict" else {}  # they are written
-        return {**super()._prepare_subcommand_kwargs(subcommand), "ckpt_path": None, **kept}
+    def run(self) -> None:
+        """Run the command."""
+        getattr(self, f"before_{self.command}")()
+        # Lightning's checkpoints have another format: ckpt_path is not for it.
+        options = {"return_predictions": False} if self.command == "predict" else {}  # they are written
+        getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **options)
+        if self.command == "fit":
+            self.after_fit()
+        elif self.command == "predict":
+            self.after_predict()
 
     def before_instantiate_classes(self) -> None:
         """Make loggers write into the run's folder, and what has no logger too; measurements below it.
@@ -167,12 +194,12 @@ class LRMCLI(LightningCLI):
         strategy = self._setting("trainer.strategy")
         require_supported_name(strategy if isinstance(strategy, str) else strategy["class_path"])
         folder = self._setting("run.folder")
-        if self.subcommand in ("validate", "test", "predict"):  # what a run has logged stays as it is
+        if self.command != "fit":  # what a run has logged stays as it is
             folder = folder or run_of(str(self._setting("ckpt_path")))
-            folder = folder and f"{folder}/{self.subcommand}"
+            folder = folder and f"{folder}/{self.command}"
         place_loggers(self._setting("trainer.logger"), folder)
         if folder is not None:
-            self._namespace(self.config)["trainer"]["default_root_dir"] = folder
+            self.config["trainer"]["default_root_dir"] = folder
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:  # noqa: ANN401 - the trainer's arguments
         """Make the trainer; under Slurm, one that leaves signals and requeueing to the run.
@@ -186,7 +213,7 @@ class LRMCLI(LightningCLI):
                 raise InputError(
                     f"expected no checkpoint that Lightning would load unasked, found {theirs[0]}; move it away"
                 )
-            given = self._namespace(self.config_init)["trainer"].get("plugins") or []
+            given = self.config_init["trainer"].get("plugins") or []
             plugins = list(given) if isinstance(given, list) else [given]
             options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
         return super().instantiate_trainer(**options)
@@ -323,13 +350,10 @@ class LRMCLI(LightningCLI):
                 callback.perceptual = self.perceptual
 
     def _setting(self, name: str) -> Any:  # noqa: ANN401 - a namespace holds anything
-        return self._namespace(self.config).get(name)
-
-    def _namespace(self, config: Any) -> Any:  # noqa: ANN401 - a namespace
-        return config if self.subcommand is None else config[self.subcommand]
+        return self.config.get(name)
 
     def _weights(self) -> WeightsConfig:
-        return self._namespace(self.config_init)["weights"]
+        return self.config_init["weights"]
 
 
 def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:
@@ -364,17 +388,14 @@ def git_commit() -> str:
         return "unknown"
 
 
-def command_line(arguments: list[str] | None = None, *, run: bool = True) -> LRMCLI:
-    """Parse arguments (the process's own by default) and run their command; or only build what they describe."""
-    return LRMCLI(
-        LRMModule,
-        ShardDataModule,
-        run=run,
-        save_config_callback=RunRecord if run else None,
-        save_config_kwargs={"save_to_log_dir": False},
-        parser_kwargs=dict.fromkeys(LRMCLI.subcommands(), PARSER_OPTIONS) if run else PARSER_OPTIONS,
-        args=arguments,
-    )
+def command_line(arguments: list[str], *, run: bool = True) -> LRMCLI:
+    """Parse a command and its arguments, and run it; or, without ``run``, only build what arguments of fit describe."""
+    if not run:
+        return LRMCLI("fit", arguments, records=False)
+    command, *rest = arguments
+    line = LRMCLI(cast(Command, command), rest)
+    line.run()
+    return line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -390,8 +411,9 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
     atexit.register(settle_processes)
     memory_of_libraries()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        command_line(arguments)
+        command_line(given)
     except StoppedError as stopped:
         sys.stderr.write(f"lrm: {stopped}\n")
         sys.exit(STOPPED_STATUS)
@@ -400,7 +422,6 @@ def main(arguments: list[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         from lrm_pl.apps.advice import explain, ran_out  # it reads arguments with this module
 
-        given = sys.argv[1:] if arguments is None else arguments
         if not ran_out(error) or given[0] != "fit":
             raise
         error.__traceback__ = None  # its frames hold what filled the memory
