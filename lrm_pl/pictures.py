@@ -4,16 +4,17 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
 from lrm_pl.errors import InputError
 
 #: Files that are read; PIL knows many more, of which some run other programs.
-FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
+FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 
 #: A picture with more bytes or pixels is refused before it is decoded.
 MAX_BYTES: Final = 64 << 20
@@ -121,8 +122,18 @@ def open_picture(
 
 
 def to_rgb8(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF says, and make it RGBA of 8 bits where it has any transparency to it, else RGB."""
-    return _eight_bits(_upright(image))
+    """Turn a picture as its EXIF says, and make it sRGB of 8 bits: RGBA where it has any transparency to it, else RGB.
+
+    What it returns has no metadata: whoever reads the orientation again finds the picture upright.
+    """
+    profile = image.info.get("icc_profile")
+    upright = _upright(image)
+    plain = _eight_bits(upright)
+    colors = _in_srgb(upright if upright.mode == "CMYK" else plain, profile) or plain.convert("RGB")
+    if plain.mode == "RGBA":
+        colors.putalpha(plain.getchannel("A"))
+    colors.info.clear()
+    return colors
 
 
 def webp_size(encoded: bytes) -> tuple[int, int]:
@@ -143,8 +154,30 @@ def webp_size(encoded: bytes) -> tuple[int, int]:
 
 
 def has_background(image: Image.Image) -> bool:
-    """Say whether a picture shows more than an object: nothing of it is transparent."""
-    return image.mode != "RGBA" or int(np.asarray(image.getchannel("A")).min()) > _SOLID
+    """Say whether a picture shows more than an object: most of its edge is opaque.
+
+    A cutout may touch the edge; a screenshot whose corners are round is transparent in the corners alone.
+    """
+    if image.mode != "RGBA":
+        return True
+    solid = np.asarray(image.getchannel("A")) > _SOLID
+    edge = np.concatenate([solid[0], solid[-1], solid[:, 0], solid[:, -1]])
+    return bool(edge.mean() > 0.5)
+
+
+def without_background(image: Image.Image, remover: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Return a picture as RGBA without its background; what was transparent stays transparent.
+
+    Args:
+        image: RGB or RGBA.
+        remover: Makes an RGBA picture of an RGB one.
+    """
+    alpha = image.convert("RGBA").getchannel("A")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image.convert("RGB"), mask=alpha)  # colors under transparent pixels may be anything
+    removed = remover(white)
+    removed.putalpha(ImageChops.multiply(removed.getchannel("A"), alpha))
+    return removed
 
 
 def has_object(image: Image.Image) -> bool:
@@ -228,6 +261,21 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image | None:
+    """Convert a picture's colors from its ICC profile to sRGB, as RGB; None without a profile that fits the picture."""
+    if not profile:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
+        if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
+            return None
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image.convert(mode), source, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # a broken profile: the colors as they are stored
+        return None
 
 
 def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:

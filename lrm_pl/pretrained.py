@@ -30,7 +30,15 @@ from lrm_pl.io.pretrained import (
     read_model_section,
     read_setup,
 )
-from lrm_pl.pictures import PictureError, framed, has_background, has_object, open_picture, to_rgb8
+from lrm_pl.pictures import (
+    PictureError,
+    framed,
+    has_background,
+    has_object,
+    open_picture,
+    to_rgb8,
+    without_background,
+)
 from lrm_pl.stages import stage
 
 #: Side of the pictures that objects are framed in, at least; the network makes them smaller itself.
@@ -123,7 +131,7 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         """Make of a photo what the network is used to: the object alone, in the middle, as large as in training.
 
         Args:
-            source: A file, its bytes, or a picture. Where nothing of it is transparent, the background is taken out.
+            source: A file, its bytes, or a picture. Where most of its edge is opaque, the background is taken out.
 
         Returns:
             A square RGBA picture.
@@ -136,7 +144,7 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         image = to_rgb8(source) if isinstance(source, Image.Image) else open_picture(source)
         if has_background(image):
             with stage("background"):
-                image = self.remover(image)
+                image = without_background(image, self.remover)
             if not has_object(image):
                 raise PictureError(
                     "expected an object in the picture, found none: all of it was taken for background; give a picture "

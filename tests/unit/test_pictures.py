@@ -8,9 +8,18 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from lrm_pl.pictures import PictureError, framed, has_background, has_object, object_box, open_picture
+from lrm_pl.pictures import (
+    PictureError,
+    framed,
+    has_background,
+    has_object,
+    object_box,
+    open_picture,
+    to_rgb8,
+    without_background,
+)
 
 
 def encoded(image, kind="PNG", **options):
@@ -105,12 +114,113 @@ def test_a_photo_is_turned_as_its_camera_says():
     assert np.abs(np.asarray(found) - turned).mean() < 3
 
 
-def test_a_picture_has_a_background_unless_some_of_it_is_transparent():
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_photo_is_turned_once_however_often_it_is_read(orientation, mode):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = open_picture(encoded(RGB.convert(mode), exif=exif))
+    assert found.size == ((30, 20) if orientation < 5 else (20, 30))
+    again = to_rgb8(to_rgb8(found))
+    assert not found.info
+    for other in (again, ImageOps.exif_transpose(found)):  # rembg turns pictures too
+        np.testing.assert_array_equal(np.asarray(other), np.asarray(found))
+
+
+def wide_profile():
+    """Return an ICC profile with the primaries of Display P3 and sRGB's curve, built by hand."""
+
+    def fixed(x):
+        return struct.pack(">i", round(x * 65536))
+
+    def xyz(*values):
+        return b"XYZ " + bytes(4) + b"".join(map(fixed, values))
+
+    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0)
+    curve += b"".join(map(fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
+    text = b"desc" + bytes(4) + struct.pack(">I", 3) + b"P3\0" + bytes(80)
+    tags = {
+        b"desc": text, b"wtpt": xyz(0.9642, 1, 0.8249), b"cprt": b"text" + bytes(4) + b"-\0",
+        b"rXYZ": xyz(0.5151, 0.2412, -0.0011), b"gXYZ": xyz(0.2919, 0.6922, 0.0419),
+        b"bXYZ": xyz(0.1572, 0.0666, 0.7841), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve,
+    }  # fmt: skip
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(content))
+        body += content
+    head = (
+        bytes(4)
+        + bytes(4)
+        + struct.pack(">I", 0x02400000)
+        + b"mntrRGB XYZ "
+        + bytes(12)
+        + b"acsp"
+        + bytes(28)
+    )
+    head += fixed(0.9642) + fixed(1) + fixed(0.8249)
+    head += bytes(128 - len(head))
+    profile = head + table + body
+    return struct.pack(">I", len(profile)) + profile[4:]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colors_are_converted_from_a_pictures_profile_to_srgb(mode):
+    color = (210, 90, 50)
+    image = Image.new("RGB", (4, 4), color).convert(mode)
+    found = open_picture(encoded(image, icc_profile=wide_profile()))
+    # Display P3 -> XYZ -> sRGB by hand, in linear light.
+    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+    matrix = [[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]]
+    light = [sum(m * x for m, x in zip(row, linear, strict=True)) for row in matrix]
+    expected = [255 * (1.055 * max(x, 0) ** (1 / 2.4) - 0.055) for x in light]
+    assert np.abs(np.asarray(found)[0, 0, :3] - expected).max() < 2
+    assert found.mode == mode
+
+
+@pytest.mark.parametrize("profile", [b"no profile", wide_profile()[:200]])
+def test_a_broken_profile_leaves_the_colors_as_they_are_stored(profile):
+    np.testing.assert_array_equal(
+        np.asarray(open_picture(encoded(RGB, icc_profile=profile))), np.asarray(RGB)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("TIFF", {}), ("AVIF", {"quality": 100}), ("JPEG", {"quality": 95})]
+)
+def test_what_cameras_and_browsers_store_is_read(kind, options):
+    smooth = RGB.resize((3, 2)).resize((32, 20), Image.Resampling.BICUBIC)
+    found = open_picture(encoded(smooth, kind, **options))
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(smooth)).mean() < 3
+
+
+def test_a_picture_has_a_background_unless_most_of_its_edge_is_transparent():
     assert has_background(RGB)
     assert has_background(RGB.convert("RGBA"))
-    rgba = RGB.convert("RGBA")
-    rgba.putpixel((0, 0), (1, 2, 3, 0))
-    assert not has_background(rgba)
+    screenshot = RGB.convert("RGBA")
+    for corner in ((0, 0), (29, 0), (0, 19), (29, 19)):
+        screenshot.putpixel(corner, (1, 2, 3, 0))
+    assert has_background(screenshot)
+    cutout = Image.new("RGBA", (30, 20))
+    cutout.paste((9, 9, 9, 255), (10, 5, 25, 20))  # it stands on the lower edge
+    assert not has_background(cutout)
+
+
+def test_what_was_transparent_stays_so_when_a_background_is_removed_and_its_colors_are_not_looked_at():
+    image = Image.new("RGBA", (4, 4), (200, 0, 0, 255))
+    image.putpixel((0, 0), (0, 255, 0, 0))
+    seen = []
+
+    def remover(picture):
+        seen.append(picture)
+        removed = picture.convert("RGBA")
+        removed.putpixel((1, 1), (0, 0, 0, 0))
+        return removed
+
+    alpha = np.asarray(without_background(image, remover).getchannel("A"))
+    assert seen[0].getpixel((0, 0)) == (255, 255, 255)
+    assert alpha[0, 0] == alpha[1, 1] == 0
+    assert alpha.sum() == 14 * 255
 
 
 def rectangle(top, left, height, width, size=(60, 100)):
