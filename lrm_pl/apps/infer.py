@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +36,7 @@ from lrm_pl.meshes.unwrap import UnwrapError
 from lrm_pl.stages import Listener, listening, stage
 
 #: Endings of the files of a folder that are taken for pictures.
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-#: Everything that a picture's folder may have, besides result.json.
-_ALL_FILES = (
-    *(f"mesh.{kind}" for kind in MESH_FORMATS),
-    "mesh.mtl",
-    "mesh.png",
-    "input.png",
-    "orbit.mp4",
-    "grid.png",
-)
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 #: Faces that a mesh may have before it is laid out for a texture: xatlas' time grows faster than they do.
 TEXTURE_FACES = 20_000
@@ -132,7 +122,8 @@ def infer(
     Args:
         trained: The network.
         picture: The file.
-        out: Folder of the results; files of an earlier result are replaced or removed, result.json comes last.
+        out: Folder of the results; files of an earlier result, which its result.json lists, are replaced or removed.
+            result.json comes last.
         wishes: What is made.
         listener: Told what is being done.
 
@@ -140,10 +131,11 @@ def infer(
         What result.json holds.
 
     Raises:
-        InputError: It is no picture, or there is no surface.
+        InputError: It is no picture, there is no surface, or a file in OUT is not of an earlier result.
     """
     model = trained.model
-    (out / "result.json").unlink(missing_ok=True)
+    earlier = _files_of(out)
+    _require_own(out, _files_for(wishes), earlier)
     files = dict[str, bytes]()
     with listening(listener, trained.wait) as seconds:
         framed = model.picture(picture)
@@ -181,45 +173,92 @@ def infer(
         "device": str(next(model.parameters()).device),
         "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
     }
+    _require_own(out, files, earlier)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "result.json").unlink(missing_ok=True)
     for name, content in files.items():
         write_atomically(out / name, content)
-    for name in set(_ALL_FILES) - set(files):  # of an earlier picture, or other wishes
+    for name in earlier - set(files):  # of an earlier picture, or other wishes
         (out / name).unlink(missing_ok=True)
     write_atomically(out / "result.json", (json.dumps(record, indent=2) + "\n").encode())
     return record
 
 
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
+def _files_for(wishes: Wishes) -> set[str]:
+    """Return the files that a picture will surely get."""
+    orbit = {"orbit.mp4", "grid.png"} if wishes.frames else set[str]()
+    return {"input.png", "result.json", *(f"mesh.{kind}" for kind in wishes.formats)} | orbit
+
+
+def _files_of(out: Path) -> set[str]:
+    """Return the files of an earlier result; those that result.json lists, and itself."""
+    try:
+        files = json.loads((out / "result.json").read_text())["files"]
+        return {name for name in files if isinstance(name, str) and name == Path(name).name} | {"result.json"}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def _require_own(out: Path, files: Iterable[str], earlier: set[str]) -> None:
+    """Refuse to write over files that are of no earlier result.
+
+    Raises:
+        InputError: There are some.
+    """
+    if foreign := sorted(name for name in files if name not in earlier and (out / name).exists()):
+        raise InputError(
+            f"expected only files of an earlier `lrm infer` in {out}, found {', '.join(foreign)}, which its "
+            "result.json does not list; move them away, or give another --out"
+        )
+
+
+def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
     """List the pictures that are named, and those in the folders that are.
+
+    Returns:
+        Name of the result's folder -> picture: the picture's name without its ending, with it where two would have
+        one name, and with its folder's name before it where that is not enough; and files of the folders that are
+        passed over.
 
     Raises:
         InputError: A path is neither, a folder has none, or two results would have one name.
     """
-    found = list[Path]()
+    found, others = list[Path](), list[Path]()
     for path in paths:
         if path.is_dir():
-            inside = sorted(
-                file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file()
-            )
+            files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+            inside = [file for file in files if file.suffix.lower() in ENDINGS]
             if not inside:
                 raise InputError(f"expected pictures ({', '.join(ENDINGS)}) in {path}, found none")
             found += inside
+            others += [file for file in files if file not in inside]
         elif path.is_file():
             found.append(path)
         else:
             raise InputError(
                 f"expected a picture or a folder of pictures at {path}, found neither; correct the path"
             )
-    names = [path.stem for path in found]
     if bad := [path for path in found if path.stem in (".", "..")]:
         raise InputError(f"expected pictures with a name of their own, found {bad[0]}; rename it")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(
-            f"expected pictures of different names, found {twice[0]!r} twice: each has a folder of its name in OUT; "
-            "rename one"
+    named = dict[str, Path]()
+    found = list({path.absolute(): path for path in found}.values())
+    for path in found:
+        same = [other for other in found if other.stem == path.stem]
+        alike = [other for other in same if other.name == path.name]
+        name = (
+            path.stem
+            if len(same) == 1
+            else path.name
+            if len(alike) == 1
+            else f"{path.absolute().parent.name}-{path.name}"
         )
-    return found
+        if name in named:
+            raise InputError(
+                f"expected pictures of different names, found {named[name]} and {path}, which would both write into "
+                f"OUT/{name}; rename one"
+            )
+        named[name] = path
+    return named, others
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -229,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="onnxruntime|rembg")
     console = Console(soft_wrap=True, markup=False)
     try:
-        pictures = find_pictures(given.picture)
+        pictures, others = find_pictures(given.picture)
         wishes = _wishes(given)
         require_out(given.out)
         trained = open_network(given)
@@ -246,6 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"Network: {trained.source}{at}, on {next(trained.model.parameters()).device}")
     if trained.note:
         console.print(trained.note)
+    if others:
+        console.print(f"Passed over, as no picture by its ending: {', '.join(map(str, others))}")
     failed = 0
     columns = (
         TextColumn("{task.description:<28}", markup=False),
@@ -255,9 +296,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(pictures))
-        for picture in pictures:
-            out = given.out / picture.stem
-            say = functools.partial(_say, bar, task, picture.stem[:12])
+        for name, picture in pictures.items():
+            out = given.out / name
+            say = functools.partial(_say, bar, task, name[:12])
             try:
                 record = infer(trained, picture, out, wishes, say)
             except (InputError, OSError) as error:
