@@ -202,11 +202,14 @@ class LRMCLI(LightningCLI):
             self.config["trainer"]["default_root_dir"] = folder
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:  # noqa: ANN401 - the trainer's arguments
-        """Make the trainer; under Slurm, one that leaves signals and requeueing to the run.
+        """Make the trainer: validations are counted in optimizer steps, and Slurm's signals are left to the run.
 
         Raises:
             InputError: Lightning would go on from a file of its own instead of from the run's checkpoints.
         """
+        interval = self._setting("trainer.val_check_interval")
+        if isinstance(interval, int):  # Lightning counts batches
+            options["val_check_interval"] = interval * self._setting("trainer.accumulate_grad_batches")
         if SLURMEnvironment.detect():
             folder = Path(self._setting("trainer.default_root_dir") or ".")
             if theirs := sorted(folder.glob("hpc_ckpt_*")):

@@ -20,8 +20,8 @@ from lrm_pl.training.gradients import GradientGuard, GuardConfig
 from lrm_pl.training.holder import holder_of
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, require_equal_weights, shard
-from lrm_pl.training.precision import Float32Convolutions, require_supported_precision
-from lrm_pl.training.strategies import require_supported
+from lrm_pl.training.precision import Float32Convolutions
+from lrm_pl.training.supported import require_supported_settings, require_trained
 
 #: What blocks compute in and are gathered in when they are sharded, by the trainer's precision.
 SHARDED_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
@@ -71,13 +71,13 @@ class LRMModule(L.LightningModule):
         self._configured = False
 
     def setup(self, stage: str) -> None:
-        """Refuse Lightning's own FSDP and DeepSpeed, and precisions whose weights are not float32.
+        """Refuse settings of the trainer that cannot be kept, and parameters that would not be trained.
 
         Raises:
-            InputError: The trainer has such a strategy or precision.
+            InputError: There are some.
         """
-        require_supported(self.trainer.strategy)
-        require_supported_precision(str(self.trainer.precision))
+        require_supported_settings(self.trainer)
+        require_trained(self, self.lrm)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Keep float32 training free of TF32."""
