@@ -21,12 +21,13 @@ def require_supported_settings(trainer: L.Trainer) -> None:
             f"expected trainer.gradient_clip_algorithm norm, found {algorithm.value}: gradients are clipped by the norm of "
             "them all; leave it out"
         )
-    if not trainer.fast_dev_run and trainer.limit_train_batches != 1.0:
+    interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+    limit = trainer.limit_train_batches
+    if limit != 1.0 and not (isinstance(limit, int) and trainer.max_steps * accumulate <= limit):
         raise InputError(
-            f"expected no trainer.limit_train_batches, found {trainer.limit_train_batches}: the stream of samples "
+            f"expected no trainer.limit_train_batches, found {limit}: the stream of samples "
             "would begin anew after so many batches; give the length of the run, --trainer.max_steps"
         )
-    interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
     if isinstance(interval, int) and interval % accumulate:
         raise InputError(
             f"expected trainer.val_check_interval, which counts batches, to be a multiple of "
