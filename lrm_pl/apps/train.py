@@ -10,11 +10,14 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -197,6 +200,11 @@ class LRMCLI(LightningCLI):
         if self.command != "fit":  # what a run has logged stays as it is
             folder = folder or run_of(str(self._setting("ckpt_path")))
             folder = folder and f"{folder}/{self.command}"
+        if given := self._setting("trainer.callbacks"):
+            own = self.parser.get_defaults().trainer.callbacks
+            self.config.trainer.callbacks = with_own_callbacks(given, own)
+        elif self.command == "fit":
+            logger.warning("trainer.callbacks is empty: this run keeps no checkpoints and measures nothing")
         place_loggers(self._setting("trainer.logger"), folder)
         if folder is not None:
             self.config["trainer"]["default_root_dir"] = folder
@@ -357,6 +365,25 @@ class LRMCLI(LightningCLI):
 
     def _weights(self) -> WeightsConfig:
         return self.config_init["weights"]
+
+
+def with_own_callbacks(given: list[Namespace], own: list[Namespace]) -> list[Namespace]:
+    """Return the callbacks of a config after those of ``base.yaml``, which its list would replace.
+
+    One of ``base.yaml`` is left out where the config has that class, a subclass of it, or another progress bar.
+
+    Args:
+        given: The config's.
+        own: Those of ``base.yaml``.
+    """
+    classes = [resolve_name(callback.class_path) for callback in given]
+
+    def replaced(callback: Namespace) -> bool:
+        kind = resolve_name(callback.class_path)
+        base = ProgressBar if issubclass(kind, ProgressBar) else kind
+        return any(issubclass(one, base) for one in classes)
+
+    return [*(callback for callback in own if not replaced(callback)), *given]
 
 
 def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:

@@ -18,8 +18,8 @@ def require_supported_settings(trainer: L.Trainer) -> None:
     require_supported_precision(str(trainer.precision))
     if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
         raise InputError(
-            f"expected trainer.gradient_clip_algorithm norm, found {algorithm.value}: gradients are clipped by the norm of "
-            "them all; leave it out"
+            f"expected trainer.gradient_clip_algorithm norm, found {algorithm.value}: gradients are clipped by "
+            "the norm of them all; leave it out"
         )
     interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
     limit = trainer.limit_train_batches
