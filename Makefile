@@ -3,9 +3,6 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# Tests run in two processes, each file in one of them: most wait for programs that they start.
-SIDE_BY_SIDE := -n 2 --dist loadgroup --no-loadscope-reorder
-
 PYTHON ?= python3.11
 CONFIG ?= configs/experiment/demo.yaml
 DATA ?= data/demo
@@ -110,10 +107,10 @@ tensorboard: .venv/ready ## Watch the runs in the browser
 	.venv/bin/tensorboard --logdir runs
 
 test: .venv/ready .venv-render/ready .tools/ready ## Run every test that needs no GPU
-	.venv/bin/python -m pytest -m "not gpu and not soak" $(SIDE_BY_SIDE)
+	.venv/bin/python -m pytest -m "not gpu and not soak"
 
 test-fast: .venv/ready .tools/ready ## Run the quick tests only: no Blender, nothing slow
-	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender" $(SIDE_BY_SIDE)
+	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender"
 
 test-gpu: .venv/ready ## Run the tests that need a GPU
 	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: expected a GPU that PyTorch can use, found none; `make test` runs what needs none")'

@@ -13,15 +13,6 @@ from tests.pretrained_folder import pretrained  # noqa: F401 - a fixture
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Keep a file's tests in one process, for its fixtures, and those whose branches are recorded together."""
-    for item in items:
-        path = item.path.relative_to(ROOT / "tests")
-        group = "branches" if path.parts[0] in ("accelerator", "gpu") else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def root():
     return ROOT
