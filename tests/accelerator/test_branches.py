@@ -33,6 +33,7 @@ ON_CUDA = {
     "lrm_pl/kernels/decode_along_rays.py:_launch": RENDER,
     "lrm_pl/kernels/decode_along_rays.py:_op": RENDER,
     "lrm_pl/kernels/decode_along_rays.py:_backward_op": RENDER,
+    "lrm_pl/kernels/device.py:CopyStream.__init__": MODEL,
     "lrm_pl/kernels/device.py:HostCopy.__init__": MODEL,
     "lrm_pl/kernels/device.py:gpu_properties": RENDER,
     "lrm_pl/kernels/device.py:host_buffer": MODEL,

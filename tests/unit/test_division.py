@@ -187,7 +187,7 @@ def test_a_gpu_that_the_table_lacks_is_not_taken_for_another():
     for name in ("NVIDIA GeForce GTX 1080", "Quadro RTX 6000", "NVIDIA GeForce RTX 4090 Laptop GPU",
                  "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA H100 96GB HBM3",
                  "NVIDIA GeForce RTX 3060 8GB", "NVIDIA GeForce RTX 4090 48GB",
-                 "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"):  # fmt: skip
+                 "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "A100 80GB 40GB"):  # fmt: skip
         assert gpu_of_name(name) is None, name
 
 
