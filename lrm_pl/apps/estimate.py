@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, arguments = parse(sys.argv[2:] if argv is None else argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
-        if options.gpus < 0 or options.gpus_per_node < 1 or options.network <= 0:
+        if options.gpus < 0 or options.gpus_per_node < 1 or not options.network > 0:
             raise InputError(
                 "expected --gpus of 0 or more, --gpus-per-node of 1 or more and --network above 0"
             )

@@ -7,6 +7,7 @@ import torch
 from lrm_pl.apps.parsed import model_without_numbers
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import GpuProperties
+from lrm_pl.losses.perceptual import require_measurable
 from lrm_pl.training.costs.hits import cameras_of, hit_share
 from lrm_pl.training.costs.simulation import StepCosts, StepShape, simulate_step
 from lrm_pl.training.module import LRMModule
@@ -71,8 +72,8 @@ def plan(arguments: list[str], processes: int, gpu: GpuProperties | None) -> Pla
     """
     config, module, data = model_without_numbers(arguments)
     trainer = config["trainer"]
-    accumulate, precision = trainer["accumulate_grad_batches"], str(trainer["precision"])
-    require_supported_precision(precision)
+    accumulate = trainer["accumulate_grad_batches"]
+    precision = require_supported_precision(str(trainer["precision"]))
     if accumulate < 1 or data.batch_size < 1:
         raise InputError(
             f"expected data.batch_size and trainer.accumulate_grad_batches of 1 or more, found {data.batch_size} and "
@@ -85,10 +86,9 @@ def plan(arguments: list[str], processes: int, gpu: GpuProperties | None) -> Pla
             f"expected a data.batch_size that {processes} processes x {accumulate} accumulated batches divide, found "
             f"{data.batch_size}; give --data.batch_size {above}"
         )
-    augmentation = data.augmentation
-    crop = max(
-        (augmentation.crop, *(stage.crop for stage in augmentation.stages)), key=lambda crop: crop.size
-    )
+    if module.objective.lpips:
+        require_measurable(min(crop.size for crop in data.augmentation.crops))
+    crop = max(data.augmentation.crops, key=lambda crop: crop.size)
     cameras = cameras_of(data)
     shape = StepShape(
         objects=data.batch_size // parts,

@@ -46,7 +46,7 @@ from lrm_pl.io.checkpoints import Owner, clear_leftovers, require_writable
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state, load_other_encoder_state
 from lrm_pl.io.weights import WeightSource
-from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.losses.perceptual import PerceptualLoss, require_measurable
 from lrm_pl.stores import is_local
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.ending import settle_processes
@@ -351,6 +351,7 @@ class LRMCLI(LightningCLI):
             network.load_pretrained(_encoder_state(network.name, weights))
         device = self.trainer.strategy.root_device
         if self.model.objective.lpips:
+            require_measurable(min(crop.size for crop in self.datamodule.augmentation.crops))
             loss = PerceptualLoss.pretrained("vgg", source=weights.source, **vars(weights.lpips_vgg))
             self.model.objective.perceptual = loss.to(device)
         # Measured with the other network than trained with, as LPIPS' authors advise; and 20 times cheaper.

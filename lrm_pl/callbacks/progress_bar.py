@@ -5,6 +5,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from lrm_pl.training.logged import is_logged
+
 #: Logged values that are shown.
 SHOWN = ("loss/total", "speed/samples_per_second")
 
@@ -29,7 +31,7 @@ class ProgressBar(TQDMProgressBar):
     ) -> None:
         """Read what was logged, where something was."""
         ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if ends_step and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if ends_step and is_logged(trainer, trainer.global_step):
             logged = trainer.callback_metrics
             self._shown = {name: float(logged[name]) for name in SHOWN if name in logged}
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

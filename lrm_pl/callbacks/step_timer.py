@@ -25,6 +25,7 @@ from lrm_pl.callbacks.memory import peak_memory
 from lrm_pl.callbacks.part_clock import PartClock
 from lrm_pl.callbacks.utilisation import BatchSize, UtilisationMeter
 from lrm_pl.data.batch import Batch
+from lrm_pl.training.logged import is_logged
 from lrm_pl.training.module import LRMModule
 
 PARTS = (
@@ -112,7 +113,7 @@ class StepTimer(L.Callback):
         if not ends_step:
             return
         self._steps += 1
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if not is_logged(trainer, trainer.global_step):
             return
         spent = self._clock.take()
         total = max(sum(ms for part, ms in spent.items() if part != PAUSE), 1e-6)

@@ -82,6 +82,11 @@ class Augmentation:
         if self.camera_noise < 0:
             raise InputError(f"expected a camera_noise of 0 or more, found {self.camera_noise}")
 
+    @property
+    def crops(self) -> tuple[CropConfig, ...]:
+        """The sizes of all steps."""
+        return self.crop, *(stage.crop for stage in self.stages)
+
     def crop_at(self, step: int) -> CropConfig:
         """Return the sizes of an optimiser step."""
         begun = [stage.crop for stage in self.stages if stage.from_step <= step]

@@ -136,12 +136,18 @@ def host_buffer(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=on_cuda(tensor.device))
 
 
+def _streams(device: torch.device) -> Any:  # noqa: ANN401 - a module
+    """Return the module with a device's streams; ``torch.cpu``, whose streams do nothing, where it has none (MPS)."""
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "Stream") else torch.cpu
+
+
 class HostCopy:
     """A copy of a tensor's numbers on the host: making it does not wait for the device, reading it does."""
 
     def __init__(self, tensor: Tensor) -> None:
-        module = torch.get_device_module(tensor.device)
-        self._buffer = host_buffer(tensor).copy_(tensor.detach(), non_blocking=True)
+        module = _streams(tensor.device)
+        self._buffer = host_buffer(tensor).copy_(tensor.detach(), non_blocking=module is not torch.cpu)
         self._copied = module.Event()
         self._copied.record(module.current_stream(tensor.device))
 
@@ -155,7 +161,7 @@ class CopyStream:
     """A stream on which tensors are copied to the host while the current stream goes on; a no-op stream on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._module, self._device = torch.get_device_module(device), device
+        self._module, self._device = _streams(device), device
         with launch_guard(device):
             self._stream, self._copied = self._module.Stream(), self._module.Event()
 
@@ -169,7 +175,7 @@ class CopyStream:
 
     def copy(self, into: Tensor, source: Tensor) -> None:
         """Queue a copy."""
-        into.copy_(source, non_blocking=True)
+        into.copy_(source, non_blocking=self._module is not torch.cpu)
 
     def hold_back_current(self) -> None:
         """Make what the current stream queues from now on wait for the copies; the host does not wait."""
@@ -208,9 +214,12 @@ def _missing_for_triton() -> str | None:
     """Return what Triton would miss at its first launch, which compiles C code that includes Python's headers."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
-        return "expected gcc, clang or $CC, found no C compiler for Triton; install gcc"
-    headers = Path(sysconfig.get_config_var("INCLUDEPY"))
+    given = os.environ.get("CC")  # Triton takes it for the whole name of a program
+    if not any(map(shutil.which, ("gcc", "clang") if given is None else (given,))):
+        found = "no C compiler" if given is None else f"CC={given}, which is no program"
+        return f"expected a C compiler for Triton, found {found}; install gcc, and unset CC or make it a path"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
+    headers = Path(sysconfig.get_path("include", scheme))
     if not (headers / "Python.h").is_file():
         return (
             f"expected Python's headers for Triton, found that {headers} has no Python.h; install python3-dev"
@@ -286,7 +295,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"expected a device such as cpu or cuda, found {name!r}: {reason}") from error
     if device.type == "meta":

@@ -14,12 +14,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lrm_pl.errors import InputError
 from lrm_pl.io.state_dicts import LpipsNet, load_lpips_features
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.kernels.device import pixels_per_group
 
 #: Added to the norm of a feature vector, as lpips does.
 _EPSILON = 1e-10
+
+
+def require_measurable(side: int) -> None:
+    """Refuse images that VGG's four poolings leave nothing of.
+
+    Args:
+        side: Shorter side of the images, pixels.
+
+    Raises:
+        InputError: It is below 16.
+    """
+    if side < 16:
+        raise InputError(
+            f"expected crops of 16 pixels or more for LPIPS, found {side}; give a larger --data.crop.size, or "
+            "--model.objective.lpips 0"
+        )
 
 
 @final

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 #: Points decoded at a time: what compositing holds of them is about half a GB.
 _POINTS = 2**21
 
+#: Most points of a launch: the kernels' offsets are 32 bits, and a point has 4 outputs.
+_MOST_POINTS = 2**28
+
 #: Bytes of decoded samples that are kept for backward.
 KEPT_BYTES = 2**31
 
@@ -105,7 +108,7 @@ class PixelGrid(NamedTuple):
     @property
     def chunk_rows(self) -> int:
         """Rows of a chunk: whole tiles of 4."""
-        return max(4, (self.chunk or _POINTS) // (self.columns * self.samples) // 4 * 4)
+        return max(4, min(self.chunk or _POINTS, _MOST_POINTS) // (self.columns * self.samples) // 4 * 4)
 
 
 class PixelRays:

@@ -13,6 +13,7 @@ import torch
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
+from lrm_pl.training.logged import is_logged
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class BadSamples(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         last = trainer.global_step >= trainer.max_steps
-        if trainer.global_step % trainer.log_every_n_steps and not last:  # type: ignore[attr-defined]
+        if not (is_logged(trainer, trainer.global_step) or last):
             return
         counts = torch.tensor([self._bad, self._seen], dtype=torch.float64, device=pl_module.device)
         bad, seen = trainer.strategy.reduce(counts, reduce_op="sum").tolist()

@@ -18,6 +18,7 @@ from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.gradients import GradientGuard, GuardConfig
 from lrm_pl.training.holder import holder_of
+from lrm_pl.training.logged import is_logged
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, require_equal_weights, shard
 from lrm_pl.training.precision import Float32Convolutions
@@ -195,4 +196,4 @@ class LRMModule(L.LightningModule):
     @property
     def _logs(self) -> bool:
         """Whether the step that is being made is one that Lightning logs."""
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        return is_logged(self.trainer, self.global_step + 1)

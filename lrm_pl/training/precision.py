@@ -12,20 +12,29 @@ from lrm_pl.kernels.device import without_tf32
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 
 
-def require_supported_precision(precision: str) -> None:
+#: Lightning's short names.
+_SHORT = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def require_supported_precision(precision: str) -> str:
     """Refuse precisions whose weights are not float32: cameras, compositing and the optimizer need it.
 
     Args:
         precision: As in ``trainer.precision``.
 
+    Returns:
+        Its full name, a key of ``DTYPES``.
+
     Raises:
         InputError: It is one of these.
     """
+    precision = _SHORT.get(precision, precision)
     if precision not in DTYPES:
         raise InputError(
             f"expected trainer.precision {', '.join(DTYPES)}, found {precision}; choose one of these: weights stay "
             "float32, and bf16-mixed computes products in bfloat16"
         )
+    return precision
 
 
 class Float32Convolutions(L.Callback):

@@ -33,6 +33,7 @@ ON_CUDA = {
     "lrm_pl/kernels/decode_along_rays.py:_launch": RENDER,
     "lrm_pl/kernels/decode_along_rays.py:_op": RENDER,
     "lrm_pl/kernels/decode_along_rays.py:_backward_op": RENDER,
+    "lrm_pl/kernels/device.py:CopyStream.__init__": MODEL,
     "lrm_pl/kernels/device.py:HostCopy.__init__": MODEL,
     "lrm_pl/kernels/device.py:gpu_properties": RENDER,
     "lrm_pl/kernels/device.py:host_buffer": MODEL,
@@ -68,7 +69,7 @@ def names_of_tests(folder):
 
 def test_every_question_about_the_device_is_asked_for_both_and_all_that_hangs_on_it_runs(request):
     known = set().union(*map(names_of_tests, FOLDERS))
-    if not known <= {item.nodeid.split("[")[0] for item in request.session.items}:
+    if not known <= {f"{item.path.relative_to(ROOT)}::{item.originalname}" for item in request.session.items}:
         pytest.skip(f"it is about all tests of {' and '.join(FOLDERS)} together")
     assert RECORD.missing(*find()) == []
 

@@ -70,6 +70,7 @@ def test_every_way_to_divide_a_run_agrees_to_1e_5(runs, differences):
     assert max(rows.values()) <= 1e-5
 
 
+@pytest.mark.soak
 def test_a_checkpoint_of_two_fsdp2_processes_goes_on_under_ddp_and_in_one_process_and_the_other_way_round(
     runs, differences
 ):

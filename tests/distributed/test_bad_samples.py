@@ -37,6 +37,7 @@ def test_too_many_bad_samples_stop_both_ranks_with_the_list_and_a_checkpoint(run
     assert runs.scalars("bad")["data/bad_samples"][-1][1] == met
 
 
+@pytest.mark.soak
 def test_a_run_that_may_lose_samples_makes_all_its_steps_on_both_ranks(runs, damaged):
     options = (f"--data.folder={damaged}", "--data.max_bad_share=0.2", "--trainer.max_steps=30")
     runs.run("bad-allowed", 2, *options, layers=["ddp"])

@@ -23,6 +23,7 @@ def points(folder):
     ]
 
 
+@pytest.mark.soak
 def test_a_killed_run_that_goes_on_has_every_csv_row_once_and_the_values_of_an_uninterrupted_one(runs, root):
     options = ["-c", root / "configs/logger/csv.yaml", "--trainer.max_steps=12"]
 

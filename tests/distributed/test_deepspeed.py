@@ -164,6 +164,7 @@ def go_on(runs, sources, goals):
     return worst
 
 
+@pytest.mark.soak
 def test_a_deepspeed_checkpoint_goes_on_in_one_process_and_the_other_way_round(runs):
     other = {"deepspeed_2": ["cpu"], "cpu": ["deepspeed_2"]}
     assert go_on(runs, list(other), lambda source: other[source]) <= 1e-5

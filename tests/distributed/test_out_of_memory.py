@@ -5,7 +5,7 @@ import re
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_one_of_two_processes_says_what_would_help_before_the_launcher_stops_them(runs):
     log = runs.run(
         "memory", 2, "--trainer.callbacks+=tests.distributed.faults.RunOut", layers=["ddp"], status=1

@@ -147,6 +147,7 @@ def test_under_slurm_usr1_keeps_the_run_leaves_a_note_and_lightning_neither_save
     assert "expected no checkpoint that Lightning would load unasked, found" in log
 
 
+@pytest.mark.soak
 def test_a_run_fed_from_a_bucket_through_faults_and_two_kills_is_the_local_run(runs, whole, s3, tmp_path):
     fsspec.filesystem("s3").put(f"{runs.shards}/", "bucket/shards/", recursive=True)
     chance = random.Random(0)

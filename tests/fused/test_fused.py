@@ -233,8 +233,8 @@ def test_without_triton_nothing_is_fused(machine):
 def test_without_a_c_compiler_triton_is_not_used_and_that_is_logged_once(machine, tmp_path, caplog):
     machine.setenv("PATH", str(tmp_path))
     with caplog.at_level(logging.INFO):
-        assert "found no C compiler" in reason_against_triton()
-        assert "install gcc" in reason_against_triton()
+        assert "found no C compiler; install gcc" in reason_against_triton()
+        assert reason_against_triton()
     (record,) = caplog.records
     assert record.getMessage().startswith("running without Triton kernels: expected")
     compiler = tmp_path / "mycc"
@@ -244,8 +244,17 @@ def test_without_a_c_compiler_triton_is_not_used_and_that_is_logged_once(machine
     assert reason_against_triton() is None
 
 
+@pytest.mark.parametrize("given", ["/nonexistent/cc", "gcc -m64", ""])
+def test_what_triton_would_take_for_a_compiler_and_is_none_is_named(machine, given):
+    machine.setattr(device.shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    assert reason_against_triton() is None
+    machine.setenv("CC", given)
+    device._missing_for_triton.cache_clear()
+    assert f"found CC={given}, which is no program" in reason_against_triton()
+
+
 def test_without_pythons_headers_triton_is_not_used(machine, tmp_path):
-    machine.setattr(device.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    machine.setattr(device.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
     machine.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert f"{tmp_path} has no Python.h; install python3-dev" in reason_against_triton()
     (tmp_path / "Python.h").touch()
@@ -343,3 +352,8 @@ def test_wrong_shapes_and_types_are_refused():
     ):
         with pytest.raises(ValueError, match=found):
             fused._check(*((given | change)[name] for name in ("planes", "origins", "t", "alive", "mlp")))
+
+
+def test_a_launch_never_has_more_points_than_32_bits_can_count():
+    grid = rendering.PixelGrid(rows=2**20, columns=2**10, samples=2**7, chunk=2**40)
+    assert grid.chunk_rows * grid.columns * grid.samples * 4 < 2**31

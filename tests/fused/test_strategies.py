@@ -21,6 +21,10 @@ WAYS = {
 }
 
 
+#: Those that `make test` runs.
+FEW = ("fsdp2", "deepspeed_2")
+
+
 @pytest.fixture(scope="module")
 def plain(runs):  # noqa: F811 - the fixture
     runs.run("plain", 1, *TINY, layers=["cpu"])
@@ -38,7 +42,7 @@ def require_plain_losses(runs, plain, way, **how):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.soak] if way == "compiled" else []) for way in WAYS]
+    "way", [pytest.param(way, marks=[] if way in FEW else [pytest.mark.soak]) for way in WAYS]
 )
 def test_every_strategy_trains_fused_as_one_process_does_plainly(runs, plain, way):  # noqa: F811
     require_plain_losses(runs, plain, way, module="tests.fused.twin")

@@ -21,6 +21,9 @@ LAYERS = {
     "deepspeed_3": (),
 }
 
+#: Those that `make test` runs on a CPU too; a GPU gets them all.
+FEW = ("gpu", "fsdp2", "deepspeed_2")
+
 STEPS = ("--trainer.max_steps=4", "--trainer.val_check_interval=4")
 
 
@@ -53,7 +56,9 @@ def test_no_trainer_config_is_forgotten(root):
     assert {path.stem for path in (root / "configs/trainer").glob("*.yaml")} == LAYERS.keys() | {"cpu"}
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer", [pytest.param(layer, marks=[] if layer in FEW else [pytest.mark.soak]) for layer in LAYERS]
+)
 def test_a_trainer_config_trains_one_process_as_a_cpu_does(device, runs, on_a_cpu, layer):  # noqa: F811
     losses = run_on(device, runs, f"{device.name}-{layer}", layer, *LAYERS[layer])
     assert largest_difference(losses, on_a_cpu) <= device.rounding

@@ -279,6 +279,17 @@ def test_interpolation_resolves_after_the_layers_are_merged(tiny, tmp_path):
     assert cli.model.objective.lpips_start_step == 7
 
 
+def test_a_run_that_logs_no_step_trains(tiny, tmp_path):
+    main(["fit", *tiny, "--trainer.log_every_n_steps=0", "--run.folder", str(tmp_path / "run")])
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_crops_too_small_for_the_perceptual_loss_are_refused_before_training(tiny):
+    small = ("--data.crop.size=8", "--data.crop.low=8", "--data.crop.high=16", "--model.objective.lpips=1")
+    with pytest.raises(SystemExit, match="expected crops of 16 pixels or more for LPIPS, found 8"):
+        main(["fit", *tiny, *small])
+
+
 def test_an_unknown_command_is_refused_and_help_names_what_there_is(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lrm", "predikt"])
     with pytest.raises(SystemExit):

@@ -89,7 +89,7 @@ def test_a_bad_file_and_no_file_are_answered_in_words(visitor, tmp_path):
     visitor.wait_for_selector("text=expected a picture", timeout=30_000)
 
 
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ending", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)])
 def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_path, monkeypatch, ending):
     import psutil
 

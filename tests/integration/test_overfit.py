@@ -14,7 +14,7 @@ from lrm_pl.metrics import psnr_pooled
 OBJECT = "lockedLocker"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.blender
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default")

@@ -156,3 +156,26 @@ def test_the_launch_guard_of_a_gpu_is_pytorchs_own_and_of_a_cpu_nothing(monkeypa
     monkeypatch.setattr(torch.cuda, "device", lambda which: entered.append(which) or contextlib.nullcontext())
     with device.launch_guard(torch.device("cuda:3")), device.launch_guard(torch.device("cpu")):
         assert entered == [torch.device("cuda:3")]
+
+
+class WithoutStreams:
+    """The module of a device such as MPS: events, and no streams."""
+
+    Event = torch.cpu.Event if hasattr(torch.cpu, "Event") else object
+
+
+def test_a_device_without_streams_copies_at_once(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda device: WithoutStreams)
+    stream, source, into = device.CopyStream(torch.device("cpu")), torch.arange(3.0), torch.zeros(3)
+    with stream.after_current():
+        stream.copy(into, source)
+    stream.hold_back_current()
+    stream.synchronize()
+    assert torch.equal(into, source)
+    assert device.HostCopy(source).numbers() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["hpu", "privateuseone", "cuda:99", "nonsense", "meta"])
+def test_a_device_that_is_not_there_is_refused_by_name(name):
+    with pytest.raises(InputError, match=f"expected a device such as cpu or cuda, found '{name}'"):
+        device.choose_device(name)

@@ -8,7 +8,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.losses.objective import Objective
 from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.precision import Float32Convolutions
+from lrm_pl.training.precision import Float32Convolutions, require_supported_precision
 from tests.unit.test_model import tiny_lrm
 
 #: Lightning's own.
@@ -87,3 +87,8 @@ def test_weights_that_are_not_float32_are_refused_before_training(precision):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", 32])
 def test_precisions_are_let_through_by_any_of_lightnings_names(precision):
     set_up(precision)
+
+
+@pytest.mark.parametrize(("short", "full"), [("32", "32-true"), ("16", "16-mixed"), ("bf16", "bf16-mixed")])
+def test_what_fit_takes_for_a_precision_estimate_takes_too(short, full):
+    assert require_supported_precision(short) == require_supported_precision(full) == full

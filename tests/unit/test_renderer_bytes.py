@@ -69,6 +69,20 @@ def test_the_fused_decoder_moves_each_ray_and_sample_once_and_the_planes_once_a_
     assert {x.scratch for x in operations if x.name == "decode_along_rays_backward"} == {scratch}
 
 
+def test_rays_that_miss_save_the_fused_decoders_products_and_nothing_else():
+    """They stay in their grid, which compositing walks whole."""
+    fused = "decode_along_rays", "decode_along_rays_backward"
+
+    def costs(hits):
+        operations = renderer_operations(network(), Renderer(24), StepShape(2, 4, 32, hits, A100))
+        flops = sum(x.flops for x in operations if x.name in fused)
+        return flops, sum(x.moved for x in operations), sum(x.count for x in operations)
+
+    (flops, *rest), (all_flops, *all_rest) = costs(0.25), costs(1.0)
+    assert flops == 0.25 * all_flops
+    assert rest == all_rest
+
+
 @pytest.mark.filterwarnings("default")  # LightningCLI uses names that jsonargparse has deprecated
 def test_bytes_of_the_papers_step(root):
     """configs/experiment/paper.yaml on 128 GPUs: 8 objects each, 4 views of 128 x 128, 128 samples; 95 % hit.

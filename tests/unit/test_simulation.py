@@ -234,7 +234,7 @@ def test_work_of_rendering_grows_with_the_share_of_rays_that_hit():
     assert all_.forward["renderer"] == pytest.approx(2 * some.forward["renderer"], rel=0.02)
 
 
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_parts_of_all_ranks_are_the_whole_network_once_a_copy(copies):
     lrm, processes, held = network(depth=1), 4, 0.0
     for rank in range(processes):

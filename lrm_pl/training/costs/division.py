@@ -256,10 +256,10 @@ def _seconds(message: Message, machines: Machines, reach: Efficiency) -> float:
 
 
 def best_fitting(rows: Sequence[Division], memory: float) -> Division | None:
-    """Return the simplest row that fits a GPU's memory and is as fast as any to 2 %; None where nothing fits.
+    """Return the simplest row that fits a GPU's memory and is as fast as any to 5 %; None where nothing fits.
 
-    The middles of the ranges are compared.
+    The middles of the ranges are compared; estimates of one GPU's strategies are no closer to each other than that.
     """
     fits = [row for row in rows if row.peak <= memory]
     least = min((sum(row.seconds) for row in fits), default=0.0)
-    return next((row for row in fits if sum(row.seconds) <= 1.02 * least), None)
+    return next((row for row in fits if sum(row.seconds) <= 1.05 * least), None)

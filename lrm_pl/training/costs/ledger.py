@@ -115,6 +115,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak_with_aside: The most that both held together.
         operations: What ran.
         messages: What was exchanged.
+        shares: Name of an operator -> the share of its FLOPs that is done; 1 where there is none.
     """
 
     def __init__(self, opened: Container[str] = ()) -> None:
@@ -125,6 +126,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.messages: list[Message] = []
         self._sizes: dict[int, float] = {}
+        self.shares: dict[str, float] = {}
         self._times = 1.0
 
     def flops(self, part: str | None = None) -> float:
@@ -224,6 +226,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op, times = func._overloadpacket, self._times
         count, formula = flop_registry.get(op), _TRAFFIC.get(op)
         flops = 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+        flops *= self.shares.get(op.__name__, 1.0)
         if formula is None:
             traffic = Traffic(_moved(func, inputs, results))
         else:

@@ -188,7 +188,9 @@ def _parsed(name: str) -> tuple[frozenset[str], int | None]:
     words = set(re.split(r"[\s_\-]+", text.strip())) - _MAKERS
     # Model numbers have four digits or letters.
     sizes = {word for word in words if re.fullmatch(r"\d+gb?|\d{2,3}", word)}
-    memory = int(re.sub(r"\D", "", min(sizes))) if len(sizes) == 1 else None
+    if len(sizes) > 1:
+        return frozenset(words), None  # no GPU has two
+    memory = int(re.sub(r"\D", "", min(sizes))) if sizes else None
     return frozenset(words - sizes), memory
 
 

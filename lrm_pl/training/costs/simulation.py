@@ -358,7 +358,10 @@ class _OneChunk(Rays):
 
 
 class _OneChunkOfPixels(PixelRays):
-    """Grids of rays of which one chunk per object is marched, and booked as often as a share of hits needs it."""
+    """Grids of rays of which one chunk per object is marched, and booked as all of them.
+
+    Rays that miss stay in the grid; only the kernels pass over them.
+    """
 
     def __init__(
         self,
@@ -370,7 +373,8 @@ class _OneChunkOfPixels(PixelRays):
     ) -> None:
         super().__init__(*rays, jitter, grid)
         self.ledger, self.walked = ledger, min(grid.chunk_rows, grid.rows)
-        self.times = step.hits * grid.rows / self.walked
+        self.times = grid.rows / self.walked
+        ledger.shares = dict.fromkeys(("decode_along_rays", "decode_along_rays_backward"), step.hits)
         samples = self.alive.numel() * grid.samples
         chunk = len(self.alive) * self.walked * grid.columns * grid.samples
         #: Bytes kept for backward beyond those of the chunks that are marched.
