@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.convert import main as convert
+from lrm_pl.apps.parsed import parse_fit
 from lrm_pl.apps.train import command_line, main
 from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.dataset import TrainingStream
@@ -22,6 +24,7 @@ from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
 from lrm_pl.data.schema import encode_sample
 from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
 from lrm_pl.io.checkpoints import read_index
+from lrm_pl.training.run_keeper import RunKeeper
 from tests.parity.networks import randomised
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
@@ -270,15 +273,6 @@ def test_a_misspelt_key_in_a_config_file_is_refused_by_name(tiny, tmp_path, caps
     assert "bach_size" in capsys.readouterr().err
 
 
-def test_interpolation_resolves_after_the_layers_are_merged(tiny, tmp_path):
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text("model: {objective: {lpips_start_step: '${trainer.max_steps}'}}\n")
-    second.write_text("trainer: {max_steps: 7}\n")
-    arguments = [*tiny, "-c", str(first), "-c", str(second)]
-    cli = command_line(arguments, run=False)
-    assert cli.model.objective.lpips_start_step == 7
-
-
 def test_a_run_that_logs_no_step_trains(tiny, tmp_path):
     main(["fit", *tiny, "--trainer.log_every_n_steps=0", "--run.folder", str(tmp_path / "run")])
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
@@ -481,3 +475,64 @@ def test_a_mixture_of_sets_is_trained_on_and_measured(tiny, tmp_path, shards, ca
     write_synthetic_shards(other, train=3, val=1, views=6, resolution=32)
     main(["fit", *tiny, f"--data.also=[{{folder: {other}, weight: 3}}]"])
     assert "unseen views of the training objects: 14 images of 7 objects" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["'${trainer.max_steps}'", "'${oc.env:LRM_TEST_STEPS}'"])
+def test_what_a_config_interpolates_is_resolved_by_every_command(tiny, tmp_path, monkeypatch, value):
+    monkeypatch.setenv("LRM_TEST_STEPS", "3")
+    (tmp_path / "own.yaml").write_text(
+        f"model: {{objective: {{lpips_start_step: {value}}}}}\n"
+        f"run: {{folder: '{tmp_path}/steps${{trainer.max_steps}}'}}\n"
+    )
+    arguments = [*tiny, "-c", str(tmp_path / "own.yaml"), "--trainer.max_steps=3"]
+    assert parse_fit(arguments).model.objective.lpips_start_step == 3
+    main(["fit", *arguments])
+    assert (tmp_path / "steps3/checkpoints/step-00000003").is_dir()
+    record = yaml.safe_load((tmp_path / "steps3/config.yaml").read_text())
+    assert record["model"]["objective"]["lpips_start_step"] == 3
+
+
+def test_callbacks_of_a_config_are_added_to_those_that_keep_the_run(tiny, tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        "trainer:\n  callbacks:\n"
+        "  - lightning.pytorch.callbacks.LearningRateMonitor\n"
+        "  - class_path: lightning.pytorch.callbacks.TQDMProgressBar\n    init_args: {refresh_rate: 5}\n"
+    )
+    cli = command_line([*tiny, "-c", str(tmp_path / "own.yaml")], run=False)
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert {"RunKeeper", "ViewLogger", "LearningRateMonitor"} <= set(names)
+    assert names.count("RunKeeper") == 1
+    assert "TQDMProgressBar" in names
+    assert "ProgressBar" not in names
+
+
+def test_one_of_those_callbacks_is_replaced_by_the_configs_own(tiny, tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        "trainer:\n  callbacks:\n"
+        "  - class_path: lrm_pl.training.run_keeper.RunKeeper\n    init_args: {every: 7}\n"
+    )
+    cli = command_line([*tiny, "-c", str(tmp_path / "own.yaml")], run=False)
+    (keeper,) = [c for c in cli.trainer.callbacks if isinstance(c, RunKeeper)]
+    assert keeper.every == 7
+
+
+@pytest.mark.parametrize("option", ["--optimizer=SGD", "--lr_scheduler=CosineAnnealingLR"])
+def test_an_optimizer_that_would_not_be_used_is_not_offered(tiny, option, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny, option])
+    assert option.split("=")[0] in capsys.readouterr().err
+
+
+def test_a_validation_is_after_so_many_optimizer_steps_however_batches_are_accumulated(tiny, tmp_path):
+    options = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2"]
+    cli = command_line([*tiny, *options, "--trainer.max_steps=4"], run=False)
+    steps = []
+
+    class Note(L.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            steps.append(trainer.global_step)
+
+    cli.trainer.callbacks.append(Note())
+    cli.before_fit()
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert steps == [2, 4]
