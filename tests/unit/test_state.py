@@ -2,6 +2,7 @@
 
 import types
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
@@ -262,8 +263,8 @@ def test_on_the_command_line_it_is_refused_before_anything_is_made(root, monkeyp
 
 def test_in_python_it_is_refused_before_the_network_is_moved():
     module = LRMModule(tiny_lrm(), Renderer(8), Objective())
-    module._trainer = types.SimpleNamespace(strategy=FSDPStrategy())
-    module._fabric = None
+    module.trainer = L.Trainer(accelerator="cpu", barebones=True)
+    module.trainer._accelerator_connector.strategy = FSDPStrategy()  # Lightning makes one on GPUs only
     with pytest.raises(InputError, match=r"FSDPStrategy; use .*configs/trainer/fsdp2\.yaml"):
         module.setup("fit")
 
