@@ -5,8 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import box, write_gltf
-from test_repack import members
 
 from data_tools.geometry import back_project
 from data_tools.repack import repack
@@ -14,6 +12,8 @@ from data_tools.validate import validate
 from lrm_pl.data.geometry_views import decode_depth, decode_normals, depth_member, normal_member
 from lrm_pl.data.schema import SURFACE_MEMBER, decode_image, decode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, decode_surface
+from tests.data_tools.conftest import box, write_gltf
+from tests.data_tools.test_repack import members
 
 pytestmark = pytest.mark.blender
 

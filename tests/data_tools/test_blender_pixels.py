@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pyarrow.parquet
 import pytest
-from conftest import box, write_gltf
 
 from lrm_pl.data.manifest import read_index, read_manifest
 from lrm_pl.data.schema import decode_image, decode_sample
+from tests.data_tools.conftest import box, write_gltf
 
 pytestmark = pytest.mark.blender
 

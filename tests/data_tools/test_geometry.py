@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_repack import members
 
 from data_tools.__main__ import main
 from data_tools.geometry import back_project, check_geometry, smaller_geometry
@@ -28,6 +27,7 @@ from lrm_pl.data.surface import SURFACE_POINTS, decode_surface, encode_surface
 from lrm_pl.data.synthetic import DISTANCE, synthetic_sample
 from lrm_pl.errors import InputError
 from lrm_pl.meshes.triangles import draw_points
+from tests.data_tools.test_repack import members
 
 VIEWS, SIDE = 4, 32
 
