@@ -3,13 +3,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-PYTHON ?= python3.11
-CONFIG ?= configs/experiment/demo.yaml
-DATA ?= data/demo
-ARGS ?=
+# Set on make's command line, and not taken from the environment, where names as plain as these may mean anything.
+PYTHON := python3.11
+DEMO := configs/experiment/demo.yaml
+CONFIG := $(DEMO)
+DATA :=
+ARGS :=
 
-# make train on several processes, and make train and render-shards on a cluster; see `lrm launch --help`. Not taken
-# from the environment, where names as plain as these may mean anything.
+# make train on several processes, and make train and render-shards on a cluster; see `lrm launch --help`.
 NODES :=
 GPUS :=
 PROCESSES :=
@@ -30,12 +31,13 @@ CKPT :=
 PROTOCOL :=
 
 # make render-shards
-ASSETS ?= data_tools/demo_assets
-OUT ?= data/demo
-VIEWS ?= 16
-RES ?= 128
-SAMPLES ?= 16
-JOBS ?=
+ASSETS := data_tools/demo_assets
+OUT := data/demo
+VIEWS := 16
+RES := 128
+SAMPLES := 16
+JOBS :=
+BENCH :=
 
 APT_VENV := python3.11-venv
 APT_BLENDER := libx11-6 libxrender1 libxfixes3 libxi6 libxt6 libxkbcommon0 libsm6 libgl1
@@ -46,8 +48,10 @@ if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq --no-i
 else echo "Missing system packages. Run:  sudo apt-get install $(1)   and then make again." >&2; exit 1; fi
 endef
 
+# $(call quoted,VALUE): one word of the shell, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
 # $(call option,--name,VALUE): --name='VALUE', or nothing where there is no value.
-option = $(if $(2),$(1)='$(subst ','\'',$(2))')
+option = $(if $(2),$(1)=$(call quoted,$(2)))
 JOB = $(call option,--nodes,$(NODES)) $(call option,--gpus,$(GPUS)) $(call option,--processes,$(PROCESSES)) \
   $(call option,--partition,$(PARTITION)) $(call option,--account,$(ACCOUNT)) $(call option,--container,$(CONTAINER))
 LAUNCH = $(JOB) $(call option,--strategy,$(STRATEGY)) $(call option,--name,$(NAME)) $(call option,--time,$(TIME)) \
@@ -55,9 +59,12 @@ LAUNCH = $(JOB) $(call option,--strategy,$(STRATEGY)) $(call option,--name,$(NAM
 DRY = $(filter-out 0,$(DRY_RUN))
 RENDER_JOB = $(call option,--nodes,$(NODES)) $(call option,--gpus,$(GPUS)) $(call option,--partition,$(PARTITION)) \
   $(call option,--account,$(ACCOUNT)) $(call option,--time,$(TIME)) $(if $(DRY),--dry-run)
-RENDER = --assets $(ASSETS) --out $(OUT) --views $(VIEWS) --res $(RES) \
-  --samples $(SAMPLES) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
-LAYERS = $(foreach config,$(CONFIG),-c $(config))
+RENDER = $(call option,--assets,$(ASSETS)) $(call option,--out,$(OUT)) $(call option,--views,$(VIEWS)) \
+  $(call option,--res,$(RES)) $(call option,--samples,$(SAMPLES)) $(call option,--jobs,$(JOBS)) $(ARGS)
+LAYERS = $(foreach config,$(CONFIG),$(call option,-c,$(config)))
+# The demo's shards are made where they are trained on: where they are named, or where no others are.
+DEMO_SHARDS = $(if $(DRY),,$(if $(filter data/demo,$(or $(DATA),$(if $(filter $(DEMO),$(CONFIG)),data/demo))),\
+  data/demo/manifest.json))
 
 .PHONY: help train infer evaluate demo serve doctor render-shards tensorboard test test-fast test-gpu soak bench lint clean
 
@@ -65,20 +72,20 @@ help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
-train: .venv/ready $(if $(or $(DRY),$(findstring ://,$(DATA))),,$(DATA)/manifest.json) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; NODES= GPUS=
+train: .venv/ready $(DEMO_SHARDS) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; NODES= GPUS=
 ifeq ($(strip $(LAUNCH)),)
-	.venv/bin/lrm fit $(LAYERS) --data.folder $(DATA) $(ARGS)
+	.venv/bin/lrm fit $(LAYERS) $(call option,--data.folder,$(DATA)) $(ARGS)
 else
-	@.venv/bin/lrm launch $(LAUNCH) $(LAYERS) --data $(DATA) -- $(ARGS)
+	@.venv/bin/lrm launch $(LAUNCH) $(LAYERS) $(call option,--data,$(DATA)) -- $(ARGS)
 endif
 
 infer: .venv/ready ## From a photo to a 3D file: IMAGE=photo.png CKPT= ARGS="--texture"
-	@test -n "$(IMAGE)" || { echo "Which picture?  make infer IMAGE=photo.png" >&2; exit 2; }
-	.venv/bin/lrm infer "$(IMAGE)" $(call option,--ckpt,$(CKPT)) $(ARGS)
+	@test -n $(call quoted,$(IMAGE)) || { echo "Which picture?  make infer IMAGE=photo.png" >&2; exit 2; }
+	.venv/bin/lrm infer $(call quoted,$(IMAGE)) $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PROCESSES= ARGS="--baseline"
 	$(if $(PROCESSES),.venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m lrm_pl,.venv/bin/lrm) evaluate \
-	  $(call option,--ckpt,$(CKPT)) --data $(DATA) $(call option,--protocol,$(PROTOCOL)) $(ARGS)
+	  $(call option,--ckpt,$(CKPT)) $(call option,--data,$(DATA)) $(call option,--protocol,$(PROTOCOL)) $(ARGS)
 
 demo: .venv/ready ## A page in the browser that turns photos into meshes: CKPT= ARGS="--port 7860"
 	.venv/bin/lrm demo $(call option,--ckpt,$(CKPT)) $(ARGS)
@@ -87,7 +94,7 @@ serve: .venv/ready ## Answer pictures with meshes over HTTP: CKPT= ARGS="--port 
 	.venv/bin/lrm serve $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PARTITION= ACCOUNT=
-	.venv/bin/lrm doctor $(JOB) $(LAYERS) --data.folder $(DATA) $(ARGS)
+	.venv/bin/lrm doctor $(JOB) $(LAYERS) $(call option,--data.folder,$(DATA)) $(ARGS)
 
 render-shards: .venv-render/ready ## Render meshes: ASSETS= OUT= VIEWS= RES= SAMPLES= JOBS= ARGS=; on a cluster: NODES=
 ifeq ($(strip $(RENDER_JOB)),)
@@ -99,9 +106,6 @@ endif
 data/demo/manifest.json:
 	$(MAKE) .venv-render
 	.venv-render/bin/python -m data_tools render --out data/demo
-
-%/manifest.json:
-	@echo "No shards in $*. Make some with:  make render-shards ASSETS=folder-of-meshes OUT=$*" >&2; exit 1
 
 tensorboard: .venv/ready ## Watch the runs in the browser
 	.venv/bin/tensorboard --logdir runs

@@ -8,6 +8,7 @@ hull carved out of its pictures must fit all of its cameras. An object that cann
 import argparse
 import dataclasses
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -138,7 +139,7 @@ def convert(
     print(f"{len(tasks) - len(failures)} objects in {len(shards)} shards, {len(failures)} left out")
     if failures:
         print(f"why            {out / FAILURES_NAME}")
-    print(f"next           make train DATA={out}")
+    print(f"next           make train DATA={shlex.quote(str(out))}")
     return manifest
 
 

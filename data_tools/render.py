@@ -7,6 +7,7 @@ the contact sheet, ``filter.parquet``, and ``manifest.json`` last.
 import dataclasses
 import errno
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -239,4 +240,4 @@ def _print_summary(out: Path, manifest: Manifest, seconds: float, done: _Done) -
         )
     print(f"folder         {out}")
     print(f"contact sheet  {out / SHEET_NAME}")
-    print(f"next           make train DATA={out}")
+    print(f"next           make train DATA={shlex.quote(str(out))}")

@@ -5,6 +5,7 @@ keep their bytes. The new folder appears under its name when it is whole.
 """
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,8 @@ def repack(
         write_contact_sheet(folder, manifest.shards, manifest.views)
         write_manifest(folder, manifest)
     left_out = f", {total - len(samples)} left out" if len(samples) < total else ""
-    print(f"{len(samples)} objects in {len(shards)} shards{left_out}\nnext           make train DATA={out}")
+    print(f"{len(samples)} objects in {len(shards)} shards{left_out}")
+    print(f"next           make train DATA={shlex.quote(str(out))}")
     return manifest
 
 

@@ -8,6 +8,7 @@ convention leave no hull at all.
 
 import dataclasses
 import hashlib
+import shlex
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ def validate(folder: Path) -> int:
     verdict = "all right" if not found else f"{len(found)} problems, in {bad} samples or shards"
     print(f"{samples} objects in {len(manifest.shards)} shards: {verdict}")
     print(
-        f"next           make train DATA={folder}"
+        f"next           make train DATA={shlex.quote(str(folder))}"
         if not found
         else f"next           delete these shards and {folder / 'manifest.json'}, then render again"
     )

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from data_tools.assets import LIST_NAME, AssetsError, scan, write_list
+from data_tools.sources.outcome import next_step
 
 
 def fetch_folder(assets: Path, out: Path | None) -> None:
@@ -27,4 +28,4 @@ def fetch_folder(assets: Path, out: Path | None) -> None:
     found = scan(folder)
     write_list(folder, found)
     print(f"{len(found)} assets in {folder / LIST_NAME}")
-    print(f"next  make render-shards ASSETS={folder} OUT=data/{folder.resolve().name}")
+    print(next_step(folder))

@@ -8,6 +8,7 @@ OUT/left_out.jsonl    {"id", "reason"} of what cannot
 import hashlib
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,13 @@ def write_outcome(
     splits = Counter(asset.split for asset in assets)
     held_out = f", {splits['val']} of them held out (val)" if splits["val"] else ""
     print(f"{len(assets)} assets{held_out} in {out / LIST_NAME}")
-    print(f"next  make render-shards ASSETS={out} OUT=data/{out.resolve().name}")
+    print(next_step(out))
+
+
+def next_step(assets: Path) -> str:
+    """Return the line that says how to render a folder of assets."""
+    out = f"data/{assets.resolve().name}"
+    return f"next  make render-shards ASSETS={shlex.quote(str(assets))} OUT={shlex.quote(out)}"
 
 
 def _attribution(assets: Sequence[Asset], changes: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from lrm_pl.apps import slurm
 from lrm_pl.apps.checks.table import rows, show
 from lrm_pl.apps.checks.versions import versions
-from lrm_pl.apps.launch import processes_a_node
+from lrm_pl.apps.launch import data_folders, processes_a_node
 from lrm_pl.errors import InputError
 from lrm_pl.io.weights import cache_folder
 
@@ -32,7 +32,11 @@ def start_on_nodes(options: argparse.Namespace, arguments: Sequence[str]) -> lis
     cpus = processes * slurm.cpus_a_process(partition, gpus, processes)
     python = "python" if options.container else sys.executable
     data = [] if options.data is None else [f"--data.folder={options.data}"]
-    mounts = [options.data or ".", "runs", cache_folder()]
+    mounts = (
+        [*data_folders(fit_arguments(options, arguments)), "runs", cache_folder()]
+        if options.container
+        else []
+    )
     return [
         *("srun", "--job-name=lrm-doctor", "--time=30", f"--nodes={options.nodes}", "--ntasks-per-node=1"),
         f"--cpus-per-task={cpus}",

@@ -20,9 +20,10 @@ class Launch:
         nodes: Machines.
         processes: Processes a machine; with GPUs, one a GPU.
         gpus: GPUs a machine; 0 means CPU processes with gloo.
+        below: The layer of ``configs/trainer`` that the config may change.
         configs: Layers of the config, the last wins.
-        strategy: The layer of ``configs/trainer`` that comes on top of them.
-        data: Folder of the shards.
+        strategy: The layer of ``configs/trainer`` that was asked for, and comes on top of them; "" means none.
+        data: Folder of the shards; "" leaves it to the config.
         run: Folder of the run: a job that starts again comes back to it.
         arguments: More arguments of `lrm fit`.
     """
@@ -30,6 +31,7 @@ class Launch:
     nodes: int
     processes: int
     gpus: int
+    below: str
     configs: tuple[str, ...]
     strategy: str
     data: str
@@ -38,14 +40,20 @@ class Launch:
 
     def fit(self) -> list[str]:
         """Return the arguments of ``python`` that train."""
-        layers = [*self.configs, str(STRATEGIES / f"{self.strategy}.yaml")]
+        return ["-m", "lrm_pl", "fit", *self.fit_arguments()]
+
+    def fit_arguments(self) -> list[str]:
+        """Return the arguments of `lrm fit`."""
+        first, last = (
+            [str(STRATEGIES / f"{name}.yaml")] if name else [] for name in (self.below, self.strategy)
+        )
         return [
-            *("-m", "lrm_pl", "fit"),
-            *(word for layer in layers for word in ("-c", layer)),
+            *(word for layer in [*first, *self.configs, *last] for word in ("-c", layer)),
             *("--trainer.num_nodes", str(self.nodes), "--trainer.devices", str(self.processes)),
             # Said in either case: else a node whose GPUs are not seen would train on its CPUs.
             *("--trainer.accelerator", "gpu" if self.gpus else "cpu"),
-            *("--data.folder", self.data, "--run.folder", str(self.run)),
+            *(("--data.folder", self.data) if self.data else ()),
+            *("--run.folder", str(self.run)),
             *self.arguments,
         ]
 
@@ -60,6 +68,7 @@ def job_script(
     account: str = "",
     time: str = "24:00:00",
     container: str = "",
+    mounts: Sequence[str | Path] = (),
 ) -> str:
     """Fill the template of the job.
 
@@ -72,8 +81,9 @@ def job_script(
         account: Who pays; "" leaves it to Slurm.
         time: Limit of one start of the job.
         container: Image to run in; "" means none.
+        mounts: What it must see beside the working folder, the runs and the cache: the data.
     """
-    options = slurm.container_options(container, [launch.data, launch.run.parent, cache])
+    options = slurm.container_options(container, [*mounts, launch.run.parent, cache])
     values = {
         "name": slurm.checked("name", launch.run.name),
         "nodes": str(launch.nodes),

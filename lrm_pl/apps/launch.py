@@ -35,13 +35,13 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
         if value < least:
             raise InputError(f"expected {name} of at least {least}, found {value}; correct {name}=")
     processes = processes_a_node(gpus, options.processes)
-    strategy = options.strategy or ("ddp" if options.nodes * processes > 1 else "gpu" if gpus else "cpu")
-    layer = STRATEGIES / f"{slurm.checked('strategy', strategy)}.yaml"
-    if not layer.is_file():
-        known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
-        raise InputError(
-            f"expected STRATEGY among {known} ({STRATEGIES}/), found {strategy!r}; name one of them"
-        )
+    fitting = "ddp" if options.nodes * processes > 1 else "gpu" if gpus else "cpu"
+    for strategy in (fitting, slurm.checked("strategy", options.strategy)):
+        if strategy and not (STRATEGIES / f"{strategy}.yaml").is_file():
+            known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
+            raise InputError(
+                f"expected STRATEGY among {known} ({STRATEGIES}/), found {strategy!r}; name one of them"
+            )
     for config in options.config:
         if not Path(config).is_file():
             raise InputError(f"expected a config file, found none at {config}; correct CONFIG=")
@@ -52,9 +52,26 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
             f"expected another NAME, found {name!r}: Lightning takes it for a shell, not a job; choose one"
         )
     run = Path("runs") / slurm.checked("name", name)
+    below = "" if options.strategy else fitting
     return Launch(
-        options.nodes, processes, gpus, tuple(options.config), strategy, options.data, run, tuple(arguments)
+        nodes=options.nodes,
+        processes=processes,
+        gpus=gpus,
+        below=below,
+        configs=tuple(options.config),
+        strategy=options.strategy,
+        data=options.data,
+        run=run,
+        arguments=tuple(arguments),
     )
+
+
+def data_folders(arguments: list[str]) -> list[str]:
+    """Return the folders of all data sets that `lrm fit` with these arguments reads."""
+    from lrm_pl.apps.parsed import parse_fit  # loads torch, which most launches can do without
+
+    data = parse_fit(arguments)["data"]
+    return [data["folder"], *(one.folder for one in data["also"])]
 
 
 def processes_a_node(gpus: int, given: int | None) -> int:
@@ -84,6 +101,7 @@ def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
         account=options.account,
         time=options.time,
         container=options.container,
+        mounts=data_folders(launch.fit_arguments()) if options.container else (),
     )
     print(script)
     path = launch.run / "job.sbatch"
@@ -140,9 +158,13 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, help="GPUs a machine; 0 trains on CPUs; Slurm is asked if it is not given")
     add("--processes", type=int, help="processes a machine where no GPU is used (1)")
     add("--config", "-c", action="append", required=True, help="a layer of the config; the last wins")
-    add("--data", default="data/demo", help="folder of the shards")
+    add("--data", default="", help="folder of the shards; the config's unless given")
     add("--name", default="", help="the run is runs/NAME; one that is there is gone on with")
-    add("--strategy", default="", help=f"a layer of {STRATEGIES} (ddp for more than one process)")
+    add(
+        "--strategy",
+        default="",
+        help=f"a layer of {STRATEGIES} (ddp for more than one process, unless the config says otherwise)",
+    )
     add("--partition", default="", help="Slurm's partition")
     add("--account", default="", help="Slurm's account")
     add("--time", default="24:00:00", help="limit of one start of the job (24:00:00)")

@@ -263,7 +263,9 @@ def test_make_renders_here_unless_a_cluster_is_named(root):
         command = ["make", "-n", "-o", ".venv-render/ready", "render-shards", "OUT=data/mine", *words]
         return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
 
-    assert "data_tools render --assets data_tools/demo_assets --out data/mine --views 16 " in typed()
-    assert "data_tools launch --nodes='8' --partition='gpu' --dry-run -- --assets " in re.sub(
+    assert "data_tools render --assets='data_tools/demo_assets' --out='data/mine' --views='16' " in re.sub(
+        " +", " ", typed()
+    )
+    assert "data_tools launch --nodes='8' --partition='gpu' --dry-run -- --assets=" in re.sub(
         " +", " ", typed("NODES=8", "PARTITION=gpu", "DRY_RUN=1")
     )

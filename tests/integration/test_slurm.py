@@ -71,7 +71,7 @@ def wait_for(log, pattern, count, seconds=60):
 
 
 def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_rank_dies(here):
-    launch = Launch(2, 1, 0, (), "ddp", "data", Path("runs/try"), ())
+    launch = Launch(2, 1, 0, "ddp", (), "", "data", Path("runs/try"), ())
     launch.run.mkdir(parents=True)
     script = launch.run / "job.sbatch"
     script.write_text(
@@ -110,7 +110,7 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
     trainer = {"max_steps": 60, "limit_val_batches": 0, "log_every_n_steps": 1, "precision": "32-true"}
     config = {**TINY, "trainer": {**trainer, "val_check_interval": 60}}
     (here / "tiny.yaml").write_text(yaml.safe_dump(config | {"data": TINY["data"] | {"workers": 1}}))
-    launch = Launch(2, 1, 0, ("tiny.yaml",), "ddp", str(shards), Path("runs/real"), ())
+    launch = Launch(2, 1, 0, "ddp", ("tiny.yaml",), "", str(shards), Path("runs/real"), ())
     launch.run.mkdir(parents=True)
     script = launch.run / "job.sbatch"
     program = [sys.executable, *launch.fit()]

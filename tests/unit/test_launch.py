@@ -42,8 +42,9 @@ def a_launch(**changes):
         "nodes": 2,
         "processes": 8,
         "gpus": 8,
+        "below": "ddp",
         "configs": ("mine.yaml",),
-        "strategy": "ddp",
+        "strategy": "",
         "data": "data/mine",
         "run": Path("runs/mine-1"),
         "arguments": (),
@@ -86,7 +87,7 @@ def test_a_gpu_job_is_this_script_line_by_line(checkout):
         "}",
         "trap come_back TERM",
         "srun --kill-on-bad-exit=1 --cpus-per-task=6 \\",
-        "  python -m lrm_pl fit -c mine.yaml -c configs/trainer/ddp.yaml --trainer.num_nodes 2 --trainer.devices 8 "
+        "  python -m lrm_pl fit -c configs/trainer/ddp.yaml -c mine.yaml --trainer.num_nodes 2 --trainer.devices 8 "
         "--trainer.accelerator gpu --data.folder data/mine --run.folder runs/mine-1 &",
         "step=$!",
         "status=0",
@@ -166,7 +167,7 @@ def test_a_cpu_job_asks_for_no_gpu_and_trains_on_cpus(checkout):
 
 def test_a_container_sees_the_working_folder_and_the_data_beside_it(checkout, tmp_path_factory):
     outside = tmp_path_factory.mktemp("elsewhere")
-    script = script_of(a_launch(data=str(outside)), container="lab/image:1", cache=checkout / "cache")
+    script = script_of(a_launch(), container="lab/image:1", cache=checkout / "cache", mounts=[str(outside)])
     assert (
         f"--cpus-per-task=6 --container-image=lab/image:1 --container-mounts={checkout}:{checkout},"
         f"{outside}:{outside} --container-workdir={checkout} \\\n"
@@ -175,7 +176,7 @@ def test_a_container_sees_the_working_folder_and_the_data_beside_it(checkout, tm
 
 def test_a_folder_that_a_mount_cannot_name_is_refused(checkout):
     with pytest.raises(InputError, match="without commas and colons"):
-        script_of(a_launch(data="/data/a,b"), container="image")
+        script_of(a_launch(), container="image", mounts=["/data/a,b"])
 
 
 def test_the_script_is_a_shell_script_whatever_the_arguments_hold(checkout, tmp_path):
@@ -264,15 +265,15 @@ def test_two_nodes_without_slurm_are_two_lines_that_differ_in_the_rank_alone(no_
         *("--master-addr", "first", "--master-port", "1234", "--nproc-per-node", "1", "-m", "lrm_pl", "fit"),
         *(
             "-c",
-            "mine.yaml",
-            "-c",
             "configs/trainer/ddp.yaml",
+            "-c",
+            "mine.yaml",
             "--trainer.num_nodes",
             "2",
             "--trainer.devices",
             "1",
         ),
-        *("--trainer.accelerator", "cpu", "--data.folder", "data/demo", "--run.folder", "runs/x"),
+        *("--trainer.accelerator", "cpu", "--run.folder", "runs/x"),
         *("--trainer.max_steps", "5"),
     ]
     assert lines[1] == lines[0].replace("--node-rank 0", "--node-rank 1")
@@ -311,15 +312,27 @@ def test_master_leaves_a_slurm_alone_that_does_not_answer(checkout, monkeypatch,
         (["--gpus=1"], "gpu"),
         (["--gpus=2"], "ddp"),
         (["--gpus=0", "--processes=2"], "ddp"),
-        (["--gpus=2", "--strategy=gpu"], "gpu"),
     ],
 )
 def test_one_node_is_started_here_with_the_strategy_of_its_processes(no_slurm, capsys, arguments, strategy):
     main([*arguments, "-c", "mine.yaml", "--dry-run"])
     said = capsys.readouterr().out
     assert "torch.distributed.run --standalone" in said
-    assert f"-c mine.yaml -c configs/trainer/{strategy}.yaml " in said
+    assert f" -c configs/trainer/{strategy}.yaml -c mine.yaml --trainer" in said, (
+        "the config may say otherwise"
+    )
     assert not Path("runs").exists(), "a dry run writes nothing"
+
+
+def test_a_strategy_and_data_that_are_asked_for_are_on_top_of_the_config_and_others_do_not_touch_it(
+    no_slurm, capsys
+):
+    main(["--gpus=2", "--strategy=gpu", "--data=data/mine", "-c", "mine.yaml", "--dry-run"])
+    said = capsys.readouterr().out
+    assert " fit -c mine.yaml -c configs/trainer/gpu.yaml --trainer" in said
+    assert " --data.folder data/mine " in said
+    main(["--gpus=2", "-c", "mine.yaml", "--dry-run"])
+    assert "--data.folder" not in capsys.readouterr().out
 
 
 def test_the_default_name_is_the_experiment_and_the_time(no_slurm, capsys):

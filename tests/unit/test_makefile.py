@@ -1,0 +1,76 @@
+"""What `make` hands on: what was typed, a word for a word, and nothing of the environment."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+
+
+@pytest.fixture
+def typed(root, tmp_path):
+    """Return the words of the last command that make would run where no shards are, and its other lines."""
+    (tmp_path / "Makefile").write_bytes((root / "Makefile").read_bytes())
+    for name in ("pyproject.toml", "data_tools/requirements.txt", ".venv/ready", ".venv-render/ready"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+    def run(*words, **environment):
+        done = subprocess.run(
+            ["make", "-n", *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+            env=outside | environment,
+        )
+        *before, last = done.stdout.replace("\\\n", " ").splitlines()
+        return shlex.split(last), before
+
+    return run
+
+
+def test_the_environment_does_not_change_what_make_does(typed):
+    names = "CONFIG DATA ARGS PYTHON ASSETS OUT VIEWS RES SAMPLES JOBS NODES GPUS STRATEGY CKPT IMAGE PROTOCOL BENCH"
+    leaked = dict.fromkeys(names.split(), "leaked")
+    for target in ("train", "doctor", "evaluate", "render-shards", "bench"):
+        assert typed(target, **leaked) == typed(target), target
+
+
+@pytest.mark.parametrize("path", ["my meshes", "it's", "a$$b", 'two "quotes"', "a;id", "ä(1)"])
+def test_a_path_is_one_word_whatever_is_in_it(typed, path):
+    meant = path.replace("$$", "$")  # make's own way to write a dollar sign
+    assert f"--assets={meant}" in typed("render-shards", f"ASSETS={path}", "OUT=out")[0]
+    assert f"--out={meant}" in typed("render-shards", "ASSETS=in", f"OUT={path}")[0]
+    assert f"--data.folder={meant}" in typed("train", f"DATA={path}")[0]
+    assert f"--data={meant}" in typed("train", f"DATA={path}", "NODES=2")[0]
+    assert f"--data={meant}" in typed("evaluate", f"DATA={path}")[0]
+    assert f"--ckpt={meant}" in typed("evaluate", f"CKPT={path}")[0]
+    assert typed("infer", f"IMAGE={path}")[0][2] == meant
+
+
+def test_what_is_not_given_is_left_to_the_config(typed):
+    words, _ = typed("train", "CONFIG=mine.yaml")
+    assert words == [".venv/bin/lrm", "fit", "-c=mine.yaml"]
+    words, _ = typed("train", "CONFIG=mine.yaml", "NODES=2", "GPUS=8")
+    assert words == [".venv/bin/lrm", "launch", "--nodes=2", "--gpus=8", "-c=mine.yaml", "--"]
+    words, _ = typed("train", "CONFIG=one.yaml two.yaml", "DATA=s3://bucket/mine")
+    assert words == [".venv/bin/lrm", "fit", "-c=one.yaml", "-c=two.yaml", "--data.folder=s3://bucket/mine"]
+
+
+@pytest.mark.parametrize(
+    ("words", "made"),
+    [
+        ((), True),
+        (("DATA=data/demo",), True),
+        (("CONFIG=mine.yaml", "DATA=data/demo"), True),
+        (("DATA=data/mine",), False),
+        (("CONFIG=mine.yaml",), False),
+        (("DATA=s3://bucket/mine",), False),
+        (("DRY_RUN=1", "NODES=2"), False),
+    ],
+)
+def test_the_demos_shards_are_made_only_where_they_are_trained_on(typed, words, made):
+    _, before = typed("train", *words)
+    assert any("data_tools render --out data/demo" in line for line in before) == made
