@@ -32,18 +32,14 @@ def start_on_nodes(options: argparse.Namespace, arguments: Sequence[str]) -> lis
     cpus = processes * slurm.cpus_a_process(partition, gpus, processes)
     python = "python" if options.container else sys.executable
     data = [] if options.data is None else [f"--data.folder={options.data}"]
-    mounts = (
-        [*data_folders(fit_arguments(options, arguments)), "runs", cache_folder()]
-        if options.container
-        else []
-    )
+    folders = data_folders(fit_arguments(options, arguments)) if options.container else []
     return [
         *("srun", "--job-name=lrm-doctor", "--time=30", f"--nodes={options.nodes}", "--ntasks-per-node=1"),
         f"--cpus-per-task={cpus}",
         *([f"--gres=gpu:{gpus}"] if gpus else []),
         *([f"--partition={partition}"] if partition else []),
         *([f"--account={account}"] if account else []),
-        *slurm.container_options(options.container, mounts),
+        *slurm.container_options(options.container, [*folders, "runs", cache_folder()]),
         *(python, "-m", "lrm_pl", "doctor", f"--gpus={gpus}", f"--processes={processes}", *data, *arguments),
     ]
 

@@ -11,10 +11,9 @@ import yaml
 from torch import Tensor
 
 from lrm_pl.apps.paths import user_path
-from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, read_tensors, tensor_specs
+from lrm_pl.io.checkpoints import Checkpoint, find_checkpoint, read_tensors, tensor_specs
 from lrm_pl.io.model_card import model_card, run_facts
 from lrm_pl.io.pretrained import (
     CARD_NAME,

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -46,21 +47,34 @@ class Report:
     grid: Float[Tensor, "3 H W"]
 
 
+class ReportStopped(Exception):
+    """The process was told to stop while it measured."""
+
+
 def print_report(
-    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, perceptual: PerceptualLoss, checkpoint: str
+    trainer: L.Trainer,
+    module: LRMModule,
+    data: ShardDataModule,
+    perceptual: PerceptualLoss,
+    checkpoint: str,
+    stopped: Callable[[], bool],
 ) -> dict[str, Report]:
     """Measure the trained model on both evaluation sets, and print the results and what to do with them.
 
     All ranks measure their share; rank 0 prints.
+
+    Raises:
+        ReportStopped: ``stopped`` said so, between two batches.
     """
     reports = {}
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when a fit ends
     console = Console(quiet=not trainer.is_global_zero)
-    folder = Path(trainer.log_dir or ".")
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
     training = data.training_views_loader(MEASURED)
     mean_image = average(
-        track(training, "Averaging the training images", len(training), console=console), trainer
+        _until(stopped, track(training, "Averaging the training images", len(training), console=console)),
+        trainer,
     )
     for name in EVALUATION_SETS:
         loader = data.evaluation_loader(name, MEASURED)
@@ -68,7 +82,7 @@ def print_report(
             console.print(f"No {TITLES[name]} in {data.mixture.name}: nothing to measure there.")
             continue
         with trainer.precision_plugin.forward_context():
-            batches = track(loader, f"Measuring {name}", console=console)
+            batches = _until(stopped, track(loader, f"Measuring {name}", console=console))
             report = measure(module, batches, perceptual, mean_image, SHOWN)
         if report is None:  # on all ranks alike
             console.print(
@@ -100,8 +114,18 @@ def print_report(
             name: {row: s._asdict() for row, s in report.rows.items()} for name, report in reports.items()
         }
         write_atomically(folder / "report.json", json.dumps(record, indent=2).encode())
-    console.print(f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True)
+    if any(isinstance(log, TensorBoardLogger) for log in trainer.loggers):
+        console.print(
+            f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True
+        )
     return reports
+
+
+def _until(stopped: Callable[[], bool], batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+    for batch in batches:
+        if stopped():
+            raise ReportStopped
+        yield batch
 
 
 def average(batches: Iterable[PackedBatch], trainer: L.Trainer | None = None) -> Float[Tensor, "3 H W"]:

@@ -3,11 +3,12 @@
 import dataclasses
 import errno
 import fcntl
-import importlib.util
+import inspect
 import logging
 import os
 import weakref
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
@@ -15,7 +16,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lrm_pl.apps.csv_rows import KeptRows
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, list_checkpoints, newest_checkpoint, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,10 @@ def place_loggers(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - a
     """Make every logger of a trainer's config write into the run's folder itself, where one is given.
 
     Raises:
-        InputError: A logger that Lightning would choose and place elsewhere, or one whose package is not installed.
+        InputError: A logger that Lightning would choose and place elsewhere.
     """
     path = None if folder is None else run_path(folder)
-    for logger_config in loggers if isinstance(loggers, list) else [loggers]:
-        if logger_config is False:
-            continue
+    for logger_config in _listed(loggers):
         if logger_config is None or logger_config is True:
             if path is None:
                 continue
@@ -74,79 +72,49 @@ def place_loggers(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - a
             )
         if logger_config.get("init_args") is None:  # a class that was named without arguments
             logger_config["init_args"] = {}
-        arguments = logger_config["init_args"]
-        is_wandb = "WandbLogger" in logger_config["class_path"]
-        if is_wandb and importlib.util.find_spec("wandb") is None:
-            raise InputError(
-                "expected the package wandb for the WandbLogger, found none; pip install -e '.[wandb]', or leave "
-                "configs/logger/wandb.yaml out"
-            )
+        arguments, kind = logger_config["init_args"], resolve_name(logger_config["class_path"])
         if path is None:
             continue
-        if is_wandb:
-            arguments["save_dir"], arguments["name"] = str(path), path.name
+        if issubclass(kind, TensorBoardLogger | CSVLogger):  # these would make a folder in it
+            placed = {"save_dir": str(path.parent), "name": "", "version": path.name}
         else:
-            arguments["save_dir"], arguments["name"], arguments["version"] = str(path.parent), "", path.name
+            placed = {"save_dir": str(path), "name": path.name}
+        taken = inspect.signature(kind).parameters
+        for name in placed.keys() & taken.keys():
+            arguments[name] = placed[name]
+
+
+def new_folder(loggers: Any, root: str | None) -> str | None:  # noqa: ANN401 - a config
+    """Return a new folder for a run without one whose first logger makes none; None where it does.
+
+    Args:
+        loggers: ``trainer.logger`` of the config.
+        root: ``trainer.default_root_dir``.
+    """
+    listed = _listed(loggers)
+    makes_one = listed and (
+        listed[0] in (None, True)
+        or issubclass(resolve_name(listed[0]["class_path"]), TensorBoardLogger | CSVLogger)
+    )
+    return None if makes_one else _new_version(root)
+
+
+def _new_version(root: str | None) -> str:
+    place = Path(root or "runs") / "lrm"
+    taken = [path.name.removeprefix("version_") for path in place.glob("version_*")]
+    return str(place / f"version_{max([int(name) for name in taken if name.isdecimal()], default=-1) + 1}")
+
+
+def _listed(loggers: Any) -> list[Any]:  # noqa: ANN401 - a config
+    """Return the loggers of a config as a list; false is none."""
+    return [one for one in (loggers if isinstance(loggers, list) else [loggers]) if one is not False]
 
 
 def folder_of(trainer: L.Trainer) -> Path:
     """Return the run's folder as this process sees it; ``trainer.log_dir`` asks all ranks, this asks none."""
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir)
-    first = trainer.loggers[0]
-    return Path(first.log_dir or first.save_dir or trainer.default_root_dir)
-
-
-def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
-    """Find what a run goes on from, checked; None to start.
-
-    Args:
-        resume: ``RunConfig.resume``.
-        folder: Folder of the run's checkpoints; None where the run is new.
-
-    Raises:
-        InputError: There is nothing where something was asked for, or something where nothing was expected.
-    """
-    own = [] if folder is None else list_checkpoints(folder)
-    if resume == "never":
-        if own:
-            raise InputError(
-                f"expected no checkpoints in {folder}, found {len(own)}; go on from them (--run.resume auto) or start "
-                "in another folder (--run.folder)"
-            )
-        return None
-    if folder is None or (resume != "auto" and not own):
-        return None if resume == "auto" else find_checkpoint(resume)
-    if resume != "auto":
-        _require_new(resume, own[0])
-        logger.warning(
-            "the run has checkpoints of its own and goes on from these: not from %s, where it began", resume
-        )
-    return newest_checkpoint(folder, logger.warning)
-
-
-def _require_new(resume: str, newest: str) -> None:
-    """Refuse to go back within a run: its later checkpoints would be mixed with the new ones."""
-    if Path(resume).expanduser().absolute().parent == Path(newest).expanduser().absolute().parent:
-        raise InputError(
-            f"expected --run.resume {resume} to be of another run, found it in this run's own folder, up to {newest}; "
-            "leave --run.resume out to go on from the newest; to go back, take another --run.folder, or delete the "
-            "later checkpoints first"
-        )
-
-
-def find_checkpoint(path: str) -> Checkpoint:
-    """Find a checkpoint by its own path, or by its run's folder, whose newest whole one is meant.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    path = path.rstrip("/") if "://" in path else str(Path(path).expanduser())
-    for folder in (f"{path}/checkpoints", path):
-        found = newest_checkpoint(folder, logger.warning)
-        if found is not None:
-            return found
-    return read_checkpoint(path)
+    first = trainer.loggers[0] if trainer.loggers else None
+    made = first.log_dir if isinstance(first, TensorBoardLogger | CSVLogger) else first and first.save_dir
+    return Path(made or trainer.default_root_dir)
 
 
 def run_of(path: str) -> Path | None:

@@ -3,32 +3,36 @@
 Every constructor argument is a field of the config and of the command line; a misspelt one is refused.
 """
 
+import argparse
 import atexit
 import dataclasses
 import logging
+import re
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import lightning as L
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl import __version__
-from lrm_pl.apps.report import print_report
+from lrm_pl.apps.report import ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
     RunLock,
-    choose_checkpoint,
-    find_checkpoint,
     folder_of,
+    new_folder,
     place_loggers,
     purge_from,
     run_of,
@@ -42,7 +46,7 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.input_setup import InputSetup, measure_setup
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Owner, clear_leftovers, require_writable
+from lrm_pl.io.checkpoints import Owner, clear_leftovers, find_checkpoint, require_writable
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state, load_other_encoder_state
 from lrm_pl.io.weights import WeightSource
@@ -53,7 +57,7 @@ from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper, StoppedError
 from lrm_pl.training.state import load_network, require_network
-from lrm_pl.training.strategies import require_supported_name
+from lrm_pl.training.strategies import require_supported_name, require_supported_start
 
 logger = logging.getLogger(__name__)
 
@@ -109,31 +113,40 @@ class WeightsConfig:
 class RunRecord(SaveConfigCallback):
     """Keep the resolved config and the git commit with the run, in its folder and in TensorBoard.
 
-    And, for inference, what pictures the network is trained on.
+    And, for inference, what pictures the network is trained on. The files are those of the newest start; where a start
+    changes them, what they were until then is kept in ``earlier/until-step-N``.
     """
 
     input_setup: InputSetup | None = None
+    #: The config as it was given: without the places in the run's folder, so that it describes another run as well.
+    given: Namespace | None = None
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` and ``commit.txt``, on rank 0."""
-        if not trainer.loggers:
-            return
         folder = folder_of(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.input_setup is not None and not (folder / SETUP_NAME).is_file():
-            write_atomically(folder / SETUP_NAME, setup_text(self.input_setup).encode())
-        keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
-        if any(keeper.resume_from is not None for keeper in keepers) and (folder / "config.yaml").is_file():
-            return  # the record of the first start stays
         commit = git_commit()
-        config = self.parser.dump(self.config, skip_none=False)
+        config = self.parser.dump(self.given or self.config, skip_none=False)
         files = {"commit.txt": commit + "\n", "config.yaml": config}
+        if self.input_setup is not None:
+            files[SETUP_NAME] = setup_text(self.input_setup)
+        keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
+        start = next((keeper.resume_from.step for keeper in keepers if keeper.resume_from is not None), None)
         for name, text in files.items():
+            if start is not None:
+                _keep_earlier(folder / name, text, folder / "earlier" / f"until-step-{start:08d}")
             write_atomically(folder / name, text.encode())
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
                 log.experiment.add_text("run/commit", commit)
                 log.experiment.add_text("run/config", f"```yaml\n{config}\n```")
+
+
+def _keep_earlier(path: Path, text: str, place: Path) -> None:
+    """Copy a file that is about to become another; the first of several starts from one step is what led there."""
+    if path.is_file() and path.read_text() != text and not (place / path.name).exists():
+        place.mkdir(parents=True, exist_ok=True)
+        write_atomically(place / path.name, path.read_bytes())
 
 
 class LRMCLI(LightningCLI):
@@ -153,6 +166,7 @@ class LRMCLI(LightningCLI):
         self, command: Command, arguments: list[str], *, records: bool = True, exits: bool = True
     ) -> None:
         self.command = command
+        self._scratch: TemporaryDirectory[str] | None = None
         super().__init__(
             LRMModule,
             ShardDataModule,
@@ -179,6 +193,10 @@ class LRMCLI(LightningCLI):
 
     def run(self) -> None:
         """Run the command."""
+        with self._scratch or nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         getattr(self, f"before_{self.command}")()
         # Lightning's checkpoints have another format: ckpt_path is not for it.
         options = {"return_predictions": False} if self.command == "predict" else {}  # they are written
@@ -195,11 +213,24 @@ class LRMCLI(LightningCLI):
             InputError: Lightning's own FSDP or DeepSpeed, which would start on GPUs only, and then fail.
         """
         strategy = self._setting("trainer.strategy")
-        require_supported_name(strategy if isinstance(strategy, str) else strategy["class_path"])
+        if isinstance(strategy, str):
+            require_supported_name(strategy)
+        else:
+            require_supported_name(strategy["class_path"])
+            require_supported_start(strategy.get("init_args.start_method"))
+        self.given = self.config.clone()
+        self.given["run.folder"], self.given["run.resume"] = RunConfig.folder, RunConfig.resume
         folder = self._setting("run.folder")
-        if self.command != "fit":  # what a run has logged stays as it is
+        if self._setting("trainer.fast_dev_run"):
+            self._scratch = TemporaryDirectory(prefix="lrm-fast-dev-run-")
+            folder = self._scratch.name
+        elif self.command != "fit":  # what a run has logged stays as it is
             folder = folder or run_of(str(self._setting("ckpt_path")))
             folder = folder and f"{folder}/{self.command}"
+        elif folder is None:
+            folder = new_folder(self._setting("trainer.logger"), self._setting("trainer.default_root_dir"))
+        if self.command == "fit":
+            self.config["run"]["folder"] = folder
         if given := self._setting("trainer.callbacks"):
             own = self.parser.get_defaults().trainer.callbacks
             self.config.trainer.callbacks = with_own_callbacks(given, own)
@@ -209,13 +240,37 @@ class LRMCLI(LightningCLI):
         if folder is not None:
             self.config["trainer"]["default_root_dir"] = folder
 
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer.
+
+        Raises:
+            InputError: A class refuses its arguments, or its package is not installed.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's, with every type that the field might have had
+            found = re.search(
+                r"Problem with given class_path '(\S+)':\s+(.+?)(?=\n\s*- Expected|\nGiven|\Z)",
+                str(error),
+                re.S,
+            )
+            if found is None:
+                raise
+            raise InputError(f"expected to make a {found[1]}, found: {' '.join(found[2].split())}") from error
+
     def instantiate_trainer(self, **options: Any) -> L.Trainer:  # noqa: ANN401 - the trainer's arguments
         """Make the trainer: validations are counted in optimizer steps, and Slurm's signals are left to the run.
 
         Raises:
-            InputError: Lightning would go on from a file of its own instead of from the run's checkpoints.
+            InputError: Lightning refuses a setting, or would go on from a file of its own instead of from the run's
+                checkpoints.
         """
         interval = self._setting("trainer.val_check_interval")
+        if isinstance(interval, float):
+            raise InputError(
+                f"expected trainer.val_check_interval as a number of steps, found {interval}: a run is counted in "
+                "steps, not epochs; give a whole number, such as 500"
+            )
         if isinstance(interval, int):  # Lightning counts batches
             options["val_check_interval"] = interval * self._setting("trainer.accumulate_grad_batches")
         if SLURMEnvironment.detect():
@@ -227,7 +282,10 @@ class LRMCLI(LightningCLI):
             given = self.config_init["trainer"].get("plugins") or []
             plugins = list(given) if isinstance(given, list) else [given]
             options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
-        return super().instantiate_trainer(**options)
+        try:
+            return super().instantiate_trainer(**options)
+        except (ValueError, ImportError) as error:  # an unknown name, or a package that is not installed
+            raise InputError(f"expected settings that Lightning takes, found: {one_line(error)}") from error
 
     def before_fit(self) -> None:
         """Check the data, choose what to go on from, then load weights: all before anything slow starts."""
@@ -238,6 +296,7 @@ class LRMCLI(LightningCLI):
             self._enter_run_folder()
             records = [callback for callback in self.trainer.callbacks if isinstance(callback, RunRecord)]  # type: ignore[attr-defined]
             for record in records:
+                record.given = self.given
                 record.input_setup = measure_setup(self.datamodule.setup_batches())
 
     def before_validate(self) -> None:
@@ -282,14 +341,26 @@ class LRMCLI(LightningCLI):
             StoppedError: The run stopped before its last step.
         """
         keeper = self._keeper()
-        if keeper is not None and keeper.stopped is not None:
-            keeper.signals.restore()
-            raise keeper.stopped
-        checkpoint = "" if keeper is None or keeper.newest is None else keeper.newest
         try:
+            if keeper is not None and keeper.stopped is not None:
+                raise keeper.stopped
+            if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                print("fast_dev_run: training and validation ran; nothing of it is kept")
+                return
+            checkpoint = "" if keeper is None or keeper.newest is None else keeper.newest
             self.reports = print_report(
-                self.trainer, self.model, self.datamodule, self.perceptual, checkpoint
+                self.trainer,
+                self.model,
+                self.datamodule,
+                self.perceptual,
+                checkpoint,
+                (lambda: False) if keeper is None else (lambda: keeper.signals.received is not None),
             )
+        except ReportStopped:
+            raise StoppedError(
+                f"stopped by a signal after the last step; everything is in {checkpoint or 'memory only'}: start the "
+                f"same command with --run.folder {folder_of(self.trainer)} for the report"
+            ) from None
         finally:
             if keeper is not None:
                 keeper.signals.restore()
@@ -297,19 +368,13 @@ class LRMCLI(LightningCLI):
     def _enter_run_folder(self) -> None:
         """Lock the folder and choose the checkpoint to go on from; rank 0 does this."""
         resume, given, keeper = self._setting("run.resume"), self._setting("run.folder"), self._keeper()
-        folder = (
-            run_path(given)
-            if given is not None
-            else folder_of(self.trainer)
-            if self.trainer.loggers
-            else None
-        )
-        if folder is not None:
-            self._lock = RunLock(folder)
+        folder = run_path(given) if given is not None else folder_of(self.trainer)
+        self._lock = RunLock(folder)
         if keeper is None:
             if resume not in ("auto", "never"):
                 raise InputError("expected a RunKeeper among trainer.callbacks to resume with, found none")
             return
+        keeper.listens_on = True
         if given is not None and keeper.folder is None:
             keeper.folder = f"{folder}/checkpoints"  # whatever its loggers are
         if keeper.folder is not None:
@@ -319,11 +384,28 @@ class LRMCLI(LightningCLI):
             else:
                 keeper.owner = Owner(keeper.folder, str(folder))
             clear_leftovers(keeper.folder, logger.warning)
-        keeper.resume_from = choose_checkpoint(resume, keeper.folder)
-        if keeper.resume_from is not None:
-            require_network(keeper.resume_from, self.model.lrm)
+        found = keeper.choose(resume)
+        if found is not None:
+            require_network(found, self.model.lrm)
+            self._require_steps_left(found.step, folder)
         if given is not None:
-            purge_from(self.trainer.loggers, 0 if keeper.resume_from is None else keeper.resume_from.step)
+            purge_from(self.trainer.loggers, 0 if found is None else found.step)
+
+    def _require_steps_left(self, done: int, folder: Path) -> None:
+        """Say that a run that is started again is at its end.
+
+        Raises:
+            InputError: It has gone further than it is now asked to.
+        """
+        steps = self.trainer.max_steps
+        if done > steps:
+            raise InputError(
+                f"expected trainer.max_steps of at least the {done} steps that the run in {folder} has, found {steps}; "
+                "raise it, or begin another run: --run.folder"
+            )
+        if done == steps:
+            print(f"The run in {folder} has all its {steps} steps; --trainer.max_steps lengthens it.")
+            warnings.filterwarnings("ignore", "Total length of `.*` across ranks is zero")
 
     def _keeper(self) -> RunKeeper | None:
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -412,11 +494,18 @@ def pretrained_name(timm_name: str) -> EncoderName:
 
 def git_commit() -> str:
     """Return the commit of the code that runs, with "-dirty" where files differ; "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
+    git, here = ("git", "-C", str(Path(__file__).parent)), Path(__file__).name
+    try:  # an environment may lie in another project's checkout
+        subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message without line ends."""
+    return " ".join(str(error).split())
 
 
 def command_line(arguments: list[str], *, run: bool = True) -> LRMCLI:
@@ -424,9 +513,21 @@ def command_line(arguments: list[str], *, run: bool = True) -> LRMCLI:
     if not run:
         return LRMCLI("fit", arguments, records=False)
     command, *rest = arguments
+    if command != "fit":
+        rest = [*_config_of_run(rest), *rest]
     line = LRMCLI(cast(Command, command), rest)
     line.run()
     return line
+
+
+def _config_of_run(arguments: list[str]) -> list[str]:
+    """Return the arguments that read the config of the run that ``--ckpt_path`` names, where none is given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--ckpt_path")
+    given, _ = parser.parse_known_args(arguments)
+    run = None if given.config or given.ckpt_path is None else run_of(given.ckpt_path)
+    return [] if run is None else ["-c", str(run / "config.yaml")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -450,6 +551,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(STOPPED_STATUS)
     except InputError as error:
         sys.exit(f"lrm: {error}")
+    except MisconfigurationException as error:  # Lightning's own refusals, wherever they are raised
+        sys.exit(f"lrm: {one_line(error)}")
     except (RuntimeError, MemoryError) as error:
         from lrm_pl.apps.advice import explain, ran_out  # it reads arguments with this module
 

@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 from lrm_pl.apps.export import find_config
-from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
-from lrm_pl.io.checkpoints import list_checkpoints
+from lrm_pl.io.checkpoints import find_checkpoint, list_checkpoints
 from lrm_pl.io.pretrained import SETUP_NAME, WEIGHTS_NAME, read_model_section, read_setup, weights_hash
 from lrm_pl.kernels.device import choose_device, synchronize
 from lrm_pl.pretrained import PretrainedLRM

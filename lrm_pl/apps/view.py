@@ -22,7 +22,6 @@ from scipy.spatial.transform import Rotation
 from lrm_pl.apps.evaluate import scene_of
 from lrm_pl.apps.export import find_config
 from lrm_pl.apps.options import add_address, require_free
-from lrm_pl.apps.run_folder import find_checkpoint
 from lrm_pl.apps.trained import Trained, newest_run, open_trained
 from lrm_pl.data.manifest import MANIFEST_NAME, Split
 from lrm_pl.data.schema import SampleError, decode_image
@@ -32,7 +31,7 @@ from lrm_pl.evaluation.protocols import Protocol
 from lrm_pl.evaluation.selection import NoObjectsError, Objects
 from lrm_pl.geometry.cameras import canonicalise
 from lrm_pl.inference import Scene
-from lrm_pl.io.checkpoints import list_checkpoints
+from lrm_pl.io.checkpoints import find_checkpoint, list_checkpoints
 from lrm_pl.io.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from lrm_pl.rendering.occupancy import measure_occupancy
 from lrm_pl.stores import is_local

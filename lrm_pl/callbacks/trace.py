@@ -47,7 +47,7 @@ class TraceRecorder(L.Callback):
                 f"expected at least {WARMUP + self.steps} steps to profile {self.steps} after {WARMUP} of warm-up, "
                 f"found {left} left; raise --trainer.max_steps or lower --run.profile"
             )
-        folder = Path(trainer.log_dir or ".") / "profile"  # asks all ranks
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "profile"  # asks all ranks
         if not trainer.is_global_zero:
             return
         first = trainer.global_step + WARMUP + 1

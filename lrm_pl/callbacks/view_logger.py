@@ -47,7 +47,7 @@ class ViewLogger(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the grids; rank 0 only."""
-        folder = Path(trainer.log_dir or ".") / "views"  # asks all ranks
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "views"  # asks all ranks
         if not trainer.is_global_zero:
             return
         for name, rows in self._rows.items():

@@ -11,8 +11,8 @@ from multiprocessing.process import BaseProcess
 import fsspec.asyn
 import torch.distributed
 
-#: What clusters send to every process of a job before its time is up, and before they kill.
-STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1})
+#: What a terminal (Ctrl-C) and clusters send to every process of a job: before its time is up, and before they kill.
+STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
 
 
 def outlive_stop_signals(worker: int) -> None:

@@ -22,6 +22,7 @@ from lrm_pl.io.checkpoints import (
     Owner,
     best_score,
     checkpoint_path,
+    choose_checkpoint,
     complete,
     list_checkpoints,
     read_index,
@@ -51,7 +52,7 @@ class StoppedError(InputError):
 class RunKeeper(L.Callback):
     """Save checkpoints, resume from them, and stop at a signal or when training has gone wrong.
 
-    After a fit, whoever started it calls ``signals.restore()``: until then a signal may still come.
+    A run goes on from the newest checkpoint in its folder, unless ``choose`` was called with something else.
 
     Args:
         every: Steps from one checkpoint to the next. The last step is always kept.
@@ -81,8 +82,11 @@ class RunKeeper(L.Callback):
             )
         self.every, self.keep, self.keep_every, self.monitor = every, keep, keep_every, monitor
         self.layout, self.folder, self.background = layout, folder, background
-        #: Rank 0's choice of what to go on from, made before the run starts.
+        #: What to go on from, as rank 0 knows it; None: nothing.
         self.resume_from: Checkpoint | None = None
+        self._chosen = False
+        #: Whether signals are listened to after the fit too, until whoever set this calls ``signals.restore()``.
+        self.listens_on = False
         #: Rank 0's signature in an object store's folder of checkpoints, made before the run starts.
         self.owner: Owner | None = None
         #: Why the run stopped before its last step; None while it has not.
@@ -104,14 +108,28 @@ class RunKeeper(L.Callback):
 
     # --- resuming
 
+    def choose(self, resume: str) -> Checkpoint | None:
+        """Choose what to go on from, before a fit; on rank 0.
+
+        Args:
+            resume: "auto": the newest whole checkpoint of the folder; "never": none, and none may be there; or the
+                path of a checkpoint or run where this one begins.
+
+        Raises:
+            InputError: There is nothing where something was asked for, or something where nothing was expected.
+        """
+        self.resume_from, self._chosen = choose_checkpoint(resume, self.folder), True
+        return self.resume_from
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load the state of the checkpoint that rank 0 chose."""
         assert isinstance(pl_module, LRMModule)
         if torch.distributed.is_initialized():
             self._group, self._agreement = _gloo_group(), _gloo_group()
         self._snapshots = Snapshots(trainer.strategy.root_device)
-        self._run = trainer.log_dir or "."
+        self._run = trainer.log_dir or trainer.default_root_dir
         self.folder = trainer.strategy.broadcast(self.folder or f"{self._run}/checkpoints")
+        self._choose_together(trainer)
         self.signals.listen(trainer)
         path = trainer.strategy.broadcast(None if self.resume_from is None else self.resume_from.path)
         if trainer.is_global_zero:
@@ -128,6 +146,24 @@ class RunKeeper(L.Callback):
         self.newest = path
         if trainer.is_global_zero:
             logger.info("going on after step %d from %s", checkpoint.step, path)
+
+    def _choose_together(self, trainer: L.Trainer) -> None:
+        """Go on from the newest where nobody has chosen; an error is every rank's."""
+        error = None
+        if trainer.is_global_zero:
+            try:
+                found = self.resume_from if self._chosen else self.choose("auto")
+                if found is not None and trainer.ckpt_path is not None:
+                    raise InputError(
+                        f"expected one checkpoint to go on from, found ckpt_path {trainer.ckpt_path} and {found.path}; "
+                        "leave ckpt_path out, or give the RunKeeper another folder"
+                    )
+            except InputError as problem:
+                error = str(problem)
+        error = trainer.strategy.broadcast(error)
+        self._chosen = False  # of the next fit nothing is known
+        if error is not None:
+            raise InputError(error)
 
     # --- between two steps
 
@@ -201,6 +237,17 @@ class RunKeeper(L.Callback):
         """Let a checkpoint that is being written be finished."""
         self._join()
         self.signals.restore()
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            logger.warning(
+                "interrupted at step %d; the newest whole checkpoint is %s",
+                trainer.global_step,
+                self.newest or "none",
+            )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the handlers of signals back."""
+        if not self.listens_on:
+            self.signals.restore()
 
     def _agree(self, *flags: bool) -> list[bool]:
         """Return which flags any rank has set; on the CPU, so that no accelerator is waited for."""

@@ -2,18 +2,22 @@
 
 A handler must not talk to other processes: they may be anywhere, and would wait for one another. Lightning's own
 handlers do (2.6.6 broadcasts inside SIGTERM's, and saves inside SLURM's), so these take their place, and Lightning
-installs none.
+installs none. Nor does a handler write files, which may fail or take long: a thread does.
 """
 
+import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 
 import lightning as L
 
-#: What Slurm sends before the time is up (``--signal=USR1@120``), and what every cluster sends before it kills.
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+logger = logging.getLogger(__name__)
+
+#: Ctrl-C, what Slurm sends before the time is up (``--signal=USR1@120``), and what every cluster sends before it kills.
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
 #: Names a file that SIGUSR1 makes: by it a Slurm job's script knows that the time was up, and asks for another start.
 #: For a SIGTERM its sender has decided what comes next. Not asked for from here: a container may have no scontrol.
@@ -21,7 +25,7 @@ REQUEUE_NOTE = "LRM_REQUEUE_NOTE"
 
 
 class StopSignals:
-    """Remember that a signal came.
+    """Remember that a signal came; a second Ctrl-C ends the run at once.
 
     Attributes:
         received: The first that came; None as yet.
@@ -34,18 +38,40 @@ class StopSignals:
     def listen(self, trainer: L.Trainer) -> None:
         """Take the handlers' place, from before Lightning would install its own."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self._told, self._tell = os.pipe()
+        self._speaker = threading.Thread(target=self._speak, name="stop signals", daemon=True)
+        self._speaker.start()
         for number in SIGNALS:
             self._replaced[number] = signal.signal(number, self._remember)
 
     def restore(self) -> None:
-        """Give the handlers back."""
+        """Give the handlers back; what was to be written by then is."""
+        if not self._replaced:
+            return
         for number, handler in self._replaced.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._replaced = {}
+        os.close(self._tell)
+        self._speaker.join()
+        os.close(self._told)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        note = os.environ.get(REQUEUE_NOTE)
-        if note and number == signal.SIGUSR1:
-            Path(note).touch()
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
         if self.received is None:
             self.received = signal.Signals(number)
+        os.write(self._tell, bytes([number]))
+
+    def _speak(self) -> None:
+        """Say what a signal does, and leave the note of SIGUSR1."""
+        while told := os.read(self._told, 1):
+            if told[0] == signal.SIGINT:
+                logger.warning(
+                    "stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one"
+                )
+            note = os.environ.get(REQUEUE_NOTE)
+            if note and told[0] == signal.SIGUSR1:
+                try:
+                    Path(note).touch()
+                except OSError as error:
+                    logger.warning("%s: the job's script will not ask for another start: %s", note, error)

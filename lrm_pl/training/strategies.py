@@ -25,12 +25,36 @@ def require_supported_name(name: str) -> None:
     Raises:
         InputError: It is one of these; the message names the config file to use.
     """
-    found = re.match(r"(fsdp|deepspeed)(?:strategy|_stage_(\d)|_|$)", name.rpartition(".")[2].lower())
+    given = name.rpartition(".")[2].lower()
+    if name.lower() in ("fsdp2strategy", "zerostrategy"):
+        config = "fsdp2" if name[0] in "fF" else "deepspeed_2"
+        raise InputError(
+            f"expected the name of a strategy of Lightning, found the class {name}; -c configs/trainer/{config}.yaml"
+        )
+    found = re.match(r"(fsdp|deepspeed)(?:strategy|_stage_(\d)|_|$)", given)
     if found is not None:
         config = "fsdp2" if found[1] == "fsdp" else f"deepspeed_{found[2] or 2}"
         raise InputError(
             f"expected a strategy whose weights and gradients can be checkpointed and checked, found Lightning's own "
             f"{name}; use this package's instead: -c configs/trainer/{config}.yaml"
+        )
+    if (start := re.match(r"ddp_(spawn|fork|notebook)", name)) is not None:
+        require_supported_start(start[1])
+
+
+def require_supported_start(method: str | None) -> None:
+    """Refuse processes that are started from a running program: what they reach stays with them when they end.
+
+    Args:
+        method: ``start_method`` of a DDP strategy; None: the usual way.
+
+    Raises:
+        InputError: It is one of these.
+    """
+    if method not in (None, "popen"):
+        raise InputError(
+            f"expected processes that run the whole command, found start_method {method}, whose processes end before "
+            "the report, with what it needs; leave it out: -c configs/trainer/ddp.yaml"
         )
 
 

@@ -8,10 +8,11 @@
 A local folder is written as ``step-....partial`` and renamed when its index is in it; in an object store, where there
 is no renaming, the index is what makes it complete. CHECKPOINTS is a local folder or a URL (``s3://``, ``gs://``).
 
-``store`` writes and hashes files, ``owner`` keeps two runs apart, ``index`` is about whole checkpoints,
-``tensors`` about what is in them.
+``store`` writes and hashes files, ``owner`` keeps two runs apart, ``index`` is about whole checkpoints, ``choice``
+about which of them a run goes on from, ``tensors`` about what is in them.
 """
 
+from lrm_pl.io.checkpoints.choice import choose_checkpoint, find_checkpoint
 from lrm_pl.io.checkpoints.index import (
     Checkpoint,
     CheckpointError,
@@ -35,6 +36,7 @@ from lrm_pl.io.checkpoints.tensors import read_tensors, tensor_names, tensor_spe
 __all__ = [
     "Checkpoint", "CheckpointError", "Format", "Owner",
     "checkpoint_path", "step_of", "list_checkpoints", "newest_checkpoint", "read_checkpoint", "read_index",
+    "choose_checkpoint", "find_checkpoint",
     "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "clear_leftovers", "require_writable",
     "tensor_names", "tensor_specs", "read_tensors",
 ]  # fmt: skip

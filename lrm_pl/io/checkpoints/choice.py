@@ -1,0 +1,61 @@
+"""Which checkpoint a run goes on from."""
+
+import logging
+from pathlib import Path
+
+from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints.index import Checkpoint, list_checkpoints, newest_checkpoint, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
+    """Find what a run goes on from, checked; None to start.
+
+    Args:
+        resume: "auto", "never" or a path; see ``RunConfig``.
+        folder: Folder of the run's checkpoints; None where the run is new.
+
+    Raises:
+        InputError: There is nothing where something was asked for, or something where nothing was expected.
+    """
+    own = [] if folder is None else list_checkpoints(folder)
+    if resume == "never":
+        if own:
+            raise InputError(
+                f"expected no checkpoints in {folder}, found {len(own)}; go on from them (--run.resume auto) or start "
+                "in another folder (--run.folder)"
+            )
+        return None
+    if folder is None or (resume != "auto" and not own):
+        return None if resume == "auto" else find_checkpoint(resume)
+    if resume != "auto":
+        _require_new(resume, own[0])
+        logger.warning(
+            "the run has checkpoints of its own and goes on from these: not from %s, where it began", resume
+        )
+    return newest_checkpoint(folder, logger.warning)
+
+
+def _require_new(resume: str, newest: str) -> None:
+    """Refuse to go back within a run: its later checkpoints would be mixed with the new ones."""
+    if Path(resume).expanduser().absolute().parent == Path(newest).expanduser().absolute().parent:
+        raise InputError(
+            f"expected --run.resume {resume} to be of another run, found it in this run's own folder, up to {newest}; "
+            "leave --run.resume out to go on from the newest; to go back, take another --run.folder, or delete the "
+            "later checkpoints first"
+        )
+
+
+def find_checkpoint(path: str) -> Checkpoint:
+    """Find a checkpoint by its own path, or by its run's folder, whose newest whole one is meant.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    path = path.rstrip("/") if "://" in path else str(Path(path).expanduser())
+    for folder in (f"{path}/checkpoints", path):
+        found = newest_checkpoint(folder, logger.warning)
+        if found is not None:
+            return found
+    return read_checkpoint(path)

@@ -1,0 +1,241 @@
+"""What users of Lightning are used to: its settings, loggers, Ctrl-C, a saved config; it works, or is refused at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import lightning as L
+import pytest
+import yaml
+from lightning.pytorch.loggers import Logger
+
+from lrm_pl.__main__ import main as lrm
+from lrm_pl.apps.parsed import parse_fit
+from lrm_pl.apps.train import command_line, git_commit, main
+from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints import list_checkpoints
+from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
+from tests.integration.test_cli import TINY
+
+# Lightning warns of small things (few workers, short runs) that are so by design here.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+class OtherLogger(Logger):
+    """A logger that takes no folder."""
+
+    name, version = "other", 0
+
+    def __init__(self, color: str = "red") -> None:
+        super().__init__()
+        self.color, self.steps = color, []
+
+    def log_metrics(self, metrics, step=None):
+        self.steps.append(step)
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        """Not asked for."""
+
+
+class Told(L.Callback):
+    """Tells this process that its time is up when training is done, before the report."""
+
+    def on_fit_end(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+@pytest.fixture
+def here(tmp_path, shards, monkeypatch):
+    """An empty working folder; returns the arguments of a tiny run with the loggers and callbacks of every run."""
+    monkeypatch.chdir(tmp_path)
+    trainer = {"max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1, "precision": "32-true"}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
+    return ["-c", "tiny.yaml", "--data.folder", str(shards)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.accelerator=gpu"], "No supported gpu backend found"),
+        (["--trainer.accelerator=tpu"], "torch_xla"),
+        (["--trainer.strategy=nosuch"], "invalid strategy name"),
+        (["--trainer.strategy=FSDP2Strategy"], "-c configs/trainer/fsdp2.yaml"),
+        (["--trainer.strategy=ddp_spawn"], "expected processes that run the whole command, found start_method spawn"),
+        (["--trainer.strategy=ddp_notebook"], "found start_method notebook"),
+        (
+            ["--trainer.strategy=DDPStrategy", "--trainer.strategy.start_method=fork"],
+            "found start_method fork",
+        ),
+        (["--trainer.val_check_interval=0.5"], "expected trainer.val_check_interval as a number of steps, found 0.5"),
+        (["--trainer.devices=0"], "not a valid input"),
+        (["--trainer.profiler=nosuch"], "profiler"),
+        (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
+        (["--trainer.logger=MLFlowLogger"], "expected to make a lightning.pytorch.loggers.MLFlowLogger, found: Requ"),
+        (["--trainer.logger=CometLogger", "--run.folder=run"], "loggers.CometLogger, found: Requirement"),
+    ],
+)  # fmt: skip
+def test_what_lightning_refuses_is_one_message(here, options, message):
+    with pytest.raises(SystemExit) as refused:
+        main(["fit", *here, *options])
+    said = str(refused.value.code)
+    assert said.startswith("lrm: ")
+    assert message in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("where", [[], ["--run.folder=run"]])
+def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, where):
+    for logger in (f"{__name__}.OtherLogger", "false"):
+        command_line(["fit", *here, f"--trainer.logger={logger}", *where, "--trainer.max_steps=2"])
+        if where:
+            break
+    folders = [tmp_path / "run"] if where else [tmp_path / "runs/lrm" / f"version_{n}" for n in (0, 1)]
+    for folder in folders:
+        names = {path.name for path in folder.iterdir()}
+        assert names >= {"config.yaml", "commit.txt", "input.yaml", "checkpoints", "views", "report.json"}, (
+            folder
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "tiny.yaml",
+        folders[0].relative_to(tmp_path).parts[0],
+    }
+
+
+def test_a_fast_dev_run_leaves_no_files(here, tmp_path, capsys):
+    command_line(["fit", *here, "--trainer.fast_dev_run=true"])
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    assert "nothing of it is kept" in capsys.readouterr().out
+
+
+def test_a_runs_own_config_begins_another_run(here, tmp_path):
+    command_line(["fit", *here, "--run.folder=old"])
+    before = {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()}
+    command_line(["fit", "-c", "old/config.yaml", "--model.optimizer.lr=1e-3"])
+    assert {path: path.read_bytes() for path in (tmp_path / "old").rglob("*") if path.is_file()} == before
+    new = tmp_path / "runs/lrm/version_0"
+    assert len(list_checkpoints(str(new / "checkpoints"))) == 1
+    told = yaml.safe_load((new / "config.yaml").read_text())
+    assert (told["run"]["folder"], told["model"]["optimizer"]["lr"]) == (None, 1e-3)
+    assert next((tmp_path / "runs").rglob("events.out*")).parent == new
+
+
+def test_the_record_is_of_the_newest_start_and_what_it_was_is_kept(here, tmp_path):
+    folder = tmp_path / "run"
+
+    def start(*options):
+        command_line(["fit", *here, "--run.folder=run", *options])
+        return yaml.safe_load((folder / "config.yaml").read_text())
+
+    first = start()
+    assert start("--trainer.max_steps=4") != first
+    assert start("--trainer.max_steps=4")["trainer"]["max_steps"] == 4
+    kept = folder / "earlier/until-step-00000002"
+    assert [path.name for path in folder.glob("earlier/*")] == [kept.name], "only where something has changed"
+    assert yaml.safe_load((kept / "config.yaml").read_text()) == first
+    assert not (kept / "commit.txt").exists()
+
+
+def test_a_finished_run_says_so_and_one_that_went_further_is_not_cut(here, capsys):
+    command_line(["fit", *here, "--run.folder=run"])
+    with pytest.warns() as warned:
+        command_line(["fit", *here, "--run.folder=run"])
+    assert "has all its 2 steps; --trainer.max_steps lengthens it" in capsys.readouterr().out
+    assert not [one for one in warned if "CombinedLoader" in str(one.message)]
+    with pytest.raises(InputError, match=r"at least the 2 steps that the run in .* has, found 1; raise it"):
+        command_line(
+            ["fit", *here, "--run.folder=run", "--trainer.max_steps=1", "--trainer.val_check_interval=1"]
+        )
+
+
+def test_the_commit_is_that_of_this_code_and_not_of_a_project_around_it(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    own = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]
+    subprocess.run(["git", "-C", str(tmp_path), *own], check=True)
+    installed = tmp_path / "venv" / "train.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr("lrm_pl.apps.train.__file__", str(installed))
+    assert git_commit() == "unknown"
+    subprocess.run(["git", "-C", str(tmp_path), "add", "venv"], check=True)
+    assert git_commit() != "unknown", "the code is in that project"
+
+
+def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
+    """Sent to the whole group, workers among them, as a terminal does."""
+    command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=2"]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_steps=5000", "--trainer.log_every_n_steps=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    said = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda: said.extend(process.stdout))
+    reader.start()
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/views/*step000002.png")) and process.poll() is None:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 75, "".join(said)
+    reader.join()
+    text = "".join(said)
+    assert "stopping after this step, with a checkpoint; Ctrl-C again stops at once" in text
+    assert "stopped by a signal after step" in text
+    assert "Traceback" not in text
+    assert "--run.folder" in text
+    (kept,) = list_checkpoints(str(tmp_path / "run/checkpoints"))[:1]
+    step = int(kept.rpartition("-")[2])
+    line = command_line(["fit", *here, "--run.folder=run", f"--trainer.max_steps={step + 2}"])
+    assert line.trainer.callback_metrics["val/heldout/psnr_pooled"] > 0
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    signals = StopSignals()
+    signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received is signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signals.restore()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv(REQUEUE_NOTE, str(tmp_path / "gone" / "note"))
+    signals = StopSignals()
+    signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signals.restore()
+    assert signals.received is signal.SIGUSR1
+    assert "will not ask for another start" in caplog.text
+
+
+def test_a_signal_during_the_report_ends_it_and_the_run_can_be_measured_later(here, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.Told"])
+    assert stopped.value.code == 75
+    said = capsys.readouterr().err
+    assert "stopped by a signal after the last step; everything is in" in said
+    assert "start the same command with --run.folder" in said
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_validate_reads_the_runs_config_where_none_is_given(here, tmp_path, monkeypatch):
+    command_line(["fit", *here, "--run.folder=run"])
+    monkeypatch.setattr(sys, "argv", ["lrm", "validate", "--ckpt_path", "run"])
+    lrm()
+    assert list((tmp_path / "run/validate").glob("events*"))
+
+
+def test_hsdp_makes_a_copy_a_node(here, root):
+    hsdp = ["-c", str(root / "configs/trainer/hsdp.yaml"), "--trainer.num_nodes=4"]
+    assert parse_fit([*here, *hsdp])["trainer"]["strategy"]["init_args"]["replicas"] == 4
