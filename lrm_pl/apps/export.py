@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,8 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = (given.out / WEIGHTS_NAME).stat().st_size / 1e6
     print(f"{given.out / WEIGHTS_NAME}: {what} of {checkpoint.path}, {given.dtype}, {size:.1f} MB")
     print(f"{given.out / CONFIG_NAME}: its model section; {given.out / CARD_NAME}: its model card")
-    print(f"Use it: lrm infer PICTURE --ckpt {given.out}")
-    print(
-        f"Measure that checkpoint: lrm validate -c {config} --ckpt_path {checkpoint.path} "
-        "--trainer.limit_val_batches 1.0"
-    )
+    print(f"Use it: lrm infer PICTURE --ckpt {shlex.quote(str(given.out))}")
+    layers = ["-c", str(config), "--ckpt_path", checkpoint.path, "--data.val_objects", "null"]
+    print(f"Measure that checkpoint: {shlex.join(['lrm', 'validate', *layers])}")

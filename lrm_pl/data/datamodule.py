@@ -1,5 +1,6 @@
 """The LightningDataModule over a folder of shards."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, final
 
@@ -39,6 +40,8 @@ class ShardDataModule(L.LightningDataModule):
             same whatever the number of processes, which must divide it (times ``accumulate_grad_batches``).
         side_views: Target views besides the input views (the paper: 3).
         unseen_views: The last views of every object, never trained on: what validation renders.
+        val_objects: So many objects of each set are validated on, evenly spread over it, whatever the number of
+            processes; null: all.
         input_pool: The (first) input view is one of the first so many views; null means any training view, as in the
             paper. Few make a small data set learnable in minutes: each input view is a scene of its own to learn,
             because the canonical frame turns with it.
@@ -48,7 +51,7 @@ class ShardDataModule(L.LightningDataModule):
         max_bad_share: Share of the samples that may be unreadable before training stops and lists them; their places
             are taken by others. 1 lets any number pass.
         workers: Processes that decode; 0 decodes in the training process.
-        seed: Seed of the order of samples and of all augmentation.
+        seed: Seed of the order of samples and of all augmentation; null: that of ``seed_everything``, or 0.
         streams: Streams that an epoch is cut into, so that neighbours in a batch come from different shards.
     """
 
@@ -61,27 +64,35 @@ class ShardDataModule(L.LightningDataModule):
         batch_size: int = 4,
         side_views: int = 3,
         unseen_views: int = 4,
+        val_objects: int | None = None,
         input_pool: int | None = None,
         crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
         crop_stages: Sequence[CropStage] = (),
         camera_noise: float = 0.0,
         max_bad_share: float = 0.01,
         workers: int = 2,
-        seed: int = 0,
+        seed: int | None = None,
         streams: int = 64,
     ) -> None:
         super().__init__()
         if not 0 <= max_bad_share <= 1:
             raise InputError(f"expected a data.max_bad_share in [0, 1], found {max_bad_share}")
-        self.max_bad_share = max_bad_share
+        if val_objects is not None and val_objects < 1:
+            raise InputError(
+                f"expected a data.val_objects of at least 1, found {val_objects}; null validates on all, and "
+                "--trainer.limit_val_batches 0 not at all"
+            )
+        self.max_bad_share, self.val_objects = max_bad_share, val_objects
         self.folder, self.batch_size, self.side_views = folder, batch_size, side_views
         self.sets, self.cache = (DataSet(folder, weight), *also), cache
         self.unseen_views, self.input_pool, self.workers = unseen_views, input_pool, workers
         self.inputs = 1  # views that the network is given; `lrm fit` takes them from the network
         self.augmentation = Augmentation(crop, tuple(crop_stages), camera_noise)
-        self.seed, self.streams = seed, streams
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # Lightning's variable
+        self.streams = streams
         # Where this start of the run begins: optimiser steps done, and the global position g that they led to.
         self._step, self._position = 0, 0
+        self._resumed_by_lightning = False
 
     def setup(self, stage: str) -> None:
         """Read the manifest and check that the shards can serve this run.
@@ -126,6 +137,17 @@ class ShardDataModule(L.LightningDataModule):
         """Go on after ``step`` optimiser steps, at position g; batch size, processes and workers may have changed."""
         self._step, self._position = step, position
 
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the data, for a checkpoint of Lightning's."""
+        assert self.trainer is not None
+        step = self.trainer.global_step
+        return {"step": step, "position": self.position(step)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from a checkpoint of Lightning's, whose loops have counted the batches before it."""
+        self.resume(state_dict["step"], state_dict["position"])
+        self._resumed_by_lightning = True
+
     def train_dataloader(self) -> DataLoader[PackedBatch]:
         """Make the loader of what is left of the run.
 
@@ -146,16 +168,17 @@ class ShardDataModule(L.LightningDataModule):
             max(0, self.trainer.max_steps - self._step),
             self._step,
             self._position,
+            counted=self._step if self._resumed_by_lightning else 0,
         )
         return self._loader(stream, batch_size=None)
 
     def val_dataloader(self) -> list[DataLoader[PackedBatch]]:
         """Make the loaders of ``EVALUATION_SETS``, one object a batch; "heldout" may be empty."""
-        return [self.evaluation_loader("unseen"), self.evaluation_loader("heldout")]
+        return [self.evaluation_loader(name, self.val_objects) for name in EVALUATION_SETS]
 
     def test_dataloader(self) -> list[DataLoader[PackedBatch]]:
-        """Serve ``lrm test`` with the same two sets."""
-        return self.val_dataloader()
+        """Serve ``lrm test`` with all objects of the same two sets."""
+        return [self.evaluation_loader(name) for name in EVALUATION_SETS]
 
     def predict_dataloader(self) -> DataLoader[PackedBatch]:
         """Serve ``lrm predict`` with the held-out objects."""

@@ -84,6 +84,7 @@ class TrainingStream(IterableDataset[PackedBatch]):
         steps: How many optimiser steps to feed.
         step: Optimiser steps done before.
         position: First global position g.
+        counted: Optimiser steps before these whose batches the length counts, as Lightning does where it resumes.
 
     Raises:
         InputError: The split has no samples, or fewer than an optimiser step takes.
@@ -103,6 +104,8 @@ class TrainingStream(IterableDataset[PackedBatch]):
         steps: int,
         step: int = 0,
         position: int = 0,
+        *,
+        counted: int = 0,
     ) -> None:
         mixture.require_samples(share.batch_size)
         entries = mixture.entries("train", repeated=True)
@@ -110,18 +113,19 @@ class TrainingStream(IterableDataset[PackedBatch]):
         self.order = Order(tuple(entry.shard.samples for entry in entries), seed, streams)
         self.share, self.inputs, self.side_views, self.unseen_views = share, inputs, side_views, unseen_views
         self.input_pool, self.augmentation, self.seed = input_pool, augmentation, seed
-        self.steps, self.step, self.position = steps, step, position
+        self.steps, self.step, self.position, self.counted = steps, step, position, counted
 
     def __len__(self) -> int:
         """Return the number of batches; the same on every rank."""
-        return self.steps * self.share.accumulate
+        return (self.counted + self.steps) * self.share.accumulate
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Yield collated batches."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        ahead = self._announced(range(worker, len(self), workers))
-        for batch in range(worker, len(self), workers):
+        batches = range(worker, self.steps * self.share.accumulate, workers)
+        ahead = self._announced(batches)
+        for batch in batches:
             next(ahead, None)
             yield collate([self.item(g) for g in self.share.positions(self.position, batch)])
 

@@ -1,6 +1,7 @@
 """The LightningModule: the steps, the optimiser, the losses by name. No plotting, no metric maths, no files."""
 
 import dataclasses
+from typing import Any
 
 import lightning as L
 import torch
@@ -147,6 +148,14 @@ class LRMModule(L.LightningModule):
         for name in terms[0]:
             mean = torch.stack([batch[name] for batch in terms]).mean()
             self.log(f"loss/{name}", self.trainer.strategy.reduce(mean))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the guard's state in a checkpoint of Lightning's."""
+        checkpoint["guard"] = self.guard.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Give the guard its state back."""
+        self.guard.resume(checkpoint["guard"])
 
     def configure_gradient_clipping(
         self,

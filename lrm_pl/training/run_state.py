@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint, and how it comes back: tensors, the place in the data, guard, scaler, step."""
+"""What of a run goes into a checkpoint, and how it comes back: tensors, place in the data, guard, scaler, callbacks."""
 
 import logging
 from typing import Any
@@ -7,6 +7,7 @@ import lightning as L
 
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.io.checkpoints import Checkpoint, tensor_names
+from lrm_pl.training.callback_states import callback_states, load_callback_states
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.holder import holder_of
 from lrm_pl.training.module import LRMModule
@@ -34,6 +35,7 @@ def run_numbers(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, A
         "position": _data(trainer).position(step),
         "guard": module.guard.state(),
         "scaler": {} if scaler is None else scaler.state_dict(),
+        "callbacks": callback_states(trainer),
     }
 
 
@@ -71,6 +73,7 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and checkpoint.run["scaler"]:
         scaler.load_state_dict(checkpoint.run["scaler"])
+    load_callback_states(trainer, checkpoint.run.get("callbacks", {}))
     _data(trainer).resume(checkpoint.step, int(checkpoint.run["position"]))
     set_progress(trainer, checkpoint.step)
 

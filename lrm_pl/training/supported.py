@@ -28,6 +28,12 @@ def require_supported_settings(trainer: L.Trainer) -> None:
             f"expected no trainer.limit_train_batches, found {limit}: the stream of samples "
             "would begin anew after so many batches; give the length of the run, --trainer.max_steps"
         )
+    measured = trainer.limit_val_batches
+    if trainer.world_size > 1 and measured not in (0, 1.0) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise InputError(
+            f"expected no trainer.limit_val_batches, found {measured}: it counts the objects of each process, so that "
+            "metrics and the best checkpoint would depend on their number; give --data.val_objects, which counts all"
+        )
     if isinstance(interval, int) and interval % accumulate:
         raise InputError(
             f"expected trainer.val_check_interval, which counts batches, to be a multiple of "

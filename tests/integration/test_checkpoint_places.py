@@ -131,16 +131,20 @@ def test_a_run_that_goes_on_keeps_its_first_config_and_a_measurement_touches_not
 
     config = (folder / "config.yaml").read_text()
     fit("run", 4, keeper())
-    assert (folder / "config.yaml").read_text() == config
+    assert (folder / "earlier/until-step-00000002/config.yaml").read_text() == config
+    assert (folder / "config.yaml").read_text() == config.replace("max_steps: 2", "max_steps: 4").replace(
+        "val_check_interval: 2", "val_check_interval: 4"
+    )
     before = contents()
-    options = ["--ckpt_path", str(folder), "--trainer.limit_val_batches", "1.0"]
+    options = ["--ckpt_path", str(folder), "--data.val_objects", "null"]
     main(["validate", "-c", str(folder / "config.yaml"), *options])
     after = contents()
     assert {path: after[path] for path in before} == before
     new = {path.relative_to(folder).parts[0] for path in after if path not in before}
     assert new == {"validate"}
     assert list((folder / "validate").glob("events.*"))
-    main(["fit", "-c", str(folder / "config.yaml"), "--trainer.max_steps", "5", "--run.profile", "3"])
+    longer = ["--run.folder", str(folder), "--trainer.max_steps", "5", "--run.profile", "3"]
+    main(["fit", "-c", str(folder / "config.yaml"), *longer])
     assert ck.newest_checkpoint(str(folder / "checkpoints"), print).step == 5, (
         "also with nothing left to profile"
     )

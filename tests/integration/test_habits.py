@@ -1,4 +1,4 @@
-"""What users of Lightning are used to: its settings, loggers, Ctrl-C, a saved config; it works, or is refused at once."""
+"""Habits of users of Lightning: its settings, its loggers, Ctrl-C, a saved config. All work, or are refused at once."""
 
 import os
 import signal
