@@ -18,12 +18,12 @@ from pathlib import Path
 from data_tools.contact_sheet import write_contact_sheet
 from data_tools.layouts.choice import LAYOUTS, Kind, Layout, make_layout
 from data_tools.layouts.files import Posed
-from data_tools.new_folder import LeftOut, Members, new_folder, write_shards
 from data_tools.plan import default_held_out, plan_shards
 from data_tools.repack import resized
 from data_tools.shard_folder import FAILURES_NAME, write_failures
+from data_tools.shard_pool import LeftOut, Members, write_shards
 from data_tools.validate import check_pictures
-from lrm_pl.data.manifest import Manifest, write_manifest
+from lrm_pl.data.manifest import Manifest, new_folder, write_manifest
 from lrm_pl.data.schema import Sample, SampleInfo, encode_sample
 from lrm_pl.errors import InputError
 
@@ -118,12 +118,14 @@ def convert(
             key: {"id": key, "file": tasks[key].place, "reason": left.reason}
             for key, left in left_out.items()
         }
-        write_failures(partial_out, failures)
         if not shards or kind is None:
+            why = out.with_name(f"{out.name}.{FAILURES_NAME}")
+            write_failures(why, failures)
             raise ConvertError(
                 f"{folder}: expected objects as {layout.name} lays them out, found none among {len(tasks)} that can be "
-                f"used; {partial_out / FAILURES_NAME} says why; the first: {next(iter(left_out.values())).reason}"
+                f"used; {why} says why; the first: {next(iter(left_out.values())).reason}"
             )
+        write_failures(partial_out / FAILURES_NAME, failures)
         settings = {
             "renderer": f"converted from {layout.name}",
             "converted_from": str(folder),

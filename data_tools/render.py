@@ -159,7 +159,7 @@ def _render_pending(
                 if len(unreachable) >= _UNREACHABLE:
                     for key in unreachable:  # no fault of theirs
                         failures.pop(key, None)
-                    write_failures(out, failures)
+                    write_failures(out / FAILURES_NAME, failures)
                     raise FolderError(
                         f"expected to download meshes, found that {_UNREACHABLE} in a row could not be: "
                         f"{outcome.reason}; run the same command again when the network is back, it goes on where it "
@@ -173,7 +173,7 @@ def _render_pending(
                     failed += 1
                     failures[asset.id] = {"id": asset.id, "file": asset.file, "reason": outcome.reason}
                     write_quarantine(out, asset.id, f"{outcome.reason}\n\n{outcome.log}")
-                    write_failures(out, failures)
+                    write_failures(out / FAILURES_NAME, failures)
                     bar.write(f"left out: {asset.file}: {outcome.reason.splitlines()[0]}", file=sys.stderr)
                 speed = rendered * setup.settings.views / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)

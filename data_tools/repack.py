@@ -17,13 +17,14 @@ from data_tools.contact_sheet import write_contact_sheet
 from data_tools.criteria import Rule, objections, parse_rule
 from data_tools.filter_table import shard_measures
 from data_tools.geometry import smaller_geometry
-from data_tools.new_folder import new_folder, write_shards
 from data_tools.plan import cut, held_out_ids
+from data_tools.shard_pool import write_shards
 from lrm_pl.data.manifest import (
     Manifest,
     Shard,
     ShardError,
     Split,
+    new_folder,
     read_index,
     read_manifest,
     read_members,

@@ -94,10 +94,10 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
     return {record["id"]: record for record in records}
 
 
-def write_failures(folder: Path, failures: dict[str, dict[str, str]]) -> None:
-    """Write ``failures.jsonl``, sorted by id."""
+def write_failures(path: Path, failures: dict[str, dict[str, str]]) -> None:
+    """Write a ``failures.jsonl``, sorted by id; what UTF-8 cannot hold is escaped, as JSON does."""
     lines = [json.dumps(failures[key], ensure_ascii=False) + "\n" for key in sorted(failures)]
-    write_atomically(folder / FAILURES_NAME, "".join(lines).encode())
+    write_atomically(path, "".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def find_shards(folder: Path, planned: PlannedShard) -> list[Shard]:

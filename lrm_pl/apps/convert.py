@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lrm_pl.data.input_setup import InputSetup
+from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
 from lrm_pl.io.conversion import Conversion, UnseenNumbers
 from lrm_pl.io.convert_openlrm import convert_openlrm
 from lrm_pl.io.convert_triposr import convert_triposr
 from lrm_pl.io.model_card import model_card
-from lrm_pl.io.pretrained import build_network, require_no_folder, write_pretrained
+from lrm_pl.io.pretrained import build_network, write_pretrained
 from lrm_pl.io.tensor_files import read_tensor_file
 
 CONVERTERS = {"openlrm": convert_openlrm, "triposr": convert_triposr}

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lrm_pl.apps.paths import user_path
 from lrm_pl.data.input_setup import InputSetup
+from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, find_checkpoint, read_tensors, tensor_specs
+from lrm_pl.io.checkpoints import Checkpoint, read_newest, read_tensors, tensor_specs
 from lrm_pl.io.model_card import model_card, run_facts
 from lrm_pl.io.pretrained import (
     CARD_NAME,
@@ -23,7 +24,6 @@ from lrm_pl.io.pretrained import (
     WEIGHTS_NAME,
     read_model_section,
     read_setup,
-    require_no_folder,
     write_pretrained,
 )
 from lrm_pl.stores import is_local
@@ -54,12 +54,10 @@ def export(
         InputError: Something of this is not there, or OUT is.
     """
     require_no_folder(out)
-    checkpoint = find_checkpoint(source)
+    checkpoint, tensors = read_newest(source, lambda found: (found, _weights(found, average=average)))
     config = find_config(checkpoint, config)
     model = read_model_section(config)
-    weights = {
-        name: _cast(tensor, DTYPES[dtype]) for name, tensor in _weights(checkpoint, average=average).items()
-    }
+    weights = {name: _cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
     header = f"The model section of {config.name} of the run whose step {checkpoint.step} this is."
     what = "The moving average of the weights" if average else "The weights"
     facts = run_facts(config.parent, yaml.safe_load(config.read_text()))

@@ -84,7 +84,7 @@ def place_loggers(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - a
             arguments[name] = placed[name]
 
 
-def new_folder(loggers: Any, root: str | None) -> str | None:  # noqa: ANN401 - a config
+def fresh_folder(loggers: Any, root: str | None) -> str | None:  # noqa: ANN401 - a config
     """Return a new folder for a run without one whose first logger makes none; None where it does.
 
     Args:

@@ -32,7 +32,7 @@ from lrm_pl.apps.run_folder import (
     RunConfig,
     RunLock,
     folder_of,
-    new_folder,
+    fresh_folder,
     place_loggers,
     purge_from,
     run_of,
@@ -46,7 +46,7 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.input_setup import InputSetup, measure_setup
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Owner, clear_leftovers, find_checkpoint, require_writable
+from lrm_pl.io.checkpoints import Checkpoint, Owner, clear_leftovers, read_newest, require_writable
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
 from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state, load_other_encoder_state
 from lrm_pl.io.weights import WeightSource
@@ -228,7 +228,7 @@ class LRMCLI(LightningCLI):
             folder = folder or run_of(str(self._setting("ckpt_path")))
             folder = folder and f"{folder}/{self.command}"
         elif folder is None:
-            folder = new_folder(self._setting("trainer.logger"), self._setting("trainer.default_root_dir"))
+            folder = fresh_folder(self._setting("trainer.logger"), self._setting("trainer.default_root_dir"))
         if self.command == "fit":
             self.config["run"]["folder"] = folder
         if given := self._setting("trainer.callbacks"):
@@ -309,9 +309,13 @@ class LRMCLI(LightningCLI):
         if path is None:
             raise InputError("expected --ckpt_path, found none; give the checkpoint that is to be measured")
         self._prepare(encoder=False)
-        checkpoint = find_checkpoint(str(path))
         averages = [c for c in self.trainer.callbacks if isinstance(c, WeightAverage) and c.validate]  # type: ignore[attr-defined]
-        load_network(checkpoint, self.model.lrm, average=bool(averages))
+
+        def load(found: Checkpoint) -> Checkpoint:
+            load_network(found, self.model.lrm, average=bool(averages))
+            return found
+
+        checkpoint = read_newest(str(path), load)
         self.measured = {"source": checkpoint.path, "step": checkpoint.step, "average": bool(averages)}
 
     before_test = before_validate

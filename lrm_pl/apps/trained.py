@@ -7,7 +7,7 @@ from pathlib import Path
 from lrm_pl.apps.export import find_config
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
-from lrm_pl.io.checkpoints import find_checkpoint, list_checkpoints
+from lrm_pl.io.checkpoints import Checkpoint, list_checkpoints, read_newest
 from lrm_pl.io.pretrained import SETUP_NAME, WEIGHTS_NAME, read_model_section, read_setup, weights_hash
 from lrm_pl.kernels.device import choose_device, synchronize
 from lrm_pl.pretrained import PretrainedLRM
@@ -81,11 +81,7 @@ def open_trained(
         model = PretrainedLRM.from_pretrained(name)
         source = name
     else:
-        checkpoint = find_checkpoint(name)
-        config = find_config(checkpoint, config)
-        model = PretrainedLRM(read_model_section(config), read_setup(config.parent))
-        load_network(checkpoint, model.network, average=average)
-        source, step = checkpoint.path, checkpoint.step
+        model, source, step = read_newest(name, lambda found: _read(found, config, average=average))
     if remover is not None:
         model.remover = remover
     sha256 = weights_hash(model.network)
@@ -93,6 +89,13 @@ def open_trained(
         "" if model.setup_known else f"{source}: no {SETUP_NAME} beside it: pictures are framed as LRM's are"
     )
     return Trained(model.to(choose_device(device)), source, step, sha256, note)
+
+
+def _read(checkpoint: Checkpoint, config: Path | None, *, average: bool) -> tuple[PretrainedLRM, str, int]:
+    config = find_config(checkpoint, config)
+    model = PretrainedLRM(read_model_section(config), read_setup(config.parent))
+    load_network(checkpoint, model.network, average=average)
+    return model, checkpoint.path, checkpoint.step
 
 
 def newest_run() -> str:

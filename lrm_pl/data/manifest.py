@@ -15,8 +15,10 @@ import json
 import os
 import re
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +102,33 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_no_folder(out: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        InputError: OUT is there.
+    """
+    if os.path.lexists(out):
+        raise InputError(f"expected to make the folder {out}, found it there; name another, or delete it")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give an empty folder beside ``out`` to write to: it takes that name when the block ends well, and goes if not.
+
+    Raises:
+        InputError: ``out`` is there.
+    """
+    require_no_folder(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as place:
+        folder = Path(place) / out.name  # of a usual folder's permissions
+        folder.mkdir()
+        yield folder
+        require_no_folder(out)
+        folder.rename(out)
 
 
 def write_shard(

@@ -11,8 +11,6 @@ in it is run: the config names no classes, the weights are numbers.
 
 import dataclasses
 import hashlib
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrm_pl.data.input_setup import InputSetup
+from lrm_pl.data.manifest import new_folder
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints.store import sync_folder
 from lrm_pl.models.lrm import LRM
@@ -36,16 +35,6 @@ CONFIG_NAME, WEIGHTS_NAME, SETUP_NAME, CARD_NAME = (
     "input.yaml",
     "README.md",
 )
-
-
-def require_no_folder(out: Path) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        InputError: OUT is there.
-    """
-    if os.path.lexists(out):
-        raise InputError(f"expected to make the folder {out}, found it there; name another")
 
 
 def write_pretrained(
@@ -69,13 +58,9 @@ def write_pretrained(
     Raises:
         InputError: OUT is there.
     """
-    require_no_folder(out)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill_pretrained(partial, model, weights, header, setup, card)
-    sync_folder(str(partial))
-    partial.rename(out)
+    with new_folder(out) as folder:
+        fill_pretrained(folder, model, weights, header, setup, card)
+        sync_folder(str(folder))
 
 
 def fill_pretrained(

@@ -35,7 +35,7 @@ def test_another_shard_size_keeps_every_byte_and_every_split(shards, tmp_path):
     assert members(tmp_path / "out") == members(shards)
     assert validate(tmp_path / "out") == 0
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
-    assert not (tmp_path / "out.partial").exists()
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
 
 
 def test_another_resolution_changes_pictures_alone_and_cameras_still_fit(shards, tmp_path):
@@ -96,7 +96,7 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
     assert main(["merge", "--shards", str(shards), "--out", str(tmp_path / "out")]) == 0
     assert f"make train DATA={tmp_path / 'out'}" in capsys.readouterr().out
     assert main(["merge", "--shards", str(shards), "--out", str(tmp_path / "out")]) == 1
-    assert "expected no" in capsys.readouterr().err
+    assert "found it there" in capsys.readouterr().err
 
 
 def test_a_damaged_sample_stops_it_and_leaves_nothing_under_the_name(shards, tmp_path):

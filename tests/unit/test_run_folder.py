@@ -17,6 +17,8 @@ from lrm_pl.io.checkpoints import (
     choose_checkpoint,
     complete,
     find_checkpoint,
+    read_newest,
+    remove_checkpoint,
     write_tensors,
 )
 
@@ -110,6 +112,25 @@ def test_a_path_is_a_checkpoint_or_a_run_and_is_where_a_new_run_begins(tmp_path)
     assert find_checkpoint(str(first)).step == 20
 
 
+def test_a_checkpoint_that_its_run_deletes_while_it_is_read_gives_way_to_a_newer_one(tmp_path, caplog):
+    place = tmp_path / "run" / "checkpoints"
+    write(place, 10)
+    tried = []
+
+    def read(found):
+        tried.append(found.step)
+        if found.step == 10:  # meanwhile the run has gone on
+            write(place, 20)
+            remove_checkpoint(found.path)
+        return (Path(found.path) / "tensors.pt").read_bytes()
+
+    assert read_newest(str(tmp_path / "run"), read)
+    assert tried == [10, 20]
+    assert "was deleted while it was read: taking a newer one" in caplog.text
+    with pytest.raises(FileNotFoundError):
+        read_newest(str(tmp_path / "run"), lambda found: (Path(found.path) / "none").read_bytes())
+
+
 def test_started_again_with_the_same_command_a_run_goes_on_from_its_own_checkpoints(tmp_path, caplog):
     path = write(tmp_path / "first" / "checkpoints", 10)
     own = tmp_path / "second" / "checkpoints"
@@ -178,3 +199,18 @@ def test_a_home_folder_is_the_home_folder_and_a_url_is_refused(monkeypatch, tmp_
         InputError, match=r"expected a local folder .* found --run.folder s3://b/run; .*RunKeeper"
     ):
         run_path("s3://b/run")
+
+
+def test_a_logger_is_given_the_places_that_its_class_takes(tmp_path):
+    class Bare:
+        """Takes no folder."""
+
+    class Named:
+        def __init__(self, name: str = "", save_dir: str = "") -> None:
+            """Take both."""
+
+    for kind, wanted in ((Bare, {}), (Named, {"save_dir": str(tmp_path / "run"), "name": "run"})):
+        globals()[kind.__name__] = kind
+        config = {"class_path": f"{__name__}:{kind.__name__}", "init_args": {}}
+        place_loggers(config, str(tmp_path / "run"))
+        assert config["init_args"] == wanted

@@ -12,7 +12,7 @@ is no renaming, the index is what makes it complete. CHECKPOINTS is a local fold
 about which of them a run goes on from, ``tensors`` about what is in them.
 """
 
-from lrm_pl.io.checkpoints.choice import choose_checkpoint, find_checkpoint
+from lrm_pl.io.checkpoints.choice import choose_checkpoint, find_checkpoint, read_newest
 from lrm_pl.io.checkpoints.index import (
     Checkpoint,
     CheckpointError,
@@ -36,7 +36,7 @@ from lrm_pl.io.checkpoints.tensors import read_tensors, tensor_names, tensor_spe
 __all__ = [
     "Checkpoint", "CheckpointError", "Format", "Owner",
     "checkpoint_path", "step_of", "list_checkpoints", "newest_checkpoint", "read_checkpoint", "read_index",
-    "choose_checkpoint", "find_checkpoint",
+    "choose_checkpoint", "find_checkpoint", "read_newest",
     "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "clear_leftovers", "require_writable",
     "tensor_names", "tensor_specs", "read_tensors",
 ]  # fmt: skip

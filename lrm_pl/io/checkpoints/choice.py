@@ -1,12 +1,23 @@
 """Which checkpoint a run goes on from."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints.index import Checkpoint, list_checkpoints, newest_checkpoint, read_checkpoint
+from lrm_pl.io.checkpoints.index import (
+    Checkpoint,
+    CheckpointError,
+    is_there,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
@@ -59,3 +70,25 @@ def find_checkpoint(path: str) -> Checkpoint:
         if found is not None:
             return found
     return read_checkpoint(path)
+
+
+def read_newest(path: str, read: Callable[[Checkpoint], T]) -> T:
+    """Read a checkpoint by its own path, or the newest whole one of a run, which may train on and delete it meanwhile.
+
+    Args:
+        path: As ``find_checkpoint`` takes it.
+        read: Reads what is wanted of it; called again with a newer one where that one has gone.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    gone = ""
+    while True:
+        checkpoint = find_checkpoint(path)
+        try:
+            return read(checkpoint)
+        except (FileNotFoundError, CheckpointError):
+            if is_there(checkpoint.path) or checkpoint.path == gone:
+                raise
+            gone = checkpoint.path
+            logger.warning("%s was deleted while it was read: taking a newer one", gone)

@@ -252,7 +252,7 @@ def newest_checkpoint(folder: str, say: Callable[[str], None]) -> Checkpoint | N
             return read_checkpoint(path)
         except CheckpointError as error:
             say(f"passed over a checkpoint: {error}")
-    if paths and not is_local(folder) and not any(map(_has_index, paths)):
+    if paths and not is_local(folder) and not any(map(is_there, paths)):
         say(f"{folder}: no checkpoint was ever finished there; starting from the beginning")
         return None
     if paths:
@@ -263,7 +263,8 @@ def newest_checkpoint(folder: str, say: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
-def _has_index(path: str) -> bool:
+def is_there(path: str) -> bool:
+    """Return whether a checkpoint has its index, which is written last and deleted first."""
     fs, inner = open_store(path)
     with talking_to(path):
         return bool(fs.isfile(f"{inner}/{INDEX_NAME}"))

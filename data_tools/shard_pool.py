@@ -1,15 +1,10 @@
-"""A new folder of shards, made by a pool of processes out of what is there already.
-
-OUT.partial/    what is being made; it takes the name OUT when it is whole
-"""
+"""Shards made by a pool of processes out of what is there already."""
 
 import dataclasses
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +12,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from data_tools.plan import PlannedShard
-from lrm_pl.data.manifest import Shard, ShardError, write_shard
+from lrm_pl.data.manifest import Shard, write_shard
 
 Task = TypeVar("Task")
 
@@ -34,22 +29,6 @@ class LeftOut:
     """
 
     reason: str
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Give a folder to write to, which takes the name ``out`` when the block ends well.
-
-    Raises:
-        ShardError: ``out`` is there.
-    """
-    if out.exists():
-        raise ShardError(f"expected no {out} yet, found one; choose another --out, or delete it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(out)
 
 
 def write_shards(

@@ -1,0 +1,51 @@
+"""A folder that appears when it is whole."""
+
+import os
+
+import pytest
+
+from lrm_pl.data.manifest import new_folder
+from lrm_pl.errors import InputError
+
+
+def test_it_appears_whole_and_touches_nothing_that_is_there(tmp_path):
+    precious = tmp_path / "out.partial" / "notes.txt"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert precious.read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial"}
+    assert (tmp_path / "out").stat().st_mode == precious.parent.stat().st_mode, "others may read it"
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    def fail(folder):
+        (folder / "a").write_text("a")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "deep" / "out") as folder:
+        fail(folder)
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+@pytest.mark.parametrize("there", ["file", "folder", "link to nothing"])
+def test_what_is_there_is_not_replaced_whenever_it_came(tmp_path, there):
+    def put():
+        if there == "folder":
+            (tmp_path / "out").mkdir()
+        elif there == "file":
+            (tmp_path / "out").touch()
+        else:
+            os.symlink("nothing", tmp_path / "out")
+
+    with (
+        pytest.raises(InputError, match=r"expected to make the folder .*out, found it there"),
+        new_folder(tmp_path / "out"),
+    ):
+        put()
+    assert os.path.lexists(tmp_path / "out")
+    with pytest.raises(InputError, match="found it there"), new_folder(tmp_path / "out"):
+        raise AssertionError
