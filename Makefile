@@ -72,7 +72,7 @@ help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
-train: .venv/ready $(DEMO_SHARDS) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; NODES= GPUS=
+train: .venv/ready $(DEMO_SHARDS) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; GPUS= PROCESSES= NODES= STRATEGY= NAME=
 ifeq ($(strip $(LAUNCH)),)
 	.venv/bin/lrm fit $(LAYERS) $(call option,--data.folder,$(DATA)) $(ARGS)
 else
@@ -84,8 +84,8 @@ infer: .venv/ready ## From a photo to a 3D file: IMAGE=photo.png CKPT= ARGS="--t
 	.venv/bin/lrm infer $(call quoted,$(IMAGE)) $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PROCESSES= ARGS="--baseline"
-	$(if $(PROCESSES),.venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES) -m lrm_pl,.venv/bin/lrm) evaluate \
-	  $(call option,--ckpt,$(CKPT)) $(call option,--data,$(DATA)) $(call option,--protocol,$(PROTOCOL)) $(ARGS)
+	.venv/bin/lrm evaluate $(call option,--ckpt,$(CKPT)) $(call option,--data,$(DATA)) $(call option,--protocol,$(PROTOCOL)) \
+	  $(call option,--processes,$(PROCESSES)) $(ARGS)
 
 demo: .venv/ready ## A page in the browser that turns photos into meshes: CKPT= ARGS="--port 7860"
 	.venv/bin/lrm demo $(call option,--ckpt,$(CKPT)) $(ARGS)

@@ -150,6 +150,9 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     planned = plan(arguments, options.gpus, gpu.properties)
     gpu.products(planned.shape.dtype)  # refuses what it is not built for before anything is simulated
     machines = Machines(gpu, options.gpus, options.gpus_per_node, options.network * 1e9 / 8)
+    console.print(
+        f"Going through a step of one process with {planned.shape.objects} objects, operation by operation"
+    )
     whole = planned.costs()
     flat, hybrid = (
         _sharded(console, planned, name, copies, every_rank=options.every_rank)
@@ -184,8 +187,6 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     words.append(f"GPUS={min(options.gpus, options.gpus_per_node)}")
     words += [] if best.strategy == "none" else [f"STRATEGY={best.strategy}"]
     configs, others = _layers(arguments)
-    if best.strategy == "hsdp":
-        others.append(f"--trainer.strategy.init_args.replicas={machines.nodes}")
     words.append(f'CONFIG="{" ".join(configs)}" DATA=...')
     words += [f"ARGS={shlex.quote(shlex.join(others))}"] if others else []
     console.print(f"Next: make train {' '.join(words)}  (make doctor checks the nodes)", soft_wrap=True)

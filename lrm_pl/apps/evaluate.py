@@ -24,6 +24,7 @@ from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.apps.evaluation_results import compare, finish, metrics_of, shortfall
 from lrm_pl.apps.options import add_network, open_network
 from lrm_pl.apps.paths import require_out, user_path
+from lrm_pl.apps.processes import in_group, run_processes
 from lrm_pl.apps.trained import Trained
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.data.schema import Sample, SampleError
@@ -136,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; expected errors end in one message."""
     given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if given.processes > 1 and not in_group():
+        run_processes(given.processes, ["evaluate", *(sys.argv[2:] if arguments is None else arguments)])
     under_srun = "SLURM_STEP_NUM_TASKS" in os.environ  # an allocation alone has SLURM_NTASKS too
     rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if under_srun else 0))
     world = int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if under_srun else 1))
@@ -234,6 +237,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="most objects, evenly spread; all unless given")
     parser.add_argument("--out", type=user_path, help="folder of the results (evaluation/...)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes on this machine, one a GPU where there are (1)"
+    )
     parser.add_argument("--baseline", action="store_true", help="measure trivial answers too")
     parser.add_argument(
         "--compare",

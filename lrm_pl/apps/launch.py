@@ -6,7 +6,6 @@ itself; for more nodes it prints the line that starts each of them.
 
 import argparse
 import datetime
-import os
 import re
 import shlex
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from lrm_pl.apps import slurm
 from lrm_pl.apps.job import FIRST_NODE, STRATEGIES, Launch, job_script, node_lines, torchrun
+from lrm_pl.apps.processes import run_processes
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.io.weights import cache_folder
@@ -30,7 +30,11 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
         raise InputError(
             "expected GPUS with MASTER, found none; GPUS=8 is eight GPUs a node, GPUS=0 trains on CPUs"
         )
-    gpus = slurm.gpus_a_node(options.partition) if options.gpus is None else options.gpus
+    gpus = options.gpus
+    if gpus is None and options.nodes == 1 and not slurm.available():
+        gpus = gpus_here()
+    elif gpus is None:
+        gpus = slurm.gpus_a_node(options.partition)
     for name, value, least in (("NODES", options.nodes, 1), ("GPUS", gpus, 0)):
         if value < least:
             raise InputError(f"expected {name} of at least {least}, found {value}; correct {name}=")
@@ -72,6 +76,13 @@ def data_folders(arguments: list[str]) -> list[str]:
 
     data = parse_fit(arguments)["data"]
     return [data["folder"], *(one.folder for one in data["also"])]
+
+
+def gpus_here() -> int:
+    """Return how many GPUs of this machine PyTorch can use."""
+    from lrm_pl.kernels.device import num_visible_gpus  # loads torch, which other launches can do without
+
+    return num_visible_gpus()
 
 
 def processes_a_node(gpus: int, given: int | None) -> int:
@@ -123,17 +134,23 @@ def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
     """Start this machine's processes, or show what to type on each machine.
 
     Raises:
-        InputError: More nodes than this machine, and nothing that could start them.
+        InputError: More nodes than this machine, and nothing that could start them; or fewer GPUs than asked for.
     """
     if launch.nodes == 1:
-        command = torchrun(launch, "--standalone")
-        print(slurm.quoted(command), flush=True)
+        print(slurm.quoted(torchrun(launch, "--standalone")), flush=True)
         if options.dry_run:
             print("DRY_RUN: nothing was started.")
             return
-        os.execv(command[0], command)  # signals then reach torchrun as they would without this program
+        if launch.gpus > (found := gpus_here()):
+            raise InputError(
+                f"expected {launch.gpus} GPUs on this machine, found {found} that PyTorch can use; see `lrm doctor`, "
+                "give fewer (GPUS=), or train on CPUs: GPUS=0 PROCESSES=2"
+            )
+        run_processes(launch.processes, ["fit", *launch.fit_arguments()])
     for rank, line in enumerate(node_lines(launch, options.master)):
         print(f"# node {rank}, in {shlex.quote(str(Path.cwd()))}\n{line}")
+    if not options.name:
+        print(f"# To go on with this run later, say NAME={launch.run.name} too.")
     if not options.master:
         print(
             f"# {FIRST_NODE} stands for the address of node 0, as the other nodes reach it: MASTER=address[:port]"

@@ -233,7 +233,8 @@ class LRMCLI(LightningCLI):
             self.config["run"]["folder"] = folder
         if given := self._setting("trainer.callbacks"):
             own = self.parser.get_defaults().trainer.callbacks
-            self.config.trainer.callbacks = with_own_callbacks(given, own)
+            shown = self._setting("trainer.enable_progress_bar") is not False
+            self.config.trainer.callbacks = with_own_callbacks(given, own, progress_bar=shown)
         elif self.command == "fit":
             logger.warning("trainer.callbacks is empty: this run keeps no checkpoints and measures nothing")
         place_loggers(self._setting("trainer.logger"), folder)
@@ -454,7 +455,9 @@ class LRMCLI(LightningCLI):
         return self.config_init["weights"]
 
 
-def with_own_callbacks(given: list[Namespace], own: list[Namespace]) -> list[Namespace]:
+def with_own_callbacks(
+    given: list[Namespace], own: list[Namespace], *, progress_bar: bool = True
+) -> list[Namespace]:
     """Return the callbacks of a config after those of ``base.yaml``, which its list would replace.
 
     One of ``base.yaml`` is left out where the config has that class, a subclass of it, or another progress bar.
@@ -462,6 +465,7 @@ def with_own_callbacks(given: list[Namespace], own: list[Namespace]) -> list[Nam
     Args:
         given: The config's.
         own: Those of ``base.yaml``.
+        progress_bar: Whether there is to be one.
     """
     classes = [resolve_name(callback.class_path) for callback in given]
 
@@ -470,7 +474,8 @@ def with_own_callbacks(given: list[Namespace], own: list[Namespace]) -> list[Nam
         base = ProgressBar if issubclass(kind, ProgressBar) else kind
         return any(issubclass(one, base) for one in classes)
 
-    return [*(callback for callback in own if not replaced(callback)), *given]
+    both = [*(callback for callback in own if not replaced(callback)), *given]
+    return [one for one in both if progress_bar or not issubclass(resolve_name(one.class_path), ProgressBar)]
 
 
 def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:
@@ -537,6 +542,8 @@ def _config_of_run(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; expected errors end in one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    lightnings = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    lightnings.addFilter(lambda record: "litlogger" not in record.getMessage())  # an advertisement
     # Not so: the stream gives whole batches to each worker in turn, and says its true length.
     warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
     # The metrics of a validation are added up over ranks before they are logged.

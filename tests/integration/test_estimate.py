@@ -148,7 +148,7 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
             ["--gpus", "1", "--data.crop.size", "8", "--model.objective.lpips", "1"],
             "crops of 16 pixels or more for LPIPS, found 8",
         ),
-        (["--gpus", "1", "--gpu", "4090x"], "found '4090x'; closest: GeForce RTX 4090"),
+        (["--gpus", "1", "--gpu", "4090x"], "found '4090x'; spelled like it: GeForce RTX 4090"),
         (
             ["--gpus", "1", "--gpu", "t4", "--trainer.precision", "bf16-mixed"],
             "give --trainer.precision 16-mixed",

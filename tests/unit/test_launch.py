@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -333,6 +334,63 @@ def test_a_strategy_and_data_that_are_asked_for_are_on_top_of_the_config_and_oth
     assert " --data.folder data/mine " in said
     main(["--gpus=2", "-c", "mine.yaml", "--dry-run"])
     assert "--data.folder" not in capsys.readouterr().out
+
+
+def test_processes_alone_are_of_the_cpus_where_no_gpu_is(no_slurm, capsys):
+    main(["--processes=2", "-c", "mine.yaml", "--dry-run"])
+    assert "--trainer.devices 2 --trainer.accelerator cpu" in capsys.readouterr().out
+
+
+def test_more_gpus_than_the_machine_has_are_refused_before_anything_starts(no_slurm):
+    with pytest.raises(SystemExit, match="expected 4 GPUs on this machine, found 0 that PyTorch can use"):
+        main(["--gpus=4", "-c", "mine.yaml"])
+
+
+@pytest.fixture
+def group(checkout, root):
+    """Start two processes of a program that stands in for lrm_pl's; the launcher's own code is the real one."""
+
+    def start(program):
+        (checkout / "lrm_pl.py").write_text("import os, signal, sys, time\n" + program)
+        launcher = "import sys; sys.path.pop(0); sys.path.insert(0, sys.argv[1])\n"
+        launcher += "from lrm_pl.apps.processes import run_processes; run_processes(2, ['fit'])"
+        return subprocess.Popen(
+            [sys.executable, "-c", launcher, str(root)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [
+        ("sys.exit(0)", 0, ""),
+        ("sys.exit(75 if os.environ['RANK'] == '1' else 0)", 75, ""),
+        ("sys.exit('lrm: expected this, found that')", 1, "lrm: expected this, found that\n" * 2),
+        ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was ended by signal 9\n"),
+    ],
+)
+def test_the_last_thing_that_several_processes_say_is_their_own_message(group, ends, status, said):
+    process = group(ends)
+    printed, _ = process.communicate(timeout=100)
+    assert process.returncode == status, printed
+    assert sorted(printed.replace("process 1", "process 0").splitlines()) == said.splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_several_processes_that_are_told_to_stop_have_time_and_no_traceback_follows(group, number):
+    process = group(
+        "def stop(number, frame):\n    time.sleep(1)\n    os.write(1, b'kept\\n')\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGINT, stop)\nsignal.signal(signal.SIGTERM, stop)\nprint('up', flush=True)\n"
+        "time.sleep(60)"
+    )
+    for _ in range(2):
+        assert process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=100)
+    assert printed.splitlines() == ["kept", "kept"]
+    assert process.returncode == 128 + number
 
 
 def test_the_default_name_is_the_experiment_and_the_time(no_slurm, capsys):

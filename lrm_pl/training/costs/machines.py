@@ -56,12 +56,17 @@ class Gpu:
 
 #: Name; half and single TFLOP/s; GB; GB/s of memory and link; capability; multiprocessors; MB of L2. Makers' data
 #: sheets and architecture white papers. GeForce: float32 sums run at half the rate of float16 sums.
-#: The 480 GB in the GH200's name are its CPU's.
+#: The 480 GB in the GH200's name are its CPU's. A MI250X is two devices, of which this is one.
 _TABLE = """
 A100 80GB                  312    19.5   80 2039 300  8.0 108  40
 A100 40GB                  312    19.5   40 1555 300  8.0 108  40
 A100 PCIe 80GB             312    19.5   80 1935  32  8.0 108  40
 A100 PCIe 40GB             312    19.5   40 1555  32  8.0 108  40
+A800 80GB                  312    19.5   80 2039 200  8.0 108  40
+A800 PCIe 80GB             312    19.5   80 1935 200  8.0 108  40
+H800                       989.4  67     80 3350 200  9.0 132  50
+H800 PCIe                  756    51     80 2000  64  9.0 114  50
+H20                        148    44     96 4000 450  9.0  78  60
 H100                       989.4  67     80 3350 450  9.0 132  50
 H100 PCIe                  756    51     80 2000  64  9.0 114  50
 H100 NVL                   835    60     94 3938  64  9.0 132  50
@@ -74,6 +79,8 @@ B200                       2250   75    180 7700 900 10.0 148 126
 GB200                      2500   80    186 8000 900 10.0 148 126
 MI300X                     1307.4 163.4 192 5300 448  9.4 304  32
 MI325X                     1307.4 163.4 256 6000 448  9.4 304  32
+MI250X                     191.5  23.9   64 1638 200  9.0 110   8
+MI210                      181    22.6   64 1638  32  9.0 104   8
 L40S                       362    91.6   48  864  32  8.9 142  96
 L40                        181    90.5   48  864  32  8.9 142  96
 L4                         121    30.3   24  300  32  8.9  58  48
@@ -87,6 +94,12 @@ V100 PCIe 16GB             112    14     16  900  16  7.0  80   6
 V100 PCIe 32GB             112    14     32  900  16  7.0  80   6
 V100S                      130    16.4   32 1134  16  7.0  80   6
 T4                         65     8.1    16  320  16  7.5  40   4
+P100                       21.2   10.6   16  732  80  6.0  56   4
+P100 PCIe 16GB             18.7   9.3    16  732  16  6.0  56   4
+P100 PCIe 12GB             18.7   9.3    12  549  16  6.0  56   4
+TITAN RTX                  130.5  16.3   24  672  16  7.5  72   6
+Quadro RTX 8000            130.5  16.3   48  672  16  7.5  72   6
+Quadro RTX 6000            130.5  16.3   24  672  16  7.5  72   6
 RTX PRO 6000               503.8  125.9  96 1792  64 12.0 188 128
 RTX 6000 Ada               364.2  91.1   48  960  32  8.9 142  96
 RTX 5000 Ada               261    65.3   32  576  32  8.9 100  64
@@ -120,6 +133,7 @@ GeForce RTX 3070 Ti        43.5   21.7    8  608  32  8.6  48   4
 GeForce RTX 3070           40.6   20.3    8  448  32  8.6  46   4
 GeForce RTX 3060 Ti        32.4   16.2    8  448  32  8.6  38   4
 GeForce RTX 3060           25.5   12.7   12  360  32  8.6  28   3
+GeForce RTX 2080 Ti        53.8   13.4   11  616  16  7.5  68   5
 GeForce RTX 3050           18.2   9.1     8  224  16  8.6  20   2
 """
 
@@ -173,8 +187,13 @@ def require_gpu(name: str) -> Gpu:
     if gpu is None:
         by_spelling = {_spelling(gpu.name): gpu.name for gpu in GPUS}
         close = difflib.get_close_matches(_spelling(name), by_spelling, n=4, cutoff=0.4)
-        listed = [by_spelling[one] for one in close] or [gpu.name for gpu in GPUS]
-        raise InputError(f"expected a known GPU, found {name!r}; closest: {', '.join(listed)}")
+        listed = (
+            f"spelled like it: {', '.join(by_spelling[one] for one in close)}" if close else "H100, 4090, ..."
+        )
+        raise InputError(
+            f"expected a known GPU, found {name!r}; {listed}. For one that is not known give one of as much memory and "
+            "as many TFLOP/s"
+        )
     return gpu
 
 

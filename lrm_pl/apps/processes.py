@@ -1,0 +1,48 @@
+"""Several processes of a command on this machine, as torchrun starts them; their messages are the last thing said."""
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import NoReturn
+
+#: Seconds that processes have to keep their work after a signal, before they are killed.
+GRACE_S = 120
+
+
+def in_group() -> bool:
+    """Return whether this is one of several processes already."""
+    return "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+
+
+def run_processes(count: int, arguments: Sequence[str]) -> NoReturn:
+    """Run ``python -m lrm_pl ...`` in so many processes, and end as the first that failed.
+
+    Args:
+        count: Processes.
+        arguments: After ``lrm``.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # a page for each process that fails
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=GRACE_S,
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "lrm_pl", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        status = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        if failure.exitcode < 0:
+            sys.stderr.write(f"lrm: process {rank} of {count} was ended by signal {-failure.exitcode}\n")
+        sys.exit(status)
+    except SignalException as error:  # the processes have ended, and said what they keep
+        sys.exit(128 + error.sigval)
+    sys.exit(0)
