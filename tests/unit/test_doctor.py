@@ -5,6 +5,8 @@ import hashlib
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -275,3 +277,49 @@ def test_a_config_with_an_encoder_that_has_no_weights_says_so(config):
         read_wanted(
             ["-c", str(config), "--weights.pretrained=true", "--model.lrm.encoder.name=vit_tiny_patch16_224"]
         )
+
+
+def test_the_meeting_ends_only_when_every_node_has_read_what_all_found(root):
+    """Many times over, as processes on this machine; node 0's end takes the store with it."""
+    program = """
+import os, socket, sys, time
+from lrm_pl.apps.checks.finding import Finding
+from lrm_pl.apps.checks.nodes import Crew, Meeting
+import lrm_pl.apps.checks.nodes as nodes
+index, port, slow = map(int, sys.argv[1:])
+nodes.meeting_point = lambda: ("127.0.0.1", port)
+meeting = Meeting(Crew(3, index, f"n{index}", "1"))
+exchanged = meeting._exchanged
+def late(key, value):
+    found = exchanged(key, value)
+    time.sleep(0.5 * (index == slow))
+    return found
+meeting._exchanged = late
+print([found.check for report in meeting.gather([Finding(f"c{index}", "")]) for found in report])
+"""
+    for slow in (0, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        nodes = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(index), str(port), str(slow)], cwd=root, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+            for index in range(3)
+        ]  # fmt: skip
+        said = [node.communicate(timeout=100)[0] for node in nodes]
+        assert said == ["['c0', 'c1', 'c2']\n"] * 3
+
+
+def test_a_first_node_whose_name_stands_for_no_address_is_a_row(config, monkeypatch, capsys):
+    for name, value in (
+        ("SLURM_STEP_NUM_NODES", "2"), ("SLURM_NODEID", "1"), ("SLURMD_NODENAME", "n1"), ("SLURM_JOB_ID", "1"),
+        ("SLURM_LOCALID", "0"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lrm_pl.apps.checks.nodes.meeting_point", lambda: ("no.such.host.invalid", 15005))
+    monkeypatch.setattr("lrm_pl.apps.checks.rounds.meeting_point", lambda: ("no.such.host.invalid", 15005))
+    status, said = run(capsys, "-c", config)
+    assert status == 1
+    assert "the name no.such.host.invalid must stand for node 0's address" in said

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lrm_pl.apps.checks.finding import Finding
+from lrm_pl.apps.checks.finding import Finding, counted
 from lrm_pl.apps.checks.wanted import Wanted
 from lrm_pl.kernels.device import num_visible_gpus
 
@@ -20,7 +20,9 @@ def processors(wanted: Wanted) -> Finding:
     """Compare the CPUs that this process may use with the processes that the run starts on a node."""
     cpus = len(os.sched_getaffinity(0))
     needed = wanted.processes * (1 + wanted.workers)
-    found = f"{cpus} CPUs for {wanted.processes} processes with {wanted.workers} loader workers each"
+    found = (
+        f"{cpus} CPUs for {counted(wanted.processes, 'process')} with {wanted.workers} loader workers each"
+    )
     if cpus < needed:
         remedy = f"they share CPUs; {needed} would keep them apart, or lower --data.workers"
         return Finding("processors", found, "warning", remedy)
@@ -46,7 +48,9 @@ def gpus(wanted: Wanted) -> Finding:
 
 def bf16(wanted: Wanted) -> Finding:
     """Find whether bf16 products are made in hardware."""
-    if wanted.gpus and num_visible_gpus():
+    if wanted.gpus and not num_visible_gpus():
+        return Finding("bf16", "no GPU to look at", "warning", "see the row of GPUs")
+    if wanted.gpus:
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         path = Path("/proc/cpuinfo")

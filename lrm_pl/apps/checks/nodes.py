@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -54,12 +55,14 @@ class Meeting:
         crew: The nodes.
 
     Raises:
+        OSError: The name of node 0 stands for no address.
         torch.distributed.DistError: The nodes do not find each other in time.
     """
 
     def __init__(self, crew: Crew) -> None:
         self.crew = crew
         self.address, self.port = meeting_point()
+        socket.getaddrinfo(self.address, self.port)  # the store would try again for minutes
         self._store = TCPStore(
             self.address,
             self.port,
@@ -77,6 +80,13 @@ class Meeting:
         """Return whether it is so on every node."""
         return all(answer == b"yes" for answer in self._exchanged("good", "yes" if good else "no"))
 
+    def leave(self) -> None:
+        """End the meeting: the store ends with node 0, which waits until no other has anything left to read."""
+        if self.crew.index:
+            self._store.set(f"left/{self.crew.index}", "")
+        else:
+            self._store.wait([f"left/{index}" for index in range(1, self.crew.count)])
+
     def wait(self, moment: str) -> None:
         """Wait until every node has come to the same moment, each of which has a name of its own."""
         self._exchanged(moment, "here")
@@ -85,7 +95,7 @@ class Meeting:
         """Exchange the findings of all nodes, in their order."""
         record = json.dumps([dataclasses.asdict(finding) for finding in findings])
         reports = self._exchanged("findings", record)
-        self.wait("read")  # the store ends with node 0, which must not leave first
+        self.leave()
         return [[Finding(**entry) for entry in json.loads(report)] for report in reports]
 
     def _exchanged(self, key: str, value: str) -> list[bytes]:

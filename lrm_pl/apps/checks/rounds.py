@@ -1,5 +1,6 @@
 """The doctor's round: all checks of one node, and those that nodes make together."""
 
+import socket
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,7 @@ def examine(arguments: list[str], versions: Sequence[Finding]) -> list[Row]:
     try:
         wanted = read_wanted(arguments)
     except InputError as error:
-        expectation, _, remedy = str(error).rpartition("; ")
+        expectation, _, remedy = str(error).partition("; ")
         findings.append(Finding("config", expectation, "missing", remedy))
     here = crew()
     if here is None:
@@ -41,9 +42,13 @@ def examine(arguments: list[str], versions: Sequence[Finding]) -> list[Row]:
             findings += look_together(meeting, wanted)
         findings += [] if wanted is None else examine_node(wanted)
         return rows(dict(zip(meeting.names(), meeting.gather(findings), strict=True)))
-    except torch.distributed.DistError as error:
+    except (torch.distributed.DistError, socket.gaierror) as error:
         address, port = meeting_point()
         remedy = f"nodes must reach each other at ports over 1024; see the firewall, and whether {address} is node 0"
+        if isinstance(error, socket.gaierror):
+            remedy = (
+                f"the name {address} must stand for node 0's address on every node: see /etc/hosts or the DNS"
+            )
         reason = f"{address}:{port}: {str(error).splitlines()[0]}"
         findings = [finding for finding in findings if finding.check != "rendezvous"]
         findings.append(Finding("rendezvous", reason, "missing", remedy))

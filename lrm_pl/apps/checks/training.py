@@ -2,7 +2,7 @@
 
 import hashlib
 
-from lrm_pl.apps.checks.finding import Finding
+from lrm_pl.apps.checks.finding import Finding, counted
 from lrm_pl.apps.checks.wanted import Wanted, Weights
 from lrm_pl.data.cache import CacheConfig
 from lrm_pl.data.manifest import SPLITS
@@ -69,8 +69,8 @@ def batch(wanted: Wanted) -> Finding:
     """Compare the batch with the processes and accumulated batches that must divide it."""
     parts = wanted.nodes * wanted.processes * wanted.accumulate
     found = (
-        f"{wanted.batch_size} objects over {wanted.nodes} nodes x {wanted.processes} processes x {wanted.accumulate} "
-        "accumulated"
+        f"{wanted.batch_size} objects over {counted(wanted.nodes, 'node')} x {counted(wanted.processes, 'process')} x "
+        f"{wanted.accumulate} accumulated"
     )
     if wanted.batch_size % parts or wanted.batch_size < 1:
         above = -(-max(1, wanted.batch_size) // parts) * parts
