@@ -100,3 +100,4 @@ def main(argv: list[str] | None = None) -> None:
     if not show(table):
         sys.exit(1)
     print("Nothing is missing: make train, with the same variables")
+    sys.exit(0)
