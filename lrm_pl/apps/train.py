@@ -7,6 +7,7 @@ import argparse
 import atexit
 import dataclasses
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -20,11 +21,16 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from jsonargparse import Namespace
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import (  # type: ignore[attr-defined]
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from lrm_pl import __version__
 from lrm_pl.apps.report import ReportStopped, print_report
@@ -274,15 +280,15 @@ class LRMCLI(LightningCLI):
             )
         if isinstance(interval, int):  # Lightning counts batches
             options["val_check_interval"] = interval * self._setting("trainer.accumulate_grad_batches")
-        if SLURMEnvironment.detect():
-            folder = Path(self._setting("trainer.default_root_dir") or ".")
-            if theirs := sorted(folder.glob("hpc_ckpt_*")):
-                raise InputError(
-                    f"expected no checkpoint that Lightning would load unasked, found {theirs[0]}; move it away"
-                )
+        folder = Path(self._setting("trainer.default_root_dir") or ".")
+        if theirs := sorted(folder.glob("hpc_ckpt_*")):
+            raise InputError(
+                f"expected no checkpoint that Lightning would load unasked, found {theirs[0]}; move it away"
+            )
+        if (environment := _environment()) is not None:
             given = self.config_init["trainer"].get("plugins") or []
             plugins = list(given) if isinstance(given, list) else [given]
-            options["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
+            options["plugins"] = [*plugins, environment]
         try:
             return super().instantiate_trainer(**options)
         except (ValueError, ImportError) as error:  # an unknown name, or a package that is not installed
@@ -453,6 +459,20 @@ class LRMCLI(LightningCLI):
 
     def _weights(self) -> WeightsConfig:
         return self.config_init["weights"]
+
+
+def _environment() -> ClusterEnvironment | None:
+    """Return what says where this process is, within a Slurm allocation; None leaves it to Lightning.
+
+    Lightning takes every process of an allocation for a task of srun: a notebook, a shell, and those of torchrun too.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return LightningEnvironment()
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def with_own_callbacks(

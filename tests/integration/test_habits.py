@@ -86,6 +86,42 @@ def test_what_lightning_refuses_is_one_message(here, options, message):
     assert "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("more", "options", "environment"),
+    [
+        ({"SLURM_JOB_NAME": "ondemand", "SLURM_NTASKS": "4"}, [], "LightningEnvironment"),
+        ({"SLURM_NTASKS": "1"}, ["--trainer.strategy=ddp", "--trainer.devices=2"], "LightningEnvironment"),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, [], "LightningEnvironment"),
+        (
+            {
+                "SLURM_NTASKS": "1", "TORCHELASTIC_RUN_ID": "1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+                "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
+            },
+            ["--trainer.strategy=ddp", "--trainer.devices=2"],
+            "TorchElasticEnvironment",
+        ),
+        (
+            {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+             "SLURM_NODEID": "1", "SLURM_NODELIST": "n[0-1]", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1"},
+            ["--trainer.strategy=ddp", "--trainer.num_nodes=2"],
+            "SLURMEnvironment",
+        ),
+    ],
+)  # fmt: skip
+def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_started_it(
+    here, monkeypatch, more, options, environment
+):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in ({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "notebook"} | more).items():
+        monkeypatch.setenv(name, value)
+    line = command_line([*here, "--trainer.accelerator=cpu", *options], run=False)
+    assert type(line.trainer.strategy.cluster_environment).__name__ == environment if options else True
+    wanted = {"TorchElasticEnvironment": (2, 1), "SLURMEnvironment": (2, 1)}.get(environment)
+    if wanted is not None:
+        assert (line.trainer.world_size, line.trainer.global_rank) == wanted
+
+
 @pytest.mark.parametrize("where", [[], ["--run.folder=run"]])
 def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, where):
     for logger in (f"{__name__}.OtherLogger", "false"):
