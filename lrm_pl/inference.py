@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lrm_pl.errors import InputError
-from lrm_pl.geometry.cameras import InputCamera, orbit
+from lrm_pl.geometry.cameras import InputCamera, PosedCamera, orbit
 from lrm_pl.meshes.mesh import Mesh
 from lrm_pl.meshes.texture import textured
 from lrm_pl.models.lrm import LRM
@@ -34,7 +34,7 @@ class Scene:
 
     Attributes:
         field: Its field.
-        camera: The camera of its picture, canonical.
+        camera: The camera of its picture, canonical; it looks at the origin.
         renderer: The renderer that the network was trained with.
         usual_threshold: Density of the surface; None measures it of this object.
     """
@@ -137,7 +137,7 @@ def reconstruct(
     network: LRM,
     renderer: Renderer,
     image: Tensor,
-    camera: InputCamera = InputCamera(),  # noqa: B008 - frozen
+    camera: InputCamera | PosedCamera = InputCamera(),  # noqa: B008 - frozen
     background: float = 1.0,
     threshold: float | None = None,
 ) -> Scene:
@@ -148,7 +148,7 @@ def reconstruct(
         renderer: The renderer that it was trained with.
         image: (C, H, W), square, sRGB in [0, 1]; RGB over the background that the network was trained with, or RGBA
             with straight alpha, which is put over it.
-        camera: The camera that it is taken to be seen by.
+        camera: The camera that it is taken to be seen by, or the one that it was seen by.
         background: Grey of that background; LRM's is white.
         threshold: Density of the surface; None measures it of the object.
 
@@ -181,7 +181,8 @@ def reconstruct(
         triplane = network(
             picture[None, None], camera.c2w.to(device)[None, None], camera.fxfycxcy.to(device)[None, None]
         )
-        return Scene(network.field(triplane), camera, renderer, threshold)
+        seen = camera if isinstance(camera, InputCamera) else InputCamera.like(*camera)
+        return Scene(network.field(triplane), seen, renderer, threshold)
 
 
 def as_tensor(image: Image.Image | np.ndarray) -> Float[Tensor, "C H W"]:

@@ -35,7 +35,7 @@ from lrm_pl.evaluation.objects import Baseline, Judges, Reconstruct, input_view,
 from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol
 from lrm_pl.evaluation.selection import Objects
 from lrm_pl.evaluation.summary import table
-from lrm_pl.geometry.cameras import InputCamera, canonicalise
+from lrm_pl.geometry.cameras import PosedCamera, canonicalise
 from lrm_pl.inference import Scene, reconstruct
 from lrm_pl.io.image_features import load_clip, load_inception
 from lrm_pl.io.pretrained import weights_hash
@@ -113,11 +113,13 @@ def reconstructor(trained: Trained) -> Reconstruct:
     model = trained.model
 
     def make(image: Tensor, c2w: Tensor, fxfycxcy: Tensor) -> Scene:
-        distance = float(c2w[:3, 3].norm())
-        fov_deg = float(torch.rad2deg(2 * torch.atan(0.5 / fxfycxcy[0])))
-        camera = InputCamera(distance, fov_deg)
         return reconstruct(
-            model.network, model.renderer, image, camera, model.setup.background, model.setup.threshold
+            model.network,
+            model.renderer,
+            image,
+            PosedCamera(c2w, fxfycxcy),
+            model.setup.background,
+            model.setup.threshold,
         )
 
     return make

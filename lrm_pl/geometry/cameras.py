@@ -6,7 +6,7 @@ autocast: products are written element by element, which autocast leaves alone.
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -116,6 +116,18 @@ def _matmul(a: Float[Tensor, "*batch n k"], b: Float[Tensor, "*batch k m"]) -> F
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(dim=-2)
 
 
+class PosedCamera(NamedTuple):
+    """The camera of a picture, where it is known.
+
+    Attributes:
+        c2w: Canonical pose.
+        fxfycxcy: Normalised intrinsics.
+    """
+
+    c2w: Float[Tensor, "4 4"]
+    fxfycxcy: Float[Tensor, "4"]
+
+
 @dataclasses.dataclass(frozen=True)
 class InputCamera:
     """The camera that a picture is taken to be seen by; a network without a camera does not ask.
@@ -132,6 +144,11 @@ class InputCamera:
         """Check the numbers."""
         if not 0 < self.distance < math.inf or not 0 < self.fov_deg < 180:
             raise InputError(f"expected a distance above 0 and a fov_deg between 0 and 180, found {self}")
+
+    @classmethod
+    def like(cls, c2w: Float[Tensor, "4 4"], fxfycxcy: Float[Tensor, "4"]) -> "InputCamera":
+        """Return the one of as much distance and width of view: it looks at the origin."""
+        return cls(float(c2w[:3, 3].norm()), math.degrees(2 * math.atan(0.5 / float(fxfycxcy[0]))))
 
     @property
     def c2w(self) -> Float[Tensor, "4 4"]:

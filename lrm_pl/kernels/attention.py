@@ -8,7 +8,6 @@ fresh memory costs a CPU more than the arithmetic. The plain twin is ``attention
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from lrm_pl.kernels.device import on_cpu
+from lrm_pl.kernels.threads import run_threads
 
 #: Scores that are held at a time, per thread: a block and what is made of it fit a core's L2 cache.
 _SCORES = 768 * 1024
@@ -105,7 +105,6 @@ def _for_each_head(q: Tensor, work: Callable[[int, int], None]) -> None:
     inference = torch.is_inference_mode_enabled()  # belongs to a thread: handed on
 
     def run(thread: int) -> None:
-        torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
         with torch.inference_mode(inference), torch.no_grad():
             for b, h in heads[thread::threads]:
                 work(b, h)
@@ -115,8 +114,7 @@ def _for_each_head(q: Tensor, work: Callable[[int, int], None]) -> None:
             for b, h in heads:
                 work(b, h)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(threads)))
+    run_threads(threads, run)
 
 
 @_op.register_fake

@@ -9,7 +9,6 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.kernels.device import num_threads
+from lrm_pl.kernels.threads import run_threads
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.march import March, march_rays
 from lrm_pl.rendering.output import Rendering
@@ -158,14 +158,12 @@ class Rays:
             return
 
         def run_alone(thread: int) -> None:
-            torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
             with autocast(), torch.inference_mode(inference), torch.set_grad_enabled(False):
                 run(thread)
 
         # Autocast, gradient and inference modes belong to a thread: hand the caller's on.
         autocast, inference = autocast_state(self.near.device.type), torch.is_inference_mode_enabled()
-        with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(run_alone, range(self.threads)))
+        run_threads(self.threads, run_alone)
 
 
 class _Sums:

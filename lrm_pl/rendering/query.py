@@ -1,13 +1,13 @@
 """Ask a field at points, without gradients: in chunks that fit the cache, a thread to each."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.kernels.device import num_threads, points_per_chunk
+from lrm_pl.kernels.threads import run_threads
 from lrm_pl.rendering.deferred import autocast_state
 from lrm_pl.rendering.field import Field
 
@@ -51,10 +51,8 @@ def _for_each_chunk(points: Tensor, work: Callable[[int, Tensor], None]) -> None
     autocast, inference = autocast_state(points.device.type), torch.is_inference_mode_enabled()
 
     def run(thread: int) -> None:
-        torch.set_num_threads(1)  # OpenMP keeps this number for each thread, so the caller's stays
         with autocast(), torch.inference_mode(inference), torch.no_grad():
             for start, chunk in chunks[thread::threads]:
                 work(start, chunk)
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(threads)))
+    run_threads(threads, run)

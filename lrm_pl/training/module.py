@@ -191,10 +191,9 @@ class LRMModule(L.LightningModule):
         field = self.lrm.field(self.lrm(source.images, source.c2w, source.fxfycxcy))
         scenes = []
         for index in range(len(batch.ids)):
-            distance = float(source.c2w[index, 0, :3, 3].norm())
-            fov_deg = float(torch.rad2deg(2 * torch.atan(0.5 / source.fxfycxcy[index, 0, 0])))
+            camera = InputCamera.like(source.c2w[index, 0], source.fxfycxcy[index, 0])
             one = dataclasses.replace(field, planes=field.planes[index : index + 1])
-            scenes.append(Scene(one, InputCamera(distance, fov_deg), self.renderer))
+            scenes.append(Scene(one, camera, self.renderer))
         return scenes
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

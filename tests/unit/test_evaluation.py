@@ -364,14 +364,22 @@ def test_a_protocol_names_what_shards_lack():
         PROTOCOLS["gso-orbit"].require(Manifest((), 24, 0, {"preset": "frame"}), "data")
 
 
-def test_a_scene_of_the_input_view_has_that_views_camera():
+def test_the_network_is_told_the_camera_that_took_the_picture_as_in_training():
+    """Off the middle, and not looking at the origin, as crops of videos are."""
     from lrm_pl.apps.evaluate import reconstructor
     from lrm_pl.apps.trained import Trained
     from tests.pretrained_folder import tiny_pretrained
 
-    make = reconstructor(Trained(tiny_pretrained(), "", None, ""))
-    c2w = InputCamera(2.2, 60.0)
-    scene = make(torch.rand(3, 32, 32), c2w.c2w, c2w.fxfycxcy)
-    assert isinstance(scene, Scene)
-    assert scene.camera.distance == pytest.approx(2.2)
+    trained = Trained(tiny_pretrained(), "", None, "")
+    image = torch.rand(3, 32, 32)
+    usual = InputCamera(2.2, 60.0)
+    c2w = usual.c2w.clone()
+    c2w[:3, 3] += torch.tensor([0.2, 0.0, -0.1])
+    fxfycxcy = usual.fxfycxcy + torch.tensor([0.0, 0.05, 0.1, -0.07])
+    told = []
+    trained.model.network.register_forward_pre_hook(lambda network, given: told.extend(given[1:]))
+    scene = reconstructor(trained)(image, c2w, fxfycxcy)
+    assert torch.equal(told[0][0, 0], c2w)
+    assert torch.equal(told[1][0, 0], fxfycxcy)
+    assert scene.camera.distance == pytest.approx(float(c2w[:3, 3].norm()))
     assert scene.camera.fov_deg == pytest.approx(60, abs=1e-4)
