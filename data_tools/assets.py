@@ -6,7 +6,8 @@ fields of ``Asset``, and a mesh may be a URL, which is then downloaded when its 
 A folder without one is searched for meshes. An id is then the mesh's path in the folder without its suffix, every
 character that a shard key cannot hold replaced by "_", and a table ``assets.csv`` (UTF-8, with the header
 ``id,name,creator,source,licence,sha256``) may say more: ``sha256`` (may be empty) is the hash of the mesh file and is
-checked. Assets without a row are called by their id, everything else is "unknown".
+checked. A column ``up`` may follow: ``z`` for OBJ and PLY files whose z axis points up.
+Assets without a row are called by their id, everything else is "unknown".
 """
 
 import csv
@@ -16,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -31,6 +32,11 @@ LIST_NAME = "assets.parquet"
 
 TABLE_NAME = "assets.csv"
 TABLE_COLUMNS = ("id", "name", "creator", "source", "licence", "sha256")
+#: May follow them.
+UP_COLUMN = "up"
+
+#: The axis that points up in a file that does not say (OBJ, PLY); "" means y, as most programs write both.
+Up = Literal["", "y", "z"]
 
 MAX_ID_LENGTH = 80
 
@@ -55,6 +61,7 @@ class Asset:
         licence: Its licence.
         tags: Words that describe it: categories, keywords.
         split: "train" or "val" where its source says so (unseen authors are held out); "" leaves it to the plan.
+        up: The axis that points up in an OBJ or PLY.
     """
 
     id: str
@@ -66,6 +73,7 @@ class Asset:
     licence: str
     tags: tuple[str, ...] = ()
     split: Literal["", "train", "val"] = ""
+    up: Up = ""
 
     @property
     def is_remote(self) -> bool:
@@ -87,7 +95,7 @@ def find_assets(folder: Path) -> tuple[Asset, ...]:
         The assets, sorted by id.
 
     Raises:
-        AssetsError: No folder, no assets, an id too long, two files with one id, a broken list or table.
+        AssetsError: No folder, no assets, a broken list or table.
     """
     if not folder.is_dir():
         raise AssetsError(
@@ -151,6 +159,7 @@ def _check(path: Path, asset: Asset, remedy: str) -> None:
         ),
         ("a sha256 or nothing", re.fullmatch("([0-9a-f]{64})?", asset.sha256), asset.sha256),
         ('the split "train", "val" or nothing', asset.split in ("", "train", "val"), asset.split),
+        ('the axis up "y", "z" or nothing', asset.up in get_args(Up), asset.up),
     ):
         if not fits:
             raise AssetsError(f"{path}: asset {asset.id!r}: expected {what}, found {found!r}; {remedy}")
@@ -160,37 +169,41 @@ def scan(folder: Path) -> tuple[Asset, ...]:
     """Find all meshes in a folder and its subfolders, hash them, and look them up in ``assets.csv``.
 
     Raises:
-        AssetsError: No assets, an id too long, two files with one id, or a broken table.
+        AssetsError: No assets, or a broken table.
     """
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
         raise AssetsError(f"expected {_KINDS} files in {folder}, found none; pass another ASSETS=<folder>")
-    by_id: dict[str, Path] = {}
-    for path in files:
-        key = asset_id(path.relative_to(folder))
-        if key in by_id:
-            raise AssetsError(
-                f"expected one file an id, found {by_id[key]} and {path}, which are both {key!r}; "
-                "rename one of them"
-            )
-        by_id[key] = path
+    by_id = name_files(path.relative_to(folder) for path in files)
     table = read_table(folder / TABLE_NAME)
-    return tuple(_asset(folder, key, by_id[key], table.get(key, {})) for key in sorted(by_id))
+    return tuple(_asset(folder, key, folder / by_id[key], table.get(key, {})) for key in sorted(by_id))
 
 
-def asset_id(relative: Path) -> str:
-    """Name an asset after its path in the assets folder: ``chairs/red 1.glb`` -> ``chairs_red_1``.
+def name_files(files: Iterable[Path]) -> dict[str, Path]:
+    """Name assets after their paths in the assets folder: ``chairs/red 1.glb`` -> ``chairs_red_1``.
 
-    Raises:
-        AssetsError: The id is longer than a shard key may be.
+    Where several would have one name (``a.obj`` and ``a.ply``, ``a b.glb`` and ``a_b.glb``) it is followed by the
+    suffix, and then by a hash of the path; so is one of other letters than a shard key holds, or of too many.
+
+    Args:
+        files: Paths relative to the folder.
     """
-    key = re.sub(r"[^A-Za-z0-9_-]", "_", relative.with_suffix("").as_posix())
-    if not KEY_PATTERN.fullmatch(key):
-        raise AssetsError(
-            f"expected an id of at most {MAX_ID_LENGTH} characters, found {len(key)} for {relative}; "
-            "shorten the name"
-        )
-    return key
+    files = sorted(files)
+    names = [re.sub(r"[^A-Za-z0-9_-]", "_", file.with_suffix("").as_posix()) for file in files]
+    with_suffix = [f"{name}_{file.suffix[1:].lower()}" for name, file in zip(names, files, strict=True)]
+    counts, suffix_counts = Counter(names), Counter(with_suffix)
+    found = {}
+    for file, name, longer in zip(files, names, with_suffix, strict=True):
+        plain = file.with_suffix("").as_posix().isascii() and KEY_PATTERN.fullmatch(name)
+        if plain and counts[name] == 1:
+            key = name
+        elif plain and suffix_counts[longer] == 1 and longer not in counts and KEY_PATTERN.fullmatch(longer):
+            key = longer
+        else:
+            mark = "_" + hashlib.sha256(file.as_posix().encode("utf-8", "surrogateescape")).hexdigest()[:8]
+            key = name[: MAX_ID_LENGTH - len(mark)] + mark
+        found[key] = file
+    return found
 
 
 def read_table(path: Path) -> dict[str, dict[str, str]]:
@@ -210,16 +223,21 @@ def read_table(path: Path) -> dict[str, dict[str, str]]:
 def _parse_table(path: Path) -> dict[str, dict[str, str]]:
     with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark first
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != TABLE_COLUMNS:
+        columns = tuple(reader.fieldnames or ())
+        if columns not in (TABLE_COLUMNS, (*TABLE_COLUMNS, UP_COLUMN)):
             raise AssetsError(
-                f"{path}: expected the columns {','.join(TABLE_COLUMNS)}, found {reader.fieldnames}"
+                f"{path}: expected the columns {','.join(TABLE_COLUMNS)}, and perhaps {UP_COLUMN}, found {columns}"
             )
         table: dict[str, dict[str, str]] = {}
         for row in reader:
             if row["id"] in table or None in row.values() or None in row:
                 raise AssetsError(
-                    f"{path}, line {reader.line_num}: expected {len(TABLE_COLUMNS)} columns and a new id, "
+                    f"{path}, line {reader.line_num}: expected {len(columns)} columns and a new id, "
                     f"found {row}"
+                )
+            if row.get(UP_COLUMN, "") not in get_args(Up):
+                raise AssetsError(
+                    f"{path}, line {reader.line_num}: expected up as y, z or nothing, found {row[UP_COLUMN]!r}"
                 )
             table[row["id"]] = row
     return table
@@ -246,4 +264,5 @@ def _asset(folder: Path, key: str, path: Path, row: dict[str, str]) -> Asset:
         creator=row.get("creator") or "unknown",
         source=row.get("source") or "unknown",
         licence=row.get("licence") or "unknown",
+        up=cast(Up, row.get(UP_COLUMN, "")),
     )

@@ -6,6 +6,8 @@ from pathlib import Path
 import bpy
 from PIL import Image
 
+from data_tools.blender_materials import linear
+
 # isort: split
 import bmesh  # exists only once bpy is loaded
 
@@ -61,7 +63,7 @@ def _make_matt(material: bpy.types.Material, scratch: Path) -> None:
     tree = material.node_tree
     shader = next(node for node in tree.nodes if node.type == "BSDF_PRINCIPLED")
     # the library's own viewer shows Kd as sRGB; Blender took it for linear light, which would bleach it
-    colour = (*(_linear(x) for x in shader.inputs["Base Color"].default_value[:3]), 1.0)
+    colour = (*(linear(x) for x in shader.inputs["Base Color"].default_value[:3]), 1.0)
     texture = next(
         (link.from_node.image for link in tree.links if link.to_socket == shader.inputs["Base Color"]), None
     )
@@ -87,10 +89,6 @@ def _make_matt(material: bpy.types.Material, scratch: Path) -> None:
         tree.links.new(node.outputs["Color"], matt.inputs["Base Color"])
         if alpha_is_textured:
             tree.links.new(node.outputs["Alpha"], matt.inputs["Alpha"])
-
-
-def _linear(srgb: float) -> float:
-    return srgb / 12.92 if srgb <= 0.04045 else ((srgb + 0.055) / 1.055) ** 2.4
 
 
 def _shrink(texture: Path, scratch: Path, *, keep_alpha: bool) -> Path:

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import re
+import struct
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -13,11 +16,19 @@ import mathutils
 import numpy as np
 import numpy.typing as npt
 
+from data_tools import blender_materials
+from data_tools.assets import Up
 from data_tools.criteria import MeshMeasures
+from data_tools.wavefront import library_names
 from lrm_pl.conventions import Normalisation
 
 #: More than this is refused: it would take the memory and the time of thousands of objects.
 MAX_TRIANGLES = 20_000_000
+
+#: Positions that float32 must tell apart across an object: fewer make steps of its surface.
+MIN_STEPS = 4096
+
+GLTF = (".glb", ".gltf")
 
 _WITH_FACES = {"MESH", "CURVE", "SURFACE", "FONT", "META"}
 
@@ -27,50 +38,92 @@ class AssetError(ValueError):
 
 
 def load_asset(
-    path: Path, normalise: Normalisation, root: Path | None = None
+    path: Path, normalise: Normalisation, root: Path | None = None, up: Up = ""
 ) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
     """Empty Blender, import one file and make it an object as ``prepare`` does.
 
     Args:
         path: The file.
         normalise: How it is scaled.
-        root: The only folder that its pictures may lie in; the file's own unless given.
+        root: The only folder that its files may lie in; the file's own unless given.
+        up: The axis that points up in an OBJ or PLY, which do not say; "": y.
 
     Raises:
-        AssetError: The file cannot be imported, holds no usable mesh, or uses pictures from elsewhere.
+        AssetError: The file cannot be imported, holds no usable mesh, or uses files from elsewhere.
     """
     root = (root or path.parent).absolute()
     bpy.ops.wm.read_factory_settings(use_empty=True)
-    if path.suffix.lower() == ".gltf":
-        _refuse_files_outside(root, _files_of_gltf(path))
-    _import(path)
-    pictures = [image for image in bpy.data.images if image.source == "FILE" and not image.packed_file]
-    _refuse_files_outside(root, [bpy.path.abspath(image.filepath) for image in pictures if image.filepath])
-    return prepare(normalise)
+    kind = path.suffix.lower()
+    _refuse_files_outside(root, path.parent, _named_files(path, kind))
+    with tempfile.TemporaryDirectory() as scratch:
+        readable, faces_have_colours = (
+            blender_materials.readable_ply(path, Path(scratch)) if kind == ".ply" else (path, False)
+        )
+        _import(readable, up or "y")
+    missing = blender_materials.apply_mtl(path) if kind == ".obj" else []
+    pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
+    _refuse_files_outside(root, Path.cwd(), pictures)
+    missing += [f"{path.name}: colors of faces are not read"] if faces_have_colours else []
+    return prepare(normalise, missing)
 
 
-def _files_of_gltf(path: Path) -> list[str]:
-    """List the files that a .gltf names."""
+def _named_files(path: Path, kind: str) -> list[str]:
+    """List the files that a mesh file names, as it writes them."""
+    if kind == ".obj":
+        return library_names(path.read_bytes())
+    return _uris(path, _json_of_glb(path) if kind == ".glb" else path.read_bytes()) if kind in GLTF else []
+
+
+def _json_of_glb(path: Path) -> bytes:
+    """Read the JSON of a binary glTF file (section 4.4)."""
+    with open(path, "rb") as file:
+        head = file.read(20)
+        if len(head) < 20 or head[:4] != b"glTF":
+            raise AssetError("cannot be imported: expected a binary glTF file, found something else")
+        if (version := struct.unpack("<I", head[4:8])[0]) != 2:
+            raise AssetError(f"cannot be imported: expected glTF 2.0, found version {version}.0: convert it")
+        return file.read(struct.unpack("<I", head[12:16])[0])
+
+
+def _uris(path: Path, content: bytes) -> list[str]:
+    """List the files that the JSON of a glTF names."""
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(content)
+        if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
+            raise AssetError("cannot be imported: expected glTF 2.0, found version 1.0: convert it")
         uris = [str(entry.get("uri", "")) for kind in ("buffers", "images") for entry in record.get(kind, ())]
+    except AssetError:
+        raise
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
-    return [str(path.parent / unquote(uri)) for uri in uris if uri and not uri.startswith("data:")]
+    return [unquote(uri) for uri in uris if uri and not uri.startswith("data:")]
 
 
-def _refuse_files_outside(root: Path, files: Iterable[str]) -> None:
-    """Keep a stranger's mesh from showing what else is on this machine."""
+def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> None:
+    """Keep a stranger's mesh from showing what else is on this machine.
+
+    Args:
+        root: Where files may lie.
+        folder: What relative paths start from.
+        files: Paths, however they are written: importers take a backslash for a slash, and ``file:`` away.
+    """
     for file in files:
-        place = Path(os.path.normpath(file))  # links are the user's own
-        if place.exists() and not any(place.is_relative_to(folder) for folder in (root, root.resolve())):
-            raise AssetError(f"expected its files in {root}, found that it uses {place}; put it there")
+        for written in {file, file.replace("\\", "/"), re.sub("^file:/*", "/", file)}:
+            place = Path(os.path.normpath(folder.absolute() / written))  # links are the user's own
+            if place.exists() and not any(place.is_relative_to(inside) for inside in (root, root.resolve())):
+                raise AssetError(f"expected its files in {root}, found that it uses {place}; put it there")
 
 
-def prepare(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
+def prepare(
+    normalise: Normalisation, lost: Sequence[str] = ()
+) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
     """Leave out of the scene what is not the object, and normalise it.
 
     Left out are cameras, lights, and what the file hides; of an animation the first frame is shown.
+
+    Args:
+        normalise: How it is scaled.
+        lost: Files that its colors come from, which are not there.
 
     Returns:
         (3,) half sides of the bounding box, whose centre is the origin now; and what the scene holds.
@@ -82,12 +135,17 @@ def prepare(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], MeshMeas
     for thing in bpy.data.objects:
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
-    _show_vertex_colours()
+    blender_materials.show_vertex_colours()
+    blender_materials.show_movies_as_pictures()
+    doubled = blender_materials.drop_doubled_faces()
+    blender_materials.hide_back_faces()
     # Asking for the size makes Blender load the picture.
-    pictures = [image for image in bpy.data.images if image.source == "FILE"]
-    missing = [image for image in pictures if image.size[0] == 0]
-    for image in missing:
-        print(f"missing texture: {image.filepath or image.name}")
+    pictures = [
+        image for image in bpy.data.images if image.source not in ("GENERATED", "VIEWER") or image.packed_file
+    ]
+    missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
+    for name in [*missing, *lost]:
+        print(f"missing texture: {name}")
     extent, size, triangles, degenerate = _normalise(normalise)
     kinds = Counter(thing.type for thing in bpy.data.objects)
     shown = [thing for thing in bpy.data.objects if not thing.hide_render and thing.type in _WITH_FACES]
@@ -95,12 +153,13 @@ def prepare(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], MeshMeas
     return extent, MeshMeasures(
         triangles=triangles,
         degenerate=degenerate,
+        doubled=doubled,
         size=size,
         thinness=float(extent.min() / extent.max()),
         materials=len(materials),
         coloured=_is_coloured(materials),
         textures=len(pictures),
-        missing_textures=len(missing),
+        missing_textures=len(missing) + len(lost),
         animated=animated,
         hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in bpy.data.objects),
         cameras=kinds["CAMERA"],
@@ -120,7 +179,7 @@ def _is_hidden(thing: bpy.types.Object) -> bool:
 
 def _is_clear(material: bpy.types.Material) -> bool:
     """Say whether nothing of a material can be seen: its alpha is the number 0."""
-    shaders = _shaders(material)
+    shaders = blender_materials.principled(material)
     return bool(shaders) and all(
         not shader.inputs["Alpha"].is_linked and shader.inputs["Alpha"].default_value == 0
         for shader in shaders
@@ -131,16 +190,14 @@ def _is_coloured(materials: Iterable[bpy.types.Material]) -> bool:
     """Say whether a surface has a texture, colours at its vertices, or a colour that another one has not."""
     colours = set()
     for material in materials:
-        for shader in _shaders(material):
-            if shader.inputs["Base Color"].is_linked:
+        inputs = [shader.inputs["Base Color"] for shader in blender_materials.principled(material)]
+        if not inputs and material.node_tree:  # unlit
+            inputs = [node.inputs["Color"] for node in material.node_tree.nodes if node.type == "EMISSION"]
+        for colour in inputs:
+            if colour.is_linked:
                 return True
-            colours.add(tuple(round(float(x), 3) for x in shader.inputs["Base Color"].default_value[:3]))
+            colours.add(tuple(round(float(x), 3) for x in colour.default_value[:3]))
     return len(colours) > 1
-
-
-def _shaders(material: bpy.types.Material) -> list[bpy.types.Node]:
-    tree = material.node_tree
-    return [node for node in tree.nodes if node.type == "BSDF_PRINCIPLED"] if tree else []
 
 
 def _show_first_frame() -> bool:
@@ -152,38 +209,28 @@ def _show_first_frame() -> bool:
     return bool(starts)
 
 
-def _import(path: Path) -> None:
+def _import(path: Path, up: str) -> None:
+    axes = {"up_axis": up.upper(), "forward_axis": "Y" if up == "z" else "NEGATIVE_Z"}
     importers = {
         ".glb": lambda file: bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True),
         ".gltf": lambda file: bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True),
-        ".obj": lambda file: bpy.ops.wm.obj_import(filepath=file),
-        ".ply": lambda file: bpy.ops.wm.ply_import(filepath=file),
+        ".obj": lambda file: bpy.ops.wm.obj_import(filepath=file, **axes),
+        ".ply": lambda file: bpy.ops.wm.ply_import(filepath=file, **axes),
         ".fbx": lambda file: bpy.ops.wm.fbx_import(filepath=file),
     }
     try:
         outcome = importers[path.suffix.lower()](str(path))
     except Exception as error:  # importers are scripts: a broken file may raise anything
-        raise AssetError(f"cannot be imported: {type(error).__name__}: {str(error).strip()}") from error
+        # Of a traceback the last line says why, but for the place in Blender that follows it.
+        said = [line for line in str(error).splitlines() if line.strip() and "Location:" not in line] or [""]
+        remedy = (
+            "; gltf-transform turns it into one without (npm @gltf-transform/cli)"
+            if "Extension" in said[-1]
+            else ""
+        )
+        raise AssetError(f"cannot be imported: {type(error).__name__}: {said[-1].strip()}{remedy}") from error
     if "FINISHED" not in outcome:
         raise AssetError("cannot be imported: Blender's importer gave up without a reason")
-
-
-def _show_vertex_colours() -> None:
-    """Give meshes with colours at their vertices but no material (PLY scans) a matt one that shows them."""
-    for mesh in bpy.data.meshes:
-        if any(mesh.materials) or not mesh.color_attributes:
-            continue
-        material = bpy.data.materials.new("vertex colours")
-        material.use_nodes = True
-        nodes = material.node_tree.nodes
-        colour = nodes.new("ShaderNodeVertexColor")
-        colour.layer_name = mesh.color_attributes[0].name
-        shader = nodes["Principled BSDF"]
-        shader.inputs["Specular IOR Level"].default_value = 0.0
-        shader.inputs["Roughness"].default_value = 1.0
-        material.node_tree.links.new(colour.outputs["Color"], shader.inputs["Base Color"])
-        mesh.materials.clear()
-        mesh.materials.append(material)
 
 
 def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float, int, float]:
@@ -208,6 +255,12 @@ def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float
     )
     if not 1e-12 < size < 1e12:
         raise AssetError(f"expected an object with a size, found one of {size:.3g} units")
+    steps = size / max(float(np.abs(centre).max()), 1e-300) * 2**24
+    if steps < MIN_STEPS:
+        raise AssetError(
+            f"lies {np.abs(centre).max() / size:.3g} times its size from the origin, where float32 tells only "
+            f"{steps:.0f} positions across it apart: move it to the origin in the program that made it"
+        )
     triangles = sum(len(corners) for _, corners in parts)
     if triangles > MAX_TRIANGLES:
         raise AssetError(f"is huge: expected at most {MAX_TRIANGLES} triangles, found {triangles}")
@@ -245,6 +298,8 @@ def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int
             corners = np.empty(len(mesh.loop_triangles) * 3, dtype=np.int32)
             mesh.loop_triangles.foreach_get("vertices", corners)
             matrix = np.array(instance.matrix_world, dtype=np.float64)
-            points = flat.reshape(-1, 3).astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
-            yield points, corners.reshape(-1, 3)
+            used = np.zeros(len(mesh.vertices), dtype=bool)
+            used[corners] = True  # scans have points, and CAD files lines, that no face uses
+            points = flat.reshape(-1, 3)[used].astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+            yield points, (np.cumsum(used, dtype=np.int32) - 1)[corners].reshape(-1, 3)
         thing.to_mesh_clear()

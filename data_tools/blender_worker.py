@@ -91,7 +91,10 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     seed = derive_seed(settings.seed, asset.id)
     cameras = draw_cameras(settings.cameras, settings.views, np.random.default_rng(seed))
     half_extent, mesh = blender_import.load_asset(
-        _mesh_file(asset, setup), settings.normalise, Path(setup.scratch if asset.is_remote else setup.assets)
+        _mesh_file(asset, setup),
+        settings.normalise,
+        Path(setup.scratch if asset.is_remote else setup.assets),
+        asset.up,
     )
     extras = dict[str, bytes]()
     if settings.surface:

@@ -20,10 +20,16 @@ from lrm_pl.errors import InputError
 MEASURES_MEMBER = "measures.json"
 
 #: Rules that an object must obey unless the user says otherwise.
-DEFAULT_RULES = ("coverage >= 0.01", "cropped <= 0.5", "white <= 0.95", "missing_textures <= 0")
+DEFAULT_RULES = (
+    "coverage >= 0.01", "cropped <= 0.5", "white <= 0.95", "black <= 0.95", "degenerate <= 0.5",
+    "missing_textures <= 0",
+)  # fmt: skip
 
 #: Above this in all channels (of 255) a pixel counts as white.
 _WHITE = 250
+
+#: Below this in all channels a pixel counts as black.
+_BLACK = 5
 
 #: A pixel of the object: its alpha (of 255) is above this.
 _SOLID = 127
@@ -48,12 +54,13 @@ class MeshMeasures:
     Attributes:
         triangles: Triangles of everything that is visible.
         degenerate: Share of them without an area.
+        doubled: Share of the faces that lay where another one does; they are left out.
         size: Longest side of the bounding box, in the file's units.
         thinness: Its shortest side over its longest.
         materials: Materials in use.
         coloured: Whether there is a texture, a colour at vertices, or more than one colour.
         textures: Pictures that the materials use.
-        missing_textures: Those of them that are not there.
+        missing_textures: Those of them that are not there or cannot be opened, and other files of colours.
         animated: Whether something moves; its first frame is shown.
         hidden: Objects that the file hides; they are left out.
         cameras: Cameras in the file; they are not used.
@@ -62,6 +69,7 @@ class MeshMeasures:
 
     triangles: int
     degenerate: float
+    doubled: float
     size: float
     thinness: float
     materials: int
@@ -83,12 +91,14 @@ class Measures(MeshMeasures):
         coverage_min: The same of the view that shows least of it.
         cropped: Share of views in which it touches the picture's edge.
         white: Share of its pixels that are as good as white, over all views.
+        black: The same of black.
     """
 
     coverage: float
     coverage_min: float
     cropped: float
     white: float
+    black: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +153,7 @@ def measure_views(mesh: MeshMeasures, views: Sequence[npt.NDArray[np.uint8]]) ->
     """Add what the pictures show, (H, W, 4) uint8 each, to what the file holds."""
     solid = [np.asarray(view[..., 3] > _SOLID) for view in views]
     white = [np.asarray((view[..., :3] >= _WHITE).all(axis=-1)) for view in views]
+    black = [np.asarray((view[..., :3] < _BLACK).all(axis=-1)) for view in views]
     coverage = [float(view[..., 3].mean()) / 255 for view in views]
     cropped = [bool(s[0].any() or s[-1].any() or s[:, 0].any() or s[:, -1].any()) for s in solid]
     pixels = sum(int(s.sum()) for s in solid)
@@ -152,6 +163,7 @@ def measure_views(mesh: MeshMeasures, views: Sequence[npt.NDArray[np.uint8]]) ->
         coverage_min=min(coverage),
         cropped=sum(cropped) / len(views),
         white=sum(int((w & s).sum()) for w, s in zip(white, solid, strict=True)) / max(1, pixels),
+        black=sum(int((b & s).sum()) for b, s in zip(black, solid, strict=True)) / max(1, pixels),
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import posixpath
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 #: A file beside the OBJ -> its bytes; None where there is none. Paths are relative to the OBJ's folder.
 Read = Callable[[str], bytes | None]
@@ -33,13 +34,10 @@ def read_surface(obj: bytes, read: Read) -> Surface:
         obj: Content of the OBJ.
         read: Gives the files beside it.
     """
-    names = [
-        _text(name.rstrip()) for name in re.findall(rb"^[ \t]*mtllib[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
-    ]
     used = {
         _text(name.rstrip()) for name in re.findall(rb"^[ \t]*usemtl[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
     }
-    libraries = tuple(dict.fromkeys(posixpath.normpath(name) for name in names))
+    libraries = tuple(dict.fromkeys(posixpath.normpath(name) for name in library_names(obj)))
     missing, colours, pictures = [], dict[str, str](), dict[str, list[str]]()
     for library in libraries:
         content = None if leaves(library) else read(library)
@@ -56,6 +54,65 @@ def read_surface(obj: bytes, read: Read) -> Surface:
     missing += [name for name in textures if leaves(name) or read(name) is None]
     plain = frozenset(colours.get(key, "") for key in used if key not in pictures)
     return Surface(libraries, textures, plain, tuple(missing))
+
+
+@dataclasses.dataclass
+class Material:
+    """What an MTL says of a material, as far as Blender takes it otherwise.
+
+    Attributes:
+        by_blender: Whether Blender wrote the MTL: its colours are linear light.
+        diffuse: ``Kd``, as written; None where it is not given as three numbers in [0, 1].
+        illumination: ``illum``; None where it is not given.
+        ambient_map: The picture of ``map_Ka``, where there is one and none of ``map_Kd``.
+    """
+
+    by_blender: bool
+    diffuse: tuple[float, ...] | None = None
+    illumination: int | None = None
+    ambient_map: Path | None = None
+
+
+def read_materials(obj: Path) -> tuple[dict[str, Material], list[str]]:
+    """Read the MTL files that an OBJ names.
+
+    Returns:
+        The materials by name, and the MTL files that are not there.
+    """
+    materials, missing = dict[str, Material](), list[str]()
+    for name in library_names(obj.read_bytes()):
+        path = obj.parent / name.replace("\\", "/")
+        if not path.is_file():
+            missing.append(name)
+            continue
+        text = _text(path.read_bytes())
+        by_blender, with_map = bool(re.match(r"#\s*Blender", text)), set[str]()
+        for key, keyword, value in _statements(text):
+            material = materials.setdefault(key, Material(by_blender))
+            words = value.split()
+            if (
+                keyword == "kd"
+                and len(words) == 3
+                and all(re.fullmatch(r"[01]?\.?\d*(e-\d+)?", w) for w in words)
+            ):
+                colour = tuple(map(float, words))
+                material.diffuse = colour if max(colour) <= 1 else None
+            elif keyword == "illum" and words[0].isdecimal():
+                material.illumination = int(words[0])
+            elif keyword == "map_kd":
+                with_map.add(key)
+            elif keyword == "map_ka":
+                picture = path.parent / _without_options(value).strip().replace("\\", "/")
+                material.ambient_map = picture if picture.is_file() else None
+        for key in with_map & materials.keys():
+            materials[key].ambient_map = None
+    return materials, missing
+
+
+def library_names(obj: bytes) -> list[str]:
+    """Return the MTL files that an OBJ names, as they are written."""
+    found = re.findall(rb"^[ \t]*mtllib[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
+    return list(dict.fromkeys(_text(name.rstrip()) for name in found))
 
 
 def leaves(path: str) -> bool:

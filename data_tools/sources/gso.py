@@ -148,4 +148,5 @@ def _asset(key: str, record: dict[str, Any], base: str, out: Path) -> Asset:
         licence=LICENCE,
         tags=tuple(dict.fromkeys(words)),
         split="val",
+        up="z",  # as Gazebo's models are
     )

@@ -19,6 +19,7 @@ from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
 MEASURES = Measures(
     triangles=12,
     degenerate=0.0,
+    doubled=0.0,
     size=1.0,
     thinness=1.0,
     materials=1,
@@ -33,6 +34,7 @@ MEASURES = Measures(
     coverage_min=0.5,
     cropped=0.0,
     white=0.0,
+    black=0.0,
 )
 
 

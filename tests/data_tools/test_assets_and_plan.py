@@ -10,13 +10,14 @@ from data_tools.assets import (
     TABLE_COLUMNS,
     Asset,
     AssetsError,
-    asset_id,
     find_assets,
+    name_files,
     read_table,
     write_list,
 )
 from data_tools.demo_library import OBJECTS
 from data_tools.plan import default_held_out, held_out_ids, plan_shards
+from lrm_pl.data.schema import KEY_PATTERN
 
 DEMO_ASSETS = Path(__file__).resolve().parents[2] / "data_tools" / "demo_assets"
 HEADER = ",".join(TABLE_COLUMNS) + "\n"
@@ -29,8 +30,21 @@ def touch(folder, *names):
 
 
 def test_ids_are_paths_without_suffix_in_the_letters_of_a_shard_key():
-    assert asset_id(Path("chairs/red 1.v2.glb")) == "chairs_red_1_v2"
-    assert asset_id(Path("stühle/A-b_c.OBJ")) == "st_hle_A-b_c"
+    files = [Path("chairs/red 1.v2.glb"), Path("A-b_c.OBJ")]
+    assert name_files(files) == {"chairs_red_1_v2": files[0], "A-b_c": files[1]}
+
+
+def test_every_file_has_an_id_of_its_own_whatever_it_is_called():
+    files = [Path(name) for name in (
+        "chair.obj", "chair.ply", "a b.glb", "a_b.glb", "椅子.obj", "桌子.obj", "x" * 90 + ".glb",
+        "one.ply", "one_ply.obj",
+        "one.obj", "stühle/a.glb",
+    )]  # fmt: skip
+    named = name_files(files)
+    assert sorted(named.values()) == sorted(files)
+    assert all(KEY_PATTERN.fullmatch(key) for key in named)
+    assert {"chair_obj", "chair_ply", "one_obj"} <= named.keys()
+    assert name_files(reversed(files)) == named, "whatever order they are found in"
 
 
 def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
@@ -40,18 +54,6 @@ def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
     assert found[0].file == "a/z.obj"
     assert found[0].sha256 == hashlib.sha256(b"a/z.obj").hexdigest()
     assert (found[0].name, found[0].licence) == ("a_z", "unknown")
-
-
-def test_two_files_with_one_id_are_both_named(tmp_path):
-    touch(tmp_path, "a b.glb", "a_b.obj")
-    with pytest.raises(AssetsError, match=r"a b\.glb and .*a_b\.obj, which are both 'a_b'; rename"):
-        find_assets(tmp_path)
-
-
-def test_an_id_longer_than_a_key_is_refused(tmp_path):
-    touch(tmp_path, "x" * 81 + ".glb")
-    with pytest.raises(AssetsError, match="at most 80 characters, found 81"):
-        find_assets(tmp_path)
 
 
 def test_a_folder_without_assets_and_no_folder_say_what_was_expected(tmp_path):
@@ -69,6 +71,11 @@ def test_the_table_fills_metadata_and_its_hashes_are_checked(tmp_path):
     assert (found.name, found.creator, found.source, found.licence) == ("Chair", "Ann", "library", "CC0-1.0")
     table.write_text(HEADER + f"a,Chair,Ann,library,CC0-1.0,{'0' * 64}\n")
     with pytest.raises(AssetsError, match="expected sha256 0000"):
+        find_assets(tmp_path)
+    table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,z\n")
+    assert find_assets(tmp_path)[0].up == "z"
+    table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,x\n")
+    with pytest.raises(AssetsError, match="line 2: expected up as y, z or nothing, found 'x'"):
         find_assets(tmp_path)
     table.write_text("id,title\na,Chair\n")
     with pytest.raises(AssetsError, match="expected the columns id,name"):
@@ -160,7 +167,7 @@ def test_a_damaged_list_or_another_table_is_refused(tmp_path):
     ):
         find_assets(tmp_path)
     same = {"id": "a", "file": "a.glb", "sha256": "", "name": "", "creator": "", "source": "", "licence": ""}
-    twice = [same | {"tags": [], "split": ""}] * 2
+    twice = [same | {"tags": [], "split": "", "up": ""}] * 2
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(twice, LIST_SCHEMA), path)
     with pytest.raises(AssetsError, match="expected every id once, found 'a' twice"):
         find_assets(tmp_path)

@@ -20,6 +20,7 @@ from data_tools.criteria import (
 MESH = MeshMeasures(
     triangles=12,
     degenerate=0.0,
+    doubled=0.0,
     size=2.0,
     thinness=0.5,
     materials=1,
@@ -42,12 +43,13 @@ def picture(box, colour, side=10):
 
 def test_what_pictures_show_is_measured():
     red_inside = picture((2, 2, 6, 7), (200, 0, 0))  # 20 of 100 pixels
+    red_inside[5, 2:7, :3] = 4  # 5 of them are black
     white_at_the_edge = picture((0, 0, 2, 5), (250, 255, 251))  # 10 of 100, at the top and the left
     found = measure_views(MESH, [red_inside, white_at_the_edge])
     assert found.coverage == pytest.approx(0.15)
     assert found.coverage_min == pytest.approx(0.1)
     assert found.cropped == 0.5
-    assert found.white == pytest.approx(10 / 30)
+    assert (found.white, found.black) == pytest.approx((10 / 30, 5 / 30))
     assert dataclasses.asdict(found) | dataclasses.asdict(MESH) == dataclasses.asdict(found)
     assert decode_measures("a", encode_measures(found)) == found
 

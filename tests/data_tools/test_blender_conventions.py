@@ -1,0 +1,220 @@
+"""What a file means and Blender takes otherwise: an object for each row of the table in ``blender_materials``."""
+
+import json
+import struct
+import subprocess
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from lrm_pl.data.manifest import read_index, read_manifest
+from lrm_pl.data.schema import decode_image, decode_sample
+from tests.data_tools.conftest import box, write_gltf
+
+pytestmark = pytest.mark.blender
+
+VERTICES, TRIANGLES = box((0, 0, 0), (1, 1, 1))
+RED, RED_SRGB = "0.588 0.1 0.1", (150, 26, 26)
+
+
+def write_obj(folder, name, mtl=None, colour="", triangles=TRIANGLES, vertices=VERTICES):
+    """Write a cube whose corners all have one texture coordinate, with its MTL beside it."""
+    lines = [f"mtllib {name}.mtl"] + [f"v {x} {y} {z} {colour}" for x, y, z in vertices]
+    lines += ["vt 0.5 0.5", "usemtl m", *(f"f {a + 1}/1 {b + 1}/1 {c + 1}/1" for a, b, c in triangles)]
+    (folder / f"{name}.obj").write_text("\n".join(lines) + "\n")
+    if mtl is not None:
+        (folder / f"{name}.mtl").write_text(mtl)
+
+
+def write_ply(path, names, of="vertex", end="\n"):
+    """Write a cube whose vertices, or faces, are (30, 160, 90), under these names."""
+    colours = [f"property uchar {name}" for name in names]
+    lines = ["ply", "format ascii 1.0", "element vertex 8", *(f"property float {axis}" for axis in "xyz")]
+    lines += colours if of == "vertex" else []
+    lines += ["element face 12", "property list uchar int vertex_indices"]
+    lines += [*(colours if of == "face" else []), "end_header"]
+    more = " 30 160 90"
+    lines += [f"{x} {y} {z}{more if of == 'vertex' else ''}" for x, y, z in VERTICES]
+    lines += [f"3 {a} {b} {c}{more if of == 'face' else ''}" for a, b, c in TRIANGLES]
+    path.write_bytes((end.join(lines) + end).encode())
+
+
+def write_assets(folder):
+    """Write the objects; returns id -> the color that it must come back in."""
+    plain = f"newmtl m\nKd {RED}\n"
+    Image.new("RGB", (8, 8), (30, 160, 90)).save(folder / "green.png")
+    Image.new("P", (64, 64), 0).save(folder / "green.gif")
+    with Image.open(folder / "green.gif") as image:
+        image.putpalette([30, 160, 90] * 256)
+        image.save(folder / "green.gif")
+    write_obj(folder, "kd", plain)
+    write_obj(folder, "kd_of_blender", f"# Blender 4.2.0 MTL File: 'None'\n{plain}")
+    write_obj(folder, "tf", f"{plain}Tf 1.0 1.0 1.0\nKs 0 0 0\nillum 2\nd 1.0\nTr 0.0\n")
+    write_obj(folder, "ambient", "newmtl m\nKd 0.8 0.8 0.8\nmap_Ka green.png\n")
+    write_obj(folder, "movie", "newmtl m\nKd 1 1 1\nmap_Kd green.gif\n")
+    write_obj(folder, "colours", "newmtl m\nKd 0.8 0.8 0.8\n", colour="0.1176 0.6275 0.3529")
+    both = np.concatenate([TRIANGLES, TRIANGLES[:, ::-1] + 8])
+    write_obj(folder, "twice", plain, triangles=both, vertices=np.concatenate([VERTICES, VERTICES]))
+    write_ply(folder / "diffuse.ply", ("diffuse_red", "diffuse_green", "diffuse_blue"))
+    write_ply(folder / "letters.ply", ("r", "g", "b"))
+    write_ply(folder / "returns.ply", ("red", "green", "blue"), end="\r")
+    inside, outside = (
+        (VERTICES, TRIANGLES, (0.588, 0.1, 0.1), 1.0),
+        (1.03 * VERTICES, TRIANGLES[:, ::-1], (0, 0, 0), 1),
+    )
+    write_gltf(folder / "outline.gltf", [inside, outside])
+    record = json.loads((folder / "outline.gltf").read_text())
+    for material in record["materials"]:
+        material["doubleSided"] = False
+    (folder / "outline.gltf").write_text(json.dumps(record))
+    write_obj(folder, "no_mtl")
+    write_ply(folder / "face_colours.ply", ("red", "green", "blue"), of="face")
+    green = (30, 160, 90)
+    return {
+        "kd": RED_SRGB, "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
+        "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "outline": RED_SRGB,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rendered(render_command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conventions")
+    (folder / "assets").mkdir()
+    expected = write_assets(folder / "assets")
+    options = ["--views", "2", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
+    render_command(folder / "assets", folder / "out", *options)
+    return folder / "out", expected
+
+
+def test_each_object_comes_back_in_the_color_that_its_file_means(rendered):
+    out, expected = rendered
+    found = {}
+    for shard in read_manifest(out).split("train"):
+        content = (out / shard.name).read_bytes()
+        for key, places in read_index(out, shard).items():
+            sample = decode_sample(
+                key, {name: content[at : at + size] for name, (at, size) in places.items()}
+            )
+            views = [decode_image(key, view) for view in sample.views]
+            inside = np.concatenate([view[24:40, 24:40].reshape(-1, 4) for view in views])
+            assert (inside[:, 3] == 255).all(), f"{key} is not solid"
+            found[key] = (np.median(inside[:, :3], axis=0), inside[:, :3].std(axis=0).max())
+    assert found.keys() == expected.keys()
+    for key, colour in expected.items():
+        np.testing.assert_allclose(found[key][0], colour, atol=4, err_msg=key)
+        assert found[key][1] < 8, f"{key} is speckled"
+
+
+def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
+    table = pyarrow.parquet.read_table(rendered[0] / "filter.parquet").to_pylist()
+    reasons = {row["id"]: (row["outcome"], row["reason"]) for row in table if row["outcome"] != "rendered"}
+    assert reasons["no_mtl"] == ("rejected", "missing_textures 1, expected <= 0")
+    assert reasons["face_colours"] == ("rejected", "missing_textures 1, expected <= 0")
+    doubled = {row["id"]: row["doubled"] for row in table}
+    assert (doubled["twice"], doubled["kd"]) == (0.5, 0.0)
+
+
+LOAD = """
+import json, sys
+from pathlib import Path
+from data_tools.blender_import import AssetError, load_asset
+for file, root, up in json.loads(sys.argv[1]):
+    try:
+        print("FOUND", json.dumps(load_asset(Path(file), "cube", Path(root), up)[0].tolist()))
+    except AssetError as error:
+        print("FOUND", json.dumps(str(error)))
+"""
+
+
+@pytest.fixture
+def loaded(render_python, root):
+    """Load files one after another; returns half sides, or why not, of each."""
+
+    def run(*files):
+        given = json.dumps([(str(file), str(folder), up) for file, folder, up in files])
+        done = subprocess.run(
+            [str(render_python), "-c", LOAD, given], cwd=root, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+        return [json.loads(line.removeprefix("FOUND ")) for line in lines]
+
+    return run
+
+
+def test_sizes_and_axes_are_those_of_the_faces(loaded, tmp_path):
+    tall = VERTICES * (0.25, 1.0, 0.5)
+    write_obj(tmp_path, "tall", "newmtl m\n", vertices=tall)
+    write_ply(tmp_path / "cube.ply", ("red", "green", "blue"))
+    text = (tmp_path / "cube.ply").read_text().replace("vertex 8", "vertex 9")
+    scan = text.replace("\n3 0 1 3", "\n900 900 900 1 2 3\n3 0 1 3", 1)
+    (tmp_path / "scan.ply").write_text(scan)
+    utm = VERTICES * 0.5 + (500000.0, 4649776.0, 10.0)
+    write_obj(tmp_path, "utm", "newmtl m\n", vertices=utm)
+    y_up, z_up, unused, far = loaded(
+        (tmp_path / "tall.obj", tmp_path, ""), (tmp_path / "tall.obj", tmp_path, "z"),
+        (tmp_path / "scan.ply", tmp_path, ""), (tmp_path / "utm.obj", tmp_path, ""),
+    )  # fmt: skip
+    assert y_up == pytest.approx([0.25, 0.5, 1.0])
+    assert z_up == pytest.approx([0.25, 1.0, 0.5])
+    assert unused == pytest.approx([1.0, 1.0, 1.0]), "a vertex that no face uses is no part of the object"
+    assert "times its size from the origin, where float32 tells only" in far
+
+
+def glb(record):
+    content = json.dumps(record).encode()
+    content += b" " * (-len(content) % 4)
+    return b"glTF" + struct.pack("<III", 2, 20 + len(content), len(content)) + b"JSON" + content
+
+
+def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
+    inside, outside = tmp_path / "assets", tmp_path / "private"
+    (inside / "a").mkdir(parents=True)
+    outside.mkdir()
+    Image.new("RGB", (4, 4), "red").save(outside / "x.png")
+    Image.new("P", (64, 64)).save(outside / "x.gif")
+    (outside / "x.mtl").write_text("newmtl m\n")
+    write_gltf(inside / "box.gltf", [(VERTICES, TRIANGLES, (1, 1, 1), 1.0)])
+    record = json.loads((inside / "box.gltf").read_text())
+    record["textures"], record["samplers"] = [{"source": 0}], [{}]
+    record["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
+    ways = ["../private/x.png", "..\\private\\x.png", "%2e%2e/private/x.png", str(outside / "x.png"),
+            f"file://{outside}/x.png", "./a/../../private/x.png"]  # fmt: skip
+    files = []
+    for number, way in enumerate(ways):
+        record["images"] = [{"uri": way}]
+        (inside / f"{number}.gltf").write_text(json.dumps(record))
+        (inside / f"{number}.glb").write_bytes(glb(record))
+        files += [f"{number}.gltf", f"{number}.glb"]
+        if "%" not in way and "file:" not in way:
+            write_obj(inside, f"p{number}", f"newmtl m\nmap_Kd {way}\n")
+            write_obj(inside, f"k{number}", f"newmtl m\nmap_Ka {way}\n")
+            write_obj(inside, f"m{number}", f"newmtl m\nmap_Kd {way.replace('.png', '.gif')}\n")
+            write_obj(inside, f"l{number}")
+            text = (inside / f"l{number}.obj").read_text()
+            library = way.replace(".png", ".mtl")
+            (inside / f"l{number}.obj").write_text(text.replace(f"l{number}.mtl", library))
+            files += [f"{kind}{number}.obj" for kind in "pkml"]
+    found = loaded(*((inside / name, inside, "") for name in files))
+    for name, said in zip(files, found, strict=True):
+        assert "expected its files in" in said, (name, said)
+        assert "private" in said
+
+
+def test_reasons_of_what_cannot_be_imported_say_what_to_do(loaded, tmp_path):
+    (tmp_path / "old.gltf").write_text(
+        json.dumps({"asset": {"version": "1.0"}, "buffers": {"b": {"uri": "b.bin"}}})
+    )
+    (tmp_path / "old.glb").write_bytes(b"glTF" + struct.pack("<IIII", 1, 24, 4, 0) + b"{}  ")
+    (tmp_path / "empty.glb").write_bytes(b"")
+    needs = ["EXT_meshopt_compression"]
+    record = {"asset": {"version": "2.0"}, "extensionsRequired": needs, "extensionsUsed": needs}
+    (tmp_path / "packed.glb").write_bytes(glb(record | {"scenes": [{"nodes": []}], "scene": 0}))
+    old, old_binary, empty, packed = loaded(
+        *((tmp_path / name, tmp_path, "") for name in ("old.gltf", "old.glb", "empty.glb", "packed.glb"))
+    )
+    assert old == old_binary == "cannot be imported: expected glTF 2.0, found version 1.0: convert it"
+    assert "expected a binary glTF file" in empty
+    assert "gltf-transform" in packed
