@@ -45,7 +45,7 @@ def _fetch(args: argparse.Namespace) -> None:
     else:
         from data_tools.sources.folder import fetch_folder
 
-        fetch_folder(args.assets, args.out)
+        fetch_folder(args.assets, args.out, args.up)
 
 
 def add_parser(commands: _Parsers) -> None:
@@ -107,6 +107,12 @@ def add_parser(commands: _Parsers) -> None:
     )
     folder.add_argument("--assets", type=Path, required=True, help="folder of meshes, searched recursively")
     folder.add_argument("--out", type=Path, help="folder to copy it to first; in place unless given")
+    folder.add_argument(
+        "--up",
+        choices=("y", "z"),
+        default="",
+        help="the axis that points up in OBJ and PLY files whose row does not say (y)",
+    )
 
 
 def _source(sources: _Parsers, name: str, help_: str, description: str) -> argparse.ArgumentParser:

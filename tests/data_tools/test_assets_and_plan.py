@@ -17,6 +17,7 @@ from data_tools.assets import (
 )
 from data_tools.demo_library import OBJECTS
 from data_tools.plan import default_held_out, held_out_ids, plan_shards
+from data_tools.sources.folder import fetch_folder
 from lrm_pl.data.schema import KEY_PATTERN
 
 DEMO_ASSETS = Path(__file__).resolve().parents[2] / "data_tools" / "demo_assets"
@@ -181,3 +182,10 @@ def test_a_table_that_a_spreadsheet_saved_is_read_or_refused_with_the_remedy(tmp
     table.write_text(text, encoding="latin-1")
     with pytest.raises(AssetsError, match=r"expected a CSV, found: .*; save it as CSV in UTF-8"):
         read_table(table)
+
+
+def test_the_axis_up_of_a_folder_is_that_of_each_file_whose_row_does_not_say(tmp_path):
+    touch(tmp_path, "a.obj", "b.ply")
+    (tmp_path / "assets.csv").write_text(HEADER.replace("\n", ",up\n") + "b,,,,,,y\n")
+    fetch_folder(tmp_path, None, "z")
+    assert [asset.up for asset in find_assets(tmp_path)] == ["z", "y"]
