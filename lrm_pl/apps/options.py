@@ -14,8 +14,8 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ckpt",
         metavar="CKPT",
-        help="a run's folder, a checkpoint (a path or a URL), a folder of `lrm export`, or owner/name on the Hugging "
-        "Face hub; unless given, the newest run in runs/lrm",
+        help="a run's folder, a checkpoint (a path or a URL), a folder of `lrm export`, or hf://owner/name on "
+        "the Hugging Face hub; unless given, the newest run in runs/lrm",
     )
     parser.add_argument(
         "--config", type=user_path, help="the run's config.yaml, where it is not above the checkpoint"

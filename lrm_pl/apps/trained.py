@@ -8,7 +8,14 @@ from lrm_pl.apps.export import find_config
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
 from lrm_pl.io.checkpoints import Checkpoint, list_checkpoints, read_newest
-from lrm_pl.io.pretrained import SETUP_NAME, WEIGHTS_NAME, read_model_section, read_setup, weights_hash
+from lrm_pl.io.pretrained import (
+    CONFIG_NAME,
+    SETUP_NAME,
+    WEIGHTS_NAME,
+    read_model_section,
+    read_setup,
+    weights_hash,
+)
 from lrm_pl.kernels.device import choose_device, synchronize
 from lrm_pl.pretrained import PretrainedLRM
 from lrm_pl.training.state import load_network
@@ -18,7 +25,8 @@ RUNS = Path("runs/lrm")
 
 _VERSION = re.compile(r"version_\d+")
 
-_HUB_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+#: Begins the name of a network on the Hugging Face hub: a path that is mistyped must not open a stranger's.
+HUB = "hf://"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,7 @@ def open_trained(
 
     Args:
         name: A checkpoint, a run's folder (its newest whole checkpoint), a folder of `lrm export` or `lrm convert`, or
-            "owner/name" on the Hugging Face hub; None: the newest run in ``runs/lrm``.
+            ``hf://owner/name`` on the Hugging Face hub; None: the newest run in ``runs/lrm``.
         average: Whether the moving average is taken, of a run that keeps one.
         device: Where it computes; "auto" is a GPU if there is one.
         remover: What takes backgrounds out.
@@ -68,7 +76,15 @@ def open_trained(
     name = name or newest_run()
     path = Path(name).expanduser()
     step = None
-    if (path / WEIGHTS_NAME).is_file() or (not path.exists() and _HUB_NAME.fullmatch(name)):
+    if path.name in (WEIGHTS_NAME, CONFIG_NAME) and (path.parent / WEIGHTS_NAME).is_file():
+        path, name = path.parent, str(path.parent)
+    on_hub = name.startswith(HUB)
+    if not on_hub and "://" not in name and not path.exists():
+        raise InputError(
+            f"expected a run, a checkpoint or a folder of `lrm export`, found nothing at {name}; correct the path, or "
+            f"say {HUB}owner/name for a network on the Hugging Face hub"
+        )
+    if on_hub or (path / WEIGHTS_NAME).is_file():
         if config is not None:
             raise InputError(
                 f"expected --config with a checkpoint, found the exported network {name}; leave it out"
@@ -78,7 +94,7 @@ def open_trained(
                 f"expected a run that keeps a moving average, found the exported network {name}; leave --average out, "
                 "or export the average: lrm export RUN OUT --average"
             )
-        model = PretrainedLRM.from_pretrained(name)
+        model = PretrainedLRM.from_pretrained(name.removeprefix(HUB))
         source = name
     else:
         model, source, step = read_newest(name, lambda found: _read(found, config, average=average))

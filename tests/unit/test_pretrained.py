@@ -230,6 +230,19 @@ def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path
         PretrainedLRM.from_pretrained("me/other", cache_dir=tmp_path)
 
 
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub, pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("me/tiny", "runs/tuned", "nosuch"):
+        with pytest.raises(
+            InputError, match=f"found nothing at {name}; correct the path, or say hf://owner/name"
+        ):
+            open_trained(name, device="cpu")
+    assert open_trained("hf://me/tiny", device="cpu").sha256 == weights_hash(tiny_pretrained().network)
+    for file in ("model.safetensors", "config.yaml"):
+        assert open_trained(f"{pretrained}/{file}", device="cpu").source == str(pretrained)
+
+
 def test_the_input_setup_is_measured_from_what_is_trained_on():
     alpha = torch.zeros(1, 2, 20, 20)
     alpha[0, 0, 5:15, 8:12] = 1  # 10 of 20
