@@ -9,9 +9,12 @@ from lrm_pl.apps.train import command_line
 from lrm_pl.data.synthetic import write_synthetic_shards
 
 GOLDEN = "tests/golden/demo_step.json"
-#: Relative tolerances: sums of another order, on another machine or with other threads, moved a loss by 6e-7 and a
-#: norm by 2e-4 (through the kinks of VGG).
-TAGS = {"loss/total": 1e-4, "loss/mse": 1e-4, "loss/lpips": 1e-4, "optim/grad_norm": 5e-3}
+#: Relative tolerances of a loss in each step. Sums of another order, on another machine or with other threads, moved it
+#: by 2e-7 before the first update and by 2e-6 after it; then by 2e-4: where a gradient is nearly nothing, AdamW's first
+#: updates are of its sign.
+STEPS = (1e-5, 1e-4, 1e-3)
+#: The norm is moved more, through the kinks of VGG: by 2e-5 and more.
+TAGS = {"loss/total": 1, "loss/mse": 1, "loss/lpips": 1, "optim/grad_norm": 50}
 
 
 @pytest.mark.slow
@@ -34,6 +37,6 @@ def test_the_demos_first_steps_have_the_losses_of_the_golden_file(root, tmp_path
     print(json.dumps(steps, indent=1))
     expected = json.loads((root / GOLDEN).read_text())
     assert len(steps) == len(expected) == 3
-    for found, golden in zip(steps, expected, strict=True):
-        for tag, tolerance in TAGS.items():
-            assert found[tag] == pytest.approx(golden[tag], rel=tolerance), tag
+    for tolerance, found, golden in zip(STEPS, steps, expected, strict=True):
+        for tag, times in TAGS.items():
+            assert found[tag] == pytest.approx(golden[tag], rel=times * tolerance), tag
