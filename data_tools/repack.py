@@ -73,20 +73,29 @@ def repack(
             just these.
 
     Raises:
-        InputError: ``out`` is there, folders differ in views or normalisation, two objects have one name, pictures
-            would become larger, or nothing obeys.
+        InputError: ``out`` is there, folders differ in views, size or normalisation, two objects have one name,
+            pictures would become larger, or nothing obeys.
     """
     manifests = {folder: read_manifest(folder) for folder in folders}
     first = manifests[folders[0]]
-    for name, found in (
-        ("views", {folder: manifest.views for folder, manifest in manifests.items()}),
-        ("normalise", {folder: manifest.render.get("normalise") for folder, manifest in manifests.items()}),
+    both = "train on both as they are: --data.also"
+    sizes = {} if resolution else {folder: m.render.get("resolution") for folder, m in manifests.items()}
+    for name, found, remedy in (
+        ("views", {folder: manifest.views for folder, manifest in manifests.items()}, both),
+        (
+            "normalise",
+            {folder: manifest.render.get("normalise") for folder, manifest in manifests.items()},
+            both,
+        ),
+        (
+            "resolution",
+            sizes,
+            f"--res {min((size for size in sizes.values() if size), default='N')} makes them alike",
+        ),
     ):
         if len(set(found.values())) > 1:
             told = ", ".join(f"{value} in {folder}" for folder, value in found.items())
-            raise RepackError(
-                f"expected folders of one kind, found {name}: {told}; train on both as they are: --data.also"
-            )
+            raise RepackError(f"expected folders of one kind, found {name}: {told}; {remedy}")
     samples = _samples(manifests, rules)
     total = sum(shard.samples for manifest in manifests.values() for shard in manifest.shards)
     if not samples:

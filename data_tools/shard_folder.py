@@ -10,7 +10,6 @@
 Every file is written beside its place and renamed when whole: a name without ``.partial`` is a whole file.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from data_tools.criteria import MEASURES_MEMBER, Rule, decode_measures, objections
 from data_tools.plan import PlannedShard
+from lrm_pl.data.locks import lock
 from lrm_pl.data.manifest import Shard, read_index, write_atomically, write_shard
 from lrm_pl.errors import InputError
 
@@ -48,7 +48,7 @@ def locked(folder: Path) -> Iterator[None]:
         give_up = time.monotonic() + LOCK_PATIENCE_S
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file, wait=False)
                 break
             except BlockingIOError:
                 if time.monotonic() > give_up:

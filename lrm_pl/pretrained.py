@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -127,11 +128,12 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         finally:
             self._repository = ""
 
-    def picture(self, source: str | Path | bytes | Image.Image) -> Image.Image:
+    def picture(self, source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
         """Make of a photo what the network is used to: the object alone, in the middle, as large as in training.
 
         Args:
-            source: A file, its bytes, or a picture. Where most of its edge is opaque, the background is taken out.
+            source: A file, its bytes, or a picture: Pillow's, or an array of bytes (H, W, 3 or 4), RGB. Where most of
+                its edge is opaque, the background is taken out.
 
         Returns:
             A square RGBA picture.
@@ -141,6 +143,20 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         """
         if isinstance(source, str):
             source = Path(source)
+        if isinstance(source, np.ndarray):
+            if (
+                source.dtype != np.uint8
+                or source.ndim != 3
+                or source.shape[2] not in (3, 4)
+                or not source.size
+            ):
+                raise InputError(
+                    f"expected a picture as bytes (H, W, 3 or 4), found {source.dtype} {source.shape}; of floats in "
+                    "[0, 1] make (255 * x).astype('uint8')"
+                )
+            source = Image.fromarray(source)
+        if not isinstance(source, Path | bytes | Image.Image):
+            raise InputError(f"expected a picture or its path, found {type(source).__name__}")
         image = to_rgb8(source) if isinstance(source, Image.Image) else open_picture(source)
         if has_background(image):
             with stage("background"):
@@ -154,7 +170,9 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         return framed(image.convert("RGBA"), self.setup.foreground, side)
 
     def forward(
-        self, picture: str | Path | bytes | Image.Image | Tensor, camera: InputCamera | None = None
+        self,
+        picture: str | Path | bytes | Image.Image | np.ndarray | Tensor,
+        camera: InputCamera | None = None,
     ) -> Scene:
         """Reconstruct the object in a picture.
 

@@ -118,7 +118,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - gradio wants it there
     ) -> tuple[Any, ...]:
         if photo is None or photo["path"] is None:
-            raise gr.Error("Choose a picture first.", title="No picture")
+            raise gr.Error("Choose a picture first.", title="No picture", print_exception=False)
         done = 0
 
         def show(name: str) -> None:
@@ -146,7 +146,9 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
                 (place / "mesh.glb").write_bytes(encode_glb(mesh))
                 (place / "orbit.mp4").write_bytes(encode_video(frames))
         except InputError as error:
-            raise gr.Error(str(error), title="That did not work", duration=None) from error
+            raise gr.Error(
+                str(error), title="That did not work", duration=None, print_exception=False
+            ) from error
         density = threshold or scene.threshold
         told = f"{len(mesh.faces):,} triangles; the surface lies at density {density:.3g}."
         white = Image.alpha_composite(Image.new("RGBA", framed.size, "white"), framed).convert("RGB")
@@ -179,12 +181,10 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
                 told = gr.Markdown(elem_id="told")
                 download = gr.DownloadButton("Download mesh.glb", elem_id="download")
         # Files and numbers come as they were sent: we look at them with care ourselves, and say what is wrong.
-        button.click(
-            make,
-            [photo, resolution, threshold],
-            [seen, orbit, mesh, download, told],
-            concurrency_limit=1,
-            preprocess=False,
+        shown = [seen, orbit, mesh, download, told]
+        # First nothing: what is shown next, or an error, is not beside another picture's mesh.
+        button.click(lambda: (None, None, None, None, ""), None, shown, queue=False).then(
+            make, [photo, resolution, threshold], shown, concurrency_limit=1, preprocess=False
         )
     return page.queue(max_size=QUEUE, api_open=False)
 
@@ -213,6 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if trained.note:
         print(trained.note)
     page = make_page(trained, folder)
+    for variable in [
+        name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")
+    ]:
+        del os.environ[variable]  # gradio asks its own page, on this machine, whether it is up
     page.launch(
         server_name=given.host,
         server_port=given.port,

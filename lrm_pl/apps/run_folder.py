@@ -1,7 +1,6 @@
 """The folder of a run: where it is, that one run at a time is in it, and what to go on from."""
 
 import dataclasses
-import errno
 import fcntl
 import inspect
 import logging
@@ -15,6 +14,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lrm_pl.apps.csv_rows import KeptRows
+from lrm_pl.data.locks import NO_LOCKS
 from lrm_pl.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class RunLock:
                 f"expected no other run in {folder}, found one at work there; wait for it, or take another --run.folder"
             ) from error
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise
             logger.warning("%s: its file system has no locks (%s): start no second run there", folder, error)
 

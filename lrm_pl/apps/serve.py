@@ -13,9 +13,11 @@ import dataclasses
 import logging
 import math
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Annotated, Any
 
 from lrm_pl import __version__
@@ -71,6 +73,13 @@ class Limits:
                 raise InputError(f"expected {name} of {low} or more, found {getattr(self, name)}")
 
 
+#: Of ``/reconstruct``.
+_PARAMETERS = frozenset({"resolution", "threshold", "floaters", "faces"})
+
+#: Seconds from one look at whether a client still waits to the next.
+_LOOK_S = 0.5
+
+
 class RefusedError(Exception):
     """A request is not served.
 
@@ -95,10 +104,19 @@ class Works:
     def __init__(self, trained: Trained, limits: Limits) -> None:
         self.trained, self.limits = trained, limits
         self.waiting = 0
+        #: Whether the server is ending: what has not begun does not begin any more.
+        self.ending = threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reconstruct")
 
-    async def make(self, content: bytes, wishes: Wishes) -> tuple[bytes, dict[str, float]]:
+    async def make(
+        self, content: bytes, wishes: Wishes, gone: Callable[[], Awaitable[bool]]
+    ) -> tuple[bytes, dict[str, float]]:
         """Turn a picture's bytes into a GLB's.
+
+        Args:
+            content: The picture.
+            wishes: What is made of it.
+            gone: Says whether nobody waits for the answer any more.
 
         Returns:
             The GLB, and the seconds of each stage.
@@ -106,19 +124,35 @@ class Works:
         Raises:
             RefusedError: With the status that fits.
         """
-        if self.waiting > self.limits.queue:
+        if self.waiting > self.limits.queue or self.ending.is_set():
             raise RefusedError(503, f"{self.waiting} requests are waiting already; come back later")
         self.waiting += 1
-        deadline = time.monotonic() + self.limits.seconds
+        dropped = threading.Event()
+        future = self._thread.submit(
+            self._make, content, wishes, time.monotonic() + self.limits.seconds, dropped
+        )
+        answer = asyncio.wrap_future(future)
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._make, content, wishes, deadline
-            )
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=_LOOK_S)
+                if not answer.done() and await gone():
+                    raise RefusedError(499, "nobody waits for the answer any more")
+                if self.ending.is_set() and future.cancel():
+                    raise RefusedError(503, "the server is ending; come back later")
+            return answer.result()
+        except asyncio.CancelledError:
+            raise RefusedError(503, "the server has ended; come back later") from None
         finally:
+            dropped.set()
+            future.cancel()
             self.waiting -= 1
 
-    def _make(self, content: bytes, wishes: Wishes, deadline: float) -> tuple[bytes, dict[str, float]]:
+    def _make(
+        self, content: bytes, wishes: Wishes, deadline: float, dropped: threading.Event
+    ) -> tuple[bytes, dict[str, float]]:
         def watch(name: str) -> None:
+            if dropped.is_set():
+                raise RefusedError(499, "nobody waits for the answer any more")
             if time.monotonic() > deadline:
                 raise RefusedError(504, f"not finished after {self.limits.seconds:g} s, before {name!r}")
 
@@ -225,6 +259,7 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
 
     app = FastAPI(title="lrm", version=__version__, description=__doc__, lifespan=lifespan)
     app.add_middleware(Lingering)
+    app.state.works = works
 
     @app.exception_handler(RequestValidationError)
     async def refuse(request: Request, error: RequestValidationError) -> Response:
@@ -242,7 +277,7 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
         resolution: Annotated[int, Query(ge=LEAST_RESOLUTION, le=limits.resolution)] = min(
             256, limits.resolution
         ),
-        threshold: Annotated[float | None, Query(gt=0)] = None,
+        threshold: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
         floaters: Annotated[float, Query(ge=0, le=1)] = 0.0,
         faces: Annotated[int | None, Query(ge=4, le=MOST_FACES)] = None,
     ) -> Response:
@@ -253,9 +288,13 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
                     415,
                     "expected the picture itself as the body, found a form; curl --data-binary @photo.png",
                 )
+            if unknown := sorted(set(request.query_params) - _PARAMETERS):
+                raise RefusedError(
+                    422, f"expected the parameters {', '.join(sorted(_PARAMETERS))}, found {unknown}"
+                )
             content = await uploads.read(request)
             wishes = Wishes(resolution=resolution, threshold=threshold, floaters=floaters, most_faces=faces)
-            glb, stages = await works.make(content, wishes)
+            glb, stages = await works.make(content, wishes, request.is_disconnected)
         except RefusedError as error:
             requests.labels(error.status).inc()
             headers = {"Retry-After": "10"} if error.status == 503 else {}
@@ -303,14 +342,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if trained.note:
         print(trained.note)
     print(f"Network: {trained.source}\nTry: curl --data-binary @photo.png {address}/reconstruct -o mesh.glb")
-    uvicorn.run(
-        make_app(trained, limits),
-        host=given.host,
-        port=given.port,
-        http=BoundedProtocol,
-        h11_max_incomplete_event_size=1 << 16,
-        timeout_graceful_shutdown=_GRACE_S,
-    )
+    app = make_app(trained, limits)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.works.ending.set()
+            super().handle_exit(sig, frame)
+
+    Server(
+        uvicorn.Config(
+            app,
+            host=given.host,
+            port=given.port,
+            http=BoundedProtocol,
+            h11_max_incomplete_event_size=1 << 16,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+    ).run()
 
 
 def _parser() -> argparse.ArgumentParser:

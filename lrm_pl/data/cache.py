@@ -11,13 +11,13 @@ recently goes first; a process that has a file open keeps what is in it.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lrm_pl.data.locks import lock
 from lrm_pl.data.manifest import Shard
 from lrm_pl.errors import InputError
 from lrm_pl.stores import StoreError, insisting, read_ranges
@@ -184,15 +184,14 @@ class ShardCache:
     def _is_locked(self, name: str) -> bool:
         with open(self.folder / name, "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return not lock(file, wait=False)  # where there are no locks, it may be somebody's
             except BlockingIOError:
                 return True
-        return False
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         with open(self.folder / name, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
             yield
 
     def _path(self, shard: Shard) -> Path:

@@ -1,11 +1,12 @@
 """Look up which points lie in marked cells of a lattice, on a CPU."""
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from lrm_pl.kernels.compiled import compiled
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+
+@compiled()
 def occupied(cells: npt.NDArray[np.bool_], points: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """Return the numbers of the points (Q, 3) that lie in marked cells (n, n, n) of [-1, 1]^3, ascending.
 

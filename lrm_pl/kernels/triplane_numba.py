@@ -11,6 +11,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from lrm_pl.kernels.compiled import compiled
+
 Floats = npt.NDArray[np.float32]
 
 
@@ -32,7 +34,7 @@ def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.floa
     return low, high, low_weight, high_weight
 
 
-@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract", "reassoc", "nsz"})
 def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, out: Floats) -> None:
     """Fill ``out`` (Q, C), the sum over planes, or (Q, P C), their concatenation.
 
@@ -60,7 +62,7 @@ def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: 
                 )
 
 
-@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract", "reassoc", "nsz"})
 def accumulate(
     grad_planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, grad: Floats
 ) -> None:

@@ -3,14 +3,15 @@
 Contracts and plain twins are in ``lrm_pl.kernels.views``.
 """
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from lrm_pl.kernels.compiled import compiled
 
 _BYTE = np.float32(1 / 255)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def over_white(
     rgba: npt.NDArray[np.uint8], images: npt.NDArray[np.float32], alpha: npt.NDArray[np.float32]
 ) -> None:
@@ -25,7 +26,7 @@ def over_white(
                 images[c, y, x] = np.float32(row[4 * x + c]) / byte * alpha[y, x] + (one - alpha[y, x])
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def resized_window(
     rgba: npt.NDArray[np.uint8], side: int, top: int, left: int, window: npt.NDArray[np.float32]
 ) -> None:
@@ -77,7 +78,7 @@ def resized_window(
             window[3, i, j] = min(max(a, zero), one)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _taps(
     size: int, resized: int, start: int, count: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

@@ -89,6 +89,14 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
     write_synthetic_shards(few, train=1, val=0, views=3, resolution=32)
     with pytest.raises(RepackError, match=r"views: 8 in .*, 3 in .*few"):
         repack([shards, few], tmp_path / "out")
+    large = tmp_path / "large"
+    write_synthetic_shards(large, train=2, val=0, views=8, resolution=64, seed=9)
+    for folder, resolution in ((small := tmp_path / "small", 32), (large, 64)):
+        if folder == small:
+            shutil.copytree(shards, small)
+        write_manifest(folder, dataclasses.replace(read_manifest(folder), render={"resolution": resolution}))
+    with pytest.raises(RepackError, match=r"resolution: 32 in .*, 64 in .*large; --res 32 makes them alike"):
+        repack([small, large], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     only_val = tmp_path / "only-val"
     repack([shards], only_val, held_out=0)

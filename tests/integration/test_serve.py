@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 import signal
 import socket
 import time
@@ -117,13 +118,16 @@ def test_every_request_gets_the_right_status_and_is_counted(server):
             assert (status, glb[:4]) == (200, b"glTF")
             assert (await ask(session, server, photo(), "?resolution=4096"))[0] == 422
             assert (await ask(session, server, photo(), "?resolution=32&threshold=1e9"))[0] == 422
+            assert (await ask(session, server, photo(), "?resolution=32&threshold=inf"))[0] == 422
+            status, content = await ask(session, server, photo(), "?res=32&texture=1")
+            assert (status, b"found ['res', 'texture']" in content) == (422, True)
             assert (await ask(session, server, photo(), "?resolution=32&faces=1000000000"))[0] == 422
             async with session.get(f"{server.address}/health") as answer:
                 assert (await answer.json())["status"] == "ok"
             counts = {name: value - before.get(name, 0.0) for name, value in (await counted(session)).items()}
             assert counts['lrm_requests_total{status="200"}'] == 1
             assert counts['lrm_requests_total{status="415"}'] == 4
-            assert counts['lrm_requests_total{status="422"}'] == 3
+            assert counts['lrm_requests_total{status="422"}'] == 5
             assert counts['lrm_stage_seconds_count{stage="planes"}'] == 1
             async with session.get(f"{server.address}/docs") as answer:
                 assert answer.status == 200
@@ -161,6 +165,54 @@ def test_more_requests_than_may_wait_are_sent_away_and_late_ones_end(pretrained)
         assert asyncio.run(one_more(server)) in (200, 504)
     finally:
         server.kill()
+
+
+def test_what_nobody_waits_for_any_more_is_not_worked_on(pretrained):
+    server = serve(pretrained, "--queue", "20")
+
+    async def run():
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=0.4)) as session:
+            await asyncio.gather(
+                *(ask(session, server, photo(), "?resolution=64") for _ in range(16)), return_exceptions=True
+            )
+        async with aiohttp.ClientSession() as session:
+            deadline = time.monotonic() + 20
+            while True:
+                async with session.get(f"{server.address}/health") as answer:
+                    if not (await answer.json())["waiting"]:
+                        break
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+            async with session.get(f"{server.address}/metrics") as answer:
+                return await answer.text()
+
+    try:
+        found = asyncio.run(run())
+        dropped = re.search(r'lrm_requests_total\{status="499"\} (\d+)', found)
+        assert dropped, found
+        assert int(dropped[1]) >= 8
+    finally:
+        server.kill()
+
+
+def test_a_server_that_is_told_to_end_finishes_what_it_has_begun_and_sends_the_rest_away(pretrained):
+    server = serve(pretrained, "--queue", "20")
+
+    async def run():
+        async with aiohttp.ClientSession() as session:
+            asked = [asyncio.create_task(ask(session, server, photo(), "?resolution=64")) for _ in range(16)]
+            await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            server.process.send_signal(signal.SIGTERM)
+            return [status for status, _ in await asyncio.gather(*asked)]
+
+    try:
+        statuses = asyncio.run(run())
+        said = server.stop()
+    finally:
+        server.kill()
+    assert set(statuses) == {200, 503}
+    assert statuses.count(503) >= 8
+    assert "Traceback" not in said
 
 
 async def one_more(server):

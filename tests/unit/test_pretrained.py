@@ -230,6 +230,18 @@ def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path
         PretrainedLRM.from_pretrained("me/other", cache_dir=tmp_path)
 
 
+def test_arrays_of_bytes_are_pictures_and_other_things_are_refused(pretrained, photo):
+    model = PretrainedLRM.from_pretrained(pretrained)
+    with Image.open(photo) as image:
+        array = np.array(image)
+    assert torch.equal(model(array).field.planes, model(photo).field.planes)
+    for wrong in (array / 255, array[..., 0], np.zeros((0, 8, 3), np.uint8)):
+        with pytest.raises(InputError, match=r"expected a picture as bytes \(H, W, 3 or 4\), found"):
+            model(wrong)
+    with pytest.raises(InputError, match="expected a picture or its path, found int"):
+        model(5)
+
+
 def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub, pretrained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -1,0 +1,44 @@
+"""File systems without locks, and places where nothing can be kept."""
+
+import errno
+import fcntl
+import logging
+
+import pytest
+
+from data_tools.shard_folder import FolderError, locked
+from lrm_pl.data.locks import lock
+from lrm_pl.kernels.compiled import compiled
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_once_and_worked_on(monkeypatch, tmp_path, caplog, code):
+    def none(file, operation):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with caplog.at_level(logging.WARNING), locked(tmp_path), open(tmp_path / "other", "w") as file:
+        assert not lock(file, wait=True)
+    assert caplog.text.count("has no locks") == 1
+
+
+def test_other_errors_of_a_lock_are_errors(monkeypatch, tmp_path):
+    def broken(file, operation):
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with open(tmp_path / "file", "w") as file, pytest.raises(OSError, match="broken"):
+        lock(file, wait=False)
+
+
+def test_a_second_rendering_in_a_folder_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("data_tools.shard_folder.LOCK_PATIENCE_S", 0.2)
+    with locked(tmp_path), pytest.raises(FolderError, match="found one"), locked(tmp_path):
+        raise AssertionError
+
+
+def test_a_function_is_compiled_also_where_its_code_cannot_be_kept():
+    """Of a source that numba has no place for, as in a read-only container of a user without a home."""
+    names = {}
+    exec("def twice(x):\n    return 2 * x\n", names)
+    assert compiled()(names["twice"])(21) == 42
