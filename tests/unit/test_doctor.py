@@ -21,7 +21,6 @@ from lrm_pl.apps.checks.versions import REQUIREMENTS, version, versions
 from lrm_pl.apps.checks.wanted import Weights, process_count, read_wanted
 from lrm_pl.apps.doctor import main
 from lrm_pl.data.mixture import DataSet
-from lrm_pl.errors import InputError
 from lrm_pl.io.artefacts import ARTEFACTS
 from lrm_pl.io.weights import cached_path
 
@@ -272,11 +271,13 @@ def test_a_finding_travels_as_json():
     assert Finding(**json.loads(json.dumps(dataclasses.asdict(finding)))) == finding
 
 
-def test_a_config_with_an_encoder_that_has_no_weights_says_so(config):
-    with pytest.raises(InputError, match="known weights"):
-        read_wanted(
-            ["-c", str(config), "--weights.pretrained=true", "--model.lrm.encoder.name=vit_tiny_patch16_224"]
-        )
+def test_files_are_looked_for_of_encoders_whose_weights_are_in_our_table(config):
+    def names(encoder):
+        chosen = ["--weights.pretrained=true", f"--model.lrm.encoder.name={encoder}"]
+        return [weights.name for weights in read_wanted(["-c", str(config), *chosen]).weights]
+
+    assert names("vit_small_patch14_dinov2") == ["dinov2_vits14", "lpips_alex"]
+    assert names("vit_tiny_patch16_224") == ["lpips_alex"], "the hub is asked"
 
 
 def test_the_meeting_ends_only_when_every_node_has_read_what_all_found(root):

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 from lrm_pl.io import fetch, pypi_copies, state_dicts, weights
 from lrm_pl.io.artefacts import ARTEFACTS, Artefact
-from lrm_pl.io.state_dicts import load_other_encoder_state
+from lrm_pl.io.state_dicts import load_hub_encoder_state, load_other_encoder_state
 from lrm_pl.io.weights import WeightsError, resolve
 from lrm_pl.models.encoder import ImageEncoder
+from tests.hub import hub_with
 from tests.parity.networks import randomised
 from tests.parity.openlrm import OpenLRM
 
@@ -363,3 +364,33 @@ def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_p
     del state["norm.bias"]
     with pytest.raises(ValueError, match=rf"expected the weights of {name}, found others: (?s:.*)norm\.bias"):
         encoder.load_pretrained(state)
+
+
+@torch.no_grad()
+def test_an_encoder_that_timm_publishes_is_brought_from_the_hub(tmp_path, monkeypatch):
+    """The real client against a hub on loopback; then without one."""
+    name, repository = "vit_small_patch14_reg4_dinov2", "timm/vit_small_patch14_reg4_dinov2.lvd142m"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    theirs = ImageEncoder(
+        name, 56, dim=48, depth=2, heads=3, normalise=False, tokens="class_and_patches"
+    ).eval()
+    (tmp_path / "repository").mkdir()
+    save_file(theirs.vit.state_dict(), tmp_path / "repository" / "model.safetensors")
+    ours = ImageEncoder(
+        name, 56, dim=48, depth=2, heads=3, normalise=False, tokens="class_and_patches"
+    ).eval()
+    with hub_with(tmp_path / "repository", repository, monkeypatch):
+        ours.load_pretrained(load_hub_encoder_state(name))
+    image = torch.rand(1, 3, 56, 56)
+    assert torch.equal(ours(image), theirs(image))
+    assert load_hub_encoder_state(name).keys() == theirs.vit.state_dict().keys(), (
+        "from the hub's cache, offline"
+    )
+    with pytest.raises(
+        WeightsError, match=r"from the hub's timm/vit_base_patch16_dinov3.*, found no answer.*hf download"
+    ):
+        load_hub_encoder_state("vit_base_patch16_dinov3")
+    with pytest.raises(
+        WeightsError, match="expected an encoder of timm with published weights, found 'nosuch'"
+    ):
+        load_hub_encoder_state("nosuch")

@@ -6,10 +6,9 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from lrm_pl.apps.parsed import parse_fit
-from lrm_pl.apps.train import WeightsConfig, WeightsFile, pretrained_name
+from lrm_pl.apps.train import WeightsConfig, WeightsFile, table_name
 from lrm_pl.data.mixture import DataSet
 from lrm_pl.io.artefacts import WeightName
-from lrm_pl.io.state_dicts import TIMM_NAMES
 from lrm_pl.io.weights import WeightSource
 from lrm_pl.kernels.device import num_visible_gpus, requires_gpu
 
@@ -59,7 +58,7 @@ def read_wanted(arguments: list[str]) -> Wanted:
     """Read the arguments of `lrm fit`.
 
     Raises:
-        InputError: `lrm fit` would refuse them, or there are no known weights for the encoder.
+        InputError: `lrm fit` would refuse them.
     """
     config = parse_fit(arguments)
     trainer, data = config["trainer"], config["data"]
@@ -97,7 +96,6 @@ def _weights(config: Namespace) -> tuple[Weights, ...]:
     if config["model"]["objective"]["lpips"]:
         files.insert(0, ("lpips_vgg", given.lpips_vgg))
     encoder = config["model"]["lrm"]["encoder"]["name"]
-    own_file = encoder not in TIMM_NAMES.values() and given.encoder.path and given.encoder.sha256
-    if given.pretrained and given.network is None and not own_file:
-        files.insert(0, (pretrained_name(encoder), given.encoder))
+    if given.pretrained and given.network is None and (name := table_name(encoder)) is not None:
+        files.insert(0, (name, given.encoder))  # of others the hub is asked, or the user's file taken
     return tuple(Weights(name, given.source, file.path, file.sha256) for name, file in files)
