@@ -47,7 +47,7 @@ class AssetsError(InputError):
     """The assets folder cannot be rendered as it is; the message says what to do."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Asset:
     """One mesh file and what is known of it.
 
@@ -108,10 +108,23 @@ def find_assets(folder: Path) -> tuple[Asset, ...]:
 
 def write_list(folder: Path, assets: Iterable[Asset]) -> None:
     """Write ``assets.parquet``, sorted by id."""
-    rows = [dataclasses.asdict(asset) for asset in sorted(assets, key=lambda asset: asset.id)]
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, LIST_SCHEMA), sink)
+    pyarrow.parquet.write_table(_table(assets), sink)
     write_atomically(folder / LIST_NAME, sink.getvalue().to_pybytes())
+
+
+def is_list_of(folder: Path, assets: Iterable[Asset]) -> bool:
+    """Return whether ``assets.parquet`` lists these assets, without making objects of it; false if it is damaged."""
+    try:
+        return bool(pyarrow.parquet.read_table(folder / LIST_NAME, memory_map=False).equals(_table(assets)))
+    except (OSError, pyarrow.ArrowException):
+        return False
+
+
+def _table(assets: Iterable[Asset]) -> pyarrow.Table:
+    rows = sorted(assets, key=lambda asset: asset.id)
+    columns = {name: [getattr(asset, name) for asset in rows] for name in LIST_SCHEMA.names}
+    return pyarrow.table(columns, LIST_SCHEMA)
 
 
 def read_list(folder: Path) -> tuple[Asset, ...]:
@@ -143,8 +156,23 @@ def read_list(folder: Path) -> tuple[Asset, ...]:
     if twice:
         raise AssetsError(f"{path}: expected every id once, found {twice[0]!r} twice; {remedy}")
     for asset in assets:
-        _check(path, asset, remedy)
+        if not _is_fine(asset):
+            _check(path, asset, remedy)
     return tuple(assets)
+
+
+def _is_fine(asset: Asset) -> bool:
+    """Say in little time whether ``_check`` would let an asset pass; of half a million nearly all are fine."""
+    return bool(
+        KEY_PATTERN.fullmatch(asset.id)
+        and asset.file.lower().endswith(SUFFIXES)
+        and ".." not in asset.file
+        and not asset.file.startswith("/")
+        and not asset.sha256.strip("0123456789abcdef")
+        and len(asset.sha256) in (0, 64)
+        and asset.split in ("", "train", "val")
+        and asset.up in ("", "y", "z")
+    )
 
 
 def _check(path: Path, asset: Asset, remedy: str) -> None:

@@ -31,6 +31,7 @@ from data_tools.shard_folder import (
     PARTS_NAME,
     QUARANTINE_NAME,
     FolderError,
+    add_failure,
     clear_leftovers,
     find_shards,
     finished_ids,
@@ -84,8 +85,8 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
         clear_leftovers(out)
         failures = read_failures(out)
         finished = finished_ids(out, plan, set(failures))
-        by_id = {asset.id: asset for asset in assets}
-        pending = [by_id[key] for shard in plan for key in shard.ids if key not in finished | set(failures)]
+        by_id, ended = {asset.id: asset for asset in assets}, finished | failures.keys()
+        pending = [by_id[key] for shard in plan for key in shard.ids if key not in ended]
         if not pending and manifest is not None:
             shutil.rmtree(out / PARTS_NAME)
             print(f"Nothing to render: all {len(assets)} objects of {setup.assets} are finished.")
@@ -93,11 +94,12 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             _print_summary(out, manifest, time.monotonic() - start, _Done())
             return manifest
         (out / MANIFEST_NAME).unlink(missing_ok=True)
+        write_failures(out / FAILURES_NAME, failures)  # without a line that a killed run began
         needed = estimate_bytes(len(pending), settings)
         if shutil.disk_usage(out).free < needed:
             raise FolderError(no_space_message(out, needed))
         try:
-            left = {shard: {asset.id for asset in pending} & set(shard.ids) for shard in plan}
+            left = {shard: {key for key in shard.ids if key not in ended} for shard in plan}
             have = parts(out)
             for shard in (shard for shard in plan if not left[shard] and have.intersection(shard.ids)):
                 write_planned_shard(out, shard, rules)
@@ -105,6 +107,7 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             if pending:
                 with connected(setup.jobs):
                     done = _render_pending(setup, out, assets, pending, left, failures)
+            write_failures(out / FAILURES_NAME, failures)  # sorted, each once
             manifest = _finish(out, plan, assets, failures)
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -173,7 +176,7 @@ def _render_pending(
                     failed += 1
                     failures[asset.id] = {"id": asset.id, "file": asset.file, "reason": outcome.reason}
                     write_quarantine(out, asset.id, f"{outcome.reason}\n\n{outcome.log}")
-                    write_failures(out / FAILURES_NAME, failures)
+                    add_failure(out / FAILURES_NAME, failures[asset.id])
                     bar.write(f"left out: {asset.file}: {outcome.reason.splitlines()[0]}", file=sys.stderr)
                 speed = rendered * setup.settings.views / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.assets import LIST_NAME, Asset, AssetsError, read_list, write_list
+from data_tools.assets import LIST_NAME, Asset, AssetsError, is_list_of, read_list, write_list
 from data_tools.criteria import DEFAULT_RULES
 from data_tools.views import PRESETS, CameraPreset
 from lrm_pl.conventions import Normalisation
@@ -20,7 +20,7 @@ from lrm_pl.errors import InputError
 SETTINGS_NAME = "render.json"
 
 #: Raise it when a change to this package changes pixels or layout: old folders then refuse to be continued.
-PIPELINE_VERSION = 3
+PIPELINE_VERSION = 4
 
 
 class SettingsError(InputError):
@@ -117,7 +117,9 @@ def check_settings(
             folder
         )  # as older folders
         found_renderer = found.pop("renderer")
-        found_assets = {asset.id: dataclasses.asdict(asset) for asset in read_list(folder)}
+        found_assets = (
+            {} if (same := is_list_of(folder, assets)) else {asset.id: asset for asset in read_list(folder)}
+        )
     except (AssetsError, ValueError, KeyError, TypeError, OSError) as error:
         raise SettingsError(
             f"{path}: expected the settings of a rendering and {LIST_NAME}, found: {error!r}; {remedy}"
@@ -126,10 +128,17 @@ def check_settings(
     if renderer is not None:
         expected["renderer"], found["renderer"] = renderer, found_renderer
     _compare(path, "", expected, found, remedy)
-    ids = {asset.id: dataclasses.asdict(asset) for asset in assets}
-    _compare(path, "asset ", dict.fromkeys(ids, "present"), dict.fromkeys(found_assets, "present"), remedy)
+    if same:
+        return True
+    ids = {asset.id: asset for asset in assets}
+    if ids.keys() != found_assets.keys():
+        _compare(
+            path, "asset ", dict.fromkeys(ids, "present"), dict.fromkeys(found_assets, "present"), remedy
+        )
     for key, asset in ids.items():
-        _compare(path, f"asset {key!r}, ", asset, found_assets[key], remedy)
+        if asset != found_assets[key]:
+            own, theirs = dataclasses.asdict(asset), dataclasses.asdict(found_assets[key])
+            _compare(path, f"asset {key!r}, ", own, theirs, remedy)
     return True
 
 

@@ -90,14 +90,27 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / FAILURES_NAME
     if not path.is_file():
         return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    lines = path.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]  # after the last line's end is what a killed run wrote
+    records = [json.loads(line) for line in lines if line]
     return {record["id"]: record for record in records}
 
 
 def write_failures(path: Path, failures: dict[str, dict[str, str]]) -> None:
     """Write a ``failures.jsonl``, sorted by id; what UTF-8 cannot hold is escaped, as JSON does."""
-    lines = [json.dumps(failures[key], ensure_ascii=False) + "\n" for key in sorted(failures)]
-    write_atomically(path, "".join(lines).encode("utf-8", "backslashreplace"))
+    if failures or path.is_file():
+        write_atomically(path, b"".join(_line(failures[key]) for key in sorted(failures)))
+
+
+def add_failure(path: Path, record: dict[str, str]) -> None:
+    """Add a line to a ``failures.jsonl``: however many there are, one more costs as much."""
+    with open(path, "ab") as file:
+        file.write(_line(record))
+
+
+def _line(record: dict[str, str]) -> bytes:
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def find_shards(folder: Path, planned: PlannedShard) -> list[Shard]:
@@ -137,7 +150,7 @@ def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -
         ids = shard_ids(folder, planned)
         if not ids:
             continue
-        if ids | failed >= set(planned.ids):
+        if all(key in ids or key in failed for key in planned.ids):
             _drop_parts(folder, planned)
         else:
             for name in (name for name, _ in _names(planned) if (folder / name).is_file()):

@@ -407,3 +407,15 @@ def test_where_the_rules_reject_everything_other_rules_still_need_no_rendering(a
             run(assets, tmp_path / "out")
     repack([tmp_path / "out"], tmp_path / "all", rules=["white <= 1"])
     assert sum(shard.samples for shard in read_manifest(tmp_path / "all").shards) == 6
+
+
+def test_a_line_of_the_failures_that_a_killed_run_began_is_not_taken_for_one(tmp_path):
+    path = tmp_path / "failures.jsonl"
+    for key in "ba":
+        shard_folder.add_failure(path, {"id": key, "file": f"{key}.glb", "reason": "stühle \udc80"})
+    path.write_bytes(path.read_bytes() + b'{"id": "c", "fi')
+    found = shard_folder.read_failures(tmp_path)
+    assert list(found) == ["b", "a"]
+    shard_folder.write_failures(path, found)
+    assert [line[:10] for line in path.read_text().splitlines()] == ['{"id": "a"', '{"id": "b"']
+    assert shard_folder.read_failures(tmp_path) == found
