@@ -14,6 +14,7 @@ import csv
 import dataclasses
 import hashlib
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -199,12 +200,24 @@ def scan(folder: Path) -> tuple[Asset, ...]:
     Raises:
         AssetsError: No assets, or a broken table.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = [path for path in found if _is_text(path)]
+    for path in sorted(set(found) - set(files)):
+        print(f"left out: {path!r}: expected a name in UTF-8; rename it", file=sys.stderr)
     if not files:
         raise AssetsError(f"expected {_KINDS} files in {folder}, found none; pass another ASSETS=<folder>")
     by_id = name_files(path.relative_to(folder) for path in files)
     table = read_table(folder / TABLE_NAME)
     return tuple(_asset(folder, key, folder / by_id[key], table.get(key, {})) for key in sorted(by_id))
+
+
+def _is_text(path: Path) -> bool:
+    """Say whether a name is UTF-8, as a list can hold it; archives of other systems have others."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def name_files(files: Iterable[Path]) -> dict[str, Path]:

@@ -1,4 +1,5 @@
 import hashlib
+import os
 from pathlib import Path
 
 import pyarrow
@@ -189,3 +190,10 @@ def test_the_axis_up_of_a_folder_is_that_of_each_file_whose_row_does_not_say(tmp
     (tmp_path / "assets.csv").write_text(HEADER.replace("\n", ",up\n") + "b,,,,,,y\n")
     fetch_folder(tmp_path, None, "z")
     assert [asset.up for asset in find_assets(tmp_path)] == ["z", "y"]
+
+
+def test_a_file_whose_name_is_no_text_is_left_out_with_a_word(tmp_path, capsys):
+    touch(tmp_path, "a.glb")
+    (tmp_path / os.fsdecode(b"st\xfchle.glb")).touch()
+    assert [asset.id for asset in find_assets(tmp_path)] == ["a"]
+    assert "expected a name in UTF-8; rename it" in capsys.readouterr().err
