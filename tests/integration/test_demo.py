@@ -63,6 +63,14 @@ def test_a_visitor_uploads_a_picture_and_downloads_its_mesh(visitor, tmp_path):
     visitor.wait_for_timeout(2000)
     drawn = Image.open(Path(_shot(visitor, "#mesh canvas", tmp_path / "mesh.png"))).convert("RGB")
     assert (np.asarray(drawn) < 200).any(axis=-1).mean() > 0.01
+    # what follows is not shown beside it
+    visitor.locator(
+        "#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']"
+    ).first.click()
+    visitor.click("#go")
+    visitor.wait_for_selector("text=Choose a picture first.", timeout=30_000)
+    assert "triangles" not in visitor.inner_text("#told")
+    assert not visitor.query_selector("#orbit video")
 
 
 def _shot(page, selector, path):
@@ -171,7 +179,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
             async with session.get(f"{address}/config") as answer:
                 calls = (await answer.json())["dependencies"]
             file = {"meta": {"_type": "gradio.FileData"}}
-            for call in calls:  # the button's, and the examples'
+            for call in (call for call in calls if call["inputs"]):  # the button's, and the examples'
                 url = {**file, "path": "http://127.0.0.1:9/a.png"}
                 last = (await joined(session, address, call["id"], url, f"url{call['id']}"))[-1]
                 assert not last["success"]
