@@ -6,11 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import lightning as L
 import pytest
 import yaml
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.parsed import parse_fit
@@ -111,6 +113,7 @@ def test_what_lightning_refuses_is_one_message(here, options, message):
 def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_started_it(
     here, monkeypatch, more, options, environment
 ):
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # the trainer sets it, for all that follows
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
     for name, value in ({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "notebook"} | more).items():
@@ -176,7 +179,8 @@ def test_the_record_is_of_the_newest_start_and_what_it_was_is_kept(here, tmp_pat
 
 def test_a_finished_run_says_so_and_one_that_went_further_is_not_cut(here, capsys):
     command_line(["fit", *here, "--run.folder=run"])
-    with pytest.warns() as warned:
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         command_line(["fit", *here, "--run.folder=run"])
     assert "has all its 2 steps; --trainer.max_steps lengthens it" in capsys.readouterr().out
     assert not [one for one in warned if "CombinedLoader" in str(one.message)]
