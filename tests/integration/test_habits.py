@@ -260,13 +260,14 @@ def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_pat
 
 
 def test_a_signal_during_the_report_ends_it_and_the_run_can_be_measured_later(here, capsys):
+    before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.Told"])
     assert stopped.value.code == 75
     said = capsys.readouterr().err
     assert "stopped by a signal after the last step; everything is in" in said
     assert "start the same command with --run.folder" in said
-    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) is before
 
 
 def test_validate_reads_the_runs_config_where_none_is_given(here, tmp_path, monkeypatch):

@@ -367,7 +367,11 @@ def group(checkout, root):
     [
         ("sys.exit(0)", 0, ""),
         ("sys.exit(75 if os.environ['RANK'] == '1' else 0)", 75, ""),
-        ("sys.exit('lrm: expected this, found that')", 1, "lrm: expected this, found that\n" * 2),
+        (
+            "os.write(2, b'lrm: expected this, found that\\n'); sys.exit(1)",
+            1,
+            "lrm: expected this, found that\n" * 2,
+        ),
         ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was ended by signal 9\n"),
     ],
 )
@@ -382,7 +386,7 @@ def test_the_last_thing_that_several_processes_say_is_their_own_message(group, e
 def test_several_processes_that_are_told_to_stop_have_time_and_no_traceback_follows(group, number):
     process = group(
         "def stop(number, frame):\n    time.sleep(1)\n    os.write(1, b'kept\\n')\n    sys.exit(75)\n"
-        "signal.signal(signal.SIGINT, stop)\nsignal.signal(signal.SIGTERM, stop)\nprint('up', flush=True)\n"
+        "signal.signal(signal.SIGINT, stop)\nsignal.signal(signal.SIGTERM, stop)\nos.write(1, b'up\\n')\n"
         "time.sleep(60)"
     )
     for _ in range(2):
