@@ -56,14 +56,14 @@ def load_asset(
     kind = path.suffix.lower()
     _refuse_files_outside(root, path.parent, _named_files(path, kind))
     with tempfile.TemporaryDirectory() as scratch:
-        readable, faces_have_colours = (
+        readable, faces_have_colors = (
             blender_materials.readable_ply(path, Path(scratch)) if kind == ".ply" else (path, False)
         )
         _import(readable, up or "y")
     missing = blender_materials.apply_mtl(path) if kind == ".obj" else []
     pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
     _refuse_files_outside(root, Path.cwd(), pictures)
-    missing += [f"{path.name}: colors of faces are not read"] if faces_have_colours else []
+    missing += [f"{path.name}: colors of faces are not read"] if faces_have_colors else []
     return prepare(normalise, missing)
 
 
@@ -86,7 +86,7 @@ def _json_of_glb(path: Path) -> bytes:
 
 
 def _uris(path: Path, content: bytes) -> list[str]:
-    """List the files that the JSON of a glTF names."""
+    """Return the URIs of the buffers and images in a glTF file."""
     try:
         record = json.loads(content)
         if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
@@ -135,7 +135,7 @@ def prepare(
     for thing in bpy.data.objects:
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
-    blender_materials.show_vertex_colours()
+    blender_materials.show_vertex_colors()
     blender_materials.show_movies_as_pictures()
     doubled = blender_materials.drop_doubled_faces()
     blender_materials.hide_back_faces()

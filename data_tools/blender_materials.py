@@ -71,14 +71,14 @@ def _apply(given: Material, tree: bpy.types.NodeTree, shader: bpy.types.Node) ->
         tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
 
 
-def show_vertex_colours() -> None:
+def show_vertex_colors() -> None:
     """Show the colors at the vertices of meshes whose materials have neither a texture nor a color of their own."""
     for mesh in bpy.data.meshes:
         if not mesh.color_attributes:
             continue
         name = mesh.color_attributes[0].name
         if not any(mesh.materials):
-            material = bpy.data.materials.new("vertex colours")
+            material = bpy.data.materials.new("vertex colors")
             material.use_nodes = True
             shader = material.node_tree.nodes["Principled BSDF"]
             shader.inputs["Specular IOR Level"].default_value = 0.0
@@ -87,14 +87,11 @@ def show_vertex_colours() -> None:
             mesh.materials.append(material)
         for material in filter(None, mesh.materials):
             for shader in principled(material):
-                colour = shader.inputs["Base Color"]
-                if (
-                    not colour.is_linked
-                    and max(colour.default_value[:3]) - min(colour.default_value[:3]) < 1e-3
-                ):
+                color = shader.inputs["Base Color"]
+                if not color.is_linked and max(color.default_value[:3]) - min(color.default_value[:3]) < 1e-3:
                     node = material.node_tree.nodes.new("ShaderNodeVertexColor")
                     node.layer_name = name
-                    material.node_tree.links.new(node.outputs["Color"], colour)
+                    material.node_tree.links.new(node.outputs["Color"], color)
 
 
 def show_movies_as_pictures() -> None:
@@ -114,7 +111,7 @@ def show_movies_as_pictures() -> None:
 
 
 def hide_back_faces() -> None:
-    """Make the back faces of materials that are seen from one side transparent; Cycles shows both sides.
+    """Apply back-face culling, which Cycles ignores: back faces of culled materials become transparent.
 
     Where no back face can be seen from outside, because the faces of a material are closed and look outwards, nothing
     is changed: transparent surfaces cost time. Where they are closed and look inwards (outlines of drawn characters)
@@ -186,7 +183,7 @@ def _geometry(
 
 
 def drop_doubled_faces() -> float:
-    """Keep one of several faces in one place, on which a ray tracer speckles; return the share that was dropped.
+    """Delete duplicate faces, which cause ray-tracing artifacts, and return the fraction deleted.
 
     Faces that look opposite ways, each seen from one side only, both stay.
     """
@@ -274,14 +271,14 @@ def readable_ply(path: Path, scratch: Path) -> tuple[Path, bool]:
     header, body = content[: end.end()], content[end.end() :]
     is_text = b"format ascii" in header
     lines = re.split(rb"\r\n|\r|\n", header.rstrip(b"\r\n"))
-    element, faces_have_colours, renamed = b"", False, []
+    element, faces_have_colors, renamed = b"", False, []
     for line in lines:
         words = line.split()
         if words[:1] == [b"element"]:
             element = words[1]
         if words[:1] == [b"property"] and len(words) == 3:
-            name = _COLOURS.get(words[2].lower(), words[2])
-            faces_have_colours |= element == b"face" and name in _COLOURS.values()
+            name = _COLORS.get(words[2].lower(), words[2])
+            faces_have_colors |= element == b"face" and name in _COLORS.values()
             words[2] = name
             line = b" ".join(words) if element == b"vertex" else line
         renamed.append(line)
@@ -289,14 +286,14 @@ def readable_ply(path: Path, scratch: Path) -> tuple[Path, bool]:
     if is_text and b"\r" in body:
         body = re.sub(rb"\r\n|\r", b"\n", body)
     if written + body == content:
-        return path, faces_have_colours
+        return path, faces_have_colors
     copy = scratch / f"readable-{path.name}"
     copy.write_bytes(written + body)
-    return copy, faces_have_colours
+    return copy, faces_have_colors
 
 
-_COLOURS = {
-    spelling: colour
-    for colour, letter in ((b"red", b"r"), (b"green", b"g"), (b"blue", b"b"), (b"alpha", b"a"))
-    for spelling in (colour, b"diffuse_" + colour, letter, b"vertex_" + colour, b"color_" + letter)
+_COLORS = {
+    spelling: color
+    for color, letter in ((b"red", b"r"), (b"green", b"g"), (b"blue", b"b"), (b"alpha", b"a"))
+    for spelling in (color, b"diffuse_" + color, letter, b"vertex_" + color, b"color_" + letter)
 }

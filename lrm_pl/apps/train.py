@@ -297,6 +297,8 @@ class LRMCLI(LightningCLI):
             options["plugins"] = [*plugins, environment]
         try:
             return super().instantiate_trainer(**options)
+        except InputError:
+            raise
         except (ValueError, ImportError) as error:  # an unknown name, or a package that is not installed
             raise InputError(f"expected settings that Lightning takes, found: {one_line(error)}") from error
 

@@ -138,13 +138,13 @@ class ShardDataModule(L.LightningDataModule):
         self._step, self._position = step, position
 
     def state_dict(self) -> dict[str, int]:
-        """Return the place in the data, for a checkpoint of Lightning's."""
+        """Return the position in the data, for Lightning checkpoints."""
         assert self.trainer is not None
         step = self.trainer.global_step
         return {"step": step, "position": self.position(step)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a checkpoint of Lightning's, whose loops have counted the batches before it."""
+        """Resume from a Lightning checkpoint, whose loops have already counted the batches before it."""
         self.resume(state_dict["step"], state_dict["position"])
         self._resumed_by_lightning = True
 

@@ -1,4 +1,4 @@
-"""How functions are compiled on a CPU: kept from one start to the next where there is a place for that."""
+"""How functions are compiled on a CPU: kept from one start to the next where the cache can be written."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,7 +21,9 @@ def compiled(**options: Any) -> Callable[[F], F]:  # noqa: ANN401 - numba's
     def wrap(function: F) -> F:
         try:
             return numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # no place for it
+        except RuntimeError as error:
+            if "cannot cache function" not in str(error):
+                raise
             return numba.njit(nogil=True, **options)(function)
 
     return wrap

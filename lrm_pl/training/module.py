@@ -150,11 +150,11 @@ class LRMModule(L.LightningModule):
             self.log(f"loss/{name}", self.trainer.strategy.reduce(mean))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the guard's state in a checkpoint of Lightning's."""
+        """Add the guard's state to the checkpoint."""
         checkpoint["guard"] = self.guard.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the guard its state back."""
+        """Restore the guard's state."""
         self.guard.resume(checkpoint["guard"])
 
     def configure_gradient_clipping(

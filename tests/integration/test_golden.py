@@ -13,8 +13,9 @@ GOLDEN = "tests/golden/demo_step.json"
 #: by 2e-7 before the first update and by 2e-6 after it; then by 2e-4: where a gradient is nearly nothing, AdamW's first
 #: updates are of its sign.
 STEPS = (1e-5, 1e-4, 1e-3)
-#: The norm is moved more, through the kinks of VGG: by 2e-5 and more.
-TAGS = {"loss/total": 1, "loss/mse": 1, "loss/lpips": 1, "optim/grad_norm": 50}
+LOSSES = ("loss/total", "loss/mse", "loss/lpips")
+#: The kinks of VGG change the gradient norm more: by up to 2e-4.
+NORM = 5e-3
 
 
 @pytest.mark.slow
@@ -33,10 +34,13 @@ def test_the_demos_first_steps_have_the_losses_of_the_golden_file(root, tmp_path
     cli.before_fit()
     cli.trainer.fit(cli.model, cli.datamodule)
     with open(f"{cli.trainer.logger.log_dir}/metrics.csv", newline="") as file:
-        steps = [{tag: float(row[tag]) for tag in TAGS} for row in csv.DictReader(file)]
+        steps = [
+            {tag: float(row[tag]) for tag in (*LOSSES, "optim/grad_norm")} for row in csv.DictReader(file)
+        ]
     print(json.dumps(steps, indent=1))
     expected = json.loads((root / GOLDEN).read_text())
     assert len(steps) == len(expected) == 3
     for tolerance, found, golden in zip(STEPS, steps, expected, strict=True):
-        for tag, times in TAGS.items():
-            assert found[tag] == pytest.approx(golden[tag], rel=times * tolerance), tag
+        for tag in LOSSES:
+            assert found[tag] == pytest.approx(golden[tag], rel=tolerance), tag
+        assert found["optim/grad_norm"] == pytest.approx(golden["optim/grad_norm"], rel=NORM)
