@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "validate":
             from data_tools.validate import validate
 
-            return 1 if validate(args.shards) else 0
+            return 1 if validate(args.shards, args.jobs) else 0
         elif args.command == "inspect":
             from data_tools.inspect_shards import inspect
 
@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     check.add_argument("--shards", type=Path, default=Path("data/demo"), help="folder of shards")
+    check.add_argument("--jobs", type=int, help="processes; one per core unless given")
     look = commands.add_parser(
         "inspect",
         formatter_class=shown,

@@ -1,7 +1,7 @@
 """``python -m data_tools convert``: folders of views that others rendered or filmed, made into shards.
 
-What a layout's files and numbers mean is in ``data_tools.layouts``; whether that is so is checked for every object: a
-hull carved out of its pictures must fit all of its cameras. An object that cannot be used is left out, and named in
+What a layout's files and numbers mean is in ``data_tools.layouts``; whether that is so is checked for every object: its
+cameras must fit its silhouettes (``silhouettes``). An object that cannot be used is left out, and named in
 ``OUT/failures.jsonl``. RGBA pictures keep their bytes.
 """
 
@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from data_tools.contact_sheet import write_contact_sheet
-from data_tools.layouts.choice import LAYOUTS, Kind, Layout, make_layout
+from data_tools.layouts.choice import LAYOUTS, Kind, Layout, make_layout, renderer_name
 from data_tools.layouts.files import Posed
 from data_tools.plan import default_held_out, plan_shards
 from data_tools.repack import resized
 from data_tools.shard_folder import FAILURES_NAME, write_failures
-from data_tools.shard_pool import LeftOut, Members, write_shards
-from data_tools.validate import check_pictures
+from data_tools.shard_pool import LeftOut, Made, write_shards
+from data_tools.validate import check_pictures, undecided_line
 from lrm_pl.data.manifest import Manifest, new_folder, write_manifest
 from lrm_pl.data.schema import Sample, SampleInfo, encode_sample
 from lrm_pl.errors import InputError
@@ -113,7 +113,7 @@ def convert(
     kind = kinds.most_common(1)[0][0] if kinds else None
     with new_folder(out) as partial_out:
         make = partial(_members, name=layout.name, read=layout.read, kind=kind, resolution=resolution)
-        shards, left_out = write_shards(partial_out, plan, tasks, make)
+        shards, left_out, notes = write_shards(partial_out, plan, tasks, make)
         failures = {
             key: {"id": key, "file": tasks[key].place, "reason": left.reason}
             for key, left in left_out.items()
@@ -127,7 +127,7 @@ def convert(
             )
         write_failures(partial_out / FAILURES_NAME, failures)
         settings = {
-            "renderer": f"converted from {layout.name}",
+            "renderer": renderer_name(layout.name),
             "converted_from": str(folder),
             "normalise": layout.normalise,
             "views": kind.views,
@@ -141,6 +141,8 @@ def convert(
     print(f"{len(tasks) - len(failures)} objects in {len(shards)} shards, {len(failures)} left out")
     if failures:
         print(f"why            {out / FAILURES_NAME}")
+    for error, keys in notes.items():
+        print(f"not decidable  {undecided_line(error, keys)}")
     print(f"next           make train DATA={shlex.quote(str(out))}")
     return manifest
 
@@ -171,7 +173,7 @@ def find_tasks(layout: Layout, folder: Path) -> dict[str, Task]:
 
 def _members(
     key: str, task: Task, name: str, read: Callable[[Path], Posed], kind: Kind | None, resolution: int | None
-) -> Members | LeftOut:
+) -> Made | LeftOut:
     """Convert an object and look at it; what is wrong with it stops nothing else."""
     try:
         if task.kind and _wanted(task.kind, resolution) != kind:
@@ -189,13 +191,11 @@ def _members(
             creator="unknown",
             source=task.place,
             seed=0,
-            renderer=f"converted from {name}",
+            renderer=renderer_name(name),
             views=len(views),
         )
         sample = Sample(info, posed.c2w, posed.fxfycxcy, views)
-        members = encode_sample(sample)
-        check_pictures(sample)
-        return members
+        return Made(encode_sample(sample), check_pictures(sample))
     except (InputError, OSError) as error:
         return LeftOut(str(error))
 

@@ -18,7 +18,7 @@ from data_tools.criteria import Rule, objections, parse_rule
 from data_tools.filter_table import shard_measures
 from data_tools.geometry import smaller_geometry
 from data_tools.plan import cut, held_out_ids
-from data_tools.shard_pool import write_shards
+from data_tools.shard_pool import Made, write_shards
 from lrm_pl.data.manifest import (
     Manifest,
     Shard,
@@ -102,7 +102,7 @@ def repack(
         raise RepackError(f"expected objects that obey {' and '.join(rules or ())}, found none of {total}")
     plan = cut(_splits(samples, held_out), shard_size)
     with new_folder(out) as folder:
-        shards, _ = write_shards(folder, plan, samples, partial(_members, resolution=resolution))
+        shards, _, _ = write_shards(folder, plan, samples, partial(_members, resolution=resolution))
         render = first.render | {
             "shard_size": shard_size,
             "held_out": sum(len(s.ids) for s in plan if s.split == "val"),
@@ -164,19 +164,19 @@ def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, l
     return {"train": sorted(set(samples) - val), "val": sorted(val)}
 
 
-def _members(key: str, found: Found, resolution: int | None) -> dict[str, bytes]:
+def _members(key: str, found: Found, resolution: int | None) -> Made:
     """Read a sample, check it, and give it its new size."""
     path = found.folder / found.shard.name
     try:
         content = read_members(path, found.members.values())
         sample = decode_sample(key, dict(zip(found.members, content, strict=True)))
         if resolution is None:
-            return encode_sample(sample)
+            return Made(encode_sample(sample))
         views = tuple(resized(key, view, resolution) for view in sample.views)
         extras = smaller_geometry(sample, views)
     except SampleError as error:
         raise ShardError(f"{path}: {error}") from error
-    return encode_sample(dataclasses.replace(sample, views=views, extras=extras))
+    return Made(encode_sample(dataclasses.replace(sample, views=views, extras=extras)))
 
 
 def resized(key: str, view: bytes, resolution: int) -> bytes:

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -13,16 +15,27 @@ from tqdm import tqdm
 
 from data_tools.plan import PlannedShard
 from lrm_pl.data.manifest import Shard, write_shard
+from lrm_pl.errors import InputError
 
 Task = TypeVar("Task")
 
-#: A sample as ``schema.encode_sample`` gives it.
-Members = dict[str, bytes]
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A sample.
+
+    Attributes:
+        members: As ``schema.encode_sample`` gives them.
+        notes: What is to be said of it.
+    """
+
+    members: dict[str, bytes]
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """What is put in the place of an object that cannot be used.
+    """What takes the place of an object that cannot be used.
 
     Attributes:
         reason: Why.
@@ -31,12 +44,37 @@ class LeftOut:
     reason: str
 
 
+@contextmanager
+def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Start a pool of processes; what waits is dropped where the block fails.
+
+    Args:
+        count: Number of processes; None takes as many as there are cores.
+
+    Raises:
+        InputError: The number is not positive, or a process was killed.
+    """
+    if count is not None and count < 1:
+        raise InputError(f"expected --jobs of at least 1, found {count}")
+    with ProcessPoolExecutor(count or len(os.sched_getaffinity(0))) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise InputError(
+                "expected processes that run to their end, found that one was killed, most often for lack of memory; "
+                "run the command again with fewer cores: taskset -c 0 ..."
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def write_shards(
     folder: Path,
     plan: Sequence[PlannedShard],
     tasks: Mapping[str, Task],
-    make: Callable[[str, Task], Members | LeftOut],
-) -> tuple[tuple[Shard, ...], dict[str, LeftOut]]:
+    make: Callable[[str, Task], Made | LeftOut],
+) -> tuple[tuple[Shard, ...], dict[str, LeftOut], dict[str, list[str]]]:
     """Make all samples, in as many processes as there are cores, and write their shards.
 
     An object that is left out leaves a hole in its shard and moves nothing else; a shard of nothing but holes is not
@@ -49,29 +87,30 @@ def write_shards(
         make: Makes a sample, in another process; what it raises ends the whole.
 
     Returns:
-        The shards, and the objects left out.
+        The shards, the objects left out, and note -> ids.
+
+    Raises:
+        InputError: A process was killed.
     """
     shards: list[Shard] = []
     left_out: dict[str, LeftOut] = {}
-    with (
-        tqdm(total=len(tasks), unit="object", file=sys.stderr) as bar,
-        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-    ):
+    notes: dict[str, list[str]] = {}
+
+    def kept(made: Iterator[tuple[str, Made | LeftOut]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for key, sample in made:
+            bar.update()
+            if isinstance(sample, LeftOut):
+                left_out[key] = sample
+            else:
+                for note in sample.notes:
+                    notes.setdefault(note, []).append(key)
+                yield key, sample.members
+
+    with tqdm(total=len(tasks), unit="object", file=sys.stderr) as bar, processes() as pool:
         for planned in plan:
             made = pool.map(make, planned.ids, [tasks[key] for key in planned.ids])
-            samples = _kept(zip(planned.ids, made, strict=True), left_out, bar)
+            samples = kept(zip(planned.ids, made, strict=True))
             first = next(samples, None)
             if first is not None:
                 shards.append(write_shard(folder, planned.name, planned.split, chain([first], samples)))
-    return tuple(shards), left_out
-
-
-def _kept(
-    made: Iterator[tuple[str, Members | LeftOut]], left_out: dict[str, LeftOut], bar: tqdm
-) -> Iterator[tuple[str, Members]]:
-    for key, sample in made:
-        bar.update()
-        if isinstance(sample, LeftOut):
-            left_out[key] = sample
-        else:
-            yield key, sample
+    return tuple(shards), left_out, notes

@@ -1,9 +1,7 @@
-"""``python -m data_tools validate``: look at every byte of a folder of shards; name what is wrong by shard and sample.
+"""``python -m data_tools validate``: check every byte of a folder of shards; report problems by shard and sample.
 
 Of each shard: size, sha256, plain members only, the index. Of each sample: the schema, every picture, depth, normals
-and surface if it has them, and whether the cameras fit the pictures: points that all views show as object make up a
-hull (Laurentini 1994), and that hull, seen again by each camera, must cover the object there. Poses of another
-convention leave no hull at all.
+and surface if it has them, and whether the cameras fit the pictures (``silhouettes``).
 """
 
 import dataclasses
@@ -11,7 +9,8 @@ import hashlib
 import shlex
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from data_tools.geometry import check_geometry
+from data_tools.layouts.choice import renderer_name
+from data_tools.shard_pool import processes
+from data_tools.silhouettes import FILMED, RENDERED, check_coherence
 from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index, read_manifest, read_samples
 from lrm_pl.data.schema import (
     KEY_PATTERN,
@@ -33,14 +35,8 @@ from lrm_pl.data.surface import decode_surface
 #: Pixels that the views of one object may have in all: 64 of 2048 x 2048.
 _MAX_PIXELS = 1 << 28
 
-#: Points of the hull along each axis, over [-1.05, 1.05].
-_POINTS = 48
-
-#: Cells along a side of a picture, in which the hull is compared.
-_CELLS = 32
-
-#: Share of the object's cells that the hull must cover in every view. Right cameras leave out next to nothing.
-_COVERED = 0.8
+#: Samples that are named where one line is about many.
+_NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,27 +54,56 @@ class Problem:
     what: str
 
 
-def validate(folder: Path) -> int:
+@dataclasses.dataclass(frozen=True)
+class ShardReport:
+    """What was found in a shard.
+
+    Attributes:
+        samples: Number of samples.
+        problems: What is wrong.
+        undecided: Key -> errors of its cameras that its views would not show.
+    """
+
+    samples: int
+    problems: list[Problem]
+    undecided: dict[str, tuple[str, ...]]
+
+
+def validate(folder: Path, jobs: int | None = None) -> int:
     """Check a folder and print what is wrong with it.
+
+    Args:
+        folder: Folder of shards.
+        jobs: Number of processes; None takes as many as there are cores.
 
     Returns:
         Number of problems.
 
     Raises:
         ShardError: There is no finished folder of shards.
+        InputError: A process was killed.
     """
     manifest = read_manifest(folder)
     samples = sum(shard.samples for shard in manifest.shards)
     found: list[Problem] = []
-    with tqdm(total=samples, unit="object", file=sys.stderr) as bar:
-        for shard in manifest.shards:
-            for problem in problems(folder, shard, bar):
+    undecided: dict[str, list[str]] = {}
+    with tqdm(total=samples, unit="object", file=sys.stderr) as bar, processes(jobs) as pool:
+        for shard, report in zip(
+            manifest.shards, pool.map(partial(check_shard, folder), manifest.shards), strict=True
+        ):
+            for problem in report.problems:
                 found.append(problem)
                 where = f"{shard.name}: sample {problem.sample!r}" if problem.sample else shard.name
                 bar.write(f"{where}: {problem.what}", file=sys.stdout)
+            for key, errors in report.undecided.items():
+                for error in errors:
+                    undecided.setdefault(error, []).append(key)
+            bar.update(shard.samples)
     bad = len({(problem.shard, problem.sample) for problem in found})
-    verdict = "all right" if not found else f"{len(found)} problems, in {bad} samples or shards"
+    verdict = f"{len(found)} problems, in {bad} samples or shards" if found else "no problems"
     print(f"{samples} objects in {len(manifest.shards)} shards: {verdict}")
+    for error, keys in undecided.items():
+        print(f"not decidable  {undecided_line(error, keys)}")
     print(
         f"next           make train DATA={shlex.quote(str(folder))}"
         if not found
@@ -87,33 +112,41 @@ def validate(folder: Path) -> int:
     return len(found)
 
 
-def problems(folder: Path, shard: Shard, bar: tqdm) -> Iterator[Problem]:
-    """Find what is wrong with a shard and its samples."""
+def undecided_line(error: str, keys: Sequence[str]) -> str:
+    """Describe the objects whose views would not show an error of their cameras."""
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    return f"{error}, of {len(keys)} objects that look alike that way: {', '.join(keys[:_NAMED])}{more}"
+
+
+def check_shard(folder: Path, shard: Shard) -> ShardReport:
+    """Check a shard and its samples."""
     path = folder / shard.name
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != shard.sha256:
-        yield Problem(shard.name, "", f"expected sha256 {shard.sha256} as in the manifest, found {found}")
+    report = ShardReport(shard.samples, [], {})
+
+    def add(sample: str, what: str) -> None:
+        report.problems.append(Problem(shard.name, sample, what))
+
     try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            add("", f"expected sha256 {shard.sha256} as in the manifest, found {found}")
         index = read_index(folder, shard)
-        differences = list(index_differences(path, index))
-    except (ShardError, tarfile.TarError) as error:
-        yield Problem(shard.name, "", str(error))
-        bar.update(shard.samples)
-        return
-    for what in differences:
-        yield Problem(shard.name, "", what)
-    for key, content in read_samples(folder, shard):
-        try:
-            sample = decode_sample(key, content)
-            if not shard.rejected:  # next to nothing may be seen of it
-                check_pictures(sample)
-            check_geometry(sample)
-            if SURFACE_MEMBER in sample.extras:
-                decode_surface(key, sample.extras[SURFACE_MEMBER])
-        except SampleError as error:
-            yield Problem(shard.name, key, str(error))
-        bar.update()
+        for difference in list(index_differences(path, index)):
+            add("", difference)
+        for key, content in read_samples(folder, shard):
+            try:
+                sample = decode_sample(key, content)
+                if not shard.rejected:  # next to nothing may be seen of it
+                    report.undecided[key] = check_pictures(sample)
+                check_geometry(sample)
+                if SURFACE_MEMBER in sample.extras:
+                    decode_surface(key, sample.extras[SURFACE_MEMBER])
+            except SampleError as error:
+                add(key, str(error))
+    except (OSError, ShardError, tarfile.TarError) as error:
+        add("", str(error))
+    return report
 
 
 def index_differences(path: Path, index: MemberIndex) -> Iterator[str]:
@@ -135,14 +168,14 @@ def index_differences(path: Path, index: MemberIndex) -> Iterator[str]:
 
 
 def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
-    """Decode one view after the other and yield its alpha.
+    """Decode the views one after the other and yield the alpha of each.
 
     Raises:
         SampleError: A view cannot be decoded, or all have more pixels than an object's views may have.
     """
     left = _MAX_PIXELS
     for view in sample.views:
-        alpha = decode_image(sample.info.id, view)[..., 3].copy()  # without the colours
+        alpha = decode_image(sample.info.id, view)[..., 3].copy()  # without the colors
         left -= alpha.size
         if left < 0:
             raise SampleError(
@@ -152,8 +185,11 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
         yield alpha
 
 
-def check_pictures(sample: Sample) -> None:
+def check_pictures(sample: Sample) -> tuple[str, ...]:
     """Check all pictures of a sample, and its cameras against them.
+
+    Returns:
+        Errors of the cameras that these views would not show.
 
     Raises:
         SampleError: With what is wrong.
@@ -164,71 +200,20 @@ def check_pictures(sample: Sample) -> None:
         raise SampleError(
             f"sample {key!r}: expected views of one size, found {sorted({alpha.shape for alpha in alphas})}"
         )
-    if not any(alpha.any() for alpha in alphas):
-        raise SampleError(f"sample {key!r}: expected an object, found {len(alphas)} wholly transparent views")
-    covered = hull_coverage(sample.c2w, sample.fxfycxcy, alphas)
-    worst = int(covered.argmin())
-    if covered[worst] < _COVERED:
+    empty = [view for view, alpha in enumerate(alphas) if not alpha.any()]
+    if empty:
         raise SampleError(
-            f"sample {key!r}: expected cameras that fit the pictures, found that the hull of all views covers "
-            f"{covered[worst]:.0%} of the object in view {worst}: poses are OpenCV camera to world, +z up, intrinsics "
-            "divided by the picture's size"
+            f"sample {key!r}: expected an object in every view, found nothing in {len(empty)} of {len(alphas)}: view "
+            f"{empty[0]} is transparent"
         )
-
-
-def hull_coverage(
-    c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32], alphas: list[npt.NDArray[np.uint8]]
-) -> npt.NDArray[np.float64]:
-    """Carve a hull out of all views, and say how much of the object it covers in each.
-
-    Args:
-        c2w: (V, 4, 4) OpenCV poses.
-        fxfycxcy: (V, 4) normalised intrinsics.
-        alphas: V masks, 0 to 255.
-
-    Returns:
-        (V) shares of the object's cells; 1 where a view shows nothing.
-    """
-    axis = np.linspace(-1.05, 1.05, _POINTS)
-    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
-    cells = [_cells(alpha) for alpha in alphas]
-    for pose, camera, (seen, _) in zip(c2w, fxfycxcy, cells, strict=True):
-        row, column, inside = _project(points, pose, camera)
-        # What a picture does not show may still be there.
-        points = points[~inside | _widened(seen)[row, column]]
-    shares = []
-    for pose, camera, (_, solid) in zip(c2w, fxfycxcy, cells, strict=True):
-        row, column, inside = _project(points, pose, camera)
-        drawn = np.zeros((_CELLS, _CELLS), dtype=bool)
-        drawn[row[inside], column[inside]] = True
-        shares.append(float(_widened(drawn)[solid].mean()) if solid.any() else 1.0)
-    return np.array(shares)
-
-
-def _cells(alpha: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Cut a mask into cells: those that show anything, and those that are mostly object."""
-    rows, columns = (np.linspace(0, size, _CELLS + 1).astype(int)[:-1] for size in alpha.shape)
-    most = np.maximum.reduceat(np.maximum.reduceat(alpha, rows, axis=0), columns, axis=1)
-    total = np.add.reduceat(np.add.reduceat(alpha.astype(np.float64), rows, axis=0), columns, axis=1)
-    ones = np.add.reduceat(np.add.reduceat(np.ones(alpha.shape), rows, axis=0), columns, axis=1)
-    return most > 0, total / ones > 127
-
-
-def _project(
-    points: npt.NDArray[np.float64], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the cell's row and column of each point, and whether it is in the picture."""
-    local = (points - c2w[:3, 3]) @ c2w[:3, :3].astype(np.float64)
-    z = np.where(local[:, 2] > 1e-6, local[:, 2], np.inf)
-    place = np.floor((fxfycxcy[:2] * local[:, :2] / z[:, None] + fxfycxcy[2:]) * _CELLS).astype(np.int64)
-    inside = (local[:, 2] > 1e-6) & ((place >= 0) & (place < _CELLS)).all(axis=1)
-    place = place.clip(0, _CELLS - 1)
-    return place[:, 1], place[:, 0], inside
-
-
-def _widened(cells: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Add the neighbours of each cell."""
-    padded = np.pad(cells, 1)
-    return np.logical_or.reduce([
-        padded[i : i + _CELLS, j : j + _CELLS] for i in range(3) for j in range(3)
-    ])  # fmt: skip
+    precision = FILMED if sample.info.renderer == renderer_name("mvimgnet") else RENDERED
+    coherence = check_coherence(alphas, sample.c2w, sample.fxfycxcy, precision)
+    worst = int(coherence.distances.argmax())
+    if coherence.distances[worst] > precision.tolerance:
+        raise SampleError(
+            f"sample {key!r}: expected cameras that fit the silhouettes, found that what view {worst} shows is, on "
+            f"average, {coherence.distances[worst]:.2f} of {precision.cells} cells away from the silhouette in other "
+            f"views (at most {precision.tolerance}); check the order of the poses, their convention (OpenCV camera to "
+            "world, +z up), the focal length, and that the object lies in [-1, 1]^3"
+        )
+    return coherence.undecided

@@ -55,6 +55,11 @@ class Layout:
     normalise: Normalisation
 
 
+def renderer_name(layout: str) -> str:
+    """Return what samples that were converted from a layout have as their renderer."""
+    return f"converted from {layout}"
+
+
 def make_layout(
     name: str, root: Path, resolution: int | None = None, views: int | None = None, masks: Path | None = None
 ) -> Layout:

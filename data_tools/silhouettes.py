@@ -1,0 +1,250 @@
+"""Silhouette coherence: whether one object can have the silhouettes that all views show from their cameras.
+
+A ray through a pixel of the object hits the object somewhere, and every other view must show the object at that point.
+The distance of a ray is the smallest, over its points, of the largest distance to the silhouette in any other view, in
+cells of a picture: 0 for correct cameras, up to the sampling (Hernandez, Schmitt and Cipolla, "Silhouette Coherence for
+Camera Calibration under Circular Motion", PAMI 2007). Coherence is necessary and not sufficient: a ball is coherent
+with its poses in any order. Whether it decides is measured by the same test of altered cameras. numpy only.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+#: Distances are capped here, cells.
+_MAX_DISTANCE = 6
+
+#: Rays per view, three quarters of them along the silhouette; points per ray; other views that a ray is tested in.
+_RAYS, _POINTS, _OTHER_VIEWS = 96, 96, 12
+
+#: Half the side of the box that holds the object, [-1, 1]^3, with a margin.
+_HALF_SIDE = 1.05
+
+#: Test of altered cameras: views further apart than this, degrees, are swapped; at most so many pairs.
+_MIN_ANGLE_DEG, _MAX_PAIRS = 30, 24
+
+#: Fraction of the swaps that coherence must refuse, else it does not decide.
+_REFUSED = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """How precise masks and cameras are.
+
+    Attributes:
+        cells: Cells along a side of a picture, at most.
+        tolerance: Mean distance of a view's rays up to which its camera is taken for correct, cells.
+    """
+
+    cells: int
+    tolerance: float
+
+
+#: Rendered views: 12,000 of 725 objects (demo, furniture) stay below half of it.
+RENDERED = Precision(128, 0.08)
+
+#: Video frames: masks and poses are estimates.
+FILMED = Precision(32, 0.4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Silhouettes:
+    """Silhouettes of one object in V views.
+
+    Attributes:
+        distance: (V, cells, cells) distance to the nearest cell that shows anything, cells.
+        pixels: V arrays (R, 2) of pixels (x, y) on the object, divided by the picture's size.
+    """
+
+    distance: npt.NDArray[np.float32]
+    pixels: tuple[npt.NDArray[np.float64], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Coherence:
+    """Result of the test.
+
+    Attributes:
+        distances: (V) mean distance of each view's rays, cells.
+        undecided: Errors of the cameras that these silhouettes would not show; empty where the test failed.
+    """
+
+    distances: npt.NDArray[np.float64]
+    undecided: tuple[str, ...]
+
+
+def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Silhouettes:
+    """Compute distance maps, and choose pixels, from masks.
+
+    Args:
+        alphas: V masks (H, W), 0 to 255.
+        cells: Cells along a side, at most.
+    """
+    rng = np.random.default_rng(0)
+    distances, pixels = [], []
+    partial = any(((alpha > 0) & (alpha < 255)).any() for alpha in alphas)
+    for alpha in alphas:
+        side = min(cells, *alpha.shape)
+        seen, solid = _cells(alpha, side, edges=partial)
+        distances.append(_distance(seen))
+        inner = np.zeros_like(solid)
+        inner[1:-1, 1:-1] = (
+            solid[1:-1, 1:-1] & solid[:-2, 1:-1] & solid[2:, 1:-1] & solid[1:-1, :-2] & solid[1:-1, 2:]
+        )
+        chosen = [
+            rng.permutation(np.argwhere(where))[:count]
+            for where, count in ((solid & ~inner, _RAYS * 3 // 4), (inner, _RAYS // 4))
+        ]
+        pixels.append((np.concatenate(chosen)[:, ::-1] + 0.5) / side)
+    return Silhouettes(np.stack(distances), tuple(pixels))
+
+
+def check_coherence(
+    alphas: Sequence[npt.NDArray[np.uint8]],
+    c2w: npt.NDArray[np.float32],
+    fxfycxcy: npt.NDArray[np.float32],
+    precision: Precision,
+) -> Coherence:
+    """Test cameras against masks and, where they pass, whether wrong ones would fail.
+
+    Args:
+        alphas: V masks (H, W), 0 to 255.
+        c2w: (V, 4, 4) OpenCV poses.
+        fxfycxcy: (V, 4) normalized intrinsics.
+        precision: Of masks and cameras.
+    """
+    silhouettes = make_silhouettes(alphas, precision.cells)
+    views = np.arange(len(c2w))
+    distances = ray_distances(silhouettes, c2w, fxfycxcy, views, views)
+    undecided = []
+    if distances.max() <= precision.tolerance:
+        swaps = _swapped_distances(silhouettes, c2w, fxfycxcy)
+        if np.mean(swaps > precision.tolerance) < _REFUSED:
+            undecided.append("swapped poses")
+        zooms = [
+            ray_distances(silhouettes, c2w, fxfycxcy * np.float32([zoom, zoom, 1, 1]), views, views).max()
+            for zoom in (0.7, 1.3)
+        ]
+        if min(zooms) <= precision.tolerance:
+            undecided.append("another focal length")
+    return Coherence(distances, tuple(undecided))
+
+
+def _swapped_distances(
+    silhouettes: Silhouettes, c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]:
+    """Return the larger distance of two views for each pair whose cameras are swapped; 0 where there is no pair."""
+    views = np.arange(len(c2w))
+    forward = c2w[:, :3, 2].astype(np.float64)
+    pairs = np.argwhere(np.triu(forward @ forward.T < np.cos(np.radians(_MIN_ANGLE_DEG)), 1))
+    found = [0.0] if not len(pairs) else []
+    for pair in np.random.default_rng(0).permutation(pairs)[:_MAX_PAIRS]:
+        pictures = views.copy()
+        pictures[pair] = pair[::-1]
+        found.append(float(ray_distances(silhouettes, c2w, fxfycxcy, pictures, pair).max()))
+    return np.array(found)
+
+
+def ray_distances(
+    silhouettes: Silhouettes,
+    c2w: npt.NDArray[np.float32],
+    fxfycxcy: npt.NDArray[np.float32],
+    pictures: npt.NDArray[np.int64],
+    views: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float64]:
+    """Return the mean distance of the rays of views, cells.
+
+    Args:
+        silhouettes: Of V pictures.
+        c2w: (V, 4, 4) OpenCV poses of V cameras.
+        fxfycxcy: (V, 4) normalized intrinsics of V cameras.
+        pictures: (V) index of each camera's picture.
+        views: (N) cameras whose rays are tested.
+
+    Returns:
+        (N) distances; 0 where a picture shows no object.
+    """
+    cells = silhouettes.distance.shape[1]
+    maps = np.pad(
+        silhouettes.distance, ((0, 0), (1, 1), (1, 1))
+    )  # a point outside a picture may be on the object
+    count = len(c2w)
+    steps = np.unique(np.linspace(1, count - 1, min(_OTHER_VIEWS, count - 1)).astype(np.int64))
+    depths = (np.arange(_POINTS, dtype=np.float32) + 0.5) / _POINTS
+    means = []
+    for view in views:
+        pixels = silhouettes.pixels[pictures[view]]
+        local = np.column_stack([(pixels - fxfycxcy[view, 2:]) / fxfycxcy[view, :2], np.ones(len(pixels))])
+        ray, origin = local @ c2w[view, :3, :3].T, c2w[view, :3, 3]
+        near, far = _inside(origin, ray)
+        t = (near[:, None] + (far - near)[:, None] * depths).astype(np.float32)
+        worst = np.zeros_like(t)
+        for other in (view + steps) % count:
+            fx, fy, cx, cy = fxfycxcy[other] * cells
+            project = c2w[other, :3, :3] @ np.array([[fx, 0, 0], [0, fy, 0], [cx + 1, cy + 1, 1]])
+            start = ((origin - c2w[other, :3, 3]) @ project).astype(np.float32)
+            column, row, z = (
+                first + t * slope[:, None]
+                for first, slope in zip(start, (ray @ project).astype(np.float32).T, strict=True)
+            )
+            behind = z < 1e-6
+            z[behind] = 1
+            np.divide(1, z, out=z)
+            for place in (column, row):
+                np.multiply(place, z, out=place)
+                np.clip(place, 0, cells + 1, out=place)
+            index = row.astype(np.int32) * (cells + 2) + column.astype(np.int32)
+            distance = maps[pictures[other]].ravel()[index]
+            distance[behind] = _MAX_DISTANCE
+            np.maximum(worst, distance, out=worst)
+        best = worst.min(axis=1, initial=_MAX_DISTANCE)
+        best[far <= near] = _MAX_DISTANCE
+        means.append(float(best.mean()) if len(best) else 0.0)
+    return np.array(means)
+
+
+def _inside(
+    origin: npt.NDArray[np.float64], rays: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return where rays enter and leave the box of the object; far <= near where they miss it."""
+    rays = np.where(np.abs(rays) < 1e-12, 1e-12, rays)
+    ends = (np.array([[-_HALF_SIDE], [_HALF_SIDE]]) - origin)[:, None] / rays
+    return np.maximum(ends.min(axis=0).max(axis=1), 1e-3), ends.max(axis=0).min(axis=1)
+
+
+def _cells(
+    alpha: npt.NDArray[np.uint8], side: int, *, edges: bool
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Divide a mask into cells; return which show anything and which are mostly object.
+
+    Args:
+        alpha: (H, W) mask.
+        side: Cells along a side.
+        edges: Whether the mask has edge pixels that are partly covered; of a binary mask, pixels next to the object
+            may be partly covered.
+    """
+    rows, columns = (np.linspace(0, size, side + 1).astype(int)[:-1] for size in alpha.shape)
+
+    def reduce(ufunc: np.ufunc, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        return ufunc.reduceat(ufunc.reduceat(values, rows, axis=0), columns, axis=1)
+
+    shown = alpha > 0
+    if not edges:
+        padded = np.pad(shown, 1)
+        shown = shown | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    area = np.outer(np.diff([*rows, alpha.shape[0]]), np.diff([*columns, alpha.shape[1]]))
+    solid = reduce(np.add, alpha.astype(np.int64)) > 127 * area
+    return reduce(np.logical_or, shown).astype(bool), solid
+
+
+def _distance(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+    """Return the distance of each cell to the nearest seen one, capped: the minimum along columns, then along rows."""
+    far, size = _MAX_DISTANCE, len(seen)
+    squared = np.where(seen, 0, far**2)
+    for _ in range(2):
+        padded = np.pad(squared, ((far, far), (0, 0)), constant_values=far**2)
+        steps = [padded[far + step : far + step + size] + step**2 for step in range(-far, far + 1)]
+        squared = np.min(steps, axis=0).T
+    return np.sqrt(np.minimum(squared, far**2)).astype(np.float32)
