@@ -195,7 +195,7 @@ def _members(
             views=len(views),
         )
         sample = Sample(info, posed.c2w, posed.fxfycxcy, views)
-        return Made(encode_sample(sample), check_pictures(sample))
+        return Made(encode_sample(sample), check_pictures(sample).undecided)
     except (InputError, OSError) as error:
         return LeftOut(str(error))
 

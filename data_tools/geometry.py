@@ -19,6 +19,15 @@ KINDS = {"depth": depth_member, "normal": normal_member}
 #: Share of a view's opaque pixels that may be without geometry: their centre may fall into a crack of the mesh.
 _CRACKS = 1e-3
 
+#: Every so-many-th point of a depth is compared with other views.
+_EVERY = 7
+
+#: Number of points before the surface of another view, per point on it; edges and single-sided faces give some.
+_MOST_BEFORE = 0.35
+
+#: Fraction of a view's normals that may point away from its camera: interpolated ones do, at edges.
+_MOST_AWAY = 0.5
+
 #: The object lies in [-1, 1]^3, and its depth is rounded.
 _REACH = 1.01
 
@@ -42,12 +51,14 @@ def check_geometry(sample: Sample) -> None:
                 f"sample {key!r}: expected {kind} of all {sample.info.views} views or of none, found {len(found)}; "
                 f"{odd[0]} is {'strange' if odd[0] in found else 'missing'}"
             )
+    depths: list[npt.NDArray[np.float32]] = []
     for view, picture in enumerate(sample.views if kinds else ()):
         alpha = decode_image(key, picture)[..., 3]
         if "depth" in kinds:
             name = depth_member(view)
             depth = decode_depth(key, name, sample.extras[name])
             _check_holes(key, name, depth > 0, alpha)
+            depths.append(depth)
             reach = np.abs(back_project(depth, sample.c2w[view], sample.fxfycxcy[view])).max(initial=0)
             if reach > _REACH:
                 raise SampleError(
@@ -58,6 +69,18 @@ def check_geometry(sample: Sample) -> None:
             name = normal_member(view)
             normals = decode_normals(key, name, sample.extras[name])
             _check_holes(key, name, (normals != 0).any(axis=-1), alpha)
+            away = _facing_away(normals, sample.c2w[view], sample.fxfycxcy[view])
+            if away > _MOST_AWAY:
+                raise SampleError(
+                    f"sample {key!r}: expected normals of {name} that face the camera, found that {away:.0%} face away"
+                )
+
+    on, before = _compare_depths(depths, sample.c2w, sample.fxfycxcy)
+    if before > _MOST_BEFORE * on:
+        raise SampleError(
+            f"sample {key!r}: expected depths that show one surface, found {before} points before the surface of "
+            f"another view and {on} on it; depth is measured along the camera's z axis, not along the ray"
+        )
 
 
 def back_project(
@@ -70,6 +93,43 @@ def back_project(
     z = depth[rows, columns].astype(np.float64)[:, None]
     points = np.concatenate([(pixels - fxfycxcy[2:]) / fxfycxcy[:2] * z, z], axis=1)
     return points @ c2w[:3, :3].T.astype(np.float64) + c2w[:3, 3]
+
+
+def _compare_depths(
+    depths: list[npt.NDArray[np.float32]], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
+) -> tuple[int, int]:
+    """Project the points of each depth into the other views; return how many lie on and before their surface.
+
+    Within the size of a pixel. No point lies before the surface that a view shows, but at edges, and where faces are
+    not seen from behind.
+    """
+    on = before = 0
+    for view, depth in enumerate(depths):
+        points = back_project(depth, c2w[view], fxfycxcy[view])[::_EVERY]
+        for other, (pose, camera) in enumerate(zip(c2w, fxfycxcy, strict=True)):
+            local = (points - pose[:3, 3]) @ pose[:3, :3].astype(np.float64)
+            local = local[(local[:, 2] > 1e-6) & (other != view)]
+            height, width = depths[other].shape
+            pixels = (camera[:2] * local[:, :2] / local[:, 2:] + camera[2:]) * (width, height)
+            inside = ((pixels >= 0) & (pixels < (width, height))).all(axis=1)
+            column, row = pixels[inside].astype(int).T
+            surface = depths[other][row, column]
+            behind, pixel = local[inside, 2] - surface, surface / (camera[0] * width)
+            on += int(((surface > 0) & (np.abs(behind) <= pixel)).sum())
+            before += int(((surface > 0) & (behind < -pixel)).sum())
+    return on, before
+
+
+def _facing_away(
+    normals: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
+) -> float:
+    """Return the fraction of an (H, W, 3) picture's normals that point away from the camera."""
+    rows, columns = np.nonzero((normals != 0).any(axis=-1))
+    height, width = normals.shape[:2]
+    pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
+    local = np.column_stack([(pixels - fxfycxcy[2:]) / fxfycxcy[:2], np.ones(len(pixels))])
+    cosine = (normals[rows, columns] * (local @ c2w[:3, :3].T.astype(np.float64))).sum(axis=1)
+    return float((cosine > 0).mean()) if len(cosine) else 0.0
 
 
 def smaller_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ import hashlib
 import shlex
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,27 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from data_tools.criteria import MEASURES_MEMBER, decode_measures
 from data_tools.geometry import check_geometry
 from data_tools.layouts.choice import renderer_name
 from data_tools.shard_pool import processes
-from data_tools.silhouettes import FILMED, RENDERED, check_coherence
-from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, read_index, read_manifest, read_samples
+from data_tools.silhouettes import (
+    FILMED,
+    RENDERED,
+    Silhouettes,
+    check_coherence,
+    make_silhouettes,
+    uncovered_distances,
+)
+from lrm_pl.data.manifest import (
+    Manifest,
+    MemberIndex,
+    Shard,
+    ShardError,
+    read_index,
+    read_manifest,
+    read_samples,
+)
 from lrm_pl.data.schema import (
     KEY_PATTERN,
     SURFACE_MEMBER,
@@ -31,9 +48,13 @@ from lrm_pl.data.schema import (
     decode_sample,
 )
 from lrm_pl.data.surface import decode_surface
+from lrm_pl.errors import InputError
 
 #: Pixels that the views of one object may have in all: 64 of 2048 x 2048.
 _MAX_PIXELS = 1 << 28
+
+#: Mean distance of a view's pixels from the nearest projected point of the surface, cells of 1/128 of its side.
+_MAX_UNCOVERED = 0.5
 
 #: Samples that are named where one line is about many.
 _NAMED = 5
@@ -59,14 +80,29 @@ class ShardReport:
     """What was found in a shard.
 
     Attributes:
-        samples: Number of samples.
         problems: What is wrong.
         undecided: Key -> errors of its cameras that its views would not show.
+        kinds: Key -> number of views, and their (height, width).
     """
 
-    samples: int
     problems: list[Problem]
     undecided: dict[str, tuple[str, ...]]
+    kinds: dict[str, tuple[int, tuple[int, int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedPictures:
+    """Pictures that are as they should be.
+
+    Attributes:
+        size: (height, width) of a view.
+        silhouettes: Of the views.
+        undecided: Errors of the cameras that these views would not show.
+    """
+
+    size: tuple[int, int]
+    silhouettes: Silhouettes
+    undecided: tuple[str, ...]
 
 
 def validate(folder: Path, jobs: int | None = None) -> int:
@@ -88,17 +124,24 @@ def validate(folder: Path, jobs: int | None = None) -> int:
     found: list[Problem] = []
     undecided: dict[str, list[str]] = {}
     with tqdm(total=samples, unit="object", file=sys.stderr) as bar, processes(jobs) as pool:
+
+        def add(problem: Problem) -> None:
+            found.append(problem)
+            bar.write(f"{problem.shard}: {problem.what}", file=sys.stdout)
+
+        reports = []
         for shard, report in zip(
             manifest.shards, pool.map(partial(check_shard, folder), manifest.shards), strict=True
         ):
+            reports.append(report)
             for problem in report.problems:
-                found.append(problem)
-                where = f"{shard.name}: sample {problem.sample!r}" if problem.sample else shard.name
-                bar.write(f"{where}: {problem.what}", file=sys.stdout)
+                add(problem)
             for key, errors in report.undecided.items():
                 for error in errors:
                     undecided.setdefault(error, []).append(key)
             bar.update(shard.samples)
+        for problem in folder_problems(manifest, reports):
+            add(problem)
     bad = len({(problem.shard, problem.sample) for problem in found})
     verdict = f"{len(found)} problems, in {bad} samples or shards" if found else "no problems"
     print(f"{samples} objects in {len(manifest.shards)} shards: {verdict}")
@@ -115,13 +158,13 @@ def validate(folder: Path, jobs: int | None = None) -> int:
 def undecided_line(error: str, keys: Sequence[str]) -> str:
     """Describe the objects whose views would not show an error of their cameras."""
     more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return f"{error}, of {len(keys)} objects that look alike that way: {', '.join(keys[:_NAMED])}{more}"
+    return f"{error} would not be noticed for {len(keys)} objects: {', '.join(keys[:_NAMED])}{more}"
 
 
 def check_shard(folder: Path, shard: Shard) -> ShardReport:
     """Check a shard and its samples."""
     path = folder / shard.name
-    report = ShardReport(shard.samples, [], {})
+    report = ShardReport([], {}, {})
 
     def add(sample: str, what: str) -> None:
         report.problems.append(Problem(shard.name, sample, what))
@@ -137,16 +180,55 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
         for key, content in read_samples(folder, shard):
             try:
                 sample = decode_sample(key, content)
-                if not shard.rejected:  # next to nothing may be seen of it
-                    report.undecided[key] = check_pictures(sample)
+                if MEASURES_MEMBER in sample.extras:
+                    decode_measures(key, sample.extras[MEASURES_MEMBER])
+                checked = check_pictures(
+                    sample, cameras=not shard.rejected
+                )  # next to nothing may be seen of it
+                report.kinds[key] = (sample.info.views, checked.size)
+                report.undecided[key] = checked.undecided
                 check_geometry(sample)
                 if SURFACE_MEMBER in sample.extras:
-                    decode_surface(key, sample.extras[SURFACE_MEMBER])
-            except SampleError as error:
+                    check_surface(sample, checked.silhouettes)
+            except InputError as error:
                 add(key, str(error))
     except (OSError, ShardError, tarfile.TarError) as error:
         add("", str(error))
     return report
+
+
+def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
+    """Check that the points of a sample's surface cover what its views show.
+
+    Raises:
+        SampleError: With what is wrong.
+    """
+    key = sample.info.id
+    points, _ = decode_surface(key, sample.extras[SURFACE_MEMBER])
+    distances = uncovered_distances(silhouettes, points, sample.c2w, sample.fxfycxcy)
+    if distances.max() > _MAX_UNCOVERED:
+        raise SampleError(
+            f"sample {key!r}: expected points of {SURFACE_MEMBER} all over the object, found that the nearest to a "
+            f"pixel of view {distances.argmax()} is {distances.max():.1f} cells away, on average: it is the surface of "
+            "another object or scale"
+        )
+
+
+def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Iterator[Problem]:
+    """Find what is wrong between samples: ids that are not unique, views of another number or size."""
+    first: dict[str, str] = {}
+    sizes = Counter(size for report in reports for _, size in report.kinds.values())
+    usual = sizes.most_common(1)[0][0] if sizes else (0, 0)
+    for shard, report in zip(manifest.shards, reports, strict=True):
+        for key, (views, size) in report.kinds.items():
+            for wrong, what in (
+                (key in first, f"every id once, found it in {first.get(key)} too"),
+                (views != manifest.views, f"{manifest.views} views as in the manifest, found {views}"),
+                (size != usual, f"views of {usual} pixels as most objects have, found {size}"),
+            ):
+                if wrong:
+                    yield Problem(shard.name, key, f"sample {key!r}: expected {what}")
+            first.setdefault(key, shard.name)
 
 
 def index_differences(path: Path, index: MemberIndex) -> Iterator[str]:
@@ -185,11 +267,12 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
         yield alpha
 
 
-def check_pictures(sample: Sample) -> tuple[str, ...]:
+def check_pictures(sample: Sample, *, cameras: bool = True) -> CheckedPictures:
     """Check all pictures of a sample, and its cameras against them.
 
-    Returns:
-        Errors of the cameras that these views would not show.
+    Args:
+        sample: The sample.
+        cameras: Whether cameras are checked.
 
     Raises:
         SampleError: With what is wrong.
@@ -200,14 +283,22 @@ def check_pictures(sample: Sample) -> tuple[str, ...]:
         raise SampleError(
             f"sample {key!r}: expected views of one size, found {sorted({alpha.shape for alpha in alphas})}"
         )
+    precision = FILMED if sample.info.renderer == renderer_name("mvimgnet") else RENDERED
+    silhouettes = make_silhouettes(alphas, precision.cells)
+    if not cameras:
+        return CheckedPictures(alphas[0].shape, silhouettes, ())
     empty = [view for view, alpha in enumerate(alphas) if not alpha.any()]
     if empty:
         raise SampleError(
             f"sample {key!r}: expected an object in every view, found nothing in {len(empty)} of {len(alphas)}: view "
             f"{empty[0]} is transparent"
         )
-    precision = FILMED if sample.info.renderer == renderer_name("mvimgnet") else RENDERED
-    coherence = check_coherence(alphas, sample.c2w, sample.fxfycxcy, precision)
+    if all((alpha == 255).all() for alpha in alphas):
+        raise SampleError(
+            f"sample {key!r}: expected a transparent background, found none in {len(alphas)} views: the object must "
+            "be cut out"
+        )
+    coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy, precision.tolerance)
     worst = int(coherence.distances.argmax())
     if coherence.distances[worst] > precision.tolerance:
         raise SampleError(
@@ -216,4 +307,4 @@ def check_pictures(sample: Sample) -> tuple[str, ...]:
             f"views (at most {precision.tolerance}); check the order of the poses, their convention (OpenCV camera to "
             "world, +z up), the focal length, and that the object lies in [-1, 1]^3"
         )
-    return coherence.undecided
+    return CheckedPictures(alphas[0].shape, silhouettes, coherence.undecided)

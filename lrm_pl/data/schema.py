@@ -163,6 +163,8 @@ def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] |
             raise SampleError(
                 f"sample {key!r}: its record says {info.views} views, but {names[0]} is missing; render it again"
             )
+        if len(found) > 1:
+            raise SampleError(f"sample {key!r}: expected view {index} once, found {' and '.join(found)}")
         encoded[index] = members[found[0]]
     extra = {name for name in members if re.fullmatch(r"view_\d+\..*", name)} - {
         view_member(index, image_format) for index in range(info.views) for image_format in IMAGE_FORMATS

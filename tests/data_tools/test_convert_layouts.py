@@ -158,7 +158,7 @@ def bad_objects(root, layout):
         ),
         ("other-size", "as most objects have, found 6 views of 64 x 64 pixels"),
         ("opaque-picture", "expected RGBA views, found mode RGB"),
-        ("too-large", "cameras that fit the pictures"),
+        ("too-large", "cameras that fit the silhouettes"),
     ):
         folder = root / name
         sample = synthetic_sample(name, VIEWS, 64 if name == "other-size" else 32, 0)
@@ -256,7 +256,8 @@ def test_poses_of_another_convention_are_refused_at_conversion(layout, tmp_path)
         sample.c2w[:] = c2w
         WRITERS[layout](tmp_path / "in" / key, sample)
     with pytest.raises(
-        InputError, match="covers 0% of the object in view 0: poses are OpenCV camera to world"
+        InputError,
+        match="silhouettes, found that what view 0 shows is, on average, 6",
     ):
         converted(layout, tmp_path / "in", tmp_path / "out")
 

@@ -1,6 +1,7 @@
 """Depth and normals beside views, without Blender: what repack, merge, validate, inspect and training make of them."""
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from lrm_pl.data.schema import SampleError, decode_image, encode_array, encode_i
 from lrm_pl.data.shards import Place, ShardReader
 from lrm_pl.data.source import ShardSource
 from lrm_pl.data.surface import SURFACE_POINTS, decode_surface, encode_surface
-from lrm_pl.data.synthetic import DISTANCE, synthetic_sample
+from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.errors import InputError
 from lrm_pl.meshes.triangles import draw_points
 from tests.data_tools.test_repack import members
@@ -32,25 +33,36 @@ from tests.data_tools.test_repack import members
 VIEWS, SIDE = 4, 32
 
 
-def with_geometry(sample):
-    """Give an ellipsoid the depth of a card that stands at the origin, and faces the camera."""
+def with_geometry(key, seed):
+    """Make an ellipsoid with its depth, and with normals of a card that faces the camera."""
+    sample = synthetic_sample(key, VIEWS, SIDE, seed)
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    radii = np.random.default_rng(int.from_bytes(digest[:8], "little")).uniform(0.4, 0.95, 3)
     extras = {}
-    for view, (c2w, picture) in enumerate(zip(sample.c2w, sample.views, strict=True)):
+    for view, (c2w, camera, picture) in enumerate(
+        zip(sample.c2w.astype(np.float64), sample.fxfycxcy, sample.views, strict=True)
+    ):
         seen = decode_image("", picture)[..., 3] > 0
-        extras[depth_member(view)] = encode_depth(np.where(seen, DISTANCE, 0.0))
+        x, y = np.meshgrid(*((np.arange(SIDE) + 0.5) / SIDE - 0.5,) * 2)
+        rays = np.stack([x, y, np.full_like(x, camera[0])], -1) / camera[0] @ c2w[:3, :3].T
+        # |(origin + z ray) / radii| = 1; the ray's z in the camera is 1.
+        origin, rays = c2w[:3, 3] / radii, rays / radii
+        square, product = (rays**2).sum(-1), (rays * origin).sum(-1)
+        root = np.sqrt(np.maximum(product**2 - square * ((origin**2).sum() - 1), 0))
+        extras[depth_member(view)] = encode_depth(np.where(seen, (-product - root) / square, 0.0))
         extras[normal_member(view)] = encode_normals(np.where(seen[..., None], -c2w[:3, 2], 0.0))
     return dataclasses.replace(sample, extras=extras)
 
 
 @pytest.fixture
 def sample():
-    return with_geometry(synthetic_sample("a", VIEWS, SIDE, 0))
+    return with_geometry("a", 0)
 
 
 @pytest.fixture
 def folder(tmp_path, sample):
     """Two objects with depth and normals and one without."""
-    others = [synthetic_sample("b", VIEWS, SIDE, 1), with_geometry(synthetic_sample("c", VIEWS, SIDE, 2))]
+    others = [synthetic_sample("b", VIEWS, SIDE, 1), with_geometry("c", 2)]
     path = tmp_path / "made"
     path.mkdir()
     content = [(s.info.id, encode_sample(s)) for s in (sample, *others)]
@@ -86,7 +98,8 @@ def test_a_smaller_folder_has_smaller_geometry_and_is_still_right(folder, tmp_pa
     depth = decode_depth("a", "depth_002.png", found["a"][1]["depth_002.png"])
     assert depth.shape == (16, 16)
     assert not depth[alpha == 0].any()
-    np.testing.assert_allclose(depth[alpha == 255], DISTANCE, atol=8 / 65535)
+    before = decode_depth("a", "depth_002.png", members(folder)["a"][1]["depth_002.png"])[1::2, 1::2]
+    np.testing.assert_allclose(depth[alpha == 255], before[alpha == 255], atol=8 / 65535)
 
 
 def test_a_smaller_pixel_takes_one_value_and_never_a_mean_over_an_edge(sample):
@@ -222,3 +235,25 @@ def test_a_surface_that_is_none_is_refused(spoil, message):
     record = spoil(np.concatenate([points, normals], axis=1)).astype(np.float32)
     with pytest.raises(SampleError, match=message):
         decode_surface("a", encode_array(record))
+
+
+def test_depth_along_the_ray_is_not_taken_for_depth_along_the_axis(sample):
+    check_geometry(sample)
+    extras = dict(sample.extras)
+    x, y = np.meshgrid(*((np.arange(SIDE) + 0.5) / SIDE - 0.5,) * 2)
+    for view in range(VIEWS):
+        name = depth_member(view)
+        stretch = np.sqrt(1 + (x**2 + y**2) / sample.fxfycxcy[view, 0] ** 2)
+        extras[name] = encode_depth(decode_depth("a", name, extras[name]) * stretch * 1.1)
+    with pytest.raises(SampleError, match="depths that show one surface"):
+        check_geometry(dataclasses.replace(sample, extras=extras))
+
+
+def test_normals_that_face_away_are_named(sample):
+    name = normal_member(1)
+    seen = decode_image("a", sample.views[1])[..., 3:] > 0
+    extras = sample.extras | {name: encode_normals(np.where(seen, sample.c2w[1, :3, 2], 0.0))}
+    with pytest.raises(
+        SampleError, match=r"normals of normal_001\.png that face the camera, found that 100%"
+    ):
+        check_geometry(dataclasses.replace(sample, extras=extras))

@@ -55,8 +55,13 @@ def cameras(seed, views=12, preset="frame"):
     return drawn.c2w, drawn.fxfycxcy
 
 
-def worst(alphas, c2w, fxfycxcy, precision=RENDERED):
-    return check_coherence(alphas, c2w, fxfycxcy, precision).distances.max()
+def check(alphas, c2w, fxfycxcy, precision=RENDERED):
+    silhouettes = make_silhouettes(alphas, precision.cells)
+    return check_coherence(silhouettes, c2w, fxfycxcy, precision.tolerance)
+
+
+def worst(*args):
+    return check(*args).distances.max()
 
 
 def far_apart(c2w):
@@ -104,7 +109,7 @@ def test_correct_cameras_pass_and_at_most_one_swap_in_twenty_does(preset):
     for seed in range(5):
         c2w, fxfycxcy = cameras(seed, preset=preset)
         alphas = view_alphas(c2w, fxfycxcy, boxes(seed))
-        found = check_coherence(alphas, c2w, fxfycxcy, RENDERED)
+        found = check(alphas, c2w, fxfycxcy)
         refused += [seed] if found.distances.max() > RENDERED.tolerance else []
         if found.undecided:
             continue
@@ -137,7 +142,7 @@ def test_cameras_that_are_wrong_for_all_views_are_refused_or_said_to_be_undecide
     for seed in range(3):
         c2w, fxfycxcy = cameras(seed)
         alphas = view_alphas(c2w, fxfycxcy, boxes(seed))
-        given = check_coherence(alphas, c2w, fxfycxcy, RENDERED)
+        given = check(alphas, c2w, fxfycxcy)
         assert given.distances.max() <= RENDERED.tolerance
         changed = change(c2w, fxfycxcy)
         assert given.undecided or worst(alphas, *changed) > RENDERED.tolerance
@@ -147,14 +152,14 @@ def test_a_ball_fits_in_any_order_and_that_is_not_called_right():
     c2w, fxfycxcy = cameras(0)
     # One distance, so that nothing tells the views apart.
     c2w[:, :3, 3] *= 2.5 / np.linalg.norm(c2w[:, :3, 3], axis=1, keepdims=True)
-    found = check_coherence(view_alphas(c2w, fxfycxcy, ball), c2w, fxfycxcy, RENDERED)
+    found = check(view_alphas(c2w, fxfycxcy, ball), c2w, fxfycxcy)
     assert found.distances.max() <= RENDERED.tolerance
     assert "swapped poses" in found.undecided
 
 
 def test_one_view_decides_nothing():
     c2w, fxfycxcy = cameras(0, views=1)
-    found = check_coherence(view_alphas(c2w, fxfycxcy, boxes(0)), c2w, fxfycxcy, RENDERED)
+    found = check(view_alphas(c2w, fxfycxcy, boxes(0)), c2w, fxfycxcy)
     assert found.distances == pytest.approx([0])
     assert found.undecided == ("swapped poses", "another focal length")
 

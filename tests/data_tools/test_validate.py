@@ -2,17 +2,22 @@
 
 import dataclasses
 import io
+import os
 import shutil
+import signal
 import tarfile
 
 import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.validate import check_pictures, hull_coverage, index_differences
+from data_tools.shard_pool import processes
+from data_tools.validate import check_pictures, index_differences
 from lrm_pl.data.manifest import read_index, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_sample
+from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import synthetic_sample
+from lrm_pl.errors import InputError
 
 
 def replaced(folder, change):
@@ -40,7 +45,7 @@ def said(folder, capsys, status):
 
 def test_whole_shards_pass_and_the_next_command_is_said(folder, capsys):
     out = said(folder, capsys, 0)
-    assert "6 objects in 3 shards: all right" in out
+    assert "6 objects in 3 shards: no problems" in out
     assert f"make train DATA={folder}" in out
 
 
@@ -79,6 +84,43 @@ def _two_sizes(members, sample):
     members["view_005.webp"] = small
 
 
+def _ball(members, sample):
+    """A ball of one color, seen from one distance."""
+    rows, columns = np.meshgrid(np.arange(32) - 15.5, np.arange(32) - 15.5, indexing="ij")
+    view = np.where((rows**2 + columns**2 < 100)[..., None], np.uint8([200, 100, 50, 255]), np.uint8(0))
+    members.update(encode_sample(dataclasses.replace(sample, views=(encode_image(view),) * 8)))
+
+
+def _opaque(members, sample):
+    """Lay all views over white."""
+    for view in range(8):
+        rgba = decode_image("", members.pop(f"view_{view:03d}.webp"))
+        rgba[rgba[..., 3] == 0] = 255
+        members[f"view_{view:03d}.png"] = encode_image(rgba)
+
+
+def _both_formats(members, sample):
+    members["view_005.png"] = members["view_005.webp"]
+
+
+def _other_surface(members, sample):
+    points = np.full((SURFACE_POINTS, 3), 0.1)
+    members["surface.npy"] = encode_surface(points, np.tile([1.0, 0, 0], (SURFACE_POINTS, 1)))
+
+
+def _broken_measures(members, sample):
+    members["measures.json"] = b'{"coverage": "lots"'
+
+
+def _another_size(members, sample):
+    members.update(encode_sample(synthetic_sample(sample.info.id, 8, 16, 0)))
+
+
+def _fewer_views(members, sample):
+    members.clear()
+    members.update(encode_sample(synthetic_sample(sample.info.id, 4, 32, 0)))
+
+
 def _no_view(members, sample):
     del members["view_005.webp"]
 
@@ -86,10 +128,16 @@ def _no_view(members, sample):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_opengl, "cameras that fit the pictures, found that the hull of all views covers 0% of the object"),
-        (_pixels, "cameras that fit the pictures"),
-        (_empty, "expected an object, found 8 wholly transparent views"),
+        (_opengl, "cameras that fit the silhouettes, found that what view"),
+        (_pixels, "cameras that fit the silhouettes"),
+        (_empty, "expected an object in every view, found nothing in 8 of 8: view 0 is transparent"),
         (_two_sizes, "expected views of one size, found [(16, 16), (32, 32)]"),
+        (_opaque, "expected a transparent background, found none in 8 views"),
+        (_both_formats, "expected view 5 once, found view_005.webp and view_005.png"),
+        (_other_surface, "expected points of surface.npy all over the object"),
+        (_broken_measures, "expected the measures"),
+        (_another_size, "expected views of (32, 32) pixels as most objects have, found (16, 16)"),
+        (_fewer_views, "expected 8 views as in the manifest, found 4"),
         (_no_view, "its record says 8 views, but view_005.webp is missing"),
     ],
 )
@@ -99,6 +147,42 @@ def test_a_bad_sample_is_named_with_its_shard(folder, capsys, change, message):
     assert "train-000000.tar: sample 'train-ellipsoid-000': " in out
     assert message in out
     assert "1 problems, in 1 samples or shards" in out
+
+
+def test_an_object_that_is_in_both_splits_is_named(folder, capsys):
+    manifest = read_manifest(folder)
+    key = next(iter(read_index(folder, manifest.shards[0])))
+    again = write_shard(
+        folder, "val-000009.tar", "val", [(key, encode_sample(synthetic_sample(key, 8, 32, 0)))]
+    )
+    write_manifest(folder, dataclasses.replace(manifest, shards=(*manifest.shards, again)))
+    out = said(folder, capsys, 1)
+    assert f"val-000009.tar: sample {key!r}: expected every id once, found it in train-000000.tar too" in out
+
+
+def test_what_the_views_cannot_tell_is_said_with_the_objects(folder, capsys):
+    replaced(folder, _ball)
+    out = said(folder, capsys, 0)
+    assert "6 objects in 3 shards: no problems" in out
+    assert "not decidable  swapped poses would not be noticed for" in out
+    assert "train-ellipsoid-000" in out
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_any_number_of_processes_finds_the_same(folder, capsys, jobs):
+    replaced(folder, _opengl)
+    found = said(folder, capsys, 1)
+    assert main(["validate", "--shards", str(folder), "--jobs", str(jobs)]) == 1
+    assert capsys.readouterr().out == found
+
+
+def test_a_process_that_is_killed_ends_the_check_with_a_remedy():
+    with pytest.raises(InputError, match="found that one was killed"), processes(1) as pool:
+        pool.submit(_die).result()
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -134,15 +218,6 @@ def test_an_index_that_points_elsewhere_is_named(shards):
     index[key]["json"] = (offset + 512, size)
     (difference,) = index_differences(shards / shard.name, index)
     assert f"{key}.json" in difference
-
-
-def test_the_hull_of_right_cameras_covers_the_object_and_another_convention_leaves_none():
-    sample = synthetic_sample("a", 8, 32, 0)
-    alphas = [decode_image("a", view)[..., 3] for view in sample.views]
-    assert hull_coverage(sample.c2w, sample.fxfycxcy, alphas).min() > 0.95
-    opengl = sample.c2w.copy()
-    opengl[:, :3, 1:3] *= -1
-    assert hull_coverage(opengl, sample.fxfycxcy, alphas).max() == 0
 
 
 def test_more_pixels_than_an_object_may_have_are_not_all_decoded(monkeypatch):
