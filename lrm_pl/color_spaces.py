@@ -2,7 +2,7 @@
 
 Read are ICC profiles, PNG's cICP, sRGB, gAMA and cHRM chunks, AVIF's nclx, BMP's V4 and V5 headers, and EXIF's and
 TIFF's tags. A declaration that is damaged, or that does not fit the picture's mode, counts as none, as in browsers.
-Without a declaration colors are sRGB.
+Without a declaration colors are sRGB, and CMYK is its complement.
 """
 
 import dataclasses

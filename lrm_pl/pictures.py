@@ -326,8 +326,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return colors
     if image.mode == "La":
         image = image.convert("LA")
-    transparent = image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info
-    return image.convert("RGBA" if transparent else "RGB")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def _prepare(image: Image.Image, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """Color spaces that files declare: converted to sRGB as computed by hand, or refused by name."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from lrm_pl.color_spaces import ColorSpaceError, to_srgb
 from lrm_pl.pictures import NotAPictureError, PictureError, open_picture, to_rgb8
 from tests.unit.test_pictures import encoded, wide_profile
 
@@ -191,6 +193,49 @@ def test_a_color_space_that_cannot_be_converted_is_refused_by_name(content, mess
         open_picture(content, "a photo")
 
 
+def test_an_avif_has_the_colors_of_its_picture_and_not_of_its_alpha_and_of_its_profile_before_its_codes():
+    image = plain(mode="RGBA")
+    image.putalpha(128)
+    content = bytearray(encoded(image, "AVIF", quality=100, subsampling="4:4:4"))
+    at = content.index(b"nclx") + 4
+    content[at : at + 4] = struct.pack(">HH", *P3_CODES)
+    found = np.asarray(open_picture(bytes(content)))[8, 8]
+    assert np.abs(found - np.array([*by_hand(COLOR, P3), 128])).max() < 2.5
+    both = avif(9, 13, icc_profile=wide_profile())
+    assert np.abs(np.asarray(open_picture(both))[8, 8] - np.array(by_hand(COLOR, P3))).max() < 2.5
+
+
+def iso_box(kind, *content):
+    body = b"".join(content)
+    return struct.pack(">I", 8 + len(body)) + kind + body
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_of_several_items_of_an_avif_the_primary_one_counts(large):
+    colors = [
+        iso_box(b"colr", b"nclx", struct.pack(">HHHB", *codes, 0, 128)) for codes in ((9, 16), (12, 13))
+    ]
+    number = ">I" if large else ">H"
+    links = b"".join(
+        struct.pack(number, item) + b"\1" + (struct.pack(">H", link) if large else bytes([link]))
+        for item, link in ((1, 0x8001 if large else 0x81), (2, 2))
+    )
+    ipma = bytes([large, 0, 0, large]) + struct.pack(">I", 2) + links
+
+    def file(primary):
+        pitm = iso_box(b"pitm", bytes([large, 0, 0, 0]), struct.pack(number, primary))
+        iprp = iso_box(b"iprp", iso_box(b"ipco", *colors), iso_box(b"ipma", ipma))
+        return iso_box(b"ftyp", b"avif", bytes(4)) + iso_box(b"meta", bytes(4), pitm, iprp)
+
+    found = to_srgb(plain(), plain(), file(2)).getpixel((0, 0))
+    assert np.abs(np.array(found) - by_hand(COLOR, P3)).max() < 1.5
+    with pytest.raises(ColorSpaceError, match="PQ"):
+        to_srgb(plain(), plain(), file(1))
+    for end in range(12, len(file(2))):  # whatever is cut off
+        with contextlib.suppress(ColorSpaceError):
+            to_srgb(plain(), plain(), file(2)[:end])
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA"])
 def test_a_gray_profile_is_of_gray_pictures_alone(mode):
     image = plain(mode=mode)
@@ -308,3 +353,10 @@ def test_pil_pictures_without_a_known_white_are_refused(mode):
 )
 def test_every_other_mode_of_pil_becomes_rgb_or_rgba(mode, expected):
     assert to_rgb8(plain(mode="LA").convert(mode) if mode == "La" else plain(mode=mode)).mode == expected
+
+
+def test_a_palette_with_alpha_of_its_own_keeps_it():
+    image = Image.new("RGBA", (2, 1), (9, 8, 7, 0))
+    image.putpixel((1, 0), (1, 2, 3, 255))
+    found = to_rgb8(image.quantize(4, method=Image.Quantize.FASTOCTREE))
+    assert [found.getpixel((x, 0))[3] for x in range(2)] == [0, 255]
