@@ -5,6 +5,7 @@ keep their bytes. The new folder appears under its name when it is whole.
 """
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from data_tools.geometry import smaller_geometry
 from data_tools.plan import cut, held_out_ids
 from data_tools.shard_pool import Made, write_shards
 from lrm_pl.data.manifest import (
+    SPLITS,
     Manifest,
     Shard,
     ShardError,
@@ -32,6 +34,12 @@ from lrm_pl.data.manifest import (
 )
 from lrm_pl.data.schema import SampleError, decode_image, decode_sample, encode_image, encode_sample
 from lrm_pl.errors import InputError
+
+#: What a manifest says of the cameras of all its objects, where they were rendered here.
+_CAMERAS = dict.fromkeys(("preset", "radius_range", "height_range", "fov_range_deg"))
+
+#: What lies beside the views of all objects; older manifests do not say.
+_GEOMETRY = dict.fromkeys(("depth", "normals", "surface"), False)
 
 
 class RepackError(InputError):
@@ -64,7 +72,7 @@ def repack(
     """Make one folder of shards out of others.
 
     Args:
-        folders: Folders of shards with equally many views an object.
+        folders: Folders of shards with equally many views an object, by cameras of one preset.
         out: The folder to make.
         resolution: Side of the pictures; None leaves them as they are.
         shard_size: Objects a shard.
@@ -73,29 +81,12 @@ def repack(
             just these.
 
     Raises:
-        InputError: ``out`` is there, folders differ in views, size or normalisation, two objects have one name,
-            pictures would become larger, or nothing obeys.
+        InputError: ``out`` is there, folders differ in views, size, scale, cameras or geometry, two objects have one
+            name, pictures would become larger, or nothing obeys.
     """
     manifests = {folder: read_manifest(folder) for folder in folders}
     first = manifests[folders[0]]
-    both = "train on both as they are: --data.also"
-    sizes = {} if resolution else {folder: m.render.get("resolution") for folder, m in manifests.items()}
-    for name, found, remedy in (
-        ("views", {folder: manifest.views for folder, manifest in manifests.items()}, both),
-        (
-            "normalise",
-            {folder: manifest.render.get("normalise") for folder, manifest in manifests.items()},
-            both,
-        ),
-        (
-            "resolution",
-            sizes,
-            f"--res {min((size for size in sizes.values() if size), default='N')} makes them alike",
-        ),
-    ):
-        if len(set(found.values())) > 1:
-            told = ", ".join(f"{value} in {folder}" for folder, value in found.items())
-            raise RepackError(f"expected folders of one kind, found {name}: {told}; {remedy}")
+    _require_one_kind(manifests, resolution)
     samples = _samples(manifests, rules)
     total = sum(shard.samples for manifest in manifests.values() for shard in manifest.shards)
     if not samples:
@@ -103,7 +94,14 @@ def repack(
     plan = cut(_splits(samples, held_out), shard_size)
     with new_folder(out) as folder:
         shards, _, _ = write_shards(folder, plan, samples, partial(_members, resolution=resolution))
-        render = first.render | {
+        # What folders may differ in, such as seeds, is said of the new one only where they agree.
+        records = [manifest.render for manifest in manifests.values()]
+        agreed = {
+            name: value
+            for name, value in first.render.items()
+            if all(name in record and record[name] == value for record in records)
+        }
+        render = agreed | {
             "shard_size": shard_size,
             "held_out": sum(len(s.ids) for s in plan if s.split == "val"),
         }
@@ -120,6 +118,46 @@ def repack(
     return manifest
 
 
+def _require_one_kind(manifests: Mapping[Path, Manifest], resolution: int | None) -> None:
+    """Refuse folders of which one manifest cannot tell the truth.
+
+    Raises:
+        RepackError: They differ in views, scale, cameras, geometry or, unless it becomes one, resolution.
+    """
+    records = {
+        folder: _CAMERAS | _GEOMETRY | manifest.render | {"views": manifest.views}
+        for folder, manifest in manifests.items()
+    }
+    for name in ("views", "normalise", *_CAMERAS, *_GEOMETRY, "resolution"):
+        found = {folder: record.get(name) for folder, record in records.items()}
+        if all(value == found[folder] for folder in found for value in found.values()):
+            continue
+        if name != "resolution":
+            remedy = _both_as_they_are(manifests)
+        elif resolution:
+            continue
+        else:
+            remedy = f"--res {min((size for size in found.values() if size), default='N')} makes them alike"
+        told = ", ".join(f"{value} in {folder}" for folder, value in found.items())
+        raise RepackError(f"expected folders of one kind, found {name}: {told}; {remedy}")
+
+
+def _both_as_they_are(manifests: Mapping[Path, Manifest]) -> str:
+    """Say what to do with folders that cannot be joined: training on them must not show what one of them holds out."""
+    ids = {
+        (folder, split): {key for shard in manifest.split(split) for key in read_index(folder, shard)}
+        for folder, manifest in manifests.items()
+        for split in SPLITS
+    }
+    for held_out, trained in itertools.permutations(manifests, 2):
+        leaked = sorted(ids[held_out, "val"] & ids[trained, "train"])
+        if leaked:
+            return (
+                f"leave one of them out: {leaked[0]!r} is held out in {held_out} and trained on in {trained}"
+            )
+    return "train on both as they are: --data.also"
+
+
 def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) -> dict[str, Found]:
     samples: dict[str, Found] = {}
     parsed = None if rules is None else [parse_rule(rule) for rule in rules]
@@ -131,8 +169,8 @@ def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) ->
                     continue
                 if key in samples:
                     raise RepackError(
-                        f"expected every name once, found {key!r} in {samples[key].folder} and in {folder}; train on "
-                        "both as they are: --data.also"
+                        f"expected every name once, found {key!r} in {samples[key].folder} and in {folder}; "
+                        f"{_both_as_they_are(manifests)}"
                     )
                 samples[key] = Found(folder, shard, members)
     return samples

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 
+from lrm_pl.color_spaces import ColorSpaceError, to_srgb
 from lrm_pl.errors import InputError
 
 #: Files that are read; PIL knows many more, of which some run other programs.
@@ -46,6 +47,11 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
+#: TIFF's tags, and values of them.
+_BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 259, 262, 339
+_WHITE_IS_ZERO, _YCBCR = 0, 6
+_JPEG_IN_TIFF: Final = (6, 7)
+
 #: Alpha (of 255) above which a pixel belongs to the object.
 _SOLID = 127
 
@@ -66,21 +72,27 @@ class NotAPictureError(PictureError):
 
 
 def open_picture(
-    source: Path | bytes, name: str = "", *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+    source: Path | bytes,
+    name: str = "",
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    upright: bool = True,
 ) -> Image.Image:
-    """Open a picture that anybody may have made, upright, as RGB or RGBA of 8 bits.
+    """Open a picture that anybody may have made, upright, as sRGB of 8 bits: RGB or RGBA.
 
     Args:
         source: A file, or its bytes.
         name: What messages call it; the path unless given.
         max_bytes: Most bytes.
         max_pixels: Most pixels.
+        upright: Turn it as its EXIF says; False where a camera was computed for the pixels as they are stored.
 
     Returns:
-        The picture, turned as its EXIF says; RGBA where it has any transparency to it, else RGB.
+        The picture; RGBA where it has any transparency to it, else RGB.
 
     Raises:
-        PictureError: It is not there, no picture, broken, or too large.
+        PictureError: It is not there, no picture, broken, too large, or of a kind whose colors are not known.
     """
     name = name or str(source if isinstance(source, Path) else "the picture")
     if isinstance(source, Path):
@@ -105,15 +117,23 @@ def open_picture(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we look ourselves
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _require_pixels(name, image.size, max_pixels)
+                _prepare(image, content)
                 image.load()
-                return to_rgb8(image)
-    except PictureError:
+                return to_rgb8(image, content, upright=upright)
+    except PictureTooLargeError:
         raise
+    except PictureError as error:
+        raise PictureError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
         raise PictureTooLargeError(
             f"{name}: expected at most {max_pixels / 1e6:.0f} megapixels, found more: {error}; make it smaller"
         ) from error
     except UnidentifiedImageError as error:
+        if content[:4] in (b"II*\0", b"MM\0*"):
+            raise NotAPictureError(
+                f"{name}: expected a TIFF of a kind that PIL reads, found another, such as floats; export it "
+                "with 8 bits a channel"
+            ) from error
         raise NotAPictureError(
             f"{name}: expected a picture ({', '.join(FORMATS)}), found {size} bytes of something else; convert it"
         ) from error
@@ -121,19 +141,29 @@ def open_picture(
         raise PictureError(f"{name}: expected a whole picture, found a broken one: {error}") from error
 
 
-def to_rgb8(image: Image.Image) -> Image.Image:
+def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -> Image.Image:
     """Turn a picture as its EXIF says, and make it sRGB of 8 bits: RGBA where it has any transparency to it, else RGB.
 
     What it returns has no metadata: whoever reads the orientation again finds the picture upright.
+
+    Args:
+        image: Any mode but floats and 32 bits.
+        content: Its file: PIL reads neither PNG's cICP nor AVIF's nclx (see ``color_spaces``).
+        upright: Turn it as its EXIF says.
+
+    Raises:
+        PictureError: Its samples have no known white, or its colors cannot be converted to sRGB.
     """
-    profile = image.info.get("icc_profile")
-    upright = _upright(image)
-    plain = _eight_bits(upright)
-    colors = _in_srgb(upright if upright.mode == "CMYK" else plain, profile) or plain.convert("RGB")
+    plain = _eight_bits(image)
+    try:
+        colors = to_srgb(image, plain.convert("RGB"), content)
+    except ColorSpaceError as error:
+        raise PictureError(str(error)) from error
     if plain.mode == "RGBA":
         colors.putalpha(plain.getchannel("A"))
-    colors.info.clear()
-    return colors
+    turned = _upright(colors, image) if upright else colors
+    turned.info.clear()
+    return turned
 
 
 def webp_size(encoded: bytes) -> tuple[int, int]:
@@ -253,29 +283,14 @@ def _placed(channel: np.ndarray, scale: float, place: tuple[int, int], side: int
     return square
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF says; one whose EXIF is broken stays as it is."""
+def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """Turn a picture as the EXIF of the one that it was made of says; broken EXIF turns nothing."""
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        orientation = opened.getexif().get(_ORIENTATION)
     except (*PICTURE_ERRORS, AttributeError):
         return image
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
-
-
-def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image | None:
-    """Convert a picture's colors from its ICC profile to sRGB, as RGB; None without a profile that fits the picture."""
-    if not profile:
-        return None
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
-        if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
-            return None
-        srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image.convert(mode), source, srgb, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):  # a broken profile: the colors as they are stored
-        return None
 
 
 def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:
@@ -286,10 +301,50 @@ def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits
-        grey = np.asarray(image, dtype=np.float64)
-        return Image.fromarray(
-            (grey / (65535 if grey.max(initial=0) > 255 else 255) * 255).astype(np.uint8)
-        ).convert("RGB")
-    transparent = "A" in image.mode or "a" in image.mode or "transparency" in image.info
-    return image.convert("RGBA" if transparent else "RGB")
+    """Make a picture RGB or RGBA of 8 bits; its colors stay in their color space.
+
+    Raises:
+        PictureError: Its samples have no known white: floats, 32 bits or signed.
+    """
+    tags = getattr(image, "tag_v2", {})  # TIFF's
+    if image.mode in ("F", "I") or 2 in tags.get(_SAMPLE_FORMAT, ()):
+        kind = "floats" if image.mode == "F" else "signed integers or 32 bits"
+        raise PictureError(
+            f"expected 8 or 16 bits a channel, found {kind}, of which nobody says what is white; export it with 8 bits"
+        )
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        white = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
+        gray = np.rint(values.astype(np.float32) * (255 / white)).clip(0, 255).astype(np.uint8)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # PIL inverts 8 bits alone
+            gray = 255 - gray
+        colors = Image.fromarray(gray).convert("RGB")
+        if "transparency" in image.info:
+            colors.putalpha(
+                Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+            )
+        return colors
+    if image.mode == "La":
+        image = image.convert("LA")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
+
+
+def _prepare(image: Image.Image, content: bytes) -> None:
+    """Correct what PIL says of a file that it has opened and not yet decoded.
+
+    Raises:
+        PictureError: PIL would decode it to something else than it shows.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_PHOTOMETRIC) == _YCBCR and tags.get(_COMPRESSION) not in _JPEG_IN_TIFF:
+        raise PictureError("expected RGB in a TIFF without JPEG compression, found YCbCr; export it as RGB")
+    if image.format != "PNG" or "transparency" not in image.info:
+        return
+    bits = content[24]
+    if image.mode == "RGB" and bits == 16:  # PIL keeps the upper halves alone, which several colors share
+        raise PictureError(
+            "expected 8 bits a channel in a PNG with a transparent color (tRNS), found 16; export it with an alpha "
+            "channel"
+        )
+    if image.mode == "L" and bits < 8:  # PIL scales the pixels and forgets their transparent value
+        image.info["transparency"] *= 255 // ((1 << bits) - 1)

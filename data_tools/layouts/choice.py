@@ -91,8 +91,8 @@ def make_layout(
 
 
 def _kind(folder: Path, pictures: Callable[[Path], list[Path]]) -> Kind | None:
-    files = pictures(folder)
     try:
+        files = pictures(folder)
         with Image.open(files[0], formats=("PNG", "WEBP")) as image:  # only its header is read
             return Kind(len(files), image.size)
     except (IndexError, *PICTURE_ERRORS):

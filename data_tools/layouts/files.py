@@ -5,6 +5,7 @@ A file is read when its size makes sense, an array when its header does; nothing
 
 import dataclasses
 import io
+import itertools
 import math
 import os
 import re
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from data_tools.archives import DAMAGE
+from lrm_pl.color_spaces import ColorSpaceError, says_srgb
 from lrm_pl.data.manifest import MAX_MEMBER_BYTES
-from lrm_pl.data.schema import HEADER_ERRORS
+from lrm_pl.data.schema import HEADER_ERRORS, MAX_IMAGE_SIDE, encode_image
 from lrm_pl.errors import InputError
+from lrm_pl.pictures import PICTURE_ERRORS, open_picture, webp_size
 
 #: A pose has twelve numbers, the poses of 999 views 16 times as many; no such file is larger.
 _MAX_ARRAY_BYTES = 1 << 20
@@ -38,7 +42,7 @@ class Posed:
     Attributes:
         c2w: (V, 4, 4) float32 poses, OpenCV, +z up.
         fxfycxcy: (V, 4) float32 intrinsics, divided by the picture's width and height.
-        views: V encoded RGBA pictures.
+        views: V encoded RGBA pictures, their colors sRGB.
     """
 
     c2w: npt.NDArray[np.float32]
@@ -47,21 +51,50 @@ class Posed:
 
 
 def folders_with(root: Path, names: Sequence[str]) -> list[Path]:
-    """Find the folders that hold any of these files or folders, sorted; nothing is searched inside them."""
-    found = []
-    for path, folders, files in os.walk(root):
+    """Find the folders that hold any of these files or folders, sorted; nothing is searched inside them.
+
+    Links to folders are followed; a folder that several paths lead to is found once. A link that leads nowhere counts
+    as found: whoever reads it says why it cannot be used.
+
+    Raises:
+        LayoutError: A folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise LayoutError(f"expected a folder that can be listed, found: {error}") from error
+
+    found, seen = [], set()
+    for path, folders, files in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         if any(name in folders or name in files for name in names):
             found.append(Path(path))
             folders.clear()
+            continue
+        folders.sort(key=lambda name: (Path(path, name).is_symlink(), name))
+        found += [Path(path, file) for file in files if not Path(path, file).exists()]
     return sorted(found)
 
 
 def numbered_pictures(folder: Path) -> list[Path]:
-    """List the pictures of a folder whose names are numbers (``007.png``), in order."""
+    """List the pictures of a folder whose names are numbers (``007.png``), in order.
+
+    Raises:
+        LayoutError: Two have one number.
+    """
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"\d{1,6}\.(png|webp)", path.name)]
-    return sorted(found, key=lambda path: int(path.stem))
+    pictures = sorted(found, key=lambda path: (int(path.stem), path.name))
+    for first, second in itertools.pairwise(pictures):
+        if int(first.stem) == int(second.stem):
+            raise LayoutError(
+                f"{folder}: expected one picture a number, found {first.name} and {second.name}; remove one of them"
+            )
+    return pictures
 
 
 def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
@@ -78,16 +111,53 @@ def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
 
 
 def read_views(files: Sequence[Path], folder: Path) -> tuple[bytes, ...]:
-    """Read an object's pictures, without decoding them.
+    """Read an object's pictures, as ``rgba_view`` makes them.
 
     Raises:
-        LayoutError: There are none, too many, or one is too large.
+        InputError: There are none, too many, or one is too large or of colors that cannot be converted.
     """
     if not 1 <= len(files) <= MAX_VIEWS:
         raise LayoutError(
             f"{folder}: expected 1 to {MAX_VIEWS} pictures 000.png, 001.png, ..., found {len(files)}"
         )
-    return tuple(read_file(file) for file in files)
+    return tuple(rgba_view(read_file(file), str(file)) for file in files)
+
+
+def rgba_view(content: bytes, name: str) -> bytes:
+    """Make a view with transparency the RGBA view of sRGB colors that it stands for.
+
+    Tools that make PNGs smaller store RGBA as a palette, as gray with alpha, or with one transparent color (tRNS).
+
+    Args:
+        content: The file.
+        name: What messages call it.
+
+    Returns:
+        The same bytes where it is such a view already, has no transparency, or is no picture: whoever decodes it says
+        so.
+
+    Raises:
+        PictureError: Its colors cannot be converted to sRGB.
+    """
+    if max(webp_size(content)) > MAX_IMAGE_SIDE:
+        return content
+    stored = None
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "WEBP")) as image:
+            transparent = image.mode in ("RGBA", "LA") or "transparency" in image.info
+            if not transparent or max(image.size) > MAX_IMAGE_SIDE:
+                return content
+            if image.mode == "RGBA":
+                if says_srgb(image, content):
+                    return content
+                stored = np.asarray(image)
+    except ColorSpaceError:
+        pass  # refused below, with its name
+    except PICTURE_ERRORS:
+        return content
+    # Its camera was computed for the pixels as they are stored, whatever EXIF says.
+    rgba = np.asarray(open_picture(content, name, upright=False))
+    return content if stored is not None and np.array_equal(rgba, stored) else encode_image(rgba)
 
 
 def read_pose(path: Path) -> npt.NDArray[np.float64]:

@@ -27,7 +27,8 @@ from data_tools.layouts.colmap import PosedImage, read_model
 from data_tools.layouts.files import LayoutError, Posed, folders_with, read_file
 from data_tools.layouts.object_frame import Sighting, into_object_frame
 from lrm_pl.data.schema import MAX_IMAGE_SIDE, encode_image
-from lrm_pl.pictures import PICTURE_ERRORS
+from lrm_pl.errors import InputError
+from lrm_pl.pictures import PICTURE_ERRORS, open_picture, to_rgb8
 
 #: Added on each side of the mask, as a part of its longer side.
 MARGIN = 0.1
@@ -147,20 +148,30 @@ def _crop(frame: Frame, resolution: int) -> bytes:
 
 
 def _decoded(path: Path, kind: Literal["picture", "mask"], image: PosedImage) -> npt.NDArray[np.uint8]:
-    """Decode a picture to (H, W, 3), or a mask (its alpha, else grey or blue) to (H, W, 1), of the camera's size."""
-    size = (image.camera.width, image.camera.height)
+    """Decode a picture to (H, W, 3) sRGB, or a mask (its alpha, else gray or blue) to (H, W, 1), of the camera's size.
+
+    Nothing is turned: COLMAP computed the camera for the pixels as they are stored, whatever EXIF says.
+    """
+    size, content = (image.camera.width, image.camera.height), read_file(path)
     try:
-        with Image.open(io.BytesIO(read_file(path)), formats=("JPEG", "PNG")) as encoded:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as encoded:
             if encoded.size != size or max(size) > MAX_IMAGE_SIDE:
                 raise LayoutError(
                     f"{path}: expected a {kind} of {size} pixels as its camera says, {MAX_IMAGE_SIDE} a side at most, "
                     f"found {encoded.size}"
                 )
             if kind == "picture":
-                return np.array(encoded.convert("RGB"), dtype=np.uint8)
-            plain = encoded.convert("L") if encoded.mode in ("1", "P") else encoded
+                return np.array(
+                    open_picture(content, str(path), upright=False).convert("RGB"), dtype=np.uint8
+                )
+            if encoded.mode in ("1", "P"):
+                plain = encoded.convert("L")
+            else:  # PIL would cut 16 bits off at 255
+                plain = to_rgb8(encoded, upright=False) if encoded.mode.startswith("I") else encoded
             return np.array(plain.getchannel(len(plain.getbands()) - 1).convert("L"), dtype=np.uint8)[
                 ..., None
             ]
+    except InputError:
+        raise
     except PICTURE_ERRORS as error:
         raise LayoutError(f"{path}: expected a {kind}, found: {error}") from error

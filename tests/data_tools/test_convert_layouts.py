@@ -9,13 +9,13 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from data_tools.__main__ import main
 from data_tools.convert import convert
 from data_tools.layouts.choice import make_layout
-from data_tools.layouts.files import LayoutError, parse_npy, read_npz
+from data_tools.layouts.files import LayoutError, parse_npy, read_npz, rgba_view
 from data_tools.layouts.instantmesh import opencv_poses
 from data_tools.validate import validate
 from lrm_pl.data.manifest import read_manifest, read_samples
@@ -158,6 +158,8 @@ def bad_objects(root, layout):
         ),
         ("other-size", "as most objects have, found 6 views of 64 x 64 pixels"),
         ("opaque-picture", "expected RGBA views, found mode RGB"),
+        ("opaque-palette", "expected RGBA views, found mode P"),
+        ("hdr-picture", r"003\.png: expected .*found PQ, which is HDR"),
         ("too-large", "cameras that fit the silhouettes"),
     ):
         folder = root / name
@@ -187,6 +189,12 @@ def bad_objects(root, layout):
             picture.unlink()
         elif name == "opaque-picture":
             Image.open(picture).convert("RGB").save(picture)
+        elif name == "opaque-palette":
+            Image.open(picture).convert("RGB").quantize(16).save(picture)
+        elif name == "hdr-picture":
+            image = Image.open(picture)
+            image.save(picture)
+            picture.write_bytes(png_chunk(picture.read_bytes(), b"cICP", bytes((9, 16, 0, 1))))
         yield name, said
 
 
@@ -198,6 +206,105 @@ def png_of_declared_size(width, height):
     content[16:24] = struct.pack(">II", width, height)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     return bytes(content)
+
+
+def test_one_number_twice_is_refused_and_named(layout, tmp_path):
+    for key in ("a", "both", "short"):
+        WRITERS[layout](tmp_path / "in" / key, ellipsoid(key))
+    picture = a_picture(tmp_path / "in" / "both", layout)
+    Image.open(picture).save(picture.with_suffix(".webp"), lossless=True)
+    picture = a_picture(tmp_path / "in" / "short", layout)
+    picture.with_name("3.png").write_bytes(picture.read_bytes())
+    assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a"}
+    found = reasons(tmp_path / "out")
+    assert "expected one picture a number, found 003.png and 003.webp; remove one" in found["both"]
+    assert "expected one picture a number, found 003.png and 3.png; remove one" in found["short"]
+
+
+def test_folders_behind_links_are_found_once_and_dead_links_are_named(layout, tmp_path):
+    root, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    WRITERS[layout](root / "a", ellipsoid("a"))
+    for key in ("b", "c"):
+        WRITERS[layout](elsewhere / "group" / key, ellipsoid(key))
+    (root / "0-again").symlink_to(root / "a")
+    (root / "circle").symlink_to(root)
+    (root / "b").symlink_to(elsewhere / "group" / "b")
+    (root / "group").symlink_to(elsewhere / "group")
+    (root / "lost").symlink_to(elsewhere / "lost")
+    assert set(converted(layout, root, tmp_path / "out")) == {"a", "b", "group_c"}
+    assert set(reasons(tmp_path / "out")) == {"lost"}
+    assert "expected" in reasons(tmp_path / "out")["lost"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(layout, tmp_path):
+    with pytest.raises(LayoutError, match=r"expected a folder that can be listed, found: .*No such file"):
+        converted(layout, tmp_path / "nowhere", tmp_path / "out")
+
+
+def as_palette(rgba):
+    return Image.fromarray(rgba).quantize(256, method=Image.Quantize.FASTOCTREE)
+
+
+def as_gray(rgba):
+    return Image.fromarray(rgba).convert("LA")
+
+
+def as_key_color(rgba):
+    rgb = rgba[..., :3].copy()
+    rgb[rgba[..., 3] < 128] = 1, 2, 3
+    image = Image.fromarray(rgb)
+    image.info["transparency"] = (1, 2, 3)
+    return image
+
+
+@pytest.mark.parametrize("stored", [as_palette, as_gray, as_key_color])
+def test_views_that_a_tool_made_smaller_are_the_rgba_views_that_they_stand_for(layout, tmp_path, stored):
+    sample = ellipsoid("a")
+    WRITERS[layout](tmp_path / "in" / "a", sample)
+    pictures = []
+    for number, view in enumerate(sample.views):
+        path = a_picture(tmp_path / "in" / "a", layout).with_name(f"{number:03d}.png")
+        stored(decode_image("a", view)).save(path)
+        image = Image.open(path)
+        assert image.mode != "RGBA"
+        pictures.append(np.asarray(image.convert("RGBA")))
+    found = converted(layout, tmp_path / "in", tmp_path / "out")["a"]
+    for view, picture in zip(found.views, pictures, strict=True):
+        np.testing.assert_array_equal(decode_image("a", view), picture)
+
+
+def png_chunk(content, kind, data):
+    """Put a chunk before a PNG's first data."""
+    at = content.index(b"IDAT") - 4
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return content[:at] + chunk + content[at:]
+
+
+def test_views_of_another_color_space_become_srgb_and_declared_srgb_keeps_its_bytes():
+    rgba = np.array([[[55, 55, 55, 255], [188, 0, 255, 77]]], dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rgba).save(file, "PNG")
+    plain = file.getvalue()
+    srgb_profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(rgba).save(file := io.BytesIO(), "PNG", icc_profile=srgb_profile)
+    same = [plain, file.getvalue(), png_chunk(plain, b"gAMA", struct.pack(">I", 45455))]
+    same += [png_chunk(plain, b"sRGB", b"\0"), png_chunk(plain, b"cICP", bytes((1, 13, 0, 1)))]
+    for content in same:
+        assert rgba_view(content, "a.png") is content
+    linear = rgba_view(png_chunk(plain, b"gAMA", struct.pack(">I", 100_000)), "a.png")
+    # 55 / 255 of light is 128 of 255 in sRGB, 188 is 223; alpha has no curve.
+    assert decode_image("a", linear).tolist() == [[[128, 128, 128, 255], [223, 0, 255, 77]]]
+    with pytest.raises(InputError, match=r"a\.png: expected .*found PQ, which is HDR"):
+        rgba_view(png_chunk(plain, b"cICP", bytes((9, 16, 0, 1))), "a.png")
+
+
+def test_views_are_not_turned_by_exif_since_their_cameras_are_not():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new("P", (3, 2))
+    image.putpalette([9, 8, 7, 1, 2, 3])
+    image.save(file := io.BytesIO(), "PNG", transparency=1, exif=exif)
+    assert decode_image("a", rgba_view(file.getvalue(), "a.png")).shape == (2, 3, 4)
 
 
 def test_bad_objects_are_named_and_the_others_stay(layout, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 import struct
@@ -234,6 +235,32 @@ def test_masks_may_lie_in_a_folder_of_their_own_and_views_are_evenly_spaced(tmp_
     (shard,) = read_manifest(tmp_path / "out").shards
     found = {key: decode_sample(key, members) for key, members in read_samples(tmp_path / "out", shard)}
     assert found["7_a"].views == all_views.views[::2]
+
+
+def test_frames_are_srgb_and_not_turned_and_masks_may_have_sixteen_bits(video, tmp_path):
+    folder, _ = video
+    (before,) = converted(tmp_path / "in", tmp_path / "plain").values()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # COLMAP does not turn pictures
+    for path in sorted((folder / "masks").iterdir()):
+        soft = np.where(np.asarray(Image.open(path)) > 127, 65535, 20000).astype(np.uint16)
+        Image.fromarray(soft).save(path)
+    views = []
+    for name, color_space in (("srgb", 1), ("adobe", 2)):
+        exif.get_ifd(0x8769)[0xA001] = color_space
+        for path in sorted((folder / "images").iterdir()):
+            image = Image.open(io.BytesIO(path.read_bytes()))
+            image.save(path, quality="keep", exif=exif)
+        (sample,) = converted(tmp_path / "in", tmp_path / name).values()
+        np.testing.assert_array_equal(sample.c2w, before.c2w)
+        views.append(decode_image("a", sample.views[0]).astype(int))
+    plain = decode_image("a", before.views[0])
+    solid = plain[..., 3] == 255
+    assert set(np.unique(views[0][..., 3])) >= {78, 255}, "20000 of 65535 is 78 of 255"
+    assert np.abs(views[0][solid] - plain[solid]).max() <= 2, (
+        "edges are weighted by another alpha, and no more"
+    )
+    assert np.abs(views[1][solid] - views[0][solid]).max() > 10
 
 
 def test_views_that_show_a_part_or_nothing_do_not_count(video, tmp_path):

@@ -1,6 +1,7 @@
 """Shards made into others: what changes, what keeps its bytes, and what is refused."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -105,6 +106,75 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
     assert f"make train DATA={tmp_path / 'out'}" in capsys.readouterr().out
     assert main(["merge", "--shards", str(shards), "--out", str(tmp_path / "out")]) == 1
     assert "found it there" in capsys.readouterr().err
+
+
+def rendered(folder, **render):
+    """Say what a folder's manifest says of how it was rendered."""
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), render=render))
+    return folder
+
+
+@pytest.fixture
+def other(shards, tmp_path):
+    """A folder of the same kind with objects of other names."""
+    names = ("first", "second")
+    content = [members(shards)[key][1] for key in sorted(members(shards))[:2]]
+    (folder := tmp_path / "others").mkdir()
+
+    def renamed():
+        for name, sample in zip(names, content, strict=True):
+            info = json.loads(sample["json"]) | {"id": name}
+            yield name, sample | {"json": json.dumps(info).encode()}
+
+    shard = write_shard(folder, "train-000000.tar", "train", renamed())
+    write_manifest(folder, dataclasses.replace(read_manifest(shards), shards=(shard,)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [
+        ("preset", "gso-orbit", "frame"),
+        ("preset", "frame", None),
+        ("radius_range", [2.5, 2.5], [2.4, 2.8]),
+        ("height_range", [0.0, 0.0], [-0.75, 1.6]),
+        ("fov_range_deg", [50.0, 50.0], [67.38, 67.38]),
+        ("depth", True, False),
+        ("normals", True, None),
+        ("surface", True, False),
+    ],
+)
+def test_folders_of_other_cameras_or_geometry_are_not_joined(shards, other, tmp_path, name, one, two):
+    first = rendered(shutil.copytree(shards, tmp_path / "first"), **{name: one})
+    rendered(other, **({} if two is None else {name: two}))
+    with pytest.raises(
+        RepackError, match=f"found {name}: .* in .*first, .* in .*others; train on both as they are"
+    ):
+        repack([first, other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_joined_folder_says_only_what_is_true_of_all_its_objects(shards, other, tmp_path):
+    same = {"preset": "frame", "depth": False, "resolution": 32}
+    first = rendered(shutil.copytree(shards, tmp_path / "first"), **same, seed=0, renderer="a", samples=4)
+    rendered(other, **same, seed=1, renderer="a")
+    render = repack([first, other], tmp_path / "out").render
+    assert {name: render[name] for name in same} == same
+    assert render["renderer"] == "a"
+    assert not {"seed", "samples"} & set(render)
+    assert set(members(tmp_path / "out")) == set(members(shards)) | {"first", "second"}
+
+
+def test_objects_that_one_folder_holds_out_are_not_advised_into_training(shards, tmp_path):
+    repack([shards], tmp_path / "trained", held_out=0)
+    with pytest.raises(RepackError, match=r"'val-.*' is held out in .*shards.* and trained on in .*trained"):
+        repack([shards, tmp_path / "trained"], tmp_path / "out")
+    few = tmp_path / "few"
+    write_synthetic_shards(few, train=1, val=0, views=3, resolution=32)
+    with pytest.raises(
+        RepackError, match=r"views: 3 in .*, 8 in .*; train on both as they are: --data\.also"
+    ):
+        repack([few, shards], tmp_path / "out")
 
 
 def test_a_damaged_sample_stops_it_and_leaves_nothing_under_the_name(shards, tmp_path):

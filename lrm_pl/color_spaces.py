@@ -1,0 +1,356 @@
+"""Color spaces that picture files declare, and the conversion of 8-bit colors to sRGB. numpy and PIL only.
+
+Read are ICC profiles, PNG's cICP, sRGB, gAMA and cHRM chunks, AVIF's nclx, BMP's V4 and V5 headers, and EXIF's and
+TIFF's tags. A declaration that is damaged, or that does not fit the picture's mode, counts as none, as in browsers.
+Without a declaration colors are sRGB, and CMYK is its complement.
+"""
+
+import dataclasses
+import io
+import math
+import struct
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms
+
+from lrm_pl.errors import InputError
+
+_D65: Final = (0.3127, 0.3290)
+_BT709: Final = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, *_D65)
+
+#: ITU-T H.273, table 2: code -> CIE 1931 xy of red, green, blue and white. 2 means unspecified.
+_PRIMARIES: Final = {
+    1: _BT709,
+    2: _BT709,
+    5: (0.64, 0.33, 0.29, 0.60, 0.15, 0.06, *_D65),  # BT.601, 625 lines
+    6: (0.630, 0.340, 0.310, 0.595, 0.155, 0.070, *_D65),  # BT.601, 525 lines
+    7: (0.630, 0.340, 0.310, 0.595, 0.155, 0.070, *_D65),
+    9: (0.708, 0.292, 0.170, 0.797, 0.131, 0.046, *_D65),  # BT.2020
+    12: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, *_D65),  # Display P3
+}
+
+#: ITU-T H.273, table 3: code -> exponent; None is sRGB's curve. The curves of BT.601, 709 and 2020 (1, 6, 14, 15) are
+#: those of cameras; browsers show such pictures by sRGB's.
+_TRANSFERS: Final = dict.fromkeys((1, 2, 6, 13, 14, 15)) | {4: 2.2, 5: 2.8, 8: 1.0}
+_HDR: Final = {16: "PQ, which is HDR", 18: "HLG, which is HDR"}
+
+#: XYZ to the responses of the cones (Bradford).
+_CONES: Final = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+
+_GRAY_MODES: Final = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
+
+#: Largest difference, of 255, that is rounding.
+_ROUNDING: Final = 1
+
+#: Rows converted at a time; bounds memory.
+_ROWS: Final = 256
+
+#: EXIF: tags of the first directory, and of those that it names.
+_TRANSFER_FUNCTION, _WHITE, _RGB_PRIMARIES = 0x012D, 0x013E, 0x013F
+_EXIF_IFD, _INTEROP_IFD = 0x8769, 0xA005
+_COLOR_SPACE, _GAMMA, _INTEROP_INDEX = 0xA001, 0xA500, 1
+
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    struct.error,
+)
+
+Converter = Callable[[Image.Image], Image.Image]
+
+
+class ColorSpaceError(InputError):
+    """A picture's colors cannot be converted to sRGB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ColorSpace:
+    """An RGB color space.
+
+    Attributes:
+        xy: CIE 1931 x and y of red, green, blue and white.
+        gamma: Exponent that makes stored values linear light; None is sRGB's curve.
+    """
+
+    xy: tuple[float, ...] = _BT709
+    gamma: float | None = None
+
+
+SRGB: Final = ColorSpace()
+ADOBE_RGB: Final = ColorSpace((0.64, 0.33, 0.21, 0.71, 0.15, 0.06, *_D65), 563 / 256)
+
+
+def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image.Image:
+    """Convert a picture's colors from the color space that its file declares to sRGB.
+
+    Args:
+        image: The picture as PIL opened it: its mode and metadata.
+        rgb: Its colors as they are stored, RGB of 8 bits.
+        content: Its file, for what PIL does not read (cICP, nclx, BMP's headers); empty where there is none.
+
+    Returns:
+        RGB of 8 bits; ``rgb`` itself where its colors are sRGB's but for rounding.
+
+    Raises:
+        ColorSpaceError: A color space that cannot be converted, such as HDR.
+    """
+    space = _png_codes(content)  # before a profile, as PNG's specification says
+    profile = image.info.get("icc_profile") or _bmp_profile(content)
+    if space is None and profile:
+        converted = _by_profile(image, rgb, profile)
+        if converted is not None:
+            return converted
+    space = space or _declared_space(image, content)
+    return rgb if space is None or space == SRGB else _by_space(rgb, space)
+
+
+def says_srgb(image: Image.Image, content: bytes) -> bool:
+    """Say whether a picture that PIL has opened declares sRGB or nothing; arguments as in ``to_srgb``.
+
+    Raises:
+        ColorSpaceError: As ``to_srgb``.
+    """
+    space = _png_codes(content) or _declared_space(image, content)
+    return "icc_profile" not in image.info and (space is None or space == SRGB)
+
+
+def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
+    """Read every declaration that a profile takes precedence over."""
+    for declared in (_avif_codes, _png_gamma, _bmp_space, _exif_space):
+        space = declared(image, content)
+        if space is not None:
+            return space
+    return None
+
+
+def _by_space(rgb: Image.Image, space: ColorSpace) -> Image.Image:
+    codes = np.arange(256) / 255
+    linear = np.where(codes <= 0.04045, codes / 12.92, ((codes + 0.055) / 1.055) ** 2.4)
+    linear = (linear if space.gamma is None else codes**space.gamma).astype(np.float32)
+    try:
+        matrix = (np.linalg.inv(_to_xyz(_BT709)) @ _to_xyz(space.xy)).astype(np.float32)
+    except np.linalg.LinAlgError:  # colors on one line, or no white
+        return rgb
+    light = np.arange(1 << 16) / 65535
+    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    encoded = np.rint(encoded * 255).astype(np.uint8)
+
+    def convert(image: Image.Image) -> Image.Image:
+        stored = np.asarray(image)
+        converted = np.empty_like(stored)
+        for top in range(0, len(stored), _ROWS):
+            part = linear[stored[top : top + _ROWS]] @ matrix.T
+            converted[top : top + _ROWS] = encoded[np.rint(part.clip(0, 1) * 65535).astype(np.uint16)]
+        return Image.fromarray(converted)
+
+    return _unless_rounding(rgb, convert)
+
+
+def _to_xyz(xy: tuple[float, ...]) -> npt.NDArray[np.float64]:
+    """Return the (3, 3) matrix from linear RGB to XYZ, adapted to D65."""
+    points = np.array(xy, dtype=np.float64).reshape(4, 2)
+    columns = np.concatenate([points, 1 - points.sum(axis=1, keepdims=True)], axis=1).T
+    if not np.isfinite(columns).all() or columns[1, 3] <= 0:
+        raise np.linalg.LinAlgError
+    white = columns[:, 3] / columns[1, 3]
+    matrix = columns[:, :3] * np.linalg.solve(columns[:, :3], white)
+    d65 = np.array([_D65[0], _D65[1], 1 - sum(_D65)]) / _D65[1]
+    return np.linalg.inv(_CONES) @ np.diag(_CONES @ d65 / (_CONES @ white)) @ _CONES @ matrix
+
+
+def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
+    """Convert a picture unless that would change no color but by rounding: declared sRGB keeps its values."""
+    levels = np.linspace(0, 255, 18).astype(np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 18, 3)
+    if image.mode == "L":
+        grid = np.arange(256, dtype=np.uint8)[None]
+    if image.mode == "CMYK":
+        return convert(image)
+    colors = Image.fromarray(grid)
+    before, after = (np.asarray(c, dtype=np.int16) for c in (colors.convert("RGB"), convert(colors)))
+    return image.convert("RGB") if np.abs(after - before).max() <= _ROUNDING else convert(image)
+
+
+def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image | None:
+    """Convert by an ICC profile; None where it is broken or does not fit the picture."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
+        if mode is None or (mode == "CMYK") != (image.mode == "CMYK"):
+            return None
+        if mode == "L" and image.mode not in _GRAY_MODES:
+            return None
+        srgb = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, srgb, mode, "RGB")
+        return _unless_rounding(image if mode == "CMYK" else rgb.convert(mode), transform.apply)
+    except (ImageCms.PyCMSError, OSError):
+        return None
+
+
+def _coded(primaries: int, transfer: int) -> ColorSpace | None:
+    """Look up the codes of H.273; None where neither is specified."""
+    if primaries == transfer == 2:
+        return None
+    if primaries in _PRIMARIES and transfer in _TRANSFERS:
+        return ColorSpace(_PRIMARIES[primaries], _TRANSFERS[transfer])
+    what = (
+        _HDR.get(transfer) or f"color primaries {primaries} and transfer characteristics {transfer} of H.273"
+    )
+    raise ColorSpaceError(f"expected colors that can be converted to sRGB, found {what}; export it as sRGB")
+
+
+def _png_codes(content: bytes) -> ColorSpace | None:
+    """Read PNG's cICP chunk."""
+    at = 8 if content.startswith(b"\x89PNG\r\n\x1a\n") else len(content)
+    while at + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, at)
+        if kind == b"IDAT":
+            break
+        if kind == b"cICP" and length == 4:
+            primaries, transfer, matrix, full_range = content[at + 8 : at + 12]
+            if matrix or full_range != 1:
+                raise ColorSpaceError(
+                    "expected RGB of full range in a PNG, found a cICP chunk of YCbCr or of narrow range; export it "
+                    "as sRGB"
+                )
+            return _coded(primaries, transfer)
+        at += 12 + length
+    return None
+
+
+def _png_gamma(image: Image.Image, _: bytes) -> ColorSpace | None:
+    """Read PNG's sRGB, gAMA and cHRM chunks."""
+    gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
+    if "srgb" in image.info:
+        return SRGB
+    if points is not None and len(points) != 8:
+        points = None
+    if not gamma and points is None:
+        return None
+    # 0.45455 stands for sRGB's curve: every program that writes an sRGB chunk writes this beside it.
+    exponent = None if not gamma or abs(gamma - 0.45455) < 0.0005 else 1 / gamma
+    return ColorSpace(_BT709 if points is None else (*points[2:], *points[:2]), exponent)
+
+
+def _avif_codes(_: Image.Image, content: bytes) -> ColorSpace | None:
+    """Read the nclx box of an AVIF's primary item."""
+    if content[4:8] != b"ftyp":
+        return None
+    try:
+        properties = _primary_properties(content)
+    except (struct.error, LookupError):
+        return None
+    for kind, start, _end in properties:
+        if kind == b"colr" and content[start : start + 4] == b"nclx":
+            primaries, transfer = struct.unpack_from(">HH", content, start + 4)
+            return _coded(primaries, transfer)
+    return None
+
+
+def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
+    """List the properties of the primary item of a HEIF file (ISO 23008-12): kind, start and end of each."""
+    meta = _box(content, b"meta", 0, len(content))
+    if meta is None:
+        raise ColorSpaceError(
+            "expected a still picture in the AVIF, found a sequence alone; export its first frame"
+        )
+    first = meta[0] + 4  # after version and flags
+    boxes = {kind: (start, end) for kind, start, end in _boxes(content, first, meta[1])}
+    start = boxes[b"pitm"][0]
+    primary = struct.unpack_from(">I" if content[start] else ">H", content, start + 4)[0]
+    inside = {kind: (start, end) for kind, start, end in _boxes(content, *boxes[b"iprp"])}
+    known = list(_boxes(content, *inside[b"ipco"]))
+    at, _ = inside[b"ipma"]
+    version, wide = content[at], content[at + 3] & 1
+    count = struct.unpack_from(">I", content, at + 4)[0]
+    at += 8
+    for _ in range(count):
+        item = struct.unpack_from(">I" if version else ">H", content, at)[0]
+        at += 4 if version else 2
+        links = struct.unpack_from(f">{content[at]}{'H' if wide else 'B'}", content, at + 1)
+        at += 1 + len(links) * (2 if wide else 1)
+        if item == primary:
+            numbers = [link & (0x7FFF if wide else 0x7F) for link in links]
+            return [known[number - 1] for number in numbers if number]
+    return []
+
+
+def _box(content: bytes, wanted: bytes, start: int, end: int) -> tuple[int, int] | None:
+    return next(((low, high) for kind, low, high in _boxes(content, start, end) if kind == wanted), None)
+
+
+def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the boxes of an ISO file: kind, start and end of what is in each."""
+    while start + 8 <= end:
+        size, kind = struct.unpack_from(">I4s", content, start)
+        head = 8
+        if size == 1:
+            size, head = struct.unpack_from(">Q", content, start + 8)[0], 16
+        size = size or end - start
+        if size < head:
+            return
+        yield kind, start + head, min(start + size, end)
+        start += size
+
+
+def _bmp_kind(content: bytes) -> bytes:
+    """Return what a BMP's V4 or V5 header says of its colors, as four letters; empty where nothing."""
+    if not content.startswith(b"BM") or len(content) < 122 or int.from_bytes(content[14:18], "little") < 108:
+        return b""
+    return content[70:74][::-1]
+
+
+def _bmp_profile(content: bytes) -> bytes | None:
+    if _bmp_kind(content) != b"MBED" or len(content) < 134:
+        return None
+    start, size = struct.unpack_from("<II", content, 126)
+    return content[14 + start : 14 + start + size]
+
+
+def _bmp_space(_: Image.Image, content: bytes) -> ColorSpace | None:
+    kind = _bmp_kind(content)
+    if kind == b"LINK" or (kind == bytes(4) and any(content[74:122])):
+        what = "a profile in another file" if kind == b"LINK" else "endpoints of its own"
+        raise ColorSpaceError(f"expected a BMP of sRGB, found one with {what}; export it as sRGB")
+    return None
+
+
+def _exif_space(image: Image.Image, _: bytes) -> ColorSpace | None:
+    """Read the tags of EXIF, and those that TIFF has in common with it."""
+    try:
+        exif = image.getexif()
+        details = exif.get_ifd(_EXIF_IFD)
+        interop = exif.get_ifd(_INTEROP_IFD) if _INTEROP_IFD in details else {}
+        number, index = details.get(_COLOR_SPACE), str(interop.get(_INTEROP_INDEX, ""))
+        own_curve = exif.get(_TRANSFER_FUNCTION) is not None
+        points = _numbers(exif.get(_RGB_PRIMARIES), 6) + _numbers(exif.get(_WHITE), 2)
+        gamma = _numbers(details.get(_GAMMA), 1)
+    except _DAMAGED:
+        return None
+    if number == 1:
+        return SRGB
+    if number == 2 or index.startswith("R03"):  # what cameras write for Adobe RGB (DCF 2.0)
+        return ADOBE_RGB
+    if own_curve:
+        raise ColorSpaceError(
+            "expected colors that can be converted to sRGB, found a TIFF with a transfer function of its own; export "
+            "it as sRGB"
+        )
+    if len(points) == 8 or gamma:
+        return ColorSpace(points if len(points) == 8 else _BT709, gamma[0] if gamma else None)
+    return None
+
+
+def _numbers(value: object, count: int) -> tuple[float, ...]:
+    """Make ``count`` finite positive numbers of a tag's value; empty where it holds others."""
+    numbers = () if value is None else tuple(np.asarray(value, dtype=np.float64).ravel().tolist())
+    fits = len(numbers) == count and all(math.isfinite(number) and number > 0 for number in numbers)
+    return numbers if fits else ()

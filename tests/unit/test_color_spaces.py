@@ -1,0 +1,362 @@
+"""Color spaces that files declare: converted to sRGB as computed by hand, or refused by name."""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from lrm_pl.color_spaces import ColorSpaceError, to_srgb
+from lrm_pl.pictures import NotAPictureError, PictureError, open_picture, to_rgb8
+from tests.unit.test_pictures import encoded, wide_profile
+
+#: Linear RGB of a color space -> linear sRGB, from the primaries' xy (brucelindbloom.com has the same).
+P3 = [[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]]
+ADOBE = [[1.3984, -0.3984, 0], [0, 1, 0], [0, -0.0429, 1.0429]]
+BT2020 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
+
+COLOR = (210, 90, 50)
+P3_CODES, ADOBE_XY = (12, 13), (0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+
+
+def by_hand(color, matrix, gamma=None):
+    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 if gamma is None else (c / 255) ** gamma for c in color]
+    light = [sum(m * x for m, x in zip(row, linear, strict=True)) for row in matrix]
+    return [255 * (1.055 * min(max(x, 0.0031), 1) ** (1 / 2.4) - 0.055) for x in light]
+
+
+def plain(color=COLOR, mode="RGB"):
+    return Image.new("RGB", (16, 16), color).convert(mode)
+
+
+def with_chunks(content, **chunks):
+    """Put chunks before a PNG's first data."""
+    at = content.index(b"IDAT") - 4
+    for kind, data in chunks.items():
+        name = kind.encode()
+        chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        content, at = content[:at] + chunk + content[at:], at + len(chunk)
+    return content
+
+
+def gray_png(bits, rows, transparent, color_type=0):
+    """A PNG of samples of any depth with a transparent value, which PIL cannot write."""
+    size = struct.pack(">II", len(rows[0]) * 8 // bits // (3 if color_type else 1), len(rows))
+    header = size + struct.pack(">BBBBB", bits, color_type, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", header), (b"tRNS", transparent), (b"IDAT", data), (b"IEND", b"")):
+        png += (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+    return png
+
+
+def gray_profile():
+    """Return an ICC profile of gray with the exponent 1: stored values are light."""
+    d50 = struct.pack(">3i", 63190, 65536, 54061)
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"g\0" + bytes(78),
+        b"wtpt": b"XYZ " + bytes(4) + d50,
+        b"kTRC": b"curv" + bytes(8),
+        b"cprt": b"text" + bytes(4) + b"-\0\0\0",
+    }
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(content))
+        body += content
+    head = bytes(8) + struct.pack(">I", 0x02400000) + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + d50
+    profile = head + bytes(128 - len(head)) + table + body
+    return struct.pack(">I", len(profile)) + profile[4:]
+
+
+def avif(primaries, transfer, **options):
+    content = encoded(plain(), "AVIF", quality=100, subsampling="4:4:4", **options)
+    at = content.index(b"nclx") + 4
+    return content[:at] + struct.pack(">HH", primaries, transfer) + content[at + 4 :]
+
+
+def exif(color_space, interop=None, primaries=None):
+    tags = Image.Exif()
+    tags[0x010F] = "maker"  # PIL writes no EXIF of subfolders alone
+    details = tags.get_ifd(0x8769)
+    details[0xA001] = color_space
+    if interop:
+        details[0xA005] = {1: interop}
+    if primaries:
+        tags[0x013E], tags[0x013F] = (0.3127, 0.3290), primaries
+    return tags
+
+
+def jpeg(tags):
+    return encoded(plain(), "JPEG", quality=100, subsampling=0, exif=tags)
+
+
+def bmp(kind, endpoints=bytes(48), profile=b""):
+    """A BMP of 32 bits with a V5 header."""
+    pixels = bytes((*COLOR[::-1], 255)) * 256
+    head = struct.pack("<IiiHHIIiiII", 124, 16, -16, 1, 32, 3, len(pixels), 0, 0, 0, 0)
+    head += struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + kind[::-1] + endpoints
+    head += struct.pack("<4I", 4, 124 + len(pixels), len(profile), 0)
+    size = 14 + len(head) + len(pixels) + len(profile)
+    return b"BM" + struct.pack("<IHHI", size, 0, 0, 138) + head + pixels + profile
+
+
+def tiff(image=None, **tags):
+    numbers = {"white": 318, "primaries": 319, "curve": 301}
+    return encoded(image or plain(), "TIFF", tiffinfo={numbers[name]: value for name, value in tags.items()})
+
+
+CHRM_ADOBE = struct.pack(">8I", 31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (with_chunks(encoded(plain()), cICP=bytes((12, 13, 0, 1))), by_hand(COLOR, P3)),
+        (with_chunks(encoded(plain()), cICP=bytes((9, 1, 0, 1))), by_hand(COLOR, BT2020)),
+        (with_chunks(encoded(plain()), cICP=bytes((9, 8, 0, 1))), by_hand(COLOR, BT2020, 1)),
+        (
+            with_chunks(encoded(plain(), icc_profile=wide_profile()), cICP=bytes((1, 13, 0, 1))),
+            COLOR,
+        ),
+        (with_chunks(encoded(plain()), gAMA=struct.pack(">I", 100_000)), by_hand(COLOR, np.eye(3), 1)),
+        (
+            with_chunks(encoded(plain()), gAMA=struct.pack(">I", 45470), cHRM=CHRM_ADOBE),
+            by_hand(COLOR, ADOBE),
+        ),
+        (
+            with_chunks(encoded(plain()), gAMA=struct.pack(">I", 100_000), sRGB=b"\0"),
+            COLOR,
+        ),
+        (encoded(plain(), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()), COLOR),
+        (avif(*P3_CODES), by_hand(COLOR, P3)),
+        (avif(1, 1), COLOR),
+        (avif(2, 2), COLOR),
+        (jpeg(exif(65535, "R03")), by_hand(COLOR, ADOBE, 563 / 256)),
+        (jpeg(exif(2)), by_hand(COLOR, ADOBE, 563 / 256)),
+        (encoded(plain(), exif=exif(2)), by_hand(COLOR, ADOBE, 563 / 256)),
+        (encoded(plain(), "WEBP", lossless=True, exif=exif(2)), by_hand(COLOR, ADOBE, 563 / 256)),
+        (encoded(plain(), "TIFF", exif=exif(2).tobytes()), by_hand(COLOR, ADOBE, 563 / 256)),
+        (jpeg(exif(65535, primaries=ADOBE_XY)), by_hand(COLOR, ADOBE)),
+        (jpeg(exif(1, "R98", ADOBE_XY)), COLOR),
+        (jpeg(exif(65535)), COLOR),
+        (tiff(white=(0.3127, 0.3290), primaries=ADOBE_XY), by_hand(COLOR, ADOBE)),
+        (bmp(b"sRGB"), COLOR),
+        (bmp(bytes(4)), COLOR),
+        (bmp(b"MBED", profile=wide_profile()), by_hand(COLOR, P3)),
+    ],
+    ids=[
+        "png cICP P3", "png cICP BT.2020", "png cICP linear", "png cICP before a profile", "png gAMA 1",
+        "png cHRM", "png sRGB before gAMA", "sRGB profile", "avif nclx P3", "avif nclx BT.709",
+        "avif nclx unspecified", "exif R03", "exif Adobe RGB", "exif of a png", "exif of a webp", "exif of a tiff",
+        "exif primaries", "exif sRGB", "exif uncalibrated", "tiff primaries", "bmp sRGB",
+        "bmp without endpoints", "bmp embedded profile",
+    ],
+)  # fmt: skip
+def test_colors_are_srgb_whatever_their_file_declares(content, expected):
+    found = np.asarray(open_picture(content))[8, 8, :3]
+    assert np.abs(found - np.array(expected)).max() < 2.5, (found, expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            with_chunks(encoded(plain()), cICP=bytes((9, 16, 0, 1))),
+            "found PQ, which is HDR; export it as sRGB",
+        ),
+        (with_chunks(encoded(plain()), cICP=bytes((9, 18, 0, 1))), "found HLG, which is HDR"),
+        (with_chunks(encoded(plain()), cICP=bytes((1, 13, 0, 0))), "of YCbCr or of narrow range"),
+        (avif(9, 16), "found PQ, which is HDR"),
+        (avif(10, 13), "found color primaries 10 and transfer characteristics 13 of H.273"),
+        (bmp(b"LINK"), "a profile in another file"),
+        (bmp(bytes(4), endpoints=b"\1" * 48), "endpoints of its own"),
+        (tiff(curve=tuple(range(256))), "a transfer function of its own"),
+    ],
+    ids=[
+        "png PQ",
+        "png HLG",
+        "png narrow",
+        "avif PQ",
+        "avif primaries",
+        "bmp link",
+        "bmp endpoints",
+        "tiff curve",
+    ],
+)
+def test_a_color_space_that_cannot_be_converted_is_refused_by_name(content, message):
+    with pytest.raises(PictureError, match=f"a photo: expected .*{message}"):
+        open_picture(content, "a photo")
+
+
+def test_an_avif_has_the_colors_of_its_picture_and_not_of_its_alpha_and_of_its_profile_before_its_codes():
+    image = plain(mode="RGBA")
+    image.putalpha(128)
+    content = bytearray(encoded(image, "AVIF", quality=100, subsampling="4:4:4"))
+    at = content.index(b"nclx") + 4
+    content[at : at + 4] = struct.pack(">HH", *P3_CODES)
+    found = np.asarray(open_picture(bytes(content)))[8, 8]
+    assert np.abs(found - np.array([*by_hand(COLOR, P3), 128])).max() < 2.5
+    both = avif(9, 13, icc_profile=wide_profile())
+    assert np.abs(np.asarray(open_picture(both))[8, 8] - np.array(by_hand(COLOR, P3))).max() < 2.5
+
+
+def iso_box(kind, *content):
+    body = b"".join(content)
+    return struct.pack(">I", 8 + len(body)) + kind + body
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_of_several_items_of_an_avif_the_primary_one_counts(large):
+    colors = [
+        iso_box(b"colr", b"nclx", struct.pack(">HHHB", *codes, 0, 128)) for codes in ((9, 16), (12, 13))
+    ]
+    number = ">I" if large else ">H"
+    links = b"".join(
+        struct.pack(number, item) + b"\1" + (struct.pack(">H", link) if large else bytes([link]))
+        for item, link in ((1, 0x8001 if large else 0x81), (2, 2))
+    )
+    ipma = bytes([large, 0, 0, large]) + struct.pack(">I", 2) + links
+
+    def file(primary):
+        pitm = iso_box(b"pitm", bytes([large, 0, 0, 0]), struct.pack(number, primary))
+        iprp = iso_box(b"iprp", iso_box(b"ipco", *colors), iso_box(b"ipma", ipma))
+        return iso_box(b"ftyp", b"avif", bytes(4)) + iso_box(b"meta", bytes(4), pitm, iprp)
+
+    found = to_srgb(plain(), plain(), file(2)).getpixel((0, 0))
+    assert np.abs(np.array(found) - by_hand(COLOR, P3)).max() < 1.5
+    with pytest.raises(ColorSpaceError, match="PQ"):
+        to_srgb(plain(), plain(), file(1))
+    for end in range(12, len(file(2))):  # whatever is cut off
+        with contextlib.suppress(ColorSpaceError):
+            to_srgb(plain(), plain(), file(2)[:end])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA"])
+def test_a_gray_profile_is_of_gray_pictures_alone(mode):
+    image = plain(mode=mode)
+    found = np.asarray(open_picture(encoded(image, icc_profile=gray_profile())).convert("RGB"))[0, 0]
+    stored = image.convert("RGB").getpixel((0, 0))
+    expected = by_hand(stored, np.eye(3), 1) if mode.startswith("L") else stored
+    assert np.abs(found - np.array(expected)).max() < 1.5
+
+
+def test_declared_srgb_keeps_every_value():
+    every = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    chunks = {
+        "gAMA": struct.pack(">I", 45455),
+        "cHRM": struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000),
+    }
+    for content in (
+        encoded(every, icc_profile=profile),
+        with_chunks(encoded(every), **chunks),
+        with_chunks(encoded(every), cICP=bytes((1, 13, 0, 1))),
+    ):
+        np.testing.assert_array_equal(np.asarray(open_picture(content)), np.asarray(every))
+
+
+def test_colors_are_converted_in_pictures_that_were_opened_with_pil_and_alpha_stays():
+    image = plain(mode="RGBA")
+    image.putpixel((0, 0), (*COLOR, 77))
+    content = with_chunks(encoded(image), gAMA=struct.pack(">I", 100_000))
+    found = to_rgb8(Image.open(io.BytesIO(content)))
+    assert np.abs(np.array(found.getpixel((0, 0))) - [*by_hand(COLOR, np.eye(3), 1), 77]).max() < 1.5
+    assert not to_rgb8(found).info
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(32), b"\xff" * 32])
+def test_primaries_that_span_no_colors_count_as_none(damage):
+    content = with_chunks(encoded(plain()), cHRM=damage)
+    assert open_picture(content).getpixel((0, 0)) == COLOR
+
+
+@pytest.mark.parametrize(("bits", "row", "value"), [(2, 0b00011011, 1), (4, 0x1F, 1), (8, 0x01, 1)])
+def test_a_transparent_gray_is_transparent_at_every_depth(bits, row, value):
+    found = np.asarray(open_picture(gray_png(bits, [bytes([row])], struct.pack(">H", value))))
+    samples = [(row >> shift) & ((1 << bits) - 1) for shift in range(8 - bits, -1, -bits)]
+    assert found[0, :, 0].tolist() == [sample * 255 // ((1 << bits) - 1) for sample in samples]
+    assert found[0, :, 3].tolist() == [0 if sample == value else 255 for sample in samples]
+
+
+def test_sixteen_bits_are_parts_of_65535_and_keep_their_transparent_value():
+    row = struct.pack(">4H", 0, 200, 32896, 65535)
+    found = np.asarray(open_picture(gray_png(16, [row], struct.pack(">H", 200))))
+    assert found[0].tolist() == [[0, 0, 0, 255], [1, 1, 1, 0], [128, 128, 128, 255], [255, 255, 255, 255]]
+    dark = np.asarray(open_picture(encoded(Image.fromarray(np.full((2, 2), 200, dtype=np.uint16)))))
+    assert dark.max() == 1
+    colors = gray_png(16, [struct.pack(">6H", 0, 0, 0, 1, 0, 0)], bytes(6), color_type=2)
+    with pytest.raises(
+        PictureError, match=r"8 bits a channel in a PNG with a transparent color \(tRNS\), found 16"
+    ):
+        open_picture(colors)
+
+
+def raw_tiff(samples, bits, sample_format=1, photometric=1, channels=1):
+    """An uncompressed TIFF of 4 x 1 pixels, little endian."""
+    tags = {
+        256: (4, 4), 257: (4, 1), 258: (3, bits), 259: (3, 1), 262: (3, photometric), 273: (4, 200),
+        277: (3, channels), 278: (4, 1), 279: (4, len(samples)), 339: (3, sample_format),
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return head + bytes(200 - len(head)) + samples
+
+
+def test_white_of_a_tiff_is_that_of_its_bits_and_photometric():
+    twelve = bytes((0x00, 0x08, 0x00, 0xFF, 0xFF, 0xFF))  # 0, 2048, 4095, 4095
+    assert np.asarray(open_picture(raw_tiff(twelve, 12)))[0, :, 0].tolist() == [0, 128, 255, 255]
+    sixteen = struct.pack("<4H", 0, 200, 32896, 65535)
+    assert np.asarray(open_picture(raw_tiff(sixteen, 16)))[0, :, 0].tolist() == [0, 1, 128, 255]
+    inverted = raw_tiff(sixteen, 16, photometric=0)
+    assert np.asarray(open_picture(inverted))[0, :, 0].tolist() == [255, 254, 127, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (
+            raw_tiff(struct.pack("<4f", 0.3, 0.5, 0.8, 1), 32, 3),
+            PictureError,
+            "8 or 16 bits a channel, found floats",
+        ),
+        (raw_tiff(struct.pack("<4I", 0, 1, 2, 3), 32), PictureError, "found signed integers or 32 bits"),
+        (raw_tiff(struct.pack("<4h", 0, 1, 2, 3), 16, 2), PictureError, "found signed integers or 32 bits"),
+        (raw_tiff(bytes(4), 8, 2), PictureError, "found signed integers or 32 bits"),
+        (raw_tiff(bytes(8), 16, 3), NotAPictureError, "a TIFF of a kind that PIL reads, found another"),
+        (encoded(plain(mode="YCbCr"), "TIFF"), PictureError, "RGB in a TIFF .*, found YCbCr"),
+    ],
+    ids=["floats", "32 bits", "signed 16", "signed 8", "half floats", "YCbCr"],
+)
+def test_a_tiff_that_is_not_understood_is_refused_by_its_kind_and_not_as_broken(content, error, message):
+    with pytest.raises(error, match=f"a.tif: expected .*{message}"):
+        open_picture(content, "a.tif")
+
+
+def test_a_tiff_of_jpegs_is_read():
+    content = encoded(plain(), "TIFF", compression="jpeg", quality=100)
+    assert np.abs(np.asarray(open_picture(content))[8, 8].astype(int) - COLOR).max() < 4
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pil_pictures_without_a_known_white_are_refused(mode):
+    with pytest.raises(PictureError, match="nobody says what is white; export it with 8 bits"):
+        to_rgb8(Image.new(mode, (4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("La", "RGBA"), ("PA", "RGBA"), ("LAB", "RGB"), ("HSV", "RGB"), ("YCbCr", "RGB")]
+)
+def test_every_other_mode_of_pil_becomes_rgb_or_rgba(mode, expected):
+    assert to_rgb8(plain(mode="LA").convert(mode) if mode == "La" else plain(mode=mode)).mode == expected
+
+
+def test_a_palette_with_alpha_of_its_own_keeps_it():
+    image = Image.new("RGBA", (2, 1), (9, 8, 7, 0))
+    image.putpixel((1, 0), (1, 2, 3, 255))
+    found = to_rgb8(image.quantize(4, method=Image.Quantize.FASTOCTREE))
+    assert [found.getpixel((x, 0))[3] for x in range(2)] == [0, 255]
