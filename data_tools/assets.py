@@ -5,8 +5,8 @@ fields of ``Asset``, and a mesh may be a URL, which is then downloaded when its 
 
 A folder without one is searched for meshes. An id is then the mesh's path in the folder without its suffix, every
 character that a shard key cannot hold replaced by "_", and a table ``assets.csv`` (UTF-8, with the header
-``id,name,creator,source,licence,sha256``) may say more: ``sha256`` (may be empty) is the hash of the mesh file and is
-checked. A column ``up`` may follow: ``z`` for OBJ and PLY files whose z axis points up.
+``id,name,creator,source,licence,sha256``) may say more: ``sha256`` (may be empty) is the hash of the mesh file. Meshes are
+not opened here: whoever renders one hashes it, and compares the hash with the listed one. A column ``up`` may follow: ``z`` for OBJ and PLY files whose z axis points up.
 Assets without a row are called by their id, everything else is "unknown".
 """
 
@@ -41,6 +41,8 @@ Up = Literal["", "y", "z"]
 
 MAX_ID_LENGTH = 80
 
+_SHA256 = re.compile("([0-9a-f]{64})?")
+
 _KINDS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
 
@@ -55,7 +57,7 @@ class Asset:
     Attributes:
         id: Key of its sample.
         file: Path relative to the assets folder, with forward slashes; or a URL.
-        sha256: Hash of that file (textures and materials that lie beside it are not hashed); "" where it is not known.
+        sha256: Hash that the list expects of that file (textures and materials beside it are not hashed); "": any file.
         name: Name for people.
         creator: Who made it.
         source: Where it came from.
@@ -170,7 +172,7 @@ def _check(path: Path, asset: Asset, remedy: str) -> None:
             asset.is_remote or not (asset.file.startswith("/") or ".." in asset.file.split("/")),
             asset.file,
         ),
-        ("a sha256 or nothing", re.fullmatch("([0-9a-f]{64})?", asset.sha256), asset.sha256),
+        ("a sha256 or nothing", _SHA256.fullmatch(asset.sha256), asset.sha256),
         ('the split "train", "val" or nothing', asset.split in ("", "train", "val"), asset.split),
         ('the axis up "y", "z" or nothing', asset.up in get_args(Up), asset.up),
     ):
@@ -179,7 +181,7 @@ def _check(path: Path, asset: Asset, remedy: str) -> None:
 
 
 def scan(folder: Path) -> tuple[Asset, ...]:
-    """Find all meshes in a folder and its subfolders, hash them, and look them up in ``assets.csv``.
+    """Find all meshes in a folder and its subfolders, and look them up in ``assets.csv``; none is opened.
 
     Raises:
         AssetsError: No assets, or a broken table.
@@ -264,6 +266,11 @@ def _parse_table(path: Path) -> dict[str, dict[str, str]]:
                 raise AssetsError(
                     f"{path}, line {reader.line_num}: expected up as y, z or nothing, found {row[UP_COLUMN]!r}"
                 )
+            if not _SHA256.fullmatch(row["sha256"]):
+                raise AssetsError(
+                    f"{path}, line {reader.line_num}: expected a sha256 of 64 lower-case hex digits or nothing, found "
+                    f"{row['sha256']!r}; `sha256sum FILE` prints it"
+                )
             table[row["id"]] = row
     return table
 
@@ -275,16 +282,10 @@ def hash_file(path: Path) -> str:
 
 
 def _asset(folder: Path, key: str, path: Path, row: dict[str, str]) -> Asset:
-    sha256 = hash_file(path)
-    if row.get("sha256") not in (None, "", sha256):
-        raise AssetsError(
-            f"{path}: expected sha256 {row['sha256']} as in {TABLE_NAME}, found {sha256}; "
-            f"fetch the file again, or mend its row"
-        )
     return Asset(
         id=key,
         file=path.relative_to(folder).as_posix(),
-        sha256=sha256,
+        sha256=row.get("sha256", ""),
         name=row.get("name") or key,
         creator=row.get("creator") or "unknown",
         source=row.get("source") or "unknown",

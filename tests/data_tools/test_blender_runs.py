@@ -7,8 +7,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
+from data_tools.assets import hash_file
+from data_tools.filter_table import shard_infos
 from lrm_pl.data.manifest import read_index, read_manifest
 
 pytestmark = pytest.mark.blender
@@ -38,6 +41,28 @@ def reference(render_command, tmp_path_factory):
     assert "objects        6 (5 train, 1 held out), 4 views each" in done.stdout
     assert sorted(tars(folder / "out")) == [*(f"train-00000{n}.tar" for n in range(3)), "val-000000.tar"]
     return assets, folder / "out"
+
+
+def test_the_hash_of_each_mesh_is_taken_when_it_is_rendered(reference):
+    assets, out = reference
+    expected = {name: hash_file(assets / f"{name}.glb") for name in OBJECTS}
+    infos = {key: info for shard in read_manifest(out).shards for key, info in shard_infos(out, shard)}
+    assert {key: info.sha256 for key, info in infos.items()} == expected
+    table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
+    assert {row["id"]: row["sha256"] for row in table} == expected
+
+
+def test_a_mesh_of_another_hash_than_the_listed_one_is_left_out_with_both(render_command, tmp_path):
+    assets = copy_assets(tmp_path / "assets", ("box", "bread"))
+    row = f"box,Box,Ann,library,CC0-1.0,{'0' * 64}\n"
+    (assets / "assets.csv").write_text("id,name,creator,source,licence,sha256\n" + row)
+    done = render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0")
+    assert "objects        1 (1 train, 0 held out)" in done.stdout
+    found = hash_file(assets / "box.glb")
+    assert (
+        f"left out: box.glb: expected sha256 {'0' * 64} as listed, found {found}; fetch the file"
+        in done.stderr
+    )
 
 
 def test_two_processes_give_the_same_bytes_as_one(reference, render_command, tmp_path):
