@@ -8,13 +8,14 @@ from pathlib import Path
 from data_tools import convert
 from data_tools.assets import Asset, find_assets
 from data_tools.blender_process import Limits
+from data_tools.continuation import continue_folder
 from data_tools.criteria import DEFAULT_RULES, parse_rule
 from data_tools.fetch import add_parser as add_fetch_parser
 from data_tools.fetch import fetch
 from data_tools.launch import add_parser as add_launch_parser
 from data_tools.launch import launch
 from data_tools.plan import default_held_out
-from data_tools.settings import RenderSettings, check_settings
+from data_tools.settings import RenderSettings, check_settings, recorded_held_out
 from data_tools.views import PRESETS
 from lrm_pl.errors import InputError
 
@@ -29,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
             _render(args)
         elif args.command == "launch":
             rendering = _parser().parse_args(["render", *args.arguments])
-            check_settings(rendering.out, *_settings(rendering))
+            settings, assets = _settings(rendering)
+            check_settings(rendering.out, settings)
+            continue_folder(rendering.out, settings, assets, rendering.assets)
             launch(args, rendering.out)
         elif args.command == "validate":
             from data_tools.validate import validate
@@ -70,6 +73,8 @@ def _render(args: argparse.Namespace) -> None:
 def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ...]]:
     assets = find_assets(args.assets)
     held_out = getattr(args, "held_out", None)
+    if held_out is None:
+        held_out = recorded_held_out(args.out)
     if held_out is None:
         held_out = default_held_out([asset.split for asset in assets])
     settings = RenderSettings(

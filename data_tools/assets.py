@@ -5,8 +5,9 @@ fields of ``Asset``, and a mesh may be a URL, which is then downloaded when its 
 
 A folder without one is searched for meshes. An id is then the mesh's path in the folder without its suffix, every
 character that a shard key cannot hold replaced by "_", and a table ``assets.csv`` (UTF-8, with the header
-``id,name,creator,source,licence,sha256``) may say more: ``sha256`` (may be empty) is the hash of the mesh file. Meshes are
-not opened here: whoever renders one hashes it, and compares the hash with the listed one. A column ``up`` may follow: ``z`` for OBJ and PLY files whose z axis points up.
+``id,name,creator,source,licence,sha256``) may say more: ``sha256`` (may be empty) is the hash of the mesh
+file. Meshes are not opened here: whoever renders one hashes it, and compares the hash with the listed one. A column
+``up`` may follow: ``z`` for OBJ and PLY files whose z axis points up.
 Assets without a row are called by their id, everything else is "unknown".
 """
 
@@ -18,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -82,6 +83,12 @@ class Asset:
     def is_remote(self) -> bool:
         """Whether ``file`` is a URL."""
         return "://" in self.file
+
+    def record(self) -> dict[str, Any]:
+        """Return what the record of its sample says of it."""
+        return {
+            "name": self.name, "licence": self.licence, "creator": self.creator, "source": self.source
+        }  # fmt: skip
 
 
 #: Columns of ``assets.parquet``.

@@ -127,10 +127,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
         raise blender_import.AssetError(f"renders to nothing: all {settings.views} views are transparent")
     info = SampleInfo(
         id=asset.id,
-        name=asset.name,
-        licence=asset.licence,
-        creator=asset.creator,
-        source=asset.source,
+        **asset.record(),
         seed=seed,
         renderer=renderer,
         views=settings.views,
@@ -161,7 +158,7 @@ def _mesh_file(asset: Asset, setup: WorkerSetup) -> tuple[Path, str]:
     found = hash_file(path)
     if asset.sha256 and found != asset.sha256:
         raise InputError(
-            f"expected sha256 {asset.sha256} as listed, found {found}; fetch the file again, or mend its row in the list"
+            f"expected sha256 {asset.sha256} as listed, found {found}; fetch the file again, or mend its row"
         )
     return path, found
 

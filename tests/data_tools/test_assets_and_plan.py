@@ -75,9 +75,7 @@ def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path)
     table.write_text(HEADER + f"a,Chair,Ann,library,CC0-1.0,{'0' * 64}\n")
     assert find_assets(tmp_path)[0].sha256 == "0" * 64  # whoever renders it compares
     table.write_text(HEADER + "a,Chair,Ann,library,CC0-1.0,ABC\n")
-    with pytest.raises(
-        AssetsError, match="line 2: expected a sha256 of 64 lower-case hex digits or nothing, found 'ABC'"
-    ):
+    with pytest.raises(AssetsError, match=r"line 2: expected a sha256 of 64 .* or nothing, found 'ABC'"):
         find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,z\n")
     assert find_assets(tmp_path)[0].up == "z"
