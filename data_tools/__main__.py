@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools import convert
 from data_tools.assets import Asset, find_assets
-from data_tools.blender_process import Limits
+from data_tools.blender_process import Limits, time_limit_s
 from data_tools.continuation import continue_folder
 from data_tools.criteria import DEFAULT_RULES, parse_rule
 from data_tools.fetch import add_parser as add_fetch_parser
@@ -66,7 +66,7 @@ def _render(args: argparse.Namespace) -> None:
     from data_tools.render import render
 
     settings, assets = _settings(args)
-    limits = Limits(args.time_limit, args.memory_limit)
+    limits = Limits(getattr(args, "time_limit", time_limit_s(settings)), args.memory_limit)
     render(assets, args.out, settings, Setup(args.assets, settings, args.jobs, limits))
 
 
@@ -155,7 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     render.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")
     render.add_argument(
-        "--time-limit", type=float, default=Limits.time_s, help="seconds that one object may take"
+        "--time-limit",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="SECONDS",
+        help=f"time that one object may take; unless given, {Limits.time_s:g} s * views * res^2 * samples "
+        "/ (16 * 128^2 * 16), but no less than that",
     )
     render.add_argument(
         "--memory-limit", type=float, default=Limits.memory_gb, help="GB of memory that one object may take"

@@ -14,6 +14,7 @@ Assets without a row are called by their id, everything else is "unknown".
 import csv
 import dataclasses
 import hashlib
+import os
 import re
 import sys
 from collections import Counter
@@ -29,6 +30,13 @@ from lrm_pl.data.schema import KEY_PATTERN
 from lrm_pl.errors import InputError
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".fbx")
+
+#: Kinds of meshes that are not rendered, and archives that meshes come in.
+OTHERS = frozenset(
+    ".3dm .3ds .3mf .7z .abc .blend .bz2 .c4d .ctm .dae .dxf .e57 .gz .iges .igs .jt .lwo .ma .max .mb .ms3d .off .pcd "
+    ".rar .skp .sldprt .spz .splat .step .stl .stp .tar .tgz .u3d .usd .usda .usdc .usdz .vox .vrm .vrml .vtk .vtp "
+    ".wrl .x3d .xz .zip .zst".split()
+)
 
 LIST_NAME = "assets.parquet"
 
@@ -112,8 +120,21 @@ def find_assets(folder: Path) -> tuple[Asset, ...]:
             f"expected a folder of {_KINDS} files at {folder}, found no folder; pass ASSETS=<folder>"
         )
     if (folder / LIST_NAME).is_file():
-        return read_list(folder)
+        assets = read_list(folder)
+        _say_what_is_not_listed(folder, assets)
+        return assets
     return scan(folder)
+
+
+def _say_what_is_not_listed(folder: Path, assets: Iterable[Asset]) -> None:
+    listed = {asset.file for asset in assets if not asset.is_remote}
+    count = sum(path.relative_to(folder).as_posix() not in listed for path in find_meshes(folder).meshes)
+    if count:
+        print(
+            f"note: {count} meshes in {folder} are not rendered: its {LIST_NAME} does not list them; the `fetch` "
+            "command that wrote it, run again, lists what is there now",
+            file=sys.stderr,
+        )
 
 
 def write_list(folder: Path, assets: Iterable[Asset]) -> None:
@@ -193,15 +214,79 @@ def scan(folder: Path) -> tuple[Asset, ...]:
     Raises:
         AssetsError: No assets, or a broken table.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    files = [path for path in found if _is_text(path)]
-    for path in sorted(set(found) - set(files)):
+    found = find_meshes(folder)
+    files = sorted(path for path in found.meshes if _is_text(path))
+    for path in sorted(set(found.meshes) - set(files)):
         print(f"left out: {path!r}: expected a name in UTF-8; rename it", file=sys.stderr)
+    if found.ignored:
+        print(
+            f"ignored: {told(found.ignored)}; {_KINDS} files in {folder} itself are rendered", file=sys.stderr
+        )
     if not files:
         raise AssetsError(f"expected {_KINDS} files in {folder}, found none; pass another ASSETS=<folder>")
     by_id = name_files(path.relative_to(folder) for path in files)
     table = read_table(folder / TABLE_NAME)
     return tuple(_asset(folder, key, folder / by_id[key], table.get(key, {})) for key in sorted(by_id))
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundMeshes:
+    """What lies in a folder of assets.
+
+    Attributes:
+        meshes: Mesh files, in no order.
+        ignored: What looks like meshes and is not rendered -> how many: suffixes, links, hidden meshes.
+    """
+
+    meshes: tuple[Path, ...]
+    ignored: Counter[str]
+
+
+def told(ignored: Counter[str]) -> str:
+    """Say what is ignored, most of it first: ``41 .stl, 19 .dae, 1 linked folder``."""
+    return ", ".join(
+        f"{count} {what if count == 1 else _plural(what)}" for what, count in ignored.most_common()
+    )
+
+
+def _plural(what: str) -> str:
+    return what if what.startswith(".") else what + ("es" if what.endswith("sh") else "s")
+
+
+def find_meshes(folder: Path) -> FoundMeshes:
+    """Search a folder and its subfolders; links to folders are not followed, hidden files are no assets.
+
+    Neither is what macOS leaves in archives (``__MACOSX``).
+    """
+    meshes, ignored, waiting = list[Path](), Counter[str](), [(folder, False)]
+    while waiting:
+        place, hidden = waiting.pop()
+        try:
+            entries = list(os.scandir(place))
+        except PermissionError:
+            ignored["unreadable folder"] += 1
+            continue
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            is_hidden, is_link = hidden or is_hidden_name(entry.name), entry.is_symlink()
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append((Path(entry.path), is_hidden))
+            elif is_link and os.path.isdir(entry.path):
+                ignored["linked folder"] += not is_hidden
+            elif suffix in SUFFIXES and is_hidden:
+                ignored["hidden mesh"] += not entry.name.startswith("._")
+            elif suffix in SUFFIXES and (os.path.isfile(entry.path) if is_link else entry.is_file()):
+                meshes.append(Path(entry.path))
+            elif suffix in SUFFIXES and is_link:
+                ignored["dangling link"] += 1
+            elif suffix in OTHERS and not is_hidden:
+                ignored[suffix] += 1
+    return FoundMeshes(tuple(meshes), +ignored)
+
+
+def is_hidden_name(name: str) -> bool:
+    """Say whether files and folders of this name are passed over."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_text(path: Path) -> bool:

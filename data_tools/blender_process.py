@@ -55,6 +55,16 @@ class Limits:
     objects: int = 64
 
 
+def time_limit_s(settings: RenderSettings) -> float:
+    """Return the seconds that one object may take unless the user says otherwise.
+
+    They are those of ``Limits`` for 16 views of 128 x 128 pixels of 16 samples, as much longer as more samples are
+    computed, and never shorter.
+    """
+    work = settings.views * settings.resolution**2 * settings.samples
+    return Limits.time_s * max(1.0, work / (16 * 128**2 * 16))
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of one asset.

@@ -196,6 +196,58 @@ def test_the_axis_up_of_a_folder_is_that_of_each_file_whose_row_does_not_say(tmp
     assert [asset.up for asset in find_assets(tmp_path)] == ["z", "y"]
 
 
+def test_what_looks_like_meshes_and_is_not_rendered_is_said(tmp_path, capsys):
+    touch(tmp_path, "a.glb", "b/c.stl", "b/d.STL", "e.dae", "pack.zip", ".hidden.glb", "readme.txt", "a.png")
+    touch(tmp_path, "__MACOSX/._a.glb", ".cache/old.obj", "._a.glb")
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone.glb").symlink_to(tmp_path / "nowhere.glb")
+    (tmp_path / "link.glb").symlink_to("a.glb")
+    assert [asset.id for asset in scan(tmp_path)] == ["a", "link"]
+    said = capsys.readouterr().err
+    assert said.startswith("ignored: ")
+    told = said.removeprefix("ignored: ").split("; ")[0].split(", ")
+    assert sorted(told) == sorted(
+        ["2 .stl", "1 .dae", "1 .zip", "2 linked folders", "2 hidden meshes", "1 dangling link"]
+    )
+
+
+def test_meshes_that_were_added_behind_a_list_are_counted(tmp_path, capsys):
+    touch(tmp_path, "a.glb", "sub/b.glb", "c.obj", "c.png")
+    listed(tmp_path)
+    assert [asset.id for asset in find_assets(tmp_path)] == ["a"]
+    assert capsys.readouterr().err.startswith(
+        f"note: 2 meshes in {tmp_path} are not rendered: its assets.parquet"
+    )
+    fetch_folder(tmp_path, None)
+    capsys.readouterr()
+    assert len(find_assets(tmp_path)) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_is_copied_without_loops_dangling_links_and_what_no_mesh_uses(tmp_path, capsys):
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    touch(mine, "chairs/a.obj", "chairs/a.mtl", "chairs/wood.PNG", "LICENSE.txt")
+    touch(mine, "scene.blend", "all.zip", ".git/x.png")
+    touch(tmp_path, "elsewhere/b.glb")
+    (mine / "assets.csv").write_text(HEADER + "chairs_a,Chair,Ann,library,CC0-1.0,\n")
+    (mine / "chairs" / "loop").symlink_to(mine)
+    (mine / "itself").symlink_to(mine / "itself")
+    (mine / "gone.glb").symlink_to(mine / "nowhere.glb")
+    (mine / "more").symlink_to(tmp_path / "elsewhere")
+    (mine / "target").symlink_to(out)
+    fetch_folder(mine, out)
+    copied = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert copied == {
+        "chairs/a.obj", "chairs/a.mtl", "chairs/wood.PNG", "more/b.glb", "LICENSE.txt", "assets.csv", "assets.parquet"
+    }  # fmt: skip
+    assert {asset.id: asset.name for asset in find_assets(out)} == {"chairs_a": "Chair", "more_b": "more_b"}
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("not copied: ")
+    for what in ("2 dangling links", "2 circular links", "1 .blend", "1 .zip"):
+        assert what in said
+
+
 def test_a_terabyte_of_meshes_is_listed_at_once_because_none_is_opened(tmp_path):
     (tmp_path / "a.glb").touch()
     os.truncate(tmp_path / "a.glb", 1 << 40)  # it takes no room, but to hash it would take an hour

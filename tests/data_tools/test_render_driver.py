@@ -146,6 +146,17 @@ def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
     assert failures(out)["b"].startswith("Blender took longer than 1 s")
 
 
+def test_the_time_limit_grows_with_the_samples_that_are_computed_and_is_never_below_ten_minutes():
+    def limit(views, resolution, samples):
+        asked = dataclasses.replace(SETTINGS, views=views, resolution=resolution, samples=samples)
+        return blender_process.time_limit_s(asked)
+
+    assert limit(16, 128, 16) == 600
+    assert limit(2, 8, 1) == 600
+    assert limit(32, 512, 16) == 2 * 16 * 600
+    assert limit(64, 1024, 128) == 4 * 64 * 8 * 600
+
+
 def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("bad")
