@@ -90,7 +90,8 @@ def serve():
             cameras = draw_cameras(PRESETS["frame"], views, np.random.default_rng(seed))
             image = encode_image(np.full((8, 8, 4), seed % 256, dtype=np.uint8))
             listed = {name: asset[name] for name in ("id", "name", "licence", "creator", "source")}
-            sha256 = hashlib.sha256(text.encode()).hexdigest()
+            same = text in ("dies once", "waits", "bad once")  # as "fine": runs of both are compared
+            sha256 = hashlib.sha256(b"fine" if same else text.encode()).hexdigest()
             seed_or_turn = served if text == "counts" else seed
             info = SampleInfo(**listed, seed=seed_or_turn, renderer="stand-in", views=views, sha256=sha256)
             white = 1.0 if text == "white" else 0.0
