@@ -1,6 +1,7 @@
 """``python -m data_tools <command>``: meshes to shards. Runs in the render environment."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,19 @@ from data_tools.views import PRESETS
 from lrm_pl.errors import InputError
 
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
+
+
+#: Commands that keep what a run that was stopped has done.
+_GO_ON = ("render", "fetch")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: from `kill`, `timeout`, or a batch system whose time is up."""
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put in order now is not disturbed
+    raise _Terminated
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,9 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again, it goes on where it was", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        goes_on = ", it goes on where it was" if args.command in _GO_ON else ""
+        print(f"stopped; run the same command again{goes_on}", file=sys.stderr)
+        return 143 if isinstance(stop, _Terminated) else 130
     return 0
 
 
@@ -258,4 +273,5 @@ def _between(low: int, high: int) -> Callable[[str], int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())

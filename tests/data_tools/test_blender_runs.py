@@ -1,6 +1,7 @@
 """Real runs over demo objects: the same bytes in every order, at every width, after every interruption."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -125,6 +126,34 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     assert tars(out) == tars(expected)
     assert read_manifest(out) == read_manifest(expected)
     assert not (out / "parts").exists()
+
+
+def test_a_run_that_is_terminated_says_that_it_goes_on_and_leaves_nothing_behind(
+    reference, render_python, render_command, tmp_path
+):
+    assets, expected = reference
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    scratch.mkdir()
+    command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *OPTIONS]
+    run = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=REPOSITORY,
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(out.glob("render.json")):
+        assert run.poll() is None
+        time.sleep(0.002)
+    run.terminate()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert errors.endswith("stopped; run the same command again, it goes on where it was\n")
+    assert not re.search(r"\*\*\*|stack|Traceback", errors)
+    assert list(scratch.glob("lrm-blender-*")) == []
+    render_command(assets, out, *OPTIONS)
+    assert tars(out) == tars(expected)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
