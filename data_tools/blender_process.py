@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.assets import Asset
-from data_tools.scratch import ScratchFolder
 from data_tools.settings import RenderSettings
+from lrm_pl.data.scratch import ScratchFolder
 from lrm_pl.errors import InputError
 
 #: Seconds that Blender gets to start.

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from data_tools.assets import Asset, hash_file
 from data_tools.criteria import MEASURES_MEMBER, encode_measures, measure_views
 from data_tools.download import download
+from data_tools.file_kinds import check_readable
 from data_tools.settings import RenderSettings
 from data_tools.views import derive_seed, draw_cameras
 from lrm_pl.data.geometry_views import depth_member, encode_depth, encode_normals, normal_member
@@ -91,6 +92,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     seed = derive_seed(settings.seed, asset.id)
     cameras = draw_cameras(settings.cameras, settings.views, np.random.default_rng(seed))
     path, sha256 = _mesh_file(asset, setup)
+    check_readable(path)
     half_extent, mesh = blender_import.load_asset(
         path,
         settings.normalise,

@@ -20,8 +20,8 @@ from pathlib import Path
 from data_tools import blender_process
 from data_tools.assets import Asset
 from data_tools.blender_process import BlenderError, BlenderProcess, Limits, Outcome
-from data_tools.scratch import ScratchFolder
 from data_tools.settings import RenderSettings
+from lrm_pl.data.scratch import ScratchFolder
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: it would send statistics
 

@@ -99,8 +99,8 @@ def talking_to(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_server_fault(error):
-            error = error.__cause__ or error
+        if is_server_fault(error) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         ours = isinstance(error, InputError)
         theirs = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORE_PACKAGES
         if ours or not theirs or is_local(path):

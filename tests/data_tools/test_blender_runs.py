@@ -66,6 +66,26 @@ def test_a_mesh_of_another_hash_than_the_listed_one_is_left_out_with_both(render
     )
 
 
+def test_a_linked_mesh_has_its_materials_where_they_lie(render_command, tmp_path):
+    real, assets = tmp_path / "real", tmp_path / "assets"
+    real.mkdir()
+    assets.mkdir()
+    faces = "usemtl red\nf 1 2 3\nf 1 2 4\nusemtl blue\nf 1 3 4\nf 2 3 4\n"
+    (real / "a.obj").write_text("mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\n" + faces)
+    (real / "a.mtl").write_text("newmtl red\nKd 1 0 0\nnewmtl blue\nKd 0 0 1\n")
+    (assets / "one.obj").symlink_to(real / "a.obj")
+    (assets / "b").mkdir()
+    for name in ("a.obj", "a.mtl"):  # and each file linked on its own, to one of another name
+        blob = shutil.copy(real / name, tmp_path / f"blob_{name[2:]}")
+        (assets / "b" / name).symlink_to(blob)
+    render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0")
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "filter.parquet").to_pylist()
+    assert {(row["id"], row["coloured"], row["missing_textures"]) for row in rows} == {
+        ("one", True, 0),
+        ("b_a", True, 0),
+    }
+
+
 def test_two_processes_give_the_same_bytes_as_one(reference, render_command, tmp_path):
     assets, expected = reference
     render_command(assets, tmp_path / "out", *OPTIONS, "--jobs", "2")
