@@ -56,12 +56,16 @@ class Continuation:
 
     Attributes:
         shards: All shards, those that there are first.
-        table: What ``plan.parquet`` has to say; None where it and ``assets.parquet`` say so already.
+        stamps: (N, 2) int64, size and time of change (ns) of each asset's mesh, in order of the assets; -1: unknown.
+        hashes: (N) the hash that was listed of each before; "": none.
+        is_recorded: Whether ``plan.parquet`` and ``assets.parquet`` say so already.
         is_relisted: Whether shards and manifest may be those of another list.
     """
 
     shards: tuple[PlannedShard, ...]
-    table: pyarrow.Table | None = None
+    stamps: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.object_]
+    is_recorded: bool = False
     is_relisted: bool = False
 
 
@@ -80,10 +84,10 @@ def continue_folder(
         SettingsError: An object that is rendered is not listed any more, or not as it was rendered.
         InputError: The settings do not fit the assets, or a shard is damaged.
     """
-    stamps = _stamp(folder, assets)
+    stamps, hashes = _stamp(folder, assets), np.full(len(assets), "", dtype=object)
     if not (out / SETTINGS_NAME).is_file():
         shards = _plan({asset.id: asset.split for asset in assets}, settings)
-        return Continuation(shards, _table(shards, assets, stamps, np.full(len(assets), "")))
+        return Continuation(shards, stamps, hashes)
     before = _read_plan(out, settings)
     at = _positions(before["id"], assets)
     rows, gone = np.flatnonzero(at >= 0), before.filter(pyarrow.array(at < 0))
@@ -96,29 +100,23 @@ def continue_folder(
     new = np.setdiff1d(np.arange(len(assets)), at)
     shards += _cut_new([assets[index] for index in new], before, settings.shard_size)
     is_relisted = bool(len(new) or len(gone)) or not is_list_of(out, assets)
-    if not is_relisted and (out / PLAN_NAME).is_file() and (_stamps_of(known) == stamps[at]).all():
-        return Continuation(shards)
-    hashes = np.full(len(assets), "", dtype=object)
+    is_recorded = (out / PLAN_NAME).is_file() and bool((_stamps_of(known) == stamps[at]).all())
     hashes[at] = known["sha256"].to_numpy(zero_copy_only=False)
-    return Continuation(shards, _table(shards, assets, stamps, hashes), is_relisted)
+    return Continuation(shards, stamps, hashes, is_recorded and not is_relisted, is_relisted)
 
 
 def write_continuation(out: Path, continuation: Continuation, assets: Sequence[Asset]) -> None:
     """Write ``plan.parquet`` and ``assets.parquet``, unless they say so already."""
-    if continuation.table is not None:
+    if not continuation.is_recorded:
         sink = pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(continuation.table, sink)
+        pyarrow.parquet.write_table(_table(continuation, assets), sink)
         write_atomically(out / PLAN_NAME, sink.getvalue().to_pybytes())
         write_list(out, assets)
 
 
-def _table(
-    shards: Sequence[PlannedShard],
-    assets: Sequence[Asset],
-    stamps: npt.NDArray[np.int64],
-    hashes: npt.NDArray[np.object_],
-) -> pyarrow.Table:
-    """Make the content of ``plan.parquet``; ``hashes`` are those that were listed before, in order of the assets."""
+def _table(continuation: Continuation, assets: Sequence[Asset]) -> pyarrow.Table:
+    """Make the content of ``plan.parquet``."""
+    shards, stamps, hashes = continuation.shards, continuation.stamps, continuation.hashes
     index_of = {asset.id: index for index, asset in enumerate(assets)}
     at = [index_of[key] for shard in shards for key in shard.ids]
     columns = {
