@@ -1,24 +1,39 @@
 """``python -m data_tools <command>``: meshes to shards. Runs in the render environment."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from data_tools import convert
 from data_tools.assets import Asset, find_assets
-from data_tools.blender_process import Limits
+from data_tools.blender_process import Limits, time_limit_s
+from data_tools.continuation import continue_folder
 from data_tools.criteria import DEFAULT_RULES, parse_rule
 from data_tools.fetch import add_parser as add_fetch_parser
 from data_tools.fetch import fetch
 from data_tools.launch import add_parser as add_launch_parser
 from data_tools.launch import launch
 from data_tools.plan import default_held_out
-from data_tools.settings import RenderSettings, check_settings
+from data_tools.settings import RenderSettings, check_settings, recorded_held_out
 from data_tools.views import PRESETS
 from lrm_pl.errors import InputError
 
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
+
+
+#: Commands that keep what a run that was stopped has done.
+_GO_ON = ("render", "fetch")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: from `kill`, `timeout`, or a batch system whose time is up."""
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put in order now is not disturbed
+    raise _Terminated
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             _render(args)
         elif args.command == "launch":
             rendering = _parser().parse_args(["render", *args.arguments])
-            check_settings(rendering.out, *_settings(rendering))
+            settings, assets = _settings(rendering)
+            check_settings(rendering.out, settings)
+            continue_folder(rendering.out, settings, assets, rendering.assets)
             launch(args, rendering.out)
         elif args.command == "validate":
             from data_tools.validate import validate
@@ -52,9 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; run the same command again, it goes on where it was", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        goes_on = ", it goes on where it was" if args.command in _GO_ON else ""
+        print(f"stopped; run the same command again{goes_on}", file=sys.stderr)
+        return 143 if isinstance(stop, _Terminated) else 130
     return 0
 
 
@@ -63,13 +81,15 @@ def _render(args: argparse.Namespace) -> None:
     from data_tools.render import render
 
     settings, assets = _settings(args)
-    limits = Limits(args.time_limit, args.memory_limit)
+    limits = Limits(getattr(args, "time_limit", time_limit_s(settings)), args.memory_limit)
     render(assets, args.out, settings, Setup(args.assets, settings, args.jobs, limits))
 
 
 def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ...]]:
     assets = find_assets(args.assets)
     held_out = getattr(args, "held_out", None)
+    if held_out is None:
+        held_out = recorded_held_out(args.out)
     if held_out is None:
         held_out = default_held_out([asset.split for asset in assets])
     settings = RenderSettings(
@@ -150,7 +170,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     render.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")
     render.add_argument(
-        "--time-limit", type=float, default=Limits.time_s, help="seconds that one object may take"
+        "--time-limit",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="SECONDS",
+        help=f"time that one object may take; unless given, {Limits.time_s:g} s * views * res^2 * samples "
+        "/ (16 * 128^2 * 16), but no less than that",
     )
     render.add_argument(
         "--memory-limit", type=float, default=Limits.memory_gb, help="GB of memory that one object may take"
@@ -249,4 +274,5 @@ def _between(low: int, high: int) -> Callable[[str], int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())

@@ -5,20 +5,22 @@ fields of ``Asset``, and a mesh may be a URL, which is then downloaded when its 
 
 A folder without one is searched for meshes. An id is then the mesh's path in the folder without its suffix, every
 character that a shard key cannot hold replaced by "_", and a table ``assets.csv`` (UTF-8, with the header
-``id,name,creator,source,licence,sha256``) may say more: ``sha256`` (may be empty) is the hash of the mesh file and is
-checked. A column ``up`` may follow: ``z`` for OBJ and PLY files whose z axis points up.
+``id,name,creator,source,licence,sha256``) may say more: ``sha256`` (may be empty) is the hash of the mesh
+file. Meshes are not opened here: whoever renders one hashes it, and compares the hash with the listed one. A column
+``up`` may follow: ``z`` for OBJ and PLY files whose z axis points up.
 Assets without a row are called by their id, everything else is "unknown".
 """
 
 import csv
 import dataclasses
 import hashlib
+import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import pyarrow
 import pyarrow.parquet
@@ -28,6 +30,13 @@ from lrm_pl.data.schema import KEY_PATTERN
 from lrm_pl.errors import InputError
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".fbx")
+
+#: Kinds of meshes that are not rendered, and archives that meshes come in.
+OTHERS = frozenset(
+    ".3dm .3ds .3mf .7z .abc .blend .bz2 .c4d .ctm .dae .dxf .e57 .gz .iges .igs .jt .lwo .ma .max .mb .ms3d .off .pcd "
+    ".rar .skp .sldprt .spz .splat .step .stl .stp .tar .tgz .u3d .usd .usda .usdc .usdz .vox .vrm .vrml .vtk .vtp "
+    ".wrl .x3d .xz .zip .zst".split()
+)
 
 LIST_NAME = "assets.parquet"
 
@@ -40,6 +49,8 @@ UP_COLUMN = "up"
 Up = Literal["", "y", "z"]
 
 MAX_ID_LENGTH = 80
+
+_SHA256 = re.compile("([0-9a-f]{64})?")
 
 _KINDS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 
@@ -55,7 +66,7 @@ class Asset:
     Attributes:
         id: Key of its sample.
         file: Path relative to the assets folder, with forward slashes; or a URL.
-        sha256: Hash of that file (textures and materials that lie beside it are not hashed); "" where it is not known.
+        sha256: Hash that the list expects of that file (textures and materials beside it are not hashed); "": any file.
         name: Name for people.
         creator: Who made it.
         source: Where it came from.
@@ -81,6 +92,12 @@ class Asset:
         """Whether ``file`` is a URL."""
         return "://" in self.file
 
+    def record(self) -> dict[str, Any]:
+        """Return what the record of its sample says of it."""
+        return {
+            "name": self.name, "licence": self.licence, "creator": self.creator, "source": self.source
+        }  # fmt: skip
+
 
 #: Columns of ``assets.parquet``.
 LIST_SCHEMA = pyarrow.schema([
@@ -103,8 +120,21 @@ def find_assets(folder: Path) -> tuple[Asset, ...]:
             f"expected a folder of {_KINDS} files at {folder}, found no folder; pass ASSETS=<folder>"
         )
     if (folder / LIST_NAME).is_file():
-        return read_list(folder)
+        assets = read_list(folder)
+        _say_what_is_not_listed(folder, assets)
+        return assets
     return scan(folder)
+
+
+def _say_what_is_not_listed(folder: Path, assets: Iterable[Asset]) -> None:
+    listed = {asset.file for asset in assets if not asset.is_remote}
+    count = sum(path.relative_to(folder).as_posix() not in listed for path in find_meshes(folder).meshes)
+    if count:
+        print(
+            f"note: {count} meshes in {folder} are not rendered: its {LIST_NAME} does not list them; the `fetch` "
+            "command that wrote it, run again, lists what is there now",
+            file=sys.stderr,
+        )
 
 
 def write_list(folder: Path, assets: Iterable[Asset]) -> None:
@@ -170,7 +200,7 @@ def _check(path: Path, asset: Asset, remedy: str) -> None:
             asset.is_remote or not (asset.file.startswith("/") or ".." in asset.file.split("/")),
             asset.file,
         ),
-        ("a sha256 or nothing", re.fullmatch("([0-9a-f]{64})?", asset.sha256), asset.sha256),
+        ("a sha256 or nothing", _SHA256.fullmatch(asset.sha256), asset.sha256),
         ('the split "train", "val" or nothing', asset.split in ("", "train", "val"), asset.split),
         ('the axis up "y", "z" or nothing', asset.up in get_args(Up), asset.up),
     ):
@@ -179,20 +209,84 @@ def _check(path: Path, asset: Asset, remedy: str) -> None:
 
 
 def scan(folder: Path) -> tuple[Asset, ...]:
-    """Find all meshes in a folder and its subfolders, hash them, and look them up in ``assets.csv``.
+    """Find all meshes in a folder and its subfolders, and look them up in ``assets.csv``; none is opened.
 
     Raises:
         AssetsError: No assets, or a broken table.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    files = [path for path in found if _is_text(path)]
-    for path in sorted(set(found) - set(files)):
+    found = find_meshes(folder)
+    files = sorted(path for path in found.meshes if _is_text(path))
+    for path in sorted(set(found.meshes) - set(files)):
         print(f"left out: {path!r}: expected a name in UTF-8; rename it", file=sys.stderr)
+    if found.ignored:
+        print(
+            f"ignored: {told(found.ignored)}; {_KINDS} files in {folder} itself are rendered", file=sys.stderr
+        )
     if not files:
         raise AssetsError(f"expected {_KINDS} files in {folder}, found none; pass another ASSETS=<folder>")
     by_id = name_files(path.relative_to(folder) for path in files)
     table = read_table(folder / TABLE_NAME)
     return tuple(_asset(folder, key, folder / by_id[key], table.get(key, {})) for key in sorted(by_id))
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundMeshes:
+    """What lies in a folder of assets.
+
+    Attributes:
+        meshes: Mesh files, in no order.
+        ignored: What looks like meshes and is not rendered -> how many: suffixes, links, hidden meshes.
+    """
+
+    meshes: tuple[Path, ...]
+    ignored: Counter[str]
+
+
+def told(ignored: Counter[str]) -> str:
+    """Say what is ignored, most of it first: ``41 .stl, 19 .dae, 1 linked folder``."""
+    return ", ".join(
+        f"{count} {what if count == 1 else _plural(what)}" for what, count in ignored.most_common()
+    )
+
+
+def _plural(what: str) -> str:
+    return what if what.startswith(".") else what + ("es" if what.endswith("sh") else "s")
+
+
+def find_meshes(folder: Path) -> FoundMeshes:
+    """Search a folder and its subfolders; links to folders are not followed, hidden files are no assets.
+
+    Neither is what macOS leaves in archives (``__MACOSX``).
+    """
+    meshes, ignored, waiting = list[Path](), Counter[str](), [(folder, False)]
+    while waiting:
+        place, hidden = waiting.pop()
+        try:
+            entries = list(os.scandir(place))
+        except PermissionError:
+            ignored["unreadable folder"] += 1
+            continue
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            is_hidden, is_link = hidden or is_hidden_name(entry.name), entry.is_symlink()
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append((Path(entry.path), is_hidden))
+            elif is_link and os.path.isdir(entry.path):
+                ignored["linked folder"] += not is_hidden
+            elif suffix in SUFFIXES and is_hidden:
+                ignored["hidden mesh"] += not entry.name.startswith("._")
+            elif suffix in SUFFIXES and (os.path.isfile(entry.path) if is_link else entry.is_file()):
+                meshes.append(Path(entry.path))
+            elif suffix in SUFFIXES and is_link:
+                ignored["dangling link"] += 1
+            elif suffix in OTHERS and not is_hidden:
+                ignored[suffix] += 1
+    return FoundMeshes(tuple(meshes), +ignored)
+
+
+def is_hidden_name(name: str) -> bool:
+    """Say whether files and folders of this name are passed over."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _is_text(path: Path) -> bool:
@@ -264,6 +358,11 @@ def _parse_table(path: Path) -> dict[str, dict[str, str]]:
                 raise AssetsError(
                     f"{path}, line {reader.line_num}: expected up as y, z or nothing, found {row[UP_COLUMN]!r}"
                 )
+            if not _SHA256.fullmatch(row["sha256"]):
+                raise AssetsError(
+                    f"{path}, line {reader.line_num}: expected a sha256 of 64 lower-case hex digits or nothing, found "
+                    f"{row['sha256']!r}; `sha256sum FILE` prints it"
+                )
             table[row["id"]] = row
     return table
 
@@ -275,16 +374,10 @@ def hash_file(path: Path) -> str:
 
 
 def _asset(folder: Path, key: str, path: Path, row: dict[str, str]) -> Asset:
-    sha256 = hash_file(path)
-    if row.get("sha256") not in (None, "", sha256):
-        raise AssetsError(
-            f"{path}: expected sha256 {row['sha256']} as in {TABLE_NAME}, found {sha256}; "
-            f"fetch the file again, or mend its row"
-        )
     return Asset(
         id=key,
         file=path.relative_to(folder).as_posix(),
-        sha256=sha256,
+        sha256=row.get("sha256", ""),
         name=row.get("name") or key,
         creator=row.get("creator") or "unknown",
         source=row.get("source") or "unknown",

@@ -54,6 +54,8 @@ def load_asset(
     root = (root or path.parent).absolute()
     bpy.ops.wm.read_factory_settings(use_empty=True)
     kind = path.suffix.lower()
+    if (target := _target_with_its_files(path, kind)) is not None:
+        path, root = target, root if target.is_relative_to(root) else target.parent
     _refuse_files_outside(root, path.parent, _named_files(path, kind))
     with tempfile.TemporaryDirectory() as scratch:
         readable, faces_have_colors = (
@@ -65,6 +67,15 @@ def load_asset(
     _refuse_files_outside(root, Path.cwd(), pictures)
     missing += [f"{path.name}: colors of faces are not read"] if faces_have_colors else []
     return prepare(normalise, missing)
+
+
+def _target_with_its_files(path: Path, kind: str) -> Path | None:
+    """Return what a linked mesh links to, where the files that it names lie beside that and not beside the link."""
+    target = path.resolve()
+    names = [name.replace("\\", "/") for name in _named_files(path, kind)] if path.is_symlink() else []
+    if not names or target.suffix.lower() != kind or all((path.parent / name).exists() for name in names):
+        return None
+    return target if all((target.parent / name).exists() for name in names) else None
 
 
 def _named_files(path: Path, kind: str) -> list[str]:

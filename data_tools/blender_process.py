@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import selectors
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from data_tools.assets import Asset
 from data_tools.settings import RenderSettings
+from lrm_pl.data.scratch import ScratchFolder
 from lrm_pl.errors import InputError
 
 #: Seconds that Blender gets to start.
@@ -29,6 +29,8 @@ _TAIL_LENGTH, _LOG_LENGTH = 600, 100_000
 
 #: Seconds between two looks at a process's memory.
 _LOOK_S = 0.1
+
+_PREFIX = "lrm-blender-"
 
 #: What a process runs.
 COMMAND = (sys.executable, "-m", "data_tools.blender_worker")
@@ -53,6 +55,16 @@ class Limits:
     time_s: float = 600.0
     memory_gb: float = 8.0
     objects: int = 64
+
+
+def time_limit_s(settings: RenderSettings) -> float:
+    """Return the seconds that one object may take unless the user says otherwise.
+
+    They are those of ``Limits`` for 16 views of 128 x 128 pixels of 16 samples, as much longer as more samples are
+    computed, and never shorter.
+    """
+    work = settings.views * settings.resolution**2 * settings.samples
+    return Limits.time_s * max(1.0, work / (16 * 128**2 * 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +101,8 @@ class BlenderProcess:
         self, assets: Path, settings: RenderSettings, threads: int, command: tuple[str, ...] = COMMAND
     ) -> None:
         self.served = 0
-        self._folder = tempfile.mkdtemp(prefix="lrm-blender-")
-        scratch = Path(self._folder) / "scratch"
+        self._folder = ScratchFolder(_PREFIX)
+        scratch = self._folder.path / "scratch"
         scratch.mkdir()
         self._log = tempfile.TemporaryFile()
         self._mark = 0
@@ -100,7 +112,8 @@ class BlenderProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=REPOSITORY,
-            env=os.environ | {"TMPDIR": self._folder},  # Blender leaves a folder behind when it is killed
+            env=os.environ
+            | {"TMPDIR": str(self._folder.path)},  # Blender leaves a folder behind when it is killed
             start_new_session=True,  # Ctrl-C is the driver's to handle
         )
         record = {
@@ -147,7 +160,7 @@ class BlenderProcess:
                 pipe.close()
             except BrokenPipeError:  # what was still to be said to it is of no use now
                 continue
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
     def _ask(self, record: dict[str, Any], limits: Limits) -> dict[str, Any] | str:
         """Send a line and wait for the answer; a string says why there is none (the process is dead then)."""

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from data_tools.assets import Asset, hash_file
 from data_tools.criteria import MEASURES_MEMBER, encode_measures, measure_views
 from data_tools.download import download
+from data_tools.file_kinds import check_readable
 from data_tools.settings import RenderSettings
 from data_tools.views import derive_seed, draw_cameras
 from lrm_pl.data.geometry_views import depth_member, encode_depth, encode_normals, normal_member
@@ -90,8 +91,10 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     settings = setup.settings
     seed = derive_seed(settings.seed, asset.id)
     cameras = draw_cameras(settings.cameras, settings.views, np.random.default_rng(seed))
+    path, sha256 = _mesh_file(asset, setup)
+    check_readable(path)
     half_extent, mesh = blender_import.load_asset(
-        _mesh_file(asset, setup),
+        path,
         settings.normalise,
         Path(setup.scratch if asset.is_remote else setup.assets),
         asset.up,
@@ -126,13 +129,11 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
         raise blender_import.AssetError(f"renders to nothing: all {settings.views} views are transparent")
     info = SampleInfo(
         id=asset.id,
-        name=asset.name,
-        licence=asset.licence,
-        creator=asset.creator,
-        source=asset.source,
+        **asset.record(),
         seed=seed,
         renderer=renderer,
         views=settings.views,
+        sha256=sha256,
     )
     sample = Sample(
         info,
@@ -144,20 +145,24 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     return sample, sum(cycles_s)
 
 
-def _mesh_file(asset: Asset, setup: WorkerSetup) -> Path:
-    """Return where the mesh lies, of which the hash is known; a remote one is brought here first.
+def _mesh_file(asset: Asset, setup: WorkerSetup) -> tuple[Path, str]:
+    """Return where the mesh lies, and its sha256; a remote one is brought here first.
 
     Raises:
         InputError: It is another file, or cannot be downloaded.
     """
     if asset.is_remote:
         path = Path(setup.scratch) / f"{asset.id}{Path(asset.file).suffix.lower()}"
-        download(asset.file, path, sha256=asset.sha256 or None)
-        return path
+        return path, download(asset.file, path, sha256=asset.sha256 or None)
     path = Path(setup.assets) / asset.file
-    if asset.sha256 and (found := hash_file(path)) != asset.sha256:
-        raise InputError(f"expected sha256 {asset.sha256} as listed, found {found}; fetch the file again")
-    return path
+    if not path.is_file():
+        raise InputError(f"expected the mesh at {path}, found no file; put it there")
+    found = hash_file(path)
+    if asset.sha256 and found != asset.sha256:
+        raise InputError(
+            f"expected sha256 {asset.sha256} as listed, found {found}; fetch the file again, or mend its row"
+        )
+    return path, found
 
 
 def _try_render(

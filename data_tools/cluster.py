@@ -8,10 +8,10 @@ so that only the driver writes.
 import contextlib
 import dataclasses
 import os
-import shutil
+import signal
 import socket
 import sys
-import tempfile
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -21,6 +21,7 @@ from data_tools import blender_process
 from data_tools.assets import Asset
 from data_tools.blender_process import BlenderError, BlenderProcess, Limits, Outcome
 from data_tools.settings import RenderSettings
+from lrm_pl.data.scratch import ScratchFolder
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: it would send statistics
 
@@ -285,7 +286,8 @@ def connected(jobs: int | None) -> Iterator[None]:
             if "/" not in host and port.isdecimal():
                 # Ray itself knocks for minutes.
                 socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
-            ray.init(address, **quiet)
+            with _own_signals():
+                ray.init(address, **quiet)
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise BlenderError(
                 f"expected a Ray cluster at RAY_ADDRESS={address}, found: {error}; start one with `ray start --head`, "
@@ -298,20 +300,35 @@ def connected(jobs: int | None) -> Iterator[None]:
         return
     cpus = len(os.sched_getaffinity(0))
     # A folder of our own: another user's Ray may own the default one. Short, for it holds sockets.
-    folder = tempfile.mkdtemp(prefix="lrm-ray-", dir="/tmp")
+    folder = ScratchFolder("lrm-ray-", Path("/tmp"))
     try:
-        ray.init(
-            "local",
-            num_cpus=max(cpus, jobs or 1),
-            include_dashboard=False,
-            object_store_memory=_STORE_BYTES,
-            _temp_dir=folder,
-            **quiet,
-        )
+        with _own_signals():
+            ray.init(
+                "local",
+                num_cpus=max(cpus, jobs or 1),
+                include_dashboard=False,
+                object_store_memory=_STORE_BYTES,
+                _temp_dir=str(folder.path),
+                **quiet,
+            )
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.remove()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray sets its own, which prints the stack of its C++."""
+    answer = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # Ray's answer, while it starts
+        if callable(answer):
+            answer(signal.SIGTERM, None)
+        raise
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, answer)
 
 
 def _share(jobs: int | None) -> Share:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from data_tools.assets import hash_file
 from data_tools.file_kinds import HEAD_BYTES, KindError, check_head, check_kind
 from lrm_pl.errors import InputError
-from lrm_pl.stores import MissingError, insisting, open_store, read_ranges, talking_to
+from lrm_pl.stores import MissingError, insisting, is_server_fault, open_store, read_ranges, talking_to
 
 #: Bytes asked for at once. A web server that does not know requests for parts (Range) can serve smaller files only.
 CHUNK = 8 << 20
@@ -28,9 +28,6 @@ JOBS = 16
 
 #: A larger file is no mesh that can be rendered.
 MAX_BYTES = 16 << 30
-
-#: A web server's answers that will be the same tomorrow.
-_REFUSALS = (401, 403, 404, 410)
 
 
 class DownloadError(InputError):
@@ -183,14 +180,13 @@ def _checked(path: Path, suffix: str, where: str, size: int | None, sha256: str 
 
 @contextlib.contextmanager
 def _asking(url: str) -> Iterator[None]:
-    """Like ``talking_to``; but fsspec calls a file missing whose server only failed, and a local one may be missing."""
+    """Like ``talking_to``; but a local file may be missing too."""
     with talking_to(url):
         try:
             yield
         except FileNotFoundError as error:
-            cause = error.__cause__
-            if cause is not None and getattr(cause, "status", None) not in _REFUSALS:
-                raise cause from None
+            if is_server_fault(error):
+                raise
             raise MissingError(
                 f"{url}: expected a file, found none, or none for us; look at the URL"
             ) from error

@@ -1,8 +1,10 @@
 """What a file is by its first bytes: a mesh of its suffix's kind, or something that a server sent in its place."""
 
+import re
 import struct
 from pathlib import Path
 
+from data_tools.wavefront import library_names
 from lrm_pl.errors import InputError
 
 #: Bytes that are enough to tell.
@@ -71,6 +73,65 @@ def check_kind(path: Path, where: str, suffix: str | None = None) -> None:
             f"{where}: expected gltf, found JSON without an asset that begins with {_shown(head)}; "
             "look at what is there, it may be the message of a server"
         )
+
+
+def check_readable(path: Path) -> None:
+    """Refuse what importers read as something else without a word: empty files, web pages, UTF-16, positions of nan.
+
+    Args:
+        path: A mesh.
+
+    Raises:
+        KindError: What it is.
+    """
+    kind = path.suffix.lower()
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not head.strip():
+        raise KindError(f"expected {kind[1:]}, found nothing: it is empty; get it again")
+    if head.lstrip().startswith(b"<"):
+        raise KindError(
+            f"expected {kind[1:]}, found a file that begins with {_shown(head)}; it may be the message of a server"
+        )
+    _refuse_utf16(path, head, kind in (".obj", ".gltf"))
+    if kind == ".obj":
+        content = path.read_bytes()
+        for name in library_names(content):
+            library = path.parent / name.replace("\\", "/")
+            if library.is_file():
+                with open(library, "rb") as file:
+                    _refuse_utf16(library, file.read(HEAD_BYTES), True)
+        _refuse_undefined(content, 1)
+    elif kind == ".ply" and b"format ascii" in head:
+        _refuse_undefined(path.read_bytes(), 0)
+
+
+def _refuse_utf16(path: Path, head: bytes, is_text: bool) -> None:
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (is_text and b"\0" in head):
+        raise KindError(f"expected {path.name} to be text in UTF-8, found UTF-16 or zeros; save it as UTF-8")
+
+
+def _refuse_undefined(content: bytes, first: int) -> None:
+    """Refuse positions that are no numbers, which importers take for 0; they are words ``first`` to ``first + 2``."""
+    lower = content.lower()
+    if not any(
+        word in lower for word in (b"nan", b"inf", b"#ind")
+    ):  # far faster than to search for all of them
+        return
+    for found in re.finditer(rb"nan|inf|#ind", lower):
+        start = max(content.rfind(b"\n", 0, found.start()), content.rfind(b"\r", 0, found.start())) + 1
+        line = content[start : start + 200].splitlines()[0]
+        words = line.split()
+        if (not first or words[0] == b"v") and any(map(_UNDEFINED.fullmatch, words[first : first + 3])):
+            number = content.count(b"\n", 0, start) + 1
+            raise KindError(
+                f"expected finite vertex positions, found {_shown(line)} in line {number}; mend it in the program that "
+                "made it"
+            )
+
+
+#: As C libraries write it.
+_UNDEFINED = re.compile(rb"[+-]?(nan(\(\w*\))?|inf(inity)?|1\.?#\w+)", re.IGNORECASE)
 
 
 def _begins_like_obj(text: bytes) -> bool:

@@ -11,6 +11,7 @@ import pyarrow.parquet
 from data_tools.assets import Asset
 from data_tools.criteria import MEASURES_MEMBER, Measures, decode_measures, objections, parse_rule
 from lrm_pl.data.manifest import Shard, read_index, read_members, write_atomically
+from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, decode_info
 
 FILTER_NAME = "filter.parquet"
 
@@ -20,6 +21,7 @@ _SCHEMA = pyarrow.schema([
     ("id", pyarrow.string()),
     ("outcome", pyarrow.string()),  # kept, rejected, failed
     ("reason", pyarrow.string()),
+    ("sha256", pyarrow.string()),  # of the mesh file that was rendered
     *((field.name, _KINDS[field.type]) for field in dataclasses.fields(Measures)),  # type: ignore[index]
 ])  # fmt: skip
 
@@ -42,6 +44,7 @@ def write_filter_table(
     """
     parsed = [parse_rule(rule) for rule in rules]
     measured = {key: measures for shard in shards for key, measures in shard_measures(out, shard)}
+    hashes = {key: info.sha256 for shard in shards for key, info in shard_infos(out, shard)}
     rows = []
     for asset in assets:
         if asset.id in measured:
@@ -49,6 +52,7 @@ def write_filter_table(
             reason = objections(measures, parsed)
             rows.append(
                 {"id": asset.id, "outcome": "rejected" if reason else "kept", "reason": reason}
+                | {"sha256": hashes[asset.id]}
                 | dataclasses.asdict(measures)
             )
         else:
@@ -75,11 +79,20 @@ def shard_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]
     Raises:
         InputError: The index does not fit the tar, or measures are damaged.
     """
-    spans = {
-        key: members[MEASURES_MEMBER]
-        for key, members in read_index(folder, shard).items()
-        if MEASURES_MEMBER in members
-    }
-    contents = read_members(folder / shard.name, spans.values())
-    for key, content in zip(spans, contents, strict=True):
+    for key, content in _contents(folder, shard, MEASURES_MEMBER):
         yield key, decode_measures(key, content)
+
+
+def shard_infos(folder: Path, shard: Shard) -> Iterator[tuple[str, SampleInfo]]:
+    """Read the records of a shard's objects: (key, record).
+
+    Raises:
+        InputError: The index does not fit the tar, or a record is damaged.
+    """
+    for key, content in _contents(folder, shard, INFO_MEMBER):
+        yield key, decode_info(key, content)
+
+
+def _contents(folder: Path, shard: Shard, member: str) -> Iterator[tuple[str, bytes]]:
+    spans = {key: members[member] for key, members in read_index(folder, shard).items() if member in members}
+    yield from zip(spans, read_members(folder / shard.name, spans.values()), strict=True)

@@ -62,16 +62,28 @@ def plan_shards(splits: Mapping[str, str], held_out: int, shard_size: int) -> tu
     return cut({"train": sorted(set(splits) - val), "val": sorted(val)}, shard_size)
 
 
-def cut(members: Mapping[Split, Sequence[str]], shard_size: int) -> tuple[PlannedShard, ...]:
+def cut(
+    members: Mapping[Split, Sequence[str]], shard_size: int, first: Mapping[Split, int] | None = None
+) -> tuple[PlannedShard, ...]:
     """Cut the ids of each split, in their order, into shards of ``shard_size`` objects.
+
+    Args:
+        members: Split -> ids.
+        shard_size: Objects a shard.
+        first: Split -> number of its first shard; 0 unless given.
 
     Raises:
         InputError: ``shard_size`` is not positive.
     """
     if shard_size < 1:
         raise InputError(f"expected a --shard-size of at least 1, found {shard_size}")
+    numbers = first or dict.fromkeys(members, 0)
     return tuple(
-        PlannedShard(f"{split}-{start // shard_size:06d}.tar", split, tuple(keys[start : start + shard_size]))
+        PlannedShard(
+            f"{split}-{numbers[split] + start // shard_size:06d}.tar",
+            split,
+            tuple(keys[start : start + shard_size]),
+        )
         for split, keys in members.items()
         for start in range(0, len(keys), shard_size)
     )

@@ -1,7 +1,7 @@
 """``python -m data_tools render``: meshes to shards; a thin driver around Blender processes.
 
-The order of events in OUT: ``render.json`` first, then parts and shards as objects finish (``shard_folder``),
-the contact sheet, ``filter.parquet``, and ``manifest.json`` last.
+The order of events in OUT: ``plan.parquet``, ``assets.parquet`` and ``render.json`` first, then parts and shards as
+objects finish (``shard_folder``), the contact sheet, ``filter.parquet``, and ``manifest.json`` last.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,9 +21,10 @@ from tqdm import tqdm
 from data_tools.assets import Asset
 from data_tools.cluster import Pool, Setup, connected
 from data_tools.contact_sheet import SHEET_NAME, write_contact_sheet
+from data_tools.continuation import Continuation, continue_folder, write_continuation
 from data_tools.criteria import parse_rule
 from data_tools.filter_table import FILTER_NAME, write_filter_table
-from data_tools.plan import PlannedShard, plan_shards
+from data_tools.plan import PlannedShard
 from data_tools.settings import SETTINGS_NAME, RenderSettings, check_settings, read_settings, write_settings
 from data_tools.shard_folder import (
     FAILURES_NAME,
@@ -39,12 +39,13 @@ from data_tools.shard_folder import (
     no_space_message,
     parts,
     read_failures,
+    update_records,
     write_failures,
     write_part,
     write_planned_shard,
     write_quarantine,
 )
-from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
+from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
 from lrm_pl.data.surface import SURFACE_POINTS
 
 #: Meshes that cannot be downloaded, one after the other, before a run takes it for the network's fault.
@@ -57,6 +58,14 @@ class _Done:
 
     objects: int = 0
     cycles: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Last:
+    """The manifest of before this run, and when it was written."""
+
+    manifest: Manifest | None = None
+    written_ns: int = 0
 
 
 def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: Setup) -> Manifest:
@@ -75,25 +84,27 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
         InputError: Bad assets, other settings in ``out``, no space, every asset failed, or Blender does not start.
     """
     start = time.monotonic()
-    splits = {asset.id: asset.split for asset in assets}
-    plan = plan_shards(splits, settings.held_out, settings.shard_size)
     rules = [parse_rule(rule) for rule in settings.rules]
-    check_settings(out, settings, assets)
+    check_settings(out, settings)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
+        last = _read_last(out)
+        continuation = continue_folder(out, settings, assets, setup.assets)
+        plan = continuation.shards
         clear_leftovers(out)
-        failures = read_failures(out)
+        by_id = {asset.id: asset for asset in assets}
+        failures = {key: record for key, record in read_failures(out).items() if key in by_id}
         finished = finished_ids(out, plan, set(failures))
-        by_id, ended = {asset.id: asset for asset in assets}, finished | failures.keys()
+        ended = finished | failures.keys()
         pending = [by_id[key] for shard in plan for key in shard.ids if key not in ended]
-        if not pending and manifest is not None:
+        if not pending and last.manifest is not None and not continuation.is_relisted:
+            write_continuation(out, continuation, assets)
+            manifest = last.manifest
             shutil.rmtree(out / PARTS_NAME)
             print(f"Nothing to render: all {len(assets)} objects of {setup.assets} are finished.")
             _require_kept(out, manifest, len(assets))
             _print_summary(out, manifest, time.monotonic() - start, _Done())
             return manifest
-        (out / MANIFEST_NAME).unlink(missing_ok=True)
         write_failures(out / FAILURES_NAME, failures)  # without a line that a killed run began
         needed = estimate_bytes(len(pending), settings)
         if shutil.disk_usage(out).free < needed:
@@ -106,16 +117,33 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             done = _Done()
             if pending:
                 with connected(setup.jobs):
-                    done = _render_pending(setup, out, assets, pending, left, failures)
+                    done = _render_pending(setup, out, assets, pending, left, failures, continuation)
+            else:
+                _begin(out, continuation, assets)
             write_failures(out / FAILURES_NAME, failures)  # sorted, each once
-            manifest = _finish(out, plan, assets, failures)
+            manifest, updated = _finish(out, plan, by_id, failures, last)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             raise FolderError(no_space_message(out, needed)) from error
     _require_kept(out, manifest, len(assets))
+    if updated:
+        print(
+            f"updated        the records of {updated} objects, without rendering: name, creator, source, licence"
+        )
     _print_summary(out, manifest, time.monotonic() - start, done)
     return manifest
+
+
+def _read_last(out: Path) -> _Last:
+    path = out / MANIFEST_NAME
+    return _Last(read_manifest(out), path.stat().st_mtime_ns) if path.is_file() else _Last()
+
+
+def _begin(out: Path, continuation: Continuation, assets: Sequence[Asset]) -> None:
+    """Make the folder one that is not finished, and record what it is to hold."""
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    write_continuation(out, continuation, assets)
 
 
 def estimate_bytes(objects: int, settings: RenderSettings) -> int:
@@ -135,6 +163,7 @@ def _render_pending(
     pending: Sequence[Asset],
     left: Mapping[PlannedShard, set[str]],
     failures: dict[str, dict[str, str]],
+    continuation: Continuation,
 ) -> _Done:
     """Render the pending assets, write each shard as it becomes complete."""
     rules = [parse_rule(rule) for rule in setup.settings.rules]
@@ -143,8 +172,10 @@ def _render_pending(
     start = time.monotonic()
     by_id = {key: shard for shard in left for key in shard.ids}
     with closing(Pool(setup)) as pool, closing(pool.render(pending)) as outcomes:
-        if not check_settings(out, setup.settings, assets, pool.renderer):
-            write_settings(out, setup.settings, assets, pool.renderer)
+        is_new = not check_settings(out, setup.settings, pool.renderer)
+        _begin(out, continuation, assets)
+        if is_new:
+            write_settings(out, setup.settings, pool.renderer)
         print(f"Rendering {len(pending)} of {len(assets)} objects, {pool.describe()} ...", flush=True)
         begun = time.monotonic()
         with tqdm(
@@ -191,15 +222,28 @@ def _render_pending(
 def _finish(
     out: Path,
     plan: Sequence[PlannedShard],
-    assets: Sequence[Asset],
+    assets: Mapping[str, Asset],
     failures: Mapping[str, Mapping[str, str]],
-) -> Manifest:
-    """Describe the shards that are there, draw the contact sheet, write the manifest last."""
+    last: _Last,
+) -> tuple[Manifest, int]:
+    """Bring the records up to date, describe the shards, draw the contact sheet, write the manifest last.
+
+    Returns:
+        The manifest, and how many records were updated.
+    """
     settings = read_settings(out) if (out / SETTINGS_NAME).is_file() else {}
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashes every byte
-        shards = tuple(shard for found in pool.map(partial(find_shards, out), plan) for shard in found)
+    rules = settings.get("rules", ())
+    known = {shard.name: shard for shard in last.manifest.shards} if last.manifest else {}
+
+    def describe(planned: PlannedShard) -> tuple[int, list[Shard]]:
+        updated = update_records(out, planned, assets, [parse_rule(rule) for rule in rules])
+        return updated, find_shards(out, planned, known, last.written_ns)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashes what is new
+        found = list(pool.map(describe, plan))
+    shards = tuple(shard for _, described in found for shard in described)
     kept = tuple(shard for shard in shards if not shard.rejected)
-    write_filter_table(out, shards, assets, settings.get("rules", ()), failures)
+    write_filter_table(out, shards, tuple(assets.values()), rules, failures)
     if not shards:
         raise FolderError(
             f"expected at least one object, found that all {len(assets)} failed; {out / FAILURES_NAME} says why: mend "
@@ -211,7 +255,7 @@ def _finish(
     manifest = Manifest(shards=shards, views=views, failures=len(failures), render=settings)
     write_manifest(out, manifest)
     shutil.rmtree(out / PARTS_NAME, ignore_errors=True)
-    return manifest
+    return manifest, sum(updated for updated, _ in found)
 
 
 def _require_kept(out: Path, manifest: Manifest, assets: int) -> None:

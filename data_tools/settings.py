@@ -1,16 +1,14 @@
-"""What decides the pixels and the layout of a folder of shards, kept in that folder: settings and list of assets.
+"""What decides the pixels and the layout of a folder of shards, kept in that folder: ``render.json``.
 
-``render.json`` and a copy of ``assets.parquet`` are written before the first object. A later run in the same folder
-must agree with them, or it would mix two kinds of data.
+It is written before the first object. A later run in the same folder must agree with it, or it would mix two kinds of
+data. What is rendered may grow: ``continuation``.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.assets import LIST_NAME, Asset, AssetsError, is_list_of, read_list, write_list
 from data_tools.criteria import DEFAULT_RULES
 from data_tools.views import PRESETS, CameraPreset
 from lrm_pl.conventions import Normalisation
@@ -73,9 +71,8 @@ class RenderSettings:
         return json.loads(json.dumps(dataclasses.asdict(self) | ranges))
 
 
-def write_settings(folder: Path, settings: RenderSettings, assets: Sequence[Asset], renderer: str) -> None:
-    """Write ``assets.parquet`` and ``render.json``."""
-    write_list(folder, assets)
+def write_settings(folder: Path, settings: RenderSettings, renderer: str) -> None:
+    """Write ``render.json``."""
     record = settings.record() | {"renderer": renderer}
     write_atomically(folder / SETTINGS_NAME, (json.dumps(record, indent=1) + "\n").encode())
 
@@ -85,15 +82,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / SETTINGS_NAME).read_bytes()))
 
 
-def check_settings(
-    folder: Path, settings: RenderSettings, assets: Sequence[Asset], renderer: str | None = None
-) -> bool:
+def check_settings(folder: Path, settings: RenderSettings, renderer: str | None = None) -> bool:
     """Compare ``render.json`` with what is asked for now.
 
     Args:
         folder: Folder of the shards.
         settings: Settings of this run.
-        assets: Assets of this run.
         renderer: Renderer of this run; None while it is not known.
 
     Returns:
@@ -103,49 +97,60 @@ def check_settings(
         SettingsError: At the first difference, or where shards lie there without the file.
     """
     path = folder / SETTINGS_NAME
-    remedy = f"choose another OUT=, or delete {folder} to render it anew"
     if not path.is_file():
         strays = sorted(p.name for pattern in ("*.tar", "manifest.json") for p in folder.glob(pattern))
         if strays:
             raise SettingsError(
-                f"{folder}: expected an empty folder or one with {SETTINGS_NAME}, found {strays[0]} "
-                f"of unknown settings; {remedy}"
+                f"{folder}: expected an empty folder or one with {SETTINGS_NAME}, found {strays[0]} of unknown "
+                "settings; choose another OUT= (`python -m data_tools merge` joins finished folders)"
             )
         return False
     try:
-        found = {"depth": False, "normals": False, "surface": False} | read_settings(
-            folder
-        )  # as older folders
+        # As folders are that were made before there were these.
+        found = {"depth": False, "normals": False, "surface": False} | read_settings(folder)
         found_renderer = found.pop("renderer")
-        found_assets = (
-            {} if (same := is_list_of(folder, assets)) else {asset.id: asset for asset in read_list(folder)}
-        )
-    except (AssetsError, ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise SettingsError(
-            f"{path}: expected the settings of a rendering and {LIST_NAME}, found: {error!r}; {remedy}"
+            f"{path}: expected the settings of a rendering, found: {error!r}; copy the folder again, or choose another "
+            "OUT="
         ) from error
     expected = settings.record()
     if renderer is not None:
         expected["renderer"], found["renderer"] = renderer, found_renderer
-    _compare(path, "", expected, found, remedy)
-    if same:
-        return True
-    ids = {asset.id: asset for asset in assets}
-    if ids.keys() != found_assets.keys():
-        _compare(
-            path, "asset ", dict.fromkeys(ids, "present"), dict.fromkeys(found_assets, "present"), remedy
-        )
-    for key, asset in ids.items():
-        if asset != found_assets[key]:
-            own, theirs = dataclasses.asdict(asset), dataclasses.asdict(found_assets[key])
-            _compare(path, f"asset {key!r}, ", own, theirs, remedy)
-    return True
-
-
-def _compare(path: Path, prefix: str, expected: dict[str, Any], found: dict[str, Any], remedy: str) -> None:
     for name in [*expected, *(name for name in found if name not in expected)]:
         if expected.get(name) != found.get(name):
             raise SettingsError(
-                f"{path}: {prefix}{name}: expected {expected.get(name)!r} as asked for now, "
-                f"found {found.get(name)!r}; {remedy}"
+                f"{path}: {name}: expected {expected.get(name)!r} as asked for now, found {found.get(name)!r}; "
+                f"{_remedy(name, folder)}"
             )
+    return True
+
+
+def recorded_held_out(folder: Path) -> int | None:
+    """Return how many objects a folder that was begun holds out; None where it does not say."""
+    try:
+        found = read_settings(folder)["held_out"]
+    except (ValueError, KeyError, TypeError, OSError):  # ``check_settings`` looks at what is wrong
+        return None
+    return found if type(found) is int else None
+
+
+#: Settings that finished shards can be given without rendering -> option of ``repack``.
+_REPACKED = {
+    "rules": "--where RULE ...",
+    "held_out": "--held-out N",
+    "shard_size": "--shard-size N",
+    "resolution": "--res N (smaller)",
+}
+
+
+def _remedy(name: str, folder: Path) -> str:
+    if name in _REPACKED:
+        return (
+            "finish the folder as it is, then change it without rendering: `python -m data_tools repack --shards "
+            f"{folder} --out ... {_REPACKED[name]}`; or choose another OUT="
+        )
+    return (
+        "go on with that, or choose another OUT= for what is not rendered yet (`python -m data_tools merge` joins "
+        "finished folders of the same views, resolution and scale)"
+    )

@@ -5,24 +5,28 @@
     OUT/quarantine/<id>.log    what Blender printed about them
     OUT/train-000000.tar   written when all its objects are finished or failed; its parts are removed
     OUT/rejected-train-000000.tar    those of its objects that a rule rejected
+    OUT/plan.parquet       which object belongs in which shard (``continuation``)
     OUT/manifest.json      written last
 
 Every file is written beside its place and renamed when whole: a name without ``.partial`` is a whole file.
 """
 
-import hashlib
+import dataclasses
 import json
 import shutil
 import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_tools.assets import Asset, hash_file
 from data_tools.criteria import MEASURES_MEMBER, Rule, decode_measures, objections
+from data_tools.filter_table import shard_infos
 from data_tools.plan import PlannedShard
 from lrm_pl.data.locks import lock
-from lrm_pl.data.manifest import Shard, read_index, write_atomically, write_shard
+from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, write_atomically, write_shard
+from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, encode_info
 from lrm_pl.errors import InputError
 
 FAILURES_NAME = "failures.jsonl"
@@ -113,20 +117,82 @@ def _line(record: dict[str, str]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def find_shards(folder: Path, planned: PlannedShard) -> list[Shard]:
+def find_records(folder: Path, planned: PlannedShard) -> dict[str, tuple[Path, SampleInfo]]:
+    """Find the objects of a planned shard that are rendered: id -> the file that holds it, and its record.
+
+    Raises:
+        InputError: A shard or a record is damaged.
+    """
+    tars = [folder / name for name, _ in _names(planned)]
+    tars += [folder / PARTS_NAME / f"{key}.tar" for key in planned.ids]
+    found = dict[str, tuple[Path, SampleInfo]]()
+    for tar in tars:
+        shard = _shard(tar, planned)
+        infos = shard_infos(tar.parent, shard) if shard else ()
+        found |= {key: (tar, info) for key, info in infos if key not in found}
+    return found
+
+
+def update_records(
+    folder: Path, planned: PlannedShard, assets: Mapping[str, Asset], rules: Sequence[Rule]
+) -> int:
+    """Make the records in a shard say what is listed of its objects now; nothing is rendered.
+
+    Args:
+        folder: Folder of shards.
+        planned: The shard.
+        assets: Id -> asset.
+        rules: Rules that chose.
+
+    Returns:
+        How many records were others.
+    """
+    changed = {
+        key: info
+        for key, (_, info) in find_records(folder, planned).items()
+        if key in assets and info != _with_listed(info, assets[key])
+    }
+    if changed:
+
+        def update(key: str, members: dict[str, bytes]) -> dict[str, bytes]:
+            if key not in changed:
+                return members
+            return members | {INFO_MEMBER: encode_info(_with_listed(changed[key], assets[key]))}
+
+        _take_apart(folder, planned, update)
+        write_planned_shard(folder, planned, rules)
+    return len(changed)
+
+
+def _with_listed(info: SampleInfo, asset: Asset) -> SampleInfo:
+    return dataclasses.replace(info, **asset.record())
+
+
+def find_shards(
+    folder: Path, planned: PlannedShard, known: Mapping[str, Shard], before_ns: int
+) -> list[Shard]:
     """Describe the shards on disk that a planned one became: itself, and the rejected ones.
+
+    Args:
+        folder: Folder of shards.
+        planned: The shard.
+        known: Name -> shard, as the folder's last manifest had it.
+        before_ns: When that manifest was written; what is older, and of its size, need not be hashed again.
 
     Raises:
         lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
     """
     found = []
     for name, rejected in _names(planned):
-        ids = _ids(folder, name, planned)
-        if ids is not None:
-            with open(folder / name, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size = (folder / name).stat().st_size
-            found.append(Shard(name, planned.split, len(ids), size, sha256, rejected))
+        shard = _shard(folder / name, planned)
+        if shard is None:
+            continue
+        then = known.get(name)
+        if then and then.bytes == shard.bytes and (folder / name).stat().st_mtime_ns < before_ns:
+            sha256 = then.sha256
+        else:
+            sha256 = hash_file(folder / name)
+        found.append(dataclasses.replace(shard, sha256=sha256, rejected=rejected))
     return found
 
 
@@ -136,7 +202,8 @@ def shard_ids(folder: Path, planned: PlannedShard) -> set[str]:
     Raises:
         lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
     """
-    return {key for name, _ in _names(planned) for key in _ids(folder, name, planned) or ()}
+    shards = (_shard(folder / name, planned) for name, _ in _names(planned))
+    return {key for shard in shards if shard for key in read_index(folder, shard)}
 
 
 def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -> set[str]:
@@ -153,10 +220,8 @@ def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -
         if all(key in ids or key in failed for key in planned.ids):
             _drop_parts(folder, planned)
         else:
-            for name in (name for name, _ in _names(planned) if (folder / name).is_file()):
-                for key, members in _read_tar(folder / name):
-                    write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, members)])
-                (folder / name).unlink()
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it names the shard
+            _take_apart(folder, planned)
         done |= ids
     return done
 
@@ -186,13 +251,24 @@ def _names(planned: PlannedShard) -> tuple[tuple[str, bool], ...]:
     return (planned.name, False), (f"rejected-{planned.name}", True)
 
 
-def _ids(folder: Path, name: str, planned: PlannedShard) -> tuple[str, ...] | None:
-    tar = folder / name
-    index = folder / (tar.stem + ".index.json")
+def _shard(tar: Path, planned: PlannedShard) -> Shard | None:
+    """Describe a tar that is there with its index, but for its hash and whether it was rejected."""
+    index = tar.with_name(tar.stem + ".index.json")
     if not tar.is_file() or not index.is_file():
         return None
-    count = len(json.loads(index.read_bytes()))
-    return tuple(read_index(folder, Shard(name, planned.split, count, tar.stat().st_size, "")))
+    return Shard(tar.name, planned.split, len(json.loads(index.read_bytes())), tar.stat().st_size, "")
+
+
+def _take_apart(
+    folder: Path,
+    planned: PlannedShard,
+    change: Callable[[str, dict[str, bytes]], dict[str, bytes]] = lambda _, members: members,
+) -> None:
+    """Turn a shard into parts again; a kill at any moment loses nothing of it."""
+    for name in (name for name, _ in _names(planned) if (folder / name).is_file()):
+        for key, members in _read_tar(folder / name):
+            write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, change(key, members))])
+        (folder / name).unlink()
 
 
 def no_space_message(folder: Path, needed: int) -> str:

@@ -1,6 +1,8 @@
 """Where files lie: a local folder, an object store or a web server, through fsspec; and what goes wrong there."""
 
+import errno
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,23 @@ from lrm_pl.errors import InputError
 Result = TypeVar("Result")
 
 #: Packages under object stores, whose exceptions are no OSErrors: not reached, no credentials, cut off.
-_STORE_PACKAGES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
+_STORE_PACKAGES = (
+    "botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "huggingface_hub", "httpx", "httpx2", "httpcore",
+    "httpcore2",
+)  # fmt: skip
+
+#: A web server's answers that will be the same tomorrow.
+_REFUSALS = (401, 403, 404, 410)
+
+#: Errors of a connection that was never made.
+_UNREACHED = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ECONNREFUSED)
+
+#: URL scheme -> what to look at where a store fails.
+_REMEDIES = {
+    "http": "look at the URL and its server",
+    "https": "look at the URL and its server",
+    "hf": "look at the name of the repository, and at HF_TOKEN if it is not public",
+}
 
 #: URL scheme -> our extra that brings its fsspec package.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "https", "https": "https"}
@@ -81,15 +99,48 @@ def talking_to(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_server_fault(error) and isinstance(error.__cause__, Exception):
+            error = error.__cause__
         ours = isinstance(error, InputError)
         theirs = isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORE_PACKAGES
         if ours or not theirs or is_local(path):
             raise
+        if (unreached := _unreached(error)) is not None:
+            raise StoreError(
+                f"{path}: expected to reach its server, found no network or no such host: {unreached}; look at the "
+                "network, the proxy (HTTPS_PROXY) and the address"
+            ) from error
         kind = MissingError if isinstance(error, FileNotFoundError | PermissionError) else StoreError
+        remedy = _REMEDIES.get(
+            path.split("://")[0],
+            "look at the bucket, the credentials and the endpoint (for S3: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)",
+        )
         raise kind(
-            f"{path}: expected the object store to do as asked, found {type(error).__name__}: {error}; look at the "
-            "bucket, the credentials and the endpoint (for S3: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)"
+            f"{path}: expected the object store to do as asked, found {type(error).__name__}: {error}; {remedy}"
         ) from error
+
+
+def is_server_fault(error: Exception) -> bool:
+    """Say whether fsspec calls a file missing whose web server only failed, or was not reached."""
+    cause = error.__cause__
+    return (
+        isinstance(error, FileNotFoundError)
+        and isinstance(cause, Exception)
+        and type(cause).__module__.split(".")[0] == "aiohttp"
+        and getattr(cause, "status", None) not in _REFUSALS
+    )
+
+
+def _unreached(error: BaseException) -> OSError | None:
+    """Return the error of the connection that was never made, if there is one behind an error."""
+    chain, found = [error], error.__cause__ or error.__context__
+    while found is not None and found not in chain:
+        chain.append(found)
+        found = found.__cause__ or found.__context__
+    for each in reversed(chain):
+        if isinstance(each, socket.gaierror) or (isinstance(each, OSError) and each.errno in _UNREACHED):
+            return each
+    return None
 
 
 def insisting(work: Callable[[], Result], attempts: int, first_wait_s: float = 0.5) -> Result:

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrm_pl.data.schema import KEY_PATTERN, MAX_IMAGE_SIDE, SCHEMA_VERSION, SampleError
+from lrm_pl.data.scratch import ScratchFolder
 from lrm_pl.errors import InputError
 
 Split = Literal["train", "val"]
@@ -118,17 +118,22 @@ def require_no_folder(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Give an empty folder beside ``out`` to write to: it takes that name when the block ends well, and goes if not.
 
+    Where the process is killed, the next one that makes ``out`` removes it.
+
     Raises:
         InputError: ``out`` is there.
     """
     require_no_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".partial", dir=out.parent) as place:
-        folder = Path(place) / out.name  # of a usual folder's permissions
+    place = ScratchFolder(f".{out.name}.", out.parent, ".partial")
+    try:
+        folder = place.path / out.name  # of a usual folder's permissions
         folder.mkdir()
         yield folder
         require_no_folder(out)
         folder.rename(out)
+    finally:
+        place.remove()
 
 
 def write_shard(

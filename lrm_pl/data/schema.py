@@ -2,7 +2,7 @@
 
 A sample with key ``chair`` and V views is these members of a WebDataset tar, in this order:
 
-    chair.json           SampleInfo: id, name, licence, creator, source, seed, renderer, views, schema_version
+    chair.json           SampleInfo: id, name, licence, creator, source, seed, renderer, views, sha256, schema_version
     chair.c2w.npy        (V, 4, 4) float32, OpenCV camera to world
     chair.fxfycxcy.npy   (V, 4)    float32, divided by image width / height
     chair.view_000.webp  RGBA, 8 bits, straight alpha (lossless WebP, or PNG), one a view
@@ -49,8 +49,11 @@ MAX_IMAGE_SIDE = 4096
 #: As long to encode as PNG; more effort saves a few hundredths of the size for ten times as long.
 _WEBP_EFFORT = {"method": 2, "quality": 20}
 
+#: Member that holds the record of a sample.
+INFO_MEMBER = "json"
+
 #: Members that are read whatever views are wanted.
-NEEDED_MEMBERS = ("json", "c2w.npy", "fxfycxcy.npy")
+NEEDED_MEMBERS = (INFO_MEMBER, "c2w.npy", "fxfycxcy.npy")
 
 #: Points on the surface, and their normals.
 SURFACE_MEMBER = "surface.npy"
@@ -83,6 +86,7 @@ class SampleInfo:
         renderer: Program, version and device kind that made the views.
         views: Number of views V.
         schema_version: Version of this schema.
+        sha256: Hash of the mesh file that was rendered, lower-case hex; "" where there was none, or in older shards.
     """
 
     id: str
@@ -94,6 +98,7 @@ class SampleInfo:
     renderer: str
     views: int
     schema_version: int = SCHEMA_VERSION
+    sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +136,19 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
     """
     check_sample(sample)
     members = {
-        "json": json.dumps(dataclasses.asdict(sample.info), sort_keys=True, ensure_ascii=False).encode(),
+        INFO_MEMBER: encode_info(sample.info),
         "c2w.npy": encode_array(sample.c2w),
         "fxfycxcy.npy": encode_array(sample.fxfycxcy),
     }
     for index, view in enumerate(sample.views):
         members[view_member(index, _image_format(view))] = view
     return members | {name: sample.extras[name] for name in sorted(sample.extras)}
+
+
+def encode_info(info: SampleInfo) -> bytes:
+    """Turn a record into the member ``json``; a hash that is not known is not written."""
+    record = {name: value for name, value in dataclasses.asdict(info).items() if name != "sha256" or value}
+    return json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
 
 
 def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] | None = None) -> Sample:
@@ -151,7 +162,7 @@ def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] |
     Raises:
         SampleError: A member is missing or strange, or the sample breaks the schema.
     """
-    info = _decode_info(key, _member(key, members, "json"))
+    info = decode_info(key, _member(key, members, INFO_MEMBER))
     wanted = range(info.views) if views is None else views
     encoded = [b""] * info.views
     for index in wanted:
@@ -332,7 +343,12 @@ def _member(key: str, members: Mapping[str, bytes], name: str) -> bytes:
     return members[name]
 
 
-def _decode_info(key: str, encoded: bytes) -> SampleInfo:
+def decode_info(key: str, encoded: bytes) -> SampleInfo:
+    """Read the member ``json`` of a sample.
+
+    Raises:
+        SampleError: Other fields, another version, or another sample's.
+    """
     try:
         record: Any = json.loads(encoded)
     except (ValueError, RecursionError) as error:
@@ -348,6 +364,7 @@ def _decode_info(key: str, encoded: bytes) -> SampleInfo:
             "render it again with this version's data_tools, or use the lrm_pl version that wrote it"
         )
     expected = {field.name: field.type for field in dataclasses.fields(SampleInfo)}
+    record = {"sha256": ""} | record
     wrong = [name for name, kind in expected.items() if type(record.get(name)) is not kind]
     if wrong or set(record) != set(expected):
         raise SampleError(

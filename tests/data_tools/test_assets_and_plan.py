@@ -1,4 +1,3 @@
-import hashlib
 import os
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from data_tools.assets import (
     Asset,
     AssetsError,
     find_assets,
+    hash_file,
     name_files,
     read_table,
+    scan,
     write_list,
 )
 from data_tools.demo_library import OBJECTS
@@ -54,7 +55,6 @@ def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
     found = find_assets(tmp_path)
     assert [asset.id for asset in found] == ["a_z", "b", "c", "d", "e"]
     assert found[0].file == "a/z.obj"
-    assert found[0].sha256 == hashlib.sha256(b"a/z.obj").hexdigest()
     assert (found[0].name, found[0].licence) == ("a_z", "unknown")
 
 
@@ -65,14 +65,17 @@ def test_a_folder_without_assets_and_no_folder_say_what_was_expected(tmp_path):
         find_assets(tmp_path / "absent")
 
 
-def test_the_table_fills_metadata_and_its_hashes_are_checked(tmp_path):
+def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path):
     touch(tmp_path, "a.glb")
     table = tmp_path / "assets.csv"
     table.write_text(HEADER + "a,Chair,Ann,library,CC0-1.0,\n")
     found = find_assets(tmp_path)[0]
     assert (found.name, found.creator, found.source, found.licence) == ("Chair", "Ann", "library", "CC0-1.0")
+    assert found.sha256 == ""
     table.write_text(HEADER + f"a,Chair,Ann,library,CC0-1.0,{'0' * 64}\n")
-    with pytest.raises(AssetsError, match="expected sha256 0000"):
+    assert find_assets(tmp_path)[0].sha256 == "0" * 64  # whoever renders it compares
+    table.write_text(HEADER + "a,Chair,Ann,library,CC0-1.0,ABC\n")
+    with pytest.raises(AssetsError, match=r"line 2: expected a sha256 of 64 .* or nothing, found 'ABC'"):
         find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,z\n")
     assert find_assets(tmp_path)[0].up == "z"
@@ -114,7 +117,8 @@ def test_a_split_that_leaves_nothing_to_train_on_is_refused():
 
 
 def test_the_demo_assets_are_complete_small_and_free():
-    found = find_assets(DEMO_ASSETS)  # checks the hashes of assets.csv too
+    found = find_assets(DEMO_ASSETS)
+    assert all(hash_file(DEMO_ASSETS / asset.file) == asset.sha256 for asset in found)
     assert [asset.id for asset in found] == sorted(OBJECTS)
     assert len(found) == 48
     assert {asset.licence for asset in found} == {"CC0-1.0"}
@@ -190,6 +194,64 @@ def test_the_axis_up_of_a_folder_is_that_of_each_file_whose_row_does_not_say(tmp
     (tmp_path / "assets.csv").write_text(HEADER.replace("\n", ",up\n") + "b,,,,,,y\n")
     fetch_folder(tmp_path, None, "z")
     assert [asset.up for asset in find_assets(tmp_path)] == ["z", "y"]
+
+
+def test_what_looks_like_meshes_and_is_not_rendered_is_said(tmp_path, capsys):
+    touch(tmp_path, "a.glb", "b/c.stl", "b/d.STL", "e.dae", "pack.zip", ".hidden.glb", "readme.txt", "a.png")
+    touch(tmp_path, "__MACOSX/._a.glb", ".cache/old.obj", "._a.glb")
+    (tmp_path / "linked").symlink_to(tmp_path / "b")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone.glb").symlink_to(tmp_path / "nowhere.glb")
+    (tmp_path / "link.glb").symlink_to("a.glb")
+    assert [asset.id for asset in scan(tmp_path)] == ["a", "link"]
+    said = capsys.readouterr().err
+    assert said.startswith("ignored: ")
+    told = said.removeprefix("ignored: ").split("; ")[0].split(", ")
+    assert sorted(told) == sorted(
+        ["2 .stl", "1 .dae", "1 .zip", "2 linked folders", "2 hidden meshes", "1 dangling link"]
+    )
+
+
+def test_meshes_that_were_added_behind_a_list_are_counted(tmp_path, capsys):
+    touch(tmp_path, "a.glb", "sub/b.glb", "c.obj", "c.png")
+    listed(tmp_path)
+    assert [asset.id for asset in find_assets(tmp_path)] == ["a"]
+    assert capsys.readouterr().err.startswith(
+        f"note: 2 meshes in {tmp_path} are not rendered: its assets.parquet"
+    )
+    fetch_folder(tmp_path, None)
+    capsys.readouterr()
+    assert len(find_assets(tmp_path)) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_is_copied_without_loops_dangling_links_and_what_no_mesh_uses(tmp_path, capsys):
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    touch(mine, "chairs/a.obj", "chairs/a.mtl", "chairs/wood.PNG", "LICENSE.txt")
+    touch(mine, "scene.blend", "all.zip", ".git/x.png")
+    touch(tmp_path, "elsewhere/b.glb")
+    (mine / "assets.csv").write_text(HEADER + "chairs_a,Chair,Ann,library,CC0-1.0,\n")
+    (mine / "chairs" / "loop").symlink_to(mine)
+    (mine / "itself").symlink_to(mine / "itself")
+    (mine / "gone.glb").symlink_to(mine / "nowhere.glb")
+    (mine / "more").symlink_to(tmp_path / "elsewhere")
+    (mine / "target").symlink_to(out)
+    fetch_folder(mine, out)
+    copied = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert copied == {
+        "chairs/a.obj", "chairs/a.mtl", "chairs/wood.PNG", "more/b.glb", "LICENSE.txt", "assets.csv", "assets.parquet"
+    }  # fmt: skip
+    assert {asset.id: asset.name for asset in find_assets(out)} == {"chairs_a": "Chair", "more_b": "more_b"}
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("not copied: ")
+    for what in ("2 dangling links", "2 circular links", "1 .blend", "1 .zip"):
+        assert what in said
+
+
+def test_a_terabyte_of_meshes_is_listed_at_once_because_none_is_opened(tmp_path):
+    (tmp_path / "a.glb").touch()
+    os.truncate(tmp_path / "a.glb", 1 << 40)  # it takes no room, but to hash it would take an hour
+    assert [(asset.id, asset.sha256) for asset in scan(tmp_path)] == [("a", "")]
 
 
 def test_a_file_whose_name_is_no_text_is_left_out_with_a_word(tmp_path, capsys):

@@ -1,14 +1,18 @@
 """Real runs over demo objects: the same bytes in every order, at every width, after every interruption."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
+from data_tools.assets import hash_file
+from data_tools.filter_table import shard_infos
 from lrm_pl.data.manifest import read_index, read_manifest
 
 pytestmark = pytest.mark.blender
@@ -38,6 +42,48 @@ def reference(render_command, tmp_path_factory):
     assert "objects        6 (5 train, 1 held out), 4 views each" in done.stdout
     assert sorted(tars(folder / "out")) == [*(f"train-00000{n}.tar" for n in range(3)), "val-000000.tar"]
     return assets, folder / "out"
+
+
+def test_the_hash_of_each_mesh_is_taken_when_it_is_rendered(reference):
+    assets, out = reference
+    expected = {name: hash_file(assets / f"{name}.glb") for name in OBJECTS}
+    infos = {key: info for shard in read_manifest(out).shards for key, info in shard_infos(out, shard)}
+    assert {key: info.sha256 for key, info in infos.items()} == expected
+    table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
+    assert {row["id"]: row["sha256"] for row in table} == expected
+
+
+def test_a_mesh_of_another_hash_than_the_listed_one_is_left_out_with_both(render_command, tmp_path):
+    assets = copy_assets(tmp_path / "assets", ("box", "bread"))
+    row = f"box,Box,Ann,library,CC0-1.0,{'0' * 64}\n"
+    (assets / "assets.csv").write_text("id,name,creator,source,licence,sha256\n" + row)
+    done = render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0")
+    assert "objects        1 (1 train, 0 held out)" in done.stdout
+    found = hash_file(assets / "box.glb")
+    assert (
+        f"left out: box.glb: expected sha256 {'0' * 64} as listed, found {found}; fetch the file"
+        in done.stderr
+    )
+
+
+def test_a_linked_mesh_has_its_materials_where_they_lie(render_command, tmp_path):
+    real, assets = tmp_path / "real", tmp_path / "assets"
+    real.mkdir()
+    assets.mkdir()
+    faces = "usemtl red\nf 1 2 3\nf 1 2 4\nusemtl blue\nf 1 3 4\nf 2 3 4\n"
+    (real / "a.obj").write_text("mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\n" + faces)
+    (real / "a.mtl").write_text("newmtl red\nKd 1 0 0\nnewmtl blue\nKd 0 0 1\n")
+    (assets / "one.obj").symlink_to(real / "a.obj")
+    (assets / "b").mkdir()
+    for name in ("a.obj", "a.mtl"):  # and each file linked on its own, to one of another name
+        blob = shutil.copy(real / name, tmp_path / f"blob_{name[2:]}")
+        (assets / "b" / name).symlink_to(blob)
+    render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0")
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "filter.parquet").to_pylist()
+    assert {(row["id"], row["coloured"], row["missing_textures"]) for row in rows} == {
+        ("one", True, 0),
+        ("b_a", True, 0),
+    }
 
 
 def test_two_processes_give_the_same_bytes_as_one(reference, render_command, tmp_path):
@@ -100,6 +146,34 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     assert tars(out) == tars(expected)
     assert read_manifest(out) == read_manifest(expected)
     assert not (out / "parts").exists()
+
+
+def test_a_run_that_is_terminated_says_that_it_goes_on_and_leaves_nothing_behind(
+    reference, render_python, render_command, tmp_path
+):
+    assets, expected = reference
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    scratch.mkdir()
+    command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *OPTIONS]
+    run = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=REPOSITORY,
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(out.glob("render.json")):
+        assert run.poll() is None
+        time.sleep(0.002)
+    run.terminate()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert errors.endswith("stopped; run the same command again, it goes on where it was\n")
+    assert not re.search(r"\*\*\*|stack|Traceback", errors)
+    assert list(scratch.glob("lrm-blender-*")) == []
+    render_command(assets, out, *OPTIONS)
+    assert tars(out) == tars(expected)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

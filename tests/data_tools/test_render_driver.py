@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -18,14 +20,16 @@ import pyarrow.parquet
 import pytest
 import ray
 
-from data_tools import blender_process, cluster, shard_folder
+from data_tools import blender_process, cluster, continuation, shard_folder
 from data_tools import render as render_module
 from data_tools.__main__ import main
-from data_tools.assets import find_assets
+from data_tools.assets import find_assets, hash_file, write_list
 from data_tools.blender_process import BlenderError, Limits
+from data_tools.filter_table import shard_infos
 from data_tools.repack import repack
-from data_tools.settings import RenderSettings, SettingsError
+from data_tools.settings import RenderSettings, SettingsError, write_settings
 from data_tools.shard_folder import FolderError
+from data_tools.validate import validate
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_samples
 from lrm_pl.data.schema import decode_sample
 
@@ -142,6 +146,17 @@ def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
     assert failures(out)["b"].startswith("Blender took longer than 1 s")
 
 
+def test_the_time_limit_grows_with_the_samples_that_are_computed_and_is_never_below_ten_minutes():
+    def limit(views, resolution, samples):
+        asked = dataclasses.replace(SETTINGS, views=views, resolution=resolution, samples=samples)
+        return blender_process.time_limit_s(asked)
+
+    assert limit(16, 128, 16) == 600
+    assert limit(2, 8, 1) == 600
+    assert limit(32, 512, 16) == 2 * 16 * 600
+    assert limit(64, 1024, 128) == 4 * 64 * 8 * 600
+
+
 def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("bad")
@@ -150,20 +165,271 @@ def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_other_settings_are_refused_with_the_first_difference(assets, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "found", "remedy"),
+    [
+        (
+            {"views": 3},
+            "views: expected 3 as asked for now, found 2",
+            "go on with that, or choose another OUT=.*merge",
+        ),
+        ({"rules": ("white <= 1",)}, "rules: expected", r"repack --shards .* --out \.\.\. --where"),
+        ({"held_out": 2}, "held_out: expected 2", "repack .* --held-out N"),
+        ({"shard_size": 3}, "shard_size: expected 3", "repack .* --shard-size N"),
+        ({"resolution": 4}, "resolution: expected 4", "repack .* --res N"),
+    ],
+)
+def test_other_settings_are_refused_with_what_needs_no_rendering(assets, tmp_path, change, found, remedy):
+    out = tmp_path / "out"
+    out.mkdir()
+    write_settings(out, SETTINGS, "stand-in")
+    with pytest.raises(SettingsError, match=found) as refusal:
+        run(assets, out, dataclasses.replace(SETTINGS, **change))
+    assert re.search(remedy, str(refusal.value))
+    assert "delete" not in str(refusal.value)
+
+
+@pytest.fixture
+def rendered_ids(monkeypatch):
+    """Notes which objects Blender processes are given."""
+    given = []
+    original = cluster.Pool.render
+
+    def render(pool, assets):
+        given.append([asset.id for asset in assets])
+        return original(pool, assets)
+
+    monkeypatch.setattr(cluster.Pool, "render", render)
+    return given
+
+
+def write_table(assets, **licences):
+    rows = "".join(f"{key},,,,{licence},\n" for key, licence in licences.items())
+    (assets / "assets.csv").write_text("id,name,creator,source,licence,sha256\n" + rows)
+
+
+def infos(out):
+    return {key: info for shard in read_manifest(out).shards for key, info in shard_infos(out, shard)}
+
+
+def licences(out):
+    return {key: info.licence for key, info in infos(out).items() if info.licence != "unknown"}
+
+
+def pictures(out):
+    """Return id -> shard, and everything but the record."""
+    return {
+        key: (shard.name, {name: content for name, content in members.items() if name != "json"})
+        for shard in read_manifest(out).shards
+        for key, members in read_samples(out, shard)
+    }
+
+
+def test_an_added_mesh_and_a_changed_licence_render_one_object(assets, tmp_path, rendered_ids, capfd):
+    out = tmp_path / "out"
+    before = run(assets, out)
+    old, old_pictures = tars(out), pictures(out)
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    (assets / "0_first_by_name.glb").write_text("fine")
+    write_table(assets, c="CC0-1.0")
+    after = run(assets, out)
+    assert rendered_ids == [list("abcefd"), ["0_first_by_name"]]
+    described = [(shard.name, shard.samples) for shard in before.shards]
+    assert [(shard.name, shard.samples) for shard in after.shards] == [*described, ("train-000003.tar", 1)]
+    assert {name for name in old if tars(out)[name] != old[name]} == {"train-000001.tar"}, "where c lies"
+    assert {key: pictures(out)[key] for key in old_pictures} == old_pictures
+    assert licences(out) == {"c": "CC0-1.0"}
+    del times["train-000001.tar"]
+    assert {name: (out / name).stat().st_mtime_ns for name in times} == times
+    assert validate(out) == 0
+    assert "updated        the records of 1 objects" in capfd.readouterr().out
+    assert run(assets, out) == after
+    write_table(assets, c="CC-BY-4.0", d="CC-BY-4.0")
+    run(assets, out)
+    assert licences(out) == {"c": "CC-BY-4.0", "d": "CC-BY-4.0"}
+    assert len(rendered_ids) == 2, "a licence alone renders nothing"
+    table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
+    assert [row["id"] for row in table] == ["0_first_by_name", *"abcdef"]
+    assert {row["sha256"] for row in table} == {hashlib.sha256(b"fine").hexdigest()}
+
+
+def raising(*_, **__):
+    raise InterruptedError
+
+
+def test_an_addition_that_was_interrupted_ends_with_the_bytes_of_one_that_was_not(
+    assets, tmp_path, rendered_ids
+):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(assets, whole)
+    shutil.copytree(whole, out)
+    for name in ("aa", "bb", "zz"):
+        (assets / f"{name}.glb").write_text("fine")
+    write_table(assets, a="CC0-1.0", zz="CC0-1.0")
+    run(assets, whole)
+    for module, name in (
+        (continuation, "write_list"),
+        (render_module, "write_part"),
+        (render_module, "write_planned_shard"),
+        (render_module, "write_filter_table"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, name, raising)
+            with pytest.raises(InterruptedError):
+                run(assets, out)
+    run(assets, out)
+    assert tars(out) == tars(whole)
+    assert read_manifest(out) == read_manifest(whole)
+    assert not {*"abcdef"} & {key for ids in rendered_ids[1:] for key in ids}
+
+
+def test_a_kill_while_records_are_updated_loses_no_picture(assets, tmp_path, rendered_ids, monkeypatch):
+    (assets / "a.glb").write_text("white")  # a is rejected, b kept: two files of one shard
     out = tmp_path / "out"
     run(assets, out)
-    other = dataclasses.replace(SETTINGS, views=3)
+    old = pictures(out)
+    write_table(assets, a="CC0-1.0", b="CC0-1.0")
+    original, left = shard_folder.write_shard, [0]
+
+    def write_shard(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise InterruptedError
+        return original(*args, **options)
+
+    monkeypatch.setattr(shard_folder, "write_shard", write_shard)
+    for writes in (0, 1, 2, 3):
+        left[0] = writes
+        with pytest.raises(InterruptedError):
+            run(assets, out)
+    write_table(assets, b="CC-BY-4.0")  # and in the middle of it, another change
+    left[0] = 100
+    run(assets, out)
+    assert (pictures(out), len(rendered_ids)) == (old, 1)
+    assert licences(out) == {"b": "CC-BY-4.0"}
+
+
+def test_a_mesh_that_was_changed_after_it_was_rendered_is_refused_and_one_that_was_touched_is_not(
+    assets, tmp_path, rendered_ids
+):
+    out = tmp_path / "out"
+    manifest = run(assets, out)
+    for path in assets.glob("*.glb"):
+        os.utime(path, (1, 1))
+    assert run(assets, out) == manifest
+    (assets / "a.glb").write_text("fin2")  # of the same size
+    message = r"a\.glb: expected the mesh that is rendered already, of sha256 "
+    with pytest.raises(SettingsError, match=message) as refusal:
+        run(assets, out)
+    tar = out / "train-000000.tar"
+    assert f"delete {tar} and {out / 'manifest.json'}: what that file holds, and nothing else" in str(
+        refusal.value
+    )
+    tar.unlink()
+    (out / "manifest.json").unlink()
+    run(assets, out)
+    assert rendered_ids == [list("abcefd"), ["a", "b"]]
+    assert infos(out)["a"].sha256 == hashlib.sha256(b"fin2").hexdigest()
+
+
+def test_of_a_copied_terabyte_only_the_sizes_are_compared_and_that_is_said(
+    assets, tmp_path, monkeypatch, capfd
+):
+    out = tmp_path / "out"
+    manifest = run(assets, out)
+    monkeypatch.setattr(continuation, "MAX_HASHED_BYTES", 10)
+    for path in assets.glob("*.glb"):
+        os.utime(path, (1, 1))
+    assert run(assets, out) == manifest
+    assert "note: 6 meshes in" in capfd.readouterr().err
+    assert run(assets, out) == manifest
+    assert "note:" not in capfd.readouterr().err, "the times are known now"
+    for path in assets.glob("*.glb"):
+        os.utime(path, (2, 2))
+    (assets / "a.glb").write_text("of another size")
+    with pytest.raises(SettingsError, match="expected the mesh that is rendered already"):
+        run(assets, out)
+
+
+def test_a_mesh_that_failed_may_be_mended_or_removed(assets, tmp_path, rendered_ids):
+    out = tmp_path / "out"
+    for name in "be":
+        (assets / f"{name}.glb").write_text("bad")
+    run(assets, out)
+    (assets / "b.glb").write_text("fine")
+    (assets / "e.glb").unlink()
+    assert run(assets, out).failures == 1, "b is remembered"
+    assert set(failures(out)) == {"b"}
+    (out / "failures.jsonl").unlink()
+    manifest = run(assets, out)
+    assert rendered_ids[1:] == [["b"]]
+    held = {shard.name: list(read_index(out, shard)) for shard in manifest.shards}
+    assert held["train-000000.tar"] == ["a", "b"]
+    assert held["train-000001.tar"] == ["c"]
+
+
+def test_what_is_rendered_and_no_longer_listed_or_listed_otherwise_is_refused(assets, tmp_path):
+    out = tmp_path / "out"
+    run(assets, out)
+    (assets / "a.glb").rename(tmp_path / "a.glb")
     with pytest.raises(
-        SettingsError, match=r"views: expected 3 as asked for now, found 2; choose another OUT="
+        SettingsError, match=r"found 'a' no longer listed; look at ASSETS=.* data_tools merge`"
     ):
-        run(assets, out, other)
-    (assets / "a.glb").write_text("fine, but another")
-    with pytest.raises(SettingsError, match=r"asset 'a', sha256: expected '.*' as asked for now, found"):
         run(assets, out)
-    (assets / "a.glb").unlink()
-    with pytest.raises(SettingsError, match=r"asset a: expected None as asked for now, found 'present'"):
+    (tmp_path / "a.glb").rename(assets / "a.glb")
+    header = "id,name,creator,source,licence,sha256,up\n"
+    (assets / "assets.csv").write_text(header + "b,,,,,,z\n")
+    with pytest.raises(
+        SettingsError, match=r"asset 'b': expected the axis up 'y', as it is rendered, found 'z'"
+    ):
         run(assets, out)
+    (assets / "assets.csv").write_text(header + f"b,,,,,{'0' * 64},\n")
+    with pytest.raises(SettingsError, match=rf"b\.glb: expected the mesh .*, found one of {'0' * 64}"):
+        run(assets, out)
+    (assets / "assets.csv").unlink()
+    listed = find_assets(assets)
+    for asset, split in (("d", "val"), ("a", "train")):
+        write_list(assets, [dataclasses.replace(a, split=split if a.id == asset else "") for a in listed])
+        run(assets, out)
+    write_list(assets, [dataclasses.replace(a, split="train" if a.id == "d" else "") for a in listed])
+    with pytest.raises(SettingsError, match=r"asset 'd': expected the split 'val', .* repack --shards"):
+        run(assets, out)
+
+
+def test_new_meshes_train_unless_their_list_holds_them_out(assets, tmp_path):
+    out = tmp_path / "out"
+    run(assets, out)
+    listed = find_assets(assets)
+    new = [
+        dataclasses.replace(listed[0], id=key, split=split) for key, split in {"g": "", "h": "val"}.items()
+    ]
+    write_list(assets, [*listed, *new])
+    manifest = run(assets, out)
+    held = {shard.name: list(read_index(out, shard)) for shard in manifest.shards}
+    names = ("train-000003.tar", "val-000000.tar", "val-000001.tar")
+    assert [held[name] for name in names] == [["g"], ["d"], ["h"]]
+
+
+def test_a_number_of_held_out_objects_that_nobody_asked_for_stays_as_it_was(assets, tmp_path, capsys):
+    for name in "ghijk":
+        (assets / f"{name}.glb").write_text("fine")
+    options = ["--views", "2", "--res", "8", "--samples", "1", "--shard-size", "2"]
+    command = ["render", "--assets", str(assets), "--out", str(tmp_path / "out"), *options]
+    assert main(command) == 0  # a sixth of 11 is 1
+    (assets / "l.glb").write_text("fine")  # a sixth of 12 would be 2
+    assert main(command) == 0
+    assert "objects        12 (11 train, 1 held out)" in capsys.readouterr().out
+
+
+def test_a_folder_of_before_there_were_plans_goes_on(assets, tmp_path, rendered_ids):
+    out = tmp_path / "out"
+    manifest = run(assets, out)
+    (out / "plan.parquet").unlink()
+    write_list(out, [dataclasses.replace(a, sha256=hash_file(assets / a.file)) for a in find_assets(assets)])
+    assert run(assets, out) == manifest
+    (assets / "g.glb").write_text("fine")
+    run(assets, out)
+    assert rendered_ids[1:] == [["g"]]
 
 
 def test_shards_of_unknown_settings_are_not_continued(assets, tmp_path):
@@ -273,7 +539,7 @@ def test_a_process_serves_as_many_objects_as_it_may_and_is_replaced(assets, tmp_
     run(assets, tmp_path / "out", jobs=1, objects=2)
     shards = read_manifest(tmp_path / "out").shards
     samples = [decode_sample(*found) for shard in shards for found in read_samples(tmp_path / "out", shard)]
-    assert sorted(sample.info.creator for sample in samples) == ["1", "1", "1", "2", "2", "2"]
+    assert sorted(sample.info.seed for sample in samples) == [1, 1, 1, 2, 2, 2]
 
 
 def test_objects_that_break_a_rule_go_to_shards_of_their_own(assets, tmp_path, capfd):

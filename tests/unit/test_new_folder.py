@@ -1,6 +1,10 @@
 """A folder that appears when it is whole."""
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -29,6 +33,36 @@ def test_what_fails_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "deep" / "out") as folder:
         fail(folder)
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+KILLED = """
+import os, sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from lrm_pl.data.manifest import new_folder
+pool = ProcessPoolExecutor(1)
+with new_folder(Path(sys.argv[1])) as folder:
+    (folder / "a").write_text("a")
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_run_left_goes_with_the_next_one(tmp_path, root):
+    (tmp_path / ".out.notes").mkdir()
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as run:
+        orphan = int(run.stdout.readline())
+        run.wait()
+    try:
+        left = [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+        assert len(left) == 1
+        with new_folder(tmp_path / "out"):
+            pass
+        assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.notes"}
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(orphan, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("there", ["file", "folder", "link to nothing"])

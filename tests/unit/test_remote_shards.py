@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import random
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from lrm_pl.data.source import ShardSource
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
-from lrm_pl.stores import StoreDownError, StoreError
+from lrm_pl.stores import StoreDownError, StoreError, insisting, open_store, talking_to
 from tests.damage import spoil_first_poses
 
 pytest_plugins = ["tests.s3_store", "tests.web_server"]
@@ -281,3 +282,42 @@ def test_a_copy_that_was_damaged_on_this_machine_is_removed_and_read_anew(
     copy.write_bytes(copy.read_bytes().replace(where, bytes(len(where))) if where else bytes(shard.bytes))
     require_equal(items(remote.address, cache), items(shards))
     assert caplog.text.count("removed a damaged copy") == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["https://nowhere.invalid/a.glb", "http://127.0.0.1:9/a.glb", "s3://bucket/a.glb"]
+)
+def test_a_server_that_is_not_reached_is_the_network_s_fault_and_is_asked_again(url, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    asked = []
+
+    def ask():
+        asked.append(url)
+        fs, inner = open_store(url)
+        with talking_to(url):
+            fs.info(inner)
+
+    with pytest.raises(
+        StoreError, match=r"expected to reach its server, found no network or no such host: "
+    ) as error:
+        insisting(ask, 2, 0.01)
+    assert len(asked) == 2
+    assert "AWS" not in str(error.value)
+
+
+def test_the_hub_that_is_not_reached_is_one_error_and_no_traceback(root):
+    program = (
+        "from lrm_pl.data.source import ShardSource; ShardSource('hf://datasets/nobody/none').manifest()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=root,
+        env=os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert "StoreError: hf://datasets/nobody/none/manifest.json: expected to reach its server" in done.stderr

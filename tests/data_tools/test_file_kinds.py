@@ -1,0 +1,70 @@
+"""What importers would read as something else without a word is refused with its name."""
+
+import time
+
+import pytest
+
+from data_tools.file_kinds import KindError, check_readable
+
+OBJ = "# by hand\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvn 0 0 nan\no info\nf 1 2 3\n"
+PLY = (
+    "ply\nformat ascii 1.0\nelement vertex 3\nproperty float x\nproperty float y\nproperty float z\n"
+    "element face 1\nproperty list uchar int vertex_indices\nend_header\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n"
+)
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a.obj", "", "it is empty"),
+        ("a.fbx", " \n", "it is empty"),
+        ("a.glb", "<!doctype html>", "'<!doctype html>'; it may be the message of a server"),
+        ("a.obj", OBJ.encode("utf-16"), "expected a.obj to be text in UTF-8, found UTF-16"),
+        ("a.obj", OBJ.encode("utf-16-be"), "expected a.obj to be text in UTF-8, found UTF-16"),
+        ("a.gltf", "{}".encode("utf-16"), "found UTF-16"),
+        ("a.obj", OBJ.replace("v 1 0", "v nan 0"), "found 'v nan 0 0' in line 3"),
+        ("a.obj", OBJ.replace("v 1 0", "v 1 -Inf").replace("\n", "\r\n"), "found 'v 1 -Inf 0' in line 3"),
+        ("a.obj", OBJ.replace("v 1 0", "  v\t1 -1.#IND"), "1.#IND 0' in line 3"),
+        ("a.ply", PLY.replace("1 0 0", "1 -nan(ind) 0"), "found '1 -nan(ind) 0' in line 11"),
+        ("a.ply", PLY.replace("1 0 0", "1 inf 0").replace("\n", "\r"), "found '1 inf 0'"),
+    ],
+)
+def test_it_is_refused_with_what_it_is(tmp_path, name, content, found):
+    with pytest.raises(KindError) as refusal:
+        check_readable(write(tmp_path, name, content))
+    assert found in str(refusal.value)
+
+
+def test_materials_in_utf_16_are_refused_too(tmp_path):
+    path = write(tmp_path, "a.obj", "mtllib a.mtl\n" + OBJ)
+    check_readable(path)  # a library that is not there is counted elsewhere
+    write(tmp_path, "a.mtl", "newmtl a\nKd 1 0 0\n".encode("utf-16"))
+    with pytest.raises(KindError, match=r"expected a\.mtl to be text in UTF-8"):
+        check_readable(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.obj", OBJ),
+        ("a.obj", "\ufeff" + OBJ),
+        ("infinity.obj", OBJ.replace("o info", "o nan inf\nusemtl finance nan")),
+        ("a.ply", PLY.replace("ply\n", "ply\ncomment made by nanoscan inf\n", 1)),
+        ("a.ply", PLY.replace("\n", "\r")),
+    ],
+)
+def test_usual_files_are_not(tmp_path, name, content):
+    check_readable(write(tmp_path, name, content))
+
+
+def test_a_large_file_is_looked_through_in_a_moment(tmp_path):
+    path = write(tmp_path, "a.obj", "v 0.123456 0.123456 0.123456\n" * 1_000_000)
+    start = time.perf_counter()
+    check_readable(path)
+    assert time.perf_counter() - start < 5
