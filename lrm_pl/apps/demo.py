@@ -16,9 +16,9 @@ from typing import Any
 
 from PIL import Image
 
-from lrm_pl.apps.infer import Wishes, make_mesh
-from lrm_pl.apps.options import add_address, add_background, add_network, open_network, require_free
-from lrm_pl.apps.trained import Trained
+from lrm_pl.apps.options import Wishes, add_address, add_background, add_network, require_free
+from lrm_pl.apps.reconstruction import make_mesh
+from lrm_pl.apps.trained import Trained, open_network
 from lrm_pl.errors import InputError
 from lrm_pl.inference import as_pixels, as_tensor
 from lrm_pl.io.orbit_files import encode_video

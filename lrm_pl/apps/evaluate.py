@@ -22,10 +22,10 @@ from torch import Tensor
 
 from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.apps.evaluation_results import compare, finish, metrics_of, shortfall
-from lrm_pl.apps.options import add_network, open_network
+from lrm_pl.apps.options import add_network
 from lrm_pl.apps.paths import require_out, user_path
 from lrm_pl.apps.processes import in_group, run_processes
-from lrm_pl.apps.trained import Trained
+from lrm_pl.apps.trained import Trained, open_network
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.errors import InputError

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lrm_pl import __version__
+from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.evaluation_board import write_board
-from lrm_pl.apps.train import git_commit
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.folder import (

@@ -21,9 +21,9 @@ from types import FrameType
 from typing import Annotated, Any
 
 from lrm_pl import __version__
-from lrm_pl.apps.infer import MOST_FACES, Wishes, make_mesh
-from lrm_pl.apps.options import add_address, add_background, add_network, open_network, require_free
-from lrm_pl.apps.trained import Trained
+from lrm_pl.apps.options import MOST_FACES, Wishes, add_address, add_background, add_network, require_free
+from lrm_pl.apps.reconstruction import make_mesh
+from lrm_pl.apps.trained import Trained, open_network
 from lrm_pl.errors import InputError
 from lrm_pl.inference import as_tensor
 from lrm_pl.meshes.glb import encode_glb

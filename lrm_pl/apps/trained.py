@@ -1,13 +1,14 @@
 """Find a trained network by what a user calls it: a run, a checkpoint, an exported folder, a name on the hub."""
 
+import argparse
 import dataclasses
-import re
 from pathlib import Path
 
 from lrm_pl.apps.export import find_config
+from lrm_pl.apps.options import HUB, require_network
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
-from lrm_pl.io.checkpoints import Checkpoint, list_checkpoints, read_newest
+from lrm_pl.io.checkpoints import Checkpoint, read_newest
 from lrm_pl.io.pretrained import (
     CONFIG_NAME,
     SETUP_NAME,
@@ -19,14 +20,6 @@ from lrm_pl.io.pretrained import (
 from lrm_pl.kernels.device import choose_device, synchronize
 from lrm_pl.pretrained import PretrainedLRM
 from lrm_pl.training.state import load_network
-
-#: Where `lrm fit` puts runs that were given no folder.
-RUNS = Path("runs/lrm")
-
-_VERSION = re.compile(r"version_\d+")
-
-#: Begins the name of a network on the Hugging Face hub: a path that is mistyped must not open a stranger's.
-HUB = "hf://"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +66,12 @@ def open_trained(
     Raises:
         InputError: There is none, or it is not what it should be.
     """
-    name = name or newest_run()
+    name = require_network(name)
     path = Path(name).expanduser()
     step = None
     if path.name in (WEIGHTS_NAME, CONFIG_NAME) and (path.parent / WEIGHTS_NAME).is_file():
         path, name = path.parent, str(path.parent)
     on_hub = name.startswith(HUB)
-    if not on_hub and "://" not in name and not path.exists():
-        raise InputError(
-            f"expected a run, a checkpoint or a folder of `lrm export`, found nothing at {name}; correct the path, or "
-            f"say {HUB}owner/name for a network on the Hugging Face hub"
-        )
     if on_hub or (path / WEIGHTS_NAME).is_file():
         if config is not None:
             raise InputError(
@@ -114,20 +102,19 @@ def _read(checkpoint: Checkpoint, config: Path | None, *, average: bool) -> tupl
     return model, checkpoint.path, checkpoint.step
 
 
-def newest_run() -> str:
-    """Return the newest run in ``runs/lrm`` that has a checkpoint.
+def open_network(given: argparse.Namespace, device: str | None = None) -> Trained:
+    """Open the network that the options name, with what takes backgrounds out.
+
+    Args:
+        given: Parsed options of ``add_network``, and of ``add_background`` where pictures come from outside.
+        device: In place of ``--device``.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it is not what it should be.
     """
-    runs = [
-        path
-        for path in RUNS.glob("version_*")
-        if _VERSION.fullmatch(path.name) and list_checkpoints(str(path / "checkpoints"))
-    ]
-    if not runs:
-        raise InputError(
-            f"expected a trained network in {RUNS}, found none; train the demo (make train, ten minutes), or name a "
-            "run, a checkpoint, or a folder of `lrm export`: CKPT=... (--ckpt)"
-        )
-    return str(max(runs, key=lambda path: int(path.name.removeprefix("version_"))))
+    remover = None
+    if hasattr(given, "rembg_model"):
+        remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
+    return open_trained(
+        given.ckpt, average=given.average, device=device or given.device, remover=remover, config=given.config
+    )

@@ -21,8 +21,8 @@ from scipy.spatial.transform import Rotation
 
 from lrm_pl.apps.evaluate import scene_of
 from lrm_pl.apps.export import find_config
-from lrm_pl.apps.options import add_address, require_free
-from lrm_pl.apps.trained import Trained, newest_run, open_trained
+from lrm_pl.apps.options import add_address, newest_run, require_free
+from lrm_pl.apps.trained import Trained, open_trained
 from lrm_pl.data.manifest import MANIFEST_NAME, Split
 from lrm_pl.data.schema import SampleError, decode_image
 from lrm_pl.errors import InputError

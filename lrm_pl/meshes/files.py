@@ -1,7 +1,6 @@
 """A mesh as files: glb and obj (+y up), ply and stl (+z up, as those who print and scan have it)."""
 
 import io
-from typing import Literal, get_args
 
 import numpy as np
 import trimesh
@@ -11,10 +10,7 @@ from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import SimpleMaterial
 
 from lrm_pl.meshes.glb import Y_UP, encode_glb
-from lrm_pl.meshes.mesh import Mesh
-
-MeshFormat = Literal["glb", "obj", "ply", "stl"]
-MESH_FORMATS: tuple[MeshFormat, ...] = get_args(MeshFormat)
+from lrm_pl.meshes.mesh import Mesh, MeshFormat
 
 
 def encode_mesh(mesh: Mesh, kind: MeshFormat, stem: str = "mesh") -> dict[str, bytes]:

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 import lrm_pl
-from lrm_pl.apps.infer import Wishes, infer
+from lrm_pl.apps.options import Wishes
+from lrm_pl.apps.reconstruction import infer
 from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.input_setup import InputSetup, measure_setup
