@@ -19,7 +19,7 @@ import torch
 import yaml
 from scipy.spatial.transform import Rotation
 
-from lrm_pl.apps.evaluate import scene_of
+from lrm_pl.apps.evaluation_run import scene_of
 from lrm_pl.apps.export import find_config
 from lrm_pl.apps.options import add_address, newest_run, require_free
 from lrm_pl.apps.trained import Trained, open_trained
