@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lrm_pl.apps.evaluation_comparison import compare
-from lrm_pl.apps.options import add_network, require_network
+from lrm_pl.apps.options import add_network, locate_network
 from lrm_pl.apps.paths import require_out, user_path
 from lrm_pl.apps.processes import in_group, run_processes
 from lrm_pl.data.manifest import SPLITS
@@ -35,14 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(soft_wrap=True, markup=False, quiet=rank > 0)
     try:
         if given.compare:
-            told, page = compare(*given.compare, given.out)
+            a, b = given.compare
+            told, page = compare(a, b, given.out)
             console.print(f"{told}\nPage: {page}")
             return
         if given.clip and not given.clip_sha256:
             raise InputError(
                 "expected the hash of CLIP's weights too, found none: --clip-sha256 $(sha256sum FILE)"
             )
-        require_network(given.ckpt)
+        locate_network(given.ckpt)
         require_out(given.out or EVALUATIONS)
         objects = Objects(given.data, given.split, given.ids, given.limit)
         PROTOCOLS[given.protocol].require(objects.manifest, given.data)

@@ -15,19 +15,18 @@ from lrm_pl.apps.paths import user_path
 from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, read_newest, read_tensors, tensor_specs
+from lrm_pl.io.checkpoints import Checkpoint, averaged_names, read_newest, read_tensors, tensor_specs
 from lrm_pl.io.model_card import model_card, run_facts
 from lrm_pl.io.pretrained import (
     CARD_NAME,
     CONFIG_NAME,
     SETUP_NAME,
     WEIGHTS_NAME,
+    find_config,
     read_model_section,
     read_setup,
     write_pretrained,
 )
-from lrm_pl.stores import is_local
-from lrm_pl.training.state import averaged_names
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def export(
             "written, correct them in %s where they are wrong", config, SETUP_NAME, out / SETUP_NAME,
         )  # fmt: skip
         setup = InputSetup()
-    write_pretrained(out, model, weights, header, setup, card)
+    write_pretrained(out, model, weights, header, setup, card, checkpoint.step)
     return checkpoint, config
 
 
@@ -88,19 +87,6 @@ def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor.contiguous()
-
-
-def find_config(checkpoint: Checkpoint, given: Path | None) -> Path:
-    """Find RUN/config.yaml of RUN/checkpoints/step-...."""
-    path = given
-    if path is None and is_local(checkpoint.path):
-        path = Path(checkpoint.path).absolute().parents[1] / CONFIG_NAME
-    if path is None or not path.is_file():
-        raise InputError(
-            f"expected the config of the run of {checkpoint.path}, found none at {path or 'its place'}; name it: "
-            f"--config RUN/{CONFIG_NAME}"
-        )
-    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lrm_pl.apps.options import TEXTURE_FACES, Wishes, add_background, add_network, require_network
+from lrm_pl.apps.options import TEXTURE_FACES, Wishes, add_background, add_network, locate_network
 from lrm_pl.apps.paths import require_out, user_path
 from lrm_pl.errors import InputError
 from lrm_pl.meshes.mesh import MESH_FORMATS
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pictures, others = find_pictures(given.picture)
         wishes = _wishes(given)
-        require_network(given.ckpt)
+        locate_network(given.ckpt)
         require_out(given.out)
         from lrm_pl.apps.reconstruction import infer, require_video
         from lrm_pl.apps.trained import open_network

@@ -10,12 +10,10 @@ from pathlib import Path
 from lrm_pl.apps.paths import user_path
 from lrm_pl.errors import InputError
 from lrm_pl.meshes.mesh import MeshFormat
+from lrm_pl.stores import HUB
 
 #: Where `lrm fit` puts runs that were given no folder.
 RUNS = Path("runs/lrm")
-
-#: Begins the name of a network on the Hugging Face hub: a path that is mistyped must not open a stranger's.
-HUB = "hf://"
 
 _VERSION, _CHECKPOINT = re.compile(r"version_\d+"), re.compile(r"step-\d{8,}")
 
@@ -138,7 +136,7 @@ def require_free(host: str, port: int) -> None:
         ) from error
 
 
-def require_network(name: str | None) -> str:
+def locate_network(name: str | None) -> str:
     """Make sure that something lies where a network is said to be, before anything is imported that reads it.
 
     Args:

@@ -52,7 +52,15 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.input_setup import InputSetup, measure_setup
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, Owner, clear_leftovers, read_newest, require_writable
+from lrm_pl.io.checkpoints import (
+    Checkpoint,
+    Owner,
+    clear_leftovers,
+    load_network,
+    read_newest,
+    require_network,
+    require_writable,
+)
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
 from lrm_pl.io.state_dicts import (
     TIMM_NAMES,
@@ -68,7 +76,6 @@ from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper, StoppedError
-from lrm_pl.training.state import load_network, require_network
 from lrm_pl.training.strategies import require_supported_name, require_supported_start
 
 logger = logging.getLogger(__name__)

@@ -4,22 +4,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from lrm_pl.apps.export import find_config
-from lrm_pl.apps.options import HUB, require_network
+from lrm_pl.apps.options import locate_network
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
-from lrm_pl.io.checkpoints import Checkpoint, read_newest
-from lrm_pl.io.pretrained import (
-    CONFIG_NAME,
-    SETUP_NAME,
-    WEIGHTS_NAME,
-    read_model_section,
-    read_setup,
-    weights_hash,
-)
+from lrm_pl.io.checkpoints import read_newest
+from lrm_pl.io.pretrained import CONFIG_NAME, SETUP_NAME, WEIGHTS_NAME, weights_hash
 from lrm_pl.kernels.device import choose_device, synchronize
 from lrm_pl.pretrained import PretrainedLRM
-from lrm_pl.training.state import load_network
+from lrm_pl.stores import HUB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +58,8 @@ def open_trained(
     Raises:
         InputError: There is none, or it is not what it should be.
     """
-    name = require_network(name)
+    name = locate_network(name)
     path = Path(name).expanduser()
-    step = None
     if path.name in (WEIGHTS_NAME, CONFIG_NAME) and (path.parent / WEIGHTS_NAME).is_file():
         path, name = path.parent, str(path.parent)
     on_hub = name.startswith(HUB)
@@ -82,24 +73,19 @@ def open_trained(
                 f"expected a run that keeps a moving average, found the exported network {name}; leave --average out, "
                 "or export the average: lrm export RUN OUT --average"
             )
-        model = PretrainedLRM.from_pretrained(name.removeprefix(HUB))
-        source = name
+        model, source = PretrainedLRM.from_pretrained(name), name
     else:
-        model, source, step = read_newest(name, lambda found: _read(found, config, average=average))
+        model, source = read_newest(
+            name,
+            lambda found: (PretrainedLRM.from_checkpoint(found, config, average=average), found.path),
+        )
     if remover is not None:
         model.remover = remover
     sha256 = weights_hash(model.network)
     note = (
         "" if model.setup_known else f"{source}: no {SETUP_NAME} beside it: pictures are framed as LRM's are"
     )
-    return Trained(model.to(choose_device(device)), source, step, sha256, note)
-
-
-def _read(checkpoint: Checkpoint, config: Path | None, *, average: bool) -> tuple[PretrainedLRM, str, int]:
-    config = find_config(checkpoint, config)
-    model = PretrainedLRM(read_model_section(config), read_setup(config.parent))
-    load_network(checkpoint, model.network, average=average)
-    return model, checkpoint.path, checkpoint.step
+    return Trained(model.to(choose_device(device)), source, model.step, sha256, note)
 
 
 def open_network(given: argparse.Namespace, device: str | None = None) -> Trained:

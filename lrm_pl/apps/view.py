@@ -20,7 +20,6 @@ import yaml
 from scipy.spatial.transform import Rotation
 
 from lrm_pl.apps.evaluation_run import scene_of
-from lrm_pl.apps.export import find_config
 from lrm_pl.apps.options import add_address, newest_run, require_free
 from lrm_pl.apps.trained import Trained, open_trained
 from lrm_pl.data.manifest import MANIFEST_NAME, Split
@@ -31,11 +30,10 @@ from lrm_pl.evaluation.protocols import Protocol
 from lrm_pl.evaluation.selection import NoObjectsError, Objects
 from lrm_pl.geometry.cameras import canonicalise
 from lrm_pl.inference import Scene
-from lrm_pl.io.checkpoints import find_checkpoint, list_checkpoints
-from lrm_pl.io.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from lrm_pl.io.checkpoints import find_checkpoint, list_checkpoints, load_network
+from lrm_pl.io.pretrained import CONFIG_NAME, WEIGHTS_NAME, find_config
 from lrm_pl.rendering.occupancy import measure_occupancy
 from lrm_pl.stores import is_local
-from lrm_pl.training.state import load_network
 
 logger = logging.getLogger(__name__)
 

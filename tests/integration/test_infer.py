@@ -99,7 +99,9 @@ def test_a_folder_of_pictures_becomes_meshes_orbits_and_records(
         assert max(len(rows), len(columns)) / len(seen) == pytest.approx(0.7, abs=0.03)
 
 
-def test_blender_opens_the_files_upright_and_in_metres(pretrained, pictures, tmp_path, render_python, root):
+def test_blender_opens_the_files_upright_and_in_their_units(
+    pretrained, pictures, tmp_path, render_python, root
+):
     main([str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL,
           "--formats", "glb", "obj", "ply", "stl"])  # fmt: skip
     folder = tmp_path / "cut"
@@ -121,8 +123,9 @@ def test_blender_opens_the_files_upright_and_in_metres(pretrained, pictures, tmp
     boxes = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("BOX")]
     assert len(boxes) == 4, done.stdout + done.stderr
     expected = trimesh.load(files[2], process=False).bounds  # ply: as it is in our world
-    for box in boxes:
-        np.testing.assert_allclose(box, expected, atol=1e-5)
+    for path, box in zip(files, boxes, strict=True):
+        scale = 50 if path.endswith(".stl") else 1  # millimeters, for slicers
+        np.testing.assert_allclose(box, expected * scale, atol=1e-5 * scale)
 
 
 def test_a_texture_that_takes_too_long_leaves_colours_at_the_vertices_and_says_so(
@@ -164,7 +167,13 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, pictures, tmp_p
     with pytest.raises(SystemExit):
         main([str(pictures / "cut.png"), *ckpt, *SMALL, "--threshold", "1e9"])
     assert "expected densities on both sides of 1e+09, found" in capsys.readouterr().out
-    Image.new("RGB", (200, 200), "white").save(tmp_path / "empty.png")
+    Image.new("RGB", (200, 200)).save(tmp_path / "black.jpg")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "black.jpg"), *ckpt, *SMALL])
+    assert "expected an object in the picture, found one color everywhere" in capsys.readouterr().out
+    white = np.full((200, 200, 3), 255, np.uint8)
+    white[:, 0] = 245
+    Image.fromarray(white).save(tmp_path / "empty.png")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "empty.png"), *ckpt, *SMALL])
     assert (

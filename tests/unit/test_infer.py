@@ -117,7 +117,7 @@ def test_words_that_an_option_or_a_path_cannot_take_are_named_with_what_to_type(
 
 
 def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(tmp_path):
-    """A picture and a network that are not there, a number out of range: in a process of its own, without torch."""
+    """A picture and a network that are not there, a number out of range: in a process of its own."""
     (tmp_path / "a.png").touch()
     program = "import sys; sys.argv[0] = 'lrm'\nfrom lrm_pl.__main__ import main\ntry: main()\nfinally: " \
         "print(sorted({'torch', 'lightning', 'scipy', 'trimesh'} & set(sys.modules)))"  # fmt: skip
@@ -128,6 +128,10 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(
         (["infer", "a.png", "--threshold=-1"], "expected a threshold above 0, found -1"),
         (["infer", "a.png"], "expected a trained network in runs/lrm, found none"),
         (["infer", "a.png", "--ckpt", "nosuch"], "found nothing at nosuch"),
+        (["evaluate", "--ckpt", "nosuch"], "found nothing at nosuch"),
+        (["serve", "--ckpt", "nosuch"], "found nothing at nosuch"),
+        (["serve", "--resolution", "2048"], "expected resolution from 8 to 1024, found 2048"),
+        (["demo", "--ckpt", "nosuch"], "found nothing at nosuch"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
