@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     camera = parser.add_argument_group("camera of the picture; that of training unless given")
     camera.add_argument("--distance", type=float, help="from the object's middle, scene units")
-    camera.add_argument("--fov", dest="fov_deg", type=float, help="field of view, degrees")
+    camera.add_argument("--fov", dest="fov_deg", metavar="FOV", type=float, help="field of view, degrees")
     orbit = parser.add_argument_group("orbit")
     orbit.add_argument("--frames", type=int, default=usual.frames, help="how many (60); 0: no orbit, no grid")
     orbit.add_argument("--size", type=int, default=usual.size, help="side of a frame, pixels (256)")

@@ -242,7 +242,7 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
     for file, message in (
         (
             tmp_path / "nothing",
-            "expected a checkpoint or a run at .*nothing, found nothing; correct the path",
+            "found nothing at .*nothing; correct the path",
         ),
         (folder / "config.yaml", f"found the file {folder}/config.yaml; name its folder: {folder}$"),
         (folder / "checkpoints" / "step-00000002" / "index.json", "name its folder: .*/step-00000002$"),

@@ -132,6 +132,9 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(
         (["serve", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["serve", "--resolution", "2048"], "expected resolution from 8 to 1024, found 2048"),
         (["demo", "--ckpt", "nosuch"], "found nothing at nosuch"),
+        (["view", "nosuch"], "expected a run's folder at nosuch, found none"),
+        (["export", "nosuch", "out"], "found nothing at nosuch"),
+        (["export", "a.png", "."], "expected to make the folder ., found it there"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
