@@ -235,6 +235,8 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
     (tmp_path / "weights.pth").touch()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").touch()
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.safetensors").touch()
     with pytest.raises(SystemExit, match=r"expected a moving average, found none.*leave --average out"):
         export([str(folder), str(out), "--average"])
     with pytest.raises(InputError, match=r"expected a moving average, found none.*leave --average out"):
@@ -248,6 +250,10 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
         (folder / "checkpoints" / "step-00000002" / "index.json", "name its folder: .*/step-00000002$"),
         (tmp_path / "weights.pth", "found the file .*weights.pth; `lrm convert` reads weights"),
         (tmp_path / "begun", "expected a checkpoint of the run .*begun, found none; wait until"),
+        (
+            tmp_path / "exported",
+            "found an exported network; `lrm fit --weights.network .*exported` starts from",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             export([str(file), str(out)])

@@ -80,7 +80,7 @@ def _require_folder(path: Path) -> None:
     """Say what is wrong with a local path that is no folder of a checkpoint, as far as that shows.
 
     Raises:
-        CheckpointError: It is not there, it is a file, or the folder of a run without checkpoints.
+        CheckpointError: It is not there, a file, an exported network, or a run without checkpoints.
     """
     if not path.exists():
         raise CheckpointError(
@@ -97,15 +97,20 @@ def _require_folder(path: Path) -> None:
             f"expected the folder of a checkpoint or of a run, found the file {path}; {remedy}"
         )
     if (
-        (path / "config.yaml").is_file()
-        and not (path / INDEX_NAME).is_file()
-        and not list_checkpoints(str(path))
+        (path / INDEX_NAME).is_file()
+        or list_checkpoints(str(path))
+        or list_checkpoints(f"{path}/checkpoints")
     ):
-        if not list_checkpoints(str(path / "checkpoints")):
-            raise CheckpointError(
-                f"expected a checkpoint of the run {path}, found none; wait until it has saved its first, or name "
-                "another run"
-            )
+        return
+    if (path / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"expected a checkpoint or a run at {path}, found an exported network; `lrm fit --weights.network {path}` "
+            "starts from it"
+        )
+    if (path / "config.yaml").is_file():
+        raise CheckpointError(
+            f"expected a checkpoint of the run {path}, found none; wait until it has saved its first, or name another"
+        )
 
 
 def read_newest(path: str, read: Callable[[Checkpoint], T]) -> T:
