@@ -201,7 +201,7 @@ def what_else(content: bytes, content_type: str) -> str:
         return "nothing"
     if content[:2] == b"\x1f\x8b":
         return "gzip"
-    if content.lstrip()[:1] in (b"{", b"[") or content_type.startswith("application/json"):
+    if content.lstrip()[:1] in (b"{", b"[", b'"'):
         return "JSON"
     if content[:5] == b"data:" or re.fullmatch(rb"[A-Za-z0-9+/=\s]+", content[:4096]):
         return "text, as base64 is"

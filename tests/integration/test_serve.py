@@ -153,6 +153,7 @@ def test_bodies_that_are_no_picture_are_named_with_what_to_type():
         (stripped, "application/x-www-form-urlencoded", "a picture without its line ends and zeros"),
         (jpeg.translate(None, b"\r\n\0"), "", "a picture without its line ends and zeros"),
         (content, "application/x-www-form-urlencoded", ""),  # curl --data-binary
+        (content, "application/json", ""),
         (jpeg, "", ""),
         (b"\x00\x01\x02", "", ""),
     ):
