@@ -219,8 +219,7 @@ def run(given: argparse.Namespace, objects: Objects, rank: int, world: int, cons
     step = "" if trained.step is None else f", step {trained.step}"
     console.print(f"Network: {trained.source}{step}, on {place}\nProtocol {protocol.name}: {protocol.what}")
     baselines = trivial_baselines(objects) if given.baseline and protocol.targets else {}
-    wants_inception = bool(protocol.targets and (given.fid or given.inception))
-    if _is_finished(out, settings, objects, baselines, wants_inception=wants_inception):
+    if _is_finished(out, settings, objects, baselines, given):
         console.print(
             f"All of it is measured already; to measure again, delete {out}, or choose another --out."
         )
@@ -236,7 +235,7 @@ def run(given: argparse.Namespace, objects: Objects, rank: int, world: int, cons
 
 
 def _is_finished(
-    out: Path, settings: dict[str, Any], objects: Objects, baselines: Iterable[str], *, wants_inception: bool
+    out: Path, settings: dict[str, Any], objects: Objects, baselines: Iterable[str], given: argparse.Namespace
 ) -> bool:
     """Say whether a folder holds the results of such an evaluation, whatever LPIPS networks they were measured with."""
     if not (out / RESULTS_NAME).is_file() or not (out / SETTINGS_NAME).is_file():
@@ -244,7 +243,11 @@ def _is_finished(
     found = read_json(out / SETTINGS_NAME)
     expected = without_places(json.loads(json.dumps(settings)))
     same = {name: value for name, value in without_places(found).items() if name in expected} == expected
-    if not same or bool(found.get("inception")) != wants_inception:
+    inception = found.get("inception")
+    wanted = bool(settings["protocol"]["targets"]) and (given.fid or given.inception is not None)
+    if not same or (inception is not None) != wanted:
+        return False
+    if wanted and given.inception_sha256 and given.inception_sha256.lower() != inception:
         return False
     shown = {key for key, _ in objects.chosen[:SHOWN_OBJECTS]}
     return read_json(out / RESULTS_NAME).get("settings") == found and all(
