@@ -215,10 +215,11 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     printed = capsys.readouterr().out
     assert f"lrm validate -c {folder / 'config.yaml'} --ckpt_path {checkpoint.path}" in printed
 
-    for place in (tmp_path / "weights", folder, checkpoint.path):
-        opened = LRM.from_pretrained(place)  # what Python uses is what commands use
+    for place in (folder, checkpoint.path):  # and what Python uses
+        opened = LRM.from_pretrained(place)
         assert same(opened.network.state_dict(), network)
-        assert (opened.step, open_trained(str(place), device="cpu").step) == (2, 2)
+        assert opened.step == 2
+    assert open_trained(str(tmp_path / "weights"), device="cpu").step == 2
 
     card = (tmp_path / "weights" / "README.md").read_text()
     assert ": 4 objects, 8 views each |" in card, "a path of this machine says nothing to a stranger"
