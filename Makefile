@@ -79,9 +79,12 @@ else
 	@.venv/bin/lrm launch $(LAUNCH) $(LAYERS) $(call option,--data,$(DATA)) -- $(ARGS)
 endif
 
-infer: .venv/ready ## From a photo to a 3D file: IMAGE=photo.png CKPT= ARGS="--texture"
+# IMAGE is one picture where there is one of that name, else several, or patterns.
+IMAGES = $(if $(shell test -e $(call quoted,$(IMAGE)) && echo 1),$(call quoted,$(IMAGE)),$(foreach image,$(IMAGE),$(call quoted,$(image))))
+
+infer: .venv/ready ## From photos to 3D files: IMAGE=photo.png IMAGE="a.png in/*.png" CKPT= ARGS="--texture"
 	@test -n $(call quoted,$(IMAGE)) || { echo "Which picture?  make infer IMAGE=photo.png" >&2; exit 2; }
-	.venv/bin/lrm infer $(call quoted,$(IMAGE)) $(call option,--ckpt,$(CKPT)) $(ARGS)
+	.venv/bin/lrm infer $(IMAGES) $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PROCESSES= ARGS="--baseline"
 	.venv/bin/lrm evaluate $(call option,--ckpt,$(CKPT)) $(call option,--data,$(DATA)) $(call option,--protocol,$(PROTOCOL)) \

@@ -58,6 +58,12 @@ _SOLID = 127
 #: Share of a picture that an object has at least.
 _LEAST_SHARE = 1e-3
 
+#: Longer side of an object, pixels, from which there is something to be seen of it.
+_LEAST_SIDE = 8
+
+#: Levels (of 255) that a picture's colors span at least where it shows something.
+_LEAST_CONTRAST = 8
+
 
 class PictureError(InputError):
     """A file is no picture that can be used; the message says what was expected and what was found."""
@@ -210,6 +216,11 @@ def without_background(image: Image.Image, remover: Callable[[Image.Image], Imag
     return removed
 
 
+def is_plain(image: Image.Image) -> bool:
+    """Say whether a picture shows one color only, as where a lens was covered."""
+    return int(np.ptp(np.asarray(image.convert("RGB")), axis=(0, 1)).max()) <= _LEAST_CONTRAST
+
+
 def has_object(image: Image.Image) -> bool:
     """Say whether a thousandth or more of an RGBA picture is more than half opaque.
 
@@ -232,7 +243,7 @@ def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:
         A square RGBA picture, straight alpha.
 
     Raises:
-        PictureError: Everything in it is transparent.
+        PictureError: Everything in it is transparent, or the object has next to no pixels.
     """
     rgba = np.asarray(image, dtype=np.float32) / 255
     box = object_box(rgba[..., 3])
@@ -241,6 +252,11 @@ def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:
             "expected an object in the picture, found alpha 0 everywhere; check its alpha channel"
         )
     top, left, bottom, right = box
+    if max(bottom - top, right - left) < _LEAST_SIDE:
+        raise PictureError(
+            f"expected an object of {_LEAST_SIDE} pixels or more, found one of {right - left} x {bottom - top}; give a "
+            "larger picture"
+        )
     scale = foreground * side / max(bottom - top, right - left)
     middle = (top + bottom) / 2, (left + right) / 2
     # With a little around it, where alpha is soft. No more: a square around a long thin object has no bounds.

@@ -19,6 +19,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.inference import Scene, as_tensor, reconstruct
 from lrm_pl.io.background import BackgroundRemover
+from lrm_pl.io.checkpoints import Checkpoint, list_checkpoints, load_network, read_newest
 from lrm_pl.io.model_card import model_card, renamed
 from lrm_pl.io.pretrained import (
     CARD_NAME,
@@ -27,20 +28,24 @@ from lrm_pl.io.pretrained import (
     WEIGHTS_NAME,
     build_network,
     fill_pretrained,
+    find_config,
     load_weights,
     read_model_section,
     read_setup,
+    read_step,
 )
 from lrm_pl.pictures import (
     PictureError,
     framed,
     has_background,
     has_object,
+    is_plain,
     open_picture,
     to_rgb8,
     without_background,
 )
 from lrm_pl.stages import stage
+from lrm_pl.stores import HUB
 
 #: Side of the pictures that objects are framed in, at least; the network makes them smaller itself.
 _FRAME = 512
@@ -56,6 +61,9 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         setup: What pictures it is used to.
         card: Its model card; one is written unless given.
         remover: What takes backgrounds out; rembg's small network unless given.
+
+    Attributes:
+        step: Optimizer steps of the run that it comes from; None where that is not known.
     """
 
     def __init__(
@@ -71,7 +79,11 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         self.model, self.card = dict(model), card
         self.setup, self.setup_known = setup or InputSetup(), setup is not None
         self.remover = remover or BackgroundRemover()
+        self.step: int | None = None
         self._repository = ""
+        self._hub_mixin_config = (
+            None  # else the mixin writes config.json beside config.yaml, which says the same
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -86,7 +98,8 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         """Open a folder, or the repository of that name on the Hugging Face hub.
 
         Args:
-            name: A path, or "owner/name".
+            name: A folder of `lrm export` or `lrm convert`, a run, whose newest checkpoint is taken, a checkpoint, or
+                the "owner/name" of a repository.
             revision: Branch, tag or commit of the repository.
             token: For the hub.
             cache_dir: Where the hub's files are kept.
@@ -96,8 +109,16 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
             InputError: There is no such thing, or it is not what it should be.
         """
         folder = Path(name).expanduser()
+        if folder.name in (WEIGHTS_NAME, CONFIG_NAME) and folder.is_file():
+            folder = folder.parent
         if not folder.is_dir():
-            folder = _download(str(name), revision, token, cache_dir, local_files_only=local_files_only)
+            folder = _download(
+                str(name).removeprefix(HUB), revision, token, cache_dir, local_files_only=local_files_only
+            )
+        if not (folder / WEIGHTS_NAME).is_file() and any(
+            list_checkpoints(str(place)) for place in (folder, folder.parent, folder / "checkpoints")
+        ):
+            return read_newest(str(folder), cls.from_checkpoint)
         card = folder / CARD_NAME
         made = cls(
             read_model_section(folder / CONFIG_NAME),
@@ -105,6 +126,27 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
             card.read_text() if card.is_file() else "",
         )
         load_weights(made.network, folder)
+        made.step = read_step(folder)
+        return made
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, config: Path | None = None, *, average: bool = False
+    ) -> "PretrainedLRM":
+        """Open the network of a checkpoint.
+
+        Args:
+            checkpoint: The checkpoint.
+            config: The config.yaml of its run; None: the one above the checkpoint.
+            average: Whether the moving average is taken.
+
+        Raises:
+            InputError: There is no such config, or the checkpoint is of another network or has no average.
+        """
+        config = find_config(checkpoint, config)
+        made = cls(read_model_section(config), read_setup(config.parent))
+        load_network(checkpoint, made.network, average=average)
+        made.step = checkpoint.step
         return made
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -112,7 +154,9 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         name = self._repository or save_directory.resolve().name
         card = renamed(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        fill_pretrained(save_directory, self.model, weights, "Saved from Python.", self.setup, card)
+        fill_pretrained(
+            save_directory, self.model, weights, "Saved from Python.", self.setup, card, self.step
+        )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # noqa: ANN401 - the mixin's
         """Upload it, under a card that calls it by the repository's name; options are the mixin's.
@@ -157,6 +201,8 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
             source = Image.fromarray(source)
         image = to_rgb8(source) if isinstance(source, Image.Image) else open_picture(source)
         if has_background(image):
+            if is_plain(image):
+                raise PictureError("expected an object in the picture, found one color everywhere")
             with stage("background"):
                 image = without_background(image, self.remover)
             if not has_object(image):
@@ -203,6 +249,13 @@ def _download(
     local_files_only: bool,
 ) -> Path:
     """Bring the files of a repository, and no others, into the hub's cache."""
+    if (
+        name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists()
+    ):  # it was meant as a path
+        raise InputError(
+            f"expected a folder of `lrm export`, a run or a checkpoint at {name}, found "
+            f"{'a file' if Path(name).exists() else 'nothing'}; correct the path"
+        )
     try:
         return Path(
             snapshot_download(
@@ -214,7 +267,9 @@ def _download(
                 allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, SETUP_NAME, CARD_NAME],
             )
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (  # ImportError: a SOCKS proxy, and nothing installed that speaks with it
+        HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, ImportError,
+    ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"expected a folder of `lrm export`, or a repository of the Hugging Face hub, named {name!r}, found "

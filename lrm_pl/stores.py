@@ -37,6 +37,9 @@ _REMEDIES = {
 #: URL scheme -> our extra that brings its fsspec package.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "https", "https": "https"}
 
+#: Begins the name of a network on the Hugging Face hub: a path that is mistyped must not open a stranger's.
+HUB = "hf://"
+
 #: Seconds that a web server gets to accept a connection, and then to send the next bytes.
 _CONNECT_S, _SILENCE_S = 10.0, 30.0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lrm_pl.apps.paths import user_path
 from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
@@ -85,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--from", dest="source", choices=CONVERTERS, required=True, help="whose weights these are"
     )
-    parser.add_argument("weights", metavar="WEIGHTS", type=Path, help="the file")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    parser.add_argument("weights", metavar="WEIGHTS", type=user_path, help="the file")
+    parser.add_argument("out", metavar="OUT", type=user_path, help="the folder to make")
     unseen = parser.add_argument_group("what tensors do not show; by default that of the published models")
     unseen.add_argument("--heads", type=int, help="attention heads of the transformer (width / 64)")
     unseen.add_argument("--encoder-heads", type=int, help="attention heads of the encoder (width / 64)")

@@ -1,6 +1,5 @@
-"""What the records of an evaluation come to: results, tables, pages; and two evaluations side by side."""
+"""What the records of an evaluation come to: results, tables, pages."""
 
-import dataclasses
 import json
 import time
 from collections import Counter
@@ -10,23 +9,15 @@ from typing import Any
 import torch
 
 from lrm_pl import __version__
+from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.evaluation_board import write_board
-from lrm_pl.apps.train import git_commit
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.evaluation.folder import (
-    OBJECTS_NAME,
-    RESULTS_NAME,
-    SETTINGS_NAME,
-    ObjectRecord,
-    read_features,
-    read_json,
-    read_object,
-    without_places,
-)
-from lrm_pl.evaluation.page import render_comparison, render_page
-from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, image_metrics, surface_metrics
-from lrm_pl.evaluation.summary import means, paired_differences, set_distances, table
+from lrm_pl.evaluation.folder import RESULTS_NAME, ObjectRecord, read_features, read_object
+from lrm_pl.evaluation.page import render_page
+from lrm_pl.evaluation.protocols import Protocol, metrics_of
+from lrm_pl.evaluation.set_distances import set_distances
+from lrm_pl.evaluation.summary import means, table
 
 #: Seconds without a new record after which other processes are taken for dead.
 _PATIENCE_S = 1800.0
@@ -93,77 +84,6 @@ def shortfall(results: dict[str, Any]) -> str:
     return ", ".join(f"{metric}: {count} of {results['objects']} objects" for metric, count in fewer.items())
 
 
-def compare(a: Path, b: Path, out: Path) -> str:
-    """Put two evaluations side by side.
-
-    Returns:
-        A Markdown table of the paired differences.
-
-    Raises:
-        InputError: They are not of one protocol and one data set, or not finished.
-    """
-    settings = [_finished(folder) for folder in (a, b)]
-    for name in ("protocol", "data", "lpips", "clip"):
-        sides: list[Any] = [without_places(found).get(name) for found in settings]
-        of_a, of_b = sides
-        if of_a != of_b:
-            if name == "protocol" and of_a["name"] != of_b["name"]:
-                of_a, of_b = of_a["name"], of_b["name"]
-            raise InputError(f"expected two evaluations of one {name}, found {of_a} and {of_b}")
-    protocol = PROTOCOLS[settings[0]["protocol"]["name"]]
-    found = in_common(*(_records(*each) for each in zip((a, b), settings, strict=True)))
-    differences = paired_differences(*found)
-    better = metrics_of(protocol)
-    rows = {name: means(records).get("model", {}) for name, records in zip(("A", "B"), found, strict=True)}
-    first = next(metric for metric in better if metric in differences)
-    of_b = {
-        record.id: record.rows["model"][first] for record in found[1] if first in record.rows.get("model", {})
-    }
-    widest = sorted(
-        (record for record in found[0] if first in record.rows.get("model", {}) and record.id in of_b),
-        key=lambda record: -abs(of_b[record.id] - record.rows["model"][first]),
-    )
-    names = f"A: {settings[0]['network']['source']}", f"B: {settings[1]['network']['source']}"
-    out.mkdir(parents=True, exist_ok=True)
-    page = render_comparison(
-        f"Comparison: {protocol.name}; {names[0]}, {names[1]}",
-        ("A", "B"),
-        rows,
-        better,
-        differences,
-        (a, b),
-        widest,
-    )
-    write_atomically(out / "comparison.html", page.encode())
-    lines = ["| B - A | mean | 95 % interval | objects |", "|---|---:|---:|---:|"]
-    for metric in (metric for metric in better if metric in differences):
-        d = differences[metric]
-        lines.append(f"| {metric} | {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {d.objects} |")
-    told = "\n".join([*names, "", table(rows, better), "", *lines])
-    write_atomically(out / "comparison.md", (told + "\n").encode())
-    return told
-
-
-def metrics_of(protocol: Protocol) -> dict[str, bool]:
-    """Name the metrics that a protocol may have, in the order of tables -> whether more is better."""
-    images = image_metrics(["clip"]) | {"fid": False, "kid": False} if protocol.targets else {}
-    return images | (surface_metrics(protocol.geometry) if protocol.geometry else {})
-
-
-def in_common(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
-    """Keep of two evaluations the objects, and of each the metrics, that both have."""
-    metrics = [{record.id: set(record.rows.get("model", {})) for record in records} for records in (a, b)]
-    both = {key: metrics[0][key] & metrics[1][key] for key in metrics[0].keys() & metrics[1].keys()}
-    return [
-        [
-            dataclasses.replace(record, rows={"model": {m: record.rows["model"][m] for m in both[record.id]}})
-            for record in records
-            if both.get(record.id)
-        ]
-        for records in (a, b)
-    ]
-
-
 def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:
     records = dict[str, ObjectRecord]()
     last = time.monotonic()
@@ -182,37 +102,3 @@ def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:
                 f"new for {_PATIENCE_S / 60:.0f} minutes; start the same command again, it goes on where it was"
             )
         time.sleep(0.5)
-
-
-def _finished(folder: Path) -> dict[str, Any]:
-    """Read the settings of a finished evaluation."""
-    if not (folder / RESULTS_NAME).is_file():
-        raise InputError(
-            f"expected a finished evaluation in {folder}, found none; make it: lrm evaluate --out {folder} ..."
-        )
-    settings = read_json(folder / SETTINGS_NAME)
-    try:
-        known = settings["protocol"]["name"] in PROTOCOLS
-        known &= isinstance(settings["network"]["source"], str) and isinstance(
-            settings["data"]["objects"], int
-        )
-    except (KeyError, TypeError):
-        known = False
-    if not known:
-        raise InputError(
-            f"{folder / SETTINGS_NAME}: expected the settings of an evaluation, found others; delete {folder} and "
-            "measure again"
-        )
-    return settings
-
-
-def _records(folder: Path, settings: dict[str, Any]) -> list[ObjectRecord]:
-    """Read all records of a finished evaluation."""
-    paths = sorted((folder / OBJECTS_NAME).glob("*.json"))
-    records = [record for path in paths if (record := read_object(folder, path.stem)) is not None]
-    if len(records) != settings["data"]["objects"]:
-        raise InputError(
-            f"{folder}: expected {settings['data']['objects']} measured objects, found {len(records)}; measure the "
-            "rest with the command that made it, it goes on where it was"
-        )
-    return records

@@ -5,102 +5,14 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-import yaml
-from torch import Tensor
-
+from lrm_pl.apps.options import locate_network
 from lrm_pl.apps.paths import user_path
-from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, read_newest, read_tensors, tensor_specs
-from lrm_pl.io.model_card import model_card, run_facts
-from lrm_pl.io.pretrained import (
-    CARD_NAME,
-    CONFIG_NAME,
-    SETUP_NAME,
-    WEIGHTS_NAME,
-    read_model_section,
-    read_setup,
-    write_pretrained,
-)
-from lrm_pl.stores import is_local
-from lrm_pl.training.state import averaged_names
-
-logger = logging.getLogger(__name__)
 
 #: What --dtype may be.
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-
-
-def export(
-    source: str, out: Path, *, average: bool = False, dtype: str = "float32", config: Path | None = None
-) -> tuple[Checkpoint, Path]:
-    """Write the weights of a checkpoint, and the model section of its run's config, into a new folder.
-
-    Args:
-        source: A checkpoint, or the folder of a run, whose newest whole one is taken; a path or a URL.
-        out: The folder, which must not exist; it appears when it is whole.
-        average: Whether the moving average takes the place of the weights that are trained.
-        dtype: "float32" or "bf16", for everything that is floating point.
-        config: The run's config.yaml; None: the one above the checkpoint.
-
-    Returns:
-        The checkpoint, and the config that was taken.
-
-    Raises:
-        InputError: Something of this is not there, or OUT is.
-    """
-    require_no_folder(out)
-    checkpoint, tensors = read_newest(source, lambda found: (found, _weights(found, average=average)))
-    config = find_config(checkpoint, config)
-    model = read_model_section(config)
-    weights = {name: _cast(tensor, DTYPES[dtype]) for name, tensor in tensors.items()}
-    header = f"The model section of {config.name} of the run whose step {checkpoint.step} this is."
-    what = "The moving average of the weights" if average else "The weights"
-    facts = run_facts(config.parent, yaml.safe_load(config.read_text()))
-    card = model_card(out.name, f"{what} at step {checkpoint.step} of a run.", model, facts)
-    setup = read_setup(config.parent)
-    if setup is None:
-        logger.warning(
-            "%s: expected %s beside it, which says how training pictures were taken, found none; LRM's numbers are "
-            "written, correct them in %s where they are wrong", config, SETUP_NAME, out / SETUP_NAME,
-        )  # fmt: skip
-        setup = InputSetup()
-    write_pretrained(out, model, weights, header, setup, card)
-    return checkpoint, config
-
-
-def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:
-    """Read the network's tensors, by the names of its state dict."""
-    specs = tensor_specs(checkpoint)
-    names = [name.removeprefix("network.") for name in specs if name.startswith("network.")]
-    averaged = averaged_names(checkpoint) if average else []
-    if not names:
-        raise InputError(f"{checkpoint.path}: expected the weights of a network, found none; export another")
-    sources = {name: f"{'average' if name in averaged else 'network'}.{name}" for name in names}
-    tensors = {name: torch.empty_like(specs[source], device="cpu") for name, source in sources.items()}
-    read_tensors(checkpoint, {sources[name]: tensor for name, tensor in tensors.items()})
-    return tensors
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor.contiguous()
-
-
-def find_config(checkpoint: Checkpoint, given: Path | None) -> Path:
-    """Find RUN/config.yaml of RUN/checkpoints/step-...."""
-    path = given
-    if path is None and is_local(checkpoint.path):
-        path = Path(checkpoint.path).absolute().parents[1] / CONFIG_NAME
-    if path is None or not path.is_file():
-        raise InputError(
-            f"expected the config of the run of {checkpoint.path}, found none at {path or 'its place'}; name it: "
-            f"--config RUN/{CONFIG_NAME}"
-        )
-    return path
+DTYPES = ("float32", "bf16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     given = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
     try:
+        locate_network(given.checkpoint)
+        require_no_folder(given.out)
+        from lrm_pl.apps.exporting import export
+        from lrm_pl.io.pretrained import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+
         checkpoint, config = export(
             given.checkpoint, given.out, average=given.average, dtype=given.dtype, config=given.config
         )

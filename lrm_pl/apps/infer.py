@@ -6,214 +6,28 @@ Of each picture OUT/NAME gets mesh.glb, orbit.mp4, grid.png, input.png (what the
 import argparse
 import dataclasses
 import functools
-import io
-import json
+import glob
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lrm_pl import __version__
-from lrm_pl.apps.options import add_background, add_network, open_network
+from lrm_pl.apps.options import TEXTURE_FACES, Wishes, add_background, add_network, locate_network
 from lrm_pl.apps.paths import require_out, user_path
-from lrm_pl.apps.train import git_commit
-from lrm_pl.apps.trained import Trained
-from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.geometry.cameras import InputCamera
-from lrm_pl.inference import Scene, as_pixels, as_tensor
-from lrm_pl.io.orbit_files import encode_video, grid
-from lrm_pl.meshes.files import MESH_FORMATS, MeshFormat, encode_mesh
-from lrm_pl.meshes.mesh import Mesh
-from lrm_pl.meshes.unwrap import UnwrapError
-from lrm_pl.stages import Listener, listening, stage
+from lrm_pl.meshes.mesh import MESH_FORMATS
 
 #: Endings of the files of a folder that are taken for pictures.
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
-#: Faces that a mesh may have before it is laid out for a texture: xatlas' time grows faster than they do.
-TEXTURE_FACES = 20_000
-
-
-#: Faces that may be asked for.
-MOST_FACES = 10**8
-
-
-@dataclasses.dataclass(frozen=True)
-class Wishes:
-    """What is made of a picture.
-
-    Attributes:
-        resolution: Points of the lattice along each axis.
-        threshold: Density of the surface; None: the network's own, or measured.
-        floaters: Parts of less than this share of the largest one's area are left out.
-        most_faces: Faces of the mesh at most; None: as many as there are, ``TEXTURE_FACES`` with a texture.
-        texture: Side of the texture, about, pixels; 0: colours at the vertices.
-        texture_limit_s: Seconds that laying the surface out for it may take.
-        formats: Files of the mesh.
-        frames: Of the orbit; 0: no orbit and no grid.
-        size: Side of a frame.
-        elevation_deg: Height of the orbit.
-        camera: The camera that the picture is taken to be seen by; None: that of training.
-    """
-
-    resolution: int = 256
-    threshold: float | None = None
-    floaters: float = 0.0
-    most_faces: int | None = None
-    texture: int = 0
-    texture_limit_s: float = 60.0
-    formats: tuple[MeshFormat, ...] = ("glb",)
-    frames: int = 60
-    size: int = 256
-    elevation_deg: float = 15.0
-    camera: InputCamera | None = None
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        for name, value, low, high in (
-            ("resolution", self.resolution, 8, 1024),
-            ("floaters", self.floaters, 0, 1),
-            ("faces", 4 if self.most_faces is None else self.most_faces, 4, MOST_FACES),
-            ("texture", self.texture, 0, 8192),
-            ("texture-limit", self.texture_limit_s, 0, 86_400),
-            ("frames", self.frames, 0, 10_000),
-            ("size", self.size, 8, 4096),
-            ("elevation", self.elevation_deg, -89, 89),
-        ):
-            if not low <= value <= high:
-                raise InputError(f"expected {name} from {low} to {high}, found {value:g}")
-
-
-def make_mesh(scene: Scene, wishes: Wishes) -> tuple[Mesh, list[str]]:
-    """Make the mesh of an object.
-
-    Returns:
-        The mesh, and what was not as it was wished.
-
-    Raises:
-        NoSurfaceError: There is no surface.
-    """
-    most = TEXTURE_FACES if wishes.most_faces is None and wishes.texture else wishes.most_faces
-    mesh = scene.mesh(wishes.threshold, wishes.resolution, floaters=wishes.floaters, most_faces=most)
-    notes = []
-    if most is not None and len(mesh.faces) > most:
-        notes.append(f"{len(mesh.faces)} faces instead of {most}: fewer would tear the surface")
-    if not wishes.texture:
-        return mesh, notes
-    try:
-        return scene.textured(mesh, wishes.texture, wishes.texture_limit_s), notes
-    except UnwrapError as error:
-        return mesh, [*notes, f"colours at the vertices instead of a texture: {error}"]
-
-
-def infer(
-    trained: Trained, picture: Path, out: Path, wishes: Wishes, listener: Listener | None = None
-) -> dict[str, Any]:
-    """Make everything of one picture.
-
-    Args:
-        trained: The network.
-        picture: The file.
-        out: Folder of the results; files of an earlier result, which its result.json lists, are replaced or removed.
-            result.json comes last.
-        wishes: What is made.
-        listener: Told what is being done.
-
-    Returns:
-        What result.json holds.
-
-    Raises:
-        InputError: It is no picture, there is no surface, or a file in OUT is not of an earlier result.
-    """
-    model = trained.model
-    earlier = _files_of(out)
-    _require_own(out, _files_for(wishes), earlier)
-    files = dict[str, bytes]()
-    with listening(listener, trained.wait) as seconds:
-        framed = model.picture(picture)
-        scene = model(as_tensor(framed), wishes.camera)
-        mesh, notes = make_mesh(scene, wishes)
-        with stage("files"):
-            for kind in wishes.formats:
-                files |= encode_mesh(mesh, kind)
-            files["input.png"] = _png(framed)
-        if wishes.frames:
-            with stage("orbit"):
-                frames = [
-                    as_pixels(frame)
-                    for frame in scene.orbit(wishes.frames, wishes.size, wishes.elevation_deg)
-                ]
-            with stage("files"):
-                files["orbit.mp4"] = encode_video(frames)
-                files["grid.png"] = _png(grid(framed, frames))
-    record = {
-        "picture": str(picture),
-        "network": {"source": trained.source, "step": trained.step, "sha256": trained.sha256},
-        "background": model.remover.what if "background" in seconds else "transparent already",
-        "camera": dataclasses.asdict(scene.camera),
-        "setup": dataclasses.asdict(model.setup),
-        "threshold": scene.threshold if wishes.threshold is None else wishes.threshold,
-        "mesh": {
-            "vertices": len(mesh.vertices),
-            "faces": len(mesh.faces),
-            "texture": None if mesh.texture is None else list(mesh.texture.image.shape[1::-1]),
-        },
-        "wishes": dataclasses.asdict(wishes),
-        "notes": [trained.note, *notes] if trained.note else notes,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "files": sorted(files),
-        "device": str(next(model.parameters()).device),
-        "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
-    }
-    _require_own(out, files, earlier)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "result.json").unlink(missing_ok=True)
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    for name in earlier - set(files):  # of an earlier picture, or other wishes
-        (out / name).unlink(missing_ok=True)
-    write_atomically(out / "result.json", (json.dumps(record, indent=2) + "\n").encode())
-    return record
-
-
-def _files_for(wishes: Wishes) -> set[str]:
-    """Return the files that a picture will surely get."""
-    orbit = {"orbit.mp4", "grid.png"} if wishes.frames else set[str]()
-    return {"input.png", "result.json", *(f"mesh.{kind}" for kind in wishes.formats)} | orbit
-
-
-def _files_of(out: Path) -> set[str]:
-    """Return the files of an earlier result; those that result.json lists, and itself."""
-    try:
-        files = json.loads((out / "result.json").read_text())["files"]
-        return {name for name in files if isinstance(name, str) and name == Path(name).name} | {"result.json"}
-    except (OSError, ValueError, LookupError, TypeError):
-        return set()
-
-
-def _require_own(out: Path, files: Iterable[str], earlier: set[str]) -> None:
-    """Refuse to write over files that are of no earlier result.
-
-    Raises:
-        InputError: There are some.
-    """
-    if foreign := sorted(name for name in files if name not in earlier and (out / name).exists()):
-        raise InputError(
-            f"expected only files of an earlier `lrm infer` in {out}, found {', '.join(foreign)}, which its "
-            "result.json does not list; move them away, or give another --out"
-        )
-
 
 def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """List the pictures that are named, and those in the folders that are.
+    """List the pictures that are named, those in the folders that are, and those that patterns such as in/*.png fit.
 
     Returns:
         Name of the result's folder -> picture: the picture's name without its ending, with it where two would have
@@ -224,7 +38,7 @@ def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
         InputError: A path is neither, a folder has none, or two results would have one name.
     """
     found, others = list[Path](), list[Path]()
-    for path in paths:
+    for path in (path for typed in paths for path in _fitting(typed)):
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
             inside = [file for file in files if file.suffix.lower() in ENDINGS]
@@ -261,6 +75,11 @@ def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
     return named, others
 
 
+def _fitting(path: Path) -> list[Path]:
+    """Return the paths that fit a pattern, which make and quotes keep from the shell; else the path itself."""
+    return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; expected errors end in one message."""
     given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
@@ -270,15 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         pictures, others = find_pictures(given.picture)
         wishes = _wishes(given)
+        locate_network(given.ckpt)
         require_out(given.out)
+        from lrm_pl.apps.reconstruction import infer, require_video
+        from lrm_pl.apps.trained import open_network
+        from lrm_pl.io.background import RemoverError
+
+        if wishes.frames:
+            require_video()
         trained = open_network(given)
-        if wishes.camera is None and (given.distance is not None or given.fov is not None):
-            setup = trained.model.setup
-            camera = InputCamera(
-                setup.distance if given.distance is None else given.distance,
-                setup.fov_deg if given.fov is None else given.fov,
-            )
-            wishes = dataclasses.replace(wishes, camera=camera)
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
     at = "" if trained.step is None else f", step {trained.step}"
@@ -301,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say = functools.partial(_say, bar, task, name[:12])
             try:
                 record = infer(trained, picture, out, wishes, say)
+            except RemoverError as error:  # as of all pictures that need it
+                sys.exit(f"lrm: {picture}: {error}")
             except (InputError, OSError) as error:
                 failed += 1
                 told = str(error)
@@ -309,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _print_result(console, out, record)
             bar.advance(task)
     if failed:
-        sys.exit(f"lrm: {failed} of {len(pictures)} pictures gave nothing; their reasons stand above")
+        sys.exit(f"lrm: {failed} of {len(pictures)} pictures failed; their reasons stand above")
 
 
 def _say(bar: Progress, task: TaskID, name: str, what: str) -> None:
@@ -332,17 +153,34 @@ def _wishes(given: argparse.Namespace) -> Wishes:
     return Wishes(**{name: getattr(given, name) for name in names} | {"formats": tuple(given.formats)})
 
 
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
+def _side(text: str) -> int:
+    """Read what follows --texture, which takes the next word where that is no option."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"expected pixels or nothing, found {text!r}; name pictures before it: lrm infer PICTURE --texture"
+        )
+    return int(text)
+
+
+def _format(text: str) -> str:
+    """Read what follows --formats, which takes all words up to the next option."""
+    if text not in MESH_FORMATS:
+        raise argparse.ArgumentTypeError(
+            f"expected some of {', '.join(MESH_FORMATS)}, found {text!r}; name pictures before it: lrm infer PICTURE "
+            "--formats glb obj"
+        )
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
     usual = Wishes()
     parser = argparse.ArgumentParser(prog="lrm infer", description=__doc__)
     parser.add_argument(
-        "picture", metavar="PICTURE", type=user_path, nargs="+", help="a picture, or a folder of pictures"
+        "picture",
+        metavar="PICTURE",
+        type=user_path,
+        nargs="+",
+        help="a picture, a folder of pictures, or 'in/*.png'",
     )
     parser.add_argument("--out", type=user_path, default=Path("out"), help="folder of the results (out)")
     add_network(parser)
@@ -359,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     mesh.add_argument("--faces", dest="most_faces", type=int, help="faces at most; all unless given")
     mesh.add_argument(
         "--texture",
-        type=int,
+        type=_side,
         nargs="?",
         const=1024,
         default=0,
@@ -374,10 +212,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="time for laying out the surface; after it, colours stay at the vertices (60)",
     )
-    mesh.add_argument("--formats", nargs="+", choices=MESH_FORMATS, default=usual.formats, help="files (glb)")
+    mesh.add_argument(
+        "--formats",
+        nargs="+",
+        type=_format,
+        default=usual.formats,
+        metavar="FORMAT",
+        help=f"files, of {', '.join(MESH_FORMATS)} (glb)",
+    )
     camera = parser.add_argument_group("camera of the picture; that of training unless given")
     camera.add_argument("--distance", type=float, help="from the object's middle, scene units")
-    camera.add_argument("--fov", type=float, help="field of view, degrees")
+    camera.add_argument("--fov", dest="fov_deg", metavar="FOV", type=float, help="field of view, degrees")
     orbit = parser.add_argument_group("orbit")
     orbit.add_argument("--frames", type=int, default=usual.frames, help="how many (60); 0: no orbit, no grid")
     orbit.add_argument("--size", type=int, default=usual.size, help="side of a frame, pixels (256)")

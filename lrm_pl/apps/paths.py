@@ -1,5 +1,6 @@
 """Paths that users typed."""
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -7,7 +8,18 @@ from lrm_pl.errors import InputError
 
 
 def user_path(text: str) -> Path:
-    """Read a path that was typed; a shell leaves the ``~`` of ``--out=~/x`` as it is."""
+    """Read a path that was typed; a shell leaves the ``~`` of ``--out=~/x`` as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: It is a URL, or nothing: ``Path`` would make another path, or the current folder,
+            of them.
+    """
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"expected a path on this machine, found the address {text}; download it, or choose a local path"
+        )
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found nothing; is a variable of the shell empty?")
     return Path(text).expanduser()
 
 

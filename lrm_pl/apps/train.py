@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import os
 import re
-import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
@@ -33,6 +32,7 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
 )
 
 from lrm_pl import __version__
+from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.report import ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
@@ -52,7 +52,15 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.input_setup import InputSetup, measure_setup
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, Owner, clear_leftovers, read_newest, require_writable
+from lrm_pl.io.checkpoints import (
+    Checkpoint,
+    Owner,
+    clear_leftovers,
+    load_network,
+    read_newest,
+    require_network,
+    require_writable,
+)
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
 from lrm_pl.io.state_dicts import (
     TIMM_NAMES,
@@ -68,7 +76,6 @@ from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper, StoppedError
-from lrm_pl.training.state import load_network, require_network
 from lrm_pl.training.strategies import require_supported_name, require_supported_start
 
 logger = logging.getLogger(__name__)
@@ -524,17 +531,6 @@ def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Te
 def table_name(timm_name: str) -> EncoderName | None:
     """Find the entry of our own table that holds an encoder's weights, by its timm name; None where there is none."""
     return next((name for name, known in TIMM_NAMES.items() if known == timm_name), None)
-
-
-def git_commit() -> str:
-    """Return the commit of the code that runs, with "-dirty" where files differ; "unknown" outside a checkout."""
-    git, here = ("git", "-C", str(Path(__file__).parent)), Path(__file__).name
-    try:  # an environment may lie in another project's checkout
-        subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
-        command = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def one_line(error: Exception) -> str:

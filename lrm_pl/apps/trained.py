@@ -1,32 +1,17 @@
 """Find a trained network by what a user calls it: a run, a checkpoint, an exported folder, a name on the hub."""
 
+import argparse
 import dataclasses
-import re
 from pathlib import Path
 
-from lrm_pl.apps.export import find_config
+from lrm_pl.apps.options import locate_network
 from lrm_pl.errors import InputError
 from lrm_pl.io.background import BackgroundRemover
-from lrm_pl.io.checkpoints import Checkpoint, list_checkpoints, read_newest
-from lrm_pl.io.pretrained import (
-    CONFIG_NAME,
-    SETUP_NAME,
-    WEIGHTS_NAME,
-    read_model_section,
-    read_setup,
-    weights_hash,
-)
+from lrm_pl.io.checkpoints import read_newest
+from lrm_pl.io.pretrained import CONFIG_NAME, SETUP_NAME, WEIGHTS_NAME, weights_hash
 from lrm_pl.kernels.device import choose_device, synchronize
 from lrm_pl.pretrained import PretrainedLRM
-from lrm_pl.training.state import load_network
-
-#: Where `lrm fit` puts runs that were given no folder.
-RUNS = Path("runs/lrm")
-
-_VERSION = re.compile(r"version_\d+")
-
-#: Begins the name of a network on the Hugging Face hub: a path that is mistyped must not open a stranger's.
-HUB = "hf://"
+from lrm_pl.stores import HUB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +58,11 @@ def open_trained(
     Raises:
         InputError: There is none, or it is not what it should be.
     """
-    name = name or newest_run()
+    name = locate_network(name)
     path = Path(name).expanduser()
-    step = None
     if path.name in (WEIGHTS_NAME, CONFIG_NAME) and (path.parent / WEIGHTS_NAME).is_file():
         path, name = path.parent, str(path.parent)
     on_hub = name.startswith(HUB)
-    if not on_hub and "://" not in name and not path.exists():
-        raise InputError(
-            f"expected a run, a checkpoint or a folder of `lrm export`, found nothing at {name}; correct the path, or "
-            f"say {HUB}owner/name for a network on the Hugging Face hub"
-        )
     if on_hub or (path / WEIGHTS_NAME).is_file():
         if config is not None:
             raise InputError(
@@ -94,40 +73,34 @@ def open_trained(
                 f"expected a run that keeps a moving average, found the exported network {name}; leave --average out, "
                 "or export the average: lrm export RUN OUT --average"
             )
-        model = PretrainedLRM.from_pretrained(name.removeprefix(HUB))
-        source = name
+        model, source = PretrainedLRM.from_pretrained(name), name
     else:
-        model, source, step = read_newest(name, lambda found: _read(found, config, average=average))
+        model, source = read_newest(
+            name,
+            lambda found: (PretrainedLRM.from_checkpoint(found, config, average=average), found.path),
+        )
     if remover is not None:
         model.remover = remover
     sha256 = weights_hash(model.network)
     note = (
         "" if model.setup_known else f"{source}: no {SETUP_NAME} beside it: pictures are framed as LRM's are"
     )
-    return Trained(model.to(choose_device(device)), source, step, sha256, note)
+    return Trained(model.to(choose_device(device)), source, model.step, sha256, note)
 
 
-def _read(checkpoint: Checkpoint, config: Path | None, *, average: bool) -> tuple[PretrainedLRM, str, int]:
-    config = find_config(checkpoint, config)
-    model = PretrainedLRM(read_model_section(config), read_setup(config.parent))
-    load_network(checkpoint, model.network, average=average)
-    return model, checkpoint.path, checkpoint.step
+def open_network(given: argparse.Namespace, device: str | None = None) -> Trained:
+    """Open the network that the options name, with what takes backgrounds out.
 
-
-def newest_run() -> str:
-    """Return the newest run in ``runs/lrm`` that has a checkpoint.
+    Args:
+        given: Parsed options of ``add_network``, and of ``add_background`` where pictures come from outside.
+        device: In place of ``--device``.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or it is not what it should be.
     """
-    runs = [
-        path
-        for path in RUNS.glob("version_*")
-        if _VERSION.fullmatch(path.name) and list_checkpoints(str(path / "checkpoints"))
-    ]
-    if not runs:
-        raise InputError(
-            f"expected a trained network in {RUNS}, found none; train the demo (make train, ten minutes), or name a "
-            "run, a checkpoint, or a folder of `lrm export`: CKPT=... (--ckpt)"
-        )
-    return str(max(runs, key=lambda path: int(path.name.removeprefix("version_"))))
+    remover = None
+    if hasattr(given, "rembg_model"):
+        remover = BackgroundRemover(path=given.rembg_model, sha256=given.rembg_sha256)
+    return open_trained(
+        given.ckpt, average=given.average, device=device or given.device, remover=remover, config=given.config
+    )

@@ -8,19 +8,20 @@ OUT/results.json, results.md, index.html    written last
 """
 
 import dataclasses
-import io
 import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.evaluation.objects import Measured
+
+#: Where evaluations and comparisons go that were given no folder.
+EVALUATIONS = Path("evaluation")
 
 SETTINGS_NAME, OBJECTS_NAME, RESULTS_NAME = "settings.json", "objects", "results.json"
 
@@ -48,7 +49,7 @@ class ObjectRecord:
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Make a folder this evaluation's, or make sure that it is.
+    """Make a folder this evaluation's, or make sure that it is; baselines may join those that were measured without.
 
     Returns:
         The settings that it was first claimed with: a network and shards may have moved, or been exported, since then.
@@ -57,19 +58,27 @@ def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         InputError: It is another one's.
     """
     path = folder / SETTINGS_NAME
-    content = (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
+    content = _text(settings)
     (folder / OBJECTS_NAME).mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_atomically(path, content)
     first = read_json(path)
+    if settings.get("baselines") and first.get("baselines") is False:
+        first = {**first, "baselines": True}
+        write_atomically(path, _text(first))
     expected, found = without_places(json.loads(content)), without_places(first)
     if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         name = sorted(different)[0]
+        remedy = "say --baseline too, or choose" if different == ["baselines"] else "choose"
         raise InputError(
-            f"{path}: expected {name} {expected.get(name)!r} as asked for now, found {found.get(name)!r}; choose "
+            f"{path}: expected {name} {expected.get(name)!r} as asked for now, found {found.get(name)!r}; {remedy} "
             f"another --out, or delete {folder}"
         )
     return first
+
+
+def _text(settings: dict[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
 
 
 def without_places(settings: dict[str, Any]) -> dict[str, Any]:
@@ -82,33 +91,19 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_object(folder: Path, key: str, measured: Measured | None, bad: str = "") -> None:
+def write_object(folder: Path, record: ObjectRecord, files: Mapping[str, bytes]) -> None:
     """Keep what was found about an object; its record comes last.
 
     Args:
         folder: The evaluation's.
-        key: The object's.
-        measured: What was found; None where nothing was.
-        bad: Why.
+        record: What was found.
+        files: Ending -> content of the files beside the record.
     """
-    place, files = folder / OBJECTS_NAME, dict[str, bytes]()
-    if measured is not None:
-        pixels = (measured.strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, format="PNG")
-        files[".png"] = file.getvalue()
-    if measured is not None and measured.features:
-        file = io.BytesIO()
-        arrays: dict[str, Any] = {
-            name.replace(" ", "_"): values for name, values in measured.features.items()
-        }
-        np.savez(file, **arrays)
-        files[".npz"] = file.getvalue()
+    place = folder / OBJECTS_NAME
     for ending, content in files.items():
-        write_atomically(place / f"{key}{ending}", content)
-    rows, notes = (measured.rows, measured.notes) if measured else ({}, ())
-    record = dataclasses.asdict(ObjectRecord(key, rows, notes, bad, tuple(files)))
-    write_atomically(place / f"{key}.json", (json.dumps(record, sort_keys=True) + "\n").encode())
+        write_atomically(place / f"{record.id}{ending}", content)
+    text = json.dumps(dataclasses.asdict(record), sort_keys=True)
+    write_atomically(place / f"{record.id}.json", f"{text}\n".encode())
 
 
 def read_object(folder: Path, key: str) -> ObjectRecord | None:

@@ -1,11 +1,14 @@
 """Measure one object: reconstruct it from its inputs, compare pictures and surfaces with the truth."""
 
 import dataclasses
+import io
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleError, decode_image
@@ -66,6 +69,22 @@ class Measured:
     features: dict[str, Float[np.ndarray, "n d"]]
     notes: tuple[str, ...] = ()
 
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The strip and the features as files: ending -> content."""
+        pixels = (self.strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, format="PNG")
+        return {".png": file.getvalue()} | (features_file(self.features) if self.features else {})
+
+
+def features_file(features: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Encode features as ``folder.read_features`` reads them: ending -> content."""
+    file = io.BytesIO()
+    arrays: dict[str, Any] = {name.replace(" ", "_"): values for name, values in features.items()}
+    np.savez(file, **arrays)
+    return {".npz": file.getvalue()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
@@ -116,9 +135,7 @@ def measure_object(
             renders = _render(scene, c2w[1:], fxfycxcy[1:], size)
         image, targets = image.to(renders.device), targets.to(renders.device)
         answers["model"].append(renders)
-        for name, baseline in baselines.items():
-            if baseline.looks or name not in answers:
-                answers.setdefault(name, []).append(baseline.make(image, targets))
+        _add_baselines(answers, baselines, image, targets)
         strip = _strip(image, targets, renders) if strip is None else strip
         if protocol.geometry is not None:
             with stage("surface"):
@@ -133,11 +150,55 @@ def measure_object(
         with stage("metrics"), without_tf32():
             for name, row in _measure_images(answers, targets, judges).items():
                 rows[name] = rows.get(name, {}) | row
-            if judges.features is not None:
-                features["target"] = judges.features(targets).float().cpu().numpy()
-                for name, images in answers.items():
-                    features[name] = judges.features(torch.cat(images)).float().cpu().numpy()
+            features = _features(answers | {"target": [targets]}, judges)
     return Measured(rows, strip.cpu(), features, tuple(notes))
+
+
+@torch.no_grad()
+def measure_baselines(
+    sample: Sample,
+    protocol: Protocol,
+    judges: Judges,
+    baselines: Mapping[str, Baseline],
+    device: torch.device,
+) -> tuple[dict[str, dict[str, float]], dict[str, Float[np.ndarray, "n d"]]]:
+    """Measure baselines of an object whose network is measured already, as ``measure_object`` does.
+
+    Args:
+        sample: The object, with the views that the protocol needs.
+        protocol: What is measured; it compares images.
+        judges: What images are measured with.
+        baselines: What is measured.
+        device: The network's.
+
+    Returns:
+        The baselines' rows, and their features.
+
+    Raises:
+        SampleError: A view cannot be read.
+    """
+    targets = over_white(sample, protocol.seen).to(device)
+    answers = dict[str, list[Tensor]]()
+    for view in protocol.inputs:
+        _add_baselines(answers, baselines, over_white(sample, (view,))[0].to(device), targets)
+    with stage("metrics"), without_tf32():
+        return _measure_images(answers, targets, judges), _features(answers, judges)
+
+
+def _add_baselines(
+    answers: dict[str, list[Tensor]], baselines: Mapping[str, Baseline], image: Tensor, targets: Tensor
+) -> None:
+    """Add what baselines answer to an input; those that do not look at it answer once."""
+    for name, baseline in baselines.items():
+        if baseline.looks or name not in answers:
+            answers.setdefault(name, []).append(baseline.make(image, targets))
+
+
+def _features(images: Mapping[str, list[Tensor]], judges: Judges) -> dict[str, Float[np.ndarray, "n d"]]:
+    """Return the features of FID and KID of each row's images; nothing without a network for them."""
+    if judges.features is None:
+        return {}
+    return {name: judges.features(torch.cat(each)).float().cpu().numpy() for name, each in images.items()}
 
 
 def true_surface(sample: Sample, view: int, geometry: Geometry) -> Cloud:

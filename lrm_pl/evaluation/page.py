@@ -71,6 +71,8 @@ def render_page(
     parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts), _means(rows, better, columns)]
     if columns:
         for name, chosen in ranked(records, columns[0], more_is_better=better[columns[0]]).items():
+            if not chosen:  # of few objects
+                continue
             figures = "".join(_figure(record, columns, folder) for record in chosen)
             parts.append(f"<h2>{name} objects, by {html.escape(columns[0])}</h2>{figures}")
     missing = [record for record in records if record.bad or record.notes]

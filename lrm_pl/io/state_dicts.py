@@ -168,7 +168,12 @@ def load_hub_encoder_state(timm_name: str) -> dict[str, Tensor]:
     repository = published.hf_hub_id
     try:
         file = hf_hub_download(repository, "model.safetensors")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OSError,
+        ImportError,
+    ) as error:  # the last: a SOCKS proxy
         raise WeightsError(
             f"{timm_name}: expected its weights from the hub's {repository}, found no answer: "
             f"{' '.join(str(error).split())[:200]}; where there is a network: `hf download {repository} "

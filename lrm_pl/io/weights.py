@@ -136,8 +136,9 @@ def _download(name: WeightName, source: WeightSource) -> ResolvedWeights:
             fetched = fetch(artefact, cached_path(artefact).parent)
         except FetchError as error:
             failures.append(f"{source_name(artefact)}: {error}")
-            _LOG.warning("%s: %s", name, failures[-1])
             continue
+        for failure in failures:
+            _LOG.warning("%s: %s", name, failure)
         _LOG.info("%s: %s, from %s, kept as %s", name, artefact.what, source_name(artefact), fetched)
         return ResolvedWeights(name, fetched, artefact.sha256, artefact, "download")
     raise WeightsError(_nothing_answered(name, source, artefacts, failures))

@@ -1,7 +1,9 @@
-"""A mesh as files: glb and obj (+y up), ply and stl (+z up, as those who print and scan have it)."""
+"""A mesh as files: glb and obj (+y up), ply and stl (+z up, as those who print and scan have it).
+
+Lengths are scene units, which glTF calls meters; those of STL, which slicers take for millimeters, are ``STL_MM`` each.
+"""
 
 import io
-from typing import Literal, get_args
 
 import numpy as np
 import trimesh
@@ -11,10 +13,10 @@ from trimesh.visual import ColorVisuals, TextureVisuals
 from trimesh.visual.material import SimpleMaterial
 
 from lrm_pl.meshes.glb import Y_UP, encode_glb
-from lrm_pl.meshes.mesh import Mesh
+from lrm_pl.meshes.mesh import Mesh, MeshFormat
 
-MeshFormat = Literal["glb", "obj", "ply", "stl"]
-MESH_FORMATS: tuple[MeshFormat, ...] = get_args(MeshFormat)
+#: Millimeters of a scene unit in STL: an object, whose bounding sphere has radius 1, is about 100 mm across.
+STL_MM = 50.0
 
 
 def encode_mesh(mesh: Mesh, kind: MeshFormat, stem: str = "mesh") -> dict[str, bytes]:
@@ -32,7 +34,8 @@ def encode_mesh(mesh: Mesh, kind: MeshFormat, stem: str = "mesh") -> dict[str, b
         return {f"{stem}.glb": encode_glb(mesh, stem)}
     if kind == "obj":
         return _encode_obj(mesh, stem)
-    return {f"{stem}.{kind}": _trimesh(mesh, mesh.vertices).export(file_type=kind)}
+    vertices = mesh.vertices * STL_MM if kind == "stl" else mesh.vertices
+    return {f"{stem}.{kind}": _trimesh(mesh, vertices).export(file_type=kind)}
 
 
 def _encode_obj(mesh: Mesh, stem: str) -> dict[str, bytes]:

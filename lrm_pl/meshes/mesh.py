@@ -1,9 +1,14 @@
 """What a mesh is."""
 
 import dataclasses
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+
+#: Files that a mesh may be written as (``meshes.files``).
+MeshFormat = Literal["glb", "obj", "ply", "stl"]
+MESH_FORMATS: tuple[MeshFormat, ...] = get_args(MeshFormat)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,11 +21,12 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
 from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints import network_tensors
 from lrm_pl.kernels.device import indexed
 from lrm_pl.training.holder import Holder
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import Part, whole
-from lrm_pl.training.state import MOMENTS, Held, network_tensors
+from lrm_pl.training.state import MOMENTS, Held
 
 #: What can be trained in; the others would cast weights, or scale losses out of the gradient guard's sight.
 PRECISIONS = ("32-true", "bf16-mixed")

@@ -10,9 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lrm_pl.io.checkpoints import network_tensors
 from lrm_pl.training.gradients import clip, gradient_norm
 from lrm_pl.training.parallel import Part
-from lrm_pl.training.state import Held, network_tensors, optimizer_tensors
+from lrm_pl.training.state import Held, optimizer_tensors
 
 
 class Holder:

@@ -13,10 +13,9 @@ import torch
 from lrm_pl.data.input_setup import InputSetup
 from lrm_pl.geometry.cameras import InputCamera, orbit
 from lrm_pl.inference import reconstruct
-from lrm_pl.io.checkpoints import read_tensors, tensor_names
+from lrm_pl.io.checkpoints import load_network, read_tensors, tensor_names
 from lrm_pl.pretrained import PretrainedLRM
 from lrm_pl.rendering.grid import density_grid
-from lrm_pl.training.state import load_network
 from tests.accelerator.configs import MODELS, shrunk
 from tests.accelerator.training import train
 

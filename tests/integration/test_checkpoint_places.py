@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from lrm_pl import LRM
 from lrm_pl.apps.export import main as export
 from lrm_pl.apps.train import command_line, main
 from lrm_pl.apps.trained import open_trained
@@ -214,6 +215,15 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     printed = capsys.readouterr().out
     assert f"lrm validate -c {folder / 'config.yaml'} --ckpt_path {checkpoint.path}" in printed
 
+    for place in (folder, checkpoint.path):  # and what Python uses
+        opened = LRM.from_pretrained(place)
+        assert same(opened.network.state_dict(), network)
+        assert opened.step == 2
+    assert open_trained(str(tmp_path / "weights"), device="cpu").step == 2
+
+    card = (tmp_path / "weights" / "README.md").read_text()
+    assert ": 4 objects, 8 views each |" in card, "a path of this machine says nothing to a stranger"
+
     config = tmp_path / "weights" / "config.yaml"
     assert list(yaml.safe_load(config.read_text())) == ["model"]
     cli = command_line(["-c", str(config), "--trainer.accelerator", "cpu"], run=False)
@@ -223,12 +233,31 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
 def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
     folder = fit("run", 2, keeper())
     out = tmp_path / "out"
+    (tmp_path / "weights.pth").touch()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").touch()
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.safetensors").touch()
     with pytest.raises(SystemExit, match=r"expected a moving average, found none.*leave --average out"):
         export([str(folder), str(out), "--average"])
     with pytest.raises(InputError, match=r"expected a moving average, found none.*leave --average out"):
         open_trained(str(folder), average=True, device="cpu")
-    with pytest.raises(SystemExit, match=r"found no index\.json"):
-        export([str(tmp_path / "nothing"), str(out)])
+    for file, message in (
+        (
+            tmp_path / "nothing",
+            "found nothing at .*nothing; correct the path",
+        ),
+        (folder / "config.yaml", f"found the file {folder}/config.yaml; name its folder: {folder}$"),
+        (folder / "checkpoints" / "step-00000002" / "index.json", "name its folder: .*/step-00000002$"),
+        (tmp_path / "weights.pth", "found the file .*weights.pth; `lrm convert` reads weights"),
+        (tmp_path / "begun", "expected a checkpoint of the run .*begun, found none; wait until"),
+        (
+            tmp_path / "exported",
+            "found an exported network; `lrm fit --weights.network .*exported` starts from",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            export([str(file), str(out)])
     (folder / "config.yaml").rename(tmp_path / "config.yaml")
     with pytest.raises(SystemExit, match=r"expected the config of the run .*--config RUN/config\.yaml"):
         export([str(folder), str(out)])

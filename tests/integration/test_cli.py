@@ -177,7 +177,9 @@ def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny,
         SystemExit, match=r"expected the weights of this model; missing or of another shape.*config\.yaml"
     ):
         main(["validate", *tiny, "--model.lrm.dim", "32", "--ckpt_path", path])
-    with pytest.raises(SystemExit, match=r"expected a checkpoint at .*nothing.*, found no index\.json"):
+    with pytest.raises(
+        SystemExit, match=r"expected a checkpoint or a run at .*nothing, found nothing; correct"
+    ):
         main(["validate", *tiny, "--ckpt_path", str(tmp_path / "nothing")])
 
 

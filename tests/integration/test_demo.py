@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 import trimesh
 from PIL import Image
 
-from lrm_pl.apps.demo import QUEUE, sweep
+from lrm_pl.apps.demo import sweep
+from lrm_pl.apps.demo_page import QUEUE
 from tests.served import Served
 
 # Playwright's loop and pipes are closed by its own thread.
@@ -121,6 +123,28 @@ def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_pat
     while list(tmp_path.glob("lrm-demo-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not list(tmp_path.glob("lrm-demo-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "proxy"), [("http_proxy", "http://127.0.0.1:9"), ("ALL_PROXY", "socks5://127.0.0.1:9")]
+)
+def test_the_page_opens_behind_a_proxy_that_does_not_answer(pretrained, monkeypatch, name, proxy):
+    for other in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(other, raising=False)
+        monkeypatch.delenv(other.upper(), raising=False)
+    monkeypatch.setenv(name, proxy)
+    server = Served("demo", "--ckpt", pretrained, "--device", "cpu")
+    try:
+        deadline = time.monotonic() + 60
+        while f"{server.address} shows" not in server.said() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(server.address) as page:
+            assert (page.status, b"<title>lrm</title>" in page.read()) == (200, True)
+        said = server.stop()
+    finally:
+        server.kill()
+    assert f"{server.address} shows" in said
+    assert "Traceback" not in said
 
 
 async def joined(session, address, fn, photo, number, *, until="process_completed", resolution=64, data=None):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lrm_pl.apps.evaluate import Objects, evaluate, main
+from lrm_pl.apps.evaluate import main
+from lrm_pl.apps.evaluation_run import evaluate, tracked
 from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.evaluation.objects import Judges
 from lrm_pl.evaluation.protocols import PROTOCOLS
+from lrm_pl.evaluation.selection import Objects
 from lrm_pl.io import fetch
 from tests.pretrained_folder import tiny_pretrained
 
@@ -96,9 +100,80 @@ def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_b
     for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-001.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     with pytest.raises(
-        SystemExit, match="expected baselines False as asked for now, found True; choose another --out"
+        SystemExit,
+        match="expected baselines False as asked for now, found True; say --baseline too, or choose",
     ):
         run(pretrained, data, out)
+
+
+def test_a_finished_evaluation_typed_again_says_so_before_lpips_is_loaded(
+    finished, pretrained, data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "again"
+    shutil.copytree(finished, out)
+    monkeypatch.setenv("LRM_CACHE", str(tmp_path / "nothing"))
+    monkeypatch.setattr("lrm_pl.losses.perceptual.PerceptualLoss.pretrained", None)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    run(pretrained, data, out, "--baseline")
+    said = capsys.readouterr().out
+    assert f"All of it is measured already; to measure again, delete {out}" in said
+    assert "2 of 2 objects" in said
+    assert "| model |" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
+    (out / "objects" / "val-ellipsoid-000.json").unlink()
+    with pytest.raises(TypeError):  # it is not finished: LPIPS is loaded
+        run(pretrained, data, out, "--baseline")
+
+
+def test_baselines_that_are_asked_for_later_join_and_the_network_is_not_measured_again(
+    finished, pretrained, data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "plain"
+    plain = run(pretrained, data, out)
+    assert set(plain["mean"]) == {"model"}
+    monkeypatch.setattr("lrm_pl.apps.evaluation_run.measure_object", None)
+    joined = run(pretrained, data, out, "--baseline")
+    assert joined["settings"]["baselines"] is True
+    for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-000.json"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+    assert "objects are measured already" not in capsys.readouterr().out.split("Page:")[1]
+
+
+def test_how_far_it_is_is_said_where_no_terminal_shows_a_bar(monkeypatch):
+    told = io.StringIO()
+    console = Console(file=told, force_terminal=False)
+    monkeypatch.setattr("lrm_pl.apps.evaluation_run._SAY_S", 0.0)
+    assert list(tracked("abc", "Measuring, lrm", console)) == ["a", "b", "c"]
+    assert told.getvalue().splitlines() == [f"Measuring, lrm: {k} of 3" for k in (1, 2, 3)]
+
+
+def test_a_comparison_reads_records_only_and_leaves_others_alone(finished, tmp_path, root):
+    """In a process of its own, without torch; a folder for each pair, where none is named."""
+    (tmp_path / "a").symlink_to(finished)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a").symlink_to(finished)
+    program = "import sys\nfrom lrm_pl.apps.evaluate import main\ntry: main()\n" \
+        "finally: print('torch' in sys.modules)"  # fmt: skip
+
+    def compare(*words):
+        command = [sys.executable, "-c", program, "evaluate", "--compare", *words]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+        )
+
+    for _ in range(2):
+        done = compare("a", "other/a")
+        assert done.returncode == 0, done.stderr
+        assert "Page: evaluation/a-a/comparison.html" in done.stdout
+        assert done.stdout.splitlines()[-1] == "False"
+    table = tmp_path / "evaluation" / "a-a" / "comparison.md"
+    table.write_text("of two others")
+    done = compare("a", "other/a")
+    assert done.returncode == 1
+    assert "expected no other comparison in evaluation/a-a, found one; choose a folder: --out" in done.stderr
+    assert table.read_text() == "of two others"
+    assert compare("a", "other/a", "--out", "evaluation/a-a").returncode == 0
 
 
 def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
@@ -108,6 +183,7 @@ def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
     shutil.copytree(finished, out)
     mesh = out / "shown" / "val-ellipsoid-001.npz"
     mesh.write_bytes(mesh.read_bytes()[:500])
+    (out / "results.json").unlink()  # what is finished is not looked at again
     with pytest.raises(SystemExit, match=r"val-ellipsoid-001\.npz: expected arrays, found: .*measure again"):
         run(pretrained, data, out, "--baseline")
     mesh.unlink()

@@ -15,8 +15,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lrm_pl.__main__ import main as lrm
+from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.parsed import parse_fit
-from lrm_pl.apps.train import command_line, git_commit, main
+from lrm_pl.apps.train import command_line, main
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import list_checkpoints
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
@@ -194,10 +195,10 @@ def test_the_commit_is_that_of_this_code_and_not_of_a_project_around_it(tmp_path
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     own = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]
     subprocess.run(["git", "-C", str(tmp_path), *own], check=True)
-    installed = tmp_path / "venv" / "train.py"
+    installed = tmp_path / "venv" / "commit.py"
     installed.parent.mkdir()
     installed.touch()
-    monkeypatch.setattr("lrm_pl.apps.train.__file__", str(installed))
+    monkeypatch.setattr("lrm_pl.apps.commit.__file__", str(installed))
     assert git_commit() == "unknown"
     subprocess.run(["git", "-C", str(tmp_path), "add", "venv"], check=True)
     assert git_commit() != "unknown", "the code is in that project"

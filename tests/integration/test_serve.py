@@ -1,6 +1,8 @@
 """`lrm serve` as a process of its own: the right status for every kind of request, whoever sends it."""
 
 import asyncio
+import base64
+import gzip
 import io
 import re
 import signal
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lrm_pl.apps.server import what_else
 from tests.served import Served
 from tests.unit.test_pictures import encoded, png
 
@@ -131,6 +134,52 @@ def test_every_request_gets_the_right_status_and_is_counted(server):
             assert counts['lrm_stage_seconds_count{stage="planes"}'] == 1
             async with session.get(f"{server.address}/docs") as answer:
                 assert answer.status == 200
+
+    asyncio.run(run())
+
+
+def test_bodies_that_are_no_picture_are_named_with_what_to_type():
+    content = photo()
+    stripped = content.translate(None, b"\r\n\0")
+    jpeg = encoded(Image.new("RGB", (64, 64), "red"), "JPEG")
+    for body, kind, named in (
+        (b"", "", "nothing"),
+        (b'{"image": "..."}', "", "JSON"),
+        (b'"abc"', "application/json", "JSON"),
+        (base64.b64encode(content), "text/plain", "text, as base64 is"),
+        (b"data:image/png;base64," + base64.b64encode(content), "", "text, as base64 is"),
+        (gzip.compress(content), "", "gzip"),
+        (b"--x", "multipart/form-data; boundary=x", "a form"),
+        (stripped, "application/x-www-form-urlencoded", "a picture without its line ends and zeros"),
+        (jpeg.translate(None, b"\r\n\0"), "", "a picture without its line ends and zeros"),
+        (content, "application/x-www-form-urlencoded", ""),  # curl --data-binary
+        (content, "application/json", ""),
+        (jpeg, "", ""),
+        (b"\x00\x01\x02", "", ""),
+    ):
+        found = what_else(body, kind)
+        assert found.startswith(named) if named else not found, (body[:20], found)
+
+
+def test_probes_slashes_and_strangers_find_their_way(server):
+    async def run():
+        async with aiohttp.ClientSession() as session:
+            for path in ("/health", "/health/"):
+                async with session.head(server.address + path) as answer:
+                    assert (answer.status, await answer.read()) == (200, b"")
+            async with session.post(
+                f"{server.address}/reconstruct/?resolution=32", data=photo(), allow_redirects=False
+            ) as answer:
+                assert (answer.status, (await answer.read())[:4]) == (200, b"glTF")
+            async with session.get(server.address, allow_redirects=False) as answer:
+                assert (answer.status, answer.headers["Location"]) == (307, "/docs")
+            for method, path, status in (("GET", "/nosuch", 404), ("GET", "/reconstruct", 405)):
+                async with session.request(method, server.address + path) as answer:
+                    assert answer.status == status
+                    assert "; GET /docs says what there is" in (await answer.json())["detail"]
+            async with session.post(f"{server.address}/reconstruct", json={"image": "x"}) as answer:
+                assert answer.status == 415
+                assert "found JSON; curl --data-binary @photo.png" in (await answer.json())["detail"]
 
     asyncio.run(run())
 

@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from lrm_pl.apps.train import main as train
-from lrm_pl.apps.view import main, wait_for_checkpoint
+from lrm_pl.apps.view import main
+from lrm_pl.apps.viewer import wait_for_checkpoint
 from tests.damage import spoil_first_poses
 from tests.integration.test_cli import TINY
 from tests.served import Served
@@ -101,7 +102,7 @@ def test_a_run_that_has_just_begun_is_waited_for(run, tmp_path, monkeypatch, cap
     folder = run(2)
     (folder / "checkpoints").rename(tmp_path / "later")
     monkeypatch.setattr(
-        "lrm_pl.apps.view.time.sleep", lambda _: (tmp_path / "later").rename(folder / "checkpoints")
+        "lrm_pl.apps.viewer.time.sleep", lambda _: (tmp_path / "later").rename(folder / "checkpoints")
     )
     wait_for_checkpoint(str(folder))
     assert "waiting for its first checkpoint" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from lrm_pl.apps.evaluation_results import in_common
+from lrm_pl.apps.evaluation_comparison import in_common
 from lrm_pl.data.schema import SampleError, encode_image
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import ellipsoid_surface, synthetic_sample
@@ -19,7 +19,8 @@ from lrm_pl.evaluation.geometry import Cloud, align, chamfer, compare_surfaces, 
 from lrm_pl.evaluation.objects import Judges, Measured, measure_object, true_surface
 from lrm_pl.evaluation.page import ranked, render_page
 from lrm_pl.evaluation.protocols import PROTOCOLS, Geometry, Protocol
-from lrm_pl.evaluation.summary import means, paired_differences, set_distances, table
+from lrm_pl.evaluation.set_distances import set_distances
+from lrm_pl.evaluation.summary import means, paired_differences, table
 from lrm_pl.geometry.cameras import InputCamera, canonicalise
 from lrm_pl.inference import Scene
 from lrm_pl.meshes.mesh import Mesh
@@ -309,6 +310,10 @@ def test_an_object_without_a_surface_is_the_worst():
 def test_another_evaluation_refuses_the_folder(tmp_path):
     claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 3})
     claim(tmp_path, {"limit": 3, "protocol": {"name": "lrm"}})
+    claim(tmp_path / "b", {"baselines": False, "limit": 3})
+    assert claim(tmp_path / "b", {"baselines": True, "limit": 3})["baselines"] is True
+    with pytest.raises(InputError, match="found True; say --baseline too, or choose another --out"):
+        claim(tmp_path / "b", {"baselines": False, "limit": 3})
     with pytest.raises(InputError, match="expected limit 4 as asked for now, found 3; choose another --out"):
         claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 4})
 
@@ -329,7 +334,8 @@ def test_records_come_back_and_a_damaged_one_is_named(tmp_path):
     claim(tmp_path, {})
     assert read_object(tmp_path, "a") is None
     measured = Measured({"model": {"psnr": 12.5}}, torch.rand(3, 4, 20), {}, ("a note",))
-    write_object(tmp_path, "a", measured)
+    files = measured.files
+    write_object(tmp_path, ObjectRecord("a", measured.rows, measured.notes, files=tuple(files)), files)
     assert read_object(tmp_path, "a") == ObjectRecord(
         "a", {"model": {"psnr": 12.5}}, ("a note",), "", (".png",)
     )
@@ -351,6 +357,12 @@ def test_the_page_shows_worst_median_and_best_once_and_escapes_names(tmp_path):
     assert "&lt;b&gt;11" in page
 
 
+def test_the_page_of_a_single_object_has_no_empty_headings(tmp_path):
+    records = [record("a", psnr=1.0)]
+    page = render_page("T", {}, means(records), {"psnr": True}, records, tmp_path)
+    assert page.count("<h2>") == 1
+
+
 def test_a_protocol_names_what_shards_lack():
     from lrm_pl.data.manifest import Manifest
 
@@ -366,7 +378,7 @@ def test_a_protocol_names_what_shards_lack():
 
 def test_the_network_is_told_the_camera_that_took_the_picture_as_in_training():
     """Off the middle, and not looking at the origin, as crops of videos are."""
-    from lrm_pl.apps.evaluate import reconstructor
+    from lrm_pl.apps.evaluation_run import reconstructor
     from lrm_pl.apps.trained import Trained
     from tests.pretrained_folder import tiny_pretrained
 

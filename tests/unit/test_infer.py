@@ -1,10 +1,16 @@
 """Which pictures `lrm infer` takes, what it calls their results, and whose files it leaves alone."""
 
+import contextlib
 import json
+import subprocess
+import sys
 
 import pytest
 
-from lrm_pl.apps.infer import Wishes, _files_for, _files_of, _require_own, find_pictures
+from lrm_pl.apps import reconstruction
+from lrm_pl.apps.infer import find_pictures, main
+from lrm_pl.apps.options import Wishes
+from lrm_pl.apps.reconstruction import _files_for, _files_of, _require_own, _write
 from lrm_pl.errors import InputError
 
 
@@ -45,6 +51,96 @@ def test_files_that_no_earlier_result_lists_are_neither_removed_nor_written_over
     earlier = _files_of(tmp_path)
     assert earlier == {"input.png", "result.json"}
     _require_own(tmp_path, files, earlier)
+
+
+def test_a_record_lists_every_file_of_ours_whenever_the_work_is_interrupted(tmp_path, monkeypatch):
+    """A result of three files takes the place of one of two; the process ends before each of the writes in turn."""
+    first = {"mesh.obj": b"1", "input.png": b"1"}
+    mesh, orbit = {"mesh.glb": b"2", "input.png": b"2"}, {"orbit.mp4": b"2"}
+    write, ends = reconstruction.write_atomically, []
+
+    def dying(path, content):
+        if not ends:
+            raise KeyboardInterrupt
+        ends.pop()
+        write(path, content)
+
+    def work(out):
+        for files, record, present in (
+            (mesh, {"files": sorted(mesh), "finished": False}, _files_of(out)),
+            (orbit, {"files": sorted(mesh | orbit), "finished": True}, {*mesh, "result.json"}),
+        ):
+            _write(out, files, record, present)
+
+    for writes in range(8):
+        out = tmp_path / str(writes)
+        _write(out, first, {"files": sorted(first), "finished": True}, set())
+        ends[:] = [None] * writes
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(reconstruction, "write_atomically", dying)
+            work(out)
+        record = json.loads((out / "result.json").read_text())
+        there = {path.name for path in out.iterdir()} - {"result.json"}
+        assert there <= set(record["files"]), writes
+        if record["finished"]:
+            assert there == set(record["files"])
+            assert {(out / name).read_bytes() for name in there} == {b"1" if writes == 0 else b"2"}
+        _require_own(out, {*mesh, *orbit}, _files_of(out))
+        work(out)
+        assert {path.name for path in out.iterdir()} == {*mesh, *orbit, "result.json"}
+
+
+def test_a_pattern_that_the_shell_did_not_see_is_a_list_of_pictures(tmp_path):
+    a, b = touch(tmp_path / "in", "a.png", "b.png")
+    touch(tmp_path / "in", "c.txt")
+    assert list(find_pictures([tmp_path / "in" / "*.png"])[0].values()) == [a, b]
+    odd = touch(tmp_path / "in", "d[1].png")
+    assert list(find_pictures(odd)[0].values()) == odd, "a file of that name is itself"
+    with pytest.raises(InputError, match=r"at .*in/\*.jpg, found neither"):
+        find_pictures([tmp_path / "in" / "*.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--formats", "glb", "obj", "a.png"], "found 'a.png'; name pictures before it: lrm infer PICTURE"),
+        (["--texture", "a.png"], "expected pixels or nothing, found 'a.png'; name pictures before it"),
+        (["https://example.com/a.png"], "on this machine, found the address https://example.com/a.png"),
+        (["a.png", "--out", "s3://bucket/out"], "found the address s3://bucket/out"),
+        ([""], "expected a path, found nothing"),
+    ],
+)
+def test_words_that_an_option_or_a_path_cannot_take_are_named_with_what_to_type(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(tmp_path):
+    """A picture and a network that are not there, a number out of range: in a process of its own."""
+    (tmp_path / "a.png").touch()
+    program = "import sys; sys.argv[0] = 'lrm'\nfrom lrm_pl.__main__ import main\ntry: main()\nfinally: " \
+        "print(sorted({'torch', 'lightning', 'scipy', 'trimesh'} & set(sys.modules)))"  # fmt: skip
+    for words, message in (
+        (["infer", "nosuch.png"], "found neither"),
+        (["infer", "a.png", "--resolution", "4"], "expected resolution from 8 to 1024, found 4"),
+        (["infer", "a.png", "--fov", "190"], "fov_deg between 0 and 180"),
+        (["infer", "a.png", "--threshold=-1"], "expected a threshold above 0, found -1"),
+        (["infer", "a.png"], "expected a trained network in runs/lrm, found none"),
+        (["infer", "a.png", "--ckpt", "nosuch"], "found nothing at nosuch"),
+        (["evaluate", "--ckpt", "nosuch"], "found nothing at nosuch"),
+        (["serve", "--ckpt", "nosuch"], "found nothing at nosuch"),
+        (["serve", "--resolution", "2048"], "expected resolution from 8 to 1024, found 2048"),
+        (["demo", "--ckpt", "nosuch"], "found nothing at nosuch"),
+        (["view", "nosuch"], "expected a run's folder at nosuch, found none"),
+        (["export", "nosuch", "out"], "found nothing at nosuch"),
+        (["export", "a.png", "."], "expected to make the folder ., found it there"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout.strip()) == (1, "[]"), (words, done.stdout, done.stderr)
+        assert message in done.stderr
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": 3}', "\udcff"])

@@ -39,7 +39,7 @@ def test_the_environment_does_not_change_what_make_does(typed):
 
 
 @pytest.mark.parametrize("path", ["my meshes", "it's", "a$$b", 'two "quotes"', "a;id", "ä(1)"])
-def test_a_path_is_one_word_whatever_is_in_it(typed, path):
+def test_a_path_is_one_word_whatever_is_in_it(typed, path, tmp_path):
     meant = path.replace("$$", "$")  # make's own way to write a dollar sign
     assert f"--assets={meant}" in typed("render-shards", f"ASSETS={path}", "OUT=out")[0]
     assert f"--out={meant}" in typed("render-shards", "ASSETS=in", f"OUT={path}")[0]
@@ -47,7 +47,13 @@ def test_a_path_is_one_word_whatever_is_in_it(typed, path):
     assert f"--data={meant}" in typed("train", f"DATA={path}", "NODES=2")[0]
     assert f"--data={meant}" in typed("evaluate", f"DATA={path}")[0]
     assert f"--ckpt={meant}" in typed("evaluate", f"CKPT={path}")[0]
-    assert typed("infer", f"IMAGE={path}")[0][2] == meant
+    (tmp_path / meant).touch()
+    assert typed("infer", f"IMAGE={path}")[0][2:] == [meant]
+
+
+def test_several_pictures_and_patterns_are_words_of_their_own(typed):
+    assert typed("infer", "IMAGE=a.png in/*.png")[0][2:] == ["a.png", "in/*.png"]
+    assert typed("infer", "IMAGE=nosuch.png")[0][2:] == ["nosuch.png"]
 
 
 def test_what_is_not_given_is_left_to_the_config(typed):

@@ -15,6 +15,7 @@ from lrm_pl.pictures import (
     framed,
     has_background,
     has_object,
+    is_plain,
     object_box,
     open_picture,
     to_rgb8,
@@ -284,3 +285,23 @@ def test_a_picture_with_a_damaged_chunk_is_a_broken_picture_or_a_good_one(chunk)
     damaged = struct.pack(">I", 0) + chunk + struct.pack(">I", zlib.crc32(chunk))
     with contextlib.suppress(PictureError):
         assert open_picture(content[:end] + damaged + content[end:]).size == (30, 20)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (1, 7)])
+def test_an_object_of_next_to_no_pixels_is_refused(size):
+    rgba = Image.new("RGBA", (64, 64))
+    rgba.paste((200, 100, 50, 255), (20, 20, 20 + size[0], 20 + size[1]))
+    with pytest.raises(
+        PictureError, match=f"an object of 8 pixels or more, found one of {size[0]} x {size[1]}"
+    ):
+        framed(rgba, 0.7, 64)
+    rgba.paste((200, 100, 50, 255), (20, 20, 21, 28))  # a pole
+    assert framed(rgba, 0.7, 64).size == (64, 64)
+
+
+def test_a_picture_of_one_color_shows_nothing():
+    noise = np.random.default_rng(0).integers(0, 9, (40, 40, 3), dtype=np.uint8)
+    for value in (0, 100, 247):
+        assert is_plain(Image.fromarray(noise + np.uint8(value)))
+    noise[0, 0] = 200
+    assert not is_plain(Image.fromarray(noise))

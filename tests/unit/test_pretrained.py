@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import close_session
 from PIL import Image
 
 import lrm_pl
-from lrm_pl.apps.infer import Wishes, infer
+from lrm_pl.apps.options import Wishes
+from lrm_pl.apps.reconstruction import infer
 from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.input_setup import InputSetup, measure_setup
@@ -56,6 +58,9 @@ def test_what_is_saved_comes_back_the_same(tmp_path, photo):
     card = (tmp_path / "saved" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-to-3d"
     assert "| transformer | 1 blocks of width 16 |" in card
+    model.step = 1300
+    model.save_pretrained(tmp_path / "stepped")
+    assert (again.step, lrm_pl.LRM.from_pretrained(tmp_path / "stepped").step) == (None, 1300)
     again.save_pretrained(tmp_path / "twice")
     assert (tmp_path / "twice" / "README.md").read_text() == card.replace("saved", "twice")
 
@@ -85,7 +90,10 @@ def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretraine
     model.push_to_hub("me/chairs")
     assert 'LRM.from_pretrained("me/chairs")("photo.png")' in sent["README.md"]
     assert "\n# me/chairs\n" in sent["README.md"]
-    assert {"config.yaml", "model.safetensors", "input.yaml"} <= set(sent)
+    assert "or `lrm infer photo.png --ckpt hf://me/chairs`." in sent["README.md"]
+    assert set(sent) == {"README.md", "config.yaml", "model.safetensors", "input.yaml"}, (
+        "as `lrm export` writes"
+    )
     assert renamed("a card of somebody's own", "x") == "a card of somebody's own"
 
 
@@ -150,9 +158,37 @@ def test_a_folder_that_is_none_says_what_is_wrong(pretrained, tmp_path, spoil, m
 
 
 def test_a_name_that_is_neither_folder_nor_repository_says_so(monkeypatch, tmp_path):
-    for name in ("no/such", "not a name/at all/x"):
+    for name in ("no/such", "not a name"):
         with pytest.raises(InputError, match="neither: "):
             PretrainedLRM.from_pretrained(name, local_files_only=True, cache_dir=tmp_path)
+
+
+def test_a_path_is_not_asked_of_the_hub(pretrained, tmp_path):
+    (tmp_path / "file").touch()
+    for name, found in (
+        (tmp_path / "nosuch", "nothing"),
+        ("runs/lrm/version_9", "nothing"),
+        ("./nosuch", "nothing"),
+        (tmp_path / "file", "a file"),
+    ):
+        with pytest.raises(
+            InputError, match=f"a run or a checkpoint at {name}, found {found}; correct the path"
+        ):
+            PretrainedLRM.from_pretrained(name)
+    for file in ("model.safetensors", "config.yaml"):
+        assert PretrainedLRM.from_pretrained(pretrained / file).setup == SETUP
+
+
+def test_a_socks_proxy_that_nothing_installed_speaks_with_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    close_session()  # the hub's client, which has read the environment
+    try:
+        with pytest.raises(
+            InputError, match=r"'me/tiny', found neither: Using SOCKS proxy, but the 'socksio'"
+        ):
+            PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path)
+    finally:
+        close_session()
 
 
 @pytest.fixture

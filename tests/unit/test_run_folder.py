@@ -152,8 +152,8 @@ def test_a_run_may_have_step_in_its_name(tmp_path):
 
 
 def test_nothing_there_is_an_error_that_says_where_checkpoints_are(tmp_path):
-    for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(CheckpointError, match=r"found no index\.json.*RUN/checkpoints/step-"):
+    for path, found in ((tmp_path / "nowhere", "nothing"), (tmp_path, r"no index\.json")):
+        with pytest.raises(CheckpointError, match=rf"found {found}.*RUN/checkpoints/step-"):
             find_checkpoint(str(path))
 
 

@@ -9,7 +9,7 @@ A local folder is written as ``step-....partial`` and renamed when its index is 
 is no renaming, the index is what makes it complete. CHECKPOINTS is a local folder or a URL (``s3://``, ``gs://``).
 
 ``store`` writes and hashes files, ``owner`` keeps two runs apart, ``index`` is about whole checkpoints, ``choice``
-about which of them a run goes on from, ``tensors`` about what is in them.
+about which of them a run goes on from, ``tensors`` about what is in them, ``network`` about the weights among that.
 """
 
 from lrm_pl.io.checkpoints.choice import choose_checkpoint, find_checkpoint, read_newest
@@ -29,6 +29,7 @@ from lrm_pl.io.checkpoints.index import (
     step_of,
     tidy,
 )
+from lrm_pl.io.checkpoints.network import averaged_names, load_network, network_tensors, require_network
 from lrm_pl.io.checkpoints.owner import Owner
 from lrm_pl.io.checkpoints.store import require_writable
 from lrm_pl.io.checkpoints.tensors import read_tensors, tensor_names, tensor_specs, write_tensors
@@ -39,4 +40,5 @@ __all__ = [
     "choose_checkpoint", "find_checkpoint", "read_newest",
     "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "clear_leftovers", "require_writable",
     "tensor_names", "tensor_specs", "read_tensors",
+    "network_tensors", "averaged_names", "require_network", "load_network",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints.index import (
+    INDEX_NAME,
     Checkpoint,
     CheckpointError,
     is_there,
@@ -14,6 +15,7 @@ from lrm_pl.io.checkpoints.index import (
     newest_checkpoint,
     read_checkpoint,
 )
+from lrm_pl.stores import is_local
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +67,50 @@ def find_checkpoint(path: str) -> Checkpoint:
         CheckpointError: There is none.
     """
     path = path.rstrip("/") if "://" in path else str(Path(path).expanduser())
+    if is_local(path):
+        _require_folder(Path(path))
     for folder in (f"{path}/checkpoints", path):
         found = newest_checkpoint(folder, logger.warning)
         if found is not None:
             return found
     return read_checkpoint(path)
+
+
+def _require_folder(path: Path) -> None:
+    """Say what is wrong with a local path that is no folder of a checkpoint, as far as that shows.
+
+    Raises:
+        CheckpointError: It is not there, a file, an exported network, or a run without checkpoints.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"expected a checkpoint or a run at {path}, found nothing; correct the path, or name another: a run keeps "
+            "its own in RUN/checkpoints/step-..."
+        )
+    if not path.is_dir():
+        folder = path.parent
+        known = (folder / INDEX_NAME).is_file() or (folder / "checkpoints").is_dir()
+        remedy = (
+            f"name its folder: {folder}" if known else "`lrm convert` reads weights that others published"
+        )
+        raise CheckpointError(
+            f"expected the folder of a checkpoint or of a run, found the file {path}; {remedy}"
+        )
+    if (
+        (path / INDEX_NAME).is_file()
+        or list_checkpoints(str(path))
+        or list_checkpoints(f"{path}/checkpoints")
+    ):
+        return
+    if (path / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"expected a checkpoint or a run at {path}, found an exported network; `lrm fit --weights.network {path}` "
+            "starts from it"
+        )
+    if (path / "config.yaml").is_file():
+        raise CheckpointError(
+            f"expected a checkpoint of the run {path}, found none; wait until it has saved its first, or name another"
+        )
 
 
 def read_newest(path: str, read: Callable[[Checkpoint], T]) -> T:

@@ -1,0 +1,15 @@
+"""The commit of the code that runs, for records."""
+
+import subprocess
+from pathlib import Path
+
+
+def git_commit() -> str:
+    """Return the commit of the code that runs, with "-dirty" where files differ; "unknown" outside a checkout."""
+    git, here = ("git", "-C", str(Path(__file__).parent)), Path(__file__).name
+    try:  # an environment may lie in another project's checkout
+        subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
