@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrm_pl.io.checkpoints import Checkpoint, CheckpointError, Format, read_tensors, tensor_names
 from lrm_pl.kernels.device import CopyStream, host_buffer, on_cpu
+from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.training.parallel import Part, whole
 
 #: A tensor as a strategy holds it: whole, a DTensor, or a part.
@@ -128,6 +129,9 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
     """
     require_network(checkpoint, lrm)
     read_tensors(checkpoint, network_tensors(lrm))
+    for part in lrm.modules():
+        if isinstance(part, ImageEncoder):
+            part.has_weights = True
     if average:
         weights = lrm.state_dict()
         read_state(checkpoint, average_tensors({name: weights[name] for name in averaged_names(checkpoint)}))
