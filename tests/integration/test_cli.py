@@ -96,6 +96,7 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
     ):
         assert words in printed
     assert "make tensorboard" in printed
+    assert "Training: 100%" in printed, "the bar counts steps; there are no epochs"
     folder = run_folder(tmp_path)
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["lrm"]["dim"] == 16
     assert (folder / "commit.txt").read_text().strip()
@@ -125,6 +126,11 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
         "memory/peak_host_gib",
     } <= scalars
     assert {"views/unseen", "views/heldout"} <= set(events.Tags()["images"])
+    # Pictures, scalars and checkpoints count the same: optimizer steps that are done.
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2]
+    assert [event.step for event in events.Scalars("val/heldout/psnr_pooled")] == [2]
+    assert [event.step for event in events.Images("views/heldout")] == [2]
+    assert "epoch" not in scalars
     assert any("run/commit" in tag for tag in events.Tags()["tensors"])
 
 
@@ -485,11 +491,11 @@ def test_what_a_config_interpolates_is_resolved_by_every_command(tiny, tmp_path,
         f"run: {{folder: '{tmp_path}/steps${{trainer.max_steps}}'}}\n"
     )
     arguments = [*tiny, "-c", str(tmp_path / "own.yaml"), "--trainer.max_steps=3"]
-    assert parse_fit(arguments).model.objective.lpips_start_step == 3
+    assert parse_fit(arguments).model.objective.init_args.lpips_start_step == 3
     main(["fit", *arguments])
     assert (tmp_path / "steps3/checkpoints/step-00000003").is_dir()
     record = yaml.safe_load((tmp_path / "steps3/config.yaml").read_text())
-    assert record["model"]["objective"]["lpips_start_step"] == 3
+    assert record["model"]["objective"]["init_args"]["lpips_start_step"] == 3
 
 
 def test_callbacks_of_a_config_are_added_to_those_that_keep_the_run(tiny, tmp_path):
