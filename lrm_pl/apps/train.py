@@ -6,6 +6,7 @@ Every constructor argument is a field of the config and of the command line; a m
 import argparse
 import atexit
 import dataclasses
+import enum
 import logging
 import os
 import re
@@ -219,7 +220,7 @@ class LRMCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the given arguments, whatever the process was started with."""
-        self.config = parser.parse_args(cast(list[str], args))
+        self.config = plain(parser.parse_args(cast(list[str], args)))
 
     def run(self) -> None:
         """Run the command."""
@@ -502,27 +503,42 @@ def _environment() -> ClusterEnvironment | None:
     return SLURMEnvironment(auto_requeue=False)
 
 
+def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
+    """Replace texts that are members of an enumeration, as in defaults of Lightning's Timer: YAML cannot hold these."""
+    if isinstance(config, Namespace):
+        for name, value in vars(config).items():
+            config[name] = plain(value)
+    elif isinstance(config, list):
+        return [plain(value) for value in config]
+    elif isinstance(config, str) and isinstance(config, enum.Enum):
+        return config.value
+    return config
+
+
 def with_own_callbacks(
     given: list[Namespace], own: list[Namespace], *, progress_bar: bool = True
 ) -> list[Namespace]:
     """Return the callbacks of a config after those of ``base.yaml``, which its list would replace.
 
-    One of ``base.yaml`` is left out where the config has that class, a subclass of it, or another progress bar.
+    One of ``base.yaml`` is left out where the config has that class, a subclass of it, or another progress bar; of one
+    that the config has twice, as after ``callbacks+:``, the last stays.
 
     Args:
         given: The config's.
         own: Those of ``base.yaml``.
         progress_bar: Whether there is to be one.
     """
-    classes = [resolve_name(callback.class_path) for callback in given]
+    both = [*own, *given]
+    classes = [resolve_name(callback.class_path) for callback in both]
+    ours = set(classes[: len(own)])
 
-    def replaced(callback: Namespace) -> bool:
-        kind = resolve_name(callback.class_path)
+    def replaced(number: int) -> bool:
+        kind = classes[number]
         base = ProgressBar if issubclass(kind, ProgressBar) else kind
-        return any(issubclass(one, base) for one in classes)
+        return kind in ours and any(issubclass(one, base) for one in classes[number + 1 :])
 
-    both = [*(callback for callback in own if not replaced(callback)), *given]
-    return [one for one in both if progress_bar or not issubclass(resolve_name(one.class_path), ProgressBar)]
+    kept = [number for number in range(len(both)) if not replaced(number)]
+    return [both[n] for n in kept if progress_bar or not issubclass(classes[n], ProgressBar)]
 
 
 def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:

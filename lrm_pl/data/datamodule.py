@@ -198,19 +198,18 @@ class ShardDataModule(L.LightningDataModule):
         few = EvaluationSet(self.mixture, "train", self.inputs, views, _SETUP_OBJECTS)
         return (collate([item]).to("cpu") for item in few.readable())
 
-    def _ready(self) -> L.Trainer:
+    def _ready(self) -> Any:  # noqa: ANN401 - a Trainer, or what stands for one
         """Return the trainer, on whose processes and steps the loaders depend.
 
         Raises:
             InputError: There is none yet, or the manifests have not been read.
         """
-        trainer: L.Trainer | None = self.trainer
-        if trainer is None or not hasattr(self, "mixture"):
+        if self.trainer is None or not hasattr(self, "mixture"):
             raise InputError(
                 "expected a trainer and a call of setup before a loader is made, found a data module "
                 'on its own; fit first, or set data.trainer = Trainer(max_steps=...) and call data.setup("fit")'
             )
-        return trainer
+        return self.trainer
 
     def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[PackedBatch]:
         trainer = self._ready()

@@ -522,6 +522,35 @@ def test_one_of_those_callbacks_is_replaced_by_the_configs_own(tiny, tmp_path):
     assert keeper.every == 7
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.callbacks.every=7"],
+        ["--trainer.callbacks+=lrm_pl.training.run_keeper.RunKeeper", "--trainer.callbacks.every=7"],
+        ["-c", "added.yaml"],
+    ],
+)
+def test_there_is_one_run_keeper_however_its_settings_are_given(tiny, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "added.yaml").write_text(
+        "trainer:\n  callbacks+:\n"
+        "  - class_path: lrm_pl.training.run_keeper.RunKeeper\n    init_args: {every: 7}\n"
+        "  - lrm_pl.training.ema.WeightAverage\n"
+    )
+    cli = command_line([*tiny, *options], run=False)
+    assert [c.every for c in cli.trainer.callbacks if isinstance(c, RunKeeper)] == [7]
+    assert len(cli.trainer.callbacks) == 7 + ("-c" in options)
+
+
+def test_lightnings_timer_is_taken_and_kept_in_the_record(tiny, tmp_path):
+    limit = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    main(["fit", *tiny, *limit, "--run.folder", str(tmp_path / "run")])
+    record = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    timer = record["trainer"]["callbacks"][-1]
+    assert timer["class_path"] == "lightning.pytorch.callbacks.Timer"
+    assert timer["init_args"]["interval"] == "step"
+
+
 @pytest.mark.parametrize("option", ["--optimizer=SGD", "--lr_scheduler=CosineAnnealingLR"])
 def test_an_optimizer_that_would_not_be_used_is_not_offered(tiny, option, capsys):
     with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import os
 import shutil
 
@@ -172,6 +173,19 @@ def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_pa
     scenes = [scene for batch in plain.predict(module, data) for scene in batch]
     assert len(scenes) == 2
     assert scenes[0].view(torch.eye(4), 8).shape == (8, 8, 3)
+
+
+def test_pictures_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(fit, tmp_path, caplog):
+    module, trainer, _ = fit(1)
+    with torch.no_grad():
+        module.lrm.transformer.tokens.fill_(torch.nan)
+    plain = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    found = plain.validate(module, trainer.datamodule, verbose=False)
+    assert all(math.isnan(part[name]) for part in found for name in part if name.startswith("val/"))
+    assert "step 0, heldout: image metrics: expected finite predictions" in caplog.text
 
 
 def test_the_default_objective_brings_its_lpips_network(fit, monkeypatch):

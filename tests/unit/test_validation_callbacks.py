@@ -1,6 +1,4 @@
 import dataclasses
-import math
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -43,25 +41,6 @@ def test_only_real_objects_are_measured_with_one_wait_a_batch(weight, images):
         real = batch.weight > 0
         expected = psnr(prediction.images[real].flatten(0, 1), batch.target.images[real].flatten(0, 1))
         assert metric.compute().psnr == pytest.approx(float(expected.mean()))
-
-
-def test_a_picture_that_is_not_finite_makes_the_metrics_nan_and_does_not_end_the_run(caplog):
-    batch, prediction = batch_and_prediction([1.0, 1.0])
-    prediction.images[0, 0, 0, 0, 0] = math.nan
-    logged = {}
-    module = SimpleNamespace(
-        log=lambda name, value, **_: logged.update({name: float(value)}), device=torch.device("cpu")
-    )
-    strategy = SimpleNamespace(reduce=lambda value, reduce_op: value)
-    trainer = SimpleNamespace(strategy=strategy, global_step=7, is_global_zero=True)
-    logger = ImageMetricsLogger()
-    logger.on_validation_epoch_start(trainer, module)
-    logger.on_validation_batch_end(trainer, module, prediction, batch, 0)
-    logger.on_validation_epoch_end(trainer, module)
-    assert logged.keys() == {"step"} | {f"val/unseen/{name}" for name in ("psnr", "psnr_pooled", "ssim")}
-    assert logged.pop("step") == 7
-    assert all(math.isnan(value) for value in logged.values())
-    assert "step 7, unseen: image metrics: expected finite predictions" in caplog.text
 
 
 def test_the_rows_of_the_first_real_objects_are_kept_and_no_more_is_read_then():
