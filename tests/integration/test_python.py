@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import os
+import re
 import shutil
 
 import lightning as L
@@ -212,3 +213,27 @@ def test_a_loader_before_a_fit_and_a_checkpoint_without_its_parts_say_what_is_mi
     again = LRMModule.load_from_checkpoint(path, lrm=lrm, **parts)
     assert torch.equal(again.lrm.transformer.tokens, module.lrm.transformer.tokens)
     assert again.lrm.encoder.has_weights
+
+
+def test_the_script_of_the_readme_trains(root, shards, tmp_path, monkeypatch, capsys):
+    text = (root / "README.md").read_text()
+    script = re.search(r"## From Python\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY["model"]))
+    less = {
+        "configs/model/small.yaml": str(tmp_path / "tiny.yaml"),
+        '"dinov2_vits14"': '"dinov2_vits14", source="pypi"',
+        "lpips_start_step=1900": "lpips_start_step=2",
+        '"data/mine", batch_size=4': f"{str(shards)!r}, batch_size=2, side_views=1, streams=2, workers=0",
+        "max_steps=2000": "max_steps=2, accelerator='cpu'",
+        "val_check_interval=500": "val_check_interval=2",
+        "runs/python": str(tmp_path / "run"),
+    }  # fmt: skip
+    for part, smaller in less.items():
+        assert part in script
+        script = script.replace(part, smaller)
+    monkeypatch.chdir(tmp_path)
+    made = {}
+    exec(compile(script, "README.md", "exec"), made)
+    assert len(list_checkpoints(str(made["trainer"].log_dir) + "/checkpoints")) == 1
+    assert [len(batch) for batch in made["scenes"]] == [1, 1]
+    assert "'val/heldout/psnr_pooled': " in capsys.readouterr().out
