@@ -27,7 +27,11 @@ from lrm_pl.training.logged import is_logged, log_step
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, require_equal_weights, shard
 from lrm_pl.training.precision import Float32Convolutions
-from lrm_pl.training.supported import require_supported_settings, require_trained
+from lrm_pl.training.supported import (
+    require_supported_length,
+    require_supported_settings,
+    require_trained,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +92,8 @@ class LRMModule(L.LightningModule):
         """
         require_supported_settings(self.trainer)
         require_trained(self, self.lrm)
+        if stage == "fit":
+            require_supported_length(self.trainer)
         if stage == "fit" and self.objective.lpips and self.objective.perceptual is None:
             loss = PerceptualLoss.pretrained("vgg")
             self.objective.perceptual = loss.to(self.trainer.strategy.root_device)

@@ -551,6 +551,24 @@ def test_lightnings_timer_is_taken_and_kept_in_the_record(tiny, tmp_path):
     assert timer["init_args"]["interval"] == "step"
 
 
+def _fields(section, above=()):
+    for name, value in section.items():
+        yield from _fields(value, (*above, name)) if isinstance(value, dict) else [(*above, name)]
+
+
+def test_a_preset_of_the_model_takes_the_place_of_another_whole(root):
+    presets = {
+        path.stem: yaml.safe_load(path.read_text())
+        for path in sorted((root / "configs/model").glob("*.yaml"))
+    }
+    every = {field for preset in presets.values() for field in _fields(preset)}
+    left = {name: every - set(_fields(preset)) for name, preset in presets.items()}
+    assert left == dict.fromkeys(presets, set()), "what a preset does not say would be the other's"
+    preset = f"--model={root / 'configs/model/openlrm_small.yaml'}"
+    demo = parse_fit(["-c", str(root / "configs/experiment/demo.yaml"), preset])["model"]
+    assert demo == parse_fit([preset])["model"]
+
+
 @pytest.mark.parametrize("option", ["--optimizer=SGD", "--lr_scheduler=CosineAnnealingLR"])
 def test_an_optimizer_that_would_not_be_used_is_not_offered(tiny, option, capsys):
     with pytest.raises(SystemExit):

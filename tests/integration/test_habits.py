@@ -57,6 +57,13 @@ class Told(L.Callback):
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
+class Mistaken(L.Callback):
+    """Raises in the middle of training."""
+
+    def on_train_batch_end(self, *arguments):
+        raise ArithmeticError("a mistake in a callback")
+
+
 @pytest.fixture
 def here(tmp_path, shards, monkeypatch):
     """An empty working folder; returns the arguments of a tiny run with the loggers and callbacks of every run."""
@@ -257,6 +264,20 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):
     finally:
         signals.restore()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.timeout(60)
+def test_an_error_ends_a_run_that_has_data_workers(here):
+    with pytest.raises(ArithmeticError, match="a mistake in a callback"):
+        main(
+            [
+                "fit",
+                *here,
+                "--run.folder=run",
+                "--data.workers=2",
+                f"--trainer.callbacks+={__name__}.Mistaken",
+            ]
+        )
 
 
 def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):
