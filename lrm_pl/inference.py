@@ -44,6 +44,16 @@ class Scene:
     renderer: Renderer
     usual_threshold: float | None = None
 
+    def to(self, device: torch.device | str) -> "Scene":
+        """Return the scene with its field on a device; ``Trainer.predict`` moves what it returns to the CPU."""
+        planes, weights = (
+            self.field.planes.to(device),
+            tuple(weight.to(device) for weight in self.field.weights),
+        )
+        return dataclasses.replace(
+            self, field=dataclasses.replace(self.field, planes=planes, weights=weights)
+        )
+
     @functools.cached_property
     def occupancy(self) -> Occupancy:
         """Where there is anything."""

@@ -24,6 +24,10 @@ RANGE_TOLERANCE: Final = 0.01
 SSIM_WINDOW: Final = 11
 
 
+class NotFiniteError(InputError):
+    """A picture has a value that is not finite: what drew it has gone wrong."""
+
+
 class ImageScores(NamedTuple):
     """Metrics of a set of images.
 
@@ -135,6 +139,7 @@ class ImageMetrics(Metric):
         """Return the means over everything taken in, on all ranks.
 
         Raises:
+            NotFiniteError: A predicted image has a value that is not finite.
             ValueError: Nothing was taken in, or images with values outside [0, 1].
         """
         images = int(self.images)
@@ -142,6 +147,11 @@ class ImageMetrics(Metric):
             raise InputError(
                 "image metrics: expected at least one image, found none; call update before compute, or "
                 "check that the evaluation set is not empty"
+            )
+        if not (torch.isfinite(self.lowest[0]) and torch.isfinite(self.highest[0])):
+            raise NotFiniteError(
+                "image metrics: expected finite predictions, found a value that is NaN or infinite; a network that has "
+                "diverged draws such pictures: take an earlier checkpoint, or lower the learning rate"
             )
         _check_ranges(self.lowest, self.highest)
         return ImageScores(

@@ -16,7 +16,7 @@ class KeptRows(ExperimentWriter):
 
     Args:
         log_dir: Folder of the file.
-        step: Rows of this step and later ones are dropped.
+        step: Rows of later steps are dropped.
     """
 
     def __init__(self, log_dir: str, step: int) -> None:
@@ -29,7 +29,7 @@ class KeptRows(ExperimentWriter):
         if not path.is_file():
             return
         header, rows = read_rows(path)
-        kept = [row for row in rows if int(row["step"]) < self._step]
+        kept = [row for row in rows if int(row["step"]) <= self._step]
         if kept:
             self.metrics_keys = header
             write_rows(path, header, kept)

@@ -10,6 +10,7 @@ from lrm_pl.apps import slurm
 STRATEGIES = Path("configs/trainer")
 PORT = 29500
 FIRST_NODE = "FIRST_NODE"
+NODE_RANK = "NODE_RANK"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def job_script(
     launch: Launch,
     program: Sequence[str],
     *,
-    cpus: int,
+    cpus: int | str,
     cache: Path,
     partition: str = "",
     account: str = "",
@@ -75,7 +76,7 @@ def job_script(
     Args:
         launch: The run.
         program: The command of each process.
-        cpus: CPUs a process.
+        cpus: CPUs a process, or what stands for their number where Slurm cannot be asked.
         cache: Where weights are kept.
         partition: Slurm's partition; "" leaves it to Slurm.
         account: Who pays; "" leaves it to Slurm.
@@ -107,11 +108,14 @@ def torchrun(launch: Launch, *place: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *place, *per_node, *launch.fit()]
 
 
-def node_lines(launch: Launch, master: str) -> list[str]:
-    """Return the line to paste on each node, in their order; only the node's rank differs."""
+def node_line(launch: Launch, master: str, rank: int | str = NODE_RANK) -> str:
+    """Return the line to paste on a node.
+
+    Args:
+        launch: The run.
+        master: Address of the first node, with or without a port; "" leaves a word that stands for it.
+        rank: The node's number, from 0 on, or a word that stands for it.
+    """
     host, _, port = (slurm.checked("master", master) or FIRST_NODE).partition(":")
     meeting = ("--master-addr", host, "--master-port", port or str(PORT))
-    return [
-        slurm.quoted(torchrun(launch, "--nnodes", str(launch.nodes), "--node-rank", str(rank), *meeting))
-        for rank in range(launch.nodes)
-    ]
+    return slurm.quoted(torchrun(launch, "--nnodes", str(launch.nodes), "--node-rank", str(rank), *meeting))

@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lrm_pl.apps import slurm
-from lrm_pl.apps.job import FIRST_NODE, STRATEGIES, Launch, job_script, node_lines, torchrun
+from lrm_pl.apps.job import FIRST_NODE, NODE_RANK, STRATEGIES, Launch, job_script, node_line, torchrun
 from lrm_pl.apps.processes import run_processes
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.io.weights import cache_folder
+
+#: Stands for a process's CPUs in a script that is shown where there is no Slurm to ask.
+CPUS = "CPUS"
 
 
 def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
@@ -101,7 +104,8 @@ def processes_a_node(gpus: int, given: int | None) -> int:
 
 def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
     """Show the job's script, and submit it unless the run is dry."""
-    cpus = slurm.cpus_a_process(options.partition, launch.gpus, launch.processes)
+    here = slurm.available()
+    cpus = slurm.cpus_a_process(options.partition, launch.gpus, launch.processes) if here else CPUS
     python = "python" if options.container else sys.executable  # an image has its own
     script = job_script(
         launch,
@@ -118,6 +122,11 @@ def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
     path = launch.run / "job.sbatch"
     if options.dry_run:
         print(f"DRY_RUN: nothing was submitted; the script would be {path}.")
+        if not here:
+            print(
+                f"There is no `sbatch` here: {CPUS} stands for a process's share of a node's CPUs, which Slurm tells. "
+                "MASTER=address shows the lines of torchrun instead."
+            )
         return
     for folder in (launch.run, cache_folder()):  # a container mounts only what is there
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +156,9 @@ def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
                 "give fewer (GPUS=), or train on CPUs: GPUS=0 PROCESSES=2"
             )
         run_processes(launch.processes, ["fit", *launch.fit_arguments()])
-    for rank, line in enumerate(node_lines(launch, options.master)):
-        print(f"# node {rank}, in {shlex.quote(str(Path.cwd()))}\n{line}")
+    where = shlex.quote(str(Path.cwd()))
+    print(f"# on each of the {launch.nodes} nodes, in {where}; {NODE_RANK} is 0 on the first, then 1, 2 ...")
+    print(node_line(launch, options.master))
     if not options.name:
         print(f"# To go on with this run later, say NAME={launch.run.name} too.")
     if not options.master:
@@ -159,7 +169,7 @@ def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
     if not options.master and not options.dry_run:
         raise InputError(
             f"expected Slurm to start {launch.nodes} nodes, found no `sbatch` on PATH; nothing was started: run this "
-            "on a login node, or type the lines above, each on its node, with code, data and run folder at the same "
+            "on a login node, or type the line above on each node, with code, data and run folder at the same "
             "paths"
         )
 
@@ -202,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     options = argument_parser().parse_args(words[:split])
     try:
         launch = planned(options, words[split + 1 :])
-        with_slurm = slurm.available() and not options.master
+        asked = options.dry_run and (options.nodes > 1 or options.partition or options.account)
+        with_slurm = (slurm.available() or asked) and not options.master
         (launch_with_slurm if with_slurm else launch_with_torchrun)(launch, options)
     except InputError as error:
         sys.exit(f"lrm: {error}")

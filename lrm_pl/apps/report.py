@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import lightning as L
@@ -30,6 +30,13 @@ MEASURED = 256
 SHOWN = 8
 
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
+
+#: What loggers are given of the model's results, in these names; the baselines stand in report.json.
+REPORT_METRICS = tuple(
+    f"report/{name}/{metric}"
+    for name in EVALUATION_SETS
+    for metric in ("psnr", "psnr_pooled", "ssim", "lpips")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +120,27 @@ def print_report(
         record = {
             name: {row: s._asdict() for row, s in report.rows.items()} for name, report in reports.items()
         }
-        write_atomically(folder / "report.json", json.dumps(record, indent=2).encode())
+        path, content = folder / "report.json", json.dumps(record, indent=2).encode()
+        if not path.is_file() or path.read_bytes() != content:  # else a finished run that was started again
+            _log(trainer, reports)
+        write_atomically(path, content)
     if any(isinstance(log, TensorBoardLogger) for log in trainer.loggers):
         console.print(
             f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True
         )
     return reports
+
+
+def _log(trainer: L.Trainer, reports: Mapping[str, Report]) -> None:
+    """Give the loggers what the model reached, at the run's last step."""
+    found = {
+        f"report/{name}/{metric}": value
+        for name, report in reports.items()
+        for metric, value in report.rows["model"]._asdict().items()
+    }
+    for log in trainer.loggers:
+        log.log_metrics({tag: found[tag] for tag in REPORT_METRICS if tag in found}, trainer.global_step)
+        log.save()
 
 
 def _until(stopped: Callable[[], bool], batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:

@@ -148,13 +148,13 @@ class RunLock:
             logger.warning("%s: its file system has no locks (%s): start no second run there", folder, error)
 
 
-def purge_from(loggers: list[Any], step: int) -> None:
-    """Make loggers drop points at or after ``step``: a run logged them after the checkpoint it goes on from.
+def purge_after(loggers: list[Any], step: int) -> None:
+    """Make loggers drop points after ``step``: a run logged them after the checkpoint it goes on from.
 
     With step 0 these are all: of a run that ended before its first checkpoint.
     """
     for log in loggers:
         if isinstance(log, TensorBoardLogger):
-            log._kwargs["purge_step"] = step
+            log._kwargs["purge_step"] = step + 1
         elif isinstance(log, CSVLogger):
             log._experiment = KeptRows(log.log_dir, step)

@@ -126,12 +126,12 @@ def node_shapes(partition: str) -> list[NodeShape]:
         InputError: Slurm does not answer, or knows no such partition.
     """
     checked("partition", partition)
-    rows = _run("sinfo", "--noheader", "--Node", "--format=%P|%c|%G").splitlines()
-    entries = [row.strip().split("|", 2) for row in rows]
-    wanted = partition.split(",")
+    rows = _run("sinfo", "--noheader", "--Node", "--format=%P|%c|%N|%G").splitlines()
+    entries = [row.strip().split("|", 3) for row in rows]
+    wanted, usable = partition.split(","), _usable_cpus()
     shapes = [
-        NodeShape(int(cpus), sum(map(int, re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))))
-        for name, cpus, gres in entries
+        NodeShape(usable.get(node, int(cpus)), sum(map(int, re.findall(r"gpu(?::[^:,()]+)?:(\d+)", gres))))
+        for name, cpus, node, gres in entries
         if (name.removesuffix("*") in wanted if partition else name.endswith("*"))
     ]
     if not shapes:
@@ -141,6 +141,18 @@ def node_shapes(partition: str) -> list[NodeShape]:
             "one of them: PARTITION="
         )
     return shapes
+
+
+def _usable_cpus() -> dict[str, int]:
+    """Return how many CPUs of each node jobs get: `sinfo` counts those that CoreSpecCount reserves for the system too.
+
+    Empty where Slurm does not say (before 22.05).
+    """
+    if shutil.which("scontrol") is None:
+        return {}
+    nodes = _run("scontrol", "--oneliner", "show", "node").splitlines()
+    found = (re.search(r"NodeName=(\S+) .*\bCPUEfctv=(\d+)", node) for node in nodes)
+    return {match[1]: int(match[2]) for match in found if match}
 
 
 def gpus_a_node(partition: str) -> int:

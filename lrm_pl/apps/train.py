@@ -6,6 +6,7 @@ Every constructor argument is a field of the config and of the command line; a m
 import argparse
 import atexit
 import dataclasses
+import enum
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
@@ -33,18 +35,18 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
 
 from lrm_pl import __version__
 from lrm_pl.apps.commit import git_commit
-from lrm_pl.apps.report import ReportStopped, print_report
+from lrm_pl.apps.hyperparameters import flattened, log_hyperparameters
+from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
     RunLock,
     folder_of,
     fresh_folder,
     place_loggers,
-    purge_from,
+    purge_after,
     run_of,
     run_path,
 )
-from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.callbacks.memory import memory_of_libraries
 from lrm_pl.callbacks.scene_writer import SceneWriter
 from lrm_pl.callbacks.trace import TraceRecorder
@@ -70,12 +72,15 @@ from lrm_pl.io.state_dicts import (
     load_other_encoder_state,
 )
 from lrm_pl.io.weights import WeightSource
+from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss, require_measurable
 from lrm_pl.stores import is_local
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.ending import settle_processes
+from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper, StoppedError
+from lrm_pl.training.run_state import set_progress
 from lrm_pl.training.strategies import require_supported_name, require_supported_start
 
 logger = logging.getLogger(__name__)
@@ -88,6 +93,9 @@ PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE
 
 #: Methods of the trainer that are commands.
 Command = Literal["fit", "validate", "test", "predict"]
+
+#: Options that name a class in place of one of ours -> what it is a subclass of.
+OWN_CLASSES = {"model_class": "A subclass of LRMModule", "data_class": "A subclass of ShardDataModule"}
 
 #: Exit status of a run that was told to stop and can go on (EX_TEMPFAIL: try again later).
 STOPPED_STATUS = 75
@@ -130,7 +138,7 @@ class WeightsConfig:
 
 
 class RunRecord(SaveConfigCallback):
-    """Keep the resolved config and the git commit with the run, in its folder and in TensorBoard.
+    """Keep the resolved config and the git commit with the run, in its folder and in its loggers.
 
     And, for inference, what pictures the network is trained on. The files are those of the newest start; where a start
     changes them, what they were until then is kept in ``earlier/until-step-N``.
@@ -149,12 +157,15 @@ class RunRecord(SaveConfigCallback):
         files = {"commit.txt": commit + "\n", "config.yaml": config}
         if self.input_setup is not None:
             files[SETUP_NAME] = setup_text(self.input_setup)
-        keepers = (callback for callback in trainer.callbacks if isinstance(callback, RunKeeper))  # type: ignore[attr-defined]
+        keepers = [callback for callback in trainer.callbacks if isinstance(callback, RunKeeper)]  # type: ignore[attr-defined]
         start = next((keeper.resume_from.step for keeper in keepers if keeper.resume_from is not None), None)
         for name, text in files.items():
             if start is not None:
                 _keep_earlier(folder / name, text, folder / "earlier" / f"until-step-{start:08d}")
             write_atomically(folder / name, text.encode())
+        monitored = [keeper.monitor for keeper in keepers if keeper.monitor is not None]
+        values = {"commit": commit} | flattened(yaml.safe_load(config))
+        log_hyperparameters(trainer.loggers, values, [*monitored, *REPORT_METRICS])
         for log in trainer.loggers:
             if isinstance(log, TensorBoardLogger):
                 log.experiment.add_text("run/commit", commit)
@@ -185,10 +196,11 @@ class LRMCLI(LightningCLI):
         self, command: Command, arguments: list[str], *, records: bool = True, exits: bool = True
     ) -> None:
         self.command = command
+        classes = own_classes(arguments)
         self._scratch: TemporaryDirectory[str] | None = None
         super().__init__(
-            LRMModule,
-            ShardDataModule,
+            _own_class("model_class", classes["model_class"], LRMModule),
+            _own_class("data_class", classes["data_class"], ShardDataModule),
             run=False,
             args=arguments,
             auto_configure_optimizers=False,  # model.optimizer is the one
@@ -198,7 +210,14 @@ class LRMCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run.*`` and ``--weights.*``, and the checkpoint that other commands than fit read."""
+        """Add ``--run.*``, ``--weights.*``, own classes, and the checkpoint that other commands than fit read."""
+        parser.set_defaults(
+            {"model.objective": {"class_path": f"{Objective.__module__}.{Objective.__name__}"}}
+        )
+        for name, what in OWN_CLASSES.items():
+            parser.add_argument(
+                f"--{name}", type=str | None, help=f"{what} of your own in place of lrm_pl's."
+            )
         parser.add_class_arguments(RunConfig, "run")
         parser.add_class_arguments(WeightsConfig, "weights")
         if self.command != "fit":  # a run goes on by --run.resume
@@ -208,7 +227,7 @@ class LRMCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the given arguments, whatever the process was started with."""
-        self.config = parser.parse_args(cast(list[str], args))
+        self.config = plain(parser.parse_args(cast(list[str], args)))
 
     def run(self) -> None:
         """Run the command."""
@@ -255,7 +274,7 @@ class LRMCLI(LightningCLI):
             shown = self._setting("trainer.enable_progress_bar") is not False
             self.config.trainer.callbacks = with_own_callbacks(given, own, progress_bar=shown)
         elif self.command == "fit":
-            logger.warning("trainer.callbacks is empty: this run keeps no checkpoints and measures nothing")
+            logger.warning("trainer.callbacks is empty: no checkpoints, no pictures and no LPIPS of this run")
         place_loggers(self._setting("trainer.logger"), folder)
         if folder is not None:
             self.config["trainer"]["default_root_dir"] = folder
@@ -338,6 +357,7 @@ class LRMCLI(LightningCLI):
             return found
 
         checkpoint = read_newest(str(path), load)
+        set_progress(self.trainer, checkpoint.step)  # what is found is logged there
         self.measured = {"source": checkpoint.path, "step": checkpoint.step, "average": bool(averages)}
 
     before_test = before_validate
@@ -415,7 +435,7 @@ class LRMCLI(LightningCLI):
             require_network(found, self.model.lrm)
             self._require_steps_left(found.step, folder)
         if given is not None:
-            purge_from(self.trainer.loggers, 0 if found is None else found.step)
+            purge_after(self.trainer.loggers, 0 if found is None else found.step)
 
     def _require_steps_left(self, done: int, folder: Path) -> None:
         """Say that a run that is started again is at its end.
@@ -490,27 +510,42 @@ def _environment() -> ClusterEnvironment | None:
     return SLURMEnvironment(auto_requeue=False)
 
 
+def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
+    """Replace texts that are members of an enumeration, as in defaults of Lightning's Timer: YAML cannot hold these."""
+    if isinstance(config, Namespace):
+        for name, value in vars(config).items():
+            config[name] = plain(value)
+    elif isinstance(config, list):
+        return [plain(value) for value in config]
+    elif isinstance(config, str) and isinstance(config, enum.Enum):
+        return config.value
+    return config
+
+
 def with_own_callbacks(
     given: list[Namespace], own: list[Namespace], *, progress_bar: bool = True
 ) -> list[Namespace]:
     """Return the callbacks of a config after those of ``base.yaml``, which its list would replace.
 
-    One of ``base.yaml`` is left out where the config has that class, a subclass of it, or another progress bar.
+    One of ``base.yaml`` is left out where the config has that class, a subclass of it, or another progress bar; of one
+    that the config has twice, as after ``callbacks+:``, the last stays.
 
     Args:
         given: The config's.
         own: Those of ``base.yaml``.
         progress_bar: Whether there is to be one.
     """
-    classes = [resolve_name(callback.class_path) for callback in given]
+    both = [*own, *given]
+    classes = [resolve_name(callback.class_path) for callback in both]
+    ours = set(classes[: len(own)])
 
-    def replaced(callback: Namespace) -> bool:
-        kind = resolve_name(callback.class_path)
+    def replaced(number: int) -> bool:
+        kind = classes[number]
         base = ProgressBar if issubclass(kind, ProgressBar) else kind
-        return any(issubclass(one, base) for one in classes)
+        return kind in ours and any(issubclass(one, base) for one in classes[number + 1 :])
 
-    both = [*(callback for callback in own if not replaced(callback)), *given]
-    return [one for one in both if progress_bar or not issubclass(resolve_name(one.class_path), ProgressBar)]
+    kept = [number for number in range(len(both)) if not replaced(number)]
+    return [both[n] for n in kept if progress_bar or not issubclass(classes[n], ProgressBar)]
 
 
 def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Tensor]:
@@ -548,6 +583,50 @@ def command_line(arguments: list[str], *, run: bool = True) -> LRMCLI:
     line = LRMCLI(cast(Command, command), rest)
     line.run()
     return line
+
+
+def own_classes(arguments: list[str]) -> dict[str, str | None]:
+    """Read which classes of one's own arguments and their config files name: the parser is made of their arguments.
+
+    Raises:
+        InputError: A config names the class as LightningCLI's subclass modes would.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    for name in OWN_CLASSES:
+        parser.add_argument(f"--{name}")
+    given, _ = parser.parse_known_args(arguments)
+    found = dict.fromkeys(OWN_CLASSES)
+    for path in given.config:
+        try:
+            layer = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
+            continue  # the parser says what is wrong with it
+        layer = layer if isinstance(layer, dict) else {}
+        found |= {name: layer[name] for name in OWN_CLASSES if name in layer}
+        for section in ("model", "data"):
+            if isinstance(layer.get(section), dict) and "class_path" in layer[section]:
+                raise InputError(
+                    f"{path}: expected the arguments of the {section} in its section, found class_path; name the class "
+                    f"at the top: {section}_class: {layer[section]['class_path']}, and put its init_args right into "
+                    f"{section}"
+                )
+    return found | {name: value for name, value in vars(given).items() if name in OWN_CLASSES and value}
+
+
+def _own_class(option: str, name: str | None, base: type) -> type:
+    if name is None:
+        return base
+    try:
+        found = resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"expected --{option} to name a class that can be imported, found {name}: {error}; a module in the working "
+            "folder is found with PYTHONPATH=."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputError(f"expected --{option} to name a subclass of {base.__name__}, found {name}")
+    return found
 
 
 def _config_of_run(arguments: list[str]) -> list[str]:

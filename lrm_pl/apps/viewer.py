@@ -86,7 +86,8 @@ class Viewer:
         gui.add_markdown(f"**{run}**")
         self.state = gui.add_markdown("")
         self.object = gui.add_dropdown("object", tuple(self.objects))
-        self.view = gui.add_slider("input view", 0, 15, 1, 0)
+        most = max(objects.manifest.views for objects, _ in self.objects.values())
+        self.view = gui.add_slider("input view", 0, max(1, most - 1), 1, 0)
         self.input = gui.add_image(np.full((8, 8, 3), 255, np.uint8), label="input")
         self.checkpoint = gui.add_dropdown(
             "checkpoint", self._checkpoints(), initial_value=Path(self._checkpoint).name
@@ -222,7 +223,7 @@ class Viewer:
                 frustum = self.server.scene.add_camera_frustum(
                     f"/cameras/{number:03d}",
                     fov=float(2 * np.arctan(0.5 / focal)),
-                    aspect=1.0,
+                    aspect=picture.shape[1] / picture.shape[0],
                     scale=_FRUSTUM,
                     thickness=0.008,
                     image=picture,

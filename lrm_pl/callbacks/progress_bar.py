@@ -21,6 +21,11 @@ class ProgressBar(TQDMProgressBar):
         super().__init__()
         self._shown: dict[str, float] = {}
 
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
+        """Count optimizer steps: a run has no epochs that Lightning knows of."""
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description("Training")
+
     def on_train_batch_end(
         self,
         trainer: L.Trainer,

@@ -58,11 +58,10 @@ class ViewLogger(L.Callback):
             path = folder / f"{name}-step{trainer.global_step:06d}.png"
             write_png(path, grid)
             for log in trainer.loggers:
-                # Lightning puts the metrics of a validation at the step before it, counted from 0.
                 if isinstance(log, TensorBoardLogger):
-                    log.experiment.add_image(f"views/{name}", grid, trainer.global_step - 1)
+                    log.experiment.add_image(f"views/{name}", grid, trainer.global_step)
                 elif isinstance(log, WandbLogger):
-                    log.log_image(f"views/{name}", [str(path)], trainer.global_step - 1)
+                    log.log_image(f"views/{name}", [str(path)], trainer.global_step)
 
 
 def view_row(prediction: Prediction, batch: Batch, index: int) -> Float[Tensor, "3 H W"]:

@@ -152,7 +152,7 @@ class ShardCache:
                 partial.unlink(
                     missing_ok=True
                 )  # of a process that was killed: nobody else has the shard's lock
-                files = {file: file.stat() for file in self._files()}
+                files = dict(self._stats())
                 used = sum(stat.st_size for stat in files.values())
                 whole = sorted((f for f in files if f.suffix == ".tar"), key=lambda f: files[f].st_mtime_ns)
                 for file in whole:
@@ -170,6 +170,12 @@ class ShardCache:
                     "hold them; allow more data.cache.gigabytes"
                 )
             time.sleep(0.2)
+
+    def _stats(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Look at the copies; readers remove damaged ones meanwhile, without the lock."""
+        for path in self._files():
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.stat()
 
     def _files(self) -> Iterator[Path]:
         """List whole and partial copies; partial ones that nobody is bringing are removed."""

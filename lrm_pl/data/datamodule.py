@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, final
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
@@ -24,7 +24,6 @@ EVALUATION_SETS = ("unseen", "heldout")
 _SETUP_OBJECTS, _SETUP_VIEWS = 32, 4
 
 
-@final
 class ShardDataModule(L.LightningDataModule):
     """Feed training and evaluation from a folder of shards (``make render-shards`` makes one).
 
@@ -117,16 +116,16 @@ class ShardDataModule(L.LightningDataModule):
         Raises:
             InputError: The processes do not divide the batch, or steps are not what the run is counted in.
         """
-        assert self.trainer is not None
-        if self.trainer.max_steps < 1:
+        trainer = self._ready()
+        if trainer.max_steps < 1:
             raise InputError(
-                f"expected trainer.max_steps, found {self.trainer.max_steps}: a run is counted in steps, not epochs"
+                f"expected trainer.max_steps, found {trainer.max_steps}: a run is counted in steps, not epochs"
             )
         return Share(
             self.batch_size,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-            self.trainer.accumulate_grad_batches,
+            trainer.global_rank,
+            trainer.world_size,
+            trainer.accumulate_grad_batches,
         )
 
     def position(self, step: int) -> int:
@@ -139,8 +138,7 @@ class ShardDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the data, for Lightning checkpoints."""
-        assert self.trainer is not None
-        step = self.trainer.global_step
+        step = self._ready().global_step
         return {"step": step, "position": self.position(step)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -154,7 +152,7 @@ class ShardDataModule(L.LightningDataModule):
         Raises:
             InputError: The data cannot feed it.
         """
-        assert self.trainer is not None
+        trainer = self._ready()
         stream = TrainingStream(
             self.mixture,
             self.share,
@@ -165,7 +163,7 @@ class ShardDataModule(L.LightningDataModule):
             self.augmentation,
             self.seed,
             self.streams,
-            max(0, self.trainer.max_steps - self._step),
+            max(0, trainer.max_steps - self._step),
             self._step,
             self._position,
             counted=self._step if self._resumed_by_lightning else 0,
@@ -200,21 +198,33 @@ class ShardDataModule(L.LightningDataModule):
         few = EvaluationSet(self.mixture, "train", self.inputs, views, _SETUP_OBJECTS)
         return (collate([item]).to("cpu") for item in few.readable())
 
+    def _ready(self) -> Any:  # noqa: ANN401 - a Trainer, or what stands for one
+        """Return the trainer, on whose processes and steps the loaders depend.
+
+        Raises:
+            InputError: There is none yet, or the manifests have not been read.
+        """
+        if self.trainer is None or not hasattr(self, "mixture"):
+            raise InputError(
+                "expected a trainer and a call of setup before a loader is made, found a data module "
+                'on its own; fit first, or set data.trainer = Trainer(max_steps=...) and call data.setup("fit")'
+            )
+        return self.trainer
+
     def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[PackedBatch]:
-        assert self.trainer is not None
-        rank, world = self.trainer.global_rank, self.trainer.world_size
+        trainer = self._ready()
+        rank, world = trainer.global_rank, trainer.world_size
         items = EvaluationSet(self.mixture, split, self.inputs, views, limit, rank, world)
         # Each validation iterates anew: its workers wait for the next one.
         return self._loader(items, batch_size=1, collate_fn=collate, persistent_workers=self.workers > 0)
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[PackedBatch]:  # noqa: ANN401 - DataLoader's
         """Make a loader with this run's workers; batches are pinned where they are copied to a CUDA device."""
-        assert self.trainer is not None
         return DataLoader(
             dataset,
             num_workers=self.workers,
             worker_init_fn=outlive_stop_signals,
             multiprocessing_context=start_method(self.workers),
-            pin_memory=on_cuda(self.trainer.strategy.root_device),
+            pin_memory=on_cuda(self._ready().strategy.root_device),
             **options,
         )

@@ -109,7 +109,8 @@ class TrainingStream(IterableDataset[PackedBatch]):
     ) -> None:
         mixture.require_samples(share.batch_size)
         entries = mixture.entries("train", repeated=True)
-        self.reader, self.ahead = ShardReader(entries), mixture.ahead
+        # A batch takes its samples from all streams, each of which is in a shard of its own, or between two.
+        self.reader, self.ahead = ShardReader(entries, kept=2 * streams), mixture.ahead
         self.order = Order(tuple(entry.shard.samples for entry in entries), seed, streams)
         self.share, self.inputs, self.side_views, self.unseen_views = share, inputs, side_views, unseen_views
         self.input_pool, self.augmentation, self.seed = input_pool, augmentation, seed
@@ -205,11 +206,12 @@ class EvaluationSet(IterableDataset[Item]):
         """Yield an item an object."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        stand_in: Item | None = None
         for number in range(worker, len(self), workers):
             index = number * self.world + self.rank
             item = self._try(index) if index < len(self.places) else None
             if item is None:
-                item = self._stand_in()
+                item = stand_in = stand_in or self._stand_in()
             if item is None:
                 return  # not one sample can be read: so it is on every rank
             yield item

@@ -8,8 +8,9 @@ offsets.
 """
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property
 from itertools import chain
 from typing import TypeVar
 
@@ -47,7 +48,7 @@ class Order:
     seed: int
     streams: int
 
-    @property
+    @cached_property
     def total(self) -> int:
         """N, the number of samples of an epoch."""
         return sum(self.counts)
@@ -58,9 +59,23 @@ class Order:
         index, stream = divmod(p, self.streams)
         quotient, remainder = divmod(self.total, self.streams)
         rank = stream * quotient + min(stream, remainder) + index  # place in the concatenated shards
-        permutation, ends = _epoch_layout(self.counts, self.seed, epoch)
+        permutation, ends = self._layout(epoch)
         slot = int(np.searchsorted(ends, rank, side="right"))
         return Place(epoch, int(permutation[slot]), rank - (int(ends[slot - 1]) if slot else 0))
+
+    @cached_property
+    def _layouts(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """What ``_layout`` has computed: epoch -> its value."""
+        return {}
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return an epoch's permutation of the shards, and where each of them ends; the newest two are kept."""
+        if epoch not in self._layouts:
+            permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
+            for old in list(self._layouts)[:-1]:
+                del self._layouts[old]
+            self._layouts[epoch] = permutation, np.cumsum(np.asarray(self.counts)[permutation])
+        return self._layouts[epoch]
 
     def fill(self, position: int, make: Callable[[Place], Item], skipped: Callable[[str], None]) -> Item:
         """Make the item at a position; a bad sample keeps its slot, filled by the next good one of its stream.
@@ -90,22 +105,19 @@ class Order:
         raise SampleError(f"expected a readable sample, found none among {self.total}; the last: {message}")
 
 
-@lru_cache(maxsize=4)
-def _epoch_layout(counts: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    permutation = np.random.default_rng([seed, epoch]).permutation(len(counts))
-    return permutation, np.cumsum(np.asarray(counts)[permutation])
-
-
 class ShardReader:
     """Reads samples by place; asks for files when first needed.
 
+    The member indices of the shards that were read last are kept: an object of 36 members takes 5 kB.
+
     Args:
         entries: The shards that ``Place.shard`` numbers.
+        kept: How many indices; at least as many as there are shards that are read in turn.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = tuple(entries)
-        self._indices: dict[tuple[str, str], MemberIndex] = {}
+    def __init__(self, entries: Sequence[Entry], kept: int = 16) -> None:
+        self.entries, self.kept = tuple(entries), kept
+        self._indices: OrderedDict[tuple[str, str], tuple[MemberIndex, list[str]]] = OrderedDict()
 
     def announce(self, shard: int) -> None:
         """Say that a shard is read soon."""
@@ -118,11 +130,12 @@ class ShardReader:
         Raises:
             SampleError: The shard's index cannot be read.
         """
-        return list(self._index(shard))
+        return self._index(shard)[1]
 
     def view_count(self, place: Place) -> int:
         """Return how many views the sample at a place has, by the shard's index."""
-        members = self._index(place.shard)[self.keys(place.shard)[place.index]]
+        index, keys = self._index(place.shard)
+        members = index[keys[place.index]]
         return sum(name.startswith("view_") for name in members)
 
     def read(self, place: Place, views: Sequence[int], extras: Sequence[str] = ()) -> Sample:
@@ -137,8 +150,8 @@ class ShardReader:
             SampleError: The sample is bad; the message names shard and sample.
         """
         entry = self.entries[place.shard]
-        index = self._index(place.shard)
-        key = list(index)[place.index]
+        index, keys = self._index(place.shard)
+        key = keys[place.index]
         members = index[key]
         images = {view_member(view, suffix) for view in views for suffix in IMAGE_FORMATS}
         names = [name for name in members if name in images or name in NEEDED_MEMBERS or name in extras]
@@ -164,12 +177,18 @@ class ShardReader:
         remedy = "delete this shard and the manifest, then render again" if source.local else "look there"
         return SampleError(f"{path}: {what}; {remedy}")
 
-    def _index(self, shard: int) -> MemberIndex:
+    def _index(self, shard: int) -> tuple[MemberIndex, list[str]]:
+        """Return where the members of a shard's samples are, and the samples' keys."""
         entry = self.entries[shard]
         name = entry.source.location, entry.shard.name  # the same in all its appearances
-        if name not in self._indices:
-            try:
-                self._indices[name] = entry.source.index(entry.shard)
-            except (ShardError, StoreError) as error:
-                raise SampleError(str(error)) from error
+        if name in self._indices:
+            self._indices.move_to_end(name)
+            return self._indices[name]
+        try:
+            index = entry.source.index(entry.shard)
+        except (ShardError, StoreError) as error:
+            raise SampleError(str(error)) from error
+        if len(self._indices) >= self.kept:
+            self._indices.popitem(last=False)
+        self._indices[name] = index, list(index)
         return self._indices[name]

@@ -1,7 +1,6 @@
 """The training objective: named, weighted terms (LRM, section 3.4: MSE + 2.0 LPIPS)."""
 
 import dataclasses
-from typing import final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -31,9 +30,10 @@ class Evidence:
     planes: Float[Tensor, "B 3 F S S"]
 
 
-@final
 class Objective:
     """Sum weighted loss terms; a term of weight 0 is not computed.
+
+    A subclass adds terms of its own to what ``__call__`` returns; ``model.objective.class_path`` names it.
 
     Args:
         mse: Weight of the mean squared error.

@@ -92,6 +92,9 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         if frozen:
             self.vit.requires_grad_(False)
+        #: Whether weights were loaded; random ones are there before.
+        self.has_weights = False
+        self.register_load_state_dict_post_hook(_note_weights)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N M"]:
         """Turn sRGB images in [0, 1] of any square size into tokens."""
@@ -118,3 +121,9 @@ class ImageEncoder(nn.Module):
             raise InputError(
                 f"expected the weights of {self.name}, found others: {error}; give the file of this network"
             ) from error
+        self.has_weights = True
+
+
+def _note_weights(encoder: nn.Module, _: object) -> None:
+    assert isinstance(encoder, ImageEncoder)
+    encoder.has_weights = True

@@ -1,6 +1,7 @@
-"""Which steps are logged."""
+"""Which steps are logged, and where on the loggers' axis."""
 
 import lightning as L
+import torch
 
 
 def is_logged(trainer: L.Trainer, step: int) -> bool:
@@ -12,3 +13,12 @@ def is_logged(trainer: L.Trainer, step: int) -> bool:
     """
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and step % every == 0
+
+
+def log_step(module: L.LightningModule, step: int) -> None:
+    """Put what is logged with this at the number of optimizer steps done, as checkpoints and pictures are.
+
+    Lightning's own axis is one behind; it takes the logged value "step" in place of it.
+    """
+    # A float would be copied to the device, and waited for.
+    module.log("step", torch.full((), float(step), device=module.device))

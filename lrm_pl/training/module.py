@@ -1,6 +1,8 @@
 """The LightningModule: the steps, the optimiser, the losses by name. No plotting, no metric maths, no files."""
 
 import dataclasses
+import logging
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,17 +15,25 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.inference import Scene
 from lrm_pl.losses.objective import Evidence, Objective
+from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.models.lrm import LRM
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.volume import Renderer
 from lrm_pl.training.gradients import GradientGuard, GuardConfig
 from lrm_pl.training.holder import holder_of
-from lrm_pl.training.logged import is_logged
+from lrm_pl.training.image_metrics import ImageMetricsLogger
+from lrm_pl.training.logged import is_logged, log_step
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, require_equal_weights, shard
 from lrm_pl.training.precision import Float32Convolutions
-from lrm_pl.training.supported import require_supported_settings, require_trained
+from lrm_pl.training.supported import (
+    require_supported_length,
+    require_supported_settings,
+    require_trained,
+)
+
+logger = logging.getLogger(__name__)
 
 #: What blocks compute in and are gathered in when they are sharded, by the trainer's precision.
 SHARDED_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
@@ -75,15 +85,58 @@ class LRMModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse settings of the trainer that cannot be kept, and parameters that would not be trained.
 
+        An objective with LPIPS whose network nobody has attached is given the pretrained one.
+
         Raises:
-            InputError: There are some.
+            InputError: There are some, or the weights of LPIPS cannot be had.
         """
         require_supported_settings(self.trainer)
         require_trained(self, self.lrm)
+        if stage == "fit":
+            require_supported_length(self.trainer)
+        if stage == "fit" and self.objective.lpips and self.objective.perceptual is None:
+            loss = PerceptualLoss.pretrained("vgg")
+            self.objective.perceptual = loss.to(self.trainer.strategy.root_device)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Keep float32 training free of TF32."""
-        return [Float32Convolutions()]
+        """Keep float32 training free of TF32, and measure validations where the trainer has nothing that does."""
+        there = self.trainer.callbacks  # type: ignore[attr-defined]
+        own: list[L.Callback] = [Float32Convolutions(), ImageMetricsLogger()]
+        return [one for one in own if not any(isinstance(other, type(one)) for other in there)]
+
+    def on_train_start(self) -> None:
+        """Say where an encoder begins that nobody has given weights."""
+        if self.global_step == 0 and not self.lrm.encoder.has_weights and self.trainer.is_global_zero:
+            logger.warning(
+                "the encoder %s starts from random weights; encoder.load_pretrained(load_encoder_state(...)), of "
+                "lrm_pl.io.state_dicts, gives it the pretrained ones",
+                self.lrm.encoder.name,
+            )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "LRMModule":  # type: ignore[override] # noqa: ANN401 - Lightning's
+        """Load a checkpoint of Lightning into a new module; ``lrm``, ``renderer`` and ``objective`` are given anew.
+
+        Args:
+            checkpoint_path: A file that ``Trainer.save_checkpoint`` has written.
+            options: Arguments of this class, and those of ``LightningModule.load_from_checkpoint``.
+
+        Raises:
+            InputError: The parts are not given, or it is a checkpoint of a RunKeeper.
+        """
+        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
+            raise InputError(
+                f"expected a file of Trainer.save_checkpoint, found the folder {checkpoint_path}; for inference, "
+                "`lrm export` it and open the result with lrm_pl.LRM.from_pretrained; to train on, give the trainer a "
+                "RunKeeper; for the weights alone, load_network(find_checkpoint(folder), module.lrm) of "
+                "lrm_pl.training.state and lrm_pl.io.checkpoints"
+            )
+        if missing := [part for part in ("lrm", "renderer", "objective") if part not in options]:
+            raise InputError(
+                f"expected the parts of the module, which checkpoints do not describe, found no {', '.join(missing)}; "
+                "give them: LRMModule.load_from_checkpoint(path, lrm=..., renderer=..., objective=...)"
+            )
+        return super().load_from_checkpoint(checkpoint_path, **options)
 
     def configure_model(self) -> None:
         """Prepare the blocks, and shard where the strategy has laid out a mesh; Lightning calls this more than once.
@@ -142,6 +195,7 @@ class LRMModule(L.LightningModule):
         terms, self._terms = self._terms, []
         if not self._logs:
             return
+        log_step(self, self.global_step + 1)
         self.log(
             "optim/lr", torch.full((), rate, device=self.device)
         )  # a float would be copied, and waited for

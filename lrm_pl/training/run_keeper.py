@@ -17,8 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lrm_pl.data.batch import Batch
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import (
+    SIGNS,
     Checkpoint,
     Format,
+    Mode,
     Owner,
     best_score,
     checkpoint_path,
@@ -58,7 +60,8 @@ class RunKeeper(L.Callback):
         every: Steps from one checkpoint to the next. The last step is always kept.
         keep: So many of the newest checkpoints stay.
         keep_every: Checkpoints of multiples of this step stay too; null: none.
-        monitor: The checkpoint of the validation with the highest value of this metric stays too; null: none.
+        monitor: The checkpoint of the validation with the best value of this metric stays too; null: none.
+        mode: "max": the highest value is the best; "min": the lowest, as of LPIPS or a loss.
         layout: "sharded" (a file a rank) or "single"; null: sharded where the network is.
         background: Write while training goes on. On a CPU, training waits for the copy in memory; on an accelerator,
             the device's next optimizer step does.
@@ -75,13 +78,14 @@ class RunKeeper(L.Callback):
         folder: str | None = None,
         *,
         background: bool = True,
+        mode: Mode = "max",
     ) -> None:
         if every < 1 or keep < 1 or (keep_every is not None and keep_every < 1):
             raise InputError(
                 f"expected every, keep and keep_every of at least 1, found {every}, {keep}, {keep_every}"
             )
         self.every, self.keep, self.keep_every, self.monitor = every, keep, keep_every, monitor
-        self.layout, self.folder, self.background = layout, folder, background
+        self.layout, self.folder, self.background, self.mode = layout, folder, background, mode
         #: What to go on from, as rank 0 knows it; None: nothing.
         self.resume_from: Checkpoint | None = None
         self._chosen = False
@@ -102,7 +106,9 @@ class RunKeeper(L.Callback):
         self._failure: Exception | None = None
         self._start, self._saved = 0, -1
         self._validated: float | None = None
-        self._best, self._run = -math.inf, "."
+        self._best: float | None = None
+        self._run = "."
+        self._missed = False  # whether a validation without the monitored metric has been spoken of
         #: Checkpoints in the folder that are not whole: newer than the one the run goes on from, or damaged best ones.
         self._passed_over: set[str] = set()
 
@@ -135,7 +141,7 @@ class RunKeeper(L.Callback):
         if trainer.is_global_zero:
             after = -1 if self.resume_from is None else self.resume_from.step
             newer = {p for p in list_checkpoints(str(self.folder)) if step_of(p) > after}
-            self._best, damaged = best_score(str(self.folder), logger.warning, apart=newer)
+            self._best, damaged = best_score(str(self.folder), logger.warning, newer, self.monitor, self.mode)
             self._passed_over = newer | damaged
         self._best = trainer.strategy.broadcast(self._best)
         if path is None:
@@ -171,6 +177,15 @@ class RunKeeper(L.Callback):
         """Remember what the validation found."""
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         self._validated = None if value is None else float(value)
+        if self.monitor and value is None and not (self._missed or trainer.sanity_checking):
+            self._missed = True
+            if trainer.is_global_zero:
+                names = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+                logger.warning(
+                    "no checkpoint is kept as the best: expected the metric %s in a validation, found %s",
+                    self.monitor,
+                    ", ".join(names) or "none",
+                )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -190,7 +205,7 @@ class RunKeeper(L.Callback):
             self.stopped = BadSamplesError(too_many)
         elif told:
             self.stopped = StoppedError(f"stopped by a signal after step {step}")
-        improved = self._validated is not None and self._validated > self._best
+        improved = self._validated is not None and self._is_better(self._validated)
         if step > self._start and (step % self.every == 0 or improved or self.stopped is not None):
             self._save(trainer, pl_module, step)
         self._validated = None
@@ -296,7 +311,7 @@ class RunKeeper(L.Callback):
         snapshots = self._snapshots
         assert snapshots is not None
         copy = snapshots.take(run_tensors(trainer, module), layout, writes=trainer.is_global_zero)
-        run = run_numbers(trainer, module, step) | {"score": self._validated}
+        run = run_numbers(trainer, module, step) | {"score": self._validated, "monitor": self.monitor}
         path = checkpoint_path(str(self.folder), step)
         first = trainer.is_global_zero
 
@@ -313,12 +328,15 @@ class RunKeeper(L.Callback):
                 self._failure = error
 
         self._saved = step
-        if self._validated is not None:
-            self._best = max(self._best, self._validated)
+        if self._validated is not None and self._is_better(self._validated):
+            self._best = self._validated
         self._writing = threading.Thread(target=write, name=f"checkpoint {step}")
         self._writing.start()
         if not self.background:
             self._join()
+
+    def _is_better(self, value: float) -> bool:
+        return not math.isnan(value) and (self._best is None or (value - self._best) * SIGNS[self.mode] > 0)
 
     def _require_ownership(self, trainer: L.Trainer) -> None:
         """Stop on all ranks where another run has taken the folder over."""
@@ -334,7 +352,14 @@ class RunKeeper(L.Callback):
 
     def _tidy(self) -> None:
         try:
-            tidy(str(self.folder), keep=self.keep, keep_every=self.keep_every, apart=self._passed_over)
+            tidy(
+                str(self.folder),
+                keep=self.keep,
+                keep_every=self.keep_every,
+                apart=self._passed_over,
+                monitor=self.monitor,
+                mode=self.mode,
+            )
         except OSError as error:  # the new checkpoint is whole all the same
             logger.warning("old checkpoints in %s are not deleted: %s", self.folder, error)
 

@@ -23,6 +23,9 @@ SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 #: For a SIGTERM its sender has decided what comes next. Not asked for from here: a container may have no scontrol.
 REQUEUE_NOTE = "LRM_REQUEUE_NOTE"
 
+#: What ends the thread. The end of the pipe would not: forked data workers hold its other end too, and may live on.
+_END = b"\0"
+
 
 class StopSignals:
     """Remember that a signal came; a second Ctrl-C ends the run at once.
@@ -51,8 +54,9 @@ class StopSignals:
         for number, handler in self._replaced.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._replaced = {}
-        os.close(self._tell)
+        os.write(self._tell, _END)
         self._speaker.join()
+        os.close(self._tell)
         os.close(self._told)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -64,7 +68,7 @@ class StopSignals:
 
     def _speak(self) -> None:
         """Say what a signal does, and leave the note of SIGUSR1."""
-        while told := os.read(self._told, 1):
+        while (told := os.read(self._told, 1)) != _END:
             if told[0] == signal.SIGINT:
                 logger.warning(
                     "stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one"

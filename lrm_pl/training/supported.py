@@ -1,45 +1,132 @@
-"""Settings of a trainer that a run would ignore, or fail with later: refused before anything starts."""
+"""Settings and callbacks that a run would ignore, contradict, or fail with later: refused before anything starts."""
+
+from collections.abc import Sequence
 
 import lightning as L
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import nn
 
 from lrm_pl.errors import InputError
 from lrm_pl.training.precision import require_supported_precision
 from lrm_pl.training.strategies import require_supported
 
+_OWN_AVERAGE = (
+    "checkpoints would not hold its average; use lrm_pl.training.ema.WeightAverage, whose average checkpoints, "
+    "validations and `lrm export --average` have"
+)
+
+#: Callbacks of Lightning that change what a run is, unknown to its data, its optimizer or its checkpoints: why not, and
+#: what to use instead.
+_UNSUPPORTED_CALLBACKS: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "data.batch_size counts the objects of a step, however many batches it is "
+    "divided into, and that division is one for the whole run: --trainer.accumulate_grad_batches",
+    WeightAveraging: _OWN_AVERAGE,
+    StochasticWeightAveraging: _OWN_AVERAGE,
+    LearningRateFinder: "the learning rate of each step is that of model.optimizer; compare short runs with several "
+    "--model.optimizer.lr",
+    BatchSizeFinder: "it would train on other samples than the run; `lrm estimate` says which batch fits in memory",
+    BaseFinetuning: "a run is one epoch, so nothing would be unfrozen later, and checkpoints hold the parameters of one "
+    "optimizer; freeze the encoder with --model.lrm.encoder.frozen true, or let early blocks learn slower with "
+    "--model.optimizer.layer_decay",
+    ModelPruning: "it renames the weights, which checkpoints would not hold; prune an exported network",
+}
+
 
 def require_supported_settings(trainer: L.Trainer) -> None:
     """Refuse what a run cannot do as its trainer says.
 
     Raises:
-        InputError: A strategy, a precision or another setting; the message names what to use instead.
+        InputError: A strategy, a precision, a callback or another setting; the message names what to use instead.
     """
     require_supported(trainer.strategy)
     require_supported_precision(str(trainer.precision))
+    require_supported_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
     if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
         raise InputError(
             f"expected trainer.gradient_clip_algorithm norm, found {algorithm.value}: gradients are clipped by "
             "the norm of them all; leave it out"
         )
+    clip = trainer.gradient_clip_val
+    if clip is not None and not clip >= 0:  # NaN is refused too
+        raise InputError(
+            f"expected trainer.gradient_clip_val of at least 0, found {clip}: it is the largest norm of a gradient; "
+            "0 or null does not clip"
+        )
     interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise InputError(
+            f"expected no trainer.overfit_batches, found {trainer.overfit_batches}: the stream of samples would begin "  # type: ignore[attr-defined]
+            "anew after so many batches; render one object and train on it, as configs/experiment/overfit.yaml does"
+        )
     limit = trainer.limit_train_batches
     if limit != 1.0 and not (isinstance(limit, int) and trainer.max_steps * accumulate <= limit):
         raise InputError(
             f"expected no trainer.limit_train_batches, found {limit}: the stream of samples "
             "would begin anew after so many batches; give the length of the run, --trainer.max_steps"
         )
-    measured = trainer.limit_val_batches
-    if trainer.world_size > 1 and measured not in (0, 1.0) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        raise InputError(
-            f"expected no trainer.limit_val_batches, found {measured}: it counts the objects of each process, so that "
-            "metrics and the best checkpoint would depend on their number; give --data.val_objects, which counts all"
-        )
+    for name in ("limit_val_batches", "limit_test_batches"):
+        measured = getattr(trainer, name)
+        if trainer.world_size > 1 and measured not in (0, 1.0) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise InputError(
+                f"expected no trainer.{name}, found {measured}: it counts the objects of each process, so that "
+                "metrics and the best checkpoint would depend on their number; give --data.val_objects, which counts "
+                "all, and `lrm validate`"
+            )
     if isinstance(interval, int) and interval % accumulate:
         raise InputError(
             f"expected trainer.val_check_interval, which counts batches, to be a multiple of "
             f"trainer.accumulate_grad_batches, found {interval} and {accumulate}: weights would be measured within a "
             f"step; give --trainer.val_check_interval {-(-interval // accumulate) * accumulate}"
         )
+
+
+def require_supported_length(trainer: L.Trainer) -> None:
+    """Refuse a length of training that is not counted in steps, and one that no signal could cut short.
+
+    Raises:
+        InputError: The trainer counts epochs, or has a minimum.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if trainer.max_epochs not in (None, -1):
+        raise InputError(
+            f"expected trainer.max_epochs -1, found {trainer.max_epochs}: a run is one epoch, counted in steps; give "
+            "its length, --trainer.max_steps"
+        )
+    if trainer.min_steps is not None or (trainer.min_epochs or 0) > 1:
+        name = "min_epochs" if trainer.min_steps is None else "min_steps"
+        raise InputError(
+            f"expected no trainer.{name}, found {getattr(trainer, name)}: neither signals nor EarlyStopping would end "
+            "the run before; leave it out"
+        )
+    if (every := trainer.check_val_every_n_epoch) not in (None, 1):
+        raise InputError(
+            f"expected trainer.check_val_every_n_epoch null, found {every}: a run is one epoch, so it would never be "
+            "validated; give --trainer.val_check_interval, in steps"
+        )
+
+
+def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Refuse callbacks of Lightning that change what a run is.
+
+    Raises:
+        InputError: One of ``_UNSUPPORTED_CALLBACKS``, or a subclass of one.
+    """
+    for callback in callbacks:
+        for kind, why in _UNSUPPORTED_CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise InputError(
+                    f"expected no {type(callback).__name__} among trainer.callbacks, found one: {why}"
+                )
 
 
 def require_trained(module: nn.Module, trained: nn.Module) -> None:

@@ -20,7 +20,7 @@ SIZES = {
     ("objective", "lpips_start_step"): 0,
 }
 
-#: Terms that a config leaves out are measured too.
+#: Terms that a config does without are measured too.
 TERMS = {"mse": 1.0, "lpips": 1.0, "mask": 0.05, "tv": 5e-4, "opacity": 0.01}
 
 
@@ -32,10 +32,12 @@ def shrunk(name):
         section = config
         for part in sections:
             section = section[part]
-        if key in section:
+        if section.get(key):
             section[key] = size
     encoder = config["lrm"]["encoder"]
     patch = 14 if "patch14" in encoder["name"] else 16
     encoder |= {"image_size": 2 * patch, "dim": 32, "depth": 2, "heads": 2}
-    config["objective"] = TERMS | config["objective"]
+    config["objective"] |= {
+        term: weight for term, weight in TERMS.items() if not config["objective"].get(term)
+    }
     return config

@@ -248,7 +248,10 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(checkout, capsys):
 def test_slurm_says_which_partitions_there_are_and_how_many_gpus_their_nodes_have(
     checkout, capsys, monkeypatch
 ):
-    for name, text in (("sinfo", "echo 'main*|4|(null)'; echo 'gpu|8|gpu:a100:4'"), ("sbatch", "exit 1")):
+    for name, text in (
+        ("sinfo", "echo 'main*|4|n0|(null)'; echo 'gpu|8|n1|gpu:a100:4'"),
+        ("sbatch", "exit 1"),
+    ):
         (checkout / name).write_text(f"#!/bin/sh\n{text}\n")
         (checkout / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{checkout}:/usr/bin:/bin")

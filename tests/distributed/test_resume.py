@@ -72,7 +72,7 @@ def same(runs, name, reference):
     points, wanted = runs.scalars(name), runs.scalars(reference)
     assert points.keys() == wanted.keys()
     assert [tag for tag in points if points[tag] != wanted[tag]] == []
-    assert [step for step, _ in points["loss/total"]] == list(range(60))
+    assert [step for step, _ in points["loss/total"]] == list(range(1, 61))
 
 
 def test_a_run_on_two_processes_killed_twice_ends_in_the_same_bits_with_every_point_logged_once(runs, whole):
@@ -139,7 +139,7 @@ def test_under_slurm_usr1_keeps_the_run_leaves_a_note_and_lightning_neither_save
     assert f"stopped by a signal after step {stopped}; everything up to there is in" in runs.log("slurm")
     runs.run("slurm", 1, *options, layers=["cpu"], **slurm)
     assert f"going on after step {stopped} from" in runs.log("slurm")
-    assert [step for step, _ in runs.scalars("slurm")["loss/total"]] == list(range(60))
+    assert [step for step, _ in runs.scalars("slurm")["loss/total"]] == list(range(1, 61))
     assert not asked.exists(), asked.read_text()
     assert not list((runs.folder / "slurm").rglob("hpc_ckpt*"))
     (runs.folder / "slurm" / "hpc_ckpt_1.ckpt").touch()

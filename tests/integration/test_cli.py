@@ -96,6 +96,7 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
     ):
         assert words in printed
     assert "make tensorboard" in printed
+    assert "Training: 100%" in printed, "the bar counts steps; there are no epochs"
     folder = run_folder(tmp_path)
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["lrm"]["dim"] == 16
     assert (folder / "commit.txt").read_text().strip()
@@ -125,6 +126,11 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
         "memory/peak_host_gib",
     } <= scalars
     assert {"views/unseen", "views/heldout"} <= set(events.Tags()["images"])
+    # Pictures, scalars and checkpoints count the same: optimizer steps that are done.
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2]
+    assert [event.step for event in events.Scalars("val/heldout/psnr_pooled")] == [2]
+    assert [event.step for event in events.Images("views/heldout")] == [2]
+    assert "epoch" not in scalars
     assert any("run/commit" in tag for tag in events.Tags()["tensors"])
 
 
@@ -487,11 +493,11 @@ def test_what_a_config_interpolates_is_resolved_by_every_command(tiny, tmp_path,
         f"run: {{folder: '{tmp_path}/steps${{trainer.max_steps}}'}}\n"
     )
     arguments = [*tiny, "-c", str(tmp_path / "own.yaml"), "--trainer.max_steps=3"]
-    assert parse_fit(arguments).model.objective.lpips_start_step == 3
+    assert parse_fit(arguments).model.objective.init_args.lpips_start_step == 3
     main(["fit", *arguments])
     assert (tmp_path / "steps3/checkpoints/step-00000003").is_dir()
     record = yaml.safe_load((tmp_path / "steps3/config.yaml").read_text())
-    assert record["model"]["objective"]["lpips_start_step"] == 3
+    assert record["model"]["objective"]["init_args"]["lpips_start_step"] == 3
 
 
 def test_callbacks_of_a_config_are_added_to_those_that_keep_the_run(tiny, tmp_path):
@@ -516,6 +522,53 @@ def test_one_of_those_callbacks_is_replaced_by_the_configs_own(tiny, tmp_path):
     cli = command_line([*tiny, "-c", str(tmp_path / "own.yaml")], run=False)
     (keeper,) = [c for c in cli.trainer.callbacks if isinstance(c, RunKeeper)]
     assert keeper.every == 7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.callbacks.every=7"],
+        ["--trainer.callbacks+=lrm_pl.training.run_keeper.RunKeeper", "--trainer.callbacks.every=7"],
+        ["-c", "added.yaml"],
+    ],
+)
+def test_there_is_one_run_keeper_however_its_settings_are_given(tiny, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "added.yaml").write_text(
+        "trainer:\n  callbacks+:\n"
+        "  - class_path: lrm_pl.training.run_keeper.RunKeeper\n    init_args: {every: 7}\n"
+        "  - lrm_pl.training.ema.WeightAverage\n"
+    )
+    cli = command_line([*tiny, *options], run=False)
+    assert [c.every for c in cli.trainer.callbacks if isinstance(c, RunKeeper)] == [7]
+    assert len(cli.trainer.callbacks) == 7 + ("-c" in options)
+
+
+def test_lightnings_timer_is_taken_and_kept_in_the_record(tiny, tmp_path):
+    limit = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration=00:01:00:00"]
+    main(["fit", *tiny, *limit, "--run.folder", str(tmp_path / "run")])
+    record = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    timer = record["trainer"]["callbacks"][-1]
+    assert timer["class_path"] == "lightning.pytorch.callbacks.Timer"
+    assert timer["init_args"]["interval"] == "step"
+
+
+def _fields(section, above=()):
+    for name, value in section.items():
+        yield from _fields(value, (*above, name)) if isinstance(value, dict) else [(*above, name)]
+
+
+def test_a_preset_of_the_model_takes_the_place_of_another_whole(root):
+    presets = {
+        path.stem: yaml.safe_load(path.read_text())
+        for path in sorted((root / "configs/model").glob("*.yaml"))
+    }
+    every = {field for preset in presets.values() for field in _fields(preset)}
+    left = {name: every - set(_fields(preset)) for name, preset in presets.items()}
+    assert left == dict.fromkeys(presets, set()), "what a preset does not say would be the other's"
+    preset = f"--model={root / 'configs/model/openlrm_small.yaml'}"
+    demo = parse_fit(["-c", str(root / "configs/experiment/demo.yaml"), preset])["model"]
+    assert demo == parse_fit([preset])["model"]
 
 
 @pytest.mark.parametrize("option", ["--optimizer=SGD", "--lr_scheduler=CosineAnnealingLR"])

@@ -1,5 +1,6 @@
 """Habits of users of Lightning: its settings, its loggers, Ctrl-C, a saved config. All work, or are refused at once."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -13,13 +14,20 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.commit import git_commit
-from lrm_pl.apps.parsed import parse_fit
+from lrm_pl.apps.export import export
+from lrm_pl.apps.parsed import model_without_numbers, parse_fit
 from lrm_pl.apps.train import command_line, main
+from lrm_pl.apps.trained import open_trained
+from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import list_checkpoints
+from lrm_pl.losses.objective import Objective
+from lrm_pl.training.module import LRMModule
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
 from tests.integration.test_cli import TINY
 
@@ -40,7 +48,7 @@ class OtherLogger(Logger):
         self.steps.append(step)
 
     def log_hyperparams(self, params, *args, **kwargs):
-        """Not asked for."""
+        self.params = params
 
 
 class Told(L.Callback):
@@ -48,6 +56,13 @@ class Told(L.Callback):
 
     def on_fit_end(self, trainer, pl_module):
         os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class Mistaken(L.Callback):
+    """Raises in the middle of training."""
+
+    def on_train_batch_end(self, *arguments):
+        raise ArithmeticError("a mistake in a callback")
 
 
 @pytest.fixture
@@ -178,12 +193,14 @@ def test_the_record_is_of_the_newest_start_and_what_it_was_is_kept(here, tmp_pat
     assert not (kept / "commit.txt").exists()
 
 
-def test_a_finished_run_says_so_and_one_that_went_further_is_not_cut(here, capsys):
+def test_a_finished_run_says_so_and_one_that_went_further_is_not_cut(here, tmp_path, capsys):
     command_line(["fit", *here, "--run.folder=run"])
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         command_line(["fit", *here, "--run.folder=run"])
     assert "has all its 2 steps; --trainer.max_steps lengthens it" in capsys.readouterr().out
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in events.Scalars("report/heldout/psnr")] == [2], "logged once"
     assert not [one for one in warned if "CombinedLoader" in str(one.message)]
     with pytest.raises(InputError, match=r"at least the 2 steps that the run in .* has, found 1; raise it"):
         command_line(
@@ -250,6 +267,20 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.timeout(60)
+def test_an_error_ends_a_run_that_has_data_workers(here):
+    with pytest.raises(ArithmeticError, match="a mistake in a callback"):
+        main(
+            [
+                "fit",
+                *here,
+                "--run.folder=run",
+                "--data.workers=2",
+                f"--trainer.callbacks+={__name__}.Mistaken",
+            ]
+        )
+
+
 def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv(REQUEUE_NOTE, str(tmp_path / "gone" / "note"))
     signals = StopSignals()
@@ -275,9 +306,141 @@ def test_validate_reads_the_runs_config_where_none_is_given(here, tmp_path, monk
     command_line(["fit", *here, "--run.folder=run"])
     monkeypatch.setattr(sys, "argv", ["lrm", "validate", "--ckpt_path", "run"])
     lrm()
-    assert list((tmp_path / "run/validate").glob("events*"))
+    events = EventAccumulator(str(tmp_path / "run/validate")).Reload()
+    assert [event.step for event in events.Scalars("val/heldout/psnr_pooled")] == [2], "the checkpoint's"
+    assert [event.step for event in events.Images("views/heldout")] == [2]
+    assert (tmp_path / "run/validate/views/heldout-step000002.png").is_file()
+
+
+def test_the_seed_of_the_command_line_is_that_of_the_order_of_samples(here):
+    def positions(*options):
+        data = command_line([*here, "--trainer.callbacks=[]", *options], run=False).datamodule
+        return data.seed
+
+    assert positions("--seed_everything=5") == 5
+    assert positions("--seed_everything=5", "--data.seed=3") == 3
 
 
 def test_hsdp_makes_a_copy_a_node(here, root):
     hsdp = ["-c", str(root / "configs/trainer/hsdp.yaml"), "--trainer.num_nodes=4"]
     assert parse_fit([*here, *hsdp])["trainer"]["strategy"]["init_args"]["replicas"] == 4
+
+
+def test_hyperparameters_and_the_reports_metrics_reach_tensorboard(here, tmp_path):
+    line = command_line(["fit", *here, "--run.folder=run", "--model.optimizer.lr=3e-4"])
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    told = {}
+    for name, content in events.PluginTagToContent("hparams").items():
+        told[name.rpartition("/")[2]] = HParamsPluginData.FromString(content)
+    values = told["session_start_info"].session_start_info.hparams
+    assert values["model.optimizer.lr"].number_value == 3e-4
+    assert values["trainer.callbacks.RunKeeper.every"].number_value == 500
+    assert values["model.objective.lpips_start_step"].number_value == 0
+    assert values["commit"].string_value == git_commit()
+    metrics = {info.name.tag for info in told["experiment"].experiment.metric_infos}
+    assert {"val/heldout/psnr_pooled", "report/heldout/psnr_pooled", "report/unseen/lpips"} <= metrics
+    (point,) = events.Scalars("report/heldout/psnr_pooled")
+    assert point.step == 2
+    assert point.value == pytest.approx(line.reports["heldout"].rows["model"].psnr_pooled)
+    assert "hp_metric" not in events.Tags()["scalars"]
+    assert yaml.safe_load((tmp_path / "run/hparams.yaml").read_text())["model.optimizer.lr"] == 3e-4
+
+
+def test_hyperparameters_and_the_reports_metrics_reach_csv_and_any_logger(here, root, tmp_path):
+    loggers = ["-c", str(root / "configs/logger/csv.yaml"), f"--trainer.logger+={__name__}.OtherLogger"]
+    line = command_line(["fit", *here, *loggers, "--run.folder=run", "--data.batch_size=1"])
+    told = yaml.safe_load((tmp_path / "run/hparams.yaml").read_text())
+    assert (told["data.batch_size"], told["commit"]) == (1, git_commit())
+    assert told["trainer.logger"] == "CSVLogger, OtherLogger"
+    assert line.trainer.loggers[1].params == told
+    rows = list(csv.reader((tmp_path / "run/metrics.csv").read_text().splitlines()))
+    last = dict(zip(rows[0], rows[-1], strict=True))
+    assert last["step"] == "2"
+    found = line.reports["heldout"].rows["model"].psnr_pooled
+    assert float(last["report/heldout/psnr_pooled"]) == pytest.approx(found)
+
+
+class OwnObjective(Objective):
+    """One term more.
+
+    Args:
+        weight: Of the planes' mean square.
+        options: Of ``Objective``.
+    """
+
+    def __init__(self, weight: float = 0.1, **options) -> None:
+        super().__init__(**options)
+        self.weight = weight
+
+    def __call__(self, evidence, step):
+        return super().__call__(evidence, step) | {"planes": self.weight * evidence.planes.square().mean()}
+
+
+class OwnModule(LRMModule):
+    """Counts its steps.
+
+    Args:
+        extra: A field of its own.
+        options: Of ``LRMModule``.
+    """
+
+    def __init__(self, extra: int = 1, **options) -> None:
+        super().__init__(**options)
+        self.extra, self.steps = extra, 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+class OwnData(ShardDataModule):
+    """Takes a field more.
+
+    Args:
+        note: Of no effect.
+        options: Of ``ShardDataModule``.
+    """
+
+    def __init__(self, note: str = "", **options) -> None:
+        super().__init__(**options)
+        self.note = note
+
+
+def test_own_objective_module_and_data_are_trained_resumed_measured_estimated_and_exported(
+    here, tmp_path, capsys
+):
+    own = {
+        "model_class": f"{__name__}.OwnModule",
+        "data_class": f"{__name__}.OwnData",
+        "model": {"extra": 3, "objective": {"class_path": f"{__name__}.OwnObjective", "init_args": {"weight": 2.0}}},
+        "data": {"note": "mine"},
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    here = [*here, "-c", "own.yaml", "--run.folder=run", "--model.objective.mse=0.5"]
+    line = command_line(["fit", *here])
+    assert type(line.model) is OwnModule
+    assert (line.model.extra, line.model.steps, line.datamodule.note) == (3, 2, "mine")
+    assert (line.model.objective.weight, line.model.objective.mse, line.model.objective.lpips) == (2, 0.5, 0)
+    assert line.trainer.callback_metrics["loss/planes"] > 0
+    again = command_line(["fit", *here, "--trainer.max_steps=4"])
+    assert (again.model.steps, again.trainer.global_step) == (2, 4)
+    record = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (record["model_class"], record["model"]["extra"]) == (own["model_class"], 3)
+    assert type(command_line(["validate", "--ckpt_path=run"]).model) is OwnModule
+    assert type(model_without_numbers(here)[1].objective) is OwnObjective
+    export("run", tmp_path / "model")
+    assert open_trained(str(tmp_path / "model"), device="cpu").step is None
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model_class=nowhere.Module", "name a class that can be imported, found nowhere.Module: No module"),
+        ("--data_class=lightning.LightningDataModule", "to name a subclass of ShardDataModule, found lightning."),
+        ("-c=class.yaml", "name the class at the top: model_class: my.MyModule, and put its init_args right into"),
+    ],
+)  # fmt: skip
+def test_a_class_that_cannot_be_trained_is_refused_with_what_to_write(here, tmp_path, option, message):
+    (tmp_path / "class.yaml").write_text("model: {class_path: my.MyModule, init_args: {extra: 3}}\n")
+    with pytest.raises(SystemExit, match=message):
+        main(["fit", *here, option])

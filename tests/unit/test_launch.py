@@ -15,7 +15,7 @@ import pytest
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps import slurm
-from lrm_pl.apps.job import Launch, job_script, node_lines
+from lrm_pl.apps.job import Launch, job_script, node_line
 from lrm_pl.apps.launch import main
 from lrm_pl.errors import InputError
 
@@ -245,10 +245,10 @@ def test_only_sbatch_lines_are_dropped_for_want_of_a_value():
     assert filled == "#SBATCH --b=1\nsrun\n"
 
 
-def test_two_nodes_without_slurm_are_two_lines_that_differ_in_the_rank_alone(no_slurm, capsys):
+def test_many_nodes_without_slurm_are_one_line_in_which_a_word_stands_for_the_rank(no_slurm, capsys):
     main(
         [
-            "--nodes=2",
+            "--nodes=8",
             "--gpus=0",
             "-c",
             "mine.yaml",
@@ -260,9 +260,9 @@ def test_two_nodes_without_slurm_are_two_lines_that_differ_in_the_rank_alone(no_
         ]
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
-    assert len(lines) == 2
+    assert len(lines) == 1
     assert shlex.split(lines[0]) == [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "0"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "8", "--node-rank", "NODE_RANK"),
         *("--master-addr", "first", "--master-port", "1234", "--nproc-per-node", "1", "-m", "lrm_pl", "fit"),
         *(
             "-c",
@@ -270,14 +270,36 @@ def test_two_nodes_without_slurm_are_two_lines_that_differ_in_the_rank_alone(no_
             "-c",
             "mine.yaml",
             "--trainer.num_nodes",
-            "2",
+            "8",
             "--trainer.devices",
             "1",
         ),
         *("--trainer.accelerator", "cpu", "--run.folder", "runs/x"),
         *("--trainer.max_steps", "5"),
     ]
-    assert lines[1] == lines[0].replace("--node-rank 0", "--node-rank 1")
+
+
+@pytest.mark.parametrize("asked", [["--nodes=8"], ["--partition=gpu"]])
+def test_a_dry_run_shows_slurms_script_where_there_is_no_slurm(no_slurm, capsys, asked):
+    main([*asked, "--gpus=8", "-c", "mine.yaml", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "#SBATCH --gres=gpu:8\n" in said
+    assert "#SBATCH --cpus-per-task=CPUS\n" in said
+    assert "There is no `sbatch` here: CPUS stands for a process's share of a node's CPUs" in said
+    assert not Path("runs").exists()
+
+
+def test_cpus_that_are_reserved_for_the_system_are_not_asked_for(checkout, monkeypatch):
+    programs = {
+        "sinfo": "echo 'gpu*|32|n0|gpu:4'; echo 'gpu*|32|n1|gpu:4'",
+        "scontrol": "echo 'NodeName=n0 Arch=x86_64 CPUEfctv=28 CPUTot=32'; echo 'NodeName=n1 X=1'",
+    }
+    for name, text in programs.items():
+        (checkout / name).write_text(f"#!/bin/sh\n{text}\n")
+        (checkout / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{checkout}:{os.environ['PATH']}")
+    assert [shape.cpus for shape in slurm.node_shapes("gpu")] == [28, 32]
+    assert slurm.cpus_a_process("gpu", gpus=4, processes=4) == 7
 
 
 def test_two_nodes_without_slurm_and_master_end_in_an_error_that_says_what_to_do(no_slurm, capsys):
@@ -285,7 +307,7 @@ def test_two_nodes_without_slurm_and_master_end_in_an_error_that_says_what_to_do
         SystemExit, match=r"expected Slurm .* found no `sbatch` on PATH; nothing was started: run"
     ):
         main(["--nodes=2", "--gpus=0", "-c", "mine.yaml"])
-    assert capsys.readouterr().out.count("--master-addr FIRST_NODE") == 2
+    assert capsys.readouterr().out.count("--master-addr FIRST_NODE") == 1
 
 
 def test_master_leaves_a_slurm_alone_that_does_not_answer(checkout, monkeypatch, capsys):
@@ -454,7 +476,7 @@ def test_the_lines_of_two_nodes_really_meet(checkout, root):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    lines = node_lines(a_launch(gpus=0, processes=1), f"127.0.0.1:{port}")
+    lines = [node_line(a_launch(gpus=0, processes=1), f"127.0.0.1:{port}", rank) for rank in range(2)]
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     nodes = [
         subprocess.Popen(

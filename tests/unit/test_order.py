@@ -1,8 +1,10 @@
 import pytest
 
+from lrm_pl.data.mixture import Entry
 from lrm_pl.data.schema import SampleError
-from lrm_pl.data.shards import Order, Place
-from lrm_pl.data.synthetic import synthetic_sample
+from lrm_pl.data.shards import Order, Place, ShardReader
+from lrm_pl.data.source import ShardSource
+from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
 
 
 def test_every_sample_comes_exactly_once_an_epoch():
@@ -83,3 +85,27 @@ def test_only_bad_samples_are_an_error_and_not_a_hang():
 
     with pytest.raises(SampleError, match="expected a readable sample, found none among 5; the last: broken"):
         Order((5,), seed=0, streams=2).fill(0, read, lambda message: None)
+
+
+def test_a_reader_keeps_the_indices_of_so_many_shards_and_no_more(tmp_path):
+    write_synthetic_shards(tmp_path, train=6, val=0, views=3, resolution=8, shard_size=1)
+    source, read = ShardSource(str(tmp_path)), []
+    index = source.index
+    source.index = lambda shard: read.append(shard.name) or index(shard)
+    entries = [Entry(source, shard, 0) for shard in source.manifest().split("train")]
+    reader = ShardReader(entries, kept=3)
+    for shard in (0, 1, 2, 0, 3, 0, 1):
+        assert reader.read(Place(0, shard, 0), [0]).info.id == reader.keys(shard)[0]
+    assert read == [f"train-{n:06d}.tar" for n in (0, 1, 2, 3, 1)], (
+        "the one that was read least recently goes"
+    )
+    assert len(reader._indices) == 3
+
+
+def test_two_epochs_are_laid_out_at_a_time():
+    order = Order((2, 3), seed=0, streams=2)
+    places = [order.locate(g) for g in range(25)]
+    assert list(order._layouts) == [3, 4]
+    assert [order.locate(g) for g in (19, 20, 21)] == places[19:22], "around an epoch's end"
+    assert list(order._layouts) == [3, 4]
+    assert [Order((2, 3), 0, 2).locate(g) for g in range(25)] == places

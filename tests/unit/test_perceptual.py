@@ -161,3 +161,17 @@ def test_a_gpu_measures_larger_groups_than_a_cpu_with_the_same_values(accelerato
         found = loss(prediction, target)
     assert seen == groups
     assert torch.allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0.0, 1.0), (0.4, 0.45), (0.5, None), (None, None)])
+def test_gradients_in_half_precision_neither_overflow_nor_vanish(vgg, ours, theirs):
+    """The smallest pictures have the largest gradients; None is noise."""
+    noise = images(1, side=16)
+    pair = [noise[i] if x is None else torch.full((1, 3, 16, 16), x) for i, x in enumerate((ours, theirs))]
+    gradients = []
+    for half in (True, False):
+        prediction = pair[0].clone().requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            vgg(prediction, pair[1]).sum().backward()
+        gradients.append(prediction.grad)
+    assert (gradients[0] - gradients[1]).norm() <= 0.1 * gradients[1].norm()

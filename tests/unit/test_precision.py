@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 from lrm_pl.errors import InputError
 from lrm_pl.losses.objective import Objective
 from lrm_pl.rendering.volume import Renderer
+from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.precision import Float32Convolutions, require_supported_precision
 from tests.unit.test_model import tiny_lrm
@@ -67,13 +68,21 @@ def test_tf32_comes_back_when_training_fails():
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_the_module_brings_the_callback_along():
-    module = object.__new__(LRMModule)  # without a network
-    assert [type(callback) for callback in module.configure_callbacks()] == [Float32Convolutions]
+def test_the_module_brings_its_callbacks_along_where_the_trainer_has_none_of_their_kind():
+    module = LRMModule(tiny_lrm(), Renderer(8), Objective(lpips=0.0))
+
+    def brought(*callbacks):
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        module.trainer = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
+        return [type(callback) for callback in module.configure_callbacks()]
+
+    assert brought() == [Float32Convolutions, ImageMetricsLogger]
+    assert brought(ImageMetricsLogger()) == [Float32Convolutions]
+    assert brought(ImageMetricsLogger(), Float32Convolutions()) == []
 
 
 def set_up(precision):
-    module = LRMModule(tiny_lrm(), Renderer(8), Objective())
+    module = LRMModule(tiny_lrm(), Renderer(8), Objective(lpips=0.0))
     module.trainer = L.Trainer(accelerator="cpu", barebones=True, precision=precision)
     module.setup("fit")
 

@@ -120,6 +120,21 @@ def test_copies_stay_within_their_limit_and_the_least_used_goes_first(remote, sh
     assert small.bring(second) is None, "a shard larger than the cache is read by its members"
 
 
+def test_a_copy_that_a_reader_removes_while_space_is_counted_costs_nothing(remote, shards, tmp_path):
+    first, second, _ = read_manifest(shards).shards
+    cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), 1.0))
+    files, gone = cache._files, cache.bring(first)
+
+    def meanwhile():
+        for path in files():
+            gone.unlink(missing_ok=True)
+            yield path
+
+    cache._files = meanwhile
+    assert cache.bring(second).read_bytes() == (shards / second.name).read_bytes()
+    assert not gone.exists()
+
+
 def test_processes_share_one_copy_that_was_brought_once(remote, shards, tmp_path):
     remote.fault = lambda method, path, number: "slow" if path.endswith(".tar") else None
     processes = [bringing(remote, tmp_path / "cache") for _ in range(3)]

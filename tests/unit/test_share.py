@@ -121,6 +121,17 @@ def test_evaluation_has_every_sample_once_and_equally_many_items_on_every_rank(o
     assert sorted(real) == [f"val-ellipsoid-{i:03d}" for i in range(5)]
 
 
+def test_what_stands_in_for_bad_samples_is_read_once(tmp_path):
+    write_synthetic_shards(tmp_path, train=1, val=4, views=3, resolution=8, shard_size=1)
+    for number in range(3):
+        spoil_first_poses(tmp_path / f"val-{number:06d}.tar")
+    items = EvaluationSet(mixture(tmp_path), "val", 1, slice(2, 3))
+    read, reader = [], items.reader.read
+    items.reader.read = lambda place, views: read.append(place.shard) or reader(place, views)
+    assert [float(item.weight) for item in items] == [0, 0, 0, 1]
+    assert read == [0, *range(4), 1, 2, 3]
+
+
 def test_a_bad_sample_leaves_an_item_of_weight_0_so_that_no_rank_waits_for_another(tmp_path, caplog):
     write_synthetic_shards(tmp_path, train=1, val=3, views=3, resolution=8, shard_size=5)
     spoil_first_poses(tmp_path / "val-000000.tar")

@@ -2,14 +2,29 @@
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from torch import nn
 
 from lrm_pl.errors import InputError
-from lrm_pl.training.supported import require_supported_settings, require_trained
+from lrm_pl.training.supported import (
+    require_supported_length,
+    require_supported_settings,
+    require_trained,
+)
 
 
 def trainer(**options):
-    return L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=4, **options)
+    quiet = {"logger": False, "enable_checkpointing": False}
+    return L.Trainer(accelerator="cpu", **{"max_steps": 4, **quiet, **options})
 
 
 @pytest.mark.parametrize(
@@ -22,6 +37,9 @@ def trainer(**options):
             {"accumulate_grad_batches": 2, "val_check_interval": 3},
             "found 3 and 2.*give --trainer.val_check_interval 4",
         ),
+        ({"overfit_batches": 1}, "no trainer.overfit_batches, found 1: .*overfit.yaml"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val of at least 0, found -1.0: .*largest norm"),
+        ({"gradient_clip_val": float("nan")}, "gradient_clip_val of at least 0, found nan"),
     ],
 )
 def test_a_setting_that_would_be_ignored_or_repeat_samples_is_refused(options, message):
@@ -37,11 +55,51 @@ def test_a_setting_that_would_be_ignored_or_repeat_samples_is_refused(options, m
         {"fast_dev_run": True},
         {"accumulate_grad_batches": 2, "val_check_interval": 4},
         {"accumulate_grad_batches": 2, "val_check_interval": 1.0},
+        {"gradient_clip_val": 0.0},
+        {"gradient_clip_val": 1},
+        {"max_epochs": -1, "min_epochs": 1},
+        {"max_time": "00:00:01:00"},
+        {"callbacks": [EarlyStopping("val/heldout/psnr")]},
     ],
 )
 @pytest.mark.filterwarnings("default")
 def test_every_other_setting_is_let_through(options):
     require_supported_settings(trainer(**options))
+    require_supported_length(trainer(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_steps": 2}, "no trainer.min_steps, found 2: neither signals"),
+        ({"min_epochs": 2}, "no trainer.min_epochs, found 2: neither signals"),
+        ({"max_epochs": 2}, "max_epochs -1, found 2: .*--trainer.max_steps"),
+        ({"max_epochs": 0}, "max_epochs -1, found 0"),
+        ({"check_val_every_n_epoch": 2}, "check_val_every_n_epoch null, found 2: .*never be validated"),
+    ],
+)
+@pytest.mark.filterwarnings("default")
+def test_a_run_is_as_long_as_max_steps_says_and_may_be_stopped_at_any_step(options, message):
+    with pytest.raises(InputError, match=message):
+        require_supported_length(trainer(**options))
+
+
+@pytest.mark.parametrize(
+    ("callback", "remedy"),
+    [
+        (GradientAccumulationScheduler({0: 2}), "--trainer.accumulate_grad_batches"),
+        (EMAWeightAveraging(decay=0.9), "lrm_pl.training.ema.WeightAverage"),
+        (StochasticWeightAveraging(swa_lrs=1e-3), "lrm_pl.training.ema.WeightAverage"),
+        (LearningRateFinder(), "--model.optimizer.lr"),
+        (BatchSizeFinder(), "`lrm estimate`"),
+        (BackboneFinetuning(), "--model.lrm.encoder.frozen true"),
+        (ModelPruning("l1_unstructured"), "prune an exported network"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_callback_that_checkpoints_data_or_optimizer_do_not_know_of_is_refused(callback, remedy):
+    with pytest.raises(InputError, match=f"no {type(callback).__name__} among trainer.callbacks.*{remedy}"):
+        require_supported_settings(trainer(callbacks=[callback]))
 
 
 def test_a_trainable_parameter_that_no_optimizer_has_is_refused_by_name():

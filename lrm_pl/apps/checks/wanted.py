@@ -93,7 +93,7 @@ def process_count(devices: int | str | list[int], available: int) -> int:
 def _weights(config: Namespace) -> tuple[Weights, ...]:
     given: WeightsConfig = config["weights"]
     files: list[tuple[WeightName, WeightsFile]] = [("lpips_alex", given.lpips_alex)]
-    if config["model"]["objective"]["lpips"]:
+    if config.get("model.objective.init_args.lpips", 1.0):
         files.insert(0, ("lpips_vgg", given.lpips_vgg))
     encoder = config["model"]["lrm"]["encoder"]["name"]
     if given.pretrained and given.network is None and (name := table_name(encoder)) is not None:

@@ -14,9 +14,11 @@ about which of them a run goes on from, ``tensors`` about what is in them, ``net
 
 from lrm_pl.io.checkpoints.choice import choose_checkpoint, find_checkpoint, read_newest
 from lrm_pl.io.checkpoints.index import (
+    SIGNS,
     Checkpoint,
     CheckpointError,
     Format,
+    Mode,
     best_score,
     checkpoint_path,
     clear_leftovers,
@@ -35,7 +37,7 @@ from lrm_pl.io.checkpoints.store import require_writable
 from lrm_pl.io.checkpoints.tensors import read_tensors, tensor_names, tensor_specs, write_tensors
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "Format", "Owner",
+    "Checkpoint", "CheckpointError", "Format", "Mode", "SIGNS", "Owner",
     "checkpoint_path", "step_of", "list_checkpoints", "newest_checkpoint", "read_checkpoint", "read_index",
     "choose_checkpoint", "find_checkpoint", "read_newest",
     "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "clear_leftovers", "require_writable",

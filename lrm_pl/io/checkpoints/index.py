@@ -18,6 +18,12 @@ from lrm_pl.stores import is_local, open_store, talking_to
 #: How the tensors lie: a file a rank, or one file.
 Format = Literal["sharded", "single"]
 
+#: Whether the highest or the lowest value of a metric is the best.
+Mode = Literal["max", "min"]
+
+#: What a value is multiplied by, so that the highest is the best.
+SIGNS: dict[Mode, float] = {"max": 1.0, "min": -1.0}
+
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 SINGLE_NAME, METADATA_NAME = "tensors.pt", ".metadata"
@@ -270,7 +276,15 @@ def is_there(path: str) -> bool:
         return bool(fs.isfile(f"{inner}/{INDEX_NAME}"))
 
 
-def tidy(folder: str, *, keep: int, keep_every: int | None = None, apart: Collection[str] = ()) -> None:
+def tidy(
+    folder: str,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    apart: Collection[str] = (),
+    monitor: str | None = None,
+    mode: Mode = "max",
+) -> None:
     """Delete the checkpoints of a folder that nothing keeps.
 
     Args:
@@ -279,9 +293,11 @@ def tidy(folder: str, *, keep: int, keep_every: int | None = None, apart: Collec
         keep_every: Those of multiples of this step stay too.
         apart: Checkpoints that are neither counted nor deleted: newer ones that the run has passed over. Were they
             counted among the newest, they would push out the only whole ones.
+        monitor: What the best is found by; see ``best_score``.
+        mode: Whether the highest or the lowest is the best.
     """
     paths = [path for path in list_checkpoints(folder) if path not in apart]
-    scores = _scores(paths)
+    scores = _ranks(paths, monitor, mode)
     kept = {*paths[:keep], *sorted(scores, key=lambda path: scores[path])[-1:]}
     for path in reversed(paths):
         if path not in kept and not (keep_every and step_of(path) % keep_every == 0):
@@ -289,19 +305,25 @@ def tidy(folder: str, *, keep: int, keep_every: int | None = None, apart: Collec
 
 
 def best_score(
-    folder: str, say: Callable[[str], None], apart: Collection[str] = ()
-) -> tuple[float, set[str]]:
-    """Find the highest score (``run["score"]``) of a folder's whole checkpoints, and the damaged ones with a higher.
+    folder: str,
+    say: Callable[[str], None],
+    apart: Collection[str] = (),
+    monitor: str | None = None,
+    mode: Mode = "max",
+) -> tuple[float | None, set[str]]:
+    """Find the best score (``run["score"]``) of a folder's whole checkpoints, and the damaged ones with a better.
 
     Args:
         folder: Folder of the checkpoints.
         say: Told about each damaged one.
         apart: Checkpoints that are not looked at.
+        monitor: Name of the metric; scores of others are left out. None takes all.
+        mode: Whether the highest or the lowest is the best.
 
     Returns:
-        The score, minus infinity where there is none; the damaged ones, which nothing should count as the best.
+        The score, None where there is none; the damaged ones, which nothing should count as the best.
     """
-    scores = _scores([path for path in list_checkpoints(folder) if path not in apart])
+    scores = _ranks([path for path in list_checkpoints(folder) if path not in apart], monitor, mode)
     damaged: set[str] = set()
     for path in sorted(scores, key=lambda path: scores[path], reverse=True):
         try:
@@ -310,17 +332,23 @@ def best_score(
             say(f"not the best checkpoint any more: {error}")
             damaged.add(path)
         else:
-            return scores[path], damaged
-    return -math.inf, damaged
+            return scores[path] * SIGNS[mode], damaged
+    return None, damaged
 
 
-def _scores(paths: Collection[str]) -> dict[str, float]:
-    scores = {}
+def _ranks(paths: Collection[str], monitor: str | None, mode: Mode) -> dict[str, float]:
+    """Return what is higher for a better checkpoint; without those that have no score in this metric."""
+    ranks = {}
     for path in paths:
         try:
-            score = read_index(path).run.get("score")
+            run = read_index(path).run
         except CheckpointError:
             continue  # half-written or damaged: it has no score
-        if score is not None:
-            scores[path] = float(score)
-    return scores
+        score = run.get("score")
+        if (
+            score is not None
+            and not math.isnan(score)
+            and (monitor is None or run.get("monitor", monitor) == monitor)
+        ):
+            ranks[path] = float(score) * SIGNS[mode]
+    return ranks

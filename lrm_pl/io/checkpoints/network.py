@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from lrm_pl.io.checkpoints.index import Checkpoint, CheckpointError
 from lrm_pl.io.checkpoints.tensors import read_tensors, tensor_names
+from lrm_pl.models.encoder import ImageEncoder
 
 
 def network_tensors(lrm: nn.Module) -> dict[str, Tensor]:
@@ -37,6 +38,9 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
     """
     require_network(checkpoint, lrm)
     read_tensors(checkpoint, network_tensors(lrm))
+    for part in lrm.modules():
+        if isinstance(part, ImageEncoder):
+            part.has_weights = True
     if average:
         weights = lrm.state_dict()
         read_tensors(checkpoint, {f"average.{name}": weights[name] for name in averaged_names(checkpoint)})

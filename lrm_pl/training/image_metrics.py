@@ -1,0 +1,84 @@
+"""PSNR, SSIM and LPIPS over the validation sets, by torchmetrics, so that they add up over ranks."""
+
+import logging
+import math
+from typing import Any
+
+import lightning as L
+
+from lrm_pl.data.batch import Batch
+from lrm_pl.data.datamodule import EVALUATION_SETS
+from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.metrics import ImageMetrics, ImageScores, NotFiniteError
+from lrm_pl.training.logged import log_step
+
+logger = logging.getLogger(__name__)
+
+
+class ImageMetricsLogger(L.Callback):
+    """Log ``val/<set>/{psnr,psnr_pooled,ssim,lpips}`` for the sets "unseen" and "heldout".
+
+    An ``LRMModule`` brings one where the trainer has none.
+
+    Attributes:
+        perceptual: The LPIPS network; None leaves LPIPS out. `lrm` sets it.
+    """
+
+    def __init__(self) -> None:
+        self.perceptual: PerceptualLoss | None = None
+        self.metrics: dict[str, ImageMetrics] = {}
+        self._said = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say that LPIPS is left out."""
+        if self.perceptual is None and not self._said and trainer.is_global_zero:
+            self._said = True
+            logger.info(
+                "validations measure PSNR and SSIM; for LPIPS, give the trainer a callback ImageMetricsLogger whose "
+                'perceptual is PerceptualLoss.pretrained("alex")'
+            )
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start from nothing."""
+        if self.perceptual is not None:
+            self.perceptual.to(pl_module.device)
+        self.metrics = {name: ImageMetrics(self.perceptual).to(pl_module.device) for name in EVALUATION_SETS}
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in one batch, without what only stands in."""
+        real = batch.weight.nonzero().squeeze(-1)  # the one wait for a GPU: boolean masks would wait each
+        if len(real):
+            self.metrics[EVALUATION_SETS[dataloader_idx]].update(
+                outputs.images[real].flatten(0, 1).float(), batch.target.images[real].flatten(0, 1).float()
+            )
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the means over all ranks."""
+        log_step(pl_module, trainer.global_step)
+        for name, metric in self.metrics.items():
+            if not trainer.strategy.reduce(metric.images.float(), reduce_op="sum"):
+                continue  # no held-out objects, or none that can be read
+            try:
+                result = metric.compute()
+            except NotFiniteError as error:  # the run goes on, and stops by itself where gradients stay bad
+                if trainer.is_global_zero:
+                    logger.warning("step %d, %s: %s", trainer.global_step, name, error)
+                lpips = None if self.perceptual is None else math.nan
+                result = ImageScores(math.nan, math.nan, math.nan, lpips, int(metric.images))
+            for key in ("psnr", "psnr_pooled", "ssim", "lpips"):
+                value = getattr(result, key)
+                if value is not None:
+                    pl_module.log(f"val/{name}/{key}", value, prog_bar=key == "psnr_pooled", sync_dist=False)
+
+    # `lrm test` measures the same.
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
