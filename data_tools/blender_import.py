@@ -16,10 +16,9 @@ import mathutils
 import numpy as np
 import numpy.typing as npt
 
-from data_tools import blender_materials
+from data_tools import blender_materials, wavefront
 from data_tools.assets import Up
 from data_tools.criteria import MeshMeasures
-from data_tools.wavefront import library_names
 from lrm_pl.conventions import Normalisation
 
 #: More than this is refused: it would take the memory and the time of thousands of objects.
@@ -54,24 +53,24 @@ def load_asset(
     root = (root or path.parent).absolute()
     bpy.ops.wm.read_factory_settings(use_empty=True)
     kind = path.suffix.lower()
-    _refuse_files_outside(root, path.parent, _named_files(path, kind))
+    missing = list[str]()
     with tempfile.TemporaryDirectory() as scratch:
-        readable, faces_have_colors = (
-            blender_materials.readable_ply(path, Path(scratch)) if kind == ".ply" else (path, False)
-        )
+        readable = path
+        if kind == ".obj":
+            content = path.read_bytes()
+            mtl_files, missing = wavefront.libraries(path, content)
+            _refuse_files_outside(root, path.parent, map(str, mtl_files))
+            readable = blender_materials.readable_obj(path, content, mtl_files, Path(scratch))
+        elif kind == ".ply":
+            readable, faces_have_colors = blender_materials.readable_ply(path, Path(scratch))
+            missing += [f"{path.name}: colors of faces are not read"] if faces_have_colors else []
+        elif kind in GLTF:
+            record = _json_of_glb(path) if kind == ".glb" else path.read_bytes()
+            _refuse_files_outside(root, path.parent, _uris(path, record))
         _import(readable, up or "y")
-    missing = blender_materials.apply_mtl(path) if kind == ".obj" else []
     pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
     _refuse_files_outside(root, Path.cwd(), pictures)
-    missing += [f"{path.name}: colors of faces are not read"] if faces_have_colors else []
     return prepare(normalise, missing)
-
-
-def _named_files(path: Path, kind: str) -> list[str]:
-    """List the files that a mesh file names, as it writes them."""
-    if kind == ".obj":
-        return library_names(path.read_bytes())
-    return _uris(path, _json_of_glb(path) if kind == ".glb" else path.read_bytes()) if kind in GLTF else []
 
 
 def _json_of_glb(path: Path) -> bytes:
@@ -96,7 +95,8 @@ def _uris(path: Path, content: bytes) -> list[str]:
         raise
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
-    return [unquote(uri) for uri in uris if uri and not uri.startswith("data:")]
+    # Blender's importer opens a "data:" without this mark as the path of a file.
+    return [unquote(uri) for uri in uris if uri and not (uri.startswith("data:") and ";base64," in uri)]
 
 
 def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> None:
@@ -110,8 +110,17 @@ def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> Non
     for file in files:
         for written in {file, file.replace("\\", "/"), re.sub("^file:/*", "/", file)}:
             place = Path(os.path.normpath(folder.absolute() / written))  # links are the user's own
-            if place.exists() and not any(place.is_relative_to(inside) for inside in (root, root.resolve())):
-                raise AssetError(f"expected its files in {root}, found that it uses {place}; put it there")
+            if os.path.exists(place) and not any(
+                place.is_relative_to(inside) for inside in (root, root.resolve())
+            ):
+                raise AssetError(
+                    f"expected its files in {root}, found that it uses {_printable(str(place))}; put it there"
+                )
+
+
+def _printable(name: str) -> str:
+    """Return a name that may not be UTF-8 as text that can be printed and listed."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def prepare(
@@ -145,7 +154,7 @@ def prepare(
     ]
     missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
     for name in [*missing, *lost]:
-        print(f"missing texture: {name}")
+        print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalise(normalise)
     kinds = Counter(thing.type for thing in bpy.data.objects)
     shown = [thing for thing in bpy.data.objects if not thing.hide_render and thing.type in _WITH_FACES]

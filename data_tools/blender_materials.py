@@ -4,6 +4,9 @@
 |------------------------------------------------|---------------------------|-----------------------------------------|
 | MTL ``Kd``                                     | linear light              | sRGB, unless Blender wrote the MTL      |
 | MTL ``Tf 1 1 1``, which 3ds Max and Maya write | glass                     | glass only with ``illum`` 4, 6, 7 or 9  |
+| ``Kd 0.5``; names in quotes or not in UTF-8    | cyan; gray                | gray of 0.5; as any other name          |
+| ``mtllib`` with several names, or a wrong one  | gray                      | each; the MTL of the OBJ's own name     |
+| an MTL of the OBJ's name that it does not name | that one                  | not read if the named ones are there    |
 | MTL ``map_Ka`` without ``map_Kd``              | no texture                | the texture                             |
 | colors at vertices, and a material without one | the material's gray       | the colors                              |
 | glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen                 |
@@ -15,6 +18,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import bpy
@@ -25,18 +29,10 @@ from PIL import Image
 # isort: split
 import bmesh  # exists only once bpy is loaded
 
-from data_tools.wavefront import Material, read_materials
-
-#: ``illum`` of materials that light passes through (the MTL format, section 5).
-_GLASS = frozenset({4, 6, 7, 9})
+from data_tools.wavefront import plain_text, translated_mtl
 
 #: Corners are in one place if they are nearer than this, of the object's longest side.
 _SAME_PLACE = 1e-6
-
-
-def linear(srgb: float) -> float:
-    """Return the linear light of an sRGB value in [0, 1]."""
-    return srgb / 12.92 if srgb <= 0.04045 else ((srgb + 0.055) / 1.055) ** 2.4
 
 
 def principled(material: bpy.types.Material) -> list[bpy.types.Node]:
@@ -45,30 +41,21 @@ def principled(material: bpy.types.Material) -> list[bpy.types.Node]:
     return [node for node in tree.nodes if node.type == "BSDF_PRINCIPLED"] if tree else []
 
 
-def apply_mtl(obj: Path) -> list[str]:
-    """Give the materials of an imported OBJ what its MTL means.
+def readable_obj(path: Path, content: bytes, mtl_files: Iterable[Path], scratch: Path) -> Path:
+    """Return a copy of an OBJ that names no other file; beside it the MTL of its name, which Blender reads unnamed.
 
-    Returns:
-        The MTL files that are not there.
+    So no way to write a name, of which Blender understands more than we do, opens a file that we have not chosen.
+
+    Args:
+        path: The OBJ.
+        content: Its content.
+        mtl_files: Its MTL files.
+        scratch: Where the copy is written.
     """
-    materials, missing = read_materials(obj)
-    for material in bpy.data.materials:
-        given = materials.get(material.name)
-        if given is not None:
-            for shader in principled(material):
-                _apply(given, material.node_tree, shader)
-    return missing
-
-
-def _apply(given: Material, tree: bpy.types.NodeTree, shader: bpy.types.Node) -> None:
-    if given.diffuse is not None and not given.by_blender:
-        shader.inputs["Base Color"].default_value = (*map(linear, given.diffuse), 1.0)
-    if given.illumination not in _GLASS:
-        shader.inputs["Transmission Weight"].default_value = 0.0
-    if given.ambient_map is not None and not shader.inputs["Base Color"].is_linked:
-        node = tree.nodes.new("ShaderNodeTexImage")
-        node.image = bpy.data.images.load(str(given.ambient_map), check_existing=True)
-        tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
+    copy = scratch / "readable.obj"
+    copy.write_bytes(re.sub(rb"mtllib(?=[^\x21-\x7f]|\\)", b"#", plain_text(content)))
+    copy.with_suffix(".mtl").write_bytes(translated_mtl(mtl_files))
+    return copy
 
 
 def show_vertex_colors() -> None:

@@ -19,9 +19,9 @@ VERTICES, TRIANGLES = box((0, 0, 0), (1, 1, 1))
 RED, RED_SRGB = "0.588 0.1 0.1", (150, 26, 26)
 
 
-def write_obj(folder, name, mtl=None, colour="", triangles=TRIANGLES, vertices=VERTICES):
+def write_obj(folder, name, mtl=None, colour="", triangles=TRIANGLES, vertices=VERTICES, library=None):
     """Write a cube whose corners all have one texture coordinate, with its MTL beside it."""
-    lines = [f"mtllib {name}.mtl"] + [f"v {x} {y} {z} {colour}" for x, y, z in vertices]
+    lines = [f"mtllib {library or name + '.mtl'}"] + [f"v {x} {y} {z} {colour}" for x, y, z in vertices]
     lines += ["vt 0.5 0.5", "usemtl m", *(f"f {a + 1}/1 {b + 1}/1 {c + 1}/1" for a, b, c in triangles)]
     (folder / f"{name}.obj").write_text("\n".join(lines) + "\n")
     if mtl is not None:
@@ -52,6 +52,21 @@ def write_assets(folder):
     write_obj(folder, "kd", plain)
     write_obj(folder, "kd_of_blender", f"# Blender 4.2.0 MTL File: 'None'\n{plain}")
     write_obj(folder, "tf", f"{plain}Tf 1.0 1.0 1.0\nKs 0 0 0\nillum 2\nd 1.0\nTr 0.0\n")
+    write_obj(folder, "kd_scientific", "newmtl m\nKd 5.880000e-01 1.0E-1 +.1 # red\n")
+    write_obj(folder, "kd_single", "newmtl m\nKd 0.588\n")
+    write_obj(folder, "own_name", plain, library="not_there.mtl")
+    write_obj(folder, "quoted", library='"my library.mtl"')
+    (folder / "my library.mtl").write_text(plain)
+    write_obj(folder, "several", library="kd.mtl first.mtl second.mtl")
+    (folder / "first.mtl").write_text("newmtl other\nKd 0 0 1\n")
+    (folder / "second.mtl").write_text("newmtl m\nKd 0.1176 0.6275 0.3529\n")
+    write_obj(folder, "left_over", "newmtl m\nKd 0 0 1\n", library="kd.mtl")
+    write_obj(folder, "latin", plain)
+    for file in (folder / "latin.obj", folder / "latin.mtl"):
+        text = (
+            file.read_text().replace("usemtl m", "usemtl Gr\u00fcn").replace("newmtl m", "newmtl Gr\u00fcn")
+        )
+        file.write_bytes(b"\xef\xbb\xbf" * (file.suffix == ".mtl") + text.encode("latin-1"))
     write_obj(folder, "ambient", "newmtl m\nKd 0.8 0.8 0.8\nmap_Ka green.png\n")
     write_obj(folder, "movie", "newmtl m\nKd 1 1 1\nmap_Kd green.gif\n")
     write_obj(folder, "colours", "newmtl m\nKd 0.8 0.8 0.8\n", colour="0.1176 0.6275 0.3529")
@@ -73,7 +88,9 @@ def write_assets(folder):
     write_ply(folder / "face_colours.ply", ("red", "green", "blue"), of="face")
     green = (30, 160, 90)
     return {
-        "kd": RED_SRGB, "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
+        "kd": RED_SRGB, "kd_scientific": RED_SRGB, "kd_single": (150, 150, 150), "own_name": RED_SRGB,
+        "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "latin": RED_SRGB,
+        "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
         "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "outline": RED_SRGB,
     }  # fmt: skip
 
@@ -182,7 +199,27 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
     record["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
     ways = ["../private/x.png", "..\\private\\x.png", "%2e%2e/private/x.png", str(outside / "x.png"),
             f"file://{outside}/x.png", "./a/../../private/x.png"]  # fmt: skip
+    only_gltf = [
+        "data:/../../private/x.png",
+        "data:,/../../private/x.png",
+        "data:image/png;base64/../../../private/x.png",
+    ]
+    only_libraries = [b' "../private/x.mtl"', b"\x0b../private/x.mtl", b"\\\n ../private/x.mtl",
+                      b" k0.mtl ../private/x.mtl", b" ../private/x.mtl \t\r"]  # fmt: skip
     files = []
+    record["images"] = [{"uri": "data:image/png;base64,"}]
+    for number, way in enumerate(only_gltf):
+        changed = record | {"images": [{"uri": way}]}
+        (inside / f"data{number}.gltf").write_text(json.dumps(changed))
+        (inside / f"data{number}.glb").write_bytes(glb(changed))
+        changed = record | {"buffers": [record["buffers"][0] | {"uri": way}]}
+        (inside / f"buffer{number}.gltf").write_text(json.dumps(changed))
+        files += [f"data{number}.gltf", f"data{number}.glb", f"buffer{number}.gltf"]
+    for number, way in enumerate(only_libraries):
+        write_obj(inside, f"n{number}")
+        content = (inside / f"n{number}.obj").read_bytes()
+        (inside / f"n{number}.obj").write_bytes(content.replace(b" n%d.mtl" % number, way))
+        files.append(f"n{number}.obj")
     for number, way in enumerate(ways):
         record["images"] = [{"uri": way}]
         (inside / f"{number}.gltf").write_text(json.dumps(record))
@@ -201,6 +238,27 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
     for name, said in zip(files, found, strict=True):
         assert "expected its files in" in said, (name, said)
         assert "private" in said
+
+
+def test_no_library_is_read_that_was_not_checked_however_its_name_is_written(loaded, tmp_path):
+    """Blender ends a name at a zero, or after 1024 bytes; an MTL that it read would bring a texture."""
+    inside, outside = tmp_path / "assets", tmp_path / "private"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "x.mtl").write_text(f"newmtl m\nmap_Kd {outside}/x.png\n")
+    Image.new("RGB", (4, 4), "red").save(outside / "x.png")
+    room = 1023 - len(f"{inside}/../private/x.mtl")
+    ways = [
+        b"../private/x.mtl\0 n",
+        b"\r../private/x.mtl",
+        b"./" * (room // 2) + b"/" * (room % 2) + b"../private/x.mtl.not_there",
+    ]
+    for number, way in enumerate(ways):
+        write_obj(inside, f"n{number}")
+        content = (inside / f"n{number}.obj").read_bytes()
+        (inside / f"n{number}.obj").write_bytes(content.replace(b"n%d.mtl" % number, way))
+    for half_sides in loaded(*((inside / f"n{number}.obj", inside, "") for number in range(len(ways)))):
+        assert half_sides == pytest.approx([1.0, 1.0, 1.0]), "a picture of the MTL was found"
 
 
 def test_reasons_of_what_cannot_be_imported_say_what_to_do(loaded, tmp_path):
