@@ -141,12 +141,15 @@ def prepare(
         AssetError: There is no usable mesh.
     """
     # None of these is removed: what hangs under it would lose its place.
-    for thing in bpy.data.objects:
+    things = list(
+        bpy.context.view_layer.objects
+    )  # a glTF file may hold other scenes than the one that it shows
+    for thing in things:
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
     blender_materials.show_vertex_colors()
     blender_materials.show_movies_as_pictures()
-    doubled = blender_materials.drop_doubled_faces()
+    doubled = blender_materials.separate_doubled_faces()
     blender_materials.hide_back_faces()
     # Asking for the size makes Blender load the picture.
     pictures = [
@@ -156,8 +159,8 @@ def prepare(
     for name in [*missing, *lost]:
         print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalise(normalise)
-    kinds = Counter(thing.type for thing in bpy.data.objects)
-    shown = [thing for thing in bpy.data.objects if not thing.hide_render and thing.type in _WITH_FACES]
+    kinds = Counter(thing.type for thing in things)
+    shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
     materials = {slot.material for thing in shown for slot in thing.material_slots if slot.material}
     return extent, MeshMeasures(
         triangles=triangles,
@@ -170,7 +173,7 @@ def prepare(
         textures=len(pictures),
         missing_textures=len(missing) + len(lost),
         animated=animated,
-        hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in bpy.data.objects),
+        hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in things),
         cameras=kinds["CAMERA"],
         lights=kinds["LIGHT"],
     )
@@ -188,11 +191,8 @@ def _is_hidden(thing: bpy.types.Object) -> bool:
 
 def _is_clear(material: bpy.types.Material) -> bool:
     """Say whether nothing of a material can be seen: its alpha is the number 0."""
-    shaders = blender_materials.principled(material)
-    return bool(shaders) and all(
-        not shader.inputs["Alpha"].is_linked and shader.inputs["Alpha"].default_value == 0
-        for shader in shaders
-    )
+    found = blender_materials.alphas(material)
+    return bool(found) and not any(alpha.is_linked or alpha.default_value for alpha in found)
 
 
 def _is_coloured(materials: Iterable[bpy.types.Material]) -> bool:
