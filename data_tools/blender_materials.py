@@ -62,6 +62,15 @@ def readable_obj(path: Path, content: bytes, mtl_files: Iterable[Path], scratch:
     return copy
 
 
+def shown_meshes() -> list[bpy.types.Object]:
+    """Return the meshes with faces of the scene, without those that are hidden."""
+    return [
+        thing
+        for thing in bpy.context.view_layer.objects
+        if thing.type == "MESH" and not thing.hide_render and thing.data.polygons
+    ]
+
+
 def show_vertex_colors() -> None:
     """Show the colors at the vertices of meshes whose materials have neither a texture nor a color of their own."""
     for mesh in bpy.data.meshes:
@@ -105,11 +114,12 @@ def hide_back_faces() -> None:
     """Apply back-face culling, which Cycles ignores: back faces of culled materials become transparent.
 
     Where no back face can be seen from outside, because the faces of an opaque material are closed and look outwards,
-    nothing is changed: transparent surfaces cost time. Where they are closed and look inwards (outlines of drawn characters)
-    they also let all light through, which they would keep from what they surround.
+    nothing is changed: transparent surfaces cost time. Where they are closed and look inwards (outlines of drawn
+    characters) they also let all light through, which they would keep from what they surround.
     """
+    meshes = list({thing.data: None for thing in shown_meshes()})
     for material in [m for m in bpy.data.materials if m.use_backface_culling and m.node_tree]:
-        volumes = [volume for mesh in bpy.data.meshes if (volume := _closed_volume(mesh, material)) != 0]
+        volumes = [volume for mesh in meshes if (volume := _closed_volume(mesh, material)) != 0]
         output = next((node for node in material.node_tree.nodes if node.type == "OUTPUT_MATERIAL"), None)
         if output is None or not output.inputs["Surface"].is_linked:
             continue
@@ -196,11 +206,7 @@ def separate_doubled_faces() -> float:
     Those that can all be seen stay, a little apart: what lies over an opaque face with an alpha of its own, and faces
     that look opposite ways, each seen from one side only.
     """
-    things = [
-        thing
-        for thing in bpy.context.view_layer.objects
-        if thing.type == "MESH" and not thing.hide_render and thing.data.polygons
-    ]
+    things = shown_meshes()
     if not things:
         return 0.0
     bpy.context.evaluated_depsgraph_get()  # places everything

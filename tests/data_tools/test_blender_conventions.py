@@ -41,6 +41,49 @@ def write_ply(path, names, of="vertex", end="\n"):
     path.write_bytes((end.join(lines) + end).encode())
 
 
+def write_scene(path, parts, nodes, one_sided=(), scenes=None):
+    """Write a glTF file whose meshes are the parts; the last of its scenes is the one that it shows."""
+    write_gltf(path, parts)
+    record = json.loads(path.read_text())
+    record["meshes"] = [{"primitives": [primitive]} for primitive in record["meshes"][0]["primitives"]]
+    record["nodes"] = nodes
+    record["scenes"] = [{"nodes": scene} for scene in scenes or [list(range(len(nodes)))]]
+    record["scene"] = len(record["scenes"]) - 1
+    for part in one_sided:
+        record["materials"][part]["doubleSided"] = False
+    path.write_text(json.dumps(record))
+
+
+RED_PART, BLUE_PART = ((VERTICES, TRIANGLES, colour, 1.0) for colour in ((1, 0, 0), (0, 0, 1)))
+VEIL = (VERTICES, TRIANGLES, (1, 0, 0), 0.5)
+
+
+def write_scenes(folder):
+    """Write objects of several parts; returns id -> the colors that are seen, the longest side, and ``doubled``."""
+    red, blue = (255, 0, 0), (0, 0, 255)
+    aside = [{"mesh": 0}, {"mesh": 1, "translation": [6, 0, 0]}, {"mesh": 1}]
+    write_scene(folder / "instances.gltf", [RED_PART, BLUE_PART], aside)
+    write_scene(folder / "same_mesh.gltf", [RED_PART], [{"mesh": 0}, {"mesh": 0}])
+    named = [
+        {"mesh": 0, "name": "a_low"},
+        {"mesh": 1, "name": "b_high"},
+        {"mesh": 2, "translation": [0, 3, 0]},
+    ]
+    write_scene(folder / "two_scenes.gltf", [RED_PART, BLUE_PART, BLUE_PART], named, scenes=[[0], [1, 2]])
+    white = (VERTICES, TRIANGLES, (1, 1, 1), 1.0)
+    over = [{"mesh": 0, "name": "a_veil"}, {"mesh": 1, "name": "b_base"}]
+    write_scene(folder / "overlay.gltf", [VEIL, white], over, one_sided=(0, 1))
+    card, back = (VERTICES, TRIANGLES[:2], (1, 0, 0), 1.0), (VERTICES, TRIANGLES[:2, ::-1], (1, 0, 0), 1.0)
+    write_scene(folder / "two_sides.gltf", [card, back], [{"mesh": 0}, {"mesh": 1}], one_sided=(0, 1))
+    return {
+        "instances": ({red, blue}, 8.0, 1 / 3),
+        "same_mesh": ({red}, 2.0, 0.5),
+        "two_scenes": ({blue}, 5.0, 0.0),
+        "overlay": ({(255, 188, 188)}, 2.0, 0.0),  # half of linear white through half of red
+        "two_sides": ({red}, 2.0, 0.0),
+    }
+
+
 def write_assets(folder):
     """Write the objects; returns id -> the color that it must come back in."""
     plain = f"newmtl m\nKd {RED}\n"
@@ -97,31 +140,51 @@ def write_assets(folder):
 
 @pytest.fixture(scope="module")
 def rendered(render_command, tmp_path_factory):
+    """Render all; returns the folder, id -> views, the expected colors, and the expected scenes."""
     folder = tmp_path_factory.mktemp("conventions")
     (folder / "assets").mkdir()
-    expected = write_assets(folder / "assets")
+    expected = write_assets(folder / "assets"), write_scenes(folder / "assets")
+    write_scene(folder / "assets" / "veil.gltf", [VEIL], [{"mesh": 0}], one_sided=(0,))
     options = ["--views", "2", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
-    return folder / "out", expected
-
-
-def test_each_object_comes_back_in_the_color_that_its_file_means(rendered):
-    out, expected = rendered
-    found = {}
+    out, found = folder / "out", {}
     for shard in read_manifest(out).split("train"):
         content = (out / shard.name).read_bytes()
         for key, places in read_index(out, shard).items():
             sample = decode_sample(
                 key, {name: content[at : at + size] for name, (at, size) in places.items()}
             )
-            views = [decode_image(key, view) for view in sample.views]
-            inside = np.concatenate([view[24:40, 24:40].reshape(-1, 4) for view in views])
-            assert (inside[:, 3] == 255).all(), f"{key} is not solid"
-            found[key] = (np.median(inside[:, :3], axis=0), inside[:, :3].std(axis=0).max())
-    assert found.keys() == expected.keys()
+            found[key] = np.stack([decode_image(key, view) for view in sample.views])
+    return out, found, *expected
+
+
+def test_each_object_comes_back_in_the_color_that_its_file_means(rendered):
+    _, found, expected, _ = rendered
     for key, colour in expected.items():
-        np.testing.assert_allclose(found[key][0], colour, atol=4, err_msg=key)
-        assert found[key][1] < 8, f"{key} is speckled"
+        inside = found[key][:, 24:40, 24:40].reshape(-1, 4)
+        assert (inside[:, 3] == 255).all(), f"{key} is not solid"
+        np.testing.assert_allclose(np.median(inside[:, :3], axis=0), colour, atol=4, err_msg=key)
+        assert inside[:, :3].std(axis=0).max() < 8, f"{key} is speckled"
+
+
+def test_each_part_of_an_object_is_seen_in_its_place_and_color(rendered):
+    out, found, _, scenes = rendered
+    table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
+    rows = {row["id"]: row for row in table}
+    for key, (colours, size, doubled) in scenes.items():
+        assert rows[key]["size"] == pytest.approx(size, rel=1e-3), key
+        assert rows[key]["doubled"] == pytest.approx(doubled), key
+        seen = found[key][found[key][..., 3] == 255][:, :3].astype(int)
+        far = np.stack([np.abs(seen - colour).max(axis=1) for colour in colours])
+        assert (far.min(axis=0) < 60).mean() > 0.9, f"{key} has other colors"
+        assert (found[key][..., 3] == 255).any(axis=(1, 2)).all(), f"{key} is not seen from all sides"
+        shares = np.bincount(far.argmin(axis=0), minlength=len(colours)) / len(seen)
+        assert shares.min() > 0.05, (key, shares)
+
+
+def test_back_faces_of_a_closed_surface_are_not_seen_through_it(rendered):
+    inside = rendered[1]["veil"][:, 24:40, 24:40, 3]
+    assert np.median(inside) == pytest.approx(128, abs=4), "one veil of 0.5, where two would be 191"
 
 
 def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
