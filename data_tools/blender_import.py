@@ -68,6 +68,8 @@ def load_asset(
             record = _json_of_glb(path) if kind == ".glb" else path.read_bytes()
             _refuse_files_outside(root, path.parent, _uris(path, record))
         _import(readable, up or "y")
+    if kind not in GLTF:
+        blender_materials.show_vertex_colors()
     pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
     _refuse_files_outside(root, Path.cwd(), pictures)
     return prepare(normalise, missing)
@@ -147,7 +149,6 @@ def prepare(
     for thing in things:
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
-    blender_materials.show_vertex_colors()
     blender_materials.show_movies_as_pictures()
     doubled = blender_materials.separate_doubled_faces()
     blender_materials.hide_back_faces()

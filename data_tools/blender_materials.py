@@ -8,7 +8,7 @@
 | ``mtllib`` with several names, or a wrong one  | gray                      | each; the MTL of the OBJ's own name     |
 | an MTL of the OBJ's name that it does not name | that one                  | not read if the named ones are there    |
 | MTL ``map_Ka`` without ``map_Kd``              | no texture                | the texture                             |
-| colors at vertices, and a material without one | the material's gray       | the colors                              |
+| colors at vertices, and a material without one | the material's gray       | the colors; the gray of parts without   |
 | glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen, holes or not   |
 | a GIF as a texture                             | a movie, shown in magenta | its first picture                       |
 | several faces in one place                     | black speckles            | one of them; opaque under transparent   |
@@ -72,26 +72,43 @@ def shown_meshes() -> list[bpy.types.Object]:
 
 
 def show_vertex_colors() -> None:
-    """Show the colors at the vertices of meshes whose materials have neither a texture nor a color of their own."""
-    for mesh in bpy.data.meshes:
-        if not mesh.color_attributes:
+    """Show the colors at the vertices of meshes whose materials have neither a texture nor a color of their own.
+
+    For files other than glTF, which says itself where they are shown.
+    """
+    copies = dict[tuple[bpy.types.Material, str], bpy.types.Material]()
+    for thing in bpy.context.view_layer.objects:
+        if thing.type != "MESH" or not thing.data.color_attributes:
             continue
-        name = mesh.color_attributes[0].name
-        if not any(mesh.materials):
+        name = thing.data.color_attributes[0].name
+        if not any(slot.material for slot in thing.material_slots):
             material = bpy.data.materials.new("vertex colors")
             material.use_nodes = True
             shader = material.node_tree.nodes["Principled BSDF"]
             shader.inputs["Specular IOR Level"].default_value = 0.0
             shader.inputs["Roughness"].default_value = 1.0
-            mesh.materials.clear()
-            mesh.materials.append(material)
-        for material in filter(None, mesh.materials):
-            for shader in principled(material):
-                color = shader.inputs["Base Color"]
-                if not color.is_linked and max(color.default_value[:3]) - min(color.default_value[:3]) < 1e-3:
-                    node = material.node_tree.nodes.new("ShaderNodeVertexColor")
-                    node.layer_name = name
-                    material.node_tree.links.new(node.outputs["Color"], color)
+            thing.data.materials.clear()
+            thing.data.materials.append(material)
+        for slot in thing.material_slots:
+            if slot.material and slot.material not in copies.values() and _is_gray(slot.material):
+                key = (slot.material, name)
+                if key not in copies:  # meshes without these colors keep the material
+                    copies[key] = slot.material.copy()
+                    _color_with(copies[key], name)
+                slot.material = copies[key]
+
+
+def _is_gray(material: bpy.types.Material) -> bool:
+    colors = [shader.inputs["Base Color"] for shader in principled(material)]
+    return any(not c.is_linked and max(c.default_value[:3]) - min(c.default_value[:3]) < 1e-3 for c in colors)
+
+
+def _color_with(material: bpy.types.Material, attribute: str) -> None:
+    node = material.node_tree.nodes.new("ShaderNodeVertexColor")
+    node.layer_name = attribute
+    for shader in principled(material):
+        if not shader.inputs["Base Color"].is_linked:
+            material.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
 
 
 def show_movies_as_pictures() -> None:

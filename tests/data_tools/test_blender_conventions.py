@@ -1,5 +1,6 @@
 """What a file means and Blender takes otherwise: an object for each row of the table in ``blender_materials``."""
 
+import base64
 import json
 import struct
 import subprocess
@@ -54,6 +55,27 @@ def write_scene(path, parts, nodes, one_sided=(), scenes=None):
     path.write_text(json.dumps(record))
 
 
+def write_partly_colored(folder):
+    """Write objects of two cubes with one material, of which only the first has (red) vertex colors."""
+    lines = ["mtllib kd_one.mtl"]
+    for part, (x, colour) in enumerate(((0, "1 0 0"), (6, ""))):
+        lines += [f"o part{part}", *(f"v {a + x} {b} {c} {colour}" for a, b, c in VERTICES), "usemtl m"]
+        lines += [f"f {a + 8 * part + 1} {b + 8 * part + 1} {c + 8 * part + 1}" for a, b, c in TRIANGLES]
+    (folder / "partly.obj").write_text("\n".join(lines) + "\n")
+    (folder / "kd_one.mtl").write_text("newmtl m\nKd 1 1 1\nKs 0 0 0\n")
+    gray = (VERTICES + (6, 0, 0), TRIANGLES, (0.5, 0.5, 0.5), 1.0)
+    write_gltf(folder / "partly_gltf.gltf", [(VERTICES, TRIANGLES, (1, 1, 1), 1.0), gray])
+    record = json.loads((folder / "partly_gltf.gltf").read_text())
+    colours = np.tile([1, 0, 0], (8, 1)).astype("<f4").tobytes()
+    uri = "data:application/octet-stream;base64," + base64.b64encode(colours).decode()
+    record["buffers"].append({"byteLength": len(colours), "uri": uri})
+    record["bufferViews"].append({"buffer": 1, "byteLength": len(colours)})
+    view = {"bufferView": len(record["bufferViews"]) - 1, "componentType": 5126, "type": "VEC3", "count": 8}
+    record["accessors"].append(view)
+    record["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"] = len(record["accessors"]) - 1
+    (folder / "partly_gltf.gltf").write_text(json.dumps(record))
+
+
 RED_PART, BLUE_PART = ((VERTICES, TRIANGLES, colour, 1.0) for colour in ((1, 0, 0), (0, 0, 1)))
 VEIL = (VERTICES, TRIANGLES, (1, 0, 0), 0.5)
 
@@ -75,7 +97,10 @@ def write_scenes(folder):
     write_scene(folder / "overlay.gltf", [VEIL, white], over, one_sided=(0, 1))
     card, back = (VERTICES, TRIANGLES[:2], (1, 0, 0), 1.0), (VERTICES, TRIANGLES[:2, ::-1], (1, 0, 0), 1.0)
     write_scene(folder / "two_sides.gltf", [card, back], [{"mesh": 0}, {"mesh": 1}], one_sided=(0, 1))
+    write_partly_colored(folder)
     return {
+        "partly": ({red, (255, 255, 255)}, 8.0, 0.0),
+        "partly_gltf": ({red, (128, 128, 128)}, 8.0, 0.0),
         "instances": ({red, blue}, 8.0, 1 / 3),
         "same_mesh": ({red}, 2.0, 0.5),
         "two_scenes": ({blue}, 5.0, 0.0),
