@@ -149,6 +149,7 @@ def prepare(
     for thing in things:
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
+    blender_materials.turn_opposed_normals()
     blender_materials.show_movies_as_pictures()
     doubled = blender_materials.separate_doubled_faces()
     blender_materials.hide_back_faces()

@@ -9,6 +9,7 @@
 | an MTL of the OBJ's name that it does not name | that one                  | not read if the named ones are there    |
 | MTL ``map_Ka`` without ``map_Kd``              | no texture                | the texture                             |
 | colors at vertices, and a material without one | the material's gray       | the colors; the gray of parts without   |
+| normals that point to the back of their face   | black                     | they are turned                         |
 | glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen, holes or not   |
 | a GIF as a texture                             | a movie, shown in magenta | its first picture                       |
 | several faces in one place                     | black speckles            | one of them; opaque under transparent   |
@@ -200,6 +201,27 @@ def _geometry(
     slots = np.empty(len(mesh.loop_triangles), dtype=np.int32)
     mesh.loop_triangles.foreach_get("material_index", slots)
     return points.reshape(-1, 3).astype(np.float64), corners.reshape(-1, 3).astype(np.int64), slots
+
+
+def turn_opposed_normals() -> None:
+    """Turn the normals of a file that point to the back of their face: Cycles shades its front black with them."""
+    for mesh in {thing.data: None for thing in shown_meshes()}:
+        if not mesh.has_custom_normals:
+            continue
+        corners, faces = (
+            np.empty((len(mesh.loops), 3), np.float32),
+            np.empty((len(mesh.polygons), 3), np.float32),
+        )
+        mesh.corner_normals.foreach_get("vector", corners.reshape(-1))
+        mesh.polygons.foreach_get(
+            "normal", faces.reshape(-1)
+        )  # polygon_normals are made of those of the file
+        counts = np.empty(len(mesh.polygons), dtype=np.int32)
+        mesh.polygons.foreach_get("loop_total", counts)
+        opposed = (corners * np.repeat(faces, counts, axis=0)).sum(axis=1) < 0
+        if opposed.any():
+            corners[opposed] *= -1
+            mesh.normals_split_custom_set(corners)
 
 
 def is_opaque(material: bpy.types.Material | None) -> bool:

@@ -63,7 +63,7 @@ def write_partly_colored(folder):
         lines += [f"f {a + 8 * part + 1} {b + 8 * part + 1} {c + 8 * part + 1}" for a, b, c in TRIANGLES]
     (folder / "partly.obj").write_text("\n".join(lines) + "\n")
     (folder / "kd_one.mtl").write_text("newmtl m\nKd 1 1 1\nKs 0 0 0\n")
-    gray = (VERTICES + (6, 0, 0), TRIANGLES, (0.5, 0.5, 0.5), 1.0)
+    gray = (VERTICES + np.array([6, 0, 0]), TRIANGLES, (0.5, 0.5, 0.5), 1.0)
     write_gltf(folder / "partly_gltf.gltf", [(VERTICES, TRIANGLES, (1, 1, 1), 1.0), gray])
     record = json.loads((folder / "partly_gltf.gltf").read_text())
     colours = np.tile([1, 0, 0], (8, 1)).astype("<f4").tobytes()
@@ -135,6 +135,13 @@ def write_assets(folder):
             file.read_text().replace("usemtl m", "usemtl Gr\u00fcn").replace("newmtl m", "newmtl Gr\u00fcn")
         )
         file.write_bytes(b"\xef\xbb\xbf" * (file.suffix == ".mtl") + text.encode("latin-1"))
+    write_obj(folder, "inside_out", plain)
+    lines = (folder / "inside_out.obj").read_text().split("\nf ")
+    corners = VERTICES[TRIANGLES]
+    inwards = np.cross(corners[:, 2] - corners[:, 0], corners[:, 1] - corners[:, 0])
+    normals = [f"vn {x:g} {y:g} {z:g}" for x, y, z in inwards / 4]
+    faces = [line.replace("/1", f"/1/{number + 1}") for number, line in enumerate(lines[1:])]
+    (folder / "inside_out.obj").write_text("\n".join([lines[0], *normals]) + "\nf " + "\nf ".join(faces))
     write_obj(folder, "ambient", "newmtl m\nKd 0.8 0.8 0.8\nmap_Ka green.png\n")
     write_obj(folder, "movie", "newmtl m\nKd 1 1 1\nmap_Kd green.gif\n")
     write_obj(folder, "colours", "newmtl m\nKd 0.8 0.8 0.8\n", colour="0.1176 0.6275 0.3529")
@@ -157,7 +164,7 @@ def write_assets(folder):
     green = (30, 160, 90)
     return {
         "kd": RED_SRGB, "kd_scientific": RED_SRGB, "kd_single": (150, 150, 150), "own_name": RED_SRGB,
-        "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "latin": RED_SRGB,
+        "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "inside_out": RED_SRGB, "latin": RED_SRGB,
         "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
         "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "outline": RED_SRGB,
     }  # fmt: skip
