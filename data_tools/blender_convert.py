@@ -6,7 +6,7 @@ from pathlib import Path
 import bpy
 from PIL import Image
 
-from data_tools.blender_materials import linear
+from data_tools.wavefront import linear
 
 # isort: split
 import bmesh  # exists only once bpy is loaded

@@ -16,10 +16,9 @@ import mathutils
 import numpy as np
 import numpy.typing as npt
 
-from data_tools import blender_materials
+from data_tools import blender_materials, wavefront
 from data_tools.assets import Up
 from data_tools.criteria import MeshMeasures
-from data_tools.wavefront import library_names
 from lrm_pl.conventions import Normalisation
 
 #: More than this is refused: it would take the memory and the time of thousands of objects.
@@ -56,33 +55,42 @@ def load_asset(
     kind = path.suffix.lower()
     if (target := _target_with_its_files(path, kind)) is not None:
         path, root = target, root if target.is_relative_to(root) else target.parent
-    _refuse_files_outside(root, path.parent, _named_files(path, kind))
+    missing = list[str]()
     with tempfile.TemporaryDirectory() as scratch:
-        readable, faces_have_colors = (
-            blender_materials.readable_ply(path, Path(scratch)) if kind == ".ply" else (path, False)
-        )
+        readable = path
+        if kind == ".obj":
+            content = path.read_bytes()
+            mtl_files, missing = wavefront.libraries(path, content)
+            _refuse_files_outside(root, path.parent, map(str, mtl_files))
+            readable = blender_materials.readable_obj(path, content, mtl_files, Path(scratch))
+        elif kind == ".ply":
+            readable, faces_have_colors = blender_materials.readable_ply(path, Path(scratch))
+            missing += [f"{path.name}: colors of faces are not read"] if faces_have_colors else []
+        elif kind in GLTF:
+            record = _json_of_glb(path) if kind == ".glb" else path.read_bytes()
+            _refuse_files_outside(root, path.parent, _uris(path, record))
         _import(readable, up or "y")
-    missing = blender_materials.apply_mtl(path) if kind == ".obj" else []
+    if kind not in GLTF:
+        blender_materials.show_vertex_colors()
     pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
     _refuse_files_outside(root, Path.cwd(), pictures)
-    missing += [f"{path.name}: colors of faces are not read"] if faces_have_colors else []
     return prepare(normalise, missing)
 
 
 def _target_with_its_files(path: Path, kind: str) -> Path | None:
     """Return what a linked mesh links to, where the files that it names lie beside that and not beside the link."""
     target = path.resolve()
-    names = [name.replace("\\", "/") for name in _named_files(path, kind)] if path.is_symlink() else []
-    if not names or target.suffix.lower() != kind or all((path.parent / name).exists() for name in names):
+    if not path.is_symlink() or target.suffix.lower() != kind:
         return None
-    return target if all((target.parent / name).exists() for name in names) else None
+    return target if _lacks_files(path, kind) and not _lacks_files(target, kind) else None
 
 
-def _named_files(path: Path, kind: str) -> list[str]:
-    """List the files that a mesh file names, as it writes them."""
+def _lacks_files(path: Path, kind: str) -> bool:
+    """Say whether a file that a mesh file names is not beside it."""
     if kind == ".obj":
-        return library_names(path.read_bytes())
-    return _uris(path, _json_of_glb(path) if kind == ".glb" else path.read_bytes()) if kind in GLTF else []
+        return bool(wavefront.libraries(path, path.read_bytes())[1])
+    uris = _uris(path, _json_of_glb(path) if kind == ".glb" else path.read_bytes()) if kind in GLTF else []
+    return any(not (path.parent / uri.replace("\\", "/")).exists() for uri in uris)
 
 
 def _json_of_glb(path: Path) -> bytes:
@@ -107,7 +115,8 @@ def _uris(path: Path, content: bytes) -> list[str]:
         raise
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
-    return [unquote(uri) for uri in uris if uri and not uri.startswith("data:")]
+    # Blender's importer opens a "data:" without this mark as the path of a file.
+    return [unquote(uri) for uri in uris if uri and not (uri.startswith("data:") and ";base64," in uri)]
 
 
 def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> None:
@@ -121,8 +130,17 @@ def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> Non
     for file in files:
         for written in {file, file.replace("\\", "/"), re.sub("^file:/*", "/", file)}:
             place = Path(os.path.normpath(folder.absolute() / written))  # links are the user's own
-            if place.exists() and not any(place.is_relative_to(inside) for inside in (root, root.resolve())):
-                raise AssetError(f"expected its files in {root}, found that it uses {place}; put it there")
+            if os.path.exists(place) and not any(
+                place.is_relative_to(inside) for inside in (root, root.resolve())
+            ):
+                raise AssetError(
+                    f"expected its files in {root}, found that it uses {_printable(str(place))}; put it there"
+                )
+
+
+def _printable(name: str) -> str:
+    """Return a name that may not be UTF-8 as text that can be printed and listed."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def prepare(
@@ -143,12 +161,15 @@ def prepare(
         AssetError: There is no usable mesh.
     """
     # None of these is removed: what hangs under it would lose its place.
-    for thing in bpy.data.objects:
+    things = list(
+        bpy.context.view_layer.objects
+    )  # a glTF file may hold other scenes than the one that it shows
+    for thing in things:
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
-    blender_materials.show_vertex_colors()
+    blender_materials.turn_opposed_normals()
     blender_materials.show_movies_as_pictures()
-    doubled = blender_materials.drop_doubled_faces()
+    doubled = blender_materials.separate_doubled_faces()
     blender_materials.hide_back_faces()
     # Asking for the size makes Blender load the picture.
     pictures = [
@@ -156,10 +177,10 @@ def prepare(
     ]
     missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
     for name in [*missing, *lost]:
-        print(f"missing texture: {name}")
+        print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalise(normalise)
-    kinds = Counter(thing.type for thing in bpy.data.objects)
-    shown = [thing for thing in bpy.data.objects if not thing.hide_render and thing.type in _WITH_FACES]
+    kinds = Counter(thing.type for thing in things)
+    shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
     materials = {slot.material for thing in shown for slot in thing.material_slots if slot.material}
     return extent, MeshMeasures(
         triangles=triangles,
@@ -172,7 +193,7 @@ def prepare(
         textures=len(pictures),
         missing_textures=len(missing) + len(lost),
         animated=animated,
-        hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in bpy.data.objects),
+        hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in things),
         cameras=kinds["CAMERA"],
         lights=kinds["LIGHT"],
     )
@@ -190,11 +211,8 @@ def _is_hidden(thing: bpy.types.Object) -> bool:
 
 def _is_clear(material: bpy.types.Material) -> bool:
     """Say whether nothing of a material can be seen: its alpha is the number 0."""
-    shaders = blender_materials.principled(material)
-    return bool(shaders) and all(
-        not shader.inputs["Alpha"].is_linked and shader.inputs["Alpha"].default_value == 0
-        for shader in shaders
-    )
+    found = blender_materials.alphas(material)
+    return bool(found) and not any(alpha.is_linked or alpha.default_value for alpha in found)
 
 
 def _is_coloured(materials: Iterable[bpy.types.Material]) -> bool:

@@ -4,20 +4,26 @@
 |------------------------------------------------|---------------------------|-----------------------------------------|
 | MTL ``Kd``                                     | linear light              | sRGB, unless Blender wrote the MTL      |
 | MTL ``Tf 1 1 1``, which 3ds Max and Maya write | glass                     | glass only with ``illum`` 4, 6, 7 or 9  |
+| ``Kd 0.5``; names in quotes or not in UTF-8    | cyan; gray                | gray of 0.5; as any other name          |
+| ``mtllib`` with several names, or a wrong one  | gray                      | each; the MTL of the OBJ's own name     |
+| an MTL of the OBJ's name that it does not name | that one                  | not read if the named ones are there    |
 | MTL ``map_Ka`` without ``map_Kd``              | no texture                | the texture                             |
-| colors at vertices, and a material without one | the material's gray       | the colors                              |
-| glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen                 |
+| colors at vertices, and a material without one | the material's gray       | the colors; the gray of parts without   |
+| normals that point to the back of their face   | black                     | they are turned                         |
+| glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen, holes or not   |
 | a GIF as a texture                             | a movie, shown in magenta | its first picture                       |
-| several faces in one place                     | black speckles            | one of them                             |
+| several faces in one place                     | black speckles            | one of them; opaque under transparent   |
 | an OBJ whose MTL is not there                  | gray                      | counted as a missing texture            |
 | colors of faces in a PLY, other names of them  | gray                      | names: read; faces: counted as missing  |
 """
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import bpy
+import mathutils
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -25,18 +31,13 @@ from PIL import Image
 # isort: split
 import bmesh  # exists only once bpy is loaded
 
-from data_tools.wavefront import Material, read_materials
-
-#: ``illum`` of materials that light passes through (the MTL format, section 5).
-_GLASS = frozenset({4, 6, 7, 9})
+from data_tools.wavefront import plain_text, translated_mtl
 
 #: Corners are in one place if they are nearer than this, of the object's longest side.
 _SAME_PLACE = 1e-6
 
-
-def linear(srgb: float) -> float:
-    """Return the linear light of an sRGB value in [0, 1]."""
-    return srgb / 12.92 if srgb <= 0.04045 else ((srgb + 0.055) / 1.055) ** 2.4
+#: Faces that share a place and both stay are this far apart, of the object's longest side.
+_APART = 1e-4
 
 
 def principled(material: bpy.types.Material) -> list[bpy.types.Node]:
@@ -45,53 +46,70 @@ def principled(material: bpy.types.Material) -> list[bpy.types.Node]:
     return [node for node in tree.nodes if node.type == "BSDF_PRINCIPLED"] if tree else []
 
 
-def apply_mtl(obj: Path) -> list[str]:
-    """Give the materials of an imported OBJ what its MTL means.
+def readable_obj(path: Path, content: bytes, mtl_files: Iterable[Path], scratch: Path) -> Path:
+    """Return a copy of an OBJ that names no other file; beside it the MTL of its name, which Blender reads unnamed.
 
-    Returns:
-        The MTL files that are not there.
+    So no way to write a name, of which Blender understands more than we do, opens a file that we have not chosen.
+
+    Args:
+        path: The OBJ.
+        content: Its content.
+        mtl_files: Its MTL files.
+        scratch: Where the copy is written.
     """
-    materials, missing = read_materials(obj)
-    for material in bpy.data.materials:
-        given = materials.get(material.name)
-        if given is not None:
-            for shader in principled(material):
-                _apply(given, material.node_tree, shader)
-    return missing
+    copy = scratch / "readable.obj"
+    copy.write_bytes(re.sub(rb"mtllib(?=[^\x21-\x7f]|\\)", b"#", plain_text(content)))
+    copy.with_suffix(".mtl").write_bytes(translated_mtl(mtl_files))
+    return copy
 
 
-def _apply(given: Material, tree: bpy.types.NodeTree, shader: bpy.types.Node) -> None:
-    if given.diffuse is not None and not given.by_blender:
-        shader.inputs["Base Color"].default_value = (*map(linear, given.diffuse), 1.0)
-    if given.illumination not in _GLASS:
-        shader.inputs["Transmission Weight"].default_value = 0.0
-    if given.ambient_map is not None and not shader.inputs["Base Color"].is_linked:
-        node = tree.nodes.new("ShaderNodeTexImage")
-        node.image = bpy.data.images.load(str(given.ambient_map), check_existing=True)
-        tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
+def shown_meshes() -> list[bpy.types.Object]:
+    """Return the meshes with faces of the scene, without those that are hidden."""
+    return [
+        thing
+        for thing in bpy.context.view_layer.objects
+        if thing.type == "MESH" and not thing.hide_render and thing.data.polygons
+    ]
 
 
 def show_vertex_colors() -> None:
-    """Show the colors at the vertices of meshes whose materials have neither a texture nor a color of their own."""
-    for mesh in bpy.data.meshes:
-        if not mesh.color_attributes:
+    """Show the colors at the vertices of meshes whose materials have neither a texture nor a color of their own.
+
+    For files other than glTF, which says itself where they are shown.
+    """
+    copies = dict[tuple[bpy.types.Material, str], bpy.types.Material]()
+    for thing in bpy.context.view_layer.objects:
+        if thing.type != "MESH" or not thing.data.color_attributes:
             continue
-        name = mesh.color_attributes[0].name
-        if not any(mesh.materials):
+        name = thing.data.color_attributes[0].name
+        if not any(slot.material for slot in thing.material_slots):
             material = bpy.data.materials.new("vertex colors")
             material.use_nodes = True
             shader = material.node_tree.nodes["Principled BSDF"]
             shader.inputs["Specular IOR Level"].default_value = 0.0
             shader.inputs["Roughness"].default_value = 1.0
-            mesh.materials.clear()
-            mesh.materials.append(material)
-        for material in filter(None, mesh.materials):
-            for shader in principled(material):
-                color = shader.inputs["Base Color"]
-                if not color.is_linked and max(color.default_value[:3]) - min(color.default_value[:3]) < 1e-3:
-                    node = material.node_tree.nodes.new("ShaderNodeVertexColor")
-                    node.layer_name = name
-                    material.node_tree.links.new(node.outputs["Color"], color)
+            thing.data.materials.clear()
+            thing.data.materials.append(material)
+        for slot in thing.material_slots:
+            if slot.material and slot.material not in copies.values() and _is_gray(slot.material):
+                key = (slot.material, name)
+                if key not in copies:  # meshes without these colors keep the material
+                    copies[key] = slot.material.copy()
+                    _color_with(copies[key], name)
+                slot.material = copies[key]
+
+
+def _is_gray(material: bpy.types.Material) -> bool:
+    colors = [shader.inputs["Base Color"] for shader in principled(material)]
+    return any(not c.is_linked and max(c.default_value[:3]) - min(c.default_value[:3]) < 1e-3 for c in colors)
+
+
+def _color_with(material: bpy.types.Material, attribute: str) -> None:
+    node = material.node_tree.nodes.new("ShaderNodeVertexColor")
+    node.layer_name = attribute
+    for shader in principled(material):
+        if not shader.inputs["Base Color"].is_linked:
+            material.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
 
 
 def show_movies_as_pictures() -> None:
@@ -113,14 +131,17 @@ def show_movies_as_pictures() -> None:
 def hide_back_faces() -> None:
     """Apply back-face culling, which Cycles ignores: back faces of culled materials become transparent.
 
-    Where no back face can be seen from outside, because the faces of a material are closed and look outwards, nothing
-    is changed: transparent surfaces cost time. Where they are closed and look inwards (outlines of drawn characters)
-    they also let all light through, which they would keep from what they surround.
+    Where no back face can be seen from outside, because the faces of an opaque material are closed and look outwards,
+    nothing is changed: transparent surfaces cost time. Where they are closed and look inwards (outlines of drawn
+    characters) they also let all light through, which they would keep from what they surround.
     """
+    meshes = list({thing.data: None for thing in shown_meshes()})
     for material in [m for m in bpy.data.materials if m.use_backface_culling and m.node_tree]:
-        volumes = [volume for mesh in bpy.data.meshes if (volume := _closed_volume(mesh, material)) != 0]
+        volumes = [volume for mesh in meshes if (volume := _closed_volume(mesh, material)) != 0]
         output = next((node for node in material.node_tree.nodes if node.type == "OUTPUT_MATERIAL"), None)
-        if all(volume > 0 for volume in volumes) or output is None or not output.inputs["Surface"].is_linked:
+        if output is None or not output.inputs["Surface"].is_linked:
+            continue
+        if is_opaque(material) and all(volume > 0 for volume in volumes):
             continue
         nodes, links = material.node_tree.nodes, material.node_tree.links
         surface = output.inputs["Surface"].links[0].from_socket
@@ -182,37 +203,117 @@ def _geometry(
     return points.reshape(-1, 3).astype(np.float64), corners.reshape(-1, 3).astype(np.int64), slots
 
 
-def drop_doubled_faces() -> float:
-    """Delete duplicate faces, which cause ray-tracing artifacts, and return the fraction deleted.
+def turn_opposed_normals() -> None:
+    """Turn the normals of a file that point to the back of their face: Cycles shades its front black with them."""
+    for mesh in {thing.data: None for thing in shown_meshes()}:
+        if not mesh.has_custom_normals:
+            continue
+        corners, faces = (
+            np.empty((len(mesh.loops), 3), np.float32),
+            np.empty((len(mesh.polygons), 3), np.float32),
+        )
+        mesh.corner_normals.foreach_get("vector", corners.reshape(-1))
+        mesh.polygons.foreach_get(
+            "normal", faces.reshape(-1)
+        )  # polygon_normals are made of those of the file
+        counts = np.empty(len(mesh.polygons), dtype=np.int32)
+        mesh.polygons.foreach_get("loop_total", counts)
+        opposed = (corners * np.repeat(faces, counts, axis=0)).sum(axis=1) < 0
+        if opposed.any():
+            corners[opposed] *= -1
+            mesh.normals_split_custom_set(corners)
 
-    Faces that look opposite ways, each seen from one side only, both stay.
+
+def is_opaque(material: bpy.types.Material | None) -> bool:
+    """Say whether nothing can be seen through a material."""
+    return material is None or all(
+        not alpha.is_linked and alpha.default_value >= 1 for alpha in alphas(material)
+    )
+
+
+def alphas(material: bpy.types.Material) -> list[bpy.types.NodeSocket]:
+    """Return the inputs that say how much of a material is seen."""
+    tree = material.node_tree
+    mixes = [node.inputs[0] for node in tree.nodes if node.type == "MIX_SHADER"] if tree else []
+    unlit = [fac for fac in mixes if not (fac.is_linked and fac.links[0].from_node.type == "LIGHT_PATH")]
+    return [shader.inputs["Alpha"] for shader in principled(material)] or unlit
+
+
+def separate_doubled_faces() -> float:
+    """Leave one of several faces in one place, which cause ray-tracing artifacts; return the fraction deleted.
+
+    Those that can all be seen stay, a little apart: what lies over an opaque face with an alpha of its own, and faces
+    that look opposite ways, each seen from one side only.
     """
-    shown = [
-        thing
-        for thing in bpy.data.objects
-        if thing.type == "MESH" and not thing.hide_render and thing.data.polygons
-    ]
-    things = list({thing.data: thing for thing in shown}.values())  # one of those that share a mesh
+    things = shown_meshes()
     if not things:
         return 0.0
-    marks = [_face_marks(thing, _longest_side(shown)) for thing in things]
-    marked = np.concatenate(marks)
-    _, first = np.unique(marked, return_index=True)
-    kept = np.zeros(len(marked), dtype=bool)
-    kept[first] = True
+    bpy.context.evaluated_depsgraph_get()  # places everything
+    size = _longest_side(things)
+    faces = [_faces(thing, size) for thing in things]
+    place, side, material, opaque = (np.concatenate(column) for column in zip(*faces, strict=True))
+    level = _levels(place, side, material, opaque)
+    edited = dict[tuple[str, float, bytes], bpy.types.Mesh]()
     start = 0
-    for thing, own in zip(things, marks, strict=True):
-        doubled = np.flatnonzero(~kept[start : start + len(own)])
-        start += len(own)
-        if len(doubled):
-            editable = bmesh.new()
-            editable.from_mesh(thing.data)
-            editable.faces.ensure_lookup_table()
-            faces = [editable.faces[int(index)] for index in doubled]
-            bmesh.ops.delete(editable, geom=faces, context="FACES_ONLY")
-            editable.to_mesh(thing.data)
-            editable.free()
-    return float(1 - kept.mean())
+    for thing, own in zip(things, faces, strict=True):
+        levels = level[start : start + len(own[0])]
+        start += len(levels)
+        if levels.any():
+            step = _APART * size / max(*map(abs, thing.matrix_world.to_scale()), 1e-30)
+            key = (thing.data.name, round(step, 9), levels.tobytes())
+            if key not in edited:  # others that share the mesh keep it
+                edited[key] = thing.data.copy()
+                _set_apart(edited[key], levels, step)
+            thing.data = edited[key]
+    return float((level < 0).mean())
+
+
+def _levels(
+    place: npt.NDArray[np.uint64],
+    side: npt.NDArray[np.uint8],
+    material: npt.NDArray[np.int64],
+    opaque: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.int16]:
+    """Return how many faces a face lies above, of those that stay in its place; -1 where it does not stay."""
+    level = np.zeros(len(place), dtype=np.int16)
+    _, inverse, counts = np.unique(place, return_inverse=True, return_counts=True)
+    doubled = np.flatnonzero(counts[inverse] > 1)
+    if not len(doubled):
+        return level
+    _, where = np.unique(inverse[doubled], return_inverse=True)
+    side, opaque = side[doubled], opaque[doubled]
+    # of the opaque ones one of each side, or one that is seen from both; of the others one of each material
+    seen_from_both = np.zeros(int(where.max()) + 1, dtype=bool)
+    seen_from_both[where[opaque & (side == 0)]] = True
+    rows = np.stack([where, opaque, side, np.where(opaque, -1, material[doubled])], axis=1)
+    stays = np.zeros(len(doubled), dtype=bool)
+    stays[np.unique(rows, axis=0, return_index=True)[1]] = True
+    stays &= ~(opaque & (side > 0) & seen_from_both[where])
+    level[doubled[~stays]] = -1
+    order = np.flatnonzero(stays)
+    order = order[np.lexsort((order, ~opaque[order], where[order]))]
+    starts = np.flatnonzero(np.diff(where[order], prepend=-1))
+    lengths = np.diff(starts, append=len(order))
+    level[doubled[order]] = np.arange(len(order)) - np.repeat(starts, lengths)
+    return level
+
+
+def _set_apart(mesh: bpy.types.Mesh, levels: npt.NDArray[np.int16], step: float) -> None:
+    """Delete the faces of level -1, and move those of the others by as many steps the way they look."""
+    editable = bmesh.new()
+    editable.from_mesh(mesh)
+    editable.faces.ensure_lookup_table()
+    faces = list(editable.faces)
+    for level in np.unique(levels[levels > 0]):
+        above = [faces[int(index)] for index in np.flatnonzero(levels == level)]
+        split = bmesh.ops.split(editable, geom=above)["geom"]
+        for vertex in [one for one in split if isinstance(one, bmesh.types.BMVert)]:
+            way = sum((face.normal for face in vertex.link_faces), mathutils.Vector())
+            vertex.co += way.normalized() * (step * int(level))
+    doubled = [faces[int(index)] for index in np.flatnonzero(levels < 0)]
+    bmesh.ops.delete(editable, geom=doubled, context="FACES_ONLY")
+    editable.to_mesh(mesh)
+    editable.free()
 
 
 def _longest_side(things: list[bpy.types.Object]) -> float:
@@ -225,11 +326,19 @@ def _longest_side(things: list[bpy.types.Object]) -> float:
     return float(np.ptp(np.concatenate(corners), axis=0).max())
 
 
-def _face_marks(thing: bpy.types.Object, size: float) -> npt.NDArray[np.uint64]:
-    """Return a number a face, of where its corners are whatever their order; and of its side, if it has one."""
+def _faces(
+    thing: bpy.types.Object, size: float
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Describe the faces of an object.
+
+    Returns:
+        Of each face a number of where its corners are, whatever their order; of the way it looks, 0 where it is seen
+        from both sides; of its material; and whether that is opaque.
+    """
     mesh = thing.data
+    posed = thing.evaluated_get(bpy.context.evaluated_depsgraph_get()).data
     points = np.empty(len(mesh.vertices) * 3, dtype=np.float32)
-    mesh.vertices.foreach_get("co", points)
+    (posed if len(posed.vertices) == len(mesh.vertices) else mesh).vertices.foreach_get("co", points)
     matrix = np.array(thing.matrix_world, dtype=np.float64)
     world = points.reshape(-1, 3).astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
     cells = np.rint(world / max(size * _SAME_PLACE, 1e-30)).astype(np.int64).astype(np.uint64)
@@ -238,16 +347,22 @@ def _face_marks(thing: bpy.types.Object, size: float) -> npt.NDArray[np.uint64]:
     mesh.loops.foreach_get("vertex_index", loops)
     starts = np.empty(len(mesh.polygons), dtype=np.int32)
     mesh.polygons.foreach_get("loop_start", starts)
-    marks = np.add.reduceat(mixed[loops], starts)
     slots = np.empty(len(mesh.polygons), dtype=np.int32)
     mesh.polygons.foreach_get("material_index", slots)
-    one_sided = np.array([bool(m and m.use_backface_culling) for m in mesh.materials] or [False])
+    materials = [slot.material for slot in thing.material_slots] or [None]
+    slots = slots.clip(0, len(materials) - 1)
     normals = np.empty(len(mesh.polygons) * 3, dtype=np.float32)
     mesh.polygons.foreach_get("normal", normals)
-    looks = normals.reshape(-1, 3) @ np.linalg.inv(matrix[:3, :3])  # the inverse transposed
+    looks = normals.reshape(-1, 3) @ np.linalg.pinv(matrix[:3, :3])  # the inverse transposed
     largest = np.abs(looks).argmax(axis=1)
     side = 1 + 2 * largest + (np.take_along_axis(looks, largest[:, None], 1)[:, 0] > 0)
-    return marks + np.where(one_sided[slots.clip(0, len(one_sided) - 1)], side, 0).astype(np.uint64)
+    one_sided = np.array([bool(m and m.use_backface_culling) for m in materials])
+    return (
+        np.add.reduceat(mixed[loops], starts),
+        np.where(one_sided[slots], side, 0).astype(np.uint8),
+        np.array([m.as_pointer() if m else 0 for m in materials], dtype=np.int64)[slots],
+        np.array([is_opaque(m) for m in materials])[slots],
+    )
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

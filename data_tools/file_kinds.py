@@ -4,7 +4,7 @@ import re
 import struct
 from pathlib import Path
 
-from data_tools.wavefront import library_names
+from data_tools.wavefront import libraries
 from lrm_pl.errors import InputError
 
 #: Bytes that are enough to tell.
@@ -96,11 +96,9 @@ def check_readable(path: Path) -> None:
     _refuse_utf16(path, head, kind in (".obj", ".gltf"))
     if kind == ".obj":
         content = path.read_bytes()
-        for name in library_names(content):
-            library = path.parent / name.replace("\\", "/")
-            if library.is_file():
-                with open(library, "rb") as file:
-                    _refuse_utf16(library, file.read(HEAD_BYTES), True)
+        for library in libraries(path, content)[0]:
+            with open(library, "rb") as file:
+                _refuse_utf16(library, file.read(HEAD_BYTES), True)
         _refuse_undefined(content, 1)
     elif kind == ".ply" and b"format ascii" in head:
         _refuse_undefined(path.read_bytes(), 0)

@@ -1,13 +1,34 @@
 """What an OBJ is coloured with, read without Blender: the materials that its faces use, their colours and textures."""
 
 import dataclasses
+import math
+import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 #: A file beside the OBJ -> its bytes; None where there is none. Paths are relative to the OBJ's folder.
 Read = Callable[[str], bytes | None]
+
+#: ``illum`` of materials that light passes through (the MTL format, section 5).
+_GLASS = frozenset({"4", "6", "7", "9"})
+
+#: Statements of numbers, after which a comment may follow; names of files may hold its sign.
+_NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
+
+#: Statements of pictures, beside those that begin with ``map_``.
+_PICTURES = frozenset({"bump", "disp", "decal", "norm", "refl"})
+
+#: As Blender spells what it reads; it tells upper from lower case.
+_SPELLING = {
+    name.lower(): name
+    for name in (
+        "Kd", "Ks", "Ke", "Ns", "Ni", "Tr", "Tf", "Pr", "Pm", "Ps", "Pc", "Pcr", "map_Kd", "map_Ks", "map_Ns", "map_Ke",
+        "map_Bump", "map_Pr", "map_Pm", "map_Ps",
+    )
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +58,15 @@ def read_surface(obj: bytes, read: Read) -> Surface:
     used = {
         _text(name.rstrip()) for name in re.findall(rb"^[ \t]*usemtl[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
     }
-    libraries = tuple(dict.fromkeys(posixpath.normpath(name) for name in library_names(obj)))
+    names = library_names(obj, lambda name: not leaves(name) and read(posixpath.normpath(name)) is not None)
+    libraries = tuple(dict.fromkeys(map(posixpath.normpath, names)))
     missing, colours, pictures = [], dict[str, str](), dict[str, list[str]]()
     for library in libraries:
         content = None if leaves(library) else read(library)
         if content is None:
             missing.append(library)
             continue
-        for material, key, value in _statements(_text(content)):
+        for material, key, value in _statements(content):
             if key == "kd":
                 colours[material] = " ".join(value.split())
             elif key in ("map_kd", "map_d"):
@@ -56,63 +78,115 @@ def read_surface(obj: bytes, read: Read) -> Surface:
     return Surface(libraries, textures, plain, tuple(missing))
 
 
-@dataclasses.dataclass
-class Material:
-    """What an MTL says of a material, as far as Blender takes it otherwise.
+def library_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
+    """Return the MTL files that an OBJ names.
 
-    Attributes:
-        by_blender: Whether Blender wrote the MTL: its colours are linear light.
-        diffuse: ``Kd``, as written; None where it is not given as three numbers in [0, 1].
-        illumination: ``illum``; None where it is not given.
-        ambient_map: The picture of ``map_Ka``, where there is one and none of ``map_Kd``.
+    A line is one name where such a file exists, else several, between spaces or quotes, where one of them does.
+
+    Args:
+        obj: Content of the OBJ.
+        exists: Whether there is such a file beside it.
     """
+    names = list[str]()
+    for line in re.findall(rb"^[^\S\n]*mtllib[^\S\n]+(\S[^\n]*)", plain_text(obj), re.MULTILINE):
+        whole = _text(line.rstrip())
+        bare = whole[1:-1] if re.fullmatch('"[^"]+"', whole) else whole
+        several = [quoted or word for quoted, word in re.findall(r'"([^"]+)"|(\S+)', whole)]
+        names += several if not exists(bare) and any(map(exists, several)) else [bare]
+    return list(dict.fromkeys(names))
 
-    by_blender: bool
-    diffuse: tuple[float, ...] | None = None
-    illumination: int | None = None
-    ambient_map: Path | None = None
 
+def libraries(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
+    """Find the MTL files of an OBJ: those that it names; where one is not there, also the one of the OBJ's own name.
 
-def read_materials(obj: Path) -> tuple[dict[str, Material], list[str]]:
-    """Read the MTL files that an OBJ names.
+    Args:
+        path: The OBJ.
+        obj: Its content.
 
     Returns:
-        The materials by name, and the MTL files that are not there.
+        The files, the first to be read first; and the names of those that are not there.
     """
-    materials, missing = dict[str, Material](), list[str]()
-    for name in library_names(obj.read_bytes()):
-        path = obj.parent / name.replace("\\", "/")
-        if not path.is_file():
-            missing.append(name)
-            continue
-        text = _text(path.read_bytes())
-        by_blender, with_map = bool(re.match(r"#\s*Blender", text)), set[str]()
-        for key, keyword, value in _statements(text):
-            material = materials.setdefault(key, Material(by_blender))
-            words = value.split()
-            if (
-                keyword == "kd"
-                and len(words) == 3
-                and all(re.fullmatch(r"[01]?\.?\d*(e-\d+)?", w) for w in words)
-            ):
-                colour = tuple(map(float, words))
-                material.diffuse = colour if max(colour) <= 1 else None
-            elif keyword == "illum" and words[0].isdecimal():
-                material.illumination = int(words[0])
-            elif keyword == "map_kd":
-                with_map.add(key)
-            elif keyword == "map_ka":
-                picture = path.parent / _without_options(value).strip().replace("\\", "/")
-                material.ambient_map = picture if picture.is_file() else None
-        for key in with_map & materials.keys():
-            materials[key].ambient_map = None
-    return materials, missing
+    named = library_names(obj, partial(_is_beside, path))
+    found = [path.parent / name.replace("\\", "/") for name in named if _is_beside(path, name)]
+    missing = [name for name in named if not _is_beside(path, name)]
+    if named and not missing:
+        return found, []
+    own = [
+        place for place in map(path.with_suffix, (".mtl", ".MTL")) if place.is_file() and place not in found
+    ][:1]
+    return [*own, *found], [] if own else missing
 
 
-def library_names(obj: bytes) -> list[str]:
-    """Return the MTL files that an OBJ names, as they are written."""
-    found = re.findall(rb"^[ \t]*mtllib[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
-    return list(dict.fromkeys(_text(name.rstrip()) for name in found))
+def _is_beside(path: Path, name: str) -> bool:
+    return os.path.isfile(path.parent / name.replace("\\", "/"))
+
+
+def plain_text(content: bytes) -> bytes:
+    """Return an OBJ or MTL with line feeds alone, without a mark at its start and lines that go on in the next."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in content else content
+    return re.sub(rb"\\[ \t]*\n", b" ", content)
+
+
+def translated_mtl(files: Iterable[Path]) -> bytes:
+    """Write MTL files as one, which Blender takes as they are meant; the table in ``blender_materials`` has the rules.
+
+    Args:
+        files: The MTL files; the last that says something of a material is right.
+    """
+    materials = dict[str, dict[str, str]]()
+    for path in files:
+        content = path.read_bytes()
+        by_blender = re.match(rb"#\s*Blender", content) is not None
+        for name, keyword, value in _statements(content):
+            if keyword in _NUMBERS:
+                value = value.split("#")[0].strip()
+            if keyword == "kd":
+                color = _color(value)
+                value = " ".join(f"{x if by_blender else linear(x):.9g}" for x in color)
+            elif keyword in _PICTURES or keyword.startswith("map_"):
+                value = _with_place(path.parent, value)
+            statements = materials.setdefault(name, {})
+            statements.pop(keyword, None)  # Blender takes the last of d and Tr
+            if value:
+                statements[keyword] = value
+    lines = list[str]()
+    for name, statements in materials.items():
+        ambient = statements.pop("map_ka", None)
+        if ambient and "map_kd" not in statements and os.path.isfile(_without_options(ambient)):
+            statements["map_kd"] = ambient
+        if statements.get("illum") not in _GLASS:
+            statements.pop("tf", None)
+        lines += [
+            f"newmtl {name}",
+            *(f"{_SPELLING.get(key, key)} {value}" for key, value in statements.items()),
+        ]
+    return ("\n".join(lines) + "\n").encode("utf-8", errors="surrogateescape")
+
+
+def linear(srgb: float) -> float:
+    """Return the linear light of an sRGB value in [0, 1]."""
+    return srgb / 12.92 if srgb <= 0.04045 else float(((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def _color(value: str) -> list[float]:
+    """Return three numbers in [0, 1], of which one alone stands for all; none where they are not written."""
+    try:
+        numbers = [float(word) for word in value.split()]
+    except ValueError:
+        return []
+    if len(numbers) not in (1, 3) or any(map(math.isnan, numbers)):
+        return []
+    return [min(max(x, 0.0), 1.0) for x in (numbers * 3)[:3]]
+
+
+def _with_place(folder: Path, value: str) -> str:
+    """Put the path of a texture in place of its name; one that is not there keeps the place where it should be."""
+    name = _without_options(value)
+    bare = name.strip('"').replace("\\", "/")
+    candidates = [folder / one for one in (name, bare, bare.replace("_", " "), posixpath.basename(bare))]
+    place = next((one for one in candidates if os.path.isfile(one)), folder / bare)
+    return value[: len(value) - len(name)] + str(place.absolute())
 
 
 def leaves(path: str) -> bool:
@@ -120,20 +194,21 @@ def leaves(path: str) -> bool:
     return path.startswith("/") or ".." in path.split("/") or "\\" in path or ":" in path
 
 
-def _statements(text: str) -> Iterator[tuple[str, str, str]]:
+def _statements(mtl: bytes) -> Iterator[tuple[str, str, str]]:
     """Yield (material, lower-case keyword, rest of the line) of an MTL."""
     material = ""
-    for line in text.splitlines():
-        keyword, *rest = line.strip().split(maxsplit=1)[:2] or [""]
-        if rest and keyword.lower() == "newmtl":
-            material = rest[0]
+    for line in _text(plain_text(mtl)).split("\n"):
+        found = re.match(r"[ \t]*(\S+)[ \t]+(.*)", line)
+        keyword, rest = (found[1].lower(), found[2].rstrip(" \t\r")) if found else ("", "")
+        if keyword == "newmtl":
+            material = rest
         elif rest:
-            yield material, keyword.lower(), rest[0]
+            yield material, keyword, rest
 
 
 def _without_options(value: str) -> str:
     """Drop options before a texture's name: ``-s 2 2 1 -bm 0.03 wood grain.jpg`` -> ``wood grain.jpg``."""
-    return re.sub(r"^(-\w+( +(on|off|[-+.\d]+(e[-+]?\d+)?))* +)+", "", value)
+    return re.sub(r"^(-((imfchan|type)\s+\w+|\w+(\s+(on|off|[-+.\d]+(e[-+]?\d+)?))*)\s+)+", "", value)
 
 
 def _text(content: bytes) -> str:

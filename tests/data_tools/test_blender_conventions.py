@@ -1,5 +1,6 @@
 """What a file means and Blender takes otherwise: an object for each row of the table in ``blender_materials``."""
 
+import base64
 import json
 import struct
 import subprocess
@@ -19,9 +20,9 @@ VERTICES, TRIANGLES = box((0, 0, 0), (1, 1, 1))
 RED, RED_SRGB = "0.588 0.1 0.1", (150, 26, 26)
 
 
-def write_obj(folder, name, mtl=None, colour="", triangles=TRIANGLES, vertices=VERTICES):
+def write_obj(folder, name, mtl=None, colour="", triangles=TRIANGLES, vertices=VERTICES, library=None):
     """Write a cube whose corners all have one texture coordinate, with its MTL beside it."""
-    lines = [f"mtllib {name}.mtl"] + [f"v {x} {y} {z} {colour}" for x, y, z in vertices]
+    lines = [f"mtllib {library or name + '.mtl'}"] + [f"v {x} {y} {z} {colour}" for x, y, z in vertices]
     lines += ["vt 0.5 0.5", "usemtl m", *(f"f {a + 1}/1 {b + 1}/1 {c + 1}/1" for a, b, c in triangles)]
     (folder / f"{name}.obj").write_text("\n".join(lines) + "\n")
     if mtl is not None:
@@ -41,6 +42,73 @@ def write_ply(path, names, of="vertex", end="\n"):
     path.write_bytes((end.join(lines) + end).encode())
 
 
+def write_scene(path, parts, nodes, one_sided=(), scenes=None):
+    """Write a glTF file whose meshes are the parts; the last of its scenes is the one that it shows."""
+    write_gltf(path, parts)
+    record = json.loads(path.read_text())
+    record["meshes"] = [{"primitives": [primitive]} for primitive in record["meshes"][0]["primitives"]]
+    record["nodes"] = nodes
+    record["scenes"] = [{"nodes": scene} for scene in scenes or [list(range(len(nodes)))]]
+    record["scene"] = len(record["scenes"]) - 1
+    for part in one_sided:
+        record["materials"][part]["doubleSided"] = False
+    path.write_text(json.dumps(record))
+
+
+def write_partly_colored(folder):
+    """Write objects of two cubes with one material, of which only the first has (red) vertex colors."""
+    lines = ["mtllib kd_one.mtl"]
+    for part, (x, colour) in enumerate(((0, "1 0 0"), (6, ""))):
+        lines += [f"o part{part}", *(f"v {a + x} {b} {c} {colour}" for a, b, c in VERTICES), "usemtl m"]
+        lines += [f"f {a + 8 * part + 1} {b + 8 * part + 1} {c + 8 * part + 1}" for a, b, c in TRIANGLES]
+    (folder / "partly.obj").write_text("\n".join(lines) + "\n")
+    (folder / "kd_one.mtl").write_text("newmtl m\nKd 1 1 1\nKs 0 0 0\n")
+    gray = (VERTICES + np.array([6, 0, 0]), TRIANGLES, (0.5, 0.5, 0.5), 1.0)
+    write_gltf(folder / "partly_gltf.gltf", [(VERTICES, TRIANGLES, (1, 1, 1), 1.0), gray])
+    record = json.loads((folder / "partly_gltf.gltf").read_text())
+    colours = np.tile([1, 0, 0], (8, 1)).astype("<f4").tobytes()
+    uri = "data:application/octet-stream;base64," + base64.b64encode(colours).decode()
+    record["buffers"].append({"byteLength": len(colours), "uri": uri})
+    record["bufferViews"].append({"buffer": 1, "byteLength": len(colours)})
+    view = {"bufferView": len(record["bufferViews"]) - 1, "componentType": 5126, "type": "VEC3", "count": 8}
+    record["accessors"].append(view)
+    record["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"] = len(record["accessors"]) - 1
+    (folder / "partly_gltf.gltf").write_text(json.dumps(record))
+
+
+RED_PART, BLUE_PART = ((VERTICES, TRIANGLES, colour, 1.0) for colour in ((1, 0, 0), (0, 0, 1)))
+VEIL = (VERTICES, TRIANGLES, (1, 0, 0), 0.5)
+
+
+def write_scenes(folder):
+    """Write objects of several parts; returns id -> the colors that are seen, the longest side, and ``doubled``."""
+    red, blue = (255, 0, 0), (0, 0, 255)
+    aside = [{"mesh": 0}, {"mesh": 1, "translation": [6, 0, 0]}, {"mesh": 1}]
+    write_scene(folder / "instances.gltf", [RED_PART, BLUE_PART], aside)
+    write_scene(folder / "same_mesh.gltf", [RED_PART], [{"mesh": 0}, {"mesh": 0}])
+    named = [
+        {"mesh": 0, "name": "a_low"},
+        {"mesh": 1, "name": "b_high"},
+        {"mesh": 2, "translation": [0, 3, 0]},
+    ]
+    write_scene(folder / "two_scenes.gltf", [RED_PART, BLUE_PART, BLUE_PART], named, scenes=[[0], [1, 2]])
+    white = (VERTICES, TRIANGLES, (1, 1, 1), 1.0)
+    over = [{"mesh": 0, "name": "a_veil"}, {"mesh": 1, "name": "b_base"}]
+    write_scene(folder / "overlay.gltf", [VEIL, white], over, one_sided=(0, 1))
+    card, back = (VERTICES, TRIANGLES[:2], (1, 0, 0), 1.0), (VERTICES, TRIANGLES[:2, ::-1], (1, 0, 0), 1.0)
+    write_scene(folder / "two_sides.gltf", [card, back], [{"mesh": 0}, {"mesh": 1}], one_sided=(0, 1))
+    write_partly_colored(folder)
+    return {
+        "partly": ({red, (255, 255, 255)}, 8.0, 0.0),
+        "partly_gltf": ({red, (128, 128, 128)}, 8.0, 0.0),
+        "instances": ({red, blue}, 8.0, 1 / 3),
+        "same_mesh": ({red}, 2.0, 0.5),
+        "two_scenes": ({blue}, 5.0, 0.0),
+        "overlay": ({(255, 188, 188)}, 2.0, 0.0),  # half of linear white through half of red
+        "two_sides": ({red}, 2.0, 0.0),
+    }
+
+
 def write_assets(folder):
     """Write the objects; returns id -> the color that it must come back in."""
     plain = f"newmtl m\nKd {RED}\n"
@@ -52,6 +120,28 @@ def write_assets(folder):
     write_obj(folder, "kd", plain)
     write_obj(folder, "kd_of_blender", f"# Blender 4.2.0 MTL File: 'None'\n{plain}")
     write_obj(folder, "tf", f"{plain}Tf 1.0 1.0 1.0\nKs 0 0 0\nillum 2\nd 1.0\nTr 0.0\n")
+    write_obj(folder, "kd_scientific", "newmtl m\nKd 5.880000e-01 1.0E-1 +.1 # red\n")
+    write_obj(folder, "kd_single", "newmtl m\nKd 0.588\n")
+    write_obj(folder, "own_name", plain, library="not_there.mtl")
+    write_obj(folder, "quoted", library='"my library.mtl"')
+    (folder / "my library.mtl").write_text(plain)
+    write_obj(folder, "several", library="kd.mtl first.mtl second.mtl")
+    (folder / "first.mtl").write_text("newmtl other\nKd 0 0 1\n")
+    (folder / "second.mtl").write_text("newmtl m\nKd 0.1176 0.6275 0.3529\n")
+    write_obj(folder, "left_over", "newmtl m\nKd 0 0 1\n", library="kd.mtl")
+    write_obj(folder, "latin", plain)
+    for file in (folder / "latin.obj", folder / "latin.mtl"):
+        text = (
+            file.read_text().replace("usemtl m", "usemtl Gr\u00fcn").replace("newmtl m", "newmtl Gr\u00fcn")
+        )
+        file.write_bytes(b"\xef\xbb\xbf" * (file.suffix == ".mtl") + text.encode("latin-1"))
+    write_obj(folder, "inside_out", plain)
+    lines = (folder / "inside_out.obj").read_text().split("\nf ")
+    corners = VERTICES[TRIANGLES]
+    inwards = np.cross(corners[:, 2] - corners[:, 0], corners[:, 1] - corners[:, 0])
+    normals = [f"vn {x:g} {y:g} {z:g}" for x, y, z in inwards / 4]
+    faces = [line.replace("/1", f"/1/{number + 1}") for number, line in enumerate(lines[1:])]
+    (folder / "inside_out.obj").write_text("\n".join([lines[0], *normals]) + "\nf " + "\nf ".join(faces))
     write_obj(folder, "ambient", "newmtl m\nKd 0.8 0.8 0.8\nmap_Ka green.png\n")
     write_obj(folder, "movie", "newmtl m\nKd 1 1 1\nmap_Kd green.gif\n")
     write_obj(folder, "colours", "newmtl m\nKd 0.8 0.8 0.8\n", colour="0.1176 0.6275 0.3529")
@@ -73,38 +163,60 @@ def write_assets(folder):
     write_ply(folder / "face_colours.ply", ("red", "green", "blue"), of="face")
     green = (30, 160, 90)
     return {
-        "kd": RED_SRGB, "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
+        "kd": RED_SRGB, "kd_scientific": RED_SRGB, "kd_single": (150, 150, 150), "own_name": RED_SRGB,
+        "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "inside_out": RED_SRGB, "latin": RED_SRGB,
+        "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
         "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "outline": RED_SRGB,
     }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def rendered(render_command, tmp_path_factory):
+    """Render all; returns the folder, id -> views, the expected colors, and the expected scenes."""
     folder = tmp_path_factory.mktemp("conventions")
     (folder / "assets").mkdir()
-    expected = write_assets(folder / "assets")
+    expected = write_assets(folder / "assets"), write_scenes(folder / "assets")
+    write_scene(folder / "assets" / "veil.gltf", [VEIL], [{"mesh": 0}], one_sided=(0,))
     options = ["--views", "2", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
-    return folder / "out", expected
-
-
-def test_each_object_comes_back_in_the_color_that_its_file_means(rendered):
-    out, expected = rendered
-    found = {}
+    out, found = folder / "out", {}
     for shard in read_manifest(out).split("train"):
         content = (out / shard.name).read_bytes()
         for key, places in read_index(out, shard).items():
             sample = decode_sample(
                 key, {name: content[at : at + size] for name, (at, size) in places.items()}
             )
-            views = [decode_image(key, view) for view in sample.views]
-            inside = np.concatenate([view[24:40, 24:40].reshape(-1, 4) for view in views])
-            assert (inside[:, 3] == 255).all(), f"{key} is not solid"
-            found[key] = (np.median(inside[:, :3], axis=0), inside[:, :3].std(axis=0).max())
-    assert found.keys() == expected.keys()
+            found[key] = np.stack([decode_image(key, view) for view in sample.views])
+    return out, found, *expected
+
+
+def test_each_object_comes_back_in_the_color_that_its_file_means(rendered):
+    _, found, expected, _ = rendered
     for key, colour in expected.items():
-        np.testing.assert_allclose(found[key][0], colour, atol=4, err_msg=key)
-        assert found[key][1] < 8, f"{key} is speckled"
+        inside = found[key][:, 24:40, 24:40].reshape(-1, 4)
+        assert (inside[:, 3] == 255).all(), f"{key} is not solid"
+        np.testing.assert_allclose(np.median(inside[:, :3], axis=0), colour, atol=4, err_msg=key)
+        assert inside[:, :3].std(axis=0).max() < 8, f"{key} is speckled"
+
+
+def test_each_part_of_an_object_is_seen_in_its_place_and_color(rendered):
+    out, found, _, scenes = rendered
+    table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
+    rows = {row["id"]: row for row in table}
+    for key, (colours, size, doubled) in scenes.items():
+        assert rows[key]["size"] == pytest.approx(size, rel=1e-3), key
+        assert rows[key]["doubled"] == pytest.approx(doubled), key
+        seen = found[key][found[key][..., 3] == 255][:, :3].astype(int)
+        far = np.stack([np.abs(seen - colour).max(axis=1) for colour in colours])
+        assert (far.min(axis=0) < 60).mean() > 0.9, f"{key} has other colors"
+        assert (found[key][..., 3] == 255).any(axis=(1, 2)).all(), f"{key} is not seen from all sides"
+        shares = np.bincount(far.argmin(axis=0), minlength=len(colours)) / len(seen)
+        assert shares.min() > 0.05, (key, shares)
+
+
+def test_back_faces_of_a_closed_surface_are_not_seen_through_it(rendered):
+    inside = rendered[1]["veil"][:, 24:40, 24:40, 3]
+    assert np.median(inside) == pytest.approx(128, abs=4), "one veil of 0.5, where two would be 191"
 
 
 def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
@@ -182,7 +294,27 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
     record["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
     ways = ["../private/x.png", "..\\private\\x.png", "%2e%2e/private/x.png", str(outside / "x.png"),
             f"file://{outside}/x.png", "./a/../../private/x.png"]  # fmt: skip
+    only_gltf = [
+        "data:/../../private/x.png",
+        "data:,/../../private/x.png",
+        "data:image/png;base64/../../../private/x.png",
+    ]
+    only_libraries = [b' "../private/x.mtl"', b"\x0b../private/x.mtl", b"\\\n ../private/x.mtl",
+                      b" k0.mtl ../private/x.mtl", b" ../private/x.mtl \t\r"]  # fmt: skip
     files = []
+    record["images"] = [{"uri": "data:image/png;base64,"}]
+    for number, way in enumerate(only_gltf):
+        changed = record | {"images": [{"uri": way}]}
+        (inside / f"data{number}.gltf").write_text(json.dumps(changed))
+        (inside / f"data{number}.glb").write_bytes(glb(changed))
+        changed = record | {"buffers": [record["buffers"][0] | {"uri": way}]}
+        (inside / f"buffer{number}.gltf").write_text(json.dumps(changed))
+        files += [f"data{number}.gltf", f"data{number}.glb", f"buffer{number}.gltf"]
+    for number, way in enumerate(only_libraries):
+        write_obj(inside, f"n{number}")
+        content = (inside / f"n{number}.obj").read_bytes()
+        (inside / f"n{number}.obj").write_bytes(content.replace(b" n%d.mtl" % number, way))
+        files.append(f"n{number}.obj")
     for number, way in enumerate(ways):
         record["images"] = [{"uri": way}]
         (inside / f"{number}.gltf").write_text(json.dumps(record))
@@ -201,6 +333,27 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
     for name, said in zip(files, found, strict=True):
         assert "expected its files in" in said, (name, said)
         assert "private" in said
+
+
+def test_no_library_is_read_that_was_not_checked_however_its_name_is_written(loaded, tmp_path):
+    """Blender ends a name at a zero, or after 1024 bytes; an MTL that it read would bring a texture."""
+    inside, outside = tmp_path / "assets", tmp_path / "private"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "x.mtl").write_text(f"newmtl m\nmap_Kd {outside}/x.png\n")
+    Image.new("RGB", (4, 4), "red").save(outside / "x.png")
+    room = 1023 - len(f"{inside}/../private/x.mtl")
+    ways = [
+        b"../private/x.mtl\0 n",
+        b"\r../private/x.mtl",
+        b"./" * (room // 2) + b"/" * (room % 2) + b"../private/x.mtl.not_there",
+    ]
+    for number, way in enumerate(ways):
+        write_obj(inside, f"n{number}")
+        content = (inside / f"n{number}.obj").read_bytes()
+        (inside / f"n{number}.obj").write_bytes(content.replace(b"n%d.mtl" % number, way))
+    for half_sides in loaded(*((inside / f"n{number}.obj", inside, "") for number in range(len(ways)))):
+        assert half_sides == pytest.approx([1.0, 1.0, 1.0]), "a picture of the MTL was found"
 
 
 def test_reasons_of_what_cannot_be_imported_say_what_to_do(loaded, tmp_path):
