@@ -170,7 +170,7 @@ def prepare(
     blender_materials.turn_opposed_normals()
     blender_materials.show_movies_as_pictures()
     doubled = blender_materials.separate_doubled_faces()
-    blender_materials.hide_back_faces()
+    one_sided = blender_materials.hide_back_faces()
     # Asking for the size makes Blender load the picture.
     pictures = [
         image for image in bpy.data.images if image.source not in ("GENERATED", "VIEWER") or image.packed_file
@@ -186,6 +186,7 @@ def prepare(
         triangles=triangles,
         degenerate=degenerate,
         doubled=doubled,
+        one_sided=one_sided,
         size=size,
         thinness=float(extent.min() / extent.max()),
         materials=len(materials),

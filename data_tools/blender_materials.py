@@ -128,19 +128,24 @@ def show_movies_as_pictures() -> None:
         bpy.data.images.remove(image)
 
 
-def hide_back_faces() -> None:
+def hide_back_faces() -> bool:
     """Apply back-face culling, which Cycles ignores: back faces of culled materials become transparent.
 
     Where no back face can be seen from outside, because the faces of an opaque material are closed and look outwards,
     nothing is changed: transparent surfaces cost time. Where they are closed and look inwards (outlines of drawn
     characters) they also let all light through, which they would keep from what they surround.
+
+    Returns:
+        Whether culled faces are open: some views do not see what others see.
     """
+    one_sided = False
     meshes = list({thing.data: None for thing in shown_meshes()})
     for material in [m for m in bpy.data.materials if m.use_backface_culling and m.node_tree]:
         volumes = [volume for mesh in meshes if (volume := _closed_volume(mesh, material)) != 0]
         output = next((node for node in material.node_tree.nodes if node.type == "OUTPUT_MATERIAL"), None)
         if output is None or not output.inputs["Surface"].is_linked:
             continue
+        one_sided |= -math.inf in volumes
         if is_opaque(material) and all(volume > 0 for volume in volumes):
             continue
         nodes, links = material.node_tree.nodes, material.node_tree.links
@@ -161,6 +166,7 @@ def hide_back_faces() -> None:
         links.new(surface, mix.inputs[1])
         links.new(nodes.new("ShaderNodeBsdfTransparent").outputs["BSDF"], mix.inputs[2])
         links.new(mix.outputs["Shader"], output.inputs["Surface"])
+    return one_sided
 
 
 def _closed_volume(mesh: bpy.types.Mesh, material: bpy.types.Material) -> float:

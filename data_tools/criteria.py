@@ -55,6 +55,7 @@ class MeshMeasures:
         triangles: Triangles of everything that is visible.
         degenerate: Share of them without an area.
         doubled: Share of the faces that lay where another one does; they are left out.
+        one_sided: Whether there are open surfaces that are not seen from behind.
         size: Longest side of the bounding box, in the file's units.
         thinness: Its shortest side over its longest.
         materials: Materials in use.
@@ -70,6 +71,7 @@ class MeshMeasures:
     triangles: int
     degenerate: float
     doubled: float
+    one_sided: bool
     size: float
     thinness: float
     materials: int

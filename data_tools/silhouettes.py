@@ -61,6 +61,11 @@ class Silhouettes:
     distance: npt.NDArray[np.float32]
     pixels: tuple[npt.NDArray[np.float64], ...]
 
+    @property
+    def cells(self) -> int:
+        """Cells along a side of a picture."""
+        return self.distance.shape[1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Coherence:
@@ -210,7 +215,7 @@ def uncovered_distances(
     Returns:
         (V) distances; 0 where a picture shows no object.
     """
-    cells = silhouettes.distance.shape[1]
+    cells = silhouettes.cells
     means = []
     for pose, camera, pixels in zip(c2w, fxfycxcy, silhouettes.pixels, strict=True):
         column, row, z = ((points - pose[:3, 3]) @ _projection(pose, camera, silhouettes)).T
@@ -232,7 +237,7 @@ def _projection(
     pose: npt.NDArray[np.float32], camera: npt.NDArray[np.float32], silhouettes: Silhouettes
 ) -> npt.NDArray[np.float64]:
     """Return the matrix from directions in the world to (column z, row z, z) in the padded maps."""
-    fx, fy, cx, cy = camera.astype(np.float64) * silhouettes.distance.shape[1]
+    fx, fy, cx, cy = camera.astype(np.float64) * silhouettes.cells
     return pose[:3, :3] @ np.array([[fx, 0, 0], [0, fy, 0], [cx + 1, cy + 1, 1]])
 
 

@@ -56,6 +56,9 @@ _MAX_PIXELS = 1 << 28
 #: Mean distance of a view's pixels from the nearest projected point of the surface, cells of 1/128 of its side.
 _MAX_UNCOVERED = 0.5
 
+#: Error that is undecided where surfaces are one-sided.
+WRONG_CAMERAS = "wrong cameras (surfaces that are not seen from behind)"
+
 #: Samples that are named where one line is about many.
 _NAMED = 5
 
@@ -180,11 +183,12 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
         for key, content in read_samples(folder, shard):
             try:
                 sample = decode_sample(key, content)
-                if MEASURES_MEMBER in sample.extras:
-                    decode_measures(key, sample.extras[MEASURES_MEMBER])
-                checked = check_pictures(
-                    sample, cameras=not shard.rejected
-                )  # next to nothing may be seen of it
+                one_sided = (
+                    MEASURES_MEMBER in sample.extras
+                    and decode_measures(key, sample.extras[MEASURES_MEMBER]).one_sided
+                )
+                # Of a rejected object next to nothing may be seen.
+                checked = check_pictures(sample, cameras=not shard.rejected, one_sided=one_sided)
                 report.kinds[key] = (sample.info.views, checked.size)
                 report.undecided[key] = checked.undecided
                 check_geometry(sample)
@@ -267,12 +271,13 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
         yield alpha
 
 
-def check_pictures(sample: Sample, *, cameras: bool = True) -> CheckedPictures:
+def check_pictures(sample: Sample, *, cameras: bool = True, one_sided: bool = False) -> CheckedPictures:
     """Check all pictures of a sample, and its cameras against them.
 
     Args:
         sample: The sample.
         cameras: Whether cameras are checked.
+        one_sided: Whether views from behind do not see what others see, so that silhouettes need not agree.
 
     Raises:
         SampleError: With what is wrong.
@@ -300,10 +305,12 @@ def check_pictures(sample: Sample, *, cameras: bool = True) -> CheckedPictures:
         )
     coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy, precision.tolerance)
     worst = int(coherence.distances.argmax())
+    if coherence.distances[worst] > precision.tolerance and one_sided:
+        return CheckedPictures(alphas[0].shape, silhouettes, (WRONG_CAMERAS,))
     if coherence.distances[worst] > precision.tolerance:
         raise SampleError(
             f"sample {key!r}: expected cameras that fit the silhouettes, found that what view {worst} shows is, on "
-            f"average, {coherence.distances[worst]:.2f} of {precision.cells} cells away from the silhouette in other "
+            f"average, {coherence.distances[worst]:.2f} of {silhouettes.cells} cells away from the silhouette in other "
             f"views (at most {precision.tolerance}); check the order of the poses, their convention (OpenCV camera to "
             "world, +z up), the focal length, and that the object lies in [-1, 1]^3"
         )

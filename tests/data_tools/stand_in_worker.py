@@ -21,6 +21,7 @@ MEASURES = Measures(
     triangles=12,
     degenerate=0.0,
     doubled=0.0,
+    one_sided=False,
     size=1.0,
     thinness=1.0,
     materials=1,

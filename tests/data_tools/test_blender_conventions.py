@@ -177,6 +177,11 @@ def rendered(render_command, tmp_path_factory):
     (folder / "assets").mkdir()
     expected = write_assets(folder / "assets"), write_scenes(folder / "assets")
     write_scene(folder / "assets" / "veil.gltf", [VEIL], [{"mesh": 0}], one_sided=(0,))
+    half = (VERTICES, TRIANGLES[:6], (1, 0, 0), 1.0)
+    write_gltf(folder / "assets" / "two_sided.gltf", [half])
+    record = json.loads((folder / "assets" / "two_sided.gltf").read_text())
+    record["materials"][0]["doubleSided"] = False
+    (folder / "assets" / "one_sided.gltf").write_text(json.dumps(record))
     options = ["--views", "2", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
     out, found = folder / "out", {}
@@ -217,6 +222,17 @@ def test_each_part_of_an_object_is_seen_in_its_place_and_color(rendered):
 def test_back_faces_of_a_closed_surface_are_not_seen_through_it(rendered):
     inside = rendered[1]["veil"][:, 24:40, 24:40, 3]
     assert np.median(inside) == pytest.approx(128, abs=4), "one veil of 0.5, where two would be 191"
+
+
+def test_open_surfaces_that_are_not_seen_from_behind_are_recorded(rendered):
+    table = pyarrow.parquet.read_table(rendered[0] / "filter.parquet").to_pylist()
+    one_sided = {row["id"]: row["one_sided"] for row in table}
+    assert [one_sided[key] for key in ("one_sided", "two_sided", "veil", "outline")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):

@@ -21,6 +21,7 @@ MESH = MeshMeasures(
     triangles=12,
     degenerate=0.0,
     doubled=0.0,
+    one_sided=False,
     size=2.0,
     thinness=0.5,
     materials=1,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
+from data_tools.criteria import encode_measures
 from data_tools.shard_pool import processes
 from data_tools.validate import check_pictures, index_differences
 from lrm_pl.data.manifest import read_index, read_manifest, write_manifest, write_shard
@@ -18,6 +19,7 @@ from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_s
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.errors import InputError
+from tests.data_tools.stand_in_worker import MEASURES
 
 
 def replaced(folder, change):
@@ -166,6 +168,15 @@ def test_what_the_views_cannot_tell_is_said_with_the_objects(folder, capsys):
     assert "6 objects in 3 shards: no problems" in out
     assert "not decidable  swapped poses would not be noticed for" in out
     assert "train-ellipsoid-000" in out
+
+
+def test_surfaces_that_are_not_seen_from_behind_are_no_fault_of_the_cameras(folder, capsys):
+    def change(members, sample):
+        _opengl(members, sample)
+        members["measures.json"] = encode_measures(dataclasses.replace(MEASURES, one_sided=True))
+
+    replaced(folder, change)
+    assert "not decidable  wrong cameras (surfaces that are not seen from behind)" in said(folder, capsys, 0)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.commit import git_commit
-from lrm_pl.apps.export import export
+from lrm_pl.apps.exporting import export
 from lrm_pl.apps.parsed import model_without_numbers, parse_fit
 from lrm_pl.apps.train import command_line, main
 from lrm_pl.apps.trained import open_trained
