@@ -131,7 +131,8 @@ class LRMModule(L.LightningModule):
                 "RunKeeper; for the weights alone, load_network(find_checkpoint(folder), module.lrm) of "
                 "lrm_pl.training.state and lrm_pl.io.checkpoints"
             )
-        if missing := [part for part in ("lrm", "renderer", "objective") if part not in options]:
+        missing = [part for part in ("lrm", "renderer", "objective") if part not in options]
+        if missing and cls is LRMModule:  # a subclass may make them itself
             raise InputError(
                 f"expected the parts of the module, which checkpoints do not describe, found no {', '.join(missing)}; "
                 "give them: LRMModule.load_from_checkpoint(path, lrm=..., renderer=..., objective=...)"

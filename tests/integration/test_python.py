@@ -234,6 +234,6 @@ def test_the_script_of_the_readme_trains(root, shards, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     made = {}
     exec(compile(script, "README.md", "exec"), made)
-    assert len(list_checkpoints(str(made["trainer"].log_dir) + "/checkpoints")) == 1
+    assert len(list_checkpoints(str(tmp_path / "run/checkpoints"))) == 1
     assert [len(batch) for batch in made["scenes"]] == [1, 1]
     assert "'val/heldout/psnr_pooled': " in capsys.readouterr().out
