@@ -127,8 +127,10 @@ def _parser() -> argparse.ArgumentParser:
         help="render a folder of meshes into shards with Blender's Cycles",
         description=(
             "Render what ASSETS/assets.parquet lists (`fetch` writes it), or else every glb, gltf, obj, ply and fbx "
-            "below ASSETS, into WebDataset shards. A second run goes on where the first one was. Assets that cannot be "
-            "rendered are left out and listed in OUT/failures.jsonl; delete that file to have them tried again. What "
+            "below ASSETS, into WebDataset shards. A second run goes on where the first one was; it renders what was "
+            "added to ASSETS since into further shards, and updates names, creators, sources and licences without "
+            "rendering. Assets that cannot be rendered are left out and listed in OUT/failures.jsonl; delete that file "
+            "to have them tried again. What "
             "Blender printed about them is in OUT/quarantine. Objects that break a rule go to shards of their own; "
             "OUT/filter.parquet holds what was measured of all. With RAY_ADDRESS the processes run on that Ray cluster."
         ),
