@@ -86,7 +86,7 @@ def _render(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ...]]:
-    assets = find_assets(args.assets)
+    assets = find_assets(args.assets, args.out)
     held_out = getattr(args, "held_out", None)
     if held_out is None:
         held_out = recorded_held_out(args.out)
