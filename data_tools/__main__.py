@@ -86,7 +86,7 @@ def _render(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ...]]:
-    assets = find_assets(args.assets)
+    assets = find_assets(args.assets, args.out)
     held_out = getattr(args, "held_out", None)
     if held_out is None:
         held_out = recorded_held_out(args.out)
@@ -127,8 +127,10 @@ def _parser() -> argparse.ArgumentParser:
         help="render a folder of meshes into shards with Blender's Cycles",
         description=(
             "Render what ASSETS/assets.parquet lists (`fetch` writes it), or else every glb, gltf, obj, ply and fbx "
-            "below ASSETS, into WebDataset shards. A second run goes on where the first one was. Assets that cannot be "
-            "rendered are left out and listed in OUT/failures.jsonl; delete that file to have them tried again. What "
+            "below ASSETS, into WebDataset shards. A second run goes on where the first one was; it renders what was "
+            "added to ASSETS since into further shards, and updates names, creators, sources and licences without "
+            "rendering. Assets that cannot be rendered are left out and listed in OUT/failures.jsonl; delete that file "
+            "to have them tried again. What "
             "Blender printed about them is in OUT/quarantine. Objects that break a rule go to shards of their own; "
             "OUT/filter.parquet holds what was measured of all. With RAY_ADDRESS the processes run on that Ray cluster."
         ),

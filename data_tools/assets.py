@@ -18,8 +18,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast, get_args
 
 import pyarrow
@@ -106,8 +107,12 @@ LIST_SCHEMA = pyarrow.schema([
 ])  # fmt: skip
 
 
-def find_assets(folder: Path) -> tuple[Asset, ...]:
+def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
     """List the assets of a folder: those of its ``assets.parquet``, else all meshes in it and its subfolders.
+
+    Args:
+        folder: Folder of assets.
+        out: Folder of shards that may have been begun with them: what it lists keeps its id, whatever came beside it.
 
     Returns:
         The assets, sorted by id.
@@ -123,7 +128,16 @@ def find_assets(folder: Path) -> tuple[Asset, ...]:
         assets = read_list(folder)
         _say_what_is_not_listed(folder, assets)
         return assets
-    return scan(folder)
+    return scan(folder, known_ids(out) if out else {})
+
+
+def known_ids(folder: Path) -> dict[str, str]:
+    """Read what a folder's ``assets.parquet`` calls its files: file -> id; nothing where there is none."""
+    try:
+        table = pyarrow.parquet.read_table(folder / LIST_NAME, columns=["file", "id"], memory_map=False)
+    except (OSError, pyarrow.ArrowException):  # who needs the list says what is wrong with it
+        return {}
+    return dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
 
 def _say_what_is_not_listed(folder: Path, assets: Iterable[Asset]) -> None:
@@ -208,8 +222,12 @@ def _check(path: Path, asset: Asset, remedy: str) -> None:
             raise AssetsError(f"{path}: asset {asset.id!r}: expected {what}, found {found!r}; {remedy}")
 
 
-def scan(folder: Path) -> tuple[Asset, ...]:
+def scan(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> tuple[Asset, ...]:
     """Find all meshes in a folder and its subfolders, and look them up in ``assets.csv``; none is opened.
+
+    Args:
+        folder: Folder of assets.
+        known: File -> id of those that have one already.
 
     Raises:
         AssetsError: No assets, or a broken table.
@@ -224,7 +242,7 @@ def scan(folder: Path) -> tuple[Asset, ...]:
         )
     if not files:
         raise AssetsError(f"expected {_KINDS} files in {folder}, found none; pass another ASSETS=<folder>")
-    by_id = name_files(path.relative_to(folder) for path in files)
+    by_id = name_files((path.relative_to(folder) for path in files), known)
     table = read_table(folder / TABLE_NAME)
     return tuple(_asset(folder, key, folder / by_id[key], table.get(key, {})) for key in sorted(by_id))
 
@@ -298,7 +316,7 @@ def _is_text(path: Path) -> bool:
     return True
 
 
-def name_files(files: Iterable[Path]) -> dict[str, Path]:
+def name_files(files: Iterable[Path], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Path]:
     """Name assets after their paths in the assets folder: ``chairs/red 1.glb`` -> ``chairs_red_1``.
 
     Where several would have one name (``a.obj`` and ``a.ply``, ``a b.glb`` and ``a_b.glb``) it is followed by the
@@ -306,17 +324,22 @@ def name_files(files: Iterable[Path]) -> dict[str, Path]:
 
     Args:
         files: Paths relative to the folder.
+        known: File -> id of those that keep theirs.
     """
     files = sorted(files)
     names = [re.sub(r"[^A-Za-z0-9_-]", "_", file.with_suffix("").as_posix()) for file in files]
     with_suffix = [f"{name}_{file.suffix[1:].lower()}" for name, file in zip(names, files, strict=True)]
     counts, suffix_counts = Counter(names), Counter(with_suffix)
-    found = {}
+    found = {known[file.as_posix()]: file for file in files if file.as_posix() in known}
+    kept, taken = set(found.values()), set(found)
+    others = counts.keys() | taken
     for file, name, longer in zip(files, names, with_suffix, strict=True):
+        if file in kept:
+            continue
         plain = file.with_suffix("").as_posix().isascii() and KEY_PATTERN.fullmatch(name)
-        if plain and counts[name] == 1:
+        if plain and counts[name] == 1 and name not in taken:
             key = name
-        elif plain and suffix_counts[longer] == 1 and longer not in counts and KEY_PATTERN.fullmatch(longer):
+        elif plain and suffix_counts[longer] == 1 and longer not in others and KEY_PATTERN.fullmatch(longer):
             key = longer
         else:
             mark = "_" + hashlib.sha256(file.as_posix().encode("utf-8", "surrogateescape")).hexdigest()[:8]

@@ -1,7 +1,8 @@
 """How a folder of shards that was begun takes what is listed now: ``OUT/plan.parquet`` and ``OUT/assets.parquet``.
 
     added           rendered into further shards behind those that there are; without a listed split it trains
-    name, creator, source, licence, tags    updated in the shards, without rendering (``shard_folder.update_records``)
+    name, creator, source, licence    updated in the shards, without rendering (``shard_folder.update_records``)
+    tags            updated in ``assets.parquet``
     not rendered    removed, changed or mended: as if it had been so from the beginning
     rendered        and now removed, another mesh, another axis up, another split: refused
 

@@ -15,6 +15,7 @@ from data_tools.assets import (
     Up,
     find_meshes,
     is_hidden_name,
+    known_ids,
     scan,
     told,
     write_list,
@@ -51,7 +52,7 @@ def fetch_folder(assets: Path, out: Path | None, up: Up = "") -> None:
         if ignored:
             print(f"not copied: {told(ignored)}")
         folder = out
-    found = [dataclasses.replace(asset, up=asset.up or up) for asset in scan(folder)]
+    found = [dataclasses.replace(asset, up=asset.up or up) for asset in scan(folder, known_ids(folder))]
     write_list(folder, found)
     print(f"{len(found)} assets in {folder / LIST_NAME}")
     print(next_step(folder))

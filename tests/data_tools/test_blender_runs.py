@@ -119,6 +119,33 @@ def test_a_second_run_renders_nothing(reference, render_command):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_one_more_mesh_and_another_licence_render_one_object(reference, render_command, tmp_path):
+    assets, out = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in reference)
+    shutil.copy(REPOSITORY / "data_tools" / "demo_assets" / "chair.glb", assets)
+    header = "id,name,creator,source,licence,sha256\n"
+    (assets / "assets.csv").write_text(f"{header}box,Box,Ann,library,CC-BY-4.0,\n")
+
+    def pictures(folder):
+        found = {}
+        for shard in read_manifest(folder).shards:
+            raw = (folder / shard.name).read_bytes()
+            for key, members in read_index(folder, shard).items():
+                for name, (at, size) in members.items():
+                    found[shard.name, key, name] = raw[at : at + size]
+        return found
+
+    options = OPTIONS[:-2]  # nobody says again how many are held out
+    done = render_command(assets, out, *options)
+    assert "Rendering 1 of 7 objects" in done.stdout
+    assert "the records of 1 objects, without rendering" in done.stdout
+    before, after = pictures(reference[1]), pictures(out)
+    changed = {place for place, content in before.items() if after[place] != content}
+    assert {(key, name) for _, key, name in changed} == {("box", "json")}
+    assert {shard for shard, key, _ in after.keys() - before.keys()} == {"train-000003.tar"}
+    done = render_command(assets, out, *options)
+    assert "Nothing to render: all 7 objects" in done.stdout
+
+
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     reference, render_python, render_command, tmp_path
 ):

@@ -62,7 +62,7 @@ def one_ray_for_all():
 
 def run(assets, out, settings=SETTINGS, jobs=2, **limits):
     setup = cluster.Setup(assets, settings, jobs, Limits(**{"time_s": 30.0} | limits))
-    return render_module.render(find_assets(assets), out, settings, setup)
+    return render_module.render(find_assets(assets, out), out, settings, setup)
 
 
 def tars(folder):
@@ -251,6 +251,17 @@ def test_an_added_mesh_and_a_changed_licence_render_one_object(assets, tmp_path,
     table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
     assert [row["id"] for row in table] == ["0_first_by_name", *"abcdef"]
     assert {row["sha256"] for row in table} == {hashlib.sha256(b"fine").hexdigest()}
+
+
+def test_a_mesh_that_is_added_beside_one_of_its_name_changes_no_id(assets, tmp_path, rendered_ids):
+    out = tmp_path / "out"
+    write_table(assets, b="CC0-1.0")
+    run(assets, out)
+    (assets / "b.ply").write_text("fine")
+    (assets / "b.fbx").write_text("fine")
+    run(assets, out)
+    assert rendered_ids[1:] == [["b_fbx", "b_ply"]]
+    assert licences(out) == {"b": "CC0-1.0"}
 
 
 def raising(*_, **__):
