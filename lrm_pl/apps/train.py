@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -47,6 +47,7 @@ from lrm_pl.apps.run_folder import (
     run_of,
     run_path,
 )
+from lrm_pl.apps.unique_keys import load_yaml
 from lrm_pl.callbacks.memory import memory_of_libraries
 from lrm_pl.callbacks.scene_writer import SceneWriter
 from lrm_pl.callbacks.trace import TraceRecorder
@@ -90,6 +91,7 @@ BASE = Path(__file__).with_name("base.yaml")
 
 #: How config files are read: ${...} is resolved after all layers are merged.
 PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)], "allow_abbrev": False}
+set_loader("omegaconf+", load_yaml, (yaml.YAMLError,))
 
 #: Methods of the trainer that are commands.
 Command = Literal["fit", "validate", "test", "predict"]
@@ -235,6 +237,7 @@ class LRMCLI(LightningCLI):
             self._run()
 
     def _run(self) -> None:
+        require_started_together(self.trainer)
         getattr(self, f"before_{self.command}")()
         # Lightning's checkpoints have another format: ckpt_path is not for it.
         options = {"return_predictions": False} if self.command == "predict" else {}  # they are written
@@ -508,6 +511,27 @@ def _environment() -> ClusterEnvironment | None:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return LightningEnvironment()
     return SLURMEnvironment(auto_requeue=False)
+
+
+def require_started_together(trainer: L.Trainer) -> None:
+    """Refuse processes that a launcher started together, and that would each be a run of its own.
+
+    Raises:
+        InputError: The trainer is of another number of processes.
+    """
+    if TorchElasticEnvironment.detect():
+        launcher, variable = "torchrun", "WORLD_SIZE"
+    elif SLURMEnvironment.detect():
+        launcher, variable = "srun", "SLURM_STEP_NUM_TASKS"
+    else:
+        launcher, variable = "mpirun", "OMPI_COMM_WORLD_SIZE"
+    started, devices, nodes = int(os.environ.get(variable, 1)), trainer.num_devices, trainer.num_nodes
+    if started not in (1, devices * nodes):
+        raise InputError(
+            f"expected the {devices * nodes} processes of trainer.devices {devices} and trainer.num_nodes {nodes}, "
+            f"found {started} that {launcher} started: they would not train together; add -c configs/trainer/ddp.yaml "
+            f"--trainer.devices {started // nodes or 1}, or start as many as there are devices"
+        )
 
 
 def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything

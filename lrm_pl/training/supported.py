@@ -34,8 +34,8 @@ _UNSUPPORTED_CALLBACKS: dict[type[Callback], str] = {
     LearningRateFinder: "the learning rate of each step is that of model.optimizer; compare short runs with several "
     "--model.optimizer.lr",
     BatchSizeFinder: "it would train on other samples than the run; `lrm estimate` says which batch fits in memory",
-    BaseFinetuning: "a run is one epoch, so nothing would be unfrozen later, and checkpoints hold the parameters of one "
-    "optimizer; freeze the encoder with --model.lrm.encoder.frozen true, or let early blocks learn slower with "
+    BaseFinetuning: "a run is one epoch, so nothing would be unfrozen later, and checkpoints hold what the optimizer "
+    "has from the start; freeze the encoder (--model.lrm.encoder.frozen true), or let early blocks learn slower with "
     "--model.optimizer.layer_decay",
     ModelPruning: "it renames the weights, which checkpoints would not hold; prune an exported network",
 }

@@ -23,6 +23,7 @@ from lrm_pl.data.dataset import TrainingStream
 from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
 from lrm_pl.data.schema import encode_sample
 from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
+from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import read_index
 from lrm_pl.training.run_keeper import RunKeeper
 from tests.parity.networks import randomised
@@ -284,6 +285,23 @@ def test_a_misspelt_key_in_a_config_file_is_refused_by_name(tiny, tmp_path, caps
         with pytest.raises(SystemExit):
             main(["fit", *tiny, "-c", str(tmp_path / "typo.yaml")])
         assert key in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["config", "section"])
+def test_a_key_that_stands_twice_in_a_config_is_refused_with_its_lines(tiny, tmp_path, where):
+    path = tmp_path / "twice.yaml"
+    path.write_text(
+        "trainer: {max_steps: 4}\n\ntrainer: {log_every_n_steps: 2}\n"
+        if where == "config"
+        else "lrm:\n  depth: 1\n  depth: 2\n"
+    )
+    with pytest.raises(InputError) as refused:
+        parse_fit([*tiny, *(["-c", str(path)] if where == "config" else [f"--model={path}"])])
+    key, lines = (
+        ("trainer", "line 3 and on line 1") if where == "config" else ("depth", "line 3 and on line 2")
+    )
+    assert f"expected each key once, found {key} on {lines}" in str(refused.value)
+    assert where == "section" or str(path) in str(refused.value)
 
 
 def test_a_run_that_logs_no_step_trains(tiny, tmp_path):
@@ -569,8 +587,8 @@ def test_a_preset_of_the_model_takes_the_place_of_another_whole(root):
         for path in sorted((root / "configs/model").glob("*.yaml"))
     }
     every = {field for preset in presets.values() for field in _fields(preset)}
-    left = {name: every - set(_fields(preset)) for name, preset in presets.items()}
-    assert left == dict.fromkeys(presets, set()), "what a preset does not say would be the other's"
+    left = {(name, *field) for name, preset in presets.items() for field in every - set(_fields(preset))}
+    assert not left, "what a preset does not say would be the other's"
     preset = f"--model={root / 'configs/model/openlrm_small.yaml'}"
     demo = parse_fit(["-c", str(root / "configs/experiment/demo.yaml"), preset])["model"]
     assert demo == parse_fit([preset])["model"]

@@ -141,6 +141,25 @@ def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_start
         assert (line.trainer.world_size, line.trainer.global_rank) == wanted
 
 
+@pytest.mark.parametrize(
+    ("launcher", "variables"),
+    [
+        ("torchrun", {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}),
+        ("srun", {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "a", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+                  "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}),
+        ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2"}),
+    ],
+)  # fmt: skip
+def test_processes_that_would_each_be_a_run_of_its_own_are_refused(
+    here, tmp_path, monkeypatch, launcher, variables
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"found 2 that {launcher} started: .*--trainer.devices 2"):
+        main(["fit", *here, "--trainer.accelerator=cpu"])
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("where", [[], ["--run.folder=run"]])
 def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, where):
     for logger in (f"{__name__}.OtherLogger", "false"):
