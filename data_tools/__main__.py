@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_tools import convert
 from data_tools.assets import Asset, find_assets
-from data_tools.blender_process import Limits, time_limit_s
+from data_tools.blender_process import SAMPLES_PER_S, Limits, time_limit_s
 from data_tools.continuation import continue_folder
 from data_tools.criteria import DEFAULT_RULES, parse_rule
 from data_tools.fetch import add_parser as add_fetch_parser
@@ -176,8 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=argparse.SUPPRESS,
         metavar="SECONDS",
-        help=f"time that one object may take; unless given, {Limits.time_s:g} s * views * res^2 * samples "
-        "/ (16 * 128^2 * 16), but no less than that",
+        help=f"time that one object may take; unless given, {Limits.time_s:g} s + views * res^2 * samples / "
+        f"{SAMPLES_PER_S:,}",
     )
     render.add_argument(
         "--memory-limit", type=float, default=Limits.memory_gb, help="GB of memory that one object may take"
