@@ -66,7 +66,7 @@ def load_asset(
             missing += [f"{path.name}: colors of faces are not read"] if faces_have_colors else []
         elif kind in GLTF:
             record = _json_of_glb(path) if kind == ".glb" else path.read_bytes()
-            _refuse_files_outside(root, path.parent, _uris(path, record))
+            _refuse_files_outside(root, path.parent, _uris(record))
         _import(readable, up or "y")
     if kind not in GLTF:
         blender_materials.show_vertex_colors()
@@ -86,7 +86,7 @@ def _json_of_glb(path: Path) -> bytes:
         return file.read(struct.unpack("<I", head[12:16])[0])
 
 
-def _uris(path: Path, content: bytes) -> list[str]:
+def _uris(content: bytes) -> list[str]:
     """Return the URIs of the buffers and images in a glTF file."""
     try:
         record = json.loads(content)

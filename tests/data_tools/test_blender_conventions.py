@@ -177,6 +177,13 @@ def rendered(render_command, tmp_path_factory):
     (folder / "assets").mkdir()
     expected = write_assets(folder / "assets"), write_scenes(folder / "assets")
     write_scene(folder / "assets" / "veil.gltf", [VEIL], [{"mesh": 0}], one_sided=(0,))
+    # of these shells only the far sides are seen
+    core, shell = (
+        (VERTICES, TRIANGLES, (0.588, 0.1, 0.1), 1.0),
+        (VERTICES, TRIANGLES[:, ::-1], (0, 0, 0), 1.0),
+    )
+    nodes = [{"mesh": 0}, *({"mesh": 1, "scale": [1.1 + 0.02 * number] * 3} for number in range(20))]
+    write_scene(folder / "assets" / "shells.gltf", [core, shell], nodes, one_sided=(0, 1))
     options = ["--views", "2", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
     out, found = folder / "out", {}
@@ -217,6 +224,13 @@ def test_each_part_of_an_object_is_seen_in_its_place_and_color(rendered):
 def test_back_faces_of_a_closed_surface_are_not_seen_through_it(rendered):
     inside = rendered[1]["veil"][:, 24:40, 24:40, 3]
     assert np.median(inside) == pytest.approx(128, abs=4), "one veil of 0.5, where two would be 191"
+
+
+def test_what_lies_behind_many_transparent_layers_is_seen(rendered):
+    red, green, _, alpha = np.median(rendered[1]["shells"][:, 24:40, 24:40].reshape(-1, 4), axis=0)
+    assert alpha == 255
+    assert red > 120, "the core is (150, 26, 26), a little in the shade of its shells"
+    assert green < 40
 
 
 def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
