@@ -203,6 +203,13 @@ def rendered(render_command, tmp_path_factory):
     )
     nodes = [{"mesh": 0}, *({"mesh": 1, "scale": [1.1 + 0.02 * number] * 3} for number in range(20))]
     write_scene(folder / "assets" / "shells.gltf", [core, shell], nodes, one_sided=(0, 1))
+    nodes = [{"mesh": 0, "scale": [0.5] * 3}, {"mesh": 1}]
+    write_scene(folder / "assets" / "glass.gltf", [RED_PART, (VERTICES, TRIANGLES, (1, 1, 1), 1.0)], nodes)
+    record = json.loads((folder / "assets" / "glass.gltf").read_text())
+    record["materials"][1]["pbrMetallicRoughness"]["roughnessFactor"] = 0.0
+    record["materials"][1]["extensions"] = {"KHR_materials_transmission": {"transmissionFactor": 1.0}}
+    record["extensionsUsed"] = ["KHR_materials_transmission"]
+    (folder / "assets" / "glass.gltf").write_text(json.dumps(record))
     options = ["--views", "2", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
     out, found = folder / "out", {}
@@ -250,6 +257,12 @@ def test_what_lies_behind_many_transparent_layers_is_seen(rendered):
     assert alpha == 255
     assert red > 120, "the core is (150, 26, 26), a little in the shade of its shells"
     assert green < 40
+
+
+def test_what_lies_in_glass_is_lit(rendered):
+    inside = rendered[1]["glass"][:, 28:36, 28:36].reshape(-1, 4).astype(int)
+    is_red = (inside[:, 0] > 120) & (inside[:, 1] < inside[:, 0] - 60)
+    assert is_red.mean() > 0.5, "a red core in clear glass"
 
 
 def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
