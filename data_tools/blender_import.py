@@ -9,7 +9,7 @@ import sys
 import tempfile
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -158,16 +158,19 @@ def prepare(
     blender_materials.show_movies_as_pictures()
     doubled = blender_materials.separate_doubled_faces()
     blender_materials.hide_back_faces()
+    shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
+    unseen = _pictures(set(bpy.data.objects) - set(shown)) - _pictures(shown)
     # Asking for the size makes Blender load the picture.
     pictures = [
-        image for image in bpy.data.images if image.source not in ("GENERATED", "VIEWER") or image.packed_file
+        image
+        for image in bpy.data.images
+        if image not in unseen and (image.source not in ("GENERATED", "VIEWER") or image.packed_file)
     ]
     missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
     for name in [*missing, *lost]:
         print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalise(normalise)
     kinds = Counter(thing.type for thing in things)
-    shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
     materials = {slot.material for thing in shown for slot in thing.material_slots if slot.material}
     return extent, MeshMeasures(
         triangles=triangles,
@@ -184,6 +187,13 @@ def prepare(
         cameras=kinds["CAMERA"],
         lights=kinds["LIGHT"],
     )
+
+
+def _pictures(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
+    """Return the pictures of the materials of some objects."""
+    materials = {slot.material for thing in things for slot in thing.material_slots if slot.material}
+    trees = [material.node_tree for material in materials if material.node_tree]
+    return {node.image for tree in trees for node in tree.nodes if node.type == "TEX_IMAGE" and node.image}
 
 
 def _is_hidden(thing: bpy.types.Object) -> bool:
@@ -227,7 +237,7 @@ def _show_first_frame() -> bool:
 
 def _import(path: Path, up: str) -> None:
     axes = {"up_axis": up.upper(), "forward_axis": "Y" if up == "z" else "NEGATIVE_Z"}
-    importers = {
+    importers: dict[str, Callable[[str], set[str]]] = {
         ".glb": _import_gltf,
         ".gltf": _import_gltf,
         ".obj": lambda file: bpy.ops.wm.obj_import(filepath=file, **axes),

@@ -92,6 +92,13 @@ def write_scenes(folder):
         {"mesh": 2, "translation": [0, 3, 0]},
     ]
     write_scene(folder / "two_scenes.gltf", [RED_PART, BLUE_PART, BLUE_PART], named, scenes=[[0], [1, 2]])
+    record = json.loads((folder / "two_scenes.gltf").read_text())
+    record["images"], record["textures"] = (
+        [{"uri": "not_there.png"}],
+        [{"source": 0}],
+    )  # only in the other scene
+    record["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
+    (folder / "two_scenes.gltf").write_text(json.dumps(record))
     white = (VERTICES, TRIANGLES, (1, 1, 1), 1.0)
     over = [{"mesh": 0, "name": "a_veil"}, {"mesh": 1, "name": "b_base"}]
     write_scene(folder / "overlay.gltf", [VEIL, white], over, one_sided=(0, 1))
