@@ -5,9 +5,11 @@ import math
 import os
 import re
 import struct
+import sys
 import tempfile
+import types
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -55,7 +57,7 @@ def load_asset(
     kind = path.suffix.lower()
     if (target := _target_with_its_files(path, kind)) is not None:
         path, root = target, root if target.is_relative_to(root) else target.parent
-    missing = list[str]()
+    missing, texture = list[str](), ""
     with tempfile.TemporaryDirectory() as scratch:
         readable = path
         if kind == ".obj":
@@ -64,12 +66,15 @@ def load_asset(
             _refuse_files_outside(root, path.parent, map(str, mtl_files))
             readable = blender_materials.readable_obj(path, content, mtl_files, Path(scratch))
         elif kind == ".ply":
-            readable, faces_have_colors = blender_materials.readable_ply(path, Path(scratch))
-            missing += [f"{path.name}: colors of faces are not read"] if faces_have_colors else []
+            readable, texture, lost = blender_materials.readable_ply(path, Path(scratch))
+            missing += lost
+            _refuse_files_outside(root, path.parent, [texture] if texture else [])
         elif kind in GLTF:
             record = _json_of_glb(path) if kind == ".glb" else path.read_bytes()
-            _refuse_files_outside(root, path.parent, _uris(path, record))
+            _refuse_files_outside(root, path.parent, _uris(record))
         _import(readable, up or "y")
+    if texture:
+        blender_materials.show_texture(path.parent / texture)
     if kind not in GLTF:
         blender_materials.show_vertex_colors()
     pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
@@ -104,7 +109,7 @@ def _json_of_glb(path: Path) -> bytes:
         return file.read(struct.unpack("<I", head[12:16])[0])
 
 
-def _uris(path: Path, content: bytes) -> list[str]:
+def _uris(content: bytes) -> list[str]:
     """Return the URIs of the buffers and images in a glTF file."""
     try:
         record = json.loads(content)
@@ -171,16 +176,19 @@ def prepare(
     blender_materials.show_movies_as_pictures()
     doubled = blender_materials.separate_doubled_faces()
     one_sided = blender_materials.hide_back_faces()
+    shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
+    unseen = _pictures(set(bpy.data.objects) - set(shown)) - _pictures(shown)
     # Asking for the size makes Blender load the picture.
     pictures = [
-        image for image in bpy.data.images if image.source not in ("GENERATED", "VIEWER") or image.packed_file
+        image
+        for image in bpy.data.images
+        if image not in unseen and (image.source not in ("GENERATED", "VIEWER") or image.packed_file)
     ]
     missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
     for name in [*missing, *lost]:
         print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalise(normalise)
     kinds = Counter(thing.type for thing in things)
-    shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
     materials = {slot.material for thing in shown for slot in thing.material_slots if slot.material}
     return extent, MeshMeasures(
         triangles=triangles,
@@ -198,6 +206,13 @@ def prepare(
         cameras=kinds["CAMERA"],
         lights=kinds["LIGHT"],
     )
+
+
+def _pictures(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
+    """Return the pictures of the materials of some objects."""
+    materials = {slot.material for thing in things for slot in thing.material_slots if slot.material}
+    trees = [material.node_tree for material in materials if material.node_tree]
+    return {node.image for tree in trees for node in tree.nodes if node.type == "TEX_IMAGE" and node.image}
 
 
 def _is_hidden(thing: bpy.types.Object) -> bool:
@@ -241,9 +256,9 @@ def _show_first_frame() -> bool:
 
 def _import(path: Path, up: str) -> None:
     axes = {"up_axis": up.upper(), "forward_axis": "Y" if up == "z" else "NEGATIVE_Z"}
-    importers = {
-        ".glb": lambda file: bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True),
-        ".gltf": lambda file: bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True),
+    importers: dict[str, Callable[[str], set[str]]] = {
+        ".glb": _import_gltf,
+        ".gltf": _import_gltf,
         ".obj": lambda file: bpy.ops.wm.obj_import(filepath=file, **axes),
         ".ply": lambda file: bpy.ops.wm.ply_import(filepath=file, **axes),
         ".fbx": lambda file: bpy.ops.wm.fbx_import(filepath=file),
@@ -261,6 +276,44 @@ def _import(path: Path, up: str) -> None:
         raise AssetError(f"cannot be imported: {type(error).__name__}: {said[-1].strip()}{remedy}") from error
     if "FINISHED" not in outcome:
         raise AssetError("cannot be imported: Blender's importer gave up without a reason")
+
+
+class _NodeVisibility:
+    """A hook of Blender's glTF importer: hides what ``KHR_node_visibility`` does, with all that hangs under it."""
+
+    extensions = (types.SimpleNamespace(name="KHR_node_visibility", required=True),)
+
+    def __init__(self) -> None:
+        self._hidden: set[int] | None = None
+
+    def gather_import_node_after_hook(
+        self,
+        vnode: types.SimpleNamespace,
+        _: object,
+        thing: bpy.types.Object,
+        importer: types.SimpleNamespace,
+    ) -> None:
+        """Hide an object whose node, or the node that it hangs under, is not visible."""
+        if self._hidden is None:
+            self._hidden = self._find_hidden(importer.data.nodes)
+        if {vnode.mesh_node_idx, vnode.parent} & self._hidden:
+            thing.hide_render = True
+
+    @staticmethod
+    def _find_hidden(nodes: Sequence[types.SimpleNamespace]) -> set[int]:
+        switches = [(node.extensions or {}).get("KHR_node_visibility", {}) for node in nodes]
+        pending = [index for index, switch in enumerate(switches) if switch.get("visible") is False]
+        hidden = set[int]()
+        while pending:
+            hidden.add(index := pending.pop())
+            pending += [child for child in nodes[index].children or () if child not in hidden]
+        return hidden
+
+
+def _import_gltf(file: str) -> set[str]:
+    addon = sys.modules["io_scene_gltf2"]
+    addon.glTF2ImportUserExtension = _NodeVisibility  # type: ignore[attr-defined]  # where the importer looks for hooks
+    return set(bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True))
 
 
 def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float, int, float]:

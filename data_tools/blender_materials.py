@@ -11,13 +11,17 @@
 | colors at vertices, and a material without one | the material's gray       | the colors; the gray of parts without   |
 | normals that point to the back of their face   | black                     | they are turned                         |
 | glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen, holes or not   |
+| glTF nodes with ``visible`` false              | seen                      | not seen, nor what hangs under them     |
 | a GIF as a texture                             | a movie, shown in magenta | its first picture                       |
 | several faces in one place                     | black speckles            | one of them; opaque under transparent   |
 | an OBJ whose MTL is not there                  | gray                      | counted as a missing texture            |
 | colors of faces in a PLY, other names of them  | gray                      | names: read; faces: counted as missing  |
+| ``TextureFile`` in a PLY, laid on by vertices  | gray                      | the picture                             |
+| the same, laid on by faces; or several         | gray                      | counted as missing                      |
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -378,39 +382,67 @@ def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(33))
 
 
-def readable_ply(path: Path, scratch: Path) -> tuple[Path, bool]:
-    """Return a PLY as Blender's importer reads it: usual names of colors, line feeds; and whether faces have colors.
+def readable_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
+    """Return a PLY as Blender's importer reads it: usual names of colors and texture coordinates, line feeds.
 
     Args:
         path: The file.
         scratch: Where a copy is written if one is needed.
+
+    Returns:
+        The file; the picture that lies on it, "" where there is none; and what of its colors is lost.
     """
     content = path.read_bytes()
     end = re.search(rb"end_header[ \t]*(\r\n|\r|\n)", content[: 1 << 20])
     if end is None:
-        return path, False
+        return path, "", []
     header, body = content[: end.end()], content[end.end() :]
     is_text = b"format ascii" in header
     lines = re.split(rb"\r\n|\r|\n", header.rstrip(b"\r\n"))
-    element, faces_have_colors, renamed = b"", False, []
+    element, properties, renamed, textures = b"", set[tuple[bytes, bytes]](), list[bytes](), list[str]()
     for line in lines:
         words = line.split()
         if words[:1] == [b"element"]:
             element = words[1]
-        if words[:1] == [b"property"] and len(words) == 3:
-            name = _COLORS.get(words[2].lower(), words[2])
-            faces_have_colors |= element == b"face" and name in _COLORS.values()
-            words[2] = name
+        if words[:1] == [b"property"]:
+            words[-1] = _PROPERTIES.get(words[-1].lower(), words[-1])
+            properties.add((element, words[-1]))
             line = b" ".join(words) if element == b"vertex" else line
+        if found := re.fullmatch(rb"\s*comment\s+texturefile\s+(\S.*?)\s*", line, re.IGNORECASE):
+            textures.append(os.fsdecode(found[1]))
         renamed.append(line)
+    lost = list[str]()
+    if any((b"face", name) in properties for name in _COLORS.values()):
+        lost.append(f"{path.name}: colors of faces are not read")
+    is_laid = {(b"vertex", b"s"), (b"vertex", b"t")} <= properties
+    if not is_laid and (b"face", b"texcoord") not in properties:
+        textures = []  # the comment is left over
+    if len(textures) > 1 or (textures and not (is_laid and os.path.isfile(path.parent / textures[0]))):
+        lost += textures  # several, or laid on by the faces, or not there
+        textures = []
     written = b"\n".join(renamed) + b"\n"
     if is_text and b"\r" in body:
         body = re.sub(rb"\r\n|\r", b"\n", body)
-    if written + body == content:
-        return path, faces_have_colors
-    copy = scratch / f"readable-{path.name}"
-    copy.write_bytes(written + body)
-    return copy, faces_have_colors
+    readable = path
+    if written + body != content:
+        readable = scratch / "readable.ply"
+        readable.write_bytes(written + body)
+    return readable, "".join(textures), lost
+
+
+def show_texture(picture: Path) -> None:
+    """Lay a picture on all meshes, by their texture coordinates."""
+    material = bpy.data.materials.new("texture")
+    material.use_nodes = True
+    shader = material.node_tree.nodes["Principled BSDF"]
+    shader.inputs["Specular IOR Level"].default_value = 0.0
+    shader.inputs["Roughness"].default_value = 1.0
+    node = material.node_tree.nodes.new("ShaderNodeTexImage")
+    node.image = bpy.data.images.load(os.fspath(picture.absolute()))
+    material.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
+    for mesh in bpy.data.meshes:
+        mesh.materials.clear()
+        mesh.materials.append(material)
 
 
 _COLORS = {
@@ -418,3 +450,5 @@ _COLORS = {
     for color, letter in ((b"red", b"r"), (b"green", b"g"), (b"blue", b"b"), (b"alpha", b"a"))
     for spelling in (color, b"diffuse_" + color, letter, b"vertex_" + color, b"color_" + letter)
 }
+
+_PROPERTIES = _COLORS | {b"u": b"s", b"v": b"t", b"texture_u": b"s", b"texture_v": b"t"}

@@ -92,15 +92,26 @@ def write_scenes(folder):
         {"mesh": 2, "translation": [0, 3, 0]},
     ]
     write_scene(folder / "two_scenes.gltf", [RED_PART, BLUE_PART, BLUE_PART], named, scenes=[[0], [1, 2]])
+    record = json.loads((folder / "two_scenes.gltf").read_text())
+    record["images"], record["textures"] = (
+        [{"uri": "not_there.png"}],
+        [{"source": 0}],
+    )  # only in the other scene
+    record["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
+    (folder / "two_scenes.gltf").write_text(json.dumps(record))
     white = (VERTICES, TRIANGLES, (1, 1, 1), 1.0)
     over = [{"mesh": 0, "name": "a_veil"}, {"mesh": 1, "name": "b_base"}]
     write_scene(folder / "overlay.gltf", [VEIL, white], over, one_sided=(0, 1))
     card, back = (VERTICES, TRIANGLES[:2], (1, 0, 0), 1.0), (VERTICES, TRIANGLES[:2, ::-1], (1, 0, 0), 1.0)
     write_scene(folder / "two_sides.gltf", [card, back], [{"mesh": 0}, {"mesh": 1}], one_sided=(0, 1))
+    unseen = {"extensions": {"KHR_node_visibility": {"visible": False}}, "children": [2]}
+    nodes = [{"mesh": 0}, unseen, {"mesh": 1, "translation": [0, 6, 0]}]
+    write_scene(folder / "unseen.gltf", [RED_PART, BLUE_PART], nodes, scenes=[[0, 1]])
     write_partly_colored(folder)
     return {
         "partly": ({red, (255, 255, 255)}, 8.0, 0.0),
         "partly_gltf": ({red, (128, 128, 128)}, 8.0, 0.0),
+        "unseen": ({red}, 2.0, 0.0),
         "instances": ({red, blue}, 8.0, 1 / 3),
         "same_mesh": ({red}, 2.0, 0.5),
         "two_scenes": ({blue}, 5.0, 0.0),
@@ -150,6 +161,21 @@ def write_assets(folder):
     write_ply(folder / "diffuse.ply", ("diffuse_red", "diffuse_green", "diffuse_blue"))
     write_ply(folder / "letters.ply", ("r", "g", "b"))
     write_ply(folder / "returns.ply", ("red", "green", "blue"), end="\r")
+    write_ply(folder / "face_colours.ply", ("red", "green", "blue"), of="face")
+    text = (
+        (folder / "letters.ply")
+        .read_text()
+        .replace("uchar r\n", "float u\n")
+        .replace("uchar g\n", "float v\n")
+    )
+    text = text.replace("property uchar b\n", "").replace(" 30 160 90", " 0.5 0.5")
+    (folder / "picture.ply").write_text(text.replace("1.0\n", "1.0\ncomment TextureFile green.png\n", 1))
+    by_faces = (folder / "face_colours.ply").read_text().split("property uchar red")[0]
+    by_faces = by_faces.replace("1.0\n", "1.0\ncomment TextureFile green.png\n", 1)
+    by_faces += "property list uchar float texcoord\nend_header\n"
+    by_faces += "".join(f"{x} {y} {z}\n" for x, y, z in VERTICES)
+    by_faces += "".join(f"3 {a} {b} {c} 6 0 0 1 0 1 1\n" for a, b, c in TRIANGLES)
+    (folder / "picture_by_faces.ply").write_text(by_faces)
     inside, outside = (
         (VERTICES, TRIANGLES, (0.588, 0.1, 0.1), 1.0),
         (1.03 * VERTICES, TRIANGLES[:, ::-1], (0, 0, 0), 1),
@@ -160,13 +186,13 @@ def write_assets(folder):
         material["doubleSided"] = False
     (folder / "outline.gltf").write_text(json.dumps(record))
     write_obj(folder, "no_mtl")
-    write_ply(folder / "face_colours.ply", ("red", "green", "blue"), of="face")
     green = (30, 160, 90)
     return {
         "kd": RED_SRGB, "kd_scientific": RED_SRGB, "kd_single": (150, 150, 150), "own_name": RED_SRGB,
         "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "inside_out": RED_SRGB, "latin": RED_SRGB,
         "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
-        "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "outline": RED_SRGB,
+        "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "picture": green,
+        "outline": RED_SRGB,
     }  # fmt: skip
 
 
@@ -182,6 +208,20 @@ def rendered(render_command, tmp_path_factory):
     record = json.loads((folder / "assets" / "two_sided.gltf").read_text())
     record["materials"][0]["doubleSided"] = False
     (folder / "assets" / "one_sided.gltf").write_text(json.dumps(record))
+    # of these shells only the far sides are seen
+    core, shell = (
+        (VERTICES, TRIANGLES, (0.588, 0.1, 0.1), 1.0),
+        (VERTICES, TRIANGLES[:, ::-1], (0, 0, 0), 1.0),
+    )
+    nodes = [{"mesh": 0}, *({"mesh": 1, "scale": [1.1 + 0.02 * number] * 3} for number in range(20))]
+    write_scene(folder / "assets" / "shells.gltf", [core, shell], nodes, one_sided=(0, 1))
+    nodes = [{"mesh": 0, "scale": [0.5] * 3}, {"mesh": 1}]
+    write_scene(folder / "assets" / "glass.gltf", [RED_PART, (VERTICES, TRIANGLES, (1, 1, 1), 1.0)], nodes)
+    record = json.loads((folder / "assets" / "glass.gltf").read_text())
+    record["materials"][1]["pbrMetallicRoughness"]["roughnessFactor"] = 0.0
+    record["materials"][1]["extensions"] = {"KHR_materials_transmission": {"transmissionFactor": 1.0}}
+    record["extensionsUsed"] = ["KHR_materials_transmission"]
+    (folder / "assets" / "glass.gltf").write_text(json.dumps(record))
     options = ["--views", "2", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
     out, found = folder / "out", {}
@@ -235,10 +275,24 @@ def test_open_surfaces_that_are_not_seen_from_behind_are_recorded(rendered):
     ]
 
 
+def test_what_lies_behind_many_transparent_layers_is_seen(rendered):
+    red, green, _, alpha = np.median(rendered[1]["shells"][:, 24:40, 24:40].reshape(-1, 4), axis=0)
+    assert alpha == 255
+    assert red > 120, "the core is (150, 26, 26), a little in the shade of its shells"
+    assert green < 40
+
+
+def test_what_lies_in_glass_is_lit(rendered):
+    inside = rendered[1]["glass"][:, 28:36, 28:36].reshape(-1, 4).astype(int)
+    is_red = (inside[:, 0] > 120) & (inside[:, 1] < inside[:, 0] - 60)
+    assert is_red.mean() > 0.5, "a red core in clear glass"
+
+
 def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
     table = pyarrow.parquet.read_table(rendered[0] / "filter.parquet").to_pylist()
     reasons = {row["id"]: (row["outcome"], row["reason"]) for row in table if row["outcome"] != "rendered"}
     assert reasons["no_mtl"] == ("rejected", "missing_textures 1, expected <= 0")
+    assert reasons["picture_by_faces"] == ("rejected", "missing_textures 1, expected <= 0")
     assert reasons["face_colours"] == ("rejected", "missing_textures 1, expected <= 0")
     doubled = {row["id"]: row["doubled"] for row in table}
     assert (doubled["twice"], doubled["kd"]) == (0.5, 0.0)
