@@ -133,8 +133,17 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
         if isinstance(part, ImageEncoder):
             part.has_weights = True
     if average:
-        weights = lrm.state_dict()
-        read_state(checkpoint, average_tensors({name: weights[name] for name in averaged_names(checkpoint)}))
+        load_average(checkpoint, lrm)
+
+
+def load_average(checkpoint: Checkpoint, lrm: nn.Module) -> None:
+    """Load the moving average of the weights that have one; all ranks of a sharded network call this together.
+
+    Raises:
+        CheckpointError: The checkpoint has no average.
+    """
+    weights = lrm.state_dict()
+    read_state(checkpoint, average_tensors({name: weights[name] for name in averaged_names(checkpoint)}))
 
 
 def averaged_names(checkpoint: Checkpoint) -> list[str]:
