@@ -94,7 +94,7 @@ def _lacks_files(path: Path, kind: str) -> bool:
     """Say whether a file that a mesh file names is not beside it."""
     if kind == ".obj":
         return bool(wavefront.libraries(path, path.read_bytes())[1])
-    uris = _uris(path, _json_of_glb(path) if kind == ".glb" else path.read_bytes()) if kind in GLTF else []
+    uris = _uris(_json_of_glb(path) if kind == ".glb" else path.read_bytes()) if kind in GLTF else []
     return any(not (path.parent / uri.replace("\\", "/")).exists() for uri in uris)
 
 

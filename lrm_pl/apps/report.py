@@ -65,10 +65,11 @@ def print_report(
     perceptual: PerceptualLoss,
     checkpoint: str,
     stopped: Callable[[], bool],
+    weights: str = "model",
 ) -> dict[str, Report]:
     """Measure the trained model on both evaluation sets, and print the results and what to do with them.
 
-    All ranks measure their share; rank 0 prints.
+    All ranks measure their share; rank 0 prints, and names the trained model's row ``weights``.
 
     Raises:
         ReportStopped: ``stopped`` said so, between two batches.
@@ -110,7 +111,7 @@ def print_report(
                 f"{result.ssim:.3f}",
                 f"{result.lpips:.3f}",
             ]
-            table.add_row(row, *numbers)
+            table.add_row(weights if row == "model" else row, *numbers)
         console.print(table)
         path = folder / f"{name}.png"
         if trainer.is_global_zero:

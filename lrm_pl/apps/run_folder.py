@@ -117,12 +117,29 @@ def folder_of(trainer: L.Trainer) -> Path:
     return Path(made or trainer.default_root_dir)
 
 
+def claim_new_folder(trainer: L.Trainer) -> Path:
+    """Make the folder of a run without ``--run.folder``: the next version, also where others begin at the same time."""
+    first = trainer.loggers[0] if trainer.loggers else None
+    # None as long as nobody has looked; a number or a name that the config gives is kept.
+    finds_one = isinstance(first, TensorBoardLogger | CSVLogger) and first._version is None
+    while True:
+        folder = folder_of(trainer)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if first is None or not finds_one:
+                return folder
+            first._version = None  # type: ignore[attr-defined]  # looks for the next one anew
+        else:
+            return folder
+
+
 def run_of(path: str) -> Path | None:
-    """Return the local folder of the run that a checkpoint lies in, or that PATH is; None where there is none."""
+    """Return the local folder of the run that PATH is, or in which PATH, one checkpoint or all, lies; else None."""
     if "://" in path:
         return None
     place = Path(path).expanduser().absolute()
-    return next((f for f in (place, *place.parents[1:2]) if (f / "config.yaml").is_file()), None)
+    return next((f for f in (place, *place.parents[:2]) if (f / "config.yaml").is_file()), None)
 
 
 class RunLock:

@@ -40,6 +40,7 @@ from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
     RunLock,
+    claim_new_folder,
     folder_of,
     fresh_folder,
     place_loggers,
@@ -60,8 +61,10 @@ from lrm_pl.io.checkpoints import (
     Owner,
     clear_leftovers,
     load_network,
+    read_index,
     read_newest,
     require_network,
+    require_own,
     require_writable,
 )
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
@@ -80,8 +83,9 @@ from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.run_keeper import RunKeeper, StoppedError
+from lrm_pl.training.run_keeper import FULL, RunKeeper, StoppedError
 from lrm_pl.training.run_state import set_progress
+from lrm_pl.training.state import load_average
 from lrm_pl.training.strategies import require_supported_name, require_supported_start
 
 logger = logging.getLogger(__name__)
@@ -308,10 +312,10 @@ class LRMCLI(LightningCLI):
                 checkpoints.
         """
         interval = self._setting("trainer.val_check_interval")
-        if isinstance(interval, float):
+        if not isinstance(interval, int | None):  # Lightning takes times too
             raise InputError(
                 f"expected trainer.val_check_interval as a number of steps, found {interval}: a run is counted in "
-                "steps, not epochs; give a whole number, such as 500"
+                "steps, not in epochs or time; give a whole number, such as 500"
             )
         if isinstance(interval, int):  # Lightning counts batches
             options["val_check_interval"] = interval * self._setting("trainer.accumulate_grad_batches")
@@ -397,6 +401,7 @@ class LRMCLI(LightningCLI):
                 print("fast_dev_run: training and validation ran; nothing of it is kept")
                 return
             checkpoint = "" if keeper is None or keeper.newest is None else keeper.newest
+            averaged = self._load_validated_average(checkpoint)
             self.reports = print_report(
                 self.trainer,
                 self.model,
@@ -404,6 +409,7 @@ class LRMCLI(LightningCLI):
                 self.perceptual,
                 checkpoint,
                 (lambda: False) if keeper is None else (lambda: keeper.signals.received is not None),
+                "model (average)" if averaged else "model",
             )
         except ReportStopped:
             raise StoppedError(
@@ -414,10 +420,18 @@ class LRMCLI(LightningCLI):
             if keeper is not None:
                 keeper.signals.restore()
 
+    def _load_validated_average(self, checkpoint: str) -> bool:
+        """Put the average in place of the weights where validations measure it: the report is of the same."""
+        path = self.trainer.strategy.broadcast(checkpoint)  # rank 0 knows it
+        averages = [c for c in self.trainer.callbacks if isinstance(c, WeightAverage) and c.validate]  # type: ignore[attr-defined]
+        if path and averages:
+            load_average(read_index(path), self.model.lrm)
+        return bool(path and averages)
+
     def _enter_run_folder(self) -> None:
         """Lock the folder and choose the checkpoint to go on from; rank 0 does this."""
         resume, given, keeper = self._setting("run.resume"), self._setting("run.folder"), self._keeper()
-        folder = run_path(given) if given is not None else folder_of(self.trainer)
+        folder = run_path(given) if given is not None else claim_new_folder(self.trainer).absolute()
         self._lock = RunLock(folder)
         if keeper is None:
             if resume not in ("auto", "never"):
@@ -430,7 +444,8 @@ class LRMCLI(LightningCLI):
             require_writable(keeper.folder)
             if is_local(keeper.folder):
                 self._checkpoints_lock = RunLock(Path(keeper.folder))
-            else:
+            if Path(keeper.folder).absolute().parent != folder:  # a run may be moved with what lies in it
+                require_own(keeper.folder, str(folder))
                 keeper.owner = Owner(keeper.folder, str(folder))
             clear_leftovers(keeper.folder, logger.warning)
         found = keeper.choose(resume)
@@ -602,6 +617,11 @@ def command_line(arguments: list[str], *, run: bool = True) -> LRMCLI:
     if not run:
         return LRMCLI("fit", arguments, records=False)
     command, *rest = arguments
+    if command == "fit" and any(re.match(r"--ckpt_path(=|$)", argument) for argument in rest):
+        raise InputError(
+            "expected no --ckpt_path with lrm fit, found one; a run goes on by itself where it was, with its "
+            "--run.folder; a new run begins at a checkpoint or run of another with --run.resume PATH"
+        )
     if command != "fit":
         rest = [*_config_of_run(rest), *rest]
     line = LRMCLI(cast(Command, command), rest)
@@ -663,6 +683,21 @@ def _config_of_run(arguments: list[str]) -> list[str]:
     return [] if run is None else ["-c", str(run / "config.yaml")]
 
 
+def say_last(text: str) -> None:
+    """Write the last message; whoever reads it may be gone (`2>&1 | tee log` and Ctrl-C), the exit status is not."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (
+            sys.stdout,
+            sys.stderr,
+        ):  # else the interpreter would fail to flush them, and exit with 120
+            os.dup2(nowhere, stream.fileno())
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; expected errors end in one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -682,12 +717,19 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         command_line(given)
     except StoppedError as stopped:
-        sys.stderr.write(f"lrm: {stopped}\n")
+        say_last(f"lrm: {stopped}\n")
         sys.exit(STOPPED_STATUS)
     except InputError as error:
         sys.exit(f"lrm: {error}")
     except MisconfigurationException as error:  # Lightning's own refusals, wherever they are raised
         sys.exit(f"lrm: {one_line(error)}")
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        sys.exit(
+            f"lrm: expected room for what the run writes, found: {one_line(error)}. Make space and start the same "
+            "command with --run.folder again: it goes on from the newest whole checkpoint"
+        )
     except (RuntimeError, MemoryError) as error:
         from lrm_pl.apps.advice import explain, ran_out  # it reads arguments with this module
 

@@ -61,8 +61,9 @@ class ShardSource:
     """
 
     def __init__(self, location: str, cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 - frozen
-        self.location, self.config = location.rstrip("/"), cache
         self.local = is_local(location)
+        self.location = (os.path.expanduser(location) if self.local else location).rstrip("/")
+        self.config = cache
         self._cache = None if self.local or not cache.gigabytes else ShardCache(self.location, cache)
         self._lost: dict[str, tuple[float, str]] = {}  # file -> when it could not be read, and why
         self._in_a_row: set[str] = set()  # files that the store did not give since it last gave one

@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -11,8 +12,13 @@ from multiprocessing.process import BaseProcess
 import fsspec.asyn
 import torch.distributed
 
+from lrm_pl.errors import InputError
+
 #: What a terminal (Ctrl-C) and clusters send to every process of a job: before its time is up, and before they kill.
 STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+
+#: The path of a socket has at most 107 bytes; multiprocessing's are TMPDIR/pymp-xxxxxxxx/listener-xxxxxxxx.
+_LONGEST_TEMP_DIR = 107 - len("/listener-xxxxxxxx")
 
 
 def outlive_stop_signals(worker: int) -> None:
@@ -44,7 +50,15 @@ def start_method(workers: int) -> str | None:
 
     Returns:
         None for the usual way.
+
+    Raises:
+        InputError: The folder of temporary files has too long a name for the sockets that workers hand batches over by.
     """
+    if workers and (found := len(os.fsencode(multiprocessing.util.get_temp_dir()))) > _LONGEST_TEMP_DIR:
+        raise InputError(
+            f"expected a folder of temporary files with a name of at most {_LONGEST_TEMP_DIR} bytes for the sockets of "
+            f"data workers, found {found}: {multiprocessing.util.get_temp_dir()}; set TMPDIR=/tmp, or --data.workers 0"
+        )
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not workers or (fsspec.asyn.iothread[0] is None and not together):
         return None

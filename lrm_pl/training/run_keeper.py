@@ -7,6 +7,7 @@ are done, so a checkpoint is of everything up to the step, and a resumed run doe
 import errno
 import logging
 import math
+import os
 import threading
 from typing import Any, final
 
@@ -85,7 +86,8 @@ class RunKeeper(L.Callback):
                 f"expected every, keep and keep_every of at least 1, found {every}, {keep}, {keep_every}"
             )
         self.every, self.keep, self.keep_every, self.monitor = every, keep, keep_every, monitor
-        self.layout, self.folder, self.background, self.mode = layout, folder, background, mode
+        self.layout, self.background, self.mode = layout, background, mode
+        self.folder = folder and os.path.expanduser(folder)
         #: What to go on from, as rank 0 knows it; None: nothing.
         self.resume_from: Checkpoint | None = None
         self._chosen = False

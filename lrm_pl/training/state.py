@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lrm_pl.io.checkpoints import Checkpoint, Format, read_tensors
+from lrm_pl.io.checkpoints import Checkpoint, Format, averaged_names, read_tensors
 from lrm_pl.kernels.device import CopyStream, host_buffer, on_cpu
 from lrm_pl.training.parallel import Part, whole
 
@@ -95,6 +95,16 @@ def read_state(checkpoint: Checkpoint, state: Mapping[str, Held]) -> None:
     read_tensors(checkpoint, into | wholes)
     for name, part in parts.items():
         part.fill(wholes[name])
+
+
+def load_average(checkpoint: Checkpoint, lrm: nn.Module) -> None:
+    """Load the moving average of the weights that have one; all ranks of a sharded network call this together.
+
+    Raises:
+        CheckpointError: The checkpoint has no average.
+    """
+    weights = lrm.state_dict()
+    read_state(checkpoint, average_tensors({name: weights[name] for name in averaged_names(checkpoint)}))
 
 
 def _optimized(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:

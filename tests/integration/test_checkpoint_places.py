@@ -106,6 +106,18 @@ def test_two_runs_with_one_local_folder_of_checkpoints_are_refused(fit, tmp_path
     fit("run", 2, keeper(folder=str(tmp_path / "shared")))
 
 
+def test_a_new_run_does_not_go_on_from_another_runs_checkpoints(fit, tmp_path):
+    shared = str(tmp_path / "shared")
+    fit("a", 2, keeper(folder=shared))
+    with pytest.raises(
+        SystemExit, match=rf"no checkpoints of another run in .*, found 1 of {tmp_path}/a; go on"
+    ):
+        fit("b", 4, keeper(folder=shared))
+    assert not (tmp_path / "b" / "config.yaml").exists()
+    fit("a", 4, keeper(folder=shared))
+    assert [ck.step_of(path) for path in ck.list_checkpoints(shared)] == [4, 2]
+
+
 def test_old_checkpoints_that_cannot_be_deleted_end_no_run(fit, monkeypatch, caplog):
     def refuse(*arguments, **options):
         raise OSError("busy")

@@ -1,6 +1,7 @@
 """Habits of users of Lightning: its settings, its loggers, Ctrl-C, a saved config. All work, or are refused at once."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,14 @@ class Mistaken(L.Callback):
         raise ArithmeticError("a mistake in a callback")
 
 
+class FullDisk(L.Callback):
+    """Writes to a disk without room, as a logger or a picture might."""
+
+    def on_train_batch_end(self, *arguments):
+        with open("/dev/full", "w") as file:
+            file.write("anything")
+
+
 @pytest.fixture
 def here(tmp_path, shards, monkeypatch):
     """An empty working folder; returns the arguments of a tiny run with the loggers and callbacks of every run."""
@@ -88,6 +97,8 @@ def here(tmp_path, shards, monkeypatch):
             "found start_method fork",
         ),
         (["--trainer.val_check_interval=0.5"], "expected trainer.val_check_interval as a number of steps, found 0.5"),
+        (["--trainer.val_check_interval=00:00:00:05"], "as a number of steps, found 00:00:00:05"),
+        (["--ckpt_path=runs/lrm/version_0"], "a new run begins at a checkpoint or run of another with --run.resume"),
         (["--trainer.devices=0"], "not a valid input"),
         (["--trainer.profiler=nosuch"], "profiler"),
         (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
@@ -145,8 +156,8 @@ def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_start
     ("launcher", "variables"),
     [
         ("torchrun", {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}),
-        ("srun", {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "a", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-                  "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}),
+        ("srun", {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "a", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+                  "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}),
         ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2"}),
     ],
 )  # fmt: skip
@@ -298,6 +309,45 @@ def test_an_error_ends_a_run_that_has_data_workers(here):
                 f"--trainer.callbacks+={__name__}.Mistaken",
             ]
         )
+
+
+def test_a_disk_that_is_full_of_anything_ends_the_run_with_one_message(here):
+    with pytest.raises(
+        SystemExit, match=r"^lrm: expected room .*No space left on device.*with --run.folder again"
+    ):
+        main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.FullDisk"])
+
+
+def test_the_exit_status_of_a_stopped_run_stays_where_nobody_reads_its_last_message(root):
+    code = (
+        "import sys; from lrm_pl.apps.train import say_last; print('begun', flush=True); sys.stdin.read(1); "
+    )
+    code += "print('more'); say_last('stopped'); sys.exit(75)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes) as process:
+        assert process.stdout.readline() == b"begun\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.wait(60) == 75
+
+
+def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, capsys):
+    average = {
+        "class_path": "lrm_pl.training.ema.WeightAverage",
+        "init_args": {"decay": 0.9, "validate": True},
+    }
+    line = command_line(
+        [
+            "fit",
+            *here,
+            "--run.folder=run",
+            "--model.optimizer.lr=1e-2",
+            f"--trainer.callbacks+={json.dumps(average)}",
+        ]
+    )
+    measured = line.trainer.callback_metrics["val/heldout/psnr_pooled"]
+    assert line.reports["heldout"].rows["model"].psnr_pooled == pytest.approx(float(measured), abs=1e-4)
+    assert "model (average)" in capsys.readouterr().out
 
 
 def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):

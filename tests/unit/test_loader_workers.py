@@ -11,6 +11,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lrm_pl.data.workers import outlive_stop_signals, start_method
+from lrm_pl.errors import InputError
 
 
 @pytest.fixture(params=["usual", "beside an object store"])
@@ -100,6 +101,13 @@ def _runs(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_refused(monkeypatch):
+    monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/" + "t" * 100)
+    with pytest.raises(InputError, match=r"at most 89 bytes .*, found 101: .*TMPDIR=/tmp"):
+        start_method(1)
+    assert start_method(0) is None
 
 
 def test_without_workers_nothing_is_started():

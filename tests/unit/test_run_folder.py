@@ -4,12 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from lrm_pl.apps.run_folder import RunLock, place_loggers, run_path
+from lrm_pl.apps.run_folder import RunLock, claim_new_folder, folder_of, place_loggers, run_of, run_path
+from lrm_pl.data.source import ShardSource
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import (
     CheckpointError,
@@ -21,6 +25,7 @@ from lrm_pl.io.checkpoints import (
     remove_checkpoint,
     write_tensors,
 )
+from lrm_pl.training.run_keeper import RunKeeper
 
 
 def write(folder, step):
@@ -184,6 +189,33 @@ def test_one_logger_none_and_wandb_are_placed_too(tmp_path, monkeypatch):
     wandb = logger_config("WandbLogger", project="x")
     place_loggers([wandb], "runs/mine")
     assert wandb["init_args"] == {"project": "x", "save_dir": str(tmp_path / "runs" / "mine"), "name": "mine"}
+
+
+def test_runs_that_begin_at_the_same_time_get_folders_of_their_own(tmp_path):
+    def begin():
+        logger = TensorBoardLogger(str(tmp_path), "lrm")
+        return L.Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False, max_steps=1)
+
+    trainers = [begin() for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(claim_new_folder, trainers))
+    assert sorted(folder.name for folder in folders) == [f"version_{number}" for number in range(8)]
+    assert [folder_of(trainer) for trainer in trainers] == folders
+
+
+def test_the_run_of_a_checkpoint_of_its_folder_and_of_itself_is_found(tmp_path):
+    (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
+    (tmp_path / "run/config.yaml").touch()
+    for path in ("run", "run/checkpoints", "run/checkpoints/step-00000001"):
+        assert run_of(str(tmp_path / path)) == tmp_path / "run"
+    assert run_of(str(tmp_path)) is None
+
+
+def test_a_home_folder_of_data_or_checkpoints_is_the_home_folder(monkeypatch, tmp_path, shards):
+    monkeypatch.setenv("HOME", str(shards.parent))
+    assert ShardSource(f"~/{shards.name}").location == str(shards)
+    assert ShardSource(f"~/{shards.name}").manifest().views == 8
+    assert RunKeeper(folder="~/checkpoints").folder == f"{shards.parent}/checkpoints"
 
 
 @pytest.mark.parametrize("choice", [True, None])

@@ -32,12 +32,12 @@ from lrm_pl.io.checkpoints.index import (
     tidy,
 )
 from lrm_pl.io.checkpoints.network import averaged_names, load_network, network_tensors, require_network
-from lrm_pl.io.checkpoints.owner import Owner
+from lrm_pl.io.checkpoints.owner import Owner, require_own
 from lrm_pl.io.checkpoints.store import require_writable
 from lrm_pl.io.checkpoints.tensors import read_tensors, tensor_names, tensor_specs, write_tensors
 
 __all__ = [
-    "Checkpoint", "CheckpointError", "Format", "Mode", "SIGNS", "Owner",
+    "Checkpoint", "CheckpointError", "Format", "Mode", "SIGNS", "Owner", "require_own",
     "checkpoint_path", "step_of", "list_checkpoints", "newest_checkpoint", "read_checkpoint", "read_index",
     "choose_checkpoint", "find_checkpoint", "read_newest",
     "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "clear_leftovers", "require_writable",

@@ -1,17 +1,20 @@
-"""Who writes into a folder of checkpoints: the run that came last. An object store has no locks, so it is asked.
+"""Who writes into a folder of checkpoints that is not in the run's own: the run that came last.
 
 A run signs when it starts, in place of one that was killed there, and looks before each checkpoint that nobody has
-signed since. Of two runs at work in one folder the older stops at its next checkpoint, before it writes anything.
+signed since: an object store has no locks. Of two runs at work in one folder the older stops at its next checkpoint,
+before it writes anything. A run of another name does not go on from what it finds there.
 """
 
 import datetime
 import json
 import socket
 import uuid
+from typing import Any
 
 from lrm_pl.errors import InputError
+from lrm_pl.io.checkpoints.index import list_checkpoints
 from lrm_pl.io.checkpoints.store import writing
-from lrm_pl.stores import open_store, talking_to
+from lrm_pl.stores import MissingError, open_store, talking_to
 
 OWNER_NAME = "owner.json"
 
@@ -40,15 +43,42 @@ class Owner:
         Raises:
             InputError: Another run has signed.
         """
-        fs, inner = open_store(self.folder)
-        with talking_to(self.folder):
-            content = fs.cat_file(f"{inner}/{OWNER_NAME}")
-        try:
-            found = json.loads(content)
-        except ValueError:
-            found = content[:80]
+        found = _read_signature(self.folder)
         if found != self._signature:
             raise InputError(
                 f"expected to be the only run that writes into {self.folder}, found that another took it over: "
                 f"{found}; this one ends, and what it had written is whole; give each run a folder of its own"
             )
+
+
+def require_own(folder: str, run: str) -> None:
+    """Refuse a folder with the checkpoints of another run.
+
+    Args:
+        folder: The folder or URL.
+        run: What this run signs as.
+
+    Raises:
+        InputError: Another run has signed, and has left checkpoints.
+    """
+    try:
+        found = _read_signature(folder)
+    except (FileNotFoundError, MissingError):
+        return
+    theirs = found.get("run") if isinstance(found, dict) else None
+    if theirs != run and (own := list_checkpoints(folder)):
+        raise InputError(
+            f"expected no checkpoints of another run in {folder}, found {len(own)} of {theirs}; go on with that run, "
+            f"--run.folder {theirs}, or give the RunKeeper another folder (and --run.resume {own[0]} to begin there); "
+            f"if it is the same run in another place, delete {folder.rstrip('/')}/{OWNER_NAME}"
+        )
+
+
+def _read_signature(folder: str) -> Any:  # noqa: ANN401 - JSON, or what stands there instead
+    fs, inner = open_store(folder)
+    with talking_to(folder):
+        content = fs.cat_file(f"{inner.rstrip('/')}/{OWNER_NAME}")
+    try:
+        return json.loads(content)
+    except ValueError:
+        return content[:80]

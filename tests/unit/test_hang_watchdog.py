@@ -1,0 +1,55 @@
+"""The watchdog's clock ends a process that hangs, whatever holds Python's lock, and none that was suspended."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+PROGRAM = """
+import ctypes, sys, time
+from lrm_pl.kernels.awake_clock import AwakeClock
+clock = AwakeClock(2.0)
+time.sleep(0.3)
+clock.reset()
+print("begun", flush=True)
+def hang():
+    time.sleep(60)
+def hang_with_pythons_lock():
+    ctypes.PyDLL(None).sleep(60)
+def work():
+    for _ in range(20):
+        time.sleep(0.1)
+        clock.reset()
+    clock.stop()
+globals()[sys.argv[1]]()
+print("done", flush=True)
+"""
+
+
+def start(what, root):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, what],
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "begun\n"
+    return process
+
+
+@pytest.mark.parametrize("what", ["hang", "hang_with_pythons_lock"])
+def test_a_process_that_hangs_ends_with_the_stacks_of_all_threads(what, root):
+    process = start(what, root)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out) == (1, ""), err
+    assert "Timeout: no progress for 2 s" in err
+    assert f"in {what}" in err
+
+
+def test_a_process_that_was_suspended_for_longer_than_the_limit_goes_on(root):
+    process = start("work", root)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=40)
+    assert (process.returncode, out) == (0, "done\n"), err
