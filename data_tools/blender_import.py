@@ -11,7 +11,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import bpy
 import mathutils
@@ -72,6 +72,7 @@ def load_asset(
         elif kind in GLTF:
             record = _json_of_glb(path) if kind == ".glb" else path.read_bytes()
             _refuse_files_outside(root, path.parent, _uris(record))
+            readable = _without_own_attributes(path, record, Path(scratch))
         _import(readable, up or "y")
     if texture:
         blender_materials.show_texture(path.parent / texture)
@@ -122,6 +123,46 @@ def _uris(content: bytes) -> list[str]:
         raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
     # Blender's importer opens a "data:" without this mark as the path of a file.
     return [unquote(uri) for uri in uris if uri and not (uri.startswith("data:") and ";base64," in uri)]
+
+
+def _without_own_attributes(path: Path, content: bytes, scratch: Path) -> Path:
+    """Return a glTF file without attributes of an application's own, whose names begin with "_".
+
+    Nothing of them is rendered, and Blender's importer mixes up those of one mesh (up to 5.0.1).
+
+    Args:
+        path: The file.
+        content: Its JSON.
+        scratch: Where a copy is written, if one is needed.
+    """
+    try:
+        record = json.loads(content)
+        own = False
+        for primitive in (one for mesh in record.get("meshes", ()) for one in mesh["primitives"]):
+            for name in [name for name in primitive["attributes"] if name.startswith("_")]:
+                own = True
+                del primitive["attributes"][name]
+        if not own:
+            return path
+        for entry in (one for kind in ("buffers", "images") for one in record.get(kind, ())):
+            uri = entry.get("uri", "data:")
+            if not uri.startswith("data:"):
+                entry["uri"] = quote(str(path.parent.absolute() / unquote(uri)))
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise AssetError(f"cannot be imported: expected meshes of glTF 2.0, found: {error!r}") from error
+    text = json.dumps(record).encode()
+    copy = scratch / path.name
+    if path.suffix.lower() == ".glb":
+        text += b" " * (-len(text) % 4)
+        whole = path.read_bytes()
+        rest = whole[20 + struct.unpack("<I", whole[12:16])[0] :]
+        text = (
+            struct.pack("<4sIIII", b"glTF", 2, 20 + len(text) + len(rest), len(text), 0x4E4F534A)
+            + text
+            + rest
+        )
+    copy.write_bytes(text)
+    return copy
 
 
 def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> None:
@@ -185,6 +226,7 @@ def prepare(
         if image not in unseen and (image.source not in ("GENERATED", "VIEWER") or image.packed_file)
     ]
     missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
+    missing += [f"that of {node.name}" for node in _texture_nodes(shown) if node.image is None]
     for name in [*missing, *lost]:
         print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalise(normalise)
@@ -210,9 +252,14 @@ def prepare(
 
 def _pictures(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
     """Return the pictures of the materials of some objects."""
+    return {node.image for node in _texture_nodes(things) if node.image}
+
+
+def _texture_nodes(things: Iterable[bpy.types.Object]) -> list[bpy.types.ShaderNodeTexImage]:
+    """Return the texture nodes of the materials of some objects."""
     materials = {slot.material for thing in things for slot in thing.material_slots if slot.material}
     trees = [material.node_tree for material in materials if material.node_tree]
-    return {node.image for tree in trees for node in tree.nodes if node.type == "TEX_IMAGE" and node.image}
+    return [node for tree in trees for node in tree.nodes if node.type == "TEX_IMAGE"]
 
 
 def _is_hidden(thing: bpy.types.Object) -> bool:

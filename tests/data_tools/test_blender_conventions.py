@@ -185,6 +185,17 @@ def write_assets(folder):
     for material in record["materials"]:
         material["doubleSided"] = False
     (folder / "outline.gltf").write_text(json.dumps(record))
+    write_gltf(folder / "own.gltf", [(VERTICES, TRIANGLES, (0.588, 0.1, 0.1), 1.0)])
+    record = json.loads((folder / "own.gltf").read_text())
+    record["accessors"].append(
+        {"bufferView": 0, "componentType": 5126, "type": "SCALAR", "count": len(VERTICES)}
+    )
+    attributes = record["meshes"][0]["primitives"][0]["attributes"]
+    attributes |= {f"_{letter}": attributes["POSITION"] for letter in "ACEG"} | dict.fromkeys(
+        ["_B", "_D", "_F"], 2
+    )
+    (folder / "own.gltf").write_text(json.dumps(record))
+    (folder / "own_binary.glb").write_bytes(glb(record))
     write_obj(folder, "no_mtl")
     green = (30, 160, 90)
     return {
@@ -193,6 +204,7 @@ def write_assets(folder):
         "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
         "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "picture": green,
         "outline": RED_SRGB,
+        "own": RED_SRGB, "own_binary": RED_SRGB,
     }  # fmt: skip
 
 
@@ -203,6 +215,11 @@ def rendered(render_command, tmp_path_factory):
     (folder / "assets").mkdir()
     expected = write_assets(folder / "assets"), write_scenes(folder / "assets")
     write_scene(folder / "assets" / "veil.gltf", [VEIL], [{"mesh": 0}], one_sided=(0,))
+    write_gltf(folder / "assets" / "no_picture.gltf", [(VERTICES, TRIANGLES, (1, 1, 1), 1.0)])
+    record = json.loads((folder / "assets" / "no_picture.gltf").read_text())
+    record["images"], record["textures"] = [{"uri": "data:,nothing"}], [{"source": 0}]
+    record["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
+    (folder / "assets" / "no_picture.gltf").write_text(json.dumps(record))
     half = (VERTICES, TRIANGLES[:6], (1, 0, 0), 1.0)
     write_gltf(folder / "assets" / "two_sided.gltf", [half])
     record = json.loads((folder / "assets" / "two_sided.gltf").read_text())
@@ -291,6 +308,7 @@ def test_what_lies_in_glass_is_lit(rendered):
 def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
     table = pyarrow.parquet.read_table(rendered[0] / "filter.parquet").to_pylist()
     reasons = {row["id"]: (row["outcome"], row["reason"]) for row in table if row["outcome"] != "rendered"}
+    assert reasons["no_picture"] == ("rejected", "missing_textures 1, expected <= 0")
     assert reasons["no_mtl"] == ("rejected", "missing_textures 1, expected <= 0")
     assert reasons["picture_by_faces"] == ("rejected", "missing_textures 1, expected <= 0")
     assert reasons["face_colours"] == ("rejected", "missing_textures 1, expected <= 0")
