@@ -323,7 +323,8 @@ def test_the_exit_status_of_a_stopped_run_stays_where_nobody_reads_its_last_mess
     )
     code += "print('more'); say_last('stopped'); sys.exit(75)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes) as process:
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=root, env=buffered, **pipes) as process:
         assert process.stdout.readline() == b"begun\n"
         process.stdout.close()
         process.stdin.close()
