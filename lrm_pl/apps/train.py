@@ -35,6 +35,7 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
 )
 
 from lrm_pl import __version__
+from lrm_pl.apps.broken_pipes import outlive_readers
 from lrm_pl.apps.hyperparameters import flattened, log_hyperparameters
 from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
@@ -692,21 +693,6 @@ def _config_of_run(arguments: list[str]) -> list[str]:
     return [] if run is None else ["-c", str(run / "config.yaml")]
 
 
-def say_last(text: str) -> None:
-    """Write the last message; whoever reads it may be gone (`2>&1 | tee log` and Ctrl-C), the exit status is not."""
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-        sys.stdout.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # else the interpreter would fail to flush them, and exit with 120
-            os.dup2(nowhere, stream.fileno())
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; expected errors end in one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -724,9 +710,10 @@ def main(arguments: list[str] | None = None) -> None:
     memory_of_libraries()
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        outlive_readers()
         command_line(given)
     except StoppedError as stopped:
-        say_last(f"lrm: {stopped}\n")
+        sys.stderr.write(f"lrm: {stopped}\n")
         sys.exit(STOPPED_STATUS)
     except InputError as error:
         sys.exit(f"lrm: {error}")
