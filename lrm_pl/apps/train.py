@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -693,6 +694,12 @@ def _config_of_run(arguments: list[str]) -> list[str]:
     return [] if run is None else ["-c", str(run / "config.yaml")]
 
 
+def say_unless_full(found: threading.ExceptHookArgs) -> None:
+    """Say what ended a thread; a logger's that met a full disk hands that to the main thread, which says it."""
+    if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in FULL):
+        threading.__excepthook__(found)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; expected errors end in one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -708,6 +715,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
     atexit.register(settle_processes)
     memory_of_libraries()
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = say_unless_full
     given = sys.argv[1:] if arguments is None else arguments
     try:
         outlive_readers()
