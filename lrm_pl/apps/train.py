@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,6 +35,7 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
 )
 
 from lrm_pl import __version__
+from lrm_pl.apps.broken_pipes import outlive_readers
 from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.hyperparameters import flattened, log_hyperparameters
 from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
@@ -683,19 +685,10 @@ def _config_of_run(arguments: list[str]) -> list[str]:
     return [] if run is None else ["-c", str(run / "config.yaml")]
 
 
-def say_last(text: str) -> None:
-    """Write the last message; whoever reads it may be gone (`2>&1 | tee log` and Ctrl-C), the exit status is not."""
-    try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-        sys.stdout.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (
-            sys.stdout,
-            sys.stderr,
-        ):  # else the interpreter would fail to flush them, and exit with 120
-            os.dup2(nowhere, stream.fileno())
+def say_unless_full(found: threading.ExceptHookArgs) -> None:
+    """Say what ended a thread; a logger's that met a full disk hands that to the main thread, which says it."""
+    if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in FULL):
+        threading.__excepthook__(found)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -713,11 +706,14 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
     atexit.register(settle_processes)
     memory_of_libraries()
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = say_unless_full
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        outlive_readers()
         command_line(given)
     except StoppedError as stopped:
-        say_last(f"lrm: {stopped}\n")
+        sys.stderr.write(f"lrm: {stopped}\n")
         sys.exit(STOPPED_STATUS)
     except InputError as error:
         sys.exit(f"lrm: {error}")

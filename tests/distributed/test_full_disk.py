@@ -1,5 +1,6 @@
 """A disk that fills up in the middle of a run, for real: checkpoints go to a tmpfs that holds one or two of them."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -48,3 +49,27 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_s
     assert second.returncode == 0, (folder / "second.log").read_text()[-4000:]
     assert f"going on after step {step} from {checkpoints}/{newest}" in (folder / "second.log").read_text()
     assert [step for step, _ in runs.scalars(f"full-{layer}")["loss/total"]] == list(range(1, 21))
+
+
+def test_a_disk_that_is_full_of_logs_and_pictures_ends_a_run_with_workers_in_one_message(runs):
+    tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
+    if tried.returncode:
+        pytest.skip("needs user namespaces, in which a small disk can be mounted")
+    folder = runs.folder / "full-of-logs"
+    folder.mkdir()
+    keeper = {
+        "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+        "init_args": {"every": 5, "folder": str(runs.folder / "roomy")},
+    }
+    callbacks = shlex.quote(f"--trainer.callbacks+={json.dumps(keeper)}")
+    run = (
+        f"{sys.executable} -m lrm_pl fit -c {runs.folder}/tiny.yaml --data.folder {runs.shards} --data.workers 2 "
+        f"--trainer.val_check_interval 1 --run.folder {folder} {callbacks}"
+    )
+    log = runs.folder / "full-of-logs.log"
+    script = f"mount -t tmpfs -o size=40k tmpfs {folder}; {run} > {log} 2>&1"
+    done = subprocess.run([*OWN_MOUNTS, "sh", "-c", script], cwd=ROOT, timeout=200, check=False)
+    said = log.read_text()
+    assert done.returncode == 1, said[-4000:]
+    assert "lrm: expected room for what the run writes, found: [Errno 28] No space left on device" in said
+    assert "Traceback" not in said

@@ -318,17 +318,17 @@ def test_a_disk_that_is_full_of_anything_ends_the_run_with_one_message(here):
         main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.FullDisk"])
 
 
-def test_the_exit_status_of_a_stopped_run_stays_where_nobody_reads_its_last_message(root):
-    code = (
-        "import sys; from lrm_pl.apps.train import say_last; print('begun', flush=True); sys.stdin.read(1); "
-    )
-    code += "print('more'); say_last('stopped'); sys.exit(75)"
+def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
+    code = "import sys; from lrm_pl.apps.broken_pipes import outlive_readers; outlive_readers(); "
+    code += "print('begun', flush=True); sys.stdin.read(1); print('more'); sys.stderr.write('stopped'); sys.exit(75)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=root, **pipes) as process:
-        assert process.stdout.readline() == b"begun\n"
-        process.stdout.close()
-        process.stdin.close()
-        assert process.wait(60) == 75
+    for unbuffered in ("", "1"):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        with subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, **pipes) as process:
+            assert process.stdout.readline() == b"begun\n"
+            process.stdout.close()
+            process.stdin.close()
+            assert process.wait(60) == 75
 
 
 def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, capsys):

@@ -1,0 +1,31 @@
+"""A run outlives whoever reads its output: of `2>&1 | tee log`, Ctrl-C ends tee before the run has stopped."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def outlive_readers() -> None:
+    """Make stdout and stderr drop what is written once nobody reads it, instead of raising BrokenPipeError."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            ours = stream.fileno() == descriptor
+        except (OSError, ValueError, AttributeError):  # a notebook's, or none
+            continue
+        if ours:
+            for name in ("write", "flush"):
+                setattr(stream, name, _guarded(getattr(type(stream), name).__get__(stream), descriptor))
+
+
+def _guarded(method: Callable[..., Any], descriptor: int) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:  # noqa: ANN401 - the method's own
+        try:
+            return method(*arguments)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+            return method(*arguments)
+
+    return call
