@@ -10,7 +10,7 @@ from data_tools import convert
 from data_tools.assets import Asset, find_assets
 from data_tools.blender_process import SAMPLES_PER_S, Limits, time_limit_s
 from data_tools.continuation import continue_folder
-from data_tools.criteria import DEFAULT_RULES, parse_rule
+from data_tools.criteria import DEFAULT_RULES, WHOLE_RULE, parse_rule
 from data_tools.fetch import add_parser as add_fetch_parser
 from data_tools.fetch import fetch
 from data_tools.launch import add_parser as add_launch_parser
@@ -92,9 +92,11 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         held_out = recorded_held_out(args.out)
     if held_out is None:
         held_out = default_held_out([asset.split for asset in assets])
+    normalise = getattr(args, "normalise", PRESETS[args.preset].normalise)
+    rules = (*DEFAULT_RULES, WHOLE_RULE) if PRESETS[args.preset].shows_whole(normalise) else DEFAULT_RULES
     settings = RenderSettings(
         preset=args.preset,
-        normalise=getattr(args, "normalise", PRESETS[args.preset].normalise),
+        normalise=normalise,
         views=args.views,
         resolution=args.res,
         samples=args.samples,
@@ -104,7 +106,7 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         depth=args.depth,
         normals=args.normals,
         surface=args.surface,
-        rules=tuple(args.rules),
+        rules=tuple(getattr(args, "rules", rules)),
     )
     return settings, assets
 
@@ -186,9 +188,10 @@ def _parser() -> argparse.ArgumentParser:
         "--rules",
         type=_rule,
         nargs="*",
-        default=DEFAULT_RULES,
+        default=argparse.SUPPRESS,
         metavar="RULE",
-        help="what an object must obey, else it is rejected: measures of OUT/filter.parquet compared with numbers",
+        help="what an object must obey, else it is rejected: measures of OUT/filter.parquet compared with numbers; "
+        f"unless given, {', '.join(DEFAULT_RULES)}, and {WHOLE_RULE} where the preset's pictures show whole objects",
     )
     add_launch_parser(commands)
     check = commands.add_parser(

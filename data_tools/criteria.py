@@ -21,9 +21,11 @@ MEASURES_MEMBER = "measures.json"
 
 #: Rules that an object must obey unless the user says otherwise.
 DEFAULT_RULES = (
-    "coverage >= 0.01", "cropped <= 0.5", "white <= 0.95", "black <= 0.95", "degenerate <= 0.5",
-    "missing_textures <= 0",
+    "coverage >= 0.01", "white <= 0.95", "black <= 0.95", "degenerate <= 0.5", "missing_textures <= 0",
 )  # fmt: skip
+
+#: One more where cameras show the whole object; others crop those that are near.
+WHOLE_RULE = "cropped <= 0.5"
 
 #: Above this in all channels (of 255) a pixel counts as white.
 _WHITE = 250

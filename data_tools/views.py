@@ -36,6 +36,11 @@ class CameraPreset:
     normalise: Normalisation
     orbit: bool = False
 
+    def shows_whole(self, normalise: Normalisation) -> bool:
+        """Say whether every picture shows all of any object."""
+        reach = {"sphere": 1.0, "cube": math.sqrt(3)}[normalise] / self.radius_range[0]
+        return reach <= math.sin(math.radians(self.fov_range_deg[0] / 2))
+
 
 #: The 24 views of MeshLRM's protocol (appendix I): polar angles of 90, 60 and 120 degrees, the front first.
 ORBIT_DEG = [(azimuth, elevation) for elevation in (0, 30, -30) for azimuth in range(0, 360, 45)]

@@ -8,6 +8,7 @@ import pytest
 
 from data_tools.criteria import (
     DEFAULT_RULES,
+    WHOLE_RULE,
     MeshMeasures,
     RuleError,
     decode_measures,
@@ -57,8 +58,8 @@ def test_what_pictures_show_is_measured():
 
 def test_rules_say_what_an_object_breaks():
     white = measure_views(MESH, [picture((0, 0, 10, 10), (255, 255, 255))])
-    said = objections(white, [parse_rule(rule) for rule in DEFAULT_RULES])
-    assert said == "cropped 1, expected <= 0.5; white 1, expected <= 0.95"
+    said = objections(white, [parse_rule(rule) for rule in (*DEFAULT_RULES, WHOLE_RULE)])
+    assert said == "white 1, expected <= 0.95; cropped 1, expected <= 0.5"
     assert objections(white, [parse_rule("white == 1"), parse_rule("coloured>0")]) == ""
     assert objections(white, [parse_rule("triangles > 12")]) == "triangles 12, expected > 12"
 

@@ -3,6 +3,8 @@ import math
 import numpy as np
 import pytest
 
+from data_tools.__main__ import _parser, _settings
+from data_tools.criteria import WHOLE_RULE
 from data_tools.views import (
     PRESETS,
     derive_seed,
@@ -113,3 +115,13 @@ def test_an_orbit_has_its_24_views_the_front_first_and_is_the_same_for_every_obj
     np.testing.assert_allclose(azimuth_deg % 360, np.tile(np.arange(0, 360, 45), 3), atol=1e-4)
     np.testing.assert_array_equal(cameras.c2w, draw("gso-orbit", views=24, seed=5).c2w)
     np.testing.assert_allclose(cameras.c2w[:, :3, 2], -place / 2.5, atol=1e-6)
+
+
+def test_presets_that_crop_objects_do_not_reject_what_they_crop():
+    # The unit sphere 2.4 away is 24.6 degrees wide to each side, of 25; the cube's corners are sqrt(3) away.
+    whole = {name for name, preset in PRESETS.items() if preset.shows_whole(preset.normalise)}
+    assert whole == {"frame", "gso-orbit"}
+    assert not PRESETS["frame"].shows_whole("cube")
+    for name in PRESETS:
+        args = _parser().parse_args(["render", "--preset", name])
+        assert (WHOLE_RULE in _settings(args)[0].rules) == (name in whole)
