@@ -65,7 +65,6 @@ def test_results_are_figures_tables_pictures_and_a_board(finished):
     page = (finished / "index.html").read_text()
     for word in (
         "worst objects",
-        "median objects",
         "best objects",
         "val-ellipsoid-000",
         "data:image/png;base64",

@@ -498,7 +498,7 @@ def test_own_objective_module_and_data_are_trained_resumed_measured_estimated_an
     assert type(command_line(["validate", "--ckpt_path=run"]).model) is OwnModule
     assert type(model_without_numbers(here)[1].objective) is OwnObjective
     export("run", tmp_path / "model")
-    assert open_trained(str(tmp_path / "model"), device="cpu").step is None
+    assert open_trained(str(tmp_path / "model"), device="cpu").step == 4
 
 
 @pytest.mark.parametrize(
