@@ -6,6 +6,7 @@ The measures of an object lie beside its pictures in the shard (``ID.measures.js
 
 import dataclasses
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -192,3 +193,21 @@ def decode_measures(key: str, content: bytes) -> Measures:
         raise RuleError(
             f"sample {key!r}: expected the measures {', '.join(NAMES)} in {key}.{MEASURES_MEMBER}, found: {error}"
         ) from error
+
+
+def is_one_sided(key: str, content: bytes) -> bool:
+    """Read one measure; false in measures that were taken before there was this one.
+
+    Raises:
+        RuleError: They are no numbers by name.
+    """
+    try:
+        record = json.loads(content)
+        wrong = [name for name, value in record.items() if not math.isfinite(value)]
+    except (ValueError, RecursionError, AttributeError, TypeError, OverflowError) as error:
+        raise RuleError(
+            f"sample {key!r}: expected the measures as numbers in {key}.{MEASURES_MEMBER}, found: {error}"
+        ) from error
+    if wrong:
+        raise RuleError(f"sample {key!r}: expected finite measures, found {wrong[0]} = {record[wrong[0]]}")
+    return bool(record.get("one_sided", False))

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from data_tools.criteria import MEASURES_MEMBER, decode_measures
+from data_tools.criteria import MEASURES_MEMBER, is_one_sided
 from data_tools.geometry import check_geometry
 from data_tools.layouts.choice import renderer_name
 from data_tools.shard_pool import processes
@@ -183,9 +183,8 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
         for key, content in read_samples(folder, shard):
             try:
                 sample = decode_sample(key, content)
-                one_sided = (
-                    MEASURES_MEMBER in sample.extras
-                    and decode_measures(key, sample.extras[MEASURES_MEMBER]).one_sided
+                one_sided = MEASURES_MEMBER in sample.extras and is_one_sided(
+                    key, sample.extras[MEASURES_MEMBER]
                 )
                 # Of a rejected object next to nothing may be seen.
                 checked = check_pictures(sample, cameras=not shard.rejected, one_sided=one_sided)

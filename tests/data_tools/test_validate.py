@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import os
 import shutil
 import signal
@@ -177,6 +178,16 @@ def test_surfaces_that_are_not_seen_from_behind_are_no_fault_of_the_cameras(fold
 
     replaced(folder, change)
     assert "not decidable  wrong cameras (surfaces that are not seen from behind)" in said(folder, capsys, 0)
+
+
+def test_measures_of_before_there_was_one_more_are_no_fault(folder, capsys):
+    def change(members, sample):
+        record = json.loads(encode_measures(MEASURES))
+        del record["one_sided"]
+        members["measures.json"] = json.dumps(record).encode()
+
+    replaced(folder, change)
+    assert "6 objects in 3 shards: no problems" in said(folder, capsys, 0)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
