@@ -121,8 +121,12 @@ def _uris(content: bytes) -> list[str]:
         raise
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
-    # Blender's importer opens a "data:" without this mark as the path of a file.
-    return [unquote(uri) for uri in uris if uri and not (uri.startswith("data:") and ";base64," in uri)]
+    return [unquote(uri) for uri in uris if uri and not _is_inline(uri)]
+
+
+def _is_inline(uri: str) -> bool:
+    """Return whether a URI holds its data; Blender's importer opens other ``data:`` URIs as paths of files."""
+    return uri.startswith("data:") and ";base64," in uri
 
 
 def _without_own_attributes(path: Path, content: bytes, scratch: Path) -> Path:
@@ -145,8 +149,9 @@ def _without_own_attributes(path: Path, content: bytes, scratch: Path) -> Path:
         if not own:
             return path
         for entry in (one for kind in ("buffers", "images") for one in record.get(kind, ())):
-            uri = entry.get("uri", "data:")
-            if not uri.startswith("data:"):
+            uri = entry.get("uri")
+            # A path in the copy must be the one that was checked: it starts from the original's folder.
+            if uri and not _is_inline(uri):
                 entry["uri"] = quote(str(path.parent.absolute() / unquote(uri)))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise AssetError(f"cannot be imported: expected meshes of glTF 2.0, found: {error!r}") from error

@@ -62,7 +62,7 @@ def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
         except BrokenProcessPool as error:
             raise InputError(
                 "expected processes that run to their end, found that one was killed, most often for lack of memory; "
-                "run it again with fewer: --jobs, or `taskset -c 0` before the command"
+                "run the command again on fewer cores: `taskset -c 0` before it"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -324,7 +324,7 @@ def _bmp_space(_: Image.Image, content: bytes) -> ColorSpace | None:
 
 
 def _exif_space(image: Image.Image, _: bytes) -> ColorSpace | None:
-    """Read the tags of EXIF, and those that TIFF has in common with it."""
+    """Read EXIF tags and the TIFF tags that EXIF shares."""
     try:
         exif = image.getexif()
         details = exif.get_ifd(_EXIF_IFD)

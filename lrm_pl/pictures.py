@@ -137,8 +137,8 @@ def open_picture(
     except UnidentifiedImageError as error:
         if content[:4] in (b"II*\0", b"MM\0*"):
             raise NotAPictureError(
-                f"{name}: expected a TIFF of a kind that PIL reads, found another, such as floats; export it "
-                "with 8 bits a channel"
+                f"{name}: expected a TIFF format that Pillow supports, found an unsupported one, such as floats; export "
+                "it with 8 bits per channel"
             ) from error
         raise NotAPictureError(
             f"{name}: expected a picture ({', '.join(FORMATS)}), found {size} bytes of something else; convert it"

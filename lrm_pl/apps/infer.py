@@ -76,7 +76,7 @@ def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
 
 
 def _fitting(path: Path) -> list[Path]:
-    """Return the paths that fit a pattern, which make and quotes keep from the shell; else the path itself."""
+    """Expand a glob pattern that the shell has not expanded; a path that is no pattern is returned as it is."""
     return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
 
 

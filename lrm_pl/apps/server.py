@@ -71,7 +71,7 @@ class Works:
     async def make(
         self, content: bytes, wishes: Wishes, gone: Callable[[], Awaitable[bool]]
     ) -> tuple[bytes, dict[str, float]]:
-        """Turn a picture's bytes into a GLB's.
+        """Reconstruct an encoded image; return the bytes of a GLB file.
 
         Args:
             content: The picture.

@@ -49,7 +49,7 @@ class ObjectRecord:
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Make a folder this evaluation's, or make sure that it is; baselines may join those that were measured without.
+    """Create the folder of an evaluation, or check that it holds this evaluation; baselines may be added later.
 
     Returns:
         The settings that it was first claimed with: a network and shards may have moved, or been exported, since then.

@@ -1,4 +1,4 @@
-"""Which steps are logged, and where on the loggers' axis."""
+"""Select the steps that are logged, and set their position on the loggers' x axis."""
 
 import lightning as L
 import torch

@@ -4,6 +4,7 @@ import base64
 import json
 import struct
 import subprocess
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow.parquet
@@ -421,6 +422,32 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
     for name, said in zip(files, found, strict=True):
         assert "expected its files in" in said, (name, said)
         assert "private" in said
+
+
+COPY = """
+import sys
+from pathlib import Path
+from data_tools.blender_import import _without_own_attributes
+path = Path(sys.argv[1])
+print("FOUND", _without_own_attributes(path, path.read_bytes(), Path(sys.argv[2])).read_text())
+"""
+
+
+def test_a_copy_of_a_gltf_file_opens_the_paths_that_were_checked(render_python, root, tmp_path):
+    inline = "data:application/octet-stream;base64,AAAA"
+    uris = ["a b.bin", "data:/../../x.bin", "data:,/../x.bin", inline]
+    meshes = [{"primitives": [{"attributes": {"POSITION": 0, "_OWN": 1}}]}]
+    (tmp_path / "scratch").mkdir()
+    path = tmp_path / "own.gltf"
+    path.write_text(json.dumps({"meshes": meshes, "buffers": [{"uri": uri} for uri in uris]}))
+    command = [str(render_python), "-c", COPY, str(path), str(tmp_path / "scratch")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    copy = json.loads(done.stdout.partition("FOUND ")[2])
+    assert copy["meshes"][0]["primitives"][0]["attributes"] == {"POSITION": 0}
+    # From any other folder, what is relative, or no data to Blender's importer, would be another file.
+    expected = [*(str(tmp_path / uri) for uri in uris[:3]), inline]
+    assert [unquote(buffer["uri"]) for buffer in copy["buffers"]] == expected
 
 
 def test_no_library_is_read_that_was_not_checked_however_its_name_is_written(loaded, tmp_path):

@@ -327,7 +327,11 @@ def test_white_of_a_tiff_is_that_of_its_bits_and_photometric():
         (raw_tiff(struct.pack("<4I", 0, 1, 2, 3), 32), PictureError, "found signed integers or 32 bits"),
         (raw_tiff(struct.pack("<4h", 0, 1, 2, 3), 16, 2), PictureError, "found signed integers or 32 bits"),
         (raw_tiff(bytes(4), 8, 2), PictureError, "found signed integers or 32 bits"),
-        (raw_tiff(bytes(8), 16, 3), NotAPictureError, "a TIFF of a kind that PIL reads, found another"),
+        (
+            raw_tiff(bytes(8), 16, 3),
+            NotAPictureError,
+            "a TIFF format that Pillow supports, found an unsupported one",
+        ),
         (encoded(plain(mode="YCbCr"), "TIFF"), PictureError, "RGB in a TIFF .*, found YCbCr"),
     ],
     ids=["floats", "32 bits", "signed 16", "signed 8", "half floats", "YCbCr"],
