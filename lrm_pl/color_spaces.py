@@ -245,14 +245,15 @@ def _avif_codes(_: Image.Image, content: bytes) -> ColorSpace | None:
     if content[4:8] != b"ftyp":
         return None
     try:
-        properties = _primary_properties(content)
+        for kind, start, _end in _primary_properties(content):
+            if kind == b"colr" and content[start : start + 4] == b"nclx":
+                codes = struct.unpack_from(">HH", content, start + 4)
+                break
+        else:
+            return None
     except (struct.error, LookupError):
         return None
-    for kind, start, _end in properties:
-        if kind == b"colr" and content[start : start + 4] == b"nclx":
-            primaries, transfer = struct.unpack_from(">HH", content, start + 4)
-            return _coded(primaries, transfer)
-    return None
+    return _coded(*codes)
 
 
 def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:

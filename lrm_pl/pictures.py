@@ -137,7 +137,7 @@ def open_picture(
     except UnidentifiedImageError as error:
         if content[:4] in (b"II*\0", b"MM\0*"):
             raise NotAPictureError(
-                f"{name}: expected a TIFF format that Pillow supports, found an unsupported one, such as floats; export "
+                f"{name}: expected a TIFF format that Pillow supports, found an unsupported one, such as floats; save "
                 "it with 8 bits per channel"
             ) from error
         raise NotAPictureError(
