@@ -7,3 +7,8 @@ class InputError(ValueError):
     Programs end with its message alone. Any other exception is a mistake of this project's own, and keeps its
     traceback.
     """
+
+    def __str__(self) -> str:
+        """Return the message, without the traceback that a DataLoader puts before that of a worker's error."""
+        message = super().__str__()
+        return message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip()

@@ -203,7 +203,11 @@ class EvaluationSet(IterableDataset[Item]):
         return -(-len(self.places) // self.world)
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield an item an object."""
+        """Yield an item an object; one that cannot be read is replaced by an item of weight 0.
+
+        Raises:
+            InputError: Not one sample can be read. Other ranks may read theirs, and would wait for this one.
+        """
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         stand_in: Item | None = None
@@ -213,7 +217,10 @@ class EvaluationSet(IterableDataset[Item]):
             if item is None:
                 item = stand_in = stand_in or self._stand_in()
             if item is None:
-                return  # not one sample can be read: so it is on every rank
+                raise InputError(
+                    f"expected a sample of the split that can be read, found none among {len(self.places)}; "
+                    "the warnings above name them; check the folder with `python -m data_tools validate --shards FOLDER`"
+                )
             yield item
 
     def readable(self) -> Iterator[Item]:

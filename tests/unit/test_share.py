@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from torch.utils.data import DataLoader
 
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.mixture import DataSet, Mixture
@@ -142,3 +143,14 @@ def test_a_bad_sample_leaves_an_item_of_weight_0_so_that_no_rank_waits_for_anoth
         ("val-ellipsoid-002", 1.0),
     ]
     assert "val-ellipsoid-000" in caplog.text
+
+
+def test_where_not_one_sample_can_be_read_a_rank_ends_with_an_error_and_is_not_waited_for(tmp_path):
+    write_synthetic_shards(tmp_path, train=1, val=2, views=3, resolution=8, shard_size=1)
+    for number in range(2):
+        spoil_first_poses(tmp_path / f"val-{number:06d}.tar")
+    items = EvaluationSet(mixture(tmp_path), "val", 1, slice(2, 3))
+    for workers in (0, 1):
+        with pytest.raises(InputError, match="found none among 2") as caught:
+            next(iter(DataLoader(items, batch_size=None, num_workers=workers)))
+        assert str(caught.value).startswith("expected a sample"), "not the traceback of the worker"
