@@ -219,7 +219,7 @@ class EvaluationSet(IterableDataset[Item]):
             if item is None:
                 raise InputError(
                     f"expected a sample of the split that can be read, found none among {len(self.places)}; "
-                    "the warnings above name them; check the folder with `python -m data_tools validate --shards FOLDER`"
+                    "the warnings above name them; check them with `python -m data_tools validate --shards FOLDER`"
                 )
             yield item
 
