@@ -66,13 +66,21 @@ LAYERS = $(foreach config,$(CONFIG),$(call option,-c,$(config)))
 DEMO_SHARDS = $(if $(DRY),,$(if $(filter data/demo,$(or $(DATA),$(if $(filter $(DEMO),$(CONFIG)),data/demo))),\
   data/demo/manifest.json))
 
+# A variable that no target of the command line lists after its ## is refused: make train NODE=8 would train on one machine.
+GIVEN := $(if $(filter-out 0,$(MAKELEVEL)),,$(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name))))
+ifneq ($(GIVEN),)
+TAKEN := $(foreach goal,$(MAKECMDGOALS),$(shell grep -E '^$(goal):' $(firstword $(MAKEFILE_LIST)) | grep -oE '\<[A-Z_]+=' | tr -d =))
+UNKNOWN := $(filter-out PYTHON $(TAKEN),$(GIVEN))
+$(if $(UNKNOWN),$(error make $(MAKECMDGOALS): expected variables among $(or $(TAKEN),none), found $(UNKNOWN); see `make help`))
+endif
+
 .PHONY: help train infer evaluate demo serve doctor render-shards tensorboard test test-fast test-gpu soak bench lint clean
 
 help: ## Show what can be made
 	@echo "make train && make tensorboard   trains the demo model and shows it"; echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
-train: .venv/ready $(DEMO_SHARDS) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; GPUS= PROCESSES= NODES= STRATEGY= NAME=
+train: .venv/ready $(DEMO_SHARDS) ## Train: CONFIG= DATA= ARGS="--trainer.max_steps 50"; on many: NODES= GPUS= PROCESSES= STRATEGY= NAME= PARTITION= ACCOUNT= TIME= CONTAINER= MASTER= DRY_RUN=
 ifeq ($(strip $(LAUNCH)),)
 	.venv/bin/lrm fit $(LAYERS) $(call option,--data.folder,$(DATA)) $(ARGS)
 else
@@ -96,10 +104,11 @@ demo: .venv/ready ## A page in the browser that turns photos into meshes: CKPT= 
 serve: .venv/ready ## Answer pictures with meshes over HTTP: CKPT= ARGS="--port 8000"
 	.venv/bin/lrm serve $(call option,--ckpt,$(CKPT)) $(ARGS)
 
-doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PARTITION= ACCOUNT=
-	.venv/bin/lrm doctor $(JOB) $(LAYERS) $(call option,--data.folder,$(DATA)) $(ARGS)
+doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PROCESSES= STRATEGY= PARTITION= ACCOUNT= CONTAINER=
+	.venv/bin/lrm doctor $(JOB) $(LAYERS) $(call option,-c,$(STRATEGY:%=configs/trainer/%.yaml)) \
+	  $(call option,--data.folder,$(DATA)) $(ARGS)
 
-render-shards: .venv-render/ready ## Render meshes: ASSETS= OUT= VIEWS= RES= SAMPLES= JOBS= ARGS=; on a cluster: NODES=
+render-shards: .venv-render/ready ## Render meshes: ASSETS= OUT= VIEWS= RES= SAMPLES= JOBS= ARGS=; on a cluster: NODES= GPUS= PARTITION= ACCOUNT= TIME= DRY_RUN=
 ifeq ($(strip $(RENDER_JOB)),)
 	.venv-render/bin/python -m data_tools render $(RENDER)
 else
@@ -110,21 +119,21 @@ data/demo/manifest.json:
 	$(MAKE) .venv-render
 	.venv-render/bin/python -m data_tools render --out data/demo
 
-tensorboard: .venv/ready ## Watch the runs in the browser
-	.venv/bin/tensorboard --logdir runs
+tensorboard: .venv/ready ## Watch the runs in the browser: ARGS="--port 6007"
+	.venv/bin/tensorboard --logdir runs $(ARGS)
 
-test: .venv/ready .venv-render/ready .tools/ready ## Run every test that needs no GPU
-	.venv/bin/python -m pytest -m "not gpu and not soak"
+test: .venv/ready .venv-render/ready .tools/ready ## Run every test that needs no GPU: ARGS="-k cameras"
+	.venv/bin/python -m pytest -m "not gpu and not soak" $(ARGS)
 
-test-fast: .venv/ready .tools/ready ## Run the quick tests only: no Blender, nothing slow
-	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender"
+test-fast: .venv/ready .tools/ready ## Run the quick tests only, no Blender, nothing slow: ARGS=
+	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender" $(ARGS)
 
-test-gpu: .venv/ready ## Run the tests that need a GPU
+test-gpu: .venv/ready ## Run the tests that need a GPU: ARGS=
 	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: expected a GPU that PyTorch can use, found none; `make test` runs what needs none")'
-	.venv/bin/python -m pytest -m gpu
+	.venv/bin/python -m pytest -m gpu $(ARGS)
 
-soak: .venv/ready .venv-render/ready .tools/ready ## Run the long tables
-	.venv/bin/python -m pytest -m soak -s
+soak: .venv/ready .venv-render/ready .tools/ready ## Run the long tables: ARGS=
+	.venv/bin/python -m pytest -m soak -s $(ARGS)
 
 bench: .venv/ready .venv-render/ready ## Measure speed on this machine: BENCH="scaling overhead stall" ARGS="--rounds 3"
 	.venv/bin/python -m tests.bench $(BENCH) $(ARGS)

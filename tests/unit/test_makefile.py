@@ -38,6 +38,29 @@ def test_the_environment_does_not_change_what_make_does(typed):
         assert typed(target, **leaked) == typed(target), target
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("train", "NODE=8"), "found NODE"),
+        (("train", "NODES=8", "DRYRUN=1"), "found DRYRUN"),
+        (("train", "nodes=8"), "found nodes"),
+        (("infer", "IMAGE=a.png", "DATA=data/mine"), "found DATA"),
+        (("render-shards", "PROCESSES=4"), "found PROCESSES"),
+        (("lint", "ARGS=x"), "expected variables among none"),
+    ],
+)
+def test_a_variable_that_a_target_does_not_take_is_refused(typed, words, named):
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        typed(*words)
+    assert named in refused.value.stderr
+
+
+def test_a_variable_is_taken_where_one_of_the_targets_takes_it(typed):
+    assert typed("train", "doctor", "NAME=mine", "NODES=2", "PYTHON=python3.12")
+    words, _ = typed("doctor", "NODES=2", "STRATEGY=fsdp2")
+    assert words[2:] == ["--nodes=2", "-c=configs/experiment/demo.yaml", "-c=configs/trainer/fsdp2.yaml"]
+
+
 @pytest.mark.parametrize("path", ["my meshes", "it's", "a$$b", 'two "quotes"', "a;id", "ä(1)"])
 def test_a_path_is_one_word_whatever_is_in_it(typed, path, tmp_path):
     meant = path.replace("$$", "$")  # make's own way to write a dollar sign
