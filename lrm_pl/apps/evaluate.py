@@ -15,7 +15,7 @@ from rich.console import Console
 from lrm_pl.apps.evaluation_comparison import compare
 from lrm_pl.apps.options import add_network, locate_network
 from lrm_pl.apps.paths import require_out, user_path
-from lrm_pl.apps.processes import in_group, run_processes
+from lrm_pl.apps.processes import in_group, is_task_of_srun, run_processes, tasks_of_srun
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.folder import EVALUATIONS
@@ -29,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if given.processes > 1 and not in_group():
         run_processes(given.processes, ["evaluate", *(sys.argv[2:] if arguments is None else arguments)])
-    under_srun = "SLURM_STEP_NUM_TASKS" in os.environ  # an allocation alone has SLURM_NTASKS too
-    rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if under_srun else 0))
-    world = int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if under_srun else 1))
+    rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if is_task_of_srun() else 0))
+    world = int(os.environ.get("WORLD_SIZE", tasks_of_srun()))
     console = Console(soft_wrap=True, markup=False, quiet=rank > 0)
     try:
         if given.compare:

@@ -11,9 +11,31 @@ from typing import NoReturn
 GRACE_S = 120
 
 
+def is_task_of_srun() -> bool:
+    """Return whether this process is a task of Slurm's srun, not a notebook in an allocation or a shell of srun --pty.
+
+    Such a shell has the variables of a task, however many tasks were asked for with it, and hands them on to what
+    srun starts from it; but only the shell has a terminal.
+    """
+    return "SLURM_STEP_NUM_TASKS" in os.environ and not ("SLURM_PTY_PORT" in os.environ and _has_terminal())
+
+
+def tasks_of_srun() -> int:
+    """Return how many tasks srun started together with this process, itself included; 1 where it started none."""
+    return int(os.environ["SLURM_STEP_NUM_TASKS"]) if is_task_of_srun() else 1
+
+
 def in_group() -> bool:
     """Return whether this is one of several processes already."""
-    return "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ
+    return "RANK" in os.environ or tasks_of_srun() > 1
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def run_processes(count: int, arguments: Sequence[str]) -> NoReturn:

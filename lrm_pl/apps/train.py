@@ -38,6 +38,7 @@ from lrm_pl import __version__
 from lrm_pl.apps.broken_pipes import outlive_readers
 from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.hyperparameters import flattened, log_hyperparameters
+from lrm_pl.apps.processes import tasks_of_srun
 from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
@@ -517,16 +518,25 @@ class LRMCLI(LightningCLI):
 
 
 def _environment() -> ClusterEnvironment | None:
-    """Return what says where this process is, within a Slurm allocation; None leaves it to Lightning.
+    """Return what says where this process is, under torchrun or Slurm; None leaves it to Lightning.
 
     Lightning takes every process of an allocation for a task of srun: a notebook, a shell, and those of torchrun too.
+    And none of a job that is called interactive, as salloc does, or bash.
+
+    Raises:
+        InputError: Nodes have different numbers of tasks.
     """
-    if not SLURMEnvironment.detect():
-        return None
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
-        return LightningEnvironment()
+    if tasks_of_srun() == 1:
+        return LightningEnvironment() if SLURMEnvironment.detect() else None
+    a_node, _, nodes = (tasks := os.environ["SLURM_STEP_TASKS_PER_NODE"]).partition("(")
+    if not a_node.isdecimal() or "," in nodes:
+        raise InputError(
+            f"expected srun to start as many tasks on each node, found {tasks}; ask for --ntasks-per-node"
+        )
+    # Lightning wants it to be there and to be trainer.devices; of the allocation, it need not be the step's.
+    os.environ["SLURM_NTASKS_PER_NODE"] = a_node
     return SLURMEnvironment(auto_requeue=False)
 
 
@@ -538,7 +548,7 @@ def require_started_together(trainer: L.Trainer) -> None:
     """
     if TorchElasticEnvironment.detect():
         launcher, variable = "torchrun", "WORLD_SIZE"
-    elif SLURMEnvironment.detect():
+    elif tasks_of_srun() > 1:
         launcher, variable = "srun", "SLURM_STEP_NUM_TASKS"
     else:
         launcher, variable = "mpirun", "OMPI_COMM_WORLD_SIZE"

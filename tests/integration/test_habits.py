@@ -131,8 +131,16 @@ def test_what_lightning_refuses_is_one_message(here, options, message):
         ),
         (
             {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
-             "SLURM_NODEID": "1", "SLURM_NODELIST": "n[0-1]", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "1"},
+             "SLURM_NODEID": "1", "SLURM_NODELIST": "n[0-1]", "SLURM_NNODES": "2",
+             "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
             ["--trainer.strategy=ddp", "--trainer.num_nodes=2"],
+            "SLURMEnvironment",
+        ),
+        (  # srun -n 2 from a shell that salloc started for 4 tasks a node
+            {"SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1",
+             "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "n0", "SLURM_NNODES": "1",
+             "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PTY_PORT": "1"},
+            ["--trainer.strategy=ddp", "--trainer.devices=2"],
             "SLURMEnvironment",
         ),
     ],
@@ -143,6 +151,7 @@ def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_start
     monkeypatch.setattr(rank_zero_only, "rank", 0)  # the trainer sets it, for all that follows
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")  # it is set for Lightning, and taken back here
     for name, value in ({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "notebook"} | more).items():
         monkeypatch.setenv(name, value)
     line = command_line([*here, "--trainer.accelerator=cpu", *options], run=False)
@@ -152,19 +161,41 @@ def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_start
         assert (line.trainer.world_size, line.trainer.global_rank) == wanted
 
 
+def test_nodes_with_different_numbers_of_tasks_are_refused(here, monkeypatch):
+    tasks = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    for name, value in tasks.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="expected srun to start as many tasks on each node, found 2,1"):
+        main(["fit", *here, "--trainer.accelerator=cpu"])
+
+
+@pytest.mark.parametrize(("terminal", "tasks"), [(True, 1), (False, 4)])
+def test_a_shell_that_srun_gives_a_terminal_is_one_process_and_what_it_starts_by_srun_are_several(
+    root, tmp_path, terminal, tasks
+):
+    line = [sys.executable, "-c", "from lrm_pl.apps.processes import tasks_of_srun; print(tasks_of_srun())"]
+    command = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *line] if terminal else line
+    variables = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        command, env=os.environ | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
+        start_new_session=True, timeout=60,
+    )  # fmt: skip
+    assert int(done.stdout) == tasks
+
+
 @pytest.mark.parametrize(
     ("launcher", "variables"),
     [
         ("torchrun", {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}),
         ("srun", {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "a", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
-                  "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}),
+                  "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}),
         ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2"}),
     ],
 )  # fmt: skip
 def test_processes_that_would_each_be_a_run_of_its_own_are_refused(
     here, tmp_path, monkeypatch, launcher, variables
 ):
-    for name, value in variables.items():
+    for name, value in ({"SLURM_NTASKS_PER_NODE": "1"} | variables).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=f"found 2 that {launcher} started: .*--trainer.devices 2"):
         main(["fit", *here, "--trainer.accelerator=cpu"])

@@ -33,7 +33,7 @@ LIGHTNING = Requirement("lightning>=2.6.6")
 @pytest.fixture
 def outside(monkeypatch, tmp_path):
     """Outside of any Slurm job, with an empty cache of weights, in an empty folder."""
-    for name in ("SLURM_STEP_NUM_NODES", "SLURM_LOCALID", "SLURM_NODEID"):
+    for name in ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -315,7 +315,8 @@ print([found.check for report in meeting.gather([Finding(f"c{index}", "")]) for 
 
 def test_a_first_node_whose_name_stands_for_no_address_is_a_row(config, monkeypatch, capsys):
     for name, value in (
-        ("SLURM_STEP_NUM_NODES", "2"), ("SLURM_NODEID", "1"), ("SLURMD_NODENAME", "n1"), ("SLURM_JOB_ID", "1"),
+        ("SLURM_STEP_NUM_NODES", "2"), ("SLURM_STEP_NUM_TASKS", "2"),
+        ("SLURM_NODEID", "1"), ("SLURMD_NODENAME", "n1"), ("SLURM_JOB_ID", "1"),
         ("SLURM_LOCALID", "0"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
