@@ -63,9 +63,10 @@ def start_method(workers: int) -> str | None:
     if not workers or (fsspec.asyn.iothread[0] is None and not together):
         return None
     multiprocessing.set_forkserver_preload(["lrm_pl.data.dataset"])
-    multiprocessing.resource_tracker.ensure_running()  # the server would start it, and it lets SIGTERM pass again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # what it starts with, it keeps
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # what they start with, they keep
     try:
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # that let SIGTERM pass again
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,6 +1,7 @@
 """A signal that stops a run reaches its decoding processes too: they go on until the run has no more use for them."""
 
 import multiprocessing.forkserver
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,18 @@ def test_workers_end_when_the_run_is_killed(kind, tmp_path, root):
     while any(map(_runs, workers)):
         assert time.monotonic() < give_up, "the workers outlive their run"
         time.sleep(0.05)
+
+
+def test_what_keeps_count_of_semaphores_outlives_a_signal_to_every_process(tmp_path, root):
+    command = [sys.executable, "-c", TRAINING, "one of a group", str(tmp_path / "meeting")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=root, text=True, **pipes) as training:
+        training.stdout.readline()
+        for child in psutil.Process(training.pid).children(recursive=True):
+            child.send_signal(signal.SIGUSR1)
+        assert training.communicate(timeout=60)[1] == "", (
+            "a message for each semaphore that is not known any more"
+        )
 
 
 def _runs(pid):
