@@ -106,6 +106,9 @@ Command = Literal["fit", "validate", "test", "predict"]
 #: Options that name a class in place of one of ours -> what it is a subclass of.
 OWN_CLASSES = {"model_class": "A subclass of LRMModule", "data_class": "A subclass of ShardDataModule"}
 
+#: What PyTorch's errors say where /dev/shm is full.
+_SHARED_MEMORY_SAYINGS = ("unable to allocate shared memory", "out of shared memory")
+
 #: Exit status of a run that was told to stop and can go on (EX_TEMPFAIL: try again later).
 STOPPED_STATUS = 75
 
@@ -248,7 +251,12 @@ class LRMCLI(LightningCLI):
         getattr(self, f"before_{self.command}")()
         # Lightning's checkpoints have another format: ckpt_path is not for it.
         options = {"return_predictions": False} if self.command == "predict" else {}  # they are written
-        getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **options)
+        try:
+            getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **options)
+        except RuntimeError as error:
+            if error.__context__ is None or "combined_loader" not in str(error):
+                raise
+            raise error.__context__ from None  # Lightning counts the batches of loaders that could not begin
         if self.command == "fit":
             self.after_fit()
         elif self.command == "predict":
@@ -739,6 +747,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         from lrm_pl.apps.advice import explain, ran_out  # it reads arguments with this module
 
+        if any(saying in str(error) for saying in _SHARED_MEMORY_SAYINGS):
+            sys.exit(
+                "lrm: expected room in /dev/shm for the batches of data workers, found it full; start the container "
+                "with --shm-size=8g, or use --data.workers 0"
+            )
         if not ran_out(error) or given[0] != "fit":
             raise
         error.__traceback__ = None  # its frames hold what filled the memory

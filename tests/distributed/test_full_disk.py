@@ -73,3 +73,28 @@ def test_a_disk_that_is_full_of_logs_and_pictures_ends_a_run_with_workers_in_one
     assert done.returncode == 1, said[-4000:]
     assert "lrm: expected room for what the run writes, found: [Errno 28] No space left on device" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("size", "found"),
+    [
+        ("64k", "expected room in /dev/shm for the batches of data workers, found it full"),
+        pytest.param(
+            "16k", "found: [Errno 28] No space left on device", marks=pytest.mark.soak
+        ),  # no queue either
+    ],
+)
+def test_shared_memory_that_is_full_ends_a_run_with_workers_in_one_message(runs, size, found):
+    tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
+    if tried.returncode:
+        pytest.skip("needs user namespaces, in which a small disk can be mounted")
+    run = (
+        f"{sys.executable} -m lrm_pl fit -c {runs.folder}/tiny.yaml --data.folder {runs.shards} --data.workers 1 "
+        f"--run.folder {runs.folder}/full-memory-{size}"
+    )
+    script = f"mount -t tmpfs -o size={size} tmpfs /dev/shm; {run} 2>&1"
+    command = [*OWN_MOUNTS, "sh", "-c", script]
+    done = subprocess.run(command, cwd=ROOT, timeout=200, check=False, text=True, stdout=subprocess.PIPE)
+    assert done.returncode == 1, done.stdout[-4000:]
+    assert found in done.stdout
+    assert "lightning/pytorch" not in done.stdout, "no traceback but of PyTorch's destructor"
