@@ -188,7 +188,9 @@ def require_gpu(name: str) -> Gpu:
         by_spelling = {_spelling(gpu.name): gpu.name for gpu in GPUS}
         close = difflib.get_close_matches(_spelling(name), by_spelling, n=4, cutoff=0.4)
         listed = (
-            f"spelled like it: {', '.join(by_spelling[one] for one in close)}" if close else "H100, 4090, ..."
+            f"spelled like it: {', '.join(by_spelling[one] for one in close)}"
+            if close
+            else "names are like H100, 4090 or MI300X"
         )
         raise InputError(
             f"expected a known GPU, found {name!r}; {listed}. For one that is not known give one of as much memory and "
