@@ -694,11 +694,17 @@ def _own_class(option: str, name: str | None, base: type) -> type:
 
 
 def _config_of_run(arguments: list[str]) -> list[str]:
-    """Return the arguments that read the config of the run that ``--ckpt_path`` names, where none is given."""
+    """Return the arguments that read the config of the run that ``--ckpt_path`` names, where none is given.
+
+    Raises:
+        InputError: It names nothing: the shards of the default config would be missed first.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config")
     parser.add_argument("--ckpt_path")
     given, _ = parser.parse_known_args(arguments)
+    if given.ckpt_path and is_local(given.ckpt_path) and not Path(given.ckpt_path).expanduser().exists():
+        raise InputError(f"expected a checkpoint or a run at {given.ckpt_path}, found nothing; correct --ckpt_path")
     run = None if given.config or given.ckpt_path is None else run_of(given.ckpt_path)
     return [] if run is None else ["-c", str(run / "config.yaml")]
 

@@ -412,6 +412,11 @@ def test_validate_reads_the_runs_config_where_none_is_given(here, tmp_path, monk
     assert (tmp_path / "run/validate/views/heldout-step000002.png").is_file()
 
 
+def test_a_mistyped_checkpoint_is_said_before_data_that_the_default_config_lacks():
+    with pytest.raises(SystemExit, match="expected a checkpoint or a run at runs/nosuch, found nothing"):
+        main(["validate", "--ckpt_path", "runs/nosuch"])
+
+
 def test_the_seed_of_the_command_line_is_that_of_the_order_of_samples(here):
     def positions(*options):
         data = command_line([*here, "--trainer.callbacks=[]", *options], run=False).datamodule
