@@ -704,7 +704,9 @@ def _config_of_run(arguments: list[str]) -> list[str]:
     parser.add_argument("--ckpt_path")
     given, _ = parser.parse_known_args(arguments)
     if given.ckpt_path and is_local(given.ckpt_path) and not Path(given.ckpt_path).expanduser().exists():
-        raise InputError(f"expected a checkpoint or a run at {given.ckpt_path}, found nothing; correct --ckpt_path")
+        raise InputError(
+            f"expected a checkpoint or a run at {given.ckpt_path}, found nothing; correct --ckpt_path"
+        )
     run = None if given.config or given.ckpt_path is None else run_of(given.ckpt_path)
     return [] if run is None else ["-c", str(run / "config.yaml")]
 
