@@ -240,22 +240,24 @@ def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, l
 
 
 def _members(key: str, found: Found, views: int, resolution: int | None) -> Made:
-    """Read a sample, check it, and give it its new size."""
+    """Read a sample, check it, and give it its new size; members that the schema does not know stay as they are."""
     path = found.folder / found.shard.name
     try:
-        content = read_members(path, found.members.values())
-        sample = decode_sample(key, dict(zip(found.members, content, strict=True)))
+        members = dict(zip(found.members, read_members(path, found.members.values()), strict=True))
+        sample = decode_sample(key, members)
         if sample.info.views != views:
             raise SampleError(
                 f"sample {key!r}: expected {views} views as in the manifest, found {sample.info.views}"
             )
-        if resolution is None:
-            return Made(encode_sample(sample))
-        smaller = tuple(resized(key, view, resolution) for view in sample.views)
-        extras = smaller_geometry(sample, smaller)
+        if resolution is not None:
+            smaller = tuple(resized(key, view, resolution) for view in sample.views)
+            sample = dataclasses.replace(sample, views=smaller, extras=smaller_geometry(sample, smaller))
+        encoded = encode_sample(sample)
     except SampleError as error:
         raise ShardError(f"{path}: {error}") from error
-    return Made(encode_sample(dataclasses.replace(sample, views=smaller, extras=extras)))
+    # A view is named by its format, which may be another one now.
+    unknown = {name for name in members if name not in encoded and not name.startswith("view_")}
+    return Made(encoded | {name: members[name] for name in sorted(unknown)})
 
 
 def resized(key: str, view: bytes, resolution: int) -> bytes:

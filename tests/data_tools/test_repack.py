@@ -232,6 +232,20 @@ def test_shards_that_are_not_what_their_manifest_says_are_not_made_into_ones_tha
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("resolution", [None, 16])
+def test_members_that_a_user_added_stay(shards, tmp_path, resolution):
+    source = tmp_path / "source"
+    source.mkdir()
+    samples = [
+        (key, content | {"caption.txt": key.encode()}) for key, (_, content) in members(shards).items()
+    ]
+    shard = write_shard(source, "train-000000.tar", "train", samples)
+    write_manifest(source, dataclasses.replace(read_manifest(shards), shards=(shard,)))
+    repack([source], tmp_path / "out", resolution)
+    for key, (_, content) in members(tmp_path / "out").items():
+        assert content["caption.txt"] == key.encode()
+
+
 def test_why_objects_were_left_out_goes_along(shards, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(shards, source)
