@@ -18,6 +18,8 @@ from data_tools.launch import launch
 from data_tools.plan import default_held_out
 from data_tools.settings import RenderSettings, check_settings, recorded_held_out
 from data_tools.views import PRESETS
+from lrm_pl.apps.broken_pipes import outlive_readers
+from lrm_pl.apps.paths import escape_names, user_path
 from lrm_pl.errors import InputError
 
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             convert.run(args)
         else:
             _demo_assets(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
@@ -138,9 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     render.add_argument(
-        "--assets", type=Path, default=DEMO_ASSETS, help="folder of meshes, searched recursively"
+        "--assets", type=user_path, default=DEMO_ASSETS, help="folder of meshes, searched recursively"
     )
-    render.add_argument("--out", type=Path, default=Path("data/demo"), help="folder of shards to make")
+    render.add_argument("--out", type=user_path, default=Path("data/demo"), help="folder of shards to make")
     render.add_argument("--views", type=_between(1, 999), default=16, help="views an object")
     render.add_argument("--res", type=_between(8, 4096), default=128, help="side of the square views, pixels")
     render.add_argument("--depth", action="store_true", help="keep the depth of each view too")
@@ -203,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
             "shard and sample, and ends with status 1 if anything is."
         ),
     )
-    check.add_argument("--shards", type=Path, default=Path("data/demo"), help="folder of shards")
+    check.add_argument("--shards", type=user_path, default=Path("data/demo"), help="folder of shards")
     check.add_argument("--jobs", type=int, help="processes; one per core unless given")
     look = commands.add_parser(
         "inspect",
@@ -214,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
             "contact sheet."
         ),
     )
-    look.add_argument("--shards", type=Path, default=Path("data/demo"), help="folder of shards")
+    look.add_argument("--shards", type=user_path, default=Path("data/demo"), help="folder of shards")
     for name, what in (
         ("repack", "another resolution, shard size or split, without rendering"),
         ("merge", "join folders of shards to one"),
@@ -225,8 +227,8 @@ def _parser() -> argparse.ArgumentParser:
             help=what,
             description="Make one folder of shards out of others; pictures that keep their size keep their bytes.",
         )
-        pack.add_argument("--shards", type=Path, nargs="+", required=True, help="folders of shards")
-        pack.add_argument("--out", type=Path, required=True, help="folder to make")
+        pack.add_argument("--shards", type=user_path, nargs="+", required=True, help="folders of shards")
+        pack.add_argument("--out", type=user_path, required=True, help="folder to make")
         pack.add_argument(
             "--res", type=_between(8, 4096), help="side of the views, pixels; as they are unless given"
         )
@@ -255,8 +257,8 @@ def _parser() -> argparse.ArgumentParser:
             "Get the package with `apt-get download sweethome3d-furniture`."
         ),
     )
-    demo.add_argument("--package", type=Path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
-    demo.add_argument("--out", type=Path, default=DEMO_ASSETS, help="folder to make")
+    demo.add_argument("--package", type=user_path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
+    demo.add_argument("--out", type=user_path, default=DEMO_ASSETS, help="folder to make")
     return parser
 
 
@@ -280,4 +282,6 @@ def _between(low: int, high: int) -> Callable[[str], int]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
+    outlive_readers()
+    escape_names()
     sys.exit(main())

@@ -23,6 +23,7 @@ from data_tools.repack import resized
 from data_tools.shard_folder import FAILURES_NAME, write_failures
 from data_tools.shard_pool import LeftOut, Made, write_shards
 from data_tools.validate import check_pictures, undecided_line
+from lrm_pl.apps.paths import user_path
 from lrm_pl.data.manifest import Manifest, new_folder, write_manifest
 from lrm_pl.data.schema import Sample, SampleInfo, encode_sample
 from lrm_pl.errors import InputError
@@ -58,8 +59,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         ),
     )
     parser.add_argument("--from", dest="layout", choices=LAYOUTS, required=True, help="whose layout it is")
-    parser.add_argument("--folder", type=Path, required=True, help="where the objects are")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--folder", type=user_path, required=True, help="where the objects are")
+    parser.add_argument("--out", type=user_path, required=True, help="folder to make")
     parser.add_argument("--shard-size", type=int, default=8, help="objects a shard; 8 unless given")
     parser.add_argument(
         "--held-out", type=int, help="objects in the validation split; a sixth, at most 8, unless given"
@@ -69,7 +70,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--views", type=int, help="mvimgnet: views an object, evenly spaced; 24 unless given")
     parser.add_argument(
-        "--masks", type=Path, help="mvimgnet: folder of masks; else each instance has a folder masks"
+        "--masks", type=user_path, help="mvimgnet: folder of masks; else each instance has a folder masks"
     )
 
 

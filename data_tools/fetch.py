@@ -2,11 +2,11 @@
 
 import argparse
 import errno
-from pathlib import Path
 from typing import TypeAlias
 
 from data_tools.sources.gso import BASE as GSO
 from data_tools.sources.objaverse import BASE as OBJAVERSE
+from lrm_pl.apps.paths import user_path
 from lrm_pl.errors import InputError
 
 _Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -69,7 +69,7 @@ def add_parser(commands: _Parsers) -> None:
     )
     which = objaverse.add_mutually_exclusive_group()
     which.add_argument("--uids", nargs="+", metavar="UID", help="the objects")
-    which.add_argument("--uids-file", type=Path, metavar="FILE", help="the objects, a uid a line")
+    which.add_argument("--uids-file", type=user_path, metavar="FILE", help="the objects, a uid a line")
     which.add_argument("--categories", type=_words, metavar="A,B", help="LVIS categories: chair,table")
     _add_limit(objaverse)
     objaverse.add_argument(
@@ -96,7 +96,7 @@ def add_parser(commands: _Parsers) -> None:
     )
     sweethome3d.add_argument(
         "--package",
-        type=Path,
+        type=user_path,
         metavar="FILE.deb",
         help="sweethome3d-furniture_1.8-1_all.deb; unless given, `apt-get download` brings it",
     )
@@ -105,8 +105,10 @@ def add_parser(commands: _Parsers) -> None:
         help="meshes that you have",
         description="List a folder's meshes, with what its assets.csv says (id,name,creator,source,licence,sha256).",
     )
-    folder.add_argument("--assets", type=Path, required=True, help="folder of meshes, searched recursively")
-    folder.add_argument("--out", type=Path, help="folder to copy it to first; in place unless given")
+    folder.add_argument(
+        "--assets", type=user_path, required=True, help="folder of meshes, searched recursively"
+    )
+    folder.add_argument("--out", type=user_path, help="folder to copy it to first; in place unless given")
     folder.add_argument(
         "--up",
         choices=("y", "z"),
@@ -117,7 +119,9 @@ def add_parser(commands: _Parsers) -> None:
 
 def _source(sources: _Parsers, name: str, help_: str, description: str) -> argparse.ArgumentParser:
     parser = sources.add_parser(name, help=help_, description=description)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of assets to fill")
+    parser.add_argument(
+        "--out", type=user_path, required=True, metavar="DIR", help="folder of assets to fill"
+    )
     return parser
 
 

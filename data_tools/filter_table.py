@@ -10,10 +10,16 @@ import pyarrow.parquet
 
 from data_tools.assets import Asset
 from data_tools.criteria import MEASURES_MEMBER, Measures, decode_measures, objections, parse_rule
-from lrm_pl.data.manifest import Shard, read_index, read_members, write_atomically
+from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, read_members, write_atomically
 from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, decode_info
+from lrm_pl.errors import InputError
 
 FILTER_NAME = "filter.parquet"
+
+
+class FilterTableError(InputError):
+    """``filter.parquet`` is not what ``render`` writes."""
+
 
 _KINDS = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
 
@@ -63,13 +69,23 @@ def write_filter_table(
 
 
 def outcomes(out: Path) -> Counter[str]:
-    """Count what became of the assets, and which measure rejected how many: ``rejected: white``."""
-    table = pyarrow.parquet.read_table(out / FILTER_NAME, columns=["outcome", "reason"])
+    """Count what became of the assets, and which measure rejected how many: ``rejected: white``.
+
+    Raises:
+        FilterTableError: The table is damaged.
+    """
     counted = Counter[str]()
-    for outcome, reason in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        counted[outcome] += 1
-        if outcome == "rejected":
-            counted.update(f"rejected: {part.split()[0]}" for part in reason.split("; "))
+    try:
+        table = pyarrow.parquet.read_table(out / FILTER_NAME, columns=["outcome", "reason"])
+        for outcome, reason in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            counted[outcome] += 1
+            if outcome == "rejected":
+                counted.update(f"rejected: {part.split()[0]}" for part in reason.split("; "))
+    except (pyarrow.ArrowException, ValueError, AttributeError, LookupError) as error:
+        raise FilterTableError(
+            f"{out / FILTER_NAME}: expected what became of each asset, found: {error}; delete it and "
+            f"{out / MANIFEST_NAME}, then run `make render-shards OUT={out}`, which renders nothing again"
+        ) from error
     return counted
 
 

@@ -152,13 +152,16 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
 
 def words(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
     """Count licences, creators, renderers, and the reasons for which assets were left out."""
-    reasons = (record["reason"].splitlines()[0][:80] for record in read_failures(folder).values())
-    table = (folder / FILTER_NAME).is_file()
+    failures = read_failures(folder)
+    reasons = (record["reason"].partition("\n")[0][:80] for record in failures.values())
+    table = (folder / FILTER_NAME).is_file()  # only of folders that `render` made
+    rejected = found.splits["rejected"]
+    known = Counter(kept=found.splits.total() - rejected, rejected=rejected, failed=len(failures))
     return {
         "licences": Counter(info.licence for info in found.infos),
         "creators": Counter(info.creator for info in found.infos),
         "renderers": Counter(info.renderer for info in found.infos),
-        "outcomes": outcomes(folder) if table else Counter[str](),
+        "outcomes": outcomes(folder) if table else +known,
         "left out": Counter(reasons),
     }
 

@@ -7,6 +7,7 @@ keep their bytes. The new folder appears under its name when it is whole.
 import dataclasses
 import itertools
 import shlex
+import tarfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from data_tools.criteria import Rule, objections, parse_rule
 from data_tools.filter_table import shard_measures
 from data_tools.geometry import smaller_geometry
 from data_tools.plan import cut, held_out_ids
-from data_tools.shard_pool import Made, write_shards
+from data_tools.shard_folder import FAILURES_NAME, read_failures, write_failures
+from data_tools.shard_pool import Made, processes, write_shards
+from data_tools.validate import file_differences
 from lrm_pl.data.manifest import (
     SPLITS,
     Manifest,
@@ -82,18 +85,21 @@ def repack(
 
     Raises:
         InputError: ``out`` is there, folders differ in views, size, scale, cameras or geometry, two objects have one
-            name, pictures would become larger, or nothing obeys.
+            name, pictures would become larger, nothing obeys, or a shard is damaged.
     """
     manifests = {folder: read_manifest(folder) for folder in folders}
     first = manifests[folders[0]]
     _require_one_kind(manifests, resolution)
+    _require_whole(manifests)
     samples = _samples(manifests, rules)
     total = sum(shard.samples for manifest in manifests.values() for shard in manifest.shards)
     if not samples:
         raise RepackError(f"expected objects that obey {' and '.join(rules or ())}, found none of {total}")
     plan = cut(_splits(samples, held_out), shard_size)
     with new_folder(out) as folder:
-        shards, _, _ = write_shards(folder, plan, samples, partial(_members, resolution=resolution))
+        shards, _, _ = write_shards(
+            folder, plan, samples, partial(_members, views=first.views, resolution=resolution)
+        )
         # What folders may differ in, such as seeds, is said of the new one only where they agree.
         records = [manifest.render for manifest in manifests.values()]
         agreed = {
@@ -108,8 +114,14 @@ def repack(
         render |= {"repacked_from": [str(source) for source in folders]}
         render |= {"resolution": resolution} if resolution is not None else {}
         render |= {"rules": list(rules)} if rules is not None else {}
-        failures = sum(manifest.failures for manifest in manifests.values())
-        manifest = Manifest(shards=shards, views=first.views, failures=failures, render=render)
+        failures = {
+            key: record
+            for source in folders
+            for key, record in read_failures(source).items()
+            if key not in samples
+        }
+        write_failures(folder / FAILURES_NAME, failures)
+        manifest = Manifest(shards=shards, views=first.views, failures=len(failures), render=render)
         write_contact_sheet(folder, manifest.shards, manifest.views)
         write_manifest(folder, manifest)
     left_out = f", {total - len(samples)} left out" if len(samples) < total else ""
@@ -140,6 +152,31 @@ def _require_one_kind(manifests: Mapping[Path, Manifest], resolution: int | None
             remedy = f"--res {min((size for size in found.values() if size), default='N')} makes them alike"
         told = ", ".join(f"{value} in {folder}" for folder, value in found.items())
         raise RepackError(f"expected folders of one kind, found {name}: {told}; {remedy}")
+
+
+def _require_whole(manifests: Mapping[Path, Manifest]) -> None:
+    """Refuse shards that are not the bytes that were made: the new folder's hashes would vouch for them.
+
+    Raises:
+        ShardError: With the first difference.
+    """
+    shards = [(folder, shard) for folder, manifest in manifests.items() for shard in manifest.shards]
+    with processes() as pool:
+        for (folder, shard), difference in zip(
+            shards, pool.map(_first_difference, *zip(*shards, strict=True)), strict=True
+        ):
+            if difference:
+                raise ShardError(
+                    f"{folder / shard.name}: {difference}; `python -m data_tools validate --shards {folder}` names all "
+                    "that is damaged"
+                )
+
+
+def _first_difference(folder: Path, shard: Shard) -> str:
+    try:
+        return next(file_differences(folder, shard), "")
+    except tarfile.TarError as error:
+        return f"expected a tar, found: {error}"
 
 
 def _both_as_they_are(manifests: Mapping[Path, Manifest]) -> str:
@@ -202,19 +239,25 @@ def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, l
     return {"train": sorted(set(samples) - val), "val": sorted(val)}
 
 
-def _members(key: str, found: Found, resolution: int | None) -> Made:
-    """Read a sample, check it, and give it its new size."""
+def _members(key: str, found: Found, views: int, resolution: int | None) -> Made:
+    """Read a sample, check it, and give it its new size; members that the schema does not know stay as they are."""
     path = found.folder / found.shard.name
     try:
-        content = read_members(path, found.members.values())
-        sample = decode_sample(key, dict(zip(found.members, content, strict=True)))
-        if resolution is None:
-            return Made(encode_sample(sample))
-        views = tuple(resized(key, view, resolution) for view in sample.views)
-        extras = smaller_geometry(sample, views)
+        members = dict(zip(found.members, read_members(path, found.members.values()), strict=True))
+        sample = decode_sample(key, members)
+        if sample.info.views != views:
+            raise SampleError(
+                f"sample {key!r}: expected {views} views as in the manifest, found {sample.info.views}"
+            )
+        if resolution is not None:
+            smaller = tuple(resized(key, view, resolution) for view in sample.views)
+            sample = dataclasses.replace(sample, views=smaller, extras=smaller_geometry(sample, smaller))
+        encoded = encode_sample(sample)
     except SampleError as error:
         raise ShardError(f"{path}: {error}") from error
-    return Made(encode_sample(dataclasses.replace(sample, views=views, extras=extras)))
+    # A view is named by its format, which may be another one now.
+    unknown = {name for name in members if name not in encoded and not name.startswith("view_")}
+    return Made(encoded | {name: members[name] for name in sorted(unknown)})
 
 
 def resized(key: str, view: bytes, resolution: int) -> bytes:

@@ -90,15 +90,27 @@ def parts(folder: Path) -> set[str]:
 
 
 def read_failures(folder: Path) -> dict[str, dict[str, str]]:
-    """Read ``failures.jsonl``: id -> record."""
+    """Read ``failures.jsonl``: id -> record.
+
+    Raises:
+        FolderError: It holds something else.
+    """
     path = folder / FAILURES_NAME
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").split("\n")[
-        :-1
-    ]  # after the last line's end is what a killed run wrote
-    records = [json.loads(line) for line in lines if line]
-    return {record["id"]: record for record in records}
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[
+            :-1
+        ]  # after the last line's end a killed run wrote
+        records = [json.loads(line) for line in lines if line]
+        return {
+            record["id"]: {name: str(record[name]) for name in ("id", "file", "reason")} for record in records
+        }
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FolderError(
+            f"{path}: expected a record with id, file and reason a line, found: {error!r}; delete it, and its objects "
+            "are tried again"
+        ) from error
 
 
 def write_failures(path: Path, failures: dict[str, dict[str, str]]) -> None:

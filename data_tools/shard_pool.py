@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data_tools.plan import PlannedShard
 from lrm_pl.data.manifest import Shard, write_shard
+from lrm_pl.data.orphans import end_with_parent
 from lrm_pl.errors import InputError
 
 Task = TypeVar("Task")
@@ -46,7 +47,7 @@ class LeftOut:
 
 @contextmanager
 def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Start a pool of processes; what waits is dropped where the block fails.
+    """Start a pool of processes, which end with this one; what waits is dropped where the block fails.
 
     Args:
         count: Number of processes; None takes as many as there are cores.
@@ -56,7 +57,7 @@ def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """
     if count is not None and count < 1:
         raise InputError(f"expected --jobs of at least 1, found {count}")
-    with ProcessPoolExecutor(count or len(os.sched_getaffinity(0))) as pool:
+    with ProcessPoolExecutor(count or len(os.sched_getaffinity(0)), initializer=end_with_parent) as pool:
         try:
             yield pool
         except BrokenProcessPool as error:

@@ -5,7 +5,6 @@ and surface if it has them, and whether the cameras fit the pictures (``silhouet
 """
 
 import dataclasses
-import hashlib
 import shlex
 import sys
 import tarfile
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from data_tools.assets import hash_file
 from data_tools.criteria import MEASURES_MEMBER, is_one_sided
 from data_tools.geometry import check_geometry
 from data_tools.layouts.choice import renderer_name
@@ -166,19 +166,13 @@ def undecided_line(error: str, keys: Sequence[str]) -> str:
 
 def check_shard(folder: Path, shard: Shard) -> ShardReport:
     """Check a shard and its samples."""
-    path = folder / shard.name
     report = ShardReport([], {}, {})
 
     def add(sample: str, what: str) -> None:
         report.problems.append(Problem(shard.name, sample, what))
 
     try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
-            add("", f"expected sha256 {shard.sha256} as in the manifest, found {found}")
-        index = read_index(folder, shard)
-        for difference in list(index_differences(path, index)):
+        for difference in list(file_differences(folder, shard)):
             add("", difference)
         for key, content in read_samples(folder, shard):
             try:
@@ -232,6 +226,19 @@ def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Itera
                 if wrong:
                     yield Problem(shard.name, key, f"sample {key!r}: expected {what}")
             first.setdefault(key, shard.name)
+
+
+def file_differences(folder: Path, shard: Shard) -> Iterator[str]:
+    """Compare a shard's file with the manifest's hash of it, and with its index.
+
+    Raises:
+        ShardError: There is no index, or it does not fit the tar.
+        tarfile.TarError: It is no tar.
+    """
+    found = hash_file(folder / shard.name)
+    if found != shard.sha256:
+        yield f"expected sha256 {shard.sha256} as in the manifest, found {found}"
+    yield from index_differences(folder / shard.name, read_index(folder, shard))
 
 
 def index_differences(path: Path, index: MemberIndex) -> Iterator[str]:

@@ -4,6 +4,9 @@ import importlib
 import signal
 import sys
 
+from lrm_pl.apps.broken_pipes import outlive_readers
+from lrm_pl.apps.paths import escape_names
+
 #: command -> (module:function, what it does)
 COMMANDS = {
     "fit": ("lrm_pl.apps.train:main", "train a model: lrm fit -c configs/experiment/demo.yaml"),
@@ -49,6 +52,8 @@ COMMANDS = {
 
 def main() -> None:
     """Dispatch to the command named first on the command line."""
+    outlive_readers()
+    escape_names()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))

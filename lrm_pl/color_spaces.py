@@ -1,8 +1,9 @@
-"""Color spaces that picture files declare, and the conversion of 8-bit colors to sRGB. numpy and PIL only.
+"""Color spaces that picture files declare, and the conversion of their colors to sRGB of 8 bits. numpy and PIL only.
 
 Read are ICC profiles, PNG's cICP, sRGB, gAMA and cHRM chunks, AVIF's nclx, BMP's V4 and V5 headers, and EXIF's and
 TIFF's tags. A declaration that is damaged, or that does not fit the picture's mode, counts as none, as in browsers.
-Without a declaration colors are sRGB, and CMYK is its complement.
+Without a declaration colors are sRGB, and CMYK is its complement. A PNG of 16 bits is converted before it is rounded to
+8 where a curve is declared, but not by a profile, which PIL converts 8 bits with.
 """
 
 import dataclasses
@@ -41,6 +42,8 @@ _HDR: Final = {16: "PQ, which is HDR", 18: "HLG, which is HDR"}
 _CONES: Final = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 _GRAY_MODES: Final = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
+
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
 
 #: Largest difference, of 255, that is rounding.
 _ROUNDING: Final = 1
@@ -109,7 +112,7 @@ def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image
         if converted is not None:
             return converted
     space = space or _declared_space(image, content)
-    return rgb if space is None or space == SRGB else _by_space(rgb, space)
+    return rgb if space is None or space == SRGB else _by_space(rgb, space, _sixteen_bits(image, content))
 
 
 def says_srgb(image: Image.Image, content: bytes) -> bool:
@@ -131,10 +134,29 @@ def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
     return None
 
 
-def _by_space(rgb: Image.Image, space: ColorSpace) -> Image.Image:
-    codes = np.arange(256) / 255
-    linear = np.where(codes <= 0.04045, codes / 12.92, ((codes + 0.055) / 1.055) ** 2.4)
-    linear = (linear if space.gamma is None else codes**space.gamma).astype(np.float32)
+def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] | None:
+    """Read the (H, W, 3) colors of a PNG of 16 bits, of which PIL keeps the upper halves; None of other pictures."""
+    if not content.startswith(_PNG) or content[24] != 16:
+        return None
+    if image.mode.startswith("I;16"):
+        return np.repeat(np.asarray(image, dtype=np.uint16)[..., None], 3, axis=-1)
+    if image.mode not in ("RGB", "RGBA"):
+        return None
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as lower:
+        # PIL keeps the second byte of two here: the upper half of a number that begins with its lower one.
+        lower.tile = [tile._replace(args=f"{lower.mode};16L") for tile in lower.tile]
+        upper, low = (np.asarray(half)[..., :3].astype(np.uint16) for half in (image, lower))
+    return np.bitwise_or(upper << np.uint16(8), low)
+
+
+def _by_space(rgb: Image.Image, space: ColorSpace, deep: npt.NDArray[np.uint16] | None = None) -> Image.Image:
+    """Convert from a color space.
+
+    Args:
+        rgb: The colors.
+        space: Their color space.
+        deep: The same in 16 bits, where there are as many.
+    """
     try:
         matrix = (np.linalg.inv(_to_xyz(_BT709)) @ _to_xyz(space.xy)).astype(np.float32)
     except np.linalg.LinAlgError:  # colors on one line, or no white
@@ -144,8 +166,11 @@ def _by_space(rgb: Image.Image, space: ColorSpace) -> Image.Image:
     encoded = np.rint(encoded * 255).astype(np.uint8)
 
     def convert(image: Image.Image) -> Image.Image:
-        stored = np.asarray(image)
-        converted = np.empty_like(stored)
+        stored = deep if deep is not None and image is rgb else np.asarray(image)
+        codes = np.linspace(0, 1, np.iinfo(stored.dtype).max + 1)
+        linear = np.where(codes <= 0.04045, codes / 12.92, ((codes + 0.055) / 1.055) ** 2.4)
+        linear = (linear if space.gamma is None else codes**space.gamma).astype(np.float32)
+        converted = np.empty_like(stored, dtype=np.uint8)
         for top in range(0, len(stored), _ROWS):
             part = linear[stored[top : top + _ROWS]] @ matrix.T
             converted[top : top + _ROWS] = encoded[np.rint(part.clip(0, 1) * 65535).astype(np.uint16)]
@@ -209,7 +234,7 @@ def _coded(primaries: int, transfer: int) -> ColorSpace | None:
 
 def _png_codes(content: bytes) -> ColorSpace | None:
     """Read PNG's cICP chunk."""
-    at = 8 if content.startswith(b"\x89PNG\r\n\x1a\n") else len(content)
+    at = 8 if content.startswith(_PNG) else len(content)
     while at + 12 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, at)
         if kind == b"IDAT":

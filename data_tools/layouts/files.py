@@ -50,11 +50,15 @@ class Posed:
     views: tuple[bytes, ...]
 
 
-def folders_with(root: Path, names: Sequence[str]) -> list[Path]:
-    """Find the folders that hold any of these files or folders, sorted; nothing is searched inside them.
+def folders_with(root: Path, names: str) -> list[Path]:
+    """Find the folders that hold a file or folder of such a name, sorted; nothing is searched inside them.
 
     Links to folders are followed; a folder that several paths lead to is found once. A link that leads nowhere counts
     as found: whoever reads it says why it cannot be used.
+
+    Args:
+        root: Where to search.
+        names: Regular expression of the names.
 
     Raises:
         LayoutError: A folder cannot be listed.
@@ -70,7 +74,7 @@ def folders_with(root: Path, names: Sequence[str]) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        if any(name in folders or name in files for name in names):
+        if any(re.fullmatch(names, name) for name in (*folders, *files)):
             found.append(Path(path))
             folders.clear()
             continue

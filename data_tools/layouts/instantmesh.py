@@ -36,7 +36,7 @@ _OFF_AXIS = 0.02
 
 def find_objects(root: Path) -> list[Path]:
     """List the folders of objects below ``root``."""
-    return folders_with(root, ("000.png", "cameras.npz"))
+    return folders_with(root, r"\d{1,6}\.(png|webp)|cameras\.npz")
 
 
 def pictures(folder: Path) -> list[Path]:

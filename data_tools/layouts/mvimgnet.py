@@ -60,7 +60,7 @@ class Frame:
 
 def find_objects(root: Path) -> list[Path]:
     """List the folders of objects below ``root``."""
-    return folders_with(root, ("images", "sparse"))
+    return folders_with(root, "images|sparse")
 
 
 def read_object(folder: Path, masks: Path, views: int, resolution: int) -> Posed:

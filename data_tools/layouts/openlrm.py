@@ -26,7 +26,7 @@ from lrm_pl.conventions import opengl_to_opencv
 
 def find_objects(root: Path) -> list[Path]:
     """List the folders of objects below ``root``."""
-    return folders_with(root, ("rgba", "pose", "intrinsics.npy"))
+    return folders_with(root, r"rgba|pose|intrinsics\.npy")
 
 
 def pictures(folder: Path) -> list[Path]:

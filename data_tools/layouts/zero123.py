@@ -31,7 +31,7 @@ SCALE = 2.0
 
 def find_objects(root: Path) -> list[Path]:
     """List the folders of objects below ``root``."""
-    return folders_with(root, ("000.png", "000.npy"))
+    return folders_with(root, r"\d{1,6}\.(png|webp|npy)")
 
 
 def pictures(folder: Path) -> list[Path]:

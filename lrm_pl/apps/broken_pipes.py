@@ -1,4 +1,4 @@
-"""A run outlives whoever reads its output: of `2>&1 | tee log`, Ctrl-C ends tee before the run has stopped."""
+"""A command outlives whoever reads its output: of `2>&1 | tee log`, Ctrl-C ends tee before a run has stopped."""
 
 import os
 import sys

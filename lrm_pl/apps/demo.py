@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrm_pl.apps.options import add_address, add_background, add_network, locate_network, require_free
+from lrm_pl.apps.options import add_address, add_background, add_network, locate_network, require_free, url_of
 from lrm_pl.errors import InputError
 
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prevent_thread_lock=True,
         quiet=True,
     )
-    print(f"http://{given.host}:{given.port} shows {trained.source}; Ctrl-C ends it", flush=True)
+    print(f"{url_of(given.host, given.port)} shows {trained.source}; Ctrl-C ends it", flush=True)
     threading.Thread(target=_keep_swept, args=(folder, KEPT_S, SWEEP_S), daemon=True).start()
     page.block_thread()
 

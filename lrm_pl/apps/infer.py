@@ -40,7 +40,7 @@ def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
     found, others = list[Path](), list[Path]()
     for path in (path for typed in paths for path in _fitting(typed)):
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
+            files = sorted(file for file in path.iterdir() if not file.is_dir() and file.name[0] != ".")
             inside = [file for file in files if file.suffix.lower() in ENDINGS]
             if not inside:
                 raise InputError(f"expected pictures ({', '.join(ENDINGS)}) in {path}, found none")

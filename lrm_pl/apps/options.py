@@ -116,12 +116,19 @@ def add_address(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--port", type=int, default=port, help=f"port to listen at ({port})")
 
 
+def url_of(host: str, port: int) -> str:
+    """Return the URL of an address; an IPv6 address stands in brackets there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def require_free(host: str, port: int) -> None:
     """Make sure, before a network is read, that a command can listen where it is to.
 
     Raises:
         InputError: It cannot.
     """
+    if port == 0:  # the system would choose one, after the address was printed
+        raise InputError(f"expected to listen at a port of {host}, found port 0; choose one: --port 8000")
     try:
         # A name may have several addresses, and a server listens at all of them.
         for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):

@@ -1,6 +1,8 @@
-"""Paths that users typed."""
+"""Paths that users typed, and names of files that are printed."""
 
 import argparse
+import io
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +23,12 @@ def user_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found nothing; is a variable of the shell empty?")
     return Path(text).expanduser()
+
+
+def escape_names() -> None:
+    """Escape on stdout what its encoding cannot print, as stderr does: names of files may be any bytes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def require_out(folder: Path) -> None:

@@ -20,6 +20,7 @@ from lrm_pl.apps.options import (
     add_network,
     locate_network,
     require_free,
+    url_of,
 )
 from lrm_pl.errors import InputError
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trained.model.remover.load()
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
-    address = f"http://{given.host}:{given.port}"
+    address = url_of(given.host, given.port)
     if trained.note:
         print(trained.note)
     print(f"Network: {trained.source}\nTry: curl --data-binary @photo.png {address}/reconstruct -o mesh.glb")

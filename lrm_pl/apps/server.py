@@ -263,12 +263,14 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
         floaters: Annotated[float, Query(ge=0, le=1)] = 0.0,
         faces: Annotated[int | None, Query(ge=4, le=MOST_FACES)] = None,
     ) -> Response:
-        """Turn the picture in the body (PNG, JPEG, WebP, BMP) into a GLB."""
+        """Turn the picture in the body (PNG, JPEG, WebP, BMP, TIFF, AVIF) into a GLB."""
         try:
             if unknown := sorted(set(request.query_params) - _PARAMETERS):
                 raise RefusedError(
                     422, f"expected the parameters {', '.join(sorted(_PARAMETERS))}, found {unknown}"
                 )
+            if len(request.query_params.multi_items()) > len(request.query_params):
+                raise RefusedError(422, f"expected every parameter once, found {request.query_params}")
             content = await uploads.read(request)
             if found := what_else(content, request.headers.get("content-type", "")):
                 raise RefusedError(

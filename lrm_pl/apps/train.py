@@ -35,7 +35,6 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
 )
 
 from lrm_pl import __version__
-from lrm_pl.apps.broken_pipes import outlive_readers
 from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.hyperparameters import flattened, log_hyperparameters
 from lrm_pl.apps.processes import tasks_of_srun
@@ -736,7 +735,6 @@ def main(arguments: list[str] | None = None) -> None:
         threading.excepthook = say_unless_full
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        outlive_readers()
         command_line(given)
     except StoppedError as stopped:
         sys.stderr.write(f"lrm: {stopped}\n")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrm_pl.apps.options import add_address, newest_run, require_free
+from lrm_pl.apps.options import add_address, newest_run, require_free, url_of
 from lrm_pl.errors import InputError
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         viewer = Viewer(run, given.data or data_of(run), given.device, given.host, given.port)
     except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")
-    print(f"http://{given.host}:{viewer.server.get_port()} shows {run}; Ctrl-C ends it", flush=True)
+    print(f"{url_of(given.host, viewer.server.get_port())} shows {run}; Ctrl-C ends it", flush=True)
     try:
         viewer.serve()
     except KeyboardInterrupt:

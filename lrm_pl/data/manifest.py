@@ -209,7 +209,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         where: What messages call it.
 
     Raises:
-        ShardError: An unknown schema version, or a strange field.
+        ShardError: An unknown schema version, a strange field, or no samples.
     """
     remedy = "render the shards again, or copy the whole folder again"
     try:
@@ -224,9 +224,15 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         )
     try:
         shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
-        return Manifest(shards=shards, **record)
+        for name, kind in (("views", int), ("failures", int), ("render", dict)):
+            if type(record[name]) is not kind:
+                raise TypeError(f"{name} {record[name]!r}")
+        manifest = Manifest(shards=shards, **record)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise ShardError(f"{where}: expected the fields of a manifest, found: {error}; {remedy}") from error
+    if not any(shard.samples for shard in shards):
+        raise ShardError(f"{where}: expected shards with samples, found none; {remedy}")
+    return manifest
 
 
 def read_index(folder: Path, shard: Shard) -> MemberIndex:
@@ -317,7 +323,7 @@ def _checked_shard(entry: dict[str, Any]) -> Shard:
         raise ValueError(f"shard name {shard.name!r} is not a plain .tar file name")
     if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
         raise ValueError(f"shard {shard.name}: sha256 {shard.sha256!r}")
-    if shard.split not in SPLITS or type(shard.samples) is not int or type(shard.bytes) is not int:
+    if shard.split not in SPLITS or not all(type(n) is int and n >= 0 for n in (shard.samples, shard.bytes)):
         raise ValueError(f"shard {shard.name}: split {shard.split!r}, samples {shard.samples!r}")
     if type(shard.rejected) is not bool:
         raise ValueError(f"shard {shard.name}: rejected {shard.rejected!r}")

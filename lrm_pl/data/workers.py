@@ -7,11 +7,11 @@ import multiprocessing.util
 import os
 import signal
 import threading
-from multiprocessing.process import BaseProcess
 
 import fsspec.asyn
 import torch.distributed
 
+from lrm_pl.data.orphans import end_with_parent
 from lrm_pl.errors import InputError
 
 #: What a terminal (Ctrl-C) and clusters send to every process of a job: before its time is up, and before they kill.
@@ -35,7 +35,7 @@ def outlive_stop_signals(worker: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_wait_for_word_of, args=(parent.pid,), daemon=True).start()
-    threading.Thread(target=_wait_for_end_of, args=(parent,), daemon=True).start()
+    end_with_parent()
 
 
 def start_method(workers: int) -> str | None:
@@ -71,11 +71,6 @@ def start_method(workers: int) -> str | None:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return "forkserver"
-
-
-def _wait_for_end_of(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(0)
 
 
 def _wait_for_word_of(parent: int) -> None:

@@ -21,7 +21,7 @@ from lrm_pl.inference import Scene, as_tensor
 from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.meshes.triangles import draw_points
-from lrm_pl.metrics import psnr, ssim
+from lrm_pl.metrics import NotFiniteError, psnr, ssim
 from lrm_pl.rendering.surface import NoSurfaceError
 from lrm_pl.stages import stage
 
@@ -118,6 +118,7 @@ def measure_object(
 
     Raises:
         SampleError: A view cannot be read, or there is no true surface where the protocol needs one.
+        NotFiniteError: The network draws values that are not finite.
     """
     targets = over_white(sample, protocol.seen)
     size = targets.shape[-2], targets.shape[-1]
@@ -133,6 +134,11 @@ def measure_object(
         scene = reconstruct(rgba, c2w[0], fxfycxcy[0])
         with stage("views"):
             renders = _render(scene, c2w[1:], fxfycxcy[1:], size)
+        if not torch.isfinite(renders).all():
+            raise NotFiniteError(
+                f"sample {sample.info.id!r}: expected finite views, found values that are NaN or infinite; the network "
+                "has diverged: take an earlier checkpoint"
+            )
         image, targets = image.to(renders.device), targets.to(renders.device)
         answers["model"].append(renders)
         _add_baselines(answers, baselines, image, targets)

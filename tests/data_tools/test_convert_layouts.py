@@ -123,6 +123,18 @@ def test_an_object_is_not_searched_for_others(layout, tmp_path):
     assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a"}
 
 
+def test_an_object_without_its_first_view_is_named_and_not_overlooked(layout, tmp_path):
+    for key in ("a", "b", "c"):
+        WRITERS[layout](tmp_path / "in" / key, ellipsoid(key))
+    for path in (tmp_path / "in" / "b").rglob("000.*"):
+        path.unlink()
+    assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a", "c"}
+    assert (
+        f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, found {VIEWS - 1}"
+        in reasons(tmp_path / "out")["b"]
+    )
+
+
 def test_a_resolution_makes_pictures_smaller_and_keeps_cameras(layout, tmp_path):
     WRITERS[layout](tmp_path / "in" / "a", ellipsoid("a"))
     found = converted(layout, tmp_path / "in", tmp_path / "out", resolution=16)["a"]

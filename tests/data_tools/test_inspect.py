@@ -94,3 +94,27 @@ def test_a_damaged_folder_points_to_validate(shards, tmp_path):
     spoil_first_poses(broken / "train-000000.tar")
     with pytest.raises(ShardError, match=r"train-000000\.tar: sample .*data_tools validate --shards"):
         inspect(broken)
+
+
+def test_a_folder_without_a_table_says_what_became_of_its_objects(folder, capsys):
+    assert main(["inspect", "--shards", str(folder)]) == 0
+    assert re.search(r"outcomes\s+2 kinds: kept 1, failed 1\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("filter.parquet", b"PAR1", "expected what became of each asset, found: .*; delete it and"),
+        (
+            "failures.jsonl",
+            b"{broken\n",
+            "expected a record with id, file and reason a line, found: .*delete it",
+        ),
+        ("failures.jsonl", b'{"id": "b"}\n', "found: KeyError"),
+        ("failures.jsonl", b"\xff\n", "found: UnicodeDecodeError"),
+    ],
+)
+def test_a_damaged_table_or_list_is_one_message(folder, name, content, message, capsys):
+    (folder / name).write_bytes(content)
+    assert main(["inspect", "--shards", str(folder)]) == 1
+    assert re.match(rf"error: \S*{name}: .*{message}", capsys.readouterr().err.splitlines()[-1])

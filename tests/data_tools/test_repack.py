@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
+from data_tools.assets import hash_file
 from data_tools.criteria import encode_measures
 from data_tools.repack import RepackError, repack, resized
+from data_tools.shard_folder import read_failures
 from data_tools.validate import validate
-from lrm_pl.data.manifest import read_index, read_manifest, write_manifest, write_shard
+from lrm_pl.data.manifest import ShardError, read_index, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import decode_image, encode_image
 from lrm_pl.data.synthetic import write_synthetic_shards
 from tests.damage import spoil_first_poses
@@ -181,9 +183,76 @@ def test_a_damaged_sample_stops_it_and_leaves_nothing_under_the_name(shards, tmp
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     spoil_first_poses(broken / "train-000000.tar")
+    manifest = read_manifest(broken)
+    first = dataclasses.replace(manifest.shards[0], sha256=hash_file(broken / "train-000000.tar"))
+    write_manifest(broken, dataclasses.replace(manifest, shards=(first, *manifest.shards[1:])))
     with pytest.raises(ValueError, match=r"train-000000\.tar: sample 'train-ellipsoid-000'"):
         repack([broken], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def flip_a_pixel(folder):
+    """Flip a bit of a picture that still decodes."""
+    shard = read_manifest(folder).shards[0]
+    offset, size = read_index(folder, shard)["train-ellipsoid-000"]["view_003.webp"]
+    content = bytearray((folder / shard.name).read_bytes())
+    content[offset + size * 7 // 10] ^= 16
+    (folder / shard.name).write_bytes(bytes(content))
+
+
+def exchange_two_views(folder):
+    """Make an index point to each of two views as the other."""
+    path = folder / "train-000000.index.json"
+    index = json.loads(path.read_text())
+    members = index["train-ellipsoid-000"]
+    members["view_000.webp"], members["view_001.webp"] = members["view_001.webp"], members["view_000.webp"]
+    path.write_text(json.dumps(index))
+
+
+def say_fewer_views(folder):
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), views=7))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_pixel, "expected sha256 .* as in the manifest, found .*validate --shards"),
+        (exchange_two_views, r"expected member 'train-ellipsoid-000\.view_000\.webp' where the index says"),
+        (say_fewer_views, "expected 7 views as in the manifest, found 8"),
+    ],
+)
+def test_shards_that_are_not_what_their_manifest_says_are_not_made_into_ones_that_are(
+    shards, tmp_path, damage, message
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    damage(broken)
+    with pytest.raises(ShardError, match=rf"train-000000\.tar: .*{message}"):
+        repack([broken], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("resolution", [None, 16])
+def test_members_that_a_user_added_stay(shards, tmp_path, resolution):
+    source = tmp_path / "source"
+    source.mkdir()
+    samples = [
+        (key, content | {"caption.txt": key.encode()}) for key, (_, content) in members(shards).items()
+    ]
+    shard = write_shard(source, "train-000000.tar", "train", samples)
+    write_manifest(source, dataclasses.replace(read_manifest(shards), shards=(shard,)))
+    repack([source], tmp_path / "out", resolution)
+    for key, (_, content) in members(tmp_path / "out").items():
+        assert content["caption.txt"] == key.encode()
+
+
+def test_why_objects_were_left_out_goes_along(shards, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(shards, source)
+    record = {"id": "b", "file": "b.glb", "reason": "is empty"}
+    (source / "failures.jsonl").write_text(json.dumps(record) + "\n")
+    assert repack([source], tmp_path / "out").failures == 1
+    assert read_failures(tmp_path / "out") == {"b": record}
 
 
 def measured(shards, out):

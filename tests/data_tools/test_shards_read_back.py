@@ -92,6 +92,22 @@ def test_a_folder_without_manifest_is_not_finished(tmp_path):
         read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("views", "8", "found: views '8'"),
+        ("failures", None, "found: failures None"),
+        ("render", [1], r"found: render \[1\]"),
+        ("shards", [], "expected shards with samples, found none"),
+    ],
+)
+def test_a_manifest_of_other_fields_or_of_nothing_is_refused(folder, name, value, message):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ShardError, match=rf"manifest\.json: .*{message}"):
+        read_manifest(folder)
+
+
 def test_unknown_schema_versions_are_refused_by_number(folder):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))

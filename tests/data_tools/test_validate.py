@@ -6,9 +6,12 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
+import psutil
 import pytest
 
 from data_tools.__main__ import main
@@ -196,6 +199,53 @@ def test_any_number_of_processes_finds_the_same(folder, capsys, jobs):
     found = said(folder, capsys, 1)
     assert main(["validate", "--shards", str(folder), "--jobs", str(jobs)]) == 1
     assert capsys.readouterr().out == found
+
+
+POOL = """
+import os, time
+from data_tools.shard_pool import processes
+with processes(2) as pool:
+    for task in [pool.submit(os.getpid) for _ in range(2)]:
+        task.result()
+    print(*pool._processes, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_processes_of_a_pool_end_where_their_command_was_killed(root):
+    with subprocess.Popen(
+        [sys.executable, "-c", POOL], cwd=root, stdout=subprocess.PIPE, text=True
+    ) as command:
+        workers = [psutil.Process(int(pid)) for pid in command.stdout.readline().split()]
+        assert workers
+        command.kill()
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_check_whose_output_nobody_reads_ends_with_its_own_status(folder, root):
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), views=7))
+    command = [sys.executable, "-m", "data_tools", "validate", "--shards", str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=root, **pipes) as check:
+        check.stdout.close()
+        assert "Traceback" not in check.stderr.read()
+    assert check.returncode == 1
+
+
+@pytest.mark.parametrize("words", [("validate", "--shards"), ("merge", "--shards", "a", "--out")])
+def test_an_address_is_no_folder(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "s3://bucket/shards"])
+    assert "expected a path on this machine, found the address s3://bucket/shards" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_system_refuses_is_one_message(shards, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["repack", "--shards", str(shards), "--out", str(tmp_path / "file" / "out")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno 17] File exists")
 
 
 def test_a_process_that_is_killed_ends_the_check_with_a_remedy():

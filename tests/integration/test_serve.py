@@ -184,6 +184,15 @@ def test_probes_slashes_and_strangers_find_their_way(server):
     asyncio.run(run())
 
 
+def test_a_parameter_that_is_given_twice_is_refused(server):
+    async def run():
+        async with aiohttp.ClientSession() as session:
+            status, content = await ask(session, server, photo(), "?resolution=32&resolution=48")
+            assert (status, b"found resolution=32&resolution=48" in content) == (422, True)
+
+    asyncio.run(run())
+
+
 def test_a_picture_that_does_not_arrive_is_given_up_and_one_that_is_too_large_is_not_read(server):
     def raw(head, body=b""):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:

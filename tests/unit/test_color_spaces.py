@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
@@ -305,6 +306,20 @@ def raw_tiff(samples, bits, sample_format=1, photometric=1, channels=1):
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, (kind, value) in tags.items())
     head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
     return head + bytes(200 - len(head)) + samples
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("chunk", [{"gAMA": struct.pack(">I", 100_000)}, {"cICP": bytes((1, 8, 0, 1))}])
+def test_the_darkest_of_sixteen_linear_bits_are_not_lost(channels, chunk):
+    stored = np.tile(np.arange(0, 4096, 64, dtype=np.uint16)[None, :, None], (4, 1, channels))
+    stored[..., 3:] = 65535
+    _, png = cv2.imencode(".png", stored)
+    found = np.asarray(open_picture(with_chunks(png.tobytes(), **chunk)))
+    light = stored[0, :, 0] / 65535
+    expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255
+    for channel in range(3):
+        assert np.abs(found[0, :, channel] - expected).max() <= 0.51
+    assert found.shape[2] == max(3, channels)
 
 
 def test_white_of_a_tiff_is_that_of_its_bits_and_photometric():

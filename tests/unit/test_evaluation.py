@@ -287,6 +287,16 @@ def test_a_view_that_shows_nothing_is_a_bad_sample():
         measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), Judges({}), {})
 
 
+def test_a_network_that_has_diverged_is_named_as_such_with_the_object(monkeypatch):
+    drawn = torch.full((4, 3, 32, 32), 0.5)
+    drawn[2, 0, 5, 5] = torch.nan
+    monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: drawn)
+    sample = synthetic_sample("a", 4, 32, 0)
+    protocol = Protocol("one", "", inputs=(0,), targets=(0, 1, 2, 3))
+    with pytest.raises(InputError, match=r"sample 'a': expected finite views, .*take an earlier checkpoint"):
+        measure_object(sample, protocol, lambda *_: Given(None), Judges({}), {})
+
+
 def test_of_two_evaluations_only_what_both_have_is_compared():
     a = [record("a", chamfer=0.1, f=1.0), record("b", chamfer=0.1, f=1.0), record("c", chamfer=0.9, f=0.5)]
     b = [

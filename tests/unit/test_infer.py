@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 
@@ -26,6 +27,20 @@ def test_files_of_a_folder_that_are_passed_over_are_listed(tmp_path):
     pictures, others = find_pictures([tmp_path])
     assert list(pictures) == ["a", "b", "c", "d"]
     assert [path.name for path in others] == ["e.HEIC", "notes.txt"]
+
+
+def test_a_link_that_leads_nowhere_is_a_picture_that_fails_and_not_one_that_is_not_there(tmp_path):
+    touch(tmp_path, "a.png")
+    (tmp_path / "photo.png").symlink_to("gone.png")
+    assert list(find_pictures([tmp_path])[0]) == ["a", "photo"]
+
+
+def test_a_name_that_the_terminal_cannot_print_is_printed_with_escapes():
+    code = "from lrm_pl.apps.paths import escape_names; escape_names(); print('\\udcff\\u2191')"
+    for encoding, expected in (("utf-8", b"\\udcff\xe2\x86\x91\n"), ("latin-1", b"\\udcff\\u2191\n")):
+        environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        assert done.stdout == expected
 
 
 def test_pictures_of_one_name_have_results_of_their_own(tmp_path):

@@ -5,6 +5,7 @@ import socket
 import pytest
 
 from lrm_pl.apps import demo, serve
+from lrm_pl.apps.options import require_free, url_of
 from lrm_pl.errors import InputError
 
 
@@ -37,3 +38,13 @@ def test_limits_that_no_request_could_keep_are_refused(name):
     bad = -1 if name in ("queue", "resolution") else float("nan")
     with pytest.raises(InputError, match=f"expected {name} "):
         serve.Limits(**{name: bad})
+
+
+def test_a_url_has_an_ipv6_address_in_brackets():
+    assert url_of("::1", 80) == "http://[::1]:80"
+    assert url_of("127.0.0.1", 80) == "http://127.0.0.1:80"
+
+
+def test_a_port_that_is_chosen_after_its_address_was_printed_is_refused():
+    with pytest.raises(InputError, match="found port 0; choose one"):
+        require_free("127.0.0.1", 0)
