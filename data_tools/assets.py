@@ -60,6 +60,10 @@ class AssetsError(InputError):
     """The assets folder cannot be rendered as it is; the message says what to do."""
 
 
+class AssetError(ValueError):
+    """One asset cannot be rendered; the message is its reason in ``failures.jsonl``."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asset:
     """One mesh file and what is known of it.

@@ -7,7 +7,7 @@ import posixpath
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 #: A file beside the OBJ -> its bytes; None where there is none. Paths are relative to the OBJ's folder.
 Read = Callable[[str], bytes | None]
@@ -55,9 +55,7 @@ def read_surface(obj: bytes, read: Read) -> Surface:
         obj: Content of the OBJ.
         read: Gives the files beside it.
     """
-    used = {
-        _text(name.rstrip()) for name in re.findall(rb"^[ \t]*usemtl[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
-    }
+    used = _names(b"usemtl", obj)
     names = library_names(obj, lambda name: not leaves(name) and read(posixpath.normpath(name)) is not None)
     libraries = tuple(dict.fromkeys(map(posixpath.normpath, names)))
     missing, colours, pictures = [], dict[str, str](), dict[str, list[str]]()
@@ -107,8 +105,9 @@ def libraries(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
         The files, the first to be read first; and the names of those that are not there.
     """
     named = library_names(obj, partial(_is_beside, path))
-    found = [path.parent / name.replace("\\", "/") for name in named if _is_beside(path, name)]
-    missing = [name for name in named if not _is_beside(path, name)]
+    places = [find_beside(path.parent, name) for name in named]
+    found = [place for place in places if place]
+    missing = [name for name, place in zip(named, places, strict=True) if not place]
     if named and not missing:
         return found, []
     own = [
@@ -118,7 +117,41 @@ def libraries(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
 
 
 def _is_beside(path: Path, name: str) -> bool:
-    return os.path.isfile(path.parent / name.replace("\\", "/"))
+    return find_beside(path.parent, name) is not None
+
+
+def find_beside(folder: Path, name: str) -> Path | None:
+    """Find a file by a name that may differ in case, as on other systems, or have a backslash for a slash.
+
+    Args:
+        folder: What the name starts from.
+        name: A path.
+    """
+    place = folder
+    for part in PurePosixPath(name.replace("\\", "/")).parts:
+        exact = place / part
+        if not os.path.lexists(exact):
+            try:
+                same = sorted(one for one in os.listdir(place) if one.casefold() == part.casefold())
+            except (OSError, ValueError):  # no folder; a zero in its name
+                return None
+            exact = place / same[0] if same else exact
+        place = exact
+    return place if os.path.isfile(place) else None
+
+
+def undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
+    """Return the materials that an OBJ uses and its MTL files do not define."""
+    defined = [name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())]
+    return sorted(_names(b"usemtl", obj).difference(defined))
+
+
+def _names(keyword: bytes, content: bytes) -> set[str]:
+    """Return what stands behind a keyword at the start of a line."""
+    lines = re.findall(
+        rb"^[ \t]*%s[ \t]+(\S[^\n]*)" % keyword, plain_text(content), re.MULTILINE | re.IGNORECASE
+    )
+    return {_text(name.rstrip()) for name in lines}
 
 
 def plain_text(content: bytes) -> bytes:
@@ -178,6 +211,16 @@ def _color(value: str) -> list[float]:
     if len(numbers) not in (1, 3) or any(map(math.isnan, numbers)):
         return []
     return [min(max(x, 0.0), 1.0) for x in (numbers * 3)[:3]]
+
+
+def clamped_pictures(files: Iterable[Path]) -> set[str]:
+    """Return the pictures that MTL files do not repeat (``-clamp on``)."""
+    return {
+        _without_options(_with_place(path.parent, value))
+        for path in files
+        for _, keyword, value in _statements(path.read_bytes())
+        if keyword.startswith("map_") and re.search(r"-clamp\s+on\s", value)
+    }
 
 
 def _with_place(folder: Path, value: str) -> str:

@@ -204,6 +204,7 @@ def write_assets(folder):
         "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "inside_out": RED_SRGB, "latin": RED_SRGB,
         "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
         "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "picture": green,
+        "face_colours": green, "picture_by_faces": green,
         "outline": RED_SRGB,
         "own": RED_SRGB, "own_binary": RED_SRGB,
     }  # fmt: skip
@@ -311,8 +312,6 @@ def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
     reasons = {row["id"]: (row["outcome"], row["reason"]) for row in table if row["outcome"] != "rendered"}
     assert reasons["no_picture"] == ("rejected", "missing_textures 1, expected <= 0")
     assert reasons["no_mtl"] == ("rejected", "missing_textures 1, expected <= 0")
-    assert reasons["picture_by_faces"] == ("rejected", "missing_textures 1, expected <= 0")
-    assert reasons["face_colours"] == ("rejected", "missing_textures 1, expected <= 0")
     doubled = {row["id"]: row["doubled"] for row in table}
     assert (doubled["twice"], doubled["kd"]) == (0.5, 0.0)
 
@@ -427,9 +426,9 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
 COPY = """
 import sys
 from pathlib import Path
-from data_tools.blender_import import _without_own_attributes
+from data_tools.blender_gltf import readable_gltf
 path = Path(sys.argv[1])
-print("FOUND", _without_own_attributes(path, path.read_bytes(), Path(sys.argv[2])).read_text())
+print("FOUND", readable_gltf(path, Path(sys.argv[2])).read_text())
 """
 
 
