@@ -90,15 +90,29 @@ def parts(folder: Path) -> set[str]:
 
 
 def read_failures(folder: Path) -> dict[str, dict[str, str]]:
-    """Read ``failures.jsonl``: id -> record."""
+    """Read ``failures.jsonl``: id -> record.
+
+    Raises:
+        FolderError: A line is none of this program's.
+    """
     path = folder / FAILURES_NAME
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").split("\n")[
         :-1
     ]  # after the last line's end is what a killed run wrote
-    records = [json.loads(line) for line in lines if line]
-    return {record["id"]: record for record in records}
+    records = dict[str, dict[str, str]]()
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                record = json.loads(line)
+                records[str(record["id"])] = record | {"reason": str(record["reason"])}
+        except (ValueError, TypeError, KeyError) as error:
+            raise FolderError(
+                f"{path}, line {number}: expected an object that failed, found {line[:60]!r}; delete the line: an "
+                "object without one is tried again"
+            ) from error
+    return records
 
 
 def write_failures(path: Path, failures: dict[str, dict[str, str]]) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import posixpath
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -121,7 +122,7 @@ def _is_beside(path: Path, name: str) -> bool:
 
 
 def find_beside(folder: Path, name: str) -> Path | None:
-    """Find a file by a name that may differ in case, as on other systems, or have a backslash for a slash.
+    """Find a file by a name that may be spelled as on other systems: in case, accents, or with backslashes.
 
     Args:
         folder: What the name starts from.
@@ -132,12 +133,17 @@ def find_beside(folder: Path, name: str) -> Path | None:
         exact = place / part
         if not os.path.lexists(exact):
             try:
-                same = sorted(one for one in os.listdir(place) if one.casefold() == part.casefold())
+                same = sorted(one for one in os.listdir(place) if _plain(one) == _plain(part))
             except (OSError, ValueError):  # no folder; a zero in its name
                 return None
             exact = place / same[0] if same else exact
         place = exact
     return place if os.path.isfile(place) else None
+
+
+def _plain(name: str) -> str:
+    """Return a name without what systems spell differently: case, and accents as characters of their own."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
