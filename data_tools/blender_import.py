@@ -76,6 +76,7 @@ def load_asset(
     if kind not in blender_gltf.SUFFIXES:
         blender_pictures.keep_colors_straight()
         blender_pictures.read_masks()
+        blender_pictures.leave_heights_out()
     return prepare(normalise, missing)
 
 

@@ -6,6 +6,7 @@
 | a color texture with alpha that nothing asks for  | darkened by the alpha       | its color                        |
 | MTL ``map_d``, a picture without alpha            | opaque                      | its brightness is the opacity    |
 | MTL ``-clamp on``                                 | the picture is repeated     | its edge goes on                 |
+| a bump map, which is heights, in MTL and FBX      | a normal map: dark faces    | left out: even light shows none  |
 | a name that differs in case; a path of Windows    | magenta                     | the file, where it is beside     |
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path, PureWindowsPath
 
 import bpy
 import numpy as np
+import numpy.typing as npt
 
 from data_tools.wavefront import find_beside
 
@@ -55,11 +57,26 @@ def read_masks() -> None:
         }
         if color.is_linked or not alpha.is_linked or node.image in others or not node.image.size[0]:
             continue
-        pixels = np.empty(len(node.image.pixels), dtype=np.float32)
-        node.image.pixels.foreach_get(pixels)
-        if (pixels[3::4] >= 1).all():
+        if (_pixels(node.image)[:, 3] >= 1).all():
             for target in [link.to_socket for link in alpha.links]:
                 material.node_tree.links.new(color, target)
+
+
+def leave_heights_out() -> None:
+    """Take away the normal maps that are none: the colors of one are a little around (0.5, 0.5, 1)."""
+    for material, node in list(_textures()):
+        for link in list(node.outputs["Color"].links):
+            if link.to_node.type == "NORMAL_MAP" and node.image.size[0]:
+                red, green, blue = _pixels(node.image)[:, :3].mean(axis=0)
+                if not (abs(red - 0.5) < 0.1 and abs(green - 0.5) < 0.1 and blue > 0.6):
+                    material.node_tree.nodes.remove(link.to_node)
+
+
+def _pixels(image: bpy.types.Image) -> npt.NDArray[np.float32]:
+    """Return the (n, 4) values of a picture as its file holds them."""
+    pixels = np.empty(len(image.pixels), dtype=np.float32)
+    image.pixels.foreach_get(pixels)
+    return pixels.reshape(-1, 4)
 
 
 def stretch_edges(pictures: Container[str]) -> None:

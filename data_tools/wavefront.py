@@ -16,6 +16,9 @@ Read = Callable[[str], bytes | None]
 #: ``illum`` of materials that light passes through (the MTL format, section 5).
 _GLASS = frozenset({"4", "6", "7", "9"})
 
+#: ``illum`` of materials without highlights, whatever their ``Ks``.
+_MATT = frozenset({"0", "1"})
+
 #: Statements of numbers, after which a comment may follow; names of files may hold its sign.
 _NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
 
@@ -196,6 +199,9 @@ def translated_mtl(files: Iterable[Path]) -> bytes:
             statements["map_kd"] = ambient
         if statements.get("illum") not in _GLASS:
             statements.pop("tf", None)
+        if statements.get("illum") in _MATT:
+            for keyword in ("ks", "map_ks"):
+                statements.pop(keyword, None)
         lines += [
             f"newmtl {name}",
             *(f"{_SPELLING.get(key, key)} {value}" for key, value in statements.items()),

@@ -100,10 +100,13 @@ def write_pictures(folder):
     write_obj(folder, "clamped", "newmtl m\nKd 1 1 1\nmap_Kd -clamp on halves.png\n", uv="1.25 0.5")
     write_obj(folder, "repeated", "newmtl m\nKd 1 1 1\nmap_Kd halves.png\n", uv="1.25 0.5")
     write_obj(folder, "windows", "newmtl m\nKd 1 1 1\nmap_Kd C:\\Users\\me\\Tex\\wood.png\n")
+    write_obj(folder, "heights", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\nmap_Bump -bm 0.5 orange.png\n")
+    write_obj(folder, "matt", "newmtl m\nKd 1 1 1\nKs 1 1 1\nillum 1\nmap_Kd orange.png\n")
     write_obj(folder, "library", "newmtl m\nKd 0.1176 0.6275 0.3529\n", head="mtllib LIBRARY.MTL")
     return {
         "color_and_data": ORANGE, "other_case": GREEN, "second_set": BLUE, "veiled": ORANGE, "clamped": BLUE,
         "repeated": RED, "windows": GREEN, "library": GREEN,
+        "heights": ORANGE, "matt": ORANGE,
     }  # fmt: skip
 
 
