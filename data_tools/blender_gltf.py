@@ -209,8 +209,8 @@ class _Hooks:
             for primitive in list(mesh.primitives):
                 if "KHR_draco_mesh_compression" not in (primitive.extensions or {}):
                     self._look_at(primitive, mesh, importer)
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-            print(f"broken mesh: {error!r}")  # the importer meets it too, and says why
+        except Exception as error:  # of a broken file the importer itself says why
+            print(f"broken mesh: {error!r}")
 
     def _look_at(
         self, primitive: types.SimpleNamespace, mesh: types.SimpleNamespace, importer: types.SimpleNamespace

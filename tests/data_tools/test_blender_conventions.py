@@ -479,9 +479,13 @@ def test_reasons_of_what_cannot_be_imported_say_what_to_do(loaded, tmp_path):
     needs = ["EXT_meshopt_compression"]
     record = {"asset": {"version": "2.0"}, "extensionsRequired": needs, "extensionsUsed": needs}
     (tmp_path / "packed.glb").write_bytes(glb(record | {"scenes": [{"nodes": []}], "scene": 0}))
-    old, old_binary, empty, packed = loaded(
-        *((tmp_path / name, tmp_path, "") for name in ("old.gltf", "old.glb", "empty.glb", "packed.glb"))
-    )
+    write_gltf(tmp_path / "lost.gltf", [(VERTICES, TRIANGLES, (1, 0, 0), 1.0)])
+    record = json.loads((tmp_path / "lost.gltf").read_text())
+    record["buffers"][0]["uri"] = "lost.bin"
+    (tmp_path / "lost.gltf").write_text(json.dumps(record))
+    names = ("old.gltf", "old.glb", "empty.glb", "packed.glb", "lost.gltf")
+    old, old_binary, empty, packed, lost = loaded(*((tmp_path / name, tmp_path, "") for name in names))
+    assert "Missing resource, 'lost.bin'" in lost
     assert old == old_binary == "cannot be imported: expected glTF 2.0, found version 1.0: convert it"
     assert "expected a binary glTF file" in empty
     assert "gltf-transform" in packed

@@ -655,6 +655,8 @@ def test_errors_reach_the_user_as_one_line_and_a_status(tmp_path, capsys):
         main(["render", "--views", "0"])
     assert "expected a number from 1 to 999, found 0" in capsys.readouterr().err
     (tmp_path / "a.glb").touch()
+    assert main(["render", "--assets", str(tmp_path), "--out", str(tmp_path / "b" / "..")]) == 1
+    assert "expected shards in another folder than the meshes" in capsys.readouterr().err
     for place in (tmp_path / "a.glb", tmp_path / "a.glb" / "out"):
         assert main(["render", "--assets", str(tmp_path), "--out", str(place)]) == 1
         assert capsys.readouterr().err == (
