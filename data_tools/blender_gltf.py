@@ -9,6 +9,7 @@
 | ``TEXCOORD_1`` without ``TEXCOORD_0``                  | one texel everywhere       | the picture                   |
 | two faces of the same vertices, that look two ways     | the second is left out     | both                          |
 | positions that are not finite                          | the origin                 | refused                       |
+| damaged Draco data                                     | that part is left out      | refused                       |
 """
 
 import copy
@@ -151,17 +152,14 @@ def import_gltf(file: str) -> set[str]:
     """Import a glTF file.
 
     Raises:
-        AssetError: A position is not finite.
+        AssetError: A position is not finite, or compressed data are damaged.
     """
     hooks = _Hooks()
     addon = sys.modules["io_scene_gltf2"]
     addon.glTF2ImportUserExtension = lambda: hooks  # type: ignore[attr-defined]  # where the importer looks for hooks
     outcome = set(bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True))
-    if hooks.undefined:
-        raise AssetError(
-            f"expected finite vertex positions, found others in mesh {hooks.undefined[0]!r}; mend it in the program "
-            "that made it"
-        )
+    if hooks.broken:
+        raise AssetError(f"{hooks.broken[0]}; mend it in the program that made it")
     return outcome
 
 
@@ -169,13 +167,13 @@ class _Hooks:
     """Hooks of Blender's glTF importer.
 
     Attributes:
-        undefined: Meshes with positions that are not finite.
+        broken: What is wrong with meshes that the importer shows otherwise.
     """
 
     extensions = (types.SimpleNamespace(name="KHR_node_visibility", required=True),)
 
     def __init__(self) -> None:
-        self.undefined = list[str]()
+        self.broken = list[str]()
         self._hidden: set[int] | None = None
 
     def gather_import_node_after_hook(
@@ -221,7 +219,7 @@ class _Hooks:
         if "POSITION" in primitive.attributes:
             positions = decode(importer, primitive.attributes["POSITION"])
             if not np.isfinite(positions).all():
-                self.undefined.append(mesh.name or "")
+                self.broken.append(f"expected finite vertex positions, found others in mesh {mesh.name!r}")
         if primitive.mode not in (None, 4) or primitive.indices is None:
             return
         indices = decode(importer, primitive.indices).reshape(-1)
@@ -235,6 +233,20 @@ class _Hooks:
             primitive.indices = self._add_indices(importer, faces[~again])
             other.indices = self._add_indices(importer, faces[again])
             mesh.primitives.append(other)
+
+    def gather_import_decode_primitive(
+        self,
+        mesh: types.SimpleNamespace,
+        primitive: types.SimpleNamespace,
+        _: object,
+        importer: types.SimpleNamespace,
+    ) -> None:
+        """Note compressed meshes that could not be decompressed: the importer leaves them out."""
+        used = [primitive.attributes.get("POSITION"), primitive.indices]
+        if "KHR_draco_mesh_compression" in (primitive.extensions or {}) and any(
+            importer.data.accessors[one].buffer_view is None for one in used if one is not None
+        ):
+            self.broken.append(f"expected Draco data, found other data in mesh {mesh.name!r}")
 
     @staticmethod
     def _add_indices(importer: types.SimpleNamespace, faces: Any) -> int:  # noqa: ANN401 - an array

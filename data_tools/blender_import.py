@@ -67,6 +67,8 @@ def load_asset(
     if texture:
         blender_materials.show_texture(path.parent / texture)
     blender_pictures.find_pictures(path.parent.absolute())
+    if kind == ".fbx":
+        blender_materials.leave_gloss_out(path)
     if kind not in blender_gltf.SUFFIXES:
         has_colors = blender_materials.show_vertex_colors()
         missing += [] if has_colors else undefined

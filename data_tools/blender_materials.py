@@ -7,6 +7,7 @@
 | MTL ``Kd``                                     | linear light              | sRGB, unless Blender wrote the MTL      |
 | MTL ``Tf 1 1 1``, which 3ds Max and Maya write | glass                     | glass only with ``illum`` 4, 6, 7 or 9  |
 | MTL ``Ks`` with ``illum`` 0 or 1               | gloss                     | no gloss                                |
+| FBX without highlights, in binary              | gloss                     | no gloss                                |
 | ``Kd 0.5``; names in quotes or not in UTF-8    | cyan; gray                | gray of 0.5; as any other name          |
 | ``mtllib`` with several names, or a wrong one  | gray                      | each; the MTL of the OBJ's own name     |
 | an MTL of the OBJ's name that it does not name | that one                  | not read if the named ones are there    |
@@ -106,6 +107,31 @@ def show_vertex_colors() -> bool:
                     _color_with(copies[key], name)
                 slot.material = copies[key]
     return bool(copies)
+
+
+def leave_gloss_out(path: Path) -> None:
+    """Make the materials of a binary FBX matt that it calls lambert, or whose highlights it sets to 0."""
+    from io_scene_fbx import parse_fbx
+
+    with open(path, "rb") as file:
+        if not file.read(18).startswith(b"Kaydara FBX Binary"):
+            return  # text, which the parser does not read
+    try:
+        root, _ = parse_fbx.parse(os.fspath(path))
+    except Exception as error:  # it reads fewer files than the importer
+        print(f"gloss of the materials is not read: {error!r}")
+        return
+    found = [one for objects in root.elems if objects.id == b"Objects" for one in objects.elems]
+    for element in (one for one in found if one.id == b"Material"):
+        parts = {part.id: part for part in element.elems}
+        rows = [row.props for row in parts[b"Properties70"].elems] if b"Properties70" in parts else []
+        values = {row[0]: row[4:] for row in rows if row}
+        model = parts[b"ShadingModel"].props[0].lower() if b"ShadingModel" in parts else b""
+        is_dark = any(not any(values.get(key, (1,))) for key in (b"SpecularFactor", b"SpecularColor"))
+        name = element.props[1].split(b"\0")[0].decode("utf-8", "replace")
+        if (model == b"lambert" or is_dark) and (material := bpy.data.materials.get(name)):
+            for shader in principled(material):
+                shader.inputs["Specular IOR Level"].default_value = 0.0
 
 
 def _read_bytes_as_such() -> None:

@@ -3,6 +3,7 @@
 import base64
 import json
 import struct
+import subprocess
 
 import numpy as np
 import pyarrow.parquet
@@ -174,13 +175,41 @@ def write_refused(folder):
     }  # fmt: skip
 
 
+EXPORT = """
+import sys, bpy
+bpy.ops.wm.read_factory_settings(use_empty=True)
+bpy.ops.mesh.primitive_cube_add(size=2)
+material = bpy.data.materials.new("matt")
+material.use_nodes = True
+shader = material.node_tree.nodes["Principled BSDF"]
+shader.inputs["Base Color"].default_value = (1, 0, 0, 1)
+shader.inputs["Specular IOR Level"].default_value = 0
+bpy.context.object.data.materials.append(material)
+bpy.ops.export_scene.fbx(filepath=sys.argv[1] + "/no_gloss.fbx")
+bpy.ops.export_scene.gltf(filepath=sys.argv[1] + "/packed.glb", export_draco_mesh_compression_enable=True)
+"""
+
+
+def write_exported(folder, render_python, root):
+    """Write what Blender exports: an FBX, and a GLB whose compressed data are damaged; as ``write_shapes`` does."""
+    command = [str(render_python), "-c", EXPORT, str(folder)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=100)
+    content = bytearray((folder / "packed.glb").read_bytes())
+    start = 20 + struct.unpack("<I", content[12:16])[0] + 8
+    content[start + 8 : start + 40] = bytes(32)
+    (folder / "packed.glb").write_bytes(content)
+    return {"no_gloss": RED}, {"packed": "expected Draco data, found other data in mesh 'Cube'"}
+
+
 @pytest.fixture(scope="module")
-def rendered(render_command, tmp_path_factory):
+def rendered(render_command, render_python, root, tmp_path_factory):
     """Render all; returns id -> views, id -> row of the table, and what is expected."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "assets").mkdir()
     colours = write_pictures(folder / "assets") | write_shapes(folder / "assets")
     reasons = write_refused(folder / "assets")
+    exported = write_exported(folder / "assets", render_python, root)
+    colours, reasons = colours | exported[0], reasons | exported[1]
     mask = Image.new("L", (16, 16), 255)
     mask.paste(0, (8, 0, 16, 16))
     mask.save(folder / "assets" / "mask.jpg", quality=95)
