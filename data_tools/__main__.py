@@ -71,6 +71,15 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (FileExistsError, NotADirectoryError) as error:
+        print(
+            f"error: expected a folder at {error.filename}, found a file; choose another path",
+            file=sys.stderr,
+        )
+        return 1
+    except PermissionError as error:
+        print(f"error: expected access to {error.filename}, found none; choose another path", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         goes_on = ", it goes on where it was" if args.command in _GO_ON else ""
         print(f"stopped; run the same command again{goes_on}", file=sys.stderr)

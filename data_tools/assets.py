@@ -60,6 +60,10 @@ class AssetsError(InputError):
     """The assets folder cannot be rendered as it is; the message says what to do."""
 
 
+class AssetError(ValueError):
+    """One asset cannot be rendered; the message is its reason in ``failures.jsonl``."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asset:
     """One mesh file and what is known of it.
@@ -118,11 +122,15 @@ def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
         The assets, sorted by id.
 
     Raises:
-        AssetsError: No folder, no assets, a broken list or table.
+        AssetsError: No folder, no assets, a broken list or table, or shards among the meshes.
     """
     if not folder.is_dir():
         raise AssetsError(
             f"expected a folder of {_KINDS} files at {folder}, found no folder; pass ASSETS=<folder>"
+        )
+    if out and out.resolve() == folder.resolve():
+        raise AssetsError(
+            f"expected shards in another folder than the meshes, found {out} for both; pass another OUT="
         )
     if (folder / LIST_NAME).is_file():
         assets = read_list(folder)

@@ -1,25 +1,20 @@
 """Blender side: load one mesh file into an empty scene and scale it into the sphere or cube. Needs bpy."""
 
-import json
 import math
 import os
 import re
-import struct
-import sys
 import tempfile
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 import bpy
 import mathutils
 import numpy as np
 import numpy.typing as npt
 
-from data_tools import blender_materials, wavefront
-from data_tools.assets import Up
+from data_tools import blender_gltf, blender_materials, blender_pictures, ply, wavefront
+from data_tools.assets import AssetError, Up
 from data_tools.criteria import MeshMeasures
 from lrm_pl.conventions import Normalisation
 
@@ -29,13 +24,7 @@ MAX_TRIANGLES = 20_000_000
 #: Positions that float32 must tell apart across an object: fewer make steps of its surface.
 MIN_STEPS = 4096
 
-GLTF = (".glb", ".gltf")
-
 _WITH_FACES = {"MESH", "CURVE", "SURFACE", "FONT", "META"}
-
-
-class AssetError(ValueError):
-    """One asset cannot be rendered; the message is its reason in ``failures.jsonl``."""
 
 
 def load_asset(
@@ -57,29 +46,39 @@ def load_asset(
     kind = path.suffix.lower()
     if (target := _target_with_its_files(path, kind)) is not None:
         path, root = target, root if target.is_relative_to(root) else target.parent
-    missing, texture = list[str](), ""
+    missing, texture, undefined, clamped = list[str](), "", list[str](), set[str]()
     with tempfile.TemporaryDirectory() as scratch:
         readable = path
         if kind == ".obj":
             content = path.read_bytes()
             mtl_files, missing = wavefront.libraries(path, content)
             _refuse_files_outside(root, path.parent, map(str, mtl_files))
+            undefined = [] if missing else wavefront.undefined_materials(content, mtl_files)
+            clamped = wavefront.clamped_pictures(mtl_files)
             readable = blender_materials.readable_obj(path, content, mtl_files, Path(scratch))
         elif kind == ".ply":
-            readable, texture, lost = blender_materials.readable_ply(path, Path(scratch))
+            readable, texture, lost = ply.readable_ply(path, Path(scratch))
             missing += lost
             _refuse_files_outside(root, path.parent, [texture] if texture else [])
-        elif kind in GLTF:
-            record = _json_of_glb(path) if kind == ".glb" else path.read_bytes()
-            _refuse_files_outside(root, path.parent, _uris(record))
-            readable = _without_own_attributes(path, record, Path(scratch))
+        elif kind in blender_gltf.SUFFIXES:
+            _refuse_files_outside(root, path.parent, blender_gltf.uris(path))
+            readable = blender_gltf.readable_gltf(path, Path(scratch))
         _import(readable, up or "y")
     if texture:
         blender_materials.show_texture(path.parent / texture)
-    if kind not in GLTF:
-        blender_materials.show_vertex_colors()
+    blender_pictures.find_pictures(path.parent.absolute())
+    if kind == ".fbx":
+        blender_materials.leave_gloss_out(path)
+    if kind not in blender_gltf.SUFFIXES:
+        has_colors = blender_materials.show_vertex_colors()
+        missing += [] if has_colors else undefined
+        blender_pictures.stretch_edges(clamped)
     pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
     _refuse_files_outside(root, Path.cwd(), pictures)
+    if kind not in blender_gltf.SUFFIXES:
+        blender_pictures.keep_colors_straight()
+        blender_pictures.read_masks()
+        blender_pictures.leave_heights_out()
     return prepare(normalise, missing)
 
 
@@ -95,79 +94,8 @@ def _lacks_files(path: Path, kind: str) -> bool:
     """Say whether a file that a mesh file names is not beside it."""
     if kind == ".obj":
         return bool(wavefront.libraries(path, path.read_bytes())[1])
-    uris = _uris(_json_of_glb(path) if kind == ".glb" else path.read_bytes()) if kind in GLTF else []
+    uris = blender_gltf.uris(path) if kind in blender_gltf.SUFFIXES else []
     return any(not (path.parent / uri.replace("\\", "/")).exists() for uri in uris)
-
-
-def _json_of_glb(path: Path) -> bytes:
-    """Read the JSON of a binary glTF file (section 4.4)."""
-    with open(path, "rb") as file:
-        head = file.read(20)
-        if len(head) < 20 or head[:4] != b"glTF":
-            raise AssetError("cannot be imported: expected a binary glTF file, found something else")
-        if (version := struct.unpack("<I", head[4:8])[0]) != 2:
-            raise AssetError(f"cannot be imported: expected glTF 2.0, found version {version}.0: convert it")
-        return file.read(struct.unpack("<I", head[12:16])[0])
-
-
-def _uris(content: bytes) -> list[str]:
-    """Return the URIs of the buffers and images in a glTF file."""
-    try:
-        record = json.loads(content)
-        if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
-            raise AssetError("cannot be imported: expected glTF 2.0, found version 1.0: convert it")
-        uris = [str(entry.get("uri", "")) for kind in ("buffers", "images") for entry in record.get(kind, ())]
-    except AssetError:
-        raise
-    except (ValueError, RecursionError, AttributeError, TypeError) as error:
-        raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
-    return [unquote(uri) for uri in uris if uri and not _is_inline(uri)]
-
-
-def _is_inline(uri: str) -> bool:
-    """Return whether a URI holds its data; Blender's importer opens other ``data:`` URIs as paths of files."""
-    return uri.startswith("data:") and ";base64," in uri
-
-
-def _without_own_attributes(path: Path, content: bytes, scratch: Path) -> Path:
-    """Return a glTF file without attributes of an application's own, whose names begin with "_".
-
-    Nothing of them is rendered, and Blender's importer mixes up those of one mesh (up to 5.0.1).
-
-    Args:
-        path: The file.
-        content: Its JSON.
-        scratch: Where a copy is written, if one is needed.
-    """
-    try:
-        record = json.loads(content)
-        own = False
-        for primitive in (one for mesh in record.get("meshes", ()) for one in mesh["primitives"]):
-            for name in [name for name in primitive["attributes"] if name.startswith("_")]:
-                own = True
-                del primitive["attributes"][name]
-        if not own:
-            return path
-        for entry in (one for kind in ("buffers", "images") for one in record.get(kind, ())):
-            uri = entry.get("uri")
-            # A path in the copy must be the one that was checked: it starts from the original's folder.
-            if uri and not _is_inline(uri):
-                entry["uri"] = quote(str(path.parent.absolute() / unquote(uri)))
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise AssetError(f"cannot be imported: expected meshes of glTF 2.0, found: {error!r}") from error
-    text = json.dumps(record).encode()
-    copy = scratch / path.name
-    if path.suffix.lower() == ".glb":
-        text += b" " * (-len(text) % 4)
-        whole = path.read_bytes()
-        rest = whole[20 + struct.unpack("<I", whole[12:16])[0] :]
-        text = (
-            struct.pack("<4sIIII", b"glTF", 2, 20 + len(text) + len(rest), len(text), 0x4E4F534A)
-            + text
-            + rest
-        )
-    copy.write_bytes(text)
-    return copy
 
 
 def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> None:
@@ -232,6 +160,7 @@ def prepare(
     ]
     missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
     missing += [f"that of {node.name}" for node in _texture_nodes(shown) if node.image is None]
+    blender_pictures.separate_color_from_data()
     for name in [*missing, *lost]:
         print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalise(normalise)
@@ -309,14 +238,16 @@ def _show_first_frame() -> bool:
 def _import(path: Path, up: str) -> None:
     axes = {"up_axis": up.upper(), "forward_axis": "Y" if up == "z" else "NEGATIVE_Z"}
     importers: dict[str, Callable[[str], set[str]]] = {
-        ".glb": _import_gltf,
-        ".gltf": _import_gltf,
+        ".glb": blender_gltf.import_gltf,
+        ".gltf": blender_gltf.import_gltf,
         ".obj": lambda file: bpy.ops.wm.obj_import(filepath=file, **axes),
         ".ply": lambda file: bpy.ops.wm.ply_import(filepath=file, **axes),
         ".fbx": lambda file: bpy.ops.wm.fbx_import(filepath=file),
     }
     try:
         outcome = importers[path.suffix.lower()](str(path))
+    except AssetError:
+        raise
     except Exception as error:  # importers are scripts: a broken file may raise anything
         # Of a traceback the last line says why, but for the place in Blender that follows it.
         said = [line for line in str(error).splitlines() if line.strip() and "Location:" not in line] or [""]
@@ -328,44 +259,6 @@ def _import(path: Path, up: str) -> None:
         raise AssetError(f"cannot be imported: {type(error).__name__}: {said[-1].strip()}{remedy}") from error
     if "FINISHED" not in outcome:
         raise AssetError("cannot be imported: Blender's importer gave up without a reason")
-
-
-class _NodeVisibility:
-    """A hook of Blender's glTF importer: hides what ``KHR_node_visibility`` does, with all that hangs under it."""
-
-    extensions = (types.SimpleNamespace(name="KHR_node_visibility", required=True),)
-
-    def __init__(self) -> None:
-        self._hidden: set[int] | None = None
-
-    def gather_import_node_after_hook(
-        self,
-        vnode: types.SimpleNamespace,
-        _: object,
-        thing: bpy.types.Object,
-        importer: types.SimpleNamespace,
-    ) -> None:
-        """Hide an object whose node, or the node that it hangs under, is not visible."""
-        if self._hidden is None:
-            self._hidden = self._find_hidden(importer.data.nodes)
-        if {vnode.mesh_node_idx, vnode.parent} & self._hidden:
-            thing.hide_render = True
-
-    @staticmethod
-    def _find_hidden(nodes: Sequence[types.SimpleNamespace]) -> set[int]:
-        switches = [(node.extensions or {}).get("KHR_node_visibility", {}) for node in nodes]
-        pending = [index for index, switch in enumerate(switches) if switch.get("visible") is False]
-        hidden = set[int]()
-        while pending:
-            hidden.add(index := pending.pop())
-            pending += [child for child in nodes[index].children or () if child not in hidden]
-        return hidden
-
-
-def _import_gltf(file: str) -> set[str]:
-    addon = sys.modules["io_scene_gltf2"]
-    addon.glTF2ImportUserExtension = _NodeVisibility  # type: ignore[attr-defined]  # where the importer looks for hooks
-    return set(bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True))
 
 
 def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float, int, float]:

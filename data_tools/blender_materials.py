@@ -1,9 +1,13 @@
 """Blender side: what a file means by its materials, where Blender's importers or Cycles take it otherwise. Needs bpy.
 
+``blender_pictures``, ``blender_gltf`` and ``ply`` have further rows of this table.
+
 | the file says                                  | Blender                   | here                                    |
 |------------------------------------------------|---------------------------|-----------------------------------------|
 | MTL ``Kd``                                     | linear light              | sRGB, unless Blender wrote the MTL      |
 | MTL ``Tf 1 1 1``, which 3ds Max and Maya write | glass                     | glass only with ``illum`` 4, 6, 7 or 9  |
+| MTL ``Ks`` with ``illum`` 0 or 1               | gloss                     | no gloss                                |
+| FBX without highlights, in binary              | gloss                     | no gloss                                |
 | ``Kd 0.5``; names in quotes or not in UTF-8    | cyan; gray                | gray of 0.5; as any other name          |
 | ``mtllib`` with several names, or a wrong one  | gray                      | each; the MTL of the OBJ's own name     |
 | an MTL of the OBJ's name that it does not name | that one                  | not read if the named ones are there    |
@@ -11,13 +15,10 @@
 | colors at vertices, and a material without one | the material's gray       | the colors; the gray of parts without   |
 | normals that point to the back of their face   | black                     | they are turned                         |
 | glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen, holes or not   |
-| glTF nodes with ``visible`` false              | seen                      | not seen, nor what hangs under them     |
 | a GIF as a texture                             | a movie, shown in magenta | its first picture                       |
 | several faces in one place                     | black speckles            | one of them; opaque under transparent   |
-| an OBJ whose MTL is not there                  | gray                      | counted as a missing texture            |
-| colors of faces in a PLY, other names of them  | gray                      | names: read; faces: counted as missing  |
-| ``TextureFile`` in a PLY, laid on by vertices  | gray                      | the picture                             |
-| the same, laid on by faces; or several         | gray                      | counted as missing                      |
+| an OBJ whose MTL or material is not there      | gray                      | counted as a missing texture            |
+| colors at vertices in 0 to 255, not 0 to 1     | white                     | divided by 255                          |
 """
 
 import math
@@ -35,7 +36,7 @@ from PIL import Image
 # isort: split
 import bmesh  # exists only once bpy is loaded
 
-from data_tools.wavefront import plain_text, translated_mtl
+from data_tools.wavefront import linear, plain_text, translated_mtl
 
 #: Corners are in one place if they are nearer than this, of the object's longest side.
 _SAME_PLACE = 1e-6
@@ -76,12 +77,16 @@ def shown_meshes() -> list[bpy.types.Object]:
     ]
 
 
-def show_vertex_colors() -> None:
+def show_vertex_colors() -> bool:
     """Show the colors at the vertices of meshes whose materials have neither a texture nor a color of their own.
 
     For files other than glTF, which says itself where they are shown.
+
+    Returns:
+        Whether there are any.
     """
     copies = dict[tuple[bpy.types.Material, str], bpy.types.Material]()
+    _read_bytes_as_such()
     for thing in bpy.context.view_layer.objects:
         if thing.type != "MESH" or not thing.data.color_attributes:
             continue
@@ -101,6 +106,47 @@ def show_vertex_colors() -> None:
                     copies[key] = slot.material.copy()
                     _color_with(copies[key], name)
                 slot.material = copies[key]
+    return bool(copies)
+
+
+def leave_gloss_out(path: Path) -> None:
+    """Make the materials of a binary FBX matt that it calls lambert, or whose highlights it sets to 0."""
+    from io_scene_fbx import parse_fbx
+
+    with open(path, "rb") as file:
+        if not file.read(18).startswith(b"Kaydara FBX Binary"):
+            return  # text, which the parser does not read
+    try:
+        root, _ = parse_fbx.parse(os.fspath(path))
+    except Exception as error:  # it reads fewer files than the importer
+        print(f"gloss of the materials is not read: {error!r}")
+        return
+    found = [one for objects in root.elems if objects.id == b"Objects" for one in objects.elems]
+    for element in (one for one in found if one.id == b"Material"):
+        parts = {part.id: part for part in element.elems}
+        rows = [row.props for row in parts[b"Properties70"].elems] if b"Properties70" in parts else []
+        values = {row[0]: row[4:] for row in rows if row}
+        model = parts[b"ShadingModel"].props[0].lower() if b"ShadingModel" in parts else b""
+        is_dark = any(not any(values.get(key, (1,))) for key in (b"SpecularFactor", b"SpecularColor"))
+        name = element.props[1].split(b"\0")[0].decode("utf-8", "replace")
+        if (model == b"lambert" or is_dark) and (material := bpy.data.materials.get(name)):
+            for shader in principled(material):
+                shader.inputs["Specular IOR Level"].default_value = 0.0
+
+
+def _read_bytes_as_such() -> None:
+    """Divide colors at vertices by 255 where a file writes them as bytes, and the importer took 1 for white."""
+    layers = [mesh.color_attributes[0].data for mesh in bpy.data.meshes if mesh.color_attributes]
+    colors = [np.empty((len(layer), 4), np.float32) for layer in layers]
+    for layer, values in zip(layers, colors, strict=True):
+        layer.foreach_get("color", values.reshape(-1))
+    if max((float(values[:, :3].max(initial=0)) for values in colors), default=0) <= linear(2.0):
+        return
+    for layer, values in zip(layers, colors, strict=True):
+        light = values[:, :3].clip(0)
+        srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055) / 255
+        values[:, :3] = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        layer.foreach_set("color", values.reshape(-1))
 
 
 def _is_gray(material: bpy.types.Material) -> bool:
@@ -382,54 +428,6 @@ def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(33))
 
 
-def readable_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
-    """Return a PLY as Blender's importer reads it: usual names of colors and texture coordinates, line feeds.
-
-    Args:
-        path: The file.
-        scratch: Where a copy is written if one is needed.
-
-    Returns:
-        The file; the picture that lies on it, "" where there is none; and what of its colors is lost.
-    """
-    content = path.read_bytes()
-    end = re.search(rb"end_header[ \t]*(\r\n|\r|\n)", content[: 1 << 20])
-    if end is None:
-        return path, "", []
-    header, body = content[: end.end()], content[end.end() :]
-    is_text = b"format ascii" in header
-    lines = re.split(rb"\r\n|\r|\n", header.rstrip(b"\r\n"))
-    element, properties, renamed, textures = b"", set[tuple[bytes, bytes]](), list[bytes](), list[str]()
-    for line in lines:
-        words = line.split()
-        if words[:1] == [b"element"]:
-            element = words[1]
-        if words[:1] == [b"property"]:
-            words[-1] = _PROPERTIES.get(words[-1].lower(), words[-1])
-            properties.add((element, words[-1]))
-            line = b" ".join(words) if element == b"vertex" else line
-        if found := re.fullmatch(rb"\s*comment\s+texturefile\s+(\S.*?)\s*", line, re.IGNORECASE):
-            textures.append(os.fsdecode(found[1]))
-        renamed.append(line)
-    lost = list[str]()
-    if any((b"face", name) in properties for name in _COLORS.values()):
-        lost.append(f"{path.name}: colors of faces are not read")
-    is_laid = {(b"vertex", b"s"), (b"vertex", b"t")} <= properties
-    if not is_laid and (b"face", b"texcoord") not in properties:
-        textures = []  # the comment is left over
-    if len(textures) > 1 or (textures and not (is_laid and os.path.isfile(path.parent / textures[0]))):
-        lost += textures  # several, or laid on by the faces, or not there
-        textures = []
-    written = b"\n".join(renamed) + b"\n"
-    if is_text and b"\r" in body:
-        body = re.sub(rb"\r\n|\r", b"\n", body)
-    readable = path
-    if written + body != content:
-        readable = scratch / "readable.ply"
-        readable.write_bytes(written + body)
-    return readable, "".join(textures), lost
-
-
 def show_texture(picture: Path) -> None:
     """Lay a picture on all meshes, by their texture coordinates."""
     material = bpy.data.materials.new("texture")
@@ -443,12 +441,3 @@ def show_texture(picture: Path) -> None:
     for mesh in bpy.data.meshes:
         mesh.materials.clear()
         mesh.materials.append(material)
-
-
-_COLORS = {
-    spelling: color
-    for color, letter in ((b"red", b"r"), (b"green", b"g"), (b"blue", b"b"), (b"alpha", b"a"))
-    for spelling in (color, b"diffuse_" + color, letter, b"vertex_" + color, b"color_" + letter)
-}
-
-_PROPERTIES = _COLORS | {b"u": b"s", b"v": b"t", b"texture_u": b"s", b"texture_v": b"t"}

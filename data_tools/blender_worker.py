@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.assets import Asset, hash_file
+from data_tools.assets import Asset, AssetError, hash_file
 from data_tools.criteria import MEASURES_MEMBER, encode_measures, measure_views
 from data_tools.download import download
 from data_tools.file_kinds import check_readable
@@ -126,7 +126,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
                 extras |= {depth_member(view): encode_depth(depth)} if settings.depth else {}
                 extras |= {normal_member(view): encode_normals(normals)} if normals is not None else {}
     if not any(image[..., 3].any() for image in images):
-        raise blender_import.AssetError(f"renders to nothing: all {settings.views} views are transparent")
+        raise AssetError(f"renders to nothing: all {settings.views} views are transparent")
     info = SampleInfo(
         id=asset.id,
         **asset.record(),
@@ -168,8 +168,6 @@ def _mesh_file(asset: Asset, setup: WorkerSetup) -> tuple[Path, str]:
 def _try_render(
     asset: Asset, setup: WorkerSetup, renderer: str
 ) -> tuple[str, str, float, Mapping[str, bytes]]:
-    from data_tools.blender_import import AssetError
-
     try:
         sample, cycles_s = render_object(asset, setup, renderer)
         return "done", "", cycles_s, encode_sample(sample)

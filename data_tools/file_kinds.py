@@ -2,6 +2,7 @@
 
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_tools.wavefront import libraries
@@ -110,26 +111,47 @@ def _refuse_utf16(path: Path, head: bytes, is_text: bool) -> None:
 
 
 def _refuse_undefined(content: bytes, first: int) -> None:
-    """Refuse positions that are no numbers, which importers take for 0; they are words ``first`` to ``first + 2``."""
-    lower = content.lower()
-    if not any(
-        word in lower for word in (b"nan", b"inf", b"#ind")
-    ):  # far faster than to search for all of them
-        return
-    for found in re.finditer(rb"nan|inf|#ind", lower):
-        start = max(content.rfind(b"\n", 0, found.start()), content.rfind(b"\r", 0, found.start())) + 1
-        line = content[start : start + 200].splitlines()[0]
+    """Refuse positions that no float32 holds, which importers take for 0; they are words ``first`` to ``first + 2``."""
+    for at in _suspects(content):
+        start = max(content.rfind(b"\n", 0, at), content.rfind(b"\r", 0, at)) + 1
+        line = (content[start : start + 2000].splitlines() or [b""])[0]
         words = line.split()
-        if (not first or words[0] == b"v") and any(map(_UNDEFINED.fullmatch, words[first : first + 3])):
+        if (not first or words[:1] == [b"v"]) and any(map(_is_undefined, words[first : first + 3])):
             number = content.count(b"\n", 0, start) + 1
             raise KindError(
-                f"expected finite vertex positions, found {_shown(line)} in line {number}; mend it in the program that "
-                "made it"
+                f"expected finite vertex positions of float32, found {_shown(line)} in line {number}; mend it in the "
+                "program that made it"
             )
+
+
+def _suspects(content: bytes) -> Iterator[int]:
+    """Yield where there may be a number that is none, or too large, in order of what is found fast."""
+    lower = content.lower()
+    if any(word in lower for word in (b"nan", b"inf", b"#ind")):  # far faster than to search for all of them
+        yield from (found.start() for found in re.finditer(rb"nan|inf|#ind", lower))
+    yield from (found.start() for found in re.finditer(rb"e\+?0*(?:3[89]|[4-9]\d|\d{3})", lower))
+    digits, long = content.translate(_DIGITS), b"0" * 39
+    at = digits.find(long)
+    while at >= 0:
+        yield at
+        at = digits.find(long, digits.find(b" ", at))
+
+
+def _is_undefined(word: bytes) -> bool:
+    try:
+        return not abs(float(word)) <= _LARGEST
+    except ValueError:
+        return _UNDEFINED.fullmatch(word) is not None
 
 
 #: As C libraries write it.
 _UNDEFINED = re.compile(rb"[+-]?(nan(\(\w*\))?|inf(inity)?|1\.?#\w+)", re.IGNORECASE)
+
+#: The largest float32.
+_LARGEST = 3.4028235677973366e38
+
+#: Every digit a 0, everything else a space.
+_DIGITS = bytes(48 if chr(code).isdigit() and code < 128 else 32 for code in range(256))
 
 
 def _begins_like_obj(text: bytes) -> bool:

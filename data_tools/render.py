@@ -97,7 +97,12 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
         finished = finished_ids(out, plan, set(failures))
         ended = finished | failures.keys()
         pending = [by_id[key] for shard in plan for key in shard.ids if key not in ended]
-        if not pending and last.manifest is not None and not continuation.is_relisted:
+        if (
+            not pending
+            and last.manifest is not None
+            and not continuation.is_relisted
+            and _is_described(out, last)
+        ):
             write_continuation(out, continuation, assets)
             manifest = last.manifest
             shutil.rmtree(out / PARTS_NAME)
@@ -138,6 +143,12 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
 def _read_last(out: Path) -> _Last:
     path = out / MANIFEST_NAME
     return _Last(read_manifest(out), path.stat().st_mtime_ns) if path.is_file() else _Last()
+
+
+def _is_described(out: Path, last: _Last) -> bool:
+    """Say whether the table and the contact sheet of a finished folder are there."""
+    has_kept = last.manifest is not None and not all(shard.rejected for shard in last.manifest.shards)
+    return all((out / name).is_file() for name in (FILTER_NAME, *[SHEET_NAME] * has_kept))
 
 
 def _begin(out: Path, continuation: Continuation, assets: Sequence[Asset]) -> None:

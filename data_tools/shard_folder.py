@@ -93,24 +93,24 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
     """Read ``failures.jsonl``: id -> record.
 
     Raises:
-        FolderError: It holds something else.
+        FolderError: A line is no record of an object that failed.
     """
     path = folder / FAILURES_NAME
     if not path.is_file():
         return {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")[
-            :-1
-        ]  # after the last line's end a killed run wrote
-        records = [json.loads(line) for line in lines if line]
-        return {
-            record["id"]: {name: str(record[name]) for name in ("id", "file", "reason")} for record in records
-        }
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FolderError(
-            f"{path}: expected a record with id, file and reason a line, found: {error!r}; delete it, and its objects "
-            "are tried again"
-        ) from error
+    *lines, _ = path.read_bytes().split(b"\n")  # after the last line's end is what a killed run wrote
+    records = dict[str, dict[str, str]]()
+    for number, line in enumerate(lines, 1):
+        try:
+            if line:
+                record = json.loads(line)
+                records[record["id"]] = {name: str(record[name]) for name in ("id", "file", "reason")}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise FolderError(
+                f"{path}, line {number}: expected a record with id, file and reason, found {line[:60]!r}; delete the "
+                "line: an object without one is tried again"
+            ) from error
+    return records
 
 
 def write_failures(path: Path, failures: dict[str, dict[str, str]]) -> None:

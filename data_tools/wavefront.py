@@ -5,15 +5,19 @@ import math
 import os
 import posixpath
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 #: A file beside the OBJ -> its bytes; None where there is none. Paths are relative to the OBJ's folder.
 Read = Callable[[str], bytes | None]
 
 #: ``illum`` of materials that light passes through (the MTL format, section 5).
 _GLASS = frozenset({"4", "6", "7", "9"})
+
+#: ``illum`` of materials without highlights, whatever their ``Ks``.
+_MATT = frozenset({"0", "1"})
 
 #: Statements of numbers, after which a comment may follow; names of files may hold its sign.
 _NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
@@ -55,9 +59,7 @@ def read_surface(obj: bytes, read: Read) -> Surface:
         obj: Content of the OBJ.
         read: Gives the files beside it.
     """
-    used = {
-        _text(name.rstrip()) for name in re.findall(rb"^[ \t]*usemtl[ \t]+(\S[^\r\n]*)", obj, re.MULTILINE)
-    }
+    used = _names(b"usemtl", obj)
     names = library_names(obj, lambda name: not leaves(name) and read(posixpath.normpath(name)) is not None)
     libraries = tuple(dict.fromkeys(map(posixpath.normpath, names)))
     missing, colours, pictures = [], dict[str, str](), dict[str, list[str]]()
@@ -107,8 +109,9 @@ def libraries(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
         The files, the first to be read first; and the names of those that are not there.
     """
     named = library_names(obj, partial(_is_beside, path))
-    found = [path.parent / name.replace("\\", "/") for name in named if _is_beside(path, name)]
-    missing = [name for name in named if not _is_beside(path, name)]
+    places = [find_beside(path.parent, name) for name in named]
+    found = [place for place in places if place]
+    missing = [name for name, place in zip(named, places, strict=True) if not place]
     if named and not missing:
         return found, []
     own = [
@@ -118,7 +121,46 @@ def libraries(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
 
 
 def _is_beside(path: Path, name: str) -> bool:
-    return os.path.isfile(path.parent / name.replace("\\", "/"))
+    return find_beside(path.parent, name) is not None
+
+
+def find_beside(folder: Path, name: str) -> Path | None:
+    """Find a file by a name that may be spelled as on other systems: in case, accents, or with backslashes.
+
+    Args:
+        folder: What the name starts from.
+        name: A path.
+    """
+    place = folder
+    for part in PurePosixPath(name.replace("\\", "/")).parts:
+        exact = place / part
+        if not os.path.lexists(exact):
+            try:
+                same = sorted(one for one in os.listdir(place) if _plain(one) == _plain(part))
+            except (OSError, ValueError):  # no folder; a zero in its name
+                return None
+            exact = place / same[0] if same else exact
+        place = exact
+    return place if os.path.isfile(place) else None
+
+
+def _plain(name: str) -> str:
+    """Return a name without what systems spell differently: case, and accents as characters of their own."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
+    """Return the materials that an OBJ uses and its MTL files do not define."""
+    defined = [name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())]
+    return sorted(_names(b"usemtl", obj).difference(defined))
+
+
+def _names(keyword: bytes, content: bytes) -> set[str]:
+    """Return what stands behind a keyword at the start of a line."""
+    lines = re.findall(
+        rb"^[ \t]*%s[ \t]+(\S[^\n]*)" % keyword, plain_text(content), re.MULTILINE | re.IGNORECASE
+    )
+    return {_text(name.rstrip()) for name in lines}
 
 
 def plain_text(content: bytes) -> bytes:
@@ -157,6 +199,9 @@ def translated_mtl(files: Iterable[Path]) -> bytes:
             statements["map_kd"] = ambient
         if statements.get("illum") not in _GLASS:
             statements.pop("tf", None)
+        if statements.get("illum") in _MATT:
+            for keyword in ("ks", "map_ks"):
+                statements.pop(keyword, None)
         lines += [
             f"newmtl {name}",
             *(f"{_SPELLING.get(key, key)} {value}" for key, value in statements.items()),
@@ -178,6 +223,16 @@ def _color(value: str) -> list[float]:
     if len(numbers) not in (1, 3) or any(map(math.isnan, numbers)):
         return []
     return [min(max(x, 0.0), 1.0) for x in (numbers * 3)[:3]]
+
+
+def clamped_pictures(files: Iterable[Path]) -> set[str]:
+    """Return the pictures that MTL files do not repeat (``-clamp on``)."""
+    return {
+        _without_options(_with_place(path.parent, value))
+        for path in files
+        for _, keyword, value in _statements(path.read_bytes())
+        if keyword.startswith("map_") and re.search(r"-clamp\s+on\s", value)
+    }
 
 
 def _with_place(folder: Path, value: str) -> str:

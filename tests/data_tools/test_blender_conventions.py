@@ -204,6 +204,7 @@ def write_assets(folder):
         "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "inside_out": RED_SRGB, "latin": RED_SRGB,
         "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
         "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "picture": green,
+        "face_colours": green, "picture_by_faces": green,
         "outline": RED_SRGB,
         "own": RED_SRGB, "own_binary": RED_SRGB,
     }  # fmt: skip
@@ -311,8 +312,6 @@ def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
     reasons = {row["id"]: (row["outcome"], row["reason"]) for row in table if row["outcome"] != "rendered"}
     assert reasons["no_picture"] == ("rejected", "missing_textures 1, expected <= 0")
     assert reasons["no_mtl"] == ("rejected", "missing_textures 1, expected <= 0")
-    assert reasons["picture_by_faces"] == ("rejected", "missing_textures 1, expected <= 0")
-    assert reasons["face_colours"] == ("rejected", "missing_textures 1, expected <= 0")
     doubled = {row["id"]: row["doubled"] for row in table}
     assert (doubled["twice"], doubled["kd"]) == (0.5, 0.0)
 
@@ -427,9 +426,9 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
 COPY = """
 import sys
 from pathlib import Path
-from data_tools.blender_import import _without_own_attributes
+from data_tools.blender_gltf import readable_gltf
 path = Path(sys.argv[1])
-print("FOUND", _without_own_attributes(path, path.read_bytes(), Path(sys.argv[2])).read_text())
+print("FOUND", readable_gltf(path, Path(sys.argv[2])).read_text())
 """
 
 
@@ -480,9 +479,13 @@ def test_reasons_of_what_cannot_be_imported_say_what_to_do(loaded, tmp_path):
     needs = ["EXT_meshopt_compression"]
     record = {"asset": {"version": "2.0"}, "extensionsRequired": needs, "extensionsUsed": needs}
     (tmp_path / "packed.glb").write_bytes(glb(record | {"scenes": [{"nodes": []}], "scene": 0}))
-    old, old_binary, empty, packed = loaded(
-        *((tmp_path / name, tmp_path, "") for name in ("old.gltf", "old.glb", "empty.glb", "packed.glb"))
-    )
+    write_gltf(tmp_path / "lost.gltf", [(VERTICES, TRIANGLES, (1, 0, 0), 1.0)])
+    record = json.loads((tmp_path / "lost.gltf").read_text())
+    record["buffers"][0]["uri"] = "lost.bin"
+    (tmp_path / "lost.gltf").write_text(json.dumps(record))
+    names = ("old.gltf", "old.glb", "empty.glb", "packed.glb", "lost.gltf")
+    old, old_binary, empty, packed, lost = loaded(*((tmp_path / name, tmp_path, "") for name in names))
+    assert "Missing resource, 'lost.bin'" in lost
     assert old == old_binary == "cannot be imported: expected glTF 2.0, found version 1.0: convert it"
     assert "expected a binary glTF file" in empty
     assert "gltf-transform" in packed

@@ -107,14 +107,14 @@ def test_a_folder_without_a_table_says_what_became_of_its_objects(folder, capsys
         ("filter.parquet", b"PAR1", "expected what became of each asset, found: .*; delete it and"),
         (
             "failures.jsonl",
-            b"{broken\n",
-            "expected a record with id, file and reason a line, found: .*delete it",
+            b"\n{broken\n",
+            "line 2: expected a record with id, file and reason, found .*delete the line",
         ),
-        ("failures.jsonl", b'{"id": "b"}\n', "found: KeyError"),
-        ("failures.jsonl", b"\xff\n", "found: UnicodeDecodeError"),
+        ("failures.jsonl", b'{"id": "b"}\n', "line 1: "),
+        ("failures.jsonl", b"\xff\n", "line 1: "),
     ],
 )
 def test_a_damaged_table_or_list_is_one_message(folder, name, content, message, capsys):
     (folder / name).write_bytes(content)
     assert main(["inspect", "--shards", str(folder)]) == 1
-    assert re.match(rf"error: \S*{name}: .*{message}", capsys.readouterr().err.splitlines()[-1])
+    assert re.match(rf"error: \S*{name}[:,].*{message}", capsys.readouterr().err.splitlines()[-1])

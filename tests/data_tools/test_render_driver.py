@@ -654,6 +654,37 @@ def test_errors_reach_the_user_as_one_line_and_a_status(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["render", "--views", "0"])
     assert "expected a number from 1 to 999, found 0" in capsys.readouterr().err
+    (tmp_path / "a.glb").touch()
+    assert main(["render", "--assets", str(tmp_path), "--out", str(tmp_path / "b" / "..")]) == 1
+    assert "expected shards in another folder than the meshes" in capsys.readouterr().err
+    for place in (tmp_path / "a.glb", tmp_path / "a.glb" / "out"):
+        assert main(["render", "--assets", str(tmp_path), "--out", str(place)]) == 1
+        assert capsys.readouterr().err == (
+            f"error: expected a folder at {place}, found a file; choose another path\n"
+        )
+
+
+def test_a_line_of_the_failures_that_is_none_is_named_with_the_remedy(assets, tmp_path):
+    run(assets, tmp_path)
+    for line in ("garbage", "[1]", '{"id": "a"}'):
+        (tmp_path / "failures.jsonl").write_text(f"\n{line}\n")
+        with pytest.raises(
+            FolderError, match=r"failures\.jsonl, line 2: expected an object that failed, .*delete"
+        ):
+            run(assets, tmp_path)
+
+
+def test_a_finished_folder_gets_its_table_and_contact_sheet_again(assets, tmp_path, rendered_ids):
+    out = tmp_path / "out"
+    run(assets, out)
+    rendered_ids.clear()
+    names = ("filter.parquet", "contact_sheet.png", "manifest.json")
+    before = {name: (out / name).read_bytes() for name in names}
+    for name in names[:2]:
+        (out / name).unlink()
+        run(assets, out)
+        assert {name: (out / name).read_bytes() for name in names} == before
+    assert rendered_ids == []
 
 
 def test_a_blender_that_is_killed_while_it_starts_is_started_again(assets, tmp_path):
