@@ -1,4 +1,4 @@
-"""The progress bar: loss and speed of the last logged step."""
+"""The progress bar: optimizer steps of the whole run, loss and speed of the last logged step."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lrm_pl.training.logged import is_logged
 
-#: Logged values that are shown.
-SHOWN = ("loss/total", "speed/samples_per_second")
+#: Logged values that are shown before all others, and under which names.
+SHOWN = {"loss/total": "loss", "speed/samples_per_second": "samples/s"}
 
 
 class ProgressBar(TQDMProgressBar):
@@ -22,9 +22,12 @@ class ProgressBar(TQDMProgressBar):
         self._shown: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
-        """Count optimizer steps: a run has no epochs that Lightning knows of."""
+        """Count optimizer steps of the whole run: a resumed one starts where it was."""
         super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description("Training")
+        bar = self.train_progress_bar
+        bar.unit, bar.total = "step", trainer.max_steps if trainer.max_steps >= 0 else None
+        bar.initial = bar.n = trainer.global_step
+        bar.set_description("Training")
 
     def on_train_batch_end(
         self,
@@ -35,14 +38,17 @@ class ProgressBar(TQDMProgressBar):
         batch_idx: int,
     ) -> None:
         """Read what was logged, where something was."""
-        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if ends_step and is_logged(trainer, trainer.global_step):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if is_logged(trainer, trainer.global_step):
             logged = trainer.callback_metrics
-            self._shown = {name: float(logged[name]) for name in SHOWN if name in logged}
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._shown = {title: float(logged[name]) for name, title in SHOWN.items() if name in logged}
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Add them to what Lightning shows."""
-        return super().get_metrics(trainer, pl_module) | self._shown
+        """Put them before what Lightning shows, so that a narrow terminal cuts the others; leave out the version."""
+        others = super().get_metrics(trainer, pl_module)
+        others.pop("v_num", None)
+        return self._shown | others
