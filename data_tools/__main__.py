@@ -68,9 +68,6 @@ def main(argv: list[str] | None = None) -> int:
             convert.run(args)
         else:
             _demo_assets(args)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except (FileExistsError, NotADirectoryError) as error:
         print(
             f"error: expected a folder at {error.filename}, found a file; choose another path",
@@ -79,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except PermissionError as error:
         print(f"error: expected access to {error.filename}, found none; choose another path", file=sys.stderr)
+        return 1
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         goes_on = ", it goes on where it was" if args.command in _GO_ON else ""

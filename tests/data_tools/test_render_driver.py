@@ -669,7 +669,7 @@ def test_a_line_of_the_failures_that_is_none_is_named_with_the_remedy(assets, tm
     for line in ("garbage", "[1]", '{"id": "a"}'):
         (tmp_path / "failures.jsonl").write_text(f"\n{line}\n")
         with pytest.raises(
-            FolderError, match=r"failures\.jsonl, line 2: expected an object that failed, .*delete"
+            FolderError, match=r"failures\.jsonl, line 2: expected a record with id, .*delete"
         ):
             run(assets, tmp_path)
 
