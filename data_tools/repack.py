@@ -97,9 +97,11 @@ def repack(
         raise RepackError(f"expected objects that obey {' and '.join(rules or ())}, found none of {total}")
     plan = cut(_splits(samples, held_out), shard_size)
     with new_folder(out) as folder:
-        shards, _, _ = write_shards(
-            folder, plan, samples, partial(_members, views=first.views, resolution=resolution)
-        )
+        make = partial(_members, views=first.views, resolution=resolution)
+        shards, _, sizes = write_shards(folder, plan, samples, make)
+        if len(sizes) > 1:
+            told = ", ".join(f"{size} in {keys[0]!r}" for size, keys in sizes.items())
+            raise RepackError(f"expected views of one size, found {told}; --res N makes them alike")
         # What folders may differ in, such as seeds, is said of the new one only where they agree.
         records = [manifest.render for manifest in manifests.values()]
         agreed = {
@@ -253,11 +255,13 @@ def _members(key: str, found: Found, views: int, resolution: int | None) -> Made
             smaller = tuple(resized(key, view, resolution) for view in sample.views)
             sample = dataclasses.replace(sample, views=smaller, extras=smaller_geometry(sample, smaller))
         encoded = encode_sample(sample)
+        height, width, _ = decode_image(key, sample.views[0]).shape
     except SampleError as error:
         raise ShardError(f"{path}: {error}") from error
     # A view is named by its format, which may be another one now.
     unknown = {name for name in members if name not in encoded and not name.startswith("view_")}
-    return Made(encoded | {name: members[name] for name in sorted(unknown)})
+    kept = {name: members[name] for name in sorted(unknown)}
+    return Made(encoded | kept, notes=(f"{width} x {height} pixels",))
 
 
 def resized(key: str, view: bytes, resolution: int) -> bytes:

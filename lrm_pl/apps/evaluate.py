@@ -27,12 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; expected errors end in one message."""
     given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if given.processes > 1 and not in_group():
-        run_processes(given.processes, ["evaluate", *(sys.argv[2:] if arguments is None else arguments)])
     rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if is_task_of_srun() else 0))
     world = int(os.environ.get("WORLD_SIZE", tasks_of_srun()))
     console = Console(soft_wrap=True, markup=False, quiet=rank > 0)
     try:
+        if given.processes < 1:
+            raise InputError(f"expected --processes of at least 1, found {given.processes}")
         if given.compare:
             a, b = given.compare
             told, page = compare(a, b, given.out)
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_out(given.out or EVALUATIONS)
         objects = Objects(given.data, given.split, given.ids, given.limit)
         PROTOCOLS[given.protocol].require(objects.manifest, given.data)
+        if given.processes > 1 and not in_group():  # what is wrong is said once, before they start
+            run_processes(given.processes, ["evaluate", *(sys.argv[2:] if arguments is None else arguments)])
         from lrm_pl.apps.evaluation_run import run
 
         run(given, objects, rank, world, console)

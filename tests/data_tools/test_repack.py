@@ -232,6 +232,20 @@ def test_shards_that_are_not_what_their_manifest_says_are_not_made_into_ones_tha
     assert not (tmp_path / "out").exists()
 
 
+def test_objects_of_two_sizes_are_not_joined_whatever_their_manifests_say(shards, tmp_path):
+    large = tmp_path / "large"
+    write_synthetic_shards(large, train=2, val=0, views=8, resolution=64, seed=9)
+    (few := tmp_path / "few").mkdir()
+    samples = [(key, content) for key, (_, content) in members(shards).items() if key.startswith("val")]
+    shard = write_shard(few, "train-000000.tar", "train", samples)
+    write_manifest(few, dataclasses.replace(read_manifest(shards), shards=(shard,)))
+    with pytest.raises(
+        RepackError, match=r"found 64 x 64 pixels in 'train.*', 32 x 32 pixels in 'val.*--res N"
+    ):
+        repack([large, few], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("resolution", [None, 16])
 def test_members_that_a_user_added_stay(shards, tmp_path, resolution):
     source = tmp_path / "source"

@@ -195,6 +195,19 @@ def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
     assert mesh.is_file()
 
 
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        ("2", "expected a run, a checkpoint .*, found nothing at nope"),
+        ("0", "expected --processes of at least 1, found 0"),
+    ],
+)
+def test_what_is_wrong_is_said_once_and_not_by_every_process(processes, message, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^lrm: {message}"):
+        main(["--ckpt", "nope", "--data", str(data), "--processes", processes])
+
+
 def test_two_processes_come_to_the_bytes_of_one(finished, pretrained, data, tmp_path, root):
     out = tmp_path / "two"
     command = [
