@@ -18,7 +18,7 @@ from rich.table import Table
 from lrm_pl.apps.advice import table_lines, what_would_help
 from lrm_pl.apps.plan import Plan, plan
 from lrm_pl.callbacks.memory import memory_of_libraries
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 from lrm_pl.training.costs.division import (
     CPU_SLACK,
     FAST,
@@ -151,7 +151,7 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     gpu.products(planned.shape.dtype)  # refuses what it is not built for before anything is simulated
     machines = Machines(gpu, options.gpus, options.gpus_per_node, options.network * 1e9 / 8)
     console.print(
-        f"Going through a step of one process with {planned.shape.objects} objects, operation by operation"
+        f"Going through a step of one process with {counted(planned.shape.objects, 'object')}, operation by operation"
     )
     whole = planned.costs()
     flat, hybrid = (
@@ -165,8 +165,8 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     show_divisions(console, rows, planned, gpu.memory)
     gbit = f", {options.network:g} Gbit/s a node" if machines.nodes > 1 else ""
     console.print(
-        f"{options.gpus} x {gpu.name} in {machines.nodes} node(s){gbit}; {planned.steps} steps. Roofline: products at "
-        f"{FAST.products:.0%} to {SLOW.products:.0%} of the peak, memory and links at {FAST.bytes:.0%} to "
+        f"{options.gpus} x {gpu.name} in {counted(machines.nodes, 'node')}{gbit}; {planned.steps} steps. Roofline: "
+        f"products at {FAST.products:.0%} to {SLOW.products:.0%} of the peak, memory and links at {FAST.bytes:.0%} to "
         f"{SLOW.bytes:.0%} of theirs, {FAST.launch * 1e6:.0f} to {SLOW.launch * 1e6:.0f} us per launch; no atomics, no "
         f"loading of data. {'Fused' if planned.fused else 'Foreach'} AdamW. DeepSpeed's rows are arithmetic.",
         soft_wrap=True,

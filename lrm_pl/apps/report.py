@@ -19,6 +19,7 @@ from lrm_pl.callbacks.view_logger import view_row, write_png
 from lrm_pl.data.batch import Batch, PackedBatch
 from lrm_pl.data.datamodule import EVALUATION_SETS, ShardDataModule
 from lrm_pl.data.manifest import write_atomically
+from lrm_pl.errors import counted
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
@@ -100,7 +101,9 @@ def print_report(
         reports[name] = report
         images = report.rows["model"].images
         objects = report.rows["model"].images // report.views
-        console.print(f"{TITLES[name]}: {images} images of {objects} objects", soft_wrap=True)
+        console.print(
+            f"{TITLES[name]}: {counted(images, 'image')} of {counted(objects, 'object')}", soft_wrap=True
+        )
         table = Table()
         for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
             table.add_column(column, justify="left" if not column else "right")

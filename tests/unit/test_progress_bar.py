@@ -34,7 +34,11 @@ def test_a_resumed_run_shows_its_steps_of_all_and_its_loss_first(tmp_path, capsy
     trainer.save_checkpoint(tmp_path / "three.ckpt")
     capsys.readouterr()
     trainer, bar = trained(tmp_path, 5, tmp_path / "three.ckpt")
-    assert (bar.train_progress_bar.initial, bar.train_progress_bar.n, bar.train_progress_bar.total) == (3, 5, 5)
+    assert (bar.train_progress_bar.initial, bar.train_progress_bar.n, bar.train_progress_bar.total) == (
+        3,
+        5,
+        5,
+    )
     shown = bar.get_metrics(trainer, trainer.lightning_module)
     assert list(shown.items()) == [("loss", 0.25), ("samples/s", 2.0), ("val/heldout/psnr_pooled", 13.5)]
     printed = capsys.readouterr().out
