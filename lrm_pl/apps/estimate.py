@@ -186,10 +186,7 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     words = [f"NODES={machines.nodes}"] if machines.nodes > 1 else []
     words.append(f"GPUS={min(options.gpus, options.gpus_per_node)}")
     words += [] if best.strategy == "none" else [f"STRATEGY={best.strategy}"]
-    configs, others = _layers(arguments)
-    words.append(f'CONFIG="{" ".join(configs)}" DATA=...')
-    words += [f"ARGS={shlex.quote(shlex.join(others))}"] if others else []
-    console.print(f"Next: make train {' '.join(words)}  (make doctor checks the nodes)", soft_wrap=True)
+    _print_next(console, arguments, words)
 
 
 def _sharded(console: Console, planned: Plan, name: str, copies: int, *, every_rank: bool) -> StepCosts:
@@ -204,6 +201,14 @@ def _sharded(console: Console, planned: Plan, name: str, copies: int, *, every_r
     parts = module.lrm, module.renderer, module.objective, module.parallel
     with as_rank(0, n, copies) as mesh:
         return simulate_step(*parts, planned.shape, mesh)
+
+
+def _print_next(console: Console, arguments: Sequence[str], words: Sequence[str] = ()) -> None:
+    """Print the command that starts the run; ``words`` are variables of make before its config."""
+    configs, others = _layers(arguments)
+    words = [*words, f'CONFIG="{" ".join(configs)}" DATA=...']
+    words += [f"ARGS={shlex.quote(shlex.join(others))}"] if others else []
+    console.print(f"Next: make train {' '.join(words)}  (make doctor checks the nodes)", soft_wrap=True)
 
 
 def _layers(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -234,6 +239,7 @@ def on_cpu(console: Console, arguments: list[str]) -> None:
         f"{peak / 1e9:.0f} GFLOP/s, of which a step reaches about half.",
         soft_wrap=True,
     )
+    _print_next(console, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

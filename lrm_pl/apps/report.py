@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def print_report(
         if not path.is_file() or path.read_bytes() != content:  # else a finished run that was started again
             _log(trainer, reports)
         write_atomically(path, content)
+    console.print(f"Use it: make infer IMAGE=photo.png CKPT={shlex.quote(str(folder))}", soft_wrap=True)
     if any(isinstance(log, TensorBoardLogger) for log in trainer.loggers):
         console.print(
             f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True
