@@ -27,8 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; expected errors end in one message."""
     given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if given.processes > 1 and not in_group():
-        run_processes(given.processes, ["evaluate", *(sys.argv[2:] if arguments is None else arguments)])
     under_srun = "SLURM_STEP_NUM_TASKS" in os.environ  # an allocation alone has SLURM_NTASKS too
     rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if under_srun else 0))
     world = int(os.environ.get("WORLD_SIZE", os.environ["SLURM_STEP_NUM_TASKS"] if under_srun else 1))
@@ -47,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_out(given.out or EVALUATIONS)
         objects = Objects(given.data, given.split, given.ids, given.limit)
         PROTOCOLS[given.protocol].require(objects.manifest, given.data)
+        if given.processes > 1 and not in_group():  # what is refused is said once
+            run_processes(given.processes, ["evaluate", *(sys.argv[2:] if arguments is None else arguments)])
         from lrm_pl.apps.evaluation_run import run
 
         run(given, objects, rank, world, console)
