@@ -133,10 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m data_tools", description="Turn meshes into shards. Runs in the render environment."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="<command>")
-    shown = argparse.ArgumentDefaultsHelpFormatter
     render = commands.add_parser(
         "render",
-        formatter_class=shown,
         help="render a folder of meshes into shards with Blender's Cycles",
         description=(
             "Render what ASSETS/assets.parquet lists (`fetch` writes it), or else every glb, gltf, obj, ply and fbx "
@@ -149,11 +147,18 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     render.add_argument(
-        "--assets", type=user_path, default=DEMO_ASSETS, help="folder of meshes, searched recursively"
+        "--assets",
+        type=user_path,
+        default=DEMO_ASSETS,
+        help="folder of meshes, searched recursively (%(default)s)",
     )
-    render.add_argument("--out", type=user_path, default=Path("data/demo"), help="folder of shards to make")
-    render.add_argument("--views", type=_between(1, 999), default=16, help="views an object")
-    render.add_argument("--res", type=_between(8, 4096), default=128, help="side of the square views, pixels")
+    render.add_argument(
+        "--out", type=user_path, default=Path("data/demo"), help="folder of shards to make (%(default)s)"
+    )
+    render.add_argument("--views", type=_between(1, 999), default=16, help="views an object (%(default)s)")
+    render.add_argument(
+        "--res", type=_between(8, 4096), default=128, help="side of the square views, pixels (%(default)s)"
+    )
     render.add_argument("--depth", action="store_true", help="keep the depth of each view too")
     render.add_argument("--normals", action="store_true", help="keep the normals of each view too")
     render.add_argument(
@@ -161,13 +166,17 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep points of each surface too: `lrm evaluate` holds meshes to them",
     )
-    render.add_argument("--samples", type=_between(1, 65536), default=16, help="Cycles samples a pixel")
+    render.add_argument(
+        "--samples", type=_between(1, 65536), default=16, help="Cycles samples a pixel (%(default)s)"
+    )
     render.add_argument(
         "--jobs",
         type=_between(1, 100_000),
         help="Blender processes; one a GPU, or one for two CPUs but at least two, unless given",
     )
-    render.add_argument("--preset", choices=sorted(PRESETS), default="frame", help="ranges of the cameras")
+    render.add_argument(
+        "--preset", choices=sorted(PRESETS), default="frame", help="ranges of the cameras (%(default)s)"
+    )
     render.add_argument(
         "--normalise",
         choices=("sphere", "cube"),
@@ -175,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         help="bounding sphere of radius 1, or longest side 2; the preset's choice unless given",
     )
     render.add_argument(
-        "--seed", type=_between(0, 2**31 - 1), default=0, help="seed of cameras and of Cycles"
+        "--seed", type=_between(0, 2**31 - 1), default=0, help="seed of cameras and of Cycles (%(default)s)"
     )
     render.add_argument(
         "--held-out",
@@ -183,7 +192,9 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="objects in the validation split; a sixth of all, at most 8, unless given",
     )
-    render.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")
+    render.add_argument(
+        "--shard-size", type=_between(1, 10**6), default=8, help="objects a shard (%(default)s)"
+    )
     render.add_argument(
         "--time-limit",
         type=float,
@@ -193,7 +204,10 @@ def _parser() -> argparse.ArgumentParser:
         f"{SAMPLES_PER_S:,}",
     )
     render.add_argument(
-        "--memory-limit", type=float, default=Limits.memory_gb, help="GB of memory that one object may take"
+        "--memory-limit",
+        type=float,
+        default=Limits.memory_gb,
+        help="GB of memory that one object may take (%(default)s)",
     )
     render.add_argument(
         "--rules",
@@ -207,32 +221,33 @@ def _parser() -> argparse.ArgumentParser:
     add_launch_parser(commands)
     check = commands.add_parser(
         "validate",
-        formatter_class=shown,
         help="look at every byte of a folder of shards",
         description=(
             "Check sizes, hashes, members, schema, pictures, and whether cameras fit pictures; names what is wrong by "
             "shard and sample, and ends with status 1 if anything is."
         ),
     )
-    check.add_argument("--shards", type=user_path, default=Path("data/demo"), help="folder of shards")
+    check.add_argument(
+        "--shards", type=user_path, default=Path("data/demo"), help="folder of shards (%(default)s)"
+    )
     check.add_argument("--jobs", type=int, help="processes; one per core unless given")
     look = commands.add_parser(
         "inspect",
-        formatter_class=shown,
         help="say what a folder of shards holds, with a page of pictures",
         description=(
             "Print statistics of cameras, pictures, licences and failures, and write SHARDS/inspect.html with the "
             "contact sheet."
         ),
     )
-    look.add_argument("--shards", type=user_path, default=Path("data/demo"), help="folder of shards")
+    look.add_argument(
+        "--shards", type=user_path, default=Path("data/demo"), help="folder of shards (%(default)s)"
+    )
     for name, what in (
         ("repack", "another resolution, shard size or split, without rendering"),
         ("merge", "join folders of shards to one"),
     ):
         pack = commands.add_parser(
             name,
-            formatter_class=shown,
             help=what,
             description="Make one folder of shards out of others; pictures that keep their size keep their bytes.",
         )
@@ -241,7 +256,9 @@ def _parser() -> argparse.ArgumentParser:
         pack.add_argument(
             "--res", type=_between(8, 4096), help="side of the views, pixels; as they are unless given"
         )
-        pack.add_argument("--shard-size", type=_between(1, 10**6), default=8, help="objects a shard")
+        pack.add_argument(
+            "--shard-size", type=_between(1, 10**6), default=8, help="objects a shard (%(default)s)"
+        )
         pack.add_argument(
             "--held-out",
             type=_between(0, 10**6),
@@ -259,7 +276,6 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_parser(commands)
     demo = commands.add_parser(
         "demo-assets",
-        formatter_class=shown,
         help="make the demo assets from the Debian package sweethome3d-furniture",
         description=(
             "Make the folder of demo assets (GLB, assets.csv, LICENCE.txt) again, to the byte. "
@@ -267,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     demo.add_argument("--package", type=user_path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
-    demo.add_argument("--out", type=user_path, default=DEMO_ASSETS, help="folder to make")
+    demo.add_argument("--out", type=user_path, default=DEMO_ASSETS, help="folder to make (%(default)s)")
     return parser
 
 

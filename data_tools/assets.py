@@ -28,7 +28,7 @@ import pyarrow.parquet
 
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.data.schema import KEY_PATTERN
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 
 SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".fbx")
 
@@ -153,8 +153,8 @@ def _say_what_is_not_listed(folder: Path, assets: Iterable[Asset]) -> None:
     count = sum(path.relative_to(folder).as_posix() not in listed for path in find_meshes(folder).meshes)
     if count:
         print(
-            f"note: {count} meshes in {folder} are not rendered: its {LIST_NAME} does not list them; the `fetch` "
-            "command that wrote it, run again, lists what is there now",
+            f"note: not rendered, since its {LIST_NAME} does not list them: {counted(count, 'mesh')} in {folder}; the "
+            "`fetch` command that wrote it, run again, lists what is there now",
             file=sys.stderr,
         )
 
@@ -271,12 +271,9 @@ class FoundMeshes:
 def told(ignored: Counter[str]) -> str:
     """Say what is ignored, most of it first: ``41 .stl, 19 .dae, 1 linked folder``."""
     return ", ".join(
-        f"{count} {what if count == 1 else _plural(what)}" for what, count in ignored.most_common()
+        f"{count} {what}" if what.startswith(".") else counted(count, what)
+        for what, count in ignored.most_common()
     )
-
-
-def _plural(what: str) -> str:
-    return what if what.startswith(".") else what + ("es" if what.endswith("sh") else "s")
 
 
 def find_meshes(folder: Path) -> FoundMeshes:

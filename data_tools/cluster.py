@@ -22,6 +22,7 @@ from data_tools.assets import Asset
 from data_tools.blender_process import BlenderError, BlenderProcess, Limits, Outcome
 from data_tools.settings import RenderSettings
 from lrm_pl.data.scratch import ScratchFolder
+from lrm_pl.errors import counted
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: it would send statistics
 
@@ -200,9 +201,9 @@ class Pool:
         """Say in words how many processes there is room for."""
         nodes = sum(node["Alive"] for node in ray.nodes())
         room = min(_room(self.share), self._setup.jobs or sys.maxsize)
-        each = _counted(self.share.cpus, "CPU") + (f" and {self.share.gpus:g} GPU" if self.share.gpus else "")
-        processes = _counted(room, "Blender process", "Blender processes")
-        return f"{processes} ({each}{' each' if room > 1 else ''}) on {_counted(nodes, 'node')}"
+        each = counted(self.share.cpus, "CPU") + (f" and {self.share.gpus:g} GPU" if self.share.gpus else "")
+        processes = counted(room, "Blender process")
+        return f"{processes} ({each}{' each' if room > 1 else ''}) on {counted(nodes, 'node')}"
 
     def close(self) -> None:
         """End all processes: those at rest in good order, those at work at once, those that start when they have."""
@@ -358,10 +359,6 @@ def _room(share: Share) -> int:
         )
         for node in nodes
     )
-
-
-def _counted(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _cause(error: RayTaskError) -> BaseException:

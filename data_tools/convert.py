@@ -26,7 +26,7 @@ from data_tools.validate import check_pictures, undecided_line
 from lrm_pl.apps.paths import user_path
 from lrm_pl.data.manifest import Manifest, new_folder, write_manifest
 from lrm_pl.data.schema import Sample, SampleInfo, encode_sample
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 
 
 class ConvertError(InputError):
@@ -139,7 +139,8 @@ def convert(
         manifest = Manifest(shards=shards, views=kind.views, failures=len(failures), render=settings)
         write_contact_sheet(partial_out, shards, kind.views)
         write_manifest(partial_out, manifest)
-    print(f"{len(tasks) - len(failures)} objects in {len(shards)} shards, {len(failures)} left out")
+    objects = counted(len(tasks) - len(failures), "object")
+    print(f"{objects} in {counted(len(shards), 'shard')}, {len(failures)} left out")
     if failures:
         print(f"why            {out / FAILURES_NAME}")
     for error, keys in notes.items():

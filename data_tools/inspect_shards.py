@@ -24,6 +24,7 @@ from data_tools.shard_folder import read_failures
 from data_tools.validate import decode_alphas
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, read_samples, write_atomically
 from lrm_pl.data.schema import SURFACE_MEMBER, SampleError, SampleInfo, decode_sample
+from lrm_pl.errors import counted
 
 PAGE_NAME = "inspect.html"
 
@@ -86,7 +87,9 @@ def inspect(folder: Path) -> Path:
     manifest = read_manifest(folder)
     found = measure(folder, manifest)
     train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
-    print(f"objects        {train + val} ({train} train, {val} held out), {manifest.views} views each")
+    print(
+        f"objects        {train + val} ({train} train, {val} held out), {counted(manifest.views, 'view')} each"
+    )
     if rejected:
         print(f"rejected       {rejected}, counted below too")
     print(f"shards         {len(manifest.shards)}, {sum(s.bytes for s in manifest.shards) / 1e6:.1f} MB")
@@ -95,9 +98,9 @@ def inspect(folder: Path) -> Path:
         print(f"{name:<31}{low:.4g} / {middle:.4g} / {high:.4g} {unit} (least, median, most)")
     kinds = ", ".join(f"of {found.geometry[kind]}" for kind in ("depth", "normal", "surface"))
     print(f"{'depth, normals, surfaces':<31}{kinds} objects")
-    for name, counted in words(folder, found).items():
-        told = ", ".join(f"{word} {count}" for word, count in counted.most_common(3))
-        print(f"{name:<31}{len(counted)} kinds: {told}" if counted else f"{name:<31}none")
+    for name, counts in words(folder, found).items():
+        told = ", ".join(f"{word} {count}" for word, count in counts.most_common(3))
+        print(f"{name:<31}{counted(len(counts), 'kind')}: {told}" if counts else f"{name:<31}none")
     if not (folder / SHEET_NAME).is_file():
         write_contact_sheet(folder, manifest.shards, manifest.views)
     path = folder / PAGE_NAME
@@ -177,7 +180,7 @@ def page(folder: Path, manifest: Manifest, found: Statistics) -> str:
     figures += (
         f"<figure>{positions(found.place)}<figcaption>cameras from above, and from -y</figcaption></figure>"
     )
-    tables = "".join(_table(name, counted) for name, counted in words(folder, found).items())
+    tables = "".join(_table(name, counts) for name, counts in words(folder, found).items())
     settings = html.escape(json.dumps(manifest.render, indent=1, ensure_ascii=False))
     title = html.escape(folder.resolve().name)
     return f"""<!doctype html>
@@ -188,9 +191,10 @@ table {{ display: inline-block; vertical-align: top; margin: 0 2em 1em 0; border
 td, th {{ text-align: left; padding: .1em .8em .1em 0; }} td.number {{ text-align: right; }} img {{ max-width: 100%; }}
 </style></head><body>
 <h1>{title}</h1>
-<p>{train + val} objects ({train} to train on, {val} held out; {rejected} more were rejected), {manifest.views} views
-each, in {len(manifest.shards)} shards of {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB;
-{manifest.failures} assets left out.</p>
+<p>{counted(train + val, "object")} ({train} to train on, {val} held out; {rejected} more were rejected),
+{counted(manifest.views, "view")} each, in {counted(len(manifest.shards), "shard")} of
+{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB;
+{counted(manifest.failures, "asset")} left out.</p>
 {figures}
 <div>{tables}</div>
 <img alt="contact sheet" src="data:image/png;base64,{sheet}">

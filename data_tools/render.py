@@ -47,6 +47,7 @@ from data_tools.shard_folder import (
 )
 from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
 from lrm_pl.data.surface import SURFACE_POINTS
+from lrm_pl.errors import counted
 
 #: Meshes that cannot be downloaded, one after the other, before a run takes it for the network's fault.
 _UNREACHABLE = 5
@@ -106,7 +107,7 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             write_continuation(out, continuation, assets)
             manifest = last.manifest
             shutil.rmtree(out / PARTS_NAME)
-            print(f"Nothing to render: all {len(assets)} objects of {setup.assets} are finished.")
+            print(f"Nothing to render: all {counted(len(assets), 'object')} of {setup.assets} are finished.")
             _require_kept(out, manifest, len(assets))
             _print_summary(out, manifest, time.monotonic() - start, _Done())
             return manifest
@@ -134,7 +135,8 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
     _require_kept(out, manifest, len(assets))
     if updated:
         print(
-            f"updated        the records of {updated} objects, without rendering: name, creator, source, licence"
+            f"updated        the records of {counted(updated, 'object')}, without rendering: name, creator, source, "
+            "licence"
         )
     _print_summary(out, manifest, time.monotonic() - start, done)
     return manifest
@@ -187,7 +189,9 @@ def _render_pending(
         _begin(out, continuation, assets)
         if is_new:
             write_settings(out, setup.settings, pool.renderer)
-        print(f"Rendering {len(pending)} of {len(assets)} objects, {pool.describe()} ...", flush=True)
+        print(
+            f"Rendering {len(pending)} of {counted(len(assets), 'object')}, {pool.describe()} ...", flush=True
+        )
         begun = time.monotonic()
         with tqdm(
             total=len(assets), initial=len(assets) - len(pending), unit="object", file=sys.stderr
@@ -281,7 +285,9 @@ def _require_kept(out: Path, manifest: Manifest, assets: int) -> None:
 def _print_summary(out: Path, manifest: Manifest, seconds: float, done: _Done) -> None:
     train, val = (sum(s.samples for s in manifest.split(split)) for split in ("train", "val"))
     rejected = sum(shard.samples for shard in manifest.shards if shard.rejected)
-    print(f"objects        {train + val} ({train} train, {val} held out), {manifest.views} views each")
+    print(
+        f"objects        {train + val} ({train} train, {val} held out), {counted(manifest.views, 'view')} each"
+    )
     print(f"shards         {len(manifest.shards)}")
     if rejected:
         print(f"rejected       {rejected}, see {out / FILTER_NAME}; `repack --where` chooses again")

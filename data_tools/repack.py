@@ -36,7 +36,7 @@ from lrm_pl.data.manifest import (
     write_manifest,
 )
 from lrm_pl.data.schema import SampleError, decode_image, decode_sample, encode_image, encode_sample
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 
 #: What a manifest says of the cameras of all its objects, where they were rendered here.
 _CAMERAS = dict.fromkeys(("preset", "radius_range", "height_range", "fov_range_deg"))
@@ -127,7 +127,7 @@ def repack(
         write_contact_sheet(folder, manifest.shards, manifest.views)
         write_manifest(folder, manifest)
     left_out = f", {total - len(samples)} left out" if len(samples) < total else ""
-    print(f"{len(samples)} objects in {len(shards)} shards{left_out}")
+    print(f"{counted(len(samples), 'object')} in {counted(len(shards), 'shard')}{left_out}")
     print(f"next           make train DATA={shlex.quote(str(out))}")
     return manifest
 

@@ -48,7 +48,7 @@ from lrm_pl.data.schema import (
     decode_sample,
 )
 from lrm_pl.data.surface import decode_surface
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 
 #: Pixels that the views of one object may have in all: 64 of 2048 x 2048.
 _MAX_PIXELS = 1 << 28
@@ -146,8 +146,12 @@ def validate(folder: Path, jobs: int | None = None) -> int:
         for problem in folder_problems(manifest, reports):
             add(problem)
     bad = len({(problem.shard, problem.sample) for problem in found})
-    verdict = f"{len(found)} problems, in {bad} samples or shards" if found else "no problems"
-    print(f"{samples} objects in {len(manifest.shards)} shards: {verdict}")
+    verdict = (
+        f"{counted(len(found), 'problem')}, in {bad} {'sample or shard' if bad == 1 else 'samples or shards'}"
+        if found
+        else "no problems"
+    )
+    print(f"{counted(samples, 'object')} in {counted(len(manifest.shards), 'shard')}: {verdict}")
     for error, keys in undecided.items():
         print(f"not decidable  {undecided_line(error, keys)}")
     print(
@@ -161,7 +165,9 @@ def validate(folder: Path, jobs: int | None = None) -> int:
 def undecided_line(error: str, keys: Sequence[str]) -> str:
     """Describe the objects whose views would not show an error of their cameras."""
     more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return f"{error} would not be noticed for {len(keys)} objects: {', '.join(keys[:_NAMED])}{more}"
+    return (
+        f"{error} would not be noticed for {counted(len(keys), 'object')}: {', '.join(keys[:_NAMED])}{more}"
+    )
 
 
 def check_shard(folder: Path, shard: Shard) -> ShardReport:

@@ -14,7 +14,7 @@ COMMANDS = {
         "lrm_pl.apps.train:main",
         "measure a checkpoint: lrm validate -c RUN/config.yaml --ckpt_path X",
     ),
-    "test": ("lrm_pl.apps.train:main", "as validate, under the names of a test"),
+    "test": ("lrm_pl.apps.train:main", "as validate, on all objects"),
     "predict": (
         "lrm_pl.apps.train:main",
         "reconstruct a data set's held-out objects: lrm predict -c RUN/config.yaml --ckpt_path RUN",

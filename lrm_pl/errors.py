@@ -1,4 +1,4 @@
-"""The one base of expected errors: what a user gave cannot be used."""
+"""The one base of expected errors: what a user gave cannot be used; numbers of things in messages."""
 
 
 class InputError(ValueError):
@@ -12,3 +12,8 @@ class InputError(ValueError):
         """Return the message, without the traceback that a DataLoader puts before that of a worker's error."""
         message = super().__str__()
         return message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip()
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: ``1 shard``, ``2 shards``, ``2 processes``, ``2 meshes``."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "sh")) else "s")

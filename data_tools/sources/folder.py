@@ -21,6 +21,7 @@ from data_tools.assets import (
     write_list,
 )
 from data_tools.sources.outcome import next_step
+from lrm_pl.errors import counted
 
 #: What meshes of these kinds use, and what says whose they are.
 _BESIDE = (
@@ -54,7 +55,7 @@ def fetch_folder(assets: Path, out: Path | None, up: Up = "") -> None:
         folder = out
     found = [dataclasses.replace(asset, up=asset.up or up) for asset in scan(folder, known_ids(folder))]
     write_list(folder, found)
-    print(f"{len(found)} assets in {folder / LIST_NAME}")
+    print(f"{counted(len(found), 'asset')} in {folder / LIST_NAME}")
     print(next_step(folder))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from data_tools.assets import LIST_NAME, MAX_ID_LENGTH, Asset, write_list
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.data.schema import KEY_PATTERN
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 
 LEFT_OUT_NAME = "left_out.jsonl"
 ATTRIBUTION_NAME = "ATTRIBUTION.txt"
@@ -65,7 +65,7 @@ def write_outcome(
     write_list(out, assets)
     splits = Counter(asset.split for asset in assets)
     held_out = f", {splits['val']} of them held out (val)" if splits["val"] else ""
-    print(f"{len(assets)} assets{held_out} in {out / LIST_NAME}")
+    print(f"{counted(len(assets), 'asset')}{held_out} in {out / LIST_NAME}")
     print(next_step(out))
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from lrm_pl.apps.advice import table_lines, what_would_help
 from lrm_pl.apps.plan import Plan, plan
 from lrm_pl.callbacks.memory import memory_of_libraries
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 from lrm_pl.training.costs.division import (
     CPU_SLACK,
     FAST,
@@ -151,7 +151,7 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     gpu.products(planned.shape.dtype)  # refuses what it is not built for before anything is simulated
     machines = Machines(gpu, options.gpus, options.gpus_per_node, options.network * 1e9 / 8)
     console.print(
-        f"Going through a step of one process with {planned.shape.objects} objects, operation by operation"
+        f"Going through a step of one process with {counted(planned.shape.objects, 'object')}, operation by operation"
     )
     whole = planned.costs()
     flat, hybrid = (
@@ -165,8 +165,8 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     show_divisions(console, rows, planned, gpu.memory)
     gbit = f", {options.network:g} Gbit/s a node" if machines.nodes > 1 else ""
     console.print(
-        f"{options.gpus} x {gpu.name} in {machines.nodes} node(s){gbit}; {planned.steps} steps. Roofline: products at "
-        f"{FAST.products:.0%} to {SLOW.products:.0%} of the peak, memory and links at {FAST.bytes:.0%} to "
+        f"{options.gpus} x {gpu.name} in {counted(machines.nodes, 'node')}{gbit}; {planned.steps} steps. Roofline: "
+        f"products at {FAST.products:.0%} to {SLOW.products:.0%} of the peak, memory and links at {FAST.bytes:.0%} to "
         f"{SLOW.bytes:.0%} of theirs, {FAST.launch * 1e6:.0f} to {SLOW.launch * 1e6:.0f} us per launch; no atomics, no "
         f"loading of data. {'Fused' if planned.fused else 'Foreach'} AdamW. DeepSpeed's rows are arithmetic.",
         soft_wrap=True,
@@ -186,10 +186,7 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     words = [f"NODES={machines.nodes}"] if machines.nodes > 1 else []
     words.append(f"GPUS={min(options.gpus, options.gpus_per_node)}")
     words += [] if best.strategy == "none" else [f"STRATEGY={best.strategy}"]
-    configs, others = _layers(arguments)
-    words.append(f'CONFIG="{" ".join(configs)}" DATA=...')
-    words += [f"ARGS={shlex.quote(shlex.join(others))}"] if others else []
-    console.print(f"Next: make train {' '.join(words)}  (make doctor checks the nodes)", soft_wrap=True)
+    _print_next(console, arguments, words)
 
 
 def _sharded(console: Console, planned: Plan, name: str, copies: int, *, every_rank: bool) -> StepCosts:
@@ -204,6 +201,14 @@ def _sharded(console: Console, planned: Plan, name: str, copies: int, *, every_r
     parts = module.lrm, module.renderer, module.objective, module.parallel
     with as_rank(0, n, copies) as mesh:
         return simulate_step(*parts, planned.shape, mesh)
+
+
+def _print_next(console: Console, arguments: Sequence[str], words: Sequence[str] = ()) -> None:
+    """Print the command that starts the run; ``words`` are variables of make before its config."""
+    configs, others = _layers(arguments)
+    words = [*words, f'CONFIG="{" ".join(configs)}" DATA=...']
+    words += [f"ARGS={shlex.quote(shlex.join(others))}"] if others else []
+    console.print(f"Next: make train {' '.join(words)}  (make doctor checks the nodes)", soft_wrap=True)
 
 
 def _layers(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -234,6 +239,7 @@ def on_cpu(console: Console, arguments: list[str]) -> None:
         f"{peak / 1e9:.0f} GFLOP/s, of which a step reaches about half.",
         soft_wrap=True,
     )
+    _print_next(console, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

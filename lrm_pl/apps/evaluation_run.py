@@ -19,6 +19,7 @@ from lrm_pl.apps.evaluation_board import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.apps.evaluation_results import finish, shortfall
 from lrm_pl.apps.trained import Trained, open_network
 from lrm_pl.data.schema import Sample, SampleError
+from lrm_pl.errors import counted
 from lrm_pl.evaluation.baselines import trivial_baselines
 from lrm_pl.evaluation.folder import (
     EVALUATIONS,
@@ -94,7 +95,7 @@ def evaluate(
     shown = {key for key, _ in objects.chosen[:SHOWN_OBJECTS]}
     todo = [(key, place) for key, place in mine if not is_measured(out, key, shown, baselines)]
     if len(todo) < len(mine):
-        console.print(f"{len(mine) - len(todo)} objects are measured already")
+        console.print(f"measured already: {counted(len(mine) - len(todo), 'object')}")
     for key, place in tracked(todo, f"Measuring, {protocol.name}", console):
         try:
             sample = objects.read(place, protocol)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lrm_pl.callbacks.view_logger import view_row, write_png
 from lrm_pl.data.batch import Batch, PackedBatch
 from lrm_pl.data.datamodule import EVALUATION_SETS, ShardDataModule
 from lrm_pl.data.manifest import write_atomically
+from lrm_pl.errors import counted
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
@@ -100,7 +102,9 @@ def print_report(
         reports[name] = report
         images = report.rows["model"].images
         objects = report.rows["model"].images // report.views
-        console.print(f"{TITLES[name]}: {images} images of {objects} objects", soft_wrap=True)
+        console.print(
+            f"{TITLES[name]}: {counted(images, 'image')} of {counted(objects, 'object')}", soft_wrap=True
+        )
         table = Table()
         for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
             table.add_column(column, justify="left" if not column else "right")
@@ -125,6 +129,7 @@ def print_report(
         if not path.is_file() or path.read_bytes() != content:  # else a finished run that was started again
             _log(trainer, reports)
         write_atomically(path, content)
+    console.print(f"Use it: make infer IMAGE=photo.png CKPT={shlex.quote(str(folder))}", soft_wrap=True)
     if any(isinstance(log, TensorBoardLogger) for log in trainer.loggers):
         console.print(
             f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True

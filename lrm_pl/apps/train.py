@@ -33,6 +33,8 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from rich.console import Console
+from rich.table import Table
 
 from lrm_pl import __version__
 from lrm_pl.apps.commit import git_commit
@@ -249,7 +251,10 @@ class LRMCLI(LightningCLI):
         require_started_together(self.trainer)
         getattr(self, f"before_{self.command}")()
         # Lightning's checkpoints have another format: ckpt_path is not for it.
-        options = {"return_predictions": False} if self.command == "predict" else {}  # they are written
+        options = {
+            "fit": {},
+            "predict": {"return_predictions": False},  # they are written
+        }.get(self.command, {"verbose": False})  # Lightning prints each metric once per data loader
         try:
             getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **options)
         except RuntimeError as error:
@@ -260,6 +265,8 @@ class LRMCLI(LightningCLI):
             self.after_fit()
         elif self.command == "predict":
             self.after_predict()
+        else:
+            self.after_validate()
 
     def before_instantiate_classes(self) -> None:
         """Make loggers write into the run's folder, and what has no logger too; measurements below it.
@@ -391,6 +398,16 @@ class LRMCLI(LightningCLI):
         }
         self.scenes = SceneWriter(root if root.name == "predict" else root / "predict", what)
         self.trainer.callbacks.append(self.scenes)  # type: ignore[attr-defined]
+
+    def after_validate(self) -> None:
+        """Print each metric once, and where the pictures are."""
+        if self.trainer.is_global_zero:
+            table = Table("metric", "value")
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                table.add_row(name, f"{float(value):.6g}")
+            console = Console()
+            console.print(table)
+            console.print(f"Pictures and logs: {folder_of(self.trainer)}", soft_wrap=True)
 
     def after_predict(self) -> None:
         """Say where it is."""

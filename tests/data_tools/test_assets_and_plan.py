@@ -217,7 +217,7 @@ def test_meshes_that_were_added_behind_a_list_are_counted(tmp_path, capsys):
     listed(tmp_path)
     assert [asset.id for asset in find_assets(tmp_path)] == ["a"]
     assert capsys.readouterr().err.startswith(
-        f"note: 2 meshes in {tmp_path} are not rendered: its assets.parquet"
+        f"note: not rendered, since its assets.parquet does not list them: 2 meshes in {tmp_path};"
     )
     fetch_folder(tmp_path, None)
     capsys.readouterr()

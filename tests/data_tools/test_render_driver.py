@@ -244,7 +244,7 @@ def test_an_added_mesh_and_a_changed_licence_render_one_object(assets, tmp_path,
     for shard in after.shards:
         assert hash_file(out / shard.name) == shard.sha256
         assert not list(index_differences(out / shard.name, read_index(out, shard)))
-    assert "updated        the records of 1 objects" in capfd.readouterr().out
+    assert "updated        the records of 1 object," in capfd.readouterr().out
     assert run(assets, out) == after
     write_table(assets, c="CC-BY-4.0", d="CC-BY-4.0")
     run(assets, out)

@@ -152,7 +152,7 @@ def test_a_bad_sample_is_named_with_its_shard(folder, capsys, change, message):
     out = said(folder, capsys, 1)
     assert "train-000000.tar: sample 'train-ellipsoid-000': " in out
     assert message in out
-    assert "1 problems, in 1 samples or shards" in out
+    assert "1 problem, in 1 sample or shard" in out
 
 
 def test_an_object_that_is_in_both_splits_is_named(folder, capsys):

@@ -97,6 +97,7 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
     ):
         assert words in printed
     assert "make tensorboard" in printed
+    assert f"make infer IMAGE=photo.png CKPT={run_folder(tmp_path)}" in printed
     assert "Training: 100%" in printed, "the bar counts steps; there are no epochs"
     folder = run_folder(tmp_path)
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["lrm"]["dim"] == 16
@@ -169,6 +170,7 @@ def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(tiny, tmp_path
 
 def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny, tmp_path, capsys):
     main(["fit", *tiny])
+    capsys.readouterr()
     run = run_folder(tmp_path)
     for command in (
         "validate",
@@ -176,7 +178,9 @@ def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny,
     ):  # from the run's own record, as the help says; the run's folder will do
         for path in (run, checkpoint(tmp_path, 2)):
             main([command, "-c", str(run / "config.yaml"), "--ckpt_path", str(path)])
-            assert "val/heldout/psnr_pooled" in capsys.readouterr().out
+            printed = capsys.readouterr().out
+            assert printed.count("val/heldout/psnr_pooled") == 1, "each number is said once"
+            assert f"Pictures and logs: {run / command}" in printed
         assert list((run / command).glob("events*")), "what is found lies below the run"
     assert sorted(path.name for path in run.parent.iterdir()) == [run.name], "no new run is made"
     path = str(checkpoint(tmp_path, 2))

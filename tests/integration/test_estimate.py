@@ -167,12 +167,14 @@ def test_a_fused_optimizer_is_priced_only_where_it_is_used(middle, capsys, preci
     estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "4090", "--trainer.precision", precision])
     said = capsys.readouterr().out
     assert optimizer in said
-    assert "1 x GeForce RTX 4090 in 1 node(s)" in said
+    assert "1 x GeForce RTX 4090 in 1 node;" in said
 
 
 def test_rays_that_hit_are_those_of_the_data_that_is_there(middle, shards, capsys):
     estimate([middle, *SHALLOW, "--data.folder", str(shards)])
-    assert "(cameras of 4 training objects)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "(cameras of 4 training objects)" in said
+    assert said.splitlines()[-1].startswith(f'Next: make train CONFIG="{middle}"'), "on a CPU too"
 
 
 def test_a_gpu_too_small_is_told_what_would_help(middle, capsys, monkeypatch):

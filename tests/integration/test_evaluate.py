@@ -94,7 +94,7 @@ def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_b
     kept = (out / "objects" / "val-ellipsoid-000.json").stat().st_mtime_ns
     shutil.copytree(pretrained, tmp_path / "moved")
     run(tmp_path / "moved", data, out, "--baseline")
-    assert "1 objects are measured already" in capsys.readouterr().out
+    assert "measured already: 1 object\n" in capsys.readouterr().out
     assert (out / "objects" / "val-ellipsoid-000.json").stat().st_mtime_ns == kept
     for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-001.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
@@ -135,7 +135,7 @@ def test_baselines_that_are_asked_for_later_join_and_the_network_is_not_measured
     assert joined["settings"]["baselines"] is True
     for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-000.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-    assert "objects are measured already" not in capsys.readouterr().out.split("Page:")[1]
+    assert "measured already:" not in capsys.readouterr().out.split("Page:")[1]
 
 
 def test_how_far_it_is_is_said_where_no_terminal_shows_a_bar(monkeypatch):
@@ -189,7 +189,7 @@ def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
     (out / "objects" / "val-ellipsoid-000.png").unlink()
     capsys.readouterr()
     run(pretrained, data, out, "--baseline")
-    assert "objects are measured already" not in capsys.readouterr().out
+    assert "measured already:" not in capsys.readouterr().out
     for name in ("objects/val-ellipsoid-000.png", "index.html", "results.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     assert mesh.is_file()

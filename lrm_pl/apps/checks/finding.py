@@ -27,8 +27,3 @@ class Finding:
     def __post_init__(self) -> None:
         """Hold each verdict but "ok" to a remedy."""
         assert (self.verdict == "ok") == (not self.remedy), self
-
-
-def counted(number: int, noun: str) -> str:
-    """Write a number of things."""
-    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")

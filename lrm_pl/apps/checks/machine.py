@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from lrm_pl.apps.checks.finding import Finding, counted
+from lrm_pl.apps.checks.finding import Finding
 from lrm_pl.apps.checks.wanted import Wanted
+from lrm_pl.errors import counted
 from lrm_pl.kernels.device import num_visible_gpus
 
 GB = 1 << 30

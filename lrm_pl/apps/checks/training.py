@@ -2,12 +2,12 @@
 
 import hashlib
 
-from lrm_pl.apps.checks.finding import Finding, counted
+from lrm_pl.apps.checks.finding import Finding
 from lrm_pl.apps.checks.wanted import Wanted, Weights
 from lrm_pl.data.cache import CacheConfig
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.data.mixture import Mixture
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 from lrm_pl.io.fetch import FetchError, ask
 from lrm_pl.io.weights import WeightsError, cached_path, candidates, find, source_name
 

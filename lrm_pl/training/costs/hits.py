@@ -16,6 +16,7 @@ from lrm_pl.data.mixture import Mixture
 from lrm_pl.data.schema import SampleError
 from lrm_pl.data.shards import Place, ShardReader
 from lrm_pl.data.transforms import CropConfig
+from lrm_pl.errors import counted
 from lrm_pl.geometry.cameras import canonicalise, orbit
 from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 
@@ -66,7 +67,7 @@ def cameras_of(data: ShardDataModule) -> Cameras:
             fxfycxcy.append(torch.from_numpy(sample.fxfycxcy[:_VIEWS]))
     if not c2w:
         return default_cameras()
-    return Cameras(torch.cat(c2w), torch.cat(fxfycxcy), f"cameras of {len(c2w)} training objects")
+    return Cameras(torch.cat(c2w), torch.cat(fxfycxcy), f"cameras of {counted(len(c2w), 'training object')}")
 
 
 def hit_share(bounds: Bounds, crop: CropConfig, cameras: Cameras) -> float:
