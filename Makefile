@@ -39,6 +39,23 @@ SAMPLES := 16
 JOBS :=
 BENCH :=
 
+# What each target reads of these. A variable that none of the targets reads is refused: make itself ignores it.
+JOB_NAMES := NODES GPUS PARTITION ACCOUNT
+READS_train := CONFIG DATA ARGS PROCESSES STRATEGY NAME TIME CONTAINER MASTER DRY_RUN $(JOB_NAMES)
+READS_infer := IMAGE CKPT ARGS
+READS_evaluate := CKPT DATA PROTOCOL PROCESSES ARGS
+READS_demo := CKPT ARGS
+READS_serve := CKPT ARGS
+READS_doctor := CONFIG DATA ARGS PROCESSES CONTAINER $(JOB_NAMES)
+READS_render-shards := ASSETS OUT VIEWS RES SAMPLES JOBS ARGS TIME DRY_RUN $(JOB_NAMES)
+READS_bench := BENCH ARGS
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+UNREAD := $(filter-out PYTHON DEMO SHELL APT_% MAKE%,$(filter-out $(foreach goal,$(MAKECMDGOALS),$(READS_$(goal))),$(GIVEN)))
+ifeq ($(MAKELEVEL)$(if $(UNREAD),+),0+)
+$(error make $(MAKECMDGOALS): expected $(or $(foreach goal,$(MAKECMDGOALS),$(READS_$(goal))),no variable), found \
+$(UNREAD); correct the name, or leave it out)
+endif
+
 APT_VENV := python3.11-venv
 APT_BLENDER := libx11-6 libxrender1 libxfixes3 libxi6 libxt6 libxkbcommon0 libsm6 libgl1
 

@@ -1,6 +1,7 @@
 """What `make` hands on: what was typed, a word for a word, and nothing of the environment."""
 
 import os
+import re
 import shlex
 import subprocess
 
@@ -80,3 +81,25 @@ def test_what_is_not_given_is_left_to_the_config(typed):
 def test_the_demos_shards_are_made_only_where_they_are_trained_on(typed, words, made):
     _, before = typed("train", *words)
     assert any("data_tools render --out data/demo" in line for line in before) == made
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["train", "CONFG=mine.yaml"], "CONFG"),
+        (["train", "CKPT=model"], "CKPT"),
+        (["tensorboard", "DATA=x"], "DATA"),
+        (["infer", "evaluate", "IMAGE=a.png", "DATA=x", "GPUS=2"], "GPUS"),
+    ],
+)
+def test_a_variable_that_no_target_reads_is_refused(typed, words, found):
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        typed(*words)
+    assert f"found {found}; correct the name, or leave it out" in refused.value.stderr
+
+
+def test_every_variable_that_the_readme_gives_to_make_is_read(typed, root):
+    lines = re.findall(r"\bmake [a-z-]+(?: [A-Z]+=(?:\"[^\"]*\"|\S+))+", (root / "README.md").read_text())
+    assert len(lines) > 20
+    for line in lines:
+        typed(*shlex.split(line.rstrip("`,.;)"))[1:])
