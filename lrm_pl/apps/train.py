@@ -283,7 +283,10 @@ class LRMCLI(LightningCLI):
             folder = folder or run_of(str(self._setting("ckpt_path")))
             folder = folder and f"{folder}/{self.command}"
         elif folder is None:
-            folder = fresh_folder(self._setting("trainer.logger"), self._setting("trainer.default_root_dir"))
+            loggers, root = self._setting("trainer.logger"), self._setting("trainer.default_root_dir")
+            if root is not None and loggers == self.parser.get_defaults().trainer.logger:
+                loggers["init_args"]["save_dir"] = root  # a logger that is given keeps its own
+            folder = fresh_folder(loggers, root)
         if self.command == "fit":
             self.config["run"]["folder"] = folder
         if given := self._setting("trainer.callbacks"):
@@ -680,10 +683,10 @@ def own_classes(arguments: list[str]) -> dict[str, str | None]:
     given, _ = parser.parse_known_args(arguments)
     found = dict.fromkeys(OWN_CLASSES)
     for option in arguments:
-        if section := re.match(r"--(model|data)\.class_path(=|$)", option):
+        if wrong := re.match(r"--(model|data)\.class_path(=|$)", option):
             raise InputError(
-                f"expected a class of your own as --{section[1]}_class, found --{section[1]}.class_path; its arguments "
-                f"are --{section[1]}.NAME"
+                f"expected a class of your own as --{wrong[1]}_class, found --{wrong[1]}.class_path; its arguments are "
+                f"--{wrong[1]}.NAME"
             )
     for path in given.config:
         try:

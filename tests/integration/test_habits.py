@@ -214,6 +214,13 @@ def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, w
     }
 
 
+def test_runs_are_below_lightnings_default_root_dir_unless_a_logger_says_otherwise(here, tmp_path):
+    root = ["--trainer.default_root_dir=elsewhere", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    for options, folder in (([], "elsewhere/lrm"), (["--trainer.logger.save_dir=mine"], "mine/lrm")):
+        line = command_line([*here, *root, *options], run=False)
+        assert line.trainer.log_dir == f"{folder}/version_0"
+
+
 def test_a_fast_dev_run_leaves_no_files(here, tmp_path, capsys):
     command_line(["fit", *here, "--trainer.fast_dev_run=true"])
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]

@@ -205,6 +205,9 @@ def test_a_run_that_stopped_early_has_its_patience_still(fit):
     other = EarlyStopping("loss/total", patience=9, check_on_train_epoch_end=True)
     fit(2, other, RunKeeper(every=2))
     assert other.wait_count >= 4
+    more = EarlyStopping("loss/total", patience=20, check_on_train_epoch_end=True)
+    fit(2, more, RunKeeper(every=2))
+    assert more.patience == 20, "that of the run as it is now given"
 
 
 def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_path, caplog):
