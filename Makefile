@@ -70,7 +70,7 @@ DEMO_SHARDS = $(if $(DRY),,$(if $(filter data/demo,$(or $(DATA),$(if $(filter $(
 GIVEN := $(if $(filter-out 0,$(MAKELEVEL)),,$(foreach name,$(.VARIABLES),$(if $(findstring command,$(origin $(name))),$(name))))
 ifneq ($(GIVEN),)
 TAKEN := $(foreach goal,$(MAKECMDGOALS),$(shell grep -E '^$(goal):' $(firstword $(MAKEFILE_LIST)) | grep -oE '\<[A-Z_]+=' | tr -d =))
-UNKNOWN := $(filter-out PYTHON $(TAKEN),$(GIVEN))
+UNKNOWN := $(filter-out PYTHON SHELL MAKE% $(TAKEN),$(GIVEN))
 $(if $(UNKNOWN),$(error make $(MAKECMDGOALS): expected variables among $(or $(TAKEN),none), found $(UNKNOWN); see `make help`))
 endif
 

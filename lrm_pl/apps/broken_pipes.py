@@ -1,5 +1,9 @@
-"""A command outlives whoever reads its output: of `2>&1 | tee log`, Ctrl-C ends tee before a run has stopped."""
+"""A command outlives whoever reads its output: of `2>&1 | tee log`, Ctrl-C ends tee before a run has stopped.
 
+And of a terminal that is closed, nothing is left to write to when the run hears of it.
+"""
+
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -7,7 +11,7 @@ from typing import Any
 
 
 def outlive_readers() -> None:
-    """Make stdout and stderr drop what is written once nobody reads it, instead of raising BrokenPipeError."""
+    """Make stdout and stderr drop what is written once nobody reads it, instead of raising."""
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             ours = stream.fileno() == descriptor
@@ -22,7 +26,9 @@ def _guarded(method: Callable[..., Any], descriptor: int) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:  # noqa: ANN401 - the method's own
         try:
             return method(*arguments)
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)

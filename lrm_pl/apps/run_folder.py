@@ -45,8 +45,13 @@ def run_path(folder: str) -> Path:
     """Return the run's folder as an absolute path: what ``~`` and relative paths mean is settled once.
 
     Raises:
-        InputError: It is a URL: logs are appended to, which object stores cannot do.
+        InputError: It is a URL: logs are appended to, which object stores cannot do; or nothing, which would be the
+            working folder.
     """
+    if not folder:
+        raise InputError(
+            "expected a folder after --run.folder, found nothing; is a variable of the shell empty?"
+        )
     if "://" in folder:
         raise InputError(
             f"expected a local folder for a run's logs, found --run.folder {folder}; keep only checkpoints there: "

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import lightning as L
 import torch
@@ -33,6 +33,7 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
@@ -109,6 +110,9 @@ OWN_CLASSES = {"model_class": "A subclass of LRMModule", "data_class": "A subcla
 
 #: What PyTorch's errors say where /dev/shm is full.
 _SHARED_MEMORY_SAYINGS = ("unable to allocate shared memory", "out of shared memory")
+
+E = TypeVar("E", bound=BaseException)
+
 
 #: Exit status of a run that was told to stop and can go on (EX_TEMPFAIL: try again later).
 STOPPED_STATUS = 75
@@ -240,7 +244,12 @@ class LRMCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the given arguments, whatever the process was started with."""
-        self.config = plain(parser.parse_args(cast(list[str], args)))
+        try:
+            self.config = plain(parser.parse_args(cast(list[str], args)))
+        except OmegaConfBaseException as error:
+            raise InputError(
+                f"expected ${{...}} that can be resolved, found: {one_line(error)}; correct it, or set what it names"
+            ) from error
 
     def run(self) -> None:
         """Run the command."""
@@ -290,7 +299,10 @@ class LRMCLI(LightningCLI):
             folder = folder or run_of(str(self._setting("ckpt_path")))
             folder = folder and f"{folder}/{self.command}"
         elif folder is None:
-            folder = fresh_folder(self._setting("trainer.logger"), self._setting("trainer.default_root_dir"))
+            loggers, root = self._setting("trainer.logger"), self._setting("trainer.default_root_dir")
+            if root is not None and loggers == self.parser.get_defaults().trainer.logger:
+                loggers["init_args"]["save_dir"] = root  # a logger that is given keeps its own
+            folder = fresh_folder(loggers, root)
         if self.command == "fit":
             self.config["run"]["folder"] = folder
         if given := self._setting("trainer.callbacks"):
@@ -312,6 +324,8 @@ class LRMCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse's, with every type that the field might have had
+            if (own := _cause(error, InputError)) is not None:
+                raise own from None
             found = re.search(
                 r"Problem with given class_path '(\S+)':\s+(.+?)(?=\n\s*- Expected|\nGiven|\Z)",
                 str(error),
@@ -349,7 +363,7 @@ class LRMCLI(LightningCLI):
             return super().instantiate_trainer(**options)
         except InputError:
             raise
-        except (ValueError, ImportError) as error:  # an unknown name, or a package that is not installed
+        except (ValueError, TypeError, ImportError) as error:  # an unknown name, or a missing package
             raise InputError(f"expected settings that Lightning takes, found: {one_line(error)}") from error
 
     def before_fit(self) -> None:
@@ -357,6 +371,8 @@ class LRMCLI(LightningCLI):
         self._prepare(encoder=True)
         if self._setting("run.profile"):
             self.trainer.callbacks.append(TraceRecorder(self._setting("run.profile")))  # type: ignore[attr-defined]
+        if (keeper := self._keeper()) is not None:
+            keeper.listens_on = True
         if self.trainer.is_global_zero:
             self._enter_run_folder()
             records = [callback for callback in self.trainer.callbacks if isinstance(callback, RunRecord)]  # type: ignore[attr-defined]
@@ -464,7 +480,6 @@ class LRMCLI(LightningCLI):
             if resume not in ("auto", "never"):
                 raise InputError("expected a RunKeeper among trainer.callbacks to resume with, found none")
             return
-        keeper.listens_on = True
         if given is not None and keeper.folder is None:
             keeper.folder = f"{folder}/checkpoints"  # whatever its loggers are
         if keeper.folder is not None:
@@ -565,11 +580,21 @@ def _environment() -> ClusterEnvironment | None:
 
 
 def require_started_together(trainer: L.Trainer) -> None:
-    """Refuse processes that a launcher started together, and that would each be a run of its own.
+    """Refuse processes that a launcher started together, and that would each be a run of its own; and the reverse.
 
     Raises:
-        InputError: The trainer is of another number of processes.
+        InputError: The trainer is of another number of processes, or of other nodes that nothing has started.
     """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if (
+        trainer.num_nodes > 1
+        and isinstance(environment, LightningEnvironment)
+        and "MASTER_ADDR" not in os.environ
+    ):
+        raise InputError(
+            f"expected {trainer.num_nodes} nodes that were started together, found this one alone, which would wait "
+            "for the others; start them with make train NODES=, srun or torchrun, or take --trainer.num_nodes 1"
+        )
     if TorchElasticEnvironment.detect():
         launcher, variable = "torchrun", "WORLD_SIZE"
     elif tasks_of_srun() > 1:
@@ -643,6 +668,13 @@ def table_name(timm_name: str) -> EncoderName | None:
     return next((name for name, known in TIMM_NAMES.items() if known == timm_name), None)
 
 
+def _cause(error: BaseException | None, kind: type[E]) -> E | None:
+    """Find an error of a kind among those that led to this one."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def one_line(error: Exception) -> str:
     """Return an error's message without line ends."""
     return " ".join(str(error).split())
@@ -677,6 +709,12 @@ def own_classes(arguments: list[str]) -> dict[str, str | None]:
         parser.add_argument(f"--{name}")
     given, _ = parser.parse_known_args(arguments)
     found = dict.fromkeys(OWN_CLASSES)
+    for option in arguments:
+        if wrong := re.match(r"--(model|data)\.class_path(=|$)", option):
+            raise InputError(
+                f"expected a class of your own as --{wrong[1]}_class, found --{wrong[1]}.class_path; its arguments are "
+                f"--{wrong[1]}.NAME"
+            )
     for path in given.config:
         try:
             layer = yaml.safe_load(Path(path).read_text())
@@ -740,6 +778,8 @@ def main(arguments: list[str] | None = None) -> None:
     lightnings.addFilter(lambda record: "litlogger" not in record.getMessage())  # an advertisement
     # Not so: the stream gives whole batches to each worker in turn, and says its true length.
     warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")
+    # `make train NODES=` is the way into a job, and not the line that Lightning prints.
+    warnings.filterwarnings("ignore", "The `srun` command is available")
     # The metrics of a validation are added up over ranks before they are logged.
     warnings.filterwarnings("ignore", "It is recommended to use `self.log")
     # Lightning 2.6.6's own use of a name that torch renamed.

@@ -74,6 +74,16 @@ class ShardDataModule(L.LightningDataModule):
         streams: int = 64,
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("side_views", side_views, 0),
+            ("unseen_views", unseen_views, 1),
+            ("input_pool", input_pool, 1),
+            ("workers", workers, 0),
+            ("seed", seed, 0),
+            ("streams", streams, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"expected a data.{name} of at least {least}, found {value}; correct it")
         if not 0 <= max_bad_share <= 1:
             raise InputError(f"expected a data.max_bad_share in [0, 1], found {max_bad_share}")
         if val_objects is not None and val_objects < 1:
@@ -89,16 +99,21 @@ class ShardDataModule(L.LightningDataModule):
         self.augmentation = Augmentation(crop, tuple(crop_stages), camera_noise)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # Lightning's variable
         self.streams = streams
+        self._begin()
+
+    def _begin(self) -> None:
         # Where this start of the run begins: optimiser steps done, and the global position g that they led to.
         self._step, self._position = 0, 0
         self._resumed_by_lightning = False
 
     def setup(self, stage: str) -> None:
-        """Read the manifest and check that the shards can serve this run.
+        """Read the manifest and check that the shards can serve this run; a fit begins anew until it is resumed.
 
         Raises:
             InputError: No shards, damaged shards, or too few views.
         """
+        if stage == "fit":
+            self._begin()
         self.mixture = Mixture(self.sets, self.cache)
         needed = self.inputs + self.side_views + self.unseen_views
         for source, manifest, _ in self.mixture.members:

@@ -45,6 +45,10 @@ class Share:
         Raises:
             InputError: With the numbers to choose from.
         """
+        if self.accumulate < 1:
+            raise InputError(
+                f"expected trainer.accumulate_grad_batches of at least 1, found {self.accumulate}"
+            )
         parts = self.world * self.accumulate
         if self.batch_size < 1 or self.batch_size % parts:
             below, above = self.batch_size // parts * parts, -(-max(1, self.batch_size) // parts) * parts

@@ -14,8 +14,9 @@ import torch.distributed
 from lrm_pl.data.orphans import end_with_parent
 from lrm_pl.errors import InputError
 
-#: What a terminal (Ctrl-C) and clusters send to every process of a job: before its time is up, and before they kill.
-STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+#: What a terminal (Ctrl-C, its end) and clusters send to every process of a job: before its time is up, and before they
+#: kill.
+STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
 
 #: The path of a socket has at most 107 bytes; multiprocessing's are TMPDIR/pymp-xxxxxxxx/listener-xxxxxxxx.
 _LONGEST_TEMP_DIR = 107 - len("/listener-xxxxxxxx")

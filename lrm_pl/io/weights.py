@@ -122,8 +122,14 @@ def resolve(
     if (found := find(name, source=source, path=path, sha256=sha256)) is not None:
         return found
     folder = cache_folder() / "weights"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{name}.lock", "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / f".{name}.lock", "w")
+    except OSError as error:
+        raise WeightsError(
+            f"expected to download {name} into {folder}, found: {error}; name a folder that can be written: LRM_CACHE="
+        ) from error
+    with file:
         lock(file, wait=True)
         found = find(name, source=source)  # by whoever held it
         return found or _download(name, source)

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +32,13 @@ def callback_states(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def load_callback_states(trainer: L.Trainer, states: dict[str, Any]) -> None:
-    """Give callbacks their states back."""
+    """Give callbacks their states back; a patience is the one that the run is now given, not that of the checkpoint."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in states:
-            callback.load_state_dict(_decoded(states[callback.state_key]))
+            state = _decoded(states[callback.state_key])
+            if isinstance(callback, EarlyStopping):
+                state["patience"] = callback.patience
+            callback.load_state_dict(state)
 
 
 def _encoded(value: Any) -> Any:  # noqa: ANN401 - whatever a callback keeps

@@ -41,9 +41,21 @@ class OptimizerConfig:
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the share."""
-        if not 0 < self.layer_decay <= 1:
-            raise InputError(f"expected a layer_decay in (0, 1], found {self.layer_decay}")
+        """Check the ranges."""
+        rules = {
+            "lr of at least 0": self.lr >= 0,
+            "betas in [0, 1)": all(0 <= beta < 1 for beta in self.betas),
+            "weight_decay of at least 0": self.weight_decay >= 0,
+            "warmup, a share of the run's steps, in [0, 1]": 0 <= self.warmup <= 1,
+            "final_lr, a share of lr, in [0, 1]": 0 <= self.final_lr <= 1,
+            "layer_decay in (0, 1]": 0 < self.layer_decay <= 1,
+        }
+        for rule, kept in rules.items():
+            if not kept:  # NaN keeps none
+                name = rule.replace(",", " ").split()[0]
+                raise InputError(
+                    f"expected model.optimizer.{rule}, found {getattr(self, name)}; correct --model.optimizer.{name}"
+                )
 
     def build(self, model: LRM, *, fused: bool = True) -> torch.optim.AdamW:
         """Make the optimizer; each group's share of the learning rate is its ``share``.

@@ -91,7 +91,8 @@ class RunKeeper(L.Callback):
         #: What to go on from, as rank 0 knows it; None: nothing.
         self.resume_from: Checkpoint | None = None
         self._chosen = False
-        #: Whether signals are listened to after the fit too, until whoever set this calls ``signals.restore()``.
+        #: Whether the caller listens to signals after the fit too, until it calls ``signals.restore()``, and raises
+        #: ``stopped`` itself.
         self.listens_on = False
         #: Rank 0's signature in an object store's folder of checkpoints, made before the run starts.
         self.owner: Owner | None = None
@@ -247,6 +248,11 @@ class RunKeeper(L.Callback):
                 f"{self.stopped}; everything up to there is in {self.newest}: start the same command with "
                 f"--run.folder {self._run} to go on"
             )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise what stopped the run, so that a script does not go on as after its last step."""
+        if self.stopped is not None and not self.listens_on:
+            raise self.stopped
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

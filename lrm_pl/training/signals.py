@@ -16,8 +16,9 @@ import lightning as L
 
 logger = logging.getLogger(__name__)
 
-#: Ctrl-C, what Slurm sends before the time is up (``--signal=USR1@120``), and what every cluster sends before it kills.
-SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+#: Ctrl-C, what Slurm sends before the time is up (``--signal=USR1@120``), what every cluster sends before it kills, and
+#: a terminal or an ssh connection that was closed.
+SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 
 #: Names a file that SIGUSR1 makes: by it a Slurm job's script knows that the time was up, and asks for another start.
 #: For a SIGTERM its sender has decided what comes next. Not asked for from here: a container may have no scontrol.
@@ -45,6 +46,8 @@ class StopSignals:
         self._speaker = threading.Thread(target=self._speak, name="stop signals", daemon=True)
         self._speaker.start()
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
+                continue
             self._replaced[number] = signal.signal(number, self._remember)
 
     def restore(self) -> None:

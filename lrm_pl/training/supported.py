@@ -62,6 +62,15 @@ def require_supported_settings(trainer: L.Trainer) -> None:
             "0 or null does not clip"
         )
     interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval < 1:
+        raise InputError(
+            f"expected trainer.val_check_interval of at least 1, found {interval}; --trainer.limit_val_batches 0 "
+            "trains without validation"
+        )
+    if (every := trainer.log_every_n_steps) < 0:  # type: ignore[attr-defined]
+        raise InputError(
+            f"expected trainer.log_every_n_steps of at least 0, found {every}; 0 logs no step of training"
+        )
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise InputError(
             f"expected no trainer.overfit_batches, found {trainer.overfit_batches}: the stream of samples would begin "  # type: ignore[attr-defined]

@@ -1,11 +1,14 @@
 """Habits of users of Lightning: its settings, its loggers, Ctrl-C, a saved config. All work, or are refused at once."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import warnings
@@ -100,6 +103,18 @@ def here(tmp_path, shards, monkeypatch):
         (["--trainer.val_check_interval=00:00:00:05"], "as a number of steps, found 00:00:00:05"),
         (["--ckpt_path=runs/lrm/version_0"], "a new run begins at a checkpoint or run of another with --run.resume"),
         (["--trainer.devices=0"], "not a valid input"),
+        (["--trainer.accelerator=cpu", "--trainer.devices=-1"], "should be an int > 0"),
+        (
+            ["--trainer.callbacks+=lrm_pl.training.run_keeper.RunKeeper", "--trainer.callbacks.every=0"],
+            "expected every, keep and keep_every of at least 1, found 0",
+        ),
+        (["--trainer.max_steps=${nosuch.key}"], "${...} that can be resolved, found: Interpolation key 'nosuch.key'"),
+        (["--trainer.max_steps=${oc.env:LRM_NOT_SET}"], "Environment variable 'LRM_NOT_SET' not found"),
+        (["--model.class_path=my.Module"], "expected a class of your own as --model_class, found --model.class_path"),
+        (
+            ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.num_nodes=2"],
+            "expected 2 nodes that were started together, found this one alone",
+        ),
         (["--trainer.profiler=nosuch"], "profiler"),
         (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
         (["--trainer.logger=MLFlowLogger"], "expected to make a lightning.pytorch.loggers.MLFlowLogger, found: Requ"),
@@ -220,6 +235,13 @@ def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, w
     }
 
 
+def test_runs_are_below_lightnings_default_root_dir_unless_a_logger_says_otherwise(here, tmp_path):
+    root = ["--trainer.default_root_dir=elsewhere", "--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    for options, folder in (([], "elsewhere/lrm"), (["--trainer.logger.save_dir=mine"], "mine/lrm")):
+        line = command_line([*here, *root, *options], run=False)
+        assert line.trainer.log_dir == f"{folder}/version_0"
+
+
 def test_a_fast_dev_run_leaves_no_files(here, tmp_path, capsys):
     command_line(["fit", *here, "--trainer.fast_dev_run=true"])
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
@@ -312,6 +334,40 @@ def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
     step = int(kept.rpartition("-")[2])
     line = command_line(["fit", *here, "--run.folder=run", f"--trainer.max_steps={step + 2}"])
     assert line.trainer.callback_metrics["val/heldout/psnr_pooled"] > 0
+
+
+def test_a_terminal_that_is_closed_ends_a_run_with_its_newest_step_kept(here, tmp_path):
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=1"]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_steps=5000"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/views/*step000002.png")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 10_000)
+        time.sleep(0.05)
+    os.close(ours)
+    assert process.wait(60) == 75
+    assert list_checkpoints(str(tmp_path / "run/checkpoints"))
+
+
+def test_a_run_under_nohup_does_not_hear_of_its_terminals_end(monkeypatch):
+    signals, trainer = StopSignals(), L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals.listen(trainer)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+        signals.restore()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 
 import lightning as L
 import pytest
@@ -19,8 +20,9 @@ from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import list_checkpoints, read_index
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.training.gradients import DivergedError
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.run_keeper import RunKeeper
+from lrm_pl.training.run_keeper import RunKeeper, StoppedError
 from tests.integration.test_cli import TINY
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
@@ -116,6 +118,56 @@ def test_a_run_keeper_goes_on_in_its_folder_without_the_command_line(fit, tmp_pa
         keeper.choose("never")
 
 
+class Poison(L.Callback):
+    """Makes every gradient NaN."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for parameter in pl_module.lrm.transformer.parameters():
+            parameter.grad.fill_(math.nan)
+
+
+class Told(L.Callback):
+    """Tells this process to stop after two steps."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("callback", "steps", "error", "message"),
+    [
+        (Poison(), 40, DivergedError, "found 10 bad ones in a row by step 10"),
+        (
+            Told(),
+            4,
+            StoppedError,
+            "stopped by a signal after step 2; everything up to there is in .*step-00000002",
+        ),
+    ],
+)
+def test_a_script_does_not_go_on_after_a_fit_that_diverged_or_was_stopped(
+    fit, callback, steps, error, message
+):
+    with pytest.raises(error, match=message):
+        fit(steps, callback, RunKeeper())
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_data_module_of_a_resumed_fit_feeds_the_next_fit_from_its_beginning(fit, tmp_path):
+    fit(2, RunKeeper())
+    module, trainer, _ = fit(4, RunKeeper())
+    assert trainer.datamodule.position(4) == 8
+    seen = Seen(tmp_path / "none.ckpt")
+    other = L.Trainer(
+        max_steps=3, max_epochs=-1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        limit_val_batches=0, enable_progress_bar=False, callbacks=[seen], default_root_dir=tmp_path,
+    )  # fmt: skip
+    other.fit(module, trainer.datamodule)
+    assert (other.global_step, len(seen.ids)) == (3, 3)
+    assert other.datamodule.position(3) == 6
+
+
 def test_callbacks_go_on_with_their_state_and_what_cannot_be_kept_is_said(fit, tmp_path, caplog):
     fit(2, Counter(), RunKeeper(every=2))
     counter = Counter()
@@ -153,6 +205,9 @@ def test_a_run_that_stopped_early_has_its_patience_still(fit):
     other = EarlyStopping("loss/total", patience=9, check_on_train_epoch_end=True)
     fit(2, other, RunKeeper(every=2))
     assert other.wait_count >= 4
+    more = EarlyStopping("loss/total", patience=20, check_on_train_epoch_end=True)
+    fit(2, more, RunKeeper(every=2))
+    assert more.patience == 20, "that of the run as it is now given"
 
 
 def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """What `make` hands on: what was typed, a word for a word, and nothing of the environment."""
 
 import os
+import re
 import shlex
 import subprocess
 
@@ -44,6 +45,8 @@ def test_the_environment_does_not_change_what_make_does(typed):
         (("train", "NODE=8"), "found NODE"),
         (("train", "NODES=8", "DRYRUN=1"), "found DRYRUN"),
         (("train", "nodes=8"), "found nodes"),
+        (("tensorboard", "DATA=x"), "found DATA"),
+        (("infer", "evaluate", "IMAGE=a.png", "DATA=x", "GPUS=2"), "found GPUS"),
         (("infer", "IMAGE=a.png", "DATA=data/mine"), "found DATA"),
         (("render-shards", "PROCESSES=4"), "found PROCESSES"),
         (("lint", "ARGS=x"), "expected variables among none"),
@@ -103,3 +106,10 @@ def test_what_is_not_given_is_left_to_the_config(typed):
 def test_the_demos_shards_are_made_only_where_they_are_trained_on(typed, words, made):
     _, before = typed("train", *words)
     assert any("data_tools render --out data/demo" in line for line in before) == made
+
+
+def test_every_variable_that_the_readme_gives_to_make_is_read(typed, root):
+    lines = re.findall(r"\bmake [a-z-]+(?: [A-Z]+=(?:\"[^\"]*\"|\S+))+", (root / "README.md").read_text())
+    assert len(lines) > 20
+    for line in lines:
+        typed(*shlex.split(line.rstrip("`,.;)"))[1:])

@@ -5,6 +5,7 @@ import collections
 import pytest
 import torch
 
+from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import ShardError
 from lrm_pl.data.mixture import DataSet, Mixture
@@ -87,3 +88,19 @@ def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, t
         DataSet("somewhere", 0)
     with pytest.raises(ShardError, match=r"expected at least 10 samples .* found 9; .*--data.batch_size 9"):
         stream(mixed(two), Share(10), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("workers", -1),
+        ("streams", 0),
+        ("unseen_views", 0),
+        ("side_views", -1),
+        ("input_pool", 0),
+        ("seed", -1),
+    ],
+)
+def test_a_number_that_the_data_cannot_have_is_refused_by_its_option(name, value):
+    with pytest.raises(InputError, match=f"expected a data.{name} of at least {value + 1}, found {value}"):
+        ShardDataModule("unread", **{name: value})

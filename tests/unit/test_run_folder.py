@@ -228,6 +228,10 @@ def test_a_home_folder_is_the_home_folder_and_a_url_is_refused(monkeypatch, tmp_
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_path("~/run") == tmp_path / "run"
     with pytest.raises(
+        InputError, match=r"folder after --run\.folder, found nothing; is a variable of the shell"
+    ):
+        run_path("")
+    with pytest.raises(
         InputError, match=r"expected a local folder .* found --run.folder s3://b/run; .*RunKeeper"
     ):
         run_path("s3://b/run")

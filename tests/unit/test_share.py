@@ -52,6 +52,8 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_the_nearest_that_can():
         Share(3, 0, 8, 1)
     with pytest.raises(InputError, match="found 0"):
         Share(0)
+    with pytest.raises(InputError, match="accumulate_grad_batches of at least 1, found 0"):
+        Share(8, accumulate=0)
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,11 @@ def trainer(**options):
             {"accumulate_grad_batches": 2, "val_check_interval": 3},
             "found 3 and 2.*give --trainer.val_check_interval 4",
         ),
+        (
+            {"val_check_interval": 0},
+            "val_check_interval of at least 1, found 0; --trainer.limit_val_batches 0",
+        ),
+        ({"log_every_n_steps": -1}, "log_every_n_steps of at least 0, found -1"),
         ({"overfit_batches": 1}, "no trainer.overfit_batches, found 1: .*overfit.yaml"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val of at least 0, found -1.0: .*largest norm"),
         ({"gradient_clip_val": float("nan")}, "gradient_clip_val of at least 0, found nan"),

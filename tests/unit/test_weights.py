@@ -407,3 +407,10 @@ def test_an_encoder_that_timm_publishes_is_brought_from_the_hub(tmp_path, monkey
         WeightsError, match="expected an encoder of timm with published weights, found 'nosuch'"
     ):
         load_hub_encoder_state("nosuch")
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LRM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(WeightsError, match=r"into .*file/weights, found: .*; name a folder .*: LRM_CACHE="):
+        resolve("lpips_alex")
