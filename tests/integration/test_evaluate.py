@@ -196,7 +196,7 @@ def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
 
 
 def test_what_is_refused_of_two_processes_is_said_once(pretrained, data, tmp_path):
-    with pytest.raises(SystemExit, match="^lrm: .*: expected at least 24 views"):  # here, and by no process
+    with pytest.raises(SystemExit, match=r"^lrm: .*: expected at least 24 views"):  # here, and by no process
         run(pretrained, data, tmp_path / "out", "--protocol", "gso-orbit", "--processes", "2")
 
 
