@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data_tools.assets import Asset
 from data_tools.download import Download, download, download_all
 from data_tools.sources.outcome import write_outcome
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 
 BASE = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
 
@@ -210,6 +210,6 @@ def _bring(downloads: Sequence[Download], sizes: dict[str, int], left_out: dict[
                 others.append(f"{done.id} ({size} bytes, not {sizes[done.id]})")
     if others:
         print(
-            f"{len(others)} meshes are whole but not of the size in the metadata, for instance {min(others)}"
+            f"whole, but not of the size in the metadata: {counted(len(others), 'mesh')}, for instance {min(others)}"
         )
     return hashes

@@ -137,7 +137,7 @@ def test_one_more_mesh_and_another_licence_render_one_object(reference, render_c
     options = OPTIONS[:-2]  # nobody says again how many are held out
     done = render_command(assets, out, *options)
     assert "Rendering 1 of 7 objects" in done.stdout
-    assert "the records of 1 objects, without rendering" in done.stdout
+    assert "the records of 1 object, without rendering" in done.stdout
     before, after = pictures(reference[1]), pictures(out)
     changed = {place for place, content in before.items() if after[place] != content}
     assert {(key, name) for _, key, name in changed} == {("box", "json")}

@@ -144,7 +144,7 @@ def test_a_whole_mesh_of_another_size_than_the_metadata_say_is_taken_and_named(o
     objaverse.write("metadata/000-001.json.gz", {TABLE: record(TABLE, archives={"glb": {"size": 913}})})
     assert [asset.id for asset in fetch(objaverse, tmp_path, uids=[TABLE, CHAIR])] == [CHAIR, TABLE]
     assert (
-        f"1 meshes are whole but not of the size in the metadata, for instance {TABLE} (912 bytes, not 913)"
+        f"whole, but not of the size in the metadata: 1 mesh, for instance {TABLE} (912 bytes, not 913)"
         in (capsys.readouterr().out)
     )
 
