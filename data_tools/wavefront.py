@@ -150,9 +150,16 @@ def _plain(name: str) -> str:
 
 
 def undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
-    """Return the materials that an OBJ uses and its MTL files do not define."""
-    defined = [name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())]
-    return sorted(_names(b"usemtl", obj).difference(defined))
+    """Return the materials of faces of an OBJ that its MTL files do not define; Blender's names for none are none."""
+    defined = {name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())}
+    parts = re.split(rb"^[ \t]*usemtl[ \t]+(\S[^\n]*)", plain_text(obj), flags=re.MULTILINE | re.IGNORECASE)
+    faces = re.compile(rb"^[ \t]*f[ \t]", re.MULTILINE)
+    used = {
+        _text(name.rstrip())
+        for name, part in zip(parts[1::2], parts[2::2], strict=True)
+        if faces.search(part)
+    }
+    return sorted(used - defined - {"(null)", "None"})
 
 
 def _names(keyword: bytes, content: bytes) -> set[str]:

@@ -103,11 +103,14 @@ def write_pictures(folder):
     write_obj(folder, "windows", "newmtl m\nKd 1 1 1\nmap_Kd C:\\Users\\me\\Tex\\wood.png\n")
     write_obj(folder, "heights", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\nmap_Bump -bm 0.5 orange.png\n")
     write_obj(folder, "matt", "newmtl m\nKd 1 1 1\nKs 1 1 1\nillum 1\nmap_Kd orange.png\n")
+    write_obj(folder, "not_used", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\n")
+    with open(folder / "not_used.obj", "a") as file:
+        file.write("usemtl other\n")
     write_obj(folder, "library", "newmtl m\nKd 0.1176 0.6275 0.3529\n", head="mtllib LIBRARY.MTL")
     return {
         "color_and_data": ORANGE, "other_case": GREEN, "second_set": BLUE, "veiled": ORANGE, "clamped": BLUE,
         "repeated": RED, "windows": GREEN, "library": GREEN,
-        "heights": ORANGE, "matt": ORANGE,
+        "heights": ORANGE, "matt": ORANGE, "not_used": ORANGE,
     }  # fmt: skip
 
 
@@ -230,8 +233,9 @@ def rendered(render_command, render_python, root, tmp_path_factory):
 
 
 def test_each_object_is_seen_in_the_color_that_its_file_means(rendered):
-    found, _, colours, _ = rendered
+    found, rows, colours, _ = rendered
     for key, colour in colours.items():
+        assert rows[key]["outcome"] == "kept", (key, rows[key]["reason"])
         solid = found[key][found[key][..., 3] == 255][:, :3]
         np.testing.assert_allclose(np.median(solid, axis=0), colour, atol=4, err_msg=key)
         assert np.abs(solid.astype(int) - colour).max(axis=1).mean() < 20, f"{key} has other colors"
