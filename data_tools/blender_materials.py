@@ -7,6 +7,7 @@
 | MTL ``Kd``                                     | linear light              | sRGB, unless Blender wrote the MTL      |
 | MTL ``Tf 1 1 1``, which 3ds Max and Maya write | glass                     | glass only with ``illum`` 4, 6, 7 or 9  |
 | MTL ``Ks`` with ``illum`` 0 or 1               | gloss                     | no gloss                                |
+| an OBJ face with a vertex that is not there    | without that face         | refused                                 |
 | FBX without highlights, in binary              | gloss                     | no gloss                                |
 | ``Kd 0.5``; names in quotes or not in UTF-8    | cyan; gray                | gray of 0.5; as any other name          |
 | ``mtllib`` with several names, or a wrong one  | gray                      | each; the MTL of the OBJ's own name     |

@@ -162,6 +162,19 @@ def undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
     return sorted(used - defined - {"(null)", "None"})
 
 
+def face_without_vertex(obj: bytes) -> str:
+    """Return the first face of an OBJ that has a vertex which is not there, as it is written; "" if there is none."""
+    lines = [line.split() for line in plain_text(obj).split(b"\n")]
+    total, count = sum(words[:1] == [b"v"] for words in lines), 0
+    for words in lines:
+        count += words[:1] == [b"v"]
+        if words[:1] == [b"f"]:
+            numbers = [int(found[0]) for word in words[1:] if (found := re.match(rb"-?\d+", word))]
+            if not all(1 <= number <= total or -count <= number < 0 for number in numbers):
+                return _text(b" ".join(words))
+    return ""
+
+
 def _names(keyword: bytes, content: bytes) -> set[str]:
     """Return what stands behind a keyword at the start of a line."""
     lines = re.findall(

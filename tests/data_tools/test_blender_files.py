@@ -166,6 +166,9 @@ def write_refused(folder):
     content = struct.pack("<f", np.nan) + base64.b64decode(content)[4:]
     record["buffers"][0]["uri"] = head + "," + base64.b64encode(content).decode()
     (folder / "nan_gltf.gltf").write_text(json.dumps(record))
+    write_obj(folder, "cut_off")
+    with open(folder / "cut_off.obj", "a") as file:
+        file.write("f 1 2 9\n")
     write_obj(folder, "undefined", "newmtl M\nKd 1 0 0\n")
     write_obj(folder, "unnamed", head="")
     (folder / "unnamed.mtl").unlink()
@@ -174,6 +177,7 @@ def write_refused(folder):
         "nan_gltf": "expected finite vertex positions, found others in mesh",
         "beyond": "expected faces between its 8 vertices, found one with vertex 8",
         "large": "expected finite vertex positions of float32, found 'v -1 -1 4e38 ' in line 2",
+        "cut_off": "expected faces between its vertices, found 'f 1 2 9'",
         "undefined": "missing_textures 1", "unnamed": "missing_textures 1",
     }  # fmt: skip
 
