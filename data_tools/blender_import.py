@@ -77,6 +77,7 @@ def load_asset(
         blender_pictures.stretch_edges(clamped)
     pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
     _refuse_files_outside(root, Path.cwd(), pictures)
+    blender_materials.open_pictures()
     if kind not in blender_gltf.SUFFIXES:
         blender_pictures.keep_colors_straight()
         blender_pictures.read_masks()
@@ -159,7 +160,6 @@ def prepare(
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
     blender_materials.turn_opposed_normals()
-    blender_materials.show_movies_as_pictures()
     doubled = blender_materials.separate_doubled_faces()
     one_sided = blender_materials.hide_back_faces()
     shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]

@@ -37,7 +37,6 @@ def find_pictures(folder: Path) -> None:
         if found := next(filter(None, (find_beside(folder, end) for end in ends)), None):
             picture = bpy.data.images.load(str(found.absolute()), check_existing=True)
             picture.alpha_mode = image.alpha_mode
-            picture.colorspace_settings.name = image.colorspace_settings.name
             image.user_remap(picture)
             bpy.data.images.remove(image)
 

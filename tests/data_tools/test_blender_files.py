@@ -106,11 +106,15 @@ def write_pictures(folder):
     write_obj(folder, "not_used", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\n")
     with open(folder / "not_used.obj", "a") as file:
         file.write("usemtl other\n")
+    for kind in ("ppm", "pcx", "avif"):
+        Image.new("RGB", (64, 64), ORANGE).save(folder / f"orange.{kind}", quality=95)
+        write_obj(folder, kind, f"newmtl m\nKd 1 1 1\nmap_Kd orange.{kind}\n")
     write_obj(folder, "library", "newmtl m\nKd 0.1176 0.6275 0.3529\n", head="mtllib LIBRARY.MTL")
     return {
         "color_and_data": ORANGE, "other_case": GREEN, "second_set": BLUE, "veiled": ORANGE, "clamped": BLUE,
         "repeated": RED, "windows": GREEN, "library": GREEN,
         "heights": ORANGE, "matt": ORANGE, "not_used": ORANGE,
+        "ppm": ORANGE, "pcx": ORANGE, "avif": ORANGE,
     }  # fmt: skip
 
 
@@ -222,6 +226,8 @@ def rendered(render_command, render_python, root, tmp_path_factory):
     mask.save(folder / "assets" / "mask.jpg", quality=95)
     for name, uv in (("masked", "0.75 0.5"), ("unmasked", "0.25 0.5")):
         write_obj(folder / "assets", name, "newmtl m\nKd 1 0 0\nmap_d mask.jpg\n", uv=uv)
+    mask.save(folder / "assets" / "mask.ppm")
+    write_obj(folder / "assets", "masked_ppm", "newmtl m\nKd 1 0 0\nmap_d mask.ppm\n", uv="0.75 0.5")
     write_obj(folder / "assets", "half", "newmtl m\nKd 1 0 0\nmap_Kd orange.png\nmap_d orange.png\n")
     options = ["--views", "4", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
@@ -263,7 +269,7 @@ def test_a_one_sided_card_of_shared_vertices_is_seen_from_both_sides(rendered):
 
 def test_opacity_without_alpha_is_the_brightness_of_its_picture(rendered):
     found, rows, _, _ = rendered
-    assert "masked" not in found, rows["masked"]["reason"]
-    assert "renders to nothing" in rows["masked"]["reason"]
+    for key in ("masked", "masked_ppm"):
+        assert "renders to nothing" in rows[key]["reason"], key
     assert (found["unmasked"][:, 24:40, 24:40, 3] == 255).all()
     assert (found["half"][:, 24:40, 24:40, 3] == 255).all(), "a picture of colors without alpha hides nothing"
