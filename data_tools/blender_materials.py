@@ -7,6 +7,7 @@
 | MTL ``Kd``                                     | linear light              | sRGB, unless Blender wrote the MTL      |
 | MTL ``Tf 1 1 1``, which 3ds Max and Maya write | glass                     | glass only with ``illum`` 4, 6, 7 or 9  |
 | MTL ``Ks`` with ``illum`` 0 or 1               | gloss                     | no gloss                                |
+| an OBJ face with a vertex that is not there    | without that face         | refused                                 |
 | FBX without highlights, in binary              | gloss                     | no gloss                                |
 | ``Kd 0.5``; names in quotes or not in UTF-8    | cyan; gray                | gray of 0.5; as any other name          |
 | ``mtllib`` with several names, or a wrong one  | gray                      | each; the MTL of the OBJ's own name     |
@@ -15,7 +16,7 @@
 | colors at vertices, and a material without one | the material's gray       | the colors; the gray of parts without   |
 | normals that point to the back of their face   | black                     | they are turned                         |
 | glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen, holes or not   |
-| a GIF as a texture                             | a movie, shown in magenta | its first picture                       |
+| a GIF, PPM, PCX or AVIF as a texture           | magenta                   | the (first) picture                     |
 | several faces in one place                     | black speckles            | one of them; opaque under transparent   |
 | an OBJ whose MTL or material is not there      | gray                      | counted as a missing texture            |
 | colors at vertices in 0 to 255, not 0 to 1     | white                     | divided by 255                          |
@@ -162,9 +163,9 @@ def _color_with(material: bpy.types.Material, attribute: str) -> None:
             material.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
 
 
-def show_movies_as_pictures() -> None:
-    """Put the first picture of each movie that Blender cannot open (small GIFs) in its place."""
-    for image in [image for image in bpy.data.images if image.source == "MOVIE" and image.size[0] == 0]:
+def open_pictures() -> None:
+    """Open pictures that Blender cannot open (PPM, PCX, AVIF), and small GIFs, which it takes for movies."""
+    for image in [image for image in bpy.data.images if image.filepath and image.size[0] == 0]:
         try:
             with Image.open(bpy.path.abspath(image.filepath)) as first:
                 pixels = np.asarray(first.convert("RGBA"), dtype=np.float32)[::-1] / 255
@@ -174,6 +175,7 @@ def show_movies_as_pictures() -> None:
         picture = bpy.data.images.new(image.name, width, height, alpha=True)
         picture.pixels.foreach_set(pixels.ravel())
         picture.pack()
+        picture.alpha_mode = image.alpha_mode
         image.user_remap(picture)
         bpy.data.images.remove(image)
 

@@ -31,12 +31,12 @@ def find_pictures(folder: Path) -> None:
         if not image.filepath or image.packed_file or wanted.is_file():
             continue
         inside = wanted.relative_to(folder) if wanted.is_relative_to(folder) else wanted
-        parts = PureWindowsPath(inside).parts
+        windows = PureWindowsPath(inside)
+        parts = windows.parts[bool(windows.anchor) :]
         ends = ["/".join(parts[start:]) for start in range(len(parts)) if ".." not in parts[start:]]
         if found := next(filter(None, (find_beside(folder, end) for end in ends)), None):
             picture = bpy.data.images.load(str(found.absolute()), check_existing=True)
             picture.alpha_mode = image.alpha_mode
-            picture.colorspace_settings.name = image.colorspace_settings.name
             image.user_remap(picture)
             bpy.data.images.remove(image)
 

@@ -131,7 +131,8 @@ class BlenderProcess:
             self.close()
             raise BlenderError(
                 f"expected Blender to start with {command[0]}, found that it {hello}; its last lines: {tail}\n"
-                "remedy: run `make .venv-render`, which installs bpy and the system libraries that it links"
+                "remedy: run `make .venv-render`, which installs bpy and the system libraries that it links, and then "
+                "`.venv-render/bin/python -m data_tools render`"
             )
         self.renderer = str(hello["renderer"])
 

@@ -150,9 +150,29 @@ def _plain(name: str) -> str:
 
 
 def undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
-    """Return the materials that an OBJ uses and its MTL files do not define."""
-    defined = [name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())]
-    return sorted(_names(b"usemtl", obj).difference(defined))
+    """Return the materials of faces of an OBJ that its MTL files do not define; Blender's names for none are none."""
+    defined = {name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())}
+    parts = re.split(rb"^[ \t]*usemtl[ \t]+(\S[^\n]*)", plain_text(obj), flags=re.MULTILINE | re.IGNORECASE)
+    faces = re.compile(rb"^[ \t]*f[ \t]", re.MULTILINE)
+    used = {
+        _text(name.rstrip())
+        for name, part in zip(parts[1::2], parts[2::2], strict=True)
+        if faces.search(part)
+    }
+    return sorted(used - defined - {"(null)", "None"})
+
+
+def face_without_vertex(obj: bytes) -> str:
+    """Return the first face of an OBJ that has a vertex which is not there, as it is written; "" if there is none."""
+    lines = [line.split() for line in plain_text(obj).split(b"\n")]
+    total, count = sum(words[:1] == [b"v"] for words in lines), 0
+    for words in lines:
+        count += words[:1] == [b"v"]
+        if words[:1] == [b"f"]:
+            numbers = [int(found[0]) for word in words[1:] if (found := re.match(rb"-?\d+", word))]
+            if not all(1 <= number <= total or -count <= number < 0 for number in numbers):
+                return _text(b" ".join(words))
+    return ""
 
 
 def _names(keyword: bytes, content: bytes) -> set[str]:

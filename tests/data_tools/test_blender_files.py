@@ -103,11 +103,18 @@ def write_pictures(folder):
     write_obj(folder, "windows", "newmtl m\nKd 1 1 1\nmap_Kd C:\\Users\\me\\Tex\\wood.png\n")
     write_obj(folder, "heights", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\nmap_Bump -bm 0.5 orange.png\n")
     write_obj(folder, "matt", "newmtl m\nKd 1 1 1\nKs 1 1 1\nillum 1\nmap_Kd orange.png\n")
+    write_obj(folder, "not_used", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\n")
+    with open(folder / "not_used.obj", "a") as file:
+        file.write("usemtl other\n")
+    for kind in ("ppm", "pcx", "avif"):
+        Image.new("RGB", (64, 64), ORANGE).save(folder / f"orange.{kind}", quality=95)
+        write_obj(folder, kind, f"newmtl m\nKd 1 1 1\nmap_Kd orange.{kind}\n")
     write_obj(folder, "library", "newmtl m\nKd 0.1176 0.6275 0.3529\n", head="mtllib LIBRARY.MTL")
     return {
         "color_and_data": ORANGE, "other_case": GREEN, "second_set": BLUE, "veiled": ORANGE, "clamped": BLUE,
         "repeated": RED, "windows": GREEN, "library": GREEN,
-        "heights": ORANGE, "matt": ORANGE,
+        "heights": ORANGE, "matt": ORANGE, "not_used": ORANGE,
+        "ppm": ORANGE, "pcx": ORANGE, "avif": ORANGE,
     }  # fmt: skip
 
 
@@ -163,6 +170,9 @@ def write_refused(folder):
     content = struct.pack("<f", np.nan) + base64.b64decode(content)[4:]
     record["buffers"][0]["uri"] = head + "," + base64.b64encode(content).decode()
     (folder / "nan_gltf.gltf").write_text(json.dumps(record))
+    write_obj(folder, "cut_off")
+    with open(folder / "cut_off.obj", "a") as file:
+        file.write("f 1 2 9\n")
     write_obj(folder, "undefined", "newmtl M\nKd 1 0 0\n")
     write_obj(folder, "unnamed", head="")
     (folder / "unnamed.mtl").unlink()
@@ -171,6 +181,7 @@ def write_refused(folder):
         "nan_gltf": "expected finite vertex positions, found others in mesh",
         "beyond": "expected faces between its 8 vertices, found one with vertex 8",
         "large": "expected finite vertex positions of float32, found 'v -1 -1 4e38 ' in line 2",
+        "cut_off": "expected faces between its vertices, found 'f 1 2 9'",
         "undefined": "missing_textures 1", "unnamed": "missing_textures 1",
     }  # fmt: skip
 
@@ -215,6 +226,8 @@ def rendered(render_command, render_python, root, tmp_path_factory):
     mask.save(folder / "assets" / "mask.jpg", quality=95)
     for name, uv in (("masked", "0.75 0.5"), ("unmasked", "0.25 0.5")):
         write_obj(folder / "assets", name, "newmtl m\nKd 1 0 0\nmap_d mask.jpg\n", uv=uv)
+    mask.save(folder / "assets" / "mask.ppm")
+    write_obj(folder / "assets", "masked_ppm", "newmtl m\nKd 1 0 0\nmap_d mask.ppm\n", uv="0.75 0.5")
     write_obj(folder / "assets", "half", "newmtl m\nKd 1 0 0\nmap_Kd orange.png\nmap_d orange.png\n")
     options = ["--views", "4", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
@@ -230,8 +243,9 @@ def rendered(render_command, render_python, root, tmp_path_factory):
 
 
 def test_each_object_is_seen_in_the_color_that_its_file_means(rendered):
-    found, _, colours, _ = rendered
+    found, rows, colours, _ = rendered
     for key, colour in colours.items():
+        assert rows[key]["outcome"] == "kept", (key, rows[key]["reason"])
         solid = found[key][found[key][..., 3] == 255][:, :3]
         np.testing.assert_allclose(np.median(solid, axis=0), colour, atol=4, err_msg=key)
         assert np.abs(solid.astype(int) - colour).max(axis=1).mean() < 20, f"{key} has other colors"
@@ -255,7 +269,7 @@ def test_a_one_sided_card_of_shared_vertices_is_seen_from_both_sides(rendered):
 
 def test_opacity_without_alpha_is_the_brightness_of_its_picture(rendered):
     found, rows, _, _ = rendered
-    assert "masked" not in found, rows["masked"]["reason"]
-    assert "renders to nothing" in rows["masked"]["reason"]
+    for key in ("masked", "masked_ppm"):
+        assert "renders to nothing" in rows[key]["reason"], key
     assert (found["unmasked"][:, 24:40, 24:40, 3] == 255).all()
     assert (found["half"][:, 24:40, 24:40, 3] == 255).all(), "a picture of colors without alpha hides nothing"
