@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import lightning as L
 import pytest
@@ -152,6 +154,21 @@ def test_a_script_does_not_go_on_after_a_fit_that_diverged_or_was_stopped(
     with pytest.raises(error, match=message):
         fit(steps, callback, RunKeeper())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_second_script_in_the_folder_of_a_run_keeper_is_refused(fit, root, tmp_path):
+    folder = tmp_path / "plain/checkpoints"
+    code = "import sys; from pathlib import Path; from lrm_pl.training.run_lock import RunLock; "
+    code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": root}
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"found one at work there; .* in Python the RunKeeper's folder"):
+            fit(2, RunKeeper())
+        other.stdin.close()
+        other.wait(20)
+    fit(2, RunKeeper())
+    fit(3, RunKeeper())
 
 
 def test_a_data_module_of_a_resumed_fit_feeds_the_next_fit_from_its_beginning(fit, tmp_path):
