@@ -14,6 +14,7 @@ from typing import Any, final
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl.data.batch import Batch
@@ -159,6 +160,13 @@ class RunKeeper(L.Callback):
         self.newest = path
         if trainer.is_global_zero:
             logger.info("going on after step %d from %s", checkpoint.step, path)
+        if any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                logger.warning(
+                    "EarlyStopping ended this run at step %d: no step is added; a larger patience goes on",
+                    checkpoint.step,
+                )
 
     def _choose_together(self, trainer: L.Trainer) -> None:
         """Go on from the newest where nobody has chosen; an error is every rank's."""

@@ -227,6 +227,20 @@ def test_a_run_that_stopped_early_has_its_patience_still(fit):
     assert more.patience == 20, "that of the run as it is now given"
 
 
+def test_a_run_that_early_stopping_ended_is_not_trained_further_when_it_is_started_again(fit, caplog):
+    def stopping(patience):
+        one = EarlyStopping("loss/total", patience=patience, check_on_train_epoch_end=True)
+        one.best_score = torch.tensor(0.0)
+        return one
+
+    fit(2, stopping(1), RunKeeper())
+    _, trainer, seen = fit(4, stopping(1), RunKeeper())
+    assert (trainer.global_step, seen.ids) == (2, [])
+    assert "EarlyStopping ended this run at step 2: no step is added" in caplog.text
+    _, trainer, _ = fit(4, stopping(9), RunKeeper())
+    assert trainer.global_step == 4
+
+
 def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_path, caplog):
     caplog.set_level("INFO")
     module, trainer, _ = fit(2)
