@@ -131,9 +131,10 @@ def print_report(
         write_atomically(path, content)
     console.print(f"Use it: make infer IMAGE=photo.png CKPT={shlex.quote(str(folder))}", soft_wrap=True)
     if any(isinstance(log, TensorBoardLogger) for log in trainer.loggers):
-        console.print(
-            f"Watch the run: make tensorboard   (tensorboard --logdir {folder.parent})", soft_wrap=True
-        )
+        there = Path("runs").absolute() in folder.absolute().parents  # where make tensorboard looks
+        command = f"tensorboard --logdir {folder.parent}"
+        shown = f"make tensorboard   ({command})" if there else command
+        console.print(f"Watch the run: {shown}", soft_wrap=True)
     return reports
 
 

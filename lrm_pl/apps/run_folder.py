@@ -1,11 +1,7 @@
 """The folder of a run: where it is, that one run at a time is in it, and what to go on from."""
 
 import dataclasses
-import fcntl
 import inspect
-import logging
-import os
-import weakref
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -14,12 +10,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lrm_pl.apps.csv_rows import KeptRows
-from lrm_pl.data.locks import NO_LOCKS
 from lrm_pl.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-LOCK_NAME = ".lock"
 
 
 @dataclasses.dataclass
@@ -145,29 +136,6 @@ def run_of(path: str) -> Path | None:
         return None
     place = Path(path).expanduser().absolute()
     return next((f for f in (place, *place.parents[:2]) if (f / "config.yaml").is_file()), None)
-
-
-class RunLock:
-    """Hold a run's folder for as long as this process lives, however it ends.
-
-    A POSIX lock, not ``flock``: it is this process's alone, so that data workers that outlive a killed process do not
-    hold the folder against its next start; and it holds between the nodes of a network file system.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        weakref.finalize(self, os.close, descriptor)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX leaves open which
-            raise InputError(
-                f"expected no other run in {folder}, found one at work there; wait for it, or take another --run.folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logger.warning("%s: its file system has no locks (%s): start no second run there", folder, error)
 
 
 def purge_after(loggers: list[Any], step: int) -> None:

@@ -44,7 +44,6 @@ from lrm_pl.apps.processes import tasks_of_srun
 from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
-    RunLock,
     claim_new_folder,
     folder_of,
     fresh_folder,
@@ -89,6 +88,7 @@ from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import FULL, RunKeeper, StoppedError
+from lrm_pl.training.run_lock import RunLock
 from lrm_pl.training.run_state import set_progress
 from lrm_pl.training.state import load_average
 from lrm_pl.training.strategies import require_supported_name, require_supported_start

@@ -9,10 +9,12 @@ import logging
 import math
 import os
 import threading
+from pathlib import Path
 from typing import Any, final
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl.data.batch import Batch
@@ -33,9 +35,11 @@ from lrm_pl.io.checkpoints import (
     tidy,
     write_tensors,
 )
+from lrm_pl.stores import is_local
 from lrm_pl.training.bad_samples import BadSamples, BadSamplesError
 from lrm_pl.training.gradients import DivergedError
 from lrm_pl.training.module import LRMModule
+from lrm_pl.training.run_lock import RunLock
 from lrm_pl.training.run_state import load_run, run_numbers, run_tensors
 from lrm_pl.training.signals import StopSignals
 from lrm_pl.training.state import Snapshots
@@ -112,6 +116,7 @@ class RunKeeper(L.Callback):
         self._best: float | None = None
         self._run = "."
         self._missed = False  # whether a validation without the monitored metric has been spoken of
+        self._lock: RunLock | None = None  # of the folder, on rank 0; one who has chosen holds it himself
         #: Checkpoints in the folder that are not whole: newer than the one the run goes on from, or damaged best ones.
         self._passed_over: set[str] = set()
 
@@ -155,19 +160,28 @@ class RunKeeper(L.Callback):
         self.newest = path
         if trainer.is_global_zero:
             logger.info("going on after step %d from %s", checkpoint.step, path)
+        if any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                logger.warning(
+                    "EarlyStopping ended this run at step %d: no step is added; a larger patience goes on",
+                    checkpoint.step,
+                )
 
     def _choose_together(self, trainer: L.Trainer) -> None:
         """Go on from the newest where nobody has chosen; an error is every rank's."""
         error = None
         if trainer.is_global_zero:
             try:
+                if not self._chosen and is_local(str(self.folder)):
+                    self._lock = RunLock(Path(str(self.folder)))
                 found = self.resume_from if self._chosen else self.choose("auto")
                 if found is not None and trainer.ckpt_path is not None:
                     raise InputError(
                         f"expected one checkpoint to go on from, found ckpt_path {trainer.ckpt_path} and {found.path}; "
                         "leave ckpt_path out, or give the RunKeeper another folder"
                     )
-            except InputError as problem:
+            except (InputError, OSError) as problem:
                 error = str(problem)
         error = trainer.strategy.broadcast(error)
         self._chosen = False  # of the next fit nothing is known
@@ -259,6 +273,7 @@ class RunKeeper(L.Callback):
     ) -> None:
         """Let a checkpoint that is being written be finished."""
         self._join()
+        self._lock = None
         self.signals.restore()
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             logger.warning(
@@ -268,7 +283,8 @@ class RunKeeper(L.Callback):
             )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the handlers of signals back."""
+        """Give the folder and the handlers of signals back."""
+        self._lock = None
         if not self.listens_on:
             self.signals.restore()
 

@@ -95,7 +95,7 @@ def test_a_run_whose_bucket_another_run_took_over_ends_before_it_writes_there(fi
 
 
 def test_two_runs_with_one_local_folder_of_checkpoints_are_refused(fit, tmp_path):
-    code = "import sys; from pathlib import Path; from lrm_pl.apps.run_folder import RunLock; "
+    code = "import sys; from pathlib import Path; from lrm_pl.training.run_lock import RunLock; "
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "shared")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

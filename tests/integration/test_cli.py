@@ -96,8 +96,10 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
         "checkpoints/step-00000002",
     ):
         assert words in printed
-    assert "make tensorboard" in printed
     assert f"make infer IMAGE=photo.png CKPT={run_folder(tmp_path)}" in printed
+    assert f"Watch the run: tensorboard --logdir {tmp_path / 'runs/tiny'}" in printed, (
+        "make looks into ./runs"
+    )
     assert "Training: 100%" in printed, "the bar counts steps; there are no epochs"
     folder = run_folder(tmp_path)
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["lrm"]["dim"] == 16

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import lightning as L
 import pytest
@@ -154,6 +156,21 @@ def test_a_script_does_not_go_on_after_a_fit_that_diverged_or_was_stopped(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_second_script_in_the_folder_of_a_run_keeper_is_refused(fit, root, tmp_path):
+    folder = tmp_path / "plain/checkpoints"
+    code = "import sys; from pathlib import Path; from lrm_pl.training.run_lock import RunLock; "
+    code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": root}
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match=r"found one at work there; .* in Python the RunKeeper's folder"):
+            fit(2, RunKeeper())
+        other.stdin.close()
+        other.wait(20)
+    fit(2, RunKeeper())
+    fit(3, RunKeeper())
+
+
 def test_a_data_module_of_a_resumed_fit_feeds_the_next_fit_from_its_beginning(fit, tmp_path):
     fit(2, RunKeeper())
     module, trainer, _ = fit(4, RunKeeper())
@@ -208,6 +225,20 @@ def test_a_run_that_stopped_early_has_its_patience_still(fit):
     more = EarlyStopping("loss/total", patience=20, check_on_train_epoch_end=True)
     fit(2, more, RunKeeper(every=2))
     assert more.patience == 20, "that of the run as it is now given"
+
+
+def test_a_run_that_early_stopping_ended_is_not_trained_further_when_it_is_started_again(fit, caplog):
+    def stopping(patience):
+        one = EarlyStopping("loss/total", patience=patience, check_on_train_epoch_end=True)
+        one.best_score = torch.tensor(0.0)
+        return one
+
+    fit(2, stopping(1), RunKeeper())
+    _, trainer, seen = fit(4, stopping(1), RunKeeper())
+    assert (trainer.global_step, seen.ids) == (2, [])
+    assert "EarlyStopping ended this run at step 2: no step is added" in caplog.text
+    _, trainer, _ = fit(4, stopping(9), RunKeeper())
+    assert trainer.global_step == 4
 
 
 def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_path, caplog):

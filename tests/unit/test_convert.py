@@ -2,6 +2,8 @@
 
 import pickle
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -228,3 +230,10 @@ def test_a_size_that_a_file_claims_takes_no_memory():
     )
     with pytest.raises(ConversionError, match="has shape"):
         convert_triposr(tensors, UnseenNumbers(4, 3, 112, 16))
+
+
+def test_the_words_of_a_conversion_are_read_before_torch_is_loaded(root):
+    code = "import sys; from lrm_pl.apps.convert import main; assert 'torch' not in sys.modules; main(['--from', 'x'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "invalid choice: 'x'" in done.stderr

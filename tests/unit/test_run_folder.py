@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lrm_pl.apps.run_folder import RunLock, claim_new_folder, folder_of, place_loggers, run_of, run_path
+from lrm_pl.apps.run_folder import claim_new_folder, folder_of, place_loggers, run_of, run_path
 from lrm_pl.data.source import ShardSource
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import (
@@ -26,6 +26,7 @@ from lrm_pl.io.checkpoints import (
     write_tensors,
 )
 from lrm_pl.training.run_keeper import RunKeeper
+from lrm_pl.training.run_lock import RunLock
 
 
 def write(folder, step):
@@ -39,7 +40,7 @@ def write(folder, step):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from lrm_pl.apps.run_folder import RunLock
+from lrm_pl.training.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 child = os.fork() if sys.argv[2] == "fork" else 1
 if child == 0:  # as a data worker
