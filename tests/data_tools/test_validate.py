@@ -245,7 +245,8 @@ def test_an_address_is_no_folder(words, tmp_path, monkeypatch, capsys):
 def test_what_the_system_refuses_is_one_message(shards, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["repack", "--shards", str(shards), "--out", str(tmp_path / "file" / "out")]) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno 17] File exists")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: expected a folder at {tmp_path / 'file'}, found a file")
 
 
 def test_a_process_that_is_killed_ends_the_check_with_a_remedy():

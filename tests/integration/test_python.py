@@ -151,9 +151,10 @@ class Told(L.Callback):
 def test_a_script_does_not_go_on_after_a_fit_that_diverged_or_was_stopped(
     fit, callback, steps, error, message
 ):
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error, match=message):
         fit(steps, callback, RunKeeper())
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_script_in_the_folder_of_a_run_keeper_is_refused(fit, root, tmp_path):

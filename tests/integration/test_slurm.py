@@ -118,7 +118,7 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
     job = slurm.submit(script)
     log = launch.run / f"slurm-{job}.log"
     try:
-        wait_for(log, r"loss/total", 1)
+        wait_for(log, "loss=", 1)
         subprocess.run(["scancel", "--signal=USR1", job], check=True)  # as --signal=USR1@120 does, in time
         text = wait_for(log, "is requeued, and goes on", 1)
         stopped = int(
