@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -39,6 +40,7 @@ from data_tools.shard_folder import (
     no_space_message,
     parts,
     read_failures,
+    require_as_recorded,
     update_records,
     write_failures,
     write_part,
@@ -111,6 +113,7 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             _require_kept(out, manifest, len(assets))
             _print_summary(out, manifest, time.monotonic() - start, _Done())
             return manifest
+        _require_as_recorded(out, plan, by_id, last)
         write_failures(out / FAILURES_NAME, failures)  # without a line that a killed run began
         needed = estimate_bytes(len(pending), settings)
         if shutil.disk_usage(out).free < needed:
@@ -151,6 +154,16 @@ def _is_described(out: Path, last: _Last) -> bool:
     """Say whether the table and the contact sheet of a finished folder are there."""
     has_kept = last.manifest is not None and not all(shard.rejected for shard in last.manifest.shards)
     return all((out / name).is_file() for name in (FILTER_NAME, *[SHEET_NAME] * has_kept))
+
+
+def _require_as_recorded(
+    out: Path, plan: Sequence[PlannedShard], assets: Mapping[str, Asset], last: _Last
+) -> None:
+    if last.manifest is not None:
+        known = {shard.name: shard for shard in last.manifest.shards}
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            check = partial(require_as_recorded, out, assets=assets, known=known, before_ns=last.written_ns)
+            list(pool.map(check, plan))
 
 
 def _begin(out: Path, continuation: Continuation, assets: Sequence[Asset]) -> None:

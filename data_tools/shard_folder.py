@@ -145,6 +145,52 @@ def find_records(folder: Path, planned: PlannedShard) -> dict[str, tuple[Path, S
     return found
 
 
+def require_as_recorded(
+    folder: Path,
+    planned: PlannedShard,
+    assets: Mapping[str, Asset],
+    known: Mapping[str, Shard],
+    before_ns: int,
+) -> None:
+    """Check shards of a finished folder that will be hashed anew: the new hash would vouch for a damaged file.
+
+    Args:
+        folder: Folder of shards.
+        planned: The shard.
+        assets: Id -> asset.
+        known: Name -> shard, as the manifest has it.
+        before_ns: When the manifest was written.
+
+    Raises:
+        FolderError: A file has another hash than in the manifest.
+    """
+    paths = [folder / name for name, _ in _names(planned) if name in known and (folder / name).is_file()]
+    is_rewritten = bool(_changed_records(folder, planned, assets))
+    for path in paths:
+        shard = known[path.name]
+        if (is_rewritten or not _is_unchanged(path, shard, before_ns)) and hash_file(path) != shard.sha256:
+            raise FolderError(
+                f"{path}: expected sha256 {shard.sha256} as in the manifest, found another: it is damaged; delete it "
+                f"and {folder / MANIFEST_NAME}, and run the same command: its objects are rendered again"
+            )
+
+
+def _changed_records(
+    folder: Path, planned: PlannedShard, assets: Mapping[str, Asset]
+) -> dict[str, SampleInfo]:
+    return {
+        key: info
+        for key, (_, info) in find_records(folder, planned).items()
+        if key in assets and info != _with_listed(info, assets[key])
+    }
+
+
+def _is_unchanged(path: Path, shard: Shard, before_ns: int) -> bool:
+    """Say whether a file is of its size, and older than the manifest that records it."""
+    stat = path.stat()
+    return shard.bytes == stat.st_size and stat.st_mtime_ns < before_ns
+
+
 def update_records(
     folder: Path, planned: PlannedShard, assets: Mapping[str, Asset], rules: Sequence[Rule]
 ) -> int:
@@ -159,11 +205,7 @@ def update_records(
     Returns:
         How many records were others.
     """
-    changed = {
-        key: info
-        for key, (_, info) in find_records(folder, planned).items()
-        if key in assets and info != _with_listed(info, assets[key])
-    }
+    changed = _changed_records(folder, planned, assets)
     if changed:
 
         def update(key: str, members: dict[str, bytes]) -> dict[str, bytes]:
@@ -200,7 +242,7 @@ def find_shards(
         if shard is None:
             continue
         then = known.get(name)
-        if then and then.bytes == shard.bytes and (folder / name).stat().st_mtime_ns < before_ns:
+        if then and _is_unchanged(folder / name, then, before_ns):
             sha256 = then.sha256
         else:
             sha256 = hash_file(folder / name)

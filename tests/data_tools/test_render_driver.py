@@ -255,6 +255,30 @@ def test_an_added_mesh_and_a_changed_licence_render_one_object(assets, tmp_path,
     assert {row["sha256"] for row in table} == {hashlib.sha256(b"fine").hexdigest()}
 
 
+@pytest.mark.parametrize("was_copied", [False, True])
+def test_a_shard_that_was_damaged_is_not_given_a_new_hash(assets, tmp_path, was_copied):
+    out = tmp_path / "out"
+    run(assets, out)
+    shard = out / "train-000001.tar"
+    content, times = bytearray(shard.read_bytes()), shard.stat()
+    content[content.index(b"RIFF") + 30] ^= 1
+    shard.write_bytes(content)
+    if was_copied:  # every file is newer than the manifest; an added mesh rewrites no other shard
+        (assets / "0_first_by_name.glb").write_text("fine")
+    else:
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+        write_table(assets, c="CC0-1.0")
+    with pytest.raises(
+        FolderError, match=r"train-000001\.tar: expected sha256 .*found another: .*; delete it"
+    ):
+        run(assets, out)
+    assert shard.read_bytes() == content
+    shard.unlink()
+    (out / "manifest.json").unlink()
+    for made in run(assets, out).shards:
+        assert hash_file(out / made.name) == made.sha256
+
+
 def test_a_mesh_that_is_added_beside_one_of_its_name_changes_no_id(assets, tmp_path, rendered_ids):
     out = tmp_path / "out"
     write_table(assets, b="CC0-1.0")
