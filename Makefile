@@ -50,6 +50,8 @@ endef
 
 # $(call quoted,VALUE): one word of the shell, whatever is in it.
 quoted = '$(subst ','\'',$(1))'
+# $(call each,PREFIX,VALUES): one word where there is a file of that name, spaces and all, else those that spaces part.
+each = $(if $(shell test -e $(call quoted,$(2)) && echo 1),$(1)$(call quoted,$(2)),$(foreach name,$(2),$(1)$(call quoted,$(name))))
 # $(call option,--name,VALUE): --name='VALUE', or nothing where there is no value.
 option = $(if $(2),$(1)=$(call quoted,$(2)))
 JOB = $(call option,--nodes,$(NODES)) $(call option,--gpus,$(GPUS)) $(call option,--processes,$(PROCESSES)) \
@@ -61,7 +63,7 @@ RENDER_JOB = $(call option,--nodes,$(NODES)) $(call option,--gpus,$(GPUS)) $(cal
   $(call option,--account,$(ACCOUNT)) $(call option,--time,$(TIME)) $(if $(DRY),--dry-run)
 RENDER = $(call option,--assets,$(ASSETS)) $(call option,--out,$(OUT)) $(call option,--views,$(VIEWS)) \
   $(call option,--res,$(RES)) $(call option,--samples,$(SAMPLES)) $(call option,--jobs,$(JOBS)) $(ARGS)
-LAYERS = $(foreach config,$(CONFIG),$(call option,-c,$(config)))
+LAYERS = $(call each,-c=,$(CONFIG))
 # The demo's shards are made where they are trained on: where they are named, or where no others are.
 DEMO_SHARDS = $(if $(DRY),,$(if $(filter data/demo,$(or $(DATA),$(if $(filter $(DEMO),$(CONFIG)),data/demo))),\
   data/demo/manifest.json))
@@ -87,12 +89,9 @@ else
 	@.venv/bin/lrm launch $(LAUNCH) $(LAYERS) $(call option,--data,$(DATA)) -- $(ARGS)
 endif
 
-# IMAGE is one picture where there is one of that name, else several, or patterns.
-IMAGES = $(if $(shell test -e $(call quoted,$(IMAGE)) && echo 1),$(call quoted,$(IMAGE)),$(foreach image,$(IMAGE),$(call quoted,$(image))))
-
 infer: .venv/ready ## From photos to 3D files: IMAGE=photo.png IMAGE="a.png in/*.png" CKPT= ARGS="--texture"
 	@test -n $(call quoted,$(IMAGE)) || { echo "Which picture?  make infer IMAGE=photo.png" >&2; exit 2; }
-	.venv/bin/lrm infer $(IMAGES) $(call option,--ckpt,$(CKPT)) $(ARGS)
+	.venv/bin/lrm infer $(call each,,$(IMAGE)) $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PROCESSES= ARGS="--baseline"
 	.venv/bin/lrm evaluate $(call option,--ckpt,$(CKPT)) $(call option,--data,$(DATA)) $(call option,--protocol,$(PROTOCOL)) \

@@ -75,6 +75,7 @@ def test_a_path_is_one_word_whatever_is_in_it(typed, path, tmp_path):
     assert f"--ckpt={meant}" in typed("evaluate", f"CKPT={path}")[0]
     (tmp_path / meant).touch()
     assert typed("infer", f"IMAGE={path}")[0][2:] == [meant]
+    assert typed("train", f"CONFIG={path}")[0][2:] == [f"-c={meant}"]
 
 
 def test_several_pictures_and_patterns_are_words_of_their_own(typed):
