@@ -339,10 +339,14 @@ def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
 def test_a_terminal_that_is_closed_ends_a_run_with_its_newest_step_kept(here, tmp_path):
     ours, theirs = os.openpty()
     command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=1"]
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
     process = subprocess.Popen(
         [*command, "--trainer.max_steps=5000"],
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal,
     )  # fmt: skip
     os.close(theirs)
     os.set_blocking(ours, False)
