@@ -207,8 +207,8 @@ class _Hooks:
             for primitive in list(mesh.primitives):
                 if "KHR_draco_mesh_compression" not in (primitive.extensions or {}):
                     self._look_at(primitive, mesh, importer)
-        except Exception as error:  # of a broken file the importer itself says why
-            print(f"broken mesh: {error!r}")
+        except Exception as error:  # the importer would drop it, and the checks with it
+            self.broken.append(f"expected a mesh that can be read, found {error!r} in mesh {mesh.name!r}")
 
     def _look_at(
         self, primitive: types.SimpleNamespace, mesh: types.SimpleNamespace, importer: types.SimpleNamespace
@@ -219,7 +219,9 @@ class _Hooks:
         if "POSITION" in primitive.attributes:
             positions = decode(importer, primitive.attributes["POSITION"])
             if not np.isfinite(positions).all():
-                self.broken.append(f"expected finite vertex positions, found others in mesh {mesh.name!r}")
+                self.broken.append(
+                    f"expected finite vertex positions, found NaN or infinity in mesh {mesh.name!r}"
+                )
         if primitive.mode not in (None, 4) or primitive.indices is None:
             return
         indices = decode(importer, primitive.indices).reshape(-1)

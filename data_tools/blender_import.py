@@ -91,7 +91,7 @@ def _refuse_lost_faces(obj: bytes) -> None:
         return
     if face := wavefront.face_without_vertex(obj):
         raise AssetError(
-            f"expected faces between its vertices, found {_printable(face)!r}; get the file again"
+            f"expected faces between its vertices, found {_printable(face)!r}; export or download it again"
         )
 
 

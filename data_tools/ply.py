@@ -213,7 +213,7 @@ def _check(table: dict[str, _Columns]) -> None:
         with np.errstate(over="ignore"):
             if not np.isfinite(np.asarray(values, np.float32)).all():
                 raise KindError(
-                    "expected finite vertex positions of float32, found others; mend it in the program that made it"
+                    "expected finite vertex positions of float32, found NaN or infinity; export the mesh again"
                 )
     corners = _corners(face)
     if corners and positions and len(corners.values):

@@ -572,7 +572,7 @@ def _environment() -> ClusterEnvironment | None:
     a_node, _, nodes = (tasks := os.environ["SLURM_STEP_TASKS_PER_NODE"]).partition("(")
     if not a_node.isdecimal() or "," in nodes:
         raise InputError(
-            f"expected srun to start as many tasks on each node, found {tasks}; ask for --ntasks-per-node"
+            f"expected the same number of srun tasks on each node, found {tasks}; use --ntasks-per-node"
         )
     # Lightning wants it to be there and to be trainer.devices; of the allocation, it need not be the step's.
     os.environ["SLURM_NTASKS_PER_NODE"] = a_node

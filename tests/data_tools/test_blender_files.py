@@ -177,8 +177,8 @@ def write_refused(folder):
     write_obj(folder, "unnamed", head="")
     (folder / "unnamed.mtl").unlink()
     return {
-        "nan_ply": "expected finite vertex positions of float32, found others",
-        "nan_gltf": "expected finite vertex positions, found others in mesh",
+        "nan_ply": "expected finite vertex positions of float32, found NaN or infinity",
+        "nan_gltf": "expected finite vertex positions, found NaN or infinity in mesh",
         "beyond": "expected faces between its 8 vertices, found one with vertex 8",
         "large": "expected finite vertex positions of float32, found 'v -1 -1 4e38 ' in line 2",
         "cut_off": "expected faces between its vertices, found 'f 1 2 9'",

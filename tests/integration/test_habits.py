@@ -180,7 +180,7 @@ def test_nodes_with_different_numbers_of_tasks_are_refused(here, monkeypatch):
     tasks = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
     for name, value in tasks.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="expected srun to start as many tasks on each node, found 2,1"):
+    with pytest.raises(SystemExit, match="expected the same number of srun tasks on each node, found 2,1"):
         main(["fit", *here, "--trainer.accelerator=cpu"])
 
 
