@@ -252,6 +252,7 @@ def test_slurm_says_which_partitions_there_are_and_how_many_gpus_their_nodes_hav
 ):
     for name, text in (
         ("sinfo", "echo 'main*|4|n0|(null)'; echo 'gpu|8|n1|gpu:a100:4'"),
+        ("scontrol", "echo 'NodeName=n0 CPUTot=4 CPUEfctv=4'; echo 'NodeName=n1 CPUTot=8 CPUEfctv=6'"),
         ("sbatch", "exit 1"),
     ):
         (checkout / name).write_text(f"#!/bin/sh\n{text}\n")
