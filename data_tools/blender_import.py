@@ -70,7 +70,7 @@ def load_asset(
         blender_materials.show_texture(path.parent / texture)
     blender_pictures.find_pictures(path.parent.absolute())
     if kind == ".fbx":
-        blender_materials.leave_gloss_out(path)
+        blender_materials.mend_fbx(path)
     if kind not in blender_gltf.SUFFIXES:
         has_colors = blender_materials.show_vertex_colors()
         missing += [] if has_colors else undefined
@@ -159,6 +159,10 @@ def prepare(
     for thing in things:
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
+    bpy.context.view_layer.update()  # places everything
+    for thing in things:
+        if sum(map(bool, thing.matrix_world.to_scale())) < 2:  # a scale of 0 hides it
+            thing.hide_render = True
     blender_materials.turn_opposed_normals()
     doubled = blender_materials.separate_doubled_faces()
     one_sided = blender_materials.hide_back_faces()
@@ -283,9 +287,15 @@ def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float
     parts = list(world_meshes())
     if not parts:
         raise AssetError("is empty: expected mesh faces, found none")
-    vertices = np.concatenate([points for points, _ in parts])
-    if not np.isfinite(vertices).all():
+    if not all(np.isfinite(points).all() for points, _ in parts):
         raise AssetError("expected finite vertex positions, found infinite or undefined ones")
+    flat = [_is_flat(points, corners) for points, corners in parts]
+    # faces without an area, such as those that join strips, are not seen
+    vertices = np.concatenate(
+        [points[np.unique(corners[~none])] for (points, corners), none in zip(parts, flat, strict=True)]
+    )
+    if not len(vertices):
+        raise AssetError("is empty: expected mesh faces with an area, found none")
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     centre = (low + high) / 2
     size = (
@@ -304,7 +314,6 @@ def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float
     triangles = sum(len(corners) for _, corners in parts)
     if triangles > MAX_TRIANGLES:
         raise AssetError(f"is huge: expected at most {MAX_TRIANGLES} triangles, found {triangles}")
-    flat = sum(_count_flat(points, corners) for points, corners in parts)
     root = bpy.data.objects.new("normalise", None)
     for thing in bpy.context.scene.objects:
         if thing.parent is None:
@@ -312,15 +321,16 @@ def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float
     bpy.context.scene.collection.objects.link(root)
     root.matrix_world = mathutils.Matrix.Scale(1 / size, 4) @ mathutils.Matrix.Translation(-centre)
     bpy.context.view_layer.update()
-    return (high - low) / 2 / size, float((high - low).max()), triangles, flat / max(1, triangles)
+    degenerate = sum(int(none.sum()) for none in flat) / triangles
+    return (high - low) / 2 / size, float((high - low).max()), triangles, degenerate
 
 
-def _count_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) -> int:
-    """Count triangles (n, 3) whose area is nothing beside their longest side squared."""
+def _is_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Say of triangles (n, 3) whether their area is nothing beside their longest side squared."""
     a, b, c = (points[corners[:, i]] for i in range(3))
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     sides = [((b - a) ** 2).sum(axis=1), ((c - b) ** 2).sum(axis=1), ((a - c) ** 2).sum(axis=1)]
-    return int((area <= 1e-9 * np.maximum.reduce(sides)).sum())
+    return np.asarray(area <= 1e-9 * np.maximum.reduce(sides))
 
 
 def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]]:
@@ -337,9 +347,23 @@ def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int
             mesh.calc_loop_triangles()
             corners = np.empty(len(mesh.loop_triangles) * 3, dtype=np.int32)
             mesh.loop_triangles.foreach_get("vertices", corners)
+            corners = _without_clear(thing, mesh, corners.reshape(-1, 3))
             matrix = np.array(instance.matrix_world, dtype=np.float64)
             used = np.zeros(len(mesh.vertices), dtype=bool)
             used[corners] = True  # scans have points, and CAD files lines, that no face uses
             points = flat.reshape(-1, 3)[used].astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
-            yield points, (np.cumsum(used, dtype=np.int32) - 1)[corners].reshape(-1, 3)
+            if len(corners):
+                yield points, (np.cumsum(used, dtype=np.int32) - 1)[corners]
         thing.to_mesh_clear()
+
+
+def _without_clear(
+    thing: bpy.types.Object, mesh: bpy.types.Mesh, corners: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int32]:
+    """Return the triangles (n, 3) of a mesh without those of materials of which nothing can be seen."""
+    clear = np.array([bool(slot.material) and _is_clear(slot.material) for slot in thing.material_slots])
+    if not clear.any():
+        return corners
+    slots = np.empty(len(corners), dtype=np.int32)
+    mesh.loop_triangles.foreach_get("material_index", slots)
+    return corners[~clear[slots.clip(0, len(clear) - 1)]]

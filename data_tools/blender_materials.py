@@ -8,6 +8,12 @@
 | MTL ``Tf 1 1 1``, which 3ds Max and Maya write | glass                     | glass only with ``illum`` 4, 6, 7 or 9  |
 | MTL ``Ks`` with ``illum`` 0 or 1               | gloss                     | no gloss                                |
 | an OBJ face with a vertex that is not there    | without that face         | refused                                 |
+| MTL ``illum 2`` without ``Ks``                 | a mirror's gloss          | no gloss                                |
+| MTL ``Tr`` without ``d``                       | opaque                    | 1 - ``Tr``, but for ``Tr 1``            |
+| MTL ``Ke``                                     | linear light              | sRGB, unless Blender wrote the MTL      |
+| MTL ``refl``                                   | metal where it is bright  | no reflection                           |
+| FBX colors of materials                        | linear light              | sRGB, unless Blender wrote the FBX      |
+| FBX ``TransparencyFactor``, in binary          | opaque                    | transparent                             |
 | FBX without highlights, in binary              | gloss                     | no gloss                                |
 | ``Kd 0.5``; names in quotes or not in UTF-8    | cyan; gray                | gray of 0.5; as any other name          |
 | ``mtllib`` with several names, or a wrong one  | gray                      | each; the MTL of the OBJ's own name     |
@@ -110,29 +116,47 @@ def show_vertex_colors() -> bool:
     return bool(copies)
 
 
-def leave_gloss_out(path: Path) -> None:
-    """Make the materials of a binary FBX matt that it calls lambert, or whose highlights it sets to 0."""
+def mend_fbx(path: Path) -> None:
+    """Give the materials of an FBX the colors, and those of a binary one the transparency and gloss, that it says."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if b"Blender" not in head:  # which writes linear light
+        shaders = [shader for material in bpy.data.materials for shader in principled(material)]
+        for color in [shader.inputs[name] for shader in shaders for name in ("Base Color", "Emission Color")]:
+            color.default_value = (*(linear(min(max(x, 0.0), 1.0)) for x in color.default_value[:3]), 1.0)
+    if not head.startswith(b"Kaydara FBX Binary"):
+        return  # text, which the parser does not read
     from io_scene_fbx import parse_fbx
 
-    with open(path, "rb") as file:
-        if not file.read(18).startswith(b"Kaydara FBX Binary"):
-            return  # text, which the parser does not read
     try:
         root, _ = parse_fbx.parse(os.fspath(path))
     except Exception as error:  # it reads fewer files than the importer
-        print(f"gloss of the materials is not read: {error!r}")
+        print(f"gloss and transparency of the materials are not read: {error!r}")
         return
     found = [one for objects in root.elems if objects.id == b"Objects" for one in objects.elems]
-    for element in (one for one in found if one.id == b"Material"):
+    found = [one for one in found if one.id == b"Material"]
+    names = [one.props[1].split(b"\0")[0].decode("utf-8", "replace") for one in found]
+    for element, name in zip(found, names, strict=True):
+        if names.count(name) > 1:
+            continue  # Blender gives all but one another name
         parts = {part.id: part for part in element.elems}
         rows = [row.props for row in parts[b"Properties70"].elems] if b"Properties70" in parts else []
         values = {row[0]: row[4:] for row in rows if row}
         model = parts[b"ShadingModel"].props[0].lower() if b"ShadingModel" in parts else b""
         is_dark = any(not any(values.get(key, (1,))) for key in (b"SpecularFactor", b"SpecularColor"))
-        name = element.props[1].split(b"\0")[0].decode("utf-8", "replace")
-        if (model == b"lambert" or is_dark) and (material := bpy.data.materials.get(name)):
-            for shader in principled(material):
+        for shader in principled(material) if (material := bpy.data.materials.get(name)) else ():
+            if model == b"lambert" or is_dark:
                 shader.inputs["Specular IOR Level"].default_value = 0.0
+            if 0 < (opacity := _opacity(values)) < 1:
+                shader.inputs["Alpha"].default_value = opacity
+
+
+def _opacity(values: dict[bytes, list[float]]) -> float:
+    """Return the opacity of an FBX material, as Blender's earlier importer and three.js understand its properties."""
+    opacity = 1 - values.get(b"TransparencyFactor", [0.0])[0]
+    if opacity in (0, 1):
+        opacity = values.get(b"Opacity", [1 - values.get(b"TransparentColor", [0.0])[0]])[0]
+    return opacity
 
 
 def _read_bytes_as_such() -> None:

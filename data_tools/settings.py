@@ -18,7 +18,7 @@ from lrm_pl.errors import InputError
 SETTINGS_NAME = "render.json"
 
 #: Raise it when a change to this package changes pixels or layout: old folders then refuse to be continued.
-PIPELINE_VERSION = 5
+PIPELINE_VERSION = 6
 
 
 class SettingsError(InputError):

@@ -203,13 +203,15 @@ def translated_mtl(files: Iterable[Path]) -> bytes:
         for name, keyword, value in _statements(content):
             if keyword in _NUMBERS:
                 value = value.split("#")[0].strip()
-            if keyword == "kd":
+            if keyword == "kd" or (keyword == "ke" and not by_blender):
                 color = _color(value)
                 value = " ".join(f"{x if by_blender else linear(x):.9g}" for x in color)
+            elif keyword in ("refl", "map_refl") and not by_blender:
+                continue  # a reflected room, which Blender takes for where the surface is metal
             elif keyword in _PICTURES or keyword.startswith("map_"):
                 value = _with_place(path.parent, value)
             statements = materials.setdefault(name, {})
-            statements.pop(keyword, None)  # Blender takes the last of d and Tr
+            statements.pop(keyword, None)  # the last one stands, in its place
             if value:
                 statements[keyword] = value
     lines = list[str]()
@@ -222,6 +224,11 @@ def translated_mtl(files: Iterable[Path]) -> bytes:
         if statements.get("illum") in _MATT:
             for keyword in ("ks", "map_ks"):
                 statements.pop(keyword, None)
+        if statements.get("illum") == "2" and "map_ks" not in statements:
+            statements.setdefault("ks", "0 0 0")  # Blender takes 1 1 1
+        transparency = _color(statements.pop("tr", ""))
+        if transparency and transparency[0] < 1:  # some programs write Tr 1 of what is opaque
+            statements.setdefault("d", f"{1 - transparency[0]:.9g}")
         lines += [
             f"newmtl {name}",
             *(f"{_SPELLING.get(key, key)} {value}" for key, value in statements.items()),

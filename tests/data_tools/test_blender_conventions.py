@@ -353,10 +353,18 @@ def test_sizes_and_axes_are_those_of_the_faces(loaded, tmp_path):
     (tmp_path / "scan.ply").write_text(scan)
     utm = VERTICES * 0.5 + (500000.0, 4649776.0, 10.0)
     write_obj(tmp_path, "utm", "newmtl m\n", vertices=utm)
-    y_up, z_up, unused, far = loaded(
+    joined = np.concatenate([VERTICES, [[90, 0, 0]]]), np.concatenate([TRIANGLES, [[0, 8, 8]]])
+    write_obj(tmp_path, "joined", "newmtl m\n", vertices=joined[0], triangles=joined[1])
+    far_off = {"mesh": 0, "translation": [90, 0, 0], "scale": [0, 0, 0]}
+    write_scene(tmp_path / "scale.gltf", [RED_PART], [{"mesh": 0}, far_off], one_sided=(0,))
+    clear = (VERTICES + np.array([9, 0, 0]), TRIANGLES, (1, 0, 0), 0.0)
+    write_gltf(tmp_path / "clear.gltf", [(VERTICES, TRIANGLES, (1, 0, 0), 1.0), clear])
+    y_up, z_up, unused, far, *cubes = loaded(
         (tmp_path / "tall.obj", tmp_path, ""), (tmp_path / "tall.obj", tmp_path, "z"),
         (tmp_path / "scan.ply", tmp_path, ""), (tmp_path / "utm.obj", tmp_path, ""),
+        *((tmp_path / name, tmp_path, "") for name in ("joined.obj", "scale.gltf", "clear.gltf")),
     )  # fmt: skip
+    assert cubes == [pytest.approx([1.0, 1.0, 1.0])] * 3, "what cannot be seen is no part of the object"
     assert y_up == pytest.approx([0.25, 0.5, 1.0])
     assert z_up == pytest.approx([0.25, 1.0, 0.5])
     assert unused == pytest.approx([1.0, 1.0, 1.0]), "a vertex that no face uses is no part of the object"

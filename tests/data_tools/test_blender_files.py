@@ -103,6 +103,9 @@ def write_pictures(folder):
     write_obj(folder, "windows", "newmtl m\nKd 1 1 1\nmap_Kd C:\\Users\\me\\Tex\\wood.png\n")
     write_obj(folder, "heights", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\nmap_Bump -bm 0.5 orange.png\n")
     write_obj(folder, "matt", "newmtl m\nKd 1 1 1\nKs 1 1 1\nillum 1\nmap_Kd orange.png\n")
+    write_obj(folder, "no_highlight", "newmtl m\nKd 1 1 1\nillum 2\nNi 1.5\nmap_Kd orange.png\n")
+    write_obj(folder, "glowing", "newmtl m\nKd 0 0 0\nKe 0.7843 0.3922 0.1961\n")
+    write_obj(folder, "room", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\nrefl -type sphere halves.png\n")
     write_obj(folder, "not_used", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\n")
     with open(folder / "not_used.obj", "a") as file:
         file.write("usemtl other\n")
@@ -114,6 +117,7 @@ def write_pictures(folder):
         "color_and_data": ORANGE, "other_case": GREEN, "second_set": BLUE, "veiled": ORANGE, "clamped": BLUE,
         "repeated": RED, "windows": GREEN, "library": GREEN,
         "heights": ORANGE, "matt": ORANGE, "not_used": ORANGE,
+        "no_highlight": ORANGE, "glowing": ORANGE, "room": ORANGE,
         "ppm": ORANGE, "pcx": ORANGE, "avif": ORANGE,
     }  # fmt: skip
 
@@ -198,6 +202,10 @@ shader.inputs["Specular IOR Level"].default_value = 0
 bpy.context.object.data.materials.append(material)
 bpy.ops.export_scene.fbx(filepath=sys.argv[1] + "/no_gloss.fbx")
 bpy.ops.export_scene.gltf(filepath=sys.argv[1] + "/packed.glb", export_draco_mesh_compression_enable=True)
+shader.inputs["Base Color"].default_value = (200 / 255, 100 / 255, 50 / 255, 1)
+bpy.ops.export_scene.fbx(filepath=sys.argv[1] + "/other_program.fbx")
+shader.inputs["Alpha"].default_value = 0.5
+bpy.ops.export_scene.fbx(filepath=sys.argv[1] + "/pane_fbx.fbx")
 """
 
 
@@ -209,7 +217,12 @@ def write_exported(folder, render_python, root):
     start = 20 + struct.unpack("<I", content[12:16])[0] + 8
     content[start + 8 : start + 40] = bytes(32)
     (folder / "packed.glb").write_bytes(content)
-    return {"no_gloss": RED}, {"packed": "expected Draco data, found other data in mesh 'Cube'"}
+    for name in ("other_program.fbx", "pane_fbx.fbx"):
+        content = (folder / name).read_bytes().replace(b"Blender", b"Another")
+        (folder / name).write_bytes(content.replace(b"Opacity", b"Thicker"))
+    return {"no_gloss": RED, "other_program": ORANGE}, {
+        "packed": "expected Draco data, found other data in mesh 'Cube'"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +241,8 @@ def rendered(render_command, render_python, root, tmp_path_factory):
         write_obj(folder / "assets", name, "newmtl m\nKd 1 0 0\nmap_d mask.jpg\n", uv=uv)
     mask.save(folder / "assets" / "mask.ppm")
     write_obj(folder / "assets", "masked_ppm", "newmtl m\nKd 1 0 0\nmap_d mask.ppm\n", uv="0.75 0.5")
+    write_obj(folder / "assets", "pane_obj", "newmtl m\nKd 1 0 0\nTr 0.5\n")
+    write_obj(folder / "assets", "solid", "newmtl m\nKd 1 0 0\nTr 1.0\n")
     write_obj(folder / "assets", "half", "newmtl m\nKd 1 0 0\nmap_Kd orange.png\nmap_d orange.png\n")
     options = ["--views", "4", "--res", "64", "--samples", "8", "--held-out", "0", "--jobs", "1"]
     render_command(folder / "assets", folder / "out", *options)
@@ -273,3 +288,10 @@ def test_opacity_without_alpha_is_the_brightness_of_its_picture(rendered):
         assert "renders to nothing" in rows[key]["reason"], key
     assert (found["unmasked"][:, 24:40, 24:40, 3] == 255).all()
     assert (found["half"][:, 24:40, 24:40, 3] == 255).all(), "a picture of colors without alpha hides nothing"
+
+
+def test_a_transparency_written_as_a_number_is_seen_through(rendered):
+    found = rendered[0]
+    for key in ("pane_obj", "pane_fbx"):
+        assert found[key][:, 24:40, 24:40, 3].mean() == pytest.approx(191, abs=6), f"two panes of {key}"
+    assert (found["solid"][:, 24:40, 24:40, 3] == 255).all(), "Tr 1 alone stands in files of opaque objects"
