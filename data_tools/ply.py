@@ -6,6 +6,7 @@
 | colors of faces                                | gray                  | the colors                    |
 | ``TextureFile``, laid on by vertices or faces  | gray                  | the picture                   |
 | the same with several pictures                 | gray                  | counted as missing            |
+| colors in 0 to 255 as ``int``                  | black                 | the colors                    |
 | positions that are not finite, in binary       | the origin            | refused                       |
 | a face with a vertex that is not there         | without that face     | refused                       |
 """
@@ -42,6 +43,9 @@ _TYPES = {
 _NAMES = {code: name.decode() for name, code in _TYPES.items()}
 
 _RGB = ("red", "green", "blue")
+
+#: Types of colors that Blender's importer does not scale.
+_UNSCALED = ("i1", "i2", "i4", "u4")
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,16 @@ def readable_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
     lost = textures if textures and not found else []
     written = b"\n".join(renamed) + b"\n" + body
     is_laid = lays_faces and not lays_vertices and found is not None
-    if is_laid or colors_faces:
-        added = ("texcoord",) if is_laid else _RGB
+    added = ("texcoord",) if is_laid else _RGB if colors_faces else ()
+    unscaled = [name for name in (*_RGB, "alpha") if table and vertices.get(name, ("",))[0] in _UNSCALED]
+    for name in unscaled:
+        table["vertex"][name] = np.asarray(table["vertex"][name]).clip(0, 255).astype(np.uint8)
+        vertices[name] = ("u1", "")
+    if added or unscaled:
         if corners := _by_corners(elements, table, added):
             written = corners
         else:
-            found, lost = None, [*lost, f"{path.name}: {added[0]} of faces"]
+            found, lost = None, [*lost, f"{path.name}: {added[0] if added else 'color'} of faces"]
     readable = path
     if written != content:
         readable = scratch / "readable.ply"

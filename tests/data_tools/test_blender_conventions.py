@@ -161,6 +161,8 @@ def write_assets(folder):
     write_obj(folder, "twice", plain, triangles=both, vertices=np.concatenate([VERTICES, VERTICES]))
     write_ply(folder / "diffuse.ply", ("diffuse_red", "diffuse_green", "diffuse_blue"))
     write_ply(folder / "letters.ply", ("r", "g", "b"))
+    text = (folder / "letters.ply").read_text()
+    (folder / "numbers.ply").write_text(text.replace("property uchar", "property int"))
     write_ply(folder / "returns.ply", ("red", "green", "blue"), end="\r")
     write_ply(folder / "face_colours.ply", ("red", "green", "blue"), of="face")
     text = (
@@ -204,7 +206,7 @@ def write_assets(folder):
         "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "inside_out": RED_SRGB, "latin": RED_SRGB,
         "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
         "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "picture": green,
-        "face_colours": green, "picture_by_faces": green,
+        "face_colours": green, "picture_by_faces": green, "numbers": green,
         "outline": RED_SRGB,
         "own": RED_SRGB, "own_binary": RED_SRGB,
     }  # fmt: skip
