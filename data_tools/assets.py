@@ -252,6 +252,12 @@ def scan(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> tuple
         raise AssetsError(f"expected {_KINDS} files in {folder}, found none; pass another ASSETS=<folder>")
     by_id = name_files((path.relative_to(folder) for path in files), known)
     table = read_table(folder / TABLE_NAME)
+    if unused := sorted(set(table) - set(by_id)):
+        print(
+            f"note: no mesh has the id of {counted(len(unused), 'row')} of {folder / TABLE_NAME}, such as "
+            f"{unused[0]!r}; ids here are such as {min(by_id)!r}",
+            file=sys.stderr,
+        )
     return tuple(_asset(folder, key, folder / by_id[key], table.get(key, {})) for key in sorted(by_id))
 
 
@@ -402,6 +408,11 @@ def hash_file(path: Path) -> str:
 
 
 def _asset(folder: Path, key: str, path: Path, row: dict[str, str]) -> Asset:
+    if row.get(UP_COLUMN) and path.suffix.lower() not in (".obj", ".ply"):
+        raise AssetsError(
+            f"{folder / TABLE_NAME}: expected up of OBJ and PLY files only, which do not say it themselves, found it "
+            f"of {key!r}, {path.name}; leave it empty there"
+        )
     return Asset(
         id=key,
         file=path.relative_to(folder).as_posix(),

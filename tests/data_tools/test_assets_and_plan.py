@@ -78,13 +78,24 @@ def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path)
     with pytest.raises(AssetsError, match=r"line 2: expected a sha256 of 64 .* or nothing, found 'ABC'"):
         find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,z\n")
-    assert find_assets(tmp_path)[0].up == "z"
+    with pytest.raises(
+        AssetsError, match=r"expected up of OBJ and PLY files only, .* found it of 'a', a.glb"
+    ):
+        find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,x\n")
     with pytest.raises(AssetsError, match="line 2: expected up as y, z or nothing, found 'x'"):
         find_assets(tmp_path)
     table.write_text("id,title\na,Chair\n")
     with pytest.raises(AssetsError, match="expected the columns id,name"):
         find_assets(tmp_path)
+
+
+def test_a_row_whose_id_no_mesh_has_is_named(tmp_path, capsys):
+    touch(tmp_path, "a.glb", "b.obj")
+    (tmp_path / "assets.csv").write_text(HEADER + "b.obj,Chair,Ann,library,CC0-1.0,\na,A,,,,\n")
+    assert [asset.name for asset in find_assets(tmp_path)] == ["A", "b"]
+    assert "no mesh has the id of 1 row of" in (said := capsys.readouterr().err)
+    assert "such as 'b.obj'; ids here are such as 'a'" in said
 
 
 def test_the_held_out_objects_are_those_with_the_smallest_hashes():

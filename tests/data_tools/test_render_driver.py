@@ -415,16 +415,17 @@ def test_what_is_rendered_and_no_longer_listed_or_listed_otherwise_is_refused(as
         run(assets, out)
     (tmp_path / "a.glb").rename(assets / "a.glb")
     header = "id,name,creator,source,licence,sha256,up\n"
-    (assets / "assets.csv").write_text(header + "b,,,,,,z\n")
+    listed = find_assets(assets)
+    write_list(assets, [dataclasses.replace(a, up="z" if a.id == "b" else "") for a in listed])
     with pytest.raises(
         SettingsError, match=r"asset 'b': expected the axis up 'y', as it is rendered, found 'z'"
     ):
         run(assets, out)
+    (assets / "assets.parquet").unlink()
     (assets / "assets.csv").write_text(header + f"b,,,,,{'0' * 64},\n")
     with pytest.raises(SettingsError, match=rf"b\.glb: expected the mesh .*, found one of {'0' * 64}"):
         run(assets, out)
     (assets / "assets.csv").unlink()
-    listed = find_assets(assets)
     for asset, split in (("d", "val"), ("a", "train")):
         write_list(assets, [dataclasses.replace(a, split=split if a.id == asset else "") for a in listed])
         run(assets, out)
