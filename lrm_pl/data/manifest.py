@@ -16,6 +16,7 @@ import os
 import re
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -224,6 +225,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         )
     try:
         shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
+        if twice := [name for name, count in Counter(shard.name for shard in shards).items() if count > 1]:
+            raise ValueError(f"shard {twice[0]} twice")
         for name, kind in (("views", int), ("failures", int), ("render", dict)):
             if type(record[name]) is not kind:
                 raise TypeError(f"{name} {record[name]!r}")

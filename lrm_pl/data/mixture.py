@@ -58,7 +58,7 @@ class Mixture:
         members: (source, manifest, weight) of each set.
 
     Raises:
-        InputError: A set is missing, unfinished or damaged.
+        InputError: A set is missing, unfinished or damaged, or two hold the same shard.
     """
 
     def __init__(self, sets: Sequence[DataSet], cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 - frozen
@@ -67,6 +67,15 @@ class Mixture:
             (source, source.manifest(), one.weight) for source, one in zip(sources, sets, strict=True)
         )
         self.ahead = cache.ahead
+        holders = dict[str, ShardSource]()
+        for source, manifest, _ in self.members:
+            for shard in manifest.shards:
+                other = holders.setdefault(shard.sha256, source)
+                if other is not source and shard.samples:
+                    raise InputError(
+                        f"expected sets of different objects, found {shard.name} of {source.location} in "
+                        f"{other.location} too; name a set once, with its weight"
+                    )
 
     @property
     def name(self) -> str:

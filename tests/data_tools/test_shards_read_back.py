@@ -108,6 +108,14 @@ def test_a_manifest_of_other_fields_or_of_nothing_is_refused(folder, name, value
         read_manifest(folder)
 
 
+def test_a_manifest_that_lists_a_shard_twice_is_refused(folder):
+    record = json.loads((folder / "manifest.json").read_text())
+    record["shards"] *= 2
+    (folder / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(ShardError, match=r"found: shard train-000000\.tar twice"):
+        read_manifest(folder)
+
+
 def test_unknown_schema_versions_are_refused_by_number(folder):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))

@@ -21,6 +21,7 @@ from lrm_pl.apps.checks.versions import REQUIREMENTS, version, versions
 from lrm_pl.apps.checks.wanted import Weights, process_count, read_wanted
 from lrm_pl.apps.doctor import main
 from lrm_pl.data.mixture import DataSet
+from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.io.artefacts import ARTEFACTS
 from lrm_pl.io.weights import cached_path
 
@@ -110,8 +111,12 @@ def test_all_sets_of_a_mixture_are_looked_at(config, shards, tmp_path):
         wanted = read_wanted(["-c", str(config), f"--data.also=[{{folder: {also}, weight: 3}}]"])
         return training.shards(wanted)[0]
 
-    assert looked_at(shards).verdict == "ok"
-    assert "16 objects to train on, 4 held out" in looked_at(shards).found, "4 once and 4 three times"
+    write_synthetic_shards(tmp_path / "other", train=4, val=2, views=6, resolution=32)
+    assert looked_at(tmp_path / "other").verdict == "ok"
+    assert "16 objects to train on, 4 held out" in looked_at(tmp_path / "other").found, (
+        "4 once, 4 three times"
+    )
+    assert looked_at(shards).remedy == "name a set once, with its weight"
     missing = looked_at(tmp_path / "nowhere")
     assert missing.verdict == "missing"
     assert "nowhere" in missing.found

@@ -86,6 +86,10 @@ def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, t
         stream(mixed([two[0], tmp_path], (1, 1)), Share(1), 1)
     with pytest.raises(InputError, match=r"weights of 1 or more, found .*weight=0"):
         DataSet("somewhere", 0)
+    with pytest.raises(
+        InputError, match=r"found train-000000.tar of .* too; name a set once, with its weight"
+    ):
+        mixed([two[0], f"{two[0]}/"], (1, 1))
     with pytest.raises(ShardError, match=r"expected at least 10 samples .* found 9; .*--data.batch_size 9"):
         stream(mixed(two), Share(10), 1)
 
