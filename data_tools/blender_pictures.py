@@ -5,6 +5,7 @@
 | one picture is both a color and data (roughness)  | its color is taken for data | each as it is meant              |
 | a color texture with alpha that nothing asks for  | darkened by the alpha       | its color                        |
 | MTL ``map_d``, a picture without alpha            | opaque                      | its brightness is the opacity    |
+| an alpha that is 0 in all of a color texture      | invisible                   | opaque                           |
 | MTL ``-clamp on``                                 | the picture is repeated     | its edge goes on                 |
 | a bump map, which is heights, in MTL and FBX      | a normal map: dark faces    | left out: even light shows none  |
 | a name that differs in case; a path of Windows    | magenta                     | the file, where it is beside     |
@@ -49,17 +50,25 @@ def keep_colors_straight() -> None:
 
 
 def read_masks() -> None:
-    """Take the brightness of an opacity texture for the opacity, where the picture has no alpha of its own."""
+    """Take the brightness of an opacity texture for the opacity, where the picture has no alpha of its own.
+
+    An alpha of 0 in all of a picture is no opacity: programs leave the fourth byte of BMP and TGA empty.
+    """
     for material, node in _textures():
         color, alpha = node.outputs["Color"], node.outputs["Alpha"]
         others = {
             other.image for one, other in _textures() if one == material and other.outputs["Color"].is_linked
         }
-        if color.is_linked or not alpha.is_linked or node.image in others or not node.image.size[0]:
+        if not alpha.is_linked or not node.image.size[0]:
             continue
-        if (_pixels(node.image)[:, 3] >= 1).all():
+        opacity, links = _pixels(node.image)[:, 3], material.node_tree.links
+        is_mask = not color.is_linked and node.image not in others
+        if not opacity.any() and not is_mask:
+            for link in list(alpha.links):
+                links.remove(link)
+        elif is_mask and ((opacity >= 1).all() or not opacity.any()):
             for target in [link.to_socket for link in alpha.links]:
-                material.node_tree.links.new(color, target)
+                links.new(color, target)
 
 
 def leave_heights_out() -> None:

@@ -103,6 +103,8 @@ def write_pictures(folder):
     write_obj(folder, "windows", "newmtl m\nKd 1 1 1\nmap_Kd C:\\Users\\me\\Tex\\wood.png\n")
     write_obj(folder, "heights", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\nmap_Bump -bm 0.5 orange.png\n")
     write_obj(folder, "matt", "newmtl m\nKd 1 1 1\nKs 1 1 1\nillum 1\nmap_Kd orange.png\n")
+    Image.new("RGBA", (16, 16), (*ORANGE, 0)).save(folder / "empty.tga")
+    write_obj(folder, "empty_alpha", "newmtl m\nKd 1 1 1\nmap_Kd empty.tga\nmap_d empty.tga\n")
     write_obj(folder, "no_highlight", "newmtl m\nKd 1 1 1\nillum 2\nNi 1.5\nmap_Kd orange.png\n")
     write_obj(folder, "glowing", "newmtl m\nKd 0 0 0\nKe 0.7843 0.3922 0.1961\n")
     write_obj(folder, "room", "newmtl m\nKd 1 1 1\nmap_Kd orange.png\nrefl -type sphere halves.png\n")
@@ -117,7 +119,7 @@ def write_pictures(folder):
         "color_and_data": ORANGE, "other_case": GREEN, "second_set": BLUE, "veiled": ORANGE, "clamped": BLUE,
         "repeated": RED, "windows": GREEN, "library": GREEN,
         "heights": ORANGE, "matt": ORANGE, "not_used": ORANGE,
-        "no_highlight": ORANGE, "glowing": ORANGE, "room": ORANGE,
+        "no_highlight": ORANGE, "glowing": ORANGE, "room": ORANGE, "empty_alpha": ORANGE,
         "ppm": ORANGE, "pcx": ORANGE, "avif": ORANGE,
     }  # fmt: skip
 
