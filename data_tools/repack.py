@@ -35,7 +35,14 @@ from lrm_pl.data.manifest import (
     read_members,
     write_manifest,
 )
-from lrm_pl.data.schema import SampleError, decode_image, decode_sample, encode_image, encode_sample
+from lrm_pl.data.schema import (
+    VIEW_PATTERN,
+    SampleError,
+    decode_image,
+    decode_sample,
+    encode_image,
+    encode_sample,
+)
 from lrm_pl.errors import InputError, counted
 
 #: What a manifest says of the cameras of all its objects, where they were rendered here.
@@ -259,7 +266,7 @@ def _members(key: str, found: Found, views: int, resolution: int | None) -> Made
     except SampleError as error:
         raise ShardError(f"{path}: {error}") from error
     # A view is named by its format, which may be another one now.
-    unknown = {name for name in members if name not in encoded and not name.startswith("view_")}
+    unknown = {name for name in members if name not in encoded and not VIEW_PATTERN.fullmatch(name)}
     kept = {name: members[name] for name in sorted(unknown)}
     return Made(encoded | kept, notes=(f"{width} x {height} pixels",))
 

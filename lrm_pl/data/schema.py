@@ -43,6 +43,9 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 
 IMAGE_FORMATS = ("webp", "png")
 
+#: A member that is a view.
+VIEW_PATTERN = re.compile(rf"view_\d{{3}}\.({'|'.join(IMAGE_FORMATS)})")
+
 #: A view larger than this is refused before it is decoded (a decompression bomb, or the wrong file).
 MAX_IMAGE_SIDE = 4096
 

@@ -18,7 +18,15 @@ import numpy as np
 
 from lrm_pl.data.manifest import MemberIndex, ShardError
 from lrm_pl.data.mixture import Entry
-from lrm_pl.data.schema import IMAGE_FORMATS, NEEDED_MEMBERS, Sample, SampleError, decode_sample, view_member
+from lrm_pl.data.schema import (
+    IMAGE_FORMATS,
+    NEEDED_MEMBERS,
+    VIEW_PATTERN,
+    Sample,
+    SampleError,
+    decode_sample,
+    view_member,
+)
 from lrm_pl.stores import StoreError
 
 Item = TypeVar("Item")
@@ -136,7 +144,7 @@ class ShardReader:
         """Return how many views the sample at a place has, by the shard's index."""
         index, keys = self._index(place.shard)
         members = index[keys[place.index]]
-        return sum(name.startswith("view_") for name in members)
+        return sum(VIEW_PATTERN.fullmatch(name) is not None for name in members)
 
     def read(self, place: Place, views: Sequence[int], extras: Sequence[str] = ()) -> Sample:
         """Read one sample, with only the views that are used.

@@ -13,7 +13,9 @@ from data_tools.criteria import encode_measures
 from data_tools.repack import RepackError, repack, resized
 from data_tools.shard_folder import read_failures
 from data_tools.validate import validate
+from lrm_pl.data.dataset import EvaluationSet
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, write_manifest, write_shard
+from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.schema import decode_image, encode_image
 from lrm_pl.data.synthetic import write_synthetic_shards
 from tests.damage import spoil_first_poses
@@ -251,13 +253,16 @@ def test_members_that_a_user_added_stay(shards, tmp_path, resolution):
     source = tmp_path / "source"
     source.mkdir()
     samples = [
-        (key, content | {"caption.txt": key.encode()}) for key, (_, content) in members(shards).items()
+        (key, content | dict.fromkeys(["caption.txt", "view_labels.json"], key.encode()))
+        for key, (_, content) in members(shards).items()
     ]
     shard = write_shard(source, "train-000000.tar", "train", samples)
     write_manifest(source, dataclasses.replace(read_manifest(shards), shards=(shard,)))
     repack([source], tmp_path / "out", resolution)
     for key, (_, content) in members(tmp_path / "out").items():
-        assert content["caption.txt"] == key.encode()
+        assert content["caption.txt"] == content["view_labels.json"] == key.encode()
+    items = list(EvaluationSet(Mixture([DataSet(str(tmp_path / "out"))]), "train", 1, slice(-1, None)))
+    assert [float(item.weight) for item in items] == [1.0] * len(samples), "they are no views"
 
 
 def test_why_objects_were_left_out_goes_along(shards, tmp_path):
