@@ -114,17 +114,35 @@ def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
     return path.read_bytes()
 
 
-def read_views(files: Sequence[Path], folder: Path) -> tuple[bytes, ...]:
+def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tuple[bytes, ...]:
     """Read an object's pictures, as ``rgba_view`` makes them.
 
+    Args:
+        files: The pictures.
+        folder: Where they are.
+        aspect: Width over height of what the camera sees.
+
     Raises:
-        InputError: There are none, too many, or one is too large or of colors that cannot be converted.
+        InputError: There are none, too many, or one is too large, of another shape, or of colors that cannot be
+            converted.
     """
     if not 1 <= len(files) <= MAX_VIEWS:
         raise LayoutError(
             f"{folder}: expected 1 to {MAX_VIEWS} pictures 000.png, 001.png, ..., found {len(files)}"
         )
-    return tuple(rgba_view(read_file(file), str(file)) for file in files)
+    views = tuple(rgba_view(read_file(file), str(file)) for file in files)
+    for file, view in zip(files, views, strict=True):
+        try:
+            with Image.open(io.BytesIO(view), formats=("PNG", "WEBP")) as image:  # only its header is read
+                width, height = image.size
+        except PICTURE_ERRORS:
+            continue  # whoever decodes it says so
+        if abs(width - aspect * height) > 1:
+            raise LayoutError(
+                f"{file}: expected a picture of {aspect * height:.0f} x {height} pixels, the shape that its camera "
+                f"sees, found {width} x {height}; it has been cut or stretched"
+            )
+    return views
 
 
 def rgba_view(content: bytes, name: str) -> bytes:

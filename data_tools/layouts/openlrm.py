@@ -47,7 +47,7 @@ def read_object(folder: Path) -> Posed:
         )
     camera = (intrinsics[:2] / intrinsics[2]).reshape(4)
     files = pictures(folder)
-    views = read_views(files, folder)
+    views = read_views(files, folder, float(intrinsics[2, 0] / intrinsics[2, 1]))
     c2w = np.stack([read_pose(folder / "pose" / f"{file.stem}.npy") for file in files])
     return Posed(
         c2w=opengl_to_opencv(c2w.astype(np.float32)),

@@ -172,6 +172,7 @@ def bad_objects(root, layout):
         ("opaque-picture", "expected RGBA views, found mode RGB"),
         ("opaque-palette", "expected RGBA views, found mode P"),
         ("hdr-picture", r"003\.png: expected .*found PQ, which is HDR"),
+        ("cut-picture", r"003\.png: expected .* the shape that its camera sees, found 32 x 24"),
         ("too-large", "cameras that fit the silhouettes"),
     ):
         folder = root / name
@@ -199,6 +200,8 @@ def bad_objects(root, layout):
             picture.write_bytes(png_of_declared_size(5000, 5000))
         elif name == "missing-picture":
             picture.unlink()
+        elif name == "cut-picture":
+            Image.open(picture).crop((0, 4, 32, 28)).save(picture)
         elif name == "opaque-picture":
             Image.open(picture).convert("RGB").save(picture)
         elif name == "opaque-palette":
