@@ -334,7 +334,10 @@ def _is_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) ->
 
 
 def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]]:
-    """Yield (n, 3) world positions and (m, 3) triangles of every visible object, modifiers and instances included."""
+    """Yield (n, 3) world positions and (m, 3) triangles of every visible object, modifiers and instances included.
+
+    Of the side of a triangle that is its front its corners are seen counterclockwise.
+    """
     depsgraph = bpy.context.evaluated_depsgraph_get()
     for instance in depsgraph.object_instances:
         thing = instance.object
@@ -352,6 +355,8 @@ def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int
             used = np.zeros(len(mesh.vertices), dtype=bool)
             used[corners] = True  # scans have points, and CAD files lines, that no face uses
             points = flat.reshape(-1, 3)[used].astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+            if np.linalg.det(matrix[:3, :3]) < 0:
+                corners = corners[:, ::-1]  # a mirrored face keeps its front outside
             if len(corners):
                 yield points, (np.cumsum(used, dtype=np.int32) - 1)[corners]
         thing.to_mesh_clear()

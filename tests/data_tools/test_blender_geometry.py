@@ -58,6 +58,11 @@ def assets(tmp_path_factory):
     write_gltf(folder / "cube.gltf", [(5 * cube + (7, -3, 2), faces, (0.9, 0.2, 0.2), 1.0)])
     # as the cube, of faces that look inwards
     write_gltf(folder / "inward.gltf", [(cube, faces[:, ::-1], (0.9, 0.2, 0.2), 1.0)])
+    # as the cube, mirrored in the file and mirrored back by its node
+    write_gltf(folder / "mirrored.gltf", [(cube * (-1, 1, 1), faces[:, ::-1], (0.9, 0.2, 0.2), 1.0)])
+    record = json.loads((folder / "mirrored.gltf").read_text())
+    record["nodes"][0]["scale"] = [-1, 1, 1]
+    (folder / "mirrored.gltf").write_text(json.dumps(record))
     # as the cube, of glass with something inside; and in glass of no colour at all
     for name, alpha in (("glass", 0.3), ("clear", 0.0)):
         core, shell = (cube * 0.5, faces, (0.2, 0.2, 0.9), 1.0), (cube, faces, (0.9, 0.2, 0.2), alpha)
@@ -123,14 +128,14 @@ def expected(key, sample, view):
     origin, directions = rays(sample, view)
     if key == "ball":
         return meet_sphere(origin, directions)
-    return meet_cube(origin, directions, (0.5 if key == "clear" else 1) / np.sqrt(3))
+    return meet_cube(origin, directions, 1 / np.sqrt(3))
 
 
 def angle_deg(a, b):
     return np.degrees(np.arccos((a * b).sum(-1).clip(-1, 1)))
 
 
-KEYS = ("ball", "cube", "inward", "glass", "clear")
+KEYS = ("ball", "cube", "inward", "mirrored", "glass", "clear")
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -181,7 +186,7 @@ def test_points_of_the_surface_lie_on_the_sphere_and_evenly_on_the_faces_of_the_
     assert np.abs(np.linalg.norm(points, axis=1) - 1).max() < 1e-4
     assert (points * normals).sum(axis=1).min() > 0.999
     assert np.abs(points.mean(axis=0)).max() < 5 / np.sqrt(3 * SURFACE_POINTS)
-    for key, side in (("cube", 1), ("inward", -1)):
+    for key, side in (("cube", 1), ("inward", -1), ("mirrored", 1)):
         points, normals = decode_surface("", samples[key].extras[SURFACE_MEMBER])
         local = points @ turned() * np.sqrt(3)
         assert np.abs(np.abs(local).max(axis=1) - 1).max() < 1e-5
