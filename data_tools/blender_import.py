@@ -232,14 +232,24 @@ def _is_coloured(materials: Iterable[bpy.types.Material]) -> bool:
     """Say whether a surface has a texture, colours at its vertices, or a colour that another one has not."""
     colours = set()
     for material in materials:
-        inputs = [shader.inputs["Base Color"] for shader in blender_materials.principled(material)]
-        if not inputs and material.node_tree:  # unlit
-            inputs = [node.inputs["Color"] for node in material.node_tree.nodes if node.type == "EMISSION"]
-        for colour in inputs:
-            if colour.is_linked:
+        shown = [
+            [shader.inputs["Base Color"], *([shader.inputs["Emission Color"]] if _glows(shader) else [])]
+            for shader in blender_materials.principled(material)
+        ]
+        if not shown and material.node_tree:  # unlit
+            shown = [[node.inputs["Color"]] for node in material.node_tree.nodes if node.type == "EMISSION"]
+        for inputs in shown:
+            if any(colour.is_linked for colour in inputs):
                 return True
-            colours.add(tuple(round(float(x), 3) for x in colour.default_value[:3]))
+            colours.add(tuple(round(float(x), 3) for colour in inputs for x in colour.default_value[:3]))
     return len(colours) > 1
+
+
+def _glows(shader: bpy.types.Node) -> bool:
+    """Say whether a Principled BSDF gives light of its own."""
+    color, strength = shader.inputs["Emission Color"], shader.inputs["Emission Strength"]
+    shines = strength.is_linked or strength.default_value > 0
+    return bool(shines and (color.is_linked or max(color.default_value[:3]) > 0))
 
 
 def _show_first_frame() -> bool:

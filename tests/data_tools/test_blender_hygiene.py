@@ -96,6 +96,13 @@ cube("a", (0, 0, 0), alpha=1.0)
 cube("b", (3, 0, 0), alpha=1.0, colour=(0.8, 0.1, 0.1, 1.0))
 """)
     assert measures["coloured"] is True
+    _, measures = prepared("""
+tree = cube("a", (0, 0, 0), alpha=1.0).data.materials[0].node_tree
+shader = next(node for node in tree.nodes if node.type == "BSDF_PRINCIPLED")
+shader.inputs["Emission Strength"].default_value = 1.0
+tree.links.new(tree.nodes.new("ShaderNodeVertexColor").outputs["Color"], shader.inputs["Emission Color"])
+""")
+    assert measures["coloured"] is True, "what it shines in is a color too"
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute"])
