@@ -152,6 +152,10 @@ def validate(folder: Path, jobs: int | None = None) -> int:
         else "no problems"
     )
     print(f"{counted(samples, 'object')} in {counted(len(manifest.shards), 'shard')}: {verdict}")
+    if unlisted := sorted(
+        {path.name for path in folder.glob("*.tar")} - {one.name for one in manifest.shards}
+    ):
+        print(f"never read     not in the manifest: {counted(len(unlisted), 'tar')}, such as {unlisted[0]}")
     for error, keys in undecided.items():
         print(f"not decidable  {undecided_line(error, keys)}")
     print(

@@ -55,6 +55,11 @@ def test_whole_shards_pass_and_the_next_command_is_said(folder, capsys):
     assert f"make train DATA={folder}" in out
 
 
+def test_shards_that_the_manifest_does_not_list_are_named(folder, capsys):
+    shutil.copy(folder / "train-000000.tar", folder / "train-000007.tar")
+    assert "never read     not in the manifest: 1 tar, such as train-000007.tar" in said(folder, capsys, 0)
+
+
 def test_a_flipped_byte_is_found_by_hash_and_by_sample(folder, capsys):
     shard = read_manifest(folder).shards[1]
     key, members = list(read_index(folder, shard).items())[1]
