@@ -1,5 +1,6 @@
 """The LightningDataModule over a folder of shards."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage
 from lrm_pl.data.workers import outlive_stop_signals, start_method
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import on_cuda
+
+logger = logging.getLogger(__name__)
 
 #: What the two validation loaders hold, in their order.
 EVALUATION_SETS = ("unseen", "heldout")
@@ -99,6 +102,7 @@ class ShardDataModule(L.LightningDataModule):
         self.augmentation = Augmentation(crop, tuple(crop_stages), camera_noise)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # Lightning's variable
         self.streams = streams
+        self._has_warned = False
         self._begin()
 
     def _begin(self) -> None:
@@ -168,6 +172,8 @@ class ShardDataModule(L.LightningDataModule):
             InputError: The data cannot feed it.
         """
         trainer = self._ready()
+        if trainer.global_rank == 0 and not self._has_warned:
+            self._warn_of_enlarged_views()
         stream = TrainingStream(
             self.mixture,
             self.share,
@@ -225,6 +231,18 @@ class ShardDataModule(L.LightningDataModule):
                 'on its own; fit first, or set data.trainer = Trainer(max_steps=...) and call data.setup("fit")'
             )
         return self.trainer
+
+    def _warn_of_enlarged_views(self) -> None:
+        self._has_warned = True
+        largest = max(crop.high for crop in self.augmentation.crops)
+        for source, manifest, _ in self.mixture.members:
+            side = manifest.render.get("resolution")
+            if isinstance(side, int) and side < largest:
+                logger.warning(
+                    "%s: views of %d pixels are enlarged to up to %d (data.crop.high), so targets are blurred; lower "
+                    "data.crop, or render with RES=%d",
+                    *(source.location, side, largest, largest),
+                )
 
     def _evaluation_loader(self, split: Split, views: slice, limit: int | None) -> DataLoader[PackedBatch]:
         trainer = self._ready()

@@ -1,5 +1,7 @@
 """Batches on their way: from a worker process, through pinned memory, to a device."""
 
+import dataclasses
+import shutil
 import types
 
 import psutil
@@ -13,9 +15,10 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from lrm_pl.data.batch import PackedBatch, collate
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
+from lrm_pl.data.manifest import read_manifest, write_manifest
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.synthetic import synthetic_sample
-from lrm_pl.data.transforms import Augmentation, CropConfig, evaluation_item
+from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage, evaluation_item
 from lrm_pl.kernels import device, views_numba
 
 
@@ -192,6 +195,21 @@ def test_batches_are_pinned_where_a_gpu_trains(shards, where, pins):
     data = module_on(where, shards, workers=0)
     loaders = [data.train_dataloader(), *data.val_dataloader(), data.training_views_loader()]
     assert [loader.pin_memory for loader in loaders] == [pins] * 4
+
+
+def test_views_that_are_smaller_than_the_crops_are_named_once(shards, tmp_path, caplog):
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    manifest = read_manifest(tmp_path)
+    write_manifest(tmp_path, dataclasses.replace(manifest, render=manifest.render | {"resolution": 32}))
+    data = module_on("cpu", tmp_path, 0)
+    data.augmentation = Augmentation(CropConfig(16, 32, 16))
+    data.train_dataloader()
+    assert not caplog.records
+    data = module_on("cpu", tmp_path, 0)
+    data.augmentation = Augmentation(CropConfig(16, 32, 16), (CropStage(5, CropConfig(16, 64, 16)),))
+    data.train_dataloader()
+    data.train_dataloader()
+    assert ["views of 32 pixels are enlarged to up to 64" in one.message for one in caplog.records] == [True]
 
 
 def test_the_workers_of_one_validation_serve_the_next(shards):
