@@ -24,10 +24,8 @@ def start_on_nodes(options: argparse.Namespace, arguments: Sequence[str]) -> lis
     Raises:
         InputError: A value that cannot be used.
     """
-    partition, account = (
-        slurm.checked("partition", options.partition),
-        slurm.checked("account", options.account),
-    )
+    partition = slurm.chosen_partition(options.partition)
+    account = slurm.checked("account", options.account)
     gpus = slurm.gpus_a_node(partition) if options.gpus is None else options.gpus
     processes = processes_a_node(gpus, options.processes)
     cpus = processes * slurm.cpus_a_process(partition, gpus, processes)
