@@ -33,6 +33,7 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +41,7 @@ from rich.table import Table
 from lrm_pl import __version__
 from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.hyperparameters import flattened, log_hyperparameters
-from lrm_pl.apps.processes import tasks_of_srun
+from lrm_pl.apps.processes import strange_place, tasks_of_srun
 from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
@@ -599,8 +600,11 @@ def require_started_together(trainer: L.Trainer) -> None:
         launcher, variable = "torchrun", "WORLD_SIZE"
     elif tasks_of_srun() > 1:
         launcher, variable = "srun", "SLURM_STEP_NUM_TASKS"
-    else:
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ:
         launcher, variable = "mpirun", "OMPI_COMM_WORLD_SIZE"
+    else:
+        _require_own_place(trainer)
+        return
     started, devices, nodes = int(os.environ.get(variable, 1)), trainer.num_devices, trainer.num_nodes
     if started not in (1, devices * nodes):
         raise InputError(
@@ -608,6 +612,24 @@ def require_started_together(trainer: L.Trainer) -> None:
             f"found {started} that {launcher} started: they would not train together; add -c configs/trainer/ddp.yaml "
             f"--trainer.devices {started // nodes or 1}, or start as many as there are devices"
         )
+
+
+def _require_own_place(trainer: L.Trainer) -> None:
+    """Refuse variables of a launcher that has not started this process, by hand or left over: loggers go by them.
+
+    Raises:
+        InputError: They give it another place than the trainer.
+    """
+    rank, world = trainer.global_rank, trainer.num_devices * trainer.num_nodes
+    told = LightningEnvironment()
+    if (
+        told.local_rank() >= trainer.num_devices
+        or told.node_rank() >= trainer.num_nodes
+        or int(os.environ.get("RANK", 0)) not in (0, rank)
+        or int(os.environ.get("WORLD_SIZE", 1)) not in (1, world)
+        or rank_zero_only.rank != rank
+    ):
+        raise InputError(strange_place(rank, world))
 
 
 def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything

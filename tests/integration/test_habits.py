@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.commit import git_commit
+from lrm_pl.apps.evaluate import main as evaluate
 from lrm_pl.apps.exporting import export
 from lrm_pl.apps.parsed import model_without_numbers, parse_fit
 from lrm_pl.apps.train import command_line, main
@@ -217,6 +218,28 @@ def test_processes_that_would_each_be_a_run_of_its_own_are_refused(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "1"},
+        {"LOCAL_RANK": "1"},
+        {"NODE_RANK": "1"},
+    ],
+)
+def test_a_place_among_processes_that_no_launcher_gave_is_refused(here, tmp_path, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = " ".join(f"{name}={value}" for name, value in variables.items() if not name.startswith("MASTER"))
+    with pytest.raises(SystemExit, match=f"expected process 0 of 1, found {found} in the environment"):
+        main(["fit", *here, "--trainer.accelerator=cpu"])
+    assert not (tmp_path / "runs").exists()
+    if "RANK" in variables:
+        with pytest.raises(SystemExit, match=f"expected process 0 of 1, found {found} in the environment"):
+            evaluate(["--ckpt=none", "--data=none"])
+
+
 @pytest.mark.parametrize("where", [[], ["--run.folder=run"]])
 def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, where):
     for logger in (f"{__name__}.OtherLogger", "false"):
@@ -374,13 +397,16 @@ def test_a_run_under_nohup_does_not_hear_of_its_terminals_end(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_stops_at_once_whatever_came_before(first):
     before = signal.getsignal(signal.SIGINT)
     signals = StopSignals()
     signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
     try:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received is signal.SIGINT
+        os.kill(os.getpid(), first)
+        if first != signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received is first
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:

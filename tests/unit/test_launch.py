@@ -430,11 +430,12 @@ def test_the_last_thing_that_several_processes_say_is_their_own_message(group, e
     assert sorted(printed.replace("process 1", "process 0").splitlines()) == said.splitlines()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_several_processes_that_are_told_to_stop_have_time_and_no_traceback_follows(group, number):
     process = group(
         "def stop(number, frame):\n    time.sleep(1)\n    os.write(1, b'kept\\n')\n    sys.exit(75)\n"
-        "signal.signal(signal.SIGINT, stop)\nsignal.signal(signal.SIGTERM, stop)\nos.write(1, b'up\\n')\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n    signal.signal(number, stop)\n"
+        "os.write(1, b'up\\n')\n"
         "time.sleep(60)"
     )
     for _ in range(2):
