@@ -92,7 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     # Not before: these load torch and lightning, and here is where it is known that they are there.
     from lrm_pl.apps.checks.rounds import examine
 
-    table = examine(arguments, found)
+    try:
+        table = examine(arguments, found)
+    except InputError as error:
+        sys.exit(f"lrm: {error}")
     alone = any(row.check == "rendezvous" and row.verdict != "ok" for row in table)
     if in_step and os.environ["SLURM_NODEID"] != "0" and not alone:
         return  # node 0 shows what all have found

@@ -218,5 +218,5 @@ def main(argv: list[str] | None = None) -> None:
         asked = options.dry_run and (options.nodes > 1 or options.partition or options.account)
         with_slurm = (slurm.available() or asked) and not options.master
         (launch_with_slurm if with_slurm else launch_with_torchrun)(launch, options)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")

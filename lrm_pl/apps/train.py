@@ -7,6 +7,7 @@ import argparse
 import atexit
 import dataclasses
 import enum
+import errno
 import logging
 import os
 import re
@@ -108,6 +109,9 @@ Command = Literal["fit", "validate", "test", "predict"]
 
 #: Options that name a class in place of one of ours -> what it is a subclass of.
 OWN_CLASSES = {"model_class": "A subclass of LRMModule", "data_class": "A subclass of ShardDataModule"}
+
+#: Errors of a file system that is read-only, and of files that belong to others.
+NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 #: What PyTorch's errors say where /dev/shm is full.
 _SHARED_MEMORY_SAYINGS = ("unable to allocate shared memory", "out of shared memory")
@@ -627,7 +631,7 @@ def _require_own_place(trainer: L.Trainer) -> None:
         or told.node_rank() >= trainer.num_nodes
         or int(os.environ.get("RANK", 0)) not in (0, rank)
         or int(os.environ.get("WORLD_SIZE", 1)) not in (1, world)
-        or rank_zero_only.rank != rank
+        or rank_zero_only.rank != rank  # type: ignore[attr-defined]
     ):
         raise InputError(strange_place(rank, world))
 
@@ -823,6 +827,11 @@ def main(arguments: list[str] | None = None) -> None:
     except MisconfigurationException as error:  # Lightning's own refusals, wherever they are raised
         sys.exit(f"lrm: {one_line(error)}")
     except OSError as error:
+        if error.errno in NO_ACCESS:
+            sys.exit(
+                f"lrm: expected access to all that the run reads and writes, found: {one_line(error)}; give this user "
+                "the right to it, or choose another folder for what the run writes: --run.folder"
+            )
         if error.errno not in FULL:
             raise
         sys.exit(

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -446,6 +447,25 @@ def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
             process.stdout.close()
             process.stdin.close()
             assert process.wait(60) == 75
+
+
+def test_a_command_whose_stdout_is_closed_ends_well_and_what_it_prints_is_in_no_file(root, tmp_path):
+    code = "import os, sys; from lrm_pl.apps.broken_pipes import outlive_readers; outlive_readers(); "
+    code += "file = open(sys.argv[1], 'wb'); print('said', flush=True); os.system('echo said')"
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
+    subprocess.run(closed, cwd=root, check=True, timeout=60)
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_with_one_message(here, monkeypatch):
+    def read_only(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", read_only)
+    with pytest.raises(
+        SystemExit, match=r"^lrm: expected access to all .*Read-only file system: 'runs.*--run"
+    ):
+        main(["fit", *here])
 
 
 def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, capsys):
