@@ -425,3 +425,12 @@ def test_a_user_without_a_home_is_told_how_to_name_a_cache(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(WeightsError, match=r"expected a home folder .*, found none; .*LRM_CACHE="):
         weights.cache_folder()
+
+
+def test_what_a_killed_download_left_goes_with_the_next_one(table, cache):
+    left = cache / "weights" / "official" / ".part-killed"
+    left.mkdir(parents=True)
+    for name in (".lock", "official.pth"):
+        (left / name).touch()
+    resolve("lpips_vgg", source="official")
+    assert os.listdir(left.parent) == ["official.pth"]
