@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import errno
 import fcntl
 import json
@@ -30,7 +31,10 @@ from lrm_pl.apps.parsed import model_without_numbers, parse_fit
 from lrm_pl.apps.train import command_line, main
 from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.data.manifest import Manifest, write_manifest
+from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.errors import InputError
+from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.io.checkpoints import list_checkpoints
 from lrm_pl.losses.objective import Objective
 from lrm_pl.training.module import LRMModule
@@ -455,6 +459,17 @@ def test_a_command_whose_stdout_is_closed_ends_well_and_what_it_prints_is_in_no_
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
     subprocess.run(closed, cwd=root, check=True, timeout=60)
     assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_views_that_are_too_small_to_be_measured_are_refused_before_a_run(here, tmp_path):
+    manifest = write_synthetic_shards(tmp_path / "small", views=4, resolution=24)
+    write_manifest(
+        tmp_path / "small", dataclasses.replace(manifest, render=manifest.render | {"resolution": 24})
+    )
+    with pytest.raises(SystemExit, match=r"expected views of 31 pixels or more, as LPIPS needs .*, found 24"):
+        main(["fit", *here, f"--data.folder={tmp_path / 'small'}"])
+    with pytest.raises(InputError, match="found 24"):
+        PROTOCOLS["lrm"].require(Manifest((), 15, 0, {"resolution": 24}), "data")
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run_with_one_message(here, monkeypatch):
