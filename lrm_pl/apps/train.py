@@ -60,7 +60,7 @@ from lrm_pl.callbacks.scene_writer import SceneWriter
 from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.input_setup import InputSetup, measure_setup
-from lrm_pl.data.manifest import require_measurable_views, write_atomically
+from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import (
     Checkpoint,
@@ -528,13 +528,7 @@ class LRMCLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         if encoder:
             self.datamodule.train_dataloader()  # says what is wrong with the data or their division
-        for source, manifest, _ in self.datamodule.mixture.members:
-            require_measurable_views(manifest, source.location)
-            if manifest.render.get("normalise") == "cube" and self.model.renderer.bounds == "sphere":
-                raise InputError(
-                    f"{source.location}: expected sphere-normalised shards for renderer bounds 'sphere', found "
-                    "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
-                )
+        self.datamodule.mixture.require_usable(self.model.renderer.bounds)
         weights: WeightsConfig = self._weights()
         if encoder and weights.network is not None:
             load_weights(self.model.lrm, Path(weights.network).expanduser())
