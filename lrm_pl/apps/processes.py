@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lrm_pl.data.scratch import ScratchFolder
 from lrm_pl.errors import InputError
 
 #: Seconds that processes have to keep their work after a signal, before they are killed.
@@ -76,18 +77,20 @@ def run_processes(count: int, arguments: Sequence[str]) -> NoReturn:
         count: Processes.
         arguments: After ``lrm``.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # a page for each process that fails
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    scratch = ScratchFolder("lrm-processes-")  # torchrun's own stays where it is
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=GRACE_S,
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # torchrun's, and what batch systems warn with
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch.path)),
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "lrm_pl", *arguments)
@@ -99,4 +102,6 @@ def run_processes(count: int, arguments: Sequence[str]) -> NoReturn:
         sys.exit(status)
     except SignalException as error:  # the processes have ended, and said what they keep
         sys.exit(128 + error.sigval)
+    finally:
+        scratch.remove()
     sys.exit(0)

@@ -423,10 +423,15 @@ def group(checkout, root):
         ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was ended by signal 9\n"),
     ],
 )
-def test_the_last_thing_that_several_processes_say_is_their_own_message(group, ends, status, said):
+def test_the_last_thing_that_several_processes_say_is_their_own_message(
+    group, ends, status, said, tmp_path, monkeypatch
+):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     process = group(ends)
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == status, printed
+    assert not list((tmp_path / "temporary").iterdir()), "they leave nothing"
     assert sorted(printed.replace("process 1", "process 0").splitlines()) == said.splitlines()
 
 
