@@ -73,6 +73,8 @@ GIVEN := $(if $(filter-out 0,$(MAKELEVEL)),,$(foreach name,$(.VARIABLES),$(if $(
 ifneq ($(GIVEN),)
 TAKEN := $(foreach goal,$(MAKECMDGOALS),$(shell grep -E '^$(goal):' $(firstword $(MAKEFILE_LIST)) | grep -oE '\<[A-Z_]+=' | tr -d =))
 UNKNOWN := $(filter-out PYTHON SHELL MAKE% $(TAKEN),$(GIVEN))
+EMPTY := $(filter-out ARGS SHELL MAKE%,$(foreach name,$(GIVEN),$(if $($(name)),,$(name))))
+$(if $(EMPTY),$(error make $(MAKECMDGOALS): expected a value after $(EMPTY:%=%=), found nothing; is a variable of the shell empty?))
 $(if $(UNKNOWN),$(error make $(MAKECMDGOALS): expected variables among $(or $(TAKEN),none), found $(UNKNOWN); see `make help`))
 endif
 

@@ -8,6 +8,7 @@ so that only the driver writes.
 import contextlib
 import dataclasses
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -300,6 +301,8 @@ def connected(jobs: int | None) -> Iterator[None]:
             ray.shutdown()
         return
     cpus = len(os.sched_getaffinity(0))
+    # Else Ray writes one into the user's home, which may not be there, or not be writable.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # A folder of our own: another user's Ray may own the default one. Short, for it holds sockets.
     folder = ScratchFolder("lrm-ray-", Path("/tmp"))
     try:

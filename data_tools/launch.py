@@ -40,16 +40,17 @@ def launch(options: argparse.Namespace, out: Path) -> None:
             "the nodes yourself and give its address without NODES=: RAY_ADDRESS=ip:6379"
         )
     gpus = options.gpus
+    partition = slurm.chosen_partition(options.partition)
     if gpus is None:
-        gpus = slurm.gpus_a_node(options.partition)
+        gpus = slurm.gpus_a_node(partition)
     elif slurm.available():
-        slurm.node_shapes(options.partition)
+        slurm.node_shapes(partition)
     script = job_script(
         options.nodes,
         gpus,
         out,
         options.arguments,
-        partition=options.partition,
+        partition=partition,
         account=options.account,
         time=options.time,
     )

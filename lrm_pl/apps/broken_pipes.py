@@ -11,7 +11,12 @@ from typing import Any
 
 
 def outlive_readers() -> None:
-    """Make stdout and stderr drop what is written once nobody reads it, instead of raising."""
+    """Make stdout and stderr drop what is written once nobody reads it, instead of raising; or from the start on."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file that is opened would get what children print
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest descriptor that is free
+            os.set_inheritable(nowhere, True)
+            setattr(sys, name, open(nowhere, mode))
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             ours = stream.fileno() == descriptor

@@ -24,10 +24,8 @@ def start_on_nodes(options: argparse.Namespace, arguments: Sequence[str]) -> lis
     Raises:
         InputError: A value that cannot be used.
     """
-    partition, account = (
-        slurm.checked("partition", options.partition),
-        slurm.checked("account", options.account),
-    )
+    partition = slurm.chosen_partition(options.partition)
+    account = slurm.checked("account", options.account)
     gpus = slurm.gpus_a_node(partition) if options.gpus is None else options.gpus
     processes = processes_a_node(gpus, options.processes)
     cpus = processes * slurm.cpus_a_process(partition, gpus, processes)
@@ -94,7 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     # Not before: these load torch and lightning, and here is where it is known that they are there.
     from lrm_pl.apps.checks.rounds import examine
 
-    table = examine(arguments, found)
+    try:
+        table = examine(arguments, found)
+    except InputError as error:
+        sys.exit(f"lrm: {error}")
     alone = any(row.check == "rendezvous" and row.verdict != "ok" for row in table)
     if in_step and os.environ["SLURM_NODEID"] != "0" and not alone:
         return  # node 0 shows what all have found

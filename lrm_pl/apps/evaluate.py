@@ -6,7 +6,6 @@ again. OUT gets results.json, results.md, index.html and TensorBoard's events.
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from rich.console import Console
 from lrm_pl.apps.evaluation_comparison import compare
 from lrm_pl.apps.options import add_network, locate_network
 from lrm_pl.apps.paths import require_out, user_path
-from lrm_pl.apps.processes import in_group, is_task_of_srun, run_processes, tasks_of_srun
+from lrm_pl.apps.processes import in_group, rank_and_world_size, run_processes
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.folder import EVALUATIONS
@@ -27,10 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; expected errors end in one message."""
     given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    rank = int(os.environ.get("RANK", os.environ["SLURM_PROCID"] if is_task_of_srun() else 0))
-    world = int(os.environ.get("WORLD_SIZE", tasks_of_srun()))
-    console = Console(soft_wrap=True, markup=False, quiet=rank > 0)
     try:
+        rank, world = rank_and_world_size()
+        console = Console(soft_wrap=True, markup=False, quiet=rank > 0)
         if given.processes < 1:
             raise InputError(f"expected --processes of at least 1, found {given.processes}")
         if given.compare:

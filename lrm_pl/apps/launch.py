@@ -33,6 +33,8 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
         raise InputError(
             "expected GPUS with MASTER, found none; GPUS=8 is eight GPUs a node, GPUS=0 trains on CPUs"
         )
+    if slurm.available() and not options.master:
+        options.partition = slurm.chosen_partition(options.partition)
     gpus = options.gpus
     if gpus is None and options.nodes == 1 and not slurm.available():
         gpus = gpus_here()
@@ -53,7 +55,8 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
         if not Path(config).is_file():
             raise InputError(f"expected a config file, found none at {config}; correct CONFIG=")
     experiment = re.sub(r"[^A-Za-z0-9]+", "-", Path(options.config[0]).stem).strip("-") or "run"
-    name = options.name or f"{experiment}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    # To the microsecond: runs of one name are one run, and a loop of the shell launches two within a second.
+    name = options.name or f"{experiment}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     if name in ("bash", "interactive"):
         raise InputError(
             f"expected another NAME, found {name!r}: Lightning takes it for a shell, not a job; choose one"
@@ -215,5 +218,5 @@ def main(argv: list[str] | None = None) -> None:
         asked = options.dry_run and (options.nodes > 1 or options.partition or options.account)
         with_slurm = (slurm.available() or asked) and not options.master
         (launch_with_slurm if with_slurm else launch_with_torchrun)(launch, options)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"lrm: {error}")

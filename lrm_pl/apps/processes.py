@@ -7,6 +7,9 @@ import uuid
 from collections.abc import Sequence
 from typing import NoReturn
 
+from lrm_pl.data.scratch import ScratchFolder
+from lrm_pl.errors import InputError
+
 #: Seconds that processes have to keep their work after a signal, before they are killed.
 GRACE_S = 120
 
@@ -25,9 +28,38 @@ def tasks_of_srun() -> int:
     return int(os.environ["SLURM_STEP_NUM_TASKS"]) if is_task_of_srun() else 1
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's number among those that torchrun or srun started, and how many these are.
+
+    Raises:
+        InputError: Something else has set the variables of torchrun: then nobody knows who starts the others.
+    """
+    rank, world = (int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if in_torchrun():
+        return rank, world
+    if (rank, world) != (0, 1):
+        raise InputError(strange_place(0, 1))
+    return (int(os.environ["SLURM_PROCID"]), tasks_of_srun()) if is_task_of_srun() else (0, 1)
+
+
+def strange_place(rank: int, world: int) -> str:
+    """Say that the environment gives this process another place than it has among the processes of its command."""
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_PROCID")
+    found = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    return (
+        f"expected process {rank} of {world}, found {found} in the environment, and neither torchrun nor srun that "
+        "started it; start the processes with one of these, or unset these variables"
+    )
+
+
+def in_torchrun() -> bool:
+    """Return whether torchrun started this process, or ``run_processes``."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def in_group() -> bool:
     """Return whether this is one of several processes already."""
-    return "RANK" in os.environ or tasks_of_srun() > 1
+    return in_torchrun() or tasks_of_srun() > 1
 
 
 def _has_terminal() -> bool:
@@ -45,17 +77,20 @@ def run_processes(count: int, arguments: Sequence[str]) -> NoReturn:
         count: Processes.
         arguments: After ``lrm``.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # a page for each process that fails
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    scratch = ScratchFolder("lrm-processes-")  # torchrun's own stays where it is
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=GRACE_S,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # torchrun's, and what batch systems warn with
+        logs_specs=DefaultLogsSpecs(log_dir=str(scratch.path)),
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "lrm_pl", *arguments)
@@ -67,4 +102,6 @@ def run_processes(count: int, arguments: Sequence[str]) -> NoReturn:
         sys.exit(status)
     except SignalException as error:  # the processes have ended, and said what they keep
         sys.exit(128 + error.sigval)
+    finally:
+        scratch.remove()
     sys.exit(0)

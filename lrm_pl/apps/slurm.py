@@ -5,6 +5,7 @@ nothing can be quoted, are checked against patterns; those that end in the shell
 """
 
 import dataclasses
+import os
 import re
 import shlex
 import shutil
@@ -55,6 +56,21 @@ def checked(field: str, value: str) -> str:
             "give only letters, digits and the signs of the example"
         )
     return value
+
+
+def chosen_partition(typed: str) -> str:
+    """Return the partition of a job, "" for the default one: sbatch's own variable overrides what the script says.
+
+    Raises:
+        InputError: The variable and the command line name two.
+    """
+    own = os.environ.get("SBATCH_PARTITION", "")
+    if typed and own and typed != own:
+        raise InputError(
+            f"expected one partition, found PARTITION={typed} and SBATCH_PARTITION={own}, which sbatch would take; "
+            "unset SBATCH_PARTITION"
+        )
+    return checked("partition", typed or own)
 
 
 def quoted(words: Sequence[str]) -> str:
@@ -126,7 +142,7 @@ def node_shapes(partition: str) -> list[NodeShape]:
         InputError: Slurm does not answer, or knows no such partition.
     """
     checked("partition", partition)
-    rows = _run("sinfo", "--noheader", "--Node", "--format=%P|%c|%N|%G").splitlines()
+    rows = _run("sinfo", "--all", "--noheader", "--Node", "--format=%P|%c|%N|%G").splitlines()
     entries = [row.strip().split("|", 3) for row in rows]
     wanted, usable = partition.split(","), _usable_cpus()
     shapes = [

@@ -7,6 +7,7 @@ import argparse
 import atexit
 import dataclasses
 import enum
+import errno
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ from lightning.pytorch.plugins.environments import (  # type: ignore[attr-define
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +42,7 @@ from rich.table import Table
 from lrm_pl import __version__
 from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.hyperparameters import flattened, log_hyperparameters
-from lrm_pl.apps.processes import tasks_of_srun
+from lrm_pl.apps.processes import strange_place, tasks_of_srun
 from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
@@ -107,6 +109,9 @@ Command = Literal["fit", "validate", "test", "predict"]
 
 #: Options that name a class in place of one of ours -> what it is a subclass of.
 OWN_CLASSES = {"model_class": "A subclass of LRMModule", "data_class": "A subclass of ShardDataModule"}
+
+#: Errors of a file system that is read-only, and of files that belong to others.
+NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 #: What PyTorch's errors say where /dev/shm is full.
 _SHARED_MEMORY_SAYINGS = ("unable to allocate shared memory", "out of shared memory")
@@ -523,12 +528,7 @@ class LRMCLI(LightningCLI):
         self.datamodule.trainer = self.trainer
         if encoder:
             self.datamodule.train_dataloader()  # says what is wrong with the data or their division
-        for source, manifest, _ in self.datamodule.mixture.members:
-            if manifest.render.get("normalise") == "cube" and self.model.renderer.bounds == "sphere":
-                raise InputError(
-                    f"{source.location}: expected sphere-normalised shards for renderer bounds 'sphere', found "
-                    "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
-                )
+        self.datamodule.mixture.require_usable(self.model.renderer.bounds)
         weights: WeightsConfig = self._weights()
         if encoder and weights.network is not None:
             load_weights(self.model.lrm, Path(weights.network).expanduser())
@@ -599,8 +599,11 @@ def require_started_together(trainer: L.Trainer) -> None:
         launcher, variable = "torchrun", "WORLD_SIZE"
     elif tasks_of_srun() > 1:
         launcher, variable = "srun", "SLURM_STEP_NUM_TASKS"
-    else:
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ:
         launcher, variable = "mpirun", "OMPI_COMM_WORLD_SIZE"
+    else:
+        _require_own_place(trainer)
+        return
     started, devices, nodes = int(os.environ.get(variable, 1)), trainer.num_devices, trainer.num_nodes
     if started not in (1, devices * nodes):
         raise InputError(
@@ -608,6 +611,24 @@ def require_started_together(trainer: L.Trainer) -> None:
             f"found {started} that {launcher} started: they would not train together; add -c configs/trainer/ddp.yaml "
             f"--trainer.devices {started // nodes or 1}, or start as many as there are devices"
         )
+
+
+def _require_own_place(trainer: L.Trainer) -> None:
+    """Refuse variables of a launcher that has not started this process, by hand or left over: loggers go by them.
+
+    Raises:
+        InputError: They give it another place than the trainer.
+    """
+    rank, world = trainer.global_rank, trainer.num_devices * trainer.num_nodes
+    told = LightningEnvironment()
+    if (
+        told.local_rank() >= trainer.num_devices
+        or told.node_rank() >= trainer.num_nodes
+        or int(os.environ.get("RANK", 0)) not in (0, rank)
+        or int(os.environ.get("WORLD_SIZE", 1)) not in (1, world)
+        or rank_zero_only.rank != rank  # type: ignore[attr-defined]
+    ):
+        raise InputError(strange_place(rank, world))
 
 
 def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
@@ -801,6 +822,11 @@ def main(arguments: list[str] | None = None) -> None:
     except MisconfigurationException as error:  # Lightning's own refusals, wherever they are raised
         sys.exit(f"lrm: {one_line(error)}")
     except OSError as error:
+        if error.errno in NO_ACCESS:
+            sys.exit(
+                f"lrm: expected access to all that the run reads and writes, found: {one_line(error)}; give this user "
+                "the right to it, or choose another folder for what the run writes: --run.folder"
+            )
         if error.errno not in FULL:
             raise
         sys.exit(

@@ -31,6 +31,9 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 MANIFEST_NAME = "manifest.json"
 
+#: AlexNet's poolings leave nothing of images of fewer pixels.
+LEAST_SIDE = 31
+
 #: A view of the largest size that is read, without any compression.
 MAX_MEMBER_BYTES = 4 * MAX_IMAGE_SIDE**2
 
@@ -176,6 +179,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(
         folder / MANIFEST_NAME, (json.dumps(dataclasses.asdict(manifest), indent=2) + "\n").encode()
     )
+
+
+def require_measurable_views(manifest: Manifest, where: str) -> None:
+    """Refuse views that are too small for LPIPS, with which every trained network is measured.
+
+    Raises:
+        InputError: Their longer side is below ``LEAST_SIDE``.
+    """
+    if (found := manifest.render.get("resolution", LEAST_SIDE)) < LEAST_SIDE:
+        raise InputError(
+            f"{where}: expected views of {LEAST_SIDE} pixels or more, as LPIPS needs (AlexNet), found {found}; render "
+            "larger ones: RES="
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:

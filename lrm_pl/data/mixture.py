@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lrm_pl.data.cache import CacheConfig
-from lrm_pl.data.manifest import Manifest, Shard, ShardError, Split
+from lrm_pl.data.manifest import Manifest, Shard, ShardError, Split, require_measurable_views
 from lrm_pl.data.source import ShardSource
 from lrm_pl.errors import InputError
 
@@ -100,6 +100,23 @@ class Mixture:
             for repeat in range(weight if repeated else 1)
             for shard in manifest.split(split)
         )
+
+    def require_usable(self, bounds: str) -> None:
+        """Refuse views that are too small to be measured, and objects that reach out of the renderer's bounds.
+
+        Args:
+            bounds: The renderer's.
+
+        Raises:
+            InputError: A set has such.
+        """
+        for source, manifest, _ in self.members:
+            require_measurable_views(manifest, source.location)
+            if manifest.render.get("normalise") == "cube" and bounds == "sphere":
+                raise InputError(
+                    f"{source.location}: expected sphere-normalised shards for renderer bounds 'sphere', found "
+                    "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
+                )
 
     def require_samples(self, least: int) -> None:
         """Refuse a training split with fewer samples than an optimiser step takes.

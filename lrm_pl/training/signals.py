@@ -37,6 +37,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._interrupted = False
         self._replaced: dict[signal.Signals, object] = {}
 
     def listen(self, trainer: L.Trainer) -> None:
@@ -63,8 +64,10 @@ class StopSignals:
         os.close(self._told)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         if self.received is None:
             self.received = signal.Signals(number)
         os.write(self._tell, bytes([number]))

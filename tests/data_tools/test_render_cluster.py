@@ -31,6 +31,7 @@ def assets(tmp_path, monkeypatch):
 @pytest.fixture
 def nodes(monkeypatch, tmp_path_factory):
     """A head without CPUs of its own and two nodes with two CPUs each, started in another folder than the driver's."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # nodes would find the code there
     elsewhere = contextlib.chdir(tmp_path_factory.mktemp("elsewhere"))
     with elsewhere:
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -754,3 +755,15 @@ def test_a_line_of_the_failures_that_a_killed_run_began_is_not_taken_for_one(tmp
     shard_folder.write_failures(path, found)
     assert [line[:10] for line in path.read_text().splitlines()] == ['{"id": "a"', '{"id": "b"']
     assert shard_folder.read_failures(tmp_path) == found
+
+
+def test_ray_on_this_machine_writes_nothing_into_the_users_home(tmp_path, root):
+    home = tmp_path / "home"
+    home.touch()  # not even a folder
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    code = "from data_tools.cluster import connected\nwith connected(1): print('up')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment | {"HOME": str(home), "PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "up\n", done.stderr

@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -23,12 +25,16 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.commit import git_commit
+from lrm_pl.apps.evaluate import main as evaluate
 from lrm_pl.apps.exporting import export
 from lrm_pl.apps.parsed import model_without_numbers, parse_fit
 from lrm_pl.apps.train import command_line, main
 from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.data.manifest import Manifest, write_manifest
+from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.errors import InputError
+from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.io.checkpoints import list_checkpoints
 from lrm_pl.losses.objective import Objective
 from lrm_pl.training.module import LRMModule
@@ -217,6 +223,28 @@ def test_processes_that_would_each_be_a_run_of_its_own_are_refused(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "1"},
+        {"LOCAL_RANK": "1"},
+        {"NODE_RANK": "1"},
+    ],
+)
+def test_a_place_among_processes_that_no_launcher_gave_is_refused(here, tmp_path, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = " ".join(f"{name}={value}" for name, value in variables.items() if not name.startswith("MASTER"))
+    with pytest.raises(SystemExit, match=f"expected process 0 of 1, found {found} in the environment"):
+        main(["fit", *here, "--trainer.accelerator=cpu"])
+    assert not (tmp_path / "runs").exists()
+    if "RANK" in variables:
+        with pytest.raises(SystemExit, match=f"expected process 0 of 1, found {found} in the environment"):
+            evaluate(["--ckpt=none", "--data=none"])
+
+
 @pytest.mark.parametrize("where", [[], ["--run.folder=run"]])
 def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, where):
     for logger in (f"{__name__}.OtherLogger", "false"):
@@ -374,13 +402,16 @@ def test_a_run_under_nohup_does_not_hear_of_its_terminals_end(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_ctrl_c_stops_at_once_whatever_came_before(first):
     before = signal.getsignal(signal.SIGINT)
     signals = StopSignals()
     signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
     try:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received is signal.SIGINT
+        os.kill(os.getpid(), first)
+        if first != signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received is first
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -420,6 +451,36 @@ def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
             process.stdout.close()
             process.stdin.close()
             assert process.wait(60) == 75
+
+
+def test_a_command_whose_stdout_is_closed_ends_well_and_what_it_prints_is_in_no_file(root, tmp_path):
+    code = "import os, sys; from lrm_pl.apps.broken_pipes import outlive_readers; outlive_readers(); "
+    code += "file = open(sys.argv[1], 'wb'); print('said', flush=True); os.system('echo said')"
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
+    subprocess.run(closed, cwd=root, check=True, timeout=60)
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_views_that_are_too_small_to_be_measured_are_refused_before_a_run(here, tmp_path):
+    manifest = write_synthetic_shards(tmp_path / "small", views=4, resolution=24)
+    write_manifest(
+        tmp_path / "small", dataclasses.replace(manifest, render=manifest.render | {"resolution": 24})
+    )
+    with pytest.raises(SystemExit, match=r"expected views of 31 pixels or more, as LPIPS needs .*, found 24"):
+        main(["fit", *here, f"--data.folder={tmp_path / 'small'}"])
+    with pytest.raises(InputError, match="found 24"):
+        PROTOCOLS["lrm"].require(Manifest((), 15, 0, {"resolution": 24}), "data")
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_with_one_message(here, monkeypatch):
+    def read_only(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", read_only)
+    with pytest.raises(
+        SystemExit, match=r"^lrm: expected access to all .*Read-only file system: 'runs.*--run"
+    ):
+        main(["fit", *here])
 
 
 def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, capsys):

@@ -20,6 +20,7 @@ from lrm_pl.apps.checks.table import rows, show
 from lrm_pl.apps.checks.versions import REQUIREMENTS, version, versions
 from lrm_pl.apps.checks.wanted import Weights, process_count, read_wanted
 from lrm_pl.apps.doctor import main
+from lrm_pl.data.manifest import read_manifest, write_manifest
 from lrm_pl.data.mixture import DataSet
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.io.artefacts import ARTEFACTS
@@ -159,6 +160,18 @@ def test_too_few_views_or_objects_are_missing(wanted):
     assert (shards.verdict, views.verdict) == ("missing", "missing")
     assert "lower --data.batch_size" in shards.remedy
     assert "VIEWS=9" in views.remedy
+
+
+@pytest.mark.parametrize(
+    ("render", "said"), [({"resolution": 24}, "found 24"), ({"normalise": "cube"}, "'cube'")]
+)
+def test_shards_that_fit_would_refuse_are_missing(wanted, shards, tmp_path, render, said):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    manifest = read_manifest(copy)
+    write_manifest(copy, dataclasses.replace(manifest, render=manifest.render | render))
+    (finding,) = training.shards(dataclasses.replace(wanted, sets=(DataSet(str(copy)),)))
+    assert finding.verdict == "missing"
+    assert said in finding.found
 
 
 def test_a_folder_that_cannot_be_made_is_missing_and_leaves_nothing(tmp_path):

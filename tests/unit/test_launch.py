@@ -302,6 +302,32 @@ def test_cpus_that_are_reserved_for_the_system_are_not_asked_for(checkout, monke
     assert slurm.cpus_a_process("gpu", gpus=4, processes=4) == 7
 
 
+@pytest.mark.parametrize("named", ["option", "variable"])
+def test_gpus_are_those_of_the_partition_that_sbatch_takes_hidden_or_from_its_own_variable(
+    checkout, monkeypatch, capsys, named
+):
+    programs = {
+        "sinfo": "echo 'cpu*|4|n0|(null)'; case $1 in --all) echo 'gpu|8|n1|gpu:4' ;; esac",
+        "scontrol": "exit 0",
+        "sbatch": "exit 1",
+    }
+    for name, text in programs.items():
+        (checkout / name).write_text(f"#!/bin/sh\n{text}\n")
+        (checkout / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{checkout}:{os.environ['PATH']}")
+    monkeypatch.delenv("SBATCH_PARTITION", raising=False)
+    if named == "variable":
+        monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+        with pytest.raises(
+            SystemExit, match="found PARTITION=cpu and SBATCH_PARTITION=gpu, which sbatch would"
+        ):
+            main(["--nodes=2", "--partition=cpu", "-c", "mine.yaml", "--dry-run"])
+    main(["--nodes=2", *(["--partition=gpu"] if named == "option" else []), "-c", "mine.yaml", "--dry-run"])
+    said = capsys.readouterr().out
+    assert "#SBATCH --gres=gpu:4\n" in said
+    assert "#SBATCH --partition=gpu\n" in said
+
+
 def test_two_nodes_without_slurm_and_master_end_in_an_error_that_says_what_to_do(no_slurm, capsys):
     with pytest.raises(
         SystemExit, match=r"expected Slurm .* found no `sbatch` on PATH; nothing was started: run"
@@ -397,18 +423,24 @@ def group(checkout, root):
         ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was ended by signal 9\n"),
     ],
 )
-def test_the_last_thing_that_several_processes_say_is_their_own_message(group, ends, status, said):
+def test_the_last_thing_that_several_processes_say_is_their_own_message(
+    group, ends, status, said, tmp_path, monkeypatch
+):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     process = group(ends)
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == status, printed
+    assert not list((tmp_path / "temporary").iterdir()), "they leave nothing"
     assert sorted(printed.replace("process 1", "process 0").splitlines()) == said.splitlines()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_several_processes_that_are_told_to_stop_have_time_and_no_traceback_follows(group, number):
     process = group(
         "def stop(number, frame):\n    time.sleep(1)\n    os.write(1, b'kept\\n')\n    sys.exit(75)\n"
-        "signal.signal(signal.SIGINT, stop)\nsignal.signal(signal.SIGTERM, stop)\nos.write(1, b'up\\n')\n"
+        "for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n    signal.signal(number, stop)\n"
+        "os.write(1, b'up\\n')\n"
         "time.sleep(60)"
     )
     for _ in range(2):
@@ -421,7 +453,14 @@ def test_several_processes_that_are_told_to_stop_have_time_and_no_traceback_foll
 
 def test_the_default_name_is_the_experiment_and_the_time(no_slurm, capsys):
     main(["--gpus=0", "-c", "mine.yaml", "--dry-run"])
-    assert re.search(r"--run.folder runs/mine-\d{8}-\d{6}\n", capsys.readouterr().out)
+    assert re.search(r"--run.folder runs/mine-\d{8}-\d{6}-\d{6}\n", capsys.readouterr().out)
+
+
+def test_two_runs_that_are_launched_within_a_second_have_a_folder_each(no_slurm, capsys):
+    for _ in range(2):
+        main(["--gpus=0", "-c", "mine.yaml", "--dry-run"])
+    first, second = re.findall(r"--run.folder (\S+)", capsys.readouterr().out)
+    assert first != second
 
 
 @pytest.mark.parametrize(

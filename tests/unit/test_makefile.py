@@ -58,6 +58,16 @@ def test_a_variable_that_a_target_does_not_take_is_refused(typed, words, named):
     assert named in refused.value.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [("train", "DATA="), ("render-shards", "ASSETS=", "OUT=x"), ("infer", "CKPT=")]
+)
+def test_a_variable_without_a_value_is_refused_and_not_taken_for_the_default(typed, words):
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        typed(*words)
+    assert f"expected a value after {words[1]}, found nothing" in refused.value.stderr
+    assert typed("train", "DATA=x", "ARGS=") == typed("train", "DATA=x")
+
+
 def test_a_variable_is_taken_where_one_of_the_targets_takes_it(typed):
     assert typed("train", "doctor", "NAME=mine", "NODES=2", "PYTHON=python3.12")
     words, _ = typed("doctor", "NODES=2", "STRATEGY=fsdp2")

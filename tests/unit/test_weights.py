@@ -414,3 +414,23 @@ def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path, mo
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "file"))
     with pytest.raises(WeightsError, match=r"into .*file/weights, found: .*; name a folder .*: LRM_CACHE="):
         resolve("lpips_alex")
+
+
+def test_a_user_without_a_home_is_told_how_to_name_a_cache(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    for name in ("LRM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(WeightsError, match=r"expected a home folder .*, found none; .*LRM_CACHE="):
+        weights.cache_folder()
+
+
+def test_what_a_killed_download_left_goes_with_the_next_one(table, cache):
+    left = cache / "weights" / "official" / ".part-killed"
+    left.mkdir(parents=True)
+    for name in (".lock", "official.pth"):
+        (left / name).touch()
+    resolve("lpips_vgg", source="official")
+    assert os.listdir(left.parent) == ["official.pth"]

@@ -41,6 +41,7 @@ def shards(wanted: Wanted) -> list[Finding]:
     """Read the manifest; compare objects and views with what the run takes."""
     try:
         mixture = Mixture(wanted.sets, CacheConfig(attempts=2))
+        mixture.require_usable(wanted.bounds)
     except InputError as error:  # of the shards, or of the store that they are in
         expectation, _, remedy = str(error).partition("; ")
         return [Finding("shards", expectation, "missing", remedy)]

@@ -36,6 +36,7 @@ class Wanted:
         batch_size: Objects an optimiser step.
         views: Views an object must have.
         workers: Loader workers a process.
+        bounds: The renderer's.
         sets: The data sets.
         run: Folder that the run writes into.
         weights: Pretrained files that it starts from or measures with.
@@ -49,6 +50,7 @@ class Wanted:
     batch_size: int
     views: int
     workers: int
+    bounds: str
     sets: tuple[DataSet, ...]
     run: Path
     weights: tuple[Weights, ...]
@@ -74,6 +76,7 @@ def read_wanted(arguments: list[str]) -> Wanted:
         batch_size=data["batch_size"],
         views=config["model"]["lrm"]["input_views"] + data["side_views"] + data["unseen_views"],
         workers=data["workers"],
+        bounds=config["model"]["renderer"]["bounds"],
         sets=(DataSet(data["folder"], data["weight"]), *(DataSet(**vars(one)) for one in data["also"])),
         run=Path(config.get("run.folder") or "runs"),
         weights=_weights(config),
