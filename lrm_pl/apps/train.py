@@ -71,6 +71,7 @@ from lrm_pl.io.checkpoints import (
     require_own,
     require_writable,
 )
+from lrm_pl.io.model_card import weights_name
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
 from lrm_pl.io.state_dicts import (
     TIMM_NAMES,
@@ -375,6 +376,9 @@ class LRMCLI(LightningCLI):
             keeper.listens_on = True
         if self.trainer.is_global_zero:
             self._enter_run_folder()
+            network = self._weights().network
+            if network is not None and (keeper is None or keeper.resume_from is None):
+                print(f"The whole network starts from the weights in {network}")
             records = [callback for callback in self.trainer.callbacks if isinstance(callback, RunRecord)]  # type: ignore[attr-defined]
             for record in records:
                 record.given = self.given
@@ -452,7 +456,7 @@ class LRMCLI(LightningCLI):
                 self.perceptual,
                 checkpoint,
                 (lambda: False) if keeper is None else (lambda: keeper.signals.received is not None),
-                "model (average)" if averaged else "model",
+                weights_name(average=averaged),
             )
         except ReportStopped:
             raise StoppedError(
@@ -532,8 +536,6 @@ class LRMCLI(LightningCLI):
         weights: WeightsConfig = self._weights()
         if encoder and weights.network is not None:
             load_weights(self.model.lrm, Path(weights.network).expanduser())
-            if self.trainer.is_global_zero:
-                print(f"The whole network starts from the weights in {weights.network}")
         elif encoder and weights.pretrained:
             network = self.model.lrm.encoder
             network.load_pretrained(_encoder_state(network.name, weights))
@@ -815,6 +817,8 @@ def main(arguments: list[str] | None = None) -> None:
                 "lrm: expected room in /dev/shm for the batches of data workers, found it full; start the container "
                 "with --shm-size=8g, or use --data.workers 0"
             )
+        if str(error).startswith("Early stopping conditioned on metric"):  # Lightning's
+            sys.exit(f"lrm: {one_line(error)}")
         if not ran_out(error) or given[0] != "fit":
             raise
         error.__traceback__ = None  # its frames hold what filled the memory
