@@ -32,6 +32,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import list_checkpoints
 from lrm_pl.losses.objective import Objective
 from lrm_pl.training.module import LRMModule
+from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
 from tests.integration.test_cli import TINY
 
@@ -117,6 +118,14 @@ def here(tmp_path, shards, monkeypatch):
         ),
         (["--trainer.profiler=nosuch"], "profiler"),
         (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
+        (
+            ["--trainer.callbacks+=lrm_pl.training.ema.WeightAverage"] * 2,
+            "expected one WeightAverage among trainer.callbacks, found 2",
+        ),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
+            "Early stopping conditioned on metric `val_loss` which is not available",
+        ),
         (["--trainer.logger=MLFlowLogger"], "expected to make a lightning.pytorch.loggers.MLFlowLogger, found: Requ"),
         (["--trainer.logger=CometLogger", "--run.folder=run"], "loggers.CometLogger, found: Requirement"),
     ],
@@ -439,6 +448,39 @@ def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, caps
     measured = line.trainer.callback_metrics["val/heldout/psnr_pooled"]
     assert line.reports["heldout"].rows["model"].psnr_pooled == pytest.approx(float(measured), abs=1e-4)
     assert "model (average)" in capsys.readouterr().out
+
+
+def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("lrm_pl.apps.train.print_report", lambda *_: {})
+    options = [
+        "--run.folder=run",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=.",
+        "--trainer.enable_checkpointing=true",
+        "--trainer.callbacks+=LearningRateMonitor",
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=1",
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.val_check_interval=100",
+        "--model.optimizer.warmup=0.5",
+    ]
+    main(["fit", *here, *options, "--trainer.max_steps=3", "--trainer.log_every_n_steps=2"])
+    main(["fit", *here, *options, "--trainer.max_steps=5", "--trainer.log_every_n_steps=1"])
+    files = {file.name for file in tmp_path.glob("run/checkpoints/*.ckpt")}
+    assert files >= {f"epoch=0-step={step}.ckpt" for step in range(1, 6)}
+    rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
+    rates = {
+        int(row["step"]): float(row[name])
+        for row in rows
+        for name in row
+        if name.startswith("lr-") and row[name]
+    }
+    schedule = OptimizerConfig(warmup=0.5)
+    assert rates[1] == pytest.approx(schedule.learning_rate(0, 3))
+    assert rates[3] == pytest.approx(schedule.learning_rate(3, 5)), (
+        "of the step that a resumed run begins with"
+    )
+    assert rates[4] == pytest.approx(schedule.learning_rate(3, 5))
 
 
 def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):
