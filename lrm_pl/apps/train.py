@@ -244,13 +244,23 @@ class LRMCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the given arguments, whatever the process was started with."""
+        """Parse the given arguments, whatever the process was started with.
+
+        Raises:
+            InputError: A value cannot be resolved, a section is empty, or the seed is none.
+        """
         try:
             self.config = plain(parser.parse_args(cast(list[str], args)))
         except OmegaConfBaseException as error:
             raise InputError(
                 f"expected ${{...}} that can be resolved, found: {one_line(error)}; correct it, or set what it names"
             ) from error
+        require_filled(self.config, parser.get_defaults())
+        seed = self.config.get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise InputError(
+                f"expected a seed from 0 to {2**32 - 1}, found {seed}; correct --seed_everything"
+            )
 
     def run(self) -> None:
         """Run the command."""
@@ -287,7 +297,7 @@ class LRMCLI(LightningCLI):
         strategy = self._setting("trainer.strategy")
         if isinstance(strategy, str):
             require_supported_name(strategy)
-        else:
+        elif strategy is not None:  # Lightning refuses that
             require_supported_name(strategy["class_path"])
             require_supported_start(strategy.get("init_args.start_method"))
         self.given = self.config.clone()
@@ -309,7 +319,8 @@ class LRMCLI(LightningCLI):
         if given := self._setting("trainer.callbacks"):
             own = self.parser.get_defaults().trainer.callbacks
             shown = self._setting("trainer.enable_progress_bar") is not False
-            self.config.trainer.callbacks = with_own_callbacks(given, own, progress_bar=shown)
+            listed = given if isinstance(given, list) else [given]
+            self.config.trainer.callbacks = with_own_callbacks(listed, own, progress_bar=shown)
         elif self.command == "fit":
             logger.warning("trainer.callbacks is empty: no checkpoints, no pictures and no LPIPS of this run")
         place_loggers(self._setting("trainer.logger"), folder)
@@ -622,6 +633,23 @@ def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
     elif isinstance(config, str) and isinstance(config, enum.Enum):
         return config.value
     return config
+
+
+def require_filled(config: Namespace, defaults: Namespace, prefix: str = "") -> None:
+    """Refuse null in place of a section, which it is where all lines of the section are commented out.
+
+    Raises:
+        InputError: There is one: all that earlier configs say in it would be lost.
+    """
+    for name, default in vars(defaults).items():
+        if not isinstance(default, Namespace) or "class_path" in default:
+            continue
+        if config.get(name) is None:
+            raise InputError(
+                f"expected settings in the section {prefix}{name}, found none, which would drop those of earlier "
+                "configs; fill it, or leave its line out"
+            )
+        require_filled(config[name], default, f"{prefix}{name}.")
 
 
 def with_own_callbacks(

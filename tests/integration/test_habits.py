@@ -117,6 +117,9 @@ def here(tmp_path, shards, monkeypatch):
             "expected 2 nodes that were started together, found this one alone",
         ),
         (["--trainer.profiler=nosuch"], "profiler"),
+        (["--trainer.strategy=null"], "invalid strategy name"),
+        (["--seed_everything=-3"], "expected a seed from 0 to 4294967295, found -3"),
+        (["--data.batch_size=-2"], "expected a data.batch_size of at least 1, found -2"),
         (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
         (
             ["--trainer.callbacks+=lrm_pl.training.ema.WeightAverage"] * 2,
@@ -448,6 +451,20 @@ def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, caps
     measured = line.trainer.callback_metrics["val/heldout/psnr_pooled"]
     assert line.reports["heldout"].rows["model"].psnr_pooled == pytest.approx(float(measured), abs=1e-4)
     assert "model (average)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["trainer", "data", "run", "weights", "weights.encoder", "data.crop"])
+def test_a_section_whose_lines_are_all_commented_out_is_refused_and_drops_nothing(here, tmp_path, section):
+    outer, _, inner = section.partition(".")
+    (tmp_path / "empty.yaml").write_text(f"{outer}:\n  {inner}{':' if inner else '# all'}\n")
+    with pytest.raises(InputError, match=rf"expected settings in the section {section}, found none"):
+        command_line([*here, "-c", "empty.yaml"], run=False)
+
+
+def test_one_callback_needs_no_list(here):
+    line = command_line([*here, "--trainer.callbacks=LearningRateMonitor"], run=False)
+    names = [type(callback).__name__ for callback in line.trainer.callbacks]
+    assert {"RunKeeper", "LearningRateMonitor"} <= set(names)
 
 
 def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, tmp_path, monkeypatch):
