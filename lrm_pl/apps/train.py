@@ -169,14 +169,16 @@ class RunRecord(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` and ``commit.txt``, on rank 0."""
         folder = folder_of(trainer)
+        keepers = [callback for callback in trainer.callbacks if isinstance(callback, RunKeeper)]  # type: ignore[attr-defined]
+        start = next((keeper.resume_from.step for keeper in keepers if keeper.resume_from is not None), None)
+        if start == trainer.max_steps and (folder / "config.yaml").is_file():
+            return  # no step is made with these settings
         folder.mkdir(parents=True, exist_ok=True)
         commit = git_commit()
         config = self.parser.dump(self.given or self.config, skip_none=False)
         files = {"commit.txt": commit + "\n", "config.yaml": config}
         if self.input_setup is not None:
             files[SETUP_NAME] = setup_text(self.input_setup)
-        keepers = [callback for callback in trainer.callbacks if isinstance(callback, RunKeeper)]  # type: ignore[attr-defined]
-        start = next((keeper.resume_from.step for keeper in keepers if keeper.resume_from is not None), None)
         for name, text in files.items():
             if start is not None:
                 _keep_earlier(folder / name, text, folder / "earlier" / f"until-step-{start:08d}")

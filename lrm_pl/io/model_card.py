@@ -106,9 +106,9 @@ def run_facts(folder: Path, config: Mapping[str, Any], step: int, *, average: bo
         facts["code"] = commit.read_text().strip()
     if (report := folder / "report.json").is_file():
         found = json.loads(report.read_text())
-        same = found.pop("step", None) == step
-        if found.pop("weights", None) != weights_name(average=average) or not same:
-            return facts  # of another step, or of the weights in place of their average
+        what = [found.pop(name, None) for name in ("step", "weights", "data")]
+        if what != [step, weights_name(average=average), data.get("folder")]:
+            return facts  # of another step, of the weights in place of their average, or on other data
         for split, rows in found.items():
             scores = rows["model"]
             facts[f"{split} views"] = (

@@ -288,6 +288,18 @@ def test_the_record_is_of_the_newest_start_and_what_it_was_is_kept(here, tmp_pat
     assert not (kept / "commit.txt").exists()
 
 
+def test_a_finished_run_that_is_measured_on_other_data_was_not_trained_on_them(here, tmp_path, shards):
+    command_line(["fit", *here, "--run.folder=run"])
+    record = {name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "input.yaml")}
+    (tmp_path / "others").symlink_to(shards)
+    command_line(["fit", *here, "--run.folder=run", "--data.folder=others", "--model.optimizer.lr=1"])
+    assert record == {name: (tmp_path / "run" / name).read_bytes() for name in record}
+    export("run", tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    assert f"| trained on | {shards.name}: " in card
+    assert " views | PSNR " not in card, "the report is of other data"
+
+
 def test_a_finished_run_says_so_and_one_that_went_further_is_not_cut(here, tmp_path, capsys):
     command_line(["fit", *here, "--run.folder=run"])
     with warnings.catch_warnings(record=True) as warned:
