@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         locate_network(given.checkpoint)
         require_no_folder(given.out)
-        from lrm_pl.apps.exporting import export
+        from lrm_pl.apps.exporting import export, validates_average
         from lrm_pl.io.pretrained import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 
         checkpoint, config = export(
@@ -45,5 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{given.out / WEIGHTS_NAME}: {what} of {checkpoint.path}, {given.dtype}, {size:.1f} MB")
     print(f"{given.out / CONFIG_NAME}: its model section; {given.out / CARD_NAME}: its model card")
     print(f"Use it: lrm infer PICTURE --ckpt {shlex.quote(str(given.out))}")
+    if validates_average(config) != given.average:
+        return  # `lrm validate` would measure other weights of the checkpoint
     layers = ["-c", str(config), "--ckpt_path", checkpoint.path, "--data.val_objects", "null"]
     print(f"Measure that checkpoint: {shlex.join(['lrm', 'validate', *layers])}")

@@ -51,7 +51,7 @@ def export(
     weights = {name: _cast(tensor, _DTYPES[dtype]) for name, tensor in tensors.items()}
     header = f"The model section of {config.name} of the run whose step {checkpoint.step} this is."
     what = "The moving average of the weights" if average else "The weights"
-    facts = run_facts(config.parent, yaml.safe_load(config.read_text()))
+    facts = run_facts(config.parent, yaml.safe_load(config.read_text()), checkpoint.step, average=average)
     card = model_card(out.name, f"{what} at step {checkpoint.step} of a run.", model, facts)
     setup = read_setup(config.parent)
     if setup is None:
@@ -62,6 +62,14 @@ def export(
         setup = InputSetup()
     write_pretrained(out, model, weights, header, setup, card, checkpoint.step)
     return checkpoint, config
+
+
+def validates_average(config: Path) -> bool:
+    """Say whether a run's validations measure its moving average."""
+    trainer = yaml.safe_load(config.read_text()).get("trainer") or {}
+    return any(
+        (callback.get("init_args") or {}).get("validate") for callback in trainer.get("callbacks") or []
+    )
 
 
 def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:

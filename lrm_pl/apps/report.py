@@ -122,7 +122,7 @@ def print_report(
             write_png(path, report.grid)
         console.print(f"Pictures (input | target | render | opacity | depth): {path}", soft_wrap=True)
     if reports and trainer.is_global_zero:
-        record = {
+        record = {"step": trainer.global_step, "weights": weights, "data": data.folder} | {
             name: {row: s._asdict() for row, s in report.rows.items()} for name, report in reports.items()
         }
         path, content = folder / "report.json", json.dumps(record, indent=2).encode()

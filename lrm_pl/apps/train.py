@@ -73,6 +73,7 @@ from lrm_pl.io.checkpoints import (
     require_own,
     require_writable,
 )
+from lrm_pl.io.model_card import weights_name
 from lrm_pl.io.pretrained import SETUP_NAME, load_weights, setup_text, weights_hash
 from lrm_pl.io.state_dicts import (
     TIMM_NAMES,
@@ -173,14 +174,16 @@ class RunRecord(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` and ``commit.txt``, on rank 0."""
         folder = folder_of(trainer)
+        keepers = [callback for callback in trainer.callbacks if isinstance(callback, RunKeeper)]  # type: ignore[attr-defined]
+        start = next((keeper.resume_from.step for keeper in keepers if keeper.resume_from is not None), None)
+        if start == trainer.max_steps and (folder / "config.yaml").is_file():
+            return  # no step is made with these settings
         folder.mkdir(parents=True, exist_ok=True)
         commit = git_commit()
         config = self.parser.dump(self.given or self.config, skip_none=False)
         files = {"commit.txt": commit + "\n", "config.yaml": config}
         if self.input_setup is not None:
             files[SETUP_NAME] = setup_text(self.input_setup)
-        keepers = [callback for callback in trainer.callbacks if isinstance(callback, RunKeeper)]  # type: ignore[attr-defined]
-        start = next((keeper.resume_from.step for keeper in keepers if keeper.resume_from is not None), None)
         for name, text in files.items():
             if start is not None:
                 _keep_earlier(folder / name, text, folder / "earlier" / f"until-step-{start:08d}")
@@ -248,13 +251,23 @@ class LRMCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the given arguments, whatever the process was started with."""
+        """Parse the given arguments, whatever the process was started with.
+
+        Raises:
+            InputError: A value cannot be resolved, a section is empty, or the seed is none.
+        """
         try:
             self.config = plain(parser.parse_args(cast(list[str], args)))
         except OmegaConfBaseException as error:
             raise InputError(
                 f"expected ${{...}} that can be resolved, found: {one_line(error)}; correct it, or set what it names"
             ) from error
+        require_filled(self.config, parser.get_defaults())
+        seed = self.config.get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise InputError(
+                f"expected a seed from 0 to {2**32 - 1}, found {seed}; correct --seed_everything"
+            )
 
     def run(self) -> None:
         """Run the command."""
@@ -291,7 +304,7 @@ class LRMCLI(LightningCLI):
         strategy = self._setting("trainer.strategy")
         if isinstance(strategy, str):
             require_supported_name(strategy)
-        else:
+        elif strategy is not None:  # Lightning refuses that
             require_supported_name(strategy["class_path"])
             require_supported_start(strategy.get("init_args.start_method"))
         self.given = self.config.clone()
@@ -313,7 +326,8 @@ class LRMCLI(LightningCLI):
         if given := self._setting("trainer.callbacks"):
             own = self.parser.get_defaults().trainer.callbacks
             shown = self._setting("trainer.enable_progress_bar") is not False
-            self.config.trainer.callbacks = with_own_callbacks(given, own, progress_bar=shown)
+            listed = given if isinstance(given, list) else [given]
+            self.config.trainer.callbacks = with_own_callbacks(listed, own, progress_bar=shown)
         elif self.command == "fit":
             logger.warning("trainer.callbacks is empty: no checkpoints, no pictures and no LPIPS of this run")
         place_loggers(self._setting("trainer.logger"), folder)
@@ -380,6 +394,9 @@ class LRMCLI(LightningCLI):
             keeper.listens_on = True
         if self.trainer.is_global_zero:
             self._enter_run_folder()
+            network = self._weights().network
+            if network is not None and (keeper is None or keeper.resume_from is None):
+                print(f"The whole network starts from the weights in {network}")
             records = [callback for callback in self.trainer.callbacks if isinstance(callback, RunRecord)]  # type: ignore[attr-defined]
             for record in records:
                 record.given = self.given
@@ -457,7 +474,7 @@ class LRMCLI(LightningCLI):
                 self.perceptual,
                 checkpoint,
                 (lambda: False) if keeper is None else (lambda: keeper.signals.received is not None),
-                "model (average)" if averaged else "model",
+                weights_name(average=averaged),
             )
         except ReportStopped:
             raise StoppedError(
@@ -532,8 +549,6 @@ class LRMCLI(LightningCLI):
         weights: WeightsConfig = self._weights()
         if encoder and weights.network is not None:
             load_weights(self.model.lrm, Path(weights.network).expanduser())
-            if self.trainer.is_global_zero:
-                print(f"The whole network starts from the weights in {weights.network}")
         elif encoder and weights.pretrained:
             network = self.model.lrm.encoder
             network.load_pretrained(_encoder_state(network.name, weights))
@@ -641,6 +656,23 @@ def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
     elif isinstance(config, str) and isinstance(config, enum.Enum):
         return config.value
     return config
+
+
+def require_filled(config: Namespace, defaults: Namespace, prefix: str = "") -> None:
+    """Refuse null in place of a section, which it is where all lines of the section are commented out.
+
+    Raises:
+        InputError: There is one: all that earlier configs say in it would be lost.
+    """
+    for name, default in vars(defaults).items():
+        if not isinstance(default, Namespace) or "class_path" in default:
+            continue
+        if config.get(name) is None:
+            raise InputError(
+                f"expected settings in the section {prefix}{name}, found none, which would drop those of earlier "
+                "configs; fill it, or leave its line out"
+            )
+        require_filled(config[name], default, f"{prefix}{name}.")
 
 
 def with_own_callbacks(
@@ -841,6 +873,8 @@ def main(arguments: list[str] | None = None) -> None:
                 "lrm: expected room in /dev/shm for the batches of data workers, found it full; start the container "
                 "with --shm-size=8g, or use --data.workers 0"
             )
+        if str(error).startswith("Early stopping conditioned on metric"):  # Lightning's
+            sys.exit(f"lrm: {one_line(error)}")
         if not ran_out(error) or given[0] != "fit":
             raise
         error.__traceback__ = None  # its frames hold what filled the memory

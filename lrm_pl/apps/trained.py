@@ -79,6 +79,7 @@ def open_trained(
             name,
             lambda found: (PretrainedLRM.from_checkpoint(found, config, average=average), found.path),
         )
+        source += " (moving average)" if average else ""
     if remover is not None:
         model.remover = remover
     sha256 = weights_hash(model.network)

@@ -61,3 +61,4 @@ class HangWatchdog(L.Callback):
     on_train_start = on_train_batch_start = on_before_backward = on_train_batch_end = on_train_end = _arm
     on_validation_start = on_validation_batch_start = on_validation_end = _arm
     on_test_start = on_test_batch_start = on_test_end = _arm
+    on_predict_start = on_predict_batch_start = on_predict_batch_end = on_predict_end = _arm

@@ -78,6 +78,7 @@ class ShardDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         for name, value, least in (
+            ("batch_size", batch_size, 1),
             ("side_views", side_views, 0),
             ("unseen_views", unseen_views, 1),
             ("input_pool", input_pool, 1),

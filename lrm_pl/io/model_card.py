@@ -80,12 +80,19 @@ def _data(folder: str) -> str:
     return f"{Path(folder).name}: {count} objects, {manifest.views} views each"
 
 
-def run_facts(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Collect what a run's folder knows: its commit, what it trained on, what its report measured.
+def weights_name(*, average: bool) -> str:
+    """Return what a report calls the weights that it measured."""
+    return "model (average)" if average else "model"
+
+
+def run_facts(folder: Path, config: Mapping[str, Any], step: int, *, average: bool) -> dict[str, str]:
+    """Collect what a run's folder knows: its commit, what it trained on, what its report measured of these weights.
 
     Args:
         folder: The run's folder.
         config: Its config.
+        step: The step of the weights.
+        average: Whether they are the moving average.
     """
     facts = dict[str, str]()
     data, trainer = config.get("data") or {}, config.get("trainer") or {}
@@ -98,7 +105,11 @@ def run_facts(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if (commit := folder / "commit.txt").is_file():
         facts["code"] = commit.read_text().strip()
     if (report := folder / "report.json").is_file():
-        for split, rows in json.loads(report.read_text()).items():
+        found = json.loads(report.read_text())
+        what = [found.pop(name, None) for name in ("step", "weights", "data")]
+        if what != [step, weights_name(average=average), data.get("folder")]:
+            return facts  # of another step, of the weights in place of their average, or on other data
+        for split, rows in found.items():
             scores = rows["model"]
             facts[f"{split} views"] = (
                 f"PSNR {scores['psnr']:.2f}, SSIM {scores['ssim']:.3f}, LPIPS {scores['lpips']:.3f} "

@@ -1,5 +1,6 @@
 """A moving average of the weights, in float32, under every strategy: each rank averages what it holds of them."""
 
+import logging
 from typing import Any, final
 
 import lightning as L
@@ -11,6 +12,8 @@ from lrm_pl.training.holder import holder_of, local
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallel import Part
 from lrm_pl.training.state import Held
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -27,12 +30,44 @@ class WeightAverage(L.Callback):
             raise InputError(f"expected a decay in [0, 1), found {decay}")
         self.decay, self.validate = decay, validate
         self.average: dict[str, Held] = {}
+        self._loaded: dict[str, torch.Tensor] = {}  # of Lightning's checkpoint, whole
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a second average.
+
+        Raises:
+            InputError: There is one: checkpoints hold one average.
+        """
+        count = sum(isinstance(callback, WeightAverage) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if count > 1:
+            raise InputError(
+                f"expected one WeightAverage among trainer.callbacks, found {count}: checkpoints hold one average; "
+                "leave the others out"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin at the weights, unless a resumed run has read its average already."""
         assert isinstance(pl_module, LRMModule)
         if not self.average:
             self.begin(pl_module)
+        for name, tensor in self._loaded.items():
+            local(self.average[name]).copy_(tensor)
+        self._loaded = {}
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the average to Lightning's checkpoint; those of a RunKeeper have it without this."""
+        if all(type(held) is torch.Tensor for held in self.average.values()):  # no shards
+            checkpoint["average"] = dict(self.average)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the average of Lightning's checkpoint."""
+        self._loaded = checkpoint.get("average", {})
+        if not self._loaded:
+            logger.warning("the checkpoint holds no moving average: it starts at the weights")
 
     def begin(self, module: LRMModule) -> None:
         """Make the average equal to the weights."""

@@ -28,6 +28,7 @@ from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, require_equal_weights, shard
 from lrm_pl.training.precision import Float32Convolutions
 from lrm_pl.training.supported import (
+    require_own_optimizer,
     require_supported_length,
     require_supported_settings,
     require_trained,
@@ -104,8 +105,17 @@ class LRMModule(L.LightningModule):
         own: list[L.Callback] = [Float32Convolutions(), ImageMetricsLogger()]
         return [one for one in own if not any(isinstance(other, type(one)) for other in there)]
 
+    def on_fit_start(self) -> None:
+        """Refuse an optimizer or a schedule of a subclass.
+
+        Raises:
+            InputError: There is one.
+        """
+        require_own_optimizer(self.trainer)
+
     def on_train_start(self) -> None:
-        """Say where an encoder begins that nobody has given weights."""
+        """Set the first step's learning rate, for callbacks that log it; say that an encoder begins without weights."""
+        self._set_learning_rate(self.trainer.optimizers[0])
         if self.global_step == 0 and not self.lrm.encoder.has_weights and self.trainer.is_global_zero:
             logger.warning(
                 "the encoder %s starts from random weights; encoder.load_pretrained(load_encoder_state(...)), of "
@@ -190,19 +200,24 @@ class LRMModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the step's learning rate; log it and the loss terms: means over accumulated batches and ranks."""
-        rate = self.optimizer.learning_rate(self.global_step, self.trainer.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+        rate = self._set_learning_rate(optimizer)
         terms, self._terms = self._terms, []
+        log_step(self, self.global_step + 1)  # always: Lightning's ModelCheckpoint names its files by it
         if not self._logs:
             return
-        log_step(self, self.global_step + 1)
         self.log(
             "optim/lr", torch.full((), rate, device=self.device)
         )  # a float would be copied, and waited for
         for name in terms[0]:
             mean = torch.stack([batch[name] for batch in terms]).mean()
             self.log(f"loss/{name}", self.trainer.strategy.reduce(mean))
+
+    def _set_learning_rate(self, optimizer: torch.optim.Optimizer) -> float:
+        """Set the learning rate of the next step, and return it."""
+        rate = self.optimizer.learning_rate(self.global_step, self.trainer.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        return rate
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the guard's state to the checkpoint."""

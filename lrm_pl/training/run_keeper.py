@@ -40,7 +40,7 @@ from lrm_pl.training.bad_samples import BadSamples, BadSamplesError
 from lrm_pl.training.gradients import DivergedError
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_lock import RunLock
-from lrm_pl.training.run_state import load_run, run_numbers, run_tensors
+from lrm_pl.training.run_state import data_of, load_run, run_numbers, run_tensors
 from lrm_pl.training.signals import StopSignals
 from lrm_pl.training.state import Snapshots
 
@@ -138,6 +138,7 @@ class RunKeeper(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Load the state of the checkpoint that rank 0 chose."""
         assert isinstance(pl_module, LRMModule)
+        data_of(trainer)  # or no checkpoint could be written
         if torch.distributed.is_initialized():
             self._group, self._agreement = _gloo_group(), _gloo_group()
         self._snapshots = Snapshots(trainer.strategy.root_device)

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 
 from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import Checkpoint, tensor_names
 from lrm_pl.training.callback_states import callback_states, load_callback_states
 from lrm_pl.training.ema import WeightAverage
@@ -32,7 +33,7 @@ def run_numbers(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, A
     """Return what else a run is made of after ``step`` steps, the same on every rank, as JSON can hold it."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return {
-        "position": _data(trainer).position(step),
+        "position": data_of(trainer).position(step),
         "guard": module.guard.state(),
         "scaler": {} if scaler is None else scaler.state_dict(),
         "callbacks": callback_states(trainer),
@@ -74,7 +75,7 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
     if scaler is not None and checkpoint.run["scaler"]:
         scaler.load_state_dict(checkpoint.run["scaler"])
     load_callback_states(trainer, checkpoint.run.get("callbacks", {}))
-    _data(trainer).resume(checkpoint.step, int(checkpoint.run["position"]))
+    data_of(trainer).resume(checkpoint.step, int(checkpoint.run["position"]))
     set_progress(trainer, checkpoint.step)
 
 
@@ -95,7 +96,17 @@ def _averages(trainer: L.Trainer) -> list[WeightAverage]:
     return [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]  # type: ignore[attr-defined]
 
 
-def _data(trainer: L.Trainer) -> ShardDataModule:
+def data_of(trainer: L.Trainer) -> ShardDataModule:
+    """Return the data module, whose position a checkpoint holds.
+
+    Raises:
+        InputError: The trainer has none, or another one.
+    """
     data = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(data, ShardDataModule)
+    if not isinstance(data, ShardDataModule):
+        found = "none" if data is None else f"a {type(data).__name__}"
+        raise InputError(
+            f"expected a ShardDataModule to fit with, whose position a RunKeeper's checkpoints hold, found {found}; "
+            "give it: trainer.fit(module, ShardDataModule(...)), or leave the RunKeeper out"
+        )
     return data

@@ -61,7 +61,12 @@ def require_supported_settings(trainer: L.Trainer) -> None:
             f"expected trainer.gradient_clip_val of at least 0, found {clip}: it is the largest norm of a gradient; "
             "0 or null does not clip"
         )
-    interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
+    # Lightning sets none where it is a time.
+    interval, accumulate = getattr(trainer, "val_check_interval", None), trainer.accumulate_grad_batches
+    if interval is None:
+        raise InputError(
+            "expected trainer.val_check_interval as a number of batches, found a time: a run is counted in steps"
+        )
     if isinstance(interval, int) and interval < 1:
         raise InputError(
             f"expected trainer.val_check_interval of at least 1, found {interval}; --trainer.limit_val_batches 0 "
@@ -136,6 +141,23 @@ def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
                 raise InputError(
                     f"expected no {type(callback).__name__} among trainer.callbacks, found one: {why}"
                 )
+
+
+def require_own_optimizer(trainer: L.Trainer) -> None:
+    """Refuse optimizers and schedules of a ``configure_optimizers`` of one's own: the run would overwrite their rates.
+
+    Raises:
+        InputError: There is one.
+    """
+    optimizers = trainer.optimizers
+    own = [type(one).__name__ for one in optimizers if any("share" not in g for g in one.param_groups)]
+    own += [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    if own or len(optimizers) != 1:
+        raise InputError(
+            f"expected the AdamW of model.optimizer alone, found {', '.join(own) or len(optimizers)} of "
+            "configure_optimizers: each step's learning rate and the checkpoints are those of model.optimizer; leave "
+            "configure_optimizers out, and set --model.optimizer.lr, warmup, final_lr, betas, weight_decay"
+        )
 
 
 def require_trained(module: nn.Module, trained: nn.Module) -> None:

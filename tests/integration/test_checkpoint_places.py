@@ -225,6 +225,9 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     ]
     printed = capsys.readouterr().out
     assert f"lrm validate -c {folder / 'config.yaml'} --ckpt_path {checkpoint.path}" in printed
+    assert printed.count("lrm validate") == 2, "it would measure the weights in place of their average"
+    source = open_trained(str(folder), average=True, device="cpu").source
+    assert source == f"{checkpoint.path} (moving average)"
 
     for place in (folder, checkpoint.path):  # and what Python uses
         opened = LRM.from_pretrained(place)
@@ -239,6 +242,17 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     assert list(yaml.safe_load(config.read_text())) == ["model"]
     cli = command_line(["-c", str(config), "--trainer.accelerator", "cpu"], run=False)
     cli.model.lrm.load_state_dict(load_file(tmp_path / "weights" / "model.safetensors"), strict=True)
+
+
+def test_a_card_says_what_the_report_measured_of_the_exported_weights_and_of_no_others(fit, tmp_path):
+    folder = fit("run", 2, keeper(every=1), AVERAGE)
+    for name, arguments, scores in (
+        ("last", [str(folder)], 2),
+        ("before", [f"{folder}/checkpoints/step-00000001"], 0),
+        ("average", [str(folder), "--average"], 0),
+    ):
+        export([arguments[0], str(tmp_path / name), *arguments[1:]])
+        assert (tmp_path / name / "README.md").read_text().count(" views | PSNR ") == scores
 
 
 def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):

@@ -38,6 +38,7 @@ from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.io.checkpoints import list_checkpoints
 from lrm_pl.losses.objective import Objective
 from lrm_pl.training.module import LRMModule
+from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
 from tests.integration.test_cli import TINY
 
@@ -122,7 +123,18 @@ def here(tmp_path, shards, monkeypatch):
             "expected 2 nodes that were started together, found this one alone",
         ),
         (["--trainer.profiler=nosuch"], "profiler"),
+        (["--trainer.strategy=null"], "invalid strategy name"),
+        (["--seed_everything=-3"], "expected a seed from 0 to 4294967295, found -3"),
+        (["--data.batch_size=-2"], "expected a data.batch_size of at least 1, found -2"),
         (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
+        (
+            ["--trainer.callbacks+=lrm_pl.training.ema.WeightAverage"] * 2,
+            "expected one WeightAverage among trainer.callbacks, found 2",
+        ),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
+            "Early stopping conditioned on metric `val_loss` which is not available",
+        ),
         (["--trainer.logger=MLFlowLogger"], "expected to make a lightning.pytorch.loggers.MLFlowLogger, found: Requ"),
         (["--trainer.logger=CometLogger", "--run.folder=run"], "loggers.CometLogger, found: Requirement"),
     ],
@@ -302,6 +314,18 @@ def test_the_record_is_of_the_newest_start_and_what_it_was_is_kept(here, tmp_pat
     assert [path.name for path in folder.glob("earlier/*")] == [kept.name], "only where something has changed"
     assert yaml.safe_load((kept / "config.yaml").read_text()) == first
     assert not (kept / "commit.txt").exists()
+
+
+def test_a_finished_run_that_is_measured_on_other_data_was_not_trained_on_them(here, tmp_path, shards):
+    command_line(["fit", *here, "--run.folder=run"])
+    record = {name: (tmp_path / "run" / name).read_bytes() for name in ("config.yaml", "input.yaml")}
+    (tmp_path / "others").symlink_to(shards)
+    command_line(["fit", *here, "--run.folder=run", "--data.folder=others", "--model.optimizer.lr=1"])
+    assert record == {name: (tmp_path / "run" / name).read_bytes() for name in record}
+    export("run", tmp_path / "model")
+    card = (tmp_path / "model/README.md").read_text()
+    assert f"| trained on | {shards.name}: " in card
+    assert " views | PSNR " not in card, "the report is of other data"
 
 
 def test_a_finished_run_says_so_and_one_that_went_further_is_not_cut(here, tmp_path, capsys):
@@ -500,6 +524,53 @@ def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, caps
     measured = line.trainer.callback_metrics["val/heldout/psnr_pooled"]
     assert line.reports["heldout"].rows["model"].psnr_pooled == pytest.approx(float(measured), abs=1e-4)
     assert "model (average)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("section", ["trainer", "data", "run", "weights", "weights.encoder", "data.crop"])
+def test_a_section_whose_lines_are_all_commented_out_is_refused_and_drops_nothing(here, tmp_path, section):
+    outer, _, inner = section.partition(".")
+    (tmp_path / "empty.yaml").write_text(f"{outer}:\n  {inner}{':' if inner else '# all'}\n")
+    with pytest.raises(InputError, match=rf"expected settings in the section {section}, found none"):
+        command_line([*here, "-c", "empty.yaml"], run=False)
+
+
+def test_one_callback_needs_no_list(here):
+    line = command_line([*here, "--trainer.callbacks=LearningRateMonitor"], run=False)
+    names = [type(callback).__name__ for callback in line.trainer.callbacks]
+    assert {"RunKeeper", "LearningRateMonitor"} <= set(names)
+
+
+def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("lrm_pl.apps.train.print_report", lambda *_: {})
+    options = [
+        "--run.folder=run",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=.",
+        "--trainer.enable_checkpointing=true",
+        "--trainer.callbacks+=LearningRateMonitor",
+        "--trainer.callbacks+=ModelCheckpoint",
+        "--trainer.callbacks.every_n_train_steps=1",
+        "--trainer.callbacks.save_top_k=-1",
+        "--trainer.val_check_interval=100",
+        "--model.optimizer.warmup=0.5",
+    ]
+    main(["fit", *here, *options, "--trainer.max_steps=3", "--trainer.log_every_n_steps=2"])
+    main(["fit", *here, *options, "--trainer.max_steps=5", "--trainer.log_every_n_steps=1"])
+    files = {file.name for file in tmp_path.glob("run/checkpoints/*.ckpt")}
+    assert files >= {f"epoch=0-step={step}.ckpt" for step in range(1, 6)}
+    rows = list(csv.DictReader((tmp_path / "run/metrics.csv").open()))
+    rates = {
+        int(row["step"]): float(row[name])
+        for row in rows
+        for name in row
+        if name.startswith("lr-") and row[name]
+    }
+    schedule = OptimizerConfig(warmup=0.5)
+    assert rates[1] == pytest.approx(schedule.learning_rate(0, 3))
+    assert rates[3] == pytest.approx(schedule.learning_rate(3, 5)), (
+        "of the step that a resumed run begins with"
+    )
+    assert rates[4] == pytest.approx(schedule.learning_rate(3, 5))
 
 
 def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):

@@ -22,6 +22,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.io.checkpoints import list_checkpoints, read_index
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.gradients import DivergedError
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.run_keeper import RunKeeper, StoppedError
@@ -206,6 +207,43 @@ def test_callbacks_go_on_with_their_state_and_what_cannot_be_kept_is_said(fit, t
         "the state of Counter is not in the checkpoint, and starts anew in a resumed run: expected"
         in caplog.text
     )
+
+
+def test_the_moving_average_goes_on_from_lightnings_checkpoint(fit, tmp_path):
+    whole, again = WeightAverage(0.9), WeightAverage(0.9)
+    fit(6, whole, Seen(tmp_path / "averaged.ckpt"))
+    fit(6, again, ckpt_path=tmp_path / "averaged.ckpt")
+    assert whole.average.keys() == again.average.keys()
+    assert all(torch.equal(whole.average[name], again.average[name]) for name in whole.average)
+
+
+class OwnOptimizer(LRMModule):
+    """Brings a schedule of its own."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
+
+
+def test_an_optimizer_a_schedule_or_data_that_a_run_could_not_go_on_with_are_refused_at_once(fit, tmp_path):
+    module, trainer, _ = fit(1)
+    plain = functools.partial(
+        L.Trainer, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        default_root_dir=tmp_path, max_steps=2, limit_val_batches=0,
+    )  # fmt: skip
+    own = OwnOptimizer(module.lrm, module.renderer, module.objective)
+    with pytest.raises(
+        InputError, match=r"the AdamW of model.optimizer alone, found StepLR of configure_optim"
+    ):
+        plain().fit(own, trainer.datamodule)
+    own.configure_optimizers = lambda: torch.optim.SGD(own.lrm.parameters(), lr=0.1)
+    with pytest.raises(
+        InputError, match=r"the AdamW of model.optimizer alone, found SGD of configure_optimizers"
+    ):
+        plain().fit(own, trainer.datamodule)
+    loader = trainer.datamodule.train_dataloader()
+    with pytest.raises(InputError, match=r"expected a ShardDataModule to fit with.*found none; give it"):
+        plain(callbacks=[RunKeeper(folder=str(tmp_path / "kept"))]).fit(module, loader)
 
 
 def test_the_seed_of_everything_is_the_seed_of_the_data(tmp_path, shards, monkeypatch):

@@ -4,8 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+
+from lrm_pl.callbacks.watchdog import HangWatchdog
 
 PROGRAM = """
 import ctypes, sys, time
@@ -53,3 +56,12 @@ def test_a_process_that_was_suspended_for_longer_than_the_limit_goes_on(root):
     process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=40)
     assert (process.returncode, out) == (0, "done\n"), err
+
+
+def test_a_batch_of_any_command_is_progress():
+    resets = []
+    watchdog = HangWatchdog()
+    watchdog._clock = SimpleNamespace(reset=lambda: resets.append(None))
+    for command in ("train", "validation", "test", "predict"):
+        getattr(watchdog, f"on_{command}_batch_start")(None, None, None, 0)
+    assert len(resets) == 4

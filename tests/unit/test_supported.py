@@ -45,6 +45,7 @@ def trainer(**options):
         ({"overfit_batches": 1}, "no trainer.overfit_batches, found 1: .*overfit.yaml"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val of at least 0, found -1.0: .*largest norm"),
         ({"gradient_clip_val": float("nan")}, "gradient_clip_val of at least 0, found nan"),
+        ({"val_check_interval": "00:00:10:00"}, "val_check_interval as a number of batches, found a time"),
     ],
 )
 def test_a_setting_that_would_be_ignored_or_repeat_samples_is_refused(options, message):
