@@ -70,7 +70,7 @@ def load_asset(
         blender_materials.show_texture(path.parent / texture)
     blender_pictures.find_pictures(path.parent.absolute())
     if kind == ".fbx":
-        blender_materials.mend_fbx(path)
+        blender_materials.correct_fbx(path)
     if kind not in blender_gltf.SUFFIXES:
         has_colors = blender_materials.show_vertex_colors()
         missing += [] if has_colors else undefined
@@ -159,9 +159,9 @@ def prepare(
     for thing in things:
         thing.hide_render = _is_hidden(thing)
     animated = _show_first_frame()
-    bpy.context.view_layer.update()  # places everything
+    bpy.context.view_layer.update()  # evaluates world matrices
     for thing in things:
-        if sum(map(bool, thing.matrix_world.to_scale())) < 2:  # a scale of 0 hides it
+        if sum(map(bool, thing.matrix_world.to_scale())) < 2:  # a scale of 0 leaves no area
             thing.hide_render = True
     blender_materials.turn_opposed_normals()
     doubled = blender_materials.separate_doubled_faces()
@@ -246,7 +246,7 @@ def _is_coloured(materials: Iterable[bpy.types.Material]) -> bool:
 
 
 def _glows(shader: bpy.types.Node) -> bool:
-    """Say whether a Principled BSDF gives light of its own."""
+    """Return whether a Principled BSDF emits light."""
     color, strength = shader.inputs["Emission Color"], shader.inputs["Emission Strength"]
     shines = strength.is_linked or strength.default_value > 0
     return bool(shines and (color.is_linked or max(color.default_value[:3]) > 0))
@@ -300,7 +300,7 @@ def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float
     if not all(np.isfinite(points).all() for points, _ in parts):
         raise AssetError("expected finite vertex positions, found infinite or undefined ones")
     flat = [_is_flat(points, corners) for points, corners in parts]
-    # faces without an area, such as those that join strips, are not seen
+    # faces without area, such as those that join triangle strips, are invisible
     vertices = np.concatenate(
         [points[np.unique(corners[~none])] for (points, corners), none in zip(parts, flat, strict=True)]
     )
@@ -336,7 +336,7 @@ def _normalise(normalise: Normalisation) -> tuple[npt.NDArray[np.float64], float
 
 
 def _is_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Say of triangles (n, 3) whether their area is nothing beside their longest side squared."""
+    """Return which triangles (n, 3) have no area relative to their longest side squared."""
     a, b, c = (points[corners[:, i]] for i in range(3))
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     sides = [((b - a) ** 2).sum(axis=1), ((c - b) ** 2).sum(axis=1), ((a - c) ** 2).sum(axis=1)]
@@ -346,7 +346,7 @@ def _is_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) ->
 def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]]:
     """Yield (n, 3) world positions and (m, 3) triangles of every visible object, modifiers and instances included.
 
-    Of the side of a triangle that is its front its corners are seen counterclockwise.
+    Corners are in counterclockwise order seen from the front of a triangle.
     """
     depsgraph = bpy.context.evaluated_depsgraph_get()
     for instance in depsgraph.object_instances:
@@ -360,22 +360,22 @@ def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int
             mesh.calc_loop_triangles()
             corners = np.empty(len(mesh.loop_triangles) * 3, dtype=np.int32)
             mesh.loop_triangles.foreach_get("vertices", corners)
-            corners = _without_clear(thing, mesh, corners.reshape(-1, 3))
+            corners = _visible_triangles(thing, mesh, corners.reshape(-1, 3))
             matrix = np.array(instance.matrix_world, dtype=np.float64)
             used = np.zeros(len(mesh.vertices), dtype=bool)
             used[corners] = True  # scans have points, and CAD files lines, that no face uses
             points = flat.reshape(-1, 3)[used].astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
             if np.linalg.det(matrix[:3, :3]) < 0:
-                corners = corners[:, ::-1]  # a mirrored face keeps its front outside
+                corners = corners[:, ::-1]  # mirroring reverses the order
             if len(corners):
                 yield points, (np.cumsum(used, dtype=np.int32) - 1)[corners]
         thing.to_mesh_clear()
 
 
-def _without_clear(
+def _visible_triangles(
     thing: bpy.types.Object, mesh: bpy.types.Mesh, corners: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int32]:
-    """Return the triangles (n, 3) of a mesh without those of materials of which nothing can be seen."""
+    """Return the triangles (n, 3) of a mesh whose material is not fully transparent."""
     clear = np.array([bool(slot.material) and _is_clear(slot.material) for slot in thing.material_slots])
     if not clear.any():
         return corners

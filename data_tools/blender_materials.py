@@ -116,8 +116,8 @@ def show_vertex_colors() -> bool:
     return bool(copies)
 
 
-def mend_fbx(path: Path) -> None:
-    """Give the materials of an FBX the colors, and those of a binary one the transparency and gloss, that it says."""
+def correct_fbx(path: Path) -> None:
+    """Correct the colors of imported FBX materials, and of binary files their opacity and specular too."""
     with open(path, "rb") as file:
         head = file.read(4096)
     if b"Blender" not in head:  # which writes linear light
@@ -131,7 +131,7 @@ def mend_fbx(path: Path) -> None:
     try:
         root, _ = parse_fbx.parse(os.fspath(path))
     except Exception as error:  # it reads fewer files than the importer
-        print(f"gloss and transparency of the materials are not read: {error!r}")
+        print(f"specular and opacity of FBX materials were not read: {error!r}")
         return
     found = [one for objects in root.elems if objects.id == b"Objects" for one in objects.elems]
     found = [one for one in found if one.id == b"Material"]
@@ -141,7 +141,7 @@ def mend_fbx(path: Path) -> None:
             continue  # Blender gives all but one another name
         parts = {part.id: part for part in element.elems}
         rows = [row.props for row in parts[b"Properties70"].elems] if b"Properties70" in parts else []
-        values = {row[0]: row[4:] for row in rows if row}
+        values = {row[0]: row[4:] for row in rows if len(row) > 4}
         model = parts[b"ShadingModel"].props[0].lower() if b"ShadingModel" in parts else b""
         is_dark = any(not any(values.get(key, (1,))) for key in (b"SpecularFactor", b"SpecularColor"))
         for shader in principled(material) if (material := bpy.data.materials.get(name)) else ():
@@ -152,7 +152,7 @@ def mend_fbx(path: Path) -> None:
 
 
 def _opacity(values: dict[bytes, list[float]]) -> float:
-    """Return the opacity of an FBX material, as Blender's earlier importer and three.js understand its properties."""
+    """Return the opacity of an FBX material, by the rule of Blender's Python importer and of three.js."""
     opacity = 1 - values.get(b"TransparencyFactor", [0.0])[0]
     if opacity in (0, 1):
         opacity = values.get(b"Opacity", [1 - values.get(b"TransparentColor", [0.0])[0]])[0]

@@ -52,7 +52,7 @@ def keep_colors_straight() -> None:
 def read_masks() -> None:
     """Take the brightness of an opacity texture for the opacity, where the picture has no alpha of its own.
 
-    An alpha of 0 in all of a picture is no opacity: programs leave the fourth byte of BMP and TGA empty.
+    An alpha channel of zeros is ignored: some programs leave the fourth byte of BMP and TGA files unset.
     """
     for material, node in _textures():
         color, alpha = node.outputs["Color"], node.outputs["Alpha"]

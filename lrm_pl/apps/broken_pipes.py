@@ -11,9 +11,11 @@ from typing import Any
 
 
 def outlive_readers() -> None:
-    """Make stdout and stderr drop what is written once nobody reads it, instead of raising; or from the start on."""
+    """Discard output to closed pipes instead of raising, and open closed standard streams on the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: the next file that is opened would get what children print
+        if (
+            getattr(sys, name) is None
+        ):  # closed: the next file opened would get its descriptor, and what children print
             nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest descriptor that is free
             os.set_inheritable(nowhere, True)
             setattr(sys, name, open(nowhere, mode))

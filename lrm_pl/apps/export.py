@@ -46,6 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{given.out / CONFIG_NAME}: its model section; {given.out / CARD_NAME}: its model card")
     print(f"Use it: lrm infer PICTURE --ckpt {shlex.quote(str(given.out))}")
     if validates_average(config) != given.average:
-        return  # `lrm validate` would measure other weights of the checkpoint
+        return  # `lrm validate` measures the other weights of the checkpoint
     layers = ["-c", str(config), "--ckpt_path", checkpoint.path, "--data.val_objects", "null"]
     print(f"Measure that checkpoint: {shlex.join(['lrm', 'validate', *layers])}")

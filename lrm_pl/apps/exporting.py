@@ -19,6 +19,7 @@ from lrm_pl.io.pretrained import (
     read_setup,
     write_pretrained,
 )
+from lrm_pl.training.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +66,10 @@ def export(
 
 
 def validates_average(config: Path) -> bool:
-    """Say whether a run's validations measure its moving average."""
-    trainer = yaml.safe_load(config.read_text()).get("trainer") or {}
-    return any(
-        (callback.get("init_args") or {}).get("validate") for callback in trainer.get("callbacks") or []
-    )
+    """Return whether a run validates with the moving average of its weights."""
+    callbacks = (yaml.safe_load(config.read_text()).get("trainer") or {}).get("callbacks") or []
+    name = f"{WeightAverage.__module__}.{WeightAverage.__qualname__}"
+    return any(one["init_args"]["validate"] for one in callbacks if one["class_path"] == name)
 
 
 def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:

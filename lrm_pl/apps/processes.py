@@ -29,26 +29,26 @@ def tasks_of_srun() -> int:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return this process's number among those that torchrun or srun started, and how many these are.
+    """Return the rank and the world size that torchrun or srun set, or (0, 1) without either.
 
     Raises:
-        InputError: Something else has set the variables of torchrun: then nobody knows who starts the others.
+        InputError: RANK or WORLD_SIZE is set, but not by torchrun.
     """
     rank, world = (int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
     if in_torchrun():
         return rank, world
     if (rank, world) != (0, 1):
-        raise InputError(strange_place(0, 1))
+        raise InputError(foreign_rank_message(0, 1))
     return (int(os.environ["SLURM_PROCID"]), tasks_of_srun()) if is_task_of_srun() else (0, 1)
 
 
-def strange_place(rank: int, world: int) -> str:
-    """Say that the environment gives this process another place than it has among the processes of its command."""
+def foreign_rank_message(rank: int, world: int) -> str:
+    """Return the message for rank variables in the environment that no launcher set for this process."""
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_PROCID")
     found = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
     return (
-        f"expected process {rank} of {world}, found {found} in the environment, and neither torchrun nor srun that "
-        "started it; start the processes with one of these, or unset these variables"
+        f"expected process {rank} of {world}, found {found} in the environment without torchrun or srun; start the "
+        "processes with torchrun or srun, or unset these variables"
     )
 
 

@@ -59,10 +59,10 @@ def checked(field: str, value: str) -> str:
 
 
 def chosen_partition(typed: str) -> str:
-    """Return the partition of a job, "" for the default one: sbatch's own variable overrides what the script says.
+    """Return the partition that sbatch will use, "" for the default: SBATCH_PARTITION overrides the script.
 
     Raises:
-        InputError: The variable and the command line name two.
+        InputError: The variable and the command line differ.
     """
     own = os.environ.get("SBATCH_PARTITION", "")
     if typed and own and typed != own:

@@ -42,7 +42,7 @@ from rich.table import Table
 from lrm_pl import __version__
 from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.hyperparameters import flattened, log_hyperparameters
-from lrm_pl.apps.processes import strange_place, tasks_of_srun
+from lrm_pl.apps.processes import foreign_rank_message, tasks_of_srun
 from lrm_pl.apps.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.apps.run_folder import (
     RunConfig,
@@ -111,7 +111,7 @@ Command = Literal["fit", "validate", "test", "predict"]
 #: Options that name a class in place of one of ours -> what it is a subclass of.
 OWN_CLASSES = {"model_class": "A subclass of LRMModule", "data_class": "A subclass of ShardDataModule"}
 
-#: Errors of a file system that is read-only, and of files that belong to others.
+#: Errors of read-only file systems and missing permissions.
 NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 #: What PyTorch's errors say where /dev/shm is full.
@@ -251,10 +251,10 @@ class LRMCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the given arguments, whatever the process was started with.
+        """Parse the given arguments instead of ``sys.argv``.
 
         Raises:
-            InputError: A value cannot be resolved, a section is empty, or the seed is none.
+            InputError: An interpolation cannot be resolved, a section is empty, or the seed is out of range.
         """
         try:
             self.config = plain(parser.parse_args(cast(list[str], args)))
@@ -262,7 +262,7 @@ class LRMCLI(LightningCLI):
             raise InputError(
                 f"expected ${{...}} that can be resolved, found: {one_line(error)}; correct it, or set what it names"
             ) from error
-        require_filled(self.config, parser.get_defaults())
+        reject_empty_sections(self.config, parser.get_defaults())
         seed = self.config.get("seed_everything")
         if isinstance(seed, int) and not 0 <= seed < 2**32:
             raise InputError(
@@ -307,6 +307,8 @@ class LRMCLI(LightningCLI):
         elif strategy is not None:  # Lightning refuses that
             require_supported_name(strategy["class_path"])
             require_supported_start(strategy.get("init_args.start_method"))
+        if isinstance(callback := self._setting("trainer.callbacks"), Namespace):
+            self.config.trainer.callbacks = [callback]
         self.given = self.config.clone()
         self.given["run.folder"], self.given["run.resume"] = RunConfig.folder, RunConfig.resume
         folder = self._setting("run.folder")
@@ -326,8 +328,7 @@ class LRMCLI(LightningCLI):
         if given := self._setting("trainer.callbacks"):
             own = self.parser.get_defaults().trainer.callbacks
             shown = self._setting("trainer.enable_progress_bar") is not False
-            listed = given if isinstance(given, list) else [given]
-            self.config.trainer.callbacks = with_own_callbacks(listed, own, progress_bar=shown)
+            self.config.trainer.callbacks = with_own_callbacks(given, own, progress_bar=shown)
         elif self.command == "fit":
             logger.warning("trainer.callbacks is empty: no checkpoints, no pictures and no LPIPS of this run")
         place_loggers(self._setting("trainer.logger"), folder)
@@ -617,7 +618,7 @@ def require_started_together(trainer: L.Trainer) -> None:
     elif "OMPI_COMM_WORLD_SIZE" in os.environ:
         launcher, variable = "mpirun", "OMPI_COMM_WORLD_SIZE"
     else:
-        _require_own_place(trainer)
+        _require_own_rank(trainer)
         return
     started, devices, nodes = int(os.environ.get(variable, 1)), trainer.num_devices, trainer.num_nodes
     if started not in (1, devices * nodes):
@@ -628,11 +629,11 @@ def require_started_together(trainer: L.Trainer) -> None:
         )
 
 
-def _require_own_place(trainer: L.Trainer) -> None:
-    """Refuse variables of a launcher that has not started this process, by hand or left over: loggers go by them.
+def _require_own_rank(trainer: L.Trainer) -> None:
+    """Reject rank variables that no launcher set for this process: loggers and ``rank_zero_only`` read them.
 
     Raises:
-        InputError: They give it another place than the trainer.
+        InputError: They differ from the trainer's rank and world size.
     """
     rank, world = trainer.global_rank, trainer.num_devices * trainer.num_nodes
     told = LightningEnvironment()
@@ -643,7 +644,7 @@ def _require_own_place(trainer: L.Trainer) -> None:
         or int(os.environ.get("WORLD_SIZE", 1)) not in (1, world)
         or rank_zero_only.rank != rank  # type: ignore[attr-defined]
     ):
-        raise InputError(strange_place(rank, world))
+        raise InputError(foreign_rank_message(rank, world))
 
 
 def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
@@ -658,11 +659,11 @@ def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
     return config
 
 
-def require_filled(config: Namespace, defaults: Namespace, prefix: str = "") -> None:
-    """Refuse null in place of a section, which it is where all lines of the section are commented out.
+def reject_empty_sections(config: Namespace, defaults: Namespace, prefix: str = "") -> None:
+    """Reject config sections that are null, as where every line of a section is commented out.
 
     Raises:
-        InputError: There is one: all that earlier configs say in it would be lost.
+        InputError: A section is null, which would drop the values of earlier configs.
     """
     for name, default in vars(defaults).items():
         if not isinstance(default, Namespace) or "class_path" in default:
@@ -672,7 +673,7 @@ def require_filled(config: Namespace, defaults: Namespace, prefix: str = "") -> 
                 f"expected settings in the section {prefix}{name}, found none, which would drop those of earlier "
                 "configs; fill it, or leave its line out"
             )
-        require_filled(config[name], default, f"{prefix}{name}.")
+        reject_empty_sections(config[name], default, f"{prefix}{name}.")
 
 
 def with_own_callbacks(

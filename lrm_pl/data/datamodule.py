@@ -237,8 +237,7 @@ class ShardDataModule(L.LightningDataModule):
         self._has_warned = True
         largest = max(crop.high for crop in self.augmentation.crops)
         for source, manifest, _ in self.mixture.members:
-            side = manifest.render.get("resolution")
-            if isinstance(side, int) and side < largest:
+            if (side := manifest.resolution) is not None and side < largest:
                 logger.warning(
                     "%s: views of %d pixels are enlarged to up to %d (data.crop.high), so targets are blurred; lower "
                     "data.crop, or render with RES=%d",

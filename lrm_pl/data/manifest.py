@@ -31,7 +31,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 MANIFEST_NAME = "manifest.json"
 
-#: AlexNet's poolings leave nothing of images of fewer pixels.
+#: Side of the smallest image for LPIPS with AlexNet, in pixels: pooling needs it.
 LEAST_SIDE = 31
 
 #: A view of the largest size that is read, without any compression.
@@ -87,6 +87,12 @@ class Manifest:
     failures: int
     render: dict[str, Any]
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def resolution(self) -> int | None:
+        """The longer side of the views in pixels; None where the settings do not say."""
+        found = self.render.get("resolution")
+        return found if isinstance(found, int) else None
 
     def split(self, split: Split) -> tuple[Shard, ...]:
         """Return the shards of one split, in order, without those that were rejected."""
@@ -182,12 +188,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def require_measurable_views(manifest: Manifest, where: str) -> None:
-    """Refuse views that are too small for LPIPS, with which every trained network is measured.
+    """Reject views that are too small for LPIPS (AlexNet), the metric of every validation.
 
     Raises:
         InputError: Their longer side is below ``LEAST_SIDE``.
     """
-    if (found := manifest.render.get("resolution", LEAST_SIDE)) < LEAST_SIDE:
+    if (found := manifest.resolution) is not None and found < LEAST_SIDE:
         raise InputError(
             f"{where}: expected views of {LEAST_SIDE} pixels or more, as LPIPS needs (AlexNet), found {found}; render "
             "larger ones: RES="

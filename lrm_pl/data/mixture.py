@@ -102,13 +102,13 @@ class Mixture:
         )
 
     def require_usable(self, bounds: str) -> None:
-        """Refuse views that are too small to be measured, and objects that reach out of the renderer's bounds.
+        """Reject views too small for LPIPS, and objects that extend beyond the bounds of the renderer.
 
         Args:
-            bounds: The renderer's.
+            bounds: ``bounds`` of the renderer.
 
         Raises:
-            InputError: A set has such.
+            InputError: A set has such views or objects.
         """
         for source, manifest, _ in self.members:
             require_measurable_views(manifest, source.location)

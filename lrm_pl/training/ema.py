@@ -33,10 +33,10 @@ class WeightAverage(L.Callback):
         self._loaded: dict[str, torch.Tensor] = {}  # of Lightning's checkpoint, whole
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a second average.
+        """Reject a second average.
 
         Raises:
-            InputError: There is one: checkpoints hold one average.
+            InputError: Several callbacks average the weights.
         """
         count = sum(isinstance(callback, WeightAverage) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if count > 1:
@@ -64,7 +64,7 @@ class WeightAverage(L.Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with the average of Lightning's checkpoint."""
+        """Restore the average from Lightning's checkpoint."""
         self._loaded = checkpoint.get("average", {})
         if not self._loaded:
             logger.warning("the checkpoint holds no moving average: it starts at the weights")

@@ -106,15 +106,15 @@ class LRMModule(L.LightningModule):
         return [one for one in own if not any(isinstance(other, type(one)) for other in there)]
 
     def on_fit_start(self) -> None:
-        """Refuse an optimizer or a schedule of a subclass.
+        """Reject a custom ``configure_optimizers``.
 
         Raises:
-            InputError: There is one.
+            InputError: Its optimizer or schedule is not the one of ``optimizer``.
         """
         require_own_optimizer(self.trainer)
 
     def on_train_start(self) -> None:
-        """Set the first step's learning rate, for callbacks that log it; say that an encoder begins without weights."""
+        """Set the learning rate of the first step, and warn about an encoder without pretrained weights."""
         self._set_learning_rate(self.trainer.optimizers[0])
         if self.global_step == 0 and not self.lrm.encoder.has_weights and self.trainer.is_global_zero:
             logger.warning(

@@ -61,7 +61,7 @@ def require_supported_settings(trainer: L.Trainer) -> None:
             f"expected trainer.gradient_clip_val of at least 0, found {clip}: it is the largest norm of a gradient; "
             "0 or null does not clip"
         )
-    # Lightning sets none where it is a time.
+    # Lightning leaves it unset for a time interval.
     interval, accumulate = getattr(trainer, "val_check_interval", None), trainer.accumulate_grad_batches
     if interval is None:
         raise InputError(
@@ -144,10 +144,10 @@ def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
 
 
 def require_own_optimizer(trainer: L.Trainer) -> None:
-    """Refuse optimizers and schedules of a ``configure_optimizers`` of one's own: the run would overwrite their rates.
+    """Reject a custom ``configure_optimizers``: every step sets the learning rate of ``model.optimizer``.
 
     Raises:
-        InputError: There is one.
+        InputError: An optimizer or a scheduler is not ours.
     """
     optimizers = trainer.optimizers
     own = [type(one).__name__ for one in optimizers if any("share" not in g for g in one.param_groups)]

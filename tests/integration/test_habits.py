@@ -26,7 +26,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.evaluate import main as evaluate
-from lrm_pl.apps.exporting import export
+from lrm_pl.apps.exporting import export, validates_average
 from lrm_pl.apps.parsed import model_without_numbers, parse_fit
 from lrm_pl.apps.train import command_line, main
 from lrm_pl.apps.trained import open_trained
@@ -538,6 +538,16 @@ def test_one_callback_needs_no_list(here):
     line = command_line([*here, "--trainer.callbacks=LearningRateMonitor"], run=False)
     names = [type(callback).__name__ for callback in line.trainer.callbacks]
     assert {"RunKeeper", "LearningRateMonitor"} <= set(names)
+    assert len(line.given.trainer.callbacks) == 1, "the record has a list too"
+
+
+@pytest.mark.parametrize(
+    ("name", "averages"), [("lrm_pl.training.ema.WeightAverage", True), ("mine.Checks", False)]
+)
+def test_validations_are_of_the_average_by_the_class_of_the_callback(tmp_path, name, averages):
+    callback = {"class_path": name, "init_args": {"validate": True}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    assert validates_average(tmp_path / "config.yaml") is averages
 
 
 def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ class Wanted:
         batch_size: Objects an optimiser step.
         views: Views an object must have.
         workers: Loader workers a process.
-        bounds: The renderer's.
+        bounds: ``bounds`` of the renderer.
         sets: The data sets.
         run: Folder that the run writes into.
         weights: Pretrained files that it starts from or measures with.
