@@ -6,21 +6,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data_tools import convert
-from data_tools.assets import Asset, find_assets
-from data_tools.blender_process import SAMPLES_PER_S, Limits, time_limit_s
-from data_tools.continuation import continue_folder
-from data_tools.criteria import DEFAULT_RULES, WHOLE_RULE, parse_rule
-from data_tools.fetch import add_parser as add_fetch_parser
-from data_tools.fetch import fetch
-from data_tools.launch import add_parser as add_launch_parser
-from data_tools.launch import launch
-from data_tools.plan import default_held_out
-from data_tools.settings import RenderSettings, check_settings, recorded_held_out
-from data_tools.views import PRESETS
+from data_tools.assets.asset_list import Asset, find_assets
+from data_tools.assets.fetch import add_parser as add_fetch_parser
+from data_tools.assets.fetch import fetch
+from data_tools.blender.process import SAMPLES_PER_S, Limits, time_limit_s
+from data_tools.quality.measures import DEFAULT_RULES, WHOLE_RULE, parse_rule
+from data_tools.rendering.cameras import PRESETS
+from data_tools.rendering.continuation import continue_folder
+from data_tools.rendering.launch import add_parser as add_launch_parser
+from data_tools.rendering.launch import launch
+from data_tools.rendering.settings import RenderSettings, check_settings, recorded_held_out
+from data_tools.rendering.shard_plan import default_held_out
+from data_tools.shards import convert
 from lrm_pl.apps.broken_pipes import outlive_readers
-from lrm_pl.apps.paths import escape_names, user_path
 from lrm_pl.errors import InputError
+from lrm_pl.paths import escape_names, user_path
 
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
 
@@ -51,15 +51,15 @@ def main(argv: list[str] | None = None) -> int:
             continue_folder(rendering.out, settings, assets, rendering.assets)
             launch(args, rendering.out)
         elif args.command == "validate":
-            from data_tools.validate import validate
+            from data_tools.quality.validate import validate
 
             return 1 if validate(args.shards, args.jobs) else 0
         elif args.command == "inspect":
-            from data_tools.inspect_shards import inspect
+            from data_tools.quality.report import inspect
 
             inspect(args.shards)
         elif args.command in ("repack", "merge"):
-            from data_tools.repack import repack
+            from data_tools.shards.repack import repack
 
             repack(args.shards, args.out, args.res, args.shard_size, args.held_out, args.where)
         elif args.command == "fetch":
@@ -88,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _render(args: argparse.Namespace) -> None:
-    from data_tools.cluster import Setup  # loads Ray
-    from data_tools.render import render
+    from data_tools.rendering.driver import render
+    from data_tools.rendering.ray_pool import Setup  # loads Ray
 
     settings, assets = _settings(args)
     limits = Limits(getattr(args, "time_limit", time_limit_s(settings)), args.memory_limit)
@@ -103,11 +103,11 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         held_out = recorded_held_out(args.out)
     if held_out is None:
         held_out = default_held_out([asset.split for asset in assets])
-    normalise = getattr(args, "normalise", PRESETS[args.preset].normalise)
-    rules = (*DEFAULT_RULES, WHOLE_RULE) if PRESETS[args.preset].shows_whole(normalise) else DEFAULT_RULES
+    normalize = getattr(args, "normalize", PRESETS[args.preset].normalize)
+    rules = (*DEFAULT_RULES, WHOLE_RULE) if PRESETS[args.preset].shows_whole(normalize) else DEFAULT_RULES
     settings = RenderSettings(
         preset=args.preset,
-        normalise=normalise,
+        normalize=normalize,
         views=args.views,
         resolution=args.res,
         samples=args.samples,
@@ -123,7 +123,7 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
 
 
 def _demo_assets(args: argparse.Namespace) -> None:
-    from data_tools.demo_library import make_demo_assets
+    from data_tools.assets.demo_library import make_demo_assets
 
     make_demo_assets(args.package, args.out)
 
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Render what ASSETS/assets.parquet lists (`fetch` writes it), or else every glb, gltf, obj, ply and fbx "
             "below ASSETS, into WebDataset shards. A second run goes on where the first one was; it renders what was "
-            "added to ASSETS since into further shards, and updates names, creators, sources and licences without "
+            "added to ASSETS since into further shards, and updates names, creators, sources and licenses without "
             "rendering. Assets that cannot be rendered are left out and listed in OUT/failures.jsonl; delete that file "
             "to have them tried again. What "
             "Blender printed about them is in OUT/quarantine. Objects that break a rule go to shards of their own; "
@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "--preset", choices=sorted(PRESETS), default="frame", help="ranges of the cameras (%(default)s)"
     )
     render.add_argument(
-        "--normalise",
+        "--normalize",
         choices=("sphere", "cube"),
         default=argparse.SUPPRESS,
         help="bounding sphere of radius 1, or longest side 2; the preset's choice unless given",
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="say what a folder of shards holds, with a page of pictures",
         description=(
-            "Print statistics of cameras, pictures, licences and failures, and write SHARDS/inspect.html with the "
+            "Print statistics of cameras, pictures, licenses and failures, and write SHARDS/inspect.html with the "
             "contact sheet."
         ),
     )
@@ -278,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo-assets",
         help="make the demo assets from the Debian package sweethome3d-furniture",
         description=(
-            "Make the folder of demo assets (GLB, assets.csv, LICENCE.txt) again, to the byte. "
+            "Make the folder of demo assets (GLB, assets.csv, LICENSE.txt) again, to the byte. "
             "Get the package with `apt-get download sweethome3d-furniture`."
         ),
     )

@@ -5,18 +5,18 @@ import signal
 import sys
 
 from lrm_pl.apps.broken_pipes import outlive_readers
-from lrm_pl.apps.paths import escape_names
+from lrm_pl.paths import escape_names
 
 #: command -> (module:function, what it does)
 COMMANDS = {
-    "fit": ("lrm_pl.apps.train:main", "train a model: lrm fit -c configs/experiment/demo.yaml"),
+    "fit": ("lrm_pl.cli.lightning_cli:main", "train a model: lrm fit -c configs/experiment/demo.yaml"),
     "validate": (
-        "lrm_pl.apps.train:main",
+        "lrm_pl.cli.lightning_cli:main",
         "measure a checkpoint: lrm validate -c RUN/config.yaml --ckpt_path X",
     ),
-    "test": ("lrm_pl.apps.train:main", "as validate, on all objects"),
+    "test": ("lrm_pl.cli.lightning_cli:main", "as validate, on all objects"),
     "predict": (
-        "lrm_pl.apps.train:main",
+        "lrm_pl.cli.lightning_cli:main",
         "reconstruct a data set's held-out objects: lrm predict -c RUN/config.yaml --ckpt_path RUN",
     ),
     "infer": (
@@ -45,8 +45,11 @@ COMMANDS = {
         "lrm_pl.apps.estimate:main",
         "say what a run costs, before it is started: lrm estimate CONFIG --gpus 128 --gpu a100-40g",
     ),
-    "launch": ("lrm_pl.apps.launch:main", "start a fit on several processes: under Slurm, or with torchrun"),
-    "doctor": ("lrm_pl.apps.doctor:main", "check what a run needs, on every node"),
+    "launch": (
+        "lrm_pl.cluster.launch:main",
+        "start a fit on several processes: under Slurm, or with torchrun",
+    ),
+    "doctor": ("lrm_pl.cluster.doctor:main", "check what a run needs, on every node"),
 }
 
 

@@ -229,7 +229,9 @@ def _coded(primaries: int, transfer: int) -> ColorSpace | None:
     what = (
         _HDR.get(transfer) or f"color primaries {primaries} and transfer characteristics {transfer} of H.273"
     )
-    raise ColorSpaceError(f"expected colors that can be converted to sRGB, found {what}; export it as sRGB")
+    raise ColorSpaceError(
+        expected="colors that can be converted to sRGB", found=what, remedy="export it as sRGB"
+    )
 
 
 def _png_codes(content: bytes) -> ColorSpace | None:
@@ -243,8 +245,9 @@ def _png_codes(content: bytes) -> ColorSpace | None:
             primaries, transfer, matrix, full_range = content[at + 8 : at + 12]
             if matrix or full_range != 1:
                 raise ColorSpaceError(
-                    "expected RGB of full range in a PNG, found a cICP chunk of YCbCr or of narrow range; export it "
-                    "as sRGB"
+                    expected="RGB of full range in a PNG",
+                    found="a cICP chunk of YCbCr or of narrow range",
+                    remedy="export it as sRGB",
                 )
             return _coded(primaries, transfer)
         at += 12 + length
@@ -286,7 +289,7 @@ def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
     meta = _box(content, b"meta", 0, len(content))
     if meta is None:
         raise ColorSpaceError(
-            "expected a still picture in the AVIF, found a sequence alone; export its first frame"
+            expected="a still picture in the AVIF", found="a sequence alone", remedy="export its first frame"
         )
     first = meta[0] + 4  # after version and flags
     boxes = {kind: (start, end) for kind, start, end in _boxes(content, first, meta[1])}
@@ -345,7 +348,7 @@ def _bmp_space(_: Image.Image, content: bytes) -> ColorSpace | None:
     kind = _bmp_kind(content)
     if kind == b"LINK" or (kind == bytes(4) and any(content[74:122])):
         what = "a profile in another file" if kind == b"LINK" else "endpoints of its own"
-        raise ColorSpaceError(f"expected a BMP of sRGB, found one with {what}; export it as sRGB")
+        raise ColorSpaceError(expected="a BMP of sRGB", found=f"one with {what}", remedy="export it as sRGB")
     return None
 
 
@@ -367,8 +370,9 @@ def _exif_space(image: Image.Image, _: bytes) -> ColorSpace | None:
         return ADOBE_RGB
     if own_curve:
         raise ColorSpaceError(
-            "expected colors that can be converted to sRGB, found a TIFF with a transfer function of its own; export "
-            "it as sRGB"
+            expected="colors that can be converted to sRGB",
+            found="a TIFF with a transfer function of its own",
+            remedy="export it as sRGB",
         )
     if len(points) == 8 or gamma:
         return ColorSpace(points if len(points) == 8 else _BT709, gamma[0] if gamma else None)

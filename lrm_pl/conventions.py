@@ -8,11 +8,11 @@ Dimension letters (used in every shape annotation)
 Camera
     OpenCV axes: +x right, +y down, +z forward. A pose is ``c2w``, camera to world, 4x4, float32.
     Intrinsics are ``fxfycxcy``, four numbers divided by image width (fx, cx) and height (fy, cy).
-    Pixel (row i, column j) is sampled at its centre: ((j + 0.5) / W, (i + 0.5) / H).
+    Pixel (row i, column j) is sampled at its center: ((j + 0.5) / W, (i + 0.5) / H).
 
 World
     Right-handed, +z up, lengths in scene units, the field lives in [-1, 1]^3. An object is scaled so that the
-    bounding SPHERE about the centre of its bounding box has radius 1 ("sphere"), or so that its longest side is 2
+    bounding SPHERE about the center of its bounding box has radius 1 ("sphere"), or so that its longest side is 2
     ("cube"); the manifest of the shards says which.
     ``t`` is the distance along a unit direction; ``depth`` is the expected t; ``sigma`` is density a scene unit.
 
@@ -21,7 +21,7 @@ Canonical frame
     looks along +y, and its up is +z; its distance d is kept. Elevation is removed by this, so +z is the input
     camera's up, not gravity.
 
-Colour
+Color
     Images are sRGB in [0, 1], straight (not premultiplied) alpha on disk. Angles end in _deg or _rad.
 """
 
@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-Normalisation = Literal["sphere", "cube"]
+Normalization = Literal["sphere", "cube"]
 
 #: How the three planes of a triplane lie in the world. Weights that others trained fix it: the deconvolution is
 #: shared by the planes, so no rearrangement of weights could turn one of them.

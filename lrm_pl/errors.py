@@ -1,15 +1,26 @@
-"""The one base of expected errors: what a user gave cannot be used; numbers of things in messages."""
+"""The base class of expected errors, and counts in messages."""
 
 
 class InputError(ValueError):
-    """A config, a command, a file or a folder cannot be used: what was expected, what was found, what to do.
+    """A config, command, file or folder cannot be used. Programs print its message without a traceback.
 
-    Programs end with its message alone. Any other exception is a mistake of this project's own, and keeps its
-    traceback.
+    Any other exception is a bug and keeps its traceback.
+
+    Args:
+        expected: What is needed; the whole message if nothing else is given.
+        found: What was given instead.
+        remedy: What to do about it.
+        subject: What the error is about, for example a path.
     """
 
+    def __init__(self, expected: object, found: object = "", remedy: str = "", subject: object = "") -> None:
+        self.expected, self.found, self.remedy, self.subject = expected, found, remedy, subject
+        message = f"expected {expected}, found {found}" if found != "" else str(expected)
+        message = f"{subject}: {message}" if subject != "" else message
+        super().__init__(f"{message}; {remedy}" if remedy else message)
+
     def __str__(self) -> str:
-        """Return the message, without the traceback that a DataLoader puts before that of a worker's error."""
+        """Return the message without the traceback that a DataLoader prepends to a worker's error."""
         message = super().__str__()
         return message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip()
 

@@ -74,8 +74,10 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
     """Measure it of images that have been checked."""
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
         raise InputError(
-            f"SSIM: expected images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, found "
-            f"{tuple(prediction.shape[-2:])}; measure full images instead of crops"
+            subject="SSIM",
+            expected=f"images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels",
+            found=tuple(prediction.shape[-2:]),
+            remedy="measure full images instead of crops",
         )
     with torch.autocast(prediction.device.type, enabled=False), without_tf32():
         values = structural_similarity_index_measure(prediction, target, data_range=1.0, reduction="none")
@@ -145,13 +147,20 @@ class ImageMetrics(Metric):
         images = int(self.images)
         if images == 0:
             raise InputError(
-                "image metrics: expected at least one image, found none; call update before compute, or "
-                "check that the evaluation set is not empty"
+                subject="image metrics",
+                expected="at least one image",
+                found="none",
+                remedy="call update before compute, or check that the evaluation set is not empty",
             )
         if not (torch.isfinite(self.lowest[0]) and torch.isfinite(self.highest[0])):
             raise NotFiniteError(
-                "image metrics: expected finite predictions, found a value that is NaN or infinite; a network that has "
-                "diverged draws such pictures: take an earlier checkpoint, or lower the learning rate"
+                subject="image metrics",
+                expected="finite predictions",
+                found="a value that is NaN or infinite",
+                remedy=(
+                    "a network that has diverged draws such pictures: take an earlier checkpoint, or lower "
+                    "the learning rate"
+                ),
             )
         _check_ranges(self.lowest, self.highest)
         return ImageScores(
@@ -196,7 +205,7 @@ def _check_ranges(lowest: Float[Tensor, "2"], highest: Float[Tensor, "2"]) -> No
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise ValueError(
                 f"image metrics: expected a {name} with values in [0, 1], found [{low:g}, {high:g}]; "
-                "scale 8-bit images by 1 / 255, undo a network's normalisation, look for what is not finite"
+                "scale 8-bit images by 1 / 255, undo a network's normalization, look for what is not finite"
             )
 
 

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lrm_pl.data.synthetic import write_synthetic_shards
-from tests.browser import chromium  # noqa: F401 - a fixture
-from tests.pretrained_folder import pretrained  # noqa: F401 - a fixture
+from tests.shapes import check_shapes
+
+check_shapes()
+
+from lrm_pl.data.synthetic import write_synthetic_shards  # noqa: E402
+from tests.browser import chromium  # noqa: E402, F401 - a fixture
+from tests.pretrained_folder import pretrained  # noqa: E402, F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 

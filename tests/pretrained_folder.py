@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lrm_pl.data.input_setup import InputSetup
-from lrm_pl.pretrained import PretrainedLRM
+from lrm_pl.data.input_framing import InputFraming
+from lrm_pl.inference.pipeline import PretrainedLRM
 
 MODEL = {
     "lrm": {
@@ -19,7 +19,7 @@ MODEL = {
     "renderer": {"samples_per_ray": 16},
 }
 
-SETUP = InputSetup(distance=2.5, fov_deg=45.0, foreground=0.7)
+SETUP = InputFraming(distance=2.5, fov_deg=45.0, foreground=0.7)
 
 
 def tiny_pretrained():

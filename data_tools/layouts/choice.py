@@ -9,9 +9,9 @@ from PIL import Image
 
 from data_tools.layouts import instantmesh, mvimgnet, openlrm, zero123
 from data_tools.layouts.files import MAX_VIEWS, LayoutError, Posed
-from lrm_pl.conventions import Normalisation
+from lrm_pl.conventions import Normalization
 from lrm_pl.data.schema import MAX_IMAGE_SIDE
-from lrm_pl.pictures import PICTURE_ERRORS
+from lrm_pl.images import PICTURE_ERRORS
 
 LAYOUTS = ("openlrm", "zero123", "instantmesh", "mvimgnet")
 
@@ -45,14 +45,14 @@ class Layout:
         find: Lists the folders of objects.
         read: Reads an object's folder.
         kind: Looks at an object without reading all of it; None where its pictures cannot be looked at.
-        normalise: How objects are scaled.
+        normalize: How objects are scaled.
     """
 
     name: str
     find: Callable[[Path], list[Path]]
     read: Callable[[Path], Posed]
     kind: Callable[[Path], Kind | None]
-    normalise: Normalisation
+    normalize: Normalization
 
 
 def renderer_name(layout: str) -> str:
@@ -77,13 +77,13 @@ def make_layout(
     """
     for option, value, most in (("--res", resolution, MAX_IMAGE_SIDE), ("--views", views, MAX_VIEWS)):
         if value is not None and not 1 <= value <= most:
-            raise LayoutError(f"expected {option} from 1 to {most}, found {value}")
+            raise LayoutError(expected=f"{option} from 1 to {most}", found=value)
     if name == "mvimgnet":
         kind = Kind(views or VIDEO_VIEWS, (resolution or VIDEO_RESOLUTION,) * 2)
         read = partial(_read_video, root=root, masks=masks, kind=kind)
         return Layout(name, mvimgnet.find_objects, read, lambda _: kind, "sphere")
     if views is not None or masks is not None:
-        raise LayoutError(f"expected --views and --masks with --from mvimgnet only, found --from {name}")
+        raise LayoutError(expected="--views and --masks with --from mvimgnet only", found=f"--from {name}")
     files = {"openlrm": openlrm, "zero123": zero123, "instantmesh": instantmesh}[name]
     return Layout(
         name, files.find_objects, files.read_object, partial(_kind, pictures=files.pictures), "cube"

@@ -96,7 +96,9 @@ def read_cameras(path: Path) -> dict[int, Camera]:
         key, model, width, height = rest.take(_CAMERA)
         if model not in _MODELS:
             raise LayoutError(
-                f"{path}: expected a pinhole camera, with radial or OpenCV's distortion or without, found model {model}"
+                subject=path,
+                expected="a pinhole camera, with radial or OpenCV's distortion or without",
+                found=f"model {model}",
             )
         values = dict(zip(_MODELS[model], rest.take(f"<{len(_MODELS[model])}d"), strict=True))
         if "f" in values:
@@ -106,7 +108,7 @@ def read_cameras(path: Path) -> dict[int, Camera]:
             or min(values["fx"], values["fy"]) <= 0
             or not width * height
         ):
-            raise LayoutError(f"{path}: expected a camera, found {width} x {height} pixels, {values}")
+            raise LayoutError(subject=path, expected="a camera", found=f"{width} x {height} pixels, {values}")
         cameras[key] = Camera(width, height, **values)
     rest.end()
     return cameras
@@ -130,7 +132,7 @@ def read_images(path: Path, cameras: dict[int, Camera]) -> list[PosedImage]:
         length = np.linalg.norm(pose[:4])
         if camera not in cameras or not np.isfinite(pose).all() or not 0.5 < length < 2:
             raise LayoutError(
-                f"{path}: expected a pose and the number of a camera, found {pose} and {camera}"
+                subject=path, expected="a pose and the number of a camera", found=f"{pose} and {camera}"
             )
         c2w = np.eye(4)
         c2w[:3, :3] = _rotation(np.array(pose[:4]) / length).T
@@ -164,7 +166,7 @@ class _Bytes:
     def text(self) -> str:
         end = self._content.find(b"\0", self._at)
         if end < 0:
-            raise LayoutError(f"{self._path}: expected a name that ends, found none")
+            raise LayoutError(subject=self._path, expected="a name that ends", found="none")
         text = self._content[self._at : end]
         self._at = end + 1
         return text.decode(errors="replace")
@@ -172,10 +174,10 @@ class _Bytes:
     def skip(self, size: int) -> None:
         if self._at + size > len(self._content):
             raise LayoutError(
-                f"{self._path}: expected {self._at + size} bytes or more, found {len(self._content)}"
+                subject=self._path, expected=f"{self._at + size} bytes or more", found=len(self._content)
             )
         self._at += size
 
     def end(self) -> None:
         if self._at != len(self._content):
-            raise LayoutError(f"{self._path}: expected {self._at} bytes, found {len(self._content)}")
+            raise LayoutError(subject=self._path, expected=f"{self._at} bytes", found=len(self._content))

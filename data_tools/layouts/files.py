@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_tools.archives import DAMAGE
+from data_tools.assets.archives import DAMAGE
 from lrm_pl.color_spaces import ColorSpaceError, says_srgb
 from lrm_pl.data.manifest import MAX_MEMBER_BYTES
 from lrm_pl.data.schema import HEADER_ERRORS, MAX_IMAGE_SIDE, encode_image
 from lrm_pl.errors import InputError
-from lrm_pl.pictures import PICTURE_ERRORS, open_picture, webp_size
+from lrm_pl.images import PICTURE_ERRORS, open_picture, webp_size
 
 #: A pose has twelve numbers, the poses of 999 views 16 times as many; no such file is larger.
 _MAX_ARRAY_BYTES = 1 << 20
@@ -65,7 +65,7 @@ def folders_with(root: Path, names: str) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise LayoutError(f"expected a folder that can be listed, found: {error}") from error
+        raise LayoutError(expected="a folder that can be listed", found=error) from error
 
     found, seen = [], set()
     for path, folders, files in os.walk(root, followlinks=True, onerror=refuse):
@@ -96,7 +96,10 @@ def numbered_pictures(folder: Path) -> list[Path]:
     for first, second in itertools.pairwise(pictures):
         if int(first.stem) == int(second.stem):
             raise LayoutError(
-                f"{folder}: expected one picture a number, found {first.name} and {second.name}; remove one of them"
+                subject=folder,
+                expected="one picture a number",
+                found=f"{first.name} and {second.name}",
+                remedy="remove one of them",
             )
     return pictures
 
@@ -108,9 +111,9 @@ def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
         LayoutError: There is none, or a larger one.
     """
     if not path.is_file():
-        raise LayoutError(f"expected a file {path}, found none")
+        raise LayoutError(expected=f"a file {path}", found="none")
     if path.stat().st_size > limit:
-        raise LayoutError(f"{path}: expected at most {limit} bytes, found {path.stat().st_size}")
+        raise LayoutError(subject=path, expected=f"at most {limit} bytes", found=path.stat().st_size)
     return path.read_bytes()
 
 
@@ -128,7 +131,7 @@ def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tupl
     """
     if not 1 <= len(files) <= MAX_VIEWS:
         raise LayoutError(
-            f"{folder}: expected 1 to {MAX_VIEWS} pictures 000.png, 001.png, ..., found {len(files)}"
+            subject=folder, expected=f"1 to {MAX_VIEWS} pictures 000.png, 001.png, ...", found=len(files)
         )
     views = tuple(rgba_view(read_file(file), str(file)) for file in files)
     for file, view in zip(files, views, strict=True):
@@ -139,8 +142,10 @@ def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tupl
             continue  # whoever decodes it says so
         if abs(width - aspect * height) > 1:
             raise LayoutError(
-                f"{file}: expected a picture of {aspect * height:.0f} x {height} pixels, the shape that its camera "
-                f"sees, found {width} x {height}; it has been cut or stretched"
+                subject=file,
+                expected=f"a picture of {aspect * height:.0f} x {height} pixels, the shape that its camera sees",
+                found=f"{width} x {height}",
+                remedy="it has been cut or stretched",
             )
     return views
 
@@ -190,7 +195,7 @@ def read_pose(path: Path) -> npt.NDArray[np.float64]:
     """
     pose = squared(read_npy(path), str(path))
     if pose.shape != (4, 4):
-        raise LayoutError(f"{path}: expected one matrix, found {pose.shape}")
+        raise LayoutError(subject=path, expected="one matrix", found=pose.shape)
     return pose
 
 
@@ -216,9 +221,9 @@ def read_npz(path: Path, name: str) -> npt.NDArray[np.float64]:
             with archive.open(f"{name}.npy") as member:
                 content = member.read(_MAX_ARRAY_BYTES + 1)  # whatever its header says
     except (*DAMAGE, KeyError, OSError) as error:  # OSError: bz2's; nothing else is read here
-        raise LayoutError(f"{where}: expected an array, found: {error}") from error
+        raise LayoutError(subject=where, expected="an array", found=error) from error
     if len(content) > _MAX_ARRAY_BYTES:
-        raise LayoutError(f"{where}: expected at most {_MAX_ARRAY_BYTES} bytes, found more")
+        raise LayoutError(subject=where, expected=f"at most {_MAX_ARRAY_BYTES} bytes", found="more")
     return parse_npy(content, where)
 
 
@@ -241,13 +246,15 @@ def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
         }
         shape, fortran, dtype = read_header[version](file)
     except (*HEADER_ERRORS, KeyError) as error:
-        raise LayoutError(f"{where}: expected a numpy array, found: {error}") from error
+        raise LayoutError(subject=where, expected="a numpy array", found=error) from error
     if dtype.kind not in "fiu":
-        raise LayoutError(f"{where}: expected an array of numbers, found {dtype}; pickles are not read")
+        raise LayoutError(
+            subject=where, expected="an array of numbers", found=dtype, remedy="pickles are not read"
+        )
     numbers = file.read()
     # Before anything is allocated: a header of a hundred bytes can ask for terabytes.
     if any(n < 1 for n in shape) or len(numbers) != math.prod(shape) * dtype.itemsize:
-        raise LayoutError(f"{where}: expected {shape} of {dtype}, found {len(numbers)} bytes")
+        raise LayoutError(subject=where, expected=f"{shape} of {dtype}", found=f"{len(numbers)} bytes")
     return np.frombuffer(numbers, dtype).reshape(shape, order="F" if fortran else "C").astype(np.float64)
 
 
@@ -260,7 +267,7 @@ def squared(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.flo
     if matrices.shape[-2:] == (4, 4):
         return matrices
     if matrices.shape[-2:] != (3, 4):
-        raise LayoutError(f"{where}: expected matrices of 3 x 4 or 4 x 4, found {matrices.shape}")
+        raise LayoutError(subject=where, expected="matrices of 3 x 4 or 4 x 4", found=matrices.shape)
     last = np.broadcast_to([0.0, 0.0, 0.0, 1.0], (*matrices.shape[:-2], 1, 4))
     return np.concatenate([matrices, last], axis=-2)
 

@@ -25,7 +25,7 @@ from data_tools.layouts.files import (
     read_views,
     squared,
 )
-from data_tools.views import focal_from_fov
+from data_tools.rendering.cameras import focal_from_fov
 from lrm_pl.conventions import opengl_to_opencv
 
 FOV_DEG = 50.0
@@ -55,7 +55,9 @@ def read_object(folder: Path) -> Posed:
     views = read_views(files, folder)
     poses = squared(read_npz(path, "cam_poses"), str(path))
     if poses.shape != (len(files), 4, 4) or [int(file.stem) for file in files] != list(range(len(files))):
-        raise LayoutError(f"{path}: expected a pose for each of {len(files)} pictures, found {poses.shape}")
+        raise LayoutError(
+            subject=path, expected=f"a pose for each of {len(files)} pictures", found=poses.shape
+        )
     focal = focal_from_fov(np.array(FOV_DEG))
     return Posed(
         c2w=opencv_poses(poses, str(path)),
@@ -86,4 +88,4 @@ def opencv_poses(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[n
             return opengl_to_opencv(c2w.astype(np.float32))
         if on_axis.all() and (origin[:, 2] > 0).all():
             return c2w.astype(np.float32)
-    raise LayoutError(f"{where}: expected cameras that look at the origin, found others")
+    raise LayoutError(subject=where, expected="cameras that look at the origin", found="others")

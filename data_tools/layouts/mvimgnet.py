@@ -28,7 +28,7 @@ from data_tools.layouts.files import LayoutError, Posed, folders_with, read_file
 from data_tools.layouts.object_frame import Sighting, into_object_frame
 from lrm_pl.data.schema import MAX_IMAGE_SIDE, encode_image
 from lrm_pl.errors import InputError
-from lrm_pl.pictures import PICTURE_ERRORS, open_picture, to_rgb8
+from lrm_pl.images import PICTURE_ERRORS, open_picture, to_rgb8
 
 #: Added on each side of the mask, as a part of its longer side.
 MARGIN = 0.1
@@ -81,7 +81,9 @@ def read_object(folder: Path, masks: Path, views: int, resolution: int) -> Posed
         lost = Counter(frame for frame in found if isinstance(frame, str))
         told = ", ".join(f"{count} {why}" for why, count in lost.items())
         raise LayoutError(
-            f"{folder}: expected at least {views} whole views, found {len(frames)} of {len(found)}: {told}"
+            subject=folder,
+            expected=f"at least {views} whole views",
+            found=f"{len(frames)} of {len(found)}: {told}",
         )
     frames = [frames[i * len(frames) // views] for i in range(views)]
     return Posed(
@@ -94,7 +96,9 @@ def read_object(folder: Path, masks: Path, views: int, resolution: int) -> Posed
 def _frame(image: PosedImage, pictures: Path, masks: Path) -> Frame | str:
     """Look at a view's mask; a string says why the view does not count."""
     if Path(image.name).name != image.name:
-        raise LayoutError(f"{pictures}: expected plain file names in images.bin, found {image.name!r}")
+        raise LayoutError(
+            subject=pictures, expected="plain file names in images.bin", found=f"{image.name!r}"
+        )
     picture, mask = pictures / image.name, masks / f"{image.name}.png"
     if not picture.is_file():
         return "without a picture"
@@ -114,8 +118,10 @@ def _frame(image: PosedImage, pictures: Path, masks: Path) -> Frame | str:
     moved = float(image.camera.displacement(corners).max()) / side
     if moved > MOST_DISTORTION:
         raise LayoutError(
-            f"{picture}: expected a lens that moves the crop's corners by at most {MOST_DISTORTION:.0%} of its side, "
-            f"found {moved:.1%}; undistort the pictures with COLMAP's image_undistorter"
+            subject=picture,
+            expected=f"a lens that moves the crop's corners by at most {MOST_DISTORTION:.0%} of its side",
+            found=f"{moved:.1%}",
+            remedy="undistort the pictures with COLMAP's image_undistorter",
         )
     # Of each row of the mask its two ends: nothing between them is farther out.
     outline = np.concatenate([np.stack([first, rows + 0.5], axis=1), np.stack([last, rows + 0.5], axis=1)])
@@ -157,8 +163,9 @@ def _decoded(path: Path, kind: Literal["picture", "mask"], image: PosedImage) ->
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as encoded:
             if encoded.size != size or max(size) > MAX_IMAGE_SIDE:
                 raise LayoutError(
-                    f"{path}: expected a {kind} of {size} pixels as its camera says, {MAX_IMAGE_SIDE} a side at most, "
-                    f"found {encoded.size}"
+                    subject=path,
+                    expected=f"a {kind} of {size} pixels as its camera says, {MAX_IMAGE_SIDE} a side at most",
+                    found=encoded.size,
                 )
             if kind == "picture":
                 return np.array(
@@ -174,4 +181,4 @@ def _decoded(path: Path, kind: Literal["picture", "mask"], image: PosedImage) ->
     except InputError:
         raise
     except PICTURE_ERRORS as error:
-        raise LayoutError(f"{path}: expected a {kind}, found: {error}") from error
+        raise LayoutError(subject=path, expected=f"a {kind}", found=error) from error

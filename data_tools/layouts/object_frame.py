@@ -48,16 +48,18 @@ def into_object_frame(sightings: list[Sighting], where: str) -> npt.NDArray[np.f
     """
     poses = np.stack([sighting.c2w for sighting in sightings])
     axes = _axes(poses, where)
-    centre = _nearest_point(poses[:, :3, 3], np.stack([sighting.middle for sighting in sightings]))
-    ahead = np.einsum("vi,vi->v", centre - poses[:, :3, 3], poses[:, :3, 2])
+    center = _nearest_point(poses[:, :3, 3], np.stack([sighting.middle for sighting in sightings]))
+    ahead = np.einsum("vi,vi->v", center - poses[:, :3, 3], poses[:, :3, 2])
     if (ahead <= 0).any():
         raise LayoutError(
-            f"{where}: expected cameras that look at one object, found none before camera {ahead.argmin()}"
+            subject=where,
+            expected="cameras that look at one object",
+            found=f"none before camera {ahead.argmin()}",
         )
-    radius = max(float(_distances(centre - s.c2w[:3, 3], s.rays).max()) for s in sightings)
+    radius = max(float(_distances(center - s.c2w[:3, 3], s.rays).max()) for s in sightings)
     framed = poses.copy()
     framed[:, :3, :3] = axes @ poses[:, :3, :3]
-    framed[:, :3, 3] = (poses[:, :3, 3] - centre) @ axes.T / radius
+    framed[:, :3, 3] = (poses[:, :3, 3] - center) @ axes.T / radius
     return framed
 
 
@@ -71,7 +73,9 @@ def _axes(poses: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]
     _, spread, directions = np.linalg.svd(right.T @ right)
     if spread[1] < _LEAST_TURN**2 * spread[0]:
         raise LayoutError(
-            f"{where}: expected cameras that go around the object, found that they look in one direction"
+            subject=where,
+            expected="cameras that go around the object",
+            found="that they look in one direction",
         )
     up = -directions[2] * np.sign((down @ directions[2]).sum())
     x = right[0] - (right[0] @ up) * up

@@ -4,7 +4,7 @@
     <uid>/pose/000.npy        3 x 4, camera to world; Blender's camera: x right, y up, z backward
     <uid>/intrinsics.npy      3 x 2, pixels: fx fy, cx cy, width height; the pictures may have been resized since
 
-The world is ours: +z up, the object's longest side is 2, the centre of its box is the origin. The focal length is 0.75
+The world is ours: +z up, the object's longest side is 2, the center of its box is the origin. The focal length is 0.75
 of the width (lens 24 mm, sensor 32 mm).
 """
 
@@ -43,7 +43,9 @@ def read_object(folder: Path) -> Posed:
     intrinsics = read_npy(folder / "intrinsics.npy")
     if intrinsics.shape != (3, 2) or not (intrinsics[2] > 0).all():
         raise LayoutError(
-            f"{folder / 'intrinsics.npy'}: expected fx fy, cx cy, width height, found {intrinsics.tolist()}"
+            subject=folder / "intrinsics.npy",
+            expected="fx fy, cx cy, width height",
+            found=intrinsics.tolist(),
         )
     camera = (intrinsics[:2] / intrinsics[2]).reshape(4)
     files = pictures(folder)

@@ -8,12 +8,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lrm_pl.apps.paths import user_path
 from lrm_pl.errors import InputError
+from lrm_pl.paths import user_path
 
 #: What to know of the world of a converted network.
 WORLDS = {
-    "openlrm": "Objects are those of OpenLRM: the longest side is 2 (cube-normalised), 67 degrees field of view.",
+    "openlrm": "Objects are those of OpenLRM: the longest side is 2 (cube-normalized), 67 degrees field of view.",
     "triposr": "One scene unit is 0.87 of TripoSR's, and its +x is our -y (io/convert_triposr.py, from_triposr_world).",
 }
 
@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unseen.add_argument("--samples-per-ray", type=int, help="samples a ray")
     given = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
 
-    from lrm_pl.apps.converting import convert, print_report  # loads torch
-    from lrm_pl.io.conversion import UnseenNumbers
+    from lrm_pl.inference.convert import convert, print_report  # loads torch
+    from lrm_pl.weights.key_map import UnseenNumbers
 
     numbers = UnseenNumbers(given.heads, given.encoder_heads, given.image_size, given.samples_per_ray)
     try:

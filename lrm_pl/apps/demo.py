@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrm_pl.apps.options import add_address, add_background, add_network, locate_network, require_free, url_of
+from lrm_pl.apps.options import add_address, add_background, add_network, require_free, url_of
 from lrm_pl.errors import InputError
+from lrm_pl.inference.locate import locate_network
 
 
 def sweep(folder: Path, kept_s: float) -> None:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         locate_network(given.ckpt)
         require_free(given.host, given.port)
         from lrm_pl.apps.demo_page import KEPT_S, MEGABYTES, SWEEP_S, make_page
-        from lrm_pl.apps.trained import open_network
+        from lrm_pl.inference.find_model import open_network
 
         trained = open_network(given)
         trained.model.remover.load()

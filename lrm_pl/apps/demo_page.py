@@ -6,15 +6,15 @@ from typing import Any
 
 from PIL import Image
 
-from lrm_pl.apps.options import Wishes
-from lrm_pl.apps.reconstruction import make_mesh
-from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
-from lrm_pl.inference import as_pixels, as_tensor
-from lrm_pl.io.orbit_files import encode_video
-from lrm_pl.meshes.glb import encode_glb
-from lrm_pl.pictures import open_picture
-from lrm_pl.stages import listening, stage
+from lrm_pl.images import open_picture
+from lrm_pl.inference.find_model import Trained
+from lrm_pl.inference.mesh_options import MeshOptions
+from lrm_pl.inference.reconstruction import make_mesh
+from lrm_pl.inference.scene import as_pixels, as_tensor
+from lrm_pl.inference.video import encode_video
+from lrm_pl.meshing.glb import encode_glb
+from lrm_pl.progress import listening, stage
 
 #: Pictures to begin with: renders of the CC0 demo objects.
 EXAMPLES = Path(__file__).with_name("examples")
@@ -64,7 +64,7 @@ def require_within(bounds: tuple[int, int], found: Any, what: str) -> float:  # 
     """
     low, high = bounds
     if not isinstance(found, int | float) or not low <= found <= high:
-        raise InputError(f"Expected {low} to {high} {what}, found {found!r}.")
+        raise InputError(expected=f"{low} to {high} {what}", found=f"{found!r}.")
     return found
 
 
@@ -109,7 +109,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
                 )
                 framed = trained.model.picture(image)
                 scene = trained.model(as_tensor(framed))
-                wishes = Wishes(threshold=threshold or None, resolution=resolution, floaters=0.01)
+                wishes = MeshOptions(threshold=threshold or None, resolution=resolution, floaters=0.01)
                 mesh, _ = make_mesh(scene, wishes)
                 with stage("orbit"):
                     frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]

@@ -15,11 +15,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lrm_pl.apps.advice import table_lines, what_would_help
-from lrm_pl.apps.plan import Plan, plan
-from lrm_pl.callbacks.memory import memory_of_libraries
+from lrm_pl.cli.parsed import model_without_numbers
 from lrm_pl.errors import InputError, counted
-from lrm_pl.training.costs.division import (
+from lrm_pl.kernels.device import GpuProperties
+from lrm_pl.planning.fake_group import as_rank
+from lrm_pl.planning.gpus import cpu_flops, require_gpu
+from lrm_pl.planning.memory import memory_of_libraries
+from lrm_pl.planning.memory_advice import table_lines, what_would_help
+from lrm_pl.planning.run_plan import Plan, plan
+from lrm_pl.planning.sharding import check_shards
+from lrm_pl.planning.simulate import StepCosts, simulate_step
+from lrm_pl.planning.strategies import (
     CPU_SLACK,
     FAST,
     SLOW,
@@ -29,13 +35,20 @@ from lrm_pl.training.costs.division import (
     best_fitting,
     divisions,
 )
-from lrm_pl.training.costs.fake_group import as_rank
-from lrm_pl.training.costs.machines import cpu_flops, require_gpu
-from lrm_pl.training.costs.sharding import check_shards
-from lrm_pl.training.costs.simulation import StepCosts, simulate_step
 
-#: Share of the measured peak that a step reaches on a CPU, about (`make bench`).
+#: Fraction of the measured peak that a step reaches on a CPU, about (`make bench`).
 _CPU_SHARE = 0.5
+
+
+def _plan(arguments: Sequence[str], processes: int, gpu: GpuProperties | None) -> Plan:
+    return plan(*model_without_numbers(list(arguments)), processes, gpu)
+
+
+def _print_less_memory(
+    console: Console, arguments: Sequence[str], processes: int, gpu: GpuProperties | None
+) -> None:
+    peak, remedies = what_would_help(lambda more: _plan([*arguments, *more], processes, gpu))
+    console.print("\n".join(table_lines(peak, remedies)), soft_wrap=True)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,6 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="build the sharded program of every process, not of the first and last",
     )
+    add("--less-memory", action="store_true", help="also list settings that need less memory")
     configs = []
     rest = list(argv)
     while rest and not rest[0].startswith("-"):
@@ -79,7 +93,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def show_step(console: Console, planned: Plan, costs: StepCosts) -> None:
-    """Print the network's size and the operations of an optimiser step, of all processes together."""
+    """Print the network's size and the operations of an optimizer step, of all processes together."""
     lrm, times = planned.module.lrm, planned.processes * planned.accumulate
     table = Table(title="The network and a step of all processes", show_header=False)
     for name, part in (("encoder", lrm.encoder), ("transformer", lrm.transformer), ("all", lrm)):
@@ -144,10 +158,12 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     """
     if options.gpus > options.gpus_per_node and options.gpus % options.gpus_per_node:
         raise InputError(
-            f"expected whole nodes of {options.gpus_per_node} GPUs, found {options.gpus}; give --gpus-per-node"
+            expected=f"whole nodes of {options.gpus_per_node} GPUs",
+            found=options.gpus,
+            remedy="give --gpus-per-node",
         )
     gpu = require_gpu(options.gpu)
-    planned = plan(arguments, options.gpus, gpu.properties)
+    planned = _plan(arguments, options.gpus, gpu.properties)
     gpu.products(planned.shape.dtype)  # refuses what it is not built for before anything is simulated
     machines = Machines(gpu, options.gpus, options.gpus_per_node, options.network * 1e9 / 8)
     console.print(
@@ -173,9 +189,11 @@ def on_gpus(console: Console, options: argparse.Namespace, arguments: list[str])
     )
     best = best_fitting(rows, gpu.memory)
     if best is None:
-        peak, remedies = what_would_help(arguments, options.gpus, gpu.properties)
-        console.print("Nothing fits;", "\n".join(table_lines(peak, remedies)), soft_wrap=True)
+        console.print("No strategy fits into memory.")
+        _print_less_memory(console, arguments, options.gpus, gpu.properties)
         return
+    if options.less_memory:
+        _print_less_memory(console, arguments, options.gpus, gpu.properties)
     needed = whole.model * planned.accumulate / gpu.products(whole.shape.dtype)
     mfu = needed / best.seconds[0], needed / best.seconds[1]
     console.print(
@@ -219,14 +237,14 @@ def _layers(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return known.config, others
 
 
-def on_cpu(console: Console, arguments: list[str]) -> None:
+def on_cpu(console: Console, options: argparse.Namespace, arguments: list[str]) -> None:
     """Estimate a run of one process on this machine.
 
     Raises:
         InputError: Arguments that cannot be used.
     """
     base = memory_of_libraries()
-    planned = plan(arguments, 1, None)
+    planned = _plan(arguments, 1, None)
     costs = planned.costs()
     show_step(console, planned, costs)
     row = alone(costs, planned.accumulate, base, CPU_SLACK, planned.optimizer_temporaries(costs))
@@ -239,6 +257,8 @@ def on_cpu(console: Console, arguments: list[str]) -> None:
         f"{peak / 1e9:.0f} GFLOP/s, of which a step reaches about half.",
         soft_wrap=True,
     )
+    if options.less_memory:
+        _print_less_memory(console, arguments, 1, None)
     _print_next(console, arguments)
 
 
@@ -254,6 +274,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.gpus:
             on_gpus(console, options, arguments)
         else:
-            on_cpu(console, arguments)
+            on_cpu(console, options, arguments)
     except InputError as error:
         sys.exit(f"lrm: {error}")

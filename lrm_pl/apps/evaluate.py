@@ -11,15 +11,16 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lrm_pl.apps.evaluation_comparison import compare
-from lrm_pl.apps.options import add_network, locate_network
-from lrm_pl.apps.paths import require_out, user_path
-from lrm_pl.apps.processes import in_group, rank_and_world_size, run_processes
+from lrm_pl.apps.options import add_network
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.errors import InputError
+from lrm_pl.evaluation.comparison import compare
 from lrm_pl.evaluation.folder import EVALUATIONS
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.evaluation.selection import Objects
+from lrm_pl.inference.locate import locate_network
+from lrm_pl.paths import require_out, user_path
+from lrm_pl.training.processes import in_group, rank_and_world_size, run_processes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rank, world = rank_and_world_size()
         console = Console(soft_wrap=True, markup=False, quiet=rank > 0)
         if given.processes < 1:
-            raise InputError(f"expected --processes of at least 1, found {given.processes}")
+            raise InputError(expected="--processes of at least 1", found=given.processes)
         if given.compare:
             a, b = given.compare
             told, page = compare(a, b, given.out)
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         if given.clip and not given.clip_sha256:
             raise InputError(
-                "expected the hash of CLIP's weights too, found none: --clip-sha256 $(sha256sum FILE)"
+                expected="the hash of CLIP's weights too", found="none: --clip-sha256 $(sha256sum FILE)"
             )
         locate_network(given.ckpt)
         require_out(given.out or EVALUATIONS)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         PROTOCOLS[given.protocol].require(objects.manifest, given.data)
         if given.processes > 1 and not in_group():  # what is wrong is said once, before they start
             run_processes(given.processes, ["evaluate", *(sys.argv[2:] if arguments is None else arguments)])
-        from lrm_pl.apps.evaluation_run import run
+        from lrm_pl.evaluation.run import run
 
         run(given, objects, rank, world, console)
     except (InputError, OSError) as error:

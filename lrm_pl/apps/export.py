@@ -6,10 +6,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from lrm_pl.apps.options import locate_network
-from lrm_pl.apps.paths import user_path
 from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
+from lrm_pl.inference.locate import locate_network
+from lrm_pl.paths import user_path
 
 #: What --dtype may be.
 DTYPES = ("float32", "bf16")
@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         locate_network(given.checkpoint)
         require_no_folder(given.out)
-        from lrm_pl.apps.exporting import export, validates_average
-        from lrm_pl.io.pretrained import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+        from lrm_pl.inference.export import export
+        from lrm_pl.inference.model_folder import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+        from lrm_pl.training.ema import validates_average
 
         checkpoint, config = export(
             given.checkpoint, given.out, average=given.average, dtype=given.dtype, config=given.config

@@ -17,10 +17,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lrm_pl.apps.options import TEXTURE_FACES, Wishes, add_background, add_network, locate_network
-from lrm_pl.apps.paths import require_out, user_path
+from lrm_pl.apps.options import add_background, add_network
 from lrm_pl.errors import InputError
-from lrm_pl.meshes.mesh import MESH_FORMATS
+from lrm_pl.inference.locate import locate_network
+from lrm_pl.inference.mesh_options import TEXTURE_FACES, MeshOptions
+from lrm_pl.meshing.mesh import MESH_FORMATS
+from lrm_pl.paths import require_out, user_path
 
 #: Endings of the files of a folder that are taken for pictures.
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
@@ -43,17 +45,19 @@ def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
             files = sorted(file for file in path.iterdir() if not file.is_dir() and file.name[0] != ".")
             inside = [file for file in files if file.suffix.lower() in ENDINGS]
             if not inside:
-                raise InputError(f"expected pictures ({', '.join(ENDINGS)}) in {path}, found none")
+                raise InputError(expected=f"pictures ({', '.join(ENDINGS)}) in {path}", found="none")
             found += inside
             others += [file for file in files if file not in inside]
         elif path.is_file():
             found.append(path)
         else:
             raise InputError(
-                f"expected a picture or a folder of pictures at {path}, found neither; correct the path"
+                expected=f"a picture or a folder of pictures at {path}",
+                found="neither",
+                remedy="correct the path",
             )
     if bad := [path for path in found if path.stem in (".", "..")]:
-        raise InputError(f"expected pictures with a name of their own, found {bad[0]}; rename it")
+        raise InputError(expected="pictures with a name of their own", found=bad[0], remedy="rename it")
     named = dict[str, Path]()
     found = list({path.absolute(): path for path in found}.values())
     for path in found:
@@ -68,8 +72,9 @@ def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
         )
         if name in named:
             raise InputError(
-                f"expected pictures of different names, found {named[name]} and {path}, which would both write into "
-                f"OUT/{name}; rename one"
+                expected="pictures of different names",
+                found=f"{named[name]} and {path}, which would both write into OUT/{name}",
+                remedy="rename one",
             )
         named[name] = path
     return named, others
@@ -91,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wishes = _wishes(given)
         locate_network(given.ckpt)
         require_out(given.out)
-        from lrm_pl.apps.reconstruction import infer, require_video
-        from lrm_pl.apps.trained import open_network
-        from lrm_pl.io.background import RemoverError
+        from lrm_pl.inference.background import RemoverError
+        from lrm_pl.inference.find_model import open_network
+        from lrm_pl.inference.reconstruction import infer, require_video
 
         if wishes.frames:
             require_video()
@@ -148,9 +153,9 @@ def _print_result(console: Console, out: Path, record: dict[str, Any]) -> None:
         console.print(f"  note: {note}")
 
 
-def _wishes(given: argparse.Namespace) -> Wishes:
-    names = {field.name for field in dataclasses.fields(Wishes)} & set(vars(given))
-    return Wishes(**{name: getattr(given, name) for name in names} | {"formats": tuple(given.formats)})
+def _wishes(given: argparse.Namespace) -> MeshOptions:
+    names = {field.name for field in dataclasses.fields(MeshOptions)} & set(vars(given))
+    return MeshOptions(**{name: getattr(given, name) for name in names} | {"formats": tuple(given.formats)})
 
 
 def _side(text: str) -> int:
@@ -173,7 +178,7 @@ def _format(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    usual = Wishes()
+    usual = MeshOptions()
     parser = argparse.ArgumentParser(prog="lrm infer", description=__doc__)
     parser.add_argument(
         "picture",
@@ -210,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=usual.texture_limit_s,
         metavar="SECONDS",
-        help="time for laying out the surface; after it, colours stay at the vertices (60)",
+        help="time for laying out the surface; after it, colors stay at the vertices (60)",
     )
     mesh.add_argument(
         "--formats",

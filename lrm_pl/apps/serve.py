@@ -13,16 +13,10 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from lrm_pl.apps.options import (
-    Wishes,
-    add_address,
-    add_background,
-    add_network,
-    locate_network,
-    require_free,
-    url_of,
-)
+from lrm_pl.apps.options import add_address, add_background, add_network, require_free, url_of
 from lrm_pl.errors import InputError
+from lrm_pl.inference.locate import locate_network
+from lrm_pl.inference.mesh_options import MeshOptions
 
 #: Smallest lattice, points along each axis.
 LEAST_RESOLUTION = 16
@@ -56,10 +50,10 @@ class Limits:
         """Check the numbers."""
         for name, low in (("megabytes", 0), ("megapixels", 0), ("seconds", 0), ("upload_seconds", 0)):
             if not low < getattr(self, name) < math.inf:
-                raise InputError(f"expected {name} above {low}, found {getattr(self, name):g}")
+                raise InputError(expected=f"{name} above {low}", found=f"{getattr(self, name):g}")
         for name, low in (("queue", 0), ("resolution", LEAST_RESOLUTION)):
             if getattr(self, name) < low:
-                raise InputError(f"expected {name} of {low} or more, found {getattr(self, name)}")
+                raise InputError(expected=f"{name} of {low} or more", found=getattr(self, name))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("lrm: expected uvicorn and fastapi to serve with, found none; pip install -e '.[serve]'")
     try:
         limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
-        _ = Wishes(resolution=limits.resolution)  # says what there may be
+        _ = MeshOptions(resolution=limits.resolution)  # says what there may be
         locate_network(given.ckpt)
         require_free(given.host, given.port)
         from lrm_pl.apps.server import make_app
-        from lrm_pl.apps.trained import open_network
+        from lrm_pl.inference.find_model import open_network
 
         trained = open_network(given)
         trained.model.remover.load()

@@ -17,15 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from lrm_pl import __version__
-from lrm_pl.apps.options import MOST_FACES, Wishes
-from lrm_pl.apps.reconstruction import make_mesh
 from lrm_pl.apps.serve import LEAST_RESOLUTION, Limits
-from lrm_pl.apps.trained import Trained
 from lrm_pl.errors import InputError
-from lrm_pl.inference import as_tensor
-from lrm_pl.meshes.glb import encode_glb
-from lrm_pl.pictures import NotAPictureError, PictureError, PictureTooLargeError, open_picture
-from lrm_pl.stages import listening, stage
+from lrm_pl.images import NotAPictureError, PictureError, PictureTooLargeError, open_picture
+from lrm_pl.inference.find_model import Trained
+from lrm_pl.inference.mesh_options import MOST_FACES, MeshOptions
+from lrm_pl.inference.reconstruction import make_mesh
+from lrm_pl.inference.scene import as_tensor
+from lrm_pl.meshing.glb import encode_glb
+from lrm_pl.progress import listening, stage
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Works:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reconstruct")
 
     async def make(
-        self, content: bytes, wishes: Wishes, gone: Callable[[], Awaitable[bool]]
+        self, content: bytes, wishes: MeshOptions, gone: Callable[[], Awaitable[bool]]
     ) -> tuple[bytes, dict[str, float]]:
         """Reconstruct an encoded image; return the bytes of a GLB file.
 
@@ -108,7 +108,7 @@ class Works:
             self.waiting -= 1
 
     def _make(
-        self, content: bytes, wishes: Wishes, deadline: float, dropped: threading.Event
+        self, content: bytes, wishes: MeshOptions, deadline: float, dropped: threading.Event
     ) -> tuple[bytes, dict[str, float]]:
         def watch(name: str) -> None:
             if dropped.is_set():
@@ -277,7 +277,9 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
                     415,
                     f"expected the bytes of a picture as the body, found {found}; curl --data-binary @photo.png",
                 )
-            wishes = Wishes(resolution=resolution, threshold=threshold, floaters=floaters, most_faces=faces)
+            wishes = MeshOptions(
+                resolution=resolution, threshold=threshold, floaters=floaters, most_faces=faces
+            )
             glb, stages = await works.make(content, wishes, request.is_disconnected)
         except RefusedError as error:
             requests.labels(error.status).inc()

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrm_pl.apps.options import add_address, newest_run, require_free, url_of
+from lrm_pl.apps.options import add_address, require_free, url_of
 from lrm_pl.errors import InputError
+from lrm_pl.inference.locate import newest_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_free(given.host, given.port)
         run = given.run or newest_run()
         if "://" not in run and not Path(run).expanduser().is_dir():
-            raise InputError(f"expected a run's folder at {run}, found none; correct the path")
+            raise InputError(expected=f"a run's folder at {run}", found="none", remedy="correct the path")
         from lrm_pl.apps.viewer import Viewer, data_of, wait_for_checkpoint
 
         wait_for_checkpoint(run)

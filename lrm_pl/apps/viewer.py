@@ -16,20 +16,20 @@ import torch
 import yaml
 from scipy.spatial.transform import Rotation
 
-from lrm_pl.apps.evaluation_run import scene_of
-from lrm_pl.apps.trained import Trained, open_trained
+from lrm_pl.checkpoints import find_checkpoint, list_checkpoints, load_network
 from lrm_pl.data.manifest import MANIFEST_NAME, Split
 from lrm_pl.data.schema import SampleError, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.objects import over_white
 from lrm_pl.evaluation.protocols import Protocol
+from lrm_pl.evaluation.run import scene_of
 from lrm_pl.evaluation.selection import NoObjectsError, Objects
-from lrm_pl.geometry.cameras import canonicalise
-from lrm_pl.inference import Scene
-from lrm_pl.io.checkpoints import find_checkpoint, list_checkpoints, load_network
-from lrm_pl.io.pretrained import CONFIG_NAME, WEIGHTS_NAME, find_config
+from lrm_pl.geometry.cameras import canonicalize
+from lrm_pl.inference.find_model import Trained, open_trained
+from lrm_pl.inference.model_folder import CONFIG_NAME, WEIGHTS_NAME, find_config
+from lrm_pl.inference.scene import Scene
 from lrm_pl.rendering.occupancy import measure_occupancy
-from lrm_pl.stores import is_local
+from lrm_pl.storage import is_local
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,9 @@ class Viewer:
             self.object.value = name
             if self._show_object():
                 return
-        raise InputError(f"expected an object that can be read, found none; the first: {self.state.content}")
+        raise InputError(
+            expected="an object that can be read", found="none", remedy=f"the first: {self.state.content}"
+        )
 
     def _show_object(self) -> bool:
         """Reconstruct the chosen object from the chosen view, and draw it; returns whether it can be read."""
@@ -188,7 +190,7 @@ class Viewer:
                 self.state.content = f"{self.object.value}: {error}"
                 return False
             image = over_white(sample, (view,))[0]
-            self._sample, self._c2w = sample, canonicalise(torch.from_numpy(sample.c2w[[view, *views]]))[1:]
+            self._sample, self._c2w = sample, canonicalize(torch.from_numpy(sample.c2w[[view, *views]]))[1:]
             self.scene: Scene = scene_of(self.trained, sample, view)
             self.input.image = (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
             self._draw_anew()
@@ -316,8 +318,9 @@ def _choices(data: str) -> list[tuple[str, Objects, Any]]:
     """List objects to choose from: held-out ones first."""
     if is_local(data) and not (Path(data) / MANIFEST_NAME).is_file():
         raise InputError(
-            f"expected finished shards in {data}, found none; name the run's: --data FOLDER (a relative path begins "
-            "where you are)"
+            expected=f"finished shards in {data}",
+            found="none",
+            remedy="name the run's: --data FOLDER (a relative path begins where you are)",
         )
     found = []
     splits: tuple[Split, ...] = ("val", "train")
@@ -328,5 +331,7 @@ def _choices(data: str) -> list[tuple[str, Objects, Any]]:
             continue
         found += [(f"{split}: {key}", objects, place) for key, place in objects.chosen]
     if not found:
-        raise InputError(f"expected objects in {data}, found none; render some, or name other shards: --data")
+        raise InputError(
+            expected=f"objects in {data}", found="none", remedy="render some, or name other shards: --data"
+        )
     return found

@@ -13,10 +13,10 @@ from PIL import Image
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.manifest import write_atomically
-from lrm_pl.inference import Scene, as_pixels
-from lrm_pl.io.orbit_files import encode_video, grid
-from lrm_pl.meshes.files import encode_mesh
-from lrm_pl.rendering.surface import NoSurfaceError
+from lrm_pl.inference.scene import Scene, as_pixels
+from lrm_pl.inference.video import encode_video, grid
+from lrm_pl.meshing.export import encode_mesh
+from lrm_pl.meshing.surface import NoSurfaceError
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from typing import Any, final
 import lightning as L
 import torch
 
-from lrm_pl.callbacks.memory import peak_memory
 from lrm_pl.callbacks.part_clock import PartClock
-from lrm_pl.callbacks.utilisation import BatchSize, UtilisationMeter
+from lrm_pl.callbacks.utilization import BatchSize, UtilisationMeter
 from lrm_pl.data.batch import Batch
+from lrm_pl.planning.memory import peak_memory
 from lrm_pl.training.logged import is_logged
 from lrm_pl.training.module import LRMModule
 
@@ -47,7 +47,7 @@ PAUSE = "pause"
 class StepTimer(L.Callback):
     """Log ``time/<part>``, ``time/step``, ``speed/*`` and ``memory/*_gib`` at the trainer's logging steps.
 
-    Times are milliseconds an optimiser step, the mean since the last log line, of this process; the parts add up to
+    Times are milliseconds an optimizer step, the mean since the last log line, of this process; the parts add up to
     ``time/step``. Rates are of all processes together. Validation does not count.
 
     ``speed/mfu`` is the share of the devices' bf16 peak that the mathematics of a step needs, forward and backward,
@@ -91,7 +91,7 @@ class StepTimer(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Begin the optimiser's step; the end of the batch ends it."""
+        """Begin the optimizer's step; the end of the batch ends it."""
         self._switch("optimizer")
 
     def on_train_batch_end(
@@ -117,7 +117,7 @@ class StepTimer(L.Callback):
             return
         spent = self._clock.take()
         total = max(sum(ms for part, ms in spent.items() if part != PAUSE), 1e-6)
-        mfu = self._utilisation(pl_module.device, total / 1000)
+        mfu = self._utilization(pl_module.device, total / 1000)
         times = {f"time/{part}": spent.get(part, 0.0) / self._steps for part in PARTS}
         pl_module.log("speed/samples_per_second", 1000 * self._samples / total)
         pl_module.log_dict(
@@ -148,7 +148,7 @@ class StepTimer(L.Callback):
         """Take the marks away."""
         self._clear()
 
-    def _utilisation(self, device: torch.device, seconds: float) -> float | None:
+    def _utilization(self, device: torch.device, seconds: float) -> float | None:
         """Ask the meter; what it takes the first time does not count."""
         assert self._clock is not None
         assert self._meter is not None

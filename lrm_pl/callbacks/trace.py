@@ -20,7 +20,7 @@ WARMUP = 5
 
 @final
 class TraceRecorder(L.Callback):
-    """Record ``steps`` optimiser steps of rank 0, after a warm-up, into ``profile/`` in the run's folder.
+    """Record ``steps`` optimizer steps of rank 0, after a warm-up, into ``profile/`` in the run's folder.
 
     Args:
         steps: So many.
@@ -28,7 +28,7 @@ class TraceRecorder(L.Callback):
 
     def __init__(self, steps: int) -> None:
         if steps < 1:
-            raise InputError(f"expected at least 1 step to profile, found {steps}")
+            raise InputError(expected="at least 1 step to profile", found=steps)
         self.steps = steps
         self._profile: profile | None = None
 
@@ -44,8 +44,9 @@ class TraceRecorder(L.Callback):
             return
         if left < WARMUP + self.steps:
             raise InputError(
-                f"expected at least {WARMUP + self.steps} steps to profile {self.steps} after {WARMUP} of warm-up, "
-                f"found {left} left; raise --trainer.max_steps or lower --run.profile"
+                expected=f"at least {WARMUP + self.steps} steps to profile {self.steps} after {WARMUP} of warm-up",
+                found=f"{left} left",
+                remedy="raise --trainer.max_steps or lower --run.profile",
             )
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "profile"  # asks all ranks
         if not trainer.is_global_zero:

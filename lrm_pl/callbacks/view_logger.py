@@ -80,8 +80,8 @@ def view_row(prediction: Prediction, batch: Batch, index: int) -> Float[Tensor, 
         source = torch.nn.functional.interpolate(
             source[None], (height, height), mode="bilinear", antialias=True
         )[0]
-    grey = [channel.expand(3, -1, -1) for channel in (opacity, nearness)]
-    cells = [source, target, prediction.images[index, 0], *grey]
+    gray = [channel.expand(3, -1, -1) for channel in (opacity, nearness)]
+    cells = [source, target, prediction.images[index, 0], *gray]
     return torch.cat([cell.float() for cell in cells], dim=-1).clamp(0, 1)
 
 

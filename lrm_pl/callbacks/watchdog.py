@@ -9,8 +9,8 @@ from typing import Any, final
 
 import lightning as L
 
+from lrm_pl.callbacks.awake_clock import AwakeClock
 from lrm_pl.errors import InputError
-from lrm_pl.kernels.awake_clock import AwakeClock
 
 #: Ranks of a node strike so many seconds one after the other, so that their stacks do not mix in one log.
 STAGGER_S = 0.25
@@ -28,7 +28,7 @@ class HangWatchdog(L.Callback):
     def __init__(self, limit_s: float = 1800.0) -> None:
         if limit_s <= 0:
             raise InputError(
-                f"expected limit_s above 0, found {limit_s}; leave the callback out to have none"
+                expected="limit_s above 0", found=limit_s, remedy="leave the callback out to have none"
             )
         self.limit_s = limit_s
         self._clock: AwakeClock | None = None

@@ -36,9 +36,9 @@ class Views:
     Attributes:
         images: (B, V, 3, H, W) sRGB in [0, 1], over ``background``.
         alpha: (B, V, H, W) coverage by the object.
-        background: (B, V, 3) colour behind the object.
+        background: (B, V, 3) color behind the object.
         c2w: (B, V, 4, 4) canonical poses, OpenCV.
-        fxfycxcy: (B, V, 4) normalised intrinsics.
+        fxfycxcy: (B, V, 4) normalized intrinsics.
         jitter: (B, V, H, W) in [0, 1), place of each ray's samples in their bins; None for the middle.
     """
 
@@ -81,7 +81,7 @@ class WholeViews:
     Attributes:
         rgba: (*B, V, H, W, 4) sRGB, straight alpha.
         c2w: (*B, V, 4, 4) canonical poses, OpenCV.
-        fxfycxcy: (*B, V, 4) normalised intrinsics.
+        fxfycxcy: (*B, V, 4) normalized intrinsics.
     """
 
     rgba: UInt8[Tensor, "*B V H W 4"]
@@ -168,8 +168,12 @@ def collate(items: Sequence[Item]) -> PackedBatch:
                 for item in items
             )
             raise InputError(
-                f"expected {part} views of one shape in a batch, found {which}; render all objects with the same RES "
-                "and VIEWS, leave out those that differ, or use a batch size of 1"
+                expected=f"{part} views of one shape in a batch",
+                found=which,
+                remedy=(
+                    "render all objects with the same RES and VIEWS, leave out those that differ, or use a "
+                    "batch size of 1"
+                ),
             )
     columns = list(zip(*map(_tensors, items), strict=True))
     layout = [(column[0].dtype, (len(items), *column[0].shape)) for column in columns]

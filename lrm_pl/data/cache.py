@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lrm_pl.data.locks import lock
 from lrm_pl.data.manifest import Shard
 from lrm_pl.errors import InputError
-from lrm_pl.stores import StoreError, insisting, read_ranges
+from lrm_pl.locks import lock
+from lrm_pl.storage import StoreError, read_ranges, retry
 
 #: Bytes asked for at a time: what is lost when a transfer breaks off.
 _BLOCK = 8 << 20
@@ -50,7 +50,7 @@ class CacheConfig:
         """Check the numbers."""
         if self.gigabytes < 0 or self.attempts < 1 or self.ahead < 0:
             raise InputError(
-                f"expected gigabytes and ahead of 0 or more and attempts of 1 or more, found {self}"
+                expected="gigabytes and ahead of 0 or more and attempts of 1 or more", found=self
             )
 
     @property
@@ -87,7 +87,7 @@ class ShardCache:
             return None
         return path
 
-    def doubt(self, shard: Shard) -> bool:
+    def evict_if_corrupt(self, shard: Shard) -> bool:
         """Hash the copy of a shard in which something bad was read, and remove it if it is not the shard's bytes.
 
         Returns:
@@ -119,7 +119,7 @@ class ShardCache:
                 return found
             self._make_room(partial, shard.bytes)
             try:
-                insisting(lambda: self._copy(shard, partial), 2)
+                retry(lambda: self._copy(shard, partial), 2)
                 _mark_used(partial)
                 with open(partial, "rb") as file:  # else a power failure may leave a whole size of nothing
                     os.fsync(file.fileno())
@@ -138,7 +138,7 @@ class ShardCache:
                 digest.update(block)
                 file.write(block)
         if digest.hexdigest() != shard.sha256:
-            raise StoreError(f"{url}: expected sha256 {shard.sha256}, found {digest.hexdigest()}")
+            raise StoreError(subject=url, expected=f"sha256 {shard.sha256}", found=digest.hexdigest())
 
     def _make_room(self, partial: Path, size: int) -> None:
         """Count what is there, remove what was used least recently, and take up the space.
@@ -166,8 +166,10 @@ class ShardCache:
                     return
             if time.monotonic() > give_up:
                 raise StoreError(
-                    f"{self.folder}: expected {size} of {self._limit} bytes for a shard, found that other transfers "
-                    "hold them; allow more data.cache.gigabytes"
+                    subject=self.folder,
+                    expected=f"{size} of {self._limit} bytes for a shard",
+                    found="that other transfers hold them",
+                    remedy="allow more data.cache.gigabytes",
                 )
             time.sleep(0.2)
 

@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from lrm_pl.data.batch import Batch, PackedBatch, collate
 from lrm_pl.data.cache import CacheConfig
-from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.mixture import DataSet, Mixture
+from lrm_pl.data.stream import BatchPartition, EvaluationSet, TrainingStream
 from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage
-from lrm_pl.data.workers import outlive_stop_signals, start_method
+from lrm_pl.data.workers import ignore_stop_signals, start_method
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import on_cuda
 
@@ -38,7 +38,7 @@ class ShardDataModule(L.LightningDataModule):
         weight: How often each of its objects comes in an epoch, where other sets are mixed in.
         also: Other sets that are mixed in (LRM: Objaverse once, MVImgNet three times an epoch).
         cache: How shards at a URL are read.
-        batch_size: Objects an optimiser step, over all processes and accumulated batches together: the run is the
+        batch_size: Objects an optimizer step, over all processes and accumulated batches together: the run is the
             same whatever the number of processes, which must divide it (times ``accumulate_grad_batches``).
         side_views: Target views besides the input views (the paper: 3).
         unseen_views: The last views of every object, never trained on: what validation renders.
@@ -50,11 +50,11 @@ class ShardDataModule(L.LightningDataModule):
         crop: Sizes of the target windows in training.
         crop_stages: Other sizes from later steps on (progressive resolution).
         camera_noise: Noise on the cameras that the network is told.
-        max_bad_share: Share of the samples that may be unreadable before training stops and lists them; their places
+        max_bad_share: Fraction of the samples that may be unreadable before training stops and lists them; their places
             are taken by others. 1 lets any number pass.
         workers: Processes that decode; 0 decodes in the training process.
         seed: Seed of the order of samples and of all augmentation; null: that of ``seed_everything``, or 0.
-        streams: Streams that an epoch is cut into, so that neighbours in a batch come from different shards.
+        streams: Streams that an epoch is cut into, so that neighbors in a batch come from different shards.
     """
 
     def __init__(
@@ -87,13 +87,16 @@ class ShardDataModule(L.LightningDataModule):
             ("streams", streams, 1),
         ):
             if value is not None and value < least:
-                raise InputError(f"expected a data.{name} of at least {least}, found {value}; correct it")
+                raise InputError(
+                    expected=f"a data.{name} of at least {least}", found=value, remedy="correct it"
+                )
         if not 0 <= max_bad_share <= 1:
-            raise InputError(f"expected a data.max_bad_share in [0, 1], found {max_bad_share}")
+            raise InputError(expected="a data.max_bad_share in [0, 1]", found=max_bad_share)
         if val_objects is not None and val_objects < 1:
             raise InputError(
-                f"expected a data.val_objects of at least 1, found {val_objects}; null validates on all, and "
-                "--trainer.limit_val_batches 0 not at all"
+                expected="a data.val_objects of at least 1",
+                found=val_objects,
+                remedy="null validates on all, and --trainer.limit_val_batches 0 not at all",
             )
         self.max_bad_share, self.val_objects = max_bad_share, val_objects
         self.folder, self.batch_size, self.side_views = folder, batch_size, side_views
@@ -107,7 +110,7 @@ class ShardDataModule(L.LightningDataModule):
         self._begin()
 
     def _begin(self) -> None:
-        # Where this start of the run begins: optimiser steps done, and the global position g that they led to.
+        # Where this start of the run begins: optimizer steps done, and the global position g that they led to.
         self._step, self._position = 0, 0
         self._resumed_by_lightning = False
 
@@ -124,13 +127,20 @@ class ShardDataModule(L.LightningDataModule):
         for source, manifest, _ in self.mixture.members:
             if manifest.views < needed:
                 raise InputError(
-                    f"{source.location}: expected at least {needed} views an object ({self.inputs} input, "
-                    f"{self.side_views} side, {self.unseen_views} unseen), found {manifest.views}; lower "
-                    f"data.side_views or data.unseen_views, or run `make render-shards VIEWS={needed} OUT=...`"
+                    subject=source.location,
+                    expected=(
+                        f"at least {needed} views an object ({self.inputs} input, {self.side_views} side, "
+                        f"{self.unseen_views} unseen)"
+                    ),
+                    found=manifest.views,
+                    remedy=(
+                        f"lower data.side_views or data.unseen_views, or run `make render-shards VIEWS={needed} "
+                        "OUT=...`"
+                    ),
                 )
 
     @property
-    def share(self) -> Share:
+    def share(self) -> BatchPartition:
         """This process's part of every batch.
 
         Raises:
@@ -139,9 +149,10 @@ class ShardDataModule(L.LightningDataModule):
         trainer = self._ready()
         if trainer.max_steps < 1:
             raise InputError(
-                f"expected trainer.max_steps, found {trainer.max_steps}: a run is counted in steps, not epochs"
+                expected="trainer.max_steps",
+                found=f"{trainer.max_steps}: a run is counted in steps, not epochs",
             )
-        return Share(
+        return BatchPartition(
             self.batch_size,
             trainer.global_rank,
             trainer.world_size,
@@ -149,11 +160,11 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def position(self, step: int) -> int:
-        """Return the global position g after ``step`` optimiser steps of the run: the whole state of the data."""
+        """Return the global position g after ``step`` optimizer steps of the run: the whole state of the data."""
         return self._position + (step - self._step) * self.batch_size
 
     def resume(self, step: int, position: int) -> None:
-        """Go on after ``step`` optimiser steps, at position g; batch size, processes and workers may have changed."""
+        """Go on after ``step`` optimizer steps, at position g; batch size, processes and workers may have changed."""
         self._step, self._position = step, position
 
     def state_dict(self) -> dict[str, int]:
@@ -228,8 +239,9 @@ class ShardDataModule(L.LightningDataModule):
         """
         if self.trainer is None or not hasattr(self, "mixture"):
             raise InputError(
-                "expected a trainer and a call of setup before a loader is made, found a data module "
-                'on its own; fit first, or set data.trainer = Trainer(max_steps=...) and call data.setup("fit")'
+                expected="a trainer and a call of setup before a loader is made",
+                found="a data module on its own",
+                remedy='fit first, or set data.trainer = Trainer(max_steps=...) and call data.setup("fit")',
             )
         return self.trainer
 
@@ -256,7 +268,7 @@ class ShardDataModule(L.LightningDataModule):
         return DataLoader(
             dataset,
             num_workers=self.workers,
-            worker_init_fn=outlive_stop_signals,
+            worker_init_fn=ignore_stop_signals,
             multiprocessing_context=start_method(self.workers),
             pin_memory=on_cuda(self._ready().strategy.root_device),
             **options,

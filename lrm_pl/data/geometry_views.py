@@ -1,7 +1,7 @@
 """Depth and normals of a view as pictures, and back: the optional members ``depth_000.png`` and ``normal_000.png``.
 
-Both tell of the first surface at a pixel's centre, be it of glass. They are 0 where there is none: wherever alpha is 0,
-and at some pixels of soft edges and thin things, which show something beside their centre only.
+Both tell of the first surface at a pixel's center, be it of glass. They are 0 where there is none: wherever alpha is 0,
+and at some pixels of soft edges and thin things, which show something beside their center only.
 """
 
 import io
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, SampleError
-from lrm_pl.pictures import PICTURE_ERRORS
+from lrm_pl.images import PICTURE_ERRORS
 
 #: Depth that is nearest to a camera, scene units.
 MIN_DEPTH = 1e-3
@@ -45,8 +45,8 @@ def encode_depth(depth: npt.NDArray[np.floating]) -> bytes:
     seen = depth != 0
     if not ((depth[seen] >= MIN_DEPTH) & (depth[seen] <= MAX_DEPTH)).all():
         raise SampleError(
-            f"expected depth from {MIN_DEPTH} to {MAX_DEPTH}, or 0 where nothing is, found {depth[seen].min()} to "
-            f"{depth[seen].max()}"
+            expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH}, or 0 where nothing is",
+            found=f"{depth[seen].min()} to {depth[seen].max()}",
         )
     return write_pixels(np.rint(depth.astype(np.float64) / MAX_DEPTH * _FULL).astype(np.uint16))
 
@@ -69,8 +69,9 @@ def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]
     least = round(MIN_DEPTH / MAX_DEPTH * _FULL)
     if ((pixels > 0) & (pixels < least)).any():
         raise SampleError(
-            f"sample {key!r}: expected depth from {MIN_DEPTH} to {MAX_DEPTH} in {name}, or 0 where nothing is, found "
-            f"{pixels[pixels > 0].min() / _FULL * MAX_DEPTH:.2g}"
+            subject=f"sample {key!r}",
+            expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH} in {name}, or 0 where nothing is",
+            found=f"{pixels[pixels > 0].min() / _FULL * MAX_DEPTH:.2g}",
         )
     return (pixels.astype(np.float64) / _FULL * MAX_DEPTH).astype(np.float32)
 
@@ -84,7 +85,7 @@ def encode_normals(normals: npt.NDArray[np.floating]) -> bytes:
     length = np.linalg.norm(normals, axis=-1)
     seen = length != 0
     if not (np.abs(length[seen] - 1) < _UNIT_TOLERANCE).all():
-        raise SampleError(f"expected normals of length 1, or 0 where nothing is, found {length[seen].min()}")
+        raise SampleError(expected="normals of length 1, or 0 where nothing is", found=length[seen].min())
     pixels = np.rint((normals.astype(np.float64) + 1) / 2 * 255)
     return write_pixels(np.where(seen[..., None], pixels, 0).clip(0, 255).astype(np.uint8))
 
@@ -110,8 +111,9 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
     wrong = seen & (np.abs(length - 1) > _UNIT_TOLERANCE)
     if wrong.any():
         raise SampleError(
-            f"sample {key!r}: expected normals of length 1 in {name}, or 0 where nothing is, found one of "
-            f"{length[wrong][0]:.3g}"
+            subject=f"sample {key!r}",
+            expected=f"normals of length 1 in {name}, or 0 where nothing is",
+            found=f"one of {length[wrong][0]:.3g}",
         )
     length[~seen] = np.inf
     return (normals / length[..., None]).astype(np.float32)
@@ -132,8 +134,9 @@ def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | 
     except PICTURE_ERRORS as error:
         found = f"{len(encoded)} bytes: {error}"
     raise SampleError(
-        f"sample {key!r}: expected {name} to be a PNG of mode {mode} and at most {MAX_IMAGE_SIDE} pixels a side, found "
-        f"{found}"
+        subject=f"sample {key!r}",
+        expected=f"{name} to be a PNG of mode {mode} and at most {MAX_IMAGE_SIDE} pixels a side",
+        found=found,
     )
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrm_pl.data.schema import KEY_PATTERN, MAX_IMAGE_SIDE, SCHEMA_VERSION, SampleError
-from lrm_pl.data.scratch import ScratchFolder
 from lrm_pl.errors import InputError
+from lrm_pl.scratch import ScratchFolder
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -78,7 +78,7 @@ class Manifest:
         shards: All shards, in order.
         views: Views a sample.
         failures: Number of assets that were left out (``failures.jsonl`` says why).
-        render: Settings the views were made with (preset, resolution, samples, seed, normalisation, renderer).
+        render: Settings the views were made with (preset, resolution, samples, seed, normalization, renderer).
         schema_version: Version of the sample schema.
     """
 
@@ -121,7 +121,9 @@ def require_no_folder(out: Path) -> None:
         InputError: OUT is there.
     """
     if os.path.lexists(out):
-        raise InputError(f"expected to make the folder {out}, found it there; name another, or delete it")
+        raise InputError(
+            expected=f"to make the folder {out}", found="it there", remedy="name another, or delete it"
+        )
 
 
 @contextmanager
@@ -195,8 +197,10 @@ def require_measurable_views(manifest: Manifest, where: str) -> None:
     """
     if (found := manifest.resolution) is not None and found < LEAST_SIDE:
         raise InputError(
-            f"{where}: expected views of {LEAST_SIDE} pixels or more, as LPIPS needs (AlexNet), found {found}; render "
-            "larger ones: RES="
+            subject=where,
+            expected=f"views of {LEAST_SIDE} pixels or more, as LPIPS needs (AlexNet)",
+            found=found,
+            remedy="render larger ones: RES=",
         )
 
 
@@ -209,17 +213,21 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     remedy = f"run `make render-shards OUT={folder}` (it goes on where it was)"
     if not path.is_file():
-        raise ShardError(f"expected finished shards in {folder}, found no {MANIFEST_NAME}; {remedy}")
+        raise ShardError(expected=f"finished shards in {folder}", found=f"no {MANIFEST_NAME}", remedy=remedy)
     manifest = parse_manifest(path.read_bytes(), str(path))
     for shard in manifest.shards:
         for name, size in ((shard.name, shard.bytes), (shard.index_name, None)):
             file = folder / name
             if not file.is_file():
-                raise ShardError(f"expected the shard file {file}, found none; delete {path} and {remedy}")
+                raise ShardError(
+                    expected=f"the shard file {file}", found="none", remedy=f"delete {path} and {remedy}"
+                )
             if size is not None and file.stat().st_size != size:
                 raise ShardError(
-                    f"{file}: expected {size} bytes, found {file.stat().st_size}: it is damaged; "
-                    f"delete it and {path}, then {remedy}"
+                    subject=file,
+                    expected=f"{size} bytes",
+                    found=f"{file.stat().st_size}: it is damaged",
+                    remedy=f"delete it and {path}, then {remedy}",
                 )
     return manifest
 
@@ -238,12 +246,14 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
     try:
         record: Any = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{where}: expected JSON, found: {error}; {remedy}") from error
+        raise ShardError(subject=where, expected="JSON", found=error, remedy=remedy) from error
     version = record.get("schema_version") if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
         raise ShardError(
-            f"{where}: expected schema version {SCHEMA_VERSION}, found {version!r}; render the shards again with this "
-            "version, or use the lrm_pl version that wrote them"
+            subject=where,
+            expected=f"schema version {SCHEMA_VERSION}",
+            found=f"{version!r}",
+            remedy="render the shards again with this version, or use the lrm_pl version that wrote them",
         )
     try:
         shards = tuple(_checked_shard(entry) for entry in record.pop("shards"))
@@ -254,9 +264,11 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
                 raise TypeError(f"{name} {record[name]!r}")
         manifest = Manifest(shards=shards, **record)
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise ShardError(f"{where}: expected the fields of a manifest, found: {error}; {remedy}") from error
+        raise ShardError(
+            subject=where, expected="the fields of a manifest", found=error, remedy=remedy
+        ) from error
     if not any(shard.samples for shard in shards):
-        raise ShardError(f"{where}: expected shards with samples, found none; {remedy}")
+        raise ShardError(subject=where, expected="shards with samples", found="none", remedy=remedy)
     return manifest
 
 
@@ -271,7 +283,7 @@ def read_index(folder: Path, shard: Shard) -> MemberIndex:
         content = path.read_bytes()
     except OSError as error:
         raise ShardError(
-            f"{path}: expected a member index, found: {error}; render {shard.name} again"
+            subject=path, expected="a member index", found=error, remedy=f"render {shard.name} again"
         ) from error
     return parse_index(content, str(path), shard)
 
@@ -295,18 +307,23 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
         }
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ShardError(
-            f"{where}: expected a member index, found: {error}; render {shard.name} again"
+            subject=where, expected="a member index", found=error, remedy=f"render {shard.name} again"
         ) from error
     large = max((size for members in index.values() for _, size in members.values()), default=0)
     if large > MAX_MEMBER_BYTES:
         raise ShardError(
-            f"{where}: expected members of at most {MAX_MEMBER_BYTES} bytes, found one of {large}; it is no view"
+            subject=where,
+            expected=f"members of at most {MAX_MEMBER_BYTES} bytes",
+            found=f"one of {large}",
+            remedy="it is no view",
         )
     spans = [span for members in index.values() for span in members.values()]
     if len(index) != shard.samples or any(o < 0 or n < 0 or o + n > shard.bytes for o, n in spans):
         raise ShardError(
-            f"{where}: expected {shard.samples} samples inside {shard.bytes} bytes, found {len(index)} samples and a "
-            f"last byte at {max((o + n for o, n in spans), default=0)}; render {shard.name} again"
+            subject=where,
+            expected=f"{shard.samples} samples inside {shard.bytes} bytes",
+            found=f"{len(index)} samples and a last byte at {max((o + n for o, n in spans), default=0)}",
+            remedy=f"render {shard.name} again",
         )
     return index
 
@@ -325,7 +342,7 @@ def read_members(tar: Path, spans: Iterable[tuple[int, int]]) -> list[bytes]:
             content = file.read(size)
             if len(content) != size:
                 raise SampleError(
-                    f"expected {size} bytes at {offset}, found {len(content)}: the file is truncated"
+                    expected=f"{size} bytes at {offset}", found=f"{len(content)}: the file is truncated"
                 )
             contents.append(content)
     return contents

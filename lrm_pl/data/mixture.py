@@ -1,7 +1,7 @@
 """Several data sets as one: which shards an epoch holds, and how often.
 
 LRM trains on Objaverse once and MVImgNet three times an epoch (section 4.1). A set of weight w stands w times among the
-shards of an epoch, so all that follows (``lrm_pl.data.shards``) knows one list of shards: the order stays a pure
+shards of an epoch, so all that follows (``lrm_pl.data.order``) knows one list of shards: the order stays a pure
 function, and where a run is in its data stays one number.
 """
 
@@ -29,7 +29,7 @@ class DataSet:
     def __post_init__(self) -> None:
         """Check the weight."""
         if self.weight < 1:
-            raise InputError(f"expected weights of 1 or more, found {self}; leave a set out instead")
+            raise InputError(expected="weights of 1 or more", found=self, remedy="leave a set out instead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,9 @@ class Mixture:
                 other = holders.setdefault(shard.sha256, source)
                 if other is not source and shard.samples:
                     raise InputError(
-                        f"expected sets of different objects, found {shard.name} of {source.location} in "
-                        f"{other.location} too; name a set once, with its weight"
+                        expected="sets of different objects",
+                        found=f"{shard.name} of {source.location} in {other.location} too",
+                        remedy="name a set once, with its weight",
                     )
 
     @property
@@ -112,14 +113,16 @@ class Mixture:
         """
         for source, manifest, _ in self.members:
             require_measurable_views(manifest, source.location)
-            if manifest.render.get("normalise") == "cube" and bounds == "sphere":
+            if manifest.render.get("normalize") == "cube" and bounds == "sphere":
                 raise InputError(
-                    f"{source.location}: expected sphere-normalised shards for renderer bounds 'sphere', found "
-                    "'cube': corners outside the unit sphere would be cut off; use --model.renderer.bounds box"
+                    subject=source.location,
+                    expected="sphere-normalized shards for renderer bounds 'sphere'",
+                    found="'cube': corners outside the unit sphere would be cut off",
+                    remedy="use --model.renderer.bounds box",
                 )
 
     def require_samples(self, least: int) -> None:
-        """Refuse a training split with fewer samples than an optimiser step takes.
+        """Refuse a training split with fewer samples than an optimizer step takes.
 
         Raises:
             ShardError: It is empty or too small.
@@ -127,11 +130,16 @@ class Mixture:
         for source, manifest, _ in self.members:
             if not manifest.split("train"):
                 raise ShardError(
-                    f"{source.location}: expected samples in the split 'train', found none; render more objects"
+                    subject=source.location,
+                    expected="samples in the split 'train'",
+                    found="none",
+                    remedy="render more objects",
                 )
         found = sum(entry.shard.samples for entry in self.entries("train", repeated=True))
         if found < least:
             raise ShardError(
-                f"{self.name}: expected at least {least} samples in the split 'train', one optimiser step's, found "
-                f"{found}; render more objects, or take a smaller batch: --data.batch_size {found}"
+                subject=self.name,
+                expected=f"at least {least} samples in the split 'train', one optimizer step's",
+                found=found,
+                remedy=f"render more objects, or take a smaller batch: --data.batch_size {found}",
             )

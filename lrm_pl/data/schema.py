@@ -2,18 +2,18 @@
 
 A sample with key ``chair`` and V views is these members of a WebDataset tar, in this order:
 
-    chair.json           SampleInfo: id, name, licence, creator, source, seed, renderer, views, sha256, schema_version
+    chair.json           SampleInfo: id, name, license, creator, source, seed, renderer, views, sha256, schema_version
     chair.c2w.npy        (V, 4, 4) float32, OpenCV camera to world
     chair.fxfycxcy.npy   (V, 4)    float32, divided by image width / height
     chair.view_000.webp  RGBA, 8 bits, straight alpha (lossless WebP, or PNG), one a view
     chair.view_001.webp  ...
-    chair.measures.json  optional: what was measured of the object (data_tools/criteria.py)
+    chair.measures.json  optional: what was measured of the object (data_tools/quality/measures.py)
     chair.depth_000.png  optional, one a view: 16 bits, depth along the camera's z axis, 0 where nothing is, else
                          depth / ``MAX_DEPTH`` * 65535
     chair.normal_000.png optional, one a view: RGB, 8 bits, world normal n as (n + 1) / 2, 0 where nothing is
     chair.surface.npy    optional: (20000, 6) float32, points on the surface and their normals, in the world
 
-Nothing is where alpha is 0, or where no surface lies at the pixel's centre (soft edges; never where alpha is 255).
+Nothing is where alpha is 0, or where no surface lies at the pixel's center (soft edges; never where alpha is 255).
 
 No member is a pickle. Everything read from a tar is checked before it is used.
 """
@@ -33,9 +33,9 @@ from PIL import Image
 
 from lrm_pl.conventions import RIGID_TOLERANCE, rigid_error
 from lrm_pl.errors import InputError
-from lrm_pl.pictures import PICTURE_ERRORS, webp_size
+from lrm_pl.images import PICTURE_ERRORS, webp_size
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 #: WebDataset splits a member's name at its first dot, so a key holds none; nor anything that leaves the folder; and a
 #: tar header holds names of at most 100 bytes.
@@ -82,7 +82,7 @@ class SampleInfo:
     Attributes:
         id: Key of the sample, unique in the data set.
         name: Name for people.
-        licence: Licence of the mesh, "unknown" when nobody said.
+        license: License of the mesh, "unknown" when nobody said.
         creator: Who made the mesh, "unknown" when nobody said.
         source: Where the mesh came from (library, file name, URL).
         seed: Seed of this object's cameras and of Cycles.
@@ -94,7 +94,7 @@ class SampleInfo:
 
     id: str
     name: str
-    licence: str
+    license: str
     creator: str
     source: str
     seed: int
@@ -111,7 +111,7 @@ class Sample:
     Attributes:
         info: The object's record.
         c2w: (V, 4, 4) float32 poses, OpenCV.
-        fxfycxcy: (V, 4) float32 normalised intrinsics.
+        fxfycxcy: (V, 4) float32 normalized intrinsics.
         views: V encoded images; an empty ``bytes`` stands for a view that was not read.
         extras: Optional members, name -> bytes.
     """
@@ -178,7 +178,9 @@ def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] |
                 f"sample {key!r}: its record says {info.views} views, but {names[0]} is missing; render it again"
             )
         if len(found) > 1:
-            raise SampleError(f"sample {key!r}: expected view {index} once, found {' and '.join(found)}")
+            raise SampleError(
+                subject=f"sample {key!r}", expected=f"view {index} once", found=" and ".join(found)
+            )
         encoded[index] = members[found[0]]
     extra = {name for name in members if re.fullmatch(r"view_\d+\..*", name)} - {
         view_member(index, image_format) for index in range(info.views) for image_format in IMAGE_FORMATS
@@ -206,33 +208,42 @@ def check_sample(sample: Sample) -> None:
     """
     info, key = sample.info, sample.info.id
     if not KEY_PATTERN.fullmatch(key):
-        raise SampleError(f"sample {key!r}: expected a key of letters, digits, '_' and '-', found {key!r}")
+        raise SampleError(
+            subject=f"sample {key!r}", expected="a key of letters, digits, '_' and '-'", found=f"{key!r}"
+        )
     if info.views < 1:
-        raise SampleError(f"sample {key!r}: expected at least one view, found {info.views}")
+        raise SampleError(subject=f"sample {key!r}", expected="at least one view", found=info.views)
     for name, array, shape in (
         ("c2w", sample.c2w, (info.views, 4, 4)),
         ("fxfycxcy", sample.fxfycxcy, (info.views, 4)),
     ):
         if array.shape != shape or array.dtype != np.float32:
             raise SampleError(
-                f"sample {key!r}: expected {name} of shape {shape} and float32 for {info.views} views, "
-                f"found {array.shape} and {array.dtype}"
+                subject=f"sample {key!r}",
+                expected=f"{name} of shape {shape} and float32 for {info.views} views",
+                found=f"{array.shape} and {array.dtype}",
             )
     if len(sample.views) != info.views:
-        raise SampleError(f"sample {key!r}: expected {info.views} views, found {len(sample.views)}")
+        raise SampleError(subject=f"sample {key!r}", expected=f"{info.views} views", found=len(sample.views))
     strange = sorted(name for name in sample.extras if not EXTRA_PATTERN.fullmatch(name))
     if strange:
-        raise SampleError(f"sample {key!r}: expected extras like {EXTRA_PATTERN.pattern}, found {strange}")
+        raise SampleError(
+            subject=f"sample {key!r}", expected=f"extras like {EXTRA_PATTERN.pattern}", found=strange
+        )
     error = rigid_error(sample.c2w)
     if error > RIGID_TOLERANCE:
         raise SampleError(
-            f"sample {key!r}: expected rigid poses (deviation at most {RIGID_TOLERANCE}), found {error:.2g}; "
-            "a pose is camera to world: a rotation, a translation, and a last row of 0 0 0 1"
+            subject=f"sample {key!r}",
+            expected=f"rigid poses (deviation at most {RIGID_TOLERANCE})",
+            found=f"{error:.2g}",
+            remedy="a pose is camera to world: a rotation, a translation, and a last row of 0 0 0 1",
         )
     focal = sample.fxfycxcy[:, :2]
     if not np.isfinite(sample.fxfycxcy).all() or (focal <= 0).any():
         raise SampleError(
-            f"sample {key!r}: expected finite intrinsics with positive focal lengths, found {sample.fxfycxcy.tolist()}"
+            subject=f"sample {key!r}",
+            expected="finite intrinsics with positive focal lengths",
+            found=sample.fxfycxcy.tolist(),
         )
 
 
@@ -254,7 +265,10 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
         with Image.open(io.BytesIO(encoded), formats=("PNG", "WEBP")) as image:
             if image.mode != "RGBA":
                 raise SampleError(
-                    f"sample {key!r}: expected RGBA views, found mode {image.mode}; render with alpha"
+                    subject=f"sample {key!r}",
+                    expected="RGBA views",
+                    found=f"mode {image.mode}",
+                    remedy="render with alpha",
                 )
             _require_small(key, image.size)
             return np.array(image, dtype=np.uint8)
@@ -262,14 +276,14 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
         raise
     except PICTURE_ERRORS as error:
         raise SampleError(
-            f"sample {key!r}: expected a PNG or WebP view, found {len(encoded)} bytes: {error}"
+            subject=f"sample {key!r}", expected="a PNG or WebP view", found=f"{len(encoded)} bytes: {error}"
         ) from error
 
 
 def _require_small(key: str, size: tuple[int, int]) -> None:
     if max(size) > MAX_IMAGE_SIDE:
         raise SampleError(
-            f"sample {key!r}: expected views of at most {MAX_IMAGE_SIDE} pixels a side, found {size}"
+            subject=f"sample {key!r}", expected=f"views of at most {MAX_IMAGE_SIDE} pixels a side", found=size
         )
 
 
@@ -280,7 +294,7 @@ def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
     transparent pixel becomes a PNG: WebP would not keep its alpha.
     """
     if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
-        raise SampleError(f"expected an RGBA image (H, W, 4) of uint8, found {rgba.shape} of {rgba.dtype}")
+        raise SampleError(expected="an RGBA image (H, W, 4) of uint8", found=f"{rgba.shape} of {rgba.dtype}")
     buffer, image = io.BytesIO(), Image.fromarray(rgba, mode="RGBA")
     if (rgba[..., 3] == 255).all():
         image.save(buffer, format="PNG")
@@ -316,18 +330,21 @@ def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) ->
         found, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     except HEADER_ERRORS as error:
         raise SampleError(
-            f"sample {key!r}: expected a numpy array in {key}.{name}, found: {error}"
+            subject=f"sample {key!r}", expected=f"a numpy array in {key}.{name}", found=error
         ) from error
     # Before anything is allocated: a header of a hundred bytes can ask for terabytes.
     if found != shape or dtype != np.float32 or fortran:
         raise SampleError(
-            f"sample {key!r}: expected {name} of shape {shape} and float32, found {found} and "
-            f"{dtype}{', column by column' if fortran else ''}"
+            subject=f"sample {key!r}",
+            expected=f"{name} of shape {shape} and float32",
+            found=f"{found} and {dtype}{(', column by column' if fortran else '')}",
         )
     content = file.read()
     if len(content) != 4 * math.prod(shape):
         raise SampleError(
-            f"sample {key!r}: expected {4 * math.prod(shape)} bytes in {key}.{name}, found {len(content)}"
+            subject=f"sample {key!r}",
+            expected=f"{4 * math.prod(shape)} bytes in {key}.{name}",
+            found=len(content),
         )
     return np.frombuffer(content, dtype=np.float32).reshape(shape).copy()
 
@@ -337,12 +354,14 @@ def _image_format(encoded: bytes) -> str:
         return "png"
     if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
         return "webp"
-    raise SampleError(f"expected views encoded as PNG or WebP, found bytes that begin with {encoded[:12]!r}")
+    raise SampleError(
+        expected="views encoded as PNG or WebP", found=f"bytes that begin with {encoded[:12]!r}"
+    )
 
 
 def _member(key: str, members: Mapping[str, bytes], name: str) -> bytes:
     if name not in members:
-        raise SampleError(f"sample {key!r}: expected a member {key}.{name}, found {sorted(members)}")
+        raise SampleError(subject=f"sample {key!r}", expected=f"a member {key}.{name}", found=sorted(members))
     return members[name]
 
 
@@ -355,16 +374,18 @@ def decode_info(key: str, encoded: bytes) -> SampleInfo:
     try:
         record: Any = json.loads(encoded)
     except (ValueError, RecursionError) as error:
-        raise SampleError(f"sample {key!r}: expected JSON in {key}.json, found: {error}") from error
+        raise SampleError(subject=f"sample {key!r}", expected=f"JSON in {key}.json", found=error) from error
     if not isinstance(record, dict):
         raise SampleError(
-            f"sample {key!r}: expected a JSON object in {key}.json, found {type(record).__name__}"
+            subject=f"sample {key!r}", expected=f"a JSON object in {key}.json", found=type(record).__name__
         )
     version = record.get("schema_version")
     if version != SCHEMA_VERSION:
         raise SampleError(
-            f"sample {key!r}: expected schema version {SCHEMA_VERSION}, found {version!r}; "
-            "render it again with this version's data_tools, or use the lrm_pl version that wrote it"
+            subject=f"sample {key!r}",
+            expected=f"schema version {SCHEMA_VERSION}",
+            found=f"{version!r}",
+            remedy="render it again with this version's data_tools, or use the lrm_pl version that wrote it",
         )
     expected = {field.name: field.type for field in dataclasses.fields(SampleInfo)}
     record = {"sha256": ""} | record
@@ -375,7 +396,9 @@ def decode_info(key: str, encoded: bytes) -> SampleInfo:
             + (f"; wrong or missing: {wrong}" if wrong else "")
         )
     if record["id"] != key:
-        raise SampleError(f"sample {key!r}: expected the id {key!r} in {key}.json, found {record['id']!r}")
+        raise SampleError(
+            subject=f"sample {key!r}", expected=f"the id {key!r} in {key}.json", found=f"{record['id']!r}"
+        )
     if not 1 <= record["views"] <= 999:
-        raise SampleError(f"sample {key!r}: expected 1 to 999 views, found {record['views']}")
+        raise SampleError(subject=f"sample {key!r}", expected="1 to 999 views", found=record["views"])
     return SampleInfo(**record)

@@ -26,15 +26,15 @@ from lrm_pl.data.manifest import (
     read_manifest,
     read_members,
 )
-from lrm_pl.stores import (
+from lrm_pl.storage import (
     MissingError,
     StoreDownError,
     StoreError,
-    insisting,
     is_local,
     open_store,
     read_ranges,
-    talking_to,
+    retry,
+    store_errors,
 )
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,9 @@ class ShardSource:
             return parse_manifest(self._small(where), where)
         except MissingError as error:
             raise ShardError(
-                f"expected finished shards at {self.location}, found no {MANIFEST_NAME}: {error}; put the whole "
-                "folder that `make render-shards` made there"
+                expected=f"finished shards at {self.location}",
+                found=f"no {MANIFEST_NAME}: {error}",
+                remedy="put the whole folder that `make render-shards` made there",
             ) from error
 
     def index(self, shard: Shard) -> MemberIndex:
@@ -134,17 +135,17 @@ class ShardSource:
         self._in_a_row.clear()
         return found
 
-    def doubt(self, shard: Shard) -> bool:
+    def evict_if_corrupt(self, shard: Shard) -> bool:
         """Look once whether something bad that was read is this machine's copy's fault; such a copy is removed."""
         if self._cache is None or shard.name in self._doubted:
             return False
         self._doubted.add(shard.name)
-        removed = self._cache.doubt(shard)
+        removed = self._cache.evict_if_corrupt(shard)
         if removed:
             logger.warning("removed a damaged copy of %s/%s", self.location, shard.name)
         return removed
 
-    def announce(self, shard: Shard) -> None:
+    def prefetch(self, shard: Shard) -> None:
         """Have a shard brought that is needed soon; returns at once."""
         cache = self._cache
         if cache is None or shard.name in self._coming or cache.find(shard) is not None:
@@ -182,8 +183,9 @@ class ShardSource:
         self._in_a_row.add(name)
         if len(self._in_a_row) >= _DOWN:
             raise StoreDownError(
-                f"expected {self.location} to answer, found that {_DOWN} files in a row could not be read, the last: "
-                f"{error}; start again when it is back, a run goes on where it was"
+                expected=f"{self.location} to answer",
+                found=f"that {_DOWN} files in a row could not be read, the last: {error}",
+                remedy="start again when it is back, a run goes on where it was",
             ) from error
 
     def _require_not_lost(self, name: str) -> None:
@@ -196,7 +198,7 @@ class ShardSource:
 
         def read() -> bytes:
             fs, inner = open_store(url)
-            with talking_to(url):
+            with store_errors(url):
                 return fs.cat_file(inner)
 
-        return insisting(read, self.config.attempts)
+        return retry(read, self.config.attempts)

@@ -48,15 +48,18 @@ def decode_surface(key: str, encoded: bytes) -> tuple[npt.NDArray[np.float32], n
 
 def _check(key: str, record: npt.NDArray[np.float32]) -> None:
     if record.shape != (SURFACE_POINTS, 6):
-        raise SampleError(f"expected {SURFACE_POINTS} points and normals, found {record.shape}")
+        raise SampleError(expected=f"{SURFACE_POINTS} points and normals", found=record.shape)
     reach = np.abs(record[:, :3]).max()
     length = np.linalg.norm(record[:, 3:], axis=1)
     if not reach <= _REACH:
         raise SampleError(
-            f"sample {key!r}: expected the points of {SURFACE_MEMBER} within [-1, 1]^3, found {reach:.3g}"
+            subject=f"sample {key!r}",
+            expected=f"the points of {SURFACE_MEMBER} within [-1, 1]^3",
+            found=f"{reach:.3g}",
         )
     if not (np.abs(length - 1) <= _UNIT_TOLERANCE).all():
         raise SampleError(
-            f"sample {key!r}: expected normals of length 1 in {SURFACE_MEMBER}, found lengths from {length.min():.3g} "
-            f"to {length.max():.3g}"
+            subject=f"sample {key!r}",
+            expected=f"normals of length 1 in {SURFACE_MEMBER}",
+            found=f"lengths from {length.min():.3g} to {length.max():.3g}",
         )

@@ -1,6 +1,6 @@
 """Analytic objects in schema form: shards in a second, without Blender, whose every pixel has a closed form.
 
-Each object is an axis-aligned ellipsoid inside the unit sphere whose colour is a linear function of position, seen
+Each object is an axis-aligned ellipsoid inside the unit sphere whose color is a linear function of position, seen
 over a transparent background; a ray hits it or not, so the alpha is 0 or 255.
 """
 
@@ -38,7 +38,7 @@ def write_synthetic_shards(
         views: Views an object.
         resolution: Side of a view in pixels.
         shard_size: Objects a shard.
-        seed: Seed of shapes, colours and cameras.
+        seed: Seed of shapes, colors and cameras.
         surface: Whether samples have points of their surface.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def write_synthetic_shards(
                 for key in names[first : first + shard_size]
             ]
             shards.append(write_shard(folder, f"{split}-{number:06d}.tar", split, samples))
-    manifest = Manifest(tuple(shards), views, 0, {"renderer": "synthetic", "normalise": "sphere"})
+    manifest = Manifest(tuple(shards), views, 0, {"renderer": "synthetic", "normalize": "sphere"})
     write_manifest(folder, manifest)
     return manifest
 
@@ -111,14 +111,14 @@ def _render(
     base: npt.NDArray[np.float64],
     slope: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.uint8]:
-    centres = ((np.arange(resolution) + 0.5) / resolution - 0.5) / focal
-    x, y = np.meshgrid(centres, centres)
+    centers = ((np.arange(resolution) + 0.5) / resolution - 0.5) / focal
+    x, y = np.meshgrid(centers, centers)
     directions = np.stack([x, y, np.ones_like(x)], -1) @ c2w[:3, :3].T
     o, d = c2w[:3, 3] / radii, directions / radii  # in the space where the ellipsoid is the unit sphere
     a, b, c = (d * d).sum(-1), (o * d).sum(-1), (o * o).sum() - 1
     discriminant = b * b - a * c
     t = (-b - np.sqrt(np.maximum(discriminant, 0))) / a
     points = c2w[:3, 3] + t[..., None] * directions
-    colour = np.clip(base + points @ slope.T, 0, 1)
-    rgba = np.concatenate([colour, np.ones_like(t)[..., None]], -1) * (discriminant > 0)[..., None]
+    color = np.clip(base + points @ slope.T, 0, 1)
+    rgba = np.concatenate([color, np.ones_like(t)[..., None]], -1) * (discriminant > 0)[..., None]
     return np.round(rgba * 255).astype(np.uint8)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lrm_pl.data.batch import Item, Views, WholeViews
 from lrm_pl.data.schema import Sample, SampleError, decode_image
 from lrm_pl.errors import InputError
-from lrm_pl.geometry.cameras import canonicalise, resize_and_crop
+from lrm_pl.geometry.cameras import canonicalize, resize_and_crop
 from lrm_pl.kernels.views import resized_window
 
 
@@ -29,7 +29,7 @@ class CropConfig:
         low: Smallest side that a view is resized to.
         high: Largest side.
         size: Side of the random window that is supervised.
-        foreground: Probability that a window is centred on a pixel of the object, as far as the picture's edge
+        foreground: Probability that a window is centered on a pixel of the object, as far as the picture's edge
             allows, instead of anywhere (TripoSR, section 3.2: "crops covering foreground").
     """
 
@@ -41,9 +41,9 @@ class CropConfig:
     def __post_init__(self) -> None:
         """Check the order of the sizes."""
         if not 0 < self.size <= self.low <= self.high:
-            raise InputError(f"expected 0 < size <= low <= high, found {self}")
+            raise InputError(expected="0 < size <= low <= high", found=self)
         if not 0 <= self.foreground <= 1:
-            raise InputError(f"expected a crop.foreground in [0, 1], found {self.foreground}")
+            raise InputError(expected="a crop.foreground in [0, 1]", found=self.foreground)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CropStage:
     """Sizes of the target windows from some step on: progressive resolution (MeshLRM, section 3.3).
 
     Attributes:
-        from_step: First optimiser step.
+        from_step: First optimizer step.
         crop: Sizes.
     """
 
@@ -78,9 +78,9 @@ class Augmentation:
         """Check the order of the stages."""
         starts = [stage.from_step for stage in self.stages]
         if starts != sorted(set(starts)) or any(start < 1 for start in starts):
-            raise InputError(f"expected crop_stages that begin at ascending steps from 1 on, found {starts}")
+            raise InputError(expected="crop_stages that begin at ascending steps from 1 on", found=starts)
         if self.camera_noise < 0:
-            raise InputError(f"expected a camera_noise of 0 or more, found {self.camera_noise}")
+            raise InputError(expected="a camera_noise of 0 or more", found=self.camera_noise)
 
     @property
     def crops(self) -> tuple[CropConfig, ...]:
@@ -88,7 +88,7 @@ class Augmentation:
         return self.crop, *(stage.crop for stage in self.stages)
 
     def crop_at(self, step: int) -> CropConfig:
-        """Return the sizes of an optimiser step."""
+        """Return the sizes of an optimizer step."""
         begun = [stage.crop for stage in self.stages if stage.from_step <= step]
         return begun[-1] if begun else self.crop
 
@@ -115,7 +115,9 @@ def choose_views(
         SampleError: Too few views.
     """
     if available < count:
-        raise SampleError(f"expected at least {count} training views, found {available}; render more VIEWS")
+        raise SampleError(
+            expected=f"at least {count} training views", found=available, remedy="render more VIEWS"
+        )
     first = int(rng.integers(min(input_pool or available, available)))
     others = rng.permutation([view for view in range(available) if view != first])
     return [first, *(int(view) for view in others[: count - 1])]
@@ -129,14 +131,14 @@ def training_item(
     step: int,
     rng: np.random.Generator,
 ) -> Item:
-    """Make the item of one object: input views whole and over white, all chosen views resized, cropped, recoloured.
+    """Make the item of one object: input views whole and over white, all chosen views resized, cropped, recolored.
 
     Args:
         sample: The object, with at least the chosen views read.
         views: Chosen views, the input views first; these are targets too.
         inputs: Number of input views.
         augmentation: What is random.
-        step: Optimiser step that it is for.
+        step: Optimizer step that it is for.
         rng: The sample's generator.
     """
     crop = augmentation.crop_at(step)
@@ -179,7 +181,7 @@ def evaluation_item(sample: Sample, inputs: int, target_views: Sequence[int]) ->
 
 def _cameras(sample: Sample, views: Sequence[int]) -> tuple[Float[Tensor, "V 4 4"], Float[Tensor, "V 4"]]:
     c2w = torch.from_numpy(sample.c2w[list(views)])
-    return canonicalise(c2w), torch.from_numpy(sample.fxfycxcy[list(views)])
+    return canonicalize(c2w), torch.from_numpy(sample.fxfycxcy[list(views)])
 
 
 def _whole(
@@ -188,7 +190,7 @@ def _whole(
     """Put views together as they are."""
     sizes = sorted({view.shape[:2] for view in rgba})
     if len(sizes) > 1:
-        raise SampleError(f"sample {sample.info.id!r}: expected views of one size, found {sizes}")
+        raise SampleError(subject=f"sample {sample.info.id!r}", expected="views of one size", found=sizes)
     pixels = rgba[0][None] if len(rgba) == 1 else np.stack(rgba) if rgba else np.empty((0, 1, 1, 4), np.uint8)
     return WholeViews(torch.from_numpy(pixels), c2w, fxfycxcy)
 

@@ -11,8 +11,8 @@ import threading
 import fsspec.asyn
 import torch.distributed
 
-from lrm_pl.data.orphans import end_with_parent
 from lrm_pl.errors import InputError
+from lrm_pl.orphans import end_with_parent
 
 #: What a terminal (Ctrl-C, its end) and clusters send to every process of a job: before its time is up, and before they
 #: kill.
@@ -22,7 +22,7 @@ STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.
 _LONGEST_TEMP_DIR = 107 - len("/listener-xxxxxxxx")
 
 
-def outlive_stop_signals(worker: int) -> None:
+def ignore_stop_signals(worker: int) -> None:
     """Ignore stop signals that others send; ``worker_init_fn`` of a DataLoader.
 
     A worker that died of one would take the run with it, before it could keep its last steps. The parent's own SIGTERM
@@ -57,13 +57,17 @@ def start_method(workers: int) -> str | None:
     """
     if workers and (found := len(os.fsencode(multiprocessing.util.get_temp_dir()))) > _LONGEST_TEMP_DIR:
         raise InputError(
-            f"expected a folder of temporary files with a name of at most {_LONGEST_TEMP_DIR} bytes for the sockets of "
-            f"data workers, found {found}: {multiprocessing.util.get_temp_dir()}; set TMPDIR=/tmp, or --data.workers 0"
+            expected=(
+                f"a folder of temporary files with a name of at most {_LONGEST_TEMP_DIR} bytes for the "
+                "sockets of data workers"
+            ),
+            found=f"{found}: {multiprocessing.util.get_temp_dir()}",
+            remedy="set TMPDIR=/tmp, or --data.workers 0",
         )
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not workers or (fsspec.asyn.iothread[0] is None and not together):
         return None
-    multiprocessing.set_forkserver_preload(["lrm_pl.data.dataset"])
+    multiprocessing.set_forkserver_preload(["lrm_pl.data.stream"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # what they start with, they keep
     try:
         multiprocessing.resource_tracker.ensure_running()

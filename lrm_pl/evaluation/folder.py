@@ -71,8 +71,10 @@ def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         name = sorted(different)[0]
         remedy = "say --baseline too, or choose" if different == ["baselines"] else "choose"
         raise InputError(
-            f"{path}: expected {name} {expected.get(name)!r} as asked for now, found {found.get(name)!r}; {remedy} "
-            f"another --out, or delete {folder}"
+            subject=path,
+            expected=f"{name} {expected.get(name)!r} as asked for now",
+            found=f"{found.get(name)!r}",
+            remedy=f"{remedy} another --out, or delete {folder}",
         )
     return first
 
@@ -125,7 +127,10 @@ def read_object(folder: Path, key: str) -> ObjectRecord | None:
         found = ObjectRecord(str(record["id"]), rows, notes, str(record["bad"]), files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{path}: expected the record of an object, found: {error!r}; delete it and measure again"
+            subject=path,
+            expected="the record of an object",
+            found=f"{error!r}",
+            remedy="delete it and measure again",
         ) from error
     return found if all(path.with_name(key + ending).is_file() for ending in files) else None
 
@@ -152,7 +157,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: found[name] for name in found.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
         raise InputError(
-            f"{path}: expected arrays, found: {error}; delete it and measure again: the same command"
+            subject=path,
+            expected="arrays",
+            found=error,
+            remedy="delete it and measure again: the same command",
         ) from error
 
 
@@ -165,7 +173,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, found: {error}; delete it and measure again") from error
+        raise InputError(
+            subject=path, expected="JSON", found=error, remedy="delete it and measure again"
+        ) from error
     if not isinstance(record, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(record).__name__}; delete it")
+        raise InputError(
+            subject=path, expected="a JSON object", found=type(record).__name__, remedy="delete it"
+        )
     return record

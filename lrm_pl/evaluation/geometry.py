@@ -42,7 +42,7 @@ class Cloud:
         points = self.points @ rotation.T
         return Cloud(points if shift is None else points + shift, self.normals @ rotation.T)
 
-    def normalised(self) -> "Cloud":
+    def normalized(self) -> "Cloud":
         """Move the mean to the origin, and scale so that the longest side of the bounding box is 2."""
         points = self.points - self.points.mean(axis=0)
         return Cloud(points * (2 / np.ptp(points, axis=0).max()), self.normals)
@@ -86,20 +86,20 @@ def chamfer(prediction: Points, truth: Points) -> float:
 
 
 def align(prediction: Cloud, truth: Cloud) -> Cloud:
-    """Turn and shift a normalised cloud to where it is nearest to another one (TripoSR, section 4).
+    """Turn and shift a normalized cloud to where it is nearest to another one (TripoSR, section 4).
 
     All rotations of a grid are looked through, the best refined by the iterative closest point method; each is
-    normalised again after it was turned. The grid is searched with 512 points of each cloud, the best eight with all.
+    normalized again after it was turned. The grid is searched with 512 points of each cloud, the best eight with all.
 
     Args:
         prediction: The cloud that is moved.
-        truth: The cloud that stays, normalised.
+        truth: The cloud that stays, normalized.
     """
     few, true_tree = prediction.points[:_SEARCH_POINTS], cKDTree(truth.points[:_SEARCH_POINTS])
     distances = np.array([_distance(few, rotation, truth, true_tree) for rotation in rotation_grid()])
     best, best_distance = prediction, np.inf
     for number in np.argsort(distances, kind="stable")[:_FINALISTS]:
-        turned = prediction.moved(rotation_grid()[number]).normalised()
+        turned = prediction.moved(rotation_grid()[number]).normalized()
         distance = chamfer(turned.points, truth.points)
         if distance < best_distance:
             best, best_distance = turned, distance

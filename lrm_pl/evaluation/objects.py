@@ -16,14 +16,14 @@ from lrm_pl.data.surface import decode_surface
 from lrm_pl.data.transforms import sample_rng
 from lrm_pl.evaluation.geometry import Cloud, SurfaceScores, align, compare_surfaces
 from lrm_pl.evaluation.protocols import Geometry, Protocol, f_score_name
-from lrm_pl.geometry.cameras import canonical_rotation, canonicalise
-from lrm_pl.inference import Scene, as_tensor
+from lrm_pl.geometry.cameras import canonical_rotation, canonicalize
+from lrm_pl.inference.scene import Scene, as_tensor
 from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
-from lrm_pl.meshes.triangles import draw_points
+from lrm_pl.meshing.surface import NoSurfaceError
+from lrm_pl.meshing.triangles import draw_points
 from lrm_pl.metrics import NotFiniteError, psnr, ssim
-from lrm_pl.rendering.surface import NoSurfaceError
-from lrm_pl.stages import stage
+from lrm_pl.progress import stage
 
 #: Image embeddings (n, d) of images (n, 3, h, w) in [0, 1].
 Embed = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ _IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Judges:
+class PerceptualMetrics:
     """What images are measured with besides arithmetic.
 
     Attributes:
@@ -104,7 +104,7 @@ def measure_object(
     sample: Sample,
     protocol: Protocol,
     reconstruct: Reconstruct,
-    judges: Judges,
+    judges: PerceptualMetrics,
     baselines: Mapping[str, Baseline],
 ) -> Measured:
     """Measure one object, in float32 without TF32, where the network draws it.
@@ -129,15 +129,17 @@ def measure_object(
     for view in protocol.inputs:
         image = over_white(sample, (view,))[0]
         rgba = input_view(sample, view)
-        c2w = canonicalise(torch.from_numpy(sample.c2w[[view, *protocol.seen]]))
+        c2w = canonicalize(torch.from_numpy(sample.c2w[[view, *protocol.seen]]))
         fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.seen]])
         scene = reconstruct(rgba, c2w[0], fxfycxcy[0])
         with stage("views"):
             renders = _render(scene, c2w[1:], fxfycxcy[1:], size)
         if not torch.isfinite(renders).all():
             raise NotFiniteError(
-                f"sample {sample.info.id!r}: expected finite views, found values that are NaN or infinite; the network "
-                "has diverged: take an earlier checkpoint"
+                subject=f"sample {sample.info.id!r}",
+                expected="finite views",
+                found="values that are NaN or infinite",
+                remedy="the network has diverged: take an earlier checkpoint",
             )
         image, targets = image.to(renders.device), targets.to(renders.device)
         answers["model"].append(renders)
@@ -164,7 +166,7 @@ def measure_object(
 def measure_baselines(
     sample: Sample,
     protocol: Protocol,
-    judges: Judges,
+    judges: PerceptualMetrics,
     baselines: Mapping[str, Baseline],
     device: torch.device,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Float[np.ndarray, "n d"]]]:
@@ -200,7 +202,9 @@ def _add_baselines(
             answers.setdefault(name, []).append(baseline.make(image, targets))
 
 
-def _features(images: Mapping[str, list[Tensor]], judges: Judges) -> dict[str, Float[np.ndarray, "n d"]]:
+def _features(
+    images: Mapping[str, list[Tensor]], judges: PerceptualMetrics
+) -> dict[str, Float[np.ndarray, "n d"]]:
     """Return the features of FID and KID of each row's images; nothing without a network for them."""
     if judges.features is None:
         return {}
@@ -215,14 +219,16 @@ def true_surface(sample: Sample, view: int, geometry: Geometry) -> Cloud:
     """
     if SURFACE_MEMBER not in sample.extras:
         raise SampleError(
-            f"sample {sample.info.id!r}: expected {SURFACE_MEMBER}, the true surface, found none; render the shards "
-            'with ARGS="--surface"'
+            subject=f"sample {sample.info.id!r}",
+            expected=f"{SURFACE_MEMBER}, the true surface",
+            found="none",
+            remedy='render the shards with ARGS="--surface"',
         )
     points, normals = decode_surface(sample.info.id, sample.extras[SURFACE_MEMBER])
     turn = canonical_rotation(torch.from_numpy(sample.c2w[view])).double().numpy()
     truth = Cloud(points[: geometry.points].astype(np.float64), normals[: geometry.points].astype(np.float64))
     truth = truth.moved(turn)
-    return truth.normalised() if geometry.normalised else truth
+    return truth.normalized() if geometry.normalized else truth
 
 
 def _measure_surface(
@@ -238,8 +244,8 @@ def _measure_surface(
         return f"view {view}: {error}"
     rng = sample_rng(0, view, sample.info.id)
     prediction = Cloud(*draw_points([(mesh.vertices.astype(np.float64), mesh.faces)], geometry.points, rng))
-    if geometry.normalised:
-        prediction = prediction.normalised()
+    if geometry.normalized:
+        prediction = prediction.normalized()
     if geometry.aligned:
         prediction = align(prediction, truth)
     add_surface(row, compare_surfaces(prediction, truth, geometry.thresholds))
@@ -272,7 +278,9 @@ def input_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
     rgba = decode_view(sample, view)
     if not rgba[3].any():
         raise SampleError(
-            f"sample {sample.info.id!r}: expected an object in view {view}, found alpha 0 everywhere"
+            subject=f"sample {sample.info.id!r}",
+            expected=f"an object in view {view}",
+            found="alpha 0 everywhere",
         )
     return rgba
 
@@ -285,7 +293,7 @@ def over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "n 3 h w
     """
     rgba = [decode_view(sample, view) for view in views]
     if len({image.shape for image in rgba}) > 1:
-        raise SampleError(f"sample {sample.info.id!r}: expected views of one size, found several")
+        raise SampleError(subject=f"sample {sample.info.id!r}", expected="views of one size", found="several")
     pixels = torch.stack(rgba)
     return pixels[:, :3] * pixels[:, 3:] + 1 - pixels[:, 3:]
 
@@ -304,7 +312,7 @@ def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) 
 
 
 def _measure_images(
-    answers: Mapping[str, list[Tensor]], targets: Tensor, judges: Judges
+    answers: Mapping[str, list[Tensor]], targets: Tensor, judges: PerceptualMetrics
 ) -> dict[str, dict[str, float]]:
     """Measure all answers; what is known of the targets is found out once."""
     values: dict[str, dict[str, list[float]]] = {name: {} for name in answers}

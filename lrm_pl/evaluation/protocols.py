@@ -18,7 +18,7 @@ class Geometry:
 
     Attributes:
         points: Drawn on either surface.
-        normalised: Whether either cloud's mean comes to the origin and its longest side becomes 2; else distances are
+        normalized: Whether either cloud's mean comes to the origin and its longest side becomes 2; else distances are
             in scene units, where the object's bounding sphere has radius 1.
         aligned: Whether the prediction is turned and shifted to where it fits best, as for networks that do not know
             the camera; else it must stand where the input camera says.
@@ -27,7 +27,7 @@ class Geometry:
     """
 
     points: int = 10_000
-    normalised: bool = True
+    normalized: bool = True
     aligned: bool = True
     resolution: int = 256
     thresholds: tuple[float, ...] = (0.1, 0.2, 0.5)
@@ -73,16 +73,20 @@ class Protocol:
         """
         if manifest.views < self.views:
             raise InputError(
-                f"{where}: expected at least {self.views} views an object for the protocol {self.name!r}, found "
-                f"{manifest.views}; render with VIEWS={self.views}"
+                subject=where,
+                expected=f"at least {self.views} views an object for the protocol {self.name!r}",
+                found=manifest.views,
+                remedy=f"render with VIEWS={self.views}",
             )
         if self.targets:
             require_measurable_views(manifest, where)
         found = manifest.render.get("preset", "unknown")
         if self.preset and found != self.preset:
             raise InputError(
-                f"{where}: expected the cameras {self.preset!r} for the protocol {self.name!r}, found {found!r}; "
-                f'render with ARGS="--preset {self.preset}" VIEWS={self.views}'
+                subject=where,
+                expected=f"the cameras {self.preset!r} for the protocol {self.name!r}",
+                found=f"{found!r}",
+                remedy=f'render with ARGS="--preset {self.preset}" VIEWS={self.views}',
             )
 
 
@@ -103,7 +107,7 @@ _PROTOCOLS = (
     ),
     Protocol(
         "geometry",
-        "the first view goes in; 10,000 points of mesh and truth, normalised each, after a search over 6,912 rotations "
+        "the first view goes in; 10,000 points of mesh and truth, normalized each, after a search over 6,912 rotations "
         "and ICP (TripoSR, section 4)",
         inputs=(0,),
         targets=(),
@@ -115,7 +119,7 @@ _PROTOCOLS = (
         "of the object's bounding sphere",
         inputs=(0,),
         targets=(),
-        geometry=Geometry(normalised=False, aligned=False),
+        geometry=Geometry(normalized=False, aligned=False),
     ),
 )
 

@@ -4,8 +4,8 @@ import fnmatch
 
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.mixture import Entry
+from lrm_pl.data.order import SampleLocation, ShardReader
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample
-from lrm_pl.data.shards import Place, ShardReader
 from lrm_pl.data.source import ShardSource
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.protocols import Protocol
@@ -35,7 +35,7 @@ class Objects:
 
     def __init__(self, data: str, split: Split, pattern: str = "*", limit: int | None = None) -> None:
         if limit is not None and limit < 1:
-            raise InputError(f"expected a limit of at least one object, found {limit}; correct --limit")
+            raise InputError(expected="a limit of at least one object", found=limit, remedy="correct --limit")
         source = ShardSource(data)
         self.manifest = source.manifest()
         self._reader = ShardReader(
@@ -46,20 +46,21 @@ class Objects:
         self.chosen = [chosen[i * len(chosen) // count] for i in range(count)]
         if not self.chosen:
             raise NoObjectsError(
-                f"expected objects of the split {split!r} named {pattern} in {data}, found none of "
-                f"{len(self.of_split(split))}; choose --split or --ids, or render with --held-out"
+                expected=f"objects of the split {split!r} named {pattern} in {data}",
+                found=f"none of {len(self.of_split(split))}",
+                remedy="choose --split or --ids, or render with --held-out",
             )
 
-    def of_split(self, split: Split) -> list[tuple[str, Place]]:
+    def of_split(self, split: Split) -> list[tuple[str, SampleLocation]]:
         """List all objects of a split: id and place."""
         return [
-            (key, Place(0, number, index))
+            (key, SampleLocation(0, number, index))
             for number, entry in enumerate(self._reader.entries)
             if entry.shard.split == split
             for index, key in enumerate(self._reader.keys(number))
         ]
 
-    def read(self, place: Place, protocol: Protocol) -> Sample:
+    def read(self, place: SampleLocation, protocol: Protocol) -> Sample:
         """Read an object with the views, and the surface, that a protocol needs.
 
         Raises:

@@ -58,7 +58,7 @@ def paired_differences(a: Sequence[ObjectRecord], b: Sequence[ObjectRecord]) -> 
         reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
         found[metric] = Difference(mean, mean - reach, mean + reach, len(values))
     if not found:
-        raise InputError("expected two evaluations with at least two objects in common, found fewer")
+        raise InputError(expected="two evaluations with at least two objects in common", found="fewer")
     return found
 
 

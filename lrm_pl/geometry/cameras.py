@@ -24,7 +24,7 @@ def look_at(
     """Build OpenCV poses at ``position`` that look at ``target`` with +z up.
 
     Args:
-        position: (..., 3) camera centres in scene units, not straight above or below the target.
+        position: (..., 3) camera centers in scene units, not straight above or below the target.
         target: Point that the optical axis passes through.
 
     Raises:
@@ -73,7 +73,7 @@ def canonical_rotation(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batc
     return _matmul(canonical.expand_as(c2w[..., :3, :3]), c2w[..., :3, :3].transpose(-1, -2))
 
 
-def canonicalise(c2w: Float[Tensor, "*batch V 4 4"]) -> Float[Tensor, "*batch V 4 4"]:
+def canonicalize(c2w: Float[Tensor, "*batch V 4 4"]) -> Float[Tensor, "*batch V 4 4"]:
     """Rotate the world about the origin so that view 0, the input camera, is canonical (see ``conventions``)."""
     rotation = canonical_rotation(c2w[..., 0, :, :]).unsqueeze(-3)
     top = _matmul(rotation.expand(*c2w.shape[:-2], 3, 3), c2w[..., :3, :])
@@ -83,7 +83,7 @@ def canonicalise(c2w: Float[Tensor, "*batch V 4 4"]) -> Float[Tensor, "*batch V 
 def resize_and_crop(
     fxfycxcy: Float[Tensor, "*batch 4"], size: tuple[int, int], window: tuple[int, int, int, int]
 ) -> Float[Tensor, "*batch 4"]:
-    """Follow a crop of an image with its normalised intrinsics; resizing alone leaves these unchanged.
+    """Follow a crop of an image with its normalized intrinsics; resizing alone leaves these unchanged.
 
     Args:
         fxfycxcy: Intrinsics of the whole image.
@@ -103,7 +103,7 @@ def camera_vector(
 
     Args:
         c2w: Poses.
-        fxfycxcy: Normalised intrinsics.
+        fxfycxcy: Normalized intrinsics.
         numbers: 20, the whole pose row by row, 2 focal lengths, 2 of the principal point (LRM, section 3.2); or 16,
             without the pose's last row (OpenLRM).
     """
@@ -121,7 +121,7 @@ class PosedCamera(NamedTuple):
 
     Attributes:
         c2w: Canonical pose.
-        fxfycxcy: Normalised intrinsics.
+        fxfycxcy: Normalized intrinsics.
     """
 
     c2w: Float[Tensor, "4 4"]
@@ -143,7 +143,7 @@ class InputCamera:
     def __post_init__(self) -> None:
         """Check the numbers."""
         if not 0 < self.distance < math.inf or not 0 < self.fov_deg < 180:
-            raise InputError(f"expected a distance above 0 and a fov_deg between 0 and 180, found {self}")
+            raise InputError(expected="a distance above 0 and a fov_deg between 0 and 180", found=self)
 
     @classmethod
     def like(cls, c2w: Float[Tensor, "4 4"], fxfycxcy: Float[Tensor, "4"]) -> "InputCamera":
@@ -157,6 +157,6 @@ class InputCamera:
 
     @property
     def fxfycxcy(self) -> Float[Tensor, "4"]:
-        """Normalised intrinsics of a square picture."""
+        """Normalized intrinsics of a square picture."""
         focal = 0.5 / math.tan(math.radians(self.fov_deg / 2))
         return torch.tensor([focal, focal, 0.5, 0.5])

@@ -6,18 +6,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-#: The region that holds the object: the unit sphere (sphere-normalised data), or the box [-1, 1]^3.
+#: The region that holds the object: the unit sphere (sphere-normalized data), or the box [-1, 1]^3.
 Bounds = Literal["sphere", "box"]
 
 
 def pixel_rays(
     c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"], height: int, width: int
 ) -> tuple[Float[Tensor, "*batch H W 3"], Float[Tensor, "*batch H W 3"]]:
-    """Cast one ray through the centre of every pixel.
+    """Cast one ray through the center of every pixel.
 
     Args:
         c2w: OpenCV poses.
-        fxfycxcy: Normalised intrinsics.
+        fxfycxcy: Normalized intrinsics.
         height: Rows H.
         width: Columns W.
 
@@ -29,12 +29,12 @@ def pixel_rays(
     fx, fy, cx, cy = (number[..., None, None, None] for number in fxfycxcy.float().unbind(dim=-1))
     x = (columns[None, :, None] - cx) / fx  # (..., 1, W, 1)
     y = (rows[:, None, None] - cy) / fy  # (..., H, 1, 1)
-    right, down, forward, centre = (
+    right, down, forward, center = (
         column[..., None, None, :] for column in c2w[..., :3, :].float().unbind(-1)
     )
     directions = x * right + y * down + forward
     directions = directions / directions.norm(dim=-1, keepdim=True)
-    return centre.expand_as(directions), directions
+    return center.expand_as(directions), directions
 
 
 def ray_interval(

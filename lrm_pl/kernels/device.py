@@ -297,7 +297,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"expected a device such as cpu or cuda, found {name!r}: {reason}") from error
+        raise InputError(expected="a device such as cpu or cuda", found=f"{name!r}: {reason}") from error
     if device.type == "meta":
-        raise InputError("expected a device such as cpu or cuda, found 'meta', which computes nothing")
+        raise InputError(expected="a device such as cpu or cuda", found="'meta', which computes nothing")
     return device

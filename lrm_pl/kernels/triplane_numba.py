@@ -18,7 +18,7 @@ Floats = npt.NDArray[np.float32]
 
 @numba.njit(inline="always", fastmath=False)  # type: ignore[untyped-decorator]
 def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.float32]:
-    """Return the two neighbours of a position in [-1, 1] and their weights; a neighbour outside weighs 0."""
+    """Return the two neighbors of a position in [-1, 1] and their weights; a neighbor outside weighs 0."""
     x = np.float32(0.5) * ((position + np.float32(1)) * np.float32(size) - np.float32(1))
     x = min(max(x, np.float32(-2)), np.float32(size + 1))  # far outside: weight 0, and no integer overflow
     low = int(np.floor(x))

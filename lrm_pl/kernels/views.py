@@ -1,7 +1,7 @@
 """Views from bytes to floats: contracts, plain twins, and which implementation runs.
 
 ``over_white`` gives a whole view, on any device; ``resized_window`` a window of the resized view, without the rest of
-it, on a CPU. Resizing is of premultiplied colours, with pixel centres at + 0.5 and antialiased, so that intrinsics
+it, on a CPU. Resizing is of premultiplied colors, with pixel centers at + 0.5 and antialiased, so that intrinsics
 divided by the size stay true.
 """
 
@@ -21,16 +21,16 @@ def over_white(rgba: UInt8[Tensor, "*B H W 4"]) -> tuple[Float[Tensor, "*B 3 H W
     """Lay views with straight alpha over white; bit-equal to ``over_white_plain``.
 
     Returns:
-        Colours and alpha, in [0, 1].
+        Colors and alpha, in [0, 1].
     """
     if not on_cpu(rgba):
         return over_white_plain(rgba)
     *several, height, width, _ = rgba.shape
     images, alpha = torch.empty(*several, 3, height, width), torch.empty(*several, height, width)
     flat = rgba.contiguous().view(-1, height, width, 4).numpy()
-    colours, opacities = images.view(-1, 3, height, width).numpy(), alpha.view(-1, height, width).numpy()
-    for view, colour, opacity in zip(flat, colours, opacities, strict=True):
-        views_numba.over_white(view, colour, opacity)
+    colors, opacities = images.view(-1, 3, height, width).numpy(), alpha.view(-1, height, width).numpy()
+    for view, color, opacity in zip(flat, colors, opacities, strict=True):
+        views_numba.over_white(view, color, opacity)
     return images, alpha
 
 
@@ -40,8 +40,8 @@ def over_white_plain(
     """Compute ``over_white`` as written."""
     # Divided by a tensor on the device: by a number of the host, CUDA would multiply with the rounded reciprocal.
     view = rgba.movedim(-1, -3).contiguous().float() / torch.full((), 255.0, device=rgba.device)
-    colours, alpha = view[..., :3, :, :], view[..., 3:, :, :]
-    return colours * alpha + (1 - alpha), alpha.squeeze(-3).contiguous()
+    colors, alpha = view[..., :3, :, :], view[..., 3:, :, :]
+    return colors * alpha + (1 - alpha), alpha.squeeze(-3).contiguous()
 
 
 def resized_window(rgba: RGBA, side: int, top: int, left: int, size: int) -> Float[Tensor, "4 size size"]:
@@ -55,7 +55,7 @@ def resized_window(rgba: RGBA, side: int, top: int, left: int, size: int) -> Flo
         size: Side of the window.
 
     Returns:
-        Premultiplied colours and alpha, in [0, 1].
+        Premultiplied colors and alpha, in [0, 1].
     """
     window = np.empty((4, size, size), np.float32)
     views_numba.resized_window(np.ascontiguousarray(rgba), side, top, left, window)
@@ -70,7 +70,7 @@ def resized_window_plain(
 
 
 def premultiplied(rgba: RGBA) -> Float[Tensor, "4 H W"]:
-    """Return colours times alpha, and alpha, in [0, 1]: resizing straight alpha would bleed hidden colours."""
+    """Return colors times alpha, and alpha, in [0, 1]: resizing straight alpha would bleed hidden colors."""
     view = torch.from_numpy(rgba).permute(2, 0, 1).float() / 255
     return torch.cat([view[:3] * view[3:], view[3:]])
 

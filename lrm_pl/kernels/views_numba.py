@@ -93,13 +93,13 @@ def _taps(
     first = np.empty(count, dtype=np.int64)
     weights = np.zeros((count, int(np.ceil(support)) * 2 + 1), dtype=np.float32)
     for i in range(count):
-        centre = scale * (np.float32(start + i) + half)
-        low = max(int(centre - support + half), 0)
-        taps = min(int(centre + support + half), size) - low
+        center = scale * (np.float32(start + i) + half)
+        low = max(int(center - support + half), 0)
+        taps = min(int(center + support + half), size) - low
         first[i] = low
         total = np.float32(0)
         for k in range(taps):
-            away = abs((np.float32(k + low) - centre + half) * inverse)
+            away = abs((np.float32(k + low) - center + half) * inverse)
             weights[i, k] = max(one - away, np.float32(0))
             total += weights[i, k]
         for k in range(taps):

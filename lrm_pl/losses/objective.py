@@ -12,7 +12,7 @@ from lrm_pl.losses.regularizers import opacity_prior, total_variation
 
 
 @dataclasses.dataclass(frozen=True)
-class Evidence:
+class LossInputs:
     """What the terms look at: n views of B objects.
 
     Attributes:
@@ -38,7 +38,7 @@ class Objective:
     Args:
         mse: Weight of the mean squared error.
         lpips: Weight of LPIPS (VGG).
-        lpips_start_step: First optimiser step with LPIPS: a blurry start learns faster without it (advice of LGM's
+        lpips_start_step: First optimizer step with LPIPS: a blurry start learns faster without it (advice of LGM's
             authors).
         mask: Weight of the cross-entropy of opacity against coverage (TripoSR: 0.05); removes floaters.
         tv: Weight of the planes' total variation (OpenLRM: 5e-4).
@@ -56,17 +56,17 @@ class Objective:
     ) -> None:
         weights = {"mse": mse, "lpips": lpips, "mask": mask, "tv": tv, "opacity": opacity}
         if any(weight < 0 for weight in weights.values()):
-            raise InputError(f"expected weights of 0 or more in the objective, found {weights}")
+            raise InputError(expected="weights of 0 or more in the objective", found=weights)
         self.mse, self.lpips, self.lpips_start_step = mse, lpips, lpips_start_step
         self.mask, self.tv, self.opacity = mask, tv, opacity
         self.perceptual: PerceptualLoss | None = None
 
-    def __call__(self, evidence: Evidence, step: int) -> dict[str, Float[Tensor, ""]]:
+    def __call__(self, evidence: LossInputs, step: int) -> dict[str, Float[Tensor, ""]]:
         """Compute the weighted terms by name; the loss is their sum.
 
         Args:
             evidence: What was rendered, and what it should be.
-            step: Optimiser steps done.
+            step: Optimizer steps done.
 
         Raises:
             ValueError: LPIPS is due but no network was attached.

@@ -1,13 +1,13 @@
 """LPIPS: the distance of two images in the features of a frozen network (Zhang et al. 2018; LRM, sec. 3.4).
 
-For each of five layers, features are normalised over channels, their squared differences weighted by LPIPS'
+For each of five layers, features are normalized over channels, their squared differences weighted by LPIPS'
 own linear layer, averaged over pixels, and added up. (n, 3, h, w) twice -> (n,).
 """
 
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import lpips
 import torch
@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.errors import InputError
-from lrm_pl.io.state_dicts import LpipsNet, load_lpips_features
-from lrm_pl.io.weights import WeightSource
 from lrm_pl.kernels.device import pixels_per_group
+
+#: Networks that LPIPS has linear layers for.
+LpipsNet = Literal["vgg", "alex"]
 
 #: Added to the norm of a feature vector, as lpips does.
 _EPSILON = 1e-10
@@ -34,8 +35,9 @@ def require_measurable(side: int) -> None:
     """
     if side < 16:
         raise InputError(
-            f"expected crops of 16 pixels or more for LPIPS, found {side}; give a larger --data.crop.size, or "
-            "--model.objective.lpips 0"
+            expected="crops of 16 pixels or more for LPIPS",
+            found=side,
+            remedy="give a larger --data.crop.size, or --model.objective.lpips 0",
         )
 
 
@@ -62,18 +64,6 @@ class PerceptualLoss:
     def __init__(self, features: Mapping[str, Tensor], net: LpipsNet = "vgg") -> None:
         self.name = net
         self.network = _build(features, net)
-
-    @classmethod
-    def pretrained(
-        cls,
-        net: LpipsNet = "vgg",
-        *,
-        source: WeightSource = "any",
-        path: str | Path | None = None,
-        sha256: str | None = None,
-    ) -> "PerceptualLoss":
-        """Find, verify and load the network's weights; the arguments are those of ``load_lpips_features``."""
-        return cls(load_lpips_features(net, source=source, path=path, sha256=sha256), net)
 
     def to(self, device: torch.device | str) -> "PerceptualLoss":
         """Move the network; its numbers stay float32."""
@@ -177,7 +167,7 @@ class _GradientAtOnce(torch.autograd.Function):
 def _distance(
     ours: Float[Tensor, "#n c h w"], theirs: Float[Tensor, "#n c h w"], weight: Float[Tensor, " c"]
 ) -> Float[Tensor, " n"]:
-    """Average the weighted squared differences of normalised features over pixels.
+    """Average the weighted squared differences of normalized features over pixels.
 
     ``vector_norm`` has the gradient 0 where all features are 0; lpips' own square root of a sum has NaN.
     """

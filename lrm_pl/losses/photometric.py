@@ -1,4 +1,4 @@
-"""The terms that compare pixels: colour in sRGB [0, 1] (LRM, section 3.4, eq. 1), and coverage."""
+"""The terms that compare pixels: color in sRGB [0, 1] (LRM, section 3.4, eq. 1), and coverage."""
 
 from jaxtyping import Float
 from torch import Tensor

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def total_variation(planes: Float[Tensor, "B 3 F S S"]) -> Float[Tensor, ""]:
-    """Average the squared differences of neighbouring plane cells: smooth planes (OpenLRM's TV loss)."""
+    """Average the squared differences of neighboring plane cells: smooth planes (OpenLRM's TV loss)."""
     planes = planes.float()
     return planes.diff(dim=-1).square().mean() + planes.diff(dim=-2).square().mean()
 

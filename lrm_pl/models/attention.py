@@ -18,8 +18,8 @@ class Attention(nn.Module):
         heads: Number of heads; divides D.
         context_dim: Width of the tokens attended to; None for self-attention, with one fused QKV product.
         out_bias: Whether the output projection has a bias (TripoSR's has).
-        qk_norm: Whether queries and keys are normalised head by head before their product, by their root mean
-            square with a learnt scale: logits then stay bounded (LVSM, section 4; Dehghani et al. 2023, 2.1).
+        qk_norm: Whether queries and keys are normalized head by head before their product, by their root mean
+            square with a learned scale: logits then stay bounded (LVSM, section 4; Dehghani et al. 2023, 2.1).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
-            raise InputError(f"expected a width that {heads} heads divide, found {dim}")
+            raise InputError(expected=f"a width that {heads} heads divide", found=dim)
         self.heads = heads
         self.is_self = context_dim is None
         if context_dim is None:

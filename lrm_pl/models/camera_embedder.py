@@ -22,5 +22,5 @@ class CameraEmbedder(nn.Module):
     def forward(
         self, c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"]
     ) -> Float[Tensor, "*batch E"]:
-        """Embed canonical poses and normalised intrinsics."""
+        """Embed canonical poses and normalized intrinsics."""
         return self.mlp(camera_vector(c2w, fxfycxcy, self.numbers))

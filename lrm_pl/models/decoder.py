@@ -1,4 +1,4 @@
-"""The NeRF MLP: features of a point -> density and colour (LRM, section 3.3), and folding it into the planes.
+"""The NeRF MLP: features of a point -> density and color (LRM, section 3.3), and folding it into the planes.
 
 A linear layer on bilinearly sampled, concatenated features equals a sum of samples of pre-multiplied planes:
 W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). Exact, and it takes the widest layer off every sample; the bias
@@ -22,9 +22,9 @@ DensityActivation = Literal["softplus", "exp"]
 
 @final
 class NeRFDecoder(nn.Module):
-    """An MLP of ``layers`` linear layers shared by density and colour; no view dependence.
+    """An MLP of ``layers`` linear layers shared by density and color; no view dependence.
 
-    Density is softplus(x + density_bias) or exp(x + density_bias); colour is a sigmoid.
+    Density is softplus(x + density_bias) or exp(x + density_bias); color is a sigmoid.
 
     Args:
         channels: Plane channels F.
@@ -33,7 +33,7 @@ class NeRFDecoder(nn.Module):
         activation: Between the layers: ReLU (OpenLRM) or SiLU (TripoSR).
         density_activation: How density is made positive: softplus (OpenLRM) or exp (TripoSR).
         density_bias: Added before that; -1 starts nearly empty.
-        colour_margin: By how much the sigmoid is widened on each side, so that pure black and white are reached
+        color_margin: By how much the sigmoid is widened on each side, so that pure black and white are reached
             (OpenLRM: 0.001; TripoSR: 0).
         fold: Whether to fold the first layer into the planes; the result is the same.
     """
@@ -46,13 +46,13 @@ class NeRFDecoder(nn.Module):
         activation: HiddenActivation = "relu",
         density_activation: DensityActivation = "softplus",
         density_bias: float = -1.0,
-        colour_margin: float = 0.001,
+        color_margin: float = 0.001,
         *,
         fold: bool = True,
     ) -> None:
         super().__init__()
         if layers < 2:
-            raise InputError(f"expected at least 2 layers, found {layers}")
+            raise InputError(expected="at least 2 layers", found=layers)
         sizes = [3 * channels, *[width] * (layers - 1), 4]
         linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         for layer in linears[:-1]:
@@ -62,7 +62,7 @@ class NeRFDecoder(nn.Module):
         self.layers = nn.ModuleList(linears)
         self.channels, self.fold, self.activation = channels, fold, activation
         self.density_activation, self.density_bias = density_activation, density_bias
-        self.colour_margin = colour_margin
+        self.color_margin = color_margin
 
     def field(self, triplane: Triplane) -> TriplaneField:
         """Put a triplane and this decoder together to a field that can be rendered."""
@@ -94,7 +94,7 @@ class NeRFDecoder(nn.Module):
         """Run the MLP with the given weights, as ``field`` ordered them.
 
         Returns:
-            Raw density, which ``density`` makes positive, and colour; float32.
+            Raw density, which ``density`` makes positive, and color; float32.
         """
         x = self.mlp(features, weights)
         return x[:, 0], self.color(x[:, 1:])
@@ -115,7 +115,7 @@ class NeRFDecoder(nn.Module):
 
     def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:
         """Map color logits to colors: a sigmoid, widened by the margin."""
-        return torch.sigmoid(logits) * (1 + 2 * self.colour_margin) - self.colour_margin
+        return torch.sigmoid(logits) * (1 + 2 * self.color_margin) - self.color_margin
 
     def density(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
         """Make raw density positive: density a scene unit, or a chord's length where the renderer counts in those."""

@@ -23,7 +23,7 @@ EncoderTokens = Literal["all", "class_and_patches"]
 class ImageEncoder(nn.Module):
     """A vision transformer that returns its tokens: class, registers if any, patches.
 
-    It owns the resizing of images to its own size, their normalisation, and its position embeddings, which timm
+    It owns the resizing of images to its own size, their normalization, and its position embeddings, which timm
     makes for ``image_size`` (weights stored for another size are resized when they are loaded).
 
     Args:
@@ -31,8 +31,8 @@ class ImageEncoder(nn.Module):
             ``vit_small_patch14_dinov2`` is DINOv2, ``vit_small_patch14_reg4_dinov2`` DINOv2 with registers,
             ``vit_small_patch16_dinov3`` DINOv3.
         image_size: Side of the square image that the network sees, a multiple of its patch size.
-        frozen: Whether its weights stay as they are: no gradients, no optimiser state.
-        normalise: Whether images are normalised with the network's own mean and deviation; OpenLRM's weights were
+        frozen: Whether its weights stay as they are: no gradients, no optimizer state.
+        normalize: Whether images are normalized with the network's own mean and deviation; OpenLRM's weights were
             trained on plain [0, 1].
         tokens: Which tokens are handed on.
         norm_eps: Added to the variance in layer norms; None is the network's own (the weights of TripoSR: 1e-12).
@@ -50,7 +50,7 @@ class ImageEncoder(nn.Module):
         image_size: int = 512,
         *,
         frozen: bool = False,
-        normalise: bool = True,
+        normalize: bool = True,
         tokens: EncoderTokens = "all",
         norm_eps: float | None = None,
         dim: int | None = None,
@@ -64,7 +64,9 @@ class ImageEncoder(nn.Module):
                 difflib.get_close_matches(name, timm.list_models(name.split("_")[0] + "_*"), n=3)
             )
             raise InputError(
-                f"expected an encoder that timm knows, found {name!r}; close to it: {close or 'none'}"
+                expected="an encoder that timm knows",
+                found=f"{name!r}",
+                remedy=f"close to it: {close or 'none'}",
             )
         sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads}
         options: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
@@ -76,18 +78,22 @@ class ImageEncoder(nn.Module):
             )
         except (TypeError, AssertionError, ZeroDivisionError) as error:
             raise InputError(
-                f"{name}: expected a plain vision transformer of sizes that go together, found {sizes}: {error}"
+                subject=name,
+                expected="a plain vision transformer of sizes that go together",
+                found=f"{sizes}: {error}",
             ) from error
         if not isinstance(self.vit, VisionTransformer | Eva):
-            raise InputError(f"{name}: expected a plain vision transformer, found {type(self.vit).__name__}")
+            raise InputError(
+                subject=name, expected="a plain vision transformer", found=type(self.vit).__name__
+            )
         patch = self.vit.patch_embed.patch_size[0]
         if image_size % patch:
             raise InputError(
-                f"{name}: expected an image_size that is a multiple of {patch}, found {image_size}"
+                subject=name, expected=f"an image_size that is a multiple of {patch}", found=image_size
             )
         self.dim: int = self.vit.embed_dim
         config = self.vit.pretrained_cfg
-        mean, std = (config["mean"], config["std"]) if normalise else ((0.0,) * 3, (1.0,) * 3)
+        mean, std = (config["mean"], config["std"]) if normalize else ((0.0,) * 3, (1.0,) * 3)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         if frozen:
@@ -119,7 +125,9 @@ class ImageEncoder(nn.Module):
             self.vit.load_state_dict(convert(dict(state), self.vit), strict=True)
         except (RuntimeError, KeyError) as error:
             raise InputError(
-                f"expected the weights of {self.name}, found others: {error}; give the file of this network"
+                expected=f"the weights of {self.name}",
+                found=f"others: {error}",
+                remedy="give the file of this network",
             ) from error
         self.has_weights = True
 

@@ -3,7 +3,7 @@
 image (B, V, 3, H, W) --ImageEncoder--> tokens (B, V N, M) ----------.
 c2w, fxfycxcy ----CameraEmbedder--> camera (B, E) --ModLN in each--.  | cross-attention
 3 s s learnable tokens --TriplaneTransformer-----------------------+--+--> (B, 3 s s, D)
-    --Upsampler--> planes (B, 3, F, S, S) --NeRFDecoder--> field: points -> density, colour
+    --Upsampler--> planes (B, 3, F, S, S) --NeRFDecoder--> field: points -> density, color
 """
 
 from typing import final
@@ -41,7 +41,7 @@ class LRM(nn.Module):
             modulated by its own camera before all are attended to (after Instant3D, section 3.2), and the camera of
             the first modulates the transformer.
         blocks: Design of the transformer: LRM's, or TripoSR's.
-        qk_norm: Whether attention normalises queries and keys (LVSM, section 4).
+        qk_norm: Whether attention normalizes queries and keys (LVSM, section 4).
         plane_layout: How the planes lie in the world.
     """
 
@@ -65,8 +65,9 @@ class LRM(nn.Module):
         super().__init__()
         if input_views < 1 or (input_views > 1 and camera is None):
             raise InputError(
-                f"expected input_views of 1, or of more with a camera that tells them apart, found {input_views} and "
-                f"camera {camera}; give --model.lrm.camera 20"
+                expected="input_views of 1, or of more with a camera that tells them apart",
+                found=f"{input_views} and camera {camera}",
+                remedy="give --model.lrm.camera 20",
             )
         self.encoder = encoder
         told = None if camera is None else camera_dim
@@ -90,7 +91,7 @@ class LRM(nn.Module):
         Args:
             image: Input views, sRGB in [0, 1].
             c2w: Their canonical poses.
-            fxfycxcy: Their normalised intrinsics.
+            fxfycxcy: Their normalized intrinsics.
         """
         views = image.shape[1]
         assert views == self.input_views, (views, self.input_views)

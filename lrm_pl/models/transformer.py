@@ -1,7 +1,7 @@
 """The image-to-triplane transformer: blocks of cross-attention, self-attention, MLP, modulated by the camera.
 
 LRM, section 3.2 and figure 2. Tokens (B, L, D) ask the image features (B, N, M); the camera embedding (B, E)
-modulates every normalisation.
+modulates every normalization.
 """
 
 from typing import Literal
@@ -61,7 +61,7 @@ class ModLN(nn.Module):
     def forward(
         self, x: Float[Tensor, "B L D"], camera: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B L D"]:
-        """Normalise, and modulate where there is a camera."""
+        """Normalize, and modulate where there is a camera."""
         if camera is None:
             return self.norm(x)
         shift, scale = self.modulation(camera).float().chunk(2, dim=-1)  # each (B, D)
@@ -95,7 +95,7 @@ class Block(nn.Module):
         image_dim: Width M of the image features.
         camera_dim: Width E of the camera embedding; None without one.
         design: The order of the steps and the kind of the MLP.
-        qk_norm: Whether queries and keys are normalised.
+        qk_norm: Whether queries and keys are normalized.
         mlp_ratio: Hidden width of the MLP in units of D.
     """
 
@@ -150,7 +150,7 @@ class TriplaneTransformer(nn.Module):
         image_dim: Width M of the image features.
         camera_dim: Width E of the camera embedding; None without one.
         design: Kind of the blocks and of what surrounds them.
-        qk_norm: Whether queries and keys are normalised.
+        qk_norm: Whether queries and keys are normalized.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class TriplaneTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if design == "triposr" and dim % 32:
-            raise InputError(f"expected a width that 32 groups divide with blocks 'triposr', found {dim}")
+            raise InputError(expected="a width that 32 groups divide with blocks 'triposr'", found=dim)
         self.design = design
         self.tokens = nn.Parameter(torch.randn(1, tokens, dim) / dim**0.5)
         self.blocks = nn.ModuleList(
@@ -178,7 +178,7 @@ class TriplaneTransformer(nn.Module):
             self.proj_in, self.proj_out = nn.Linear(dim, dim), nn.Linear(dim, dim)
         else:
             self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self._initialise()
+        self._initialize()
 
     def forward(
         self, image: Float[Tensor, "B N M"], camera: Float[Tensor, "B E"] | None
@@ -191,7 +191,7 @@ class TriplaneTransformer(nn.Module):
             x = block(x, image, camera)
         return tokens + self.proj_out(x) if self.design == "triposr" else self.norm(x)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         residuals = 3 * len(self.blocks)
         for name, parameter in self.blocks.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2 and "modulation" not in name:

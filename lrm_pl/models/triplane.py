@@ -84,7 +84,7 @@ class TriplaneField:
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Turn features into raw density and colour."""
+        """Turn features into raw density and color."""
         return self.decoder(features, weights)
 
     def activate(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:

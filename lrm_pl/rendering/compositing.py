@@ -13,16 +13,16 @@ def composite(
     t: Float[Tensor, "*rays K"],
     delta: Float[Tensor, "*rays #K"],
 ) -> Rendering:
-    """Integrate colour along rays whose samples each stand for a bin.
+    """Integrate color along rays whose samples each stand for a bin.
 
     Args:
         sigma: Density a unit of length, not negative.
-        rgb: Colours.
+        rgb: Colors.
         t: Distances of the samples.
         delta: Lengths of their bins.
 
     Returns:
-        Premultiplied colour, opacity and depth. Differentiable in sigma and rgb.
+        Premultiplied color, opacity and depth. Differentiable in sigma and rgb.
     """
     weights = sample_weights(sigma, delta)
     opacity = weights.sum(dim=-1)

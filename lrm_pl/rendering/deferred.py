@@ -18,8 +18,8 @@ from torch import Tensor
 from lrm_pl.kernels.device import num_threads
 from lrm_pl.kernels.threads import run_threads
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.march import March, march_rays
 from lrm_pl.rendering.output import Rendering
+from lrm_pl.rendering.ray_marching import March, march_rays
 
 
 def render_deferred(
@@ -40,7 +40,7 @@ def render_deferred(
         directions: Unit directions.
         near: Start of each ray's interval.
         far: End of each ray's interval; rays with far <= near see nothing and cost nothing.
-        jitter: Place of the samples in their bins, None for the middle.
+        jitter: Position of the samples in their bins, None for the middle.
         march: The walk along a ray.
         chunk: Points decoded at a time, at most.
 

@@ -33,7 +33,7 @@ class Field(Protocol):
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Turn features into raw density and colour, both float32; a pure function of its arguments."""
+        """Turn features into raw density and color, both float32; a pure function of its arguments."""
 
     def activate(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
         """Turn raw density into density a unit of length, not negative; pure."""

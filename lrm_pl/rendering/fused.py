@@ -28,8 +28,8 @@ from lrm_pl.kernels.linear import HiddenActivation
 from lrm_pl.kernels.triplane import Axes, Reduce
 from lrm_pl.rendering.deferred import autocast_state
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.march import Evaluate, March, march_rays
 from lrm_pl.rendering.output import Rendering
+from lrm_pl.rendering.ray_marching import Evaluate, March, march_rays
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from lrm_pl.kernels.device import on_cpu
 from lrm_pl.kernels.occupancy_numba import occupied
+from lrm_pl.rendering.density_grid import density_grid
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.grid import density_grid
 
 #: A density that cannot be seen: over the longest way through the box, 3.5 units, its opacity is a fifth of 1/255.
 _UNSEEN = 2e-4
@@ -24,7 +24,7 @@ class Occupancy:
     """Cells of one object's box.
 
     Attributes:
-        cells: Whether a cell, or one of its neighbours, holds a density that can be seen.
+        cells: Whether a cell, or one of its neighbors, holds a density that can be seen.
     """
 
     cells: Bool[Tensor, "n n n"]

@@ -23,15 +23,15 @@ def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Flo
     return density
 
 
-def query_colour(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q 3"]:
-    """Return the colours of one object at points."""
-    colour = torch.empty_like(points)
+def query_color(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q 3"]:
+    """Return the colors of one object at points."""
+    color = torch.empty_like(points)
 
     def work(start: int, chunk: Tensor) -> None:
-        colour[start : start + len(chunk)] = _decode(field, index, chunk)[1]
+        color[start : start + len(chunk)] = _decode(field, index, chunk)[1]
 
     _for_each_chunk(points, work)
-    return colour
+    return color
 
 
 def _decode(field: Field, index: int, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,9 +63,9 @@ def importance(
 
 
 def widened(weights: Float[Tensor, "*rays bins"]) -> Float[Tensor, "*rays bins"]:
-    """Spread weights over to their neighbours, with a floor, so that surfaces between samples are found.
+    """Spread weights over to their neighbors, with a floor, so that surfaces between samples are found.
 
-    The larger of each two neighbours, then the mean of each two, plus 0.01 (mip-NeRF, section 3.1; EG3D).
+    The larger of each two neighbors, then the mean of each two, plus 0.01 (mip-NeRF, section 3.1; EG3D).
     """
     zero = torch.zeros_like(weights[..., :1])
     padded = torch.cat([zero, weights, zero], dim=-1)

@@ -1,6 +1,6 @@
 """Bad samples in training: named once, counted over all ranks, and too many of them end the run.
 
-A bad sample's place is taken by the next good one of its stream (``lrm_pl.data.shards``), so no rank waits for another
+A bad sample's place is taken by the next good one of its stream (``lrm_pl.data.order``), so no rank waits for another
 and a run survives a truncated shard. But a run that quietly trains on half of its data is worse than one that stops.
 """
 

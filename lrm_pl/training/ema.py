@@ -1,16 +1,18 @@
 """A moving average of the weights, in float32, under every strategy: each rank averages what it holds of them."""
 
 import logging
+from pathlib import Path
 from typing import Any, final
 
 import lightning as L
 import torch
+import yaml
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.errors import InputError
-from lrm_pl.training.holder import holder_of, local
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.parallel import Part
+from lrm_pl.training.parallelize import Part
+from lrm_pl.training.sharded_state import holder_of, local
 from lrm_pl.training.state import Held
 
 logger = logging.getLogger(__name__)
@@ -21,13 +23,13 @@ class WeightAverage(L.Callback):
     """Keep average <- decay average + (1 - decay) weights after every step that was taken (Polyak averaging).
 
     Args:
-        decay: Share of the old average that stays.
+        decay: Fraction of the old average that stays.
         validate: Whether validation measures the average instead of the weights.
     """
 
     def __init__(self, decay: float = 0.9999, *, validate: bool = False) -> None:
         if not 0 <= decay < 1:
-            raise InputError(f"expected a decay in [0, 1), found {decay}")
+            raise InputError(expected="a decay in [0, 1)", found=decay)
         self.decay, self.validate = decay, validate
         self.average: dict[str, Held] = {}
         self._loaded: dict[str, torch.Tensor] = {}  # of Lightning's checkpoint, whole
@@ -41,8 +43,9 @@ class WeightAverage(L.Callback):
         count = sum(isinstance(callback, WeightAverage) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if count > 1:
             raise InputError(
-                f"expected one WeightAverage among trainer.callbacks, found {count}: checkpoints hold one average; "
-                "leave the others out"
+                expected="one WeightAverage among trainer.callbacks",
+                found=f"{count}: checkpoints hold one average",
+                remedy="leave the others out",
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,7 +60,7 @@ class WeightAverage(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the average to Lightning's checkpoint; those of a RunKeeper have it without this."""
+        """Add the average to Lightning's checkpoint; those of a CheckpointAndResume have it without this."""
         if all(type(held) is torch.Tensor for held in self.average.values()):  # no shards
             checkpoint["average"] = dict(self.average)
 
@@ -83,7 +86,7 @@ class WeightAverage(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Move the average towards the weights, unless the step was skipped."""
+        """Move the average toward the weights, unless the step was skipped."""
         assert isinstance(pl_module, LRMModule)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -120,3 +123,10 @@ def _copy(held: Held) -> Held:
     if isinstance(held, Part):
         return Part(held.local.float().clone(), held.start, held.shape)
     return held.float().clone()
+
+
+def validates_average(config: Path) -> bool:
+    """Return whether a run validates with the moving average of its weights."""
+    callbacks = (yaml.safe_load(config.read_text()).get("trainer") or {}).get("callbacks") or []
+    name = f"{WeightAverage.__module__}.{WeightAverage.__qualname__}"
+    return any(one["init_args"]["validate"] for one in callbacks if one["class_path"] == name)

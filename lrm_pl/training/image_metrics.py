@@ -35,7 +35,7 @@ class ImageMetricsLogger(L.Callback):
             self._said = True
             logger.info(
                 "validations measure PSNR and SSIM; for LPIPS, give the trainer a callback ImageMetricsLogger whose "
-                'perceptual is PerceptualLoss.pretrained("alex")'
+                'perceptual is pretrained_perceptual_loss("alex")'
             )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""The LightningModule: the steps, the optimiser, the losses by name. No plotting, no metric maths, no files."""
+"""The LightningModule: the steps, the optimizer, the losses by name. No plotting, no metric maths, no files."""
 
 import dataclasses
 import logging
@@ -13,26 +13,26 @@ from torch import Tensor
 from lrm_pl.data.batch import Batch, Views
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
-from lrm_pl.inference import Scene
-from lrm_pl.losses.objective import Evidence, Objective
-from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.inference.scene import Scene
+from lrm_pl.losses.objective import LossInputs, Objective
 from lrm_pl.models.lrm import LRM
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.gradients import GradientGuard, GuardConfig
-from lrm_pl.training.holder import holder_of
+from lrm_pl.rendering.renderer import Renderer
+from lrm_pl.training.gradient_guard import GradientGuard, GuardConfig
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.logged import is_logged, log_step
 from lrm_pl.training.optim import OptimizerConfig
-from lrm_pl.training.parallel import ParallelConfig, prepare_blocks, require_equal_weights, shard
+from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks, require_equal_weights, shard
 from lrm_pl.training.precision import Float32Convolutions
+from lrm_pl.training.sharded_state import holder_of
 from lrm_pl.training.supported import (
     require_own_optimizer,
     require_supported_length,
     require_supported_settings,
     require_trained,
 )
+from lrm_pl.weights.perceptual import pretrained_perceptual_loss
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class LRMModule(L.LightningModule):
         super().__init__()
         self.lrm, self.renderer, self.objective, self.optimizer = lrm, renderer, objective, optimizer
         self.parallel, self.guard = parallel, GradientGuard(guard)
-        self.in_hand: tuple[str, ...] = ()  # ids of the samples of the newest step, of this rank
+        self.current_sample_ids: tuple[str, ...] = ()  # ids of the samples of the newest step, of this rank
         self._terms: list[dict[str, Tensor]] = []  # loss terms of the step's accumulated batches
         self._configured = False
 
@@ -96,7 +96,7 @@ class LRMModule(L.LightningModule):
         if stage == "fit":
             require_supported_length(self.trainer)
         if stage == "fit" and self.objective.lpips and self.objective.perceptual is None:
-            loss = PerceptualLoss.pretrained("vgg")
+            loss = pretrained_perceptual_loss("vgg")
             self.objective.perceptual = loss.to(self.trainer.strategy.root_device)
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -119,7 +119,7 @@ class LRMModule(L.LightningModule):
         if self.global_step == 0 and not self.lrm.encoder.has_weights and self.trainer.is_global_zero:
             logger.warning(
                 "the encoder %s starts from random weights; encoder.load_pretrained(load_encoder_state(...)), of "
-                "lrm_pl.io.state_dicts, gives it the pretrained ones",
+                "lrm_pl.weights.encoders, gives it the pretrained ones",
                 self.lrm.encoder.name,
             )
 
@@ -132,20 +132,25 @@ class LRMModule(L.LightningModule):
             options: Arguments of this class, and those of ``LightningModule.load_from_checkpoint``.
 
         Raises:
-            InputError: The parts are not given, or it is a checkpoint of a RunKeeper.
+            InputError: The parts are not given, or it is a checkpoint of a CheckpointAndResume.
         """
         if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
             raise InputError(
-                f"expected a file of Trainer.save_checkpoint, found the folder {checkpoint_path}; for inference, "
-                "`lrm export` it and open the result with lrm_pl.LRM.from_pretrained; to train on, give the trainer a "
-                "RunKeeper; for the weights alone, load_network(find_checkpoint(folder), module.lrm) of "
-                "lrm_pl.training.state and lrm_pl.io.checkpoints"
+                expected="a file of Trainer.save_checkpoint",
+                found=f"the folder {checkpoint_path}",
+                remedy=(
+                    "for inference, `lrm export` it and open the result with lrm_pl.LRM.from_pretrained; to "
+                    "train on, give the trainer a CheckpointAndResume; for the weights alone, "
+                    "load_network(find_checkpoint(folder), module.lrm) of lrm_pl.training.state and "
+                    "lrm_pl.checkpoints"
+                ),
             )
         missing = [part for part in ("lrm", "renderer", "objective") if part not in options]
         if missing and cls is LRMModule:  # a subclass may make them itself
             raise InputError(
-                f"expected the parts of the module, which checkpoints do not describe, found no {', '.join(missing)}; "
-                "give them: LRMModule.load_from_checkpoint(path, lrm=..., renderer=..., objective=...)"
+                expected="the parts of the module, which checkpoints do not describe",
+                found=f"no {', '.join(missing)}",
+                remedy="give them: LRMModule.load_from_checkpoint(path, lrm=..., renderer=..., objective=...)",
             )
         return super().load_from_checkpoint(checkpoint_path, **options)
 
@@ -163,7 +168,8 @@ class LRMModule(L.LightningModule):
             precision = str(self.trainer.precision)
             if precision not in SHARDED_PRECISIONS:
                 raise InputError(
-                    f"expected a precision of {', '.join(SHARDED_PRECISIONS)} with a sharded network, found {precision}"
+                    expected=f"a precision of {', '.join(SHARDED_PRECISIONS)} with a sharded network",
+                    found=precision,
                 )
             require_equal_weights(self.lrm)
             shard(self.lrm, self.device_mesh, SHARDED_PRECISIONS[precision])
@@ -178,10 +184,10 @@ class LRMModule(L.LightningModule):
         pixels = rendering.over(views.background[:, :, None, None])  # (B, V, H, W, 3)
         return Prediction(pixels.permute(0, 1, 4, 2, 3), rendering, triplane)
 
-    def look(self, batch: Batch) -> Evidence:
+    def look(self, batch: Batch) -> LossInputs:
         """Render the target views of a batch, for the objective to judge."""
         prediction, target = self.render(batch, batch.target), batch.target
-        return Evidence(
+        return LossInputs(
             prediction.images.flatten(0, 1), target.images.flatten(0, 1),
             prediction.rendering.opacity.flatten(0, 1), target.alpha.flatten(0, 1), prediction.triplane.planes,
         )  # fmt: skip
@@ -195,7 +201,7 @@ class LRMModule(L.LightningModule):
         terms = self.objective(self.look(batch), self.global_step)
         loss = sum(terms.values(), start=batch.target.images.new_zeros(()))
         self._terms.append({name: value.detach() for name, value in (terms | {"total": loss}).items()})
-        self.in_hand = (self.in_hand if len(self._terms) > 1 else ()) + batch.ids
+        self.current_sample_ids = (self.current_sample_ids if len(self._terms) > 1 else ()) + batch.ids
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
-from lrm_pl.training.parallel import network_blocks
+from lrm_pl.training.parallelize import network_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class OptimizerConfig:
         lr: Peak learning rate.
         betas: Decay of the moment estimates.
         weight_decay: Decoupled decay of matrices and kernels; none on norms, biases and embeddings.
-        warmup: Share of the run's steps spent warming up. A share and not a number, so that a short run leaves
+        warmup: Fraction of the run's steps spent warming up. A share and not a number, so that a short run leaves
             its warm-up; the paper's 3000 steps are 0.07 of its run.
         final_lr: Learning rate at the end, as a share of the peak.
         layer_decay: For fine-tuning: a block learns at this share of the rate of the block behind it, through
@@ -54,7 +54,9 @@ class OptimizerConfig:
             if not kept:  # NaN keeps none
                 name = rule.replace(",", " ").split()[0]
                 raise InputError(
-                    f"expected model.optimizer.{rule}, found {getattr(self, name)}; correct --model.optimizer.{name}"
+                    expected=f"model.optimizer.{rule}",
+                    found=getattr(self, name),
+                    remedy=f"correct --model.optimizer.{name}",
                 )
 
     def build(self, model: LRM, *, fused: bool = True) -> torch.optim.AdamW:
@@ -68,12 +70,12 @@ class OptimizerConfig:
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused)
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of optimiser step ``step`` of ``steps``, counted from 0."""
+        """Return the learning rate of optimizer step ``step`` of ``steps``, counted from 0."""
         return self.lr * warmup_cosine(step, steps, self.warmup, self.final_lr)
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:
-    """Return the factor on the peak learning rate for optimiser step ``step`` of ``steps``, counted from 0."""
+    """Return the factor on the peak learning rate for optimizer step ``step`` of ``steps``, counted from 0."""
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -109,7 +111,7 @@ def parameter_groups(
     Args:
         model: Whose parameters.
         weight_decay: Of those that decay.
-        shares: Share of the learning rate by the parameter's id; 1 where none is named.
+        shares: Fraction of the learning rate by the parameter's id; 1 where none is named.
     """
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, layers)}

@@ -31,8 +31,9 @@ def require_supported_precision(precision: str) -> str:
     precision = _SHORT.get(precision, precision)
     if precision not in DTYPES:
         raise InputError(
-            f"expected trainer.precision {', '.join(DTYPES)}, found {precision}; choose one of these: weights stay "
-            "float32, and bf16-mixed computes products in bfloat16"
+            expected=f"trainer.precision {', '.join(DTYPES)}",
+            found=precision,
+            remedy="choose one of these: weights stay float32, and bf16-mixed computes products in bfloat16",
         )
     return precision
 

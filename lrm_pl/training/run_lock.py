@@ -6,8 +6,8 @@ import os
 import weakref
 from pathlib import Path
 
-from lrm_pl.data.locks import NO_LOCKS
 from lrm_pl.errors import InputError
+from lrm_pl.locks import NO_LOCKS
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,9 @@ class RunLock:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:  # POSIX leaves open which
             raise InputError(
-                f"expected no other run in {folder}, found one at work there; wait for it, or take another folder: "
-                "--run.folder, in Python the RunKeeper's folder"
+                expected=f"no other run in {folder}",
+                found="one at work there",
+                remedy="wait for it, or take another folder: --run.folder, in Python the CheckpointAndResume's folder",
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:

@@ -5,13 +5,13 @@ from typing import Any
 
 import lightning as L
 
+from lrm_pl.checkpoints import Checkpoint, tensor_names
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import Checkpoint, tensor_names
 from lrm_pl.training.callback_states import callback_states, load_callback_states
 from lrm_pl.training.ema import WeightAverage
-from lrm_pl.training.holder import holder_of
 from lrm_pl.training.module import LRMModule
+from lrm_pl.training.sharded_state import holder_of
 from lrm_pl.training.state import Held, average_tensors, read_state
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
 
 
 def set_progress(trainer: L.Trainer, step: int) -> None:
-    """Tell Lightning's loops that ``step`` optimiser steps are done, as if they had been done in this process.
+    """Tell Lightning's loops that ``step`` optimizer steps are done, as if they had been done in this process.
 
     Its own loop state is not used: that is of a moment inside a step, and of one accumulation and world size.
     """
@@ -106,7 +106,8 @@ def data_of(trainer: L.Trainer) -> ShardDataModule:
     if not isinstance(data, ShardDataModule):
         found = "none" if data is None else f"a {type(data).__name__}"
         raise InputError(
-            f"expected a ShardDataModule to fit with, whose position a RunKeeper's checkpoints hold, found {found}; "
-            "give it: trainer.fit(module, ShardDataModule(...)), or leave the RunKeeper out"
+            expected="a ShardDataModule to fit with, whose position a CheckpointAndResume's checkpoints hold",
+            found=found,
+            remedy="give it: trainer.fit(module, ShardDataModule(...)), or leave the CheckpointAndResume out",
         )
     return data

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lrm_pl.io.checkpoints import Checkpoint, Format, averaged_names, read_tensors
+from lrm_pl.checkpoints import Checkpoint, Format, averaged_names, read_tensors
 from lrm_pl.kernels.device import CopyStream, host_buffer, on_cpu
-from lrm_pl.training.parallel import Part, whole
+from lrm_pl.training.parallelize import Part, whole
 
 #: A tensor as a strategy holds it: whole, a DTensor, or a part.
 Held = Tensor | Part

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch.distributed.device_mesh import init_device_mesh
 
 from lrm_pl.errors import InputError
-from lrm_pl.training.holder import MakesHolder
-from lrm_pl.training.parallel import mesh_layout
+from lrm_pl.training.parallelize import mesh_layout
+from lrm_pl.training.sharded_state import MakesHolder
 
 
 def require_supported_name(name: str) -> None:
@@ -29,14 +29,17 @@ def require_supported_name(name: str) -> None:
     if name.lower() in ("fsdp2strategy", "zerostrategy"):
         config = "fsdp2" if name[0] in "fF" else "deepspeed_2"
         raise InputError(
-            f"expected the name of a strategy of Lightning, found the class {name}; -c configs/trainer/{config}.yaml"
+            expected="the name of a strategy of Lightning",
+            found=f"the class {name}",
+            remedy=f"-c configs/trainer/{config}.yaml",
         )
     found = re.match(r"(fsdp|deepspeed)(?:strategy|_stage_(\d)|_|$)", given)
     if found is not None:
         config = "fsdp2" if found[1] == "fsdp" else f"deepspeed_{found[2] or 2}"
         raise InputError(
-            f"expected a strategy whose weights and gradients can be checkpointed and checked, found Lightning's own "
-            f"{name}; use this package's instead: -c configs/trainer/{config}.yaml"
+            expected="a strategy whose weights and gradients can be checkpointed and checked",
+            found=f"Lightning's own {name}",
+            remedy=f"use this package's instead: -c configs/trainer/{config}.yaml",
         )
     if (start := re.match(r"ddp_(spawn|fork|notebook)", name)) is not None:
         require_supported_start(start[1])
@@ -53,8 +56,9 @@ def require_supported_start(method: str | None) -> None:
     """
     if method not in (None, "popen"):
         raise InputError(
-            f"expected processes that run the whole command, found start_method {method}, whose processes end before "
-            "the report, with what it needs; leave it out: -c configs/trainer/ddp.yaml"
+            expected="processes that run the whole command",
+            found=f"start_method {method}, whose processes end before the report, with what it needs",
+            remedy="leave it out: -c configs/trainer/ddp.yaml",
         )
 
 
@@ -102,8 +106,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._setup_distributed()
         if self.replicas < 1 or self.world_size % self.replicas:
             raise InputError(
-                f"expected replicas that divide the {self.world_size} processes, found {self.replicas}; "
-                "one a node is usual: --trainer.strategy.init_args.replicas NODES"
+                expected=f"replicas that divide the {self.world_size} processes",
+                found=self.replicas,
+                remedy="one a node is usual: --trainer.strategy.init_args.replicas NODES",
             )
         shape, names = mesh_layout(self.world_size, self.replicas)
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)

@@ -52,54 +52,68 @@ def require_supported_settings(trainer: L.Trainer) -> None:
     require_supported_callbacks(trainer.callbacks)  # type: ignore[attr-defined]
     if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
         raise InputError(
-            f"expected trainer.gradient_clip_algorithm norm, found {algorithm.value}: gradients are clipped by "
-            "the norm of them all; leave it out"
+            expected="trainer.gradient_clip_algorithm norm",
+            found=f"{algorithm.value}: gradients are clipped by the norm of them all",
+            remedy="leave it out",
         )
     clip = trainer.gradient_clip_val
     if clip is not None and not clip >= 0:  # NaN is refused too
         raise InputError(
-            f"expected trainer.gradient_clip_val of at least 0, found {clip}: it is the largest norm of a gradient; "
-            "0 or null does not clip"
+            expected="trainer.gradient_clip_val of at least 0",
+            found=f"{clip}: it is the largest norm of a gradient",
+            remedy="0 or null does not clip",
         )
     # Lightning leaves it unset for a time interval.
     interval, accumulate = getattr(trainer, "val_check_interval", None), trainer.accumulate_grad_batches
     if interval is None:
         raise InputError(
-            "expected trainer.val_check_interval as a number of batches, found a time: a run is counted in steps"
+            expected="trainer.val_check_interval as a number of batches",
+            found="a time: a run is counted in steps",
         )
     if isinstance(interval, int) and interval < 1:
         raise InputError(
-            f"expected trainer.val_check_interval of at least 1, found {interval}; --trainer.limit_val_batches 0 "
-            "trains without validation"
+            expected="trainer.val_check_interval of at least 1",
+            found=interval,
+            remedy="--trainer.limit_val_batches 0 trains without validation",
         )
     if (every := trainer.log_every_n_steps) < 0:  # type: ignore[attr-defined]
         raise InputError(
-            f"expected trainer.log_every_n_steps of at least 0, found {every}; 0 logs no step of training"
+            expected="trainer.log_every_n_steps of at least 0",
+            found=every,
+            remedy="0 logs no step of training",
         )
     if trainer.overfit_batches:  # type: ignore[attr-defined]
         raise InputError(
-            f"expected no trainer.overfit_batches, found {trainer.overfit_batches}: the stream of samples would begin "  # type: ignore[attr-defined]
-            "anew after so many batches; render one object and train on it, as configs/experiment/overfit.yaml does"
+            expected="no trainer.overfit_batches",
+            found=f"{trainer.overfit_batches}: the stream of samples would begin anew after so many batches",  # type: ignore[attr-defined]
+            remedy="render one object and train on it, as configs/experiment/overfit.yaml does",
         )
     limit = trainer.limit_train_batches
     if limit != 1.0 and not (isinstance(limit, int) and trainer.max_steps * accumulate <= limit):
         raise InputError(
-            f"expected no trainer.limit_train_batches, found {limit}: the stream of samples "
-            "would begin anew after so many batches; give the length of the run, --trainer.max_steps"
+            expected="no trainer.limit_train_batches",
+            found=f"{limit}: the stream of samples would begin anew after so many batches",
+            remedy="give the length of the run, --trainer.max_steps",
         )
     for name in ("limit_val_batches", "limit_test_batches"):
         measured = getattr(trainer, name)
         if trainer.world_size > 1 and measured not in (0, 1.0) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
-                f"expected no trainer.{name}, found {measured}: it counts the objects of each process, so that "
-                "metrics and the best checkpoint would depend on their number; give --data.val_objects, which counts "
-                "all, and `lrm validate`"
+                expected=f"no trainer.{name}",
+                found=(
+                    f"{measured}: it counts the objects of each process, so that metrics and the best "
+                    "checkpoint would depend on their number"
+                ),
+                remedy="give --data.val_objects, which counts all, and `lrm validate`",
             )
     if isinstance(interval, int) and interval % accumulate:
         raise InputError(
-            f"expected trainer.val_check_interval, which counts batches, to be a multiple of "
-            f"trainer.accumulate_grad_batches, found {interval} and {accumulate}: weights would be measured within a "
-            f"step; give --trainer.val_check_interval {-(-interval // accumulate) * accumulate}"
+            expected=(
+                "trainer.val_check_interval, which counts batches, to be a multiple of "
+                "trainer.accumulate_grad_batches"
+            ),
+            found=f"{interval} and {accumulate}: weights would be measured within a step",
+            remedy=f"give --trainer.val_check_interval {-(-interval // accumulate) * accumulate}",
         )
 
 
@@ -113,19 +127,22 @@ def require_supported_length(trainer: L.Trainer) -> None:
         return
     if trainer.max_epochs not in (None, -1):
         raise InputError(
-            f"expected trainer.max_epochs -1, found {trainer.max_epochs}: a run is one epoch, counted in steps; give "
-            "its length, --trainer.max_steps"
+            expected="trainer.max_epochs -1",
+            found=f"{trainer.max_epochs}: a run is one epoch, counted in steps",
+            remedy="give its length, --trainer.max_steps",
         )
     if trainer.min_steps is not None or (trainer.min_epochs or 0) > 1:
         name = "min_epochs" if trainer.min_steps is None else "min_steps"
         raise InputError(
-            f"expected no trainer.{name}, found {getattr(trainer, name)}: neither signals nor EarlyStopping would end "
-            "the run before; leave it out"
+            expected=f"no trainer.{name}",
+            found=f"{getattr(trainer, name)}: neither signals nor EarlyStopping would end the run before",
+            remedy="leave it out",
         )
     if (every := trainer.check_val_every_n_epoch) not in (None, 1):
         raise InputError(
-            f"expected trainer.check_val_every_n_epoch null, found {every}: a run is one epoch, so it would never be "
-            "validated; give --trainer.val_check_interval, in steps"
+            expected="trainer.check_val_every_n_epoch null",
+            found=f"{every}: a run is one epoch, so it would never be validated",
+            remedy="give --trainer.val_check_interval, in steps",
         )
 
 
@@ -139,7 +156,7 @@ def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
         for kind, why in _UNSUPPORTED_CALLBACKS.items():
             if isinstance(callback, kind):
                 raise InputError(
-                    f"expected no {type(callback).__name__} among trainer.callbacks, found one: {why}"
+                    expected=f"no {type(callback).__name__} among trainer.callbacks", found=f"one: {why}"
                 )
 
 
@@ -154,9 +171,15 @@ def require_own_optimizer(trainer: L.Trainer) -> None:
     own += [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
     if own or len(optimizers) != 1:
         raise InputError(
-            f"expected the AdamW of model.optimizer alone, found {', '.join(own) or len(optimizers)} of "
-            "configure_optimizers: each step's learning rate and the checkpoints are those of model.optimizer; leave "
-            "configure_optimizers out, and set --model.optimizer.lr, warmup, final_lr, betas, weight_decay"
+            expected="the AdamW of model.optimizer alone",
+            found=(
+                f"{', '.join(own) or len(optimizers)} of configure_optimizers: each step's learning rate "
+                "and the checkpoints are those of model.optimizer"
+            ),
+            remedy=(
+                "leave configure_optimizers out, and set --model.optimizer.lr, warmup, final_lr, betas, "
+                "weight_decay"
+            ),
         )
 
 
@@ -174,6 +197,7 @@ def require_trained(module: nn.Module, trained: nn.Module) -> None:
     left = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in known]
     if left:
         raise InputError(
-            f"expected trainable parameters in module.lrm only, found {', '.join(left)}: these would be neither "
-            "trained nor saved; move them into the network, or freeze them with requires_grad_(False)"
+            expected="trainable parameters in module.lrm only",
+            found=f"{', '.join(left)}: these would be neither trained nor saved",
+            remedy="move them into the network, or freeze them with requires_grad_(False)",
         )

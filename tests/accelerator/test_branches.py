@@ -22,10 +22,10 @@ RENDER = (
 
 #: Functions that ask ``on_cuda`` -> a test that runs them, on a GPU too.
 ON_CUDA = {
-    "lrm_pl/callbacks/memory.py:peak_memory": TRACE,
+    "lrm_pl/planning/memory.py:peak_memory": TRACE,
     "lrm_pl/callbacks/part_clock.py:PartClock._now": TRACE,
     "lrm_pl/callbacks/trace.py:TraceRecorder.on_train_start": TRACE,
-    "lrm_pl/callbacks/utilisation.py:UtilisationMeter.share": TRACE,
+    "lrm_pl/callbacks/utilization.py:UtilisationMeter.share": TRACE,
     "lrm_pl/data/batch.py:PackedBatch.to": MODEL,
     "lrm_pl/data/datamodule.py:ShardDataModule._loader": MODEL,
     "lrm_pl/kernels/decode_along_rays.py:decode_along_rays": RENDER,
@@ -45,15 +45,14 @@ ON_CUDA = {
     "lrm_pl/kernels/modulated_norm.py:_op": MODEL,
     "lrm_pl/kernels/modulated_norm.py:_backward_op": MODEL,
     "lrm_pl/rendering/fused.py:_reason_against": RENDER,
-    "lrm_pl/training/costs/machines.py:peak_flops": TRACE,
+    "lrm_pl/planning/gpus.py:peak_flops": TRACE,
     "lrm_pl/training/state.py:Snapshots._copied": MODEL,
 }
 
 
 #: Those that ask about GPUs that an estimate is of, present or not -> a test that runs them.
 ESTIMATES = {
-    "lrm_pl/apps/advice.py:explain": "tests/distributed/test_out_of_memory.py",
-    "lrm_pl/training/costs/traffic.py:_backward_traffic": "tests/unit/test_simulation.py",
+    "lrm_pl/planning/traffic.py:_backward_traffic": "tests/unit/test_simulation.py",
 }
 
 

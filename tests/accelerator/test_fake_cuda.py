@@ -15,13 +15,13 @@ from lrm_pl.data.batch import collate
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.data.transforms import Augmentation, CropConfig, evaluation_item, training_item
 from lrm_pl.geometry.cameras import InputCamera
-from lrm_pl.io.pretrained import build_network
+from lrm_pl.inference.model_folder import build_network
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics
-from lrm_pl.rendering.query import query_colour, query_density
+from lrm_pl.rendering.query import query_color, query_density
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.parallel import ParallelConfig, prepare_blocks
+from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks
 from tests.accelerator.configs import MODELS, shrunk
 from tests.accelerator.fake import DEVICE, FakeCuda, devices
 
@@ -129,7 +129,7 @@ def test_pictures_and_densities_of_a_reconstruction_stay_on_the_device(cuda, mod
     pose = cuda.on_the_host(InputCamera(2.5, 45.0).c2w)
     assert devices(scene.view(pose, 16)) == {DEVICE}
     points = torch.empty(100, 3, device=DEVICE)
-    assert devices([query_density(scene.field, 0, points), query_colour(scene.field, 0, points)]) == {DEVICE}
+    assert devices([query_density(scene.field, 0, points), query_color(scene.field, 0, points)]) == {DEVICE}
 
 
 def test_tensors_of_two_devices_do_not_mix(cuda):

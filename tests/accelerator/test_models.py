@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 
-from lrm_pl.data.input_setup import InputSetup
+from lrm_pl.checkpoints import load_network, read_tensors, tensor_names
+from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.geometry.cameras import InputCamera, orbit
-from lrm_pl.inference import reconstruct
-from lrm_pl.io.checkpoints import load_network, read_tensors, tensor_names
-from lrm_pl.pretrained import PretrainedLRM
-from lrm_pl.rendering.grid import density_grid
+from lrm_pl.inference.pipeline import PretrainedLRM
+from lrm_pl.inference.scene import reconstruct
+from lrm_pl.rendering.density_grid import density_grid
 from tests.accelerator.configs import MODELS, shrunk
 from tests.accelerator.training import train
 
@@ -110,7 +110,7 @@ def opaque(model):
     """A network with random weights that draws something with a surface."""
     section = shrunk(model)
     torch.manual_seed(0)
-    made = PretrainedLRM({part: section[part] for part in ("lrm", "renderer")}, InputSetup())
+    made = PretrainedLRM({part: section[part] for part in ("lrm", "renderer")}, InputFraming())
     with torch.no_grad():
         made.network.decoder.layers[-1].weight[0] *= 20
         made.network.decoder.layers[-1].bias[0] += 1
@@ -147,7 +147,7 @@ def test_meshes_pictures_and_thresholds_are_those_of_a_cpu(device, model):
     assert len(mesh.faces) > 100
     assert mesh.faces.shape == mesh_cpu.faces.shape
     assert abs(mesh.vertices - mesh_cpu.vertices).max() < 10 * device.rounding
-    assert abs(mesh.colours - mesh_cpu.colours).max() < 10 * device.rounding
+    assert abs(mesh.colors - mesh_cpu.colors).max() < 10 * device.rounding
     assert views_cpu.std() > 0.05
     assert (views.cpu() - views_cpu).abs().max() < 4 / 255
     assert (cells.cpu() != cells_cpu).float().mean() < 0.01

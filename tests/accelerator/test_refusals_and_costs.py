@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrm_pl.kernels.attention import attention_in_blocks, attention_plain
-from lrm_pl.training.costs.machines import peak_flops
+from lrm_pl.planning.gpus import peak_flops
 
 
 def test_attention_in_blocks_is_a_cpus(device):

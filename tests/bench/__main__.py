@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lrm_pl.apps.commit import git_commit
+from lrm_pl.version import git_commit
 from tests.bench import deferred_memory, inference, loader, overhead, parts, rendering, scaling, stall, steps
 from tests.bench.demo_run import ROOT, machine, write_shards
 from tests.bench.readme import update

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.weights.perceptual import pretrained_perceptual_loss
 from tests.bench.steps import Ours, in_a_process, peak_gb
 
 SIZES = (64, 128, 256, 384)
@@ -17,7 +17,7 @@ def main() -> None:
     """Take two steps of 4 views of one size, LPIPS among the losses, and print the process's peak memory."""
     size = int(sys.argv[1])
     torch.manual_seed(0)
-    run, lpips = Ours(), PerceptualLoss.pretrained("vgg", source="pypi")
+    run, lpips = Ours(), pretrained_perceptual_loss("vgg", source="pypi")
     target = torch.rand(4, 3, size, size)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):

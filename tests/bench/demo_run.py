@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lrm_pl.apps.train import LRMCLI, command_line
+from lrm_pl.cli.lightning_cli import LRMCLI, command_line
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.synthetic import write_synthetic_shards
 

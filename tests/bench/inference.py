@@ -2,7 +2,7 @@
 
 Random weights, bf16 products. Both reconstruct the same picture; ours then reads a 256^3 lattice coarse to fine, theirs
 reads every point, 8192 at a time, of a 128^3 lattice, which counts eight times. The field that the grid is read of is
-that of a ball, an object among empty space: random weights have none. Marching cubes, decimation, colours and GLB
+that of a ball, an object among empty space: random weights have none. Marching cubes, decimation, colors and GLB
 come after, apart, and so does the same grid of noise, of which nothing can be passed over.
 """
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from lrm_pl.inference import reconstruct
-from lrm_pl.io.pretrained import build_network
-from lrm_pl.meshes.glb import encode_glb
+from lrm_pl.inference.model_folder import build_network
+from lrm_pl.inference.scene import reconstruct
+from lrm_pl.meshing.glb import encode_glb
+from lrm_pl.meshing.surface import extract_mesh
 from lrm_pl.models.triplane import Triplane
-from lrm_pl.rendering.grid import density_grid
+from lrm_pl.progress import listening, stage
+from lrm_pl.rendering.density_grid import density_grid
 from lrm_pl.rendering.query import query_density
-from lrm_pl.rendering.surface import extract_mesh
-from lrm_pl.stages import listening, stage
 from tests.bench.demo_run import ROOT
 from tests.bench.parts import TRIPOSR_LEVEL, Plain, ball, in_turns
 from tests.parity.triposr import RADIUS, TripoSR

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from lrm_pl.data.batch import PackedBatch
-from lrm_pl.data.dataset import Share, TrainingStream
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.schema import decode_image
+from lrm_pl.data.stream import BatchPartition, TrainingStream
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from tests.bench.demo_run import ROOT
 
@@ -91,7 +91,7 @@ def stream(shards: Path) -> TrainingStream:
     """Make the training stream: an input view and three more."""
     crop = Augmentation(CropConfig(128, 384, 128))
     mixture = Mixture([DataSet(str(shards))])
-    return TrainingStream(mixture, Share(BATCH), 1, USED - 1, 0, None, crop, 0, 4, STEPS + WARM)
+    return TrainingStream(mixture, BatchPartition(BATCH), 1, USED - 1, 0, None, crop, 0, 4, STEPS + WARM)
 
 
 def rate(dataset: Dataset, workers: int) -> float:

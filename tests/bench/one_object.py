@@ -11,14 +11,15 @@ import bpy
 import mathutils
 import numpy as np
 
-from data_tools import blender_import, blender_scene
-from data_tools.views import PRESETS, draw_cameras
+from data_tools.blender import load_asset
+from data_tools.blender import scene as blender_scene
+from data_tools.rendering.cameras import PRESETS, draw_cameras
 from lrm_pl.conventions import opengl_to_opencv
 
 
 def main(mesh: Path, views: int, resolution: int, samples: int, threads: int, folder: Path) -> None:
     """Render every view to a PNG in ``folder``."""
-    blender_import.load_asset(mesh, "sphere")
+    load_asset.load_asset(mesh, "sphere")
     blender_scene.set_up_scene(blender_scene.choose_device(), resolution, samples, threads)
     blender_scene.add_camera()
     scene = bpy.context.scene

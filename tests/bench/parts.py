@@ -13,16 +13,16 @@ from torch.nn import functional as F
 
 from lrm_pl.geometry.cameras import orbit
 from lrm_pl.geometry.rays import pixel_rays
+from lrm_pl.meshing.surface import extract_mesh
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.transformer import TriplaneTransformer
 from lrm_pl.models.triplane import Triplane
-from lrm_pl.rendering.grid import density_grid
+from lrm_pl.planning.gpus import cpu_flops
+from lrm_pl.rendering.density_grid import density_grid
 from lrm_pl.rendering.occupancy import measure_occupancy
 from lrm_pl.rendering.query import query_density
-from lrm_pl.rendering.surface import extract_mesh
-from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.costs.machines import cpu_flops
+from lrm_pl.rendering.renderer import Renderer
 from tests.bench.demo_run import ROOT
 from tests.parity.triposr import RADIUS, TripoSR
 
@@ -127,7 +127,7 @@ def renderer(rounds: int) -> list[dict[str, object]]:
         results.append({
             "bench": f"renderer, {name}: million samples a second forward + backward", "value": both / 1e6,
             "target": "-", "met": True, "forward": ahead / 1e6,
-            # Twelve neighbours are read of the folded planes, and hidden layers are written and read in bf16.
+            # Twelve neighbors are read of the folded planes, and hidden layers are written and read in bf16.
             "bytes_a_sample_forward": 12 * width * 4 + 4 * width * len(decoder.layers),
             "bound_by": "reads of planes that are larger than the L2 cache, then the MLP's products", "rounds": rounds,
         })  # fmt: skip

@@ -30,7 +30,7 @@ def measure(shards: Path, rounds: int) -> dict[str, object]:
     """Save so many times; a save is made at the start of a step, and written during that one and the next ones."""
     times = Steps()
     keeper = {
-        "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+        "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
         "init_args": {"every": EVERY, "monitor": None, "background": True},
     }
     with tempfile.TemporaryDirectory() as folder:

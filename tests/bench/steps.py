@@ -14,13 +14,13 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lrm_pl.callbacks.memory import peak_memory
 from lrm_pl.geometry.cameras import orbit
 from lrm_pl.geometry.rays import pixel_rays
-from lrm_pl.io.pretrained import build_network
+from lrm_pl.inference.model_folder import build_network
 from lrm_pl.losses.regularizers import total_variation
+from lrm_pl.planning.memory import peak_memory
 from lrm_pl.training.optim import OptimizerConfig
-from lrm_pl.training.parallel import ParallelConfig, prepare_blocks
+from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks
 from tests.bench.demo_run import ROOT
 from tests.parity.openlrm import OpenLRM
 

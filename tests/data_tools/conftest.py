@@ -13,12 +13,12 @@ def linear(srgb):
 
 
 def write_gltf(path, parts):
-    """Write (vertices, triangles, sRGB colour in [0, 1], alpha) parts, +z up, as one matt glTF file."""
+    """Write (vertices, triangles, sRGB color in [0, 1], alpha) parts, +z up, as one matt glTF file."""
     gltf = {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}]}
     gltf |= {"meshes": [{"primitives": []}], "accessors": [], "bufferViews": [], "materials": []}
     gltf["extensionsUsed"] = ["KHR_materials_specular"]
     blob = b""
-    for vertices, triangles, colour, alpha in parts:
+    for vertices, triangles, color, alpha in parts:
         x, y, z = np.asarray(vertices, dtype=np.float32).T
         points = np.stack([x, z, -y], axis=1).astype("<f4")  # glTF is +y up
         corners = np.asarray(triangles, dtype="<u4").reshape(-1)
@@ -35,7 +35,7 @@ def write_gltf(path, parts):
         primitive = {"attributes": {"POSITION": last - 2}, "indices": last - 1}
         primitive["material"] = len(gltf["materials"])
         gltf["meshes"][0]["primitives"].append(primitive)
-        rgba = [*linear(colour).tolist(), alpha]
+        rgba = [*linear(color).tolist(), alpha]
         surface = {"baseColorFactor": rgba, "metallicFactor": 0.0, "roughnessFactor": 1.0}
         matt = {"KHR_materials_specular": {"specularFactor": 0.0}}
         material = {"pbrMetallicRoughness": surface, "doubleSided": True, "extensions": matt}
@@ -45,9 +45,9 @@ def write_gltf(path, parts):
     path.write_text(json.dumps(gltf))
 
 
-def box(centre, half):
+def box(center, half):
     """Return the (8, 3) corners and (12, 3) triangles of an axis-aligned box."""
     signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
     quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
     triangles = [t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))]
-    return np.asarray(centre) + signs * np.asarray(half), np.array(triangles)
+    return np.asarray(center) + signs * np.asarray(half), np.array(triangles)

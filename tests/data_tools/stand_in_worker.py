@@ -1,4 +1,4 @@
-"""Answers like data_tools.blender_worker, without Blender: what a "mesh" says decides what becomes of it."""
+"""Answers like data_tools.blender.worker, without Blender: what a "mesh" says decides what becomes of it."""
 
 import dataclasses
 import hashlib
@@ -13,8 +13,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data_tools.criteria import Measures, encode_measures
-from data_tools.views import PRESETS, derive_seed, draw_cameras
+from data_tools.quality.measures import Measures, encode_measures
+from data_tools.rendering.cameras import PRESETS, derive_seed, draw_cameras
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
 
 MEASURES = Measures(
@@ -25,7 +25,7 @@ MEASURES = Measures(
     size=1.0,
     thinness=1.0,
     materials=1,
-    coloured=True,
+    colored=True,
     textures=0,
     missing_textures=0,
     animated=False,
@@ -90,7 +90,7 @@ def serve():
             seed = derive_seed(0, asset["id"])
             cameras = draw_cameras(PRESETS["frame"], views, np.random.default_rng(seed))
             image = encode_image(np.full((8, 8, 4), seed % 256, dtype=np.uint8))
-            listed = {name: asset[name] for name in ("id", "name", "licence", "creator", "source")}
+            listed = {name: asset[name] for name in ("id", "name", "license", "creator", "source")}
             same = text in ("dies once", "waits", "bad once")  # as "fine": runs of both are compared
             sha256 = hashlib.sha256(b"fine" if same else text.encode()).hexdigest()
             seed_or_turn = served if text == "counts" else seed

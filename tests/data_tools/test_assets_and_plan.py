@@ -5,7 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_tools.assets import (
+from data_tools.assets.asset_list import (
     LIST_SCHEMA,
     TABLE_COLUMNS,
     Asset,
@@ -17,9 +17,9 @@ from data_tools.assets import (
     scan,
     write_list,
 )
-from data_tools.demo_library import OBJECTS
-from data_tools.plan import default_held_out, held_out_ids, plan_shards
-from data_tools.sources.folder import fetch_folder
+from data_tools.assets.demo_library import OBJECTS
+from data_tools.assets.folder import fetch_folder
+from data_tools.rendering.shard_plan import default_held_out, held_out_ids, plan_shards
 from lrm_pl.data.schema import KEY_PATTERN
 
 DEMO_ASSETS = Path(__file__).resolve().parents[2] / "data_tools" / "demo_assets"
@@ -55,7 +55,7 @@ def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
     found = find_assets(tmp_path)
     assert [asset.id for asset in found] == ["a_z", "b", "c", "d", "e"]
     assert found[0].file == "a/z.obj"
-    assert (found[0].name, found[0].licence) == ("a_z", "unknown")
+    assert (found[0].name, found[0].license) == ("a_z", "unknown")
 
 
 def test_a_folder_without_assets_and_no_folder_say_what_was_expected(tmp_path):
@@ -70,7 +70,7 @@ def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path)
     table = tmp_path / "assets.csv"
     table.write_text(HEADER + "a,Chair,Ann,library,CC0-1.0,\n")
     found = find_assets(tmp_path)[0]
-    assert (found.name, found.creator, found.source, found.licence) == ("Chair", "Ann", "library", "CC0-1.0")
+    assert (found.name, found.creator, found.source, found.license) == ("Chair", "Ann", "library", "CC0-1.0")
     assert found.sha256 == ""
     table.write_text(HEADER + f"a,Chair,Ann,library,CC0-1.0,{'0' * 64}\n")
     assert find_assets(tmp_path)[0].sha256 == "0" * 64  # whoever renders it compares
@@ -132,7 +132,7 @@ def test_the_demo_assets_are_complete_small_and_free():
     assert all(hash_file(DEMO_ASSETS / asset.file) == asset.sha256 for asset in found)
     assert [asset.id for asset in found] == sorted(OBJECTS)
     assert len(found) == 48
-    assert {asset.licence for asset in found} == {"CC0-1.0"}
+    assert {asset.license for asset in found} == {"CC0-1.0"}
     assert all(asset.creator != "unknown" and asset.name != asset.id for asset in found)
     assert sum(path.stat().st_size for path in DEMO_ASSETS.iterdir()) < 12e6
     held_out = held_out_ids([asset.id for asset in found], 8)
@@ -140,7 +140,7 @@ def test_the_demo_assets_are_complete_small_and_free():
 
 
 def listed(folder, **changes):
-    asset = dict(id="a", file="a.glb", sha256="", name="A", creator="Ann", source="s", licence="CC0-1.0")
+    asset = dict(id="a", file="a.glb", sha256="", name="A", creator="Ann", source="s", license="CC0-1.0")
     write_list(folder, [Asset(**asset | changes)])
 
 
@@ -183,7 +183,7 @@ def test_a_damaged_list_or_another_table_is_refused(tmp_path):
         AssetsError, match=r"expected the columns id, file, .* found uid; make the list again"
     ):
         find_assets(tmp_path)
-    same = {"id": "a", "file": "a.glb", "sha256": "", "name": "", "creator": "", "source": "", "licence": ""}
+    same = {"id": "a", "file": "a.glb", "sha256": "", "name": "", "creator": "", "source": "", "license": ""}
     twice = [same | {"tags": [], "split": "", "up": ""}] * 2
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(twice, LIST_SCHEMA), path)
     with pytest.raises(AssetsError, match="expected every id once, found 'a' twice"):
@@ -191,7 +191,7 @@ def test_a_damaged_list_or_another_table_is_refused(tmp_path):
 
 
 def test_a_table_that_a_spreadsheet_saved_is_read_or_refused_with_the_remedy(tmp_path):
-    text = "id,name,creator,source,licence,sha256\na,Stühle,Ann,library,CC0-1.0,\n"
+    text = "id,name,creator,source,license,sha256\na,Stühle,Ann,library,CC0-1.0,\n"
     table = tmp_path / "assets.csv"
     table.write_text(text, encoding="utf-8-sig")
     assert read_table(table)["a"]["name"] == "Stühle"

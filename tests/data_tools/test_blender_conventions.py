@@ -21,9 +21,9 @@ VERTICES, TRIANGLES = box((0, 0, 0), (1, 1, 1))
 RED, RED_SRGB = "0.588 0.1 0.1", (150, 26, 26)
 
 
-def write_obj(folder, name, mtl=None, colour="", triangles=TRIANGLES, vertices=VERTICES, library=None):
+def write_obj(folder, name, mtl=None, color="", triangles=TRIANGLES, vertices=VERTICES, library=None):
     """Write a cube whose corners all have one texture coordinate, with its MTL beside it."""
-    lines = [f"mtllib {library or name + '.mtl'}"] + [f"v {x} {y} {z} {colour}" for x, y, z in vertices]
+    lines = [f"mtllib {library or name + '.mtl'}"] + [f"v {x} {y} {z} {color}" for x, y, z in vertices]
     lines += ["vt 0.5 0.5", "usemtl m", *(f"f {a + 1}/1 {b + 1}/1 {c + 1}/1" for a, b, c in triangles)]
     (folder / f"{name}.obj").write_text("\n".join(lines) + "\n")
     if mtl is not None:
@@ -32,11 +32,11 @@ def write_obj(folder, name, mtl=None, colour="", triangles=TRIANGLES, vertices=V
 
 def write_ply(path, names, of="vertex", end="\n"):
     """Write a cube whose vertices, or faces, are (30, 160, 90), under these names."""
-    colours = [f"property uchar {name}" for name in names]
+    colors = [f"property uchar {name}" for name in names]
     lines = ["ply", "format ascii 1.0", "element vertex 8", *(f"property float {axis}" for axis in "xyz")]
-    lines += colours if of == "vertex" else []
+    lines += colors if of == "vertex" else []
     lines += ["element face 12", "property list uchar int vertex_indices"]
-    lines += [*(colours if of == "face" else []), "end_header"]
+    lines += [*(colors if of == "face" else []), "end_header"]
     more = " 30 160 90"
     lines += [f"{x} {y} {z}{more if of == 'vertex' else ''}" for x, y, z in VERTICES]
     lines += [f"3 {a} {b} {c}{more if of == 'face' else ''}" for a, b, c in TRIANGLES]
@@ -59,25 +59,25 @@ def write_scene(path, parts, nodes, one_sided=(), scenes=None):
 def write_partly_colored(folder):
     """Write objects of two cubes with one material, of which only the first has (red) vertex colors."""
     lines = ["mtllib kd_one.mtl"]
-    for part, (x, colour) in enumerate(((0, "1 0 0"), (6, ""))):
-        lines += [f"o part{part}", *(f"v {a + x} {b} {c} {colour}" for a, b, c in VERTICES), "usemtl m"]
+    for part, (x, color) in enumerate(((0, "1 0 0"), (6, ""))):
+        lines += [f"o part{part}", *(f"v {a + x} {b} {c} {color}" for a, b, c in VERTICES), "usemtl m"]
         lines += [f"f {a + 8 * part + 1} {b + 8 * part + 1} {c + 8 * part + 1}" for a, b, c in TRIANGLES]
     (folder / "partly.obj").write_text("\n".join(lines) + "\n")
     (folder / "kd_one.mtl").write_text("newmtl m\nKd 1 1 1\nKs 0 0 0\n")
     gray = (VERTICES + np.array([6, 0, 0]), TRIANGLES, (0.5, 0.5, 0.5), 1.0)
     write_gltf(folder / "partly_gltf.gltf", [(VERTICES, TRIANGLES, (1, 1, 1), 1.0), gray])
     record = json.loads((folder / "partly_gltf.gltf").read_text())
-    colours = np.tile([1, 0, 0], (8, 1)).astype("<f4").tobytes()
-    uri = "data:application/octet-stream;base64," + base64.b64encode(colours).decode()
-    record["buffers"].append({"byteLength": len(colours), "uri": uri})
-    record["bufferViews"].append({"buffer": 1, "byteLength": len(colours)})
+    colors = np.tile([1, 0, 0], (8, 1)).astype("<f4").tobytes()
+    uri = "data:application/octet-stream;base64," + base64.b64encode(colors).decode()
+    record["buffers"].append({"byteLength": len(colors), "uri": uri})
+    record["bufferViews"].append({"buffer": 1, "byteLength": len(colors)})
     view = {"bufferView": len(record["bufferViews"]) - 1, "componentType": 5126, "type": "VEC3", "count": 8}
     record["accessors"].append(view)
     record["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"] = len(record["accessors"]) - 1
     (folder / "partly_gltf.gltf").write_text(json.dumps(record))
 
 
-RED_PART, BLUE_PART = ((VERTICES, TRIANGLES, colour, 1.0) for colour in ((1, 0, 0), (0, 0, 1)))
+RED_PART, BLUE_PART = ((VERTICES, TRIANGLES, color, 1.0) for color in ((1, 0, 0), (0, 0, 1)))
 VEIL = (VERTICES, TRIANGLES, (1, 0, 0), 0.5)
 
 
@@ -156,7 +156,7 @@ def write_assets(folder):
     (folder / "inside_out.obj").write_text("\n".join([lines[0], *normals]) + "\nf " + "\nf ".join(faces))
     write_obj(folder, "ambient", "newmtl m\nKd 0.8 0.8 0.8\nmap_Ka green.png\n")
     write_obj(folder, "movie", "newmtl m\nKd 1 1 1\nmap_Kd green.gif\n")
-    write_obj(folder, "colours", "newmtl m\nKd 0.8 0.8 0.8\n", colour="0.1176 0.6275 0.3529")
+    write_obj(folder, "colors", "newmtl m\nKd 0.8 0.8 0.8\n", color="0.1176 0.6275 0.3529")
     both = np.concatenate([TRIANGLES, TRIANGLES[:, ::-1] + 8])
     write_obj(folder, "twice", plain, triangles=both, vertices=np.concatenate([VERTICES, VERTICES]))
     write_ply(folder / "diffuse.ply", ("diffuse_red", "diffuse_green", "diffuse_blue"))
@@ -164,7 +164,7 @@ def write_assets(folder):
     text = (folder / "letters.ply").read_text()
     (folder / "numbers.ply").write_text(text.replace("property uchar", "property int"))
     write_ply(folder / "returns.ply", ("red", "green", "blue"), end="\r")
-    write_ply(folder / "face_colours.ply", ("red", "green", "blue"), of="face")
+    write_ply(folder / "face_colors.ply", ("red", "green", "blue"), of="face")
     text = (
         (folder / "letters.ply")
         .read_text()
@@ -173,7 +173,7 @@ def write_assets(folder):
     )
     text = text.replace("property uchar b\n", "").replace(" 30 160 90", " 0.5 0.5")
     (folder / "picture.ply").write_text(text.replace("1.0\n", "1.0\ncomment TextureFile green.png\n", 1))
-    by_faces = (folder / "face_colours.ply").read_text().split("property uchar red")[0]
+    by_faces = (folder / "face_colors.ply").read_text().split("property uchar red")[0]
     by_faces = by_faces.replace("1.0\n", "1.0\ncomment TextureFile green.png\n", 1)
     by_faces += "property list uchar float texcoord\nend_header\n"
     by_faces += "".join(f"{x} {y} {z}\n" for x, y, z in VERTICES)
@@ -205,8 +205,8 @@ def write_assets(folder):
         "kd": RED_SRGB, "kd_scientific": RED_SRGB, "kd_single": (150, 150, 150), "own_name": RED_SRGB,
         "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "inside_out": RED_SRGB, "latin": RED_SRGB,
         "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
-        "colours": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "picture": green,
-        "face_colours": green, "picture_by_faces": green, "numbers": green,
+        "colors": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "picture": green,
+        "face_colors": green, "picture_by_faces": green, "numbers": green,
         "outline": RED_SRGB,
         "own": RED_SRGB, "own_binary": RED_SRGB,
     }  # fmt: skip
@@ -258,10 +258,10 @@ def rendered(render_command, tmp_path_factory):
 
 def test_each_object_comes_back_in_the_color_that_its_file_means(rendered):
     _, found, expected, _ = rendered
-    for key, colour in expected.items():
+    for key, color in expected.items():
         inside = found[key][:, 24:40, 24:40].reshape(-1, 4)
         assert (inside[:, 3] == 255).all(), f"{key} is not solid"
-        np.testing.assert_allclose(np.median(inside[:, :3], axis=0), colour, atol=4, err_msg=key)
+        np.testing.assert_allclose(np.median(inside[:, :3], axis=0), color, atol=4, err_msg=key)
         assert inside[:, :3].std(axis=0).max() < 8, f"{key} is speckled"
 
 
@@ -269,14 +269,14 @@ def test_each_part_of_an_object_is_seen_in_its_place_and_color(rendered):
     out, found, _, scenes = rendered
     table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
     rows = {row["id"]: row for row in table}
-    for key, (colours, size, doubled) in scenes.items():
+    for key, (colors, size, doubled) in scenes.items():
         assert rows[key]["size"] == pytest.approx(size, rel=1e-3), key
         assert rows[key]["doubled"] == pytest.approx(doubled), key
         seen = found[key][found[key][..., 3] == 255][:, :3].astype(int)
-        far = np.stack([np.abs(seen - colour).max(axis=1) for colour in colours])
+        far = np.stack([np.abs(seen - color).max(axis=1) for color in colors])
         assert (far.min(axis=0) < 60).mean() > 0.9, f"{key} has other colors"
         assert (found[key][..., 3] == 255).any(axis=(1, 2)).all(), f"{key} is not seen from all sides"
-        shares = np.bincount(far.argmin(axis=0), minlength=len(colours)) / len(seen)
+        shares = np.bincount(far.argmin(axis=0), minlength=len(colors)) / len(seen)
         assert shares.min() > 0.05, (key, shares)
 
 
@@ -321,7 +321,7 @@ def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
 LOAD = """
 import json, sys
 from pathlib import Path
-from data_tools.blender_import import AssetError, load_asset
+from data_tools.blender.load_asset import AssetError, load_asset
 for file, root, up in json.loads(sys.argv[1]):
     try:
         print("FOUND", json.dumps(load_asset(Path(file), "cube", Path(root), up)[0].tolist()))
@@ -436,7 +436,7 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
 COPY = """
 import sys
 from pathlib import Path
-from data_tools.blender_gltf import readable_gltf
+from data_tools.blender.gltf import readable_gltf
 path = Path(sys.argv[1])
 print("FOUND", readable_gltf(path, Path(sys.argv[2])).read_text())
 """

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_tools.blender_device import choose_device, cycles_device
+from data_tools.blender.device import choose_device, cycles_device
 
 
 class Preferences:

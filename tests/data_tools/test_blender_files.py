@@ -21,22 +21,22 @@ ORANGE, GREEN, RED, BLUE, WHITE = (200, 100, 50), (30, 160, 90), (255, 0, 0), (0
 
 
 def write_obj(
-    folder, name, mtl="newmtl m\nKd 1 1 1\n", uv="0.25 0.25", colour="", head=None, vertices=VERTICES
+    folder, name, mtl="newmtl m\nKd 1 1 1\n", uv="0.25 0.25", color="", head=None, vertices=VERTICES
 ):
     lines = [f"mtllib {name}.mtl" if head is None else head]
-    lines += [f"v {x} {y} {z} {colour}" for x, y, z in vertices]
+    lines += [f"v {x} {y} {z} {color}" for x, y, z in vertices]
     lines += [f"vt {uv}", "usemtl m", *(f"f {a + 1}/1 {b + 1}/1 {c + 1}/1" for a, b, c in TRIANGLES)]
     (folder / f"{name}.obj").write_text("\n".join(lines) + "\n")
     (folder / f"{name}.mtl").write_text(mtl)
 
 
-def write_ply(folder, name, vertices=VERTICES, triangles=TRIANGLES, colour=()):
+def write_ply(folder, name, vertices=VERTICES, triangles=TRIANGLES, color=()):
     """Write a binary PLY, big-endian."""
     lines = ["ply", "format binary_big_endian 1.0", f"element vertex {len(vertices)}"]
     lines += [f"property float {axis}" for axis in "xyz"]
-    lines += [f"property float {one}" for one in ("red", "green", "blue") if colour]
+    lines += [f"property float {one}" for one in ("red", "green", "blue") if color]
     lines += ["element face 12", "property list uchar int vertex_indices", "end_header"]
-    rows = [struct.pack(f">{3 + len(colour)}f", *vertex, *colour) for vertex in vertices]
+    rows = [struct.pack(f">{3 + len(color)}f", *vertex, *color) for vertex in vertices]
     faces = [struct.pack(">Biii", 3, *map(int, face)) for face in triangles]
     (folder / f"{name}.ply").write_bytes("\n".join(lines).encode() + b"\n" + b"".join(rows + faces))
 
@@ -126,8 +126,8 @@ def write_pictures(folder):
 
 def write_shapes(folder):
     """Write objects of other colors and shapes; returns id -> color."""
-    write_obj(folder, "bytes", colour="30 160 90", head="")
-    write_ply(folder, "bytes_ply", colour=GREEN)
+    write_obj(folder, "bytes", color="30 160 90", head="")
+    write_ply(folder, "bytes_ply", color=GREEN)
 
     def sheared(record):
         record["nodes"][0]["matrix"] = [
@@ -152,8 +152,8 @@ def write_shapes(folder):
     def one_sided(record, *_):
         record["materials"][0]["doubleSided"] = False
 
-    def colors_alone(record, colours):
-        record["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"] = colours
+    def colors_alone(record, colors):
+        record["meshes"][0]["primitives"][0]["attributes"]["COLOR_0"] = colors
         del record["meshes"][0]["primitives"][0]["material"]
 
     red = (VERTICES, TRIANGLES, (1, 0, 0), 1.0)
@@ -232,10 +232,10 @@ def rendered(render_command, render_python, root, tmp_path_factory):
     """Render all; returns id -> views, id -> row of the table, and what is expected."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "assets").mkdir()
-    colours = write_pictures(folder / "assets") | write_shapes(folder / "assets")
+    colors = write_pictures(folder / "assets") | write_shapes(folder / "assets")
     reasons = write_refused(folder / "assets")
     exported = write_exported(folder / "assets", render_python, root)
-    colours, reasons = colours | exported[0], reasons | exported[1]
+    colors, reasons = colors | exported[0], reasons | exported[1]
     mask = Image.new("L", (16, 16), 255)
     mask.paste(0, (8, 0, 16, 16))
     mask.save(folder / "assets" / "mask.jpg", quality=95)
@@ -256,16 +256,16 @@ def rendered(render_command, render_python, root, tmp_path_factory):
             sample = decode_sample(key, members)
             found[key] = np.stack([decode_image(key, view) for view in sample.views])
     table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
-    return found, {row["id"]: row for row in table}, colours, reasons
+    return found, {row["id"]: row for row in table}, colors, reasons
 
 
 def test_each_object_is_seen_in_the_color_that_its_file_means(rendered):
-    found, rows, colours, _ = rendered
-    for key, colour in colours.items():
+    found, rows, colors, _ = rendered
+    for key, color in colors.items():
         assert rows[key]["outcome"] == "kept", (key, rows[key]["reason"])
         solid = found[key][found[key][..., 3] == 255][:, :3]
-        np.testing.assert_allclose(np.median(solid, axis=0), colour, atol=4, err_msg=key)
-        assert np.abs(solid.astype(int) - colour).max(axis=1).mean() < 20, f"{key} has other colors"
+        np.testing.assert_allclose(np.median(solid, axis=0), color, atol=4, err_msg=key)
+        assert np.abs(solid.astype(int) - color).max(axis=1).mean() < 20, f"{key} has other colors"
 
 
 def test_what_cannot_be_shown_right_is_left_out_with_the_reason(rendered):

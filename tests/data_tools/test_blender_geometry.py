@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from data_tools.geometry import back_project
-from data_tools.repack import repack
-from data_tools.validate import validate
+from data_tools.quality.geometry import back_project
+from data_tools.quality.validate import validate
+from data_tools.shards.repack import repack
 from lrm_pl.data.geometry_views import decode_depth, decode_normals, depth_member, normal_member
 from lrm_pl.data.schema import SURFACE_MEMBER, decode_image, decode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, decode_surface
@@ -51,7 +51,7 @@ def sphere(rings=256, segments=512):
 def assets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("geometry")
     ball, faces = sphere()
-    # away from the origin and large: normalising must bring it back
+    # away from the origin and large: normalizing must bring it back
     write_gltf(folder / "ball.gltf", [(ball * 3 + (1, 2, 3), faces, (0.5, 0.5, 0.5), 1.0)])
     corners, faces = box((0, 0, 0), (1, 1, 1))
     cube = corners @ turned().T
@@ -63,7 +63,7 @@ def assets(tmp_path_factory):
     record = json.loads((folder / "mirrored.gltf").read_text())
     record["nodes"][0]["scale"] = [-1, 1, 1]
     (folder / "mirrored.gltf").write_text(json.dumps(record))
-    # as the cube, of glass with something inside; and in glass of no colour at all
+    # as the cube, of glass with something inside; and in glass of no color at all
     for name, alpha in (("glass", 0.3), ("clear", 0.0)):
         core, shell = (cube * 0.5, faces, (0.2, 0.2, 0.9), 1.0), (cube, faces, (0.9, 0.2, 0.2), alpha)
         write_gltf(folder / f"{name}.gltf", [core, shell])
@@ -97,7 +97,7 @@ def geometry(sample, view):
 
 
 def rays(sample, view):
-    """Return origin (3,) and directions (SIDE, SIDE, 3) of the pixels' centres; of length 1 along the camera's z."""
+    """Return origin (3,) and directions (SIDE, SIDE, 3) of the pixels' centers; of length 1 along the camera's z."""
     c2w, camera = sample.c2w[view].astype(np.float64), sample.fxfycxcy[view].astype(np.float64)
     y, x = (np.mgrid[:SIDE, :SIDE] + 0.5) / SIDE
     directions = np.stack(
@@ -164,7 +164,7 @@ def test_normals_are_those_of_the_world_and_face_the_camera(samples, key):
         for shift in itertools.product((-1, 0, 1), repeat=2):  # a pixel that shows two faces has their mean
             inner &= (np.roll(right, shift, (0, 1)) * right).sum(-1) > 0.9
         assert inner.sum() > 90
-        # the mean over a pixel of the ball, of 1.3 degrees and more, is not that of its centre
+        # the mean over a pixel of the ball, of 1.3 degrees and more, is not that of its center
         assert angle_deg(normals, right)[inner].max() < (2.5 if key == "ball" else 0.5)
 
 

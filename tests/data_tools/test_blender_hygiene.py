@@ -11,9 +11,9 @@ pytestmark = pytest.mark.blender
 #: Builds a scene, prepares it, and prints the box's half sides and the measures.
 SCRIPT = """
 import bpy, dataclasses, json, sys
-from data_tools.blender_import import prepare
+from data_tools.blender.load_asset import prepare
 
-def cube(name, at, half=1.0, parent=None, alpha=None, colour=(0.8, 0.8, 0.8, 1.0)):
+def cube(name, at, half=1.0, parent=None, alpha=None, color=(0.8, 0.8, 0.8, 1.0)):
     bpy.ops.mesh.primitive_cube_add(size=2 * half, location=at)
     thing = bpy.context.object
     thing.name, thing.parent = name, parent
@@ -22,7 +22,7 @@ def cube(name, at, half=1.0, parent=None, alpha=None, colour=(0.8, 0.8, 0.8, 1.0
         material.use_nodes = True
         shader = material.node_tree.nodes["Principled BSDF"]
         shader.inputs["Alpha"].default_value = alpha
-        shader.inputs["Base Color"].default_value = colour
+        shader.inputs["Base Color"].default_value = color
         thing.data.materials.append(material)
     return thing
 
@@ -65,7 +65,7 @@ bpy.ops.object.camera_add(location=(0, -80, 0))
     assert measures["thinness"] == pytest.approx(0.4)
     assert (measures["triangles"], measures["degenerate"]) == (24, 0.0)
     assert (measures["hidden"], measures["cameras"], measures["lights"]) == (4, 1, 1)
-    assert (measures["materials"], measures["coloured"], measures["animated"]) == (0, False, False)
+    assert (measures["materials"], measures["colored"], measures["animated"]) == (0, False, False)
 
 
 def test_an_animation_stands_at_its_first_frame(prepared):
@@ -81,7 +81,7 @@ bpy.context.scene.frame_set(20)
     assert measures["animated"] is True
 
 
-def test_materials_without_colour_and_triangles_without_area_are_marked(prepared):
+def test_materials_without_color_and_triangles_without_area_are_marked(prepared):
     _, measures = prepared("""
 cube("a", (0, 0, 0), alpha=1.0)
 cube("b", (3, 0, 0), alpha=1.0)
@@ -89,20 +89,20 @@ flat = bpy.data.meshes.new("flat")
 flat.from_pydata([(0, 0, 0), (1, 0, 0), (2, 0, 0), (0, 1, 0)], [], [(0, 1, 2), (0, 1, 3)])
 bpy.context.scene.collection.objects.link(bpy.data.objects.new("flat", flat))
 """)
-    assert (measures["materials"], measures["coloured"]) == (2, False)  # two materials, one colour
+    assert (measures["materials"], measures["colored"]) == (2, False)  # two materials, one color
     assert measures["degenerate"] == pytest.approx(1 / 26)
     _, measures = prepared("""
 cube("a", (0, 0, 0), alpha=1.0)
-cube("b", (3, 0, 0), alpha=1.0, colour=(0.8, 0.1, 0.1, 1.0))
+cube("b", (3, 0, 0), alpha=1.0, color=(0.8, 0.1, 0.1, 1.0))
 """)
-    assert measures["coloured"] is True
+    assert measures["colored"] is True
     _, measures = prepared("""
 tree = cube("a", (0, 0, 0), alpha=1.0).data.materials[0].node_tree
 shader = next(node for node in tree.nodes if node.type == "BSDF_PRINCIPLED")
 shader.inputs["Emission Strength"].default_value = 1.0
 tree.links.new(tree.nodes.new("ShaderNodeVertexColor").outputs["Color"], shader.inputs["Emission Color"])
 """)
-    assert measures["coloured"] is True, "what it shines in is a color too"
+    assert measures["colored"] is True, "what it shines in is a color too"
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute"])
@@ -116,7 +116,7 @@ def test_a_mesh_shows_no_picture_from_outside_its_folder(render_python, root, tm
         "mtllib chair.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\nusemtl m\nf 1/1 2/2 3/3\n"
     )
     code = (
-        "import sys; from pathlib import Path; from data_tools.blender_import import load_asset\n"
+        "import sys; from pathlib import Path; from data_tools.blender.load_asset import load_asset\n"
         f"load_asset(Path({str(inside / 'chair.obj')!r}), 'cube', Path({str(tmp_path / 'assets')!r}))"
     )
 
@@ -142,7 +142,7 @@ def test_a_gltf_reads_no_buffer_from_outside_its_folder(render_python, root, tmp
         )
     )
     code = (
-        "from pathlib import Path; from data_tools.blender_import import load_asset\n"
+        "from pathlib import Path; from data_tools.blender.load_asset import load_asset\n"
         f"load_asset(Path({str(gltf)!r}), 'cube')"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Real renders of known meshes, read back from their shards: cameras, colours, bad assets."""
+"""Real renders of known meshes, read back from their shards: cameras, colors, bad assets."""
 
 import itertools
 import json
@@ -16,19 +16,19 @@ pytestmark = pytest.mark.blender
 RESOLUTION = 256
 PLANE_SRGB = (200, 100, 50)
 
-#: The cube's corners lie at +-CORNER, each marked by a small box of half side MARK in a colour of its own.
+#: The cube's corners lie at +-CORNER, each marked by a small box of half side MARK in a color of its own.
 CORNER, MARK = 1.0, 0.04
 SIGNS = np.array(list(itertools.product((-1, 1), repeat=3)))
 COLOURS = np.where(SIGNS > 0, 0.9, 0.1)
 
 
-def write_ply(path, vertices, faces, colour):
-    """Write a PLY whose vertices all have one 8-bit colour, as scans have."""
+def write_ply(path, vertices, faces, color):
+    """Write a PLY whose vertices all have one 8-bit color, as scans have."""
     lines = ["ply", "format ascii 1.0", f"element vertex {len(vertices)}"]
     lines += [f"property float {name}" for name in "xyz"]
     lines += [f"property uchar {name}" for name in ("red", "green", "blue")]
     lines += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
-    lines += [" ".join(map(str, [*vertex, *colour])) for vertex in vertices]
+    lines += [" ".join(map(str, [*vertex, *color])) for vertex in vertices]
     lines += [" ".join(map(str, [len(face), *face])) for face in faces]
     path.write_text("\n".join(lines) + "\n")
 
@@ -51,13 +51,13 @@ def rendered(render_command, tmp_path_factory):
     assets = folder / "assets"
     assets.mkdir()
     plane, _ = box((0, 0, 0), (1, 1, 0))
-    colour = np.array(PLANE_SRGB) / 255
-    write_gltf(assets / "plane.gltf", [(plane[[0, 2, 6, 4]], [(0, 1, 2), (0, 2, 3)], colour, 1.0)])
+    color = np.array(PLANE_SRGB) / 255
+    write_gltf(assets / "plane.gltf", [(plane[[0, 2, 6, 4]], [(0, 1, 2), (0, 2, 3)], color, 1.0)])
     write_ply(assets / "scan.ply", plane[[0, 2, 6, 4]], [(0, 1, 2, 3)], PLANE_SRGB)
     marks = [
-        (*box(CORNER * sign, [MARK] * 3), colour, 1.0) for sign, colour in zip(SIGNS, COLOURS, strict=True)
+        (*box(CORNER * sign, [MARK] * 3), color, 1.0) for sign, color in zip(SIGNS, COLOURS, strict=True)
     ]
-    # away from the origin and large: normalising must bring it back
+    # away from the origin and large: normalizing must bring it back
     write_gltf(assets / "corners.gltf", [(5 * v + (7, -3, 2), t, c, a) for v, t, c, a in marks])
     write_bad_assets(assets)
     options = ["--views", "6", "--res", RESOLUTION, "--samples", "16", "--held-out", "0", "--jobs", "1"]
@@ -84,14 +84,14 @@ def read(rendered):
 
 
 def project(points, c2w, fxfycxcy):
-    """Project (n, 3) world points to (n, 2) pixels (x, y); pixel (row i, column j) has its centre at +0.5."""
+    """Project (n, 3) world points to (n, 2) pixels (x, y); pixel (row i, column j) has its center at +0.5."""
     camera = (points - c2w[:3, 3]) @ c2w[:3, :3]
     assert (camera[:, 2] > 0).all()
     return (camera[:, :2] / camera[:, 2:] * fxfycxcy[:2] + fxfycxcy[2:]) * RESOLUTION
 
 
 def find_marks(rgba):
-    """Find the coloured marks: sign index -> (x, y) of its centre of mass."""
+    """Find the colored marks: sign index -> (x, y) of its center of mass."""
     rows, columns = np.mgrid[:RESOLUTION, :RESOLUTION] + 0.5
     nearest = np.abs(rgba[..., None, :3] - COLOURS).max(-1).argmin(-1)
     found = {}
@@ -121,7 +121,7 @@ def test_projected_corners_of_a_cube_fall_where_blender_put_them(read):
 
 
 @pytest.mark.parametrize("key", ["plane", "scan"])
-def test_a_matt_plane_comes_back_in_its_own_colour(read, key):
+def test_a_matt_plane_comes_back_in_its_own_color(read, key):
     sample, views = read(key)
     seen = 0
     for c2w, rgba in zip(sample.c2w, views, strict=True):

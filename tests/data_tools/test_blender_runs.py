@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from data_tools.assets import hash_file
-from data_tools.filter_table import shard_infos
+from data_tools.assets.asset_list import hash_file
+from data_tools.quality.filter_table import shard_infos
 from lrm_pl.data.manifest import read_index, read_manifest
 
 pytestmark = pytest.mark.blender
@@ -56,7 +56,7 @@ def test_the_hash_of_each_mesh_is_taken_when_it_is_rendered(reference):
 def test_a_mesh_of_another_hash_than_the_listed_one_is_left_out_with_both(render_command, tmp_path):
     assets = copy_assets(tmp_path / "assets", ("box", "bread"))
     row = f"box,Box,Ann,library,CC0-1.0,{'0' * 64}\n"
-    (assets / "assets.csv").write_text("id,name,creator,source,licence,sha256\n" + row)
+    (assets / "assets.csv").write_text("id,name,creator,source,license,sha256\n" + row)
     done = render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0")
     assert "objects        1 (1 train, 0 held out)" in done.stdout
     found = hash_file(assets / "box.glb")
@@ -80,7 +80,7 @@ def test_a_linked_mesh_has_its_materials_where_they_lie(render_command, tmp_path
         (assets / "b" / name).symlink_to(blob)
     render_command(assets, tmp_path / "out", *OPTIONS, "--held-out", "0")
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "filter.parquet").to_pylist()
-    assert {(row["id"], row["coloured"], row["missing_textures"]) for row in rows} == {
+    assert {(row["id"], row["colored"], row["missing_textures"]) for row in rows} == {
         ("one", True, 0),
         ("b_a", True, 0),
     }
@@ -119,10 +119,10 @@ def test_a_second_run_renders_nothing(reference, render_command):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_one_more_mesh_and_another_licence_render_one_object(reference, render_command, tmp_path):
+def test_one_more_mesh_and_another_license_render_one_object(reference, render_command, tmp_path):
     assets, out = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in reference)
     shutil.copy(REPOSITORY / "data_tools" / "demo_assets" / "chair.glb", assets)
-    header = "id,name,creator,source,licence,sha256\n"
+    header = "id,name,creator,source,license,sha256\n"
     (assets / "assets.csv").write_text(f"{header}box,Box,Ann,library,CC-BY-4.0,\n")
 
     def pictures(folder):

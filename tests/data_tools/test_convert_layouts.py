@@ -13,11 +13,11 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from data_tools.__main__ import main
-from data_tools.convert import convert
 from data_tools.layouts.choice import make_layout
 from data_tools.layouts.files import LayoutError, parse_npy, read_npz, rgba_view
 from data_tools.layouts.instantmesh import opencv_poses
-from data_tools.validate import validate
+from data_tools.quality.validate import validate
+from data_tools.shards.convert import convert
 from lrm_pl.data.manifest import read_manifest, read_samples
 from lrm_pl.data.schema import decode_image, decode_sample
 from lrm_pl.data.synthetic import synthetic_sample
@@ -107,10 +107,10 @@ def test_cameras_and_pictures_come_out_as_they_went_in(layout, tmp_path):
         np.testing.assert_allclose(found.c2w, sample.c2w, atol=2e-6)
         np.testing.assert_allclose(found.fxfycxcy, sample.fxfycxcy, atol=1e-6)
         assert found.views == sample.views, "to the byte"
-        assert (found.info.name, found.info.licence, found.info.source) == (key, "unknown", f"000-023/{key}")
+        assert (found.info.name, found.info.license, found.info.source) == (key, "unknown", f"000-023/{key}")
         assert found.info.renderer == f"converted from {layout}"
     manifest = read_manifest(tmp_path / "out")
-    assert (manifest.views, manifest.failures, manifest.render["normalise"]) == (VIEWS, 0, "cube")
+    assert (manifest.views, manifest.failures, manifest.render["normalize"]) == (VIEWS, 0, "cube")
     assert [shard.split for shard in manifest.shards] == ["train", "train", "val"]
     assert validate(tmp_path / "out") == 0
     assert (tmp_path / "out" / "contact_sheet.png").is_file()

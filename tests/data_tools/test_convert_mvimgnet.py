@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from data_tools.__main__ import main
-from data_tools.convert import convert
 from data_tools.layouts.choice import make_layout
 from data_tools.layouts.colmap import Camera, read_model
 from data_tools.layouts.files import LayoutError
 from data_tools.layouts.object_frame import Sighting, into_object_frame
-from data_tools.validate import validate
+from data_tools.quality.validate import validate
+from data_tools.shards.convert import convert
 from lrm_pl.conventions import rigid_error
 from lrm_pl.data.manifest import read_manifest, read_samples
 from lrm_pl.data.schema import decode_image, decode_sample
@@ -145,7 +145,7 @@ def test_cameras_come_out_up_to_a_similarity_and_points_fall_where_they_fell(vid
         assert np.abs(again - expected).max() < 1
     assert validate(tmp_path / "out") == 0
     manifest = read_manifest(tmp_path / "out")
-    assert (manifest.views, manifest.render["normalise"], manifest.render["resolution"]) == (
+    assert (manifest.views, manifest.render["normalize"], manifest.render["resolution"]) == (
         FRAMES,
         "sphere",
         64,
@@ -183,11 +183,11 @@ def test_a_hand_that_is_not_steady_still_gives_rigid_cameras_and_up_within_its_o
         roll = np.radians(rng.normal(0, 3))
         c2w[:3, :2] = c2w[:3, :2] @ [[np.cos(roll), -np.sin(roll)], [np.sin(roll), np.cos(roll)]]
         c2w[:3, 3] = 10 * c2w[:3, 3] + middle  # a sphere of radius 4, a long way off
-        towards = middle - c2w[:3, 3]
-        distance = np.linalg.norm(towards)
-        rays = towards + np.stack([c2w[:3, 0], -c2w[:3, 1]]) * distance * np.tan(np.arcsin(4 / distance))
+        toward = middle - c2w[:3, 3]
+        distance = np.linalg.norm(toward)
+        rays = toward + np.stack([c2w[:3, 0], -c2w[:3, 1]]) * distance * np.tan(np.arcsin(4 / distance))
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-        sightings.append(Sighting(c2w, rays, towards / distance))
+        sightings.append(Sighting(c2w, rays, toward / distance))
         before.append(c2w)
     framed = into_object_frame(sightings, "here")
     assert rigid_error(framed) < 1e-6

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from data_tools.criteria import (
+from data_tools.quality.measures import (
     DEFAULT_RULES,
     WHOLE_RULE,
     MeshMeasures,
@@ -26,7 +26,7 @@ MESH = MeshMeasures(
     size=2.0,
     thinness=0.5,
     materials=1,
-    coloured=True,
+    colored=True,
     textures=1,
     missing_textures=0,
     animated=False,
@@ -36,10 +36,10 @@ MESH = MeshMeasures(
 )
 
 
-def picture(box, colour, side=10):
+def picture(box, color, side=10):
     top, left, bottom, right = box
     rgba = np.zeros((side, side, 4), dtype=np.uint8)
-    rgba[top:bottom, left:right] = (*colour, 255)
+    rgba[top:bottom, left:right] = (*color, 255)
     return rgba
 
 
@@ -60,12 +60,12 @@ def test_rules_say_what_an_object_breaks():
     white = measure_views(MESH, [picture((0, 0, 10, 10), (255, 255, 255))])
     said = objections(white, [parse_rule(rule) for rule in (*DEFAULT_RULES, WHOLE_RULE)])
     assert said == "white 1, expected <= 0.95; cropped 1, expected <= 0.5"
-    assert objections(white, [parse_rule("white == 1"), parse_rule("coloured>0")]) == ""
+    assert objections(white, [parse_rule("white == 1"), parse_rule("colored>0")]) == ""
     assert objections(white, [parse_rule("triangles > 12")]) == "triangles 12, expected > 12"
 
 
 @pytest.mark.parametrize(
-    "text", ["colour > 1", "white", "white > x", "white > 1.2.3", "__class__ == 1", "white =< 1"]
+    "text", ["color > 1", "white", "white > x", "white > 1.2.3", "__class__ == 1", "white =< 1"]
 )
 def test_a_rule_that_is_none_is_refused_with_an_example(text):
     with pytest.raises(RuleError, match=r"expected a rule such as 'coverage >= 0\.01', one of triangles, "):

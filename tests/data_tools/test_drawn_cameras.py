@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import _parser, _settings
-from data_tools.criteria import WHOLE_RULE
-from data_tools.views import (
+from data_tools.quality.measures import WHOLE_RULE
+from data_tools.rendering.cameras import (
     PRESETS,
     derive_seed,
     draw_cameras,
@@ -119,7 +119,7 @@ def test_an_orbit_has_its_24_views_the_front_first_and_is_the_same_for_every_obj
 
 def test_presets_that_crop_objects_do_not_reject_what_they_crop():
     # The unit sphere 2.4 away is 24.6 degrees wide to each side, of 25; the cube's corners are sqrt(3) away.
-    whole = {name for name, preset in PRESETS.items() if preset.shows_whole(preset.normalise)}
+    whole = {name for name, preset in PRESETS.items() if preset.shows_whole(preset.normalize)}
     assert whole == {"frame", "gso-orbit"}
     assert not PRESETS["frame"].shows_whole("cube")
     for name in PRESETS:

@@ -10,10 +10,10 @@ import threading
 
 import pytest
 
-from data_tools import download as module
-from data_tools.download import Download, download, download_all
+from data_tools.assets import download as module
+from data_tools.assets.download import Download, download, download_all
 from lrm_pl.errors import InputError
-from lrm_pl.stores import MissingError
+from lrm_pl.storage import MissingError
 
 pytest_plugins = ["tests.web_server"]
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Wait for hundredths of a second where a user would wait for seconds, and ask for kilobytes."""
-    monkeypatch.setattr("lrm_pl.stores._LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("lrm_pl.storage._LONGEST_WAIT_S", 0.02)
     monkeypatch.setattr(module, "CHUNK", 1000)
 
 

@@ -12,12 +12,12 @@ import zipfile
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.archives import ArchiveError, extract
-from data_tools.assets import KEY_PATTERN, find_assets
-from data_tools.sources import gso
-from data_tools.sources.gso import fetch_gso
-from data_tools.sources.outcome import safe_id
-from data_tools.wavefront import read_surface
+from data_tools.assets import gso
+from data_tools.assets.archives import ArchiveError, extract
+from data_tools.assets.asset_list import KEY_PATTERN, find_assets
+from data_tools.assets.gso import fetch_gso
+from data_tools.assets.obj_materials import read_surface
+from data_tools.assets.outcome import safe_id
 from lrm_pl.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "default::DeprecationWarning")
@@ -55,7 +55,7 @@ def models(*names):
 @pytest.fixture
 def fuel(monkeypatch):
     """A server whose ``pages`` are path and query -> answer; what is not there is a 404, as behind Fuel's last page."""
-    monkeypatch.setattr("lrm_pl.stores._LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("lrm_pl.storage._LONGEST_WAIT_S", 0.02)
     monkeypatch.setattr(gso, "PAGE", 2)
     pages, asked = {}, []
 
@@ -105,7 +105,7 @@ def test_models_of_all_pages_are_unpacked_so_that_the_mesh_finds_its_texture(fue
     found = fetch(fuel, tmp_path)
     assert set(found) == {TEA, "Shoe", safe_id(LONG)}
     tea = found[TEA]
-    assert (tea.name, tea.licence, tea.split) == ("Threshold Teapot", "CC-BY-4.0", "val")
+    assert (tea.name, tea.license, tea.split) == ("Threshold Teapot", "CC-BY-4.0", "val")
     assert tea.tags == ("Bottles and Cans and Cups", "ceramic")
     assert tea.file == f"{TEA}/model.obj"
     files = {path.name: path.read_bytes() for path in (tmp_path / TEA).iterdir()}
@@ -197,7 +197,7 @@ def test_a_zip_writes_nothing_outside_its_folder_and_nothing_too_large(tmp_path,
         for path in ("../evil.obj", "/evil.obj", "a/../../evil.obj", "C:\\evil.obj"):
             with pytest.raises(ArchiveError, match="expected paths inside the model's folder"):
                 extract(archive, {path: "../evil.obj"}, tmp_path)
-        monkeypatch.setattr("data_tools.archives.MAX_MODEL_BYTES", 9000)
+        monkeypatch.setattr("data_tools.assets.archives.MAX_MODEL_BYTES", 9000)
         with pytest.raises(ArchiveError, match="expected big to be of at most 4000 bytes, found 5000"):
             extract(archive, {"a": "big", "b": "big"}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -9,8 +9,8 @@ import struct
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.assets import find_assets
-from data_tools.sources.objaverse import LICENCES, describe, fetch_objaverse
+from data_tools.assets.asset_list import find_assets
+from data_tools.assets.objaverse import LICENSES, describe, fetch_objaverse
 from lrm_pl.errors import InputError
 
 pytest_plugins = ["tests.web_server"]
@@ -48,7 +48,7 @@ def record(uid, **changes):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Wait for hundredths of a second where a user would wait for seconds."""
-    monkeypatch.setattr("lrm_pl.stores._LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("lrm_pl.storage._LONGEST_WAIT_S", 0.02)
 
 
 @pytest.fixture
@@ -85,10 +85,10 @@ def left_out(out):
     return {entry["id"]: entry["reason"] for entry in map(json.loads, lines)}
 
 
-def test_objects_of_categories_come_with_names_licences_tags_and_hashes(objaverse, tmp_path, capsys):
+def test_objects_of_categories_come_with_names_licenses_tags_and_hashes(objaverse, tmp_path, capsys):
     found = fetch(objaverse, tmp_path, categories=["chair", "table"])
     assert [asset.id for asset in found] == [CHAIR, CHAIR_2, TABLE]
-    assert [asset.licence for asset in found] == ["CC-BY-4.0", "CC-BY-4.0", "CC-BY-NC-SA-4.0"]
+    assert [asset.license for asset in found] == ["CC-BY-4.0", "CC-BY-4.0", "CC-BY-NC-SA-4.0"]
     chair = found[0]
     assert (chair.name, chair.creator, chair.split) == ("Name of 0a", "Ann", "")
     assert chair.source == f"https://sketchfab.com/3d-models/{CHAIR}"
@@ -203,13 +203,13 @@ def test_a_table_that_is_no_table_is_refused(objaverse, tmp_path):
             fetch(objaverse, tmp_path, uids=[FISH])
 
 
-def test_licences_are_named_as_spdx_does_and_strange_records_cost_only_what_they_lack():
-    assert LICENCES["by-nc-nd"] == "CC-BY-NC-ND-4.0"
+def test_licenses_are_named_as_spdx_does_and_strange_records_cost_only_what_they_lack():
+    assert LICENSES["by-nc-nd"] == "CC-BY-NC-ND-4.0"
     for strange in (
         None,
         [],
         {"user": 3, "tags": {"name": "x"}, "license": ["by"], "name": "  ", "categories": [4]},
     ):
         asset = describe("u", "u.glb", strange)
-        assert (asset.name, asset.creator, asset.licence, asset.tags) == ("u", "unknown", "unknown", ())
-    assert describe("u", "u.glb", {"license": "editorial"}).licence == "editorial"
+        assert (asset.name, asset.creator, asset.license, asset.tags) == ("u", "unknown", "unknown", ())
+    assert describe("u", "u.glb", {"license": "editorial"}).license == "editorial"

@@ -17,13 +17,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_tools import sweethome3d
-from data_tools.assets import find_assets
-from data_tools.blender_pool import Task, convert_all
-from data_tools.sources.folder import fetch_folder
-from data_tools.sources.sweethome3d import examine, fetch_sweethome3d
-from data_tools.sweethome3d import LIBRARIES, PackageError, opened_package, read_catalogue, read_licence
-from data_tools.wavefront import read_surface
+from data_tools.assets import furniture_package
+from data_tools.assets.asset_list import find_assets
+from data_tools.assets.folder import fetch_folder
+from data_tools.assets.furniture_package import (
+    LIBRARIES,
+    PackageError,
+    opened_package,
+    read_catalogue,
+    read_license,
+)
+from data_tools.assets.obj_materials import read_surface
+from data_tools.assets.sweethome3d import examine, fetch_sweethome3d
+from data_tools.blender.pool import Task, convert_all
 from lrm_pl.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,7 +57,7 @@ def picture():
 
 
 def library(prefix, models):
-    """Return a library's zip; models: key -> changes of its catalogue entry, "files" among them."""
+    """Return a library's zip; models: key -> changes of its catalog entry, "files" among them."""
     lines, files = ["id=SweetHome3D#X", "name=X"], {"LICENSE.TXT": b"LICENSE \r\n\r\nUse it.  \r\n"}
     for number, (key, changes) in enumerate(models.items(), 1):
         entry = {"id": f"{prefix}#{key}", "name": key.title(), "tags": "Seat, Old", "category": "Kitchen"}
@@ -111,20 +117,20 @@ def package(tmp_path, monkeypatch):
     libraries = {name: library(name, {"cup": {}}) for name in LIBRARIES} | {
         "Scopia": library("Scopia", scopia)
     }
-    licence = b"Thank you for downloading this\nDownloaded from http://www.blendswap.com/blends/view/7\r\n"
-    cup = {"cup": {"files": {"BLENDSWAP_LICENSE.txt": licence}, "creator": "Nmn9"}}
+    license = b"Thank you for downloading this\nDownloaded from http://www.blendswap.com/blends/view/7\r\n"
+    cup = {"cup": {"files": {"BLENDSWAP_LICENSE.txt": license}, "creator": "Nmn9"}}
     libraries["BlendSwap-CC-BY"] = library("Blend Swap CC-BY", cup)
     path = tmp_path / "furniture.deb"
-    monkeypatch.setattr(sweethome3d, "PACKAGE_SHA256", write_package(path, libraries))
+    monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", write_package(path, libraries))
     return path
 
 
 def test_a_library_is_read_with_names_as_they_are_written(package):
     with opened_package(package) as folder:
-        catalogue = read_catalogue(folder / "Scopia.sh3f")
-        assert read_licence(folder / "Scopia.sh3f") == "LICENSE\n\nUse it."
+        catalog = read_catalogue(folder / "Scopia.sh3f")
+        assert read_license(folder / "Scopia.sh3f") == "LICENSE\n\nUse it."
     assert not folder.exists()
-    chair = catalogue["chair"]
+    chair = catalog["chair"]
     assert (chair.name, chair.creator) == ("Chaise d'été 10€", "Ann")
     assert (chair.obj, chair.category, chair.tags) == ("lib/chair/chair.obj", "Kitchen", ("Seat", "Old"))
     assert chair.size == (50, 40.5, 90)
@@ -143,7 +149,7 @@ def test_what_is_no_object_to_learn_from_is_left_out_with_its_reason(package, tm
         "steps": "staircase",
         "ladder": "staircase",
         "rug": "thin: 0.9 cm, its longest side 50 cm",
-        "plain": "one colour without a texture",
+        "plain": "one color without a texture",
         "bare": "missing file: wood.png",
         "dull": "missing file: dull.mtl",
         "gone": "missing file: lib/gone/gone.obj",
@@ -158,10 +164,10 @@ def test_what_is_no_object_to_learn_from_is_left_out_with_its_reason(package, tm
     assert all(task.glb.parent == tmp_path / "Scopia" for task in tasks.values())
 
 
-def test_every_model_has_its_librarys_licence_and_one_author_is_held_out(package, tmp_path):
+def test_every_model_has_its_librarys_license_and_one_author_is_held_out(package, tmp_path):
     with opened_package(package) as folder:
         cups = [examine(folder / f"{name}.sh3f", tmp_path)[0][0] for name in LIBRARIES if name != "Scopia"]
-    assert [(cup.id, cup.licence, cup.split) for cup in cups] == [
+    assert [(cup.id, cup.license, cup.split) for cup in cups] == [
         ("BlendSwap-CC-0-cup", "CC0-1.0", ""),
         ("BlendSwap-CC-BY-cup", "CC-BY-3.0", ""),
         ("Reallusion-cup", "CC-BY-3.0-US", ""),
@@ -179,13 +185,13 @@ def test_another_package_is_refused_with_what_to_do(package, tmp_path, monkeypat
         PackageError, match="found no file; get it with `apt-get download sweethome3d-furniture`"
     ):
         opened_package(tmp_path / "absent.deb").__enter__()
-    monkeypatch.setattr(sweethome3d, "PACKAGE_SHA256", write_package(package, {"Scopia": b""}))
+    monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", write_package(package, {"Scopia": b""}))
     with pytest.raises(PackageError, match=r"expected the library BlendSwap-CC-0\.sh3f, found none"):
         opened_package(package).__enter__()
     package.write_bytes(b"!<arch>\n")
     with pytest.raises(PackageError, match=r"expected sha256 .* \(sweethome3d-furniture 1\.8-1\), found"):
         opened_package(package).__enter__()
-    monkeypatch.setattr(sweethome3d, "PACKAGE_SHA256", hashlib.sha256(b"!<arch>\n").hexdigest())
+    monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", hashlib.sha256(b"!<arch>\n").hexdigest())
     with pytest.raises(PackageError, match=r"expected a member data\.tar\.xz, found none"):
         opened_package(package).__enter__()
 
@@ -195,7 +201,7 @@ def test_another_package_is_refused_with_what_to_do(package, tmp_path, monkeypat
     [
         (None, "expected `apt-get download sweethome3d-furniture=1.8-1` to run, found: .*apt-get"),
         ("echo 'E: Version 1.8-1 was not found' >&2; exit 100", "it said: E: Version 1.8-1 was not found"),
-        ("touch sweethome3d.deb", "expected sha256"),
+        ("touch furniture_package.deb", "expected sha256"),
     ],
 )
 def test_a_machine_whose_apt_cannot_bring_the_package_is_told_the_remedy(
@@ -225,7 +231,7 @@ def test_a_surface_is_what_faces_show():
     files["my wood.jpg"] = b""
     surface = read_surface(b"mtllib ./a.mtl\r\nusemtl a\nf 1\nusemtl b\nf 2\nusemtl b\n", files.get)
     assert (surface.libraries, surface.textures, surface.missing) == (("a.mtl",), ("my wood.jpg",), ())
-    assert surface.colours == {"0 0 1"}
+    assert surface.colors == {"0 0 1"}
     unused = read_surface(b"mtllib a.mtl\nusemtl b\n", {"a.mtl": files["a.mtl"]}.get)
     assert (unused.textures, unused.missing) == ((), ())
     for name in ("../x.jpg", "/etc/x.jpg", "C:/x.jpg", "a\\x.jpg"):
@@ -236,7 +242,7 @@ def test_a_surface_is_what_faces_show():
 
 def test_a_process_that_dies_or_hangs_costs_only_the_model_that_it_was_at(package, tmp_path, monkeypatch):
     """In this environment, which has no Blender, the others are not converted either, and say so themselves."""
-    monkeypatch.setattr("data_tools.blender_pool.TIME_LIMIT_S", 2.0)
+    monkeypatch.setattr("data_tools.blender.pool.TIME_LIMIT_S", 2.0)
     with opened_package(package) as folder:
         archive = folder / "Scopia.sh3f"
         tasks = [task for _, task, reason in examine(archive, tmp_path) if not reason]
@@ -266,9 +272,9 @@ def test_blender_makes_glb_files_and_a_second_run_makes_none(package, render_pyt
     out = tmp_path / "out"
     program = (
         "import sys\nfrom pathlib import Path\nfrom data_tools import sweethome3d\n"
-        "from data_tools.sources.sweethome3d import fetch_sweethome3d\n"
+        "from data_tools.assets.sweethome3d import fetch_sweethome3d\n"
         "if __name__ == '__main__':\n"
-        "    sweethome3d.PACKAGE_SHA256 = sys.argv[3]\n"
+        "    furniture_package.PACKAGE_SHA256 = sys.argv[3]\n"
         "    fetch_sweethome3d(Path(sys.argv[1]), Path(sys.argv[2]))\n"
     )
     script = tmp_path / "fetch.py"
@@ -304,7 +310,7 @@ def test_blender_makes_glb_files_and_a_second_run_makes_none(package, render_pyt
     assert "Scopia-chair | Chaise d'été 10€ | Ann | CC-BY-3.0 | chair in Scopia of the Debian" in "\n".join(
         lines
     )
-    assert (out / "Scopia" / "LICENCE.txt").read_text() == "LICENSE\n\nUse it.\n"
+    assert (out / "Scopia" / "LICENSE.txt").read_text() == "LICENSE\n\nUse it.\n"
 
     made = {path: path.stat().st_mtime_ns for path in out.rglob("*.glb")}
     cut = out / "Reallusion" / "cup.glb"
@@ -322,7 +328,7 @@ def test_a_folder_is_listed_in_place_or_as_a_copy_with_what_its_table_says(tmp_p
     (mine / "chairs" / "red.mtl").write_text("newmtl a\n")
     with open(mine / "assets.csv", "w", newline="") as file:
         csv.writer(file).writerows([
-            ("id", "name", "creator", "source", "licence", "sha256"),
+            ("id", "name", "creator", "source", "license", "sha256"),
             ("chairs_red", "Red chair", "Bo", "me", "CC0-1.0", ""),
         ])  # fmt: skip
     copy = tmp_path / "copy"
@@ -332,7 +338,7 @@ def test_a_folder_is_listed_in_place_or_as_a_copy_with_what_its_table_says(tmp_p
     fetch_folder(mine, None)
     assert find_assets(mine) == find_assets(copy)
     (asset,) = find_assets(mine)
-    assert (asset.file, asset.name, asset.licence, asset.split) == (
+    assert (asset.file, asset.name, asset.license, asset.split) == (
         "chairs/red.obj",
         "Red chair",
         "CC0-1.0",

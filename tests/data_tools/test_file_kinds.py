@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from data_tools.file_kinds import KindError, check_readable
+from data_tools.assets.file_types import KindError, check_readable
 
 OBJ = "# by hand\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvn 0 0 nan\no info\nf 1 2 3\n"
 PLY = (

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.geometry import back_project, check_geometry, smaller_geometry
-from data_tools.repack import repack, resized
-from data_tools.validate import validate
+from data_tools.quality.geometry import back_project, check_geometry, smaller_geometry
+from data_tools.quality.validate import validate
+from data_tools.shards.repack import repack, resized
 from lrm_pl.data.geometry_views import (
     decode_depth,
     depth_member,
@@ -21,13 +21,13 @@ from lrm_pl.data.geometry_views import (
 )
 from lrm_pl.data.manifest import Manifest, read_manifest, write_manifest, write_shard
 from lrm_pl.data.mixture import Entry
+from lrm_pl.data.order import SampleLocation, ShardReader
 from lrm_pl.data.schema import SampleError, decode_image, encode_array, encode_image, encode_sample
-from lrm_pl.data.shards import Place, ShardReader
 from lrm_pl.data.source import ShardSource
 from lrm_pl.data.surface import SURFACE_POINTS, decode_surface, encode_surface
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.errors import InputError
-from lrm_pl.meshes.triangles import draw_points
+from lrm_pl.meshing.triangles import draw_points
 from tests.data_tools.test_repack import members
 
 VIEWS, SIDE = 4, 32
@@ -67,13 +67,13 @@ def folder(tmp_path, sample):
     path.mkdir()
     content = [(s.info.id, encode_sample(s)) for s in (sample, *others)]
     shard = write_shard(path, "train-000000.tar", "train", content)
-    write_manifest(path, Manifest((shard,), VIEWS, 0, {"normalise": "sphere"}))
+    write_manifest(path, Manifest((shard,), VIEWS, 0, {"normalize": "sphere"}))
     return path
 
 
 def test_depth_leads_back_to_the_points_that_were_seen_by_hand():
     depth = np.zeros((2, 4), np.float32)
-    depth[1, 2] = 2.0  # the pixel's centre is at (2.5 / 4, 1.5 / 2)
+    depth[1, 2] = 2.0  # the pixel's center is at (2.5 / 4, 1.5 / 2)
     c2w = np.eye(4, dtype=np.float32)
     c2w[:3, :3] = [(0, 0, 1), (1, 0, 0), (0, 1, 0)]  # z of the camera is x of the world
     c2w[:3, 3] = (10, 20, 30)
@@ -194,7 +194,7 @@ def test_training_reads_the_bytes_of_the_views_that_it_uses_and_of_cameras_alone
 
     read = []
     (shard,) = read_manifest(folder).shards
-    sample = ShardReader([Entry(Counting(str(folder)), shard, 0)]).read(Place(0, 0, 2), [1])
+    sample = ShardReader([Entry(Counting(str(folder)), shard, 0)]).read(SampleLocation(0, 0, 2), [1])
     content = members(folder)["c"][1]
     needed = ("json", "c2w.npy", "fxfycxcy.npy", "view_001.webp")
     assert read == [len(content[name]) for name in needed]

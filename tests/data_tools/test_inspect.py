@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.inspect_shards import histogram, inspect, measure, positions
+from data_tools.quality.report import histogram, inspect, measure, positions
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
 from tests.damage import spoil_first_poses
@@ -18,7 +18,7 @@ from tests.damage import spoil_first_poses
 
 @pytest.fixture
 def folder(tmp_path):
-    """One object of two views whose numbers are known; its name and licence want to be markup."""
+    """One object of two views whose numbers are known; its name and license want to be markup."""
     rgba = np.zeros((2, 20, 20, 4), dtype=np.uint8)
     rgba[0, :5] = 255  # a quarter
     rgba[1] = 255

@@ -11,16 +11,18 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from data_tools import blender_process, cluster, render
-from data_tools.assets import find_assets
-from data_tools.blender_process import BlenderError
+from data_tools.assets.asset_list import find_assets
+from data_tools.blender import process
+from data_tools.blender.process import BlenderError
+from data_tools.rendering import driver as render
+from data_tools.rendering import ray_pool
 from lrm_pl.data.manifest import read_manifest
 from tests.data_tools.test_render_driver import SETTINGS, STAND_IN, tars
 
 
 @pytest.fixture
 def assets(tmp_path, monkeypatch):
-    monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(STAND_IN)))
     folder = tmp_path / "assets"
     folder.mkdir()
     for name in "abcdef":
@@ -47,7 +49,7 @@ def nodes(monkeypatch, tmp_path_factory):
 
 
 def run(assets, out):
-    return render.render(find_assets(assets), out, SETTINGS, cluster.Setup(assets, SETTINGS))
+    return render.render(find_assets(assets), out, SETTINGS, ray_pool.Setup(assets, SETTINGS))
 
 
 def wait_for(path):

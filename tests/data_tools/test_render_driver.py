@@ -21,22 +21,23 @@ import pyarrow.parquet
 import pytest
 import ray
 
-from data_tools import blender_process, cluster, continuation, shard_folder
-from data_tools import render as render_module
 from data_tools.__main__ import main
-from data_tools.assets import find_assets, hash_file, write_list
-from data_tools.blender_process import BlenderError, Limits
-from data_tools.filter_table import shard_infos
-from data_tools.repack import repack
-from data_tools.settings import RenderSettings, SettingsError, write_settings
-from data_tools.shard_folder import FolderError
-from data_tools.validate import index_differences
+from data_tools.assets.asset_list import find_assets, hash_file, write_list
+from data_tools.blender import process as blender_process
+from data_tools.blender.process import BlenderError, Limits
+from data_tools.quality.filter_table import shard_infos
+from data_tools.quality.validate import index_differences
+from data_tools.rendering import continuation, ray_pool, shard_folder
+from data_tools.rendering import driver as render_module
+from data_tools.rendering.settings import RenderSettings, SettingsError, write_settings
+from data_tools.rendering.shard_folder import FolderError
+from data_tools.shards.repack import repack
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_samples
 from lrm_pl.data.schema import decode_sample
 
 STAND_IN = Path(__file__).with_name("stand_in_worker.py")
 SETTINGS = RenderSettings(
-    preset="frame", normalise="sphere", views=2, resolution=8, samples=1, seed=0, held_out=1, shard_size=2
+    preset="frame", normalize="sphere", views=2, resolution=8, samples=1, seed=0, held_out=1, shard_size=2
 )
 
 
@@ -57,12 +58,12 @@ def stand_in(monkeypatch):
 @pytest.fixture(autouse=True, scope="module")
 def one_ray_for_all():
     """Starting Ray takes seconds; ``render`` uses the one that there is."""
-    with cluster.connected(4):
+    with ray_pool.connected(4):
         yield
 
 
 def run(assets, out, settings=SETTINGS, jobs=2, **limits):
-    setup = cluster.Setup(assets, settings, jobs, Limits(**{"time_s": 30.0} | limits))
+    setup = ray_pool.Setup(assets, settings, jobs, Limits(**{"time_s": 30.0} | limits))
     return render_module.render(find_assets(assets, out), out, settings, setup)
 
 
@@ -194,27 +195,27 @@ def test_other_settings_are_refused_with_what_needs_no_rendering(assets, tmp_pat
 def rendered_ids(monkeypatch):
     """Notes which objects Blender processes are given."""
     given = []
-    original = cluster.Pool.render
+    original = ray_pool.Pool.render
 
     def render(pool, assets):
         given.append([asset.id for asset in assets])
         return original(pool, assets)
 
-    monkeypatch.setattr(cluster.Pool, "render", render)
+    monkeypatch.setattr(ray_pool.Pool, "render", render)
     return given
 
 
-def write_table(assets, **licences):
-    rows = "".join(f"{key},,,,{licence},\n" for key, licence in licences.items())
-    (assets / "assets.csv").write_text("id,name,creator,source,licence,sha256\n" + rows)
+def write_table(assets, **licenses):
+    rows = "".join(f"{key},,,,{license},\n" for key, license in licenses.items())
+    (assets / "assets.csv").write_text("id,name,creator,source,license,sha256\n" + rows)
 
 
 def infos(out):
     return {key: info for shard in read_manifest(out).shards for key, info in shard_infos(out, shard)}
 
 
-def licences(out):
-    return {key: info.licence for key, info in infos(out).items() if info.licence != "unknown"}
+def licenses(out):
+    return {key: info.license for key, info in infos(out).items() if info.license != "unknown"}
 
 
 def pictures(out):
@@ -226,7 +227,7 @@ def pictures(out):
     }
 
 
-def test_an_added_mesh_and_a_changed_licence_render_one_object(assets, tmp_path, rendered_ids, capfd):
+def test_an_added_mesh_and_a_changed_license_render_one_object(assets, tmp_path, rendered_ids, capfd):
     out = tmp_path / "out"
     before = run(assets, out)
     old, old_pictures = tars(out), pictures(out)
@@ -239,7 +240,7 @@ def test_an_added_mesh_and_a_changed_licence_render_one_object(assets, tmp_path,
     assert [(shard.name, shard.samples) for shard in after.shards] == [*described, ("train-000003.tar", 1)]
     assert {name for name in old if tars(out)[name] != old[name]} == {"train-000001.tar"}, "where c lies"
     assert {key: pictures(out)[key] for key in old_pictures} == old_pictures
-    assert licences(out) == {"c": "CC0-1.0"}
+    assert licenses(out) == {"c": "CC0-1.0"}
     del times["train-000001.tar"]
     assert {name: (out / name).stat().st_mtime_ns for name in times} == times
     for shard in after.shards:
@@ -249,8 +250,8 @@ def test_an_added_mesh_and_a_changed_licence_render_one_object(assets, tmp_path,
     assert run(assets, out) == after
     write_table(assets, c="CC-BY-4.0", d="CC-BY-4.0")
     run(assets, out)
-    assert licences(out) == {"c": "CC-BY-4.0", "d": "CC-BY-4.0"}
-    assert len(rendered_ids) == 2, "a licence alone renders nothing"
+    assert licenses(out) == {"c": "CC-BY-4.0", "d": "CC-BY-4.0"}
+    assert len(rendered_ids) == 2, "a license alone renders nothing"
     table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
     assert [row["id"] for row in table] == ["0_first_by_name", *"abcdef"]
     assert {row["sha256"] for row in table} == {hashlib.sha256(b"fine").hexdigest()}
@@ -288,7 +289,7 @@ def test_a_mesh_that_is_added_beside_one_of_its_name_changes_no_id(assets, tmp_p
     (assets / "b.fbx").write_text("fine")
     run(assets, out)
     assert rendered_ids[1:] == [["b_fbx", "b_ply"]]
-    assert licences(out) == {"b": "CC0-1.0"}
+    assert licenses(out) == {"b": "CC0-1.0"}
 
 
 def raising(*_, **__):
@@ -344,7 +345,7 @@ def test_a_kill_while_records_are_updated_loses_no_picture(assets, tmp_path, ren
     left[0] = 100
     run(assets, out)
     assert (pictures(out), len(rendered_ids)) == (old, 1)
-    assert licences(out) == {"b": "CC-BY-4.0"}
+    assert licenses(out) == {"b": "CC-BY-4.0"}
 
 
 def test_a_mesh_that_was_changed_after_it_was_rendered_is_refused_and_one_that_was_touched_is_not(
@@ -415,7 +416,7 @@ def test_what_is_rendered_and_no_longer_listed_or_listed_otherwise_is_refused(as
     ):
         run(assets, out)
     (tmp_path / "a.glb").rename(assets / "a.glb")
-    header = "id,name,creator,source,licence,sha256,up\n"
+    header = "id,name,creator,source,license,sha256,up\n"
     listed = find_assets(assets)
     write_list(assets, [dataclasses.replace(a, up="z" if a.id == "b" else "") for a in listed])
     with pytest.raises(
@@ -635,8 +636,8 @@ def test_whatever_is_killed_at_work_the_bytes_are_the_same(assets, tmp_path, vic
 
 
 def test_blender_goes_with_its_ray_worker(assets, tmp_path):
-    setup = cluster.Setup(assets, SETTINGS, 1)
-    pool = cluster.Pool(setup)
+    setup = ray_pool.Setup(assets, SETTINGS, 1)
+    pool = ray_pool.Pool(setup)
     blenders = [p for p in psutil.Process().children(recursive=True) if str(STAND_IN) in p.cmdline()]
     assert len(blenders) == 1
     pool.close()
@@ -644,9 +645,9 @@ def test_blender_goes_with_its_ray_worker(assets, tmp_path):
 
 
 def test_processes_that_are_starting_when_a_run_ends_leave_their_cpus_to_the_next(assets):
-    setup = cluster.Setup(assets, SETTINGS, 4)
+    setup = ray_pool.Setup(assets, SETTINGS, 4)
     for wait_s in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6):
-        pool = cluster.Pool(setup)
+        pool = ray_pool.Pool(setup)
         pool._grow(0, 4)
         time.sleep(wait_s)
         pool.close()
@@ -761,7 +762,7 @@ def test_ray_on_this_machine_writes_nothing_into_the_users_home(tmp_path, root):
     home = tmp_path / "home"
     home.touch()  # not even a folder
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    code = "from data_tools.cluster import connected\nwith connected(1): print('up')"
+    code = "from data_tools.rendering.ray_pool import connected\nwith connected(1): print('up')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=environment | {"HOME": str(home), "PYTHONPATH": str(root)},
         capture_output=True, text=True, timeout=60,

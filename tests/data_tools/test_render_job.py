@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.assets import find_assets, write_list
-from data_tools.criteria import DEFAULT_RULES, WHOLE_RULE
-from data_tools.launch import job_script
-from data_tools.settings import RenderSettings, write_settings
+from data_tools.assets.asset_list import find_assets, write_list
+from data_tools.quality.measures import DEFAULT_RULES, WHOLE_RULE
+from data_tools.rendering.launch import job_script
+from data_tools.rendering.settings import RenderSettings, write_settings
 from lrm_pl.errors import InputError
 
 ARGUMENTS = ("--assets", "meshes", "--out", "data/mine")

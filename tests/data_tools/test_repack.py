@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.assets import hash_file
-from data_tools.criteria import encode_measures
-from data_tools.repack import RepackError, repack, resized
-from data_tools.shard_folder import read_failures
-from data_tools.validate import validate
-from lrm_pl.data.dataset import EvaluationSet
+from data_tools.assets.asset_list import hash_file
+from data_tools.quality.measures import encode_measures
+from data_tools.quality.validate import validate
+from data_tools.rendering.shard_folder import read_failures
+from data_tools.shards.repack import RepackError, repack, resized
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, write_manifest, write_shard
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.schema import decode_image, encode_image
+from lrm_pl.data.stream import EvaluationSet
 from lrm_pl.data.synthetic import write_synthetic_shards
 from tests.damage import spoil_first_poses
 from tests.data_tools.stand_in_worker import MEASURES
@@ -57,14 +57,14 @@ def test_another_resolution_changes_pictures_alone_and_cameras_still_fit(shards,
     assert read_manifest(tmp_path / "out").render["resolution"] == 16
 
 
-def test_making_smaller_averages_colours_by_their_alpha_by_hand():
+def test_making_smaller_averages_colors_by_their_alpha_by_hand():
     rgba = np.zeros((8, 8, 4), dtype=np.uint8)
     rgba[0, 0] = (200, 100, 50, 255)
-    rgba[0, 1] = (0, 255, 0, 0)  # of no colour where nothing is
+    rgba[0, 1] = (0, 255, 0, 0)  # of no color where nothing is
     rgba[2:4, 2:4] = (10, 20, 30, 255)
     small = decode_image("a", resized("a", encode_image(rgba), 4))
     assert small[0, 0, 3] in (63, 64), "a quarter is covered"
-    assert np.abs(small[0, 0, :3].astype(int) - (200, 100, 50)).max() <= 4, "its colour is that of the part"
+    assert np.abs(small[0, 0, :3].astype(int) - (200, 100, 50)).max() <= 4, "its color is that of the part"
     assert small[1, 1].tolist() == [10, 20, 30, 255]
     assert small[3, 3].tolist() == [0, 0, 0, 0]
     same = encode_image(rgba)
@@ -75,7 +75,7 @@ def test_making_smaller_averages_colours_by_their_alpha_by_hand():
 
 def test_another_split_is_that_of_the_renderer(shards, tmp_path):
     repack([shards], tmp_path / "out", held_out=3)
-    from data_tools.plan import held_out_ids
+    from data_tools.rendering.shard_plan import held_out_ids
 
     found = members(tmp_path / "out")
     assert {key for key, (split, _) in found.items() if split == "val"} == held_out_ids(list(found), 3)

@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data_tools.views import PRESETS, draw_cameras
+from data_tools.rendering.cameras import PRESETS, draw_cameras
 from lrm_pl.data.manifest import Manifest, ShardError, read_index, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import (
     Sample,
@@ -243,7 +243,7 @@ def test_a_picture_is_refused_by_its_size_before_it_is_decoded(content, monkeypa
 
 
 @pytest.mark.parametrize("alpha", [slice(0, 256), slice(255, 256)], ids=["any alpha", "opaque"])
-def test_every_pixel_of_a_view_comes_back_also_a_colour_that_alpha_hides(alpha):
+def test_every_pixel_of_a_view_comes_back_also_a_color_that_alpha_hides(alpha):
     rng = np.random.default_rng(3)
     rgba = rng.integers(0, 256, (40, 56, 4), dtype=np.uint8)
     rgba[..., 3] = rng.integers(alpha.start, alpha.stop, (40, 56))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_tools.silhouettes import (
+from data_tools.quality.silhouettes import (
     FILMED,
     RENDERED,
     Silhouettes,
@@ -11,7 +11,7 @@ from data_tools.silhouettes import (
     make_silhouettes,
     ray_distances,
 )
-from data_tools.views import PRESETS, draw_cameras
+from data_tools.rendering.cameras import PRESETS, draw_cameras
 
 SIDE = 128
 

@@ -14,8 +14,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lrm_pl.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, tensor_names
 from lrm_pl.data.synthetic import write_synthetic_shards
-from lrm_pl.io.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, tensor_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,10 +159,10 @@ def keep_every(steps, keep=10):
     """The option that makes a run keep a checkpoint every so many steps."""
     callbacks = [
         {"class_path": "lightning.pytorch.callbacks.TQDMProgressBar"},
-        {"class_path": "lrm_pl.callbacks.image_metrics.ImageMetricsLogger"},
+        {"class_path": "lrm_pl.training.image_metrics.ImageMetricsLogger"},
         {"class_path": "lrm_pl.callbacks.view_logger.ViewLogger"},
         {
-            "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+            "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
             "init_args": {"every": steps, "keep": keep, "monitor": None},
         },
     ]

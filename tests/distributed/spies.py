@@ -4,7 +4,7 @@ import lightning as L
 import torch
 
 from lrm_pl.models import camera_embedder, decoder
-from lrm_pl.rendering import march, volume
+from lrm_pl.rendering import ray_marching
 
 
 class PrecisionSpy(L.Callback):
@@ -12,7 +12,7 @@ class PrecisionSpy(L.Callback):
 
     #: Functions whose tensors are float32 whatever the precision.
     EXACT = (
-        (volume, "pixel_rays"), (volume, "ray_interval"), (march, "stratified"), (march, "composite"),
+        (renderer, "pixel_rays"), (renderer, "ray_interval"), (ray_marching, "stratified"), (ray_marching, "composite"),
         (camera_embedder, "camera_vector"),
     )  # fmt: skip
 
@@ -28,9 +28,9 @@ class PrecisionSpy(L.Callback):
         decode = decoder.NeRFDecoder.decode
 
         def noted(this, features, weights):
-            density, colour = decode(this, features, weights)
-            self._note("density", [density, colour])
-            return density, colour
+            density, color = decode(this, features, weights)
+            self._note("density", [density, color])
+            return density, color
 
         decoder.NeRFDecoder.decode = noted
 

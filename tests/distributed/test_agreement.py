@@ -14,16 +14,20 @@ WAYS = {
     "fsdp2": (2, ["fsdp2"], []),
 }
 MORE = {
-    "recomputed": (1, ["cpu"], ["--model.parallel.recompute_every=1"]),
+    "recomputed": (1, ["cpu"], ["--model.parallel.activation_checkpointing_every=1"]),
     "ddp-accumulation": (
         2,
         ["ddp"],
         ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=20"],
     ),
     "ddp-workers": (2, ["ddp"], ["--data.workers=3"]),
-    "fsdp2-recomputed": (2, ["fsdp2"], ["--model.parallel.recompute_every=2"]),
+    "fsdp2-recomputed": (2, ["fsdp2"], ["--model.parallel.activation_checkpointing_every=2"]),
     "compiled": (1, ["cpu"], ["--model.parallel.compile=true"]),
-    "fsdp2-compiled": (2, ["fsdp2"], ["--model.parallel.compile=true", "--model.parallel.recompute_every=2"]),
+    "fsdp2-compiled": (
+        2,
+        ["fsdp2"],
+        ["--model.parallel.compile=true", "--model.parallel.activation_checkpointing_every=2"],
+    ),
     "hsdp": (4, ["hsdp"], []),
     "ddp-4": (4, ["ddp"], []),
 }

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from lrm_pl.data.manifest import read_manifest
-from lrm_pl.data.shards import Order
+from lrm_pl.data.order import SampleOrder
 from tests.damage import spoil_first_poses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -26,7 +26,9 @@ def test_too_many_bad_samples_stop_both_ranks_with_the_list_and_a_checkpoint(run
     )  # fmt: skip
     log = runs.run("bad", 2, *options, layers=["ddp"], status=1)
     # 4 objects a step: 100 are judged at step 25
-    order = Order(tuple(shard.samples for shard in read_manifest(damaged).split("train")), seed=0, streams=64)
+    order = SampleOrder(
+        tuple(shard.samples for shard in read_manifest(damaged).split("train")), seed=0, streams=64
+    )
     met = sum((place.shard, place.index) == (0, 0) for place in map(order.locate, range(100)))
     assert f"expected at most 0.01 of the samples to be bad, found {met} of 100" in log
     assert "train-000000.tar: sample 'train-ellipsoid-000'" in log

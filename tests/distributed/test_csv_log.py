@@ -7,8 +7,11 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-KEEPER = {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": {"every": 5, "monitor": None}}
-METRICS = {"class_path": "lrm_pl.callbacks.image_metrics.ImageMetricsLogger"}
+KEEPER = {
+    "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
+    "init_args": {"every": 5, "monitor": None},
+}
+METRICS = {"class_path": "lrm_pl.training.image_metrics.ImageMetricsLogger"}
 KILL = {"class_path": "tests.distributed.stand_ins.KillAfterStep", "init_args": {"step": 8}}
 
 

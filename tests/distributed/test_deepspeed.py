@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from lrm_pl.io.checkpoints import read_checkpoint, read_tensors, tensor_names
+from lrm_pl.checkpoints import read_checkpoint, read_tensors, tensor_names
 from tests.distributed.conftest import ROOT, largest_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -21,7 +21,7 @@ QUIET = "--trainer.limit_val_batches=0"
 
 def callbacks(*more, every=100, keep=100):
     keeper = {
-        "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+        "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
         "init_args": {"every": every, "keep": keep, "monitor": None},
     }
     average = {"class_path": "lrm_pl.training.ema.WeightAverage", "init_args": {"decay": 0.5}}
@@ -52,7 +52,7 @@ WAYS = {
         "deepspeed_2",
         ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=20"],
     ),
-    "recomputed": (2, "deepspeed_3", ["--model.parallel.recompute_every=1"]),
+    "recomputed": (2, "deepspeed_3", ["--model.parallel.activation_checkpointing_every=1"]),
 }
 
 
@@ -183,8 +183,11 @@ def test_validation_can_measure_the_average_while_training_goes_on_with_the_weig
         "class_path": "lrm_pl.training.ema.WeightAverage",
         "init_args": {"decay": 0.5, "validate": True},
     }
-    keeper = {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": {"monitor": None}}
-    metrics = {"class_path": "lrm_pl.callbacks.image_metrics.ImageMetricsLogger"}
+    keeper = {
+        "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
+        "init_args": {"monitor": None},
+    }
+    metrics = {"class_path": "lrm_pl.training.image_metrics.ImageMetricsLogger"}
     options = (
         f"--trainer.callbacks={json.dumps([measured, metrics, keeper])}",
         "--trainer.max_steps=6", "--trainer.val_check_interval=2",
@@ -213,7 +216,7 @@ def test_without_deepspeed_the_extra_to_install_is_named(tmp_path):
         "import importlib.util as u, sys\n"
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'deepspeed' else find(name, *rest)\n"
-        "from lrm_pl.training.deepspeed import ZeroStrategy\n"
+        "from lrm_pl.training.zero import ZeroStrategy\n"
         "ZeroStrategy()\n"
     )
     done = subprocess.run(

@@ -58,7 +58,7 @@ def test_a_disk_that_is_full_of_logs_and_pictures_ends_a_run_with_workers_in_one
     folder = runs.folder / "full-of-logs"
     folder.mkdir()
     keeper = {
-        "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+        "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
         "init_args": {"every": 5, "folder": str(runs.folder / "roomy")},
     }
     callbacks = shlex.quote(f"--trainer.callbacks+={json.dumps(keeper)}")

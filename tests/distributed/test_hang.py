@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 CALLBACKS = [
     {"class_path": "lrm_pl.callbacks.watchdog.HangWatchdog", "init_args": {"limit_s": 10.0}},
     {"class_path": "tests.distributed.stand_ins.HangInTrainingStep", "init_args": {"rank": 1, "step": 3}},
-    {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": {"monitor": None}},
+    {"class_path": "lrm_pl.training.checkpointing.CheckpointAndResume", "init_args": {"monitor": None}},
 ]
 
 

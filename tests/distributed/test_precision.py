@@ -13,7 +13,7 @@ LAYERS = {
 PRODUCTS = {"32-true": "torch.float32", "bf16-mixed": "torch.bfloat16"}
 SPY = [
     {"class_path": "tests.distributed.spies.PrecisionSpy"},
-    {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": {"monitor": None}},
+    {"class_path": "lrm_pl.training.checkpointing.CheckpointAndResume", "init_args": {"monitor": None}},
 ]
 
 

@@ -15,7 +15,7 @@ from lrm_pl.kernels import decode_along_rays as fused
 from lrm_pl.kernels import device
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
-from lrm_pl.rendering.volume import Renderer
+from lrm_pl.rendering.renderer import Renderer
 
 BOUND = 1e-5
 

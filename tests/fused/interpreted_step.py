@@ -15,7 +15,7 @@ from lrm_pl.losses.objective import Objective
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
-from lrm_pl.rendering.volume import Renderer
+from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 
 BOUND = 2e-4

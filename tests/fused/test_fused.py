@@ -15,9 +15,9 @@ from lrm_pl.kernels import decode_along_rays as fused
 from lrm_pl.kernels import device
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
+from lrm_pl.planning.gpus import require_gpu
 from lrm_pl.rendering import fused as rendering
-from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.costs.machines import require_gpu
+from lrm_pl.rendering.renderer import Renderer
 from tests.conftest import ROOT
 
 

@@ -14,7 +14,7 @@ TINY = (
 
 WAYS = {
     "ddp": (2, ["ddp"], []),
-    "fsdp2": (2, ["fsdp2"], ["--model.parallel.recompute_every=1"]),
+    "fsdp2": (2, ["fsdp2"], ["--model.parallel.activation_checkpointing_every=1"]),
     "deepspeed_2": (2, ["deepspeed_2"], []),
     "accumulation": (1, ["cpu"], ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=4"]),
     "compiled": (1, ["cpu"], ["--model.parallel.compile=true"]),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrm_pl.apps import evaluation_board
 from lrm_pl.apps.evaluate import main as evaluate
 from lrm_pl.apps.export import main as export
 from lrm_pl.apps.infer import main as infer
 from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.evaluation import tensorboard
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.losses.perceptual import PerceptualLoss
 from tests.accelerator.configs import shrunk
@@ -33,7 +33,7 @@ def short_protocol(monkeypatch):
     short = dataclasses.replace(PROTOCOLS["lrm"], inputs=(0,), targets=(1, 2, 3))
     monkeypatch.setitem(PROTOCOLS, "lrm", short)
     for name, value in (("_FRAMES", 2), ("_SIDE", 32), ("_LATTICE", 32)):
-        monkeypatch.setattr(evaluation_board, name, value)
+        monkeypatch.setattr(tensorboard, name, value)
 
 
 @pytest.mark.slow

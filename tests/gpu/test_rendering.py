@@ -10,8 +10,8 @@ from lrm_pl.kernels.device import without_tf32
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.deferred import render_plain
-from lrm_pl.rendering.march import March
-from lrm_pl.rendering.volume import Renderer
+from lrm_pl.rendering.ray_marching import March
+from lrm_pl.rendering.renderer import Renderer
 
 #: Largest relative difference by activation and type. Points are computed in another order, and a rounding moves some
 #: across the kink of ReLU: 3e-4 of a gradient, on a CPU too. In bf16, whose ulp is 8e-3, every layer rounds its output.

@@ -12,11 +12,11 @@ import yaml
 from safetensors.torch import load_file
 
 from lrm_pl import LRM
+from lrm_pl import checkpoints as ck
 from lrm_pl.apps.export import main as export
-from lrm_pl.apps.train import command_line, main
-from lrm_pl.apps.trained import open_trained
+from lrm_pl.cli.lightning_cli import command_line, main
 from lrm_pl.errors import InputError
-from lrm_pl.io import checkpoints as ck
+from lrm_pl.inference.find_model import open_trained
 from tests.integration.test_cli import TINY
 
 pytest_plugins = ["tests.s3_store"]
@@ -28,7 +28,7 @@ AVERAGE = {"class_path": "lrm_pl.training.ema.WeightAverage", "init_args": {"dec
 
 def keeper(**options):
     options = {"every": 2, "keep": 2, "monitor": None, **options}
-    return {"class_path": "lrm_pl.training.run_keeper.RunKeeper", "init_args": options}
+    return {"class_path": "lrm_pl.training.checkpointing.CheckpointAndResume", "init_args": options}
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_old_checkpoints_that_cannot_be_deleted_end_no_run(fit, monkeypatch, cap
     def refuse(*arguments, **options):
         raise OSError("busy")
 
-    monkeypatch.setattr("lrm_pl.training.run_keeper.tidy", refuse)
+    monkeypatch.setattr("lrm_pl.training.checkpointing.tidy", refuse)
     folder = fit("run", 6, keeper(keep=1))
     assert "are not deleted: busy" in caplog.text
     assert len(ck.list_checkpoints(str(folder / "checkpoints"))) == 3
@@ -304,7 +304,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from lrm_pl.io import checkpoints as ck
+from lrm_pl.weights import checkpoints as ck
 from lrm_pl.training.ending import settle_processes
 
 def say(*words):  # one write, so that the ranks' lines do not mix

@@ -16,17 +16,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.convert import main as convert
-from lrm_pl.apps.parsed import parse_fit
-from lrm_pl.apps.train import command_line, main
-from lrm_pl.apps.trained import open_trained
-from lrm_pl.data.dataset import TrainingStream
+from lrm_pl.checkpoints import read_index
+from lrm_pl.cli.lightning_cli import command_line, main
+from lrm_pl.cli.parsed import parse_fit
 from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
 from lrm_pl.data.schema import encode_sample
+from lrm_pl.data.stream import TrainingStream
 from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import read_index
-from lrm_pl.training.run_keeper import RunKeeper
-from tests.parity.networks import randomised
+from lrm_pl.inference.find_model import open_trained
+from lrm_pl.training.checkpointing import CheckpointAndResume
+from tests.parity.networks import randomized
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
 
@@ -210,7 +210,7 @@ def test_a_resumed_run_ends_in_the_same_bits_as_an_uninterrupted_one(tiny, tmp_p
 
 
 KEEPER = {
-    "class_path": "lrm_pl.training.run_keeper.RunKeeper",
+    "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
     "init_args": {"every": 2, "keep": 10, "monitor": None},
 }
 
@@ -334,7 +334,7 @@ def test_an_unknown_command_is_refused_and_help_names_what_there_is(capsys, monk
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, monkeypatch, precision):
-    from lrm_pl.rendering import march, volume
+    from lrm_pl.rendering import ray_marching, volume
 
     seen = {}
 
@@ -351,8 +351,8 @@ def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, m
     for module, name in (
         (volume, "pixel_rays"),
         (volume, "ray_interval"),
-        (march, "stratified"),
-        (march, "composite"),
+        (ray_marching, "stratified"),
+        (ray_marching, "composite"),
     ):
         spy(module, name)
     main(["fit", *tiny, "--trainer.precision", precision, "--trainer.max_steps", "1"])
@@ -395,7 +395,7 @@ def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path,
     folder.mkdir()
     samples = [(sample.info.id, encode_sample(sample)) for sample in (*good, bad)]
     shard = write_shard(folder, "train-000000.tar", "train", samples)
-    write_manifest(folder, Manifest((shard,), 8, 0, {"renderer": "synthetic", "normalise": "sphere"}))
+    write_manifest(folder, Manifest((shard,), 8, 0, {"renderer": "synthetic", "normalize": "sphere"}))
     caplog.set_level("WARNING")
     main(["fit", *tiny, "--data.folder", str(folder), "--trainer.limit_val_batches", "0"])
     message = r"skipped .*train-000000\.tar.*'opaque'.*expected RGBA views, found mode RGB"
@@ -452,7 +452,7 @@ def test_fine_tuning_starts_from_converted_weights_keeps_the_encoder_and_trains_
     source, tmp_path, shards, root, capsys
 ):
     theirs = {"openlrm": OpenLRM, "triposr": TripoSR}[source]()
-    save_file(randomised(theirs, 0).state_dict(), tmp_path / "theirs.safetensors")
+    save_file(randomized(theirs, 0).state_dict(), tmp_path / "theirs.safetensors")
     sizes = ["--heads", "4", "--encoder-heads", "3", "--image-size", "112", "--samples-per-ray", "16"]
     convert(["--from", source, str(tmp_path / "theirs.safetensors"), str(tmp_path / "start"), *sizes])
     layers = ["-c", f"{tmp_path}/start/config.yaml", "-c", str(root / "configs/experiment/finetune.yaml")]
@@ -537,8 +537,8 @@ def test_callbacks_of_a_config_are_added_to_those_that_keep_the_run(tiny, tmp_pa
     )
     cli = command_line([*tiny, "-c", str(tmp_path / "own.yaml")], run=False)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
-    assert {"RunKeeper", "ViewLogger", "LearningRateMonitor"} <= set(names)
-    assert names.count("RunKeeper") == 1
+    assert {"CheckpointAndResume", "ViewLogger", "LearningRateMonitor"} <= set(names)
+    assert names.count("CheckpointAndResume") == 1
     assert "TQDMProgressBar" in names
     assert "ProgressBar" not in names
 
@@ -546,10 +546,10 @@ def test_callbacks_of_a_config_are_added_to_those_that_keep_the_run(tiny, tmp_pa
 def test_one_of_those_callbacks_is_replaced_by_the_configs_own(tiny, tmp_path):
     (tmp_path / "own.yaml").write_text(
         "trainer:\n  callbacks:\n"
-        "  - class_path: lrm_pl.training.run_keeper.RunKeeper\n    init_args: {every: 7}\n"
+        "  - class_path: lrm_pl.training.checkpointing.CheckpointAndResume\n    init_args: {every: 7}\n"
     )
     cli = command_line([*tiny, "-c", str(tmp_path / "own.yaml")], run=False)
-    (keeper,) = [c for c in cli.trainer.callbacks if isinstance(c, RunKeeper)]
+    (keeper,) = [c for c in cli.trainer.callbacks if isinstance(c, CheckpointAndResume)]
     assert keeper.every == 7
 
 
@@ -557,7 +557,10 @@ def test_one_of_those_callbacks_is_replaced_by_the_configs_own(tiny, tmp_path):
     "options",
     [
         ["--trainer.callbacks.every=7"],
-        ["--trainer.callbacks+=lrm_pl.training.run_keeper.RunKeeper", "--trainer.callbacks.every=7"],
+        [
+            "--trainer.callbacks+=lrm_pl.training.checkpointing.CheckpointAndResume",
+            "--trainer.callbacks.every=7",
+        ],
         ["-c", "added.yaml"],
     ],
 )
@@ -565,11 +568,11 @@ def test_there_is_one_run_keeper_however_its_settings_are_given(tiny, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "added.yaml").write_text(
         "trainer:\n  callbacks+:\n"
-        "  - class_path: lrm_pl.training.run_keeper.RunKeeper\n    init_args: {every: 7}\n"
+        "  - class_path: lrm_pl.training.checkpointing.CheckpointAndResume\n    init_args: {every: 7}\n"
         "  - lrm_pl.training.ema.WeightAverage\n"
     )
     cli = command_line([*tiny, *options], run=False)
-    assert [c.every for c in cli.trainer.callbacks if isinstance(c, RunKeeper)] == [7]
+    assert [c.every for c in cli.trainer.callbacks if isinstance(c, CheckpointAndResume)] == [7]
     assert len(cli.trainer.callbacks) == 7 + ("-c" in options)
 
 

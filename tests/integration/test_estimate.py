@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from lrm_pl.apps.estimate import main as estimate
-from lrm_pl.training.costs.machines import require_gpu
+from lrm_pl.planning.gpus import require_gpu
 from tests.integration.test_cli import TINY
 
 # LightningCLI uses names that jsonargparse has deprecated.
@@ -88,14 +89,18 @@ def test_the_memory_of_a_run_is_what_was_estimated_to_15_percent(middle, shards,
 
 
 @pytest.mark.slow
-def test_a_run_out_of_memory_names_three_settings_with_what_each_would_need(middle, shards, tmp_path):
+def test_a_run_out_of_memory_names_the_command_that_lists_smaller_settings(middle, shards, tmp_path, capsys):
     arguments = ["-c", middle, "--data.folder", str(shards), "--data.batch_size", "4"]
     done = fit([*arguments, "--run.folder", str(tmp_path / "run")], limit=2_200_000_000)
     assert done.returncode == 1
     assert "lrm: out of memory:" in done.stderr
     assert "Traceback" not in done.stderr
-    now = float(re.search(r"estimated: ([\d.]+) GB a process\. What would help most:", done.stderr)[1])
-    remedies = re.findall(r"^  (--\S+) +([\d.]+) GB  \((.+)\)$", done.stderr, re.MULTILINE)
+    lrm, command, *typed = shlex.split(done.stderr.rstrip().splitlines()[-1])
+    assert (lrm, command) == ("lrm", "estimate")
+    estimate(typed)
+    said = capsys.readouterr().out
+    now = float(re.search(r"estimated: ([\d.]+) GB a process\. What would help most:", said)[1])
+    remedies = re.findall(r"^  (--\S+) +([\d.]+) GB  \((.+)\)$", said, re.MULTILINE)
     assert len(remedies) == 3
     assert all(float(less) < now for _, less, _ in remedies)
     assert "--trainer.accumulate_grad_batches=2" in [option for option, _, _ in remedies]
@@ -183,5 +188,5 @@ def test_a_gpu_too_small_is_told_what_would_help(middle, capsys, monkeypatch):
     estimate([middle, *SHALLOW, "--gpus", "1", "--gpu", "l4"])
     said = capsys.readouterr().out
     assert "too much" in said
-    assert "Nothing fits" in said
+    assert "No strategy fits into memory." in said
     assert said.count(" GB  (") == 3

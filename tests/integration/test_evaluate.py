@@ -15,13 +15,13 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.apps.evaluate import main
-from lrm_pl.apps.evaluation_run import evaluate, tracked
-from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.synthetic import write_synthetic_shards
-from lrm_pl.evaluation.objects import Judges
+from lrm_pl.evaluation.objects import PerceptualMetrics
 from lrm_pl.evaluation.protocols import PROTOCOLS
+from lrm_pl.evaluation.run import evaluate, tracked
 from lrm_pl.evaluation.selection import Objects
-from lrm_pl.io import fetch
+from lrm_pl.inference.find_model import open_trained
+from lrm_pl.weights import download
 from tests.pretrained_folder import tiny_pretrained
 
 # TensorBoard's writer, and torch's loader of its own files, warn of what they will change.
@@ -111,7 +111,7 @@ def test_a_finished_evaluation_typed_again_says_so_before_lpips_is_loaded(
     out = tmp_path / "again"
     shutil.copytree(finished, out)
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "nothing"))
-    monkeypatch.setattr("lrm_pl.losses.perceptual.PerceptualLoss.pretrained", None)
+    monkeypatch.setattr("lrm_pl.evaluation.run.pretrained_perceptual_loss", None)
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     run(pretrained, data, out, "--baseline")
     said = capsys.readouterr().out
@@ -130,7 +130,7 @@ def test_baselines_that_are_asked_for_later_join_and_the_network_is_not_measured
     out = tmp_path / "plain"
     plain = run(pretrained, data, out)
     assert set(plain["mean"]) == {"model"}
-    monkeypatch.setattr("lrm_pl.apps.evaluation_run.measure_object", None)
+    monkeypatch.setattr("lrm_pl.evaluation.run.measure_object", None)
     joined = run(pretrained, data, out, "--baseline")
     assert joined["settings"]["baselines"] is True
     for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-000.json"):
@@ -141,7 +141,7 @@ def test_baselines_that_are_asked_for_later_join_and_the_network_is_not_measured
 def test_how_far_it_is_is_said_where_no_terminal_shows_a_bar(monkeypatch):
     told = io.StringIO()
     console = Console(file=told, force_terminal=False)
-    monkeypatch.setattr("lrm_pl.apps.evaluation_run._SAY_S", 0.0)
+    monkeypatch.setattr("lrm_pl.evaluation.run._SAY_S", 0.0)
     assert list(tracked("abc", "Measuring, lrm", console)) == ["a", "b", "c"]
     assert told.getvalue().splitlines() == [f"Measuring, lrm: {k} of 3" for k in (1, 2, 3)]
 
@@ -329,7 +329,7 @@ def test_features_and_clip_are_measured_with_the_extractors_that_are_given(pretr
         "network": {"source": "x", "step": None, "sha256": "0" * 64},
         "data": {"folder": "d", "split": "val", "ids": "*"},
     }
-    judges = Judges({}, clip=pooled, features=pooled)
+    judges = PerceptualMetrics({}, clip=pooled, features=pooled)
     results = evaluate(trained, PROTOCOLS["lrm"], objects, tmp_path, judges, {}, settings)
     row = results["mean"]["model"]
     assert set(row) == {"psnr", "ssim", "clip", "fid", "kid"}
@@ -343,11 +343,11 @@ def test_without_the_inception_network_fid_says_where_it_is_looked_for(
     pretrained, data, tmp_path, monkeypatch
 ):
     def fail(*_):
-        raise fetch.FetchError("no network here")
+        raise download.FetchError("no network here")
 
-    monkeypatch.setattr("lrm_pl.io.weights.fetch", fail)
+    monkeypatch.setattr("lrm_pl.weights.resolve.fetch", fail)
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
-    from lrm_pl.io.image_features import load_inception
+    from lrm_pl.evaluation.features import load_inception
 
     with pytest.raises(
         ValueError, match=r"(?s)no source gave .*give the path of a file that you have: --inception FILE"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lrm_pl.apps.train import command_line
+from lrm_pl.cli.lightning_cli import command_line
 from lrm_pl.data.synthetic import write_synthetic_shards
 
 GOLDEN = "tests/golden/demo_step.json"

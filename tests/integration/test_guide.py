@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.parity.networks import randomised
+from tests.parity.networks import randomized
 from tests.parity.triposr import TripoSR
 
 pytestmark = [pytest.mark.slow, pytest.mark.blender, pytest.mark.timeout(600)]
@@ -59,7 +59,7 @@ def test_every_command_of_the_guide_does_what_it_says(root, tmp_path):
     picture = np.zeros((64, 64, 4), dtype=np.uint8)
     picture[10:50, 20:40] = (180, 120, 60, 255)
     Image.fromarray(picture).save(tmp_path / "photo.png")
-    torch.save(randomised(TripoSR(), 0).state_dict(), tmp_path / "model.ckpt")
+    torch.save(randomized(TripoSR(), 0).state_dict(), tmp_path / "model.ckpt")
     listed = commands(root)
     assert len(listed) == 12
     for command in listed:

@@ -24,22 +24,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lrm_pl.__main__ import main as lrm
-from lrm_pl.apps.commit import git_commit
 from lrm_pl.apps.evaluate import main as evaluate
-from lrm_pl.apps.exporting import export, validates_average
-from lrm_pl.apps.parsed import model_without_numbers, parse_fit
-from lrm_pl.apps.train import command_line, main
-from lrm_pl.apps.trained import open_trained
+from lrm_pl.checkpoints import list_checkpoints
+from lrm_pl.cli.lightning_cli import command_line, main
+from lrm_pl.cli.parsed import model_without_numbers, parse_fit
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.manifest import Manifest, write_manifest
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.protocols import PROTOCOLS
-from lrm_pl.io.checkpoints import list_checkpoints
+from lrm_pl.inference.export import export
+from lrm_pl.inference.find_model import open_trained
 from lrm_pl.losses.objective import Objective
+from lrm_pl.training.ema import validates_average
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
+from lrm_pl.version import git_commit
 from tests.integration.test_cli import TINY
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
@@ -112,7 +113,7 @@ def here(tmp_path, shards, monkeypatch):
         (["--trainer.devices=0"], "not a valid input"),
         (["--trainer.accelerator=cpu", "--trainer.devices=-1"], "should be an int > 0"),
         (
-            ["--trainer.callbacks+=lrm_pl.training.run_keeper.RunKeeper", "--trainer.callbacks.every=0"],
+            ["--trainer.callbacks+=lrm_pl.training.checkpointing.CheckpointAndResume", "--trainer.callbacks.every=0"],
             "expected every, keep and keep_every of at least 1, found 0",
         ),
         (["--trainer.max_steps=${nosuch.key}"], "${...} that can be resolved, found: Interpolation key 'nosuch.key'"),
@@ -206,7 +207,11 @@ def test_nodes_with_different_numbers_of_tasks_are_refused(here, monkeypatch):
 def test_a_shell_that_srun_gives_a_terminal_is_one_process_and_what_it_starts_by_srun_are_several(
     root, tmp_path, terminal, tasks
 ):
-    line = [sys.executable, "-c", "from lrm_pl.apps.processes import tasks_of_srun; print(tasks_of_srun())"]
+    line = [
+        sys.executable,
+        "-c",
+        "from lrm_pl.training.processes import tasks_of_srun; print(tasks_of_srun())",
+    ]
     command = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *line] if terminal else line
     variables = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "1", "PYTHONPATH": str(root)}
     done = subprocess.run(
@@ -350,7 +355,7 @@ def test_the_commit_is_that_of_this_code_and_not_of_a_project_around_it(tmp_path
     installed = tmp_path / "venv" / "commit.py"
     installed.parent.mkdir()
     installed.touch()
-    monkeypatch.setattr("lrm_pl.apps.commit.__file__", str(installed))
+    monkeypatch.setattr("lrm_pl.version.__file__", str(installed))
     assert git_commit() == "unknown"
     subprocess.run(["git", "-C", str(tmp_path), "add", "venv"], check=True)
     assert git_commit() != "unknown", "the code is in that project"
@@ -537,7 +542,7 @@ def test_a_section_whose_lines_are_all_commented_out_is_refused_and_drops_nothin
 def test_one_callback_needs_no_list(here):
     line = command_line([*here, "--trainer.callbacks=LearningRateMonitor"], run=False)
     names = [type(callback).__name__ for callback in line.trainer.callbacks]
-    assert {"RunKeeper", "LearningRateMonitor"} <= set(names)
+    assert {"CheckpointAndResume", "LearningRateMonitor"} <= set(names)
     assert len(line.given.trainer.callbacks) == 1, "the record has a list too"
 
 
@@ -551,7 +556,7 @@ def test_validations_are_of_the_average_by_the_class_of_the_callback(tmp_path, n
 
 
 def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, tmp_path, monkeypatch):
-    monkeypatch.setattr("lrm_pl.apps.train.print_report", lambda *_: {})
+    monkeypatch.setattr("lrm_pl.cli.lightning_cli.print_report", lambda *_: {})
     options = [
         "--run.folder=run",
         "--trainer.logger=CSVLogger",
@@ -641,7 +646,7 @@ def test_hyperparameters_and_the_reports_metrics_reach_tensorboard(here, tmp_pat
         told[name.rpartition("/")[2]] = HParamsPluginData.FromString(content)
     values = told["session_start_info"].session_start_info.hparams
     assert values["model.optimizer.lr"].number_value == 3e-4
-    assert values["trainer.callbacks.RunKeeper.every"].number_value == 500
+    assert values["trainer.callbacks.CheckpointAndResume.every"].number_value == 500
     assert values["model.objective.lpips_start_step"].number_value == 0
     assert values["commit"].string_value == git_commit()
     metrics = {info.name.tag for info in told["experiment"].experiment.metric_infos}

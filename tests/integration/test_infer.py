@@ -15,11 +15,11 @@ from PIL import Image
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.infer import main
-from lrm_pl.apps.options import Wishes
-from lrm_pl.apps.reconstruction import infer
-from lrm_pl.apps.trained import open_trained
-from lrm_pl.io.orbit_files import encode_gif, encode_video, grid
-from lrm_pl.meshes import unwrap as unwrap_file
+from lrm_pl.inference.find_model import open_trained
+from lrm_pl.inference.mesh_options import MeshOptions
+from lrm_pl.inference.reconstruction import infer
+from lrm_pl.inference.video import encode_gif, encode_video, grid
+from lrm_pl.meshing import unwrap as unwrap_file
 
 SMALL = ["--resolution", "48", "--frames", "8", "--size", "64"]
 
@@ -66,7 +66,7 @@ def validated(root):
     return run
 
 
-@pytest.mark.parametrize("texture", [(), ("--texture", "128", "--faces", "800")], ids=["colours", "texture"])
+@pytest.mark.parametrize("texture", [(), ("--texture", "128", "--faces", "800")], ids=["colors", "texture"])
 def test_a_folder_of_pictures_becomes_meshes_orbits_and_records(
     pretrained, pictures, tmp_path, validated, capsys, texture
 ):
@@ -82,7 +82,7 @@ def test_a_folder_of_pictures_becomes_meshes_orbits_and_records(
         assert record["camera"] == {"distance": 2.5, "fov_deg": 45.0}
         assert record["network"]["source"] == str(pretrained)
         assert len(record["network"]["sha256"]) == 64
-        assert {"planes", "grid", "marching cubes", "colours", "orbit"} <= set(record["seconds"])
+        assert {"planes", "grid", "marching cubes", "colors", "orbit"} <= set(record["seconds"])
         assert set(record["files"]) | {"result.json"} == {path.name for path in (out / name).iterdir()}
         (report,) = validated(out / name / "mesh.glb")
         assert (report["issues"]["numErrors"], report["issues"]["numWarnings"]) == (0, 0), report["issues"]
@@ -128,13 +128,13 @@ def test_blender_opens_the_files_upright_and_in_their_units(
         np.testing.assert_allclose(box, expected * scale, atol=1e-5 * scale)
 
 
-def test_a_texture_that_takes_too_long_leaves_colours_at_the_vertices_and_says_so(
+def test_a_texture_that_takes_too_long_leaves_colors_at_the_vertices_and_says_so(
     pretrained, pictures, tmp_path, capsys
 ):
     options = ["--texture", "--texture-limit", "0.01"]
     main([str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL, *options])
     assert (
-        "note: colours at the vertices instead of a texture: xatlas took more than 0.01 s"
+        "note: colors at the vertices instead of a texture: xatlas took more than 0.01 s"
         in capsys.readouterr().out
     )
     record = json.loads((tmp_path / "cut" / "result.json").read_text())
@@ -220,7 +220,7 @@ def test_a_mesh_is_there_before_its_orbit_and_what_is_half_finished_says_so_and_
     pretrained, pictures, tmp_path
 ):
     trained, out = open_trained(str(pretrained), device="cpu"), tmp_path / "out"
-    wishes = Wishes(resolution=48, frames=2, size=32, formats=("glb", "stl"))
+    wishes = MeshOptions(resolution=48, frames=2, size=32, formats=("glb", "stl"))
 
     def ctrl_c(stage):
         if stage == "orbit":
@@ -275,7 +275,7 @@ def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(
 
 def test_the_same_picture_gives_the_same_bytes(pretrained, pictures, tmp_path):
     trained = open_trained(str(pretrained), device="cpu")
-    wishes = Wishes(resolution=48, frames=0, texture=64, most_faces=300)
+    wishes = MeshOptions(resolution=48, frames=0, texture=64, most_faces=300)
     for name in ("a", "b"):
         infer(trained, pictures / "cut.png", tmp_path / name, wishes)
     for name in ("mesh.glb", "input.png"):

@@ -8,12 +8,12 @@ import time
 import pytest
 import yaml
 
-from lrm_pl.apps.train import main
 from lrm_pl.callbacks.step_timer import PARTS
-from lrm_pl.data.dataset import TrainingStream
+from lrm_pl.cli.lightning_cli import main
+from lrm_pl.data.stream import TrainingStream
 from lrm_pl.losses.objective import Objective
-from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.costs.simulation import StepCosts
+from lrm_pl.planning.simulate import StepCosts
+from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from tests.distributed.conftest import TINY
 
@@ -39,7 +39,7 @@ def quick(tmp_path, shards, root):
 
 @pytest.fixture
 def no_report(monkeypatch):
-    monkeypatch.setattr("lrm_pl.apps.train.print_report", lambda *_: {})
+    monkeypatch.setattr("lrm_pl.cli.lightning_cli.print_report", lambda *_: {})
 
 
 def lines(folder):
@@ -62,7 +62,7 @@ def slow(monkeypatch, owner, name, seconds):
 def test_utilisation_is_the_model_operations_of_the_logged_steps_over_their_time_and_the_peak(
     quick, monkeypatch, tmp_path, no_report
 ):
-    monkeypatch.setattr("lrm_pl.callbacks.utilisation.peak_flops", lambda _: 1e9)
+    monkeypatch.setattr("lrm_pl.callbacks.utilization.peak_flops", lambda _: 1e9)
     monkeypatch.setattr(
         StepCosts, "model_flops", lambda self, objects, pixels, *, lpips: 1000.0 * objects + pixels
     )
@@ -75,8 +75,8 @@ def test_utilisation_is_the_model_operations_of_the_logged_steps_over_their_time
         )
 
 
-def test_a_device_without_a_known_peak_has_no_utilisation(quick, monkeypatch, tmp_path, no_report):
-    monkeypatch.setattr("lrm_pl.callbacks.utilisation.peak_flops", lambda _: None)
+def test_a_device_without_a_known_peak_has_no_utilization(quick, monkeypatch, tmp_path, no_report):
+    monkeypatch.setattr("lrm_pl.callbacks.utilization.peak_flops", lambda _: None)
     main(["fit", *quick, TIMER_ALONE])
     assert all("speed/mfu" not in row for row in lines(tmp_path / "run"))
 

@@ -1,4 +1,4 @@
-"""One real object learnt by heart, from mesh to picture: if this holds, rendering, shards, cameras and model agree."""
+"""One real object learned by heart, from mesh to picture: if this holds, rendering, shards, cameras and model agree."""
 
 import shutil
 import time
@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from lrm_pl.apps.train import command_line
+from lrm_pl.cli.lightning_cli import command_line
 from lrm_pl.data.batch import collate
-from lrm_pl.data.dataset import EvaluationSet
+from lrm_pl.data.stream import EvaluationSet
 from lrm_pl.metrics import psnr_pooled
 
 OBJECT = "lockedLocker"

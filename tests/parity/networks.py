@@ -5,10 +5,10 @@ import torch
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
-from lrm_pl.rendering.volume import Renderer
+from lrm_pl.rendering.renderer import Renderer
 
 
-def randomised(network, seed):
+def randomized(network, seed):
     """Give every parameter numbers that matter, norms and biases too; densities that are seen."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -157,7 +157,7 @@ class OpenLRM(nn.Module):
         return torch.stack([self.upsampler(x[:, p].permute(0, 3, 1, 2)) for p in range(3)], dim=1)
 
     def query(self, planes, points):
-        """Planes (B, 3, F, S, S), points (B, Q, 3) -> raw density (B, Q), colour (B, Q, 3)."""
+        """Planes (B, 3, F, S, S), points (B, Q, 3) -> raw density (B, Q), color (B, Q, 3)."""
         features = []
         for p, pair in enumerate(((0, 1), (0, 2), (2, 1))):
             grid = points[:, None, :, list(pair)]
@@ -166,7 +166,7 @@ class OpenLRM(nn.Module):
         return out[..., 0], torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
 
     def render(self, planes, origins, directions, coarse, fine, background):
-        """Rays (B, R, 3) -> colours (B, R, 3), opacity (B, R); samples at half a bin, importance evenly from 0 to 1.
+        """Rays (B, R, 3) -> colors (B, R, 3), opacity (B, R); samples at half a bin, importance evenly from 0 to 1.
 
         Ray by ray of the box [-1, 1]^3; a sample outside is empty.
         """
@@ -184,8 +184,8 @@ class OpenLRM(nn.Module):
         second = self._at(planes, origins, directions, more)
         raw = torch.cat([first[0], second[0]], dim=-1).gather(-1, order)
         rgb = torch.cat([first[1], second[1]], dim=-2).gather(-2, order[..., None].expand(*order.shape, 3))
-        colour, opacity, _ = _march(raw, rgb, both)
-        return colour + (1 - opacity)[..., None] * background, opacity
+        color, opacity, _ = _march(raw, rgb, both)
+        return color + (1 - opacity)[..., None] * background, opacity
 
     def _at(self, planes, origins, directions, t):
         points = origins[..., None, :] + t[..., None] * directions[..., None, :]

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from lrm_pl.geometry.rays import ray_interval
-from lrm_pl.io.conversion import UnseenNumbers
-from lrm_pl.io.convert_openlrm import convert_openlrm
-from lrm_pl.io.convert_triposr import RADIUS, convert_triposr
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.deferred import render_deferred
+from lrm_pl.weights.key_map import UnseenNumbers
+from lrm_pl.weights.openlrm import convert_openlrm
+from lrm_pl.weights.triposr import RADIUS, convert_triposr
 from tests.parity.networks import built
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR

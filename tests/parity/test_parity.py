@@ -8,10 +8,10 @@ import torch
 
 from lrm_pl.geometry.cameras import look_at, orbit
 from lrm_pl.geometry.rays import pixel_rays
-from lrm_pl.io.conversion import UnseenNumbers
-from lrm_pl.io.convert_openlrm import convert_openlrm
-from lrm_pl.io.convert_triposr import RADIUS, convert_triposr, from_triposr_world
-from tests.parity.networks import built, randomised
+from lrm_pl.weights.key_map import UnseenNumbers
+from lrm_pl.weights.openlrm import convert_openlrm
+from lrm_pl.weights.triposr import RADIUS, convert_triposr, from_triposr_world
+from tests.parity.networks import built, randomized
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
 
@@ -58,7 +58,7 @@ def sizes_of(size, image_size, samples):
 @pytest.mark.parametrize("size", OPENLRM_SIZES)
 @torch.no_grad()
 def test_openlrms_planes_points_and_pictures_are_ours(size, seed):
-    theirs = randomised(OpenLRM(**size), seed)
+    theirs = randomized(OpenLRM(**size), seed)
     ours, renderer = built(convert_openlrm(theirs.state_dict(), sizes_of(size, 112, 20)))
     image, c2w = images(2, 112, seed), orbit(2, 2.0, 25.0)
     fxfycxcy = torch.tensor([[0.9, 0.95, 0.5, 0.45], [0.75, 0.75, 0.5, 0.5]])
@@ -69,11 +69,11 @@ def test_openlrms_planes_points_and_pictures_are_ours(size, seed):
     assert (triplane.planes - expected).abs().max() < 1e-4
 
     field, points = ours.field(triplane), torch.rand(2, 300, 3) * 2 - 1
-    raw, colour = theirs.query(expected, points)
+    raw, color = theirs.query(expected, points)
     for index in range(2):
-        our_raw, our_colour = field.decode(field.sample(field.planes[index], points[index]), field.weights)
+        our_raw, our_color = field.decode(field.sample(field.planes[index], points[index]), field.weights)
         assert (our_raw - raw[index]).abs().max() < 1e-4
-        assert (our_colour - colour[index]).abs().max() < 1e-4
+        assert (our_color - color[index]).abs().max() < 1e-4
 
     views = orbit(3, 1.9, -10.0).expand(2, 3, 4, 4)
     fxfycxcy = torch.tensor([0.6, 0.65, 0.5, 0.5]).expand(2, 3, 4)
@@ -90,7 +90,7 @@ def test_openlrms_planes_points_and_pictures_are_ours(size, seed):
 @pytest.mark.parametrize("size", TRIPOSR_SIZES)
 @torch.no_grad()
 def test_triposrs_planes_points_and_pictures_are_ours(size, seed):
-    theirs = randomised(TripoSR(**size), seed)
+    theirs = randomized(TripoSR(**size), seed)
     ours, renderer = built(convert_triposr(theirs.state_dict(), sizes_of(size, 128, 24)))
     image = images(2, 128, seed)
     expected = theirs.planes(image)
@@ -98,13 +98,13 @@ def test_triposrs_planes_points_and_pictures_are_ours(size, seed):
     assert (triplane.planes - expected).abs().max() < 1e-4
 
     field, points = ours.field(triplane), torch.rand(2, 300, 3) * 1.7 - 0.85
-    sigma, colour = theirs.query(expected, points)
+    sigma, color = theirs.query(expected, points)
     x, y, z = (points / RADIUS).unbind(-1)
     turned = torch.stack([y, -x, z], dim=-1)  # its +x is our -y
     for index in range(2):
-        raw, our_colour = field.decode(field.sample(field.planes[index], turned[index]), field.weights)
+        raw, our_color = field.decode(field.sample(field.planes[index], turned[index]), field.weights)
         assert torch.allclose(field.activate(raw), sigma[index], rtol=1e-4)
-        assert (our_colour - colour[index]).abs().max() < 1e-4
+        assert (our_color - color[index]).abs().max() < 1e-4
 
     views = look_at(torch.tensor([[1.9, 0.0, 0.0], [1.2, 1.1, 0.7], [-0.5, -1.7, -0.4]])).expand(2, 3, 4, 4)
     fxfycxcy = torch.tensor([0.6, 0.65, 0.5, 0.45]).expand(2, 3, 4)

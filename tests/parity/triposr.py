@@ -132,7 +132,7 @@ class TripoSR(nn.Module):
         return torch.stack([self.post_processor.upsample(x[:, :, p]) for p in range(3)], dim=1)
 
     def query(self, planes, points):
-        """Planes (B, 3, F, S, S), points (B, Q, 3) in its own world -> density (B, Q), colour (B, Q, 3)."""
+        """Planes (B, 3, F, S, S), points (B, Q, 3) in its own world -> density (B, Q), color (B, Q, 3)."""
         features = []
         for p, pair in enumerate(((0, 1), (0, 2), (1, 2))):
             grid = (points / RADIUS)[:, None, :, list(pair)]
@@ -141,7 +141,7 @@ class TripoSR(nn.Module):
         return torch.exp(out[..., 0] - 1), torch.sigmoid(out[..., 1:])
 
     def render(self, planes, origins, directions, samples):
-        """Rays (B, R, 3) in its own world -> colours (B, R, 3) over white."""
+        """Rays (B, R, 3) in its own world -> colors (B, R, 3) over white."""
         low, high = (-RADIUS - origins) / directions, (RADIUS - origins) / directions
         near, far = torch.minimum(low, high).amax(-1).clamp_min(0), torch.maximum(low, high).amin(-1)
         share = (torch.arange(samples) + 0.5) / samples
@@ -152,5 +152,5 @@ class TripoSR(nn.Module):
         alpha = torch.where((far > near)[..., None], alpha, 0)
         through = torch.cumprod(F.pad(1 - alpha + 1e-10, (1, 0), value=1.0), dim=-1)[..., :-1]
         weights = alpha * through
-        colour = (weights[..., None] * rgb.view(*t.shape, 3)).sum(-2)
-        return colour + 1 - weights.sum(-1, keepdim=True)
+        color = (weights[..., None] * rgb.view(*t.shape, 3)).sum(-2)
+        return color + 1 - weights.sum(-1, keepdim=True)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lrm_pl.apps.report import Report
-from lrm_pl.apps.train import command_line
+from lrm_pl.cli.lightning_cli import command_line
+from lrm_pl.cli.report import Report
 
 
 @pytest.mark.soak

@@ -21,7 +21,8 @@ CASES = {
         SMALL_WINDOWS,
     ],
     "openlrm_small, recomputed": [
-        "--model=configs/model/openlrm_small.yaml", "--data.batch_size=2", "--model.parallel.recompute_every=1",
+        "--model=configs/model/openlrm_small.yaml", "--data.batch_size=2",
+        "--model.parallel.activation_checkpointing_every=1",
         SMALL_WINDOWS,
     ],
     "openlrm_base": ["--model=configs/model/openlrm_base.yaml", "--data.batch_size=1", SMALL_WINDOWS],

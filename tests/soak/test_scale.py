@@ -12,9 +12,9 @@ PROGRAM = """
 import json, resource, sys, time
 from pathlib import Path
 from data_tools import render
-from data_tools.assets import Asset, find_assets, write_list
-from data_tools.continuation import continue_folder, write_continuation
-from data_tools.settings import RenderSettings, write_settings
+from data_tools.assets.asset_list import Asset, find_assets, write_list
+from data_tools.rendering.continuation import continue_folder, write_continuation
+from data_tools.rendering.settings import RenderSettings, write_settings
 
 class Reached(Exception):
     pass
@@ -25,7 +25,7 @@ def begin(*_):
 folder, what = Path(sys.argv[1]), sys.argv[3]
 out = folder / "out"
 settings = RenderSettings(
-    preset="frame", normalise="sphere", seed=0, shard_size=8, views=16, resolution=8, samples=1, held_out=8
+    preset="frame", normalize="sphere", seed=0, shard_size=8, views=16, resolution=8, samples=1, held_out=8
 )
 found = []
 if what == "list":

@@ -14,9 +14,9 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from lrm_pl.data.batch import PackedBatch, collate
 from lrm_pl.data.datamodule import ShardDataModule
-from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import read_manifest, write_manifest
 from lrm_pl.data.mixture import DataSet, Mixture
+from lrm_pl.data.stream import BatchPartition, EvaluationSet, TrainingStream
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage, evaluation_item
 from lrm_pl.kernels import device, views_numba
@@ -24,7 +24,9 @@ from lrm_pl.kernels import device, views_numba
 
 def stream(folder, steps, size=16):
     crop = Augmentation(CropConfig(size, 32, size))
-    return TrainingStream(Mixture([DataSet(str(folder))]), Share(2), 1, 3, 2, None, crop, 0, 4, steps)
+    return TrainingStream(
+        Mixture([DataSet(str(folder))]), BatchPartition(2), 1, 3, 2, None, crop, 0, 4, steps
+    )
 
 
 @pytest.fixture(params=["training", "evaluation"])

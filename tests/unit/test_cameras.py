@@ -5,7 +5,7 @@ import torch
 
 from lrm_pl.geometry.cameras import (
     camera_vector,
-    canonicalise,
+    canonicalize,
     look_at,
     orbit,
     resize_and_crop,
@@ -37,7 +37,7 @@ def test_an_orbit_starts_on_minus_y_and_turns_towards_plus_x():
 
 def test_canonicalising_puts_the_input_camera_on_minus_y_at_its_own_distance():
     positions = torch.tensor([[1.0, 2.0, 2.0], [-1.0, 0.5, 0.2]])
-    poses = canonicalise(look_at(positions))
+    poses = canonicalize(look_at(positions))
     expected = CANONICAL.clone()
     expected[1, 3] = -3.0  # |(1, 2, 2)| = 3
     assert torch.allclose(poses[0], expected, atol=1e-6)
@@ -46,7 +46,7 @@ def test_canonicalising_puts_the_input_camera_on_minus_y_at_its_own_distance():
 def test_canonicalising_keeps_what_every_camera_sees():
     # A world point and its rotated image project to the same place in the old and the new cameras.
     poses = look_at(torch.tensor([[1.0, 2.0, 2.0], [-2.0, 0.5, 0.2], [0.3, -2.5, -1.0]]))
-    turned = canonicalise(poses)
+    turned = canonicalize(poses)
     point = torch.tensor([0.2, -0.4, 0.7, 1.0])
     before = torch.linalg.inv(poses) @ point
     rotation = turned[0, :3, :3] @ poses[0, :3, :3].T
@@ -57,13 +57,13 @@ def test_canonicalising_keeps_what_every_camera_sees():
 
 def test_a_camera_that_looks_past_the_origin_is_still_only_rotated_about_it():
     pose = look_at(torch.tensor([0.0, 2.0, 0.0]), target=(1.0, 0.0, 0.0))
-    turned = canonicalise(pose[None])[0]
+    turned = canonicalize(pose[None])[0]
     assert torch.allclose(turned[:3, :3], CANONICAL[:3, :3], atol=1e-6)
     assert math.isclose(turned[:3, 3].norm().item(), 2.0, abs_tol=1e-6)
 
 
 def test_intrinsics_follow_a_crop_by_hand():
-    # A 100 x 200 image (H x W), f = 0.5 widths = 100 px, f = 1 height = 100 px, centre (100, 50) px. The window of
+    # A 100 x 200 image (H x W), f = 0.5 widths = 100 px, f = 1 height = 100 px, center (100, 50) px. The window of
     # 50 rows x 40 columns at row 10, column 60: fx = 100 / 40, fy = 100 / 50,
     # cx = (100 - 60) / 40, cy = (50 - 10) / 50.
     cropped = resize_and_crop(torch.tensor([0.5, 1.0, 0.5, 0.5]), (100, 200), (10, 60, 50, 40))
@@ -78,9 +78,9 @@ def test_the_camera_vector_is_the_pose_row_by_row_then_focal_then_principal_poin
 
 def test_cameras_stay_float32_and_exact_under_autocast():
     poses = look_at(torch.tensor([[1.0, 2.0, 2.0], [-2.0, 0.5, 0.2]]))
-    expected = canonicalise(poses)
+    expected = canonicalize(poses)
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype):
-            turned = canonicalise(poses)
+            turned = canonicalize(poses)
         assert turned.dtype == torch.float32
         assert torch.equal(turned, expected)

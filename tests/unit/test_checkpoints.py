@@ -17,9 +17,9 @@ import time
 import pytest
 import torch
 
+from lrm_pl import checkpoints as ck
+from lrm_pl.checkpoints import CheckpointError, checkpoint_path
 from lrm_pl.errors import InputError
-from lrm_pl.io import checkpoints as ck
-from lrm_pl.io.checkpoints import CheckpointError, checkpoint_path
 
 LAYOUTS = ("single", "sharded")
 
@@ -294,7 +294,7 @@ def test_metadata_that_is_none_is_refused(tmp_path, content):
 
 WRITER = """
 import sys, torch
-from lrm_pl.io.checkpoints import *
+from lrm_pl.checkpoints import *
 folder, layout = sys.argv[1:]
 newest = newest_checkpoint(folder, print)  # a run that is started again goes on
 print("ready", flush=True)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lrm_pl.color_spaces import ColorSpaceError, to_srgb
-from lrm_pl.pictures import NotAPictureError, PictureError, open_picture, to_rgb8
+from lrm_pl.images import NotAPictureError, PictureError, open_picture, to_rgb8
 from tests.unit.test_pictures import encoded, wide_profile
 
 #: Linear RGB of a color space -> linear sRGB, from the primaries' xy (brucelindbloom.com has the same).

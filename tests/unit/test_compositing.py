@@ -4,19 +4,19 @@ import pytest
 import torch
 
 from lrm_pl.rendering.compositing import composite
-from lrm_pl.rendering.march import March, march_rays
+from lrm_pl.rendering.ray_marching import March, march_rays
 from lrm_pl.rendering.sampling import importance, stratified, widened
 
 
-def test_a_box_of_constant_density_has_the_closed_form_opacity_and_colour():
+def test_a_box_of_constant_density_has_the_closed_form_opacity_and_color():
     near, far, sigma = torch.tensor([1.0]), torch.tensor([2.5]), 0.8
-    colour = torch.tensor([0.2, 0.5, 0.9])
+    color = torch.tensor([0.2, 0.5, 0.9])
     for samples in (1, 7, 64):
         t, delta = stratified(near, far, samples, None)
-        pixels = composite(torch.full((1, samples), sigma), colour.expand(1, samples, 3), t, delta[..., None])
+        pixels = composite(torch.full((1, samples), sigma), color.expand(1, samples, 3), t, delta[..., None])
         opacity = 1 - math.exp(-sigma * 1.5)
         assert math.isclose(pixels.opacity.item(), opacity, rel_tol=1e-5)
-        assert torch.allclose(pixels.rgb[0], opacity * colour, rtol=1e-5)
+        assert torch.allclose(pixels.rgb[0], opacity * color, rtol=1e-5)
 
 
 def test_depth_of_a_constant_density_converges_to_the_closed_form():
@@ -102,7 +102,7 @@ def test_weights_are_widened_to_their_neighbours_by_hand():
 
 
 def march_through(march, sigma_of, near=1.0, far=3.0):
-    """March one ray through a density sigma_of(t) of colour 1."""
+    """March one ray through a density sigma_of(t) of color 1."""
 
     def evaluate(t):
         return sigma_of(t), torch.ones(*t.shape, 3)

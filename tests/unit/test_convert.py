@@ -11,13 +11,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lrm_pl.apps.convert import main
-from lrm_pl.io.conversion import ConversionError, UnseenNumbers
-from lrm_pl.io.convert_openlrm import convert_openlrm
-from lrm_pl.io.convert_triposr import convert_triposr
-from lrm_pl.io.pretrained import build_network, read_pretrained
-from lrm_pl.io.tensor_files import read_tensor_file
-from lrm_pl.io.weights import WeightsError
-from tests.parity.networks import randomised
+from lrm_pl.inference.model_folder import build_network, read_pretrained
+from lrm_pl.weights.key_map import ConversionError, UnseenNumbers
+from lrm_pl.weights.openlrm import convert_openlrm
+from lrm_pl.weights.resolve import WeightsError
+from lrm_pl.weights.tensor_files import read_tensor_file
+from lrm_pl.weights.triposr import convert_triposr
+from tests.parity.networks import randomized
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
 
@@ -27,7 +27,7 @@ NETWORKS = {"openlrm": (OpenLRM, convert_openlrm), "triposr": (TripoSR, convert_
 
 
 def state(source="openlrm"):
-    return {name: x.contiguous() for name, x in randomised(NETWORKS[source][0](), 0).state_dict().items()}
+    return {name: x.contiguous() for name, x in randomized(NETWORKS[source][0](), 0).state_dict().items()}
 
 
 @pytest.mark.parametrize(

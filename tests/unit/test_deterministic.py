@@ -9,13 +9,13 @@ from lrm_pl.geometry.cameras import orbit
 from lrm_pl.kernels import device
 from lrm_pl.kernels import triplane as triplane_kernels
 from lrm_pl.losses.objective import Objective
-from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
-from lrm_pl.rendering.volume import Renderer
+from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
+from lrm_pl.weights.perceptual import pretrained_perceptual_loss
 
 #: What raises on CUDA under torch.use_deterministic_algorithms: the operators of all calls of
 #: Context::alertNotDeterministic in libtorch_cuda.so and libtorch_cpu.so of torch 2.14.1 (_embedding_bag_dense_backward
@@ -94,7 +94,7 @@ def deterministic():
 
 @pytest.fixture(scope="module")
 def vgg():
-    return PerceptualLoss.pretrained("vgg", source="pypi")
+    return pretrained_perceptual_loss("vgg", source="pypi")
 
 
 def make_batch(size=32, views=2):

@@ -11,7 +11,7 @@ from lrm_pl.kernels import device
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Where devices may be compared: PyTorch's in one file, Blender's in another.
-ALLOWED = {"lrm_pl/kernels/device.py", "data_tools/blender_device.py"}
+ALLOWED = {"lrm_pl/kernels/device.py", "data_tools/blender/device.py"}
 
 DEVICE_TYPES = {"cpu", "cuda", "mps", "xpu", "hip"}
 

@@ -7,7 +7,10 @@ import torch
 
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import GpuProperties
-from lrm_pl.training.costs.division import (
+from lrm_pl.planning.gpus import GPUS, Gpu, cpu_flops, gpu_of_name, peak_flops, require_gpu
+from lrm_pl.planning.ledger import Message, Operation
+from lrm_pl.planning.simulate import StepCosts, StepShape
+from lrm_pl.planning.strategies import (
     CUDA_CONTEXT,
     GPU_SLACK,
     SLOW,
@@ -17,9 +20,6 @@ from lrm_pl.training.costs.division import (
     best_fitting,
     divisions,
 )
-from lrm_pl.training.costs.ledger import Message, Operation
-from lrm_pl.training.costs.machines import GPUS, Gpu, cpu_flops, gpu_of_name, peak_flops, require_gpu
-from lrm_pl.training.costs.simulation import StepCosts, StepShape
 
 #: A GPU of round numbers: 1 TFLOP/s, 1 TB/s, links of 100 GB/s.
 ROUND = Gpu("round", 1e12, 0.5e12, 10e9, 1e12, 100e9, GpuProperties((8, 0), 100, 40 * 2**20))

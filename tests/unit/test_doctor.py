@@ -14,17 +14,17 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from lrm_pl.apps.checks import folders, machine, training
-from lrm_pl.apps.checks.finding import Finding
-from lrm_pl.apps.checks.table import rows, show
-from lrm_pl.apps.checks.versions import REQUIREMENTS, version, versions
-from lrm_pl.apps.checks.wanted import Weights, process_count, read_wanted
-from lrm_pl.apps.doctor import main
+from lrm_pl.cluster.checks import folders, machine, training
+from lrm_pl.cluster.checks.finding import Finding
+from lrm_pl.cluster.checks.table import rows, show
+from lrm_pl.cluster.checks.versions import REQUIREMENTS, version, versions
+from lrm_pl.cluster.checks.wanted import Weights, process_count, read_wanted
+from lrm_pl.cluster.doctor import main
 from lrm_pl.data.manifest import read_manifest, write_manifest
 from lrm_pl.data.mixture import DataSet
 from lrm_pl.data.synthetic import write_synthetic_shards
-from lrm_pl.io.artefacts import ARTEFACTS
-from lrm_pl.io.weights import cached_path
+from lrm_pl.weights.catalog import ARTIFACTS
+from lrm_pl.weights.resolve import cached_path
 
 # Lightning 2.6.6 uses names that jsonargparse has deprecated.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -163,7 +163,7 @@ def test_too_few_views_or_objects_are_missing(wanted):
 
 
 @pytest.mark.parametrize(
-    ("render", "said"), [({"resolution": 24}, "found 24"), ({"normalise": "cube"}, "'cube'")]
+    ("render", "said"), [({"resolution": 24}, "found 24"), ({"normalize": "cube"}, "'cube'")]
 )
 def test_shards_that_fit_would_refuse_are_missing(wanted, shards, tmp_path, render, said):
     copy = shutil.copytree(shards, tmp_path / "copy")
@@ -205,8 +205,8 @@ def test_a_folder_that_is_not_shared_is_known_by_the_tokens_that_do_not_appear(t
 
 
 def test_weights_in_the_cache_are_verified(outside, monkeypatch):
-    artefact = next(artefact for artefact in ARTEFACTS["lpips_alex"] if artefact.provider == "official")
-    path = cached_path(artefact)
+    artifact = next(artifact for artifact in ARTIFACTS["lpips_alex"] if artifact.provider == "official")
+    path = cached_path(artifact)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a file")
     finding = training.weights(Weights("lpips_alex", "official", None, None))
@@ -302,9 +302,9 @@ def test_the_meeting_ends_only_when_every_node_has_read_what_all_found(root):
     """Many times over, as processes on this machine; node 0's end takes the store with it."""
     program = """
 import os, socket, sys, time
-from lrm_pl.apps.checks.finding import Finding
-from lrm_pl.apps.checks.nodes import Crew, Meeting
-import lrm_pl.apps.checks.nodes as nodes
+from lrm_pl.cluster.checks.finding import Finding
+from lrm_pl.cluster.checks.nodes import Crew, Meeting
+import lrm_pl.cluster.checks.nodes as nodes
 index, port, slow = map(int, sys.argv[1:])
 nodes.meeting_point = lambda: ("127.0.0.1", port)
 meeting = Meeting(Crew(3, index, f"n{index}", "1"))
@@ -338,8 +338,8 @@ def test_a_first_node_whose_name_stands_for_no_address_is_a_row(config, monkeypa
         ("SLURM_LOCALID", "0"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("lrm_pl.apps.checks.nodes.meeting_point", lambda: ("no.such.host.invalid", 15005))
-    monkeypatch.setattr("lrm_pl.apps.checks.rounds.meeting_point", lambda: ("no.such.host.invalid", 15005))
+    monkeypatch.setattr("lrm_pl.cluster.checks.nodes.meeting_point", lambda: ("no.such.host.invalid", 15005))
+    monkeypatch.setattr("lrm_pl.cluster.checks.rounds.meeting_point", lambda: ("no.such.host.invalid", 15005))
     status, said = run(capsys, "-c", config)
     assert status == 1
     assert "the name no.such.host.invalid must stand for node 0's address" in said

@@ -8,33 +8,33 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from lrm_pl.apps.evaluation_comparison import in_common
 from lrm_pl.data.schema import SampleError, encode_image
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import ellipsoid_surface, synthetic_sample
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.baselines import Baseline
+from lrm_pl.evaluation.comparison import in_common
 from lrm_pl.evaluation.folder import ObjectRecord, claim, read_object, write_object
 from lrm_pl.evaluation.geometry import Cloud, align, chamfer, compare_surfaces, rotation_grid
-from lrm_pl.evaluation.objects import Judges, Measured, measure_object, true_surface
+from lrm_pl.evaluation.objects import Measured, PerceptualMetrics, measure_object, true_surface
 from lrm_pl.evaluation.page import ranked, render_page
 from lrm_pl.evaluation.protocols import PROTOCOLS, Geometry, Protocol
 from lrm_pl.evaluation.set_distances import set_distances
 from lrm_pl.evaluation.summary import means, paired_differences, table
-from lrm_pl.geometry.cameras import InputCamera, canonicalise
-from lrm_pl.inference import Scene
-from lrm_pl.meshes.mesh import Mesh
-from lrm_pl.meshes.triangles import draw_points
+from lrm_pl.geometry.cameras import InputCamera, canonicalize
+from lrm_pl.inference.scene import Scene
+from lrm_pl.meshing.mesh import Mesh
+from lrm_pl.meshing.surface import NoSurfaceError
+from lrm_pl.meshing.triangles import draw_points
 from lrm_pl.metrics import ssim
-from lrm_pl.rendering.surface import NoSurfaceError
 from tests.unit.test_meshes import lumps
 
 RNG = np.random.default_rng
 
 
-def ball(radius=1.0, centre=(0, 0, 0), count=40_000, seed=0):
+def ball(radius=1.0, center=(0, 0, 0), count=40_000, seed=0):
     points, normals = ellipsoid_surface(np.full(3, 1.0), count, RNG(seed))
-    return Cloud(points * radius + centre, normals)
+    return Cloud(points * radius + center, normals)
 
 
 @pytest.mark.parametrize("shift", [0.1, 0.5, 0.9])
@@ -47,7 +47,7 @@ def test_the_chamfer_distance_of_two_shifted_spheres_is_its_closed_form(shift):
         return s**3 / 3 - s**2 / 2
 
     expected = ((integral(low) - integral(1)) + (integral(high) - integral(1))) / (2 * shift)
-    found = chamfer(ball().points, ball(centre=(0, 0, shift), seed=1).points)
+    found = chamfer(ball().points, ball(center=(0, 0, shift), seed=1).points)
     assert found == pytest.approx(
         expected, abs=0.004
     )  # points are 0.018 apart, which adds to small distances
@@ -78,7 +78,7 @@ def test_a_flipped_normal_counts_as_the_same():
 
 
 def test_normalising_brings_the_mean_to_the_origin_and_the_longest_side_to_2():
-    found = Cloud(RNG(0).uniform((5, 0, 0), (9, 1, 2), (5000, 3)), np.zeros((5000, 3))).normalised()
+    found = Cloud(RNG(0).uniform((5, 0, 0), (9, 1, 2), (5000, 3)), np.zeros((5000, 3))).normalized()
     np.testing.assert_allclose(found.points.mean(axis=0), 0, atol=1e-12)
     np.testing.assert_allclose(np.ptp(found.points, axis=0), (2, 0.5, 1), rtol=0.01)
 
@@ -96,10 +96,10 @@ def lopsided(count, seed):
 
 
 def test_alignment_finds_a_turned_and_shifted_shape_again():
-    truth = lopsided(1500, 0).normalised()
+    truth = lopsided(1500, 0).normalized()
     turn = Rotation.from_euler("zxy", (100, -50, 20), degrees=True).as_matrix()
-    away = lopsided(1500, 10).moved(turn, np.array((0.3, -0.2, 0.1))).normalised()
-    same = chamfer(lopsided(1500, 10).normalised().points, truth.points)
+    away = lopsided(1500, 10).moved(turn, np.array((0.3, -0.2, 0.1))).normalized()
+    same = chamfer(lopsided(1500, 10).normalized().points, truth.points)
     assert chamfer(away.points, truth.points) > 4 * same
     found = align(away, truth)
     assert chamfer(found.points, truth.points) < 1.15 * same
@@ -109,7 +109,7 @@ def test_alignment_finds_a_turned_and_shifted_shape_again():
 
 
 def test_alignment_never_makes_it_worse():
-    truth, prediction = ball(count=600).normalised(), ball(count=600, seed=3).normalised()
+    truth, prediction = ball(count=600).normalized(), ball(count=600, seed=3).normalized()
     assert chamfer(align(prediction, truth).points, truth.points) <= chamfer(prediction.points, truth.points)
 
 
@@ -172,7 +172,7 @@ def test_a_mesh_that_is_the_truth_has_no_distance_in_the_frame_of_the_input_view
         true_points := np.frombuffer(sample.extras["surface.npy"][128:], np.float32).reshape(-1, 6)[:, :3]
     ).max(axis=0)
     assert np.abs(((true_points / radii) ** 2).sum(axis=1) - 1).max() < 0.01
-    geometry = Geometry(normalised=False, aligned=False)
+    geometry = Geometry(normalized=False, aligned=False)
     truth = true_surface(sample, 2, geometry)
     assert len(truth.points) == 10_000
     # the input camera stands on -y: what it sees nearest has the smallest y
@@ -189,7 +189,7 @@ def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_compa
     calls = iter(drawn)
     monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: next(calls))
     baselines = {
-        "grey": Baseline(lambda image, targets: torch.full((), 0.75).expand_as(targets), looks=False),
+        "gray": Baseline(lambda image, targets: torch.full((), 0.75).expand_as(targets), looks=False),
         "copy": Baseline(lambda image, targets: image.expand_as(targets), looks=True),
     }
     tf32 = set()
@@ -198,7 +198,7 @@ def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_compa
         tf32.add(torch.backends.cudnn.allow_tf32)
         return images.mean((2, 3))
 
-    judges = Judges({}, clip=embed, features=embed)
+    judges = PerceptualMetrics({}, clip=embed, features=embed)
     found = measure_object(sample, protocol, lambda *_: Given(None), judges, baselines)
     from lrm_pl.evaluation.objects import over_white
 
@@ -213,13 +213,13 @@ def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_compa
     assert found.rows["model"]["ssim"] == pytest.approx(
         torch.cat([ssim(images, targets) for images in drawn]).mean().item(), abs=1e-6
     )
-    assert found.rows["grey"]["psnr"] == pytest.approx(np.mean(psnr(torch.full_like(targets, 0.75), targets)))
+    assert found.rows["gray"]["psnr"] == pytest.approx(np.mean(psnr(torch.full_like(targets, 0.75), targets)))
     copied = psnr(targets[:1], targets[1:]) + psnr(targets[1:2], targets[[0, 2]])
     assert found.rows["copy"]["psnr"] == pytest.approx(np.mean(copied))
-    assert found.rows["grey"]["clip"] < 1
+    assert found.rows["gray"]["clip"] < 1
     assert found.features["target"].shape == (3, 3)
     assert found.features["model"].shape == (6, 3)
-    assert found.features["grey"].shape == (3, 3)
+    assert found.features["gray"].shape == (3, 3)
     assert found.strip.shape == (3, 32, 32 * 7)
     assert tf32 == {False}
     assert torch.backends.cudnn.allow_tf32
@@ -230,7 +230,7 @@ def test_a_surface_is_measured_and_an_empty_field_is_a_note(monkeypatch):
     monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: torch.zeros(4, 3, 32, 32))
     vertices, faces = lumps()
     scene = Given(Mesh(vertices, faces, vertices))
-    found = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: scene, Judges({}), {})
+    found = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: scene, PerceptualMetrics({}), {})
     assert set(found.rows["model"]) == {
         "chamfer",
         "f_score@0.1",
@@ -239,10 +239,12 @@ def test_a_surface_is_measured_and_an_empty_field_is_a_note(monkeypatch):
         "normal_consistency",
     }
     assert 0.01 < found.rows["model"]["chamfer"] < 0.6
-    again = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: scene, Judges({}), {})
+    again = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: scene, PerceptualMetrics({}), {})
     assert again.rows == found.rows
 
-    found = measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), Judges({}), {})
+    found = measure_object(
+        sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), PerceptualMetrics({}), {}
+    )
     # no point of it is near the truth; how far it is from nothing is not defined
     assert found.rows == {"model": {"f_score@0.1": 0, "f_score@0.2": 0, "f_score@0.5": 0}}
     assert found.notes == ("view 0: nothing there",)
@@ -264,14 +266,16 @@ def test_an_objects_own_mesh_is_next_to_the_truth_and_its_mirror_image_is_not(na
     def measured(mirror):
         # the object as a perfect network gives it: in the frame in which the input camera is the canonical one
         c2w = torch.from_numpy(sample.c2w[[0]]).double()
-        to_canonical = (canonicalise(c2w.float()).double() @ c2w.inverse())[0].numpy()
+        to_canonical = (canonicalize(c2w.float()).double() @ c2w.inverse())[0].numpy()
         ours = (vertices @ to_canonical[:3, :3].T + to_canonical[:3, 3]) * (mirror, 1, 1)
         scene = Given(Mesh(ours.astype(np.float32), faces, np.zeros_like(ours, dtype=np.float32)))
-        return measure_object(sample, PROTOCOLS[name], lambda *_: scene, Judges({}), {}).rows["model"]
+        return measure_object(sample, PROTOCOLS[name], lambda *_: scene, PerceptualMetrics({}), {}).rows[
+            "model"
+        ]
 
     own, mirrored = measured(1), measured(-1)
     rotation_grid.cache_clear()
-    assert own["chamfer"] < 0.02  # half the distance of neighbours among 10,000 points
+    assert own["chamfer"] < 0.02  # half the distance of neighbors among 10,000 points
     assert own["f_score@0.1"] == 1
     assert own["normal_consistency"] > 0.97
     assert mirrored["chamfer"] > 3 * own["chamfer"]
@@ -284,7 +288,7 @@ def test_a_view_that_shows_nothing_is_a_bad_sample():
     with pytest.raises(
         SampleError, match="sample 'a': expected an object in view 0, found alpha 0 everywhere"
     ):
-        measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), Judges({}), {})
+        measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), PerceptualMetrics({}), {})
 
 
 def test_a_network_that_has_diverged_is_named_as_such_with_the_object(monkeypatch):
@@ -294,7 +298,7 @@ def test_a_network_that_has_diverged_is_named_as_such_with_the_object(monkeypatc
     sample = synthetic_sample("a", 4, 32, 0)
     protocol = Protocol("one", "", inputs=(0,), targets=(0, 1, 2, 3))
     with pytest.raises(InputError, match=r"sample 'a': expected finite views, .*take an earlier checkpoint"):
-        measure_object(sample, protocol, lambda *_: Given(None), Judges({}), {})
+        measure_object(sample, protocol, lambda *_: Given(None), PerceptualMetrics({}), {})
 
 
 def test_of_two_evaluations_only_what_both_have_is_compared():
@@ -388,8 +392,8 @@ def test_a_protocol_names_what_shards_lack():
 
 def test_the_network_is_told_the_camera_that_took_the_picture_as_in_training():
     """Off the middle, and not looking at the origin, as crops of videos are."""
-    from lrm_pl.apps.evaluation_run import reconstructor
-    from lrm_pl.apps.trained import Trained
+    from lrm_pl.evaluation.run import reconstructor
+    from lrm_pl.inference.find_model import Trained
     from tests.pretrained_folder import tiny_pretrained
 
     trained = Trained(tiny_pretrained(), "", None, "")

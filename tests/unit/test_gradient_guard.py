@@ -8,7 +8,7 @@ import torch
 
 from lrm_pl.errors import InputError
 from lrm_pl.kernels import device
-from lrm_pl.training.gradients import GradientGuard, GuardConfig
+from lrm_pl.training.gradient_guard import GradientGuard, GuardConfig
 
 
 def accepts(judge, norm):

@@ -12,7 +12,7 @@ from lrm_pl.callbacks.watchdog import HangWatchdog
 
 PROGRAM = """
 import ctypes, sys, time
-from lrm_pl.kernels.awake_clock import AwakeClock
+from lrm_pl.callbacks.awake_clock import AwakeClock
 clock = AwakeClock(2.0)
 time.sleep(0.3)
 clock.reset()

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from lrm_pl.apps import reconstruction
 from lrm_pl.apps.infer import find_pictures, main
-from lrm_pl.apps.options import Wishes
-from lrm_pl.apps.reconstruction import _files_for, _files_of, _require_own, _write
 from lrm_pl.errors import InputError
+from lrm_pl.inference import reconstruction
+from lrm_pl.inference.mesh_options import MeshOptions
+from lrm_pl.inference.reconstruction import _files_for, _files_of, _require_own, _write
 
 
 def touch(folder, *names):
@@ -36,7 +36,7 @@ def test_a_link_that_leads_nowhere_is_a_picture_that_fails_and_not_one_that_is_n
 
 
 def test_a_name_that_the_terminal_cannot_print_is_printed_with_escapes():
-    code = "from lrm_pl.apps.paths import escape_names; escape_names(); print('\\udcff\\u2191')"
+    code = "from lrm_pl.paths import escape_names; escape_names(); print('\\udcff\\u2191')"
     for encoding, expected in (("utf-8", b"\\udcff\xe2\x86\x91\n"), ("latin-1", b"\\udcff\\u2191\n")):
         environment = os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
@@ -58,7 +58,7 @@ def test_pictures_of_one_name_have_results_of_their_own(tmp_path):
 
 def test_files_that_no_earlier_result_lists_are_neither_removed_nor_written_over(tmp_path):
     touch(tmp_path, "input.png", "mesh.obj")
-    files = _files_for(Wishes(frames=0))
+    files = _files_for(MeshOptions(frames=0))
     assert files == {"input.png", "mesh.glb", "result.json"}
     with pytest.raises(InputError, match=r"found input.png, which its result.json does not list; move"):
         _require_own(tmp_path, files, _files_of(tmp_path))

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from lrm_pl.geometry.cameras import InputCamera, canonicalise, look_at, orbit
-from lrm_pl.inference import reconstruct
+from lrm_pl.geometry.cameras import InputCamera, canonicalize, look_at, orbit
+from lrm_pl.inference.scene import reconstruct
 from lrm_pl.kernels import device
+from lrm_pl.meshing.surface import NoSurfaceError, extract_mesh, surface_density
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
-from lrm_pl.rendering.grid import density_grid
+from lrm_pl.rendering.density_grid import density_grid
+from lrm_pl.rendering.empty_space import render_skipping
 from lrm_pl.rendering.occupancy import Occupancy, measure_occupancy
-from lrm_pl.rendering.query import query_colour, query_density
-from lrm_pl.rendering.skipping import render_skipping
-from lrm_pl.rendering.surface import NoSurfaceError, extract_mesh, surface_density
-from lrm_pl.rendering.volume import Renderer
+from lrm_pl.rendering.query import query_color, query_density
+from lrm_pl.rendering.renderer import Renderer
 from tests.unit.test_meshes import is_closed, volume
 from tests.unit.test_metrics import Operators
 from tests.unit.test_model import tiny_lrm
@@ -27,7 +27,7 @@ CENTRE, RADIUS = torch.tensor([0.2, -0.1, 0.15]), 0.45
 
 
 class Ball:
-    """A ball of density 40 with a soft rim 0.1 wide, coloured by place, outside the middle of the box."""
+    """A ball of density 40 with a soft rim 0.1 wide, colored by place, outside the middle of the box."""
 
     reduce = "sum"
     planes, weights = torch.zeros(1, 3, 1, 1, 1), ()
@@ -63,11 +63,11 @@ def test_a_grid_read_coarse_to_fine_has_the_surface_of_one_read_in_full():
     assert full.density[10, 50, 70] == query_density(ball, 0, point).item()
 
 
-def test_the_mesh_of_a_ball_is_a_ball_with_its_colours_and_its_faces_outward():
+def test_the_mesh_of_a_ball_is_a_ball_with_its_colors_and_its_faces_outward():
     mesh = extract_mesh(Ball(), 0, 20.0, resolution=96)
     distance = np.linalg.norm(mesh.vertices - CENTRE.numpy(), axis=-1)
     assert np.abs(distance - RADIUS).max() < 2 / 95
-    np.testing.assert_allclose(mesh.colours, (mesh.vertices + 1) / 2, atol=1e-5)
+    np.testing.assert_allclose(mesh.colors, (mesh.vertices + 1) / 2, atol=1e-5)
     assert volume(mesh) == pytest.approx(4 / 3 * math.pi * RADIUS**3, rel=0.02)
     assert is_closed(mesh)
 
@@ -121,7 +121,7 @@ def test_what_is_dense_on_the_faces_of_the_box_alone_is_no_surface():
 
 def test_a_surface_of_too_few_faces_to_be_one_says_so(monkeypatch):
     monkeypatch.setattr(
-        "lrm_pl.rendering.surface.decimated", lambda vertices, faces, most: (vertices[:0], faces[:0])
+        "lrm_pl.meshing.surface.decimated", lambda vertices, faces, most: (vertices[:0], faces[:0])
     )
     with pytest.raises(NoSurfaceError, match="at most 4 faces, found that none would be left"):
         extract_mesh(Ball(), 0, 20.0, resolution=32, most_faces=4)
@@ -196,9 +196,9 @@ def test_points_are_read_alike_in_chunks_and_threads():
     field = NeRFDecoder(4, 8, 3).field(Triplane(torch.randn(1, 3, 4, 8, 8)))
     points = torch.rand(40_000, 3) * 2 - 1
     with torch.no_grad():
-        raw, colour = field.decode(field.sample(field.planes[0], points), field.weights)
+        raw, color = field.decode(field.sample(field.planes[0], points), field.weights)
         assert torch.allclose(query_density(field, 0, points), field.activate(raw), atol=1e-6)
-        assert torch.allclose(query_colour(field, 0, points), colour, atol=1e-6)
+        assert torch.allclose(query_color(field, 0, points), color, atol=1e-6)
 
 
 def test_a_picture_becomes_a_mesh_and_frames_that_begin_where_it_was_taken_from():
@@ -226,7 +226,7 @@ def test_a_picture_becomes_a_mesh_and_frames_that_begin_where_it_was_taken_from(
 def test_the_input_camera_is_canonical():
     camera = InputCamera(1.7, 60.0)
     seen = look_at(torch.tensor([[0.9, -1.2, 0.8]]) / torch.tensor([0.9, -1.2, 0.8]).norm() * 1.7)
-    assert torch.allclose(canonicalise(seen)[0], camera.c2w, atol=1e-5)
+    assert torch.allclose(canonicalize(seen)[0], camera.c2w, atol=1e-5)
     assert camera.fxfycxcy[0].item() == pytest.approx(0.5 / math.tan(math.radians(30)))
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from lrm_pl.__main__ import main as lrm
-from lrm_pl.apps import slurm
-from lrm_pl.apps.job import Launch, job_script, node_line
-from lrm_pl.apps.launch import main
+from lrm_pl.cluster import slurm
+from lrm_pl.cluster.job import Launch, job_script, node_line
+from lrm_pl.cluster.launch import main
 from lrm_pl.errors import InputError
 
 
@@ -401,7 +401,7 @@ def group(checkout, root):
     def start(program):
         (checkout / "lrm_pl.py").write_text("import os, signal, sys, time\n" + program)
         launcher = "import sys; sys.path.pop(0); sys.path.insert(0, sys.argv[1])\n"
-        launcher += "from lrm_pl.apps.processes import run_processes; run_processes(2, ['fit'])"
+        launcher += "from lrm_pl.training.processes import run_processes; run_processes(2, ['fit'])"
         return subprocess.Popen(
             [sys.executable, "-c", launcher, str(root)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

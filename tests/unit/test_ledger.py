@@ -8,8 +8,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from lrm_pl.kernels.attention import attention_in_blocks
-from lrm_pl.training.costs.fake_group import as_rank
-from lrm_pl.training.costs.ledger import _TRAFFIC, Ledger, Message, Traffic, register_bytes_formula
+from lrm_pl.planning.fake_group import as_rank
+from lrm_pl.planning.ledger import _TRAFFIC, Ledger, Message, Traffic, register_bytes_formula
 
 
 def test_the_peak_is_what_lived_at_once():

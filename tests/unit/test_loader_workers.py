@@ -11,7 +11,7 @@ import psutil
 import pytest
 from torch.utils.data import DataLoader
 
-from lrm_pl.data.workers import outlive_stop_signals, start_method
+from lrm_pl.data.workers import ignore_stop_signals, start_method
 from lrm_pl.errors import InputError
 
 
@@ -29,7 +29,7 @@ def loading(request, monkeypatch):
             range(100),
             batch_size=None,
             num_workers=1,
-            worker_init_fn=outlive_stop_signals,
+            worker_init_fn=ignore_stop_signals,
             multiprocessing_context=method,
         )
     )
@@ -66,13 +66,13 @@ def test_an_iterator_that_is_let_go_leaves_no_worker(loading):
 TRAINING = """
 import sys, torch
 from torch.utils.data import DataLoader
-from lrm_pl.data.workers import outlive_stop_signals, start_method
+from lrm_pl.data.workers import ignore_stop_signals, start_method
 if sys.argv[1] == "one of a group":
     torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
 method = start_method(2)
 assert method == ("forkserver" if sys.argv[1] == "one of a group" else None), method
 loader = DataLoader(
-    torch.zeros(99, 1000), batch_size=None, num_workers=2, worker_init_fn=outlive_stop_signals,
+    torch.zeros(99, 1000), batch_size=None, num_workers=2, worker_init_fn=ignore_stop_signals,
     multiprocessing_context=method,
 )
 batches = iter(loader)

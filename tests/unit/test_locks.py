@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from data_tools.shard_folder import FolderError, locked
-from lrm_pl.data.locks import lock
+from data_tools.rendering.shard_folder import FolderError, locked
 from lrm_pl.kernels.compiled import compiled
+from lrm_pl.locks import lock
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
@@ -32,7 +32,7 @@ def test_other_errors_of_a_lock_are_errors(monkeypatch, tmp_path):
 
 
 def test_a_second_rendering_in_a_folder_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("data_tools.shard_folder.LOCK_PATIENCE_S", 0.2)
+    monkeypatch.setattr("data_tools.rendering.shard_folder.LOCK_PATIENCE_S", 0.2)
     with locked(tmp_path), pytest.raises(FolderError, match="found one"), locked(tmp_path):
         raise AssertionError
 

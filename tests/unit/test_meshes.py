@@ -16,13 +16,13 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
-from lrm_pl.meshes import unwrap as unwrap_file
-from lrm_pl.meshes.files import encode_mesh
-from lrm_pl.meshes.glb import encode_glb, srgb_to_linear
-from lrm_pl.meshes.mesh import Mesh, vertex_normals
-from lrm_pl.meshes.repair import decimated, without_floaters
-from lrm_pl.meshes.texture import texel_places, textured
-from lrm_pl.meshes.unwrap import PADDING, Atlas, UnwrapError, unwrap
+from lrm_pl.meshing import unwrap as unwrap_file
+from lrm_pl.meshing.export import encode_mesh
+from lrm_pl.meshing.glb import encode_glb, srgb_to_linear
+from lrm_pl.meshing.mesh import Mesh, vertex_normals
+from lrm_pl.meshing.simplify import decimated, without_floaters
+from lrm_pl.meshing.texture import texel_places, textured
+from lrm_pl.meshing.unwrap import PADDING, Atlas, UnwrapError, unwrap
 
 #: Both shapes of ``lumps``: a large ball and a small one beside it.
 BALLS = (np.zeros(3), 0.6), (np.full(3, 0.75), 0.15)
@@ -32,13 +32,13 @@ def lumps(points=64):
     """Vertices and faces of two balls, faces outward."""
     axis = np.linspace(-1, 1, points)
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
-    inside = np.maximum(*(radius - np.linalg.norm(grid - centre, axis=-1) for centre, radius in BALLS))
+    inside = np.maximum(*(radius - np.linalg.norm(grid - center, axis=-1) for center, radius in BALLS))
     places, faces, _, _ = marching_cubes(inside, 0.0, gradient_direction="ascent")
     return (places * 2 / (points - 1) - 1).astype(np.float32), faces.astype(np.int64)
 
 
 def by_place(points):
-    """A colour for every place, steeper along x than 8 bits could hide."""
+    """A color for every place, steeper along x than 8 bits could hide."""
     return np.clip((points + 1) / 2, 0, 1).astype(np.float32)
 
 
@@ -122,7 +122,7 @@ def test_charts_of_a_texture_are_as_far_apart_as_filters_reach():
         assert others.query(places)[0].min() >= PADDING - 1
 
 
-def test_a_baked_texture_shows_the_colours_of_the_places_on_the_surface():
+def test_a_baked_texture_shows_the_colors_of_the_places_on_the_surface():
     mesh = textured(ball(), by_place, 256)
     rng = np.random.default_rng(0)
     face = rng.integers(len(mesh.faces), size=4000)
@@ -133,7 +133,7 @@ def test_a_baked_texture_shows_the_colours_of_the_places_on_the_surface():
     height, width = mesh.texture.image.shape[:2]
     column, row = np.floor(uv * (width, height)).astype(int).T
     seen = mesh.texture.image[row, column] / 255
-    # a texel is about 0.01 wide, and its colour changes by half of that
+    # a texel is about 0.01 wide, and its color changes by half of that
     assert np.abs(seen - by_place(places)).max() < 0.03
     assert volume(mesh) == pytest.approx(volume(ball()), rel=1e-5)
 
@@ -167,7 +167,7 @@ def _parts(glb):
     return json.loads(glb[20 : 20 + size]), glb[28 + size :]
 
 
-def test_a_glb_has_linear_colours_of_16_bits_y_up_and_a_matt_surface():
+def test_a_glb_has_linear_colors_of_16_bits_y_up_and_a_matt_surface():
     vertices = np.array(
         [(0, 0, 0), (1, 0, 0), (0, 0, 1)], dtype=np.float32
     )  # in the plane that faces the camera
@@ -181,7 +181,7 @@ def test_a_glb_has_linear_colours_of_16_bits_y_up_and_a_matt_surface():
         return np.frombuffer(data, dtype, 3 * width, view["byteOffset"]).reshape(3, width)
 
     np.testing.assert_array_equal(values("POSITION", "<f4", 3), [(0, 0, 0), (1, 0, 0), (0, 1, 0)])
-    np.testing.assert_array_equal(values("NORMAL", "<f4", 3), [(0, 0, 1)] * 3)  # towards the viewer
+    np.testing.assert_array_equal(values("NORMAL", "<f4", 3), [(0, 0, 1)] * 3)  # toward the viewer
     # sRGB 0.5 is 0.2140 of the light
     np.testing.assert_array_equal(
         values("COLOR_0", "<u2", 4), [(round(0.21404114 * 65535), 0, 65535, 65535)] * 3
@@ -189,9 +189,9 @@ def test_a_glb_has_linear_colours_of_16_bits_y_up_and_a_matt_surface():
     np.testing.assert_allclose(srgb_to_linear(np.array([0.04, 1.0])), (0.04 / 12.92, 1.0))
 
 
-@pytest.mark.parametrize("is_textured", [False, True], ids=["colours", "texture"])
+@pytest.mark.parametrize("is_textured", [False, True], ids=["colors", "texture"])
 @pytest.mark.parametrize("kind", ["glb", "obj", "ply", "stl"])
-def test_files_come_back_in_trimesh_with_their_shape_colours_and_up(kind, is_textured, tmp_path):
+def test_files_come_back_in_trimesh_with_their_shape_colors_and_up(kind, is_textured, tmp_path):
     mesh = ball()
     mesh = textured(mesh, by_place, 128) if is_textured else mesh
     files = encode_mesh(mesh, kind, "thing")
@@ -223,13 +223,13 @@ def test_files_come_back_in_trimesh_with_their_shape_colours_and_up(kind, is_tex
         up = np.stack([mesh.texture.uv[:, 0], 1 - mesh.texture.uv[:, 1]], axis=1)
         np.testing.assert_allclose(found.visual.uv, up, atol=1e-6)
     else:
-        colours = (
+        colors = (
             found.visual.vertex_attributes["color"][:, :3] / 65535
             if kind == "glb"
             else found.visual.vertex_colors[:, :3] / 255
         )
-        expected = srgb_to_linear(mesh.colours) if kind == "glb" else mesh.colours
-        np.testing.assert_allclose(colours, expected, atol=0.6 / 255)
+        expected = srgb_to_linear(mesh.colors) if kind == "glb" else mesh.colors
+        np.testing.assert_allclose(colors, expected, atol=0.6 / 255)
 
 
 def test_equal_meshes_give_equal_bytes():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lrm_pl.data.datamodule import ShardDataModule
-from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.manifest import ShardError
 from lrm_pl.data.mixture import DataSet, Mixture
+from lrm_pl.data.stream import BatchPartition, EvaluationSet, TrainingStream
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
@@ -33,7 +33,7 @@ def stream(mixture, share, steps, position=0):
 
 
 def test_an_object_comes_as_often_an_epoch_as_the_weight_of_its_set_says(two):
-    run = stream(mixed(two), Share(1), steps=9)
+    run = stream(mixed(two), BatchPartition(1), steps=9)
     assert run.order.total == 3 * 1 + 2 * 3
     places = [run.order.locate(g) for g in range(3 * 9)]
     entries = run.reader.entries
@@ -53,14 +53,16 @@ def test_an_object_comes_as_often_an_epoch_as_the_weight_of_its_set_says(two):
 
 
 def test_the_mixture_is_the_same_over_any_ranks_and_from_any_position(two):
-    whole = [key for batch in stream(mixed(two), Share(3), steps=6) for key in batch.ids]
-    dealt = [batch.ids[0] for rank in range(3) for batch in stream(mixed(two), Share(3, rank, 3), steps=6)]
+    whole = [key for batch in stream(mixed(two), BatchPartition(3), steps=6) for key in batch.ids]
+    dealt = [
+        batch.ids[0] for rank in range(3) for batch in stream(mixed(two), BatchPartition(3, rank, 3), steps=6)
+    ]
     assert sorted(dealt) == sorted(whole)
-    assert [key for batch in stream(mixed(two), Share(3), 4, 6) for key in batch.ids] == whole[6:]
+    assert [key for batch in stream(mixed(two), BatchPartition(3), 4, 6) for key in batch.ids] == whole[6:]
 
 
 def test_appearances_of_an_object_in_one_epoch_differ(two):
-    run = stream(mixed(two), Share(1), steps=9)
+    run = stream(mixed(two), BatchPartition(1), steps=9)
     places = [run.order.locate(g) for g in range(9)]
     again = [
         g
@@ -83,7 +85,7 @@ def test_evaluation_has_every_object_once_with_the_last_views_of_its_own(two):
 def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, tmp_path):
     write_synthetic_shards(tmp_path, train=0, val=2, views=4, resolution=16)
     with pytest.raises(ShardError, match=rf"{tmp_path}: expected samples in the split 'train', found none"):
-        stream(mixed([two[0], tmp_path], (1, 1)), Share(1), 1)
+        stream(mixed([two[0], tmp_path], (1, 1)), BatchPartition(1), 1)
     with pytest.raises(InputError, match=r"weights of 1 or more, found .*weight=0"):
         DataSet("somewhere", 0)
     with pytest.raises(
@@ -91,7 +93,7 @@ def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, t
     ):
         mixed([two[0], f"{two[0]}/"], (1, 1))
     with pytest.raises(ShardError, match=r"expected at least 10 samples .* found 9; .*--data.batch_size 9"):
-        stream(mixed(two), Share(10), 1)
+        stream(mixed(two), BatchPartition(10), 1)
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_an_encoder_that_timm_does_not_know_is_refused_with_names_like_it():
 
 def test_plain_images_are_what_the_encoder_sees_on_demand():
     encoder = ImageEncoder(
-        "vit_small_patch14_dinov2", image_size=28, normalise=False, dim=48, depth=1, heads=3
+        "vit_small_patch14_dinov2", image_size=28, normalize=False, dim=48, depth=1, heads=3
     )
     seen = []
     encoder.vit.forward_features = lambda x: seen.append(x) or torch.zeros(1, 5, 48)
@@ -252,24 +252,24 @@ def test_the_decoder_does_what_its_options_say_by_hand():
     def decoded(**options):
         decoder = NeRFDecoder(channels=1, width=1, layers=2, fold=False, **options)
         weights = (torch.ones(1, 3), torch.zeros(1), torch.tensor([[1.0], [0], [50], [-50]]), torch.zeros(4))
-        raw, colour = decoder.decode(torch.tensor([[-2.0, 0.5, 0.5]]), weights)
-        return raw.item(), decoder.density(raw).item(), colour[0].tolist()
+        raw, color = decoder.decode(torch.tensor([[-2.0, 0.5, 0.5]]), weights)
+        return raw.item(), decoder.density(raw).item(), color[0].tolist()
 
     # The features add up to -1: ReLU gives 0, SiLU gives -1 / (1 + e).
-    raw, sigma, colour = decoded()
+    raw, sigma, color = decoded()
     assert raw == 0
     assert sigma == pytest.approx(math.log1p(math.exp(-1)))
-    assert colour == pytest.approx([0.5, 0.5, 0.5])
-    raw, sigma, colour = decoded(
-        activation="silu", density_activation="exp", density_bias=2.0, colour_margin=0.0
+    assert color == pytest.approx([0.5, 0.5, 0.5])
+    raw, sigma, color = decoded(
+        activation="silu", density_activation="exp", density_bias=2.0, color_margin=0.0
     )
     silu = -1 / (1 + math.e)
     assert raw == pytest.approx(silu)
     assert sigma == pytest.approx(math.exp(silu + 2))
-    assert colour == pytest.approx([0.5, 1 / (1 + math.exp(-50 * silu)), 1 / (1 + math.exp(50 * silu))])
-    wide = decoded(activation="silu", colour_margin=0.1)[2]
-    assert wide[2] == pytest.approx(colour[2] * 1.2 - 0.1)
-    assert wide[2] > 1 > colour[2]
+    assert color == pytest.approx([0.5, 1 / (1 + math.exp(-50 * silu)), 1 / (1 + math.exp(50 * silu))])
+    wide = decoded(activation="silu", color_margin=0.1)[2]
+    assert wide[2] == pytest.approx(color[2] * 1.2 - 0.1)
+    assert wide[2] > 1 > color[2]
 
 
 @pytest.mark.parametrize(

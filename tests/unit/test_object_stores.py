@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
+from lrm_pl import checkpoints as ck
+from lrm_pl.checkpoints import CheckpointError, checkpoint_path
 from lrm_pl.errors import InputError
-from lrm_pl.io import checkpoints as ck
-from lrm_pl.io.checkpoints import CheckpointError, checkpoint_path
-from lrm_pl.stores import StoreError
+from lrm_pl.storage import StoreError
 
 pytest_plugins = ["tests.s3_store"]
 LAYOUTS = ("single", "sharded")
@@ -196,7 +196,7 @@ def test_a_misspelt_bucket_is_refused_before_the_run_starts_and_is_not_made(s3):
 def test_without_s3fs_the_error_names_the_extra_to_install(root):
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from lrm_pl.io.checkpoints import *\n"
+        "from lrm_pl.checkpoints import *\n"
         "try: list_checkpoints('s3://bucket/run')\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lrm_pl.losses.objective import Evidence, Objective
+from lrm_pl.losses.objective import LossInputs, Objective
 from lrm_pl.losses.photometric import mask
 from lrm_pl.losses.regularizers import opacity_prior, total_variation
 
@@ -13,7 +13,7 @@ def evidence(prediction=0.5, target=0.3, opacity=0.25, alpha=1.0, planes=None):
         return torch.full((2, *shape, 4, 4), value)
 
     planes = torch.zeros(1, 3, 2, 4, 4) if planes is None else planes
-    return Evidence(full(prediction, 3), full(target, 3), full(opacity), full(alpha), planes)
+    return LossInputs(full(prediction, 3), full(target, 3), full(opacity), full(alpha), planes)
 
 
 def test_the_objective_is_the_weighted_mse_before_lpips_starts():

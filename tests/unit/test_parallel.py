@@ -7,7 +7,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
-from lrm_pl.training.parallel import ParallelConfig, network_blocks, prepare_blocks
+from lrm_pl.training.parallelize import ParallelConfig, network_blocks, prepare_blocks
 
 
 def lrm():
@@ -56,7 +56,7 @@ def same(ours, theirs, **tolerance):
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every_nth_block_is_computed_again_in_backward_and_gradients_stay_the_same_bits(every):
     network = lrm()
-    prepare_blocks(network, ParallelConfig(recompute_every=every))
+    prepare_blocks(network, ParallelConfig(activation_checkpointing_every=every))
     runs = count_runs(network)
     same(step(network), step(lrm()), rtol=0, atol=0)
     blocks = range(1, len(runs) + 1)
@@ -66,7 +66,7 @@ def test_every_nth_block_is_computed_again_in_backward_and_gradients_stay_the_sa
 def test_a_frozen_block_is_never_computed_twice():
     network = lrm()
     network.encoder.requires_grad_(False)
-    prepare_blocks(network, ParallelConfig(recompute_every=1))
+    prepare_blocks(network, ParallelConfig(activation_checkpointing_every=1))
     runs = count_runs(network)
     step(network)
     encoder = len(network.encoder.vit.blocks)
@@ -81,7 +81,7 @@ def test_compiled_blocks_recomputed_or_not_give_the_planes_and_the_gradients_of_
     torch._dynamo.reset()
     network = lrm()
     names = set(network.state_dict())
-    prepare_blocks(network, ParallelConfig(recompute_every=2, compile=True))
+    prepare_blocks(network, ParallelConfig(activation_checkpointing_every=2, compile=True))
     torch._dynamo.utils.counters.clear()
     ours = step(network)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2, "blocks were compiled"
@@ -90,8 +90,8 @@ def test_compiled_blocks_recomputed_or_not_give_the_planes_and_the_gradients_of_
 
 
 def test_a_negative_number_of_blocks_is_refused():
-    with pytest.raises(InputError, match="expected recompute_every of 0 or more, found -1"):
-        ParallelConfig(recompute_every=-1)
+    with pytest.raises(InputError, match="expected activation_checkpointing_every of 0 or more, found -1"):
+        ParallelConfig(activation_checkpointing_every=-1)
 
 
 def test_recomputed_mlps_keep_their_input_only_and_gradients_stay_the_same_bits():

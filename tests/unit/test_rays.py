@@ -26,7 +26,7 @@ def test_rays_of_a_crop_are_the_rays_of_that_part_of_the_image():
 
 
 def test_the_sphere_is_entered_and_left_where_geometry_says():
-    # Towards the centre: from 1 to 3. Parallel at height 0.6: half chord 0.8. At height 1.5: no hit.
+    # Toward the center: from 1 to 3. Parallel at height 0.6: half chord 0.8. At height 1.5: no hit.
     origins = torch.tensor([[0.0, -2, 0], [0.0, -2, 0.6], [0.0, -2, 1.5]])
     directions = torch.tensor([[0.0, 1, 0]]).expand(3, 3)
     near, far = ray_interval(origins, directions, "sphere")

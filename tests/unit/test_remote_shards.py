@@ -16,14 +16,14 @@ import torch
 
 from lrm_pl.data import source as source_module
 from lrm_pl.data.cache import CacheConfig, ShardCache
-from lrm_pl.data.dataset import Share, TrainingStream
 from lrm_pl.data.manifest import ShardError, read_manifest
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.source import ShardSource
+from lrm_pl.data.stream import BatchPartition, TrainingStream
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
-from lrm_pl.stores import StoreDownError, StoreError, insisting, open_store, talking_to
+from lrm_pl.storage import StoreDownError, StoreError, open_store, retry, store_errors
 from tests.damage import spoil_first_poses
 
 pytest_plugins = ["tests.s3_store", "tests.web_server"]
@@ -39,7 +39,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Wait for hundredths of a second where a user would wait for seconds."""
-    monkeypatch.setattr("lrm_pl.stores._LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("lrm_pl.storage._LONGEST_WAIT_S", 0.02)
 
 
 @pytest.fixture(params=["bucket", "web"])
@@ -61,7 +61,7 @@ def remote(request, shards):
 def items(folder, cache=CacheConfig(), steps=12):  # noqa: B008 - frozen
     """The batches of three epochs of four objects, one at a time."""
     augmentation, mixture = Augmentation(CropConfig(16, 32, 16)), Mixture([DataSet(str(folder))], cache)
-    stream = TrainingStream(mixture, Share(1), 1, 2, 2, None, augmentation, 0, 2, steps)
+    stream = TrainingStream(mixture, BatchPartition(1), 1, 2, 2, None, augmentation, 0, 2, steps)
     return [batch.to("cpu") for batch in stream]
 
 
@@ -312,13 +312,13 @@ def test_a_server_that_is_not_reached_is_the_network_s_fault_and_is_asked_again(
     def ask():
         asked.append(url)
         fs, inner = open_store(url)
-        with talking_to(url):
+        with store_errors(url):
             fs.info(inner)
 
     with pytest.raises(
         StoreError, match=r"expected to reach its server, found no network or no such host: "
     ) as error:
-        insisting(ask, 2, 0.01)
+        retry(ask, 2, 0.01)
     assert len(asked) == 2
     assert "AWS" not in str(error.value)
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lrm_pl.apps.plan import plan
 from lrm_pl.losses.objective import Objective
-from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.costs.renderer import renderer_operations
-from lrm_pl.training.costs.simulation import A100, StepShape, simulate_step
-from lrm_pl.training.parallel import ParallelConfig
+from lrm_pl.planning.renderer import renderer_operations
+from lrm_pl.planning.run_plan import plan
+from lrm_pl.planning.simulate import A100, StepShape, simulate_step
+from lrm_pl.rendering.renderer import Renderer
+from lrm_pl.training.parallelize import ParallelConfig
 from tests.unit.test_simulation import V100, network
 
 #: 2 objects, 4 views of 32 x 32 of which all rays hit, 24 samples each: 196,608 samples, one chunk per object.

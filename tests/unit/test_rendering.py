@@ -8,8 +8,8 @@ from lrm_pl.geometry.rays import pixel_rays, ray_interval
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane, TriplaneField
 from lrm_pl.rendering.deferred import render_deferred, render_plain
-from lrm_pl.rendering.march import March
-from lrm_pl.rendering.volume import Renderer
+from lrm_pl.rendering.ray_marching import March
+from lrm_pl.rendering.renderer import Renderer
 
 CAMERA = torch.tensor([1.07, 1.07, 0.5, 0.5])
 EVEN = March(12)
@@ -146,13 +146,13 @@ def test_gradients_equal_finite_differences():
 
 
 class ConstantSphere:
-    """A field of constant density and colour, whose picture has a closed form."""
+    """A field of constant density and color, whose picture has a closed form."""
 
     reduce = "sum"
 
-    def __init__(self, sigma, colour):
+    def __init__(self, sigma, color):
         self.planes, self.weights = torch.zeros(1, 3, 1, 1, 1), ()
-        self.sigma, self.colour = sigma, colour
+        self.sigma, self.color = sigma, color
 
     def sample(self, planes, points):
         return points
@@ -161,7 +161,7 @@ class ConstantSphere:
         raise AssertionError("nothing to differentiate")
 
     def decode(self, features, weights):
-        return features.new_full((len(features),), self.sigma), self.colour.expand(len(features), 3)
+        return features.new_full((len(features),), self.sigma), self.color.expand(len(features), 3)
 
     def activate(self, raw):
         return raw
@@ -169,15 +169,15 @@ class ConstantSphere:
 
 def test_a_sphere_of_constant_density_has_the_closed_form_picture():
     c2w, fxfycxcy = cameras(1, 1)
-    colour = torch.tensor([0.1, 0.6, 0.9])
-    pixels = Renderer(7)(ConstantSphere(0.9, colour), c2w, fxfycxcy, (16, 16))
+    color = torch.tensor([0.1, 0.6, 0.9])
+    pixels = Renderer(7)(ConstantSphere(0.9, color), c2w, fxfycxcy, (16, 16))
     origins, directions = pixel_rays(c2w, fxfycxcy, 16, 16)
-    closest = torch.linalg.cross(origins, directions).norm(dim=-1)  # distance of the ray from the centre
+    closest = torch.linalg.cross(origins, directions).norm(dim=-1)  # distance of the ray from the center
     chord = 2 * (1 - closest.square()).clamp_min(0).sqrt()
     opacity = 1 - torch.exp(-0.9 * chord)
     assert (opacity == 0).any(), "some rays miss"
     assert torch.allclose(pixels.opacity, opacity, atol=1e-4)
-    assert torch.allclose(pixels.rgb, opacity[..., None] * colour, atol=1e-4)
+    assert torch.allclose(pixels.rgb, opacity[..., None] * color, atol=1e-4)
 
 
 def test_the_picture_is_not_mirrored_or_turned():

@@ -12,10 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lrm_pl.apps.run_folder import claim_new_folder, folder_of, place_loggers, run_of, run_path
-from lrm_pl.data.source import ShardSource
-from lrm_pl.errors import InputError
-from lrm_pl.io.checkpoints import (
+from lrm_pl.checkpoints import (
     CheckpointError,
     checkpoint_path,
     choose_checkpoint,
@@ -25,7 +22,10 @@ from lrm_pl.io.checkpoints import (
     remove_checkpoint,
     write_tensors,
 )
-from lrm_pl.training.run_keeper import RunKeeper
+from lrm_pl.data.source import ShardSource
+from lrm_pl.errors import InputError
+from lrm_pl.training.checkpointing import CheckpointAndResume
+from lrm_pl.training.run_folder import claim_new_folder, folder_of, place_loggers, run_of, run_path
 from lrm_pl.training.run_lock import RunLock
 
 
@@ -216,7 +216,7 @@ def test_a_home_folder_of_data_or_checkpoints_is_the_home_folder(monkeypatch, tm
     monkeypatch.setenv("HOME", str(shards.parent))
     assert ShardSource(f"~/{shards.name}").location == str(shards)
     assert ShardSource(f"~/{shards.name}").manifest().views == 8
-    assert RunKeeper(folder="~/checkpoints").folder == f"{shards.parent}/checkpoints"
+    assert CheckpointAndResume(folder="~/checkpoints").folder == f"{shards.parent}/checkpoints"
 
 
 @pytest.mark.parametrize("choice", [True, None])
@@ -233,7 +233,7 @@ def test_a_home_folder_is_the_home_folder_and_a_url_is_refused(monkeypatch, tmp_
     ):
         run_path("")
     with pytest.raises(
-        InputError, match=r"expected a local folder .* found --run.folder s3://b/run; .*RunKeeper"
+        InputError, match=r"expected a local folder .* found --run.folder s3://b/run; .*CheckpointAndResume"
     ):
         run_path("s3://b/run")
 

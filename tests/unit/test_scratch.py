@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 
-from lrm_pl.data.scratch import ScratchFolder, remove_stale
+from lrm_pl.scratch import ScratchFolder, remove_stale
 
 MAKE = """
 import sys, time
 from pathlib import Path
-from lrm_pl.data.scratch import ScratchFolder
+from lrm_pl.scratch import ScratchFolder
 folder = ScratchFolder("lrm-test-", Path(sys.argv[1]))
 print(folder.path, flush=True)
 time.sleep(60)

@@ -5,9 +5,9 @@ import itertools
 import pytest
 from torch.utils.data import DataLoader
 
-from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.mixture import DataSet, Mixture
-from lrm_pl.data.shards import Order
+from lrm_pl.data.order import SampleOrder
+from lrm_pl.data.stream import BatchPartition, EvaluationSet, TrainingStream
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
@@ -17,8 +17,8 @@ WORLDS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 3), (12, 1), (3, 4)]
 
 
 def positions(world, accumulate, steps, batch_size=12, start=0):
-    """What each optimiser step reads, over all ranks and accumulated batches."""
-    shares = [Share(batch_size, rank, world, accumulate) for rank in range(world)]
+    """What each optimizer step reads, over all ranks and accumulated batches."""
+    shares = [BatchPartition(batch_size, rank, world, accumulate) for rank in range(world)]
     return [
         sorted(
             g
@@ -38,22 +38,30 @@ def test_a_step_reads_the_same_positions_whatever_the_world_and_the_accumulation
 
 def test_the_division_by_hand():
     # 8 objects a step, 2 processes, 2 accumulated batches: runs 0-3 and 4-7, each dealt out in turn.
-    assert [list(Share(8, 0, 2, 2).positions(0, batch)) for batch in range(3)] == [[0, 2], [4, 6], [8, 10]]
-    assert [list(Share(8, 1, 2, 2).positions(0, batch)) for batch in range(3)] == [[1, 3], [5, 7], [9, 11]]
-    assert Share(8, 1, 2, 2).local_batch_size == 2
+    assert [list(BatchPartition(8, 0, 2, 2).positions(0, batch)) for batch in range(3)] == [
+        [0, 2],
+        [4, 6],
+        [8, 10],
+    ]
+    assert [list(BatchPartition(8, 1, 2, 2).positions(0, batch)) for batch in range(3)] == [
+        [1, 3],
+        [5, 7],
+        [9, 11],
+    ]
+    assert BatchPartition(8, 1, 2, 2).local_batch_size == 2
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_the_nearest_that_can():
     with pytest.raises(
         InputError, match=r"8 processes x 2 accumulated .* divide, found 24; .* take 16 or 32"
     ):
-        Share(24, 0, 8, 2)
+        BatchPartition(24, 0, 8, 2)
     with pytest.raises(InputError, match="take 8,"):
-        Share(3, 0, 8, 1)
+        BatchPartition(3, 0, 8, 1)
     with pytest.raises(InputError, match="found 0"):
-        Share(0)
+        BatchPartition(0)
     with pytest.raises(InputError, match="accumulate_grad_batches of at least 1, found 0"):
-        Share(8, accumulate=0)
+        BatchPartition(8, accumulate=0)
 
 
 @pytest.fixture(scope="module")
@@ -93,25 +101,25 @@ def test_every_sample_comes_exactly_once_an_epoch_over_any_ranks_and_workers(
     ids = []
     for rank, worker in itertools.product(range(world), range(max(1, workers))):
         info = type("Info", (), {"id": worker, "num_workers": workers}) if workers else None
-        monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda info=info: info)
+        monkeypatch.setattr("lrm_pl.data.stream.get_worker_info", lambda info=info: info)
         # 3 epochs of 12 objects, 4 a step; with 4 ranks x 3 workers there are more workers than shards
-        ids += [key for batch in stream(odd, Share(4, rank, world), steps=9) for key in batch.ids]
+        ids += [key for batch in stream(odd, BatchPartition(4, rank, world), steps=9) for key in batch.ids]
     assert len(ids) == 36
     assert all(ids.count(key) == 3 for key in set(ids))
     assert len(set(ids)) == 12
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone(odd):
-    order = Order((5, 5, 2), seed=0, streams=4)
-    keys = stream(odd, Share(4), 1).reader
+    order = SampleOrder((5, 5, 2), seed=0, streams=4)
+    keys = stream(odd, BatchPartition(4), 1).reader
     expected = [keys.keys(p.shard)[p.index] for p in map(order.locate, range(24))]
-    whole = [key for batch in stream(odd, Share(4), steps=6) for key in batch.ids]
+    whole = [key for batch in stream(odd, BatchPartition(4), steps=6) for key in batch.ids]
     assert whole == expected
-    dealt = [batch.ids for rank in range(2) for batch in stream(odd, Share(4, rank, 2), steps=6)]
+    dealt = [batch.ids for rank in range(2) for batch in stream(odd, BatchPartition(4, rank, 2), steps=6)]
     assert sorted(key for ids in dealt for key in ids) == sorted(expected)
-    assert [key for batch in stream(odd, Share(6), steps=2, position=8) for key in batch.ids] == expected[
-        8:20
-    ]
+    assert [
+        key for batch in stream(odd, BatchPartition(6), steps=2, position=8) for key in batch.ids
+    ] == expected[8:20]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])

@@ -18,13 +18,13 @@ from lrm_pl.losses.objective import Objective
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
-from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.costs.fake_group import as_rank
-from lrm_pl.training.costs.hits import cameras_of, default_cameras, hit_share
-from lrm_pl.training.costs.sharding import check_shards
-from lrm_pl.training.costs.simulation import A100, StepShape, simulate_step, without_numbers
+from lrm_pl.planning.fake_group import as_rank
+from lrm_pl.planning.hits import cameras_of, default_cameras, hit_share
+from lrm_pl.planning.sharding import check_shards
+from lrm_pl.planning.simulate import A100, StepShape, simulate_step, without_numbers
+from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.parallel import ParallelConfig, prepare_blocks
+from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks
 
 SIZE = 32
 
@@ -37,7 +37,7 @@ def network(*, frozen=False, depth=2, plane_tokens=16):
 
 CAMERA = torch.tensor([1.07, 1.07, 0.5, 0.5])
 
-#: Share of the rays of ``real_batch`` that hit the sphere.
+#: Fraction of the rays of ``real_batch`` that hit the sphere.
 HITS = 0.76
 
 
@@ -92,7 +92,10 @@ def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
 ):
     """For a GPU: in a step whose CPU tensors go through the branches of accelerators."""
     lrm, renderer = network(frozen=frozen), Renderer(24, importance)
-    objective, parallel = Objective(lpips=0.0, tv=1e-3), ParallelConfig(recompute_every=recompute)
+    objective, parallel = (
+        Objective(lpips=0.0, tv=1e-3),
+        ParallelConfig(activation_checkpointing_every=recompute),
+    )
     estimated = simulate_step(lrm, renderer, objective, parallel, shape(gpu=gpu))
     prepare_blocks(lrm, parallel)
     module, batch = LRMModule(lrm, renderer, objective), real_batch(2)
@@ -134,7 +137,9 @@ def test_the_switch_to_accelerators_is_undone_after_an_error():
 def test_a_simulation_touches_neither_the_network_nor_the_random_state():
     lrm = network()
     before, state = copy.deepcopy(lrm.state_dict()), torch.get_rng_state()
-    simulate_step(lrm, Renderer(16, 8), Objective(lpips=2.0), ParallelConfig(recompute_every=1), shape())
+    simulate_step(
+        lrm, Renderer(16, 8), Objective(lpips=2.0), ParallelConfig(activation_checkpointing_every=1), shape()
+    )
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in lrm.state_dict().items())
     assert all(p.grad is None for p in lrm.parameters())
@@ -150,7 +155,7 @@ def test_a_network_without_numbers_costs_the_same():
 def test_recomputing_needs_less_memory_and_more_operations_for_the_same_mathematics():
     lrm, rest = network(depth=6), (Renderer(8), Objective(lpips=0.0))
     plain = simulate_step(lrm, *rest, ParallelConfig(), shape())
-    again = simulate_step(lrm, *rest, ParallelConfig(recompute_every=1), shape())
+    again = simulate_step(lrm, *rest, ParallelConfig(activation_checkpointing_every=1), shape())
     assert again.activations < 0.6 * plain.activations
     assert again.flops > 1.15 * plain.flops
     assert again.model == plain.model

@@ -12,15 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lrm_pl.apps.train import LRMCLI, command_line
+from lrm_pl.cli.lightning_cli import LRMCLI, command_line
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import as_accelerator
 from lrm_pl.losses.objective import Objective
-from lrm_pl.rendering.volume import Renderer
-from lrm_pl.training.holder import Holder
+from lrm_pl.rendering.renderer import Renderer
+from lrm_pl.training.checkpointing import CheckpointAndResume
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
-from lrm_pl.training.run_keeper import RunKeeper
+from lrm_pl.training.sharded_state import Holder
 from lrm_pl.training.state import Snapshots, optimizer_tensors
 from lrm_pl.training.strategies import FSDP2Strategy, require_supported, require_supported_name
 from tests.unit.test_model import tiny_lrm
@@ -199,7 +199,7 @@ def test_on_a_cpu_every_copy_has_its_own_memory_and_ranks_that_do_not_write_keep
 
 
 def test_ranks_agree_on_a_group_of_the_cpu_and_alone_without_one(gloo, monkeypatch):
-    keeper = RunKeeper()
+    keeper = CheckpointAndResume()
     assert keeper._agree(True, False) == [True, False]
     group = torch.distributed.new_group(backend="gloo")
     keeper._agreement = group
@@ -243,7 +243,7 @@ def test_every_other_strategy_of_lightning_is_let_through():
     from lightning.pytorch.strategies import StrategyRegistry
 
     refused = []
-    for name in ("auto", *StrategyRegistry.available_strategies(), "lrm_pl.training.deepspeed.ZeroStrategy"):
+    for name in ("auto", *StrategyRegistry.available_strategies(), "lrm_pl.training.zero.ZeroStrategy"):
         try:
             require_supported_name(name)
         except InputError:
@@ -276,7 +276,7 @@ def test_lightnings_deepspeed_is_refused_and_ours_is_not():
     pytest.importorskip("deepspeed")
     from lightning.pytorch.strategies import DeepSpeedStrategy
 
-    from lrm_pl.training.deepspeed import ZeroStrategy
+    from lrm_pl.training.zero import ZeroStrategy
 
     require_supported(ZeroStrategy())
     with pytest.raises(InputError, match=r"DeepSpeedStrategy; use .*configs/trainer/deepspeed_2\.yaml"):

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from lrm_pl.data.batch import collate
-from lrm_pl.data.dataset import EvaluationSet, Share, TrainingStream
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.schema import Sample, SampleError, SampleInfo, encode_image
+from lrm_pl.data.stream import BatchPartition, EvaluationSet, TrainingStream
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.data.transforms import (
     Augmentation,
@@ -32,9 +32,9 @@ def training_of(sample, views, crop, rng, inputs=1, step=0, **options):
 
 
 def position_coded_sample(side=64):
-    """A square facing the camera whose colour is its place: u in red, v in green, so pixels tell where they are."""
-    centres = (np.arange(side) + 0.5) / side
-    red, green = np.meshgrid(centres, centres)
+    """A square facing the camera whose color is its place: u in red, v in green, so pixels tell where they are."""
+    centers = (np.arange(side) + 0.5) / side
+    red, green = np.meshgrid(centers, centers)
     rgba = np.stack([red, green, np.zeros_like(red), np.ones_like(red)], -1)
     view = encode_image(np.round(rgba * 255).astype(np.uint8))
     pose = np.array([[1, 0, 0, 0], [0, 0, 1, -2], [0, -1, 0, 0], [0, 0, 0, 1]], np.float32)
@@ -71,7 +71,7 @@ def test_the_background_shows_only_where_the_object_is_not():
     target, background = item.target, item.target.background[:, :, None, None]
     empty = (target.alpha == 0)[:, None].expand_as(target.images)
     assert torch.equal(target.images[empty], background.expand_as(target.images)[empty])
-    assert len({tuple(colour.tolist()) for colour in target.background}) == 3
+    assert len({tuple(color.tolist()) for color in target.background}) == 3
     white = evaluation_item(sample, 1, [0]).input.over_white().images
     assert torch.equal(item.input.over_white().images, white), "the input view is over white"
 
@@ -97,7 +97,7 @@ def test_the_input_view_is_a_target_too_and_canonical():
 
 
 def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(shards):
-    stream = TrainingStream(mixture(shards), Share(2), 1, 3, 3, None, WHOLE, 0, 4, 40)
+    stream = TrainingStream(mixture(shards), BatchPartition(2), 1, 3, 3, None, WHOLE, 0, 4, 40)
     used = {view for g in range(80) for view in stream._chosen(stream.order.locate(g))[0]}
     assert used == {0, 1, 2, 3, 4}
     items = EvaluationSet(mixture(shards), "train", 1, slice(-3, None))
@@ -118,10 +118,10 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
         class Info:
             id, num_workers = worker, workers
 
-        monkeypatch.setattr("lrm_pl.data.dataset.get_worker_info", lambda: Info if workers else None)
+        monkeypatch.setattr("lrm_pl.data.stream.get_worker_info", lambda: Info if workers else None)
         stream = TrainingStream(
             mixture(shards),
-            Share(2),
+            BatchPartition(2),
             1,
             2,
             2,
@@ -181,7 +181,7 @@ def test_windows_grow_at_the_step_that_the_config_says_wherever_a_run_is_resumed
     def sizes(steps, step, position):
         stream = TrainingStream(
             mixture(shards),
-            Share(2),
+            BatchPartition(2),
             1,
             2,
             2,

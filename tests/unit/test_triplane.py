@@ -22,8 +22,8 @@ def planes_and_points(channels=5, side=7, count=300):
 
 
 def test_bilinear_sampling_by_hand():
-    # One plane of 2 x 2 over [-1, 1]: centres at -0.5 and 0.5. At x = 0, y = -0.5 the first row's mean is read;
-    # at x = 1.0 (the border) half of the neighbour outside counts as zero.
+    # One plane of 2 x 2 over [-1, 1]: centers at -0.5 and 0.5. At x = 0, y = -0.5 the first row's mean is read;
+    # at x = 1.0 (the border) half of the neighbor outside counts as zero.
     plane = torch.tensor([[1.0, 3.0], [5.0, 7.0]]).view(1, 2, 2, 1)
     points = torch.tensor(
         [[0.0, -0.5, 9.0], [0.0, 0.0, 9.0], [1.0, -0.5, 9.0], [2.0, -0.5, 9.0], [0.5, 0.25, 9.0]]
@@ -33,9 +33,9 @@ def test_bilinear_sampling_by_hand():
 
 
 def test_each_plane_is_read_along_its_own_axes():
-    # Plane p holds its column coordinate + 10 x its row coordinate, exact at pixel centres.
-    centres = torch.tensor([-0.75, -0.25, 0.25, 0.75])
-    plane = centres[None, :] + 10 * centres[:, None]
+    # Plane p holds its column coordinate + 10 x its row coordinate, exact at pixel centers.
+    centers = torch.tensor([-0.75, -0.25, 0.25, 0.75])
+    plane = centers[None, :] + 10 * centers[:, None]
     planes = plane.expand(3, 4, 4)[..., None].contiguous()
     point = torch.tensor([[0.25, -0.25, 0.75]])
     values = triplane_sample(planes, point, AXES, "concat")

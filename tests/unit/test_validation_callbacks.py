@@ -4,12 +4,12 @@ import lightning as L
 import pytest
 import torch
 
-from lrm_pl.callbacks.image_metrics import ImageMetricsLogger
 from lrm_pl.callbacks.view_logger import ViewLogger, view_row
 from lrm_pl.data.datamodule import EVALUATION_SETS
 from lrm_pl.metrics import ImageMetrics, psnr
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.output import Rendering
+from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import Prediction
 from tests.unit.test_deterministic import make_batch
 from tests.unit.test_metrics import Operators

@@ -19,13 +19,15 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save_file
 
-from lrm_pl.io import fetch, pypi_copies, state_dicts, weights
-from lrm_pl.io.artefacts import ARTEFACTS, Artefact
-from lrm_pl.io.state_dicts import load_hub_encoder_state, load_other_encoder_state
-from lrm_pl.io.weights import WeightsError, resolve
 from lrm_pl.models.encoder import ImageEncoder
+from lrm_pl.weights import download as fetch
+from lrm_pl.weights import encoders, pypi_mirror
+from lrm_pl.weights import resolve as weights
+from lrm_pl.weights.catalog import ARTIFACTS, Artifact
+from lrm_pl.weights.encoders import load_hub_encoder_state, load_other_encoder_state
+from lrm_pl.weights.resolve import WeightsError, resolve
 from tests.hub import hub_with
-from tests.parity.networks import randomised
+from tests.parity.networks import randomized
 from tests.parity.openlrm import OpenLRM
 
 
@@ -33,9 +35,9 @@ def hash_of(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def artefact(provider, content, address="", filename=None, member=""):
+def artifact(provider, content, address="", filename=None, member=""):
     filename = filename or f"{provider}.pth"
-    return Artefact(provider, filename, hash_of(content), len(content), address, f"{provider} copy", member)
+    return Artifact(provider, filename, hash_of(content), len(content), address, f"{provider} copy", member)
 
 
 @pytest.fixture
@@ -47,14 +49,14 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch, cache):
-    """Two small artefacts named lpips_vgg; the official one lies at a file:// URL, the other nowhere."""
+    """Two small artifacts named lpips_vgg; the official one lies at a file:// URL, the other nowhere."""
     served = tmp_path / "served.pth"
     served.write_bytes(b"official bytes")
     pair = (
-        artefact("official", b"official bytes", served.as_uri()),
-        artefact("pypi", b"pypi bytes", "nowhere==1.0"),
+        artifact("official", b"official bytes", served.as_uri()),
+        artifact("pypi", b"pypi bytes", "nowhere==1.0"),
     )
-    monkeypatch.setitem(ARTEFACTS, "lpips_vgg", pair)
+    monkeypatch.setitem(ARTIFACTS, "lpips_vgg", pair)
     return pair
 
 
@@ -84,11 +86,11 @@ def test_the_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_
 
     monkeypatch.setattr(weights, "fetch", give)
     found = resolve("lpips_vgg")
-    assert (asked, found.found_in, found.artefact) == (["official", "pypi"], "download", pypi)
+    assert (asked, found.found_in, found.artifact) == (["official", "pypi"], "download", pypi)
     assert "not today" in caplog.text, "another copy than usual is not taken in silence"
     assert resolve("lpips_vgg").found_in == "cache"
     put(weights.cached_path(official), b"official bytes")
-    assert resolve("lpips_vgg").artefact is official
+    assert resolve("lpips_vgg").artifact is official
     given = put(tmp_path / "mine.pth", b"pypi bytes")
     assert resolve("lpips_vgg", path=given).path == given
     assert asked == ["official", "pypi"]  # neither the cache nor a path asks anybody
@@ -113,10 +115,10 @@ def test_a_pinned_source_leaves_the_other_copies_alone_but_not_a_given_file(tabl
     official, pypi = table
     put(weights.cached_path(official), b"official bytes")
     put(weights.cached_path(pypi), b"pypi bytes")
-    assert resolve("lpips_vgg", source="pypi").artefact is pypi
-    assert resolve("lpips_vgg", source="official").artefact is official
+    assert resolve("lpips_vgg", source="pypi").artifact is pypi
+    assert resolve("lpips_vgg", source="official").artifact is official
     given = put(tmp_path / "given.pth", b"official bytes")
-    assert resolve("lpips_vgg", source="pypi", path=given).artefact is official  # a path is a choice made
+    assert resolve("lpips_vgg", source="pypi", path=given).artifact is official  # a path is a choice made
     with pytest.raises(WeightsError, match="no 'pypi' copy is known"):
         resolve("dino_vitb16", source="pypi")
 
@@ -145,7 +147,7 @@ def test_a_wrong_hash_is_refused_with_both_hashes(table, tmp_path):
     hashes = (table[0].sha256, table[1].sha256, hash_of(b"something else"))
     for expected in (*hashes, "--weights.lpips_vgg.sha256"):
         assert expected in str(refused.value)
-    assert resolve("lpips_vgg", path=mine, sha256=hash_of(b"something else")).artefact is None
+    assert resolve("lpips_vgg", path=mine, sha256=hash_of(b"something else")).artifact is None
     with pytest.raises(WeightsError, match=hash_of(b"another")):
         resolve("lpips_vgg", path=mine, sha256=hash_of(b"another"))
 
@@ -215,11 +217,11 @@ def test_pip_brings_an_sdist_without_running_anything_of_it(tmp_path, monkeypatc
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     content = sdist.read_bytes()
-    right = artefact("pypi", content, "tiny_lrm==1.0", sdist.name, "tiny_lrm-1.0/weights.bin")
+    right = artifact("pypi", content, "tiny_lrm==1.0", sdist.name, "tiny_lrm-1.0/weights.bin")
     found = fetch.fetch(right, tmp_path / "into")
     assert found.read_bytes() == content
-    assert pypi_copies.read_member(found, right.member) == b"numbers"
-    other = artefact("pypi", b"other", "tiny_lrm==1.0", sdist.name)
+    assert pypi_mirror.read_member(found, right.member) == b"numbers"
+    other = artifact("pypi", b"other", "tiny_lrm==1.0", sdist.name)
     with pytest.raises(fetch.FetchError, match=r"(?i)hash"):
         fetch.fetch(other, tmp_path / "other")
     assert os.listdir(tmp_path / "other") == []
@@ -233,16 +235,16 @@ class RunsACommand:
 
 def test_the_unpickler_refuses_everything_but_arrays():
     with pytest.raises(pickle.UnpicklingError, match=r"found (posix|nt)\.system"):
-        pypi_copies.ArrayUnpickler(io.BytesIO(pickle.dumps(RunsACommand()))).load()
+        pypi_mirror.ArrayUnpickler(io.BytesIO(pickle.dumps(RunsACommand()))).load()
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    loaded = pypi_copies.ArrayUnpickler(io.BytesIO(pickle.dumps({"a": array}, protocol=3))).load()
+    loaded = pypi_mirror.ArrayUnpickler(io.BytesIO(pickle.dumps({"a": array}, protocol=3))).load()
     assert np.array_equal(loaded["a"], array)
 
 
 def test_a_torch_file_that_would_run_something_is_refused(tmp_path, cache):
     torch.save({"features.0.weight": RunsACommand()}, tmp_path / "evil.pth")
     with pytest.raises(WeightsError, match="cannot be read"):
-        state_dicts.load_lpips_features(
+        encoders.load_lpips_features(
             "alex", path=tmp_path / "evil.pth", sha256=fetch.sha256_of(tmp_path / "evil.pth")
         )
 
@@ -250,12 +252,12 @@ def test_a_torch_file_that_would_run_something_is_refused(tmp_path, cache):
 def test_members_are_read_alone_and_of_bounded_size(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
         wheel.writestr("model.onnx", b"0123456789")
-    assert pypi_copies.read_member(tmp_path / "a.whl", "model.onnx") == b"0123456789"
+    assert pypi_mirror.read_member(tmp_path / "a.whl", "model.onnx") == b"0123456789"
     with pytest.raises(ValueError, match="expected a member other"):
-        pypi_copies.read_member(tmp_path / "a.whl", "other")
-    monkeypatch.setattr(pypi_copies, "MAX_MEMBER_BYTES", 9)
+        pypi_mirror.read_member(tmp_path / "a.whl", "other")
+    monkeypatch.setattr(pypi_mirror, "MAX_MEMBER_BYTES", 9)
     with pytest.raises(ValueError, match="at most 9 bytes"):
-        pypi_copies.read_member(tmp_path / "a.whl", "model.onnx")
+        pypi_mirror.read_member(tmp_path / "a.whl", "model.onnx")
 
 
 def random_alexnet():
@@ -271,7 +273,7 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
     path = tmp_path / f"mine{suffix}"
     save = save_file if suffix == ".safetensors" else torch.save
     save(state | {"classifier.1.weight": torch.zeros(2, 2)}, path)  # torchvision's files hold a classifier
-    loaded = state_dicts.load_lpips_features("alex", path=path, sha256=fetch.sha256_of(path))
+    loaded = encoders.load_lpips_features("alex", path=path, sha256=fetch.sha256_of(path))
     assert loaded.keys() == state.keys()
     assert torch.equal(loaded["features.3.weight"], state["features.3.weight"])
     state["features.0.bias"][0] = float("nan")
@@ -279,7 +281,7 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
     state["features.99.bias"] = state.pop("features.6.bias")
     save(state, path)
     with pytest.raises(WeightsError) as refused:
-        state_dicts.load_lpips_features("alex", path=path, sha256=fetch.sha256_of(path))
+        encoders.load_lpips_features("alex", path=path, sha256=fetch.sha256_of(path))
     for part in ("features.6.bias is missing", "features.99.bias is not expected", "not finite", "(7,)"):
         assert part in str(refused.value)
 
@@ -287,14 +289,14 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
 def test_an_unknown_kind_of_file_is_refused(tmp_path, cache):
     put(tmp_path / "weights.txt", b"1 2 3")
     with pytest.raises(WeightsError, match=r"found '\.txt'"):
-        state_dicts.load_lpips_features("vgg", path=tmp_path / "weights.txt", sha256=hash_of(b"1 2 3"))
+        encoders.load_lpips_features("vgg", path=tmp_path / "weights.txt", sha256=hash_of(b"1 2 3"))
 
 
 @pytest.mark.parametrize("net", ["vgg", "alex"])
 def test_the_pypi_copy_for_lpips_holds_the_linear_layers_of_the_lpips_package(net):
     resolved = resolve("lpips_vgg" if net == "vgg" else "lpips_alex", source="pypi")
-    content = pypi_copies.read_member(resolved.path, resolved.artefact.member)
-    tree = pypi_copies.ArrayUnpickler(io.BytesIO(content)).load()
+    content = pypi_mirror.read_member(resolved.path, resolved.artifact.member)
+    tree = pypi_mirror.ArrayUnpickler(io.BytesIO(content)).load()
     package = os.path.dirname(lpips.__file__)
     official = torch.load(f"{package}/weights/v0.1/{net}.pth", map_location="cpu", weights_only=True)
     for index in range(5):
@@ -304,17 +306,17 @@ def test_the_pypi_copy_for_lpips_holds_the_linear_layers_of_the_lpips_package(ne
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dino_vitb16"])
 def test_the_shapes_that_are_checked_are_timms(name):
-    model = timm.create_model(state_dicts.TIMM_NAMES[name], num_classes=0)
+    model = timm.create_model(encoders.TIMM_NAMES[name], num_classes=0)
     if name == "dinov2_vits14":
-        shapes = state_dicts._vit_shapes(width=384, patch=14, tokens=1370, layer_scale=True)
+        shapes = encoders._vit_shapes(width=384, patch=14, tokens=1370, layer_scale=True)
     else:
-        shapes = state_dicts._vit_shapes(width=768, patch=16, tokens=197, layer_scale=False)
+        shapes = encoders._vit_shapes(width=768, patch=16, tokens=197, layer_scale=False)
     assert shapes == {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
 def dinov2():
-    return state_dicts.load_encoder_state("dinov2_vits14", source="pypi")
+    return encoders.load_encoder_state("dinov2_vits14", source="pypi")
 
 
 def test_the_pypi_copy_of_dinov2_loads_strictly_and_gives_finite_tokens(dinov2):
@@ -331,7 +333,7 @@ def test_the_pypi_copy_of_dinov2_loads_strictly_and_gives_finite_tokens(dinov2):
 def test_the_blocks_of_the_pypi_copy_compute_what_its_onnx_graph_computes(dinov2):
     resolved = resolve("dinov2_vits14", source="pypi")
     graph = onnx.load_model_from_string(
-        pypi_copies.read_member(resolved.path, resolved.artefact.member)
+        pypi_mirror.read_member(resolved.path, resolved.artifact.member)
     ).graph
     first, last = "/backbone/embeddings/Add_output_0", "/backbone/layernorm/Add_1_output_0"
     made_by = {output: node for node in graph.node for output in node.output}
@@ -361,13 +363,13 @@ def test_the_blocks_of_the_pypi_copy_compute_what_its_onnx_graph_computes(dinov2
 @torch.no_grad()
 def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_path):
     # DINOv2 with registers as its authors name things; 5 x 5 patches stored, 4 x 4 wanted.
-    theirs = randomised(OpenLRM(stored=5), 0).encoder.model
+    theirs = randomized(OpenLRM(stored=5), 0).encoder.model
     state = {**theirs.state_dict(), "mask_token": torch.zeros(1, 48)}
     torch.save(state, tmp_path / "reg4.pth")
     digest = hashlib.sha256((tmp_path / "reg4.pth").read_bytes()).hexdigest()
     name = "vit_small_patch14_reg4_dinov2"
     encoder = ImageEncoder(
-        name, 56, dim=48, depth=2, heads=3, normalise=False, tokens="class_and_patches"
+        name, 56, dim=48, depth=2, heads=3, normalize=False, tokens="class_and_patches"
     ).eval()  # fmt: skip
     encoder.load_pretrained(load_other_encoder_state(name, tmp_path / "reg4.pth", digest))
     image = torch.rand(1, 3, 56, 56)
@@ -385,12 +387,12 @@ def test_an_encoder_that_timm_publishes_is_brought_from_the_hub(tmp_path, monkey
     name, repository = "vit_small_patch14_reg4_dinov2", "timm/vit_small_patch14_reg4_dinov2.lvd142m"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     theirs = ImageEncoder(
-        name, 56, dim=48, depth=2, heads=3, normalise=False, tokens="class_and_patches"
+        name, 56, dim=48, depth=2, heads=3, normalize=False, tokens="class_and_patches"
     ).eval()
     (tmp_path / "repository").mkdir()
     save_file(theirs.vit.state_dict(), tmp_path / "repository" / "model.safetensors")
     ours = ImageEncoder(
-        name, 56, dim=48, depth=2, heads=3, normalise=False, tokens="class_and_patches"
+        name, 56, dim=48, depth=2, heads=3, normalize=False, tokens="class_and_patches"
     ).eval()
     with hub_with(tmp_path / "repository", repository, monkeypatch):
         ours.load_pretrained(load_hub_encoder_state(name))

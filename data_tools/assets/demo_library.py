@@ -1,0 +1,112 @@
+"""``python -m data_tools demo-assets``: the demo objects, from the Debian package ``sweethome3d-furniture``.
+
+The package holds the library "Blend Swap CC-0": OBJ models that their authors gave to the public domain
+(CC0). The chosen 48 differ in kind and color, are solid rather than made of wires, and neither specks nor
+walls in their views.
+"""
+
+import csv
+import hashlib
+import tempfile
+import zipfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_tools.assets.asset_list import TABLE_COLUMNS, TABLE_NAME
+from data_tools.assets.furniture_package import (
+    LIBRARIES,
+    PACKAGE,
+    VERSION,
+    Model,
+    opened_package,
+    read_catalogue,
+    read_license,
+)
+
+LIBRARY = "BlendSwap-CC-0"
+SOURCE = f"{LIBRARY} of the Debian package {PACKAGE} {VERSION}"
+
+OBJECTS = (
+    *("JapaneseLantern", "ammoBox", "antiqueChair", "armchair", "augalas", "bedsideTable2", "bootie", "box"),
+    *("bread", "caballito", "cartoon_biplane", "chair", "chair2", "chairWithCushion", "chicken", "childHut"),
+    *("coffeeBrewer", "couch2", "cupcake", "deckChair", "desk", "desklamp", "drawersCabinet", "dustbin"),
+    *(
+        "fireExtinguisher",
+        "forkLift",
+        "handbag",
+        "horse2",
+        "kitchenaid",
+        "lantern",
+        "littlePlant",
+        "lockedLocker",
+    ),
+    *(
+        "lowerCornerCabinet",
+        "mofx_mailbox",
+        "motorbike",
+        "oakTable",
+        "outdoorLamp",
+        "plant",
+        "rock1",
+        "rock3",
+    ),
+    *("sofa2", "stoneLantern", "stool2", "tableWithTablecloth", "table_football", "teddyBear"),
+    *("umbrellaFolded", "woodToy"),
+)
+
+LICENSE_TEXT = """\
+The 3D models in this folder come from the library "{library}" ({source}). They were made by the authors named
+in {table}, published on blendswap.com, and cleaned and converted to OBJ by Emmanuel Puybaret (eTeks). Here
+they were converted to GLB: doubled faces dropped, materials made matt, textures shrunk to at most 512 pixels.
+All of them, these copies included, are dedicated to the public domain under CC0 1.0 Universal:
+https://creativecommons.org/publicdomain/zero/1.0/
+
+The library's own license text:
+
+{license}
+"""
+
+
+def make_demo_assets(package: Path, out: Path) -> None:
+    """Make the folder: 48 GLB files, ``assets.csv``, ``LICENSE.txt``; the same bytes each time.
+
+    Args:
+        package: ``sweethome3d-furniture_1.8-1_all.deb``.
+        out: Folder to make; files of the same names are replaced.
+
+    Raises:
+        PackageError: Not the package that this was written for.
+    """
+    with opened_package(package) as folder, tempfile.TemporaryDirectory() as name:
+        out.mkdir(parents=True, exist_ok=True)
+        library, scratch = folder / f"{LIBRARY}.sh3f", Path(name)
+        catalog = read_catalogue(library)
+        with zipfile.ZipFile(library) as archive:
+            archive.extractall(scratch)
+        rows = [_convert(catalog[key], scratch, out) for key in tqdm(OBJECTS, unit="object")]
+        license = read_license(library)
+    with open(out / TABLE_NAME, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, TABLE_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    text = LICENSE_TEXT.format(library=LIBRARY, source=SOURCE, table=TABLE_NAME, license=license)
+    (out / "LICENSE.txt").write_text(text, encoding="utf-8")
+    size = sum(path.stat().st_size for path in out.glob("*.glb"))
+    print(f"{len(rows)} objects, {size / 1e6:.1f} MB, in {out}")
+
+
+def _convert(model: Model, library: Path, out: Path) -> dict[str, str]:
+    from data_tools.blender.convert import convert_to_glb  # loads Blender
+
+    glb = out / f"{model.key}.glb"
+    with tempfile.TemporaryDirectory() as scratch:
+        convert_to_glb(library / model.obj, glb, Path(scratch))
+    return {
+        "id": model.key,
+        "name": model.name,
+        "creator": model.creator,
+        "source": f"{model.key} in {SOURCE}",
+        "license": LIBRARIES[LIBRARY],
+        "sha256": hashlib.sha256(glb.read_bytes()).hexdigest(),
+    }

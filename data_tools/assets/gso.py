@@ -1,0 +1,160 @@
+"""``fetch gso``: Google Scanned Objects, from Gazebo Fuel: a zip a model, unpacked so that its OBJ finds its texture.
+
+A zip holds ``meshes/model.obj``, ``meshes/model.mtl`` and ``materials/textures/texture.png``; the MTL names
+``texture.png`` as if it lay beside.
+"""
+
+import contextlib
+import json
+import posixpath
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+from data_tools.assets.archives import ArchiveError, extract, open_zip, read_member
+from data_tools.assets.asset_list import Asset, hash_file
+from data_tools.assets.download import Download, download_all, read_all
+from data_tools.assets.obj_materials import read_surface
+from data_tools.assets.outcome import safe_id, write_outcome
+from lrm_pl.errors import InputError
+from lrm_pl.storage import MissingError
+
+BASE = "https://fuel.gazebosim.org/1.0/GoogleResearch"
+
+LICENSE = "CC-BY-4.0"
+
+CHANGES = (
+    "Google Scanned Objects (Downs et al., ICRA 2022), from Gazebo Fuel; textures were put beside the meshes."
+)
+
+#: Models asked for at once, and bytes that such a page may have.
+PAGE, MAX_PAGE_BYTES = 100, 32 << 20
+
+#: More pages than these are no list of a thousand models.
+MAX_PAGES = 1000
+
+
+def fetch_gso(out: Path, limit: int | None, base: str) -> None:
+    """Download what is not there yet, unpack it, and write the list.
+
+    Args:
+        out: Folder to fill: ``NAME/model.obj`` with its MTL and texture, and the files of ``write_outcome``.
+        limit: At most so many models, in order of name.
+        base: Where they are.
+
+    Raises:
+        InputError: There is no list of models, or no model can be used.
+    """
+    base = base.rstrip("/")
+    records = dict(sorted(list_models(base).items())[:limit])
+    keys = {name: safe_id(name) for name in records}
+    left_out: dict[str, str] = {}
+    missing = [
+        Download(name, f"{base}/models/{quote(name, safe='')}.zip", out / "zips" / f"{keys[name]}.zip")
+        for name in records
+        if not (out / keys[name] / "model.obj").is_file()
+    ]
+    bar = tqdm(download_all(missing), total=len(missing), unit="model", disable=not missing)
+    for done, _, reason in bar:
+        key = keys[done.id]
+        try:
+            if not reason:
+                _unpack(done.path, out / key)
+        except ArchiveError as error:
+            reason = f"not unpacked: {error}"
+        done.path.unlink(missing_ok=True)
+        if reason:
+            left_out[key] = reason
+            bar.set_postfix(failures=len(left_out))
+    with contextlib.suppress(OSError):  # what is left in it is the beginning of a zip
+        (out / "zips").rmdir()
+    assets = [
+        _asset(keys[name], record, base, out)
+        for name, record in records.items()
+        if keys[name] not in left_out
+    ]
+    hint = "To try them again, run the same command again." if left_out else ""
+    write_outcome(out, assets, left_out, CHANGES, hint)
+
+
+def list_models(base: str) -> dict[str, dict[str, Any]]:
+    """Return the records of all models: name -> record; pages are asked for until one is not there, or brings none.
+
+    Raises:
+        InputError: The server answers with something else than a list of models.
+    """
+    models: dict[str, dict[str, Any]] = {}
+    for page in range(1, MAX_PAGES + 1):
+        url = f"{base}/models?page={page}&per_page={PAGE}"
+        try:
+            content = read_all(url, MAX_PAGE_BYTES)
+        except MissingError:  # Fuel's answer behind the last page
+            if models:
+                return models
+            raise
+        try:
+            records = {str(record["name"]): dict(record) for record in json.loads(content)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                subject=url,
+                expected="a list of models in JSON",
+                found=f"{content[:60]!r} ({error!r})",
+                remedy="look at the URL",
+            ) from error
+        if not records.keys() - models.keys():
+            break
+        models |= records
+    if not models:
+        raise InputError(
+            subject=f"{base}/models",
+            expected="a list of models",
+            found="an empty one",
+            remedy="look at the URL",
+        )
+    return models
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Unpack mesh, materials and textures, flat and as the MTL names them; the folder is there when it is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with open_zip(path) as archive:
+        obj = read_member(archive, "meshes/model.obj")
+        if obj is None:
+            raise ArchiveError(subject=path.name, expected="meshes/model.obj", found="none")
+        surface = read_surface(obj, lambda name: read_member(archive, _place(archive, name)))
+        if surface.missing:
+            raise ArchiveError(subject=path.name, expected=f"the file {surface.missing[0]}", found="none")
+        names = ("model.obj", *surface.libraries, *surface.textures)
+        extract(archive, {name: _place(archive, name) for name in names}, partial)
+    partial.rename(folder)
+
+
+def _place(archive: zipfile.ZipFile, name: str) -> str:
+    """Say where in the zip a file is that the OBJ or its MTL names."""
+    beside = f"meshes/{name}"
+    return beside if beside in archive.namelist() else f"materials/textures/{posixpath.basename(name)}"
+
+
+def _asset(key: str, record: dict[str, Any], base: str, out: Path) -> Asset:
+    words = [
+        word for field in ("categories", "tags") for word in record.get(field) or () if isinstance(word, str)
+    ]
+    file = f"{key}/model.obj"
+    return Asset(
+        id=key,
+        file=file,
+        sha256=hash_file(out / file),
+        name=str(record["name"]).replace("_", " "),
+        creator="Google Research",
+        source=f"{base}/models/{record['name']}",
+        license=LICENSE,
+        tags=tuple(dict.fromkeys(words)),
+        split="val",
+        up="z",  # as Gazebo's models are
+    )

@@ -1,0 +1,220 @@
+"""``fetch objaverse``: objects of Objaverse 1.0, in the layout in which it is published.
+
+    object-paths.json.gz        uid -> glbs/000-023/UID.glb
+    lvis-annotations.json.gz    LVIS category -> uids
+    metadata/000-023.json.gz    uid -> record: name, license, user, tags, categories, sizes of the files
+
+The tables that are needed are kept in ``OUT/index``.
+"""
+
+import difflib
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools.assets.asset_list import Asset
+from data_tools.assets.download import Download, download, download_all
+from data_tools.assets.outcome import write_outcome
+from lrm_pl.errors import InputError, counted
+
+BASE = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
+
+#: What the records call a license -> its SPDX id; Sketchfab, where all objects are from, has version 4.0 of each.
+LICENSES = {
+    "cc0": "CC0-1.0",
+    **{name: f"CC-{name.upper()}-4.0" for name in ("by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")},
+}
+
+CHANGES = "Objects of Objaverse 1.0 (Deitke et al., CVPR 2023), all from sketchfab.com; unchanged."
+
+_PATH = re.compile(r"glbs/(\d{3}-\d{3})/([A-Za-z0-9_-]{1,80})\.glb")
+
+#: A bound for what a table may be unpacked; the paths of all objects are some 80 MB.
+_MAX_TABLE_BYTES = 1 << 30
+
+
+def fetch_objaverse(
+    out: Path,
+    uids: Sequence[str] | None,
+    categories: Sequence[str] | None,
+    limit: int | None,
+    urls_only: bool,
+    base: str,
+) -> None:
+    """Download what is not there yet, and write the list.
+
+    Args:
+        out: Folder to fill: ``glbs/000-023/UID.glb``, ``index/``, and the files of ``write_outcome``.
+        uids: The objects; None goes by ``categories``.
+        categories: LVIS categories; all objects of each.
+        limit: At most so many objects, in order of uid (which is random).
+        urls_only: List the URLs of the meshes, and do not download them.
+        base: Where Objaverse is.
+
+    Raises:
+        InputError: Neither uids nor categories, one that is not known, a table that cannot be had or read.
+    """
+    if not uids and not categories:
+        raise InputError(
+            expected="uids or categories (all of Objaverse is 8.9 TB)",
+            found="neither",
+            remedy=(
+                "choose, for instance, --categories chair,table --limit 100, or --uids-file with a uid a "
+                "line (all uids: the keys of object-paths.json.gz)"
+            ),
+        )
+    base, index = base.rstrip("/"), out / "index"
+    tags: dict[str, str] = {}
+    if categories:
+        tags = _by_category(_table(base, index, "lvis-annotations.json.gz"), categories)
+    paths = _table(base, index, "object-paths.json.gz")
+    _refuse_unknown("uid", uids or (), paths)
+    left_out: dict[str, str] = {}
+    folders = _by_folder(sorted({*(uids or ()), *tags})[:limit], paths, left_out)
+    assets: list[Asset] = []
+    downloads: list[Download] = []
+    sizes: dict[str, int] = {}
+    bar = tqdm(sorted(folders.items()), desc="metadata", unit="table", disable=len(folders) < 2)
+    for name, members in bar:
+        records = _table(base, index, f"metadata/{name}.json.gz")
+        for uid in members:
+            path, record = str(paths[uid]), records.get(uid)
+            asset = describe(uid, f"{base}/{path}" if urls_only else path, record, tags.get(uid, ""))
+            assets.append(asset)
+            downloads.append(Download(uid, f"{base}/{path}", out / path))
+            sizes |= _size(uid, record)
+    if not urls_only:
+        hashes = _bring(downloads, sizes, left_out)
+        assets = [replace(asset, sha256=hashes[asset.id]) for asset in assets if asset.id in hashes]
+    hint = "To try them again, run the same command again." if left_out else ""
+    write_outcome(out, assets, left_out, CHANGES, hint)
+
+
+def describe(uid: str, file: str, record: object, category: str = "") -> Asset:
+    """Make an asset of an object's record; what the record lacks is "unknown".
+
+    Args:
+        uid: The object.
+        file: Its mesh: a path in the assets folder, or a URL.
+        record: What the metadata say of it; anything, as others wrote it.
+        category: Its LVIS category, where it was chosen by that.
+    """
+    license = _text(record, "license")
+    words = [category]
+    for field in ("categories", "tags"):
+        entries = _look_up(record, field)
+        words += [_text(entry, "name") for entry in entries] if isinstance(entries, list) else []
+    return Asset(
+        id=uid,
+        file=file,
+        sha256="",
+        name=_text(record, "name") or uid,
+        creator=_text(record, "user", "displayName") or _text(record, "user", "username") or "unknown",
+        source=_text(record, "viewerUrl") or f"https://sketchfab.com/3d-models/{uid}",
+        license=LICENSES.get(license, license or "unknown"),
+        tags=tuple(dict.fromkeys(filter(None, words))),
+    )
+
+
+def _look_up(record: object, *fields: str) -> object:
+    """Return a field of a field of a record, None where it has no such thing."""
+    for field in fields:
+        record = record.get(field) if isinstance(record, dict) else None
+    return record
+
+
+def _text(record: object, *fields: str) -> str:
+    value = _look_up(record, *fields)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _size(uid: str, record: object) -> dict[str, int]:
+    """Return the bytes of the GLB, where the metadata know them."""
+    size = _look_up(record, "archives", "glb", "size")
+    return {uid: size} if isinstance(size, int) and size > 0 else {}
+
+
+def _by_folder(uids: Sequence[str], paths: dict[str, Any], left_out: dict[str, str]) -> dict[str, list[str]]:
+    """Return folder (``000-023``) -> uids; whose path is not as it should be is added to ``left_out``."""
+    folders: dict[str, list[str]] = {}
+    for uid in uids:
+        path = str(paths.get(uid))
+        found = _PATH.fullmatch(path)
+        if found and found[2] == uid:
+            folders.setdefault(found[1], []).append(uid)
+        else:
+            left_out[uid] = f"strange path: expected glbs/000-000/{uid}.glb, found {path[:200]!r}"
+    return folders
+
+
+def _by_category(annotations: dict[str, Any], categories: Sequence[str]) -> dict[str, str]:
+    """Return the uids of LVIS categories, each with its category."""
+    _refuse_unknown("category", categories, annotations)
+    return {str(uid): category for category in categories for uid in annotations[category]}
+
+
+def _refuse_unknown(what: str, wanted: Sequence[str], known: dict[str, Any]) -> None:
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        head, tail = unknown[0][:4], unknown[0][-4:]  # to compare all 798,759 uids takes most of a minute
+        alike = [name for name in known if len(known) < 9999 or name[:4] == head or name[-4:] == tail]
+        near = difflib.get_close_matches(unknown[0], alike, n=3, cutoff=0.5)
+        meant = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else f"there are {len(known)}, for instance {min(known)}"
+        )
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        raise InputError(expected=f"a {what} of Objaverse", found=f"{unknown[0]!r}{more}", remedy=meant)
+
+
+def _table(base: str, index: Path, name: str) -> dict[str, Any]:
+    """Read one of the tables, downloaded unless it is there."""
+    path = index / name
+    download(f"{base}/{name}", path)
+    remedy = f"delete {path} and run the same command again"
+    try:
+        with gzip.open(path) as file:
+            content = file.read(_MAX_TABLE_BYTES + 1)
+        if len(content) > _MAX_TABLE_BYTES:
+            raise ValueError(f"more than {_MAX_TABLE_BYTES} bytes once it is unpacked")
+        table = json.loads(content)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(subject=path, expected="JSON in a gzip", found=error, remedy=remedy) from error
+    if not isinstance(table, dict) or not table:
+        raise InputError(
+            subject=path, expected="a JSON object with entries", found="another thing", remedy=remedy
+        )
+    return table
+
+
+def _bring(downloads: Sequence[Download], sizes: dict[str, int], left_out: dict[str, str]) -> dict[str, str]:
+    """Download meshes; returns uid -> sha256, what fails is added to ``left_out``.
+
+    A GLB knows its own length, so one that is whole is taken even where the metadata, which were written at another
+    time, say another size; that is said.
+    """
+    hashes: dict[str, str] = {}
+    others: list[str] = []
+    bar = tqdm(download_all(downloads), total=len(downloads), unit="mesh")
+    for done, digest, reason in bar:
+        if reason:
+            left_out[done.id] = reason
+            bar.set_postfix(failures=len(left_out))
+        else:
+            hashes[done.id] = digest
+            size = done.path.stat().st_size
+            if size != sizes.get(done.id, size):
+                others.append(f"{done.id} ({size} bytes, not {sizes[done.id]})")
+    if others:
+        print(
+            f"whole, but not of the size in the metadata: {counted(len(others), 'mesh')}, for instance {min(others)}"
+        )
+    return hashes

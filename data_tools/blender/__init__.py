@@ -1,0 +1,1 @@
+"""Loading meshes and rendering them with Blender."""

@@ -1,0 +1,135 @@
+"""Blender side: the pictures of materials, where Blender's importers or Cycles take them otherwise. Needs bpy.
+
+| the file says                                     | Blender                     | here                             |
+|---------------------------------------------------|-----------------------------|----------------------------------|
+| one picture is both a color and data (roughness)  | its color is taken for data | each as it is meant              |
+| a color texture with alpha that nothing asks for  | darkened by the alpha       | its color                        |
+| MTL ``map_d``, a picture without alpha            | opaque                      | its brightness is the opacity    |
+| an alpha that is 0 in all of a color texture      | invisible                   | opaque                           |
+| MTL ``-clamp on``                                 | the picture is repeated     | its edge goes on                 |
+| a bump map, which is heights, in MTL and FBX      | a normal map: dark faces    | left out: even light shows none  |
+| a name that differs in case; a path of Windows    | magenta                     | the file, where it is beside     |
+"""
+
+from collections.abc import Container, Iterator
+from pathlib import Path, PureWindowsPath
+
+import bpy
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.assets.obj_materials import find_beside
+
+
+def find_pictures(folder: Path) -> None:
+    """Look for the pictures that are not where they should be: other spellings, and the ends of their paths.
+
+    Args:
+        folder: Where the mesh lies.
+    """
+    for image in list(bpy.data.images):
+        wanted = Path(bpy.path.abspath(image.filepath))
+        if not image.filepath or image.packed_file or wanted.is_file():
+            continue
+        inside = wanted.relative_to(folder) if wanted.is_relative_to(folder) else wanted
+        windows = PureWindowsPath(inside)
+        parts = windows.parts[bool(windows.anchor) :]
+        ends = ["/".join(parts[start:]) for start in range(len(parts)) if ".." not in parts[start:]]
+        if found := next(filter(None, (find_beside(folder, end) for end in ends)), None):
+            picture = bpy.data.images.load(str(found.absolute()), check_existing=True)
+            picture.alpha_mode = image.alpha_mode
+            image.user_remap(picture)
+            bpy.data.images.remove(image)
+
+
+def keep_colors_straight() -> None:
+    """Keep alpha from darkening colors; where it is meant it is linked on its own."""
+    for image in bpy.data.images:
+        if image.alpha_mode == "STRAIGHT":
+            image.alpha_mode = "CHANNEL_PACKED"
+
+
+def read_masks() -> None:
+    """Take the brightness of an opacity texture for the opacity, where the picture has no alpha of its own.
+
+    An alpha channel of zeros is ignored: some programs leave the fourth byte of BMP and TGA files unset.
+    """
+    for material, node in _textures():
+        color, alpha = node.outputs["Color"], node.outputs["Alpha"]
+        others = {
+            other.image for one, other in _textures() if one == material and other.outputs["Color"].is_linked
+        }
+        if not alpha.is_linked or not node.image.size[0]:
+            continue
+        opacity, links = _pixels(node.image)[:, 3], material.node_tree.links
+        is_mask = not color.is_linked and node.image not in others
+        if not opacity.any() and not is_mask:
+            for link in list(alpha.links):
+                links.remove(link)
+        elif is_mask and ((opacity >= 1).all() or not opacity.any()):
+            for target in [link.to_socket for link in alpha.links]:
+                links.new(color, target)
+
+
+def leave_heights_out() -> None:
+    """Take away the normal maps that are none: the colors of one are a little around (0.5, 0.5, 1)."""
+    for material, node in list(_textures()):
+        for link in list(node.outputs["Color"].links):
+            if link.to_node.type == "NORMAL_MAP" and node.image.size[0]:
+                red, green, blue = _pixels(node.image)[:, :3].mean(axis=0)
+                if not (abs(red - 0.5) < 0.1 and abs(green - 0.5) < 0.1 and blue > 0.6):
+                    material.node_tree.nodes.remove(link.to_node)
+
+
+def _pixels(image: bpy.types.Image) -> npt.NDArray[np.float32]:
+    """Return the (n, 4) values of a picture as its file holds them."""
+    pixels = np.empty(len(image.pixels), dtype=np.float32)
+    image.pixels.foreach_get(pixels)
+    return pixels.reshape(-1, 4)
+
+
+def stretch_edges(pictures: Container[str]) -> None:
+    """Let the edges of some pictures go on, where others are repeated.
+
+    Args:
+        pictures: Their paths.
+    """
+    for _, node in _textures():
+        if str(Path(bpy.path.abspath(node.image.filepath))) in pictures:
+            node.extension = "EXTEND"
+
+
+def separate_color_from_data() -> None:
+    """Give each texture a picture of the color space that it is meant in: one may be used as both."""
+    copies = dict[tuple[bpy.types.Image, bool], bpy.types.Image]()
+    for _, node in _textures():
+        image, color = node.image, node.outputs["Color"]
+        if not image.size[0] or image.is_float or not color.is_linked:
+            continue
+        is_data = not _reaches_color(color)
+        if image.colorspace_settings.is_data == is_data:
+            continue
+        if (image, is_data) not in copies:
+            copies[image, is_data] = image.copy()
+            copies[image, is_data].colorspace_settings.name = "Non-Color" if is_data else "sRGB"
+        node.image = copies[image, is_data]
+
+
+def _textures() -> Iterator[tuple[bpy.types.Material, bpy.types.ShaderNodeTexImage]]:
+    """Yield the materials and their textures that have a picture."""
+    for material in bpy.data.materials:
+        for node in material.node_tree.nodes if material.node_tree else ():
+            if node.type == "TEX_IMAGE" and node.image:
+                yield material, node
+
+
+def _reaches_color(socket: bpy.types.NodeSocket) -> bool:
+    """Say whether an output ends in a color of a shader, through whatever nodes."""
+    for link in socket.links:
+        node, target = link.to_node, link.to_socket
+        if any(output.type == "SHADER" for output in node.outputs):
+            if target.type == "RGBA":
+                return True
+        elif any(_reaches_color(output) for output in node.outputs):
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Measures and checks of assets, shards and cameras."""

@@ -1,0 +1,119 @@
+"""``filter.parquet``: what was measured of each object and what became of it; one row an asset, in order of id."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from data_tools.assets.asset_list import Asset
+from data_tools.quality.measures import MEASURES_MEMBER, Measures, decode_measures, objections, parse_rule
+from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, read_members, write_atomically
+from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, decode_info
+from lrm_pl.errors import InputError
+
+FILTER_NAME = "filter.parquet"
+
+
+class FilterTableError(InputError):
+    """``filter.parquet`` is not what ``render`` writes."""
+
+
+_KINDS = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
+
+_SCHEMA = pyarrow.schema([
+    ("id", pyarrow.string()),
+    ("outcome", pyarrow.string()),  # kept, rejected, failed
+    ("reason", pyarrow.string()),
+    ("sha256", pyarrow.string()),  # of the mesh file that was rendered
+    *((field.name, _KINDS[field.type]) for field in dataclasses.fields(Measures)),  # type: ignore[index]
+])  # fmt: skip
+
+
+def write_filter_table(
+    out: Path,
+    shards: Sequence[Shard],
+    assets: Sequence[Asset],
+    rules: Sequence[str],
+    failures: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Write the table.
+
+    Args:
+        out: Folder of shards.
+        shards: All shards, those of rejected objects too.
+        assets: All assets.
+        rules: Rules that chose.
+        failures: Id -> record of each asset that could not be rendered; its measures are empty.
+    """
+    parsed = [parse_rule(rule) for rule in rules]
+    measured = {key: measures for shard in shards for key, measures in shard_measures(out, shard)}
+    hashes = {key: info.sha256 for shard in shards for key, info in shard_infos(out, shard)}
+    rows = []
+    for asset in assets:
+        if asset.id in measured:
+            measures = measured[asset.id]
+            reason = objections(measures, parsed)
+            rows.append(
+                {"id": asset.id, "outcome": "rejected" if reason else "kept", "reason": reason}
+                | {"sha256": hashes[asset.id]}
+                | dataclasses.asdict(measures)
+            )
+        else:
+            rows.append({"id": asset.id, "outcome": "failed", "reason": failures[asset.id]["reason"]})
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA), sink)
+    write_atomically(out / FILTER_NAME, sink.getvalue().to_pybytes())
+
+
+def outcomes(out: Path) -> Counter[str]:
+    """Count what became of the assets, and which measure rejected how many: ``rejected: white``.
+
+    Raises:
+        FilterTableError: The table is damaged.
+    """
+    counted = Counter[str]()
+    try:
+        table = pyarrow.parquet.read_table(out / FILTER_NAME, columns=["outcome", "reason"])
+        for outcome, reason in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            counted[outcome] += 1
+            if outcome == "rejected":
+                counted.update(f"rejected: {part.split()[0]}" for part in reason.split("; "))
+    except (pyarrow.ArrowException, ValueError, AttributeError, LookupError) as error:
+        raise FilterTableError(
+            subject=out / FILTER_NAME,
+            expected="what became of each asset",
+            found=error,
+            remedy=(
+                f"delete it and {out / MANIFEST_NAME}, then run `make render-shards OUT={out}`, which "
+                "renders nothing again"
+            ),
+        ) from error
+    return counted
+
+
+def shard_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]:
+    """Read the measures of a shard's objects: (key, measures), without those that have none.
+
+    Raises:
+        InputError: The index does not fit the tar, or measures are damaged.
+    """
+    for key, content in _contents(folder, shard, MEASURES_MEMBER):
+        yield key, decode_measures(key, content)
+
+
+def shard_infos(folder: Path, shard: Shard) -> Iterator[tuple[str, SampleInfo]]:
+    """Read the records of a shard's objects: (key, record).
+
+    Raises:
+        InputError: The index does not fit the tar, or a record is damaged.
+    """
+    for key, content in _contents(folder, shard, INFO_MEMBER):
+        yield key, decode_info(key, content)
+
+
+def _contents(folder: Path, shard: Shard, member: str) -> Iterator[tuple[str, bytes]]:
+    spans = {key: members[member] for key, members in read_index(folder, shard).items() if member in members}
+    yield from zip(spans, read_members(folder / shard.name, spans.values()), strict=True)

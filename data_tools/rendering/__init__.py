@@ -1,0 +1,1 @@
+"""Rendering a folder of meshes to shards, on one machine or many."""

@@ -1,0 +1,1 @@
+"""Writing shards from those of others."""

@@ -1,0 +1,41 @@
+"""Out-of-memory errors: which they are, and the command that lists settings which need less."""
+
+import shlex
+from collections.abc import Sequence
+
+import torch
+
+from lrm_pl.kernels.device import num_visible_gpus
+from lrm_pl.planning.gpus import gpu_of_name
+
+#: Texts of memory errors that have no class of their own.
+_MESSAGES = ("can't allocate memory", "std::bad_alloc", "CUDA error: out of memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is one of memory: of a GPU, of PyTorch's CPU allocator, or of Python."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
+    )
+
+
+def out_of_memory_message(error: BaseException, arguments: Sequence[str]) -> str:
+    """Write what ran out and which command to run next.
+
+    Args:
+        error: The error.
+        arguments: Arguments of ``lrm fit``.
+    """
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    command = ["lrm", "estimate", "--less-memory", *_gpus(), *arguments]
+    return (
+        f"out of memory: {first_line}\nTo list settings that need less memory, run:\n  {shlex.join(command)}"
+    )
+
+
+def _gpus() -> list[str]:
+    if not num_visible_gpus():
+        return []
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    gpu = gpu_of_name(torch.cuda.get_device_name())
+    return ["--gpus", str(processes), *(["--gpu", gpu.name] if gpu else [])]

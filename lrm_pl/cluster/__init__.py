@@ -1,0 +1,1 @@
+"""Slurm jobs, launching processes, and checks of nodes."""

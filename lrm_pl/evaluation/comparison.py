@@ -1,0 +1,140 @@
+"""Two evaluations side by side, object by object. Reads records: no network, and no torch."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lrm_pl.data.manifest import write_atomically
+from lrm_pl.errors import InputError
+from lrm_pl.evaluation.folder import (
+    EVALUATIONS,
+    OBJECTS_NAME,
+    RESULTS_NAME,
+    SETTINGS_NAME,
+    ObjectRecord,
+    read_json,
+    read_object,
+    without_places,
+)
+from lrm_pl.evaluation.page import render_comparison
+from lrm_pl.evaluation.protocols import PROTOCOLS, metrics_of
+from lrm_pl.evaluation.summary import means, paired_differences, table
+from lrm_pl.paths import require_out
+
+PAGE_NAME, TABLE_NAME = "comparison.html", "comparison.md"
+
+
+def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
+    """Put two evaluations side by side.
+
+    Args:
+        a: One of them.
+        b: The other.
+        out: Folder of the page; None: ``evaluation/A-B``, where no other comparison may lie.
+
+    Returns:
+        A Markdown table of the paired differences, and the page.
+
+    Raises:
+        InputError: They are not of one protocol and one data set, or not finished; or there is another comparison.
+    """
+    settings = [_finished(folder) for folder in (a, b)]
+    for name in ("protocol", "data", "lpips", "clip"):
+        sides: list[Any] = [without_places(found).get(name) for found in settings]
+        of_a, of_b = sides
+        if of_a != of_b:
+            if name == "protocol" and of_a["name"] != of_b["name"]:
+                of_a, of_b = of_a["name"], of_b["name"]
+            raise InputError(expected=f"two evaluations of one {name}", found=f"{of_a} and {of_b}")
+    protocol = PROTOCOLS[settings[0]["protocol"]["name"]]
+    found = in_common(*(_records(*each) for each in zip((a, b), settings, strict=True)))
+    differences = paired_differences(*found)
+    better = metrics_of(protocol)
+    rows = {name: means(records).get("model", {}) for name, records in zip(("A", "B"), found, strict=True)}
+    first = next(metric for metric in better if metric in differences)
+    of_b = {
+        record.id: record.rows["model"][first] for record in found[1] if first in record.rows.get("model", {})
+    }
+    widest = sorted(
+        (record for record in found[0] if first in record.rows.get("model", {}) and record.id in of_b),
+        key=lambda record: -abs(of_b[record.id] - record.rows["model"][first]),
+    )
+    names = f"A: {settings[0]['network']['source']}", f"B: {settings[1]['network']['source']}"
+    lines = ["| B - A | mean | 95 % interval | objects |", "|---|---:|---:|---:|"]
+    for metric in (metric for metric in better if metric in differences):
+        d = differences[metric]
+        lines.append(f"| {metric} | {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {d.objects} |")
+    told = "\n".join([*names, "", table(rows, better), "", *lines])
+    text = (told + "\n").encode()
+    folder = out or EVALUATIONS / f"{a.absolute().name}-{b.absolute().name}"
+    require_out(folder)
+    if out is None and (folder / TABLE_NAME).is_file() and (folder / TABLE_NAME).read_bytes() != text:
+        raise InputError(
+            expected=f"no other comparison in {folder}", found="one", remedy="choose a folder: --out FOLDER"
+        )
+    page = render_comparison(
+        f"Comparison: {protocol.name}; {names[0]}, {names[1]}",
+        ("A", "B"),
+        rows,
+        better,
+        differences,
+        (a, b),
+        widest,
+    )
+    write_atomically(folder / PAGE_NAME, page.encode())
+    write_atomically(folder / TABLE_NAME, text)
+    return told, folder / PAGE_NAME
+
+
+def in_common(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
+    """Keep of two evaluations the objects, and of each the metrics, that both have."""
+    metrics = [{record.id: set(record.rows.get("model", {})) for record in records} for records in (a, b)]
+    both = {key: metrics[0][key] & metrics[1][key] for key in metrics[0].keys() & metrics[1].keys()}
+    return [
+        [
+            dataclasses.replace(record, rows={"model": {m: record.rows["model"][m] for m in both[record.id]}})
+            for record in records
+            if both.get(record.id)
+        ]
+        for records in (a, b)
+    ]
+
+
+def _finished(folder: Path) -> dict[str, Any]:
+    """Read the settings of a finished evaluation."""
+    if not (folder / RESULTS_NAME).is_file():
+        raise InputError(
+            expected=f"a finished evaluation in {folder}",
+            found="none",
+            remedy=f"make it: lrm evaluate --out {folder} ...",
+        )
+    settings = read_json(folder / SETTINGS_NAME)
+    try:
+        known = settings["protocol"]["name"] in PROTOCOLS
+        known &= isinstance(settings["network"]["source"], str) and isinstance(
+            settings["data"]["objects"], int
+        )
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise InputError(
+            subject=folder / SETTINGS_NAME,
+            expected="the settings of an evaluation",
+            found="others",
+            remedy=f"delete {folder} and measure again",
+        )
+    return settings
+
+
+def _records(folder: Path, settings: dict[str, Any]) -> list[ObjectRecord]:
+    """Read all records of a finished evaluation."""
+    paths = sorted((folder / OBJECTS_NAME).glob("*.json"))
+    records = [record for path in paths if (record := read_object(folder, path.stem)) is not None]
+    if len(records) != settings["data"]["objects"]:
+        raise InputError(
+            subject=folder,
+            expected=f"{settings['data']['objects']} measured objects",
+            found=len(records),
+            remedy="measure the rest with the command that made it, it goes on where it was",
+        )
+    return records

@@ -1,0 +1,108 @@
+"""An evaluation in TensorBoard: its table, its figures, its pictures; of a few objects an orbit and a mesh."""
+
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from lrm_pl.data.manifest import write_atomically
+from lrm_pl.evaluation.folder import OBJECTS_NAME, ObjectRecord, read_arrays
+from lrm_pl.evaluation.page import ranked
+from lrm_pl.inference.scene import Scene, as_pixels
+from lrm_pl.inference.video import encode_gif
+from lrm_pl.meshing.surface import NoSurfaceError
+
+#: Folder of an evaluation that holds TensorBoard's events.
+BOARD_NAME = "board"
+
+#: Folder of an evaluation that holds orbits (.gif) and meshes (.npz) of a few objects.
+SHOWN_NAME = "shown"
+
+#: Objects that these are made of.
+SHOWN_OBJECTS = 3
+
+_FRAMES, _SIDE, _LATTICE, _FACES = 24, 128, 128, 20_000
+
+
+def show_object(out: Path, key: str, scene: Scene) -> None:
+    """Keep an orbit and a mesh of an object, for the board; the mesh has no faces where there is no surface."""
+    place = out / SHOWN_NAME
+    place.mkdir(parents=True, exist_ok=True)
+    frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
+    write_atomically(place / f"{key}.gif", encode_gif(frames))
+    try:
+        mesh = scene.mesh(resolution=_LATTICE, most_faces=_FACES)
+        arrays = mesh.vertices, mesh.faces, np.rint(mesh.colors * 255).astype(np.uint8)
+    except NoSurfaceError:  # its record says so
+        arrays = (np.empty((0, 3)),) * 3
+    file = io.BytesIO()
+    np.savez(file, vertices=arrays[0], faces=arrays[1], colors=arrays[2])
+    write_atomically(place / f"{key}.npz", file.getvalue())
+
+
+def is_shown(out: Path, key: str) -> bool:
+    """Say whether both are there."""
+    return all((out / SHOWN_NAME / f"{key}{ending}").is_file() for ending in (".gif", ".npz"))
+
+
+def write_board(
+    out: Path,
+    name: str,
+    table: str,
+    rows: Mapping[str, Mapping[str, float]],
+    records: Sequence[ObjectRecord],
+    better: Mapping[str, bool],
+    step: int,
+) -> None:
+    """Write events into the evaluation's folder; those of an earlier finish are replaced.
+
+    Args:
+        out: The folder.
+        name: Of the protocol.
+        table: The results in Markdown.
+        rows: Row -> metric -> mean.
+        records: The objects that were measured.
+        better: Metric -> whether more is better.
+        step: Of the network.
+    """
+    place = out / BOARD_NAME
+    shutil.rmtree(place, ignore_errors=True)
+    with SummaryWriter(str(place)) as board:
+        board.add_text(f"evaluation/{name}", table, step)
+        for row, metrics in rows.items():
+            for metric, value in metrics.items():
+                board.add_scalar(f"{name}/{metric.replace('@', '_at_')}/{row.replace(' ', '_')}", value, step)
+        for path in sorted((out / SHOWN_NAME).glob("*.gif")):
+            image = Summary.Image(
+                height=_SIDE, width=_SIDE, colorspace=3, encoded_image_string=path.read_bytes()
+            )
+            value = Summary.Value(tag=f"{name}/orbit/{path.stem}", image=image)
+            board._get_file_writer().add_summary(Summary(value=[value]), step)
+        for path in sorted((out / SHOWN_NAME).glob("*.npz")):
+            arrays = read_arrays(path)
+            if not len(arrays["faces"]):
+                continue
+            parts = [torch.from_numpy(arrays[part])[None] for part in ("vertices", "colors", "faces")]
+            board.add_mesh(f"{name}/mesh/{path.stem}", *parts, global_step=step)
+        first = next((metric for metric in better if metric in rows["model"]), None)
+        if first is None:
+            return
+        for kind, chosen in ranked(records, first, more_is_better=better[first]).items():
+            strips = [_picture(out, record.id) for record in chosen]
+            if strips:
+                width = max(strip.shape[1] for strip in strips)
+                padded = [
+                    np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips
+                ]
+                board.add_image(f"{name}/{kind}", np.concatenate(padded), step, dataformats="HWC")
+
+
+def _picture(out: Path, key: str) -> np.ndarray:
+    with Image.open(out / OBJECTS_NAME / f"{key}.png") as image:
+        return np.asarray(image.convert("RGB"))

@@ -1,0 +1,1 @@
+"""Everything that a trained model does: loading, reconstruction, export."""

@@ -1,0 +1,119 @@
+"""A mesh as binary glTF 2.0: matt, +y up, meters, colors in linear light.
+
+https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, sections 3.6 (accessors), 3.7.2 (attributes), 4.4 (GLB).
+"""
+
+import io
+import json
+import struct
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+from lrm_pl import __version__
+from lrm_pl.meshing.mesh import Mesh, vertex_normals
+
+#: glTF's numbers for types of components and targets of buffer views.
+_UINT16, _UINT32, _FLOAT = 5123, 5125, 5126
+_VERTICES, _INDICES = 34962, 34963
+
+#: +z up, seen from -y, to +y up, seen from +z: what faced the input camera faces the viewer.
+Y_UP: Final = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)
+
+
+def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
+    """Encode a mesh; one scene unit becomes one meter.
+
+    Args:
+        mesh: The mesh. With a texture, its vertices' colors are left out: viewers would multiply the two.
+        name: What viewers call it.
+    """
+    builder = _Builder()
+    vertices = mesh.vertices @ Y_UP.T
+    attributes = {
+        "POSITION": builder.add_values(vertices, "VEC3", _FLOAT, bounds=True),
+        "NORMAL": builder.add_values(vertex_normals(vertices, mesh.faces), "VEC3", _FLOAT),
+    }
+    surface: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
+    if mesh.texture is None:
+        # 16 bits: 8 bits of linear light show steps in the dark
+        colors = np.rint(srgb_to_linear(mesh.colors.clip(0, 1)) * 65535)
+        opaque = np.concatenate([colors, np.full((len(colors), 1), 65535)], axis=1).astype("<u2")
+        attributes["COLOR_0"] = builder.add_values(opaque, "VEC4", _UINT16)
+    else:
+        attributes["TEXCOORD_0"] = builder.add_values(mesh.texture.uv, "VEC2", _FLOAT)
+        surface["baseColorTexture"] = {"index": 0}
+        builder.add_picture(mesh.texture.image)
+    indices = builder.add_values(mesh.faces.astype("<u4").reshape(-1), "SCALAR", _UINT32)
+    primitive = {"attributes": attributes, "indices": indices, "material": 0, "mode": 4}
+    content = {
+        "asset": {"version": "2.0", "generator": f"lrm_pl {__version__}"},
+        "scene": 0,
+        "scenes": [{"nodes": [0]}],
+        "nodes": [{"mesh": 0, "name": name}],
+        "meshes": [{"primitives": [primitive], "name": name}],
+        "materials": [{"name": "matt", "pbrMetallicRoughness": surface}],
+        **builder.record(),
+    }
+    return _container(json.dumps(content, separators=(",", ":")).encode(), bytes(builder.data))
+
+
+def srgb_to_linear(colors: np.ndarray) -> np.ndarray:
+    """Undo the sRGB curve (IEC 61966-2-1), [0, 1] to [0, 1]."""
+    return np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+
+
+class _Builder:
+    """The binary part, and what describes it."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self._views: list[dict[str, Any]] = []
+        self._accessors: list[dict[str, Any]] = []
+        self._pictures: dict[str, Any] = {}
+
+    def add_values(self, values: np.ndarray, kind: str, component: int, *, bounds: bool = False) -> int:
+        """Add an array; returns the number of its accessor."""
+        values = values.astype({_FLOAT: "<f4", _UINT16: "<u2", _UINT32: "<u4"}[component])
+        view = self._add_view(values.tobytes(), target=_INDICES if kind == "SCALAR" else _VERTICES)
+        accessor = {"bufferView": view, "componentType": component, "count": len(values), "type": kind}
+        if component == _UINT16:
+            accessor["normalized"] = True
+        if bounds:
+            accessor |= {"min": values.min(axis=0).tolist(), "max": values.max(axis=0).tolist()}
+        self._accessors.append(accessor)
+        return len(self._accessors) - 1
+
+    def add_picture(self, image: np.ndarray) -> None:
+        """Add the one texture, (H, W, 3) uint8, and how it is looked at."""
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="PNG")
+        self._pictures = {
+            "images": [{"bufferView": self._add_view(file.getvalue()), "mimeType": "image/png"}],
+            "samplers": [{"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}],
+            "textures": [{"source": 0, "sampler": 0}],
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Describe all that was added."""
+        return {
+            "buffers": [{"byteLength": len(self.data)}],
+            "bufferViews": self._views,
+            "accessors": self._accessors,
+            **self._pictures,
+        }
+
+    def _add_view(self, content: bytes, target: int | None = None) -> int:
+        view = {"buffer": 0, "byteOffset": len(self.data), "byteLength": len(content)}
+        self._views.append(view if target is None else view | {"target": target})
+        self.data += content + bytes(-len(content) % 4)
+        return len(self._views) - 1
+
+
+def _container(text: bytes, binary: bytes) -> bytes:
+    text += b" " * (-len(text) % 4)
+    binary += bytes(-len(binary) % 4)
+    chunks = struct.pack("<I4s", len(text), b"JSON") + text
+    chunks += struct.pack("<I4s", len(binary), b"BIN\0") + binary
+    return struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks

@@ -1,0 +1,120 @@
+"""The renderer: cameras in, pictures out."""
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lrm_pl.errors import InputError
+from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
+from lrm_pl.kernels.device import points_per_chunk
+from lrm_pl.rendering.deferred import render_deferred
+from lrm_pl.rendering.empty_space import render_skipping
+from lrm_pl.rendering.field import Field
+from lrm_pl.rendering.fused import PixelGrid, PixelRays, is_fused, render_fused
+from lrm_pl.rendering.occupancy import Occupancy
+from lrm_pl.rendering.output import Rendering
+from lrm_pl.rendering.ray_marching import LengthUnit, March, Quadrature
+
+
+@final
+class Renderer:
+    """Volume renderer of LRM (section 3.3): samples each ray inside the bounds and composites.
+
+    Args:
+        samples_per_ray: K samples between a ray's entry into the bounds and its exit.
+        importance_samples: So many of them are placed where the others saw something (OpenLRM: half).
+        bounds: Region that holds the object: the unit sphere for sphere-normalized shards, the box [-1, 1]^3
+            for cube-normalized ones. The sphere spends no samples on corners that are empty by construction.
+        quadrature: What a sample stands for: its bin, or with its neighbor the stretch between them (OpenLRM).
+        unit: What density counts lengths in: scene units, or the part of the ray inside the bounds (TripoSR).
+        chunk: Points decoded at a time, never a matter of the result; null chooses by the device: 32768 fit a CPU's
+            cache, 262144 keep a GPU busy (fewer would leave it waiting for the next kernel to start), 2 M with
+            the fused decoder, which takes 4 rows of pixels at least.
+    """
+
+    def __init__(
+        self,
+        samples_per_ray: int = 128,
+        importance_samples: int = 0,
+        bounds: Bounds = "sphere",
+        quadrature: Quadrature = "bins",
+        unit: LengthUnit = "scene",
+        chunk: int | None = None,
+    ) -> None:
+        if chunk is not None and chunk < 1:
+            raise InputError(expected="a positive chunk", found=chunk)
+        self.march = March(samples_per_ray, importance_samples, quadrature, unit)
+        self.bounds, self.chunk = bounds, chunk
+
+    def __call__(
+        self,
+        field: Field,
+        c2w: Float[Tensor, "B V 4 4"],
+        fxfycxcy: Float[Tensor, "B V 4"],
+        size: tuple[int, int],
+        jitter: Float[Tensor, "B V H W"] | None = None,
+    ) -> Rendering:
+        """Render V views of each object.
+
+        Args:
+            field: The fields of B objects.
+            c2w: OpenCV poses.
+            fxfycxcy: Normalized intrinsics.
+            size: Height and width.
+            jitter: Position of each ray's samples in their bins, in [0, 1); None for the middle.
+
+        Returns:
+            Pixels with rays of shape (B, V, H, W).
+        """
+        rays = self.rays(c2w, fxfycxcy, size)
+        noise = None if jitter is None else jitter.float().flatten(1)
+        shape = (*c2w.shape[:2], *size)
+        if not is_fused(field, c2w.device):
+            chunk = self.chunk_on(c2w.device)
+            return _unflattened(render_deferred(field, *rays, noise, self.march, chunk), shape)
+        grid = PixelGrid(c2w.shape[1] * size[0], size[1], self.march.samples, self.chunk)
+        return _unflattened(render_fused(field, PixelRays(*rays, noise, grid), self.march), shape)
+
+    def draw(
+        self,
+        field: Field,
+        occupancies: Sequence[Occupancy],
+        c2w: Float[Tensor, "B V 4 4"],
+        fxfycxcy: Float[Tensor, "B V 4"],
+        size: tuple[int, int],
+    ) -> Rendering:
+        """Render to look at, without gradients: the same pictures to less than 1/255, past what is empty or hidden.
+
+        Args:
+            field: The fields of B objects.
+            occupancies: The occupied cells of each (``measure_occupancy``).
+            c2w: OpenCV poses.
+            fxfycxcy: Normalized intrinsics.
+            size: Height and width.
+
+        Returns:
+            Pixels with rays of shape (B, V, H, W).
+        """
+        rays = self.rays(c2w, fxfycxcy, size)
+        flat = render_skipping(field, occupancies, *rays, self.march, self.chunk_on(c2w.device))
+        return _unflattened(flat, (*c2w.shape[:2], *size))
+
+    def chunk_on(self, device: torch.device) -> int:
+        """Return how many points are decoded at a time on a device."""
+        return self.chunk or points_per_chunk(device)
+
+    def rays(
+        self, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return origins, directions (B, R, 3), near and far (B, R) of all pixels of all views."""
+        with torch.autocast(c2w.device.type, enabled=False):
+            origins, directions = pixel_rays(c2w.float(), fxfycxcy.float(), *size)
+            near, far = ray_interval(origins, directions, self.bounds)
+        return origins.flatten(1, 3), directions.flatten(1, 3), near.flatten(1), far.flatten(1)
+
+
+def _unflattened(flat: Rendering, shape: tuple[int, ...]) -> Rendering:
+    return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))

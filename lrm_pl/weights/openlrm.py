@@ -1,0 +1,163 @@
+"""OpenLRM 1.1 (3DTopia/OpenLRM) -> ours, and where it goes what is unlike ours there.
+
+- Poses are OpenGL c2w: the signs of their y and z columns go into the first layer of the camera embedder.
+- Images are not normalized, and the encoder's registers are dropped: fields of ``ImageEncoder``.
+- DINOv2's class token gets its own position embedding: added to it here, as timm has it; the others are resized to
+  the image size (bicubic, antialiased).
+- The third plane lies along (z, y): ``plane_layout``.
+- Two neighboring samples stand for the stretch between them, half of them placed by importance: ``Renderer``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrm_pl.weights.key_map import (
+    Conversion,
+    ConversionError,
+    KeyMapper,
+    UnseenNumbers,
+    default_heads,
+    patch_sides,
+    plane_side,
+)
+
+#: (encoder width, transformer width) -> side of the image, samples a ray of the published small, base and large.
+_PUBLISHED = {(384, 512): (224, 96), (768, 768): (336, 96), (768, 1024): (448, 128)}
+
+#: timm's encoders with four registers: width -> name, blocks, heads.
+_ENCODERS = {384: ("vit_small_patch14_reg4_dinov2", 12, 6), 768: ("vit_base_patch14_reg4_dinov2", 12, 12)}
+
+_PATCH, _REGISTERS = 14, 4
+
+
+def convert_openlrm(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumbers()) -> Conversion:  # noqa: B008 - frozen
+    """Convert a state dict of OpenLRM 1.1, sizes read off the tensors.
+
+    Raises:
+        ConversionError: Another network, missing or strange keys, wrong shapes, or a size that must be given.
+    """
+    keys = KeyMapper("OpenLRM", state)
+    tokens, dim = keys.shape("pos_embed", 3)[1:]
+    camera_dim = keys.shape("camera_embedder.mlp.2.weight", 2)[0]
+    encoder_dim = keys.shape("encoder.model.cls_token", 3)[2]
+    channels, upsample = keys.shape("upsampler.weight", 4)[1:3]
+    width = keys.shape("synthesizer.decoder.net.0.weight", 2)[0]
+    depth, layers = (
+        keys.count("transformer.layers.{}.mlp.0.weight"),
+        keys.count("synthesizer.decoder.net.{}.weight", step=2),
+    )
+    encoder_depth = keys.count("encoder.model.blocks.{}.norm1.weight")
+    published = _PUBLISHED.get((encoder_dim, dim), (None, None))
+    image_size, samples = unseen.image_size or published[0], unseen.samples_per_ray or published[1]
+    if image_size is None or samples is None:
+        raise ConversionError(
+            f"OpenLRM: widths {encoder_dim} and {dim} are of no published model; give --image-size and "
+            "--samples-per-ray"
+        )
+    heads = default_heads(dim, unseen.heads, "--heads", keys.source)
+    encoder_heads = default_heads(encoder_dim, unseen.encoder_heads, "--encoder-heads", keys.source)
+
+    _encoder(keys, encoder_dim, encoder_depth, image_size)
+    _camera(keys, camera_dim)
+    keys.copy("pos_embed", "transformer.tokens", (1, tokens, dim))
+    for number in range(depth):
+        _block(keys, number, dim, encoder_dim, camera_dim)
+    keys.norm("transformer.norm", "transformer.norm", dim)
+    keys.copy("upsampler.weight", "upsampler.deconvolution.weight", (dim, channels, upsample, upsample))
+    keys.copy("upsampler.bias", "upsampler.deconvolution.bias", (channels,))
+    keys.decoder("synthesizer.decoder.net", channels, width, layers)
+    keys.finish()
+
+    name, usual_depth, usual_heads = _ENCODERS.get(encoder_dim, (_ENCODERS[384][0], 0, 0))
+    usual = encoder_dim in _ENCODERS and (encoder_depth, encoder_heads) == (usual_depth, usual_heads)
+    sizes_of_encoder = {"dim": encoder_dim, "depth": encoder_depth, "heads": encoder_heads}
+    encoder = {
+        "name": name, "image_size": image_size, "frozen": False, "normalize": False, "tokens": "class_and_patches",
+        **({} if usual else sizes_of_encoder),
+    }  # fmt: skip
+    decoder = {
+        "channels": channels, "width": width, "layers": layers, "activation": "relu",
+        "density_activation": "softplus", "density_bias": -1.0, "color_margin": 0.001,
+    }  # fmt: skip
+    lrm = {
+        "encoder": encoder, "decoder": decoder, "dim": dim, "depth": depth, "heads": heads, "camera": 16,
+        "camera_dim": camera_dim, "plane_tokens": plane_side(tokens, keys.source), "upsample": upsample,
+        "blocks": "lrm", "plane_layout": "openlrm",
+    }  # fmt: skip
+    renderer = {
+        "samples_per_ray": samples, "importance_samples": samples // 2, "bounds": "box", "quadrature": "midpoints",
+    }  # fmt: skip
+    return Conversion({"lrm": lrm, "renderer": renderer}, keys.weights, keys.report)
+
+
+def _camera(keys: KeyMapper, dim: int) -> None:
+    name = "camera_embedder.mlp.0.weight"
+    opengl = torch.tensor([1.0, -1.0, -1.0, 1.0] * 3 + [1.0] * 4)  # rows of a 3 x 4 pose, then the intrinsics
+    weight = keys.take(name, (dim, 16))
+    keys.put(name, weight * opengl.to(weight.device), (name,), "OpenGL poses to OpenCV")
+    keys.copy("camera_embedder.mlp.0.bias", "camera_embedder.mlp.0.bias", (dim,))
+    keys.linear("camera_embedder.mlp.2", "camera_embedder.mlp.2", dim, dim)
+
+
+def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
+    theirs, ours = "encoder.model", "encoder.vit"
+    keys.copy(
+        f"{theirs}.patch_embed.proj.weight", f"{ours}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH)
+    )
+    keys.copy(f"{theirs}.patch_embed.proj.bias", f"{ours}.patch_embed.proj.bias", (dim,))
+    side, patches = patch_sides(keys.shape(f"{theirs}.pos_embed", 3)[1], image_size, _PATCH, keys.source)
+    positions = keys.take(f"{theirs}.pos_embed", (1, 1 + side * side, dim))
+    cls_token = keys.take(f"{theirs}.cls_token", (1, 1, dim))
+    token = cls_token + positions[:, :1] if keys.sound else cls_token
+    keys.put(f"{ours}.cls_token", token, (f"{theirs}.cls_token", f"{theirs}.pos_embed"), "with its position")
+    resized = _resized(positions[:, 1:], patches) if keys.sound else positions
+    keys.put(f"{ours}.pos_embed", resized, (f"{theirs}.pos_embed",), f"{side} -> {patches}")
+    keys.copy(f"{theirs}.register_tokens", f"{ours}.reg_token", (1, _REGISTERS, dim))
+    keys.leave_out(f"{theirs}.mask_token", "for DINOv2's own training")
+    for number in range(depth):
+        block = f"blocks.{number}"
+        for norm in ("norm1", "norm2"):
+            keys.norm(f"{theirs}.{block}.{norm}", f"{ours}.{block}.{norm}", dim)
+        for scale in ("ls1", "ls2"):
+            keys.copy(f"{theirs}.{block}.{scale}.gamma", f"{ours}.{block}.{scale}.gamma", (dim,))
+        for layer, rows, columns in (
+            ("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim),
+        ):  # fmt: skip
+            keys.linear(f"{theirs}.{block}.{layer}", f"{ours}.{block}.{layer}", rows, columns)
+    keys.norm(f"{theirs}.norm", f"{ours}.norm", dim)
+
+
+def _resized(positions: Tensor, side: int) -> Tensor:
+    """Resize (1, n n, M) to (1, side side, M) as DINOv2 with registers does."""
+    stored = round(positions.shape[1] ** 0.5)
+    if stored == side:
+        return positions
+    grid = positions.view(1, stored, stored, -1).permute(0, 3, 1, 2)
+    return F.interpolate(grid, (side, side), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _block(keys: KeyMapper, number: int, dim: int, image_dim: int, camera_dim: int) -> None:
+    theirs, ours = f"transformer.layers.{number}", f"transformer.blocks.{number}"
+    for norm, name in (("norm1", "cross_norm"), ("norm2", "self_norm"), ("norm3", "mlp_norm")):
+        keys.norm(f"{theirs}.{norm}.norm", f"{ours}.{name}.norm", dim)
+        keys.linear(f"{theirs}.{norm}.mlp.1", f"{ours}.{name}.modulation.1", 2 * dim, camera_dim)
+    cross, our_cross = f"{theirs}.cross_attn", f"{ours}.cross_attention"
+    if keys.has(
+        f"{cross}.in_proj_weight"
+    ):  # MultiheadAttention keeps them together where the widths are equal
+        together = keys.take(f"{cross}.in_proj_weight", (3 * dim, image_dim))
+        for name, part in (("q", together[:dim]), ("kv", together[dim:])):
+            keys.put(f"{our_cross}.{name}.weight", part, (f"{cross}.in_proj_weight",), "taken apart")
+    else:
+        keys.copy(f"{cross}.q_proj_weight", f"{our_cross}.q.weight", (dim, dim))
+        parts = (f"{cross}.k_proj_weight", f"{cross}.v_proj_weight")
+        keys.stacked(parts, f"{our_cross}.kv.weight", (dim, image_dim))
+    keys.linear(f"{cross}.out_proj", f"{our_cross}.out", dim, dim, bias=False)
+    keys.copy(f"{theirs}.self_attn.in_proj_weight", f"{ours}.self_attention.qkv.weight", (3 * dim, dim))
+    keys.linear(f"{theirs}.self_attn.out_proj", f"{ours}.self_attention.out", dim, dim, bias=False)
+    keys.linear(f"{theirs}.mlp.0", f"{ours}.mlp.0", 4 * dim, dim)
+    keys.linear(f"{theirs}.mlp.3", f"{ours}.mlp.2", dim, 4 * dim)
