@@ -74,8 +74,8 @@ ifneq ($(GIVEN),)
 TAKEN := $(foreach goal,$(MAKECMDGOALS),$(shell grep -E '^$(goal):' $(firstword $(MAKEFILE_LIST)) | grep -oE '\<[A-Z_]+=' | tr -d =))
 UNKNOWN := $(filter-out PYTHON SHELL MAKE% $(TAKEN),$(GIVEN))
 EMPTY := $(filter-out ARGS SHELL MAKE%,$(foreach name,$(GIVEN),$(if $($(name)),,$(name))))
-$(if $(EMPTY),$(error make $(MAKECMDGOALS): expected a value after $(EMPTY:%=%=), found nothing; is a variable of the shell empty?))
-$(if $(UNKNOWN),$(error make $(MAKECMDGOALS): expected variables among $(or $(TAKEN),none), found $(UNKNOWN); see `make help`))
+$(if $(EMPTY),$(error make $(MAKECMDGOALS): expected a value after $(EMPTY:%=%=), but found nothing; is a variable of the shell empty?))
+$(if $(UNKNOWN),$(error make $(MAKECMDGOALS): expected variables among $(or $(TAKEN),none), but found $(UNKNOWN); see `make help`))
 endif
 
 .PHONY: help train infer evaluate demo serve doctor render-shards tensorboard test test-fast test-gpu soak bench lint clean
@@ -130,7 +130,7 @@ test-fast: .venv/ready .tools/ready ## Run the quick tests only, no Blender, not
 	.venv/bin/python -m pytest -m "not gpu and not soak and not slow and not blender" $(ARGS)
 
 test-gpu: .venv/ready ## Run the tests that need a GPU: ARGS=
-	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: expected a GPU that PyTorch can use, found none; `make test` runs what needs none")'
+	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: expected a GPU that PyTorch can use, but found none; `make test` runs what needs none")'
 	.venv/bin/python -m pytest -m gpu $(ARGS)
 
 soak: .venv/ready .venv-render/ready .tools/ready ## Run the long tables: ARGS=

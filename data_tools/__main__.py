@@ -70,12 +70,15 @@ def main(argv: list[str] | None = None) -> int:
             _demo_assets(args)
     except (FileExistsError, NotADirectoryError) as error:
         print(
-            f"error: expected a folder at {error.filename}, found a file; choose another path",
+            f"error: expected a folder at {error.filename}, but found a file; choose another path",
             file=sys.stderr,
         )
         return 1
     except PermissionError as error:
-        print(f"error: expected access to {error.filename}, found none; choose another path", file=sys.stderr)
+        print(
+            f"error: expected access to {error.filename}, but found none; choose another path",
+            file=sys.stderr,
+        )
         return 1
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -299,7 +302,7 @@ def _between(low: int, high: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, found {value}")
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, but found {value}")
         return value
 
     return number

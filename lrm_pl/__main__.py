@@ -67,7 +67,7 @@ def main() -> None:
         raise SystemExit(0 if arguments else 2)
     if arguments[0] not in COMMANDS:
         sys.stderr.write(
-            f"lrm: expected one of {', '.join(COMMANDS)}, found {arguments[0]!r}; try lrm --help\n"
+            f"lrm: expected one of {', '.join(COMMANDS)}, but found {arguments[0]!r}; try lrm --help\n"
         )
         raise SystemExit(2)
     module, function = COMMANDS[arguments[0]][0].split(":")

@@ -15,9 +15,9 @@ class InputError(ValueError):
 
     def __init__(self, expected: object, found: object = "", remedy: str = "", subject: object = "") -> None:
         self.expected, self.found, self.remedy, self.subject = expected, found, remedy, subject
-        message = f"expected {expected}, found {found}" if found != "" else str(expected)
+        message = f"expected {expected}, but found {found}" if found != "" else str(expected)
         message = f"{subject}: {message}" if subject != "" else message
-        super().__init__(f"{message}; {remedy}" if remedy else message)
+        super().__init__(f"{message}. {remedy[0].upper()}{remedy[1:]}" if remedy else message)
 
     def __str__(self) -> str:
         """Return the message without the traceback that a DataLoader prepends to a worker's error."""

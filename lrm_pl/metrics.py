@@ -186,11 +186,13 @@ def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
         raise ValueError(
-            "image metrics: expected two batches of RGB images (n, 3, h, w) of one shape, found prediction "
+            "image metrics: expected two batches of RGB images (n, 3, h, w) of one shape, but found prediction "
             f"{tuple(prediction.shape)} and target {tuple(target.shape)}; resize or crop one of them"
         )
     if prediction.numel() == 0:
-        raise ValueError(f"image metrics: expected at least one image, found shape {tuple(prediction.shape)}")
+        raise ValueError(
+            f"image metrics: expected at least one image, but found shape {tuple(prediction.shape)}"
+        )
 
 
 def _ranges(prediction: Tensor, target: Tensor) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
@@ -204,7 +206,7 @@ def _check_ranges(lowest: Float[Tensor, "2"], highest: Float[Tensor, "2"]) -> No
     for name, (low, high) in zip(("prediction", "target"), found, strict=True):
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise ValueError(
-                f"image metrics: expected a {name} with values in [0, 1], found [{low:g}, {high:g}]; "
+                f"image metrics: expected a {name} with values in [0, 1], but found [{low:g}, {high:g}]; "
                 "scale 8-bit images by 1 / 255, undo a network's normalization, look for what is not finite"
             )
 

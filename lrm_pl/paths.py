@@ -18,10 +18,12 @@ def user_path(text: str) -> Path:
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"expected a path on this machine, found the address {text}; download it, or choose a local path"
+            f"expected a path on this machine, but found the address {text}; download it, or choose a local path"
         )
     if not text:
-        raise argparse.ArgumentTypeError("expected a path, found nothing; is a variable of the shell empty?")
+        raise argparse.ArgumentTypeError(
+            "expected a path, but found nothing; is a variable of the shell empty?"
+        )
     return Path(text).expanduser()
 
 

@@ -121,7 +121,7 @@ def store_errors(path: str) -> Iterator[None]:
             "look at the bucket, the credentials and the endpoint (for S3: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)",
         )
         raise kind(
-            f"{path}: expected the object store to do as asked, found {type(error).__name__}: {error}; {remedy}"
+            f"{path}: expected the object store to do as asked, but found {type(error).__name__}: {error}; {remedy}"
         ) from error
 
 
@@ -169,7 +169,7 @@ def retry(work: Callable[[], Result], attempts: int, first_wait_s: float = 0.5) 
                 raise
             wait = min(first_wait_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
             time.sleep(wait * random.uniform(0.5, 1))  # else all workers of a cluster would knock at once
-    raise ValueError(f"expected at least one attempt, found {attempts}")
+    raise ValueError(f"expected at least one attempt, but found {attempts}")
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]], attempts: int = 1) -> list[bytes]:

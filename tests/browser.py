@@ -15,7 +15,7 @@ def chromium():
 
     path = shutil.which("chromium")
     if path is None:
-        pytest.fail("expected Debian's chromium, found none; run `make .tools`")
+        pytest.fail("expected Debian's chromium, but found none. Run `make .tools`")
     options = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, args=options)

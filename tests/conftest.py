@@ -35,7 +35,7 @@ def render_python():
     """The interpreter of the render environment; a missing one is a failure, never a skip."""
     path = Path(os.environ.get("LRM_RENDER_PYTHON", ROOT / ".venv-render" / "bin" / "python"))
     if not path.is_file():
-        pytest.fail(f"expected the render environment at {path}, found none; run `make .venv-render`")
+        pytest.fail(f"expected the render environment at {path}, but found none. Run `make .venv-render`")
     return path
 
 

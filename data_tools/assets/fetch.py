@@ -133,7 +133,7 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, found {value}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, but found {value}")
     return value
 
 

@@ -150,7 +150,7 @@ def _by_folder(uids: Sequence[str], paths: dict[str, Any], left_out: dict[str, s
         if found and found[2] == uid:
             folders.setdefault(found[1], []).append(uid)
         else:
-            left_out[uid] = f"strange path: expected glbs/000-000/{uid}.glb, found {path[:200]!r}"
+            left_out[uid] = f"strange path: expected glbs/000-000/{uid}.glb, but found {path[:200]!r}"
     return folders
 
 

@@ -39,14 +39,14 @@ def uris(path: Path) -> list[str]:
     record = _read_json(path)
     try:
         if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
-            raise AssetError("cannot be imported: expected glTF 2.0, found version 1.0: convert it")
+            raise AssetError("cannot be imported: expected glTF 2.0, but found version 1.0: convert it")
         found = [
             str(entry.get("uri", "")) for kind in ("buffers", "images") for entry in record.get(kind, ())
         ]
     except AssetError:
         raise
     except (AttributeError, TypeError) as error:
-        raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
+        raise AssetError(f"cannot be imported: expected JSON, but found: {error}") from error
     return [unquote(uri) for uri in found if uri and not _is_inline(uri)]
 
 
@@ -56,7 +56,7 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - whatever a file holds
     except (ValueError, RecursionError) as error:
         if isinstance(error, AssetError):
             raise
-        raise AssetError(f"cannot be imported: expected JSON, found: {error}") from error
+        raise AssetError(f"cannot be imported: expected JSON, but found: {error}") from error
 
 
 def _json_of_glb(path: Path) -> bytes:
@@ -64,9 +64,11 @@ def _json_of_glb(path: Path) -> bytes:
     with open(path, "rb") as file:
         head = file.read(20)
         if len(head) < 20 or head[:4] != b"glTF":
-            raise AssetError("cannot be imported: expected a binary glTF file, found something else")
+            raise AssetError("cannot be imported: expected a binary glTF file, but found something else")
         if (version := struct.unpack("<I", head[4:8])[0]) != 2:
-            raise AssetError(f"cannot be imported: expected glTF 2.0, found version {version}.0: convert it")
+            raise AssetError(
+                f"cannot be imported: expected glTF 2.0, but found version {version}.0: convert it"
+            )
         return file.read(struct.unpack("<I", head[12:16])[0])
 
 
@@ -96,7 +98,7 @@ def readable_gltf(path: Path, scratch: Path) -> Path:
             if uri and not _is_inline(uri):
                 entry["uri"] = quote(str(path.parent.absolute() / unquote(uri)))
     except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
-        raise AssetError(f"cannot be imported: expected meshes of glTF 2.0, found: {error!r}") from error
+        raise AssetError(f"cannot be imported: expected meshes of glTF 2.0, but found: {error!r}") from error
     text = json.dumps(record).encode()
     if path.suffix.lower() == ".glb":
         text += b" " * (-len(text) % 4)
@@ -208,7 +210,7 @@ class _Hooks:
                 if "KHR_draco_mesh_compression" not in (primitive.extensions or {}):
                     self._look_at(primitive, mesh, importer)
         except Exception as error:  # the importer would drop it, and the checks with it
-            self.broken.append(f"expected a mesh that can be read, found {error!r} in mesh {mesh.name!r}")
+            self.broken.append(f"expected a mesh that can be read, but found {error!r} in mesh {mesh.name!r}")
 
     def _look_at(
         self, primitive: types.SimpleNamespace, mesh: types.SimpleNamespace, importer: types.SimpleNamespace
@@ -220,7 +222,7 @@ class _Hooks:
             positions = decode(importer, primitive.attributes["POSITION"])
             if not np.isfinite(positions).all():
                 self.broken.append(
-                    f"expected finite vertex positions, found NaN or infinity in mesh {mesh.name!r}"
+                    f"expected finite vertex positions, but found NaN or infinity in mesh {mesh.name!r}"
                 )
         if primitive.mode not in (None, 4) or primitive.indices is None:
             return
@@ -248,7 +250,7 @@ class _Hooks:
         if "KHR_draco_mesh_compression" in (primitive.extensions or {}) and any(
             importer.data.accessors[one].buffer_view is None for one in used if one is not None
         ):
-            self.broken.append(f"expected Draco data, found other data in mesh {mesh.name!r}")
+            self.broken.append(f"expected Draco data, but found other data in mesh {mesh.name!r}")
 
     @staticmethod
     def _add_indices(importer: types.SimpleNamespace, faces: Any) -> int:  # noqa: ANN401 - an array

@@ -100,7 +100,7 @@ def _refuse_lost_faces(obj: bytes) -> None:
         return
     if face := obj_materials.face_without_vertex(obj):
         raise AssetError(
-            f"expected faces between its vertices, found {_printable(face)!r}; export or download it again"
+            f"expected faces between its vertices, but found {_printable(face)!r}; export or download it again"
         )
 
 
@@ -135,7 +135,7 @@ def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> Non
                 place.is_relative_to(inside) for inside in (root, root.resolve())
             ):
                 raise AssetError(
-                    f"expected its files in {root}, found that it uses {_printable(str(place))}; put it there"
+                    f"expected its files in {root}, but found that it uses {_printable(str(place))}; put it there"
                 )
 
 
@@ -305,16 +305,16 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
     """
     parts = list(world_meshes())
     if not parts:
-        raise AssetError("is empty: expected mesh faces, found none")
+        raise AssetError("is empty: expected mesh faces, but found none")
     if not all(np.isfinite(points).all() for points, _ in parts):
-        raise AssetError("expected finite vertex positions, found infinite or undefined ones")
+        raise AssetError("expected finite vertex positions, but found infinite or undefined ones")
     flat = [_is_flat(points, corners) for points, corners in parts]
     # faces without area, such as those that join triangle strips, are invisible
     vertices = np.concatenate(
         [points[np.unique(corners[~none])] for (points, corners), none in zip(parts, flat, strict=True)]
     )
     if not len(vertices):
-        raise AssetError("is empty: expected mesh faces with an area, found none")
+        raise AssetError("is empty: expected mesh faces with an area, but found none")
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     center = (low + high) / 2
     size = (
@@ -323,7 +323,7 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
         else float((high - low).max()) / 2
     )
     if not 1e-12 < size < 1e12:
-        raise AssetError(f"expected an object with a size, found one of {size:.3g} units")
+        raise AssetError(f"expected an object with a size, but found one of {size:.3g} units")
     steps = size / max(float(np.abs(center).max()), 1e-300) * 2**24
     if steps < MIN_STEPS:
         raise AssetError(
@@ -332,7 +332,7 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
         )
     triangles = sum(len(corners) for _, corners in parts)
     if triangles > MAX_TRIANGLES:
-        raise AssetError(f"is huge: expected at most {MAX_TRIANGLES} triangles, found {triangles}")
+        raise AssetError(f"is huge: expected at most {MAX_TRIANGLES} triangles, but found {triangles}")
     root = bpy.data.objects.new("normalize", None)
     for thing in bpy.context.scene.objects:
         if thing.parent is None:

@@ -232,9 +232,9 @@ def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Itera
     for shard, report in zip(manifest.shards, reports, strict=True):
         for key, (views, size) in report.kinds.items():
             for wrong, what in (
-                (key in first, f"every id once, found it in {first.get(key)} too"),
-                (views != manifest.views, f"{manifest.views} views as in the manifest, found {views}"),
-                (size != usual, f"views of {usual} pixels as most objects have, found {size}"),
+                (key in first, f"every id once, but found it in {first.get(key)} too"),
+                (views != manifest.views, f"{manifest.views} views as in the manifest, but found {views}"),
+                (size != usual, f"views of {usual} pixels as most objects have, but found {size}"),
             ):
                 if wrong:
                     yield Problem(shard.name, key, f"sample {key!r}: expected {what}")
@@ -250,7 +250,7 @@ def file_differences(folder: Path, shard: Shard) -> Iterator[str]:
     """
     found = hash_file(folder / shard.name)
     if found != shard.sha256:
-        yield f"expected sha256 {shard.sha256} as in the manifest, found {found}"
+        yield f"expected sha256 {shard.sha256} as in the manifest, but found {found}"
     yield from index_differences(folder / shard.name, read_index(folder, shard))
 
 
@@ -265,11 +265,11 @@ def index_differences(path: Path, index: MemberIndex) -> Iterator[str]:
         for header in tar:
             key, _, _ = header.name.partition(".")
             if not header.isreg() or not KEY_PATTERN.fullmatch(key) or "/" in header.name:
-                yield f"expected plain files of plain names, found {header.name!r} of type {header.type!r}"
+                yield f"expected plain files of plain names, but found {header.name!r} of type {header.type!r}"
             elif expected.pop(header.name, None) != (header.offset_data, header.size):
-                yield f"expected member {header.name!r} where the index says, found it at {header.offset_data}"
+                yield f"expected member {header.name!r} where the index says, but found it at {header.offset_data}"
     if expected:
-        yield f"expected the members of the index, found no {sorted(expected)[0]!r} and {len(expected) - 1} more"
+        yield f"expected the members of the index, but found no {sorted(expected)[0]!r} and {len(expected) - 1} more"
 
 
 def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:

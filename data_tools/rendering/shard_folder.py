@@ -338,7 +338,7 @@ def no_space_message(folder: Path, needed: int) -> str:
     """Say that the disk is full: expected, found, remedy."""
     free = shutil.disk_usage(folder).free
     return (
-        f"{folder}: expected about {needed / 1e6:.1f} MB of free disk space for the rest, found "
+        f"{folder}: expected about {needed / 1e6:.1f} MB of free disk space for the rest, but found "
         f"{free / 1e6:.1f} MB; free some space and run the same command again, it goes on where it was"
     )
 

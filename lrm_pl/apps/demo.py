@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     if importlib.util.find_spec("gradio") is None:
-        sys.exit("lrm: expected gradio to show the page with, found none; pip install -e '.[demo]'")
+        sys.exit("lrm: expected gradio to show the page with, but found none; pip install -e '.[demo]'")
     try:
         locate_network(given.ckpt)
         require_free(given.host, given.port)

@@ -52,7 +52,7 @@ def refuse_addresses(data: Any) -> None:  # noqa: ANN401 - JSON
     elif isinstance(data, dict):
         path = data.get("path")
         if isinstance(path, str) and "://" in path:
-            raise gr.Error(f"Expected an uploaded picture, found the address {path}; upload it.")
+            raise gr.Error(f"Expected an uploaded picture, but found the address {path}; upload it.")
         refuse_addresses(list(data.values()))
 
 

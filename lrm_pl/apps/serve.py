@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         from lrm_pl.apps.connections import BoundedProtocol
     except ImportError:
-        sys.exit("lrm: expected uvicorn and fastapi to serve with, found none; pip install -e '.[serve]'")
+        sys.exit("lrm: expected uvicorn and fastapi to serve with, but found none; pip install -e '.[serve]'")
     try:
         limits = Limits(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Limits)})
         _ = MeshOptions(resolution=limits.resolution)  # says what there may be

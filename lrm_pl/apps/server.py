@@ -178,7 +178,7 @@ class Uploads:
         from starlette.requests import ClientDisconnect
 
         most = int(self.limits.megabytes * 1e6)
-        too_large = RefusedError(413, f"expected at most {self.limits.megabytes:g} MB, found more")
+        too_large = RefusedError(413, f"expected at most {self.limits.megabytes:g} MB, but found more")
         stated = request.headers.get("content-length", "")
         if stated.isdigit() and int(stated) > most:
             raise too_large
@@ -267,15 +267,15 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
         try:
             if unknown := sorted(set(request.query_params) - _PARAMETERS):
                 raise RefusedError(
-                    422, f"expected the parameters {', '.join(sorted(_PARAMETERS))}, found {unknown}"
+                    422, f"expected the parameters {', '.join(sorted(_PARAMETERS))}, but found {unknown}"
                 )
             if len(request.query_params.multi_items()) > len(request.query_params):
-                raise RefusedError(422, f"expected every parameter once, found {request.query_params}")
+                raise RefusedError(422, f"expected every parameter once, but found {request.query_params}")
             content = await uploads.read(request)
             if found := what_else(content, request.headers.get("content-type", "")):
                 raise RefusedError(
                     415,
-                    f"expected the bytes of a picture as the body, found {found}; curl --data-binary @photo.png",
+                    f"expected the bytes of a picture as the body, but found {found}; curl --data-binary @photo.png",
                 )
             wishes = MeshOptions(
                 resolution=resolution, threshold=threshold, floaters=floaters, most_faces=faces

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("websockets").setLevel(logging.CRITICAL)  # it prints a stack for whoever hangs up
     if importlib.util.find_spec("viser") is None:
-        sys.exit("lrm: expected viser to show the page with, found none; pip install -e '.[view]'")
+        sys.exit("lrm: expected viser to show the page with, but found none; pip install -e '.[view]'")
     try:
         require_free(given.host, given.port)
         run = given.run or newest_run()

@@ -104,7 +104,7 @@ def complete(path: str, layout: Format, step: int, run: Mapping[str, Any], files
             found = fs.size(f"{inner}/{name}") if fs.isfile(f"{inner}/{name}") else "none"
             if found != size:
                 raise OSError(
-                    f"expected {folder}/{name} of {size} bytes, which a rank has written, found {found}; do all "
+                    f"expected {folder}/{name} of {size} bytes, which a rank has written, but found {found}; do all "
                     "nodes share this folder?"
                 )
     record: dict[str, Any] = {
@@ -238,11 +238,11 @@ def read_checkpoint(path: str) -> Checkpoint:
         size, digest = checkpoint.files[name]
         found = fs.size(f"{inner}/{name}") if fs.isfile(f"{inner}/{name}") else "none"
         if found != size:
-            return f"expected the file {name} of {size} bytes, found {found}"
+            return f"expected the file {name} of {size} bytes, but found {found}"
         return (
             None
             if sha256(f"{path}/{name}") == digest
-            else f"expected {name} with sha256 {digest}, found another"
+            else f"expected {name} with sha256 {digest}, but found another"
         )
 
     with store_errors(path), ThreadPoolExecutor(_CHECKERS) as pool:

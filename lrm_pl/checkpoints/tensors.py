@@ -237,7 +237,7 @@ class _Reader(FileSystemReader):
         with self.fs.create_stream(path, "rb") as file, _refusals(path):
             metadata = _MetadataUnpickler(file).load()
             if not isinstance(metadata, Metadata):
-                raise pickle.UnpicklingError(f"expected a description of tensors, found {type(metadata)}")
+                raise pickle.UnpicklingError(f"expected a description of tensors, but found {type(metadata)}")
             strange = {entry.relative_path for entry in metadata.storage_data.values()} - {
                 *self.checkpoint.files
             }

@@ -895,19 +895,21 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno in NO_ACCESS:
             sys.exit(
-                f"lrm: expected access to all that the run reads and writes, found: {one_line(error)}; give this user "
+                f"lrm: expected access to all that the run reads and writes, but found: {one_line(error)}; "
+                f"give this user "
                 "the right to it, or choose another folder for what the run writes: --run.folder"
             )
         if error.errno not in FULL:
             raise
         sys.exit(
-            f"lrm: expected room for what the run writes, found: {one_line(error)}. Make space and start the same "
+            f"lrm: expected room for what the run writes, but found: {one_line(error)}. Make space and start the same "
             "command with --run.folder again: it goes on from the newest whole checkpoint"
         )
     except (RuntimeError, MemoryError) as error:
         if any(saying in str(error) for saying in _SHARED_MEMORY_SAYINGS):
             sys.exit(
-                "lrm: expected room in /dev/shm for the batches of data workers, found it full; start the container "
+                "lrm: expected room in /dev/shm for the batches of data workers, but found it full; start "
+                "the container "
                 "with --shm-size=8g, or use --data.workers 0"
             )
         if str(error).startswith("Early stopping conditioned on metric"):  # Lightning's

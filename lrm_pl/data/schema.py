@@ -392,7 +392,7 @@ def decode_info(key: str, encoded: bytes) -> SampleInfo:
     wrong = [name for name, kind in expected.items() if type(record.get(name)) is not kind]
     if wrong or set(record) != set(expected):
         raise SampleError(
-            f"sample {key!r}: expected the fields {sorted(expected)} with their types, found {sorted(record)}"
+            f"sample {key!r}: expected the fields {sorted(expected)} with their types, but found {sorted(record)}"
             + (f"; wrong or missing: {wrong}" if wrong else "")
         )
     if record["id"] != key:

@@ -36,7 +36,7 @@ def look_at(
     right = torch.linalg.cross(forward, up)
     if (right.norm(dim=-1, keepdim=True) <= 1e-6 * distance.clamp_min(1e-12)).any():
         raise ValueError(
-            f"expected cameras beside {target}, found one at, above or below it: {position.tolist()}"
+            f"expected cameras beside {target}, but found one at, above or below it: {position.tolist()}"
         )
     forward = forward / distance
     right = right / right.norm(dim=-1, keepdim=True)

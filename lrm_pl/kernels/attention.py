@@ -38,7 +38,7 @@ def attention_in_blocks(
     """
     if not on_cpu(q) or not q.dtype == k.dtype == v.dtype:
         kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"expected q, k and v of one dtype on the CPU, found {kinds}")
+        raise ValueError(f"expected q, k and v of one dtype on the CPU, but found {kinds}")
     return torch.ops.lrm_pl.attention_in_blocks(q, k, v)
 
 

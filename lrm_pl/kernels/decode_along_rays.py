@@ -162,7 +162,7 @@ def accumulate_gradient(
     _check(planes, origins, t, alive, mlp)
     if total.dtype != torch.float32 or not total.is_contiguous():
         raise ValueError(
-            f"expected a contiguous float32 total, found {total.dtype} of strides {total.stride()}"
+            f"expected a contiguous float32 total, but found {total.dtype} of strides {total.stride()}"
         )
     if triton_unavailable(planes.device) is not None:
         leaves = [x.detach().requires_grad_() for x in (planes, *mlp)]
@@ -182,16 +182,17 @@ def accumulate_gradient(
 
 def _check(planes: Tensor, origins: Tensor, t: Tensor, alive: Tensor, mlp: PackedMLP) -> None:
     if planes.ndim != 4 or planes.shape[0] != 3 or planes.shape[1] != planes.shape[2]:
-        raise ValueError(f"expected planes (3, S, S, C), found {tuple(planes.shape)}")
+        raise ValueError(f"expected planes (3, S, S, C), but found {tuple(planes.shape)}")
     if planes.dtype not in (torch.bfloat16, torch.float32) or mlp.weights.dtype != planes.dtype:
         raise ValueError(
-            f"expected planes and weights both bfloat16 or both float32, found {planes.dtype} and {mlp.weights.dtype}"
+            f"expected planes and weights both bfloat16 or both float32, but found {planes.dtype} and "
+            f"{mlp.weights.dtype}"
         )
     if t.dtype != torch.float32 or origins.dtype != torch.float32:
-        raise ValueError(f"expected float32 rays, found {origins.dtype} and {t.dtype}")
+        raise ValueError(f"expected float32 rays, but found {origins.dtype} and {t.dtype}")
     if t.shape[:2] != origins.shape[:2] or alive.shape != t.shape[:2]:
         raise ValueError(
-            f"expected rays of one shape, found {tuple(origins.shape)}, {tuple(t.shape)} and {tuple(alive.shape)}"
+            f"expected rays of one shape, but found {tuple(origins.shape)}, {tuple(t.shape)} and {tuple(alive.shape)}"
         )
 
 

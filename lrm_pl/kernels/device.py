@@ -217,13 +217,11 @@ def _missing_for_triton() -> str | None:
     given = os.environ.get("CC")  # Triton takes it for the whole name of a program
     if not any(map(shutil.which, ("gcc", "clang") if given is None else (given,))):
         found = "no C compiler" if given is None else f"CC={given}, which is no program"
-        return f"expected a C compiler for Triton, found {found}; install gcc, and unset CC or make it a path"
+        return f"expected a C compiler for Triton, but found {found}; install gcc, and unset CC or make it a path"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
     headers = Path(sysconfig.get_path("include", scheme))
     if not (headers / "Python.h").is_file():
-        return (
-            f"expected Python's headers for Triton, found that {headers} has no Python.h; install python3-dev"
-        )
+        return f"expected Python's headers for Triton, but found that {headers} has no Python.h; install python3-dev"
     return None
 
 

@@ -82,11 +82,11 @@ def triplane_sample(
         ValueError: Wrong shapes or dtypes.
     """
     if planes.ndim != 4 or planes.shape[1] != planes.shape[2] or planes.shape[0] != len(axes):
-        raise ValueError(f"expected planes ({len(axes)}, S, S, C), found {tuple(planes.shape)}")
+        raise ValueError(f"expected planes ({len(axes)}, S, S, C), but found {tuple(planes.shape)}")
     if points.ndim != 2 or points.shape[1] != 3:
-        raise ValueError(f"expected points (Q, 3), found {tuple(points.shape)}")
+        raise ValueError(f"expected points (Q, 3), but found {tuple(points.shape)}")
     if planes.dtype != torch.float32 or points.dtype != torch.float32:
-        raise ValueError(f"expected float32 planes and points, found {planes.dtype} and {points.dtype}")
+        raise ValueError(f"expected float32 planes and points, but found {planes.dtype} and {points.dtype}")
     flat = [axis for pair in axes for axis in pair]
     return torch.ops.lrm_pl.triplane_sample(
         planes.contiguous(), points.contiguous(), flat, reduce == "concat"

@@ -77,7 +77,8 @@ class Objective:
         if self.lpips and step >= self.lpips_start_step:
             if self.perceptual is None:
                 raise ValueError(
-                    "expected a PerceptualLoss in objective.perceptual, found none; `lrm fit` attaches one, in Python "
+                    "expected a PerceptualLoss in objective.perceptual, but found none; `lrm fit` attaches "
+                    "one, in Python "
                     "set it, or give LPIPS the weight 0 (--model.objective.lpips 0)"
                 )
             terms["lpips"] = self.lpips * self.perceptual(evidence.prediction, evidence.target).mean()

@@ -87,7 +87,7 @@ class PerceptualLoss:
         """
         if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
             raise ValueError(
-                "LPIPS: expected two batches of RGB images (n, 3, h, w) of one shape, found prediction "
+                "LPIPS: expected two batches of RGB images (n, 3, h, w) of one shape, but found prediction "
                 f"{tuple(prediction.shape)} and target {tuple(target.shape)}; resize or crop one of them"
             )
         group = max(1, pixels_per_group(prediction.device) // (prediction.shape[-1] * prediction.shape[-2]))
@@ -201,7 +201,7 @@ def _build(features: Mapping[str, Tensor], net: LpipsNet) -> lpips.LPIPS:
     }
     if set(features) != set(names.values()):
         raise ValueError(
-            f"LPIPS ({net}): expected the convolutions {sorted(names.values())}, found {sorted(features)}; "
+            f"LPIPS ({net}): expected the convolutions {sorted(names.values())}, but found {sorted(features)}; "
             "give the features of this network"
         )
     convolutions = {name: features[theirs].clone() for name, theirs in names.items()}

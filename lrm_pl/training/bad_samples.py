@@ -70,7 +70,8 @@ class BadSamples(L.Callback):
         assert isinstance(data, ShardDataModule)
         if seen >= _LEAST and bad > data.max_bad_share * seen:
             self.too_many = (
-                f"expected at most {data.max_bad_share:.3g} of the samples to be bad, found {bad:.0f} of {seen:.0f}:\n"
+                f"expected at most {data.max_bad_share:.3g} of the samples to be bad, but found {bad:.0f} "
+                f"of {seen:.0f}:\n"
                 f"  {self._listed(trainer)}\nmend them, or let more pass: --data.max_bad_share"
             )
 

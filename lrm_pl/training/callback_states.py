@@ -44,7 +44,7 @@ def load_callback_states(trainer: L.Trainer, states: dict[str, Any]) -> None:
 def _encoded(value: Any) -> Any:  # noqa: ANN401 - whatever a callback keeps
     if isinstance(value, torch.Tensor) and not value.is_complex():
         return {_TENSOR: [str(value.dtype).removeprefix("torch."), value.tolist()]}
-    raise TypeError(f"expected numbers, texts, lists and tensors, found {type(value).__name__}")
+    raise TypeError(f"expected numbers, texts, lists and tensors, but found {type(value).__name__}")
 
 
 def _decoded(value: Any) -> Any:  # noqa: ANN401 - whatever a callback keeps

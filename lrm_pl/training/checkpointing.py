@@ -201,7 +201,7 @@ class CheckpointAndResume(L.Callback):
             if trainer.is_global_zero:
                 names = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
                 logger.warning(
-                    "no checkpoint is kept as the best: expected the metric %s in a validation, found %s",
+                    "no checkpoint is kept as the best: expected the metric %s in a validation, but found %s",
                     self.monitor,
                     ", ".join(names) or "none",
                 )
@@ -317,7 +317,8 @@ class CheckpointAndResume(L.Callback):
             ids = [()] * trainer.world_size
             torch.distributed.all_gather_object(ids, module.current_sample_ids, group=self._group)
         return (
-            f"expected {module.guard.expectation}, found {module.guard.in_a_row} bad ones in a row by step {step}, the "
+            f"expected {module.guard.expectation}, but found {module.guard.in_a_row} bad ones in a row "
+            f"by step {step}, the "
             f"last of norm {module.guard.last:.3g}; the samples of the last one: "
             f"{', '.join(sorted(key for rank in ids for key in rank))}; look at these, lower the learning rate, or "
             f"{module.guard.remedy}"

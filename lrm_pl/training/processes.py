@@ -47,7 +47,7 @@ def foreign_rank_message(rank: int, world: int) -> str:
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_PROCID")
     found = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
     return (
-        f"expected process {rank} of {world}, found {found} in the environment without torchrun or srun; start the "
+        f"expected process {rank} of {world}, but found {found} in the environment without torchrun or srun; start the "
         "processes with torchrun or srun, or unset these variables"
     )
 

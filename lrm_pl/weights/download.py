@@ -79,11 +79,11 @@ def fetch(artifact: Artifact, folder: Path) -> Path:
                 _download_with_pip(artifact, scratch.path)
             if not whole.is_file():
                 raise FetchError(
-                    f"expected a file named {artifact.filename}, found {sorted(os.listdir(scratch.path))}"
+                    f"expected a file named {artifact.filename}, but found {sorted(os.listdir(scratch.path))}"
                 )
             found = sha256_of(whole)
             if found != artifact.sha256:
-                raise FetchError(f"expected sha256 {artifact.sha256}, found {found}")
+                raise FetchError(f"expected sha256 {artifact.sha256}, but found {found}")
             return whole.replace(folder / artifact.filename)
         finally:
             scratch.remove()
@@ -128,7 +128,7 @@ def _download_url(artifact: Artifact, path: Path) -> None:
         task = progress.add_task(artifact.filename, total=artifact.size)
         while block := response.read(_BLOCK_BYTES):
             if file.tell() + len(block) > artifact.size:
-                raise FetchError(f"expected {artifact.size} bytes, found more")
+                raise FetchError(f"expected {artifact.size} bytes, but found more")
             file.write(block)
             progress.advance(task, len(block))
 

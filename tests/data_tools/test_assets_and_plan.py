@@ -59,7 +59,7 @@ def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
 
 
 def test_a_folder_without_assets_and_no_folder_say_what_was_expected(tmp_path):
-    with pytest.raises(AssetsError, match=r"expected glb, gltf, obj, ply, fbx files in .*, found none"):
+    with pytest.raises(AssetsError, match=r"expected glb, gltf, obj, ply, fbx files in .*, but found none"):
         find_assets(tmp_path)
     with pytest.raises(AssetsError, match="found no folder"):
         find_assets(tmp_path / "absent")
@@ -75,7 +75,7 @@ def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path)
     table.write_text(HEADER + f"a,Chair,Ann,library,CC0-1.0,{'0' * 64}\n")
     assert find_assets(tmp_path)[0].sha256 == "0" * 64  # whoever renders it compares
     table.write_text(HEADER + "a,Chair,Ann,library,CC0-1.0,ABC\n")
-    with pytest.raises(AssetsError, match=r"line 2: expected a sha256 of 64 .* or nothing, found 'ABC'"):
+    with pytest.raises(AssetsError, match=r"line 2: expected a sha256 of 64 .* or nothing, but found 'ABC'"):
         find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,z\n")
     with pytest.raises(
@@ -83,7 +83,7 @@ def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path)
     ):
         find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,x\n")
-    with pytest.raises(AssetsError, match="line 2: expected up as y, z or nothing, found 'x'"):
+    with pytest.raises(AssetsError, match="line 2: expected up as y, z or nothing, but found 'x'"):
         find_assets(tmp_path)
     table.write_text("id,title\na,Chair\n")
     with pytest.raises(AssetsError, match="expected the columns id,name"):
@@ -123,7 +123,7 @@ def test_objects_whose_split_is_listed_stay_there_and_only_others_are_chosen_fro
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused():
-    with pytest.raises(ValueError, match=r"expected --held-out between 0 and 1 .*, found 2"):
+    with pytest.raises(ValueError, match=r"expected --held-out between 0 and 1 .*, but found 2"):
         plan_shards(dict.fromkeys("ab", ""), held_out=2, shard_size=8)
 
 
@@ -159,10 +159,10 @@ def test_a_list_of_assets_says_what_is_to_be_rendered_and_comes_back_as_it_was(t
     ("changes", "message"),
     [
         ({"id": "../a"}, "expected an id of letters"),
-        ({"file": "/etc/a.glb"}, "expected a path inside the folder, or a URL, found '/etc/a.glb'"),
+        ({"file": "/etc/a.glb"}, "expected a path inside the folder, or a URL, but found '/etc/a.glb'"),
         ({"file": "b/../../a.glb"}, "expected a path inside the folder"),
-        ({"file": "a.exe"}, r"expected a mesh that ends in one of glb, .*, found 'a\.exe'"),
-        ({"sha256": "00"}, "expected a sha256 or nothing, found '00'"),
+        ({"file": "a.exe"}, r"expected a mesh that ends in one of glb, .*, but found 'a\.exe'"),
+        ({"sha256": "00"}, "expected a sha256 or nothing, but found '00'"),
         ({"split": "test"}, "expected the split"),
     ],
 )
@@ -180,13 +180,13 @@ def test_a_damaged_list_or_another_table_is_refused(tmp_path):
         find_assets(tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"uid": ["a"]}), path)
     with pytest.raises(
-        AssetsError, match=r"expected the columns id, file, .* found uid; make the list again"
+        AssetsError, match=r"expected the columns id, file, .* found uid. Make the list again"
     ):
         find_assets(tmp_path)
     same = {"id": "a", "file": "a.glb", "sha256": "", "name": "", "creator": "", "source": "", "license": ""}
     twice = [same | {"tags": [], "split": "", "up": ""}] * 2
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(twice, LIST_SCHEMA), path)
-    with pytest.raises(AssetsError, match="expected every id once, found 'a' twice"):
+    with pytest.raises(AssetsError, match="expected every id once, but found 'a' twice"):
         find_assets(tmp_path)
 
 
@@ -196,7 +196,7 @@ def test_a_table_that_a_spreadsheet_saved_is_read_or_refused_with_the_remedy(tmp
     table.write_text(text, encoding="utf-8-sig")
     assert read_table(table)["a"]["name"] == "Stühle"
     table.write_text(text, encoding="latin-1")
-    with pytest.raises(AssetsError, match=r"expected a CSV, found: .*; save it as CSV in UTF-8"):
+    with pytest.raises(AssetsError, match=r"expected a CSV, but found: .*. Save it as CSV in UTF-8"):
         read_table(table)
 
 

@@ -496,6 +496,6 @@ def test_reasons_of_what_cannot_be_imported_say_what_to_do(loaded, tmp_path):
     names = ("old.gltf", "old.glb", "empty.glb", "packed.glb", "lost.gltf")
     old, old_binary, empty, packed, lost = loaded(*((tmp_path / name, tmp_path, "") for name in names))
     assert "Missing resource, 'lost.bin'" in lost
-    assert old == old_binary == "cannot be imported: expected glTF 2.0, found version 1.0: convert it"
+    assert old == old_binary == "cannot be imported: expected glTF 2.0, but found version 1.0: convert it"
     assert "expected a binary glTF file" in empty
     assert "gltf-transform" in packed

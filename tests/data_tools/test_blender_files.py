@@ -183,11 +183,11 @@ def write_refused(folder):
     write_obj(folder, "unnamed", head="")
     (folder / "unnamed.mtl").unlink()
     return {
-        "nan_ply": "expected finite vertex positions of float32, found NaN or infinity",
-        "nan_gltf": "expected finite vertex positions, found NaN or infinity in mesh",
-        "beyond": "expected faces between its 8 vertices, found one with vertex 8",
-        "large": "expected finite vertex positions of float32, found 'v -1 -1 4e38 ' in line 2",
-        "cut_off": "expected faces between its vertices, found 'f 1 2 9'",
+        "nan_ply": "expected finite vertex positions of float32, but found NaN or infinity",
+        "nan_gltf": "expected finite vertex positions, but found NaN or infinity in mesh",
+        "beyond": "expected faces between its 8 vertices, but found one with vertex 8",
+        "large": "expected finite vertex positions of float32, but found 'v -1 -1 4e38 ' in line 2",
+        "cut_off": "expected faces between its vertices, but found 'f 1 2 9'",
         "undefined": "missing_textures 1", "unnamed": "missing_textures 1",
     }  # fmt: skip
 
@@ -223,7 +223,7 @@ def write_exported(folder, render_python, root):
         content = (folder / name).read_bytes().replace(b"Blender", b"Another")
         (folder / name).write_bytes(content.replace(b"Opacity", b"Thicker"))
     return {"no_gloss": RED, "other_program": ORANGE}, {
-        "packed": "expected Draco data, found other data in mesh 'Cube'"
+        "packed": "expected Draco data, but found other data in mesh 'Cube'"
     }
 
 

@@ -144,8 +144,8 @@ def test_bad_assets_are_left_out_with_their_reasons(rendered):
     }
     assert reasons.keys() == {"garbage", "empty", "invisible"}
     assert reasons["garbage"].startswith("cannot be imported: ")
-    assert reasons["empty"] == "is empty: expected mesh faces, found none"
-    assert reasons["invisible"] == "is empty: expected mesh faces, found none"
+    assert reasons["empty"] == "is empty: expected mesh faces, but found none"
+    assert reasons["invisible"] == "is empty: expected mesh faces, but found none"
     assert read_manifest(out).failures == 3
     rows = {row["id"]: row for row in pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()}
     assert rows["untextured"]["outcome"] == "rejected"

@@ -61,7 +61,7 @@ def test_a_mesh_of_another_hash_than_the_listed_one_is_left_out_with_both(render
     assert "objects        1 (1 train, 0 held out)" in done.stdout
     found = hash_file(assets / "box.glb")
     assert (
-        f"left out: box.glb: expected sha256 {'0' * 64} as listed, found {found}; fetch the file"
+        f"left out: box.glb: expected sha256 {'0' * 64} as listed, but found {found}. Fetch the file"
         in done.stderr
     )
 

@@ -23,7 +23,7 @@ ALONE = "unshare --map-root-user --pid --fork --kill-child --mount-proc"
 def here(tmp_path, root, monkeypatch):
     """A working folder with the template and two meshes, where a node is idle."""
     if not (idle := idle_nodes()):
-        pytest.skip(f"needs a Slurm with an idle node, found {idle}")
+        pytest.skip(f"needs a Slurm with an idle node, but found {idle}")
     if subprocess.run([*ALONE.split(), "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs namespaces of processes, so that other Ray on this machine is left alone")
     template = (root / "configs" / "cluster" / "render.sbatch").read_text()

@@ -130,7 +130,7 @@ def test_an_object_without_its_first_view_is_named_and_not_overlooked(layout, tm
         path.unlink()
     assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a", "c"}
     assert (
-        f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, found {VIEWS - 1}"
+        f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, but found {VIEWS - 1}"
         in reasons(tmp_path / "out")["b"]
     )
 
@@ -158,7 +158,7 @@ def a_picture(folder, layout):
 def bad_objects(root, layout):
     """Write one object for each thing that can be wrong; yields its name and what must be said of it."""
     for name, said in (
-        ("missing-pose", "expected a file .*, found none"),
+        ("missing-pose", "expected a file .*, but found none"),
         ("pickle", "pickles are not read|expected a numpy array"),
         ("stretched-pose", "expected rigid poses|look at the origin"),
         ("corrupt-picture", "expected a PNG or WebP view"),
@@ -166,13 +166,13 @@ def bad_objects(root, layout):
         ("huge-picture", "at most 4096 pixels a side, found"),
         (
             "missing-picture",
-            f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, found {VIEWS - 1}",
+            f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, but found {VIEWS - 1}",
         ),
-        ("other-size", "as most objects have, found 6 views of 64 x 64 pixels"),
-        ("opaque-picture", "expected RGBA views, found mode RGB"),
-        ("opaque-palette", "expected RGBA views, found mode P"),
+        ("other-size", "as most objects have, but found 6 views of 64 x 64 pixels"),
+        ("opaque-picture", "expected RGBA views, but found mode RGB"),
+        ("opaque-palette", "expected RGBA views, but found mode P"),
         ("hdr-picture", r"003\.png: expected .*found PQ, which is HDR"),
-        ("cut-picture", r"003\.png: expected .* the shape that its camera sees, found 32 x 24"),
+        ("cut-picture", r"003\.png: expected .* the shape that its camera sees, but found 32 x 24"),
         ("too-large", "cameras that fit the silhouettes"),
     ):
         folder = root / name
@@ -232,8 +232,8 @@ def test_one_number_twice_is_refused_and_named(layout, tmp_path):
     picture.with_name("3.png").write_bytes(picture.read_bytes())
     assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a"}
     found = reasons(tmp_path / "out")
-    assert "expected one picture a number, found 003.png and 003.webp; remove one" in found["both"]
-    assert "expected one picture a number, found 003.png and 3.png; remove one" in found["short"]
+    assert "expected one picture a number, but found 003.png and 003.webp. Remove one" in found["both"]
+    assert "expected one picture a number, but found 003.png and 3.png. Remove one" in found["short"]
 
 
 def test_folders_behind_links_are_found_once_and_dead_links_are_named(layout, tmp_path):
@@ -252,7 +252,7 @@ def test_folders_behind_links_are_found_once_and_dead_links_are_named(layout, tm
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(layout, tmp_path):
-    with pytest.raises(LayoutError, match=r"expected a folder that can be listed, found: .*No such file"):
+    with pytest.raises(LayoutError, match=r"expected a folder that can be listed, but found: .*No such file"):
         converted(layout, tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -367,7 +367,7 @@ def test_where_all_objects_are_bad_nothing_takes_the_name_and_the_reasons_stay(l
     assert "a" in (tmp_path / "out.failures.jsonl").read_text()
     (tmp_path / "empty").mkdir()
     assert main([*arguments[:4], str(tmp_path / "empty"), *arguments[5:]]) == 1
-    assert f"expected objects as {layout} lays them out, found none" in capsys.readouterr().err
+    assert f"expected objects as {layout} lays them out, but found none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["openlrm", "zero123"], indirect=True)
@@ -379,7 +379,7 @@ def test_poses_of_another_convention_are_refused_at_conversion(layout, tmp_path)
         WRITERS[layout](tmp_path / "in" / key, sample)
     with pytest.raises(
         InputError,
-        match="silhouettes, found that what view 0 shows is, on average, 6",
+        match="silhouettes, but found that what view 0 shows is, on average, 6",
     ):
         converted(layout, tmp_path / "in", tmp_path / "out")
 
@@ -389,7 +389,7 @@ def test_instantmesh_poses_say_which_convention_they_have():
     w2c = np.linalg.inv(c2w)
     for matrices in (np.linalg.inv(c2w @ FLIP), c2w @ FLIP, w2c, c2w):
         np.testing.assert_allclose(opencv_poses(matrices, "here"), c2w, atol=2e-6)
-    with pytest.raises(LayoutError, match="here: expected cameras that look at the origin, found others"):
+    with pytest.raises(LayoutError, match="here: expected cameras that look at the origin, but found others"):
         opencv_poses(c2w + 0.3 * np.eye(4)[:, [0, 1, 3, 2]], "here")
 
 
@@ -418,21 +418,21 @@ def test_arrays_are_refused_by_their_header_and_archives_by_what_comes_out(tmp_p
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cam_poses.npy", bytes(1 << 24))
     assert bomb.stat().st_size < 1 << 16
-    with pytest.raises(LayoutError, match="at most 1048576 bytes, found more"):
+    with pytest.raises(LayoutError, match="at most 1048576 bytes, but found more"):
         read_npz(bomb, "cam_poses")
     with pytest.raises(LayoutError, match="expected an array"):
         read_npz(bomb, "other")
     bomb.write_bytes(b"no archive")
-    with pytest.raises(LayoutError, match="expected an array, found: File is not a zip file"):
+    with pytest.raises(LayoutError, match="expected an array, but found: File is not a zip file"):
         read_npz(bomb, "cam_poses")
 
 
 def test_options_of_another_layout_and_strange_numbers_are_refused(tmp_path):
     with pytest.raises(
-        LayoutError, match="--views and --masks with --from mvimgnet only, found --from openlrm"
+        LayoutError, match="--views and --masks with --from mvimgnet only, but found --from openlrm"
     ):
         make_layout("openlrm", tmp_path, views=8)
-    with pytest.raises(LayoutError, match="expected --res from 1 to 4096, found 0"):
+    with pytest.raises(LayoutError, match="expected --res from 1 to 4096, but found 0"):
         make_layout("mvimgnet", tmp_path, resolution=0)
 
 

@@ -274,7 +274,9 @@ def test_views_that_show_a_part_or_nothing_do_not_count(video, tmp_path):
         mask[edge] = 255
         Image.fromarray(mask).save(folder / "masks" / f"{name}.jpg.png")
     said = reason(folder, tmp_path / "out", views=4)
-    assert "expected at least 4 whole views, found 3 of 10: 1 without a mask, 1 without a picture, " in said
+    assert (
+        "expected at least 4 whole views, but found 3 of 10: 1 without a mask, 1 without a picture, " in said
+    )
     assert "1 with an empty mask, 4 cut by the picture's edge" in said
     found = converted(folder.parents[1], tmp_path / "three", views=3)["7_1a2b"]
     assert found.info.views == 3
@@ -322,8 +324,8 @@ def test_a_colmap_file_that_is_not_whole_is_refused_by_its_size(video, tmp_path,
     ("damage", "said"),
     [
         (short_counted, r"images\.bin: expected \d+ bytes, found"),
-        (not_finite, "expected a pose and the number of a camera, found .*nan"),
-        (leaving, r"expected plain file names in images\.bin, found '\.\./1jpg'"),
+        (not_finite, "expected a pose and the number of a camera, but found .*nan"),
+        (leaving, r"expected plain file names in images\.bin, but found '\.\./1jpg'"),
     ],
 )
 def test_strange_poses_and_names_are_refused(video, damage, said):
@@ -378,7 +380,7 @@ def test_a_camera_model_that_we_do_not_know_and_a_strange_camera_are_refused(tmp
     with pytest.raises(LayoutError, match=r"expected a pinhole camera, .*found model 5"):
         read_model(tmp_path / "a")
     write_model(tmp_path / "b", [], [-100.0, 100, 64, 64])
-    with pytest.raises(LayoutError, match="expected a camera, found 128 x 128 pixels"):
+    with pytest.raises(LayoutError, match="expected a camera, but found 128 x 128 pixels"):
         read_model(tmp_path / "b")
 
 
@@ -422,4 +424,4 @@ def test_one_bad_object_leaves_the_others_and_is_named(video, tmp_path):
     (line,) = (tmp_path / "out" / "failures.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert (record["id"], record["file"]) == ("7_bad", "7/bad")
-    assert "images.bin, found none" in record["reason"]
+    assert "images.bin, but found none" in record["reason"]

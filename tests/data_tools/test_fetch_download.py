@@ -122,7 +122,7 @@ def test_what_a_server_sends_in_place_of_a_file_is_refused_with_its_beginning(
     for size in (None, 5500):
         if size and name == "a.gltf":  # a short JSON may be one: its size is what is wrong first
             continue
-        with pytest.raises(InputError, match=f"{name}: expected .*, found .*{begins}"):
+        with pytest.raises(InputError, match=f"{name}: expected .*, but found .*{begins}"):
             download(f"{web_server.url}/{name}", tmp_path / name, size=size)
     assert not (tmp_path / name).exists()
 
@@ -146,17 +146,17 @@ def test_another_size_another_hash_and_a_mesh_that_was_cut_at_its_source_are_ref
     (web_server.folder / "a.glb").write_bytes(glb())
     (web_server.folder / "cut.glb").write_bytes(glb()[:4000])
     url, path = f"{web_server.url}/a.glb", tmp_path / "a.glb"
-    with pytest.raises(InputError, match=r"a\.glb: expected 5501 bytes, found 5500"):
+    with pytest.raises(InputError, match=r"a\.glb: expected 5501 bytes, but found 5500"):
         download(url, path, size=5501)
-    with pytest.raises(InputError, match=f"expected sha256 {'0' * 64}, found {sha(glb())}"):
+    with pytest.raises(InputError, match=f"expected sha256 {'0' * 64}, but found {sha(glb())}"):
         download(url, path, sha256="0" * 64)
-    with pytest.raises(InputError, match="expected 5500 bytes as its header says, found 4000"):
+    with pytest.raises(InputError, match="expected 5500 bytes as its header says, but found 4000"):
         download(f"{web_server.url}/cut.glb", tmp_path / "cut.glb")
     assert list(tmp_path.glob("*.glb*")) == []
 
 
 def test_a_file_that_is_not_there_is_asked_for_once(web_server, tmp_path):
-    with pytest.raises(MissingError, match=r"absent\.glb: expected a file, found none"):
+    with pytest.raises(MissingError, match=r"absent\.glb: expected a file, but found none"):
         download(f"{web_server.url}/absent.glb", tmp_path / "absent.glb")
     assert (requests(web_server), requests(web_server, "HEAD")) == (1, 1)
 
@@ -226,6 +226,6 @@ def test_a_server_that_promises_terabytes_is_not_believed(tmp_path):
 
     with (
         serving(answer) as url,
-        pytest.raises(InputError, match="expected at most 17179869184 bytes, found 10000000000000"),
+        pytest.raises(InputError, match="expected at most 17179869184 bytes, but found 10000000000000"),
     ):
         download(f"{url}/a.glb", tmp_path / "a.glb")

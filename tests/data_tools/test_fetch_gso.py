@@ -130,23 +130,26 @@ def needs_version(version):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"<html>busy</html>", "not downloaded: .*expected zip, found a file that begins with '<html>busy"),
+        (
+            b"<html>busy</html>",
+            "not downloaded: .*expected zip, but found a file that begins with '<html>busy",
+        ),
         (b"PK and then nothing", "not unpacked: Shoe.zip: expected a zip, found"),
         (
             zipped(**{"meshes/model.obj": None}),
-            "not unpacked: Shoe.zip: expected meshes/model.obj, found none",
+            "not unpacked: Shoe.zip: expected meshes/model.obj, but found none",
         ),
-        (zipped(**{"materials/textures/texture.png": None}), "expected the file texture.png, found none"),
-        (zipped(**{"meshes/model.mtl": None}), "expected the file model.mtl, found none"),
+        (zipped(**{"materials/textures/texture.png": None}), "expected the file texture.png, but found none"),
+        (zipped(**{"meshes/model.mtl": None}), "expected the file model.mtl, but found none"),
         (
             zipped(**{"meshes/model.mtl": MTL.replace(b"texture", b"../../x")}),
             r"expected the file \.\./\.\./x\.png",
         ),
         (
             zipped().replace(b"picture", b"pictura"),
-            "expected to read materials/textures/texture.png, found: Bad CRC",
+            "expected to read materials/textures/texture.png, but found: Bad CRC",
         ),
-        (needs_version(99), "expected a zip, found: zip file version 9.9"),
+        (needs_version(99), "expected a zip, but found: zip file version 9.9"),
     ],
 )
 def test_a_model_that_cannot_be_used_costs_only_itself(fuel, tmp_path, content, reason):
@@ -162,14 +165,14 @@ def test_a_model_that_cannot_be_used_costs_only_itself(fuel, tmp_path, content, 
 def test_a_server_that_is_no_fuel_is_refused(fuel, tmp_path):
     fuel.pages["/1.0/GoogleResearch/models?page=1&per_page=2"] = b"<html>"
     with pytest.raises(
-        InputError, match=r"page=1&per_page=2: expected a list of models in JSON, found b'<html>'"
+        InputError, match=r"page=1&per_page=2: expected a list of models in JSON, but found b'<html>'"
     ):
         fetch(fuel, tmp_path)
     fuel.pages["/1.0/GoogleResearch/models?page=1&per_page=2"] = b"[]"
-    with pytest.raises(InputError, match="expected a list of models, found an empty one"):
+    with pytest.raises(InputError, match="expected a list of models, but found an empty one"):
         fetch(fuel, tmp_path)
     del fuel.pages["/1.0/GoogleResearch/models?page=1&per_page=2"]
-    with pytest.raises(InputError, match="expected a file, found none"):
+    with pytest.raises(InputError, match="expected a file, but found none"):
         fetch(fuel, tmp_path)
 
 
@@ -198,7 +201,7 @@ def test_a_zip_writes_nothing_outside_its_folder_and_nothing_too_large(tmp_path,
             with pytest.raises(ArchiveError, match="expected paths inside the model's folder"):
                 extract(archive, {path: "../evil.obj"}, tmp_path)
         monkeypatch.setattr("data_tools.assets.archives.MAX_MODEL_BYTES", 9000)
-        with pytest.raises(ArchiveError, match="expected big to be of at most 4000 bytes, found 5000"):
+        with pytest.raises(ArchiveError, match="expected big to be of at most 4000 bytes, but found 5000"):
             extract(archive, {"a": "big", "b": "big"}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

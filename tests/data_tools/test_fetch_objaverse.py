@@ -128,9 +128,9 @@ def test_what_cannot_be_downloaded_is_listed_and_tried_again_by_the_same_command
     objaverse.fault = lambda method, path, number: "503" if path.endswith(f"{CHAIR_2}.glb") else None
     assert [asset.id for asset in fetch(objaverse, tmp_path, uids=UIDS)] == [FISH]
     reasons = left_out(tmp_path)
-    assert "expected glb, found a file that begins with '<html>wait'" in reasons[CHAIR]
+    assert "expected glb, but found a file that begins with '<html>wait'" in reasons[CHAIR]
     assert "503" in reasons[CHAIR_2]
-    assert "expected 912 bytes as its header says, found 911" in reasons[TABLE]
+    assert "expected 912 bytes as its header says, but found 911" in reasons[TABLE]
     said = capsys.readouterr().out
     assert "Left out 3 of 4" in said
     assert "3  not downloaded\nTo try them again, run the same command again." in said
@@ -151,20 +151,21 @@ def test_a_whole_mesh_of_another_size_than_the_metadata_say_is_taken_and_named(o
 
 def test_nothing_usable_is_an_error(objaverse, tmp_path):
     (objaverse.folder / objaverse.paths[FISH]).unlink()
-    with pytest.raises(InputError, match="expected at least one usable asset, found none: 1 left out"):
+    with pytest.raises(InputError, match="expected at least one usable asset, but found none: 1 left out"):
         fetch(objaverse, tmp_path, uids=[FISH])
-    assert "expected a file, found none" in left_out(tmp_path)[FISH]
+    assert "expected a file, but found none" in left_out(tmp_path)[FISH]
 
 
 def test_unknown_names_are_refused_with_those_that_are_near(objaverse, tmp_path):
     with pytest.raises(
-        InputError, match=r"expected a category of Objaverse, found 'chairs'; did you mean chair, armchair\?"
+        InputError,
+        match=r"expected a category of Objaverse, but found 'chairs'. Did you mean chair, armchair\?",
     ):
         fetch(objaverse, tmp_path, categories=["table", "chairs"])
-    with pytest.raises(InputError, match=r"found 'zzz' \(and 1 more\); there are 3, for instance armchair"):
+    with pytest.raises(InputError, match=r"found 'zzz' \(and 1 more\). There are 3, for instance armchair"):
         fetch(objaverse, tmp_path, categories=["zzz", "yyy"])
     with pytest.raises(
-        InputError, match=rf"expected a uid of Objaverse, found '{FISH[:-1]}'; did you mean {FISH}"
+        InputError, match=rf"expected a uid of Objaverse, but found '{FISH[:-1]}'. Did you mean {FISH}"
     ):
         fetch(objaverse, tmp_path, uids=[FISH[:-1]])
 
@@ -193,9 +194,9 @@ def test_a_path_that_leads_elsewhere_is_left_out(objaverse, tmp_path, path):
 
 def test_a_table_that_is_no_table_is_refused(objaverse, tmp_path):
     for content, message in (
-        (gzip.compress(b"{"), "expected JSON in a gzip, found: Expecting"),
+        (gzip.compress(b"{"), "expected JSON in a gzip, but found: Expecting"),
         (gzip.compress(b"[]"), "expected a JSON object with entries"),
-        (gzip.compress(b"{}" * 900)[:-9], "expected JSON in a gzip, found: Compressed file ended"),
+        (gzip.compress(b"{}" * 900)[:-9], "expected JSON in a gzip, but found: Compressed file ended"),
     ):
         (objaverse.folder / "object-paths.json.gz").write_bytes(content)
         (tmp_path / "index" / "object-paths.json.gz").unlink(missing_ok=True)

@@ -182,25 +182,25 @@ def test_every_model_has_its_librarys_license_and_one_author_is_held_out(package
 
 def test_another_package_is_refused_with_what_to_do(package, tmp_path, monkeypatch):
     with pytest.raises(
-        PackageError, match="found no file; get it with `apt-get download sweethome3d-furniture`"
+        PackageError, match=r"found no file. Get it with `apt-get download sweethome3d-furniture`"
     ):
         opened_package(tmp_path / "absent.deb").__enter__()
     monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", write_package(package, {"Scopia": b""}))
-    with pytest.raises(PackageError, match=r"expected the library BlendSwap-CC-0\.sh3f, found none"):
+    with pytest.raises(PackageError, match=r"expected the library BlendSwap-CC-0\.sh3f, but found none"):
         opened_package(package).__enter__()
     package.write_bytes(b"!<arch>\n")
     with pytest.raises(PackageError, match=r"expected sha256 .* \(sweethome3d-furniture 1\.8-1\), found"):
         opened_package(package).__enter__()
     monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", hashlib.sha256(b"!<arch>\n").hexdigest())
-    with pytest.raises(PackageError, match=r"expected a member data\.tar\.xz, found none"):
+    with pytest.raises(PackageError, match=r"expected a member data\.tar\.xz, but found none"):
         opened_package(package).__enter__()
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (None, "expected `apt-get download sweethome3d-furniture=1.8-1` to run, found: .*apt-get"),
-        ("echo 'E: Version 1.8-1 was not found' >&2; exit 100", "it said: E: Version 1.8-1 was not found"),
+        (None, "expected `apt-get download sweethome3d-furniture=1.8-1` to run, but found: .*apt-get"),
+        ("echo 'E: Version 1.8-1 was not found' >&2. Exit 100", "it said: E: Version 1.8-1 was not found"),
         ("touch furniture_package.deb", "expected sha256"),
     ],
 )
@@ -219,7 +219,7 @@ def test_a_machine_whose_apt_cannot_bring_the_package_is_told_the_remedy(
 def test_without_blender_the_right_interpreter_is_named(package, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"expected Blender \(bpy\) in this environment, found none; use \.venv-render"
+        InputError, match=r"expected Blender \(bpy\) in this environment, but found none. Use \.venv-render"
     ):
         fetch_sweethome3d(tmp_path / "out", package)
 

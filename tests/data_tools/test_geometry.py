@@ -123,7 +123,7 @@ def test_a_smaller_pixel_takes_one_value_and_never_a_mean_over_an_edge(sample):
     gone = smaller_geometry(one, (faint, *views[1:]))
     assert not decode_depth("a", "depth_000.png", gone["depth_000.png"]).any()
     wrong = dataclasses.replace(one, extras={"depth_000.png": encode_depth(depth[:3])})
-    with pytest.raises(SampleError, match=r"depth_000\.png of the view's size \(4, 4\), found \(3, 4\)"):
+    with pytest.raises(SampleError, match=r"depth_000\.png of the view's size \(4, 4\), but found \(3, 4\)"):
         smaller_geometry(wrong, (faint, *views[1:]))
 
 
@@ -142,17 +142,17 @@ def _beside(pixels, alpha):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("depth_002.png", lambda pixels, _: pixels[::2, ::2], r"of the view's size (32, 32), found (16, 16)"),
-        ("depth_002.png", _hole, "expected something in depth_002.png wherever alpha is 255, found 0 at 1 of"),
-        ("depth_002.png", _beside, "expected 0 in depth_002.png wherever alpha is 0, found something at 1 pix"),
-        ("depth_002.png", lambda pixels, _: pixels * 2, "the points of depth_002.png within [-1, 1]^3, found one"),
+        ("depth_002.png", lambda pixels, _: pixels[::2, ::2], r"of the view's size (32, 32), but found (16, 16)"),
+        ("depth_002.png", _hole, "expected something in depth_002.png wherever alpha is 255, but found 0 at 1 of"),
+        ("depth_002.png", _beside, "expected 0 in depth_002.png wherever alpha is 0, but found something at 1 pix"),
+        ("depth_002.png", lambda pixels, _: pixels * 2, "the points of depth_002.png within [-1, 1]^3, but found one"),
         ("depth_002.png", lambda pixels, _: (pixels >> 8).astype(np.uint8), "depth_002.png to be a PNG of mode I;16"),
-        ("depth_002.png", None, "depth of all 4 views or of none, found 3; depth_002.png is missing"),
-        ("normal_001.png", lambda pixels, _: pixels[:, 1:], r"of the view's size (32, 32), found (32, 31)"),
-        ("normal_001.png", _hole, "expected something in normal_001.png wherever alpha is 255, found 0 at 1 of"),
-        ("normal_001.png", _beside, "expected 0 in normal_001.png wherever alpha is 0, found something at 1 pix"),
+        ("depth_002.png", None, "depth of all 4 views or of none, but found 3. Depth_002.png is missing"),
+        ("normal_001.png", lambda pixels, _: pixels[:, 1:], r"of the view's size (32, 32), but found (32, 31)"),
+        ("normal_001.png", _hole, "expected something in normal_001.png wherever alpha is 255, but found 0 at 1 of"),
+        ("normal_001.png", _beside, "expected 0 in normal_001.png wherever alpha is 0, but found something at 1 pix"),
         ("normal_001.png", lambda pixels, _: pixels // 2, "expected normals of length 1 in normal_001.png"),
-        ("normal_001.png", None, "normal of all 4 views or of none, found 3; normal_001.png is missing"),
+        ("normal_001.png", None, "normal of all 4 views or of none, but found 3. Normal_001.png is missing"),
     ],
 )  # fmt: skip
 def test_bad_geometry_is_named_by_shard_sample_and_member(folder, capsys, name, change, message):
@@ -177,7 +177,7 @@ def test_geometry_of_a_view_that_is_not_there_is_named(sample):
     more = dataclasses.replace(
         sample, extras=sample.extras | {"depth_004.png": sample.extras["depth_000.png"]}
     )
-    with pytest.raises(SampleError, match=r"found 5; depth_004\.png is strange"):
+    with pytest.raises(SampleError, match=r"found 5. Depth_004\.png is strange"):
         check_geometry(more)
 
 
@@ -213,7 +213,7 @@ def test_points_are_drawn_uniformly_by_area_and_have_their_triangles_normals():
     # the mean over a triangle is its centroid; the share of its corner (half the sides) is a quarter
     np.testing.assert_allclose(points[left].mean(axis=0), (1 / 3, 1 / 3, 0), atol=0.01)
     assert abs((points[left][:, :2].sum(axis=1) < 0.5).mean() - 0.25) < 0.02
-    with pytest.raises(InputError, match="expected a surface, found triangles without an area"):
+    with pytest.raises(InputError, match="expected a surface, but found triangles without an area"):
         draw_points([(vertices, faces[1:2])], 10, np.random.default_rng(0))
 
 
@@ -254,6 +254,6 @@ def test_normals_that_face_away_are_named(sample):
     seen = decode_image("a", sample.views[1])[..., 3:] > 0
     extras = sample.extras | {name: encode_normals(np.where(seen, sample.c2w[1, :3, 2], 0.0))}
     with pytest.raises(
-        SampleError, match=r"normals of normal_001\.png that face the camera, found that 100%"
+        SampleError, match=r"normals of normal_001\.png that face the camera, but found that 100%"
     ):
         check_geometry(dataclasses.replace(sample, extras=extras))

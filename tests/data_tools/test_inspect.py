@@ -104,11 +104,11 @@ def test_a_folder_without_a_table_says_what_became_of_its_objects(folder, capsys
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("filter.parquet", b"PAR1", "expected what became of each asset, found: .*; delete it and"),
+        ("filter.parquet", b"PAR1", "expected what became of each asset, but found: .*. Delete it and"),
         (
             "failures.jsonl",
             b"\n{broken\n",
-            "line 2: expected a record with id, file and reason, found .*delete the line",
+            "line 2: expected a record with id, file and reason, but found .*delete the line",
         ),
         ("failures.jsonl", b'{"id": "b"}\n', "line 1: "),
         ("failures.jsonl", b"\xff\n", "line 1: "),

@@ -162,7 +162,7 @@ def test_the_time_limit_is_ten_minutes_and_grows_with_the_samples_that_are_compu
 def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("bad")
-    with pytest.raises(FolderError, match="at least one object, found that all 6 failed"):
+    with pytest.raises(FolderError, match="at least one object, but found that all 6 failed"):
         run(assets, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -172,7 +172,7 @@ def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     [
         (
             {"views": 3},
-            "views: expected 3 as asked for now, found 2",
+            "views: expected 3 as asked for now, but found 2",
             "go on with that, or choose another OUT=.*merge",
         ),
         ({"rules": ("white <= 1",)}, "rules: expected", r"repack --shards .* --out \.\.\. --where"),
@@ -271,7 +271,7 @@ def test_a_shard_that_was_damaged_is_not_given_a_new_hash(assets, tmp_path, was_
         os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
         write_table(assets, c="CC0-1.0")
     with pytest.raises(
-        FolderError, match=r"train-000001\.tar: expected sha256 .*found another: .*; delete it"
+        FolderError, match=r"train-000001\.tar: expected sha256 .*found another: .*. Delete it"
     ):
         run(assets, out)
     assert shard.read_bytes() == content
@@ -412,7 +412,7 @@ def test_what_is_rendered_and_no_longer_listed_or_listed_otherwise_is_refused(as
     run(assets, out)
     (assets / "a.glb").rename(tmp_path / "a.glb")
     with pytest.raises(
-        SettingsError, match=r"found 'a' no longer listed; look at ASSETS=.* data_tools merge`"
+        SettingsError, match=r"found 'a' no longer listed. Look at ASSETS=.* data_tools merge`"
     ):
         run(assets, out)
     (tmp_path / "a.glb").rename(assets / "a.glb")
@@ -420,12 +420,12 @@ def test_what_is_rendered_and_no_longer_listed_or_listed_otherwise_is_refused(as
     listed = find_assets(assets)
     write_list(assets, [dataclasses.replace(a, up="z" if a.id == "b" else "") for a in listed])
     with pytest.raises(
-        SettingsError, match=r"asset 'b': expected the axis up 'y', as it is rendered, found 'z'"
+        SettingsError, match=r"asset 'b': expected the axis up 'y', as it is rendered, but found 'z'"
     ):
         run(assets, out)
     (assets / "assets.parquet").unlink()
     (assets / "assets.csv").write_text(header + f"b,,,,,{'0' * 64},\n")
-    with pytest.raises(SettingsError, match=rf"b\.glb: expected the mesh .*, found one of {'0' * 64}"):
+    with pytest.raises(SettingsError, match=rf"b\.glb: expected the mesh .*, but found one of {'0' * 64}"):
         run(assets, out)
     (assets / "assets.csv").unlink()
     for asset, split in (("d", "val"), ("a", "train")):
@@ -514,7 +514,7 @@ def test_a_damaged_shard_is_named_with_the_remedy(assets, tmp_path):
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-1024])
     with pytest.raises(
-        ShardError, match=rf"expected {len(whole)} bytes, found {len(whole) - 1024}: .*delete it"
+        ShardError, match=rf"expected {len(whole)} bytes, but found {len(whole) - 1024}: .*delete it"
     ):
         run(assets, out)
     tar.unlink()
@@ -527,7 +527,7 @@ def test_too_little_space_is_said_before_anything_is_rendered(assets, tmp_path, 
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     message = (
-        r"expected about 0\.1 MB of free disk space for the rest, found 0\.0 MB; free some space and run"
+        r"expected about 0\.1 MB of free disk space for the rest, but found 0\.0 MB. Free some space and run"
     )
     with pytest.raises(FolderError, match=message):
         run(assets, tmp_path / "out")
@@ -663,7 +663,7 @@ def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_folder, "LOCK_PATIENCE_S", 0.2)
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FolderError, match="expected no other rendering at work there, found one"):
+        with pytest.raises(FolderError, match="expected no other rendering at work there, but found one"):
             run(assets, out)
 
 
@@ -680,14 +680,14 @@ def test_errors_reach_the_user_as_one_line_and_a_status(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: expected glb, gltf, obj, ply, fbx files in ")
     with pytest.raises(SystemExit):
         main(["render", "--views", "0"])
-    assert "expected a number from 1 to 999, found 0" in capsys.readouterr().err
+    assert "expected a number from 1 to 999, but found 0" in capsys.readouterr().err
     (tmp_path / "a.glb").touch()
     assert main(["render", "--assets", str(tmp_path), "--out", str(tmp_path / "b" / "..")]) == 1
     assert "expected shards in another folder than the meshes" in capsys.readouterr().err
     for place in (tmp_path / "a.glb", tmp_path / "a.glb" / "out"):
         assert main(["render", "--assets", str(tmp_path), "--out", str(place)]) == 1
         assert capsys.readouterr().err == (
-            f"error: expected a folder at {place}, found a file; choose another path\n"
+            f"error: expected a folder at {place}, but found a file. Choose another path\n"
         )
 
 

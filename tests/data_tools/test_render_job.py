@@ -202,8 +202,8 @@ def test_a_value_that_would_add_to_the_script_is_refused(checkout, field, value)
     [
         ((), ("--assets", "none"), "expected a folder of .* found no folder"),
         ((), ("--out", "data/$(id)"), "expected OUT to look like"),
-        (("--nodes=0",), (), "expected NODES of at least 1, found 0"),
-        (("--gpus=-1",), (), "expected GPUS of at least 0, found -1"),
+        (("--nodes=0",), (), "expected NODES of at least 1, but found 0"),
+        (("--gpus=-1",), (), "expected GPUS of at least 0, but found -1"),
     ],
 )
 def test_what_could_not_render_is_refused_before_it_waits_in_a_queue(
@@ -223,7 +223,7 @@ def test_other_settings_than_those_of_the_shards_are_refused_before_too(checkout
     given = ["launch", "--gpus=0", "--dry-run", "--", *ARGUMENTS, "--held-out", "0"]
     assert main(given) == 0
     assert main([*given, "--seed", "1"]) == 1
-    assert "seed: expected 1 as asked for now, found 0" in capsys.readouterr().err
+    assert "seed: expected 1 as asked for now, but found 0" in capsys.readouterr().err
 
 
 def test_an_argument_that_render_does_not_know_is_refused(checkout, capsys):

@@ -69,7 +69,7 @@ def test_making_smaller_averages_colors_by_their_alpha_by_hand():
     assert small[3, 3].tolist() == [0, 0, 0, 0]
     same = encode_image(rgba)
     assert resized("a", same, 8) is same
-    with pytest.raises(RepackError, match=r"at least 16 pixels a side, found \(8, 8\)"):
+    with pytest.raises(RepackError, match=r"at least 16 pixels a side, but found \(8, 8\)"):
         resized("a", same, 16)
 
 
@@ -152,7 +152,7 @@ def test_folders_of_other_cameras_or_geometry_are_not_joined(shards, other, tmp_
     first = rendered(shutil.copytree(shards, tmp_path / "first"), **{name: one})
     rendered(other, **({} if two is None else {name: two}))
     with pytest.raises(
-        RepackError, match=f"found {name}: .* in .*first, .* in .*others; train on both as they are"
+        RepackError, match=f"found {name}: .* in .*first, .* in .*others. Train on both as they are"
     ):
         repack([first, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -218,9 +218,9 @@ def say_fewer_views(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_pixel, "expected sha256 .* as in the manifest, found .*validate --shards"),
+        (flip_a_pixel, "expected sha256 .* as in the manifest, but found .*validate --shards"),
         (exchange_two_views, r"expected member 'train-ellipsoid-000\.view_000\.webp' where the index says"),
-        (say_fewer_views, "expected 7 views as in the manifest, found 8"),
+        (say_fewer_views, "expected 7 views as in the manifest, but found 8"),
     ],
 )
 def test_shards_that_are_not_what_their_manifest_says_are_not_made_into_ones_that_are(
@@ -306,9 +306,9 @@ def test_rules_choose_again_without_rendering_among_rejected_objects_too(shards,
     repack([tmp_path / "in"], tmp_path / "white", rules=["white == 1"])
     assert set(members(tmp_path / "white")) == {first}
     assert read_manifest(tmp_path / "white").render["rules"] == ["white == 1"]
-    with pytest.raises(RepackError, match="expected objects that obey white > 1, found none of 6"):
+    with pytest.raises(RepackError, match="expected objects that obey white > 1, but found none of 6"):
         repack([tmp_path / "in"], tmp_path / "none", rules=["white > 1"])
     with pytest.raises(
-        RepackError, match="expected measures of every object, found none of 'train-ellipsoid-000'"
+        RepackError, match="expected measures of every object, but found none of 'train-ellipsoid-000'"
     ):
         repack([shards], tmp_path / "unmeasured", rules=["white < 1"])

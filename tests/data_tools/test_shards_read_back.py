@@ -76,19 +76,19 @@ def test_a_truncated_shard_is_named_with_both_sizes(folder):
     tar = folder / "train-000000.tar"
     size = tar.stat().st_size
     tar.write_bytes(tar.read_bytes()[:-512])
-    with pytest.raises(ShardError, match=rf"train-000000.tar: expected {size} bytes, found {size - 512}"):
+    with pytest.raises(ShardError, match=rf"train-000000.tar: expected {size} bytes, but found {size - 512}"):
         read_manifest(folder)
 
 
 @pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.index.json"])
 def test_a_missing_shard_file_is_named(folder, name):
     (folder / name).unlink()
-    with pytest.raises(ShardError, match=f"expected the shard file .*{name}, found none"):
+    with pytest.raises(ShardError, match=f"expected the shard file .*{name}, but found none"):
         read_manifest(folder)
 
 
 def test_a_folder_without_manifest_is_not_finished(tmp_path):
-    with pytest.raises(ShardError, match=r"found no manifest.json; run `make render-shards"):
+    with pytest.raises(ShardError, match=r"found no manifest.json. Run `make render-shards"):
         read_manifest(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_a_folder_without_manifest_is_not_finished(tmp_path):
         ("views", "8", "found: views '8'"),
         ("failures", None, "found: failures None"),
         ("render", [1], r"found: render \[1\]"),
-        ("shards", [], "expected shards with samples, found none"),
+        ("shards", [], "expected shards with samples, but found none"),
     ],
 )
 def test_a_manifest_of_other_fields_or_of_nothing_is_refused(folder, name, value, message):
@@ -119,11 +119,11 @@ def test_a_manifest_that_lists_a_shard_twice_is_refused(folder):
 def test_unknown_schema_versions_are_refused_by_number(folder):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(ShardError, match="expected schema version 1, found 99"):
+    with pytest.raises(ShardError, match="expected schema version 1, but found 99"):
         read_manifest(folder)
     members = encode_sample(make_sample())
     members["json"] = json.dumps(json.loads(members["json"]) | {"schema_version": 99}).encode()
-    with pytest.raises(SampleError, match="expected schema version 1, found 99"):
+    with pytest.raises(SampleError, match="expected schema version 1, but found 99"):
         decode_sample("chair", members)
 
 
@@ -145,7 +145,7 @@ def test_a_camera_that_is_not_rigid_is_refused(fault):
 
 def test_differing_numbers_of_views_are_refused():
     sample = make_sample()
-    with pytest.raises(SampleError, match="expected 3 views, found 2"):
+    with pytest.raises(SampleError, match="expected 3 views, but found 2"):
         check_sample(dataclasses.replace(sample, views=sample.views[:2]))
     with pytest.raises(SampleError, match=r"expected c2w of shape \(3, 4, 4\)"):
         check_sample(dataclasses.replace(sample, c2w=sample.c2w[:2]))
@@ -160,12 +160,12 @@ def test_differing_numbers_of_views_are_refused():
 def test_an_image_that_is_not_rgba_is_refused(mode):
     buffer = io.BytesIO()
     Image.new(mode, (8, 8)).save(buffer, format="PNG")
-    with pytest.raises(SampleError, match=f"expected RGBA views, found mode {mode}; render with alpha"):
+    with pytest.raises(SampleError, match=f"expected RGBA views, but found mode {mode}. Render with alpha"):
         decode_image("chair", buffer.getvalue())
 
 
 def test_bytes_that_are_no_image_are_refused():
-    with pytest.raises(SampleError, match="expected a PNG or WebP view, found 7 bytes"):
+    with pytest.raises(SampleError, match="expected a PNG or WebP view, but found 7 bytes"):
         decode_image("chair", b"garbage")
     with pytest.raises(SampleError, match="expected a PNG or WebP view"):
         decode_image("chair", make_sample().views[0][:30])
@@ -238,7 +238,7 @@ def _large_webp_of_parts(**options):
 )
 def test_a_picture_is_refused_by_its_size_before_it_is_decoded(content, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
-    with pytest.raises(SampleError, match=r"at most 4096 pixels a side, found \(8192, 8192\)"):
+    with pytest.raises(SampleError, match=r"at most 4096 pixels a side, but found \(8192, 8192\)"):
         decode_image("chair", content)
 
 
@@ -263,7 +263,7 @@ def test_an_index_with_a_member_larger_than_any_view_is_refused(folder):
     index = json.loads(path.read_bytes())
     index["chair"]["json"][1] = 2**30
     path.write_text(json.dumps(index))
-    with pytest.raises(ShardError, match=r"members of at most 67108864 bytes, found one of 1073741824"):
+    with pytest.raises(ShardError, match=r"members of at most 67108864 bytes, but found one of 1073741824"):
         read_index(folder, read_manifest(folder).shards[0])
 
 

@@ -139,16 +139,16 @@ def _no_view(members, sample):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_opengl, "cameras that fit the silhouettes, found that what view"),
+        (_opengl, "cameras that fit the silhouettes, but found that what view"),
         (_pixels, "cameras that fit the silhouettes"),
-        (_empty, "expected an object in every view, found nothing in 8 of 8: view 0 is transparent"),
-        (_two_sizes, "expected views of one size, found [(16, 16), (32, 32)]"),
-        (_opaque, "expected a transparent background, found none in 8 views"),
-        (_both_formats, "expected view 5 once, found view_005.webp and view_005.png"),
+        (_empty, "expected an object in every view, but found nothing in 8 of 8: view 0 is transparent"),
+        (_two_sizes, "expected views of one size, but found [(16, 16), (32, 32)]"),
+        (_opaque, "expected a transparent background, but found none in 8 views"),
+        (_both_formats, "expected view 5 once, but found view_005.webp and view_005.png"),
         (_other_surface, "expected points of surface.npy all over the object"),
         (_broken_measures, "expected the measures"),
-        (_another_size, "expected views of (32, 32) pixels as most objects have, found (16, 16)"),
-        (_fewer_views, "expected 8 views as in the manifest, found 4"),
+        (_another_size, "expected views of (32, 32) pixels as most objects have, but found (16, 16)"),
+        (_fewer_views, "expected 8 views as in the manifest, but found 4"),
         (_no_view, "its record says 8 views, but view_005.webp is missing"),
     ],
 )
@@ -168,7 +168,9 @@ def test_an_object_that_is_in_both_splits_is_named(folder, capsys):
     )
     write_manifest(folder, dataclasses.replace(manifest, shards=(*manifest.shards, again)))
     out = said(folder, capsys, 1)
-    assert f"val-000009.tar: sample {key!r}: expected every id once, found it in train-000000.tar too" in out
+    assert (
+        f"val-000009.tar: sample {key!r}: expected every id once, but found it in train-000000.tar too" in out
+    )
 
 
 def test_what_the_views_cannot_tell_is_said_with_the_objects(folder, capsys):
@@ -243,7 +245,9 @@ def test_an_address_is_no_folder(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         main([*words, "s3://bucket/shards"])
-    assert "expected a path on this machine, found the address s3://bucket/shards" in capsys.readouterr().err
+    assert (
+        "expected a path on this machine, but found the address s3://bucket/shards" in capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -251,7 +255,7 @@ def test_what_the_system_refuses_is_one_message(shards, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["repack", "--shards", str(shards), "--out", str(tmp_path / "file" / "out")]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: expected a folder at {tmp_path / 'file'}, found a file")
+    assert said.startswith(f"error: expected a folder at {tmp_path / 'file'}, but found a file")
 
 
 def test_a_process_that_is_killed_ends_the_check_with_a_remedy():
@@ -304,6 +308,6 @@ def test_more_pixels_than_an_object_may_have_are_not_all_decoded(monkeypatch):
     check_pictures(sample)
     monkeypatch.setattr("data_tools.quality.validate._MAX_PIXELS", 8 * 32 * 32 - 1)
     with pytest.raises(
-        SampleError, match="sample 'a': expected at most 8191 pixels in all views, found more"
+        SampleError, match="sample 'a': expected at most 8191 pixels in all views, but found more"
     ):
         check_pictures(sample)

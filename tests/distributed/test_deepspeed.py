@@ -223,9 +223,9 @@ def test_without_deepspeed_the_extra_to_install_is_named(tmp_path):
         [sys.executable, "-c", hidden], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0
-    assert "expected DeepSpeed for this strategy, found none; install the extra" in done.stderr
+    assert "expected DeepSpeed for this strategy, but found none. Install the extra" in done.stderr
 
 
 def test_a_precision_that_deepspeed_would_train_otherwise_is_refused(runs):
     log = runs.run("half", 2, "--trainer.precision=16-mixed", layers=["deepspeed_2"], status=1)
-    assert "expected trainer.precision 32-true or bf16-mixed with DeepSpeed, found 16-mixed" in log
+    assert "expected trainer.precision 32-true or bf16-mixed with DeepSpeed, but found 16-mixed" in log

@@ -233,7 +233,7 @@ def test_without_triton_nothing_is_fused(machine):
 def test_without_a_c_compiler_triton_is_not_used_and_that_is_logged_once(machine, tmp_path, caplog):
     machine.setenv("PATH", str(tmp_path))
     with caplog.at_level(logging.INFO):
-        assert "found no C compiler; install gcc" in reason_against_triton()
+        assert "found no C compiler. Install gcc" in reason_against_triton()
         assert reason_against_triton()
     (record,) = caplog.records
     assert record.getMessage().startswith("running without Triton kernels: expected")

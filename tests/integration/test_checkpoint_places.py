@@ -100,7 +100,9 @@ def test_two_runs_with_one_local_folder_of_checkpoints_are_refused(fit, tmp_path
     command = [sys.executable, "-c", code, str(tmp_path / "shared")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(SystemExit, match=r"expected no other run in .*/shared, found one at work there"):
+        with pytest.raises(
+            SystemExit, match=r"expected no other run in .*/shared, but found one at work there"
+        ):
             fit("run", 2, keeper(folder=str(tmp_path / "shared")))
         other.stdin.close()
     fit("run", 2, keeper(folder=str(tmp_path / "shared")))
@@ -110,7 +112,7 @@ def test_a_new_run_does_not_go_on_from_another_runs_checkpoints(fit, tmp_path):
     shared = str(tmp_path / "shared")
     fit("a", 2, keeper(folder=shared))
     with pytest.raises(
-        SystemExit, match=rf"no checkpoints of another run in .*, found 1 of {tmp_path}/a; go on"
+        SystemExit, match=rf"no checkpoints of another run in .*, but found 1 of {tmp_path}/a. Go on"
     ):
         fit("b", 4, keeper(folder=shared))
     assert not (tmp_path / "b" / "config.yaml").exists()
@@ -263,19 +265,19 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
     (tmp_path / "begun" / "config.yaml").touch()
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.safetensors").touch()
-    with pytest.raises(SystemExit, match=r"expected a moving average, found none.*leave --average out"):
+    with pytest.raises(SystemExit, match=r"expected a moving average, but found none.*leave --average out"):
         export([str(folder), str(out), "--average"])
-    with pytest.raises(InputError, match=r"expected a moving average, found none.*leave --average out"):
+    with pytest.raises(InputError, match=r"expected a moving average, but found none.*leave --average out"):
         open_trained(str(folder), average=True, device="cpu")
     for file, message in (
         (
             tmp_path / "nothing",
-            "found nothing at .*nothing; correct the path",
+            "found nothing at .*nothing. Correct the path",
         ),
-        (folder / "config.yaml", f"found the file {folder}/config.yaml; name its folder: {folder}$"),
+        (folder / "config.yaml", f"found the file {folder}/config.yaml. Name its folder: {folder}$"),
         (folder / "checkpoints" / "step-00000002" / "index.json", "name its folder: .*/step-00000002$"),
         (tmp_path / "weights.pth", "found the file .*weights.pth; `lrm convert` reads weights"),
-        (tmp_path / "begun", "expected a checkpoint of the run .*begun, found none; wait until"),
+        (tmp_path / "begun", "expected a checkpoint of the run .*begun, but found none. Wait until"),
         (
             tmp_path / "exported",
             "found an exported network; `lrm fit --weights.network .*exported` starts from",
@@ -291,7 +293,7 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
         export([str(folder), str(out), "--config", str(tmp_path / "other.yaml")])
     assert not list(tmp_path.glob("out*"))
     export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])
-    with pytest.raises(SystemExit, match=r"expected to make the folder .*out, found it there"):
+    with pytest.raises(SystemExit, match=r"expected to make the folder .*out, but found it there"):
         export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])
 
 

@@ -191,7 +191,7 @@ def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny,
     ):
         main(["validate", *tiny, "--model.lrm.dim", "32", "--ckpt_path", path])
     with pytest.raises(
-        SystemExit, match=r"expected a checkpoint or a run at .*nothing, found nothing; correct"
+        SystemExit, match=r"expected a checkpoint or a run at .*nothing, but found nothing. Correct"
     ):
         main(["validate", *tiny, "--ckpt_path", str(tmp_path / "nothing")])
 
@@ -241,16 +241,16 @@ def test_a_mistake_of_our_own_keeps_its_traceback(tiny, monkeypatch):
 
 
 def test_measuring_without_a_checkpoint_is_refused(tiny):
-    with pytest.raises(SystemExit, match="expected --ckpt_path, found none"):
+    with pytest.raises(SystemExit, match="expected --ckpt_path, but found none"):
         main(["validate", *tiny])
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused_before_the_first_step(tiny):
     with pytest.raises(
-        SystemExit, match=r"3 processes x 1 accumulated batches divide, found 2; .* take 3, or"
+        SystemExit, match=r"3 processes x 1 accumulated batches divide, but found 2; .* take 3, or"
     ):
         main(["fit", *tiny, "--trainer.accelerator", "cpu", "--trainer.devices", "3"])
-    with pytest.raises(SystemExit, match=r"1 processes x 4 accumulated batches divide, found 2"):
+    with pytest.raises(SystemExit, match=r"1 processes x 4 accumulated batches divide, but found 2"):
         main(["fit", *tiny, "--trainer.accumulate_grad_batches", "4"])
 
 
@@ -306,7 +306,7 @@ def test_a_key_that_stands_twice_in_a_config_is_refused_with_its_lines(tiny, tmp
     key, lines = (
         ("trainer", "line 3 and on line 1") if where == "config" else ("depth", "line 3 and on line 2")
     )
-    assert f"expected each key once, found {key} on {lines}" in str(refused.value)
+    assert f"expected each key once, but found {key} on {lines}" in str(refused.value)
     assert where == "section" or str(path) in str(refused.value)
 
 
@@ -317,7 +317,7 @@ def test_a_run_that_logs_no_step_trains(tiny, tmp_path):
 
 def test_crops_too_small_for_the_perceptual_loss_are_refused_before_training(tiny):
     small = ("--data.crop.size=8", "--data.crop.low=8", "--data.crop.high=16", "--model.objective.lpips=1")
-    with pytest.raises(SystemExit, match="expected crops of 16 pixels or more for LPIPS, found 8"):
+    with pytest.raises(SystemExit, match="expected crops of 16 pixels or more for LPIPS, but found 8"):
         main(["fit", *tiny, *small])
 
 
@@ -369,10 +369,10 @@ def test_missing_shards_and_a_truncated_shard_stop_before_training_with_the_reme
     size = tar.stat().st_size
     with open(tar, "r+b") as file:
         file.truncate(size - 1000)
-    with pytest.raises(SystemExit, match=f"expected {size} bytes, found {size - 1000}: it is damaged"):
+    with pytest.raises(SystemExit, match=f"expected {size} bytes, but found {size - 1000}: it is damaged"):
         main(["fit", *tiny, "--data.folder", str(broken)])
     tar.unlink()
-    with pytest.raises(SystemExit, match=r"expected the shard file .*train-000001\.tar, found none"):
+    with pytest.raises(SystemExit, match=r"expected the shard file .*train-000001\.tar, but found none"):
         main(["fit", *tiny, "--data.folder", str(broken)])
 
 
@@ -398,7 +398,7 @@ def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path,
     write_manifest(folder, Manifest((shard,), 8, 0, {"renderer": "synthetic", "normalize": "sphere"}))
     caplog.set_level("WARNING")
     main(["fit", *tiny, "--data.folder", str(folder), "--trainer.limit_val_batches", "0"])
-    message = r"skipped .*train-000000\.tar.*'opaque'.*expected RGBA views, found mode RGB"
+    message = r"skipped .*train-000000\.tar.*'opaque'.*expected RGBA views, but found mode RGB"
     assert re.search(message, caplog.text)
 
 

@@ -207,7 +207,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
                 url = {**file, "path": "http://127.0.0.1:9/a.png"}
                 last = (await joined(session, address, call["id"], url, f"url{call['id']}"))[-1]
                 assert not last["success"]
-                assert "Expected an uploaded picture, found the address" in last["output"]["error"]
+                assert "Expected an uploaded picture, but found the address" in last["output"]["error"]
                 other = {**file, "path": "/etc/passwd"}
                 last = (await joined(session, address, call["id"], other, f"file{call['id']}"))[-1]
                 assert not last["success"]
@@ -217,7 +217,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
             assert (await joined(session, address, pick, 0, "picked", data=[0]))[-1]["success"]
             url = {**file, "path": "http://127.0.0.1:9/a.png"}
             last = (await joined(session, address, make, url, "picked"))[-1]
-            assert "Expected an uploaded picture, found the address" in last["output"]["error"]
+            assert "Expected an uploaded picture, but found the address" in last["output"]["error"]
             photo = {**file, "path": path}
             last = (
                 await joined(session, address, make, photo, "first", until="process_starts", resolution=384)

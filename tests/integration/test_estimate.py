@@ -142,18 +142,18 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
     [
         (
             ["--gpus", "3"],
-            "expected a data.batch_size that 3 processes x 1 accumulated batches divide, found 2",
+            "expected a data.batch_size that 3 processes x 1 accumulated batches divide, but found 2",
         ),
-        (["--gpus", "12", "--data.batch_size", "12"], "expected whole nodes of 8 GPUs, found 12"),
+        (["--gpus", "12", "--data.batch_size", "12"], "expected whole nodes of 8 GPUs, but found 12"),
         (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),
         (["--model.lrm.width", "3"], "expected arguments that `lrm fit` takes"),
         (["--gpus", "-1"], "expected --gpus of 0 or more"),
         (["--gpus", "8", "--network", "nan"], "--network above 0"),
         (
             ["--gpus", "1", "--data.crop.size", "8", "--model.objective.lpips", "1"],
-            "crops of 16 pixels or more for LPIPS, found 8",
+            "crops of 16 pixels or more for LPIPS, but found 8",
         ),
-        (["--gpus", "1", "--gpu", "4090x"], "found '4090x'; spelled like it: GeForce RTX 4090"),
+        (["--gpus", "1", "--gpu", "4090x"], "found '4090x'. Spelled like it: GeForce RTX 4090"),
         (
             ["--gpus", "1", "--gpu", "t4", "--trainer.precision", "bf16-mixed"],
             "give --trainer.precision 16-mixed",

@@ -100,7 +100,7 @@ def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_b
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     with pytest.raises(
         SystemExit,
-        match="expected baselines False as asked for now, found True; say --baseline too, or choose",
+        match=r"expected baselines False as asked for now, but found True. Say --baseline too, or choose",
     ):
         run(pretrained, data, out)
 
@@ -170,7 +170,9 @@ def test_a_comparison_reads_records_only_and_leaves_others_alone(finished, tmp_p
     table.write_text("of two others")
     done = compare("a", "other/a")
     assert done.returncode == 1
-    assert "expected no other comparison in evaluation/a-a, found one; choose a folder: --out" in done.stderr
+    assert (
+        "expected no other comparison in evaluation/a-a, but found one. Choose a folder: --out" in done.stderr
+    )
     assert table.read_text() == "of two others"
     assert compare("a", "other/a", "--out", "evaluation/a-a").returncode == 0
 
@@ -183,7 +185,9 @@ def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
     mesh = out / "shown" / "val-ellipsoid-001.npz"
     mesh.write_bytes(mesh.read_bytes()[:500])
     (out / "results.json").unlink()  # what is finished is not looked at again
-    with pytest.raises(SystemExit, match=r"val-ellipsoid-001\.npz: expected arrays, found: .*measure again"):
+    with pytest.raises(
+        SystemExit, match=r"val-ellipsoid-001\.npz: expected arrays, but found: .*measure again"
+    ):
         run(pretrained, data, out, "--baseline")
     mesh.unlink()
     (out / "objects" / "val-ellipsoid-000.png").unlink()
@@ -198,8 +202,8 @@ def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
 @pytest.mark.parametrize(
     ("processes", "message"),
     [
-        ("2", "expected a run, a checkpoint .*, found nothing at nope"),
-        ("0", "expected --processes of at least 1, found 0"),
+        ("2", "expected a run, a checkpoint .*, but found nothing at nope"),
+        ("0", "expected --processes of at least 1, but found 0"),
     ],
 )
 def test_what_is_wrong_is_said_once_and_not_by_every_process(processes, message, data, tmp_path, monkeypatch):
@@ -260,20 +264,23 @@ def test_surfaces_are_held_against_the_truth(name, pretrained, data, tmp_path, m
 
 def test_shards_that_cannot_serve_a_protocol_say_how_to_make_some(pretrained, shards, data, tmp_path):
     for arguments, message in (
-        ((shards, "--protocol", "lrm"), "at least 15 views an object for the protocol 'lrm', found 8"),
+        ((shards, "--protocol", "lrm"), "at least 15 views an object for the protocol 'lrm', but found 8"),
         ((data, "--protocol", "gso-orbit"), "at least 24 views"),
         ((data, "--ids", "chair*"), "objects of the split 'val' named chair"),
-        ((data, "--limit", "0"), "expected a limit of at least one object, found 0"),
+        ((data, "--limit", "0"), "expected a limit of at least one object, but found 0"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(pretrained, arguments[0], tmp_path / "out", *arguments[1:])
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"expected to write into .*file, found: .*choose another folder"):
+    with pytest.raises(
+        SystemExit, match=r"expected to write into .*file, but found: .*choose another folder"
+    ):
         run(pretrained, data, tmp_path / "file")
     plain = tmp_path / "plain"
     write_synthetic_shards(plain, train=1, val=1, views=16, resolution=32)
     with pytest.raises(
-        SystemExit, match=r"expected surface\.npy, the true surface, found none; render the shards with ARGS"
+        SystemExit,
+        match=r"expected surface\.npy, the true surface, but found none. Render the shards with ARGS",
     ):
         run(pretrained, plain, tmp_path / "out2", "--protocol", "geometry")
 
@@ -298,10 +305,10 @@ def test_two_networks_are_compared_object_by_object(finished, data, tmp_path, ca
     with pytest.raises(SystemExit, match="expected a finished evaluation in"):
         main(["--compare", str(finished), str(tmp_path / "nothing")])
     (tmp_path / "b" / "objects" / "val-ellipsoid-000.json").unlink()
-    with pytest.raises(SystemExit, match="expected 2 measured objects, found 1; measure the rest"):
+    with pytest.raises(SystemExit, match=r"expected 2 measured objects, but found 1. Measure the rest"):
         main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
     (tmp_path / "b" / "settings.json").write_text('{"protocol": {"name": "lrm"}}')
-    with pytest.raises(SystemExit, match="expected the settings of an evaluation, found others"):
+    with pytest.raises(SystemExit, match="expected the settings of an evaluation, but found others"):
         main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
 
 
@@ -355,6 +362,6 @@ def test_without_the_inception_network_fid_says_where_it_is_looked_for(
         load_inception(None, None, torch.device("cpu"))
     monkeypatch.delenv("LRM_CACHE")
     with pytest.raises(
-        SystemExit, match=r"expected CLIP's image tower at .*none.pth with sha256 00, found no file"
+        SystemExit, match=r"expected CLIP's image tower at .*none.pth with sha256 00, but found no file"
     ):
         run(pretrained, data, tmp_path / "out", "--clip", str(tmp_path / "none.pth"), "--clip-sha256", "00")

@@ -101,43 +101,43 @@ def here(tmp_path, shards, monkeypatch):
         (["--trainer.accelerator=tpu"], "torch_xla"),
         (["--trainer.strategy=nosuch"], "invalid strategy name"),
         (["--trainer.strategy=FSDP2Strategy"], "-c configs/trainer/fsdp2.yaml"),
-        (["--trainer.strategy=ddp_spawn"], "expected processes that run the whole command, found start_method spawn"),
+        (["--trainer.strategy=ddp_spawn"], "processes that run the whole command, but found start_method spawn"),
         (["--trainer.strategy=ddp_notebook"], "found start_method notebook"),
         (
             ["--trainer.strategy=DDPStrategy", "--trainer.strategy.start_method=fork"],
             "found start_method fork",
         ),
-        (["--trainer.val_check_interval=0.5"], "expected trainer.val_check_interval as a number of steps, found 0.5"),
-        (["--trainer.val_check_interval=00:00:00:05"], "as a number of steps, found 00:00:00:05"),
+        (["--trainer.val_check_interval=0.5"], "trainer.val_check_interval as a number of steps, but found 0.5"),
+        (["--trainer.val_check_interval=00:00:00:05"], "as a number of steps, but found 00:00:00:05"),
         (["--ckpt_path=runs/lrm/version_0"], "a new run begins at a checkpoint or run of another with --run.resume"),
         (["--trainer.devices=0"], "not a valid input"),
         (["--trainer.accelerator=cpu", "--trainer.devices=-1"], "should be an int > 0"),
         (
             ["--trainer.callbacks+=lrm_pl.training.checkpointing.CheckpointAndResume", "--trainer.callbacks.every=0"],
-            "expected every, keep and keep_every of at least 1, found 0",
+            "expected every, keep and keep_every of at least 1, but found 0",
         ),
-        (["--trainer.max_steps=${nosuch.key}"], "${...} that can be resolved, found: Interpolation key 'nosuch.key'"),
+        (["--trainer.max_steps=${nosuch.key}"], "that can be resolved, but found: Interpolation key 'nosuch.key'"),
         (["--trainer.max_steps=${oc.env:LRM_NOT_SET}"], "Environment variable 'LRM_NOT_SET' not found"),
-        (["--model.class_path=my.Module"], "expected a class of your own as --model_class, found --model.class_path"),
+        (["--model.class_path=my.Module"], "--model_class, but found --model.class_path"),
         (
             ["--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--trainer.num_nodes=2"],
-            "expected 2 nodes that were started together, found this one alone",
+            "expected 2 nodes that were started together, but found this one alone",
         ),
         (["--trainer.profiler=nosuch"], "profiler"),
         (["--trainer.strategy=null"], "invalid strategy name"),
-        (["--seed_everything=-3"], "expected a seed from 0 to 4294967295, found -3"),
-        (["--data.batch_size=-2"], "expected a data.batch_size of at least 1, found -2"),
+        (["--seed_everything=-3"], "expected a seed from 0 to 4294967295, but found -3"),
+        (["--data.batch_size=-2"], "expected a data.batch_size of at least 1, but found -2"),
         (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
         (
             ["--trainer.callbacks+=lrm_pl.training.ema.WeightAverage"] * 2,
-            "expected one WeightAverage among trainer.callbacks, found 2",
+            "expected one WeightAverage among trainer.callbacks, but found 2",
         ),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
             "Early stopping conditioned on metric `val_loss` which is not available",
         ),
-        (["--trainer.logger=MLFlowLogger"], "expected to make a lightning.pytorch.loggers.MLFlowLogger, found: Requ"),
-        (["--trainer.logger=CometLogger", "--run.folder=run"], "loggers.CometLogger, found: Requirement"),
+        (["--trainer.logger=MLFlowLogger"], "expected to make a lightning.pytorch.loggers.MLFlowLogger, but found"),
+        (["--trainer.logger=CometLogger", "--run.folder=run"], "loggers.CometLogger, but found: Requirement"),
     ],
 )  # fmt: skip
 def test_what_lightning_refuses_is_one_message(here, options, message):
@@ -199,7 +199,9 @@ def test_nodes_with_different_numbers_of_tasks_are_refused(here, monkeypatch):
     tasks = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
     for name, value in tasks.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match="expected the same number of srun tasks on each node, found 2,1"):
+    with pytest.raises(
+        SystemExit, match="expected the same number of srun tasks on each node, but found 2,1"
+    ):
         main(["fit", *here, "--trainer.accelerator=cpu"])
 
 
@@ -254,11 +256,13 @@ def test_a_place_among_processes_that_no_launcher_gave_is_refused(here, tmp_path
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = " ".join(f"{name}={value}" for name, value in variables.items() if not name.startswith("MASTER"))
-    with pytest.raises(SystemExit, match=f"expected process 0 of 1, found {found} in the environment"):
+    with pytest.raises(SystemExit, match=f"expected process 0 of 1, but found {found} in the environment"):
         main(["fit", *here, "--trainer.accelerator=cpu"])
     assert not (tmp_path / "runs").exists()
     if "RANK" in variables:
-        with pytest.raises(SystemExit, match=f"expected process 0 of 1, found {found} in the environment"):
+        with pytest.raises(
+            SystemExit, match=f"expected process 0 of 1, but found {found} in the environment"
+        ):
             evaluate(["--ckpt=none", "--data=none"])
 
 
@@ -342,7 +346,9 @@ def test_a_finished_run_says_so_and_one_that_went_further_is_not_cut(here, tmp_p
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [event.step for event in events.Scalars("report/heldout/psnr")] == [2], "logged once"
     assert not [one for one in warned if "CombinedLoader" in str(one.message)]
-    with pytest.raises(InputError, match=r"at least the 2 steps that the run in .* has, found 1; raise it"):
+    with pytest.raises(
+        InputError, match=r"at least the 2 steps that the run in .* has, but found 1. Raise it"
+    ):
         command_line(
             ["fit", *here, "--run.folder=run", "--trainer.max_steps=1", "--trainer.val_check_interval=1"]
         )
@@ -495,7 +501,9 @@ def test_views_that_are_too_small_to_be_measured_are_refused_before_a_run(here, 
     write_manifest(
         tmp_path / "small", dataclasses.replace(manifest, render=manifest.render | {"resolution": 24})
     )
-    with pytest.raises(SystemExit, match=r"expected views of 31 pixels or more, as LPIPS needs .*, found 24"):
+    with pytest.raises(
+        SystemExit, match=r"expected views of 31 pixels or more, as LPIPS needs .*, but found 24"
+    ):
         main(["fit", *here, f"--data.folder={tmp_path / 'small'}"])
     with pytest.raises(InputError, match="found 24"):
         PROTOCOLS["lrm"].require(Manifest((), 15, 0, {"resolution": 24}), "data")
@@ -535,7 +543,7 @@ def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, caps
 def test_a_section_whose_lines_are_all_commented_out_is_refused_and_drops_nothing(here, tmp_path, section):
     outer, _, inner = section.partition(".")
     (tmp_path / "empty.yaml").write_text(f"{outer}:\n  {inner}{':' if inner else '# all'}\n")
-    with pytest.raises(InputError, match=rf"expected settings in the section {section}, found none"):
+    with pytest.raises(InputError, match=rf"expected settings in the section {section}, but found none"):
         command_line([*here, "-c", "empty.yaml"], run=False)
 
 
@@ -620,7 +628,7 @@ def test_validate_reads_the_runs_config_where_none_is_given(here, tmp_path, monk
 
 
 def test_a_mistyped_checkpoint_is_said_before_data_that_the_default_config_lacks():
-    with pytest.raises(SystemExit, match="expected a checkpoint or a run at runs/nosuch, found nothing"):
+    with pytest.raises(SystemExit, match="expected a checkpoint or a run at runs/nosuch, but found nothing"):
         main(["validate", "--ckpt_path", "runs/nosuch"])
 
 
@@ -747,8 +755,8 @@ def test_own_objective_module_and_data_are_trained_resumed_measured_estimated_an
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--model_class=nowhere.Module", "name a class that can be imported, found nowhere.Module: No module"),
-        ("--data_class=lightning.LightningDataModule", "to name a subclass of ShardDataModule, found lightning."),
+        ("--model_class=nowhere.Module", "name a class that can be imported, but found nowhere.Module: No module"),
+        ("--data_class=lightning.LightningDataModule", "to name a subclass of ShardDataModule, but found lightning."),
         ("-c=class.yaml", "name the class at the top: model_class: my.MyModule, and put its init_args right into"),
     ],
 )  # fmt: skip

@@ -50,7 +50,7 @@ def validated(root):
     """Return the Khronos validator's reports of glTF files; a missing validator is a failure, never a skip."""
     modules = root / ".tools" / "node_modules"
     if not (modules / "gltf-validator").is_dir():
-        pytest.fail(f"expected gltf-validator in {modules}, found none; run `make .tools`")
+        pytest.fail(f"expected gltf-validator in {modules}, but found none. Run `make .tools`")
 
     def run(*files):
         done = subprocess.run(
@@ -148,14 +148,14 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, pictures, tmp_p
     for arguments, message in (
         (["nowhere.png", *ckpt], "expected a picture or a folder of pictures at nowhere.png"),
         ([str(tmp_path), *ckpt], r"expected pictures \(.png"),
-        ([str(pictures / "cut.png")], "found none; train the demo .make train, ten minutes., or name"),
+        ([str(pictures / "cut.png")], "found none. Train the demo .make train, ten minutes., or name"),
         ([str(pictures / "cut.png"), "--ckpt", "nothing"], "nothing"),
         ([str(pictures / "cut.png"), *ckpt, "--device", "tpu9"], "expected a device such as cpu or cuda"),
         ([str(pictures / "cut.png"), *ckpt, "--fov", "190"], "fov_deg between 0 and 180"),
         ([str(pictures / "cut.png"), *ckpt, "--device", "meta"], "found 'meta', which computes nothing"),
         (
             [str(pictures / "cut.png"), *ckpt, "--texture-limit", "nan"],
-            "texture-limit from 0 to 86400, found nan",
+            "texture-limit from 0 to 86400, but found nan",
         ),
         (
             [str(pictures / "cut.png"), *ckpt, "--out", str(pictures / "cut.png")],
@@ -170,14 +170,14 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, pictures, tmp_p
     Image.new("RGB", (200, 200)).save(tmp_path / "black.jpg")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "black.jpg"), *ckpt, *SMALL])
-    assert "expected an object in the picture, found one color everywhere" in capsys.readouterr().out
+    assert "expected an object in the picture, but found one color everywhere" in capsys.readouterr().out
     white = np.full((200, 200, 3), 255, np.uint8)
     white[:, 0] = 245
     Image.fromarray(white).save(tmp_path / "empty.png")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "empty.png"), *ckpt, *SMALL])
     assert (
-        "expected an object in the picture, found none: all of it was taken for background"
+        "expected an object in the picture, but found none: all of it was taken for background"
         in capsys.readouterr().out
     )
 
@@ -255,7 +255,7 @@ def test_an_orbit_that_cannot_be_encoded_is_said_before_anything_is_reconstructe
         "--resolution",
         "48",
     ]
-    with pytest.raises(SystemExit, match=r"^lrm: expected OpenCV to write a video, found none"):
+    with pytest.raises(SystemExit, match=r"^lrm: expected OpenCV to write a video, but found none"):
         main(words)
     main([*words, "--frames", "0"])
     assert (tmp_path / "cut" / "mesh.glb").is_file()

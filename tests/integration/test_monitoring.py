@@ -153,7 +153,7 @@ def test_profile_writes_a_trace_of_the_asked_steps_that_is_json_with_our_operati
 
 
 def test_a_run_too_short_to_profile_says_so_before_its_first_step(quick):
-    with pytest.raises(SystemExit, match=r"expected at least 7 steps to profile 2 .* found 6 left; raise"):
+    with pytest.raises(SystemExit, match=r"expected at least 7 steps to profile 2 .* found 6 left. Raise"):
         main(["fit", *quick, "--run.profile", "2"])
 
 
@@ -183,5 +183,7 @@ def test_without_any_logger_a_run_keeps_to_its_folder(quick, tmp_path, monkeypat
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_weights_and_biases_that_is_not_installed_is_asked_for(quick, root):
-    with pytest.raises(SystemExit, match=r"to make a .*WandbLogger, found: Requirement 'wandb.*pip install"):
+    with pytest.raises(
+        SystemExit, match=r"to make a .*WandbLogger, but found: Requirement 'wandb.*pip install"
+    ):
         main(["fit", *quick, "-c", str(root / "configs/logger/wandb.yaml")])

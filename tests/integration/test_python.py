@@ -115,10 +115,10 @@ def test_a_run_keeper_goes_on_in_its_folder_without_the_command_line(fit, tmp_pa
     theirs = whole.lrm.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.lrm.state_dict().items())
     assert len(list_checkpoints(str(tmp_path / "plain/checkpoints"))) == 2
-    with pytest.raises(InputError, match="expected one checkpoint to go on from, found ckpt_path"):
+    with pytest.raises(InputError, match="expected one checkpoint to go on from, but found ckpt_path"):
         fit(6, CheckpointAndResume(), ckpt_path=tmp_path / "at-4.ckpt")
     keeper = CheckpointAndResume(folder=str(tmp_path / "plain/checkpoints"))
-    with pytest.raises(InputError, match=r"expected no checkpoints in .*, found 2"):
+    with pytest.raises(InputError, match=r"expected no checkpoints in .*, but found 2"):
         keeper.choose("never")
 
 
@@ -236,16 +236,16 @@ def test_an_optimizer_a_schedule_or_data_that_a_run_could_not_go_on_with_are_ref
     )  # fmt: skip
     own = OwnOptimizer(module.lrm, module.renderer, module.objective)
     with pytest.raises(
-        InputError, match=r"the AdamW of model.optimizer alone, found StepLR of configure_optim"
+        InputError, match=r"the AdamW of model.optimizer alone, but found StepLR of configure_optim"
     ):
         plain().fit(own, trainer.datamodule)
     own.configure_optimizers = lambda: torch.optim.SGD(own.lrm.parameters(), lr=0.1)
     with pytest.raises(
-        InputError, match=r"the AdamW of model.optimizer alone, found SGD of configure_optimizers"
+        InputError, match=r"the AdamW of model.optimizer alone, but found SGD of configure_optimizers"
     ):
         plain().fit(own, trainer.datamodule)
     loader = trainer.datamodule.train_dataloader()
-    with pytest.raises(InputError, match=r"expected a ShardDataModule to fit with.*found none; give it"):
+    with pytest.raises(InputError, match=r"expected a ShardDataModule to fit with.*found none. Give it"):
         plain(callbacks=[CheckpointAndResume(folder=str(tmp_path / "kept"))]).fit(module, loader)
 
 
@@ -331,9 +331,9 @@ def test_a_loader_before_a_fit_and_a_checkpoint_without_its_parts_say_what_is_mi
             make()
     module, _, _ = fit(4, CheckpointAndResume(every=4))
     path = tmp_path / "at-4.ckpt"
-    with pytest.raises(InputError, match=r"found no lrm, renderer, objective; give them: LRMModule\.load_f"):
+    with pytest.raises(InputError, match=r"found no lrm, renderer, objective. Give them: LRMModule\.load_f"):
         LRMModule.load_from_checkpoint(path)
-    with pytest.raises(InputError, match=r"found the folder .*step-00000004; for inference, `lrm export`"):
+    with pytest.raises(InputError, match=r"found the folder .*step-00000004. For inference, `lrm export`"):
         LRMModule.load_from_checkpoint(tmp_path / "plain/checkpoints/step-00000004")
     parts = {name: getattr(module, name) for name in ("renderer", "objective")}
     lrm = copy.deepcopy(module.lrm)

@@ -179,7 +179,7 @@ def test_probes_slashes_and_strangers_find_their_way(server):
                     assert "; GET /docs says what there is" in (await answer.json())["detail"]
             async with session.post(f"{server.address}/reconstruct", json={"image": "x"}) as answer:
                 assert answer.status == 415
-                assert "found JSON; curl --data-binary @photo.png" in (await answer.json())["detail"]
+                assert "found JSON. Curl --data-binary @photo.png" in (await answer.json())["detail"]
 
     asyncio.run(run())
 

@@ -51,7 +51,7 @@ def idle_nodes():
 def here(tmp_path, root, monkeypatch):
     """A working folder with the template, where two nodes are idle."""
     if len(idle := idle_nodes()) < 2:
-        pytest.skip(f"needs a Slurm with two idle nodes, found {idle}")
+        pytest.skip(f"needs a Slurm with two idle nodes, but found {idle}")
     shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
     (tmp_path / "program.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def wait_for(log, pattern, count, seconds=60):
         if len(re.findall(pattern, text, re.MULTILINE)) >= count:
             return text
         time.sleep(0.2)
-    pytest.fail(f"expected {count} x {pattern!r} within {seconds} s, found:\n{text}")
+    pytest.fail(f"expected {count} x {pattern!r} within {seconds} s, but found:\n{text}")
 
 
 def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_rank_dies(here):
@@ -100,7 +100,7 @@ def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_
                 break
             time.sleep(0.2)
         else:
-            pytest.fail(f"expected the job to end with its rank, found it running:\n{log.read_text()}")
+            pytest.fail(f"expected the job to end with its rank, but found it running:\n{log.read_text()}")
     finally:
         subprocess.run(["scancel", job], check=False, capture_output=True)
 
@@ -160,5 +160,5 @@ def test_the_doctor_looks_at_both_nodes_and_prints_one_table(here, root, shards)
     assert done.stdout.count("rendezvous") == 1, done.stdout + done.stderr
     assert f"{here}/runs: all nodes see each other's files" in said
     assert "missing: batch: 2 must divide it: --data.batch_size 2 or 4" in done.stdout
-    assert "expected a file at none.pth, found none" in said
+    assert "expected a file at none.pth, but found none" in said
     assert not list(here.rglob(".doctor-*")), "the tokens are removed"

@@ -87,7 +87,7 @@ def test_no_scores_are_kept_for_backward():
 def test_tensors_of_several_dtypes_are_refused():
     q, k, v = qkv()
     with pytest.raises(
-        ValueError, match=r"of one dtype on the CPU, found torch\.float32 on cpu, torch\.bfloat16"
+        ValueError, match=r"of one dtype on the CPU, but found torch\.float32 on cpu, torch\.bfloat16"
     ):
         attention_in_blocks(q, k.bfloat16(), v)
 

@@ -146,21 +146,23 @@ def changed(key, value):
 
 DAMAGES = {
     without_index: "found no index.json there: it is missing or half-written",
-    truncated: "bytes, found .*: it is damaged",
-    flipped: "with sha256 .*, found another: it is damaged",
-    missing_file: "bytes, found none: it is damaged",
-    no_json: "expected the index of a checkpoint, found: JSONDecodeError",
-    no_text: "expected the index of a checkpoint, found: UnicodeDecodeError",
-    a_list: "expected the index of a checkpoint, found: TypeError",
-    a_step_changed: "sha256 of what else it says, found others: it is damaged",
+    truncated: "bytes, but found .*: it is damaged",
+    flipped: "with sha256 .*, but found another: it is damaged",
+    missing_file: "bytes, but found none: it is damaged",
+    no_json: "expected the index of a checkpoint, but found: JSONDecodeError",
+    no_text: "expected the index of a checkpoint, but found: UnicodeDecodeError",
+    a_list: "expected the index of a checkpoint, but found: TypeError",
+    a_step_changed: "sha256 of what else it says, but found others: it is damaged",
     changed("step", 9): "expected the step of the folder's name",
-    changed("version", 2): "expected checkpoint version 1, found 2; use the version of lrm_pl that wrote it",
+    changed(
+        "version", 2
+    ): "expected checkpoint version 1, but found 2. Use the version of lrm_pl that wrote it",
     changed("format", "zip"): "expected one of the formats single, sharded.*found format 'zip'",
     changed("files", {}): "found format .* do not trust it",
     changed(
         "files", {"../x": [1, "0"], "tensors.pt": [1, "0"], ".metadata": [1, "0"]}
     ): r"\.\./x.*do not trust",
-    changed("files", 3): "expected the index of a checkpoint, found: TypeError",
+    changed("files", 3): "expected the index of a checkpoint, but found: TypeError",
 }
 
 
@@ -201,7 +203,7 @@ def test_a_rank_whose_file_is_not_in_the_folder_is_noticed(tmp_path):
     path = checkpoint_path(str(tmp_path), 1)
     files = ck.write_tensors(path, some_tensors(), "sharded", None, writes=True)
     with pytest.raises(
-        OSError, match=r"__1_0\.distcp of 5 bytes.*found none; do all nodes share this folder"
+        OSError, match=r"__1_0\.distcp of 5 bytes.*found none. Do all nodes share this folder"
     ):
         ck.complete(path, "sharded", 1, {}, {**files, "__1_0.distcp": (5, "0")})
     assert ck.list_checkpoints(str(tmp_path)) == []

@@ -168,7 +168,7 @@ def test_colors_are_srgb_whatever_their_file_declares(content, expected):
     [
         (
             with_chunks(encoded(plain()), cICP=bytes((9, 16, 0, 1))),
-            "found PQ, which is HDR; export it as sRGB",
+            "found PQ, which is HDR. Export it as sRGB",
         ),
         (with_chunks(encoded(plain()), cICP=bytes((9, 18, 0, 1))), "found HLG, which is HDR"),
         (with_chunks(encoded(plain()), cICP=bytes((1, 13, 0, 0))), "of YCbCr or of narrow range"),
@@ -292,7 +292,7 @@ def test_sixteen_bits_are_parts_of_65535_and_keep_their_transparent_value():
     assert dark.max() == 1
     colors = gray_png(16, [struct.pack(">6H", 0, 0, 0, 1, 0, 0)], bytes(6), color_type=2)
     with pytest.raises(
-        PictureError, match=r"8 bits a channel in a PNG with a transparent color \(tRNS\), found 16"
+        PictureError, match=r"8 bits a channel in a PNG with a transparent color \(tRNS\), but found 16"
     ):
         open_picture(colors)
 
@@ -337,7 +337,7 @@ def test_white_of_a_tiff_is_that_of_its_bits_and_photometric():
         (
             raw_tiff(struct.pack("<4f", 0.3, 0.5, 0.8, 1), 32, 3),
             PictureError,
-            "8 or 16 bits a channel, found floats",
+            "8 or 16 bits a channel, but found floats",
         ),
         (raw_tiff(struct.pack("<4I", 0, 1, 2, 3), 32), PictureError, "found signed integers or 32 bits"),
         (raw_tiff(struct.pack("<4h", 0, 1, 2, 3), 16, 2), PictureError, "found signed integers or 32 bits"),
@@ -345,9 +345,9 @@ def test_white_of_a_tiff_is_that_of_its_bits_and_photometric():
         (
             raw_tiff(bytes(8), 16, 3),
             NotAPictureError,
-            "a TIFF format that Pillow supports, found an unsupported one",
+            "a TIFF format that Pillow supports, but found an unsupported one",
         ),
-        (encoded(plain(mode="YCbCr"), "TIFF"), PictureError, "RGB in a TIFF .*, found YCbCr"),
+        (encoded(plain(mode="YCbCr"), "TIFF"), PictureError, "RGB in a TIFF .*, but found YCbCr"),
     ],
     ids=["floats", "32 bits", "signed 16", "signed 8", "half floats", "YCbCr"],
 )

@@ -141,7 +141,7 @@ def test_importance_samples_find_a_thin_wall_that_even_ones_blur():
 
 
 def test_too_few_even_samples_are_refused():
-    with pytest.raises(ValueError, match=r"at least 1 samples a ray besides .*, found 8 with 8 of them"):
+    with pytest.raises(ValueError, match=r"at least 1 samples a ray besides .*, but found 8 with 8 of them"):
         March(8, 8)
     with pytest.raises(ValueError, match="at least 4 samples a ray"):
         March(6, 3, "midpoints")

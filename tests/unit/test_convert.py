@@ -62,7 +62,7 @@ def change(tensors, key, value):
         (lambda s: change(s, "upsampler.bias", torch.zeros(9)), r"upsampler\.bias has shape \(9,\) instead of \(8,\)"),
         (lambda s: change(s, "upsampler.bias", torch.full((8,), torch.nan)), r"has numbers that are not finite"),
         (lambda s: change(s, "upsampler.bias", torch.zeros(8, dtype=torch.long)), r"expected tensors of floats"),
-        (lambda s: {"state": s["pos_embed"]}, r"expected the key 'pos_embed', found 'state'; is this another network"),
+        (lambda s: {"state": s["pos_embed"]}, r"expected the key 'pos_embed', but found 'state'"),
     ],
 )  # fmt: skip
 def test_weights_with_a_missing_strange_or_misshapen_key_are_refused_and_nothing_is_written(
@@ -122,7 +122,7 @@ def test_an_existing_folder_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(SystemExit, match="found it there"):
         main(["--from", "openlrm", str(tmp_path / "x.pth"), str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match=r"expected weights at .*x\.pth, found no file"):
+    with pytest.raises(SystemExit, match=r"expected weights at .*x\.pth, but found no file"):
         main(["--from", "openlrm", str(tmp_path / "x.pth"), str(tmp_path / "new")])
 
 
@@ -170,27 +170,31 @@ def test_a_damaged_folder_is_refused_with_the_reason(tmp_path):
     del tensors["transformer.tokens"]
     save_file(tensors, file)
     with pytest.raises(
-        ValueError, match=r"found 1 differences: transformer\.tokens is missing; build the network of"
+        ValueError, match=r"found 1 differences: transformer\.tokens is missing. Build the network of"
     ):
         read_pretrained(out)
     file.write_bytes(b"not safetensors at all")
-    with pytest.raises(ValueError, match="expected safetensors, found a damaged file"):
+    with pytest.raises(ValueError, match="expected safetensors, but found a damaged file"):
         read_pretrained(out)
     config.write_text(config.read_text().replace("depth: 2", "depths: 2"))
     with pytest.raises(ValueError, match="expected a model section that this version knows"):
         read_pretrained(out)
     config.write_text("model: {lrm: {encoder: {name: no_such_vit}}}")
-    with pytest.raises(ValueError, match="expected an encoder that timm knows, found 'no_such_vit'"):
+    with pytest.raises(ValueError, match="expected an encoder that timm knows, but found 'no_such_vit'"):
         read_pretrained(out)
 
 
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("openlrm", ["--image-size", "100"], "image size that is a multiple of 14, found 100"),
+        ("openlrm", ["--image-size", "100"], "image size that is a multiple of 14, but found 100"),
         ("openlrm", ["--samples-per-ray", "4"], "samples a ray"),
-        ("triposr", ["--image-size", "8"], "image size that is a multiple of 16, found 8"),
-        ("triposr", ["--heads", "7"], "a number of heads that divides the width 64, found 7; give --heads"),
+        ("triposr", ["--image-size", "8"], "image size that is a multiple of 16, but found 8"),
+        (
+            "triposr",
+            ["--heads", "7"],
+            "a number of heads that divides the width 64, but found 7. Give --heads",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit_leave_nothing_behind(source, options, message, tmp_path):
@@ -220,7 +224,7 @@ def test_a_file_that_is_damaged_anywhere_is_refused(tmp_path):
 @pytest.mark.parametrize("positions", [1, 3, 11])
 def test_position_embeddings_that_are_no_square_are_refused(positions):
     tensors = change(state(), "encoder.model.pos_embed", torch.zeros(1, positions, 48))
-    with pytest.raises(ConversionError, match=f"expected 1 . n n position embeddings, found {positions}"):
+    with pytest.raises(ConversionError, match=f"expected 1 . n n position embeddings, but found {positions}"):
         convert_openlrm(tensors, NUMBERS)
 
 

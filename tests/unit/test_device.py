@@ -177,5 +177,5 @@ def test_a_device_without_streams_copies_at_once(monkeypatch):
 
 @pytest.mark.parametrize("name", ["hpu", "privateuseone", "cuda:99", "nonsense", "meta"])
 def test_a_device_that_is_not_there_is_refused_by_name(name):
-    with pytest.raises(InputError, match=f"expected a device such as cpu or cuda, found '{name}'"):
+    with pytest.raises(InputError, match=f"expected a device such as cpu or cuda, but found '{name}'"):
         device.choose_device(name)

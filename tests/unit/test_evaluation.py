@@ -286,7 +286,7 @@ def test_a_view_that_shows_nothing_is_a_bad_sample():
     empty = encode_image(np.zeros((32, 32, 4), dtype=np.uint8))
     sample = dataclasses.replace(sample, views=(empty, *sample.views[1:]))
     with pytest.raises(
-        SampleError, match="sample 'a': expected an object in view 0, found alpha 0 everywhere"
+        SampleError, match="sample 'a': expected an object in view 0, but found alpha 0 everywhere"
     ):
         measure_object(sample, PROTOCOLS["geometry-posed"], lambda *_: Given(None), PerceptualMetrics({}), {})
 
@@ -326,9 +326,11 @@ def test_another_evaluation_refuses_the_folder(tmp_path):
     claim(tmp_path, {"limit": 3, "protocol": {"name": "lrm"}})
     claim(tmp_path / "b", {"baselines": False, "limit": 3})
     assert claim(tmp_path / "b", {"baselines": True, "limit": 3})["baselines"] is True
-    with pytest.raises(InputError, match="found True; say --baseline too, or choose another --out"):
+    with pytest.raises(InputError, match=r"found True. Say --baseline too, or choose another --out"):
         claim(tmp_path / "b", {"baselines": False, "limit": 3})
-    with pytest.raises(InputError, match="expected limit 4 as asked for now, found 3; choose another --out"):
+    with pytest.raises(
+        InputError, match=r"expected limit 4 as asked for now, but found 3. Choose another --out"
+    ):
         claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 4})
 
 
@@ -354,7 +356,7 @@ def test_records_come_back_and_a_damaged_one_is_named(tmp_path):
         "a", {"model": {"psnr": 12.5}}, ("a note",), "", (".png",)
     )
     (tmp_path / "objects" / "a.json").write_text('{"id": "a"}')
-    with pytest.raises(InputError, match="expected the record of an object, found: KeyError"):
+    with pytest.raises(InputError, match="expected the record of an object, but found: KeyError"):
         read_object(tmp_path, "a")
 
 
@@ -381,11 +383,12 @@ def test_a_protocol_names_what_shards_lack():
     from lrm_pl.data.manifest import Manifest
 
     with pytest.raises(
-        InputError, match="at least 15 views an object for the protocol 'lrm', found 8; render with VIEWS=15"
+        InputError,
+        match=r"at least 15 views an object for the protocol 'lrm', but found 8. Render with VIEWS=15",
     ):
         PROTOCOLS["lrm"].require(Manifest((), 8, 0, {}), "data")
     with pytest.raises(
-        InputError, match=r"expected the cameras 'gso-orbit' .* found 'frame'; render with ARGS"
+        InputError, match=r"expected the cameras 'gso-orbit' .* found 'frame'. Render with ARGS"
     ):
         PROTOCOLS["gso-orbit"].require(Manifest((), 24, 0, {"preset": "frame"}), "data")
 

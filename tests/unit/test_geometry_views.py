@@ -86,7 +86,7 @@ def text_bomb(mode):
     [
         (DEPTH, png("L"), r"depth_000\.png to be a PNG of mode I;16 .* found mode L"),
         (DEPTH, png("RGB"), "found mode RGB"),
-        (DEPTH, png("I;16", (4097, 1)), r"at most 4096 pixels a side, found .*\(4097, 1\)"),
+        (DEPTH, png("I;16", (4097, 1)), r"at most 4096 pixels a side, but found .*\(4097, 1\)"),
         (DEPTH, png("I;16")[:40], "found 40 bytes"),
         (DEPTH, b"GIF89a", "found 6 bytes"),
         (DEPTH, text_bomb("I;16"), "too large"),

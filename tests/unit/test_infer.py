@@ -60,7 +60,7 @@ def test_files_that_no_earlier_result_lists_are_neither_removed_nor_written_over
     touch(tmp_path, "input.png", "mesh.obj")
     files = _files_for(MeshOptions(frames=0))
     assert files == {"input.png", "mesh.glb", "result.json"}
-    with pytest.raises(InputError, match=r"found input.png, which its result.json does not list; move"):
+    with pytest.raises(InputError, match=r"found input.png, which its result.json does not list. Move"):
         _require_own(tmp_path, files, _files_of(tmp_path))
     (tmp_path / "result.json").write_text(json.dumps({"files": ["input.png", "../up.png", 3]}))
     earlier = _files_of(tmp_path)
@@ -111,18 +111,18 @@ def test_a_pattern_that_the_shell_did_not_see_is_a_list_of_pictures(tmp_path):
     assert list(find_pictures([tmp_path / "in" / "*.png"])[0].values()) == [a, b]
     odd = touch(tmp_path / "in", "d[1].png")
     assert list(find_pictures(odd)[0].values()) == odd, "a file of that name is itself"
-    with pytest.raises(InputError, match=r"at .*in/\*.jpg, found neither"):
+    with pytest.raises(InputError, match=r"at .*in/\*.jpg, but found neither"):
         find_pictures([tmp_path / "in" / "*.jpg"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--formats", "glb", "obj", "a.png"], "found 'a.png'; name pictures before it: lrm infer PICTURE"),
-        (["--texture", "a.png"], "expected pixels or nothing, found 'a.png'; name pictures before it"),
-        (["https://example.com/a.png"], "on this machine, found the address https://example.com/a.png"),
+        (["--formats", "glb", "obj", "a.png"], "found 'a.png'. Name pictures before it: lrm infer PICTURE"),
+        (["--texture", "a.png"], "expected pixels or nothing, but found 'a.png'. Name pictures before it"),
+        (["https://example.com/a.png"], "on this machine, but found the address https://example.com/a.png"),
         (["a.png", "--out", "s3://bucket/out"], "found the address s3://bucket/out"),
-        ([""], "expected a path, found nothing"),
+        ([""], "expected a path, but found nothing"),
     ],
 )
 def test_words_that_an_option_or_a_path_cannot_take_are_named_with_what_to_type(words, message, capsys):
@@ -138,18 +138,18 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(
         "print(sorted({'torch', 'lightning', 'scipy', 'trimesh'} & set(sys.modules)))"  # fmt: skip
     for words, message in (
         (["infer", "nosuch.png"], "found neither"),
-        (["infer", "a.png", "--resolution", "4"], "expected resolution from 8 to 1024, found 4"),
+        (["infer", "a.png", "--resolution", "4"], "expected resolution from 8 to 1024, but found 4"),
         (["infer", "a.png", "--fov", "190"], "fov_deg between 0 and 180"),
-        (["infer", "a.png", "--threshold=-1"], "expected a threshold above 0, found -1"),
-        (["infer", "a.png"], "expected a trained network in runs/lrm, found none"),
+        (["infer", "a.png", "--threshold=-1"], "expected a threshold above 0, but found -1"),
+        (["infer", "a.png"], "expected a trained network in runs/lrm, but found none"),
         (["infer", "a.png", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["evaluate", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["serve", "--ckpt", "nosuch"], "found nothing at nosuch"),
-        (["serve", "--resolution", "2048"], "expected resolution from 8 to 1024, found 2048"),
+        (["serve", "--resolution", "2048"], "expected resolution from 8 to 1024, but found 2048"),
         (["demo", "--ckpt", "nosuch"], "found nothing at nosuch"),
-        (["view", "nosuch"], "expected a run's folder at nosuch, found none"),
+        (["view", "nosuch"], "expected a run's folder at nosuch, but found none"),
         (["export", "nosuch", "out"], "found nothing at nosuch"),
-        (["export", "a.png", "."], "expected to make the folder ., found it there"),
+        (["export", "a.png", "."], "expected to make the folder ., but found it there"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60

@@ -99,7 +99,7 @@ def test_the_threshold_is_the_density_where_pictures_see_the_surface():
 
 @pytest.mark.parametrize("threshold", [41.0, -1.0])
 def test_a_field_without_a_surface_says_what_densities_it_has(threshold):
-    with pytest.raises(NoSurfaceError, match=r"both sides of -?\d+, found 0 to 40: there is no surface"):
+    with pytest.raises(NoSurfaceError, match=r"both sides of -?\d+, but found 0 to 40: there is no surface"):
         extract_mesh(Ball(), 0, threshold, resolution=32)
 
 
@@ -115,7 +115,7 @@ def test_what_reaches_the_faces_of_the_box_is_closed_there():
 def test_what_is_dense_on_the_faces_of_the_box_alone_is_no_surface():
     ball = Ball()
     ball.decode = lambda points, weights: ((points.abs().amax(dim=-1) - 0.99) * 100, points)
-    with pytest.raises(NoSurfaceError, match="both sides of 20, found 0 to"):
+    with pytest.raises(NoSurfaceError, match="both sides of 20, but found 0 to"):
         extract_mesh(ball, 0, 20.0, resolution=64)
 
 
@@ -123,7 +123,7 @@ def test_a_surface_of_too_few_faces_to_be_one_says_so(monkeypatch):
     monkeypatch.setattr(
         "lrm_pl.meshing.surface.decimated", lambda vertices, faces, most: (vertices[:0], faces[:0])
     )
-    with pytest.raises(NoSurfaceError, match="at most 4 faces, found that none would be left"):
+    with pytest.raises(NoSurfaceError, match="at most 4 faces, but found that none would be left"):
         extract_mesh(Ball(), 0, 20.0, resolution=32, most_faces=4)
 
 
@@ -239,11 +239,11 @@ def test_alpha_is_put_over_white_and_wrong_pictures_are_refused_with_the_remedy(
         reconstruct(network, Renderer(24), over).field.planes,
     )
     for wrong, message in (
-        (torch.rand(2, 28, 28), "found 2 x 28 x 28; crop it, or convert it to RGBA"),
+        (torch.rand(2, 28, 28), "found 2 x 28 x 28. Crop it, or convert it to RGBA"),
         (torch.rand(3, 28, 30), "expected a square picture"),
         (torch.rand(3, 28, 28) * 255, "divide bytes by 255"),
         (torch.zeros(3, 28, 28, dtype=torch.uint8), "expected a picture of floats"),
-        (torch.zeros(28, 28), "found 28 x 28; crop it"),
+        (torch.zeros(28, 28), "found 28 x 28. Crop it"),
         (torch.zeros(3, 0, 0), "found 3 x 0 x 0"),
         (torch.zeros(4, 28, 28), "alpha 0 everywhere"),
         (torch.full((3, 28, 28), torch.nan), r"expected a picture in \[0, 1\]"),

@@ -206,7 +206,7 @@ def test_the_script_is_a_shell_script_whatever_the_arguments_hold(checkout, tmp_
     ],
 )
 def test_a_value_that_would_add_to_the_script_is_refused(checkout, field, value):
-    with pytest.raises(InputError, match=r"expected .*, found "):
+    with pytest.raises(InputError, match=r"expected .*, but found "):
         script_of(a_launch(), **{field: value})
 
 
@@ -229,9 +229,9 @@ def test_an_argument_with_a_line_end_is_refused(checkout):
         (
             "srun $program\n",
             {"command": "x"},
-            r"expected placeholders among \['command'\], found \['program'\]",
+            r"expected placeholders among \['command'\], but found \['program'\]",
         ),
-        ("srun\n", {"command": "x"}, r"expected a place for \['command'\], found none"),
+        ("srun\n", {"command": "x"}, r"expected a place for \['command'\], but found none"),
         ("echo $1 $command\n", {"command": "x"}, "expected a dollar sign before each name"),
     ],
 )
@@ -330,7 +330,7 @@ def test_gpus_are_those_of_the_partition_that_sbatch_takes_hidden_or_from_its_ow
 
 def test_two_nodes_without_slurm_and_master_end_in_an_error_that_says_what_to_do(no_slurm, capsys):
     with pytest.raises(
-        SystemExit, match=r"expected Slurm .* found no `sbatch` on PATH; nothing was started: run"
+        SystemExit, match=r"expected Slurm .* found no `sbatch` on PATH. Nothing was started: run"
     ):
         main(["--nodes=2", "--gpus=0", "-c", "mine.yaml"])
     assert capsys.readouterr().out.count("--master-addr FIRST_NODE") == 1
@@ -390,7 +390,7 @@ def test_processes_alone_are_of_the_cpus_where_no_gpu_is(no_slurm, capsys):
 
 
 def test_more_gpus_than_the_machine_has_are_refused_before_anything_starts(no_slurm):
-    with pytest.raises(SystemExit, match="expected 4 GPUs on this machine, found 0 that PyTorch can use"):
+    with pytest.raises(SystemExit, match="expected 4 GPUs on this machine, but found 0 that PyTorch can use"):
         main(["--gpus=4", "-c", "mine.yaml"])
 
 
@@ -416,9 +416,9 @@ def group(checkout, root):
         ("sys.exit(0)", 0, ""),
         ("sys.exit(75 if os.environ['RANK'] == '1' else 0)", 75, ""),
         (
-            "os.write(2, b'lrm: expected this, found that\\n'); sys.exit(1)",
+            "os.write(2, b'lrm: expected this, but found that\\n'). Sys.exit(1)",
             1,
-            "lrm: expected this, found that\n" * 2,
+            "lrm: expected this, but found that\n" * 2,
         ),
         ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was ended by signal 9\n"),
     ],
@@ -466,14 +466,17 @@ def test_two_runs_that_are_launched_within_a_second_have_a_folder_each(no_slurm,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus=2", "--processes=3"], "expected one process a GPU, found PROCESSES=3 with GPUS=2"),
+        (["--gpus=2", "--processes=3"], "expected one process a GPU, but found PROCESSES=3 with GPUS=2"),
         (["--gpus=0", "--processes=0"], "PROCESSES=0"),
-        (["--gpus=-1"], "expected GPUS of at least 0, found -1"),
-        (["--nodes=0", "--gpus=1"], "expected NODES of at least 1, found 0"),
-        (["--nodes=2"], "expected GPUS, found none"),
-        (["--gpus=2", "--strategy=dpp"], r"expected STRATEGY among \['cpu', 'ddp', 'gpu'\].*, found 'dpp'"),
+        (["--gpus=-1"], "expected GPUS of at least 0, but found -1"),
+        (["--nodes=0", "--gpus=1"], "expected NODES of at least 1, but found 0"),
+        (["--nodes=2"], "expected GPUS, but found none"),
+        (
+            ["--gpus=2", "--strategy=dpp"],
+            r"expected STRATEGY among \['cpu', 'ddp', 'gpu'\].*, but found 'dpp'",
+        ),
         (["--gpus=2", "--strategy=../../x"], "expected STRATEGY to look like 'ddp'"),
-        (["--gpus=2", "-c", "none.yaml"], "expected a config file, found none at none.yaml"),
+        (["--gpus=2", "-c", "none.yaml"], "expected a config file, but found none at none.yaml"),
         (["--nodes=2", "--gpus=0", "--master=first;id"], "expected MASTER"),
     ],
 )

@@ -118,7 +118,7 @@ def _runs(pid):
 
 def test_a_temporary_folder_whose_name_is_too_long_for_sockets_is_refused(monkeypatch):
     monkeypatch.setattr("multiprocessing.util.get_temp_dir", lambda: "/" + "t" * 100)
-    with pytest.raises(InputError, match=r"at most 89 bytes .*, found 101: .*TMPDIR=/tmp"):
+    with pytest.raises(InputError, match=r"at most 89 bytes .*, but found 101: .*TMPDIR=/tmp"):
         start_method(1)
     assert start_method(0) is None
 

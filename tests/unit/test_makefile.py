@@ -64,7 +64,7 @@ def test_a_variable_that_a_target_does_not_take_is_refused(typed, words, named):
 def test_a_variable_without_a_value_is_refused_and_not_taken_for_the_default(typed, words):
     with pytest.raises(subprocess.CalledProcessError) as refused:
         typed(*words)
-    assert f"expected a value after {words[1]}, found nothing" in refused.value.stderr
+    assert f"expected a value after {words[1]}, but found nothing" in refused.value.stderr
     assert typed("train", "DATA=x", "ARGS=") == typed("train", "DATA=x")
 
 

@@ -106,9 +106,9 @@ def test_autocast_changes_nothing():
 
 def test_values_just_outside_are_clamped_and_others_refused_with_their_range():
     assert psnr(flat(1.001), flat(1.0)).tolist() == [math.inf]
-    with pytest.raises(ValueError, match=r"a target with values in \[0, 1\], found \[0, 255\]"):
+    with pytest.raises(ValueError, match=r"a target with values in \[0, 1\], but found \[0, 255\]"):
         psnr(flat(0.5), torch.cat([flat(0.0), flat(255.0)], dim=-1)[..., 8:24])
-    with pytest.raises(ValueError, match=r"a prediction with values in \[0, 1\], found \[nan, nan\]"):
+    with pytest.raises(ValueError, match=r"a prediction with values in \[0, 1\], but found \[nan, nan\]"):
         psnr(flat(math.nan), flat(0.5))
 
 
@@ -116,7 +116,7 @@ def test_shapes_that_differ_are_refused_with_both():
     for metric in (psnr, psnr_pooled, ssim, ImageMetrics().update):
         with pytest.raises(WRONG_SHAPE, match=r"2, ?3, ?16, ?16[\s\S]*2, ?3, ?8, ?16"):
             metric(noise(2), noise(2)[:, :, :8])
-    with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, found \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, but found \(8, 8\)"):
         ssim(flat(0.5, side=8), flat(0.5, side=8))
 
 
@@ -141,7 +141,7 @@ def test_taking_in_images_reads_no_number_and_computing_refuses_what_was_no_imag
     assert operators.calls["aten::aminmax"] == 6
     assert not operators.calls["aten::_local_scalar_dense"]  # each would wait for a GPU
     assert not operators.calls["aten::nonzero"]
-    with pytest.raises(ValueError, match=r"a target with values in \[0, 1\], found \[.*, 255\]"):
+    with pytest.raises(ValueError, match=r"a target with values in \[0, 1\], but found \[.*, 255\]"):
         metrics.compute()
     metrics.reset()
     metrics.update(flat(0.5), flat(0.6))
@@ -152,7 +152,7 @@ def test_not_a_number_in_one_image_is_seen_among_others():
     metrics = ImageMetrics()
     metrics.update(flat(0.5, math.nan), flat(0.5, 0.5))
     metrics.update(flat(0.5), flat(0.5))
-    with pytest.raises(NotFiniteError, match=r"expected finite predictions, found a value that is NaN"):
+    with pytest.raises(NotFiniteError, match=r"expected finite predictions, but found a value that is NaN"):
         metrics.compute()
 
 

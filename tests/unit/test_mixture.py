@@ -84,12 +84,14 @@ def test_evaluation_has_every_object_once_with_the_last_views_of_its_own(two):
 
 def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, tmp_path):
     write_synthetic_shards(tmp_path, train=0, val=2, views=4, resolution=16)
-    with pytest.raises(ShardError, match=rf"{tmp_path}: expected samples in the split 'train', found none"):
+    with pytest.raises(
+        ShardError, match=rf"{tmp_path}: expected samples in the split 'train', but found none"
+    ):
         stream(mixed([two[0], tmp_path], (1, 1)), BatchPartition(1), 1)
-    with pytest.raises(InputError, match=r"weights of 1 or more, found .*weight=0"):
+    with pytest.raises(InputError, match=r"weights of 1 or more, but found .*weight=0"):
         DataSet("somewhere", 0)
     with pytest.raises(
-        InputError, match=r"found train-000000.tar of .* too; name a set once, with its weight"
+        InputError, match=r"found train-000000.tar of .* too. Name a set once, with its weight"
     ):
         mixed([two[0], f"{two[0]}/"], (1, 1))
     with pytest.raises(ShardError, match=r"expected at least 10 samples .* found 9; .*--data.batch_size 9"):
@@ -108,5 +110,7 @@ def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, t
     ],
 )
 def test_a_number_that_the_data_cannot_have_is_refused_by_its_option(name, value):
-    with pytest.raises(InputError, match=f"expected a data.{name} of at least {value + 1}, found {value}"):
+    with pytest.raises(
+        InputError, match=f"expected a data.{name} of at least {value + 1}, but found {value}"
+    ):
         ShardDataModule("unread", **{name: value})

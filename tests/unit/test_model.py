@@ -91,7 +91,7 @@ def test_the_encoder_normalises_images_itself():
 
 
 def test_an_image_size_that_patches_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"multiple of 14, found 30"):
+    with pytest.raises(ValueError, match=r"multiple of 14, but found 30"):
         ImageEncoder("vit_small_patch14_dinov2", image_size=30)
 
 
@@ -233,7 +233,7 @@ def test_each_family_of_encoders_gives_its_tokens_at_any_image_size(name, prefix
 
 def test_an_encoder_that_timm_does_not_know_is_refused_with_names_like_it():
     with pytest.raises(
-        ValueError, match=r"found 'vit_smal_patch14_dinov2'; close to it: vit_small_patch14_dinov2"
+        ValueError, match=r"found 'vit_smal_patch14_dinov2'. Close to it: vit_small_patch14_dinov2"
     ):
         ImageEncoder("vit_smal_patch14_dinov2")
 
@@ -278,7 +278,7 @@ def test_the_decoder_does_what_its_options_say_by_hand():
         ({"name": "resnet50"}, "resnet50: expected a plain vision transformer"),
         (
             {"name": "swin_tiny_patch4_window7_224", "image_size": 224},
-            "expected a plain vision transformer, found Swin",
+            "expected a plain vision transformer, but found Swin",
         ),
         (
             {"name": "vit_small_patch14_dinov2", "image_size": 28, "dim": 50, "heads": 3},
@@ -292,7 +292,7 @@ def test_encoders_that_are_no_plain_vision_transformers_or_do_not_fit_are_refuse
 
 
 def test_widths_that_heads_or_groups_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="a width that 0 heads divide, found 16"):
+    with pytest.raises(ValueError, match="a width that 0 heads divide, but found 16"):
         tiny_lrm(heads=0)
     with pytest.raises(ValueError, match="32 groups divide"):
         tiny_lrm(blocks="triposr")

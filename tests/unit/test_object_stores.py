@@ -209,6 +209,6 @@ def test_without_s3fs_the_error_names_the_extra_to_install(root):
 
 def test_a_store_of_no_known_kind_is_refused():
     with pytest.raises(
-        InputError, match=r"expected a folder or a URL such as s3://BUCKET/RUN, found 'nope://x'"
+        InputError, match=r"expected a folder or a URL such as s3://BUCKET/RUN, but found 'nope://x'"
     ):
         ck.list_checkpoints("nope://x")

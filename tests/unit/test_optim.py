@@ -69,18 +69,18 @@ def test_with_layer_decay_every_block_learns_slower_than_the_next_down_to_the_im
 
 
 def test_a_layer_decay_above_one_is_refused():
-    with pytest.raises(ValueError, match=r"layer_decay in \(0, 1\], found 1.5"):
+    with pytest.raises(ValueError, match=r"layer_decay in \(0, 1\], but found 1.5"):
         OptimizerConfig(layer_decay=1.5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "lr of at least 0, found -1.0"),
-        ({"betas": (0.9, 1.0)}, r"betas in \[0, 1\), found \(0.9, 1.0\)"),
-        ({"weight_decay": -0.05}, "weight_decay of at least 0, found -0.05"),
-        ({"warmup": 3000.0}, "warmup, a share of the run's steps, in .*, found 3000.0"),
-        ({"final_lr": 10.0}, "final_lr, a share of lr, in .*, found 10.0"),
+        ({"lr": -1.0}, "lr of at least 0, but found -1.0"),
+        ({"betas": (0.9, 1.0)}, r"betas in \[0, 1\), but found \(0.9, 1.0\)"),
+        ({"weight_decay": -0.05}, "weight_decay of at least 0, but found -0.05"),
+        ({"warmup": 3000.0}, "warmup, a share of the run's steps, in .*, but found 3000.0"),
+        ({"final_lr": 10.0}, "final_lr, a share of lr, in .*, but found 10.0"),
     ],
 )
 def test_a_schedule_that_never_leaves_its_warm_up_and_a_weight_decay_that_grows_weights_are_refused(

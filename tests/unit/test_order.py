@@ -83,7 +83,9 @@ def test_only_bad_samples_are_an_error_and_not_a_hang():
     def read(place: SampleLocation):
         raise SampleError("broken")
 
-    with pytest.raises(SampleError, match="expected a readable sample, found none among 5; the last: broken"):
+    with pytest.raises(
+        SampleError, match=r"expected a readable sample, but found none among 5. The last: broken"
+    ):
         SampleOrder((5,), seed=0, streams=2).fill(0, read, lambda message: None)
 
 

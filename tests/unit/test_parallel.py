@@ -90,7 +90,9 @@ def test_compiled_blocks_recomputed_or_not_give_the_planes_and_the_gradients_of_
 
 
 def test_a_negative_number_of_blocks_is_refused():
-    with pytest.raises(InputError, match="expected activation_checkpointing_every of 0 or more, found -1"):
+    with pytest.raises(
+        InputError, match="expected activation_checkpointing_every of 0 or more, but found -1"
+    ):
         ParallelConfig(activation_checkpointing_every=-1)
 
 

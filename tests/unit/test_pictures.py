@@ -48,18 +48,18 @@ def png(width, height, data=b""):
     ("content", "message"),
     [
         (b"", "expected a picture .*found 0 bytes of something else"),
-        (b"hello " * 100, "expected a picture .*found 600 bytes of something else; convert it"),
+        (b"hello " * 100, "expected a picture .*found 600 bytes of something else. Convert it"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
             ".*of something else",
         ),  # PIL would start Ghostscript
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*of something else"),
         (encoded(RGB, "GIF"), ".*of something else"),
-        (encoded(RGB)[:200], "expected a whole picture, found a broken one"),
-        (encoded(RGB, "JPEG")[:300], "expected a whole picture, found a broken one"),
+        (encoded(RGB)[:200], "expected a whole picture, but found a broken one"),
+        (encoded(RGB, "JPEG")[:300], "expected a whole picture, but found a broken one"),
         (encoded(RGB, "WEBP")[:300], "expected a (whole )?picture"),
-        (png(30_000, 30_000), "expected at most 67 megapixels, found "),
-        (png(20, 20, zlib.compress(b"")), "expected a whole picture, found a broken one"),
+        (png(30_000, 30_000), "expected at most 67 megapixels, but found "),
+        (png(20, 20, zlib.compress(b"")), "expected a whole picture, but found a broken one"),
     ],
     ids=["empty", "text", "postscript", "svg", "gif", "png cut", "jpeg cut", "webp cut", "bomb", "no pixels"],
 )
@@ -74,9 +74,9 @@ def test_a_picture_is_refused_by_bytes_and_pixels_that_are_asked_for(tmp_path):
     assert open_picture(path).size == (30, 20)
     with pytest.raises(PictureError, match=r"a\.png: expected at most 100 bytes"):
         open_picture(path, max_bytes=100)
-    with pytest.raises(PictureError, match="expected at most 0 megapixels, found 30 x 20"):
+    with pytest.raises(PictureError, match="expected at most 0 megapixels, but found 30 x 20"):
         open_picture(path, max_pixels=599)
-    with pytest.raises(PictureError, match="found no file; correct the path"):
+    with pytest.raises(PictureError, match=r"found no file. Correct the path"):
         open_picture(tmp_path / "b.png")
 
 
@@ -292,7 +292,7 @@ def test_an_object_of_next_to_no_pixels_is_refused(size):
     rgba = Image.new("RGBA", (64, 64))
     rgba.paste((200, 100, 50, 255), (20, 20, 20 + size[0], 20 + size[1]))
     with pytest.raises(
-        PictureError, match=f"an object of 8 pixels or more, found one of {size[0]} x {size[1]}"
+        PictureError, match=f"an object of 8 pixels or more, but found one of {size[0]} x {size[1]}"
     ):
         framed(rgba, 0.7, 64)
     rgba.paste((200, 100, 50, 255), (20, 20, 21, 28))  # a pole

@@ -89,7 +89,7 @@ def set_up(precision):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_weights_that_are_not_float32_are_refused_before_training(precision):
-    with pytest.raises(InputError, match=f"expected trainer.precision bf16-mixed, .*, found {precision}"):
+    with pytest.raises(InputError, match=f"expected trainer.precision bf16-mixed, .*, but found {precision}"):
         set_up(precision)
 
 

@@ -144,7 +144,10 @@ def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pre
         (lambda folder: (folder / "model.safetensors").unlink(), "expected the weights of a network at"),
         (lambda folder: (folder / "config.yaml").write_text("a: 1"), "expected a section model.lrm"),
         (lambda folder: (folder / "input.yaml").write_text("distance: near"), "found distance"),
-        (lambda folder: (folder / "input.yaml").write_text("[1]"), "expected numbers with names, found list"),
+        (
+            lambda folder: (folder / "input.yaml").write_text("[1]"),
+            "expected numbers with names, but found list",
+        ),
         (lambda folder: (folder / "input.yaml").write_text("distance: -1"), "a distance above 0"),
         (lambda folder: (folder / "input.yaml").write_text("foreground: 2"), "foreground in"),
     ],
@@ -172,7 +175,7 @@ def test_a_path_is_not_asked_of_the_hub(pretrained, tmp_path):
         (tmp_path / "file", "a file"),
     ):
         with pytest.raises(
-            InputError, match=f"a run or a checkpoint at {name}, found {found}; correct the path"
+            InputError, match=f"a run or a checkpoint at {name}, but found {found}. Correct the path"
         ):
             PretrainedLRM.from_pretrained(name)
     for file in ("model.safetensors", "config.yaml"):
@@ -184,7 +187,7 @@ def test_a_socks_proxy_that_nothing_installed_speaks_with_is_one_message(tmp_pat
     close_session()  # the hub's client, which has read the environment
     try:
         with pytest.raises(
-            InputError, match=r"'me/tiny', found neither: Using SOCKS proxy, but the 'socksio'"
+            InputError, match=r"'me/tiny', but found neither: Using SOCKS proxy, but the 'socksio'"
         ):
             PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path)
     finally:
@@ -205,7 +208,7 @@ def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path
     assert model.setup == SETUP
     again = PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path, local_files_only=True)
     assert weights_hash(again.network) == weights_hash(here.network)
-    with pytest.raises(InputError, match="named 'me/other', found neither"):
+    with pytest.raises(InputError, match="named 'me/other', but found neither"):
         PretrainedLRM.from_pretrained("me/other", cache_dir=tmp_path)
 
 
@@ -224,7 +227,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub, pretrained, tmp_path,
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in ("me/tiny", "runs/tuned", "nosuch"):
         with pytest.raises(
-            InputError, match=f"found nothing at {name}; correct the path, or say hf://owner/name"
+            InputError, match=f"found nothing at {name}. Correct the path, or say hf://owner/name"
         ):
             open_trained(name, device="cpu")
     assert open_trained("hf://me/tiny", device="cpu").sha256 == weights_hash(tiny_pretrained().network)

@@ -316,7 +316,7 @@ def test_a_server_that_is_not_reached_is_the_network_s_fault_and_is_asked_again(
             fs.info(inner)
 
     with pytest.raises(
-        StoreError, match=r"expected to reach its server, found no network or no such host: "
+        StoreError, match=r"expected to reach its server, but found no network or no such host: "
     ) as error:
         retry(ask, 2, 0.01)
     assert len(asked) == 2

@@ -75,7 +75,9 @@ def holder(root, tmp_path):
 
 def test_a_second_run_in_a_folder_is_refused_and_one_in_another_is_not(tmp_path, holder):
     holder(tmp_path / "run")
-    with pytest.raises(InputError, match=r"expected no other run in .*run, found one at work.*--run\.folder"):
+    with pytest.raises(
+        InputError, match=r"expected no other run in .*run, but found one at work.*--run\.folder"
+    ):
         RunLock(tmp_path / "run")
     RunLock(tmp_path / "other")
 
@@ -103,7 +105,7 @@ def test_never_refuses_a_folder_with_checkpoints_whole_or_not(tmp_path):
     assert choose_checkpoint("never", str(tmp_path)) is None
     path = write(tmp_path, 1)
     (Path(path) / "index.json").unlink()
-    with pytest.raises(InputError, match=r"expected no checkpoints in .*, found 1; .*--run\.resume auto"):
+    with pytest.raises(InputError, match=r"expected no checkpoints in .*, but found 1; .*--run\.resume auto"):
         choose_checkpoint("never", str(tmp_path))
 
 
@@ -229,7 +231,7 @@ def test_a_home_folder_is_the_home_folder_and_a_url_is_refused(monkeypatch, tmp_
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_path("~/run") == tmp_path / "run"
     with pytest.raises(
-        InputError, match=r"folder after --run\.folder, found nothing; is a variable of the shell"
+        InputError, match=r"folder after --run\.folder, but found nothing. Is a variable of the shell"
     ):
         run_path("")
     with pytest.raises(

@@ -53,14 +53,14 @@ def test_the_division_by_hand():
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_the_nearest_that_can():
     with pytest.raises(
-        InputError, match=r"8 processes x 2 accumulated .* divide, found 24; .* take 16 or 32"
+        InputError, match=r"8 processes x 2 accumulated .* divide, but found 24; .* take 16 or 32"
     ):
         BatchPartition(24, 0, 8, 2)
     with pytest.raises(InputError, match="take 8,"):
         BatchPartition(3, 0, 8, 1)
     with pytest.raises(InputError, match="found 0"):
         BatchPartition(0)
-    with pytest.raises(InputError, match="accumulate_grad_batches of at least 1, found 0"):
+    with pytest.raises(InputError, match="accumulate_grad_batches of at least 1, but found 0"):
         BatchPartition(8, accumulate=0)
 
 

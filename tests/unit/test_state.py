@@ -233,7 +233,7 @@ def test_ranks_agree_on_a_group_of_the_cpu_and_alone_without_one(gloo, monkeypat
 )
 def test_lightnings_own_sharding_is_refused_with_the_config_to_use(root, name, config):
     with pytest.raises(
-        InputError, match=rf"found Lightning's own {name}; use .*configs/trainer/{config}\.yaml"
+        InputError, match=rf"found Lightning's own {name}. Use .*configs/trainer/{config}\.yaml"
     ):
         require_supported_name(name)
     assert (root / "configs" / "trainer" / f"{config}.yaml").is_file()

@@ -30,22 +30,25 @@ def trainer(**options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gradient_clip_algorithm": "value"}, "gradient_clip_algorithm norm, found value"),
-        ({"limit_train_batches": 2}, r"no trainer.limit_train_batches, found 2.*--trainer.max_steps"),
-        ({"limit_train_batches": 0.5}, r"no trainer.limit_train_batches, found 0.5"),
+        ({"gradient_clip_algorithm": "value"}, "gradient_clip_algorithm norm, but found value"),
+        ({"limit_train_batches": 2}, r"no trainer.limit_train_batches, but found 2.*--trainer.max_steps"),
+        ({"limit_train_batches": 0.5}, r"no trainer.limit_train_batches, but found 0.5"),
         (
             {"accumulate_grad_batches": 2, "val_check_interval": 3},
             "found 3 and 2.*give --trainer.val_check_interval 4",
         ),
         (
             {"val_check_interval": 0},
-            "val_check_interval of at least 1, found 0; --trainer.limit_val_batches 0",
+            "val_check_interval of at least 1, but found 0; --trainer.limit_val_batches 0",
         ),
-        ({"log_every_n_steps": -1}, "log_every_n_steps of at least 0, found -1"),
-        ({"overfit_batches": 1}, "no trainer.overfit_batches, found 1: .*overfit.yaml"),
-        ({"gradient_clip_val": -1.0}, "gradient_clip_val of at least 0, found -1.0: .*largest norm"),
-        ({"gradient_clip_val": float("nan")}, "gradient_clip_val of at least 0, found nan"),
-        ({"val_check_interval": "00:00:10:00"}, "val_check_interval as a number of batches, found a time"),
+        ({"log_every_n_steps": -1}, "log_every_n_steps of at least 0, but found -1"),
+        ({"overfit_batches": 1}, "no trainer.overfit_batches, but found 1: .*overfit.yaml"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val of at least 0, but found -1.0: .*largest norm"),
+        ({"gradient_clip_val": float("nan")}, "gradient_clip_val of at least 0, but found nan"),
+        (
+            {"val_check_interval": "00:00:10:00"},
+            "val_check_interval as a number of batches, but found a time",
+        ),
     ],
 )
 def test_a_setting_that_would_be_ignored_or_repeat_samples_is_refused(options, message):
@@ -77,11 +80,11 @@ def test_every_other_setting_is_let_through(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_steps": 2}, "no trainer.min_steps, found 2: neither signals"),
-        ({"min_epochs": 2}, "no trainer.min_epochs, found 2: neither signals"),
-        ({"max_epochs": 2}, "max_epochs -1, found 2: .*--trainer.max_steps"),
-        ({"max_epochs": 0}, "max_epochs -1, found 0"),
-        ({"check_val_every_n_epoch": 2}, "check_val_every_n_epoch null, found 2: .*never be validated"),
+        ({"min_steps": 2}, "no trainer.min_steps, but found 2: neither signals"),
+        ({"min_epochs": 2}, "no trainer.min_epochs, but found 2: neither signals"),
+        ({"max_epochs": 2}, "max_epochs -1, but found 2: .*--trainer.max_steps"),
+        ({"max_epochs": 0}, "max_epochs -1, but found 0"),
+        ({"check_val_every_n_epoch": 2}, "check_val_every_n_epoch null, but found 2: .*never be validated"),
     ],
 )
 @pytest.mark.filterwarnings("default")
@@ -112,5 +115,5 @@ def test_a_trainable_parameter_that_no_optimizer_has_is_refused_by_name():
     module = nn.ModuleDict({"lrm": nn.Linear(1, 1), "frozen": nn.Linear(1, 1).requires_grad_(False)})
     require_trained(module, module["lrm"])
     module["scale"] = nn.Linear(1, 1, bias=False)
-    with pytest.raises(InputError, match=r"in module.lrm only, found scale.weight: "):
+    with pytest.raises(InputError, match=r"in module.lrm only, but found scale.weight: "):
         require_trained(module, module["lrm"])

@@ -146,12 +146,12 @@ def test_workers_do_not_change_the_order(shards, monkeypatch):
 
 def test_items_of_different_sizes_are_refused_with_both_sizes():
     small, large = (evaluation_item(synthetic_sample("a", 2, side, 0), 1, [1]) for side in (16, 32))
-    with pytest.raises(ValueError, match=r"one shape in a batch, found .*16, 16.*32, 32"):
+    with pytest.raises(ValueError, match=r"one shape in a batch, but found .*16, 16.*32, 32"):
         collate([small, large])
 
 
 def test_too_few_views_are_refused():
-    with pytest.raises(SampleError, match="at least 4 training views, found 3"):
+    with pytest.raises(SampleError, match="at least 4 training views, but found 3"):
         choose_views(np.random.default_rng(0), 3, 4)
 
 
@@ -197,7 +197,7 @@ def test_windows_grow_at_the_step_that_the_config_says_wherever_a_run_is_resumed
 
     assert sizes(7, 0, 0) == [8, 8, 8, 16, 16, 32, 32]
     assert sizes(4, 3, 12) == [16, 16, 32, 32], "the position has seen batches of another size"
-    with pytest.raises(ValueError, match=r"ascending steps from 1 on, found \[5, 3\]"):
+    with pytest.raises(ValueError, match=r"ascending steps from 1 on, but found \[5, 3\]"):
         Augmentation(CropConfig(8, 8, 8), stages[::-1])
 
 

@@ -100,7 +100,7 @@ def test_far_away_points_read_zeros():
 
 
 def test_planes_that_do_not_fit_the_axes_are_refused_with_both_shapes():
-    with pytest.raises(ValueError, match=r"expected planes \(3, S, S, C\), found \(2, 4, 4, 1\)"):
+    with pytest.raises(ValueError, match=r"expected planes \(3, S, S, C\), but found \(2, 4, 4, 1\)"):
         triplane_sample(torch.zeros(2, 4, 4, 1), torch.zeros(1, 3), AXES, "sum")
 
 

@@ -377,7 +377,9 @@ def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_p
     with pytest.raises(WeightsError, match=r"expected .*reg4\.pth with sha256 000"):
         load_other_encoder_state(name, tmp_path / "reg4.pth", "0" * 64)
     del state["norm.bias"]
-    with pytest.raises(ValueError, match=rf"expected the weights of {name}, found others: (?s:.*)norm\.bias"):
+    with pytest.raises(
+        ValueError, match=rf"expected the weights of {name}, but found others: (?s:.*)norm\.bias"
+    ):
         encoder.load_pretrained(state)
 
 
@@ -402,11 +404,11 @@ def test_an_encoder_that_timm_publishes_is_brought_from_the_hub(tmp_path, monkey
         "from the hub's cache, offline"
     )
     with pytest.raises(
-        WeightsError, match=r"from the hub's timm/vit_base_patch16_dinov3.*, found no answer.*hf download"
+        WeightsError, match=r"from the hub's timm/vit_base_patch16_dinov3.*, but found no answer.*hf download"
     ):
         load_hub_encoder_state("vit_base_patch16_dinov3")
     with pytest.raises(
-        WeightsError, match="expected an encoder of timm with published weights, found 'nosuch'"
+        WeightsError, match="expected an encoder of timm with published weights, but found 'nosuch'"
     ):
         load_hub_encoder_state("nosuch")
 
@@ -414,7 +416,9 @@ def test_an_encoder_that_timm_publishes_is_brought_from_the_hub(tmp_path, monkey
 def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(WeightsError, match=r"into .*file/weights, found: .*; name a folder .*: LRM_CACHE="):
+    with pytest.raises(
+        WeightsError, match=r"into .*file/weights, but found: .*. Name a folder .*: LRM_CACHE="
+    ):
         resolve("lpips_alex")
 
 
@@ -425,7 +429,7 @@ def test_a_user_without_a_home_is_told_how_to_name_a_cache(monkeypatch):
     monkeypatch.setattr("pathlib.Path.home", no_home)
     for name in ("LRM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(WeightsError, match=r"expected a home folder .*, found none; .*LRM_CACHE="):
+    with pytest.raises(WeightsError, match=r"expected a home folder .*, but found none; .*LRM_CACHE="):
         weights.cache_folder()
 
 
