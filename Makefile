@@ -92,7 +92,7 @@ else
 endif
 
 infer: .venv/ready ## From photos to 3D files: IMAGE=photo.png IMAGE="a.png in/*.png" CKPT= ARGS="--texture"
-	@test -n $(call quoted,$(IMAGE)) || { echo "Which picture?  make infer IMAGE=photo.png" >&2; exit 2; }
+	@test -n $(call quoted,$(IMAGE)) || { echo "Which image?  make infer IMAGE=photo.png" >&2; exit 2; }
 	.venv/bin/lrm infer $(call each,,$(IMAGE)) $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PROCESSES= ARGS="--baseline"
@@ -102,7 +102,7 @@ evaluate: .venv/ready ## Measure a trained network: CKPT= DATA= PROTOCOL=lrm PRO
 demo: .venv/ready ## A page in the browser that turns photos into meshes: CKPT= ARGS="--port 7860"
 	.venv/bin/lrm demo $(call option,--ckpt,$(CKPT)) $(ARGS)
 
-serve: .venv/ready ## Answer pictures with meshes over HTTP: CKPT= ARGS="--port 8000"
+serve: .venv/ready ## Answer images with meshes over HTTP: CKPT= ARGS="--port 8000"
 	.venv/bin/lrm serve $(call option,--ckpt,$(CKPT)) $(ARGS)
 
 doctor: .venv/ready ## Check what a run needs, on every node: CONFIG= DATA= ARGS= NODES= GPUS= PROCESSES= STRATEGY= PARTITION= ACCOUNT= CONTAINER=

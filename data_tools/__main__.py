@@ -219,14 +219,14 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         metavar="RULE",
         help="what an object must obey, else it is rejected: measures of OUT/filter.parquet compared with numbers; "
-        f"unless given, {', '.join(DEFAULT_RULES)}, and {WHOLE_RULE} where the preset's pictures show whole objects",
+        f"unless given, {', '.join(DEFAULT_RULES)}, and {WHOLE_RULE} where the preset's images show whole objects",
     )
     add_launch_parser(commands)
     check = commands.add_parser(
         "validate",
         help="look at every byte of a folder of shards",
         description=(
-            "Check sizes, hashes, members, schema, pictures, and whether cameras fit pictures; names what is wrong by "
+            "Check sizes, hashes, members, schema, images, and whether cameras fit images; names what is wrong by "
             "shard and sample, and ends with status 1 if anything is."
         ),
     )
@@ -236,9 +236,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--jobs", type=int, help="processes; one per core unless given")
     look = commands.add_parser(
         "inspect",
-        help="say what a folder of shards holds, with a page of pictures",
+        help="say what a folder of shards holds, with a page of images",
         description=(
-            "Print statistics of cameras, pictures, licenses and failures, and write SHARDS/inspect.html with the "
+            "Print statistics of cameras, images, licenses and failures, and write SHARDS/inspect.html with the "
             "contact sheet."
         ),
     )
@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         pack = commands.add_parser(
             name,
             help=what,
-            description="Make one folder of shards out of others; pictures that keep their size keep their bytes.",
+            description="Make one folder of shards out of others; images that keep their size keep their bytes.",
         )
         pack.add_argument("--shards", type=user_path, nargs="+", required=True, help="folders of shards")
         pack.add_argument("--out", type=user_path, required=True, help="folder to make")

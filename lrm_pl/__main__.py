@@ -32,7 +32,7 @@ COMMANDS = {
         "lrm_pl.apps.view:main",
         "fly around what a run reconstructs, also while it trains: lrm view RUN",
     ),
-    "serve": ("lrm_pl.apps.serve:main", "answer pictures with meshes over HTTP: lrm serve --ckpt RUN"),
+    "serve": ("lrm_pl.apps.serve:main", "answer images with meshes over HTTP: lrm serve --ckpt RUN"),
     "export": (
         "lrm_pl.apps.export:main",
         "turn a checkpoint into config.yaml + model.safetensors: lrm export RUN OUT",

@@ -1,7 +1,7 @@
-"""Color spaces that picture files declare, and the conversion of their colors to sRGB of 8 bits. numpy and PIL only.
+"""Color spaces that image files declare, and the conversion of their colors to sRGB of 8 bits. numpy and PIL only.
 
 Read are ICC profiles, PNG's cICP, sRGB, gAMA and cHRM chunks, AVIF's nclx, BMP's V4 and V5 headers, and EXIF's and
-TIFF's tags. A declaration that is damaged, or that does not fit the picture's mode, counts as none, as in browsers.
+TIFF's tags. A declaration that is damaged, or that does not fit the image's mode, counts as none, as in browsers.
 Without a declaration colors are sRGB, and CMYK is its complement. A PNG of 16 bits is converted before it is rounded to
 8 where a curve is declared, but not by a profile, which PIL converts 8 bits with.
 """
@@ -34,7 +34,7 @@ _PRIMARIES: Final = {
 }
 
 #: ITU-T H.273, table 3: code -> exponent; None is sRGB's curve. The curves of BT.601, 709 and 2020 (1, 6, 14, 15) are
-#: those of cameras; browsers show such pictures by sRGB's.
+#: those of cameras; browsers show such images by sRGB's.
 _TRANSFERS: Final = dict.fromkeys((1, 2, 6, 13, 14, 15)) | {4: 2.2, 5: 2.8, 8: 1.0}
 _HDR: Final = {16: "PQ, which is HDR", 18: "HLG, which is HDR"}
 
@@ -71,7 +71,7 @@ Converter = Callable[[Image.Image], Image.Image]
 
 
 class ColorSpaceError(InputError):
-    """A picture's colors cannot be converted to sRGB."""
+    """An image's colors cannot be converted to sRGB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +92,10 @@ ADOBE_RGB: Final = ColorSpace((0.64, 0.33, 0.21, 0.71, 0.15, 0.06, *_D65), 563 /
 
 
 def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image.Image:
-    """Convert a picture's colors from the color space that its file declares to sRGB.
+    """Convert an image's colors from the color space that its file declares to sRGB.
 
     Args:
-        image: The picture as PIL opened it: its mode and metadata.
+        image: The image as PIL opened it: its mode and metadata.
         rgb: Its colors as they are stored, RGB of 8 bits.
         content: Its file, for what PIL does not read (cICP, nclx, BMP's headers); empty where there is none.
 
@@ -116,7 +116,7 @@ def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image
 
 
 def says_srgb(image: Image.Image, content: bytes) -> bool:
-    """Say whether a picture that PIL has opened declares sRGB or nothing; arguments as in ``to_srgb``.
+    """Say whether an image that PIL has opened declares sRGB or nothing; arguments as in ``to_srgb``.
 
     Raises:
         ColorSpaceError: As ``to_srgb``.
@@ -135,7 +135,7 @@ def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] | None:
-    """Read the (H, W, 3) colors of a PNG of 16 bits, of which PIL keeps the upper halves; None of other pictures."""
+    """Read the (H, W, 3) colors of a PNG of 16 bits, of which PIL keeps the upper halves; None of other images."""
     if not content.startswith(_PNG) or content[24] != 16:
         return None
     if image.mode.startswith("I;16"):
@@ -192,7 +192,7 @@ def _to_xyz(xy: tuple[float, ...]) -> npt.NDArray[np.float64]:
 
 
 def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
-    """Convert a picture unless that would change no color but by rounding: declared sRGB keeps its values."""
+    """Convert an image unless that would change no color but by rounding: declared sRGB keeps its values."""
     levels = np.linspace(0, 255, 18).astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 18, 3)
     if image.mode == "L":
@@ -205,7 +205,7 @@ def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
 
 
 def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert by an ICC profile; None where it is broken or does not fit the picture."""
+    """Convert by an ICC profile; None where it is broken or does not fit the image."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
@@ -289,7 +289,7 @@ def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
     meta = _box(content, b"meta", 0, len(content))
     if meta is None:
         raise ColorSpaceError(
-            expected="a still picture in the AVIF", found="a sequence alone", remedy="export its first frame"
+            expected="a still image in the AVIF", found="a sequence alone", remedy="export its first frame"
         )
     first = meta[0] + 4  # after version and flags
     boxes = {kind: (start, end) for kind, start, end in _boxes(content, first, meta[1])}

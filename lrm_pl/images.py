@@ -1,4 +1,4 @@
-"""Pictures from outside: opened with care, and framed as training pictures are. numpy and PIL only."""
+"""Images from outside: opened with care, and framed as training images are. numpy and PIL only."""
 
 import io
 import struct
@@ -17,12 +17,12 @@ from lrm_pl.errors import InputError
 #: Files that are read; PIL knows many more, of which some run other programs.
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 
-#: A picture with more bytes or pixels is refused before it is decoded.
+#: An image with more bytes or pixels is refused before it is decoded.
 MAX_BYTES: Final = 64 << 20
 MAX_PIXELS: Final = 64 << 20
 
-#: What PIL answers to a broken picture.
-PICTURE_ERRORS = (
+#: What PIL answers to a broken image.
+DECODE_ERRORS = (
     OSError,
     EOFError,
     SyntaxError,
@@ -35,7 +35,7 @@ PICTURE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-#: EXIF's tag of how a camera was held, and what makes its pictures upright.
+#: EXIF's tag of how a camera was held, and what makes its images upright.
 _ORIENTATION: Final = 0x0112
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,29 +55,29 @@ _JPEG_IN_TIFF: Final = (6, 7)
 #: Alpha (of 255) above which a pixel belongs to the object.
 _SOLID = 127
 
-#: Fraction of a picture that an object has at least.
+#: Fraction of an image that an object has at least.
 _LEAST_SHARE = 1e-3
 
 #: Longer side of an object, pixels, from which there is something to be seen of it.
 _LEAST_SIDE = 8
 
-#: Levels (of 255) that a picture's colors span at least where it shows something.
+#: Levels (of 255) that an image's colors span at least where it shows something.
 _LEAST_CONTRAST = 8
 
 
-class PictureError(InputError):
-    """A file is no picture that can be used; the message says what was expected and what was found."""
+class ImageError(InputError):
+    """A file is no image that can be used; the message says what was expected and what was found."""
 
 
-class PictureTooLargeError(PictureError):
-    """A picture has more bytes or pixels than it may have."""
+class ImageTooLargeError(ImageError):
+    """An image has more bytes or pixels than it may have."""
 
 
-class NotAPictureError(PictureError):
+class NotAnImageError(ImageError):
     """A file is something else."""
 
 
-def open_picture(
+def open_image(
     source: Path | bytes,
     name: str = "",
     *,
@@ -85,7 +85,7 @@ def open_picture(
     max_pixels: int = MAX_PIXELS,
     upright: bool = True,
 ) -> Image.Image:
-    """Open a picture that anybody may have made, upright, as sRGB of 8 bits: RGB or RGBA.
+    """Open an image that anybody may have made, upright, as sRGB of 8 bits: RGB or RGBA.
 
     Args:
         source: A file, or its bytes.
@@ -95,26 +95,26 @@ def open_picture(
         upright: Turn it as its EXIF says; False where a camera was computed for the pixels as they are stored.
 
     Returns:
-        The picture; RGBA where it has any transparency to it, else RGB.
+        The image; RGBA where it has any transparency to it, else RGB.
 
     Raises:
-        PictureError: It is not there, no picture, broken, too large, or of a kind whose colors are not known.
+        ImageError: It is not there, no image, broken, too large, or of a kind whose colors are not known.
     """
-    name = name or str(source if isinstance(source, Path) else "the picture")
+    name = name or str(source if isinstance(source, Path) else "the image")
     if isinstance(source, Path):
         if not source.is_file():
-            raise PictureError(expected=f"a picture at {source}", found="no file", remedy="correct the path")
+            raise ImageError(expected=f"an image at {source}", found="no file", remedy="correct the path")
         size = source.stat().st_size
         try:
             content = source.read_bytes() if size <= max_bytes else b""
         except OSError as error:
-            raise PictureError(
-                expected=f"a picture at {source}", found=f"that it cannot be read: {error}"
+            raise ImageError(
+                expected=f"an image at {source}", found=f"that it cannot be read: {error}"
             ) from error
     else:
         content, size = source, len(source)
     if size > max_bytes:
-        raise PictureTooLargeError(
+        raise ImageTooLargeError(
             subject=name, expected=f"at most {max_bytes} bytes", found=size, remedy="make it smaller"
         )
     _require_pixels(name, webp_size(content), max_pixels)
@@ -126,12 +126,12 @@ def open_picture(
                 _prepare(image, content)
                 image.load()
                 return to_rgb8(image, content, upright=upright)
-    except PictureTooLargeError:
+    except ImageTooLargeError:
         raise
-    except PictureError as error:
-        raise PictureError(f"{name}: {error}") from error
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
-        raise PictureTooLargeError(
+        raise ImageTooLargeError(
             subject=name,
             expected=f"at most {max_pixels / 1000000.0:.0f} megapixels",
             found=f"more: {error}",
@@ -139,28 +139,26 @@ def open_picture(
         ) from error
     except UnidentifiedImageError as error:
         if content[:4] in (b"II*\0", b"MM\0*"):
-            raise NotAPictureError(
+            raise NotAnImageError(
                 subject=name,
                 expected="a TIFF format that Pillow supports",
                 found="an unsupported one, such as floats",
                 remedy="save it with 8 bits per channel",
             ) from error
-        raise NotAPictureError(
+        raise NotAnImageError(
             subject=name,
-            expected=f"a picture ({', '.join(FORMATS)})",
+            expected=f"an image ({', '.join(FORMATS)})",
             found=f"{size} bytes of something else",
             remedy="convert it",
         ) from error
-    except PICTURE_ERRORS as error:
-        raise PictureError(
-            subject=name, expected="a whole picture", found=f"a broken one: {error}"
-        ) from error
+    except DECODE_ERRORS as error:
+        raise ImageError(subject=name, expected="a whole image", found=f"a broken one: {error}") from error
 
 
 def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -> Image.Image:
-    """Turn a picture as its EXIF says, and make it sRGB of 8 bits: RGBA where it has any transparency to it, else RGB.
+    """Turn an image as its EXIF says, and make it sRGB of 8 bits: RGBA where it has any transparency to it, else RGB.
 
-    What it returns has no metadata: whoever reads the orientation again finds the picture upright.
+    What it returns has no metadata: whoever reads the orientation again finds the image upright.
 
     Args:
         image: Any mode but floats and 32 bits.
@@ -168,13 +166,13 @@ def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -
         upright: Turn it as its EXIF says.
 
     Raises:
-        PictureError: Its samples have no known white, or its colors cannot be converted to sRGB.
+        ImageError: Its samples have no known white, or its colors cannot be converted to sRGB.
     """
     plain = _eight_bits(image)
     try:
         colors = to_srgb(image, plain.convert("RGB"), content)
     except ColorSpaceError as error:
-        raise PictureError(str(error)) from error
+        raise ImageError(str(error)) from error
     if plain.mode == "RGBA":
         colors.putalpha(plain.getchannel("A"))
     turned = _upright(colors, image) if upright else colors
@@ -183,7 +181,7 @@ def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -
 
 
 def webp_size(encoded: bytes) -> tuple[int, int]:
-    """Read width and height of a WebP out of its header: Pillow 12 allocates the picture when it opens it.
+    """Read width and height of a WebP out of its header: Pillow 12 allocates the image when it opens it.
 
     Returns:
         The size; (0, 0) where it is no WebP.
@@ -200,7 +198,7 @@ def webp_size(encoded: bytes) -> tuple[int, int]:
 
 
 def has_background(image: Image.Image) -> bool:
-    """Say whether a picture shows more than an object: most of its edge is opaque.
+    """Say whether an image shows more than an object: most of its edge is opaque.
 
     A cutout may touch the edge; a screenshot whose corners are round is transparent in the corners alone.
     """
@@ -212,11 +210,11 @@ def has_background(image: Image.Image) -> bool:
 
 
 def without_background(image: Image.Image, remover: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Return a picture as RGBA without its background; what was transparent stays transparent.
+    """Return an image as RGBA without its background; what was transparent stays transparent.
 
     Args:
         image: RGB or RGBA.
-        remover: Makes an RGBA picture of an RGB one.
+        remover: Makes an RGBA image of an RGB one.
     """
     alpha = image.convert("RGBA").getchannel("A")
     white = Image.new("RGB", image.size, "white")
@@ -227,12 +225,12 @@ def without_background(image: Image.Image, remover: Callable[[Image.Image], Imag
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Say whether a picture shows one color only, as where a lens was covered."""
+    """Say whether an image shows one color only, as where a lens was covered."""
     return int(np.ptp(np.asarray(image.convert("RGB")), axis=(0, 1)).max()) <= _LEAST_CONTRAST
 
 
 def has_object(image: Image.Image) -> bool:
-    """Say whether a thousandth or more of an RGBA picture is more than half opaque.
+    """Say whether a thousandth or more of an RGBA image is more than half opaque.
 
     Where a photo shows nothing, its background's remover, whose masks reach from 0 to 1 always, leaves a few specks.
     """
@@ -240,7 +238,7 @@ def has_object(image: Image.Image) -> bool:
 
 
 def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:
-    """Cut an object out of its picture, and place it as training pictures show objects.
+    """Cut an object out of its image, and place it as training images show objects.
 
     The middle of its bounding box comes to the middle of a square, its longer side takes a share of the square's.
 
@@ -250,23 +248,23 @@ def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:
         side: Side of the square, pixels.
 
     Returns:
-        A square RGBA picture, straight alpha.
+        A square RGBA image, straight alpha.
 
     Raises:
-        PictureError: Everything in it is transparent, or the object has next to no pixels.
+        ImageError: Everything in it is transparent, or the object has next to no pixels.
     """
     rgba = np.asarray(image, dtype=np.float32) / 255
     box = object_box(rgba[..., 3])
     if box is None:
-        raise PictureError(
-            expected="an object in the picture", found="alpha 0 everywhere", remedy="check its alpha channel"
+        raise ImageError(
+            expected="an object in the image", found="alpha 0 everywhere", remedy="check its alpha channel"
         )
     top, left, bottom, right = box
     if max(bottom - top, right - left) < _LEAST_SIDE:
-        raise PictureError(
+        raise ImageError(
             expected=f"an object of {_LEAST_SIDE} pixels or more",
             found=f"one of {right - left} x {bottom - top}",
-            remedy="give a larger picture",
+            remedy="give a larger image",
         )
     scale = foreground * side / max(bottom - top, right - left)
     middle = (top + bottom) / 2, (left + right) / 2
@@ -311,10 +309,10 @@ def _placed(channel: np.ndarray, scale: float, place: tuple[int, int], side: int
 
 
 def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Turn a picture as the EXIF of the one that it was made of says; broken EXIF turns nothing."""
+    """Turn an image as the EXIF of the one that it was made of says; broken EXIF turns nothing."""
     try:
         orientation = opened.getexif().get(_ORIENTATION)
-    except (*PICTURE_ERRORS, AttributeError):
+    except (*DECODE_ERRORS, AttributeError):
         return image
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
@@ -322,7 +320,7 @@ def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
 
 def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:
     if size[0] * size[1] > most:
-        raise PictureTooLargeError(
+        raise ImageTooLargeError(
             subject=name,
             expected=f"at most {most / 1000000.0:.0f} megapixels",
             found=f"{size[0]} x {size[1]}",
@@ -331,17 +329,17 @@ def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Make a picture RGB or RGBA of 8 bits; its colors stay in their color space.
+    """Make an image RGB or RGBA of 8 bits; its colors stay in their color space.
 
     Raises:
-        PictureError: Its samples have no known white: floats, 32 bits or signed.
+        ImageError: Its samples have no known white: floats, 32 bits or signed.
     """
     tags = getattr(image, "tag_v2", {})  # TIFF's
     if image.mode in ("F", "I") or 2 in tags.get(_SAMPLE_FORMAT, ()):
         kind = "floats" if image.mode == "F" else "signed integers or 32 bits"
-        raise PictureError(
+        raise ImageError(
             expected="8 or 16 bits a channel",
-            found=f"{kind}, of which nobody says what is white",
+            found=f"{kind}, whose white level is unknown",
             remedy="export it with 8 bits",
         )
     if image.mode.startswith("I;16"):
@@ -365,18 +363,18 @@ def _prepare(image: Image.Image, content: bytes) -> None:
     """Correct what PIL says of a file that it has opened and not yet decoded.
 
     Raises:
-        PictureError: PIL would decode it to something else than it shows.
+        ImageError: PIL would decode it to something else than it shows.
     """
     tags = getattr(image, "tag_v2", {})
     if tags.get(_PHOTOMETRIC) == _YCBCR and tags.get(_COMPRESSION) not in _JPEG_IN_TIFF:
-        raise PictureError(
+        raise ImageError(
             expected="RGB in a TIFF without JPEG compression", found="YCbCr", remedy="export it as RGB"
         )
     if image.format != "PNG" or "transparency" not in image.info:
         return
     bits = content[24]
     if image.mode == "RGB" and bits == 16:  # PIL keeps the upper halves alone, which several colors share
-        raise PictureError(
+        raise ImageError(
             expected="8 bits a channel in a PNG with a transparent color (tRNS)",
             found="16",
             remedy="export it with an alpha channel",

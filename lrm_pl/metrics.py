@@ -17,7 +17,7 @@ from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
 
 #: How far values may leave [0, 1] before they are called wrong: a decoder's widened sigmoid does by 0.001.
-#: What is nearer is clamped, as writing a picture would.
+#: What is nearer is clamped, as writing an image would.
 RANGE_TOLERANCE: Final = 0.01
 
 #: SSIM's window; a smaller image has no pixel whose window is whole.
@@ -25,7 +25,7 @@ SSIM_WINDOW: Final = 11
 
 
 class NotFiniteError(InputError):
-    """A picture has a value that is not finite: what drew it has gone wrong."""
+    """An image has a value that is not finite: what drew it has gone wrong."""
 
 
 class ImageScores(NamedTuple):
@@ -81,7 +81,7 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
         )
     with torch.autocast(prediction.device.type, enabled=False), without_tf32():
         values = structural_similarity_index_measure(prediction, target, data_range=1.0, reduction="none")
-    assert isinstance(values, Tensor)  # it returns a pair only when asked for the full picture
+    assert isinstance(values, Tensor)  # it returns a pair only when asked for the full image
     return values
 
 
@@ -158,7 +158,7 @@ class ImageMetrics(Metric):
                 expected="finite predictions",
                 found="a value that is NaN or infinite",
                 remedy=(
-                    "a network that has diverged draws such pictures: take an earlier checkpoint, or lower "
+                    "a network that has diverged draws such images: take an earlier checkpoint, or lower "
                     "the learning rate"
                 ),
             )

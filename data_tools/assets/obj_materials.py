@@ -22,8 +22,8 @@ _MATT = frozenset({"0", "1"})
 #: Statements of numbers, after which a comment may follow; names of files may hold its sign.
 _NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
 
-#: Statements of pictures, beside those that begin with ``map_``.
-_PICTURES = frozenset({"bump", "disp", "decal", "norm", "refl"})
+#: Statements of images, beside those that begin with ``map_``.
+_IMAGES = frozenset({"bump", "disp", "decal", "norm", "refl"})
 
 #: As Blender spells what it reads; it tells upper from lower case.
 _SPELLING = {
@@ -41,8 +41,8 @@ class Surface:
 
     Attributes:
         libraries: MTL files that it names, in order; relative to the OBJ's folder.
-        textures: Pictures of color and of opacity of the materials in use; relative to the OBJ's folder.
-        colors: Colors (``Kd``, as written) of the materials in use that have no picture.
+        textures: Images of color and of opacity of the materials in use; relative to the OBJ's folder.
+        colors: Colors (``Kd``, as written) of the materials in use that have no image.
         missing: Those of ``libraries`` and ``textures`` that are not there, or lie outside the folder.
     """
 
@@ -62,7 +62,7 @@ def read_surface(obj: bytes, read: Read) -> Surface:
     used = _names(b"usemtl", obj)
     names = library_names(obj, lambda name: not leaves(name) and read(posixpath.normpath(name)) is not None)
     libraries = tuple(dict.fromkeys(map(posixpath.normpath, names)))
-    missing, colors, pictures = [], dict[str, str](), dict[str, list[str]]()
+    missing, colors, images = [], dict[str, str](), dict[str, list[str]]()
     for library in libraries:
         content = None if leaves(library) else read(library)
         if content is None:
@@ -73,10 +73,10 @@ def read_surface(obj: bytes, read: Read) -> Surface:
                 colors[material] = " ".join(value.split())
             elif key in ("map_kd", "map_d"):
                 name = posixpath.join(posixpath.dirname(library), _without_options(value))
-                pictures.setdefault(material, []).append(posixpath.normpath(name))
-    textures = tuple(dict.fromkeys(name for key in sorted(used) for name in pictures.get(key, ())))
+                images.setdefault(material, []).append(posixpath.normpath(name))
+    textures = tuple(dict.fromkeys(name for key in sorted(used) for name in images.get(key, ())))
     missing += [name for name in textures if leaves(name) or read(name) is None]
-    plain = frozenset(colors.get(key, "") for key in used if key not in pictures)
+    plain = frozenset(colors.get(key, "") for key in used if key not in images)
     return Surface(libraries, textures, plain, tuple(missing))
 
 
@@ -208,7 +208,7 @@ def translated_mtl(files: Iterable[Path]) -> bytes:
                 value = " ".join(f"{x if by_blender else linear(x):.9g}" for x in color)
             elif keyword in ("refl", "map_refl") and not by_blender:
                 continue  # a reflected room, which Blender takes for where the surface is metal
-            elif keyword in _PICTURES or keyword.startswith("map_"):
+            elif keyword in _IMAGES or keyword.startswith("map_"):
                 value = _with_place(path.parent, value)
             statements = materials.setdefault(name, {})
             statements.pop(keyword, None)  # the last one stands, in its place
@@ -252,8 +252,8 @@ def _color(value: str) -> list[float]:
     return [min(max(x, 0.0), 1.0) for x in (numbers * 3)[:3]]
 
 
-def clamped_pictures(files: Iterable[Path]) -> set[str]:
-    """Return the pictures that MTL files do not repeat (``-clamp on``)."""
+def clamped_images(files: Iterable[Path]) -> set[str]:
+    """Return the images that MTL files do not repeat (``-clamp on``)."""
     return {
         _without_options(_with_place(path.parent, value))
         for path in files

@@ -4,8 +4,8 @@
 |------------------------------------------------|-----------------------|-------------------------------|
 | other names of colors and texture coordinates  | gray                  | read                          |
 | colors of faces                                | gray                  | the colors                    |
-| ``TextureFile``, laid on by vertices or faces  | gray                  | the picture                   |
-| the same with several pictures                 | gray                  | counted as missing            |
+| ``TextureFile``, laid on by vertices or faces  | gray                  | the image                   |
+| the same with several images                 | gray                  | counted as missing            |
 | colors in 0 to 255 as ``int``                  | black                 | the colors                    |
 | positions that are not finite, in binary       | the origin            | refused                       |
 | a face with a vertex that is not there         | without that face     | refused                       |
@@ -78,7 +78,7 @@ def readable_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
         scratch: Where a copy is written if one is needed.
 
     Returns:
-        The file; the picture that lies on it, "" where there is none; and what of its colors is lost.
+        The file; the image that lies on it, "" where there is none; and what of its colors is lost.
 
     Raises:
         KindError: A position is no number, or a face has a corner that is not there.
@@ -123,7 +123,7 @@ def readable_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
 
 
 def _parse(header: bytes) -> tuple[list[bytes], dict[str, _Element], list[str]]:
-    """Return the lines of a header with usual names, its elements, and the pictures that it names."""
+    """Return the lines of a header with usual names, its elements, and the images that it names."""
     renamed, textures, elements, last = list[bytes](), list[str](), dict[str, _Element](), ""
     for line in re.split(rb"\r\n|\r|\n", header.rstrip(b"\r\n")):
         words = line.split()

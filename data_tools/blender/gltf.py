@@ -6,7 +6,7 @@
 | nodes with ``visible`` false                           | seen                       | not seen, nor what hangs under|
 | a node's ``matrix`` with a shear                       | the shear is lost          | two nodes without one         |
 | ``COLOR_0`` and no material                            | veiled with gloss          | glTF's default material       |
-| ``TEXCOORD_1`` without ``TEXCOORD_0``                  | one texel everywhere       | the picture                   |
+| ``TEXCOORD_1`` without ``TEXCOORD_0``                  | one texel everywhere       | the image                   |
 | two faces of the same vertices, that look two ways     | the second is left out     | both                          |
 | positions that are not finite                          | the origin                 | refused                       |
 | damaged Draco data                                     | that part is left out      | refused                       |

@@ -22,7 +22,7 @@ from data_tools.blender import (
     materials as blender_materials,
 )
 from data_tools.blender import (
-    textures as blender_pictures,
+    textures as blender_images,
 )
 from data_tools.quality.measures import MeshMeasures
 from lrm_pl.conventions import Normalization
@@ -63,7 +63,7 @@ def load_asset(
             mtl_files, missing = obj_materials.libraries(path, content)
             _refuse_files_outside(root, path.parent, map(str, mtl_files))
             undefined = [] if missing else obj_materials.undefined_materials(content, mtl_files)
-            clamped = obj_materials.clamped_pictures(mtl_files)
+            clamped = obj_materials.clamped_images(mtl_files)
             readable = blender_materials.readable_obj(path, content, mtl_files, Path(scratch))
         elif kind == ".ply":
             readable, texture, lost = ply.readable_ply(path, Path(scratch))
@@ -77,20 +77,20 @@ def load_asset(
         _refuse_lost_faces(content)
     if texture:
         blender_materials.show_texture(path.parent / texture)
-    blender_pictures.find_pictures(path.parent.absolute())
+    blender_images.find_images(path.parent.absolute())
     if kind == ".fbx":
         blender_materials.correct_fbx(path)
     if kind not in blender_gltf.SUFFIXES:
         has_colors = blender_materials.show_vertex_colors()
         missing += [] if has_colors else undefined
-        blender_pictures.stretch_edges(clamped)
-    pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
-    _refuse_files_outside(root, Path.cwd(), pictures)
-    blender_materials.open_pictures()
+        blender_images.stretch_edges(clamped)
+    images = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
+    _refuse_files_outside(root, Path.cwd(), images)
+    blender_materials.open_images()
     if kind not in blender_gltf.SUFFIXES:
-        blender_pictures.keep_colors_straight()
-        blender_pictures.read_masks()
-        blender_pictures.leave_heights_out()
+        blender_images.keep_colors_straight()
+        blender_images.read_masks()
+        blender_images.leave_heights_out()
     return prepare(normalize, missing)
 
 
@@ -176,16 +176,16 @@ def prepare(
     doubled = blender_materials.separate_doubled_faces()
     one_sided = blender_materials.hide_back_faces()
     shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
-    unseen = _pictures(set(bpy.data.objects) - set(shown)) - _pictures(shown)
-    # Asking for the size makes Blender load the picture.
-    pictures = [
+    unseen = _images(set(bpy.data.objects) - set(shown)) - _images(shown)
+    # Asking for the size makes Blender load the image.
+    images = [
         image
         for image in bpy.data.images
         if image not in unseen and (image.source not in ("GENERATED", "VIEWER") or image.packed_file)
     ]
-    missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
+    missing = [image.filepath or image.name for image in images if image.size[0] == 0]
     missing += [f"that of {node.name}" for node in _texture_nodes(shown) if node.image is None]
-    blender_pictures.separate_color_from_data()
+    blender_images.separate_color_from_data()
     for name in [*missing, *lost]:
         print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalize(normalize)
@@ -200,7 +200,7 @@ def prepare(
         thinness=float(extent.min() / extent.max()),
         materials=len(materials),
         colored=_is_colored(materials),
-        textures=len(pictures),
+        textures=len(images),
         missing_textures=len(missing) + len(lost),
         animated=animated,
         hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in things),
@@ -209,8 +209,8 @@ def prepare(
     )
 
 
-def _pictures(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
-    """Return the pictures of the materials of some objects."""
+def _images(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
+    """Return the images of the materials of some objects."""
     return {node.image for node in _texture_nodes(things) if node.image}
 
 

@@ -55,7 +55,7 @@ def last_geometry(
 
 
 def _read(scratch: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """Write the passes of the last picture to a file and read them: name -> (H, W, channels)."""
+    """Write the passes of the last image to a file and read them: name -> (H, W, channels)."""
     path = os.fspath(scratch / "passes.exr")
     image = bpy.context.scene.render.image_settings
     kept = {

@@ -58,7 +58,7 @@ def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> No
     render.use_compositing = render.use_sequencer = render.use_motion_blur = render.use_simplify = False
     render.use_persistent_data = True  # keeps the scene and its BVH between the views of one object
     render.threads_mode, render.threads = "FIXED", threads
-    # a fixed number of independent samples: what a pixel costs and means does not depend on the picture
+    # a fixed number of independent samples: what a pixel costs and means does not depend on the image
     cycles.samples = samples
     cycles.use_adaptive_sampling = cycles.use_denoising = False
     cycles.sampling_pattern = "TABULATED_SOBOL"
@@ -91,7 +91,7 @@ def add_camera() -> None:
 
 @contextlib.contextmanager
 def cycles_clock() -> Iterator[list[float]]:
-    """Note the seconds of each picture between Blender's handing over to Cycles and Cycles' last pixel."""
+    """Note the seconds of each image between Blender's handing over to Cycles and Cycles' last pixel."""
     seconds, start = list[float](), [0.0]
 
     def begin(*_: object) -> None:

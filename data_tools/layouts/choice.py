@@ -11,7 +11,7 @@ from data_tools.layouts import instantmesh, mvimgnet, openlrm, zero123
 from data_tools.layouts.files import MAX_VIEWS, LayoutError, Posed
 from lrm_pl.conventions import Normalization
 from lrm_pl.data.schema import MAX_IMAGE_SIDE
-from lrm_pl.images import PICTURE_ERRORS
+from lrm_pl.images import DECODE_ERRORS
 
 LAYOUTS = ("openlrm", "zero123", "instantmesh", "mvimgnet")
 
@@ -25,7 +25,7 @@ class Kind:
 
     Attributes:
         views: Number of views.
-        size: Width and height of the pictures.
+        size: Width and height of the images.
     """
 
     views: int
@@ -44,7 +44,7 @@ class Layout:
         name: What users call it.
         find: Lists the folders of objects.
         read: Reads an object's folder.
-        kind: Looks at an object without reading all of it; None where its pictures cannot be looked at.
+        kind: Looks at an object without reading all of it; None where its images cannot be looked at.
         normalize: How objects are scaled.
     """
 
@@ -85,17 +85,15 @@ def make_layout(
     if views is not None or masks is not None:
         raise LayoutError(expected="--views and --masks with --from mvimgnet only", found=f"--from {name}")
     files = {"openlrm": openlrm, "zero123": zero123, "instantmesh": instantmesh}[name]
-    return Layout(
-        name, files.find_objects, files.read_object, partial(_kind, pictures=files.pictures), "cube"
-    )
+    return Layout(name, files.find_objects, files.read_object, partial(_kind, images=files.images), "cube")
 
 
-def _kind(folder: Path, pictures: Callable[[Path], list[Path]]) -> Kind | None:
+def _kind(folder: Path, images: Callable[[Path], list[Path]]) -> Kind | None:
     try:
-        files = pictures(folder)
+        files = images(folder)
         with Image.open(files[0], formats=("PNG", "WEBP")) as image:  # only its header is read
             return Kind(len(files), image.size)
-    except (IndexError, *PICTURE_ERRORS):
+    except (IndexError, *DECODE_ERRORS):
         return None  # whoever reads it says why
 
 

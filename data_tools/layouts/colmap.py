@@ -51,7 +51,7 @@ class Camera:
     p2: float = 0.0
 
     def displacement(self, pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Say how far distortion moves points of the picture: (N, 2) pixels -> (N) pixels."""
+        """Say how far distortion moves points of the image: (N, 2) pixels -> (N) pixels."""
         x, y = (pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy
         square = x * x + y * y
         radial = self.k1 * square + self.k2 * square**2
@@ -62,7 +62,7 @@ class Camera:
 
 @dataclasses.dataclass(frozen=True)
 class PosedImage:
-    """A picture that COLMAP found the pose of.
+    """An image that COLMAP found the pose of.
 
     Attributes:
         name: File name.
@@ -76,7 +76,7 @@ class PosedImage:
 
 
 def read_model(folder: Path) -> list[PosedImage]:
-    """Read a model, sorted by the names of its pictures.
+    """Read a model, sorted by the names of its images.
 
     Raises:
         LayoutError: A file is missing, truncated, or not of this format.

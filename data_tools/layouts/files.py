@@ -22,7 +22,7 @@ from lrm_pl.color_spaces import ColorSpaceError, says_srgb
 from lrm_pl.data.manifest import MAX_MEMBER_BYTES
 from lrm_pl.data.schema import HEADER_ERRORS, MAX_IMAGE_SIDE, encode_image
 from lrm_pl.errors import InputError
-from lrm_pl.images import PICTURE_ERRORS, open_picture, webp_size
+from lrm_pl.images import DECODE_ERRORS, open_image, webp_size
 
 #: A pose has twelve numbers, the poses of 999 views 16 times as many; no such file is larger.
 _MAX_ARRAY_BYTES = 1 << 20
@@ -41,8 +41,8 @@ class Posed:
 
     Attributes:
         c2w: (V, 4, 4) float32 poses, OpenCV, +z up.
-        fxfycxcy: (V, 4) float32 intrinsics, divided by the picture's width and height.
-        views: V encoded RGBA pictures, their colors sRGB.
+        fxfycxcy: (V, 4) float32 intrinsics, divided by the image's width and height.
+        views: V encoded RGBA images, their colors sRGB.
     """
 
     c2w: npt.NDArray[np.float32]
@@ -83,8 +83,8 @@ def folders_with(root: Path, names: str) -> list[Path]:
     return sorted(found)
 
 
-def numbered_pictures(folder: Path) -> list[Path]:
-    """List the pictures of a folder whose names are numbers (``007.png``), in order.
+def numbered_images(folder: Path) -> list[Path]:
+    """List the images of a folder whose names are numbers (``007.png``), in order.
 
     Raises:
         LayoutError: Two have one number.
@@ -92,16 +92,16 @@ def numbered_pictures(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"\d{1,6}\.(png|webp)", path.name)]
-    pictures = sorted(found, key=lambda path: (int(path.stem), path.name))
-    for first, second in itertools.pairwise(pictures):
+    images = sorted(found, key=lambda path: (int(path.stem), path.name))
+    for first, second in itertools.pairwise(images):
         if int(first.stem) == int(second.stem):
             raise LayoutError(
                 subject=folder,
-                expected="one picture a number",
+                expected="one image a number",
                 found=f"{first.name} and {second.name}",
                 remedy="remove one of them",
             )
-    return pictures
+    return images
 
 
 def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
@@ -118,10 +118,10 @@ def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
 
 
 def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tuple[bytes, ...]:
-    """Read an object's pictures, as ``rgba_view`` makes them.
+    """Read an object's images, as ``rgba_view`` makes them.
 
     Args:
-        files: The pictures.
+        files: The images.
         folder: Where they are.
         aspect: Width over height of what the camera sees.
 
@@ -131,19 +131,19 @@ def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tupl
     """
     if not 1 <= len(files) <= MAX_VIEWS:
         raise LayoutError(
-            subject=folder, expected=f"1 to {MAX_VIEWS} pictures 000.png, 001.png, ...", found=len(files)
+            subject=folder, expected=f"1 to {MAX_VIEWS} images 000.png, 001.png, ...", found=len(files)
         )
     views = tuple(rgba_view(read_file(file), str(file)) for file in files)
     for file, view in zip(files, views, strict=True):
         try:
             with Image.open(io.BytesIO(view), formats=("PNG", "WEBP")) as image:  # only its header is read
                 width, height = image.size
-        except PICTURE_ERRORS:
+        except DECODE_ERRORS:
             continue  # whoever decodes it says so
         if abs(width - aspect * height) > 1:
             raise LayoutError(
                 subject=file,
-                expected=f"a picture of {aspect * height:.0f} x {height} pixels, the shape that its camera sees",
+                expected=f"an image of {aspect * height:.0f} x {height} pixels, the shape that its camera sees",
                 found=f"{width} x {height}",
                 remedy="it has been cut or stretched",
             )
@@ -160,11 +160,11 @@ def rgba_view(content: bytes, name: str) -> bytes:
         name: What messages call it.
 
     Returns:
-        The same bytes where it is such a view already, has no transparency, or is no picture: whoever decodes it says
+        The same bytes where it is such a view already, has no transparency, or is no image: whoever decodes it says
         so.
 
     Raises:
-        PictureError: Its colors cannot be converted to sRGB.
+        ImageError: Its colors cannot be converted to sRGB.
     """
     if max(webp_size(content)) > MAX_IMAGE_SIDE:
         return content
@@ -180,10 +180,10 @@ def rgba_view(content: bytes, name: str) -> bytes:
                 stored = np.asarray(image)
     except ColorSpaceError:
         pass  # refused below, with its name
-    except PICTURE_ERRORS:
+    except DECODE_ERRORS:
         return content
     # Its camera was computed for the pixels as they are stored, whatever EXIF says.
-    rgba = np.asarray(open_picture(content, name, upright=False))
+    rgba = np.asarray(open_image(content, name, upright=False))
     return content if stored is not None and np.array_equal(rgba, stored) else encode_image(rgba)
 
 

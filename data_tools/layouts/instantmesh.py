@@ -20,7 +20,7 @@ from data_tools.layouts.files import (
     Posed,
     folders_with,
     inverted,
-    numbered_pictures,
+    numbered_images,
     read_npz,
     read_views,
     squared,
@@ -39,9 +39,9 @@ def find_objects(root: Path) -> list[Path]:
     return folders_with(root, r"\d{1,6}\.(png|webp)|cameras\.npz")
 
 
-def pictures(folder: Path) -> list[Path]:
-    """List an object's pictures, in order."""
-    return numbered_pictures(folder)
+def images(folder: Path) -> list[Path]:
+    """List an object's images, in order."""
+    return numbered_images(folder)
 
 
 def read_object(folder: Path) -> Posed:
@@ -51,13 +51,11 @@ def read_object(folder: Path) -> Posed:
         LayoutError: A file is missing or strange, or the cameras do not look at the origin.
     """
     path = folder / "cameras.npz"
-    files = pictures(folder)
+    files = images(folder)
     views = read_views(files, folder)
     poses = squared(read_npz(path, "cam_poses"), str(path))
     if poses.shape != (len(files), 4, 4) or [int(file.stem) for file in files] != list(range(len(files))):
-        raise LayoutError(
-            subject=path, expected=f"a pose for each of {len(files)} pictures", found=poses.shape
-        )
+        raise LayoutError(subject=path, expected=f"a pose for each of {len(files)} images", found=poses.shape)
     focal = focal_from_fov(np.array(FOV_DEG))
     return Posed(
         c2w=opencv_poses(poses, str(path)),

@@ -1,6 +1,6 @@
 """From the world of a video, of any orientation and scale, to ours: up is +z, the object fills the unit sphere.
 
-Nothing is used but the cameras and the outlines of the object in each picture. What stays as it was filmed: the ratio
+Nothing is used but the cameras and the outlines of the object in each image. What stays as it was filmed: the ratio
 of a camera's distance to the object's size.
 """
 

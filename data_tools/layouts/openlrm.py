@@ -2,7 +2,7 @@
 
     <uid>/rgba/000.png        RGBA
     <uid>/pose/000.npy        3 x 4, camera to world; Blender's camera: x right, y up, z backward
-    <uid>/intrinsics.npy      3 x 2, pixels: fx fy, cx cy, width height; the pictures may have been resized since
+    <uid>/intrinsics.npy      3 x 2, pixels: fx fy, cx cy, width height; the images may have been resized since
 
 The world is ours: +z up, the object's longest side is 2, the center of its box is the origin. The focal length is 0.75
 of the width (lens 24 mm, sensor 32 mm).
@@ -16,7 +16,7 @@ from data_tools.layouts.files import (
     LayoutError,
     Posed,
     folders_with,
-    numbered_pictures,
+    numbered_images,
     read_npy,
     read_pose,
     read_views,
@@ -29,9 +29,9 @@ def find_objects(root: Path) -> list[Path]:
     return folders_with(root, r"rgba|pose|intrinsics\.npy")
 
 
-def pictures(folder: Path) -> list[Path]:
-    """List an object's pictures, in order."""
-    return numbered_pictures(folder / "rgba")
+def images(folder: Path) -> list[Path]:
+    """List an object's images, in order."""
+    return numbered_images(folder / "rgba")
 
 
 def read_object(folder: Path) -> Posed:
@@ -48,7 +48,7 @@ def read_object(folder: Path) -> Posed:
             found=intrinsics.tolist(),
         )
     camera = (intrinsics[:2] / intrinsics[2]).reshape(4)
-    files = pictures(folder)
+    files = images(folder)
     views = read_views(files, folder, float(intrinsics[2, 0] / intrinsics[2, 1]))
     c2w = np.stack([read_pose(folder / "pose" / f"{file.stem}.npy") for file in files])
     return Posed(

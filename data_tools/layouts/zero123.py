@@ -16,13 +16,13 @@ from data_tools.layouts.files import (
     Posed,
     folders_with,
     inverted,
-    numbered_pictures,
+    numbered_images,
     read_pose,
     read_views,
 )
 from lrm_pl.conventions import opengl_to_opencv
 
-#: Focal length in picture sides: lens / sensor.
+#: Focal length in image sides: lens / sensor.
 FOCAL = 35 / 32
 
 #: Our longest side over theirs.
@@ -34,9 +34,9 @@ def find_objects(root: Path) -> list[Path]:
     return folders_with(root, r"\d{1,6}\.(png|webp|npy)")
 
 
-def pictures(folder: Path) -> list[Path]:
-    """List an object's pictures, in order."""
-    return numbered_pictures(folder)
+def images(folder: Path) -> list[Path]:
+    """List an object's images, in order."""
+    return numbered_images(folder)
 
 
 def read_object(folder: Path) -> Posed:
@@ -45,7 +45,7 @@ def read_object(folder: Path) -> Posed:
     Raises:
         LayoutError: A file is missing or strange.
     """
-    files = pictures(folder)
+    files = images(folder)
     views = read_views(files, folder)
     c2w = inverted(np.stack([read_pose(file.with_suffix(".npy")) for file in files]))
     c2w[:, :3, 3] *= SCALE

@@ -30,7 +30,7 @@ def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Pa
         views: Views an object.
 
     Returns:
-        Where the picture is.
+        Where the image is.
     """
     found = [
         (shard, key, members)

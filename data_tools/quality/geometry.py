@@ -54,8 +54,8 @@ def check_geometry(sample: Sample) -> None:
                 remedy=f"{odd[0]} is {('strange' if odd[0] in found else 'missing')}",
             )
     depths: list[npt.NDArray[np.float32]] = []
-    for view, picture in enumerate(sample.views if kinds else ()):
-        alpha = decode_image(key, picture)[..., 3]
+    for view, image in enumerate(sample.views if kinds else ()):
+        alpha = decode_image(key, image)[..., 3]
         if "depth" in kinds:
             name = depth_member(view)
             depth = decode_depth(key, name, sample.extras[name])
@@ -131,7 +131,7 @@ def _compare_depths(
 def _facing_away(
     normals: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> float:
-    """Return the fraction of an (H, W, 3) picture's normals that point away from the camera."""
+    """Return the fraction of an (H, W, 3) image's normals that point away from the camera."""
     rows, columns = np.nonzero((normals != 0).any(axis=-1))
     height, width = normals.shape[:2]
     pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
@@ -141,7 +141,7 @@ def _facing_away(
 
 
 def smaller_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes]:
-    """Give depth and normals the size of smaller views; other extras, and pictures of that size, keep their bytes.
+    """Give depth and normals the size of smaller views; other extras, and images of that size, keep their bytes.
 
     Of the pixels under a smaller one that is taken which lies at its center (of four, the one below and to the right):
     a mean over an edge would be a surface where none is. It is 0 where the smaller view's alpha is.
@@ -151,7 +151,7 @@ def smaller_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, byte
         views: Its views in their new size.
 
     Raises:
-        SampleError: A picture is none, or had another size than its view.
+        SampleError: An image is none, or had another size than its view.
     """
     key, smaller = sample.info.id, dict(sample.extras)
     for view, (before, after) in enumerate(zip(sample.views, views, strict=True) if kinds_of(sample) else ()):

@@ -1,6 +1,6 @@
-"""What is measured of each object and its pictures, and the rules that reject some of them.
+"""What is measured of each object and its images, and the rules that reject some of them.
 
-The measures of an object lie beside its pictures in the shard (``ID.measures.json``), and those of all objects in
+The measures of an object lie beside its images in the shard (``ID.measures.json``), and those of all objects in
 ``filter.parquet``: a rule that is changed later needs no rendering, only ``repack --where``.
 """
 
@@ -63,7 +63,7 @@ class MeshMeasures:
         thinness: Its shortest side over its longest.
         materials: Materials in use.
         colored: Whether there is a texture, a color at vertices, or more than one color.
-        textures: Pictures that the materials use.
+        textures: Images that the materials use.
         missing_textures: Those of them that are not there or cannot be opened, and other files of colors.
         animated: Whether something moves; its first frame is shown.
         hidden: Objects that the file hides; they are left out.
@@ -92,9 +92,9 @@ class Measures(MeshMeasures):
     """All that is measured of an object.
 
     Attributes:
-        coverage: Fraction of the pictures that the object covers, mean over the views.
+        coverage: Fraction of the images that the object covers, mean over the views.
         coverage_min: The same of the view that shows least of it.
-        cropped: Fraction of views in which it touches the picture's edge.
+        cropped: Fraction of views in which it touches the image's edge.
         white: Fraction of its pixels that are as good as white, over all views.
         black: The same of black.
     """
@@ -156,7 +156,7 @@ def objections(measures: Measures, rules: Sequence[Rule]) -> str:
 
 
 def measure_views(mesh: MeshMeasures, views: Sequence[npt.NDArray[np.uint8]]) -> Measures:
-    """Add what the pictures show, (H, W, 4) uint8 each, to what the file holds."""
+    """Add what the images show, (H, W, 4) uint8 each, to what the file holds."""
     solid = [np.asarray(view[..., 3] > _SOLID) for view in views]
     white = [np.asarray((view[..., :3] >= _WHITE).all(axis=-1)) for view in views]
     black = [np.asarray((view[..., :3] < _BLACK).all(axis=-1)) for view in views]

@@ -1,6 +1,6 @@
-"""``python -m data_tools inspect``: what a folder of shards holds, as a table and as one page of HTML with pictures.
+"""``python -m data_tools inspect``: what a folder of shards holds, as a table and as one page of HTML with images.
 
-Cameras (distance, elevation, field of view, and where they stand), how much of the pictures the objects cover, sizes,
+Cameras (distance, elevation, field of view, and where they stand), how much of the images the objects cover, sizes,
 licenses and creators, what was left out and why. The page is one file: it can be sent to somebody.
 """
 
@@ -47,9 +47,9 @@ class Statistics:
         elevation_deg: (N) its height above the horizon.
         fov_deg: (N) horizontal field of view.
         place: (N, 3) where it stands.
-        coverage: (N) share of each picture that the object covers.
-        side: (N) pixels of the longer side of each picture.
-        view_bytes: (N) size of each picture's file.
+        coverage: (N) share of each image that the object covers.
+        side: (N) pixels of the longer side of each image.
+        view_bytes: (N) size of each image's file.
     """
 
     infos: tuple[SampleInfo, ...]
@@ -69,9 +69,9 @@ class Statistics:
             ("distance of the camera", self.distance, "scene units"),
             ("elevation", self.elevation_deg, "degrees"),
             ("field of view", self.fov_deg, "degrees"),
-            ("picture covered by the object", 100 * self.coverage, "%"),
+            ("image covered by the object", 100 * self.coverage, "%"),
             ("longer side", self.side, "pixels"),
-            ("size of a picture's file", self.view_bytes / 1000, "kB"),
+            ("size of an image's file", self.view_bytes / 1000, "kB"),
         ]
 
 

@@ -2,7 +2,7 @@
 
 A ray through a pixel of the object hits the object somewhere, and every other view must show the object at that point.
 The distance of a ray is the smallest, over its points, of the largest distance to the silhouette in any other view, in
-cells of a picture: 0 for correct cameras, up to the sampling (Hernandez, Schmitt and Cipolla, "Silhouette Coherence for
+cells of an image: 0 for correct cameras, up to the sampling (Hernandez, Schmitt and Cipolla, "Silhouette Coherence for
 Camera Calibration under Circular Motion", PAMI 2007). Coherence is necessary and not sufficient: a ball is coherent
 with its poses in any order. Whether it decides is measured by the same test of altered cameras. numpy only.
 """
@@ -34,7 +34,7 @@ class Precision:
     """How precise masks and cameras are.
 
     Attributes:
-        cells: Cells along a side of a picture, at most.
+        cells: Cells along a side of an image, at most.
         tolerance: Mean distance of a view's rays up to which its camera is taken for correct, cells.
     """
 
@@ -55,7 +55,7 @@ class Silhouettes:
 
     Attributes:
         distance: (V, cells, cells) distance to the nearest cell that shows anything, cells.
-        pixels: V arrays (R, 2) of pixels (x, y) on the object, divided by the picture's size.
+        pixels: V arrays (R, 2) of pixels (x, y) on the object, divided by the image's size.
     """
 
     distance: npt.NDArray[np.float32]
@@ -63,7 +63,7 @@ class Silhouettes:
 
     @property
     def cells(self) -> int:
-        """Cells along a side of a picture."""
+        """Cells along a side of an image."""
         return self.distance.shape[1]
 
 
@@ -147,9 +147,9 @@ def _swapped_distances(
     pairs = np.argwhere(np.triu(forward @ forward.T < np.cos(np.radians(_MIN_ANGLE_DEG)), 1))
     found = [0.0] if not len(pairs) else []
     for pair in np.random.default_rng(0).permutation(pairs)[:_MAX_PAIRS]:
-        pictures = views.copy()
-        pictures[pair] = pair[::-1]
-        found.append(float(ray_distances(silhouettes, c2w, fxfycxcy, pictures, pair).max()))
+        images = views.copy()
+        images[pair] = pair[::-1]
+        found.append(float(ray_distances(silhouettes, c2w, fxfycxcy, images, pair).max()))
     return np.array(found)
 
 
@@ -157,20 +157,20 @@ def ray_distances(
     silhouettes: Silhouettes,
     c2w: npt.NDArray[np.float32],
     fxfycxcy: npt.NDArray[np.float32],
-    pictures: npt.NDArray[np.int64],
+    images: npt.NDArray[np.int64],
     views: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
     """Return the mean distance of the rays of views, cells.
 
     Args:
-        silhouettes: Of V pictures.
+        silhouettes: Of V images.
         c2w: (V, 4, 4) OpenCV poses of V cameras.
         fxfycxcy: (V, 4) normalized intrinsics of V cameras.
-        pictures: (V) index of each camera's picture.
+        images: (V) index of each camera's image.
         views: (N) cameras whose rays are tested.
 
     Returns:
-        (N) distances; 0 where a picture shows no object.
+        (N) distances; 0 where an image shows no object.
     """
     maps = _padded(silhouettes)
     count = len(c2w)
@@ -178,7 +178,7 @@ def ray_distances(
     depths = (np.arange(_POINTS, dtype=np.float32) + 0.5) / _POINTS
     means = []
     for view in views:
-        pixels = silhouettes.pixels[pictures[view]]
+        pixels = silhouettes.pixels[images[view]]
         local = np.column_stack([(pixels - fxfycxcy[view, 2:]) / fxfycxcy[view, :2], np.ones(len(pixels))])
         ray, origin = local @ c2w[view, :3, :3].T, c2w[view, :3, 3]
         near, far = _inside(origin, ray)
@@ -191,7 +191,7 @@ def ray_distances(
                 first + t * slope[:, None]
                 for first, slope in zip(start, (ray @ project).astype(np.float32).T, strict=True)
             )
-            np.maximum(worst, _look_up(maps[pictures[other]], column, row, z), out=worst)
+            np.maximum(worst, _look_up(maps[images[other]], column, row, z), out=worst)
         best = worst.min(axis=1, initial=_MAX_DISTANCE)
         best[far <= near] = _MAX_DISTANCE
         means.append(float(best.mean()) if len(best) else 0.0)
@@ -213,7 +213,7 @@ def uncovered_distances(
         fxfycxcy: (V, 4) normalized intrinsics.
 
     Returns:
-        (V) distances; 0 where a picture shows no object.
+        (V) distances; 0 where an image shows no object.
     """
     cells = silhouettes.cells
     means = []
@@ -229,7 +229,7 @@ def uncovered_distances(
 
 
 def _padded(silhouettes: Silhouettes) -> npt.NDArray[np.float32]:
-    """Add a border of zeros: a point outside a picture may be on the object."""
+    """Add a border of zeros: a point outside an image may be on the object."""
     return np.pad(silhouettes.distance, ((0, 0), (1, 1), (1, 1)))
 
 

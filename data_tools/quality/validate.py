@@ -1,7 +1,7 @@
 """``python -m data_tools validate``: check every byte of a folder of shards; report problems by shard and sample.
 
-Of each shard: size, sha256, plain members only, the index. Of each sample: the schema, every picture, depth, normals
-and surface if it has them, and whether the cameras fit the pictures (``silhouettes``).
+Of each shard: size, sha256, plain members only, the index. Of each sample: the schema, every image, depth, normals
+and surface if it has them, and whether the cameras fit the images (``silhouettes``).
 """
 
 import dataclasses
@@ -94,8 +94,8 @@ class ShardReport:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckedPictures:
-    """Pictures that are as they should be.
+class CheckedImages:
+    """Images that are as they should be.
 
     Attributes:
         size: (height, width) of a view.
@@ -191,7 +191,7 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
                     key, sample.extras[MEASURES_MEMBER]
                 )
                 # Of a rejected object next to nothing may be seen.
-                checked = check_pictures(sample, cameras=not shard.rejected, one_sided=one_sided)
+                checked = check_images(sample, cameras=not shard.rejected, one_sided=one_sided)
                 report.kinds[key] = (sample.info.views, checked.size)
                 report.undecided[key] = checked.undecided
                 check_geometry(sample)
@@ -292,8 +292,8 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
         yield alpha
 
 
-def check_pictures(sample: Sample, *, cameras: bool = True, one_sided: bool = False) -> CheckedPictures:
-    """Check all pictures of a sample, and its cameras against them.
+def check_images(sample: Sample, *, cameras: bool = True, one_sided: bool = False) -> CheckedImages:
+    """Check all images of a sample, and its cameras against them.
 
     Args:
         sample: The sample.
@@ -314,7 +314,7 @@ def check_pictures(sample: Sample, *, cameras: bool = True, one_sided: bool = Fa
     precision = FILMED if sample.info.renderer == renderer_name("mvimgnet") else RENDERED
     silhouettes = make_silhouettes(alphas, precision.cells)
     if not cameras:
-        return CheckedPictures(alphas[0].shape, silhouettes, ())
+        return CheckedImages(alphas[0].shape, silhouettes, ())
     empty = [view for view, alpha in enumerate(alphas) if not alpha.any()]
     if empty:
         raise SampleError(
@@ -331,7 +331,7 @@ def check_pictures(sample: Sample, *, cameras: bool = True, one_sided: bool = Fa
     coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy, precision.tolerance)
     worst = int(coherence.distances.argmax())
     if coherence.distances[worst] > precision.tolerance and one_sided:
-        return CheckedPictures(alphas[0].shape, silhouettes, (WRONG_CAMERAS,))
+        return CheckedImages(alphas[0].shape, silhouettes, (WRONG_CAMERAS,))
     if coherence.distances[worst] > precision.tolerance:
         raise SampleError(
             subject=f"sample {key!r}",
@@ -346,4 +346,4 @@ def check_pictures(sample: Sample, *, cameras: bool = True, one_sided: bool = Fa
                 "focal length, and that the object lies in [-1, 1]^3"
             ),
         )
-    return CheckedPictures(alphas[0].shape, silhouettes, coherence.undecided)
+    return CheckedImages(alphas[0].shape, silhouettes, coherence.undecided)

@@ -37,7 +37,7 @@ class CameraPreset:
     orbit: bool = False
 
     def shows_whole(self, normalize: Normalization) -> bool:
-        """Say whether every picture shows all of any object."""
+        """Say whether every image shows all of any object."""
         reach = {"sphere": 1.0, "cube": math.sqrt(3)}[normalize] / self.radius_range[0]
         return reach <= math.sin(math.radians(self.fov_range_deg[0] / 2))
 
@@ -45,7 +45,7 @@ class CameraPreset:
 #: The 24 views of MeshLRM's protocol (appendix I): polar angles of 90, 60 and 120 degrees, the front first.
 ORBIT_DEG = [(azimuth, elevation) for elevation in (0, 30, -30) for azimuth in range(0, 360, 45)]
 
-#: ``frame`` keeps the unit sphere wholly inside the picture: it reaches asin(1 / 2.4) = 24.6 of 25 degrees.
+#: ``frame`` keeps the unit sphere wholly inside the image: it reaches asin(1 / 2.4) = 24.6 of 25 degrees.
 #: The others follow the published ranges of their models and may crop an object that is near.
 PRESETS: dict[str, CameraPreset] = {
     "frame": CameraPreset((2.4, 2.8), (-0.75, 1.60), (50.0, 50.0), "sphere"),
@@ -126,7 +126,7 @@ def look_at_origin(position: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
 def frame_rectangle(
     c2w: npt.NDArray[np.float32], focal: float, half_extent: npt.NDArray[np.float64], margin: float
 ) -> tuple[float, float, float, float]:
-    """Bound where an object can be seen, so that the rest of the picture need not be rendered.
+    """Bound where an object can be seen, so that the rest of the image need not be rendered.
 
     Args:
         c2w: (4, 4) OpenCV pose.

@@ -219,7 +219,7 @@ def _render_pending(
                 asset = outcome.asset
                 if outcome.kind == "no space":
                     raise FolderError(
-                        expected="room for a few pictures in the scratch folder of each node",
+                        expected="room for a few images in the scratch folder of each node",
                         found=outcome.reason,
                         remedy="free some space there and run the same command again, it goes on where it was",
                     )

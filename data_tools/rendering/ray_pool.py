@@ -265,7 +265,7 @@ class Pool:
             raise BlenderError(
                 expected=f"the renderer {self.renderer} on every node",
                 found=renderer,
-                remedy="use nodes of one kind, whose pictures are the same",
+                remedy="use nodes of one kind, whose images are the same",
             )
         self.renderer = renderer
         self._idle.append(slot)

@@ -2,7 +2,7 @@
 
 What a layout's files and numbers mean is in ``data_tools.layouts``; whether that is so is checked for every object: its
 cameras must fit its silhouettes (``silhouettes``). An object that cannot be used is left out, and named in
-``OUT/failures.jsonl``. RGBA pictures keep their bytes.
+``OUT/failures.jsonl``. RGBA images keep their bytes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from data_tools.layouts.choice import LAYOUTS, Kind, Layout, make_layout, renderer_name
 from data_tools.layouts.files import Posed
 from data_tools.quality.contact_sheet import write_contact_sheet
-from data_tools.quality.validate import check_pictures, undecided_line
+from data_tools.quality.validate import check_images, undecided_line
 from data_tools.rendering.shard_folder import FAILURES_NAME, write_failures
 from data_tools.rendering.shard_plan import default_held_out, plan_shards
 from data_tools.shards.pool import LeftOut, Made, write_shards
@@ -201,7 +201,7 @@ def _members(
             views=len(views),
         )
         sample = Sample(info, posed.c2w, posed.fxfycxcy, views)
-        return Made(encode_sample(sample), check_pictures(sample).undecided)
+        return Made(encode_sample(sample), check_images(sample).undecided)
     except (InputError, OSError) as error:
         return LeftOut(str(error))
 

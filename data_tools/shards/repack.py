@@ -1,6 +1,6 @@
 """``python -m data_tools repack``: folders of shards made into another one, without rendering.
 
-Another resolution, shard size or split, several folders joined to one, or a part of them. Pictures that keep their size
+Another resolution, shard size or split, several folders joined to one, or a part of them. Images that keep their size
 keep their bytes. The new folder appears under its name when it is whole.
 """
 
@@ -84,7 +84,7 @@ def repack(
     Args:
         folders: Folders of shards with equally many views an object, by cameras of one preset.
         out: The folder to make.
-        resolution: Side of the pictures; None leaves them as they are.
+        resolution: Side of the images; None leaves them as they are.
         shard_size: Objects a shard.
         held_out: Objects in the validation split, chosen anew; None leaves every object in its split.
         rules: What an object must obey (``criteria.parse_rule``), those that were rejected before too; None leaves out
@@ -92,7 +92,7 @@ def repack(
 
     Raises:
         InputError: ``out`` is there, folders differ in views, size, scale, cameras or geometry, two objects have one
-            name, pictures would become larger, nothing obeys, or a shard is damaged.
+            name, images would become larger, nothing obeys, or a shard is damaged.
     """
     manifests = {folder: read_manifest(folder) for folder in folders}
     first = manifests[folders[0]]
@@ -275,13 +275,13 @@ def _members(key: str, found: Found, views: int, resolution: int | None) -> Made
 
 
 def resized(key: str, view: bytes, resolution: int) -> bytes:
-    """Make a picture smaller; one of this size keeps its bytes.
+    """Make an image smaller; one of this size keeps its bytes.
 
     Colors are weighted by their alpha, so that nothing bleeds in from where nothing is. Normalized intrinsics stay
     true.
 
     Raises:
-        RepackError: The picture is smaller.
+        RepackError: The image is smaller.
     """
     rgba = decode_image(key, view)
     if rgba.shape[:2] == (resolution, resolution):

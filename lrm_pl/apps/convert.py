@@ -45,6 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = sum(tensor.numel() for tensor in conversion.weights.values())
     print(f"{given.out}: config.yaml and model.safetensors, {count / 1e6:.1f} M parameters.")
     print(WORLDS[given.source])
-    print(f"Use it: lrm infer PICTURE --ckpt {given.out}")
+    print(f"Use it: lrm infer IMAGE --ckpt {given.out}")
     layers = f"-c {given.out}/config.yaml -c configs/experiment/finetune.yaml"
     print(f"Fine-tune it: lrm fit {layers} --weights.network {given.out} --data.folder DATA")

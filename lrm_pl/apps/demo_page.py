@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from lrm_pl.errors import InputError
-from lrm_pl.images import open_picture
+from lrm_pl.images import open_image
 from lrm_pl.inference.find_model import Trained
 from lrm_pl.inference.mesh_options import MeshOptions
 from lrm_pl.inference.reconstruction import make_mesh
@@ -16,10 +16,10 @@ from lrm_pl.inference.video import encode_video
 from lrm_pl.meshing.glb import encode_glb
 from lrm_pl.progress import listening, stage
 
-#: Pictures to begin with: renders of the CC0 demo objects.
+#: Images to begin with: renders of the CC0 demo objects.
 EXAMPLES = Path(__file__).with_name("examples")
 
-#: Size of an upload, and pixels of a picture.
+#: Size of an upload, and pixels of an image.
 MEGABYTES, MEGAPIXELS = 16, 25
 
 #: Visitors that may wait.
@@ -52,7 +52,7 @@ def refuse_addresses(data: Any) -> None:  # noqa: ANN401 - JSON
     elif isinstance(data, dict):
         path = data.get("path")
         if isinstance(path, str) and "://" in path:
-            raise gr.Error(f"Expected an uploaded picture, but found the address {path}; upload it.")
+            raise gr.Error(f"Expected an uploaded image, but found the address {path}; upload it.")
         refuse_addresses(list(data.values()))
 
 
@@ -89,7 +89,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - gradio wants it there
     ) -> tuple[Any, ...]:
         if photo is None or photo["path"] is None:
-            raise gr.Error("Choose a picture first.", title="No picture", print_exception=False)
+            raise gr.Error("Choose an image first.", title="No image", print_exception=False)
         done = 0
 
         def show(name: str) -> None:
@@ -101,13 +101,13 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
             with listening(show):
                 resolution = int(require_within(RESOLUTIONS, resolution, "points along each axis"))
                 threshold = require_within(THRESHOLDS, threshold, "as the surface's density")
-                image = open_picture(
+                image = open_image(
                     Path(photo["path"]),
                     "This file",
                     max_bytes=MEGABYTES * 10**6,
                     max_pixels=MEGAPIXELS * 10**6,
                 )
-                framed = trained.model.picture(image)
+                framed = trained.model.preprocess(image)
                 scene = trained.model(as_tensor(framed))
                 wishes = MeshOptions(threshold=threshold or None, resolution=resolution, floaters=0.01)
                 mesh, _ = make_mesh(scene, wishes)
@@ -129,7 +129,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
     with Page(title="lrm", analytics_enabled=False, delete_cache=(SWEEP_S, KEPT_S)) as page:
         gr.Markdown(
             f"# From a photo to a 3D file\n`{trained.source}` (LRM, arXiv 2311.04400). One object, wholly in its "
-            "picture: where nothing is transparent, its background is taken out."
+            "image: where nothing is transparent, its background is taken out."
         )
         with gr.Row():
             with gr.Column(scale=1):
@@ -153,7 +153,7 @@ def make_page(trained: Trained, folder: Path) -> Any:  # noqa: ANN401 - a gradio
                 download = gr.DownloadButton("Download mesh.glb", elem_id="download")
         # Files and numbers come as they were sent: we look at them with care ourselves, and say what is wrong.
         shown = [seen, orbit, mesh, download, told]
-        # First nothing: what is shown next, or an error, is not beside another picture's mesh.
+        # First nothing: what is shown next, or an error, is not beside another image's mesh.
         button.click(lambda: (None, None, None, None, ""), None, shown, queue=False).then(
             make, [photo, resolution, threshold], shown, concurrency_limit=1, preprocess=False
         )

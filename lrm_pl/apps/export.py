@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = (given.out / WEIGHTS_NAME).stat().st_size / 1e6
     print(f"{given.out / WEIGHTS_NAME}: {what} of {checkpoint.path}, {given.dtype}, {size:.1f} MB")
     print(f"{given.out / CONFIG_NAME}: its model section; {given.out / CARD_NAME}: its model card")
-    print(f"Use it: lrm infer PICTURE --ckpt {shlex.quote(str(given.out))}")
+    print(f"Use it: lrm infer IMAGE --ckpt {shlex.quote(str(given.out))}")
     if validates_average(config) != given.average:
         return  # `lrm validate` measures the other weights of the checkpoint
     layers = ["-c", str(config), "--ckpt_path", checkpoint.path, "--data.val_objects", "null"]

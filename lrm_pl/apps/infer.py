@@ -1,6 +1,6 @@
-"""``lrm infer PICTURE...``: from a photo to a mesh, an orbit, and a record of what was done with what.
+"""``lrm infer IMAGE...``: from a photo to a mesh, an orbit, and a record of what was done with what.
 
-Of each picture OUT/NAME gets mesh.glb, orbit.mp4, grid.png, input.png (what the network saw) and result.json.
+Of each image OUT/NAME gets mesh.glb, orbit.mp4, grid.png, input.png (what the network saw) and result.json.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from lrm_pl.inference.mesh_options import TEXTURE_FACES, MeshOptions
 from lrm_pl.meshing.mesh import MESH_FORMATS
 from lrm_pl.paths import require_out, user_path
 
-#: Endings of the files of a folder that are taken for pictures.
+#: Endings of the files of a folder that are taken for images.
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 
-def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """List the pictures that are named, those in the folders that are, and those that patterns such as in/*.png fit.
+def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
+    """List the images that are named, those in the folders that are, and those that patterns such as in/*.png fit.
 
     Returns:
-        Name of the result's folder -> picture: the picture's name without its ending, with it where two would have
+        Name of the result's folder -> image: the image's name without its ending, with it where two would have
         one name, and with its folder's name before it where that is not enough; and files of the folders that are
         passed over.
 
@@ -45,19 +45,19 @@ def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
             files = sorted(file for file in path.iterdir() if not file.is_dir() and file.name[0] != ".")
             inside = [file for file in files if file.suffix.lower() in ENDINGS]
             if not inside:
-                raise InputError(expected=f"pictures ({', '.join(ENDINGS)}) in {path}", found="none")
+                raise InputError(expected=f"images ({', '.join(ENDINGS)}) in {path}", found="none")
             found += inside
             others += [file for file in files if file not in inside]
         elif path.is_file():
             found.append(path)
         else:
             raise InputError(
-                expected=f"a picture or a folder of pictures at {path}",
+                expected=f"an image or a folder of images at {path}",
                 found="neither",
                 remedy="correct the path",
             )
     if bad := [path for path in found if path.stem in (".", "..")]:
-        raise InputError(expected="pictures with a name of their own", found=bad[0], remedy="rename it")
+        raise InputError(expected="images with a name of their own", found=bad[0], remedy="rename it")
     named = dict[str, Path]()
     found = list({path.absolute(): path for path in found}.values())
     for path in found:
@@ -72,7 +72,7 @@ def find_pictures(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
         )
         if name in named:
             raise InputError(
-                expected="pictures of different names",
+                expected="images of different names",
                 found=f"{named[name]} and {path}, which would both write into OUT/{name}",
                 remedy="rename one",
             )
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="onnxruntime|rembg")
     console = Console(soft_wrap=True, markup=False)
     try:
-        pictures, others = find_pictures(given.picture)
+        images, others = find_images(given.image)
         wishes = _wishes(given)
         locate_network(given.ckpt)
         require_out(given.out)
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if trained.note:
         console.print(trained.note)
     if others:
-        console.print(f"Passed over, as no picture by its ending: {', '.join(map(str, others))}")
+        console.print(f"Passed over, as no image by its ending: {', '.join(map(str, others))}")
     failed = 0
     columns = (
         TextColumn("{task.description:<28}", markup=False),
@@ -119,23 +119,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(pictures))
-        for name, picture in pictures.items():
+        task = bar.add_task("", total=len(images))
+        for name, image in images.items():
             out = given.out / name
             say = functools.partial(_say, bar, task, name[:12])
             try:
-                record = infer(trained, picture, out, wishes, say)
-            except RemoverError as error:  # as of all pictures that need it
-                sys.exit(f"lrm: {picture}: {error}")
+                record = infer(trained, image, out, wishes, say)
+            except RemoverError as error:  # as of all images that need it
+                sys.exit(f"lrm: {image}: {error}")
             except (InputError, OSError) as error:
                 failed += 1
                 told = str(error)
-                console.print(told if told.startswith(str(picture)) else f"{picture}: {told}")
+                console.print(told if told.startswith(str(image)) else f"{image}: {told}")
             else:
                 _print_result(console, out, record)
             bar.advance(task)
     if failed:
-        sys.exit(f"lrm: {failed} of {len(pictures)} pictures failed; their reasons stand above")
+        sys.exit(f"lrm: {failed} of {len(images)} images failed; their reasons stand above")
 
 
 def _say(bar: Progress, task: TaskID, name: str, what: str) -> None:
@@ -162,7 +162,7 @@ def _side(text: str) -> int:
     """Read what follows --texture, which takes the next word where that is no option."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(
-            f"expected pixels or nothing, but found {text!r}; name pictures before it: lrm infer PICTURE --texture"
+            f"expected pixels or nothing, but found {text!r}; name images before it: lrm infer IMAGE --texture"
         )
     return int(text)
 
@@ -171,8 +171,8 @@ def _format(text: str) -> str:
     """Read what follows --formats, which takes all words up to the next option."""
     if text not in MESH_FORMATS:
         raise argparse.ArgumentTypeError(
-            f"expected some of {', '.join(MESH_FORMATS)}, but found {text!r}; name pictures before it: "
-            f"lrm infer PICTURE "
+            f"expected some of {', '.join(MESH_FORMATS)}, but found {text!r}; name images before it: "
+            f"lrm infer IMAGE "
             "--formats glb obj"
         )
     return text
@@ -182,11 +182,11 @@ def _parser() -> argparse.ArgumentParser:
     usual = MeshOptions()
     parser = argparse.ArgumentParser(prog="lrm infer", description=__doc__)
     parser.add_argument(
-        "picture",
-        metavar="PICTURE",
+        "image",
+        metavar="IMAGE",
         type=user_path,
         nargs="+",
-        help="a picture, a folder of pictures, or 'in/*.png'",
+        help="an image, a folder of images, or 'in/*.png'",
     )
     parser.add_argument("--out", type=user_path, default=Path("out"), help="folder of the results (out)")
     add_network(parser)
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FORMAT",
         help=f"files, of {', '.join(MESH_FORMATS)} (glb)",
     )
-    camera = parser.add_argument_group("camera of the picture; that of training unless given")
+    camera = parser.add_argument_group("camera of the image; that of training unless given")
     camera.add_argument("--distance", type=float, help="from the object's middle, scene units")
     camera.add_argument("--fov", dest="fov_deg", metavar="FOV", type=float, help="field of view, degrees")
     orbit = parser.add_argument_group("orbit")

@@ -26,7 +26,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
 
 def add_background(parser: argparse.ArgumentParser) -> None:
     """Add the options of taking backgrounds out."""
-    rembg = parser.add_argument_group("taking out the background of pictures without alpha")
+    rembg = parser.add_argument_group("taking out the background of images without alpha")
     rembg.add_argument(
         "--rembg-model", metavar="FILE", help="an ONNX file of U^2-Net; found or downloaded unless given"
     )

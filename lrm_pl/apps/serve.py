@@ -1,8 +1,8 @@
-"""``lrm serve``: a network behind HTTP. POST /reconstruct takes a picture, and answers with a GLB.
+"""``lrm serve``: a network behind HTTP. POST /reconstruct takes an image, and answers with a GLB.
 
     curl --data-binary @photo.png http://127.0.0.1:8000/reconstruct -o mesh.glb
 
-One picture is worked on at a time; others wait in a queue of a bounded length. GET /health says whether it works,
+One image is worked on at a time; others wait in a queue of a bounded length. GET /health says whether it works,
 GET /metrics counts for Prometheus, GET /docs describes all of it.
 """
 
@@ -30,8 +30,8 @@ class Limits:
     """What a request may cost.
 
     Attributes:
-        megabytes: Size of a picture's file.
-        megapixels: Pixels of a picture.
+        megabytes: Size of an image's file.
+        megapixels: Pixels of an image.
         seconds: From the end of a request's body to the answer's beginning, waiting included; looked at between the
             stages of the work.
         upload_seconds: For the body to arrive.
@@ -107,10 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     add_address(parser, 8000)
     limits = parser.add_argument_group("what a request may cost")
     for name, kind, what in (
-        ("megabytes", float, "size of a picture's file"),
-        ("megapixels", float, "pixels of a picture"),
+        ("megabytes", float, "size of an image's file"),
+        ("megapixels", float, "pixels of an image"),
         ("seconds", float, "until the answer, waiting included"),
-        ("upload_seconds", float, "for the picture to arrive"),
+        ("upload_seconds", float, "for the image to arrive"),
         ("queue", int, "requests that may wait"),
         ("resolution", int, "largest lattice, points along each axis"),
     ):

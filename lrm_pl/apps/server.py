@@ -1,8 +1,8 @@
-"""A network behind HTTP. POST /reconstruct takes a picture, and answers with a GLB.
+"""A network behind HTTP. POST /reconstruct takes an image, and answers with a GLB.
 
     curl --data-binary @photo.png http://127.0.0.1:8000/reconstruct -o mesh.glb
 
-One picture is worked on at a time; others wait in a queue of a bounded length. GET /health says whether it works,
+One image is worked on at a time; others wait in a queue of a bounded length. GET /health says whether it works,
 GET /metrics counts for Prometheus, GET /docs describes all of it.
 """
 
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from lrm_pl import __version__
 from lrm_pl.apps.serve import LEAST_RESOLUTION, Limits
 from lrm_pl.errors import InputError
-from lrm_pl.images import NotAPictureError, PictureError, PictureTooLargeError, open_picture
+from lrm_pl.images import ImageError, ImageTooLargeError, NotAnImageError, open_image
 from lrm_pl.inference.find_model import Trained
 from lrm_pl.inference.mesh_options import MOST_FACES, MeshOptions
 from lrm_pl.inference.reconstruction import make_mesh
@@ -29,7 +29,7 @@ from lrm_pl.progress import listening, stage
 
 logger = logging.getLogger(__name__)
 
-#: Pictures that may arrive at a time: a wall for memory; the queue is much shorter.
+#: Images that may arrive at a time: a wall for memory; the queue is much shorter.
 _UPLOADS = 32
 
 
@@ -54,7 +54,7 @@ class RefusedError(Exception):
 
 
 class Works:
-    """Makes meshes of pictures, one at a time, on a thread of its own.
+    """Makes meshes of images, one at a time, on a thread of its own.
 
     Args:
         trained: The network.
@@ -74,7 +74,7 @@ class Works:
         """Reconstruct an encoded image; return the bytes of a GLB file.
 
         Args:
-            content: The picture.
+            content: The image.
             wishes: What is made of it.
             gone: Says whether nobody waits for the answer any more.
 
@@ -118,19 +118,19 @@ class Works:
 
         with listening(watch, self.trained.wait) as seconds:
             try:
-                with stage("picture"):
-                    image = open_picture(
+                with stage("image"):
+                    image = open_image(
                         content,
-                        "the picture",
+                        "the image",
                         max_bytes=int(self.limits.megabytes * 1e6),
                         max_pixels=int(self.limits.megapixels * 1e6),
                     )
-                framed = self.trained.model.picture(image)
-            except PictureTooLargeError as error:
+                framed = self.trained.model.preprocess(image)
+            except ImageTooLargeError as error:
                 raise RefusedError(413, str(error)) from error
-            except NotAPictureError as error:
+            except NotAnImageError as error:
                 raise RefusedError(415, str(error)) from error
-            except PictureError as error:
+            except ImageError as error:
                 raise RefusedError(400, str(error)) from error
             try:
                 mesh, _ = make_mesh(self.trained.model(as_tensor(framed)), wishes)
@@ -162,15 +162,13 @@ class Uploads:
             RefusedError: It is too large, too slow, or cut off, or too many arrive at a time.
         """
         if self._arriving >= _UPLOADS:
-            raise RefusedError(503, f"{self._arriving} pictures are arriving already; come back later")
+            raise RefusedError(503, f"{self._arriving} images are arriving already; come back later")
         self._arriving += 1
         try:
             async with asyncio.timeout(self.limits.upload_seconds):
                 return await self._read(request)
         except TimeoutError as error:
-            raise RefusedError(
-                408, f"expected the picture within {self.limits.upload_seconds:g} s"
-            ) from error
+            raise RefusedError(408, f"expected the image within {self.limits.upload_seconds:g} s") from error
         finally:
             self._arriving -= 1
 
@@ -189,12 +187,12 @@ class Uploads:
                 if len(content) > most:
                     raise too_large
         except ClientDisconnect as error:
-            raise RefusedError(400, "the picture was cut off") from error
+            raise RefusedError(400, "the image was cut off") from error
         return bytes(content)
 
 
 def what_else(content: bytes, content_type: str) -> str:
-    """Name what a body is that is often sent in a picture's place; nothing where it may be a picture."""
+    """Name what a body is that is often sent in an image's place; nothing where it may be an image."""
     if content_type.startswith("multipart/"):
         return "a form"
     if not content:
@@ -207,7 +205,7 @@ def what_else(content: bytes, content_type: str) -> str:
         return "text, as base64 is"
     # curl -d leaves out line ends and zeros, of which these signatures have some
     if content[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0") and not {10, 0} & set(content[:4096]):
-        return "a picture without its line ends and zeros, as curl -d sends it"
+        return "an image without its line ends and zeros, as curl -d sends it"
     return ""
 
 
@@ -246,7 +244,7 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
         requests.labels(422).inc()
         return await request_validation_exception_handler(request, error)
 
-    # With a slash after it too: where clients are sent elsewhere, most leave the picture behind.
+    # With a slash after it too: where clients are sent elsewhere, most leave the image behind.
     @app.post("/reconstruct/", include_in_schema=False)
     @app.post(
         "/reconstruct",
@@ -263,7 +261,7 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
         floaters: Annotated[float, Query(ge=0, le=1)] = 0.0,
         faces: Annotated[int | None, Query(ge=4, le=MOST_FACES)] = None,
     ) -> Response:
-        """Turn the picture in the body (PNG, JPEG, WebP, BMP, TIFF, AVIF) into a GLB."""
+        """Turn the image in the body (PNG, JPEG, WebP, BMP, TIFF, AVIF) into a GLB."""
         try:
             if unknown := sorted(set(request.query_params) - _PARAMETERS):
                 raise RefusedError(
@@ -275,7 +273,7 @@ def make_app(trained: Trained, limits: Limits) -> Any:  # noqa: ANN401 - a FastA
             if found := what_else(content, request.headers.get("content-type", "")):
                 raise RefusedError(
                     415,
-                    f"expected the bytes of a picture as the body, but found {found}; curl --data-binary @photo.png",
+                    f"expected the bytes of an image as the body, but found {found}; curl --data-binary @photo.png",
                 )
             wishes = MeshOptions(
                 resolution=resolution, threshold=threshold, floaters=floaters, most_faces=faces

@@ -33,7 +33,7 @@ from lrm_pl.storage import is_local
 
 logger = logging.getLogger(__name__)
 
-#: Height of a picture while the camera moves, and once it rests, pixels.
+#: Height of an image while the camera moves, and once it rests, pixels.
 _MOVING, _RESTING = 96, 288
 
 #: Seconds without a movement after which the camera rests; between two looks for new checkpoints.
@@ -200,7 +200,7 @@ class Viewer:
         return True
 
     def _draw_anew(self) -> None:
-        """Hide what is less dense than wished, and have every visitor's picture drawn."""
+        """Hide what is less dense than wished, and have every visitor's image drawn."""
         with self._lock:
             field, least = self.scene.field, float(self.threshold.value)
             if least:
@@ -221,14 +221,14 @@ class Viewer:
                 return
             for number, c2w in enumerate(self._c2w.numpy()):
                 focal = float(self._sample.fxfycxcy[number, 1])
-                picture = decode_image(self._sample.info.id, self._sample.views[number])[::2, ::2]
+                pixels = decode_image(self._sample.info.id, self._sample.views[number])[::2, ::2]
                 frustum = self.server.scene.add_camera_frustum(
                     f"/cameras/{number:03d}",
                     fov=float(2 * np.arctan(0.5 / focal)),
-                    aspect=picture.shape[1] / picture.shape[0],
+                    aspect=pixels.shape[1] / pixels.shape[0],
                     scale=_FRUSTUM,
                     thickness=0.008,
-                    image=picture,
+                    image=pixels,
                     color=(230, 120, 20) if number == int(self.view.value) else (90, 90, 90),
                     wxyz=np.roll(Rotation.from_matrix(c2w[:3, :3]).as_quat(), 1),
                     position=c2w[:3, 3],

@@ -63,9 +63,9 @@ class SceneWriter(L.Callback):
         frames = [as_pixels(frame) for frame in scene.orbit(self.frames, self.size, 15.0)]
         pixels = batch.input.images[index, 0].float().cpu().permute(1, 2, 0).numpy()
         source = Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGBA")
-        picture = io.BytesIO()
-        grid(source, frames).save(picture, format="PNG")
-        files = {"orbit.mp4": encode_video(frames), "grid.png": picture.getvalue()}
+        image = io.BytesIO()
+        grid(source, frames).save(image, format="PNG")
+        files = {"orbit.mp4": encode_video(frames), "grid.png": image.getvalue()}
         shape, notes = None, list[str]()
         try:
             density = scene.threshold

@@ -1,4 +1,4 @@
-"""Pictures of a run: input | target | render | opacity | depth, on fixed views, whole images, never crops."""
+"""Images of a run: input | target | render | opacity | depth, on fixed views, whole images, never crops."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lrm_pl.training.module import Prediction
 
 
 class ViewLogger(L.Callback):
-    """Write a picture grid of the first objects of each validation set to a PNG, and to the loggers that show pictures.
+    """Write an image grid of the first objects of each validation set to a PNG, and to the loggers that show images.
 
     Args:
         objects: Objects a set that are shown, one row each.
@@ -27,7 +27,7 @@ class ViewLogger(L.Callback):
         self._rows: dict[str, list[Tensor]] = {}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last pictures."""
+        """Forget the last images."""
         self._rows = {name: [] for name in EVALUATION_SETS}
 
     def on_validation_batch_end(

@@ -165,7 +165,7 @@ class WeightsConfig:
 class RunConfigRecord(SaveConfigCallback):
     """Keep the resolved config and the git commit with the run, in its folder and in its loggers.
 
-    And, for inference, what pictures the network is trained on. The files are those of the newest start; where a start
+    And, for inference, what images the network is trained on. The files are those of the newest start; where a start
     changes them, what they were until then is kept in ``earlier/until-step-N``.
     """
 
@@ -334,7 +334,7 @@ class LRMCLI(LightningCLI):
             shown = self._setting("trainer.enable_progress_bar") is not False
             self.config.trainer.callbacks = with_own_callbacks(given, own, progress_bar=shown)
         elif self.command == "fit":
-            logger.warning("trainer.callbacks is empty: no checkpoints, no pictures and no LPIPS of this run")
+            logger.warning("trainer.callbacks is empty: no checkpoints, no images and no LPIPS of this run")
         place_loggers(self._setting("trainer.logger"), folder)
         if folder is not None:
             self.config["trainer"]["default_root_dir"] = folder
@@ -452,14 +452,14 @@ class LRMCLI(LightningCLI):
         self.trainer.callbacks.append(self.scenes)  # type: ignore[attr-defined]
 
     def after_validate(self) -> None:
-        """Print each metric once, and where the pictures are."""
+        """Print each metric once, and where the images are."""
         if self.trainer.is_global_zero:
             table = Table("metric", "value")
             for name, value in sorted(self.trainer.callback_metrics.items()):
                 table.add_row(name, f"{float(value):.6g}")
             console = Console()
             console.print(table)
-            console.print(f"Pictures and logs: {folder_of(self.trainer)}", soft_wrap=True)
+            console.print(f"Images and logs: {folder_of(self.trainer)}", soft_wrap=True)
 
     def after_predict(self) -> None:
         """Say where it is."""

@@ -1,4 +1,4 @@
-"""What ``lrm fit`` ends with: metrics beside simple baselines, a picture grid, and what to type next."""
+"""What ``lrm fit`` ends with: metrics beside simple baselines, an image grid, and what to type next."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from lrm_pl.training.module import LRMModule
 #: Objects of a set that are measured at most, evenly spread over it.
 MEASURED = 256
 
-#: Objects that the picture shows.
+#: Objects that the image shows.
 SHOWN = 8
 
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
@@ -48,7 +48,7 @@ class Report:
     Attributes:
         rows: Name of what was measured -> its metrics; "model" and the baselines.
         views: Target views an object.
-        grid: (3, H, W) picture: input | target | render | opacity | depth, a row an object; of this rank's objects.
+        grid: (3, H, W) image: input | target | render | opacity | depth, a row an object; of this rank's objects.
     """
 
     rows: dict[str, ImageScores]
@@ -120,7 +120,7 @@ def print_report(
         path = folder / f"{name}.png"
         if trainer.is_global_zero:
             write_png(path, report.grid)
-        console.print(f"Pictures (input | target | render | opacity | depth): {path}", soft_wrap=True)
+        console.print(f"Images (input | target | render | opacity | depth): {path}", soft_wrap=True)
     if reports and trainer.is_global_zero:
         record = {"step": trainer.global_step, "weights": weights, "data": data.folder} | {
             name: {row: s._asdict() for row, s in report.rows.items()} for name, report in reports.items()

@@ -146,7 +146,7 @@ def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
     print(f"Submitted job {job}, script {path}. To follow it:")
     print(f"  tail -F {launch.run}/slurm-{job}.log    what it prints, from its start on")
     print(f"  squeue -j {job}    where it is in the queue")
-    print("  make tensorboard    its curves and pictures")
+    print("  make tensorboard    its curves and images")
     print(f"  scancel {job}    ends it; the same command with NAME={launch.run.name} goes on from there")
 
 

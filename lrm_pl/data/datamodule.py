@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 #: What the two validation loaders hold, in their order.
 EVALUATION_SETS = ("unseen", "heldout")
 
-#: Objects, and views of each, that tell what pictures a network is trained on.
+#: Objects, and views of each, that tell what images a network is trained on.
 _SETUP_OBJECTS, _SETUP_VIEWS = 32, 4
 
 

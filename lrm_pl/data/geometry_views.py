@@ -1,4 +1,4 @@
-"""Depth and normals of a view as pictures, and back: the optional members ``depth_000.png`` and ``normal_000.png``.
+"""Depth and normals of a view as images, and back: the optional members ``depth_000.png`` and ``normal_000.png``.
 
 Both tell of the first surface at a pixel's center, be it of glass. They are 0 where there is none: wherever alpha is 0,
 and at some pixels of soft edges and thin things, which show something beside their center only.
@@ -11,12 +11,12 @@ import numpy.typing as npt
 from PIL import Image
 
 from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, SampleError
-from lrm_pl.images import PICTURE_ERRORS
+from lrm_pl.images import DECODE_ERRORS
 
 #: Depth that is nearest to a camera, scene units.
 MIN_DEPTH = 1e-3
 
-#: Value of a depth picture that stands for ``MAX_DEPTH``.
+#: Value of a depth image that stands for ``MAX_DEPTH``.
 _FULL = 65535
 
 #: How far a normal's length may be from 1: rounding to 8 bits alone makes it 0.007.
@@ -63,7 +63,7 @@ def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]
         (H, W) depth along the camera's z axis, scene units; 0 where nothing is.
 
     Raises:
-        SampleError: Not a picture of depth, too large, or nearer than ``MIN_DEPTH``.
+        SampleError: Not an image of depth, too large, or nearer than ``MIN_DEPTH``.
     """
     pixels = read_pixels(key, name, encoded)
     least = round(MIN_DEPTH / MAX_DEPTH * _FULL)
@@ -102,7 +102,7 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
         (H, W, 3) normals in the world, of length 1; 0 where nothing is.
 
     Raises:
-        SampleError: Not a picture of normals, or too large.
+        SampleError: Not an image of normals, or too large.
     """
     pixels = read_pixels(key, name, encoded)
     seen = pixels.any(axis=-1)
@@ -120,10 +120,10 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
 
 
 def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-    """Return a picture as it is stored: (H, W) uint16 of ``depth_*``, (H, W, 3) uint8 of ``normal_*``.
+    """Return an image as it is stored: (H, W) uint16 of ``depth_*``, (H, W, 3) uint8 of ``normal_*``.
 
     Raises:
-        SampleError: It is no such picture, or too large.
+        SampleError: It is no such image, or too large.
     """
     mode = _MODES[name.partition("_")[0]]
     try:
@@ -131,7 +131,7 @@ def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | 
             if image.mode == mode and max(image.size) <= MAX_IMAGE_SIDE:
                 return np.array(image)
             found = f"mode {image.mode} and {image.size}"
-    except PICTURE_ERRORS as error:
+    except DECODE_ERRORS as error:
         found = f"{len(encoded)} bytes: {error}"
     raise SampleError(
         subject=f"sample {key!r}",

@@ -13,12 +13,12 @@ from lrm_pl.images import object_box
 
 @dataclasses.dataclass(frozen=True)
 class InputFraming:
-    """What a picture must be like that is given to a network.
+    """What an image must be like that is given to a network.
 
     Attributes:
         distance: Of the camera, in scene units (LRM and OpenLRM: 2).
-        fov_deg: Its field of view, of the whole square picture.
-        foreground: Longer side of the object's bounding box, as a share of the picture's side.
+        fov_deg: Its field of view, of the whole square image.
+        foreground: Longer side of the object's bounding box, as a share of the image's side.
         background: Gray that the object lies over, in [0, 1]; LRM: white, TripoSR: 0.5.
         threshold: Density of the surface; None measures it of each object (``surface_density``).
     """

@@ -33,7 +33,7 @@ from PIL import Image
 
 from lrm_pl.conventions import RIGID_TOLERANCE, rigid_error
 from lrm_pl.errors import InputError
-from lrm_pl.images import PICTURE_ERRORS, webp_size
+from lrm_pl.images import DECODE_ERRORS, webp_size
 
 SCHEMA_VERSION = 2
 
@@ -67,7 +67,7 @@ EXTRA_PATTERN = re.compile(r"measures\.json|surface\.npy|(depth|normal)_\d{3}\.p
 #: What numpy's reader of headers answers to a broken one.
 HEADER_ERRORS = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
 
-#: Depth that the largest value of a depth picture stands for, scene units.
+#: Depth that the largest value of a depth image stands for, scene units.
 MAX_DEPTH = 8.0
 
 
@@ -77,7 +77,7 @@ class SampleError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class SampleInfo:
-    """What is known of an object besides its pictures; written to ``<key>.json``.
+    """What is known of an object besides its images; written to ``<key>.json``.
 
     Attributes:
         id: Key of the sample, unique in the data set.
@@ -274,7 +274,7 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
             return np.array(image, dtype=np.uint8)
     except SampleError:
         raise
-    except PICTURE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise SampleError(
             subject=f"sample {key!r}", expected="a PNG or WebP view", found=f"{len(encoded)} bytes: {error}"
         ) from error

@@ -159,7 +159,7 @@ class TrainingStream(IterableDataset[PackedBatch]):
         sample = self.reader.read(place, views)
         try:
             return training_item(sample, views, self.inputs, self.augmentation, step, rng)
-        except SampleError as error:  # a view that is no picture
+        except SampleError as error:  # a view that is no image
             if self.reader.evict_if_corrupt(place):
                 return self._make(place, step)
             raise self.reader.located(place, error) from error
@@ -249,7 +249,7 @@ class EvaluationSet(IterableDataset[Item]):
             sample = self.reader.read(place, sorted({*range(self.inputs), *views}))
             try:
                 return evaluation_item(sample, self.inputs, views)
-            except SampleError as error:  # a view that is no picture
+            except SampleError as error:  # a view that is no image
                 if self.reader.evict_if_corrupt(place):
                     return self._try(index, say=say)
                 raise self.reader.located(place, error) from error

@@ -29,7 +29,7 @@ class CropConfig:
         low: Smallest side that a view is resized to.
         high: Largest side.
         size: Side of the random window that is supervised.
-        foreground: Probability that a window is centered on a pixel of the object, as far as the picture's edge
+        foreground: Probability that a window is centered on a pixel of the object, as far as the image's edge
             allows, instead of anywhere (TripoSR, section 3.2: "crops covering foreground").
     """
 

@@ -2,7 +2,7 @@
 
 OUT/settings.json      what is measured: protocol, weights, shards; another evaluation refuses the folder
 OUT/objects/ID.json    the metrics of one object, model and baselines
-OUT/objects/ID.png     its strip of pictures
+OUT/objects/ID.png     its strip of images
 OUT/objects/ID.npz     features of its images, where FID and KID are wanted
 OUT/results.json, results.md, index.html    written last
 """

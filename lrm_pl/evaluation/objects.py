@@ -1,4 +1,4 @@
-"""Measure one object: reconstruct it from its inputs, compare pictures and surfaces with the truth."""
+"""Measure one object: reconstruct it from its inputs, compare images and surfaces with the truth."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ Embed = Callable[[Tensor], Tensor]
 #: Makes a scene of an input view: RGBA (4, h, w), its c2w and fxfycxcy, canonical.
 Reconstruct = Callable[[Tensor, Tensor, Tensor], Scene]
 
-#: Targets that the strip of pictures shows.
+#: Targets that the strip of images shows.
 _SHOWN = 4
 
 #: Images that are measured at a time.

@@ -1,4 +1,4 @@
-"""The page of an evaluation: its table, and the worst, median and best objects in pictures. One file."""
+"""The page of an evaluation: its table, and the worst, median and best objects in images. One file."""
 
 import base64
 import html
@@ -65,7 +65,7 @@ def render_page(
         rows: Row -> metric -> mean.
         better: Metric -> whether more is better; objects are ranked by the first that there is.
         records: All objects.
-        folder: The evaluation's, for the pictures.
+        folder: The evaluation's, for the images.
     """
     columns = [metric for metric in better if any(metric in row for row in rows.values())]
     parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts), _means(rows, better, columns)]
@@ -106,11 +106,11 @@ def render_comparison(
         + "".join(lines)
         + "</table>"
     )
-    pictures = []
+    images = []
     for record in records[:_SHOWN]:
         for name, folder in zip(names, folders, strict=True):
-            pictures.append(_picture(folder, record.id, f"{name}: {record.id}"))
-    parts = [f"<h1>{html.escape(title)}</h1>", _means(rows, better, columns), table, *pictures]
+            images.append(_image(folder, record.id, f"{name}: {record.id}"))
+    parts = [f"<h1>{html.escape(title)}</h1>", _means(rows, better, columns), table, *images]
     return _document(title, "".join(parts))
 
 
@@ -139,10 +139,10 @@ def _means(
 def _figure(record: ObjectRecord, columns: Sequence[str], folder: Path) -> str:
     row = record.rows.get("model", {})
     told = ", ".join(f"{metric} {row[metric]:.{digits(metric)}f}" for metric in columns if metric in row)
-    return _picture(folder, record.id, f"{record.id}: {told}")
+    return _image(folder, record.id, f"{record.id}: {told}")
 
 
-def _picture(folder: Path, key: str, caption: str) -> str:
+def _image(folder: Path, key: str, caption: str) -> str:
     path = folder / OBJECTS_NAME / f"{key}.png"
     image = ""
     if path.is_file():

@@ -44,7 +44,7 @@ class Protocol:
         targets: Views that each reconstruction is compared in.
         geometry: How its mesh is measured; None: it is not.
         preset: Cameras that the shards must have been rendered with; "" takes any.
-        shown: Views in the pictures, where none are compared.
+        shown: Views in the images, where none are compared.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""An evaluation in TensorBoard: its table, its figures, its pictures; of a few objects an orbit and a mesh."""
+"""An evaluation in TensorBoard: its table, its figures, its images; of a few objects an orbit and a mesh."""
 
 import io
 import shutil
@@ -94,7 +94,7 @@ def write_board(
         if first is None:
             return
         for kind, chosen in ranked(records, first, more_is_better=better[first]).items():
-            strips = [_picture(out, record.id) for record in chosen]
+            strips = [_image(out, record.id) for record in chosen]
             if strips:
                 width = max(strip.shape[1] for strip in strips)
                 padded = [
@@ -103,6 +103,6 @@ def write_board(
                 board.add_image(f"{name}/{kind}", np.concatenate(padded), step, dataformats="HWC")
 
 
-def _picture(out: Path, key: str) -> np.ndarray:
+def _image(out: Path, key: str) -> np.ndarray:
     with Image.open(out / OBJECTS_NAME / f"{key}.png") as image:
         return np.asarray(image.convert("RGB"))

@@ -117,7 +117,7 @@ def _matmul(a: Float[Tensor, "*batch n k"], b: Float[Tensor, "*batch k m"]) -> F
 
 
 class PosedCamera(NamedTuple):
-    """The camera of a picture, where it is known.
+    """The camera of an image, where it is known.
 
     Attributes:
         c2w: Canonical pose.
@@ -130,11 +130,11 @@ class PosedCamera(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class InputCamera:
-    """The camera that a picture is taken to be seen by; a network without a camera does not ask.
+    """The camera that an image is taken to be seen by; a network without a camera does not ask.
 
     Attributes:
         distance: From the object's middle, in scene units (LRM and OpenLRM: 2).
-        fov_deg: Field of view of the whole picture.
+        fov_deg: Field of view of the whole image.
     """
 
     distance: float = 2.0
@@ -157,6 +157,6 @@ class InputCamera:
 
     @property
     def fxfycxcy(self) -> Float[Tensor, "4"]:
-        """Normalized intrinsics of a square picture."""
+        """Normalized intrinsics of a square image."""
         focal = 0.5 / math.tan(math.radians(self.fov_deg / 2))
         return torch.tensor([focal, focal, 0.5, 0.5])

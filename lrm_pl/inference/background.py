@@ -16,7 +16,7 @@ U2NETP_SHA256 = "309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd
 
 
 class RemoverError(InputError):
-    """There is nothing that takes backgrounds out: a fault of no picture, and the same for all of them."""
+    """There is nothing that takes backgrounds out: a fault of no image, and the same for all of them."""
 
 
 class BackgroundRemover:
@@ -28,7 +28,7 @@ class BackgroundRemover:
         sha256: Its hash, where it is none that is known.
 
     Attributes:
-        what: What is used: the network, and what it runs on. Empty before the first picture.
+        what: What is used: the network, and what it runs on. Empty before the first image.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BackgroundRemover:
         self.what = ""
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the picture as RGBA, transparent where it shows background.
+        """Return the image as RGBA, transparent where it shows background.
 
         Raises:
             RemoverError: rembg is not installed, or its network cannot be found.
@@ -63,7 +63,7 @@ class BackgroundRemover:
             raise RemoverError(
                 expected="rembg to take the background out",
                 found="none",
-                remedy="pip install -e '.[infer]', or give a picture with an alpha channel",
+                remedy="pip install -e '.[infer]', or give an image with an alpha channel",
             ) from error
         try:
             self._session = self._load()

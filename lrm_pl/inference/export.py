@@ -56,7 +56,7 @@ def export(
     setup = read_setup(config.parent)
     if setup is None:
         logger.warning(
-            "%s: expected %s beside it, which says how training pictures were taken, but found none; LRM's numbers are "
+            "%s: expected %s beside it, which says how training images were taken, but found none; LRM's numbers are "
             "written, correct them in %s where they are wrong", config, SETUP_NAME, out / SETUP_NAME,
         )  # fmt: skip
         setup = InputFraming()

@@ -86,9 +86,7 @@ def open_trained(
     if remover is not None:
         model.remover = remover
     sha256 = weights_hash(model.network)
-    note = (
-        "" if model.setup_known else f"{source}: no {SETUP_NAME} beside it: pictures are framed as LRM's are"
-    )
+    note = "" if model.setup_known else f"{source}: no {SETUP_NAME} beside it: images are framed as LRM's are"
     return Trained(model.to(choose_device(device)), source, model.step, sha256, note)
 
 
@@ -96,7 +94,7 @@ def open_network(given: argparse.Namespace, device: str | None = None) -> Traine
     """Open the network that the options name, with what takes backgrounds out.
 
     Args:
-        given: Parsed options of ``add_network``, and of ``add_background`` where pictures come from outside.
+        given: Parsed options of ``add_network``, and of ``add_background`` where images come from outside.
         device: In place of ``--device``.
 
     Raises:

@@ -15,7 +15,7 @@ MOST_FACES = 10**8
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-    """What is made of a picture.
+    """What is made of an image.
 
     Attributes:
         resolution: Points of the lattice along each axis.
@@ -28,7 +28,7 @@ class MeshOptions:
         frames: Of the orbit; 0: no orbit and no grid.
         size: Side of a frame.
         elevation_deg: Height of the orbit.
-        distance: Of the camera that the picture is taken to be seen by, from the object's middle, scene units; None:
+        distance: Of the camera that the image is taken to be seen by, from the object's middle, scene units; None:
             that of training.
         fov_deg: Field of view of that camera; None: that of training.
     """

@@ -52,7 +52,7 @@ def model_card(name: str, origin: str, model: Mapping[str, Any], facts: Mapping[
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in {**size, **facts}.items())
     return (
-        f"{_HEADER}\n# {name}\n\nA Large Reconstruction Model (arXiv 2311.04400): a picture in, a triplane NeRF out.\n"
+        f"{_HEADER}\n# {name}\n\nA Large Reconstruction Model (arXiv 2311.04400): an image in, a triplane NeRF out.\n"
         f"{origin} Made with lrm_pl {__version__}.\n\n| | |\n|---|---|\n{rows}\n{_use(name)}"
     )
 

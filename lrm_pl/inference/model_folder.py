@@ -2,7 +2,7 @@
 
     config.yaml          how it is built
     model.safetensors    its weights
-    input.yaml           what pictures it is used to (``InputFraming``)
+    input.yaml           what images it is used to (``InputFraming``)
     README.md            what it is, for people: the model card
 
 ``lrm export`` and ``lrm convert`` write it, ``lrm fit --weights.network`` starts from it, inference reads it. Nothing
@@ -55,7 +55,7 @@ def write_pretrained(
         model: The model section of a config; its parts ``lrm`` and ``renderer`` are what is read again.
         weights: The network's state dict.
         header: A line that says where this comes from.
-        setup: What pictures it is used to.
+        setup: What images it is used to.
         card: The model card.
         step: Optimizer steps of the run that it comes from; None where that is not known.
 
@@ -100,7 +100,7 @@ def setup_text(setup: InputFraming) -> str:
 
 
 def read_setup(folder: Path) -> InputFraming | None:
-    """Read what pictures a network is used to; None where its folder does not say.
+    """Read what images a network is used to; None where its folder does not say.
 
     Raises:
         InputError: The file is none.

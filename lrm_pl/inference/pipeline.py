@@ -1,4 +1,4 @@
-"""A trained network with all that it takes to use it: ``LRM.from_pretrained(path)(picture)`` of ``lrm_pl``.
+"""A trained network with all that it takes to use it: ``LRM.from_pretrained(path)(image)`` of ``lrm_pl``.
 
 Folders are those of ``lrm export`` and ``lrm convert``, here or on the Hugging Face hub.
 """
@@ -19,12 +19,12 @@ from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.images import (
-    PictureError,
+    ImageError,
     framed,
     has_background,
     has_object,
     is_plain,
-    open_picture,
+    open_image,
     to_rgb8,
     without_background,
 )
@@ -47,18 +47,18 @@ from lrm_pl.inference.scene import Scene, as_tensor, reconstruct
 from lrm_pl.progress import stage
 from lrm_pl.storage import HUB
 
-#: Side of the pictures that objects are framed in, at least; the network makes them smaller itself.
+#: Side of the images that objects are framed in, at least; the network makes them smaller itself.
 _FRAME = 512
 
 
 class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
-    """A network, its renderer, and what pictures it is used to.
+    """A network, its renderer, and what images it is used to.
 
     ``save_pretrained`` and ``push_to_hub`` come from the hub's mixin.
 
     Args:
         model: The model section of a config: its parts ``lrm`` and ``renderer`` are built.
-        setup: What pictures it is used to.
+        setup: What images it is used to.
         card: Its model card; one is written unless given.
         remover: What takes backgrounds out; rembg's small network unless given.
 
@@ -172,18 +172,18 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         finally:
             self._repository = ""
 
-    def picture(self, source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
+    def preprocess(self, source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
         """Make of a photo what the network is used to: the object alone, in the middle, as large as in training.
 
         Args:
-            source: A file, its bytes, or a picture: Pillow's, or an array of bytes (H, W, 3 or 4), RGB. Where most of
+            source: A file, its bytes, or an image: Pillow's, or an array of bytes (H, W, 3 or 4), RGB. Where most of
                 its edge is opaque, the background is taken out.
 
         Returns:
-            A square RGBA picture.
+            A square RGBA image.
 
         Raises:
-            InputError: It is no picture, or shows nothing.
+            InputError: It is no image, or shows nothing.
         """
         if isinstance(source, str):
             source = Path(source)
@@ -195,47 +195,47 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
                 or not source.size
             ):
                 raise InputError(
-                    expected="a picture as bytes (H, W, 3 or 4)",
+                    expected="an image as bytes (H, W, 3 or 4)",
                     found=f"{source.dtype} {source.shape}",
                     remedy="of floats in [0, 1] make (255 * x).astype('uint8')",
                 )
             source = Image.fromarray(source)
-        image = to_rgb8(source) if isinstance(source, Image.Image) else open_picture(source)
+        image = to_rgb8(source) if isinstance(source, Image.Image) else open_image(source)
         if has_background(image):
             if is_plain(image):
-                raise PictureError(expected="an object in the picture", found="one color everywhere")
+                raise ImageError(expected="an object in the image", found="one color everywhere")
             with stage("background"):
                 image = without_background(image, self.remover)
             if not has_object(image):
-                raise PictureError(
-                    expected="an object in the picture",
+                raise ImageError(
+                    expected="an object in the image",
                     found="none: all of it was taken for background",
-                    remedy="give a picture with an alpha channel, or another one",
+                    remedy="give an image with an alpha channel, or another one",
                 )
         side = max(_FRAME, self.network.encoder.image_size)
         return framed(image.convert("RGBA"), self.setup.foreground, side)
 
     def forward(
         self,
-        picture: str | Path | bytes | Image.Image | np.ndarray | Tensor,
+        image: str | Path | bytes | Image.Image | np.ndarray | Tensor,
         camera: InputCamera | None = None,
     ) -> Scene:
-        """Reconstruct the object in a picture.
+        """Reconstruct the object in an image.
 
         Args:
-            picture: A photo, which is made into what the network is used to (``picture``); or a square (C, H, W)
+            image: A photo, which is preprocessed (``preprocess``); or a square (C, H, W)
                 tensor in [0, 1] that is that already.
             camera: The camera that it is taken to be seen by; the one of training unless given.
 
         Raises:
-            InputError: It is no picture, shows nothing, or the network wants several.
+            InputError: It is no image, shows nothing, or the network wants several.
         """
-        image = picture if isinstance(picture, Tensor) else as_tensor(self.picture(picture))
+        pixels = image if isinstance(image, Tensor) else as_tensor(self.preprocess(image))
         with torch.inference_mode():
             return reconstruct(
                 self.network,
                 self.renderer,
-                image,
+                pixels,
                 camera or self.setup.camera,
                 self.setup.background,
                 self.setup.threshold,

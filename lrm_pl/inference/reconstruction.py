@@ -1,4 +1,4 @@
-"""What becomes of a picture: a mesh, an orbit, and a record of what was done with what."""
+"""What becomes of an image: a mesh, an orbit, and a record of what was done with what."""
 
 import dataclasses
 import io
@@ -61,13 +61,13 @@ def require_video() -> None:
 
 
 def infer(
-    trained: Trained, picture: Path, out: Path, wishes: MeshOptions, listener: Listener | None = None
+    trained: Trained, image: Path, out: Path, wishes: MeshOptions, listener: Listener | None = None
 ) -> dict[str, Any]:
-    """Make everything of one picture: the mesh and what the network saw are written before the orbit is rendered.
+    """Make everything of one image: the mesh and what the network saw are written before the orbit is rendered.
 
     Args:
         trained: The network.
-        picture: The file.
+        image: The file.
         out: Folder of the results; files of an earlier result, which its result.json lists, are replaced or removed.
         wishes: What is made.
         listener: Told what is being done.
@@ -76,15 +76,15 @@ def infer(
         What result.json holds. Its "finished" is false until all files lie there.
 
     Raises:
-        RemoverError: There is nothing that takes backgrounds out, and this picture has one.
-        InputError: It is no picture, there is no surface, or a file in OUT is not of an earlier result.
+        RemoverError: There is nothing that takes backgrounds out, and this image has one.
+        InputError: It is no image, there is no surface, or a file in OUT is not of an earlier result.
     """
     model = trained.model
     earlier = _files_of(out)
     _require_own(out, _files_for(wishes), earlier)
     files, orbit = dict[str, bytes](), dict[str, bytes]()
     with listening(listener, trained.wait) as seconds:
-        framed = model.picture(picture)
+        framed = model.preprocess(image)
         scene = model(as_tensor(framed), _camera(trained, wishes))
         mesh, notes = make_mesh(scene, wishes)
         with stage("files"):
@@ -92,7 +92,7 @@ def infer(
                 files |= encode_mesh(mesh, kind)
             files["input.png"] = _png(framed)
         record = {
-            "picture": str(picture),
+            "image": str(image),
             "network": {"source": trained.source, "step": trained.step, "sha256": trained.sha256},
             "background": model.remover.what if "background" in seconds else "transparent already",
             "camera": dataclasses.asdict(scene.camera),
@@ -169,7 +169,7 @@ def _camera(trained: Trained, wishes: MeshOptions) -> InputCamera:
 
 
 def _files_for(wishes: MeshOptions) -> set[str]:
-    """Return the files that a picture will surely get."""
+    """Return the files that an image will surely get."""
     orbit = {"orbit.mp4", "grid.png"} if wishes.frames else set[str]()
     return {"input.png", RECORD_NAME, *(f"mesh.{kind}" for kind in wishes.formats)} | orbit
 

@@ -1,4 +1,4 @@
-"""From a picture to a field, a mesh, the frames of an orbit. Without gradients; ``lrm_pl.LRM`` is the short way.
+"""From an image to a field, a mesh, the frames of an orbit. Without gradients; ``lrm_pl.LRM`` is the short way.
 
 network, renderer = read_pretrained(Path("model"))          # a folder of `lrm export` or `lrm convert`
 scene = reconstruct(network, renderer, image, InputCamera(distance=2.0, fov_deg=50.0))
@@ -34,7 +34,7 @@ class Scene:
 
     Attributes:
         field: Its field.
-        camera: The camera of its picture, canonical; it looks at the origin.
+        camera: The camera of its image, canonical; it looks at the origin.
         renderer: The renderer that the network was trained with.
         usual_threshold: Density of the surface; None measures it of this object.
     """
@@ -106,7 +106,7 @@ class Scene:
         )
 
     def textured(self, mesh: Mesh, size: int = 1024, limit_s: float = 60.0) -> Mesh:
-        """Give a mesh of this object a picture of its colors; see ``meshes.texture.textured``.
+        """Give a mesh of this object an image of its colors; see ``meshes.texture.textured``.
 
         Raises:
             UnwrapError: The mesh cannot be laid out in that time.
@@ -131,7 +131,7 @@ class Scene:
     def orbit(
         self, frames: int = 60, size: int = 256, elevation_deg: float = 0.0
     ) -> Iterator[Float[Tensor, "size size 3"]]:
-        """Render frames on a circle about the object over white, the first from the side of the input picture.
+        """Render frames on a circle about the object over white, the first from the side of the input image.
 
         Args:
             frames: How many.
@@ -151,7 +151,7 @@ def reconstruct(
     background: float = 1.0,
     threshold: float | None = None,
 ) -> Scene:
-    """Reconstruct the object in a picture.
+    """Reconstruct the object in an image.
 
     Args:
         network: A network of one input view, in evaluation mode.
@@ -163,22 +163,22 @@ def reconstruct(
         threshold: Density of the surface; None measures it of the object.
 
     Raises:
-        InputError: The picture is no square RGB or RGBA picture in [0, 1], or the network wants several.
+        InputError: The image is no square RGB or RGBA image in [0, 1], or the network wants several.
     """
     shape = tuple(image.shape)
     if len(shape) != 3 or shape[0] not in (3, 4) or shape[1] != shape[2] or shape[1] < 1:
         raise InputError(
-            expected="a square picture of 3 or 4 channels (RGB, or RGBA with straight alpha)",
+            expected="a square image of 3 or 4 channels (RGB, or RGBA with straight alpha)",
             found=" x ".join(map(str, shape)),
             remedy="crop it, or convert it to RGBA",
         )
     if not image.is_floating_point():
         raise InputError(
-            expected="a picture of floats in [0, 1]", found=image.dtype, remedy="divide bytes by 255"
+            expected="an image of floats in [0, 1]", found=image.dtype, remedy="divide bytes by 255"
         )
     if not torch.isfinite(image).all() or image.min() < 0 or image.max() > 1:
         raise InputError(
-            expected="a picture in [0, 1]",
+            expected="an image in [0, 1]",
             found=f"{image.min():.3g} to {image.max():.3g}",
             remedy="divide bytes by 255",
         )
@@ -186,27 +186,27 @@ def reconstruct(
         raise InputError(expected="a network of one input view", found=f"one of {network.input_views}")
     if shape[0] == 4 and not image[3].any():
         raise InputError(
-            expected="an object in the picture", found="alpha 0 everywhere", remedy="check its alpha channel"
+            expected="an object in the image", found="alpha 0 everywhere", remedy="check its alpha channel"
         )
     device = next(network.parameters()).device
-    picture = image.to(device).float()
+    rgb = image.to(device).float()
     if shape[0] == 4:
-        picture = picture[:3] * picture[3:] + background * (1 - picture[3:])
+        rgb = rgb[:3] * rgb[3:] + background * (1 - rgb[3:])
     with stage("planes"), _half(device):
         triplane = network(
-            picture[None, None], camera.c2w.to(device)[None, None], camera.fxfycxcy.to(device)[None, None]
+            rgb[None, None], camera.c2w.to(device)[None, None], camera.fxfycxcy.to(device)[None, None]
         )
         seen = camera if isinstance(camera, InputCamera) else InputCamera.like(*camera)
         return Scene(network.field(triplane), seen, renderer, threshold)
 
 
 def as_tensor(image: Image.Image | np.ndarray) -> Float[Tensor, "C H W"]:
-    """Turn a picture, or an (H, W, C) array of bytes, into what ``reconstruct`` takes."""
+    """Turn an image, or an (H, W, C) array of bytes, into what ``reconstruct`` takes."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def as_pixels(image: Float[Tensor, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Turn a rendered picture into bytes."""
+    """Turn a rendered image into bytes."""
     return (image.float().cpu().numpy() * 255).round().astype(np.uint8)
 
 

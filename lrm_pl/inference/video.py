@@ -1,4 +1,4 @@
-"""Pictures of a reconstructed object: the grid, and the orbit as a video."""
+"""Images of a reconstructed object: the grid, and the orbit as a video."""
 
 import io
 import os
@@ -17,18 +17,18 @@ FRAMES_A_SECOND = 20
 
 
 def grid(
-    input_picture: Image.Image, frames: Sequence[UInt8[np.ndarray, "S S 3"]], columns: int = 4
+    input_image: Image.Image, frames: Sequence[UInt8[np.ndarray, "S S 3"]], columns: int = 4
 ) -> Image.Image:
     """Lay out the input, over white, and views evenly spread over an orbit: two rows.
 
     Args:
-        input_picture: RGBA.
+        input_image: RGBA.
         frames: Frames of the orbit.
-        columns: Pictures a row.
+        columns: Images a row.
     """
     side = len(frames[0])
-    white = Image.new("RGBA", input_picture.size, "white")
-    first = Image.alpha_composite(white, input_picture).convert("RGB").resize((side, side))
+    white = Image.new("RGBA", input_image.size, "white")
+    first = Image.alpha_composite(white, input_image).convert("RGB").resize((side, side))
     count = 2 * columns - 1
     cells = [np.asarray(first), *(frames[k * len(frames) // count] for k in range(count))]
     rows = [np.concatenate(cells[start : start + columns], axis=1) for start in (0, columns)]
@@ -66,13 +66,13 @@ def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
 
 def encode_gif(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
     """Encode frames as an animated GIF: TensorBoard plays it."""
-    pictures = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
+    images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
     file = io.BytesIO()
-    pictures[0].save(
+    images[0].save(
         file,
         format="GIF",
         save_all=True,
-        append_images=pictures[1:],
+        append_images=images[1:],
         duration=1000 // FRAMES_A_SECOND,
         loop=0,
     )

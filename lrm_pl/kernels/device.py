@@ -93,7 +93,7 @@ def points_per_chunk(device: torch.device) -> int:
 def pixels_per_group(device: torch.device) -> int:
     """Return how many pixels LPIPS measures at a time.
 
-    A picture of 384 x 384, whose activations are a quarter of a GB, on a CPU; eight of them fill a GPU.
+    An image of 384 x 384, whose activations are a quarter of a GB, on a CPU; eight of them fill a GPU.
     """
     return 384 * 384 * (1 if on_cpu(device) else 8)
 

@@ -76,7 +76,7 @@ def premultiplied(rgba: RGBA) -> Float[Tensor, "4 H W"]:
 
 
 def resize(image: Float[Tensor, "C H W"], side: int) -> Float[Tensor, "C side side"]:
-    """Resize a whole picture."""
+    """Resize a whole image."""
     if image.shape[-2:] == (side, side):
         return image
     resized = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)

@@ -1,4 +1,4 @@
-"""Views from bytes to floats on a CPU: over white, or the window of a resized picture without the rest of it.
+"""Views from bytes to floats on a CPU: over white, or the window of a resized image without the rest of it.
 
 Contracts and plain twins are in ``lrm_pl.kernels.views``.
 """

@@ -1,4 +1,4 @@
-"""Terms that no picture asks for, on planes and opacities; each 0 where there is nothing to object to."""
+"""Terms that no image asks for, on planes and opacities; each 0 where there is nothing to object to."""
 
 import math
 

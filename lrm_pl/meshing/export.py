@@ -44,9 +44,9 @@ def _encode_obj(mesh: Mesh, stem: str) -> dict[str, bytes]:
         return {f"{stem}.obj": export_obj(_trimesh(mesh, vertices)).encode()}
     shape = _trimesh(mesh, vertices)
     up = np.stack([mesh.texture.uv[:, 0], 1 - mesh.texture.uv[:, 1]], axis=1)  # OBJ counts from below
-    picture = Image.fromarray(mesh.texture.image)
-    material = SimpleMaterial(image=picture, diffuse=(255, 255, 255, 255), name=stem)
-    shape.visual = TextureVisuals(uv=up, image=picture, material=material)
+    texture = Image.fromarray(mesh.texture.image)
+    material = SimpleMaterial(image=texture, diffuse=(255, 255, 255, 255), name=stem)
+    shape.visual = TextureVisuals(uv=up, image=texture, material=material)
     text, others = export_obj(shape, return_texture=True, mtl_name=f"{stem}.mtl")
     return {f"{stem}.obj": text.encode()} | {name: _bytes(content) for name, content in others.items()}
 

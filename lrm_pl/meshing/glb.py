@@ -44,7 +44,7 @@ def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
     else:
         attributes["TEXCOORD_0"] = builder.add_values(mesh.texture.uv, "VEC2", _FLOAT)
         surface["baseColorTexture"] = {"index": 0}
-        builder.add_picture(mesh.texture.image)
+        builder.add_image(mesh.texture.image)
     indices = builder.add_values(mesh.faces.astype("<u4").reshape(-1), "SCALAR", _UINT32)
     primitive = {"attributes": attributes, "indices": indices, "material": 0, "mode": 4}
     content = {
@@ -71,7 +71,7 @@ class _Builder:
         self.data = bytearray()
         self._views: list[dict[str, Any]] = []
         self._accessors: list[dict[str, Any]] = []
-        self._pictures: dict[str, Any] = {}
+        self._images: dict[str, Any] = {}
 
     def add_values(self, values: np.ndarray, kind: str, component: int, *, bounds: bool = False) -> int:
         """Add an array; returns the number of its accessor."""
@@ -85,11 +85,11 @@ class _Builder:
         self._accessors.append(accessor)
         return len(self._accessors) - 1
 
-    def add_picture(self, image: np.ndarray) -> None:
+    def add_image(self, image: np.ndarray) -> None:
         """Add the one texture, (H, W, 3) uint8, and how it is looked at."""
         file = io.BytesIO()
         Image.fromarray(image).save(file, format="PNG")
-        self._pictures = {
+        self._images = {
             "images": [{"bufferView": self._add_view(file.getvalue()), "mimeType": "image/png"}],
             "samplers": [{"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}],
             "textures": [{"source": 0, "sampler": 0}],
@@ -101,7 +101,7 @@ class _Builder:
             "buffers": [{"byteLength": len(self.data)}],
             "bufferViews": self._views,
             "accessors": self._accessors,
-            **self._pictures,
+            **self._images,
         }
 
     def _add_view(self, content: bytes, target: int | None = None) -> int:

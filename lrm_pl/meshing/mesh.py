@@ -13,10 +13,10 @@ MESH_FORMATS: tuple[MeshFormat, ...] = get_args(MeshFormat)
 
 @dataclasses.dataclass(frozen=True)
 class Texture:
-    """Colors of a surface as a picture.
+    """Colors of a surface as an image.
 
     Attributes:
-        uv: (N, 2) place of each vertex in the picture, from its left and top edge (0) to the right and bottom one (1).
+        uv: (N, 2) place of each vertex in the image, from its left and top edge (0) to the right and bottom one (1).
         image: (H, W, 3) sRGB.
     """
 

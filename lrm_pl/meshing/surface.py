@@ -114,7 +114,7 @@ def surface_density(
     distance: float,
     fxfycxcy: Float[Tensor, "4"],
 ) -> float:
-    """Find the density at the surface that pictures show: the threshold that suits this object.
+    """Find the density at the surface that images show: the threshold that suits this object.
 
     Where a ray's light comes from on average lies inside what is seen, and the density there depends on how sharp the
     model's edges are, which no constant knows. Here it is the median over a few views, of where opaque rays end.

@@ -1,4 +1,4 @@
-"""Bake colors that are known everywhere (a field's) into a picture over a mesh."""
+"""Bake colors that are known everywhere (a field's) into an image over a mesh."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def textured(mesh: Mesh, color: Color, size: int = 1024, limit_s: float = 60.0) 
     Args:
         mesh: The mesh; at seams its vertices are doubled.
         color: What colors are there.
-        size: Side of the picture, pixels; charts take what room they need: it comes out up to a half larger.
+        size: Side of the image, pixels; charts take what room they need: it comes out up to a half larger.
         limit_s: Seconds that laying it out may take.
 
     Raises:

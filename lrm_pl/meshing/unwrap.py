@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-#: Texels between two charts: bilinear filtering of the smaller pictures that viewers make must not mix them.
+#: Texels between two charts: bilinear filtering of the smaller images that viewers make must not mix them.
 PADDING = 4
 
 
@@ -28,7 +28,7 @@ class Atlas:
         source: (N,) which vertex of the surface each vertex of the atlas is; those at seams are there several times.
         faces: (M, 3) the same faces, in numbers of the atlas' vertices.
         uv: (N, 2) place of each vertex, from the left and top edge (0) to the right and bottom one (1).
-        size: Width and height of the picture that it is laid out in, pixels: about what was asked for.
+        size: Width and height of the image that it is laid out in, pixels: about what was asked for.
     """
 
     source: Int[np.ndarray, " N"]
@@ -45,7 +45,7 @@ def unwrap(
     Args:
         vertices: Places.
         faces: Numbers of vertices.
-        size: Side of the picture that it is laid out for, pixels.
+        size: Side of the image that it is laid out for, pixels.
         limit_s: Seconds that it may take.
 
     Raises:
@@ -86,7 +86,7 @@ def _main(folder: Path, size: int) -> None:
     atlas.generate(pack_options=options)
     source, faces, uv = atlas[0]
     if atlas.atlas_count != 1:
-        raise SystemExit(f"it needs {atlas.atlas_count} pictures of {size} x {size} pixels")
+        raise SystemExit(f"it needs {atlas.atlas_count} images of {size} x {size} pixels")
     # xatlas may need a little more or less than asked for; in another size, the space between charts would shrink
     size_found = np.array((atlas.width, atlas.height))
     np.savez(folder / "atlas.npz", source=source, faces=faces, uv=uv.astype(np.float32), size=size_found)

@@ -1,6 +1,6 @@
-"""Pictures to look at, without gradients: empty space is passed over, and a ray ends when nothing is left to see.
+"""Images to look at, without gradients: empty space is passed over, and a ray ends when nothing is left to see.
 
-The picture is that of ``render_deferred`` to less than 1/255 (tested): densities too thin to be seen are taken for
+The image is that of ``render_deferred`` to less than 1/255 (tested): densities too thin to be seen are taken for
 nothing, and what lies behind an opacity of 0.999 is left out.
 """
 

@@ -1,4 +1,4 @@
-"""Which cells of [-1, 1]^3 hold anything at all: for pictures that pass over empty space. No gradients."""
+"""Which cells of [-1, 1]^3 hold anything at all: for images that pass over empty space. No gradients."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The renderer: cameras in, pictures out."""
+"""The renderer: cameras in, images out."""
 
 from collections.abc import Sequence
 from typing import final
@@ -86,7 +86,7 @@ class Renderer:
         fxfycxcy: Float[Tensor, "B V 4"],
         size: tuple[int, int],
     ) -> Rendering:
-        """Render to look at, without gradients: the same pictures to less than 1/255, past what is empty or hidden.
+        """Render to look at, without gradients: the same images to less than 1/255, past what is empty or hidden.
 
         Args:
             field: The fields of B objects.

@@ -1,1 +1,1 @@
-"""How the network is trained: the LightningModule, the optimizer. Nothing here knows how pictures are shown."""
+"""How the network is trained: the LightningModule, the optimizer. Nothing here knows how images are shown."""

@@ -16,7 +16,7 @@ def is_logged(trainer: L.Trainer, step: int) -> bool:
 
 
 def log_step(module: L.LightningModule, step: int) -> None:
-    """Put what is logged with this at the number of optimizer steps done, as checkpoints and pictures are.
+    """Put what is logged with this at the number of optimizer steps done, as checkpoints and images are.
 
     Lightning's own axis is one behind; it takes the logged value "step" in place of it.
     """

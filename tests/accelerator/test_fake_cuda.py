@@ -121,7 +121,7 @@ def test_validation_and_its_metrics_stay_on_the_device(metrics, cuda, module, pe
         assert devices([getattr(metrics, name) for name in metrics._defaults]) == {DEVICE}
 
 
-def test_pictures_and_densities_of_a_reconstruction_stay_on_the_device(cuda, module):
+def test_images_and_densities_of_a_reconstruction_stay_on_the_device(cuda, module):
     with torch.no_grad():
         scene, _ = module.eval().predict_step(arrived(cuda, evaluation_batch()), 0)
     assert devices(scene.field.planes) == {DEVICE}

@@ -117,7 +117,7 @@ def opaque(model):
     return made
 
 
-def test_meshes_pictures_and_thresholds_are_those_of_a_cpu(device, model):
+def test_meshes_images_and_thresholds_are_those_of_a_cpu(device, model):
     found, surface = {}, 0.0
     image = torch.rand(4, 30, 30, generator=torch.Generator().manual_seed(1))
     camera = InputCamera(2.5, 45.0)

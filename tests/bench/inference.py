@@ -1,6 +1,6 @@
-"""(i) From a picture to a grid of densities at TripoSR's size, against the plain twin of its code, in turns.
+"""(i) From an image to a grid of densities at TripoSR's size, against the plain twin of its code, in turns.
 
-Random weights, bf16 products. Both reconstruct the same picture; ours then reads a 256^3 lattice coarse to fine, theirs
+Random weights, bf16 products. Both reconstruct the same image; ours then reads a 256^3 lattice coarse to fine, theirs
 reads every point, 8192 at a time, of a 128^3 lattice, which counts eight times. The field that the grid is read of is
 that of a ball, an object among empty space: random weights have none. Marching cubes, decimation, colors and GLB
 come after, apart, and so does the same grid of noise, of which nothing can be passed over.
@@ -67,12 +67,12 @@ def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
     share = (ahead + grid) / (their_ahead + their_grid_seconds)
     found: list[dict[str, object]] = [
         {
-            "bench": "TripoSR's size, picture to a grid of 256^3, a ball: share of the plain twin's time",
+            "bench": "TripoSR's size, image to a grid of 256^3, a ball: share of the plain twin's time",
             "value": share, "target": "<= 0.5", "met": share <= 0.5, "forward": ahead, "grid": grid,
             "plain_forward": their_ahead, "plain_grid": their_grid_seconds, "rounds": rounds,
         },
         {
-            "bench": "TripoSR's size, picture to a grid of 256^3, noise: share of the plain twin's time",
+            "bench": "TripoSR's size, image to a grid of 256^3, noise: share of the plain twin's time",
             "value": (ahead + noise_grid) / (their_ahead + their_grid_seconds), "target": "-", "met": True,
             "grid": noise_grid, "rounds": 1,
         },

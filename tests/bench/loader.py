@@ -1,6 +1,6 @@
 """The training stream against decoding alone, and against OpenLRM's way: 4 of 32 views at 512 px, samples a second.
 
-The pictures are renders of demo objects, made once and kept in bench/. Each side has the same processes.
+The images are renders of demo objects, made once and kept in bench/. Each side has the same processes.
 """
 
 import itertools
@@ -32,12 +32,12 @@ STEPS, WARM = 50, 10
 
 def measure(_: Path, rounds: int) -> list[dict[str, object]]:
     """Run the three sides in turns, without workers and with two."""
-    shards, pictures = prepare(ROOT / "bench" / "loader")
+    shards, images = prepare(ROOT / "bench" / "loader")
     torch.set_num_threads(1)
     makers: dict[str, Callable[[], Dataset]] = {
         "ours": lambda: stream(shards),
         "decoding": lambda: Decoding(stream(shards)),
-        "openlrm": lambda: Pictures(pictures),
+        "openlrm": lambda: Images(images),
     }
     found: list[dict[str, object]] = []
     for workers in (0, 2):
@@ -60,7 +60,7 @@ def measure(_: Path, rounds: int) -> list[dict[str, object]]:
 
 def prepare(folder: Path) -> tuple[Path, Path]:
     """Render the shards, and unpack them to OpenLRM's layout, where that is not done yet."""
-    assets, shards, pictures = folder / "assets", folder / "shards", folder / "pictures"
+    assets, shards, images = folder / "assets", folder / "shards", folder / "images"
     if not (shards / "manifest.json").is_file():
         assets.mkdir(parents=True, exist_ok=True)
         for name in OBJECTS:
@@ -70,8 +70,8 @@ def prepare(folder: Path) -> tuple[Path, Path]:
             "--out", shards, "--views", VIEWS, "--res", SIDE, "--held-out", 0,
         ]  # fmt: skip
         subprocess.run([str(word) for word in command], cwd=ROOT, check=True)
-    if not pictures.is_dir():
-        partial = folder / "pictures.partial"
+    if not images.is_dir():
+        partial = folder / "images.partial"
         shutil.rmtree(partial, ignore_errors=True)
         reader = stream(shards).reader
         for place in (stream(shards).order.locate(g) for g in range(len(OBJECTS))):
@@ -83,8 +83,8 @@ def prepare(folder: Path) -> tuple[Path, Path]:
             for view, encoded in enumerate(sample.views):
                 Image.fromarray(decode_image(sample.info.id, encoded)).save(out / "rgba" / f"{view:03d}.png")
                 np.save(out / "pose" / f"{view:03d}.npy", sample.c2w[view, :3])
-        partial.rename(pictures)
-    return shards, pictures
+        partial.rename(images)
+    return shards, images
 
 
 def stream(shards: Path) -> TrainingStream:
@@ -132,7 +132,7 @@ class Decoding(IterableDataset[int]):
             yield batch
 
 
-class Pictures(Dataset[dict[str, torch.Tensor]]):
+class Images(Dataset[dict[str, torch.Tensor]]):
     """A folder of PNGs and poses an object, read as OpenLRM's dataset class does: floats at once, then resized."""
 
     def __init__(self, folder: Path) -> None:
@@ -147,8 +147,8 @@ class Pictures(Dataset[dict[str, torch.Tensor]]):
         poses, images, background = [], [], torch.from_numpy(rng.random(3, dtype=np.float32))
         for view in rng.choice(VIEWS, USED, replace=False):
             poses.append(torch.from_numpy(np.load(folder / "pose" / f"{view:03d}.npy")))
-            with Image.open(folder / "rgba" / f"{view:03d}.png") as picture:
-                rgba = torch.from_numpy(np.array(picture) / 255).float().permute(2, 0, 1)
+            with Image.open(folder / "rgba" / f"{view:03d}.png") as image:
+                rgba = torch.from_numpy(np.array(image) / 255).float().permute(2, 0, 1)
             images.append(rgba[:3] * rgba[3:] + background[:, None, None] * (1 - rgba[3:]))
         stacked, side = torch.stack(images), int(rng.integers(128, 385))
         source = F.interpolate(stacked[:1], (224, 224), mode="bicubic", align_corners=True).clamp(0, 1)

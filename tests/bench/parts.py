@@ -26,7 +26,7 @@ from lrm_pl.rendering.renderer import Renderer
 from tests.bench.demo_run import ROOT
 from tests.parity.triposr import RADIUS, TripoSR
 
-#: Seen of TripoSR's own code on two cores with AMX: 2.1 million points of a grid in 1.5 s; a picture of 128 x 128 rays
+#: Seen of TripoSR's own code on two cores with AMX: 2.1 million points of a grid in 1.5 s; an image of 128 x 128 rays
 #: of 128 samples in 1.3 s.
 TRIPOSR_POINTS, TRIPOSR_SAMPLES = 2.1e6 / 1.5, 128**3 / 1.3
 #: The density at which it cuts surfaces.
@@ -85,7 +85,7 @@ def transformer(rounds: int) -> list[dict[str, object]]:
 
 
 def encoder(rounds: int) -> list[dict[str, object]]:
-    """Run the paper's encoder on one picture."""
+    """Run the paper's encoder on one image."""
     network, image = ImageEncoder("vit_base_patch16_224.dino", 512), torch.rand(1, 3, 512, 512)
 
     def forward() -> Tensor:
@@ -135,7 +135,7 @@ def renderer(rounds: int) -> list[dict[str, object]]:
 
 
 class Plain:
-    """TripoSR's queries and pictures, written plainly, 8192 points at a time as its own code takes them."""
+    """TripoSR's queries and images, written plainly, 8192 points at a time as its own code takes them."""
 
     def __init__(self, planes: Tensor) -> None:
         self.network, self.planes = TripoSR(channels=planes.shape[2]), planes
@@ -146,7 +146,7 @@ class Plain:
             [self.network.query(self.planes, part[None])[0] for part in points.split(8192)], dim=1
         )
 
-    def picture(self, origins: Tensor, directions: Tensor, samples: int) -> Tensor:
+    def image(self, origins: Tensor, directions: Tensor, samples: int) -> Tensor:
         """Render rays (1, R, 3)."""
         pairs = zip(*(x.split(8192 // samples, dim=1) for x in (origins, directions)), strict=True)
         return torch.cat([self.network.render(self.planes, *pair, samples) for pair in pairs], dim=1)
@@ -170,7 +170,7 @@ def ball(decoder: NeRFDecoder) -> Tensor:
 
 @torch.no_grad()
 def looking(rounds: int) -> list[dict[str, object]]:
-    """Query a grid, draw a picture and cut a mesh at TripoSR's size; the plain twin of its code takes turns."""
+    """Query a grid, draw an image and cut a mesh at TripoSR's size; the plain twin of its code takes turns."""
     decoder, render, _ = _decoder("triposr")
     axis = torch.linspace(-1, 1, 128)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
@@ -184,15 +184,15 @@ def looking(rounds: int) -> list[dict[str, object]]:
     def queried() -> Tensor:
         return plain.query(points * RADIUS)
 
-    def pictured() -> Tensor:
-        return plain.picture(*theirs, render.march.samples)
+    def rendered() -> Tensor:
+        return plain.image(*theirs, render.march.samples)
 
     with torch.autocast("cpu", torch.bfloat16):
         field = decoder.field(Triplane(planes, "triposr"))
         occupancy = measure_occupancy(field, 0)
         grid = in_turns(lambda: query_density(field, 0, points), queried, rounds)
         drawn = in_turns(
-            lambda: render.draw(field, [occupancy], c2w, camera, (128, 128)), pictured, rounds
+            lambda: render.draw(field, [occupancy], c2w, camera, (128, 128)), rendered, rounds
         )  # fmt: skip
         level = query_density(field, 0, points[::97]).quantile(0.99).item()
         mesh = seconds(lambda: extract_mesh(field, 0, level, 384), 1)
@@ -204,17 +204,17 @@ def looking(rounds: int) -> list[dict[str, object]]:
         around = measure_occupancy(thing, 0)
         thing_grid = in_turns(lambda: density_grid(thing, 0, 128, TRIPOSR_LEVEL), queried, rounds)
         thing_drawn = in_turns(
-            lambda: render.draw(thing, [around], c2w, camera, (128, 128)), pictured, rounds
+            lambda: render.draw(thing, [around], c2w, camera, (128, 128)), rendered, rounds
         )
         thing_mesh = seconds(lambda: extract_mesh(thing, 0, TRIPOSR_LEVEL, 384), 1)
     found: list[dict[str, object]] = []
-    for where, share, (mine, other), (picture, other_picture) in (
+    for where, share, (mine, other), (image, other_image) in (
         ("nothing empty", occupancy.share, grid, drawn),
         ("a ball", around.share, thing_grid, thing_drawn),
     ):
         for what, number, seen, ours, twin in (
             ("points of a grid", len(points), TRIPOSR_POINTS, mine, other),
-            ("samples of a picture", 128**3, TRIPOSR_SAMPLES, picture, other_picture),
+            ("samples of an image", 128**3, TRIPOSR_SAMPLES, image, other_image),
         ):
             rate, common = number / ours, {"occupied": share, "rounds": rounds}
             found += [

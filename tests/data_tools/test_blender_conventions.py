@@ -172,13 +172,13 @@ def write_assets(folder):
         .replace("uchar g\n", "float v\n")
     )
     text = text.replace("property uchar b\n", "").replace(" 30 160 90", " 0.5 0.5")
-    (folder / "picture.ply").write_text(text.replace("1.0\n", "1.0\ncomment TextureFile green.png\n", 1))
+    (folder / "image.ply").write_text(text.replace("1.0\n", "1.0\ncomment TextureFile green.png\n", 1))
     by_faces = (folder / "face_colors.ply").read_text().split("property uchar red")[0]
     by_faces = by_faces.replace("1.0\n", "1.0\ncomment TextureFile green.png\n", 1)
     by_faces += "property list uchar float texcoord\nend_header\n"
     by_faces += "".join(f"{x} {y} {z}\n" for x, y, z in VERTICES)
     by_faces += "".join(f"3 {a} {b} {c} 6 0 0 1 0 1 1\n" for a, b, c in TRIANGLES)
-    (folder / "picture_by_faces.ply").write_text(by_faces)
+    (folder / "image_by_faces.ply").write_text(by_faces)
     inside, outside = (
         (VERTICES, TRIANGLES, (0.588, 0.1, 0.1), 1.0),
         (1.03 * VERTICES, TRIANGLES[:, ::-1], (0, 0, 0), 1),
@@ -205,8 +205,8 @@ def write_assets(folder):
         "kd": RED_SRGB, "kd_scientific": RED_SRGB, "kd_single": (150, 150, 150), "own_name": RED_SRGB,
         "quoted": RED_SRGB, "several": green, "left_over": RED_SRGB, "inside_out": RED_SRGB, "latin": RED_SRGB,
         "kd_of_blender": (202, 89, 89), "tf": RED_SRGB, "ambient": green, "movie": green,
-        "colors": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "picture": green,
-        "face_colors": green, "picture_by_faces": green, "numbers": green,
+        "colors": green, "twice": RED_SRGB, "diffuse": green, "letters": green, "returns": green, "image": green,
+        "face_colors": green, "image_by_faces": green, "numbers": green,
         "outline": RED_SRGB,
         "own": RED_SRGB, "own_binary": RED_SRGB,
     }  # fmt: skip
@@ -219,11 +219,11 @@ def rendered(render_command, tmp_path_factory):
     (folder / "assets").mkdir()
     expected = write_assets(folder / "assets"), write_scenes(folder / "assets")
     write_scene(folder / "assets" / "veil.gltf", [VEIL], [{"mesh": 0}], one_sided=(0,))
-    write_gltf(folder / "assets" / "no_picture.gltf", [(VERTICES, TRIANGLES, (1, 1, 1), 1.0)])
-    record = json.loads((folder / "assets" / "no_picture.gltf").read_text())
+    write_gltf(folder / "assets" / "no_image.gltf", [(VERTICES, TRIANGLES, (1, 1, 1), 1.0)])
+    record = json.loads((folder / "assets" / "no_image.gltf").read_text())
     record["images"], record["textures"] = [{"uri": "data:,nothing"}], [{"source": 0}]
     record["materials"][0]["pbrMetallicRoughness"]["baseColorTexture"] = {"index": 0}
-    (folder / "assets" / "no_picture.gltf").write_text(json.dumps(record))
+    (folder / "assets" / "no_image.gltf").write_text(json.dumps(record))
     half = (VERTICES, TRIANGLES[:6], (1, 0, 0), 1.0)
     write_gltf(folder / "assets" / "two_sided.gltf", [half])
     record = json.loads((folder / "assets" / "two_sided.gltf").read_text())
@@ -312,7 +312,7 @@ def test_what_lies_in_glass_is_lit(rendered):
 def test_what_cannot_be_colored_is_left_out_with_the_reason(rendered):
     table = pyarrow.parquet.read_table(rendered[0] / "filter.parquet").to_pylist()
     reasons = {row["id"]: (row["outcome"], row["reason"]) for row in table if row["outcome"] != "rendered"}
-    assert reasons["no_picture"] == ("rejected", "missing_textures 1, expected <= 0")
+    assert reasons["no_image"] == ("rejected", "missing_textures 1, expected <= 0")
     assert reasons["no_mtl"] == ("rejected", "missing_textures 1, expected <= 0")
     doubled = {row["id"]: row["doubled"] for row in table}
     assert (doubled["twice"], doubled["kd"]) == (0.5, 0.0)
@@ -477,7 +477,7 @@ def test_no_library_is_read_that_was_not_checked_however_its_name_is_written(loa
         content = (inside / f"n{number}.obj").read_bytes()
         (inside / f"n{number}.obj").write_bytes(content.replace(b"n%d.mtl" % number, way))
     for half_sides in loaded(*((inside / f"n{number}.obj", inside, "") for number in range(len(ways)))):
-        assert half_sides == pytest.approx([1.0, 1.0, 1.0]), "a picture of the MTL was found"
+        assert half_sides == pytest.approx([1.0, 1.0, 1.0]), "an image of the MTL was found"
 
 
 def test_reasons_of_what_cannot_be_imported_say_what_to_do(loaded, tmp_path):

@@ -1,4 +1,4 @@
-"""What files say of pictures, vertices and nodes, and Blender's importers lose: an object for each."""
+"""What files say of images, vertices and nodes, and Blender's importers lose: an object for each."""
 
 import base64
 import json
@@ -76,8 +76,8 @@ def textured(uri, **surface):
     return change
 
 
-def write_pictures(folder):
-    """Write pictures, and objects that show them; returns id -> the color in which all of it comes back."""
+def write_images(folder):
+    """Write images, and objects that show them; returns id -> the color in which all of it comes back."""
     Image.new("RGB", (16, 16), ORANGE).save(folder / "orange.png")
     Image.new("RGBA", (16, 16), (*ORANGE, 60)).save(folder / "veiled.png")
     (folder / "tex").mkdir()
@@ -232,7 +232,7 @@ def rendered(render_command, render_python, root, tmp_path_factory):
     """Render all; returns id -> views, id -> row of the table, and what is expected."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "assets").mkdir()
-    colors = write_pictures(folder / "assets") | write_shapes(folder / "assets")
+    colors = write_images(folder / "assets") | write_shapes(folder / "assets")
     reasons = write_refused(folder / "assets")
     exported = write_exported(folder / "assets", render_python, root)
     colors, reasons = colors | exported[0], reasons | exported[1]
@@ -284,12 +284,12 @@ def test_a_one_sided_card_of_shared_vertices_is_seen_from_both_sides(rendered):
     assert (found["card"][..., 3] == 255).any(axis=(1, 2)).all()
 
 
-def test_opacity_without_alpha_is_the_brightness_of_its_picture(rendered):
+def test_opacity_without_alpha_is_the_brightness_of_its_image(rendered):
     found, rows, _, _ = rendered
     for key in ("masked", "masked_ppm"):
         assert "renders to nothing" in rows[key]["reason"], key
     assert (found["unmasked"][:, 24:40, 24:40, 3] == 255).all()
-    assert (found["half"][:, 24:40, 24:40, 3] == 255).all(), "a picture of colors without alpha hides nothing"
+    assert (found["half"][:, 24:40, 24:40, 3] == 255).all(), "an image of colors without alpha hides nothing"
 
 
 def test_a_transparency_written_as_a_number_is_seen_through(rendered):

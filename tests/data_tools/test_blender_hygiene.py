@@ -106,7 +106,7 @@ tree.links.new(tree.nodes.new("ShaderNodeVertexColor").outputs["Color"], shader.
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute"])
-def test_a_mesh_shows_no_picture_from_outside_its_folder(render_python, root, tmp_path, way):
+def test_a_mesh_shows_no_image_from_outside_its_folder(render_python, root, tmp_path, way):
     inside, outside = tmp_path / "assets" / "chair", tmp_path / "private"
     inside.mkdir(parents=True)
     outside.mkdir()
@@ -120,8 +120,8 @@ def test_a_mesh_shows_no_picture_from_outside_its_folder(render_python, root, tm
         f"load_asset(Path({str(inside / 'chair.obj')!r}), 'cube', Path({str(tmp_path / 'assets')!r}))"
     )
 
-    def load(picture):
-        (inside / "chair.mtl").write_text(f"newmtl m\nKd 1 1 1\nmap_Kd {picture}\n")
+    def load(image):
+        (inside / "chair.mtl").write_text(f"newmtl m\nKd 1 1 1\nmap_Kd {image}\n")
         return subprocess.run(
             [str(render_python), "-c", code], cwd=root, capture_output=True, text=True, timeout=100
         )

@@ -125,7 +125,7 @@ def test_one_more_mesh_and_another_license_render_one_object(reference, render_c
     header = "id,name,creator,source,license,sha256\n"
     (assets / "assets.csv").write_text(f"{header}box,Box,Ann,library,CC-BY-4.0,\n")
 
-    def pictures(folder):
+    def images(folder):
         found = {}
         for shard in read_manifest(folder).shards:
             raw = (folder / shard.name).read_bytes()
@@ -138,7 +138,7 @@ def test_one_more_mesh_and_another_license_render_one_object(reference, render_c
     done = render_command(assets, out, *options)
     assert "Rendering 1 of 7 objects" in done.stdout
     assert "the records of 1 object, without rendering" in done.stdout
-    before, after = pictures(reference[1]), pictures(out)
+    before, after = images(reference[1]), images(out)
     changed = {place for place, content in before.items() if after[place] != content}
     assert {(key, name) for _, key, name in changed} == {("box", "json")}
     assert {shard for shard, key, _ in after.keys() - before.keys()} == {"train-000003.tar"}

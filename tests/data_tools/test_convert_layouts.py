@@ -1,4 +1,4 @@
-"""Folders in others' layouts made into shards: the cameras and pictures that come out are those that went in."""
+"""Folders in others' layouts made into shards: the cameras and images that come out are those that went in."""
 
 import io
 import json
@@ -33,35 +33,35 @@ def opengl_w2c(sample):
     return np.linalg.inv(sample.c2w.astype(np.float64) @ FLIP)
 
 
-def write_pictures(folder, sample):
+def write_images(folder, sample):
     folder.mkdir(parents=True, exist_ok=True)
     for number, view in enumerate(sample.views):
         (folder / f"{number:03d}.png").write_bytes(view)
 
 
 def write_openlrm(folder, sample):
-    write_pictures(folder / "rgba", sample)
+    write_images(folder / "rgba", sample)
     (folder / "pose").mkdir()
     for number, c2w in enumerate(sample.c2w):
         np.save(folder / "pose" / f"{number:03d}.npy", (c2w @ FLIP)[:3])
     (fx, fy, cx, cy), (width, height) = (
         sample.fxfycxcy[0],
         (1024, 1024),
-    )  # the pictures were made smaller since
+    )  # the images were made smaller since
     np.save(
         folder / "intrinsics.npy", [[fx * width, fy * height], [cx * width, cy * height], [width, height]]
     )
 
 
 def write_zero123(folder, sample):
-    write_pictures(folder, sample)
+    write_images(folder, sample)
     for number, w2c in enumerate(opengl_w2c(sample)):
         w2c[:3, 3] /= 2  # the object's longest side is 1 there
         np.save(folder / f"{number:03d}.npy", w2c[:3])
 
 
 def write_instantmesh(folder, sample, poses=None):
-    write_pictures(folder, sample)
+    write_images(folder, sample)
     (folder / "000_normal.png").write_bytes(sample.views[0])
     (folder / "000_depth.png").write_bytes(sample.views[0])
     np.savez(folder / "cameras.npz", cam_poses=opengl_w2c(sample)[:, :3] if poses is None else poses)
@@ -96,7 +96,7 @@ def reasons(out):
     return {record["id"]: record["reason"] for record in records}
 
 
-def test_cameras_and_pictures_come_out_as_they_went_in(layout, tmp_path):
+def test_cameras_and_images_come_out_as_they_went_in(layout, tmp_path):
     went_in = {key: ellipsoid(key) for key in ("a", "b", "c")}
     for key, sample in went_in.items():
         WRITERS[layout](tmp_path / "in" / "000-023" / key, sample)  # folders of folders are searched
@@ -135,7 +135,7 @@ def test_an_object_without_its_first_view_is_named_and_not_overlooked(layout, tm
     )
 
 
-def test_a_resolution_makes_pictures_smaller_and_keeps_cameras(layout, tmp_path):
+def test_a_resolution_makes_images_smaller_and_keeps_cameras(layout, tmp_path):
     WRITERS[layout](tmp_path / "in" / "a", ellipsoid("a"))
     found = converted(layout, tmp_path / "in", tmp_path / "out", resolution=16)["a"]
     assert {decode_image("a", view).shape for view in found.views} == {(16, 16, 4)}
@@ -151,7 +151,7 @@ def a_pose(folder, layout):
     }[layout]
 
 
-def a_picture(folder, layout):
+def an_image(folder, layout):
     return (folder / "rgba" if layout == "openlrm" else folder) / "003.png"
 
 
@@ -161,18 +161,18 @@ def bad_objects(root, layout):
         ("missing-pose", "expected a file .*, but found none"),
         ("pickle", "pickles are not read|expected a numpy array"),
         ("stretched-pose", "expected rigid poses|look at the origin"),
-        ("corrupt-picture", "expected a PNG or WebP view"),
+        ("corrupt-image", "expected a PNG or WebP view"),
         ("text-bomb-first", "expected a PNG or WebP view"),
-        ("huge-picture", "at most 4096 pixels a side, found"),
+        ("huge-image", "at most 4096 pixels a side, found"),
         (
-            "missing-picture",
+            "missing-image",
             f"expected {VIEWS} views of 32 x 32 pixels, as most objects have, but found {VIEWS - 1}",
         ),
         ("other-size", "as most objects have, but found 6 views of 64 x 64 pixels"),
-        ("opaque-picture", "expected RGBA views, but found mode RGB"),
+        ("opaque-image", "expected RGBA views, but found mode RGB"),
         ("opaque-palette", "expected RGBA views, but found mode P"),
-        ("hdr-picture", r"003\.png: expected .*found PQ, which is HDR"),
-        ("cut-picture", r"003\.png: expected .* the shape that its camera sees, but found 32 x 24"),
+        ("hdr-image", r"003\.png: expected .*found PQ, which is HDR"),
+        ("cut-image", r"003\.png: expected .* the shape that its camera sees, but found 32 x 24"),
         ("too-large", "cameras that fit the silhouettes"),
     ):
         folder = root / name
@@ -180,7 +180,7 @@ def bad_objects(root, layout):
         if name == "too-large":
             sample.c2w[:, :3, 3] *= 3
         WRITERS[layout](folder, sample)
-        pose, picture = a_pose(folder, layout), a_picture(folder, layout)
+        pose, image = a_pose(folder, layout), an_image(folder, layout)
         if name == "missing-pose":
             pose.unlink()
         elif name == "pickle":
@@ -190,34 +190,34 @@ def bad_objects(root, layout):
             matrix = np.load(pose)["cam_poses"] if layout == "instantmesh" else np.load(pose)
             matrix[..., :3, :3] *= 1.01
             np.savez(pose, cam_poses=matrix) if layout == "instantmesh" else np.save(pose, matrix)
-        elif name == "corrupt-picture":
-            picture.write_bytes(picture.read_bytes()[:100])
+        elif name == "corrupt-image":
+            image.write_bytes(image.read_bytes()[:100])
         elif name == "text-bomb-first":
             text = PngInfo()
             text.add_text("a", "x" * 3_000_000, zip=True)
-            Image.new("RGBA", (32, 32)).save(picture.with_name("000.png"), pnginfo=text)
-        elif name == "huge-picture":
-            picture.write_bytes(png_of_declared_size(5000, 5000))
-        elif name == "missing-picture":
-            picture.unlink()
-        elif name == "cut-picture":
-            Image.open(picture).crop((0, 4, 32, 28)).save(picture)
-        elif name == "opaque-picture":
-            Image.open(picture).convert("RGB").save(picture)
+            Image.new("RGBA", (32, 32)).save(image.with_name("000.png"), pnginfo=text)
+        elif name == "huge-image":
+            image.write_bytes(png_of_declared_size(5000, 5000))
+        elif name == "missing-image":
+            image.unlink()
+        elif name == "cut-image":
+            Image.open(image).crop((0, 4, 32, 28)).save(image)
+        elif name == "opaque-image":
+            Image.open(image).convert("RGB").save(image)
         elif name == "opaque-palette":
-            Image.open(picture).convert("RGB").quantize(16).save(picture)
-        elif name == "hdr-picture":
-            image = Image.open(picture)
-            image.save(picture)
-            picture.write_bytes(png_chunk(picture.read_bytes(), b"cICP", bytes((9, 16, 0, 1))))
+            Image.open(image).convert("RGB").quantize(16).save(image)
+        elif name == "hdr-image":
+            opened = Image.open(image)
+            opened.save(image)
+            image.write_bytes(png_chunk(image.read_bytes(), b"cICP", bytes((9, 16, 0, 1))))
         yield name, said
 
 
 def png_of_declared_size(width, height):
     """A PNG of a hundred bytes that says it is large."""
-    picture = io.BytesIO()
-    Image.new("RGBA", (1, 1)).save(picture, format="PNG")
-    content = bytearray(picture.getvalue())
+    image = io.BytesIO()
+    Image.new("RGBA", (1, 1)).save(image, format="PNG")
+    content = bytearray(image.getvalue())
     content[16:24] = struct.pack(">II", width, height)
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     return bytes(content)
@@ -226,14 +226,14 @@ def png_of_declared_size(width, height):
 def test_one_number_twice_is_refused_and_named(layout, tmp_path):
     for key in ("a", "both", "short"):
         WRITERS[layout](tmp_path / "in" / key, ellipsoid(key))
-    picture = a_picture(tmp_path / "in" / "both", layout)
-    Image.open(picture).save(picture.with_suffix(".webp"), lossless=True)
-    picture = a_picture(tmp_path / "in" / "short", layout)
-    picture.with_name("3.png").write_bytes(picture.read_bytes())
+    image = an_image(tmp_path / "in" / "both", layout)
+    Image.open(image).save(image.with_suffix(".webp"), lossless=True)
+    image = an_image(tmp_path / "in" / "short", layout)
+    image.with_name("3.png").write_bytes(image.read_bytes())
     assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a"}
     found = reasons(tmp_path / "out")
-    assert "expected one picture a number, but found 003.png and 003.webp. Remove one" in found["both"]
-    assert "expected one picture a number, but found 003.png and 3.png. Remove one" in found["short"]
+    assert "expected one image a number, but found 003.png and 003.webp. Remove one" in found["both"]
+    assert "expected one image a number, but found 003.png and 3.png. Remove one" in found["short"]
 
 
 def test_folders_behind_links_are_found_once_and_dead_links_are_named(layout, tmp_path):
@@ -276,16 +276,16 @@ def as_key_color(rgba):
 def test_views_that_a_tool_made_smaller_are_the_rgba_views_that_they_stand_for(layout, tmp_path, stored):
     sample = ellipsoid("a")
     WRITERS[layout](tmp_path / "in" / "a", sample)
-    pictures = []
+    images = []
     for number, view in enumerate(sample.views):
-        path = a_picture(tmp_path / "in" / "a", layout).with_name(f"{number:03d}.png")
+        path = an_image(tmp_path / "in" / "a", layout).with_name(f"{number:03d}.png")
         stored(decode_image("a", view)).save(path)
-        image = Image.open(path)
-        assert image.mode != "RGBA"
-        pictures.append(np.asarray(image.convert("RGBA")))
+        opened = Image.open(path)
+        assert opened.mode != "RGBA"
+        images.append(np.asarray(opened.convert("RGBA")))
     found = converted(layout, tmp_path / "in", tmp_path / "out")["a"]
-    for view, picture in zip(found.views, pictures, strict=True):
-        np.testing.assert_array_equal(decode_image("a", view), picture)
+    for view, image in zip(found.views, images, strict=True):
+        np.testing.assert_array_equal(decode_image("a", view), image)
 
 
 def png_chunk(content, kind, data):

@@ -45,7 +45,7 @@ def quaternion(rotation):
 
 
 def write_model(folder, poses, parameters, model=PINHOLE):
-    """Write a COLMAP model by hand: w2c poses, with some points in each picture."""
+    """Write a COLMAP model by hand: w2c poses, with some points in each image."""
     folder.mkdir(parents=True)
     camera = struct.pack(f"<QIiQQ{len(parameters)}d", 1, 5, model, SIDE, SIDE, *parameters)
     (folder / "cameras.bin").write_bytes(camera)
@@ -60,7 +60,7 @@ def write_model(folder, poses, parameters, model=PINHOLE):
 
 
 def write_video(folder, sample, masks, parameters=None, model=PINHOLE):
-    """Write a sample as a video: JPEG pictures over a background, masks, poses in COLMAP's world."""
+    """Write a sample as a video: JPEG images over a background, masks, poses in COLMAP's world."""
     poses = []
     for c2w in sample.c2w.astype(np.float64):
         rotation, place = TURN @ c2w[:3, :3], SCALE * TURN @ c2w[:3, 3] + OFFSET
@@ -70,8 +70,8 @@ def write_video(folder, sample, masks, parameters=None, model=PINHOLE):
     masks.mkdir(parents=True, exist_ok=True)
     for number, view in enumerate(sample.views, start=1):
         rgba = decode_image("a", view)
-        picture = np.where(rgba[..., 3:] > 0, rgba[..., :3], [0, 255, 0]).astype(np.uint8)
-        Image.fromarray(picture).save(folder / "images" / f"{number:03d}.jpg", quality=98, subsampling=0)
+        image = np.where(rgba[..., 3:] > 0, rgba[..., :3], [0, 255, 0]).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / f"{number:03d}.jpg", quality=98, subsampling=0)
         Image.fromarray(rgba[..., 3]).save(masks / f"{number:03d}.jpg.png")
 
 
@@ -241,7 +241,7 @@ def test_frames_are_srgb_and_not_turned_and_masks_may_have_sixteen_bits(video, t
     folder, _ = video
     (before,) = converted(tmp_path / "in", tmp_path / "plain").values()
     exif = Image.Exif()
-    exif[0x0112] = 6  # COLMAP does not turn pictures
+    exif[0x0112] = 6  # COLMAP does not turn images
     for path in sorted((folder / "masks").iterdir()):
         soft = np.where(np.asarray(Image.open(path)) > 127, 65535, 20000).astype(np.uint16)
         Image.fromarray(soft).save(path)
@@ -275,9 +275,9 @@ def test_views_that_show_a_part_or_nothing_do_not_count(video, tmp_path):
         Image.fromarray(mask).save(folder / "masks" / f"{name}.jpg.png")
     said = reason(folder, tmp_path / "out", views=4)
     assert (
-        "expected at least 4 whole views, but found 3 of 10: 1 without a mask, 1 without a picture, " in said
+        "expected at least 4 whole views, but found 3 of 10: 1 without a mask, 1 without an image, " in said
     )
-    assert "1 with an empty mask, 4 cut by the picture's edge" in said
+    assert "1 with an empty mask, 4 cut by the image's edge" in said
     found = converted(folder.parents[1], tmp_path / "three", views=3)["7_1a2b"]
     assert found.info.views == 3
 
@@ -338,17 +338,17 @@ def test_strange_poses_and_names_are_refused(video, damage, said):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("images/003.jpg", b"nothing", "003.jpg: expected a picture, found"),
+        ("images/003.jpg", b"nothing", "003.jpg: expected an image, found"),
         ("masks/003.jpg.png", b"nothing", "003.jpg.png: expected a mask, found"),
         (
             "images/003.jpg",
             None,
-            r"expected a picture of \(128, 128\) pixels as its camera says, .*found \(9000, 100\)",
+            r"expected an image of \(128, 128\) pixels as its camera says, .*found \(9000, 100\)",
         ),
         ("masks/003.jpg.png", None, r"expected a mask of \(128, 128\) pixels"),
     ],
 )
-def test_pictures_and_masks_that_are_not_their_cameras_are_refused(video, name, content, said):
+def test_images_and_masks_that_are_not_their_cameras_are_refused(video, name, content, said):
     folder, _ = video
     if content is None:
         Image.new("L", (9000, 100), 255).save(folder / name)

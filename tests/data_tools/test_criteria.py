@@ -1,4 +1,4 @@
-"""Measures of pictures and rules, by hand."""
+"""Measures of images and rules, by hand."""
 
 import dataclasses
 import json
@@ -36,17 +36,17 @@ MESH = MeshMeasures(
 )
 
 
-def picture(box, color, side=10):
+def image(box, color, side=10):
     top, left, bottom, right = box
     rgba = np.zeros((side, side, 4), dtype=np.uint8)
     rgba[top:bottom, left:right] = (*color, 255)
     return rgba
 
 
-def test_what_pictures_show_is_measured():
-    red_inside = picture((2, 2, 6, 7), (200, 0, 0))  # 20 of 100 pixels
+def test_what_images_show_is_measured():
+    red_inside = image((2, 2, 6, 7), (200, 0, 0))  # 20 of 100 pixels
     red_inside[5, 2:7, :3] = 4  # 5 of them are black
-    white_at_the_edge = picture((0, 0, 2, 5), (250, 255, 251))  # 10 of 100, at the top and the left
+    white_at_the_edge = image((0, 0, 2, 5), (250, 255, 251))  # 10 of 100, at the top and the left
     found = measure_views(MESH, [red_inside, white_at_the_edge])
     assert found.coverage == pytest.approx(0.15)
     assert found.coverage_min == pytest.approx(0.1)
@@ -57,7 +57,7 @@ def test_what_pictures_show_is_measured():
 
 
 def test_rules_say_what_an_object_breaks():
-    white = measure_views(MESH, [picture((0, 0, 10, 10), (255, 255, 255))])
+    white = measure_views(MESH, [image((0, 0, 10, 10), (255, 255, 255))])
     said = objections(white, [parse_rule(rule) for rule in (*DEFAULT_RULES, WHOLE_RULE)])
     assert said == "white 1, expected <= 0.95; cropped 1, expected <= 0.5"
     assert objections(white, [parse_rule("white == 1"), parse_rule("colored>0")]) == ""
@@ -73,7 +73,7 @@ def test_a_rule_that_is_none_is_refused_with_an_example(text):
 
 
 def test_damaged_measures_are_refused():
-    record = json.loads(encode_measures(measure_views(MESH, [picture((0, 0, 9, 9), (9, 9, 9))])))
+    record = json.loads(encode_measures(measure_views(MESH, [image((0, 0, 9, 9), (9, 9, 9))])))
     for wrong in (
         b"{",
         b"[]",

@@ -63,7 +63,7 @@ def test_drawn_cameras_stay_in_the_ranges_and_look_at_the_origin(preset):
         assert low - 1e-5 <= drawn.min() < drawn.max() <= high + 1e-5
     assert rigid_error(cameras.c2w) < 1e-6
     np.testing.assert_allclose(cameras.c2w[:, :3, 2], -place / radius[:, None], atol=1e-6)
-    assert (cameras.c2w[:, 2, 1] < 0).all()  # down in the picture is down in the world
+    assert (cameras.c2w[:, 2, 1] < 0).all()  # down in the image is down in the world
     assert (np.abs(cameras.c2w[:, 2, 0]) < 1e-6).all()  # and the horizon is level
 
 
@@ -81,9 +81,9 @@ def test_the_default_preset_keeps_the_unit_sphere_in_the_frame():
     assert half_sphere_deg < frame.fov_range_deg[0] / 2
 
 
-def test_the_rectangle_around_a_box_is_that_of_its_near_face_or_the_whole_picture():
+def test_the_rectangle_around_a_box_is_that_of_its_near_face_or_the_whole_image():
     c2w = look_at_origin(np.array([0.0, -3.0, 0.0])).astype(np.float32)
-    # the near face is 2 away: x reaches 0.5 * 1 / 2, z 0.25 * 1 / 2 of a picture side from the middle
+    # the near face is 2 away: x reaches 0.5 * 1 / 2, z 0.25 * 1 / 2 of an image side from the middle
     found = frame_rectangle(c2w, 1.0, np.array([0.5, 1.0, 0.25]), margin=0.01)
     np.testing.assert_allclose(found, [0.24, 0.365, 0.76, 0.635], atol=1e-6)
     assert frame_rectangle(c2w, 1.0, np.array([9.0, 1.0, 0.0]), margin=0.0)[::2] == (0, 1)  # clipped

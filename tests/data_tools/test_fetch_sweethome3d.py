@@ -50,7 +50,7 @@ f 1/1 3/3 4/2
 MTL = "newmtl red\nKd 1 0 0\nnewmtl blue\nKd 0 0 1\nnewmtl wood\nmap_Kd wood.png\n"
 
 
-def picture():
+def image():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (90, 60, 30)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -102,7 +102,7 @@ def package(tmp_path, monkeypatch):
     plain = OBJ.format(key="plain", second="red").encode()
     scopia = {
         "chair": {"name": "Chaise d'\xe9t\xe9 10\\u20ac"},
-        "table": {"files": {"table.obj": textured, "wood.png": picture()}},
+        "table": {"files": {"table.obj": textured, "wood.png": image()}},
         "door": {"doorOrWindow": "true"},
         "frame": {"category": "Doors and windows"},
         "steps": {"staircaseCutOutShape": "M0,0"},

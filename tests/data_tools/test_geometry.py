@@ -39,10 +39,10 @@ def with_geometry(key, seed):
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     radii = np.random.default_rng(int.from_bytes(digest[:8], "little")).uniform(0.4, 0.95, 3)
     extras = {}
-    for view, (c2w, camera, picture) in enumerate(
+    for view, (c2w, camera, image) in enumerate(
         zip(sample.c2w.astype(np.float64), sample.fxfycxcy, sample.views, strict=True)
     ):
-        seen = decode_image("", picture)[..., 3] > 0
+        seen = decode_image("", image)[..., 3] > 0
         x, y = np.meshgrid(*((np.arange(SIDE) + 0.5) / SIDE - 0.5,) * 2)
         rays = np.stack([x, y, np.full_like(x, camera[0])], -1) / camera[0] @ c2w[:3, :3].T
         # |(origin + z ray) / radii| = 1; the ray's z in the camera is 1.

@@ -70,7 +70,7 @@ def test_the_page_is_one_file_in_which_records_are_text(folder, capsys):
         assert word in text
     out = capsys.readouterr().out
     assert "objects        1 (1 train, 0 held out), 2 views each" in out
-    assert re.search(r"picture covered by the object\s+25 / 62.5 / 100 %", out)
+    assert re.search(r"image covered by the object\s+25 / 62.5 / 100 %", out)
     assert f"page           {folder / 'inspect.html'}" in out
 
 

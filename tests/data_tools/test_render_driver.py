@@ -218,7 +218,7 @@ def licenses(out):
     return {key: info.license for key, info in infos(out).items() if info.license != "unknown"}
 
 
-def pictures(out):
+def images(out):
     """Return id -> shard, and everything but the record."""
     return {
         key: (shard.name, {name: content for name, content in members.items() if name != "json"})
@@ -230,7 +230,7 @@ def pictures(out):
 def test_an_added_mesh_and_a_changed_license_render_one_object(assets, tmp_path, rendered_ids, capfd):
     out = tmp_path / "out"
     before = run(assets, out)
-    old, old_pictures = tars(out), pictures(out)
+    old, old_images = tars(out), images(out)
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     (assets / "0_first_by_name.glb").write_text("fine")
     write_table(assets, c="CC0-1.0")
@@ -239,7 +239,7 @@ def test_an_added_mesh_and_a_changed_license_render_one_object(assets, tmp_path,
     described = [(shard.name, shard.samples) for shard in before.shards]
     assert [(shard.name, shard.samples) for shard in after.shards] == [*described, ("train-000003.tar", 1)]
     assert {name for name in old if tars(out)[name] != old[name]} == {"train-000001.tar"}, "where c lies"
-    assert {key: pictures(out)[key] for key in old_pictures} == old_pictures
+    assert {key: images(out)[key] for key in old_images} == old_images
     assert licenses(out) == {"c": "CC0-1.0"}
     del times["train-000001.tar"]
     assert {name: (out / name).stat().st_mtime_ns for name in times} == times
@@ -322,11 +322,11 @@ def test_an_addition_that_was_interrupted_ends_with_the_bytes_of_one_that_was_no
     assert not {*"abcdef"} & {key for ids in rendered_ids[1:] for key in ids}
 
 
-def test_a_kill_while_records_are_updated_loses_no_picture(assets, tmp_path, rendered_ids, monkeypatch):
+def test_a_kill_while_records_are_updated_loses_no_image(assets, tmp_path, rendered_ids, monkeypatch):
     (assets / "a.glb").write_text("white")  # a is rejected, b kept: two files of one shard
     out = tmp_path / "out"
     run(assets, out)
-    old = pictures(out)
+    old = images(out)
     write_table(assets, a="CC0-1.0", b="CC0-1.0")
     original, left = shard_folder.write_shard, [0]
 
@@ -344,7 +344,7 @@ def test_a_kill_while_records_are_updated_loses_no_picture(assets, tmp_path, ren
     write_table(assets, b="CC-BY-4.0")  # and in the middle of it, another change
     left[0] = 100
     run(assets, out)
-    assert (pictures(out), len(rendered_ids)) == (old, 1)
+    assert (images(out), len(rendered_ids)) == (old, 1)
     assert licenses(out) == {"b": "CC-BY-4.0"}
 
 

@@ -43,7 +43,7 @@ def test_another_shard_size_keeps_every_byte_and_every_split(shards, tmp_path):
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
 
 
-def test_another_resolution_changes_pictures_alone_and_cameras_still_fit(shards, tmp_path):
+def test_another_resolution_changes_images_alone_and_cameras_still_fit(shards, tmp_path):
     repack([shards], tmp_path / "out", resolution=16)
     for key, (split, content) in members(shards).items():
         again_split, again = members(tmp_path / "out")[key]
@@ -194,7 +194,7 @@ def test_a_damaged_sample_stops_it_and_leaves_nothing_under_the_name(shards, tmp
 
 
 def flip_a_pixel(folder):
-    """Flip a bit of a picture that still decodes."""
+    """Flip a bit of an image that still decodes."""
     shard = read_manifest(folder).shards[0]
     offset, size = read_index(folder, shard)["train-ellipsoid-000"]["view_003.webp"]
     content = bytearray((folder / shard.name).read_bytes())

@@ -236,7 +236,7 @@ def _large_webp_of_parts(**options):
     ],
     ids=["png", "lossless", "lossy", "extended"],
 )
-def test_a_picture_is_refused_by_its_size_before_it_is_decoded(content, monkeypatch):
+def test_an_image_is_refused_by_its_size_before_it_is_decoded(content, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
     with pytest.raises(SampleError, match=r"at most 4096 pixels a side, but found \(8192, 8192\)"):
         decode_image("chair", content)

@@ -70,7 +70,7 @@ def far_apart(c2w):
 
 
 def test_a_ray_is_as_far_as_the_silhouette_that_it_misses():
-    # Two cameras far away on -y and +x at one height: rows of one picture are rows of the other.
+    # Two cameras far away on -y and +x at one height: rows of one image are rows of the other.
     poses = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
     poses[0, :3, :3] = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])  # right +x, down -z, forward +y
     poses[0, :3, 3] = (0, -1000, 0)
@@ -129,7 +129,7 @@ def test_correct_cameras_pass_and_at_most_one_swap_in_twenty_does(preset):
     [
         lambda c2w, k: (np.roll(c2w, 1, axis=0), k),
         lambda c2w, k: (c2w[::-1].copy(), k),
-        lambda c2w, k: (c2w @ np.diag([-1, 1, 1, 1]).astype(np.float32), k),  # pictures mirrored
+        lambda c2w, k: (c2w @ np.diag([-1, 1, 1, 1]).astype(np.float32), k),  # images mirrored
         lambda c2w, k: (c2w @ np.diag([1, -1, -1, 1]).astype(np.float32), k),  # OpenGL's axes
         lambda c2w, k: (np.linalg.inv(c2w), k),  # world to camera
         lambda c2w, k: (c2w, k * np.float32([1.3, 1.3, 1, 1])),

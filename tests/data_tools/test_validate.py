@@ -16,7 +16,7 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.quality.measures import encode_measures
-from data_tools.quality.validate import check_pictures, index_differences
+from data_tools.quality.validate import check_images, index_differences
 from data_tools.shards.pool import processes
 from lrm_pl.data.manifest import read_index, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_sample
@@ -305,9 +305,9 @@ def test_an_index_that_points_elsewhere_is_named(shards):
 def test_more_pixels_than_an_object_may_have_are_not_all_decoded(monkeypatch):
     sample = synthetic_sample("a", views=8, resolution=32, seed=0)
     monkeypatch.setattr("data_tools.quality.validate._MAX_PIXELS", 8 * 32 * 32)
-    check_pictures(sample)
+    check_images(sample)
     monkeypatch.setattr("data_tools.quality.validate._MAX_PIXELS", 8 * 32 * 32 - 1)
     with pytest.raises(
         SampleError, match="sample 'a': expected at most 8191 pixels in all views, but found more"
     ):
-        check_pictures(sample)
+        check_images(sample)

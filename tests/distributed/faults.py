@@ -5,7 +5,7 @@ import torch
 
 
 class Poison(L.Callback):
-    """Make a picture of one rank all NaN, at some steps."""
+    """Make an image of one rank all NaN, at some steps."""
 
     def __init__(self, rank: int = 1, first: int = 3, last: int = 3) -> None:
         self.rank, self.first, self.last = rank, first, last

@@ -56,7 +56,7 @@ class PrecisionSpy(L.Callback):
 
 
 class Spoiler(L.Callback):
-    """Put NaN into the pictures of one batch of one rank.
+    """Put NaN into the images of one batch of one rank.
 
     Args:
         step: Of this step.

@@ -82,7 +82,7 @@ def build(kernel, arch, width=64, tile=(4, 4, 4), half=True, layers=8, silu=Fals
         more = {"WINDOW": WINDOW}
     constants = {"S": 64, "C": width, "L": layers, **dict(zip(("TH", "TW", "TK"), tile, strict=True)),
                  "AXES": (0, 1, 0, 2, 1, 2), "SILU": silu, "HALF": half, **more}  # fmt: skip
-    # What the JIT finds out by itself: allocations are aligned, and so are pictures and samples of the usual sizes.
+    # What the JIT finds out by itself: allocations are aligned, and so are images and samples of the usual sizes.
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in ("W", "K")]
     source = ASTSource(
         fn=getattr(kernels, kernel),

@@ -45,7 +45,7 @@ def case(
         layout: Of the planes.
         tile: Rows, columns, samples.
         views: Cameras on an orbit.
-        size: Side of their pictures.
+        size: Side of their images.
         samples: K.
         distance: Of the cameras; rays miss the sphere at the corners, all of them from far away.
         stretch: Factor on distances, above 1 beyond the planes.

@@ -29,7 +29,7 @@ def networks(lpips_networks, monkeypatch):
 
 @pytest.fixture
 def short_protocol(monkeypatch):
-    """LRM's protocol with one input, three targets, and small pictures on the board."""
+    """LRM's protocol with one input, three targets, and small images on the board."""
     short = dataclasses.replace(PROTOCOLS["lrm"], inputs=(0,), targets=(1, 2, 3))
     monkeypatch.setitem(PROTOCOLS, "lrm", short)
     for name, value in (("_FRAMES", 2), ("_SIDE", 32), ("_LATTICE", 32)):

@@ -85,7 +85,7 @@ def weights(path):
     return torch.load(path / "tensors.pt", weights_only=True)
 
 
-def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_path, capsys):
+def test_a_run_leaves_scalars_images_config_commit_and_checkpoint(tiny, tmp_path, capsys):
     main(["fit", *tiny])
     printed = capsys.readouterr().out
     for words in (
@@ -108,11 +108,9 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
     assert kept["heldout"]["white image"]["images"] == 2 * 2
     assert f"{kept['unseen']['model']['psnr_pooled']:.2f}" in printed
     for name in ("unseen", "heldout"):
-        with Image.open(folder / "views" / f"{name}-step000002.png") as picture:
+        with Image.open(folder / "views" / f"{name}-step000002.png") as image:
             rows = {"unseen": 4, "heldout": 2}[name]
-            assert picture.size == (5 * 32, rows * 32), (
-                "input | target | render | opacity | depth, whole views"
-            )
+            assert image.size == (5 * 32, rows * 32), "input | target | render | opacity | depth, whole views"
     events = EventAccumulator(str(folder))
     events.Reload()
     scalars = set(events.Tags()["scalars"])
@@ -130,7 +128,7 @@ def test_a_run_leaves_scalars_pictures_config_commit_and_checkpoint(tiny, tmp_pa
         "memory/peak_host_gib",
     } <= scalars
     assert {"views/unseen", "views/heldout"} <= set(events.Tags()["images"])
-    # Pictures, scalars and checkpoints count the same: optimizer steps that are done.
+    # Images, scalars and checkpoints count the same: optimizer steps that are done.
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2]
     assert [event.step for event in events.Scalars("val/heldout/psnr_pooled")] == [2]
     assert [event.step for event in events.Images("views/heldout")] == [2]
@@ -182,7 +180,7 @@ def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny,
             main([command, "-c", str(run / "config.yaml"), "--ckpt_path", str(path)])
             printed = capsys.readouterr().out
             assert printed.count("val/heldout/psnr_pooled") == 1, "each number is said once"
-            assert f"Pictures and logs: {run / command}" in printed
+            assert f"Images and logs: {run / command}" in printed
         assert list((run / command).glob("events*")), "what is found lies below the run"
     assert sorted(path.name for path in run.parent.iterdir()) == [run.name], "no new run is made"
     path = str(checkpoint(tmp_path, 2))
@@ -381,7 +379,7 @@ def _break_poses(content):
     content[place : place + 6] = b"corrup"
 
 
-def _break_pictures(content):
+def _break_images(content):
     for place in (m.start() for m in re.finditer(rb"WEBPVP8L", bytes(content))):
         content[place + 12] = 0  # what lossless pixels begin with
 
@@ -402,7 +400,7 @@ def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path,
     assert re.search(message, caplog.text)
 
 
-@pytest.mark.parametrize("damage", [_break_poses, _break_pictures])
+@pytest.mark.parametrize("damage", [_break_poses, _break_images])
 def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_path, shards, caplog, damage):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)

@@ -42,7 +42,7 @@ def visitor(chromium, page_server):
     context.close()
 
 
-def test_a_visitor_uploads_a_picture_and_downloads_its_mesh(visitor, tmp_path):
+def test_a_visitor_uploads_an_image_and_downloads_its_mesh(visitor, tmp_path):
     rgba = np.zeros((80, 60, 4), dtype=np.uint8)
     rgba[20:60, 10:40] = (200, 100, 50, 255)
     Image.fromarray(rgba).save(tmp_path / "object.png")
@@ -61,7 +61,7 @@ def test_a_visitor_uploads_a_picture_and_downloads_its_mesh(visitor, tmp_path):
     (shape,) = trimesh.load(tmp_path / "mesh.glb", process=False).geometry.values()
     told = visitor.inner_text("#told")
     assert f"{len(shape.faces):,} triangles" in told
-    # the mesh is really drawn: some of its picture is not the background
+    # the mesh is really drawn: some of its image is not the background
     visitor.wait_for_timeout(2000)
     drawn = Image.open(Path(_shot(visitor, "#mesh canvas", tmp_path / "mesh.png"))).convert("RGB")
     assert (np.asarray(drawn) < 200).any(axis=-1).mean() > 0.01
@@ -70,7 +70,7 @@ def test_a_visitor_uploads_a_picture_and_downloads_its_mesh(visitor, tmp_path):
         "#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']"
     ).first.click()
     visitor.click("#go")
-    visitor.wait_for_selector("text=Choose a picture first.", timeout=30_000)
+    visitor.wait_for_selector("text=Choose an image first.", timeout=30_000)
     assert "triangles" not in visitor.inner_text("#told")
     assert not visitor.query_selector("#orbit video")
 
@@ -91,12 +91,12 @@ def test_an_example_is_picked_with_one_click_and_reconstructed_with_another(visi
 
 def test_a_bad_file_and_no_file_are_answered_in_words(visitor, tmp_path):
     visitor.click("#go")
-    visitor.wait_for_selector("text=Choose a picture first.", timeout=30_000)
-    (tmp_path / "bad.png").write_bytes(b"this is no picture")
+    visitor.wait_for_selector("text=Choose an image first.", timeout=30_000)
+    (tmp_path / "bad.png").write_bytes(b"this is no image")
     visitor.set_input_files("#photo input[type=file]", tmp_path / "bad.png")
     visitor.wait_for_timeout(1500)
     visitor.click("#go")
-    visitor.wait_for_selector("text=expected a picture", timeout=30_000)
+    visitor.wait_for_selector("text=expected an image", timeout=30_000)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.soak)])
@@ -207,7 +207,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
                 url = {**file, "path": "http://127.0.0.1:9/a.png"}
                 last = (await joined(session, address, call["id"], url, f"url{call['id']}"))[-1]
                 assert not last["success"]
-                assert "Expected an uploaded picture, but found the address" in last["output"]["error"]
+                assert "Expected an uploaded image, but found the address" in last["output"]["error"]
                 other = {**file, "path": "/etc/passwd"}
                 last = (await joined(session, address, call["id"], other, f"file{call['id']}"))[-1]
                 assert not last["success"]
@@ -217,7 +217,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
             assert (await joined(session, address, pick, 0, "picked", data=[0]))[-1]["success"]
             url = {**file, "path": "http://127.0.0.1:9/a.png"}
             last = (await joined(session, address, make, url, "picked"))[-1]
-            assert "Expected an uploaded picture, but found the address" in last["output"]["error"]
+            assert "Expected an uploaded image, but found the address" in last["output"]["error"]
             photo = {**file, "path": path}
             last = (
                 await joined(session, address, make, photo, "first", until="process_starts", resolution=384)

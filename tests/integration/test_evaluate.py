@@ -48,7 +48,7 @@ def finished(pretrained, data, tmp_path_factory):
     return out
 
 
-def test_results_are_figures_tables_pictures_and_a_board(finished):
+def test_results_are_figures_tables_images_and_a_board(finished):
     results = json.loads((finished / "results.json").read_text())
     assert results["objects"] == 2
     assert results["protocol"]["name"] == "lrm"

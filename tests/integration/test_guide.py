@@ -56,9 +56,9 @@ def test_every_command_of_the_guide_does_what_it_says(root, tmp_path):
     (tmp_path / "my_meshes").mkdir()
     for name in MESHES:
         shutil.copy(root / "data_tools" / "demo_assets" / name, tmp_path / "my_meshes")
-    picture = np.zeros((64, 64, 4), dtype=np.uint8)
-    picture[10:50, 20:40] = (180, 120, 60, 255)
-    Image.fromarray(picture).save(tmp_path / "photo.png")
+    image = np.zeros((64, 64, 4), dtype=np.uint8)
+    image[10:50, 20:40] = (180, 120, 60, 255)
+    Image.fromarray(image).save(tmp_path / "photo.png")
     torch.save(randomized(TripoSR(), 0).state_dict(), tmp_path / "model.ckpt")
     listed = commands(root)
     assert len(listed) == 12

@@ -78,7 +78,7 @@ class Mistaken(L.Callback):
 
 
 class FullDisk(L.Callback):
-    """Writes to a disk without room, as a logger or a picture might."""
+    """Writes to a disk without room, as a logger or an image might."""
 
     def on_train_batch_end(self, *arguments):
         with open("/dev/full", "w") as file:

@@ -1,4 +1,4 @@
-"""`lrm infer` as it is typed: from pictures to files that other programs open."""
+"""`lrm infer` as it is typed: from images to files that other programs open."""
 
 import dataclasses
 import io
@@ -30,9 +30,9 @@ def read(path):
 
 
 @pytest.fixture
-def pictures(tmp_path, root):
-    """One object cut out, one photo with its background, one that is no picture."""
-    folder = tmp_path / "pictures"
+def images(tmp_path, root):
+    """One object cut out, one photo with its background, one that is no image."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rgba = np.zeros((80, 60, 4), dtype=np.uint8)
     rgba[20:60, 10:40] = (200, 100, 50, 255)
@@ -67,12 +67,12 @@ def validated(root):
 
 
 @pytest.mark.parametrize("texture", [(), ("--texture", "128", "--faces", "800")], ids=["colors", "texture"])
-def test_a_folder_of_pictures_becomes_meshes_orbits_and_records(
-    pretrained, pictures, tmp_path, validated, capsys, texture
+def test_a_folder_of_images_becomes_meshes_orbits_and_records(
+    pretrained, images, tmp_path, validated, capsys, texture
 ):
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match="1 of 3 pictures failed; their reasons stand above"):
-        main([str(pictures), "--ckpt", str(pretrained), "--out", str(out), *SMALL, *texture])
+    with pytest.raises(SystemExit, match="1 of 3 images failed; their reasons stand above"):
+        main([str(images), "--ckpt", str(pretrained), "--out", str(out), *SMALL, *texture])
     said = capsys.readouterr().out
     assert "broken.webp: expected a" in said
     assert not (out / "broken").exists()
@@ -100,9 +100,9 @@ def test_a_folder_of_pictures_becomes_meshes_orbits_and_records(
 
 
 def test_blender_opens_the_files_upright_and_in_their_units(
-    pretrained, pictures, tmp_path, render_python, root
+    pretrained, images, tmp_path, render_python, root
 ):
-    main([str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL,
+    main([str(images / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL,
           "--formats", "glb", "obj", "ply", "stl"])  # fmt: skip
     folder = tmp_path / "cut"
     program = (
@@ -129,10 +129,10 @@ def test_blender_opens_the_files_upright_and_in_their_units(
 
 
 def test_a_texture_that_takes_too_long_leaves_colors_at_the_vertices_and_says_so(
-    pretrained, pictures, tmp_path, capsys
+    pretrained, images, tmp_path, capsys
 ):
     options = ["--texture", "--texture-limit", "0.01"]
-    main([str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL, *options])
+    main([str(images / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL, *options])
     assert (
         "note: colors at the vertices instead of a texture: xatlas took more than 0.01 s"
         in capsys.readouterr().out
@@ -142,51 +142,51 @@ def test_a_texture_that_takes_too_long_leaves_colors_at_the_vertices_and_says_so
     assert record["notes"]
 
 
-def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, pictures, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ckpt = ["--ckpt", str(pretrained)]
     for arguments, message in (
-        (["nowhere.png", *ckpt], "expected a picture or a folder of pictures at nowhere.png"),
-        ([str(tmp_path), *ckpt], r"expected pictures \(.png"),
-        ([str(pictures / "cut.png")], "found none. Train the demo .make train, ten minutes., or name"),
-        ([str(pictures / "cut.png"), "--ckpt", "nothing"], "nothing"),
-        ([str(pictures / "cut.png"), *ckpt, "--device", "tpu9"], "expected a device such as cpu or cuda"),
-        ([str(pictures / "cut.png"), *ckpt, "--fov", "190"], "fov_deg between 0 and 180"),
-        ([str(pictures / "cut.png"), *ckpt, "--device", "meta"], "found 'meta', which computes nothing"),
+        (["nowhere.png", *ckpt], "expected an image or a folder of images at nowhere.png"),
+        ([str(tmp_path), *ckpt], r"expected images \(.png"),
+        ([str(images / "cut.png")], "found none. Train the demo .make train, ten minutes., or name"),
+        ([str(images / "cut.png"), "--ckpt", "nothing"], "nothing"),
+        ([str(images / "cut.png"), *ckpt, "--device", "tpu9"], "expected a device such as cpu or cuda"),
+        ([str(images / "cut.png"), *ckpt, "--fov", "190"], "fov_deg between 0 and 180"),
+        ([str(images / "cut.png"), *ckpt, "--device", "meta"], "found 'meta', which computes nothing"),
         (
-            [str(pictures / "cut.png"), *ckpt, "--texture-limit", "nan"],
+            [str(images / "cut.png"), *ckpt, "--texture-limit", "nan"],
             "texture-limit from 0 to 86400, but found nan",
         ),
         (
-            [str(pictures / "cut.png"), *ckpt, "--out", str(pictures / "cut.png")],
+            [str(images / "cut.png"), *ckpt, "--out", str(images / "cut.png")],
             "expected to write into .*choose another",
         ),
     ):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
     with pytest.raises(SystemExit):
-        main([str(pictures / "cut.png"), *ckpt, *SMALL, "--threshold", "1e9"])
+        main([str(images / "cut.png"), *ckpt, *SMALL, "--threshold", "1e9"])
     assert "expected densities on both sides of 1e+09, found" in capsys.readouterr().out
     Image.new("RGB", (200, 200)).save(tmp_path / "black.jpg")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "black.jpg"), *ckpt, *SMALL])
-    assert "expected an object in the picture, but found one color everywhere" in capsys.readouterr().out
+    assert "expected an object in the image, but found one color everywhere" in capsys.readouterr().out
     white = np.full((200, 200, 3), 255, np.uint8)
     white[:, 0] = 245
     Image.fromarray(white).save(tmp_path / "empty.png")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "empty.png"), *ckpt, *SMALL])
     assert (
-        "expected an object in the picture, but found none: all of it was taken for background"
+        "expected an object in the image, but found none: all of it was taken for background"
         in capsys.readouterr().out
     )
 
 
 def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one_message(
-    pretrained, pictures, tmp_path, monkeypatch, capfd
+    pretrained, images, tmp_path, monkeypatch, capfd
 ):
-    """Neither the official download nor pip's index can be reached; a picture with alpha comes before two photos."""
-    with Image.open(pictures / "photo.jpg") as photo:
+    """Neither the official download nor pip's index can be reached; an image with alpha comes before two photos."""
+    with Image.open(images / "photo.jpg") as photo:
         photo.save(tmp_path / "second.jpg")
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -199,12 +199,12 @@ def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.setenv("PIP_RETRIES", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    paths = [str(pictures / "cut.png"), str(pictures / "photo.jpg"), str(tmp_path / "second.jpg")]
+    paths = [str(images / "cut.png"), str(images / "photo.jpg"), str(tmp_path / "second.jpg")]
     with pytest.raises(SystemExit) as ended:
         main([*paths, "--ckpt", str(pretrained), "--out", str(tmp_path / "out"), *SMALL])
     told, output = str(ended.value), capfd.readouterr()
     assert told.startswith(
-        f"lrm: {pictures / 'photo.jpg'}: expected a network that takes the background out: u2netp"
+        f"lrm: {images / 'photo.jpg'}: expected a network that takes the background out: u2netp"
     )
     assert "give the path of a file that you have: --rembg-model FILE" in told
     assert "- official download https://github.com/" in told
@@ -217,7 +217,7 @@ def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one
 
 
 def test_a_mesh_is_there_before_its_orbit_and_what_is_half_finished_says_so_and_is_done_again(
-    pretrained, pictures, tmp_path
+    pretrained, images, tmp_path
 ):
     trained, out = open_trained(str(pretrained), device="cpu"), tmp_path / "out"
     wishes = MeshOptions(resolution=48, frames=2, size=32, formats=("glb", "stl"))
@@ -227,14 +227,14 @@ def test_a_mesh_is_there_before_its_orbit_and_what_is_half_finished_says_so_and_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        infer(trained, pictures / "cut.png", out, wishes, ctrl_c)
+        infer(trained, images / "cut.png", out, wishes, ctrl_c)
     record = json.loads((out / "result.json").read_text())
     assert record["finished"] is False
     assert record["files"] == ["input.png", "mesh.glb", "mesh.stl"]
     assert {path.name for path in out.iterdir()} == {*record["files"], "result.json"}
     mesh = (out / "mesh.glb").read_bytes()
     (out / "notes.txt").write_text("the user's own")
-    again = infer(trained, pictures / "cut.png", out, dataclasses.replace(wishes, formats=("glb",)))
+    again = infer(trained, images / "cut.png", out, dataclasses.replace(wishes, formats=("glb",)))
     assert json.loads(json.dumps(again)) == json.loads((out / "result.json").read_text())
     assert again["finished"] is True
     assert again["files"] == ["grid.png", "input.png", "mesh.glb", "orbit.mp4"]
@@ -243,11 +243,11 @@ def test_a_mesh_is_there_before_its_orbit_and_what_is_half_finished_says_so_and_
 
 
 def test_an_orbit_that_cannot_be_encoded_is_said_before_anything_is_reconstructed(
-    pretrained, pictures, tmp_path, monkeypatch
+    pretrained, images, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "cv2", None)  # not installed
     words = [
-        str(pictures / "cut.png"),
+        str(images / "cut.png"),
         "--ckpt",
         str(pretrained),
         "--out",
@@ -261,10 +261,8 @@ def test_an_orbit_that_cannot_be_encoded_is_said_before_anything_is_reconstructe
     assert (tmp_path / "cut" / "mesh.glb").is_file()
 
 
-def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(
-    pretrained, pictures, tmp_path, monkeypatch
-):
-    command = ["lrm", "infer", str(pictures / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path)]
+def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(pretrained, images, tmp_path, monkeypatch):
+    command = ["lrm", "infer", str(images / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path)]
     options = ["--distance", "1.9", "--fov", "40", "--frames", "0", "--resolution", "48", "--formats", "stl"]
     monkeypatch.setattr("sys.argv", [*command, *options])
     lrm()
@@ -273,11 +271,11 @@ def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(
     assert record["files"] == ["input.png", "mesh.stl"]
 
 
-def test_the_same_picture_gives_the_same_bytes(pretrained, pictures, tmp_path):
+def test_the_same_image_gives_the_same_bytes(pretrained, images, tmp_path):
     trained = open_trained(str(pretrained), device="cpu")
     wishes = MeshOptions(resolution=48, frames=0, texture=64, most_faces=300)
     for name in ("a", "b"):
-        infer(trained, pictures / "cut.png", tmp_path / name, wishes)
+        infer(trained, images / "cut.png", tmp_path / name, wishes)
     for name in ("mesh.glb", "input.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -287,8 +285,8 @@ def test_a_video_shows_its_frames_and_the_grid_begins_with_the_input():
     assert encode_video(frames)[4:8] == b"ftyp"
     gif = Image.open(io.BytesIO(encode_gif(frames)))
     assert gif.n_frames == 9
-    picture = grid(Image.new("RGBA", (10, 10), (255, 0, 0, 0)), frames)
-    cells = np.asarray(picture).reshape(2, 32, 4, 32, 3)[:, 16, :, 16]
+    image = grid(Image.new("RGBA", (10, 10), (255, 0, 0, 0)), frames)
+    cells = np.asarray(image).reshape(2, 32, 4, 32, 3)[:, 16, :, 16]
     assert cells[0, 0].tolist() == [255, 255, 255]
     assert [cell.tolist() for cell in cells.reshape(8, 3)[1:]] == [
         frames[k * 9 // 7][0, 0].tolist() for k in range(7)

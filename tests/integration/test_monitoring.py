@@ -157,7 +157,7 @@ def test_a_run_too_short_to_profile_says_so_before_its_first_step(quick):
         main(["fit", *quick, "--run.profile", "2"])
 
 
-def test_without_tensorboard_pictures_config_and_report_are_still_written(quick, tmp_path):
+def test_without_tensorboard_images_config_and_report_are_still_written(quick, tmp_path):
     main(["fit", *quick, "--trainer.max_steps", "3"])
     folder = tmp_path / "run"
     for name in (

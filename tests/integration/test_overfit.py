@@ -1,4 +1,4 @@
-"""One real object learned by heart, from mesh to picture: if this holds, rendering, shards, cameras and model agree."""
+"""One real object learned by heart, from mesh to image: if this holds, rendering, shards, cameras and model agree."""
 
 import shutil
 import time
@@ -35,10 +35,10 @@ def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_c
     items = EvaluationSet(cli.datamodule.mixture, "train", 1, slice(12))
     batch = collate([next(iter(items))]).to("cpu")
     with torch.inference_mode():
-        pictures = cli.model.eval().validation_step(batch, 0).images.flatten(0, 1)
+        images = cli.model.eval().validation_step(batch, 0).images.flatten(0, 1)
     truth = batch.target.images.flatten(0, 1)
     white = psnr_pooled(torch.ones_like(truth), truth).item()
-    reached = psnr_pooled(pictures, truth).item()
+    reached = psnr_pooled(images, truth).item()
     print(f"{OBJECT}: white {white:.2f} dB, reached {reached:.2f} dB on its 12 training views")
     assert seconds <= 180
     assert white <= 15

@@ -304,7 +304,7 @@ def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_pa
     assert scenes[0].view(torch.eye(4), 8).shape == (8, 8, 3)
 
 
-def test_pictures_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(fit, tmp_path, caplog):
+def test_images_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(fit, tmp_path, caplog):
     module, trainer, _ = fit(1)
     with torch.no_grad():
         module.lrm.transformer.tokens.fill_(torch.nan)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lrm_pl.apps.server import what_else
 from tests.served import Served
-from tests.unit.test_pictures import encoded, png
+from tests.unit.test_images import encoded, png
 
 LIMITS = [
     "--megabytes",
@@ -138,7 +138,7 @@ def test_every_request_gets_the_right_status_and_is_counted(server):
     asyncio.run(run())
 
 
-def test_bodies_that_are_no_picture_are_named_with_what_to_type():
+def test_bodies_that_are_no_image_are_named_with_what_to_type():
     content = photo()
     stripped = content.translate(None, b"\r\n\0")
     jpeg = encoded(Image.new("RGB", (64, 64), "red"), "JPEG")
@@ -150,8 +150,8 @@ def test_bodies_that_are_no_picture_are_named_with_what_to_type():
         (b"data:image/png;base64," + base64.b64encode(content), "", "text, as base64 is"),
         (gzip.compress(content), "", "gzip"),
         (b"--x", "multipart/form-data; boundary=x", "a form"),
-        (stripped, "application/x-www-form-urlencoded", "a picture without its line ends and zeros"),
-        (jpeg.translate(None, b"\r\n\0"), "", "a picture without its line ends and zeros"),
+        (stripped, "application/x-www-form-urlencoded", "an image without its line ends and zeros"),
+        (jpeg.translate(None, b"\r\n\0"), "", "an image without its line ends and zeros"),
         (content, "application/x-www-form-urlencoded", ""),  # curl --data-binary
         (content, "application/json", ""),
         (jpeg, "", ""),
@@ -193,7 +193,7 @@ def test_a_parameter_that_is_given_twice_is_refused(server):
     asyncio.run(run())
 
 
-def test_a_picture_that_does_not_arrive_is_given_up_and_one_that_is_too_large_is_not_read(server):
+def test_an_image_that_does_not_arrive_is_given_up_and_one_that_is_too_large_is_not_read(server):
     def raw(head, body=b""):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as line:
             line.sendall(f"POST /reconstruct HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n".encode() + body)

@@ -35,7 +35,7 @@ def run(tmp_path, shards):
     return go
 
 
-def picture(page):
+def image(page):
     """The page without its controls and notices, as numbers."""
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     return np.asarray(image).astype(int)[200:, :750]
@@ -62,14 +62,14 @@ def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoint
         page.wait_for_selector("text=step-00000002, step 2", timeout=60_000)
         page.wait_for_selector("canvas", timeout=60_000)
         page.wait_for_timeout(4000)
-        before = picture(page)
+        before = image(page)
         assert before.min() < 200, "something is drawn"
         box_beside(page, "cameras").uncheck(force=True)
         deadline = time.monotonic() + 30
-        while (changed := (np.abs(picture(page) - before) > 30).any(axis=-1).mean()) < 0.01:
+        while (changed := (np.abs(image(page) - before) > 30).any(axis=-1).mean()) < 0.01:
             assert time.monotonic() < deadline, f"frusta do not go: {changed}"
             page.wait_for_timeout(500)
-        assert picture(page)[100:400, 200:600].min() < 250, "the field is drawn"
+        assert image(page)[100:400, 200:600].min() < 250, "the field is drawn"
         run(4)
         page.wait_for_selector("text=step-00000004, step 4", timeout=60_000)
         page.locator("input[role=combobox][value='step-00000004']").click()

@@ -74,8 +74,8 @@ def test_openlrm():
     for made, bound in ((f["out.planes"], 1e-5), (planes, 1e-3)):
         pixels = renderer(ours.field(Triplane(made, "openlrm")), views, fxfycxcy, (32, 32))
         corners = f["in.patch_row_col"]
-        picture = windows(pixels.over(background).permute(0, 1, 4, 2, 3), corners)
-        assert (picture - f["out.rgb"]).abs().max() < bound
+        rendered = windows(pixels.over(background).permute(0, 1, 4, 2, 3), corners)
+        assert (rendered - f["out.rgb"]).abs().max() < bound
         assert (windows(pixels.opacity, corners) - f["out.opacity"][:, :, 0]).abs().max() < bound
 
 

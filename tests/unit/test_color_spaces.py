@@ -11,8 +11,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from lrm_pl.color_spaces import ColorSpaceError, to_srgb
-from lrm_pl.images import NotAPictureError, PictureError, open_picture, to_rgb8
-from tests.unit.test_pictures import encoded, wide_profile
+from lrm_pl.images import ImageError, NotAnImageError, open_image, to_rgb8
+from tests.unit.test_images import encoded, wide_profile
 
 #: Linear RGB of a color space -> linear sRGB, from the primaries' xy (brucelindbloom.com has the same).
 P3 = [[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]]
@@ -159,7 +159,7 @@ CHRM_ADOBE = struct.pack(">8I", 31270, 32900, 64000, 33000, 21000, 71000, 15000,
     ],
 )  # fmt: skip
 def test_colors_are_srgb_whatever_their_file_declares(content, expected):
-    found = np.asarray(open_picture(content))[8, 8, :3]
+    found = np.asarray(open_image(content))[8, 8, :3]
     assert np.abs(found - np.array(expected)).max() < 2.5, (found, expected)
 
 
@@ -190,20 +190,20 @@ def test_colors_are_srgb_whatever_their_file_declares(content, expected):
     ],
 )
 def test_a_color_space_that_cannot_be_converted_is_refused_by_name(content, message):
-    with pytest.raises(PictureError, match=f"a photo: expected .*{message}"):
-        open_picture(content, "a photo")
+    with pytest.raises(ImageError, match=f"a photo: expected .*{message}"):
+        open_image(content, "a photo")
 
 
-def test_an_avif_has_the_colors_of_its_picture_and_not_of_its_alpha_and_of_its_profile_before_its_codes():
+def test_an_avif_has_the_colors_of_its_image_and_not_of_its_alpha_and_of_its_profile_before_its_codes():
     image = plain(mode="RGBA")
     image.putalpha(128)
     content = bytearray(encoded(image, "AVIF", quality=100, subsampling="4:4:4"))
     at = content.index(b"nclx") + 4
     content[at : at + 4] = struct.pack(">HH", *P3_CODES)
-    found = np.asarray(open_picture(bytes(content)))[8, 8]
+    found = np.asarray(open_image(bytes(content)))[8, 8]
     assert np.abs(found - np.array([*by_hand(COLOR, P3), 128])).max() < 2.5
     both = avif(9, 13, icc_profile=wide_profile())
-    assert np.abs(np.asarray(open_picture(both))[8, 8] - np.array(by_hand(COLOR, P3))).max() < 2.5
+    assert np.abs(np.asarray(open_image(both))[8, 8] - np.array(by_hand(COLOR, P3))).max() < 2.5
 
 
 def iso_box(kind, *content):
@@ -238,9 +238,9 @@ def test_of_several_items_of_an_avif_the_primary_one_counts(large):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA"])
-def test_a_gray_profile_is_of_gray_pictures_alone(mode):
+def test_a_gray_profile_is_of_gray_images_alone(mode):
     image = plain(mode=mode)
-    found = np.asarray(open_picture(encoded(image, icc_profile=gray_profile())).convert("RGB"))[0, 0]
+    found = np.asarray(open_image(encoded(image, icc_profile=gray_profile())).convert("RGB"))[0, 0]
     stored = image.convert("RGB").getpixel((0, 0))
     expected = by_hand(stored, np.eye(3), 1) if mode.startswith("L") else stored
     assert np.abs(found - np.array(expected)).max() < 1.5
@@ -258,10 +258,10 @@ def test_declared_srgb_keeps_every_value():
         with_chunks(encoded(every), **chunks),
         with_chunks(encoded(every), cICP=bytes((1, 13, 0, 1))),
     ):
-        np.testing.assert_array_equal(np.asarray(open_picture(content)), np.asarray(every))
+        np.testing.assert_array_equal(np.asarray(open_image(content)), np.asarray(every))
 
 
-def test_colors_are_converted_in_pictures_that_were_opened_with_pil_and_alpha_stays():
+def test_colors_are_converted_in_images_that_were_opened_with_pil_and_alpha_stays():
     image = plain(mode="RGBA")
     image.putpixel((0, 0), (*COLOR, 77))
     content = with_chunks(encoded(image), gAMA=struct.pack(">I", 100_000))
@@ -273,12 +273,12 @@ def test_colors_are_converted_in_pictures_that_were_opened_with_pil_and_alpha_st
 @pytest.mark.parametrize("damage", [b"", bytes(32), b"\xff" * 32])
 def test_primaries_that_span_no_colors_count_as_none(damage):
     content = with_chunks(encoded(plain()), cHRM=damage)
-    assert open_picture(content).getpixel((0, 0)) == COLOR
+    assert open_image(content).getpixel((0, 0)) == COLOR
 
 
 @pytest.mark.parametrize(("bits", "row", "value"), [(2, 0b00011011, 1), (4, 0x1F, 1), (8, 0x01, 1)])
 def test_a_transparent_gray_is_transparent_at_every_depth(bits, row, value):
-    found = np.asarray(open_picture(gray_png(bits, [bytes([row])], struct.pack(">H", value))))
+    found = np.asarray(open_image(gray_png(bits, [bytes([row])], struct.pack(">H", value))))
     samples = [(row >> shift) & ((1 << bits) - 1) for shift in range(8 - bits, -1, -bits)]
     assert found[0, :, 0].tolist() == [sample * 255 // ((1 << bits) - 1) for sample in samples]
     assert found[0, :, 3].tolist() == [0 if sample == value else 255 for sample in samples]
@@ -286,15 +286,15 @@ def test_a_transparent_gray_is_transparent_at_every_depth(bits, row, value):
 
 def test_sixteen_bits_are_parts_of_65535_and_keep_their_transparent_value():
     row = struct.pack(">4H", 0, 200, 32896, 65535)
-    found = np.asarray(open_picture(gray_png(16, [row], struct.pack(">H", 200))))
+    found = np.asarray(open_image(gray_png(16, [row], struct.pack(">H", 200))))
     assert found[0].tolist() == [[0, 0, 0, 255], [1, 1, 1, 0], [128, 128, 128, 255], [255, 255, 255, 255]]
-    dark = np.asarray(open_picture(encoded(Image.fromarray(np.full((2, 2), 200, dtype=np.uint16)))))
+    dark = np.asarray(open_image(encoded(Image.fromarray(np.full((2, 2), 200, dtype=np.uint16)))))
     assert dark.max() == 1
     colors = gray_png(16, [struct.pack(">6H", 0, 0, 0, 1, 0, 0)], bytes(6), color_type=2)
     with pytest.raises(
-        PictureError, match=r"8 bits a channel in a PNG with a transparent color \(tRNS\), but found 16"
+        ImageError, match=r"8 bits a channel in a PNG with a transparent color \(tRNS\), but found 16"
     ):
-        open_picture(colors)
+        open_image(colors)
 
 
 def raw_tiff(samples, bits, sample_format=1, photometric=1, channels=1):
@@ -314,7 +314,7 @@ def test_the_darkest_of_sixteen_linear_bits_are_not_lost(channels, chunk):
     stored = np.tile(np.arange(0, 4096, 64, dtype=np.uint16)[None, :, None], (4, 1, channels))
     stored[..., 3:] = 65535
     _, png = cv2.imencode(".png", stored)
-    found = np.asarray(open_picture(with_chunks(png.tobytes(), **chunk)))
+    found = np.asarray(open_image(with_chunks(png.tobytes(), **chunk)))
     light = stored[0, :, 0] / 65535
     expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255
     for channel in range(3):
@@ -324,11 +324,11 @@ def test_the_darkest_of_sixteen_linear_bits_are_not_lost(channels, chunk):
 
 def test_white_of_a_tiff_is_that_of_its_bits_and_photometric():
     twelve = bytes((0x00, 0x08, 0x00, 0xFF, 0xFF, 0xFF))  # 0, 2048, 4095, 4095
-    assert np.asarray(open_picture(raw_tiff(twelve, 12)))[0, :, 0].tolist() == [0, 128, 255, 255]
+    assert np.asarray(open_image(raw_tiff(twelve, 12)))[0, :, 0].tolist() == [0, 128, 255, 255]
     sixteen = struct.pack("<4H", 0, 200, 32896, 65535)
-    assert np.asarray(open_picture(raw_tiff(sixteen, 16)))[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert np.asarray(open_image(raw_tiff(sixteen, 16)))[0, :, 0].tolist() == [0, 1, 128, 255]
     inverted = raw_tiff(sixteen, 16, photometric=0)
-    assert np.asarray(open_picture(inverted))[0, :, 0].tolist() == [255, 254, 127, 0]
+    assert np.asarray(open_image(inverted))[0, :, 0].tolist() == [255, 254, 127, 0]
 
 
 @pytest.mark.parametrize(
@@ -336,34 +336,34 @@ def test_white_of_a_tiff_is_that_of_its_bits_and_photometric():
     [
         (
             raw_tiff(struct.pack("<4f", 0.3, 0.5, 0.8, 1), 32, 3),
-            PictureError,
+            ImageError,
             "8 or 16 bits a channel, but found floats",
         ),
-        (raw_tiff(struct.pack("<4I", 0, 1, 2, 3), 32), PictureError, "found signed integers or 32 bits"),
-        (raw_tiff(struct.pack("<4h", 0, 1, 2, 3), 16, 2), PictureError, "found signed integers or 32 bits"),
-        (raw_tiff(bytes(4), 8, 2), PictureError, "found signed integers or 32 bits"),
+        (raw_tiff(struct.pack("<4I", 0, 1, 2, 3), 32), ImageError, "found signed integers or 32 bits"),
+        (raw_tiff(struct.pack("<4h", 0, 1, 2, 3), 16, 2), ImageError, "found signed integers or 32 bits"),
+        (raw_tiff(bytes(4), 8, 2), ImageError, "found signed integers or 32 bits"),
         (
             raw_tiff(bytes(8), 16, 3),
-            NotAPictureError,
+            NotAnImageError,
             "a TIFF format that Pillow supports, but found an unsupported one",
         ),
-        (encoded(plain(mode="YCbCr"), "TIFF"), PictureError, "RGB in a TIFF .*, but found YCbCr"),
+        (encoded(plain(mode="YCbCr"), "TIFF"), ImageError, "RGB in a TIFF .*, but found YCbCr"),
     ],
     ids=["floats", "32 bits", "signed 16", "signed 8", "half floats", "YCbCr"],
 )
 def test_a_tiff_that_is_not_understood_is_refused_by_its_kind_and_not_as_broken(content, error, message):
     with pytest.raises(error, match=f"a.tif: expected .*{message}"):
-        open_picture(content, "a.tif")
+        open_image(content, "a.tif")
 
 
 def test_a_tiff_of_jpegs_is_read():
     content = encoded(plain(), "TIFF", compression="jpeg", quality=100)
-    assert np.abs(np.asarray(open_picture(content))[8, 8].astype(int) - COLOR).max() < 4
+    assert np.abs(np.asarray(open_image(content))[8, 8].astype(int) - COLOR).max() < 4
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])
-def test_pil_pictures_without_a_known_white_are_refused(mode):
-    with pytest.raises(PictureError, match="nobody says what is white; export it with 8 bits"):
+def test_pil_images_without_a_known_white_are_refused(mode):
+    with pytest.raises(ImageError, match="whose white level is unknown"):
         to_rgb8(Image.new(mode, (4, 4)))
 
 

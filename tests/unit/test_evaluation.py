@@ -393,7 +393,7 @@ def test_a_protocol_names_what_shards_lack():
         PROTOCOLS["gso-orbit"].require(Manifest((), 24, 0, {"preset": "frame"}), "data")
 
 
-def test_the_network_is_told_the_camera_that_took_the_picture_as_in_training():
+def test_the_network_is_told_the_camera_that_took_the_image_as_in_training():
     """Off the middle, and not looking at the origin, as crops of videos are."""
     from lrm_pl.evaluation.run import reconstructor
     from lrm_pl.inference.find_model import Trained

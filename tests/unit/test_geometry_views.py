@@ -1,4 +1,4 @@
-"""Depth and normals as pictures: values by hand, round trips, and files that are something else."""
+"""Depth and normals as images: values by hand, round trips, and files that are something else."""
 
 import io
 
@@ -99,7 +99,7 @@ def text_bomb(mode):
     ],
     ids=lambda value: None if isinstance(value, str) else f"{len(value)}_bytes",
 )
-def test_what_is_no_picture_of_it_is_refused_by_name(name, encoded, message):
+def test_what_is_no_image_of_it_is_refused_by_name(name, encoded, message):
     decode = decode_depth if name == DEPTH else decode_normals
     with pytest.raises(SampleError, match=rf"sample 'chair': expected .*{message}"):
         decode("chair", name, encoded)

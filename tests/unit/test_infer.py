@@ -1,4 +1,4 @@
-"""Which pictures `lrm infer` takes, what it calls their results, and whose files it leaves alone."""
+"""Which images `lrm infer` takes, what it calls their results, and whose files it leaves alone."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from lrm_pl.apps.infer import find_pictures, main
+from lrm_pl.apps.infer import find_images, main
 from lrm_pl.errors import InputError
 from lrm_pl.inference import reconstruction
 from lrm_pl.inference.mesh_options import MeshOptions
@@ -24,15 +24,15 @@ def touch(folder, *names):
 
 def test_files_of_a_folder_that_are_passed_over_are_listed(tmp_path):
     touch(tmp_path, "a.png", "b.JFIF", "c.avif", "d.tif", "e.HEIC", "notes.txt", ".DS_Store")
-    pictures, others = find_pictures([tmp_path])
-    assert list(pictures) == ["a", "b", "c", "d"]
+    images, others = find_images([tmp_path])
+    assert list(images) == ["a", "b", "c", "d"]
     assert [path.name for path in others] == ["e.HEIC", "notes.txt"]
 
 
-def test_a_link_that_leads_nowhere_is_a_picture_that_fails_and_not_one_that_is_not_there(tmp_path):
+def test_a_link_that_leads_nowhere_is_an_image_that_fails_and_not_one_that_is_not_there(tmp_path):
     touch(tmp_path, "a.png")
     (tmp_path / "photo.png").symlink_to("gone.png")
-    assert list(find_pictures([tmp_path])[0]) == ["a", "photo"]
+    assert list(find_images([tmp_path])[0]) == ["a", "photo"]
 
 
 def test_a_name_that_the_terminal_cannot_print_is_printed_with_escapes():
@@ -43,17 +43,17 @@ def test_a_name_that_the_terminal_cannot_print_is_printed_with_escapes():
         assert done.stdout == expected
 
 
-def test_pictures_of_one_name_have_results_of_their_own(tmp_path):
+def test_images_of_one_name_have_results_of_their_own(tmp_path):
     twins = touch(tmp_path / "x", "anim.png", "anim.webp")
-    assert list(find_pictures(twins)[0]) == ["anim.png", "anim.webp"]
+    assert list(find_images(twins)[0]) == ["anim.png", "anim.webp"]
     fronts = touch(tmp_path / "chair", "front.jpg") + touch(tmp_path / "table", "front.jpg", "side.jpg")
-    assert list(find_pictures(fronts)[0]) == ["chair-front.jpg", "table-front.jpg", "side"]
-    assert find_pictures([fronts[0], fronts[0]])[0] == {"front": fronts[0]}
+    assert list(find_images(fronts)[0]) == ["chair-front.jpg", "table-front.jpg", "side"]
+    assert find_images([fronts[0], fronts[0]])[0] == {"front": fronts[0]}
     far = touch(tmp_path / "other" / "chair", "front.jpg")
     with pytest.raises(
         InputError, match=r"chair/front.jpg and .*other/chair/front.jpg, which would both write"
     ):
-        find_pictures(fronts + far)
+        find_images(fronts + far)
 
 
 def test_files_that_no_earlier_result_lists_are_neither_removed_nor_written_over(tmp_path):
@@ -105,21 +105,21 @@ def test_a_record_lists_every_file_of_ours_whenever_the_work_is_interrupted(tmp_
         assert {path.name for path in out.iterdir()} == {*mesh, *orbit, "result.json"}
 
 
-def test_a_pattern_that_the_shell_did_not_see_is_a_list_of_pictures(tmp_path):
+def test_a_pattern_that_the_shell_did_not_see_is_a_list_of_images(tmp_path):
     a, b = touch(tmp_path / "in", "a.png", "b.png")
     touch(tmp_path / "in", "c.txt")
-    assert list(find_pictures([tmp_path / "in" / "*.png"])[0].values()) == [a, b]
+    assert list(find_images([tmp_path / "in" / "*.png"])[0].values()) == [a, b]
     odd = touch(tmp_path / "in", "d[1].png")
-    assert list(find_pictures(odd)[0].values()) == odd, "a file of that name is itself"
+    assert list(find_images(odd)[0].values()) == odd, "a file of that name is itself"
     with pytest.raises(InputError, match=r"at .*in/\*.jpg, but found neither"):
-        find_pictures([tmp_path / "in" / "*.jpg"])
+        find_images([tmp_path / "in" / "*.jpg"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--formats", "glb", "obj", "a.png"], "found 'a.png'. Name pictures before it: lrm infer PICTURE"),
-        (["--texture", "a.png"], "expected pixels or nothing, but found 'a.png'. Name pictures before it"),
+        (["--formats", "glb", "obj", "a.png"], "found 'a.png'. Name images before it: lrm infer IMAGE"),
+        (["--texture", "a.png"], "expected pixels or nothing, but found 'a.png'. Name images before it"),
         (["https://example.com/a.png"], "on this machine, but found the address https://example.com/a.png"),
         (["a.png", "--out", "s3://bucket/out"], "found the address s3://bucket/out"),
         ([""], "expected a path, but found nothing"),
@@ -132,7 +132,7 @@ def test_words_that_an_option_or_a_path_cannot_take_are_named_with_what_to_type(
 
 
 def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(tmp_path):
-    """A picture and a network that are not there, a number out of range: in a process of its own."""
+    """An image and a network that are not there, a number out of range: in a process of its own."""
     (tmp_path / "a.png").touch()
     program = "import sys; sys.argv[0] = 'lrm'\nfrom lrm_pl.__main__ import main\ntry: main()\nfinally: " \
         "print(sorted({'torch', 'lightning', 'scipy', 'trimesh'} & set(sys.modules)))"  # fmt: skip

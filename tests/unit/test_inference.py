@@ -82,7 +82,7 @@ def test_what_the_renderer_never_draws_is_not_in_the_mesh():
         extract_mesh(ball, 0, 20.0, resolution=48)
 
 
-def test_the_threshold_is_the_density_where_pictures_see_the_surface():
+def test_the_threshold_is_the_density_where_images_see_the_surface():
     # In the middle of the soft rim the density is 20; rays end a little inside of it, and never at its outer edge.
     ball = Ball()
     camera = InputCamera(2.6, 50.0)
@@ -135,7 +135,7 @@ RENDERERS = {
 
 
 @pytest.mark.parametrize("kind", RENDERERS)
-def test_skipping_empty_space_and_hidden_samples_does_not_change_the_picture(kind):
+def test_skipping_empty_space_and_hidden_samples_does_not_change_the_image(kind):
     ball, renderer = Ball(), RENDERERS[kind]
     cameras = orbit(3, 2.6, 20.0)[None], CAMERA.expand(1, 3, 4)
     whole = renderer(ball, *cameras, (32, 32))
@@ -153,7 +153,7 @@ def test_skipping_empty_space_and_hidden_samples_does_not_change_the_picture(kin
 
 
 @pytest.mark.parametrize("kind", RENDERERS)
-def test_an_accelerator_draws_the_same_points_and_picture_and_waits_once_a_segment(kind):
+def test_an_accelerator_draws_the_same_points_and_image_and_waits_once_a_segment(kind):
     ball, renderer = Ball(), RENDERERS[kind]
     rays = renderer.rays(orbit(1, 2.6, 20.0)[None], CAMERA.expand(1, 1, 4), (16, 16))
     occupancy = measure_occupancy(ball, 0, 32)
@@ -201,12 +201,12 @@ def test_points_are_read_alike_in_chunks_and_threads():
         assert torch.allclose(query_color(field, 0, points), color, atol=1e-6)
 
 
-def test_a_picture_becomes_a_mesh_and_frames_that_begin_where_it_was_taken_from():
+def test_an_image_becomes_a_mesh_and_frames_that_begin_where_it_was_taken_from():
     network = tiny_lrm(depth=1).eval()
     with torch.no_grad():
         network.decoder.layers[-1].weight[0] *= 30
-    picture = torch.rand(3, 40, 40)
-    scene = reconstruct(network, Renderer(24), picture, InputCamera(2.6, 40.0))
+    image = torch.rand(3, 40, 40)
+    scene = reconstruct(network, Renderer(24), image, InputCamera(2.6, 40.0))
     frames = list(scene.orbit(frames=3, size=20))
     assert len(frames) == 3
     assert frames[0].shape == (20, 20, 3)
@@ -230,7 +230,7 @@ def test_the_input_camera_is_canonical():
     assert camera.fxfycxcy[0].item() == pytest.approx(0.5 / math.tan(math.radians(30)))
 
 
-def test_alpha_is_put_over_white_and_wrong_pictures_are_refused_with_the_remedy():
+def test_alpha_is_put_over_white_and_wrong_images_are_refused_with_the_remedy():
     network = tiny_lrm(depth=1).eval()
     rgba = torch.rand(4, 28, 28)
     over = rgba[:3] * rgba[3:] + 1 - rgba[3:]
@@ -240,13 +240,13 @@ def test_alpha_is_put_over_white_and_wrong_pictures_are_refused_with_the_remedy(
     )
     for wrong, message in (
         (torch.rand(2, 28, 28), "found 2 x 28 x 28. Crop it, or convert it to RGBA"),
-        (torch.rand(3, 28, 30), "expected a square picture"),
+        (torch.rand(3, 28, 30), "expected a square image"),
         (torch.rand(3, 28, 28) * 255, "divide bytes by 255"),
-        (torch.zeros(3, 28, 28, dtype=torch.uint8), "expected a picture of floats"),
+        (torch.zeros(3, 28, 28, dtype=torch.uint8), "expected an image of floats"),
         (torch.zeros(28, 28), "found 28 x 28. Crop it"),
         (torch.zeros(3, 0, 0), "found 3 x 0 x 0"),
         (torch.zeros(4, 28, 28), "alpha 0 everywhere"),
-        (torch.full((3, 28, 28), torch.nan), r"expected a picture in \[0, 1\]"),
+        (torch.full((3, 28, 28), torch.nan), r"expected an image in \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             reconstruct(network, Renderer(24), wrong)

@@ -88,7 +88,7 @@ def test_a_path_is_one_word_whatever_is_in_it(typed, path, tmp_path):
     assert typed("train", f"CONFIG={path}")[0][2:] == [f"-c={meant}"]
 
 
-def test_several_pictures_and_patterns_are_words_of_their_own(typed):
+def test_several_images_and_patterns_are_words_of_their_own(typed):
     assert typed("infer", "IMAGE=a.png in/*.png")[0][2:] == ["a.png", "in/*.png"]
     assert typed("infer", "IMAGE=nosuch.png")[0][2:] == ["nosuch.png"]
 

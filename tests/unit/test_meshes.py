@@ -91,7 +91,7 @@ def test_vertex_normals_of_a_ball_point_away_from_its_middle():
 
 
 def test_texels_show_the_points_that_their_place_says():
-    # one triangle that fills half of a picture of 4 x 4; the middle of a texel is at (column + .5) / 4, (row + .5) / 4
+    # one triangle that fills half of an image of 4 x 4; the middle of a texel is at (column + .5) / 4, (row + .5) / 4
     uv = np.array([(0, 0), (1, 0), (0, 1)], dtype=np.float32)
     vertices = np.array([(0, 0, 5), (1, 0, 5), (0, 2, 5)], dtype=np.float32)
     places, covered = texel_places(vertices, Atlas(np.arange(3), np.array([[0, 1, 2]]), uv, (4, 4)))
@@ -236,5 +236,5 @@ def test_equal_meshes_give_equal_bytes():
     mesh = textured(ball(), by_place, 128)
     for kind in ("glb", "obj", "ply", "stl"):
         assert encode_mesh(mesh, kind) == encode_mesh(mesh, kind)
-    picture = Image.open(io.BytesIO(encode_mesh(mesh, "obj")["mesh.png"]))
-    np.testing.assert_array_equal(np.asarray(picture), mesh.texture.image)
+    image = Image.open(io.BytesIO(encode_mesh(mesh, "obj")["mesh.png"]))
+    np.testing.assert_array_equal(np.asarray(image), mesh.texture.image)

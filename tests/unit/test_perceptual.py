@@ -166,7 +166,7 @@ def test_a_gpu_measures_larger_groups_than_a_cpu_with_the_same_values(accelerato
 
 @pytest.mark.parametrize(("ours", "theirs"), [(0.0, 1.0), (0.4, 0.45), (0.5, None), (None, None)])
 def test_gradients_in_half_precision_neither_overflow_nor_vanish(vgg, ours, theirs):
-    """The smallest pictures have the largest gradients; None is noise."""
+    """The smallest images have the largest gradients; None is noise."""
     noise = images(1, side=16)
     pair = [noise[i] if x is None else torch.full((1, 3, 16, 16), x) for i, x in enumerate((ours, theirs))]
     gradients = []

@@ -97,7 +97,7 @@ def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretraine
     assert renamed("a card of somebody's own", "x") == "a card of somebody's own"
 
 
-def test_pictures_that_python_opened_are_seen_as_their_files_are(pretrained, photo, tmp_path):
+def test_images_that_python_opened_are_seen_as_their_files_are(pretrained, photo, tmp_path):
     model = PretrainedLRM.from_pretrained(pretrained)
     turned = tmp_path / "turned.png"
     with Image.open(photo) as image:
@@ -106,17 +106,17 @@ def test_pictures_that_python_opened_are_seen_as_their_files_are(pretrained, pho
         image.convert("LA").save(turned, exif=exif)
     with Image.open(turned) as image:
         assert image.mode == "LA"
-        np.testing.assert_array_equal(model.picture(image), model.picture(turned))
-    box = np.asarray(model.picture(turned))[..., 3] > 127
+        np.testing.assert_array_equal(model.preprocess(image), model.preprocess(turned))
+    box = np.asarray(model.preprocess(turned))[..., 3] > 127
     assert box.any(axis=0).sum() > box.any(axis=1).sum(), "a high object that lies on its side"
 
 
-def test_a_folder_that_does_not_say_how_pictures_are_taken_is_told_of(pretrained, tmp_path):
+def test_a_folder_that_does_not_say_how_images_are_taken_is_told_of(pretrained, tmp_path):
     assert open_trained(str(pretrained), device="cpu").note == ""
     shutil.copytree(pretrained, tmp_path / "copy")
     (tmp_path / "copy" / "input.yaml").unlink()
     note = open_trained(str(tmp_path / "copy"), device="cpu").note
-    assert note.endswith("no input.yaml beside it: pictures are framed as LRM's are")
+    assert note.endswith("no input.yaml beside it: images are framed as LRM's are")
 
 
 def test_a_hash_of_weights_tells_networks_apart():
@@ -129,13 +129,13 @@ def test_a_hash_of_weights_tells_networks_apart():
 
 def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pretrained, photo):
     model = PretrainedLRM.from_pretrained(pretrained)
-    picture = model.picture(photo)
-    alpha = np.asarray(picture)[..., 3] / 255
+    image = model.preprocess(photo)
+    alpha = np.asarray(image)[..., 3] / 255
     rows = np.nonzero((alpha > 0.5).any(axis=1))[0]
     assert len(rows) / len(alpha) == pytest.approx(SETUP.foreground, abs=0.01)
-    scene = model(picture)
+    scene = model(image)
     assert scene.camera == InputCamera(2.5, 45.0)
-    assert model(picture, InputCamera(1.9, 40.0)).camera.distance == 1.9
+    assert model(image, InputCamera(1.9, 40.0)).camera.distance == 1.9
 
 
 @pytest.mark.parametrize(
@@ -212,13 +212,13 @@ def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path
         PretrainedLRM.from_pretrained("me/other", cache_dir=tmp_path)
 
 
-def test_arrays_of_bytes_are_pictures_and_other_things_are_refused(pretrained, photo):
+def test_arrays_of_bytes_are_images_and_other_things_are_refused(pretrained, photo):
     model = PretrainedLRM.from_pretrained(pretrained)
     with Image.open(photo) as image:
         array = np.array(image)
     assert torch.equal(model(array).field.planes, model(photo).field.planes)
     for wrong in (array / 255, array[..., 0], np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(InputError, match=r"expected a picture as bytes \(H, W, 3 or 4\), found"):
+        with pytest.raises(InputError, match=r"expected an image as bytes \(H, W, 3 or 4\), found"):
             model(wrong)
 
 

@@ -286,7 +286,7 @@ def test_a_store_that_is_down_ends_the_run_instead_of_being_asked_for_each_shard
         items(remote.address, CacheConfig(None, 0.0, attempts=1))
 
 
-@pytest.mark.parametrize("where", [b"", b"WEBPVP8L"], ids=["everything", "pictures"])
+@pytest.mark.parametrize("where", [b"", b"WEBPVP8L"], ids=["everything", "images"])
 def test_a_copy_that_was_damaged_on_this_machine_is_removed_and_read_anew(
     remote, shards, tmp_path, caplog, where
 ):

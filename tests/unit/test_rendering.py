@@ -118,7 +118,7 @@ def test_two_runs_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
-def test_folding_the_first_layer_into_the_planes_does_not_change_the_picture():
+def test_folding_the_first_layer_into_the_planes_does_not_change_the_image():
     decoder, planes = tiny_field(fold=True)
     twin = NeRFDecoder(channels=4, width=8, layers=3, fold=False)
     twin.load_state_dict(decoder.state_dict())
@@ -146,7 +146,7 @@ def test_gradients_equal_finite_differences():
 
 
 class ConstantSphere:
-    """A field of constant density and color, whose picture has a closed form."""
+    """A field of constant density and color, whose image has a closed form."""
 
     reduce = "sum"
 
@@ -167,7 +167,7 @@ class ConstantSphere:
         return raw
 
 
-def test_a_sphere_of_constant_density_has_the_closed_form_picture():
+def test_a_sphere_of_constant_density_has_the_closed_form_image():
     c2w, fxfycxcy = cameras(1, 1)
     color = torch.tensor([0.1, 0.6, 0.9])
     pixels = Renderer(7)(ConstantSphere(0.9, color), c2w, fxfycxcy, (16, 16))
@@ -180,7 +180,7 @@ def test_a_sphere_of_constant_density_has_the_closed_form_picture():
     assert torch.allclose(pixels.rgb, opacity[..., None] * color, atol=1e-4)
 
 
-def test_the_picture_is_not_mirrored_or_turned():
+def test_the_image_is_not_mirrored_or_turned():
     # A blob on the world's +x, -y (near), +z side must show up right of the middle and above it, seen from -y.
     class Blob(ConstantSphere):
         def decode(self, features, weights):

@@ -1,4 +1,4 @@
-"""Pictures from outside: what is read, what is refused, how an object is framed."""
+"""Images from outside: what is read, what is refused, how an object is framed."""
 
 import contextlib
 import io
@@ -11,13 +11,13 @@ import pytest
 from PIL import Image, ImageOps
 
 from lrm_pl.images import (
-    PictureError,
+    ImageError,
     framed,
     has_background,
     has_object,
     is_plain,
     object_box,
-    open_picture,
+    open_image,
     to_rgb8,
     without_background,
 )
@@ -47,37 +47,37 @@ def png(width, height, data=b""):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected a picture .*found 0 bytes of something else"),
-        (b"hello " * 100, "expected a picture .*found 600 bytes of something else. Convert it"),
+        (b"", "expected an image .*found 0 bytes of something else"),
+        (b"hello " * 100, "expected an image .*found 600 bytes of something else. Convert it"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
             ".*of something else",
         ),  # PIL would start Ghostscript
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*of something else"),
         (encoded(RGB, "GIF"), ".*of something else"),
-        (encoded(RGB)[:200], "expected a whole picture, but found a broken one"),
-        (encoded(RGB, "JPEG")[:300], "expected a whole picture, but found a broken one"),
-        (encoded(RGB, "WEBP")[:300], "expected a (whole )?picture"),
+        (encoded(RGB)[:200], "expected a whole image, but found a broken one"),
+        (encoded(RGB, "JPEG")[:300], "expected a whole image, but found a broken one"),
+        (encoded(RGB, "WEBP")[:300], "expected a (whole )?image"),
         (png(30_000, 30_000), "expected at most 67 megapixels, but found "),
-        (png(20, 20, zlib.compress(b"")), "expected a whole picture, but found a broken one"),
+        (png(20, 20, zlib.compress(b"")), "expected a whole image, but found a broken one"),
     ],
     ids=["empty", "text", "postscript", "svg", "gif", "png cut", "jpeg cut", "webp cut", "bomb", "no pixels"],
 )
-def test_what_is_no_picture_is_refused_by_what_it_is(content, message):
-    with pytest.raises(PictureError, match=f"a.bin: {message}"):
-        open_picture(content, "a.bin")
+def test_what_is_no_image_is_refused_by_what_it_is(content, message):
+    with pytest.raises(ImageError, match=f"a.bin: {message}"):
+        open_image(content, "a.bin")
 
 
-def test_a_picture_is_refused_by_bytes_and_pixels_that_are_asked_for(tmp_path):
+def test_an_image_is_refused_by_bytes_and_pixels_that_are_asked_for(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encoded(RGB))
-    assert open_picture(path).size == (30, 20)
-    with pytest.raises(PictureError, match=r"a\.png: expected at most 100 bytes"):
-        open_picture(path, max_bytes=100)
-    with pytest.raises(PictureError, match="expected at most 0 megapixels, but found 30 x 20"):
-        open_picture(path, max_pixels=599)
-    with pytest.raises(PictureError, match=r"found no file. Correct the path"):
-        open_picture(tmp_path / "b.png")
+    assert open_image(path).size == (30, 20)
+    with pytest.raises(ImageError, match=r"a\.png: expected at most 100 bytes"):
+        open_image(path, max_bytes=100)
+    with pytest.raises(ImageError, match="expected at most 0 megapixels, but found 30 x 20"):
+        open_image(path, max_pixels=599)
+    with pytest.raises(ImageError, match=r"found no file. Correct the path"):
+        open_image(tmp_path / "b.png")
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_a_picture_is_refused_by_bytes_and_pixels_that_are_asked_for(tmp_path):
     ids=["gray", "bits", "palette", "gray with alpha", "alpha"],
 )
 def test_every_kind_of_png_becomes_rgb_or_rgba_of_the_same_colors(image, mode):
-    found = open_picture(encoded(image))
+    found = open_image(encoded(image))
     assert found.mode == mode
     np.testing.assert_array_equal(np.asarray(found), np.asarray(image.convert(mode)))
 
 
 def test_sixteen_bits_become_eight_and_transparent_colors_alpha():
     deep = Image.fromarray((np.arange(600).reshape(20, 30) * 109).astype(np.uint16))
-    found = np.asarray(open_picture(encoded(deep)))
+    found = np.asarray(open_image(encoded(deep)))
     assert np.abs(found[..., 0] - np.arange(600).reshape(20, 30) * 109 / 257).max() < 1.01
-    clear = open_picture(encoded(RGB.convert("P"), transparency=0))
+    clear = open_image(encoded(RGB.convert("P"), transparency=0))
     assert clear.mode == "RGBA"
 
 
@@ -109,7 +109,7 @@ def test_a_photo_is_turned_as_its_camera_says():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter to the right
     smooth = RGB.resize((3, 2)).resize((30, 20), Image.Resampling.BICUBIC)
-    found = open_picture(encoded(smooth, "JPEG", exif=exif, quality=95))
+    found = open_image(encoded(smooth, "JPEG", exif=exif, quality=95))
     assert found.size == (20, 30)
     turned = np.asarray(smooth.transpose(Image.Transpose.ROTATE_270)).astype(int)
     assert np.abs(np.asarray(found) - turned).mean() < 3
@@ -120,11 +120,11 @@ def test_a_photo_is_turned_as_its_camera_says():
 def test_a_photo_is_turned_once_however_often_it_is_read(orientation, mode):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found = open_picture(encoded(RGB.convert(mode), exif=exif))
+    found = open_image(encoded(RGB.convert(mode), exif=exif))
     assert found.size == ((30, 20) if orientation < 5 else (20, 30))
     again = to_rgb8(to_rgb8(found))
     assert not found.info
-    for other in (again, ImageOps.exif_transpose(found)):  # rembg turns pictures too
+    for other in (again, ImageOps.exif_transpose(found)):  # rembg turns images too
         np.testing.assert_array_equal(np.asarray(other), np.asarray(found))
 
 
@@ -166,10 +166,10 @@ def wide_profile():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_colors_are_converted_from_a_pictures_profile_to_srgb(mode):
+def test_colors_are_converted_from_an_images_profile_to_srgb(mode):
     color = (210, 90, 50)
     image = Image.new("RGB", (4, 4), color).convert(mode)
-    found = open_picture(encoded(image, icc_profile=wide_profile()))
+    found = open_image(encoded(image, icc_profile=wide_profile()))
     # Display P3 -> XYZ -> sRGB by hand, in linear light.
     linear = [((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
     matrix = [[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]]
@@ -181,9 +181,7 @@ def test_colors_are_converted_from_a_pictures_profile_to_srgb(mode):
 
 @pytest.mark.parametrize("profile", [b"no profile", wide_profile()[:200]])
 def test_a_broken_profile_leaves_the_colors_as_they_are_stored(profile):
-    np.testing.assert_array_equal(
-        np.asarray(open_picture(encoded(RGB, icc_profile=profile))), np.asarray(RGB)
-    )
+    np.testing.assert_array_equal(np.asarray(open_image(encoded(RGB, icc_profile=profile))), np.asarray(RGB))
 
 
 @pytest.mark.parametrize(
@@ -191,11 +189,11 @@ def test_a_broken_profile_leaves_the_colors_as_they_are_stored(profile):
 )
 def test_what_cameras_and_browsers_store_is_read(kind, options):
     smooth = RGB.resize((3, 2)).resize((32, 20), Image.Resampling.BICUBIC)
-    found = open_picture(encoded(smooth, kind, **options))
+    found = open_image(encoded(smooth, kind, **options))
     assert np.abs(np.asarray(found).astype(int) - np.asarray(smooth)).mean() < 3
 
 
-def test_a_picture_has_a_background_unless_most_of_its_edge_is_transparent():
+def test_an_image_has_a_background_unless_most_of_its_edge_is_transparent():
     assert has_background(RGB)
     assert has_background(RGB.convert("RGBA"))
     screenshot = RGB.convert("RGBA")
@@ -212,9 +210,9 @@ def test_what_was_transparent_stays_so_when_a_background_is_removed_and_its_colo
     image.putpixel((0, 0), (0, 255, 0, 0))
     seen = []
 
-    def remover(picture):
-        seen.append(picture)
-        removed = picture.convert("RGBA")
+    def remover(opened):
+        seen.append(opened)
+        removed = opened.convert("RGBA")
         removed.putpixel((1, 1), (0, 0, 0, 0))
         return removed
 
@@ -251,15 +249,15 @@ def test_an_object_is_framed_in_the_middle_with_its_longer_side_a_share_of_the_s
 def test_specks_are_no_object():
     alpha = np.zeros((100, 100), dtype=np.uint8)
     alpha[:3, :3] = 255
-    picture = Image.new("RGBA", (100, 100))
+    image = Image.new("RGBA", (100, 100))
     for opaque, expected in ((9, False), (10, True)):
         alpha[50, 0] = 255 * (opaque == 10)
-        picture.putalpha(Image.fromarray(alpha))
-        assert has_object(picture) is expected
+        image.putalpha(Image.fromarray(alpha))
+        assert has_object(image) is expected
 
 
 def test_nothing_cannot_be_framed_and_a_faint_object_can():
-    with pytest.raises(PictureError, match="alpha 0 everywhere; check its alpha channel"):
+    with pytest.raises(ImageError, match=r"alpha 0 everywhere. Check its alpha channel"):
         framed(Image.new("RGBA", (8, 8)), 0.8, 32)
     faint = np.zeros((20, 20, 4), dtype=np.uint8)
     faint[5:15, 5:15, 3] = 60
@@ -267,7 +265,7 @@ def test_nothing_cannot_be_framed_and_a_faint_object_can():
     assert np.asarray(framed(Image.fromarray(faint), 0.5, 32))[..., 3].max() == 60
 
 
-def test_a_long_thin_object_takes_no_more_memory_than_its_picture_and_its_square():
+def test_a_long_thin_object_takes_no_more_memory_than_its_image_and_its_square():
     line = np.zeros((2, 400_000, 4), dtype=np.uint8)
     line[:, 1000:-1000] = 255
     tracemalloc.start()
@@ -279,12 +277,12 @@ def test_a_long_thin_object_takes_no_more_memory_than_its_picture_and_its_square
 
 
 @pytest.mark.parametrize("chunk", [b"gAMA", b"cHRM", b"tRNS", b"iCCP"])
-def test_a_picture_with_a_damaged_chunk_is_a_broken_picture_or_a_good_one(chunk):
+def test_an_image_with_a_damaged_chunk_is_a_broken_image_or_a_good_one(chunk):
     content = encoded(RGB)
     end = content.index(b"IEND") - 4
     damaged = struct.pack(">I", 0) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    with contextlib.suppress(PictureError):
-        assert open_picture(content[:end] + damaged + content[end:]).size == (30, 20)
+    with contextlib.suppress(ImageError):
+        assert open_image(content[:end] + damaged + content[end:]).size == (30, 20)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (1, 7)])
@@ -292,14 +290,14 @@ def test_an_object_of_next_to_no_pixels_is_refused(size):
     rgba = Image.new("RGBA", (64, 64))
     rgba.paste((200, 100, 50, 255), (20, 20, 20 + size[0], 20 + size[1]))
     with pytest.raises(
-        PictureError, match=f"an object of 8 pixels or more, but found one of {size[0]} x {size[1]}"
+        ImageError, match=f"an object of 8 pixels or more, but found one of {size[0]} x {size[1]}"
     ):
         framed(rgba, 0.7, 64)
     rgba.paste((200, 100, 50, 255), (20, 20, 21, 28))  # a pole
     assert framed(rgba, 0.7, 64).size == (64, 64)
 
 
-def test_a_picture_of_one_color_shows_nothing():
+def test_an_image_of_one_color_shows_nothing():
     noise = np.random.default_rng(0).integers(0, 9, (40, 40, 3), dtype=np.uint8)
     for value in (0, 100, 247):
         assert is_plain(Image.fromarray(noise + np.uint8(value)))
