@@ -1,1 +1,1 @@
-"""Where meshes come from: one file a source, each ends in ``outcome.write_outcome``."""
+"""Where meshes come from: one file a source, each ends in ``outcome.write_outputs``."""

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from data_tools.assets.obj_materials import leaves
+from data_tools.assets.obj_materials import is_outside
 from lrm_pl.errors import InputError
 
 #: What the files of one model may be in all, unpacked.
@@ -78,7 +78,7 @@ def extract(archive: zipfile.ZipFile, members: Mapping[str, str], folder: Path) 
     """
     left = MAX_MODEL_BYTES
     for path, name in members.items():
-        if leaves(path):
+        if is_outside(path):
             raise ArchiveError(
                 subject=archive.filename,
                 expected="paths inside the model's folder",

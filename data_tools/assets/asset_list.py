@@ -30,10 +30,10 @@ from lrm_pl.data.manifest import write_atomically
 from lrm_pl.data.schema import KEY_PATTERN
 from lrm_pl.errors import InputError, counted
 
-SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".fbx")
+MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".fbx")
 
 #: Kinds of meshes that are not rendered, and archives that meshes come in.
-OTHERS = frozenset(
+UNSUPPORTED_SUFFIXES = frozenset(
     ".3dm .3ds .3mf .7z .abc .blend .bz2 .c4d .ctm .dae .dxf .e57 .gz .iges .igs .jt .lwo .ma .max .mb .ms3d .off .pcd "
     ".rar .skp .sldprt .spz .splat .step .stl .stp .tar .tgz .u3d .usd .usda .usdc .usdz .vox .vrm .vrml .vtk .vtp "
     ".wrl .x3d .xz .zip .zst".split()
@@ -53,7 +53,7 @@ MAX_ID_LENGTH = 80
 
 _SHA256 = re.compile("([0-9a-f]{64})?")
 
-_KINDS = ", ".join(suffix[1:] for suffix in SUFFIXES)
+_KINDS = ", ".join(suffix[1:] for suffix in MESH_SUFFIXES)
 
 
 class AssetsError(InputError):
@@ -140,10 +140,10 @@ def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
         assets = read_list(folder)
         _say_what_is_not_listed(folder, assets)
         return assets
-    return scan(folder, known_ids(out) if out else {})
+    return scan(folder, read_ids(out) if out else {})
 
 
-def known_ids(folder: Path) -> dict[str, str]:
+def read_ids(folder: Path) -> dict[str, str]:
     """Read what a folder's ``assets.parquet`` calls its files: file -> id; nothing where there is none."""
     try:
         table = pyarrow.parquet.read_table(folder / LIST_NAME, columns=["file", "id"], memory_map=False)
@@ -170,7 +170,7 @@ def write_list(folder: Path, assets: Iterable[Asset]) -> None:
     write_atomically(folder / LIST_NAME, sink.getvalue().to_pybytes())
 
 
-def is_list_of(folder: Path, assets: Iterable[Asset]) -> bool:
+def list_matches(folder: Path, assets: Iterable[Asset]) -> bool:
     """Return whether ``assets.parquet`` lists these assets, without making objects of it; false if it is damaged."""
     try:
         return bool(pyarrow.parquet.read_table(folder / LIST_NAME, memory_map=False).equals(_table(assets)))
@@ -222,7 +222,7 @@ def read_list(folder: Path) -> tuple[Asset, ...]:
 def _check(path: Path, asset: Asset, remedy: str) -> None:
     for what, fits, found in (
         ("an id of letters, digits, '_' and '-'", KEY_PATTERN.fullmatch(asset.id), asset.id),
-        (f"a mesh that ends in one of {_KINDS}", asset.file.lower().endswith(SUFFIXES), asset.file),
+        (f"a mesh that ends in one of {_KINDS}", asset.file.lower().endswith(MESH_SUFFIXES), asset.file),
         (
             "a path inside the folder, or a URL",
             asset.is_remote or not (asset.file.startswith("/") or ".." in asset.file.split("/")),
@@ -254,7 +254,8 @@ def scan(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> tuple
         print(f"left out: {path!r}: expected a name in UTF-8; rename it", file=sys.stderr)
     if found.ignored:
         print(
-            f"ignored: {told(found.ignored)}; {_KINDS} files in {folder} itself are rendered", file=sys.stderr
+            f"ignored: {format_ignored(found.ignored)}; {_KINDS} files in {folder} itself are rendered",
+            file=sys.stderr,
         )
     if not files:
         raise AssetsError(
@@ -284,7 +285,7 @@ class FoundMeshes:
     ignored: Counter[str]
 
 
-def told(ignored: Counter[str]) -> str:
+def format_ignored(ignored: Counter[str]) -> str:
     """Say what is ignored, most of it first: ``41 .stl, 19 .dae, 1 linked folder``."""
     return ", ".join(
         f"{count} {what}" if what.startswith(".") else counted(count, what)
@@ -312,13 +313,13 @@ def find_meshes(folder: Path) -> FoundMeshes:
                 waiting.append((Path(entry.path), is_hidden))
             elif is_link and os.path.isdir(entry.path):
                 ignored["linked folder"] += not is_hidden
-            elif suffix in SUFFIXES and is_hidden:
+            elif suffix in MESH_SUFFIXES and is_hidden:
                 ignored["hidden mesh"] += not entry.name.startswith("._")
-            elif suffix in SUFFIXES and (os.path.isfile(entry.path) if is_link else entry.is_file()):
+            elif suffix in MESH_SUFFIXES and (os.path.isfile(entry.path) if is_link else entry.is_file()):
                 meshes.append(Path(entry.path))
-            elif suffix in SUFFIXES and is_link:
+            elif suffix in MESH_SUFFIXES and is_link:
                 ignored["dangling link"] += 1
-            elif suffix in OTHERS and not is_hidden:
+            elif suffix in UNSUPPORTED_SUFFIXES and not is_hidden:
                 ignored[suffix] += 1
     return FoundMeshes(tuple(meshes), +ignored)
 

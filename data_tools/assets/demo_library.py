@@ -19,8 +19,8 @@ from data_tools.assets.furniture_package import (
     PACKAGE,
     VERSION,
     Model,
-    opened_package,
-    read_catalogue,
+    open_package,
+    read_catalog,
     read_license,
 )
 
@@ -78,10 +78,10 @@ def make_demo_assets(package: Path, out: Path) -> None:
     Raises:
         PackageError: Not the package that this was written for.
     """
-    with opened_package(package) as folder, tempfile.TemporaryDirectory() as name:
+    with open_package(package) as folder, tempfile.TemporaryDirectory() as name:
         out.mkdir(parents=True, exist_ok=True)
         library, scratch = folder / f"{LIBRARY}.sh3f", Path(name)
-        catalog = read_catalogue(library)
+        catalog = read_catalog(library)
         with zipfile.ZipFile(library) as archive:
             archive.extractall(scratch)
         rows = [_convert(catalog[key], scratch, out) for key in tqdm(OBJECTS, unit="object")]

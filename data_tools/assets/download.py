@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools.assets.asset_list import hash_file
-from data_tools.assets.file_types import HEAD_BYTES, KindError, check_head, check_kind
+from data_tools.assets.file_types import HEAD_BYTES, FileTypeError, check_file_type, check_head
 from lrm_pl.errors import InputError
 from lrm_pl.storage import MissingError, is_server_fault, open_store, read_ranges, retry, store_errors
 
@@ -64,7 +64,7 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
         InputError: The server failed after all attempts, or has something else; the message says what.
     """
     if path.is_file():
-        with contextlib.suppress(DownloadError, KindError):  # it is not what is wanted now: bring that
+        with contextlib.suppress(DownloadError, FileTypeError):  # it is not what is wanted now: bring that
             return _checked(path, path.suffix, str(path), size, sha256)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -82,7 +82,7 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
     resumed = _bring(url, partial, found, path.suffix)
     try:
         digest = _checked(partial, path.suffix, url, size, sha256)
-    except (DownloadError, KindError):
+    except (DownloadError, FileTypeError):
         partial.unlink()
         if resumed:  # its beginning may be that of another file: once more, from the beginning
             return download(url, path, size=size, sha256=sha256)
@@ -107,7 +107,7 @@ def download_all(downloads: Sequence[Download]) -> Iterator[tuple[Download, str,
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def read_all(url: str, limit: int) -> bytes:
+def read_url(url: str, limit: int) -> bytes:
     """Read a whole remote file into memory.
 
     Raises:
@@ -180,7 +180,7 @@ def _checked(path: Path, suffix: str, where: str, size: int | None, sha256: str 
     found = path.stat().st_size
     if size is not None and found != size:
         raise DownloadError(subject=where, expected=f"{size} bytes", found=found, remedy="get it again")
-    check_kind(path, where, suffix)
+    check_file_type(path, where, suffix)
     digest = hash_file(path)
     if sha256 is not None and digest != sha256:
         raise DownloadError(

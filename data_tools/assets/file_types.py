@@ -14,7 +14,7 @@ HEAD_BYTES = 4096
 _OBJ_WORDS = frozenset(b"mtllib usemtl v vn vt vp o g s f l p mg".split())
 
 
-class KindError(InputError):
+class FileTypeError(InputError):
     """A file is not of the kind that it should be; the message says what it began with."""
 
 
@@ -27,7 +27,7 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
         where: What messages call it.
 
     Raises:
-        KindError: It is of another kind.
+        FileTypeError: It is of another kind.
     """
     kind = suffix.lower()
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -41,7 +41,7 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
         ".gz": head.startswith(b"\x1f\x8b"),
     }
     if not fits.get(kind, True):
-        raise KindError(
+        raise FileTypeError(
             subject=where,
             expected=kind[1:],
             found=f"a file that begins with {_shown(head)}",
@@ -49,7 +49,7 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
         )
 
 
-def check_kind(path: Path, where: str, suffix: str | None = None) -> None:
+def check_file_type(path: Path, where: str, suffix: str | None = None) -> None:
     """Check a whole file: its first bytes, and the length that a GLB says it has.
 
     Args:
@@ -58,7 +58,7 @@ def check_kind(path: Path, where: str, suffix: str | None = None) -> None:
         suffix: What it should be; None takes its own suffix.
 
     Raises:
-        KindError: It is of another kind, or cut off.
+        FileTypeError: It is of another kind, or cut off.
     """
     kind = (path.suffix if suffix is None else suffix).lower()
     with open(path, "rb") as file:
@@ -68,14 +68,14 @@ def check_kind(path: Path, where: str, suffix: str | None = None) -> None:
     if kind == ".glb":
         length = struct.unpack_from("<I", head, 8)[0] if len(head) >= 12 else 12
         if length != size:
-            raise KindError(
+            raise FileTypeError(
                 subject=where,
                 expected=f"{length} bytes as its header says",
                 found=size,
                 remedy="get it again",
             )
     if kind == ".gltf" and b'"asset"' not in path.read_bytes():
-        raise KindError(
+        raise FileTypeError(
             subject=where,
             expected="gltf",
             found=f"JSON without an asset that begins with {_shown(head)}",
@@ -83,22 +83,22 @@ def check_kind(path: Path, where: str, suffix: str | None = None) -> None:
         )
 
 
-def check_readable(path: Path) -> None:
+def check_mesh_file(path: Path) -> None:
     """Refuse what importers read as something else without a word: empty files, web pages, UTF-16, positions of nan.
 
     Args:
         path: A mesh.
 
     Raises:
-        KindError: What it is.
+        FileTypeError: What it is.
     """
     kind = path.suffix.lower()
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if not head.strip():
-        raise KindError(expected=kind[1:], found="nothing: it is empty", remedy="get it again")
+        raise FileTypeError(expected=kind[1:], found="nothing: it is empty", remedy="get it again")
     if head.lstrip().startswith(b"<"):
-        raise KindError(
+        raise FileTypeError(
             expected=kind[1:],
             found=f"a file that begins with {_shown(head)}",
             remedy="it may be the message of a server",
@@ -116,7 +116,7 @@ def check_readable(path: Path) -> None:
 
 def _refuse_utf16(path: Path, head: bytes, is_text: bool) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (is_text and b"\0" in head):
-        raise KindError(
+        raise FileTypeError(
             expected=f"{path.name} to be text in UTF-8", found="UTF-16 or zeros", remedy="save it as UTF-8"
         )
 
@@ -129,7 +129,7 @@ def _refuse_undefined(content: bytes, first: int) -> None:
         words = line.split()
         if (not first or words[:1] == [b"v"]) and any(map(_is_undefined, words[first : first + 3])):
             number = content.count(b"\n", 0, start) + 1
-            raise KindError(
+            raise FileTypeError(
                 expected="finite vertex positions of float32",
                 found=f"{_shown(line)} in line {number}",
                 remedy="mend it in the program that made it",

@@ -8,19 +8,19 @@ from pathlib import Path
 
 from data_tools.assets.asset_list import (
     LIST_NAME,
-    OTHERS,
-    SUFFIXES,
+    MESH_SUFFIXES,
     TABLE_NAME,
+    UNSUPPORTED_SUFFIXES,
     AssetsError,
     Up,
     find_meshes,
+    format_ignored,
     is_hidden_name,
-    known_ids,
+    read_ids,
     scan,
-    told,
     write_list,
 )
-from data_tools.assets.outcome import next_step
+from data_tools.assets.outputs import next_command
 from lrm_pl.errors import counted
 
 #: What meshes of these kinds use, and what says whose they are.
@@ -53,12 +53,12 @@ def fetch_folder(assets: Path, out: Path | None, up: Up = "") -> None:
         out.mkdir(parents=True, exist_ok=True)
         ignored = _copy(assets, out, (_identity(out),)) + _of_other_kinds(assets)
         if ignored:
-            print(f"not copied: {told(ignored)}")
+            print(f"not copied: {format_ignored(ignored)}")
         folder = out
-    found = [dataclasses.replace(asset, up=asset.up or up) for asset in scan(folder, known_ids(folder))]
+    found = [dataclasses.replace(asset, up=asset.up or up) for asset in scan(folder, read_ids(folder))]
     write_list(folder, found)
     print(f"{counted(len(found), 'asset')} in {folder / LIST_NAME}")
-    print(next_step(folder))
+    print(next_command(folder))
 
 
 def _copy(folder: Path, out: Path, above: tuple[tuple[int, int], ...]) -> Counter[str]:
@@ -92,9 +92,13 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _is_wanted(name: str) -> bool:
-    return not is_hidden_name(name) and (name == TABLE_NAME or name.lower().endswith((*SUFFIXES, *_BESIDE)))
+    return not is_hidden_name(name) and (
+        name == TABLE_NAME or name.lower().endswith((*MESH_SUFFIXES, *_BESIDE))
+    )
 
 
 def _of_other_kinds(folder: Path) -> Counter[str]:
     """Count what looks like meshes of kinds that are not rendered."""
-    return Counter({what: count for what, count in find_meshes(folder).ignored.items() if what in OTHERS})
+    return Counter(
+        {what: count for what, count in find_meshes(folder).ignored.items() if what in UNSUPPORTED_SUFFIXES}
+    )

@@ -25,7 +25,7 @@ PACKAGE = "sweethome3d-furniture"
 VERSION = "1.8-1"
 PACKAGE_SHA256 = "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668"
 
-CATALOGUE = "PluginFurnitureCatalog.properties"
+CATALOG = "PluginFurnitureCatalog.properties"
 LICENSE = "LICENSE.TXT"
 
 #: Library -> license of every model in it, as its ``LICENSE.TXT`` says.
@@ -74,7 +74,7 @@ class Model:
 
 
 @contextmanager
-def opened_package(package: Path | None) -> Iterator[Path]:
+def open_package(package: Path | None) -> Iterator[Path]:
     """Check the package and unpack its libraries into a temporary folder.
 
     Args:
@@ -94,17 +94,17 @@ def opened_package(package: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def read_catalogue(library: Path) -> dict[str, Model]:
+def read_catalog(library: Path) -> dict[str, Model]:
     """Read the catalog of a library: the model's own id (``armchair``) -> its entry.
 
     Raises:
         PackageError: No catalog, or one without ids and models.
     """
     with zipfile.ZipFile(library) as archive:
-        content = read_member(archive, CATALOGUE, _MAX_TEXT_BYTES)
+        content = read_member(archive, CATALOG, _MAX_TEXT_BYTES)
     if content is None:
         raise PackageError(
-            subject=library, expected=f"a file {CATALOGUE}", found="none", remedy="get the package again"
+            subject=library, expected=f"a file {CATALOG}", found="none", remedy="get the package again"
         )
     entries: dict[str, dict[str, str]] = {}
     for field, number, value in re.findall(r"^(\w+)#(\d+)=(.*)$", content.decode("latin-1"), re.MULTILINE):

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from data_tools.assets.archives import ArchiveError, extract, open_zip, read_member
 from data_tools.assets.asset_list import Asset, hash_file
-from data_tools.assets.download import Download, download_all, read_all
-from data_tools.assets.obj_materials import read_surface
-from data_tools.assets.outcome import safe_id, write_outcome
+from data_tools.assets.download import Download, download_all, read_url
+from data_tools.assets.obj_materials import read_obj_materials
+from data_tools.assets.outputs import make_id, write_outputs
 from lrm_pl.errors import InputError
 from lrm_pl.storage import MissingError
 
@@ -42,7 +42,7 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
     """Download what is not there yet, unpack it, and write the list.
 
     Args:
-        out: Folder to fill: ``NAME/model.obj`` with its MTL and texture, and the files of ``write_outcome``.
+        out: Folder to fill: ``NAME/model.obj`` with its MTL and texture, and the files of ``write_outputs``.
         limit: At most so many models, in order of name.
         base: Where they are.
 
@@ -51,7 +51,7 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
     """
     base = base.rstrip("/")
     records = dict(sorted(list_models(base).items())[:limit])
-    keys = {name: safe_id(name) for name in records}
+    keys = {name: make_id(name) for name in records}
     left_out: dict[str, str] = {}
     missing = [
         Download(name, f"{base}/models/{quote(name, safe='')}.zip", out / "zips" / f"{keys[name]}.zip")
@@ -78,7 +78,7 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
         if keys[name] not in left_out
     ]
     hint = "To try them again, run the same command again." if left_out else ""
-    write_outcome(out, assets, left_out, CHANGES, hint)
+    write_outputs(out, assets, left_out, CHANGES, hint)
 
 
 def list_models(base: str) -> dict[str, dict[str, Any]]:
@@ -91,7 +91,7 @@ def list_models(base: str) -> dict[str, dict[str, Any]]:
     for page in range(1, MAX_PAGES + 1):
         url = f"{base}/models?page={page}&per_page={PAGE}"
         try:
-            content = read_all(url, MAX_PAGE_BYTES)
+            content = read_url(url, MAX_PAGE_BYTES)
         except MissingError:  # Fuel's answer behind the last page
             if models:
                 return models
@@ -127,7 +127,7 @@ def _unpack(path: Path, folder: Path) -> None:
         obj = read_member(archive, "meshes/model.obj")
         if obj is None:
             raise ArchiveError(subject=path.name, expected="meshes/model.obj", found="none")
-        surface = read_surface(obj, lambda name: read_member(archive, _place(archive, name)))
+        surface = read_obj_materials(obj, lambda name: read_member(archive, _place(archive, name)))
         if surface.missing:
             raise ArchiveError(subject=path.name, expected=f"the file {surface.missing[0]}", found="none")
         names = ("model.obj", *surface.libraries, *surface.textures)

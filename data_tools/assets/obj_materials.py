@@ -22,8 +22,8 @@ _MATT = frozenset({"0", "1"})
 #: Statements of numbers, after which a comment may follow; names of files may hold its sign.
 _NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
 
-#: Statements of images, beside those that begin with ``map_``.
-_IMAGES = frozenset({"bump", "disp", "decal", "norm", "refl"})
+#: Statements of pictures, beside those that begin with ``map_``.
+_PICTURES = frozenset({"bump", "disp", "decal", "norm", "refl"})
 
 #: As Blender spells what it reads; it tells upper from lower case.
 _SPELLING = {
@@ -36,13 +36,13 @@ _SPELLING = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Surface:
+class ObjMaterials:
     """The files and the colors that the faces of one OBJ show.
 
     Attributes:
         libraries: MTL files that it names, in order; relative to the OBJ's folder.
-        textures: Images of color and of opacity of the materials in use; relative to the OBJ's folder.
-        colors: Colors (``Kd``, as written) of the materials in use that have no image.
+        textures: Pictures of color and of opacity of the materials in use; relative to the OBJ's folder.
+        colors: Colors (``Kd``, as written) of the materials in use that have no picture.
         missing: Those of ``libraries`` and ``textures`` that are not there, or lie outside the folder.
     """
 
@@ -52,7 +52,7 @@ class Surface:
     missing: tuple[str, ...]
 
 
-def read_surface(obj: bytes, read: Read) -> Surface:
+def read_obj_materials(obj: bytes, read: Read) -> ObjMaterials:
     """Find out what an OBJ is colored with.
 
     Args:
@@ -60,11 +60,11 @@ def read_surface(obj: bytes, read: Read) -> Surface:
         read: Gives the files beside it.
     """
     used = _names(b"usemtl", obj)
-    names = library_names(obj, lambda name: not leaves(name) and read(posixpath.normpath(name)) is not None)
+    names = mtl_names(obj, lambda name: not is_outside(name) and read(posixpath.normpath(name)) is not None)
     libraries = tuple(dict.fromkeys(map(posixpath.normpath, names)))
-    missing, colors, images = [], dict[str, str](), dict[str, list[str]]()
+    missing, colors, pictures = [], dict[str, str](), dict[str, list[str]]()
     for library in libraries:
-        content = None if leaves(library) else read(library)
+        content = None if is_outside(library) else read(library)
         if content is None:
             missing.append(library)
             continue
@@ -73,14 +73,14 @@ def read_surface(obj: bytes, read: Read) -> Surface:
                 colors[material] = " ".join(value.split())
             elif key in ("map_kd", "map_d"):
                 name = posixpath.join(posixpath.dirname(library), _without_options(value))
-                images.setdefault(material, []).append(posixpath.normpath(name))
-    textures = tuple(dict.fromkeys(name for key in sorted(used) for name in images.get(key, ())))
-    missing += [name for name in textures if leaves(name) or read(name) is None]
-    plain = frozenset(colors.get(key, "") for key in used if key not in images)
-    return Surface(libraries, textures, plain, tuple(missing))
+                pictures.setdefault(material, []).append(posixpath.normpath(name))
+    textures = tuple(dict.fromkeys(name for key in sorted(used) for name in pictures.get(key, ())))
+    missing += [name for name in textures if is_outside(name) or read(name) is None]
+    plain = frozenset(colors.get(key, "") for key in used if key not in pictures)
+    return ObjMaterials(libraries, textures, plain, tuple(missing))
 
 
-def library_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
+def mtl_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
     """Return the MTL files that an OBJ names.
 
     A line is one name where such a file exists, else several, between spaces or quotes, where one of them does.
@@ -108,8 +108,8 @@ def libraries(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
     Returns:
         The files, the first to be read first; and the names of those that are not there.
     """
-    named = library_names(obj, partial(_is_beside, path))
-    places = [find_beside(path.parent, name) for name in named]
+    named = mtl_names(obj, partial(_is_beside, path))
+    places = [find_file(path.parent, name) for name in named]
     found = [place for place in places if place]
     missing = [name for name, place in zip(named, places, strict=True) if not place]
     if named and not missing:
@@ -121,10 +121,10 @@ def libraries(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
 
 
 def _is_beside(path: Path, name: str) -> bool:
-    return find_beside(path.parent, name) is not None
+    return find_file(path.parent, name) is not None
 
 
-def find_beside(folder: Path, name: str) -> Path | None:
+def find_file(folder: Path, name: str) -> Path | None:
     """Find a file by a name that may be spelled as on other systems: in case, accents, or with backslashes.
 
     Args:
@@ -149,7 +149,7 @@ def _plain(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
+def find_undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
     """Return the materials of faces of an OBJ that its MTL files do not define; Blender's names for none are none."""
     defined = {name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())}
     parts = re.split(rb"^[ \t]*usemtl[ \t]+(\S[^\n]*)", plain_text(obj), flags=re.MULTILINE | re.IGNORECASE)
@@ -162,7 +162,7 @@ def undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
     return sorted(used - defined - {"(null)", "None"})
 
 
-def face_without_vertex(obj: bytes) -> str:
+def find_invalid_face(obj: bytes) -> str:
     """Return the first face of an OBJ that has a vertex which is not there, as it is written; "" if there is none."""
     lines = [line.split() for line in plain_text(obj).split(b"\n")]
     total, count = sum(words[:1] == [b"v"] for words in lines), 0
@@ -190,7 +190,7 @@ def plain_text(content: bytes) -> bytes:
     return re.sub(rb"\\[ \t]*\n", b" ", content)
 
 
-def translated_mtl(files: Iterable[Path]) -> bytes:
+def translate_mtl(files: Iterable[Path]) -> bytes:
     """Write MTL files as one, which Blender takes as they are meant; the table in ``blender_materials`` has the rules.
 
     Args:
@@ -205,10 +205,10 @@ def translated_mtl(files: Iterable[Path]) -> bytes:
                 value = value.split("#")[0].strip()
             if keyword == "kd" or (keyword == "ke" and not by_blender):
                 color = _color(value)
-                value = " ".join(f"{x if by_blender else linear(x):.9g}" for x in color)
+                value = " ".join(f"{x if by_blender else srgb_to_linear(x):.9g}" for x in color)
             elif keyword in ("refl", "map_refl") and not by_blender:
                 continue  # a reflected room, which Blender takes for where the surface is metal
-            elif keyword in _IMAGES or keyword.startswith("map_"):
+            elif keyword in _PICTURES or keyword.startswith("map_"):
                 value = _with_place(path.parent, value)
             statements = materials.setdefault(name, {})
             statements.pop(keyword, None)  # the last one stands, in its place
@@ -236,8 +236,8 @@ def translated_mtl(files: Iterable[Path]) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", errors="surrogateescape")
 
 
-def linear(srgb: float) -> float:
-    """Return the linear light of an sRGB value in [0, 1]."""
+def srgb_to_linear(srgb: float) -> float:
+    """Return the srgb_to_linear light of an sRGB value in [0, 1]."""
     return srgb / 12.92 if srgb <= 0.04045 else float(((srgb + 0.055) / 1.055) ** 2.4)
 
 
@@ -252,8 +252,8 @@ def _color(value: str) -> list[float]:
     return [min(max(x, 0.0), 1.0) for x in (numbers * 3)[:3]]
 
 
-def clamped_images(files: Iterable[Path]) -> set[str]:
-    """Return the images that MTL files do not repeat (``-clamp on``)."""
+def clamped_textures(files: Iterable[Path]) -> set[str]:
+    """Return the pictures that MTL files do not repeat (``-clamp on``)."""
     return {
         _without_options(_with_place(path.parent, value))
         for path in files
@@ -271,7 +271,7 @@ def _with_place(folder: Path, value: str) -> str:
     return value[: len(value) - len(name)] + str(place.absolute())
 
 
-def leaves(path: str) -> bool:
+def is_outside(path: str) -> bool:
     """Say whether a relative path, once it is followed, ends outside the folder it is relative to."""
     return path.startswith("/") or ".." in path.split("/") or "\\" in path or ":" in path
 

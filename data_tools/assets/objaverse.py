@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data_tools.assets.asset_list import Asset
 from data_tools.assets.download import Download, download, download_all
-from data_tools.assets.outcome import write_outcome
+from data_tools.assets.outputs import write_outputs
 from lrm_pl.errors import InputError, counted
 
 BASE = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
@@ -51,7 +51,7 @@ def fetch_objaverse(
     """Download what is not there yet, and write the list.
 
     Args:
-        out: Folder to fill: ``glbs/000-023/UID.glb``, ``index/``, and the files of ``write_outcome``.
+        out: Folder to fill: ``glbs/000-023/UID.glb``, ``index/``, and the files of ``write_outputs``.
         uids: The objects; None goes by ``categories``.
         categories: LVIS categories; all objects of each.
         limit: At most so many objects, in order of uid (which is random).
@@ -86,7 +86,7 @@ def fetch_objaverse(
         records = _table(base, index, f"metadata/{name}.json.gz")
         for uid in members:
             path, record = str(paths[uid]), records.get(uid)
-            asset = describe(uid, f"{base}/{path}" if urls_only else path, record, tags.get(uid, ""))
+            asset = make_asset(uid, f"{base}/{path}" if urls_only else path, record, tags.get(uid, ""))
             assets.append(asset)
             downloads.append(Download(uid, f"{base}/{path}", out / path))
             sizes |= _size(uid, record)
@@ -94,10 +94,10 @@ def fetch_objaverse(
         hashes = _bring(downloads, sizes, left_out)
         assets = [replace(asset, sha256=hashes[asset.id]) for asset in assets if asset.id in hashes]
     hint = "To try them again, run the same command again." if left_out else ""
-    write_outcome(out, assets, left_out, CHANGES, hint)
+    write_outputs(out, assets, left_out, CHANGES, hint)
 
 
-def describe(uid: str, file: str, record: object, category: str = "") -> Asset:
+def make_asset(uid: str, file: str, record: object, category: str = "") -> Asset:
     """Make an asset of an object's record; what the record lacks is "unknown".
 
     Args:

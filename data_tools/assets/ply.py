@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.assets.file_types import KindError
-from data_tools.assets.obj_materials import find_beside
+from data_tools.assets.file_types import FileTypeError
+from data_tools.assets.obj_materials import find_file
 
 _COLORS = {
     spelling: color
@@ -67,7 +67,7 @@ class _Lists:
 _Columns = dict[str, npt.NDArray[np.generic] | _Lists]
 
 
-def readable_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
+def prepare_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
     """Return a PLY as Blender's importer reads it.
 
     That is with the usual names of colors and texture coordinates, with line feeds, and with what faces have of colors
@@ -81,7 +81,7 @@ def readable_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
         The file; the image that lies on it, "" where there is none; and what of its colors is lost.
 
     Raises:
-        KindError: A position is no number, or a face has a corner that is not there.
+        FileTypeError: A position is no number, or a face has a corner that is not there.
     """
     content = path.read_bytes()
     end = re.search(rb"end_header[ \t]*(\r\n|\r|\n)", content[: 1 << 20])
@@ -101,7 +101,7 @@ def readable_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
     lays_faces, lays_vertices = "texcoord" in faces, vertices.keys() >= {"s", "t"}
     if not lays_faces and not lays_vertices:
         textures = []  # the comment is left over
-    found = find_beside(path.parent, textures[0]) if len(textures) == 1 else None
+    found = find_file(path.parent, textures[0]) if len(textures) == 1 else None
     lost = textures if textures and not found else []
     written = b"\n".join(renamed) + b"\n" + body
     is_laid = lays_faces and not lays_vertices and found is not None
@@ -220,7 +220,7 @@ def _check(table: dict[str, _Columns]) -> None:
     for values in positions:
         with np.errstate(over="ignore"):
             if not np.isfinite(np.asarray(values, np.float32)).all():
-                raise KindError(
+                raise FileTypeError(
                     expected="finite vertex positions of float32",
                     found="NaN or infinity",
                     remedy="export the mesh again",
@@ -230,7 +230,7 @@ def _check(table: dict[str, _Columns]) -> None:
         count = len(np.asarray(positions[0]))
         low, high = int(corners.values.min()), int(corners.values.max())
         if low < 0 or high >= count:
-            raise KindError(
+            raise FileTypeError(
                 expected=f"faces between its {count} vertices",
                 found=f"one with vertex {(low if low < 0 else high)}",
                 remedy="mend it in the program that made it",

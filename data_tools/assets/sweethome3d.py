@@ -18,19 +18,19 @@ from tqdm import tqdm
 
 from data_tools.assets.archives import ArchiveError, read_member
 from data_tools.assets.asset_list import Asset, hash_file
-from data_tools.assets.file_types import KindError, check_kind
+from data_tools.assets.file_types import FileTypeError, check_file_type
 from data_tools.assets.furniture_package import (
     LIBRARIES,
     PACKAGE,
     VERSION,
     Model,
-    opened_package,
-    read_catalogue,
+    open_package,
+    read_catalog,
     read_license,
 )
-from data_tools.assets.obj_materials import Surface, read_surface
-from data_tools.assets.outcome import safe_id, write_outcome
-from data_tools.blender.pool import Task, convert_all
+from data_tools.assets.obj_materials import ObjMaterials, read_obj_materials
+from data_tools.assets.outputs import make_id, write_outputs
+from data_tools.blender.conversion_pool import ConversionTask, convert_all
 from lrm_pl.errors import InputError
 
 HELD_OUT = "KatorLegaz"
@@ -52,7 +52,7 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
     """Convert what is usable and not there yet, and write the list.
 
     Args:
-        out: Folder to fill: ``LIBRARY/KEY.glb``, ``LIBRARY/LICENSE.txt``, and the files of ``write_outcome``.
+        out: Folder to fill: ``LIBRARY/KEY.glb``, ``LIBRARY/LICENSE.txt``, and the files of ``write_outputs``.
         package: The Debian package; None gets it with apt-get.
 
     Raises:
@@ -67,13 +67,13 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     assets: dict[str, Asset] = {}
     left_out: dict[str, str] = {}
-    tasks: list[Task] = []
-    with opened_package(package) as folder:
+    tasks: list[ConversionTask] = []
+    with open_package(package) as folder:
         for library in LIBRARIES:
             archive = folder / f"{library}.sh3f"
             (out / library).mkdir(exist_ok=True)
             (out / library / "LICENSE.txt").write_text(read_license(archive) + "\n", encoding="utf-8")
-            for asset, task, reason in examine(archive, out):
+            for asset, task, reason in plan_conversions(archive, out):
                 assets[asset.id] = asset
                 if reason:
                     left_out[asset.id] = reason
@@ -86,10 +86,10 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
         for key, asset in assets.items()
         if key not in left_out
     ]
-    write_outcome(out, usable, left_out, CHANGES)
+    write_outputs(out, usable, left_out, CHANGES)
 
 
-def examine(archive: Path, out: Path) -> list[tuple[Asset, Task, str]]:
+def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTask, str]]:
     """Look at every model of a library, without Blender.
 
     Returns:
@@ -97,8 +97,8 @@ def examine(archive: Path, out: Path) -> list[tuple[Asset, Task, str]]:
     """
     found = []
     with zipfile.ZipFile(archive) as members:
-        for model in read_catalogue(archive).values():
-            key, base = safe_id(model.key), posixpath.dirname(model.obj)
+        for model in read_catalog(archive).values():
+            key, base = make_id(model.key), posixpath.dirname(model.obj)
             surface, reason = None, ""
             try:
                 surface = _surface(model, members)
@@ -106,7 +106,7 @@ def examine(archive: Path, out: Path) -> list[tuple[Asset, Task, str]]:
             except ArchiveError as error:
                 source, reason = "", f"not read: {error}"
             asset = Asset(
-                id=safe_id(f"{model.library}-{model.key}"),
+                id=make_id(f"{model.library}-{model.key}"),
                 file=f"{model.library}/{key}.glb",
                 sha256="",
                 name=model.name,
@@ -118,18 +118,18 @@ def examine(archive: Path, out: Path) -> list[tuple[Asset, Task, str]]:
             )
             obj = posixpath.basename(model.obj)
             files = (obj, *surface.libraries, *surface.textures) if surface else ()
-            task = Task(
+            task = ConversionTask(
                 id=asset.id,
                 archive=archive,
                 members={file: posixpath.join(base, file) for file in files},
                 obj=obj,
                 glb=out / asset.file,
             )
-            found.append((asset, task, reason or unusable(model, surface)))
+            found.append((asset, task, reason or rejection_reason(model, surface)))
     return found
 
 
-def unusable(model: Model, surface: Surface | None) -> str:
+def rejection_reason(model: Model, surface: ObjMaterials | None) -> str:
     """Say why a model is no object to learn from, or "".
 
     Args:
@@ -152,12 +152,12 @@ def unusable(model: Model, surface: Surface | None) -> str:
     return ""
 
 
-def _surface(model: Model, members: zipfile.ZipFile) -> Surface | None:
+def _surface(model: Model, members: zipfile.ZipFile) -> ObjMaterials | None:
     obj = read_member(members, model.obj)
     if obj is None:
         return None
     base = posixpath.dirname(model.obj)
-    return read_surface(obj, lambda name: read_member(members, posixpath.join(base, name)))
+    return read_obj_materials(obj, lambda name: read_member(members, posixpath.join(base, name)))
 
 
 def _source(model: Model, members: zipfile.ZipFile) -> str:
@@ -168,7 +168,7 @@ def _source(model: Model, members: zipfile.ZipFile) -> str:
     return f"{source}, from {page[1].decode()}" if page else source
 
 
-def _convert(tasks: list[Task], out: Path, left_out: dict[str, str]) -> None:
+def _convert(tasks: list[ConversionTask], out: Path, left_out: dict[str, str]) -> None:
     """Convert what is not there; what fails is added to ``left_out``."""
     missing = [task for task in tasks if not _is_whole(task.glb)]
     if not missing:
@@ -186,8 +186,8 @@ def _convert(tasks: list[Task], out: Path, left_out: dict[str, str]) -> None:
 
 def _is_whole(glb: Path) -> bool:
     try:
-        check_kind(glb, str(glb))
-    except (KindError, FileNotFoundError):
+        check_file_type(glb, str(glb))
+    except (FileTypeError, FileNotFoundError):
         return False
     return True
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import bpy
 from PIL import Image
 
-from data_tools.assets.obj_materials import linear
+from data_tools.assets.obj_materials import srgb_to_linear
 
 # isort: split
 import bmesh  # exists only once bpy is loaded
@@ -63,7 +63,7 @@ def _make_matt(material: bpy.types.Material, scratch: Path) -> None:
     tree = material.node_tree
     shader = next(node for node in tree.nodes if node.type == "BSDF_PRINCIPLED")
     # the library's own viewer shows Kd as sRGB; Blender took it for linear light, which would bleach it
-    color = (*(linear(x) for x in shader.inputs["Base Color"].default_value[:3]), 1.0)
+    color = (*(srgb_to_linear(x) for x in shader.inputs["Base Color"].default_value[:3]), 1.0)
     texture = next(
         (link.from_node.image for link in tree.links if link.to_socket == shader.inputs["Base Color"]), None
     )

@@ -3,10 +3,10 @@
 from typing import Any
 
 #: Kinds of GPU that Cycles supports, the fastest on the same card first.
-GPU_KINDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
+GPU_TYPES = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
 
 
-def choose_device(preferences: Any) -> str:  # noqa: ANN401 - Blender has no types
+def enable_gpus(preferences: Any) -> str:  # noqa: ANN401 - Blender has no types
     """Enable every GPU of the first kind that is present; to be called after each factory reset.
 
     Args:
@@ -15,7 +15,7 @@ def choose_device(preferences: Any) -> str:  # noqa: ANN401 - Blender has no typ
     Returns:
         The kind in lower case, "cpu" without a GPU.
     """
-    for kind in GPU_KINDS:
+    for kind in GPU_TYPES:
         try:
             preferences.compute_device_type = kind
         except TypeError:  # this build of Blender does not support the kind
@@ -30,5 +30,5 @@ def choose_device(preferences: Any) -> str:  # noqa: ANN401 - Blender has no typ
 
 
 def cycles_device(device: str) -> str:
-    """Return the value of ``scene.cycles.device`` for a device as named by ``choose_device``."""
+    """Return the value of ``scene.cycles.device`` for a device as named by ``enable_gpus``."""
     return "CPU" if device == "cpu" else "GPU"

@@ -28,13 +28,13 @@ import numpy as np
 
 from data_tools.assets.asset_list import AssetError
 
-SUFFIXES = (".glb", ".gltf")
+GLTF_SUFFIXES = (".glb", ".gltf")
 
 #: Cosine of the angle between two axes of a node from which on it is sheared: above the rounding of exporters.
 _SHEARED = 1e-4
 
 
-def uris(path: Path) -> list[str]:
+def external_uris(path: Path) -> list[str]:
     """Return the URIs of the buffers and images in a glTF file, without those that hold their data."""
     record = _read_json(path)
     try:
@@ -77,7 +77,7 @@ def _is_inline(uri: str) -> bool:
     return uri.startswith("data:") and ";base64," in uri
 
 
-def readable_gltf(path: Path, scratch: Path) -> Path:
+def prepare_gltf(path: Path, scratch: Path) -> Path:
     """Return a glTF file whose JSON Blender's importer takes as it is meant.
 
     Args:

@@ -15,15 +15,7 @@ import numpy.typing as npt
 
 from data_tools.assets import obj_materials, ply
 from data_tools.assets.asset_list import AssetError, Up
-from data_tools.blender import (
-    gltf as blender_gltf,
-)
-from data_tools.blender import (
-    materials as blender_materials,
-)
-from data_tools.blender import (
-    textures as blender_images,
-)
+from data_tools.blender import gltf, materials, textures
 from data_tools.quality.measures import MeshMeasures
 from lrm_pl.conventions import Normalization
 
@@ -39,7 +31,7 @@ _WITH_FACES = {"MESH", "CURVE", "SURFACE", "FONT", "META"}
 def load_asset(
     path: Path, normalize: Normalization, root: Path | None = None, up: Up = ""
 ) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
-    """Empty Blender, import one file and make it an object as ``prepare`` does.
+    """Empty Blender, import one file and make it an object as ``prepare_scene`` does.
 
     Args:
         path: The file.
@@ -62,43 +54,43 @@ def load_asset(
             content = path.read_bytes()
             mtl_files, missing = obj_materials.libraries(path, content)
             _refuse_files_outside(root, path.parent, map(str, mtl_files))
-            undefined = [] if missing else obj_materials.undefined_materials(content, mtl_files)
-            clamped = obj_materials.clamped_images(mtl_files)
-            readable = blender_materials.readable_obj(path, content, mtl_files, Path(scratch))
+            undefined = [] if missing else obj_materials.find_undefined_materials(content, mtl_files)
+            clamped = obj_materials.clamped_textures(mtl_files)
+            readable = materials.prepare_obj(path, content, mtl_files, Path(scratch))
         elif kind == ".ply":
-            readable, texture, lost = ply.readable_ply(path, Path(scratch))
+            readable, texture, lost = ply.prepare_ply(path, Path(scratch))
             missing += lost
             _refuse_files_outside(root, path.parent, [texture] if texture else [])
-        elif kind in blender_gltf.SUFFIXES:
-            _refuse_files_outside(root, path.parent, blender_gltf.uris(path))
-            readable = blender_gltf.readable_gltf(path, Path(scratch))
+        elif kind in gltf.GLTF_SUFFIXES:
+            _refuse_files_outside(root, path.parent, gltf.external_uris(path))
+            readable = gltf.prepare_gltf(path, Path(scratch))
         _import(readable, up or "y")
     if kind == ".obj":
         _refuse_lost_faces(content)
     if texture:
-        blender_materials.show_texture(path.parent / texture)
-    blender_images.find_images(path.parent.absolute())
+        materials.apply_texture(path.parent / texture)
+    textures.find_textures(path.parent.absolute())
     if kind == ".fbx":
-        blender_materials.correct_fbx(path)
-    if kind not in blender_gltf.SUFFIXES:
-        has_colors = blender_materials.show_vertex_colors()
+        materials.correct_fbx(path)
+    if kind not in gltf.GLTF_SUFFIXES:
+        has_colors = materials.apply_vertex_colors()
         missing += [] if has_colors else undefined
-        blender_images.stretch_edges(clamped)
-    images = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
-    _refuse_files_outside(root, Path.cwd(), images)
-    blender_materials.open_images()
-    if kind not in blender_gltf.SUFFIXES:
-        blender_images.keep_colors_straight()
-        blender_images.read_masks()
-        blender_images.leave_heights_out()
-    return prepare(normalize, missing)
+        textures.clamp_textures(clamped)
+    pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
+    _refuse_files_outside(root, Path.cwd(), pictures)
+    materials.load_unsupported_images()
+    if kind not in gltf.GLTF_SUFFIXES:
+        textures.ignore_color_alpha()
+        textures.link_opacity_masks()
+        textures.remove_bump_maps()
+    return prepare_scene(normalize, missing)
 
 
 def _refuse_lost_faces(obj: bytes) -> None:
     """Refuse an OBJ of which the importer left a face out; not for one of several in one place."""
     if sum(len(mesh.polygons) for mesh in bpy.data.meshes) >= obj.count(b"\nf "):
         return
-    if face := obj_materials.face_without_vertex(obj):
+    if face := obj_materials.find_invalid_face(obj):
         raise AssetError(
             f"expected faces between its vertices, but found {_printable(face)!r}; export or download it again"
         )
@@ -116,8 +108,8 @@ def _lacks_files(path: Path, kind: str) -> bool:
     """Say whether a file that a mesh file names is not beside it."""
     if kind == ".obj":
         return bool(obj_materials.libraries(path, path.read_bytes())[1])
-    uris = blender_gltf.uris(path) if kind in blender_gltf.SUFFIXES else []
-    return any(not (path.parent / uri.replace("\\", "/")).exists() for uri in uris)
+    external_uris = gltf.external_uris(path) if kind in gltf.GLTF_SUFFIXES else []
+    return any(not (path.parent / uri.replace("\\", "/")).exists() for uri in external_uris)
 
 
 def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> None:
@@ -144,7 +136,7 @@ def _printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def prepare(
+def prepare_scene(
     normalize: Normalization, lost: Sequence[str] = ()
 ) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
     """Leave out of the scene what is not the object, and normalize it.
@@ -172,25 +164,25 @@ def prepare(
     for thing in things:
         if sum(map(bool, thing.matrix_world.to_scale())) < 2:  # a scale of 0 leaves no area
             thing.hide_render = True
-    blender_materials.turn_opposed_normals()
-    doubled = blender_materials.separate_doubled_faces()
-    one_sided = blender_materials.hide_back_faces()
+    materials.flip_opposed_normals()
+    doubled = materials.separate_duplicate_faces()
+    one_sided = materials.cull_back_faces()
     shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
-    unseen = _images(set(bpy.data.objects) - set(shown)) - _images(shown)
-    # Asking for the size makes Blender load the image.
-    images = [
+    unseen = _pictures(set(bpy.data.objects) - set(shown)) - _pictures(shown)
+    # Asking for the size makes Blender load the picture.
+    pictures = [
         image
         for image in bpy.data.images
         if image not in unseen and (image.source not in ("GENERATED", "VIEWER") or image.packed_file)
     ]
-    missing = [image.filepath or image.name for image in images if image.size[0] == 0]
+    missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
     missing += [f"that of {node.name}" for node in _texture_nodes(shown) if node.image is None]
-    blender_images.separate_color_from_data()
+    textures.assign_color_spaces()
     for name in [*missing, *lost]:
         print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalize(normalize)
     kinds = Counter(thing.type for thing in things)
-    materials = {slot.material for thing in shown for slot in thing.material_slots if slot.material}
+    used = {slot.material for thing in shown for slot in thing.material_slots if slot.material}
     return extent, MeshMeasures(
         triangles=triangles,
         degenerate=degenerate,
@@ -198,9 +190,9 @@ def prepare(
         one_sided=one_sided,
         size=size,
         thinness=float(extent.min() / extent.max()),
-        materials=len(materials),
-        colored=_is_colored(materials),
-        textures=len(images),
+        materials=len(used),
+        colored=_is_colored(used),
+        textures=len(pictures),
         missing_textures=len(missing) + len(lost),
         animated=animated,
         hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in things),
@@ -209,8 +201,8 @@ def prepare(
     )
 
 
-def _images(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
-    """Return the images of the materials of some objects."""
+def _pictures(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
+    """Return the pictures of the materials of some objects."""
     return {node.image for node in _texture_nodes(things) if node.image}
 
 
@@ -233,17 +225,17 @@ def _is_hidden(thing: bpy.types.Object) -> bool:
 
 def _is_clear(material: bpy.types.Material) -> bool:
     """Say whether nothing of a material can be seen: its alpha is the number 0."""
-    found = blender_materials.alphas(material)
+    found = materials.alpha_inputs(material)
     return bool(found) and not any(alpha.is_linked or alpha.default_value for alpha in found)
 
 
-def _is_colored(materials: Iterable[bpy.types.Material]) -> bool:
+def _is_colored(used: Iterable[bpy.types.Material]) -> bool:
     """Say whether a surface has a texture, colors at its vertices, or a color that another one has not."""
     colors = set()
-    for material in materials:
+    for material in used:
         shown = [
             [shader.inputs["Base Color"], *([shader.inputs["Emission Color"]] if _glows(shader) else [])]
-            for shader in blender_materials.principled(material)
+            for shader in materials.principled_shaders(material)
         ]
         if not shown and material.node_tree:  # unlit
             shown = [[node.inputs["Color"]] for node in material.node_tree.nodes if node.type == "EMISSION"]
@@ -273,8 +265,8 @@ def _show_first_frame() -> bool:
 def _import(path: Path, up: str) -> None:
     axes = {"up_axis": up.upper(), "forward_axis": "Y" if up == "z" else "NEGATIVE_Z"}
     importers: dict[str, Callable[[str], set[str]]] = {
-        ".glb": blender_gltf.import_gltf,
-        ".gltf": blender_gltf.import_gltf,
+        ".glb": gltf.import_gltf,
+        ".gltf": gltf.import_gltf,
         ".obj": lambda file: bpy.ops.wm.obj_import(filepath=file, **axes),
         ".ply": lambda file: bpy.ops.wm.ply_import(filepath=file, **axes),
         ".fbx": lambda file: bpy.ops.wm.fbx_import(filepath=file),

@@ -1,6 +1,6 @@
 """Blender side: what a file means by its materials, where Blender's importers or Cycles take it otherwise. Needs bpy.
 
-``blender_images``, ``blender_gltf`` and ``ply`` have further rows of this table.
+``textures``, ``gltf`` and ``ply`` have further rows of this table.
 
 | the file says                                  | Blender                   | here                                    |
 |------------------------------------------------|---------------------------|-----------------------------------------|
@@ -22,7 +22,7 @@
 | colors at vertices, and a material without one | the material's gray       | the colors; the gray of parts without   |
 | normals that point to the back of their face   | black                     | they are turned                         |
 | glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen, holes or not   |
-| a GIF, PPM, PCX or AVIF as a texture           | magenta                   | the (first) image                     |
+| a GIF, PPM, PCX or AVIF as a texture           | magenta                   | the (first) picture                     |
 | several faces in one place                     | black speckles            | one of them; opaque under transparent   |
 | an OBJ whose MTL or material is not there      | gray                      | counted as a missing texture            |
 | colors at vertices in 0 to 255, not 0 to 1     | white                     | divided by 255                          |
@@ -43,7 +43,7 @@ from PIL import Image
 # isort: split
 import bmesh  # exists only once bpy is loaded
 
-from data_tools.assets.obj_materials import linear, plain_text, translated_mtl
+from data_tools.assets.obj_materials import plain_text, srgb_to_linear, translate_mtl
 
 #: Corners are in one place if they are nearer than this, of the object's longest side.
 _SAME_PLACE = 1e-6
@@ -52,13 +52,13 @@ _SAME_PLACE = 1e-6
 _APART = 1e-4
 
 
-def principled(material: bpy.types.Material) -> list[bpy.types.Node]:
+def principled_shaders(material: bpy.types.Material) -> list[bpy.types.Node]:
     """Return the Principled BSDFs of a material."""
     tree = material.node_tree
     return [node for node in tree.nodes if node.type == "BSDF_PRINCIPLED"] if tree else []
 
 
-def readable_obj(path: Path, content: bytes, mtl_files: Iterable[Path], scratch: Path) -> Path:
+def prepare_obj(path: Path, content: bytes, mtl_files: Iterable[Path], scratch: Path) -> Path:
     """Return a copy of an OBJ that names no other file; beside it the MTL of its name, which Blender reads unnamed.
 
     So no way to write a name, of which Blender understands more than we do, opens a file that we have not chosen.
@@ -71,11 +71,11 @@ def readable_obj(path: Path, content: bytes, mtl_files: Iterable[Path], scratch:
     """
     copy = scratch / "readable.obj"
     copy.write_bytes(re.sub(rb"mtllib(?=[^\x21-\x7f]|\\)", b"#", plain_text(content)))
-    copy.with_suffix(".mtl").write_bytes(translated_mtl(mtl_files))
+    copy.with_suffix(".mtl").write_bytes(translate_mtl(mtl_files))
     return copy
 
 
-def shown_meshes() -> list[bpy.types.Object]:
+def visible_meshes() -> list[bpy.types.Object]:
     """Return the meshes with faces of the scene, without those that are hidden."""
     return [
         thing
@@ -84,7 +84,7 @@ def shown_meshes() -> list[bpy.types.Object]:
     ]
 
 
-def show_vertex_colors() -> bool:
+def apply_vertex_colors() -> bool:
     """Show the colors at the vertices of meshes whose materials have neither a texture nor a color of their own.
 
     For files other than glTF, which says itself where they are shown.
@@ -121,9 +121,12 @@ def correct_fbx(path: Path) -> None:
     with open(path, "rb") as file:
         head = file.read(4096)
     if b"Blender" not in head:  # which writes linear light
-        shaders = [shader for material in bpy.data.materials for shader in principled(material)]
+        shaders = [shader for material in bpy.data.materials for shader in principled_shaders(material)]
         for color in [shader.inputs[name] for shader in shaders for name in ("Base Color", "Emission Color")]:
-            color.default_value = (*(linear(min(max(x, 0.0), 1.0)) for x in color.default_value[:3]), 1.0)
+            color.default_value = (
+                *(srgb_to_linear(min(max(x, 0.0), 1.0)) for x in color.default_value[:3]),
+                1.0,
+            )
     if not head.startswith(b"Kaydara FBX Binary"):
         return  # text, which the parser does not read
     from io_scene_fbx import parse_fbx
@@ -144,7 +147,7 @@ def correct_fbx(path: Path) -> None:
         values = {row[0]: row[4:] for row in rows if len(row) > 4}
         model = parts[b"ShadingModel"].props[0].lower() if b"ShadingModel" in parts else b""
         is_dark = any(not any(values.get(key, (1,))) for key in (b"SpecularFactor", b"SpecularColor"))
-        for shader in principled(material) if (material := bpy.data.materials.get(name)) else ():
+        for shader in principled_shaders(material) if (material := bpy.data.materials.get(name)) else ():
             if model == b"lambert" or is_dark:
                 shader.inputs["Specular IOR Level"].default_value = 0.0
             if 0 < (opacity := _opacity(values)) < 1:
@@ -165,7 +168,7 @@ def _read_bytes_as_such() -> None:
     colors = [np.empty((len(layer), 4), np.float32) for layer in layers]
     for layer, values in zip(layers, colors, strict=True):
         layer.foreach_get("color", values.reshape(-1))
-    if max((float(values[:, :3].max(initial=0)) for values in colors), default=0) <= linear(2.0):
+    if max((float(values[:, :3].max(initial=0)) for values in colors), default=0) <= srgb_to_linear(2.0):
         return
     for layer, values in zip(layers, colors, strict=True):
         light = values[:, :3].clip(0)
@@ -175,20 +178,20 @@ def _read_bytes_as_such() -> None:
 
 
 def _is_gray(material: bpy.types.Material) -> bool:
-    colors = [shader.inputs["Base Color"] for shader in principled(material)]
+    colors = [shader.inputs["Base Color"] for shader in principled_shaders(material)]
     return any(not c.is_linked and max(c.default_value[:3]) - min(c.default_value[:3]) < 1e-3 for c in colors)
 
 
 def _color_with(material: bpy.types.Material, attribute: str) -> None:
     node = material.node_tree.nodes.new("ShaderNodeVertexColor")
     node.layer_name = attribute
-    for shader in principled(material):
+    for shader in principled_shaders(material):
         if not shader.inputs["Base Color"].is_linked:
             material.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
 
 
-def open_images() -> None:
-    """Open images that Blender cannot open (PPM, PCX, AVIF), and small GIFs, which it takes for movies."""
+def load_unsupported_images() -> None:
+    """Open pictures that Blender cannot open (PPM, PCX, AVIF), and small GIFs, which it takes for movies."""
     for image in [image for image in bpy.data.images if image.filepath and image.size[0] == 0]:
         try:
             with Image.open(bpy.path.abspath(image.filepath)) as first:
@@ -196,15 +199,15 @@ def open_images() -> None:
         except (OSError, ValueError, Image.DecompressionBombError):
             continue  # counted as missing
         height, width = pixels.shape[:2]
-        loaded = bpy.data.images.new(image.name, width, height, alpha=True)
-        loaded.pixels.foreach_set(pixels.ravel())
-        loaded.pack()
-        loaded.alpha_mode = image.alpha_mode
-        image.user_remap(loaded)
+        picture = bpy.data.images.new(image.name, width, height, alpha=True)
+        picture.pixels.foreach_set(pixels.ravel())
+        picture.pack()
+        picture.alpha_mode = image.alpha_mode
+        image.user_remap(picture)
         bpy.data.images.remove(image)
 
 
-def hide_back_faces() -> bool:
+def cull_back_faces() -> bool:
     """Apply back-face culling, which Cycles ignores: back faces of culled materials become transparent.
 
     Where no back face can be seen from outside, because the faces of an opaque material are closed and look outwards,
@@ -215,7 +218,7 @@ def hide_back_faces() -> bool:
         Whether culled faces are open: some views do not see what others see.
     """
     one_sided = False
-    meshes = list({thing.data: None for thing in shown_meshes()})
+    meshes = list({thing.data: None for thing in visible_meshes()})
     for material in [m for m in bpy.data.materials if m.use_backface_culling and m.node_tree]:
         volumes = [volume for mesh in meshes if (volume := _closed_volume(mesh, material)) != 0]
         output = next((node for node in material.node_tree.nodes if node.type == "OUTPUT_MATERIAL"), None)
@@ -285,9 +288,9 @@ def _geometry(
     return points.reshape(-1, 3).astype(np.float64), corners.reshape(-1, 3).astype(np.int64), slots
 
 
-def turn_opposed_normals() -> None:
+def flip_opposed_normals() -> None:
     """Turn the normals of a file that point to the back of their face: Cycles shades its front black with them."""
-    for mesh in {thing.data: None for thing in shown_meshes()}:
+    for mesh in {thing.data: None for thing in visible_meshes()}:
         if not mesh.has_custom_normals:
             continue
         corners, faces = (
@@ -309,25 +312,25 @@ def turn_opposed_normals() -> None:
 def is_opaque(material: bpy.types.Material | None) -> bool:
     """Say whether nothing can be seen through a material."""
     return material is None or all(
-        not alpha.is_linked and alpha.default_value >= 1 for alpha in alphas(material)
+        not alpha.is_linked and alpha.default_value >= 1 for alpha in alpha_inputs(material)
     )
 
 
-def alphas(material: bpy.types.Material) -> list[bpy.types.NodeSocket]:
+def alpha_inputs(material: bpy.types.Material) -> list[bpy.types.NodeSocket]:
     """Return the inputs that say how much of a material is seen."""
     tree = material.node_tree
     mixes = [node.inputs[0] for node in tree.nodes if node.type == "MIX_SHADER"] if tree else []
     unlit = [fac for fac in mixes if not (fac.is_linked and fac.links[0].from_node.type == "LIGHT_PATH")]
-    return [shader.inputs["Alpha"] for shader in principled(material)] or unlit
+    return [shader.inputs["Alpha"] for shader in principled_shaders(material)] or unlit
 
 
-def separate_doubled_faces() -> float:
+def separate_duplicate_faces() -> float:
     """Leave one of several faces in one place, which cause ray-tracing artifacts; return the fraction deleted.
 
     Those that can all be seen stay, a little apart: what lies over an opaque face with an alpha of its own, and faces
     that look opposite ways, each seen from one side only.
     """
-    things = shown_meshes()
+    things = visible_meshes()
     if not things:
         return 0.0
     bpy.context.evaluated_depsgraph_get()  # places everything
@@ -454,15 +457,15 @@ def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(33))
 
 
-def show_texture(image: Path) -> None:
-    """Lay an image on all meshes, by their texture coordinates."""
+def apply_texture(picture: Path) -> None:
+    """Lay a picture on all meshes, by their texture coordinates."""
     material = bpy.data.materials.new("texture")
     material.use_nodes = True
     shader = material.node_tree.nodes["Principled BSDF"]
     shader.inputs["Specular IOR Level"].default_value = 0.0
     shader.inputs["Roughness"].default_value = 1.0
     node = material.node_tree.nodes.new("ShaderNodeTexImage")
-    node.image = bpy.data.images.load(os.fspath(image.absolute()))
+    node.image = bpy.data.images.load(os.fspath(picture.absolute()))
     material.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
     for mesh in bpy.data.meshes:
         mesh.materials.clear()

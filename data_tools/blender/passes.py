@@ -20,14 +20,14 @@ _OPACITY = 1 / 512
 _NOTHING = 1e9
 
 
-def keep_passes(*, normals: bool) -> None:
+def enable_passes(*, normals: bool) -> None:
     """Have Cycles keep the depth of each pixel, and its normals; to be called once the scene is set up."""
     layer = bpy.context.scene.view_layers[0]
     layer.use_pass_z, layer.use_pass_normal = True, normals
     layer.pass_alpha_threshold = _OPACITY
 
 
-def last_geometry(
+def read_geometry(
     alpha: npt.NDArray[np.uint8], scratch: Path
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
     """Return what the view that was rendered last shows as geometry.

@@ -38,7 +38,7 @@ _PREFIX = "lrm-blender-"
 #: What a process runs.
 COMMAND = (sys.executable, "-m", "data_tools.blender.worker")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class BlenderError(InputError):
@@ -71,7 +71,7 @@ def time_limit_s(settings: RenderSettings) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class RenderResult:
     """What became of one asset.
 
     Attributes:
@@ -139,19 +139,19 @@ class BlenderProcess:
             )
         self.renderer = str(hello["renderer"])
 
-    def render(self, asset: Asset, limits: Limits) -> Outcome:
+    def render(self, asset: Asset, limits: Limits) -> RenderResult:
         """Render one asset; never raises for what the asset does."""
         self.served += 1
         self._log.seek(0, os.SEEK_END)
         self._mark = self._log.tell()
         answer = self._ask(dataclasses.asdict(asset), limits)
         if isinstance(answer, str):
-            return Outcome(
+            return RenderResult(
                 asset, "crashed", f"Blender {answer}; its last lines: {self._tail()}", log=self._printed()
             )
         if answer["outcome"] != "done":
-            return Outcome(asset, answer["outcome"], answer["reason"], log=self._printed())
-        return Outcome(asset, "done", members=answer["members"], cycles_s=answer["cycles_s"])
+            return RenderResult(asset, answer["outcome"], answer["reason"], log=self._printed())
+        return RenderResult(asset, "done", members=answer["members"], cycles_s=answer["cycles_s"])
 
     def is_alive(self) -> bool:
         """Say whether the process can take another asset."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_tools.blender import device as blender_device
+from data_tools.blender.device import cycles_device, enable_gpus
 from data_tools.rendering.cameras import frame_rectangle
 from lrm_pl.conventions import opengl_to_opencv
 from lrm_pl.data.geometry_views import MIN_DEPTH
@@ -28,8 +28,8 @@ MARGIN_PX = 2.0
 
 
 def choose_device() -> str:
-    """Choose the device of the running Blender; see ``blender_device.choose_device``."""
-    return blender_device.choose_device(bpy.context.preferences.addons["cycles"].preferences)
+    """Choose the device of the running Blender; see ``device.enable_gpus``."""
+    return enable_gpus(bpy.context.preferences.addons["cycles"].preferences)
 
 
 def renderer_name(device: str) -> str:
@@ -49,7 +49,7 @@ def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> No
     scene = bpy.context.scene
     render, cycles = scene.render, scene.cycles
     render.engine = "CYCLES"
-    cycles.device = blender_device.cycles_device(device)
+    cycles.device = cycles_device(device)
     render.resolution_x = render.resolution_y = resolution
     render.resolution_percentage = 100
     render.pixel_aspect_x = render.pixel_aspect_y = 1.0

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from data_tools.assets.asset_list import Asset, AssetError, hash_file
 from data_tools.assets.download import download
-from data_tools.assets.file_types import check_readable
+from data_tools.assets.file_types import check_mesh_file
 from data_tools.quality.measures import MEASURES_MEMBER, encode_measures, measure_views
 from data_tools.rendering.cameras import derive_seed, draw_cameras
 from data_tools.rendering.settings import RenderSettings
@@ -93,7 +93,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     seed = derive_seed(settings.seed, asset.id)
     cameras = draw_cameras(settings.cameras, settings.views, np.random.default_rng(seed))
     path, sha256 = _mesh_file(asset, setup)
-    check_readable(path)
+    check_mesh_file(path)
     half_extent, mesh = load_asset.load_asset(
         path,
         settings.normalize,
@@ -108,7 +108,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
     blender_scene.add_camera()
     if settings.depth or settings.normals:
-        passes.keep_passes(normals=settings.normals)
+        passes.enable_passes(normals=settings.normals)
     images, scratch = list[npt.NDArray[np.uint8]](), Path(setup.scratch)
     with blender_scene.cycles_clock() as cycles_s:
         for view in range(settings.views):
@@ -121,7 +121,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
             )
             images.append(image)
             if settings.depth or settings.normals:
-                depth, normals = passes.last_geometry(image[..., 3], scratch)
+                depth, normals = passes.read_geometry(image[..., 3], scratch)
                 extras |= {depth_member(view): encode_depth(depth)} if settings.depth else {}
                 extras |= {normal_member(view): encode_normals(normals)} if normals is not None else {}
     if not any(image[..., 3].any() for image in images):

@@ -36,13 +36,13 @@ class LayoutError(InputError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Posed:
+class PosedViews:
     """The views of one object, in our conventions.
 
     Attributes:
         c2w: (V, 4, 4) float32 poses, OpenCV, +z up.
-        fxfycxcy: (V, 4) float32 intrinsics, divided by the image's width and height.
-        views: V encoded RGBA images, their colors sRGB.
+        fxfycxcy: (V, 4) float32 intrinsics, divided by the picture's width and height.
+        views: V encoded RGBA pictures, their colors sRGB.
     """
 
     c2w: npt.NDArray[np.float32]
@@ -50,7 +50,7 @@ class Posed:
     views: tuple[bytes, ...]
 
 
-def folders_with(root: Path, names: str) -> list[Path]:
+def find_folders(root: Path, names: str) -> list[Path]:
     """Find the folders that hold a file or folder of such a name, sorted; nothing is searched inside them.
 
     Links to folders are followed; a folder that several paths lead to is found once. A link that leads nowhere counts
@@ -84,7 +84,7 @@ def folders_with(root: Path, names: str) -> list[Path]:
 
 
 def numbered_images(folder: Path) -> list[Path]:
-    """List the images of a folder whose names are numbers (``007.png``), in order.
+    """List the pictures of a folder whose names are numbers (``007.png``), in order.
 
     Raises:
         LayoutError: Two have one number.
@@ -92,16 +92,16 @@ def numbered_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"\d{1,6}\.(png|webp)", path.name)]
-    images = sorted(found, key=lambda path: (int(path.stem), path.name))
-    for first, second in itertools.pairwise(images):
+    pictures = sorted(found, key=lambda path: (int(path.stem), path.name))
+    for first, second in itertools.pairwise(pictures):
         if int(first.stem) == int(second.stem):
             raise LayoutError(
                 subject=folder,
-                expected="one image a number",
+                expected="one picture a number",
                 found=f"{first.name} and {second.name}",
                 remedy="remove one of them",
             )
-    return images
+    return pictures
 
 
 def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
@@ -118,10 +118,10 @@ def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
 
 
 def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tuple[bytes, ...]:
-    """Read an object's images, as ``rgba_view`` makes them.
+    """Read an object's pictures, as ``to_rgba_view`` makes them.
 
     Args:
-        files: The images.
+        files: The pictures.
         folder: Where they are.
         aspect: Width over height of what the camera sees.
 
@@ -131,9 +131,9 @@ def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tupl
     """
     if not 1 <= len(files) <= MAX_VIEWS:
         raise LayoutError(
-            subject=folder, expected=f"1 to {MAX_VIEWS} images 000.png, 001.png, ...", found=len(files)
+            subject=folder, expected=f"1 to {MAX_VIEWS} pictures 000.png, 001.png, ...", found=len(files)
         )
-    views = tuple(rgba_view(read_file(file), str(file)) for file in files)
+    views = tuple(to_rgba_view(read_file(file), str(file)) for file in files)
     for file, view in zip(files, views, strict=True):
         try:
             with Image.open(io.BytesIO(view), formats=("PNG", "WEBP")) as image:  # only its header is read
@@ -143,14 +143,14 @@ def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tupl
         if abs(width - aspect * height) > 1:
             raise LayoutError(
                 subject=file,
-                expected=f"an image of {aspect * height:.0f} x {height} pixels, the shape that its camera sees",
+                expected=f"a picture of {aspect * height:.0f} x {height} pixels, the shape that its camera sees",
                 found=f"{width} x {height}",
                 remedy="it has been cut or stretched",
             )
     return views
 
 
-def rgba_view(content: bytes, name: str) -> bytes:
+def to_rgba_view(content: bytes, name: str) -> bytes:
     """Make a view with transparency the RGBA view of sRGB colors that it stands for.
 
     Tools that make PNGs smaller store RGBA as a palette, as gray with alpha, or with one transparent color (tRNS).
@@ -160,7 +160,7 @@ def rgba_view(content: bytes, name: str) -> bytes:
         name: What messages call it.
 
     Returns:
-        The same bytes where it is such a view already, has no transparency, or is no image: whoever decodes it says
+        The same bytes where it is such a view already, has no transparency, or is no picture: whoever decodes it says
         so.
 
     Raises:
@@ -193,7 +193,7 @@ def read_pose(path: Path) -> npt.NDArray[np.float64]:
     Raises:
         LayoutError: It holds anything else.
     """
-    pose = squared(read_npy(path), str(path))
+    pose = to_4x4(read_npy(path), str(path))
     if pose.shape != (4, 4):
         raise LayoutError(subject=path, expected="one matrix", found=pose.shape)
     return pose
@@ -258,7 +258,7 @@ def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
     return np.frombuffer(numbers, dtype).reshape(shape, order="F" if fortran else "C").astype(np.float64)
 
 
-def squared(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]:
+def to_4x4(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]:
     """Complete (..., 3, 4) matrices to (..., 4, 4) by the row 0 0 0 1; those that are 4 x 4 stay.
 
     Raises:
@@ -272,7 +272,7 @@ def squared(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.flo
     return np.concatenate([matrices, last], axis=-2)
 
 
-def inverted(poses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def invert_poses(poses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Turn rigid (..., 4, 4) world-to-camera matrices into camera-to-world ones, or back."""
     inverse = poses.copy()
     rotation = poses[..., :3, :3].swapaxes(-1, -2)

@@ -16,7 +16,7 @@ _LEAST_TURN = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Sighting:
+class ObjectOutline:
     """One camera's view of the object's outline.
 
     Attributes:
@@ -30,7 +30,7 @@ class Sighting:
     middle: npt.NDArray[np.float64]
 
 
-def into_object_frame(sightings: list[Sighting], where: str) -> npt.NDArray[np.float64]:
+def to_object_frame(sightings: list[ObjectOutline], where: str) -> npt.NDArray[np.float64]:
     """Express the cameras in the object's frame.
 
     Its origin is the point nearest to all rays to the outlines' middles, its unit the radius of the least sphere about

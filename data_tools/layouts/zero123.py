@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.layouts.files import (
-    Posed,
-    folders_with,
-    inverted,
+    PosedViews,
+    find_folders,
+    invert_poses,
     numbered_images,
     read_pose,
     read_views,
 )
 from lrm_pl.conventions import opengl_to_opencv
 
-#: Focal length in image sides: lens / sensor.
+#: Focal length in picture sides: lens / sensor.
 FOCAL = 35 / 32
 
 #: Our longest side over theirs.
@@ -31,25 +31,25 @@ SCALE = 2.0
 
 def find_objects(root: Path) -> list[Path]:
     """List the folders of objects below ``root``."""
-    return folders_with(root, r"\d{1,6}\.(png|webp|npy)")
+    return find_folders(root, r"\d{1,6}\.(png|webp|npy)")
 
 
-def images(folder: Path) -> list[Path]:
-    """List an object's images, in order."""
+def list_images(folder: Path) -> list[Path]:
+    """List an object's list_images, in order."""
     return numbered_images(folder)
 
 
-def read_object(folder: Path) -> Posed:
+def read_object(folder: Path) -> PosedViews:
     """Read an object.
 
     Raises:
         LayoutError: A file is missing or strange.
     """
-    files = images(folder)
+    files = list_images(folder)
     views = read_views(files, folder)
-    c2w = inverted(np.stack([read_pose(file.with_suffix(".npy")) for file in files]))
+    c2w = invert_poses(np.stack([read_pose(file.with_suffix(".npy")) for file in files]))
     c2w[:, :3, 3] *= SCALE
-    return Posed(
+    return PosedViews(
         c2w=opengl_to_opencv(c2w.astype(np.float32)),
         fxfycxcy=np.tile([FOCAL, FOCAL, 0.5, 0.5], (len(files), 1)).astype(np.float32),
         views=views,

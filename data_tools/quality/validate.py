@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from data_tools.assets.asset_list import hash_file
-from data_tools.layouts.choice import renderer_name
+from data_tools.layouts.registry import layout_renderer
 from data_tools.quality.geometry import check_geometry
 from data_tools.quality.measures import MEASURES_MEMBER, is_one_sided
 from data_tools.quality.silhouettes import (
@@ -311,7 +311,7 @@ def check_images(sample: Sample, *, cameras: bool = True, one_sided: bool = Fals
             expected="views of one size",
             found=sorted({alpha.shape for alpha in alphas}),
         )
-    precision = FILMED if sample.info.renderer == renderer_name("mvimgnet") else RENDERED
+    precision = FILMED if sample.info.renderer == layout_renderer("mvimgnet") else RENDERED
     silhouettes = make_silhouettes(alphas, precision.cells)
     if not cameras:
         return CheckedImages(alphas[0].shape, silhouettes, ())

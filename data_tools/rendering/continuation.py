@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from data_tools.assets.asset_list import LIST_NAME, Asset, hash_file, is_list_of, write_list
+from data_tools.assets.asset_list import LIST_NAME, Asset, hash_file, list_matches, write_list
 from data_tools.rendering.settings import SETTINGS_NAME, RenderSettings, SettingsError
 from data_tools.rendering.shard_folder import find_records
 from data_tools.rendering.shard_plan import PlannedShard, cut, plan_shards
@@ -100,7 +100,7 @@ def continue_folder(
     _refuse_others(out, folder, assets, shards, known, at, stamps)
     new = np.setdiff1d(np.arange(len(assets)), at)
     shards += _cut_new([assets[index] for index in new], before, settings.shard_size)
-    is_relisted = bool(len(new) or len(gone)) or not is_list_of(out, assets)
+    is_relisted = bool(len(new) or len(gone)) or not list_matches(out, assets)
     is_recorded = (out / PLAN_NAME).is_file() and bool((_stamps_of(known) == stamps[at]).all())
     hashes[at] = known["sha256"].to_numpy(zero_copy_only=False)
     return Continuation(shards, stamps, hashes, is_recorded and not is_relisted, is_relisted)

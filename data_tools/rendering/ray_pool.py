@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data_tools.assets.asset_list import Asset
 from data_tools.blender import process as blender_process
-from data_tools.blender.process import BlenderError, BlenderProcess, Limits, Outcome
+from data_tools.blender.process import BlenderError, BlenderProcess, Limits, RenderResult
 from data_tools.rendering.settings import RenderSettings
 from lrm_pl.errors import counted
 from lrm_pl.scratch import ScratchFolder
@@ -100,7 +100,7 @@ class Slot:
         """Start Blender; returns the name of its renderer."""
         return self._ready().renderer
 
-    def render(self, asset: Asset) -> Outcome:
+    def render(self, asset: Asset) -> RenderResult:
         """Render one asset."""
         return self._ready().render(asset, self._setup.limits)
 
@@ -150,7 +150,7 @@ class Pool:
         while not self.renderer:
             self._welcome(self._add_slot())
 
-    def render(self, assets: Sequence[Asset]) -> Generator[Outcome]:
+    def render(self, assets: Sequence[Asset]) -> Generator[RenderResult]:
         """Render assets and yield what became of each, as it happens.
 
         Args:
@@ -173,7 +173,7 @@ class Pool:
                     continue
                 slot, asset = busy.pop(answer)
                 try:
-                    outcome: Outcome = ray.get(answer)
+                    outcome: RenderResult = ray.get(answer)
                 except RayTaskError as error:
                     raise _cause(error) from error
                 except RayError as error:  # the worker, its node, or the finished object is lost
@@ -182,7 +182,7 @@ class Pool:
                     if moves[asset.id] < _MOVES:
                         waiting.append(asset)
                     else:
-                        yield Outcome(
+                        yield RenderResult(
                             asset, "crashed", f"its node or Ray worker was lost {_MOVES} times: {error}"
                         )
                     continue

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from data_tools.layouts.choice import LAYOUTS, Kind, Layout, make_layout, renderer_name
-from data_tools.layouts.files import Posed
+from data_tools.layouts.files import PosedViews
+from data_tools.layouts.registry import LAYOUTS, Layout, ViewFormat, get_layout, layout_renderer
 from data_tools.quality.contact_sheet import write_contact_sheet
 from data_tools.quality.validate import check_images, undecided_line
 from data_tools.rendering.shard_folder import FAILURES_NAME, write_failures
@@ -45,7 +45,7 @@ class Task:
 
     folder: Path
     place: str
-    kind: Kind | None
+    kind: ViewFormat | None
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: It does not go together, or see ``convert``.
     """
-    layout = make_layout(args.layout, args.folder, args.res, args.views, args.masks)
+    layout = get_layout(args.layout, args.folder, args.res, args.views, args.masks)
     resolution = None if args.layout == "mvimgnet" else args.res
     convert(layout, args.folder, args.out, resolution, args.shard_size, args.held_out)
 
@@ -130,7 +130,7 @@ def convert(
             )
         write_failures(partial_out / FAILURES_NAME, failures)
         settings = {
-            "renderer": renderer_name(layout.name),
+            "renderer": layout_renderer(layout.name),
             "converted_from": str(folder),
             "normalize": layout.normalize,
             "views": kind.views,
@@ -178,7 +178,12 @@ def find_tasks(layout: Layout, folder: Path) -> dict[str, Task]:
 
 
 def _members(
-    key: str, task: Task, name: str, read: Callable[[Path], Posed], kind: Kind | None, resolution: int | None
+    key: str,
+    task: Task,
+    name: str,
+    read: Callable[[Path], PosedViews],
+    kind: ViewFormat | None,
+    resolution: int | None,
 ) -> Made | LeftOut:
     """Convert an object and look at it; what is wrong with it stops nothing else."""
     try:
@@ -197,7 +202,7 @@ def _members(
             creator="unknown",
             source=task.place,
             seed=0,
-            renderer=renderer_name(name),
+            renderer=layout_renderer(name),
             views=len(views),
         )
         sample = Sample(info, posed.c2w, posed.fxfycxcy, views)
@@ -206,5 +211,5 @@ def _members(
         return LeftOut(str(error))
 
 
-def _wanted(kind: Kind, resolution: int | None) -> Kind:
-    return kind if resolution is None else Kind(kind.views, (resolution, resolution))
+def _wanted(kind: ViewFormat, resolution: int | None) -> ViewFormat:
+    return kind if resolution is None else ViewFormat(kind.views, (resolution, resolution))

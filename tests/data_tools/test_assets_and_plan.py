@@ -196,7 +196,7 @@ def test_a_table_that_a_spreadsheet_saved_is_read_or_refused_with_the_remedy(tmp
     table.write_text(text, encoding="utf-8-sig")
     assert read_table(table)["a"]["name"] == "Stühle"
     table.write_text(text, encoding="latin-1")
-    with pytest.raises(AssetsError, match=r"expected a CSV, but found: .*. Save it as CSV in UTF-8"):
+    with pytest.raises(AssetsError, match=r"expected a CSV, but found .*. Save it as CSV in UTF-8"):
         read_table(table)
 
 
@@ -217,8 +217,8 @@ def test_what_looks_like_meshes_and_is_not_rendered_is_said(tmp_path, capsys):
     assert [asset.id for asset in scan(tmp_path)] == ["a", "link"]
     said = capsys.readouterr().err
     assert said.startswith("ignored: ")
-    told = said.removeprefix("ignored: ").split("; ")[0].split(", ")
-    assert sorted(told) == sorted(
+    format_ignored = said.removeprefix("ignored: ").split("; ")[0].split(", ")
+    assert sorted(format_ignored) == sorted(
         ["2 .stl", "1 .dae", "1 .zip", "2 linked folders", "2 hidden meshes", "1 dangling link"]
     )
 

@@ -436,9 +436,9 @@ def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
 COPY = """
 import sys
 from pathlib import Path
-from data_tools.blender.gltf import readable_gltf
+from data_tools.blender.gltf import prepare_gltf
 path = Path(sys.argv[1])
-print("FOUND", readable_gltf(path, Path(sys.argv[2])).read_text())
+print("FOUND", prepare_gltf(path, Path(sys.argv[2])).read_text())
 """
 
 

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_tools.blender.device import choose_device, cycles_device
+from data_tools.blender.device import cycles_device, enable_gpus
 
 
 class Preferences:
@@ -48,7 +48,7 @@ def test_cycles_renders_on_all_gpus_of_the_fastest_kind_and_never_on_the_cpu_bes
 ):
     devices = [device(kind) for kind in present]
     preferences = Preferences(known, devices)
-    assert choose_device(preferences) == chosen
+    assert enable_gpus(preferences) == chosen
     if chosen == "cpu":
         assert preferences.compute_device_type == "NONE"
         assert cycles_device(chosen) == "CPU"

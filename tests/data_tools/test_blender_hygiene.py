@@ -11,7 +11,7 @@ pytestmark = pytest.mark.blender
 #: Builds a scene, prepares it, and prints the box's half sides and the measures.
 SCRIPT = """
 import bpy, dataclasses, json, sys
-from data_tools.blender.load_asset import prepare
+from data_tools.blender.load_asset import prepare_scene
 
 def cube(name, at, half=1.0, parent=None, alpha=None, color=(0.8, 0.8, 0.8, 1.0)):
     bpy.ops.mesh.primitive_cube_add(size=2 * half, location=at)
@@ -28,7 +28,7 @@ def cube(name, at, half=1.0, parent=None, alpha=None, color=(0.8, 0.8, 0.8, 1.0)
 
 bpy.ops.wm.read_factory_settings(use_empty=True)
 {scene}
-extent, measures = prepare("cube")
+extent, measures = prepare_scene("cube")
 print("FOUND", json.dumps([extent.tolist(), dataclasses.asdict(measures)]))
 """
 

@@ -13,9 +13,9 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from data_tools.__main__ import main
-from data_tools.layouts.choice import make_layout
-from data_tools.layouts.files import LayoutError, parse_npy, read_npz, rgba_view
-from data_tools.layouts.instantmesh import opencv_poses
+from data_tools.layouts.files import LayoutError, parse_npy, read_npz, to_rgba_view
+from data_tools.layouts.instantmesh import to_opencv_poses
+from data_tools.layouts.registry import get_layout
 from data_tools.quality.validate import validate
 from data_tools.shards.convert import convert
 from lrm_pl.data.manifest import read_manifest, read_samples
@@ -83,7 +83,7 @@ def ellipsoid(key):
 
 
 def converted(layout, root, out, **options):
-    manifest = convert(make_layout(layout, root), root, out, **options)
+    manifest = convert(get_layout(layout, root), root, out, **options)
     samples = {}
     for shard in manifest.shards:
         for key, members in read_samples(out, shard):
@@ -252,7 +252,7 @@ def test_folders_behind_links_are_found_once_and_dead_links_are_named(layout, tm
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(layout, tmp_path):
-    with pytest.raises(LayoutError, match=r"expected a folder that can be listed, but found: .*No such file"):
+    with pytest.raises(LayoutError, match=r"expected a folder that can be listed, but found .*No such file"):
         converted(layout, tmp_path / "nowhere", tmp_path / "out")
 
 
@@ -305,12 +305,12 @@ def test_views_of_another_color_space_become_srgb_and_declared_srgb_keeps_its_by
     same = [plain, file.getvalue(), png_chunk(plain, b"gAMA", struct.pack(">I", 45455))]
     same += [png_chunk(plain, b"sRGB", b"\0"), png_chunk(plain, b"cICP", bytes((1, 13, 0, 1)))]
     for content in same:
-        assert rgba_view(content, "a.png") is content
-    linear = rgba_view(png_chunk(plain, b"gAMA", struct.pack(">I", 100_000)), "a.png")
+        assert to_rgba_view(content, "a.png") is content
+    linear = to_rgba_view(png_chunk(plain, b"gAMA", struct.pack(">I", 100_000)), "a.png")
     # 55 / 255 of light is 128 of 255 in sRGB, 188 is 223; alpha has no curve.
     assert decode_image("a", linear).tolist() == [[[128, 128, 128, 255], [223, 0, 255, 77]]]
     with pytest.raises(InputError, match=r"a\.png: expected .*found PQ, which is HDR"):
-        rgba_view(png_chunk(plain, b"cICP", bytes((9, 16, 0, 1))), "a.png")
+        to_rgba_view(png_chunk(plain, b"cICP", bytes((9, 16, 0, 1))), "a.png")
 
 
 def test_views_are_not_turned_by_exif_since_their_cameras_are_not():
@@ -319,7 +319,7 @@ def test_views_are_not_turned_by_exif_since_their_cameras_are_not():
     image = Image.new("P", (3, 2))
     image.putpalette([9, 8, 7, 1, 2, 3])
     image.save(file := io.BytesIO(), "PNG", transparency=1, exif=exif)
-    assert decode_image("a", rgba_view(file.getvalue(), "a.png")).shape == (2, 3, 4)
+    assert decode_image("a", to_rgba_view(file.getvalue(), "a.png")).shape == (2, 3, 4)
 
 
 def test_bad_objects_are_named_and_the_others_stay(layout, tmp_path, capsys):
@@ -388,9 +388,9 @@ def test_instantmesh_poses_say_which_convention_they_have():
     c2w = ellipsoid("a").c2w.astype(np.float64)
     w2c = np.linalg.inv(c2w)
     for matrices in (np.linalg.inv(c2w @ FLIP), c2w @ FLIP, w2c, c2w):
-        np.testing.assert_allclose(opencv_poses(matrices, "here"), c2w, atol=2e-6)
+        np.testing.assert_allclose(to_opencv_poses(matrices, "here"), c2w, atol=2e-6)
     with pytest.raises(LayoutError, match="here: expected cameras that look at the origin, but found others"):
-        opencv_poses(c2w + 0.3 * np.eye(4)[:, [0, 1, 3, 2]], "here")
+        to_opencv_poses(c2w + 0.3 * np.eye(4)[:, [0, 1, 3, 2]], "here")
 
 
 def test_arrays_are_refused_by_their_header_and_archives_by_what_comes_out(tmp_path):
@@ -423,7 +423,7 @@ def test_arrays_are_refused_by_their_header_and_archives_by_what_comes_out(tmp_p
     with pytest.raises(LayoutError, match="expected an array"):
         read_npz(bomb, "other")
     bomb.write_bytes(b"no archive")
-    with pytest.raises(LayoutError, match="expected an array, but found: File is not a zip file"):
+    with pytest.raises(LayoutError, match="expected an array, but found File is not a zip file"):
         read_npz(bomb, "cam_poses")
 
 
@@ -431,9 +431,9 @@ def test_options_of_another_layout_and_strange_numbers_are_refused(tmp_path):
     with pytest.raises(
         LayoutError, match="--views and --masks with --from mvimgnet only, but found --from openlrm"
     ):
-        make_layout("openlrm", tmp_path, views=8)
+        get_layout("openlrm", tmp_path, views=8)
     with pytest.raises(LayoutError, match="expected --res from 1 to 4096, but found 0"):
-        make_layout("mvimgnet", tmp_path, resolution=0)
+        get_layout("mvimgnet", tmp_path, resolution=0)
 
 
 def test_two_objects_of_one_name_are_refused_before_anything_is_made(tmp_path):

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from data_tools.__main__ import main
-from data_tools.layouts.choice import make_layout
 from data_tools.layouts.colmap import Camera, read_model
 from data_tools.layouts.files import LayoutError
-from data_tools.layouts.object_frame import Sighting, into_object_frame
+from data_tools.layouts.object_frame import ObjectOutline, to_object_frame
+from data_tools.layouts.registry import get_layout
 from data_tools.quality.validate import validate
 from data_tools.shards.convert import convert
 from lrm_pl.conventions import rigid_error
@@ -84,7 +84,7 @@ def video(tmp_path):
 
 
 def converted(root, out, views=FRAMES, resolution=64, masks=None):
-    manifest = convert(make_layout("mvimgnet", root, resolution, views, masks), root, out)
+    manifest = convert(get_layout("mvimgnet", root, resolution, views, masks), root, out)
     return {
         key: decode_sample(key, members)
         for shard in manifest.shards
@@ -187,15 +187,15 @@ def test_a_hand_that_is_not_steady_still_gives_rigid_cameras_and_up_within_its_o
         distance = np.linalg.norm(toward)
         rays = toward + np.stack([c2w[:3, 0], -c2w[:3, 1]]) * distance * np.tan(np.arcsin(4 / distance))
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-        sightings.append(Sighting(c2w, rays, toward / distance))
+        sightings.append(ObjectOutline(c2w, rays, toward / distance))
         before.append(c2w)
-    framed = into_object_frame(sightings, "here")
+    framed = to_object_frame(sightings, "here")
     assert rigid_error(framed) < 1e-6
     np.testing.assert_allclose(np.linalg.norm(framed[:, :3, 3], axis=1), 26 / 4, rtol=1e-6)
     _, rotation, _ = similarity(np.stack(before), framed)
     assert np.degrees(np.arccos(rotation[2, 2])) < 3
     with pytest.raises(LayoutError, match="look in one direction"):
-        into_object_frame(sightings[:1], "here")
+        to_object_frame(sightings[:1], "here")
 
 
 def test_crops_are_squares_about_the_mask_without_background(video, tmp_path):
@@ -332,7 +332,7 @@ def test_strange_poses_and_names_are_refused(video, damage, said):
     folder, _ = video
     damage(folder / "sparse" / "0" / "images.bin")
     with pytest.raises(LayoutError, match=said):
-        make_layout("mvimgnet", folder.parents[1], 64, FRAMES).read(folder)
+        get_layout("mvimgnet", folder.parents[1], 64, FRAMES).read(folder)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_images_and_masks_that_are_not_their_cameras_are_refused(video, name, co
     else:
         (folder / name).write_bytes(content)
     with pytest.raises(LayoutError, match=said):
-        make_layout("mvimgnet", folder.parents[1], 64, FRAMES).read(folder)
+        get_layout("mvimgnet", folder.parents[1], 64, FRAMES).read(folder)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from data_tools.assets import gso
 from data_tools.assets.archives import ArchiveError, extract
 from data_tools.assets.asset_list import KEY_PATTERN, find_assets
 from data_tools.assets.gso import fetch_gso
-from data_tools.assets.obj_materials import read_surface
-from data_tools.assets.outcome import safe_id
+from data_tools.assets.obj_materials import read_obj_materials
+from data_tools.assets.outputs import make_id
 from lrm_pl.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "default::DeprecationWarning")
@@ -29,7 +29,7 @@ LONG = "A" * 90 + " (blue/white)"
 
 
 def zipped(**changes):
-    files = {"meshes/model.obj": OBJ, "meshes/model.mtl": MTL, "materials/textures/texture.png": b"image"}
+    files = {"meshes/model.obj": OBJ, "meshes/model.mtl": MTL, "materials/textures/texture.png": b"picture"}
     files |= {"model.config": b"<model/>", "thumbnails/0.jpg": b"jpg"} | changes
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -103,20 +103,20 @@ def left_out(out):
 
 def test_models_of_all_pages_are_unpacked_so_that_the_mesh_finds_its_texture(fuel, tmp_path):
     found = fetch(fuel, tmp_path)
-    assert set(found) == {TEA, "Shoe", safe_id(LONG)}
+    assert set(found) == {TEA, "Shoe", make_id(LONG)}
     tea = found[TEA]
     assert (tea.name, tea.license, tea.split) == ("Threshold Teapot", "CC-BY-4.0", "val")
     assert tea.tags == ("Bottles and Cans and Cups", "ceramic")
     assert tea.file == f"{TEA}/model.obj"
     files = {path.name: path.read_bytes() for path in (tmp_path / TEA).iterdir()}
-    assert files == {"model.obj": OBJ, "model.mtl": MTL, "texture.png": b"image"}
+    assert files == {"model.obj": OBJ, "model.mtl": MTL, "texture.png": b"picture"}
     assert not (tmp_path / "zips").exists()
 
 
 def test_a_second_run_downloads_nothing_and_a_limit_goes_by_name(fuel, tmp_path):
-    assert set(fetch(fuel, tmp_path, limit=2)) == {safe_id(LONG), "Shoe"}
+    assert set(fetch(fuel, tmp_path, limit=2)) == {make_id(LONG), "Shoe"}
     fuel.asked.clear()
-    assert set(fetch(fuel, tmp_path, limit=2)) == {safe_id(LONG), "Shoe"}
+    assert set(fetch(fuel, tmp_path, limit=2)) == {make_id(LONG), "Shoe"}
     assert not [path for _, path in fuel.asked if path.endswith(".zip")]
 
 
@@ -146,15 +146,15 @@ def needs_version(version):
             r"expected the file \.\./\.\./x\.png",
         ),
         (
-            zipped().replace(b"image", b"imaga"),
-            "expected to read materials/textures/texture.png, but found: Bad CRC",
+            zipped().replace(b"picture", b"pictura"),
+            "expected to read materials/textures/texture.png, but found Bad CRC",
         ),
-        (needs_version(99), "expected a zip, but found: zip file version 9.9"),
+        (needs_version(99), "expected a zip, but found zip file version 9.9"),
     ],
 )
 def test_a_model_that_cannot_be_used_costs_only_itself(fuel, tmp_path, content, reason):
     fuel.pages["/1.0/GoogleResearch/models/Shoe.zip"] = content
-    assert set(fetch(fuel, tmp_path)) == {TEA, safe_id(LONG)}
+    assert set(fetch(fuel, tmp_path)) == {TEA, make_id(LONG)}
     assert re.search(reason, left_out(tmp_path)["Shoe"])
     assert not (tmp_path / "Shoe").exists()
     fuel.pages["/1.0/GoogleResearch/models/Shoe.zip"] = zipped()
@@ -189,10 +189,10 @@ def test_the_help_says_that_these_objects_are_for_evaluation(capsys):
 
 def test_names_that_differ_give_ids_that_differ_and_fit():
     names = [LONG, LONG + ".", "a b", "a_b", "a/b", "", "é", "../x"]
-    ids = [safe_id(name) for name in names]
+    ids = [make_id(name) for name in names]
     assert len(set(ids)) == len(names)
     assert all(KEY_PATTERN.fullmatch(key) for key in ids)
-    assert safe_id("a_b") == "a_b"
+    assert make_id("a_b") == "a_b"
 
 
 def test_a_zip_writes_nothing_outside_its_folder_and_nothing_too_large(tmp_path, monkeypatch):
@@ -208,6 +208,6 @@ def test_a_zip_writes_nothing_outside_its_folder_and_nothing_too_large(tmp_path,
 
 def test_many_spaces_in_an_obj_cost_no_time():
     start = time.monotonic()
-    surface = read_surface(b"mtllib a" + b" " * 200_000 + b"x\nusemtl wood \n", lambda name: None)
+    surface = read_obj_materials(b"mtllib a" + b" " * 200_000 + b"x\nusemtl wood \n", lambda name: None)
     assert time.monotonic() - start < 1
     assert surface.missing[0].startswith("a ")

@@ -10,7 +10,7 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.assets.asset_list import find_assets
-from data_tools.assets.objaverse import LICENSES, describe, fetch_objaverse
+from data_tools.assets.objaverse import LICENSES, fetch_objaverse, make_asset
 from lrm_pl.errors import InputError
 
 pytest_plugins = ["tests.web_server"]
@@ -194,9 +194,9 @@ def test_a_path_that_leads_elsewhere_is_left_out(objaverse, tmp_path, path):
 
 def test_a_table_that_is_no_table_is_refused(objaverse, tmp_path):
     for content, message in (
-        (gzip.compress(b"{"), "expected JSON in a gzip, but found: Expecting"),
+        (gzip.compress(b"{"), "expected JSON in a gzip, but found Expecting"),
         (gzip.compress(b"[]"), "expected a JSON object with entries"),
-        (gzip.compress(b"{}" * 900)[:-9], "expected JSON in a gzip, but found: Compressed file ended"),
+        (gzip.compress(b"{}" * 900)[:-9], "expected JSON in a gzip, but found Compressed file ended"),
     ):
         (objaverse.folder / "object-paths.json.gz").write_bytes(content)
         (tmp_path / "index" / "object-paths.json.gz").unlink(missing_ok=True)
@@ -211,6 +211,6 @@ def test_licenses_are_named_as_spdx_does_and_strange_records_cost_only_what_they
         [],
         {"user": 3, "tags": {"name": "x"}, "license": ["by"], "name": "  ", "categories": [4]},
     ):
-        asset = describe("u", "u.glb", strange)
+        asset = make_asset("u", "u.glb", strange)
         assert (asset.name, asset.creator, asset.license, asset.tags) == ("u", "unknown", "unknown", ())
-    assert describe("u", "u.glb", {"license": "editorial"}).license == "editorial"
+    assert make_asset("u", "u.glb", {"license": "editorial"}).license == "editorial"

@@ -23,13 +23,13 @@ from data_tools.assets.folder import fetch_folder
 from data_tools.assets.furniture_package import (
     LIBRARIES,
     PackageError,
-    opened_package,
-    read_catalogue,
+    open_package,
+    read_catalog,
     read_license,
 )
-from data_tools.assets.obj_materials import read_surface
-from data_tools.assets.sweethome3d import examine, fetch_sweethome3d
-from data_tools.blender.pool import Task, convert_all
+from data_tools.assets.obj_materials import read_obj_materials
+from data_tools.assets.sweethome3d import fetch_sweethome3d, plan_conversions
+from data_tools.blender.conversion_pool import ConversionTask, convert_all
 from lrm_pl.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -126,8 +126,8 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_library_is_read_with_names_as_they_are_written(package):
-    with opened_package(package) as folder:
-        catalog = read_catalogue(folder / "Scopia.sh3f")
+    with open_package(package) as folder:
+        catalog = read_catalog(folder / "Scopia.sh3f")
         assert read_license(folder / "Scopia.sh3f") == "LICENSE\n\nUse it."
     assert not folder.exists()
     chair = catalog["chair"]
@@ -137,8 +137,8 @@ def test_a_library_is_read_with_names_as_they_are_written(package):
 
 
 def test_what_is_no_object_to_learn_from_is_left_out_with_its_reason(package, tmp_path):
-    with opened_package(package) as folder:
-        found = examine(folder / "Scopia.sh3f", tmp_path)
+    with open_package(package) as folder:
+        found = plan_conversions(folder / "Scopia.sh3f", tmp_path)
     reasons = {asset.id.removeprefix("Scopia-"): reason for asset, _, reason in found}
     up = next(key for key in reasons if key.startswith("___up"))
     assert reasons == {
@@ -165,8 +165,12 @@ def test_what_is_no_object_to_learn_from_is_left_out_with_its_reason(package, tm
 
 
 def test_every_model_has_its_librarys_license_and_one_author_is_held_out(package, tmp_path):
-    with opened_package(package) as folder:
-        cups = [examine(folder / f"{name}.sh3f", tmp_path)[0][0] for name in LIBRARIES if name != "Scopia"]
+    with open_package(package) as folder:
+        cups = [
+            plan_conversions(folder / f"{name}.sh3f", tmp_path)[0][0]
+            for name in LIBRARIES
+            if name != "Scopia"
+        ]
     assert [(cup.id, cup.license, cup.split) for cup in cups] == [
         ("BlendSwap-CC-0-cup", "CC0-1.0", ""),
         ("BlendSwap-CC-BY-cup", "CC-BY-3.0", ""),
@@ -184,22 +188,22 @@ def test_another_package_is_refused_with_what_to_do(package, tmp_path, monkeypat
     with pytest.raises(
         PackageError, match=r"found no file. Get it with `apt-get download sweethome3d-furniture`"
     ):
-        opened_package(tmp_path / "absent.deb").__enter__()
+        open_package(tmp_path / "absent.deb").__enter__()
     monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", write_package(package, {"Scopia": b""}))
     with pytest.raises(PackageError, match=r"expected the library BlendSwap-CC-0\.sh3f, but found none"):
-        opened_package(package).__enter__()
+        open_package(package).__enter__()
     package.write_bytes(b"!<arch>\n")
     with pytest.raises(PackageError, match=r"expected sha256 .* \(sweethome3d-furniture 1\.8-1\), found"):
-        opened_package(package).__enter__()
+        open_package(package).__enter__()
     monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", hashlib.sha256(b"!<arch>\n").hexdigest())
     with pytest.raises(PackageError, match=r"expected a member data\.tar\.xz, but found none"):
-        opened_package(package).__enter__()
+        open_package(package).__enter__()
 
 
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (None, "expected `apt-get download sweethome3d-furniture=1.8-1` to run, but found: .*apt-get"),
+        (None, "expected `apt-get download sweethome3d-furniture=1.8-1` to run, but found .*apt-get"),
         ("echo 'E: Version 1.8-1 was not found' >&2. Exit 100", "it said: E: Version 1.8-1 was not found"),
         ("touch furniture_package.deb", "expected sha256"),
     ],
@@ -212,7 +216,7 @@ def test_a_machine_whose_apt_cannot_bring_the_package_is_told_the_remedy(
         (tmp_path / "apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PackageError, match=message) as error:
-        opened_package(None).__enter__()
+        open_package(None).__enter__()
     assert re.search("pass --package FILE.deb|get that version", str(error.value))
 
 
@@ -229,25 +233,25 @@ def test_a_surface_is_what_faces_show():
         "a.mtl": b"newmtl a\nKd 1 0 0\nmap_Kd -s 2 2 1 -bm 0.03 my wood.jpg\nnewmtl b\nKd  0 0\t1\nmap_Bump no.png\n"
     }
     files["my wood.jpg"] = b""
-    surface = read_surface(b"mtllib ./a.mtl\r\nusemtl a\nf 1\nusemtl b\nf 2\nusemtl b\n", files.get)
+    surface = read_obj_materials(b"mtllib ./a.mtl\r\nusemtl a\nf 1\nusemtl b\nf 2\nusemtl b\n", files.get)
     assert (surface.libraries, surface.textures, surface.missing) == (("a.mtl",), ("my wood.jpg",), ())
     assert surface.colors == {"0 0 1"}
-    unused = read_surface(b"mtllib a.mtl\nusemtl b\n", {"a.mtl": files["a.mtl"]}.get)
+    unused = read_obj_materials(b"mtllib a.mtl\nusemtl b\n", {"a.mtl": files["a.mtl"]}.get)
     assert (unused.textures, unused.missing) == ((), ())
     for name in ("../x.jpg", "/etc/x.jpg", "C:/x.jpg", "a\\x.jpg"):
         files["a.mtl"] = f"newmtl a\nmap_Kd {name}\n".encode()
-        assert read_surface(b"mtllib a.mtl\nusemtl a\n", lambda _: files["a.mtl"]).missing == (name,)
-    assert read_surface(b"mtllib ../a.mtl\n", lambda name: b"").missing == ("../a.mtl",)
+        assert read_obj_materials(b"mtllib a.mtl\nusemtl a\n", lambda _: files["a.mtl"]).missing == (name,)
+    assert read_obj_materials(b"mtllib ../a.mtl\n", lambda name: b"").missing == ("../a.mtl",)
 
 
 def test_a_process_that_dies_or_hangs_costs_only_the_model_that_it_was_at(package, tmp_path, monkeypatch):
     """In this environment, which has no Blender, the others are not converted either, and say so themselves."""
-    monkeypatch.setattr("data_tools.blender.pool.TIME_LIMIT_S", 2.0)
-    with opened_package(package) as folder:
+    monkeypatch.setattr("data_tools.blender.conversion_pool.TIME_LIMIT_S", 2.0)
+    with open_package(package) as folder:
         archive = folder / "Scopia.sh3f"
-        tasks = [task for _, task, reason in examine(archive, tmp_path) if not reason]
-        deadly = Task("deadly", archive, {}, _Run(os._exit, 3), tmp_path / "deadly.glb")
-        endless = Task("endless", archive, {}, _Run(time.sleep, 60), tmp_path / "endless.glb")
+        tasks = [task for _, task, reason in plan_conversions(archive, tmp_path) if not reason]
+        deadly = ConversionTask("deadly", archive, {}, _Run(os._exit, 3), tmp_path / "deadly.glb")
+        endless = ConversionTask("endless", archive, {}, _Run(time.sleep, 60), tmp_path / "endless.glb")
         tasks = [tasks[0], deadly, endless, tasks[1]]
         outcome = {task.id: reason for task, reason in convert_all(tasks, tmp_path / "log", 1)}
     assert outcome["deadly"].startswith("Blender died: with status 3; see")

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from data_tools.assets.file_types import KindError, check_readable
+from data_tools.assets.file_types import FileTypeError, check_mesh_file
 
 OBJ = "# by hand\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvn 0 0 nan\no info\nf 1 2 3\n"
 PLY = (
@@ -36,17 +36,17 @@ def write(tmp_path, name, content):
     ],
 )
 def test_it_is_refused_with_what_it_is(tmp_path, name, content, found):
-    with pytest.raises(KindError) as refusal:
-        check_readable(write(tmp_path, name, content))
+    with pytest.raises(FileTypeError) as refusal:
+        check_mesh_file(write(tmp_path, name, content))
     assert found in str(refusal.value)
 
 
 def test_materials_in_utf_16_are_refused_too(tmp_path):
     path = write(tmp_path, "a.obj", "mtllib a.mtl\n" + OBJ)
-    check_readable(path)  # a library that is not there is counted elsewhere
+    check_mesh_file(path)  # a library that is not there is counted elsewhere
     write(tmp_path, "a.mtl", "newmtl a\nKd 1 0 0\n".encode("utf-16"))
-    with pytest.raises(KindError, match=r"expected a\.mtl to be text in UTF-8"):
-        check_readable(path)
+    with pytest.raises(FileTypeError, match=r"expected a\.mtl to be text in UTF-8"):
+        check_mesh_file(path)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,11 @@ def test_materials_in_utf_16_are_refused_too(tmp_path):
     ],
 )
 def test_usual_files_are_not(tmp_path, name, content):
-    check_readable(write(tmp_path, name, content))
+    check_mesh_file(write(tmp_path, name, content))
 
 
 def test_a_large_file_is_looked_through_in_a_moment(tmp_path):
     path = write(tmp_path, "a.obj", "v 0.123456 0.123456 0.123456\n" * 1_000_000)
     start = time.perf_counter()
-    check_readable(path)
+    check_mesh_file(path)
     assert time.perf_counter() - start < 5

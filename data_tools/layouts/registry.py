@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from data_tools.layouts import instantmesh, mvimgnet, openlrm, zero123
-from data_tools.layouts.files import MAX_VIEWS, LayoutError, Posed
+from data_tools.layouts.files import MAX_VIEWS, LayoutError, PosedViews
 from lrm_pl.conventions import Normalization
 from lrm_pl.data.schema import MAX_IMAGE_SIDE
 from lrm_pl.images import DECODE_ERRORS
@@ -20,12 +20,12 @@ VIDEO_VIEWS, VIDEO_RESOLUTION = 24, 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class ViewFormat:
     """What all objects of a folder must have in common: a batch has one shape, a manifest one number of views.
 
     Attributes:
         views: Number of views.
-        size: Width and height of the images.
+        size: Width and height of the pictures.
     """
 
     views: int
@@ -44,23 +44,23 @@ class Layout:
         name: What users call it.
         find: Lists the folders of objects.
         read: Reads an object's folder.
-        kind: Looks at an object without reading all of it; None where its images cannot be looked at.
+        kind: Looks at an object without reading all of it; None where its pictures cannot be looked at.
         normalize: How objects are scaled.
     """
 
     name: str
     find: Callable[[Path], list[Path]]
-    read: Callable[[Path], Posed]
-    kind: Callable[[Path], Kind | None]
+    read: Callable[[Path], PosedViews]
+    kind: Callable[[Path], ViewFormat | None]
     normalize: Normalization
 
 
-def renderer_name(layout: str) -> str:
+def layout_renderer(layout: str) -> str:
     """Return what samples that were converted from a layout have as their renderer."""
     return f"converted from {layout}"
 
 
-def make_layout(
+def get_layout(
     name: str, root: Path, resolution: int | None = None, views: int | None = None, masks: Path | None = None
 ) -> Layout:
     """Say how to read a folder.
@@ -79,24 +79,26 @@ def make_layout(
         if value is not None and not 1 <= value <= most:
             raise LayoutError(expected=f"{option} from 1 to {most}", found=value)
     if name == "mvimgnet":
-        kind = Kind(views or VIDEO_VIEWS, (resolution or VIDEO_RESOLUTION,) * 2)
+        kind = ViewFormat(views or VIDEO_VIEWS, (resolution or VIDEO_RESOLUTION,) * 2)
         read = partial(_read_video, root=root, masks=masks, kind=kind)
         return Layout(name, mvimgnet.find_objects, read, lambda _: kind, "sphere")
     if views is not None or masks is not None:
         raise LayoutError(expected="--views and --masks with --from mvimgnet only", found=f"--from {name}")
     files = {"openlrm": openlrm, "zero123": zero123, "instantmesh": instantmesh}[name]
-    return Layout(name, files.find_objects, files.read_object, partial(_kind, images=files.images), "cube")
+    return Layout(
+        name, files.find_objects, files.read_object, partial(_kind, pictures=files.list_images), "cube"
+    )
 
 
-def _kind(folder: Path, images: Callable[[Path], list[Path]]) -> Kind | None:
+def _kind(folder: Path, pictures: Callable[[Path], list[Path]]) -> ViewFormat | None:
     try:
-        files = images(folder)
+        files = pictures(folder)
         with Image.open(files[0], formats=("PNG", "WEBP")) as image:  # only its header is read
-            return Kind(len(files), image.size)
+            return ViewFormat(len(files), image.size)
     except (IndexError, *DECODE_ERRORS):
         return None  # whoever reads it says why
 
 
-def _read_video(folder: Path, root: Path, masks: Path | None, kind: Kind) -> Posed:
+def _read_video(folder: Path, root: Path, masks: Path | None, kind: ViewFormat) -> PosedViews:
     place = folder / "masks" if masks is None else masks / folder.relative_to(root)
     return mvimgnet.read_object(folder, place, kind.views, kind.size[0])

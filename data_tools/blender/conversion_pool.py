@@ -1,6 +1,6 @@
 """Blender processes that turn OBJ models into GLB, one after another; a model that kills one costs only itself.
 
-The driver's side needs no Blender. A process gets a ``Task`` through a pipe and answers with why it failed, or "".
+The driver needs no Blender. A process receives ``ConversionTask`` objects through a pipe and returns an error or "".
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ TIME_LIMIT_S = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class ConversionTask:
     """One model to convert.
 
     Attributes:
@@ -41,7 +41,9 @@ class Task:
     glb: Path
 
 
-def convert_all(tasks: Sequence[Task], log: Path, jobs: int) -> Iterator[tuple[Task, str]]:
+def convert_all(
+    tasks: Sequence[ConversionTask], log: Path, jobs: int
+) -> Iterator[tuple[ConversionTask, str]]:
     """Convert models on ``jobs`` processes; yields each with why it failed, or "", as it happens.
 
     Args:
@@ -54,7 +56,7 @@ def convert_all(tasks: Sequence[Task], log: Path, jobs: int) -> Iterator[tuple[T
     for process in processes:
         idle.put(process)
 
-    def convert(task: Task) -> str:
+    def convert(task: ConversionTask) -> str:
         process = idle.get()
         try:
             return process.convert(task)
@@ -82,7 +84,7 @@ class _Process:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._pipe: Connection
 
-    def convert(self, task: Task) -> str:
+    def convert(self, task: ConversionTask) -> str:
         if self._process is None or not self._process.is_alive():
             self._pipe, theirs = self._context.Pipe()
             self._process = self._context.Process(target=_serve, args=(theirs, self._log), daemon=True)
@@ -123,7 +125,7 @@ def _serve(pipe: Connection, log: Path) -> None:
             pipe.send("")
 
 
-def _convert(task: Task) -> None:
+def _convert(task: ConversionTask) -> None:
     from data_tools.blender.convert import convert_to_glb  # loads Blender
 
     with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(task.archive) as archive:

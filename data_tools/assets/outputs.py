@@ -22,7 +22,7 @@ LEFT_OUT_NAME = "left_out.jsonl"
 ATTRIBUTION_NAME = "ATTRIBUTION.txt"
 
 
-def safe_id(text: str) -> str:
+def make_id(text: str) -> str:
     """Return a name that others chose as an id and file name; names that differ give ids that differ.
 
     One that cannot be an id has its strange characters replaced by "_", and its hash at its end.
@@ -33,7 +33,7 @@ def safe_id(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)[: MAX_ID_LENGTH - len(mark)] + mark
 
 
-def write_outcome(
+def write_outputs(
     out: Path, assets: Sequence[Asset], left_out: Mapping[str, str], changes: str, hint: str = ""
 ) -> None:
     """Write the three files and print the closing lines.
@@ -67,10 +67,10 @@ def write_outcome(
     splits = Counter(asset.split for asset in assets)
     held_out = f", {splits['val']} of them held out (val)" if splits["val"] else ""
     print(f"{counted(len(assets), 'asset')}{held_out} in {out / LIST_NAME}")
-    print(next_step(out))
+    print(next_command(out))
 
 
-def next_step(assets: Path) -> str:
+def next_command(assets: Path) -> str:
     """Return the line that says how to render a folder of assets."""
     out = f"data/{assets.resolve().name}"
     return f"next  make render-shards ASSETS={shlex.quote(str(assets))} OUT={shlex.quote(out)}"
