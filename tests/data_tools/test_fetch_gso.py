@@ -29,7 +29,7 @@ LONG = "A" * 90 + " (blue/white)"
 
 
 def zipped(**changes):
-    files = {"meshes/model.obj": OBJ, "meshes/model.mtl": MTL, "materials/textures/texture.png": b"picture"}
+    files = {"meshes/model.obj": OBJ, "meshes/model.mtl": MTL, "materials/textures/texture.png": b"image"}
     files |= {"model.config": b"<model/>", "thumbnails/0.jpg": b"jpg"} | changes
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -109,7 +109,7 @@ def test_models_of_all_pages_are_unpacked_so_that_the_mesh_finds_its_texture(fue
     assert tea.tags == ("Bottles and Cans and Cups", "ceramic")
     assert tea.file == f"{TEA}/model.obj"
     files = {path.name: path.read_bytes() for path in (tmp_path / TEA).iterdir()}
-    assert files == {"model.obj": OBJ, "model.mtl": MTL, "texture.png": b"picture"}
+    assert files == {"model.obj": OBJ, "model.mtl": MTL, "texture.png": b"image"}
     assert not (tmp_path / "zips").exists()
 
 
@@ -146,7 +146,7 @@ def needs_version(version):
             r"expected the file \.\./\.\./x\.png",
         ),
         (
-            zipped().replace(b"picture", b"pictura"),
+            zipped().replace(b"image", b"imaga"),
             "expected to read materials/textures/texture.png, but found Bad CRC",
         ),
         (needs_version(99), "expected a zip, but found zip file version 9.9"),
