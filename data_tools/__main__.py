@@ -10,11 +10,11 @@ from data_tools.assets.asset_list import Asset, find_assets
 from data_tools.assets.fetch import add_parser as add_fetch_parser
 from data_tools.assets.fetch import fetch
 from data_tools.blender.process import SAMPLES_PER_S, Limits, time_limit_s
-from data_tools.quality.measures import DEFAULT_RULES, WHOLE_RULE, parse_rule
+from data_tools.quality.measures import CROPPED_RULE, DEFAULT_RULES, parse_rule
 from data_tools.rendering.cameras import PRESETS
-from data_tools.rendering.continuation import continue_folder
 from data_tools.rendering.launch import add_parser as add_launch_parser
 from data_tools.rendering.launch import launch
+from data_tools.rendering.resume import plan_folder
 from data_tools.rendering.settings import RenderSettings, check_settings, recorded_held_out
 from data_tools.rendering.shard_plan import default_held_out
 from data_tools.shards import convert
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             rendering = _parser().parse_args(["render", *args.arguments])
             settings, assets = _settings(rendering)
             check_settings(rendering.out, settings)
-            continue_folder(rendering.out, settings, assets, rendering.assets)
+            plan_folder(rendering.out, settings, assets, rendering.assets)
             launch(args, rendering.out)
         elif args.command == "validate":
             from data_tools.quality.validate import validate
@@ -92,11 +92,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _render(args: argparse.Namespace) -> None:
     from data_tools.rendering.driver import render
-    from data_tools.rendering.ray_pool import Setup  # loads Ray
+    from data_tools.rendering.ray_pool import PoolOptions  # loads Ray
 
     settings, assets = _settings(args)
     limits = Limits(getattr(args, "time_limit", time_limit_s(settings)), args.memory_limit)
-    render(assets, args.out, settings, Setup(args.assets, settings, args.jobs, limits))
+    render(assets, args.out, settings, PoolOptions(args.assets, settings, args.jobs, limits))
 
 
 def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ...]]:
@@ -107,7 +107,7 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
     if held_out is None:
         held_out = default_held_out([asset.split for asset in assets])
     normalize = getattr(args, "normalize", PRESETS[args.preset].normalize)
-    rules = (*DEFAULT_RULES, WHOLE_RULE) if PRESETS[args.preset].shows_whole(normalize) else DEFAULT_RULES
+    rules = (*DEFAULT_RULES, CROPPED_RULE) if PRESETS[args.preset].shows_whole(normalize) else DEFAULT_RULES
     settings = RenderSettings(
         preset=args.preset,
         normalize=normalize,
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         metavar="RULE",
         help="what an object must obey, else it is rejected: measures of OUT/filter.parquet compared with numbers; "
-        f"unless given, {', '.join(DEFAULT_RULES)}, and {WHOLE_RULE} where the preset's images show whole objects",
+        f"unless given, {', '.join(DEFAULT_RULES)}, and {CROPPED_RULE} where the preset's images show whole objects",
     )
     add_launch_parser(commands)
     check = commands.add_parser(

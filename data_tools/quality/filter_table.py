@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_tools.assets.asset_list import Asset
-from data_tools.quality.measures import MEASURES_MEMBER, Measures, decode_measures, objections, parse_rule
+from data_tools.quality.measures import MEASURES_MEMBER, Measures, broken_rules, decode_measures, parse_rule
 from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, read_members, write_atomically
 from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, decode_info
 from lrm_pl.errors import InputError
@@ -49,13 +49,13 @@ def write_filter_table(
         failures: Id -> record of each asset that could not be rendered; its measures are empty.
     """
     parsed = [parse_rule(rule) for rule in rules]
-    measured = {key: measures for shard in shards for key, measures in shard_measures(out, shard)}
-    hashes = {key: info.sha256 for shard in shards for key, info in shard_infos(out, shard)}
+    measured = {key: measures for shard in shards for key, measures in read_measures(out, shard)}
+    hashes = {key: info.sha256 for shard in shards for key, info in read_infos(out, shard)}
     rows = []
     for asset in assets:
         if asset.id in measured:
             measures = measured[asset.id]
-            reason = objections(measures, parsed)
+            reason = broken_rules(measures, parsed)
             rows.append(
                 {"id": asset.id, "outcome": "rejected" if reason else "kept", "reason": reason}
                 | {"sha256": hashes[asset.id]}
@@ -68,7 +68,7 @@ def write_filter_table(
     write_atomically(out / FILTER_NAME, sink.getvalue().to_pybytes())
 
 
-def outcomes(out: Path) -> Counter[str]:
+def count_outcomes(out: Path) -> Counter[str]:
     """Count what became of the assets, and which measure rejected how many: ``rejected: white``.
 
     Raises:
@@ -94,7 +94,7 @@ def outcomes(out: Path) -> Counter[str]:
     return counted
 
 
-def shard_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]:
+def read_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]:
     """Read the measures of a shard's objects: (key, measures), without those that have none.
 
     Raises:
@@ -104,7 +104,7 @@ def shard_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]
         yield key, decode_measures(key, content)
 
 
-def shard_infos(folder: Path, shard: Shard) -> Iterator[tuple[str, SampleInfo]]:
+def read_infos(folder: Path, shard: Shard) -> Iterator[tuple[str, SampleInfo]]:
     """Read the records of a shard's objects: (key, record).
 
     Raises:

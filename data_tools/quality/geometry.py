@@ -14,7 +14,7 @@ from lrm_pl.data.geometry_views import (
 from lrm_pl.data.schema import Sample, SampleError, decode_image
 
 #: Kind of member -> how the one of a view is called.
-KINDS = {"depth": depth_member, "normal": normal_member}
+MEMBER_NAMES = {"depth": depth_member, "normal": normal_member}
 
 #: Fraction of a view's opaque pixels that may be without geometry: their center may fall into a crack of the mesh.
 _CRACKS = 1e-3
@@ -32,9 +32,9 @@ _MOST_AWAY = 0.5
 _REACH = 1.01
 
 
-def kinds_of(sample: Sample) -> list[str]:
+def geometry_types(sample: Sample) -> list[str]:
     """Name which of depth and normal a sample has."""
-    return [kind for kind in KINDS if any(name.startswith(kind) for name in sample.extras)]
+    return [kind for kind in MEMBER_NAMES if any(name.startswith(kind) for name in sample.extras)]
 
 
 def check_geometry(sample: Sample) -> None:
@@ -43,10 +43,10 @@ def check_geometry(sample: Sample) -> None:
     Raises:
         SampleError: With what is wrong, and in which member.
     """
-    key, kinds = sample.info.id, kinds_of(sample)
+    key, kinds = sample.info.id, geometry_types(sample)
     for kind in kinds:
         found = {name for name in sample.extras if name.startswith(kind)}
-        if odd := sorted(found ^ {KINDS[kind](view) for view in range(sample.info.views)}):
+        if odd := sorted(found ^ {MEMBER_NAMES[kind](view) for view in range(sample.info.views)}):
             raise SampleError(
                 subject=f"sample {key!r}",
                 expected=f"{kind} of all {sample.info.views} views or of none",
@@ -140,7 +140,7 @@ def _facing_away(
     return float((cosine > 0).mean()) if len(cosine) else 0.0
 
 
-def smaller_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes]:
+def resize_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes]:
     """Give depth and normals the size of smaller views; other extras, and images of that size, keep their bytes.
 
     Of the pixels under a smaller one that is taken which lies at its center (of four, the one below and to the right):
@@ -154,9 +154,11 @@ def smaller_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, byte
         SampleError: An image is none, or had another size than its view.
     """
     key, smaller = sample.info.id, dict(sample.extras)
-    for view, (before, after) in enumerate(zip(sample.views, views, strict=True) if kinds_of(sample) else ()):
+    for view, (before, after) in enumerate(
+        zip(sample.views, views, strict=True) if geometry_types(sample) else ()
+    ):
         size, alpha = decode_image(key, before).shape[:2], decode_image(key, after)[..., 3]
-        for name in (member(view) for member in KINDS.values()):
+        for name in (member(view) for member in MEMBER_NAMES.values()):
             if name in sample.extras and alpha.shape != size:
                 pixels = read_pixels(key, name, sample.extras[name])
                 _check_size(key, name, pixels.shape[:2], size)

@@ -26,7 +26,7 @@ DEFAULT_RULES = (
 )  # fmt: skip
 
 #: One more where cameras show the whole object; others crop those that are near.
-WHOLE_RULE = "cropped <= 0.5"
+CROPPED_RULE = "cropped <= 0.5"
 
 #: Above this in all channels (of 255) a pixel counts as white.
 _WHITE = 250
@@ -125,7 +125,7 @@ class Rule:
         return _OPERATORS[self.sign](float(getattr(measures, self.measure)), self.number)
 
 
-NAMES = tuple(field.name for field in dataclasses.fields(Measures))
+MEASURE_NAMES = tuple(field.name for field in dataclasses.fields(Measures))
 
 
 def parse_rule(text: str) -> Rule:
@@ -136,17 +136,17 @@ def parse_rule(text: str) -> Rule:
     """
     found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|==|<|>)\s*([0-9.eE+-]+)\s*", text)
     try:
-        if found and found[1] in NAMES:
+        if found and found[1] in MEASURE_NAMES:
             return Rule(found[1], found[2], float(found[3]))
     except ValueError:  # "1.2.3": refused below like any other text
         pass
     raise RuleError(
-        expected=f"a rule such as 'coverage >= 0.01', one of {', '.join(NAMES)} compared with a number",
+        expected=f"a rule such as 'coverage >= 0.01', one of {', '.join(MEASURE_NAMES)} compared with a number",
         found=f"{text!r}",
     )
 
 
-def objections(measures: Measures, rules: Sequence[Rule]) -> str:
+def broken_rules(measures: Measures, rules: Sequence[Rule]) -> str:
     """Say what an object breaks: ``white 0.99, expected <= 0.98``; "" where it obeys."""
     return "; ".join(
         f"{rule.measure} {float(getattr(measures, rule.measure)):.4g}, expected {rule.sign} {rule.number:g}"
@@ -193,7 +193,7 @@ def decode_measures(key: str, content: bytes) -> Measures:
     except (ValueError, TypeError) as error:
         raise RuleError(
             subject=f"sample {key!r}",
-            expected=f"the measures {', '.join(NAMES)} in {key}.{MEASURES_MEMBER}",
+            expected=f"the measures {', '.join(MEASURE_NAMES)} in {key}.{MEASURES_MEMBER}",
             found=error,
         ) from error
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from data_tools.quality.contact_sheet import SHEET_NAME, write_contact_sheet
-from data_tools.quality.filter_table import FILTER_NAME, outcomes
-from data_tools.quality.geometry import kinds_of
+from data_tools.quality.filter_table import FILTER_NAME, count_outcomes
+from data_tools.quality.geometry import geometry_types
 from data_tools.quality.validate import decode_alphas
 from data_tools.rendering.shard_folder import read_failures
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, read_samples, write_atomically
@@ -46,7 +46,7 @@ class Statistics:
         distance: (N) of every camera from the origin, scene units.
         elevation_deg: (N) its height above the horizon.
         fov_deg: (N) horizontal field of view.
-        place: (N, 3) where it stands.
+        camera_positions: (N, 3) world positions of the cameras.
         coverage: (N) share of each image that the object covers.
         side: (N) pixels of the longer side of each image.
         view_bytes: (N) size of each image's file.
@@ -58,7 +58,7 @@ class Statistics:
     distance: npt.NDArray[np.float64]
     elevation_deg: npt.NDArray[np.float64]
     fov_deg: npt.NDArray[np.float64]
-    place: npt.NDArray[np.float64]
+    camera_positions: npt.NDArray[np.float64]
     coverage: npt.NDArray[np.float64]
     side: npt.NDArray[np.float64]
     view_bytes: npt.NDArray[np.float64]
@@ -85,7 +85,7 @@ def inspect(folder: Path) -> Path:
         ShardError: There is no finished folder of shards, or a damaged one.
     """
     manifest = read_manifest(folder)
-    found = measure(folder, manifest)
+    found = collect_statistics(folder, manifest)
     train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
     print(
         f"objects        {train + val} ({train} train, {val} held out), {counted(manifest.views, 'view')} each"
@@ -98,18 +98,18 @@ def inspect(folder: Path) -> Path:
         print(f"{name:<31}{low:.4g} / {middle:.4g} / {high:.4g} {unit} (least, median, most)")
     kinds = ", ".join(f"of {found.geometry[kind]}" for kind in ("depth", "normal", "surface"))
     print(f"{'depth, normals, surfaces':<31}{kinds} objects")
-    for name, counts in words(folder, found).items():
+    for name, counts in count_words(folder, found).items():
         told = ", ".join(f"{word} {count}" for word, count in counts.most_common(3))
         print(f"{name:<31}{counted(len(counts), 'kind')}: {told}" if counts else f"{name:<31}none")
     if not (folder / SHEET_NAME).is_file():
         write_contact_sheet(folder, manifest.shards, manifest.views)
     path = folder / PAGE_NAME
-    write_atomically(path, page(folder, manifest, found).encode())
+    write_atomically(path, render_page(folder, manifest, found).encode())
     print(f"page           {path}")
     return path
 
 
-def measure(folder: Path, manifest: Manifest) -> Statistics:
+def collect_statistics(folder: Path, manifest: Manifest) -> Statistics:
     """Read all samples.
 
     Raises:
@@ -129,7 +129,7 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
                     ) from error
                 infos.append(sample.info)
                 splits["rejected" if shard.rejected else shard.split] += 1
-                geometry.update(kinds_of(sample))
+                geometry.update(geometry_types(sample))
                 geometry["surface"] += SURFACE_MEMBER in sample.extras
                 places.append(sample.c2w[:, :3, 3])
                 fovs.append(sample.fxfycxcy[:, 0])
@@ -146,14 +146,14 @@ def measure(folder: Path, manifest: Manifest) -> Statistics:
         distance=distance,
         elevation_deg=np.degrees(np.arcsin((place[:, 2] / distance).clip(-1, 1))),
         fov_deg=np.degrees(2 * np.arctan(0.5 / np.concatenate(fovs).astype(np.float64))),
-        place=place,
+        camera_positions=place,
         coverage=np.array(coverage),
         side=np.array(side, dtype=np.float64),
         view_bytes=np.array(sizes, dtype=np.float64),
     )
 
 
-def words(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
+def count_words(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
     """Count licenses, creators, renderers, and the reasons for which assets were left out."""
     failures = read_failures(folder)
     reasons = (record["reason"].partition("\n")[0][:80] for record in failures.values())
@@ -164,12 +164,12 @@ def words(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
         "licenses": Counter(info.license for info in found.infos),
         "creators": Counter(info.creator for info in found.infos),
         "renderers": Counter(info.renderer for info in found.infos),
-        "outcomes": outcomes(folder) if table else +known,
+        "outcomes": count_outcomes(folder) if table else +known,
         "left out": Counter(reasons),
     }
 
 
-def page(folder: Path, manifest: Manifest, found: Statistics) -> str:
+def render_page(folder: Path, manifest: Manifest, found: Statistics) -> str:
     """Write the page; whatever a record says is shown as text."""
     sheet = base64.b64encode((folder / SHEET_NAME).read_bytes()).decode()
     train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
@@ -177,10 +177,9 @@ def page(folder: Path, manifest: Manifest, found: Statistics) -> str:
         f"<figure>{histogram(values)}<figcaption>{name}, {unit}</figcaption></figure>"
         for name, values, unit in found.rows()
     )
-    figures += (
-        f"<figure>{positions(found.place)}<figcaption>cameras from above, and from -y</figcaption></figure>"
-    )
-    tables = "".join(_table(name, counts) for name, counts in words(folder, found).items())
+    caption = "camera positions from above (x, y) and from the front (x, z)"
+    figures += f"<figure>{plot_cameras(found.camera_positions)}<figcaption>{caption}</figcaption></figure>"
+    tables = "".join(_table(name, counts) for name, counts in count_words(folder, found).items())
     settings = html.escape(json.dumps(manifest.render, indent=1, ensure_ascii=False))
     title = html.escape(folder.resolve().name)
     return f"""<!doctype html>
@@ -220,10 +219,10 @@ def histogram(values: npt.NDArray[np.float64], width: int = 300, height: int = 1
     )
 
 
-def positions(place: npt.NDArray[np.float64], side: int = 220) -> str:
+def plot_cameras(positions: npt.NDArray[np.float64], side: int = 220) -> str:
     """Draw where cameras stand, from above (x, y) and from -y (x, z), about the unit circle, as SVG."""
-    shown = place[:: max(1, -(-len(place) // _DOTS))]
-    scale = side / 2 / (1.05 * max(1.0, float(np.abs(place).max())))
+    shown = positions[:: max(1, -(-len(positions) // _DOTS))]
+    scale = side / 2 / (1.05 * max(1.0, float(np.abs(positions).max())))
     parts = []
     for number, axes in enumerate(((0, 1), (0, 2))):
         center = side / 2 + number * (side + 20)

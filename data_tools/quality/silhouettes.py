@@ -73,11 +73,11 @@ class Coherence:
 
     Attributes:
         distances: (V) mean distance of each view's rays, cells.
-        undecided: Errors of the cameras that these silhouettes would not show; empty where the test failed.
+        undetectable: Errors of the cameras that these silhouettes would not show; empty where the test failed.
     """
 
     distances: npt.NDArray[np.float64]
-    undecided: tuple[str, ...]
+    undetectable: tuple[str, ...]
 
 
 def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Silhouettes:
@@ -122,11 +122,11 @@ def check_coherence(
     """
     views = np.arange(len(c2w))
     distances = ray_distances(silhouettes, c2w, fxfycxcy, views, views)
-    undecided = []
+    undetectable = []
     if distances.max() <= tolerance:
         swaps = _swapped_distances(silhouettes, c2w, fxfycxcy)
         if np.mean(swaps > tolerance) < _REFUSED:
-            undecided.append("swapped poses")
+            undetectable.append("swapped poses")
         zooms = [
             ray_distances(
                 silhouettes, c2w, fxfycxcy * np.array([zoom, zoom, 1, 1], dtype=np.float32), views, views
@@ -134,8 +134,8 @@ def check_coherence(
             for zoom in (0.7, 1.3)
         ]
         if min(zooms) <= tolerance:
-            undecided.append("another focal length")
-    return Coherence(distances, tuple(undecided))
+            undetectable.append("another focal length")
+    return Coherence(distances, tuple(undetectable))
 
 
 def _swapped_distances(

@@ -56,7 +56,7 @@ _MAX_PIXELS = 1 << 28
 #: Mean distance of a view's pixels from the nearest projected point of the surface, cells of 1/128 of its side.
 _MAX_UNCOVERED = 0.5
 
-#: Error that is undecided where surfaces are one-sided.
+#: Error that is undetectable where surfaces are one-sided.
 WRONG_CAMERAS = "wrong cameras (surfaces that are not seen from behind)"
 
 #: Samples that are named where one line is about many.
@@ -84,28 +84,28 @@ class ShardReport:
 
     Attributes:
         problems: What is wrong.
-        undecided: Key -> errors of its cameras that its views would not show.
+        undetectable: Key -> errors of its cameras that its views would not show.
         kinds: Key -> number of views, and their (height, width).
     """
 
     problems: list[Problem]
-    undecided: dict[str, tuple[str, ...]]
+    undetectable: dict[str, tuple[str, ...]]
     kinds: dict[str, tuple[int, tuple[int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckedImages:
+class CheckedViews:
     """Images that are as they should be.
 
     Attributes:
         size: (height, width) of a view.
         silhouettes: Of the views.
-        undecided: Errors of the cameras that these views would not show.
+        undetectable: Errors of the cameras that these views would not show.
     """
 
     size: tuple[int, int]
     silhouettes: Silhouettes
-    undecided: tuple[str, ...]
+    undetectable: tuple[str, ...]
 
 
 def validate(folder: Path, jobs: int | None = None) -> int:
@@ -125,7 +125,7 @@ def validate(folder: Path, jobs: int | None = None) -> int:
     manifest = read_manifest(folder)
     samples = sum(shard.samples for shard in manifest.shards)
     found: list[Problem] = []
-    undecided: dict[str, list[str]] = {}
+    undetectable: dict[str, list[str]] = {}
     with tqdm(total=samples, unit="object", file=sys.stderr) as bar, processes(jobs) as pool:
 
         def add(problem: Problem) -> None:
@@ -139,9 +139,9 @@ def validate(folder: Path, jobs: int | None = None) -> int:
             reports.append(report)
             for problem in report.problems:
                 add(problem)
-            for key, errors in report.undecided.items():
+            for key, errors in report.undetectable.items():
                 for error in errors:
-                    undecided.setdefault(error, []).append(key)
+                    undetectable.setdefault(error, []).append(key)
             bar.update(shard.samples)
         for problem in folder_problems(manifest, reports):
             add(problem)
@@ -156,8 +156,8 @@ def validate(folder: Path, jobs: int | None = None) -> int:
         {path.name for path in folder.glob("*.tar")} - {one.name for one in manifest.shards}
     ):
         print(f"never read     not in the manifest: {counted(len(unlisted), 'tar')}, such as {unlisted[0]}")
-    for error, keys in undecided.items():
-        print(f"not decidable  {undecided_line(error, keys)}")
+    for error, keys in undetectable.items():
+        print(f"not decidable  {undetectable_message(error, keys)}")
     print(
         f"next           make train DATA={shlex.quote(str(folder))}"
         if not found
@@ -166,7 +166,7 @@ def validate(folder: Path, jobs: int | None = None) -> int:
     return len(found)
 
 
-def undecided_line(error: str, keys: Sequence[str]) -> str:
+def undetectable_message(error: str, keys: Sequence[str]) -> str:
     """Describe the objects whose views would not show an error of their cameras."""
     more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
     return (
@@ -182,7 +182,7 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
         report.problems.append(Problem(shard.name, sample, what))
 
     try:
-        for difference in list(file_differences(folder, shard)):
+        for difference in list(find_file_problems(folder, shard)):
             add("", difference)
         for key, content in read_samples(folder, shard):
             try:
@@ -191,9 +191,9 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
                     key, sample.extras[MEASURES_MEMBER]
                 )
                 # Of a rejected object next to nothing may be seen.
-                checked = check_images(sample, cameras=not shard.rejected, one_sided=one_sided)
+                checked = check_views(sample, cameras=not shard.rejected, one_sided=one_sided)
                 report.kinds[key] = (sample.info.views, checked.size)
-                report.undecided[key] = checked.undecided
+                report.undetectable[key] = checked.undetectable
                 check_geometry(sample)
                 if SURFACE_MEMBER in sample.extras:
                     check_surface(sample, checked.silhouettes)
@@ -241,7 +241,7 @@ def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Itera
             first.setdefault(key, shard.name)
 
 
-def file_differences(folder: Path, shard: Shard) -> Iterator[str]:
+def find_file_problems(folder: Path, shard: Shard) -> Iterator[str]:
     """Compare a shard's file with the manifest's hash of it, and with its index.
 
     Raises:
@@ -251,10 +251,10 @@ def file_differences(folder: Path, shard: Shard) -> Iterator[str]:
     found = hash_file(folder / shard.name)
     if found != shard.sha256:
         yield f"expected sha256 {shard.sha256} as in the manifest, but found {found}"
-    yield from index_differences(folder / shard.name, read_index(folder, shard))
+    yield from find_index_problems(folder / shard.name, read_index(folder, shard))
 
 
-def index_differences(path: Path, index: MemberIndex) -> Iterator[str]:
+def find_index_problems(path: Path, index: MemberIndex) -> Iterator[str]:
     """Compare the headers of a tar with its index; anything but plain files of plain names is a difference.
 
     Raises:
@@ -292,7 +292,7 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
         yield alpha
 
 
-def check_images(sample: Sample, *, cameras: bool = True, one_sided: bool = False) -> CheckedImages:
+def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False) -> CheckedViews:
     """Check all images of a sample, and its cameras against them.
 
     Args:
@@ -314,7 +314,7 @@ def check_images(sample: Sample, *, cameras: bool = True, one_sided: bool = Fals
     precision = FILMED if sample.info.renderer == layout_renderer("mvimgnet") else RENDERED
     silhouettes = make_silhouettes(alphas, precision.cells)
     if not cameras:
-        return CheckedImages(alphas[0].shape, silhouettes, ())
+        return CheckedViews(alphas[0].shape, silhouettes, ())
     empty = [view for view, alpha in enumerate(alphas) if not alpha.any()]
     if empty:
         raise SampleError(
@@ -331,7 +331,7 @@ def check_images(sample: Sample, *, cameras: bool = True, one_sided: bool = Fals
     coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy, precision.tolerance)
     worst = int(coherence.distances.argmax())
     if coherence.distances[worst] > precision.tolerance and one_sided:
-        return CheckedImages(alphas[0].shape, silhouettes, (WRONG_CAMERAS,))
+        return CheckedViews(alphas[0].shape, silhouettes, (WRONG_CAMERAS,))
     if coherence.distances[worst] > precision.tolerance:
         raise SampleError(
             subject=f"sample {key!r}",
@@ -346,4 +346,4 @@ def check_images(sample: Sample, *, cameras: bool = True, one_sided: bool = Fals
                 "focal length, and that the object lies in [-1, 1]^3"
             ),
         )
-    return CheckedImages(alphas[0].shape, silhouettes, coherence.undecided)
+    return CheckedViews(alphas[0].shape, silhouettes, coherence.undetectable)

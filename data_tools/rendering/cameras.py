@@ -91,7 +91,7 @@ def draw_cameras(preset: CameraPreset, views: int, rng: np.random.Generator) -> 
     if preset.orbit:
         azimuth, elevation = np.radians([ORBIT_DEG[view % len(ORBIT_DEG)] for view in range(views)]).T
         azimuth_rad, height = azimuth - math.pi / 2, radius * np.sin(elevation)
-    c2w = np.stack([look_at_origin(p) for p in positions(radius, height, azimuth_rad)])
+    c2w = np.stack([look_at_origin(p) for p in camera_positions(radius, height, azimuth_rad)])
     focal = focal_from_fov(fov_deg)
     center = np.full(views, 0.5)
     return Cameras(
@@ -99,7 +99,7 @@ def draw_cameras(preset: CameraPreset, views: int, rng: np.random.Generator) -> 
     )
 
 
-def positions(
+def camera_positions(
     radius: npt.NDArray[np.float64], height: npt.NDArray[np.float64], azimuth_rad: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """SampleLocation cameras: (V, 3) points at distance ``radius`` from the origin and (clipped) world z ``height``.

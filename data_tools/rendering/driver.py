@@ -23,8 +23,8 @@ from data_tools.assets.asset_list import Asset
 from data_tools.quality.contact_sheet import SHEET_NAME, write_contact_sheet
 from data_tools.quality.filter_table import FILTER_NAME, write_filter_table
 from data_tools.quality.measures import parse_rule
-from data_tools.rendering.continuation import Continuation, continue_folder, write_continuation
-from data_tools.rendering.ray_pool import Pool, Setup, connected
+from data_tools.rendering.ray_pool import PoolOptions, RenderPool, connect_ray
+from data_tools.rendering.resume import ResumePlan, plan_folder, write_plan
 from data_tools.rendering.settings import (
     SETTINGS_NAME,
     RenderSettings,
@@ -38,14 +38,14 @@ from data_tools.rendering.shard_folder import (
     QUARANTINE_NAME,
     FolderError,
     add_failure,
-    clear_leftovers,
-    find_shards,
+    check_recorded_hashes,
+    describe_shards,
     finished_ids,
-    locked,
+    lock_folder,
     no_space_message,
-    parts,
+    part_ids,
     read_failures,
-    require_as_recorded,
+    remove_partial_files,
     update_records,
     write_failures,
     write_part,
@@ -77,14 +77,14 @@ class _Last:
     written_ns: int = 0
 
 
-def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: Setup) -> Manifest:
+def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, options: PoolOptions) -> Manifest:
     """Render what is not rendered yet and finish the folder.
 
     Args:
         assets: The assets.
         out: Folder of shards.
         settings: What decides the bytes.
-        setup: Where the meshes lie, and what Blender processes may take.
+        options: Where the meshes lie, and what Blender processes may take.
 
     Returns:
         The manifest of the finished folder.
@@ -96,11 +96,11 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
     rules = [parse_rule(rule) for rule in settings.rules]
     check_settings(out, settings)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with lock_folder(out):
         last = _read_last(out)
-        continuation = continue_folder(out, settings, assets, setup.assets)
+        continuation = plan_folder(out, settings, assets, options.assets)
         plan = continuation.shards
-        clear_leftovers(out)
+        remove_partial_files(out)
         by_id = {asset.id: asset for asset in assets}
         failures = {key: record for key, record in read_failures(out).items() if key in by_id}
         finished = finished_ids(out, plan, set(failures))
@@ -112,10 +112,12 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             and not continuation.is_relisted
             and _is_described(out, last)
         ):
-            write_continuation(out, continuation, assets)
+            write_plan(out, continuation, assets)
             manifest = last.manifest
             shutil.rmtree(out / PARTS_NAME)
-            print(f"Nothing to render: all {counted(len(assets), 'object')} of {setup.assets} are finished.")
+            print(
+                f"Nothing to render: all {counted(len(assets), 'object')} of {options.assets} are finished."
+            )
             _require_kept(out, manifest, len(assets))
             _print_summary(out, manifest, time.monotonic() - start, _Done())
             return manifest
@@ -126,13 +128,13 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, setup: 
             raise FolderError(no_space_message(out, needed))
         try:
             left = {shard: {key for key in shard.ids if key not in ended} for shard in plan}
-            have = parts(out)
+            have = part_ids(out)
             for shard in (shard for shard in plan if not left[shard] and have.intersection(shard.ids)):
                 write_planned_shard(out, shard, rules)
             done = _Done()
             if pending:
-                with connected(setup.jobs):
-                    done = _render_pending(setup, out, assets, pending, left, failures, continuation)
+                with connect_ray(options.jobs):
+                    done = _render_pending(options, out, assets, pending, left, failures, continuation)
             else:
                 _begin(out, continuation, assets)
             write_failures(out / FAILURES_NAME, failures)  # sorted, each once
@@ -168,14 +170,14 @@ def _require_as_recorded(
     if last.manifest is not None:
         known = {shard.name: shard for shard in last.manifest.shards}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            check = partial(require_as_recorded, out, assets=assets, known=known, before_ns=last.written_ns)
+            check = partial(check_recorded_hashes, out, assets=assets, known=known, before_ns=last.written_ns)
             list(pool.map(check, plan))
 
 
-def _begin(out: Path, continuation: Continuation, assets: Sequence[Asset]) -> None:
+def _begin(out: Path, continuation: ResumePlan, assets: Sequence[Asset]) -> None:
     """Make the folder one that is not finished, and record what it is to hold."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
-    write_continuation(out, continuation, assets)
+    write_plan(out, continuation, assets)
 
 
 def estimate_bytes(objects: int, settings: RenderSettings) -> int:
@@ -189,25 +191,25 @@ def estimate_bytes(objects: int, settings: RenderSettings) -> int:
 
 
 def _render_pending(
-    setup: Setup,
+    options: PoolOptions,
     out: Path,
     assets: Sequence[Asset],
     pending: Sequence[Asset],
     left: Mapping[PlannedShard, set[str]],
     failures: dict[str, dict[str, str]],
-    continuation: Continuation,
+    continuation: ResumePlan,
 ) -> _Done:
     """Render the pending assets, write each shard as it becomes complete."""
-    rules = [parse_rule(rule) for rule in setup.settings.rules]
+    rules = [parse_rule(rule) for rule in options.settings.rules]
     rendered, failed, cycles_s = 0, 0, 0.0
     unreachable: list[str] = []
     start = time.monotonic()
     by_id = {key: shard for shard in left for key in shard.ids}
-    with closing(Pool(setup)) as pool, closing(pool.render(pending)) as outcomes:
-        is_new = not check_settings(out, setup.settings, pool.renderer)
+    with closing(RenderPool(options)) as pool, closing(pool.render(pending)) as outcomes:
+        is_new = not check_settings(out, options.settings, pool.renderer)
         _begin(out, continuation, assets)
         if is_new:
-            write_settings(out, setup.settings, pool.renderer)
+            write_settings(out, options.settings, pool.renderer)
         print(
             f"Rendering {len(pending)} of {counted(len(assets), 'object')}, {pool.describe()} ...", flush=True
         )
@@ -243,7 +245,7 @@ def _render_pending(
                     write_quarantine(out, asset.id, f"{outcome.reason}\n\n{outcome.log}")
                     add_failure(out / FAILURES_NAME, failures[asset.id])
                     bar.write(f"left out: {asset.file}: {outcome.reason.splitlines()[0]}", file=sys.stderr)
-                speed = rendered * setup.settings.views / (time.monotonic() - begun)
+                speed = rendered * options.settings.views / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)
                 bar.update()
                 shard = by_id[asset.id]
@@ -271,7 +273,7 @@ def _finish(
 
     def describe(planned: PlannedShard) -> tuple[int, list[Shard]]:
         updated = update_records(out, planned, assets, [parse_rule(rule) for rule in rules])
-        return updated, find_shards(out, planned, known, last.written_ns)
+        return updated, describe_shards(out, planned, known, last.written_ns)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashes what is new
         found = list(pool.map(describe, plan))

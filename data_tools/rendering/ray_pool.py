@@ -56,7 +56,7 @@ _STORE_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class PoolOptions:
     """What all processes of a run have in common.
 
     Attributes:
@@ -75,7 +75,7 @@ class Setup:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class WorkerResources:
     """What Ray sets aside for one process.
 
     Attributes:
@@ -89,11 +89,11 @@ class Share:
     gpus: float = 0.0
 
 
-class Slot:
+class RenderActor:
     """A place for one Blender process, in a Ray worker; a process that is gone or worn out is replaced."""
 
-    def __init__(self, setup: Setup, threads: int) -> None:
-        self._setup, self._threads = setup, threads
+    def __init__(self, options: PoolOptions, threads: int) -> None:
+        self._options, self._threads = options, threads
         self._blender: BlenderProcess | None = None
 
     def start(self) -> str:
@@ -102,7 +102,7 @@ class Slot:
 
     def render(self, asset: Asset) -> RenderResult:
         """Render one asset."""
-        return self._ready().render(asset, self._setup.limits)
+        return self._ready().render(asset, self._options.limits)
 
     def close(self) -> None:
         """End Blender, and remove its files."""
@@ -111,7 +111,7 @@ class Slot:
 
     def _ready(self) -> BlenderProcess:
         blender = self._blender
-        if blender is not None and (not blender.is_alive() or blender.served >= self._setup.limits.objects):
+        if blender is not None and (not blender.is_alive() or blender.served >= self._options.limits.objects):
             blender.close()
             self._blender = blender = None
         if blender is None:
@@ -120,16 +120,16 @@ class Slot:
 
     def _start(self) -> BlenderProcess:
         """Start Blender; one that is killed at that is started again."""
-        setup = self._setup
+        options = self._options
         for wait_s in _START_AGAIN_S:
             try:
-                return BlenderProcess(setup.assets, setup.settings, self._threads, setup.command)
+                return BlenderProcess(options.assets, options.settings, self._threads, options.command)
             except BlenderError:
                 time.sleep(wait_s)
-        return BlenderProcess(setup.assets, setup.settings, self._threads, setup.command)
+        return BlenderProcess(options.assets, options.settings, self._threads, options.command)
 
 
-class Pool:
+class RenderPool:
     """All Blender processes of a run.
 
     Attributes:
@@ -137,10 +137,10 @@ class Pool:
         share: What each has.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, options: PoolOptions) -> None:
         # Ray's workers run in the folder where their node was started.
-        self._setup = dataclasses.replace(setup, assets=setup.assets.absolute())
-        self.share = _share(setup.jobs)
+        self._options = dataclasses.replace(options, assets=options.assets.absolute())
+        self.share = _share(options.jobs)
         self._slots: set[ActorHandle] = set()
         self._starting: dict[ObjectRef, ActorHandle] = {}  # the first answer of each slot -> slot
         self._next_look = 0.0
@@ -201,7 +201,7 @@ class Pool:
     def describe(self) -> str:
         """Say in words how many processes there is room for."""
         nodes = sum(node["Alive"] for node in ray.nodes())
-        room = min(_room(self.share), self._setup.jobs or sys.maxsize)
+        room = min(_room(self.share), self._options.jobs or sys.maxsize)
         each = counted(self.share.cpus, "CPU") + (f" and {self.share.gpus:g} GPU" if self.share.gpus else "")
         processes = counted(room, "Blender process")
         return f"{processes} ({each}{' each' if room > 1 else ''}) on {counted(nodes, 'node')}"
@@ -226,16 +226,16 @@ class Pool:
         """Start more processes where there is room and work."""
         if time.monotonic() > self._next_look:
             self._next_look = time.monotonic() + _LOOK_S
-            self._room = min(_room(self.share), self._setup.jobs or sys.maxsize)
+            self._room = min(_room(self.share), self._options.jobs or sys.maxsize)
         for _ in range(min(self._room - busy - len(self._starting), waiting - len(self._starting))):
             self._add_slot()
 
     def _add_slot(self) -> ObjectRef:
         share = self.share
         slot = (
-            ray.remote(Slot)
+            ray.remote(RenderActor)
             .options(num_cpus=share.cpus, num_gpus=share.gpus)
-            .remote(self._setup, share.threads)
+            .remote(self._options, share.threads)
         )
         self._slots.add(slot)
         answer = slot.start.remote()
@@ -272,7 +272,7 @@ class Pool:
 
 
 @contextlib.contextmanager
-def connected(jobs: int | None) -> Iterator[None]:
+def connect_ray(jobs: int | None) -> Iterator[None]:
     """Use the cluster at ``RAY_ADDRESS``, the one that this process is connected to already, or one of this machine.
 
     Args:
@@ -343,22 +343,22 @@ def _own_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, answer)
 
 
-def _share(jobs: int | None) -> Share:
+def _share(jobs: int | None) -> WorkerResources:
     """Say what one process gets: a GPU where there are any (a part of one if more are asked for), else CPUs alone."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if gpus:
         each = min(1.0, gpus / (jobs or gpus))
         fewest = min(node.get("CPU", 1.0) / node["GPU"] for node in nodes if node.get("GPU"))
-        return Share(max(1, int(fewest * each)), max(1, int(fewest * each)), each)
+        return WorkerResources(max(1, int(fewest * each)), max(1, int(fewest * each)), each)
     largest = max(int(node.get("CPU", 1.0)) for node in nodes)
     cpus = sum(int(node.get("CPU", 0.0)) for node in nodes)
     # Fewer processes than there is room for, as many as CPUs or more: whatever was asked for, no CPU is idle.
     each = max(1, min(largest, cpus // jobs) if jobs else min(_CPUS, largest // 2))
-    return Share(each, min(each + 1, largest))
+    return WorkerResources(each, min(each + 1, largest))
 
 
-def _room(share: Share) -> int:
+def _room(share: WorkerResources) -> int:
     """Count the processes that fit on the nodes there are."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(

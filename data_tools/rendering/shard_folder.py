@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_tools.assets.asset_list import Asset, hash_file
-from data_tools.quality.filter_table import shard_infos
-from data_tools.quality.measures import MEASURES_MEMBER, Rule, decode_measures, objections
+from data_tools.quality.filter_table import read_infos
+from data_tools.quality.measures import MEASURES_MEMBER, Rule, broken_rules, decode_measures
 from data_tools.rendering.shard_plan import PlannedShard
 from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, write_atomically, write_shard
 from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, encode_info
@@ -34,7 +34,7 @@ PARTS_NAME = "parts"
 QUARANTINE_NAME = "quarantine"
 
 #: Seconds to wait for a run that was killed a moment ago.
-LOCK_PATIENCE_S = 30.0
+LOCK_TIMEOUT_S = 30.0
 
 
 class FolderError(InputError):
@@ -42,14 +42,14 @@ class FolderError(InputError):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a folder for one run.
 
     Raises:
         FolderError: Another run is at work there.
     """
     with open(folder / ".lock", "w") as file:
-        give_up = time.monotonic() + LOCK_PATIENCE_S
+        give_up = time.monotonic() + LOCK_TIMEOUT_S
         while True:
             try:
                 lock(file, wait=False)
@@ -66,7 +66,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def clear_leftovers(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what a killed run left half-written."""
     (folder / PARTS_NAME).mkdir(exist_ok=True)
     for place in (folder, folder / PARTS_NAME):
@@ -86,7 +86,7 @@ def write_quarantine(folder: Path, key: str, log: str) -> None:
     write_atomically(folder / QUARANTINE_NAME / f"{key}.log", log.encode())
 
 
-def parts(folder: Path) -> set[str]:
+def part_ids(folder: Path) -> set[str]:
     """List the ids that have a finished part."""
     return {path.stem for path in (folder / PARTS_NAME).glob("*.tar")}
 
@@ -144,12 +144,12 @@ def find_records(folder: Path, planned: PlannedShard) -> dict[str, tuple[Path, S
     found = dict[str, tuple[Path, SampleInfo]]()
     for tar in tars:
         shard = _shard(tar, planned)
-        infos = shard_infos(tar.parent, shard) if shard else ()
+        infos = read_infos(tar.parent, shard) if shard else ()
         found |= {key: (tar, info) for key, info in infos if key not in found}
     return found
 
 
-def require_as_recorded(
+def check_recorded_hashes(
     folder: Path,
     planned: PlannedShard,
     assets: Mapping[str, Asset],
@@ -231,7 +231,7 @@ def _with_listed(info: SampleInfo, asset: Asset) -> SampleInfo:
     return dataclasses.replace(info, **asset.record())
 
 
-def find_shards(
+def describe_shards(
     folder: Path, planned: PlannedShard, known: Mapping[str, Shard], before_ns: int
 ) -> list[Shard]:
     """Describe the shards on disk that a planned one became: itself, and the rejected ones.
@@ -275,7 +275,7 @@ def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -
     A shard with a hole that is no longer a known failure (somebody deleted ``failures.jsonl``) is taken apart
     into parts, so that it is written again when the hole is filled.
     """
-    done = parts(folder)
+    done = part_ids(folder)
     for planned in plan:
         ids = shard_ids(folder, planned)
         if not ids:
@@ -297,11 +297,11 @@ def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rul
         planned: The shard.
         rules: What an object must obey; the others go into a shard of their own.
     """
-    have = parts(folder)
+    have = part_ids(folder)
     chosen = dict[bool, list[tuple[str, dict[str, bytes]]]]({False: [], True: []})
     for key in (key for key in planned.ids if key in have):
         for _, members in _read_tar(folder / PARTS_NAME / f"{key}.tar"):
-            rejected = bool(objections(decode_measures(key, members[MEASURES_MEMBER]), rules))
+            rejected = bool(broken_rules(decode_measures(key, members[MEASURES_MEMBER]), rules))
             chosen[rejected].append((key, members))
     for name, rejected in _names(planned):
         if chosen[rejected]:

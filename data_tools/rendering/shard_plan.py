@@ -62,10 +62,10 @@ def plan_shards(splits: Mapping[str, str], held_out: int, shard_size: int) -> tu
             found=held_out,
         )
     val |= held_out_ids(free, held_out)
-    return cut({"train": sorted(set(splits) - val), "val": sorted(val)}, shard_size)
+    return split_into_shards({"train": sorted(set(splits) - val), "val": sorted(val)}, shard_size)
 
 
-def cut(
+def split_into_shards(
     members: Mapping[Split, Sequence[str]], shard_size: int, first: Mapping[Split, int] | None = None
 ) -> tuple[PlannedShard, ...]:
     """Cut the ids of each split, in their order, into shards of ``shard_size`` objects.

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_tools.layouts.files import PosedViews
 from data_tools.layouts.registry import LAYOUTS, Layout, ViewFormat, get_layout, layout_renderer
 from data_tools.quality.contact_sheet import write_contact_sheet
-from data_tools.quality.validate import check_images, undecided_line
+from data_tools.quality.validate import check_views, undetectable_message
 from data_tools.rendering.shard_folder import FAILURES_NAME, write_failures
 from data_tools.rendering.shard_plan import default_held_out, plan_shards
 from data_tools.shards.pool import LeftOut, Made, write_shards
@@ -146,7 +146,7 @@ def convert(
     if failures:
         print(f"why            {out / FAILURES_NAME}")
     for error, keys in notes.items():
-        print(f"not decidable  {undecided_line(error, keys)}")
+        print(f"not decidable  {undetectable_message(error, keys)}")
     print(f"next           make train DATA={shlex.quote(str(out))}")
     return manifest
 
@@ -206,7 +206,7 @@ def _members(
             views=len(views),
         )
         sample = Sample(info, posed.c2w, posed.fxfycxcy, views)
-        return Made(encode_sample(sample), check_images(sample).undecided)
+        return Made(encode_sample(sample), check_views(sample).undetectable)
     except (InputError, OSError) as error:
         return LeftOut(str(error))
 

@@ -16,12 +16,12 @@ import numpy as np
 from PIL import Image
 
 from data_tools.quality.contact_sheet import write_contact_sheet
-from data_tools.quality.filter_table import shard_measures
-from data_tools.quality.geometry import smaller_geometry
-from data_tools.quality.measures import Rule, objections, parse_rule
-from data_tools.quality.validate import file_differences
+from data_tools.quality.filter_table import read_measures
+from data_tools.quality.geometry import resize_geometry
+from data_tools.quality.measures import Rule, broken_rules, parse_rule
+from data_tools.quality.validate import find_file_problems
 from data_tools.rendering.shard_folder import FAILURES_NAME, read_failures, write_failures
-from data_tools.rendering.shard_plan import cut, held_out_ids
+from data_tools.rendering.shard_plan import held_out_ids, split_into_shards
 from data_tools.shards.pool import Made, processes, write_shards
 from lrm_pl.data.manifest import (
     SPLITS,
@@ -102,7 +102,7 @@ def repack(
     total = sum(shard.samples for manifest in manifests.values() for shard in manifest.shards)
     if not samples:
         raise RepackError(expected=f"objects that obey {' and '.join(rules or ())}", found=f"none of {total}")
-    plan = cut(_splits(samples, held_out), shard_size)
+    plan = split_into_shards(_splits(samples, held_out), shard_size)
     with new_folder(out) as folder:
         make = partial(_members, views=first.views, resolution=resolution)
         shards, _, sizes = write_shards(folder, plan, samples, make)
@@ -183,7 +183,7 @@ def _require_whole(manifests: Mapping[Path, Manifest]) -> None:
 
 def _first_difference(folder: Path, shard: Shard) -> str:
     try:
-        return next(file_differences(folder, shard), "")
+        return next(find_file_problems(folder, shard), "")
     except tarfile.TarError as error:
         return f"expected a tar, but found: {error}"
 
@@ -228,7 +228,7 @@ def _chosen(folder: Path, shard: Shard, rules: Sequence[Rule] | None) -> set[str
     keys = set(read_index(folder, shard))
     if rules is None:
         return set() if shard.rejected else keys
-    measured = dict(shard_measures(folder, shard))
+    measured = dict(read_measures(folder, shard))
     if unknown := sorted(keys - set(measured)):
         raise RepackError(
             subject=folder / shard.name,
@@ -236,7 +236,7 @@ def _chosen(folder: Path, shard: Shard, rules: Sequence[Rule] | None) -> set[str
             found=f"none of {unknown[0]!r}",
             remedy="rules need a folder that `render` made",
         )
-    return {key for key, measures in measured.items() if not objections(measures, rules)}
+    return {key for key, measures in measured.items() if not broken_rules(measures, rules)}
 
 
 def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, list[str]]:
@@ -263,7 +263,7 @@ def _members(key: str, found: Found, views: int, resolution: int | None) -> Made
             )
         if resolution is not None:
             smaller = tuple(resized(key, view, resolution) for view in sample.views)
-            sample = dataclasses.replace(sample, views=smaller, extras=smaller_geometry(sample, smaller))
+            sample = dataclasses.replace(sample, views=smaller, extras=resize_geometry(sample, smaller))
         encoded = encode_sample(sample)
         height, width, _ = decode_image(key, sample.views[0]).shape
     except SampleError as error:

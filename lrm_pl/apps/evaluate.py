@@ -15,9 +15,9 @@ from lrm_pl.apps.options import add_network
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.comparison import compare
-from lrm_pl.evaluation.folder import EVALUATIONS
+from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.protocols import PROTOCOLS
-from lrm_pl.evaluation.selection import Objects
+from lrm_pl.evaluation.records import DEFAULT_FOLDER
 from lrm_pl.inference.locate import locate_network
 from lrm_pl.paths import require_out, user_path
 from lrm_pl.training.processes import in_group, rank_and_world_size, run_processes
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 expected="the hash of CLIP's weights too", found="none: --clip-sha256 $(sha256sum FILE)"
             )
         locate_network(given.ckpt)
-        require_out(given.out or EVALUATIONS)
-        objects = Objects(given.data, given.split, given.ids, given.limit)
-        PROTOCOLS[given.protocol].require(objects.manifest, given.data)
+        require_out(given.out or DEFAULT_FOLDER)
+        objects = EvaluationDataset(given.data, given.split, given.ids, given.limit)
+        PROTOCOLS[given.protocol].check_manifest(objects.manifest, given.data)
         if given.processes > 1 and not in_group():  # what is wrong is said once, before they start
             run_processes(given.processes, ["evaluate", *(sys.argv[2:] if arguments is None else arguments)])
         from lrm_pl.evaluation.run import run
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    protocols = "; ".join(f"{protocol.name}: {protocol.what}" for protocol in PROTOCOLS.values())
+    protocols = "; ".join(f"{protocol.name}: {protocol.description}" for protocol in PROTOCOLS.values())
     parser = argparse.ArgumentParser(prog="lrm evaluate", description=__doc__)
     add_network(parser)
     parser.add_argument("--data", default="data/demo", help="folder of shards, or its URL (data/demo)")

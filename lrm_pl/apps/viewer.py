@@ -20,10 +20,10 @@ from lrm_pl.checkpoints import find_checkpoint, list_checkpoints, load_network
 from lrm_pl.data.manifest import MANIFEST_NAME, Split
 from lrm_pl.data.schema import SampleError, decode_image
 from lrm_pl.errors import InputError
+from lrm_pl.evaluation.dataset import EvaluationDataset, NoObjectsError
 from lrm_pl.evaluation.objects import over_white
 from lrm_pl.evaluation.protocols import Protocol
-from lrm_pl.evaluation.run import scene_of
-from lrm_pl.evaluation.selection import NoObjectsError, Objects
+from lrm_pl.evaluation.run import reconstruct_sample
 from lrm_pl.geometry.cameras import canonicalize
 from lrm_pl.inference.find_model import Trained, open_trained
 from lrm_pl.inference.model_folder import CONFIG_NAME, WEIGHTS_NAME, find_config
@@ -191,7 +191,7 @@ class Viewer:
                 return False
             image = over_white(sample, (view,))[0]
             self._sample, self._c2w = sample, canonicalize(torch.from_numpy(sample.c2w[[view, *views]]))[1:]
-            self.scene: Scene = scene_of(self.trained, sample, view)
+            self.scene: Scene = reconstruct_sample(self.trained, sample, view)
             self.input.image = (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
             self._draw_anew()
             self._show_frusta()
@@ -314,7 +314,7 @@ def data_of(run: str) -> str:
     return str(config.get("data", {}).get("folder"))
 
 
-def _choices(data: str) -> list[tuple[str, Objects, Any]]:
+def _choices(data: str) -> list[tuple[str, EvaluationDataset, Any]]:
     """List objects to choose from: held-out ones first."""
     if is_local(data) and not (Path(data) / MANIFEST_NAME).is_file():
         raise InputError(
@@ -326,10 +326,10 @@ def _choices(data: str) -> list[tuple[str, Objects, Any]]:
     splits: tuple[Split, ...] = ("val", "train")
     for split in splits:
         try:
-            objects = Objects(data, split, limit=_OBJECTS)
+            objects = EvaluationDataset(data, split, limit=_OBJECTS)
         except NoObjectsError:
             continue
-        found += [(f"{split}: {key}", objects, place) for key, place in objects.chosen]
+        found += [(f"{split}: {key}", objects, place) for key, place in objects.samples]
     if not found:
         raise InputError(
             expected=f"objects in {data}", found="none", remedy="render some, or name other shards: --data"

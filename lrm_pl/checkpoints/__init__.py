@@ -22,13 +22,13 @@ from lrm_pl.checkpoints.index import (
     Mode,
     best_score,
     checkpoint_path,
-    clear_leftovers,
     complete,
     list_checkpoints,
     newest_checkpoint,
     read_checkpoint,
     read_index,
     remove_checkpoint,
+    remove_partial_files,
     step_of,
     tidy,
 )
@@ -40,7 +40,7 @@ __all__ = [
     "Checkpoint", "CheckpointError", "Format", "Mode", "SIGNS", "Owner", "require_own",
     "checkpoint_path", "step_of", "list_checkpoints", "newest_checkpoint", "read_checkpoint", "read_index",
     "choose_checkpoint", "find_checkpoint", "read_newest",
-    "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "clear_leftovers", "require_writable",
+    "write_tensors", "complete", "remove_checkpoint", "tidy", "best_score", "remove_partial_files", "require_writable",
     "tensor_names", "tensor_specs", "read_tensors",
     "network_tensors", "averaged_names", "require_network", "load_network",
 ]  # fmt: skip

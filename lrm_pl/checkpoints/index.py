@@ -152,7 +152,7 @@ def remove_checkpoint(path: str) -> None:
             fs.rm(inner, recursive=True)
 
 
-def clear_leftovers(folder: str, say: Callable[[str], None]) -> None:
+def remove_partial_files(folder: str, say: Callable[[str], None]) -> None:
     """Delete what an interrupted run left half-written in a local folder; no other run may be at work there."""
     if not is_local(folder):
         return  # in an object store it has its step's name, and is replaced or tidied up by the run that goes on

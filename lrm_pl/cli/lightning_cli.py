@@ -45,10 +45,10 @@ from lrm_pl.callbacks.trace import TraceRecorder
 from lrm_pl.checkpoints import (
     Checkpoint,
     Owner,
-    clear_leftovers,
     load_network,
     read_index,
     read_newest,
+    remove_partial_files,
     require_network,
     require_own,
     require_writable,
@@ -527,7 +527,7 @@ class LRMCLI(LightningCLI):
             if Path(keeper.folder).absolute().parent != folder:  # a run may be moved with what lies in it
                 require_own(keeper.folder, str(folder))
                 keeper.owner = Owner(keeper.folder, str(folder))
-            clear_leftovers(keeper.folder, logger.warning)
+            remove_partial_files(keeper.folder, logger.warning)
         found = keeper.choose(resume)
         if found is not None:
             require_network(found, self.model.lrm)

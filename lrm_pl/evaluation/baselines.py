@@ -6,28 +6,32 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrm_pl.data.schema import SampleError
+from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.objects import Baseline, over_white
 from lrm_pl.evaluation.protocols import Protocol
-from lrm_pl.evaluation.selection import Objects
 
 #: Training objects, and views of each, that the mean image is of.
 _OBJECTS, _VIEWS = 64, (0, 1, 2, 3)
 
 
-def trivial_baselines(objects: Objects) -> dict[str, Baseline]:
+def trivial_baselines(objects: EvaluationDataset) -> dict[str, Baseline]:
     """Make all of them; the mean training image where there are training objects."""
     made = {
-        "white image": Baseline(lambda image, targets: targets.new_ones(()).expand_as(targets), looks=False),
-        "input view repeated": Baseline(_resized, looks=True),
+        "white image": Baseline(
+            lambda image, targets: targets.new_ones(()).expand_as(targets), uses_input=False
+        ),
+        "input view repeated": Baseline(_resized, uses_input=True),
     }
     if (mean := _mean_image(objects)) is not None:
-        made["mean training image"] = Baseline(lambda image, targets: _resized(mean, targets), looks=False)
+        made["mean training image"] = Baseline(
+            lambda image, targets: _resized(mean, targets), uses_input=False
+        )
     return made
 
 
-def _mean_image(objects: Objects) -> Float[Tensor, "3 h w"] | None:
+def _mean_image(objects: EvaluationDataset) -> Float[Tensor, "3 h w"] | None:
     """Average views of training objects, in the size of the first."""
-    training = objects.of_split("train")
+    training = objects.samples_of("train")
     count = min(_OBJECTS, len(training))
     protocol = Protocol("mean image", "", inputs=_VIEWS, targets=_VIEWS)
     total, images = torch.zeros(()), 0

@@ -6,18 +6,18 @@ from typing import Any
 
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.evaluation.folder import (
-    EVALUATIONS,
+from lrm_pl.evaluation.page import render_comparison
+from lrm_pl.evaluation.protocols import PROTOCOLS, metrics_of
+from lrm_pl.evaluation.records import (
+    DEFAULT_FOLDER,
     OBJECTS_NAME,
     RESULTS_NAME,
     SETTINGS_NAME,
     ObjectRecord,
     read_json,
     read_object,
-    without_places,
+    without_locations,
 )
-from lrm_pl.evaluation.page import render_comparison
-from lrm_pl.evaluation.protocols import PROTOCOLS, metrics_of
 from lrm_pl.evaluation.summary import means, paired_differences, table
 from lrm_pl.paths import require_out
 
@@ -40,14 +40,14 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
     """
     settings = [_finished(folder) for folder in (a, b)]
     for name in ("protocol", "data", "lpips", "clip"):
-        sides: list[Any] = [without_places(found).get(name) for found in settings]
+        sides: list[Any] = [without_locations(found).get(name) for found in settings]
         of_a, of_b = sides
         if of_a != of_b:
             if name == "protocol" and of_a["name"] != of_b["name"]:
                 of_a, of_b = of_a["name"], of_b["name"]
             raise InputError(expected=f"two evaluations of one {name}", found=f"{of_a} and {of_b}")
     protocol = PROTOCOLS[settings[0]["protocol"]["name"]]
-    found = in_common(*(_records(*each) for each in zip((a, b), settings, strict=True)))
+    found = common_objects(*(_records(*each) for each in zip((a, b), settings, strict=True)))
     differences = paired_differences(*found)
     better = metrics_of(protocol)
     rows = {name: means(records).get("model", {}) for name, records in zip(("A", "B"), found, strict=True)}
@@ -66,7 +66,7 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
         lines.append(f"| {metric} | {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {d.objects} |")
     told = "\n".join([*names, "", table(rows, better), "", *lines])
     text = (told + "\n").encode()
-    folder = out or EVALUATIONS / f"{a.absolute().name}-{b.absolute().name}"
+    folder = out or DEFAULT_FOLDER / f"{a.absolute().name}-{b.absolute().name}"
     require_out(folder)
     if out is None and (folder / TABLE_NAME).is_file() and (folder / TABLE_NAME).read_bytes() != text:
         raise InputError(
@@ -86,7 +86,7 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
     return told, folder / PAGE_NAME
 
 
-def in_common(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
+def common_objects(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
     """Keep of two evaluations the objects, and of each the metrics, that both have."""
     metrics = [{record.id: set(record.rows.get("model", {})) for record in records} for records in (a, b)]
     both = {key: metrics[0][key] & metrics[1][key] for key in metrics[0].keys() & metrics[1].keys()}

@@ -63,7 +63,7 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
     """Load the Inception network of FID through torch-fidelity.
 
     Args:
-        path: Its file; None looks for it as for other weights.
+        path: Its file; None uses_input for it as for other weights.
         sha256: Its hash, where it is another file.
         device: Where it computes.
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleError, decode_image
 from lrm_pl.data.surface import decode_surface
 from lrm_pl.data.transforms import sample_rng
-from lrm_pl.evaluation.geometry import Cloud, SurfaceScores, align, compare_surfaces
-from lrm_pl.evaluation.protocols import Geometry, Protocol, f_score_name
+from lrm_pl.evaluation.protocols import Protocol, SurfaceSettings, f_score_name
+from lrm_pl.evaluation.surfaces import PointCloud, SurfaceScores, align, compare_surfaces
 from lrm_pl.geometry.cameras import canonical_rotation, canonicalize
 from lrm_pl.inference.scene import Scene, as_tensor
 from lrm_pl.kernels.device import without_tf32
@@ -54,7 +54,7 @@ class PerceptualMetrics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class ObjectResult:
     """What was found about one object.
 
     Attributes:
@@ -92,11 +92,11 @@ class Baseline:
 
     Attributes:
         make: Input image (3, h, w) and targets (n, 3, h, w) -> answers of the targets' shape.
-        looks: Whether it depends on the input.
+        uses_input: Whether it depends on the input.
     """
 
-    make: Callable[[Tensor, Tensor], Tensor]
-    looks: bool
+    predict: Callable[[Tensor, Tensor], Tensor]
+    uses_input: bool
 
 
 @torch.no_grad()
@@ -104,23 +104,23 @@ def measure_object(
     sample: Sample,
     protocol: Protocol,
     reconstruct: Reconstruct,
-    judges: PerceptualMetrics,
+    perceptual: PerceptualMetrics,
     baselines: Mapping[str, Baseline],
-) -> Measured:
+) -> ObjectResult:
     """Measure one object, in float32 without TF32, where the network draws it.
 
     Args:
         sample: The object, with the views that the protocol needs.
         protocol: What is measured.
         reconstruct: The network.
-        judges: What images are measured with.
+        perceptual: What images are measured with.
         baselines: What else is measured, where images are.
 
     Raises:
         SampleError: A view cannot be read, or there is no true surface where the protocol needs one.
         NotFiniteError: The network draws values that are not finite.
     """
-    targets = over_white(sample, protocol.seen)
+    targets = over_white(sample, protocol.rendered)
     size = targets.shape[-2], targets.shape[-1]
     answers: dict[str, list[Tensor]] = {"model": []}
     surface: dict[str, list[float]] = {}
@@ -129,8 +129,8 @@ def measure_object(
     for view in protocol.inputs:
         image = over_white(sample, (view,))[0]
         rgba = input_view(sample, view)
-        c2w = canonicalize(torch.from_numpy(sample.c2w[[view, *protocol.seen]]))
-        fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.seen]])
+        c2w = canonicalize(torch.from_numpy(sample.c2w[[view, *protocol.rendered]]))
+        fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.rendered]])
         scene = reconstruct(rgba, c2w[0], fxfycxcy[0])
         with stage("views"):
             renders = _render(scene, c2w[1:], fxfycxcy[1:], size)
@@ -145,9 +145,9 @@ def measure_object(
         answers["model"].append(renders)
         _add_baselines(answers, baselines, image, targets)
         strip = _strip(image, targets, renders) if strip is None else strip
-        if protocol.geometry is not None:
+        if protocol.surface is not None:
             with stage("surface"):
-                note = _measure_surface(surface, scene, sample, view, protocol.geometry)
+                note = _measure_surface(surface, scene, sample, view, protocol.surface)
             notes += [note] if note else []
     assert strip is not None, protocol.inputs
     rows: dict[str, dict[str, float]] = {
@@ -156,17 +156,17 @@ def measure_object(
     features = dict[str, Float[np.ndarray, "n d"]]()
     if protocol.targets:
         with stage("metrics"), without_tf32():
-            for name, row in _measure_images(answers, targets, judges).items():
+            for name, row in _measure_images(answers, targets, perceptual).items():
                 rows[name] = rows.get(name, {}) | row
-            features = _features(answers | {"target": [targets]}, judges)
-    return Measured(rows, strip.cpu(), features, tuple(notes))
+            features = _features(answers | {"target": [targets]}, perceptual)
+    return ObjectResult(rows, strip.cpu(), features, tuple(notes))
 
 
 @torch.no_grad()
 def measure_baselines(
     sample: Sample,
     protocol: Protocol,
-    judges: PerceptualMetrics,
+    perceptual: PerceptualMetrics,
     baselines: Mapping[str, Baseline],
     device: torch.device,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Float[np.ndarray, "n d"]]]:
@@ -175,7 +175,7 @@ def measure_baselines(
     Args:
         sample: The object, with the views that the protocol needs.
         protocol: What is measured; it compares images.
-        judges: What images are measured with.
+        perceptual: What images are measured with.
         baselines: What is measured.
         device: The network's.
 
@@ -185,12 +185,12 @@ def measure_baselines(
     Raises:
         SampleError: A view cannot be read.
     """
-    targets = over_white(sample, protocol.seen).to(device)
+    targets = over_white(sample, protocol.rendered).to(device)
     answers = dict[str, list[Tensor]]()
     for view in protocol.inputs:
         _add_baselines(answers, baselines, over_white(sample, (view,))[0].to(device), targets)
     with stage("metrics"), without_tf32():
-        return _measure_images(answers, targets, judges), _features(answers, judges)
+        return _measure_images(answers, targets, perceptual), _features(answers, perceptual)
 
 
 def _add_baselines(
@@ -198,20 +198,20 @@ def _add_baselines(
 ) -> None:
     """Add what baselines answer to an input; those that do not look at it answer once."""
     for name, baseline in baselines.items():
-        if baseline.looks or name not in answers:
-            answers.setdefault(name, []).append(baseline.make(image, targets))
+        if baseline.uses_input or name not in answers:
+            answers.setdefault(name, []).append(baseline.predict(image, targets))
 
 
 def _features(
-    images: Mapping[str, list[Tensor]], judges: PerceptualMetrics
+    images: Mapping[str, list[Tensor]], perceptual: PerceptualMetrics
 ) -> dict[str, Float[np.ndarray, "n d"]]:
     """Return the features of FID and KID of each row's images; nothing without a network for them."""
-    if judges.features is None:
+    if perceptual.features is None:
         return {}
-    return {name: judges.features(torch.cat(each)).float().cpu().numpy() for name, each in images.items()}
+    return {name: perceptual.features(torch.cat(each)).float().cpu().numpy() for name, each in images.items()}
 
 
-def true_surface(sample: Sample, view: int, geometry: Geometry) -> Cloud:
+def true_surface(sample: Sample, view: int, geometry: SurfaceSettings) -> PointCloud:
     """Return the true surface as the input view's canonical frame has it.
 
     Raises:
@@ -226,13 +226,15 @@ def true_surface(sample: Sample, view: int, geometry: Geometry) -> Cloud:
         )
     points, normals = decode_surface(sample.info.id, sample.extras[SURFACE_MEMBER])
     turn = canonical_rotation(torch.from_numpy(sample.c2w[view])).double().numpy()
-    truth = Cloud(points[: geometry.points].astype(np.float64), normals[: geometry.points].astype(np.float64))
-    truth = truth.moved(turn)
+    truth = PointCloud(
+        points[: geometry.points].astype(np.float64), normals[: geometry.points].astype(np.float64)
+    )
+    truth = truth.transformed(turn)
     return truth.normalized() if geometry.normalized else truth
 
 
 def _measure_surface(
-    row: dict[str, list[float]], scene: Scene, sample: Sample, view: int, geometry: Geometry
+    row: dict[str, list[float]], scene: Scene, sample: Sample, view: int, geometry: SurfaceSettings
 ) -> str:
     """Add the scores of a mesh; returns why there is none, or nothing."""
     truth = true_surface(sample, view, geometry)
@@ -243,7 +245,9 @@ def _measure_surface(
             row.setdefault(f_score_name(threshold), []).append(0.0)
         return f"view {view}: {error}"
     rng = sample_rng(0, view, sample.info.id)
-    prediction = Cloud(*draw_points([(mesh.vertices.astype(np.float64), mesh.faces)], geometry.points, rng))
+    prediction = PointCloud(
+        *draw_points([(mesh.vertices.astype(np.float64), mesh.faces)], geometry.points, rng)
+    )
     if geometry.normalized:
         prediction = prediction.normalized()
     if geometry.aligned:
@@ -312,23 +316,23 @@ def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) 
 
 
 def _measure_images(
-    answers: Mapping[str, list[Tensor]], targets: Tensor, judges: PerceptualMetrics
+    answers: Mapping[str, list[Tensor]], targets: Tensor, perceptual: PerceptualMetrics
 ) -> dict[str, dict[str, float]]:
     """Measure all answers; what is known of the targets is found out once."""
     values: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
     for start in range(0, len(targets), _IMAGES):
         theirs = targets[start : start + _IMAGES]
-        known = {name: _features_of(network, theirs) for name, network in judges.lpips.items()}
-        clip = None if judges.clip is None else judges.clip(theirs)
+        known = {name: _features_of(network, theirs) for name, network in perceptual.lpips.items()}
+        clip = None if perceptual.clip is None else perceptual.clip(theirs)
         for name, row in values.items():
             for answer in answers[name]:
                 ours = answer[start : start + _IMAGES]
                 once = ours[:1] if ours.stride(0) == 0 else ours  # one image for all targets
                 found = {"psnr": psnr(ours, theirs), "ssim": ssim(ours, theirs)}
-                for kind, network in judges.lpips.items():
+                for kind, network in perceptual.lpips.items():
                     found[f"lpips_{kind}"] = network.distance(_features_of(network, once), known[kind])
-                if judges.clip is not None and clip is not None:
-                    found["clip"] = torch.nn.functional.cosine_similarity(judges.clip(once), clip, dim=-1)
+                if perceptual.clip is not None and clip is not None:
+                    found["clip"] = torch.nn.functional.cosine_similarity(perceptual.clip(once), clip, dim=-1)
                 figures = torch.stack([figure.to(ours.device) for figure in found.values()]).cpu()
                 # A baseline that repeats the input equals it in that one view: no figure of a comparison.
                 counts = figures[0].isfinite()

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lrm_pl.evaluation.folder import OBJECTS_NAME, ObjectRecord
+from lrm_pl.evaluation.records import OBJECTS_NAME, ObjectRecord
 from lrm_pl.evaluation.summary import Difference, digits
 
-#: Objects that are shown of each kind.
+#: EvaluationDataset that are shown of each kind.
 _SHOWN = 4
 
 _STYLE = """
@@ -22,7 +22,7 @@ figure{margin:0 0 1rem}img{max-width:100%;border:1px solid #ddd}figcaption{color
 """
 
 
-def ranked(
+def rank_objects(
     records: Sequence[ObjectRecord], metric: str, *, more_is_better: bool
 ) -> dict[str, list[ObjectRecord]]:
     """Choose the worst, the median and the best objects by a metric of the model; none twice.
@@ -63,14 +63,14 @@ def render_page(
         title: Its title.
         facts: What was measured, a row each.
         rows: Row -> metric -> mean.
-        better: Metric -> whether more is better; objects are ranked by the first that there is.
+        better: Metric -> whether more is better; objects are rank_objects by the first that there is.
         records: All objects.
         folder: The evaluation's, for the images.
     """
     columns = [metric for metric in better if any(metric in row for row in rows.values())]
     parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts), _means(rows, better, columns)]
     if columns:
-        for name, chosen in ranked(records, columns[0], more_is_better=better[columns[0]]).items():
+        for name, chosen in rank_objects(records, columns[0], more_is_better=better[columns[0]]).items():
             if not chosen:  # of few objects
                 continue
             figures = "".join(_figure(record, columns, folder) for record in chosen)

@@ -13,7 +13,7 @@ from lrm_pl.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class SurfaceSettings:
     """How a mesh is held against the points of the true surface (``surface.npy``).
 
     Attributes:
@@ -48,24 +48,24 @@ class Protocol:
     """
 
     name: str
-    what: str
+    description: str
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
-    geometry: Geometry | None = None
+    surface: SurfaceSettings | None = None
     preset: str = ""
-    shown: tuple[int, ...] = (1, 4, 7, 10)
+    preview: tuple[int, ...] = (1, 4, 7, 10)
 
     @property
     def views(self) -> int:
         """Views that an object must have."""
-        return max((*self.inputs, *self.seen)) + 1
+        return max((*self.inputs, *self.rendered)) + 1
 
     @property
-    def seen(self) -> tuple[int, ...]:
+    def rendered(self) -> tuple[int, ...]:
         """Views that are rendered."""
-        return self.targets or self.shown
+        return self.targets or self.preview
 
-    def require(self, manifest: Manifest, where: str) -> None:
+    def check_manifest(self, manifest: Manifest, where: str) -> None:
         """Check that shards can serve it.
 
         Raises:
@@ -111,7 +111,7 @@ _PROTOCOLS = (
         "and ICP (TripoSR, section 4)",
         inputs=(0,),
         targets=(),
-        geometry=Geometry(),
+        surface=SurfaceSettings(),
     ),
     Protocol(
         "geometry-posed",
@@ -119,7 +119,7 @@ _PROTOCOLS = (
         "of the object's bounding sphere",
         inputs=(0,),
         targets=(),
-        geometry=Geometry(normalized=False, aligned=False),
+        surface=SurfaceSettings(normalized=False, aligned=False),
     ),
 )
 
@@ -137,7 +137,7 @@ def f_score_name(threshold: float) -> str:
     return f"f_score@{threshold:g}"
 
 
-def surface_metrics(geometry: Geometry) -> dict[str, bool]:
+def surface_metrics(geometry: SurfaceSettings) -> dict[str, bool]:
     """Name the metrics of surfaces -> whether more is better."""
     return {
         "chamfer": False,
@@ -149,4 +149,4 @@ def surface_metrics(geometry: Geometry) -> dict[str, bool]:
 def metrics_of(protocol: Protocol) -> dict[str, bool]:
     """Name the metrics that a protocol may have, in the order of tables -> whether more is better."""
     images = image_metrics(["clip"]) | {"fid": False, "kid": False} if protocol.targets else {}
-    return images | (surface_metrics(protocol.geometry) if protocol.geometry else {})
+    return images | (surface_metrics(protocol.surface) if protocol.surface else {})

@@ -11,9 +11,9 @@ import torch
 from lrm_pl import __version__
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.evaluation.folder import RESULTS_NAME, ObjectRecord, read_features, read_object
 from lrm_pl.evaluation.page import render_page
 from lrm_pl.evaluation.protocols import Protocol, metrics_of
+from lrm_pl.evaluation.records import RESULTS_NAME, ObjectRecord, read_features, read_object
 from lrm_pl.evaluation.set_distances import set_distances
 from lrm_pl.evaluation.summary import means, table
 from lrm_pl.evaluation.tensorboard import write_board
@@ -48,19 +48,19 @@ def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, A
         "not measured": {record.id: record.bad for record in records if record.bad},
         "notes": {record.id: list(record.notes) for record in records if record.notes},
         "mean": rows,
-        "objects of the mean": of_how_many(good),
+        "objects of the mean": count_objects(good),
         "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
     }
     step = settings["network"]["step"]
     facts = {
-        "protocol": f"{protocol.name}: {protocol.what}",
+        "protocol": f"{protocol.name}: {protocol.description}",
         "network": settings["network"]["source"] + ("" if step is None else f", step {step}"),
         "weights, sha256": settings["network"]["sha256"],
         "shards": f"{settings['data']['folder']}, split {settings['data']['split']}, {settings['data']['ids']}",
         "objects": f"{len(good)} of {len(records)}",
         "code": f"lrm_pl {__version__}, {git_commit()}",
     }
-    if short := shortfall(results):
+    if short := incomplete_means(results):
         facts["means of fewer"] = short
     told = "\n".join(f"{name}: {value}  " for name, value in facts.items())
     write_atomically(out / "results.md", f"{told}\n\n{table(rows, better)}\n".encode())
@@ -71,12 +71,12 @@ def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, A
     return results
 
 
-def of_how_many(records: list[ObjectRecord]) -> dict[str, int]:
+def count_objects(records: list[ObjectRecord]) -> dict[str, int]:
     """Count the objects that the network's mean of each metric is of."""
     return dict(Counter(metric for record in records for metric in record.rows.get("model", {})))
 
 
-def shortfall(results: dict[str, Any]) -> str:
+def incomplete_means(results: dict[str, Any]) -> str:
     """Say which means are of fewer objects than were measured; nothing where none is."""
     fewer = {
         metric: count

@@ -18,19 +18,8 @@ from torch import Tensor
 from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.errors import counted
 from lrm_pl.evaluation.baselines import trivial_baselines
+from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.features import load_clip, load_inception
-from lrm_pl.evaluation.folder import (
-    EVALUATIONS,
-    RESULTS_NAME,
-    SETTINGS_NAME,
-    ObjectRecord,
-    claim,
-    read_features,
-    read_json,
-    read_object,
-    without_places,
-    write_object,
-)
 from lrm_pl.evaluation.objects import (
     Baseline,
     PerceptualMetrics,
@@ -41,8 +30,19 @@ from lrm_pl.evaluation.objects import (
     measure_object,
 )
 from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, metrics_of
-from lrm_pl.evaluation.results import finish, shortfall
-from lrm_pl.evaluation.selection import Objects
+from lrm_pl.evaluation.records import (
+    DEFAULT_FOLDER,
+    RESULTS_NAME,
+    SETTINGS_NAME,
+    ObjectRecord,
+    open_evaluation,
+    read_features,
+    read_json,
+    read_object,
+    without_locations,
+    write_object,
+)
+from lrm_pl.evaluation.results import finish, incomplete_means
 from lrm_pl.evaluation.summary import table
 from lrm_pl.evaluation.tensorboard import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.geometry.cameras import PosedCamera, canonicalize
@@ -62,9 +62,9 @@ Thing = TypeVar("Thing")
 def evaluate(
     trained: Trained,
     protocol: Protocol,
-    objects: Objects,
+    objects: EvaluationDataset,
     out: Path,
-    judges: PerceptualMetrics,
+    perceptual: PerceptualMetrics,
     baselines: Mapping[str, Baseline],
     settings: dict[str, Any],
     *,
@@ -79,7 +79,7 @@ def evaluate(
         protocol: What is measured.
         objects: Of which objects.
         out: The evaluation's folder.
-        judges: What images are measured with.
+        perceptual: What images are measured with.
         baselines: What else is measured.
         settings: What the folder is claimed for.
         rank: Number of this process.
@@ -90,31 +90,31 @@ def evaluate(
         The results, on rank 0.
     """
     console = console or Console(quiet=True)
-    settings = claim(out, settings)
-    mine = objects.chosen[rank::world]
-    shown = {key for key, _ in objects.chosen[:SHOWN_OBJECTS]}
+    settings = open_evaluation(out, settings)
+    mine = objects.samples[rank::world]
+    shown = {key for key, _ in objects.samples[:SHOWN_OBJECTS]}
     todo = [(key, place) for key, place in mine if not is_measured(out, key, shown, baselines)]
     if len(todo) < len(mine):
         console.print(f"measured already: {counted(len(mine) - len(todo), 'object')}")
-    for key, place in tracked(todo, f"Measuring, {protocol.name}", console):
+    for key, place in track_progress(todo, f"Measuring, {protocol.name}", console):
         try:
             sample = objects.read(place, protocol)
             if is_measured(out, key, shown, ()):  # but for the baselines
-                _add_baselines(out, key, sample, protocol, judges, baselines, trained)
+                _add_baselines(out, key, sample, protocol, perceptual, baselines, trained)
                 continue
-            measured = measure_object(sample, protocol, reconstructor(trained), judges, baselines)
+            measured = measure_object(sample, protocol, reconstructor(trained), perceptual, baselines)
         except SampleError as error:
             if isinstance(error.__cause__, StoreError):  # it may answer the next time
                 raise
             write_object(out, ObjectRecord(key, {}, bad=str(error)), {})
         else:
             if key in shown:
-                show_object(out, key, scene_of(trained, sample, protocol.inputs[0]))
+                show_object(out, key, reconstruct_sample(trained, sample, protocol.inputs[0]))
             files = measured.files
             write_object(out, ObjectRecord(key, measured.rows, measured.notes, files=tuple(files)), files)
     if rank:
         return None
-    return finish(out, [key for key, _ in objects.chosen], protocol, settings)
+    return finish(out, [key for key, _ in objects.samples], protocol, settings)
 
 
 def is_measured(out: Path, key: str, shown: Collection[str], baselines: Iterable[str]) -> bool:
@@ -126,19 +126,19 @@ def is_measured(out: Path, key: str, shown: Collection[str], baselines: Iterable
 
 
 def _add_baselines(
-    out: Path, key: str, sample: Sample, protocol: Protocol, judges: PerceptualMetrics,
+    out: Path, key: str, sample: Sample, protocol: Protocol, perceptual: PerceptualMetrics,
     baselines: Mapping[str, Baseline], trained: Trained,
 ) -> None:  # fmt: skip
     """Add baselines to the record of an object."""
     record = read_object(out, key)
     assert record is not None, key
     device = next(trained.model.parameters()).device
-    rows, features = measure_baselines(sample, protocol, judges, baselines, device)
+    rows, features = measure_baselines(sample, protocol, perceptual, baselines, device)
     files = features_file(read_features(out, [key]) | features) if features else {}
     write_object(out, dataclasses.replace(record, rows=record.rows | rows), files)
 
 
-def tracked(things: Sequence[Thing], what: str, console: Console) -> Iterator[Thing]:
+def track_progress(things: Sequence[Thing], what: str, console: Console) -> Iterator[Thing]:
     """Go through things, and say how far it is: a bar on a terminal, else a line now and then."""
     if console.is_terminal:
         yield from track(things, what, console=console)
@@ -168,7 +168,7 @@ def reconstructor(trained: Trained) -> Reconstruct:
     return make
 
 
-def scene_of(trained: Trained, sample: Sample, view: int) -> Scene:
+def reconstruct_sample(trained: Trained, sample: Sample, view: int) -> Scene:
     """Reconstruct an object from one of its views.
 
     Raises:
@@ -178,7 +178,9 @@ def scene_of(trained: Trained, sample: Sample, view: int) -> Scene:
     return reconstructor(trained)(input_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
 
 
-def run(given: argparse.Namespace, objects: Objects, rank: int, world: int, console: Console) -> None:
+def run(
+    given: argparse.Namespace, objects: EvaluationDataset, rank: int, world: int, console: Console
+) -> None:
     """Do what the command's options say, on one of several processes.
 
     Args:
@@ -197,7 +199,7 @@ def run(given: argparse.Namespace, objects: Objects, rank: int, world: int, cons
     manifest = json.dumps([(s.name, s.sha256) for s in objects.manifest.shards]).encode()
     settings = {
         "protocol": json.loads(
-            json.dumps(vars(protocol) | {"geometry": vars(protocol.geometry) if protocol.geometry else None})
+            json.dumps(vars(protocol) | {"geometry": vars(protocol.surface) if protocol.surface else None})
         ),
         "network": {
             "source": trained.source,
@@ -211,14 +213,16 @@ def run(given: argparse.Namespace, objects: Objects, rank: int, world: int, cons
             "shards": hashlib.sha256(manifest).hexdigest(),
             "split": given.split,
             "ids": given.ids,
-            "objects": len(objects.chosen),
+            "objects": len(objects.samples),
         },
         "baselines": bool(given.baseline),
         "clip": given.clip_sha256.lower() if given.clip else None,
     }
-    out = given.out or EVALUATIONS / f"{protocol.name}-{Path(given.data).name}-{trained.sha256[:8]}"
+    out = given.out or DEFAULT_FOLDER / f"{protocol.name}-{Path(given.data).name}-{trained.sha256[:8]}"
     step = "" if trained.step is None else f", step {trained.step}"
-    console.print(f"Network: {trained.source}{step}, on {place}\nProtocol {protocol.name}: {protocol.what}")
+    console.print(
+        f"Network: {trained.source}{step}, on {place}\nProtocol {protocol.name}: {protocol.description}"
+    )
     baselines = trivial_baselines(objects) if given.baseline and protocol.targets else {}
     if _is_finished(out, settings, objects, baselines, given):
         console.print(
@@ -226,9 +230,9 @@ def run(given: argparse.Namespace, objects: Objects, rank: int, world: int, cons
         )
         results = read_json(out / RESULTS_NAME) if not rank else None
     else:
-        judges, measured_with = _judges(given, protocol, place)
+        perceptual, measured_with = _judges(given, protocol, place)
         results = evaluate(
-            trained, protocol, objects, out, judges, baselines, settings | measured_with,
+            trained, protocol, objects, out, perceptual, baselines, settings | measured_with,
             rank=rank, world=world, console=console,
         )  # fmt: skip
     if results is not None:
@@ -236,23 +240,27 @@ def run(given: argparse.Namespace, objects: Objects, rank: int, world: int, cons
 
 
 def _is_finished(
-    out: Path, settings: dict[str, Any], objects: Objects, baselines: Iterable[str], given: argparse.Namespace
+    out: Path,
+    settings: dict[str, Any],
+    objects: EvaluationDataset,
+    baselines: Iterable[str],
+    given: argparse.Namespace,
 ) -> bool:
     """Say whether a folder holds the results of such an evaluation, whatever LPIPS networks they were measured with."""
     if not (out / RESULTS_NAME).is_file() or not (out / SETTINGS_NAME).is_file():
         return False
     found = read_json(out / SETTINGS_NAME)
-    expected = without_places(json.loads(json.dumps(settings)))
-    same = {name: value for name, value in without_places(found).items() if name in expected} == expected
+    expected = without_locations(json.loads(json.dumps(settings)))
+    same = {name: value for name, value in without_locations(found).items() if name in expected} == expected
     inception = found.get("inception")
     wanted = bool(settings["protocol"]["targets"]) and (given.fid or given.inception is not None)
     if not same or (inception is not None) != wanted:
         return False
     if wanted and given.inception_sha256 and given.inception_sha256.lower() != inception:
         return False
-    shown = {key for key, _ in objects.chosen[:SHOWN_OBJECTS]}
+    shown = {key for key, _ in objects.samples[:SHOWN_OBJECTS]}
     return read_json(out / RESULTS_NAME).get("settings") == found and all(
-        is_measured(out, key, shown, baselines) for key, _ in objects.chosen
+        is_measured(out, key, shown, baselines) for key, _ in objects.samples
     )
 
 
@@ -260,28 +268,28 @@ def _judges(
     given: argparse.Namespace, protocol: Protocol, place: torch.device
 ) -> tuple[PerceptualMetrics, dict[str, Any]]:
     """Load what images are measured with; and say by hashes what that is."""
-    judges, inception = PerceptualMetrics({}), None
+    perceptual, inception = PerceptualMetrics({}), None
     if protocol.targets:
         lpips = {name: pretrained_perceptual_loss(name).to(place) for name in ("alex", "vgg")}
         clip = load_clip(given.clip, given.clip_sha256, place) if given.clip else None
         features = None
         if given.fid or given.inception:
             features, inception = load_inception(given.inception, given.inception_sha256, place)
-        judges = PerceptualMetrics(lpips, clip, features)
-    lpips_sha256 = {name: weights_hash(judge.network) for name, judge in judges.lpips.items()}
-    return judges, {"lpips": lpips_sha256, "inception": inception}
+        perceptual = PerceptualMetrics(lpips, clip, features)
+    lpips_sha256 = {name: weights_hash(judge.network) for name, judge in perceptual.lpips.items()}
+    return perceptual, {"lpips": lpips_sha256, "inception": inception}
 
 
 def _say(
-    results: dict[str, Any], protocol: Protocol, objects: Objects, given: argparse.Namespace, out: Path,
+    results: dict[str, Any], protocol: Protocol, objects: EvaluationDataset, given: argparse.Namespace, out: Path,
     console: Console,
 ) -> None:  # fmt: skip
     """Print the table, and what to type next."""
     console.print(
-        f"{results['objects']} of {len(objects.chosen)} objects of {given.data}, split {given.split}:"
+        f"{results['objects']} of {len(objects.samples)} objects of {given.data}, split {given.split}:"
     )
     console.print(table(results["mean"], metrics_of(protocol)))
-    if short := shortfall(results):
+    if short := incomplete_means(results):
         console.print(f"Means of fewer: {short}")
     for key, why in results["not measured"].items():
         console.print(f"  {key}: {why}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from lrm_pl.errors import InputError
-from lrm_pl.evaluation.folder import ObjectRecord
+from lrm_pl.evaluation.records import ObjectRecord
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from lrm_pl.data.manifest import write_atomically
-from lrm_pl.evaluation.folder import OBJECTS_NAME, ObjectRecord, read_arrays
-from lrm_pl.evaluation.page import ranked
+from lrm_pl.evaluation.page import rank_objects
+from lrm_pl.evaluation.records import OBJECTS_NAME, ObjectRecord, read_arrays
 from lrm_pl.inference.scene import Scene, as_pixels
 from lrm_pl.inference.video import encode_gif
 from lrm_pl.meshing.surface import NoSurfaceError
@@ -24,7 +24,7 @@ BOARD_NAME = "board"
 #: Folder of an evaluation that holds orbits (.gif) and meshes (.npz) of a few objects.
 SHOWN_NAME = "shown"
 
-#: Objects that these are made of.
+#: EvaluationDataset that these are made of.
 SHOWN_OBJECTS = 3
 
 _FRAMES, _SIDE, _LATTICE, _FACES = 24, 128, 128, 20_000
@@ -93,7 +93,7 @@ def write_board(
         first = next((metric for metric in better if metric in rows["model"]), None)
         if first is None:
             return
-        for kind, chosen in ranked(records, first, more_is_better=better[first]).items():
+        for kind, chosen in rank_objects(records, first, more_is_better=better[first]).items():
             strips = [_image(out, record.id) for record in chosen]
             if strips:
                 width = max(strip.shape[1] for strip in strips)

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from data_tools.assets.asset_list import hash_file
-from data_tools.quality.filter_table import shard_infos
+from data_tools.quality.filter_table import read_infos
 from lrm_pl.data.manifest import read_index, read_manifest
 
 pytestmark = pytest.mark.blender
@@ -47,7 +47,7 @@ def reference(render_command, tmp_path_factory):
 def test_the_hash_of_each_mesh_is_taken_when_it_is_rendered(reference):
     assets, out = reference
     expected = {name: hash_file(assets / f"{name}.glb") for name in OBJECTS}
-    infos = {key: info for shard in read_manifest(out).shards for key, info in shard_infos(out, shard)}
+    infos = {key: info for shard in read_manifest(out).shards for key, info in read_infos(out, shard)}
     assert {key: info.sha256 for key, info in infos.items()} == expected
     table = pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()
     assert {row["id"]: row["sha256"] for row in table} == expected

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from data_tools.quality.measures import (
+    CROPPED_RULE,
     DEFAULT_RULES,
-    WHOLE_RULE,
     MeshMeasures,
     RuleError,
+    broken_rules,
     decode_measures,
     encode_measures,
     measure_views,
-    objections,
     parse_rule,
 )
 
@@ -58,10 +58,10 @@ def test_what_images_show_is_measured():
 
 def test_rules_say_what_an_object_breaks():
     white = measure_views(MESH, [image((0, 0, 10, 10), (255, 255, 255))])
-    said = objections(white, [parse_rule(rule) for rule in (*DEFAULT_RULES, WHOLE_RULE)])
+    said = broken_rules(white, [parse_rule(rule) for rule in (*DEFAULT_RULES, CROPPED_RULE)])
     assert said == "white 1, expected <= 0.95; cropped 1, expected <= 0.5"
-    assert objections(white, [parse_rule("white == 1"), parse_rule("colored>0")]) == ""
-    assert objections(white, [parse_rule("triangles > 12")]) == "triangles 12, expected > 12"
+    assert broken_rules(white, [parse_rule("white == 1"), parse_rule("colored>0")]) == ""
+    assert broken_rules(white, [parse_rule("triangles > 12")]) == "triangles 12, expected > 12"
 
 
 @pytest.mark.parametrize(

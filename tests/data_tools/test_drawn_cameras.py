@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import _parser, _settings
-from data_tools.quality.measures import WHOLE_RULE
+from data_tools.quality.measures import CROPPED_RULE
 from data_tools.rendering.cameras import (
     PRESETS,
+    camera_positions,
     derive_seed,
     draw_cameras,
     focal_from_fov,
     frame_rectangle,
     look_at_origin,
-    positions,
 )
 from lrm_pl.conventions import rigid_error
 
@@ -34,12 +34,12 @@ def test_a_camera_above_x_looks_down_at_the_origin():
 
 
 def test_positions_from_radius_height_and_azimuth():
-    found = positions(np.array([5.0, 5.0]), np.array([3.0, 4.0]), np.array([0.0, math.pi / 2]))
+    found = camera_positions(np.array([5.0, 5.0]), np.array([3.0, 4.0]), np.array([0.0, math.pi / 2]))
     np.testing.assert_allclose(found, [[4, 0, 3], [0, 3, 4]], atol=1e-12)
 
 
 def test_a_height_beyond_the_radius_is_kept_off_the_up_axis():
-    found = positions(np.array([1.0]), np.array([1.6]), np.array([0.0]))
+    found = camera_positions(np.array([1.0]), np.array([1.6]), np.array([0.0]))
     np.testing.assert_allclose(found, [[math.sqrt(1 - 0.95**2), 0, 0.95]], atol=1e-12)
 
 
@@ -124,4 +124,4 @@ def test_presets_that_crop_objects_do_not_reject_what_they_crop():
     assert not PRESETS["frame"].shows_whole("cube")
     for name in PRESETS:
         args = _parser().parse_args(["render", "--preset", name])
-        assert (WHOLE_RULE in _settings(args)[0].rules) == (name in whole)
+        assert (CROPPED_RULE in _settings(args)[0].rules) == (name in whole)

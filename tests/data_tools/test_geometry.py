@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.quality.geometry import back_project, check_geometry, smaller_geometry
+from data_tools.quality.geometry import back_project, check_geometry, resize_geometry
 from data_tools.quality.validate import validate
 from data_tools.shards.repack import repack, resized
 from lrm_pl.data.geometry_views import (
@@ -111,7 +111,7 @@ def test_a_smaller_pixel_takes_one_value_and_never_a_mean_over_an_edge(sample):
     extras = {"depth_000.png": encode_depth(depth), "normal_000.png": encode_normals(normals)}
     views = (encode_image(rgba), *sample.views[1:])
     one = dataclasses.replace(sample, views=views, extras=extras)
-    small = smaller_geometry(one, (resized("a", views[0], 2), *views[1:]))
+    small = resize_geometry(one, (resized("a", views[0], 2), *views[1:]))
     # of each block of four that below and to the right: 5, 7, 0 and 2
     np.testing.assert_allclose(
         decode_depth("a", "depth_000.png", small["depth_000.png"]), [[5, 7], [0, 2]], atol=8 / 65535
@@ -120,11 +120,11 @@ def test_a_smaller_pixel_takes_one_value_and_never_a_mean_over_an_edge(sample):
         [[255, 128, 128], [128, 128, 255]], [[255, 128, 128], [128, 128, 255]],
     ]  # fmt: skip
     faint = encode_image(np.zeros((2, 2, 4), np.uint8))
-    gone = smaller_geometry(one, (faint, *views[1:]))
+    gone = resize_geometry(one, (faint, *views[1:]))
     assert not decode_depth("a", "depth_000.png", gone["depth_000.png"]).any()
     wrong = dataclasses.replace(one, extras={"depth_000.png": encode_depth(depth[:3])})
     with pytest.raises(SampleError, match=r"depth_000\.png of the view's size \(4, 4\), but found \(3, 4\)"):
-        smaller_geometry(wrong, (faint, *views[1:]))
+        resize_geometry(wrong, (faint, *views[1:]))
 
 
 def _hole(pixels, alpha):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.quality.report import histogram, inspect, measure, positions
+from data_tools.quality.report import collect_statistics, histogram, inspect, plot_cameras
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
 from tests.damage import spoil_first_poses
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def test_numbers_are_those_that_are_known(folder):
-    found = measure(folder, read_manifest(folder))
+    found = collect_statistics(folder, read_manifest(folder))
     assert found.splits == Counter(train=1)
     np.testing.assert_allclose(found.distance, [3, 2**0.5], rtol=1e-6)
     np.testing.assert_allclose(found.elevation_deg, [0, 45], atol=1e-5)
@@ -85,7 +85,7 @@ def test_a_histogram_counts_every_value_also_where_all_are_equal():
 
 def test_a_plot_of_many_cameras_stays_small():
     place = np.random.default_rng(0).normal(size=(100_000, 3))
-    assert positions(place).count("<circle") <= 2 * 2000 + 2
+    assert plot_cameras(place).count("<circle") <= 2 * 2000 + 2
 
 
 def test_a_damaged_folder_points_to_validate(shards, tmp_path):

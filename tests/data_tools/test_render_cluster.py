@@ -49,7 +49,7 @@ def nodes(monkeypatch, tmp_path_factory):
 
 
 def run(assets, out):
-    return render.render(find_assets(assets), out, SETTINGS, ray_pool.Setup(assets, SETTINGS))
+    return render.render(find_assets(assets), out, SETTINGS, ray_pool.PoolOptions(assets, SETTINGS))
 
 
 def wait_for(path):

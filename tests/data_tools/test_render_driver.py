@@ -25,10 +25,10 @@ from data_tools.__main__ import main
 from data_tools.assets.asset_list import find_assets, hash_file, write_list
 from data_tools.blender import process as blender_process
 from data_tools.blender.process import BlenderError, Limits
-from data_tools.quality.filter_table import shard_infos
-from data_tools.quality.validate import index_differences
-from data_tools.rendering import continuation, ray_pool, shard_folder
+from data_tools.quality.filter_table import read_infos
+from data_tools.quality.validate import find_index_problems
 from data_tools.rendering import driver as render_module
+from data_tools.rendering import ray_pool, shard_folder
 from data_tools.rendering.settings import RenderSettings, SettingsError, write_settings
 from data_tools.rendering.shard_folder import FolderError
 from data_tools.shards.repack import repack
@@ -58,13 +58,13 @@ def stand_in(monkeypatch):
 @pytest.fixture(autouse=True, scope="module")
 def one_ray_for_all():
     """Starting Ray takes seconds; ``render`` uses the one that there is."""
-    with ray_pool.connected(4):
+    with ray_pool.connect_ray(4):
         yield
 
 
 def run(assets, out, settings=SETTINGS, jobs=2, **limits):
-    setup = ray_pool.Setup(assets, settings, jobs, Limits(**{"time_s": 30.0} | limits))
-    return render_module.render(find_assets(assets, out), out, settings, setup)
+    options = ray_pool.PoolOptions(assets, settings, jobs, Limits(**{"time_s": 30.0} | limits))
+    return render_module.render(find_assets(assets, out), out, settings, options)
 
 
 def tars(folder):
@@ -195,13 +195,13 @@ def test_other_settings_are_refused_with_what_needs_no_rendering(assets, tmp_pat
 def rendered_ids(monkeypatch):
     """Notes which objects Blender processes are given."""
     given = []
-    original = ray_pool.Pool.render
+    original = ray_pool.RenderPool.render
 
     def render(pool, assets):
         given.append([asset.id for asset in assets])
         return original(pool, assets)
 
-    monkeypatch.setattr(ray_pool.Pool, "render", render)
+    monkeypatch.setattr(ray_pool.RenderPool, "render", render)
     return given
 
 
@@ -211,7 +211,7 @@ def write_table(assets, **licenses):
 
 
 def infos(out):
-    return {key: info for shard in read_manifest(out).shards for key, info in shard_infos(out, shard)}
+    return {key: info for shard in read_manifest(out).shards for key, info in read_infos(out, shard)}
 
 
 def licenses(out):
@@ -245,7 +245,7 @@ def test_an_added_mesh_and_a_changed_license_render_one_object(assets, tmp_path,
     assert {name: (out / name).stat().st_mtime_ns for name in times} == times
     for shard in after.shards:
         assert hash_file(out / shard.name) == shard.sha256
-        assert not list(index_differences(out / shard.name, read_index(out, shard)))
+        assert not list(find_index_problems(out / shard.name, read_index(out, shard)))
     assert "updated        the records of 1 object," in capfd.readouterr().out
     assert run(assets, out) == after
     write_table(assets, c="CC-BY-4.0", d="CC-BY-4.0")
@@ -636,8 +636,8 @@ def test_whatever_is_killed_at_work_the_bytes_are_the_same(assets, tmp_path, vic
 
 
 def test_blender_goes_with_its_ray_worker(assets, tmp_path):
-    setup = ray_pool.Setup(assets, SETTINGS, 1)
-    pool = ray_pool.Pool(setup)
+    options = ray_pool.PoolOptions(assets, SETTINGS, 1)
+    pool = ray_pool.RenderPool(options)
     blenders = [p for p in psutil.Process().children(recursive=True) if str(STAND_IN) in p.cmdline()]
     assert len(blenders) == 1
     pool.close()
@@ -645,9 +645,9 @@ def test_blender_goes_with_its_ray_worker(assets, tmp_path):
 
 
 def test_processes_that_are_starting_when_a_run_ends_leave_their_cpus_to_the_next(assets):
-    setup = ray_pool.Setup(assets, SETTINGS, 4)
+    options = ray_pool.PoolOptions(assets, SETTINGS, 4)
     for wait_s in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6):
-        pool = ray_pool.Pool(setup)
+        pool = ray_pool.RenderPool(options)
         pool._grow(0, 4)
         time.sleep(wait_s)
         pool.close()
@@ -660,7 +660,7 @@ def test_processes_that_are_starting_when_a_run_ends_leave_their_cpus_to_the_nex
 def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    monkeypatch.setattr(shard_folder, "LOCK_PATIENCE_S", 0.2)
+    monkeypatch.setattr(shard_folder, "LOCK_TIMEOUT_S", 0.2)
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(FolderError, match="expected no other rendering at work there, but found one"):
@@ -762,7 +762,7 @@ def test_ray_on_this_machine_writes_nothing_into_the_users_home(tmp_path, root):
     home = tmp_path / "home"
     home.touch()  # not even a folder
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    code = "from data_tools.rendering.ray_pool import connected\nwith connected(1): print('up')"
+    code = "from data_tools.rendering.ray_pool import connected\nwith connect_ray(1): print('up')"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=environment | {"HOME": str(home), "PYTHONPATH": str(root)},
         capture_output=True, text=True, timeout=60,

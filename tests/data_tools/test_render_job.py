@@ -10,7 +10,7 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.assets.asset_list import find_assets, write_list
-from data_tools.quality.measures import DEFAULT_RULES, WHOLE_RULE
+from data_tools.quality.measures import CROPPED_RULE, DEFAULT_RULES
 from data_tools.rendering.launch import job_script
 from data_tools.rendering.settings import RenderSettings, write_settings
 from lrm_pl.errors import InputError
@@ -216,7 +216,7 @@ def test_what_could_not_render_is_refused_before_it_waits_in_a_queue(
 
 def test_other_settings_than_those_of_the_shards_are_refused_before_too(checkout, capsys):
     Path("data/mine").mkdir(parents=True)
-    rules = (*DEFAULT_RULES, WHOLE_RULE)
+    rules = (*DEFAULT_RULES, CROPPED_RULE)
     settings = RenderSettings("frame", "sphere", 16, 128, 16, seed=0, held_out=0, shard_size=8, rules=rules)
     write_list(Path("data/mine"), find_assets(Path("meshes")))
     write_settings(Path("data/mine"), settings, "stand-in")

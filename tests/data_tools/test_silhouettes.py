@@ -111,7 +111,7 @@ def test_correct_cameras_pass_and_at_most_one_swap_in_twenty_does(preset):
         alphas = view_alphas(c2w, fxfycxcy, boxes(seed))
         found = check(alphas, c2w, fxfycxcy)
         refused += [seed] if found.distances.max() > RENDERED.tolerance else []
-        if found.undecided:
+        if found.undetectable:
             continue
         pairs = far_apart(c2w)
         for first, second in np.random.default_rng(seed).permutation(pairs)[:6]:
@@ -145,7 +145,7 @@ def test_cameras_that_are_wrong_for_all_views_are_refused_or_said_to_be_undecide
         given = check(alphas, c2w, fxfycxcy)
         assert given.distances.max() <= RENDERED.tolerance
         changed = change(c2w, fxfycxcy)
-        assert given.undecided or worst(alphas, *changed) > RENDERED.tolerance
+        assert given.undetectable or worst(alphas, *changed) > RENDERED.tolerance
 
 
 def test_a_ball_fits_in_any_order_and_that_is_not_called_right():
@@ -154,14 +154,14 @@ def test_a_ball_fits_in_any_order_and_that_is_not_called_right():
     c2w[:, :3, 3] *= 2.5 / np.linalg.norm(c2w[:, :3, 3], axis=1, keepdims=True)
     found = check(view_alphas(c2w, fxfycxcy, ball), c2w, fxfycxcy)
     assert found.distances.max() <= RENDERED.tolerance
-    assert "swapped poses" in found.undecided
+    assert "swapped poses" in found.undetectable
 
 
 def test_one_view_decides_nothing():
     c2w, fxfycxcy = cameras(0, views=1)
     found = check(view_alphas(c2w, fxfycxcy, boxes(0)), c2w, fxfycxcy)
     assert found.distances == pytest.approx([0])
-    assert found.undecided == ("swapped poses", "another focal length")
+    assert found.undetectable == ("swapped poses", "another focal length")
 
 
 def test_masks_and_poses_of_a_video_may_be_a_little_off():

@@ -16,7 +16,7 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.quality.measures import encode_measures
-from data_tools.quality.validate import check_images, index_differences
+from data_tools.quality.validate import check_views, find_index_problems
 from data_tools.shards.pool import processes
 from lrm_pl.data.manifest import read_index, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_sample
@@ -287,27 +287,27 @@ def test_members_that_leave_the_folder_links_and_devices_are_named(tmp_path, nam
             "/etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else "",
         )
         tar.addfile(header, io.BytesIO())
-    (difference,) = index_differences(path, {})
+    (difference,) = find_index_problems(path, {})
     assert name in difference
 
 
 def test_an_index_that_points_elsewhere_is_named(shards):
     shard = read_manifest(shards).shards[0]
     index = read_index(shards, shard)
-    assert not list(index_differences(shards / shard.name, index))
+    assert not list(find_index_problems(shards / shard.name, index))
     key = next(iter(index))
     offset, size = index[key]["json"]
     index[key]["json"] = (offset + 512, size)
-    (difference,) = index_differences(shards / shard.name, index)
+    (difference,) = find_index_problems(shards / shard.name, index)
     assert f"{key}.json" in difference
 
 
 def test_more_pixels_than_an_object_may_have_are_not_all_decoded(monkeypatch):
     sample = synthetic_sample("a", views=8, resolution=32, seed=0)
     monkeypatch.setattr("data_tools.quality.validate._MAX_PIXELS", 8 * 32 * 32)
-    check_images(sample)
+    check_views(sample)
     monkeypatch.setattr("data_tools.quality.validate._MAX_PIXELS", 8 * 32 * 32 - 1)
     with pytest.raises(
         SampleError, match="sample 'a': expected at most 8191 pixels in all views, but found more"
     ):
-        check_images(sample)
+        check_views(sample)

@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lrm_pl.apps.evaluate import main
 from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.objects import PerceptualMetrics
 from lrm_pl.evaluation.protocols import PROTOCOLS
-from lrm_pl.evaluation.run import evaluate, tracked
-from lrm_pl.evaluation.selection import Objects
+from lrm_pl.evaluation.run import evaluate, track_progress
 from lrm_pl.inference.find_model import open_trained
 from lrm_pl.weights import download
 from tests.pretrained_folder import tiny_pretrained
@@ -142,7 +142,7 @@ def test_how_far_it_is_is_said_where_no_terminal_shows_a_bar(monkeypatch):
     told = io.StringIO()
     console = Console(file=told, force_terminal=False)
     monkeypatch.setattr("lrm_pl.evaluation.run._SAY_S", 0.0)
-    assert list(tracked("abc", "Measuring, lrm", console)) == ["a", "b", "c"]
+    assert list(track_progress("abc", "Measuring, lrm", console)) == ["a", "b", "c"]
     assert told.getvalue().splitlines() == [f"Measuring, lrm: {k} of 3" for k in (1, 2, 3)]
 
 
@@ -250,8 +250,8 @@ def test_two_processes_come_to_the_bytes_of_one(finished, pretrained, data, tmp_
 @pytest.mark.parametrize("name", ["geometry", "geometry-posed"])
 def test_surfaces_are_held_against_the_truth(name, pretrained, data, tmp_path, monkeypatch):
     # rotations of a coarser grid: the full one is for machines with more time
-    monkeypatch.setattr("lrm_pl.evaluation.geometry._STEPS", (4, 4, 2))
-    from lrm_pl.evaluation.geometry import rotation_grid
+    monkeypatch.setattr("lrm_pl.evaluation.surfaces._STEPS", (4, 4, 2))
+    from lrm_pl.evaluation.surfaces import rotation_grid
 
     rotation_grid.cache_clear()
     results = run(pretrained, data, tmp_path / name, "--protocol", name, "--limit", "1")
@@ -330,14 +330,17 @@ def test_features_and_clip_are_measured_with_the_extractors_that_are_given(pretr
     def pooled(images):
         return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
-    trained, objects = open_trained(str(pretrained), device="cpu"), Objects(str(data), "val", limit=1)
+    trained, objects = (
+        open_trained(str(pretrained), device="cpu"),
+        EvaluationDataset(str(data), "val", limit=1),
+    )
     settings = {
         "protocol": {"name": "lrm"},
         "network": {"source": "x", "step": None, "sha256": "0" * 64},
         "data": {"folder": "d", "split": "val", "ids": "*"},
     }
-    judges = PerceptualMetrics({}, clip=pooled, features=pooled)
-    results = evaluate(trained, PROTOCOLS["lrm"], objects, tmp_path, judges, {}, settings)
+    perceptual = PerceptualMetrics({}, clip=pooled, features=pooled)
+    results = evaluate(trained, PROTOCOLS["lrm"], objects, tmp_path, perceptual, {}, settings)
     row = results["mean"]["model"]
     assert set(row) == {"psnr", "ssim", "clip", "fid", "kid"}
     with np.load(tmp_path / "objects" / "val-ellipsoid-000.npz") as features:

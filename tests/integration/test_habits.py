@@ -506,7 +506,7 @@ def test_views_that_are_too_small_to_be_measured_are_refused_before_a_run(here, 
     ):
         main(["fit", *here, f"--data.folder={tmp_path / 'small'}"])
     with pytest.raises(InputError, match="found 24"):
-        PROTOCOLS["lrm"].require(Manifest((), 15, 0, {"resolution": 24}), "data")
+        PROTOCOLS["lrm"].check_manifest(Manifest((), 15, 0, {"resolution": 24}), "data")
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run_with_one_message(here, monkeypatch):

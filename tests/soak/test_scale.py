@@ -13,7 +13,7 @@ import json, resource, sys, time
 from pathlib import Path
 from data_tools import render
 from data_tools.assets.asset_list import Asset, find_assets, write_list
-from data_tools.rendering.continuation import continue_folder, write_continuation
+from data_tools.rendering.resume import plan_folder, write_plan
 from data_tools.rendering.settings import RenderSettings, write_settings
 
 class Reached(Exception):
@@ -35,16 +35,16 @@ if what == "list":
     ))
 elif what == "begin":
     assets = find_assets(folder)
-    write_continuation(out, continue_folder(out, settings, assets, folder), assets)
+    write_plan(out, plan_folder(out, settings, assets, folder), assets)
     write_settings(out, settings, "stand-in")
 elif what == "add":
     write_list(folder, (*find_assets(folder), Asset("one_more", "https://example.org/1.glb", "", "", "", "", "")))
 else:
-    render.connected = begin  # what comes next is Blender
+    render.connect_ray = begin  # what comes next is Blender
     start = time.monotonic()
     assets = find_assets(folder)
     try:
-        render.render(assets, out, settings, render.Setup(folder, settings, 1))
+        render.render(assets, out, settings, render.PoolOptions(folder, settings, 1))
     except Reached:
         found.append(time.monotonic() - start)
 print(json.dumps({"starts": found, "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))

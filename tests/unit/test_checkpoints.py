@@ -326,7 +326,7 @@ def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp
         process.send_signal(signal.SIGKILL)
         process.wait(10)
         process.stdout.close()
-        ck.clear_leftovers(str(tmp_path), print)
+        ck.remove_partial_files(str(tmp_path), print)
         assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
         found = ck.newest_checkpoint(str(tmp_path), print)
         if found is None:
@@ -466,10 +466,10 @@ def test_only_half_written_checkpoints_are_cleared_away(tmp_path):
     for name in ("step-00000002.partial", "mine.partial"):
         (tmp_path / name).mkdir()
     said = []
-    ck.clear_leftovers(str(tmp_path), said.append)
+    ck.remove_partial_files(str(tmp_path), said.append)
     assert sorted(os.listdir(tmp_path)) == ["mine.partial", "step-00000001"]
     assert len(said) == 1
-    ck.clear_leftovers(str(tmp_path / "none"), said.append)
+    ck.remove_partial_files(str(tmp_path / "none"), said.append)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_lost(tmp_path):

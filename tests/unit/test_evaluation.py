@@ -13,14 +13,14 @@ from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import ellipsoid_surface, synthetic_sample
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.baselines import Baseline
-from lrm_pl.evaluation.comparison import in_common
-from lrm_pl.evaluation.folder import ObjectRecord, claim, read_object, write_object
-from lrm_pl.evaluation.geometry import Cloud, align, chamfer, compare_surfaces, rotation_grid
-from lrm_pl.evaluation.objects import Measured, PerceptualMetrics, measure_object, true_surface
-from lrm_pl.evaluation.page import ranked, render_page
-from lrm_pl.evaluation.protocols import PROTOCOLS, Geometry, Protocol
+from lrm_pl.evaluation.comparison import common_objects
+from lrm_pl.evaluation.objects import ObjectResult, PerceptualMetrics, measure_object, true_surface
+from lrm_pl.evaluation.page import rank_objects, render_page
+from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol, SurfaceSettings
+from lrm_pl.evaluation.records import ObjectRecord, open_evaluation, read_object, write_object
 from lrm_pl.evaluation.set_distances import set_distances
 from lrm_pl.evaluation.summary import means, paired_differences, table
+from lrm_pl.evaluation.surfaces import PointCloud, align, chamfer, compare_surfaces, rotation_grid
 from lrm_pl.geometry.cameras import InputCamera, canonicalize
 from lrm_pl.inference.scene import Scene
 from lrm_pl.meshing.mesh import Mesh
@@ -34,7 +34,7 @@ RNG = np.random.default_rng
 
 def ball(radius=1.0, center=(0, 0, 0), count=40_000, seed=0):
     points, normals = ellipsoid_surface(np.full(3, 1.0), count, RNG(seed))
-    return Cloud(points * radius + center, normals)
+    return PointCloud(points * radius + center, normals)
 
 
 @pytest.mark.parametrize("shift", [0.1, 0.5, 0.9])
@@ -66,19 +66,21 @@ def test_the_f_score_is_that_by_hand():
     points = np.array([(0, 0, 0), (0.05, 0, 0), (0, 0.05, 0), (9, 0, 0)], dtype=float)
     truth = np.array([(0, 0, 0), (-5, 0, 0)], dtype=float)
     up, side = np.tile((0.0, 0, 1), (4, 1)), np.tile((1.0, 0, 0), (2, 1))
-    scores = compare_surfaces(Cloud(points, up), Cloud(truth, side), (0.1,))
+    scores = compare_surfaces(PointCloud(points, up), PointCloud(truth, side), (0.1,))
     assert scores.f_scores[0.1] == pytest.approx(2 * 0.75 * 0.5 / 1.25)
     assert scores.chamfer == pytest.approx(((0 + 0.05 + 0.05 + 9) / 4 + (0 + 5) / 2) / 2)
     assert scores.normal_consistency == 0
-    assert compare_surfaces(Cloud(points, up), Cloud(truth + 100, side), (0.1,)).f_scores[0.1] == 0
+    assert compare_surfaces(PointCloud(points, up), PointCloud(truth + 100, side), (0.1,)).f_scores[0.1] == 0
 
 
 def test_a_flipped_normal_counts_as_the_same():
-    assert compare_surfaces(ball(), Cloud(ball().points, -ball().normals), (0.1,)).normal_consistency == 1
+    assert (
+        compare_surfaces(ball(), PointCloud(ball().points, -ball().normals), (0.1,)).normal_consistency == 1
+    )
 
 
 def test_normalising_brings_the_mean_to_the_origin_and_the_longest_side_to_2():
-    found = Cloud(RNG(0).uniform((5, 0, 0), (9, 1, 2), (5000, 3)), np.zeros((5000, 3))).normalized()
+    found = PointCloud(RNG(0).uniform((5, 0, 0), (9, 1, 2), (5000, 3)), np.zeros((5000, 3))).normalized()
     np.testing.assert_allclose(found.points.mean(axis=0), 0, atol=1e-12)
     np.testing.assert_allclose(np.ptp(found.points, axis=0), (2, 0.5, 1), rtol=0.01)
 
@@ -92,13 +94,13 @@ def lopsided(count, seed):
     clouds = [ellipsoid_surface(radii, count, RNG(seed + k)) for k, (radii, _) in enumerate(parts)]
     points = np.concatenate([p + c for (p, _), (_, c) in zip(clouds, parts, strict=True)])
     order = RNG(seed).permutation(len(points))
-    return Cloud(points[order], np.concatenate([n for _, n in clouds])[order])
+    return PointCloud(points[order], np.concatenate([n for _, n in clouds])[order])
 
 
 def test_alignment_finds_a_turned_and_shifted_shape_again():
     truth = lopsided(1500, 0).normalized()
     turn = Rotation.from_euler("zxy", (100, -50, 20), degrees=True).as_matrix()
-    away = lopsided(1500, 10).moved(turn, np.array((0.3, -0.2, 0.1))).normalized()
+    away = lopsided(1500, 10).transformed(turn, np.array((0.3, -0.2, 0.1))).normalized()
     same = chamfer(lopsided(1500, 10).normalized().points, truth.points)
     assert chamfer(away.points, truth.points) > 4 * same
     found = align(away, truth)
@@ -172,7 +174,7 @@ def test_a_mesh_that_is_the_truth_has_no_distance_in_the_frame_of_the_input_view
         true_points := np.frombuffer(sample.extras["surface.npy"][128:], np.float32).reshape(-1, 6)[:, :3]
     ).max(axis=0)
     assert np.abs(((true_points / radii) ** 2).sum(axis=1) - 1).max() < 0.01
-    geometry = Geometry(normalized=False, aligned=False)
+    geometry = SurfaceSettings(normalized=False, aligned=False)
     truth = true_surface(sample, 2, geometry)
     assert len(truth.points) == 10_000
     # the input camera stands on -y: what it sees nearest has the smallest y
@@ -189,8 +191,8 @@ def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_compa
     calls = iter(drawn)
     monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: next(calls))
     baselines = {
-        "gray": Baseline(lambda image, targets: torch.full((), 0.75).expand_as(targets), looks=False),
-        "copy": Baseline(lambda image, targets: image.expand_as(targets), looks=True),
+        "gray": Baseline(lambda image, targets: torch.full((), 0.75).expand_as(targets), uses_input=False),
+        "copy": Baseline(lambda image, targets: image.expand_as(targets), uses_input=True),
     }
     tf32 = set()
 
@@ -198,8 +200,8 @@ def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_compa
         tf32.add(torch.backends.cudnn.allow_tf32)
         return images.mean((2, 3))
 
-    judges = PerceptualMetrics({}, clip=embed, features=embed)
-    found = measure_object(sample, protocol, lambda *_: Given(None), judges, baselines)
+    perceptual = PerceptualMetrics({}, clip=embed, features=embed)
+    found = measure_object(sample, protocol, lambda *_: Given(None), perceptual, baselines)
     from lrm_pl.evaluation.objects import over_white
 
     targets = over_white(sample, (0, 1, 2))
@@ -252,7 +254,7 @@ def test_a_surface_is_measured_and_an_empty_field_is_a_note(monkeypatch):
 
 @pytest.mark.parametrize("name", ["geometry-posed", "geometry"])
 def test_an_objects_own_mesh_is_next_to_the_truth_and_its_mirror_image_is_not(name, monkeypatch):
-    monkeypatch.setattr("lrm_pl.evaluation.geometry._STEPS", (12, 12, 6))
+    monkeypatch.setattr("lrm_pl.evaluation.surfaces._STEPS", (12, 12, 6))
     rotation_grid.cache_clear()
     monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: torch.zeros(4, 3, 32, 32))
     vertices, faces = lumps()
@@ -309,29 +311,29 @@ def test_of_two_evaluations_only_what_both_have_is_compared():
         record("c", f=0.0),
         record("d", f=1.0),
     ]
-    rows = [means(records)["model"] for records in in_common(a, b)]
+    rows = [means(records)["model"] for records in common_objects(a, b)]
     assert rows[0] == pytest.approx({"chamfer": 0.1, "f": 2.5 / 3})
     assert rows[1] == pytest.approx({"chamfer": 0.25, "f": 2 / 3})
 
 
 def test_an_object_without_a_surface_is_the_worst():
     records = [record(str(k), chamfer=0.1 * k, f=1.0) for k in range(6)] + [record("none", f=0.0)]
-    chosen = ranked(records, "chamfer", more_is_better=False)
+    chosen = rank_objects(records, "chamfer", more_is_better=False)
     assert [found.id for found in chosen["worst"]] == ["none", "5", "4"]
     assert [found.id for found in chosen["best"]] == ["0", "1"]  # 2 is among the median ones
 
 
 def test_another_evaluation_refuses_the_folder(tmp_path):
-    claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 3})
-    claim(tmp_path, {"limit": 3, "protocol": {"name": "lrm"}})
-    claim(tmp_path / "b", {"baselines": False, "limit": 3})
-    assert claim(tmp_path / "b", {"baselines": True, "limit": 3})["baselines"] is True
+    open_evaluation(tmp_path, {"protocol": {"name": "lrm"}, "limit": 3})
+    open_evaluation(tmp_path, {"limit": 3, "protocol": {"name": "lrm"}})
+    open_evaluation(tmp_path / "b", {"baselines": False, "limit": 3})
+    assert open_evaluation(tmp_path / "b", {"baselines": True, "limit": 3})["baselines"] is True
     with pytest.raises(InputError, match=r"found True. Say --baseline too, or choose another --out"):
-        claim(tmp_path / "b", {"baselines": False, "limit": 3})
+        open_evaluation(tmp_path / "b", {"baselines": False, "limit": 3})
     with pytest.raises(
         InputError, match=r"expected limit 4 as asked for now, but found 3. Choose another --out"
     ):
-        claim(tmp_path, {"protocol": {"name": "lrm"}, "limit": 4})
+        open_evaluation(tmp_path, {"protocol": {"name": "lrm"}, "limit": 4})
 
 
 def test_a_network_and_shards_that_moved_are_the_same_ones_and_other_weights_are_not(tmp_path):
@@ -340,16 +342,16 @@ def test_a_network_and_shards_that_moved_are_the_same_ones_and_other_weights_are
         "network": {"source": "out", "step": None, "sha256": "a"},
         "data": {"folder": "y", "shards": "c"},
     }
-    assert claim(tmp_path, first) == first
-    assert claim(tmp_path, moved) == first
+    assert open_evaluation(tmp_path, first) == first
+    assert open_evaluation(tmp_path, moved) == first
     with pytest.raises(InputError, match=r"expected network \{'sha256': 'b'\} as asked for now, found"):
-        claim(tmp_path, first | {"network": {"source": "run", "step": 5, "sha256": "b"}})
+        open_evaluation(tmp_path, first | {"network": {"source": "run", "step": 5, "sha256": "b"}})
 
 
 def test_records_come_back_and_a_damaged_one_is_named(tmp_path):
-    claim(tmp_path, {})
+    open_evaluation(tmp_path, {})
     assert read_object(tmp_path, "a") is None
-    measured = Measured({"model": {"psnr": 12.5}}, torch.rand(3, 4, 20), {}, ("a note",))
+    measured = ObjectResult({"model": {"psnr": 12.5}}, torch.rand(3, 4, 20), {}, ("a note",))
     files = measured.files
     write_object(tmp_path, ObjectRecord("a", measured.rows, measured.notes, files=tuple(files)), files)
     assert read_object(tmp_path, "a") == ObjectRecord(
@@ -362,11 +364,11 @@ def test_records_come_back_and_a_damaged_one_is_named(tmp_path):
 
 def test_the_page_shows_worst_median_and_best_once_and_escapes_names(tmp_path):
     records = [record(f"<b>{k}", psnr=float(k)) for k in range(12)]
-    chosen = ranked(records, "psnr", more_is_better=True)
+    chosen = rank_objects(records, "psnr", more_is_better=True)
     assert [[r.id for r in part] for part in chosen.values()] == [
         ["<b>0", "<b>1", "<b>2", "<b>3"], ["<b>4", "<b>5", "<b>6", "<b>7"], ["<b>11", "<b>10", "<b>9", "<b>8"],
     ]  # fmt: skip
-    few = ranked(records[:2], "psnr", more_is_better=False)
+    few = rank_objects(records[:2], "psnr", more_is_better=False)
     assert sorted(r.id for part in few.values() for r in part) == ["<b>0", "<b>1"]
     page = render_page("T<", {"a": "<script>"}, means(records), {"psnr": True}, records, tmp_path)
     assert "<script>" not in page
@@ -386,11 +388,11 @@ def test_a_protocol_names_what_shards_lack():
         InputError,
         match=r"at least 15 views an object for the protocol 'lrm', but found 8. Render with VIEWS=15",
     ):
-        PROTOCOLS["lrm"].require(Manifest((), 8, 0, {}), "data")
+        PROTOCOLS["lrm"].check_manifest(Manifest((), 8, 0, {}), "data")
     with pytest.raises(
         InputError, match=r"expected the cameras 'gso-orbit' .* found 'frame'. Render with ARGS"
     ):
-        PROTOCOLS["gso-orbit"].require(Manifest((), 24, 0, {"preset": "frame"}), "data")
+        PROTOCOLS["gso-orbit"].check_manifest(Manifest((), 24, 0, {"preset": "frame"}), "data")
 
 
 def test_the_network_is_told_the_camera_that_took_the_image_as_in_training():

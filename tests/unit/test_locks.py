@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from data_tools.rendering.shard_folder import FolderError, locked
+from data_tools.rendering.shard_folder import FolderError, lock_folder
 from lrm_pl.kernels.compiled import compiled
 from lrm_pl.locks import lock
 
@@ -17,7 +17,7 @@ def test_a_file_system_without_locks_is_said_once_and_worked_on(monkeypatch, tmp
         raise OSError(code, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with caplog.at_level(logging.WARNING), locked(tmp_path), open(tmp_path / "other", "w") as file:
+    with caplog.at_level(logging.WARNING), lock_folder(tmp_path), open(tmp_path / "other", "w") as file:
         assert not lock(file, wait=True)
     assert caplog.text.count("has no locks") == 1
 
@@ -32,8 +32,8 @@ def test_other_errors_of_a_lock_are_errors(monkeypatch, tmp_path):
 
 
 def test_a_second_rendering_in_a_folder_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("data_tools.rendering.shard_folder.LOCK_PATIENCE_S", 0.2)
-    with locked(tmp_path), pytest.raises(FolderError, match="found one"), locked(tmp_path):
+    monkeypatch.setattr("data_tools.rendering.shard_folder.LOCK_TIMEOUT_S", 0.2)
+    with lock_folder(tmp_path), pytest.raises(FolderError, match="found one"), lock_folder(tmp_path):
         raise AssertionError
 
 

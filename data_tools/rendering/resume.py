@@ -26,7 +26,7 @@ import pyarrow.parquet
 from data_tools.assets.asset_list import LIST_NAME, Asset, hash_file, list_matches, write_list
 from data_tools.rendering.settings import SETTINGS_NAME, RenderSettings, SettingsError
 from data_tools.rendering.shard_folder import find_records
-from data_tools.rendering.shard_plan import PlannedShard, cut, plan_shards
+from data_tools.rendering.shard_plan import PlannedShard, plan_shards, split_into_shards
 from lrm_pl.data.manifest import MANIFEST_NAME, Split, write_atomically
 
 PLAN_NAME = "plan.parquet"
@@ -52,7 +52,7 @@ _NO_STAMP = (-1, -1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Continuation:
+class ResumePlan:
     """What is to be made of a folder.
 
     Attributes:
@@ -70,9 +70,7 @@ class Continuation:
     is_relisted: bool = False
 
 
-def continue_folder(
-    out: Path, settings: RenderSettings, assets: Sequence[Asset], folder: Path
-) -> Continuation:
+def plan_folder(out: Path, settings: RenderSettings, assets: Sequence[Asset], folder: Path) -> ResumePlan:
     """Plan a folder of shards, or go on with its plan. Writes nothing.
 
     Args:
@@ -88,7 +86,7 @@ def continue_folder(
     stamps, hashes = _stamp(folder, assets), np.full(len(assets), "", dtype=object)
     if not (out / SETTINGS_NAME).is_file():
         shards = _plan({asset.id: asset.split for asset in assets}, settings)
-        return Continuation(shards, stamps, hashes)
+        return ResumePlan(shards, stamps, hashes)
     before = _read_plan(out, settings)
     at = _positions(before["id"], assets)
     rows, gone = np.flatnonzero(at >= 0), before.filter(pyarrow.array(at < 0))
@@ -103,10 +101,10 @@ def continue_folder(
     is_relisted = bool(len(new) or len(gone)) or not list_matches(out, assets)
     is_recorded = (out / PLAN_NAME).is_file() and bool((_stamps_of(known) == stamps[at]).all())
     hashes[at] = known["sha256"].to_numpy(zero_copy_only=False)
-    return Continuation(shards, stamps, hashes, is_recorded and not is_relisted, is_relisted)
+    return ResumePlan(shards, stamps, hashes, is_recorded and not is_relisted, is_relisted)
 
 
-def write_continuation(out: Path, continuation: Continuation, assets: Sequence[Asset]) -> None:
+def write_plan(out: Path, continuation: ResumePlan, assets: Sequence[Asset]) -> None:
     """Write ``plan.parquet`` and ``assets.parquet``, unless they say so already."""
     if not continuation.is_recorded:
         sink = pyarrow.BufferOutputStream()
@@ -115,7 +113,7 @@ def write_continuation(out: Path, continuation: Continuation, assets: Sequence[A
         write_list(out, assets)
 
 
-def _table(continuation: Continuation, assets: Sequence[Asset]) -> pyarrow.Table:
+def _table(continuation: ResumePlan, assets: Sequence[Asset]) -> pyarrow.Table:
     """Make the content of ``plan.parquet``."""
     shards, stamps, hashes = continuation.shards, continuation.stamps, continuation.hashes
     index_of = {asset.id: index for index, asset in enumerate(assets)}
@@ -225,7 +223,7 @@ def _cut_new(new: Sequence[Asset], before: pyarrow.Table, shard_size: int) -> tu
     for name in before["shard"].unique().to_pylist():
         split, _, number = name.removesuffix(".tar").partition("-")
         first[split] = max(first[split], int(number) + 1)
-    return cut(members, shard_size, first)
+    return split_into_shards(members, shard_size, first)
 
 
 def _refuse_removed(out: Path, gone: Sequence[PlannedShard], folder: Path) -> None:

@@ -15,7 +15,7 @@ class NoObjectsError(InputError):
     """A folder has no such objects."""
 
 
-class Objects:
+class EvaluationDataset:
     """The objects that are measured, in the order of the shards.
 
     Attributes:
@@ -41,17 +41,17 @@ class Objects:
         self._reader = ShardReader(
             [Entry(source, shard, 0) for shard in self.manifest.shards if not shard.rejected]
         )
-        chosen = [(key, place) for key, place in self.of_split(split) if fnmatch.fnmatchcase(key, pattern)]
+        chosen = [(key, place) for key, place in self.samples_of(split) if fnmatch.fnmatchcase(key, pattern)]
         count = len(chosen) if limit is None else min(limit, len(chosen))
-        self.chosen = [chosen[i * len(chosen) // count] for i in range(count)]
-        if not self.chosen:
+        self.samples = [chosen[i * len(chosen) // count] for i in range(count)]
+        if not self.samples:
             raise NoObjectsError(
                 expected=f"objects of the split {split!r} named {pattern} in {data}",
-                found=f"none of {len(self.of_split(split))}",
+                found=f"none of {len(self.samples_of(split))}",
                 remedy="choose --split or --ids, or render with --held-out",
             )
 
-    def of_split(self, split: Split) -> list[tuple[str, SampleLocation]]:
+    def samples_of(self, split: Split) -> list[tuple[str, SampleLocation]]:
         """List all objects of a split: id and place."""
         return [
             (key, SampleLocation(0, number, index))
@@ -66,5 +66,5 @@ class Objects:
         Raises:
             SampleError: It is bad.
         """
-        extras = [SURFACE_MEMBER] if protocol.geometry is not None else []
-        return self._reader.read(place, sorted({*protocol.inputs, *protocol.seen}), extras)
+        extras = [SURFACE_MEMBER] if protocol.surface is not None else []
+        return self._reader.read(place, sorted({*protocol.inputs, *protocol.rendered}), extras)

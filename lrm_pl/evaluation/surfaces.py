@@ -24,7 +24,7 @@ _ICP_STEPS = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Cloud:
+class PointCloud:
     """Points on a surface.
 
     Attributes:
@@ -35,17 +35,17 @@ class Cloud:
     points: Points
     normals: Points
 
-    def moved(
+    def transformed(
         self, rotation: Float[np.ndarray, "3 3"], shift: Float[np.ndarray, "3"] | None = None
-    ) -> "Cloud":
+    ) -> "PointCloud":
         """Turn about the origin, then shift."""
         points = self.points @ rotation.T
-        return Cloud(points if shift is None else points + shift, self.normals @ rotation.T)
+        return PointCloud(points if shift is None else points + shift, self.normals @ rotation.T)
 
-    def normalized(self) -> "Cloud":
+    def normalized(self) -> "PointCloud":
         """Move the mean to the origin, and scale so that the longest side of the bounding box is 2."""
         points = self.points - self.points.mean(axis=0)
-        return Cloud(points * (2 / np.ptp(points, axis=0).max()), self.normals)
+        return PointCloud(points * (2 / np.ptp(points, axis=0).max()), self.normals)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SurfaceScores:
     normal_consistency: float
 
 
-def compare_surfaces(prediction: Cloud, truth: Cloud, thresholds: Sequence[float]) -> SurfaceScores:
+def compare_surfaces(prediction: PointCloud, truth: PointCloud, thresholds: Sequence[float]) -> SurfaceScores:
     """Measure two clouds as they lie."""
     there, near_truth = cKDTree(truth.points).query(prediction.points)
     back, near_prediction = cKDTree(prediction.points).query(truth.points)
@@ -85,7 +85,7 @@ def chamfer(prediction: Points, truth: Points) -> float:
     return float(there.mean() + back.mean()) / 2
 
 
-def align(prediction: Cloud, truth: Cloud) -> Cloud:
+def align(prediction: PointCloud, truth: PointCloud) -> PointCloud:
     """Turn and shift a normalized cloud to where it is nearest to another one (TripoSR, section 4).
 
     All rotations of a grid are looked through, the best refined by the iterative closest point method; each is
@@ -99,7 +99,7 @@ def align(prediction: Cloud, truth: Cloud) -> Cloud:
     distances = np.array([_distance(few, rotation, truth, true_tree) for rotation in rotation_grid()])
     best, best_distance = prediction, np.inf
     for number in np.argsort(distances, kind="stable")[:_FINALISTS]:
-        turned = prediction.moved(rotation_grid()[number]).normalized()
+        turned = prediction.transformed(rotation_grid()[number]).normalized()
         distance = chamfer(turned.points, truth.points)
         if distance < best_distance:
             best, best_distance = turned, distance
@@ -115,7 +115,7 @@ def rotation_grid() -> Float[np.ndarray, "N 3 3"]:
     return Rotation.from_euler("zxy", angles, degrees=True).as_matrix()
 
 
-def _distance(points: Points, rotation: np.ndarray, truth: Cloud, tree: cKDTree) -> float:
+def _distance(points: Points, rotation: np.ndarray, truth: PointCloud, tree: cKDTree) -> float:
     turned = points @ rotation.T
     turned = (turned - turned.mean(axis=0)) * (2 / np.ptp(turned, axis=0).max())
     there, _ = tree.query(turned)
@@ -123,7 +123,7 @@ def _distance(points: Points, rotation: np.ndarray, truth: Cloud, tree: cKDTree)
     return float(there.mean() + back.mean())
 
 
-def _iterative_closest_point(prediction: Cloud, truth: Cloud) -> Cloud:
+def _iterative_closest_point(prediction: PointCloud, truth: PointCloud) -> PointCloud:
     """Refine rotation and place (Besl and McKay 1992); what comes out is never farther than what went in."""
     tree, best, best_distance = cKDTree(truth.points), prediction, chamfer(prediction.points, truth.points)
     moved = prediction
@@ -134,7 +134,7 @@ def _iterative_closest_point(prediction: Cloud, truth: Cloud) -> Cloud:
         u, _, vt = np.linalg.svd((moved.points - middle).T @ (target - target_middle))
         turn = vt.T @ np.diag((1, 1, np.sign(np.linalg.det(vt.T @ u.T)))) @ u.T
         shift = target_middle - turn @ middle
-        moved = moved.moved(turn, shift)
+        moved = moved.transformed(turn, shift)
         if np.abs(turn - np.eye(3)).max() < 1e-6 and np.abs(shift).max() < 1e-6:
             break
     distance = chamfer(moved.points, truth.points)

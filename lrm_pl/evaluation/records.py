@@ -21,7 +21,7 @@ from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 
 #: Where evaluations and comparisons go that were given no folder.
-EVALUATIONS = Path("evaluation")
+DEFAULT_FOLDER = Path("evaluation")
 
 SETTINGS_NAME, OBJECTS_NAME, RESULTS_NAME = "settings.json", "objects", "results.json"
 
@@ -48,7 +48,7 @@ class ObjectRecord:
     files: tuple[str, ...] = ()
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def open_evaluation(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Create the folder of an evaluation, or check that it holds this evaluation; baselines may be added later.
 
     Returns:
@@ -66,7 +66,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("baselines") and first.get("baselines") is False:
         first = {**first, "baselines": True}
         write_atomically(path, _text(first))
-    expected, found = without_places(json.loads(content)), without_places(first)
+    expected, found = without_locations(json.loads(content)), without_locations(first)
     if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         name = sorted(different)[0]
         remedy = "say --baseline too, or choose" if different == ["baselines"] else "choose"
@@ -83,7 +83,7 @@ def _text(settings: dict[str, Any]) -> bytes:
     return (json.dumps(settings, indent=1, sort_keys=True) + "\n").encode()
 
 
-def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+def without_locations(settings: dict[str, Any]) -> dict[str, Any]:
     """Drop where things lay from settings that were read: what is left says what was measured, and how."""
     return {
         name: {k: v for k, v in value.items() if k not in _PLACES.get(name, ())}
