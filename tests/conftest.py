@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.shapes import check_shapes
 
 check_shapes()
 
 from lrm_pl.data.synthetic import write_synthetic_shards  # noqa: E402
 from tests.browser import chromium  # noqa: E402, F401 - a fixture
-from tests.pretrained_folder import pretrained  # noqa: E402, F401 - a fixture
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.builders import tiny_pretrained  # noqa: E402
+from tests.runs import Runs  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +53,19 @@ def render_command(render_python):
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A folder saved by ``save_pretrained``. Read-only: copy before changing it."""
+    folder = tmp_path_factory.mktemp("pretrained") / "tiny"
+    tiny_pretrained().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    shards = folder / "shards"
+    write_synthetic_shards(shards, train=12, val=3, views=8, resolution=32, shard_size=2)
+    return Runs(folder, shards)

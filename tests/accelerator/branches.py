@@ -13,7 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 DEVICE_FILE = "lrm_pl/kernels/device.py"
 DEVICE_MODULE = "lrm_pl.kernels.device"

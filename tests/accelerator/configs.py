@@ -2,7 +2,7 @@
 
 import yaml
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 MODELS = sorted(path.stem for path in (ROOT / "configs/model").glob("*.yaml"))
 

@@ -7,8 +7,8 @@ import ast
 
 import pytest
 
+from tests import ROOT
 from tests.accelerator.branches import RECORD, Record, find, find_in
-from tests.conftest import ROOT
 
 FOLDERS = ("tests/accelerator", "tests/gpu")
 

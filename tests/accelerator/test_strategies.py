@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.distributed.conftest import largest_difference, runs  # noqa: F401 - a fixture
+from tests.runs import largest_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -14,14 +14,14 @@ BRANCHES_TAKEN = "rendering without the fused decoder"
 
 
 @pytest.fixture(scope="module")
-def ordinary(runs):  # noqa: F811 - the fixture
+def ordinary(runs):
     """Train in one process on the CPU; returns its losses and the tensors of its checkpoint."""
     assert BRANCHES_TAKEN not in runs.run("ordinary", 1, *STEPS, layers=["cpu"])
     return runs.losses("ordinary"), runs.final("ordinary")[1]
 
 
 @pytest.mark.parametrize("layer", ["ddp", "fsdp2", "deepspeed_2"])
-def test_accelerators_train_under_a_strategy_as_one_process_on_a_cpu_does(runs, ordinary, layer):  # noqa: F811
+def test_accelerators_train_under_a_strategy_as_one_process_on_a_cpu_does(runs, ordinary, layer):
     losses, expected = ordinary
     name = f"accelerated-{layer}"
     log = runs.run(name, 2, *STEPS, layers=[layer], module="tests.accelerator.run")

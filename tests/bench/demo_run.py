@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lrm_pl.cli.lightning_cli import LRMCLI, command_line
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.synthetic import write_synthetic_shards
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 
 def write_shards(folder: Path) -> Path:

@@ -21,8 +21,9 @@ from data_tools.assets.demo_library import OBJECTS
 from data_tools.assets.folder import fetch_folder
 from data_tools.rendering.shard_plan import default_held_out, held_out_ids, plan_shards
 from lrm_pl.data.schema import KEY_PATTERN
+from tests import ROOT
 
-DEMO_ASSETS = Path(__file__).resolve().parents[2] / "data_tools" / "demo_assets"
+DEMO_ASSETS = ROOT / "data_tools" / "demo_assets"
 HEADER = ",".join(TABLE_COLUMNS) + "\n"
 
 

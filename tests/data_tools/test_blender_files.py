@@ -12,7 +12,7 @@ from PIL import Image
 
 from lrm_pl.data.manifest import read_index, read_manifest
 from lrm_pl.data.schema import decode_image, decode_sample
-from tests.data_tools.conftest import box, write_gltf
+from tests.builders import box, write_gltf
 
 pytestmark = pytest.mark.blender
 

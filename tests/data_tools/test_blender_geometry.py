@@ -12,8 +12,7 @@ from data_tools.shards.repack import repack
 from lrm_pl.data.geometry_views import decode_depth, decode_normals, depth_member, normal_member
 from lrm_pl.data.schema import SURFACE_MEMBER, decode_image, decode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, decode_surface
-from tests.data_tools.conftest import box, write_gltf
-from tests.data_tools.test_repack import members
+from tests.builders import box, members, write_gltf
 
 pytestmark = pytest.mark.blender
 

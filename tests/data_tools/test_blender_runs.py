@@ -14,10 +14,10 @@ import pytest
 from data_tools.assets.asset_list import hash_file
 from data_tools.quality.filter_table import read_infos
 from lrm_pl.data.manifest import read_index, read_manifest
+from tests import ROOT
 
 pytestmark = pytest.mark.blender
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 OBJECTS = ("bedsideTable2", "box", "bread", "forkLift", "horse2", "outdoorLamp")
 OPTIONS = ("--views", "4", "--res", "48", "--samples", "4", "--shard-size", "2", "--held-out", "1")
 
@@ -29,7 +29,7 @@ def tars(folder):
 def copy_assets(folder, objects=OBJECTS):
     folder.mkdir()
     for name in objects:
-        shutil.copy(REPOSITORY / "data_tools" / "demo_assets" / f"{name}.glb", folder)
+        shutil.copy(ROOT / "data_tools" / "demo_assets" / f"{name}.glb", folder)
     return folder
 
 
@@ -121,7 +121,7 @@ def test_a_second_run_renders_nothing(reference, render_command):
 
 def test_one_more_mesh_and_another_license_render_one_object(reference, render_command, tmp_path):
     assets, out = (Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in reference)
-    shutil.copy(REPOSITORY / "data_tools" / "demo_assets" / "chair.glb", assets)
+    shutil.copy(ROOT / "data_tools" / "demo_assets" / "chair.glb", assets)
     header = "id,name,creator,source,license,sha256\n"
     (assets / "assets.csv").write_text(f"{header}box,Box,Ann,library,CC-BY-4.0,\n")
 
@@ -156,7 +156,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     for pattern in ("render.json", "parts/*.tar", "train-*.tar"):
         run = subprocess.Popen(
             [str(part) for part in [*command, "--jobs", "2"]],
-            cwd=REPOSITORY,
+            cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -184,7 +184,7 @@ def test_a_run_that_is_terminated_says_that_it_goes_on_and_leaves_nothing_behind
     command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *OPTIONS]
     run = subprocess.Popen(
         [str(part) for part in command],
-        cwd=REPOSITORY,
+        cwd=ROOT,
         env=os.environ | {"TMPDIR": str(scratch)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -218,7 +218,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_the_next_run_goes_on(
         command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *OPTIONS]
         run = subprocess.Popen(
             [str(part) for part in command],
-            cwd=REPOSITORY,
+            cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

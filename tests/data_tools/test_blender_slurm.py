@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lrm_pl.data.manifest import read_manifest
-from tests.integration.test_slurm import idle_nodes
+from tests.servers.slurm import idle_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.blender]
 

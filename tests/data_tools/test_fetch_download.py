@@ -15,7 +15,7 @@ from data_tools.assets.download import Download, download, download_all
 from lrm_pl.errors import InputError
 from lrm_pl.storage import MissingError
 
-pytest_plugins = ["tests.web_server"]
+pytest_plugins = ["tests.servers.web_server"]
 
 # Sockets that the proxy leaves to the garbage collector on purpose are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings(

@@ -13,7 +13,7 @@ from data_tools.assets.asset_list import find_assets
 from data_tools.assets.objaverse import LICENSES, fetch_objaverse, make_asset
 from lrm_pl.errors import InputError
 
-pytest_plugins = ["tests.web_server"]
+pytest_plugins = ["tests.servers.web_server"]
 
 # Sockets that the proxy leaves to the garbage collector on purpose are no concern of these tests.
 pytestmark = pytest.mark.filterwarnings(

@@ -12,7 +12,6 @@ import subprocess
 import tarfile
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -31,8 +30,7 @@ from data_tools.assets.obj_materials import read_obj_materials
 from data_tools.assets.sweethome3d import fetch_sweethome3d, plan_conversions
 from data_tools.blender.conversion_pool import ConversionTask, convert_all
 from lrm_pl.errors import InputError
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 OBJ = """mtllib {key}.mtl
 v 0 0 0
@@ -286,10 +284,10 @@ def test_blender_makes_glb_files_and_a_second_run_makes_none(package, render_pyt
 
     def run():
         command = [render_python, script, out, package, hashlib.sha256(package.read_bytes()).hexdigest()]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [str(part) for part in command],
-            cwd=REPOSITORY,
+            cwd=ROOT,
             env=environment,
             capture_output=True,
             text=True,

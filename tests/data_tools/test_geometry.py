@@ -28,7 +28,7 @@ from lrm_pl.data.surface import SURFACE_POINTS, decode_surface, encode_surface
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.errors import InputError
 from lrm_pl.meshing.triangles import draw_points
-from tests.data_tools.test_repack import members
+from tests.builders import members
 
 VIEWS, SIDE = 4, 32
 

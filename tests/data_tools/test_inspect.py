@@ -13,7 +13,7 @@ from data_tools.__main__ import main
 from data_tools.quality.report import collect_statistics, histogram, inspect, plot_cameras
 from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, write_manifest, write_shard
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
-from tests.damage import spoil_first_poses
+from tests.builders import spoil_first_poses
 
 
 @pytest.fixture

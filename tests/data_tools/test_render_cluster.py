@@ -17,12 +17,12 @@ from data_tools.blender.process import BlenderError
 from data_tools.rendering import driver as render
 from data_tools.rendering import ray_pool
 from lrm_pl.data.manifest import read_manifest
-from tests.data_tools.test_render_driver import SETTINGS, STAND_IN, tars
+from tests.builders import RENDER_SETTINGS, STAND_IN_WORKER, read_tars
 
 
 @pytest.fixture
 def assets(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(STAND_IN_WORKER)))
     folder = tmp_path / "assets"
     folder.mkdir()
     for name in "abcdef":
@@ -49,7 +49,9 @@ def nodes(monkeypatch, tmp_path_factory):
 
 
 def run(assets, out):
-    return render.render(find_assets(assets), out, SETTINGS, ray_pool.PoolOptions(assets, SETTINGS))
+    return render.render(
+        find_assets(assets), out, RENDER_SETTINGS, ray_pool.PoolOptions(assets, RENDER_SETTINGS)
+    )
 
 
 def wait_for(path):
@@ -65,7 +67,7 @@ def test_all_nodes_of_a_cluster_render_and_the_bytes_are_those_of_one(assets, no
     nodes.remove_node(nodes.list_all_nodes()[-1])
     run(assets, tmp_path / "one")
     assert "2 Blender processes (1 CPU each) on 2 nodes" in capfd.readouterr().out
-    assert tars(tmp_path / "many") == tars(tmp_path / "one")
+    assert read_tars(tmp_path / "many") == read_tars(tmp_path / "one")
 
 
 def test_a_relative_assets_folder_is_the_one_that_the_driver_means(assets, nodes, tmp_path):
@@ -102,7 +104,7 @@ def test_a_node_that_dies_costs_the_objects_in_hand_one_more_try_and_a_new_one_i
             (assets / "go").touch()
         manifest = rendering.result()
     assert manifest.failures == 0
-    assert tars(tmp_path / "out") == tars(tmp_path / "whole")
+    assert read_tars(tmp_path / "out") == read_tars(tmp_path / "whole")
     assert read_manifest(tmp_path / "out") == manifest
 
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pyarrow.parquet
@@ -29,16 +28,12 @@ from data_tools.quality.filter_table import read_infos
 from data_tools.quality.validate import find_index_problems
 from data_tools.rendering import driver as render_module
 from data_tools.rendering import ray_pool, shard_folder
-from data_tools.rendering.settings import RenderSettings, SettingsError, write_settings
+from data_tools.rendering.settings import SettingsError, write_settings
 from data_tools.rendering.shard_folder import FolderError
 from data_tools.shards.repack import repack
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_samples
 from lrm_pl.data.schema import decode_sample
-
-STAND_IN = Path(__file__).with_name("stand_in_worker.py")
-SETTINGS = RenderSettings(
-    preset="frame", normalize="sphere", views=2, resolution=8, samples=1, seed=0, held_out=1, shard_size=2
-)
+from tests.builders import RENDER_SETTINGS, STAND_IN_WORKER, read_tars
 
 
 @pytest.fixture
@@ -52,7 +47,7 @@ def assets(tmp_path):
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, str(STAND_IN_WORKER)))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,13 +57,9 @@ def one_ray_for_all():
         yield
 
 
-def run(assets, out, settings=SETTINGS, jobs=2, **limits):
+def run(assets, out, settings=RENDER_SETTINGS, jobs=2, **limits):
     options = ray_pool.PoolOptions(assets, settings, jobs, Limits(**{"time_s": 30.0} | limits))
     return render_module.render(find_assets(assets, out), out, settings, options)
-
-
-def tars(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
 def failures(out):
@@ -108,7 +99,7 @@ def test_a_failure_leaves_a_hole_and_moves_nothing_else(assets, tmp_path, capfd)
     held = {shard.name: list(read_index(out, shard)) for shard in manifest.shards}
     # train is a b | c e | f: the second shard has no object left, it is not written and not in the manifest
     assert held == {"train-000000.tar": ["a"], "train-000002.tar": ["f"], "val-000000.tar": ["d"]}
-    whole, holed = tars(tmp_path / "whole"), tars(out)
+    whole, holed = read_tars(tmp_path / "whole"), read_tars(out)
     assert all(holed[name] == whole[name] for name in ("train-000002.tar", "val-000000.tar"))
     reasons = failures(out)
     assert reasons["b"] == "is bad"
@@ -150,7 +141,7 @@ def test_an_object_over_the_time_limit_costs_only_itself(assets, tmp_path):
 
 def test_the_time_limit_is_ten_minutes_and_grows_with_the_samples_that_are_computed():
     def limit(views, resolution, samples):
-        asked = dataclasses.replace(SETTINGS, views=views, resolution=resolution, samples=samples)
+        asked = dataclasses.replace(RENDER_SETTINGS, views=views, resolution=resolution, samples=samples)
         return blender_process.time_limit_s(asked)
 
     assert limit(16, 128, 16) == pytest.approx(621, abs=1)
@@ -184,9 +175,9 @@ def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
 def test_other_settings_are_refused_with_what_needs_no_rendering(assets, tmp_path, change, found, remedy):
     out = tmp_path / "out"
     out.mkdir()
-    write_settings(out, SETTINGS, "stand-in")
+    write_settings(out, RENDER_SETTINGS, "stand-in")
     with pytest.raises(SettingsError, match=found) as refusal:
-        run(assets, out, dataclasses.replace(SETTINGS, **change))
+        run(assets, out, dataclasses.replace(RENDER_SETTINGS, **change))
     assert re.search(remedy, str(refusal.value))
     assert "delete" not in str(refusal.value)
 
@@ -230,7 +221,7 @@ def images(out):
 def test_an_added_mesh_and_a_changed_license_render_one_object(assets, tmp_path, rendered_ids, capfd):
     out = tmp_path / "out"
     before = run(assets, out)
-    old, old_images = tars(out), images(out)
+    old, old_images = read_tars(out), images(out)
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     (assets / "0_first_by_name.glb").write_text("fine")
     write_table(assets, c="CC0-1.0")
@@ -238,7 +229,7 @@ def test_an_added_mesh_and_a_changed_license_render_one_object(assets, tmp_path,
     assert rendered_ids == [list("abcefd"), ["0_first_by_name"]]
     described = [(shard.name, shard.samples) for shard in before.shards]
     assert [(shard.name, shard.samples) for shard in after.shards] == [*described, ("train-000003.tar", 1)]
-    assert {name for name in old if tars(out)[name] != old[name]} == {"train-000001.tar"}, "where c lies"
+    assert {name for name in old if read_tars(out)[name] != old[name]} == {"train-000001.tar"}, "where c lies"
     assert {key: images(out)[key] for key in old_images} == old_images
     assert licenses(out) == {"c": "CC0-1.0"}
     del times["train-000001.tar"]
@@ -317,7 +308,7 @@ def test_an_addition_that_was_interrupted_ends_with_the_bytes_of_one_that_was_no
             with pytest.raises(InterruptedError):
                 run(assets, out)
     run(assets, out)
-    assert tars(out) == tars(whole)
+    assert read_tars(out) == read_tars(whole)
     assert read_manifest(out) == read_manifest(whole)
     assert not {*"abcdef"} & {key for ids in rendered_ids[1:] for key in ids}
 
@@ -497,13 +488,13 @@ def test_another_renderer_does_not_continue_a_folder(assets, tmp_path):
 def test_a_lost_shard_is_made_again_and_half_written_files_are_never_taken_for_whole(assets, tmp_path):
     out = tmp_path / "out"
     run(assets, out)
-    expected = tars(out)
+    expected = read_tars(out)
     (out / "manifest.json").unlink()
     (out / "train-000001.tar").rename(out / "train-000001.tar.partial")
     (out / "parts").mkdir()
     (out / "parts" / "c.tar.partial").write_bytes(expected["train-000001.tar"][:700])
     run(assets, out)
-    assert tars(out) == expected
+    assert read_tars(out) == expected
     assert not list(out.rglob("*.partial"))
 
 
@@ -556,14 +547,14 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_next_run_goes_on(assets, tmp
     else:
         monkeypatch.setattr(shard_folder, "write_shard", original)
     run(assets, out)
-    assert tars(out) == tars(tmp_path / "whole")
+    assert read_tars(out) == read_tars(tmp_path / "whole")
 
 
 def test_a_crash_costs_the_object_one_more_try(assets, tmp_path):
     run(assets, tmp_path / "whole")
     (assets / "b.glb").write_text("dies once")
     assert run(assets, tmp_path / "out").failures == 0
-    assert tars(tmp_path / "out") == tars(tmp_path / "whole")
+    assert read_tars(tmp_path / "out") == read_tars(tmp_path / "whole")
 
 
 def test_an_object_over_the_memory_limit_costs_only_itself(assets, tmp_path):
@@ -616,7 +607,7 @@ def test_whatever_is_killed_at_work_the_bytes_are_the_same(assets, tmp_path, vic
         while not killed:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    at_work = [str(STAND_IN) in process.cmdline() and (assets / "a.working").exists()]
+                    at_work = [str(STAND_IN_WORKER) in process.cmdline() and (assets / "a.working").exists()]
                     if any(at_work):
                         target = process if victim == "Blender" else process.parent()
                         assert victim == "Blender" or target.name().startswith("ray::")
@@ -632,20 +623,20 @@ def test_whatever_is_killed_at_work_the_bytes_are_the_same(assets, tmp_path, vic
     thread.join()
     assert killed
     assert manifest.failures == 0
-    assert tars(out) == tars(tmp_path / "whole")
+    assert read_tars(out) == read_tars(tmp_path / "whole")
 
 
 def test_blender_goes_with_its_ray_worker(assets, tmp_path):
-    options = ray_pool.PoolOptions(assets, SETTINGS, 1)
+    options = ray_pool.PoolOptions(assets, RENDER_SETTINGS, 1)
     pool = ray_pool.RenderPool(options)
-    blenders = [p for p in psutil.Process().children(recursive=True) if str(STAND_IN) in p.cmdline()]
+    blenders = [p for p in psutil.Process().children(recursive=True) if str(STAND_IN_WORKER) in p.cmdline()]
     assert len(blenders) == 1
     pool.close()
     blenders[0].wait(timeout=20)
 
 
 def test_processes_that_are_starting_when_a_run_ends_leave_their_cpus_to_the_next(assets):
-    options = ray_pool.PoolOptions(assets, SETTINGS, 4)
+    options = ray_pool.PoolOptions(assets, RENDER_SETTINGS, 4)
     for wait_s in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6):
         pool = ray_pool.RenderPool(options)
         pool._grow(0, 4)

@@ -18,18 +18,8 @@ from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.schema import decode_image, encode_image
 from lrm_pl.data.stream import EvaluationSet
 from lrm_pl.data.synthetic import write_synthetic_shards
-from tests.damage import spoil_first_poses
+from tests.builders import members, spoil_first_poses
 from tests.data_tools.stand_in_worker import MEASURES
-
-
-def members(folder):
-    """Every sample of a folder: key -> (split, member -> bytes)."""
-    found = {}
-    for shard in read_manifest(folder).shards:
-        content = (folder / shard.name).read_bytes()
-        for key, spans in read_index(folder, shard).items():
-            found[key] = shard.split, {name: content[at : at + size] for name, (at, size) in spans.items()}
-    return found
 
 
 def test_another_shard_size_keeps_every_byte_and_every_split(shards, tmp_path):

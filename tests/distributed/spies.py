@@ -4,7 +4,7 @@ import lightning as L
 import torch
 
 from lrm_pl.models import camera_embedder, decoder
-from lrm_pl.rendering import ray_marching
+from lrm_pl.rendering import ray_marching, renderer
 
 
 class PrecisionSpy(L.Callback):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.conftest import keep_every, largest_difference
+from tests.runs import keep_every, largest_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.distributed.conftest import keep_every
+from tests.runs import keep_every
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

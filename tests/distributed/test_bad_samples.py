@@ -6,7 +6,7 @@ import pytest
 
 from lrm_pl.data.manifest import read_manifest
 from lrm_pl.data.order import SampleOrder
-from tests.damage import spoil_first_poses
+from tests.builders import spoil_first_poses
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

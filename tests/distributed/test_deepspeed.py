@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lrm_pl.checkpoints import read_checkpoint, read_tensors, tensor_names
-from tests.distributed.conftest import ROOT, largest_difference
+from tests import ROOT
+from tests.runs import largest_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

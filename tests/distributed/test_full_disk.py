@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.distributed.conftest import ROOT, keep_every
+from tests import ROOT
+from tests.runs import keep_every
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

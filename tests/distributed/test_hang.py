@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.distributed.conftest import kill
+from tests.runs import kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 

@@ -10,9 +10,9 @@ import fsspec
 import pytest
 import torch
 
-from tests.distributed.conftest import descendants, keep_every, kill
+from tests.runs import descendants, keep_every, kill
 
-pytest_plugins = ["tests.s3_store"]
+pytest_plugins = ["tests.servers.s3_store"]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(2400),

@@ -1,9 +1,6 @@
 """The fused decoder without a GPU: Triton's interpreter, the plain twin in the renderer, and when it is not used."""
 
 import logging
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,17 +15,7 @@ from lrm_pl.models.triplane import Triplane
 from lrm_pl.planning.gpus import require_gpu
 from lrm_pl.rendering import fused as rendering
 from lrm_pl.rendering.renderer import Renderer
-from tests.conftest import ROOT
-
-
-def interpreted(module, *arguments, interpret="1", limit_s=280):
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=limit_s,
-        env={**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+from tests.fused.triton_process import interpreted
 
 
 @pytest.mark.slow

@@ -11,9 +11,8 @@ from lrm_pl.kernels import device
 from lrm_pl.kernels import modulated_norm as norm
 from lrm_pl.kernels import modulated_norm_triton as kernels
 from lrm_pl.models.transformer import ModLN
-from tests.fused.build import TARGETS, _assembled
-from tests.fused.test_build import MEASURED
-from tests.fused.test_fused import interpreted
+from tests.fused.build import MEASURED, TARGETS, assemble
+from tests.fused.triton_process import interpreted
 
 
 @pytest.mark.slow
@@ -40,7 +39,7 @@ def test_at_width_1024_the_kernels_do_not_spill_and_load_and_store_vectors(kerne
         target=TARGETS[arch],
         options={"num_warps": norm._sizes(torch.empty(2, 3, 1024))["num_warps"]},
     )
-    log = _assembled(built.asm["ptx"])
+    log = assemble(built.asm["ptx"])
     print(kernel, arch, re.search(r"Used \d+ registers", log)[0])
     assert "0 bytes spill stores" in log
     assert "ld.global.v4.b32" in built.asm["ptx"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.conftest import largest_difference, runs  # noqa: F401 - a fixture
+from tests.runs import largest_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,12 +26,12 @@ FEW = ("fsdp2", "deepspeed_2")
 
 
 @pytest.fixture(scope="module")
-def plain(runs):  # noqa: F811 - the fixture
+def plain(runs):
     runs.run("plain", 1, *TINY, layers=["cpu"])
     return runs.losses("plain")
 
 
-def require_plain_losses(runs, plain, way, **how):  # noqa: F811
+def require_plain_losses(runs, plain, way, **how):
     processes, layers, options = WAYS[way]
     name = f"{how['module']}-{way}"
     log = runs.run(name, processes, *TINY, *options, layers=layers, limit_s=600, **how)
@@ -44,11 +44,11 @@ def require_plain_losses(runs, plain, way, **how):  # noqa: F811
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=[] if way in FEW else [pytest.mark.soak]) for way in WAYS]
 )
-def test_every_strategy_trains_fused_as_one_process_does_plainly(runs, plain, way):  # noqa: F811
+def test_every_strategy_trains_fused_as_one_process_does_plainly(runs, plain, way):
     require_plain_losses(runs, plain, way, module="tests.fused.twin")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("way", WAYS)
-def test_every_strategy_trains_with_interpreted_kernels_as_one_process_does_plainly(runs, plain, way):  # noqa: F811
+def test_every_strategy_trains_with_interpreted_kernels_as_one_process_does_plainly(runs, plain, way):
     require_plain_losses(runs, plain, way, module="tests.accelerator.run", TRITON_INTERPRET="1")

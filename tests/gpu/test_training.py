@@ -6,7 +6,7 @@ import pytest
 
 from tests.accelerator.configs import shrunk
 from tests.accelerator.training import train
-from tests.distributed.conftest import keep_every, largest_difference, runs  # noqa: F401 - a fixture
+from tests.runs import keep_every, largest_difference
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
 
@@ -28,13 +28,13 @@ STEPS = ("--trainer.max_steps=4", "--trainer.val_check_interval=4")
 
 
 @pytest.fixture(scope="module")
-def on_a_cpu(runs):  # noqa: F811 - the fixture
+def on_a_cpu(runs):
     """Losses of four steps on a CPU."""
     runs.run("on-a-cpu", 1, *STEPS, layers=["cpu"])
     return runs.losses("on-a-cpu")
 
 
-def run_on(device, runs, name, layer, *options):  # noqa: F811 - the fixture
+def run_on(device, runs, name, layer, *options):
     """Run on the accelerator; returns the losses."""
     accelerator = f"--trainer.accelerator={'gpu' if device.is_gpu else 'cpu'}"
     module = "lrm_pl" if device.is_gpu else "tests.accelerator.run"
@@ -59,17 +59,17 @@ def test_no_trainer_config_is_forgotten(root):
 @pytest.mark.parametrize(
     "layer", [pytest.param(layer, marks=[] if layer in FEW else [pytest.mark.soak]) for layer in LAYERS]
 )
-def test_a_trainer_config_trains_one_process_as_a_cpu_does(device, runs, on_a_cpu, layer):  # noqa: F811
+def test_a_trainer_config_trains_one_process_as_a_cpu_does(device, runs, on_a_cpu, layer):
     losses = run_on(device, runs, f"{device.name}-{layer}", layer, *LAYERS[layer])
     assert largest_difference(losses, on_a_cpu) <= device.rounding
 
 
-def test_bf16_mixed_trains_near_float32(device, runs, on_a_cpu):  # noqa: F811
+def test_bf16_mixed_trains_near_float32(device, runs, on_a_cpu):
     losses = run_on(device, runs, f"{device.name}-bf16", "gpu", "--trainer.precision=bf16-mixed")
     assert largest_difference(losses, on_a_cpu) <= 0.03
 
 
-def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(device, runs, on_a_cpu):  # noqa: F811
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(device, runs, on_a_cpu):
     name = f"{device.name}-stopped"
     run_on(device, runs, name, "gpu", keep_every(2))
     shutil.rmtree(runs.folder / name / "checkpoints" / "step-00000004")

@@ -17,9 +17,9 @@ from lrm_pl.apps.export import main as export
 from lrm_pl.cli.lightning_cli import command_line, main
 from lrm_pl.errors import InputError
 from lrm_pl.inference.find_model import open_trained
-from tests.integration.test_cli import TINY
+from tests.builders import TINY
 
-pytest_plugins = ["tests.s3_store"]
+pytest_plugins = ["tests.servers.s3_store"]
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -26,32 +26,13 @@ from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
 from lrm_pl.errors import InputError
 from lrm_pl.inference.find_model import open_trained
 from lrm_pl.training.checkpointing import CheckpointAndResume
+from tests.builders import TINY
 from tests.parity.networks import randomized
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")
-
-TINY = {
-    "seed_everything": 0,
-    "model": {
-        "lrm": {
-            "encoder": {"name": "vit_small_patch14_dinov2", "image_size": 28, "frozen": True},
-            "decoder": {"channels": 4, "width": 8, "layers": 3},
-            "dim": 16,
-            "depth": 1,
-            "heads": 2,
-            "camera_dim": 8,
-            "plane_tokens": 4,
-        },
-        "renderer": {"samples_per_ray": 8},
-        "objective": {"lpips": 0.0},
-    },
-    "data": {"batch_size": 2, "side_views": 1, "unseen_views": 2, "workers": 0, "streams": 2},
-    "weights": {"pretrained": False, "source": "pypi"},
-}
-TINY["data"]["crop"] = {"low": 16, "high": 32, "size": 16}
 
 
 @pytest.fixture

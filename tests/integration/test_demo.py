@@ -16,7 +16,7 @@ from PIL import Image
 
 from lrm_pl.apps.demo import sweep
 from lrm_pl.apps.demo_page import QUEUE
-from tests.served import Served
+from tests.servers.lrm_server import Served
 
 # Playwright's loop and pipes are closed by its own thread.
 pytestmark = pytest.mark.filterwarnings("default")

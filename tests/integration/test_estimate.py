@@ -14,7 +14,7 @@ import yaml
 
 from lrm_pl.apps.estimate import main as estimate
 from lrm_pl.planning.gpus import require_gpu
-from tests.integration.test_cli import TINY
+from tests.builders import TINY, cells
 
 # LightningCLI uses names that jsonargparse has deprecated.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -59,12 +59,6 @@ def fit(arguments, limit=None):
         else {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit,) * 2)}
     )
     return subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ, **limits)
-
-
-def cells(output, row):
-    """Read the numbers of a row of a printed table."""
-    (line,) = [line for line in output.splitlines() if re.match(rf"│ {re.escape(row)} +│", line)]
-    return [float(number) for number in re.findall(r"[\d.]*\d", line.split("│", 2)[2].replace(",", ""))]
 
 
 def peak_in_training(folder):

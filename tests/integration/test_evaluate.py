@@ -22,7 +22,7 @@ from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.evaluation.run import evaluate, track_progress
 from lrm_pl.inference.find_model import open_trained
 from lrm_pl.weights import download
-from tests.pretrained_folder import tiny_pretrained
+from tests.builders import tiny_pretrained
 
 # TensorBoard's writer, and torch's loader of its own files, warn of what they will change.
 pytestmark = pytest.mark.filterwarnings("default")

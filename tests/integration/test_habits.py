@@ -41,7 +41,7 @@ from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
 from lrm_pl.version import git_commit
-from tests.integration.test_cli import TINY
+from tests.builders import TINY
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")

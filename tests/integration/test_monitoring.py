@@ -15,14 +15,14 @@ from lrm_pl.losses.objective import Objective
 from lrm_pl.planning.simulate import StepCosts
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
-from tests.distributed.conftest import TINY
+from tests.runs import RUN_CONFIG
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")
 
 QUICK = {
-    **TINY,
-    "trainer": {**TINY["trainer"], "max_steps": 6, "log_every_n_steps": 3, "val_check_interval": 3},
+    **RUN_CONFIG,
+    "trainer": {**RUN_CONFIG["trainer"], "max_steps": 6, "log_every_n_steps": 3, "val_check_interval": 3},
 }
 TIMER_ALONE = '--trainer.callbacks=[{"class_path": "lrm_pl.callbacks.step_timer.StepTimer"}]'
 
@@ -68,8 +68,8 @@ def test_utilisation_is_the_model_operations_of_the_logged_steps_over_their_time
     )
     main(["fit", *quick, TIMER_ALONE])
     for row in lines(tmp_path / "run"):
-        pixels = TINY["data"]["batch_size"] * 2 * TINY["data"]["crop"]["size"] ** 2
-        flops = 1000 * TINY["data"]["batch_size"] + pixels
+        pixels = RUN_CONFIG["data"]["batch_size"] * 2 * RUN_CONFIG["data"]["crop"]["size"] ** 2
+        flops = 1000 * RUN_CONFIG["data"]["batch_size"] + pixels
         assert float(row["speed/mfu"]) == pytest.approx(
             flops / (float(row["time/step"]) / 1000) / 1e9, rel=1e-3
         )

@@ -27,7 +27,7 @@ from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.gradient_guard import DivergedError
 from lrm_pl.training.module import LRMModule
 from lrm_pl.weights.perceptual import pretrained_perceptual_loss
-from tests.integration.test_cli import TINY
+from tests.builders import TINY
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from lrm_pl.apps.server import what_else
-from tests.served import Served
-from tests.unit.test_images import encoded, png
+from tests.builders import encoded, png
+from tests.servers.lrm_server import Served
 
 LIMITS = [
     "--megabytes",

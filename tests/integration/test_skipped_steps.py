@@ -19,7 +19,7 @@ from lrm_pl.training import state as state_file
 from lrm_pl.training.checkpointing import CheckpointAndResume
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.run_state import run_tensors
-from tests.distributed.conftest import TINY
+from tests.runs import RUN_CONFIG
 
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow]
 
@@ -91,7 +91,7 @@ class Watch(L.Callback):
 def fit(tmp_path, shards):
     def run(name, factors, *options, every=100, mode=None, steps=8, validating=None):
         """Train; returns what it was after every step, and its folder of checkpoints."""
-        config = copy.deepcopy(TINY)
+        config = copy.deepcopy(RUN_CONFIG)
         validations = 0 if validating is None else 1
         config["trainer"] |= {"max_steps": steps, "limit_val_batches": validations, "gradient_clip_val": 0.01}
         path = tmp_path / f"{name}.yaml"
@@ -203,7 +203,7 @@ class CountReads(TorchDispatchMode):
 def test_with_the_default_callbacks_nothing_is_read_from_the_device_in_steps_that_are_not_logged(
     tmp_path, shards
 ):
-    config = copy.deepcopy(TINY)
+    config = copy.deepcopy(RUN_CONFIG)
     config["trainer"] |= {
         "max_steps": 9,
         "limit_val_batches": 0,

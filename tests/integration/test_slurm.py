@@ -1,6 +1,5 @@
 """The job script and the doctor under a real Slurm of two nodes, where there is one."""
 
-import functools
 import os
 import re
 import shutil
@@ -16,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lrm_pl.cluster import slurm
 from lrm_pl.cluster.job import Launch, job_script
 from lrm_pl.weights.resolve import cache_folder
-from tests.integration.test_cli import TINY
+from tests.builders import TINY
+from tests.servers.slurm import idle_nodes
 
 pytestmark = pytest.mark.slow
 
@@ -29,22 +29,6 @@ while not os.path.exists("stop"):
     time.sleep(0.1)
 raise SystemExit(3 if rank == "1" else time.sleep(300))
 """
-
-
-@functools.cache
-def slurm_answers():
-    """Whether there is a Slurm; one that does not answer takes a while to say so."""
-    if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
-        return False
-    return subprocess.run(["timeout", "20", "sinfo", "-h"], capture_output=True, check=False).returncode == 0
-
-
-def idle_nodes():
-    """Names of idle nodes; none where there is no Slurm, or one that does not answer."""
-    if not slurm_answers():
-        return []
-    command = ["timeout", "20", "sinfo", "-hN", "-t", "idle", "-o", "%N"]
-    return sorted(set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()))
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from PIL import Image
 from lrm_pl.apps.view import main
 from lrm_pl.apps.viewer import wait_for_checkpoint
 from lrm_pl.cli.lightning_cli import main as train
-from tests.damage import spoil_first_poses
-from tests.integration.test_cli import TINY
-from tests.served import Served
+from tests.builders import TINY, spoil_first_poses
+from tests.servers.lrm_server import Served
 
 # Lightning warns of short runs, Playwright's pipes are closed by its own thread.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lrm_pl.data.synthetic import write_synthetic_shards
-from tests.integration.test_estimate import cells
+from tests.builders import cells
 
 SMALL_WINDOWS = "--data.crop={low: 64, high: 128, size: 64}"
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms
 
 from lrm_pl.color_spaces import ColorSpaceError, to_srgb
 from lrm_pl.images import ImageError, NotAnImageError, open_image, to_rgb8
-from tests.unit.test_images import encoded, wide_profile
+from tests.builders import encoded, wide_profile
 
 #: Linear RGB of a color space -> linear sRGB, from the primaries' xy (brucelindbloom.com has the same).
 P3 = [[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]]

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lrm_pl.data.batch import Batch, Views
-from lrm_pl.geometry.cameras import orbit
 from lrm_pl.kernels import device
 from lrm_pl.kernels import triplane as triplane_kernels
 from lrm_pl.losses.objective import Objective
@@ -16,6 +14,7 @@ from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.weights.perceptual import pretrained_perceptual_loss
+from tests.builders import make_batch
 
 #: What raises on CUDA under torch.use_deterministic_algorithms: the operators of all calls of
 #: Context::alertNotDeterministic in libtorch_cuda.so and libtorch_cpu.so of torch 2.14.1 (_embedding_bag_dense_backward
@@ -95,20 +94,6 @@ def deterministic():
 @pytest.fixture(scope="module")
 def vgg():
     return pretrained_perceptual_loss("vgg", source="pypi")
-
-
-def make_batch(size=32, views=2):
-    c2w = orbit(views, 2.4, 12.0).expand(2, -1, 4, 4)
-    camera = torch.tensor([1.07, 1.07, 0.5, 0.5]).expand(2, views, 4)
-
-    def some(count):
-        alpha = torch.rand(2, count, size, size)
-        poses, cameras = c2w[:, :count].contiguous(), camera[:, :count].contiguous()
-        return Views(
-            torch.rand(2, count, 3, size, size), alpha, torch.ones(2, count, 3), poses, cameras, alpha
-        )
-
-    return Batch(("a", "b"), some(1), some(views), torch.ones(2))
 
 
 def train_one_step(encoder, renderer, vgg, **options):

@@ -1,14 +1,12 @@
 import ast
 import contextlib
-from pathlib import Path
 
 import pytest
 import torch
 
 from lrm_pl.errors import InputError
 from lrm_pl.kernels import device
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 #: Where devices may be compared: PyTorch's in one file, Blender's in another.
 ALLOWED = {"lrm_pl/kernels/device.py", "data_tools/blender/device.py"}

@@ -27,7 +27,7 @@ from lrm_pl.meshing.mesh import Mesh
 from lrm_pl.meshing.surface import NoSurfaceError
 from lrm_pl.meshing.triangles import draw_points
 from lrm_pl.metrics import ssim
-from tests.unit.test_meshes import lumps
+from tests.builders import lumps
 
 RNG = np.random.default_rng
 
@@ -399,7 +399,7 @@ def test_the_network_is_told_the_camera_that_took_the_image_as_in_training():
     """Off the middle, and not looking at the origin, as crops of videos are."""
     from lrm_pl.evaluation.run import reconstructor
     from lrm_pl.inference.find_model import Trained
-    from tests.pretrained_folder import tiny_pretrained
+    from tests.builders import tiny_pretrained
 
     trained = Trained(tiny_pretrained(), "", None, "")
     image = torch.rand(3, 32, 32)

@@ -1,7 +1,6 @@
 """Images from outside: what is read, what is refused, how an object is framed."""
 
 import contextlib
-import io
 import struct
 import tracemalloc
 import zlib
@@ -21,27 +20,9 @@ from lrm_pl.images import (
     to_rgb8,
     without_background,
 )
-
-
-def encoded(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
+from tests.builders import encoded, png, wide_profile
 
 RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-
-
-def png(width, height, data=b""):
-    """A PNG whose header claims a size."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-
-    def chunk(kind, content):
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
@@ -126,43 +107,6 @@ def test_a_photo_is_turned_once_however_often_it_is_read(orientation, mode):
     assert not found.info
     for other in (again, ImageOps.exif_transpose(found)):  # rembg turns images too
         np.testing.assert_array_equal(np.asarray(other), np.asarray(found))
-
-
-def wide_profile():
-    """Return an ICC profile with the primaries of Display P3 and sRGB's curve, built by hand."""
-
-    def fixed(x):
-        return struct.pack(">i", round(x * 65536))
-
-    def xyz(*values):
-        return b"XYZ " + bytes(4) + b"".join(map(fixed, values))
-
-    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0)
-    curve += b"".join(map(fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)))
-    text = b"desc" + bytes(4) + struct.pack(">I", 3) + b"P3\0" + bytes(80)
-    tags = {
-        b"desc": text, b"wtpt": xyz(0.9642, 1, 0.8249), b"cprt": b"text" + bytes(4) + b"-\0",
-        b"rXYZ": xyz(0.5151, 0.2412, -0.0011), b"gXYZ": xyz(0.2919, 0.6922, 0.0419),
-        b"bXYZ": xyz(0.1572, 0.0666, 0.7841), b"rTRC": curve, b"gTRC": curve, b"bTRC": curve,
-    }  # fmt: skip
-    table, body = struct.pack(">I", len(tags)), b""
-    for name, content in tags.items():
-        content += bytes(-len(content) % 4)
-        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(content))
-        body += content
-    head = (
-        bytes(4)
-        + bytes(4)
-        + struct.pack(">I", 0x02400000)
-        + b"mntrRGB XYZ "
-        + bytes(12)
-        + b"acsp"
-        + bytes(28)
-    )
-    head += fixed(0.9642) + fixed(1) + fixed(0.8249)
-    head += bytes(128 - len(head))
-    profile = head + table + body
-    return struct.pack(">I", len(profile)) + profile[4:]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])

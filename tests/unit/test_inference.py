@@ -18,10 +18,7 @@ from lrm_pl.rendering.empty_space import render_skipping
 from lrm_pl.rendering.occupancy import Occupancy, measure_occupancy
 from lrm_pl.rendering.query import query_color, query_density
 from lrm_pl.rendering.renderer import Renderer
-from tests.unit.test_meshes import is_closed, volume
-from tests.unit.test_metrics import Operators
-from tests.unit.test_model import tiny_lrm
-from tests.unit.test_rendering import CAMERA
+from tests.builders import CAMERA, Operators, is_closed, tiny_lrm, volume
 
 CENTRE, RADIUS = torch.tensor([0.2, -0.1, 0.15]), 0.45
 

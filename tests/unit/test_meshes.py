@@ -14,7 +14,6 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
-from skimage.measure import marching_cubes
 
 from lrm_pl.meshing import unwrap as unwrap_file
 from lrm_pl.meshing.export import encode_mesh
@@ -23,18 +22,7 @@ from lrm_pl.meshing.mesh import Mesh, vertex_normals
 from lrm_pl.meshing.simplify import decimated, without_floaters
 from lrm_pl.meshing.texture import texel_places, textured
 from lrm_pl.meshing.unwrap import PADDING, Atlas, UnwrapError, unwrap
-
-#: Both shapes of ``lumps``: a large ball and a small one beside it.
-BALLS = (np.zeros(3), 0.6), (np.full(3, 0.75), 0.15)
-
-
-def lumps(points=64):
-    """Vertices and faces of two balls, faces outward."""
-    axis = np.linspace(-1, 1, points)
-    grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1)
-    inside = np.maximum(*(radius - np.linalg.norm(grid - center, axis=-1) for center, radius in BALLS))
-    places, faces, _, _ = marching_cubes(inside, 0.0, gradient_direction="ascent")
-    return (places * 2 / (points - 1) - 1).astype(np.float32), faces.astype(np.int64)
+from tests.builders import BALLS, is_closed, lumps, volume
 
 
 def by_place(points):
@@ -45,19 +33,6 @@ def by_place(points):
 def ball(most=1500):
     vertices, faces = decimated(*without_floaters(*lumps(), 0.5), most)
     return Mesh(vertices, faces, by_place(vertices))
-
-
-def volume(mesh):
-    """Positive where faces look outward."""
-    a, b, c = (mesh.vertices[mesh.faces[:, k]].astype(np.float64) for k in range(3))
-    return (a * np.cross(b, c)).sum() / 6
-
-
-def is_closed(mesh):
-    edges = np.sort(
-        np.concatenate([mesh.faces[:, [0, 1]], mesh.faces[:, [1, 2]], mesh.faces[:, [2, 0]]]), axis=1
-    )
-    return (np.unique(edges, axis=0, return_counts=True)[1] == 2).all()
 
 
 def test_parts_below_a_share_of_the_largest_ones_area_go_and_the_rest_stays_as_it_is():

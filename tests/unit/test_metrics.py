@@ -1,15 +1,14 @@
 """PSNR, SSIM and LPIPS against numbers worked out by hand."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, NotFiniteError, psnr, psnr_pooled, ssim
+from tests.builders import Operators
 
 #: With the shape checker switched on, it speaks first.
 WRONG_SHAPE = (ValueError, TypeCheckError)
@@ -118,18 +117,6 @@ def test_shapes_that_differ_are_refused_with_both():
             metric(noise(2), noise(2)[:, :, :8])
     with pytest.raises(ValueError, match=r"at least 11 x 11 pixels, but found \(8, 8\)"):
         ssim(flat(0.5, side=8), flat(0.5, side=8))
-
-
-class Operators(TorchDispatchMode):
-    """Counts calls of each operator."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.name()] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_taking_in_images_reads_no_number_and_computing_refuses_what_was_no_image():

@@ -9,16 +9,7 @@ from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
 from lrm_pl.models.transformer import ModLN
 from lrm_pl.models.upsampler import Upsampler
-
-
-def tiny_lrm(**options):
-    torch.manual_seed(0)
-    encoder = ImageEncoder("vit_small_patch14_dinov2", image_size=28, frozen=True)
-    return LRM(
-        encoder,
-        NeRFDecoder(channels=4, width=8, layers=3),
-        **{"dim": 16, "depth": 2, "heads": 2, "camera_dim": 8, "plane_tokens": 4, **options},
-    )
+from tests.builders import tiny_lrm
 
 
 def parameters(module):

@@ -11,7 +11,7 @@ from lrm_pl.checkpoints import CheckpointError, checkpoint_path
 from lrm_pl.errors import InputError
 from lrm_pl.storage import StoreError
 
-pytest_plugins = ["tests.s3_store"]
+pytest_plugins = ["tests.servers.s3_store"]
 LAYOUTS = ("single", "sharded")
 RUN = "s3://bucket/runs/one"
 

@@ -8,7 +8,7 @@ from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.lrm import LRM
 from lrm_pl.training.optim import OptimizerConfig, parameter_groups, warmup_cosine
-from tests.unit.test_model import tiny_lrm
+from tests.builders import tiny_lrm
 
 
 def test_warm_up_and_cosine_by_hand():

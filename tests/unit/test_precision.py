@@ -10,7 +10,7 @@ from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.precision import Float32Convolutions, require_supported_precision
-from tests.unit.test_model import tiny_lrm
+from tests.builders import tiny_lrm
 
 #: Lightning's own.
 pytestmark = [

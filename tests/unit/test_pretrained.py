@@ -23,8 +23,8 @@ from lrm_pl.inference.model_card import renamed
 from lrm_pl.inference.model_folder import weights_hash
 from lrm_pl.inference.pipeline import PretrainedLRM
 from lrm_pl.inference.reconstruction import infer
-from tests.hub import hub_with
-from tests.pretrained_folder import SETUP, tiny_pretrained
+from tests.builders import TINY_FRAMING, tiny_pretrained
+from tests.servers.hub import hub_with
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_what_is_saved_comes_back_the_same(tmp_path, photo):
     model.save_pretrained(tmp_path / "saved")
     again = lrm_pl.LRM.from_pretrained(tmp_path / "saved")
     assert weights_hash(again.network) == weights_hash(model.network)
-    assert again.setup == SETUP
+    assert again.setup == TINY_FRAMING
     assert torch.equal(again(photo).field.planes, model(photo).field.planes)
     card = (tmp_path / "saved" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-to-3d"
@@ -132,7 +132,7 @@ def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pre
     image = model.preprocess(photo)
     alpha = np.asarray(image)[..., 3] / 255
     rows = np.nonzero((alpha > 0.5).any(axis=1))[0]
-    assert len(rows) / len(alpha) == pytest.approx(SETUP.foreground, abs=0.01)
+    assert len(rows) / len(alpha) == pytest.approx(TINY_FRAMING.foreground, abs=0.01)
     scene = model(image)
     assert scene.camera == InputCamera(2.5, 45.0)
     assert model(image, InputCamera(1.9, 40.0)).camera.distance == 1.9
@@ -179,7 +179,7 @@ def test_a_path_is_not_asked_of_the_hub(pretrained, tmp_path):
         ):
             PretrainedLRM.from_pretrained(name)
     for file in ("model.safetensors", "config.yaml"):
-        assert PretrainedLRM.from_pretrained(pretrained / file).setup == SETUP
+        assert PretrainedLRM.from_pretrained(pretrained / file).setup == TINY_FRAMING
 
 
 def test_a_socks_proxy_that_nothing_installed_speaks_with_is_one_message(tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path
     model = PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path)
     here = PretrainedLRM.from_pretrained(pretrained)
     assert weights_hash(model.network) == weights_hash(here.network)
-    assert model.setup == SETUP
+    assert model.setup == TINY_FRAMING
     again = PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path, local_files_only=True)
     assert weights_hash(again.network) == weights_hash(here.network)
     with pytest.raises(InputError, match="named 'me/other', but found neither"):

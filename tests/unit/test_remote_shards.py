@@ -24,9 +24,9 @@ from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.transforms import Augmentation, CropConfig
 from lrm_pl.errors import InputError
 from lrm_pl.storage import StoreDownError, StoreError, open_store, retry, store_errors
-from tests.damage import spoil_first_poses
+from tests.builders import spoil_first_poses
 
-pytest_plugins = ["tests.s3_store", "tests.web_server"]
+pytest_plugins = ["tests.servers.s3_store", "tests.servers.web_server"]
 
 # Sockets that the proxy or botocore leave to the garbage collector, on purpose or not, are no concern of these tests.
 pytestmark = [

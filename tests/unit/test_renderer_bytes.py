@@ -9,7 +9,7 @@ from lrm_pl.planning.run_plan import plan
 from lrm_pl.planning.simulate import A100, StepShape, simulate_step
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.parallelize import ParallelConfig
-from tests.unit.test_simulation import V100, network
+from tests.builders import V100, small_lrm
 
 #: 2 objects, 4 views of 32 x 32 of which all rays hit, 24 samples each: 196,608 samples, one chunk per object.
 SHAPE, SAMPLES = StepShape(2, 4, 32, 1.0, V100), 2 * 4 * 32 * 32 * 24
@@ -17,7 +17,7 @@ SHAPE, SAMPLES = StepShape(2, 4, 32, 1.0, V100), 2 * 4 * 32 * 32 * 24
 
 @pytest.mark.parametrize("gpu", [None, V100, A100])
 def test_they_are_those_of_the_renderer_in_a_whole_step(gpu):
-    lrm, shape = network(depth=1), StepShape(2, 4, 32, 1.0, gpu)
+    lrm, shape = small_lrm(depth=1), StepShape(2, 4, 32, 1.0, gpu)
     step = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape)
     ours = renderer_operations(lrm, Renderer(24), shape)
     for what in ("flops", "moved"):
@@ -27,7 +27,7 @@ def test_they_are_those_of_the_renderer_in_a_whole_step(gpu):
 
 def test_products_of_the_mlp_read_and_write_each_sample_once_a_layer():
     """bf16: two layers of 32 x 32 + bias and one of 32 x 4; in backward again, and with two gradients each."""
-    operations = renderer_operations(network(), Renderer(24), SHAPE)
+    operations = renderer_operations(small_lrm(), Renderer(24), SHAPE)
     layers = [(32, 32), (32, 32), (32, 4)]
     forward = sum(2 * (SAMPLES * (i + o) + SHAPE.objects * (i * o + o)) for i, o in layers)
     # Per layer x^T g and g W^T, of samples and weights.
@@ -43,7 +43,7 @@ def test_products_of_the_mlp_read_and_write_each_sample_once_a_layer():
 
 
 def test_importance_samples_are_sorted_and_decoded_in_a_second_pass():
-    plain, importance = (renderer_operations(network(), Renderer(24, n), SHAPE) for n in (0, 8))
+    plain, importance = (renderer_operations(small_lrm(), Renderer(24, n), SHAPE) for n in (0, 8))
     assert not any(x.name == "sort" for x in plain)
     assert any(x.name == "sort" for x in importance)
     assert sum(x.flops for x in importance) == pytest.approx(sum(x.flops for x in plain))
@@ -51,7 +51,7 @@ def test_importance_samples_are_sorted_and_decoded_in_a_second_pass():
 
 @pytest.mark.parametrize("importance", [0, 8])
 def test_the_fused_decoder_moves_each_ray_and_sample_once_and_the_planes_once_a_chunk(importance):
-    operations = renderer_operations(network(), Renderer(24, importance), StepShape(2, 4, 32, 1.0, A100))
+    operations = renderer_operations(small_lrm(), Renderer(24, importance), StepShape(2, 4, 32, 1.0, A100))
     passes = 2 if importance else 1
     rays, planes = 2 * 4 * 32 * 32, 2 * 3 * 32 * 32 * 32
     weights, biases = 2 * 2 * (2 * 32 * 32 + 32 * 16), 2 * 4 * (3 * 32 + 16)  # bytes, two objects
@@ -74,7 +74,7 @@ def test_rays_that_miss_save_the_fused_decoders_products_and_nothing_else():
     fused = "decode_along_rays", "decode_along_rays_backward"
 
     def costs(hits):
-        operations = renderer_operations(network(), Renderer(24), StepShape(2, 4, 32, hits, A100))
+        operations = renderer_operations(small_lrm(), Renderer(24), StepShape(2, 4, 32, hits, A100))
         flops = sum(x.flops for x in operations if x.name in fused)
         return flops, sum(x.moved for x in operations), sum(x.count for x in operations)
 

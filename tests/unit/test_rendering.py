@@ -10,8 +10,8 @@ from lrm_pl.models.triplane import Triplane, TriplaneField
 from lrm_pl.rendering.deferred import render_deferred, render_plain
 from lrm_pl.rendering.ray_marching import March
 from lrm_pl.rendering.renderer import Renderer
+from tests.builders import CAMERA
 
-CAMERA = torch.tensor([1.07, 1.07, 0.5, 0.5])
 EVEN = March(12)
 
 

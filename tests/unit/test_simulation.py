@@ -13,11 +13,8 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.transforms import CropConfig
 from lrm_pl.geometry.cameras import orbit, resize_and_crop
 from lrm_pl.geometry.rays import pixel_rays, ray_interval
-from lrm_pl.kernels.device import HOST_TYPES, GpuProperties, as_accelerator, on_cpu
+from lrm_pl.kernels.device import HOST_TYPES, as_accelerator, on_cpu
 from lrm_pl.losses.objective import Objective
-from lrm_pl.models.decoder import NeRFDecoder
-from lrm_pl.models.encoder import ImageEncoder
-from lrm_pl.models.lrm import LRM
 from lrm_pl.planning.fake_group import as_rank
 from lrm_pl.planning.hits import cameras_of, default_cameras, hit_share
 from lrm_pl.planning.sharding import check_shards
@@ -25,24 +22,13 @@ from lrm_pl.planning.simulate import A100, StepShape, simulate_step, without_num
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks
+from tests.builders import CAMERA, V100, small_lrm
 
 SIZE = 32
 
 
-def network(*, frozen=False, depth=2, plane_tokens=16):
-    torch.manual_seed(0)
-    encoder = ImageEncoder("vit_tiny_patch16_224", 64, frozen=frozen)
-    return LRM(encoder, NeRFDecoder(8, 32, 4), 96, depth, 4, 20, 32, plane_tokens=plane_tokens, upsample=2)
-
-
-CAMERA = torch.tensor([1.07, 1.07, 0.5, 0.5])
-
 #: Fraction of the rays of ``real_batch`` that hit the sphere.
 HITS = 0.76
-
-
-#: A GPU whose renderer is made of plain operators.
-V100 = GpuProperties((7, 0), 80, 6 * 2**20)
 
 
 def shape(objects=2, *, gpu=None, **options):
@@ -91,7 +77,7 @@ def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
     one_thread, gpu, frozen, recompute, importance
 ):
     """For a GPU: in a step whose CPU tensors go through the branches of accelerators."""
-    lrm, renderer = network(frozen=frozen), Renderer(24, importance)
+    lrm, renderer = small_lrm(frozen=frozen), Renderer(24, importance)
     objective, parallel = (
         Objective(lpips=0.0, tv=1e-3),
         ParallelConfig(activation_checkpointing_every=recompute),
@@ -108,7 +94,7 @@ def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
 
 
 def test_deterministic_steps_are_simulated_without_the_fused_decoder_and_the_flag_is_restored():
-    parts = network(plane_tokens=8), Renderer(8), Objective(lpips=0.0), ParallelConfig()
+    parts = small_lrm(plane_tokens=8), Renderer(8), Objective(lpips=0.0), ParallelConfig()
     names = [
         {x.name for x in simulate_step(*parts, shape(gpu=A100, deterministic=flag)).operations}
         for flag in (False, True)
@@ -119,7 +105,7 @@ def test_deterministic_steps_are_simulated_without_the_fused_decoder_and_the_fla
 
 
 def test_a_gpu_is_simulated_by_the_branches_of_accelerators_and_nothing_stays_switched():
-    parts = network(plane_tokens=8), Renderer(8), Objective(lpips=0.0), ParallelConfig()
+    parts = small_lrm(plane_tokens=8), Renderer(8), Objective(lpips=0.0), ParallelConfig()
     gpu, cpu = ({x.name for x in simulate_step(*parts, shape(gpu=gpu)).operations} for gpu in (V100, None))
     assert {"_scaled_dot_product_flash_attention_for_cpu", "embedding_bag", "index_add_"} <= gpu
     assert {"triplane_sample", "triplane_accumulate"} <= cpu
@@ -135,7 +121,7 @@ def test_the_switch_to_accelerators_is_undone_after_an_error():
 
 
 def test_a_simulation_touches_neither_the_network_nor_the_random_state():
-    lrm = network()
+    lrm = small_lrm()
     before, state = copy.deepcopy(lrm.state_dict()), torch.get_rng_state()
     simulate_step(
         lrm, Renderer(16, 8), Objective(lpips=2.0), ParallelConfig(activation_checkpointing_every=1), shape()
@@ -146,14 +132,14 @@ def test_a_simulation_touches_neither_the_network_nor_the_random_state():
 
 
 def test_a_network_without_numbers_costs_the_same():
-    lrm = network()
+    lrm = small_lrm()
     parts = (Renderer(16), Objective(lpips=2.0), ParallelConfig(), shape())
     whole, bare = simulate_step(lrm, *parts), simulate_step(without_numbers(lrm), *parts)
     assert whole == bare
 
 
 def test_recomputing_needs_less_memory_and_more_operations_for_the_same_mathematics():
-    lrm, rest = network(depth=6), (Renderer(8), Objective(lpips=0.0))
+    lrm, rest = small_lrm(depth=6), (Renderer(8), Objective(lpips=0.0))
     plain = simulate_step(lrm, *rest, ParallelConfig(), shape())
     again = simulate_step(lrm, *rest, ParallelConfig(activation_checkpointing_every=1), shape())
     assert again.activations < 0.6 * plain.activations
@@ -163,13 +149,13 @@ def test_recomputing_needs_less_memory_and_more_operations_for_the_same_mathemat
 
 def test_model_operations_of_a_plain_network_are_what_is_run_but_for_rendering_again():
     """Without recomputed blocks or attention in blocks, only the renderer computes twice."""
-    lrm = network(plane_tokens=8)
+    lrm = small_lrm(plane_tokens=8)
     costs = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape())
     assert costs.flops - costs.forward["renderer"] == pytest.approx(costs.model, rel=0.02)
 
 
 def test_model_operations_grow_with_objects_and_pixels():
-    parts = (network(), Renderer(24), Objective(lpips=2.0), ParallelConfig())
+    parts = (small_lrm(), Renderer(24), Objective(lpips=2.0), ParallelConfig())
     one, two = (simulate_step(*parts, shape(objects)) for objects in (1, 2))
     assert one.model_flops(2, two.shape.pixels, lpips=True) == pytest.approx(two.model, rel=1e-3)
     assert one.model_flops(1, one.shape.pixels, lpips=False) == pytest.approx(
@@ -179,8 +165,8 @@ def test_model_operations_grow_with_objects_and_pixels():
 
 def test_a_frozen_encoder_has_neither_gradients_nor_a_backward():
     parts = (Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape())
-    trained, frozen = simulate_step(network(), *parts), simulate_step(network(frozen=True), *parts)
-    encoder = sum(p.numel() for p in network().encoder.parameters())
+    trained, frozen = simulate_step(small_lrm(), *parts), simulate_step(small_lrm(frozen=True), *parts)
+    encoder = sum(p.numel() for p in small_lrm().encoder.parameters())
     assert trained.trained - frozen.trained == encoder
     assert trained.gradients - frozen.gradients == 4 * encoder
     assert trained.model - frozen.model == pytest.approx(2 * trained.forward["encoder"])
@@ -234,14 +220,14 @@ def test_cameras_are_those_of_the_shards_where_these_are_local(shards, tmp_path)
 
 
 def test_work_of_rendering_grows_with_the_share_of_rays_that_hit():
-    parts = network(), Renderer(24), Objective(lpips=0.0), ParallelConfig()
+    parts = small_lrm(), Renderer(24), Objective(lpips=0.0), ParallelConfig()
     some, all_ = (simulate_step(*parts, dataclasses.replace(shape(), hits=hits)) for hits in (0.5, 1.0))
     assert all_.forward["renderer"] == pytest.approx(2 * some.forward["renderer"], rel=0.02)
 
 
 @pytest.mark.parametrize("copies", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_parts_of_all_ranks_are_the_whole_network_once_a_copy(copies):
-    lrm, processes, held = network(depth=1), 4, 0.0
+    lrm, processes, held = small_lrm(depth=1), 4, 0.0
     for rank in range(processes):
         with as_rank(rank, processes, copies) as mesh:
             costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)
@@ -254,7 +240,7 @@ def test_parts_of_all_ranks_are_the_whole_network_once_a_copy(copies):
 
 
 def test_sharding_sends_each_weight_twice_in_bf16_and_each_gradient_once_in_float32():
-    lrm = network()
+    lrm = small_lrm()
     with as_rank(0, 4) as mesh:
         costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)
     sizes = {kind: sum(x.size for x in costs.messages if x.kind == kind) for kind in ("gather", "scatter")}

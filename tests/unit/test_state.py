@@ -23,7 +23,7 @@ from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.sharded_state import Holder
 from lrm_pl.training.state import Snapshots, optimizer_tensors
 from lrm_pl.training.strategies import FSDP2Strategy, require_supported, require_supported_name
-from tests.unit.test_model import tiny_lrm
+from tests.builders import tiny_lrm
 
 NAN, INF = float("nan"), float("inf")
 

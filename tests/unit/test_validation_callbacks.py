@@ -11,8 +11,7 @@ from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import Prediction
-from tests.unit.test_deterministic import make_batch
-from tests.unit.test_metrics import Operators
+from tests.builders import Operators, make_batch
 
 #: What the callbacks are called with and do not use.
 LIGHTNING = object.__new__(L.Trainer), L.LightningModule()

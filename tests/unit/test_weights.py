@@ -26,9 +26,9 @@ from lrm_pl.weights import resolve as weights
 from lrm_pl.weights.catalog import ARTIFACTS, Artifact
 from lrm_pl.weights.encoders import load_hub_encoder_state, load_other_encoder_state
 from lrm_pl.weights.resolve import WeightsError, resolve
-from tests.hub import hub_with
 from tests.parity.networks import randomized
 from tests.parity.openlrm import OpenLRM
+from tests.servers.hub import hub_with
 
 
 def hash_of(content):

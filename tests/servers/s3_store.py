@@ -7,7 +7,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from tests.faulty_proxy import FaultyProxy
+from tests.servers.faulty_proxy import FaultyProxy
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import threading
 import pytest
 from aiohttp import web
 
-from tests.faulty_proxy import FaultyProxy
+from tests.servers.faulty_proxy import FaultyProxy
 
 
 @pytest.fixture

@@ -9,17 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.checkpoints import newest_checkpoint, read_checkpoint, read_tensors, tensor_names
-from lrm_pl.data.synthetic import write_synthetic_shards
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-
-TINY = {
+RUN_CONFIG = {
     "seed_everything": 0,
     "model": {
         "lrm": {
@@ -59,7 +56,7 @@ class Runs:
 
     def __init__(self, folder, shards):
         self.folder, self.shards = folder, shards
-        (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(RUN_CONFIG))
 
     def start(
         self, name, processes, *options, layers=(), threads=1, command="fit", module="lrm_pl", **environment
@@ -167,14 +164,6 @@ def keep_every(steps, keep=10):
         },
     ]
     return f"--trainer.callbacks={json.dumps(callbacks)}"
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    shards = folder / "shards"
-    write_synthetic_shards(shards, train=12, val=3, views=8, resolution=32, shard_size=2)
-    return Runs(folder, shards)
 
 
 def largest_difference(ours, theirs):
