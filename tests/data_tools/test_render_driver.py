@@ -27,7 +27,7 @@ from data_tools.blender.process import BlenderError, Limits
 from data_tools.quality.filter_table import read_infos
 from data_tools.quality.validate import find_index_problems
 from data_tools.rendering import driver as render_module
-from data_tools.rendering import ray_pool, shard_folder
+from data_tools.rendering import ray_pool, resume, shard_folder
 from data_tools.rendering.settings import SettingsError, write_settings
 from data_tools.rendering.shard_folder import FolderError
 from data_tools.shards.repack import repack
@@ -298,7 +298,7 @@ def test_an_addition_that_was_interrupted_ends_with_the_bytes_of_one_that_was_no
     write_table(assets, a="CC0-1.0", zz="CC0-1.0")
     run(assets, whole)
     for module, name in (
-        (continuation, "write_list"),
+        (resume, "write_list"),
         (render_module, "write_part"),
         (render_module, "write_planned_shard"),
         (render_module, "write_filter_table"),
@@ -367,7 +367,7 @@ def test_of_a_copied_terabyte_only_the_sizes_are_compared_and_that_is_said(
 ):
     out = tmp_path / "out"
     manifest = run(assets, out)
-    monkeypatch.setattr(continuation, "MAX_HASHED_BYTES", 10)
+    monkeypatch.setattr(resume, "MAX_HASHED_BYTES", 10)
     for path in assets.glob("*.glb"):
         os.utime(path, (1, 1))
     assert run(assets, out) == manifest
