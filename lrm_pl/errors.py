@@ -11,13 +11,16 @@ class InputError(ValueError):
         found: What was given instead.
         remedy: What to do about it.
         subject: What the error is about, for example a path.
+
+    Attributes:
+        problem: The message without the remedy.
     """
 
     def __init__(self, expected: object, found: object = "", remedy: str = "", subject: object = "") -> None:
         self.expected, self.found, self.remedy, self.subject = expected, found, remedy, subject
         message = f"expected {expected}, but found {found}" if found != "" else str(expected)
-        message = f"{subject}: {message}" if subject != "" else message
-        super().__init__(f"{message}. {remedy[0].upper()}{remedy[1:]}" if remedy else message)
+        self.problem = f"{subject}: {message}" if subject != "" else message
+        super().__init__(f"{self.problem}. {remedy[0].upper()}{remedy[1:]}" if remedy else self.problem)
 
     def __str__(self) -> str:
         """Return the message without the traceback that a DataLoader prepends to a worker's error."""

@@ -162,7 +162,7 @@ def _side(text: str) -> int:
     """Read what follows --texture, which takes the next word where that is no option."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(
-            f"expected pixels or nothing, but found {text!r}; name images before it: lrm infer IMAGE --texture"
+            f"expected pixels or nothing, but found {text!r}. Name images before it: lrm infer IMAGE --texture"
         )
     return int(text)
 
@@ -171,7 +171,7 @@ def _format(text: str) -> str:
     """Read what follows --formats, which takes all words up to the next option."""
     if text not in MESH_FORMATS:
         raise argparse.ArgumentTypeError(
-            f"expected some of {', '.join(MESH_FORMATS)}, but found {text!r}; name images before it: "
+            f"expected some of {', '.join(MESH_FORMATS)}, but found {text!r}. Name images before it: "
             f"lrm infer IMAGE "
             "--formats glb obj"
         )

@@ -104,7 +104,7 @@ def complete(path: str, layout: Format, step: int, run: Mapping[str, Any], files
             found = fs.size(f"{inner}/{name}") if fs.isfile(f"{inner}/{name}") else "none"
             if found != size:
                 raise OSError(
-                    f"expected {folder}/{name} of {size} bytes, which a rank has written, but found {found}; do all "
+                    f"expected {folder}/{name} of {size} bytes, which a rank has written, but found {found}. Do all "
                     "nodes share this folder?"
                 )
     record: dict[str, Any] = {

@@ -149,9 +149,9 @@ DAMAGES = {
     truncated: "bytes, but found .*: it is damaged",
     flipped: "with sha256 .*, but found another: it is damaged",
     missing_file: "bytes, but found none: it is damaged",
-    no_json: "expected the index of a checkpoint, but found: JSONDecodeError",
-    no_text: "expected the index of a checkpoint, but found: UnicodeDecodeError",
-    a_list: "expected the index of a checkpoint, but found: TypeError",
+    no_json: "expected the index of a checkpoint, but found JSONDecodeError",
+    no_text: "expected the index of a checkpoint, but found UnicodeDecodeError",
+    a_list: "expected the index of a checkpoint, but found TypeError",
     a_step_changed: "sha256 of what else it says, but found others: it is damaged",
     changed("step", 9): "expected the step of the folder's name",
     changed(
@@ -162,7 +162,7 @@ DAMAGES = {
     changed(
         "files", {"../x": [1, "0"], "tensors.pt": [1, "0"], ".metadata": [1, "0"]}
     ): r"\.\./x.*do not trust",
-    changed("files", 3): "expected the index of a checkpoint, but found: TypeError",
+    changed("files", 3): "expected the index of a checkpoint, but found TypeError",
 }
 
 

@@ -78,7 +78,7 @@ def test_weights_with_a_missing_strange_or_misshapen_key_are_refused_and_nothing
 
 @pytest.mark.parametrize(("source", "other"), [("openlrm", "triposr"), ("triposr", "openlrm")])
 def test_weights_of_the_other_network_are_refused(source, other):
-    with pytest.raises(ConversionError, match="is this another network"):
+    with pytest.raises(ConversionError, match="Is this another network"):
         NETWORKS[source][1](state(other), NUMBERS)
 
 

@@ -202,7 +202,7 @@ def test_an_unknown_gpu_is_refused_with_the_closest_names():
 
 def test_a_gpu_without_bfloat16_is_refused_for_it_and_computes_float16():
     for name in ("T4", "V100"):
-        with pytest.raises(InputError, match="which it emulates; give --trainer"):
+        with pytest.raises(InputError, match=r"which it emulates. Give --trainer"):
             require_gpu(name).products(torch.bfloat16)
     assert require_gpu("T4").products(torch.float16) == 65e12
     assert require_gpu("T4").products(torch.float32) == 8.1e12

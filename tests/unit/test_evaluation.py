@@ -344,7 +344,7 @@ def test_a_network_and_shards_that_moved_are_the_same_ones_and_other_weights_are
     }
     assert open_evaluation(tmp_path, first) == first
     assert open_evaluation(tmp_path, moved) == first
-    with pytest.raises(InputError, match=r"expected network \{'sha256': 'b'\} as asked for now, found"):
+    with pytest.raises(InputError, match=r"expected network \{'sha256': 'b'\} as asked for now, but found"):
         open_evaluation(tmp_path, first | {"network": {"source": "run", "step": 5, "sha256": "b"}})
 
 
@@ -358,7 +358,7 @@ def test_records_come_back_and_a_damaged_one_is_named(tmp_path):
         "a", {"model": {"psnr": 12.5}}, ("a note",), "", (".png",)
     )
     (tmp_path / "objects" / "a.json").write_text('{"id": "a"}')
-    with pytest.raises(InputError, match="expected the record of an object, but found: KeyError"):
+    with pytest.raises(InputError, match="expected the record of an object, but found KeyError"):
         read_object(tmp_path, "a")
 
 

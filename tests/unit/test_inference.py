@@ -90,7 +90,9 @@ def test_the_threshold_is_the_density_where_images_see_the_surface():
     radius = np.linalg.norm(mesh.vertices - CENTRE.numpy(), axis=-1)
     assert np.abs(radius - RADIUS).max() < 0.05, "within the rim"
     ball.activate = lambda raw: 0.1 * torch.sigmoid(raw * 4)  # a haze that nothing is seen of
-    with pytest.raises(NoSurfaceError, match=r"no view shows anything opaque: densities are from 0 to 0\.1;"):
+    with pytest.raises(
+        NoSurfaceError, match=r"no view shows anything opaque: densities are from 0 to 0\.1\."
+    ):
         surface_density(ball, 0, Renderer(64), measure_occupancy(ball, 0), camera.distance, camera.fxfycxcy)
 
 
@@ -238,7 +240,7 @@ def test_alpha_is_put_over_white_and_wrong_images_are_refused_with_the_remedy():
     for wrong, message in (
         (torch.rand(2, 28, 28), "found 2 x 28 x 28. Crop it, or convert it to RGBA"),
         (torch.rand(3, 28, 30), "expected a square image"),
-        (torch.rand(3, 28, 28) * 255, "divide bytes by 255"),
+        (torch.rand(3, 28, 28) * 255, "Divide bytes by 255"),
         (torch.zeros(3, 28, 28, dtype=torch.uint8), "expected an image of floats"),
         (torch.zeros(28, 28), "found 28 x 28. Crop it"),
         (torch.zeros(3, 0, 0), "found 3 x 0 x 0"),

@@ -345,7 +345,7 @@ def test_master_leaves_a_slurm_alone_that_does_not_answer(checkout, monkeypatch,
     monkeypatch.setenv("PATH", f"{checkout}:{os.environ['PATH']}")
     given = ["--gpus=0", "--processes=2", "-c", "mine.yaml", "--dry-run"]
     with pytest.raises(
-        SystemExit, match=r"Unable to contact slurm controller; .*MASTER=localhost with GPUS="
+        SystemExit, match=r"Unable to contact slurm controller. .*MASTER=localhost with GPUS="
     ):
         main(given)
     main([*given, "--master=localhost"])
@@ -416,7 +416,7 @@ def group(checkout, root):
         ("sys.exit(0)", 0, ""),
         ("sys.exit(75 if os.environ['RANK'] == '1' else 0)", 75, ""),
         (
-            "os.write(2, b'lrm: expected this, but found that\\n'). Sys.exit(1)",
+            "os.write(2, b'lrm: expected this, but found that\\n'); sys.exit(1)",
             1,
             "lrm: expected this, but found that\n" * 2,
         ),

@@ -94,7 +94,7 @@ def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, t
         InputError, match=r"found train-000000.tar of .* too. Name a set once, with its weight"
     ):
         mixed([two[0], f"{two[0]}/"], (1, 1))
-    with pytest.raises(ShardError, match=r"expected at least 10 samples .* found 9; .*--data.batch_size 9"):
+    with pytest.raises(ShardError, match=r"expected at least 10 samples .* found 9. .*--data.batch_size 9"):
         stream(mixed(two), BatchPartition(10), 1)
 
 

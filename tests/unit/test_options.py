@@ -20,14 +20,14 @@ def test_a_port_that_is_taken_is_said_before_a_network_is_read(command, host, tm
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(
-            SystemExit, match=rf"lrm: expected to listen at {host}:{port}, but found: .*in use. Choose"
+            SystemExit, match=rf"lrm: expected to listen at {host}:{port}, but found .*in use. Choose"
         ):
             command.main(["--host", host, "--port", str(port), "--ckpt", str(tmp_path)])
 
 
 def test_an_address_that_is_none_is_named(tmp_path):
     for host, port in (("no.such.host.invalid", "8000"), ("127.0.0.1", "70000")):
-        with pytest.raises(SystemExit, match=f"lrm: expected to listen at {host}:{port}, but found: "):
+        with pytest.raises(SystemExit, match=f"lrm: expected to listen at {host}:{port}, but found "):
             serve.main(["--host", host, "--port", port, "--ckpt", str(tmp_path)])
 
 

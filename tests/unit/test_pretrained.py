@@ -218,7 +218,7 @@ def test_arrays_of_bytes_are_images_and_other_things_are_refused(pretrained, pho
         array = np.array(image)
     assert torch.equal(model(array).field.planes, model(photo).field.planes)
     for wrong in (array / 255, array[..., 0], np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(InputError, match=r"expected an image as bytes \(H, W, 3 or 4\), found"):
+        with pytest.raises(InputError, match=r"expected an image as bytes \(H, W, 3 or 4\), but found"):
             model(wrong)
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from lrm_pl.errors import InputError
+
 Verdict = Literal["ok", "warning", "missing"]
 
 
@@ -27,3 +29,8 @@ class Finding:
     def __post_init__(self) -> None:
         """Hold each verdict but "ok" to a remedy."""
         assert (self.verdict == "ok") == (not self.remedy), self
+
+    @classmethod
+    def from_error(cls, check: str, error: InputError) -> "Finding":
+        """Return the row of a check that failed with an expected error."""
+        return cls(check, error.problem, "missing", error.remedy or "correct it and run again")

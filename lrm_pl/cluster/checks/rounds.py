@@ -28,8 +28,7 @@ def examine(arguments: list[str], versions: Sequence[Finding]) -> list[Row]:
     try:
         wanted = read_wanted(arguments)
     except InputError as error:
-        expectation, _, remedy = str(error).partition("; ")
-        findings.append(Finding("config", expectation, "missing", remedy))
+        findings.append(Finding.from_error("config", error))
     here = crew()
     if here is None:
         alone = [] if wanted is None else [*examine_node(wanted), machine.port(0), *_alone(wanted)]

@@ -18,8 +18,7 @@ def weights(wanted: Weights) -> Finding:
     try:
         found = find(wanted.name, source=wanted.source, path=wanted.path, sha256=wanted.sha256)
     except WeightsError as error:
-        expectation, _, remedy = str(error).rpartition("; ")
-        return Finding(check, expectation, "missing", remedy)
+        return Finding.from_error(check, error)
     if found is not None:
         return Finding(check, f"{found.what}, {found.found_in} {found.path}")
     silent = []
@@ -43,8 +42,7 @@ def shards(wanted: Wanted) -> list[Finding]:
         mixture = Mixture(wanted.sets, CacheConfig(attempts=2))
         mixture.require_usable(wanted.bounds)
     except InputError as error:  # of the shards, or of the store that they are in
-        expectation, _, remedy = str(error).partition("; ")
-        return [Finding("shards", expectation, "missing", remedy)]
+        return [Finding.from_error("shards", error)]
     except OSError as error:
         remedy = f"give this user the right to read {error.filename}"
         return [Finding("shards", f"{error.filename}: {error.strerror}", "missing", remedy)]
