@@ -10,8 +10,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - what is asked for
-    """Load ``LRM``, a trained network with all that it takes to use it, when it is first asked for."""
-    if name == "LRM":
-        return importlib.import_module("lrm_pl.inference.pipeline").PretrainedLRM
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - depends on the name
+    """Import ``LRMPipeline``, the class of trained models, at first access."""
+    if name == "LRMPipeline":
+        return importlib.import_module("lrm_pl.inference.pipeline").LRMPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

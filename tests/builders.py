@@ -19,7 +19,7 @@ from lrm_pl.data.batch import Batch, Views
 from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.data.manifest import read_index, read_manifest
 from lrm_pl.geometry.cameras import orbit
-from lrm_pl.inference.pipeline import PretrainedLRM
+from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.kernels.device import GpuProperties
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.encoder import ImageEncoder
@@ -63,7 +63,7 @@ TINY_FRAMING = InputFraming(distance=2.5, fov_deg=45.0, foreground=0.7)
 def tiny_pretrained():
     """Return a model with random weights that renders opaque surfaces."""
     torch.manual_seed(0)
-    model = PretrainedLRM(TINY_MODEL, TINY_FRAMING)
+    model = LRMPipeline(TINY_MODEL, TINY_FRAMING)
     with torch.no_grad():
         model.network.decoder.layers[-1].weight[0] *= 60
         model.network.decoder.layers[-1].bias[0] += 1

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from lrm_pl.apps.options import add_network
+from lrm_pl.apps.options import add_model
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.comparison import compare
 from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.evaluation.records import DEFAULT_FOLDER
-from lrm_pl.inference.locate import locate_network
+from lrm_pl.inference.find_model import find_model
 from lrm_pl.paths import require_out, user_path
 from lrm_pl.training.processes import in_group, rank_and_world_size, run_processes
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError(
                 expected="the hash of CLIP's weights too", found="none: --clip-sha256 $(sha256sum FILE)"
             )
-        locate_network(given.ckpt)
+        find_model(given.ckpt)
         require_out(given.out or DEFAULT_FOLDER)
         objects = EvaluationDataset(given.data, given.split, given.ids, given.limit)
         PROTOCOLS[given.protocol].check_manifest(objects.manifest, given.data)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     protocols = "; ".join(f"{protocol.name}: {protocol.description}" for protocol in PROTOCOLS.values())
     parser = argparse.ArgumentParser(prog="lrm evaluate", description=__doc__)
-    add_network(parser)
+    add_model(parser)
     parser.add_argument("--data", default="data/demo", help="folder of shards, or its URL (data/demo)")
     parser.add_argument("--protocol", choices=PROTOCOLS, default="lrm", help=protocols)
     parser.add_argument("--split", choices=SPLITS, default="val", help="which objects: held-out ones (val)")

@@ -1,4 +1,4 @@
-"""``lrm export CKPT OUT``: from a checkpoint of any strategy to a folder with config.yaml and model.safetensors."""
+"""``lrm export CKPT OUT``: export a checkpoint to a folder with config.yaml and model.safetensors."""
 
 import argparse
 import logging
@@ -6,47 +6,51 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from lrm_pl.apps.options import fail
 from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
-from lrm_pl.inference.locate import locate_network
+from lrm_pl.inference.find_model import find_model
 from lrm_pl.paths import user_path
-
-#: What --dtype may be.
-DTYPES = ("float32", "bf16")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; expected errors end in one message."""
+    """Run the command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="lrm export", description=__doc__)
-    parser.add_argument(
-        "checkpoint", metavar="CKPT", help="a checkpoint, or a run's folder: its newest whole one"
-    )
-    parser.add_argument("out", metavar="OUT", type=user_path, help="the folder to make")
-    parser.add_argument("--average", action="store_true", help="the moving average instead of the weights")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file (float32)")
-    parser.add_argument(
-        "--config", type=user_path, help="the run's config.yaml, where it is not above the checkpoint"
-    )
-    given = parser.parse_args(sys.argv[2:] if arguments is None else arguments)
+    args = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     try:
-        locate_network(given.checkpoint)
-        require_no_folder(given.out)
+        find_model(args.checkpoint)
+        require_no_folder(args.out)
         from lrm_pl.inference.export import export
         from lrm_pl.inference.model_folder import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
         from lrm_pl.training.ema import validates_average
 
         checkpoint, config = export(
-            given.checkpoint, given.out, average=given.average, dtype=given.dtype, config=given.config
+            args.checkpoint, args.out, average=args.average, dtype=args.dtype, config=args.config
         )
     except (InputError, OSError) as error:
-        sys.exit(f"lrm: {error}")
-    what = "moving average" if given.average else "weights"
-    size = (given.out / WEIGHTS_NAME).stat().st_size / 1e6
-    print(f"{given.out / WEIGHTS_NAME}: {what} of {checkpoint.path}, {given.dtype}, {size:.1f} MB")
-    print(f"{given.out / CONFIG_NAME}: its model section; {given.out / CARD_NAME}: its model card")
-    print(f"Use it: lrm infer IMAGE --ckpt {shlex.quote(str(given.out))}")
-    if validates_average(config) != given.average:
-        return  # `lrm validate` measures the other weights of the checkpoint
-    layers = ["-c", str(config), "--ckpt_path", checkpoint.path, "--data.val_objects", "null"]
-    print(f"Measure that checkpoint: {shlex.join(['lrm', 'validate', *layers])}")
+        fail(error)
+    kind = "moving average" if args.average else "weights"
+    size = (args.out / WEIGHTS_NAME).stat().st_size / 1e6
+    print(f"{args.out / WEIGHTS_NAME}: {kind} of {checkpoint.path}, {args.dtype}, {size:.1f} MB")
+    print(f"{args.out / CONFIG_NAME}: model section of the config; {args.out / CARD_NAME}: model card")
+    print(f"Use it: lrm infer IMAGE --ckpt {shlex.quote(str(args.out))}")
+    if validates_average(config) == args.average:  # `lrm validate` measures these weights
+        layers = ["-c", str(config), "--ckpt_path", checkpoint.path, "--data.val_objects", "null"]
+        print(f"Measure that checkpoint: {shlex.join(['lrm', 'validate', *layers])}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lrm export", description=__doc__)
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", help="checkpoint, or run folder (its newest valid checkpoint)"
+    )
+    parser.add_argument("out", metavar="OUT", type=user_path, help="folder to create")
+    parser.add_argument("--average", action="store_true", help="export the moving average of the weights")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="type of the weights (default: float32)",
+    )
+    parser.add_argument("--config", type=user_path, help="the run's config.yaml, if not in the run folder")
+    return parser

@@ -1,6 +1,6 @@
-"""``lrm infer IMAGE...``: from a photo to a mesh, an orbit, and a record of what was done with what.
+"""``lrm infer IMAGE...``: reconstruct photos as meshes.
 
-Of each image OUT/NAME gets mesh.glb, orbit.mp4, grid.png, input.png (what the network saw) and result.json.
+Each image gets a folder OUT/NAME with mesh.glb, orbit.mp4, grid.png, input.png (the network's input) and result.json.
 """
 
 import argparse
@@ -17,37 +17,36 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from lrm_pl.apps.options import add_background, add_network
+from lrm_pl.apps.options import add_background, add_model, fail, load_pipeline
 from lrm_pl.errors import InputError
-from lrm_pl.inference.locate import locate_network
-from lrm_pl.inference.mesh_options import TEXTURE_FACES, MeshOptions
+from lrm_pl.inference.find_model import find_model
+from lrm_pl.inference.options import TEXTURE_FACES, MeshOptions
 from lrm_pl.meshing.mesh import MESH_FORMATS
 from lrm_pl.paths import require_out, user_path
 
-#: Endings of the files of a folder that are taken for images.
-ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+#: Suffixes of image files; others in a folder are skipped.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 
 def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """List the images that are named, those in the folders that are, and those that patterns such as in/*.png fit.
+    """List image files, the images in folders, and the matches of glob patterns.
 
     Returns:
-        Name of the result's folder -> image: the image's name without its ending, with it where two would have
-        one name, and with its folder's name before it where that is not enough; and files of the folders that are
-        passed over.
+        Name of the result folder -> image, and skipped files of the folders. The name is the image's stem; its file
+        name if stems collide; and its folder's name and file name if file names collide.
 
     Raises:
-        InputError: A path is neither, a folder has none, or two results would have one name.
+        InputError: A path does not exist, a folder has no images, or two results would have the same name.
     """
-    found, others = list[Path](), list[Path]()
-    for path in (path for typed in paths for path in _fitting(typed)):
+    found, skipped = list[Path](), list[Path]()
+    for path in (match for given in paths for match in _expand(given)):
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if not file.is_dir() and file.name[0] != ".")
-            inside = [file for file in files if file.suffix.lower() in ENDINGS]
-            if not inside:
-                raise InputError(expected=f"images ({', '.join(ENDINGS)}) in {path}", found="none")
-            found += inside
-            others += [file for file in files if file not in inside]
+            images = [file for file in files if file.suffix.lower() in SUFFIXES]
+            if not images:
+                raise InputError(expected=f"images ({', '.join(SUFFIXES)}) in {path}", found="none")
+            found += images
+            skipped += [file for file in files if file not in images]
         elif path.is_file():
             found.append(path)
         else:
@@ -57,60 +56,55 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
                 remedy="correct the path",
             )
     if bad := [path for path in found if path.stem in (".", "..")]:
-        raise InputError(expected="images with a name of their own", found=bad[0], remedy="rename it")
+        raise InputError(expected="images with a file name", found=bad[0], remedy="rename it")
     named = dict[str, Path]()
     found = list({path.absolute(): path for path in found}.values())
     for path in found:
-        same = [other for other in found if other.stem == path.stem]
-        alike = [other for other in same if other.name == path.name]
-        name = (
-            path.stem
-            if len(same) == 1
-            else path.name
-            if len(alike) == 1
-            else f"{path.absolute().parent.name}-{path.name}"
-        )
+        stems = [other for other in found if other.stem == path.stem]
+        names = [other for other in stems if other.name == path.name]
+        name = path.stem if len(stems) == 1 else path.name
+        if len(names) > 1:
+            name = f"{path.absolute().parent.name}-{path.name}"
         if name in named:
             raise InputError(
-                expected="images of different names",
-                found=f"{named[name]} and {path}, which would both write into OUT/{name}",
+                expected="images with different names",
+                found=f"{named[name]} and {path}, which would both be written to OUT/{name}",
                 remedy="rename one",
             )
         named[name] = path
-    return named, others
+    return named, skipped
 
 
-def _fitting(path: Path) -> list[Path]:
-    """Expand a glob pattern that the shell has not expanded; a path that is no pattern is returned as it is."""
+def _expand(path: Path) -> list[Path]:
+    """Expand a glob pattern; other paths are returned unchanged."""
     return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; expected errors end in one message."""
-    given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
+    """Run the command."""
+    args = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.filterwarnings("ignore", module="onnxruntime|rembg")
     console = Console(soft_wrap=True, markup=False)
     try:
-        images, others = find_images(given.image)
-        wishes = _wishes(given)
-        locate_network(given.ckpt)
-        require_out(given.out)
+        images, skipped = find_images(args.image)
+        names = {field.name for field in dataclasses.fields(MeshOptions)} & set(vars(args))
+        options = MeshOptions(
+            **{name: getattr(args, name) for name in names} | {"formats": tuple(args.formats)}
+        )
+        find_model(args.ckpt)
+        require_out(args.out)
         from lrm_pl.inference.background import RemoverError
-        from lrm_pl.inference.find_model import open_network
-        from lrm_pl.inference.reconstruction import infer, require_video
+        from lrm_pl.inference.result_folder import infer, require_video
 
-        if wishes.frames:
+        if options.frames:
             require_video()
-        trained = open_network(given)
+        pipeline = load_pipeline(args)
     except (InputError, OSError) as error:
-        sys.exit(f"lrm: {error}")
-    at = "" if trained.step is None else f", step {trained.step}"
-    console.print(f"Network: {trained.source}{at}, on {next(trained.model.parameters()).device}")
-    if trained.note:
-        console.print(trained.note)
-    if others:
-        console.print(f"Passed over, as no image by its ending: {', '.join(map(str, others))}")
+        fail(error)
+    console.print(f"Model: {pipeline.description}")
+    if skipped:
+        console.print(f"Skipped, not images by their suffix: {', '.join(map(str, skipped))}")
     failed = 0
     columns = (
         TextColumn("{task.description:<28}", markup=False),
@@ -121,119 +115,128 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=len(images))
         for name, image in images.items():
-            out = given.out / name
-            say = functools.partial(_say, bar, task, name[:12])
+            out = args.out / name
             try:
-                record = infer(trained, image, out, wishes, say)
-            except RemoverError as error:  # as of all images that need it
-                sys.exit(f"lrm: {image}: {error}")
+                record = infer(
+                    pipeline, image, out, options, functools.partial(_show_stage, bar, task, name[:12])
+                )
+            except RemoverError as error:  # fails for all images with a background
+                fail(f"{image}: {error}")
             except (InputError, OSError) as error:
                 failed += 1
-                told = str(error)
-                console.print(told if told.startswith(str(image)) else f"{image}: {told}")
+                message = str(error)
+                console.print(message if message.startswith(str(image)) else f"{image}: {message}")
             else:
                 _print_result(console, out, record)
             bar.advance(task)
     if failed:
-        sys.exit(f"lrm: {failed} of {len(images)} images failed; their reasons stand above")
+        fail(f"{failed} of {len(images)} images failed; see the messages above")
 
 
-def _say(bar: Progress, task: TaskID, name: str, what: str) -> None:
-    bar.update(task, description=f"{name}: {what}")
+def _show_stage(bar: Progress, task: TaskID, name: str, stage: str) -> None:
+    bar.update(task, description=f"{name}: {stage}")
 
 
 def _print_result(console: Console, out: Path, record: dict[str, Any]) -> None:
-    mesh, seconds = record["mesh"], record["seconds"]
-    told = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
+    seconds = ", ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
     console.print(
-        f"{out}: {', '.join(record['files'])}; {mesh['faces']} faces at density {record['threshold']:.3g}\n"
-        f"  background: {record['background']}; seconds: {told}"
+        f"{out}: {', '.join(record['files'])}; {record['mesh']['faces']} faces at density "
+        f"{record['threshold']:.3g}\n  background: {record['background']}; seconds: {seconds}"
     )
-    for note in record["notes"]:
-        console.print(f"  note: {note}")
+    for warning in record["warnings"]:
+        console.print(f"  warning: {warning}")
 
 
-def _wishes(given: argparse.Namespace) -> MeshOptions:
-    names = {field.name for field in dataclasses.fields(MeshOptions)} & set(vars(given))
-    return MeshOptions(**{name: getattr(given, name) for name in names} | {"formats": tuple(given.formats)})
-
-
-def _side(text: str) -> int:
-    """Read what follows --texture, which takes the next word where that is no option."""
+def _texture_side(text: str) -> int:
+    """Parse the value of --texture, which is optional and may have consumed an image."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(
-            f"expected pixels or nothing, but found {text!r}. Name images before it: lrm infer IMAGE --texture"
+            f"expected a number of pixels or nothing, but found {text!r}. Give images first: lrm infer IMAGE --texture"
         )
     return int(text)
 
 
-def _format(text: str) -> str:
-    """Read what follows --formats, which takes all words up to the next option."""
+def _mesh_format(text: str) -> str:
+    """Parse a value of --formats, which may have consumed an image."""
     if text not in MESH_FORMATS:
         raise argparse.ArgumentTypeError(
-            f"expected some of {', '.join(MESH_FORMATS)}, but found {text!r}. Name images before it: "
-            f"lrm infer IMAGE "
+            f"expected some of {', '.join(MESH_FORMATS)}, but found {text!r}. Give images first: lrm infer IMAGE "
             "--formats glb obj"
         )
     return text
 
 
 def _parser() -> argparse.ArgumentParser:
-    usual = MeshOptions()
     parser = argparse.ArgumentParser(prog="lrm infer", description=__doc__)
     parser.add_argument(
-        "image",
-        metavar="IMAGE",
-        type=user_path,
-        nargs="+",
-        help="an image, a folder of images, or 'in/*.png'",
+        "image", metavar="IMAGE", type=user_path, nargs="+", help="image, folder of images, or 'in/*.png'"
     )
-    parser.add_argument("--out", type=user_path, default=Path("out"), help="folder of the results (out)")
-    add_network(parser)
+    parser.add_argument(
+        "--out", type=user_path, default=Path("out"), help="folder of the results (default: out)"
+    )
+    add_model(parser)
+    defaults = MeshOptions()
     mesh = parser.add_argument_group("mesh")
-    mesh.add_argument("--resolution", type=int, default=usual.resolution, help="points along each axis (256)")
-    mesh.add_argument("--threshold", type=float, help="density of the surface; found out unless given")
+    mesh.add_argument(
+        "--resolution",
+        type=int,
+        default=defaults.resolution,
+        help="resolution of the density grid (default: 256)",
+    )
+    mesh.add_argument("--threshold", type=float, help="density at the surface (default: estimated)")
     mesh.add_argument(
         "--floaters",
         type=float,
         default=0.0,
-        metavar="SHARE",
-        help="leave out parts of less than this share of the largest part's area (0: keep all)",
+        metavar="FRACTION",
+        help="remove components with less than this fraction of the largest one's area (default: 0, keep all)",
     )
-    mesh.add_argument("--faces", dest="most_faces", type=int, help="faces at most; all unless given")
+    mesh.add_argument("--faces", dest="max_faces", type=int, help="maximum number of faces (default: all)")
     mesh.add_argument(
         "--texture",
-        type=_side,
+        type=_texture_side,
         nargs="?",
         const=1024,
         default=0,
         metavar="SIDE",
-        help=f"bake a texture of about so many pixels (1024), at most {TEXTURE_FACES} faces unless --faces says more",
+        help=f"bake a texture of about SIDE pixels (1024); limits the mesh to {TEXTURE_FACES} faces unless --faces "
+        "is given",
     )
     mesh.add_argument(
         "--texture-limit",
         dest="texture_limit_s",
         type=float,
-        default=usual.texture_limit_s,
+        default=defaults.texture_limit_s,
         metavar="SECONDS",
-        help="time for laying out the surface; after it, colors stay at the vertices (60)",
+        help="time limit of the UV unwrapping; vertex colors are kept if it is exceeded (default: 60)",
     )
     mesh.add_argument(
         "--formats",
         nargs="+",
-        type=_format,
-        default=usual.formats,
+        type=_mesh_format,
+        default=defaults.formats,
         metavar="FORMAT",
-        help=f"files, of {', '.join(MESH_FORMATS)} (glb)",
+        help=f"file formats: {', '.join(MESH_FORMATS)} (default: glb)",
     )
-    camera = parser.add_argument_group("camera of the image; that of training unless given")
-    camera.add_argument("--distance", type=float, help="from the object's middle, scene units")
+    camera = parser.add_argument_group("assumed camera of the image (default: that of training)")
+    camera.add_argument("--distance", type=float, help="distance from the object's center, scene units")
     camera.add_argument("--fov", dest="fov_deg", metavar="FOV", type=float, help="field of view, degrees")
     orbit = parser.add_argument_group("orbit")
-    orbit.add_argument("--frames", type=int, default=usual.frames, help="how many (60); 0: no orbit, no grid")
-    orbit.add_argument("--size", type=int, default=usual.size, help="side of a frame, pixels (256)")
     orbit.add_argument(
-        "--elevation", dest="elevation_deg", type=float, default=usual.elevation_deg, help="degrees (15)"
+        "--frames",
+        type=int,
+        default=defaults.frames,
+        help="number of frames; 0: no orbit, no grid (default: 60)",
+    )
+    orbit.add_argument(
+        "--size", type=int, default=defaults.size, help="side of a frame, pixels (default: 256)"
+    )
+    orbit.add_argument(
+        "--elevation",
+        dest="elevation_deg",
+        type=float,
+        default=defaults.elevation_deg,
+        help="degrees (default: 15)",
     )
     add_background(parser)
     return parser

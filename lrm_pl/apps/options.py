@@ -1,70 +1,91 @@
-"""Options that several commands share. Imports nothing heavy: what is wrong with a command is said at once."""
+"""Options shared by commands. Imports nothing heavy, so that a wrong command is reported at once."""
 
 import argparse
 import socket
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
 from lrm_pl.errors import InputError
+from lrm_pl.inference.find_model import find_model
 from lrm_pl.paths import user_path
 
+if TYPE_CHECKING:
+    from lrm_pl.inference.pipeline import LRMPipeline
 
-def add_network(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a trained network."""
+
+def fail(error: object) -> NoReturn:
+    """Exit with a message and status 1."""
+    sys.exit(f"lrm: {error}")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options that select a trained model."""
     parser.add_argument(
         "--ckpt",
-        metavar="CKPT",
-        help="a run's folder, a checkpoint (a path or a URL), a folder of `lrm export`, or hf://owner/name on "
-        "the Hugging Face hub; unless given, the newest run in runs/lrm",
+        help="run folder, checkpoint (path or URL), folder of `lrm export`, or hf://owner/name on the Hugging Face "
+        "Hub (default: the newest run in runs/lrm)",
     )
-    parser.add_argument(
-        "--config", type=user_path, help="the run's config.yaml, where it is not above the checkpoint"
-    )
-    parser.add_argument(
-        "--average", action="store_true", help="the run's moving average instead of its weights"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
+    parser.add_argument("--config", type=user_path, help="the run's config.yaml, if not in the run folder")
+    parser.add_argument("--average", action="store_true", help="use the moving average of the weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
 
 
 def add_background(parser: argparse.ArgumentParser) -> None:
-    """Add the options of taking backgrounds out."""
-    rembg = parser.add_argument_group("taking out the background of images without alpha")
+    """Add the options of background removal."""
+    rembg = parser.add_argument_group("background removal")
     rembg.add_argument(
-        "--rembg-model", metavar="FILE", help="an ONNX file of U^2-Net; found or downloaded unless given"
+        "--rembg-model", metavar="FILE", help="ONNX file of U^2-Net (default: found or downloaded)"
     )
-    rembg.add_argument("--rembg-sha256", metavar="HEX", help="its hash, where it is another one")
+    rembg.add_argument("--rembg-sha256", metavar="HEX", help="sha256 of a custom file")
+
+
+def load_pipeline(args: argparse.Namespace) -> "LRMPipeline":
+    """Load the model selected by ``add_model`` and ``add_background``.
+
+    Raises:
+        InputError: There is no such model, or its files do not match.
+    """
+    from lrm_pl.inference.background import BackgroundRemover
+    from lrm_pl.inference.pipeline import LRMPipeline
+    from lrm_pl.kernels.device import choose_device
+
+    device = choose_device(args.device)
+    remover = BackgroundRemover(path=args.rembg_model, sha256=args.rembg_sha256)
+    return LRMPipeline.from_pretrained(
+        find_model(args.ckpt), average=args.average, config=args.config, remover=remover
+    ).to(device)
 
 
 def add_address(parser: argparse.ArgumentParser, port: int) -> None:
-    """Add the options of where a page is served."""
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at; this machine only unless given"
-    )
-    parser.add_argument("--port", type=int, default=port, help=f"port to listen at ({port})")
+    """Add the options of the address of a server."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
 
 
 def url_of(host: str, port: int) -> str:
-    """Return the URL of an address; an IPv6 address stands in brackets there."""
+    """Return the URL of an address; IPv6 addresses are enclosed in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def require_free(host: str, port: int) -> None:
-    """Make sure, before a network is read, that a command can listen where it is to.
+    """Check that a server can listen on an address, before a model is loaded.
 
     Raises:
-        InputError: It cannot.
+        InputError: The address is invalid or in use.
     """
-    if port == 0:  # the system would choose one, after the address was printed
+    if port == 0:  # the system would choose a port after the URL was printed
         raise InputError(
-            expected=f"to listen at a port of {host}", found="port 0", remedy="choose one: --port 8000"
+            expected=f"a port of {host} to listen on", found="port 0", remedy="choose one: --port 8000"
         )
     try:
-        # A name may have several addresses, and a server listens at all of them.
+        # A name may resolve to several addresses; servers listen on all of them.
         for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
             with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that ended lingers
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore sockets in TIME_WAIT
                 if family == socket.AF_INET6:
                     probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 probe.bind((address[0], port, *address[2:]))
     except (OSError, OverflowError) as error:
         raise InputError(
-            expected=f"to listen at {host}:{port}", found=error, remedy="choose another: --host, --port"
+            f"Cannot listen on {host}:{port}: {error}. Choose another address: --host, --port"
         ) from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lrm_pl.apps.options import add_address, require_free, url_of
 from lrm_pl.errors import InputError
-from lrm_pl.inference.locate import newest_run
+from lrm_pl.inference.find_model import newest_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,9 +25,10 @@ from lrm_pl.evaluation.objects import over_white
 from lrm_pl.evaluation.protocols import Protocol
 from lrm_pl.evaluation.run import reconstruct_sample
 from lrm_pl.geometry.cameras import canonicalize
-from lrm_pl.inference.find_model import Trained, open_trained
 from lrm_pl.inference.model_folder import CONFIG_NAME, WEIGHTS_NAME, find_config
+from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.scene import Scene
+from lrm_pl.kernels.device import choose_device
 from lrm_pl.rendering.occupancy import measure_occupancy
 from lrm_pl.storage import is_local
 
@@ -73,9 +74,10 @@ class Viewer:
     def __init__(self, run: str, data: str, device: str, host: str, port: int) -> None:
         import viser
 
-        self.run, self.trained = run, open_trained(run, device=device)
+        self.run = run
+        self.pipeline = LRMPipeline.from_pretrained(run).to(choose_device(device))
         self.objects = {key: (objects, place) for key, objects, place in _choices(data)}
-        self._checkpoint = self.trained.source
+        self._checkpoint = self.pipeline.source
         self._sights: dict[int, Sight] = {}
         self._lock = threading.RLock()  # one computes at a time
         self._frusta: list[Any] = []
@@ -191,11 +193,11 @@ class Viewer:
                 return False
             image = over_white(sample, (view,))[0]
             self._sample, self._c2w = sample, canonicalize(torch.from_numpy(sample.c2w[[view, *views]]))[1:]
-            self.scene: Scene = reconstruct_sample(self.trained, sample, view)
+            self.scene: Scene = reconstruct_sample(self.pipeline, sample, view)
             self.input.image = (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
             self._draw_anew()
             self._show_frusta()
-        step = "" if self.trained.step is None else f", step {self.trained.step}"
+        step = "" if self.pipeline.step is None else f", step {self.pipeline.step}"
         self.state.content = f"{Path(self._checkpoint).name}{step}"
         return True
 
@@ -271,12 +273,12 @@ class Viewer:
         with self._lock:
             try:
                 checkpoint = find_checkpoint(path)
-                load_network(checkpoint, self.trained.model.network, average=False)
+                load_network(checkpoint, self.pipeline.network, average=False)
             except (InputError, OSError) as error:  # it was removed, as old ones are
                 logger.warning("%s", error)
                 return
             self._checkpoint = path
-            self.trained = Trained(self.trained.model, path, checkpoint.step, "")
+            self.pipeline.source, self.pipeline.step = path, checkpoint.step
             self._show_object()
 
 

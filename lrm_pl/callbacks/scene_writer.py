@@ -82,8 +82,8 @@ class SceneWriter(L.Callback):
             "object": key,
             "camera": dataclasses.asdict(scene.camera),
             "mesh": shape,
-            "wishes": {"resolution": self.resolution, "frames": self.frames, "size": self.size},
-            "notes": notes,
+            "options": {"resolution": self.resolution, "frames": self.frames, "size": self.size},
+            "warnings": notes,
             "files": sorted(files),
         }
         write_atomically(place / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())

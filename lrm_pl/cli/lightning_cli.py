@@ -58,11 +58,11 @@ from lrm_pl.cli.out_of_memory import is_out_of_memory, out_of_memory_message
 from lrm_pl.cli.report import REPORT_METRICS, ReportStopped, print_report
 from lrm_pl.cli.unique_keys import load_yaml
 from lrm_pl.data.datamodule import ShardDataModule
-from lrm_pl.data.input_framing import InputFraming, measure_setup
+from lrm_pl.data.input_framing import InputFraming, measure_framing
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 from lrm_pl.inference.model_card import weights_name
-from lrm_pl.inference.model_folder import SETUP_NAME, load_weights, setup_text, weights_hash
+from lrm_pl.inference.model_folder import FRAMING_NAME, framing_yaml, load_weights, weights_hash
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import require_measurable
 from lrm_pl.planning.memory import memory_of_libraries
@@ -185,7 +185,7 @@ class RunConfigRecord(SaveConfigCallback):
         config = self.parser.dump(self.given or self.config, skip_none=False)
         files = {"commit.txt": commit + "\n", "config.yaml": config}
         if self.input_framing is not None:
-            files[SETUP_NAME] = setup_text(self.input_framing)
+            files[FRAMING_NAME] = framing_yaml(self.input_framing)
         for name, text in files.items():
             if start is not None:
                 _keep_earlier(folder / name, text, folder / "earlier" / f"until-step-{start:08d}")
@@ -412,7 +412,7 @@ class LRMCLI(LightningCLI):
             ]
             for record in records:
                 record.given = self.given
-                record.input_framing = measure_setup(self.datamodule.setup_batches())
+                record.input_framing = measure_framing(self.datamodule.setup_batches())
 
     def before_validate(self) -> None:
         """Get ready to measure.

@@ -226,7 +226,7 @@ class ShardDataModule(L.LightningDataModule):
         return self._evaluation_loader("train", slice(-self.unseen_views or None), limit)
 
     def setup_batches(self) -> Iterator[Batch]:
-        """Read the input views of a few training objects, without a process of its own: ``measure_setup`` asks."""
+        """Read the input views of a few training objects, without a process of its own: ``measure_framing`` asks."""
         views = slice(min(self.input_pool or _SETUP_VIEWS, _SETUP_VIEWS))
         few = EvaluationSet(self.mixture, "train", self.inputs, views, _SETUP_OBJECTS)
         return (collate([item]).to("cpu") for item in few.readable())

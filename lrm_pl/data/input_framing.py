@@ -69,7 +69,7 @@ class InputFraming:
         return cls(**numbers)
 
 
-def measure_setup(batches: Iterable[Batch]) -> InputFraming | None:
+def measure_framing(batches: Iterable[Batch]) -> InputFraming | None:
     """Measure how objects are seen in evaluation batches: medians over views; None where there are none."""
     distances, fovs, shares = list[float](), list[float](), list[float]()
     for batch in batches:

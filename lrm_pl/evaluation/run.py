@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
 from lrm_pl.data.schema import Sample, SampleError
 from lrm_pl.errors import counted
@@ -46,9 +45,10 @@ from lrm_pl.evaluation.results import finish, incomplete_means
 from lrm_pl.evaluation.summary import table
 from lrm_pl.evaluation.tensorboard import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.geometry.cameras import PosedCamera, canonicalize
-from lrm_pl.inference.find_model import Trained, open_network
+from lrm_pl.inference.find_model import find_model
 from lrm_pl.inference.model_folder import weights_hash
-from lrm_pl.inference.scene import Scene, reconstruct
+from lrm_pl.inference.pipeline import LRMPipeline
+from lrm_pl.inference.scene import Scene
 from lrm_pl.kernels.device import choose_device
 from lrm_pl.storage import StoreError
 from lrm_pl.weights.perceptual import pretrained_perceptual_loss
@@ -60,7 +60,7 @@ Thing = TypeVar("Thing")
 
 
 def evaluate(
-    trained: Trained,
+    pipeline: LRMPipeline,
     protocol: Protocol,
     objects: EvaluationDataset,
     out: Path,
@@ -75,7 +75,7 @@ def evaluate(
     """Measure what is not measured yet; the first process then writes the results.
 
     Args:
-        trained: The network.
+        pipeline: The trained model.
         protocol: What is measured.
         objects: Of which objects.
         out: The evaluation's folder.
@@ -100,16 +100,16 @@ def evaluate(
         try:
             sample = objects.read(place, protocol)
             if is_measured(out, key, shown, ()):  # but for the baselines
-                _add_baselines(out, key, sample, protocol, perceptual, baselines, trained)
+                _add_baselines(out, key, sample, protocol, perceptual, baselines, pipeline)
                 continue
-            measured = measure_object(sample, protocol, reconstructor(trained), perceptual, baselines)
+            measured = measure_object(sample, protocol, reconstructor(pipeline), perceptual, baselines)
         except SampleError as error:
             if isinstance(error.__cause__, StoreError):  # it may answer the next time
                 raise
             write_object(out, ObjectRecord(key, {}, bad=str(error)), {})
         else:
             if key in shown:
-                show_object(out, key, reconstruct_sample(trained, sample, protocol.inputs[0]))
+                show_object(out, key, reconstruct_sample(pipeline, sample, protocol.inputs[0]))
             files = measured.files
             write_object(out, ObjectRecord(key, measured.rows, measured.notes, files=tuple(files)), files)
     if rank:
@@ -127,12 +127,12 @@ def is_measured(out: Path, key: str, shown: Collection[str], baselines: Iterable
 
 def _add_baselines(
     out: Path, key: str, sample: Sample, protocol: Protocol, perceptual: PerceptualMetrics,
-    baselines: Mapping[str, Baseline], trained: Trained,
+    baselines: Mapping[str, Baseline], pipeline: LRMPipeline,
 ) -> None:  # fmt: skip
     """Add baselines to the record of an object."""
     record = read_object(out, key)
     assert record is not None, key
-    device = next(trained.model.parameters()).device
+    device = pipeline.device
     rows, features = measure_baselines(sample, protocol, perceptual, baselines, device)
     files = features_file(read_features(out, [key]) | features) if features else {}
     write_object(out, dataclasses.replace(record, rows=record.rows | rows), files)
@@ -151,31 +151,19 @@ def track_progress(things: Sequence[Thing], what: str, console: Console) -> Iter
             console.print(f"{what}: {number + 1} of {len(things)}")
 
 
-def reconstructor(trained: Trained) -> Reconstruct:
-    """Make scenes of input views with their own cameras."""
-    model = trained.model
-
-    def make(image: Tensor, c2w: Tensor, fxfycxcy: Tensor) -> Scene:
-        return reconstruct(
-            model.network,
-            model.renderer,
-            image,
-            PosedCamera(c2w, fxfycxcy),
-            model.setup.background,
-            model.setup.threshold,
-        )
-
-    return make
+def reconstructor(pipeline: LRMPipeline) -> Reconstruct:
+    """Return a function that reconstructs input views with their own cameras."""
+    return lambda image, c2w, fxfycxcy: pipeline(image, PosedCamera(c2w, fxfycxcy))
 
 
-def reconstruct_sample(trained: Trained, sample: Sample, view: int) -> Scene:
+def reconstruct_sample(pipeline: LRMPipeline, sample: Sample, view: int) -> Scene:
     """Reconstruct an object from one of its views.
 
     Raises:
         SampleError: The view cannot be read, or shows nothing.
     """
     c2w = canonicalize(torch.from_numpy(sample.c2w[[view]]))
-    return reconstructor(trained)(input_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
+    return reconstructor(pipeline)(input_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
 
 
 def run(
@@ -195,18 +183,19 @@ def run(
     """
     protocol = PROTOCOLS[given.protocol]
     place = choose_device(given.device, int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
-    trained = open_network(given, str(place))
+    name = find_model(given.ckpt)
+    pipeline = LRMPipeline.from_pretrained(name, average=given.average, config=given.config).to(place)
     manifest = json.dumps([(s.name, s.sha256) for s in objects.manifest.shards]).encode()
     settings = {
         "protocol": json.loads(
             json.dumps(vars(protocol) | {"geometry": vars(protocol.surface) if protocol.surface else None})
         ),
         "network": {
-            "source": trained.source,
-            "step": trained.step,
-            "sha256": trained.sha256,
-            "setup": dataclasses.asdict(trained.model.setup),
-            "renderer": trained.model.model.get("renderer", {}),
+            "source": pipeline.source,
+            "step": pipeline.step,
+            "sha256": pipeline.sha256,
+            "framing": dataclasses.asdict(pipeline.framing),
+            "renderer": pipeline.model.get("renderer", {}),
         },
         "data": {
             "folder": given.data,
@@ -218,11 +207,8 @@ def run(
         "baselines": bool(given.baseline),
         "clip": given.clip_sha256.lower() if given.clip else None,
     }
-    out = given.out or DEFAULT_FOLDER / f"{protocol.name}-{Path(given.data).name}-{trained.sha256[:8]}"
-    step = "" if trained.step is None else f", step {trained.step}"
-    console.print(
-        f"Network: {trained.source}{step}, on {place}\nProtocol {protocol.name}: {protocol.description}"
-    )
+    out = given.out or DEFAULT_FOLDER / f"{protocol.name}-{Path(given.data).name}-{pipeline.sha256[:8]}"
+    console.print(f"Model: {pipeline.description}\nProtocol {protocol.name}: {protocol.description}")
     baselines = trivial_baselines(objects) if given.baseline and protocol.targets else {}
     if _is_finished(out, settings, objects, baselines, given):
         console.print(
@@ -232,7 +218,7 @@ def run(
     else:
         perceptual, measured_with = _judges(given, protocol, place)
         results = evaluate(
-            trained, protocol, objects, out, perceptual, baselines, settings | measured_with,
+            pipeline, protocol, objects, out, perceptual, baselines, settings | measured_with,
             rank=rank, world=world, console=console,
         )  # fmt: skip
     if results is not None:

@@ -37,7 +37,7 @@ def show_object(out: Path, key: str, scene: Scene) -> None:
     frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
     write_atomically(place / f"{key}.gif", encode_gif(frames))
     try:
-        mesh = scene.mesh(resolution=_LATTICE, most_faces=_FACES)
+        mesh = scene.mesh(resolution=_LATTICE, max_faces=_FACES)
         arrays = mesh.vertices, mesh.faces, np.rint(mesh.colors * 255).astype(np.uint8)
     except NoSurfaceError:  # its record says so
         arrays = (np.empty((0, 3)),) * 3

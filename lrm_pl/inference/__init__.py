@@ -1,1 +1,1 @@
-"""Everything that a trained model does: loading, reconstruction, export."""
+"""Inference: load a trained model, reconstruct images, export and convert weights."""

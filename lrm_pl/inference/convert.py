@@ -1,4 +1,4 @@
-"""Turn a file of weights that others published into a folder of ours."""
+"""Convert published weights of OpenLRM or TripoSR to a model folder."""
 
 import sys
 from pathlib import Path
@@ -18,15 +18,15 @@ from lrm_pl.weights.triposr import convert_triposr
 
 CONVERTERS = {"openlrm": convert_openlrm, "triposr": convert_triposr}
 
-#: How their own programs show an object to the network, and where they cut its surface.
-SETUPS = {
+#: Input framing and density threshold of the original inference programs.
+FRAMINGS = {
     # openlrm/utils/preprocess.py (a border of a fifth) and configs/infer-*.yaml
     "openlrm": InputFraming(distance=2.0, fov_deg=67.38, foreground=0.8, threshold=3.0),
-    # run.py; our scene unit is 0.87 of theirs, and their cameras stand 1.9 of theirs away
+    # run.py: cameras at distance 1.9; one scene unit here is 0.87 of TripoSR's
     "triposr": InputFraming(1.9 / 0.87, 40.0, foreground=0.85, background=0.5, threshold=25.0),
 }
 
-#: What the published weights may be used for.
+#: Licenses of the published weights.
 LICENSES = {
     "openlrm": "OpenLRM's published weights are CC BY-NC 4.0.",
     "triposr": "TripoSR's published weights are MIT.",
@@ -34,16 +34,18 @@ LICENSES = {
 
 
 def convert(source: str, weights: Path, out: Path, unseen: UnseenNumbers) -> Conversion:
-    """Convert a file of weights into a new folder, after its network was built and has taken them.
+    """Convert a weight file to a new model folder.
+
+    The folder is written only if the network can be built and loads the converted weights strictly.
 
     Args:
         source: "openlrm" or "triposr".
-        weights: The file.
-        out: The folder, which must not exist; it appears when it is whole.
-        unseen: What tensors do not show.
+        weights: Weight file.
+        out: The folder, which must not exist.
+        unseen: Hyperparameters that cannot be read from tensor shapes.
 
     Raises:
-        InputError: The weights are not of that architecture, or OUT is there.
+        InputError: The weights do not match the architecture, or the folder exists.
     """
     require_no_folder(out)
     if not weights.is_file():
@@ -53,15 +55,15 @@ def convert(source: str, weights: Path, out: Path, unseen: UnseenNumbers) -> Con
     network.load_state_dict(conversion.weights, strict=True)
     origin = f"Converted from {weights.name} ({source})."
     card = model_card(out.name, f"{origin} {LICENSES[source]}", conversion.model, {})
-    write_pretrained(out, conversion.model, conversion.weights, origin, SETUPS[source], card)
+    write_pretrained(out, conversion.model, conversion.weights, origin, FRAMINGS[source], card)
     return conversion
 
 
 def print_report(conversion: Conversion) -> None:
-    """Print what became of each of their keys."""
-    table = Table("theirs", "ours", "shape", "")
+    """Print a table of the source keys, the keys they map to, and the changes."""
+    table = Table("source key", "key", "shape", "change")
     for record in conversion.report:
         shape = " x ".join(map(str, record.shape))
-        table.add_row("\n".join(record.theirs), record.ours or "left out", shape, record.how)
-    # Wide enough for any key: a report is also read in files.
+        table.add_row("\n".join(record.theirs), record.ours or "unused", shape, record.how)
+    # Fixed width for redirected output, so that keys are not truncated.
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -1,4 +1,4 @@
-"""From a checkpoint of any strategy to a folder with config.yaml and model.safetensors."""
+"""Export a checkpoint to a model folder."""
 
 import logging
 from pathlib import Path
@@ -13,59 +13,58 @@ from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
 from lrm_pl.inference.model_card import model_card, run_facts
 from lrm_pl.inference.model_folder import (
-    SETUP_NAME,
+    FRAMING_NAME,
     find_config,
+    read_framing,
     read_model_section,
-    read_setup,
     write_pretrained,
 )
 
 logger = logging.getLogger(__name__)
 
-#: By the names of ``--dtype``.
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export(
     source: str, out: Path, *, average: bool = False, dtype: str = "float32", config: Path | None = None
 ) -> tuple[Checkpoint, Path]:
-    """Write the weights of a checkpoint, and the model section of its run's config, into a new folder.
+    """Write the weights of a checkpoint and the model section of its config into a new model folder.
 
     Args:
-        source: A checkpoint, or the folder of a run, whose newest whole one is taken; a path or a URL.
-        out: The folder, which must not exist; it appears when it is whole.
-        average: Whether the moving average takes the place of the weights that are trained.
-        dtype: "float32" or "bf16", for everything that is floating point.
-        config: The run's config.yaml; None: the one above the checkpoint.
+        source: Checkpoint, or run folder (its newest valid checkpoint); a path or a URL.
+        out: The folder, which must not exist.
+        average: Whether to export the moving average of the weights.
+        dtype: Floating-point type of the weights, "float32" or "bf16".
+        config: The run's config.yaml, if it is not in the run folder.
 
     Returns:
-        The checkpoint, and the config that was taken.
+        The checkpoint and the path of its config.
 
     Raises:
-        InputError: Something of this is not there, or OUT is.
+        InputError: The checkpoint or its config is missing, or the folder exists.
     """
     require_no_folder(out)
     checkpoint, tensors = read_newest(source, lambda found: (found, _weights(found, average=average)))
     config = find_config(checkpoint, config)
     model = read_model_section(config)
     weights = {name: _cast(tensor, _DTYPES[dtype]) for name, tensor in tensors.items()}
-    header = f"The model section of {config.name} of the run whose step {checkpoint.step} this is."
-    what = "The moving average of the weights" if average else "The weights"
+    header = f"Model section of {config.name}; the weights are from step {checkpoint.step} of that run."
+    kind = "Moving average of the weights" if average else "Weights"
     facts = run_facts(config.parent, yaml.safe_load(config.read_text()), checkpoint.step, average=average)
-    card = model_card(out.name, f"{what} at step {checkpoint.step} of a run.", model, facts)
-    setup = read_setup(config.parent)
-    if setup is None:
+    card = model_card(out.name, f"{kind} at step {checkpoint.step} of a run.", model, facts)
+    framing = read_framing(config.parent)
+    if framing is None:
         logger.warning(
-            "%s: expected %s beside it, which says how training images were taken, but found none; LRM's numbers are "
-            "written, correct them in %s where they are wrong", config, SETUP_NAME, out / SETUP_NAME,
+            "%s has no %s: writing the framing of the LRM paper; edit %s if the training images differ",
+            config.parent, FRAMING_NAME, out / FRAMING_NAME,
         )  # fmt: skip
-        setup = InputFraming()
-    write_pretrained(out, model, weights, header, setup, card, checkpoint.step)
+        framing = InputFraming()
+    write_pretrained(out, model, weights, header, framing, card, checkpoint.step)
     return checkpoint, config
 
 
 def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:
-    """Read the network's tensors, by the names of its state dict."""
+    """Read the network's state dict from a checkpoint."""
     specs = tensor_specs(checkpoint)
     names = [name.removeprefix("network.") for name in specs if name.startswith("network.")]
     averaged = averaged_names(checkpoint) if average else []
@@ -74,7 +73,7 @@ def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:
             subject=checkpoint.path,
             expected="the weights of a network",
             found="none",
-            remedy="export another",
+            remedy="export another checkpoint",
         )
     sources = {name: f"{'average' if name in averaged else 'network'}.{name}" for name in names}
     tensors = {name: torch.empty_like(specs[source], device="cpu") for name, source in sources.items()}

@@ -1,4 +1,4 @@
-"""The model card of a trained network: Markdown with a header that the Hugging Face hub reads."""
+"""Model cards: Markdown with the metadata of the Hugging Face Hub."""
 
 import json
 import re
@@ -25,9 +25,9 @@ _USE = """
 ## Use
 
 ```python
-from lrm_pl import LRM
+from lrm_pl import LRMPipeline
 
-scene = LRM.from_pretrained("{name}")("photo.png")
+scene = LRMPipeline.from_pretrained("{name}")("photo.png")
 mesh = scene.mesh()
 ```
 
@@ -36,13 +36,13 @@ or `lrm infer photo.png --ckpt {ckpt}`.
 
 
 def model_card(name: str, origin: str, model: Mapping[str, Any], facts: Mapping[str, str]) -> str:
-    """Write a card.
+    """Return a model card.
 
     Args:
-        name: What the network is called.
-        origin: A sentence that says where it comes from.
-        model: The model section of its config.
-        facts: What else is known, a row each.
+        name: Name of the model.
+        origin: A sentence about the origin of the weights.
+        model: Model section of the config.
+        facts: Further rows of the table.
     """
     lrm = model.get("lrm", {})
     encoder = lrm.get("encoder", {})
@@ -52,7 +52,7 @@ def model_card(name: str, origin: str, model: Mapping[str, Any], facts: Mapping[
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in {**size, **facts}.items())
     return (
-        f"{_HEADER}\n# {name}\n\nA Large Reconstruction Model (arXiv 2311.04400): an image in, a triplane NeRF out.\n"
+        f"{_HEADER}\n# {name}\n\nA Large Reconstruction Model (arXiv 2311.04400): one image to a triplane NeRF.\n"
         f"{origin} Made with lrm_pl {__version__}.\n\n| | |\n|---|---|\n{rows}\n{_use(name)}"
     )
 
@@ -62,16 +62,16 @@ def _use(name: str) -> str:
 
 
 def renamed(card: str, name: str) -> str:
-    """Call the network of a card by another name, where it is one that ``model_card`` wrote."""
-    found = re.search(r'LRM\.from_pretrained\("([^"\n]+)"\)', card)
+    """Replace the model's name in a card of ``model_card``; other cards are returned unchanged."""
+    found = re.search(r'LRMPipeline\.from_pretrained\("([^"\n]+)"\)', card)
     if found is None or _use(found[1]) not in card:
         return card
     old = found[1]
     return card.replace(_use(old), _use(name)).replace(f"\n# {old}\n", f"\n# {name}\n")
 
 
-def _data(folder: str) -> str:
-    """Say what is in a folder of shards, where it can be read from here, under the last part of its name."""
+def _describe_data(folder: str) -> str:
+    """Return the name of a folder of shards, with its numbers of objects and views if it is readable."""
     try:
         manifest = parse_manifest((Path(folder) / MANIFEST_NAME).read_bytes(), folder)
     except (OSError, InputError):
@@ -81,34 +81,34 @@ def _data(folder: str) -> str:
 
 
 def weights_name(*, average: bool) -> str:
-    """Return what a report calls the weights that it measured."""
+    """Return the name of the evaluated weights in reports."""
     return "model (average)" if average else "model"
 
 
 def run_facts(folder: Path, config: Mapping[str, Any], step: int, *, average: bool) -> dict[str, str]:
-    """Collect what a run's folder knows: its commit, what it trained on, what its report measured of these weights.
+    """Collect the training data, the code version and the reported metrics of a run.
 
     Args:
-        folder: The run's folder.
-        config: Its config.
-        step: The step of the weights.
-        average: Whether they are the moving average.
+        folder: The run folder.
+        config: The run's config.
+        step: Step of the weights.
+        average: Whether the weights are the moving average.
     """
     facts = dict[str, str]()
     data, trainer = config.get("data") or {}, config.get("trainer") or {}
     if data.get("folder"):
         also = [entry.get("folder") for entry in data.get("also") or []]
-        facts["trained on"] = "; ".join(_data(str(place)) for place in [data["folder"], *also])
-        facts["objects a step"] = str(data.get("batch_size"))
+        facts["trained on"] = "; ".join(_describe_data(str(each)) for each in [data["folder"], *also])
+        facts["objects per step"] = str(data.get("batch_size"))
     if trainer.get("max_steps"):
         facts["steps"] = f"{trainer['max_steps']}, {trainer.get('precision')}"
     if (commit := folder / "commit.txt").is_file():
         facts["code"] = commit.read_text().strip()
     if (report := folder / "report.json").is_file():
         found = json.loads(report.read_text())
-        what = [found.pop(name, None) for name in ("step", "weights", "data")]
-        if what != [step, weights_name(average=average), data.get("folder")]:
-            return facts  # of another step, of the weights in place of their average, or on other data
+        measured = [found.pop(name, None) for name in ("step", "weights", "data")]
+        if measured != [step, weights_name(average=average), data.get("folder")]:
+            return facts  # the report is of other weights or other data
         for split, rows in found.items():
             scores = rows["model"]
             facts[f"{split} views"] = (

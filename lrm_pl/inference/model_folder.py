@@ -1,12 +1,13 @@
-"""The folder that a trained network is handed on in.
+"""The folder format of trained models.
 
-    config.yaml          how it is built
-    model.safetensors    its weights
-    input.yaml           what images it is used to (``InputFraming``)
-    README.md            what it is, for people: the model card
+    config.yaml          model section of the config: network and renderer
+    model.safetensors    weights
+    input.yaml           framing of the input images (``InputFraming``)
+    README.md            model card
 
-``lrm export`` and ``lrm convert`` write it, ``lrm fit --weights.network`` starts from it, inference reads it. Nothing
-in it is run: the config names no classes, the weights are numbers.
+Written by ``lrm export``, ``lrm convert`` and ``LRMPipeline.save_pretrained``; read by ``LRMPipeline.from_pretrained``
+and ``lrm fit --weights.network``. Reading it runs no code: the config
+names no classes, and the weights are safetensors.
 """
 
 import dataclasses
@@ -31,12 +32,10 @@ from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.storage import is_local
 
-CONFIG_NAME, WEIGHTS_NAME, SETUP_NAME, CARD_NAME = (
-    "config.yaml",
-    "model.safetensors",
-    "input.yaml",
-    "README.md",
-)
+CONFIG_NAME = "config.yaml"
+WEIGHTS_NAME = "model.safetensors"
+FRAMING_NAME = "input.yaml"
+CARD_NAME = "README.md"
 
 
 def write_pretrained(
@@ -44,26 +43,26 @@ def write_pretrained(
     model: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     header: str,
-    setup: InputFraming,
+    framing: InputFraming,
     card: str,
     step: int | None = None,
 ) -> None:
-    """Write a new folder; it appears when it is whole.
+    """Create a model folder atomically.
 
     Args:
         out: The folder, which must not exist.
-        model: The model section of a config; its parts ``lrm`` and ``renderer`` are what is read again.
+        model: Model section of a config; ``lrm`` and ``renderer`` are required.
         weights: The network's state dict.
-        header: A line that says where this comes from.
-        setup: What images it is used to.
-        card: The model card.
-        step: Optimizer steps of the run that it comes from; None where that is not known.
+        header: Comment on the first line of config.yaml: the origin of the model.
+        framing: Framing of the input images.
+        card: Model card.
+        step: Optimizer steps of training; None if unknown.
 
     Raises:
-        InputError: OUT is there.
+        InputError: The folder exists.
     """
     with new_folder(out) as folder:
-        fill_pretrained(folder, model, weights, header, setup, card, step)
+        fill_pretrained(folder, model, weights, header, framing, card, step)
         sync_folder(str(folder))
 
 
@@ -72,65 +71,65 @@ def fill_pretrained(
     model: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     header: str,
-    setup: InputFraming,
+    framing: InputFraming,
     card: str,
     step: int | None = None,
 ) -> None:
-    """Write the files of ``write_pretrained`` into a folder that is there."""
+    """Write the files of a model folder into an existing folder; arguments as ``write_pretrained``."""
     text = yaml.safe_dump({"model": dict(model)}, sort_keys=False)
     (folder / CONFIG_NAME).write_text(f"# {header}\n{text}")
-    (folder / SETUP_NAME).write_text(setup_text(setup))
+    (folder / FRAMING_NAME).write_text(framing_yaml(framing))
     (folder / CARD_NAME).write_text(card)
-    facts = {"format": "pt"} | ({} if step is None else {"step": str(step)})
-    save_file(dict(weights), folder / WEIGHTS_NAME, metadata=facts)
-    # safetensors lets nobody else read it; a folder is handed on
+    metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
+    save_file(dict(weights), folder / WEIGHTS_NAME, metadata=metadata)
+    # safetensors creates files that only the owner can read
     (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
 
 
 def read_step(folder: Path) -> int | None:
-    """Read after how many optimizer steps the weights of a folder are; None where it does not say."""
+    """Read the optimizer steps of the weights of a model folder; None if unknown."""
     with safe_open(folder / WEIGHTS_NAME, "pt") as file:
         step = (file.metadata() or {}).get("step", "")
     return int(step) if step.isdecimal() else None
 
 
-def setup_text(setup: InputFraming) -> str:
-    """Write an ``input.yaml``."""
-    return yaml.safe_dump(dataclasses.asdict(setup), sort_keys=False)
+def framing_yaml(framing: InputFraming) -> str:
+    """Return the content of ``input.yaml``."""
+    return yaml.safe_dump(dataclasses.asdict(framing), sort_keys=False)
 
 
-def read_setup(folder: Path) -> InputFraming | None:
-    """Read what images a network is used to; None where its folder does not say.
+def read_framing(folder: Path) -> InputFraming | None:
+    """Read ``input.yaml`` of a model or run folder; None if there is none.
 
     Raises:
-        InputError: The file is none.
+        InputError: The file is invalid.
     """
-    path = folder / SETUP_NAME
+    path = folder / FRAMING_NAME
     if not path.is_file():
         return None
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(subject=path, expected="numbers with names", found=error) from error
+        raise InputError(subject=path, expected="a mapping of names to numbers", found=error) from error
     if not isinstance(content, dict):
-        raise InputError(subject=path, expected="numbers with names", found=type(content).__name__)
+        raise InputError(subject=path, expected="a mapping of names to numbers", found=type(content).__name__)
     return InputFraming.of_record(content, str(path))
 
 
 def weights_hash(network: nn.Module) -> str:
-    """Hash a network's weights: sha256 over names, shapes and float32 values, in order of name."""
-    found = hashlib.sha256()
+    """Return the sha256 of the names, shapes and float32 values of a network's weights, sorted by name."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_model_section(config: Path) -> dict[str, Any]:
     """Read the model section of a config file.
 
     Raises:
-        InputError: It is no config of a run, or of a folder like this.
+        InputError: The file cannot be read, or has no section ``model.lrm``.
     """
     try:
         content = yaml.safe_load(config.read_text())
@@ -142,34 +141,33 @@ def read_model_section(config: Path) -> dict[str, Any]:
             subject=config,
             expected="a section model.lrm",
             found="none",
-            remedy="name the config.yaml of a run",
+            remedy="use the config.yaml of a run",
         )
     return section
 
 
-def find_config(checkpoint: Checkpoint, given: Path | None) -> Path:
-    """Find RUN/config.yaml of RUN/checkpoints/step-....
+def find_config(checkpoint: Checkpoint, config: Path | None) -> Path:
+    """Return the config of a checkpoint's run: ``config``, or RUN/config.yaml of RUN/checkpoints/step-....
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such file.
     """
-    path = given
-    if path is None and is_local(checkpoint.path):
-        path = Path(checkpoint.path).absolute().parents[1] / CONFIG_NAME
-    if path is None or not path.is_file():
+    if config is None and is_local(checkpoint.path):
+        config = Path(checkpoint.path).absolute().parents[1] / CONFIG_NAME
+    if config is None or not config.is_file():
         raise InputError(
             expected=f"the config of the run of {checkpoint.path}",
-            found=f"none at {path or 'its place'}",
-            remedy=f"name it: --config RUN/{CONFIG_NAME}",
+            found=f"no file {config}" if config else "a remote checkpoint",
+            remedy=f"give it: --config RUN/{CONFIG_NAME}",
         )
-    return path
+    return config
 
 
 def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:
-    """Build the network, with random weights, and the renderer that a model section describes.
+    """Build the network, with random weights, and the renderer of a model section.
 
     Raises:
-        InputError: It names what there is not, or numbers that do not go together.
+        InputError: The section has unknown or invalid fields.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(LRM, "lrm")
@@ -177,60 +175,50 @@ def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:
     try:
         parsed = parser.parse_object({part: model.get(part, {}) for part in ("lrm", "renderer")})
     except ArgumentError as error:
-        raise InputError(expected="a model section that this version knows", found=error) from error
-    made = parser.instantiate(parsed)
-    return cast(LRM, made["lrm"]), cast(Renderer, made["renderer"])
+        raise InputError(expected="a model section of this version of lrm_pl", found=error) from error
+    built = parser.instantiate(parsed)
+    return cast(LRM, built["lrm"]), cast(Renderer, built["renderer"])
 
 
 def load_weights(network: LRM, folder: Path) -> None:
-    """Load ``model.safetensors`` of a folder into a network, strictly, in the network's own precision.
+    """Load ``model.safetensors`` of a model folder strictly; the network keeps its dtype.
 
     Raises:
-        InputError: There is no such file, it cannot be read, or it is of another network.
+        InputError: The file is missing or damaged, or does not match the network.
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise InputError(
             expected=f"the weights of a network at {path}",
             found="none",
-            remedy="`lrm export RUN OUT` and `lrm convert` make such folders",
+            remedy="create a model folder with `lrm export RUN OUT` or `lrm convert`",
         )
     try:
         weights = load_file(path)
     except SafetensorError as error:
         raise InputError(
-            subject=path, expected="safetensors", found=f"a damaged file ({error})", remedy="get it again"
+            subject=path,
+            expected="a safetensors file",
+            found=f"a damaged file ({error})",
+            remedy="download or export it again",
         ) from error
-    ours = network.state_dict()
-    wrong = [f"{name} is missing" for name in ours if name not in weights]
-    wrong += [f"{name} is a stranger" for name in weights if name not in ours]
-    wrong += [
-        f"{name} has shape {tuple(value.shape)} instead of {tuple(ours[name].shape)}"
+    own = network.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in weights]
+    problems += [f"{name} is unexpected" for name in weights if name not in own]
+    problems += [
+        f"{name} has shape {tuple(value.shape)} instead of {tuple(own[name].shape)}"
         for name, value in weights.items()
-        if name in ours and value.shape != ours[name].shape
+        if name in own and value.shape != own[name].shape
     ]
-    wrong += [
-        f"{name} has numbers that are not finite"
-        for name, x in weights.items()
-        if not torch.isfinite(x).all()
+    problems += [
+        f"{name} has non-finite values" for name, x in weights.items() if not torch.isfinite(x).all()
     ]
-    if wrong:
+    if problems:
         raise InputError(
             subject=path,
             expected="the weights of this network",
-            found=f"{len(wrong)} differences: {'; '.join(wrong[:6])}"
-            + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""),
-            remedy=f"build the network of its own config: -c {folder / CONFIG_NAME}",
+            found=f"{len(problems)} differences: {'; '.join(problems[:6])}"
+            + (f"; and {len(problems) - 6} more" if len(problems) > 6 else ""),
+            remedy=f"use the config of these weights: -c {folder / CONFIG_NAME}",
         )
     network.load_state_dict(weights, strict=True)
-
-
-def read_pretrained(folder: Path) -> tuple[LRM, Renderer]:
-    """Build the network of a folder, in evaluation mode, and its renderer.
-
-    Raises:
-        InputError: The folder is not what it should be.
-    """
-    network, renderer = build_network(read_model_section(folder / CONFIG_NAME))
-    load_weights(network, folder)
-    return network.eval(), renderer

@@ -1,8 +1,7 @@
-"""A trained network with all that it takes to use it: ``LRM.from_pretrained(path)(image)`` of ``lrm_pl``.
+"""``LRMPipeline``: a trained model with its preprocessing; maps an image to a ``Scene``."""
 
-Folders are those of ``lrm export`` and ``lrm convert``, here or on the Hugging Face hub.
-"""
-
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from torch import Tensor, nn
 
-from lrm_pl.checkpoints import Checkpoint, list_checkpoints, load_network, read_newest
+from lrm_pl.checkpoints import Checkpoint, load_network, read_newest
 from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.errors import InputError
-from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.geometry.cameras import InputCamera, PosedCamera
 from lrm_pl.images import (
     ImageError,
     framed,
@@ -33,43 +32,48 @@ from lrm_pl.inference.model_card import model_card, renamed
 from lrm_pl.inference.model_folder import (
     CARD_NAME,
     CONFIG_NAME,
-    SETUP_NAME,
+    FRAMING_NAME,
     WEIGHTS_NAME,
     build_network,
     fill_pretrained,
     find_config,
     load_weights,
+    read_framing,
     read_model_section,
-    read_setup,
     read_step,
+    weights_hash,
 )
 from lrm_pl.inference.scene import Scene, as_tensor, reconstruct
+from lrm_pl.kernels.device import synchronize
 from lrm_pl.progress import stage
 from lrm_pl.storage import HUB
 
-#: Side of the images that objects are framed in, at least; the network makes them smaller itself.
-_FRAME = 512
+logger = logging.getLogger(__name__)
+
+#: Minimum side of the framed image, pixels; the encoder resizes it.
+_MIN_SIDE = 512
 
 
-class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
-    """A network, its renderer, and what images it is used to.
+class LRMPipeline(nn.Module, PyTorchModelHubMixin):
+    """A trained LRM: network, renderer, background removal and input framing, in evaluation mode.
 
     ``save_pretrained`` and ``push_to_hub`` come from the hub's mixin.
 
     Args:
-        model: The model section of a config: its parts ``lrm`` and ``renderer`` are built.
-        setup: What images it is used to.
-        card: Its model card; one is written unless given.
-        remover: What takes backgrounds out; rembg's small network unless given.
+        model: Model section of a config; its parts ``lrm`` and ``renderer`` are built.
+        framing: Framing of the input images; LRM's unless given.
+        card: Model card; ``save_pretrained`` generates one unless given.
+        remover: Background remover; rembg's small U^2-Net unless given.
 
     Attributes:
-        step: Optimizer steps of the run that it comes from; None where that is not known.
+        source: Where the weights were loaded from.
+        step: Optimizer steps of training; None if unknown.
     """
 
     def __init__(
         self,
         model: Mapping[str, Any],
-        setup: InputFraming | None = None,
+        framing: InputFraming | None = None,
         card: str = "",
         remover: BackgroundRemover | None = None,
     ) -> None:
@@ -77,92 +81,120 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         self.network, self.renderer = build_network(model)
         self.network.eval().requires_grad_(False)
         self.model, self.card = dict(model), card
-        self.setup, self.setup_known = setup or InputFraming(), setup is not None
+        self.framing = framing or InputFraming()
         self.remover = remover or BackgroundRemover()
+        self.source = ""
         self.step: int | None = None
         self._repository = ""
-        self._hub_mixin_config = (
-            None  # else the mixin writes config.json beside config.yaml, which says the same
-        )
+        self._hub_mixin_config = None  # config.yaml replaces the mixin's config.json
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
         name: str | Path,
         *,
+        average: bool = False,
+        config: Path | None = None,
+        remover: BackgroundRemover | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
-    ) -> "PretrainedLRM":
-        """Open a folder, or the repository of that name on the Hugging Face hub.
+    ) -> "LRMPipeline":
+        """Load a trained model on the CPU.
 
         Args:
-            name: A folder of `lrm export` or `lrm convert`, a run, whose newest checkpoint is taken, a checkpoint, or
-                the "owner/name" of a repository.
+            name: Folder of `lrm export` or `lrm convert`, run folder (its newest valid checkpoint), checkpoint (path
+                or URL), or repository on the Hugging Face Hub ("owner/name" or "hf://owner/name").
+            average: Whether to load the moving average of the weights; checkpoints only.
+            config: The run's config.yaml, if it is not in the run folder; checkpoints only.
+            remover: Background remover; rembg's small U^2-Net unless given.
             revision: Branch, tag or commit of the repository.
-            token: For the hub.
-            cache_dir: Where the hub's files are kept.
-            local_files_only: Whether the hub is not asked.
+            token: Access token of the hub.
+            cache_dir: Cache folder of the hub.
+            local_files_only: Whether to use cached files of the hub only.
 
         Raises:
-            InputError: There is no such thing, or it is not what it should be.
+            InputError: There is no such model, or its files do not match.
         """
-        folder = Path(name).expanduser()
-        if folder.name in (WEIGHTS_NAME, CONFIG_NAME) and folder.is_file():
-            folder = folder.parent
-        if not folder.is_dir():
-            folder = _download(
-                str(name).removeprefix(HUB), revision, token, cache_dir, local_files_only=local_files_only
+        name = str(name)
+        path = Path(name).expanduser()
+        if path.name in (WEIGHTS_NAME, CONFIG_NAME) and (path.parent / WEIGHTS_NAME).is_file():
+            path, name = path.parent, str(path.parent)
+        on_hub = name.startswith(HUB) or ("://" not in name and not path.exists())
+        if not on_hub and not (path / WEIGHTS_NAME).is_file():
+            pipeline = read_newest(
+                name, lambda checkpoint: cls._from_checkpoint(checkpoint, config, average=average)
             )
-        if not (folder / WEIGHTS_NAME).is_file() and any(
-            list_checkpoints(str(place)) for place in (folder, folder.parent, folder / "checkpoints")
-        ):
-            return read_newest(str(folder), cls.from_checkpoint)
-        card = folder / CARD_NAME
-        made = cls(
-            read_model_section(folder / CONFIG_NAME),
-            read_setup(folder),
-            card.read_text() if card.is_file() else "",
-        )
-        load_weights(made.network, folder)
-        made.step = read_step(folder)
-        return made
+        else:
+            _reject_checkpoint_options(name, config, average=average)
+            if on_hub:
+                repository = name.removeprefix(HUB)
+                path = _download(repository, revision, token, cache_dir, local_files_only=local_files_only)
+            pipeline = cls._from_folder(path)
+            pipeline.source = name
+        pipeline.remover = remover or pipeline.remover
+        return pipeline
 
     @classmethod
-    def from_checkpoint(
-        cls, checkpoint: Checkpoint, config: Path | None = None, *, average: bool = False
-    ) -> "PretrainedLRM":
-        """Open the network of a checkpoint.
+    def _from_folder(cls, folder: Path) -> "LRMPipeline":
+        card = folder / CARD_NAME
+        pipeline = cls(
+            read_model_section(folder / CONFIG_NAME),
+            _read_framing(folder),
+            card.read_text() if card.is_file() else "",
+        )
+        load_weights(pipeline.network, folder)
+        pipeline.step = read_step(folder)
+        return pipeline
 
-        Args:
-            checkpoint: The checkpoint.
-            config: The config.yaml of its run; None: the one above the checkpoint.
-            average: Whether the moving average is taken.
-
-        Raises:
-            InputError: There is no such config, or the checkpoint is of another network or has no average.
-        """
+    @classmethod
+    def _from_checkpoint(cls, checkpoint: Checkpoint, config: Path | None, *, average: bool) -> "LRMPipeline":
         config = find_config(checkpoint, config)
-        made = cls(read_model_section(config), read_setup(config.parent))
-        load_network(checkpoint, made.network, average=average)
-        made.step = checkpoint.step
-        return made
+        pipeline = cls(read_model_section(config), _read_framing(config.parent))
+        load_network(checkpoint, pipeline.network, average=average)
+        pipeline.source = checkpoint.path + (" (moving average)" if average else "")
+        pipeline.step = checkpoint.step
+        return pipeline
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hash of the weights at first access; see ``weights_hash``."""
+        return weights_hash(self.network)
+
+    @property
+    def description(self) -> str:
+        """Source, step and device in one line."""
+        step = "" if self.step is None else f", step {self.step}"
+        return f"{self.source}{step}, on {self.device}"
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished all queued work."""
+        synchronize(self.device)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the files; the mixin calls this."""
+        """Write the files of a model folder; called by the mixin."""
         name = self._repository or save_directory.resolve().name
         card = renamed(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         fill_pretrained(
-            save_directory, self.model, weights, "Saved from Python.", self.setup, card, self.step
+            save_directory, self.model, weights, "Saved from Python.", self.framing, card, self.step
         )
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # noqa: ANN401 - the mixin's
-        """Upload it, under a card that calls it by the repository's name; options are the mixin's.
+        """Upload the model folder, with the repository's name in its model card.
+
+        Args:
+            repo_id: Full name of the repository, "owner/name".
+            options: Options of ``PyTorchModelHubMixin.push_to_hub``.
 
         Raises:
-            InputError: It is no full name: the card could not say how to open it.
+            InputError: The name has no owner.
         """
         if "/" not in repo_id:
             raise InputError(expected="a repository's full name, owner/name", found=f"{repo_id!r}")
@@ -172,35 +204,20 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
         finally:
             self._repository = ""
 
-    def preprocess(self, source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
-        """Make of a photo what the network is used to: the object alone, in the middle, as large as in training.
+    def preprocess(self, image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
+        """Remove the background if there is one, and center and scale the object as in training.
 
         Args:
-            source: A file, its bytes, or an image: Pillow's, or an array of bytes (H, W, 3 or 4), RGB. Where most of
-                its edge is opaque, the background is taken out.
+            image: File, encoded bytes, Pillow image, or uint8 RGB(A) array (H, W, 3 or 4). The background is removed
+                if most of the border is opaque.
 
         Returns:
             A square RGBA image.
 
         Raises:
-            InputError: It is no image, or shows nothing.
+            InputError: The image cannot be read, or contains no object.
         """
-        if isinstance(source, str):
-            source = Path(source)
-        if isinstance(source, np.ndarray):
-            if (
-                source.dtype != np.uint8
-                or source.ndim != 3
-                or source.shape[2] not in (3, 4)
-                or not source.size
-            ):
-                raise InputError(
-                    expected="an image as bytes (H, W, 3 or 4)",
-                    found=f"{source.dtype} {source.shape}",
-                    remedy="of floats in [0, 1] make (255 * x).astype('uint8')",
-                )
-            source = Image.fromarray(source)
-        image = to_rgb8(source) if isinstance(source, Image.Image) else open_image(source)
+        image = _open(image)
         if has_background(image):
             if is_plain(image):
                 raise ImageError(expected="an object in the image", found="one color everywhere")
@@ -209,37 +226,72 @@ class PretrainedLRM(nn.Module, PyTorchModelHubMixin):
             if not has_object(image):
                 raise ImageError(
                     expected="an object in the image",
-                    found="none: all of it was taken for background",
-                    remedy="give an image with an alpha channel, or another one",
+                    found="only background",
+                    remedy="use an image with an alpha channel, or another image",
                 )
-        side = max(_FRAME, self.network.encoder.image_size)
-        return framed(image.convert("RGBA"), self.setup.foreground, side)
+        side = max(_MIN_SIDE, self.network.encoder.image_size)
+        return framed(image.convert("RGBA"), self.framing.foreground, side)
 
     def forward(
         self,
         image: str | Path | bytes | Image.Image | np.ndarray | Tensor,
-        camera: InputCamera | None = None,
+        camera: InputCamera | PosedCamera | None = None,
     ) -> Scene:
         """Reconstruct the object in an image.
 
         Args:
-            image: A photo, which is preprocessed (``preprocess``); or a square (C, H, W)
-                tensor in [0, 1] that is that already.
-            camera: The camera that it is taken to be seen by; the one of training unless given.
+            image: An image for ``preprocess``, or a preprocessed (C, H, W) tensor in [0, 1].
+            camera: Assumed camera of the image; the camera of training unless given.
 
         Raises:
-            InputError: It is no image, shows nothing, or the network wants several.
+            InputError: The image cannot be read or contains no object, or the network needs several views.
         """
         pixels = image if isinstance(image, Tensor) else as_tensor(self.preprocess(image))
+        framing = self.framing
         with torch.inference_mode():
             return reconstruct(
                 self.network,
                 self.renderer,
                 pixels,
-                camera or self.setup.camera,
-                self.setup.background,
-                self.setup.threshold,
+                camera or framing.camera,
+                framing.background,
+                framing.threshold,
             )
+
+
+def _open(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
+    """Return an upright 8-bit sRGB image, RGB or RGBA."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:
+            raise InputError(
+                expected="a uint8 array (H, W, 3 or 4)",
+                found=f"{image.dtype} {image.shape}",
+                remedy="convert floats in [0, 1] with (255 * x).astype('uint8')",
+            )
+        image = Image.fromarray(image)
+    if isinstance(image, Image.Image):
+        return to_rgb8(image)
+    return open_image(Path(image) if isinstance(image, str) else image)
+
+
+def _read_framing(folder: Path) -> InputFraming | None:
+    framing = read_framing(folder)
+    if framing is None:
+        logger.warning("%s has no %s: images are framed as in the LRM paper", folder, FRAMING_NAME)
+    return framing
+
+
+def _reject_checkpoint_options(name: str, config: Path | None, *, average: bool) -> None:
+    if config is not None:
+        raise InputError(
+            expected="--config with a checkpoint", found=f"the exported model {name}", remedy="omit it"
+        )
+    if average:
+        raise InputError(
+            expected="a run that keeps a moving average",
+            found=f"the exported model {name}",
+            remedy="omit --average, or export the average: lrm export RUN OUT --average",
+        )
 
 
 def _download(
@@ -250,13 +302,11 @@ def _download(
     *,
     local_files_only: bool,
 ) -> Path:
-    """Bring the files of a repository, and no others, into the hub's cache."""
-    if (
-        name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists()
-    ):  # it was meant as a path
+    """Download the files of a model folder from the Hugging Face Hub into its cache."""
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a path, not a repository
         raise InputError(
             expected=f"a folder of `lrm export`, a run or a checkpoint at {name}",
-            found="a file" if Path(name).exists() else "nothing",
+            found="nothing",
             remedy="correct the path",
         )
     try:
@@ -267,14 +317,14 @@ def _download(
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, SETUP_NAME, CARD_NAME],
+                allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, FRAMING_NAME, CARD_NAME],
             )
         )
-    except (  # ImportError: a SOCKS proxy, and nothing installed that speaks with it
+    except (  # ImportError: a SOCKS proxy without the package that supports it
         HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, ImportError,
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            expected=f"a folder of `lrm export`, or a repository of the Hugging Face hub, named {name!r}",
+            expected=f"a folder of `lrm export`, or a repository of the Hugging Face Hub, named {name!r}",
             found=f"neither: {reason}",
         ) from error

@@ -1,10 +1,4 @@
-"""From an image to a field, a mesh, the frames of an orbit. Without gradients; ``lrm_pl.LRM`` is the short way.
-
-network, renderer = read_pretrained(Path("model"))          # a folder of `lrm export` or `lrm convert`
-scene = reconstruct(network, renderer, image, InputCamera(distance=2.0, fov_deg=50.0))
-mesh = scene.mesh()
-frames = scene.orbit(frames=60, size=256)
-"""
+"""``Scene``: a reconstructed object, with its mesh and renderings. Nothing here computes gradients."""
 
 import dataclasses
 import functools
@@ -18,9 +12,11 @@ from torch import Tensor
 
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera, PosedCamera, orbit
+from lrm_pl.inference.options import TEXTURE_FACES, MeshOptions
 from lrm_pl.meshing.mesh import Mesh
 from lrm_pl.meshing.surface import colors_at, extract_mesh, surface_density
 from lrm_pl.meshing.texture import textured
+from lrm_pl.meshing.unwrap import UnwrapError
 from lrm_pl.models.lrm import LRM
 from lrm_pl.models.triplane import TriplaneField
 from lrm_pl.progress import stage
@@ -30,45 +26,44 @@ from lrm_pl.rendering.renderer import Renderer
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One reconstructed object.
+    """A reconstructed object.
 
     Attributes:
-        field: Its field.
-        camera: The camera of its image, canonical; it looks at the origin.
-        renderer: The renderer that the network was trained with.
-        usual_threshold: Density of the surface; None measures it of this object.
+        field: Radiance field.
+        camera: Camera of the input image in the canonical frame.
+        renderer: Renderer of the model.
+        default_threshold: Density at the surface; None estimates it for this object.
     """
 
     field: TriplaneField
     camera: InputCamera
     renderer: Renderer
-    usual_threshold: float | None = None
+    default_threshold: float | None = None
 
     def to(self, device: torch.device | str) -> "Scene":
-        """Return the scene with its field on a device; ``Trainer.predict`` moves what it returns to the CPU."""
-        planes, weights = (
-            self.field.planes.to(device),
-            tuple(weight.to(device) for weight in self.field.weights),
+        """Return the scene on a device; ``Trainer.predict`` moves its results to the CPU."""
+        field = dataclasses.replace(
+            self.field,
+            planes=self.field.planes.to(device),
+            weights=tuple(weight.to(device) for weight in self.field.weights),
         )
-        return dataclasses.replace(
-            self, field=dataclasses.replace(self.field, planes=planes, weights=weights)
-        )
+        return dataclasses.replace(self, field=field)
 
     @functools.cached_property
     def occupancy(self) -> Occupancy:
-        """Where there is anything."""
-        with stage("occupancy"), _half(self.field.planes.device):
+        """Occupancy grid of the field."""
+        with stage("occupancy"), _autocast(self.field.planes.device):
             return measure_occupancy(self.field, 0)
 
     @functools.cached_property
     def threshold(self) -> float:
-        """Density at which the surface lies.
+        """Density at the surface.
 
         Raises:
-            NoSurfaceError: There is nothing opaque.
+            NoSurfaceError: The object is transparent everywhere.
         """
-        if self.usual_threshold is not None:
-            return self.usual_threshold
+        if self.default_threshold is not None:
+            return self.default_threshold
         occupancy = self.occupancy
         with stage("threshold"):
             return surface_density(
@@ -81,44 +76,43 @@ class Scene:
         resolution: int = 256,
         *,
         floaters: float = 0.0,
-        most_faces: int | None = None,
+        max_faces: int | None = None,
     ) -> Mesh:
-        """Cut the surface out of the density, read in float32: half precision makes terraces; see ``extract_mesh``.
+        """Extract a mesh with vertex colors; see ``extract_mesh``. Densities are float32: bf16 would cause terracing.
 
         Args:
             threshold: Density at the surface; ``self.threshold`` unless given.
-            resolution: Points of the lattice along each axis.
-            floaters: Parts of less than this share of the largest part's area are left out.
-            most_faces: Faces that may stay; None keeps all.
+            resolution: Resolution of the density grid.
+            floaters: Minimum area of a connected component, as a fraction of the largest one's.
+            max_faces: Maximum number of faces; None keeps all.
 
         Raises:
             NoSurfaceError: There is no surface at this threshold.
         """
-        level = self.threshold if threshold is None else threshold
         return extract_mesh(
             self.field,
             0,
-            level,
+            self.threshold if threshold is None else threshold,
             resolution,
             bounds=self.renderer.bounds,
             floaters=floaters,
-            most_faces=most_faces,
+            most_faces=max_faces,
         )
 
-    def textured(self, mesh: Mesh, size: int = 1024, limit_s: float = 60.0) -> Mesh:
-        """Give a mesh of this object an image of its colors; see ``meshes.texture.textured``.
+    def bake_texture(self, mesh: Mesh, size: int = 1024, limit_s: float = 60.0) -> Mesh:
+        """Return the mesh with UV coordinates and a texture; see ``meshing.texture``.
 
         Raises:
-            UnwrapError: The mesh cannot be laid out in that time.
+            UnwrapError: The UV unwrapping failed or exceeded the time limit.
         """
         return textured(mesh, lambda points: colors_at(self.field, 0, points), size, limit_s)
 
     @torch.no_grad()
-    def view(self, c2w: Float[Tensor, "4 4"], size: int) -> Float[Tensor, "size size 3"]:
-        """Render one view over white, with the intrinsics of the input camera."""
+    def render(self, c2w: Float[Tensor, "4 4"], size: int) -> Float[Tensor, "size size 3"]:
+        """Render one view over white with the intrinsics of the input camera."""
         device = self.field.planes.device
         occupancy = self.occupancy
-        with _half(device):
+        with _autocast(device):
             pixels = self.renderer.draw(
                 self.field,
                 [occupancy],
@@ -131,15 +125,15 @@ class Scene:
     def orbit(
         self, frames: int = 60, size: int = 256, elevation_deg: float = 0.0
     ) -> Iterator[Float[Tensor, "size size 3"]]:
-        """Render frames on a circle about the object over white, the first from the side of the input image.
+        """Render a circular orbit over white, beginning at the azimuth of the input camera.
 
         Args:
-            frames: How many.
-            size: Side of a frame.
-            elevation_deg: Height of the circle; 0 passes through the input camera.
+            frames: Number of frames.
+            size: Side of a frame, pixels.
+            elevation_deg: Elevation of the circle; 0 contains the input camera.
         """
         for c2w in orbit(frames, self.camera.distance, elevation_deg):
-            yield self.view(c2w, size)
+            yield self.render(c2w, size)
 
 
 @torch.no_grad()
@@ -154,21 +148,20 @@ def reconstruct(
     """Reconstruct the object in an image.
 
     Args:
-        network: A network of one input view, in evaluation mode.
+        network: A single-view network in evaluation mode.
         renderer: The renderer that it was trained with.
-        image: (C, H, W), square, sRGB in [0, 1]; RGB over the background that the network was trained with, or RGBA
-            with straight alpha, which is put over it.
-        camera: The camera that it is taken to be seen by, or the one that it was seen by.
-        background: Gray of that background; LRM's is white.
-        threshold: Density of the surface; None measures it of the object.
+        image: (C, H, W), square, sRGB in [0, 1]; RGB over the background of training, or RGBA with straight alpha.
+        camera: Assumed or known camera of the image.
+        background: Gray level that RGBA images are composited over; LRM: white.
+        threshold: Density at the surface; None estimates it for this object.
 
     Raises:
-        InputError: The image is no square RGB or RGBA image in [0, 1], or the network wants several.
+        InputError: The image is not a square RGB or RGBA image in [0, 1], or the network needs several views.
     """
     shape = tuple(image.shape)
     if len(shape) != 3 or shape[0] not in (3, 4) or shape[1] != shape[2] or shape[1] < 1:
         raise InputError(
-            expected="a square image of 3 or 4 channels (RGB, or RGBA with straight alpha)",
+            expected="a square image with 3 or 4 channels (RGB, or RGBA with straight alpha)",
             found=" x ".join(map(str, shape)),
             remedy="crop it, or convert it to RGBA",
         )
@@ -183,7 +176,7 @@ def reconstruct(
             remedy="divide bytes by 255",
         )
     if network.input_views != 1:
-        raise InputError(expected="a network of one input view", found=f"one of {network.input_views}")
+        raise InputError(expected="a single-view network", found=f"one with {network.input_views} views")
     if shape[0] == 4 and not image[3].any():
         raise InputError(
             expected="an object in the image", found="alpha 0 everywhere", remedy="check its alpha channel"
@@ -192,24 +185,46 @@ def reconstruct(
     rgb = image.to(device).float()
     if shape[0] == 4:
         rgb = rgb[:3] * rgb[3:] + background * (1 - rgb[3:])
-    with stage("planes"), _half(device):
+    with stage("planes"), _autocast(device):
         triplane = network(
             rgb[None, None], camera.c2w.to(device)[None, None], camera.fxfycxcy.to(device)[None, None]
         )
-        seen = camera if isinstance(camera, InputCamera) else InputCamera.like(*camera)
-        return Scene(network.field(triplane), seen, renderer, threshold)
+        input_camera = camera if isinstance(camera, InputCamera) else InputCamera.like(*camera)
+        return Scene(network.field(triplane), input_camera, renderer, threshold)
+
+
+def make_mesh(scene: Scene, options: MeshOptions) -> tuple[Mesh, list[str]]:
+    """Extract the mesh of an object, with a texture if requested.
+
+    Returns:
+        The mesh, and warnings about options that could not be satisfied.
+
+    Raises:
+        NoSurfaceError: There is no surface.
+    """
+    limit = TEXTURE_FACES if options.max_faces is None and options.texture else options.max_faces
+    mesh = scene.mesh(options.threshold, options.resolution, floaters=options.floaters, max_faces=limit)
+    warnings = []
+    if limit is not None and len(mesh.faces) > limit:
+        warnings.append(f"{len(mesh.faces)} faces instead of {limit}: fewer would tear the surface")
+    if not options.texture:
+        return mesh, warnings
+    try:
+        return scene.bake_texture(mesh, options.texture, options.texture_limit_s), warnings
+    except UnwrapError as error:
+        return mesh, [*warnings, f"vertex colors instead of a texture: {error}"]
 
 
 def as_tensor(image: Image.Image | np.ndarray) -> Float[Tensor, "C H W"]:
-    """Turn an image, or an (H, W, C) array of bytes, into what ``reconstruct`` takes."""
+    """Convert an image, or a uint8 array (H, W, C), to a tensor in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def as_pixels(image: Float[Tensor, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Turn a rendered image into bytes."""
+    """Convert a rendered image in [0, 1] to uint8."""
     return (image.float().cpu().numpy() * 255).round().astype(np.uint8)
 
 
-def _half(device: torch.device) -> torch.autocast:
-    """Compute products in bf16, as in training; geometry stays float32."""
+def _autocast(device: torch.device) -> torch.autocast:
+    """Use bf16 matrix products, as in training; geometry stays float32."""
     return torch.autocast(device.type, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Images of a reconstructed object: the grid, and the orbit as a video."""
+"""Images and videos of an orbit."""
 
 import io
 import os
@@ -12,19 +12,19 @@ from PIL import Image
 
 from lrm_pl.errors import InputError
 
-#: Frames of an orbit a second.
-FRAMES_A_SECOND = 20
+#: Frames per second of orbit videos.
+FPS = 20
 
 
 def grid(
     input_image: Image.Image, frames: Sequence[UInt8[np.ndarray, "S S 3"]], columns: int = 4
 ) -> Image.Image:
-    """Lay out the input, over white, and views evenly spread over an orbit: two rows.
+    """Arrange the input image over white and evenly spaced frames of an orbit in two rows.
 
     Args:
         input_image: RGBA.
         frames: Frames of the orbit.
-        columns: Images a row.
+        columns: Images per row.
     """
     side = len(frames[0])
     white = Image.new("RGBA", input_image.size, "white")
@@ -36,26 +36,28 @@ def grid(
 
 
 def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
-    """Encode frames as mp4 (VP9: free, and every browser plays it).
+    """Encode frames as MP4 with VP9, a royalty-free codec that all browsers support.
 
     Raises:
-        InputError: OpenCV is not installed, or cannot encode it.
+        InputError: OpenCV is not installed, or has no VP9 encoder.
     """
     try:
         import cv2
     except ImportError as error:
         raise InputError(
-            expected="OpenCV to write a video",
+            expected="OpenCV to encode videos",
             found="none",
-            remedy="pip install -e '.[infer]', or leave it out (--frames 0)",
+            remedy="pip install -e '.[infer]', or render no orbit: --frames 0",
         ) from error
     height, width = frames[0].shape[:2]
     descriptor, path = tempfile.mkstemp(suffix=".mp4", prefix="lrm-orbit-")
     os.close(descriptor)
     try:
-        writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"vp09"), FRAMES_A_SECOND, (width, height))
+        writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"vp09"), FPS, (width, height))
         if not writer.isOpened():
-            raise InputError(expected="an OpenCV that encodes VP9", found=f"{cv2.__version__} that does not")
+            raise InputError(
+                expected="OpenCV with a VP9 encoder", found=f"version {cv2.__version__} without one"
+            )
         for frame in frames:
             writer.write(np.ascontiguousarray(frame[..., ::-1]))
         writer.release()
@@ -65,15 +67,8 @@ def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
 
 
 def encode_gif(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
-    """Encode frames as an animated GIF: TensorBoard plays it."""
+    """Encode frames as an animated GIF, which TensorBoard displays."""
     images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
     file = io.BytesIO()
-    images[0].save(
-        file,
-        format="GIF",
-        save_all=True,
-        append_images=images[1:],
-        duration=1000 // FRAMES_A_SECOND,
-        loop=0,
-    )
+    images[0].save(file, format="GIF", save_all=True, append_images=images[1:], duration=1000 // FPS, loop=0)
     return file.getvalue()

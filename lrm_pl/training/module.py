@@ -139,7 +139,7 @@ class LRMModule(L.LightningModule):
                 expected="a file of Trainer.save_checkpoint",
                 found=f"the folder {checkpoint_path}",
                 remedy=(
-                    "for inference, `lrm export` it and open the result with lrm_pl.LRM.from_pretrained; to "
+                    "for inference, `lrm export` it and open the result with lrm_pl.LRMPipeline.from_pretrained; to "
                     "train on, give the trainer a CheckpointAndResume; for the weights alone, "
                     "load_network(find_checkpoint(folder), module.lrm) of lrm_pl.training.state and "
                     "lrm_pl.checkpoints"

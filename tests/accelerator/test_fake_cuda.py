@@ -127,7 +127,7 @@ def test_images_and_densities_of_a_reconstruction_stay_on_the_device(cuda, modul
     assert devices(scene.field.planes) == {DEVICE}
     assert devices(scene.occupancy.cells) == {DEVICE}
     pose = cuda.on_the_host(InputCamera(2.5, 45.0).c2w)
-    assert devices(scene.view(pose, 16)) == {DEVICE}
+    assert devices(scene.render(pose, 16)) == {DEVICE}
     points = torch.empty(100, 3, device=DEVICE)
     assert devices([query_density(scene.field, 0, points), query_color(scene.field, 0, points)]) == {DEVICE}
 

@@ -13,7 +13,7 @@ import torch
 from lrm_pl.checkpoints import load_network, read_tensors, tensor_names
 from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.geometry.cameras import InputCamera, orbit
-from lrm_pl.inference.pipeline import PretrainedLRM
+from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.scene import reconstruct
 from lrm_pl.rendering.density_grid import density_grid
 from tests.accelerator.configs import MODELS, shrunk
@@ -110,7 +110,7 @@ def opaque(model):
     """A network with random weights that draws something with a surface."""
     section = shrunk(model)
     torch.manual_seed(0)
-    made = PretrainedLRM({part: section[part] for part in ("lrm", "renderer")}, InputFraming())
+    made = LRMPipeline({part: section[part] for part in ("lrm", "renderer")}, InputFraming())
     with torch.no_grad():
         made.network.decoder.layers[-1].weight[0] *= 20
         made.network.decoder.layers[-1].bias[0] += 1
@@ -137,7 +137,7 @@ def test_meshes_images_and_thresholds_are_those_of_a_cpu(device, model):
             surface = density_grid(exact.field, 0, 24).density.quantile(0.75).item()
         found[choose] = (
             scene.field.planes, level, exact.mesh(surface, 24),
-            torch.stack([scene.view(c2w, 24) for c2w in orbit(2, 2.5)]), scene.occupancy.cells,
+            torch.stack([scene.render(c2w, 24) for c2w in orbit(2, 2.5)]), scene.occupancy.cells,
         )  # fmt: skip
     (planes, level, mesh, views, cells), (planes_cpu, level_cpu, mesh_cpu, views_cpu, cells_cpu) = (
         found.values()

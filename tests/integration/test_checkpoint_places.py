@@ -11,12 +11,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lrm_pl import LRM
+from lrm_pl import LRMPipeline
 from lrm_pl import checkpoints as ck
 from lrm_pl.apps.export import main as export
 from lrm_pl.cli.lightning_cli import command_line, main
 from lrm_pl.errors import InputError
-from lrm_pl.inference.find_model import open_trained
 from tests.builders import TINY
 
 pytest_plugins = ["tests.servers.s3_store"]
@@ -215,7 +214,7 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     assert same(load_file(tmp_path / "weights" / "model.safetensors"), network)
     assert same(load_file(tmp_path / "average" / "model.safetensors"), network | average)
     for wanted, expected in ((False, network), (True, network | average)):  # what infer and evaluate use
-        opened = open_trained(str(folder), average=wanted, device="cpu").model.network
+        opened = LRMPipeline.from_pretrained(folder, average=wanted).network
         assert same(opened.state_dict(), expected)
     half = load_file(tmp_path / "half" / "model.safetensors")
     assert same(half, {name: t.bfloat16() if t.is_floating_point() else t for name, t in network.items()})
@@ -228,14 +227,14 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
     printed = capsys.readouterr().out
     assert f"lrm validate -c {folder / 'config.yaml'} --ckpt_path {checkpoint.path}" in printed
     assert printed.count("lrm validate") == 2, "it would measure the weights in place of their average"
-    source = open_trained(str(folder), average=True, device="cpu").source
+    source = LRMPipeline.from_pretrained(str(folder), average=True).source
     assert source == f"{checkpoint.path} (moving average)"
 
     for place in (folder, checkpoint.path):  # and what Python uses
-        opened = LRM.from_pretrained(place)
+        opened = LRMPipeline.from_pretrained(place)
         assert same(opened.network.state_dict(), network)
         assert opened.step == 2
-    assert open_trained(str(tmp_path / "weights"), device="cpu").step == 2
+    assert LRMPipeline.from_pretrained(str(tmp_path / "weights")).step == 2
 
     card = (tmp_path / "weights" / "README.md").read_text()
     assert ": 4 objects, 8 views each |" in card, "a path of this machine says nothing to a stranger"
@@ -268,7 +267,7 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
     with pytest.raises(SystemExit, match=r"expected a moving average, but found none.*leave --average out"):
         export([str(folder), str(out), "--average"])
     with pytest.raises(InputError, match=r"expected a moving average, but found none.*leave --average out"):
-        open_trained(str(folder), average=True, device="cpu")
+        LRMPipeline.from_pretrained(str(folder), average=True)
     for file, message in (
         (
             tmp_path / "nothing",

@@ -14,8 +14,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from lrm_pl.apps.demo import sweep
-from lrm_pl.apps.demo_page import QUEUE
+from lrm_pl.inference.demo_page import QUEUE, clean_up
 from tests.servers.lrm_server import Served
 
 # Playwright's loop and pipes are closed by its own thread.
@@ -195,9 +194,9 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
             while not (broken_off := [file for file in kept.glob("tmp*") if file.is_file()]):
                 await asyncio.sleep(0.05)
             writer.close()
-            sweep(kept, 3600.0)
+            clean_up(kept, 3600.0)
             assert broken_off[0].exists()
-            sweep(kept, 0.0)
+            clean_up(kept, 0.0)
             assert not broken_off[0].exists()
             assert Path(path).exists()
             async with session.get(f"{address}/config") as answer:
@@ -207,7 +206,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
                 url = {**file, "path": "http://127.0.0.1:9/a.png"}
                 last = (await joined(session, address, call["id"], url, f"url{call['id']}"))[-1]
                 assert not last["success"]
-                assert "Expected an uploaded image, but found the address" in last["output"]["error"]
+                assert "Upload the image; URLs such as" in last["output"]["error"]
                 other = {**file, "path": "/etc/passwd"}
                 last = (await joined(session, address, call["id"], other, f"file{call['id']}"))[-1]
                 assert not last["success"]
@@ -217,7 +216,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
             assert (await joined(session, address, pick, 0, "picked", data=[0]))[-1]["success"]
             url = {**file, "path": "http://127.0.0.1:9/a.png"}
             last = (await joined(session, address, make, url, "picked"))[-1]
-            assert "Expected an uploaded image, but found the address" in last["output"]["error"]
+            assert "Upload the image; URLs such as" in last["output"]["error"]
             photo = {**file, "path": path}
             last = (
                 await joined(session, address, make, photo, "first", until="process_starts", resolution=384)

@@ -20,7 +20,7 @@ from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.objects import PerceptualMetrics
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.evaluation.run import evaluate, track_progress
-from lrm_pl.inference.find_model import open_trained
+from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.weights import download
 from tests.builders import tiny_pretrained
 
@@ -330,10 +330,7 @@ def test_features_and_clip_are_measured_with_the_extractors_that_are_given(pretr
     def pooled(images):
         return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
 
-    trained, objects = (
-        open_trained(str(pretrained), device="cpu"),
-        EvaluationDataset(str(data), "val", limit=1),
-    )
+    trained, objects = LRMPipeline.from_pretrained(pretrained), EvaluationDataset(str(data), "val", limit=1)
     settings = {
         "protocol": {"name": "lrm"},
         "network": {"source": "x", "step": None, "sha256": "0" * 64},

@@ -34,7 +34,7 @@ from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.inference.export import export
-from lrm_pl.inference.find_model import open_trained
+from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.losses.objective import Objective
 from lrm_pl.training.ema import validates_average
 from lrm_pl.training.module import LRMModule
@@ -749,7 +749,7 @@ def test_own_objective_module_and_data_are_trained_resumed_measured_estimated_an
     assert type(command_line(["validate", "--ckpt_path=run"]).model) is OwnModule
     assert type(model_without_numbers(here)[1].objective) is OwnObjective
     export("run", tmp_path / "model")
-    assert open_trained(str(tmp_path / "model"), device="cpu").step == 4
+    assert LRMPipeline.from_pretrained(str(tmp_path / "model")).step == 4
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from PIL import Image
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.infer import main
-from lrm_pl.inference.find_model import open_trained
-from lrm_pl.inference.mesh_options import MeshOptions
-from lrm_pl.inference.reconstruction import infer
+from lrm_pl.inference.options import MeshOptions
+from lrm_pl.inference.pipeline import LRMPipeline
+from lrm_pl.inference.result_folder import infer
 from lrm_pl.inference.video import encode_gif, encode_video, grid
 from lrm_pl.meshing import unwrap as unwrap_file
 
@@ -71,12 +71,12 @@ def test_a_folder_of_images_becomes_meshes_orbits_and_records(
     pretrained, images, tmp_path, validated, capsys, texture
 ):
     out = tmp_path / "out"
-    with pytest.raises(SystemExit, match="1 of 3 images failed; their reasons stand above"):
+    with pytest.raises(SystemExit, match="1 of 3 images failed; see the messages above"):
         main([str(images), "--ckpt", str(pretrained), "--out", str(out), *SMALL, *texture])
     said = capsys.readouterr().out
     assert "broken.webp: expected a" in said
     assert not (out / "broken").exists()
-    for name, background in (("cut", "transparent already"), ("photo", "rembg, U^2-Net (small), on CPU")):
+    for name, background in (("cut", "transparent"), ("photo", "rembg, U^2-Net (small), on CPU")):
         record = json.loads((out / name / "result.json").read_text())
         assert record["background"] == background
         assert record["camera"] == {"distance": 2.5, "fov_deg": 45.0}
@@ -134,12 +134,11 @@ def test_a_texture_that_takes_too_long_leaves_colors_at_the_vertices_and_says_so
     options = ["--texture", "--texture-limit", "0.01"]
     main([str(images / "cut.png"), "--ckpt", str(pretrained), "--out", str(tmp_path), *SMALL, *options])
     assert (
-        "note: colors at the vertices instead of a texture: xatlas took more than 0.01 s"
-        in capsys.readouterr().out
+        "warning: vertex colors instead of a texture: xatlas took more than 0.01 s" in capsys.readouterr().out
     )
     record = json.loads((tmp_path / "cut" / "result.json").read_text())
     assert not record["mesh"]["texture"]
-    assert record["notes"]
+    assert record["warnings"]
 
 
 def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_path, monkeypatch, capsys):
@@ -176,10 +175,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_pat
     Image.fromarray(white).save(tmp_path / "empty.png")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "empty.png"), *ckpt, *SMALL])
-    assert (
-        "expected an object in the image, but found none: all of it was taken for background"
-        in capsys.readouterr().out
-    )
+    assert "expected an object in the image, but found only background" in capsys.readouterr().out
 
 
 def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one_message(
@@ -204,7 +200,7 @@ def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one
         main([*paths, "--ckpt", str(pretrained), "--out", str(tmp_path / "out"), *SMALL])
     told, output = str(ended.value), capfd.readouterr()
     assert told.startswith(
-        f"lrm: {images / 'photo.jpg'}: expected a network that takes the background out: u2netp"
+        f"lrm: {images / 'photo.jpg'}: The network for background removal cannot be loaded. u2netp"
     )
     assert "give the path of a file that you have: --rembg-model FILE" in told
     assert "- official download https://github.com/" in told
@@ -219,22 +215,22 @@ def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one
 def test_a_mesh_is_there_before_its_orbit_and_what_is_half_finished_says_so_and_is_done_again(
     pretrained, images, tmp_path
 ):
-    trained, out = open_trained(str(pretrained), device="cpu"), tmp_path / "out"
-    wishes = MeshOptions(resolution=48, frames=2, size=32, formats=("glb", "stl"))
+    pipeline, out = LRMPipeline.from_pretrained(pretrained), tmp_path / "out"
+    options = MeshOptions(resolution=48, frames=2, size=32, formats=("glb", "stl"))
 
     def ctrl_c(stage):
         if stage == "orbit":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        infer(trained, images / "cut.png", out, wishes, ctrl_c)
+        infer(pipeline, images / "cut.png", out, options, ctrl_c)
     record = json.loads((out / "result.json").read_text())
     assert record["finished"] is False
     assert record["files"] == ["input.png", "mesh.glb", "mesh.stl"]
     assert {path.name for path in out.iterdir()} == {*record["files"], "result.json"}
     mesh = (out / "mesh.glb").read_bytes()
     (out / "notes.txt").write_text("the user's own")
-    again = infer(trained, images / "cut.png", out, dataclasses.replace(wishes, formats=("glb",)))
+    again = infer(pipeline, images / "cut.png", out, dataclasses.replace(options, formats=("glb",)))
     assert json.loads(json.dumps(again)) == json.loads((out / "result.json").read_text())
     assert again["finished"] is True
     assert again["files"] == ["grid.png", "input.png", "mesh.glb", "orbit.mp4"]
@@ -255,7 +251,7 @@ def test_an_orbit_that_cannot_be_encoded_is_said_before_anything_is_reconstructe
         "--resolution",
         "48",
     ]
-    with pytest.raises(SystemExit, match=r"^lrm: expected OpenCV to write a video, but found none"):
+    with pytest.raises(SystemExit, match=r"^lrm: expected OpenCV to encode videos, but found none"):
         main(words)
     main([*words, "--frames", "0"])
     assert (tmp_path / "cut" / "mesh.glb").is_file()
@@ -272,10 +268,10 @@ def test_the_camera_can_be_given_and_nothing_but_a_mesh_asked_for(pretrained, im
 
 
 def test_the_same_image_gives_the_same_bytes(pretrained, images, tmp_path):
-    trained = open_trained(str(pretrained), device="cpu")
-    wishes = MeshOptions(resolution=48, frames=0, texture=64, most_faces=300)
+    pipeline = LRMPipeline.from_pretrained(pretrained)
+    options = MeshOptions(resolution=48, frames=0, texture=64, max_faces=300)
     for name in ("a", "b"):
-        infer(trained, images / "cut.png", tmp_path / name, wishes)
+        infer(pipeline, images / "cut.png", tmp_path / name, options)
     for name in ("mesh.glb", "input.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

@@ -301,7 +301,7 @@ def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_pa
     assert caplog.text.count("validations measure PSNR and SSIM; for LPIPS") == 2, "once a trainer"
     scenes = [scene for batch in plain.predict(module, data) for scene in batch]
     assert len(scenes) == 2
-    assert scenes[0].view(torch.eye(4), 8).shape == (8, 8, 3)
+    assert scenes[0].render(torch.eye(4), 8).shape == (8, 8, 3)
 
 
 def test_images_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(fit, tmp_path, caplog):

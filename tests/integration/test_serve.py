@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lrm_pl.apps.server import what_else
+from lrm_pl.inference.server import describe_non_image
 from tests.builders import encoded, png
 from tests.servers.lrm_server import Served
 
@@ -116,14 +116,14 @@ def test_every_request_gets_the_right_status_and_is_counted(server):
                 assert b"detail" in content
             form = aiohttp.FormData({"file": io.BytesIO(photo())})
             async with session.post(f"{server.address}/reconstruct", data=form) as answer:
-                assert (answer.status, "found a form" in await answer.text()) == (415, True)
+                assert (answer.status, "it is a form" in await answer.text()) == (415, True)
             status, glb = await ask(session, server, photo())
             assert (status, glb[:4]) == (200, b"glTF")
             assert (await ask(session, server, photo(), "?resolution=4096"))[0] == 422
             assert (await ask(session, server, photo(), "?resolution=32&threshold=1e9"))[0] == 422
             assert (await ask(session, server, photo(), "?resolution=32&threshold=inf"))[0] == 422
             status, content = await ask(session, server, photo(), "?res=32&texture=1")
-            assert (status, b"found ['res', 'texture']" in content) == (422, True)
+            assert (status, b"Unknown parameters ['res', 'texture']" in content) == (422, True)
             assert (await ask(session, server, photo(), "?resolution=32&faces=1000000000"))[0] == 422
             async with session.get(f"{server.address}/health") as answer:
                 assert (await answer.json())["status"] == "ok"
@@ -143,21 +143,21 @@ def test_bodies_that_are_no_image_are_named_with_what_to_type():
     stripped = content.translate(None, b"\r\n\0")
     jpeg = encoded(Image.new("RGB", (64, 64), "red"), "JPEG")
     for body, kind, named in (
-        (b"", "", "nothing"),
+        (b"", "", "an empty body"),
         (b'{"image": "..."}', "", "JSON"),
         (b'"abc"', "application/json", "JSON"),
-        (base64.b64encode(content), "text/plain", "text, as base64 is"),
-        (b"data:image/png;base64," + base64.b64encode(content), "", "text, as base64 is"),
+        (base64.b64encode(content), "text/plain", "text such as base64"),
+        (b"data:image/png;base64," + base64.b64encode(content), "", "text such as base64"),
         (gzip.compress(content), "", "gzip"),
         (b"--x", "multipart/form-data; boundary=x", "a form"),
-        (stripped, "application/x-www-form-urlencoded", "an image without its line ends and zeros"),
-        (jpeg.translate(None, b"\r\n\0"), "", "an image without its line ends and zeros"),
+        (stripped, "application/x-www-form-urlencoded", "an image without newlines and null bytes"),
+        (jpeg.translate(None, b"\r\n\0"), "", "an image without newlines and null bytes"),
         (content, "application/x-www-form-urlencoded", ""),  # curl --data-binary
         (content, "application/json", ""),
         (jpeg, "", ""),
         (b"\x00\x01\x02", "", ""),
     ):
-        found = what_else(body, kind)
+        found = describe_non_image(body, kind)
         assert found.startswith(named) if named else not found, (body[:20], found)
 
 
@@ -176,10 +176,10 @@ def test_probes_slashes_and_strangers_find_their_way(server):
             for method, path, status in (("GET", "/nosuch", 404), ("GET", "/reconstruct", 405)):
                 async with session.request(method, server.address + path) as answer:
                     assert answer.status == status
-                    assert "; GET /docs says what there is" in (await answer.json())["detail"]
+                    assert ". See GET /docs." in (await answer.json())["detail"]
             async with session.post(f"{server.address}/reconstruct", json={"image": "x"}) as answer:
                 assert answer.status == 415
-                assert "found JSON. Curl --data-binary @photo.png" in (await answer.json())["detail"]
+                assert "it is JSON. Use curl --data-binary @photo.png" in (await answer.json())["detail"]
 
     asyncio.run(run())
 
@@ -188,7 +188,7 @@ def test_a_parameter_that_is_given_twice_is_refused(server):
     async def run():
         async with aiohttp.ClientSession() as session:
             status, content = await ask(session, server, photo(), "?resolution=32&resolution=48")
-            assert (status, b"found resolution=32&resolution=48" in content) == (422, True)
+            assert (status, b"resolution=32&resolution=48" in content) == (422, True)
 
     asyncio.run(run())
 

@@ -84,7 +84,7 @@ def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoint
 
 def test_a_run_without_a_checkpoint_or_data_says_so(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="expected a trained network in runs/lrm, but found none"):
+    with pytest.raises(SystemExit, match="expected a trained model in runs/lrm, but found none"):
         main([])
     folder = run(2)
     shutil.move(tmp_path / "run", tmp_path / "moved")
@@ -93,7 +93,7 @@ def test_a_run_without_a_checkpoint_or_data_says_so(tmp_path, run, monkeypatch):
     assert not folder.exists()
     with pytest.raises(SystemExit, match="expected a run's folder at nothing, but found none"):
         main(["nothing"])
-    with pytest.raises(SystemExit, match=r"lrm: expected to listen at 127\.0\.0\.1:99999, but found: "):
+    with pytest.raises(SystemExit, match=r"lrm: Cannot listen on 127\.0\.0\.1:99999: "):
         main([str(tmp_path / "moved"), "--port", "99999"])
 
 

@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from lrm_pl.apps.convert import main
-from lrm_pl.inference.model_folder import build_network, read_pretrained
+from lrm_pl.inference.model_folder import build_network
+from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.weights.key_map import ConversionError, UnseenNumbers
 from lrm_pl.weights.openlrm import convert_openlrm
 from lrm_pl.weights.resolve import WeightsError
@@ -43,7 +44,8 @@ def test_a_converted_folder_holds_the_network_and_the_report_names_every_key(
     printed = capsys.readouterr().out
     assert all(key in printed for key in tensors), "every key is in the report"
     assert f"lrm fit -c {out}/config.yaml" in printed
-    network, renderer = read_pretrained(out)
+    pipeline = LRMPipeline.from_pretrained(out)
+    network, renderer = pipeline.network, pipeline.renderer
     expected = NETWORKS[source][1](tensors, NUMBERS)
     assert all(torch.equal(x, expected.weights[name]) for name, x in network.state_dict().items())
     assert renderer.march.samples == 16
@@ -78,7 +80,7 @@ def test_weights_with_a_missing_strange_or_misshapen_key_are_refused_and_nothing
 
 @pytest.mark.parametrize(("source", "other"), [("openlrm", "triposr"), ("triposr", "openlrm")])
 def test_weights_of_the_other_network_are_refused(source, other):
-    with pytest.raises(ConversionError, match="Is this another network"):
+    with pytest.raises(ConversionError, match="another network"):
         NETWORKS[source][1](state(other), NUMBERS)
 
 
@@ -170,18 +172,18 @@ def test_a_damaged_folder_is_refused_with_the_reason(tmp_path):
     del tensors["transformer.tokens"]
     save_file(tensors, file)
     with pytest.raises(
-        ValueError, match=r"found 1 differences: transformer\.tokens is missing. Build the network of"
+        ValueError, match=r"found 1 differences: transformer\.tokens is missing. Use the config of"
     ):
-        read_pretrained(out)
+        LRMPipeline.from_pretrained(out)
     file.write_bytes(b"not safetensors at all")
-    with pytest.raises(ValueError, match="expected safetensors, but found a damaged file"):
-        read_pretrained(out)
+    with pytest.raises(ValueError, match="expected a safetensors file, but found a damaged file"):
+        LRMPipeline.from_pretrained(out)
     config.write_text(config.read_text().replace("depth: 2", "depths: 2"))
-    with pytest.raises(ValueError, match="expected a model section that this version knows"):
-        read_pretrained(out)
+    with pytest.raises(ValueError, match="expected a model section of this version"):
+        LRMPipeline.from_pretrained(out)
     config.write_text("model: {lrm: {encoder: {name: no_such_vit}}}")
     with pytest.raises(ValueError, match="expected an encoder that timm knows, but found 'no_such_vit'"):
-        read_pretrained(out)
+        LRMPipeline.from_pretrained(out)
 
 
 @pytest.mark.parametrize(

@@ -398,18 +398,17 @@ def test_a_protocol_names_what_shards_lack():
 def test_the_network_is_told_the_camera_that_took_the_image_as_in_training():
     """Off the middle, and not looking at the origin, as crops of videos are."""
     from lrm_pl.evaluation.run import reconstructor
-    from lrm_pl.inference.find_model import Trained
     from tests.builders import tiny_pretrained
 
-    trained = Trained(tiny_pretrained(), "", None, "")
+    pipeline = tiny_pretrained()
     image = torch.rand(3, 32, 32)
     usual = InputCamera(2.2, 60.0)
     c2w = usual.c2w.clone()
     c2w[:3, 3] += torch.tensor([0.2, 0.0, -0.1])
     fxfycxcy = usual.fxfycxcy + torch.tensor([0.0, 0.05, 0.1, -0.07])
     told = []
-    trained.model.network.register_forward_pre_hook(lambda network, given: told.extend(given[1:]))
-    scene = reconstructor(trained)(image, c2w, fxfycxcy)
+    pipeline.network.register_forward_pre_hook(lambda network, given: told.extend(given[1:]))
+    scene = reconstructor(pipeline)(image, c2w, fxfycxcy)
     assert torch.equal(told[0][0, 0], c2w)
     assert torch.equal(told[1][0, 0], fxfycxcy)
     assert scene.camera.distance == pytest.approx(float(c2w[:3, 3].norm()))

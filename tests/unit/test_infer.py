@@ -10,9 +10,9 @@ import pytest
 
 from lrm_pl.apps.infer import find_images, main
 from lrm_pl.errors import InputError
-from lrm_pl.inference import reconstruction
-from lrm_pl.inference.mesh_options import MeshOptions
-from lrm_pl.inference.reconstruction import _files_for, _files_of, _require_own, _write
+from lrm_pl.inference import result_folder
+from lrm_pl.inference.options import MeshOptions
+from lrm_pl.inference.result_folder import _files_for, _files_of, _require_own, _write
 
 
 def touch(folder, *names):
@@ -51,7 +51,7 @@ def test_images_of_one_name_have_results_of_their_own(tmp_path):
     assert find_images([fronts[0], fronts[0]])[0] == {"front": fronts[0]}
     far = touch(tmp_path / "other" / "chair", "front.jpg")
     with pytest.raises(
-        InputError, match=r"chair/front.jpg and .*other/chair/front.jpg, which would both write"
+        InputError, match=r"chair/front.jpg and .*other/chair/front.jpg, which would both be written"
     ):
         find_images(fronts + far)
 
@@ -72,7 +72,7 @@ def test_a_record_lists_every_file_of_ours_whenever_the_work_is_interrupted(tmp_
     """A result of three files takes the place of one of two; the process ends before each of the writes in turn."""
     first = {"mesh.obj": b"1", "input.png": b"1"}
     mesh, orbit = {"mesh.glb": b"2", "input.png": b"2"}, {"orbit.mp4": b"2"}
-    write, ends = reconstruction.write_atomically, []
+    write, ends = result_folder.write_atomically, []
 
     def dying(path, content):
         if not ends:
@@ -92,7 +92,7 @@ def test_a_record_lists_every_file_of_ours_whenever_the_work_is_interrupted(tmp_
         _write(out, first, {"files": sorted(first), "finished": True}, set())
         ends[:] = [None] * writes
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(reconstruction, "write_atomically", dying)
+            patch.setattr(result_folder, "write_atomically", dying)
             work(out)
         record = json.loads((out / "result.json").read_text())
         there = {path.name for path in out.iterdir()} - {"result.json"}
@@ -118,8 +118,11 @@ def test_a_pattern_that_the_shell_did_not_see_is_a_list_of_images(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--formats", "glb", "obj", "a.png"], "found 'a.png'. Name images before it: lrm infer IMAGE"),
-        (["--texture", "a.png"], "expected pixels or nothing, but found 'a.png'. Name images before it"),
+        (["--formats", "glb", "obj", "a.png"], "found 'a.png'. Give images first: lrm infer IMAGE"),
+        (
+            ["--texture", "a.png"],
+            "expected a number of pixels or nothing, but found 'a.png'. Give images first",
+        ),
         (["https://example.com/a.png"], "on this machine, but found the address https://example.com/a.png"),
         (["a.png", "--out", "s3://bucket/out"], "found the address s3://bucket/out"),
         ([""], "expected a path, but found nothing"),
@@ -141,7 +144,7 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(
         (["infer", "a.png", "--resolution", "4"], "expected resolution from 8 to 1024, but found 4"),
         (["infer", "a.png", "--fov", "190"], "fov_deg between 0 and 180"),
         (["infer", "a.png", "--threshold=-1"], "expected a threshold above 0, but found -1"),
-        (["infer", "a.png"], "expected a trained network in runs/lrm, but found none"),
+        (["infer", "a.png"], "expected a trained model in runs/lrm, but found none"),
         (["infer", "a.png", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["evaluate", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["serve", "--ckpt", "nosuch"], "found nothing at nosuch"),

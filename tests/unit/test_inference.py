@@ -90,9 +90,7 @@ def test_the_threshold_is_the_density_where_images_see_the_surface():
     radius = np.linalg.norm(mesh.vertices - CENTRE.numpy(), axis=-1)
     assert np.abs(radius - RADIUS).max() < 0.05, "within the rim"
     ball.activate = lambda raw: 0.1 * torch.sigmoid(raw * 4)  # a haze that nothing is seen of
-    with pytest.raises(
-        NoSurfaceError, match=r"no view shows anything opaque: densities are from 0 to 0\.1\."
-    ):
+    with pytest.raises(NoSurfaceError, match=r"no view shows anything opaque: densities are from 0 to 0\.1"):
         surface_density(ball, 0, Renderer(64), measure_occupancy(ball, 0), camera.distance, camera.fxfycxcy)
 
 

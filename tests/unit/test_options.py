@@ -7,6 +7,7 @@ import pytest
 from lrm_pl.apps import demo, serve
 from lrm_pl.apps.options import require_free, url_of
 from lrm_pl.errors import InputError
+from lrm_pl.inference.options import ServerLimits
 
 
 @pytest.mark.parametrize("command", [demo, serve], ids=["demo", "serve"])
@@ -19,15 +20,13 @@ def test_a_port_that_is_taken_is_said_before_a_network_is_read(command, host, tm
             pytest.skip(f"no address {host} here: {error}")
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(
-            SystemExit, match=rf"lrm: expected to listen at {host}:{port}, but found .*in use. Choose"
-        ):
+        with pytest.raises(SystemExit, match=rf"lrm: Cannot listen on {host}:{port}: .*in use. Choose"):
             command.main(["--host", host, "--port", str(port), "--ckpt", str(tmp_path)])
 
 
 def test_an_address_that_is_none_is_named(tmp_path):
     for host, port in (("no.such.host.invalid", "8000"), ("127.0.0.1", "70000")):
-        with pytest.raises(SystemExit, match=f"lrm: expected to listen at {host}:{port}, but found "):
+        with pytest.raises(SystemExit, match=f"lrm: Cannot listen on {host}:{port}: "):
             serve.main(["--host", host, "--port", port, "--ckpt", str(tmp_path)])
 
 
@@ -37,7 +36,7 @@ def test_an_address_that_is_none_is_named(tmp_path):
 def test_limits_that_no_request_could_keep_are_refused(name):
     bad = -1 if name in ("queue", "resolution") else float("nan")
     with pytest.raises(InputError, match=f"expected {name} "):
-        serve.Limits(**{name: bad})
+        ServerLimits(**{name: bad})
 
 
 def test_a_url_has_an_ipv6_address_in_brackets():

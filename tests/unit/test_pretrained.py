@@ -14,15 +14,15 @@ from PIL import Image
 
 import lrm_pl
 from lrm_pl.data.batch import Batch
-from lrm_pl.data.input_framing import InputFraming, measure_setup
+from lrm_pl.data.input_framing import InputFraming, measure_framing
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
-from lrm_pl.inference.find_model import open_trained
-from lrm_pl.inference.mesh_options import MeshOptions
+from lrm_pl.inference.find_model import find_model
 from lrm_pl.inference.model_card import renamed
 from lrm_pl.inference.model_folder import weights_hash
-from lrm_pl.inference.pipeline import PretrainedLRM
-from lrm_pl.inference.reconstruction import infer
+from lrm_pl.inference.options import MeshOptions
+from lrm_pl.inference.pipeline import LRMPipeline
+from lrm_pl.inference.result_folder import infer
 from tests.builders import TINY_FRAMING, tiny_pretrained
 from tests.servers.hub import hub_with
 
@@ -38,12 +38,12 @@ def photo(tmp_path):
 
 def test_three_lines_make_a_mesh_of_a_photo(pretrained, photo, monkeypatch, root):
     printed = re.search(
-        r"```python\nfrom lrm_pl import LRM\n(.*?)```", (root / "README.md").read_text(), re.DOTALL
+        r"```python\nfrom lrm_pl import LRMPipeline\n(.*?)```", (root / "README.md").read_text(), re.DOTALL
     )
     monkeypatch.chdir(photo.parent)
     shutil.copytree(pretrained, "model")
     names = {}
-    exec("from lrm_pl import LRM\n" + printed[1], names)
+    exec("from lrm_pl import LRMPipeline\n" + printed[1], names)
     assert len(names["mesh"].faces) > 10
     assert names["mesh"].colors.min() >= 0
 
@@ -51,24 +51,25 @@ def test_three_lines_make_a_mesh_of_a_photo(pretrained, photo, monkeypatch, root
 def test_what_is_saved_comes_back_the_same(tmp_path, photo):
     model = tiny_pretrained()
     model.save_pretrained(tmp_path / "saved")
-    again = lrm_pl.LRM.from_pretrained(tmp_path / "saved")
+    again = lrm_pl.LRMPipeline.from_pretrained(tmp_path / "saved")
     assert weights_hash(again.network) == weights_hash(model.network)
-    assert again.setup == TINY_FRAMING
+    assert again.framing == TINY_FRAMING
     assert torch.equal(again(photo).field.planes, model(photo).field.planes)
     card = (tmp_path / "saved" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "image-to-3d"
     assert "| transformer | 1 blocks of width 16 |" in card
     model.step = 1300
     model.save_pretrained(tmp_path / "stepped")
-    assert (again.step, lrm_pl.LRM.from_pretrained(tmp_path / "stepped").step) == (None, 1300)
+    assert (again.step, lrm_pl.LRMPipeline.from_pretrained(tmp_path / "stepped").step) == (None, 1300)
     again.save_pretrained(tmp_path / "twice")
     assert (tmp_path / "twice" / "README.md").read_text() == card.replace("saved", "twice")
 
 
 def test_the_command_shows_the_network_what_python_shows_it(pretrained, photo, tmp_path):
-    threshold = PretrainedLRM.from_pretrained(pretrained)(photo).threshold
-    trained = open_trained(str(pretrained), device="cpu")
-    record = infer(trained, photo, tmp_path / "out", MeshOptions(resolution=32, frames=0))
+    threshold = LRMPipeline.from_pretrained(pretrained)(photo).threshold
+    record = infer(
+        LRMPipeline.from_pretrained(pretrained), photo, tmp_path / "out", MeshOptions(resolution=32, frames=0)
+    )
     assert record["threshold"] == pytest.approx(threshold, rel=1e-6), "framed once, not twice"
 
 
@@ -86,9 +87,9 @@ def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretraine
             sent.update({path.name: path.read_text("latin-1") for path in Path(folder_path).iterdir()})
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
-    model = PretrainedLRM.from_pretrained(pretrained)
+    model = LRMPipeline.from_pretrained(pretrained)
     model.push_to_hub("me/chairs")
-    assert 'LRM.from_pretrained("me/chairs")("photo.png")' in sent["README.md"]
+    assert 'LRMPipeline.from_pretrained("me/chairs")("photo.png")' in sent["README.md"]
     assert "\n# me/chairs\n" in sent["README.md"]
     assert "or `lrm infer photo.png --ckpt hf://me/chairs`." in sent["README.md"]
     assert set(sent) == {"README.md", "config.yaml", "model.safetensors", "input.yaml"}, (
@@ -98,7 +99,7 @@ def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretraine
 
 
 def test_images_that_python_opened_are_seen_as_their_files_are(pretrained, photo, tmp_path):
-    model = PretrainedLRM.from_pretrained(pretrained)
+    model = LRMPipeline.from_pretrained(pretrained)
     turned = tmp_path / "turned.png"
     with Image.open(photo) as image:
         exif = image.getexif()
@@ -111,12 +112,13 @@ def test_images_that_python_opened_are_seen_as_their_files_are(pretrained, photo
     assert box.any(axis=0).sum() > box.any(axis=1).sum(), "a high object that lies on its side"
 
 
-def test_a_folder_that_does_not_say_how_images_are_taken_is_told_of(pretrained, tmp_path):
-    assert open_trained(str(pretrained), device="cpu").note == ""
+def test_a_folder_that_does_not_say_how_images_are_taken_is_told_of(pretrained, tmp_path, caplog):
+    LRMPipeline.from_pretrained(pretrained)
+    assert not caplog.text
     shutil.copytree(pretrained, tmp_path / "copy")
     (tmp_path / "copy" / "input.yaml").unlink()
-    note = open_trained(str(tmp_path / "copy"), device="cpu").note
-    assert note.endswith("no input.yaml beside it: images are framed as LRM's are")
+    LRMPipeline.from_pretrained(tmp_path / "copy")
+    assert "copy has no input.yaml: images are framed as in the LRM paper" in caplog.text
 
 
 def test_a_hash_of_weights_tells_networks_apart():
@@ -128,7 +130,7 @@ def test_a_hash_of_weights_tells_networks_apart():
 
 
 def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pretrained, photo):
-    model = PretrainedLRM.from_pretrained(pretrained)
+    model = LRMPipeline.from_pretrained(pretrained)
     image = model.preprocess(photo)
     alpha = np.asarray(image)[..., 3] / 255
     rows = np.nonzero((alpha > 0.5).any(axis=1))[0]
@@ -141,12 +143,12 @@ def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pre
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "expected the weights of a network at"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "expected a checkpoint of the run"),
         (lambda folder: (folder / "config.yaml").write_text("a: 1"), "expected a section model.lrm"),
         (lambda folder: (folder / "input.yaml").write_text("distance: near"), "found distance"),
         (
             lambda folder: (folder / "input.yaml").write_text("[1]"),
-            "expected numbers with names, but found list",
+            "expected a mapping of names to numbers, but found list",
         ),
         (lambda folder: (folder / "input.yaml").write_text("distance: -1"), "a distance above 0"),
         (lambda folder: (folder / "input.yaml").write_text("foreground: 2"), "foreground in"),
@@ -157,29 +159,26 @@ def test_a_folder_that_is_none_says_what_is_wrong(pretrained, tmp_path, spoil, m
     shutil.copytree(pretrained, folder)
     spoil(folder)
     with pytest.raises(InputError, match=message):
-        PretrainedLRM.from_pretrained(folder)
+        LRMPipeline.from_pretrained(folder)
 
 
 def test_a_name_that_is_neither_folder_nor_repository_says_so(monkeypatch, tmp_path):
     for name in ("no/such", "not a name"):
         with pytest.raises(InputError, match="neither: "):
-            PretrainedLRM.from_pretrained(name, local_files_only=True, cache_dir=tmp_path)
+            LRMPipeline.from_pretrained(name, local_files_only=True, cache_dir=tmp_path)
 
 
 def test_a_path_is_not_asked_of_the_hub(pretrained, tmp_path):
     (tmp_path / "file").touch()
-    for name, found in (
-        (tmp_path / "nosuch", "nothing"),
-        ("runs/lrm/version_9", "nothing"),
-        ("./nosuch", "nothing"),
-        (tmp_path / "file", "a file"),
-    ):
+    for name in (tmp_path / "nosuch", "runs/lrm/version_9", "./nosuch"):
         with pytest.raises(
-            InputError, match=f"a run or a checkpoint at {name}, but found {found}. Correct the path"
+            InputError, match=f"a run or a checkpoint at {name}, but found nothing. Correct the path"
         ):
-            PretrainedLRM.from_pretrained(name)
+            LRMPipeline.from_pretrained(name)
+    with pytest.raises(InputError, match=f"but found the file {tmp_path / 'file'}"):
+        LRMPipeline.from_pretrained(tmp_path / "file")
     for file in ("model.safetensors", "config.yaml"):
-        assert PretrainedLRM.from_pretrained(pretrained / file).setup == TINY_FRAMING
+        assert LRMPipeline.from_pretrained(pretrained / file).framing == TINY_FRAMING
 
 
 def test_a_socks_proxy_that_nothing_installed_speaks_with_is_one_message(tmp_path, monkeypatch):
@@ -189,7 +188,7 @@ def test_a_socks_proxy_that_nothing_installed_speaks_with_is_one_message(tmp_pat
         with pytest.raises(
             InputError, match=r"'me/tiny', but found neither: Using SOCKS proxy, but the 'socksio'"
         ):
-            PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path)
+            LRMPipeline.from_pretrained("me/tiny", cache_dir=tmp_path)
     finally:
         close_session()
 
@@ -202,23 +201,23 @@ def hub(pretrained, monkeypatch):
 
 
 def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path, photo):
-    model = PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path)
-    here = PretrainedLRM.from_pretrained(pretrained)
+    model = LRMPipeline.from_pretrained("me/tiny", cache_dir=tmp_path)
+    here = LRMPipeline.from_pretrained(pretrained)
     assert weights_hash(model.network) == weights_hash(here.network)
-    assert model.setup == TINY_FRAMING
-    again = PretrainedLRM.from_pretrained("me/tiny", cache_dir=tmp_path, local_files_only=True)
+    assert model.framing == TINY_FRAMING
+    again = LRMPipeline.from_pretrained("me/tiny", cache_dir=tmp_path, local_files_only=True)
     assert weights_hash(again.network) == weights_hash(here.network)
     with pytest.raises(InputError, match="named 'me/other', but found neither"):
-        PretrainedLRM.from_pretrained("me/other", cache_dir=tmp_path)
+        LRMPipeline.from_pretrained("me/other", cache_dir=tmp_path)
 
 
 def test_arrays_of_bytes_are_images_and_other_things_are_refused(pretrained, photo):
-    model = PretrainedLRM.from_pretrained(pretrained)
+    model = LRMPipeline.from_pretrained(pretrained)
     with Image.open(photo) as image:
         array = np.array(image)
     assert torch.equal(model(array).field.planes, model(photo).field.planes)
     for wrong in (array / 255, array[..., 0], np.zeros((0, 8, 3), np.uint8)):
-        with pytest.raises(InputError, match=r"expected an image as bytes \(H, W, 3 or 4\), but found"):
+        with pytest.raises(InputError, match=r"expected a uint8 array \(H, W, 3 or 4\), but found"):
             model(wrong)
 
 
@@ -227,12 +226,12 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub, pretrained, tmp_path,
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     for name in ("me/tiny", "runs/tuned", "nosuch"):
         with pytest.raises(
-            InputError, match=f"found nothing at {name}. Correct the path, or say hf://owner/name"
+            InputError, match=f"found nothing at {name}. Correct the path, or use hf://owner/name"
         ):
-            open_trained(name, device="cpu")
-    assert open_trained("hf://me/tiny", device="cpu").sha256 == weights_hash(tiny_pretrained().network)
+            find_model(name)
+    assert LRMPipeline.from_pretrained("hf://me/tiny").sha256 == weights_hash(tiny_pretrained().network)
     for file in ("model.safetensors", "config.yaml"):
-        assert open_trained(f"{pretrained}/{file}", device="cpu").source == str(pretrained)
+        assert LRMPipeline.from_pretrained(f"{pretrained}/{file}").source == str(pretrained)
 
 
 def test_the_input_setup_is_measured_from_what_is_trained_on():
@@ -245,5 +244,5 @@ def test_the_input_setup_is_measured_from_what_is_trained_on():
     from lrm_pl.data.batch import Views
 
     views = Views(torch.zeros(1, 2, 3, 20, 20), alpha, torch.ones(1, 2, 3), c2w, fxfycxcy, None)
-    assert measure_setup([Batch(("a",), views, views, torch.ones(1))]) == InputFraming(2.6, 90.0, 0.6)
-    assert measure_setup([]) is None
+    assert measure_framing([Batch(("a",), views, views, torch.ones(1))]) == InputFraming(2.6, 90.0, 0.6)
+    assert measure_framing([]) is None

@@ -1,0 +1,180 @@
+"""``infer``: reconstruct an image file and write the mesh, the orbit and ``result.json`` into a folder."""
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lrm_pl import __version__
+from lrm_pl.data.manifest import write_atomically
+from lrm_pl.errors import InputError
+from lrm_pl.geometry.cameras import InputCamera
+from lrm_pl.inference.options import MeshOptions
+from lrm_pl.inference.pipeline import LRMPipeline
+from lrm_pl.inference.scene import as_pixels, as_tensor, make_mesh
+from lrm_pl.inference.video import encode_video, grid
+from lrm_pl.meshing.export import encode_mesh
+from lrm_pl.progress import Listener, listening, stage
+from lrm_pl.version import git_commit
+
+#: Record of a result; lists its other files.
+RECORD_NAME = "result.json"
+
+
+def require_video() -> None:
+    """Check that videos can be encoded.
+
+    Raises:
+        InputError: OpenCV is missing or has no VP9 encoder.
+    """
+    encode_video([np.zeros((16, 16, 3), np.uint8)])
+
+
+def infer(
+    pipeline: LRMPipeline, image: Path, out: Path, options: MeshOptions, listener: Listener | None = None
+) -> dict[str, Any]:
+    """Reconstruct an image file; the mesh is written before the orbit is rendered.
+
+    Args:
+        pipeline: Trained model.
+        image: Image file.
+        out: Folder of the result. Files of an earlier result, as listed in its result.json, are replaced or removed.
+        options: Options of the mesh and the orbit.
+        listener: Called with the name of each stage when it begins.
+
+    Returns:
+        The content of result.json. On disk, its "finished" is false until all files are written.
+
+    Raises:
+        RemoverError: The image has a background, and background removal is unavailable.
+        InputError: The image cannot be read, there is no surface, or the folder contains foreign files.
+    """
+    earlier = _files_of(out)
+    _require_own(out, _files_for(options), earlier)
+    files, orbit = dict[str, bytes](), dict[str, bytes]()
+    with listening(listener, pipeline.synchronize) as seconds:
+        framed = pipeline.preprocess(image)
+        scene = pipeline(as_tensor(framed), _camera(pipeline, options))
+        mesh, warnings = make_mesh(scene, options)
+        with stage("files"):
+            for file_format in options.formats:
+                files |= encode_mesh(mesh, file_format)
+            files["input.png"] = _png(framed)
+        record = {
+            "image": str(image),
+            "network": {"source": pipeline.source, "step": pipeline.step, "sha256": pipeline.sha256},
+            "background": pipeline.remover.description if "background" in seconds else "transparent",
+            "camera": dataclasses.asdict(scene.camera),
+            "framing": dataclasses.asdict(pipeline.framing),
+            "threshold": scene.threshold if options.threshold is None else options.threshold,
+            "mesh": {
+                "vertices": len(mesh.vertices),
+                "faces": len(mesh.faces),
+                "texture": None if mesh.texture is None else list(mesh.texture.image.shape[1::-1]),
+            },
+            "options": dataclasses.asdict(options),
+            "warnings": warnings,
+            "seconds": _rounded(seconds),
+            "files": sorted(files),
+            "finished": not options.frames,
+            "device": str(pipeline.device),
+            "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
+        }
+        _require_own(out, files, earlier)
+        _write(out, files, record, earlier)
+        if options.frames:
+            with stage("orbit"):
+                frames = [
+                    as_pixels(frame)
+                    for frame in scene.orbit(options.frames, options.size, options.elevation_deg)
+                ]
+            with stage("files"):
+                orbit = {"orbit.mp4": encode_video(frames), "grid.png": _png(grid(framed, frames))}
+            record |= {
+                "seconds": _rounded(seconds),
+                "files": sorted({*files, *orbit}),
+                "finished": True,
+            }
+            _write(out, orbit, record, {*files, RECORD_NAME})
+    return record
+
+
+def _write(out: Path, files: Mapping[str, bytes], record: Mapping[str, Any], present: set[str]) -> None:
+    """Write files of a result, delete obsolete ones, and write the final record.
+
+    Until then the record on disk lists the old and the new files, so that every file of an interrupted run is
+    recognized by the next one.
+
+    Args:
+        out: Folder of the result.
+        files: Files to write.
+        record: Final record; files of ``present`` that it does not list are deleted.
+        present: Existing files of this or an earlier result.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    kept = set(record["files"])
+    obsolete = present - kept - {RECORD_NAME}
+    _write_record(out, {**record, "files": sorted(kept | obsolete), "finished": False})
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    for name in obsolete:
+        (out / name).unlink(missing_ok=True)
+    _write_record(out, record)
+
+
+def _write_record(out: Path, record: Mapping[str, Any]) -> None:
+    write_atomically(out / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def _camera(pipeline: LRMPipeline, options: MeshOptions) -> InputCamera:
+    """Return the camera of training, overridden by the options."""
+    default = pipeline.framing.camera
+    return InputCamera(
+        default.distance if options.distance is None else options.distance,
+        default.fov_deg if options.fov_deg is None else options.fov_deg,
+    )
+
+
+def _files_for(options: MeshOptions) -> set[str]:
+    """Return the names of the files that every result with these options has."""
+    orbit = {"orbit.mp4", "grid.png"} if options.frames else set[str]()
+    return {"input.png", RECORD_NAME, *(f"mesh.{file_format}" for file_format in options.formats)} | orbit
+
+
+def _files_of(out: Path) -> set[str]:
+    """Return result.json and the files that it lists; empty if there is no valid result.json."""
+    try:
+        files = json.loads((out / RECORD_NAME).read_text())["files"]
+        return {name for name in files if isinstance(name, str) and name == Path(name).name} | {RECORD_NAME}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def _require_own(out: Path, files: Iterable[str], earlier: set[str]) -> None:
+    """Check that no file would be overwritten that is not listed by an earlier result.
+
+    Raises:
+        InputError: There are such files.
+    """
+    if foreign := sorted(name for name in files if name not in earlier and (out / name).exists()):
+        raise InputError(
+            expected=f"only files of an earlier `lrm infer` in {out}",
+            found=f"{', '.join(foreign)}, which its {RECORD_NAME} does not list",
+            remedy="move them away, or use another --out",
+        )
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
