@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from data_tools.assets.asset_list import Asset, find_assets
+from data_tools.assets.asset_list import Asset
 from data_tools.assets.fetch import add_parser as add_fetch_parser
 from data_tools.assets.fetch import fetch
+from data_tools.assets.scan import find_assets
 from data_tools.blender.process import SAMPLES_PER_S, Limits, time_limit_s
 from data_tools.quality.measures import CROPPED_RULE, DEFAULT_RULES, parse_rule
 from data_tools.rendering.cameras import PRESETS

@@ -1,1 +1,1 @@
-"""Where meshes come from: one file a source, each ends in ``outcome.write_outputs``."""
+"""Asset lists, and the sources that ``fetch`` downloads meshes from."""

@@ -1,4 +1,4 @@
-"""Taking files out of zips that others made: nothing leaves the folder, no more is written than a model may be."""
+"""Safe extraction of untrusted zip files: bounded sizes, and no paths outside the destination folder."""
 
 import errno
 import lzma
@@ -11,38 +11,38 @@ from pathlib import Path
 from data_tools.assets.obj_materials import is_outside
 from lrm_pl.errors import InputError
 
-#: What the files of one model may be in all, unpacked.
+#: Maximum total size of the unpacked files of one model.
 MAX_MODEL_BYTES = 1 << 30
 
 
-#: What a zip that is damaged, or was made to do damage, may be answered with.
-DAMAGE = (
+#: Exceptions that ``zipfile`` raises for damaged or malicious archives.
+ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, ValueError,
     OverflowError, struct.error,
 )  # fmt: skip
 
 
 class ArchiveError(InputError):
-    """An archive is damaged, or holds what it should not; the message says what."""
+    """An archive is damaged or has invalid contents."""
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip.
+    """Open a zip file.
 
     Raises:
-        ArchiveError: It is none.
+        ArchiveError: The file is not a zip.
     """
     try:
         return zipfile.ZipFile(path)
-    except DAMAGE as error:
-        raise ArchiveError(subject=path.name, expected="a zip", found=error) from error
+    except ZIP_ERRORS as error:
+        raise ArchiveError(subject=path.name, expected="a zip file", found=error) from error
 
 
 def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTES) -> bytes | None:
-    """Return one file of a zip, or None where it has no such file.
+    """Return one file of a zip, or None if there is no such file.
 
     Raises:
-        ArchiveError: It says that it is larger than ``limit`` bytes, or it is damaged.
+        ArchiveError: The file is larger than ``limit`` bytes or damaged.
     """
     try:
         member = archive.getinfo(name)
@@ -51,44 +51,38 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTE
     if member.file_size > limit:
         raise ArchiveError(
             subject=archive.filename,
-            expected=f"{name} to be of at most {limit} bytes",
+            expected=f"at most {limit} bytes in {name}",
             found=member.file_size,
-            remedy="it is no model",
         )
     try:
-        return archive.read(member)  # never more than it says that it is, and its checksum is looked at
-    except (*DAMAGE, OSError) as error:  # OSError: bz2's
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's
+        return archive.read(member)  # at most file_size bytes, with a verified checksum
+    except (*ZIP_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # bz2 raises OSError without errno
             raise
-        raise ArchiveError(
-            subject=archive.filename, expected=f"to read {name}", found=error, remedy="it is damaged"
-        ) from error
+        raise ArchiveError(f"{archive.filename}: {name} is damaged: {error}") from error
 
 
 def extract(archive: zipfile.ZipFile, members: Mapping[str, str], folder: Path) -> None:
-    """Write files of a zip to a folder.
+    """Extract files of a zip to a folder.
 
     Args:
         archive: The zip.
         members: Path in the folder -> name in the zip.
-        folder: The folder.
+        folder: Destination.
 
     Raises:
-        ArchiveError: A path leaves the folder, a file is not there or damaged, or all are larger than a model is.
+        ArchiveError: A path is outside the folder, a file is missing or damaged, or the total size is too large.
     """
-    left = MAX_MODEL_BYTES
+    remaining = MAX_MODEL_BYTES
     for path, name in members.items():
         if is_outside(path):
             raise ArchiveError(
-                subject=archive.filename,
-                expected="paths inside the model's folder",
-                found=f"{path!r}",
-                remedy="it is not used",
+                subject=archive.filename, expected="paths inside the folder", found=f"{path!r}"
             )
-        content = read_member(archive, name, left)
+        content = read_member(archive, name, remaining)
         if content is None:
             raise ArchiveError(subject=archive.filename, expected=f"the file {name}", found="none")
-        left -= len(content)
+        remaining -= len(content)
         try:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
@@ -99,6 +93,4 @@ def extract(archive: zipfile.ZipFile, members: Mapping[str, str], folder: Path) 
         except OSError as error:
             if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
                 raise
-            raise ArchiveError(
-                subject=archive.filename, expected="names that a file may have", found=error
-            ) from error
+            raise ArchiveError(subject=archive.filename, expected="valid file names", found=error) from error

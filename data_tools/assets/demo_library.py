@@ -1,19 +1,17 @@
-"""``python -m data_tools demo-assets``: the demo objects, from the Debian package ``sweethome3d-furniture``.
+"""``python -m data_tools demo-assets``: convert the demo objects from the Debian package ``sweethome3d-furniture``.
 
-The package holds the library "Blend Swap CC-0": OBJ models that their authors gave to the public domain
-(CC0). The chosen 48 differ in kind and color, are solid rather than made of wires, and neither specks nor
-walls in their views.
+They are 48 OBJ models of the package's library "Blend Swap CC-0", which their authors dedicated to the public domain.
+The selection is varied in category and color and excludes thin structures and extreme aspect ratios.
 """
 
 import csv
-import hashlib
 import tempfile
 import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.assets.asset_list import TABLE_COLUMNS, TABLE_NAME
+from data_tools.assets.asset_list import hash_file
 from data_tools.assets.furniture_package import (
     LIBRARIES,
     PACKAGE,
@@ -23,42 +21,23 @@ from data_tools.assets.furniture_package import (
     read_catalog,
     read_license,
 )
+from data_tools.assets.scan import TABLE_COLUMNS, TABLE_NAME
 
 LIBRARY = "BlendSwap-CC-0"
 SOURCE = f"{LIBRARY} of the Debian package {PACKAGE} {VERSION}"
 
-OBJECTS = (
-    *("JapaneseLantern", "ammoBox", "antiqueChair", "armchair", "augalas", "bedsideTable2", "bootie", "box"),
-    *("bread", "caballito", "cartoon_biplane", "chair", "chair2", "chairWithCushion", "chicken", "childHut"),
-    *("coffeeBrewer", "couch2", "cupcake", "deckChair", "desk", "desklamp", "drawersCabinet", "dustbin"),
-    *(
-        "fireExtinguisher",
-        "forkLift",
-        "handbag",
-        "horse2",
-        "kitchenaid",
-        "lantern",
-        "littlePlant",
-        "lockedLocker",
-    ),
-    *(
-        "lowerCornerCabinet",
-        "mofx_mailbox",
-        "motorbike",
-        "oakTable",
-        "outdoorLamp",
-        "plant",
-        "rock1",
-        "rock3",
-    ),
-    *("sofa2", "stoneLantern", "stool2", "tableWithTablecloth", "table_football", "teddyBear"),
-    *("umbrellaFolded", "woodToy"),
+OBJECTS = tuple(
+    "JapaneseLantern ammoBox antiqueChair armchair augalas bedsideTable2 bootie box bread caballito "
+    "cartoon_biplane chair chair2 chairWithCushion chicken childHut coffeeBrewer couch2 cupcake deckChair "
+    "desk desklamp drawersCabinet dustbin fireExtinguisher forkLift handbag horse2 kitchenaid lantern "
+    "littlePlant lockedLocker lowerCornerCabinet mofx_mailbox motorbike oakTable outdoorLamp plant rock1 "
+    "rock3 sofa2 stoneLantern stool2 tableWithTablecloth table_football teddyBear umbrellaFolded woodToy".split()
 )
 
 LICENSE_TEXT = """\
 The 3D models in this folder come from the library "{library}" ({source}). They were made by the authors named
 in {table}, published on blendswap.com, and cleaned and converted to OBJ by Emmanuel Puybaret (eTeks). Here
-they were converted to GLB: doubled faces dropped, materials made matt, textures shrunk to at most 512 pixels.
+they were converted to GLB: duplicate faces removed, materials made matte, textures resized to 512 pixels or less.
 All of them, these copies included, are dedicated to the public domain under CC0 1.0 Universal:
 https://creativecommons.org/publicdomain/zero/1.0/
 
@@ -69,14 +48,14 @@ The library's own license text:
 
 
 def make_demo_assets(package: Path, out: Path) -> None:
-    """Make the folder: 48 GLB files, ``assets.csv``, ``LICENSE.txt``; the same bytes each time.
+    """Write 48 GLB files, ``assets.csv`` and ``LICENSE.txt``. The output is deterministic to the byte.
 
     Args:
         package: ``sweethome3d-furniture_1.8-1_all.deb``.
-        out: Folder to make; files of the same names are replaced.
+        out: Destination; existing files are overwritten.
 
     Raises:
-        PackageError: Not the package that this was written for.
+        PackageError: The file is not the expected version of the package.
     """
     with open_package(package) as folder, tempfile.TemporaryDirectory() as name:
         out.mkdir(parents=True, exist_ok=True)
@@ -108,5 +87,5 @@ def _convert(model: Model, library: Path, out: Path) -> dict[str, str]:
         "creator": model.creator,
         "source": f"{model.key} in {SOURCE}",
         "license": LIBRARIES[LIBRARY],
-        "sha256": hashlib.sha256(glb.read_bytes()).hexdigest(),
+        "sha256": hash_file(glb),
     }

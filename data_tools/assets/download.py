@@ -1,8 +1,8 @@
-"""One file from a URL to a path: resumed, retried, and checked before it has its name.
+"""Download files with resume, retries and verification.
 
-What has arrived lies in ``PATH.partial``; the next call asks only for what is missing. A file is taken for whole when
-its size is that of the server (and the one that the caller knows), its first bytes are those of its kind, and its hash
-is the one that the caller knows. One process at a time may download to a path.
+Data are written to ``PATH.partial``, which the next call resumes, and renamed when the file is complete. A file is
+verified by its size, its first bytes (``file_types``) and, if given, its sha256. Only one process at a time may
+download to a path.
 """
 
 import contextlib
@@ -17,30 +17,30 @@ from data_tools.assets.file_types import HEAD_BYTES, FileTypeError, check_file_t
 from lrm_pl.errors import InputError
 from lrm_pl.storage import MissingError, is_server_fault, open_store, read_ranges, retry, store_errors
 
-#: Bytes asked for at once. A web server that does not know requests for parts (Range) can serve smaller files only.
+#: Bytes per request. Larger files need a server that supports range requests.
 CHUNK = 8 << 20
 
-#: How often a request is made at most; half a minute goes by before the last one.
+#: Maximum attempts per request; the last one starts after half a minute.
 ATTEMPTS = 7
 
-#: Files downloaded at the same time.
+#: Concurrent downloads.
 JOBS = 16
 
-#: A larger file is no mesh that can be rendered.
+#: Maximum file size.
 MAX_BYTES = 16 << 30
 
 
 class DownloadError(InputError):
-    """What is at a URL is not what was expected; the message says what it is."""
+    """A downloaded file differs from the expected one."""
 
 
 class Download(NamedTuple):
-    """One of many downloads.
+    """A file to download.
 
     Attributes:
-        id: What the caller calls it.
-        url: Where it is.
-        path: Where it goes.
+        id: Id for the caller.
+        url: Source.
+        path: Destination.
     """
 
     id: str
@@ -49,42 +49,40 @@ class Download(NamedTuple):
 
 
 def download(url: str, path: Path, *, size: int | None = None, sha256: str | None = None) -> str:
-    """Bring a file, or what is missing of it; one that is there already is only checked.
+    """Download a file, or the missing part of it. An existing file is only verified.
 
     Args:
-        url: Where it is, for any file system of fsspec.
-        path: Where it goes; its suffix says what kind of file is expected.
-        size: Its size in bytes, if that is known.
-        sha256: Its hash, lower-case hex, if that is known.
+        url: Source, on any file system of fsspec.
+        path: Destination; its suffix defines the expected file type.
+        size: Expected size in bytes, if known.
+        sha256: Expected hash in lower-case hex, if known.
 
     Returns:
         Its sha256.
 
     Raises:
-        InputError: The server failed after all attempts, or has something else; the message says what.
+        InputError: The server failed after all attempts, or the file is not the expected one.
     """
     if path.is_file():
-        with contextlib.suppress(DownloadError, FileTypeError):  # it is not what is wanted now: bring that
-            return _checked(path, path.suffix, str(path), size, sha256)
+        with contextlib.suppress(DownloadError, FileTypeError):  # an outdated file is downloaded again
+            return _verify(path, path.suffix, str(path), size, sha256)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    found = retry(lambda: _remote_size(url), ATTEMPTS)
-    if size is not None and found is not None and found != size:
-        head = read_ranges(url, [(0, min(found, HEAD_BYTES))], ATTEMPTS)[0] if found else b""
+    remote = retry(lambda: _remote_size(url), ATTEMPTS)
+    if size is not None and remote is not None and remote != size:
+        head = read_ranges(url, [(0, min(remote, HEAD_BYTES))], ATTEMPTS)[0] if remote else b""
         check_head(path.suffix, head, url)
         raise DownloadError(
-            subject=url, expected=f"{size} bytes", found=found, remedy="it is another file by now"
+            subject=url, expected=f"{size} bytes", found=remote, remedy="the file at the URL has changed"
         )
-    if max(size or 0, found or 0) > MAX_BYTES:
-        raise DownloadError(
-            subject=url, expected=f"at most {MAX_BYTES} bytes", found=found, remedy="it is no mesh"
-        )
-    resumed = _bring(url, partial, found, path.suffix)
+    if max(size or 0, remote or 0) > MAX_BYTES:
+        raise DownloadError(subject=url, expected=f"at most {MAX_BYTES} bytes", found=remote)
+    resumed = _download_missing(url, partial, remote, path.suffix)
     try:
-        digest = _checked(partial, path.suffix, url, size, sha256)
+        digest = _verify(partial, path.suffix, url, size, sha256)
     except (DownloadError, FileTypeError):
         partial.unlink()
-        if resumed:  # its beginning may be that of another file: once more, from the beginning
+        if resumed:  # the partial file may be of an older version: start over
             return download(url, path, size=size, sha256=sha256)
         raise
     os.replace(partial, path)
@@ -92,7 +90,7 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
 
 
 def download_all(downloads: Sequence[Download]) -> Iterator[tuple[Download, str, str]]:
-    """Download many files at once; yields each with its sha256 and why it failed (one of them ""), as it happens."""
+    """Download files concurrently; yields each with its sha256 and error, one of which is "", on completion."""
     with ThreadPoolExecutor(JOBS) as threads:
         futures: dict[Future[str], Download] = {
             threads.submit(download, each.url, each.path): each for each in downloads
@@ -111,8 +109,8 @@ def read_url(url: str, limit: int) -> bytes:
     """Read a whole remote file into memory.
 
     Raises:
-        StoreError: The store failed after all attempts; at once (``MissingError``) where there is no such file.
-        DownloadError: It has more than ``limit`` bytes.
+        StoreError: The store failed after all attempts. A missing file (``MissingError``) is not retried.
+        DownloadError: The file has more than ``limit`` bytes.
     """
 
     def read() -> bytes:
@@ -124,16 +122,16 @@ def read_url(url: str, limit: int) -> bytes:
                     subject=url,
                     expected=f"at most {limit} bytes",
                     found="more",
-                    remedy="look at what is there",
+                    remedy="check the URL",
                 )
         return content
 
     return retry(read, ATTEMPTS)
 
 
-def _bring(url: str, partial: Path, size: int | None, suffix: str) -> bool:
-    """Write what is missing of a file; says whether its beginning was there already."""
-    if size is None:  # a page that a program makes while it is asked: in one go, or not at all
+def _download_missing(url: str, partial: Path, size: int | None, suffix: str) -> bool:
+    """Append the missing part of a file; return whether the download was resumed."""
+    if size is None:  # a dynamic page, which cannot be resumed
         retry(lambda: _write(partial, _stream(url)), ATTEMPTS)
         return False
     have = partial.stat().st_size if partial.is_file() else 0
@@ -142,7 +140,7 @@ def _bring(url: str, partial: Path, size: int | None, suffix: str) -> bool:
     with open(partial, "ab" if have else "wb") as file:
         for at in range(have, size, CHUNK):
             part = read_ranges(url, [(at, min(CHUNK, size - at))], ATTEMPTS)[0]
-            if at == 0:  # before gigabytes of something else
+            if at == 0:  # fail before downloading gigabytes of another file type
                 check_head(suffix, part[:HEAD_BYTES], url)
             file.write(part)
         file.flush()
@@ -156,42 +154,40 @@ def _write(partial: Path, parts: Iterator[bytes]) -> None:
         for part in parts:
             written += file.write(part)
             if written > MAX_BYTES:
-                raise DownloadError(
-                    expected=f"at most {MAX_BYTES} bytes", found="more", remedy="it is no mesh"
-                )
+                raise DownloadError(expected=f"at most {MAX_BYTES} bytes", found="more")
 
 
 def _stream(url: str) -> Iterator[bytes]:
     fs, inner = open_store(url)
-    with _asking(url), fs.open(inner, "rb", block_size=0) as file:
+    with _store_errors(url), fs.open(inner, "rb", block_size=0) as file:
         while part := file.read(1 << 20):
             yield part
 
 
 def _remote_size(url: str) -> int | None:
     fs, inner = open_store(url)
-    with _asking(url):
+    with _store_errors(url):
         size = fs.info(inner)["size"]
     return None if size is None else int(size)
 
 
-def _checked(path: Path, suffix: str, where: str, size: int | None, sha256: str | None) -> str:
-    """Check a whole file; returns its sha256."""
+def _verify(path: Path, suffix: str, where: str, size: int | None, sha256: str | None) -> str:
+    """Verify a complete file and return its sha256."""
     found = path.stat().st_size
     if size is not None and found != size:
-        raise DownloadError(subject=where, expected=f"{size} bytes", found=found, remedy="get it again")
+        raise DownloadError(subject=where, expected=f"{size} bytes", found=found, remedy="download it again")
     check_file_type(path, where, suffix)
     digest = hash_file(path)
     if sha256 is not None and digest != sha256:
         raise DownloadError(
-            subject=where, expected=f"sha256 {sha256}", found=digest, remedy="it is another file by now"
+            subject=where, expected=f"sha256 {sha256}", found=digest, remedy="the file at the URL has changed"
         )
     return digest
 
 
 @contextlib.contextmanager
-def _asking(url: str) -> Iterator[None]:
-    """Like ``store_errors``; but a local file may be missing too."""
+def _store_errors(url: str) -> Iterator[None]:
+    """Convert errors like ``store_errors``, including those of missing local files."""
     with store_errors(url):
         try:
             yield
@@ -199,5 +195,5 @@ def _asking(url: str) -> Iterator[None]:
             if is_server_fault(error):
                 raise
             raise MissingError(
-                subject=url, expected="a file", found="none, or none for us", remedy="look at the URL"
+                subject=url, expected="a file", found="none, or access is denied", remedy="check the URL"
             ) from error

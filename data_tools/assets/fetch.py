@@ -1,4 +1,4 @@
-"""``python -m data_tools fetch <source>``: get meshes and write the list of assets that ``render`` goes by."""
+"""``python -m data_tools fetch <source>``: download meshes and write the asset list for ``render``."""
 
 import argparse
 import errno
@@ -13,10 +13,10 @@ _Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def fetch(args: argparse.Namespace) -> None:
-    """Run one source.
+    """Run the command.
 
     Raises:
-        InputError: Nothing can be had, or the disk is full.
+        InputError: No asset is usable, or the disk is full.
     """
     try:
         _fetch(args)
@@ -24,9 +24,7 @@ def fetch(args: argparse.Namespace) -> None:
         if error.errno != errno.ENOSPC:
             raise
         raise InputError(
-            expected="free disk space for the rest",
-            found="none",
-            remedy="free some, and run the same command again: it goes on where it was",
+            "the disk is full", remedy="free some space and run the same command again to resume"
         ) from error
 
 
@@ -50,14 +48,14 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def add_parser(commands: _Parsers) -> None:
-    """Add the command to those of ``python -m data_tools``."""
+    """Add the ``fetch`` subcommand."""
     fetching = commands.add_parser(
         "fetch",
-        help="get meshes from a public collection and write the list of assets",
+        help="download meshes from a public collection and write the asset list",
         description=(
-            "Get meshes into OUT and write OUT/assets.parquet, the list of what this command names, which `render "
-            "--assets OUT` goes by. What cannot be had or used is listed with its reason in OUT/left_out.jsonl. A "
-            "second run goes on where the first one was."
+            "Download meshes to OUT and write the asset list OUT/assets.parquet, which `render --assets OUT` reads. "
+            "Objects that are not available or not usable are listed with the reason in OUT/left_out.jsonl. Run the "
+            "same command again to resume."
         ),
     )
     sources = fetching.add_subparsers(dest="source", required=True, metavar="<source>")
@@ -65,69 +63,78 @@ def add_parser(commands: _Parsers) -> None:
         sources,
         "objaverse",
         "objects of Objaverse 1.0, by uid or by LVIS category",
-        "Objaverse 1.0 holds 798,759 GLB files (8.9 TB), each under a Creative Commons license of its own. Name the "
-        "objects by uid, or by category of LVIS (46,207 objects of 1,156 categories).",
+        "Objaverse 1.0 has 798,759 GLB files (8.9 TB) with individual Creative Commons licenses. Select objects by "
+        "uid or by LVIS category (46,207 objects in 1,156 categories).",
     )
     which = objaverse.add_mutually_exclusive_group()
-    which.add_argument("--uids", nargs="+", metavar="UID", help="the objects")
-    which.add_argument("--uids-file", type=user_path, metavar="FILE", help="the objects, a uid a line")
-    which.add_argument("--categories", type=_words, metavar="A,B", help="LVIS categories: chair,table")
+    which.add_argument("--uids", nargs="+", metavar="UID", help="uids of the objects")
+    which.add_argument("--uids-file", type=user_path, metavar="FILE", help="file of uids, one per line")
+    which.add_argument(
+        "--categories", type=_words, metavar="A,B", help="LVIS categories, for example chair,table"
+    )
     _add_limit(objaverse)
     objaverse.add_argument(
         "--urls-only",
         action="store_true",
-        help="list the URLs and leave the meshes there; render brings each when its turn comes",
+        help="list the URLs without downloading the meshes; render downloads each one when needed",
     )
-    objaverse.add_argument("--base", default=OBJAVERSE, metavar="URL", help="another copy of %(default)s")
+    objaverse.add_argument(
+        "--base", default=OBJAVERSE, metavar="URL", help="base URL of the data set or a mirror (%(default)s)"
+    )
     gso = _source(
         sources,
         "gso",
-        "Google Scanned Objects, the field's evaluation set",
-        "1,030 scanned household objects, CC-BY-4.0, as OBJ with a texture. The field measures on them and trains on "
-        'none, so all of them get the split "val".',
+        "Google Scanned Objects, an evaluation set",
+        "1,030 scanned household objects, CC-BY-4.0, as OBJ with a texture. They are commonly used for evaluation "
+        'only, so all of them get the split "val".',
     )
     _add_limit(gso)
-    gso.add_argument("--base", default=GSO, metavar="URL", help="another copy of %(default)s")
+    gso.add_argument(
+        "--base", default=GSO, metavar="URL", help="base URL of the data set or a mirror (%(default)s)"
+    )
     sweethome3d = _source(
         sources,
         "sweethome3d",
-        "furniture, people, vehicles, food of a Debian package; needs no other network",
-        "820 models of five libraries (CC0, CC-BY), converted to GLB by Blender; the library KatorLegaz is held out. "
-        "Doors, windows, stairs, sheets, one-colored and incomplete models are left out.",
+        "furniture, people, vehicles and food from a Debian package",
+        "820 models of five libraries (CC0, CC-BY), converted to GLB with Blender. The library KatorLegaz is held out. "
+        "Doors, windows, stairs, flat, single-colored and incomplete models are left out.",
     )
     sweethome3d.add_argument(
         "--package",
         type=user_path,
         metavar="FILE.deb",
-        help="sweethome3d-furniture_1.8-1_all.deb; unless given, `apt-get download` brings it",
+        help="sweethome3d-furniture_1.8-1_all.deb (default: run `apt-get download`)",
     )
     folder = sources.add_parser(
         "folder",
-        help="meshes that you have",
-        description="List a folder's meshes, with what its assets.csv says (id,name,creator,source,license,sha256).",
+        help="local meshes",
+        description="List the meshes of a folder, with the metadata of its assets.csv "
+        "(id,name,creator,source,license,sha256).",
     )
     folder.add_argument(
         "--assets", type=user_path, required=True, help="folder of meshes, searched recursively"
     )
-    folder.add_argument("--out", type=user_path, help="folder to copy it to first; in place unless given")
+    folder.add_argument(
+        "--out", type=user_path, help="folder to copy the meshes to first (default: list them in place)"
+    )
     folder.add_argument(
         "--up",
         choices=("y", "z"),
         default="",
-        help="the axis that points up in OBJ and PLY files whose row does not say (y)",
+        help="up axis of OBJ and PLY files without one in assets.csv (default: y)",
     )
 
 
 def _source(sources: _Parsers, name: str, help_: str, description: str) -> argparse.ArgumentParser:
     parser = sources.add_parser(name, help=help_, description=description)
     parser.add_argument(
-        "--out", type=user_path, required=True, metavar="DIR", help="folder of assets to fill"
+        "--out", type=user_path, required=True, metavar="DIR", help="folder of assets to write"
     )
     return parser
 
 
 def _add_limit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--limit", type=_positive, metavar="N", help="at most so many objects")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="maximum number of objects")
 
 
 def _positive(text: str) -> int:
@@ -147,4 +154,6 @@ def _uids(args: argparse.Namespace) -> list[str] | None:
     try:
         return args.uids_file.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(expected=f"a file of uids at {args.uids_file}", found=error) from error
+        raise InputError(
+            f"cannot read {args.uids_file}: {error}", remedy="pass a text file with one uid per line"
+        ) from error

@@ -1,64 +1,64 @@
-"""What a file is by its first bytes: a mesh of its suffix's kind, or something that a server sent in its place."""
+"""Detection of files whose contents do not match their suffix, such as error pages saved as meshes."""
 
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.assets.obj_materials import libraries
+from data_tools.assets.obj_materials import find_mtl_files
 from lrm_pl.errors import InputError
 
-#: Bytes that are enough to tell.
+#: Bytes that are read to detect a file type.
 HEAD_BYTES = 4096
 
 _OBJ_WORDS = frozenset(b"mtllib usemtl v vn vt vp o g s f l p mg".split())
 
 
 class FileTypeError(InputError):
-    """A file is not of the kind that it should be; the message says what it began with."""
+    """The contents of a file are not of the expected type."""
 
 
 def check_head(suffix: str, head: bytes, where: str) -> None:
     """Check the first bytes of a file.
 
     Args:
-        suffix: Its suffix (".glb"), which says what it should be; others than meshes, zips and gzips are not looked at.
-        head: Its first bytes, at least ``HEAD_BYTES`` where it has as many.
-        where: What messages call it.
+        suffix: Suffix (".glb") of the expected type; suffixes other than of meshes, zip and gzip are not checked.
+        head: The first ``HEAD_BYTES`` bytes, or the whole file.
+        where: Path or URL for messages.
 
     Raises:
-        FileTypeError: It is of another kind.
+        FileTypeError: The file is of another type.
     """
     kind = suffix.lower()
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    fits = {
+    matches = {
         ".glb": head.startswith(b"glTF"),
         ".gltf": text.startswith(b"{"),
         ".ply": head.startswith(b"ply"),
         ".fbx": head.startswith((b"Kaydara FBX Binary", b";")) or text.startswith(b"FBX"),
-        ".obj": b"\0" not in head and _begins_like_obj(text),
+        ".obj": b"\0" not in head and _starts_like_obj(text),
         ".zip": head.startswith(b"PK"),
         ".gz": head.startswith(b"\x1f\x8b"),
     }
-    if not fits.get(kind, True):
+    if not matches.get(kind, True):
         raise FileTypeError(
             subject=where,
             expected=kind[1:],
-            found=f"a file that begins with {_shown(head)}",
-            remedy="look at what is there, it may be the message of a server",
+            found=f"a file that starts with {_quote(head)}",
+            remedy="check the URL; the file may be an error page of the server",
         )
 
 
 def check_file_type(path: Path, where: str, suffix: str | None = None) -> None:
-    """Check a whole file: its first bytes, and the length that a GLB says it has.
+    """Check the type of a file, and the length in the header of a GLB.
 
     Args:
         path: The file.
-        where: What messages call it.
-        suffix: What it should be; None takes its own suffix.
+        where: Path or URL for messages.
+        suffix: Suffix of the expected type; None is that of the path.
 
     Raises:
-        FileTypeError: It is of another kind, or cut off.
+        FileTypeError: The file is of another type or truncated.
     """
     kind = (path.suffix if suffix is None else suffix).lower()
     with open(path, "rb") as file:
@@ -70,76 +70,76 @@ def check_file_type(path: Path, where: str, suffix: str | None = None) -> None:
         if length != size:
             raise FileTypeError(
                 subject=where,
-                expected=f"{length} bytes as its header says",
+                expected=f"{length} bytes according to the header",
                 found=size,
-                remedy="get it again",
+                remedy="download it again",
             )
     if kind == ".gltf" and b'"asset"' not in path.read_bytes():
         raise FileTypeError(
             subject=where,
             expected="gltf",
-            found=f"JSON without an asset that begins with {_shown(head)}",
-            remedy="look at what is there, it may be the message of a server",
+            found=f"JSON without an asset field that starts with {_quote(head)}",
+            remedy="check the URL; the file may be an error page of the server",
         )
 
 
 def check_mesh_file(path: Path) -> None:
-    """Refuse what importers read as something else without a word: empty files, web pages, UTF-16, positions of nan.
+    """Reject meshes that importers misread without an error: empty files, HTML, UTF-16, non-finite positions.
 
     Args:
-        path: A mesh.
+        path: A mesh file.
 
     Raises:
-        FileTypeError: What it is.
+        FileTypeError: The file is one of these.
     """
     kind = path.suffix.lower()
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if not head.strip():
-        raise FileTypeError(expected=kind[1:], found="nothing: it is empty", remedy="get it again")
+        raise FileTypeError(expected=kind[1:], found="an empty file", remedy="download it again")
     if head.lstrip().startswith(b"<"):
         raise FileTypeError(
             expected=kind[1:],
-            found=f"a file that begins with {_shown(head)}",
-            remedy="it may be the message of a server",
+            found=f"a file that starts with {_quote(head)}",
+            remedy="it may be an error page of a server",
         )
-    _refuse_utf16(path, head, kind in (".obj", ".gltf"))
+    _reject_utf16(path, head, kind in (".obj", ".gltf"))
     if kind == ".obj":
         content = path.read_bytes()
-        for library in libraries(path, content)[0]:
+        for library in find_mtl_files(path, content)[0]:
             with open(library, "rb") as file:
-                _refuse_utf16(library, file.read(HEAD_BYTES), True)
-        _refuse_undefined(content, 1)
+                _reject_utf16(library, file.read(HEAD_BYTES), True)
+        _reject_non_finite(content, 1)
     elif kind == ".ply" and b"format ascii" in head:
-        _refuse_undefined(path.read_bytes(), 0)
+        _reject_non_finite(path.read_bytes(), 0)
 
 
-def _refuse_utf16(path: Path, head: bytes, is_text: bool) -> None:
+def _reject_utf16(path: Path, head: bytes, is_text: bool) -> None:
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or (is_text and b"\0" in head):
         raise FileTypeError(
-            expected=f"{path.name} to be text in UTF-8", found="UTF-16 or zeros", remedy="save it as UTF-8"
+            subject=path.name, expected="UTF-8 text", found="UTF-16 or null bytes", remedy="save it as UTF-8"
         )
 
 
-def _refuse_undefined(content: bytes, first: int) -> None:
-    """Refuse positions that no float32 holds, which importers take for 0; they are words ``first`` to ``first + 2``."""
-    for at in _suspects(content):
+def _reject_non_finite(content: bytes, first: int) -> None:
+    """Reject positions (words ``first`` to ``first + 2``) outside float32's range, which importers read as 0."""
+    for at in _candidates(content):
         start = max(content.rfind(b"\n", 0, at), content.rfind(b"\r", 0, at)) + 1
         line = (content[start : start + 2000].splitlines() or [b""])[0]
         words = line.split()
-        if (not first or words[:1] == [b"v"]) and any(map(_is_undefined, words[first : first + 3])):
+        if (not first or words[:1] == [b"v"]) and any(map(_is_non_finite, words[first : first + 3])):
             number = content.count(b"\n", 0, start) + 1
             raise FileTypeError(
-                expected="finite vertex positions of float32",
-                found=f"{_shown(line)} in line {number}",
-                remedy="mend it in the program that made it",
+                expected="finite float32 vertex positions",
+                found=f"{_quote(line)} in line {number}",
+                remedy="export the mesh again",
             )
 
 
-def _suspects(content: bytes) -> Iterator[int]:
-    """Yield where there may be a number that is none, or too large, in order of what is found fast."""
+def _candidates(content: bytes) -> Iterator[int]:
+    """Yield offsets of possible NaN, infinite or too large numbers."""
     lower = content.lower()
-    if any(word in lower for word in (b"nan", b"inf", b"#ind")):  # far faster than to search for all of them
+    if any(word in lower for word in (b"nan", b"inf", b"#ind")):  # much faster than the regular expression
         yield from (found.start() for found in re.finditer(rb"nan|inf|#ind", lower))
     yield from (found.start() for found in re.finditer(rb"e\+?0*(?:3[89]|[4-9]\d|\d{3})", lower))
     digits, long = content.translate(_DIGITS), b"0" * 39
@@ -149,29 +149,29 @@ def _suspects(content: bytes) -> Iterator[int]:
         at = digits.find(long, digits.find(b" ", at))
 
 
-def _is_undefined(word: bytes) -> bool:
+def _is_non_finite(word: bytes) -> bool:
     try:
         return not abs(float(word)) <= _LARGEST
     except ValueError:
-        return _UNDEFINED.fullmatch(word) is not None
+        return _NON_FINITE.fullmatch(word) is not None
 
 
-#: As C libraries write it.
-_UNDEFINED = re.compile(rb"[+-]?(nan(\(\w*\))?|inf(inity)?|1\.?#\w+)", re.IGNORECASE)
+#: NaN and infinity as C libraries print them.
+_NON_FINITE = re.compile(rb"[+-]?(nan(\(\w*\))?|inf(inity)?|1\.?#\w+)", re.IGNORECASE)
 
 #: The largest float32.
 _LARGEST = 3.4028235677973366e38
 
-#: Every digit a 0, everything else a space.
+#: Translation of every digit to 0 and other bytes to a space.
 _DIGITS = bytes(48 if chr(code).isdigit() and code < 128 else 32 for code in range(256))
 
 
-def _begins_like_obj(text: bytes) -> bool:
+def _starts_like_obj(text: bytes) -> bool:
     lines = [line for line in text.split(b"\n") if line.strip() and not line.lstrip().startswith(b"#")]
     return text.startswith(b"#") if not lines else lines[0].split()[0] in _OBJ_WORDS
 
 
-def _shown(head: bytes) -> str:
+def _quote(head: bytes) -> str:
     if not head:
-        return "nothing: it is empty"
+        return "nothing, because it is empty"
     return repr(head[:60].decode("utf-8", "replace"))

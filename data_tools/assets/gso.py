@@ -1,7 +1,7 @@
-"""``fetch gso``: Google Scanned Objects, from Gazebo Fuel: a zip a model, unpacked so that its OBJ finds its texture.
+"""``fetch gso``: Google Scanned Objects from Gazebo Fuel, one zip file per model.
 
-A zip holds ``meshes/model.obj``, ``meshes/model.mtl`` and ``materials/textures/texture.png``; the MTL names
-``texture.png`` as if it lay beside.
+A zip has ``meshes/model.obj``, ``meshes/model.mtl`` and ``materials/textures/texture.png``. The MTL refers to
+``texture.png`` without the folder, so all files are unpacked to one folder.
 """
 
 import contextlib
@@ -28,26 +28,27 @@ BASE = "https://fuel.gazebosim.org/1.0/GoogleResearch"
 LICENSE = "CC-BY-4.0"
 
 CHANGES = (
-    "Google Scanned Objects (Downs et al., ICRA 2022), from Gazebo Fuel; textures were put beside the meshes."
+    "Google Scanned Objects (Downs et al., ICRA 2022), from Gazebo Fuel; textures were moved to the folder of "
+    "the mesh."
 )
 
-#: Models asked for at once, and bytes that such a page may have.
+#: Models per page of the listing, and maximum size of a page.
 PAGE, MAX_PAGE_BYTES = 100, 32 << 20
 
-#: More pages than these are no list of a thousand models.
+#: Maximum number of pages; the data set has about a thousand models.
 MAX_PAGES = 1000
 
 
 def fetch_gso(out: Path, limit: int | None, base: str) -> None:
-    """Download what is not there yet, unpack it, and write the list.
+    """Download and unpack missing models, and write the asset list.
 
     Args:
-        out: Folder to fill: ``NAME/model.obj`` with its MTL and texture, and the files of ``write_outputs``.
-        limit: At most so many models, in order of name.
-        base: Where they are.
+        out: Destination of ``NAME/model.obj`` with its MTL and texture, and of the files of ``write_outputs``.
+        limit: Maximum number of models, in order of name.
+        base: Base URL of the collection.
 
     Raises:
-        InputError: There is no list of models, or no model can be used.
+        InputError: The list of models is not available, or no model is usable.
     """
     base = base.rstrip("/")
     records = dict(sorted(list_models(base).items())[:limit])
@@ -70,29 +71,29 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
         if reason:
             left_out[key] = reason
             bar.set_postfix(failures=len(left_out))
-    with contextlib.suppress(OSError):  # what is left in it is the beginning of a zip
+    with contextlib.suppress(OSError):  # not empty if it has partial downloads
         (out / "zips").rmdir()
     assets = [
         _asset(keys[name], record, base, out)
         for name, record in records.items()
         if keys[name] not in left_out
     ]
-    hint = "To try them again, run the same command again." if left_out else ""
+    hint = "Run the same command again to retry." if left_out else ""
     write_outputs(out, assets, left_out, CHANGES, hint)
 
 
 def list_models(base: str) -> dict[str, dict[str, Any]]:
-    """Return the records of all models: name -> record; pages are asked for until one is not there, or brings none.
+    """Return the records of all models by name. Pages are read until one is missing or has no new models.
 
     Raises:
-        InputError: The server answers with something else than a list of models.
+        InputError: The response is not a list of models.
     """
     models: dict[str, dict[str, Any]] = {}
     for page in range(1, MAX_PAGES + 1):
         url = f"{base}/models?page={page}&per_page={PAGE}"
         try:
             content = read_url(url, MAX_PAGE_BYTES)
-        except MissingError:  # Fuel's answer behind the last page
+        except MissingError:  # the response after the last page
             if models:
                 return models
             raise
@@ -101,9 +102,9 @@ def list_models(base: str) -> dict[str, dict[str, Any]]:
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
                 subject=url,
-                expected="a list of models in JSON",
+                expected="a JSON list of models",
                 found=f"{content[:60]!r} ({error!r})",
-                remedy="look at the URL",
+                remedy="check the URL",
             ) from error
         if not records.keys() - models.keys():
             break
@@ -113,13 +114,13 @@ def list_models(base: str) -> dict[str, dict[str, Any]]:
             subject=f"{base}/models",
             expected="a list of models",
             found="an empty one",
-            remedy="look at the URL",
+            remedy="check the URL",
         )
     return models
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Unpack mesh, materials and textures, flat and as the MTL names them; the folder is there when it is whole."""
+    """Unpack mesh, materials and textures to one folder, which is renamed when it is complete."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -127,16 +128,16 @@ def _unpack(path: Path, folder: Path) -> None:
         obj = read_member(archive, "meshes/model.obj")
         if obj is None:
             raise ArchiveError(subject=path.name, expected="meshes/model.obj", found="none")
-        surface = read_obj_materials(obj, lambda name: read_member(archive, _place(archive, name)))
-        if surface.missing:
-            raise ArchiveError(subject=path.name, expected=f"the file {surface.missing[0]}", found="none")
-        names = ("model.obj", *surface.libraries, *surface.textures)
-        extract(archive, {name: _place(archive, name) for name in names}, partial)
+        materials = read_obj_materials(obj, lambda name: read_member(archive, _member_path(archive, name)))
+        if materials.missing:
+            raise ArchiveError(subject=path.name, expected=f"the file {materials.missing[0]}", found="none")
+        names = ("model.obj", *materials.libraries, *materials.textures)
+        extract(archive, {name: _member_path(archive, name) for name in names}, partial)
     partial.rename(folder)
 
 
-def _place(archive: zipfile.ZipFile, name: str) -> str:
-    """Say where in the zip a file is that the OBJ or its MTL names."""
+def _member_path(archive: zipfile.ZipFile, name: str) -> str:
+    """Return the path in the zip of a file that the OBJ or its MTL refers to."""
     beside = f"meshes/{name}"
     return beside if beside in archive.namelist() else f"materials/textures/{posixpath.basename(name)}"
 
@@ -156,5 +157,5 @@ def _asset(key: str, record: dict[str, Any], base: str, out: Path) -> Asset:
         license=LICENSE,
         tags=tuple(dict.fromkeys(words)),
         split="val",
-        up="z",  # as Gazebo's models are
+        up="z",  # convention of Gazebo
     )

@@ -1,4 +1,4 @@
-"""What an OBJ is colored with, read without Blender: the materials that its faces use, their colors and textures."""
+"""Parsing of OBJ and MTL files without Blender: the materials that faces use, their colors and textures."""
 
 import dataclasses
 import math
@@ -10,22 +10,25 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-#: A file beside the OBJ -> its bytes; None where there is none. Paths are relative to the OBJ's folder.
-Read = Callable[[str], bytes | None]
+import numpy as np
+import numpy.typing as npt
 
-#: ``illum`` of materials that light passes through (the MTL format, section 5).
+#: Returns the content of a file relative to the OBJ's folder, or None if it is missing.
+ReadFile = Callable[[str], bytes | None]
+
+#: Values of ``illum`` for transmissive materials (MTL format, section 5).
 _GLASS = frozenset({"4", "6", "7", "9"})
 
-#: ``illum`` of materials without highlights, whatever their ``Ks``.
+#: Values of ``illum`` for materials without specular highlights, which ignore ``Ks``.
 _MATT = frozenset({"0", "1"})
 
-#: Statements of numbers, after which a comment may follow; names of files may hold its sign.
+#: Statements with numeric arguments, which a comment may follow; file names may contain "#".
 _NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
 
-#: Statements of pictures, beside those that begin with ``map_``.
+#: Statements with an image file, in addition to those that start with ``map_``.
 _PICTURES = frozenset({"bump", "disp", "decal", "norm", "refl"})
 
-#: As Blender spells what it reads; it tells upper from lower case.
+#: Keywords in the spelling that Blender requires; its parser is case-sensitive.
 _SPELLING = {
     name.lower(): name
     for name in (
@@ -37,13 +40,13 @@ _SPELLING = {
 
 @dataclasses.dataclass(frozen=True)
 class ObjMaterials:
-    """The files and the colors that the faces of one OBJ show.
+    """Materials that the faces of an OBJ use.
 
     Attributes:
-        libraries: MTL files that it names, in order; relative to the OBJ's folder.
-        textures: Pictures of color and of opacity of the materials in use; relative to the OBJ's folder.
-        colors: Colors (``Kd``, as written) of the materials in use that have no picture.
-        missing: Those of ``libraries`` and ``textures`` that are not there, or lie outside the folder.
+        libraries: MTL files that it refers to, in order, relative to the OBJ's folder.
+        textures: Color and opacity textures of these materials, relative to the OBJ's folder.
+        colors: Colors (``Kd``, as written) of these materials without a texture.
+        missing: Items of ``libraries`` and ``textures`` that do not exist or are outside the folder.
     """
 
     libraries: tuple[str, ...]
@@ -52,17 +55,17 @@ class ObjMaterials:
     missing: tuple[str, ...]
 
 
-def read_obj_materials(obj: bytes, read: Read) -> ObjMaterials:
-    """Find out what an OBJ is colored with.
+def read_obj_materials(obj: bytes, read: ReadFile) -> ObjMaterials:
+    """Return the materials that an OBJ uses.
 
     Args:
         obj: Content of the OBJ.
-        read: Gives the files beside it.
+        read: Reads a file relative to its folder.
     """
     used = _names(b"usemtl", obj)
     names = mtl_names(obj, lambda name: not is_outside(name) and read(posixpath.normpath(name)) is not None)
     libraries = tuple(dict.fromkeys(map(posixpath.normpath, names)))
-    missing, colors, pictures = [], dict[str, str](), dict[str, list[str]]()
+    missing, colors, images = [], dict[str, str](), dict[str, list[str]]()
     for library in libraries:
         content = None if is_outside(library) else read(library)
         if content is None:
@@ -73,24 +76,25 @@ def read_obj_materials(obj: bytes, read: Read) -> ObjMaterials:
                 colors[material] = " ".join(value.split())
             elif key in ("map_kd", "map_d"):
                 name = posixpath.join(posixpath.dirname(library), _without_options(value))
-                pictures.setdefault(material, []).append(posixpath.normpath(name))
-    textures = tuple(dict.fromkeys(name for key in sorted(used) for name in pictures.get(key, ())))
+                images.setdefault(material, []).append(posixpath.normpath(name))
+    textures = tuple(dict.fromkeys(name for key in sorted(used) for name in images.get(key, ())))
     missing += [name for name in textures if is_outside(name) or read(name) is None]
-    plain = frozenset(colors.get(key, "") for key in used if key not in pictures)
+    plain = frozenset(colors.get(key, "") for key in used if key not in images)
     return ObjMaterials(libraries, textures, plain, tuple(missing))
 
 
 def mtl_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
-    """Return the MTL files that an OBJ names.
+    """Return the names of the MTL files of an OBJ.
 
-    A line is one name where such a file exists, else several, between spaces or quotes, where one of them does.
+    The argument of ``mtllib`` is one name if such a file exists. Otherwise it is split at spaces and quotes if one of
+    the resulting names exists.
 
     Args:
         obj: Content of the OBJ.
-        exists: Whether there is such a file beside it.
+        exists: Whether a file of a name exists.
     """
     names = list[str]()
-    for line in re.findall(rb"^[^\S\n]*mtllib[^\S\n]+(\S[^\n]*)", plain_text(obj), re.MULTILINE):
+    for line in re.findall(rb"^[^\S\n]*mtllib[^\S\n]+(\S[^\n]*)", normalize_lines(obj), re.MULTILINE):
         whole = _text(line.rstrip())
         bare = whole[1:-1] if re.fullmatch('"[^"]+"', whole) else whole
         several = [quoted or word for quoted, word in re.findall(r'"([^"]+)"|(\S+)', whole)]
@@ -98,25 +102,25 @@ def mtl_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def libraries(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
-    """Find the MTL files of an OBJ: those that it names; where one is not there, also the one of the OBJ's own name.
+def find_mtl_files(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
+    """Find the MTL files of an OBJ. If one is missing, an MTL file with the name of the OBJ is added.
 
     Args:
         path: The OBJ.
         obj: Its content.
 
     Returns:
-        The files, the first to be read first; and the names of those that are not there.
+        The files in reading order, and the names of missing ones.
     """
     named = mtl_names(obj, partial(_is_beside, path))
-    places = [find_file(path.parent, name) for name in named]
-    found = [place for place in places if place]
-    missing = [name for name, place in zip(named, places, strict=True) if not place]
+    paths = [find_file(path.parent, name) for name in named]
+    found = [file for file in paths if file]
+    missing = [name for name, file in zip(named, paths, strict=True) if not file]
     if named and not missing:
         return found, []
-    own = [
-        place for place in map(path.with_suffix, (".mtl", ".MTL")) if place.is_file() and place not in found
-    ][:1]
+    own = [file for file in map(path.with_suffix, (".mtl", ".MTL")) if file.is_file() and file not in found][
+        :1
+    ]
     return [*own, *found], [] if own else missing
 
 
@@ -125,34 +129,36 @@ def _is_beside(path: Path, name: str) -> bool:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """Find a file by a name that may be spelled as on other systems: in case, accents, or with backslashes.
+    """Find a file whose path may differ in case, Unicode normalization or path separators.
 
     Args:
-        folder: What the name starts from.
-        name: A path.
+        folder: Base folder of the path.
+        name: Relative path.
     """
-    place = folder
+    current = folder
     for part in PurePosixPath(name.replace("\\", "/")).parts:
-        exact = place / part
+        exact = current / part
         if not os.path.lexists(exact):
             try:
-                same = sorted(one for one in os.listdir(place) if _plain(one) == _plain(part))
-            except (OSError, ValueError):  # no folder; a zero in its name
+                same = sorted(one for one in os.listdir(current) if _normalized(one) == _normalized(part))
+            except (OSError, ValueError):  # not a folder, or a null byte in the name
                 return None
-            exact = place / same[0] if same else exact
-        place = exact
-    return place if os.path.isfile(place) else None
+            exact = current / same[0] if same else exact
+        current = exact
+    return current if os.path.isfile(current) else None
 
 
-def _plain(name: str) -> str:
-    """Return a name without what systems spell differently: case, and accents as characters of their own."""
+def _normalized(name: str) -> str:
+    """Return a name in normalized form, case-folded."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def find_undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
-    """Return the materials of faces of an OBJ that its MTL files do not define; Blender's names for none are none."""
+    """Return names of materials that faces use but no MTL file defines, except Blender's names for no material."""
     defined = {name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())}
-    parts = re.split(rb"^[ \t]*usemtl[ \t]+(\S[^\n]*)", plain_text(obj), flags=re.MULTILINE | re.IGNORECASE)
+    parts = re.split(
+        rb"^[ \t]*usemtl[ \t]+(\S[^\n]*)", normalize_lines(obj), flags=re.MULTILINE | re.IGNORECASE
+    )
     faces = re.compile(rb"^[ \t]*f[ \t]", re.MULTILINE)
     used = {
         _text(name.rstrip())
@@ -163,8 +169,8 @@ def find_undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]
 
 
 def find_invalid_face(obj: bytes) -> str:
-    """Return the first face of an OBJ that has a vertex which is not there, as it is written; "" if there is none."""
-    lines = [line.split() for line in plain_text(obj).split(b"\n")]
+    """Return the first face statement with an out-of-range vertex index, or ""."""
+    lines = [line.split() for line in normalize_lines(obj).split(b"\n")]
     total, count = sum(words[:1] == [b"v"] for words in lines), 0
     for words in lines:
         count += words[:1] == [b"v"]
@@ -176,25 +182,25 @@ def find_invalid_face(obj: bytes) -> str:
 
 
 def _names(keyword: bytes, content: bytes) -> set[str]:
-    """Return what stands behind a keyword at the start of a line."""
+    """Return the arguments of all statements with a keyword."""
     lines = re.findall(
-        rb"^[ \t]*%s[ \t]+(\S[^\n]*)" % keyword, plain_text(content), re.MULTILINE | re.IGNORECASE
+        rb"^[ \t]*%s[ \t]+(\S[^\n]*)" % keyword, normalize_lines(content), re.MULTILINE | re.IGNORECASE
     )
     return {_text(name.rstrip()) for name in lines}
 
 
-def plain_text(content: bytes) -> bytes:
-    """Return an OBJ or MTL with line feeds alone, without a mark at its start and lines that go on in the next."""
+def normalize_lines(content: bytes) -> bytes:
+    """Return an OBJ or MTL with line feeds only, without a byte order mark and line continuations."""
     content = content.removeprefix(b"\xef\xbb\xbf")
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in content else content
     return re.sub(rb"\\[ \t]*\n", b" ", content)
 
 
 def translate_mtl(files: Iterable[Path]) -> bytes:
-    """Write MTL files as one, which Blender takes as they are meant; the table in ``blender_materials`` has the rules.
+    """Merge MTL files into one that Blender reads correctly; ``data_tools/blender/README.md`` lists the rules.
 
     Args:
-        files: The MTL files; the last that says something of a material is right.
+        files: The MTL files; later definitions override earlier ones.
     """
     materials = dict[str, dict[str, str]]()
     for path in files:
@@ -207,11 +213,11 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
                 color = _color(value)
                 value = " ".join(f"{x if by_blender else srgb_to_linear(x):.9g}" for x in color)
             elif keyword in ("refl", "map_refl") and not by_blender:
-                continue  # a reflected room, which Blender takes for where the surface is metal
+                continue  # a reflection map, which Blender reads as a metallic map
             elif keyword in _PICTURES or keyword.startswith("map_"):
-                value = _with_place(path.parent, value)
+                value = _with_path(path.parent, value)
             statements = materials.setdefault(name, {})
-            statements.pop(keyword, None)  # the last one stands, in its place
+            statements.pop(keyword, None)  # the last definition wins and determines the order
             if value:
                 statements[keyword] = value
     lines = list[str]()
@@ -225,9 +231,9 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
             for keyword in ("ks", "map_ks"):
                 statements.pop(keyword, None)
         if statements.get("illum") == "2" and "map_ks" not in statements:
-            statements.setdefault("ks", "0 0 0")  # Blender takes 1 1 1
+            statements.setdefault("ks", "0 0 0")  # Blender's default is 1 1 1
         transparency = _color(statements.pop("tr", ""))
-        if transparency and transparency[0] < 1:  # some programs write Tr 1 of what is opaque
+        if transparency and transparency[0] < 1:  # some programs write Tr 1 for opaque materials
             statements.setdefault("d", f"{1 - transparency[0]:.9g}")
         lines += [
             f"newmtl {name}",
@@ -236,13 +242,14 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", errors="surrogateescape")
 
 
-def srgb_to_linear(srgb: float) -> float:
-    """Return the srgb_to_linear light of an sRGB value in [0, 1]."""
-    return srgb / 12.92 if srgb <= 0.04045 else float(((srgb + 0.055) / 1.055) ** 2.4)
+def srgb_to_linear(srgb: npt.ArrayLike) -> npt.NDArray[np.floating]:
+    """Convert sRGB values to linear light."""
+    srgb = np.asarray(srgb)
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
 def _color(value: str) -> list[float]:
-    """Return three numbers in [0, 1], of which one alone stands for all; none where they are not written."""
+    """Parse a color of one or three numbers, clamped to [0, 1]; empty if invalid."""
     try:
         numbers = [float(word) for word in value.split()]
     except ValueError:
@@ -253,33 +260,33 @@ def _color(value: str) -> list[float]:
 
 
 def clamped_textures(files: Iterable[Path]) -> set[str]:
-    """Return the pictures that MTL files do not repeat (``-clamp on``)."""
+    """Return the paths of textures that are clamped (``-clamp on``)."""
     return {
-        _without_options(_with_place(path.parent, value))
+        _without_options(_with_path(path.parent, value))
         for path in files
         for _, keyword, value in _statements(path.read_bytes())
         if keyword.startswith("map_") and re.search(r"-clamp\s+on\s", value)
     }
 
 
-def _with_place(folder: Path, value: str) -> str:
-    """Put the path of a texture in place of its name; one that is not there keeps the place where it should be."""
+def _with_path(folder: Path, value: str) -> str:
+    """Replace the file name of a texture statement by its absolute path, also if the file is missing."""
     name = _without_options(value)
     bare = name.strip('"').replace("\\", "/")
     candidates = [folder / one for one in (name, bare, bare.replace("_", " "), posixpath.basename(bare))]
-    place = next((one for one in candidates if os.path.isfile(one)), folder / bare)
-    return value[: len(value) - len(name)] + str(place.absolute())
+    path = next((one for one in candidates if os.path.isfile(one)), folder / bare)
+    return value[: len(value) - len(name)] + str(path.absolute())
 
 
 def is_outside(path: str) -> bool:
-    """Say whether a relative path, once it is followed, ends outside the folder it is relative to."""
+    """Return whether a relative path may lead outside its base folder."""
     return path.startswith("/") or ".." in path.split("/") or "\\" in path or ":" in path
 
 
 def _statements(mtl: bytes) -> Iterator[tuple[str, str, str]]:
-    """Yield (material, lower-case keyword, rest of the line) of an MTL."""
+    """Yield (material, lower-case keyword, arguments) of each statement of an MTL."""
     material = ""
-    for line in _text(plain_text(mtl)).split("\n"):
+    for line in _text(normalize_lines(mtl)).split("\n"):
         found = re.match(r"[ \t]*(\S+)[ \t]+(.*)", line)
         keyword, rest = (found[1].lower(), found[2].rstrip(" \t\r")) if found else ("", "")
         if keyword == "newmtl":
@@ -289,7 +296,7 @@ def _statements(mtl: bytes) -> Iterator[tuple[str, str, str]]:
 
 
 def _without_options(value: str) -> str:
-    """Drop options before a texture's name: ``-s 2 2 1 -bm 0.03 wood grain.jpg`` -> ``wood grain.jpg``."""
+    """Remove the options before a texture's name: ``-s 2 2 1 -bm 0.03 wood grain.jpg`` -> ``wood grain.jpg``."""
     return re.sub(r"^(-((imfchan|type)\s+\w+|\w+(\s+(on|off|[-+.\d]+(e[-+]?\d+)?))*)\s+)+", "", value)
 
 

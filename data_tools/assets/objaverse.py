@@ -1,10 +1,10 @@
-"""``fetch objaverse``: objects of Objaverse 1.0, in the layout in which it is published.
+"""``fetch objaverse``: objects of Objaverse 1.0, in its published layout.
 
     object-paths.json.gz        uid -> glbs/000-023/UID.glb
     lvis-annotations.json.gz    LVIS category -> uids
     metadata/000-023.json.gz    uid -> record: name, license, user, tags, categories, sizes of the files
 
-The tables that are needed are kept in ``OUT/index``.
+Downloaded tables are kept in ``OUT/index``.
 """
 
 import difflib
@@ -26,7 +26,7 @@ from lrm_pl.errors import InputError, counted
 
 BASE = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
 
-#: What the records call a license -> its SPDX id; Sketchfab, where all objects are from, has version 4.0 of each.
+#: License of a record -> SPDX id. All objects are from Sketchfab, which uses version 4.0 of each license.
 LICENSES = {
     "cc0": "CC0-1.0",
     **{name: f"CC-{name.upper()}-4.0" for name in ("by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")},
@@ -36,7 +36,7 @@ CHANGES = "Objects of Objaverse 1.0 (Deitke et al., CVPR 2023), all from sketchf
 
 _PATH = re.compile(r"glbs/(\d{3}-\d{3})/([A-Za-z0-9_-]{1,80})\.glb")
 
-#: A bound for what a table may be unpacked; the paths of all objects are some 80 MB.
+#: Maximum size of an unpacked table; the paths of all objects are about 80 MB.
 _MAX_TABLE_BYTES = 1 << 30
 
 
@@ -48,26 +48,26 @@ def fetch_objaverse(
     urls_only: bool,
     base: str,
 ) -> None:
-    """Download what is not there yet, and write the list.
+    """Download missing objects and write the asset list.
 
     Args:
-        out: Folder to fill: ``glbs/000-023/UID.glb``, ``index/``, and the files of ``write_outputs``.
-        uids: The objects; None goes by ``categories``.
-        categories: LVIS categories; all objects of each.
-        limit: At most so many objects, in order of uid (which is random).
-        urls_only: List the URLs of the meshes, and do not download them.
-        base: Where Objaverse is.
+        out: Destination of ``glbs/000-023/UID.glb``, ``index/`` and the files of ``write_outputs``.
+        uids: Uids of objects to include.
+        categories: LVIS categories whose objects are included.
+        limit: Maximum number of objects, in order of uid, which is random.
+        urls_only: List the URLs of the meshes without downloading them.
+        base: Base URL of Objaverse or a mirror.
 
     Raises:
-        InputError: Neither uids nor categories, one that is not known, a table that cannot be had or read.
+        InputError: No objects are selected, a uid or category does not exist, or a table cannot be read.
     """
     if not uids and not categories:
         raise InputError(
             expected="uids or categories (all of Objaverse is 8.9 TB)",
             found="neither",
             remedy=(
-                "choose, for instance, --categories chair,table --limit 100, or --uids-file with a uid a "
-                "line (all uids: the keys of object-paths.json.gz)"
+                "pass for example --categories chair,table --limit 100, or --uids-file with one uid per "
+                "line (the keys of object-paths.json.gz are all uids)"
             ),
         )
     base, index = base.rstrip("/"), out / "index"
@@ -91,20 +91,20 @@ def fetch_objaverse(
             downloads.append(Download(uid, f"{base}/{path}", out / path))
             sizes |= _size(uid, record)
     if not urls_only:
-        hashes = _bring(downloads, sizes, left_out)
+        hashes = _download_meshes(downloads, sizes, left_out)
         assets = [replace(asset, sha256=hashes[asset.id]) for asset in assets if asset.id in hashes]
-    hint = "To try them again, run the same command again." if left_out else ""
+    hint = "Run the same command again to retry." if left_out else ""
     write_outputs(out, assets, left_out, CHANGES, hint)
 
 
 def make_asset(uid: str, file: str, record: object, category: str = "") -> Asset:
-    """Make an asset of an object's record; what the record lacks is "unknown".
+    """Convert the metadata record of an object to an asset; missing fields are "unknown".
 
     Args:
-        uid: The object.
-        file: Its mesh: a path in the assets folder, or a URL.
-        record: What the metadata say of it; anything, as others wrote it.
-        category: Its LVIS category, where it was chosen by that.
+        uid: Uid of the object.
+        file: Path of its mesh in the assets folder, or its URL.
+        record: Metadata, of any type, because they are untrusted.
+        category: LVIS category that the object was selected by.
     """
     license = _text(record, "license")
     words = [category]
@@ -124,7 +124,7 @@ def make_asset(uid: str, file: str, record: object, category: str = "") -> Asset
 
 
 def _look_up(record: object, *fields: str) -> object:
-    """Return a field of a field of a record, None where it has no such thing."""
+    """Return a nested field of a record, or None if it is missing."""
     for field in fields:
         record = record.get(field) if isinstance(record, dict) else None
     return record
@@ -136,13 +136,13 @@ def _text(record: object, *fields: str) -> str:
 
 
 def _size(uid: str, record: object) -> dict[str, int]:
-    """Return the bytes of the GLB, where the metadata know them."""
+    """Return uid -> size of the GLB in bytes, empty if the metadata lack it."""
     size = _look_up(record, "archives", "glb", "size")
     return {uid: size} if isinstance(size, int) and size > 0 else {}
 
 
 def _by_folder(uids: Sequence[str], paths: dict[str, Any], left_out: dict[str, str]) -> dict[str, list[str]]:
-    """Return folder (``000-023``) -> uids; whose path is not as it should be is added to ``left_out``."""
+    """Return folder (``000-023``) -> uids; uids with an unexpected path are added to ``left_out``."""
     folders: dict[str, list[str]] = {}
     for uid in uids:
         path = str(paths.get(uid))
@@ -150,33 +150,33 @@ def _by_folder(uids: Sequence[str], paths: dict[str, Any], left_out: dict[str, s
         if found and found[2] == uid:
             folders.setdefault(found[1], []).append(uid)
         else:
-            left_out[uid] = f"strange path: expected glbs/000-000/{uid}.glb, but found {path[:200]!r}"
+            left_out[uid] = f"unexpected path: expected glbs/000-000/{uid}.glb, but found {path[:200]!r}"
     return folders
 
 
 def _by_category(annotations: dict[str, Any], categories: Sequence[str]) -> dict[str, str]:
-    """Return the uids of LVIS categories, each with its category."""
+    """Return uid -> category for the objects of LVIS categories."""
     _refuse_unknown("category", categories, annotations)
     return {str(uid): category for category in categories for uid in annotations[category]}
 
 
-def _refuse_unknown(what: str, wanted: Sequence[str], known: dict[str, Any]) -> None:
-    unknown = [name for name in wanted if name not in known]
+def _refuse_unknown(noun: str, names: Sequence[str], known: dict[str, Any]) -> None:
+    unknown = [name for name in names if name not in known]
     if unknown:
-        head, tail = unknown[0][:4], unknown[0][-4:]  # to compare all 798,759 uids takes most of a minute
+        head, tail = unknown[0][:4], unknown[0][-4:]  # comparing all 798,759 uids takes about a minute
         alike = [name for name in known if len(known) < 9999 or name[:4] == head or name[-4:] == tail]
         near = difflib.get_close_matches(unknown[0], alike, n=3, cutoff=0.5)
         meant = (
             f"did you mean {', '.join(near)}?"
             if near
-            else f"there are {len(known)}, for instance {min(known)}"
+            else f"there are {len(known)}, for example {min(known)}"
         )
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
-        raise InputError(expected=f"a {what} of Objaverse", found=f"{unknown[0]!r}{more}", remedy=meant)
+        raise InputError(expected=f"a {noun} of Objaverse", found=f"{unknown[0]!r}{more}", remedy=meant)
 
 
 def _table(base: str, index: Path, name: str) -> dict[str, Any]:
-    """Read one of the tables, downloaded unless it is there."""
+    """Read a table, which is downloaded if missing."""
     path = index / name
     download(f"{base}/{name}", path)
     remedy = f"delete {path} and run the same command again"
@@ -184,22 +184,24 @@ def _table(base: str, index: Path, name: str) -> dict[str, Any]:
         with gzip.open(path) as file:
             content = file.read(_MAX_TABLE_BYTES + 1)
         if len(content) > _MAX_TABLE_BYTES:
-            raise ValueError(f"more than {_MAX_TABLE_BYTES} bytes once it is unpacked")
+            raise ValueError(f"more than {_MAX_TABLE_BYTES} bytes when unpacked")
         table = json.loads(content)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise InputError(subject=path, expected="JSON in a gzip", found=error, remedy=remedy) from error
+        raise InputError(subject=path, expected="gzipped JSON", found=error, remedy=remedy) from error
     if not isinstance(table, dict) or not table:
         raise InputError(
-            subject=path, expected="a JSON object with entries", found="another thing", remedy=remedy
+            subject=path, expected="a non-empty JSON object", found=f"{table!r:.60}", remedy=remedy
         )
     return table
 
 
-def _bring(downloads: Sequence[Download], sizes: dict[str, int], left_out: dict[str, str]) -> dict[str, str]:
-    """Download meshes; returns uid -> sha256, what fails is added to ``left_out``.
+def _download_meshes(
+    downloads: Sequence[Download], sizes: dict[str, int], left_out: dict[str, str]
+) -> dict[str, str]:
+    """Download meshes and return uid -> sha256; failures are added to ``left_out``.
 
-    A GLB knows its own length, so one that is whole is taken even where the metadata, which were written at another
-    time, say another size; that is said.
+    A GLB header contains the file's length, so a complete file whose size differs from the metadata is accepted, with a
+    message: the metadata may be older than the file.
     """
     hashes: dict[str, str] = {}
     others: list[str] = []
@@ -215,6 +217,6 @@ def _bring(downloads: Sequence[Download], sizes: dict[str, int], left_out: dict[
                 others.append(f"{done.id} ({size} bytes, not {sizes[done.id]})")
     if others:
         print(
-            f"whole, but not of the size in the metadata: {counted(len(others), 'mesh')}, for instance {min(others)}"
+            f"Note: the size of {counted(len(others), 'mesh')} differs from the metadata, for example {min(others)}."
         )
     return hashes

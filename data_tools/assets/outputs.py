@@ -1,19 +1,17 @@
-"""How fetching ends: the list of assets, whom to credit, what was left out and why, what to type next.
+"""The files that every ``fetch`` source writes, and its closing lines.
 
-OUT/assets.parquet    what can be rendered (data_tools/assets/asset_list.py)
-OUT/ATTRIBUTION.txt   creator, license and source of each, which licenses such as CC BY ask for
-OUT/left_out.jsonl    {"id", "reason"} of what cannot
+OUT/assets.parquet    the asset list (``asset_list``)
+OUT/ATTRIBUTION.txt   creator, license and source of each asset, as licenses such as CC BY require
+OUT/left_out.jsonl    {"id", "reason"} of each object that is not used
 """
 
-import hashlib
 import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data_tools.assets.asset_list import LIST_NAME, MAX_ID_LENGTH, Asset, write_list
+from data_tools.assets.asset_list import LIST_NAME, Asset, hashed_id, write_list
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.data.schema import KEY_PATTERN
 from lrm_pl.errors import InputError, counted
@@ -23,14 +21,8 @@ ATTRIBUTION_NAME = "ATTRIBUTION.txt"
 
 
 def make_id(text: str) -> str:
-    """Return a name that others chose as an id and file name; names that differ give ids that differ.
-
-    One that cannot be an id has its strange characters replaced by "_", and its hash at its end.
-    """
-    if KEY_PATTERN.fullmatch(text):
-        return text
-    mark = "_" + hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return re.sub(r"[^A-Za-z0-9_-]", "_", text)[: MAX_ID_LENGTH - len(mark)] + mark
+    """Return a name as an id that is also a valid file name. Different names give different ids."""
+    return text if KEY_PATTERN.fullmatch(text) else hashed_id(text)
 
 
 def write_outputs(
@@ -40,27 +32,29 @@ def write_outputs(
 
     Args:
         out: Folder of the meshes.
-        assets: What can be rendered.
-        left_out: Id -> reason; what stands before its first ":" is its kind.
-        changes: What was done to the meshes, for whom it may concern.
-        hint: What to do about what was left out.
+        assets: The usable assets.
+        left_out: Id -> reason; the text before the first ":" is its category in the printed counts.
+        changes: Modifications of the meshes, for the attribution.
+        hint: Line to print if objects were left out.
 
     Raises:
-        InputError: Nothing is left.
+        InputError: There is no usable asset.
     """
     lines = [json.dumps({"id": key, "reason": left_out[key]}) + "\n" for key in sorted(left_out)]
     write_atomically(out / LEFT_OUT_NAME, "".join(lines).encode())
     if left_out:
         print(f"Left out {len(left_out)} of {len(assets) + len(left_out)}, listed in {out / LEFT_OUT_NAME}:")
-        for kind, count in Counter(reason.partition(":")[0] for reason in left_out.values()).most_common():
-            print(f"  {count:6d}  {kind}")
+        for category, count in Counter(
+            reason.partition(":")[0] for reason in left_out.values()
+        ).most_common():
+            print(f"  {count:6d}  {category}")
         if hint:
             print(hint)
     if not assets:
         raise InputError(
             expected="at least one usable asset",
-            found=f"none: {len(left_out)} left out",
-            remedy=f"read {out / LEFT_OUT_NAME}, then run the same command again",
+            found=f"none ({len(left_out)} left out)",
+            remedy=f"read the reasons in {out / LEFT_OUT_NAME}, then run the same command again",
         )
     write_atomically(out / ATTRIBUTION_NAME, _attribution(assets, changes).encode("utf-8", "replace"))
     write_list(out, assets)
@@ -71,7 +65,7 @@ def write_outputs(
 
 
 def next_command(assets: Path) -> str:
-    """Return the line that says how to render a folder of assets."""
+    """Return the line with the command that renders a folder of assets."""
     out = f"data/{assets.resolve().name}"
     return f"next  make render-shards ASSETS={shlex.quote(str(assets))} OUT={shlex.quote(out)}"
 

@@ -1,7 +1,7 @@
-"""``fetch sweethome3d``: the models of the Debian package ``sweethome3d-furniture``, each converted to a GLB.
+"""``fetch sweethome3d``: convert the models of the Debian package ``sweethome3d-furniture`` to GLB files.
 
-KatorLegaz is held out whole (split "val"): an author whom training never sees tells more than unseen objects of
-known ones. What is no object to learn from is left out by what catalog, OBJ and MTL say, before Blender starts.
+The library KatorLegaz is held out (split "val"), so that validation objects are by an author unseen in training.
+Unsuitable models are left out based on the catalog, OBJ and MTL, before Blender starts.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ from lrm_pl.errors import InputError
 
 HELD_OUT = "KatorLegaz"
 
-#: Thinner than this part of its longest side, a model is a sheet: rugs, banknotes, road markings.
+#: Minimum thickness as a fraction of the longest side; excludes rugs, banknotes and road markings.
 MIN_THICKNESS = 0.02
 
 CHANGES = (
     "3D models of the Debian package sweethome3d-furniture, collected and converted to OBJ by Emmanuel Puybaret "
-    "(eTeks); here converted to GLB: doubled faces dropped, materials made matt, textures shrunk to at most 512 "
-    "pixels. The libraries' own license texts are in LIBRARY/LICENSE.txt."
+    "(eTeks); here converted to GLB: duplicate faces removed, materials made matte, textures resized to 512 "
+    "pixels or less. The license texts of the libraries are in LIBRARY/LICENSE.txt."
 )
 
 _OPENINGS = "Doors and windows"
@@ -49,20 +49,19 @@ _STAIRCASES = "Staircases"
 
 
 def fetch_sweethome3d(out: Path, package: Path | None) -> None:
-    """Convert what is usable and not there yet, and write the list.
+    """Convert missing models and write the asset list.
 
     Args:
-        out: Folder to fill: ``LIBRARY/KEY.glb``, ``LIBRARY/LICENSE.txt``, and the files of ``write_outputs``.
-        package: The Debian package; None gets it with apt-get.
+        out: Destination of ``LIBRARY/KEY.glb``, ``LIBRARY/LICENSE.txt`` and the files of ``write_outputs``.
+        package: The Debian package; None downloads it with apt-get.
 
     Raises:
-        InputError: No Blender in this environment, or not the package that this was written for.
+        InputError: Blender is not installed, or the package is not the expected version.
     """
     if importlib.util.find_spec("bpy") is None:
         raise InputError(
-            expected="Blender (bpy) in this environment",
-            found="none",
-            remedy="use .venv-render/bin/python, which `make .venv-render` makes",
+            "Blender (bpy) is not installed in this environment",
+            remedy="use .venv-render/bin/python, which `make .venv-render` creates",
         )
     out.mkdir(parents=True, exist_ok=True)
     assets: dict[str, Asset] = {}
@@ -90,21 +89,21 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
 
 
 def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTask, str]]:
-    """Look at every model of a library, without Blender.
+    """List the models of a library without starting Blender.
 
     Returns:
-        What it becomes (its hash still unknown), how to convert it, and why it is left out, or "".
+        For each model its asset (without a hash), its conversion task, and the reason to leave it out or "".
     """
     found = []
     with zipfile.ZipFile(archive) as members:
         for model in read_catalog(archive).values():
             key, base = make_id(model.key), posixpath.dirname(model.obj)
-            surface, reason = None, ""
+            materials, reason = None, ""
             try:
-                surface = _surface(model, members)
+                materials = _read_materials(model, members)
                 source = _source(model, members)
             except ArchiveError as error:
-                source, reason = "", f"not read: {error}"
+                source, reason = "", f"not readable: {error}"
             asset = Asset(
                 id=make_id(f"{model.library}-{model.key}"),
                 file=f"{model.library}/{key}.glb",
@@ -117,7 +116,7 @@ def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTa
                 split="val" if model.library == HELD_OUT else "",
             )
             obj = posixpath.basename(model.obj)
-            files = (obj, *surface.libraries, *surface.textures) if surface else ()
+            files = (obj, *materials.libraries, *materials.textures) if materials else ()
             task = ConversionTask(
                 id=asset.id,
                 archive=archive,
@@ -125,16 +124,16 @@ def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTa
                 obj=obj,
                 glb=out / asset.file,
             )
-            found.append((asset, task, reason or rejection_reason(model, surface)))
+            found.append((asset, task, reason or rejection_reason(model, materials)))
     return found
 
 
-def rejection_reason(model: Model, surface: ObjMaterials | None) -> str:
-    """Say why a model is no object to learn from, or "".
+def rejection_reason(model: Model, materials: ObjMaterials | None) -> str:
+    """Return the reason why a model is unsuitable for training, or "".
 
     Args:
-        model: Its entry in the catalog.
-        surface: What its OBJ is colored with; None where there is no OBJ.
+        model: Catalog entry.
+        materials: Materials of its OBJ; None if the OBJ is missing.
     """
     if model.is_opening or model.category == _OPENINGS:
         return "door or window"
@@ -142,17 +141,17 @@ def rejection_reason(model: Model, surface: ObjMaterials | None) -> str:
         return "staircase"
     thin, _, long = sorted(model.size)
     if thin < MIN_THICKNESS * long:
-        return f"thin: {thin:g} cm, its longest side {long:g} cm"
-    if surface is None:
+        return f"too thin: {thin:g} cm thick, longest side {long:g} cm"
+    if materials is None:
         return f"missing file: {model.obj}"
-    if surface.missing:
-        return f"missing file: {surface.missing[0]}"
-    if not surface.textures and len(surface.colors) < 2:
-        return "one color without a texture"
+    if materials.missing:
+        return f"missing file: {materials.missing[0]}"
+    if not materials.textures and len(materials.colors) < 2:
+        return "single color without a texture"
     return ""
 
 
-def _surface(model: Model, members: zipfile.ZipFile) -> ObjMaterials | None:
+def _read_materials(model: Model, members: zipfile.ZipFile) -> ObjMaterials | None:
     obj = read_member(members, model.obj)
     if obj is None:
         return None
@@ -161,7 +160,7 @@ def _surface(model: Model, members: zipfile.ZipFile) -> ObjMaterials | None:
 
 
 def _source(model: Model, members: zipfile.ZipFile) -> str:
-    """Say where a model came from, with the page it was first published on where a license file names it."""
+    """Return the origin of a model, with the URL of its original page if a license file contains it."""
     source = f"{model.key} in {model.library} of the Debian package {PACKAGE} {VERSION}"
     text = read_member(members, posixpath.join(posixpath.dirname(model.obj), "BLENDSWAP_LICENSE.txt"))
     page = re.search(rb"Downloaded from (https?://[!-~]+)", text or b"")
@@ -169,8 +168,8 @@ def _source(model: Model, members: zipfile.ZipFile) -> str:
 
 
 def _convert(tasks: list[ConversionTask], out: Path, left_out: dict[str, str]) -> None:
-    """Convert what is not there; what fails is added to ``left_out``."""
-    missing = [task for task in tasks if not _is_whole(task.glb)]
+    """Convert missing models; failures are added to ``left_out``."""
+    missing = [task for task in tasks if not _is_complete(task.glb)]
     if not missing:
         return
     jobs = max(1, min(16, len(missing), len(os.sched_getaffinity(0))))
@@ -184,7 +183,7 @@ def _convert(tasks: list[ConversionTask], out: Path, left_out: dict[str, str]) -
             bar.set_postfix(failures=failures)
 
 
-def _is_whole(glb: Path) -> bool:
+def _is_complete(glb: Path) -> bool:
     try:
         check_file_type(glb, str(glb))
     except (FileTypeError, FileNotFoundError):
@@ -193,12 +192,12 @@ def _is_whole(glb: Path) -> bool:
 
 
 def _print_table(assets: Mapping[str, Asset], left_out: Mapping[str, str]) -> None:
-    """Print how many models of each library can be used, and why the others cannot."""
+    """Print the number of usable models per library, and of the others by reason."""
     cells = Counter(
         (left_out.get(key, "usable").partition(":")[0], asset.file.partition("/")[0])
         for key, asset in assets.items()
     )
-    kinds = sorted({kind for kind, _ in cells}, key=lambda kind: (kind != "usable", kind))
+    categories = sorted({category for category, _ in cells}, key=lambda name: (name != "usable", name))
     print(f"{'':28}" + "".join(f"{name:>16}" for name in LIBRARIES))
-    for kind in kinds:
-        print(f"{kind:28}" + "".join(f"{cells[kind, name]:16d}" for name in LIBRARIES))
+    for category in categories:
+        print(f"{category:28}" + "".join(f"{cells[category, name]:16d}" for name in LIBRARIES))

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.assets import obj_materials, ply
-from data_tools.assets.asset_list import AssetError, Up
+from data_tools.assets.asset_list import AssetError, UpAxis
 from data_tools.blender import gltf, materials, textures
 from data_tools.quality.measures import MeshMeasures
 from lrm_pl.conventions import Normalization
@@ -29,7 +29,7 @@ _WITH_FACES = {"MESH", "CURVE", "SURFACE", "FONT", "META"}
 
 
 def load_asset(
-    path: Path, normalize: Normalization, root: Path | None = None, up: Up = ""
+    path: Path, normalize: Normalization, root: Path | None = None, up: UpAxis = ""
 ) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
     """Empty Blender, import one file and make it an object as ``prepare_scene`` does.
 
@@ -52,7 +52,7 @@ def load_asset(
         readable = path
         if kind == ".obj":
             content = path.read_bytes()
-            mtl_files, missing = obj_materials.libraries(path, content)
+            mtl_files, missing = obj_materials.find_mtl_files(path, content)
             _refuse_files_outside(root, path.parent, map(str, mtl_files))
             undefined = [] if missing else obj_materials.find_undefined_materials(content, mtl_files)
             clamped = obj_materials.clamped_textures(mtl_files)
@@ -107,7 +107,7 @@ def _target_with_its_files(path: Path, kind: str) -> Path | None:
 def _lacks_files(path: Path, kind: str) -> bool:
     """Say whether a file that a mesh file names is not beside it."""
     if kind == ".obj":
-        return bool(obj_materials.libraries(path, path.read_bytes())[1])
+        return bool(obj_materials.find_mtl_files(path, path.read_bytes())[1])
     external_uris = gltf.external_uris(path) if kind in gltf.GLTF_SUFFIXES else []
     return any(not (path.parent / uri.replace("\\", "/")).exists() for uri in external_uris)
 

@@ -43,7 +43,7 @@ from PIL import Image
 # isort: split
 import bmesh  # exists only once bpy is loaded
 
-from data_tools.assets.obj_materials import plain_text, srgb_to_linear, translate_mtl
+from data_tools.assets.obj_materials import normalize_lines, srgb_to_linear, translate_mtl
 
 #: Corners are in one place if they are nearer than this, of the object's longest side.
 _SAME_PLACE = 1e-6
@@ -70,7 +70,7 @@ def prepare_obj(path: Path, content: bytes, mtl_files: Iterable[Path], scratch: 
         scratch: Where the copy is written.
     """
     copy = scratch / "readable.obj"
-    copy.write_bytes(re.sub(rb"mtllib(?=[^\x21-\x7f]|\\)", b"#", plain_text(content)))
+    copy.write_bytes(re.sub(rb"mtllib(?=[^\x21-\x7f]|\\)", b"#", normalize_lines(content)))
     copy.with_suffix(".mtl").write_bytes(translate_mtl(mtl_files))
     return copy
 

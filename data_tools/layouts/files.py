@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_tools.assets.archives import DAMAGE
+from data_tools.assets.archives import ZIP_ERRORS
 from lrm_pl.color_spaces import ColorSpaceError, says_srgb
 from lrm_pl.data.manifest import MAX_MEMBER_BYTES
 from lrm_pl.data.schema import HEADER_ERRORS, MAX_IMAGE_SIDE, encode_image
@@ -220,7 +220,7 @@ def read_npz(path: Path, name: str) -> npt.NDArray[np.float64]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             with archive.open(f"{name}.npy") as member:
                 content = member.read(_MAX_ARRAY_BYTES + 1)  # whatever its header says
-    except (*DAMAGE, KeyError, OSError) as error:  # OSError: bz2's; nothing else is read here
+    except (*ZIP_ERRORS, KeyError, OSError) as error:  # OSError: bz2's; nothing else is read here
         raise LayoutError(subject=where, expected="an array", found=error) from error
     if len(content) > _MAX_ARRAY_BYTES:
         raise LayoutError(subject=where, expected=f"at most {_MAX_ARRAY_BYTES} bytes", found="more")

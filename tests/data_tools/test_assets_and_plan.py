@@ -7,18 +7,14 @@ import pytest
 
 from data_tools.assets.asset_list import (
     LIST_SCHEMA,
-    TABLE_COLUMNS,
     Asset,
     AssetsError,
-    find_assets,
     hash_file,
-    name_files,
-    read_table,
-    scan,
     write_list,
 )
 from data_tools.assets.demo_library import OBJECTS
 from data_tools.assets.folder import fetch_folder
+from data_tools.assets.scan import TABLE_COLUMNS, assign_ids, find_assets, read_table, scan_folder
 from data_tools.rendering.shard_plan import default_held_out, held_out_ids, plan_shards
 from lrm_pl.data.schema import KEY_PATTERN
 from tests import ROOT
@@ -35,7 +31,7 @@ def touch(folder, *names):
 
 def test_ids_are_paths_without_suffix_in_the_letters_of_a_shard_key():
     files = [Path("chairs/red 1.v2.glb"), Path("A-b_c.OBJ")]
-    assert name_files(files) == {"chairs_red_1_v2": files[0], "A-b_c": files[1]}
+    assert assign_ids(files) == {"chairs_red_1_v2": files[0], "A-b_c": files[1]}
 
 
 def test_every_file_has_an_id_of_its_own_whatever_it_is_called():
@@ -44,11 +40,11 @@ def test_every_file_has_an_id_of_its_own_whatever_it_is_called():
         "one.ply", "one_ply.obj",
         "one.obj", "stühle/a.glb",
     )]  # fmt: skip
-    named = name_files(files)
+    named = assign_ids(files)
     assert sorted(named.values()) == sorted(files)
     assert all(KEY_PATTERN.fullmatch(key) for key in named)
     assert {"chair_obj", "chair_ply", "one_obj"} <= named.keys()
-    assert name_files(reversed(files)) == named, "whatever order they are found in"
+    assert assign_ids(reversed(files)) == named, "whatever order they are found in"
 
 
 def test_assets_are_found_in_subfolders_in_order_of_id(tmp_path):
@@ -80,11 +76,11 @@ def test_the_table_fills_metadata_and_says_which_hash_a_mesh_must_have(tmp_path)
         find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,z\n")
     with pytest.raises(
-        AssetsError, match=r"expected up of OBJ and PLY files only, .* found it of 'a', a.glb"
+        AssetsError, match=r"expected an up axis for OBJ and PLY files only, but found one for 'a'"
     ):
         find_assets(tmp_path)
     table.write_text(HEADER.replace("\n", ",up\n") + "a,Chair,Ann,library,CC0-1.0,,x\n")
-    with pytest.raises(AssetsError, match="line 2: expected up as y, z or nothing, but found 'x'"):
+    with pytest.raises(AssetsError, match="line 2: expected y, z or nothing as the up axis, but found 'x'"):
         find_assets(tmp_path)
     table.write_text("id,title\na,Chair\n")
     with pytest.raises(AssetsError, match="expected the columns id,name"):
@@ -95,8 +91,8 @@ def test_a_row_whose_id_no_mesh_has_is_named(tmp_path, capsys):
     touch(tmp_path, "a.glb", "b.obj")
     (tmp_path / "assets.csv").write_text(HEADER + "b.obj,Chair,Ann,library,CC0-1.0,\na,A,,,,\n")
     assert [asset.name for asset in find_assets(tmp_path)] == ["A", "b"]
-    assert "no mesh has the id of 1 row of" in (said := capsys.readouterr().err)
-    assert "such as 'b.obj'; ids here are such as 'a'" in said
+    assert "has 1 row without a mesh of that id" in (said := capsys.readouterr().err)
+    assert "for example 'b.obj'. An id of this folder is 'a'" in said
 
 
 def test_the_held_out_objects_are_those_with_the_smallest_hashes():
@@ -160,10 +156,10 @@ def test_a_list_of_assets_says_what_is_to_be_rendered_and_comes_back_as_it_was(t
     ("changes", "message"),
     [
         ({"id": "../a"}, "expected an id of letters"),
-        ({"file": "/etc/a.glb"}, "expected a path inside the folder, or a URL, but found '/etc/a.glb'"),
+        ({"file": "/etc/a.glb"}, "expected a path inside the folder or a URL, but found '/etc/a.glb'"),
         ({"file": "b/../../a.glb"}, "expected a path inside the folder"),
-        ({"file": "a.exe"}, r"expected a mesh that ends in one of glb, .*, but found 'a\.exe'"),
-        ({"sha256": "00"}, "expected a sha256 or nothing, but found '00'"),
+        ({"file": "a.exe"}, r"expected a file name that ends in one of glb, .*, but found 'a\.exe'"),
+        ({"sha256": "00"}, "expected a sha256 or an empty string, but found '00'"),
         ({"split": "test"}, "expected the split"),
     ],
 )
@@ -181,13 +177,13 @@ def test_a_damaged_list_or_another_table_is_refused(tmp_path):
         find_assets(tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"uid": ["a"]}), path)
     with pytest.raises(
-        AssetsError, match=r"expected the columns id, file, .* found uid. Make the list again"
+        AssetsError, match=r"expected the columns id, file, .* found uid. Write the list again"
     ):
         find_assets(tmp_path)
     same = {"id": "a", "file": "a.glb", "sha256": "", "name": "", "creator": "", "source": "", "license": ""}
     twice = [same | {"tags": [], "split": "", "up": ""}] * 2
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(twice, LIST_SCHEMA), path)
-    with pytest.raises(AssetsError, match="expected every id once, but found 'a' twice"):
+    with pytest.raises(AssetsError, match="expected unique ids, but found 'a' twice"):
         find_assets(tmp_path)
 
 
@@ -197,7 +193,7 @@ def test_a_table_that_a_spreadsheet_saved_is_read_or_refused_with_the_remedy(tmp
     table.write_text(text, encoding="utf-8-sig")
     assert read_table(table)["a"]["name"] == "Stühle"
     table.write_text(text, encoding="latin-1")
-    with pytest.raises(AssetsError, match=r"expected a CSV, but found .*. Save it as CSV in UTF-8"):
+    with pytest.raises(AssetsError, match=r"expected a CSV file, but found .*. Save it as CSV in UTF-8"):
         read_table(table)
 
 
@@ -215,11 +211,11 @@ def test_what_looks_like_meshes_and_is_not_rendered_is_said(tmp_path, capsys):
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "gone.glb").symlink_to(tmp_path / "nowhere.glb")
     (tmp_path / "link.glb").symlink_to("a.glb")
-    assert [asset.id for asset in scan(tmp_path)] == ["a", "link"]
+    assert [asset.id for asset in scan_folder(tmp_path)] == ["a", "link"]
     said = capsys.readouterr().err
-    assert said.startswith("ignored: ")
-    format_ignored = said.removeprefix("ignored: ").split("; ")[0].split(", ")
-    assert sorted(format_ignored) == sorted(
+    assert said.startswith("Ignored: ")
+    ignored = said.removeprefix("Ignored: ").split(". Only")[0].split(", ")
+    assert sorted(ignored) == sorted(
         ["2 .stl", "1 .dae", "1 .zip", "2 linked folders", "2 hidden meshes", "1 dangling link"]
     )
 
@@ -228,9 +224,7 @@ def test_meshes_that_were_added_behind_a_list_are_counted(tmp_path, capsys):
     touch(tmp_path, "a.glb", "sub/b.glb", "c.obj", "c.png")
     listed(tmp_path)
     assert [asset.id for asset in find_assets(tmp_path)] == ["a"]
-    assert capsys.readouterr().err.startswith(
-        f"note: not rendered, since its assets.parquet does not list them: 2 meshes in {tmp_path};"
-    )
+    assert capsys.readouterr().err.startswith(f"Note: assets.parquet does not list 2 meshes in {tmp_path};")
     fetch_folder(tmp_path, None)
     capsys.readouterr()
     assert len(find_assets(tmp_path)) == 3
@@ -255,7 +249,7 @@ def test_a_folder_is_copied_without_loops_dangling_links_and_what_no_mesh_uses(t
     }  # fmt: skip
     assert {asset.id: asset.name for asset in find_assets(out)} == {"chairs_a": "Chair", "more_b": "more_b"}
     said = capsys.readouterr().out.splitlines()[0]
-    assert said.startswith("not copied: ")
+    assert said.startswith("Not copied: ")
     for what in ("2 dangling links", "2 circular links", "1 .blend", "1 .zip"):
         assert what in said
 
@@ -263,11 +257,11 @@ def test_a_folder_is_copied_without_loops_dangling_links_and_what_no_mesh_uses(t
 def test_a_terabyte_of_meshes_is_listed_at_once_because_none_is_opened(tmp_path):
     (tmp_path / "a.glb").touch()
     os.truncate(tmp_path / "a.glb", 1 << 40)  # it takes no room, but to hash it would take an hour
-    assert [(asset.id, asset.sha256) for asset in scan(tmp_path)] == [("a", "")]
+    assert [(asset.id, asset.sha256) for asset in scan_folder(tmp_path)] == [("a", "")]
 
 
 def test_a_file_whose_name_is_no_text_is_left_out_with_a_word(tmp_path, capsys):
     touch(tmp_path, "a.glb")
     (tmp_path / os.fsdecode(b"st\xfchle.glb")).touch()
     assert [asset.id for asset in find_assets(tmp_path)] == ["a"]
-    assert "expected a name in UTF-8; rename it" in capsys.readouterr().err
+    assert "not valid UTF-8. Rename the file" in capsys.readouterr().err

@@ -183,10 +183,10 @@ def write_refused(folder):
     write_obj(folder, "unnamed", head="")
     (folder / "unnamed.mtl").unlink()
     return {
-        "nan_ply": "expected finite vertex positions of float32, but found NaN or infinity",
+        "nan_ply": "expected finite float32 vertex positions, but found NaN or infinity",
         "nan_gltf": "expected finite vertex positions, but found NaN or infinity in mesh",
-        "beyond": "expected faces between its 8 vertices, but found one with vertex 8",
-        "large": "expected finite vertex positions of float32, but found 'v -1 -1 4e38 ' in line 2",
+        "beyond": "expected vertex indices from 0 to 7, but found 8",
+        "large": "expected finite float32 vertex positions, but found 'v -1 -1 4e38 ' in line 2",
         "cut_off": "expected faces between its vertices, but found 'f 1 2 9'",
         "undefined": "missing_textures 1", "unnamed": "missing_textures 1",
     }  # fmt: skip

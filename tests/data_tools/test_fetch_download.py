@@ -112,7 +112,7 @@ def test_a_file_that_changed_at_its_source_takes_the_place_of_the_old_one(web_se
         ("a.fbx", b"\x89PNG", "PNG"),
         ("a.zip", b"<html>", "'<html>'"),
         ("a.json.gz", b"version https://git-lfs.github.com/spec/v1", "'version https://git-lfs"),
-        ("a.glb", b"", "nothing: it is empty"),
+        ("a.glb", b"", "nothing, because it is empty"),
     ],
 )
 def test_what_a_server_sends_in_place_of_a_file_is_refused_with_its_beginning(
@@ -150,7 +150,7 @@ def test_another_size_another_hash_and_a_mesh_that_was_cut_at_its_source_are_ref
         download(url, path, size=5501)
     with pytest.raises(InputError, match=f"expected sha256 {'0' * 64}, but found {sha(glb())}"):
         download(url, path, sha256="0" * 64)
-    with pytest.raises(InputError, match="expected 5500 bytes as its header says, but found 4000"):
+    with pytest.raises(InputError, match="expected 5500 bytes according to the header, but found 4000"):
         download(f"{web_server.url}/cut.glb", tmp_path / "cut.glb")
     assert list(tmp_path.glob("*.glb*")) == []
 
@@ -171,7 +171,7 @@ def test_of_many_files_those_that_fail_are_named_and_the_others_come(web_server,
     assert {key: digest for key, (digest, _) in came.items()} == {
         str(number): "" if number == 5 else sha(glb(seed=number)) for number in range(12)
     }
-    assert came["5"][1].startswith(f"not downloaded: {web_server.url}/5.glb: expected glb, found")
+    assert came["5"][1].startswith(f"not downloaded: {web_server.url}/5.glb: expected glb, but found")
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ import pytest
 from data_tools.__main__ import main
 from data_tools.assets import gso
 from data_tools.assets.archives import ArchiveError, extract
-from data_tools.assets.asset_list import KEY_PATTERN, find_assets
 from data_tools.assets.gso import fetch_gso
 from data_tools.assets.obj_materials import read_obj_materials
 from data_tools.assets.outputs import make_id
+from data_tools.assets.scan import KEY_PATTERN, find_assets
 from lrm_pl.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "default::DeprecationWarning")
@@ -132,9 +132,9 @@ def needs_version(version):
     [
         (
             b"<html>busy</html>",
-            "not downloaded: .*expected zip, but found a file that begins with '<html>busy",
+            "not downloaded: .*expected zip, but found a file that starts with '<html>busy",
         ),
-        (b"PK and then nothing", "not unpacked: Shoe.zip: expected a zip, found"),
+        (b"PK and then nothing", "not unpacked: Shoe.zip: expected a zip file, but found"),
         (
             zipped(**{"meshes/model.obj": None}),
             "not unpacked: Shoe.zip: expected meshes/model.obj, but found none",
@@ -147,9 +147,9 @@ def needs_version(version):
         ),
         (
             zipped().replace(b"image", b"imaga"),
-            "expected to read materials/textures/texture.png, but found Bad CRC",
+            "materials/textures/texture.png is damaged: Bad CRC",
         ),
-        (needs_version(99), "expected a zip, but found zip file version 9.9"),
+        (needs_version(99), "expected a zip file, but found zip file version 9.9"),
     ],
 )
 def test_a_model_that_cannot_be_used_costs_only_itself(fuel, tmp_path, content, reason):
@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_used_costs_only_itself(fuel, tmp_path, content, 
 def test_a_server_that_is_no_fuel_is_refused(fuel, tmp_path):
     fuel.pages["/1.0/GoogleResearch/models?page=1&per_page=2"] = b"<html>"
     with pytest.raises(
-        InputError, match=r"page=1&per_page=2: expected a list of models in JSON, but found b'<html>'"
+        InputError, match=r"page=1&per_page=2: expected a JSON list of models, but found b'<html>'"
     ):
         fetch(fuel, tmp_path)
     fuel.pages["/1.0/GoogleResearch/models?page=1&per_page=2"] = b"[]"
@@ -198,10 +198,10 @@ def test_names_that_differ_give_ids_that_differ_and_fit():
 def test_a_zip_writes_nothing_outside_its_folder_and_nothing_too_large(tmp_path, monkeypatch):
     with zipfile.ZipFile(io.BytesIO(zipped(**{"../evil.obj": b"x", "big": b"0" * 5000}))) as archive:
         for path in ("../evil.obj", "/evil.obj", "a/../../evil.obj", "C:\\evil.obj"):
-            with pytest.raises(ArchiveError, match="expected paths inside the model's folder"):
+            with pytest.raises(ArchiveError, match="expected paths inside the folder"):
                 extract(archive, {path: "../evil.obj"}, tmp_path)
         monkeypatch.setattr("data_tools.assets.archives.MAX_MODEL_BYTES", 9000)
-        with pytest.raises(ArchiveError, match="expected big to be of at most 4000 bytes, but found 5000"):
+        with pytest.raises(ArchiveError, match="expected at most 4000 bytes in big, but found 5000"):
             extract(archive, {"a": "big", "b": "big"}, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

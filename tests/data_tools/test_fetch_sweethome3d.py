@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from data_tools.assets import furniture_package
-from data_tools.assets.asset_list import find_assets
 from data_tools.assets.folder import fetch_folder
 from data_tools.assets.furniture_package import (
     LIBRARIES,
@@ -27,6 +26,7 @@ from data_tools.assets.furniture_package import (
     read_license,
 )
 from data_tools.assets.obj_materials import read_obj_materials
+from data_tools.assets.scan import find_assets
 from data_tools.assets.sweethome3d import fetch_sweethome3d, plan_conversions
 from data_tools.blender.conversion_pool import ConversionTask, convert_all
 from lrm_pl.errors import InputError
@@ -146,8 +146,8 @@ def test_what_is_no_object_to_learn_from_is_left_out_with_its_reason(package, tm
         "frame": "door or window",
         "steps": "staircase",
         "ladder": "staircase",
-        "rug": "thin: 0.9 cm, its longest side 50 cm",
-        "plain": "one color without a texture",
+        "rug": "too thin: 0.9 cm thick, longest side 50 cm",
+        "plain": "single color without a texture",
         "bare": "missing file: wood.png",
         "dull": "missing file: dull.mtl",
         "gone": "missing file: lib/gone/gone.obj",
@@ -184,14 +184,14 @@ def test_every_model_has_its_librarys_license_and_one_author_is_held_out(package
 
 def test_another_package_is_refused_with_what_to_do(package, tmp_path, monkeypatch):
     with pytest.raises(
-        PackageError, match=r"found no file. Get it with `apt-get download sweethome3d-furniture`"
+        PackageError, match=r"found no file. Download it with `apt-get download sweethome3d-furniture`"
     ):
         open_package(tmp_path / "absent.deb").__enter__()
     monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", write_package(package, {"Scopia": b""}))
     with pytest.raises(PackageError, match=r"expected the library BlendSwap-CC-0\.sh3f, but found none"):
         open_package(package).__enter__()
     package.write_bytes(b"!<arch>\n")
-    with pytest.raises(PackageError, match=r"expected sha256 .* \(sweethome3d-furniture 1\.8-1\), found"):
+    with pytest.raises(PackageError, match=r"expected sha256 .* \(sweethome3d-furniture 1\.8-1\), but found"):
         open_package(package).__enter__()
     monkeypatch.setattr(furniture_package, "PACKAGE_SHA256", hashlib.sha256(b"!<arch>\n").hexdigest())
     with pytest.raises(PackageError, match=r"expected a member data\.tar\.xz, but found none"):
@@ -201,8 +201,8 @@ def test_another_package_is_refused_with_what_to_do(package, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        (None, "expected `apt-get download sweethome3d-furniture=1.8-1` to run, but found .*apt-get"),
-        ("echo 'E: Version 1.8-1 was not found' >&2. Exit 100", "it said: E: Version 1.8-1 was not found"),
+        (None, "`apt-get download sweethome3d-furniture=1.8-1` failed: .*apt-get"),
+        ("echo 'E: Version 1.8-1 was not found' >&2; exit 100", "found none: E: Version 1.8-1 was not found"),
         ("touch furniture_package.deb", "expected sha256"),
     ],
 )
@@ -215,13 +215,13 @@ def test_a_machine_whose_apt_cannot_bring_the_package_is_told_the_remedy(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PackageError, match=message) as error:
         open_package(None).__enter__()
-    assert re.search("pass --package FILE.deb|get that version", str(error.value))
+    assert re.search("(?i)pass --package FILE.deb|download that version", str(error.value))
 
 
 def test_without_blender_the_right_interpreter_is_named(package, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"expected Blender \(bpy\) in this environment, but found none. Use \.venv-render"
+        InputError, match=r"Blender \(bpy\) is not installed in this environment. Use \.venv-render"
     ):
         fetch_sweethome3d(tmp_path / "out", package)
 

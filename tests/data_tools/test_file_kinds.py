@@ -22,11 +22,11 @@ def write(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
-        ("a.obj", "", "it is empty"),
-        ("a.fbx", " \n", "it is empty"),
-        ("a.glb", "<!doctype html>", "'<!doctype html>'; it may be the message of a server"),
-        ("a.obj", OBJ.encode("utf-16"), "expected a.obj to be text in UTF-8, but found UTF-16"),
-        ("a.obj", OBJ.encode("utf-16-be"), "expected a.obj to be text in UTF-8, but found UTF-16"),
+        ("a.obj", "", "found an empty file"),
+        ("a.fbx", " \n", "found an empty file"),
+        ("a.glb", "<!doctype html>", "'<!doctype html>'. It may be an error page of a server"),
+        ("a.obj", OBJ.encode("utf-16"), "a.obj: expected UTF-8 text, but found UTF-16"),
+        ("a.obj", OBJ.encode("utf-16-be"), "a.obj: expected UTF-8 text, but found UTF-16"),
         ("a.gltf", "{}".encode("utf-16"), "found UTF-16"),
         ("a.obj", OBJ.replace("v 1 0", "v nan 0"), "found 'v nan 0 0' in line 3"),
         ("a.obj", OBJ.replace("v 1 0", "v 1 -Inf").replace("\n", "\r\n"), "found 'v 1 -Inf 0' in line 3"),
@@ -45,7 +45,7 @@ def test_materials_in_utf_16_are_refused_too(tmp_path):
     path = write(tmp_path, "a.obj", "mtllib a.mtl\n" + OBJ)
     check_mesh_file(path)  # a library that is not there is counted elsewhere
     write(tmp_path, "a.mtl", "newmtl a\nKd 1 0 0\n".encode("utf-16"))
-    with pytest.raises(FileTypeError, match=r"expected a\.mtl to be text in UTF-8"):
+    with pytest.raises(FileTypeError, match=r"a\.mtl: expected UTF-8 text"):
         check_mesh_file(path)
 
 

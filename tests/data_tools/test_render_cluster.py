@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from data_tools.assets.asset_list import find_assets
+from data_tools.assets.scan import find_assets
 from data_tools.blender import process
 from data_tools.blender.process import BlenderError
 from data_tools.rendering import driver as render

@@ -21,7 +21,8 @@ import pytest
 import ray
 
 from data_tools.__main__ import main
-from data_tools.assets.asset_list import find_assets, hash_file, write_list
+from data_tools.assets.asset_list import hash_file, write_list
+from data_tools.assets.scan import find_assets
 from data_tools.blender import process as blender_process
 from data_tools.blender.process import BlenderError, Limits
 from data_tools.quality.filter_table import read_infos

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.assets.asset_list import find_assets, write_list
+from data_tools.assets.asset_list import write_list
+from data_tools.assets.scan import find_assets
 from data_tools.quality.measures import CROPPED_RULE, DEFAULT_RULES
 from data_tools.rendering.launch import job_script
 from data_tools.rendering.settings import RenderSettings, write_settings

@@ -12,7 +12,8 @@ PROGRAM = """
 import json, resource, sys, time
 from pathlib import Path
 from data_tools import render
-from data_tools.assets.asset_list import Asset, find_assets, write_list
+from data_tools.assets.asset_list import Asset, write_list
+from data_tools.assets.scan import find_assets
 from data_tools.rendering.resume import plan_folder, write_plan
 from data_tools.rendering.settings import RenderSettings, write_settings
 

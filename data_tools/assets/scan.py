@@ -1,0 +1,277 @@
+"""Search a folder for meshes and read their metadata from ``assets.csv``.
+
+``assets.csv`` is UTF-8 with the header ``id,name,creator,source,license,sha256`` and an optional last column ``up``
+("z" for OBJ and PLY files whose z axis points up). An id is the mesh's path in the folder without its suffix, with
+invalid characters replaced by "_". Without a row, the name is the id and the other fields are "unknown".
+"""
+
+import csv
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple, cast, get_args
+
+from data_tools.assets.asset_list import (
+    LIST_NAME,
+    MESH_FORMATS,
+    MESH_SUFFIXES,
+    SHA256_PATTERN,
+    Asset,
+    AssetsError,
+    UpAxis,
+    hashed_id,
+    read_ids,
+    read_list,
+)
+from lrm_pl.data.schema import KEY_PATTERN
+from lrm_pl.errors import counted
+
+#: Unsupported mesh formats, and archives that may contain meshes; they are reported as ignored.
+UNSUPPORTED_SUFFIXES = frozenset(
+    ".3dm .3ds .3mf .7z .abc .blend .bz2 .c4d .ctm .dae .dxf .e57 .gz .iges .igs .jt .lwo .ma .max .mb .ms3d .off .pcd "
+    ".rar .skp .sldprt .spz .splat .step .stl .stp .tar .tgz .u3d .usd .usda .usdc .usdz .vox .vrm .vrml .vtk .vtp "
+    ".wrl .x3d .xz .zip .zst".split()
+)
+
+TABLE_NAME = "assets.csv"
+TABLE_COLUMNS = ("id", "name", "creator", "source", "license", "sha256")
+_UP_COLUMN = "up"
+
+
+def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
+    """Return the assets of a folder: its ``assets.parquet``, or all meshes in it and its subfolders.
+
+    Args:
+        folder: Folder of assets.
+        out: Folder of shards of an earlier run; assets that its list contains keep their ids.
+
+    Returns:
+        The assets, sorted by id.
+
+    Raises:
+        AssetsError: The folder is missing or has no assets, the list or table is invalid, or ``out`` is ``folder``.
+    """
+    if not folder.is_dir():
+        raise AssetsError(
+            expected=f"a folder of {MESH_FORMATS} files at {folder}",
+            found="no folder",
+            remedy="pass ASSETS=<folder>",
+        )
+    if out and out.resolve() == folder.resolve():
+        raise AssetsError(
+            expected="different folders for meshes and shards",
+            found=f"{out} for both",
+            remedy="pass another OUT=",
+        )
+    if (folder / LIST_NAME).is_file():
+        assets = read_list(folder)
+        _report_unlisted(folder, assets)
+        return assets
+    return scan_folder(folder, read_ids(out) if out else {})
+
+
+def _report_unlisted(folder: Path, assets: Iterable[Asset]) -> None:
+    listed = {asset.file for asset in assets if not asset.is_remote}
+    count = sum(path.relative_to(folder).as_posix() not in listed for path in find_meshes(folder).meshes)
+    if count:
+        print(
+            f"Note: {LIST_NAME} does not list {counted(count, 'mesh')} in {folder}; only listed meshes are rendered. "
+            "Run the `fetch` command again to update the list.",
+            file=sys.stderr,
+        )
+
+
+def scan_folder(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> tuple[Asset, ...]:
+    """Find all meshes in a folder and its subfolders, with their metadata from ``assets.csv``. No mesh is opened.
+
+    Args:
+        folder: Folder of assets.
+        known: File -> id of assets whose id is fixed.
+
+    Raises:
+        AssetsError: There are no meshes, or the table is invalid.
+    """
+    found = find_meshes(folder)
+    files = sorted(path for path in found.meshes if _is_utf8(path))
+    for path in sorted(set(found.meshes) - set(files)):
+        print(f"Skipped {path!r}: the name is not valid UTF-8. Rename the file.", file=sys.stderr)
+    if found.ignored:
+        print(
+            f"Ignored: {format_ignored(found.ignored)}. Only {MESH_FORMATS} files in {folder} are rendered.",
+            file=sys.stderr,
+        )
+    if not files:
+        raise AssetsError(
+            expected=f"{MESH_FORMATS} files in {folder}", found="none", remedy="pass another ASSETS=<folder>"
+        )
+    by_id = assign_ids((path.relative_to(folder) for path in files), known)
+    table = read_table(folder / TABLE_NAME)
+    if unused := sorted(set(table) - set(by_id)):
+        print(
+            f"Note: {folder / TABLE_NAME} has {counted(len(unused), 'row')} without a mesh of that id, for example "
+            f"{unused[0]!r}. An id of this folder is {min(by_id)!r}.",
+            file=sys.stderr,
+        )
+    return tuple(_make_asset(folder, key, by_id[key], table.get(key, {})) for key in sorted(by_id))
+
+
+class ScannedFolder(NamedTuple):
+    """Meshes of a folder.
+
+    Attributes:
+        meshes: Mesh files, unordered.
+        ignored: Counts of what is not rendered, by suffix or description ("linked folder", "hidden mesh").
+    """
+
+    meshes: tuple[Path, ...]
+    ignored: Counter[str]
+
+
+def format_ignored(ignored: Counter[str]) -> str:
+    """Format counts, largest first: ``41 .stl, 19 .dae, 1 linked folder``."""
+    return ", ".join(
+        f"{count} {what}" if what.startswith(".") else counted(count, what)
+        for what, count in ignored.most_common()
+    )
+
+
+def find_meshes(folder: Path) -> ScannedFolder:
+    """Search a folder recursively. Linked folders, hidden files and ``__MACOSX`` folders are skipped."""
+    meshes, ignored, pending = list[Path](), Counter[str](), [(folder, False)]
+    while pending:
+        current, hidden = pending.pop()
+        try:
+            entries = list(os.scandir(current))
+        except PermissionError:
+            ignored["unreadable folder"] += 1
+            continue
+        for entry in entries:
+            suffix = os.path.splitext(entry.name)[1].lower()
+            is_hidden, is_link = hidden or is_hidden_name(entry.name), entry.is_symlink()
+            if entry.is_dir(follow_symlinks=False):
+                pending.append((Path(entry.path), is_hidden))
+            elif is_link and os.path.isdir(entry.path):
+                ignored["linked folder"] += not is_hidden
+            elif suffix in MESH_SUFFIXES and is_hidden:
+                ignored["hidden mesh"] += not entry.name.startswith("._")
+            elif suffix in MESH_SUFFIXES and (os.path.isfile(entry.path) if is_link else entry.is_file()):
+                meshes.append(Path(entry.path))
+            elif suffix in MESH_SUFFIXES and is_link:
+                ignored["dangling link"] += 1
+            elif suffix in UNSUPPORTED_SUFFIXES and not is_hidden:
+                ignored[suffix] += 1
+    return ScannedFolder(tuple(meshes), +ignored)
+
+
+def is_hidden_name(name: str) -> bool:
+    """Return whether files and folders of this name are skipped."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def assign_ids(files: Iterable[Path], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Path]:
+    """Derive ids from paths in the assets folder: ``chairs/red 1.glb`` -> ``chairs_red_1``.
+
+    Ids that would collide (``a.obj`` and ``a.ply``, ``a b.glb`` and ``a_b.glb``) get the file's suffix appended, or, if
+    that is not unique either, a hash of the path. Paths that are too long or not ASCII get the hash too.
+
+    Args:
+        files: Paths relative to the folder.
+        known: File -> id of files whose id is fixed.
+    """
+    files = sorted(files)
+    names = [re.sub(r"[^A-Za-z0-9_-]", "_", file.with_suffix("").as_posix()) for file in files]
+    with_suffix = [f"{name}_{file.suffix[1:].lower()}" for name, file in zip(names, files, strict=True)]
+    counts, suffix_counts = Counter(names), Counter(with_suffix)
+    found = {known[file.as_posix()]: file for file in files if file.as_posix() in known}
+    kept, taken = set(found.values()), set(found)
+    others = counts.keys() | taken
+    for file, name, longer in zip(files, names, with_suffix, strict=True):
+        if file in kept:
+            continue
+        plain = file.with_suffix("").as_posix().isascii() and KEY_PATTERN.fullmatch(name)
+        if plain and counts[name] == 1 and name not in taken:
+            key = name
+        elif plain and suffix_counts[longer] == 1 and longer not in others and KEY_PATTERN.fullmatch(longer):
+            key = longer
+        else:
+            key = hashed_id(file.as_posix())
+        found[key] = file
+    return found
+
+
+def read_table(path: Path) -> dict[str, dict[str, str]]:
+    """Read ``assets.csv``: id -> column -> text. A missing file is an empty table.
+
+    Raises:
+        AssetsError: The file is not a UTF-8 CSV, its columns are wrong, or a value is invalid.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        return _parse_table(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise AssetsError(
+            subject=path, expected="a CSV file", found=error, remedy="save it as CSV in UTF-8"
+        ) from error
+
+
+def _parse_table(path: Path) -> dict[str, dict[str, str]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
+        reader = csv.DictReader(file)
+        columns = tuple(reader.fieldnames or ())
+        if columns not in (TABLE_COLUMNS, (*TABLE_COLUMNS, _UP_COLUMN)):
+            raise AssetsError(
+                subject=path,
+                expected=f"the columns {','.join(TABLE_COLUMNS)} and optionally {_UP_COLUMN}",
+                found=columns,
+            )
+        table: dict[str, dict[str, str]] = {}
+        for row in reader:
+            line = f"{path}, line {reader.line_num}"
+            if row["id"] in table or None in row.values() or None in row:
+                raise AssetsError(subject=line, expected=f"{len(columns)} columns and a unique id", found=row)
+            if row.get(_UP_COLUMN, "") not in get_args(UpAxis):
+                raise AssetsError(
+                    subject=line, expected="y, z or nothing as the up axis", found=f"{row[_UP_COLUMN]!r}"
+                )
+            if not SHA256_PATTERN.fullmatch(row["sha256"]):
+                raise AssetsError(
+                    subject=line,
+                    expected="a sha256 of 64 lower-case hex digits or nothing",
+                    found=f"{row['sha256']!r}",
+                    remedy="compute it with `sha256sum FILE`",
+                )
+            table[row["id"]] = row
+    return table
+
+
+def _make_asset(folder: Path, key: str, file: Path, row: dict[str, str]) -> Asset:
+    if row.get(_UP_COLUMN) and file.suffix.lower() not in (".obj", ".ply"):
+        raise AssetsError(
+            subject=folder / TABLE_NAME,
+            expected="an up axis for OBJ and PLY files only",
+            found=f"one for {key!r} ({file.name})",
+            remedy="leave the column empty in this row; the format defines the axis",
+        )
+    return Asset(
+        id=key,
+        file=file.as_posix(),
+        sha256=row.get("sha256", ""),
+        name=row.get("name") or key,
+        creator=row.get("creator") or "unknown",
+        source=row.get("source") or "unknown",
+        license=row.get("license") or "unknown",
+        up=cast(UpAxis, row.get(_UP_COLUMN, "")),
+    )
