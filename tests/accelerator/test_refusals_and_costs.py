@@ -9,7 +9,7 @@ from lrm_pl.planning.gpus import peak_flops
 
 def test_attention_in_blocks_is_a_cpus(device):
     q, k, v = torch.randn(3, 1, 2, 8, 4, device=device.name)
-    with pytest.raises(ValueError, match="on the CPU, found"):
+    with pytest.raises(ValueError, match="on the CPU, but found"):
         attention_in_blocks(q, k, v)
     device.to_cpu()
     assert torch.allclose(

@@ -323,7 +323,7 @@ def test_a_colmap_file_that_is_not_whole_is_refused_by_its_size(video, tmp_path,
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (short_counted, r"images\.bin: expected \d+ bytes, found"),
+        (short_counted, r"images\.bin: expected \d+ bytes, but found"),
         (not_finite, "expected a pose and the number of a camera, but found .*nan"),
         (leaving, r"expected plain file names in images\.bin, but found '\.\./1jpg'"),
     ],
@@ -338,8 +338,8 @@ def test_strange_poses_and_names_are_refused(video, damage, said):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("images/003.jpg", b"nothing", "003.jpg: expected an image, found"),
-        ("masks/003.jpg.png", b"nothing", "003.jpg.png: expected a mask, found"),
+        ("images/003.jpg", b"nothing", "003.jpg: expected an image, but found"),
+        ("masks/003.jpg.png", b"nothing", "003.jpg.png: expected a mask, but found"),
         (
             "images/003.jpg",
             None,
@@ -398,7 +398,7 @@ def test_distortion_is_measured_by_hand_and_refused_above_a_hundredth_of_the_cro
         )
     converted(tmp_path / "mild", tmp_path / "mild-out")
     said = reason(tmp_path / "strong" / "7" / "a", tmp_path / "out")
-    assert "expected a lens that moves the crop's corners by at most 1% of its side, found" in said
+    assert "expected a lens that moves the crop's corners by at most 1% of its side, but found" in said
 
 
 def test_cameras_that_do_not_go_around_an_object_are_refused(tmp_path):

@@ -68,7 +68,7 @@ def test_a_flipped_byte_is_found_by_hash_and_by_sample(folder, capsys):
     content[offset + size // 2] ^= 255
     (folder / shard.name).write_bytes(bytes(content))
     out = said(folder, capsys, 1)
-    assert f"{shard.name}: expected sha256 {shard.sha256} as in the manifest, found" in out
+    assert f"{shard.name}: expected sha256 {shard.sha256} as in the manifest, but found" in out
     assert f"{shard.name}: sample {key!r}: " in out
     assert "2 problems" in out
 

@@ -165,7 +165,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_pat
             main(arguments)
     with pytest.raises(SystemExit):
         main([str(images / "cut.png"), *ckpt, *SMALL, "--threshold", "1e9"])
-    assert "expected densities on both sides of 1e+09, found" in capsys.readouterr().out
+    assert "expected densities on both sides of 1e+09, but found" in capsys.readouterr().out
     Image.new("RGB", (200, 200)).save(tmp_path / "black.jpg")
     with pytest.raises(SystemExit):
         main([str(tmp_path / "black.jpg"), *ckpt, *SMALL])

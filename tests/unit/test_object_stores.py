@@ -163,7 +163,7 @@ def test_an_object_that_was_changed_in_the_bucket_is_passed_over(s3):
     fs.pipe_file("bucket/runs/one/step-00000002/tensors.pt", bytes(content))
     assert "found another: it is damaged" in require_whole(1)[0]
     fs.pipe_file("bucket/runs/one/step-00000002/tensors.pt", bytes(content[:-5]))
-    assert "bytes, found" in require_whole(1)[0]
+    assert "bytes, but found" in require_whole(1)[0]
 
 
 def test_a_run_that_ended_in_its_first_upload_starts_from_the_beginning_and_says_so(s3):

@@ -186,7 +186,7 @@ def test_a_shard_that_is_not_the_manifests_is_never_copied(remote, shards, tmp_p
     content[len(content) // 2] ^= 1
     put(remote, shard.name, bytes(content))
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), 1.0))
-    with pytest.raises(StoreError, match=f"expected sha256 {shard.sha256}, found"):
+    with pytest.raises(StoreError, match=f"expected sha256 {shard.sha256}, but found"):
         cache.bring(shard)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock", ""}, (
         "neither a copy nor a part of one"
