@@ -46,7 +46,7 @@ def external_uris(path: Path) -> list[str]:
     except AssetError:
         raise
     except (AttributeError, TypeError) as error:
-        raise AssetError(f"cannot be imported: expected JSON, but found: {error}") from error
+        raise AssetError(f"cannot be imported: expected JSON, but found {error}") from error
     return [unquote(uri) for uri in found if uri and not _is_inline(uri)]
 
 
@@ -56,7 +56,7 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - whatever a file holds
     except (ValueError, RecursionError) as error:
         if isinstance(error, AssetError):
             raise
-        raise AssetError(f"cannot be imported: expected JSON, but found: {error}") from error
+        raise AssetError(f"cannot be imported: expected JSON, but found {error}") from error
 
 
 def _json_of_glb(path: Path) -> bytes:
@@ -98,7 +98,7 @@ def prepare_gltf(path: Path, scratch: Path) -> Path:
             if uri and not _is_inline(uri):
                 entry["uri"] = quote(str(path.parent.absolute() / unquote(uri)))
     except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
-        raise AssetError(f"cannot be imported: expected meshes of glTF 2.0, but found: {error!r}") from error
+        raise AssetError(f"cannot be imported: expected meshes of glTF 2.0, but found {error!r}") from error
     text = json.dumps(record).encode()
     if path.suffix.lower() == ".glb":
         text += b" " * (-len(text) % 4)

@@ -185,7 +185,7 @@ def _first_difference(folder: Path, shard: Shard) -> str:
     try:
         return next(find_file_problems(folder, shard), "")
     except tarfile.TarError as error:
-        return f"expected a tar, but found: {error}"
+        return f"expected a tar, but found {error}"
 
 
 def _both_as_they_are(manifests: Mapping[Path, Manifest]) -> str:

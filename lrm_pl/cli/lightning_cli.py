@@ -895,14 +895,14 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno in NO_ACCESS:
             sys.exit(
-                f"lrm: expected access to all that the run reads and writes, but found: {one_line(error)}; "
+                f"lrm: expected access to all that the run reads and writes, but found {one_line(error)}; "
                 f"give this user "
                 "the right to it, or choose another folder for what the run writes: --run.folder"
             )
         if error.errno not in FULL:
             raise
         sys.exit(
-            f"lrm: expected room for what the run writes, but found: {one_line(error)}. Make space and start the same "
+            f"lrm: expected room for what the run writes, but found {one_line(error)}. Make space and start the same "
             "command with --run.folder again: it goes on from the newest whole checkpoint"
         )
     except (RuntimeError, MemoryError) as error:

@@ -302,12 +302,14 @@ class CheckpointAndResume(L.Callback):
         error = self._failure
         if error is not None and not isinstance(error, OSError):
             return error
-        found = "another rank's log says why" if error is None else f"found: {error}"
+        found = "an error on another rank, see its log" if error is None else str(error)
         newest = f"; the newest whole one is {self.newest or 'none'}" if trainer.is_global_zero else ""
         remedy = "Make space" if getattr(error, "errno", None) in FULL else "Mend that"
         return InputError(
-            f"expected to write a checkpoint into {self.folder}, {found}{newest}. {remedy} and start the same command "
-            f"again: it goes on from the newest whole one (training was at step {step})"
+            expected=f"to write a checkpoint into {self.folder}",
+            found=f"{found}{newest}",
+            remedy=f"{remedy} and start the same command again: it goes on from the newest whole one (training was at "
+            f"step {step})",
         )
 
     def _diverged(self, trainer: L.Trainer, module: LRMModule, step: int) -> str:

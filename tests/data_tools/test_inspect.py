@@ -104,7 +104,7 @@ def test_a_folder_without_a_table_says_what_became_of_its_objects(folder, capsys
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("filter.parquet", b"PAR1", "expected what became of each asset, but found: .*. Delete it and"),
+        ("filter.parquet", b"PAR1", "expected what became of each asset, but found .*. Delete it and"),
         (
             "failures.jsonl",
             b"\n{broken\n",

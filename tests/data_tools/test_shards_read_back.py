@@ -95,9 +95,9 @@ def test_a_folder_without_manifest_is_not_finished(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("views", "8", "found: views '8'"),
-        ("failures", None, "found: failures None"),
-        ("render", [1], r"found: render \[1\]"),
+        ("views", "8", "found views '8'"),
+        ("failures", None, "found failures None"),
+        ("render", [1], r"found render \[1\]"),
         ("shards", [], "expected shards with samples, but found none"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_manifest_that_lists_a_shard_twice_is_refused(folder):
     record = json.loads((folder / "manifest.json").read_text())
     record["shards"] *= 2
     (folder / "manifest.json").write_text(json.dumps(record))
-    with pytest.raises(ShardError, match=r"found: shard train-000000\.tar twice"):
+    with pytest.raises(ShardError, match=r"found shard train-000000\.tar twice"):
         read_manifest(folder)
 
 

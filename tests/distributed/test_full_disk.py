@@ -42,7 +42,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_s
     second = subprocess.run([*OWN_MOUNTS, "sh", "-c", script], cwd=ROOT, timeout=280, check=False)
     first = (folder / "first.log").read_text()
     assert (folder / "status").read_text().strip() == "1", first[-4000:]
-    assert f"expected to write a checkpoint into {checkpoints}, but found: [Errno 28] No space left" in first
+    assert f"expected to write a checkpoint into {checkpoints}, but found [Errno 28] No space left" in first
     *_, newest = [name for name in (folder / "left").read_text().split() if "partial" not in name]
     step = int(newest.removeprefix("step-"))
     assert step in (5, 10), "a rank's file takes more room than its tensors"
@@ -72,7 +72,7 @@ def test_a_disk_that_is_full_of_logs_and_images_ends_a_run_with_workers_in_one_m
     done = subprocess.run([*OWN_MOUNTS, "sh", "-c", script], cwd=ROOT, timeout=200, check=False)
     said = log.read_text()
     assert done.returncode == 1, said[-4000:]
-    assert "lrm: expected room for what the run writes, but found: [Errno 28] No space left on device" in said
+    assert "lrm: expected room for what the run writes, but found [Errno 28] No space left on device" in said
     assert "Traceback" not in said
 
 
@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_of_logs_and_images_ends_a_run_with_workers_in_one_m
     [
         ("64k", "expected room in /dev/shm for the batches of data workers, but found it full"),
         pytest.param(
-            "16k", "found: [Errno 28] No space left on device", marks=pytest.mark.soak
+            "16k", "found [Errno 28] No space left on device", marks=pytest.mark.soak
         ),  # no queue either
     ],
 )

@@ -116,7 +116,7 @@ def here(tmp_path, shards, monkeypatch):
             ["--trainer.callbacks+=lrm_pl.training.checkpointing.CheckpointAndResume", "--trainer.callbacks.every=0"],
             "expected every, keep and keep_every of at least 1, but found 0",
         ),
-        (["--trainer.max_steps=${nosuch.key}"], "that can be resolved, but found: Interpolation key 'nosuch.key'"),
+        (["--trainer.max_steps=${nosuch.key}"], "that can be resolved, but found Interpolation key 'nosuch.key'"),
         (["--trainer.max_steps=${oc.env:LRM_NOT_SET}"], "Environment variable 'LRM_NOT_SET' not found"),
         (["--model.class_path=my.Module"], "--model_class, but found --model.class_path"),
         (
@@ -137,7 +137,7 @@ def here(tmp_path, shards, monkeypatch):
             "Early stopping conditioned on metric `val_loss` which is not available",
         ),
         (["--trainer.logger=MLFlowLogger"], "expected to make a lightning.pytorch.loggers.MLFlowLogger, but found"),
-        (["--trainer.logger=CometLogger", "--run.folder=run"], "loggers.CometLogger, but found: Requirement"),
+        (["--trainer.logger=CometLogger", "--run.folder=run"], "loggers.CometLogger, but found Requirement"),
     ],
 )  # fmt: skip
 def test_what_lightning_refuses_is_one_message(here, options, message):

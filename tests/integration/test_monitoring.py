@@ -184,6 +184,6 @@ def test_without_any_logger_a_run_keeps_to_its_folder(quick, tmp_path, monkeypat
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_weights_and_biases_that_is_not_installed_is_asked_for(quick, root):
     with pytest.raises(
-        SystemExit, match=r"to make a .*WandbLogger, but found: Requirement 'wandb.*pip install"
+        SystemExit, match=r"to make a .*WandbLogger, but found Requirement 'wandb.*pip install"
     ):
         main(["fit", *quick, "-c", str(root / "configs/logger/wandb.yaml")])

@@ -281,7 +281,7 @@ def test_a_store_that_is_down_ends_the_run_instead_of_being_asked_for_each_shard
         put(remote, path.name, path.read_bytes())
     remote.fault = lambda method, path, number: "503" if path.endswith(".tar") else None
     with pytest.raises(
-        StoreDownError, match=r"4 files in a row could not be read, .*; start again when it is back"
+        StoreDownError, match=r"4 files in a row could not be read, .*\. Start again when it is back"
     ):
         items(remote.address, CacheConfig(None, 0.0, attempts=1))
 

@@ -260,7 +260,7 @@ def test_every_other_strategy_of_lightning_is_let_through():
 def test_on_the_command_line_it_is_refused_before_anything_is_made(root, monkeypatch):
     monkeypatch.setattr(LRMCLI, "instantiate_trainer", lambda *_, **__: pytest.fail("a trainer was made"))
     config = str(root / "configs" / "experiment" / "demo.yaml")
-    with pytest.raises(InputError, match=r"Lightning's own fsdp; use .*-c configs/trainer/fsdp2\.yaml"):
+    with pytest.raises(InputError, match=r"Lightning's own fsdp. Use .*-c configs/trainer/fsdp2\.yaml"):
         command_line(["fit", "-c", config, "--trainer.strategy", "fsdp"])
 
 
@@ -268,7 +268,7 @@ def test_in_python_it_is_refused_before_the_network_is_moved():
     module = LRMModule(tiny_lrm(), Renderer(8), Objective())
     module.trainer = L.Trainer(accelerator="cpu", barebones=True)
     module.trainer._accelerator_connector.strategy = FSDPStrategy()  # Lightning makes one on GPUs only
-    with pytest.raises(InputError, match=r"FSDPStrategy; use .*configs/trainer/fsdp2\.yaml"):
+    with pytest.raises(InputError, match=r"FSDPStrategy. Use .*configs/trainer/fsdp2\.yaml"):
         module.setup("fit")
 
 
@@ -279,5 +279,5 @@ def test_lightnings_deepspeed_is_refused_and_ours_is_not():
     from lrm_pl.training.zero import ZeroStrategy
 
     require_supported(ZeroStrategy())
-    with pytest.raises(InputError, match=r"DeepSpeedStrategy; use .*configs/trainer/deepspeed_2\.yaml"):
+    with pytest.raises(InputError, match=r"DeepSpeedStrategy. Use .*configs/trainer/deepspeed_2\.yaml"):
         require_supported(DeepSpeedStrategy())

@@ -417,7 +417,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path, mo
     (tmp_path / "file").touch()
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "file"))
     with pytest.raises(
-        WeightsError, match=r"into .*file/weights, but found: .*. Name a folder .*: LRM_CACHE="
+        WeightsError, match=r"into .*file/weights, but found .*. Name a folder .*: LRM_CACHE="
     ):
         resolve("lpips_alex")
 
