@@ -235,7 +235,7 @@ def test_a_home_folder_is_the_home_folder_and_a_url_is_refused(monkeypatch, tmp_
     ):
         run_path("")
     with pytest.raises(
-        InputError, match=r"expected a local folder .* found --run.folder s3://b/run; .*CheckpointAndResume"
+        InputError, match=r"expected a local folder .* found --run.folder s3://b/run\. .*CheckpointAndResume"
     ):
         run_path("s3://b/run")
 
