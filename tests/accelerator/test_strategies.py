@@ -20,7 +20,14 @@ def ordinary(runs):
     return runs.losses("ordinary"), runs.final("ordinary")[1]
 
 
-@pytest.mark.parametrize("layer", ["ddp", "fsdp2", "deepspeed_2"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "fsdp2",
+        pytest.param("ddp", marks=pytest.mark.soak),
+        pytest.param("deepspeed_2", marks=pytest.mark.soak),
+    ],
+)
 def test_accelerators_train_under_a_strategy_as_one_process_on_a_cpu_does(runs, ordinary, layer):
     losses, expected = ordinary
     name = f"accelerated-{layer}"

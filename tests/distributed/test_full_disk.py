@@ -52,6 +52,7 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_s
     assert [step for step, _ in runs.scalars(f"full-{layer}")["loss/total"]] == list(range(1, 21))
 
 
+@pytest.mark.soak
 def test_a_disk_that_is_full_of_logs_and_images_ends_a_run_with_workers_in_one_message(runs):
     tried = subprocess.run([*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False)
     if tried.returncode:

@@ -195,7 +195,7 @@ def test_a_run_is_kept_in_its_folder_and_resumed_from_it_whatever_its_logger(
     assert not (tmp_path / "elsewhere" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("layout", ["single", "sharded"])
+@pytest.mark.parametrize("layout", [pytest.param("single", marks=pytest.mark.soak), "sharded"])
 def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_network_of_its_config(
     fit, tmp_path, capsys, layout
 ):

@@ -194,7 +194,7 @@ KEEPER = {
 }
 
 
-@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("steps", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_a_run_resumed_with_another_batch_size_and_accumulation_reads_on_where_it_was(
     tiny, tmp_path, monkeypatch, steps
 ):
@@ -311,7 +311,14 @@ def test_an_unknown_command_is_refused_and_help_names_what_there_is(capsys, monk
     assert "lrm fit -c configs/experiment/demo.yaml" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "bf16-mixed",
+        pytest.param("32-true", marks=pytest.mark.soak),
+        pytest.param("16-mixed", marks=pytest.mark.soak),
+    ],
+)
 def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, monkeypatch, precision):
     from lrm_pl.rendering import ray_marching, volume
 
@@ -426,7 +433,7 @@ def test_the_papers_size_takes_one_step(root, tmp_path):
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("source", ["openlrm", "triposr"])
+@pytest.mark.parametrize("source", ["openlrm", pytest.param("triposr", marks=pytest.mark.soak)])
 def test_fine_tuning_starts_from_converted_weights_keeps_the_encoder_and_trains_the_rest(
     source, tmp_path, shards, root, capsys
 ):
@@ -493,7 +500,9 @@ def test_a_mixture_of_sets_is_trained_on_and_measured(tiny, tmp_path, shards, ca
     assert "unseen views of the training objects: 14 images of 7 objects" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("value", ["'${trainer.max_steps}'", "'${oc.env:LRM_TEST_STEPS}'"])
+@pytest.mark.parametrize(
+    "value", ["'${trainer.max_steps}'", pytest.param("'${oc.env:LRM_TEST_STEPS}'", marks=pytest.mark.soak)]
+)
 def test_what_a_config_interpolates_is_resolved_by_every_command(tiny, tmp_path, monkeypatch, value):
     monkeypatch.setenv("LRM_TEST_STEPS", "3")
     (tmp_path / "own.yaml").write_text(

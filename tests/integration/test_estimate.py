@@ -33,7 +33,7 @@ MIDDLE = {
     },
     "data": {**TINY["data"], "batch_size": 2, "side_views": 3},
     "trainer": {
-        "accelerator": "cpu", "max_steps": 3, "log_every_n_steps": 1, "limit_val_batches": 0,
+        "accelerator": "cpu", "max_steps": 2, "log_every_n_steps": 1, "limit_val_batches": 0,
         "callbacks": [{"class_path": "lrm_pl.callbacks.step_timer.StepTimer"}],
         "logger": {
             "class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "m"},

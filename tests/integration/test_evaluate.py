@@ -247,7 +247,7 @@ def test_two_processes_come_to_the_bytes_of_one(finished, pretrained, data, tmp_
     assert done.stdout.count("2 of 2 objects") == 1, "rank 0 alone speaks"
 
 
-@pytest.mark.parametrize("name", ["geometry", "geometry-posed"])
+@pytest.mark.parametrize("name", ["geometry", pytest.param("geometry-posed", marks=pytest.mark.soak)])
 def test_surfaces_are_held_against_the_truth(name, pretrained, data, tmp_path, monkeypatch):
     # rotations of a coarser grid: the full one is for machines with more time
     monkeypatch.setattr("lrm_pl.evaluation.surfaces._STEPS", (4, 4, 2))

@@ -437,7 +437,7 @@ def test_a_run_under_nohup_does_not_hear_of_its_terminals_end(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
 def test_a_second_ctrl_c_stops_at_once_whatever_came_before(first):
     before = signal.getsignal(signal.SIGINT)
     signals = StopSignals()

@@ -66,7 +66,11 @@ def validated(root):
     return run
 
 
-@pytest.mark.parametrize("texture", [(), ("--texture", "128", "--faces", "800")], ids=["colors", "texture"])
+@pytest.mark.parametrize(
+    "texture",
+    [pytest.param((), marks=pytest.mark.soak), ("--texture", "128", "--faces", "800")],
+    ids=["colors", "texture"],
+)
 def test_a_folder_of_images_becomes_meshes_orbits_and_records(
     pretrained, images, tmp_path, validated, capsys, texture
 ):

@@ -81,7 +81,7 @@ def test_a_device_without_a_known_peak_has_no_utilization(quick, monkeypatch, tm
     assert all("speed/mfu" not in row for row in lines(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_every_part_of_a_step_has_its_own_time_and_together_they_are_the_step(
     quick, tmp_path, monkeypatch, no_report, accumulate
 ):

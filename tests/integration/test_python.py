@@ -95,7 +95,7 @@ def fit(tmp_path, shards):
     return run
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_run_resumed_from_lightnings_checkpoint_is_the_uninterrupted_one(fit, tmp_path, accumulate):
     whole, _, seen = fit(6, accumulate=accumulate)
     again, trainer, after = fit(6, accumulate=accumulate, ckpt_path=tmp_path / "at-4.ckpt")
