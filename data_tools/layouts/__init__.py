@@ -1,4 +1,4 @@
-"""How others lay out folders of views, one file each: ``find_objects(root)`` and ``read_object(folder)``.
+"""Readers of other projects' layouts of rendered or filmed views, one module per layout.
 
-Every convention that is not ours ends in these files.
+Each returns ``PosedViews`` in the conventions of ``lrm_pl.conventions``.
 """

@@ -1,11 +1,11 @@
-"""COLMAP's binary models (colmap.github.io/format.html): ``cameras.bin`` and ``images.bin``, little endian.
+"""Reader of COLMAP's binary models (colmap.github.io/format.html), little endian.
 
     cameras.bin   count; each: id u32, model i32, width u64, height u64, parameters f64
-    images.bin    count; each: id u32, rotation w x y z and translation f64 (world to camera, OpenCV's axes),
-                  camera u32, name and a zero byte, count of points u64; each: x y f64, id i64
+    images.bin    count; each: id u32, rotation w x y z and translation f64 (world-to-camera, OpenCV axes),
+                  camera u32, null-terminated name, count of points u64; each: x y f64, id i64
 
-Nothing is allocated by a count: records are read one after the other as far as the file goes. COLMAP's pixel (0.5, 0.5)
-is the middle of the first one, as here.
+Counts are untrusted: records are read sequentially without preallocation. The center of the first pixel is (0.5, 0.5),
+as in ``lrm_pl.conventions``.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from data_tools.layouts.files import LayoutError, read_file
 
-#: Larger models are not of one object.
+#: Maximum size of a file.
 _MAX_MODEL_BYTES = 1 << 28
 
-#: Model id -> its parameters, in order.
+#: Camera model id -> names of its parameters.
 _MODELS = {
     0: ("f", "cx", "cy"),  # SIMPLE_PINHOLE
     1: ("fx", "fy", "cx", "cy"),  # PINHOLE
@@ -37,7 +37,7 @@ _POINT_BYTES = 24
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """Intrinsics in pixels, with OpenCV's distortion."""
+    """Camera intrinsics in pixels, with OpenCV's distortion coefficients."""
 
     width: int
     height: int
@@ -51,7 +51,7 @@ class Camera:
     p2: float = 0.0
 
     def displacement(self, pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Say how far distortion moves points of the image: (N, 2) pixels -> (N) pixels."""
+        """Return the displacement of image points by lens distortion: (N, 2) pixels -> (N) pixels."""
         x, y = (pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy
         square = x * x + y * y
         radial = self.k1 * square + self.k2 * square**2
@@ -62,12 +62,12 @@ class Camera:
 
 @dataclasses.dataclass(frozen=True)
 class PosedImage:
-    """An image that COLMAP found the pose of.
+    """An image registered by COLMAP.
 
     Attributes:
         name: File name.
-        c2w: (4, 4) float64 pose, OpenCV, in COLMAP's world.
-        camera: Its camera.
+        c2w: (4, 4) float64 pose, OpenCV axes, in COLMAP's world.
+        camera: Intrinsics.
     """
 
     name: str
@@ -76,10 +76,10 @@ class PosedImage:
 
 
 def read_model(folder: Path) -> list[PosedImage]:
-    """Read a model, sorted by the names of its images.
+    """Read the images of a model, sorted by name.
 
     Raises:
-        LayoutError: A file is missing, truncated, or not of this format.
+        LayoutError: A file is missing, truncated or invalid.
     """
     cameras = read_cameras(folder / "cameras.bin")
     return sorted(read_images(folder / "images.bin", cameras), key=lambda image: image.name)
@@ -89,18 +89,18 @@ def read_cameras(path: Path) -> dict[int, Camera]:
     """Read ``cameras.bin``: id -> camera.
 
     Raises:
-        LayoutError: It is missing, truncated, or holds a camera model that we do not know.
+        LayoutError: The file is missing or truncated, or a camera model is not supported.
     """
-    rest, cameras = _Bytes(path), dict[int, Camera]()
-    for _ in range(rest.count()):
-        key, model, width, height = rest.take(_CAMERA)
+    reader, cameras = _Reader(path), dict[int, Camera]()
+    for _ in range(reader.read_count()):
+        key, model, width, height = reader.read(_CAMERA)
         if model not in _MODELS:
             raise LayoutError(
                 subject=path,
-                expected="a pinhole camera, with radial or OpenCV's distortion or without",
-                found=f"model {model}",
+                expected="a pinhole, radial or OpenCV camera model",
+                found=f"model id {model}",
             )
-        values = dict(zip(_MODELS[model], rest.take(f"<{len(_MODELS[model])}d"), strict=True))
+        values = dict(zip(_MODELS[model], reader.read(f"<{len(_MODELS[model])}d"), strict=True))
         if "f" in values:
             values["fx"] = values["fy"] = values.pop("f")
         if (
@@ -108,9 +108,11 @@ def read_cameras(path: Path) -> dict[int, Camera]:
             or min(values["fx"], values["fy"]) <= 0
             or not width * height
         ):
-            raise LayoutError(subject=path, expected="a camera", found=f"{width} x {height} pixels, {values}")
+            raise LayoutError(
+                subject=path, expected="valid intrinsics", found=f"{width} x {height} pixels, {values}"
+            )
         cameras[key] = Camera(width, height, **values)
-    rest.end()
+    reader.require_end()
     return cameras
 
 
@@ -122,51 +124,53 @@ def read_images(path: Path, cameras: dict[int, Camera]) -> list[PosedImage]:
         cameras: Id -> camera.
 
     Raises:
-        LayoutError: It is missing, truncated, or makes no sense.
+        LayoutError: The file is missing, truncated or invalid.
     """
-    rest, images = _Bytes(path), []
-    for _ in range(rest.count()):
-        _, *pose, camera = rest.take(_IMAGE)
-        name = rest.text()
-        rest.skip(_POINT_BYTES * rest.count())
+    reader, images = _Reader(path), []
+    for _ in range(reader.read_count()):
+        _, *pose, camera = reader.read(_IMAGE)
+        name = reader.read_name()
+        reader.skip(_POINT_BYTES * reader.read_count())
         length = np.linalg.norm(pose[:4])
         if camera not in cameras or not np.isfinite(pose).all() or not 0.5 < length < 2:
             raise LayoutError(
-                subject=path, expected="a pose and the number of a camera", found=f"{pose} and {camera}"
+                subject=path, expected="a valid pose and camera id", found=f"{pose} and {camera}"
             )
         c2w = np.eye(4)
         c2w[:3, :3] = _rotation(np.array(pose[:4]) / length).T
         c2w[:3, 3] = -c2w[:3, :3] @ pose[4:]
         images.append(PosedImage(name, c2w, cameras[camera]))
-    rest.end()
+    reader.require_end()
     return images
 
 
 def _rotation(quaternion: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Turn a unit quaternion (w, x, y, z) into a (3, 3) matrix: I + 2 w [v] + 2 [v]^2."""
+    """Convert a unit quaternion (w, x, y, z) to a (3, 3) matrix: I + 2 w [v] + 2 [v]^2."""
     w, x, y, z = quaternion
     cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
     return np.eye(3) + 2 * w * cross + 2 * cross @ cross
 
 
-class _Bytes:
-    """What is left of a file."""
+class _Reader:
+    """Bounds-checked sequential reader of a binary file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._content, self._at = path, read_file(path, _MAX_MODEL_BYTES), 0
 
-    def take(self, layout: str) -> tuple[Any, ...]:
+    def read(self, layout: str) -> tuple[Any, ...]:
         start = self._at
         self.skip(struct.calcsize(layout))
         return struct.unpack_from(layout, self._content, start)
 
-    def count(self) -> int:
-        return int(self.take("<Q")[0])
+    def read_count(self) -> int:
+        return int(self.read("<Q")[0])
 
-    def text(self) -> str:
+    def read_name(self) -> str:
         end = self._content.find(b"\0", self._at)
         if end < 0:
-            raise LayoutError(subject=self._path, expected="a name that ends", found="none")
+            raise LayoutError(
+                subject=self._path, expected="a null-terminated name", found="the end of the file"
+            )
         text = self._content[self._at : end]
         self._at = end + 1
         return text.decode(errors="replace")
@@ -174,10 +178,10 @@ class _Bytes:
     def skip(self, size: int) -> None:
         if self._at + size > len(self._content):
             raise LayoutError(
-                subject=self._path, expected=f"{self._at + size} bytes or more", found=len(self._content)
+                subject=self._path, expected=f"at least {self._at + size} bytes", found=len(self._content)
             )
         self._at += size
 
-    def end(self) -> None:
+    def require_end(self) -> None:
         if self._at != len(self._content):
             raise LayoutError(subject=self._path, expected=f"{self._at} bytes", found=len(self._content))

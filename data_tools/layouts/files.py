@@ -1,6 +1,6 @@
-"""What all layouts share: finding objects, and reading files that nobody vouches for.
+"""Shared by all layouts: search for object folders, and safe reading of untrusted files.
 
-A file is read when its size makes sense, an array when its header does; nothing is unpickled.
+File sizes and array headers are checked before data are read or allocated. Pickles are rejected.
 """
 
 import dataclasses
@@ -24,25 +24,25 @@ from lrm_pl.data.schema import HEADER_ERRORS, MAX_IMAGE_SIDE, encode_image
 from lrm_pl.errors import InputError
 from lrm_pl.images import DECODE_ERRORS, open_image, webp_size
 
-#: A pose has twelve numbers, the poses of 999 views 16 times as many; no such file is larger.
+#: Maximum size of a file of poses or intrinsics.
 _MAX_ARRAY_BYTES = 1 << 20
 
-#: A sample's views are numbered by three digits.
+#: Maximum views of a sample, whose numbers have three digits.
 MAX_VIEWS = 999
 
 
 class LayoutError(InputError):
-    """An object's folder is not as its layout says; the message says what is wrong."""
+    """A folder or file does not follow its layout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PosedViews:
-    """The views of one object, in our conventions.
+    """Views of one object with cameras, in the conventions of ``lrm_pl.conventions``.
 
     Attributes:
         c2w: (V, 4, 4) float32 poses, OpenCV, +z up.
-        fxfycxcy: (V, 4) float32 intrinsics, divided by the picture's width and height.
-        views: V encoded RGBA pictures, their colors sRGB.
+        fxfycxcy: (V, 4) float32 intrinsics, normalized by image width and height.
+        views: V encoded RGBA images, sRGB.
     """
 
     c2w: npt.NDArray[np.float32]
@@ -51,24 +51,24 @@ class PosedViews:
 
 
 def find_folders(root: Path, names: str) -> list[Path]:
-    """Find the folders that hold a file or folder of such a name, sorted; nothing is searched inside them.
+    """Find the folders that contain a file or folder of a given name, sorted. Their subfolders are not searched.
 
-    Links to folders are followed; a folder that several paths lead to is found once. A link that leads nowhere counts
-    as found: whoever reads it says why it cannot be used.
+    Links to folders are followed, and each folder is returned once. Dangling links are returned too, so that reading
+    them reports an error.
 
     Args:
-        root: Where to search.
+        root: Folder to search.
         names: Regular expression of the names.
 
     Raises:
         LayoutError: A folder cannot be listed.
     """
 
-    def refuse(error: OSError) -> None:
-        raise LayoutError(expected="a folder that can be listed", found=error) from error
+    def reject(error: OSError) -> None:
+        raise LayoutError(expected="readable folders", found=error) from error
 
     found, seen = [], set()
-    for path, folders, files in os.walk(root, followlinks=True, onerror=refuse):
+    for path, folders, files in os.walk(root, followlinks=True, onerror=reject):
         real = os.path.realpath(path)
         if real in seen:
             folders.clear()
@@ -84,84 +84,84 @@ def find_folders(root: Path, names: str) -> list[Path]:
 
 
 def numbered_images(folder: Path) -> list[Path]:
-    """List the pictures of a folder whose names are numbers (``007.png``), in order.
+    """List the images of a folder whose names are numbers (``007.png``), in order.
 
     Raises:
-        LayoutError: Two have one number.
+        LayoutError: Two images have the same number.
     """
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(r"\d{1,6}\.(png|webp)", path.name)]
-    pictures = sorted(found, key=lambda path: (int(path.stem), path.name))
-    for first, second in itertools.pairwise(pictures):
+    images = sorted(found, key=lambda path: (int(path.stem), path.name))
+    for first, second in itertools.pairwise(images):
         if int(first.stem) == int(second.stem):
             raise LayoutError(
                 subject=folder,
-                expected="one picture a number",
+                expected="one image per number",
                 found=f"{first.name} and {second.name}",
                 remedy="remove one of them",
             )
-    return pictures
+    return images
 
 
 def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
     """Read a file of at most ``limit`` bytes.
 
     Raises:
-        LayoutError: There is none, or a larger one.
+        LayoutError: The file is missing or larger.
     """
     if not path.is_file():
-        raise LayoutError(expected=f"a file {path}", found="none")
+        raise LayoutError(expected=f"a file at {path}", found="none")
     if path.stat().st_size > limit:
         raise LayoutError(subject=path, expected=f"at most {limit} bytes", found=path.stat().st_size)
     return path.read_bytes()
 
 
 def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tuple[bytes, ...]:
-    """Read an object's pictures, as ``to_rgba_view`` makes them.
+    """Read the images of an object, converted by ``to_rgba_view``.
 
     Args:
-        files: The pictures.
-        folder: Where they are.
-        aspect: Width over height of what the camera sees.
+        files: The images.
+        folder: Folder of the object, for messages.
+        aspect: Width over height of the camera.
 
     Raises:
-        InputError: There are none, too many, or one is too large, of another shape, or of colors that cannot be
-            converted.
+        InputError: There are no or too many images, or an image is too large, of another aspect ratio, or in an
+            unsupported color space.
     """
     if not 1 <= len(files) <= MAX_VIEWS:
         raise LayoutError(
-            subject=folder, expected=f"1 to {MAX_VIEWS} pictures 000.png, 001.png, ...", found=len(files)
+            subject=folder, expected=f"1 to {MAX_VIEWS} images 000.png, 001.png, ...", found=len(files)
         )
     views = tuple(to_rgba_view(read_file(file), str(file)) for file in files)
     for file, view in zip(files, views, strict=True):
         try:
-            with Image.open(io.BytesIO(view), formats=("PNG", "WEBP")) as image:  # only its header is read
+            with Image.open(io.BytesIO(view), formats=("PNG", "WEBP")) as image:  # reads only the header
                 width, height = image.size
         except DECODE_ERRORS:
-            continue  # whoever decodes it says so
+            continue  # reported when the view is decoded
         if abs(width - aspect * height) > 1:
             raise LayoutError(
                 subject=file,
-                expected=f"a picture of {aspect * height:.0f} x {height} pixels, the shape that its camera sees",
+                expected=f"{aspect * height:.0f} x {height} pixels, the aspect ratio of the camera",
                 found=f"{width} x {height}",
-                remedy="it has been cut or stretched",
+                remedy="remove cropped or stretched images",
             )
     return views
 
 
 def to_rgba_view(content: bytes, name: str) -> bytes:
-    """Make a view with transparency the RGBA view of sRGB colors that it stands for.
+    """Convert an image with transparency to RGBA in sRGB.
 
-    Tools that make PNGs smaller store RGBA as a palette, as gray with alpha, or with one transparent color (tRNS).
+    PNG optimizers store RGBA images with a palette, as gray with alpha, or with one transparent color (tRNS).
 
     Args:
-        content: The file.
-        name: What messages call it.
+        content: The encoded image.
+        name: Path for messages.
 
     Returns:
-        The same bytes where it is such a view already, has no transparency, or is no picture: whoever decodes it says
-        so.
+        The converted image. The input is returned unchanged if it is RGBA in sRGB already, has no transparency, or is
+        not a valid image, which is reported when it is decoded.
 
     Raises:
         ImageError: Its colors cannot be converted to sRGB.
@@ -179,48 +179,48 @@ def to_rgba_view(content: bytes, name: str) -> bytes:
                     return content
                 stored = np.asarray(image)
     except ColorSpaceError:
-        pass  # refused below, with its name
+        pass  # raised again by open_image, with the name
     except DECODE_ERRORS:
         return content
-    # Its camera was computed for the pixels as they are stored, whatever EXIF says.
+    # The EXIF orientation is ignored: the camera refers to the stored pixels.
     rgba = np.asarray(open_image(content, name, upright=False))
     return content if stored is not None and np.array_equal(rgba, stored) else encode_image(rgba)
 
 
 def read_pose(path: Path) -> npt.NDArray[np.float64]:
-    """Read a (4, 4) pose from a ``.npy`` file of 3 x 4 or 4 x 4 numbers.
+    """Read a (4, 4) pose from a ``.npy`` file of a 3 x 4 or 4 x 4 matrix.
 
     Raises:
-        LayoutError: It holds anything else.
+        LayoutError: The file has other contents.
     """
     pose = to_4x4(read_npy(path), str(path))
     if pose.shape != (4, 4):
-        raise LayoutError(subject=path, expected="one matrix", found=pose.shape)
+        raise LayoutError(subject=path, expected="one 3 x 4 or 4 x 4 matrix", found=pose.shape)
     return pose
 
 
 def read_npy(path: Path) -> npt.NDArray[np.float64]:
-    """Read an array of numbers from a ``.npy`` file.
+    """Read a numeric array from a ``.npy`` file.
 
     Raises:
-        LayoutError: It holds anything else, or another number of bytes than it says.
+        LayoutError: The file is not a numeric array, or its size differs from the header.
     """
     return parse_npy(read_file(path, _MAX_ARRAY_BYTES), str(path))
 
 
 def read_npz(path: Path, name: str) -> npt.NDArray[np.float64]:
-    """Read one array of numbers from a ``.npz`` file.
+    """Read one numeric array from a ``.npz`` file.
 
     Raises:
-        LayoutError: It is not there, or holds anything else.
+        LayoutError: The array is missing or not numeric.
     """
     where = f"{path}, {name}"
     content = read_file(path, _MAX_ARRAY_BYTES)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             with archive.open(f"{name}.npy") as member:
-                content = member.read(_MAX_ARRAY_BYTES + 1)  # whatever its header says
-    except (*ZIP_ERRORS, KeyError, OSError) as error:  # OSError: bz2's; nothing else is read here
+                content = member.read(_MAX_ARRAY_BYTES + 1)  # regardless of the size in the header
+    except (*ZIP_ERRORS, KeyError, OSError) as error:  # bz2 raises OSError
         raise LayoutError(subject=where, expected="an array", found=error) from error
     if len(content) > _MAX_ARRAY_BYTES:
         raise LayoutError(subject=where, expected=f"at most {_MAX_ARRAY_BYTES} bytes", found="more")
@@ -228,14 +228,14 @@ def read_npz(path: Path, name: str) -> npt.NDArray[np.float64]:
 
 
 def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
-    """Turn the content of a ``.npy`` file into an array.
+    """Parse the content of a ``.npy`` file.
 
     Args:
-        content: The file.
-        where: What messages call it.
+        content: Content of the file.
+        where: Path for messages.
 
     Raises:
-        LayoutError: It holds anything but numbers, or another number of bytes than it says.
+        LayoutError: The content is not a numeric array, or its size differs from the header.
     """
     file = io.BytesIO(content)
     try:
@@ -246,34 +246,39 @@ def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
         }
         shape, fortran, dtype = read_header[version](file)
     except (*HEADER_ERRORS, KeyError) as error:
-        raise LayoutError(subject=where, expected="a numpy array", found=error) from error
+        raise LayoutError(subject=where, expected="a NumPy array", found=error) from error
     if dtype.kind not in "fiu":
         raise LayoutError(
-            subject=where, expected="an array of numbers", found=dtype, remedy="pickles are not read"
+            subject=where,
+            expected="a numeric array",
+            found=f"dtype {dtype}",
+            remedy="save it without pickling",
         )
     numbers = file.read()
-    # Before anything is allocated: a header of a hundred bytes can ask for terabytes.
+    # Checked before the allocation, because the header is untrusted.
     if any(n < 1 for n in shape) or len(numbers) != math.prod(shape) * dtype.itemsize:
-        raise LayoutError(subject=where, expected=f"{shape} of {dtype}", found=f"{len(numbers)} bytes")
+        raise LayoutError(
+            subject=where, expected=f"the data of shape {shape} and {dtype}", found=f"{len(numbers)} bytes"
+        )
     return np.frombuffer(numbers, dtype).reshape(shape, order="F" if fortran else "C").astype(np.float64)
 
 
 def to_4x4(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]:
-    """Complete (..., 3, 4) matrices to (..., 4, 4) by the row 0 0 0 1; those that are 4 x 4 stay.
+    """Append the row 0 0 0 1 to (..., 3, 4) matrices; (..., 4, 4) matrices are returned unchanged.
 
     Raises:
-        LayoutError: Another shape.
+        LayoutError: The shape is another one.
     """
     if matrices.shape[-2:] == (4, 4):
         return matrices
     if matrices.shape[-2:] != (3, 4):
-        raise LayoutError(subject=where, expected="matrices of 3 x 4 or 4 x 4", found=matrices.shape)
+        raise LayoutError(subject=where, expected="3 x 4 or 4 x 4 matrices", found=matrices.shape)
     last = np.broadcast_to([0.0, 0.0, 0.0, 1.0], (*matrices.shape[:-2], 1, 4))
     return np.concatenate([matrices, last], axis=-2)
 
 
 def invert_poses(poses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Turn rigid (..., 4, 4) world-to-camera matrices into camera-to-world ones, or back."""
+    """Invert rigid (..., 4, 4) transforms."""
     inverse = poses.copy()
     rotation = poses[..., :3, :3].swapaxes(-1, -2)
     inverse[..., :3, :3] = rotation

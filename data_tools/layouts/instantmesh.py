@@ -1,13 +1,12 @@
-"""InstantMesh's renders of Objaverse (github.com/TencentARC/InstantMesh, src/data/objaverse.py and issue 13).
+"""Layout of InstantMesh's Objaverse renders (github.com/TencentARC/InstantMesh, src/data/objaverse.py and issue 13).
 
-    <uid>/000.png        RGBA (beside 000_normal.png and 000_depth.png, which are not needed)
+    <uid>/000.png        RGBA; 000_normal.png and 000_depth.png are not read
     <uid>/cameras.npz    cam_poses: V x 3 x 4
 
-50 degrees, cameras at 2.0 to 3.5 from the origin, +z up, the object inside [-1, 1]^3, as here. The authors' loader
-takes ``cam_poses`` for world to camera, and after inverting it for Blender's camera (x right, y up, z backward). Their
-script was never published; those that users wrote also store camera to world, or OpenCV's axes. All these cameras look
-at the origin, so ``to_opencv_poses`` finds the convention. A field of view that is not 50 degrees is
-not found out.
+The field of view is 50 degrees, cameras are at distances of 2.0 to 3.5, +z is up, and the object is inside [-1, 1]^3.
+The authors' loader reads ``cam_poses`` as world-to-camera with OpenGL axes (x right, y up, z backward). Their rendering
+script is not published, and scripts by others store camera-to-world matrices or OpenCV axes. All these cameras look at
+the origin, which ``to_opencv_poses`` uses to detect the convention. Another field of view is not detected.
 """
 
 from pathlib import Path
@@ -30,25 +29,25 @@ from lrm_pl.conventions import opengl_to_opencv
 
 FOV_DEG = 50.0
 
-#: How far from its optical axis a camera may have the origin, as a part of the distance.
+#: Maximum offset of the origin from a camera's optical axis, relative to its distance.
 _OFF_AXIS = 0.02
 
 
 def find_objects(root: Path) -> list[Path]:
-    """List the folders of objects below ``root``."""
+    """List the object folders below ``root``."""
     return find_folders(root, r"\d{1,6}\.(png|webp)|cameras\.npz")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List an object's list_images, in order."""
+    """List the images of an object, in order."""
     return numbered_images(folder)
 
 
 def read_object(folder: Path) -> PosedViews:
-    """Read an object.
+    """Read the views of an object.
 
     Raises:
-        LayoutError: A file is missing or strange, or the cameras do not look at the origin.
+        LayoutError: A file is missing or invalid, or a camera does not look at the origin.
     """
     path = folder / "cameras.npz"
     files = list_images(folder)
@@ -56,7 +55,7 @@ def read_object(folder: Path) -> PosedViews:
     poses = to_4x4(read_npz(path, "cam_poses"), str(path))
     if poses.shape != (len(files), 4, 4) or [int(file.stem) for file in files] != list(range(len(files))):
         raise LayoutError(
-            subject=path, expected=f"a pose for each of {len(files)} list_images", found=poses.shape
+            subject=path, expected=f"one pose for each of {len(files)} images", found=poses.shape
         )
     focal = focal_from_fov(np.array(FOV_DEG))
     return PosedViews(
@@ -67,19 +66,20 @@ def read_object(folder: Path) -> PosedViews:
 
 
 def to_opencv_poses(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float32]:
-    """Tell world to camera from camera to world, and Blender's axes from OpenCV's.
+    """Convert poses of unknown convention to OpenCV camera-to-world.
 
-    Taken for what they are, the cameras have the origin on their optical axes; Blender's have it at negative z.
+    Under the correct interpretation (camera-to-world or world-to-camera) the origin is on every optical axis, at
+    negative z for OpenGL axes and at positive z for OpenCV axes.
 
     Args:
         matrices: (V, 4, 4) poses of cameras that look at the origin.
-        where: What messages call them.
+        where: Path for messages.
 
     Returns:
-        (V, 4, 4) the same cameras, OpenCV camera to world.
+        (V, 4, 4) poses.
 
     Raises:
-        LayoutError: Neither reading has cameras that look at the origin.
+        LayoutError: The cameras do not look at the origin under either interpretation.
     """
     for c2w, w2c in ((invert_poses(matrices), matrices), (matrices, invert_poses(matrices))):
         origin = w2c[:, :3, 3]

@@ -1,11 +1,11 @@
-"""OpenLRM's renders of Objaverse (github.com/3DTopia/OpenLRM, scripts/data/objaverse/blender_script.py).
+"""Layout of OpenLRM's Objaverse renders (github.com/3DTopia/OpenLRM, scripts/data/objaverse/blender_script.py).
 
     <uid>/rgba/000.png        RGBA
-    <uid>/pose/000.npy        3 x 4, camera to world; Blender's camera: x right, y up, z backward
-    <uid>/intrinsics.npy      3 x 2, pixels: fx fy, cx cy, width height; the list_images may have been resized since
+    <uid>/pose/000.npy        3 x 4 camera-to-world, OpenGL axes (x right, y up, z backward)
+    <uid>/intrinsics.npy      3 x 2 in pixels: fx fy, cx cy, width height; images may have been resized since
 
-The world is ours: +z up, the object's longest side is 2, the center of its box is the origin. The focal length is 0.75
-of the width (lens 24 mm, sensor 32 mm).
+The world has +z up. The object's bounding box is centered at the origin, with a longest side of 2. The focal length is
+0.75 image widths (24 mm lens, 32 mm sensor).
 """
 
 from pathlib import Path
@@ -25,20 +25,20 @@ from lrm_pl.conventions import opengl_to_opencv
 
 
 def find_objects(root: Path) -> list[Path]:
-    """List the folders of objects below ``root``."""
+    """List the object folders below ``root``."""
     return find_folders(root, r"rgba|pose|intrinsics\.npy")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List an object's list_images, in order."""
+    """List the images of an object, in order."""
     return numbered_images(folder / "rgba")
 
 
 def read_object(folder: Path) -> PosedViews:
-    """Read an object.
+    """Read the views of an object.
 
     Raises:
-        LayoutError: A file is missing or strange.
+        LayoutError: A file is missing or invalid.
     """
     intrinsics = read_npy(folder / "intrinsics.npy")
     if intrinsics.shape != (3, 2) or not (intrinsics[2] > 0).all():

@@ -1,4 +1,4 @@
-"""Which layouts there are, and what is the same for all of them: finding objects, looking at them, reading them."""
+"""The supported layouts: searching, inspecting and reading their objects."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,90 +15,89 @@ from lrm_pl.images import DECODE_ERRORS
 
 LAYOUTS = ("openlrm", "zero123", "instantmesh", "mvimgnet")
 
-#: Views an object and their side for videos, unless others are asked for.
+#: Default number of views per object, and their side in pixels, for videos.
 VIDEO_VIEWS, VIDEO_RESOLUTION = 24, 512
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewFormat:
-    """What all objects of a folder must have in common: a batch has one shape, a manifest one number of views.
+    """Number and size of views, which all objects of a data set share.
 
     Attributes:
         views: Number of views.
-        size: Width and height of the pictures.
+        size: Width and height of the images.
     """
 
     views: int
     size: tuple[int, int]
 
     def __str__(self) -> str:
-        """Say it in messages."""
+        """Return the format for messages."""
         return f"{self.views} views of {self.size[0]} x {self.size[1]} pixels"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How to read a folder.
+    """Functions that read a layout.
 
     Attributes:
-        name: What users call it.
-        find: Lists the folders of objects.
-        read: Reads an object's folder.
-        kind: Looks at an object without reading all of it; None where its pictures cannot be looked at.
-        normalize: How objects are scaled.
+        name: Name on the command line.
+        find: Lists the object folders.
+        read: Reads the views of an object folder.
+        view_format: Returns the format of an object without decoding it; None if its images are not readable.
+        normalize: Normalization of the objects.
     """
 
     name: str
     find: Callable[[Path], list[Path]]
     read: Callable[[Path], PosedViews]
-    kind: Callable[[Path], ViewFormat | None]
+    view_format: Callable[[Path], ViewFormat | None]
     normalize: Normalization
 
 
 def layout_renderer(layout: str) -> str:
-    """Return what samples that were converted from a layout have as their renderer."""
+    """Return the ``renderer`` field of samples that are converted from a layout."""
     return f"converted from {layout}"
 
 
 def get_layout(
     name: str, root: Path, resolution: int | None = None, views: int | None = None, masks: Path | None = None
 ) -> Layout:
-    """Say how to read a folder.
+    """Return the reader of a layout.
 
     Args:
         name: One of ``LAYOUTS``.
-        root: The folder.
-        resolution: Side of the views that is asked for.
-        views: Views an object, for videos.
+        root: Folder of the data set.
+        resolution: Side of the views in pixels.
+        views: Number of views per object, for videos.
         masks: Folder of masks, for videos.
 
     Raises:
-        LayoutError: Numbers that make no sense, or options of another layout.
+        LayoutError: A number is out of range, or an option does not apply to the layout.
     """
     for option, value, most in (("--res", resolution, MAX_IMAGE_SIDE), ("--views", views, MAX_VIEWS)):
         if value is not None and not 1 <= value <= most:
             raise LayoutError(expected=f"{option} from 1 to {most}", found=value)
     if name == "mvimgnet":
-        kind = ViewFormat(views or VIDEO_VIEWS, (resolution or VIDEO_RESOLUTION,) * 2)
-        read = partial(_read_video, root=root, masks=masks, kind=kind)
-        return Layout(name, mvimgnet.find_objects, read, lambda _: kind, "sphere")
+        video = ViewFormat(views or VIDEO_VIEWS, (resolution or VIDEO_RESOLUTION,) * 2)
+        read = partial(_read_video, root=root, masks=masks, view_format=video)
+        return Layout(name, mvimgnet.find_objects, read, lambda _: video, "sphere")
     if views is not None or masks is not None:
         raise LayoutError(expected="--views and --masks with --from mvimgnet only", found=f"--from {name}")
     files = {"openlrm": openlrm, "zero123": zero123, "instantmesh": instantmesh}[name]
-    return Layout(
-        name, files.find_objects, files.read_object, partial(_kind, pictures=files.list_images), "cube"
-    )
+    view_format = partial(_view_format, list_images=files.list_images)
+    return Layout(name, files.find_objects, files.read_object, view_format, "cube")
 
 
-def _kind(folder: Path, pictures: Callable[[Path], list[Path]]) -> ViewFormat | None:
+def _view_format(folder: Path, list_images: Callable[[Path], list[Path]]) -> ViewFormat | None:
     try:
-        files = pictures(folder)
-        with Image.open(files[0], formats=("PNG", "WEBP")) as image:  # only its header is read
-            return ViewFormat(len(files), image.size)
+        images = list_images(folder)
+        with Image.open(images[0], formats=("PNG", "WEBP")) as image:  # reads only the header
+            return ViewFormat(len(images), image.size)
     except (IndexError, *DECODE_ERRORS):
-        return None  # whoever reads it says why
+        return None  # reported when the object is read
 
 
-def _read_video(folder: Path, root: Path, masks: Path | None, kind: ViewFormat) -> PosedViews:
-    place = folder / "masks" if masks is None else masks / folder.relative_to(root)
-    return mvimgnet.read_object(folder, place, kind.views, kind.size[0])
+def _read_video(folder: Path, root: Path, masks: Path | None, view_format: ViewFormat) -> PosedViews:
+    folder_of_masks = folder / "masks" if masks is None else masks / folder.relative_to(root)
+    return mvimgnet.read_object(folder, folder_of_masks, view_format.views, view_format.size[0])

@@ -1,11 +1,11 @@
-"""Zero-1-to-3's renders of Objaverse (github.com/cvlab-columbia/zero123, objaverse-rendering/).
+"""Layout of Zero-1-to-3's Objaverse renders (github.com/cvlab-columbia/zero123, objaverse-rendering/).
 
     <uid>/000.png    RGBA
-    <uid>/000.npy    3 x 4, world to camera; Blender's camera: x right, y up, z backward
+    <uid>/000.npy    3 x 4 world-to-camera, OpenGL axes (x right, y up, z backward)
 
-The script descends from one that turned its camera's axes into those of OpenCV, but that line is commented out. There
-are no intrinsics: lens 35 mm, sensor 32 mm, so 49.1 degrees. The world is +z up; the object's longest side is 1 there,
-and the cameras stand at 1.5 to 2.2 from the origin: all lengths are doubled here.
+The rendering script's conversion to OpenCV axes is commented out. Intrinsics are not stored: the lens is 35 mm and the
+sensor 32 mm, a field of view of 49.1 degrees. The world has +z up. The object's longest side is 1 and the cameras are
+at distances of 1.5 to 2.2, so all lengths are doubled here.
 """
 
 from pathlib import Path
@@ -22,28 +22,28 @@ from data_tools.layouts.files import (
 )
 from lrm_pl.conventions import opengl_to_opencv
 
-#: Focal length in picture sides: lens / sensor.
+#: Focal length in image widths: lens / sensor.
 FOCAL = 35 / 32
 
-#: Our longest side over theirs.
+#: Longest side of an object here over that in the layout.
 SCALE = 2.0
 
 
 def find_objects(root: Path) -> list[Path]:
-    """List the folders of objects below ``root``."""
+    """List the object folders below ``root``."""
     return find_folders(root, r"\d{1,6}\.(png|webp|npy)")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List an object's list_images, in order."""
+    """List the images of an object, in order."""
     return numbered_images(folder)
 
 
 def read_object(folder: Path) -> PosedViews:
-    """Read an object.
+    """Read the views of an object.
 
     Raises:
-        LayoutError: A file is missing or strange.
+        LayoutError: A file is missing or invalid.
     """
     files = list_images(folder)
     views = read_views(files, folder)

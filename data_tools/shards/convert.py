@@ -160,7 +160,7 @@ def find_tasks(layout: Layout, folder: Path) -> dict[str, Task]:
     tasks: dict[str, Task] = {}
     found = layout.find(folder)
     with ThreadPoolExecutor(8) as pool:  # it waits for the disk
-        kinds = list(pool.map(layout.kind, found))
+        kinds = list(pool.map(layout.view_format, found))
     for path, kind in zip(found, kinds, strict=True):
         place = path.relative_to(folder).as_posix()
         key = re.sub(r"[^A-Za-z0-9_-]", "_", place)

@@ -159,7 +159,7 @@ def bad_objects(root, layout):
     """Write one object for each thing that can be wrong; yields its name and what must be said of it."""
     for name, said in (
         ("missing-pose", "expected a file .*, but found none"),
-        ("pickle", "pickles are not read|expected a numpy array"),
+        ("pickle", "without pickling|expected a NumPy array"),
         ("stretched-pose", "expected rigid poses|look at the origin"),
         ("corrupt-image", "expected a PNG or WebP view"),
         ("text-bomb-first", "expected a PNG or WebP view"),
@@ -172,7 +172,7 @@ def bad_objects(root, layout):
         ("opaque-image", "expected RGBA views, but found mode RGB"),
         ("opaque-palette", "expected RGBA views, but found mode P"),
         ("hdr-image", r"003\.png: expected .*found PQ, which is HDR"),
-        ("cut-image", r"003\.png: expected .* the shape that its camera sees, but found 32 x 24"),
+        ("cut-image", r"003\.png: expected .* the aspect ratio of the camera, but found 32 x 24"),
         ("too-large", "cameras that fit the silhouettes"),
     ):
         folder = root / name
@@ -232,8 +232,8 @@ def test_one_number_twice_is_refused_and_named(layout, tmp_path):
     image.with_name("3.png").write_bytes(image.read_bytes())
     assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a"}
     found = reasons(tmp_path / "out")
-    assert "expected one image a number, but found 003.png and 003.webp. Remove one" in found["both"]
-    assert "expected one image a number, but found 003.png and 3.png. Remove one" in found["short"]
+    assert "expected one image per number, but found 003.png and 003.webp. Remove one" in found["both"]
+    assert "expected one image per number, but found 003.png and 3.png. Remove one" in found["short"]
 
 
 def test_folders_behind_links_are_found_once_and_dead_links_are_named(layout, tmp_path):
@@ -252,7 +252,7 @@ def test_folders_behind_links_are_found_once_and_dead_links_are_named(layout, tm
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_empty(layout, tmp_path):
-    with pytest.raises(LayoutError, match=r"expected a folder that can be listed, but found .*No such file"):
+    with pytest.raises(LayoutError, match=r"expected readable folders, but found .*No such file"):
         converted(layout, tmp_path / "nowhere", tmp_path / "out")
 
 

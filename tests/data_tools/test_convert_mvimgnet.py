@@ -275,9 +275,9 @@ def test_views_that_show_a_part_or_nothing_do_not_count(video, tmp_path):
         Image.fromarray(mask).save(folder / "masks" / f"{name}.jpg.png")
     said = reason(folder, tmp_path / "out", views=4)
     assert (
-        "expected at least 4 whole views, but found 3 of 10: 1 without a mask, 1 without an image, " in said
+        "expected at least 4 usable views, but found 3 of 10 (1 without a mask, 1 without an image, " in said
     )
-    assert "1 with an empty mask, 4 cut by the image's edge" in said
+    assert "1 with an empty mask, 4 cropped by the image border" in said
     found = converted(folder.parents[1], tmp_path / "three", views=3)["7_1a2b"]
     assert found.info.views == 3
 
@@ -324,7 +324,7 @@ def test_a_colmap_file_that_is_not_whole_is_refused_by_its_size(video, tmp_path,
     ("damage", "said"),
     [
         (short_counted, r"images\.bin: expected \d+ bytes, but found"),
-        (not_finite, "expected a pose and the number of a camera, but found .*nan"),
+        (not_finite, "expected a valid pose and camera id, but found .*nan"),
         (leaving, r"expected plain file names in images\.bin, but found '\.\./1jpg'"),
     ],
 )
@@ -338,14 +338,14 @@ def test_strange_poses_and_names_are_refused(video, damage, said):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("images/003.jpg", b"nothing", "003.jpg: expected an image, but found"),
-        ("masks/003.jpg.png", b"nothing", "003.jpg.png: expected a mask, but found"),
+        ("images/003.jpg", b"nothing", "003.jpg: the image cannot be decoded"),
+        ("masks/003.jpg.png", b"nothing", "003.jpg.png: the mask cannot be decoded"),
         (
             "images/003.jpg",
             None,
-            r"expected an image of \(128, 128\) pixels as its camera says, .*found \(9000, 100\)",
+            r"expected the camera's 128 x 128 pixels, .*found 9000 x 100",
         ),
-        ("masks/003.jpg.png", None, r"expected a mask of \(128, 128\) pixels"),
+        ("masks/003.jpg.png", None, r"expected the camera's 128 x 128 pixels"),
     ],
 )
 def test_images_and_masks_that_are_not_their_cameras_are_refused(video, name, content, said):
@@ -377,10 +377,10 @@ def test_every_camera_model_gives_the_same_cameras(tmp_path, model, parameters):
 
 def test_a_camera_model_that_we_do_not_know_and_a_strange_camera_are_refused(tmp_path):
     write_model(tmp_path / "a", [], [100.0, 100, 64, 64, 0, 0, 0, 0], FISHEYE)
-    with pytest.raises(LayoutError, match=r"expected a pinhole camera, .*found model 5"):
+    with pytest.raises(LayoutError, match=r"expected a pinhole, .*found model id 5"):
         read_model(tmp_path / "a")
     write_model(tmp_path / "b", [], [-100.0, 100, 64, 64])
-    with pytest.raises(LayoutError, match="expected a camera, but found 128 x 128 pixels"):
+    with pytest.raises(LayoutError, match="expected valid intrinsics, but found 128 x 128 pixels"):
         read_model(tmp_path / "b")
 
 
@@ -398,7 +398,7 @@ def test_distortion_is_measured_by_hand_and_refused_above_a_hundredth_of_the_cro
         )
     converted(tmp_path / "mild", tmp_path / "mild-out")
     said = reason(tmp_path / "strong" / "7" / "a", tmp_path / "out")
-    assert "expected a lens that moves the crop's corners by at most 1% of its side, but found" in said
+    assert "expected lens distortion of at most 1% of the crop, but found" in said
 
 
 def test_cameras_that_do_not_go_around_an_object_are_refused(tmp_path):
@@ -408,7 +408,7 @@ def test_cameras_that_do_not_go_around_an_object_are_refused(tmp_path):
     away[:, :3, :3] = away[:, :3, :3] @ np.diag([-1, 1, -1]).astype(np.float32)  # turned about their up axes
     for name, c2w, said in (
         ("still", still, "look in one direction"),
-        ("away", away, "found none before camera"),
+        ("away", away, "found it behind camera"),
     ):
         sample.c2w[:] = c2w
         write_video(tmp_path / name / "7" / "a", sample, tmp_path / name / "7" / "a" / "masks")
