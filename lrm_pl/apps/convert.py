@@ -24,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
 
     from lrm_pl.inference.convert import convert, print_report  # imports torch
-    from lrm_pl.weights.key_map import UnseenNumbers
+    from lrm_pl.weights.key_map import Hyperparameters
 
-    numbers = UnseenNumbers(args.heads, args.encoder_heads, args.image_size, args.samples_per_ray)
+    numbers = Hyperparameters(args.heads, args.encoder_heads, args.image_size, args.samples_per_ray)
     try:
         conversion = convert(args.source, args.weights, args.out, numbers)
     except (InputError, OSError) as error:

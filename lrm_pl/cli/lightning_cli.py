@@ -91,11 +91,11 @@ from lrm_pl.version import git_commit
 from lrm_pl.weights.encoders import (
     TIMM_NAMES,
     EncoderName,
+    load_encoder_file,
+    load_encoder_from_hub,
     load_encoder_state,
-    load_hub_encoder_state,
-    load_other_encoder_state,
+    pretrained_perceptual_loss,
 )
-from lrm_pl.weights.perceptual import pretrained_perceptual_loss
 from lrm_pl.weights.resolve import WeightSource
 
 logger = logging.getLogger(__name__)
@@ -730,7 +730,7 @@ def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Te
     if (name := table_name(timm_name)) is not None:
         return load_encoder_state(name, source=weights.source, **vars(given))
     if given.path is not None and given.sha256 is not None:
-        return load_other_encoder_state(timm_name, given.path, given.sha256)
+        return load_encoder_file(timm_name, given.path, given.sha256)
     if weights.source == "pypi" or given.path is not None:
         raise InputError(
             expected=f"weights of {timm_name} from the hub or a file and its hash",
@@ -740,7 +740,7 @@ def _encoder_state(timm_name: str, weights: WeightsConfig) -> dict[str, torch.Te
                 "--weights.encoder.sha256 HEX"
             ),
         )
-    return load_hub_encoder_state(timm_name)
+    return load_encoder_from_hub(timm_name)
 
 
 def table_name(timm_name: str) -> EncoderName | None:

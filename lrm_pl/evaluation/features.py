@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
-from lrm_pl.weights.download import sha256_of
-from lrm_pl.weights.resolve import resolve
-from lrm_pl.weights.tensor_files import read_tensor_file
+from lrm_pl.weights.key_map import read_tensor_file
+from lrm_pl.weights.resolve import resolve, sha256_of
 
 #: timm's name of CLIP ViT-B/32 with OpenAI's weights: what papers call CLIP similarity, unless they say otherwise.
 CLIP_NAME = "vit_base_patch32_clip_quickgelu_224.openai"

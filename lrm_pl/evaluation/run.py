@@ -51,7 +51,7 @@ from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.scene import Scene
 from lrm_pl.kernels.device import choose_device
 from lrm_pl.storage import StoreError
-from lrm_pl.weights.perceptual import pretrained_perceptual_loss
+from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
 #: Seconds between two lines that say how far it is.
 _SAY_S = 30.0

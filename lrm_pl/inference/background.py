@@ -75,8 +75,8 @@ class BackgroundRemover:
         from rembg.sessions.u2net_custom import U2netCustomSession
 
         found = resolve("u2netp", source=self._source, path=self._path, sha256=self._sha256)
-        if found.artifact is not None and found.artifact.member:
-            content = read_member(found.path, found.artifact.member)
+        if found.file is not None and found.file.member:
+            content = read_member(found.path, found.file.member)
             if (sha256 := hashlib.sha256(content).hexdigest()) != U2NETP_SHA256:
                 raise WeightsError(
                     subject="u2netp", expected=f"sha256 {U2NETP_SHA256} in {found.path}", found=sha256
@@ -102,5 +102,5 @@ class BackgroundRemover:
                     subject=found.path, expected="an ONNX file of U^2-Net", found=error
                 ) from error
         provider = session.inner_session.get_providers()[0].removesuffix("ExecutionProvider")
-        self.description = f"rembg, {found.what}, on {provider}"
+        self.description = f"rembg, {found.description}, on {provider}"
         return session

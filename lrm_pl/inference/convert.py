@@ -11,9 +11,8 @@ from lrm_pl.data.manifest import require_no_folder
 from lrm_pl.errors import InputError
 from lrm_pl.inference.model_card import model_card
 from lrm_pl.inference.model_folder import build_network, write_pretrained
-from lrm_pl.weights.key_map import Conversion, UnseenNumbers
+from lrm_pl.weights.key_map import Conversion, Hyperparameters, read_tensor_file
 from lrm_pl.weights.openlrm import convert_openlrm
-from lrm_pl.weights.tensor_files import read_tensor_file
 from lrm_pl.weights.triposr import convert_triposr
 
 CONVERTERS = {"openlrm": convert_openlrm, "triposr": convert_triposr}
@@ -33,7 +32,7 @@ LICENSES = {
 }
 
 
-def convert(source: str, weights: Path, out: Path, unseen: UnseenNumbers) -> Conversion:
+def convert(source: str, weights: Path, out: Path, hyperparameters: Hyperparameters) -> Conversion:
     """Convert a weight file to a new model folder.
 
     The folder is written only if the network can be built and loads the converted weights strictly.
@@ -42,7 +41,7 @@ def convert(source: str, weights: Path, out: Path, unseen: UnseenNumbers) -> Con
         source: "openlrm" or "triposr".
         weights: Weight file.
         out: The folder, which must not exist.
-        unseen: Hyperparameters that cannot be read from tensor shapes.
+        hyperparameters: Hyperparameters that cannot be read from tensor shapes.
 
     Raises:
         InputError: The weights do not match the architecture, or the folder exists.
@@ -50,7 +49,7 @@ def convert(source: str, weights: Path, out: Path, unseen: UnseenNumbers) -> Con
     require_no_folder(out)
     if not weights.is_file():
         raise InputError(expected=f"weights at {weights}", found="no file", remedy="correct the path")
-    conversion = CONVERTERS[source](read_tensor_file(weights, source), unseen)
+    conversion = CONVERTERS[source](read_tensor_file(weights, source), hyperparameters)
     network, _ = build_network(conversion.model)
     network.load_state_dict(conversion.weights, strict=True)
     origin = f"Converted from {weights.name} ({source})."
@@ -64,6 +63,6 @@ def print_report(conversion: Conversion) -> None:
     table = Table("source key", "key", "shape", "change")
     for record in conversion.report:
         shape = " x ".join(map(str, record.shape))
-        table.add_row("\n".join(record.theirs), record.ours or "unused", shape, record.how)
+        table.add_row("\n".join(record.sources), record.target or "unused", shape, record.change)
     # Fixed width for redirected output, so that keys are not truncated.
     Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -32,7 +32,7 @@ from lrm_pl.training.supported import (
     require_supported_settings,
     require_trained,
 )
-from lrm_pl.weights.perceptual import pretrained_perceptual_loss
+from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
 logger = logging.getLogger(__name__)
 

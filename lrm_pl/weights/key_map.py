@@ -1,34 +1,81 @@
-"""Turning somebody else's weights into ours: every key is accounted for, or nothing is written.
+"""Read weight files of other projects, and map their keys strictly: every key is mapped or known to be unused.
 
-``convert_openlrm.py`` and ``convert_triposr.py`` say which of their keys becomes which of ours.
+The mappings themselves are in ``openlrm.py`` and ``triposr.py``.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lrm_pl.errors import InputError
+from lrm_pl.weights.resolve import WeightsError
 
-#: What weights may be stored in.
+#: Allowed types of source tensors.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ConversionError(InputError):
-    """The weights are not of the architecture that they were said to be of."""
+    """The weights do not match the architecture."""
+
+
+def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
+    """Read tensors by name from a file, without running code from it.
+
+    Args:
+        path: A .safetensors file, or a .pth, .pt, .ckpt or .bin file of ``torch.save`` (read with ``weights_only``).
+        name: Name of the weights, for messages.
+
+    Raises:
+        WeightsError: The file cannot be read, contains something else, or would run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise WeightsError(
+                subject=name,
+                expected=f"{path} to end in .safetensors, .pth, .pt, .ckpt or .bin",
+                found=f"{path.suffix!r}",
+                remedy="give the weight file as published",
+            )
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:  # the readers raise many types for damaged files
+        # PyTorch's further sentences recommend to run the code in the file
+        reason = re.split(r"(?<=[.!?]) |\n", str(error).strip(), maxsplit=1)[0]
+        raise WeightsError(
+            subject=name,
+            expected=f"tensors by name in {path}",
+            found=f"an unreadable file ({type(error).__name__}: {reason})",
+            remedy="download the file again; no code in it was run",
+        ) from error
+    if not isinstance(content, Mapping):
+        raise WeightsError(
+            subject=name,
+            expected=f"tensors by name in {path}",
+            found=type(content).__name__,
+            remedy="save the network's state_dict()",
+        )
+    return content
 
 
 @dataclasses.dataclass(frozen=True)
-class UnseenNumbers:
-    """What tensors do not show. None: what the published models have.
+class Hyperparameters:
+    """Hyperparameters that tensor shapes do not determine. None: that of the published models.
 
     Attributes:
-        heads: Attention heads a block of the transformer (published: 64 channels each).
-        encoder_heads: Attention heads a block of the encoder (likewise).
-        image_size: Side of the image that the encoder sees.
-        samples_per_ray: Samples a ray, importance samples among them.
+        heads: Attention heads of the transformer (published: 64 channels each).
+        encoder_heads: Attention heads of the encoder (likewise).
+        image_size: Input size of the encoder, pixels.
+        samples_per_ray: Samples per ray, including importance samples.
     """
 
     heads: int | None = None
@@ -39,19 +86,19 @@ class UnseenNumbers:
 
 @dataclasses.dataclass(frozen=True)
 class KeyRecord:
-    """What became of one or several of their keys.
+    """The mapping of one or several source keys.
 
     Attributes:
-        theirs: Their keys.
-        ours: Our key; empty where they are not needed.
-        shape: Of our tensor.
-        how: What was done, empty for a copy.
+        sources: Source keys.
+        target: Key of this project; empty if the source keys are unused.
+        shape: Shape of the tensor.
+        change: Conversion of the values; empty for a copy.
     """
 
-    theirs: tuple[str, ...]
-    ours: str
+    sources: tuple[str, ...]
+    target: str
     shape: tuple[int, ...]
-    how: str
+    change: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +106,9 @@ class Conversion:
     """Converted weights.
 
     Attributes:
-        model: The model section of a config: the network, and the renderer that it was trained with.
+        model: Model section of a config: the network and the renderer.
         weights: The network's state dict.
-        report: What became of each of their keys.
+        report: Mapping of each source key.
     """
 
     model: dict[str, Any]
@@ -70,45 +117,45 @@ class Conversion:
 
 
 class KeyMapper:
-    """Takes their tensors one by one, and knows at the end which are left.
+    """Maps a source state dict key by key; problems are collected and raised by ``finish``.
 
     Args:
-        source: Whose weights these are, for messages.
-        state: Their state dict.
+        source: Name of the source project, for messages.
+        state: Source state dict.
 
     Raises:
-        ConversionError: Something in it is no tensor of floats.
+        ConversionError: A value is not a dense floating-point tensor.
     """
 
     def __init__(self, source: str, state: Mapping[Any, Any]) -> None:
         self.source, self.state = source, dict(state)
         self.weights: dict[str, Tensor] = {}
         self.report: list[KeyRecord] = []
-        self._wrong: list[str] = []
-        self._left = dict.fromkeys(self.state)
+        self._problems: list[str] = []
+        self._unused = dict.fromkeys(self.state)
         for key, value in self.state.items():
             if not (isinstance(key, str) and isinstance(value, Tensor) and value.dtype in _DTYPES) or (
                 value.layout != torch.strided
             ):
                 raise ConversionError(
                     subject=source,
-                    expected="tensors of floats by name",
+                    expected="floating-point tensors by name",
                     found=f"{key!r}: {type(value).__name__}",
                     remedy="give the network's plain state dict",
                 )
 
-    def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
-        """Read sizes off a tensor that must be there.
+    def shape_of(self, key: str, dimensions: int) -> tuple[int, ...]:
+        """Return the shape of a required tensor.
 
         Raises:
-            ConversionError: It is not, or has another number of dimensions.
+            ConversionError: The tensor is missing, or has another number of dimensions.
         """
         if key not in self.state:
             raise ConversionError(
                 subject=self.source,
                 expected=f"the key {key!r}",
-                found=_some(list(self.state)),
-                remedy="is this another network, or are the weights inside another dict of the file?",
+                found=_first_keys(list(self.state)),
+                remedy="check that the file is of this network, and that the weights are not inside another dict",
             )
         shape = tuple(self.state[key].shape)
         if len(shape) != dimensions:
@@ -118,102 +165,99 @@ class KeyMapper:
         return shape
 
     def count(self, pattern: str, step: int = 1) -> int:
-        """Count the layers whose keys are ``pattern`` with 0, step, 2 step ... in it."""
+        """Count the consecutive layers whose keys are ``pattern`` formatted with 0, step, 2 step, ..."""
         number = 0
         while pattern.format(step * number) in self.state:
             number += 1
         return number
 
-    def has(self, key: str) -> bool:
-        """Say whether a key is there."""
-        return key in self.state
-
     @property
-    def sound(self) -> bool:
-        """Whether nothing was wrong so far; if something was, sizes are not to be trusted with memory."""
-        return not self._wrong
+    def is_valid(self) -> bool:
+        """Whether no problem was found so far; otherwise sizes are not trusted and no memory is allocated."""
+        return not self._problems
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        """Take one of their tensors; a missing or misshapen one is remembered, and zeros stand in for it."""
-        self._left.pop(key, None)
+        """Return a source tensor in float32; if it is missing or invalid, record the problem and return zeros."""
+        self._unused.pop(key, None)
         tensor = self.state.get(key)
         if tensor is None:
-            self._wrong.append(f"{key} is missing")
+            self._problems.append(f"{key} is missing")
         elif tuple(tensor.shape) != shape:
-            self._wrong.append(f"{key} has shape {tuple(tensor.shape)} instead of {shape}")
+            self._problems.append(f"{key} has shape {tuple(tensor.shape)} instead of {shape}")
         elif not tensor.is_meta and not torch.isfinite(tensor).all():
-            self._wrong.append(f"{key} has numbers that are not finite")
+            self._problems.append(f"{key} has non-finite values")
         else:
             return tensor.float()
-        return torch.zeros(()).expand(shape)  # a size out of a file: no memory is taken for it
+        return torch.zeros(()).expand(shape)  # the shape may come from the file: allocate nothing
 
-    def put(self, ours: str, value: Tensor, theirs: tuple[str, ...], how: str) -> None:
-        """Set one of our tensors."""
-        self.weights[ours] = value.contiguous() if self.sound else value
-        self.report.append(KeyRecord(theirs, ours, tuple(value.shape), how))
+    def put(self, target: str, value: Tensor, sources: tuple[str, ...], change: str) -> None:
+        """Set a tensor of the result."""
+        self.weights[target] = value.contiguous() if self.is_valid else value
+        self.report.append(KeyRecord(sources, target, tuple(value.shape), change))
 
-    def copy(self, theirs: str, ours: str, shape: tuple[int, ...]) -> None:
-        """Take a tensor as it is."""
-        self.put(ours, self.take(theirs, shape), (theirs,), "")
+    def copy(self, source: str, target: str, shape: tuple[int, ...]) -> None:
+        """Copy a tensor."""
+        self.put(target, self.take(source, shape), (source,), "")
 
-    def linear(self, theirs: str, ours: str, rows: int, columns: int, *, bias: bool = True) -> None:
-        """Take a linear layer as it is."""
-        self.copy(f"{theirs}.weight", f"{ours}.weight", (rows, columns))
+    def linear(self, source: str, target: str, rows: int, columns: int, *, bias: bool = True) -> None:
+        """Copy a linear layer."""
+        self.copy(f"{source}.weight", f"{target}.weight", (rows, columns))
         if bias:
-            self.copy(f"{theirs}.bias", f"{ours}.bias", (rows,))
+            self.copy(f"{source}.bias", f"{target}.bias", (rows,))
 
-    def decoder(self, theirs: str, channels: int, width: int, layers: int) -> None:
-        """Take the NeRF MLP: linear layers at every second place of a sequence, activations between them."""
+    def decoder(self, source: str, channels: int, width: int, layers: int) -> None:
+        """Copy the NeRF MLP, a sequence of alternating linear layers and activations."""
         sizes = [3 * channels, *[width] * (layers - 1), 4]
         for number in range(layers):
             self.linear(
-                f"{theirs}.{2 * number}", f"decoder.layers.{number}", sizes[number + 1], sizes[number]
+                f"{source}.{2 * number}", f"decoder.layers.{number}", sizes[number + 1], sizes[number]
             )
 
-    def norm(self, theirs: str, ours: str, size: int) -> None:
-        """Take weight and bias of a norm."""
-        self.copy(f"{theirs}.weight", f"{ours}.weight", (size,))
-        self.copy(f"{theirs}.bias", f"{ours}.bias", (size,))
+    def norm(self, source: str, target: str, size: int) -> None:
+        """Copy the weight and bias of a norm."""
+        self.copy(f"{source}.weight", f"{target}.weight", (size,))
+        self.copy(f"{source}.bias", f"{target}.bias", (size,))
 
-    def stacked(self, theirs: tuple[str, ...], ours: str, shape: tuple[int, ...]) -> None:
-        """Put tensors of one shape below each other."""
-        parts = [self.take(key, shape) for key in theirs]
-        together = torch.cat(parts) if self.sound else parts[0].expand(shape)
-        self.put(ours, together, theirs, "put together")
+    def concatenate(self, sources: tuple[str, ...], target: str, shape: tuple[int, ...]) -> None:
+        """Concatenate tensors of one shape along the first dimension."""
+        parts = [self.take(key, shape) for key in sources]
+        value = torch.cat(parts) if self.is_valid else parts[0].expand(shape)
+        self.put(target, value, sources, "concatenated")
 
-    def leave_out(self, key: str, why: str) -> None:
-        """Pass over a key that this network does not need, if it is there."""
-        if key in self._left:
-            del self._left[key]
-            self.report.append(KeyRecord((key,), "", tuple(self.state[key].shape), why))
+    def ignore(self, key: str, reason: str) -> None:
+        """Mark a key as unused, if it exists."""
+        if key in self._unused:
+            del self._unused[key]
+            self.report.append(KeyRecord((key,), "", tuple(self.state[key].shape), reason))
 
     def finish(self) -> None:
-        """Refuse the weights unless every key was found and every one used.
+        """Check that every required key was found and every source key was used.
 
         Raises:
-            ConversionError: With all of the differences.
+            ConversionError: With all problems.
         """
-        wrong = self._wrong + [f"{key} {tuple(self.state[key].shape)} is a stranger" for key in self._left]
-        if wrong:
+        problems = self._problems + [
+            f"{key} {tuple(self.state[key].shape)} is unexpected" for key in self._unused
+        ]
+        if problems:
+            lines = "\n  ".join(problems)
             raise ConversionError(
-                f"{self.source}: expected the weights of this network and nothing else, but found {len(wrong)} "
-                "differences:\n  "
-                + "\n  ".join(wrong)
-                + "\nNothing was written; give the weights of this network."
+                f"{self.source}: the file does not contain exactly the weights of this network; {len(problems)} "
+                f"differences:\n  {lines}\nNothing was written. Give the weights of this network."
             )
 
 
 def patch_sides(positions: int, image_size: int, patch: int, source: str) -> tuple[int, int]:
-    """Return how many patches a side position embeddings are stored for, and how many the image has.
+    """Return the number of patches per side of the stored position embeddings and of the image.
 
     Args:
-        positions: Number of position embeddings, that of the class token among them.
-        image_size: Side of the image.
-        patch: Side of a patch.
-        source: Whose weights these are.
+        positions: Number of position embeddings, including the class token's.
+        image_size: Side of the image, pixels.
+        patch: Side of a patch, pixels.
+        source: Name of the source project.
 
     Raises:
-        ConversionError: The embeddings are no square, or patches do not divide the image.
+        ConversionError: The embeddings do not form a square, or the patch size does not divide the image size.
     """
     stored = round(max(0, positions - 1) ** 0.5)
     if stored < 1 or stored * stored != positions - 1:
@@ -229,10 +273,10 @@ def patch_sides(positions: int, image_size: int, patch: int, source: str) -> tup
 
 
 def plane_side(tokens: int, source: str) -> int:
-    """Return the side s of a plane from the number of tokens 3 s s.
+    """Return the side s of a plane for 3 s s tokens.
 
     Raises:
-        ConversionError: It is no such number.
+        ConversionError: The number of tokens is not of this form.
     """
     side = round((tokens / 3) ** 0.5)
     if 3 * side * side != tokens:
@@ -240,13 +284,13 @@ def plane_side(tokens: int, source: str) -> int:
     return side
 
 
-def default_heads(width: int, given: int | None, option: str, source: str) -> int:
-    """Return the number of heads: what is given, or 64 channels each as all published models have.
+def default_heads(width: int, heads: int | None, option: str, source: str) -> int:
+    """Return the number of attention heads; by default 64 channels each, as in all published models.
 
     Raises:
-        ConversionError: It does not divide the width.
+        ConversionError: The number does not divide the width.
     """
-    heads = given or width // 64
+    heads = heads or width // 64
     if heads < 1 or width % heads:
         raise ConversionError(
             subject=source,
@@ -257,5 +301,5 @@ def default_heads(width: int, given: int | None, option: str, source: str) -> in
     return heads
 
 
-def _some(keys: list[str]) -> str:
+def _first_keys(keys: list[str]) -> str:
     return ", ".join(map(repr, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "") or "none"

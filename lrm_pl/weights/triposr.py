@@ -1,11 +1,13 @@
-"""TripoSR (VAST-AI-Research/TripoSR) -> ours, and where it goes what is unlike ours there.
+"""Convert weights of TripoSR (VAST-AI-Research/TripoSR).
 
-- Its world: the input view is seen from +x and the box has the radius 0.87. Ours has it seen from -y, and the box
-  [-1, 1]^3: ``plane_layout`` turns it, and one of our scene units is 0.87 of its (``from_triposr_world``). An object
-  normalized to the unit sphere then has the size that it was trained with.
-- Density counts lengths in shares of a ray's chord (``Renderer.unit``), so it does not change with the scale.
-- Position embeddings are resized by transformers 4.35's rule: bicubic, by a factor of (side + 0.1) / stored side.
-- Blocks are self-attention, cross-attention, GEGLU, in a group norm, two projections and a residual: ``blocks``.
+Differences from this project, and how they are represented:
+
+- The input camera is on +x, and the bounding box has a half side of 0.87. Here the camera is on -y and the box is
+  [-1, 1]^3: ``plane_layout`` rotates the planes, and one scene unit is 0.87 of TripoSR's (``from_triposr_world``). An
+  object normalized to the unit sphere then has the size of training.
+- Densities are per fraction of a ray's chord (``Renderer.unit``), and so independent of the scale.
+- Position embeddings are resized as in transformers 4.35: bicubic, with a scale factor of (side + 0.1) / stored side.
+- Blocks consist of self-attention, cross-attention and GEGLU, between projections with a group norm: ``blocks``.
 """
 
 from collections.abc import Mapping
@@ -16,47 +18,50 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrm_pl.weights.key_map import Conversion, KeyMapper, UnseenNumbers, default_heads, patch_sides
+from lrm_pl.weights.key_map import Conversion, Hyperparameters, KeyMapper, default_heads, patch_sides
 
-#: Half the side of TripoSR's box, in its scene units.
+#: Half side of TripoSR's bounding box, in its scene units.
 RADIUS = 0.87
 
 _PATCH = 16
 
-#: timm's encoders: width -> name, blocks, heads.
+#: timm's encoders: width -> name, depth, heads.
 _ENCODERS = {384: ("vit_small_patch16_224.dino", 12, 6), 768: ("vit_base_patch16_224.dino", 12, 12)}
 
 
 def from_triposr_world(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 4 4"]:
-    """Bring OpenCV poses in TripoSR's world into ours: a quarter turn about +z, lengths divided by 0.87."""
+    """Convert OpenCV poses from TripoSR's world: rotate by 90 degrees about +z, and divide lengths by 0.87."""
     turn = c2w.new_tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     rotation, center = turn @ c2w[..., :3, :3], turn @ c2w[..., :3, 3:] / RADIUS
     return torch.cat([torch.cat([rotation, center], dim=-1), c2w[..., 3:, :]], dim=-2)
 
 
-def convert_triposr(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumbers()) -> Conversion:  # noqa: B008 - frozen
-    """Convert TripoSR's state dict, sizes read off the tensors.
+def convert_triposr(
+    state: Mapping[Any, Any],
+    hyperparameters: Hyperparameters = Hyperparameters(),  # noqa: B008 - frozen
+) -> Conversion:
+    """Convert a state dict of TripoSR; sizes are read from the tensors.
 
     Raises:
-        ConversionError: Another network, missing or strange keys, wrong shapes, or a size that must be given.
+        ConversionError: A key is missing, unexpected or invalid, or a hyperparameter must be given.
     """
     keys = KeyMapper("TripoSR", state)
-    side = keys.shape("tokenizer.embeddings", 4)[2]
-    dim = keys.shape("backbone.proj_in.weight", 2)[0]
-    encoder_dim = keys.shape("image_tokenizer.model.embeddings.cls_token", 3)[2]
-    channels, upsample = keys.shape("post_processor.upsample.weight", 4)[1:3]
-    width = keys.shape("decoder.layers.0.weight", 2)[0]
+    side = keys.shape_of("tokenizer.embeddings", 4)[2]
+    dim = keys.shape_of("backbone.proj_in.weight", 2)[0]
+    encoder_dim = keys.shape_of("image_tokenizer.model.embeddings.cls_token", 3)[2]
+    channels, upsample = keys.shape_of("post_processor.upsample.weight", 4)[1:3]
+    width = keys.shape_of("decoder.layers.0.weight", 2)[0]
     depth = keys.count("backbone.transformer_blocks.{}.norm1.weight")
     encoder_depth = keys.count("image_tokenizer.model.encoder.layer.{}.layernorm_before.weight")
     layers = keys.count("decoder.layers.{}.weight", step=2)
-    image_size, samples = unseen.image_size or 512, unseen.samples_per_ray or 128
-    heads = default_heads(dim, unseen.heads, "--heads", keys.source)
-    encoder_heads = default_heads(encoder_dim, unseen.encoder_heads, "--encoder-heads", keys.source)
+    image_size, samples = hyperparameters.image_size or 512, hyperparameters.samples_per_ray or 128
+    heads = default_heads(dim, hyperparameters.heads, "--heads", keys.source)
+    encoder_heads = default_heads(encoder_dim, hyperparameters.encoder_heads, "--encoder-heads", keys.source)
 
     _encoder(keys, encoder_dim, encoder_depth, image_size)
     tokens = keys.take("tokenizer.embeddings", (3, dim, side, side))
-    tokens = tokens.permute(0, 2, 3, 1).reshape(1, 3 * side * side, dim) if keys.sound else tokens
-    keys.put("transformer.tokens", tokens, ("tokenizer.embeddings",), "channels last, in one row")
+    tokens = tokens.permute(0, 2, 3, 1).reshape(1, 3 * side * side, dim) if keys.is_valid else tokens
+    keys.put("transformer.tokens", tokens, ("tokenizer.embeddings",), "channels last, flattened")
     keys.norm("backbone.norm", "transformer.norm", dim)
     for projection in ("proj_in", "proj_out"):
         keys.linear(f"backbone.{projection}", f"transformer.{projection}", dim, dim)
@@ -91,33 +96,33 @@ def convert_triposr(state: Mapping[Any, Any], unseen: UnseenNumbers = UnseenNumb
 
 
 def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
-    theirs, ours = "image_tokenizer.model", "encoder.vit"
-    patch = f"{theirs}.embeddings.patch_embeddings.projection"
-    keys.copy(f"{patch}.weight", f"{ours}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH))
-    keys.copy(f"{patch}.bias", f"{ours}.patch_embed.proj.bias", (dim,))
-    keys.copy(f"{theirs}.embeddings.cls_token", f"{ours}.cls_token", (1, 1, dim))
-    name = f"{theirs}.embeddings.position_embeddings"
-    stored, patches = patch_sides(keys.shape(name, 3)[1], image_size, _PATCH, keys.source)
+    source, target = "image_tokenizer.model", "encoder.vit"
+    patch = f"{source}.embeddings.patch_embeddings.projection"
+    keys.copy(f"{patch}.weight", f"{target}.patch_embed.proj.weight", (dim, 3, _PATCH, _PATCH))
+    keys.copy(f"{patch}.bias", f"{target}.patch_embed.proj.bias", (dim,))
+    keys.copy(f"{source}.embeddings.cls_token", f"{target}.cls_token", (1, 1, dim))
+    name = f"{source}.embeddings.position_embeddings"
+    stored, patches = patch_sides(keys.shape_of(name, 3)[1], image_size, _PATCH, keys.source)
     positions = keys.take(name, (1, 1 + stored * stored, dim))
-    positions = _resized(positions, stored, patches) if keys.sound else positions
-    keys.put(f"{ours}.pos_embed", positions, (name,), f"{stored} -> {patches}")
+    positions = _resized(positions, stored, patches) if keys.is_valid else positions
+    keys.put(f"{target}.pos_embed", positions, (name,), f"{stored} -> {patches}")
     for number in range(depth):
-        layer, block = f"{theirs}.encoder.layer.{number}", f"{ours}.blocks.{number}"
+        layer, block = f"{source}.encoder.layer.{number}", f"{target}.blocks.{number}"
         keys.norm(f"{layer}.layernorm_before", f"{block}.norm1", dim)
         keys.norm(f"{layer}.layernorm_after", f"{block}.norm2", dim)
         for kind, shape in (("weight", (dim, dim)), ("bias", (dim,))):
             parts = tuple(f"{layer}.attention.attention.{part}.{kind}" for part in ("query", "key", "value"))
-            keys.stacked(parts, f"{block}.attn.qkv.{kind}", shape)
+            keys.concatenate(parts, f"{block}.attn.qkv.{kind}", shape)
         keys.linear(f"{layer}.attention.output.dense", f"{block}.attn.proj", dim, dim)
         keys.linear(f"{layer}.intermediate.dense", f"{block}.mlp.fc1", 4 * dim, dim)
         keys.linear(f"{layer}.output.dense", f"{block}.mlp.fc2", dim, 4 * dim)
-    keys.norm(f"{theirs}.layernorm", f"{ours}.norm", dim)
+    keys.norm(f"{source}.layernorm", f"{target}.norm", dim)
     for kind in ("weight", "bias"):
-        keys.leave_out(f"{theirs}.pooler.dense.{kind}", "the tokens are used, not what is pooled of them")
+        keys.ignore(f"{source}.pooler.dense.{kind}", "the pooled output is not used")
 
 
 def _resized(positions: Tensor, stored: int, side: int) -> Tensor:
-    """Resize (1, 1 + n n, M) to (1, 1 + side side, M) as transformers 4.35 does."""
+    """Resize position embeddings (1, 1 + n n, M) to (1, 1 + side side, M) as transformers 4.35 does."""
     if stored == side:
         return positions
     grid = positions[:, 1:].view(1, stored, stored, -1).permute(0, 3, 1, 2)
@@ -128,15 +133,15 @@ def _resized(positions: Tensor, stored: int, side: int) -> Tensor:
 
 
 def _block(keys: KeyMapper, number: int, dim: int, image_dim: int) -> None:
-    theirs, ours = f"backbone.transformer_blocks.{number}", f"transformer.blocks.{number}"
+    source, target = f"backbone.transformer_blocks.{number}", f"transformer.blocks.{number}"
     for norm, name in (("norm1", "self_norm"), ("norm2", "cross_norm"), ("norm3", "mlp_norm")):
-        keys.norm(f"{theirs}.{norm}", f"{ours}.{name}.norm", dim)
-    parts = tuple(f"{theirs}.attn1.to_{part}.weight" for part in "qkv")
-    keys.stacked(parts, f"{ours}.self_attention.qkv.weight", (dim, dim))
-    keys.linear(f"{theirs}.attn1.to_out.0", f"{ours}.self_attention.out", dim, dim)
-    keys.copy(f"{theirs}.attn2.to_q.weight", f"{ours}.cross_attention.q.weight", (dim, dim))
-    parts = tuple(f"{theirs}.attn2.to_{part}.weight" for part in "kv")
-    keys.stacked(parts, f"{ours}.cross_attention.kv.weight", (dim, image_dim))
-    keys.linear(f"{theirs}.attn2.to_out.0", f"{ours}.cross_attention.out", dim, dim)
-    keys.linear(f"{theirs}.ff.net.0.proj", f"{ours}.mlp.0.proj", 8 * dim, dim)
-    keys.linear(f"{theirs}.ff.net.2", f"{ours}.mlp.2", dim, 4 * dim)
+        keys.norm(f"{source}.{norm}", f"{target}.{name}.norm", dim)
+    parts = tuple(f"{source}.attn1.to_{part}.weight" for part in "qkv")
+    keys.concatenate(parts, f"{target}.self_attention.qkv.weight", (dim, dim))
+    keys.linear(f"{source}.attn1.to_out.0", f"{target}.self_attention.out", dim, dim)
+    keys.copy(f"{source}.attn2.to_q.weight", f"{target}.cross_attention.q.weight", (dim, dim))
+    parts = tuple(f"{source}.attn2.to_{part}.weight" for part in "kv")
+    keys.concatenate(parts, f"{target}.cross_attention.kv.weight", (dim, image_dim))
+    keys.linear(f"{source}.attn2.to_out.0", f"{target}.cross_attention.out", dim, dim)
+    keys.linear(f"{source}.ff.net.0.proj", f"{target}.mlp.0.proj", 8 * dim, dim)
+    keys.linear(f"{source}.ff.net.2", f"{target}.mlp.2", dim, 4 * dim)

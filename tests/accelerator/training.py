@@ -12,7 +12,7 @@ from torch import nn
 from lrm_pl.checkpoints import newest_checkpoint
 from lrm_pl.cli.lightning_cli import command_line
 from lrm_pl.losses.perceptual import PerceptualLoss
-from lrm_pl.weights.perceptual import pretrained_perceptual_loss
+from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
 DATA = {
     "batch_size": 2,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from lrm_pl.weights.perceptual import pretrained_perceptual_loss
+from lrm_pl.weights.encoders import pretrained_perceptual_loss
 from tests.bench.steps import Ours, in_a_process, peak_gb
 
 SIZES = (64, 128, 256, 384)

@@ -21,7 +21,7 @@ from lrm_pl.evaluation.objects import PerceptualMetrics
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.evaluation.run import evaluate, track_progress
 from lrm_pl.inference.pipeline import LRMPipeline
-from lrm_pl.weights import download
+from lrm_pl.weights.catalog import DownloadError
 from tests.builders import tiny_pretrained
 
 # TensorBoard's writer, and torch's loader of its own files, warn of what they will change.
@@ -348,15 +348,13 @@ def test_without_the_inception_network_fid_says_where_it_is_looked_for(
     pretrained, data, tmp_path, monkeypatch
 ):
     def fail(*_):
-        raise download.FetchError("no network here")
+        raise DownloadError("no network here")
 
-    monkeypatch.setattr("lrm_pl.weights.resolve.fetch", fail)
+    monkeypatch.setattr("lrm_pl.weights.resolve.download", fail)
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
     from lrm_pl.evaluation.features import load_inception
 
-    with pytest.raises(
-        ValueError, match=r"(?s)no source gave .*give the path of a file that you have: --inception FILE"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)were not found .*Give the path of the file: --inception FILE"):
         load_inception(None, None, torch.device("cpu"))
     monkeypatch.delenv("LRM_CACHE")
     with pytest.raises(

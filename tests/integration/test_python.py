@@ -26,7 +26,7 @@ from lrm_pl.training.checkpointing import CheckpointAndResume, StoppedError
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.gradient_guard import DivergedError
 from lrm_pl.training.module import LRMModule
-from lrm_pl.weights.perceptual import pretrained_perceptual_loss
+from lrm_pl.weights.encoders import pretrained_perceptual_loss
 from tests.builders import TINY
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lrm_pl.geometry.rays import ray_interval
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.deferred import render_deferred
-from lrm_pl.weights.key_map import UnseenNumbers
+from lrm_pl.weights.key_map import Hyperparameters
 from lrm_pl.weights.openlrm import convert_openlrm
 from lrm_pl.weights.triposr import RADIUS, convert_triposr
 from tests.parity.networks import built
@@ -45,7 +45,7 @@ def windows(images, corners):
 @torch.no_grad()
 def test_openlrm():
     f, weights = golden("openlrm")
-    conversion = convert_openlrm(weights, UnseenNumbers(4, 3, 112, 32))
+    conversion = convert_openlrm(weights, Hyperparameters(4, 3, 112, 32))
     ours, renderer = built(conversion)
     image, camera = f["in.image"], f["in.source_camera_16"]
     assert (ours.encoder(image) - f["out.encoder_tokens"]).abs().max() < 1e-5
@@ -82,7 +82,7 @@ def test_openlrm():
 @torch.no_grad()
 def test_triposr():
     f, weights = golden("triposr")
-    ours, renderer = built(convert_triposr(weights, UnseenNumbers(4, 3, 128, 32)))
+    ours, renderer = built(convert_triposr(weights, Hyperparameters(4, 3, 128, 32)))
     theirs = TripoSR()
     theirs.load_state_dict(weights, strict=True)
     theirs.eval()

@@ -8,7 +8,7 @@ import torch
 
 from lrm_pl.geometry.cameras import look_at, orbit
 from lrm_pl.geometry.rays import pixel_rays
-from lrm_pl.weights.key_map import UnseenNumbers
+from lrm_pl.weights.key_map import Hyperparameters
 from lrm_pl.weights.openlrm import convert_openlrm
 from lrm_pl.weights.triposr import RADIUS, convert_triposr, from_triposr_world
 from tests.parity.networks import built, randomized
@@ -51,7 +51,7 @@ def images(count, side, seed):
 
 
 def sizes_of(size, image_size, samples):
-    return UnseenNumbers(size.get("heads", 4), size.get("encoder_heads", 3), image_size, samples)
+    return Hyperparameters(size.get("heads", 4), size.get("encoder_heads", 3), image_size, samples)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -13,17 +13,16 @@ from safetensors.torch import load_file, save_file
 from lrm_pl.apps.convert import main
 from lrm_pl.inference.model_folder import build_network
 from lrm_pl.inference.pipeline import LRMPipeline
-from lrm_pl.weights.key_map import ConversionError, UnseenNumbers
+from lrm_pl.weights.key_map import ConversionError, Hyperparameters, read_tensor_file
 from lrm_pl.weights.openlrm import convert_openlrm
 from lrm_pl.weights.resolve import WeightsError
-from lrm_pl.weights.tensor_files import read_tensor_file
 from lrm_pl.weights.triposr import convert_triposr
 from tests.parity.networks import randomized
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
 
 SIZES = ["--heads", "4", "--encoder-heads", "3", "--image-size", "112", "--samples-per-ray", "16"]
-NUMBERS = UnseenNumbers(4, 3, 112, 16)
+NUMBERS = Hyperparameters(4, 3, 112, 16)
 NETWORKS = {"openlrm": (OpenLRM, convert_openlrm), "triposr": (TripoSR, convert_triposr)}
 
 
@@ -60,10 +59,10 @@ def change(tensors, key, value):
     ("spoil", "message"),
     [
         (lambda s: {k: v for k, v in s.items() if k != "transformer.norm.bias"}, r"transformer\.norm\.bias is missing"),
-        (lambda s: change(s, "transformer.extra", torch.zeros(3)), r"transformer\.extra \(3,\) is a stranger"),
+        (lambda s: change(s, "transformer.extra", torch.zeros(3)), r"transformer\.extra \(3,\) is unexpected"),
         (lambda s: change(s, "upsampler.bias", torch.zeros(9)), r"upsampler\.bias has shape \(9,\) instead of \(8,\)"),
-        (lambda s: change(s, "upsampler.bias", torch.full((8,), torch.nan)), r"has numbers that are not finite"),
-        (lambda s: change(s, "upsampler.bias", torch.zeros(8, dtype=torch.long)), r"expected tensors of floats"),
+        (lambda s: change(s, "upsampler.bias", torch.full((8,), torch.nan)), r"has non-finite values"),
+        (lambda s: change(s, "upsampler.bias", torch.zeros(8, dtype=torch.long)), r"expected floating-point tensors"),
         (lambda s: {"state": s["pos_embed"]}, r"expected the key 'pos_embed', but found 'state'"),
     ],
 )  # fmt: skip
@@ -80,7 +79,7 @@ def test_weights_with_a_missing_strange_or_misshapen_key_are_refused_and_nothing
 
 @pytest.mark.parametrize(("source", "other"), [("openlrm", "triposr"), ("triposr", "openlrm")])
 def test_weights_of_the_other_network_are_refused(source, other):
-    with pytest.raises(ConversionError, match="another network"):
+    with pytest.raises(ConversionError, match="Check that the file is of this network"):
         NETWORKS[source][1](state(other), NUMBERS)
 
 
@@ -108,16 +107,14 @@ class _Evil:
 def test_a_file_that_wants_to_run_code_is_refused(tmp_path, capsys):
     weights = tmp_path / "model.ckpt"
     weights.write_bytes(pickle.dumps({"pos_embed": _Evil()}, protocol=2))
-    with pytest.raises(SystemExit, match="cannot be read as such"):
+    with pytest.raises(SystemExit, match="an unreadable file"):
         main(["--from", "triposr", str(weights), str(tmp_path / "out")])
     assert "code of the file ran" not in capsys.readouterr().out
 
 
 def test_a_size_of_no_published_model_must_be_said():
-    with pytest.raises(
-        ConversionError, match=r"widths 48 and 64 are of no published model; give --image-size"
-    ):
-        convert_openlrm(state(), UnseenNumbers(4, 3))
+    with pytest.raises(ConversionError, match=r"a published model, but found 48 and 64; give --image-size"):
+        convert_openlrm(state(), Hyperparameters(4, 3))
 
 
 def test_an_existing_folder_and_a_missing_file_are_refused(tmp_path):
@@ -235,7 +232,7 @@ def test_a_size_that_a_file_claims_takes_no_memory():
         state("triposr"), "image_tokenizer.model.embeddings.cls_token", torch.zeros(1, 1, 3_000_000)
     )
     with pytest.raises(ConversionError, match="has shape"):
-        convert_triposr(tensors, UnseenNumbers(4, 3, 112, 16))
+        convert_triposr(tensors, Hyperparameters(4, 3, 112, 16))
 
 
 def test_the_words_of_a_conversion_are_read_before_torch_is_loaded(root):

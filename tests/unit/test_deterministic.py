@@ -13,7 +13,7 @@ from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
-from lrm_pl.weights.perceptual import pretrained_perceptual_loss
+from lrm_pl.weights.encoders import pretrained_perceptual_loss
 from tests.builders import make_batch
 
 #: What raises on CUDA under torch.use_deterministic_algorithms: the operators of all calls of

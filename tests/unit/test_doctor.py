@@ -23,7 +23,7 @@ from lrm_pl.cluster.doctor import main
 from lrm_pl.data.manifest import read_manifest, write_manifest
 from lrm_pl.data.mixture import DataSet
 from lrm_pl.data.synthetic import write_synthetic_shards
-from lrm_pl.weights.catalog import ARTIFACTS
+from lrm_pl.weights.catalog import WEIGHT_FILES
 from lrm_pl.weights.resolve import cached_path
 
 # Lightning 2.6.6 uses names that jsonargparse has deprecated.
@@ -205,7 +205,7 @@ def test_a_folder_that_is_not_shared_is_known_by_the_tokens_that_do_not_appear(t
 
 
 def test_weights_in_the_cache_are_verified(outside, monkeypatch):
-    artifact = next(artifact for artifact in ARTIFACTS["lpips_alex"] if artifact.provider == "official")
+    artifact = next(artifact for artifact in WEIGHT_FILES["lpips_alex"] if artifact.provider == "official")
     path = cached_path(artifact)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a file")
@@ -219,7 +219,7 @@ def test_weights_that_no_source_offers_are_missing_and_nothing_is_downloaded(out
     monkeypatch.delenv("no_proxy", raising=False)
     finding = training.weights(Weights("lpips_alex", "official", None, None))
     assert finding.verdict == "missing"
-    assert "no answer from official download" in finding.found
+    assert "unavailable from official download" in finding.found
     assert str(outside / "cache" / "weights" / "official" / "alexnet-owt-7be5be79.pth") in finding.remedy
     assert not (outside / "cache").exists()
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from lrm_pl.kernels import device
 from lrm_pl.losses.perceptual import PerceptualLoss
-from lrm_pl.weights.encoders import load_lpips_features
-from lrm_pl.weights.perceptual import pretrained_perceptual_loss
+from lrm_pl.weights.encoders import load_lpips_features, pretrained_perceptual_loss
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,10 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save_file
 
 from lrm_pl.models.encoder import ImageEncoder
-from lrm_pl.weights import download as fetch
 from lrm_pl.weights import encoders, pypi_mirror
 from lrm_pl.weights import resolve as weights
-from lrm_pl.weights.catalog import ARTIFACTS, Artifact
-from lrm_pl.weights.encoders import load_hub_encoder_state, load_other_encoder_state
+from lrm_pl.weights.catalog import WEIGHT_FILES, DownloadError, WeightFile
+from lrm_pl.weights.encoders import load_encoder_file, load_encoder_from_hub
 from lrm_pl.weights.resolve import WeightsError, resolve
 from tests.parity.networks import randomized
 from tests.parity.openlrm import OpenLRM
@@ -37,7 +36,7 @@ def hash_of(content):
 
 def artifact(provider, content, address="", filename=None, member=""):
     filename = filename or f"{provider}.pth"
-    return Artifact(provider, filename, hash_of(content), len(content), address, f"{provider} copy", member)
+    return WeightFile(provider, filename, hash_of(content), len(content), address, f"{provider} copy", member)
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def table(tmp_path, monkeypatch, cache):
         artifact("official", b"official bytes", served.as_uri()),
         artifact("pypi", b"pypi bytes", "nowhere==1.0"),
     )
-    monkeypatch.setitem(ARTIFACTS, "lpips_vgg", pair)
+    monkeypatch.setitem(WEIGHT_FILES, "lpips_vgg", pair)
     return pair
 
 
@@ -70,8 +69,8 @@ def break_network(monkeypatch):
     def fail(*_):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(fetch, "_download_url", fail)
-    monkeypatch.setattr(fetch, "_download_with_pip", fail)
+    monkeypatch.setattr(weights, "_download_url", fail)
+    monkeypatch.setattr(pypi_mirror, "download", fail)
 
 
 def test_the_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_path, monkeypatch, caplog):
@@ -81,16 +80,16 @@ def test_the_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_
     def give(one, folder):
         asked.append(one.provider)
         if one is official:
-            raise fetch.FetchError("not today")
+            raise DownloadError("not today")
         return put(folder / one.filename, b"pypi bytes")
 
-    monkeypatch.setattr(weights, "fetch", give)
+    monkeypatch.setattr(weights, "download", give)
     found = resolve("lpips_vgg")
-    assert (asked, found.found_in, found.artifact) == (["official", "pypi"], "download", pypi)
+    assert (asked, found.found_in, found.file) == (["official", "pypi"], "download", pypi)
     assert "not today" in caplog.text, "another copy than usual is not taken in silence"
     assert resolve("lpips_vgg").found_in == "cache"
     put(weights.cached_path(official), b"official bytes")
-    assert resolve("lpips_vgg").artifact is official
+    assert resolve("lpips_vgg").file is official
     given = put(tmp_path / "mine.pth", b"pypi bytes")
     assert resolve("lpips_vgg", path=given).path == given
     assert asked == ["official", "pypi"]  # neither the cache nor a path asks anybody
@@ -104,7 +103,7 @@ def test_of_several_that_want_a_file_at_once_one_downloads_it(table, monkeypatch
         time.sleep(0.3)
         return put(folder / one.filename, b"official bytes")
 
-    monkeypatch.setattr(weights, "fetch", slow)
+    monkeypatch.setattr(weights, "download", slow)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: resolve("lpips_vgg"), range(4)))
     assert asked == ["official"]
@@ -115,11 +114,11 @@ def test_a_pinned_source_leaves_the_other_copies_alone_but_not_a_given_file(tabl
     official, pypi = table
     put(weights.cached_path(official), b"official bytes")
     put(weights.cached_path(pypi), b"pypi bytes")
-    assert resolve("lpips_vgg", source="pypi").artifact is pypi
-    assert resolve("lpips_vgg", source="official").artifact is official
+    assert resolve("lpips_vgg", source="pypi").file is pypi
+    assert resolve("lpips_vgg", source="official").file is official
     given = put(tmp_path / "given.pth", b"official bytes")
-    assert resolve("lpips_vgg", source="pypi", path=given).artifact is official  # a path is a choice made
-    with pytest.raises(WeightsError, match="no 'pypi' copy is known"):
+    assert resolve("lpips_vgg", source="pypi", path=given).file is official  # a path is a choice made
+    with pytest.raises(WeightsError, match="but found 'pypi'"):
         resolve("dino_vitb16", source="pypi")
 
 
@@ -128,7 +127,7 @@ def test_a_download_is_kept_and_says_where_it_came_from(table, cache, caplog):
         found = resolve("lpips_vgg")
     assert found.path == cache / "weights" / "official" / "official.pth"
     assert found.path.read_bytes() == b"official bytes"
-    assert table[0].address in caplog.text
+    assert table[0].location in caplog.text
     assert os.listdir(found.path.parent) == ["official.pth"]  # no half-written file beside it
 
 
@@ -147,7 +146,7 @@ def test_a_wrong_hash_is_refused_with_both_hashes(table, tmp_path):
     hashes = (table[0].sha256, table[1].sha256, hash_of(b"something else"))
     for expected in (*hashes, "--weights.lpips_vgg.sha256"):
         assert expected in str(refused.value)
-    assert resolve("lpips_vgg", path=mine, sha256=hash_of(b"something else")).artifact is None
+    assert resolve("lpips_vgg", path=mine, sha256=hash_of(b"something else")).file is None
     with pytest.raises(WeightsError, match=hash_of(b"another")):
         resolve("lpips_vgg", path=mine, sha256=hash_of(b"another"))
 
@@ -173,9 +172,9 @@ def test_without_a_network_the_error_lists_every_attempt_and_three_remedies(tabl
         resolve("lpips_vgg")
     text = str(refused.value)
     assert text.count("no route to host") == 2
-    assert "1. give the path" in text
-    assert "2. put a file into the cache" in text
-    assert "3. connect to the network" in text
+    assert "1. Give the path" in text
+    assert "2. Copy the file into the cache" in text
+    assert "3. Connect to the network" in text
     for one in table:
         assert str(weights.cached_path(one)) in text
         assert one.sha256 in text
@@ -206,10 +205,10 @@ def test_what_pip_said_of_each_try_is_one_line():
         "Failed to establish')': /simple/a/\nERROR: Could not find a version that satisfies a==1\n"
         "ERROR: No matching distribution found for a==1\n"
     )
-    told = "pip: its index cannot be reached: No matching distribution found for a==1"
-    assert fetch._reason(said) == told
-    assert fetch._reason("something else\nits last line\n") == "pip: its last line"
-    assert fetch._reason("") == "pip: no message"
+    told = "pip: the index is unreachable: No matching distribution found for a==1"
+    assert pypi_mirror._failure(said) == told
+    assert pypi_mirror._failure("something else\nits last line\n") == "pip: its last line"
+    assert pypi_mirror._failure("") == "pip: no message"
 
 
 def test_pip_brings_an_sdist_without_running_anything_of_it(tmp_path, monkeypatch):
@@ -218,12 +217,12 @@ def test_pip_brings_an_sdist_without_running_anything_of_it(tmp_path, monkeypatc
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     content = sdist.read_bytes()
     right = artifact("pypi", content, "tiny_lrm==1.0", sdist.name, "tiny_lrm-1.0/weights.bin")
-    found = fetch.fetch(right, tmp_path / "into")
+    found = weights.download(right, tmp_path / "into")
     assert found.read_bytes() == content
     assert pypi_mirror.read_member(found, right.member) == b"numbers"
     other = artifact("pypi", b"other", "tiny_lrm==1.0", sdist.name)
-    with pytest.raises(fetch.FetchError, match=r"(?i)hash"):
-        fetch.fetch(other, tmp_path / "other")
+    with pytest.raises(DownloadError, match=r"(?i)hash"):
+        weights.download(other, tmp_path / "other")
     assert os.listdir(tmp_path / "other") == []
     assert not trace.exists()
 
@@ -243,9 +242,9 @@ def test_the_unpickler_refuses_everything_but_arrays():
 
 def test_a_torch_file_that_would_run_something_is_refused(tmp_path, cache):
     torch.save({"features.0.weight": RunsACommand()}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with pytest.raises(WeightsError, match="an unreadable file"):
         encoders.load_lpips_features(
-            "alex", path=tmp_path / "evil.pth", sha256=fetch.sha256_of(tmp_path / "evil.pth")
+            "alex", path=tmp_path / "evil.pth", sha256=weights.sha256_of(tmp_path / "evil.pth")
         )
 
 
@@ -273,7 +272,7 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
     path = tmp_path / f"mine{suffix}"
     save = save_file if suffix == ".safetensors" else torch.save
     save(state | {"classifier.1.weight": torch.zeros(2, 2)}, path)  # torchvision's files hold a classifier
-    loaded = encoders.load_lpips_features("alex", path=path, sha256=fetch.sha256_of(path))
+    loaded = encoders.load_lpips_features("alex", path=path, sha256=weights.sha256_of(path))
     assert loaded.keys() == state.keys()
     assert torch.equal(loaded["features.3.weight"], state["features.3.weight"])
     state["features.0.bias"][0] = float("nan")
@@ -281,8 +280,8 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
     state["features.99.bias"] = state.pop("features.6.bias")
     save(state, path)
     with pytest.raises(WeightsError) as refused:
-        encoders.load_lpips_features("alex", path=path, sha256=fetch.sha256_of(path))
-    for part in ("features.6.bias is missing", "features.99.bias is not expected", "not finite", "(7,)"):
+        encoders.load_lpips_features("alex", path=path, sha256=weights.sha256_of(path))
+    for part in ("features.6.bias is missing", "features.99.bias is unexpected", "non-finite", "(7,)"):
         assert part in str(refused.value)
 
 
@@ -295,23 +294,13 @@ def test_an_unknown_kind_of_file_is_refused(tmp_path, cache):
 @pytest.mark.parametrize("net", ["vgg", "alex"])
 def test_the_pypi_copy_for_lpips_holds_the_linear_layers_of_the_lpips_package(net):
     resolved = resolve("lpips_vgg" if net == "vgg" else "lpips_alex", source="pypi")
-    content = pypi_mirror.read_member(resolved.path, resolved.artifact.member)
+    content = pypi_mirror.read_member(resolved.path, resolved.file.member)
     tree = pypi_mirror.ArrayUnpickler(io.BytesIO(content)).load()
     package = os.path.dirname(lpips.__file__)
     official = torch.load(f"{package}/weights/v0.1/{net}.pth", map_location="cpu", weights_only=True)
     for index in range(5):
         kernel = torch.tensor(np.array(tree[f"NetLinLayer_{index}"]["Conv_0"]["kernel"]))
         assert torch.equal(kernel.flatten(), official[f"lin{index}.model.1.weight"].flatten())
-
-
-@pytest.mark.parametrize("name", ["dinov2_vits14", "dino_vitb16"])
-def test_the_shapes_that_are_checked_are_timms(name):
-    model = timm.create_model(encoders.TIMM_NAMES[name], num_classes=0)
-    if name == "dinov2_vits14":
-        shapes = encoders._vit_shapes(width=384, patch=14, tokens=1370, layer_scale=True)
-    else:
-        shapes = encoders._vit_shapes(width=768, patch=16, tokens=197, layer_scale=False)
-    assert shapes == {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -332,9 +321,7 @@ def test_the_pypi_copy_of_dinov2_loads_strictly_and_gives_finite_tokens(dinov2):
 
 def test_the_blocks_of_the_pypi_copy_compute_what_its_onnx_graph_computes(dinov2):
     resolved = resolve("dinov2_vits14", source="pypi")
-    graph = onnx.load_model_from_string(
-        pypi_mirror.read_member(resolved.path, resolved.artifact.member)
-    ).graph
+    graph = onnx.load_model_from_string(pypi_mirror.read_member(resolved.path, resolved.file.member)).graph
     first, last = "/backbone/embeddings/Add_output_0", "/backbone/layernorm/Add_1_output_0"
     made_by = {output: node for node in graph.node for output in node.output}
     needed, waiting = set(), [last]
@@ -371,11 +358,11 @@ def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_p
     encoder = ImageEncoder(
         name, 56, dim=48, depth=2, heads=3, normalize=False, tokens="class_and_patches"
     ).eval()  # fmt: skip
-    encoder.load_pretrained(load_other_encoder_state(name, tmp_path / "reg4.pth", digest))
+    encoder.load_pretrained(load_encoder_file(name, tmp_path / "reg4.pth", digest))
     image = torch.rand(1, 3, 56, 56)
     assert (encoder(image) - theirs(image)).abs().max() < 1e-5
     with pytest.raises(WeightsError, match=r"expected .*reg4\.pth with sha256 000"):
-        load_other_encoder_state(name, tmp_path / "reg4.pth", "0" * 64)
+        load_encoder_file(name, tmp_path / "reg4.pth", "0" * 64)
     del state["norm.bias"]
     with pytest.raises(
         ValueError, match=rf"expected the weights of {name}, but found others: (?s:.*)norm\.bias"
@@ -397,28 +384,27 @@ def test_an_encoder_that_timm_publishes_is_brought_from_the_hub(tmp_path, monkey
         name, 56, dim=48, depth=2, heads=3, normalize=False, tokens="class_and_patches"
     ).eval()
     with hub_with(tmp_path / "repository", repository, monkeypatch):
-        ours.load_pretrained(load_hub_encoder_state(name))
+        ours.load_pretrained(load_encoder_from_hub(name))
     image = torch.rand(1, 3, 56, 56)
     assert torch.equal(ours(image), theirs(image))
-    assert load_hub_encoder_state(name).keys() == theirs.vit.state_dict().keys(), (
+    assert load_encoder_from_hub(name).keys() == theirs.vit.state_dict().keys(), (
         "from the hub's cache, offline"
     )
     with pytest.raises(
-        WeightsError, match=r"from the hub's timm/vit_base_patch16_dinov3.*, but found no answer.*hf download"
+        WeightsError,
+        match=r"from the hub's timm/vit_base_patch16_dinov3.*, but found no connection.*hf download",
     ):
-        load_hub_encoder_state("vit_base_patch16_dinov3")
+        load_encoder_from_hub("vit_base_patch16_dinov3")
     with pytest.raises(
         WeightsError, match="expected an encoder of timm with published weights, but found 'nosuch'"
     ):
-        load_hub_encoder_state("nosuch")
+        load_encoder_from_hub("nosuch")
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        WeightsError, match=r"into .*file/weights, but found .*. Name a folder .*: LRM_CACHE="
-    ):
+    with pytest.raises(WeightsError, match=r"into .*file/weights: .*. Set a writable folder: LRM_CACHE="):
         resolve("lpips_alex")
 
 
@@ -429,7 +415,7 @@ def test_a_user_without_a_home_is_told_how_to_name_a_cache(monkeypatch):
     monkeypatch.setattr("pathlib.Path.home", no_home)
     for name in ("LRM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(WeightsError, match=r"expected a home folder .*, but found none; .*LRM_CACHE="):
+    with pytest.raises(WeightsError, match=r"expected a home folder .*, but found none. Set .*LRM_CACHE="):
         weights.cache_folder()
 
 

@@ -8,8 +8,7 @@ from lrm_pl.data.cache import CacheConfig
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.data.mixture import Mixture
 from lrm_pl.errors import InputError, counted
-from lrm_pl.weights.download import FetchError, ask
-from lrm_pl.weights.resolve import WeightsError, cached_path, candidates, find, source_name
+from lrm_pl.weights.resolve import WeightsError, cached_path, candidates, find, is_available
 
 
 def weights(wanted: Weights) -> Finding:
@@ -20,20 +19,15 @@ def weights(wanted: Weights) -> Finding:
     except WeightsError as error:
         return Finding.from_error(check, error)
     if found is not None:
-        return Finding(check, f"{found.what}, {found.found_in} {found.path}")
-    silent = []
-    for artifact in candidates(wanted.name, wanted.source):
-        try:
-            ask(artifact)
-        except FetchError:
-            silent.append(source_name(artifact))
-            continue
-        return Finding(check, f"not here yet; {source_name(artifact)} would answer")
-    places = " or ".join(str(cached_path(artifact)) for artifact in candidates(wanted.name, wanted.source))
-    remedy = (
-        f"run a short `lrm fit` where there is a network, with the same cache, or put the file at {places}"
-    )
-    return Finding(check, f"not here, and no answer from {' or '.join(silent)}", "missing", remedy)
+        return Finding(check, f"{found.description}, {found.found_in} {found.path}")
+    files = candidates(wanted.name, wanted.source)
+    for file in files:
+        if is_available(file):
+            return Finding(check, f"not downloaded yet; available from the {file.source}")
+    paths = " or ".join(str(cached_path(file)) for file in files)
+    remedy = f"run a short `lrm fit` with network access and the same cache, or put the file at {paths}"
+    sources = " and ".join(file.source for file in files)
+    return Finding(check, f"not downloaded, and unavailable from {sources}", "missing", remedy)
 
 
 def shards(wanted: Wanted) -> list[Finding]:
