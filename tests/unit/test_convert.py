@@ -113,7 +113,7 @@ def test_a_file_that_wants_to_run_code_is_refused(tmp_path, capsys):
 
 
 def test_a_size_of_no_published_model_must_be_said():
-    with pytest.raises(ConversionError, match=r"a published model, but found 48 and 64; give --image-size"):
+    with pytest.raises(ConversionError, match=r"a published model, but found 48 and 64. Give --image-size"):
         convert_openlrm(state(), Hyperparameters(4, 3))
 
 

@@ -162,7 +162,7 @@ def test_a_truncated_cache_file_is_never_used(table):
     cut = put(weights.cached_path(table[0]), b"official b")
     with pytest.raises(WeightsError) as refused:
         resolve("lpips_vgg")
-    for part in (str(cut), table[0].sha256, hash_of(b"official b"), "delete it"):
+    for part in (str(cut), table[0].sha256, hash_of(b"official b"), "Delete it"):
         assert part in str(refused.value)
 
 
