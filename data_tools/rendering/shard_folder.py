@@ -24,8 +24,9 @@ from data_tools.assets.asset_list import Asset, hash_file
 from data_tools.quality.filter_table import read_infos
 from data_tools.quality.measures import MEASURES_MEMBER, Rule, broken_rules, decode_measures
 from data_tools.rendering.shard_plan import PlannedShard
-from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, write_atomically, write_shard
+from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, write_atomically
 from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, encode_info
+from lrm_pl.data.tar import write_shard
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
 

@@ -14,7 +14,8 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from data_tools.rendering.shard_plan import PlannedShard
-from lrm_pl.data.manifest import Shard, write_shard
+from lrm_pl.data.manifest import Shard
+from lrm_pl.data.tar import write_shard
 from lrm_pl.errors import InputError
 from lrm_pl.orphans import end_with_parent
 

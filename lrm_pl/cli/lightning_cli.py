@@ -412,7 +412,7 @@ class LRMCLI(LightningCLI):
             ]
             for record in records:
                 record.given = self.given
-                record.input_framing = measure_framing(self.datamodule.setup_batches())
+                record.input_framing = measure_framing(self.datamodule.framing_batches())
 
     def before_validate(self) -> None:
         """Get ready to measure.

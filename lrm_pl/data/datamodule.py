@@ -1,4 +1,4 @@
-"""The LightningDataModule over a folder of shards."""
+"""The LightningDataModule over folders of shards."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from lrm_pl.data.batch import Batch, PackedBatch, collate
 from lrm_pl.data.cache import CacheConfig
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.mixture import DataSet, Mixture
-from lrm_pl.data.stream import BatchPartition, EvaluationSet, TrainingStream
+from lrm_pl.data.stream import BatchPartition, EvaluationSet, SampleStage, TrainingStream
 from lrm_pl.data.transforms import Augmentation, CropConfig, CropStage
 from lrm_pl.data.workers import ignore_stop_signals, start_method
 from lrm_pl.errors import InputError
@@ -20,41 +20,43 @@ from lrm_pl.kernels.device import on_cuda
 
 logger = logging.getLogger(__name__)
 
-#: What the two validation loaders hold, in their order.
+#: Names of the two validation sets, in the order of their loaders.
 EVALUATION_SETS = ("unseen", "heldout")
 
-#: Objects, and views of each, that tell what images a network is trained on.
-_SETUP_OBJECTS, _SETUP_VIEWS = 32, 4
+#: Objects, and views per object, from which the input framing is measured.
+_FRAMING_OBJECTS, _FRAMING_VIEWS = 32, 4
 
 
 class ShardDataModule(L.LightningDataModule):
-    """Feed training and evaluation from a folder of shards (``make render-shards`` makes one).
+    """Data module over folders of shards, as ``make render-shards`` writes them.
 
-    Validation has two sets: "unseen", the unseen views of the training objects, and "heldout", the same views of
-    the objects of the split "val". Both get the first views as input.
+    Validation has two sets: "unseen", the unseen views of the training objects, and "heldout", the same views of the
+    objects of the split "val". Both use the first views as input.
 
     Args:
-        folder: Folder of the shards, with a manifest.json; or its URL (``s3://``, ``gs://``, ``https://``).
-        weight: How often each of its objects comes in an epoch, where other sets are mixed in.
-        also: Other sets that are mixed in (LRM: Objaverse once, MVImgNet three times an epoch).
-        cache: How shards at a URL are read.
-        batch_size: Objects an optimizer step, over all processes and accumulated batches together: the run is the
-            same whatever the number of processes, which must divide it (times ``accumulate_grad_batches``).
-        side_views: Target views besides the input views (the paper: 3).
-        unseen_views: The last views of every object, never trained on: what validation renders.
-        val_objects: So many objects of each set are validated on, evenly spread over it, whatever the number of
-            processes; null: all.
-        input_pool: The (first) input view is one of the first so many views; null means any training view, as in the
-            paper. Few make a small data set learnable in minutes: each input view is a scene of its own to learn,
-            because the canonical frame turns with it.
-        crop: Sizes of the target windows in training.
-        crop_stages: Other sizes from later steps on (progressive resolution).
-        camera_noise: Noise on the cameras that the network is told.
-        max_bad_share: Fraction of the samples that may be unreadable before training stops and lists them; their places
-            are taken by others. 1 lets any number pass.
-        workers: Processes that decode; 0 decodes in the training process.
+        folder: Folder with the shards and manifest.json, or its URL (``s3://``, ``gs://``, ``https://``).
+        weight: Number of times that each of its objects appears in an epoch, if other data sets are mixed in.
+        also: Other data sets to mix in (LRM: Objaverse once, MVImgNet three times per epoch).
+        cache: Reading of shards at a URL.
+        batch_size: Objects per optimizer step, over all processes and accumulated batches. The run does not depend on
+            the number of processes, which must divide it (times ``accumulate_grad_batches``).
+        side_views: Target views besides the input views (LRM: 3).
+        unseen_views: Number of last views per object that are never trained on; validation renders them.
+        val_objects: Number of objects of each set to validate on, evenly spread, whatever the number of processes;
+            null: all.
+        input_pool: The first input view is one of this many first views; null: any training view, as in LRM. A small
+            number makes a small data set learnable in minutes, because the canonical frame depends on the input view.
+        crop: Random resizing and cropping of target views.
+        crop_stages: Other crop sizes from later steps on (progressive resolution).
+        camera_noise: Half-width of the uniform noise added to the input cameras.
+        stages: Functions from ``lrm_pl.data.transforms.DecodedSample`` to ``DecodedSample``, applied in order between
+            decoding and augmentation: import paths, or classes with init_args whose instances are called. One that
+            raises ``SampleError`` or returns None rejects the sample, which is replaced and counted as bad.
+        max_bad_fraction: Maximum fraction of unreadable samples before training stops and lists them. They are replaced
+            by others. 1 disables the limit.
+        workers: Number of data loading processes; 0 loads in the training process.
         seed: Seed of the order of samples and of all augmentation; null: that of ``seed_everything``, or 0.
-        streams: Streams that an epoch is cut into, so that neighbors in a batch come from different shards.
+        streams: Number of streams per epoch, so that neighbors in a batch come from different shards.
     """
 
     def __init__(
@@ -71,7 +73,8 @@ class ShardDataModule(L.LightningDataModule):
         crop: CropConfig = CropConfig(),  # noqa: B008 - frozen
         crop_stages: Sequence[CropStage] = (),
         camera_noise: float = 0.0,
-        max_bad_share: float = 0.01,
+        stages: Sequence[SampleStage] = (),
+        max_bad_fraction: float = 0.01,
         workers: int = 2,
         seed: int | None = None,
         streams: int = 64,
@@ -87,41 +90,40 @@ class ShardDataModule(L.LightningDataModule):
             ("streams", streams, 1),
         ):
             if value is not None and value < least:
-                raise InputError(
-                    expected=f"a data.{name} of at least {least}", found=value, remedy="correct it"
-                )
-        if not 0 <= max_bad_share <= 1:
-            raise InputError(expected="a data.max_bad_share in [0, 1]", found=max_bad_share)
+                raise InputError(expected=f"a data.{name} of at least {least}", found=value)
+        if not 0 <= max_bad_fraction <= 1:
+            raise InputError(expected="a data.max_bad_fraction in [0, 1]", found=max_bad_fraction)
         if val_objects is not None and val_objects < 1:
             raise InputError(
                 expected="a data.val_objects of at least 1",
                 found=val_objects,
-                remedy="null validates on all, and --trainer.limit_val_batches 0 not at all",
+                remedy="use null for all objects, or --trainer.limit_val_batches 0 to skip validation",
             )
-        self.max_bad_share, self.val_objects = max_bad_share, val_objects
+        self.max_bad_fraction, self.val_objects = max_bad_fraction, val_objects
         self.folder, self.batch_size, self.side_views = folder, batch_size, side_views
         self.sets, self.cache = (DataSet(folder, weight), *also), cache
         self.unseen_views, self.input_pool, self.workers = unseen_views, input_pool, workers
-        self.inputs = 1  # views that the network is given; `lrm fit` takes them from the network
+        self.inputs = 1  # `lrm fit` sets it to the number of input views of the network
+        self.stages = tuple(stages)
         self.augmentation = Augmentation(crop, tuple(crop_stages), camera_noise)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # Lightning's variable
         self.streams = streams
         self._has_warned = False
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
-        # Where this start of the run begins: optimizer steps done, and the global position g that they led to.
+    def _reset(self) -> None:
+        """Set the start of the run: optimizer steps done, and the global position g after them."""
         self._step, self._position = 0, 0
         self._resumed_by_lightning = False
 
     def setup(self, stage: str) -> None:
-        """Read the manifest and check that the shards can serve this run; a fit begins anew until it is resumed.
+        """Read the manifests and check the number of views; a fit starts at position 0 until ``resume`` is called.
 
         Raises:
-            InputError: No shards, damaged shards, or too few views.
+            InputError: Shards are missing or damaged, or have too few views.
         """
         if stage == "fit":
-            self._begin()
+            self._reset()
         self.mixture = Mixture(self.sets, self.cache)
         needed = self.inputs + self.side_views + self.unseen_views
         for source, manifest, _ in self.mixture.members:
@@ -129,7 +131,7 @@ class ShardDataModule(L.LightningDataModule):
                 raise InputError(
                     subject=source.location,
                     expected=(
-                        f"at least {needed} views an object ({self.inputs} input, {self.side_views} side, "
+                        f"at least {needed} views per object ({self.inputs} input, {self.side_views} side, "
                         f"{self.unseen_views} unseen)"
                     ),
                     found=manifest.views,
@@ -140,17 +142,18 @@ class ShardDataModule(L.LightningDataModule):
                 )
 
     @property
-    def share(self) -> BatchPartition:
-        """This process's part of every batch.
+    def partition(self) -> BatchPartition:
+        """The positions of each global batch that this process reads.
 
         Raises:
-            InputError: The processes do not divide the batch, or steps are not what the run is counted in.
+            InputError: The number of processes does not divide the batch size, or ``trainer.max_steps`` is not set.
         """
         trainer = self._ready()
         if trainer.max_steps < 1:
             raise InputError(
-                expected="trainer.max_steps",
-                found=f"{trainer.max_steps}: a run is counted in steps, not epochs",
+                expected="a trainer.max_steps of at least 1",
+                found=trainer.max_steps,
+                remedy="set --trainer.max_steps: the length of a run is given in steps, not in epochs",
             )
         return BatchPartition(
             self.batch_size,
@@ -160,11 +163,11 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def position(self, step: int) -> int:
-        """Return the global position g after ``step`` optimizer steps of the run: the whole state of the data."""
+        """Return the global position g after ``step`` optimizer steps, which is the whole state of the data."""
         return self._position + (step - self._step) * self.batch_size
 
     def resume(self, step: int, position: int) -> None:
-        """Go on after ``step`` optimizer steps, at position g; batch size, processes and workers may have changed."""
+        """Continue after ``step`` optimizer steps at position g; batch size, processes and workers may have changed."""
         self._step, self._position = step, position
 
     def state_dict(self) -> dict[str, int]:
@@ -173,22 +176,22 @@ class ShardDataModule(L.LightningDataModule):
         return {"step": step, "position": self.position(step)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume from a Lightning checkpoint, whose loops have already counted the batches before it."""
+        """Resume from a Lightning checkpoint, whose loops count the earlier batches."""
         self.resume(state_dict["step"], state_dict["position"])
         self._resumed_by_lightning = True
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Make the loader of what is left of the run.
+        """Return the loader of the remaining steps.
 
         Raises:
-            InputError: The data cannot feed it.
+            InputError: The data cannot serve this run.
         """
         trainer = self._ready()
         if trainer.global_rank == 0 and not self._has_warned:
             self._warn_of_enlarged_views()
         stream = TrainingStream(
             self.mixture,
-            self.share,
+            self.partition,
             self.inputs,
             self.side_views,
             self.unseen_views,
@@ -200,48 +203,49 @@ class ShardDataModule(L.LightningDataModule):
             self._step,
             self._position,
             counted=self._step if self._resumed_by_lightning else 0,
+            stages=self.stages,
         )
         return self._loader(stream, batch_size=None)
 
     def val_dataloader(self) -> list[DataLoader[PackedBatch]]:
-        """Make the loaders of ``EVALUATION_SETS``, one object a batch; "heldout" may be empty."""
+        """Return the loaders of ``EVALUATION_SETS``, one object per batch; "heldout" may be empty."""
         return [self.evaluation_loader(name, self.val_objects) for name in EVALUATION_SETS]
 
     def test_dataloader(self) -> list[DataLoader[PackedBatch]]:
-        """Serve ``lrm test`` with all objects of the same two sets."""
+        """Return the loaders of ``lrm test``: all objects of ``EVALUATION_SETS``."""
         return [self.evaluation_loader(name) for name in EVALUATION_SETS]
 
     def predict_dataloader(self) -> DataLoader[PackedBatch]:
-        """Serve ``lrm predict`` with the held-out objects."""
+        """Return the loader of ``lrm predict``: the held-out objects."""
         return self.evaluation_loader("heldout")
 
     def evaluation_loader(self, name: str, limit: int | None = None) -> DataLoader[PackedBatch]:
-        """Make one evaluation loader by its name in ``EVALUATION_SETS``, of at most ``limit`` objects."""
+        """Return one evaluation loader by its name in ``EVALUATION_SETS``, of at most ``limit`` objects."""
         splits: dict[str, Split] = {"unseen": "train", "heldout": "val"}
         views = slice(-self.unseen_views, None) if self.unseen_views else slice(0)
         return self._evaluation_loader(splits[name], views, limit)
 
     def training_views_loader(self, limit: int | None = None) -> DataLoader[PackedBatch]:
-        """Make a loader of the training views of the training objects, whole, of at most ``limit`` objects."""
+        """Return a loader of the whole training views of at most ``limit`` training objects."""
         return self._evaluation_loader("train", slice(-self.unseen_views or None), limit)
 
-    def setup_batches(self) -> Iterator[Batch]:
-        """Read the input views of a few training objects, without a process of its own: ``measure_framing`` asks."""
-        views = slice(min(self.input_pool or _SETUP_VIEWS, _SETUP_VIEWS))
-        few = EvaluationSet(self.mixture, "train", self.inputs, views, _SETUP_OBJECTS)
+    def framing_batches(self) -> Iterator[Batch]:
+        """Yield the input views of a few training objects, for ``measure_framing``; reads in this process."""
+        views = slice(min(self.input_pool or _FRAMING_VIEWS, _FRAMING_VIEWS))
+        few = EvaluationSet(self.mixture, "train", self.inputs, views, _FRAMING_OBJECTS)
         return (collate([item]).to("cpu") for item in few.readable())
 
-    def _ready(self) -> Any:  # noqa: ANN401 - a Trainer, or what stands for one
-        """Return the trainer, on whose processes and steps the loaders depend.
+    def _ready(self) -> Any:  # noqa: ANN401 - a Trainer or a stub
+        """Return the trainer.
 
         Raises:
-            InputError: There is none yet, or the manifests have not been read.
+            InputError: No trainer is attached, or ``setup`` has not been called.
         """
         if self.trainer is None or not hasattr(self, "mixture"):
             raise InputError(
-                expected="a trainer and a call of setup before a loader is made",
-                found="a data module on its own",
-                remedy='fit first, or set data.trainer = Trainer(max_steps=...) and call data.setup("fit")',
+                expected="a data module with a trainer, after setup",
+                found="neither" if self.trainer is None else "no call of setup",
+                remedy='set data.trainer = Trainer(max_steps=...) and call data.setup("fit")',
             )
         return self.trainer
 
@@ -251,7 +255,7 @@ class ShardDataModule(L.LightningDataModule):
         for source, manifest, _ in self.mixture.members:
             if (side := manifest.resolution) is not None and side < largest:
                 logger.warning(
-                    "%s: views of %d pixels are enlarged to up to %d (data.crop.high), so targets are blurred; lower "
+                    "%s: views of %d pixels are enlarged to up to %d (data.crop.high), which blurs the targets. Lower "
                     "data.crop, or render with RES=%d",
                     *(source.location, side, largest, largest),
                 )
@@ -260,11 +264,11 @@ class ShardDataModule(L.LightningDataModule):
         trainer = self._ready()
         rank, world = trainer.global_rank, trainer.world_size
         items = EvaluationSet(self.mixture, split, self.inputs, views, limit, rank, world)
-        # Each validation iterates anew: its workers wait for the next one.
+        # Workers persist from one validation to the next.
         return self._loader(items, batch_size=1, collate_fn=collate, persistent_workers=self.workers > 0)
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[PackedBatch]:  # noqa: ANN401 - DataLoader's
-        """Make a loader with this run's workers; batches are pinned where they are copied to a CUDA device."""
+        """Return a loader with this run's workers; batches are pinned if the device is CUDA."""
         return DataLoader(
             dataset,
             num_workers=self.workers,

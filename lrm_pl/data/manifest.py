@@ -9,20 +9,17 @@ renamed when whole. numpy-free, torch-free.
 """
 
 import dataclasses
-import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
-from lrm_pl.data.schema import KEY_PATTERN, MAX_IMAGE_SIDE, SCHEMA_VERSION, SampleError
+from lrm_pl.data.schema import MAX_IMAGE_SIDE, SCHEMA_VERSION, SampleError
 from lrm_pl.errors import InputError
 from lrm_pl.scratch import ScratchFolder
 
@@ -99,19 +96,24 @@ class Manifest:
         return tuple(shard for shard in self.shards if shard.split == split and not shard.rejected)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it when it is whole and on disk."""
-    partial = path.with_name(
-        f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial"
-    )  # others may write it too
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside ``path``, which replaces ``path`` when the block ends without an error."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a temporary file beside ``path``, flush it to disk and rename it to ``path``."""
+    with new_file(path) as file:
+        file.write(content)
 
 
 def require_no_folder(out: Path) -> None:
@@ -146,40 +148,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         folder.rename(out)
     finally:
         place.remove()
-
-
-def write_shard(
-    folder: Path,
-    name: str,
-    split: Split,
-    samples: Iterable[tuple[str, Mapping[str, bytes]]],
-    *,
-    rejected: bool = False,
-) -> Shard:
-    """Write one tar and its index, both whole or not at all; equal samples give equal bytes (all times are 0).
-
-    Args:
-        folder: Folder of the shards.
-        name: File name of the tar.
-        split: Split that it belongs to.
-        samples: (key, members) in order, members as from ``schema.encode_sample``.
-        rejected: Whether a rule rejected them.
-    """
-    buffer, index = io.BytesIO(), dict[str, dict[str, tuple[int, int]]]()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in samples:
-            assert KEY_PATTERN.fullmatch(key), key
-            index[key] = {}
-            for member, content in members.items():
-                header = tarfile.TarInfo(f"{key}.{member}")
-                header.size, header.mtime, header.mode = len(content), 0, 0o644
-                tar.addfile(header, io.BytesIO(content))
-                index[key][member] = (tar.offset - -(-len(content) // 512) * 512, len(content))
-    content = buffer.getvalue()
-    shard = Shard(name, split, len(index), len(content), hashlib.sha256(content).hexdigest(), rejected)
-    write_atomically(folder / shard.index_name, json.dumps(index, indent=0).encode())
-    write_atomically(folder / name, content)
-    return shard
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

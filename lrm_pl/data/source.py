@@ -87,7 +87,7 @@ class ShardSource:
             raise ShardError(
                 expected=f"finished shards at {self.location}",
                 found=f"no {MANIFEST_NAME}: {error}",
-                remedy="put the whole folder that `make render-shards` made there",
+                remedy="copy the whole folder of shards there",
             ) from error
 
     def index(self, shard: Shard) -> MemberIndex:
@@ -185,7 +185,7 @@ class ShardSource:
             raise StoreDownError(
                 expected=f"{self.location} to answer",
                 found=f"that {_DOWN} files in a row could not be read, the last: {error}",
-                remedy="start again when it is back, a run goes on where it was",
+                remedy="start the run again when the store is available: it resumes",
             ) from error
 
     def _require_not_lost(self, name: str) -> None:

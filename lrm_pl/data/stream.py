@@ -1,37 +1,54 @@
-"""Datasets over shards: the endless training stream, and evaluation sets with every sample once."""
+"""Datasets over shards: the training stream, a webdataset pipeline; and evaluation sets, each sample once."""
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
+import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lrm_pl.data.batch import Item, PackedBatch, collate
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.mixture import Mixture
-from lrm_pl.data.order import SampleLocation, SampleOrder, ShardReader
-from lrm_pl.data.schema import SampleError
-from lrm_pl.data.transforms import Augmentation, choose_views, evaluation_item, sample_rng, training_item
+from lrm_pl.data.order import SampleLocation, SampleOrder
+from lrm_pl.data.reader import ShardReader
+from lrm_pl.data.schema import SampleError, decode_sample
+from lrm_pl.data.transforms import (
+    Augmentation,
+    DecodedSample,
+    choose_views,
+    decode_views,
+    evaluation_item,
+    sample_rng,
+    training_item,
+)
 from lrm_pl.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+#: A stage of the training pipeline between decoding and augmentation.
+SampleStage = Callable[[DecodedSample], DecodedSample]
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchPartition:
-    """Which part of every global batch a process makes.
+    """The positions of each global batch that one process reads.
 
-    The batch of an optimizer step is G positions of the global sequence. It is cut into ``accumulate`` runs of equal
-    length, one after the other, and rank r of ``world`` takes every world-th position of a run, from r on: so the
-    samples of a step are the same whatever the world and the accumulation.
+    The batch of an optimizer step is G positions of the global order. It is cut into ``accumulate`` contiguous parts of
+    equal length, and rank r of ``world`` takes every ``world``-th position of a part, starting at r. So the samples of
+    a step do not depend on the number of processes or on the accumulation.
 
     Attributes:
-        batch_size: G, objects an optimizer step, over all ranks and accumulated batches.
-        rank: Number of this process.
+        batch_size: G, objects per optimizer step over all ranks and accumulated batches.
+        rank: Rank of this process.
         world: Number of processes.
-        accumulate: Batches an optimizer step.
+        accumulate: Batches per optimizer step.
+
+    Raises:
+        InputError: The batch cannot be divided.
     """
 
     batch_size: int
@@ -40,11 +57,7 @@ class BatchPartition:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        """Check that the batch can be shared out.
-
-        Raises:
-            InputError: With the numbers to choose from.
-        """
+        """Check that the batch can be divided."""
         if self.accumulate < 1:
             raise InputError(expected="trainer.accumulate_grad_batches of at least 1", found=self.accumulate)
         parts = self.world * self.accumulate
@@ -52,56 +65,59 @@ class BatchPartition:
             below, above = self.batch_size // parts * parts, -(-max(1, self.batch_size) // parts) * parts
             raise InputError(
                 expected=(
-                    f"a data.batch_size that {self.world} processes x {self.accumulate} accumulated batches "
-                    "divide"
+                    f"a data.batch_size divisible by {self.world} processes x {self.accumulate} accumulated batches"
                 ),
                 found=self.batch_size,
                 remedy=(
-                    "it counts the objects of an optimizer step over all of them: take "
-                    f"{(f'{below} or ' if below else '')}{above}, or another number of processes"
+                    f"use {(f'{below} or ' if below else '')}{above} objects per optimizer step, or another number "
+                    "of processes"
                 ),
             )
 
     @property
     def local_batch_size(self) -> int:
-        """Objects that one process decodes at a time."""
+        """Objects per batch of one process."""
         return self.batch_size // (self.world * self.accumulate)
 
     def positions(self, start: int, batch: int) -> range:
         """Return the global positions of this process's batch number ``batch``, counted from ``start``."""
-        run = self.batch_size // self.accumulate
-        first = start + batch * run
-        return range(first + self.rank, first + run, self.world)
+        part = self.batch_size // self.accumulate
+        first = start + batch * part
+        return range(first + self.rank, first + part, self.world)
 
 
-class TrainingStream(IterableDataset[PackedBatch]):
-    """This process's share of the global sequence (``lrm_pl.data.order``), from position ``position`` on.
+class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
+    """The training batches of this process, from global position ``position`` on (``lrm_pl.data.order``).
 
-    Worker k of K makes the whole batches k, k + K, ... counted from there, so the order does not depend on K.
+    The stages are ``locations``, ``read``, ``decode``, those of ``stages``, ``augment`` and ``batches``. Worker k of K
+    makes batches k, k + K, ..., so the order does not depend on K. A bad sample keeps its position: the first stage
+    yields the next candidate for that position until one passes all stages.
 
     Args:
         mixture: The data sets.
-        share: Which samples are this process's.
-        inputs: Input views an object; they are targets too.
-        side_views: Views an object that are targets only.
-        unseen_views: The last views of every object, never trained on.
-        input_pool: The first input view is one of the first so many; None means any training view.
-        augmentation: What else is random.
+        partition: The positions that this process reads.
+        inputs: Input views per object, which are targets too.
+        side_views: Views per object that are targets only.
+        unseen_views: Number of last views per object that are never trained on.
+        input_pool: The first input view is one of this many first views; None: any training view.
+        augmentation: Random crops and camera noise.
         seed: Seed of order and augmentation.
-        streams: S of the global sequence.
-        steps: How many optimizer steps to feed.
+        streams: S of the global order.
+        steps: Number of optimizer steps to feed.
         step: Optimizer steps done before.
         position: First global position g.
-        counted: Optimizer steps before these whose batches the length counts, as Lightning does where it resumes.
+        counted: Earlier optimizer steps that the length includes, as Lightning counts after a resume.
+        stages: Functions from ``DecodedSample`` to ``DecodedSample``, applied in order before augmentation. One that
+            raises ``SampleError`` or returns None rejects the sample.
 
     Raises:
-        InputError: The split has no samples, or fewer than an optimizer step takes.
+        InputError: The split has fewer samples than an optimizer step.
     """
 
     def __init__(
         self,
         mixture: Mixture,
-        share: BatchPartition,
+        partition: BatchPartition,
         inputs: int,
         side_views: int,
         unseen_views: int,
@@ -114,78 +130,135 @@ class TrainingStream(IterableDataset[PackedBatch]):
         position: int = 0,
         *,
         counted: int = 0,
+        stages: Sequence[SampleStage] = (),
     ) -> None:
-        mixture.require_samples(share.batch_size)
+        mixture.require_samples(partition.batch_size)
         entries = mixture.entries("train", repeated=True)
-        # A batch takes its samples from all streams, each of which is in a shard of its own, or between two.
+        # Each stream is in one shard, or between two.
         self.reader, self.ahead = ShardReader(entries, kept=2 * streams), mixture.ahead
         self.order = SampleOrder(tuple(entry.shard.samples for entry in entries), seed, streams)
-        self.share, self.inputs, self.side_views, self.unseen_views = share, inputs, side_views, unseen_views
-        self.input_pool, self.augmentation, self.seed = input_pool, augmentation, seed
+        self.partition, self.inputs, self.side_views = partition, inputs, side_views
+        self.unseen_views, self.input_pool = unseen_views, input_pool
+        self.augmentation, self.seed = augmentation, seed
         self.steps, self.step, self.position, self.counted = steps, step, position, counted
+        # One sample at a time is in the pipeline. Messages of the bad samples at its position, ...
+        self._faults: list[str] = []
+        # ... the error of the latest candidate, and whether it has passed all stages.
+        self._error: Exception | None = None
+        self._has_passed = False
+        maps = (self.read, self.decode, *stages, self.augment)
+        super().__init__(
+            self.locations, *(webdataset.map(stage, handler=self.skip) for stage in maps), self.batches
+        )
 
     def __len__(self) -> int:
         """Return the number of batches; the same on every rank."""
-        return (self.counted + self.steps) * self.share.accumulate
+        return (self.counted + self.steps) * self.partition.accumulate
 
-    def __iter__(self) -> Iterator[PackedBatch]:
-        """Yield collated batches."""
+    def locations(self) -> Iterator[tuple[SampleLocation, int]]:
+        """Yield (location, optimizer step) of the samples of this worker, and of the replacements of bad samples."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        batches = range(worker, self.steps * self.share.accumulate, workers)
-        ahead = self._announced(batches)
+        batches = range(worker, self.steps * self.partition.accumulate, workers)
+        prefetched = self._prefetch(batches)
         for batch in batches:
-            next(ahead, None)
-            yield collate([self.item(g) for g in self.share.positions(self.position, batch)])
+            next(prefetched, None)
+            for g in self.partition.positions(self.position, batch):
+                yield from self._candidates(g)
 
-    def _announced(self, batches: range) -> Iterator[None]:
-        """Announce shards some samples ahead: all of them at first, then a batch's at a time."""
-        first = -(-self.ahead // self.share.local_batch_size)
+    def _candidates(self, position: int) -> Iterator[tuple[SampleLocation, int]]:
+        """Yield candidates for a global position until one passes all stages.
+
+        Raises:
+            SampleError: All samples are bad.
+        """
+        self._faults, step = [], self.step + (position - self.position) // self.partition.batch_size
+        for location in self.order.candidates(position):
+            is_damaged_copy = True
+            while is_damaged_copy:
+                self._error, self._has_passed = None, False
+                yield location, step
+                if self._has_passed:
+                    return
+                is_damaged_copy = self.reader.evict_if_corrupt(location)
+            self._faults.append(self._fault(location))
+        raise SampleError(
+            expected="a readable sample",
+            found=f"none among {self.order.total}",
+            remedy=f"the last error was: {self._faults[-1]}",
+        )
+
+    def _fault(self, location: SampleLocation) -> str:
+        """Return the message of the latest candidate, which is bad."""
+        try:
+            if self._error is None:
+                return f"sample {self.reader.key(location)!r}: rejected by a stage of data.stages"
+            return str(self.reader.located(location, self._error))
+        except SampleError as error:  # the shard's index cannot be read
+            return str(error)
+
+    def _prefetch(self, batches: range) -> Iterator[None]:
+        """Prefetch the shards of the next ``ahead`` samples at first, then those of one more batch per iteration."""
+        first = -(-self.ahead // self.partition.local_batch_size)
         for number, batch in enumerate(batches):
-            for g in self.share.positions(self.position, batch):
+            for g in self.partition.positions(self.position, batch):
                 self.reader.prefetch(self.order.locate(g).shard)
             if number >= first:
                 yield
 
-    def item(self, position: int) -> Item:
-        """Make the item at global position g; bad samples are replaced, and named among its faults."""
-        step = self.step + (position - self.position) // self.share.batch_size
-        faults: list[str] = []
-        item = self.order.fill(position, lambda place: self._make(place, step), faults.append)
-        return dataclasses.replace(item, faults=(tuple(faults),))
+    def read(self, source: tuple[SampleLocation, int]) -> dict[str, Any]:
+        """Choose the views of a sample and read its tar members."""
+        location, step = source
+        entry = self.reader.entries[location.shard]
+        rng = sample_rng(self.seed, location.epoch, self.reader.key(location), entry.repeat)
+        available = self.reader.view_count(location) - self.unseen_views
+        views = choose_views(rng, available, self.inputs + self.side_views, self.input_pool)
+        return self.reader.read_members(location, views) | {
+            "__views__": views,
+            "__step__": step,
+            "__rng__": rng,
+        }
 
-    def _make(self, place: SampleLocation, step: int) -> Item:
-        views, rng = self._chosen(place)
-        sample = self.reader.read(place, views)
-        try:
-            return training_item(sample, views, self.inputs, self.augmentation, step, rng)
-        except SampleError as error:  # a view that is no image
-            if self.reader.evict_if_corrupt(place):
-                return self._make(place, step)
-            raise self.reader.located(place, error) from error
+    def decode(self, members: dict[str, Any]) -> DecodedSample:
+        """Check the members against the schema and decode the chosen views."""
+        sample = decode_sample(members["__key__"], members, members["__views__"])
+        return decode_views(sample, members["__views__"], members["__step__"], members["__rng__"])
 
-    def _chosen(self, place: SampleLocation) -> tuple[list[int], Any]:
-        """Draw the views of the sample at a place; deterministic, so it may be asked twice."""
-        key = self.reader.keys(place.shard)[place.index]
-        rng = sample_rng(self.seed, place.epoch, key, self.reader.entries[place.shard].repeat)
-        available = self.reader.view_count(place) - self.unseen_views
-        return choose_views(rng, available, self.inputs + self.side_views, self.input_pool), rng
+    def augment(self, sample: DecodedSample) -> Item:
+        """Crop and recolor the views."""
+        item = training_item(sample, self.inputs, self.augmentation)
+        self._has_passed = True
+        return dataclasses.replace(item, faults=(tuple(self._faults),))
+
+    def batches(self, items: Iterable[Item]) -> Iterator[PackedBatch]:
+        """Collate items to batches."""
+        # Unlike ``webdataset.batched``, yields a batch before the first item of the next one is made.
+        remaining = iter(items)
+        while batch := list(islice(remaining, self.partition.local_batch_size)):
+            yield collate(batch)
+
+    def skip(self, error: Exception) -> bool:
+        """Record the error of a bad sample; other errors are raised. The handler of all stages."""
+        if not isinstance(error, SampleError):
+            raise error
+        self._error = error
+        return True
 
 
 class EvaluationSet(IterableDataset[Item]):
-    """Every sample of a split once, without randomness: first views in, some views out, whole and over white.
+    """Every sample of a split once, without augmentation: whole views over white.
 
-    Rank r of W takes every W-th sample from r on. All ranks make the same number of items, as sharded networks need:
-    where the split does not divide, and in the place of a bad sample (which is said), stands another one of weight 0.
-    Worker k of K makes the items k, k + K, ...
+    Rank r of W takes every W-th sample, starting at r. All ranks make the same number of items, as sharded networks
+    need: a bad sample, which is logged, and a missing last one are replaced by another sample of weight 0. Worker k of
+    K makes items k, k + K, ...
 
     Args:
-        mixture: The data sets; each object comes once, whatever the weights.
-        split: Which split.
-        inputs: Number of input views.
-        views: Which of an object's views are targets, as a slice of them all.
-        limit: Most objects; where the split has more, that many, evenly spread. None means all.
-        rank: Number of this process.
+        mixture: The data sets; each object is included once, whatever the weights.
+        split: The split.
+        inputs: Number of first views that are inputs.
+        views: Target views, as a slice of all views of an object.
+        limit: Maximum number of objects, evenly spread over the split; None: all.
+        rank: Rank of this process.
         world: Number of processes.
     """
 
@@ -201,64 +274,61 @@ class EvaluationSet(IterableDataset[Item]):
     ) -> None:
         entries = mixture.entries(split, repeated=False)
         self.reader = ShardReader(entries)
-        places = [
+        locations = [
             SampleLocation(0, i, k) for i, entry in enumerate(entries) for k in range(entry.shard.samples)
         ]
-        count = len(places) if limit is None else min(limit, len(places))
-        self.places = [places[i * len(places) // count] for i in range(count)]
+        count = len(locations) if limit is None else min(limit, len(locations))
+        self.locations = [locations[i * len(locations) // count] for i in range(count)]
         self.inputs, self.views, self.rank, self.world = inputs, views, rank, world
 
     def __len__(self) -> int:
-        """Return the number of items of every rank, those of weight 0 included."""
-        return -(-len(self.places) // self.world)
+        """Return the number of items per rank, including those of weight 0."""
+        return -(-len(self.locations) // self.world)
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield an item an object; one that cannot be read is replaced by an item of weight 0.
+        """Yield one item per object; a sample that cannot be read is replaced by an item of weight 0.
 
         Raises:
-            InputError: Not one sample can be read. Other ranks may read theirs, and would wait for this one.
+            InputError: No sample can be read.
         """
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        stand_in: Item | None = None
+        replacement: Item | None = None
         for number in range(worker, len(self), workers):
             index = number * self.world + self.rank
-            item = self._try(index) if index < len(self.places) else None
+            item = self._try(index) if index < len(self.locations) else None
             if item is None:
-                item = stand_in = stand_in or self._stand_in()
+                item = replacement = replacement or self._replacement()
             if item is None:
                 raise InputError(
-                    expected="a sample of the split that can be read",
-                    found=f"none among {len(self.places)}",
-                    remedy=(
-                        "the warnings above name them; check them with `python -m data_tools validate --shards "
-                        "FOLDER`"
-                    ),
+                    expected="a readable sample in the split",
+                    found=f"none among {len(self.locations)}",
+                    remedy="check the shards: `python -m data_tools validate --shards FOLDER`",
                 )
             yield item
 
     def readable(self) -> Iterator[Item]:
-        """Yield the items of all that can be read, in this process, without a word of the rest."""
-        items = (self._try(index, say=False) for index in range(len(self.places)))
+        """Yield the items of all readable samples, without warnings about the others."""
+        items = (self._try(index, warn=False) for index in range(len(self.locations)))
         return (item for item in items if item is not None)
 
-    def _try(self, index: int, *, say: bool = True) -> Item | None:
-        place = self.places[index]
+    def _try(self, index: int, *, warn: bool = True) -> Item | None:
+        location = self.locations[index]
         try:
-            views = range(self.reader.view_count(place))[self.views]
-            sample = self.reader.read(place, sorted({*range(self.inputs), *views}))
+            views = range(self.reader.view_count(location))[self.views]
+            sample = self.reader.read(location, sorted({*range(self.inputs), *views}))
             try:
                 return evaluation_item(sample, self.inputs, views)
-            except SampleError as error:  # a view that is no image
-                if self.reader.evict_if_corrupt(place):
-                    return self._try(index, say=say)
-                raise self.reader.located(place, error) from error
+            except SampleError as error:  # a view cannot be decoded
+                if self.reader.evict_if_corrupt(location):
+                    return self._try(index, warn=warn)
+                raise self.reader.located(location, error) from error
         except SampleError as error:
-            if say:
+            if warn:
                 logger.warning("skipped %s", error)
             return None
 
-    def _stand_in(self) -> Item | None:
-        """Make the first readable sample an item of weight 0."""
+    def _replacement(self) -> Item | None:
+        """Return the first readable sample as an item of weight 0."""
         item = next(self.readable(), None)
         return None if item is None else dataclasses.replace(item, weight=torch.zeros(()))

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lrm_pl.data.manifest import Manifest, Split, write_manifest, write_shard
+from lrm_pl.data.manifest import Manifest, Split, write_manifest
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleInfo, encode_image, encode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
+from lrm_pl.data.tar import write_shard
 
 FOV_DEG = 50.0
 DISTANCE = 2.6

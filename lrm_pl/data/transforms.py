@@ -1,7 +1,7 @@
-"""From a sample to what a step sees: view choice, canonical cameras, resize and crop, background. Pure functions.
+"""View choice, canonical cameras, resizing, cropping and backgrounds: pure functions from samples to items.
 
-Randomness comes from one generator a sample, seeded by (seed, epoch, key): never from a process's own state, so a
-sample looks the same whichever rank or worker makes it, and again after a resume.
+All randomness of a sample comes from one generator seeded by (seed, epoch, key), never from global state. So a sample
+is the same on any rank or worker, and after a resume.
 """
 
 import dataclasses
@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.data.batch import Item, Views, WholeViews
-from lrm_pl.data.schema import Sample, SampleError, decode_image
+from lrm_pl.data.schema import Sample, SampleError, SampleInfo, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import canonicalize, resize_and_crop
 from lrm_pl.kernels.views import resized_window
@@ -23,14 +22,14 @@ from lrm_pl.kernels.views import resized_window
 
 @dataclasses.dataclass(frozen=True)
 class CropConfig:
-    """How target views are resized and cropped in training (LRM, section 4.2: [128, 384] and 128).
+    """Random resizing and cropping of target views in training (LRM, section 4.2: [128, 384] and 128).
 
     Attributes:
-        low: Smallest side that a view is resized to.
-        high: Largest side.
-        size: Side of the random window that is supervised.
-        foreground: Probability that a window is centered on a pixel of the object, as far as the image's edge
-            allows, instead of anywhere (TripoSR, section 3.2: "crops covering foreground").
+        low: Smallest side of a resized view, pixels.
+        high: Largest side of a resized view, pixels.
+        size: Side of the supervised window, pixels.
+        foreground: Probability that a window is centered on a pixel of the object, as far as the image borders allow,
+            instead of uniformly placed (TripoSR, section 3.2: "crops covering foreground").
     """
 
     low: int = 128
@@ -48,11 +47,11 @@ class CropConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CropStage:
-    """Sizes of the target windows from some step on: progressive resolution (MeshLRM, section 3.3).
+    """Crop sizes from an optimizer step on: progressive resolution (MeshLRM, section 3.3).
 
     Attributes:
         from_step: First optimizer step.
-        crop: Sizes.
+        crop: The sizes.
     """
 
     from_step: int
@@ -61,13 +60,13 @@ class CropStage:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is random about a training item besides the choice of views.
+    """Random crops and camera noise of training items.
 
     Attributes:
         crop: Sizes of the target windows.
         stages: Sizes from later steps on, in ascending order.
-        camera_noise: Every number of the pose and of the intrinsics that the network is told is moved by up to this
-            much, evenly (InstantMesh: 0.02); the views themselves keep their true cameras.
+        camera_noise: Half-width of the uniform noise added to each number of the input cameras (InstantMesh: 0.02).
+            Target cameras are exact.
     """
 
     crop: CropConfig
@@ -84,17 +83,16 @@ class Augmentation:
 
     @property
     def crops(self) -> tuple[CropConfig, ...]:
-        """The sizes of all steps."""
+        """The crop sizes of all stages."""
         return self.crop, *(stage.crop for stage in self.stages)
 
     def crop_at(self, step: int) -> CropConfig:
-        """Return the sizes of an optimizer step."""
-        begun = [stage.crop for stage in self.stages if stage.from_step <= step]
-        return begun[-1] if begun else self.crop
+        """Return the crop sizes of an optimizer step."""
+        return [self.crop, *(stage.crop for stage in self.stages if stage.from_step <= step)][-1]
 
 
 def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Generator:
-    """Make the one generator that all randomness of a sample's appearance in an epoch comes from."""
+    """Return the random generator of a sample in an epoch; ``repeat`` tells its appearances in the epoch apart."""
     again = f"/{repeat}" if repeat else ""
     digest = hashlib.sha256(f"{seed}/{epoch}/{key}{again}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
@@ -103,94 +101,115 @@ def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Ge
 def choose_views(
     rng: np.random.Generator, available: int, count: int, input_pool: int | None = None
 ) -> list[int]:
-    """Draw ``count`` different views out of the first ``available``; the first drawn are the input views.
+    """Draw ``count`` distinct views out of the first ``available``; the input views come first.
 
     Args:
-        rng: The sample's generator.
-        available: Training views of the object.
-        count: Views wanted.
-        input_pool: The first view drawn is one of the first so many; None means any.
+        rng: The sample's random generator.
+        available: Number of training views of the object.
+        count: Number of views to draw.
+        input_pool: The first view is one of this many first views; None: any.
 
     Raises:
-        SampleError: Too few views.
+        SampleError: There are too few views.
     """
     if available < count:
         raise SampleError(
-            expected=f"at least {count} training views", found=available, remedy="render more VIEWS"
+            expected=f"at least {count} training views", found=available, remedy="render more views: VIEWS="
         )
     first = int(rng.integers(min(input_pool or available, available)))
     others = rng.permutation([view for view in range(available) if view != first])
     return [first, *(int(view) for view in others[: count - 1])]
 
 
-def training_item(
-    sample: Sample,
-    views: Sequence[int],
-    inputs: int,
-    augmentation: Augmentation,
-    step: int,
-    rng: np.random.Generator,
-) -> Item:
-    """Make the item of one object: input views whole and over white, all chosen views resized, cropped, recolored.
+@dataclasses.dataclass
+class DecodedSample:
+    """A training sample between decoding and augmentation: what the stages of ``data.stages`` receive and return.
+
+    Attributes:
+        info: The object's record.
+        views: Indices of the chosen views, the input views first.
+        images: One (H, W, 4) uint8 array per chosen view: sRGB, straight alpha.
+        c2w: (V, 4, 4) float32 poses of the chosen views, OpenCV, in world space.
+        fxfycxcy: (V, 4) float32 normalized intrinsics.
+        step: Optimizer step that the sample is for.
+        rng: The sample's random generator; the only source of randomness that keeps a run reproducible.
+    """
+
+    info: SampleInfo
+    views: list[int]
+    images: list[npt.NDArray[np.uint8]]
+    c2w: npt.NDArray[np.float32]
+    fxfycxcy: npt.NDArray[np.float32]
+    step: int
+    rng: np.random.Generator
+
+
+def decode_views(sample: Sample, views: Sequence[int], step: int, rng: np.random.Generator) -> DecodedSample:
+    """Decode the chosen views of a sample.
 
     Args:
-        sample: The object, with at least the chosen views read.
-        views: Chosen views, the input views first; these are targets too.
-        inputs: Number of input views.
-        augmentation: What is random.
-        step: Optimizer step that it is for.
-        rng: The sample's generator.
+        sample: The sample, with at least the chosen views read.
+        views: Indices of the chosen views, the input views first.
+        step: Optimizer step that the sample is for.
+        rng: The sample's random generator.
+
+    Raises:
+        SampleError: A view cannot be decoded.
     """
-    crop = augmentation.crop_at(step)
-    c2w, fxfycxcy = _cameras(sample, views)
+    chosen = list(views)
+    images = [decode_image(sample.info.id, sample.views[view]) for view in chosen]
+    return DecodedSample(sample.info, chosen, images, sample.c2w[chosen], sample.fxfycxcy[chosen], step, rng)
+
+
+def training_item(sample: DecodedSample, inputs: int, augmentation: Augmentation) -> Item:
+    """Make a training item: whole input views over white, and a random window of each view as target.
+
+    Args:
+        sample: The decoded views; the first ``inputs`` are inputs, all are targets.
+        inputs: Number of input views.
+        augmentation: Random crops and camera noise.
+
+    Raises:
+        SampleError: The input views differ in size.
+    """
+    crop, rng, count = augmentation.crop_at(sample.step), sample.rng, len(sample.images)
+    c2w, fxfycxcy = canonicalize(torch.from_numpy(sample.c2w)), torch.from_numpy(sample.fxfycxcy)
     side = int(rng.integers(crop.low, crop.high + 1))
-    whole: list[npt.NDArray[np.uint8]] = []
     windows, intrinsics = [], []
-    for view, camera in zip(views, fxfycxcy, strict=True):
-        # One view is done before the next is decoded: their bytes then lie in the same place, which is in the cache.
-        rgba = decode_image(sample.info.id, sample.views[view])
+    for rgba, camera in zip(sample.images, fxfycxcy, strict=True):
         top, left = _place_window(rgba, side, crop, rng)
         windows.append(resized_window(rgba, side, top, left, crop.size))
         intrinsics.append(resize_and_crop(camera, (side, side), (top, left, crop.size, crop.size)))
-        if len(whole) < inputs:
-            whole.append(rgba)
-    background = torch.from_numpy(rng.random((len(views), 3), dtype=np.float32))
-    jitter = torch.from_numpy(rng.random((len(views), crop.size, crop.size), dtype=np.float32))
+    background = torch.from_numpy(rng.random((count, 3), dtype=np.float32))
+    jitter = torch.from_numpy(rng.random((count, crop.size, crop.size), dtype=np.float32))
     target = _views(torch.stack(windows), background, c2w, torch.stack(intrinsics), jitter)
-    # Copies: what the network is told may be made noisy.
-    told = _whole(sample, whole, c2w[:inputs].clone(), fxfycxcy[:inputs].clone())
+    # Copies, because noise is added in place.
+    views = _whole(sample.info.id, sample.images[:inputs], c2w[:inputs].clone(), fxfycxcy[:inputs].clone())
     if augmentation.camera_noise:
-        told.c2w[:, :3] += _noise(rng, augmentation.camera_noise, (inputs, 3, 4))
-        told.fxfycxcy += _noise(rng, augmentation.camera_noise, (inputs, 4))
-    return Item((sample.info.id,), told, target, torch.ones(()))
+        views.c2w[:, :3] += _noise(rng, augmentation.camera_noise, (inputs, 3, 4))
+        views.fxfycxcy += _noise(rng, augmentation.camera_noise, (inputs, 4))
+    return Item((sample.info.id,), views, target, torch.ones(()))
 
 
 def evaluation_item(sample: Sample, inputs: int, target_views: Sequence[int]) -> Item:
-    """Make an item without randomness: whole images over white, of which the first ``inputs`` views go in."""
-    views = [*range(inputs), *target_views]
-    rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
-    c2w, fxfycxcy = _cameras(sample, views)
-    target = _whole(sample, rgba[inputs:], c2w[inputs:], fxfycxcy[inputs:])
-    return Item(
-        (sample.info.id,),
-        _whole(sample, rgba[:inputs], c2w[:inputs], fxfycxcy[:inputs]),
-        target,
-        torch.ones(()),
-    )
+    """Make an evaluation item: whole views over white; the first ``inputs`` views of the object are inputs.
+
+    Raises:
+        SampleError: A view cannot be decoded, or views differ in size.
+    """
+    key, views = sample.info.id, [*range(inputs), *target_views]
+    rgba = [decode_image(key, sample.views[view]) for view in views]
+    c2w = canonicalize(torch.from_numpy(sample.c2w[views]))
+    fxfycxcy = torch.from_numpy(sample.fxfycxcy[views])
+    source = _whole(key, rgba[:inputs], c2w[:inputs], fxfycxcy[:inputs])
+    return Item((key,), source, _whole(key, rgba[inputs:], c2w[inputs:], fxfycxcy[inputs:]), torch.ones(()))
 
 
-def _cameras(sample: Sample, views: Sequence[int]) -> tuple[Float[Tensor, "V 4 4"], Float[Tensor, "V 4"]]:
-    c2w = torch.from_numpy(sample.c2w[list(views)])
-    return canonicalize(c2w), torch.from_numpy(sample.fxfycxcy[list(views)])
-
-
-def _whole(
-    sample: Sample, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxcy: Tensor
-) -> WholeViews:
-    """Put views together as they are."""
+def _whole(key: str, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxcy: Tensor) -> WholeViews:
+    """Stack views of one size."""
     sizes = sorted({view.shape[:2] for view in rgba})
     if len(sizes) > 1:
-        raise SampleError(subject=f"sample {sample.info.id!r}", expected="views of one size", found=sizes)
+        raise SampleError(subject=f"sample {key!r}", expected="views of one size", found=sizes)
     pixels = rgba[0][None] if len(rgba) == 1 else np.stack(rgba) if rgba else np.empty((0, 1, 1, 4), np.uint8)
     return WholeViews(torch.from_numpy(pixels), c2w, fxfycxcy)
 
@@ -198,7 +217,7 @@ def _whole(
 def _place_window(
     rgba: npt.NDArray[np.uint8], side: int, crop: CropConfig, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Draw the top left corner of a window of the resized view."""
+    """Draw the top left corner (row, column) of a window in the resized view."""
     spare = side - crop.size
     if crop.foreground and rng.random() < crop.foreground:
         pixels = (resized_window(rgba, side, 0, 0, side)[3] > 0.5).nonzero()

@@ -4,7 +4,8 @@ import fnmatch
 
 from lrm_pl.data.manifest import Split
 from lrm_pl.data.mixture import Entry
-from lrm_pl.data.order import SampleLocation, ShardReader
+from lrm_pl.data.order import SampleLocation
+from lrm_pl.data.reader import ShardReader
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample
 from lrm_pl.data.source import ShardSource
 from lrm_pl.errors import InputError

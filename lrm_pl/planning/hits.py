@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.manifest import MANIFEST_NAME
 from lrm_pl.data.mixture import Mixture
-from lrm_pl.data.order import SampleLocation, ShardReader
+from lrm_pl.data.order import SampleLocation
+from lrm_pl.data.reader import ShardReader
 from lrm_pl.data.schema import SampleError
 from lrm_pl.data.transforms import CropConfig
 from lrm_pl.errors import counted

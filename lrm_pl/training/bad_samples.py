@@ -29,7 +29,7 @@ class BadSamplesError(InputError):
 
 
 class BadSamples(L.Callback):
-    """Count bad samples, and say when there are more than ``data.max_bad_share`` allows.
+    """Count bad samples, and say when there are more than ``data.max_bad_fraction`` allows.
 
     The share is that of the samples read since the run was started, judged from 100 samples on.
 
@@ -68,11 +68,11 @@ class BadSamples(L.Callback):
         pl_module.log_dict({"data/bad_samples": bad, "data/bad_share": bad / seen})
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ShardDataModule)
-        if seen >= _LEAST and bad > data.max_bad_share * seen:
+        if seen >= _LEAST and bad > data.max_bad_fraction * seen:
             self.too_many = (
-                f"expected at most {data.max_bad_share:.3g} of the samples to be bad, but found {bad:.0f} "
+                f"expected at most {data.max_bad_fraction:.3g} of the samples to be bad, but found {bad:.0f} "
                 f"of {seen:.0f}:\n"
-                f"  {self._listed(trainer)}\nmend them, or let more pass: --data.max_bad_share"
+                f"  {self._listed(trainer)}\nmend them, or let more pass: --data.max_bad_fraction"
             )
 
     def _listed(self, trainer: L.Trainer) -> str:

@@ -13,7 +13,7 @@ import torchvision
 
 from lrm_pl.data.batch import collate
 from lrm_pl.data.synthetic import synthetic_sample
-from lrm_pl.data.transforms import Augmentation, CropConfig, evaluation_item, training_item
+from lrm_pl.data.transforms import Augmentation, CropConfig, decode_views, evaluation_item, training_item
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.inference.model_folder import build_network
 from lrm_pl.losses.objective import Objective
@@ -40,7 +40,9 @@ def cuda(request, recorded, monkeypatch):
 
 def training_batch():
     augmentation, rng = Augmentation(CropConfig(low=16, high=32, size=16)), np.random.default_rng(0)
-    return collate([training_item(sample, (0, 1), 1, augmentation, 0, rng) for sample in SAMPLES])
+    return collate(
+        [training_item(decode_views(sample, (0, 1), 0, rng), 1, augmentation) for sample in SAMPLES]
+    )
 
 
 def evaluation_batch():

@@ -115,7 +115,7 @@ class Decoding(IterableDataset[int]):
         kept: dict[tuple[int, int, int], bytes] = {}
         self.samples = []
         for place in places:
-            views = source._chosen(place)[0]
+            views = source.read((place, 0))["__views__"]
             sample = source.reader.read(place, views)
             names = [(place.shard, place.index, view) for view in views]
             self.samples.append(

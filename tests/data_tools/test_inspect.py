@@ -11,8 +11,9 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.quality.report import collect_statistics, histogram, inspect, plot_cameras
-from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, write_manifest, write_shard
+from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, write_manifest
 from lrm_pl.data.schema import Sample, SampleInfo, encode_image, encode_sample
+from lrm_pl.data.tar import write_shard
 from tests.builders import spoil_first_poses
 
 

@@ -13,11 +13,12 @@ from data_tools.quality.measures import encode_measures
 from data_tools.quality.validate import validate
 from data_tools.rendering.shard_folder import read_failures
 from data_tools.shards.repack import RepackError, repack, resized
-from lrm_pl.data.manifest import ShardError, read_index, read_manifest, write_manifest, write_shard
+from lrm_pl.data.manifest import ShardError, read_index, read_manifest, write_manifest
 from lrm_pl.data.mixture import DataSet, Mixture
 from lrm_pl.data.schema import decode_image, encode_image
 from lrm_pl.data.stream import EvaluationSet
 from lrm_pl.data.synthetic import write_synthetic_shards
+from lrm_pl.data.tar import write_shard
 from tests.builders import members, spoil_first_poses
 from tests.data_tools.stand_in_worker import MEASURES
 

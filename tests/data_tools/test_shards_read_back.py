@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 
 from data_tools.rendering.cameras import PRESETS, draw_cameras
-from lrm_pl.data.manifest import Manifest, ShardError, read_index, read_manifest, write_manifest, write_shard
+from lrm_pl.data.manifest import Manifest, ShardError, read_index, read_manifest, write_manifest
 from lrm_pl.data.schema import (
     Sample,
     SampleError,
@@ -23,6 +23,7 @@ from lrm_pl.data.schema import (
     encode_image,
     encode_sample,
 )
+from lrm_pl.data.tar import write_shard
 
 VIEWS = 3
 

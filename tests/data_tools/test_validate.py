@@ -18,10 +18,11 @@ from data_tools.__main__ import main
 from data_tools.quality.measures import encode_measures
 from data_tools.quality.validate import check_views, find_index_problems
 from data_tools.shards.pool import processes
-from lrm_pl.data.manifest import read_index, read_manifest, write_manifest, write_shard
+from lrm_pl.data.manifest import read_index, read_manifest, write_manifest
 from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import synthetic_sample
+from lrm_pl.data.tar import write_shard
 from lrm_pl.errors import InputError
 from tests.data_tools.stand_in_worker import MEASURES
 

@@ -41,7 +41,7 @@ def test_too_many_bad_samples_stop_both_ranks_with_the_list_and_a_checkpoint(run
 
 @pytest.mark.soak
 def test_a_run_that_may_lose_samples_makes_all_its_steps_on_both_ranks(runs, damaged):
-    options = (f"--data.folder={damaged}", "--data.max_bad_share=0.2", "--trainer.max_steps=30")
+    options = (f"--data.folder={damaged}", "--data.max_bad_fraction=0.2", "--trainer.max_steps=30")
     runs.run("bad-allowed", 2, *options, layers=["ddp"])
     assert runs.final("bad-allowed")[0].step == 30
     assert len(runs.losses("bad-allowed")) == 30

@@ -19,10 +19,11 @@ from lrm_pl.apps.convert import main as convert
 from lrm_pl.checkpoints import read_index
 from lrm_pl.cli.lightning_cli import command_line, main
 from lrm_pl.cli.parsed import parse_fit
-from lrm_pl.data.manifest import Manifest, write_manifest, write_shard
+from lrm_pl.data.manifest import Manifest, write_manifest
+from lrm_pl.data.order import SampleOrder
 from lrm_pl.data.schema import encode_sample
-from lrm_pl.data.stream import TrainingStream
 from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
+from lrm_pl.data.tar import write_shard
 from lrm_pl.errors import InputError
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.training.checkpointing import CheckpointAndResume
@@ -199,8 +200,8 @@ def test_a_run_resumed_with_another_batch_size_and_accumulation_reads_on_where_i
     tiny, tmp_path, monkeypatch, steps
 ):
     asked = []
-    item = TrainingStream.item
-    monkeypatch.setattr(TrainingStream, "item", lambda self, g: asked.append(g) or item(self, g))
+    candidates = SampleOrder.candidates
+    monkeypatch.setattr(SampleOrder, "candidates", lambda self, g: asked.append(g) or candidates(self, g))
     once = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps)]
     main(["fit", *tiny, *once])  # steps of 2 samples
     changed = ["--data.batch_size", "4", "--trainer.accumulate_grad_batches", "2"]

@@ -101,7 +101,7 @@ def test_every_part_of_a_step_has_its_own_time_and_together_they_are_the_step(
         return result
 
     monkeypatch.setattr(LRMModule, "validation_step", slow_validation)
-    slow(monkeypatch, TrainingStream, "item", 0.02)  # four a step
+    slow(monkeypatch, TrainingStream, "augment", 0.02)  # four a step
     slow(monkeypatch, Renderer, "__call__", 0.06)
     slow(monkeypatch, Objective, "__call__", 0.04)
     main([

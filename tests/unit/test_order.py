@@ -1,10 +1,10 @@
-import pytest
+import numpy as np
 
 from lrm_pl.data.mixture import Entry
-from lrm_pl.data.order import SampleLocation, SampleOrder, ShardReader
-from lrm_pl.data.schema import SampleError
+from lrm_pl.data.order import SampleLocation, SampleOrder
+from lrm_pl.data.reader import PackedIndex, ShardReader
 from lrm_pl.data.source import ShardSource
-from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
+from lrm_pl.data.synthetic import write_synthetic_shards
 
 
 def test_every_sample_comes_exactly_once_an_epoch():
@@ -20,9 +20,31 @@ def test_every_sample_comes_exactly_once_an_epoch():
 
 
 def test_the_sequence_by_hand():
-    # One shard of 5 in 2 streams: stream 0 holds 0 1 2, stream 1 holds 3 4; positions alternate.
+    # One shard of 5 in 2 streams: stream 0 holds the first 3 of the permuted samples, stream 1 the others.
     order = SampleOrder((5,), seed=0, streams=2)
-    assert [order.locate(g).index for g in range(5)] == [0, 3, 1, 4, 2]
+    permuted = np.random.default_rng([0, 0, 0]).permutation(5)
+    assert [order.locate(g).index for g in range(5)] == [permuted[i] for i in (0, 3, 1, 4, 2)]
+
+
+def test_the_samples_of_a_shard_come_in_another_order_each_epoch():
+    order = SampleOrder((50,), seed=0, streams=1)
+    epochs = [[order.locate(g).index for g in range(50 * e, 50 * e + 50)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
+    assert epochs[0] != epochs[1] != list(range(50))
+
+
+def test_an_index_takes_at_most_300_bytes_a_sample():
+    names = ["c2w.npy", "fxfycxcy.npy", "json", "measures.json", *(f"view_{v:03d}.webp" for v in range(32))]
+    index, offset = {}, 512
+    for number in range(1000):
+        members = {}
+        for name in names:
+            members[name] = (offset, 1000 * number + len(name))
+            offset += 512 + -(-(1000 * number + len(name)) // 512) * 512
+        index[f"object-{number:025d}"] = members
+    packed = PackedIndex(index)
+    assert packed.nbytes <= 300 * len(packed) == 300 * 1000
+    assert all(packed.members(n) == index[packed.key(n)] for n in (0, 1, 500, 999))
 
 
 def test_an_empty_shard_is_never_read():
@@ -51,42 +73,14 @@ def test_neighbours_come_from_different_parts_of_the_epoch():
         assert len({p.shard for p in batch}) >= 2
 
 
-def test_a_bad_sample_keeps_its_slot_filled_by_the_next_good_one_of_its_stream():
-    order = SampleOrder((5,), seed=0, streams=2)  # indices 0 3 1 4 2
-    messages = []
-
-    def read(place: SampleLocation):
-        if place.index in (0, 1):
-            raise SampleError(f"sample {place.index} is bad")
-        return synthetic_sample(str(place.index), views=1, resolution=4, seed=0)
-
-    filled = [order.fill(g, read, messages.append).info.id for g in range(5)]
-    assert filled[1] == "3"
-    assert filled[3] == "4"
-    assert filled[0] == filled[4] == "2", "stream 0 goes on with 2"
-    assert messages[:2] == ["sample 0 is bad", "sample 1 is bad"]
-
-
-def test_one_bad_sample_among_fewer_samples_than_streams_is_replaced_by_a_good_one():
-    def read(place: SampleLocation):
-        if place.index == 1:
-            raise SampleError("bad")
-        return place.index
-
-    order = SampleOrder((4,), seed=0, streams=64)  # every stream holds one sample: its own cannot help
-    filled = [order.fill(g, read, lambda message: None) for g in range(8)]
-    assert 1 not in filled
-    assert {0, 2, 3} <= set(filled)
-
-
-def test_only_bad_samples_are_an_error_and_not_a_hang():
-    def read(place: SampleLocation):
-        raise SampleError("broken")
-
-    with pytest.raises(
-        SampleError, match=r"expected a readable sample, but found none among 5. The last: broken"
-    ):
-        SampleOrder((5,), seed=0, streams=2).fill(0, read, lambda message: None)
+def test_the_candidates_of_a_position_are_its_sample_the_rest_of_its_stream_and_then_all_others():
+    order = SampleOrder((5,), seed=0, streams=2)
+    in_order = [order.locate(g) for g in range(5)]  # stream 0 holds positions 0 2 4, stream 1 holds 1 3
+    assert list(order.candidates(2)) == [in_order[i] for i in (2, 4, 0, 1, 3)]
+    assert list(order.candidates(3)) == [in_order[i] for i in (3, 1, 0, 2, 4)]
+    assert {place.epoch for place in order.candidates(5 + 2)} == {1}
+    single = SampleOrder((4,), seed=0, streams=64)  # each stream holds one sample
+    assert all(len({p.index for p in single.candidates(g)}) == 4 for g in range(8))
 
 
 def test_a_reader_keeps_the_indices_of_so_many_shards_and_no_more(tmp_path):

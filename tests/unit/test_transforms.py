@@ -12,6 +12,7 @@ from lrm_pl.data.transforms import (
     CropConfig,
     CropStage,
     choose_views,
+    decode_views,
     evaluation_item,
     sample_rng,
     training_item,
@@ -28,7 +29,7 @@ WHOLE = Augmentation(CropConfig(32, 32, 32))
 
 
 def training_of(sample, views, crop, rng, inputs=1, step=0, **options):
-    return training_item(sample, views, inputs, Augmentation(crop, **options), step, rng)
+    return training_item(decode_views(sample, views, step, rng), inputs, Augmentation(crop, **options))
 
 
 def position_coded_sample(side=64):
@@ -98,7 +99,7 @@ def test_the_input_view_is_a_target_too_and_canonical():
 
 def test_unseen_views_are_never_trained_on_and_are_all_that_validation_renders(shards):
     stream = TrainingStream(mixture(shards), BatchPartition(2), 1, 3, 3, None, WHOLE, 0, 4, 40)
-    used = {view for g in range(80) for view in stream._chosen(stream.order.locate(g))[0]}
+    used = {view for g in range(80) for view in stream.read((stream.order.locate(g), 0))["__views__"]}
     assert used == {0, 1, 2, 3, 4}
     items = EvaluationSet(mixture(shards), "train", 1, slice(-3, None))
     assert len(items) == len(list(items)) == 4

@@ -1,0 +1,146 @@
+"""Tar shards: writing them with webdataset, and the byte ranges of their members.
+
+A tar is a sequence of 512-byte records: for each member a header record, then the content, padded to whole records.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, Split, new_file, write_atomically
+from lrm_pl.data.schema import KEY_PATTERN
+
+#: Bytes per tar record.
+RECORD: Final = 512
+
+#: Two records of zeros end a tar.
+END_OF_ARCHIVE: Final = bytes(2 * RECORD)
+
+#: Largest padding after the last member that is accepted.
+_MAX_PADDING = 1 << 20
+
+
+def padded(size: int) -> int:
+    """Round a size up to whole records."""
+    return -(-size // RECORD) * RECORD
+
+
+def write_shard(
+    folder: Path,
+    name: str,
+    split: Split,
+    samples: Iterable[tuple[str, Mapping[str, bytes]]],
+    *,
+    rejected: bool = False,
+) -> Shard:
+    """Write one tar and its index atomically; equal samples give equal bytes.
+
+    Args:
+        folder: Folder of the shards.
+        name: File name of the tar.
+        split: Split of the samples.
+        samples: (key, members) in order, with members as from ``schema.encode_sample``; written sorted by name.
+        rejected: Whether a rule rejected the samples.
+    """
+    from webdataset import TarWriter  # loads torch where it is installed
+
+    with new_file(folder / name) as file:
+        with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
+            for key, members in samples:
+                assert KEY_PATTERN.fullmatch(key), key
+                writer.write({"__key__": key, **members})
+        file.flush()
+        shard = describe_shard(
+            Path(file.name), name, split, index := scan_tar(Path(file.name)), rejected=rejected
+        )
+        write_atomically(folder / shard.index_name, encode_index(index))
+    return shard
+
+
+def describe_shard(
+    path: Path, name: str, split: Split, index: MemberIndex, *, rejected: bool = False
+) -> Shard:
+    """Return the manifest entry of a tar: counts, size and hash."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(name, split, len(index), path.stat().st_size, digest, rejected)
+
+
+def encode_index(index: MemberIndex) -> bytes:
+    """Encode a member index as JSON."""
+    return json.dumps(index, indent=0).encode()
+
+
+def scan_tar(path: Path) -> MemberIndex:
+    """Build the member index of a shard from its tar headers.
+
+    Raises:
+        ShardError: The file is not a complete tar of regular files with one header record each, or the members of a
+            sample are not adjacent.
+    """
+    index: MemberIndex = {}
+    key, end = "", 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                sample, _, name = member.name.partition(".")
+                if not member.isreg() or member.issparse() or member.offset_data - member.offset != RECORD:
+                    raise ShardError(
+                        subject=path,
+                        expected="regular files with one header record each, as webdataset writes",
+                        found=f"{member.name!r} of type {member.type!r} at byte {member.offset}",
+                    )
+                if not KEY_PATTERN.fullmatch(sample) or not name or "/" in name:
+                    raise ShardError(
+                        subject=path,
+                        expected="members named KEY.NAME with a key of letters, digits, '_' and '-'",
+                        found=f"{member.name!r}",
+                    )
+                if sample != key and sample in index:
+                    raise ShardError(
+                        subject=path, expected="adjacent members of each sample", found=f"{sample!r} twice"
+                    )
+                members = index.setdefault(sample, {})
+                if name in members or (members and member.offset != end):
+                    raise ShardError(
+                        subject=path,
+                        expected=f"each member of {sample!r} once and without gaps",
+                        found=f"{member.name!r} at byte {member.offset}",
+                    )
+                members[name] = (member.offset_data, member.size)
+                key, end = sample, member.offset_data + padded(member.size)
+    except tarfile.TarError as error:
+        raise ShardError(
+            subject=path, expected="a tar", found=error, remedy="copy or write the shard again"
+        ) from error
+    # ``tarfile`` stops without an error at the first header that it cannot read.
+    with open(path, "rb") as file:
+        file.seek(end)
+        rest = file.read(_MAX_PADDING + 1)
+    if len(rest) < len(END_OF_ARCHIVE) or len(rest) > _MAX_PADDING or any(rest):
+        raise ShardError(
+            subject=path,
+            expected=f"the end of the archive at byte {end}",
+            found=f"{len(rest)} other bytes",
+            remedy="the shard is truncated or damaged: copy or write it again",
+        )
+    return index
+
+
+def record_spans(members: Mapping[str, tuple[int, int]], names: Iterable[str]) -> list[tuple[int, int]]:
+    """Return the byte ranges (offset, size) of whole members, headers and padding included; adjacent ones are merged.
+
+    Args:
+        members: Member name -> (offset, size) of its content.
+        names: The members to cover, in tar order.
+    """
+    spans: list[tuple[int, int]] = []
+    for offset, size in (members[name] for name in names):
+        start, length = offset - RECORD, RECORD + padded(size)
+        if spans and sum(spans[-1]) == start:
+            start, length = spans[-1][0], spans.pop()[1] + length
+        spans.append((start, length))
+    return spans
