@@ -78,7 +78,7 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
     other = tmp_path / "other"
     write_synthetic_shards(other, train=2, val=0, views=8, resolution=32, shard_size=1)
     with pytest.raises(
-        RepackError, match=r"'train-ellipsoid-000' in .*shards.* and in .*other; .*--data\.also"
+        RepackError, match=r"'train-ellipsoid-000' in .*shards.* and in .*other\. .*--data\.also"
     ):
         repack([shards, other], tmp_path / "out")
     few = tmp_path / "few"
@@ -167,7 +167,7 @@ def test_objects_that_one_folder_holds_out_are_not_advised_into_training(shards,
     few = tmp_path / "few"
     write_synthetic_shards(few, train=1, val=0, views=3, resolution=32)
     with pytest.raises(
-        RepackError, match=r"views: 3 in .*, 8 in .*; train on both as they are: --data\.also"
+        RepackError, match=r"views: 3 in .*, 8 in .*\. Train on both as they are: --data\.also"
     ):
         repack([few, shards], tmp_path / "out")
 

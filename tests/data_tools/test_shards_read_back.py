@@ -120,11 +120,11 @@ def test_a_manifest_that_lists_a_shard_twice_is_refused(folder):
 def test_unknown_schema_versions_are_refused_by_number(folder):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(ShardError, match="expected schema version 1, but found 99"):
+    with pytest.raises(ShardError, match="expected schema version 2, but found 99"):
         read_manifest(folder)
     members = encode_sample(make_sample())
     members["json"] = json.dumps(json.loads(members["json"]) | {"schema_version": 99}).encode()
-    with pytest.raises(SampleError, match="expected schema version 1, but found 99"):
+    with pytest.raises(SampleError, match="expected schema version 2, but found 99"):
         decode_sample("chair", members)
 
 
