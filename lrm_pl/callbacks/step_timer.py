@@ -1,34 +1,27 @@
-"""Where the time of a step goes, and what that makes in samples and rays a second; memory.
+"""Time per phase of an optimizer step, throughput and peak memory.
 
-Nothing in the network knows of it: marks are set by forward hooks, by Lightning's hooks and by wrappers around the
-renderer and the objective, for as long as training runs.
-
-data_wait    the loop waits for the next batch (on a GPU: the GPU stands still for it)
-encoder      image -> tokens
-transformer  camera embedder, blocks, upsampler
-renderer     field and rendering, forward only
-losses       the objective's terms
-backward     all of backward: also the rendering that it does again (``rendering.deferred``), activations that blocks
-             recompute, and the exchange of gradients between processes
-optimizer    gradient norm, clipping, AdamW
-other        the rest: copies to the device, the other callbacks, checkpoints, logging, progress bar
+Phases are marked by forward hooks, by Lightning's callback hooks and, for data loading, by Lightning's profiler
+interface. Their names and units are listed in the README of this folder.
 """
 
-import functools
+import logging
 from collections.abc import Callable
 from typing import Any, final
 
 import lightning as L
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 
-from lrm_pl.callbacks.part_clock import PartClock
-from lrm_pl.callbacks.utilization import BatchSize, UtilisationMeter
+from lrm_pl.callbacks.phase_clock import PhaseClock
+from lrm_pl.callbacks.utilization import BatchSize, UtilizationMeter
 from lrm_pl.data.batch import Batch
 from lrm_pl.planning.memory import peak_memory
 from lrm_pl.training.logged import is_logged
 from lrm_pl.training.module import LRMModule
 
-PARTS = (
+logger = logging.getLogger(__name__)
+
+PHASES = (
     "data_wait",
     "encoder",
     "transformer",
@@ -39,59 +32,67 @@ PARTS = (
     "other",
 )
 
-#: What does not count: validation.
+#: Phase that is excluded from all totals: validation.
 PAUSE = "pause"
+
+#: Action that the training loop reports to ``trainer.profiler`` while it waits for a batch.
+FETCH_ACTION = "[_TrainingEpochLoop].train_dataloader_next"
 
 
 @final
 class StepTimer(L.Callback):
-    """Log ``time/<part>``, ``time/step``, ``speed/*`` and ``memory/*_gib`` at the trainer's logging steps.
+    """Log ``time/<phase>``, ``time/step``, ``speed/*`` and ``memory/*_gib`` at the trainer's logging steps.
 
-    Times are milliseconds an optimizer step, the mean since the last log line, of this process; the parts add up to
-    ``time/step``. Rates are of all processes together. Validation does not count.
+    Times are milliseconds per optimizer step of this process, averaged since the last logged step; the phases sum to
+    ``time/step``. Rates cover all processes. Validation is excluded.
 
-    ``speed/mfu`` is the share of the devices' bf16 peak that the mathematics of a step needs, forward and backward,
-    nothing counted twice (PaLM, appendix B). The peak of a CPU is measured once; of a GPU that
-    ``training.costs.machines`` does not know there is none.
+    ``speed/mfu`` is the model FLOPs utilization: the fraction of the devices' bf16 peak that forward and backward of
+    the model account for, without recomputation (PaLM, appendix B). It is omitted on devices of unknown peak.
+
+    The wait for data is measured through ``trainer.profiler``. A trainer without a profiler gets one that reports
+    only this; with a profiler of the user's own, the wait counts as ``other``.
     """
 
     def __init__(self) -> None:
-        self._clock: PartClock | None = None
+        self._clock: PhaseClock | None = None
         self._steps = self._samples = self._rays = 0
         self._batches: list[BatchSize] = []
-        self._meter: UtilisationMeter | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._meter: UtilizationMeter | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the shape of the network while it is whole."""
+        """Record the network's shapes before it is sharded."""
         if stage == "fit":
             assert isinstance(pl_module, LRMModule)
-            self._meter = UtilisationMeter(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+            self._meter = UtilizationMeter(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set the marks and start the clock."""
+        """Register the hooks and start the clock."""
         assert isinstance(pl_module, LRMModule)
         self._steps = self._samples = self._rays = 0
         self._batches = []
-        self._clock = clock = PartClock(trainer.strategy.root_device)
-        self._mark_forward(pl_module, clock)
-        self._mark_fetching(trainer, clock)
-        clock.switch("other")
+        self._clock = PhaseClock(trainer.strategy.root_device)
+        self._register_hooks(pl_module)
+        if isinstance(trainer.profiler, PassThroughProfiler):  # type: ignore[attr-defined]
+            trainer.profiler = _FetchProfiler(self._clock)  # type: ignore[attr-defined]
+        else:
+            logger.info("time/data_wait is part of time/other: the trainer has a profiler of its own")
+        self._clock.switch("other")
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor
     ) -> None:
-        """Begin backward."""
+        """Start the backward phase."""
         self._switch("backward")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End it."""
+        """End the backward phase."""
         self._switch("other")
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Begin the optimizer's step; the end of the batch ends it."""
+        """Start the optimizer phase, which lasts until the end of the batch."""
         self._switch("optimizer")
 
     def on_train_batch_end(
@@ -102,7 +103,7 @@ class StepTimer(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Count, and log where a line is due."""
+        """Count samples and rays, and log at logging steps."""
         assert self._clock is not None
         self._clock.switch("other")
         self._samples += len(batch.ids) * trainer.world_size
@@ -115,10 +116,10 @@ class StepTimer(L.Callback):
         self._steps += 1
         if not is_logged(trainer, trainer.global_step):
             return
-        spent = self._clock.take()
-        total = max(sum(ms for part, ms in spent.items() if part != PAUSE), 1e-6)
+        spent = self._clock.pop_totals()
+        total = max(sum(ms for phase, ms in spent.items() if phase != PAUSE), 1e-6)
         mfu = self._utilization(pl_module.device, total / 1000)
-        times = {f"time/{part}": spent.get(part, 0.0) / self._steps for part in PARTS}
+        times = {f"time/{phase}": spent.get(phase, 0.0) / self._steps for phase in PHASES}
         pl_module.log("speed/samples_per_second", 1000 * self._samples / total)
         pl_module.log_dict(
             {
@@ -134,89 +135,67 @@ class StepTimer(L.Callback):
         self._batches = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave out validation, with the start of its loader workers since the last batch."""
+        """Exclude validation, including the start of its loader workers since the last batch."""
         if self._clock is not None:
             self._clock.rename(PAUSE)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the marks away."""
-        self._clear()
+        """Remove the hooks."""
+        self._clear(trainer)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Take the marks away."""
-        self._clear()
+        """Remove the hooks."""
+        self._clear(trainer)
 
     def _utilization(self, device: torch.device, seconds: float) -> float | None:
-        """Ask the meter; what it takes the first time does not count."""
+        """Return the model FLOPs utilization; the time of its first, simulated step is excluded."""
         assert self._clock is not None
         assert self._meter is not None
         self._clock.switch(PAUSE)
-        share = self._meter.share(self._batches, device, seconds)
+        utilization = self._meter.utilization(self._batches, device, seconds)
         self._clock.switch("other")
-        return share
+        return utilization
 
-    def _switch(self, part: str) -> None:
+    def _switch(self, phase: str) -> None:
         assert self._clock is not None
-        self._clock.switch(part)
+        self._clock.switch(phase)
 
-    def _clear(self) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo, self._clock = [], None
+    def _clear(self, trainer: L.Trainer) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._clock = [], None
+        if isinstance(trainer.profiler, _FetchProfiler):  # type: ignore[attr-defined]
+            trainer.profiler = PassThroughProfiler()  # type: ignore[attr-defined]
 
-    def _mark_forward(self, module: LRMModule, clock: PartClock) -> None:
-        def switch_to(part: str) -> Callable[..., None]:
-            return lambda *_: clock.switch(part) if module.training else None
+    def _register_hooks(self, module: LRMModule) -> None:
+        def switch_to(phase: str) -> Callable[..., None]:
+            return lambda *_: self._switch(phase) if module.training else None
 
-        lrm = module.lrm
-        self._undo += [
-            lrm.encoder.register_forward_pre_hook(switch_to("encoder")).remove,
-            lrm.encoder.register_forward_hook(switch_to("transformer")).remove,
-            lrm.upsampler.register_forward_hook(switch_to("renderer")).remove,
+        lrm, renderer, objective = module.lrm, module.renderer, module.objective
+        self._hooks += [
+            lrm.encoder.register_forward_pre_hook(switch_to("encoder")),
+            lrm.encoder.register_forward_hook(switch_to("transformer")),
+            lrm.upsampler.register_forward_hook(switch_to("renderer")),
+            renderer.register_forward_pre_hook(switch_to("renderer")),
+            renderer.register_forward_hook(switch_to("other")),
+            objective.register_forward_pre_hook(switch_to("losses")),
+            objective.register_forward_hook(switch_to("other")),
         ]
-        for name, part in (("renderer", "renderer"), ("objective", "losses")):
-            self._undo.append(_wrap(module, name, switch_to(part), switch_to("other")))
-
-    def _mark_fetching(self, trainer: L.Trainer, clock: PartClock) -> None:
-        # No public hook lies before the loop asks for a batch; it calls these two around that.
-        loop = trainer.fit_loop.epoch_loop
-
-        def before() -> None:
-            clock.switch("data_wait")
-            type(loop)._on_before_fetch(loop)
-
-        def after() -> None:
-            type(loop)._on_after_fetch(loop)
-            clock.switch("other")
-
-        for name, mark in (("_on_before_fetch", before), ("_on_after_fetch", after)):
-            setattr(loop, name, mark)
-            self._undo.append(functools.partial(delattr, loop, name))
 
 
-class _Marked:
-    """A callable with something done before and after each call; its attributes are the callable's own."""
+class _FetchProfiler(PassThroughProfiler):
+    """Lightning's null profiler, with the wait for a batch as a phase of a clock."""
 
-    def __init__(
-        self, call: Callable[..., Any], before: Callable[..., None], after: Callable[..., None]
-    ) -> None:
-        self._call, self._before, self._after = call, before, after
+    def __init__(self, clock: PhaseClock) -> None:
+        super().__init__()
+        self._clock = clock
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: ANN401 - whatever is wrapped
-        self._before()
-        result = self._call(*arguments, **keywords)
-        self._after()
-        return result
+    def start(self, action_name: str) -> None:
+        if action_name == FETCH_ACTION:
+            self._clock.switch("data_wait")
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever is wrapped
-        return getattr(self._call, name)
-
-
-def _wrap(
-    owner: object, name: str, before: Callable[..., None], after: Callable[..., None]
-) -> Callable[[], None]:
-    original = getattr(owner, name)
-    setattr(owner, name, _Marked(original, before, after))
-    return lambda: setattr(owner, name, original)
+    def stop(self, action_name: str) -> None:
+        if action_name == FETCH_ACTION:
+            self._clock.switch("other")

@@ -1,4 +1,4 @@
-"""What share of a device's peak a run reaches (model FLOPs utilization)."""
+"""Model FLOPs utilization (MFU): the fraction of a device's peak FLOP/s that training reaches."""
 
 import dataclasses
 import logging
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class BatchSize:
-    """What a process computed at once.
+    """Size of one forward and backward pass of a process.
 
     Attributes:
-        objects: Objects.
-        pixels: Target pixels of all of them.
-        step: Optimizer steps done before.
+        objects: Number of objects.
+        pixels: Number of target pixels of all objects.
+        step: Optimizer steps completed before.
     """
 
     objects: int
@@ -33,12 +33,12 @@ class BatchSize:
     step: int
 
 
-class UtilisationMeter:
-    """Count what batches need, by a simulated step, made when it is first asked for.
+class UtilizationMeter:
+    """Compute the model FLOPs utilization of batches from a simulated step, which runs at the first call.
 
     Args:
-        module: What is trained, before it is divided; only its shapes are kept.
-        data: What it is trained on: the share of rays that hit depends on its cameras and crops.
+        module: Training module before sharding; only its shapes are kept.
+        data: Training data, whose cameras and crops determine the fraction of rays that hit the bounds.
     """
 
     def __init__(self, module: LRMModule, data: L.LightningDataModule | None = None) -> None:
@@ -48,20 +48,23 @@ class UtilisationMeter:
         self._costs: StepCosts | None = None
         self._failed = False
 
-    def share(self, batches: Sequence[BatchSize], device: torch.device, seconds: float) -> float | None:
-        """Return the share of a device's peak that batches took in so many seconds; None where no peak is known."""
+    def utilization(self, batches: Sequence[BatchSize], device: torch.device, seconds: float) -> float | None:
+        """Return the fraction of a device's peak that batches reached in ``seconds``.
+
+        Returns:
+            The fraction; None if the device's peak is unknown or the network cannot be simulated.
+        """
         peak = peak_flops(device)
         if peak is None or self._failed:
             return None
         if self._costs is None:
             try:
                 with torch.enable_grad():
-                    parts = self.lrm, self.renderer, self.objective, self.parallel
-                    shape = StepShape(1, 1, 64, self._hits(), gpu=gpu_properties(device))
-                    self._costs = simulate_step(*parts, shape)
-            # Whatever a new part of a network cannot do without numbers: the run goes on.
+                    shape = StepShape(1, 1, 64, self._hit_fraction(), gpu=gpu_properties(device))
+                    self._costs = simulate_step(self.lrm, self.renderer, self.objective, self.parallel, shape)
+            # A custom network may not run on fake tensors; training continues without this value.
             except Exception as error:
-                logger.warning("speed/mfu is left out: this network cannot be run without numbers: %r", error)
+                logger.warning("speed/mfu is not logged: the network cannot run on fake tensors: %r", error)
                 self._failed = True
                 return None
         start = self.objective.lpips_start_step if self.objective.lpips else None
@@ -71,7 +74,7 @@ class UtilisationMeter:
         )
         return flops / seconds / peak
 
-    def _hits(self) -> float:
+    def _hit_fraction(self) -> float:
         if isinstance(self.data, ShardDataModule):
             return hit_share(self.renderer.bounds, self.data.augmentation.crop, cameras_of(self.data))
         return hit_share(self.renderer.bounds, CropConfig(), default_cameras())

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrm_pl.errors import InputError
 from lrm_pl.losses.perceptual import PerceptualLoss
@@ -30,10 +30,10 @@ class LossInputs:
     planes: Float[Tensor, "B 3 F S S"]
 
 
-class Objective:
+class Objective(nn.Module):
     """Sum weighted loss terms; a term of weight 0 is not computed.
 
-    A subclass adds terms of its own to what ``__call__`` returns; ``model.objective.class_path`` names it.
+    A subclass adds terms of its own to what ``forward`` returns; ``model.objective.class_path`` names it.
 
     Args:
         mse: Weight of the mean squared error.
@@ -54,6 +54,7 @@ class Objective:
         tv: float = 0.0,
         opacity: float = 0.0,
     ) -> None:
+        super().__init__()
         weights = {"mse": mse, "lpips": lpips, "mask": mask, "tv": tv, "opacity": opacity}
         if any(weight < 0 for weight in weights.values()):
             raise InputError(expected="weights of 0 or more in the objective", found=weights)
@@ -61,7 +62,7 @@ class Objective:
         self.mask, self.tv, self.opacity = mask, tv, opacity
         self.perceptual: PerceptualLoss | None = None
 
-    def __call__(self, evidence: LossInputs, step: int) -> dict[str, Float[Tensor, ""]]:
+    def forward(self, evidence: LossInputs, step: int) -> dict[str, Float[Tensor, ""]]:
         """Compute the weighted terms by name; the loss is their sum.
 
         Args:

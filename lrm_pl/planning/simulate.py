@@ -176,7 +176,7 @@ def simulate_step(
                 loss = sum(terms.values(), start=torch.zeros(()))
             forward = {part: ledger.flops(part) for part in PARTS[:-1]}
             ledger.part = "backward"
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     trained = [p for p in parameters if p.requires_grad]
     return StepCosts(
         parameters=sum(p.numel() for p in parameters),
@@ -300,16 +300,17 @@ def _marked(network: LRM, ledger: Ledger) -> Iterator[None]:
         hook.remove()
 
 
-class FakeRenderer:
+class FakeRenderer(torch.nn.Module):
     """A renderer that walks one chunk of an object's rays and books it as all of them."""
 
     def __init__(self, renderer: Renderer, shape: StepShape, ledger: Ledger) -> None:
+        super().__init__()
         self.renderer, self.step, self.ledger = renderer, shape, ledger
 
-    def __call__(
+    def forward(
         self, field: Field, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], jitter: Tensor | None = None
     ) -> Rendering:
-        """Render as ``Renderer.__call__`` does."""
+        """Render as ``Renderer.forward`` does."""
         self.ledger.part = "renderer"
         shape = (*c2w.shape[:2], *size)
         most = max(1, self.renderer.chunk_on(c2w.device) // self.renderer.march.samples)

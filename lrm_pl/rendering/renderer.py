@@ -5,7 +5,7 @@ from typing import final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
@@ -20,7 +20,7 @@ from lrm_pl.rendering.ray_marching import LengthUnit, March, Quadrature
 
 
 @final
-class Renderer:
+class Renderer(nn.Module):
     """Volume renderer of LRM (section 3.3): samples each ray inside the bounds and composites.
 
     Args:
@@ -44,12 +44,13 @@ class Renderer:
         unit: LengthUnit = "scene",
         chunk: int | None = None,
     ) -> None:
+        super().__init__()
         if chunk is not None and chunk < 1:
             raise InputError(expected="a positive chunk", found=chunk)
         self.march = March(samples_per_ray, importance_samples, quadrature, unit)
         self.bounds, self.chunk = bounds, chunk
 
-    def __call__(
+    def forward(
         self,
         field: Field,
         c2w: Float[Tensor, "B V 4 4"],

@@ -23,9 +23,9 @@ RENDER = (
 #: Functions that ask ``on_cuda`` -> a test that runs them, on a GPU too.
 ON_CUDA = {
     "lrm_pl/planning/memory.py:peak_memory": TRACE,
-    "lrm_pl/callbacks/part_clock.py:PartClock._now": TRACE,
+    "lrm_pl/callbacks/phase_clock.py:PhaseClock._now": TRACE,
     "lrm_pl/callbacks/trace.py:TraceRecorder.on_train_start": TRACE,
-    "lrm_pl/callbacks/utilization.py:UtilisationMeter.share": TRACE,
+    "lrm_pl/callbacks/utilization.py:UtilizationMeter.utilization": TRACE,
     "lrm_pl/data/batch.py:PackedBatch.to": MODEL,
     "lrm_pl/data/datamodule.py:ShardDataModule._loader": MODEL,
     "lrm_pl/kernels/decode_along_rays.py:decode_along_rays": RENDER,

@@ -692,8 +692,8 @@ class OwnObjective(Objective):
         super().__init__(**options)
         self.weight = weight
 
-    def __call__(self, evidence, step):
-        return super().__call__(evidence, step) | {"planes": self.weight * evidence.planes.square().mean()}
+    def forward(self, evidence, step):
+        return super().forward(evidence, step) | {"planes": self.weight * evidence.planes.square().mean()}
 
 
 class OwnModule(LRMModule):

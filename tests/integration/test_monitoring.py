@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from lrm_pl.callbacks.step_timer import PARTS
+from lrm_pl.callbacks.step_timer import PHASES
 from lrm_pl.cli.lightning_cli import main
 from lrm_pl.data.stream import TrainingStream
 from lrm_pl.losses.objective import Objective
@@ -102,15 +102,15 @@ def test_every_part_of_a_step_has_its_own_time_and_together_they_are_the_step(
 
     monkeypatch.setattr(LRMModule, "validation_step", slow_validation)
     slow(monkeypatch, TrainingStream, "augment", 0.02)  # four a step
-    slow(monkeypatch, Renderer, "__call__", 0.06)
-    slow(monkeypatch, Objective, "__call__", 0.04)
+    slow(monkeypatch, Renderer, "forward", 0.06)
+    slow(monkeypatch, Objective, "forward", 0.04)
     main([
         "fit", *quick, f"--trainer.accumulate_grad_batches={accumulate}",
         "--trainer.val_check_interval=3", TIMER_ALONE,
     ])  # fmt: skip
     first, second = lines(tmp_path / "run")
     for line in (first, second):
-        parts = {part: float(line[f"time/{part}"]) for part in PARTS}
+        parts = {part: float(line[f"time/{part}"]) for part in PHASES}
         step = float(line["time/step"])
         assert sum(parts.values()) == pytest.approx(step, rel=0.05)
         assert all(parts.values()), "no part was missed"

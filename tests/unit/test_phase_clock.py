@@ -3,23 +3,23 @@ import time
 import pytest
 import torch
 
-from lrm_pl.callbacks import part_clock
-from lrm_pl.callbacks.part_clock import PartClock
+from lrm_pl.callbacks import phase_clock
+from lrm_pl.callbacks.phase_clock import PhaseClock
 
 
 def test_all_time_belongs_to_the_part_that_runs_and_a_renamed_part_is_renamed_from_its_beginning():
-    clock = PartClock(torch.device("cpu"))
-    assert clock.take() == {}
+    clock = PhaseClock(torch.device("cpu"))
+    assert clock.pop_totals() == {}
     began = time.perf_counter()
     for part in ("work", "rest", "work"):
         clock.switch(part)
         time.sleep(0.01)
-    first = clock.take()
+    first = clock.pop_totals()
     time.sleep(0.02)
     clock.rename("pause")
     time.sleep(0.02)
     clock.switch("rest")
-    second = clock.take()
+    second = clock.pop_totals()
     passed = 1000 * (time.perf_counter() - began)
     assert first["work"] >= 20
     assert first["rest"] >= 10
@@ -58,25 +58,25 @@ class QueueEvent(torch.cuda.Event):
 
 def test_a_gpus_time_is_read_from_events_and_only_taking_it_waits(monkeypatch):
     queue, cpu = Queue(), torch.device("cpu")
-    monkeypatch.setattr(part_clock, "on_cuda", lambda _: True)
+    monkeypatch.setattr(phase_clock, "on_cuda", lambda _: True)
     monkeypatch.setattr(torch.cpu, "Event", queue.event)
-    clock = PartClock(cpu)
-    assert clock.take() == {}
+    clock = PhaseClock(cpu)
+    assert clock.pop_totals() == {}
     for part, milliseconds in (("work", 5), ("rest", 2), ("work", 4)):
         clock.switch(part)
         queue.now += milliseconds
     assert queue.waits == 0
-    assert clock.take() == {"work": 9.0, "rest": 2.0}
+    assert clock.pop_totals() == {"work": 9.0, "rest": 2.0}
     queue.now += 3
     clock.rename("pause")
-    assert clock.take() == {"pause": 3.0}
+    assert clock.pop_totals() == {"pause": 3.0}
     assert queue.waits == 2
     assert queue.recorded == [torch.cpu.current_stream(cpu)] * 5
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_time_is_the_gpus_and_setting_marks_does_not_wait_for_it():
-    clock = PartClock(torch.device("cuda"))
+    clock = PhaseClock(torch.device("cuda"))
     matrix = torch.randn(8192, 8192, device="cuda")
     matrix @ matrix  # starts cuBLAS
     torch.cuda.synchronize()
@@ -86,6 +86,6 @@ def test_on_a_gpu_time_is_the_gpus_and_setting_marks_does_not_wait_for_it():
         matrix @ matrix
     clock.switch("rest")
     asked = 1000 * (time.perf_counter() - began)
-    spent = clock.take()
+    spent = clock.pop_totals()
     assert spent["work"] > 2 * asked
     assert spent["rest"] < spent["work"]
