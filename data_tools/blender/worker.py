@@ -32,7 +32,7 @@ from lrm_pl.data.geometry_views import depth_member, encode_depth, encode_normal
 from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleInfo, encode_image, encode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.errors import InputError
-from lrm_pl.meshing.triangles import draw_points
+from lrm_pl.meshing.triangles import sample_surface
 from lrm_pl.storage import MissingError, StoreError
 
 #: With less room than this in the scratch folder, bytes, an object that fails has failed for want of it.
@@ -103,7 +103,9 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     extras = dict[str, bytes]()
     if settings.surface:
         rng = np.random.default_rng(derive_seed(settings.seed, asset.id, SURFACE_MEMBER))
-        extras[SURFACE_MEMBER] = encode_surface(*draw_points(load_asset.world_meshes(), SURFACE_POINTS, rng))
+        extras[SURFACE_MEMBER] = encode_surface(
+            *sample_surface(load_asset.world_meshes(), SURFACE_POINTS, rng)
+        )
     device = blender_scene.choose_device()
     blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
     blender_scene.add_camera()

@@ -29,7 +29,7 @@ from lrm_pl.inference.model_folder import CONFIG_NAME, WEIGHTS_NAME, find_config
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.scene import Scene
 from lrm_pl.kernels.device import choose_device
-from lrm_pl.rendering.occupancy import measure_occupancy
+from lrm_pl.rendering.empty_space import measure_occupancy
 from lrm_pl.storage import is_local
 
 logger = logging.getLogger(__name__)

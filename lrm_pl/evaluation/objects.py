@@ -21,7 +21,7 @@ from lrm_pl.inference.scene import Scene, as_tensor
 from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.meshing.surface import NoSurfaceError
-from lrm_pl.meshing.triangles import draw_points
+from lrm_pl.meshing.triangles import sample_surface
 from lrm_pl.metrics import NotFiniteError, psnr, ssim
 from lrm_pl.progress import stage
 
@@ -246,7 +246,7 @@ def _measure_surface(
         return f"view {view}: {error}"
     rng = sample_rng(0, view, sample.info.id)
     prediction = PointCloud(
-        *draw_points([(mesh.vertices.astype(np.float64), mesh.faces)], geometry.points, rng)
+        *sample_surface([(mesh.vertices.astype(np.float64), mesh.faces)], geometry.points, rng)
     )
     if geometry.normalized:
         prediction = prediction.normalized()

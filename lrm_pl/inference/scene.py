@@ -14,13 +14,13 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera, PosedCamera, orbit
 from lrm_pl.inference.options import TEXTURE_FACES, MeshOptions
 from lrm_pl.meshing.mesh import Mesh
-from lrm_pl.meshing.surface import colors_at, extract_mesh, surface_density
-from lrm_pl.meshing.texture import textured
+from lrm_pl.meshing.surface import extract_mesh, sample_colors, surface_density
+from lrm_pl.meshing.texture import bake_texture
 from lrm_pl.meshing.unwrap import UnwrapError
 from lrm_pl.models.lrm import LRM
 from lrm_pl.models.triplane import TriplaneField
 from lrm_pl.progress import stage
-from lrm_pl.rendering.occupancy import Occupancy, measure_occupancy
+from lrm_pl.rendering.empty_space import Occupancy, measure_occupancy
 from lrm_pl.rendering.renderer import Renderer
 
 
@@ -105,7 +105,7 @@ class Scene:
         Raises:
             UnwrapError: The UV unwrapping failed or exceeded the time limit.
         """
-        return textured(mesh, lambda points: colors_at(self.field, 0, points), size, limit_s)
+        return bake_texture(mesh, lambda points: sample_colors(self.field, 0, points), size, limit_s)
 
     @torch.no_grad()
     def render(self, c2w: Float[Tensor, "4 4"], size: int) -> Float[Tensor, "size size 3"]:

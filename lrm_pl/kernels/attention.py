@@ -1,9 +1,8 @@
-"""Attention on a CPU, a block of queries of one head at a time: the contract, and its body.
+"""Memory-efficient attention on a CPU, computed block by block (Rabe and Staats 2021; FlashAttention, Dao et al. 2022).
 
-The contract. softmax(q k^T / sqrt d) v for ``q`` (B, h, L, d), ``k`` and ``v`` (B, h, N, d), of one dtype;
-differentiable in all three. No more than a block's scores is held at a time, and backward computes them again
-(Rabe and Staats 2021; FlashAttention, Dao et al. 2022): the scores of 3072 tokens would be 150 MB a layer in bf16, and
-fresh memory costs a CPU more than the arithmetic. The plain twin is ``attention_plain``.
+softmax(q k^T / sqrt d) v for ``q`` (B, h, L, d), ``k`` and ``v`` (B, h, N, d) of one dtype; differentiable in all
+three. Only the scores of one block of queries are in memory at a time, and backward recomputes them. The full scores of
+3072 tokens take 150 MB per layer in bf16. The reference implementation is ``attention_plain``.
 """
 
 import math
@@ -17,28 +16,28 @@ from torch.utils.flop_counter import register_flop_formula
 from lrm_pl.kernels.device import on_cpu
 from lrm_pl.kernels.threads import run_threads
 
-#: Scores that are held at a time, per thread: a block and what is made of it fit a core's L2 cache.
+#: Scores per block and thread; a block and its derived tensors fit a core's L2 cache.
 _SCORES = 768 * 1024
 
 
 def attention_plain(
     q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
 ) -> Float[Tensor, "B h L d"]:
-    """Compute it as written: the slow, obvious twin, and the faster body where the scores are few."""
+    """Compute attention as written: reference implementation, also used for small inputs."""
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
 
 
 def attention_in_blocks(
     q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
 ) -> Float[Tensor, "B h L d"]:
-    """Compute it block by block; see the contract at the top of this file.
+    """Compute attention block by block; see the top of this file.
 
     Raises:
-        ValueError: Tensors of another device or of several dtypes.
+        ValueError: The tensors are not on the CPU or have different dtypes.
     """
     if not on_cpu(q) or not q.dtype == k.dtype == v.dtype:
-        kinds = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
-        raise ValueError(f"expected q, k and v of one dtype on the CPU, but found {kinds}")
+        found = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"expected q, k and v of one dtype on the CPU, but found {found}")
     return torch.ops.lrm_pl.attention_in_blocks(q, k, v)
 
 
@@ -62,20 +61,20 @@ def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     def head(b: int, h: int) -> None:
         scale = q.shape[-1] ** -0.5
         queries, keys, values = q[b, h] * scale, k[b, h].contiguous(), v[b, h].contiguous()
-        # Sums over blocks of queries: float32, whatever they are sums of.
+        # Sums over blocks of queries are accumulated in float32.
         keys_sum, values_sum = (torch.zeros(x.shape, dtype=torch.float32) for x in (keys, values))
         blocks = _blocks(q.shape[2], k.shape[2])
-        # Two buffers serve all blocks: fresh ones would cost page faults.
+        # Two buffers are reused for all blocks to avoid page faults.
         most = max(rows.stop - rows.start for rows in blocks)
         buffers = q.new_empty(2, most, k.shape[2])
         for rows in blocks:
             block, incoming = queries[rows], grad[b, h, rows]
             scores, other = buffers[:, : rows.stop - rows.start]
             torch.mm(block, keys.t(), out=scores)
-            shares = torch.softmax(scores, dim=-1, out=scores)
-            values_sum += shares.t() @ incoming
+            weights = torch.softmax(scores, dim=-1, out=scores)
+            values_sum += weights.t() @ incoming
             torch.mm(incoming, values.t(), out=other)
-            scores_grad = torch.ops.aten._softmax_backward_data(other, shares, -1, shares.dtype)
+            scores_grad = torch.ops.aten._softmax_backward_data(other, weights, -1, weights.dtype)
             q_grad[b, h, rows] = (scores_grad @ keys) * scale
             keys_sum += scores_grad.t() @ block
         k_grad[b, h], v_grad[b, h] = keys_sum, values_sum
@@ -85,24 +84,24 @@ def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def _like(x: Tensor) -> Tensor:
-    """Make a tensor (B, h, L, d) whose heads lie side by side in memory, as the next linear layer wants them."""
+    """Return an empty tensor (B, h, L, d) stored as (B, L, h, d), the layout of the output projection's input."""
     batch, heads, length, width = x.shape
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
 def _blocks(queries: int, keys: int) -> list[slice]:
-    """Cut the queries into blocks of equal size."""
+    """Split the queries into blocks of equal size."""
     count = math.ceil(queries * keys / _SCORES)
     size = math.ceil(queries / count)
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
 def _for_each_head(q: Tensor, work: Callable[[int, int], None]) -> None:
-    """Call ``work(b, h)`` for every head of every object; each thread takes whole heads of its own."""
+    """Call ``work(b, h)`` for every head of every object, with whole heads distributed over threads."""
     heads = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
     threads = min(torch.get_num_threads(), len(heads))
 
-    inference = torch.is_inference_mode_enabled()  # belongs to a thread: handed on
+    inference = torch.is_inference_mode_enabled()  # thread-local: passed on
 
     def run(thread: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
@@ -140,7 +139,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# PyTorch's counter sees an operation, not what is inside it. The scores' product is computed twice: again in backward.
+# FLOPs of the custom operators; backward recomputes the scores.
 @register_flop_formula(torch.ops.lrm_pl.attention_in_blocks)
 def _(q: torch.Size, k: torch.Size, v: torch.Size, **_: object) -> int:
     return 2 * _products(q, k)
@@ -152,5 +151,5 @@ def _(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, **_: object
 
 
 def _products(q: torch.Size, k: torch.Size) -> int:
-    """Count the operations of one product of the size of the scores: 2 B h L N d."""
+    """Return the FLOPs of one product of the size of the scores: 2 B h L N d."""
     return 2 * q.numel() * k[2]

@@ -1,4 +1,4 @@
-"""How functions are compiled on a CPU: kept from one start to the next where the cache can be written."""
+"""Compile functions with numba, with an on-disk cache if it is writable."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,13 +9,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(**options: Any) -> Callable[[F], F]:  # noqa: ANN401 - numba's
-    """Compile a function at its first call, without the interpreter's lock.
+    """Return a decorator that compiles a function at its first call and releases the GIL while it runs.
 
-    numba keeps the code beside the source, or in the user's home; where neither can be written (a read-only container
-    of a user without a home), it is compiled in each process.
+    numba caches the code next to the source or in the home folder. If neither is writable, as in a read-only
+    container, each process compiles it again.
 
     Args:
-        options: Of ``numba.njit``.
+        options: Options of ``numba.njit``.
     """
 
     def wrap(function: F) -> F:

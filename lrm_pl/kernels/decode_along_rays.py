@@ -1,16 +1,17 @@
-"""Triplane sampling and the NeRF MLP as one operation along rays: the contract, the plain twin, and the Triton body.
+"""Fused triplane sampling and NeRF MLP along rays, with Triton kernels.
 
-The contract. ``planes`` (3, S, S, C), channels last, of ONE object, with the MLP's first layer folded in, bfloat16 or
-float32; ``origins`` and ``directions`` (N, W, 3) of N rows of W pixels, ``t`` (N, W, K) distances of samples, float32;
-``alive`` (N, W), whether a ray is evaluated at all. ``weights`` and ``biases`` are those of ``pack``. The features of a
-sample are the sum of the three planes' bilinear samples (see ``kernels.triplane``); features + bias go through the
-activation, through L layers C x C with the activation, and through one layer C x 4. Returns (N, W, K, 4) float32: raw
-density and three color logits; of rays that are not alive ``NOTHING`` and zeros. Positions and interpolation are
-float32, products in the type of the planes with float32 sums. Differentiable in planes, weights and biases, not in the
-rays.
+Inputs are ``planes`` (3, S, S, C), bfloat16 or float32, the channels-last planes of one object with the MLP's first
+layer folded in; float32 ``origins`` and ``directions`` (N, W, 3) of N rows of W pixels; float32 sample distances ``t``
+(N, W, K); and the mask ``alive`` (N, W) of rays to evaluate. ``weights`` and ``biases`` are packed by ``pack``.
 
-Backward recomputes the layers, adds to a given gradient of the planes, and returns those of weights and biases. The sum
-over tiles in the planes' gradient is made by atomic additions, so it does not repeat bit for bit.
+The features of a sample are the sum of the three planes' bilinear samples (see ``kernels.triplane``) and a bias. They
+pass through the activation, L layers C x C with the activation, and one layer C x 4. The output is (N, W, K, 4)
+float32: raw density and three color logits; ``EMPTY_RAW_DENSITY`` and zeros for rays that are not alive. Positions and
+interpolation are float32; products have the dtype of the planes and float32 accumulators. Differentiable in planes,
+weights and biases, not in the rays.
+
+Backward recomputes the layers, adds to a given gradient of the planes, and returns the gradients of weights and biases.
+The gradient of the planes uses atomic additions and is not bitwise reproducible.
 """
 
 import dataclasses
@@ -28,26 +29,26 @@ from lrm_pl.kernels.device import GpuProperties, gpu_properties, launch_guard, t
 from lrm_pl.kernels.linear import HiddenActivation, activation
 from lrm_pl.kernels.triplane import Axes, triplane_sample_plain
 
-#: Raw density of rays that are not evaluated: no activation makes anything of it, even averaged with a large one.
-NOTHING = -1e4
+#: Raw density of empty samples: density 0 under every activation, even averaged with a large raw density.
+EMPTY_RAW_DENSITY = -1e4
 
-#: Widths C that the kernels are used at: at 128 backward spills more than 1 KB a thread (tests/fused/build.py).
+#: Supported widths C; at 128, backward spills more than 1 KB per thread (tests/fused/build.py).
 WIDTHS = (16, 32, 64)
 
-#: Pixels x pixels x samples of a tile, by the planes' type; the first whose scratch fits is used.
+#: Tile shapes (pixel rows, pixel columns, samples) by dtype of the planes; the first whose scratch fits is used.
 TILES = {torch.bfloat16: ((4, 4, 8), (4, 4, 4)), torch.float32: ((4, 4, 2),)}
 
-#: Texels x texels of a plane for which a tile's gradients are summed at a time.
+#: Side of the window of texels for which a tile's gradients are summed at a time.
 WINDOW = 8
 
 NUM_WARPS = 8
 
-#: Columns of the last layer: the smallest product that tensor cores do.
+#: Columns of the last layer, padded to the smallest tensor core product.
 _LAST = 16
 
 
 class PackedMLP(NamedTuple):
-    """Weights of the MLP as the kernels read them.
+    """Weights of the MLP in the layout of the kernels.
 
     Attributes:
         weights: L matrices (C, C) as [in, out], then (C, 16), of which the first 4 columns are used; flat, bfloat16 or
@@ -69,7 +70,7 @@ def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> PackedMLP:
 
 
 def unpack(packed: PackedMLP, width: int) -> tuple[Tensor, ...]:
-    """Undo ``pack``: of weights, or of their gradients."""
+    """Invert ``pack``, for weights or their gradients."""
     layers = (packed.biases.numel() - _LAST) // width - 1
     matrices = packed.weights[: layers * width * width].view(layers, width, width).transpose(1, 2)
     biases = packed.biases[: (layers + 1) * width].view(layers + 1, width)
@@ -88,7 +89,7 @@ def decode_along_rays_plain(
     axes: Axes,
     act: HiddenActivation,
 ) -> Float[Tensor, "N W K 4"]:
-    """Compute it with ordinary operators: the twin, and the body where there is no Triton."""
+    """Compute ``decode_along_rays`` with PyTorch operators: reference implementation, used without Triton."""
     points = origins.unsqueeze(-2) + t.unsqueeze(-1) * directions.unsqueeze(-2)
     dtype = planes.dtype
     bias, *hidden, last, last_bias = unpack(mlp, planes.shape[-1])
@@ -96,12 +97,12 @@ def decode_along_rays_plain(
     for weight, layer_bias in zip(hidden[::2], hidden[1::2], strict=True):
         x = activation(_product(x, weight, dtype) + layer_bias, act)
     y = _product(x, last, dtype) + last_bias
-    nothing = y.new_tensor([NOTHING, 0.0, 0.0, 0.0])
-    return torch.where(alive[..., None, None], y.view(*t.shape, 4), nothing)
+    empty = y.new_tensor([EMPTY_RAW_DENSITY, 0.0, 0.0, 0.0])
+    return torch.where(alive[..., None, None], y.view(*t.shape, 4), empty)
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to a type, then multiply with float32 sums."""
+    """Round the factors to a dtype, then multiply in float32."""
     return x.to(dtype).float() @ weight.to(dtype).float().t()
 
 
@@ -115,10 +116,10 @@ def decode_along_rays(
     axes: Axes,
     act: HiddenActivation,
 ) -> Float[Tensor, "N W K 4"]:
-    """Evaluate the field at samples along rays; see the contract at the top of this file. It records no graph.
+    """Evaluate the field at samples along rays, without a graph; see the top of this file.
 
     Raises:
-        ValueError: Wrong shapes or types.
+        ValueError: The shapes or dtypes are wrong.
     """
     _check(planes, origins, t, alive, mlp)
     if triton_unavailable(planes.device) is not None:
@@ -142,22 +143,22 @@ def accumulate_gradient(
     axes: Axes,
     act: HiddenActivation,
 ) -> PackedMLP:
-    """Add the planes' gradient of ``decode_along_rays`` to ``total`` (float32).
+    """Add the gradient of ``decode_along_rays`` with respect to the planes to ``total`` in place.
 
     Args:
-        total: What is added to, in place.
+        total: Float32 buffer that is added to.
         grad: Gradient of the output.
-        planes: As in ``decode_along_rays``, and all that follow.
+        planes: Planes of the object; this and the following arguments are those of ``decode_along_rays``.
         origins: Ray origins.
         directions: Unit directions.
-        t: Distances.
-        alive: Which rays were evaluated.
-        mlp: Weights.
+        t: Sample distances.
+        alive: Mask of evaluated rays.
+        mlp: Packed weights.
         axes: Axes of the planes.
         act: Activation.
 
     Returns:
-        The gradients of weights and biases, float32, packed as these are.
+        Gradients of weights and biases, float32, packed.
     """
     _check(planes, origins, t, alive, mlp)
     if total.dtype != torch.float32 or not total.is_contiguous():
@@ -198,15 +199,15 @@ def _check(planes: Tensor, origins: Tensor, t: Tensor, alive: Tensor, mlp: Packe
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """How the kernels are launched for rays and planes of some size.
+    """Launch configuration of the kernels.
 
     Attributes:
-        tile: Rows, columns and samples of a tile.
-        tiles: How many tiles.
-        programs: How many programs process them.
-        layers: L.
-        width: C.
-        dtype: Type of the planes.
+        tile: Pixel rows, pixel columns and samples of a tile.
+        tiles: Number of tiles.
+        programs: Number of programs.
+        layers: Number L of hidden layers.
+        width: Width C.
+        dtype: Dtype of the planes.
     """
 
     tile: tuple[int, int, int]
@@ -218,20 +219,20 @@ class Launch:
 
     @property
     def scratch(self) -> int:
-        """Bytes of pre-activations that all programs together write and read again, in the L2 cache."""
+        """Bytes of pre-activations of all programs, which backward stores in the L2 cache."""
         return self.programs * (self.layers + 1) * math.prod(self.tile) * self.width * self.dtype.itemsize
 
 
 def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -> Launch:
-    """Choose the tile: the largest whose scratch, of one program per multiprocessor, stays below a quarter of the L2.
+    """Choose the largest tile whose scratch, with one program per multiprocessor, is below a quarter of the L2 cache.
 
-    Where none does (RTX 30xx, A10, A40, A30, MI300X), the smallest: fewer programs would leave multiprocessors idle.
+    If none is (RTX 30xx, A10, A40, A30, MI300X), choose the smallest.
 
     Args:
         planes: (3, S, S, C).
         t: (N, W, K).
         biases: Packed biases.
-        gpu: What it runs on.
+        gpu: Properties of the GPU.
     """
     width, dtype = planes.shape[3], planes.dtype
     layers = (biases.numel() - _LAST) // width - 1
@@ -244,7 +245,7 @@ def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -
 
 
 def _launch(planes: Tensor, t: Tensor, biases: Tensor) -> tuple[Launch, dict[str, object]]:
-    """Return a launch and the kernels' sizes."""
+    """Return a launch configuration and the size arguments of the kernels."""
     gpu = gpu_properties(planes.device)
     assert gpu is not None, planes.device
     launch = plan_launch(planes, t, biases, gpu)
@@ -275,7 +276,7 @@ def _op(
     with launch_guard(planes.device):
         kernels.forward[(launch.programs,)](
             *(x.contiguous() for x in (planes, origins, directions, t, alive.to(torch.int8), weights, biases)),
-            out, launch.tiles, AXES=tuple(axes), SILU=silu, NOTHING=NOTHING, **sizes,
+            out, launch.tiles, AXES=tuple(axes), SILU=silu, EMPTY_RAW_DENSITY=EMPTY_RAW_DENSITY, **sizes,
         )  # fmt: skip
     return out
 
@@ -325,7 +326,7 @@ def _(
     return torch.empty_like(weights, dtype=torch.float32), torch.empty_like(biases)
 
 
-# Triton's launches are nothing that PyTorch's counter sees. Per sample: L layers and the last one, of 4 columns.
+# FLOPs per sample: L layers and the last one, of 4 columns.
 @register_flop_formula(torch.ops.lrm_pl.decode_along_rays)
 def _(
     planes: torch.Size, origins: torch.Size, directions: torch.Size, t: torch.Size, alive: torch.Size,
@@ -334,8 +335,8 @@ def _(
     return t.numel() * _flops_per_sample(planes[3], biases)
 
 
-# Backward recomputes the layers; the gradients of inputs and of weights cost as much each; then a product with the
-# bilinear weights sums the planes' gradients window by window.
+# Backward recomputes the layers and computes the gradients of inputs and of weights, at equal cost each; a product with
+# the bilinear weights sums the planes' gradients window by window.
 @register_flop_formula(torch.ops.lrm_pl.decode_along_rays_backward)
 def _(
     total: torch.Size, grad: torch.Size, planes: torch.Size, origins: torch.Size, directions: torch.Size,

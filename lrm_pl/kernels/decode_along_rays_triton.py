@@ -1,13 +1,12 @@
-"""Triton kernels of ``decode_along_rays``: triplane sampling and the MLP in one kernel, forward and backward.
+"""Triton kernels of ``decode_along_rays``: triplane sampling and MLP, forward and backward.
 
-One launch serves one object. A tile is TH x TW pixels x TK samples, compact in space, so that it touches about one
-window of 8 x 8 texels per plane. Programs are persistent: program i processes the tiles i, i + P, i + 2 P, ... of P
-programs, so the sums in its private buffers are added in a fixed order. In backward a program recomputes the
-pre-activations of a tile into a scratch buffer of its own, small enough to stay in the L2 cache; weight gradients are
-added up in buffers of its own; plane gradients are summed inside the tile by a matrix product with the bilinear
-weights, then added with one atomic per number of each window.
+One launch processes one object. A tile is TH x TW pixels x TK samples, compact in space, so that it covers about one
+window of 8 x 8 texels per plane. Programs are persistent: program i of P processes tiles i, i + P, i + 2 P, ..., so its
+private sums have a fixed order. In backward, a program recomputes the pre-activations of a tile into a private scratch
+buffer that stays in the L2 cache. Weight gradients are accumulated in private buffers. Plane gradients are summed over
+the tile by a matrix product with the bilinear weights, then added with one atomic per element of each window.
 
-The loop over layers must not be unrolled: Triton then hoists the weights of all layers into registers, and spills.
+The loop over layers must not be unrolled: Triton would hoist the weights of all layers into registers and spill.
 """
 
 import triton
@@ -16,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _axis(px, py, pz, AXIS: tl.constexpr):
-    """Select a coordinate."""
+    """Select the coordinate of an axis."""
     if AXIS == 0:
         return px
     elif AXIS == 1:
@@ -27,13 +26,13 @@ def _axis(px, py, pz, AXIS: tl.constexpr):
 
 @triton.jit
 def _texel(position, S: tl.constexpr):
-    """Convert a position in [-1, 1] to texels; far outside it is clamped to where every weight is 0."""
+    """Convert a position in [-1, 1] to texels, clamped to a range outside of which every weight is 0."""
     return tl.minimum(tl.maximum(0.5 * ((position + 1.0) * S - 1.0), -2.0), S + 1.0)
 
 
 @triton.jit
 def _gather(plane, u, v, S: tl.constexpr, C: tl.constexpr):
-    """Sample one plane (S, S, C) bilinearly at columns u and rows v, with zeros outside."""
+    """Sample one plane (S, S, C) bilinearly at columns u and rows v, with zero padding."""
     c = tl.arange(0, C)
     x, y = _texel(u, S), _texel(v, S)
     x_low, y_low = tl.floor(x), tl.floor(y)
@@ -44,7 +43,7 @@ def _gather(plane, u, v, S: tl.constexpr, C: tl.constexpr):
         yi = y_low.to(tl.int32) + (corner // 2)
         weight = (fx if corner % 2 else 1.0 - fx) * (fy if corner // 2 else 1.0 - fy)
         inside = (xi >= 0) & (xi < S) & (yi >= 0) & (yi < S)
-        # Without the hint the select loses the alignment, and every load is of 2 bytes.
+        # Without the hint the alignment is lost after the select, and loads are 2 bytes wide.
         at = tl.multiple_of(tl.where(inside, yi * S + xi, 0) * C, 16)
         texels = tl.load(plane + at[:, None] + c[None, :]).to(tl.float32)
         out += tl.where(inside, weight, 0.0)[:, None] * texels
@@ -53,7 +52,7 @@ def _gather(plane, u, v, S: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, sums, HALF: tl.constexpr):
-    """Multiply in bfloat16 or float32, adding to float32 sums."""
+    """Multiply in bfloat16 or float32 and add to float32 accumulators."""
     if HALF:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
     else:
@@ -79,7 +78,7 @@ def _tile(
     tile, origins, directions, t, alive, N, W, K,
     TH: tl.constexpr, TW: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
-    """Return the sample numbers of a tile, which exist, which of them are on live rays, and their points."""
+    """Return sample indices of a tile, masks of existing samples and of those on alive rays, and their points."""
     m = tl.arange(0, TH * TW * TK)
     slabs, across = tl.cdiv(K, TK), tl.cdiv(W, TW)
     k = (tile % slabs) * TK + m % TK
@@ -90,7 +89,7 @@ def _tile(
     ray = tl.where(exists, row * W + column, 0)
     n = ray * K + tl.where(exists, k, 0)
     hit = exists & (tl.load(alive + ray) != 0)
-    # As a column: of a plain vector Triton would load four at once, in a layout that makes the layers spill.
+    # Loaded as a column: a vectorized load has a layout that makes the layers spill.
     distance = tl.sum(tl.load(t + n[:, None] + tl.arange(0, 1)[None, :]), 1)
     px = tl.load(origins + ray * 3) + distance * tl.load(directions + ray * 3)
     py = tl.load(origins + ray * 3 + 1) + distance * tl.load(directions + ray * 3 + 1)
@@ -100,7 +99,7 @@ def _tile(
 
 @triton.jit
 def _features(planes, px, py, pz, S: tl.constexpr, C: tl.constexpr, AXES: tl.constexpr):
-    """Sum the samples of the three planes."""
+    """Sum the features of the three planes."""
     x = _gather(planes, _axis(px, py, pz, AXES[0]), _axis(px, py, pz, AXES[1]), S, C)
     x += _gather(planes + S * S * C, _axis(px, py, pz, AXES[2]), _axis(px, py, pz, AXES[3]), S, C)
     x += _gather(planes + 2 * S * S * C, _axis(px, py, pz, AXES[4]), _axis(px, py, pz, AXES[5]), S, C)
@@ -111,16 +110,16 @@ def _features(planes, px, py, pz, S: tl.constexpr, C: tl.constexpr, AXES: tl.con
 def forward(
     planes, origins, directions, t, alive, weights, biases, out, tiles, N, W, K,
     S: tl.constexpr, C: tl.constexpr, L: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, TK: tl.constexpr,
-    AXES: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr, NOTHING: tl.constexpr,
+    AXES: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr, EMPTY_RAW_DENSITY: tl.constexpr,
 ):  # fmt: skip
-    """Write raw density and color logits (N, W, K, 4); samples of dead rays get NOTHING and zeros."""
+    """Write raw density and color logits (N, W, K, 4); EMPTY_RAW_DENSITY and zeros for rays that are not alive."""
     M: tl.constexpr = TH * TW * TK
     c, four = tl.arange(0, C), tl.arange(0, 16)
     square = c[:, None] * C + c[None, :]
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         n, exists, hit, px, py, pz = _tile(tile, origins, directions, t, alive, N, W, K, TH, TW, TK)
         at, mask = out + n[:, None] * 4 + four[None, :], exists[:, None] & (four[None, :] < 4)
-        dead = tl.where(four == 0, NOTHING, 0.0)
+        dead = tl.where(four == 0, EMPTY_RAW_DENSITY, 0.0)
         if tl.max(hit.to(tl.int32), 0) > 0:
             x = _features(planes, px, py, pz, S, C, AXES) + tl.load(biases + c)[None, :]
             x = _activation(x, SILU)
@@ -140,7 +139,7 @@ def forward(
 def _scatter(
     grad, g, u, v, hit, S: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """Add the gradient of ``_gather``: summed over the tile by a product, one atomic per number of each window."""
+    """Add the gradient of ``_gather``, summed over the tile by a product, with one atomic per element of a window."""
     c, k = tl.arange(0, C), tl.arange(0, WINDOW * WINDOW)
     x, y = _texel(u, S), _texel(v, S)
     x_low = tl.maximum(tl.floor(tl.min(tl.where(hit, x, S + 1.0), 0)).to(tl.int32), 0)
@@ -168,7 +167,7 @@ def backward(
     S: tl.constexpr, C: tl.constexpr, L: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, TK: tl.constexpr,
     AXES: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Add to ``planes_grad``, and to this program's rows of ``dw`` and ``db``."""
+    """Add gradients to ``planes_grad`` and to this program's rows of ``dw`` and ``db``."""
     M: tl.constexpr = TH * TW * TK
     SIZE: tl.constexpr = S * S * C
     c, four, m = tl.arange(0, C), tl.arange(0, 16), tl.arange(0, M)
@@ -189,7 +188,7 @@ def backward(
                 s = _dot(_activation(z.to(tl.float32), SILU), w, tl.zeros((M, C), tl.float32), HALF)
                 z = (s + tl.load(biases + (layer + 1) * C + c)[None, :]).to(scratch.dtype.element_ty)
                 tl.store(scratch + (layer + 1) * M * C + here, z)
-            tl.debug_barrier()  # other threads read what these have written
+            tl.debug_barrier()  # wait for the other threads' stores
             y = tl.load(
                 g + n[:, None] * 4 + four[None, :], mask=hit[:, None] & (four[None, :] < 4), other=0.0
             )
@@ -208,7 +207,7 @@ def backward(
                 side = db + (layer + 1) * C + c
                 tl.store(side, tl.load(side) + tl.sum(dz, 0))
                 dz = _dot(dz, tl.trans(back), tl.zeros((M, C), tl.float32), HALF) * _derivative(before, SILU)
-            # Computed and loaded again: kept through the layers, the points would take registers and spill.
+            # Recomputed, since keeping the points across the layers would spill registers.
             n, _, hit, px, py, pz = _tile(tile, origins, directions, t, alive, N, W, K, TH, TW, TK)
             first = db + c
             tl.store(first, tl.load(first) + tl.sum(dz, 0))
@@ -231,5 +230,5 @@ def backward(
                 planes_grad + 2 * SIZE, dz, _axis(px, py, pz, AXES[4]), _axis(px, py, pz, AXES[5]), hit, S, C,
                 WINDOW, HALF,
             )  # fmt: skip
-            # The next tile overwrites the scratch, and reads sums that other threads have written.
+            # The next tile overwrites the scratch and reads sums stored by other threads.
             tl.debug_barrier()

@@ -1,8 +1,7 @@
-"""Every decision that depends on the device: which implementation runs, how work is divided, what CUDA provides.
+"""Device-dependent decisions: which implementation runs, how work is divided, and the API of ``torch.cuda``.
 
-No other file compares devices; ``tests/unit/test_device.py`` checks that. All decisions between a CPU and an
-accelerator go through ``on_cpu``, so that tests can run the accelerator's branches on CPU tensors by emptying
-``HOST_TYPES``.
+No other file compares devices (``tests/unit/test_device.py``). All choices between a CPU and an accelerator go through
+``on_cpu``, so that ``as_accelerator`` can run the accelerator's branches on CPU tensors.
 """
 
 import contextlib
@@ -29,14 +28,14 @@ logger = logging.getLogger(__name__)
 HOST_TYPES: Container[str] = frozenset({"cpu"})
 
 
-def on_cpu(where: Tensor | torch.device) -> bool:
+def on_cpu(target: Tensor | torch.device) -> bool:
     """Return whether the CPU implementation of an operation applies to a tensor or device."""
-    device = where.device if isinstance(where, Tensor) else where
+    device = target.device if isinstance(target, Tensor) else target
     return device.type in HOST_TYPES
 
 
 class GpuProperties(NamedTuple):
-    """What kernels are chosen by.
+    """Properties of a GPU that determine the choice of kernels.
 
     Attributes:
         capability: Compute capability.
@@ -49,10 +48,10 @@ class GpuProperties(NamedTuple):
     l2: int
 
 
-#: The GPU that CPU tensors stand for; see ``as_accelerator``.
+#: GPU that CPU tensors represent; see ``as_accelerator``.
 _assumed: GpuProperties | None = None
 
-#: What Triton's interpreter stands for: few programs, since it runs them one after the other.
+#: Properties used with Triton's interpreter: few programs, since it runs them sequentially.
 _INTERPRETED = GpuProperties((8, 0), 3, 40 * 10**6)
 
 
@@ -60,11 +59,11 @@ _INTERPRETED = GpuProperties((8, 0), 3, 40 * 10**6)
 def as_accelerator(gpu: GpuProperties | None = None) -> Iterator[None]:
     """Run CPU tensors, real or fake, through the branches of accelerators, for the whole process.
 
-    The cost estimate of a GPU's step and the tests of those branches use it.
+    Used by the cost estimate of a GPU step and by tests of those branches.
 
     Args:
-        gpu: The GPU that fake tensors stand for; its Triton kernels are chosen as on that GPU. None chooses those that
-            can run.
+        gpu: GPU that fake tensors represent; Triton kernels are chosen as on this GPU. None chooses kernels that can
+            run.
     """
     global HOST_TYPES, _assumed
     before = HOST_TYPES, _assumed
@@ -81,30 +80,30 @@ def on_cuda(device: torch.device) -> bool:
 
 
 def num_threads(device: torch.device) -> int:
-    """Return how many threads process chunks in parallel: PyTorch's number on a CPU, 1 on an accelerator."""
+    """Return the number of threads that process chunks: PyTorch's intra-op threads on a CPU, 1 on an accelerator."""
     return torch.get_num_threads() if on_cpu(device) else 1
 
 
 def points_per_chunk(device: torch.device) -> int:
-    """Return how many points are decoded at a time: a cache's worth on a CPU, enough to fill a GPU elsewhere."""
+    """Return the number of points decoded at a time: fits the cache on a CPU, fills the device elsewhere."""
     return 32768 if on_cpu(device) else 262144
 
 
 def pixels_per_group(device: torch.device) -> int:
-    """Return how many pixels LPIPS measures at a time.
+    """Return the number of pixels that LPIPS processes at a time.
 
-    An image of 384 x 384, whose activations are a quarter of a GB, on a CPU; eight of them fill a GPU.
+    One 384 x 384 image on a CPU, whose activations take 0.25 GB; eight on a GPU.
     """
     return 384 * 384 * (1 if on_cpu(device) else 8)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all work queued on a device."""
+    """Wait until all work queued on a device has finished."""
     torch.get_device_module(device).synchronize(device)
 
 
 def record_event(device: torch.device) -> torch.cuda.Event:
-    """Return a timing event in the current stream of a device of ``torch.cuda``."""
+    """Record a timing event in the current stream of a CUDA device."""
     module = torch.get_device_module(device)
     event: torch.cuda.Event = module.Event(enable_timing=True)
     event.record(module.current_stream(device))
@@ -118,10 +117,10 @@ def without_tf32() -> Iterator[None]:
     By default, PyTorch lets cuDNN round the factors of float32 convolutions to TF32's 10 bits of mantissa on GPUs of
     compute capability 8.0 and higher.
     """
-    # The switches that Lightning and PyTorch's compiler read; reading them raises once conv.fp32_precision is set.
+    # Lightning and torch.compile read these switches, which raises if conv.fp32_precision has been set.
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
-    if products != "highest":  # else untouched: setting it sets oneDNN's precision too
+    if products != "highest":  # setting it also sets oneDNN's precision
         torch.set_float32_matmul_precision("highest")
     try:
         yield
@@ -137,13 +136,13 @@ def host_buffer(tensor: Tensor) -> Tensor:
 
 
 def _streams(device: torch.device) -> Any:  # noqa: ANN401 - a module
-    """Return the module with a device's streams; ``torch.cpu``, whose streams do nothing, where it has none (MPS)."""
+    """Return the module with a device's streams; ``torch.cpu``, with no-op streams, if it has none (MPS)."""
     module = torch.get_device_module(device)
     return module if hasattr(module, "Stream") else torch.cpu
 
 
 class HostCopy:
-    """A copy of a tensor's numbers on the host: making it does not wait for the device, reading it does."""
+    """Asynchronous copy of a tensor to the host; only ``numbers`` waits for the device."""
 
     def __init__(self, tensor: Tensor) -> None:
         module = _streams(tensor.device)
@@ -152,13 +151,13 @@ class HostCopy:
         self._copied.record(module.current_stream(tensor.device))
 
     def numbers(self) -> list[float]:
-        """Return the numbers, once they have arrived."""
+        """Wait for the copy and return its elements."""
         self._copied.synchronize()
         return self._buffer.tolist()
 
 
 class CopyStream:
-    """A stream on which tensors are copied to the host while the current stream goes on; a no-op stream on a CPU."""
+    """A stream for copies to the host that overlap with the current stream; a no-op on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._module, self._device = _streams(device), device
@@ -167,7 +166,7 @@ class CopyStream:
 
     @contextlib.contextmanager
     def after_current(self) -> Iterator[None]:
-        """Queue work on this stream, after what the current stream has queued so far."""
+        """Queue work on this stream, after all work queued on the current stream so far."""
         self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             yield
@@ -178,7 +177,7 @@ class CopyStream:
         into.copy_(source, non_blocking=self._module is not torch.cpu)
 
     def hold_back_current(self) -> None:
-        """Make what the current stream queues from now on wait for the copies; the host does not wait."""
+        """Make future work of the current stream wait for the copies, without blocking the host."""
         self._copied.wait(self._module.current_stream(self._device))
 
     def synchronize(self) -> None:
@@ -188,19 +187,21 @@ class CopyStream:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_unavailable(device: torch.device) -> str | None:
-    """Return why Triton kernels cannot run on a device, and log it once; None where they can.
+    """Return why Triton kernels cannot run on a device, and log it once; None if they can.
 
-    Their products are bfloat16 on tensor cores, which GPUs have from compute capability 8.0 on. Triton's interpreter
-    (``TRITON_INTERPRET=1`` when the process starts) runs them on CPU tensors, for tests.
+    The kernels need bfloat16 tensor cores, that is, compute capability 8.0. Triton's interpreter
+    (``TRITON_INTERPRET=1`` at process start) runs them on CPU tensors, for tests.
     """
     reason = _missing_for_triton() if _assumed is None else None
     gpu = gpu_properties(device)
     if gpu is None:
-        reason = f"a CUDA or ROCm device is required, this one is {device.type}"
+        reason = f"they require a CUDA or ROCm device, not {device.type}"
     elif gpu.capability < (8, 0):
-        reason = "compute capability 8.0 or higher is required, this GPU has {}.{}".format(*gpu.capability)
+        reason = "they require compute capability 8.0 or higher, and this GPU has {}.{}".format(
+            *gpu.capability
+        )
     if reason is not None:
-        _log_once("running without Triton kernels: %s", reason)
+        _log_once("Running without Triton kernels: %s", reason)
     return reason
 
 
@@ -211,42 +212,42 @@ def _log_once(message: str, reason: str) -> None:
 
 @functools.cache
 def _missing_for_triton() -> str | None:
-    """Return what Triton would miss at its first launch, which compiles C code that includes Python's headers."""
+    """Return which requirement of Triton is missing: it compiles C code that includes Python's headers."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    given = os.environ.get("CC")  # Triton takes it for the whole name of a program
-    if not any(map(shutil.which, ("gcc", "clang") if given is None else (given,))):
-        found = "no C compiler" if given is None else f"CC={given}, which is no program"
-        return f"expected a C compiler for Triton, but found {found}; install gcc, and unset CC or make it a path"
+    compiler = os.environ.get("CC")  # Triton takes the whole value for the name of a program
+    if not any(map(shutil.which, ("gcc", "clang") if compiler is None else (compiler,))):
+        found = "none was found" if compiler is None else f"CC={compiler} is not a program"
+        return f"Triton requires a C compiler, but {found}. Install gcc, and unset CC or set it to a path"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does
     headers = Path(sysconfig.get_path("include", scheme))
     if not (headers / "Python.h").is_file():
-        return f"expected Python's headers for Triton, but found that {headers} has no Python.h; install python3-dev"
+        return f"Triton requires Python's headers, but {headers} contains no Python.h. Install python3-dev"
     return None
 
 
 def gpu_properties(device: torch.device) -> GpuProperties | None:
-    """Return what Triton's kernels are chosen by; None where the device runs none."""
+    """Return the properties that determine the choice of Triton kernels; None if the device cannot run any."""
     if on_cuda(device):
-        found = torch.cuda.get_device_properties(device)
-        return GpuProperties((found.major, found.minor), found.multi_processor_count, found.L2_cache_size)
+        gpu = torch.cuda.get_device_properties(device)
+        return GpuProperties((gpu.major, gpu.minor), gpu.multi_processor_count, gpu.L2_cache_size)
     if on_cpu(device) or _assumed is not None:
         return _assumed
     return _INTERPRETED if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
 def launch_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a CUDA device current: PyTorch's operators do so themselves, Triton launches do not."""
+    """Make a CUDA device current, which Triton launches require; a no-op elsewhere."""
     return torch.cuda.device(device) if on_cuda(device) else contextlib.nullcontext()
 
 
 def profiler_activities(device: torch.device) -> list[ProfilerActivity]:
-    """Return what the profiler records for work on a device."""
+    """Return the profiler activities of a device."""
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda(device) else [])]
 
 
 def peak_device_memory(device: torch.device) -> int | None:
-    """Return the most bytes of GPU memory that tensors of this process have occupied; None without a GPU."""
+    """Return the peak GPU memory allocated by tensors of this process, in bytes; None without a GPU."""
     return torch.cuda.max_memory_allocated(device) if on_cuda(device) else None
 
 
@@ -256,12 +257,12 @@ def indexed(device: torch.device) -> torch.device:
 
 
 def collective_device() -> torch.device:
-    """Return the kind of device that the default process group reduces tensors on."""
+    """Return the device type on which the default process group reduces tensors."""
     return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
 
 
 def num_visible_gpus(accelerator: str = "auto") -> int:
-    """Return how many GPUs a Lightning accelerator setting can use on this machine.
+    """Return the number of GPUs that a Lightning accelerator setting can use on this machine.
 
     Args:
         accelerator: ``trainer.accelerator``.
@@ -271,7 +272,7 @@ def num_visible_gpus(accelerator: str = "auto") -> int:
 
 
 def requires_gpu(accelerator: str) -> bool:
-    """Return whether a Lightning accelerator setting names GPUs, whether or not there are any."""
+    """Return whether a Lightning accelerator setting requires GPUs."""
     return accelerator in ("gpu", "cuda")
 
 
@@ -279,17 +280,17 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Return a device by name.
 
     Args:
-        name: PyTorch's name of a device. "auto" is a GPU if there is one; "auto" and "cuda" give each process of a
-            node a GPU of its own.
+        name: PyTorch's name of a device. "auto" is a GPU if one is available; "auto" and "cuda" select one GPU per
+            local rank.
         local_rank: Rank of this process on its node.
 
     Raises:
-        InputError: There is no such device.
+        InputError: The device does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and torch.cuda.is_available():
-        name = f"cuda:{local_rank % torch.cuda.device_count()}"  # a Slurm task may see one GPU only
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"  # a Slurm task may see a single GPU
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -297,5 +298,5 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(expected="a device such as cpu or cuda", found=f"{name!r}: {reason}") from error
     if device.type == "meta":
-        raise InputError(expected="a device such as cpu or cuda", found="'meta', which computes nothing")
+        raise InputError(expected="a device such as cpu or cuda", found="'meta', which has no data")
     return device

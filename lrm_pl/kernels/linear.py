@@ -1,9 +1,8 @@
-"""A linear layer and its activation at once: the contract, the plain twin, and a CPU's body.
+"""Fused linear layer and activation for inference on a CPU.
 
-The contract. act(x W^T + b) for ``x`` (Q, I), ``weight`` (O, I), ``bias`` (O), act ReLU or SiLU; under autocast in its
-type. The body is oneDNN's, the one that ``torch.compile`` chooses on a CPU: the activation is applied to a product
-while it is still in registers, which takes a fifth (SiLU) to a quarter (ReLU) off a layer of width 64. It has no
-gradient, so it serves where none is wanted; the two agree to the rounding of bf16, of which the body does one less.
+act(x W^T + b) for ``x`` (Q, I), ``weight`` (O, I), ``bias`` (O), with act ReLU or SiLU; under autocast in its dtype.
+The fused operator is oneDNN's, the one that ``torch.compile`` generates on a CPU: it applies the activation in
+registers. It has no gradient. It agrees with the plain implementation up to bf16 rounding.
 """
 
 import functools
@@ -19,10 +18,10 @@ from lrm_pl.kernels.device import on_cpu
 
 HiddenActivation = Literal["relu", "silu"]
 
-#: Whether this PyTorch was built with oneDNN's fused layers.
+#: Whether this build of PyTorch has oneDNN's fused linear layers.
 _BUILT = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-#: oneDNN's names.
+#: oneDNN's names of the activations.
 _NAMES: dict[HiddenActivation, str] = {"relu": "relu", "silu": "swish"}
 
 
@@ -34,21 +33,21 @@ def activation(x: Tensor, act: HiddenActivation) -> Tensor:
 def linear_plain(
     x: Float[Tensor, "Q I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"], act: HiddenActivation
 ) -> Float[Tensor, "Q O"]:
-    """Compute it as written: the twin, and the body wherever a gradient is wanted."""
+    """Compute the layer as written: reference implementation, and the one with a gradient."""
     return activation(F.linear(x, weight, bias), act)
 
 
 def linear_activated(
     x: Float[Tensor, "Q I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"], act: HiddenActivation
 ) -> Float[Tensor, "Q O"]:
-    """Compute a layer; see the contract at the top of this file."""
+    """Compute a linear layer and its activation; see the top of this file."""
     fused = (
-        type(x) is Tensor  # a subclass, such as a fake tensor, goes the way of every device
+        type(x) is Tensor  # not a subclass such as a fake tensor
         and x.dtype == torch.bfloat16
         and on_cpu(x)
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.enabled
-        and _here()
+        and _bf16_supported()
     )
     if not fused:
         return linear_plain(x, weight, bias, act)
@@ -56,8 +55,8 @@ def linear_activated(
 
 
 @functools.cache
-def _here() -> bool:
-    """Say whether oneDNN and this processor have the body: below AVX-512 it has no bf16."""
+def _bf16_supported() -> bool:
+    """Return whether oneDNN supports bf16 on this processor, which requires AVX-512."""
     return _BUILT and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

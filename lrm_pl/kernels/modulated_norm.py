@@ -1,9 +1,8 @@
-"""Layer norm with a weight and a bias per object: the contract, the plain twin, and the Triton body.
+"""Layer normalization with weight and bias per object.
 
-The contract. LN(x) weight + bias for ``x`` (B, L, D), ``weight`` and ``bias`` (B, D), normalized over D;
-differentiable in all three. Nothing of the size of x is kept for backward besides x. The Triton body computes in
-float32, reads x once forward, and x and the gradient once backward; it adds in a fixed order, so that it repeats bit
-for bit.
+LN(x) weight + bias for ``x`` (B, L, D), ``weight`` and ``bias`` (B, D), normalized over D; differentiable in all three.
+x is the only tensor of its size that is saved for backward. The Triton kernels compute in float32, read x once in
+forward, and x and the gradient once in backward. Their sums have a fixed order, so results are bitwise reproducible.
 """
 
 import torch
@@ -13,15 +12,15 @@ from torch.nn import functional as F
 
 from lrm_pl.kernels.device import gpu_properties, launch_guard, on_cpu, triton_unavailable
 
-#: Widest row that a program of the kernels holds in registers.
+#: Maximum row width that a program of the kernels holds in registers.
 _WIDEST = 4096
 
 
 def modulated_norm_plain(
     x: Float[Tensor, "B L D"], weight: Float[Tensor, "B D"], bias: Float[Tensor, "B D"], eps: float
 ) -> Float[Tensor, "B L D"]:
-    """Compute one norm per object: the twin, and the body on a CPU and where there is no Triton."""
-    # unbind: indexing object by object would write a whole gradient of zeros for each.
+    """Compute one layer norm per object: reference implementation, used without Triton."""
+    # unbind, since the gradient of indexing is a tensor of zeros of the full size for each object.
     objects = zip(x.unbind(0), weight.unbind(0), bias.unbind(0), strict=True)
     return torch.stack([F.layer_norm(one, one.shape[-1:], w, b, eps) for one, w, b in objects])
 
@@ -29,7 +28,7 @@ def modulated_norm_plain(
 def modulated_norm(
     x: Float[Tensor, "B L D"], weight: Float[Tensor, "B D"], bias: Float[Tensor, "B D"], eps: float
 ) -> Float[Tensor, "B L D"]:
-    """Normalize and modulate; see the contract at the top of this file."""
+    """Normalize and modulate; see the top of this file."""
     fused = (
         not on_cpu(x)
         and x.dtype == weight.dtype == bias.dtype == torch.float32
@@ -42,7 +41,7 @@ def modulated_norm(
 
 
 def _sizes(x: Tensor) -> dict[str, int]:
-    """Return the kernels' sizes."""
+    """Return the size arguments of the kernels."""
     block = 1 << (x.shape[2] - 1).bit_length()
     return {"L": x.shape[1], "D": x.shape[2], "BLOCK": block, "num_warps": min(8, max(1, block // 256))}
 
@@ -66,7 +65,7 @@ def _backward_op(
     gpu = gpu_properties(x.device)
     assert gpu is not None, x.device
     batch, length, dim = x.shape
-    # Four programs a multiprocessor hide the latency of memory; their sums are a hundredth of x.
+    # Four programs per multiprocessor hide memory latency; their partial sums are 1% of the size of x.
     programs = min(length, max(1, 4 * gpu.multiprocessors // batch))
     out, sums = torch.empty_like(x), x.new_empty(2, batch, programs, dim)
     with launch_guard(x.device):

@@ -1,4 +1,4 @@
-"""Look up which points lie in marked cells of a lattice, on a CPU."""
+"""Occupancy grid lookup on a CPU."""
 
 import numpy as np
 import numpy.typing as npt
@@ -8,9 +8,9 @@ from lrm_pl.kernels.compiled import compiled
 
 @compiled()
 def occupied(cells: npt.NDArray[np.bool_], points: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Return the numbers of the points (Q, 3) that lie in marked cells (n, n, n) of [-1, 1]^3, ascending.
+    """Return the indices of the points (Q, 3) in occupied cells (n, n, n) of [-1, 1]^3, in ascending order.
 
-    A point outside, by an ulp or more, is looked up in the nearest cell.
+    A point outside the grid is assigned to the nearest cell.
     """
     size = cells.shape[0]
     numbers = np.empty(points.shape[0], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Work that is divided among threads, in each of which PyTorch uses one."""
+"""Run work in threads that each use one PyTorch intra-op thread."""
 
 import threading
 from collections.abc import Callable
@@ -8,19 +8,19 @@ import torch
 
 
 def run_threads(count: int, work: Callable[[int], None]) -> None:
-    """Call ``work(0)`` to ``work(count - 1)``, each in a thread of its own.
+    """Call ``work(0)`` to ``work(count - 1)``, each in its own thread.
 
-    PyTorch's number of threads is each thread's own, but the one that was set last is what new threads begin with: it
-    is set again before the work begins, so that no thread of anybody else begins with one.
+    ``torch.set_num_threads`` is thread-local, but new threads inherit the value that was set last. It is restored
+    before the work starts, so that threads started elsewhere in the meantime inherit the usual value.
 
     Args:
-        count: Threads.
-        work: Is told its number.
+        count: Number of threads.
+        work: Function of the thread's index.
     """
     usual, ready = torch.get_num_threads(), threading.Barrier(count + 1)
 
     def run(number: int) -> None:
-        torch.get_num_threads()  # a thread takes over the number at its first use of it, and not later
+        torch.get_num_threads()  # a thread inherits the value at its first use
         torch.set_num_threads(1)
         ready.wait()
         work(number)
@@ -29,5 +29,5 @@ def run_threads(count: int, work: Callable[[int], None]) -> None:
         running = [pool.submit(run, number) for number in range(count)]
         ready.wait()
         torch.set_num_threads(usual)
-        for one in running:
-            one.result()
+        for future in running:
+            future.result()

@@ -1,15 +1,15 @@
-"""Bilinear triplane sampling: the contract, the plain twin, and the choice of a body.
+"""Bilinear triplane sampling.
 
-The contract. ``planes`` (P, S, S, C) float32, channels last, of ONE object; ``points`` (Q, 3) float32, in [-1, 1]
-inside the field; plane p is read at column = points[:, axes[p][0]], row = points[:, axes[p][1]], with
-``align_corners=False`` and zeros outside, as ``torch.nn.functional.grid_sample`` does. ``reduce`` adds the planes
-up ("sum", (Q, C)) or puts them side by side ("concat", (Q, P C)). Differentiable in the planes; NOT in the points,
-whose gradient is None: in this project no parameter moves a point.
+``planes`` (P, S, S, C) are the float32, channels-last planes of one object; ``points`` (Q, 3) are float32, in [-1, 1]
+inside the field. Plane p is sampled at column ``points[:, axes[p][0]]`` and row ``points[:, axes[p][1]]``, with
+``align_corners=False`` and zero padding, as in ``torch.nn.functional.grid_sample``. ``reduce`` sums the planes'
+features ("sum", (Q, C)) or concatenates them ("concat", (Q, P C)). Differentiable in the planes. The points get no
+gradient.
 
-Bodies: numba on a CPU; elsewhere PyTorch's operators on rows of channels: ``embedding_bag`` reads the four neighbors
-of a point in every plane and sums them in one kernel, ``index_add_`` adds their gradients in place. The bodies agree
-to float32 rounding (tested). Gradients repeat bit for bit on a CPU; on CUDA only under
-``torch.use_deterministic_algorithms``, which ``grid_sample`` does not support and ``index_add_`` does.
+On a CPU sampling runs in numba. Elsewhere ``embedding_bag`` gathers and sums the four neighbors of a point in one
+kernel, and ``index_add_`` accumulates their gradients in place. Both agree up to float32 rounding. Gradients are
+bitwise reproducible on a CPU; on CUDA with ``torch.use_deterministic_algorithms``, which ``grid_sample`` does not
+support.
 """
 
 from typing import Literal
@@ -30,7 +30,7 @@ Axes = tuple[tuple[int, int], ...]
 def triplane_sample_plain(
     planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
 ) -> Float[Tensor, "Q G"]:
-    """Sample with ``grid_sample``: the slow, obvious twin."""
+    """Sample with ``grid_sample``: reference implementation."""
     features = F.grid_sample(
         planes.permute(0, 3, 1, 2),
         _plane_coordinates(points, axes).transpose(0, 1).unsqueeze(2),
@@ -45,7 +45,7 @@ def triplane_sample_plain(
 def _plane_coordinates(points: Float[Tensor, "Q 3"], axes: Axes) -> Float[Tensor, "Q P 2"]:
     """Project points onto each plane: column coordinate, row coordinate.
 
-    Views are stacked: indexing with a list would copy the list to the device and wait for the copy.
+    Slices are stacked, since indexing with a list copies the list to the device and synchronizes.
     """
     columns, rows = (torch.stack([points[:, pair[k]] for pair in axes], dim=-1) for k in (0, 1))
     return torch.stack([columns, rows], dim=-1)
@@ -54,14 +54,14 @@ def _plane_coordinates(points: Float[Tensor, "Q 3"], axes: Axes) -> Float[Tensor
 def _neighbors(
     points: Float[Tensor, "Q 3"], axes: Axes, side: int
 ) -> tuple[Int[Tensor, "Q P 4"], Float[Tensor, "Q P 4"]]:
-    """Return the four pixels about each point in each plane, as rows of (P S S, C), and their bilinear weights.
+    """Return the four texels around each point in each plane, as rows of (P S S, C), and their bilinear weights.
 
-    Pixels outside a plane have the weight 0.
+    Texels outside a plane have weight 0.
     """
-    # In pixels. One beyond the border is outside, however far away; larger numbers would overflow as integers.
-    places = (((_plane_coordinates(points, axes) + 1) * side - 1) / 2).clamp(-1, side)
-    low = places.floor()
-    high_weight = places - low
+    # In texels, clamped to one texel beyond the border to avoid integer overflow.
+    positions = (((_plane_coordinates(points, axes) + 1) * side - 1) / 2).clamp(-1, side)
+    low = positions.floor()
+    high_weight = positions - low
     pixels = torch.stack([low, low + 1], dim=-1)  # (Q, P, 2, 2): column and row, low and high
     weights = torch.stack([1 - high_weight, high_weight], dim=-1)
     weights = torch.where((pixels >= 0) & (pixels < side), weights, 0)
@@ -76,10 +76,10 @@ def _neighbors(
 def triplane_sample(
     planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
 ) -> Float[Tensor, "Q G"]:
-    """Sample triplanes at points; see the contract at the top of this file.
+    """Sample a triplane at points; see the top of this file.
 
     Raises:
-        ValueError: Wrong shapes or dtypes.
+        ValueError: The shapes or dtypes are wrong.
     """
     if planes.ndim != 4 or planes.shape[1] != planes.shape[2] or planes.shape[0] != len(axes):
         raise ValueError(f"expected planes ({len(axes)}, S, S, C), but found {tuple(planes.shape)}")
@@ -100,7 +100,7 @@ def accumulate_gradient(
     axes: Axes,
     reduce: Reduce,
 ) -> None:
-    """Add the planes' gradient of ``triplane_sample`` to ``total`` in place."""
+    """Add the gradient of ``triplane_sample`` with respect to the planes to ``total`` in place."""
     flat = [axis for pair in axes for axis in pair]
     torch.ops.lrm_pl.triplane_accumulate(total, points, grad, flat, reduce == "concat")
 
@@ -119,11 +119,11 @@ def _accumulate_op(total: Tensor, points: Tensor, grad: Tensor, axes: list[int],
         return
     rows, weights = _neighbors(points, pairs, total.shape[1])
     table = total.view(-1, total.shape[3])
-    # (Q, 1, C) or (Q, P, C): what reaches each plane.
+    # (Q, 1, C) or (Q, P, C): gradient of each plane's features.
     groups = len(pairs) if concat else 1
     incoming = grad.float().reshape(len(points), groups, total.shape[3]).expand(-1, len(pairs), -1)
     for plane in range(len(pairs)):
-        for k in range(4):  # one neighbor at a time: no temporary is larger than the gradient
+        for k in range(4):  # one neighbor at a time, so that no temporary exceeds the gradient
             table.index_add_(0, rows[:, plane, k], weights[:, plane, k, None] * incoming[:, plane])
 
 
@@ -137,7 +137,7 @@ def _op(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor
     pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
     if not on_cpu(planes):
         rows, weights = _neighbors(points, pairs, planes.shape[1])
-        # A bag is what is added up: the neighbors of a point in all planes, or in one.
+        # A bag is a set of texels that are summed: the neighbors of a point in all planes, or in one.
         bag = 4 if concat else 4 * len(pairs)
         return F.embedding_bag(
             rows.view(-1, bag),

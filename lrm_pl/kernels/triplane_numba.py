@@ -1,10 +1,9 @@
-"""The CPU body of triplane sampling: numba loops over points, channels last.
+"""CPU implementation of triplane sampling: numba loops over points, channels last.
 
-No PyTorch operator is good at this access pattern (four scattered reads of C contiguous floats a plane and point):
-this body is about ten times faster than ``grid_sample`` forward + backward on two cores.
+Forward and backward are about ten times faster than ``grid_sample`` on two cores.
 
-They run on the calling thread and release the GIL: whoever wants more threads gives each its own points, and its own
-gradient to add into (``lrm_pl.rendering.deferred`` does), so that runs repeat bit for bit.
+The functions run on the calling thread and release the GIL. To use several threads, give each its own points and its
+own gradient buffer, as ``lrm_pl.rendering.deferred`` does; results are then bitwise reproducible.
 """
 
 import numba
@@ -18,9 +17,9 @@ Floats = npt.NDArray[np.float32]
 
 @numba.njit(inline="always", fastmath=False)  # type: ignore[untyped-decorator]
 def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.float32]:
-    """Return the two neighbors of a position in [-1, 1] and their weights; a neighbor outside weighs 0."""
+    """Return the two neighbors of a position in [-1, 1] and their weights; 0 for a neighbor outside."""
     x = np.float32(0.5) * ((position + np.float32(1)) * np.float32(size) - np.float32(1))
-    x = min(max(x, np.float32(-2)), np.float32(size + 1))  # far outside: weight 0, and no integer overflow
+    x = min(max(x, np.float32(-2)), np.float32(size + 1))  # avoids integer overflow; the weights are 0
     low = int(np.floor(x))
     high_weight = x - np.float32(low)
     low_weight = np.float32(1) - high_weight
@@ -36,14 +35,14 @@ def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.floa
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
 def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, out: Floats) -> None:
-    """Fill ``out`` (Q, C), the sum over planes, or (Q, P C), their concatenation.
+    """Write samples to ``out``: (Q, C), summed over planes, or (Q, P C), concatenated.
 
     Args:
         planes: (P, S, S, C).
-        points: (Q, 3) in [-1, 1]; zeros are read outside.
+        points: (Q, 3) in [-1, 1]; zero padding outside.
         axes: (P, 2) column axis and row axis of each plane.
-        concat: Concatenate instead of summing.
-        out: Result, overwritten.
+        concat: Whether to concatenate instead of summing.
+        out: Output; overwritten.
     """
     side, channels = planes.shape[1], planes.shape[3]
     for q in range(points.shape[0]):
@@ -66,14 +65,14 @@ def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: 
 def accumulate(
     grad_planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, grad: Floats
 ) -> None:
-    """Add the gradient of ``sample`` with respect to the planes.
+    """Add the gradient of ``sample`` with respect to the planes to ``grad_planes``.
 
     Args:
         grad_planes: (P, S, S, C), added to in place.
         points: (Q, 3).
         axes: (P, 2).
         concat: As in ``sample``.
-        grad: (Q, C) or (Q, P C), gradient of the output.
+        grad: (Q, C) or (Q, P C) gradient of the output.
     """
     side, channels = grad_planes.shape[1], grad_planes.shape[3]
     for q in range(points.shape[0]):

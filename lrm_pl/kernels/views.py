@@ -1,8 +1,8 @@
-"""Views from bytes to floats: contracts, plain twins, and which implementation runs.
+"""Convert RGBA views from bytes to floats: composite over white, resize and crop.
 
-``over_white`` gives a whole view, on any device; ``resized_window`` a window of the resized view, without the rest of
-it, on a CPU. Resizing is of premultiplied colors, with pixel centers at + 0.5 and antialiased, so that intrinsics
-divided by the size stay true.
+``over_white`` converts whole views, on any device. ``resized_window`` computes a window of a resized view without
+resizing the rest, on a CPU. Premultiplied colors are resized, with antialiasing and pixel centers at + 0.5, so that
+normalized intrinsics do not change.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ RGBA = UInt8[np.ndarray, "H W 4"]
 
 
 def over_white(rgba: UInt8[Tensor, "*B H W 4"]) -> tuple[Float[Tensor, "*B 3 H W"], Float[Tensor, "*B H W"]]:
-    """Lay views with straight alpha over white; bit-equal to ``over_white_plain``.
+    """Composite views with straight alpha over white; bitwise equal to ``over_white_plain``.
 
     Returns:
         Colors and alpha, in [0, 1].
@@ -37,22 +37,22 @@ def over_white(rgba: UInt8[Tensor, "*B H W 4"]) -> tuple[Float[Tensor, "*B 3 H W
 def over_white_plain(
     rgba: UInt8[Tensor, "*B H W 4"],
 ) -> tuple[Float[Tensor, "*B 3 H W"], Float[Tensor, "*B H W"]]:
-    """Compute ``over_white`` as written."""
-    # Divided by a tensor on the device: by a number of the host, CUDA would multiply with the rounded reciprocal.
+    """Compute ``over_white`` with PyTorch operators: reference implementation."""
+    # The divisor is a tensor: for a Python scalar, CUDA multiplies by the rounded reciprocal.
     view = rgba.movedim(-1, -3).contiguous().float() / torch.full((), 255.0, device=rgba.device)
     colors, alpha = view[..., :3, :, :], view[..., 3:, :, :]
     return colors * alpha + (1 - alpha), alpha.squeeze(-3).contiguous()
 
 
 def resized_window(rgba: RGBA, side: int, top: int, left: int, size: int) -> Float[Tensor, "4 size size"]:
-    """Resize a view to ``side`` x ``side`` and cut out a window; within 3e-7 of ``resized_window_plain``.
+    """Resize a view to ``side`` x ``side`` and crop a window; within 3e-7 of ``resized_window_plain``.
 
     Args:
         rgba: The view, straight alpha.
-        side: What it is resized to.
+        side: Side of the resized view, pixels.
         top: First row of the window in the resized view.
-        left: First column.
-        size: Side of the window.
+        left: First column of the window.
+        size: Side of the window, pixels.
 
     Returns:
         Premultiplied colors and alpha, in [0, 1].
@@ -65,18 +65,18 @@ def resized_window(rgba: RGBA, side: int, top: int, left: int, size: int) -> Flo
 def resized_window_plain(
     rgba: RGBA, side: int, top: int, left: int, size: int
 ) -> Float[Tensor, "4 size size"]:
-    """Compute ``resized_window`` as written."""
+    """Compute ``resized_window`` with PyTorch operators: reference implementation."""
     return resize(premultiplied(rgba), side)[:, top : top + size, left : left + size]
 
 
 def premultiplied(rgba: RGBA) -> Float[Tensor, "4 H W"]:
-    """Return colors times alpha, and alpha, in [0, 1]: resizing straight alpha would bleed hidden colors."""
+    """Return premultiplied colors and alpha in [0, 1]; resizing straight alpha would bleed hidden colors."""
     view = torch.from_numpy(rgba).permute(2, 0, 1).float() / 255
     return torch.cat([view[:3] * view[3:], view[3:]])
 
 
 def resize(image: Float[Tensor, "C H W"], side: int) -> Float[Tensor, "C side side"]:
-    """Resize a whole image."""
+    """Resize an image to a square, bilinear with antialiasing."""
     if image.shape[-2:] == (side, side):
         return image
     resized = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True, align_corners=False)

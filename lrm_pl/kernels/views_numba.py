@@ -1,7 +1,4 @@
-"""Views from bytes to floats on a CPU: over white, or the window of a resized image without the rest of it.
-
-Contracts and plain twins are in ``lrm_pl.kernels.views``.
-"""
+"""CPU implementation of ``lrm_pl.kernels.views``, compiled with numba."""
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +12,7 @@ _BYTE = np.float32(1 / 255)
 def over_white(
     rgba: npt.NDArray[np.uint8], images: npt.NDArray[np.float32], alpha: npt.NDArray[np.float32]
 ) -> None:
-    """Lay a view (H, W, 4) over white: into ``images`` (3, H, W), and its ``alpha`` (H, W)."""
+    """Composite a view (H, W, 4) over white; write ``images`` (3, H, W) and ``alpha`` (H, W)."""
     one, byte = np.float32(1), np.float32(255)
     for y in range(rgba.shape[0]):
         row = rgba[y].reshape(-1)
@@ -30,9 +27,9 @@ def over_white(
 def resized_window(
     rgba: npt.NDArray[np.uint8], side: int, top: int, left: int, window: npt.NDArray[np.float32]
 ) -> None:
-    """Write a window of a view (H, W, 4), resized to ``side`` x ``side``, premultiplied, into (4, h, w).
+    """Resize a view (H, W, 4) to ``side`` x ``side``, premultiplied, and write a window of it to (4, h, w).
 
-    Only the pixels that the window shows are read.
+    Only pixels that contribute to the window are read.
     """
     height, width = window.shape[1], window.shape[2]
     y_first, y_weights = _taps(rgba.shape[0], side, top, height)
@@ -40,7 +37,7 @@ def resized_window(
     x0, x1 = x_first[0], min(x_first[width - 1] + x_weights.shape[1], rgba.shape[1])
     y0, y1 = y_first[0], min(y_first[height - 1] + y_weights.shape[1], rgba.shape[0])
     across = x1 - x0
-    # The four channels of a row lie one after the other.
+    # A row is stored channel by channel.
     source = np.empty((y1 - y0, 4 * across), dtype=np.float32)
     for y in range(y1 - y0):
         row, line = rgba[y0 + y, x0:x1].reshape(-1), source[y]
@@ -60,7 +57,7 @@ def resized_window(
             if weight != 0:
                 for x in range(sums.shape[0]):
                     sums[x] += weight * line[x]
-        for x in range(across):  # pixel by pixel: its four channels are summed at once
+        for x in range(across):  # interleaved, so that the four channels of a pixel are summed together
             for c in range(4):
                 pixels[x, c] = sums[c * across + x]
         for j in range(width):
@@ -82,9 +79,10 @@ def resized_window(
 def _taps(
     size: int, resized: int, start: int, count: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return the first source pixel and the weights of ``count`` pixels from ``start`` on, when an axis is resized.
+    """Return the first source pixel and the filter weights of ``count`` resized pixels from ``start`` on.
 
-    A triangle as wide as two resized pixels, or two source pixels where these are larger; in float32 as PyTorch has it.
+    Triangle filter with a support of two resized pixels, or two source pixels if these are larger; float32 arithmetic
+    as in PyTorch.
     """
     half, one = np.float32(0.5), np.float32(1)
     scale = np.float32(size) / np.float32(resized)

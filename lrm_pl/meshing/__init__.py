@@ -1,1 +1,1 @@
-"""Triangle meshes: repair, texture, files. numpy only; what a field is, they do not know."""
+"""Mesh extraction, simplification, texturing and export."""

@@ -1,6 +1,6 @@
-"""A mesh as files: glb and obj (+y up), ply and stl (+z up, as those who print and scan have it).
+"""Mesh export to glb and obj (+y up), and to ply and stl (+z up, as usual in printing and scanning).
 
-Lengths are scene units, which glTF calls meters; those of STL, which slicers take for millimeters, are ``STL_MM`` each.
+One scene unit is one meter in glTF, and ``STL_MM`` millimeters in STL.
 """
 
 import io
@@ -15,27 +15,27 @@ from trimesh.visual.material import SimpleMaterial
 from lrm_pl.meshing.glb import Y_UP, encode_glb
 from lrm_pl.meshing.mesh import Mesh, MeshFormat
 
-#: Millimeters of a scene unit in STL: an object, whose bounding sphere has radius 1, is about 100 mm across.
+#: Millimeters per scene unit in STL; an object with a bounding sphere of radius 1 is about 100 mm wide.
 STL_MM = 50.0
 
 
-def encode_mesh(mesh: Mesh, kind: MeshFormat, stem: str = "mesh") -> dict[str, bytes]:
-    """Encode a mesh.
+def encode_mesh(mesh: Mesh, file_format: MeshFormat, stem: str = "mesh") -> dict[str, bytes]:
+    """Encode a mesh in a file format.
 
     Args:
         mesh: The mesh.
-        kind: What file. Of the colors, glb and obj hold a texture or the vertices', ply the vertices', stl none.
-        stem: Name of the files without their endings.
+        file_format: File format. glb and obj store the texture or vertex colors, ply vertex colors, stl no colors.
+        stem: File name without suffix.
 
     Returns:
-        File name -> content; the first is the mesh, others (a texture, a material) belong beside it.
+        Contents by file name. The first file is the mesh; others (texture, material) belong in the same folder.
     """
-    if kind == "glb":
+    if file_format == "glb":
         return {f"{stem}.glb": encode_glb(mesh, stem)}
-    if kind == "obj":
+    if file_format == "obj":
         return _encode_obj(mesh, stem)
-    vertices = mesh.vertices * STL_MM if kind == "stl" else mesh.vertices
-    return {f"{stem}.{kind}": _trimesh(mesh, vertices).export(file_type=kind)}
+    vertices = mesh.vertices * STL_MM if file_format == "stl" else mesh.vertices
+    return {f"{stem}.{file_format}": _trimesh(mesh, vertices).export(file_type=file_format)}
 
 
 def _encode_obj(mesh: Mesh, stem: str) -> dict[str, bytes]:
@@ -43,10 +43,10 @@ def _encode_obj(mesh: Mesh, stem: str) -> dict[str, bytes]:
     if mesh.texture is None:
         return {f"{stem}.obj": export_obj(_trimesh(mesh, vertices)).encode()}
     shape = _trimesh(mesh, vertices)
-    up = np.stack([mesh.texture.uv[:, 0], 1 - mesh.texture.uv[:, 1]], axis=1)  # OBJ counts from below
+    uv = np.stack([mesh.texture.uv[:, 0], 1 - mesh.texture.uv[:, 1]], axis=1)  # v points up in OBJ
     texture = Image.fromarray(mesh.texture.image)
     material = SimpleMaterial(image=texture, diffuse=(255, 255, 255, 255), name=stem)
-    shape.visual = TextureVisuals(uv=up, image=texture, material=material)
+    shape.visual = TextureVisuals(uv=uv, image=texture, material=material)
     text, others = export_obj(shape, return_texture=True, mtl_name=f"{stem}.mtl")
     return {f"{stem}.obj": text.encode()} | {name: _bytes(content) for name, content in others.items()}
 

@@ -1,4 +1,4 @@
-"""A mesh as binary glTF 2.0: matt, +y up, meters, colors in linear light.
+"""Export of meshes to binary glTF 2.0: matte, +y up, meters, linear colors.
 
 https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, sections 3.6 (accessors), 3.7.2 (attributes), 4.4 (GLB).
 """
@@ -14,20 +14,20 @@ from PIL import Image
 from lrm_pl import __version__
 from lrm_pl.meshing.mesh import Mesh, vertex_normals
 
-#: glTF's numbers for types of components and targets of buffer views.
+#: glTF's codes of component types and buffer view targets.
 _UINT16, _UINT32, _FLOAT = 5123, 5125, 5126
 _VERTICES, _INDICES = 34962, 34963
 
-#: +z up, seen from -y, to +y up, seen from +z: what faced the input camera faces the viewer.
+#: Rotation from +z up to +y up; the side that faces the input camera (-y) faces the viewer (+z).
 Y_UP: Final = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)
 
 
 def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
-    """Encode a mesh; one scene unit becomes one meter.
+    """Encode a mesh as binary glTF; one scene unit is one meter.
 
     Args:
-        mesh: The mesh. With a texture, its vertices' colors are left out: viewers would multiply the two.
-        name: What viewers call it.
+        mesh: The mesh. Vertex colors are omitted if it has a texture, since viewers multiply the two.
+        name: Name of the node and mesh.
     """
     builder = _Builder()
     vertices = mesh.vertices @ Y_UP.T
@@ -37,14 +37,14 @@ def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
     }
     surface: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
     if mesh.texture is None:
-        # 16 bits: 8 bits of linear light show steps in the dark
+        # 16 bits, since 8 bits of linear color show banding in dark areas
         colors = np.rint(srgb_to_linear(mesh.colors.clip(0, 1)) * 65535)
         opaque = np.concatenate([colors, np.full((len(colors), 1), 65535)], axis=1).astype("<u2")
         attributes["COLOR_0"] = builder.add_values(opaque, "VEC4", _UINT16)
     else:
         attributes["TEXCOORD_0"] = builder.add_values(mesh.texture.uv, "VEC2", _FLOAT)
         surface["baseColorTexture"] = {"index": 0}
-        builder.add_image(mesh.texture.image)
+        builder.add_texture(mesh.texture.image)
     indices = builder.add_values(mesh.faces.astype("<u4").reshape(-1), "SCALAR", _UINT32)
     primitive = {"attributes": attributes, "indices": indices, "material": 0, "mode": 4}
     content = {
@@ -53,19 +53,19 @@ def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
         "scenes": [{"nodes": [0]}],
         "nodes": [{"mesh": 0, "name": name}],
         "meshes": [{"primitives": [primitive], "name": name}],
-        "materials": [{"name": "matt", "pbrMetallicRoughness": surface}],
-        **builder.record(),
+        "materials": [{"name": "matte", "pbrMetallicRoughness": surface}],
+        **builder.document(),
     }
     return _container(json.dumps(content, separators=(",", ":")).encode(), bytes(builder.data))
 
 
 def srgb_to_linear(colors: np.ndarray) -> np.ndarray:
-    """Undo the sRGB curve (IEC 61966-2-1), [0, 1] to [0, 1]."""
+    """Convert sRGB in [0, 1] to linear RGB (IEC 61966-2-1)."""
     return np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
 
 
 class _Builder:
-    """The binary part, and what describes it."""
+    """Builder of the binary buffer and the JSON that describes it."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -74,7 +74,7 @@ class _Builder:
         self._images: dict[str, Any] = {}
 
     def add_values(self, values: np.ndarray, kind: str, component: int, *, bounds: bool = False) -> int:
-        """Add an array; returns the number of its accessor."""
+        """Add an array and return the index of its accessor."""
         values = values.astype({_FLOAT: "<f4", _UINT16: "<u2", _UINT32: "<u4"}[component])
         view = self._add_view(values.tobytes(), target=_INDICES if kind == "SCALAR" else _VERTICES)
         accessor = {"bufferView": view, "componentType": component, "count": len(values), "type": kind}
@@ -85,8 +85,8 @@ class _Builder:
         self._accessors.append(accessor)
         return len(self._accessors) - 1
 
-    def add_image(self, image: np.ndarray) -> None:
-        """Add the one texture, (H, W, 3) uint8, and how it is looked at."""
+    def add_texture(self, image: np.ndarray) -> None:
+        """Add the texture, (H, W, 3) uint8, and its sampler."""
         file = io.BytesIO()
         Image.fromarray(image).save(file, format="PNG")
         self._images = {
@@ -95,8 +95,8 @@ class _Builder:
             "textures": [{"source": 0, "sampler": 0}],
         }
 
-    def record(self) -> dict[str, Any]:
-        """Describe all that was added."""
+    def document(self) -> dict[str, Any]:
+        """Return the JSON properties of everything added."""
         return {
             "buffers": [{"byteLength": len(self.data)}],
             "bufferViews": self._views,

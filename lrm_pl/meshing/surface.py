@@ -1,4 +1,4 @@
-"""From a field to a mesh: marching cubes (scikit-image's, Lewiner et al. 2003) and colors at the vertices."""
+"""Mesh extraction by marching cubes (scikit-image; Lewiner et al. 2003), with vertex colors."""
 
 import numpy as np
 import torch
@@ -9,21 +9,19 @@ from torch import Tensor
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import orbit
 from lrm_pl.geometry.rays import Bounds
-from lrm_pl.meshing.mesh import Mesh
-from lrm_pl.meshing.simplify import decimated, without_floaters
+from lrm_pl.meshing.mesh import Mesh, decimate, remove_floaters
 from lrm_pl.progress import stage
-from lrm_pl.rendering.density_grid import density_grid
+from lrm_pl.rendering.density_grid import density_grid, query_color, query_density
+from lrm_pl.rendering.empty_space import Occupancy
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.occupancy import Occupancy
-from lrm_pl.rendering.query import query_color, query_density
 from lrm_pl.rendering.renderer import Renderer
 
-#: Views, their side in pixels, and their elevations, that are asked how dense the surface is.
-_LOOKS, _LOOK_SIDE, _LOOK_ELEVATIONS_DEG = 4, 48, (-20.0, 20.0)
+#: Views from which the surface density is measured: number per elevation, side in pixels, elevations.
+_VIEWS, _VIEW_SIDE, _ELEVATIONS_DEG = 4, 48, (-20.0, 20.0)
 
 
 class NoSurfaceError(InputError):
-    """The density is on one side of the threshold everywhere."""
+    """The density does not cross the threshold, so there is no surface."""
 
 
 @torch.no_grad()
@@ -37,19 +35,19 @@ def extract_mesh(
     floaters: float = 0.0,
     most_faces: int | None = None,
 ) -> Mesh:
-    """Cut the surface of one object out of its density.
+    """Extract the isosurface of one object's density.
 
     Args:
-        field: The fields.
-        index: Which object.
-        threshold: Density at the surface (OpenLRM: 3 a scene unit; TripoSR: 25 a chord).
-        resolution: Points of the lattice along each axis (LRM: 384).
-        bounds: What the renderer draws: beyond it the field was never trained, and nothing is taken to be there.
-        floaters: Parts of less than this share of the largest part's area are left out.
-        most_faces: Faces that may stay; None keeps all.
+        field: Fields of B objects.
+        index: Index of the object.
+        threshold: Density at the surface (OpenLRM: 3 per scene unit; TripoSR: 25 per chord).
+        resolution: Grid points along each axis (LRM: 384).
+        bounds: Bounds of the renderer; densities outside are untrained and treated as zero.
+        floaters: Connected components with less than this fraction of the largest component's area are removed.
+        most_faces: Maximum number of faces; None for no limit.
 
     Raises:
-        NoSurfaceError: There is no surface at this threshold, or none of so few faces.
+        NoSurfaceError: There is no surface at this threshold, or none with so few faces.
     """
     with stage("grid"):
         density = density_grid(field, index, resolution, threshold).density.cpu()
@@ -57,27 +55,27 @@ def extract_mesh(
         axis = torch.linspace(-1, 1, resolution).square()
         density[axis[:, None, None] + axis[:, None] + axis > 1] = 0
     _require_both_sides(density, threshold)
-    for dim in range(3):  # what reaches a face of the box is closed there, just inside of it
+    for dim in range(3):  # close the surface at the faces of the box
         density.select(dim, 0).zero_()
         density.select(dim, -1).zero_()
     _require_both_sides(density, threshold)
     inside = density > threshold
     with stage("marching cubes"):
-        vertices, faces = _cut(density, inside, threshold)
+        vertices, faces = _marching_cubes(density, inside, threshold)
     if floaters:
         with stage("floaters"):
-            vertices, faces = without_floaters(vertices, faces, floaters)
+            vertices, faces = remove_floaters(vertices, faces, floaters)
     if most_faces is not None:
         with stage("decimation"):
-            vertices, faces = decimated(vertices, faces, most_faces)
+            vertices, faces = decimate(vertices, faces, most_faces)
     if not len(faces):
         raise NoSurfaceError(
             expected=f"a surface of at most {most_faces} faces",
-            found="that none would be left",
-            remedy="allow more",
+            found="no faces after decimation",
+            remedy="raise the limit",
         )
     with stage("colors"):
-        return Mesh(vertices, faces, colors_at(field, index, vertices))
+        return Mesh(vertices, faces, sample_colors(field, index, vertices))
 
 
 def _require_both_sides(density: Tensor, threshold: float) -> None:
@@ -85,24 +83,24 @@ def _require_both_sides(density: Tensor, threshold: float) -> None:
     if not low <= threshold < high:
         raise NoSurfaceError(
             expected=f"densities on both sides of {threshold:g}",
-            found=f"{low:.3g} to {high:.3g}: there is no surface",
-            remedy="choose a threshold between, or train longer",
+            found=f"densities from {low:.3g} to {high:.3g}",
+            remedy="choose a threshold in this range, or train longer",
         )
 
 
-def _cut(density: Tensor, inside: Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def _marching_cubes(density: Tensor, inside: Tensor, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     low, high = _bounds(inside)
-    part = density[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
-    places, faces, _, _ = marching_cubes(part.numpy(), threshold, gradient_direction="ascent")
-    vertices = (places + np.array(low)) * (2 / (len(density) - 1)) - 1
+    region = density[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+    positions, faces, _, _ = marching_cubes(region.numpy(), threshold, gradient_direction="ascent")
+    vertices = (positions + np.array(low)) * (2 / (len(density) - 1)) - 1
     return vertices.astype(np.float32), faces.astype(np.int64)
 
 
 @torch.no_grad()
-def colors_at(field: Field, index: int, points: Float[np.ndarray, "Q 3"]) -> Float[np.ndarray, "Q 3"]:
+def sample_colors(field: Field, index: int, points: Float[np.ndarray, "Q 3"]) -> Float[np.ndarray, "Q 3"]:
     """Return the colors of one object at points, sRGB in [0, 1]."""
-    places = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).to(field.planes.device)
-    return query_color(field, index, places).float().clamp(0, 1).cpu().numpy()
+    queries = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).to(field.planes.device)
+    return query_color(field, index, queries).float().clamp(0, 1).cpu().numpy()
 
 
 @torch.no_grad()
@@ -114,50 +112,47 @@ def surface_density(
     distance: float,
     fxfycxcy: Float[Tensor, "4"],
 ) -> float:
-    """Find the density at the surface that images show: the threshold that suits this object.
+    """Estimate the isosurface threshold of one object: the median density at the expected depth of opaque rays.
 
-    Where a ray's light comes from on average lies inside what is seen, and the density there depends on how sharp the
-    model's edges are, which no constant knows. Here it is the median over a few views, of where opaque rays end.
+    A fixed threshold does not fit all objects, since the density at the visible surface depends on how sharp the
+    model's surfaces are.
 
     Args:
-        field: The fields.
-        index: Which object.
-        renderer: The renderer that the network was trained with.
-        occupancy: The occupied cells of the object.
-        distance: Of the views.
-        fxfycxcy: Their intrinsics.
+        field: Fields of B objects.
+        index: Index of the object.
+        renderer: Renderer that the network was trained with.
+        occupancy: Occupancy grid of the object.
+        distance: Distance of the cameras from the origin.
+        fxfycxcy: Normalized intrinsics of the cameras.
 
     Raises:
-        NoSurfaceError: No view shows anything opaque.
+        NoSurfaceError: No view has an opaque pixel.
     """
     device = field.planes.device
-    poses = torch.cat([orbit(_LOOKS, distance, elevation) for elevation in _LOOK_ELEVATIONS_DEG])
+    poses = torch.cat([orbit(_VIEWS, distance, elevation) for elevation in _ELEVATIONS_DEG])
     c2w, cameras = poses.to(device)[None], fxfycxcy.to(device).expand(1, len(poses), 4)
-    size = (_LOOK_SIDE, _LOOK_SIDE)
-    seen = renderer.draw(field, [occupancy], c2w, cameras, size)
+    size = (_VIEW_SIDE, _VIEW_SIDE)
+    rendering = renderer.draw(field, [occupancy], c2w, cameras, size)
     origins, directions, _, _ = renderer.rays(c2w, cameras, size)
-    opaque = (seen.opacity.flatten() > 0.5).nonzero().squeeze(-1)
+    opaque = (rendering.opacity.flatten() > 0.5).nonzero().squeeze(-1)
     if not len(opaque):
         density = density_grid(field, index, 64).density
         raise NoSurfaceError(
-            expected="an object",
-            found=(
-                f"that no view shows anything opaque: densities are from {density.min():.3g} to "
-                f"{density.max():.3g}"
-            ),
-            remedy="choose a threshold between, or train longer",
+            expected="an object with opaque pixels",
+            found=f"none in any view: densities from {density.min():.3g} to {density.max():.3g}",
+            remedy="choose a threshold in this range, or train longer",
         )
-    t = seen.depth.flatten()[opaque, None]
+    t = rendering.depth.flatten()[opaque, None]
     points = origins.flatten(0, 1)[opaque] + t * directions.flatten(0, 1)[opaque]
     return float(query_density(field, index, points).median())
 
 
 def _bounds(inside: Tensor) -> tuple[list[int], list[int]]:
-    """Find the part of the lattice that holds all of the surface: marching cubes then passes over nothing else."""
+    """Return the bounding box of the surface in the grid, which limits marching cubes to it."""
     low, high = [], []
     for axis in range(3):
         others = [other for other in range(3) if other != axis]
-        filled = inside.any(dim=others[1]).any(dim=others[0]).nonzero()
-        low.append(max(0, int(filled.min()) - 1))
-        high.append(min(inside.shape[axis], int(filled.max()) + 2))
+        slices = inside.any(dim=others[1]).any(dim=others[0]).nonzero()
+        low.append(max(0, int(slices.min()) - 1))
+        high.append(min(inside.shape[axis], int(slices.max()) + 2))
     return low, high

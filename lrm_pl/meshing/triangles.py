@@ -1,4 +1,4 @@
-"""Points drawn on triangles, uniformly by area. numpy only."""
+"""Uniform sampling of points on triangle meshes. numpy only: also runs in Blender."""
 
 from collections.abc import Iterable
 
@@ -7,30 +7,35 @@ import numpy.typing as npt
 
 from lrm_pl.errors import InputError
 
-#: Vertices (n, 3) and the triangles (m, 3) between them.
-Part = tuple[npt.NDArray[np.float64], npt.NDArray[np.integer]]
+#: Vertices (n, 3) and faces (m, 3).
+TriangleMesh = tuple[npt.NDArray[np.float64], npt.NDArray[np.integer]]
 
 
-def draw_points(
-    parts: Iterable[Part], count: int, rng: np.random.Generator
+def sample_surface(
+    meshes: Iterable[TriangleMesh], count: int, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Draw points on a surface, independent of each other, uniformly by area.
+    """Sample points on the surface of meshes, independently and uniformly by area.
+
+    Args:
+        meshes: Meshes that together form the surface.
+        count: Number of points.
+        rng: Random generator.
 
     Returns:
-        (count, 3) points and the (count, 3) unit normals of their triangles, by the order of the corners.
+        (count, 3) points and (count, 3) unit normals of their triangles, by the order of the corners.
 
     Raises:
-        InputError: The triangles have no area.
+        InputError: The total area is zero.
     """
-    corners = np.concatenate([vertices[faces] for vertices, faces in parts])
+    corners = np.concatenate([vertices[faces] for vertices, faces in meshes])
     a, ab, ac = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     cross = np.cross(ab, ac)
     twice_area = np.linalg.norm(cross, axis=1)
     total = np.cumsum(twice_area)
     if not total[-1] > 0:
-        raise InputError(expected="a surface", found="triangles without an area")
+        raise InputError(expected="a surface", found="triangles of zero area")
     chosen = np.searchsorted(total, rng.random(count) * total[-1], side="right")
     u, v = rng.random((2, count, 1))
-    outside = u + v > 1  # the other half of the parallelogram
+    outside = u + v > 1  # reflect into the triangle
     u, v = np.where(outside, 1 - u, u), np.where(outside, 1 - v, v)
     return a[chosen] + u * ab[chosen] + v * ac[chosen], cross[chosen] / twice_area[chosen, None]

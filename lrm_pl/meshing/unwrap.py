@@ -1,6 +1,6 @@
-"""Lay a surface out flat with xatlas, in a process of its own: it may take for ever on a bad mesh, or crash.
+"""UV unwrapping with xatlas, in a subprocess with a time limit, since xatlas can hang or crash on a bad mesh.
 
-python -m lrm_pl.meshing.unwrap FOLDER SIZE     reads vertices.npy and faces.npy, writes atlas.npz
+``python -m lrm_pl.meshing.unwrap FOLDER SIZE`` reads vertices.npy and faces.npy and writes atlas.npz.
 """
 
 import dataclasses
@@ -12,23 +12,23 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-#: Texels between two charts: bilinear filtering of the smaller images that viewers make must not mix them.
+#: Texels between charts, so that bilinear filtering of mipmaps does not mix them.
 PADDING = 4
 
 
 class UnwrapError(RuntimeError):
-    """A surface could not be laid out; the message is the reason, in one line."""
+    """Unwrapping failed or timed out; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Atlas:
-    """A surface laid out flat.
+    """UV atlas of a mesh.
 
     Attributes:
-        source: (N,) which vertex of the surface each vertex of the atlas is; those at seams are there several times.
-        faces: (M, 3) the same faces, in numbers of the atlas' vertices.
-        uv: (N, 2) place of each vertex, from the left and top edge (0) to the right and bottom one (1).
-        size: Width and height of the image that it is laid out in, pixels: about what was asked for.
+        source: (N,) mesh vertex of each atlas vertex; vertices at seams are duplicated.
+        faces: (M, 3) the faces, as indices of atlas vertices.
+        uv: (N, 2) texture coordinates, from 0 at the left and top edge to 1 at the right and bottom.
+        size: Width and height of the atlas, pixels; close to the requested size.
     """
 
     source: Int[np.ndarray, " N"]
@@ -40,16 +40,16 @@ class Atlas:
 def unwrap(
     vertices: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "M 3"], size: int, limit_s: float
 ) -> Atlas:
-    """Lay a surface out.
+    """Compute a UV atlas of a mesh.
 
     Args:
-        vertices: Places.
-        faces: Numbers of vertices.
-        size: Side of the image that it is laid out for, pixels.
-        limit_s: Seconds that it may take.
+        vertices: Vertex positions.
+        faces: Vertex indices.
+        size: Target side of the atlas, pixels.
+        limit_s: Time limit, seconds.
 
     Raises:
-        UnwrapError: It takes longer, or xatlas gives up or crashes.
+        UnwrapError: xatlas failed, crashed or timed out.
     """
     with tempfile.TemporaryDirectory(prefix="lrm-unwrap-") as name:
         folder = Path(name)
@@ -60,18 +60,18 @@ def unwrap(
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
         except subprocess.TimeoutExpired as error:
             raise UnwrapError(
-                f"xatlas took more than {limit_s:g} s for {len(faces)} faces; make fewer (20,000 take seconds) or wait "
-                "longer"
+                f"xatlas took more than {limit_s:g} s for {len(faces)} faces. Reduce the number of faces (20,000 take "
+                "seconds) or raise the time limit"
             ) from error
         if done.returncode:
-            said = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-            raise UnwrapError(f"xatlas failed: {said[0]}")
-        with np.load(folder / "atlas.npz", allow_pickle=False) as found:
-            width, height = found["size"].tolist()
+            lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+            raise UnwrapError(f"xatlas failed: {lines[-1]}")
+        with np.load(folder / "atlas.npz", allow_pickle=False) as atlas:
+            width, height = atlas["size"].tolist()
             return Atlas(
-                found["source"].astype(np.int64),
-                found["faces"].astype(np.int64),
-                found["uv"],
+                atlas["source"].astype(np.int64),
+                atlas["faces"].astype(np.int64),
+                atlas["uv"],
                 (width, height),
             )
 
@@ -86,10 +86,10 @@ def _main(folder: Path, size: int) -> None:
     atlas.generate(pack_options=options)
     source, faces, uv = atlas[0]
     if atlas.atlas_count != 1:
-        raise SystemExit(f"it needs {atlas.atlas_count} images of {size} x {size} pixels")
-    # xatlas may need a little more or less than asked for; in another size, the space between charts would shrink
-    size_found = np.array((atlas.width, atlas.height))
-    np.savez(folder / "atlas.npz", source=source, faces=faces, uv=uv.astype(np.float32), size=size_found)
+        raise SystemExit(f"the mesh needs {atlas.atlas_count} atlases of {size} x {size} pixels")
+    # The packed size differs slightly from the requested one; resizing would shrink the padding.
+    packed_size = np.array((atlas.width, atlas.height))
+    np.savez(folder / "atlas.npz", source=source, faces=faces, uv=uv.astype(np.float32), size=packed_size)
 
 
 if __name__ == "__main__":

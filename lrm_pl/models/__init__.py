@@ -1,1 +1,1 @@
-"""The network: image + camera -> triplane -> field. Read ``lrm.py`` first. No training, no rendering here."""
+"""The network: from an image and its camera to a triplane radiance field. Start with ``lrm.py``."""

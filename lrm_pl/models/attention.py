@@ -1,4 +1,4 @@
-"""Self- and cross-attention on PyTorch's scaled dot product; the backend is chosen in one function."""
+"""Multi-head self- and cross-attention."""
 
 import torch
 from jaxtyping import Float
@@ -11,15 +11,15 @@ from lrm_pl.kernels.device import on_cpu
 
 
 class Attention(nn.Module):
-    """Multi-head attention without biases (LRM, section 3.2; OpenLRM does the same).
+    """Multi-head attention without input biases (LRM, section 3.2).
 
     Args:
         dim: Width D of the queries and of the output.
         heads: Number of heads; divides D.
-        context_dim: Width of the tokens attended to; None for self-attention, with one fused QKV product.
-        out_bias: Whether the output projection has a bias (TripoSR's has).
-        qk_norm: Whether queries and keys are normalized head by head before their product, by their root mean
-            square with a learned scale: logits then stay bounded (LVSM, section 4; Dehghani et al. 2023, 2.1).
+        context_dim: Width of the context tokens; None for self-attention, with a fused QKV projection.
+        out_bias: Whether the output projection has a bias (TripoSR).
+        qk_norm: Whether to apply RMSNorm to queries and keys per head, which bounds the logits (LVSM, section 4;
+            Dehghani et al. 2023, section 2.1).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
-            raise InputError(expected=f"a width that {heads} heads divide", found=dim)
+            raise InputError(expected=f"a width divisible by the number of heads, {heads}", found=dim)
         self.heads = heads
         self.is_self = context_dim is None
         if context_dim is None:
@@ -48,15 +48,13 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B L D"], context: Float[Tensor, "B N M"] | None = None
     ) -> Float[Tensor, "B L D"]:
-        """Attend from ``x`` to itself, or to ``context``."""
+        """Attend from ``x`` to itself or to ``context``."""
         if self.is_self:
             q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
         else:
-            q, (k, v) = (
-                self._split(self.q(x)),
-                (self._split(part) for part in self.kv(context).chunk(2, dim=-1)),
-            )
-        # The norms' float32 scale would raise q and k above v's precision under autocast.
+            q = self._split(self.q(x))
+            k, v = (self._split(part) for part in self.kv(context).chunk(2, dim=-1))
+        # The norms return float32 under autocast.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         return self.out(attend(q, k, v).transpose(1, 2).flatten(-2))
 
@@ -65,20 +63,20 @@ class Attention(nn.Module):
         return x.view(batch, length, self.heads, -1).transpose(1, 2)
 
 
-#: From so many scores a head on, a CPU computes attention block by block.
-_MANY_SCORES = 256 * 1024
+#: Scores per head from which attention is computed block by block on a CPU.
+_MIN_BLOCKED_SCORES = 256 * 1024
 
 
 def attend(
     q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
 ) -> Float[Tensor, "B h L d"]:
-    """Compute softmax(q k^T / sqrt d) v; the one place where the backend is chosen.
+    """Compute softmax(q k^T / sqrt d) v.
 
-    On a CPU: as written where the scores fit the cache, else block by block of queries. Elsewhere PyTorch chooses; and
-    in float32 without gradients, where published weights are compared with their own code: their scores may be so large
-    that another order of sums shows.
+    On a CPU, attention is computed as written if the scores fit the cache, otherwise in blocks of queries. PyTorch's
+    ``scaled_dot_product_attention`` is used on accelerators, and in float32 without gradients, where results are
+    compared with the code of published weights: large logits amplify differences in summation order.
     """
     if not on_cpu(q) or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v)
-    body = attention_in_blocks if q.shape[2] * k.shape[2] >= _MANY_SCORES else attention_plain
-    return body(q, k, v)
+    attention = attention_in_blocks if q.shape[2] * k.shape[2] >= _MIN_BLOCKED_SCORES else attention_plain
+    return attention(q, k, v)

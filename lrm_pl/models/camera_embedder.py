@@ -1,4 +1,4 @@
-"""The camera as the network sees it: an MLP on LRM's 20 numbers, or on OpenLRM's 16 (section 3.2)."""
+"""Camera embedding: an MLP on the camera vector of 20 (LRM, section 3.2) or 16 elements (OpenLRM)."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from lrm_pl.geometry.cameras import CameraNumbers, camera_vector
 
 
 class CameraEmbedder(nn.Module):
-    """Embed cameras: the numbers of the pose, 2 focal lengths, 2 of the principal point -> E.
+    """MLP from pose, focal lengths and principal point to an embedding of width E.
 
     Args:
         dim: Width E of the embedding.
-        numbers: How many numbers a camera is; see ``camera_vector``.
+        numbers: Length of the camera vector; see ``camera_vector``.
     """
 
     def __init__(self, dim: int, numbers: CameraNumbers = 20) -> None:

@@ -1,8 +1,8 @@
-"""The NeRF MLP: features of a point -> density and color (LRM, section 3.3), and folding it into the planes.
+"""The NeRF MLP: from features of a point to density and color (LRM, section 3.3).
 
-A linear layer on bilinearly sampled, concatenated features equals a sum of samples of pre-multiplied planes:
-W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). Exact, and it takes the widest layer off every sample; the bias
-is added once, after. It pays where the MLP is narrower than the planes' three feature vectors put together.
+The first linear layer can be folded into the planes, since it commutes with bilinear sampling:
+W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). This is exact and removes the widest layer from every sample. It is
+faster if the MLP is narrower than the three concatenated feature vectors.
 """
 
 from itertools import pairwise
@@ -22,20 +22,20 @@ DensityActivation = Literal["softplus", "exp"]
 
 @final
 class NeRFDecoder(nn.Module):
-    """An MLP of ``layers`` linear layers shared by density and color; no view dependence.
+    """MLP shared by density and color, without view dependence.
 
     Density is softplus(x + density_bias) or exp(x + density_bias); color is a sigmoid.
 
     Args:
         channels: Plane channels F.
         width: Hidden width.
-        layers: Number of linear layers, the last one to 4 numbers (the paper: 10; OpenLRM: 4).
-        activation: Between the layers: ReLU (OpenLRM) or SiLU (TripoSR).
-        density_activation: How density is made positive: softplus (OpenLRM) or exp (TripoSR).
-        density_bias: Added before that; -1 starts nearly empty.
-        color_margin: By how much the sigmoid is widened on each side, so that pure black and white are reached
-            (OpenLRM: 0.001; TripoSR: 0).
-        fold: Whether to fold the first layer into the planes; the result is the same.
+        layers: Number of linear layers, including the output layer of width 4 (LRM: 10; OpenLRM: 4).
+        activation: Activation between the layers: ReLU (OpenLRM) or SiLU (TripoSR).
+        density_activation: Activation of the density: softplus (OpenLRM) or exp (TripoSR).
+        density_bias: Added to the density before its activation; -1 initializes a nearly empty field.
+        color_margin: Margin by which the sigmoid exceeds [0, 1], so that black and white are reachable (OpenLRM:
+            0.001; TripoSR: 0).
+        fold: Whether to fold the first layer into the planes; does not change the result.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class NeRFDecoder(nn.Module):
         self.color_margin = color_margin
 
     def field(self, triplane: Triplane) -> TriplaneField:
-        """Put a triplane and this decoder together to a field that can be rendered."""
+        """Combine triplanes with this decoder to fields that can be rendered."""
         first, *others = cast(list[nn.Linear], list(self.layers))
         weights: tuple[Tensor, ...] = tuple(x for layer in others for x in (layer.weight, layer.bias))
         planes = triplane.upright()
@@ -91,18 +91,18 @@ class NeRFDecoder(nn.Module):
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Run the MLP with the given weights, as ``field`` ordered them.
+        """Run the MLP with weights in the order of ``TriplaneField.weights``.
 
         Returns:
-            Raw density, which ``density`` makes positive, and color; float32.
+            Raw density and color, float32.
         """
         x = self.mlp(features, weights)
         return x[:, 0], self.color(x[:, 1:])
 
     def mlp(self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]) -> Float[Tensor, "Q 4"]:
-        """Return raw density and color logits, float32; see ``decode``."""
+        """Return raw density and color logits, float32."""
         if torch.is_autocast_enabled(features.device.type):
-            # The products would round it anyway; half as wide it passes through the first activation twice as fast.
+            # The linear layers would cast it anyway; casting first halves the cost of the first activation.
             features = features.to(torch.get_autocast_dtype(features.device.type))
         if self.fold:
             x, weights = features + weights[0].to(features.dtype), weights[1:]
@@ -114,11 +114,11 @@ class NeRFDecoder(nn.Module):
         return F.linear(x, *weights[-2:]).float()
 
     def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:
-        """Map color logits to colors: a sigmoid, widened by the margin."""
+        """Map color logits to colors by a sigmoid with range [-margin, 1 + margin]."""
         return torch.sigmoid(logits) * (1 + 2 * self.color_margin) - self.color_margin
 
     def density(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
-        """Make raw density positive: density a scene unit, or a chord's length where the renderer counts in those."""
+        """Map raw density to density per unit of length of the renderer."""
         raw = raw + self.density_bias
-        # exp is cut off at e^11: beyond it a sample is opaque anyway, and the gradient would overflow.
+        # Clamped so that the gradient of exp does not overflow; samples of density e^11 are opaque.
         return F.softplus(raw) if self.density_activation == "softplus" else raw.clamp_max(11.0).exp()

@@ -1,4 +1,4 @@
-"""The image encoder: a timm DINO, DINOv2 or DINOv3 vision transformer, all of its tokens (LRM, section 3.1)."""
+"""Image encoder: a DINO, DINOv2 or DINOv3 vision transformer of timm (LRM, section 3.1)."""
 
 import difflib
 import sys
@@ -15,30 +15,29 @@ from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
 
-#: Which tokens a network hands on: all of them, or without the registers (OpenLRM drops these).
+#: Output tokens: all, or without the register tokens (OpenLRM).
 EncoderTokens = Literal["all", "class_and_patches"]
 
 
 @final
 class ImageEncoder(nn.Module):
-    """A vision transformer that returns its tokens: class, registers if any, patches.
+    """Vision transformer that returns its class, register and patch tokens.
 
-    It owns the resizing of images to its own size, their normalization, and its position embeddings, which timm
-    makes for ``image_size`` (weights stored for another size are resized when they are loaded).
+    Images are resized to ``image_size`` and normalized. Positional embeddings of weights for another size are resized
+    when they are loaded.
 
     Args:
-        name: timm's name of the network. ``vit_base_patch16_224.dino`` is the paper's (DINO);
-            ``vit_small_patch14_dinov2`` is DINOv2, ``vit_small_patch14_reg4_dinov2`` DINOv2 with registers,
-            ``vit_small_patch16_dinov3`` DINOv3.
-        image_size: Side of the square image that the network sees, a multiple of its patch size.
-        frozen: Whether its weights stay as they are: no gradients, no optimizer state.
-        normalize: Whether images are normalized with the network's own mean and deviation; OpenLRM's weights were
-            trained on plain [0, 1].
-        tokens: Which tokens are handed on.
-        norm_eps: Added to the variance in layer norms; None is the network's own (the weights of TripoSR: 1e-12).
-        dim: Width, where it is not the one that the name says; for networks of one's own.
-        depth: Number of blocks, likewise.
-        heads: Attention heads, likewise.
+        name: Name of the model in timm: ``vit_base_patch16_224.dino`` (DINO, LRM), ``vit_small_patch14_dinov2``,
+            ``vit_small_patch14_reg4_dinov2`` (with registers), ``vit_small_patch16_dinov3``.
+        image_size: Side of the square input image, a multiple of the patch size.
+        frozen: Whether to exclude the encoder from training.
+        normalize: Whether to normalize images with the model's mean and standard deviation; OpenLRM's weights expect
+            images in [0, 1].
+        tokens: Tokens to return.
+        norm_eps: Epsilon of layer norms; None for the model's default (TripoSR: 1e-12).
+        dim: Width; None for the model's default.
+        depth: Number of blocks; None for the model's default.
+        heads: Number of attention heads; None for the model's default.
     """
 
     mean: Tensor
@@ -64,9 +63,9 @@ class ImageEncoder(nn.Module):
                 difflib.get_close_matches(name, timm.list_models(name.split("_")[0] + "_*"), n=3)
             )
             raise InputError(
-                expected="an encoder that timm knows",
+                expected="the name of a timm model",
                 found=f"{name!r}",
-                remedy=f"close to it: {close or 'none'}",
+                remedy=f"Use one of {close}" if close else "List names with timm.list_models()",
             )
         sizes = {"embed_dim": dim, "depth": depth, "num_heads": heads}
         options: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
@@ -79,13 +78,11 @@ class ImageEncoder(nn.Module):
         except (TypeError, AssertionError, ZeroDivisionError) as error:
             raise InputError(
                 subject=name,
-                expected="a plain vision transformer of sizes that go together",
+                expected="a vision transformer with consistent sizes",
                 found=f"{sizes}: {error}",
             ) from error
         if not isinstance(self.vit, VisionTransformer | Eva):
-            raise InputError(
-                subject=name, expected="a plain vision transformer", found=type(self.vit).__name__
-            )
+            raise InputError(subject=name, expected="a vision transformer", found=type(self.vit).__name__)
         patch = self.vit.patch_embed.patch_size[0]
         if image_size % patch:
             raise InputError(
@@ -98,12 +95,12 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         if frozen:
             self.vit.requires_grad_(False)
-        #: Whether weights were loaded; random ones are there before.
+        #: Whether weights have been loaded.
         self.has_weights = False
         self.register_load_state_dict_post_hook(_note_weights)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N M"]:
-        """Turn sRGB images in [0, 1] of any square size into tokens."""
+        """Encode square sRGB images in [0, 1] of any size."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(
                 images, self.image_size, mode="bicubic", antialias=True, align_corners=False
@@ -115,10 +112,10 @@ class ImageEncoder(nn.Module):
         return tokens
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:
-        """Load weights in timm's names or in their authors', strictly; position embeddings are resized.
+        """Load a state dict with timm's or the authors' keys, strictly; positional embeddings are resized.
 
         Raises:
-            InputError: Keys or shapes differ.
+            InputError: Keys or shapes do not match.
         """
         convert = sys.modules[type(self.vit).__module__].checkpoint_filter_fn
         try:
@@ -126,8 +123,8 @@ class ImageEncoder(nn.Module):
         except (RuntimeError, KeyError) as error:
             raise InputError(
                 expected=f"the weights of {self.name}",
-                found=f"others: {error}",
-                remedy="give the file of this network",
+                found=f"a state dict that does not match: {error}",
+                remedy="use a weight file of this model",
             ) from error
         self.has_weights = True
 

@@ -1,4 +1,4 @@
-"""LRM: one image and its camera -> a triplane NeRF (arXiv 2311.04400, section 3 and figure 2). Read this first.
+"""The LRM network: from an image and its camera to a triplane NeRF (arXiv 2311.04400, section 3 and figure 2).
 
 image (B, V, 3, H, W) --ImageEncoder--> tokens (B, V N, M) ----------.
 c2w, fxfycxcy ----CameraEmbedder--> camera (B, E) --ModLN in each--.  | cross-attention
@@ -24,25 +24,23 @@ from lrm_pl.models.upsampler import Upsampler
 
 @final
 class LRM(nn.Module):
-    """The network. The defaults are the paper's size.
+    """Large Reconstruction Model. The default sizes are those of the paper.
 
     Args:
         encoder: Image encoder.
-        decoder: NeRF MLP; its ``channels`` are those of the planes.
+        decoder: NeRF MLP; its ``channels`` are the channels of the planes.
         dim: Width D of the transformer.
         depth: Number of blocks.
-        heads: Attention heads a block.
-        camera: How many numbers the network is told of a camera: 20 (LRM), 16 (OpenLRM), or null for nothing, so
-            that it guesses (TripoSR).
+        heads: Attention heads per block.
+        camera: Length of the camera vector: 20 (LRM), 16 (OpenLRM), or None for no camera conditioning (TripoSR).
         camera_dim: Width E of the camera embedding.
-        plane_tokens: Side s of a plane in tokens.
-        upsample: Side S of a plane is ``upsample`` times s.
-        input_views: How many views V of an object the network is given. With more than one, the tokens of each are
-            modulated by its own camera before all are attended to (after Instant3D, section 3.2), and the camera of
-            the first modulates the transformer.
-        blocks: Design of the transformer: LRM's, or TripoSR's.
+        plane_tokens: Tokens s per side of a plane.
+        upsample: Upsampling factor; the planes have S = ``upsample`` s texels per side.
+        input_views: Number V of input views per object. With more than one, the tokens of each view are modulated by
+            its camera (after Instant3D, section 3.2), and the first camera modulates the transformer.
+        blocks: Design of the transformer blocks.
         qk_norm: Whether attention normalizes queries and keys (LVSM, section 4).
-        plane_layout: How the planes lie in the world.
+        plane_layout: Orientation of the planes.
     """
 
     def __init__(
@@ -65,16 +63,16 @@ class LRM(nn.Module):
         super().__init__()
         if input_views < 1 or (input_views > 1 and camera is None):
             raise InputError(
-                expected="input_views of 1, or of more with a camera that tells them apart",
-                found=f"{input_views} and camera {camera}",
-                remedy="give --model.lrm.camera 20",
+                expected="1 input view, or several with camera conditioning",
+                found=f"input_views={input_views} and camera={camera}",
+                remedy="add --model.lrm.camera 20",
             )
         self.encoder = encoder
-        told = None if camera is None else camera_dim
+        embedding_dim = None if camera is None else camera_dim
         self.camera_embedder = None if camera is None else CameraEmbedder(camera_dim, camera)
-        self.view_norm = ModLN(encoder.dim, told) if input_views > 1 else None
+        self.view_norm = ModLN(encoder.dim, embedding_dim) if input_views > 1 else None
         self.transformer = TriplaneTransformer(
-            3 * plane_tokens**2, dim, depth, heads, encoder.dim, told, blocks, qk_norm=qk_norm
+            3 * plane_tokens**2, dim, depth, heads, encoder.dim, embedding_dim, blocks, qk_norm=qk_norm
         )
         self.upsampler = Upsampler(dim, decoder.channels, upsample)
         self.decoder = decoder
@@ -86,12 +84,12 @@ class LRM(nn.Module):
         c2w: Float[Tensor, "B V 4 4"],
         fxfycxcy: Float[Tensor, "B V 4"],
     ) -> Triplane:
-        """Reconstruct objects from their canonical input views.
+        """Reconstruct objects from their input views.
 
         Args:
             image: Input views, sRGB in [0, 1].
-            c2w: Their canonical poses.
-            fxfycxcy: Their normalized intrinsics.
+            c2w: Poses of the input views in the canonical frame.
+            fxfycxcy: Normalized intrinsics of the input views.
         """
         views = image.shape[1]
         assert views == self.input_views, (views, self.input_views)
@@ -106,5 +104,5 @@ class LRM(nn.Module):
         return Triplane(self.upsampler(tokens), self.plane_layout)  # (B, 3, F, S, S)
 
     def field(self, triplane: Triplane) -> TriplaneField:
-        """Turn triplanes into fields that can be rendered."""
+        """Combine triplanes with the decoder to fields that can be rendered."""
         return self.decoder.field(triplane)

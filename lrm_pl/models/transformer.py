@@ -1,7 +1,7 @@
-"""The image-to-triplane transformer: blocks of cross-attention, self-attention, MLP, modulated by the camera.
+"""The image-to-triplane transformer (LRM, section 3.2 and figure 2).
 
-LRM, section 3.2 and figure 2. Tokens (B, L, D) ask the image features (B, N, M); the camera embedding (B, E)
-modulates every normalization.
+Triplane tokens (B, L, D) cross-attend to image features (B, N, M). The camera embedding (B, E) modulates every layer
+norm.
 """
 
 from typing import Literal
@@ -15,18 +15,17 @@ from lrm_pl.errors import InputError
 from lrm_pl.kernels.modulated_norm import modulated_norm
 from lrm_pl.models.attention import Attention
 
-#: "lrm": cross-attention, self-attention, GELU MLP; a layer norm at the end of the stack (LRM, OpenLRM). "triposr":
-#: self-attention, cross-attention, GEGLU MLP, biases on attention outputs; a group norm and a projection before the
-#: stack, a projection and a residual around all of it behind (TripoSR's Transformer1D).
+#: "lrm": cross-attention, self-attention, GELU MLP; a final layer norm (LRM, OpenLRM). "triposr": self-attention,
+#: cross-attention, GEGLU MLP, biases on attention outputs; group norm and projection before the stack, projection and
+#: residual connection after it (TripoSR's Transformer1D).
 BlockDesign = Literal["lrm", "triposr"]
 
 
 class ScaledLayerNorm(nn.LayerNorm):
-    """Layer norm whose output is scaled and shifted once more, object by object.
+    """Layer norm with a scale and shift per object.
 
-    Where gradients are wanted it is one norm whose weights and biases are the modulated ones: the same function, but
-    nothing of the size of x is kept for backward besides x. A module of its own, so that sharding sees its weights
-    being used.
+    With gradients, scale and shift are merged into weight and bias, so that x is the only tensor of its size saved for
+    backward.
     """
 
     def forward(  # type: ignore[override]
@@ -34,7 +33,7 @@ class ScaledLayerNorm(nn.LayerNorm):
     ) -> Float[Tensor, "B L D"]:
         """Compute LN(x) (1 + scale) + shift."""
         if not torch.is_grad_enabled():
-            # In the order in which those computed it whose weights these may be: rounding grows with large weights.
+            # In the order of the published implementations, whose large weights amplify rounding.
             return super().forward(x) * (1 + scale).unsqueeze(1) + shift.unsqueeze(1)
         weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
         return modulated_norm(x, weight, bias, self.eps)
@@ -45,8 +44,8 @@ class ModLN(nn.Module):
 
     Args:
         dim: Width D of the tokens.
-        camera_dim: Width E of the camera embedding; None makes it a plain layer norm.
-        eps: Added to the variance.
+        camera_dim: Width E of the camera embedding; None for a plain layer norm.
+        eps: Epsilon added to the variance.
     """
 
     def __init__(self, dim: int, camera_dim: int | None, eps: float = 1e-6) -> None:
@@ -54,14 +53,14 @@ class ModLN(nn.Module):
         self.norm = (nn.LayerNorm if camera_dim is None else ScaledLayerNorm)(dim, eps=eps)
         if camera_dim is not None:
             linear = nn.Linear(camera_dim, 2 * dim)
-            nn.init.zeros_(linear.weight)  # it begins as a plain layer norm
+            nn.init.zeros_(linear.weight)  # initially a plain layer norm
             nn.init.zeros_(linear.bias)
             self.modulation = nn.Sequential(nn.SiLU(), linear)
 
     def forward(
         self, x: Float[Tensor, "B L D"], camera: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B L D"]:
-        """Normalize, and modulate where there is a camera."""
+        """Normalize, and modulate if a camera embedding is given."""
         if camera is None:
             return self.norm(x)
         shift, scale = self.modulation(camera).float().chunk(2, dim=-1)  # each (B, D)
@@ -69,7 +68,7 @@ class ModLN(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose one half gates the other: a GELU(b) (Shazeer 2020).
+    """Gated linear unit with GELU: a GELU(b) for (a, b) = Linear(x) (Shazeer 2020).
 
     Args:
         dim: Width of the input.
@@ -87,16 +86,16 @@ class GEGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Cross-attention to the image, self-attention over the triplane, MLP; each a residual behind a ModLN.
+    """Transformer block: cross-attention to the image, self-attention and MLP, each residual and pre-normalized.
 
     Args:
         dim: Width D of the tokens.
         heads: Attention heads.
         image_dim: Width M of the image features.
-        camera_dim: Width E of the camera embedding; None without one.
-        design: The order of the steps and the kind of the MLP.
+        camera_dim: Width E of the camera embedding; None without camera conditioning.
+        design: Order of the sublayers and type of the MLP.
         qk_norm: Whether queries and keys are normalized.
-        mlp_ratio: Hidden width of the MLP in units of D.
+        mlp_ratio: Hidden width of the MLP as a multiple of D.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B L D"], image: Float[Tensor, "B N M"], camera: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B L D"]:
-        """Run the three residual steps."""
+        """Apply the three residual sublayers."""
         if self.self_first:
             x = x + self.self_attention(self.self_norm(x, camera))
         x = x + self.cross_attention(self.cross_norm(x, camera), image)
@@ -135,21 +134,21 @@ class Block(nn.Module):
     def mlp_step(
         self, x: Float[Tensor, "B L D"], camera: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B L D"]:
-        """Norm and MLP: what may be computed again in backward for little (``training.parallel``)."""
+        """Apply norm and MLP; separate for activation checkpointing (``training.parallelize``)."""
         return self.mlp(self.mlp_norm(x, camera))
 
 
 class TriplaneTransformer(nn.Module):
-    """A stack of blocks over learnable triplane tokens, and what stands before and behind it.
+    """Transformer over learnable triplane tokens.
 
     Args:
         tokens: Number L of triplane tokens.
         dim: Width D.
         depth: Number of blocks.
-        heads: Attention heads a block.
+        heads: Attention heads per block.
         image_dim: Width M of the image features.
-        camera_dim: Width E of the camera embedding; None without one.
-        design: Kind of the blocks and of what surrounds them.
+        camera_dim: Width E of the camera embedding; None without camera conditioning.
+        design: Design of the blocks and of the layers around them.
         qk_norm: Whether queries and keys are normalized.
     """
 
@@ -167,7 +166,7 @@ class TriplaneTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if design == "triposr" and dim % 32:
-            raise InputError(expected="a width that 32 groups divide with blocks 'triposr'", found=dim)
+            raise InputError(expected="a width divisible by 32 with blocks 'triposr'", found=dim)
         self.design = design
         self.tokens = nn.Parameter(torch.randn(1, tokens, dim) / dim**0.5)
         self.blocks = nn.ModuleList(
@@ -183,7 +182,7 @@ class TriplaneTransformer(nn.Module):
     def forward(
         self, image: Float[Tensor, "B N M"], camera: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B L D"]:
-        """Turn image features and camera embeddings into triplane tokens."""
+        """Map image features and camera embeddings to triplane tokens."""
         tokens = x = self.tokens.expand(image.shape[0], -1, -1)
         if self.design == "triposr":
             x = self.proj_in(self.norm(x.transpose(1, 2)).transpose(1, 2))
@@ -195,8 +194,8 @@ class TriplaneTransformer(nn.Module):
         residuals = 3 * len(self.blocks)
         for name, parameter in self.blocks.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2 and "modulation" not in name:
-                # Variance 1 / inputs keeps the scale at any width; what adds to the residual stream is
-                # divided by the number of additions (GPT-2's rule), so that depth keeps it too.
+                # Variance 1 / fan-in; layers that add to the residual stream are scaled down by the square root of
+                # the number of residual additions (GPT-2).
                 scale = residuals**-0.5 if name.endswith(("out.weight", "mlp.2.weight")) else 1.0
                 nn.init.trunc_normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""The triplane, and the field that it becomes together with a decoder: what rendering queries."""
+"""The triplane, and the radiance field of a triplane and a decoder."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,21 +9,16 @@ from torch import Tensor
 
 from lrm_pl.conventions import MIRRORED_PLANES, PLANE_AXES, PlaneLayout
 from lrm_pl.kernels.linear import HiddenActivation
-from lrm_pl.kernels.triplane import (
-    Axes,
-    Reduce,
-    accumulate_gradient,
-    triplane_sample,
-)
+from lrm_pl.kernels.triplane import Axes, Reduce, accumulate_gradient, triplane_sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Triplane:
-    """Three feature planes of each of B objects, over [-1, 1]^3.
+    """Three feature planes over [-1, 1]^3 for each of B objects.
 
     Attributes:
         planes: (B, 3, F, S, S).
-        layout: How they lie in the world.
+        layout: Orientation of the planes.
     """
 
     planes: Float[Tensor, "B 3 F S S"]
@@ -35,7 +30,7 @@ class Triplane:
         return PLANE_AXES[self.layout]
 
     def upright(self) -> Float[Tensor, "B 3 F S S"]:
-        """Return the planes with every column running along its axis."""
+        """Return the planes with all mirrored planes flipped."""
         mirrored = MIRRORED_PLANES[self.layout]
         if not mirrored:
             return self.planes
@@ -48,17 +43,17 @@ class Triplane:
 
 @dataclasses.dataclass(frozen=True)
 class TriplaneField:
-    """A field in the form that ``lrm_pl.rendering`` asks for (``rendering.field.Field``).
+    """Triplane radiance field; implements ``rendering.field.Field``.
 
     Attributes:
-        planes: (B, 3, S, S, C) float32, channels last; C is F, or the decoder's width where its first layer has
-            been folded into the planes.
-        weights: What ``decoder`` needs besides features; differentiable.
-        decoder: (features, weights) -> (raw density, rgb); pure.
-        activation: raw density -> density a scene unit; pure.
-        color_activation: Color logits -> color; pure.
-        hidden_activation: Between the layers of the decoder's MLP.
-        reduce: Whether features of the three planes are added up (folded) or concatenated.
+        planes: (B, 3, S, S, C) float32, channels last; C is F, or the decoder's width if its first layer is folded into
+            the planes.
+        weights: Weights of the decoder; differentiable.
+        decoder: Function from features and weights to raw density and color; pure.
+        activation: Function from raw density to density; pure.
+        color_activation: Function from color logits to color; pure.
+        hidden_activation: Activation between the layers of the MLP.
+        reduce: Whether features of the three planes are summed (folded) or concatenated.
         axes: Column axis and row axis of each plane.
     """
 
@@ -72,23 +67,23 @@ class TriplaneField:
     axes: Axes
 
     def sample(self, planes: Float[Tensor, "3 S S C"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
-        """Read features of one object."""
+        """Sample features of one object."""
         return triplane_sample(planes, points, self.axes, self.reduce)
 
     def accumulate(
         self, total: Float[Tensor, "3 S S C"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
     ) -> None:
-        """Add the gradient of ``sample`` in place."""
+        """Add the gradient of ``sample`` to ``total`` in place."""
         accumulate_gradient(total, points, grad, self.axes, self.reduce)
 
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Turn features into raw density and color."""
+        """Decode features to raw density and color."""
         return self.decoder(features, weights)
 
     def activate(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
-        """Turn raw density into density."""
+        """Map raw density to density."""
         return self.activation(raw)
 
     def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:

@@ -1,16 +1,16 @@
-"""From triplane tokens to planes: one shared deconvolution without overlap (LRM, section 3.2)."""
+"""Upsampling of triplane tokens to planes (LRM, section 3.2)."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 
 class Upsampler(nn.Module):
-    """Turn 3 s s tokens into three planes of side S = factor s.
+    """Deconvolution without overlap, shared by the planes: 3 s s tokens to three planes of side S = factor s.
 
     Args:
         dim: Width D of the tokens.
         channels: Plane channels F.
-        factor: Kernel and stride of the deconvolution.
+        factor: Kernel size and stride of the deconvolution.
     """
 
     def __init__(self, dim: int, channels: int, factor: int = 2) -> None:
@@ -18,7 +18,7 @@ class Upsampler(nn.Module):
         self.deconvolution = nn.ConvTranspose2d(dim, channels, kernel_size=factor, stride=factor)
 
     def forward(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B 3 F S S"]:
-        """Lay the tokens out plane by plane, row by row, and upsample."""
+        """Reshape tokens to planes, in row-major order, and upsample."""
         batch, length, dim = tokens.shape
         side = round((length // 3) ** 0.5)
         assert 3 * side * side == length, (length, side)

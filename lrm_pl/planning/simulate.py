@@ -28,7 +28,7 @@ from lrm_pl.planning import traffic  # noqa: F401 - registers formulas
 from lrm_pl.planning.ledger import Ledger, Message, Operation
 from lrm_pl.rendering.deferred import Rays, render_rays
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.fused import KEPT_BYTES, PixelGrid, PixelRays, is_fused, render_fused
+from lrm_pl.rendering.fused import SAVED_BYTES, PixelGrid, PixelRays, is_fused, render_fused
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
@@ -379,11 +379,11 @@ class _OneChunkOfPixels(PixelRays):
         samples = self.alive.numel() * grid.samples
         chunk = len(self.alive) * self.walked * grid.columns * grid.samples
         #: Bytes kept for backward beyond those of the chunks that are marched.
-        self.more = max(0, min(KEPT_BYTES, 16 * samples) - 16 * chunk)
+        self.more = max(0, min(SAVED_BYTES, 16 * samples) - 16 * chunk)
         self.kept: Tensor | None = None
 
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
-        """March one chunk of each object; between forward and backward the others' samples are kept."""
+        """RayMarching one chunk of each object; between forward and backward the others' samples are kept."""
         for index in range(len(self.alive)):
             with self.ledger.repeated(self.times):
                 work(index, slice(0, self.walked))

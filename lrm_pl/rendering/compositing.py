@@ -1,4 +1,4 @@
-"""From samples to pixels: emission-absorption compositing (NeRF, section 4; Max 1995). Pure, float32."""
+"""Volume rendering quadrature: from samples to pixels (NeRF, section 4; Max 1995). Pure functions, float32."""
 
 import torch
 from jaxtyping import Float
@@ -13,13 +13,13 @@ def composite(
     t: Float[Tensor, "*rays K"],
     delta: Float[Tensor, "*rays #K"],
 ) -> Rendering:
-    """Integrate color along rays whose samples each stand for a bin.
+    """Composite the samples of each ray, each with constant density over its interval.
 
     Args:
-        sigma: Density a unit of length, not negative.
+        sigma: Density per unit length, non-negative.
         rgb: Colors.
-        t: Distances of the samples.
-        delta: Lengths of their bins.
+        t: Distances of the samples along the ray.
+        delta: Lengths of the samples' intervals.
 
     Returns:
         Premultiplied color, opacity and depth. Differentiable in sigma and rgb.
@@ -33,11 +33,11 @@ def composite(
 def sample_weights(
     sigma: Float[Tensor, "*rays K"], delta: Float[Tensor, "*rays #K"]
 ) -> Float[Tensor, "*rays K"]:
-    """Compute each sample's share of the pixel.
+    """Compute the compositing weight of each sample.
 
     w_k = T_k (1 - exp(-sigma_k delta_k)), T_k = exp(-sum_{j<k} sigma_j delta_j): exact for a density that is constant
-    in each bin, so a homogeneous box of length L has opacity 1 - exp(-sigma L) for any number of samples.
+    over each interval, so a homogeneous box of length L has opacity 1 - exp(-sigma L) for any number of samples.
     """
-    optical = sigma.float() * delta
-    through = torch.cumsum(optical, dim=-1)
-    return torch.exp(optical - through) * -torch.expm1(-optical)
+    optical_depth = sigma.float() * delta
+    accumulated = torch.cumsum(optical_depth, dim=-1)
+    return torch.exp(optical_depth - accumulated) * -torch.expm1(-optical_depth)

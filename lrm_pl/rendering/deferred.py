@@ -1,8 +1,8 @@
-"""Rendering as ONE operation for autograd: deferred back-propagation (ARF, Zhang et al. 2022, section 4.2).
+"""Deferred back-propagation: rendering as a single autograd operation (ARF, Zhang et al. 2022, section 4.2).
 
-Forward runs ray chunk by ray chunk without a graph. Backward runs the chunks again, each with a small graph of its
-own, adds into one gradient of the planes in place, and returns every gradient once. So memory does not grow with
-the rendered area, chunks fit the cache, and DDP, FSDP2, DeepSpeed and accumulation see an ordinary operation.
+Forward renders chunks of rays without a graph. Backward renders each chunk again with its own graph and accumulates
+the gradient of the planes in place. Memory is independent of the number of rays, chunks fit the cache, and DDP, FSDP2,
+DeepSpeed and gradient accumulation see one ordinary operation.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from lrm_pl.kernels.device import num_threads
 from lrm_pl.kernels.threads import run_threads
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import March, march_rays
+from lrm_pl.rendering.ray_marching import RayMarching, march_rays
 
 
 def render_deferred(
@@ -29,20 +29,20 @@ def render_deferred(
     near: Float[Tensor, "B R"],
     far: Float[Tensor, "B R"],
     jitter: Float[Tensor, "B R"] | None,
-    march: March,
+    march: RayMarching,
     chunk: int,
 ) -> Rendering:
     """Render rays through the field of each object.
 
     Args:
-        field: The objects' fields.
-        origins: Ray origins; all rays of all views of object b in row b.
+        field: Fields of B objects.
+        origins: Ray origins; row b contains the rays of all views of object b.
         directions: Unit directions.
         near: Start of each ray's interval.
-        far: End of each ray's interval; rays with far <= near see nothing and cost nothing.
-        jitter: Position of the samples in their bins, None for the middle.
-        march: The walk along a ray.
-        chunk: Points decoded at a time, at most.
+        far: End of each ray's interval; rays with far <= near are empty and are not evaluated.
+        jitter: Position of the samples in their bins; None for bin centers.
+        march: Ray marching settings.
+        chunk: Maximum number of points decoded at a time.
 
     Returns:
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
@@ -52,8 +52,8 @@ def render_deferred(
     )
 
 
-def render_rays(field: Field, rays: "Rays", march: March) -> Rendering:
-    """Render rays that know how they are walked; see ``render_deferred``."""
+def render_rays(field: Field, rays: "Rays", march: RayMarching) -> Rendering:
+    """Render rays that are already divided into chunks; see ``render_deferred``."""
     rgb, opacity, depth = _Deferred.apply(field, rays, march, field.planes, *field.weights)
     return Rendering(rgb, opacity, depth)
 
@@ -65,9 +65,9 @@ def render_plain(
     near: Float[Tensor, "B R"],
     far: Float[Tensor, "B R"],
     jitter: Float[Tensor, "B R"] | None,
-    march: March,
+    march: RayMarching,
 ) -> Rendering:
-    """Render as one ordinary graph: the slow, obvious twin of ``render_deferred``."""
+    """Render with one ordinary autograd graph: reference implementation of ``render_deferred``."""
     objects = []
     for index in range(origins.shape[0]):
         hit = far[index] > near[index]
@@ -90,7 +90,7 @@ def render_plain(
 
 
 class Rays:
-    """The rays of a call, and their walk in chunks that fit the cache; holds no graph."""
+    """Rays of B objects, divided into chunks that fit the cache; holds no graph."""
 
     def __init__(
         self,
@@ -103,17 +103,17 @@ class Rays:
     ) -> None:
         self.origins, self.directions, self.near, self.far = origins, directions, near, far
         self.jitter = jitter
-        # On a CPU each thread takes whole chunks of its own: their tensors are too small to share among threads.
+        # On a CPU each thread processes whole chunks: their tensors are too small for intra-op parallelism.
         self.threads = num_threads(near.device)
         self.chunks = [self._split(row.nonzero().squeeze(-1), rays_per_chunk) for row in far > near]
 
     def _split(self, rays: Tensor, most: int) -> tuple[Tensor, ...]:
-        """Cut the ray numbers of an object into equal chunks of at most ``most``, as many for each thread."""
+        """Split ray indices into equal chunks of at most ``most`` rays, the same number for each thread."""
         rounds = math.ceil(len(rays) / (most * self.threads))
         return rays.tensor_split(max(1, rounds) * self.threads)
 
     def points(self, index: int, rays: Tensor, t: Tensor) -> Tensor:
-        """Return the points (r k, 3) at distances t (r, k) along some rays of an object."""
+        """Return points (r k, 3) at distances t (r, k) along rays of an object."""
         origins, directions = (
             self.origins[index, rays].unsqueeze(-2),
             self.directions[index, rays].unsqueeze(-2),
@@ -122,28 +122,30 @@ class Rays:
 
     def march(
         self,
-        march: March,
+        march: RayMarching,
         index: int,
         rays: Tensor,
-        read: Callable[[Tensor], tuple[Tensor, Tensor]],
+        decode: Callable[[Tensor], tuple[Tensor, Tensor]],
         activate: Callable[[Tensor], Tensor],
     ) -> Rendering:
-        """Walk along some rays of an object; ``read`` decodes points (q, 3)."""
+        """RayMarching along rays of an object; ``decode`` maps points (q, 3) to raw density and color."""
 
         def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
-            raw, rgb = read(self.points(index, rays, t))
+            raw, rgb = decode(self.points(index, rays, t))
             return raw.view(t.shape), rgb.view(*t.shape, 3)
 
         jitter = None if self.jitter is None else self.jitter[index, rays]
         return march_rays(march, self.near[index, rays], self.far[index, rays], jitter, evaluate, activate)
 
     def for_each_chunk(
-        self, work: Callable[[int, int, Tensor], None], done: Callable[[int, int], None] = lambda *_: None
+        self,
+        work: Callable[[int, int, Tensor], None],
+        finish: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
-        """Call ``work(thread, object, rays)`` for every chunk, and ``done(thread, object)`` after an object's last.
+        """Call ``work(thread, object, rays)`` for every chunk, then ``finish(thread, object)`` for every object.
 
-        Thread k takes the chunks k, k + T, ... of every object. All objects are walked in one go: between two
-        parallel operations of the calling thread, OpenMP's own idle threads spin, and take the cores away.
+        Thread k processes the chunks k, k + T, ... of every object. The threads are started once for all objects:
+        between parallel operations of the calling thread, OpenMP's idle threads spin and occupy the cores.
         """
 
         def run(thread: int) -> None:
@@ -151,7 +153,7 @@ class Rays:
                 for rays in chunks[thread :: self.threads]:
                     if len(rays):
                         work(thread, index, rays)
-                done(thread, index)
+                finish(thread, index)
 
         if self.threads == 1:
             run(0)
@@ -161,41 +163,41 @@ class Rays:
             with autocast(), torch.inference_mode(inference), torch.set_grad_enabled(False):
                 run(thread)
 
-        # Autocast, gradient and inference modes belong to a thread: hand the caller's on.
+        # Autocast, gradient and inference modes are thread-local: pass on the caller's.
         autocast, inference = autocast_state(self.near.device.type), torch.is_inference_mode_enabled()
         run_threads(self.threads, run_alone)
 
 
-class _Sums:
-    """Plane gradients of each object, added up over threads in a fixed order: on a CPU runs repeat bit for bit.
+class _PlaneGradients:
+    """Per-thread plane gradients of each object, summed in a fixed order: bitwise reproducible on a CPU.
 
     Args:
-        result: (B, ...) where the sums go; all of it is overwritten.
+        result: (B, ...) output; overwritten completely.
         threads: Number of threads.
     """
 
     def __init__(self, result: Tensor, threads: int) -> None:
         self.result, self.threads = result, threads
-        self._parts: list[dict[int, Tensor]] = [{} for _ in range(result.shape[0])]
+        self._partials: list[dict[int, Tensor]] = [{} for _ in range(result.shape[0])]
         self._lock = threading.Lock()
         self._finished = [0] * result.shape[0]
 
-    def part(self, thread: int, index: int) -> Tensor:
-        """Return what a thread adds into for an object."""
-        if thread not in self._parts[index]:
-            self._parts[index][thread] = torch.zeros_like(self.result[index])
-        return self._parts[index][thread]
+    def partial(self, thread: int, index: int) -> Tensor:
+        """Return the buffer that a thread accumulates into for an object."""
+        if thread not in self._partials[index]:
+            self._partials[index][thread] = torch.zeros_like(self.result[index])
+        return self._partials[index][thread]
 
-    def done(self, thread: int, index: int) -> None:
-        """Say that a thread has finished an object; the last one adds the parts up and frees them."""
+    def finish(self, thread: int, index: int) -> None:
+        """Mark an object as finished by a thread; the last thread sums the buffers and frees them."""
         with self._lock:
             self._finished[index] += 1
             last = self._finished[index] == self.threads
         if last:
-            parts, self._parts[index] = self._parts[index], {}
-            self.result[index] = 0  # an object that no ray hits has no parts
-            for k in sorted(parts):
-                self.result[index] += parts[k]
+            partials, self._partials[index] = self._partials[index], {}
+            self.result[index] = 0  # an object that no ray hits has no buffers
+            for k in sorted(partials):
+                self.result[index] += partials[k]
 
 
 class _Deferred(torch.autograd.Function):
@@ -204,7 +206,7 @@ class _Deferred(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         field: Field,
         rays: Rays,
-        march: March,
+        march: RayMarching,
         planes: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -215,10 +217,10 @@ class _Deferred(torch.autograd.Function):
         rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
 
         def render(_: int, index: int, numbers: Tensor) -> None:
-            def read(points: Tensor) -> tuple[Tensor, Tensor]:
+            def decode(points: Tensor) -> tuple[Tensor, Tensor]:
                 return field.decode(field.sample(planes[index], points), weights)
 
-            pixels = rays.march(march, index, numbers, read, field.activate)
+            pixels = rays.march(march, index, numbers, decode, field.activate)
             rgb[index, numbers], opacity[index, numbers] = pixels.rgb, pixels.opacity
             depth[index, numbers] = pixels.depth
 
@@ -230,22 +232,22 @@ class _Deferred(torch.autograd.Function):
         field, rays, march = ctx.field, ctx.rays, ctx.march
         planes, *saved = (tensor.detach() for tensor in ctx.saved_tensors)
         plane_grad = torch.empty_like(planes)
-        planes_sums = _Sums(plane_grad, rays.threads)
-        # Each thread has leaves and sums of its own.
+        plane_sums = _PlaneGradients(plane_grad, rays.threads)
+        # Each thread has its own leaves and sums.
         weights = [[w.detach().requires_grad_() for w in saved] for _ in range(rays.threads)]
         weight_grads = [[torch.zeros_like(w) for w in saved] for _ in range(rays.threads)]
 
         def differentiate(thread: int, index: int, numbers: Tensor) -> None:
-            sampled: list[tuple[Tensor, Tensor]] = []  # points, and their features as leaves
+            sampled: list[tuple[Tensor, Tensor]] = []  # points, and their features as leaf tensors
 
-            def read(points: Tensor) -> tuple[Tensor, Tensor]:
+            def decode(points: Tensor) -> tuple[Tensor, Tensor]:
                 with torch.no_grad():
                     features = field.sample(planes[index], points)
                 sampled.append((points, features.requires_grad_()))
                 return field.decode(features, tuple(weights[thread]))
 
             with torch.enable_grad():
-                pixels = rays.march(march, index, numbers, read, field.activate)
+                pixels = rays.march(march, index, numbers, decode, field.activate)
             chunk_grads = torch.autograd.grad(
                 (pixels.rgb, pixels.opacity, pixels.depth),
                 (*weights[thread], *(features for _, features in sampled)),
@@ -254,10 +256,10 @@ class _Deferred(torch.autograd.Function):
             for total, part in zip(weight_grads[thread], chunk_grads, strict=False):
                 total += part
             for (points, _), grad in zip(sampled, chunk_grads[len(saved) :], strict=True):
-                field.accumulate(planes_sums.part(thread, index), points, grad)
+                field.accumulate(plane_sums.partial(thread, index), points, grad)
 
         with ctx.autocast():
-            rays.for_each_chunk(differentiate, planes_sums.done)
+            rays.for_each_chunk(differentiate, plane_sums.finish)
         return (
             None,
             None,
@@ -268,6 +270,6 @@ class _Deferred(torch.autograd.Function):
 
 
 def autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """Remember the autocast state of now, to enter it again in backward and in other threads."""
+    """Capture the current autocast state, to restore it in backward and in other threads."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype, enabled=True) if enabled else contextlib.nullcontext()

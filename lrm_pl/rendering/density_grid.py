@@ -1,84 +1,133 @@
-"""Densities on a regular lattice over [-1, 1]^3, coarse to fine: what a surface is cut out of. No gradients.
+"""Query a field at points and on regular grids over [-1, 1]^3, without gradients.
 
-LRM asks 384^3 points. A surface passes through few of their cells: the lattice is read at every fourth point first,
-and in full only near cells that have a corner below the threshold and one above a hundredth of it. What is thinner
-than four points and falls off as sharply as that may be lost; where nothing at all is found, every point is read.
+A mesh is extracted from a grid of 384^3 points (LRM). The surface crosses few of its cells, so the grid is evaluated
+coarse to fine: at every fourth point first, then at all points of the coarse cells that the surface may cross. A cell
+qualifies if it or a neighbor has a corner below the threshold and a corner above 1% of it. Features thinner than four
+points with sharper density falloff may be missed; if no cell qualifies, the whole grid is evaluated.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from lrm_pl.kernels.device import num_threads, points_per_chunk
+from lrm_pl.kernels.threads import run_threads
+from lrm_pl.rendering.deferred import autocast_state
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.query import query_density
 
-#: Every so-manieth point of the lattice is read first.
-_STEP = 4
+#: Stride of the coarse grid, in points.
+_STRIDE = 4
 
-#: A corner with this share of the threshold hints at a surface in its cells.
+#: Fraction of the threshold from which a corner hints at a surface.
 _HINT = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class DensityGrid:
-    """Densities of one object.
+    """Densities of one object on a regular grid.
 
     Attributes:
-        density: (X, Y, Z), from -1 to 1 along each axis, both included.
-        asked: How many points the field was asked for.
+        density: (X, Y, Z), from -1 to 1 inclusive along each axis.
+        num_queries: Number of points at which the field was evaluated.
     """
 
     density: Float[Tensor, "X Y Z"]
-    asked: int
+    num_queries: int
 
 
 @torch.no_grad()
 def density_grid(
     field: Field, index: int, resolution: int = 384, threshold: float | None = None
 ) -> DensityGrid:
-    """Read the densities of one object on a lattice.
+    """Evaluate the density of one object on a regular grid.
 
     Args:
-        field: The fields.
-        index: Which object.
+        field: Fields of B objects.
+        index: Index of the object.
         resolution: Points along each axis.
-        threshold: Density whose surface is wanted: points far from it get the density of a point near them. None
-            reads every point.
+        threshold: Density of the surface of interest; points far from it get the density of a nearby point. None
+            evaluates every point.
     """
     axis = torch.linspace(-1, 1, resolution, device=field.planes.device)
-    if threshold is None or resolution <= 2 * _STEP:
-        density = query_density(field, index, _lattice(axis, axis, axis))
+    if threshold is None or resolution <= 2 * _STRIDE:
+        density = query_density(field, index, _grid_points(axis))
         return DensityGrid(density.view(resolution, resolution, resolution), density.numel())
-    some = axis[torch.arange(0, resolution + _STEP - 1, _STEP).clamp_max(resolution - 1)]
-    coarse = query_density(field, index, _lattice(some, some, some)).view(len(some), len(some), len(some))
-    wanted = _expanded(_crossed_cells(coarse, threshold), resolution).nonzero()  # the one wait for a GPU
-    if not len(wanted):
+    coarse_axis = axis[torch.arange(0, resolution + _STRIDE - 1, _STRIDE).clamp_max(resolution - 1)]
+    coarse = query_density(field, index, _grid_points(coarse_axis)).view((len(coarse_axis),) * 3)
+    fine = _upsample(_crossed_cells(coarse, threshold), resolution).nonzero()  # synchronizes with the GPU
+    if not len(fine):
         return density_grid(field, index, resolution)
-    density = _expanded(coarse[:-1, :-1, :-1], resolution)
-    density[wanted.unbind(-1)] = query_density(field, index, axis[wanted])
-    return DensityGrid(density, coarse.numel() + len(wanted))
+    density = _upsample(coarse[:-1, :-1, :-1], resolution)
+    density[fine.unbind(-1)] = query_density(field, index, axis[fine])
+    return DensityGrid(density, coarse.numel() + len(fine))
 
 
-def _lattice(x: Tensor, y: Tensor, z: Tensor) -> Float[Tensor, "Q 3"]:
-    return torch.stack(torch.meshgrid(x, y, z, indexing="ij"), dim=-1).view(-1, 3)
+def query_density(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, " Q"]:
+    """Return the densities of one object at points."""
+    density = points.new_empty(len(points))
+
+    def work(start: int, chunk: Tensor) -> None:
+        density[start : start + len(chunk)] = field.activate(_decode(field, index, chunk)[0])
+
+    _for_each_chunk(points, work)
+    return density
+
+
+def query_color(field: Field, index: int, points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q 3"]:
+    """Return the colors of one object at points."""
+    color = torch.empty_like(points)
+
+    def work(start: int, chunk: Tensor) -> None:
+        color[start : start + len(chunk)] = _decode(field, index, chunk)[1]
+
+    _for_each_chunk(points, work)
+    return color
+
+
+def _grid_points(axis: Float[Tensor, " n"]) -> Float[Tensor, "Q 3"]:
+    return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
 
 
 def _crossed_cells(corners: Float[Tensor, "X Y Z"], threshold: float) -> Bool[Tensor, "x y z"]:
-    """Find cells that the surface may pass through, and their neighbors."""
-    below, some = (
-        (corners <= threshold).float()[None, None],
-        (corners > _HINT * threshold).float()[None, None],
-    )
-    crossed = F.max_pool3d(below, 2, 1) * F.max_pool3d(some, 2, 1)
+    """Return the cells that the surface may cross, dilated by one cell."""
+    below = (corners <= threshold).float()[None, None]
+    above = (corners > _HINT * threshold).float()[None, None]
+    crossed = F.max_pool3d(below, 2, 1) * F.max_pool3d(above, 2, 1)
     return F.max_pool3d(crossed, 3, 1, padding=1)[0, 0] > 0
 
 
-def _expanded(cells: Tensor, resolution: int) -> Tensor:
-    """Give every point of the lattice what its cell has; the last points belong to the last cells."""
-    numbers = torch.arange(resolution, device=cells.device) // _STEP
+def _upsample(cells: Tensor, resolution: int) -> Tensor:
+    """Assign each grid point the value of its coarse cell; the last points belong to the last cells."""
+    index = torch.arange(resolution, device=cells.device) // _STRIDE
     for axis in range(3):
-        cells = cells.index_select(axis, numbers.clamp_max(cells.shape[axis] - 1))
+        cells = cells.index_select(axis, index.clamp_max(cells.shape[axis] - 1))
     return cells
+
+
+def _decode(field: Field, index: int, points: Tensor) -> tuple[Tensor, Tensor]:
+    return field.decode(field.sample(field.planes[index], points), field.weights)
+
+
+def _for_each_chunk(points: Tensor, work: Callable[[int, Tensor], None]) -> None:
+    """Call ``work(start, chunk)`` for chunks of points that fit the cache, distributed over threads on a CPU."""
+    size = points_per_chunk(points.device)
+    chunks = [(start, points[start : start + size]) for start in range(0, len(points), size)]
+    threads = min(num_threads(points.device), len(chunks))
+    if threads <= 1:
+        with torch.no_grad():
+            for start, chunk in chunks:
+                work(start, chunk)
+        return
+    # Autocast and inference modes are thread-local: pass on the caller's.
+    autocast, inference = autocast_state(points.device.type), torch.is_inference_mode_enabled()
+
+    def run(thread: int) -> None:
+        with autocast(), torch.inference_mode(inference), torch.no_grad():
+            for start, chunk in chunks[thread::threads]:
+                work(start, chunk)
+
+    run_threads(threads, run)

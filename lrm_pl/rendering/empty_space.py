@@ -1,33 +1,93 @@
-"""Images to look at, without gradients: empty space is passed over, and a ray ends when nothing is left to see.
+"""Empty-space skipping and early ray termination, for rendering without gradients.
 
-The image is that of ``render_deferred`` to less than 1/255 (tested): densities too thin to be seen are taken for
-nothing, and what lies behind an opacity of 0.999 is left out.
+The result is within 1/255 of ``render_deferred``: densities below visibility are treated as zero, and rays end once
+their transmittance falls below 0.001.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
-from lrm_pl.kernels.decode_along_rays import NOTHING
+from lrm_pl.kernels.decode_along_rays import EMPTY_RAW_DENSITY
 from lrm_pl.kernels.device import on_cpu
+from lrm_pl.kernels.occupancy_numba import occupied
 from lrm_pl.rendering.compositing import sample_weights
 from lrm_pl.rendering.deferred import Rays
+from lrm_pl.rendering.density_grid import density_grid
 from lrm_pl.rendering.field import Field
-from lrm_pl.rendering.occupancy import Occupancy
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import March, stretches
+from lrm_pl.rendering.ray_marching import RayMarching, intervals
 from lrm_pl.rendering.sampling import stratified
 
-#: Light that may be left when a ray ends.
-_LEFT = 1e-3
+#: Density below visibility: over the longest chord of the box, 3.5 units, its opacity is a fifth of 1/255.
+_INVISIBLE_DENSITY = 2e-4
 
-#: Samples of a ray between two looks at what is left of its light.
+#: Grid points per cell along each axis.
+_POINTS_PER_CELL = 2
+
+#: Transmittance below which a ray ends.
+_MIN_TRANSMITTANCE = 1e-3
+
+#: Samples per ray between two checks of its transmittance.
 _SEGMENT = 16
 
 #: Decodes points (q, 3); where a second tensor (q) is False, a point counts as empty.
-Read = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Decode = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Occupancy:
+    """Occupancy grid of one object over [-1, 1]^3.
+
+    Attributes:
+        cells: Whether a cell or one of its neighbors contains a visible density.
+    """
+
+    cells: Bool[Tensor, "n n n"]
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of occupied cells."""
+        return self.cells.float().mean().item()
+
+    def occupied(
+        self, points: Float[Tensor, "Q 3"], mask: Bool[Tensor, " Q"] | None = None
+    ) -> Int[Tensor, " occupied"]:
+        """Return the indices of the points in occupied cells, in ascending order.
+
+        Args:
+            points: Points in [-1, 1]^3.
+            mask: Points to consider; None for all.
+        """
+        if on_cpu(points) and mask is None:
+            return torch.from_numpy(occupied(self.cells.numpy(), points.numpy()))
+        size = len(self.cells)
+        x, y, z = ((points + 1) * (size / 2)).long().clamp(0, size - 1).unbind(-1)
+        inside = self.cells[x, y, z]
+        return (inside if mask is None else inside & mask).nonzero().squeeze(-1)
+
+
+@torch.no_grad()
+def measure_occupancy(
+    field: Field, index: int, cells: int = 64, min_density: float = _INVISIBLE_DENSITY
+) -> Occupancy:
+    """Build the occupancy grid of one object.
+
+    Args:
+        field: Fields of B objects.
+        index: Index of the object.
+        cells: Cells along each axis.
+        min_density: Densities up to this value, per scene unit, count as empty.
+    """
+    visible = density_grid(field, index, _POINTS_PER_CELL * cells + 1).density > min_density
+    # Pool over the points of a cell, those on its faces included, with a margin of one cell on each side.
+    padded = F.pad(visible.float()[None, None], (_POINTS_PER_CELL,) * 6)
+    pooled = F.max_pool3d(padded, 3 * _POINTS_PER_CELL + 1, stride=_POINTS_PER_CELL)
+    return Occupancy(pooled[0, 0] > 0)
 
 
 @torch.no_grad()
@@ -38,41 +98,38 @@ def render_skipping(
     directions: Float[Tensor, "B R 3"],
     near: Float[Tensor, "B R"],
     far: Float[Tensor, "B R"],
-    march: March,
+    march: RayMarching,
     chunk: int,
 ) -> Rendering:
-    """Render rays through the field of each object; the arguments are those of ``render_deferred``.
+    """Render rays through the field of each object, with samples at bin centers.
 
     Args:
-        field: The objects' fields.
-        occupancies: The occupied cells of each object.
+        field: Fields of B objects.
+        occupancies: Occupancy grid of each object.
         origins: Ray origins.
         directions: Unit directions.
         near: Start of each ray's interval.
-        far: End of it.
-        march: The walk along a ray, samples in the middle of their bins.
-        chunk: Points considered at a time, at most.
+        far: End of each ray's interval.
+        march: Ray marching settings.
+        chunk: Maximum number of points processed at a time.
     """
-    by_parts = not march.importance and march.quadrature == "bins"
-    # A ray that is walked in parts has fewer points in hand at a time, so that more rays make a chunk.
-    at_once = min(_SEGMENT, march.samples) if by_parts else march.samples
-    rays = Rays(origins, directions, near, far, None, max(1, chunk // at_once))
+    in_segments = not march.importance and march.quadrature == "bins"
+    samples = min(_SEGMENT, march.samples) if in_segments else march.samples
+    rays = Rays(origins, directions, near, far, None, max(1, chunk // samples))
     planes, shape = field.planes, near.shape
     rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
 
     def render(_: int, index: int, numbers: Tensor) -> None:
-        def read(points: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            kept = occupancies[index].occupied(points, among)
-            raw, color = field.decode(field.sample(planes[index], points[kept]), field.weights)
-            everywhere = raw.new_full((len(points),), NOTHING)
-            return everywhere.index_copy(0, kept, raw), color.new_zeros(len(points), 3).index_copy(
-                0, kept, color
-            )
+        def decode(points: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            inside = occupancies[index].occupied(points, mask)
+            raw, color = field.decode(field.sample(planes[index], points[inside]), field.weights)
+            all_raw = raw.new_full((len(points),), EMPTY_RAW_DENSITY).index_copy(0, inside, raw)
+            return all_raw, color.new_zeros(len(points), 3).index_copy(0, inside, color)
 
-        if by_parts:
-            pixels = _walk(rays, march, index, numbers, read, field.activate)
+        if in_segments:
+            pixels = _march_in_segments(rays, march, index, numbers, decode, field.activate)
         else:
-            pixels = rays.march(march, index, numbers, read, field.activate)
+            pixels = rays.march(march, index, numbers, decode, field.activate)
         rgb[index, numbers], opacity[index, numbers] = pixels.rgb, pixels.opacity
         depth[index, numbers] = pixels.depth
 
@@ -80,29 +137,37 @@ def render_skipping(
     return Rendering(rgb, opacity, depth)
 
 
-def _walk(
-    rays: Rays, march: March, index: int, numbers: Tensor, read: Read, activate: Callable[[Tensor], Tensor]
+def _march_in_segments(
+    rays: Rays,
+    march: RayMarching,
+    index: int,
+    numbers: Tensor,
+    decode: Decode,
+    activate: Callable[[Tensor], Tensor],
 ) -> Rendering:
-    """Walk from front to back, a few samples at a time, with those rays that still have light.
+    """RayMarching front to back in segments, evaluating only rays that have not ended.
 
-    On a CPU the other rays are left out; elsewhere their points are, since leaving out rays would wait for the device.
+    On a CPU ended rays are removed. On an accelerator only their points are masked, since removing rays would
+    synchronize with the device.
     """
     near, far = rays.near[index, numbers], rays.far[index, numbers]
     t, _ = stratified(near, far, march.samples, None)
     rgb, opacity, weighted_t = near.new_zeros(len(near), 3), torch.zeros_like(near), torch.zeros_like(near)
-    going, ended_rays_stay = torch.arange(len(near), device=near.device), not on_cpu(near)
+    active, masks_ended_rays = torch.arange(len(near), device=near.device), not on_cpu(near)
     for start in range(0, march.samples, _SEGMENT):
-        part = t[going, start : start + _SEGMENT]
-        seeing = (opacity < 1 - _LEFT).repeat_interleave(part.shape[1]) if ended_rays_stay else None
-        raw, color = read(rays.points(index, numbers[going], part), seeing)
-        raw, color = raw.view(part.shape), color.view(*part.shape, 3)
-        sigma, color, _, delta = stretches(march, raw, color, part, near[going], far[going], activate)
-        weights = sample_weights(sigma, delta) * (1 - opacity[going]).unsqueeze(-1)
-        rgb[going] += (weights.unsqueeze(-1) * color).sum(dim=-2)
-        weighted_t[going] += (weights * part).sum(dim=-1)
-        opacity[going] += weights.sum(dim=-1)
-        if not ended_rays_stay:
-            going = going[opacity[going] < 1 - _LEFT]
-            if not len(going):
+        segment = t[active, start : start + _SEGMENT]
+        mask = None
+        if masks_ended_rays:
+            mask = (opacity < 1 - _MIN_TRANSMITTANCE).repeat_interleave(segment.shape[1])
+        raw, color = decode(rays.points(index, numbers[active], segment), mask)
+        raw, color = raw.view(segment.shape), color.view(*segment.shape, 3)
+        sigma, color, _, delta = intervals(march, raw, color, segment, near[active], far[active], activate)
+        weights = sample_weights(sigma, delta) * (1 - opacity[active]).unsqueeze(-1)
+        rgb[active] += (weights.unsqueeze(-1) * color).sum(dim=-2)
+        weighted_t[active] += (weights * segment).sum(dim=-1)
+        opacity[active] += weights.sum(dim=-1)
+        if not masks_ended_rays:
+            active = active[opacity[active] < 1 - _MIN_TRANSMITTANCE]
+            if not len(active):
                 break
     return Rendering(rgb, opacity, weighted_t / opacity.clamp_min(1e-6))

@@ -1,4 +1,4 @@
-"""What rendering asks of a field, and nothing else about it."""
+"""The interface between the renderer and a radiance field."""
 
 from typing import Protocol, runtime_checkable
 
@@ -6,34 +6,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-@runtime_checkable  # so that shape checks in tests can look at it
+@runtime_checkable  # for the shape checks in tests
 class Field(Protocol):
-    """The fields of B objects: features that are linear in an object's planes, then a decoder that all share.
+    """Radiance fields of B objects: features that are linear in an object's planes, and a shared decoder.
 
-    Rendering needs the two steps apart: the gradient of the first is added in place into one buffer, chunk after
-    chunk, and only the second needs a graph.
+    The two steps are separate for deferred back-propagation: the gradient of sampling is accumulated in place over
+    chunks, and only the decoder needs an autograd graph.
     """
 
     @property
     def planes(self) -> Float[Tensor, "B *plane"]:
-        """What each object owns; differentiable."""
+        """Feature planes of each object; differentiable."""
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """What the decoder owns; differentiable."""
+        """Weights of the shared decoder; differentiable."""
 
     def sample(self, planes: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
-        """Read features of one object at points."""
+        """Sample features of one object at points."""
 
     def accumulate(
         self, total: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
     ) -> None:
-        """Add the planes' gradient of ``sample`` to ``total`` in place."""
+        """Add the gradient of ``sample`` with respect to the planes to ``total`` in place."""
 
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Turn features into raw density and color, both float32; a pure function of its arguments."""
+        """Decode features to raw density and color, both float32; pure."""
 
     def activate(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
-        """Turn raw density into density a unit of length, not negative; pure."""
+        """Map raw density to non-negative density per unit length; pure."""

@@ -1,9 +1,9 @@
-"""Rendering with the fused decoder on GPUs: one operation for autograd, as in ``deferred``, over grids of pixels.
+"""Rendering with the fused GPU decoder: a single autograd operation on grids of pixels.
 
 ``is_fused`` decides whether a field is rendered by ``kernels.decode_along_rays`` or by its own ``sample`` and
-``decode``. The fused decoder wants compact tiles of pixels, so rays that miss the bounds stay in their grid and are
-only marked. Its outputs, 16 bytes a sample, are kept for backward up to 2 GB, and computed again beyond: memory
-does not grow with the rendered area.
+``decode``. The fused decoder processes compact tiles of pixels, so rays that miss the bounds stay in the grid and are
+masked. Its outputs, 16 bytes per sample, are saved for backward up to 2 GB and recomputed beyond that, so memory is
+bounded.
 """
 
 import functools
@@ -29,23 +29,23 @@ from lrm_pl.kernels.triplane import Axes, Reduce
 from lrm_pl.rendering.deferred import autocast_state
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import Evaluate, March, march_rays
+from lrm_pl.rendering.ray_marching import Evaluate, RayMarching, march_rays
 
 logger = logging.getLogger(__name__)
 
-#: Points decoded at a time: what compositing holds of them is about half a GB.
+#: Points decoded at a time; compositing them takes about 0.5 GB.
 _POINTS = 2**21
 
-#: Most points of a launch: the kernels' offsets are 32 bits, and a point has 4 outputs.
+#: Maximum points per launch: the kernels' offsets are 32 bits, and a point has 4 outputs.
 _MOST_POINTS = 2**28
 
-#: Bytes of decoded samples that are kept for backward.
-KEPT_BYTES = 2**31
+#: Bytes of decoded samples that are saved for backward.
+SAVED_BYTES = 2**31
 
 
 @runtime_checkable
 class FusableField(Field, Protocol):
-    """A triplane with an MLP that the fused decoder can evaluate, if its sizes allow."""
+    """A triplane field with an MLP decoder, a candidate for the fused decoder."""
 
     axes: Axes
     reduce: Reduce
@@ -56,48 +56,48 @@ class FusableField(Field, Protocol):
 
 
 def is_fused(field: Field, device: torch.device) -> TypeGuard[FusableField]:
-    """Decide whether a field is rendered by the fused decoder; on an accelerator, log once why not."""
+    """Return whether the fused decoder renders a field; on an accelerator, log once why not."""
     if on_cpu(device):
         return False
-    reason = _reason_against(field, device)
+    reason = _unsupported_reason(field, device)
     if reason is not None:
         _log_once(reason)
     return reason is None
 
 
-def _reason_against(field: Field, device: torch.device) -> str | None:
+def _unsupported_reason(field: Field, device: torch.device) -> str | None:
     if not isinstance(field, FusableField):
-        return "the field is no triplane with an MLP"
+        return "the field is not a triplane with an MLP"
     if field.reduce != "sum":
         return "the decoder's first layer is not folded into the planes (decoder.fold)"
     if (width := field.planes.shape[-1]) not in WIDTHS:
         return f"decoder.width is {width}, the kernels support {', '.join(map(str, WIDTHS))}"
     if torch.are_deterministic_algorithms_enabled():
-        return "its gradients are summed by atomic additions, and deterministic algorithms are required"
+        return "its gradients use atomic additions, and deterministic algorithms are enabled"
     if _compute_dtype(device) == torch.float16:
-        return "it computes in bfloat16 or float32, not in float16"
+        return "float16 is not supported; use bfloat16 or float32"
     return triton_unavailable(device)
 
 
 @functools.cache
 def _log_once(reason: str) -> None:
-    logger.info("rendering without the fused decoder: %s", reason)
+    logger.info("Rendering without the fused decoder: %s", reason)
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:
-    """Return autocast's type, float32 without autocast."""
+    """Return the autocast dtype; float32 without autocast."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
 
 class PixelGrid(NamedTuple):
-    """How the rays of an object lie, and how they are divided.
+    """Layout of the rays of an object and their division into chunks.
 
     Attributes:
-        rows: N; the rows of all views one below the other.
-        columns: W.
+        rows: Number N of pixel rows of all views.
+        columns: Number W of pixel columns.
         samples: Samples per ray.
-        chunk: Points decoded at a time, at most, but for 4 rows of pixels at least; None for 2 M.
+        chunk: Maximum number of points decoded at a time, but at least 4 rows of pixels; None for 2 M.
     """
 
     rows: int
@@ -107,20 +107,20 @@ class PixelGrid(NamedTuple):
 
     @property
     def chunk_rows(self) -> int:
-        """Rows of a chunk: whole tiles of 4."""
+        """Rows per chunk, a multiple of the tile height 4."""
         return max(4, min(self.chunk or _POINTS, _MOST_POINTS) // (self.columns * self.samples) // 4 * 4)
 
 
 class PixelRays:
-    """Rays of B objects on grids of pixels, in chunks of rows; holds no graph.
+    """Rays of B objects on grids of pixels, divided into chunks of rows; holds no graph.
 
     Args:
         origins: Ray origins, row by row.
         directions: Unit directions.
         near: Start of each ray's interval.
-        far: End of it; rays with far <= near are not evaluated and see nothing.
-        jitter: Position of the samples in their bins; None for the middle.
-        grid: How they lie; R is N W.
+        far: End of each ray's interval; rays with far <= near are empty and are not evaluated.
+        jitter: Position of the samples in their bins; None for bin centers.
+        grid: Layout of the rays; R = N W.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class PixelRays:
         near, far = (x.view(len(x), *size) for x in (near, far))
         self.jitter = None if jitter is None else jitter.view(len(jitter), *size)
         self.alive, self.grid = far > near, grid
-        # Of a ray that misses both may be infinite, and their difference no number.
+        # Both can be infinite for a ray that misses, and their difference NaN.
         self.near, self.far = near.where(self.alive, 0), far.where(self.alive, 0)
 
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
@@ -147,9 +147,14 @@ class PixelRays:
                 work(index, slice(start, start + self.grid.chunk_rows))
 
     def march(
-        self, march: March, index: int, rows: slice, evaluate: Evaluate, activate: Callable[[Tensor], Tensor]
+        self,
+        march: RayMarching,
+        index: int,
+        rows: slice,
+        evaluate: Evaluate,
+        activate: Callable[[Tensor], Tensor],
     ) -> Rendering:
-        """March along some rows of an object's rays; ``evaluate`` gets distances (N W, K)."""
+        """RayMarching along rows of an object's rays; ``evaluate`` takes distances (N W, K)."""
         near, far = self.near[index, rows].flatten(), self.far[index, rows].flatten()
         jitter = None if self.jitter is None else self.jitter[index, rows].flatten()
         seen = march_rays(march, near, far, jitter, evaluate, activate)
@@ -157,19 +162,19 @@ class PixelRays:
         return Rendering(seen.rgb.view(*shape, 3), seen.opacity.view(shape), seen.depth.view(shape))
 
     def samples(self, index: int, rows: slice, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return origins, directions, distances and liveness as ``decode_along_rays`` takes them."""
+        """Return origins, directions, distances and alive mask, the ray arguments of ``decode_along_rays``."""
         alive = self.alive[index, rows]
         return self.origins[index, rows], self.directions[index, rows], t.view(*alive.shape, -1), alive
 
 
-def render_fused(field: FusableField, rays: PixelRays, march: March) -> Rendering:
+def render_fused(field: FusableField, rays: PixelRays, march: RayMarching) -> Rendering:
     """Render rays through the field of each object with the fused decoder.
 
     Returns:
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
     """
-    keeps = torch.is_grad_enabled()
-    seen = _Fused.apply(field, rays, march, keeps, field.planes, *field.weights)
+    saves = torch.is_grad_enabled()
+    seen = _Fused.apply(field, rays, march, saves, field.planes, *field.weights)
     return Rendering(*(pixels.flatten(1, 2) for pixels in seen))
 
 
@@ -179,16 +184,16 @@ class _Fused(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         field: FusableField,
         rays: PixelRays,
-        march: March,
-        keeps: bool,
+        march: RayMarching,
+        saves: bool,
         planes: Tensor,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.field, ctx.rays, ctx.march = field, rays, march
         ctx.save_for_backward(planes, *weights)
         ctx.autocast, ctx.dtype = autocast_state(planes.device.type), _compute_dtype(planes.device)
-        ctx.kept = {}
-        mlp, room = pack(weights, ctx.dtype), KEPT_BYTES if keeps else 0
+        ctx.saved = {}
+        mlp, room = pack(weights, ctx.dtype), SAVED_BYTES if saves else 0
         shape = rays.near.shape
         rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
 
@@ -205,7 +210,7 @@ class _Fused(torch.autograd.Function):
             rgb[index, rows], opacity[index, rows], depth[index, rows] = seen.rgb, seen.opacity, seen.depth
             room -= sum(y.nbytes for y in decoded)
             if room >= 0:
-                ctx.kept[index, rows.start] = decoded
+                ctx.saved[index, rows.start] = decoded
 
         rays.for_each_chunk(render)
         return rgb, opacity, depth
@@ -219,12 +224,12 @@ class _Fused(torch.autograd.Function):
         sums = PackedMLP(*(torch.zeros_like(x, dtype=torch.float32) for x in mlp))
 
         def differentiate(index: int, rows: slice) -> None:
-            kept = ctx.kept.pop((index, rows.start), None)
-            decoded: list[tuple[Tensor, Tensor]] = []  # distances, and what was decoded there as leaves
+            saved = ctx.saved.pop((index, rows.start), None)
+            decoded: list[tuple[Tensor, Tensor]] = []  # distances, and decoder outputs as leaf tensors
             texels = planes[index].to(ctx.dtype)
 
             def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
-                y = kept[len(decoded)] if kept else _decode(field, rays, index, rows, texels, mlp, t)
+                y = saved[len(decoded)] if saved else _decode(field, rays, index, rows, texels, mlp, t)
                 leaf = y.detach().requires_grad_()
                 decoded.append((t.detach(), leaf))
                 return _split(field, leaf, t)

@@ -1,4 +1,4 @@
-"""What rendering returns."""
+"""The result of rendering."""
 
 import dataclasses
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Rendering:
-    """Pixels of rays, over no background yet.
+    """Rendered pixels, before compositing over a background.
 
     Attributes:
         rgb: (*rays, 3) color, premultiplied by opacity, float32.
         opacity: (*rays) in [0, 1], float32.
-        depth: (*rays) expected distance t of the part that is opaque, 0 where nothing is, float32.
+        depth: (*rays) expected distance t, weighted by opacity, 0 for empty rays, float32.
     """
 
     rgb: Float[Tensor, "*rays 3"]

@@ -1,4 +1,4 @@
-"""How a ray is walked: where its samples lie, and what stretch of it each of them stands for. Pure, float32."""
+"""Ray marching: sample placement, quadrature intervals and compositing. Pure functions, float32."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,30 +9,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lrm_pl.errors import InputError
-from lrm_pl.kernels.decode_along_rays import NOTHING
+from lrm_pl.kernels.decode_along_rays import EMPTY_RAW_DENSITY
 from lrm_pl.rendering.compositing import composite, sample_weights
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.sampling import importance, stratified, widened
+from lrm_pl.rendering.sampling import blur_weights, importance, stratified
 
-#: "bins": a sample stands for the bin that it lies in (NeRF, TripoSR). "midpoints": two neighbors stand for the
-#: stretch between them, with the mean of their raw densities and of their colors (mip-NeRF; EG3D, OpenLRM).
+#: Quadrature rule. "bins": one interval per sample, the bin that contains it (NeRF, TripoSR). "midpoints": one interval
+#: per pair of neighboring samples, with the mean of their raw densities and of their colors (mip-NeRF; EG3D, OpenLRM).
 Quadrature = Literal["bins", "midpoints"]
 
-#: The unit that density counts lengths in: scene units, or the part of the ray inside the bounds (TripoSR).
+#: Unit of length of density: the scene unit, or the length of the ray inside the bounds (TripoSR).
 LengthUnit = Literal["scene", "chord"]
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclasses.dataclass(frozen=True)
-class March:
-    """The walk along a ray.
+class RayMarching:
+    """Settings of ray marching.
 
     Attributes:
-        samples: K samples a ray, all told.
-        importance: So many of them are placed where the others saw something.
-        quadrature: What a sample stands for.
-        unit: The unit of length.
+        samples: Total number K of samples per ray.
+        importance: Number of these that are placed by importance sampling.
+        quadrature: Quadrature rule.
+        unit: Unit of length of density.
     """
 
     samples: int
@@ -41,12 +41,12 @@ class March:
     unit: LengthUnit = "scene"
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the sample counts."""
         first, least = self.samples - self.importance, 4 if self.quadrature == "midpoints" else 1
         if self.importance < 0 or first < least:
             raise InputError(
-                expected=f"at least {least} samples a ray besides those placed by importance",
-                found=f"{self.samples} with {self.importance} of them by importance",
+                expected=f"at least {least} samples per ray in addition to importance samples",
+                found=f"{self.samples} samples, of which {self.importance} are importance samples",
                 remedy="raise samples_per_ray",
             )
 
@@ -57,35 +57,35 @@ Activate = Callable[[Tensor], Tensor]
 
 
 def march_rays(
-    march: March,
+    march: RayMarching,
     near: Float[Tensor, " r"],
     far: Float[Tensor, " r"],
     jitter: Float[Tensor, " r"] | None,
     evaluate: Evaluate,
     activate: Activate,
 ) -> Rendering:
-    """Walk along rays and composite what is there.
+    """RayMarching along rays and composite the samples.
 
     Args:
-        march: How.
+        march: Ray marching settings.
         near: Start of each ray's interval.
-        far: End of it, larger.
-        jitter: Position of the samples in their bins, in [0, 1); None for the middle.
-        evaluate: Reads the field at distances; called once, or twice with importance sampling.
-        activate: Makes raw density positive.
+        far: End of the interval, larger than ``near``.
+        jitter: Position of the samples in their bins, in [0, 1); None for bin centers.
+        evaluate: Evaluates the field at distances; called once, or twice with importance sampling.
+        activate: Maps raw density to density.
 
     Returns:
-        Pixels. Differentiable in what ``evaluate`` returned; places of samples are constants.
+        Pixels. Differentiable in the outputs of ``evaluate``; sample positions are constants.
     """
     first = march.samples - march.importance
     t, _ = stratified(near, far, first, jitter, overshoot=march.quadrature == "midpoints")
     raw, rgb = evaluate(t)
     if march.importance:
         with torch.no_grad():
-            sigma, _, _, delta = stretches(march, raw, rgb, t, near, far, activate)
-            weights = widened(sample_weights(sigma, delta))
+            sigma, _, _, delta = intervals(march, raw, rgb, t, near, far, activate)
+            weights = blur_weights(sample_weights(sigma, delta))
             if march.quadrature == "midpoints":
-                # As EG3D has it, half a stretch early; trained weights know it that way.
+                # Half an interval early, as in EG3D; published weights were trained this way.
                 edges, weights = (t[:, 1:-1] + t[:, :-2]) / 2, weights[:, 1:-1]
             else:
                 edges = bin_edges(t, near, far)
@@ -94,11 +94,11 @@ def march_rays(
         t, order = torch.cat([t, more], dim=-1).sort(dim=-1)
         raw = torch.cat([raw, more_raw], dim=-1).gather(-1, order)
         rgb = torch.cat([rgb, more_rgb], dim=-2).gather(-2, order.unsqueeze(-1).expand(-1, -1, 3))
-    return composite(*stretches(march, raw, rgb, t, near, far, activate))
+    return composite(*intervals(march, raw, rgb, t, near, far, activate))
 
 
-def stretches(
-    march: March,
+def intervals(
+    march: RayMarching,
     raw: Float[Tensor, "r k"],
     rgb: Float[Tensor, "r k 3"],
     t: Float[Tensor, "r k"],
@@ -106,10 +106,10 @@ def stretches(
     far: Float[Tensor, " r"],
     activate: Activate,
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "r n 3"], Float[Tensor, "r n"], Float[Tensor, "r #n"]]:
-    """Turn samples into the stretches that they stand for: density, color, distance, length."""
+    """Return density, color, midpoint distance and length of each quadrature interval."""
     chord = (far - near).unsqueeze(-1)
     if march.quadrature == "midpoints":
-        raw = raw.masked_fill(t > far.unsqueeze(-1), NOTHING)
+        raw = raw.masked_fill(t > far.unsqueeze(-1), EMPTY_RAW_DENSITY)
         sigma, rgb = activate((raw[:, 1:] + raw[:, :-1]) / 2), (rgb[:, 1:] + rgb[:, :-1]) / 2
         delta, t = t.diff(dim=-1), (t[:, 1:] + t[:, :-1]) / 2
     else:
@@ -122,5 +122,5 @@ def stretches(
 def bin_edges(
     t: Float[Tensor, "r k"], near: Float[Tensor, " r"], far: Float[Tensor, " r"]
 ) -> Float[Tensor, "r k_plus_1"]:
-    """Cut [near, far] half way between neighboring samples."""
+    """Return bin edges: near, the midpoints between neighboring samples, and far."""
     return torch.cat([near.unsqueeze(-1), (t[:, 1:] + t[:, :-1]) / 2, far.unsqueeze(-1)], dim=-1)

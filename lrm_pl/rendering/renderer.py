@@ -1,4 +1,4 @@
-"""The renderer: cameras in, images out."""
+"""The volume renderer: from fields and cameras to images."""
 
 from collections.abc import Sequence
 from typing import final
@@ -11,28 +11,26 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 from lrm_pl.kernels.device import points_per_chunk
 from lrm_pl.rendering.deferred import render_deferred
-from lrm_pl.rendering.empty_space import render_skipping
+from lrm_pl.rendering.empty_space import Occupancy, render_skipping
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.fused import PixelGrid, PixelRays, is_fused, render_fused
-from lrm_pl.rendering.occupancy import Occupancy
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import LengthUnit, March, Quadrature
+from lrm_pl.rendering.ray_marching import LengthUnit, Quadrature, RayMarching
 
 
 @final
 class Renderer(nn.Module):
-    """Volume renderer of LRM (section 3.3): samples each ray inside the bounds and composites.
+    """Volume renderer (LRM, section 3.3). A module without parameters.
 
     Args:
-        samples_per_ray: K samples between a ray's entry into the bounds and its exit.
-        importance_samples: So many of them are placed where the others saw something (OpenLRM: half).
-        bounds: Region that holds the object: the unit sphere for sphere-normalized shards, the box [-1, 1]^3
-            for cube-normalized ones. The sphere spends no samples on corners that are empty by construction.
-        quadrature: What a sample stands for: its bin, or with its neighbor the stretch between them (OpenLRM).
-        unit: What density counts lengths in: scene units, or the part of the ray inside the bounds (TripoSR).
-        chunk: Points decoded at a time, never a matter of the result; null chooses by the device: 32768 fit a CPU's
-            cache, 262144 keep a GPU busy (fewer would leave it waiting for the next kernel to start), 2 M with
-            the fused decoder, which takes 4 rows of pixels at least.
+        samples_per_ray: Number K of samples between the ray's entry into the bounds and its exit.
+        importance_samples: Number of these placed by importance sampling (OpenLRM: half).
+        bounds: Region that contains the object: the unit sphere for sphere-normalized data, the box [-1, 1]^3 for
+            cube-normalized data.
+        quadrature: Quadrature rule: one interval per sample, or per pair of neighboring samples (OpenLRM).
+        unit: Unit of length of density: the scene unit, or the ray's length inside the bounds (TripoSR).
+        chunk: Maximum number of points decoded at a time; does not affect the result. None chooses by device: 32768
+            on a CPU, 262144 on an accelerator, 2 M (at least 4 rows of pixels) with the fused decoder.
     """
 
     def __init__(
@@ -47,7 +45,7 @@ class Renderer(nn.Module):
         super().__init__()
         if chunk is not None and chunk < 1:
             raise InputError(expected="a positive chunk", found=chunk)
-        self.march = March(samples_per_ray, importance_samples, quadrature, unit)
+        self.march = RayMarching(samples_per_ray, importance_samples, quadrature, unit)
         self.bounds, self.chunk = bounds, chunk
 
     def forward(
@@ -64,8 +62,8 @@ class Renderer(nn.Module):
             field: The fields of B objects.
             c2w: OpenCV poses.
             fxfycxcy: Normalized intrinsics.
-            size: Height and width.
-            jitter: Position of each ray's samples in their bins, in [0, 1); None for the middle.
+            size: Height and width in pixels.
+            jitter: Position of each ray's samples in their bins, in [0, 1); None for bin centers.
 
         Returns:
             Pixels with rays of shape (B, V, H, W).
@@ -87,14 +85,14 @@ class Renderer(nn.Module):
         fxfycxcy: Float[Tensor, "B V 4"],
         size: tuple[int, int],
     ) -> Rendering:
-        """Render to look at, without gradients: the same images to less than 1/255, past what is empty or hidden.
+        """Render without gradients, skipping empty space and occluded samples; within 1/255 of ``forward``.
 
         Args:
             field: The fields of B objects.
-            occupancies: The occupied cells of each (``measure_occupancy``).
+            occupancies: Occupancy grid of each object (``measure_occupancy``).
             c2w: OpenCV poses.
             fxfycxcy: Normalized intrinsics.
-            size: Height and width.
+            size: Height and width in pixels.
 
         Returns:
             Pixels with rays of shape (B, V, H, W).
@@ -104,7 +102,7 @@ class Renderer(nn.Module):
         return _unflattened(flat, (*c2w.shape[:2], *size))
 
     def chunk_on(self, device: torch.device) -> int:
-        """Return how many points are decoded at a time on a device."""
+        """Return the maximum number of points decoded at a time on a device."""
         return self.chunk or points_per_chunk(device)
 
     def rays(

@@ -44,7 +44,7 @@ ON_CUDA = {
     "lrm_pl/kernels/modulated_norm.py:modulated_norm": MODEL,
     "lrm_pl/kernels/modulated_norm.py:_op": MODEL,
     "lrm_pl/kernels/modulated_norm.py:_backward_op": MODEL,
-    "lrm_pl/rendering/fused.py:_reason_against": RENDER,
+    "lrm_pl/rendering/fused.py:_unsupported_reason": RENDER,
     "lrm_pl/planning/gpus.py:peak_flops": TRACE,
     "lrm_pl/training/state.py:Snapshots._copied": MODEL,
 }

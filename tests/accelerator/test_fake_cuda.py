@@ -19,7 +19,7 @@ from lrm_pl.inference.model_folder import build_network
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics
-from lrm_pl.rendering.query import query_color, query_density
+from lrm_pl.rendering.density_grid import query_color, query_density
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks
 from tests.accelerator.configs import MODELS, shrunk

@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STEPS = ("--trainer.max_steps=10", "--trainer.val_check_interval=10")
 
 #: What the renderer logs on an accelerator only: this decoder is too narrow for the kernels.
-BRANCHES_TAKEN = "rendering without the fused decoder"
+BRANCHES_TAKEN = "Rendering without the fused decoder"
 
 
 @pytest.fixture(scope="module")

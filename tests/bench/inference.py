@@ -17,8 +17,7 @@ from lrm_pl.meshing.glb import encode_glb
 from lrm_pl.meshing.surface import extract_mesh
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.progress import listening, stage
-from lrm_pl.rendering.density_grid import density_grid
-from lrm_pl.rendering.query import query_density
+from lrm_pl.rendering.density_grid import density_grid, query_density
 from tests.bench.demo_run import ROOT
 from tests.bench.parts import TRIPOSR_LEVEL, Plain, ball, in_turns
 from tests.parity.triposr import RADIUS, TripoSR

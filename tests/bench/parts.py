@@ -19,9 +19,8 @@ from lrm_pl.models.encoder import ImageEncoder
 from lrm_pl.models.transformer import TriplaneTransformer
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.planning.gpus import cpu_flops
-from lrm_pl.rendering.density_grid import density_grid
-from lrm_pl.rendering.occupancy import measure_occupancy
-from lrm_pl.rendering.query import query_density
+from lrm_pl.rendering.density_grid import density_grid, query_density
+from lrm_pl.rendering.empty_space import measure_occupancy
 from lrm_pl.rendering.renderer import Renderer
 from tests.bench.demo_run import ROOT
 from tests.parity.triposr import RADIUS, TripoSR
@@ -209,8 +208,8 @@ def looking(rounds: int) -> list[dict[str, object]]:
         thing_mesh = seconds(lambda: extract_mesh(thing, 0, TRIPOSR_LEVEL, 384), 1)
     found: list[dict[str, object]] = []
     for where, share, (mine, other), (image, other_image) in (
-        ("nothing empty", occupancy.share, grid, drawn),
-        ("a ball", around.share, thing_grid, thing_drawn),
+        ("nothing empty", occupancy.fraction, grid, drawn),
+        ("a ball", around.fraction, thing_grid, thing_drawn),
     ):
         for what, number, seen, ours, twin in (
             ("points of a grid", len(points), TRIPOSR_POINTS, mine, other),

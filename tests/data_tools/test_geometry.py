@@ -29,7 +29,7 @@ from lrm_pl.data.surface import SURFACE_POINTS, decode_surface, encode_surface
 from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.data.tar import write_shard
 from lrm_pl.errors import InputError
-from lrm_pl.meshing.triangles import draw_points
+from lrm_pl.meshing.triangles import sample_surface
 from tests.builders import members
 
 VIEWS, SIDE = 4, 32
@@ -209,15 +209,15 @@ def test_points_are_drawn_uniformly_by_area_and_have_their_triangles_normals():
     # two triangles in z = 0, of areas 1/2 and 3/2, and one without an area
     vertices = np.array([(0, 0, 0), (1, 0, 0), (0, 1, 0), (4, 0, 0), (2, 2, 0)], dtype=np.float64)
     faces = np.array([(0, 1, 2), (0, 1, 0), (1, 4, 3)], dtype=np.int32)
-    points, normals = draw_points([(vertices, faces)], 40_000, np.random.default_rng(0))
+    points, normals = sample_surface([(vertices, faces)], 40_000, np.random.default_rng(0))
     left = points[:, 0] + points[:, 1] < 1
     assert abs(left.mean() - 0.5 / 3.5) < 0.01
     np.testing.assert_array_equal(normals, np.where(left[:, None], (0, 0, 1), (0, 0, -1)))
     # the mean over a triangle is its centroid; the share of its corner (half the sides) is a quarter
     np.testing.assert_allclose(points[left].mean(axis=0), (1 / 3, 1 / 3, 0), atol=0.01)
     assert abs((points[left][:, :2].sum(axis=1) < 0.5).mean() - 0.25) < 0.02
-    with pytest.raises(InputError, match="expected a surface, but found triangles without an area"):
-        draw_points([(vertices, faces[1:2])], 10, np.random.default_rng(0))
+    with pytest.raises(InputError, match="expected a surface, but found triangles of zero area"):
+        sample_surface([(vertices, faces[1:2])], 10, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from lrm_pl.kernels import decode_along_rays_triton as kernels
-from lrm_pl.kernels.decode_along_rays import NOTHING, NUM_WARPS, TILES, WINDOW
+from lrm_pl.kernels.decode_along_rays import EMPTY_RAW_DENSITY, NUM_WARPS, TILES, WINDOW
 
 #: Another Triton allocates registers in another way: bounds are of the one that they were measured with.
 MEASURED = "3.8.0"
@@ -77,7 +77,7 @@ def build(kernel, arch, width=64, tile=(4, 4, 4), half=True, layers=8, silu=Fals
     names = {"planes": number, **INPUTS, "weights": number, "biases": "*fp32"}
     if kernel == "forward":
         signature = {**names, "out": "*fp32", **NUMBERS}
-        more = {"NOTHING": NOTHING}
+        more = {"EMPTY_RAW_DENSITY": EMPTY_RAW_DENSITY}
     else:
         names.pop("planes")
         signature = {"planes": number, "planes_grad": "*fp32", **names, "g": "*fp32", "dw": "*fp32", "db": "*fp32",

@@ -83,7 +83,7 @@ def case(
     total = torch.zeros_like(given[0])
     found = fused.decode_along_rays(*given)
     sums = fused.unpack(fused.accumulate_gradient(total, grad, *given), width)
-    nothing = torch.tensor([fused.NOTHING, 0, 0, 0]).expand(samples, 4)
+    nothing = torch.tensor([fused.EMPTY_RAW_DENSITY, 0, 0, 0]).expand(samples, 4)
     assert (found[~alive] == nothing).all()
     pairs = zip((found[alive], total, *sums), (expected[alive].detach(), *gradients), strict=True)
     return [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs]

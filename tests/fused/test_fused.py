@@ -108,7 +108,7 @@ def test_decoded_samples_beyond_the_room_for_them_are_computed_again(twin, monke
     decode = rendering.decode_along_rays
     monkeypatch.setattr(rendering, "decode_along_rays", lambda *given: calls.append(1) or decode(*given))
     monkeypatch.setattr(rendering, "_POINTS", 12 * 9 * 4)  # 5 chunks an object
-    monkeypatch.setattr(rendering, "KEPT_BYTES", 3 * 12 * 9 * 4 * 16)
+    monkeypatch.setattr(rendering, "SAVED_BYTES", 3 * 12 * 9 * 4 * 16)
     again = rendered(decoder, planes, Renderer(12))
     assert len(calls) == 10 + 7, "ten chunks, three of which are kept"
     for a, b in zip([*pixels, *gradients], [*again[0], *again[1]], strict=True):
@@ -168,7 +168,7 @@ def test_what_the_kernels_cannot_do_is_rendered_plainly_and_said_once(options, r
         assert not rendering.is_fused(field, planes.device)
         assert not rendering.is_fused(field, planes.device)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("rendering without the fused decoder: ")
+    assert message.startswith("Rendering without the fused decoder: ")
     assert reason in message
 
 
@@ -223,7 +223,7 @@ def test_without_a_c_compiler_triton_is_not_used_and_that_is_logged_once(machine
         assert "found no C compiler. Install gcc" in reason_against_triton()
         assert reason_against_triton()
     (record,) = caplog.records
-    assert record.getMessage().startswith("running without Triton kernels: expected")
+    assert record.getMessage().startswith("Running without Triton kernels: Triton requires")
     compiler = tmp_path / "mycc"
     compiler.touch(mode=0o755)
     machine.setenv("CC", "mycc")

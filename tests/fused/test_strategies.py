@@ -35,7 +35,7 @@ def require_plain_losses(runs, plain, way, **how):
     processes, layers, options = WAYS[way]
     name = f"{how['module']}-{way}"
     log = runs.run(name, processes, *TINY, *options, layers=layers, limit_s=600, **how)
-    assert "rendering without the fused decoder" not in log
+    assert "Rendering without the fused decoder" not in log
     found = runs.losses(name)
     assert len(found) == 2
     assert largest_difference(found, plain) <= 1e-5

@@ -10,7 +10,7 @@ from lrm_pl.kernels.device import without_tf32
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.rendering.deferred import render_plain
-from lrm_pl.rendering.ray_marching import March
+from lrm_pl.rendering.ray_marching import RayMarching
 from lrm_pl.rendering.renderer import Renderer
 
 #: Largest relative difference by activation and type. Points are computed in another order, and a rounding moves some
@@ -35,7 +35,11 @@ def rendered(field, renderer, plain):
 
 
 @pytest.mark.parametrize(("hidden", "dtype"), BOUNDS, ids=str)
-@pytest.mark.parametrize("march", [March(16), March(16, 8, "midpoints"), March(16, unit="chord")], ids=str)
+@pytest.mark.parametrize(
+    "march",
+    [RayMarching(16), RayMarching(16, 8, "midpoints"), RayMarching(16, unit="chord")],
+    ids=str,
+)
 def test_the_renderer_has_the_values_and_deferred_gradients_of_its_plain_twin(device, hidden, dtype, march):
     torch.manual_seed(0)
     decoder = NeRFDecoder(channels=4, width=32, layers=4, activation=hidden).to(device.name)

@@ -155,7 +155,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_pat
         ([str(images / "cut.png"), "--ckpt", "nothing"], "nothing"),
         ([str(images / "cut.png"), *ckpt, "--device", "tpu9"], "expected a device such as cpu or cuda"),
         ([str(images / "cut.png"), *ckpt, "--fov", "190"], "fov_deg between 0 and 180"),
-        ([str(images / "cut.png"), *ckpt, "--device", "meta"], "found 'meta', which computes nothing"),
+        ([str(images / "cut.png"), *ckpt, "--device", "meta"], "found 'meta', which has no data"),
         (
             [str(images / "cut.png"), *ckpt, "--texture-limit", "nan"],
             "texture-limit from 0 to 86400, but found nan",

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lrm_pl.rendering.compositing import composite
-from lrm_pl.rendering.ray_marching import March, march_rays
-from lrm_pl.rendering.sampling import importance, stratified, widened
+from lrm_pl.rendering.ray_marching import RayMarching, march_rays
+from lrm_pl.rendering.sampling import blur_weights, importance, stratified
 
 
 def test_a_box_of_constant_density_has_the_closed_form_opacity_and_color():
@@ -97,12 +97,12 @@ def test_a_ray_that_saw_nothing_is_sampled_evenly():
 def test_weights_are_widened_to_their_neighbours_by_hand():
     # The larger of each two: 0 4 4 0 0 (with zeros outside); the mean of each two of these, and the floor.
     assert torch.allclose(
-        widened(torch.tensor([[0.0, 4.0, 0.0, 0.0]])), torch.tensor([[2.01, 4.01, 2.01, 0.01]])
+        blur_weights(torch.tensor([[0.0, 4.0, 0.0, 0.0]])), torch.tensor([[2.01, 4.01, 2.01, 0.01]])
     )
 
 
 def march_through(march, sigma_of, near=1.0, far=3.0):
-    """March one ray through a density sigma_of(t) of color 1."""
+    """RayMarching one ray through a density sigma_of(t) of color 1."""
 
     def evaluate(t):
         return sigma_of(t), torch.ones(*t.shape, 3)
@@ -113,7 +113,8 @@ def march_through(march, sigma_of, near=1.0, far=3.0):
 
 
 @pytest.mark.parametrize(
-    "march", [March(33), March(33, 16), March(33, 0, "midpoints"), March(33, 16, "midpoints")]
+    "march",
+    [RayMarching(33), RayMarching(33, 16), RayMarching(33, 0, "midpoints"), RayMarching(33, 16, "midpoints")],
 )
 def test_a_homogeneous_ray_has_the_closed_form_opacity_however_it_is_marched(march):
     pixels = march_through(march, lambda t: torch.full_like(t, 0.7))
@@ -124,7 +125,7 @@ def test_a_homogeneous_ray_has_the_closed_form_opacity_however_it_is_marched(mar
 
 def test_density_of_a_chord_does_not_know_how_long_the_chord_is():
     opacities = [
-        march_through(March(8, unit="chord"), lambda t: torch.full_like(t, 0.7), far=far).opacity.item()
+        march_through(RayMarching(8, unit="chord"), lambda t: torch.full_like(t, 0.7), far=far).opacity.item()
         for far in (1.5, 3.0, 9.0)
     ]
     assert opacities == pytest.approx([1 - math.exp(-0.7)] * 3)
@@ -136,12 +137,12 @@ def test_importance_samples_find_a_thin_wall_that_even_ones_blur():
         return 150.0 * ((t - 2.0).abs() < 0.01) + 5.0 * ((t - 2.0).abs() < 0.05)
 
     exact = 1 - math.exp(-(150 * 0.02 + 5 * 0.1))
-    even, drawn = (march_through(March(64, extra), wall).opacity.item() for extra in (0, 40))
+    even, drawn = (march_through(RayMarching(64, extra), wall).opacity.item() for extra in (0, 40))
     assert abs(drawn - exact) < 0.05 < abs(even - exact)
 
 
 def test_too_few_even_samples_are_refused():
-    with pytest.raises(ValueError, match=r"at least 1 samples a ray besides .*, but found 8 with 8 of them"):
-        March(8, 8)
-    with pytest.raises(ValueError, match="at least 4 samples a ray"):
-        March(6, 3, "midpoints")
+    with pytest.raises(ValueError, match=r"found 8 samples, of which 8 are importance samples"):
+        RayMarching(8, 8)
+    with pytest.raises(ValueError, match="at least 4 samples per ray"):
+        RayMarching(6, 3, "midpoints")

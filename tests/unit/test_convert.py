@@ -179,7 +179,7 @@ def test_a_damaged_folder_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="expected a model section of this version"):
         LRMPipeline.from_pretrained(out)
     config.write_text("model: {lrm: {encoder: {name: no_such_vit}}}")
-    with pytest.raises(ValueError, match="expected an encoder that timm knows, but found 'no_such_vit'"):
+    with pytest.raises(ValueError, match="expected the name of a timm model, but found 'no_such_vit'"):
         LRMPipeline.from_pretrained(out)
 
 

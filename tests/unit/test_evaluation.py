@@ -25,7 +25,7 @@ from lrm_pl.geometry.cameras import InputCamera, canonicalize
 from lrm_pl.inference.scene import Scene
 from lrm_pl.meshing.mesh import Mesh
 from lrm_pl.meshing.surface import NoSurfaceError
-from lrm_pl.meshing.triangles import draw_points
+from lrm_pl.meshing.triangles import sample_surface
 from lrm_pl.metrics import ssim
 from tests.builders import lumps
 
@@ -260,7 +260,7 @@ def test_an_objects_own_mesh_is_next_to_the_truth_and_its_mirror_image_is_not(na
     vertices, faces = lumps()
     x, y, z = vertices.T.astype(np.float64)
     vertices = 0.6 * np.stack([x + 0.5 * y**2 + 0.4 * z, y, 0.7 * z + 0.5 * y * x], axis=1)  # no symmetry
-    world = draw_points([(vertices, faces)], SURFACE_POINTS, RNG(0))
+    world = sample_surface([(vertices, faces)], SURFACE_POINTS, RNG(0))
     sample = synthetic_sample("a", 12, 32, 0)
     extras = {**sample.extras, "surface.npy": encode_surface(*world)}
     sample = dataclasses.replace(sample, extras=extras)

@@ -13,10 +13,8 @@ from lrm_pl.kernels import device
 from lrm_pl.meshing.surface import NoSurfaceError, extract_mesh, surface_density
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane
-from lrm_pl.rendering.density_grid import density_grid
-from lrm_pl.rendering.empty_space import render_skipping
-from lrm_pl.rendering.occupancy import Occupancy, measure_occupancy
-from lrm_pl.rendering.query import query_color, query_density
+from lrm_pl.rendering.density_grid import density_grid, query_color, query_density
+from lrm_pl.rendering.empty_space import Occupancy, measure_occupancy, render_skipping
 from lrm_pl.rendering.renderer import Renderer
 from tests.builders import CAMERA, Operators, is_closed, tiny_lrm, volume
 
@@ -50,8 +48,8 @@ def test_a_grid_read_coarse_to_fine_has_the_surface_of_one_read_in_full():
     ball = Ball()
     full = density_grid(ball, 0, 97)
     coarse = density_grid(ball, 0, 97, threshold=20.0)
-    assert full.asked == 97**3
-    assert coarse.asked < 0.3 * full.asked
+    assert full.num_queries == 97**3
+    assert coarse.num_queries < 0.3 * full.num_queries
     assert torch.equal(full.density > 20, coarse.density > 20)
     near = (full.density - 20).abs() < 10
     assert torch.allclose(full.density[near], coarse.density[near], rtol=1e-5)
@@ -90,13 +88,13 @@ def test_the_threshold_is_the_density_where_images_see_the_surface():
     radius = np.linalg.norm(mesh.vertices - CENTRE.numpy(), axis=-1)
     assert np.abs(radius - RADIUS).max() < 0.05, "within the rim"
     ball.activate = lambda raw: 0.1 * torch.sigmoid(raw * 4)  # a haze that nothing is seen of
-    with pytest.raises(NoSurfaceError, match=r"no view shows anything opaque: densities are from 0 to 0\.1"):
+    with pytest.raises(NoSurfaceError, match=r"found none in any view: densities from 0 to 0\.1\."):
         surface_density(ball, 0, Renderer(64), measure_occupancy(ball, 0), camera.distance, camera.fxfycxcy)
 
 
 @pytest.mark.parametrize("threshold", [41.0, -1.0])
 def test_a_field_without_a_surface_says_what_densities_it_has(threshold):
-    with pytest.raises(NoSurfaceError, match=r"both sides of -?\d+, but found 0 to 40: there is no surface"):
+    with pytest.raises(NoSurfaceError, match=r"both sides of -?\d+, but found densities from 0 to 40"):
         extract_mesh(Ball(), 0, threshold, resolution=32)
 
 
@@ -118,9 +116,9 @@ def test_what_is_dense_on_the_faces_of_the_box_alone_is_no_surface():
 
 def test_a_surface_of_too_few_faces_to_be_one_says_so(monkeypatch):
     monkeypatch.setattr(
-        "lrm_pl.meshing.surface.decimated", lambda vertices, faces, most: (vertices[:0], faces[:0])
+        "lrm_pl.meshing.surface.decimate", lambda vertices, faces, most: (vertices[:0], faces[:0])
     )
-    with pytest.raises(NoSurfaceError, match="at most 4 faces, but found that none would be left"):
+    with pytest.raises(NoSurfaceError, match="at most 4 faces, but found no faces after decimation"):
         extract_mesh(Ball(), 0, 20.0, resolution=32, most_faces=4)
 
 
@@ -138,7 +136,7 @@ def test_skipping_empty_space_and_hidden_samples_does_not_change_the_image(kind)
     whole = renderer(ball, *cameras, (32, 32))
     asked, ball.asked = ball.asked, 0
     occupancy = measure_occupancy(ball, 0, 32)
-    assert occupancy.share < 0.25
+    assert occupancy.fraction < 0.25
     ball.asked = 0
     skipped = renderer.draw(ball, [occupancy], *cameras, (32, 32))
     assert ball.asked < 0.4 * asked
@@ -261,7 +259,7 @@ def test_a_box_that_is_wholly_occupied_is_drawn_as_it_is_rendered_up_to_its_face
             whole = renderer(field, *cameras, (24, 24))
             occupancy = measure_occupancy(field, 0, 16)
             skipped = renderer.draw(field, [occupancy], *cameras, (24, 24))
-        assert occupancy.share == 1
+        assert occupancy.fraction == 1
         assert (skipped.rgb - whole.rgb).abs().max() < 1 / 255
 
 
@@ -293,4 +291,4 @@ def test_a_thin_wall_with_a_haze_about_it_is_found_coarse_to_fine():
     full, coarse = density_grid(Sheet(), 0, 65), density_grid(Sheet(), 0, 65, threshold=20.0)
     assert (full.density > 20).sum() > 4000
     assert torch.equal(full.density > 20, coarse.density > 20)
-    assert coarse.asked < 0.5 * full.asked
+    assert coarse.num_queries < 0.5 * full.num_queries

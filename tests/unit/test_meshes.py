@@ -18,9 +18,8 @@ from scipy.spatial import cKDTree
 from lrm_pl.meshing import unwrap as unwrap_file
 from lrm_pl.meshing.export import encode_mesh
 from lrm_pl.meshing.glb import encode_glb, srgb_to_linear
-from lrm_pl.meshing.mesh import Mesh, vertex_normals
-from lrm_pl.meshing.simplify import decimated, without_floaters
-from lrm_pl.meshing.texture import texel_places, textured
+from lrm_pl.meshing.mesh import Mesh, decimate, remove_floaters, vertex_normals
+from lrm_pl.meshing.texture import bake_texture, texel_points
 from lrm_pl.meshing.unwrap import PADDING, Atlas, UnwrapError, unwrap
 from tests.builders import BALLS, is_closed, lumps, volume
 
@@ -31,16 +30,16 @@ def by_place(points):
 
 
 def ball(most=1500):
-    vertices, faces = decimated(*without_floaters(*lumps(), 0.5), most)
+    vertices, faces = decimate(*remove_floaters(*lumps(), 0.5), most)
     return Mesh(vertices, faces, by_place(vertices))
 
 
 def test_parts_below_a_share_of_the_largest_ones_area_go_and_the_rest_stays_as_it_is():
     vertices, faces = lumps()
     share = (BALLS[1][1] / BALLS[0][1]) ** 2  # 1/16
-    kept = without_floaters(vertices, faces, share * 0.8)
+    kept = remove_floaters(vertices, faces, share * 0.8)
     assert len(kept[1]) == len(faces)
-    large, ball_faces = without_floaters(vertices, faces, share * 1.2)
+    large, ball_faces = remove_floaters(vertices, faces, share * 1.2)
     assert np.linalg.norm(large, axis=1).max() < 0.61
     assert len(ball_faces) < len(faces)
     assert is_closed(Mesh(large, ball_faces, large))
@@ -53,7 +52,7 @@ def test_a_decimated_ball_is_a_closed_ball_of_few_faces():
     assert is_closed(mesh)
     assert volume(mesh) == pytest.approx(4 / 3 * np.pi * 0.6**3, rel=0.01)
     vertices, faces = lumps(16)
-    assert decimated(vertices, faces, len(faces))[1] is faces, "nothing to do"
+    assert decimate(vertices, faces, len(faces))[1] is faces, "nothing to do"
 
 
 def test_vertex_normals_of_a_ball_point_away_from_its_middle():
@@ -69,7 +68,7 @@ def test_texels_show_the_points_that_their_place_says():
     # one triangle that fills half of an image of 4 x 4; the middle of a texel is at (column + .5) / 4, (row + .5) / 4
     uv = np.array([(0, 0), (1, 0), (0, 1)], dtype=np.float32)
     vertices = np.array([(0, 0, 5), (1, 0, 5), (0, 2, 5)], dtype=np.float32)
-    places, covered = texel_places(vertices, Atlas(np.arange(3), np.array([[0, 1, 2]]), uv, (4, 4)))
+    places, covered = texel_points(vertices, Atlas(np.arange(3), np.array([[0, 1, 2]]), uv, (4, 4)))
     row, column = np.nonzero(covered)
     assert set(zip(row.tolist(), column.tolist(), strict=True)) == {
         (r, c) for r in range(4) for c in range(4 - r)
@@ -82,7 +81,7 @@ def test_charts_of_a_texture_are_as_far_apart_as_filters_reach():
     mesh = ball()
     atlas = unwrap(mesh.vertices, mesh.faces, 256, 60.0)
     assert all(200 < side < 400 for side in atlas.size)  # about what was asked for
-    _, covered = texel_places(mesh.vertices[atlas.source], atlas)
+    _, covered = texel_points(mesh.vertices[atlas.source], atlas)
     edges = np.concatenate([atlas.faces[:, [0, 1]], atlas.faces[:, [1, 2]]])
     joined = coo_array((np.ones(len(edges)), edges.T), shape=(len(atlas.uv),) * 2)
     charts, chart = connected_components(joined, directed=False)
@@ -90,7 +89,7 @@ def test_charts_of_a_texture_are_as_far_apart_as_filters_reach():
     texels = []
     for number in range(charts):
         of_it = dataclasses.replace(atlas, faces=atlas.faces[chart[atlas.faces[:, 0]] == number])
-        texels.append(np.argwhere(texel_places(mesh.vertices[atlas.source], of_it)[1]))
+        texels.append(np.argwhere(texel_points(mesh.vertices[atlas.source], of_it)[1]))
     assert sum(map(len, texels)) == covered.sum()
     for number, places in enumerate(texels):
         others = cKDTree(np.concatenate([places for other, places in enumerate(texels) if other != number]))
@@ -98,7 +97,7 @@ def test_charts_of_a_texture_are_as_far_apart_as_filters_reach():
 
 
 def test_a_baked_texture_shows_the_colors_of_the_places_on_the_surface():
-    mesh = textured(ball(), by_place, 256)
+    mesh = bake_texture(ball(), by_place, 256)
     rng = np.random.default_rng(0)
     face = rng.integers(len(mesh.faces), size=4000)
     weights = rng.dirichlet((1, 1, 1), size=4000)
@@ -114,7 +113,7 @@ def test_a_baked_texture_shows_the_colors_of_the_places_on_the_surface():
 
 
 def test_normals_at_the_seams_of_a_texture_are_those_of_the_whole_surface():
-    plain, mesh = ball(), textured(ball(), by_place, 256)
+    plain, mesh = ball(), bake_texture(ball(), by_place, 256)
     assert len(mesh.vertices) > len(plain.vertices)
     normals = vertex_normals(mesh.vertices, mesh.faces)
     expected = dict(zip(map(bytes, plain.vertices), vertex_normals(plain.vertices, plain.faces), strict=True))
@@ -168,7 +167,7 @@ def test_a_glb_has_linear_colors_of_16_bits_y_up_and_a_matt_surface():
 @pytest.mark.parametrize("kind", ["glb", "obj", "ply", "stl"])
 def test_files_come_back_in_trimesh_with_their_shape_colors_and_up(kind, is_textured, tmp_path):
     mesh = ball()
-    mesh = textured(mesh, by_place, 128) if is_textured else mesh
+    mesh = bake_texture(mesh, by_place, 128) if is_textured else mesh
     files = encode_mesh(mesh, kind, "thing")
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -208,7 +207,7 @@ def test_files_come_back_in_trimesh_with_their_shape_colors_and_up(kind, is_text
 
 
 def test_equal_meshes_give_equal_bytes():
-    mesh = textured(ball(), by_place, 128)
+    mesh = bake_texture(ball(), by_place, 128)
     for kind in ("glb", "obj", "ply", "stl"):
         assert encode_mesh(mesh, kind) == encode_mesh(mesh, kind)
     image = Image.open(io.BytesIO(encode_mesh(mesh, "obj")["mesh.png"]))

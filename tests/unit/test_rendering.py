@@ -8,11 +8,11 @@ from lrm_pl.geometry.rays import pixel_rays, ray_interval
 from lrm_pl.models.decoder import NeRFDecoder
 from lrm_pl.models.triplane import Triplane, TriplaneField
 from lrm_pl.rendering.deferred import render_deferred, render_plain
-from lrm_pl.rendering.ray_marching import March
+from lrm_pl.rendering.ray_marching import RayMarching
 from lrm_pl.rendering.renderer import Renderer
 from tests.builders import CAMERA
 
-EVEN = March(12)
+EVEN = RayMarching(12)
 
 
 def cameras(objects=2, views=2):
@@ -67,8 +67,9 @@ def test_deferred_rendering_equals_its_plain_twin_in_values_and_gradients(fold, 
 @pytest.mark.parametrize(
     "march",
     [
-        March(12, 5), March(12, 6, "midpoints"), March(9, 0, "midpoints"), March(12, unit="chord"),
-        March(12, 4, unit="chord"),
+        RayMarching(12, 5), RayMarching(12, 6, "midpoints"), RayMarching(9, 0, "midpoints"),
+        RayMarching(12, unit="chord"),
+        RayMarching(12, 4, unit="chord"),
     ],
     ids=str,
 )  # fmt: skip
@@ -99,11 +100,11 @@ def test_an_object_with_fewer_rays_than_threads_and_one_that_no_ray_hits_are_ren
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        pixels = render_deferred(field, *rays, March(12), 1000)
+        pixels = render_deferred(field, *rays, RayMarching(12), 1000)
         (gradient,) = torch.autograd.grad(pixels.rgb.sum(), planes, retain_graph=True)
     finally:
         torch.set_num_threads(before)
-    plain = render_plain(field, *rays, March(12))
+    plain = render_plain(field, *rays, RayMarching(12))
     (expected,) = torch.autograd.grad(plain.rgb[0].sum(), planes)
     assert torch.allclose(pixels.rgb[0], plain.rgb[0], atol=1e-6)
     assert torch.equal(pixels.rgb[1], torch.zeros(2, 3))
