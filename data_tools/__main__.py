@@ -19,7 +19,7 @@ from data_tools.rendering.resume import plan_folder
 from data_tools.rendering.settings import RenderSettings, check_settings, recorded_held_out
 from data_tools.rendering.shard_plan import default_held_out
 from data_tools.shards import convert
-from lrm_pl.apps.broken_pipes import outlive_readers
+from lrm_pl.apps.broken_pipes import ignore_broken_pipes
 from lrm_pl.errors import InputError
 from lrm_pl.paths import escape_names, user_path
 
@@ -311,6 +311,6 @@ def _between(low: int, high: int) -> Callable[[str], int]:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
-    outlive_readers()
+    ignore_broken_pipes()
     escape_names()
     sys.exit(main())

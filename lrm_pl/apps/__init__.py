@@ -1,1 +1,1 @@
-"""Programs: what the commands of ``lrm`` run. Only these print."""
+"""Commands of ``lrm``: argument parsing and output; the work is done by the other packages."""

@@ -1,6 +1,6 @@
-"""A command outlives whoever reads its output: of `2>&1 | tee log`, Ctrl-C ends tee before a run has stopped.
+"""Ignore closed output pipes and terminals, so that a run can finish its work.
 
-And of a terminal that is closed, nothing is left to write to when the run hears of it.
+For example, Ctrl-C in `lrm fit ... 2>&1 | tee log` ends tee before the run has saved its checkpoint.
 """
 
 import errno
@@ -10,35 +10,35 @@ from collections.abc import Callable
 from typing import Any
 
 
-def outlive_readers() -> None:
+def ignore_broken_pipes() -> None:
     """Discard output to closed pipes instead of raising, and open closed standard streams on the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if (
-            getattr(sys, name) is None
-        ):  # closed: the next file opened would get its descriptor, and what children print
-            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest descriptor that is free
-            os.set_inheritable(nowhere, True)
-            setattr(sys, name, open(nowhere, mode))
+        if getattr(sys, name) is None:  # closed: another file could be opened with its descriptor
+            null = os.open(os.devnull, os.O_RDWR)  # returns the lowest free descriptor
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, mode))
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
-            ours = stream.fileno() == descriptor
-        except (OSError, ValueError, AttributeError):  # a notebook's, or none
+            is_standard = stream.fileno() == descriptor
+        except (OSError, ValueError, AttributeError):  # in notebooks
             continue
-        if ours:
+        if is_standard:
             for name in ("write", "flush"):
                 setattr(stream, name, _guarded(getattr(type(stream), name).__get__(stream), descriptor))
 
 
 def _guarded(method: Callable[..., Any], descriptor: int) -> Callable[..., Any]:
+    """Redirect the descriptor to the null device when a write fails because the reader is gone."""
+
     def call(*arguments: Any) -> Any:  # noqa: ANN401 - the method's own
         try:
             return method(*arguments)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
             return method(*arguments)
 
     return call

@@ -1,8 +1,4 @@
-"""``lrm view RUN``: fly around what a run reconstructs, also while it trains.
-
-The page draws the current field at the visitor's camera, shows the cameras of the object's views as frusta, and takes
-over new checkpoints as they appear.
-"""
+"""``lrm view RUN``: web viewer of a run's reconstructions, also during training."""
 
 import argparse
 import importlib.util
@@ -11,30 +7,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrm_pl.apps.options import add_address, require_free, url_of
+from lrm_pl.apps.options import add_address, fail, require_free, url_of
 from lrm_pl.errors import InputError
 from lrm_pl.inference.find_model import newest_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; expected errors end in one message."""
-    given = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
+    """Run the command."""
+    args = _parser().parse_args(sys.argv[2:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # it prints a stack for whoever hangs up
+    logging.getLogger("websockets").setLevel(logging.CRITICAL)  # logs a traceback for every closed connection
     if importlib.util.find_spec("viser") is None:
-        sys.exit("lrm: expected viser to show the page with, but found none; pip install -e '.[view]'")
+        fail("lrm view needs viser: pip install -e '.[view]'")
     try:
-        require_free(given.host, given.port)
-        run = given.run or newest_run()
+        require_free(args.host, args.port)
+        run = args.run or newest_run()
         if "://" not in run and not Path(run).expanduser().is_dir():
-            raise InputError(expected=f"a run's folder at {run}", found="none", remedy="correct the path")
+            raise InputError(expected=f"a run folder at {run}", found="none", remedy="correct the path")
         from lrm_pl.apps.viewer import Viewer, data_of, wait_for_checkpoint
 
         wait_for_checkpoint(run)
-        viewer = Viewer(run, given.data or data_of(run), given.device, given.host, given.port)
+        viewer = Viewer(run, args.data or data_of(run), args.device, args.host, args.port)
     except (InputError, OSError) as error:
-        sys.exit(f"lrm: {error}")
-    print(f"{url_of(given.host, viewer.server.get_port())} shows {run}; Ctrl-C ends it", flush=True)
+        fail(error)
+    print(f"{url_of(args.host, viewer.server.get_port())} shows {run}; press Ctrl-C to stop", flush=True)
     try:
         viewer.serve()
     except KeyboardInterrupt:
@@ -44,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lrm view", description=__doc__)
     parser.add_argument(
-        "run", metavar="RUN", nargs="?", help="a run's folder; the newest in runs/lrm unless given"
+        "run", metavar="RUN", nargs="?", help="run folder (default: the newest run in runs/lrm)"
     )
-    parser.add_argument("--data", help="folder of shards whose objects are shown; the run's own unless given")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda ... (auto)")
+    parser.add_argument("--data", help="folder of shards with the objects to show (default: that of the run)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add_address(parser, 8080)
     return parser

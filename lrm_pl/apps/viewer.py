@@ -1,7 +1,7 @@
-"""The page of ``lrm view``: fly around what a run reconstructs, also while it trains.
+"""viser page of ``lrm view``.
 
-The page draws the current field at the visitor's camera, shows the cameras of the object's views as frusta, and takes
-over new checkpoints as they appear.
+The page renders the field of an object at the visitor's camera, shows the cameras of the object's views as frusta, and
+follows new checkpoints of the run.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import viser
 import yaml
 from scipy.spatial.transform import Rotation
 
@@ -34,52 +35,48 @@ from lrm_pl.storage import is_local
 
 logger = logging.getLogger(__name__)
 
-#: Height of an image while the camera moves, and once it rests, pixels.
+#: Height of renderings while the camera moves and at rest, pixels.
 _MOVING, _RESTING = 96, 288
 
-#: Seconds without a movement after which the camera rests; between two looks for new checkpoints.
+#: Seconds after which the camera is at rest, and between two checks for new checkpoints.
 _REST_S, _POLL_S = 0.4, 3.0
 
-#: Objects of each split to choose from.
+#: Maximum number of objects per split.
 _OBJECTS = 24
 
-#: Of the frusta's depth, scene units.
+#: Depth of the camera frusta, scene units.
 _FRUSTUM = 0.2
 
 
 @dataclasses.dataclass
-class Sight:
-    """What one visitor sees.
+class ClientView:
+    """Rendering state of a visitor.
 
     Attributes:
-        moved: When the camera was last moved, seconds of ``time.monotonic``.
-        drawn: Height of what was drawn last; 0: something else must be drawn now.
+        moved: Time of the last camera movement, ``time.monotonic``.
+        height: Height of the current rendering, pixels; 0 if it is outdated.
     """
 
     moved: float = 0.0
-    drawn: int = 0
+    height: int = 0
 
 
 class Viewer:
-    """The page of a run.
+    """Web viewer of a run.
 
     Args:
-        run: The run's folder.
-        data: Folder of the shards whose objects are shown.
-        device: Where it computes.
-        host: Address that it listens at.
-        port: Port.
+        run: Run folder.
+        data: Folder of shards with the objects to show.
+        device: Device for computation.
+        host: Address to listen on.
+        port: Port to listen on.
     """
 
     def __init__(self, run: str, data: str, device: str, host: str, port: int) -> None:
-        import viser
-
-        self.run = run
         self.pipeline = LRMPipeline.from_pretrained(run).to(choose_device(device))
-        self.objects = {key: (objects, place) for key, objects, place in _choices(data)}
-        self._checkpoint = self.pipeline.source
-        self._sights: dict[int, Sight] = {}
-        self._lock = threading.RLock()  # one computes at a time
+        self.objects = _list_objects(data)
+        self._views: dict[int, ClientView] = {}
+        self._lock = threading.RLock()  # guards the scene and the device
         self._frusta: list[Any] = []
         self.server = viser.ViserServer(host=host, port=port, verbose=False)
         self.server.scene.set_up_direction("+z")
@@ -88,60 +85,61 @@ class Viewer:
         gui.add_markdown(f"**{run}**")
         self.state = gui.add_markdown("")
         self.object = gui.add_dropdown("object", tuple(self.objects))
-        most = max(objects.manifest.views for objects, _ in self.objects.values())
-        self.view = gui.add_slider("input view", 0, max(1, most - 1), 1, 0)
+        max_views = max(dataset.manifest.views for dataset, _ in self.objects.values())
+        self.view = gui.add_slider("input view", 0, max(1, max_views - 1), 1, 0)
         self.input = gui.add_image(np.full((8, 8, 3), 255, np.uint8), label="input")
         self.checkpoint = gui.add_dropdown(
-            "checkpoint", self._checkpoints(), initial_value=Path(self._checkpoint).name
+            "checkpoint", self._checkpoints(), initial_value=Path(self.pipeline.source).name
         )
         self.follow = gui.add_checkbox("follow the run", initial_value=True)
-        self.threshold = gui.add_slider("hide densities below", 0.0, 30.0, 0.5, 0.0)
+        self.threshold = gui.add_slider("minimum density", 0.0, 30.0, 0.5, 0.0)
         self.frusta = gui.add_checkbox("cameras", initial_value=True)
-        self._show_first()
+        self._show_first_object()
         for control in (self.object, self.view):
             control.on_update(lambda _: self._show_object())
-        self.checkpoint.on_update(self._pick)
-        self.threshold.on_update(lambda _: self._draw_anew())
+        self.checkpoint.on_update(self._on_checkpoint)
+        self.threshold.on_update(lambda _: self._update_field())
         self.frusta.on_update(lambda _: self._show_frusta())
-        self.server.on_client_connect(self._enter)
-        self.server.on_client_disconnect(lambda client: self._sights.pop(client.client_id, None))
+        self.server.on_client_connect(self._on_connect)
+        self.server.on_client_disconnect(lambda client: self._views.pop(client.client_id, None))
 
     def serve(self) -> None:
-        """Draw for all visitors, and look for new checkpoints, until the process ends."""
-        looked = time.monotonic()
+        """Render for all visitors and follow new checkpoints, until the process ends."""
+        checked = time.monotonic()
         while True:
-            busy = False
+            is_busy = False
             for client in self.server.get_clients().values():
-                sight = self._sights.get(client.client_id)
-                if sight is None:
+                view = self._views.get(client.client_id)
+                if view is None:
                     continue
-                height = _RESTING if time.monotonic() - sight.moved > _REST_S else _MOVING
-                if height != sight.drawn:
-                    busy = True
-                    sight.drawn = height
+                height = _RESTING if time.monotonic() - view.moved > _REST_S else _MOVING
+                if height != view.height:
+                    is_busy = True
+                    view.height = height
                     try:
-                        self._draw(client, height)
-                    except Exception:  # a visitor whose camera is no camera, or who left, is no reason to end
-                        logger.exception("could not draw for visitor %d", client.client_id)
-            if time.monotonic() - looked > _POLL_S:
-                looked = time.monotonic()
-                self._look_for_checkpoints()
-            if not busy:
+                        self._render(client, height)
+                    except Exception:  # an invalid camera or a disconnected visitor must not stop the viewer
+                        logger.exception("rendering for visitor %d failed", client.client_id)
+            if time.monotonic() - checked > _POLL_S:
+                checked = time.monotonic()
+                self._check_for_checkpoints()
+            if not is_busy:
                 time.sleep(0.02)
 
-    def _enter(self, client: Any) -> None:  # noqa: ANN401 - viser's client
-        away = self.scene.camera.distance
-        client.camera.position, client.camera.look_at = (0.8 * away, -1.5 * away, 0.8 * away), (0.0, 0.0, 0.0)
+    def _on_connect(self, client: Any) -> None:  # noqa: ANN401 - viser's client
+        distance = self.scene.camera.distance
+        client.camera.position = (0.8 * distance, -1.5 * distance, 0.8 * distance)
+        client.camera.look_at = (0.0, 0.0, 0.0)
         client.camera.fov = float(np.radians(self.scene.camera.fov_deg))
-        sight = self._sights[client.client_id] = Sight()
+        view = self._views[client.client_id] = ClientView()
 
-        def moved(_: Any) -> None:  # noqa: ANN401 - viser's camera
-            sight.moved, sight.drawn = time.monotonic(), 0
+        def on_move(_: Any) -> None:  # noqa: ANN401 - viser's camera
+            view.moved, view.height = time.monotonic(), 0
 
-        client.camera.on_update(moved)
+        client.camera.on_update(on_move)
 
     @torch.no_grad()
-    def _draw(self, client: Any, height: int) -> None:  # noqa: ANN401 - viser's client
+    def _render(self, client: Any, height: int) -> None:  # noqa: ANN401 - viser's client
         camera = client.camera
         c2w = torch.eye(4)
         c2w[:3, :3] = torch.from_numpy(Rotation.from_quat(np.roll(camera.wxyz, -1)).as_matrix()).float()
@@ -153,66 +151,64 @@ class Viewer:
             field, occupancy = self._shown
             device = field.planes.device
             with torch.autocast(device.type, torch.bfloat16):
-                seen = self.scene.renderer.draw(
+                output = self.scene.renderer.draw(
                     field,
                     [occupancy],
                     c2w.to(device)[None, None],
                     fxfycxcy.to(device)[None, None],
                     (height, width),
                 )
-        rgb = seen.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).cpu().numpy()
-        # frusta in front of the object cover it, others are covered
-        z = seen.depth * _cosines(fxfycxcy, height, width).to(device)
-        depth = torch.where(seen.opacity > 0.5, z, 100.0)[0, 0].cpu().numpy()
+        rgb = output.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).cpu().numpy()
+        # the depth makes frusta in front of the object visible and hides the others
+        z = output.depth * _cosines(fxfycxcy, height, width).to(device)
+        depth = torch.where(output.opacity > 0.5, z, 100.0)[0, 0].cpu().numpy()
         client.scene.set_background_image((rgb * 255).astype(np.uint8), format="jpeg", depth=depth)
 
-    def _show_first(self) -> None:
-        """Show the first object that can be read.
+    def _show_first_object(self) -> None:
+        """Show the first readable object.
 
         Raises:
-            InputError: None can.
+            InputError: No object is readable.
         """
         for name in self.objects:
             self.object.value = name
             if self._show_object():
                 return
-        raise InputError(
-            expected="an object that can be read", found="none", remedy=f"the first: {self.state.content}"
-        )
+        raise InputError(f"No object can be read. The last one: {self.state.content}")
 
     def _show_object(self) -> bool:
-        """Reconstruct the chosen object from the chosen view, and draw it; returns whether it can be read."""
-        objects, place = self.objects[self.object.value]
-        views = tuple(range(objects.manifest.views))
+        """Reconstruct and show the chosen object from the chosen view; return whether it is readable."""
+        dataset, location = self.objects[self.object.value]
+        views = tuple(range(dataset.manifest.views))
         view = min(int(self.view.value), len(views) - 1)
         with self._lock:
             try:
-                sample = objects.read(place, Protocol("view", "", inputs=(view,), targets=views))
-            except (InputError, SampleError, OSError) as error:  # shards may go while they are looked at
+                sample = dataset.read(location, Protocol("view", "", inputs=(view,), targets=views))
+            except (InputError, SampleError, OSError) as error:  # shards may be deleted meanwhile
                 self.state.content = f"{self.object.value}: {error}"
                 return False
             image = over_white(sample, (view,))[0]
             self._sample, self._c2w = sample, canonicalize(torch.from_numpy(sample.c2w[[view, *views]]))[1:]
             self.scene: Scene = reconstruct_sample(self.pipeline, sample, view)
             self.input.image = (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-            self._draw_anew()
+            self._update_field()
             self._show_frusta()
         step = "" if self.pipeline.step is None else f", step {self.pipeline.step}"
-        self.state.content = f"{Path(self._checkpoint).name}{step}"
+        self.state.content = f"{Path(self.pipeline.source).name}{step}"
         return True
 
-    def _draw_anew(self) -> None:
-        """Hide what is less dense than wished, and have every visitor's image drawn."""
+    def _update_field(self) -> None:
+        """Apply the minimum density to the field, and mark all renderings as outdated."""
         with self._lock:
-            field, least = self.scene.field, float(self.threshold.value)
-            if least:
+            field, minimum = self.scene.field, float(self.threshold.value)
+            if minimum:
                 activation = field.activation
                 field = dataclasses.replace(
-                    field, activation=lambda raw: activation(raw) * (activation(raw) >= least)
+                    field, activation=lambda raw: activation(raw) * (activation(raw) >= minimum)
                 )
             self._shown = field, measure_occupancy(field, 0)
-        for sight in list(self._sights.values()):
-            sight.drawn = 0
+        for view in list(self._views.values()):
+            view.height = 0
 
     def _show_frusta(self) -> None:
         with self._lock:
@@ -237,60 +233,59 @@ class Viewer:
                 )
                 self._frusta.append(frustum)
 
+    def _run_checkpoints(self) -> list[str]:
+        return [Path(path).name for path in list_checkpoints(str(Path(self.pipeline.source).parent))]
+
     def _checkpoints(self) -> tuple[str, ...]:
-        folder = str(Path(self._checkpoint).parent)
-        names = {Path(path).name for path in list_checkpoints(folder)}
-        names.add(Path(self._checkpoint).name)  # it may be gone already
-        return tuple(sorted(names))
+        """List the run's checkpoints and the current one, which may be deleted."""
+        return tuple(sorted({*self._run_checkpoints(), Path(self.pipeline.source).name}))
 
     def _newest(self) -> str:
-        """Name the run's newest checkpoint; the one that is shown may be a later one of a run that began anew."""
-        kept = list_checkpoints(str(Path(self._checkpoint).parent))
-        return max((Path(path).name for path in kept), default=Path(self._checkpoint).name)
+        """Return the run's newest checkpoint; a restarted run may have only older ones than the current one."""
+        return max(self._run_checkpoints(), default=Path(self.pipeline.source).name)
 
-    def _look_for_checkpoints(self) -> None:
+    def _check_for_checkpoints(self) -> None:
         names = self._checkpoints()
         if names != tuple(self.checkpoint.options):
             self.checkpoint.options = names
         newest = self._newest()
-        if self.follow.value and newest != Path(self._checkpoint).name:
+        if self.follow.value and newest != Path(self.pipeline.source).name:
             self.checkpoint.value = newest
-            self._choose(newest)
+            self._load(newest)
 
-    def _pick(self, event: Any) -> None:  # noqa: ANN401 - viser's event
-        """Take over the checkpoint that a visitor picked; one that is not the newest stays."""
+    def _on_checkpoint(self, event: Any) -> None:  # noqa: ANN401 - viser's event
+        """Load the checkpoint that a visitor chose; stop following the run if it is not the newest."""
         if event.client_id is None:
             return
         if self.checkpoint.value != self._newest():
             self.follow.value = False
-        self._choose(self.checkpoint.value)
+        self._load(self.checkpoint.value)
 
-    def _choose(self, name: str) -> None:
-        """Take over the weights of another checkpoint."""
-        path = str(Path(self._checkpoint).with_name(name))
-        if path == self._checkpoint:
+    def _load(self, name: str) -> None:
+        """Load the weights of another checkpoint."""
+        path = str(Path(self.pipeline.source).with_name(name))
+        if path == self.pipeline.source:
             return
         with self._lock:
             try:
                 checkpoint = find_checkpoint(path)
                 load_network(checkpoint, self.pipeline.network, average=False)
-            except (InputError, OSError) as error:  # it was removed, as old ones are
+            except (InputError, OSError) as error:  # the run deletes old checkpoints
                 logger.warning("%s", error)
                 return
-            self._checkpoint = path
             self.pipeline.source, self.pipeline.step = path, checkpoint.step
             self._show_object()
 
 
 def _cosines(fxfycxcy: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return how much of a step along each pixel's ray goes along the camera's z axis."""
+    """Return the cosine of the angle between each pixel's ray and the camera's z axis."""
     y = ((torch.arange(height) + 0.5) / height - 0.5) / fxfycxcy[1]
     x = ((torch.arange(width) + 0.5) / width - 0.5) / fxfycxcy[0]
     return (1 + y[:, None] ** 2 + x**2).rsqrt()
 
 
 def wait_for_checkpoint(run: str) -> None:
-    """Wait until a run that has begun keeps its first checkpoint."""
+    """Wait until a run that has started saves its first checkpoint."""
     if not is_local(run):
         return
     folder = Path(run).expanduser()
@@ -301,39 +296,39 @@ def wait_for_checkpoint(run: str) -> None:
         or list_checkpoints(checkpoints)
     ):
         return
-    print(f"{run} has begun; waiting for its first checkpoint ... Ctrl-C ends it", flush=True)
+    print(f"Waiting for the first checkpoint of {run}; press Ctrl-C to stop", flush=True)
     while not list_checkpoints(checkpoints):
         time.sleep(_POLL_S)
 
 
 def data_of(run: str) -> str:
-    """Return the folder of shards that a run trains on.
+    """Return the folder of shards of a run's training data.
 
     Raises:
-        InputError: The run has no checkpoint, or no config.
+        InputError: The run has no checkpoint or no config.
     """
     config = yaml.safe_load(find_config(find_checkpoint(run), None).read_text())
     return str(config.get("data", {}).get("folder"))
 
 
-def _choices(data: str) -> list[tuple[str, EvaluationDataset, Any]]:
-    """List objects to choose from: held-out ones first."""
+def _list_objects(data: str) -> dict[str, tuple[EvaluationDataset, Any]]:
+    """Return the objects to choose from by name, held-out objects first."""
     if is_local(data) and not (Path(data) / MANIFEST_NAME).is_file():
         raise InputError(
             expected=f"finished shards in {data}",
             found="none",
-            remedy="name the run's: --data FOLDER (a relative path begins where you are)",
+            remedy="give the folder of the run's shards: --data FOLDER (relative to the current folder)",
         )
-    found = []
+    found = dict[str, tuple[EvaluationDataset, Any]]()
     splits: tuple[Split, ...] = ("val", "train")
     for split in splits:
         try:
-            objects = EvaluationDataset(data, split, limit=_OBJECTS)
+            dataset = EvaluationDataset(data, split, limit=_OBJECTS)
         except NoObjectsError:
             continue
-        found += [(f"{split}: {key}", objects, place) for key, place in objects.samples]
+        found |= {f"{split}: {key}": (dataset, location) for key, location in dataset.samples}
     if not found:
         raise InputError(
-            expected=f"objects in {data}", found="none", remedy="render some, or name other shards: --data"
+            expected=f"objects in {data}", found="none", remedy="render some, or give other shards: --data"
         )
     return found

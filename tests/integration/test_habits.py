@@ -476,7 +476,7 @@ def test_a_disk_that_is_full_of_anything_ends_the_run_with_one_message(here):
 
 
 def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
-    code = "import sys; from lrm_pl.apps.broken_pipes import outlive_readers; outlive_readers(); "
+    code = "import sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
     code += "print('begun', flush=True); sys.stdin.read(1); print('more'); sys.stderr.write('stopped'); sys.exit(75)"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     for unbuffered in ("", "1"):
@@ -489,7 +489,7 @@ def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
 
 
 def test_a_command_whose_stdout_is_closed_ends_well_and_what_it_prints_is_in_no_file(root, tmp_path):
-    code = "import os, sys; from lrm_pl.apps.broken_pipes import outlive_readers; outlive_readers(); "
+    code = "import os, sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
     code += "file = open(sys.argv[1], 'wb'); print('said', flush=True); os.system('echo said')"
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
     subprocess.run(closed, cwd=root, check=True, timeout=60)

@@ -91,7 +91,7 @@ def test_a_run_without_a_checkpoint_or_data_says_so(tmp_path, run, monkeypatch):
     with pytest.raises(SystemExit, match="expected finished shards in nowhere"):
         main([str(tmp_path / "moved"), "--data", "nowhere"])
     assert not folder.exists()
-    with pytest.raises(SystemExit, match="expected a run's folder at nothing, but found none"):
+    with pytest.raises(SystemExit, match="expected a run folder at nothing, but found none"):
         main(["nothing"])
     with pytest.raises(SystemExit, match=r"lrm: Cannot listen on 127\.0\.0\.1:99999: "):
         main([str(tmp_path / "moved"), "--port", "99999"])

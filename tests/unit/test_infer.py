@@ -150,7 +150,7 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(
         (["serve", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["serve", "--resolution", "2048"], "expected resolution from 8 to 1024, but found 2048"),
         (["demo", "--ckpt", "nosuch"], "found nothing at nosuch"),
-        (["view", "nosuch"], "expected a run's folder at nosuch, but found none"),
+        (["view", "nosuch"], "expected a run folder at nosuch, but found none"),
         (["export", "nosuch", "out"], "found nothing at nosuch"),
         (["export", "a.png", "."], "expected to make the folder ., but found it there"),
     ):
