@@ -1,4 +1,4 @@
-"""`make bench`: a table, and a JSON line for each figure in bench/results.jsonl."""
+"""`make bench`: print a table of measurements and append each as a JSON line to bench/results.jsonl."""
 
 import argparse
 import datetime
@@ -11,22 +11,32 @@ from rich.console import Console
 from rich.table import Table
 
 from lrm_pl.version import git_commit
-from tests.bench import deferred_memory, inference, loader, overhead, parts, rendering, scaling, stall, steps
+from tests.bench import (
+    components,
+    deferred_memory,
+    inference,
+    loader,
+    overhead,
+    rendering,
+    scaling,
+    stall,
+    steps,
+)
 from tests.bench.demo_run import ROOT, machine, write_shards
 from tests.bench.readme import update
 
 BENCHES = {
     "scaling": (scaling.measure, 5), "overhead": (overhead.measure, 15), "stall": (stall.measure, 5),
-    "parts": (parts.measure, 5), "steps": (steps.measure, 2), "deferred_memory": (deferred_memory.measure, 1),
+    "components": (components.measure, 5), "steps": (steps.measure, 2), "deferred_memory": (deferred_memory.measure, 1),
     "rendering": (rendering.measure, 3), "loader": (loader.measure, 5), "inference": (inference.measure, 3),
 }  # fmt: skip
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("names", nargs="*", default=list(BENCHES), metavar="NAME", help=", ".join(BENCHES))
-    parser.add_argument("--rounds", type=int, help="turns of both sides")
+    parser.add_argument("--rounds", type=int, help="repetitions of each benchmark")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     here = machine()
@@ -42,15 +52,15 @@ def main() -> None:
             measure, rounds = BENCHES[name]
             found = measure(shards, arguments.rounds or rounds)
             for result in found if isinstance(found, list) else [found]:
-                records.append(_keep(result, here, results, table))
+                records.append(_append(result, here, results, table))
     console = Console()
     console.print(table)
-    update(ROOT / "README.md", records)
-    console.print(f"Appended to {results}; README.md has the last of each", soft_wrap=True)
+    update(ROOT / "tests" / "bench" / "README.md", records)
+    console.print(f"Appended to {results}; tests/bench/README.md has the latest of each", soft_wrap=True)
 
 
-def _keep(result: dict[str, object], here: dict[str, object], results: Path, table: Table) -> dict:
-    """Append a figure to the file and to the table; returns its record."""
+def _append(result: dict[str, object], here: dict[str, object], results: Path, table: Table) -> dict:
+    """Append a result to the file and to the table, and return its record."""
     record = {
         **result, **here, "commit": git_commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -58,15 +68,15 @@ def _keep(result: dict[str, object], here: dict[str, object], results: Path, tab
     with open(results, "a") as file:
         file.write(json.dumps(record) + "\n")
     shown = {"bench", "value", "target", "met", "rounds"}
-    details = ", ".join(_said(k, v) for k, v in result.items() if k not in shown)
+    details = ", ".join(_format(k, v) for k, v in result.items() if k not in shown)
     met = "yes" if result["met"] else "NO"
     table.add_row(str(result["bench"]), f"{result['value']:.3f}", str(result["target"]), met, details)
     return record
 
 
-def _said(name: str, value: object) -> str:
+def _format(name: str, value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(_said(f"{name} {key}", part) for key, part in value.items())
+        return ", ".join(_format(f"{name} {key}", part) for key, part in value.items())
     words = name.replace("_", " ")
     return f"{words} {value:.3g}" if isinstance(value, float) else f"{words} {value}"
 

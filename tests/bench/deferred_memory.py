@@ -1,4 +1,4 @@
-"""(e) Peak memory of a step of OpenLRM-small with LPIPS, over the rendered area: it does not grow with it."""
+"""Peak memory of a training step of OpenLRM-small with LPIPS, for several sizes of the rendered image."""
 
 import json
 import sys
@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
-from tests.bench.steps import Ours, in_a_process, peak_gb
+from tests.bench.steps import Ours, peak_gb, run_process
 
 SIZES = (64, 128, 256, 384)
 TARGET = 1.2
 
 
 def main() -> None:
-    """Take two steps of 4 views of one size, LPIPS among the losses, and print the process's peak memory."""
+    """Run two steps on 4 views of one size with LPIPS, and print the peak memory of the process."""
     size = int(sys.argv[1])
     torch.manual_seed(0)
     run, lpips = Ours(), pretrained_perceptual_loss("vgg", source="pypi")
@@ -30,8 +30,8 @@ def main() -> None:
 
 
 def measure(shards: Path, rounds: int) -> dict[str, object]:
-    """Measure each size in a process of its own."""
-    peaks = {f"{size}_px": in_a_process("deferred_memory", size)["peak_gb"] for size in SIZES}
+    """Measure each size in a separate process."""
+    peaks = {f"{size}_px": run_process("deferred_memory", size)["peak_gb"] for size in SIZES}
     ratio = peaks["384_px"] / peaks["64_px"]
     return {
         "bench": "OpenLRM-small with LPIPS: peak memory at 384 px over that at 64 px", "value": ratio,

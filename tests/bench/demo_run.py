@@ -1,4 +1,4 @@
-"""A run of the demo's size on analytic shards, without downloads: what all benchmarks measure."""
+"""Training runs of the demo's size on analytic shards, shared by the benchmarks. They need no download."""
 
 import os
 import subprocess
@@ -17,13 +17,13 @@ from tests import ROOT
 
 
 def write_shards(folder: Path) -> Path:
-    """Write as many objects and views as the demo has, of the demo's size."""
+    """Write analytic shards with as many objects, views and pixels as the demo."""
     write_synthetic_shards(folder, train=40, val=8, views=16, resolution=128, shard_size=8)
     return folder
 
 
 def build(shards: Path, folder: Path, *options: str) -> LRMCLI:
-    """Build what `make train` runs, with random weights and no LPIPS, and all its callbacks."""
+    """Build the run of `make train` with all its callbacks, random weights and no LPIPS."""
     arguments = [
         "-c", str(ROOT / "configs/experiment/demo.yaml"), "--data.folder", str(shards),
         "--model.objective.lpips", "0", "--trainer.limit_val_batches", "0",
@@ -32,8 +32,8 @@ def build(shards: Path, folder: Path, *options: str) -> LRMCLI:
     return command_line(arguments, run=False)
 
 
-class Kept(Dataset[Batch]):
-    """Batches that were decoded before, over and over."""
+class RepeatedBatches(Dataset[Batch]):
+    """Dataset that repeats decoded batches."""
 
     def __init__(self, batches: list[Batch], length: int) -> None:
         self.batches, self.length = batches, length
@@ -47,19 +47,19 @@ class Kept(Dataset[Batch]):
         return self.batches[index % len(self.batches)]
 
 
-def fit_on_kept_batches(cli: LRMCLI, callback: L.Callback) -> None:
-    """Train on a few batches held in memory, with one more callback, which comes last."""
+def fit_on_cached_batches(cli: LRMCLI, callback: L.Callback) -> None:
+    """Train on a few batches held in memory, with one more callback at the end of the list."""
     data, steps = cli.datamodule, cli.trainer.max_steps
     data.setup("fit")
     data.trainer = cli.trainer
     batches = [batch.to("cpu") for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
-    data.train_dataloader = lambda: DataLoader(Kept(batches, steps), batch_size=None)
+    data.train_dataloader = lambda: DataLoader(RepeatedBatches(batches, steps), batch_size=None)
     cli.trainer.callbacks.append(callback)
     cli.trainer.fit(cli.model, data)
 
 
-def in_processes(processes: int, threads: int, module: str, *arguments: str) -> str:
-    """Run a module of this package under torchrun, each process with so many threads; returns what it printed."""
+def run_processes(processes: int, threads: int, module: str, *arguments: str) -> str:
+    """Run a module of this package under torchrun and return its standard output."""
     command = [
         sys.executable,
         "-m",
@@ -82,7 +82,7 @@ def in_processes(processes: int, threads: int, module: str, *arguments: str) -> 
 
 
 def machine() -> dict[str, object]:
-    """Say on what the figures were taken, and how busy it was with other things."""
+    """Return the processor, the version of torch and the load of this machine."""
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

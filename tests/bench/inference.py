@@ -1,9 +1,9 @@
-"""(i) From an image to a grid of densities at TripoSR's size, against the plain twin of its code, in turns.
+"""Time from an image to a density grid at TripoSR's size, relative to a plain reimplementation of its code.
 
-Random weights, bf16 products. Both reconstruct the same image; ours then reads a 256^3 lattice coarse to fine, theirs
-reads every point, 8192 at a time, of a 128^3 lattice, which counts eight times. The field that the grid is read of is
-that of a ball, an object among empty space: random weights have none. Marching cubes, decimation, colors and GLB
-come after, apart, and so does the same grid of noise, of which nothing can be passed over.
+Random weights and bf16 products. Both sides encode the same image. This package then queries a 256^3 grid coarse to
+fine; the reimplementation queries every point of a 128^3 grid, 8192 at a time, and its time is multiplied by eight. The
+queried field is that of a ball, because random weights give no empty space. Marching cubes, decimation, colors and GLB
+are timed separately, and so is a grid of noise, which has no empty space to skip.
 """
 
 from pathlib import Path
@@ -18,17 +18,17 @@ from lrm_pl.meshing.surface import extract_mesh
 from lrm_pl.models.triplane import Triplane
 from lrm_pl.progress import listening, stage
 from lrm_pl.rendering.density_grid import density_grid, query_density
+from tests.bench.components import TRIPOSR_LEVEL, Plain, ball, in_turns
 from tests.bench.demo_run import ROOT
-from tests.bench.parts import TRIPOSR_LEVEL, Plain, ball, in_turns
 from tests.parity.triposr import RADIUS, TripoSR
 
-#: Points along each axis of ours, and of theirs, which is scaled up.
+#: Resolution of the grid of this package, and of the reimplementation.
 OURS, THEIRS = 256, 128
 
 
 @torch.no_grad()
 def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
-    """Measure forward and grid of both sides, and what follows of ours."""
+    """Measure the forward pass and the grid of both sides, and the remaining stages of this package."""
     torch.manual_seed(0)
     network, renderer = build_network(yaml.safe_load((ROOT / "configs/model/triposr.yaml").read_text()))
     network.eval()

@@ -1,6 +1,7 @@
-"""The training stream against decoding alone, and against OpenLRM's way: 4 of 32 views at 512 px, samples a second.
+"""Samples per second of the training stream, relative to decoding alone and to OpenLRM's dataset class.
 
-The images are renders of demo objects, made once and kept in bench/. Each side has the same processes.
+Each sample has 4 of 32 views at 512 px. The images are renders of demo objects; they are rendered once and stored in
+bench/. All sides use the same number of processes.
 """
 
 import itertools
@@ -31,7 +32,7 @@ STEPS, WARM = 50, 10
 
 
 def measure(_: Path, rounds: int) -> list[dict[str, object]]:
-    """Run the three sides in turns, without workers and with two."""
+    """Measure the three sides alternately, with no workers and with two."""
     shards, images = prepare(ROOT / "bench" / "loader")
     torch.set_num_threads(1)
     makers: dict[str, Callable[[], Dataset]] = {
@@ -59,7 +60,7 @@ def measure(_: Path, rounds: int) -> list[dict[str, object]]:
 
 
 def prepare(folder: Path) -> tuple[Path, Path]:
-    """Render the shards, and unpack them to OpenLRM's layout, where that is not done yet."""
+    """Render the shards and unpack them to OpenLRM's layout, unless they exist."""
     assets, shards, images = folder / "assets", folder / "shards", folder / "images"
     if not (shards / "manifest.json").is_file():
         assets.mkdir(parents=True, exist_ok=True)
@@ -88,14 +89,14 @@ def prepare(folder: Path) -> tuple[Path, Path]:
 
 
 def stream(shards: Path) -> TrainingStream:
-    """Make the training stream: an input view and three more."""
+    """Return the training stream: an input view and three more per sample."""
     crop = Augmentation(CropConfig(128, 384, 128))
     mixture = Mixture([DataSet(str(shards))])
     return TrainingStream(mixture, BatchPartition(BATCH), 1, USED - 1, 0, None, crop, 0, 4, STEPS + WARM)
 
 
 def rate(dataset: Dataset, workers: int) -> float:
-    """Return samples a second, after some batches; ours as a step on a CPU receives them."""
+    """Return the samples per second after a warm-up; packed batches are unpacked as for a CPU step."""
     batched = None if isinstance(dataset, IterableDataset) else BATCH
     loader = DataLoader(dataset, batch_size=batched, num_workers=workers)
     batches = (batch.to("cpu") if isinstance(batch, PackedBatch) else batch for batch in loader)
@@ -108,7 +109,7 @@ def rate(dataset: Dataset, workers: int) -> float:
 
 
 class Decoding(IterableDataset[int]):
-    """Decodes the views that a stream takes, held in memory as bytes, and does nothing with them."""
+    """Decode the encoded views of a stream from memory, and discard the result."""
 
     def __init__(self, source: TrainingStream) -> None:
         places = [source.order.locate(g) for g in range(BATCH * (STEPS + WARM))]
@@ -133,7 +134,7 @@ class Decoding(IterableDataset[int]):
 
 
 class Images(Dataset[dict[str, torch.Tensor]]):
-    """A folder of PNGs and poses an object, read as OpenLRM's dataset class does: floats at once, then resized."""
+    """Folders of PNGs and poses, read as OpenLRM's dataset class reads them: converted to float, then resized."""
 
     def __init__(self, folder: Path) -> None:
         self.folders = sorted(folder.iterdir())

@@ -1,7 +1,7 @@
-"""One Blender process for one object, nothing kept between its views: the usual script, with our settings.
+"""Render one object in one Blender process, as common rendering scripts do, with the settings of ``data_tools``.
 
-`.venv-render/bin/python -m tests.bench.one_object MESH VIEWS RESOLUTION SAMPLES THREADS FOLDER`. What differs from
-``data_tools``: the process starts for each object, and each view is the whole frame of a scene that Cycles reads anew.
+`.venv-render/bin/python -m tests.bench.one_object MESH VIEWS RESOLUTION SAMPLES THREADS FOLDER`. Unlike
+``data_tools``, it starts a process for each object, renders the whole frame, and reloads the scene for each view.
 """
 
 import sys

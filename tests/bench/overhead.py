@@ -1,4 +1,4 @@
-"""(b) What the framework costs: a step of the Trainer with all callbacks and logging, minus a bare loop's step."""
+"""Overhead of the framework: a Trainer step with all callbacks and logging, minus the step of a bare loop."""
 
 import statistics
 import tempfile
@@ -10,17 +10,17 @@ import lightning as L
 import torch
 
 from lrm_pl.data.batch import Batch
-from tests.bench.demo_run import build, fit_on_kept_batches
+from tests.bench.demo_run import build, fit_on_cached_batches
 
 TARGET = 0.03
-BLOCK = 10  # steps a side and turn: the Trainer's ten hold exactly one log line
+BLOCK = 10  # steps of each side per round; the Trainer logs once in ten steps
 
 
 class BareLoop(L.Callback):
-    """After every ten steps of the Trainer, do ten of the same kind without it, on the same batches."""
+    """After every ten steps of the Trainer, run ten steps without it on the same batches."""
 
     def __init__(self) -> None:
-        #: (wall seconds, processor seconds of all threads) of each turn; the latter bear with other programs.
+        #: (wall seconds, CPU seconds of all threads) per step of each round; CPU time ignores other programs.
         self.trainers: list[tuple[float, float]] = []
         self.bare: list[tuple[float, float]] = []
         self._batches: list[Batch] = []
@@ -54,12 +54,12 @@ class BareLoop(L.Callback):
 
 
 def measure(shards: Path, rounds: int) -> dict[str, object]:
-    """Measure so many turns; the share is the median of theirs."""
+    """Return the median over rounds of the overhead as a fraction of a step."""
     sides = BareLoop()
     with tempfile.TemporaryDirectory() as folder:
         steps = (rounds + 1) * BLOCK
         cli = build(shards, Path(folder), "--trainer.max_steps", str(steps), "--trainer.accelerator", "cpu")
-        fit_on_kept_batches(cli, sides)
+        fit_on_cached_batches(cli, sides)
     trainers, bare = sides.trainers[1:], sides.bare[1:]
     share, processor_share = (
         statistics.median((a[clock] - b[clock]) / a[clock] for a, b in zip(trainers, bare, strict=True))

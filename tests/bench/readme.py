@@ -1,30 +1,30 @@
-"""Keep the last figure of every benchmark as a table in the README."""
+"""The table of the latest results in tests/bench/README.md."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-BEGIN, END = "<!-- what make bench found last -->", "<!-- end of it -->"
+BEGIN, END = "<!-- latest results of make bench -->", "<!-- end of results -->"
 
-#: (machine, benchmark) -> (what was found, what is wanted)
+#: (machine, benchmark) -> (value, target)
 Rows = dict[tuple[str, str], tuple[str, str]]
 
 
 def table(rows: Rows) -> str:
-    """Write the figures as a markdown table, machine by machine, in the order of first appearance."""
+    """Format results as one Markdown table per machine, in order of first appearance."""
     lines = []
     for machine in dict.fromkeys(machine for machine, _ in rows):
-        lines += [f"On {machine}:", "", "| | found | wanted |", "|---|---|---|"]
+        lines += [f"On {machine}:", "", "| | value | target |", "|---|---|---|"]
         lines += [
             f"| {name} | {found} | {wanted} |"
-            for (place, name), (found, wanted) in rows.items()
-            if place == machine
+            for (owner, name), (found, wanted) in rows.items()
+            if owner == machine
         ]
         lines.append("")
     return "\n".join(lines)
 
 
 def read_table(text: str) -> Rows:
-    """Read what ``table`` wrote."""
+    """Parse the output of ``table``."""
     rows, machine = Rows(), ""
     for line in text.splitlines():
         if line.startswith("On "):
@@ -36,14 +36,14 @@ def read_table(text: str) -> Rows:
 
 
 def update(readme: Path, records: Iterable[dict]) -> None:
-    """Put new figures in the place of their old ones, between the marks in the README; other figures stay.
+    """Replace results between the markers of a README; results of other benchmarks stay.
 
     Raises:
-        ValueError: The marks are not there.
+        ValueError: The markers are missing.
     """
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme}: expected the marks {BEGIN} and {END} once each")
+        raise ValueError(f"{readme}: expected the markers {BEGIN} and {END} once each")
     before, (old, after) = text.split(BEGIN)[0], text.split(BEGIN)[1].split(END)
     new = {
         (_machine(record), record["bench"]): (f"{record['value']:.3g}", record["target"])

@@ -1,7 +1,7 @@
-"""Views a second of `data_tools render` over those of the usual way: one Blender process an object, nothing kept.
+"""Views per second of `data_tools render`, relative to one Blender process per object.
 
-The usual way gets as many processes at a time as there are cores, of one thread each, so that none of them idles. Ours
-renders each object four times over: its start and end, some five seconds, are meant for thousands of objects.
+The reference runs one single-threaded process per core at a time. `data_tools render` renders each object four times,
+because its startup and shutdown of some five seconds are meant for thousands of objects.
 """
 
 import os
@@ -22,7 +22,7 @@ PYTHON = ROOT / ".venv-render" / "bin" / "python"
 
 
 def measure(_: Path, rounds: int, objects: int = 48) -> list[dict[str, object]]:
-    """Render the same objects either way in turns."""
+    """Render the same objects alternately with both."""
     meshes = sorted((ROOT / "data_tools" / "demo_assets").glob("*.glb"))[:objects]
     ours, theirs, cycles = list[float](), list[float](), list[float]()
     for _round in range(rounds):
@@ -49,7 +49,7 @@ def measure(_: Path, rounds: int, objects: int = 48) -> list[dict[str, object]]:
 
 
 def one_process_an_object(meshes: list[Path], folder: Path) -> float:
-    """Return views a second, start included."""
+    """Return the views per second, startup included."""
     cores = len(os.sched_getaffinity(0))
 
     def render(mesh: Path) -> None:
@@ -65,7 +65,7 @@ def one_process_an_object(meshes: list[Path], folder: Path) -> float:
 
 
 def data_tools(meshes: list[Path], folder: Path) -> tuple[float, float]:
-    """Return views a second, start included, and the share of the time that Cycles took."""
+    """Return the views per second, startup included, and the fraction of the time spent in Cycles."""
     assets = folder / "assets"
     assets.mkdir()
     for mesh in meshes:

@@ -1,6 +1,6 @@
-"""(a) Two processes of one thread against one process of two threads: samples a second.
+"""Samples per second of two processes with one thread, relative to one process with two threads.
 
-`python -m tests.bench.scaling SHARDS STEPS` is one process of either side.
+`python -m tests.bench.scaling SHARDS STEPS PROCESSES` runs one process of either side.
 """
 
 import itertools
@@ -14,14 +14,14 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from tests.bench.demo_run import build, fit_on_kept_batches, in_processes
+from tests.bench.demo_run import build, fit_on_cached_batches, run_processes
 
 TARGET = 0.9
-SKIPPED = 5  # steps that fill caches
+SKIPPED = 5  # warm-up steps
 
 
 class StepTimes(L.Callback):
-    """Note when each step ends."""
+    """Record the end time of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -31,11 +31,11 @@ class StepTimes(L.Callback):
 
 
 def measure(shards: Path, rounds: int, steps: int = 25) -> dict[str, object]:
-    """Run the two sides in turn; the rate of a run is that of its median step."""
+    """Run the two sides alternately; the rate of a run is that of its median step."""
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
         for processes in (1, 2):
-            printed = in_processes(
+            printed = run_processes(
                 processes, 2 // processes, "tests.bench.scaling", str(shards), str(steps), str(processes)
             )
             lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
@@ -53,7 +53,7 @@ def measure(shards: Path, rounds: int, steps: int = 25) -> dict[str, object]:
 
 
 def one_side(shards: Path, steps: int, processes: int) -> None:
-    """Train, and print the rate."""
+    """Train and print the samples per second."""
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         strategy = ["-c", "configs/trainer/ddp.yaml"] if processes > 1 else []
@@ -62,7 +62,7 @@ def one_side(shards: Path, steps: int, processes: int) -> None:
             "--trainer.max_steps", str(steps + SKIPPED), "--trainer.enable_progress_bar", "false",
             "--trainer.callbacks", "[]",
         )  # fmt: skip
-        fit_on_kept_batches(cli, times)
+        fit_on_cached_batches(cli, times)
     ends = times.ends[SKIPPED - 1 :]
     step = statistics.median(b - a for a, b in itertools.pairwise(ends))
     if cli.trainer.is_global_zero:

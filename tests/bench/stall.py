@@ -1,4 +1,4 @@
-"""(c) How long a checkpoint holds training up: the longest step around a save, minus the median step."""
+"""Stall of training by a checkpoint: the longest step around a save, minus the median step."""
 
 import itertools
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 import lightning as L
 
-from tests.bench.demo_run import build, fit_on_kept_batches
+from tests.bench.demo_run import build, fit_on_cached_batches
 
 TARGET = 1.0
 EVERY = 12
 
 
 class Steps(L.Callback):
-    """Note how long each step takes, from batch end to batch end."""
+    """Record the end time of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -27,7 +27,7 @@ class Steps(L.Callback):
 
 
 def measure(shards: Path, rounds: int) -> dict[str, object]:
-    """Save so many times; a save is made at the start of a step, and written during that one and the next ones."""
+    """Save ``rounds`` checkpoints. A save starts with a step and is written during this step and the next ones."""
     times = Steps()
     keeper = {
         "class_path": "lrm_pl.training.checkpointing.CheckpointAndResume",
@@ -38,7 +38,7 @@ def measure(shards: Path, rounds: int) -> dict[str, object]:
             shards, Path(folder), "--trainer.max_steps", str((rounds + 1) * EVERY), "--trainer.accelerator", "cpu",
             "--trainer.callbacks", json.dumps([keeper]),
         )  # fmt: skip
-        fit_on_kept_batches(cli, times)
+        fit_on_cached_batches(cli, times)
     steps = [b - a for a, b in itertools.pairwise(times.ends)]  # steps[i] is step i + 2
     median = statistics.median(steps)
     stalls = []

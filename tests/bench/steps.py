@@ -1,6 +1,6 @@
-"""(d) A whole training step at the size of OpenLRM-small, and its memory, against the plain twin of their code.
+"""Time and memory of a training step of OpenLRM-small, relative to a plain reimplementation of its code.
 
-Batch 1, source of 224 px, encoder trained, 4 views, 96 samples a ray, MSE + TV, AdamW, bf16, random weights, no LPIPS.
+Batch 1, input of 224 px, trained encoder, 4 views, 96 samples per ray, MSE + TV, AdamW, bf16, random weights, no LPIPS.
 """
 
 import json
@@ -24,14 +24,14 @@ from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks
 from tests.bench.demo_run import ROOT
 from tests.parity.openlrm import OpenLRM
 
-#: Seen of OpenLRM's own code on two cores with AMX: seconds a step, GB.
+#: Measured with OpenLRM's own code on two cores with AMX: seconds per step, GB.
 SEEN = {64: (7.6, 5.7), 128: (39.0, 10.9)}
 FASTER = {64: 2.0, 128: 3.0}
 C2W, CAMERA = orbit(4, 2.2, 10.0)[None], torch.tensor([1.2, 1.2, 0.5, 0.5]).expand(1, 4, 4)
 
 
 class Ours:
-    """What `lrm fit -c configs/model/NAME.yaml` does in a step with one object."""
+    """The training step of `lrm fit -c configs/model/NAME.yaml` with one object."""
 
     def __init__(self, name: str = "openlrm_small") -> None:
         config = yaml.safe_load((ROOT / f"configs/model/{name}.yaml").read_text())
@@ -40,7 +40,7 @@ class Ours:
         self.optimizer = OptimizerConfig().build(self.network)
 
     def pixels(self, size: int) -> tuple[Tensor, Tensor]:
-        """Render 4 views (1, 4, size, size, 3) over white; also the planes."""
+        """Return 4 views (1, 4, size, size, 3) over white, and the planes."""
         side = self.network.encoder.image_size
         triplane = self.network(torch.rand(1, 1, 3, side, side), C2W[:, :1], CAMERA[:, :1])
         field, jitter = self.network.field(triplane), torch.rand(1, 4, size, size)
@@ -52,7 +52,7 @@ class Ours:
 
 
 class Twin:
-    """The same, written plainly: planes repeated for each view, one graph of all samples, PyTorch's operators."""
+    """The same step with plain PyTorch operators: planes repeated for each view, one graph of all samples."""
 
     def __init__(self) -> None:
         self.network = OpenLRM(384, 12, 6, 37, 1024, 512, 12, 8, 32, 32)
@@ -68,7 +68,7 @@ class Twin:
 
 
 def main() -> None:
-    """Take steps of one side in this process, and print their times and the process's peak memory."""
+    """Run steps of one side and print their durations and the peak memory of the process."""
     side, size, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.manual_seed(0)
     run = Twin() if side == "twin" else Ours() if side == "ours" else Ours(side)
@@ -85,12 +85,12 @@ def main() -> None:
 
 
 def peak_gb() -> float:
-    """Return the most memory that this process has held so far, in GB."""
+    """Return the peak memory of this process in GB."""
     return peak_memory(torch.device("cpu"))["memory/peak_host_gib"] * 2**30 / 1e9
 
 
-def in_a_process(module: str, *arguments: object) -> dict:
-    """Run a module of this package alone, and read the JSON that it prints last."""
+def run_process(module: str, *arguments: object) -> dict:
+    """Run a module of this package in a process and return the JSON on its last line."""
     command = [sys.executable, "-m", f"tests.bench.{module}", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
@@ -99,11 +99,11 @@ def in_a_process(module: str, *arguments: object) -> dict:
 
 
 def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
-    """Let both sides take turns at both sizes."""
+    """Run both sides alternately at both sizes."""
     results: list[dict[str, object]] = []
     for size in (64, 128):
         turns = [
-            {side: in_a_process("steps", side, size, 2) for side in ("ours", "twin")} for _ in range(rounds)
+            {side: run_process("steps", side, size, 2) for side in ("ours", "twin")} for _ in range(rounds)
         ]
         seconds, memory = (
             {side: statistics.median(f(turn[side]) for turn in turns) for side in ("ours", "twin")}
@@ -119,7 +119,7 @@ def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
         ("small", 24, "demo's size, one object"),
         ("lrm", 128, "paper's size, one object"),
     ):
-        turn = in_a_process("steps", name, size, 2)
+        turn = run_process("steps", name, size, 2)
         results.append({
             "bench": f"whole step, {title}, 4 views of {size} px: seconds", "value": statistics.median(turn["seconds"]),
             "target": "-", "met": True, "peak_gb": turn["peak_gb"], "rounds": 1,

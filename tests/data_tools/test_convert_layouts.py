@@ -361,7 +361,7 @@ def test_where_all_objects_are_bad_nothing_takes_the_name_and_the_reasons_stay(l
     ]
     assert main(arguments) == 1
     assert re.search(
-        r"found none among 1 that can be used; .*failures.jsonl .*expected a file", capsys.readouterr().err
+        r"found none among 1 that can be used\. .*failures.jsonl .*expected a file", capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
     assert "a" in (tmp_path / "out.failures.jsonl").read_text()

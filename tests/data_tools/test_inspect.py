@@ -109,7 +109,7 @@ def test_a_folder_without_a_table_says_what_became_of_its_objects(folder, capsys
         (
             "failures.jsonl",
             b"\n{broken\n",
-            "line 2: expected a record with id, file and reason, but found .*delete the line",
+            "line 2: expected a record with id, file and reason, but found .*Delete the line",
         ),
         ("failures.jsonl", b'{"id": "b"}\n', "line 1: "),
         ("failures.jsonl", b"\xff\n", "line 1: "),

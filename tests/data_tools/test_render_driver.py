@@ -165,7 +165,7 @@ def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
         (
             {"views": 3},
             "views: expected 3 as asked for now, but found 2",
-            "go on with that, or choose another OUT=.*merge",
+            "Go on with that, or choose another OUT=.*merge",
         ),
         ({"rules": ("white <= 1",)}, "rules: expected", r"repack --shards .* --out \.\.\. --where"),
         ({"held_out": 2}, "held_out: expected 2", "repack .* --held-out N"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lrm_pl.cli.parsed import model_without_numbers
 from lrm_pl.losses.objective import Objective
 from lrm_pl.planning.renderer import renderer_operations
 from lrm_pl.planning.run_plan import plan
@@ -91,7 +92,7 @@ def test_bytes_of_the_papers_step(root):
     """
     moved = {}
     for name, gpu in (("plain", V100), ("fused", A100)):
-        planned = plan(["-c", str(root / "configs/experiment/paper.yaml")], 128, gpu)
+        planned = plan(*model_without_numbers(["-c", str(root / "configs/experiment/paper.yaml")]), 128, gpu)
         module, shape = planned.module, planned.shape
         assert (shape.objects, shape.views, shape.size, shape.dtype) == (8, 4, 128, torch.bfloat16)
         assert shape.hits == pytest.approx(0.95, abs=0.01)

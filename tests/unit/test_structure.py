@@ -17,3 +17,7 @@ def test_no_test_module_imports_another(module):
             assert node.module is None or not (
                 names[0] == "tests" and any(n.startswith("test_") for n in names)
             )
+
+
+def test_benchmarks_can_be_imported():
+    import tests.bench.__main__  # noqa: F401

@@ -1,4 +1,4 @@
-"""(f) The parts: encoder, transformer, renderer, grid queries, marching cubes; random weights, bf16 products."""
+"""Encoder, transformer, renderer, grid queries and marching cubes, with random weights and bf16 products."""
 
 import statistics
 import time
@@ -25,15 +25,15 @@ from lrm_pl.rendering.renderer import Renderer
 from tests.bench.demo_run import ROOT
 from tests.parity.triposr import RADIUS, TripoSR
 
-#: Seen of TripoSR's own code on two cores with AMX: 2.1 million points of a grid in 1.5 s; an image of 128 x 128 rays
-#: of 128 samples in 1.3 s.
+#: Measured with TripoSR's own code on two cores with AMX: 2.1 million grid points in 1.5 s; an image of 128 x 128
+#: rays of 128 samples in 1.3 s.
 TRIPOSR_POINTS, TRIPOSR_SAMPLES = 2.1e6 / 1.5, 128**3 / 1.3
-#: The density at which it cuts surfaces.
+#: TripoSR's density threshold for marching cubes.
 TRIPOSR_LEVEL = 25.0
 
 
 def seconds(work: Callable[[], object], rounds: int) -> float:
-    """Do it once to warm up, then return the median."""
+    """Return the median duration of a function after one warm-up call."""
     work()
     times = []
     for _ in range(rounds):
@@ -44,7 +44,7 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
 
 
 def in_turns(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Let two sides take turns after one each to warm up; medians."""
+    """Return the median durations of two functions that alternate, after one warm-up call each."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for work, spent in zip((ours, theirs), times, strict=True):
@@ -56,7 +56,7 @@ def in_turns(ours: Callable[[], object], theirs: Callable[[], object], rounds: i
 
 
 def block_flops(length: int, dim: int, image_tokens: int, image_dim: int) -> int:
-    """Count the products of one block forward: linear layers, then attention."""
+    """Return the FLOPs of the matrix products of one block's forward pass: linear layers and attention."""
     linear = 2 * length * dim * dim * (3 + 1 + 1 + 1 + 8) + 2 * image_tokens * image_dim * 2 * dim
     return linear + 4 * length * length * dim + 4 * length * image_tokens * dim
 
@@ -134,13 +134,13 @@ def renderer(rounds: int) -> list[dict[str, object]]:
 
 
 class Plain:
-    """TripoSR's queries and images, written plainly, 8192 points at a time as its own code takes them."""
+    """Plain reimplementation of TripoSR's queries and rendering in chunks of 8192 points, as in its own code."""
 
     def __init__(self, planes: Tensor) -> None:
         self.network, self.planes = TripoSR(channels=planes.shape[2]), planes
 
     def query(self, points: Tensor) -> Tensor:
-        """Read densities at points (Q, 3)."""
+        """Return the densities at points (Q, 3)."""
         return torch.cat(
             [self.network.query(self.planes, part[None])[0] for part in points.split(8192)], dim=1
         )
@@ -152,14 +152,14 @@ class Plain:
 
 
 def ball(decoder: NeRFDecoder) -> Tensor:
-    """Fit planes and decoder to a ball of radius 1/2, a fifteenth of the box: an object among empty space."""
+    """Fit planes and decoder to a ball of radius 1/2, which fills a fifteenth of the box."""
     planes = torch.zeros(1, 3, decoder.channels, 64, 64, requires_grad=True)
     optimizer = torch.optim.Adam([planes, *decoder.parameters()], 5e-3)
     for _ in range(150):
         points = torch.rand(16384, 3) * 2 - 1
         field = decoder.field(Triplane(planes, "triposr"))
         raw, _ = field.decode(field.sample(field.planes[0], points), field.weights)
-        # Outside it must become too thin to be seen, e^-12; inside as dense as an object is, e^5.
+        # Densities are exponentials: invisible outside (e^-12), opaque inside (e^5).
         wanted = torch.where(points.norm(dim=-1) < 0.5, 6.0, -11.0)
         optimizer.zero_grad()
         F.smooth_l1_loss(raw, wanted).backward()
@@ -168,8 +168,8 @@ def ball(decoder: NeRFDecoder) -> Tensor:
 
 
 @torch.no_grad()
-def looking(rounds: int) -> list[dict[str, object]]:
-    """Query a grid, draw an image and cut a mesh at TripoSR's size; the plain twin of its code takes turns."""
+def queries(rounds: int) -> list[dict[str, object]]:
+    """Query a grid, render an image and extract a mesh at TripoSR's size, alternating with the reimplementation."""
     decoder, render, _ = _decoder("triposr")
     axis = torch.linspace(-1, 1, 128)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), dim=-1).view(-1, 3)
@@ -238,7 +238,7 @@ def looking(rounds: int) -> list[dict[str, object]]:
 
 
 def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
-    """Measure all parts."""
+    """Measure all components."""
     torch.manual_seed(0)
-    parts = (encoder, transformer, renderer, looking)
+    parts = (encoder, transformer, renderer, queries)
     return [result for part in parts for result in part(rounds)]
