@@ -1,9 +1,9 @@
-"""Color spaces that image files declare, and the conversion of their colors to sRGB of 8 bits. numpy and PIL only.
+"""Conversion of images from the color space declared by their file to 8-bit sRGB. numpy and PIL only.
 
-Read are ICC profiles, PNG's cICP, sRGB, gAMA and cHRM chunks, AVIF's nclx, BMP's V4 and V5 headers, and EXIF's and
-TIFF's tags. A declaration that is damaged, or that does not fit the image's mode, counts as none, as in browsers.
-Without a declaration colors are sRGB, and CMYK is its complement. A PNG of 16 bits is converted before it is rounded to
-8 where a curve is declared, but not by a profile, which PIL converts 8 bits with.
+Supported declarations are ICC profiles, the cICP, sRGB, gAMA and cHRM chunks of PNG, nclx of AVIF, the V4 and V5
+headers of BMP, and EXIF and TIFF tags. A declaration that is damaged or does not match the image's mode is ignored, as
+in browsers. Without a declaration, colors are sRGB, and CMYK is its complement. A 16-bit PNG with a declared transfer
+function is converted before rounding to 8 bits; ICC profiles are applied to 8 bits.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ _PRIMARIES: Final = {
     12: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, *_D65),  # Display P3
 }
 
-#: ITU-T H.273, table 3: code -> exponent; None is sRGB's curve. The curves of BT.601, 709 and 2020 (1, 6, 14, 15) are
-#: those of cameras; browsers show such images by sRGB's.
+#: ITU-T H.273, table 3: code -> exponent; None is sRGB's curve. BT.601, 709 and 2020 (1, 6, 14, 15) define
+#: camera curves; browsers display such images with the sRGB curve.
 _TRANSFERS: Final = dict.fromkeys((1, 2, 6, 13, 14, 15)) | {4: 2.2, 5: 2.8, 8: 1.0}
 _HDR: Final = {16: "PQ, which is HDR", 18: "HLG, which is HDR"}
 
-#: XYZ to the responses of the cones (Bradford).
+#: XYZ to cone responses (Bradford).
 _CONES: Final = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 _GRAY_MODES: Final = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 
-#: Largest difference, of 255, that is rounding.
+#: Maximum difference, in levels of 255, that counts as rounding.
 _ROUNDING: Final = 1
 
 #: Rows converted at a time; bounds memory.
 _ROWS: Final = 256
 
-#: EXIF: tags of the first directory, and of those that it names.
+#: EXIF tags of the main directory and of its sub-directories.
 _TRANSFER_FUNCTION, _WHITE, _RGB_PRIMARIES = 0x012D, 0x013E, 0x013F
 _EXIF_IFD, _INTEROP_IFD = 0x8769, 0xA005
 _COLOR_SPACE, _GAMMA, _INTEROP_INDEX = 0xA001, 0xA500, 1
@@ -71,7 +71,7 @@ Converter = Callable[[Image.Image], Image.Image]
 
 
 class ColorSpaceError(InputError):
-    """An image's colors cannot be converted to sRGB."""
+    """The colors of an image cannot be converted to sRGB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ColorSpace:
 
     Attributes:
         xy: CIE 1931 x and y of red, green, blue and white.
-        gamma: Exponent that makes stored values linear light; None is sRGB's curve.
+        gamma: Exponent from stored to linear values; None for the sRGB curve.
     """
 
     xy: tuple[float, ...] = _BT709
@@ -92,20 +92,20 @@ ADOBE_RGB: Final = ColorSpace((0.64, 0.33, 0.21, 0.71, 0.15, 0.06, *_D65), 563 /
 
 
 def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image.Image:
-    """Convert an image's colors from the color space that its file declares to sRGB.
+    """Convert an image from the color space declared by its file to sRGB.
 
     Args:
-        image: The image as PIL opened it: its mode and metadata.
-        rgb: Its colors as they are stored, RGB of 8 bits.
-        content: Its file, for what PIL does not read (cICP, nclx, BMP's headers); empty where there is none.
+        image: Image as opened by PIL, for its mode and metadata.
+        rgb: Stored colors, 8-bit RGB.
+        content: Content of the file, for declarations that PIL does not read (cICP, nclx, BMP headers); may be empty.
 
     Returns:
-        RGB of 8 bits; ``rgb`` itself where its colors are sRGB's but for rounding.
+        8-bit RGB; ``rgb`` itself if its colors are sRGB up to rounding.
 
     Raises:
-        ColorSpaceError: A color space that cannot be converted, such as HDR.
+        ColorSpaceError: The color space cannot be converted, such as HDR.
     """
-    space = _png_codes(content)  # before a profile, as PNG's specification says
+    space = _png_codes(content)  # takes precedence over a profile (PNG specification)
     profile = image.info.get("icc_profile") or _bmp_profile(content)
     if space is None and profile:
         converted = _by_profile(image, rgb, profile)
@@ -115,18 +115,18 @@ def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image
     return rgb if space is None or space == SRGB else _by_space(rgb, space, _sixteen_bits(image, content))
 
 
-def says_srgb(image: Image.Image, content: bytes) -> bool:
-    """Say whether an image that PIL has opened declares sRGB or nothing; arguments as in ``to_srgb``.
+def is_srgb(image: Image.Image, content: bytes) -> bool:
+    """Return whether an image declares sRGB or no color space; arguments as in ``to_srgb``.
 
     Raises:
-        ColorSpaceError: As ``to_srgb``.
+        ColorSpaceError: The color space cannot be converted.
     """
     space = _png_codes(content) or _declared_space(image, content)
     return "icc_profile" not in image.info and (space is None or space == SRGB)
 
 
 def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
-    """Read every declaration that a profile takes precedence over."""
+    """Return the color space of the first declaration other than a profile."""
     for declared in (_avif_codes, _png_gamma, _bmp_space, _exif_space):
         space = declared(image, content)
         if space is not None:
@@ -135,7 +135,7 @@ def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] | None:
-    """Read the (H, W, 3) colors of a PNG of 16 bits, of which PIL keeps the upper halves; None of other images."""
+    """Return the (H, W, 3) colors of a 16-bit PNG, of which PIL keeps only the upper bytes; None for other images."""
     if not content.startswith(_PNG) or content[24] != 16:
         return None
     if image.mode.startswith("I;16"):
@@ -143,23 +143,23 @@ def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] 
     if image.mode not in ("RGB", "RGBA"):
         return None
     with Image.open(io.BytesIO(content), formats=("PNG",)) as lower:
-        # PIL keeps the second byte of two here: the upper half of a number that begins with its lower one.
+        # In this mode PIL keeps the second byte of each sample, the lower one in PNG's byte order.
         lower.tile = [tile._replace(args=f"{lower.mode};16L") for tile in lower.tile]
         upper, low = (np.asarray(half)[..., :3].astype(np.uint16) for half in (image, lower))
     return np.bitwise_or(upper << np.uint16(8), low)
 
 
 def _by_space(rgb: Image.Image, space: ColorSpace, deep: npt.NDArray[np.uint16] | None = None) -> Image.Image:
-    """Convert from a color space.
+    """Convert colors from a color space to sRGB.
 
     Args:
-        rgb: The colors.
+        rgb: 8-bit colors.
         space: Their color space.
-        deep: The same in 16 bits, where there are as many.
+        deep: The same colors in 16 bits, if available.
     """
     try:
         matrix = (np.linalg.inv(_to_xyz(_BT709)) @ _to_xyz(space.xy)).astype(np.float32)
-    except np.linalg.LinAlgError:  # colors on one line, or no white
+    except np.linalg.LinAlgError:  # collinear primaries, or no white
         return rgb
     light = np.arange(1 << 16) / 65535
     encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
@@ -192,7 +192,7 @@ def _to_xyz(xy: tuple[float, ...]) -> npt.NDArray[np.float64]:
 
 
 def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
-    """Convert an image unless that would change no color but by rounding: declared sRGB keeps its values."""
+    """Convert an image, unless the conversion changes colors by rounding only."""
     levels = np.linspace(0, 255, 18).astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 18, 3)
     if image.mode == "L":
@@ -205,7 +205,7 @@ def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
 
 
 def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert by an ICC profile; None where it is broken or does not fit the image."""
+    """Convert by an ICC profile; None if it is damaged or does not match the image."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
@@ -221,16 +221,16 @@ def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.I
 
 
 def _coded(primaries: int, transfer: int) -> ColorSpace | None:
-    """Look up the codes of H.273; None where neither is specified."""
+    """Return the color space of codes of H.273; None if both are unspecified."""
     if primaries == transfer == 2:
         return None
     if primaries in _PRIMARIES and transfer in _TRANSFERS:
         return ColorSpace(_PRIMARIES[primaries], _TRANSFERS[transfer])
-    what = (
+    found = (
         _HDR.get(transfer) or f"color primaries {primaries} and transfer characteristics {transfer} of H.273"
     )
     raise ColorSpaceError(
-        expected="colors that can be converted to sRGB", found=what, remedy="export it as sRGB"
+        expected="colors that can be converted to sRGB", found=found, remedy="export it as sRGB"
     )
 
 
@@ -245,8 +245,8 @@ def _png_codes(content: bytes) -> ColorSpace | None:
             primaries, transfer, matrix, full_range = content[at + 8 : at + 12]
             if matrix or full_range != 1:
                 raise ColorSpaceError(
-                    expected="RGB of full range in a PNG",
-                    found="a cICP chunk of YCbCr or of narrow range",
+                    expected="full-range RGB in a PNG",
+                    found="a cICP chunk of YCbCr or narrow range",
                     remedy="export it as sRGB",
                 )
             return _coded(primaries, transfer)
@@ -263,7 +263,7 @@ def _png_gamma(image: Image.Image, _: bytes) -> ColorSpace | None:
         points = None
     if not gamma and points is None:
         return None
-    # 0.45455 stands for sRGB's curve: every program that writes an sRGB chunk writes this beside it.
+    # 0.45455 denotes the sRGB curve: encoders write it together with an sRGB chunk.
     exponent = None if not gamma or abs(gamma - 0.45455) < 0.0005 else 1 / gamma
     return ColorSpace(_BT709 if points is None else (*points[2:], *points[:2]), exponent)
 
@@ -285,11 +285,11 @@ def _avif_codes(_: Image.Image, content: bytes) -> ColorSpace | None:
 
 
 def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
-    """List the properties of the primary item of a HEIF file (ISO 23008-12): kind, start and end of each."""
+    """Return type, start and end of the properties of the primary item of a HEIF file (ISO 23008-12)."""
     meta = _box(content, b"meta", 0, len(content))
     if meta is None:
         raise ColorSpaceError(
-            expected="a still image in the AVIF", found="a sequence alone", remedy="export its first frame"
+            expected="a still image in the AVIF", found="an image sequence", remedy="export its first frame"
         )
     first = meta[0] + 4  # after version and flags
     boxes = {kind: (start, end) for kind, start, end in _boxes(content, first, meta[1])}
@@ -317,7 +317,7 @@ def _box(content: bytes, wanted: bytes, start: int, end: int) -> tuple[int, int]
 
 
 def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the boxes of an ISO file: kind, start and end of what is in each."""
+    """Yield type, start and end of the content of each box of an ISO base media file."""
     while start + 8 <= end:
         size, kind = struct.unpack_from(">I4s", content, start)
         head = 8
@@ -331,7 +331,7 @@ def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, i
 
 
 def _bmp_kind(content: bytes) -> bytes:
-    """Return what a BMP's V4 or V5 header says of its colors, as four letters; empty where nothing."""
+    """Return the four-letter color space type of a BMP's V4 or V5 header; empty without one."""
     if not content.startswith(b"BM") or len(content) < 122 or int.from_bytes(content[14:18], "little") < 108:
         return b""
     return content[70:74][::-1]
@@ -347,8 +347,8 @@ def _bmp_profile(content: bytes) -> bytes | None:
 def _bmp_space(_: Image.Image, content: bytes) -> ColorSpace | None:
     kind = _bmp_kind(content)
     if kind == b"LINK" or (kind == bytes(4) and any(content[74:122])):
-        what = "a profile in another file" if kind == b"LINK" else "endpoints of its own"
-        raise ColorSpaceError(expected="a BMP of sRGB", found=f"one with {what}", remedy="export it as sRGB")
+        found = "a profile in another file" if kind == b"LINK" else "custom endpoints"
+        raise ColorSpaceError(expected="an sRGB BMP", found=found, remedy="export it as sRGB")
     return None
 
 
@@ -366,12 +366,12 @@ def _exif_space(image: Image.Image, _: bytes) -> ColorSpace | None:
         return None
     if number == 1:
         return SRGB
-    if number == 2 or index.startswith("R03"):  # what cameras write for Adobe RGB (DCF 2.0)
+    if number == 2 or index.startswith("R03"):  # Adobe RGB in DCF 2.0
         return ADOBE_RGB
     if own_curve:
         raise ColorSpaceError(
             expected="colors that can be converted to sRGB",
-            found="a TIFF with a transfer function of its own",
+            found="a TIFF with a custom transfer function",
             remedy="export it as sRGB",
         )
     if len(points) == 8 or gamma:
@@ -380,7 +380,7 @@ def _exif_space(image: Image.Image, _: bytes) -> ColorSpace | None:
 
 
 def _numbers(value: object, count: int) -> tuple[float, ...]:
-    """Make ``count`` finite positive numbers of a tag's value; empty where it holds others."""
+    """Return the ``count`` finite positive numbers of a tag's value; empty if it has others."""
     numbers = () if value is None else tuple(np.asarray(value, dtype=np.float64).ravel().tolist())
     fits = len(numbers) == count and all(math.isfinite(number) and number > 0 for number in numbers)
     return numbers if fits else ()

@@ -1,16 +1,16 @@
-"""The base class of expected errors, and counts in messages."""
+"""The base class of expected errors."""
 
 
 class InputError(ValueError):
-    """A config, command, file or folder cannot be used. Programs print its message without a traceback.
+    """Invalid configuration, command, file or folder. Programs print its message without a traceback.
 
-    Any other exception is a bug and keeps its traceback.
+    Other exceptions are bugs and keep their traceback.
 
     Args:
-        expected: What is needed; the whole message if nothing else is given.
-        found: What was given instead.
-        remedy: What to do about it.
-        subject: What the error is about, for example a path.
+        expected: Expected value as a noun phrase, or the complete message.
+        found: Actual value as a noun phrase.
+        remedy: Suggested fix as an imperative sentence.
+        subject: Subject of the error, for example a path.
 
     Attributes:
         problem: The message without the remedy.
@@ -29,5 +29,5 @@ class InputError(ValueError):
 
 
 def counted(number: int, noun: str) -> str:
-    """Write a number of things: ``1 shard``, ``2 shards``, ``2 processes``, ``2 meshes``."""
+    """Format a count with its noun: ``1 shard``, ``2 shards``, ``2 processes``, ``2 meshes``."""
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "sh")) else "s")

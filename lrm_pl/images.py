@@ -1,4 +1,4 @@
-"""Images from outside: opened with care, and framed as training images are. numpy and PIL only."""
+"""Open untrusted image files and frame objects as in training. numpy and PIL only."""
 
 import io
 import struct
@@ -14,14 +14,14 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from lrm_pl.color_spaces import ColorSpaceError, to_srgb
 from lrm_pl.errors import InputError
 
-#: Files that are read; PIL knows many more, of which some run other programs.
+#: Supported file formats; PIL supports more, some of which run external programs.
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 
-#: An image with more bytes or pixels is refused before it is decoded.
+#: Size limits, checked before decoding.
 MAX_BYTES: Final = 64 << 20
 MAX_PIXELS: Final = 64 << 20
 
-#: What PIL answers to a broken image.
+#: Exceptions that PIL raises for a damaged image.
 DECODE_ERRORS = (
     OSError,
     EOFError,
@@ -35,9 +35,9 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-#: EXIF's tag of how a camera was held, and what makes its images upright.
+#: EXIF orientation tag, and the transposition that makes an image of each orientation upright.
 _ORIENTATION: Final = 0x0112
-_TURNS: Final = {
+_TRANSPOSITIONS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,7 +47,7 @@ _TURNS: Final = {
     8: Image.Transpose.ROTATE_90,
 }
 
-#: TIFF's tags, and values of them.
+#: TIFF tags and values.
 _BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 259, 262, 339
 _WHITE_IS_ZERO, _YCBCR = 0, 6
 _JPEG_IN_TIFF: Final = (6, 7)
@@ -55,26 +55,26 @@ _JPEG_IN_TIFF: Final = (6, 7)
 #: Alpha (of 255) above which a pixel belongs to the object.
 _SOLID = 127
 
-#: Fraction of an image that an object has at least.
-_LEAST_SHARE = 1e-3
+#: Minimum fraction of opaque pixels of an image with an object.
+_MIN_FRACTION = 1e-3
 
-#: Longer side of an object, pixels, from which there is something to be seen of it.
-_LEAST_SIDE = 8
+#: Minimum longer side of an object, pixels.
+_MIN_SIDE = 8
 
-#: Levels (of 255) that an image's colors span at least where it shows something.
-_LEAST_CONTRAST = 8
+#: Maximum range of the colors of a uniform image, in levels of 255.
+_UNIFORM_RANGE = 8
 
 
 class ImageError(InputError):
-    """A file is no image that can be used; the message says what was expected and what was found."""
+    """An image is missing, damaged, unsupported or unusable."""
 
 
 class ImageTooLargeError(ImageError):
-    """An image has more bytes or pixels than it may have."""
+    """An image exceeds the limit of bytes or pixels."""
 
 
 class NotAnImageError(ImageError):
-    """A file is something else."""
+    """A file is not an image of a supported format."""
 
 
 def open_image(
@@ -85,20 +85,20 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     upright: bool = True,
 ) -> Image.Image:
-    """Open an image that anybody may have made, upright, as sRGB of 8 bits: RGB or RGBA.
+    """Open an untrusted image as 8-bit sRGB, RGB or RGBA.
 
     Args:
-        source: A file, or its bytes.
-        name: What messages call it; the path unless given.
-        max_bytes: Most bytes.
-        max_pixels: Most pixels.
-        upright: Turn it as its EXIF says; False where a camera was computed for the pixels as they are stored.
+        source: Path of the file, or its content.
+        name: Name in error messages; the path by default.
+        max_bytes: Maximum number of bytes.
+        max_pixels: Maximum number of pixels.
+        upright: Whether to apply the EXIF orientation; False if camera parameters refer to the stored pixels.
 
     Returns:
-        The image; RGBA where it has any transparency to it, else RGB.
+        The image; RGBA if it has transparency, else RGB.
 
     Raises:
-        ImageError: It is not there, no image, broken, too large, or of a kind whose colors are not known.
+        ImageError: The file is missing, damaged, too large, or has an unsupported format or color space.
     """
     name = name or str(source if isinstance(source, Path) else "the image")
     if isinstance(source, Path):
@@ -108,9 +108,7 @@ def open_image(
         try:
             content = source.read_bytes() if size <= max_bytes else b""
         except OSError as error:
-            raise ImageError(
-                expected=f"an image at {source}", found=f"that it cannot be read: {error}"
-            ) from error
+            raise ImageError(expected=f"a readable image at {source}", found=error) from error
     else:
         content, size = source, len(source)
     if size > max_bytes:
@@ -120,7 +118,7 @@ def open_image(
     _require_pixels(name, webp_size(content), max_pixels)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # we look ourselves
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked by _require_pixels
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 _require_pixels(name, image.size, max_pixels)
                 _prepare(image, content)
@@ -148,25 +146,23 @@ def open_image(
         raise NotAnImageError(
             subject=name,
             expected=f"an image ({', '.join(FORMATS)})",
-            found=f"{size} bytes of something else",
+            found=f"{size} bytes of an unknown format",
             remedy="convert it",
         ) from error
     except DECODE_ERRORS as error:
-        raise ImageError(subject=name, expected="a whole image", found=f"a broken one: {error}") from error
+        raise ImageError(subject=name, expected="an intact image", found=f"a damaged one: {error}") from error
 
 
 def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -> Image.Image:
-    """Turn an image as its EXIF says, and make it sRGB of 8 bits: RGBA where it has any transparency to it, else RGB.
-
-    What it returns has no metadata: whoever reads the orientation again finds the image upright.
+    """Convert an image to 8-bit sRGB without metadata: RGBA if it has transparency, else RGB.
 
     Args:
-        image: Any mode but floats and 32 bits.
-        content: Its file: PIL reads neither PNG's cICP nor AVIF's nclx (see ``color_spaces``).
-        upright: Turn it as its EXIF says.
+        image: Image of any mode except floats and 32 bits.
+        content: Content of its file, for declarations that PIL does not read (see ``color_spaces``).
+        upright: Whether to apply the EXIF orientation.
 
     Raises:
-        ImageError: Its samples have no known white, or its colors cannot be converted to sRGB.
+        ImageError: The white level is unknown, or the colors cannot be converted to sRGB.
     """
     plain = _eight_bits(image)
     try:
@@ -175,16 +171,16 @@ def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -
         raise ImageError(str(error)) from error
     if plain.mode == "RGBA":
         colors.putalpha(plain.getchannel("A"))
-    turned = _upright(colors, image) if upright else colors
-    turned.info.clear()
-    return turned
+    oriented = _upright(colors, image) if upright else colors
+    oriented.info.clear()
+    return oriented
 
 
 def webp_size(encoded: bytes) -> tuple[int, int]:
-    """Read width and height of a WebP out of its header: Pillow 12 allocates the image when it opens it.
+    """Return width and height from a WebP header, since Pillow 12 allocates the image on opening.
 
     Returns:
-        The size; (0, 0) where it is no WebP.
+        The size; (0, 0) if the content is not WebP.
     """
     if encoded[8:12] != b"WEBP":
         return 0, 0
@@ -198,9 +194,9 @@ def webp_size(encoded: bytes) -> tuple[int, int]:
 
 
 def has_background(image: Image.Image) -> bool:
-    """Say whether an image shows more than an object: most of its edge is opaque.
+    """Return whether an image has a background, that is, more than half of its border is opaque.
 
-    A cutout may touch the edge; a screenshot whose corners are round is transparent in the corners alone.
+    A cutout may touch the border, and a screenshot may have transparent corners.
     """
     if image.mode != "RGBA":
         return True
@@ -209,49 +205,50 @@ def has_background(image: Image.Image) -> bool:
     return bool(edge.mean() > 0.5)
 
 
-def without_background(image: Image.Image, remover: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Return an image as RGBA without its background; what was transparent stays transparent.
+def remove_background(image: Image.Image, remover: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Remove the background of an image; transparent pixels stay transparent.
 
     Args:
         image: RGB or RGBA.
-        remover: Makes an RGBA image of an RGB one.
+        remover: Function from an RGB image to an RGBA image without background.
+
+    Returns:
+        RGBA image.
     """
     alpha = image.convert("RGBA").getchannel("A")
     white = Image.new("RGB", image.size, "white")
-    white.paste(image.convert("RGB"), mask=alpha)  # colors under transparent pixels may be anything
+    white.paste(image.convert("RGB"), mask=alpha)  # colors of transparent pixels are undefined
     removed = remover(white)
     removed.putalpha(ImageChops.multiply(removed.getchannel("A"), alpha))
     return removed
 
 
-def is_plain(image: Image.Image) -> bool:
-    """Say whether an image shows one color only, as where a lens was covered."""
-    return int(np.ptp(np.asarray(image.convert("RGB")), axis=(0, 1)).max()) <= _LEAST_CONTRAST
+def is_uniform(image: Image.Image) -> bool:
+    """Return whether an image has a uniform color, as with a covered lens."""
+    return int(np.ptp(np.asarray(image.convert("RGB")), axis=(0, 1)).max()) <= _UNIFORM_RANGE
 
 
 def has_object(image: Image.Image) -> bool:
-    """Say whether a thousandth or more of an RGBA image is more than half opaque.
+    """Return whether at least 0.1% of the pixels of an RGBA image are more than half opaque.
 
-    Where a photo shows nothing, its background's remover, whose masks reach from 0 to 1 always, leaves a few specks.
+    Background removal normalizes its masks to [0, 1], so it leaves a few pixels even without an object.
     """
-    return float((np.asarray(image.getchannel("A")) > _SOLID).mean()) >= _LEAST_SHARE
+    return float((np.asarray(image.getchannel("A")) > _SOLID).mean()) >= _MIN_FRACTION
 
 
-def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:
-    """Cut an object out of its image, and place it as training images show objects.
-
-    The middle of its bounding box comes to the middle of a square, its longer side takes a share of the square's.
+def frame_object(image: Image.Image, foreground: float, side: int) -> Image.Image:
+    """Center and scale an object in a square image, as in the training images.
 
     Args:
-        image: RGBA, straight alpha.
-        foreground: That share.
+        image: RGBA with straight alpha.
+        foreground: Longer side of the object's bounding box as a fraction of the square's side.
         side: Side of the square, pixels.
 
     Returns:
-        A square RGBA image, straight alpha.
+        Square RGBA image with straight alpha.
 
     Raises:
-        ImageError: Everything in it is transparent, or the object has next to no pixels.
+        ImageError: The image is fully transparent, or the object is too small.
     """
     rgba = np.asarray(image, dtype=np.float32) / 255
     box = object_box(rgba[..., 3])
@@ -260,22 +257,22 @@ def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:
             expected="an object in the image", found="alpha 0 everywhere", remedy="check its alpha channel"
         )
     top, left, bottom, right = box
-    if max(bottom - top, right - left) < _LEAST_SIDE:
+    if max(bottom - top, right - left) < _MIN_SIDE:
         raise ImageError(
-            expected=f"an object of {_LEAST_SIDE} pixels or more",
-            found=f"one of {right - left} x {bottom - top}",
-            remedy="give a larger image",
+            expected=f"an object of at least {_MIN_SIDE} pixels",
+            found=f"{right - left} x {bottom - top}",
+            remedy="use a larger image",
         )
     scale = foreground * side / max(bottom - top, right - left)
     middle = (top + bottom) / 2, (left + right) / 2
-    # With a little around it, where alpha is soft. No more: a square around a long thin object has no bounds.
-    soft = 2 + max(bottom - top, right - left) // 50
-    top, left = max(0, top - soft), max(0, left - soft)
-    rgba = rgba[top : bottom + soft, left : right + soft]
-    place = round(side / 2 + (top - middle[0]) * scale), round(side / 2 + (left - middle[1]) * scale)
-    # Colors count as much as they are seen: what alpha hides must not come in from the edges.
+    # A margin for soft alpha; cropping to a square could exceed memory for a long thin object.
+    margin = 2 + max(bottom - top, right - left) // 50
+    top, left = max(0, top - margin), max(0, left - margin)
+    rgba = rgba[top : bottom + margin, left : right + margin]
+    offset = round(side / 2 + (top - middle[0]) * scale), round(side / 2 + (left - middle[1]) * scale)
+    # Resize premultiplied colors, so that hidden colors do not bleed in.
     premultiplied = (*np.moveaxis(rgba[..., :3] * rgba[..., 3:], -1, 0), rgba[..., 3])
-    channels = [_placed(channel, scale, place, side) for channel in premultiplied]
+    channels = [_resize_and_place(channel, scale, offset, side) for channel in premultiplied]
     red, green, blue, alpha = (channel.clip(0, 1) for channel in channels)
     straight = np.stack([red, green, blue], axis=-1) / np.maximum(alpha, 1e-6)[..., None]
     square = np.concatenate([straight.clip(0, 1), alpha[..., None]], axis=-1)
@@ -284,38 +281,40 @@ def framed(image: Image.Image, foreground: float, side: int) -> Image.Image:
 
 
 def object_box(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Find top, left, bottom and right of what is more than half opaque, or else of what is anything; None: nothing.
+    """Return top, left, bottom and right of the pixels that are more than half opaque.
+
+    If there are none, use all pixels with alpha above 0; return None if the image is fully transparent.
 
     Args:
         alpha: (H, W) in [0, 1].
     """
-    for least in (_SOLID / 255, 0.0):
-        seen = alpha > least
-        if seen.any():
-            rows, columns = np.nonzero(seen.any(axis=1))[0], np.nonzero(seen.any(axis=0))[0]
+    for threshold in (_SOLID / 255, 0.0):
+        mask = alpha > threshold
+        if mask.any():
+            rows, columns = np.nonzero(mask.any(axis=1))[0], np.nonzero(mask.any(axis=0))[0]
             return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
     return None
 
 
-def _placed(channel: np.ndarray, scale: float, place: tuple[int, int], side: int) -> np.ndarray:
-    """Put a channel, in another size, into an empty square; what does not fit is cut off."""
+def _resize_and_place(channel: np.ndarray, scale: float, offset: tuple[int, int], side: int) -> np.ndarray:
+    """Resize a channel and copy it into an empty square at an offset; what does not fit is cropped."""
     height, width = (max(1, round(length * scale)) for length in channel.shape)
     resized = np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
     square = np.zeros((side, side), dtype=np.float32)
-    top, left = max(0, place[0]), max(0, place[1])
-    part = resized[top - place[0] :, left - place[1] :][: side - top, : side - left]
+    top, left = max(0, offset[0]), max(0, offset[1])
+    part = resized[top - offset[0] :, left - offset[1] :][: side - top, : side - left]
     square[top : top + part.shape[0], left : left + part.shape[1]] = part
     return square
 
 
 def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Turn an image as the EXIF of the one that it was made of says; broken EXIF turns nothing."""
+    """Apply the EXIF orientation of ``opened`` to an image; damaged EXIF is ignored."""
     try:
         orientation = opened.getexif().get(_ORIENTATION)
     except (*DECODE_ERRORS, AttributeError):
         return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+    transposition = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:
@@ -329,24 +328,24 @@ def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Make an image RGB or RGBA of 8 bits; its colors stay in their color space.
+    """Convert an image to 8-bit RGB or RGBA in its own color space.
 
     Raises:
-        ImageError: Its samples have no known white: floats, 32 bits or signed.
+        ImageError: The white level is unknown: floats, 32-bit or signed integers.
     """
     tags = getattr(image, "tag_v2", {})  # TIFF's
     if image.mode in ("F", "I") or 2 in tags.get(_SAMPLE_FORMAT, ()):
-        kind = "floats" if image.mode == "F" else "signed integers or 32 bits"
+        samples = "floats" if image.mode == "F" else "signed or 32-bit integers"
         raise ImageError(
-            expected="8 or 16 bits a channel",
-            found=f"{kind}, whose white level is unknown",
-            remedy="export it with 8 bits",
+            expected="8 or 16 bits per channel",
+            found=f"{samples}, whose white level is unknown",
+            remedy="export it with 8 bits per channel",
         )
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         white = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
         gray = np.rint(values.astype(np.float32) * (255 / white)).clip(0, 255).astype(np.uint8)
-        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # PIL inverts 8 bits alone
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # PIL inverts only 8-bit images
             gray = 255 - gray
         colors = Image.fromarray(gray).convert("RGB")
         if "transparency" in image.info:
@@ -360,10 +359,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _prepare(image: Image.Image, content: bytes) -> None:
-    """Correct what PIL says of a file that it has opened and not yet decoded.
+    """Correct the metadata of a file that PIL has opened but not decoded.
 
     Raises:
-        ImageError: PIL would decode it to something else than it shows.
+        ImageError: PIL would decode the image incorrectly.
     """
     tags = getattr(image, "tag_v2", {})
     if tags.get(_PHOTOMETRIC) == _YCBCR and tags.get(_COMPRESSION) not in _JPEG_IN_TIFF:
@@ -373,11 +372,11 @@ def _prepare(image: Image.Image, content: bytes) -> None:
     if image.format != "PNG" or "transparency" not in image.info:
         return
     bits = content[24]
-    if image.mode == "RGB" and bits == 16:  # PIL keeps the upper halves alone, which several colors share
+    if image.mode == "RGB" and bits == 16:  # PIL drops the lower bytes, so several colors match
         raise ImageError(
-            expected="8 bits a channel in a PNG with a transparent color (tRNS)",
+            expected="8 bits per channel in a PNG with a transparent color (tRNS)",
             found="16",
             remedy="export it with an alpha channel",
         )
-    if image.mode == "L" and bits < 8:  # PIL scales the pixels and forgets their transparent value
+    if image.mode == "L" and bits < 8:  # PIL scales the pixels, but not the transparent value
         image.info["transparency"] *= 255 // ((1 << bits) - 1)

@@ -1,7 +1,7 @@
-"""Image metrics: PSNR, SSIM and LPIPS of sRGB images in [0, 1], always in float32, without TF32.
+"""Image metrics: PSNR, SSIM and LPIPS of sRGB images in [0, 1], in float32 without TF32.
 
-SSIM is torchmetrics' (Gaussian window of 11 pixels, sigma 1.5, data_range 1, border left out), LPIPS is the
-lpips package's. The mean of the images' PSNR is not the PSNR of their pooled squared error: both are here.
+SSIM is that of torchmetrics (Gaussian window of 11 pixels, sigma 1.5, data range 1, borders excluded), LPIPS that of
+the lpips package. PSNR is reported both as the mean over images and from the pooled squared error.
 """
 
 from typing import Any, Final, NamedTuple
@@ -16,30 +16,29 @@ from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
 
-#: How far values may leave [0, 1] before they are called wrong: a decoder's widened sigmoid does by 0.001.
-#: What is nearer is clamped, as writing an image would.
+#: Tolerance for values outside [0, 1], which are clamped: the decoder's colors exceed the range by up to 0.001.
 RANGE_TOLERANCE: Final = 0.01
 
-#: SSIM's window; a smaller image has no pixel whose window is whole.
+#: Side of SSIM's window, the minimum image size.
 SSIM_WINDOW: Final = 11
 
 
 class NotFiniteError(InputError):
-    """An image has a value that is not finite: what drew it has gone wrong."""
+    """An image contains NaN or infinity."""
 
 
 class ImageScores(NamedTuple):
     """Metrics of a set of images.
 
-    A named tuple: torchmetrics copies what ``compute`` returns and refuses frozen dataclasses.
+    A named tuple, since torchmetrics cannot copy frozen dataclasses returned by ``compute``.
 
     Attributes:
-        psnr: Mean over images of each image's PSNR, dB; infinite as soon as one image equals its target.
-        psnr_pooled: PSNR of the squared error averaged over all pixels of all images, dB; infinite only if
-            all equal their targets.
-        ssim: Mean over images.
-        lpips: Mean over images; None where no network was given.
-        images: How many.
+        psnr: Mean PSNR over images, dB; infinite if any image equals its target.
+        psnr_pooled: PSNR of the squared error averaged over all pixels of all images, dB; infinite if all images
+            equal their targets.
+        ssim: Mean SSIM over images.
+        lpips: Mean LPIPS over images; None without an LPIPS network.
+        images: Number of images.
     """
 
     psnr: float
@@ -50,47 +49,47 @@ class ImageScores(NamedTuple):
 
 
 def psnr(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-    """Measure -10 log10(mean squared error) of each image, dB; infinite for identical images."""
+    """Compute the PSNR of each image, dB; infinite for identical images."""
     prediction, target = _checked(prediction, target)
     return _decibel((prediction - target).square().mean((1, 2, 3)))
 
 
 def psnr_pooled(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
-    """Measure -10 log10 of the squared error averaged over all images, dB; infinite if all are identical."""
+    """Compute the PSNR of the squared error averaged over all images, dB; infinite if all are identical."""
     prediction, target = _checked(prediction, target)
     return _decibel((prediction - target).square().mean())
 
 
 def ssim(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-    """Measure the structural similarity of each image; 1 for identical images.
+    """Compute the structural similarity of each image; 1 for identical images.
 
     Raises:
-        ValueError: The images are smaller than SSIM's window, or not images in [0, 1] of one shape.
+        ValueError: The images are smaller than SSIM's window, outside [0, 1] or of different shapes.
     """
     return _ssim(*_checked(prediction, target))
 
 
 def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
-    """Measure it of images that have been checked."""
+    """Compute SSIM of validated images."""
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
         raise InputError(
             subject="SSIM",
             expected=f"images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels",
             found=tuple(prediction.shape[-2:]),
-            remedy="measure full images instead of crops",
+            remedy="evaluate full images instead of crops",
         )
     with torch.autocast(prediction.device.type, enabled=False), without_tf32():
         values = structural_similarity_index_measure(prediction, target, data_range=1.0, reduction="none")
-    assert isinstance(values, Tensor)  # it returns a pair only when asked for the full image
+    assert isinstance(values, Tensor)  # a pair only with return_full_image
     return values
 
 
 class ImageMetrics(Metric):
-    """Accumulate the metrics over images, batches and ranks; every image has the same weight.
+    """Image metrics accumulated over images, batches and ranks, with equal weight for every image.
 
     Args:
-        perceptual: The LPIPS network, shared with whoever else uses it; None leaves LPIPS out.
-        options: Of ``torchmetrics.Metric``.
+        perceptual: LPIPS network; None to omit LPIPS.
+        options: Options of ``torchmetrics.Metric``.
     """
 
     is_differentiable = False
@@ -108,17 +107,17 @@ class ImageMetrics(Metric):
     def __init__(self, perceptual: PerceptualLoss | None = None, **options: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(**options)
         self.perceptual = perceptual
-        # Sums in float64: a float32 sum over thousands of images would lose the small errors.
+        # float64, since a float32 sum over thousands of images loses precision.
         for name in ("squared_error", "psnr_sum", "ssim_sum", "lpips_sum"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("values", "images"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        # Of predictions and of targets. Read by ``compute`` only: reading them waits for a GPU.
+        # Ranges of predictions and targets, read in ``compute`` only, since reading them synchronizes with the GPU.
         self.add_state("lowest", torch.full((2,), torch.inf), dist_reduce_fx="min")
         self.add_state("highest", torch.full((2,), -torch.inf), dist_reduce_fx="max")
 
     def update(self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> None:
-        """Take in a batch of images; whether they are in [0, 1] is checked by ``compute``."""
+        """Add a batch of images; ``compute`` checks that they are in [0, 1]."""
         _check_shapes(prediction, target)
         lowest, highest = _ranges(prediction, target)
         self.lowest, self.highest = (
@@ -138,11 +137,11 @@ class ImageMetrics(Metric):
             self.lpips_sum += distances.double().sum()
 
     def compute(self) -> ImageScores:
-        """Return the means over everything taken in, on all ranks.
+        """Return the metrics of all images of all ranks.
 
         Raises:
-            NotFiniteError: A predicted image has a value that is not finite.
-            ValueError: Nothing was taken in, or images with values outside [0, 1].
+            NotFiniteError: A predicted image contains NaN or infinity.
+            ValueError: There are no images, or images with values outside [0, 1].
         """
         images = int(self.images)
         if images == 0:
@@ -150,17 +149,14 @@ class ImageMetrics(Metric):
                 subject="image metrics",
                 expected="at least one image",
                 found="none",
-                remedy="call update before compute, or check that the evaluation set is not empty",
+                remedy="call update before compute, and check that the evaluation set is not empty",
             )
         if not (torch.isfinite(self.lowest[0]) and torch.isfinite(self.highest[0])):
             raise NotFiniteError(
                 subject="image metrics",
                 expected="finite predictions",
-                found="a value that is NaN or infinite",
-                remedy=(
-                    "a network that has diverged draws such images: take an earlier checkpoint, or lower "
-                    "the learning rate"
-                ),
+                found="NaN or infinity, as from a network that has diverged",
+                remedy="use an earlier checkpoint, or lower the learning rate",
             )
         _check_ranges(self.lowest, self.highest)
         return ImageScores(
@@ -177,7 +173,7 @@ def _decibel(squared_error: Tensor) -> Tensor:
 
 
 def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both in float32, clamped to [0, 1], after making sure that they are images of one shape."""
+    """Validate shapes and ranges, and return both images in float32, clamped to [0, 1]."""
     _check_shapes(prediction, target)
     _check_ranges(*_ranges(prediction, target))
     return _clamped(prediction), _clamped(target)
@@ -186,8 +182,8 @@ def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
         raise ValueError(
-            "image metrics: expected two batches of RGB images (n, 3, h, w) of one shape, but found prediction "
-            f"{tuple(prediction.shape)} and target {tuple(target.shape)}; resize or crop one of them"
+            "image metrics: expected two batches of RGB images (n, 3, h, w) of the same shape, but found prediction "
+            f"{tuple(prediction.shape)} and target {tuple(target.shape)}. Resize or crop one of them"
         )
     if prediction.numel() == 0:
         raise ValueError(
@@ -196,18 +192,18 @@ def _check_shapes(prediction: Tensor, target: Tensor) -> None:
 
 
 def _ranges(prediction: Tensor, target: Tensor) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
-    """Return the lowest and the highest value of each, on their device; NaN if one value is."""
+    """Return minimum and maximum of prediction and target, on their device; NaN propagates."""
     (a, b), (c, d) = (images.detach().float().aminmax() for images in (prediction, target))
     return torch.stack([a, c]), torch.stack([b, d])
 
 
 def _check_ranges(lowest: Float[Tensor, "2"], highest: Float[Tensor, "2"]) -> None:
-    found = torch.stack([lowest, highest], dim=-1).tolist()  # the one wait for a GPU
+    found = torch.stack([lowest, highest], dim=-1).tolist()  # synchronizes with the GPU
     for name, (low, high) in zip(("prediction", "target"), found, strict=True):
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise ValueError(
-                f"image metrics: expected a {name} with values in [0, 1], but found [{low:g}, {high:g}]; "
-                "scale 8-bit images by 1 / 255, undo a network's normalization, look for what is not finite"
+                f"image metrics: expected a {name} with values in [0, 1], but found [{low:g}, {high:g}]. "
+                "Divide 8-bit images by 255, invert a network's normalization, and check for NaN"
             )
 
 

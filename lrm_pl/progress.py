@@ -1,11 +1,11 @@
-"""Named stages of long work: whoever does the work names them, whoever listens times or shows them."""
+"""Named stages of long operations, for timing and progress display."""
 
 import contextlib
 import contextvars
 import time
 from collections.abc import Callable, Iterator
 
-#: Called with a stage's name when it begins.
+#: Called with the name of each stage when it starts.
 Listener = Callable[[str], None]
 
 _LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("listener", default=None)
@@ -15,7 +15,7 @@ _WAIT: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVa
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Do a stage of the work; its seconds are added up under its name for whoever listens."""
+    """Run a stage: notify the active listener and add its duration to the active timing."""
     listener, seconds = _LISTENER.get(), _SECONDS.get()
     if listener is not None:
         listener(name)
@@ -33,14 +33,14 @@ def stage(name: str) -> Iterator[None]:
 def listening(
     listener: Listener | None = None, wait: Callable[[], None] | None = None
 ) -> Iterator[dict[str, float]]:
-    """Listen to the stages of this thread's work.
+    """Listen to the stages of this thread.
 
     Args:
-        listener: Told when a stage begins.
-        wait: Called before the clock is read: what a GPU was asked for is not done when the call comes back.
+        listener: Called when a stage starts.
+        wait: Called before the clock is read, to synchronize with a GPU.
 
     Returns:
-        Stage -> seconds, filled as they end.
+        Seconds by stage, updated when stages end.
     """
     seconds = dict[str, float]()
     tokens = _LISTENER.set(listener), _SECONDS.set(seconds), _WAIT.set(wait)

@@ -1,13 +1,13 @@
-"""The commit of the code that runs, for records."""
+"""The git commit of the running code."""
 
 import subprocess
 from pathlib import Path
 
 
 def git_commit() -> str:
-    """Return the commit of the code that runs, with "-dirty" where files differ; "unknown" outside a checkout."""
+    """Return the git commit of the running code, with "-dirty" for local changes; "unknown" outside a checkout."""
     git, here = ("git", "-C", str(Path(__file__).parent)), Path(__file__).name
-    try:  # an environment may lie in another project's checkout
+    try:  # the package may be installed inside another project's checkout
         subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
         command = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

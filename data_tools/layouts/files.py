@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from data_tools.assets.archives import ZIP_ERRORS
-from lrm_pl.color_spaces import ColorSpaceError, says_srgb
+from lrm_pl.color_spaces import ColorSpaceError, is_srgb
 from lrm_pl.data.manifest import MAX_MEMBER_BYTES
 from lrm_pl.data.schema import HEADER_ERRORS, MAX_IMAGE_SIDE, encode_image
 from lrm_pl.errors import InputError
@@ -175,7 +175,7 @@ def to_rgba_view(content: bytes, name: str) -> bytes:
             if not transparent or max(image.size) > MAX_IMAGE_SIDE:
                 return content
             if image.mode == "RGBA":
-                if says_srgb(image, content):
+                if is_srgb(image, content):
                     return content
                 stored = np.asarray(image)
     except ColorSpaceError:

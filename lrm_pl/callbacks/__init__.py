@@ -1,1 +1,1 @@
-"""Observers of a run: they measure, show and record; they never change training state."""
+"""Callbacks that observe a run; they do not change training state."""

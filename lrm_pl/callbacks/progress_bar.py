@@ -1,4 +1,4 @@
-"""The progress bar: optimizer steps of the whole run, loss and speed of the last logged step."""
+"""Progress bar over optimizer steps, with loss and throughput of the last logged step."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lrm_pl.training.logged import is_logged
 
-#: Logged values that are shown before all others, and under which names.
+#: Logged metrics shown first in the progress bar, and their labels.
 SHOWN = {"loss/total": "loss", "speed/samples_per_second": "samples/s"}
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, without a wait for the device at steps that are not logged.
+    """Lightning's progress bar without device synchronization between logging steps.
 
-    Lightning reads each value that is logged with ``prog_bar=True`` from the device at every step.
+    Lightning reads values logged with ``prog_bar=True`` from the device at every step.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class ProgressBar(TQDMProgressBar):
         self._shown: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
-        """Count optimizer steps of the whole run: a resumed one starts where it was."""
+        """Count optimizer steps of the whole run, including those before a resume."""
         super().on_train_epoch_start(trainer)
         bar = self.train_progress_bar
         bar.unit, bar.total = "step", trainer.max_steps if trainer.max_steps >= 0 else None
@@ -37,7 +37,7 @@ class ProgressBar(TQDMProgressBar):
         batch: Any,  # noqa: ANN401
         batch_idx: int,
     ) -> None:
-        """Read what was logged, where something was."""
+        """Read logged metrics at logging steps."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if is_logged(trainer, trainer.global_step):
@@ -48,7 +48,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Put them before what Lightning shows, so that a narrow terminal cuts the others; leave out the version."""
+        """Return the metrics of the last logged step, then Lightning's, without the version number."""
         others = super().get_metrics(trainer, pl_module)
         others.pop("v_num", None)
         return self._shown | others

@@ -1,4 +1,4 @@
-"""Write what ``lrm predict`` reconstructs: a mesh, an orbit and a grid of each object."""
+"""Write the results of ``lrm predict``: mesh, orbit video and image grid of each object."""
 
 import dataclasses
 import io
@@ -24,22 +24,22 @@ RECORD_NAME = "result.json"
 
 
 class SceneWriter(L.Callback):
-    """Write FOLDER/ID/{mesh.glb, orbit.mp4, grid.png, result.json} of each object, on the rank that has it.
+    """Write mesh.glb, orbit.mp4, grid.png and result.json of each object to FOLDER/ID.
 
-    result.json comes last, and says what was done with what.
+    result.json is written last. It records the model, the camera and the options.
 
     Args:
-        folder: Where they go.
-        resolution: Points of the mesh's lattice along each axis.
-        what: What every record says: the network, the versions.
-        frames: Of the orbit.
-        size: Side of a frame.
+        folder: Output folder.
+        metadata: Entries of every record, such as model and versions.
+        resolution: Points of the mesh's density grid along each axis.
+        frames: Number of frames of the orbit.
+        size: Side of a frame in pixels.
     """
 
     def __init__(
-        self, folder: Path, what: dict[str, Any], resolution: int = 256, frames: int = 60, size: int = 256
+        self, folder: Path, metadata: dict[str, Any], resolution: int = 256, frames: int = 60, size: int = 256
     ) -> None:
-        self.folder, self.what = folder, what
+        self.folder, self.metadata = folder, metadata
         self.resolution, self.frames, self.size = resolution, frames, size
 
     def on_predict_batch_end(
@@ -51,15 +51,15 @@ class SceneWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the objects of a batch, but those that only stand in."""
+        """Write the objects of a batch, except padding."""
         scenes: list[Scene] = outputs
         for index, (key, scene) in enumerate(zip(batch.ids, scenes, strict=True)):
             if batch.weight[index]:
                 self._write(self.folder / key, key, scene, batch, index)
 
-    def _write(self, place: Path, key: str, scene: Scene, batch: Batch, index: int) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / RECORD_NAME).unlink(missing_ok=True)
+    def _write(self, folder: Path, key: str, scene: Scene, batch: Batch, index: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD_NAME).unlink(missing_ok=True)
         frames = [as_pixels(frame) for frame in scene.orbit(self.frames, self.size, 15.0)]
         pixels = batch.input.images[index, 0].float().cpu().permute(1, 2, 0).numpy()
         source = Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGBA")
@@ -74,11 +74,11 @@ class SceneWriter(L.Callback):
             shape = {"vertices": len(mesh.vertices), "faces": len(mesh.faces), "threshold": density}
         except NoSurfaceError as error:
             logger.warning("No mesh of %s: %s", key, error)
-            notes.append(f"no mesh: {error}")
-            (place / "mesh.glb").unlink(missing_ok=True)  # of an earlier start
+            notes.append(f"No mesh: {error}")
+            (folder / "mesh.glb").unlink(missing_ok=True)  # of an earlier run
         for name, content in files.items():
-            write_atomically(place / name, content)
-        record = self.what | {
+            write_atomically(folder / name, content)
+        record = self.metadata | {
             "object": key,
             "camera": dataclasses.asdict(scene.camera),
             "mesh": shape,
@@ -86,4 +86,4 @@ class SceneWriter(L.Callback):
             "warnings": notes,
             "files": sorted(files),
         }
-        write_atomically(place / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())
+        write_atomically(folder / RECORD_NAME, (json.dumps(record, indent=2) + "\n").encode())

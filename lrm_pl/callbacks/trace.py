@@ -1,4 +1,4 @@
-"""A trace of a few steps: every operation on its time line, for Perfetto, Chrome or TensorBoard."""
+"""Profiler traces of a few steps, for Perfetto or Chrome."""
 
 import logging
 from pathlib import Path
@@ -14,16 +14,16 @@ from lrm_pl.kernels.device import profiler_activities
 
 logger = logging.getLogger(__name__)
 
-#: Steps before the trace: the first ones compile, fill caches and start loader workers.
+#: Steps before the trace, in which kernels compile, caches fill and loader workers start.
 WARMUP = 5
 
 
 @final
 class TraceRecorder(L.Callback):
-    """Record ``steps`` optimizer steps of rank 0, after a warm-up, into ``profile/`` in the run's folder.
+    """Record a trace of ``steps`` optimizer steps of rank 0, after a warm-up, to ``profile/`` in the run folder.
 
     Args:
-        steps: So many.
+        steps: Number of steps to record.
     """
 
     def __init__(self, steps: int) -> None:
@@ -33,22 +33,24 @@ class TraceRecorder(L.Callback):
         self._profile: profile | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to count.
+        """Start the profiler schedule.
 
         Raises:
-            InputError: The run ends before the trace is whole. A run that goes on near its end makes none.
+            InputError: The run has too few steps. A resumed run with too few steps left logs a warning instead.
         """
         left = trainer.max_steps - trainer.global_step
         if left < WARMUP + self.steps and trainer.global_step:
-            logger.warning("no trace: %d steps are left, it takes %d", left, WARMUP + self.steps)
+            logger.warning(
+                "No trace is recorded: %d steps are left, and %d are needed", left, WARMUP + self.steps
+            )
             return
         if left < WARMUP + self.steps:
             raise InputError(
-                expected=f"at least {WARMUP + self.steps} steps to profile {self.steps} after {WARMUP} of warm-up",
-                found=f"{left} left",
+                expected=f"at least {WARMUP + self.steps} steps ({WARMUP} of warm-up, {self.steps} to profile)",
+                found=left,
                 remedy="raise --trainer.max_steps or lower --run.profile",
             )
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "profile"  # asks all ranks
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "profile"  # log_dir is a collective
         if not trainer.is_global_zero:
             return
         first = trainer.global_step + WARMUP + 1
@@ -58,14 +60,14 @@ class TraceRecorder(L.Callback):
             folder.mkdir(parents=True, exist_ok=True)
             recorded.export_chrome_trace(str(path))
             logger.info(
-                "wrote a trace of %d steps: %s (open it in https://ui.perfetto.dev)", self.steps, path
+                "Wrote a trace of %d steps to %s. Open it in https://ui.perfetto.dev", self.steps, path
             )
 
         self._profile = profile(
             activities=profiler_activities(pl_module.device),
             schedule=schedule(wait=WARMUP - 1, warmup=1, active=self.steps, repeat=1),
             on_trace_ready=write,
-            # The renderer works in threads of its own on a CPU.
+            # On a CPU the renderer starts its own threads.
             experimental_config=_ExperimentalConfig(profile_all_threads=True),
         )
         self._profile.start()
@@ -78,18 +80,18 @@ class TraceRecorder(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Count a step."""
+        """Advance the profiler schedule."""
         if self._profile is not None and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._profile.step()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop; by now the trace is written, unless the run was stopped early."""
+        """Stop the profiler."""
         self._stop()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Stop."""
+        """Stop the profiler."""
         self._stop()
 
     def _stop(self) -> None:

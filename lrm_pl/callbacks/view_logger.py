@@ -1,4 +1,4 @@
-"""Images of a run: input | target | render | opacity | depth, on fixed views, whole images, never crops."""
+"""Image grids of validation views: input | target | rendering | opacity | depth."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from lrm_pl.training.module import Prediction
 
 
 class ViewLogger(L.Callback):
-    """Write an image grid of the first objects of each validation set to a PNG, and to the loggers that show images.
+    """Write an image grid of each validation set to a PNG file, TensorBoard and Weights & Biases.
 
     Args:
-        objects: Objects a set that are shown, one row each.
+        objects: Number of objects per set, one row each.
     """
 
     def __init__(self, objects: int = 4) -> None:
@@ -27,7 +27,7 @@ class ViewLogger(L.Callback):
         self._rows: dict[str, list[Tensor]] = {}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last images."""
+        """Clear the rows of the previous validation."""
         self._rows = {name: [] for name in EVALUATION_SETS}
 
     def on_validation_batch_end(
@@ -39,15 +39,15 @@ class ViewLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the rows of the first objects."""
+        """Collect the rows of the first objects."""
         rows = self._rows[EVALUATION_SETS[dataloader_idx]]
         if len(rows) < self.objects:
             real = batch.weight.nonzero().squeeze(-1).tolist()
             rows += [view_row(outputs, batch, index) for index in real[: self.objects - len(rows)]]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the grids; rank 0 only."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "views"  # asks all ranks
+        """Write the grids on rank 0."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "views"  # log_dir is a collective
         if not trainer.is_global_zero:
             return
         for name, rows in self._rows.items():
@@ -65,10 +65,10 @@ class ViewLogger(L.Callback):
 
 
 def view_row(prediction: Prediction, batch: Batch, index: int) -> Float[Tensor, "3 H W"]:
-    """Lay out one object: the input, then target | render | opacity | depth of its first target view.
+    """Return one row: input image, then target, rendering, opacity and depth of the first target view.
 
-    Depth is shown as nearness: white at the nearest point of the unit sphere, black at the farthest and where
-    nothing is.
+    Depth is shown as inverse brightness: white at the nearest point of the unit sphere, black at the farthest and in
+    empty pixels.
     """
     rendering = prediction.rendering
     source, target = batch.input.images[index, 0], batch.target.images[index, 0]

@@ -1,64 +1,126 @@
-"""A rank that hangs ends the job: with the stacks of all its threads in the log, within a set time.
+"""Hang watchdog: ends a job that makes no progress, with the stacks of all threads in the log.
 
-A rank that waits for one that hangs makes no progress either, so every rank of the job says where it is and exits.
-The clock is a thread outside Python: it strikes even while Python's own lock is held, and does not count the time that
-the process is suspended.
+A rank that waits for a hanging rank makes no progress either, so every rank of the job prints its stacks and exits. The
+timer runs in a thread of compiled code, so it works while the GIL is held. It counts its own sleeps instead of the time
+of day, so it does not count the time during which the process is suspended (Ctrl-Z, ``scontrol suspend``).
 """
 
+import ctypes
+import faulthandler
+import signal
+import threading
 from typing import Any, final
 
 import lightning as L
+import numba
+import numpy as np
+from numpy.typing import NDArray
 
-from lrm_pl.callbacks.awake_clock import AwakeClock
 from lrm_pl.errors import InputError
 
-#: Ranks of a node strike so many seconds one after the other, so that their stacks do not mix in one log.
+#: Seconds between the timeouts of consecutive ranks of a node, so that their stacks do not interleave in one log.
 STAGGER_S = 0.25
+
+#: Seconds per sleep of the timer.
+TICK_S = 0.1
+
+#: Signal on which faulthandler prints the stacks of all threads.
+_SIGNAL = signal.SIGUSR2
+
+_TICK_US, _STDERR, _SIGNAL_NUMBER = int(TICK_S * 1e6), 2, int(_SIGNAL)
+_libc = ctypes.CDLL(None)
+_usleep, _write, _raise, _exit = _libc.usleep, _libc.write, getattr(_libc, "raise"), _libc._exit
+_usleep.argtypes, _raise.argtypes, _exit.argtypes = [ctypes.c_uint], [ctypes.c_int], [ctypes.c_int]
+_write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+
+
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+def _run_timer(state: NDArray[np.int64], limit: int, message: NDArray[np.uint8]) -> None:
+    """Exit the process when the counter state[0] is unchanged for ``limit`` sleeps; return when state[1] is set."""
+    ticks, last = 0, state[0]
+    while state[1] == 0:
+        _usleep(_TICK_US)
+        ticks = ticks + 1 if state[0] == last else 0
+        last = state[0]
+        if ticks >= limit and state[1] == 0:
+            _write(_STDERR, message.ctypes.data, message.size)
+            _raise(_SIGNAL_NUMBER)
+            _exit(1)
+
+
+class WatchdogTimer:
+    """Timer that ends the process, with the stacks of all threads on stderr, unless it is reset in time.
+
+    Args:
+        limit_s: Timeout in seconds during which the process is not suspended.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._state = np.zeros(2, np.int64)  # progress counter, stop flag
+        message = np.frombuffer(f"Timeout: no progress for {limit_s:g} s\n".encode(), np.uint8).copy()
+        faulthandler.register(_SIGNAL, file=_STDERR, all_threads=True)
+        limit = max(1, round(limit_s / TICK_S))
+        _run_timer(np.ones(2, np.int64), limit, message)  # compiles the function and returns at once
+        self._thread = threading.Thread(
+            target=_run_timer, args=(self._state, limit, message), name="hang watchdog", daemon=True
+        )
+        self._thread.start()
+
+    def reset(self) -> None:
+        """Restart the timeout."""
+        self._state[0] += 1
+
+    def stop(self) -> None:
+        """Stop the timer."""
+        self._state[1] = 1
+        self._thread.join()
 
 
 @final
 class HangWatchdog(L.Callback):
-    """End the process where no batch and no checkpoint was finished for too long.
+    """End the process if no batch and no checkpoint is finished within a time limit.
 
     Args:
-        limit_s: Seconds without progress, in which the process was not suspended. The longest thing that is no hang
-            must fit in: compiling, the first load of a large data set, a checkpoint on a slow disk.
+        limit_s: Time limit in seconds, without suspension. It must exceed the longest regular pause: compilation, the
+            first read of a large data set, or a checkpoint on a slow disk.
     """
 
     def __init__(self, limit_s: float = 1800.0) -> None:
         if limit_s <= 0:
             raise InputError(
-                expected="limit_s above 0", found=limit_s, remedy="leave the callback out to have none"
+                expected="limit_s above 0",
+                found=limit_s,
+                remedy="remove the callback to disable the watchdog",
             )
         self.limit_s = limit_s
-        self._clock: AwakeClock | None = None
+        self._timer: WatchdogTimer | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Begin: from here on ranks talk to each other."""
+        """Start the timer."""
         self._stop()
-        self._clock = AwakeClock(self.limit_s + STAGGER_S * trainer.local_rank)
+        self._timer = WatchdogTimer(self.limit_s + STAGGER_S * trainer.local_rank)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop watching."""
+        """Stop the timer."""
         self._stop()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Stop watching."""
+        """Stop the timer."""
         self._stop()
 
     def _stop(self) -> None:
-        if self._clock is not None:
-            self._clock.stop()
-            self._clock = None
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer = None
 
-    def _arm(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - the hooks' own arguments
-        if self._clock is not None:
-            self._clock.reset()
+    def _reset(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - the hooks' own arguments
+        if self._timer is not None:
+            self._timer.reset()
 
-    # The checkpoint is saved between the start of a batch and backward, and at the end of training.
-    on_train_start = on_train_batch_start = on_before_backward = on_train_batch_end = on_train_end = _arm
-    on_validation_start = on_validation_batch_start = on_validation_end = _arm
-    on_test_start = on_test_batch_start = on_test_end = _arm
-    on_predict_start = on_predict_batch_start = on_predict_batch_end = on_predict_end = _arm
+    # Checkpoints are saved between the start of a batch and backward, and at the end of training.
+    on_train_start = on_train_batch_start = on_before_backward = on_train_batch_end = on_train_end = _reset
+    on_validation_start = on_validation_batch_start = on_validation_end = _reset
+    on_test_start = on_test_batch_start = on_test_end = _reset
+    on_predict_start = on_predict_batch_start = on_predict_batch_end = on_predict_end = _reset

@@ -1,1 +1,1 @@
-"""Cameras and rays as pure functions on float32 tensors. Conventions: ``lrm_pl.conventions``."""
+"""Cameras and rays: pure functions on float32 tensors, in the conventions of ``lrm_pl.conventions``."""

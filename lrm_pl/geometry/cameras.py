@@ -1,7 +1,7 @@
-"""Cameras as pure functions: look-at, orbit, the canonical frame, crop and resize, the camera vector.
+"""Camera functions: look-at, orbit, the canonical frame, crop and resize, the camera vector.
 
-Shapes: poses ``c2w`` (..., 4, 4), intrinsics ``fxfycxcy`` (..., 4), float32. Every function stays in float32 under
-autocast: products are written element by element, which autocast leaves alone.
+Shapes: poses ``c2w`` (..., 4, 4), intrinsics ``fxfycxcy`` (..., 4), float32. All functions compute in float32 under
+autocast: they use element-wise products instead of matrix products.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from lrm_pl.errors import InputError
 
-#: How many numbers a network is told of a camera.
+#: Length of the camera vector.
 CameraNumbers = Literal[20, 16]
 
 
 def look_at(
     position: Float[Tensor, "*batch 3"], target: tuple[float, float, float] = (0.0, 0.0, 0.0)
 ) -> Float[Tensor, "*batch 4 4"]:
-    """Build OpenCV poses at ``position`` that look at ``target`` with +z up.
+    """Return OpenCV poses at ``position`` that look at ``target`` with +z up.
 
     Args:
         position: (..., 3) camera centers in scene units, not straight above or below the target.
         target: Point that the optical axis passes through.
 
     Raises:
-        ValueError: A camera stands at the target, or straight above or below it, where "up" has no meaning.
+        ValueError: A camera is at, directly above or directly below the target.
     """
     forward = torch.tensor(target, dtype=position.dtype, device=position.device) - position
     distance = forward.norm(dim=-1, keepdim=True)
@@ -36,7 +36,7 @@ def look_at(
     right = torch.linalg.cross(forward, up)
     if (right.norm(dim=-1, keepdim=True) <= 1e-6 * distance.clamp_min(1e-12)).any():
         raise ValueError(
-            f"expected cameras beside {target}, but found one at, above or below it: {position.tolist()}"
+            f"cameras must not be at, directly above or directly below the target {target}: {position.tolist()}"
         )
     forward = forward / distance
     right = right / right.norm(dim=-1, keepdim=True)
@@ -48,7 +48,7 @@ def look_at(
 
 
 def orbit(frames: int, distance: float, elevation_deg: float = 15.0) -> Float[Tensor, "V 4 4"]:
-    """Build ``frames`` poses on a circle about +z, the first of them on -y, counter-clockwise seen from above."""
+    """Return ``frames`` poses on a circle about +z, starting at -y, counter-clockwise seen from above."""
     azimuth = torch.arange(frames, dtype=torch.float32) * (2 * math.pi / frames) - math.pi / 2
     elevation = torch.full_like(azimuth, math.radians(elevation_deg))
     position = torch.stack(
@@ -58,14 +58,14 @@ def orbit(frames: int, distance: float, elevation_deg: float = 15.0) -> Float[Te
 
 
 def canonical_pose(distance: float) -> Float[Tensor, "4 4"]:
-    """Return the pose of an input camera at ``distance`` in the canonical frame: on -y, looking along +y, +z up."""
+    """Return the canonical pose of an input camera: at ``distance`` on -y, looking along +y, with +z up."""
     return torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, -distance], [0, -1, 0, 0], [0, 0, 0, 1]])
 
 
 def canonical_rotation(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 3 3"]:
-    """Return the world rotation about the origin that makes this camera look along +y with +z up.
+    """Return the rotation of the world about the origin after which this camera looks along +y with +z up.
 
-    A camera that looks at the origin from distance d then stands at (0, -d, 0).
+    A camera that looks at the origin from distance d is then at (0, -d, 0).
     """
     canonical = c2w.new_tensor(
         [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]]
@@ -83,12 +83,12 @@ def canonicalize(c2w: Float[Tensor, "*batch V 4 4"]) -> Float[Tensor, "*batch V 
 def resize_and_crop(
     fxfycxcy: Float[Tensor, "*batch 4"], size: tuple[int, int], window: tuple[int, int, int, int]
 ) -> Float[Tensor, "*batch 4"]:
-    """Follow a crop of an image with its normalized intrinsics; resizing alone leaves these unchanged.
+    """Return the normalized intrinsics of a crop; resizing alone does not change them.
 
     Args:
-        fxfycxcy: Intrinsics of the whole image.
-        size: Height and width of the (resized) image that the window is cut from.
-        window: top, left, height, width in pixels of that image.
+        fxfycxcy: Intrinsics of the full image.
+        size: Height and width of the (resized) image before cropping.
+        window: Top, left, height and width of the crop in pixels of that image.
     """
     (height, width), (top, left, crop_height, crop_width) = size, window
     scale = fxfycxcy.new_tensor([width / crop_width, height / crop_height])
@@ -99,25 +99,25 @@ def resize_and_crop(
 def camera_vector(
     c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"], numbers: CameraNumbers = 20
 ) -> Float[Tensor, "*batch numbers"]:
-    """Flatten a camera to what a network is told of it.
+    """Return the camera vector that conditions the network.
 
     Args:
         c2w: Poses.
         fxfycxcy: Normalized intrinsics.
-        numbers: 20, the whole pose row by row, 2 focal lengths, 2 of the principal point (LRM, section 3.2); or 16,
-            without the pose's last row (OpenLRM).
+        numbers: Length of the vector: 20 for the flattened pose and the intrinsics (LRM, section 3.2), or 16 without
+            the last row of the pose (OpenLRM).
     """
     pose = c2w if numbers == 20 else c2w[..., :3, :]
     return torch.cat([pose.flatten(-2), fxfycxcy], dim=-1)
 
 
 def _matmul(a: Float[Tensor, "*batch n k"], b: Float[Tensor, "*batch k m"]) -> Float[Tensor, "*batch n m"]:
-    """Multiply small matrices without a matrix product, which autocast would round to bf16."""
+    """Multiply small matrices element by element, since autocast would round a matrix product to bf16."""
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(dim=-2)
 
 
 class PosedCamera(NamedTuple):
-    """The camera of an image, where it is known.
+    """Known camera of an image.
 
     Attributes:
         c2w: Canonical pose.
@@ -130,29 +130,29 @@ class PosedCamera(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class InputCamera:
-    """The camera that an image is taken to be seen by; a network without a camera does not ask.
+    """Assumed camera of the input image; unused by models without camera conditioning.
 
     Attributes:
-        distance: From the object's middle, in scene units (LRM and OpenLRM: 2).
-        fov_deg: Field of view of the whole image.
+        distance: Distance from the origin in scene units (LRM and OpenLRM: 2).
+        fov_deg: Field of view of the full image in degrees.
     """
 
     distance: float = 2.0
     fov_deg: float = 50.0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate distance and field of view."""
         if not 0 < self.distance < math.inf or not 0 < self.fov_deg < 180:
             raise InputError(expected="a distance above 0 and a fov_deg between 0 and 180", found=self)
 
     @classmethod
     def like(cls, c2w: Float[Tensor, "4 4"], fxfycxcy: Float[Tensor, "4"]) -> "InputCamera":
-        """Return the one of as much distance and width of view: it looks at the origin."""
+        """Return the camera with the distance and horizontal field of view of a posed camera."""
         return cls(float(c2w[:3, 3].norm()), math.degrees(2 * math.atan(0.5 / float(fxfycxcy[0]))))
 
     @property
     def c2w(self) -> Float[Tensor, "4 4"]:
-        """The canonical pose."""
+        """Canonical pose."""
         return canonical_pose(self.distance)
 
     @property

@@ -1,4 +1,4 @@
-"""From cameras to rays, and the part of each ray that crosses the field. Pure functions, float32."""
+"""Camera rays and their intersection with the bounds of the field. Pure functions, float32."""
 
 from typing import Literal
 
@@ -6,14 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-#: The region that holds the object: the unit sphere (sphere-normalized data), or the box [-1, 1]^3.
+#: Region that contains the object: the unit sphere (sphere-normalized data), or the box [-1, 1]^3.
 Bounds = Literal["sphere", "box"]
 
 
 def pixel_rays(
     c2w: Float[Tensor, "*batch 4 4"], fxfycxcy: Float[Tensor, "*batch 4"], height: int, width: int
 ) -> tuple[Float[Tensor, "*batch H W 3"], Float[Tensor, "*batch H W 3"]]:
-    """Cast one ray through the center of every pixel.
+    """Return the ray through the center of every pixel.
 
     Args:
         c2w: OpenCV poses.
@@ -48,16 +48,16 @@ def ray_interval(
         bounds: The unit sphere or the box [-1, 1]^3.
 
     Returns:
-        ``near`` and ``far``, (...), distances along the ray, never behind its origin; equal where it misses.
+        ``near`` and ``far`` (...), non-negative distances along the ray; equal for rays that miss.
     """
     if bounds == "sphere":
         middle = -(origins * directions).sum(dim=-1)
-        closest = origins + middle.unsqueeze(-1) * directions  # cancels less than |o|^2 - middle^2
+        closest = origins + middle.unsqueeze(-1) * directions  # more accurate than |o|^2 - middle^2
         half = (1 - closest.square().sum(dim=-1)).clamp_min(0).sqrt()
         near, far = middle - half, middle + half
     else:
-        # A zero component gives +-inf, which min and max read rightly; 0 * inf, a ray inside a face, gives NaN,
-        # which is read as "no limit along this axis".
+        # A zero component gives +-inf, which min and max handle correctly. 0 * inf, for a ray within a face, gives NaN,
+        # which means no limit along this axis.
         inverse = 1 / directions
         low, high = (-1 - origins) * inverse, (1 - origins) * inverse
         near = (

@@ -19,13 +19,13 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera, PosedCamera
 from lrm_pl.images import (
     ImageError,
-    framed,
+    frame_object,
     has_background,
     has_object,
-    is_plain,
+    is_uniform,
     open_image,
+    remove_background,
     to_rgb8,
-    without_background,
 )
 from lrm_pl.inference.background import BackgroundRemover
 from lrm_pl.inference.model_card import model_card, renamed
@@ -219,10 +219,10 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         """
         image = _open(image)
         if has_background(image):
-            if is_plain(image):
+            if is_uniform(image):
                 raise ImageError(expected="an object in the image", found="one color everywhere")
             with stage("background"):
-                image = without_background(image, self.remover)
+                image = remove_background(image, self.remover)
             if not has_object(image):
                 raise ImageError(
                     expected="an object in the image",
@@ -230,7 +230,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
                     remedy="use an image with an alpha channel, or another image",
                 )
         side = max(_MIN_SIDE, self.network.encoder.image_size)
-        return framed(image.convert("RGBA"), self.framing.foreground, side)
+        return frame_object(image.convert("RGBA"), self.framing.foreground, side)
 
     def forward(
         self,

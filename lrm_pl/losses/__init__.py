@@ -1,1 +1,1 @@
-"""Loss terms: small, named, and logged under that name."""
+"""Loss terms of the training objective."""

@@ -1,4 +1,4 @@
-"""The training objective: named, weighted terms (LRM, section 3.4: MSE + 2.0 LPIPS)."""
+"""The training objective: a weighted sum of named terms (LRM, section 3.4: MSE + 2.0 LPIPS)."""
 
 import dataclasses
 
@@ -13,14 +13,14 @@ from lrm_pl.losses.regularizers import opacity_prior, total_variation
 
 @dataclasses.dataclass(frozen=True)
 class LossInputs:
-    """What the terms look at: n views of B objects.
+    """Inputs of the loss terms: n views of B objects.
 
     Attributes:
-        prediction: Rendered views over their backgrounds.
-        target: True views over the same backgrounds.
+        prediction: Rendered views, composited over their backgrounds.
+        target: Ground truth views over the same backgrounds.
         opacity: Opacity of the rendered views.
-        alpha: Coverage by the object in the true views.
-        planes: The objects' planes.
+        alpha: Alpha of the ground truth views.
+        planes: Triplanes of the objects.
     """
 
     prediction: Float[Tensor, "n 3 h w"]
@@ -31,18 +31,17 @@ class LossInputs:
 
 
 class Objective(nn.Module):
-    """Sum weighted loss terms; a term of weight 0 is not computed.
+    """Weighted loss terms; a module without parameters. Terms of weight 0 are not computed.
 
-    A subclass adds terms of its own to what ``forward`` returns; ``model.objective.class_path`` names it.
+    To add terms, override ``forward`` in a subclass and select it with ``model.objective.class_path``.
 
     Args:
         mse: Weight of the mean squared error.
         lpips: Weight of LPIPS (VGG).
-        lpips_start_step: First optimizer step with LPIPS: a blurry start learns faster without it (advice of LGM's
-            authors).
-        mask: Weight of the cross-entropy of opacity against coverage (TripoSR: 0.05); removes floaters.
-        tv: Weight of the planes' total variation (OpenLRM: 5e-4).
-        opacity: Weight of the prior that pixels are clear or opaque.
+        lpips_start_step: First optimizer step with LPIPS; early training is faster without it (LGM).
+        mask: Weight of the cross-entropy of opacity against alpha (TripoSR: 0.05), which removes floaters.
+        tv: Weight of the total variation of the planes (OpenLRM: 5e-4).
+        opacity: Weight of the prior that pixels are transparent or opaque.
     """
 
     def __init__(
@@ -57,36 +56,35 @@ class Objective(nn.Module):
         super().__init__()
         weights = {"mse": mse, "lpips": lpips, "mask": mask, "tv": tv, "opacity": opacity}
         if any(weight < 0 for weight in weights.values()):
-            raise InputError(expected="weights of 0 or more in the objective", found=weights)
+            raise InputError(expected="non-negative weights in the objective", found=weights)
         self.mse, self.lpips, self.lpips_start_step = mse, lpips, lpips_start_step
         self.mask, self.tv, self.opacity = mask, tv, opacity
         self.perceptual: PerceptualLoss | None = None
 
-    def forward(self, evidence: LossInputs, step: int) -> dict[str, Float[Tensor, ""]]:
+    def forward(self, inputs: LossInputs, step: int) -> dict[str, Float[Tensor, ""]]:
         """Compute the weighted terms by name; the loss is their sum.
 
         Args:
-            evidence: What was rendered, and what it should be.
-            step: Optimizer steps done.
+            inputs: Rendered and ground truth views.
+            step: Number of completed optimizer steps.
 
         Raises:
-            ValueError: LPIPS is due but no network was attached.
+            ValueError: LPIPS is enabled but ``perceptual`` is None.
         """
         terms = {}
         if self.mse:
-            terms["mse"] = self.mse * mse(evidence.prediction, evidence.target)
+            terms["mse"] = self.mse * mse(inputs.prediction, inputs.target)
         if self.lpips and step >= self.lpips_start_step:
             if self.perceptual is None:
                 raise ValueError(
-                    "expected a PerceptualLoss in objective.perceptual, but found none; `lrm fit` attaches "
-                    "one, in Python "
-                    "set it, or give LPIPS the weight 0 (--model.objective.lpips 0)"
+                    "objective.perceptual is None. Set it to a PerceptualLoss, as `lrm fit` does, or disable LPIPS "
+                    "with --model.objective.lpips 0"
                 )
-            terms["lpips"] = self.lpips * self.perceptual(evidence.prediction, evidence.target).mean()
+            terms["lpips"] = self.lpips * self.perceptual(inputs.prediction, inputs.target).mean()
         if self.mask:
-            terms["mask"] = self.mask * mask(evidence.opacity, evidence.alpha)
+            terms["mask"] = self.mask * mask(inputs.opacity, inputs.alpha)
         if self.tv:
-            terms["tv"] = self.tv * total_variation(evidence.planes)
+            terms["tv"] = self.tv * total_variation(inputs.planes)
         if self.opacity:
-            terms["opacity"] = self.opacity * opacity_prior(evidence.opacity)
+            terms["opacity"] = self.opacity * opacity_prior(inputs.opacity)
         return terms

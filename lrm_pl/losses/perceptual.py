@@ -1,7 +1,7 @@
-"""LPIPS: the distance of two images in the features of a frozen network (Zhang et al. 2018; LRM, sec. 3.4).
+"""LPIPS: perceptual distance of two images in the features of a frozen network (Zhang et al. 2018; LRM, section 3.4).
 
-For each of five layers, features are normalized over channels, their squared differences weighted by LPIPS'
-own linear layer, averaged over pixels, and added up. (n, 3, h, w) twice -> (n,).
+For each of five layers, features are normalized over channels and their squared differences are weighted by LPIPS's
+linear layer and averaged over pixels. The distance is the sum over layers.
 """
 
 import warnings
@@ -17,48 +17,44 @@ from torch import Tensor
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import pixels_per_group
 
-#: Networks that LPIPS has linear layers for.
+#: Networks for which LPIPS provides linear layers.
 LpipsNet = Literal["vgg", "alex"]
 
-#: Added to the norm of a feature vector, as lpips does.
+#: Added to the norm of a feature vector, as in the lpips package.
 _EPSILON = 1e-10
 
 
 def require_measurable(side: int) -> None:
-    """Refuse images that VGG's four poolings leave nothing of.
+    """Raise an error if images are too small for the four pooling layers of VGG.
 
     Args:
         side: Shorter side of the images, pixels.
 
     Raises:
-        InputError: It is below 16.
+        InputError: The side is below 16.
     """
     if side < 16:
         raise InputError(
-            expected="crops of 16 pixels or more for LPIPS",
+            expected="crops of at least 16 pixels for LPIPS",
             found=side,
-            remedy="give a larger --data.crop.size, or --model.objective.lpips 0",
+            remedy="raise --data.crop.size, or disable LPIPS with --model.objective.lpips 0",
         )
 
 
 @final
 class PerceptualLoss:
-    """LPIPS of images in [0, 1], differentiable to the prediction only.
+    """LPIPS of images in [0, 1], differentiable in the prediction only.
 
-    It is a plain object, not an ``nn.Module``: its owner keeps it as an attribute, so nothing wraps, casts,
-    saves, averages or trains it; the owner also moves it (``to``).
-
-    The network runs under the caller's autocast, channels last, the distance in float32. 16 images, 64 px,
-    with VGG, forward and backward, 2 CPU cores: 0.35 s in bf16, 0.65 s in fp32. Channels first takes a third
-    more processor time in fp32 and half as much again in bf16.
+    This is not an ``nn.Module``, so a module that has it as an attribute does not save, cast, shard or train it. Move
+    it with ``to``. The network runs channels last under the caller's autocast; the distance is computed in float32.
 
     Attributes:
-        name: Which network it is.
-        network: lpips' own, frozen.
+        name: Name of the network.
+        network: Frozen network of the lpips package.
 
     Args:
-        features: The network's convolutions in torchvision's names (``features.<i>.weight``, ``.bias``).
-        net: Which network they belong to; LRM trains with VGG.
+        features: Convolution weights with torchvision's keys (``features.<i>.weight``, ``.bias``).
+        net: Network of these weights; LRM uses VGG.
     """
 
     def __init__(self, features: Mapping[str, Tensor], net: LpipsNet = "vgg") -> None:
@@ -66,46 +62,46 @@ class PerceptualLoss:
         self.network = _build(features, net)
 
     def to(self, device: torch.device | str) -> "PerceptualLoss":
-        """Move the network; its numbers stay float32."""
+        """Move the network to a device; it stays float32."""
         self.network.to(device)
         return self
 
     def __call__(
         self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]
     ) -> Float[Tensor, " n"]:
-        """Measure LPIPS image by image.
+        """Compute the LPIPS of each image.
 
         Args:
-            prediction: sRGB images in [0, 1]; gradients flow to them.
-            target: Images of the same size; no gradient flows to them.
+            prediction: sRGB images in [0, 1].
+            target: Target images of the same shape; they get no gradient.
 
         Returns:
             Distances, float32; 0 for equal images.
 
         Raises:
-            ValueError: The shapes differ, or are not those of RGB images.
+            ValueError: The shapes differ or are not (n, 3, h, w).
         """
         if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
             raise ValueError(
-                "LPIPS: expected two batches of RGB images (n, 3, h, w) of one shape, but found prediction "
-                f"{tuple(prediction.shape)} and target {tuple(target.shape)}; resize or crop one of them"
+                "LPIPS: expected two batches of RGB images (n, 3, h, w) of the same shape, but found prediction "
+                f"{tuple(prediction.shape)} and target {tuple(target.shape)}. Resize or crop one of them"
             )
         group = max(1, pixels_per_group(prediction.device) // (prediction.shape[-1] * prediction.shape[-2]))
         if torch.is_grad_enabled() and prediction.requires_grad:
-            return _GradientAtOnce.apply(prediction, target, self._measure, group)
+            return _EagerGradient.apply(prediction, target, self._measure, group)
         pairs = zip(torch.split(prediction, group), torch.split(target, group), strict=True)
-        return torch.cat([self._measure(ours, theirs) for ours, theirs in pairs])
+        return torch.cat([self._measure(predicted, expected) for predicted, expected in pairs])
 
     def features(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Tensor, ...]:
-        """Return what ``distance`` compares: worth keeping where images are compared more than once. No gradients."""
+        """Return the features that ``distance`` compares, without gradients, to reuse them for several comparisons."""
         with torch.no_grad():
             return self._features(images)
 
-    def distance(self, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> Float[Tensor, " n"]:
-        """Measure LPIPS of images by their ``features``; either may be those of one image."""
+    def distance(self, prediction: tuple[Tensor, ...], target: tuple[Tensor, ...]) -> Float[Tensor, " n"]:
+        """Compute LPIPS from ``features``; either may have batch size 1."""
         distances = [
             _distance(a, b, linear.model[-1].weight.flatten())
-            for a, b, linear in zip(ours, theirs, self.network.lins, strict=True)
+            for a, b, linear in zip(prediction, target, self.network.lins, strict=True)
         ]
         return torch.stack(distances).sum(0)
 
@@ -113,22 +109,22 @@ class PerceptualLoss:
         self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]
     ) -> Float[Tensor, " n"]:
         with torch.no_grad():
-            true = self._features(target)
-        drawn = self._features(prediction)
+            target_features = self._features(target)
+        predicted_features = self._features(prediction)
         with torch.autocast(prediction.device.type, enabled=False):
-            return self.distance(drawn, true)
+            return self.distance(predicted_features, target_features)
 
     def _features(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Tensor, ...]:
-        """Run the network on images in [0, 1]; five tensors (n, c, h', w')."""
+        """Run the network on images in [0, 1] and return five feature maps (n, c, h', w')."""
         scaled = self.network.scaling_layer(2 * images.float() - 1)
         layers: tuple[Tensor, ...] = self.network.net(scaled.contiguous(memory_format=torch.channels_last))
         return layers
 
 
-class _GradientAtOnce(torch.autograd.Function):
-    """Measure group by group of images, and differentiate each at once: one group's activations are held at a time.
+class _EagerGradient(torch.autograd.Function):
+    """Compute distances and their gradients in forward, group by group, to hold the activations of one group at a time.
 
-    No more work than an ordinary graph: what it would do in backward is done here, and only scaled there.
+    The total work equals that of an ordinary graph; backward only scales the gradients.
     """
 
     @staticmethod
@@ -139,19 +135,19 @@ class _GradientAtOnce(torch.autograd.Function):
         measure: Callable[[Tensor, Tensor], Tensor],
         group: int,
     ) -> Tensor:
-        # What a gradient scaler would do comes too late here: half precision would lose small gradients inside.
+        # A gradient scaler acts later, so scale here to keep small float16 gradients from underflow.
         half = torch.is_autocast_enabled(prediction.device.type) and (
             torch.get_autocast_dtype(prediction.device.type) == torch.float16
         )
         scale = 2.0**16 if half else 1.0
         distances: list[Tensor] = []
         gradients: list[Tensor] = []
-        for ours, theirs in zip(
+        for images, targets in zip(
             torch.split(prediction.detach(), group), torch.split(target, group), strict=True
         ):
             with torch.enable_grad():
-                leaf = ours.requires_grad_()
-                distance = measure(leaf, theirs)
+                leaf = images.requires_grad_()
+                distance = measure(leaf, targets)
                 (gradient,) = torch.autograd.grad(distance.sum() * scale, leaf)
             gradients.append(gradient / scale)
             distances.append(distance.detach())
@@ -165,14 +161,14 @@ class _GradientAtOnce(torch.autograd.Function):
 
 
 def _distance(
-    ours: Float[Tensor, "#n c h w"], theirs: Float[Tensor, "#n c h w"], weight: Float[Tensor, " c"]
+    prediction: Float[Tensor, "#n c h w"], target: Float[Tensor, "#n c h w"], weight: Float[Tensor, " c"]
 ) -> Float[Tensor, " n"]:
-    """Average the weighted squared differences of normalized features over pixels.
+    """Return the mean over pixels of weighted squared differences of normalized features.
 
-    ``vector_norm`` has the gradient 0 where all features are 0; lpips' own square root of a sum has NaN.
+    Unlike the square root of a sum in the lpips package, ``vector_norm`` has gradient 0, not NaN, at zero features.
     """
-    # The memory is channels last already, so (n, h, w, c) is a view.
-    a, b = (layer.float().permute(0, 2, 3, 1) for layer in (ours, theirs))
+    # Features are channels last, so (n, h, w, c) is a view.
+    a, b = (layer.float().permute(0, 2, 3, 1) for layer in (prediction, target))
     a = a / (torch.linalg.vector_norm(a, dim=-1, keepdim=True) + _EPSILON)
     b = b / (torch.linalg.vector_norm(b, dim=-1, keepdim=True) + _EPSILON)
     weighted: Tensor = (a - b).square() @ weight
@@ -180,30 +176,30 @@ def _distance(
 
 
 def _build(features: Mapping[str, Tensor], net: LpipsNet) -> lpips.LPIPS:
-    """Make lpips' network and give it weights, strictly: ours below, the package's own linear layers on top.
+    """Build the lpips network with given convolution weights and the package's linear layers, loaded strictly.
 
-    It is made on the meta device: torchvision would otherwise first draw 138 million random numbers, which
-    takes seconds and moves the random state of whoever asked for a loss.
+    It is built on the meta device, since torchvision would otherwise draw 138 million random weights, which takes
+    seconds and advances the global random state.
     """
     with warnings.catch_warnings(), torch.device("meta"):
-        # lpips 0.1.4 passes torchvision `pretrained`, deprecated since 0.13; nothing of ours can change that.
+        # lpips 0.1.4 passes `pretrained` to torchvision, deprecated since 0.13.
         for message in ("The parameter 'pretrained'", "Arguments other than a weight enum"):
             warnings.filterwarnings("ignore", message, UserWarning, r"torchvision\.models\._utils")
         model = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
     package = Path(lpips.__file__).parent
     linear = torch.load(package / "weights" / "v0.1" / f"{net}.pth", map_location="cpu", weights_only=True)
-    # lpips holds each linear layer under two names, `lin0` and `lins.0`; its file has the first.
+    # lpips registers each linear layer as `lin0` and `lins.0`; its weight file has the first.
     linear |= {name.replace("lin", "lins.", 1): value for name, value in linear.items()}
     scaling = {name: value for name, value in model.state_dict().items() if name.startswith("scaling_layer.")}
-    # net.slice<j>.<i>.<kind> is torchvision's features.<i>.<kind>
+    # net.slice<j>.<i>.<name> is torchvision's features.<i>.<name>
     names = {
         name: f"features.{name.split('.', 2)[2]}" for name in model.state_dict() if name.startswith("net.")
     }
     if set(features) != set(names.values()):
         raise ValueError(
-            f"LPIPS ({net}): expected the convolutions {sorted(names.values())}, but found {sorted(features)}; "
-            "give the features of this network"
+            f"LPIPS ({net}): expected the convolutions {sorted(names.values())}, but found {sorted(features)}. "
+            "Pass the features of this network"
         )
-    convolutions = {name: features[theirs].clone() for name, theirs in names.items()}
+    convolutions = {name: features[key].clone() for name, key in names.items()}
     model.load_state_dict(linear | scaling | convolutions, strict=True, assign=True)
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -1,23 +1,22 @@
-"""The terms that compare pixels: color in sRGB [0, 1] (LRM, section 3.4, eq. 1), and coverage."""
+"""Per-pixel terms: color error in sRGB [0, 1] (LRM, section 3.4, eq. 1) and mask cross-entropy."""
 
 from jaxtyping import Float
 from torch import Tensor
 
-#: Opacity is squeezed into [margin, 1 - margin], so that no pixel costs infinity.
+#: Opacity is mapped to [margin, 1 - margin] so that the cross-entropy is finite.
 _MARGIN = 1e-4
 
 
 def mse(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
-    """Average the squared error over images, channels and pixels."""
+    """Return the mean squared error over images, channels and pixels."""
     return (prediction - target).square().mean()
 
 
 def mask(opacity: Float[Tensor, "n h w"], alpha: Float[Tensor, "n h w"]) -> Float[Tensor, ""]:
-    """Average the binary cross-entropy of opacity against the object's coverage (TripoSR, section 3.2)."""
+    """Return the mean binary cross-entropy of opacity against alpha (TripoSR, section 3.2)."""
     opacity, alpha = opacity.float(), alpha.float().clamp(0, 1)
-    # Rounding may leave [0, 1] by an ulp; the gradient passes all the same, and at 0 and 1, where it matters most, it
-    # is large and finite.
-    inside = opacity + (opacity.clamp(0, 1) - opacity).detach()
-    seen = inside * (1 - 2 * _MARGIN) + _MARGIN
-    # Written out: PyTorch's own refuses to run under autocast on a GPU.
-    return -(alpha * seen.log() + (1 - alpha) * (1 - seen).log()).mean()
+    # Opacity may leave [0, 1] by rounding; the straight-through clamp keeps the gradient.
+    clamped = opacity + (opacity.clamp(0, 1) - opacity).detach()
+    probability = clamped * (1 - 2 * _MARGIN) + _MARGIN
+    # F.binary_cross_entropy does not run under autocast on a GPU.
+    return -(alpha * probability.log() + (1 - alpha) * (1 - probability).log()).mean()

@@ -297,7 +297,7 @@ def test_a_run_that_logs_no_step_trains(tiny, tmp_path):
 
 def test_crops_too_small_for_the_perceptual_loss_are_refused_before_training(tiny):
     small = ("--data.crop.size=8", "--data.crop.low=8", "--data.crop.high=16", "--model.objective.lpips=1")
-    with pytest.raises(SystemExit, match="expected crops of 16 pixels or more for LPIPS, but found 8"):
+    with pytest.raises(SystemExit, match="expected crops of at least 16 pixels for LPIPS, but found 8"):
         main(["fit", *tiny, *small])
 
 

@@ -145,7 +145,7 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
         (["--gpus", "8", "--network", "nan"], "--network above 0"),
         (
             ["--gpus", "1", "--data.crop.size", "8", "--model.objective.lpips", "1"],
-            "crops of 16 pixels or more for LPIPS, but found 8",
+            "crops of at least 16 pixels for LPIPS, but found 8",
         ),
         (["--gpus", "1", "--gpu", "4090x"], "found '4090x'. Spelled like it: GeForce RTX 4090"),
         (

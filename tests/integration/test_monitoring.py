@@ -145,7 +145,7 @@ def test_profile_writes_a_trace_of_the_asked_steps_that_is_json_with_our_operati
         ["fit", *quick, "--run.profile", "2", "--trainer.max_steps", "7", "--trainer.limit_val_batches", "0"]
     )
     path = tmp_path / "run" / "profile" / "rank0-steps-6-7.pt.trace.json"
-    assert f"wrote a trace of 2 steps: {path} (open it in https://ui.perfetto.dev)" in caplog.text
+    assert f"Wrote a trace of 2 steps to {path}. Open it in https://ui.perfetto.dev" in caplog.text
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
     assert names.count("_Deferred") == 2
     assert names.count("_DeferredBackward") == 2
@@ -153,7 +153,7 @@ def test_profile_writes_a_trace_of_the_asked_steps_that_is_json_with_our_operati
 
 
 def test_a_run_too_short_to_profile_says_so_before_its_first_step(quick):
-    with pytest.raises(SystemExit, match=r"expected at least 7 steps to profile 2 .* found 6 left. Raise"):
+    with pytest.raises(SystemExit, match=r"expected at least 7 steps .* found 6. Raise"):
         main(["fit", *quick, "--run.profile", "2"])
 
 

@@ -175,8 +175,8 @@ def test_colors_are_srgb_whatever_their_file_declares(content, expected):
         (avif(9, 16), "found PQ, which is HDR"),
         (avif(10, 13), "found color primaries 10 and transfer characteristics 13 of H.273"),
         (bmp(b"LINK"), "a profile in another file"),
-        (bmp(bytes(4), endpoints=b"\1" * 48), "endpoints of its own"),
-        (tiff(curve=tuple(range(256))), "a transfer function of its own"),
+        (bmp(bytes(4), endpoints=b"\1" * 48), "custom endpoints"),
+        (tiff(curve=tuple(range(256))), "a custom transfer function"),
     ],
     ids=[
         "png PQ",
@@ -292,7 +292,7 @@ def test_sixteen_bits_are_parts_of_65535_and_keep_their_transparent_value():
     assert dark.max() == 1
     colors = gray_png(16, [struct.pack(">6H", 0, 0, 0, 1, 0, 0)], bytes(6), color_type=2)
     with pytest.raises(
-        ImageError, match=r"8 bits a channel in a PNG with a transparent color \(tRNS\), but found 16"
+        ImageError, match=r"8 bits per channel in a PNG with a transparent color \(tRNS\), but found 16"
     ):
         open_image(colors)
 
@@ -337,11 +337,11 @@ def test_white_of_a_tiff_is_that_of_its_bits_and_photometric():
         (
             raw_tiff(struct.pack("<4f", 0.3, 0.5, 0.8, 1), 32, 3),
             ImageError,
-            "8 or 16 bits a channel, but found floats",
+            "8 or 16 bits per channel, but found floats",
         ),
-        (raw_tiff(struct.pack("<4I", 0, 1, 2, 3), 32), ImageError, "found signed integers or 32 bits"),
-        (raw_tiff(struct.pack("<4h", 0, 1, 2, 3), 16, 2), ImageError, "found signed integers or 32 bits"),
-        (raw_tiff(bytes(4), 8, 2), ImageError, "found signed integers or 32 bits"),
+        (raw_tiff(struct.pack("<4I", 0, 1, 2, 3), 32), ImageError, "found signed or 32-bit integers"),
+        (raw_tiff(struct.pack("<4h", 0, 1, 2, 3), 16, 2), ImageError, "found signed or 32-bit integers"),
+        (raw_tiff(bytes(4), 8, 2), ImageError, "found signed or 32-bit integers"),
         (
             raw_tiff(bytes(8), 16, 3),
             NotAnImageError,

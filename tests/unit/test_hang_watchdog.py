@@ -12,8 +12,8 @@ from lrm_pl.callbacks.watchdog import HangWatchdog
 
 PROGRAM = """
 import ctypes, sys, time
-from lrm_pl.callbacks.awake_clock import AwakeClock
-clock = AwakeClock(2.0)
+from lrm_pl.callbacks.watchdog import WatchdogTimer
+clock = WatchdogTimer(2.0)
 time.sleep(0.3)
 clock.reset()
 print("begun", flush=True)
@@ -61,7 +61,7 @@ def test_a_process_that_was_suspended_for_longer_than_the_limit_goes_on(root):
 def test_a_batch_of_any_command_is_progress():
     resets = []
     watchdog = HangWatchdog()
-    watchdog._clock = SimpleNamespace(reset=lambda: resets.append(None))
+    watchdog._timer = SimpleNamespace(reset=lambda: resets.append(None))
     for command in ("train", "validation", "test", "predict"):
         getattr(watchdog, f"on_{command}_batch_start")(None, None, None, 0)
     assert len(resets) == 4

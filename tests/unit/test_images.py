@@ -11,14 +11,14 @@ from PIL import Image, ImageOps
 
 from lrm_pl.images import (
     ImageError,
-    framed,
+    frame_object,
     has_background,
     has_object,
-    is_plain,
+    is_uniform,
     object_box,
     open_image,
+    remove_background,
     to_rgb8,
-    without_background,
 )
 from tests.builders import encoded, png, wide_profile
 
@@ -28,19 +28,19 @@ RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dty
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected an image .*found 0 bytes of something else"),
-        (b"hello " * 100, "expected an image .*found 600 bytes of something else. Convert it"),
+        (b"", "expected an image .*found 0 bytes of an unknown format"),
+        (b"hello " * 100, "expected an image .*found 600 bytes of an unknown format. Convert it"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
             ".*of something else",
         ),  # PIL would start Ghostscript
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*of something else"),
         (encoded(RGB, "GIF"), ".*of something else"),
-        (encoded(RGB)[:200], "expected a whole image, but found a broken one"),
-        (encoded(RGB, "JPEG")[:300], "expected a whole image, but found a broken one"),
+        (encoded(RGB)[:200], "expected an intact image, but found a damaged one"),
+        (encoded(RGB, "JPEG")[:300], "expected an intact image, but found a damaged one"),
         (encoded(RGB, "WEBP")[:300], "expected a (whole )?image"),
         (png(30_000, 30_000), "expected at most 67 megapixels, but found "),
-        (png(20, 20, zlib.compress(b"")), "expected a whole image, but found a broken one"),
+        (png(20, 20, zlib.compress(b"")), "expected an intact image, but found a damaged one"),
     ],
     ids=["empty", "text", "postscript", "svg", "gif", "png cut", "jpeg cut", "webp cut", "bomb", "no pixels"],
 )
@@ -160,7 +160,7 @@ def test_what_was_transparent_stays_so_when_a_background_is_removed_and_its_colo
         removed.putpixel((1, 1), (0, 0, 0, 0))
         return removed
 
-    alpha = np.asarray(without_background(image, remover).getchannel("A"))
+    alpha = np.asarray(remove_background(image, remover).getchannel("A"))
     assert seen[0].getpixel((0, 0)) == (255, 255, 255)
     assert alpha[0, 0] == alpha[1, 1] == 0
     assert alpha.sum() == 14 * 255
@@ -176,7 +176,7 @@ def rectangle(top, left, height, width, size=(60, 100)):
 @pytest.mark.parametrize("place", [(20, 30, 12, 24), (0, 0, 12, 24), (48, 76, 12, 24), (0, 0, 60, 100)])
 @pytest.mark.parametrize("side", [64, 256])
 def test_an_object_is_framed_in_the_middle_with_its_longer_side_a_share_of_the_square(place, side):
-    found = np.asarray(framed(rectangle(*place), 0.75, side))
+    found = np.asarray(frame_object(rectangle(*place), 0.75, side))
     assert found.shape == (side, side, 4)
     top, left, bottom, right = object_box(found[..., 3] / 255)
     wide = side * 0.75
@@ -202,18 +202,18 @@ def test_specks_are_no_object():
 
 def test_nothing_cannot_be_framed_and_a_faint_object_can():
     with pytest.raises(ImageError, match=r"alpha 0 everywhere. Check its alpha channel"):
-        framed(Image.new("RGBA", (8, 8)), 0.8, 32)
+        frame_object(Image.new("RGBA", (8, 8)), 0.8, 32)
     faint = np.zeros((20, 20, 4), dtype=np.uint8)
     faint[5:15, 5:15, 3] = 60
     assert object_box(faint[..., 3] / 255) == (5, 5, 15, 15)
-    assert np.asarray(framed(Image.fromarray(faint), 0.5, 32))[..., 3].max() == 60
+    assert np.asarray(frame_object(Image.fromarray(faint), 0.5, 32))[..., 3].max() == 60
 
 
 def test_a_long_thin_object_takes_no_more_memory_than_its_image_and_its_square():
     line = np.zeros((2, 400_000, 4), dtype=np.uint8)
     line[:, 1000:-1000] = 255
     tracemalloc.start()
-    found = np.asarray(framed(Image.fromarray(line), 0.75, 256))
+    found = np.asarray(frame_object(Image.fromarray(line), 0.75, 256))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * line.nbytes
@@ -233,17 +233,15 @@ def test_an_image_with_a_damaged_chunk_is_a_broken_image_or_a_good_one(chunk):
 def test_an_object_of_next_to_no_pixels_is_refused(size):
     rgba = Image.new("RGBA", (64, 64))
     rgba.paste((200, 100, 50, 255), (20, 20, 20 + size[0], 20 + size[1]))
-    with pytest.raises(
-        ImageError, match=f"an object of 8 pixels or more, but found one of {size[0]} x {size[1]}"
-    ):
-        framed(rgba, 0.7, 64)
+    with pytest.raises(ImageError, match=f"an object of at least 8 pixels, but found {size[0]} x {size[1]}"):
+        frame_object(rgba, 0.7, 64)
     rgba.paste((200, 100, 50, 255), (20, 20, 21, 28))  # a pole
-    assert framed(rgba, 0.7, 64).size == (64, 64)
+    assert frame_object(rgba, 0.7, 64).size == (64, 64)
 
 
 def test_an_image_of_one_color_shows_nothing():
     noise = np.random.default_rng(0).integers(0, 9, (40, 40, 3), dtype=np.uint8)
     for value in (0, 100, 247):
-        assert is_plain(Image.fromarray(noise + np.uint8(value)))
+        assert is_uniform(Image.fromarray(noise + np.uint8(value)))
     noise[0, 0] = 200
-    assert not is_plain(Image.fromarray(noise))
+    assert not is_uniform(Image.fromarray(noise))

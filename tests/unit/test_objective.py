@@ -73,5 +73,5 @@ def test_the_opacity_prior_is_0_at_clear_and_opaque_and_largest_half_way():
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(ValueError, match="weights of 0 or more"):
+    with pytest.raises(ValueError, match="non-negative weights"):
         Objective(tv=-1.0)
