@@ -1,1 +1,1 @@
-"""Rendering a folder of meshes to shards, on one machine or many."""
+"""Rendering of a folder of meshes into shards, on one machine or on a cluster."""

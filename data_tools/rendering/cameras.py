@@ -1,8 +1,8 @@
-"""Draw the cameras of one object: presets and pure functions, numpy only.
+"""Camera presets, and sampling of the cameras of an object. numpy only.
 
-A camera stands at a radius and a height drawn from a preset's ranges and looks at the origin with +z up.
-Azimuths are stratified: the circle is cut into V equal sectors, each holds one view, and a random permutation
-orders them, so that any few consecutive views still see the object from different sides.
+A camera has a radius and a height drawn from a preset's ranges, and looks at the origin with +z up. Azimuths are
+stratified: the circle is divided into V equal sectors with one view each, in random order, so that any few consecutive
+views show the object from different sides.
 """
 
 import dataclasses
@@ -14,20 +14,20 @@ import numpy.typing as npt
 
 from lrm_pl.conventions import Normalization
 
-#: A camera higher than this part of its radius would look along the up axis, where "up" means nothing.
+#: Maximum height of a camera as a fraction of its radius: a pose along the up axis is undefined.
 MAX_HEIGHT_OF_RADIUS = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class CameraPreset:
-    """Ranges that cameras are drawn from, uniformly.
+    """Uniform distributions of the camera parameters.
 
     Attributes:
-        radius_range: Distance of the camera from the origin, scene units.
-        height_range: World z of the camera, scene units; kept within 0.95 of the radius.
-        fov_range_deg: Full field of view, the same in both directions (images are square), degrees.
-        normalize: How the object is scaled before it is rendered.
-        orbit: Whether cameras stand where ``ORBIT_DEG`` says instead, turn after turn; heights are not drawn then.
+        radius_range: Distance from the origin, in scene units.
+        height_range: World z, in scene units; clipped to 0.95 of the radius.
+        fov_range_deg: Horizontal and vertical field of view, in degrees (images are square).
+        normalize: Normalization of the objects.
+        orbit: Use the fixed directions of ``ORBIT_DEG``, in order, instead of random ones.
     """
 
     radius_range: tuple[float, float]
@@ -37,16 +37,16 @@ class CameraPreset:
     orbit: bool = False
 
     def shows_whole(self, normalize: Normalization) -> bool:
-        """Say whether every image shows all of any object."""
+        """Return whether every view contains the whole normalized object."""
         reach = {"sphere": 1.0, "cube": math.sqrt(3)}[normalize] / self.radius_range[0]
         return reach <= math.sin(math.radians(self.fov_range_deg[0] / 2))
 
 
-#: The 24 views of MeshLRM's protocol (appendix I): polar angles of 90, 60 and 120 degrees, the front first.
+#: Azimuth and elevation of the 24 views of MeshLRM's protocol (appendix I), starting with the front view.
 ORBIT_DEG = [(azimuth, elevation) for elevation in (0, 30, -30) for azimuth in range(0, 360, 45)]
 
-#: ``frame`` keeps the unit sphere wholly inside the image: it reaches asin(1 / 2.4) = 24.6 of 25 degrees.
-#: The others follow the published ranges of their models and may crop an object that is near.
+#: ``frame`` keeps the unit sphere inside the image: its half angle is at most asin(1 / 2.4) = 24.6 of 25 degrees.
+#: ``lrm``, ``openlrm`` and ``instantmesh`` follow the published ranges of these models, and may crop close objects.
 PRESETS: dict[str, CameraPreset] = {
     "frame": CameraPreset((2.4, 2.8), (-0.75, 1.60), (50.0, 50.0), "sphere"),
     "lrm": CameraPreset((1.5, 3.0), (-0.75, 1.60), (50.0, 50.0), "cube"),
@@ -58,11 +58,11 @@ PRESETS: dict[str, CameraPreset] = {
 
 @dataclasses.dataclass(frozen=True)
 class Cameras:
-    """The cameras of one object.
+    """Cameras of the V views of an object.
 
     Attributes:
-        c2w: (V, 4, 4) float32, OpenCV camera to world.
-        fxfycxcy: (V, 4) float32, divided by the image's side.
+        c2w: (V, 4, 4) float32, OpenCV camera-to-world poses.
+        fxfycxcy: (V, 4) float32, intrinsics divided by the image size.
     """
 
     c2w: npt.NDArray[np.float32]
@@ -70,18 +70,18 @@ class Cameras:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Hash numbers and names to a seed in [0, 2^31), the same on every machine and in every order."""
+    """Hash numbers and names to a seed in [0, 2^31), identical on every machine."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 def draw_cameras(preset: CameraPreset, views: int, rng: np.random.Generator) -> Cameras:
-    """Draw the cameras of one object.
+    """Sample the cameras of one object.
 
     Args:
-        preset: The ranges.
+        preset: Distributions of the camera parameters.
         views: Number of views V.
-        rng: Generator seeded for this object alone.
+        rng: Random generator, seeded per object.
     """
     sectors = rng.permutation(views)
     azimuth_rad = 2 * math.pi * (sectors + rng.uniform(0, 1, views)) / views
@@ -102,9 +102,9 @@ def draw_cameras(preset: CameraPreset, views: int, rng: np.random.Generator) -> 
 def camera_positions(
     radius: npt.NDArray[np.float64], height: npt.NDArray[np.float64], azimuth_rad: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """SampleLocation cameras: (V, 3) points at distance ``radius`` from the origin and (clipped) world z ``height``.
+    """Return (V, 3) camera positions at distance ``radius`` from the origin and clipped world z ``height``.
 
-    Azimuth 0 is +x and grows toward +y.
+    Azimuth 0 is +x and increases toward +y.
     """
     limit = MAX_HEIGHT_OF_RADIUS * radius
     z = np.clip(height, -limit, limit)
@@ -113,7 +113,7 @@ def camera_positions(
 
 
 def look_at_origin(position: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Build the (4, 4) OpenCV pose of a camera at ``position`` (3,) that looks at the origin, +z up."""
+    """Return the (4, 4) OpenCV pose of a camera at ``position`` (3,) that looks at the origin with +z up."""
     forward = -position / np.linalg.norm(position)
     right = np.cross(forward, (0.0, 0.0, 1.0))
     right /= np.linalg.norm(right)
@@ -126,17 +126,17 @@ def look_at_origin(position: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
 def frame_rectangle(
     c2w: npt.NDArray[np.float32], focal: float, half_extent: npt.NDArray[np.float64], margin: float
 ) -> tuple[float, float, float, float]:
-    """Bound where an object can be seen, so that the rest of the image need not be rendered.
+    """Compute the image rectangle that contains a bounding box, so that only this region is rendered.
 
     Args:
         c2w: (4, 4) OpenCV pose.
-        focal: Focal length in image sides.
-        half_extent: (3,) half sides of the object's bounding box, whose center is the origin.
-        margin: What is added on each side, in image sides.
+        focal: Focal length, divided by the image size.
+        half_extent: (3,) half side lengths of the box, which is centered at the origin.
+        margin: Margin added on each side, as a fraction of the image size.
 
     Returns:
-        Left, top, right, bottom in image sides from the top left corner; 0, 0, 1, 1 where a part of the box
-        is beside or behind the camera.
+        Left, top, right and bottom as fractions of the image size, from the top left corner. The whole image if a part
+        of the box is behind the camera.
     """
     signs = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
     corners = (signs * half_extent - c2w[:3, 3]) @ c2w[:3, :3].astype(np.float64)
@@ -148,5 +148,5 @@ def frame_rectangle(
 
 
 def focal_from_fov(fov_deg: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Focal length in image sides of a full field of view: f = 0.5 / tan(fov / 2)."""
+    """Return the focal length, divided by the image size, for a field of view: f = 0.5 / tan(fov / 2)."""
     return 0.5 / np.tan(np.radians(fov_deg) / 2)

@@ -1,7 +1,7 @@
-"""``python -m data_tools render``: meshes to shards; a thin driver around Blender processes.
+"""Render meshes into shards: ``python -m data_tools render``.
 
-The order of events in OUT: ``plan.parquet``, ``assets.parquet`` and ``render.json`` first, then parts and shards as
-objects finish (``shard_folder``), the contact sheet, ``filter.parquet``, and ``manifest.json`` last.
+Files in OUT are written in this order: ``plan.parquet``, ``assets.parquet`` and ``render.json``; parts and shards as
+objects finish (``shard_folder``); the contact sheet and ``filter.parquet``; ``manifest.json``.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from data_tools.rendering.shard_folder import (
     describe_shards,
     finished_ids,
     lock_folder,
-    no_space_message,
+    no_space_error,
     part_ids,
     read_failures,
     remove_partial_files,
@@ -57,115 +57,112 @@ from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, 
 from lrm_pl.data.surface import SURFACE_POINTS
 from lrm_pl.errors import counted
 
-#: Meshes that cannot be downloaded, one after the other, before a run takes it for the network's fault.
+#: Number of consecutive download failures after which the network is assumed to be down.
 _UNREACHABLE = 5
 
 
 @dataclasses.dataclass
-class _Done:
-    """What this run rendered: objects, the share of the processes' time that Cycles itself took."""
+class _RenderStatistics:
+    """Number of rendered objects, and the fraction of the processes' time spent in Cycles."""
 
     objects: int = 0
-    cycles: float = 0.0
+    cycles_fraction: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class _Last:
-    """The manifest of before this run, and when it was written."""
+class _PreviousManifest:
+    """The manifest of a previous run, and its modification time."""
 
     manifest: Manifest | None = None
     written_ns: int = 0
 
 
 def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, options: PoolOptions) -> Manifest:
-    """Render what is not rendered yet and finish the folder.
+    """Render all assets that are not rendered yet, and finish the folder.
 
     Args:
-        assets: The assets.
+        assets: Assets to render.
         out: Folder of shards.
-        settings: What decides the bytes.
-        options: Where the meshes lie, and what Blender processes may take.
+        settings: Render settings.
+        options: Options of the Blender processes.
 
     Returns:
         The manifest of the finished folder.
 
     Raises:
-        InputError: Bad assets, other settings in ``out``, no space, every asset failed, or Blender does not start.
+        InputError: The assets or settings are invalid, the disk is full, all assets failed, or Blender does not
+            start.
     """
     start = time.monotonic()
     rules = [parse_rule(rule) for rule in settings.rules]
     check_settings(out, settings)
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
-        last = _read_last(out)
-        continuation = plan_folder(out, settings, assets, options.assets)
-        plan = continuation.shards
+        last = _read_previous(out)
+        plan = plan_folder(out, settings, assets, options.assets)
         remove_partial_files(out)
         by_id = {asset.id: asset for asset in assets}
         failures = {key: record for key, record in read_failures(out).items() if key in by_id}
-        finished = finished_ids(out, plan, set(failures))
-        ended = finished | failures.keys()
-        pending = [by_id[key] for shard in plan for key in shard.ids if key not in ended]
-        if (
-            not pending
-            and last.manifest is not None
-            and not continuation.is_relisted
-            and _is_described(out, last)
-        ):
-            write_plan(out, continuation, assets)
+        ended = finished_ids(out, plan.shards, set(failures)) | failures.keys()
+        pending = [by_id[key] for shard in plan.shards for key in shard.ids if key not in ended]
+        if not pending and last.manifest is not None and not plan.list_changed and _is_described(out, last):
+            write_plan(out, plan, assets)
             manifest = last.manifest
             shutil.rmtree(out / PARTS_NAME)
             print(
                 f"Nothing to render: all {counted(len(assets), 'object')} of {options.assets} are finished."
             )
             _require_kept(out, manifest, len(assets))
-            _print_summary(out, manifest, time.monotonic() - start, _Done())
+            _print_summary(out, manifest, time.monotonic() - start, _RenderStatistics())
             return manifest
-        _require_as_recorded(out, plan, by_id, last)
-        write_failures(out / FAILURES_NAME, failures)  # without a line that a killed run began
+        _check_recorded_hashes(out, plan.shards, by_id, last)
+        write_failures(out / FAILURES_NAME, failures)  # removes an incomplete last line
         needed = estimate_bytes(len(pending), settings)
         if shutil.disk_usage(out).free < needed:
-            raise FolderError(no_space_message(out, needed))
+            raise no_space_error(out, needed)
         try:
-            left = {shard: {key for key in shard.ids if key not in ended} for shard in plan}
+            left = {shard: {key for key in shard.ids if key not in ended} for shard in plan.shards}
             have = part_ids(out)
-            for shard in (shard for shard in plan if not left[shard] and have.intersection(shard.ids)):
+            for shard in (shard for shard in plan.shards if not left[shard] and have.intersection(shard.ids)):
                 write_planned_shard(out, shard, rules)
-            done = _Done()
+            statistics = _RenderStatistics()
             if pending:
                 with connect_ray(options.jobs):
-                    done = _render_pending(options, out, assets, pending, left, failures, continuation)
+                    statistics = _render_pending(options, out, assets, pending, left, failures, plan)
             else:
-                _begin(out, continuation, assets)
-            write_failures(out / FAILURES_NAME, failures)  # sorted, each once
-            manifest, updated = _finish(out, plan, by_id, failures, last)
+                _mark_unfinished(out, plan, assets)
+            write_failures(out / FAILURES_NAME, failures)  # sorted, without duplicates
+            manifest, updated = _finish(out, plan.shards, by_id, failures, last)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise FolderError(no_space_message(out, needed)) from error
+            raise no_space_error(out, needed) from error
     _require_kept(out, manifest, len(assets))
     if updated:
         print(
-            f"updated        the records of {counted(updated, 'object')}, without rendering: name, creator, source, "
-            "license"
+            f"updated        name, creator, source or license of {counted(updated, 'object')}, without rendering"
         )
-    _print_summary(out, manifest, time.monotonic() - start, done)
+    _print_summary(out, manifest, time.monotonic() - start, statistics)
     return manifest
 
 
-def _read_last(out: Path) -> _Last:
+def _read_previous(out: Path) -> _PreviousManifest:
     path = out / MANIFEST_NAME
-    return _Last(read_manifest(out), path.stat().st_mtime_ns) if path.is_file() else _Last()
+    return (
+        _PreviousManifest(read_manifest(out), path.stat().st_mtime_ns)
+        if path.is_file()
+        else _PreviousManifest()
+    )
 
 
-def _is_described(out: Path, last: _Last) -> bool:
-    """Say whether the table and the contact sheet of a finished folder are there."""
+def _is_described(out: Path, last: _PreviousManifest) -> bool:
+    """Return whether the filter table and the contact sheet of a finished folder exist."""
     has_kept = last.manifest is not None and not all(shard.rejected for shard in last.manifest.shards)
     return all((out / name).is_file() for name in (FILTER_NAME, *[SHEET_NAME] * has_kept))
 
 
-def _require_as_recorded(
-    out: Path, plan: Sequence[PlannedShard], assets: Mapping[str, Asset], last: _Last
+def _check_recorded_hashes(
+    out: Path, plan: Sequence[PlannedShard], assets: Mapping[str, Asset], last: _PreviousManifest
 ) -> None:
     if last.manifest is not None:
         known = {shard.name: shard for shard in last.manifest.shards}
@@ -174,16 +171,16 @@ def _require_as_recorded(
             list(pool.map(check, plan))
 
 
-def _begin(out: Path, continuation: ResumePlan, assets: Sequence[Asset]) -> None:
-    """Make the folder one that is not finished, and record what it is to hold."""
+def _mark_unfinished(out: Path, plan: ResumePlan, assets: Sequence[Asset]) -> None:
+    """Remove the manifest and write the plan."""
     (out / MANIFEST_NAME).unlink(missing_ok=True)
-    write_plan(out, continuation, assets)
+    write_plan(out, plan, assets)
 
 
 def estimate_bytes(objects: int, settings: RenderSettings) -> int:
-    """Estimate, generously, the disk space that ``objects`` objects need: 2 bytes a pixel and headers.
+    """Return an upper estimate of the disk space for a number of objects.
 
-    Depth takes 2 more, normals 3; a surface 24 bytes a point.
+    Per pixel, 2 bytes for the image, 2 for depth and 3 for normals; per surface point, 24 bytes; plus headers.
     """
     view = (2 + 2 * settings.depth + 3 * settings.normals) * settings.resolution**2 + 4096
     one = settings.views * view + settings.surface * SURFACE_POINTS * 24
@@ -197,17 +194,17 @@ def _render_pending(
     pending: Sequence[Asset],
     left: Mapping[PlannedShard, set[str]],
     failures: dict[str, dict[str, str]],
-    continuation: ResumePlan,
-) -> _Done:
-    """Render the pending assets, write each shard as it becomes complete."""
+    plan: ResumePlan,
+) -> _RenderStatistics:
+    """Render the pending assets, and write each shard as soon as it is complete."""
     rules = [parse_rule(rule) for rule in options.settings.rules]
     rendered, failed, cycles_s = 0, 0, 0.0
     unreachable: list[str] = []
     start = time.monotonic()
     by_id = {key: shard for shard in left for key in shard.ids}
-    with closing(RenderPool(options)) as pool, closing(pool.render(pending)) as outcomes:
+    with closing(RenderPool(options)) as pool, closing(pool.render(pending)) as results:
         is_new = not check_settings(out, options.settings, pool.renderer)
-        _begin(out, continuation, assets)
+        _mark_unfinished(out, plan, assets)
         if is_new:
             write_settings(out, options.settings, pool.renderer)
         print(
@@ -217,34 +214,34 @@ def _render_pending(
         with tqdm(
             total=len(assets), initial=len(assets) - len(pending), unit="object", file=sys.stderr
         ) as bar:
-            for outcome in outcomes:
-                asset = outcome.asset
-                if outcome.kind == "no space":
+            for result in results:
+                asset = result.asset
+                if result.kind == "no space":
                     raise FolderError(
-                        expected="room for a few images in the scratch folder of each node",
-                        found=outcome.reason,
-                        remedy="free some space there and run the same command again, it goes on where it was",
+                        expected="free disk space in the temporary folder of each node",
+                        found=result.reason,
+                        remedy="free some space, then run the same command again to resume",
                     )
-                unreachable = [*unreachable, asset.id] if outcome.kind == "unreachable" else []
+                unreachable = [*unreachable, asset.id] if result.kind == "unreachable" else []
                 if len(unreachable) >= _UNREACHABLE:
-                    for key in unreachable:  # no fault of theirs
+                    for key in unreachable:  # these failures are not due to the assets
                         failures.pop(key, None)
                     write_failures(out / FAILURES_NAME, failures)
                     raise FolderError(
-                        expected="to download meshes",
-                        found=f"that {_UNREACHABLE} in a row could not be: {outcome.reason}",
-                        remedy="run the same command again when the network is back, it goes on where it was",
+                        expected="reachable meshes",
+                        found=f"{_UNREACHABLE} consecutive download failures: {result.reason}",
+                        remedy="run the same command again to resume, once the network is available",
                     )
-                if outcome.kind == "done":
+                if result.kind == "done":
                     rendered += 1
-                    cycles_s += outcome.cycles_s
-                    write_part(out, asset.id, outcome.members)
+                    cycles_s += result.cycles_s
+                    write_part(out, asset.id, result.members)
                 else:
                     failed += 1
-                    failures[asset.id] = {"id": asset.id, "file": asset.file, "reason": outcome.reason}
-                    write_quarantine(out, asset.id, f"{outcome.reason}\n\n{outcome.log}")
+                    failures[asset.id] = {"id": asset.id, "file": asset.file, "reason": result.reason}
+                    write_quarantine(out, asset.id, f"{result.reason}\n\n{result.log}")
                     add_failure(out / FAILURES_NAME, failures[asset.id])
-                    bar.write(f"left out: {asset.file}: {outcome.reason.splitlines()[0]}", file=sys.stderr)
+                    bar.write(f"failed: {asset.file}: {result.reason.splitlines()[0]}", file=sys.stderr)
                 speed = rendered * options.settings.views / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)
                 bar.update()
@@ -252,7 +249,7 @@ def _render_pending(
                 left[shard].discard(asset.id)
                 if not left[shard]:
                     write_planned_shard(out, shard, rules)
-        return _Done(rendered, cycles_s / ((time.monotonic() - start) * max(1, pool.processes)))
+        return _RenderStatistics(rendered, cycles_s / ((time.monotonic() - start) * max(1, pool.processes)))
 
 
 def _finish(
@@ -260,12 +257,12 @@ def _finish(
     plan: Sequence[PlannedShard],
     assets: Mapping[str, Asset],
     failures: Mapping[str, Mapping[str, str]],
-    last: _Last,
+    last: _PreviousManifest,
 ) -> tuple[Manifest, int]:
-    """Bring the records up to date, describe the shards, draw the contact sheet, write the manifest last.
+    """Update the records, describe the shards, draw the contact sheet, and write the manifest last.
 
     Returns:
-        The manifest, and how many records were updated.
+        The manifest, and the number of updated records.
     """
     settings = read_settings(out) if (out / SETTINGS_NAME).is_file() else {}
     rules = settings.get("rules", ())
@@ -275,16 +272,16 @@ def _finish(
         updated = update_records(out, planned, assets, [parse_rule(rule) for rule in rules])
         return updated, describe_shards(out, planned, known, last.written_ns)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # hashes what is new
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(describe, plan))
     shards = tuple(shard for _, described in found for shard in described)
     kept = tuple(shard for shard in shards if not shard.rejected)
     write_filter_table(out, shards, tuple(assets.values()), rules, failures)
     if not shards:
         raise FolderError(
-            expected="at least one object",
-            found=f"that all {len(assets)} failed",
-            remedy=f"{out / FAILURES_NAME} says why: mend them, delete that file and run again",
+            expected="at least one rendered object",
+            found=f"{counted(len(assets), 'failure')}",
+            remedy=f"see {out / FAILURES_NAME} for the reasons, correct the assets, delete that file and run again",
         )
     views = settings["views"]
     if kept:
@@ -298,16 +295,16 @@ def _finish(
 def _require_kept(out: Path, manifest: Manifest, assets: int) -> None:
     if all(shard.rejected for shard in manifest.shards):
         raise FolderError(
-            expected="at least one object to keep",
-            found=f"that of {assets} {manifest.failures} failed and the rules reject the others",
+            expected="at least one accepted object",
+            found=f"{manifest.failures} failed and {assets - manifest.failures} rejected ones",
             remedy=(
-                f"{out / FILTER_NAME} and {out / FAILURES_NAME} say why: choose other rules with `python "
-                f"-m data_tools repack --shards {out} --out ... --where ...`, or mend the assets"
+                f"see {out / FILTER_NAME} and {out / FAILURES_NAME} for the reasons. Choose other rules with `python "
+                f"-m data_tools repack --shards {out} --out ... --where ...`, or correct the assets"
             ),
         )
 
 
-def _print_summary(out: Path, manifest: Manifest, seconds: float, done: _Done) -> None:
+def _print_summary(out: Path, manifest: Manifest, seconds: float, statistics: _RenderStatistics) -> None:
     train, val = (sum(s.samples for s in manifest.split(split)) for split in ("train", "val"))
     rejected = sum(shard.samples for shard in manifest.shards if shard.rejected)
     print(
@@ -315,17 +312,17 @@ def _print_summary(out: Path, manifest: Manifest, seconds: float, done: _Done) -
     )
     print(f"shards         {len(manifest.shards)}")
     if rejected:
-        print(f"rejected       {rejected}, see {out / FILTER_NAME}; `repack --where` chooses again")
+        print(f"rejected       {rejected}, see {out / FILTER_NAME}; `repack --where` applies other rules")
     if manifest.failures:
         print(
-            f"left out       {manifest.failures}, see {out / FAILURES_NAME} and {out / QUARANTINE_NAME} (they are not "
-            "tried again unless you delete that file)"
+            f"failed         {manifest.failures}, see {out / FAILURES_NAME} and {out / QUARANTINE_NAME}; delete "
+            f"{FAILURES_NAME} to retry"
         )
-    if done.objects:
-        views = done.objects * manifest.views
+    if statistics.objects:
+        views = statistics.objects * manifest.views
         print(
-            f"speed          {views / seconds:.1f} views/s ({views} views in {seconds:.1f} s, start included); Cycles "
-            f"itself took {done.cycles:.0%}"
+            f"speed          {views / seconds:.1f} views/s ({views} views in {seconds:.1f} s, including startup); "
+            f"{statistics.cycles_fraction:.0%} of the time in Cycles"
         )
     print(f"folder         {out}")
     print(f"contact sheet  {out / SHEET_NAME}")

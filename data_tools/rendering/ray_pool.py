@@ -1,8 +1,8 @@
-"""Blender processes on one machine or many: Ray starts them, each pulls one object after another.
+"""A pool of Blender processes on one machine or on a Ray cluster.
 
-Without ``RAY_ADDRESS`` Ray runs on this machine, for this run alone. With it the run uses that cluster, all of it, and
-nodes may come and go. Meshes must have the same path on each node (or be URLs); finished objects come back through Ray,
-so that only the driver writes.
+Without ``RAY_ADDRESS``, Ray runs on this machine for the duration of the run. Otherwise the run uses all nodes of that
+cluster, which may join and leave at any time. Meshes must have the same path on every node, or be URLs. Rendered
+objects are returned through Ray's object store, so that only the driver writes files.
 """
 
 import contextlib
@@ -25,46 +25,46 @@ from data_tools.rendering.settings import RenderSettings
 from lrm_pl.errors import counted
 from lrm_pl.scratch import ScratchFolder
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: it would send statistics
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # must be set before Ray is imported
 
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-#: How often an object is tried whose process ends under it, and one whose Ray worker or node is lost.
-_TRIES, _MOVES = 2, 5
+#: Maximum attempts for an object whose Blender process crashes, and for one whose Ray worker or node is lost.
+_MAX_CRASHES, _MAX_LOST_WORKERS = 2, 5
 
-#: Seconds before a Blender that did not start is started again.
-_START_AGAIN_S = (0.5, 2.0)
+#: Delays before each new attempt to start Blender, in seconds.
+_START_RETRY_DELAYS_S = (0.5, 2.0)
 
-#: Seconds between two looks at which nodes there are.
-_LOOK_S = 10.0
+#: Interval between queries of the cluster's nodes, in seconds.
+_NODE_POLL_S = 10.0
 
-#: Seconds that a cluster gets to answer at all.
-_KNOCK_S = 10.0
+#: Timeout of the connection to a cluster, in seconds.
+_CONNECT_TIMEOUT_S = 10.0
 
-#: Seconds that processes get to end in good order.
-_CLOSE_S = 5.0
+#: Timeout of the shutdown of idle processes, in seconds.
+_CLOSE_TIMEOUT_S = 5.0
 
-#: CPUs set aside for a Blender process, half a machine's at most: it has a thread more than these, so that one process
-#: uses them while another imports or encodes (a sixth more views a second than one process of two threads on two CPUs).
+#: CPUs reserved per Blender process, at most half of a machine. A process runs one more thread than this, because
+#: loading and encoding leave CPUs idle: on two CPUs, two such processes render a sixth more views per second than one.
 _CPUS = 2
 
-#: Ray's store holds finished objects for a moment only.
+#: Size of Ray's object store, which holds each rendered object only briefly.
 _STORE_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolOptions:
-    """What all processes of a run have in common.
+    """Options shared by all Blender processes of a run.
 
     Attributes:
-        assets: Assets folder.
-        settings: Settings of the run.
-        jobs: Processes at most; None leaves it to what the cluster has.
-        limits: What an object may take.
-        command: What a process runs.
+        assets: Folder of the meshes.
+        settings: Render settings.
+        jobs: Maximum number of processes; None for as many as the cluster has resources for.
+        limits: Time and memory limits per object.
+        command: Command line of a Blender process.
     """
 
     assets: Path
@@ -76,12 +76,12 @@ class PoolOptions:
 
 @dataclasses.dataclass(frozen=True)
 class WorkerResources:
-    """What Ray sets aside for one process.
+    """Resources that Ray reserves for one Blender process.
 
     Attributes:
-        cpus: CPUs.
-        threads: Threads that it may run on them.
-        gpus: GPUs; less than 1 where processes share one.
+        cpus: Number of CPUs.
+        threads: Number of render threads.
+        gpus: Number of GPUs; a fraction if several processes use one GPU.
     """
 
     cpus: int
@@ -90,14 +90,14 @@ class WorkerResources:
 
 
 class RenderActor:
-    """A place for one Blender process, in a Ray worker; a process that is gone or worn out is replaced."""
+    """Ray actor that owns one Blender process, and restarts it after a crash or when it reaches ``Limits.objects``."""
 
     def __init__(self, options: PoolOptions, threads: int) -> None:
         self._options, self._threads = options, threads
         self._blender: BlenderProcess | None = None
 
     def start(self) -> str:
-        """Start Blender; returns the name of its renderer."""
+        """Start Blender and return the name of its renderer."""
         return self._ready().renderer
 
     def render(self, asset: Asset) -> RenderResult:
@@ -105,7 +105,7 @@ class RenderActor:
         return self._ready().render(asset, self._options.limits)
 
     def close(self) -> None:
-        """End Blender, and remove its files."""
+        """Stop Blender and remove its temporary files."""
         if self._blender is not None:
             self._blender.close()
 
@@ -119,9 +119,9 @@ class RenderActor:
         return blender
 
     def _start(self) -> BlenderProcess:
-        """Start Blender; one that is killed at that is started again."""
+        """Start Blender, with retries."""
         options = self._options
-        for wait_s in _START_AGAIN_S:
+        for wait_s in _START_RETRY_DELAYS_S:
             try:
                 return BlenderProcess(options.assets, options.settings, self._threads, options.command)
             except BlenderError:
@@ -130,153 +130,151 @@ class RenderActor:
 
 
 class RenderPool:
-    """All Blender processes of a run.
+    """The Blender processes of a run.
 
     Attributes:
-        renderer: Name of their renderer, the same for all.
-        share: What each has.
+        renderer: Name of the renderer, identical for all processes.
+        resources: Resources per process.
     """
 
     def __init__(self, options: PoolOptions) -> None:
-        # Ray's workers run in the folder where their node was started.
+        # The working directory of a Ray worker is the one in which its node was started.
         self._options = dataclasses.replace(options, assets=options.assets.absolute())
-        self.share = _share(options.jobs)
-        self._slots: set[ActorHandle] = set()
-        self._starting: dict[ObjectRef, ActorHandle] = {}  # the first answer of each slot -> slot
-        self._next_look = 0.0
-        self._room = 0
+        self.resources = _choose_resources(options.jobs)
+        self._actors: set[ActorHandle] = set()
+        self._starting: dict[ObjectRef, ActorHandle] = {}  # result of ``start`` -> actor
+        self._next_poll = 0.0
+        self._max_processes = 0
         self.renderer = ""
         self._idle: list[ActorHandle] = []
         while not self.renderer:
-            self._welcome(self._add_slot())
+            self._finish_start(self._add_actor())
 
     def render(self, assets: Sequence[Asset]) -> Generator[RenderResult]:
-        """Render assets and yield what became of each, as it happens.
+        """Render assets, and yield the result of each as soon as it is available.
 
         Args:
-            assets: The assets, in the order in which they are handed out.
+            assets: Assets, in the order in which they are scheduled.
 
         Raises:
-            BlenderError: Blender started once but not again, or elsewhere with another renderer.
+            BlenderError: Blender cannot be restarted, or another node uses another renderer.
         """
         waiting, busy = deque(assets), dict[ObjectRef, tuple[ActorHandle, Asset]]()
-        crashes, moves = Counter[str](), Counter[str]()
+        crashes, lost = Counter[str](), Counter[str]()
         while waiting or busy:
             while waiting and self._idle:
-                slot, asset = self._idle.pop(), waiting.popleft()
-                busy[slot.render.remote(asset)] = slot, asset
+                actor, asset = self._idle.pop(), waiting.popleft()
+                busy[actor.render.remote(asset)] = actor, asset
             self._grow(len(busy), len(waiting))
-            ready, _ = ray.wait([*busy, *self._starting], timeout=_LOOK_S)
-            for answer in ready:
-                if answer in self._starting:
-                    self._welcome(answer)
+            ready, _ = ray.wait([*busy, *self._starting], timeout=_NODE_POLL_S)
+            for reference in ready:
+                if reference in self._starting:
+                    self._finish_start(reference)
                     continue
-                slot, asset = busy.pop(answer)
+                actor, asset = busy.pop(reference)
                 try:
-                    outcome: RenderResult = ray.get(answer)
+                    result: RenderResult = ray.get(reference)
                 except RayTaskError as error:
                     raise _cause(error) from error
-                except RayError as error:  # the worker, its node, or the finished object is lost
-                    self._slots.discard(slot)
-                    moves[asset.id] += 1
-                    if moves[asset.id] < _MOVES:
+                except RayError as error:  # the worker, its node or the result is lost
+                    self._actors.discard(actor)
+                    lost[asset.id] += 1
+                    if lost[asset.id] < _MAX_LOST_WORKERS:
                         waiting.append(asset)
                     else:
                         yield RenderResult(
-                            asset, "crashed", f"its node or Ray worker was lost {_MOVES} times: {error}"
+                            asset, "crashed", f"node or Ray worker lost {_MAX_LOST_WORKERS} times: {error}"
                         )
                     continue
-                self._idle.append(slot)
-                crashes[asset.id] += outcome.kind == "crashed"
-                if outcome.kind == "crashed" and crashes[asset.id] < _TRIES:
+                self._idle.append(actor)
+                crashes[asset.id] += result.kind == "crashed"
+                if result.kind == "crashed" and crashes[asset.id] < _MAX_CRASHES:
                     waiting.append(asset)
                 else:
-                    yield outcome
+                    yield result
 
     @property
     def processes(self) -> int:
-        """Blender processes there are now."""
-        return len(self._slots)
+        """Current number of Blender processes."""
+        return len(self._actors)
 
     def describe(self) -> str:
-        """Say in words how many processes there is room for."""
+        """Return a summary such as ``2 Blender processes (2 CPUs each) on 1 node``."""
         nodes = sum(node["Alive"] for node in ray.nodes())
-        room = min(_room(self.share), self._options.jobs or sys.maxsize)
-        each = counted(self.share.cpus, "CPU") + (f" and {self.share.gpus:g} GPU" if self.share.gpus else "")
-        processes = counted(room, "Blender process")
-        return f"{processes} ({each}{' each' if room > 1 else ''}) on {counted(nodes, 'node')}"
+        count = min(_capacity(self.resources), self._options.jobs or sys.maxsize)
+        resources = counted(self.resources.cpus, "CPU")
+        resources += f" and {self.resources.gpus:g} GPU" if self.resources.gpus else ""
+        each = " each" if count > 1 else ""
+        return f"{counted(count, 'Blender process')} ({resources}{each}) on {counted(nodes, 'node')}"
 
     def close(self) -> None:
-        """End all processes: those at rest in good order, those at work at once, those that start when they have."""
-        closing = [slot.close.remote() for slot in self._idle]
+        """Stop all processes: idle ones gracefully, busy ones immediately, starting ones once they have started."""
+        closing = [actor.close.remote() for actor in self._idle]
         if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_S)
-        # Ray may forget the kill of an actor that it is making: the actor would then hold its CPUs for ever.
-        # Without handles it ends by itself, after what it was asked for.
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
+        # Ray may lose the kill of an actor that is being created, whose CPUs would then stay reserved. An actor
+        # without handles exits after its pending calls.
         starting = set(self._starting.values())
-        for slot in starting:
-            slot.close.remote()
-        for slot in self._slots - starting:
-            ray.kill(slot)
+        for actor in starting:
+            actor.close.remote()
+        for actor in self._actors - starting:
+            ray.kill(actor)
         self._starting.clear()
-        self._slots.clear()
+        self._actors.clear()
         self._idle.clear()
 
     def _grow(self, busy: int, waiting: int) -> None:
-        """Start more processes where there is room and work."""
-        if time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + _LOOK_S
-            self._room = min(_room(self.share), self._options.jobs or sys.maxsize)
-        for _ in range(min(self._room - busy - len(self._starting), waiting - len(self._starting))):
-            self._add_slot()
+        """Start further processes if the cluster has capacity and assets are waiting."""
+        if time.monotonic() > self._next_poll:
+            self._next_poll = time.monotonic() + _NODE_POLL_S
+            self._max_processes = min(_capacity(self.resources), self._options.jobs or sys.maxsize)
+        for _ in range(min(self._max_processes - busy - len(self._starting), waiting - len(self._starting))):
+            self._add_actor()
 
-    def _add_slot(self) -> ObjectRef:
-        share = self.share
-        slot = (
+    def _add_actor(self) -> ObjectRef:
+        resources = self.resources
+        actor = (
             ray.remote(RenderActor)
-            .options(num_cpus=share.cpus, num_gpus=share.gpus)
-            .remote(self._options, share.threads)
+            .options(num_cpus=resources.cpus, num_gpus=resources.gpus)
+            .remote(self._options, resources.threads)
         )
-        self._slots.add(slot)
-        answer = slot.start.remote()
-        self._starting[answer] = slot
-        return answer
+        self._actors.add(actor)
+        reference = actor.start.remote()
+        self._starting[reference] = actor
+        return reference
 
-    def _welcome(self, answer: ObjectRef) -> None:
-        slot = self._starting.pop(answer)
+    def _finish_start(self, reference: ObjectRef) -> None:
+        actor = self._starting.pop(reference)
         try:
-            renderer = str(ray.get(answer))
+            renderer = str(ray.get(reference))
         except RayTaskError as error:
             raise _cause(error) from error
         except RayError as error:
             if isinstance(error, RayActorError) and error.actor_init_failed:
                 raise BlenderError(
-                    expected=(
-                        f"{blender_process.REPOSITORY} at that path on every node, with the Python {sys.prefix} "
-                        "there too"
-                    ),
+                    expected=f"{blender_process.REPOSITORY} and the Python environment {sys.prefix} on every node",
                     found=str(error).splitlines()[-1],
-                    remedy="start Ray on the nodes with that environment, or share the folder",
+                    remedy="start Ray in that environment on every node, or use a shared file system",
                 ) from error
-            # Its node went before it began: another one takes its place.
-            self._slots.discard(slot)
+            # The node was lost before the process started; ``_grow`` starts another one.
+            self._actors.discard(actor)
             return
         if renderer != (self.renderer or renderer):
             raise BlenderError(
                 expected=f"the renderer {self.renderer} on every node",
                 found=renderer,
-                remedy="use nodes of one kind, whose images are the same",
+                remedy="use identical nodes, so that all images are rendered alike",
             )
         self.renderer = renderer
-        self._idle.append(slot)
+        self._idle.append(actor)
 
 
 @contextlib.contextmanager
 def connect_ray(jobs: int | None) -> Iterator[None]:
-    """Use the cluster at ``RAY_ADDRESS``, the one that this process is connected to already, or one of this machine.
+    """Connect to the Ray cluster at ``RAY_ADDRESS``, or start Ray on this machine. An existing connection is reused.
 
     Args:
-        jobs: Processes at most, where Ray runs on this machine for this run.
+        jobs: Maximum number of processes, if Ray is started here.
 
     Raises:
         BlenderError: There is no cluster at that address.
@@ -290,8 +288,8 @@ def connect_ray(jobs: int | None) -> Iterator[None]:
         try:
             host, _, port = address.rpartition(":")
             if "/" not in host and port.isdecimal():
-                # Ray itself knocks for minutes.
-                socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+                # Ray's own connection attempt takes minutes to fail.
+                socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
             with _own_signals():
                 ray.init(address, **quiet)
         except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -299,8 +297,8 @@ def connect_ray(jobs: int | None) -> Iterator[None]:
                 expected=f"a Ray cluster at RAY_ADDRESS={address}",
                 found=error,
                 remedy=(
-                    "start one with `ray start --head`, set RAY_AUTH_MODE=token here if it has a token, or "
-                    "unset RAY_ADDRESS to render on this machine alone"
+                    "start one with `ray start --head`, set RAY_AUTH_MODE=token if it requires a token, or unset "
+                    "RAY_ADDRESS to render on this machine only"
                 ),
             ) from error
         try:
@@ -309,9 +307,9 @@ def connect_ray(jobs: int | None) -> Iterator[None]:
             ray.shutdown()
         return
     cpus = len(os.sched_getaffinity(0))
-    # Else Ray writes one into the user's home, which may not be there, or not be writable.
+    # Otherwise Ray writes a token into the home folder, which may be missing or read-only.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # A folder of our own: another user's Ray may own the default one. Short, for it holds sockets.
+    # The default folder may belong to another user. The path must be short, since it contains sockets.
     folder = ScratchFolder("lrm-ray-", Path("/tmp"))
     try:
         with _own_signals():
@@ -331,20 +329,20 @@ def connect_ray(jobs: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keep this process's answer to SIGTERM: Ray sets its own, which prints the stack of its C++."""
-    answer = signal.getsignal(signal.SIGTERM)
+    """Restore the SIGTERM handler that ``ray.init`` replaces."""
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit:  # Ray's answer, while it starts
-        if callable(answer):
-            answer(signal.SIGTERM, None)
+    except SystemExit:  # from Ray's own handler during ``ray.init``
+        if callable(handler):
+            handler(signal.SIGTERM, None)
         raise
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, answer)
+        signal.signal(signal.SIGTERM, handler)
 
 
-def _share(jobs: int | None) -> WorkerResources:
-    """Say what one process gets: a GPU where there are any (a part of one if more are asked for), else CPUs alone."""
+def _choose_resources(jobs: int | None) -> WorkerResources:
+    """Choose the resources per process: a GPU, or a fraction of it for more jobs than GPUs; without GPUs, CPUs only."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if gpus:
@@ -353,19 +351,19 @@ def _share(jobs: int | None) -> WorkerResources:
         return WorkerResources(max(1, int(fewest * each)), max(1, int(fewest * each)), each)
     largest = max(int(node.get("CPU", 1.0)) for node in nodes)
     cpus = sum(int(node.get("CPU", 0.0)) for node in nodes)
-    # Fewer processes than there is room for, as many as CPUs or more: whatever was asked for, no CPU is idle.
+    # With ``jobs`` given, all CPUs are divided among the processes.
     each = max(1, min(largest, cpus // jobs) if jobs else min(_CPUS, largest // 2))
     return WorkerResources(each, min(each + 1, largest))
 
 
-def _room(share: WorkerResources) -> int:
-    """Count the processes that fit on the nodes there are."""
+def _capacity(resources: WorkerResources) -> int:
+    """Return how many processes fit on the current nodes."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(
         int(
             min(
-                node.get("CPU", 0.0) / share.cpus,
-                node.get("GPU", 0.0) / share.gpus if share.gpus else sys.maxsize,
+                node.get("CPU", 0.0) / resources.cpus,
+                node.get("GPU", 0.0) / resources.gpus if resources.gpus else sys.maxsize,
             )
         )
         for node in nodes

@@ -1,18 +1,23 @@
-"""How a folder of shards that was begun takes what is listed now: ``OUT/plan.parquet`` and ``OUT/assets.parquet``.
+"""Planning of a folder of shards, and resuming it with a changed list of assets.
 
-    added           rendered into further shards behind those that there are; without a listed split it trains
-    name, creator, source, license    updated in the shards, without rendering (``shard_folder.update_records``)
-    tags            updated in ``assets.parquet``
-    not rendered    removed, changed or mended: as if it had been so from the beginning
-    rendered        and now removed, another mesh, another axis up, another split: refused
+The plan is stored in ``OUT/plan.parquet``, the list of assets in ``OUT/assets.parquet``. Differences between the
+stored and the current list are handled as follows:
 
-No object that is planned ever changes its shard. Whether a mesh is another one is seen from its size and its time of
-change, which the plan records; only where these differ is it hashed, and compared with the hash of its rendering.
+| difference | result |
+|---|---|
+| added assets | rendered into additional shards, in the training split unless the list assigns another one |
+| changed name, creator, source or license | updated in the shards without rendering |
+| changed tags | updated in ``assets.parquet`` |
+| asset not rendered yet, removed or changed | the plan is updated |
+| asset already rendered, removed or with another mesh, up axis or split | error |
+
+A planned object never moves to another shard. A mesh is hashed and compared with the rendered one only if its size or
+modification time differs from the plan.
 """
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +28,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from data_tools.assets.asset_list import LIST_NAME, Asset, hash_file, list_matches, write_list
+from data_tools.assets.asset_list import Asset, hash_file, list_matches, write_list
 from data_tools.rendering.settings import SETTINGS_NAME, RenderSettings, SettingsError
 from data_tools.rendering.shard_folder import find_records
 from data_tools.rendering.shard_plan import PlannedShard, plan_shards, split_into_shards
@@ -31,8 +36,8 @@ from lrm_pl.data.manifest import MANIFEST_NAME, Split, write_atomically
 
 PLAN_NAME = "plan.parquet"
 
-#: One row an object, in order of the shards; of its mesh as it was planned: the hash and the axis up that were listed,
-#: size and time of change (-1: unknown).
+#: One row per object, in order of the shards. ``sha256`` and ``up`` are those of the asset list; ``bytes`` and
+#: ``mtime_ns`` are the size and the modification time of the mesh, -1 if unknown.
 _SCHEMA = pyarrow.schema([
     ("id", pyarrow.string()),
     ("shard", pyarrow.string()),
@@ -42,10 +47,11 @@ _SCHEMA = pyarrow.schema([
     ("mtime_ns", pyarrow.int64()),
 ])  # fmt: skip
 
-#: Where more than this would have to be hashed (a folder that was copied without its times), sizes must do.
+#: Maximum total size of the meshes to hash. Above it, for example after a copy that changed all modification times,
+#: only the sizes are compared.
 MAX_HASHED_BYTES = 4 << 30
 
-#: Files looked at or hashed at the same time.
+#: Number of files examined concurrently.
 _THREADS = 16
 
 _NO_STAMP = (-1, -1)
@@ -53,69 +59,69 @@ _NO_STAMP = (-1, -1)
 
 @dataclasses.dataclass(frozen=True)
 class ResumePlan:
-    """What is to be made of a folder.
+    """Shards to be written, and the state of the meshes.
 
     Attributes:
-        shards: All shards, those that there are first.
-        stamps: (N, 2) int64, size and time of change (ns) of each asset's mesh, in order of the assets; -1: unknown.
-        hashes: (N) the hash that was listed of each before; "": none.
-        is_recorded: Whether ``plan.parquet`` and ``assets.parquet`` say so already.
-        is_relisted: Whether shards and manifest may be those of another list.
+        shards: All shards, existing ones first.
+        stamps: (N, 2) int64, size and modification time (ns) of the mesh of each asset; -1 if unknown.
+        hashes: (N) previously listed hash of each asset; "" if there is none.
+        is_recorded: Whether ``plan.parquet`` and ``assets.parquet`` are up to date.
+        list_changed: Whether the list of assets differs from the previous run.
     """
 
     shards: tuple[PlannedShard, ...]
     stamps: npt.NDArray[np.int64]
     hashes: npt.NDArray[np.object_]
     is_recorded: bool = False
-    is_relisted: bool = False
+    list_changed: bool = False
 
 
 def plan_folder(out: Path, settings: RenderSettings, assets: Sequence[Asset], folder: Path) -> ResumePlan:
-    """Plan a folder of shards, or go on with its plan. Writes nothing.
+    """Plan a folder of shards, or update its existing plan. Nothing is written.
 
     Args:
-        out: Folder of shards, of these settings.
-        settings: Settings.
+        out: Folder of shards.
+        settings: Render settings, identical to those of the folder.
         assets: Assets of this run, sorted by id.
-        folder: Where their meshes lie.
+        folder: Folder of the meshes.
 
     Raises:
-        SettingsError: An object that is rendered is not listed any more, or not as it was rendered.
+        SettingsError: A rendered object is no longer listed, or differs from its rendering.
         InputError: The settings do not fit the assets, or a shard is damaged.
     """
     stamps, hashes = _stamp(folder, assets), np.full(len(assets), "", dtype=object)
     if not (out / SETTINGS_NAME).is_file():
-        shards = _plan({asset.id: asset.split for asset in assets}, settings)
-        return ResumePlan(shards, stamps, hashes)
-    before = _read_plan(out, settings)
+        splits = {asset.id: asset.split for asset in assets}
+        return ResumePlan(plan_shards(splits, settings.held_out, settings.shard_size), stamps, hashes)
+    before = _read_plan(out)
     at = _positions(before["id"], assets)
     rows, gone = np.flatnonzero(at >= 0), before.filter(pyarrow.array(at < 0))
-    _refuse_removed(out, _cut_as(gone, gone["id"].to_pylist()), folder)
+    _refuse_removed(out, _group_rows(gone, gone["id"].to_pylist()), folder)
     known = before.take(pyarrow.array(rows)) if len(gone) else before
     at = at[rows]
-    shards = _cut_as(known, [assets[index].id for index in at])
+    shards = _group_rows(known, [assets[index].id for index in at])
     _refuse_other_splits(out, shards, assets, at)
-    _refuse_others(out, folder, assets, shards, known, at, stamps)
+    _refuse_changed_meshes(out, folder, assets, shards, known, at, stamps)
     new = np.setdiff1d(np.arange(len(assets)), at)
-    shards += _cut_new([assets[index] for index in new], before, settings.shard_size)
-    is_relisted = bool(len(new) or len(gone)) or not list_matches(out, assets)
-    is_recorded = (out / PLAN_NAME).is_file() and bool((_stamps_of(known) == stamps[at]).all())
+    shards += _plan_added([assets[index] for index in new], before, settings.shard_size)
+    list_changed = bool(len(new) or len(gone)) or not list_matches(out, assets)
+    is_recorded = bool((_stamps_of(known) == stamps[at]).all())
     hashes[at] = known["sha256"].to_numpy(zero_copy_only=False)
-    return ResumePlan(shards, stamps, hashes, is_recorded and not is_relisted, is_relisted)
+    return ResumePlan(shards, stamps, hashes, is_recorded and not list_changed, list_changed)
 
 
-def write_plan(out: Path, continuation: ResumePlan, assets: Sequence[Asset]) -> None:
-    """Write ``plan.parquet`` and ``assets.parquet``, unless they say so already."""
-    if not continuation.is_recorded:
+def write_plan(out: Path, plan: ResumePlan, assets: Sequence[Asset]) -> None:
+    """Write ``plan.parquet`` and ``assets.parquet`` if they are not up to date."""
+    if not plan.is_recorded:
         sink = pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(_table(continuation, assets), sink)
+        pyarrow.parquet.write_table(_table(plan, assets), sink)
         write_atomically(out / PLAN_NAME, sink.getvalue().to_pybytes())
         write_list(out, assets)
 
 
-def _table(continuation: ResumePlan, assets: Sequence[Asset]) -> pyarrow.Table:
-    """Make the content of ``plan.parquet``."""
-    shards, stamps, hashes = continuation.shards, continuation.stamps, continuation.hashes
+def _table(plan: ResumePlan, assets: Sequence[Asset]) -> pyarrow.Table:
+    """Create the table of ``plan.parquet``."""
+    shards, stamps, hashes = plan.shards, plan.stamps, plan.hashes
     index_of = {asset.id: index for index, asset in enumerate(assets)}
     at = [index_of[key] for shard in shards for key in shard.ids]
     columns = {
@@ -129,63 +135,39 @@ def _table(continuation: ResumePlan, assets: Sequence[Asset]) -> pyarrow.Table:
     return pyarrow.table(columns, _SCHEMA)
 
 
-def _plan(splits: Mapping[str, str], settings: RenderSettings) -> tuple[PlannedShard, ...]:
-    return plan_shards(splits, settings.held_out, settings.shard_size)
-
-
 def _stamp(folder: Path, assets: Sequence[Asset]) -> npt.NDArray[np.int64]:
-    """Take the size and the time of change of each mesh on this machine of which the list has no hash."""
+    """Return the size and modification time of each local mesh whose hash is not listed."""
 
-    def look(part: Sequence[Asset]) -> list[tuple[int, int]]:
-        return [_stamp_of(folder / asset.file) if _is_watched(asset) else _NO_STAMP for asset in part]
+    def stamp(asset: Asset) -> tuple[int, int]:
+        if asset.sha256 or asset.is_remote:
+            return _NO_STAMP
+        try:
+            found = (folder / asset.file).stat()
+        except OSError:  # reported when the asset is rendered
+            return _NO_STAMP
+        return found.st_size, found.st_mtime_ns
+
+    def stamp_all(chunk: Sequence[Asset]) -> list[tuple[int, int]]:
+        return [stamp(asset) for asset in chunk]
 
     size = -(-len(assets) // _THREADS) or 1
-    with ThreadPoolExecutor(_THREADS) as pool:  # it waits for the disk
-        parts = pool.map(look, [assets[start : start + size] for start in range(0, len(assets), size)])
-        return np.array([stamp for part in parts for stamp in part], dtype=np.int64).reshape(-1, 2)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        chunks = pool.map(stamp_all, [assets[start : start + size] for start in range(0, len(assets), size)])
+        return np.array([row for chunk in chunks for row in chunk], dtype=np.int64).reshape(-1, 2)
 
 
-def _is_watched(asset: Asset) -> bool:
-    return not asset.sha256 and not asset.is_remote
-
-
-def _stamp_of(path: Path) -> tuple[int, int]:
+def _read_plan(out: Path) -> pyarrow.Table:
+    """Read ``plan.parquet``."""
+    path = out / PLAN_NAME
     try:
-        found = path.stat()
-    except OSError:  # whoever renders it says so
-        return _NO_STAMP
-    return found.st_size, found.st_mtime_ns
-
-
-def _read_plan(out: Path, settings: RenderSettings) -> pyarrow.Table:
-    """Read the plan; that of a folder of before there were such files follows from its list."""
-    path = out / PLAN_NAME if (out / PLAN_NAME).is_file() else out / LIST_NAME
-    try:
-        table = pyarrow.parquet.read_table(path, memory_map=False)
-        if path.name == PLAN_NAME:
-            return table.cast(_SCHEMA)
-        rows = {row["id"]: row for row in table.select(["id", "sha256", "split", "up"]).to_pylist()}
-        shards = _plan({key: row["split"] for key, row in rows.items()}, settings)
+        return pyarrow.parquet.read_table(path, memory_map=False).cast(_SCHEMA)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise SettingsError(
             subject=path,
-            expected="what these shards were planned with",
+            expected="the plan of the shards",
             found=error,
-            remedy="copy the folder again, or choose another OUT=",
+            remedy="restore the folder, or choose another OUT=",
         ) from error
-    found = [
-        {
-            "id": key,
-            "shard": shard.name,
-            "sha256": rows[key]["sha256"],
-            "up": rows[key]["up"],
-            "bytes": -1,
-            "mtime_ns": -1,
-        }
-        for shard in shards
-        for key in shard.ids
-    ]
-    return pyarrow.Table.from_pylist(found, _SCHEMA)
 
 
 def _stamps_of(table: pyarrow.Table) -> npt.NDArray[np.int64]:
@@ -193,14 +175,14 @@ def _stamps_of(table: pyarrow.Table) -> npt.NDArray[np.int64]:
 
 
 def _positions(ids: pyarrow.ChunkedArray, assets: Sequence[Asset]) -> npt.NDArray[np.int64]:
-    """Say where in the assets each id is; -1: nowhere."""
+    """Return the index of each id in ``assets``; -1 if it is not listed."""
     mine = pyarrow.array([asset.id for asset in assets], pyarrow.string())
     found = pyarrow.compute.fill_null(pyarrow.compute.index_in(ids, mine), -1)
     return np.asarray(found.to_numpy(), dtype=np.int64)
 
 
-def _cut_as(table: pyarrow.Table, ids: Sequence[str]) -> tuple[PlannedShard, ...]:
-    """Make the shards that the rows of a plan name; ``ids`` are its column, as strings that there are already."""
+def _group_rows(table: pyarrow.Table, ids: Sequence[str]) -> tuple[PlannedShard, ...]:
+    """Group the rows of a plan by shard. ``ids`` is the id column as Python strings."""
     names = table["shard"].combine_chunks().dictionary_encode()
     words, codes = names.dictionary.to_pylist(), names.indices.to_numpy()
     bounds = [*np.flatnonzero(np.diff(codes, prepend=-1)).tolist(), len(codes)]
@@ -214,8 +196,8 @@ def _split_of(name: str) -> Split:
     return "val" if name.startswith("val-") else "train"
 
 
-def _cut_new(new: Sequence[Asset], before: pyarrow.Table, shard_size: int) -> tuple[PlannedShard, ...]:
-    """Plan shards for new assets, with numbers above those of the shards that there are."""
+def _plan_added(new: Sequence[Asset], before: pyarrow.Table, shard_size: int) -> tuple[PlannedShard, ...]:
+    """Plan shards for added assets, numbered after the existing shards."""
     members: dict[Split, list[str]] = {"train": [], "val": []}
     for asset in new:  # in order of id
         members[asset.split or "train"].append(asset.id)
@@ -229,15 +211,14 @@ def _cut_new(new: Sequence[Asset], before: pyarrow.Table, shard_size: int) -> tu
 def _refuse_removed(out: Path, gone: Sequence[PlannedShard], folder: Path) -> None:
     rendered = [key for shard in gone for key in find_records(out, shard) if key in shard.ids]
     if rendered:
-        others = f", nor {len(rendered) - 1} others" if len(rendered) > 1 else ""
+        others = f" and {len(rendered) - 1} more" if len(rendered) > 1 else ""
         raise SettingsError(
             subject=out,
-            expected="the assets that are rendered already",
-            found=f"{rendered[0]!r} no longer listed{others}",
+            expected="all rendered assets to be listed",
+            found=f"no {rendered[0]!r}{others}",
             remedy=(
-                f"look at ASSETS={folder}, or put its mesh back. Shards need no meshes: a finished folder "
-                "may also stay as it is, and what is new be rendered into another OUT= and joined with "
-                "it by `python -m data_tools merge`"
+                f"check ASSETS={folder}, or restore the meshes. To render other meshes only, choose another OUT= and "
+                "join the folders with `python -m data_tools merge`"
             ),
         )
 
@@ -250,16 +231,16 @@ def _refuse_other_splits(
         if assets[index].split not in ("", split):
             raise SettingsError(
                 subject=f"{out}: asset {assets[index].id!r}",
-                expected=f"the split {split!r}, in which it is planned",
+                expected=f"the planned split {split!r}",
                 found=f"{assets[index].split!r}",
                 remedy=(
-                    f"list it as {split!r}, or split the finished folder anew without rendering: `python -m "
-                    f"data_tools repack --shards {out} --out ... --held-out N`"
+                    f"list the asset as {split!r}, or change the splits of the finished folder without rendering: "
+                    f"`python -m data_tools repack --shards {out} --out ... --held-out N`"
                 ),
             )
 
 
-def _refuse_others(
+def _refuse_changed_meshes(
     out: Path,
     folder: Path,
     assets: Sequence[Asset],
@@ -268,23 +249,23 @@ def _refuse_others(
     at: npt.NDArray[np.int64],
     stamps: npt.NDArray[np.int64],
 ) -> None:
-    """Refuse rendered objects whose mesh or axis up is another one now.
+    """Raise an error if a rendered object has another mesh or up axis now.
 
     Args:
         out: Folder of shards.
-        folder: Where the meshes lie.
+        folder: Folder of the meshes.
         assets: All assets.
-        shards: The planned ones that are still listed.
-        known: Their rows of the plan.
-        at: Their positions in ``assets``.
-        stamps: Of all assets, as they are now.
+        shards: Planned shards, without removed assets.
+        known: Rows of the plan for these assets.
+        at: Index of each row in ``assets``.
+        stamps: Current stamps of all assets.
     """
     now, then = stamps[at], _stamps_of(known)
     touched = (now[:, 0] >= 0) & (now != then).any(axis=1)
     if (size := int(now[touched, 0].sum())) > MAX_HASHED_BYTES:
         print(
-            f"note: {int(touched.sum())} meshes in {folder} ({size / 1e9:.0f} GB) were changed or copied since they "
-            "were planned: only those of another size are compared with what was rendered",
+            f"note: {int(touched.sum())} meshes in {folder} ({size / 1e9:.0f} GB) have new modification times. Only "
+            "those whose size changed are compared with the rendered ones",
             file=sys.stderr,
         )
         touched &= (then[:, 0] >= 0) & (then[:, 0] != now[:, 0])
@@ -292,21 +273,21 @@ def _refuse_others(
     ups = np.array([assets[index].up for index in at], dtype=object)
     relisted = (hashes != "") & (hashes != known["sha256"].to_numpy(zero_copy_only=False))
     turned = ups != known["up"].to_numpy(zero_copy_only=False)
-    doubtful = {assets[at[row]].id: int(row) for row in np.flatnonzero(touched | relisted | turned)}
-    for shard in (shard for shard in shards if doubtful and not doubtful.keys().isdisjoint(shard.ids)):
-        for key, (place, info) in find_records(out, shard).items():
-            if key not in doubtful:
+    suspects = {assets[at[row]].id: int(row) for row in np.flatnonzero(touched | relisted | turned)}
+    for shard in (shard for shard in shards if suspects and not suspects.keys().isdisjoint(shard.ids)):
+        for key, (path, info) in find_records(out, shard).items():
+            if key not in suspects:
                 continue
-            row, asset = doubtful[key], assets[at[doubtful[key]]]
+            row, asset = suspects[key], assets[at[suspects[key]]]
             expected, was_up = info.sha256 or known["sha256"][row].as_py(), known["up"][row].as_py()
             remedy = (
-                f"let it be as it was, and put a new mesh beside it under another name; or delete {place} and "
-                f"{out / MANIFEST_NAME}: what that file holds, and nothing else, is then rendered again"
+                "restore the mesh, and add the new one under another name. To render the objects of this file again, "
+                f"delete {path} and {out / MANIFEST_NAME}"
             )
             if was_up != asset.up:
                 raise SettingsError(
                     subject=f"{out}: asset {key!r}",
-                    expected=f"the axis up {was_up or 'y'!r}, as it is rendered",
+                    expected=f"the rendered up axis {was_up or 'y'!r}",
                     found=f"{asset.up or 'y'!r}",
                     remedy=remedy,
                 )
@@ -314,7 +295,7 @@ def _refuse_others(
             if expected and found and expected != found:
                 raise SettingsError(
                     subject=f"{out}: {asset.file}",
-                    expected=f"the mesh that is rendered already, of sha256 {expected}",
-                    found=f"one of {found}",
+                    expected=f"the rendered mesh with sha256 {expected}",
+                    found=found,
                     remedy=remedy,
                 )

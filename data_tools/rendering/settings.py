@@ -1,7 +1,6 @@
-"""What decides the pixels and the layout of a folder of shards, kept in that folder: ``render.json``.
+"""Settings that determine the pixels and the layout of a folder of shards, stored in ``render.json``.
 
-It is written before the first object. A later run in the same folder must agree with it, or it would mix two kinds of
-data. What is rendered may grow: ``continuation``.
+The file is written before the first object is rendered. Later runs in the same folder must use the same settings.
 """
 
 import dataclasses
@@ -17,32 +16,32 @@ from lrm_pl.errors import InputError
 
 SETTINGS_NAME = "render.json"
 
-#: Raise it when a change to this package changes pixels or layout: old folders then refuse to be continued.
+#: Increase this number when a change to this package changes pixels or layout. Older folders then cannot be resumed.
 PIPELINE_VERSION = 7
 
 
 class SettingsError(InputError):
-    """A folder holds shards made otherwise, or settings that make no sense."""
+    """The settings are invalid, or differ from those of the folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RenderSettings:
-    """Everything but the assets that decides the bytes of the shards.
+    """Settings, besides the assets, that determine the bytes of the shards.
 
     Attributes:
         preset: Name of the camera preset.
-        normalize: How objects are scaled.
-        views: Views an object.
-        resolution: Side of the square images, pixels.
-        samples: Cycles samples a pixel.
-        seed: Seed of all cameras and of Cycles.
+        normalize: Normalization of the objects.
+        views: Views per object.
+        resolution: Height and width of the images, in pixels.
+        samples: Cycles samples per pixel.
+        seed: Seed of the cameras and of Cycles.
         held_out: Number of objects in the validation split.
-        shard_size: Objects a shard.
-        depth: Whether views have their depth beside them.
-        normals: Whether they have their normals.
-        surface: Whether objects have points of their surface beside their views.
-        rules: What an object must obey, else it is rejected (``criteria.parse_rule``).
-        pipeline_version: Version of this package's rendering.
+        shard_size: Objects per shard.
+        depth: Store a depth map for each view.
+        normals: Store a normal map for each view.
+        surface: Store points sampled on the surface of each object.
+        rules: Rules that objects must satisfy; see ``parse_rule``. Other objects are rejected.
+        pipeline_version: Version of the rendering pipeline.
     """
 
     preset: str
@@ -61,11 +60,11 @@ class RenderSettings:
 
     @property
     def cameras(self) -> CameraPreset:
-        """The ranges that the preset stands for."""
+        """Camera preset."""
         return PRESETS[self.preset]
 
     def record(self) -> dict[str, Any]:
-        """Return the settings, with the preset's ranges spelled out, as JSON values."""
+        """Return the settings and the ranges of the camera preset as JSON values."""
         ranges = dataclasses.asdict(self.cameras)
         del ranges["normalize"], ranges["orbit"]
         return json.loads(json.dumps(dataclasses.asdict(self) | ranges))
@@ -78,23 +77,23 @@ def write_settings(folder: Path, settings: RenderSettings, renderer: str) -> Non
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings in ``render.json``, the renderer's name among them."""
+    """Read ``render.json``, including the name of the renderer."""
     return dict(json.loads((folder / SETTINGS_NAME).read_bytes()))
 
 
 def check_settings(folder: Path, settings: RenderSettings, renderer: str | None = None) -> bool:
-    """Compare ``render.json`` with what is asked for now.
+    """Compare ``render.json`` with the settings of this run.
 
     Args:
-        folder: Folder of the shards.
+        folder: Folder of shards.
         settings: Settings of this run.
-        renderer: Renderer of this run; None while it is not known.
+        renderer: Renderer of this run; None if it is not known yet.
 
     Returns:
         Whether the folder has a ``render.json``.
 
     Raises:
-        SettingsError: At the first difference, or where shards lie there without the file.
+        SettingsError: A setting differs, or the folder has shards but no ``render.json``.
     """
     path = folder / SETTINGS_NAME
     if not path.is_file():
@@ -102,21 +101,20 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
         if strays:
             raise SettingsError(
                 subject=folder,
-                expected=f"an empty folder or one with {SETTINGS_NAME}",
-                found=f"{strays[0]} of unknown settings",
-                remedy="choose another OUT= (`python -m data_tools merge` joins finished folders)",
+                expected=f"an empty folder or a folder with {SETTINGS_NAME}",
+                found=f"{strays[0]} with unknown settings",
+                remedy="choose another OUT=. `python -m data_tools merge` joins finished folders",
             )
         return False
     try:
-        # As folders are that were made before there were these.
-        found = {"depth": False, "normals": False, "surface": False} | read_settings(folder)
+        found = read_settings(folder)
         found_renderer = found.pop("renderer")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise SettingsError(
             subject=path,
-            expected="the settings of a rendering",
+            expected="render settings",
             found=f"{error!r}",
-            remedy="copy the folder again, or choose another OUT=",
+            remedy="restore the folder, or choose another OUT=",
         ) from error
     expected = settings.record()
     if renderer is not None:
@@ -125,23 +123,23 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
         if expected.get(name) != found.get(name):
             raise SettingsError(
                 subject=f"{path}: {name}",
-                expected=f"{expected.get(name)!r} as asked for now",
-                found=f"{found.get(name)!r}",
+                expected=f"{expected.get(name)!r}",
+                found=f"{found.get(name)!r} in the folder",
                 remedy=_remedy(name, folder),
             )
     return True
 
 
 def recorded_held_out(folder: Path) -> int | None:
-    """Return how many objects a folder that was begun holds out; None where it does not say."""
+    """Return the number of held-out objects in ``render.json``; None if it cannot be read."""
     try:
         found = read_settings(folder)["held_out"]
-    except (ValueError, KeyError, TypeError, OSError):  # ``check_settings`` looks at what is wrong
+    except (ValueError, KeyError, TypeError, OSError):  # reported by ``check_settings``
         return None
     return found if type(found) is int else None
 
 
-#: Settings that finished shards can be given without rendering -> option of ``repack``.
+#: Settings that ``repack`` can change without rendering, and its options.
 _REPACKED = {
     "rules": "--where RULE ...",
     "held_out": "--held-out N",
@@ -153,10 +151,10 @@ _REPACKED = {
 def _remedy(name: str, folder: Path) -> str:
     if name in _REPACKED:
         return (
-            "finish the folder as it is, then change it without rendering: `python -m data_tools repack --shards "
-            f"{folder} --out ... {_REPACKED[name]}`; or choose another OUT="
+            "finish the folder with these settings, then change them without rendering: `python -m data_tools repack "
+            f"--shards {folder} --out ... {_REPACKED[name]}`. Or choose another OUT="
         )
     return (
-        "go on with that, or choose another OUT= for what is not rendered yet (`python -m data_tools merge` joins "
-        "finished folders of the same views, resolution and scale)"
+        "use the settings of the folder, or choose another OUT=. `python -m data_tools merge` joins finished folders "
+        "that have the same views, resolution and scale"
     )

@@ -1,14 +1,14 @@
-"""The state of an unfinished folder of shards, all of it on disk, so that a killed run goes on where it was.
+"""On-disk state of an unfinished folder of shards, so that an interrupted run can be resumed.
 
-    OUT/parts/<id>.tar     one finished object, until its shard is written
-    OUT/failures.jsonl     {"id", "file", "reason"}: left-out objects; delete it to have them tried again
-    OUT/quarantine/<id>.log    what Blender printed about them
-    OUT/train-000000.tar   written when all its objects are finished or failed; its parts are removed
-    OUT/rejected-train-000000.tar    those of its objects that a rule rejected
-    OUT/plan.parquet       which object belongs in which shard (``continuation``)
+    OUT/plan.parquet       assignment of objects to shards (``resume``)
+    OUT/parts/<id>.tar     a rendered object, until its shard is written
+    OUT/failures.jsonl     {"id", "file", "reason"} of objects that could not be rendered; delete it to retry them
+    OUT/quarantine/<id>.log    Blender's output for these objects
+    OUT/train-000000.tar   a shard; written when all of its objects are rendered or failed
+    OUT/rejected-train-000000.tar    objects of this shard that a rule rejected
     OUT/manifest.json      written last
 
-Every file is written beside its place and renamed when whole: a name without ``.partial`` is a whole file.
+Files are written under a temporary name that contains ``.partial``, and renamed when complete.
 """
 
 import dataclasses
@@ -34,20 +34,20 @@ FAILURES_NAME = "failures.jsonl"
 PARTS_NAME = "parts"
 QUARANTINE_NAME = "quarantine"
 
-#: Seconds to wait for a run that was killed a moment ago.
+#: Time to wait for the lock, in seconds; a run that was just killed may still hold it.
 LOCK_TIMEOUT_S = 30.0
 
 
 class FolderError(InputError):
-    """The folder of shards cannot be worked on; the message says what to do."""
+    """The folder of shards cannot be used."""
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for one run.
+    """Lock a folder of shards for this run.
 
     Raises:
-        FolderError: Another run is at work there.
+        FolderError: Another run has locked the folder.
     """
     with open(folder / ".lock", "w") as file:
         give_up = time.monotonic() + LOCK_TIMEOUT_S
@@ -59,49 +59,48 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 if time.monotonic() > give_up:
                     raise FolderError(
                         subject=folder,
-                        expected="no other rendering at work there",
+                        expected="no other process that renders into this folder",
                         found="one",
-                        remedy="wait for it or stop it",
+                        remedy="wait until it has finished, or stop it",
                     ) from None
                 time.sleep(0.1)
         yield
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove incomplete files of an interrupted run."""
     (folder / PARTS_NAME).mkdir(exist_ok=True)
-    for place in (folder, folder / PARTS_NAME):
-        for path in place.glob("*.partial"):
-            path.unlink()
+    for path in [*folder.glob("*.partial"), *(folder / PARTS_NAME).glob("*.partial")]:
+        path.unlink()
 
 
 def write_part(folder: Path, key: str, members: Mapping[str, bytes]) -> None:
-    """Keep one finished object, members as from ``schema.encode_sample``, until its shard is written."""
+    """Write a rendered object, whose members are those of ``schema.encode_sample``, as a part."""
     write_shard(folder / PARTS_NAME, f"{key}.tar", "train", [(key, members)])
     (folder / QUARANTINE_NAME / f"{key}.log").unlink(missing_ok=True)
 
 
 def write_quarantine(folder: Path, key: str, log: str) -> None:
-    """Keep what Blender printed about an object that failed."""
+    """Write Blender's output for an object that could not be rendered."""
     (folder / QUARANTINE_NAME).mkdir(exist_ok=True)
     write_atomically(folder / QUARANTINE_NAME / f"{key}.log", log.encode())
 
 
 def part_ids(folder: Path) -> set[str]:
-    """List the ids that have a finished part."""
+    """Return the ids of all parts."""
     return {path.stem for path in (folder / PARTS_NAME).glob("*.tar")}
 
 
 def read_failures(folder: Path) -> dict[str, dict[str, str]]:
-    """Read ``failures.jsonl``: id -> record.
+    """Read ``failures.jsonl`` as a mapping of id to record.
 
     Raises:
-        FolderError: A line is no record of an object that failed.
+        FolderError: A line is not a valid record.
     """
     path = folder / FAILURES_NAME
     if not path.is_file():
         return {}
-    *lines, _ = path.read_bytes().split(b"\n")  # after the last line's end is what a killed run wrote
+    *lines, _ = path.read_bytes().split(b"\n")  # an interrupted run may have left an incomplete last line
     records = dict[str, dict[str, str]]()
     for number, line in enumerate(lines, 1):
         try:
@@ -113,19 +112,19 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
                 subject=f"{path}, line {number}",
                 expected="a record with id, file and reason",
                 found=f"{line[:60]!r}",
-                remedy="delete the line: an object without one is tried again",
+                remedy="delete the line. The object is then rendered again",
             ) from error
     return records
 
 
 def write_failures(path: Path, failures: dict[str, dict[str, str]]) -> None:
-    """Write a ``failures.jsonl``, sorted by id; what UTF-8 cannot hold is escaped, as JSON does."""
+    """Write ``failures.jsonl``, sorted by id. Characters that UTF-8 cannot encode are escaped."""
     if failures or path.is_file():
         write_atomically(path, b"".join(_line(failures[key]) for key in sorted(failures)))
 
 
 def add_failure(path: Path, record: dict[str, str]) -> None:
-    """Add a line to a ``failures.jsonl``: however many there are, one more costs as much."""
+    """Append a record to ``failures.jsonl``."""
     with open(path, "ab") as file:
         file.write(_line(record))
 
@@ -135,7 +134,10 @@ def _line(record: dict[str, str]) -> bytes:
 
 
 def find_records(folder: Path, planned: PlannedShard) -> dict[str, tuple[Path, SampleInfo]]:
-    """Find the objects of a planned shard that are rendered: id -> the file that holds it, and its record.
+    """Find the rendered objects of a shard.
+
+    Returns:
+        Mapping of id to the tar file that contains the object, and its record.
 
     Raises:
         InputError: A shard or a record is damaged.
@@ -157,17 +159,17 @@ def check_recorded_hashes(
     known: Mapping[str, Shard],
     before_ns: int,
 ) -> None:
-    """Check shards of a finished folder that will be hashed anew: the new hash would vouch for a damaged file.
+    """Check the hashes of existing shards that will be hashed again, so that no damaged file gets a new hash.
 
     Args:
         folder: Folder of shards.
         planned: The shard.
-        assets: Id -> asset.
-        known: Name -> shard, as the manifest has it.
-        before_ns: When the manifest was written.
+        assets: Mapping of id to asset.
+        known: Mapping of name to shard in the previous manifest.
+        before_ns: Time at which that manifest was written.
 
     Raises:
-        FolderError: A file has another hash than in the manifest.
+        FolderError: A file does not have the hash in the manifest.
     """
     paths = [folder / name for name, _ in _names(planned) if name in known and (folder / name).is_file()]
     is_rewritten = bool(_changed_records(folder, planned, assets))
@@ -176,11 +178,11 @@ def check_recorded_hashes(
         if (is_rewritten or not _is_unchanged(path, shard, before_ns)) and hash_file(path) != shard.sha256:
             raise FolderError(
                 subject=path,
-                expected=f"sha256 {shard.sha256} as in the manifest",
-                found="another: it is damaged",
+                expected=f"the sha256 {shard.sha256} of the manifest",
+                found="another one",
                 remedy=(
-                    f"delete it and {folder / MANIFEST_NAME}, and run the same command: its objects are "
-                    "rendered again"
+                    f"the file is damaged. Delete it and {folder / MANIFEST_NAME}, then run the same command to render "
+                    "its objects again"
                 ),
             )
 
@@ -196,7 +198,7 @@ def _changed_records(
 
 
 def _is_unchanged(path: Path, shard: Shard, before_ns: int) -> bool:
-    """Say whether a file is of its size, and older than the manifest that records it."""
+    """Return whether a file has the recorded size and is older than the manifest."""
     stat = path.stat()
     return shard.bytes == stat.st_size and stat.st_mtime_ns < before_ns
 
@@ -204,16 +206,16 @@ def _is_unchanged(path: Path, shard: Shard, before_ns: int) -> bool:
 def update_records(
     folder: Path, planned: PlannedShard, assets: Mapping[str, Asset], rules: Sequence[Rule]
 ) -> int:
-    """Make the records in a shard say what is listed of its objects now; nothing is rendered.
+    """Update the names, licenses, creators and sources in a shard to those of the asset list, without rendering.
 
     Args:
         folder: Folder of shards.
         planned: The shard.
-        assets: Id -> asset.
-        rules: Rules that chose.
+        assets: Mapping of id to asset.
+        rules: Rules that objects must satisfy.
 
     Returns:
-        How many records were others.
+        Number of updated records.
     """
     changed = _changed_records(folder, planned, assets)
     if changed:
@@ -223,7 +225,7 @@ def update_records(
                 return members
             return members | {INFO_MEMBER: encode_info(_with_listed(changed[key], assets[key]))}
 
-        _take_apart(folder, planned, update)
+        _split_into_parts(folder, planned, update)
         write_planned_shard(folder, planned, rules)
     return len(changed)
 
@@ -235,46 +237,44 @@ def _with_listed(info: SampleInfo, asset: Asset) -> SampleInfo:
 def describe_shards(
     folder: Path, planned: PlannedShard, known: Mapping[str, Shard], before_ns: int
 ) -> list[Shard]:
-    """Describe the shards on disk that a planned one became: itself, and the rejected ones.
+    """Describe the shards on disk that belong to a planned shard: accepted and rejected objects.
 
     Args:
         folder: Folder of shards.
         planned: The shard.
-        known: Name -> shard, as the folder's last manifest had it.
-        before_ns: When that manifest was written; what is older, and of its size, need not be hashed again.
+        known: Mapping of name to shard in the previous manifest.
+        before_ns: Time at which that manifest was written. Older files of the recorded size are not hashed again.
 
     Raises:
-        lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
+        lrm_pl.data.manifest.ShardError: The index does not match the tar file.
     """
     found = []
     for name, rejected in _names(planned):
         shard = _shard(folder / name, planned)
         if shard is None:
             continue
-        then = known.get(name)
-        if then and _is_unchanged(folder / name, then, before_ns):
-            sha256 = then.sha256
-        else:
-            sha256 = hash_file(folder / name)
+        previous = known.get(name)
+        unchanged = previous and _is_unchanged(folder / name, previous, before_ns)
+        sha256 = previous.sha256 if previous and unchanged else hash_file(folder / name)
         found.append(dataclasses.replace(shard, sha256=sha256, rejected=rejected))
     return found
 
 
 def shard_ids(folder: Path, planned: PlannedShard) -> set[str]:
-    """List the objects of a planned shard that are in shards on disk, without reading the tars.
+    """Return the ids of the objects that are in the shards on disk, from their indices.
 
     Raises:
-        lrm_pl.data.manifest.ShardError: Tar and index do not fit each other.
+        lrm_pl.data.manifest.ShardError: The index does not match the tar file.
     """
     shards = (_shard(folder / name, planned) for name, _ in _names(planned))
     return {key for shard in shards if shard for key in read_index(folder, shard)}
 
 
 def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -> set[str]:
-    """List the ids that need no rendering, in shards or as parts.
+    """Return the ids of all objects that are already rendered, in shards or as parts.
 
-    A shard with a hole that is no longer a known failure (somebody deleted ``failures.jsonl``) is taken apart
-    into parts, so that it is written again when the hole is filled.
+    A shard with a gap that is not a recorded failure (for example after ``failures.jsonl`` was deleted) is split into
+    parts again, so that it is rewritten once the missing object is rendered.
     """
     done = part_ids(folder)
     for planned in plan:
@@ -284,19 +284,19 @@ def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -
         if all(key in ids or key in failed for key in planned.ids):
             _drop_parts(folder, planned)
         else:
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)  # it names the shard
-            _take_apart(folder, planned)
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            _split_into_parts(folder, planned)
         done |= ids
     return done
 
 
 def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rule]) -> None:
-    """Join the parts of a shard whose objects are all finished or failed; an empty shard is not written.
+    """Write a shard from its parts. A shard without objects is not written.
 
     Args:
         folder: Folder of shards.
         planned: The shard.
-        rules: What an object must obey; the others go into a shard of their own.
+        rules: Rules that objects must satisfy. Other objects are written to a separate shard.
     """
     have = part_ids(folder)
     chosen = dict[bool, list[tuple[str, dict[str, bytes]]]]({False: [], True: []})
@@ -311,36 +311,38 @@ def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rul
 
 
 def _names(planned: PlannedShard) -> tuple[tuple[str, bool], ...]:
-    """Name the files that a planned shard becomes, and say which holds the rejected objects."""
+    """Return the file names of a planned shard, and whether each contains the rejected objects."""
     return (planned.name, False), (f"rejected-{planned.name}", True)
 
 
 def _shard(tar: Path, planned: PlannedShard) -> Shard | None:
-    """Describe a tar that is there with its index, but for its hash and whether it was rejected."""
+    """Describe an existing tar file, without its hash and whether it is rejected."""
     index = tar.with_name(tar.stem + ".index.json")
     if not tar.is_file() or not index.is_file():
         return None
     return Shard(tar.name, planned.split, len(json.loads(index.read_bytes())), tar.stat().st_size, "")
 
 
-def _take_apart(
+def _split_into_parts(
     folder: Path,
     planned: PlannedShard,
     change: Callable[[str, dict[str, bytes]], dict[str, bytes]] = lambda _, members: members,
 ) -> None:
-    """Turn a shard into parts again; a kill at any moment loses nothing of it."""
+    """Split a shard into parts. Safe against interruption at any time."""
     for name in (name for name, _ in _names(planned) if (folder / name).is_file()):
         for key, members in _read_tar(folder / name):
             write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, change(key, members))])
         (folder / name).unlink()
 
 
-def no_space_message(folder: Path, needed: int) -> str:
-    """Say that the disk is full: expected, found, remedy."""
+def no_space_error(folder: Path, needed: int) -> FolderError:
+    """Return the error for a full disk."""
     free = shutil.disk_usage(folder).free
-    return (
-        f"{folder}: expected about {needed / 1e6:.1f} MB of free disk space for the rest, but found "
-        f"{free / 1e6:.1f} MB; free some space and run the same command again, it goes on where it was"
+    return FolderError(
+        subject=folder,
+        expected=f"about {needed / 1e6:.1f} MB of free disk space",
+        found=f"{free / 1e6:.1f} MB",
+        remedy="free some space, then run the same command again to resume",
     )
 
 
@@ -351,7 +353,7 @@ def _drop_parts(folder: Path, planned: PlannedShard) -> None:
 
 
 def _read_tar(path: Path) -> list[tuple[str, dict[str, bytes]]]:
-    """Read a tar that this package wrote: [(key, member -> bytes)] in order."""
+    """Read a part or a shard: [(id, {member: content})] in order."""
     samples: dict[str, dict[str, bytes]] = {}
     with tarfile.open(path, "r:") as tar:
         for header in tar:

@@ -1,6 +1,6 @@
-"""Decide which split and which shard an object belongs to: pure functions of the list of ids.
+"""Assignment of objects to splits and shards: pure functions of the list of ids.
 
-Nothing here depends on how rendering goes, so a failure leaves a hole in its shard and moves nothing else.
+The assignment does not depend on how rendering proceeds. An object that fails leaves a gap in its shard.
 """
 
 import dataclasses
@@ -8,20 +8,20 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from lrm_pl.data.manifest import Split
-from lrm_pl.errors import InputError
+from lrm_pl.errors import InputError, counted
 
-#: At most this many objects are held out unless the user says otherwise, and never more than a sixth.
+#: Default size of the validation split: one sixth of the objects, but at most this many.
 DEFAULT_HELD_OUT = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedShard:
-    """One shard before anything is rendered.
+    """A shard to be written.
 
     Attributes:
-        name: File name, ``train-000000.tar``.
-        split: Its split.
-        ids: The objects that belong in it, in order.
+        name: File name, for example ``train-000000.tar``.
+        split: Split of the objects.
+        ids: Ids of the objects, in order.
     """
 
     name: str
@@ -30,36 +30,34 @@ class PlannedShard:
 
 
 def default_held_out(splits: Collection[str]) -> int:
-    """Say how many objects are held out when nobody asked for a number: none where the list holds out some."""
+    """Return the default number of held-out objects; 0 if the asset list defines a validation split."""
     return 0 if "val" in splits else min(DEFAULT_HELD_OUT, len(splits) // 6)
 
 
 def held_out_ids(ids: Sequence[str], held_out: int) -> set[str]:
-    """Choose the validation split: the ``held_out`` ids whose sha256 (hex, of UTF-8) is smallest."""
+    """Select the ids with the ``held_out`` smallest sha256 hashes as the validation split."""
     return set(sorted(ids, key=lambda key: hashlib.sha256(key.encode()).hexdigest())[:held_out])
 
 
 def plan_shards(splits: Mapping[str, str], held_out: int, shard_size: int) -> tuple[PlannedShard, ...]:
-    """Cut each split, in order of id, into shards of ``shard_size`` objects.
+    """Assign the objects of each split, in order of their ids, to shards.
 
     Args:
-        splits: Id -> "train", "val", or "" where nobody said.
-        held_out: How many of those that nobody assigned are held out.
-        shard_size: Objects a shard.
+        splits: Mapping of id to "train", "val" or "" (unassigned).
+        held_out: Number of unassigned objects to hold out.
+        shard_size: Objects per shard.
 
     Raises:
-        InputError: ``held_out`` leaves nothing to train on, or ``shard_size`` is not positive.
+        InputError: No objects would remain for training, or ``shard_size`` is not positive.
     """
     free = [key for key, split in splits.items() if not split]
     val = {key for key, split in splits.items() if split == "val"}
     most = len(free) - (0 if "train" in splits.values() else 1)
     if held_out and not 0 <= held_out <= most:
         raise InputError(
-            expected=(
-                f"--held-out between 0 and {max(0, most)} ({len(free)} assets to choose from, one at "
-                "least trains)"
-            ),
+            expected=f"--held-out between 0 and {max(0, most)} for {counted(len(free), 'unassigned asset')}",
             found=held_out,
+            remedy="leave at least one asset for training",
         )
     val |= held_out_ids(free, held_out)
     return split_into_shards({"train": sorted(set(splits) - val), "val": sorted(val)}, shard_size)
@@ -68,12 +66,12 @@ def plan_shards(splits: Mapping[str, str], held_out: int, shard_size: int) -> tu
 def split_into_shards(
     members: Mapping[Split, Sequence[str]], shard_size: int, first: Mapping[Split, int] | None = None
 ) -> tuple[PlannedShard, ...]:
-    """Cut the ids of each split, in their order, into shards of ``shard_size`` objects.
+    """Assign ids to shards of ``shard_size`` objects, in order.
 
     Args:
-        members: Split -> ids.
-        shard_size: Objects a shard.
-        first: Split -> number of its first shard; 0 unless given.
+        members: Mapping of split to ids.
+        shard_size: Objects per shard.
+        first: Mapping of split to the number of its first shard; 0 by default.
 
     Raises:
         InputError: ``shard_size`` is not positive.
