@@ -1,1 +1,1 @@
-"""Turn meshes into shards: ``python -m data_tools <command>``, in the render environment, without torch."""
+"""Data preparation: from meshes to shards. Runs in the render environment."""

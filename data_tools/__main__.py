@@ -1,10 +1,11 @@
-"""``python -m data_tools <command>``: meshes to shards. Runs in the render environment."""
+"""Command line of the data tools: ``python -m data_tools <command>``."""
 
 import argparse
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_tools.assets.asset_list import Asset
 from data_tools.assets.fetch import add_parser as add_fetch_parser
@@ -23,24 +24,29 @@ from lrm_pl.apps.broken_pipes import ignore_broken_pipes
 from lrm_pl.errors import InputError
 from lrm_pl.paths import escape_names, user_path
 
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    Commands = _SubParsersAction[argparse.ArgumentParser]
+
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
 
 
-#: Commands that keep what a run that was stopped has done.
-_GO_ON = ("render", "fetch")
+#: Commands that resume after an interruption.
+_RESUMABLE = ("render", "fetch")
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM: from `kill`, `timeout`, or a batch system whose time is up."""
+    """SIGTERM was received, for example from `kill`, `timeout` or a batch system."""
 
 
 def _terminate(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is being put in order now is not disturbed
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # do not interrupt the cleanup
     raise _Terminated
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run a command and return its exit status."""
     args = _parser().parse_args(argv)
     try:
         if args.command == "render":
@@ -70,25 +76,21 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _demo_assets(args)
     except (FileExistsError, NotADirectoryError) as error:
-        print(
-            f"error: expected a folder at {error.filename}, but found a file; choose another path",
-            file=sys.stderr,
-        )
-        return 1
+        return _report(InputError(f"a folder at {error.filename}", "a file", "choose another path"))
     except PermissionError as error:
-        print(
-            f"error: expected access to {error.filename}, but found none; choose another path",
-            file=sys.stderr,
-        )
-        return 1
+        return _report(InputError(f"access to {error.filename}", "no permission", "choose another path"))
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _report(error)
     except KeyboardInterrupt as stop:
-        goes_on = ", it goes on where it was" if args.command in _GO_ON else ""
-        print(f"stopped; run the same command again{goes_on}", file=sys.stderr)
+        purpose = "to resume" if args.command in _RESUMABLE else "to start over"
+        print(f"interrupted; run the same command again {purpose}", file=sys.stderr)
         return 143 if isinstance(stop, _Terminated) else 130
     return 0
+
+
+def _report(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 def _render(args: argparse.Namespace) -> None:
@@ -134,84 +136,104 @@ def _demo_assets(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools", description="Turn meshes into shards. Runs in the render environment."
+        prog="python -m data_tools", description="Prepare training data: from meshes to shards."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="<command>")
+    _add_render(commands)
+    add_launch_parser(commands)
+    _add_inspection(commands)
+    _add_repack(commands)
+    add_fetch_parser(commands)
+    convert.add_parser(commands)
+    _add_demo_assets(commands)
+    return parser
+
+
+def _add_render(commands: "Commands") -> None:
     render = commands.add_parser(
         "render",
-        help="render a folder of meshes into shards with Blender's Cycles",
+        help="render a folder of meshes into shards with Blender Cycles",
         description=(
-            "Render what ASSETS/assets.parquet lists (`fetch` writes it), or else every glb, gltf, obj, ply and fbx "
-            "below ASSETS, into WebDataset shards. A second run goes on where the first one was; it renders what was "
-            "added to ASSETS since into further shards, and updates names, creators, sources and licenses without "
-            "rendering. Assets that cannot be rendered are left out and listed in OUT/failures.jsonl; delete that file "
-            "to have them tried again. What "
-            "Blender printed about them is in OUT/quarantine. Objects that break a rule go to shards of their own; "
-            "OUT/filter.parquet holds what was measured of all. With RAY_ADDRESS the processes run on that Ray cluster."
+            "Render the assets listed in ASSETS/assets.parquet (written by `fetch`), or all glb, gltf, obj, ply and "
+            "fbx files below ASSETS, into WebDataset shards. A second run resumes an interrupted one, renders added "
+            "assets into additional shards, and updates names, creators, sources and licenses without rendering. "
+            "Assets that cannot be rendered are listed in OUT/failures.jsonl; delete that file to retry them. "
+            "Blender's output for them is in OUT/quarantine. Objects that violate a rule are stored in separate, "
+            "rejected shards. OUT/filter.parquet holds the measures of all objects. If RAY_ADDRESS is set, Blender "
+            "runs on that Ray cluster."
         ),
     )
     render.add_argument(
         "--assets",
         type=user_path,
         default=DEMO_ASSETS,
-        help="folder of meshes, searched recursively (%(default)s)",
+        help="folder of meshes, searched recursively (default: %(default)s)",
     )
     render.add_argument(
-        "--out", type=user_path, default=Path("data/demo"), help="folder of shards to make (%(default)s)"
-    )
-    render.add_argument("--views", type=_between(1, 999), default=16, help="views an object (%(default)s)")
-    render.add_argument(
-        "--res", type=_between(8, 4096), default=128, help="side of the square views, pixels (%(default)s)"
-    )
-    render.add_argument("--depth", action="store_true", help="keep the depth of each view too")
-    render.add_argument("--normals", action="store_true", help="keep the normals of each view too")
-    render.add_argument(
-        "--surface",
-        action="store_true",
-        help="keep points of each surface too: `lrm evaluate` holds meshes to them",
+        "--out", type=user_path, default=Path("data/demo"), help="output folder (default: %(default)s)"
     )
     render.add_argument(
-        "--samples", type=_between(1, 65536), default=16, help="Cycles samples a pixel (%(default)s)"
+        "--views", type=_between(1, 999), default=16, help="views per object (default: %(default)s)"
+    )
+    render.add_argument(
+        "--res",
+        type=_between(8, 4096),
+        default=128,
+        help="width and height of the views, in pixels (default: %(default)s)",
+    )
+    render.add_argument("--depth", action="store_true", help="store a depth map for each view")
+    render.add_argument("--normals", action="store_true", help="store a normal map for each view")
+    render.add_argument(
+        "--surface", action="store_true", help="store surface points of each object, for `lrm evaluate`"
+    )
+    render.add_argument(
+        "--samples",
+        type=_between(1, 65536),
+        default=16,
+        help="Cycles samples per pixel (default: %(default)s)",
     )
     render.add_argument(
         "--jobs",
         type=_between(1, 100_000),
-        help="Blender processes; one a GPU, or one for two CPUs but at least two, unless given",
+        help="maximum number of Blender processes (default: one per GPU, or one per two CPUs, at least two)",
     )
     render.add_argument(
-        "--preset", choices=sorted(PRESETS), default="frame", help="ranges of the cameras (%(default)s)"
+        "--preset", choices=sorted(PRESETS), default="frame", help="camera preset (default: %(default)s)"
     )
     render.add_argument(
         "--normalize",
         choices=("sphere", "cube"),
         default=argparse.SUPPRESS,
-        help="bounding sphere of radius 1, or longest side 2; the preset's choice unless given",
+        help="normalize objects to a bounding sphere of radius 1 or to a longest side of 2 (default: by preset)",
     )
     render.add_argument(
-        "--seed", type=_between(0, 2**31 - 1), default=0, help="seed of cameras and of Cycles (%(default)s)"
+        "--seed",
+        type=_between(0, 2**31 - 1),
+        default=0,
+        help="seed of the cameras and of Cycles (default: %(default)s)",
     )
     render.add_argument(
         "--held-out",
         type=_between(0, 10**6),
         default=argparse.SUPPRESS,
-        help="objects in the validation split; a sixth of all, at most 8, unless given",
+        help="objects in the validation split (default: one sixth, at most 8)",
     )
     render.add_argument(
-        "--shard-size", type=_between(1, 10**6), default=8, help="objects a shard (%(default)s)"
+        "--shard-size", type=_between(1, 10**6), default=8, help="objects per shard (default: %(default)s)"
     )
     render.add_argument(
         "--time-limit",
         type=float,
         default=argparse.SUPPRESS,
         metavar="SECONDS",
-        help=f"time that one object may take; unless given, {Limits.time_s:g} s + views * res^2 * samples / "
-        f"{SAMPLES_PER_S:,}",
+        help=f"time limit per object (default: {Limits.time_s:g} s + views * res^2 * samples / {SAMPLES_PER_S:,})",
     )
     render.add_argument(
         "--memory-limit",
         type=float,
         default=Limits.memory_gb,
-        help="GB of memory that one object may take (%(default)s)",
+        metavar="GB",
+        help="memory limit per object (default: %(default)s GB)",
     )
     render.add_argument(
         "--rules",
@@ -219,76 +241,93 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         default=argparse.SUPPRESS,
         metavar="RULE",
-        help="what an object must obey, else it is rejected: measures of OUT/filter.parquet compared with numbers; "
-        f"unless given, {', '.join(DEFAULT_RULES)}, and {CROPPED_RULE} where the preset's images show whole objects",
+        help="rules that objects must satisfy; others are rejected. A rule compares a measure of OUT/filter.parquet "
+        f"with a number (default: {', '.join(DEFAULT_RULES)}, and {CROPPED_RULE} for presets that show whole objects)",
     )
-    add_launch_parser(commands)
+
+
+def _add_inspection(commands: "Commands") -> None:
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument(
+        "--shards",
+        type=user_path,
+        default=Path("data/demo"),
+        help="folder of shards (default: %(default)s)",
+    )
     check = commands.add_parser(
         "validate",
-        help="look at every byte of a folder of shards",
+        parents=[folder],
+        help="check every byte of a folder of shards",
         description=(
-            "Check sizes, hashes, members, schema, images, and whether cameras fit images; names what is wrong by "
-            "shard and sample, and ends with status 1 if anything is."
+            "Check sizes, hashes, members, schema and images, and whether the cameras are consistent with the images. "
+            "Problems are reported by shard and sample. The exit status is 1 if there are any."
         ),
     )
-    check.add_argument(
-        "--shards", type=user_path, default=Path("data/demo"), help="folder of shards (%(default)s)"
-    )
-    check.add_argument("--jobs", type=int, help="processes; one per core unless given")
-    look = commands.add_parser(
+    check.add_argument("--jobs", type=int, help="number of processes (default: number of CPU cores)")
+    commands.add_parser(
         "inspect",
-        help="say what a folder of shards holds, with a page of images",
+        parents=[folder],
+        help="print statistics of a folder of shards, and write them as an HTML page",
         description=(
-            "Print statistics of cameras, images, licenses and failures, and write SHARDS/inspect.html with the "
-            "contact sheet."
+            "Print statistics of cameras, images, licenses and failures, and write SHARDS/inspect.html, which also "
+            "contains the contact sheet."
         ),
     )
-    look.add_argument(
-        "--shards", type=user_path, default=Path("data/demo"), help="folder of shards (%(default)s)"
-    )
-    for name, what in (
-        ("repack", "another resolution, shard size or split, without rendering"),
-        ("merge", "join folders of shards to one"),
+
+
+def _add_repack(commands: "Commands") -> None:
+    for name, summary in (
+        ("repack", "change the resolution, shard size or split of shards without rendering"),
+        ("merge", "join several folders of shards"),
     ):
-        pack = commands.add_parser(
+        parser = commands.add_parser(
             name,
-            help=what,
-            description="Make one folder of shards out of others; images that keep their size keep their bytes.",
+            help=summary,
+            description="Write one folder of shards from others. Images whose size does not change keep their bytes.",
         )
-        pack.add_argument("--shards", type=user_path, nargs="+", required=True, help="folders of shards")
-        pack.add_argument("--out", type=user_path, required=True, help="folder to make")
-        pack.add_argument(
-            "--res", type=_between(8, 4096), help="side of the views, pixels; as they are unless given"
+        parser.add_argument(
+            "--shards", type=user_path, nargs="+", required=True, help="input folders of shards"
         )
-        pack.add_argument(
-            "--shard-size", type=_between(1, 10**6), default=8, help="objects a shard (%(default)s)"
+        parser.add_argument("--out", type=user_path, required=True, help="output folder")
+        parser.add_argument(
+            "--res",
+            type=_between(8, 4096),
+            help="width and height of the views, in pixels (default: unchanged)",
         )
-        pack.add_argument(
+        parser.add_argument(
+            "--shard-size",
+            type=_between(1, 10**6),
+            default=8,
+            help="objects per shard (default: %(default)s)",
+        )
+        parser.add_argument(
             "--held-out",
             type=_between(0, 10**6),
-            help="objects in the validation split, chosen anew; as they are unless given",
+            help="objects in the validation split, selected again (default: unchanged)",
         )
-        pack.add_argument(
+        parser.add_argument(
             "--where",
             type=_rule,
             nargs="+",
             metavar="RULE",
-            help="keep what obeys, such as 'coverage >= 0.05' (measures of filter.parquet), those that were rejected "
-            "before too; unless given, all that was not rejected",
+            help="keep the objects that satisfy these rules, including previously rejected ones, for example "
+            "'coverage >= 0.05'; see filter.parquet for the measures (default: objects that were not rejected)",
         )
-    add_fetch_parser(commands)
-    convert.add_parser(commands)
+
+
+def _add_demo_assets(commands: "Commands") -> None:
     demo = commands.add_parser(
         "demo-assets",
-        help="make the demo assets from the Debian package sweethome3d-furniture",
+        help="create the demo assets from the Debian package sweethome3d-furniture",
         description=(
-            "Make the folder of demo assets (GLB, assets.csv, LICENSE.txt) again, to the byte. "
-            "Get the package with `apt-get download sweethome3d-furniture`."
+            "Create the folder of demo assets (GLB files, assets.csv, LICENSE.txt), with reproducible bytes. "
+            "`apt-get download sweethome3d-furniture` downloads the package."
         ),
     )
     demo.add_argument("--package", type=user_path, required=True, help="sweethome3d-furniture_1.8-1_all.deb")
-    demo.add_argument("--out", type=user_path, default=DEMO_ASSETS, help="folder to make (%(default)s)")
-    return parser
+    demo.add_argument(
+        "--out", type=user_path, default=DEMO_ASSETS, help="output folder (default: %(default)s)"
+    )
 
 
 def _rule(text: str) -> str:

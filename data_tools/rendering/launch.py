@@ -1,7 +1,7 @@
-"""``python -m data_tools launch``: render on the nodes of a Slurm job (`make render-shards NODES=`).
+"""Rendering as a Slurm job: ``python -m data_tools launch`` (`make render-shards NODES=`).
 
-It fills configs/cluster/render.sbatch, shows it and submits it. The job starts Ray on its nodes with Ray's own
-launcher, ``ray symmetric-run``, and ``render`` on the first of them.
+The job script is made from configs/cluster/render.sbatch. It starts Ray on all nodes with ``ray symmetric-run``, and
+``render`` on the first one.
 """
 
 import argparse
@@ -22,25 +22,25 @@ TEMPLATE = Path("configs/cluster/render.sbatch")
 
 
 def launch(options: argparse.Namespace, out: Path) -> None:
-    """Show the job's script, and submit it unless the run is dry.
+    """Print the job script, and submit it unless ``options.dry_run`` is set.
 
     Args:
-        options: Of ``launch``.
-        out: Folder of shards that ``options.arguments`` name.
+        options: Parsed options of ``launch``.
+        out: Folder of shards in ``options.arguments``.
 
     Raises:
-        InputError: Something that cannot be used, or no Slurm.
+        InputError: An option is invalid, or Slurm is not available.
     """
     for name, value, least in (("NODES", options.nodes, 1), ("GPUS", options.gpus or 0, 0)):
         if value < least:
             raise InputError(expected=f"{name} of at least {least}", found=value, remedy=f"correct {name}=")
     if not options.dry_run and not slurm.available():
         raise InputError(
-            expected="Slurm to start the nodes",
+            expected="Slurm",
             found="no `sbatch` on PATH",
             remedy=(
-                "run this on a login node, or start Ray on the nodes yourself and give its address "
-                "without NODES=: RAY_ADDRESS=ip:6379"
+                "run this command on a login node, or start Ray on the nodes and set RAY_ADDRESS=ip:6379 instead of "
+                "NODES="
             ),
         )
     gpus = options.gpus
@@ -61,16 +61,16 @@ def launch(options: argparse.Namespace, out: Path) -> None:
     print(script)
     path = out / "job.sbatch"
     if options.dry_run:
-        print(f"DRY_RUN: nothing was submitted; the script would be {path}.")
+        print(f"Dry run: not submitted. The script would be written to {path}.")
         return
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(path, script.encode())
     job = slurm.submit(path)
-    print(f"Submitted job {job}, script {path}. All nodes must see {Path.cwd()}, {sys.prefix},")
-    print("the assets and the shards at these same paths. To follow it:")
-    print(f"  tail -F {out}/slurm-{job}.log    what it prints, from its start on")
-    print(f"  squeue -j {job}    where it is in the queue")
-    print(f"  scancel {job}    ends it; the same command goes on from there")
+    print(f"Submitted job {job} with script {path}. {Path.cwd()}, {sys.prefix}, the assets and the shards")
+    print("must have the same paths on all nodes. To monitor the job:")
+    print(f"  tail -F {out}/slurm-{job}.log    output of the job")
+    print(f"  squeue -j {job}    state of the job")
+    print(f"  scancel {job}    cancel it; run the same command again to resume")
 
 
 def job_script(
@@ -83,24 +83,24 @@ def job_script(
     account: str = "",
     time: str = "",
 ) -> str:
-    """Fill the template of the job.
+    """Create the job script from its template.
 
     Args:
-        nodes: Machines.
-        gpus: GPUs a machine; 0 renders on CPUs.
-        out: Folder of shards; the job's log goes there.
+        nodes: Number of nodes.
+        gpus: GPUs per node; 0 renders on CPUs.
+        out: Folder of shards, which also receives the job's log.
         arguments: Arguments of ``render``.
-        partition: Slurm's partition; "" leaves it to Slurm.
-        account: Who pays; "" leaves it to Slurm.
-        time: Limit of one start of the job; "" leaves it to Slurm.
+        partition: Slurm partition; "" for the default.
+        account: Slurm account; "" for the default.
+        time: Time limit of the job; "" for the partition's default.
 
     Raises:
-        InputError: A value that would add to the script, or no template.
+        InputError: A value cannot be used in a job script, or the template is missing.
     """
     values = {
         "name": f"render-{re.sub(r'[^A-Za-z0-9]+', '-', out.name).strip('-')}",
         "nodes": str(nodes),
-        "gres": f"gpu:{gpus}" if gpus else "",  # a step gets no GPU that --exclusive alone has brought
+        "gres": f"gpu:{gpus}" if gpus else "",  # required: --exclusive alone does not give GPUs to job steps
         "gpus": str(gpus),
         "partition": slurm.checked("partition", partition),
         "account": slurm.checked("account", account),
@@ -113,21 +113,21 @@ def job_script(
 
 
 def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Describe the command line; ``render``'s arguments come after ``--``."""
+    """Add the parser of ``launch``, whose positional arguments are those of ``render``."""
     parser = commands.add_parser(
         "launch",
-        help="render on the nodes of a Slurm job",
+        help="render with a Slurm job",
         usage="python -m data_tools launch [options] -- [arguments of render]",
         description=(
-            "Submit a Slurm job that starts Ray on whole nodes with `ray symmetric-run` and renders on all of them; "
-            "its log is OUT/slurm-JOB.log. A job whose time is up, or that lost a node, comes back and goes on."
+            "Submit a Slurm job that starts Ray with `ray symmetric-run` and renders on all of its nodes. The log is "
+            "OUT/slurm-JOB.log. The job is requeued when its time limit is reached or a node fails, and resumes."
         ),
     )
     add = parser.add_argument
-    add("--nodes", type=int, default=1, help="machines")
-    add("--gpus", type=int, help="GPUs a machine; 0 renders on CPUs; Slurm is asked if it is not given")
-    add("--partition", default="", help="Slurm's partition")
-    add("--account", default="", help="Slurm's account")
-    add("--time", default="", help="limit of one start of the job; Slurm's own if it is not given")
-    add("--dry-run", action="store_true", help="only show")
+    add("--nodes", type=int, default=1, help="number of nodes (default: %(default)s)")
+    add("--gpus", type=int, help="GPUs per node; 0 renders on CPUs (default: as reported by Slurm)")
+    add("--partition", default="", help="Slurm partition")
+    add("--account", default="", help="Slurm account")
+    add("--time", default="", help="time limit of the job (default: that of the partition)")
+    add("--dry-run", action="store_true", help="print the job script without submitting it")
     add("arguments", nargs="*", help=argparse.SUPPRESS)
