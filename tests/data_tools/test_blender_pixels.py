@@ -151,4 +151,4 @@ def test_bad_assets_are_left_out_with_their_reasons(rendered):
     assert rows["untextured"]["outcome"] == "rejected"
     assert rows["untextured"]["reason"] == "missing_textures 1, expected <= 0"
     assert "objects        3 (3 train, 0 held out)" in done.stdout
-    assert "left out       3, see" in done.stdout
+    assert "failed         3, see" in done.stdout

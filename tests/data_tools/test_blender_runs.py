@@ -61,7 +61,7 @@ def test_a_mesh_of_another_hash_than_the_listed_one_is_left_out_with_both(render
     assert "objects        1 (1 train, 0 held out)" in done.stdout
     found = hash_file(assets / "box.glb")
     assert (
-        f"left out: box.glb: expected sha256 {'0' * 64} as listed, but found {found}. Fetch the file"
+        f"failed: box.glb: expected sha256 {'0' * 64} as listed, but found {found}. Fetch the file"
         in done.stderr
     )
 
@@ -196,7 +196,7 @@ def test_a_run_that_is_terminated_says_that_it_goes_on_and_leaves_nothing_behind
     run.terminate()
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 143
-    assert errors.endswith("stopped; run the same command again, it goes on where it was\n")
+    assert errors.endswith("interrupted; run the same command again to resume\n")
     assert not re.search(r"\*\*\*|stack|Traceback", errors)
     assert list(scratch.glob("lrm-blender-*")) == []
     render_command(assets, out, *OPTIONS)
@@ -233,7 +233,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_the_next_run_goes_on(
         _, errors = run.communicate(timeout=60)
         assert run.returncode == 1
         assert "error: " in errors
-        assert "free some space and run the same command again, it goes on where it was" in errors
+        assert "Free some space, then run the same command again to resume" in errors
         assert "Traceback" not in errors
         assert not (out / "manifest.json").exists()
         filler.unlink()

@@ -224,7 +224,7 @@ def test_other_settings_than_those_of_the_shards_are_refused_before_too(checkout
     given = ["launch", "--gpus=0", "--dry-run", "--", *ARGUMENTS, "--held-out", "0"]
     assert main(given) == 0
     assert main([*given, "--seed", "1"]) == 1
-    assert "seed: expected 1 as asked for now, but found 0" in capsys.readouterr().err
+    assert "seed: expected 1, but found 0 in the folder" in capsys.readouterr().err
 
 
 def test_an_argument_that_render_does_not_know_is_refused(checkout, capsys):
@@ -244,7 +244,7 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(checkout, capsys):
     said = capsys.readouterr().out
     assert "#SBATCH --nodes=8\n" in said
     assert "python -m data_tools render --assets meshes --out data/mine --views 4 &\n" in said
-    assert "DRY_RUN: nothing was submitted; the script would be data/mine/job.sbatch." in said
+    assert "The script would be written to data/mine/job.sbatch." in said
     assert not Path("data").exists()
 
 
