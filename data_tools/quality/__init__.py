@@ -1,1 +1,1 @@
-"""Measures and checks of assets, shards and cameras."""
+"""Quality control: measures and rules, validation and statistics of shards."""

@@ -1,4 +1,4 @@
-"""Draw ``contact_sheet.png``: a few views and the name of each object of a finished folder of shards."""
+"""The contact sheet of a folder of shards: ``contact_sheet.png``."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lrm_pl.data.manifest import Shard, read_index, read_members
+from lrm_pl.data.manifest import Shard, read_index, read_members, write_atomically
 from lrm_pl.data.schema import IMAGE_FORMATS, view_member
 
 SHEET_NAME = "contact_sheet.png"
@@ -22,15 +22,15 @@ INK = {"train": (20, 20, 20), "val": (180, 60, 0)}
 
 
 def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Path:
-    """Draw the sheet: one cell an object, held-out ones in another ink; at most 96, spread over the shards.
+    """Draw a few views and the id of up to ``MAX_OBJECTS`` objects, evenly spaced over all shards.
 
     Args:
-        folder: Folder of the shards.
-        shards: All shards.
-        views: Views an object.
+        folder: Folder of shards.
+        shards: All shards; rejected ones are skipped.
+        views: Views per object.
 
     Returns:
-        Where the image is.
+        Path of the image.
     """
     found = [
         (shard, key, members)
@@ -46,19 +46,19 @@ def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Pa
     sheet = Image.new("RGB", (COLUMNS * width + GAP, rows * height + LABEL + GAP), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=12)
-    title = f"{len(shown)} of {len(found)} objects, {count} of {views} views each; held-out objects in orange"
+    title = f"{len(shown)} of {len(found)} objects, {count} of {views} views per object; held-out objects in orange"
     pen.text((GAP, GAP // 2), title, fill="black", font=font)
     for cell, (shard, key, members) in enumerate(shown):
         left = GAP + cell % COLUMNS * width
         top = LABEL + GAP + cell // COLUMNS * height
-        for place in range(count):
-            thumbnail = _thumbnail(folder / shard.name, members, place * views // count)
-            sheet.paste(thumbnail, (left + place * THUMBNAIL, top), thumbnail)
+        for column in range(count):
+            thumbnail = _thumbnail(folder / shard.name, members, column * views // count)
+            sheet.paste(thumbnail, (left + column * THUMBNAIL, top), thumbnail)
         pen.text((left, top + THUMBNAIL), key[:48], fill=INK[shard.split], font=font)
     path = folder / SHEET_NAME
-    partial = path.with_name(SHEET_NAME + ".partial")
-    sheet.save(partial, format="PNG")
-    partial.replace(path)
+    file = io.BytesIO()
+    sheet.save(file, format="PNG")
+    write_atomically(path, file.getvalue())
     return path
 
 

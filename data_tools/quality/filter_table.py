@@ -1,4 +1,4 @@
-"""``filter.parquet``: what was measured of each object and what became of it; one row an asset, in order of id."""
+"""Measures and status of every asset: ``filter.parquet``, with one row per asset, sorted by id."""
 
 import dataclasses
 from collections import Counter
@@ -18,17 +18,17 @@ FILTER_NAME = "filter.parquet"
 
 
 class FilterTableError(InputError):
-    """``filter.parquet`` is not what ``render`` writes."""
+    """``filter.parquet`` is damaged."""
 
 
-_KINDS = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
+_TYPES = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
 
 _SCHEMA = pyarrow.schema([
     ("id", pyarrow.string()),
     ("outcome", pyarrow.string()),  # kept, rejected, failed
     ("reason", pyarrow.string()),
-    ("sha256", pyarrow.string()),  # of the mesh file that was rendered
-    *((field.name, _KINDS[field.type]) for field in dataclasses.fields(Measures)),  # type: ignore[index]
+    ("sha256", pyarrow.string()),  # of the rendered mesh
+    *((field.name, _TYPES[field.type]) for field in dataclasses.fields(Measures)),  # type: ignore[index]
 ])  # fmt: skip
 
 
@@ -39,14 +39,14 @@ def write_filter_table(
     rules: Sequence[str],
     failures: Mapping[str, Mapping[str, str]],
 ) -> None:
-    """Write the table.
+    """Write ``filter.parquet``.
 
     Args:
         out: Folder of shards.
-        shards: All shards, those of rejected objects too.
+        shards: All shards, including rejected ones.
         assets: All assets.
-        rules: Rules that chose.
-        failures: Id -> record of each asset that could not be rendered; its measures are empty.
+        rules: Rules that objects must satisfy.
+        failures: Records of the assets that could not be rendered, by id. Their measures are null.
     """
     parsed = [parse_rule(rule) for rule in rules]
     measured = {key: measures for shard in shards for key, measures in read_measures(out, shard)}
@@ -69,7 +69,7 @@ def write_filter_table(
 
 
 def count_outcomes(out: Path) -> Counter[str]:
-    """Count what became of the assets, and which measure rejected how many: ``rejected: white``.
+    """Count accepted, rejected and failed assets, and the rejections by measure, for example ``rejected: white``.
 
     Raises:
         FilterTableError: The table is damaged.
@@ -84,31 +84,31 @@ def count_outcomes(out: Path) -> Counter[str]:
     except (pyarrow.ArrowException, ValueError, AttributeError, LookupError) as error:
         raise FilterTableError(
             subject=out / FILTER_NAME,
-            expected="what became of each asset",
+            expected="the outcome of each asset",
             found=error,
             remedy=(
-                f"delete it and {out / MANIFEST_NAME}, then run `make render-shards OUT={out}`, which "
-                "renders nothing again"
+                f"delete it and {out / MANIFEST_NAME}, then run `make render-shards OUT={out}` to write it again "
+                "without rendering"
             ),
         ) from error
     return counted
 
 
 def read_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]:
-    """Read the measures of a shard's objects: (key, measures), without those that have none.
+    """Yield the id and the measures of each object of a shard. Objects without measures are skipped.
 
     Raises:
-        InputError: The index does not fit the tar, or measures are damaged.
+        InputError: The index does not match the tar file, or measures are damaged.
     """
     for key, content in _contents(folder, shard, MEASURES_MEMBER):
         yield key, decode_measures(key, content)
 
 
 def read_infos(folder: Path, shard: Shard) -> Iterator[tuple[str, SampleInfo]]:
-    """Read the records of a shard's objects: (key, record).
+    """Yield the id and the record of each object of a shard.
 
     Raises:
-        InputError: The index does not fit the tar, or a record is damaged.
+        InputError: The index does not match the tar file, or a record is damaged.
     """
     for key, content in _contents(folder, shard, INFO_MEMBER):
         yield key, decode_info(key, content)

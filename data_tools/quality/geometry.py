@@ -1,4 +1,4 @@
-"""Depth and normals beside finished views: what they must obey, and how they are made smaller. numpy only."""
+"""Validation and downsampling of the depth and normal maps of samples. numpy only."""
 
 import numpy as np
 import numpy.typing as npt
@@ -13,45 +13,46 @@ from lrm_pl.data.geometry_views import (
 )
 from lrm_pl.data.schema import Sample, SampleError, decode_image
 
-#: Kind of member -> how the one of a view is called.
+#: Functions that return the member name of a view's depth or normal map.
 MEMBER_NAMES = {"depth": depth_member, "normal": normal_member}
 
-#: Fraction of a view's opaque pixels that may be without geometry: their center may fall into a crack of the mesh.
+#: Maximum fraction of opaque pixels without depth or normal: a ray through a pixel center may pass between triangles.
 _CRACKS = 1e-3
 
-#: Every so-many-th point of a depth is compared with other views.
-_EVERY = 7
+#: Stride of the depth pixels that are compared with other views.
+_POINT_STRIDE = 7
 
-#: Number of points before the surface of another view, per point on it; edges and single-sided faces give some.
-_MOST_BEFORE = 0.35
+#: Maximum ratio of points in front of the surface of another view to points on it. Edges and single-sided faces cause
+#: some of them.
+_MAX_IN_FRONT = 0.35
 
-#: Fraction of a view's normals that may point away from its camera: interpolated ones do, at edges.
-_MOST_AWAY = 0.5
+#: Maximum fraction of normals that face away from the camera. Interpolated normals do, at edges.
+_MAX_FACING_AWAY = 0.5
 
-#: The object lies in [-1, 1]^3, and its depth is rounded.
-_REACH = 1.01
+#: Maximum absolute coordinate of a point. Objects lie in [-1, 1]^3; depth values are rounded.
+_MAX_COORDINATE = 1.01
 
 
 def geometry_types(sample: Sample) -> list[str]:
-    """Name which of depth and normal a sample has."""
+    """Return which of "depth" and "normal" a sample contains."""
     return [kind for kind in MEMBER_NAMES if any(name.startswith(kind) for name in sample.extras)]
 
 
 def check_geometry(sample: Sample) -> None:
-    """Check the depth and the normals of a sample, if it has any, against its views and cameras.
+    """Check the depth and normal maps of a sample against its views and cameras.
 
     Raises:
-        SampleError: With what is wrong, and in which member.
+        SampleError: A map is missing, inconsistent with its view, or inconsistent with another map.
     """
     key, kinds = sample.info.id, geometry_types(sample)
     for kind in kinds:
         found = {name for name in sample.extras if name.startswith(kind)}
         if odd := sorted(found ^ {MEMBER_NAMES[kind](view) for view in range(sample.info.views)}):
+            problem = "unexpected" if odd[0] in found else "missing"
             raise SampleError(
                 subject=f"sample {key!r}",
-                expected=f"{kind} of all {sample.info.views} views or of none",
-                found=len(found),
-                remedy=f"{odd[0]} is {('strange' if odd[0] in found else 'missing')}",
+                expected=f"{kind} maps of all {sample.info.views} views",
+                found=f"{len(found)} ({odd[0]} is {problem})",
             )
     depths: list[npt.NDArray[np.float32]] = []
     for view, image in enumerate(sample.views if kinds else ()):
@@ -62,39 +63,39 @@ def check_geometry(sample: Sample) -> None:
             _check_holes(key, name, depth > 0, alpha)
             depths.append(depth)
             reach = np.abs(back_project(depth, sample.c2w[view], sample.fxfycxcy[view])).max(initial=0)
-            if reach > _REACH:
+            if reach > _MAX_COORDINATE:
                 raise SampleError(
                     subject=f"sample {key!r}",
-                    expected=f"the points of {name} within [-1, 1]^3",
-                    found=f"one at {reach:.3g}",
-                    remedy="depth is measured along the camera's z axis, in scene units",
+                    expected=f"points of {name} within [-1, 1]^3",
+                    found=f"a coordinate of {reach:.3g}",
+                    remedy="store depth along the camera's z axis, in scene units",
                 )
         if "normal" in kinds:
             name = normal_member(view)
             normals = decode_normals(key, name, sample.extras[name])
             _check_holes(key, name, (normals != 0).any(axis=-1), alpha)
             away = _facing_away(normals, sample.c2w[view], sample.fxfycxcy[view])
-            if away > _MOST_AWAY:
+            if away > _MAX_FACING_AWAY:
                 raise SampleError(
                     subject=f"sample {key!r}",
                     expected=f"normals of {name} that face the camera",
-                    found=f"that {away:.0%} face away",
+                    found=f"{away:.0%} that face away",
                 )
 
     on, before = _compare_depths(depths, sample.c2w, sample.fxfycxcy)
-    if before > _MOST_BEFORE * on:
+    if before > _MAX_IN_FRONT * on:
         raise SampleError(
             subject=f"sample {key!r}",
-            expected="depths that show one surface",
-            found=f"{before} points before the surface of another view and {on} on it",
-            remedy="depth is measured along the camera's z axis, not along the ray",
+            expected="depth maps of one surface",
+            found=f"{before} points in front of the surface of another view and {on} on it",
+            remedy="store depth along the camera's z axis, not along the ray",
         )
 
 
 def back_project(
     depth: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float64]:
-    """Return the (N, 3) world points that an (H, W) depth shows, row by row; none where it is 0."""
+    """Return the (N, 3) world points of an (H, W) depth map, row by row. Pixels with depth 0 are skipped."""
     rows, columns = np.nonzero(depth)
     height, width = depth.shape
     pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
@@ -106,14 +107,14 @@ def back_project(
 def _compare_depths(
     depths: list[npt.NDArray[np.float32]], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> tuple[int, int]:
-    """Project the points of each depth into the other views; return how many lie on and before their surface.
+    """Project the points of each depth map into the other views, and count those on and in front of their surface.
 
-    Within the size of a pixel. No point lies before the surface that a view shows, but at edges, and where faces are
-    not seen from behind.
+    The tolerance is the size of a pixel. With correct cameras, only points at edges and behind single-sided faces lie
+    in front of the surface of another view.
     """
     on = before = 0
     for view, depth in enumerate(depths):
-        points = back_project(depth, c2w[view], fxfycxcy[view])[::_EVERY]
+        points = back_project(depth, c2w[view], fxfycxcy[view])[::_POINT_STRIDE]
         for other, (pose, camera) in enumerate(zip(c2w, fxfycxcy, strict=True)):
             local = (points - pose[:3, 3]) @ pose[:3, :3].astype(np.float64)
             local = local[(local[:, 2] > 1e-6) & (other != view)]
@@ -131,7 +132,7 @@ def _compare_depths(
 def _facing_away(
     normals: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> float:
-    """Return the fraction of an (H, W, 3) image's normals that point away from the camera."""
+    """Return the fraction of the normals in an (H, W, 3) map that face away from the camera."""
     rows, columns = np.nonzero((normals != 0).any(axis=-1))
     height, width = normals.shape[:2]
     pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
@@ -141,17 +142,18 @@ def _facing_away(
 
 
 def resize_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes]:
-    """Give depth and normals the size of smaller views; other extras, and images of that size, keep their bytes.
+    """Downsample depth and normal maps to the size of downsampled views.
 
-    Of the pixels under a smaller one that is taken which lies at its center (of four, the one below and to the right):
-    a mean over an edge would be a surface where none is. It is 0 where the smaller view's alpha is.
+    Nearest-neighbor sampling at pixel centers is used (of four pixels, the lower right one): averaging across an edge
+    would create surface points in empty space. Values are 0 where the alpha of the view is 0. Other extras, and maps
+    whose size does not change, keep their bytes.
 
     Args:
-        sample: The sample as it was.
-        views: Its views in their new size.
+        sample: Sample in its original size.
+        views: Downsampled views.
 
     Raises:
-        SampleError: An image is none, or had another size than its view.
+        SampleError: A map cannot be decoded, or its size differs from that of its view.
     """
     key, smaller = sample.info.id, dict(sample.extras)
     for view, (before, after) in enumerate(
@@ -176,15 +178,15 @@ def _check_holes(key: str, name: str, seen: npt.NDArray[np.bool_], alpha: npt.ND
     if outside := int((seen & (alpha == 0)).sum()):
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"0 in {name} wherever alpha is 0",
-            found=f"something at {outside} pixels",
+            expected=f"{name} to be 0 where alpha is 0",
+            found=f"other values at {outside} pixels",
         )
     opaque = alpha == 255
     holes = int((opaque & ~seen).sum())
     if holes > _CRACKS * opaque.sum():
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"something in {name} wherever alpha is 255",
+            expected=f"values in {name} where alpha is 255",
             found=f"0 at {holes} of {int(opaque.sum())} pixels",
         )
 
@@ -192,5 +194,5 @@ def _check_holes(key: str, name: str, seen: npt.NDArray[np.bool_], alpha: npt.ND
 def _check_size(key: str, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if found != expected:
         raise SampleError(
-            subject=f"sample {key!r}", expected=f"{name} of the view's size {expected}", found=found
+            subject=f"sample {key!r}", expected=f"{name} with the view's size {expected}", found=found
         )

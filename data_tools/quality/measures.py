@@ -1,7 +1,7 @@
-"""What is measured of each object and its images, and the rules that reject some of them.
+"""Measures of an object and its views, and rules on them.
 
-The measures of an object lie beside its images in the shard (``ID.measures.json``), and those of all objects in
-``filter.parquet``: a rule that is changed later needs no rendering, only ``repack --where``.
+The measures of an object are stored in its shard (``ID.measures.json``) and in ``filter.parquet``, so that other rules
+can be applied without rendering (``repack --where``).
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ import numpy.typing as npt
 
 from lrm_pl.errors import InputError
 
-#: Member of a sample that holds its measures.
+#: Name of the sample member that holds the measures.
 MEASURES_MEMBER = "measures.json"
 
-#: Rules that an object must obey unless the user says otherwise.
+#: Rules that objects must satisfy by default.
 DEFAULT_RULES = (
     "coverage >= 0.01", "white <= 0.95", "black <= 0.95", "degenerate <= 0.5", "missing_textures <= 0",
 )  # fmt: skip
 
-#: One more where cameras show the whole object; others crop those that are near.
+#: Additional default rule for presets whose views show whole objects.
 CROPPED_RULE = "cropped <= 0.5"
 
-#: Above this in all channels (of 255) a pixel counts as white.
+#: A pixel with all channels at or above this value (of 255) counts as white.
 _WHITE = 250
 
-#: Below this in all channels a pixel counts as black.
+#: A pixel with all channels below this value counts as black.
 _BLACK = 5
 
-#: A pixel of the object: its alpha (of 255) is above this.
+#: A pixel with alpha above this value belongs to the object.
 _SOLID = 127
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -47,28 +47,28 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 
 
 class RuleError(InputError):
-    """A rule, or measures, that cannot be understood."""
+    """A rule or the measures of an object are invalid."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshMeasures:
-    """What a file holds, before anything is rendered.
+    """Measures of a mesh file.
 
     Attributes:
-        triangles: Triangles of everything that is visible.
-        degenerate: Fraction of them without an area.
-        doubled: Fraction of the faces that lay where another one does; they are left out.
-        one_sided: Whether there are open surfaces that are not seen from behind.
-        size: Longest side of the bounding box, in the file's units.
-        thinness: Its shortest side over its longest.
-        materials: Materials in use.
-        colored: Whether there is a texture, a color at vertices, or more than one color.
-        textures: Images that the materials use.
-        missing_textures: Those of them that are not there or cannot be opened, and other files of colors.
-        animated: Whether something moves; its first frame is shown.
-        hidden: Objects that the file hides; they are left out.
-        cameras: Cameras in the file; they are not used.
-        lights: Lights in the file; they are left out.
+        triangles: Number of visible triangles.
+        degenerate: Fraction of triangles without area.
+        doubled: Fraction of faces that coincide with another face; only one of them is kept.
+        one_sided: Whether there are open surfaces that are invisible from behind.
+        size: Longest side of the bounding box, in the units of the file.
+        thinness: Ratio of the shortest to the longest side.
+        materials: Number of materials in use.
+        colored: Whether there is a texture, a vertex color or more than one color.
+        textures: Number of textures.
+        missing_textures: Number of textures and material files that are missing or unreadable.
+        animated: Whether there is an animation; its first frame is rendered.
+        hidden: Number of hidden objects, which are ignored.
+        cameras: Number of cameras in the file, which are ignored.
+        lights: Number of lights in the file, which are ignored.
     """
 
     triangles: int
@@ -89,14 +89,14 @@ class MeshMeasures:
 
 @dataclasses.dataclass(frozen=True)
 class Measures(MeshMeasures):
-    """All that is measured of an object.
+    """Measures of a mesh and its views.
 
     Attributes:
-        coverage: Fraction of the images that the object covers, mean over the views.
-        coverage_min: The same of the view that shows least of it.
-        cropped: Fraction of views in which it touches the image's edge.
-        white: Fraction of its pixels that are as good as white, over all views.
-        black: The same of black.
+        coverage: Fraction of the image that the object covers, averaged over the views.
+        coverage_min: Minimum of that fraction over the views.
+        cropped: Fraction of views in which the object touches the image border.
+        white: Fraction of the object's pixels that are white, over all views.
+        black: Fraction of the object's pixels that are black, over all views.
     """
 
     coverage: float
@@ -108,12 +108,12 @@ class Measures(MeshMeasures):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A measure compared with a number.
+    """Comparison of a measure with a number.
 
     Attributes:
         measure: Field of ``Measures``.
         sign: One of < <= == >= >.
-        number: What it is compared with.
+        number: Number to compare with.
     """
 
     measure: str
@@ -121,7 +121,7 @@ class Rule:
     number: float
 
     def holds(self, measures: Measures) -> bool:
-        """Say whether an object obeys."""
+        """Return whether the measures satisfy the rule."""
         return _OPERATORS[self.sign](float(getattr(measures, self.measure)), self.number)
 
 
@@ -129,25 +129,26 @@ MEASURE_NAMES = tuple(field.name for field in dataclasses.fields(Measures))
 
 
 def parse_rule(text: str) -> Rule:
-    """Read a rule such as ``coverage >= 0.01``.
+    """Parse a rule such as ``coverage >= 0.01``.
 
     Raises:
-        RuleError: It is none.
+        RuleError: The text is not a rule.
     """
     found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|==|<|>)\s*([0-9.eE+-]+)\s*", text)
     try:
         if found and found[1] in MEASURE_NAMES:
             return Rule(found[1], found[2], float(found[3]))
-    except ValueError:  # "1.2.3": refused below like any other text
+    except ValueError:  # for example "1.2.3"
         pass
     raise RuleError(
-        expected=f"a rule such as 'coverage >= 0.01', one of {', '.join(MEASURE_NAMES)} compared with a number",
+        expected="a rule such as 'coverage >= 0.01'",
         found=f"{text!r}",
+        remedy=f"compare one of these measures with a number: {', '.join(MEASURE_NAMES)}",
     )
 
 
 def broken_rules(measures: Measures, rules: Sequence[Rule]) -> str:
-    """Say what an object breaks: ``white 0.99, expected <= 0.98``; "" where it obeys."""
+    """Describe the violated rules, for example ``white 0.99, expected <= 0.98``; "" if there are none."""
     return "; ".join(
         f"{rule.measure} {float(getattr(measures, rule.measure)):.4g}, expected {rule.sign} {rule.number:g}"
         for rule in rules
@@ -156,7 +157,7 @@ def broken_rules(measures: Measures, rules: Sequence[Rule]) -> str:
 
 
 def measure_views(mesh: MeshMeasures, views: Sequence[npt.NDArray[np.uint8]]) -> Measures:
-    """Add what the images show, (H, W, 4) uint8 each, to what the file holds."""
+    """Add measures of the views, (H, W, 4) uint8 each, to those of the mesh."""
     solid = [np.asarray(view[..., 3] > _SOLID) for view in views]
     white = [np.asarray((view[..., :3] >= _WHITE).all(axis=-1)) for view in views]
     black = [np.asarray((view[..., :3] < _BLACK).all(axis=-1)) for view in views]
@@ -174,47 +175,27 @@ def measure_views(mesh: MeshMeasures, views: Sequence[npt.NDArray[np.uint8]]) ->
 
 
 def encode_measures(measures: Measures) -> bytes:
-    """Write measures as JSON; equal ones give equal bytes."""
+    """Encode measures as JSON. The encoding is deterministic."""
     return json.dumps(dataclasses.asdict(measures)).encode()
 
 
 def decode_measures(key: str, content: bytes) -> Measures:
-    """Read what ``encode_measures`` wrote.
+    """Decode the measures that ``encode_measures`` encoded.
 
     Raises:
-        RuleError: Other fields, or not numbers.
+        RuleError: Fields are missing or unknown, or a value has the wrong type or is not finite.
     """
     try:
         record: Any = json.loads(content)
-        kinds = {field.name: field.type for field in dataclasses.fields(Measures)}
-        if set(record) != set(kinds) or any(type(record[name]) is not kind for name, kind in kinds.items()):
+        types = {field.name: field.type for field in dataclasses.fields(Measures)}
+        if set(record) != set(types) or any(type(record[name]) is not type_ for name, type_ in types.items()):
             raise ValueError(f"the fields {sorted(record)}")
+        if infinite := [name for name, value in record.items() if not math.isfinite(value)]:
+            raise ValueError(f"{infinite[0]} = {record[infinite[0]]}")
         return Measures(**record)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise RuleError(
             subject=f"sample {key!r}",
-            expected=f"the measures {', '.join(MEASURE_NAMES)} in {key}.{MEASURES_MEMBER}",
+            expected=f"finite measures {', '.join(MEASURE_NAMES)} in {key}.{MEASURES_MEMBER}",
             found=error,
         ) from error
-
-
-def is_one_sided(key: str, content: bytes) -> bool:
-    """Read one measure; false in measures that were taken before there was this one.
-
-    Raises:
-        RuleError: They are no numbers by name.
-    """
-    try:
-        record = json.loads(content)
-        wrong = [name for name, value in record.items() if not math.isfinite(value)]
-    except (ValueError, RecursionError, AttributeError, TypeError, OverflowError) as error:
-        raise RuleError(
-            subject=f"sample {key!r}",
-            expected=f"the measures as numbers in {key}.{MEASURES_MEMBER}",
-            found=error,
-        ) from error
-    if wrong:
-        raise RuleError(
-            subject=f"sample {key!r}", expected="finite measures", found=f"{wrong[0]} = {record[wrong[0]]}"
-        )
-    return bool(record.get("one_sided", False))

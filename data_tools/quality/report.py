@@ -1,7 +1,7 @@
-"""``python -m data_tools inspect``: what a folder of shards holds, as a table and as one page of HTML with images.
+"""Statistics of a folder of shards, as text and as one HTML page with images: ``python -m data_tools inspect``.
 
-Cameras (distance, elevation, field of view, and where they stand), how much of the images the objects cover, sizes,
-licenses and creators, what was left out and why. The page is one file: it can be sent to somebody.
+They cover the cameras (distance, elevation, field of view, position), image coverage and sizes, licenses, creators and
+failures. The page is self-contained.
 """
 
 import base64
@@ -28,28 +28,28 @@ from lrm_pl.errors import counted
 
 PAGE_NAME = "inspect.html"
 
-#: Bars of a histogram, and lines of a table of words.
+#: Bins of a histogram, and rows of a table.
 _BARS, _LINES = 24, 20
 
-#: Points of the plot of camera positions, at most.
+#: Maximum number of points in the plot of the camera positions.
 _DOTS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Numbers of a folder.
+    """Statistics of a folder. N is the number of views of all objects.
 
     Attributes:
         infos: Records of all objects.
-        splits: Objects of each split, and those that were rejected.
-        geometry: Objects with depth, with normals, with a surface.
-        distance: (N) of every camera from the origin, scene units.
-        elevation_deg: (N) its height above the horizon.
+        splits: Number of objects per split, and of rejected objects.
+        geometry: Number of objects with depth, normals and surface points.
+        distance: (N) distance of the cameras from the origin, in scene units.
+        elevation_deg: (N) elevation angle of the cameras.
         fov_deg: (N) horizontal field of view.
         camera_positions: (N, 3) world positions of the cameras.
-        coverage: (N) share of each image that the object covers.
-        side: (N) pixels of the longer side of each image.
-        view_bytes: (N) size of each image's file.
+        coverage: (N) fraction of the image that the object covers.
+        side: (N) longer side of the images, in pixels.
+        view_bytes: (N) size of the image files.
     """
 
     infos: tuple[SampleInfo, ...]
@@ -64,25 +64,25 @@ class Statistics:
     view_bytes: npt.NDArray[np.float64]
 
     def rows(self) -> list[tuple[str, npt.NDArray[np.float64], str]]:
-        """Name what is a number a view, with its unit."""
+        """Return the name, the values and the unit of each quantity."""
         return [
-            ("distance of the camera", self.distance, "scene units"),
+            ("camera distance", self.distance, "scene units"),
             ("elevation", self.elevation_deg, "degrees"),
             ("field of view", self.fov_deg, "degrees"),
-            ("image covered by the object", 100 * self.coverage, "%"),
+            ("image coverage", 100 * self.coverage, "%"),
             ("longer side", self.side, "pixels"),
-            ("size of an image's file", self.view_bytes / 1000, "kB"),
+            ("image file size", self.view_bytes / 1000, "kB"),
         ]
 
 
 def inspect(folder: Path) -> Path:
-    """Look at every sample, print a table, write the page.
+    """Print the statistics of a folder, and write the page.
 
     Returns:
-        Where the page is.
+        Path of the page.
 
     Raises:
-        ShardError: There is no finished folder of shards, or a damaged one.
+        ShardError: The folder is not a finished folder of shards, or is damaged.
     """
     manifest = read_manifest(folder)
     found = collect_statistics(folder, manifest)
@@ -91,16 +91,16 @@ def inspect(folder: Path) -> Path:
         f"objects        {train + val} ({train} train, {val} held out), {counted(manifest.views, 'view')} each"
     )
     if rejected:
-        print(f"rejected       {rejected}, counted below too")
+        print(f"rejected       {rejected}, included in the statistics below")
     print(f"shards         {len(manifest.shards)}, {sum(s.bytes for s in manifest.shards) / 1e6:.1f} MB")
     for name, values, unit in found.rows():
         low, middle, high = np.percentile(values, (0, 50, 100))
-        print(f"{name:<31}{low:.4g} / {middle:.4g} / {high:.4g} {unit} (least, median, most)")
-    kinds = ", ".join(f"of {found.geometry[kind]}" for kind in ("depth", "normal", "surface"))
-    print(f"{'depth, normals, surfaces':<31}{kinds} objects")
-    for name, counts in count_words(folder, found).items():
-        told = ", ".join(f"{word} {count}" for word, count in counts.most_common(3))
-        print(f"{name:<31}{counted(len(counts), 'kind')}: {told}" if counts else f"{name:<31}none")
+        print(f"{name:<31}{low:.4g} / {middle:.4g} / {high:.4g} {unit} (min, median, max)")
+    geometry = " / ".join(str(found.geometry[name]) for name in ("depth", "normal", "surface"))
+    print(f"{'objects with geometry':<31}{geometry} (depth, normals, surface points)")
+    for name, counts in count_values(folder, found).items():
+        top = ", ".join(f"{value} {count}" for value, count in counts.most_common(3))
+        print(f"{name:<31}{counted(len(counts), 'value')}: {top}" if counts else f"{name:<31}none")
     if not (folder / SHEET_NAME).is_file():
         write_contact_sheet(folder, manifest.shards, manifest.views)
     path = folder / PAGE_NAME
@@ -113,9 +113,9 @@ def collect_statistics(folder: Path, manifest: Manifest) -> Statistics:
     """Read all samples.
 
     Raises:
-        ShardError: One of them cannot be read.
+        ShardError: A sample cannot be read.
     """
-    infos, splits, places, fovs, coverage, side, sizes = [], Counter[str](), [], [], [], [], []
+    infos, splits, positions, fovs, coverage, side, sizes = [], Counter[str](), [], [], [], [], []
     geometry = Counter[str]()
     with tqdm(total=sum(shard.samples for shard in manifest.shards), unit="object", file=sys.stderr) as bar:
         for shard in manifest.shards:
@@ -131,46 +131,46 @@ def collect_statistics(folder: Path, manifest: Manifest) -> Statistics:
                 splits["rejected" if shard.rejected else shard.split] += 1
                 geometry.update(geometry_types(sample))
                 geometry["surface"] += SURFACE_MEMBER in sample.extras
-                places.append(sample.c2w[:, :3, 3])
+                positions.append(sample.c2w[:, :3, 3])
                 fovs.append(sample.fxfycxcy[:, 0])
-                coverage += [share for share, _ in seen]
+                coverage += [fraction for fraction, _ in seen]
                 side += [longer for _, longer in seen]
                 sizes += [len(view) for view in sample.views]
                 bar.update()
-    place = np.concatenate(places).astype(np.float64)
-    distance = np.linalg.norm(place, axis=1)
+    camera_positions = np.concatenate(positions).astype(np.float64)
+    distance = np.linalg.norm(camera_positions, axis=1)
     return Statistics(
         infos=tuple(infos),
         splits=splits,
         geometry=geometry,
         distance=distance,
-        elevation_deg=np.degrees(np.arcsin((place[:, 2] / distance).clip(-1, 1))),
+        elevation_deg=np.degrees(np.arcsin((camera_positions[:, 2] / distance).clip(-1, 1))),
         fov_deg=np.degrees(2 * np.arctan(0.5 / np.concatenate(fovs).astype(np.float64))),
-        camera_positions=place,
+        camera_positions=camera_positions,
         coverage=np.array(coverage),
         side=np.array(side, dtype=np.float64),
         view_bytes=np.array(sizes, dtype=np.float64),
     )
 
 
-def count_words(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
-    """Count licenses, creators, renderers, and the reasons for which assets were left out."""
+def count_values(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
+    """Count licenses, creators, renderers, outcomes and reasons of failures."""
     failures = read_failures(folder)
     reasons = (record["reason"].partition("\n")[0][:80] for record in failures.values())
-    table = (folder / FILTER_NAME).is_file()  # only of folders that `render` made
+    has_table = (folder / FILTER_NAME).is_file()  # written by `render` only
     rejected = found.splits["rejected"]
     known = Counter(kept=found.splits.total() - rejected, rejected=rejected, failed=len(failures))
     return {
         "licenses": Counter(info.license for info in found.infos),
         "creators": Counter(info.creator for info in found.infos),
         "renderers": Counter(info.renderer for info in found.infos),
-        "outcomes": count_outcomes(folder) if table else +known,
-        "left out": Counter(reasons),
+        "outcomes": count_outcomes(folder) if has_table else +known,
+        "failures": Counter(reasons),
     }
 
 
 def render_page(folder: Path, manifest: Manifest, found: Statistics) -> str:
-    """Write the page; whatever a record says is shown as text."""
+    """Render the page. Text from records is escaped."""
     sheet = base64.b64encode((folder / SHEET_NAME).read_bytes()).decode()
     train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
     figures = "".join(
@@ -179,7 +179,7 @@ def render_page(folder: Path, manifest: Manifest, found: Statistics) -> str:
     )
     caption = "camera positions from above (x, y) and from the front (x, z)"
     figures += f"<figure>{plot_cameras(found.camera_positions)}<figcaption>{caption}</figcaption></figure>"
-    tables = "".join(_table(name, counts) for name, counts in count_words(folder, found).items())
+    tables = "".join(_table(name, counts) for name, counts in count_values(folder, found).items())
     settings = html.escape(json.dumps(manifest.render, indent=1, ensure_ascii=False))
     title = html.escape(folder.resolve().name)
     return f"""<!doctype html>
@@ -190,10 +190,9 @@ table {{ display: inline-block; vertical-align: top; margin: 0 2em 1em 0; border
 td, th {{ text-align: left; padding: .1em .8em .1em 0; }} td.number {{ text-align: right; }} img {{ max-width: 100%; }}
 </style></head><body>
 <h1>{title}</h1>
-<p>{counted(train + val, "object")} ({train} to train on, {val} held out; {rejected} more were rejected),
-{counted(manifest.views, "view")} each, in {counted(len(manifest.shards), "shard")} of
-{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB;
-{counted(manifest.failures, "asset")} left out.</p>
+<p>{counted(train + val, "object")} ({train} train, {val} held out) with {counted(manifest.views, "view")} each,
+and {counted(rejected, "rejected object")}, in {counted(len(manifest.shards), "shard")} of
+{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB. {counted(manifest.failures, "asset")} failed.</p>
 {figures}
 <div>{tables}</div>
 <img alt="contact sheet" src="data:image/png;base64,{sheet}">
@@ -203,7 +202,7 @@ td, th {{ text-align: left; padding: .1em .8em .1em 0; }} td.number {{ text-alig
 
 
 def histogram(values: npt.NDArray[np.float64], width: int = 300, height: int = 120) -> str:
-    """Draw how often which value comes, as SVG, with its least and its most."""
+    """Draw a histogram as SVG, labeled with the minimum and the maximum."""
     low, high = float(values.min()), float(values.max())
     counts, _ = np.histogram(values, bins=_BARS, range=(low, high if high > low else low + 1))
     step, top = width / _BARS, height / counts.max()
@@ -220,7 +219,7 @@ def histogram(values: npt.NDArray[np.float64], width: int = 300, height: int = 1
 
 
 def plot_cameras(positions: npt.NDArray[np.float64], side: int = 220) -> str:
-    """Draw where cameras stand, from above (x, y) and from -y (x, z), about the unit circle, as SVG."""
+    """Plot camera positions and the unit circle as SVG, from above (x, y) and from the front (x, z)."""
     shown = positions[:: max(1, -(-len(positions) // _DOTS))]
     scale = side / 2 / (1.05 * max(1.0, float(np.abs(positions).max())))
     parts = []

@@ -1,10 +1,11 @@
-"""Silhouette coherence: whether one object can have the silhouettes that all views show from their cameras.
+"""Silhouette coherence: whether one object can produce the silhouettes of all views under the given cameras.
 
-A ray through a pixel of the object hits the object somewhere, and every other view must show the object at that point.
-The distance of a ray is the smallest, over its points, of the largest distance to the silhouette in any other view, in
-cells of an image: 0 for correct cameras, up to the sampling (Hernandez, Schmitt and Cipolla, "Silhouette Coherence for
-Camera Calibration under Circular Motion", PAMI 2007). Coherence is necessary and not sufficient: a ball is coherent
-with its poses in any order. Whether it decides is measured by the same test of altered cameras. numpy only.
+A ray through a pixel of the object hits the object at some point, and the projection of this point lies inside the
+silhouette of every other view. The distance of a ray is the minimum over its points of the maximum distance to the
+silhouettes of the other views, in grid cells. It is 0 for correct cameras, up to sampling errors (Hernandez, Schmitt
+and Cipolla, "Silhouette Coherence for Camera Calibration under Circular Motion", PAMI 2007). Coherence is a necessary
+condition: the views of a sphere are coherent in any order. Altered cameras therefore show whether the test can detect
+errors for a given object. numpy only.
 """
 
 import dataclasses
@@ -13,49 +14,49 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-#: Distances are capped here, cells.
+#: Maximum distance, in cells; larger ones are clipped.
 _MAX_DISTANCE = 6
 
-#: Rays per view, three quarters of them along the silhouette; points per ray; other views that a ray is tested in.
+#: Rays per view, three quarters of them along the silhouette; points per ray; other views per ray.
 _RAYS, _POINTS, _OTHER_VIEWS = 96, 96, 12
 
-#: Half the side of the box that holds the object, [-1, 1]^3, with a margin.
+#: Half the side length of the box that contains the object: [-1, 1]^3 with a margin.
 _HALF_SIDE = 1.05
 
-#: Test of altered cameras: views further apart than this, degrees, are swapped; at most so many pairs.
+#: Detectability test: minimum angle between two swapped views, in degrees, and maximum number of pairs.
 _MIN_ANGLE_DEG, _MAX_PAIRS = 30, 24
 
-#: Fraction of the swaps that coherence must refuse, else it does not decide.
-_REFUSED = 0.95
+#: Fraction of the swapped pairs that must be detected.
+_MIN_DETECTED = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class Precision:
-    """How precise masks and cameras are.
+class CoherenceTolerance:
+    """Resolution of the test, and tolerance for errors of masks and cameras.
 
     Attributes:
-        cells: Cells along a side of an image, at most.
-        tolerance: Mean distance of a view's rays up to which its camera is taken for correct, cells.
+        cells: Maximum number of grid cells along each side of an image.
+        tolerance: Maximum mean distance of a view's rays for a correct camera, in cells.
     """
 
     cells: int
     tolerance: float
 
 
-#: Rendered views; the largest distance of 724 objects (demo, furniture; 12 views, 8 samples per pixel) was 0.115.
-RENDERED = Precision(128, 0.15)
+#: Rendered views. The maximum distance over 724 objects (demo, furniture; 12 views, 8 samples per pixel) was 0.115.
+RENDERED = CoherenceTolerance(128, 0.15)
 
-#: Video frames: masks and poses are estimates.
-FILMED = Precision(32, 0.4)
+#: Video frames, whose masks and poses are estimates.
+FILMED = CoherenceTolerance(32, 0.4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Silhouettes:
-    """Silhouettes of one object in V views.
+    """Silhouettes of the V views of an object.
 
     Attributes:
-        distance: (V, cells, cells) distance to the nearest cell that shows anything, cells.
-        pixels: V arrays (R, 2) of pixels (x, y) on the object, divided by the image's size.
+        distance: (V, cells, cells) distance to the nearest nonempty cell, in cells.
+        pixels: V arrays (R, 2) of normalized image coordinates (x, y) of pixels on the object.
     """
 
     distance: npt.NDArray[np.float32]
@@ -63,17 +64,17 @@ class Silhouettes:
 
     @property
     def cells(self) -> int:
-        """Cells along a side of an image."""
+        """Number of cells along each side of an image."""
         return self.distance.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Coherence:
-    """Result of the test.
+    """Result of the coherence test.
 
     Attributes:
-        distances: (V) mean distance of each view's rays, cells.
-        undetectable: Errors of the cameras that these silhouettes would not show; empty where the test failed.
+        distances: (V) mean distance of each view's rays, in cells.
+        undetectable: Camera errors that the silhouettes of this object do not reveal; empty if the test failed.
     """
 
     distances: npt.NDArray[np.float64]
@@ -81,11 +82,11 @@ class Coherence:
 
 
 def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Silhouettes:
-    """Compute distance maps, and choose pixels, from masks.
+    """Compute distance maps from masks, and sample pixels on the object.
 
     Args:
         alphas: V masks (H, W), 0 to 255.
-        cells: Cells along a side, at most.
+        cells: Maximum number of cells along each side.
     """
     rng = np.random.default_rng(0)
     distances, pixels = [], []
@@ -97,7 +98,7 @@ def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Sil
         inner = _all_neighbors(solid)
         solid = _any_neighbor(
             inner
-        )  # without lines that are thinner than three cells: other views may miss them
+        )  # opening removes lines thinner than three cells, which other views may miss
         chosen = [
             rng.permutation(np.argwhere(where))[:count]
             for where, count in ((solid & ~inner, _RAYS * 3 // 4), (inner, _RAYS // 4))
@@ -112,20 +113,20 @@ def check_coherence(
     fxfycxcy: npt.NDArray[np.float32],
     tolerance: float,
 ) -> Coherence:
-    """Test cameras against silhouettes and, where they pass, whether wrong ones would fail.
+    """Test cameras against silhouettes. If they pass, test whether wrong cameras would be detected.
 
     Args:
-        silhouettes: Of V views.
+        silhouettes: Silhouettes of V views.
         c2w: (V, 4, 4) OpenCV poses.
         fxfycxcy: (V, 4) normalized intrinsics.
-        tolerance: Mean distance of a view's rays up to which its camera is taken for correct, cells.
+        tolerance: Maximum mean distance of a view's rays for a correct camera, in cells.
     """
     views = np.arange(len(c2w))
     distances = ray_distances(silhouettes, c2w, fxfycxcy, views, views)
     undetectable = []
     if distances.max() <= tolerance:
         swaps = _swapped_distances(silhouettes, c2w, fxfycxcy)
-        if np.mean(swaps > tolerance) < _REFUSED:
+        if np.mean(swaps > tolerance) < _MIN_DETECTED:
             undetectable.append("swapped poses")
         zooms = [
             ray_distances(
@@ -141,7 +142,7 @@ def check_coherence(
 def _swapped_distances(
     silhouettes: Silhouettes, c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float64]:
-    """Return the larger distance of two views for each pair whose cameras are swapped; 0 where there is no pair."""
+    """Return the larger distance of each pair of views after swapping their cameras; 0 if there is no pair."""
     views = np.arange(len(c2w))
     forward = c2w[:, :3, 2].astype(np.float64)
     pairs = np.argwhere(np.triu(forward @ forward.T < np.cos(np.radians(_MIN_ANGLE_DEG)), 1))
@@ -160,17 +161,17 @@ def ray_distances(
     images: npt.NDArray[np.int64],
     views: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
-    """Return the mean distance of the rays of views, cells.
+    """Return the mean distance of the rays of each view, in cells.
 
     Args:
-        silhouettes: Of V images.
-        c2w: (V, 4, 4) OpenCV poses of V cameras.
-        fxfycxcy: (V, 4) normalized intrinsics of V cameras.
-        images: (V) index of each camera's image.
-        views: (N) cameras whose rays are tested.
+        silhouettes: Silhouettes of V views.
+        c2w: (V, 4, 4) OpenCV poses.
+        fxfycxcy: (V, 4) normalized intrinsics.
+        images: (V) index of the image of each camera.
+        views: (N) indices of the cameras to test.
 
     Returns:
-        (N) distances; 0 where an image shows no object.
+        (N) distances; 0 for an image without an object.
     """
     maps = _padded(silhouettes)
     count = len(c2w)
@@ -204,16 +205,16 @@ def uncovered_distances(
     c2w: npt.NDArray[np.float32],
     fxfycxcy: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float64]:
-    """Return the mean distance of each view's pixels on the object from the nearest projected point, cells.
+    """Return the mean distance of each view's object pixels to the nearest projected surface point, in cells.
 
     Args:
-        silhouettes: Of V views.
-        points: (N, 3) points that cover the surface of the object.
+        silhouettes: Silhouettes of V views.
+        points: (N, 3) points on the surface of the object.
         c2w: (V, 4, 4) OpenCV poses.
         fxfycxcy: (V, 4) normalized intrinsics.
 
     Returns:
-        (V) distances; 0 where an image shows no object.
+        (V) distances; 0 for an image without an object.
     """
     cells = silhouettes.cells
     means = []
@@ -229,14 +230,14 @@ def uncovered_distances(
 
 
 def _padded(silhouettes: Silhouettes) -> npt.NDArray[np.float32]:
-    """Add a border of zeros: a point outside an image may be on the object."""
+    """Pad the distance maps with zeros: outside an image, a point may be on the object."""
     return np.pad(silhouettes.distance, ((0, 0), (1, 1), (1, 1)))
 
 
 def _projection(
     pose: npt.NDArray[np.float32], camera: npt.NDArray[np.float32], silhouettes: Silhouettes
 ) -> npt.NDArray[np.float64]:
-    """Return the matrix from directions in the world to (column z, row z, z) in the padded maps."""
+    """Return the matrix that maps world directions to homogeneous coordinates of the padded maps."""
     fx, fy, cx, cy = camera.astype(np.float64) * silhouettes.cells
     return pose[:3, :3] @ np.array([[fx, 0, 0], [0, fy, 0], [cx + 1, cy + 1, 1]])
 
@@ -247,7 +248,7 @@ def _look_up(
     row: npt.NDArray[np.floating],
     z: npt.NDArray[np.floating],
 ) -> npt.NDArray[np.float32]:
-    """Return the distance at homogeneous positions; points behind the camera are far."""
+    """Look up distances at homogeneous coordinates; points behind the camera get the maximum distance."""
     behind = z < 1e-6
     scale = 1 / np.where(behind, 1, z)
     last = len(padded) - 1
@@ -261,7 +262,7 @@ def _look_up(
 def _inside(
     origin: npt.NDArray[np.floating], rays: npt.NDArray[np.floating]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return where rays enter and leave the box of the object; far <= near where they miss it."""
+    """Return the distances at which rays enter and leave the object's box; far <= near for rays that miss it."""
     rays = np.where(np.abs(rays) < 1e-12, 1e-12, rays)
     ends = (np.array([[-_HALF_SIDE], [_HALF_SIDE]]) - origin)[:, None] / rays
     return np.maximum(ends.min(axis=0).max(axis=1), 1e-3), ends.max(axis=0).min(axis=1)
@@ -270,13 +271,12 @@ def _inside(
 def _cells(
     alpha: npt.NDArray[np.uint8], side: int, *, edges: bool
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Divide a mask into cells; return which show anything and which are mostly object.
+    """Reduce a mask to cells, and return which cells are nonempty and which are mostly covered.
 
     Args:
         alpha: (H, W) mask.
-        side: Cells along a side.
-        edges: Whether the mask has edge pixels that are partly covered; of a binary mask, pixels next to the object
-            may be partly covered.
+        side: Number of cells along each side.
+        edges: Whether the mask is antialiased. In a binary mask, pixels next to the object may be partly covered.
     """
     rows, columns = (np.linspace(0, size, side + 1).astype(int)[:-1] for size in alpha.shape)
 
@@ -305,7 +305,7 @@ def _all_neighbors(cells: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _distance(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """Return the distance of each cell to the nearest seen one, capped: the minimum along columns, then along rows."""
+    """Return the clipped distance of each cell to the nearest nonempty one: minimum over columns, then over rows."""
     far, size = _MAX_DISTANCE, len(seen)
     squared = np.where(seen, 0, far**2)
     for _ in range(2):

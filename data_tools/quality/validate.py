@@ -1,7 +1,7 @@
-"""``python -m data_tools validate``: check every byte of a folder of shards; report problems by shard and sample.
+"""Validation of every byte of a folder of shards: ``python -m data_tools validate``.
 
-Of each shard: size, sha256, plain members only, the index. Of each sample: the schema, every image, depth, normals
-and surface if it has them, and whether the cameras fit the images (``silhouettes``).
+For each shard, the size, the sha256, the tar members and the index are checked; for each sample, the schema, all
+images, depth, normals and surface points, and the consistency of cameras and images (``silhouettes``).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data_tools.assets.asset_list import hash_file
 from data_tools.layouts.registry import layout_renderer
 from data_tools.quality.geometry import check_geometry
-from data_tools.quality.measures import MEASURES_MEMBER, is_one_sided
+from data_tools.quality.measures import MEASURES_MEMBER, decode_measures
 from data_tools.quality.silhouettes import (
     FILMED,
     RENDERED,
@@ -50,57 +50,57 @@ from lrm_pl.data.schema import (
 from lrm_pl.data.surface import decode_surface
 from lrm_pl.errors import InputError, counted
 
-#: Pixels that the views of one object may have in all: 64 of 2048 x 2048.
+#: Maximum number of pixels in all views of an object: 64 views of 2048 x 2048.
 _MAX_PIXELS = 1 << 28
 
-#: Mean distance of a view's pixels from the nearest projected point of the surface, cells of 1/128 of its side.
+#: Maximum mean distance of a view's pixels to the nearest projected surface point, in cells of 1/128 of the image.
 _MAX_UNCOVERED = 0.5
 
-#: Error that is undetectable where surfaces are one-sided.
-WRONG_CAMERAS = "wrong cameras (surfaces that are not seen from behind)"
+#: Error that cannot be detected for one-sided surfaces.
+WRONG_CAMERAS = "wrong cameras (one-sided surfaces)"
 
-#: Samples that are named where one line is about many.
+#: Maximum number of samples listed per line.
 _NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A problem found in a shard.
 
     Attributes:
         shard: File name.
-        sample: Key; "" where the whole shard is meant.
-        what: What is wrong.
+        sample: Key of the sample; "" for the shard as a whole.
+        message: Description.
     """
 
     shard: str
     sample: str
-    what: str
+    message: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-    """What was found in a shard.
+    """Result of checking a shard.
 
     Attributes:
-        problems: What is wrong.
-        undetectable: Key -> errors of its cameras that its views would not show.
-        kinds: Key -> number of views, and their (height, width).
+        problems: Problems found.
+        undetectable: Camera errors that the views of a sample do not reveal, by key.
+        shapes: Number of views, and (height, width) of the images, by key.
     """
 
     problems: list[Problem]
     undetectable: dict[str, tuple[str, ...]]
-    kinds: dict[str, tuple[int, tuple[int, int]]]
+    shapes: dict[str, tuple[int, tuple[int, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedViews:
-    """Images that are as they should be.
+    """Result of checking the views of a sample.
 
     Attributes:
-        size: (height, width) of a view.
-        silhouettes: Of the views.
-        undetectable: Errors of the cameras that these views would not show.
+        size: (height, width) of the images.
+        silhouettes: Silhouettes of the views.
+        undetectable: Camera errors that the views do not reveal.
     """
 
     size: tuple[int, int]
@@ -109,17 +109,17 @@ class CheckedViews:
 
 
 def validate(folder: Path, jobs: int | None = None) -> int:
-    """Check a folder and print what is wrong with it.
+    """Validate a folder of shards and print all problems.
 
     Args:
         folder: Folder of shards.
-        jobs: Number of processes; None takes as many as there are cores.
+        jobs: Number of processes; None for the number of CPU cores.
 
     Returns:
         Number of problems.
 
     Raises:
-        ShardError: There is no finished folder of shards.
+        ShardError: The folder is not a finished folder of shards.
         InputError: A process was killed.
     """
     manifest = read_manifest(folder)
@@ -130,7 +130,7 @@ def validate(folder: Path, jobs: int | None = None) -> int:
 
         def add(problem: Problem) -> None:
             found.append(problem)
-            bar.write(f"{problem.shard}: {problem.what}", file=sys.stdout)
+            bar.write(f"{problem.shard}: {problem.message}", file=sys.stdout)
 
         reports = []
         for shard, report in zip(
@@ -155,31 +155,31 @@ def validate(folder: Path, jobs: int | None = None) -> int:
     if unlisted := sorted(
         {path.name for path in folder.glob("*.tar")} - {one.name for one in manifest.shards}
     ):
-        print(f"never read     not in the manifest: {counted(len(unlisted), 'tar')}, such as {unlisted[0]}")
+        print(
+            f"ignored        {counted(len(unlisted), 'tar')} not in the manifest, for example {unlisted[0]}"
+        )
     for error, keys in undetectable.items():
-        print(f"not decidable  {undetectable_message(error, keys)}")
+        print(f"undetectable   {undetectable_message(error, keys)}")
     print(
         f"next           make train DATA={shlex.quote(str(folder))}"
         if not found
-        else f"next           delete these shards and {folder / 'manifest.json'}, then render again"
+        else f"next           delete the shards above and {folder / 'manifest.json'}, then render again"
     )
     return len(found)
 
 
 def undetectable_message(error: str, keys: Sequence[str]) -> str:
-    """Describe the objects whose views would not show an error of their cameras."""
+    """Describe the objects whose views do not reveal a camera error."""
     more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return (
-        f"{error} would not be noticed for {counted(len(keys), 'object')}: {', '.join(keys[:_NAMED])}{more}"
-    )
+    return f"{error} cannot be detected for {counted(len(keys), 'object')}: {', '.join(keys[:_NAMED])}{more}"
 
 
 def check_shard(folder: Path, shard: Shard) -> ShardReport:
     """Check a shard and its samples."""
     report = ShardReport([], {}, {})
 
-    def add(sample: str, what: str) -> None:
-        report.problems.append(Problem(shard.name, sample, what))
+    def add(sample: str, message: str) -> None:
+        report.problems.append(Problem(shard.name, sample, message))
 
     try:
         for difference in list(find_file_problems(folder, shard)):
@@ -187,12 +187,11 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
         for key, content in read_samples(folder, shard):
             try:
                 sample = decode_sample(key, content)
-                one_sided = MEASURES_MEMBER in sample.extras and is_one_sided(
-                    key, sample.extras[MEASURES_MEMBER]
-                )
-                # Of a rejected object next to nothing may be seen.
+                encoded = sample.extras.get(MEASURES_MEMBER)
+                one_sided = encoded is not None and decode_measures(key, encoded).one_sided
+                # Rejected objects may be almost invisible.
                 checked = check_views(sample, cameras=not shard.rejected, one_sided=one_sided)
-                report.kinds[key] = (sample.info.views, checked.size)
+                report.shapes[key] = (sample.info.views, checked.size)
                 report.undetectable[key] = checked.undetectable
                 check_geometry(sample)
                 if SURFACE_MEMBER in sample.extras:
@@ -205,10 +204,10 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
 
 
 def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
-    """Check that the points of a sample's surface cover what its views show.
+    """Check that the surface points of a sample cover the object in its views.
 
     Raises:
-        SampleError: With what is wrong.
+        SampleError: They do not.
     """
     key = sample.info.id
     points, _ = decode_surface(key, sample.extras[SURFACE_MEMBER])
@@ -216,37 +215,38 @@ def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
     if distances.max() > _MAX_UNCOVERED:
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"points of {SURFACE_MEMBER} all over the object",
+            expected=f"points of {SURFACE_MEMBER} that cover the object",
             found=(
-                f"that the nearest to a pixel of view {distances.argmax()} is {distances.max():.1f} cells "
-                "away, on average: it is the surface of another object or scale"
+                f"a mean distance of {distances.max():.1f} cells between the pixels of view {distances.argmax()} and "
+                "the nearest point"
             ),
+            remedy="use the surface of the rendered object, in the same scale",
         )
 
 
 def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Iterator[Problem]:
-    """Find what is wrong between samples: ids that are not unique, views of another number or size."""
+    """Find duplicate ids, and samples with another number or size of views."""
     first: dict[str, str] = {}
-    sizes = Counter(size for report in reports for _, size in report.kinds.values())
+    sizes = Counter(size for report in reports for _, size in report.shapes.values())
     usual = sizes.most_common(1)[0][0] if sizes else (0, 0)
     for shard, report in zip(manifest.shards, reports, strict=True):
-        for key, (views, size) in report.kinds.items():
-            for wrong, what in (
-                (key in first, f"every id once, but found it in {first.get(key)} too"),
+        for key, (views, size) in report.shapes.items():
+            for wrong, message in (
+                (key in first, f"a unique id, but found it also in {first.get(key)}"),
                 (views != manifest.views, f"{manifest.views} views as in the manifest, but found {views}"),
-                (size != usual, f"views of {usual} pixels as most objects have, but found {size}"),
+                (size != usual, f"views of {usual} pixels like most objects, but found {size}"),
             ):
                 if wrong:
-                    yield Problem(shard.name, key, f"sample {key!r}: expected {what}")
+                    yield Problem(shard.name, key, f"sample {key!r}: expected {message}")
             first.setdefault(key, shard.name)
 
 
 def find_file_problems(folder: Path, shard: Shard) -> Iterator[str]:
-    """Compare a shard's file with the manifest's hash of it, and with its index.
+    """Compare the file of a shard with the hash in the manifest, and with its index.
 
     Raises:
-        ShardError: There is no index, or it does not fit the tar.
-        tarfile.TarError: It is no tar.
+        ShardError: The index is missing, or does not match the tar file.
+        tarfile.TarError: The file is not a tar file.
     """
     found = hash_file(folder / shard.name)
     if found != shard.sha256:
@@ -255,32 +255,32 @@ def find_file_problems(folder: Path, shard: Shard) -> Iterator[str]:
 
 
 def find_index_problems(path: Path, index: MemberIndex) -> Iterator[str]:
-    """Compare the headers of a tar with its index; anything but plain files of plain names is a difference.
+    """Compare the headers of a tar file with its index. Only regular files with valid names are allowed.
 
     Raises:
-        tarfile.TarError: It is no tar.
+        tarfile.TarError: The file is not a tar file.
     """
     expected = {f"{key}.{name}": span for key, members in index.items() for name, span in members.items()}
     with tarfile.open(path, "r:") as tar:
         for header in tar:
             key, _, _ = header.name.partition(".")
             if not header.isreg() or not KEY_PATTERN.fullmatch(key) or "/" in header.name:
-                yield f"expected plain files of plain names, but found {header.name!r} of type {header.type!r}"
+                yield f"expected regular files with valid names, but found {header.name!r} of type {header.type!r}"
             elif expected.pop(header.name, None) != (header.offset_data, header.size):
-                yield f"expected member {header.name!r} where the index says, but found it at {header.offset_data}"
+                yield f"expected {header.name!r} at the offset in the index, but found it at {header.offset_data}"
     if expected:
-        yield f"expected the members of the index, but found no {sorted(expected)[0]!r} and {len(expected) - 1} more"
+        yield f"expected {counted(len(expected), 'further member')} of the index, for example {sorted(expected)[0]!r}"
 
 
 def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
-    """Decode the views one after the other and yield the alpha of each.
+    """Decode the views one at a time, and yield the alpha channel of each.
 
     Raises:
-        SampleError: A view cannot be decoded, or all have more pixels than an object's views may have.
+        SampleError: A view cannot be decoded, or the views have too many pixels.
     """
     left = _MAX_PIXELS
     for view in sample.views:
-        alpha = decode_image(sample.info.id, view)[..., 3].copy()  # without the colors
+        alpha = decode_image(sample.info.id, view)[..., 3].copy()  # releases the colors
         left -= alpha.size
         if left < 0:
             raise SampleError(
@@ -293,15 +293,15 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False) -> CheckedViews:
-    """Check all images of a sample, and its cameras against them.
+    """Check the images of a sample, and the consistency of its cameras with them.
 
     Args:
         sample: The sample.
-        cameras: Whether cameras are checked.
-        one_sided: Whether views from behind do not see what others see, so that silhouettes need not agree.
+        cameras: Whether to check the cameras.
+        one_sided: Whether surfaces are invisible from behind, so that silhouettes need not be coherent.
 
     Raises:
-        SampleError: With what is wrong.
+        SampleError: An image or a camera is invalid.
     """
     key = sample.info.id
     alphas = list(decode_alphas(sample))
@@ -309,7 +309,7 @@ def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False
         raise SampleError(
             subject=f"sample {key!r}",
             expected="views of one size",
-            found=sorted({alpha.shape for alpha in alphas}),
+            found=", ".join(f"{height} x {width}" for height, width in sorted({a.shape for a in alphas})),
         )
     precision = FILMED if sample.info.renderer == layout_renderer("mvimgnet") else RENDERED
     silhouettes = make_silhouettes(alphas, precision.cells)
@@ -320,13 +320,14 @@ def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False
         raise SampleError(
             subject=f"sample {key!r}",
             expected="an object in every view",
-            found=f"nothing in {len(empty)} of {len(alphas)}: view {empty[0]} is transparent",
+            found=f"{len(empty)} empty of {counted(len(alphas), 'view')}, the first is view {empty[0]}",
         )
     if all((alpha == 255).all() for alpha in alphas):
         raise SampleError(
             subject=f"sample {key!r}",
             expected="a transparent background",
-            found=f"none in {len(alphas)} views: the object must be cut out",
+            found=f"opaque pixels only in {counted(len(alphas), 'view')}",
+            remedy="remove the background of the object",
         )
     coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy, precision.tolerance)
     worst = int(coherence.distances.argmax())
@@ -337,13 +338,12 @@ def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False
             subject=f"sample {key!r}",
             expected="cameras that fit the silhouettes",
             found=(
-                f"that what view {worst} shows is, on average, {coherence.distances[worst]:.2f} of "
-                f"{silhouettes.cells} cells away from the silhouette in other views (at most "
-                f"{precision.tolerance})"
+                f"a mean distance of {coherence.distances[worst]:.2f} cells between view {worst} and the silhouettes "
+                f"of the other views (at most {precision.tolerance} of {silhouettes.cells} cells)"
             ),
             remedy=(
-                "check the order of the poses, their convention (OpenCV camera to world, +z up), the "
-                "focal length, and that the object lies in [-1, 1]^3"
+                "check the order of the poses, their convention (OpenCV camera-to-world, +z up), the focal length, "
+                "and that the object lies in [-1, 1]^3"
             ),
         )
     return CheckedViews(alphas[0].shape, silhouettes, coherence.undetectable)

@@ -638,7 +638,7 @@ def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_folder, "LOCK_TIMEOUT_S", 0.2)
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FolderError, match="expected no other process .*, but found one"):
+        with pytest.raises(FolderError, match=r"expected no other process .*, but found one"):
             run(assets, out)
 
 
