@@ -146,7 +146,7 @@ def convert(
     if failures:
         print(f"why            {out / FAILURES_NAME}")
     for error, keys in notes.items():
-        print(f"not decidable  {undetectable_message(error, keys)}")
+        print(f"undetectable   {undetectable_message(error, keys)}")
     print(f"next           make train DATA={shlex.quote(str(out))}")
     return manifest
 

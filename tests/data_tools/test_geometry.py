@@ -125,7 +125,9 @@ def test_a_smaller_pixel_takes_one_value_and_never_a_mean_over_an_edge(sample):
     gone = resize_geometry(one, (faint, *views[1:]))
     assert not decode_depth("a", "depth_000.png", gone["depth_000.png"]).any()
     wrong = dataclasses.replace(one, extras={"depth_000.png": encode_depth(depth[:3])})
-    with pytest.raises(SampleError, match=r"depth_000\.png of the view's size \(4, 4\), but found \(3, 4\)"):
+    with pytest.raises(
+        SampleError, match=r"depth_000\.png with the view's size \(4, 4\), but found \(3, 4\)"
+    ):
         resize_geometry(wrong, (faint, *views[1:]))
 
 
@@ -144,17 +146,17 @@ def _beside(pixels, alpha):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("depth_002.png", lambda pixels, _: pixels[::2, ::2], r"of the view's size (32, 32), but found (16, 16)"),
-        ("depth_002.png", _hole, "expected something in depth_002.png wherever alpha is 255, but found 0 at 1 of"),
-        ("depth_002.png", _beside, "expected 0 in depth_002.png wherever alpha is 0, but found something at 1 pix"),
-        ("depth_002.png", lambda pixels, _: pixels * 2, "the points of depth_002.png within [-1, 1]^3, but found one"),
+        ("depth_002.png", lambda pixels, _: pixels[::2, ::2], r"with the view's size (32, 32), but found (16, 16)"),
+        ("depth_002.png", _hole, "expected values in depth_002.png where alpha is 255, but found 0 at 1 of"),
+        ("depth_002.png", _beside, "expected depth_002.png to be 0 where alpha is 0, but found other values at 1"),
+        ("depth_002.png", lambda pixels, _: pixels * 2, "points of depth_002.png within [-1, 1]^3, but found"),
         ("depth_002.png", lambda pixels, _: (pixels >> 8).astype(np.uint8), "depth_002.png to be a PNG of mode I;16"),
-        ("depth_002.png", None, "depth of all 4 views or of none, but found 3. Depth_002.png is missing"),
-        ("normal_001.png", lambda pixels, _: pixels[:, 1:], r"of the view's size (32, 32), but found (32, 31)"),
-        ("normal_001.png", _hole, "expected something in normal_001.png wherever alpha is 255, but found 0 at 1 of"),
-        ("normal_001.png", _beside, "expected 0 in normal_001.png wherever alpha is 0, but found something at 1 pix"),
+        ("depth_002.png", None, "depth maps of all 4 views, but found 3 (depth_002.png is missing)"),
+        ("normal_001.png", lambda pixels, _: pixels[:, 1:], r"with the view's size (32, 32), but found (32, 31)"),
+        ("normal_001.png", _hole, "expected values in normal_001.png where alpha is 255, but found 0 at 1 of"),
+        ("normal_001.png", _beside, "expected normal_001.png to be 0 where alpha is 0, but found other values at 1"),
         ("normal_001.png", lambda pixels, _: pixels // 2, "expected normals of length 1 in normal_001.png"),
-        ("normal_001.png", None, "normal of all 4 views or of none, but found 3. Normal_001.png is missing"),
+        ("normal_001.png", None, "normal maps of all 4 views, but found 3 (normal_001.png is missing)"),
     ],
 )  # fmt: skip
 def test_bad_geometry_is_named_by_shard_sample_and_member(folder, capsys, name, change, message):
@@ -179,13 +181,13 @@ def test_geometry_of_a_view_that_is_not_there_is_named(sample):
     more = dataclasses.replace(
         sample, extras=sample.extras | {"depth_004.png": sample.extras["depth_000.png"]}
     )
-    with pytest.raises(SampleError, match=r"found 5. Depth_004\.png is strange"):
+    with pytest.raises(SampleError, match=r"found 5 \(depth_004\.png is unexpected\)"):
         check_geometry(more)
 
 
 def test_inspect_counts_the_objects_that_have_them(folder, capsys):
     assert main(["inspect", "--shards", str(folder)]) == 0
-    assert "depth, normals, surfaces       of 2, of 2, of 0 objects" in capsys.readouterr().out
+    assert "objects with geometry          2 / 2 / 0" in capsys.readouterr().out
 
 
 def test_training_reads_the_bytes_of_the_views_that_it_uses_and_of_cameras_alone(folder):
@@ -248,7 +250,7 @@ def test_depth_along_the_ray_is_not_taken_for_depth_along_the_axis(sample):
         name = depth_member(view)
         stretch = np.sqrt(1 + (x**2 + y**2) / sample.fxfycxcy[view, 0] ** 2)
         extras[name] = encode_depth(decode_depth("a", name, extras[name]) * stretch * 1.1)
-    with pytest.raises(SampleError, match="depths that show one surface"):
+    with pytest.raises(SampleError, match="depth maps of one surface"):
         check_geometry(dataclasses.replace(sample, extras=extras))
 
 
@@ -256,7 +258,5 @@ def test_normals_that_face_away_are_named(sample):
     name = normal_member(1)
     seen = decode_image("a", sample.views[1])[..., 3:] > 0
     extras = sample.extras | {name: encode_normals(np.where(seen, sample.c2w[1, :3, 2], 0.0))}
-    with pytest.raises(
-        SampleError, match=r"normals of normal_001\.png that face the camera, but found that 100%"
-    ):
+    with pytest.raises(SampleError, match=r"normals of normal_001\.png that face the camera, but found 100%"):
         check_geometry(dataclasses.replace(sample, extras=extras))

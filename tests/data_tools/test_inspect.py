@@ -71,7 +71,7 @@ def test_the_page_is_one_file_in_which_records_are_text(folder, capsys):
         assert word in text
     out = capsys.readouterr().out
     assert "objects        1 (1 train, 0 held out), 2 views each" in out
-    assert re.search(r"image covered by the object\s+25 / 62.5 / 100 %", out)
+    assert re.search(r"image coverage\s+25 / 62.5 / 100 %", out)
     assert f"page           {folder / 'inspect.html'}" in out
 
 
@@ -99,13 +99,13 @@ def test_a_damaged_folder_points_to_validate(shards, tmp_path):
 
 def test_a_folder_without_a_table_says_what_became_of_its_objects(folder, capsys):
     assert main(["inspect", "--shards", str(folder)]) == 0
-    assert re.search(r"outcomes\s+2 kinds: kept 1, failed 1\n", capsys.readouterr().out)
+    assert re.search(r"outcomes\s+2 values: kept 1, failed 1\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("filter.parquet", b"PAR1", "expected what became of each asset, but found .*. Delete it and"),
+        ("filter.parquet", b"PAR1", "expected the outcome of each asset, but found .*. Delete it and"),
         (
             "failures.jsonl",
             b"\n{broken\n",

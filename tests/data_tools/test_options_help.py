@@ -1,4 +1,4 @@
-"""What the help of the rendering tools says."""
+"""Help texts of the data tools."""
 
 import pytest
 
@@ -12,4 +12,4 @@ def test_the_help_names_defaults_that_there_are_and_no_others(command, capsys):
     said = capsys.readouterr().out
     assert not {"None", "False", "%"} & set(said.replace("(", " ").replace(")", " ").split())
     if command == "render":
-        assert "views an object (16)" in said
+        assert "views per object (default: 16)" in said

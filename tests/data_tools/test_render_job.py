@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.assets.asset_list import write_list
 from data_tools.assets.scan import find_assets
 from data_tools.quality.measures import CROPPED_RULE, DEFAULT_RULES
 from data_tools.rendering.launch import job_script
+from data_tools.rendering.resume import plan_folder, write_plan
 from data_tools.rendering.settings import RenderSettings, write_settings
 from lrm_pl.errors import InputError
 
@@ -219,8 +219,10 @@ def test_other_settings_than_those_of_the_shards_are_refused_before_too(checkout
     Path("data/mine").mkdir(parents=True)
     rules = (*DEFAULT_RULES, CROPPED_RULE)
     settings = RenderSettings("frame", "sphere", 16, 128, 16, seed=0, held_out=0, shard_size=8, rules=rules)
-    write_list(Path("data/mine"), find_assets(Path("meshes")))
-    write_settings(Path("data/mine"), settings, "stand-in")
+    out, meshes = Path("data/mine"), Path("meshes")
+    assets = find_assets(meshes)
+    write_plan(out, plan_folder(out, settings, assets, meshes), assets)
+    write_settings(out, settings, "stand-in")
     given = ["launch", "--gpus=0", "--dry-run", "--", *ARGUMENTS, "--held-out", "0"]
     assert main(given) == 0
     assert main([*given, "--seed", "1"]) == 1
@@ -235,7 +237,7 @@ def test_an_argument_that_render_does_not_know_is_refused(checkout, capsys):
 
 def test_without_slurm_nothing_is_started_and_the_other_way_is_named(checkout, capsys):
     assert main(["launch", "--nodes=8", "--gpus=0", "--", *ARGUMENTS]) == 1
-    assert re.search("expected Slurm .* found no `sbatch` on PATH; .*RAY_ADDRESS=", capsys.readouterr().err)
+    assert re.search("expected Slurm, but found no `sbatch` on PATH. .*RAY_ADDRESS=", capsys.readouterr().err)
     assert not Path("data").exists()
 
 
