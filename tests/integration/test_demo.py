@@ -1,4 +1,4 @@
-"""`lrm demo` in a real browser: what a visitor does, and what the page answers."""
+"""Tests of `lrm demo` in Chromium."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from PIL import Image
 from lrm_pl.inference.demo_page import QUEUE, clean_up
 from tests.servers.lrm_server import Served
 
-# Playwright's loop and pipes are closed by its own thread.
+# Playwright closes its event loop and pipes in its own thread.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -60,11 +60,11 @@ def test_a_visitor_uploads_an_image_and_downloads_its_mesh(visitor, tmp_path):
     (shape,) = trimesh.load(tmp_path / "mesh.glb", process=False).geometry.values()
     told = visitor.inner_text("#told")
     assert f"{len(shape.faces):,} triangles" in told
-    # the mesh is really drawn: some of its image is not the background
+    # the canvas shows more than the background
     visitor.wait_for_timeout(2000)
     drawn = Image.open(Path(_shot(visitor, "#mesh canvas", tmp_path / "mesh.png"))).convert("RGB")
     assert (np.asarray(drawn) < 200).any(axis=-1).mean() > 0.01
-    # what follows is not shown beside it
+    # old outputs are cleared
     visitor.locator(
         "#photo button[aria-label='Clear'], #photo button[aria-label='Remove Image']"
     ).first.click()
@@ -105,7 +105,7 @@ def test_it_listens_to_this_machine_only_and_leaves_no_files(pretrained, tmp_pat
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = signal.signal(
         signal.SIGHUP, signal.SIG_DFL
-    )  # tests under nohup would hand down that it is ignored
+    )  # nohup ignores it, and child processes inherit that
     try:
         server = Served("demo", "--ckpt", pretrained, "--device", "cpu")
     finally:
@@ -147,7 +147,7 @@ def test_the_page_opens_behind_a_proxy_that_does_not_answer(pretrained, monkeypa
 
 
 async def joined(session, address, fn, photo, number, *, until="process_completed", resolution=64, data=None):
-    """Ask for a mesh as the page does; returns the messages that come back, up to one of a kind."""
+    """Request a mesh as the page does; return the messages up to the given type."""
     body = {"data": data or [photo, resolution, 0], "fn_index": fn, "session_hash": f"visitor{number}"}
     async with session.post(f"{address}/gradio_api/queue/join", json=body) as answer:
         if answer.status != 200:
@@ -202,7 +202,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
             async with session.get(f"{address}/config") as answer:
                 calls = (await answer.json())["dependencies"]
             file = {"meta": {"_type": "gradio.FileData"}}
-            for call in (call for call in calls if call["inputs"]):  # the button's, and the examples'
+            for call in (call for call in calls if call["inputs"]):  # of the button and of the examples
                 url = {**file, "path": "http://127.0.0.1:9/a.png"}
                 last = (await joined(session, address, call["id"], url, f"url{call['id']}"))[-1]
                 assert not last["success"]
@@ -212,7 +212,7 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
                 assert not last["success"]
             make = next(call["id"] for call in calls if len(call["inputs"]) == 3)
             pick = next(call["id"] for call in calls if len(call["inputs"]) == 1)
-            # gradio makes a new part of the page for a visitor who picks an example
+            # gradio updates the page when a visitor picks an example
             assert (await joined(session, address, pick, 0, "picked", data=[0]))[-1]["success"]
             url = {**file, "path": "http://127.0.0.1:9/a.png"}
             last = (await joined(session, address, make, url, "picked"))[-1]
@@ -229,5 +229,5 @@ def test_uploads_are_bounded_addresses_are_not_fetched_and_the_queue_has_an_end(
             assert {answer["status"] for answer in refused} == {503}
             assert "full" in str(refused[0]["output"])
 
-    with ThreadPoolExecutor(1) as another:  # the browser's loop runs in this thread
+    with ThreadPoolExecutor(1) as another:  # Playwright's event loop runs in this thread
         another.submit(asyncio.run, run()).result()

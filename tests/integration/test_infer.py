@@ -1,4 +1,4 @@
-"""`lrm infer` as it is typed: from images to files that other programs open."""
+"""End-to-end tests of `lrm infer`; its files are opened by other programs."""
 
 import dataclasses
 import io
@@ -31,7 +31,7 @@ def read(path):
 
 @pytest.fixture
 def images(tmp_path, root):
-    """One object cut out, one photo with its background, one that is no image."""
+    """A folder with an image with alpha, a photo with a background, and a broken file."""
     folder = tmp_path / "images"
     folder.mkdir()
     rgba = np.zeros((80, 60, 4), dtype=np.uint8)
@@ -126,7 +126,7 @@ def test_blender_opens_the_files_upright_and_in_their_units(
     )
     boxes = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("BOX")]
     assert len(boxes) == 4, done.stdout + done.stderr
-    expected = trimesh.load(files[2], process=False).bounds  # ply: as it is in our world
+    expected = trimesh.load(files[2], process=False).bounds  # PLY files use world coordinates
     for path, box in zip(files, boxes, strict=True):
         scale = 50 if path.endswith(".stl") else 1  # millimeters, for slicers
         np.testing.assert_allclose(box, expected * scale, atol=1e-5 * scale)
@@ -185,7 +185,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_pat
 def test_a_background_remover_that_cannot_be_had_ends_the_batch_at_once_with_one_message(
     pretrained, images, tmp_path, monkeypatch, capfd
 ):
-    """Neither the official download nor pip's index can be reached; an image with alpha comes before two photos."""
+    """Process an image with alpha and two photos while the official download and pip's index are unreachable."""
     with Image.open(images / "photo.jpg") as photo:
         photo.save(tmp_path / "second.jpg")
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""`lrm serve` as a process of its own: the right status for every kind of request, whoever sends it."""
+"""HTTP status and body for valid, invalid and hostile requests to `lrm serve`, run as a process."""
 
 import asyncio
 import base64
@@ -39,7 +39,7 @@ def photo(seed=0):
     return encoded(Image.fromarray(rgba))
 
 
-#: Kind of hostile request -> its body, and the only right status.
+#: Hostile request -> body and expected status.
 HOSTILE = {
     "bomb": (png(30_000, 30_000), 413),
     "many pixels": (encoded(Image.new("L", (2000, 2000))), 413),
@@ -59,14 +59,16 @@ def serve(folder, *options):
 
 @pytest.fixture(scope="module")
 def server(pretrained):
-    """A server for all tests that do not end it; after them it ends cleanly."""
+    """A shared server; checks a clean shutdown at the end."""
     made = serve(pretrained)
     try:
         yield made
         said = made.stop()
     finally:
         made.kill()
-    assert made.process.returncode == -signal.SIGTERM, said  # uvicorn ends by the signal, after all is done
+    assert made.process.returncode == -signal.SIGTERM, (
+        said
+    )  # uvicorn raises the signal again after the shutdown
     assert "Traceback" not in said
     assert "Finished server process" in said
 
@@ -77,7 +79,7 @@ async def ask(session, server, body, query="?resolution=32"):
 
 
 async def mixed(server, count, hostile_share, at_once=3):
-    """Send requests, some hostile; returns what was answered: kind -> statuses."""
+    """Send requests, some hostile; return the statuses of each type."""
     rng, found, turn = np.random.default_rng(0), {}, asyncio.Semaphore(at_once)
     kinds = list(HOSTILE)
 

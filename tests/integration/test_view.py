@@ -1,4 +1,4 @@
-"""`lrm view` in a real browser: it draws the run's field, and follows the run."""
+"""Tests of `lrm view` in Chromium."""
 
 import io
 import shutil
@@ -15,13 +15,13 @@ from lrm_pl.cli.lightning_cli import main as train
 from tests.builders import TINY, spoil_first_poses
 from tests.servers.lrm_server import Served
 
-# Lightning warns of short runs, Playwright's pipes are closed by its own thread.
+# Lightning warns about short runs; Playwright closes its pipes in its own thread.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture
 def run(tmp_path, shards):
-    """Train a tiny run up to a step; called again, it goes on."""
+    """Train a tiny run up to a step, resuming it when called again."""
     config, folder = tmp_path / "tiny.yaml", tmp_path / "run"
     trainer = {"val_check_interval": 2, "log_every_n_steps": 1, "precision": "32-true"}
     config.write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
@@ -35,7 +35,7 @@ def run(tmp_path, shards):
 
 
 def image(page):
-    """The page without its controls and notices, as numbers."""
+    """Return a screenshot without the controls and notices."""
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     return np.asarray(image).astype(int)[200:, :750]
 
@@ -53,7 +53,7 @@ def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoint
     folder = run(2)
     data = tmp_path / "data"
     shutil.copytree(shards, data)
-    spoil_first_poses(next(data.glob("val-*.tar")))  # the next object is shown
+    spoil_first_poses(next(data.glob("val-*.tar")))  # the first object is unreadable
     server = Served("view", folder, "--data", data, "--device", "cpu")
     try:
         page = chromium.new_page(viewport={"width": 1100, "height": 750})
@@ -74,7 +74,7 @@ def test_the_page_shows_the_field_with_its_cameras_and_takes_over_new_checkpoint
         page.locator("input[role=combobox][value='step-00000004']").click()
         page.get_by_role("option", name="step-00000002").click()
         page.wait_for_selector("text=step-00000002, step 2", timeout=60_000)
-        page.wait_for_timeout(4000)  # it looks for new ones every three seconds
+        page.wait_for_timeout(4000)  # new checkpoints are checked every three seconds
         assert page.get_by_text("step-00000002, step 2").is_visible(), "what was picked stays"
         page.close()
     finally:

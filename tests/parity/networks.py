@@ -1,4 +1,4 @@
-"""Random weights of a size that exercises everything, and our network made of a conversion."""
+"""Random weights for parity tests, and networks built from conversions."""
 
 import torch
 
@@ -9,7 +9,7 @@ from lrm_pl.rendering.renderer import Renderer
 
 
 def randomized(network, seed):
-    """Give every parameter numbers that matter, norms and biases too; densities that are seen."""
+    """Set all parameters, including norms and biases, to significant random values with visible densities."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -28,7 +28,7 @@ def randomized(network, seed):
 
 
 def built(conversion):
-    """Build our network and renderer from a conversion and load the weights strictly."""
+    """Build the network and renderer from a conversion and load the weights strictly."""
     section = dict(conversion.model["lrm"])
     encoder, decoder = ImageEncoder(**section.pop("encoder")), NeRFDecoder(**section.pop("decoder"))
     network = LRM(encoder, decoder, **section)

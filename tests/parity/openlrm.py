@@ -1,4 +1,4 @@
-"""OpenLRM 1.1 written down once more, plainly, with its own names: what our converted network must equal.
+"""Plain reference implementation of OpenLRM 1.1 with its own names.
 
 From the published description of the network and the names in its weights; checked against answers of the original
 code, where they are at hand (``test_goldens.py``).
@@ -166,9 +166,9 @@ class OpenLRM(nn.Module):
         return out[..., 0], torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
 
     def render(self, planes, origins, directions, coarse, fine, background):
-        """Rays (B, R, 3) -> colors (B, R, 3), opacity (B, R); samples at half a bin, importance evenly from 0 to 1.
+        """Rays (B, R, 3) -> colors (B, R, 3), opacity (B, R); samples at bin centers, importance samples at even quantiles.
 
-        Ray by ray of the box [-1, 1]^3; a sample outside is empty.
+        Rays are clipped to the box [-1, 1]^3; samples outside are empty.
         """
         low, high = (-1 - origins) / directions, (1 - origins) / directions
         near, far = torch.minimum(low, high).amax(-1), torch.maximum(low, high).amin(-1)
@@ -209,7 +209,7 @@ def _march(raw, rgb, t):
 
 
 def _inverse_transform(edges, weights, count):
-    """For each u the bin whose cumulative share holds it, by a loop over bins."""
+    """For each u, return the bin whose cumulative weight contains it, with a loop over bins."""
     share = (weights + 1e-5) / (weights + 1e-5).sum(-1, keepdim=True)
     cumulative = F.pad(share.cumsum(-1), (1, 0))
     u = torch.linspace(0, 1, count)

@@ -1,4 +1,4 @@
-"""Our network and the twins against what the original code answered; LRM_GOLDENS names the folder of its files."""
+"""Compare networks and reference implementations with outputs of the original code in $LRM_GOLDENS."""
 
 import os
 from pathlib import Path

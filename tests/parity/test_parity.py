@@ -1,6 +1,6 @@
-"""Converted weights of OpenLRM and TripoSR give their own planes and images: other sizes, other seeds.
+"""Compare converted networks with the reference implementations in ``openlrm.py`` and ``triposr.py``.
 
-The twins in ``openlrm.py`` and ``triposr.py`` stand for the original code; ``test_goldens.py`` holds them to it.
+``test_goldens.py`` compares the reference implementations with the original code.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""TripoSR written down once more, plainly, with its own names: what our converted network must equal.
+"""Plain reference implementation of TripoSR with its own names.
 
 From the published description of the network and the names in its weights; checked against answers of the original
 code, where they are at hand (``test_goldens.py``).

@@ -1,4 +1,4 @@
-"""``lrm convert``: strict about what it is given, and what it makes is a folder that ``lrm fit`` starts from."""
+"""Tests of ``lrm convert``: strict conversion to model folders."""
 
 import pickle
 import random
@@ -134,7 +134,7 @@ PUBLISHED = {
     "openlrm_large": (OpenLRM, {**LARGE, "channels": 80}),
     "triposr": (TripoSR, {**LARGE, "stored": 14, "channels": 40}),
 }
-#: Parameters of their own networks: fp32 bytes of the published files divided by 4, in millions (model cards).
+#: Millions of parameters of the published models: size of the fp32 files divided by 4 bytes.
 MILLIONS = {"openlrm_small": 111.4, "openlrm_base": 260.2, "openlrm_large": 452.1}
 
 

@@ -1,4 +1,4 @@
-"""Which images `lrm infer` takes, what it calls their results, and whose files it leaves alone."""
+"""Tests of the inputs, result names and file handling of `lrm infer`."""
 
 import contextlib
 import json
@@ -69,7 +69,7 @@ def test_files_that_no_earlier_result_lists_are_neither_removed_nor_written_over
 
 
 def test_a_record_lists_every_file_of_ours_whenever_the_work_is_interrupted(tmp_path, monkeypatch):
-    """A result of three files takes the place of one of two; the process ends before each of the writes in turn."""
+    """Replace a result of two files by one of three, interrupted before each write in turn."""
     first = {"mesh.obj": b"1", "input.png": b"1"}
     mesh, orbit = {"mesh.glb": b"2", "input.png": b"2"}, {"orbit.mp4": b"2"}
     write, ends = result_folder.write_atomically, []
@@ -135,7 +135,7 @@ def test_words_that_an_option_or_a_path_cannot_take_are_named_with_what_to_type(
 
 
 def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(tmp_path):
-    """An image and a network that are not there, a number out of range: in a process of its own."""
+    """Run commands with invalid arguments in new processes."""
     (tmp_path / "a.png").touch()
     program = "import sys; sys.argv[0] = 'lrm'\nfrom lrm_pl.__main__ import main\ntry: main()\nfinally: " \
         "print(sorted({'torch', 'lightning', 'scipy', 'trimesh'} & set(sys.modules)))"  # fmt: skip

@@ -1,4 +1,4 @@
-"""Looking at fields without gradients: grids, meshes, empty space, rays that end."""
+"""Tests of density grids, meshes, empty-space skipping and reconstruction."""
 
 import contextlib
 import math
@@ -22,7 +22,7 @@ CENTRE, RADIUS = torch.tensor([0.2, -0.1, 0.15]), 0.45
 
 
 class Ball:
-    """A ball of density 40 with a soft rim 0.1 wide, colored by place, outside the middle of the box."""
+    """An off-center ball of density 40 with a soft rim of width 0.1, colored by position."""
 
     reduce = "sum"
     planes, weights = torch.zeros(1, 3, 1, 1, 1), ()
@@ -277,7 +277,7 @@ def test_the_lookup_of_cells_is_the_same_with_numba_and_without():
 
 
 class Sheet(Ball):
-    """A wall of density 40 at x = 0.3, 0.06 thick, with a haze of 1 about it as wide as two coarse cells."""
+    """A wall of density 40 at x = 0.3, 0.06 thick, surrounded by density 1 for two coarse cells."""
 
     def decode(self, points, weights):
         self.asked += len(points)

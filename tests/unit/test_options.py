@@ -1,4 +1,4 @@
-"""What several commands ask before they read a network."""
+"""Tests of options and checks shared by commands."""
 
 import socket
 

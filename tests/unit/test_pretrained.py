@@ -1,4 +1,4 @@
-"""Networks as folders and on the hub: what is printed in the README, what comes back, what is refused."""
+"""Tests of `LRMPipeline` with model folders and the Hugging Face Hub."""
 
 import re
 import shutil
@@ -183,7 +183,7 @@ def test_a_path_is_not_asked_of_the_hub(pretrained, tmp_path):
 
 def test_a_socks_proxy_that_nothing_installed_speaks_with_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-    close_session()  # the hub's client, which has read the environment
+    close_session()  # its client has read the environment
     try:
         with pytest.raises(
             InputError, match=r"'me/tiny', but found neither: Using SOCKS proxy, but the 'socksio'"
@@ -195,7 +195,7 @@ def test_a_socks_proxy_that_nothing_installed_speaks_with_is_one_message(tmp_pat
 
 @pytest.fixture
 def hub(pretrained, monkeypatch):
-    """A hub on loopback that has the repository me/tiny."""
+    """Serve a hub on loopback with the repository me/tiny."""
     with hub_with(pretrained, "me/tiny", monkeypatch) as address:
         yield address
 

