@@ -63,7 +63,7 @@ class BackgroundRemover:
             raise RemoverError(
                 expected="rembg for background removal",
                 found="none",
-                remedy="pip install -e '.[infer]', or use images with an alpha channel",
+                remedy="install it with pip install -e '.[infer]', or use images with an alpha channel",
             ) from error
         try:
             self._session = self._load()

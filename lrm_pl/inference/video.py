@@ -47,7 +47,7 @@ def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
         raise InputError(
             expected="OpenCV to encode videos",
             found="none",
-            remedy="pip install -e '.[infer]', or render no orbit: --frames 0",
+            remedy="install it with pip install -e '.[infer]', or render no orbit: --frames 0",
         ) from error
     height, width = frames[0].shape[:2]
     descriptor, path = tempfile.mkstemp(suffix=".mp4", prefix="lrm-orbit-")

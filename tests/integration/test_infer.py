@@ -151,7 +151,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_pat
     for arguments, message in (
         (["nowhere.png", *ckpt], "expected an image or a folder of images at nowhere.png"),
         ([str(tmp_path), *ckpt], r"expected images \(.png"),
-        ([str(images / "cut.png")], "found none. Train the demo .make train, ten minutes., or name"),
+        ([str(images / "cut.png")], "found none. Train the demo .make train, ten minutes., or give"),
         ([str(images / "cut.png"), "--ckpt", "nothing"], "nothing"),
         ([str(images / "cut.png"), *ckpt, "--device", "tpu9"], "expected a device such as cpu or cuda"),
         ([str(images / "cut.png"), *ckpt, "--fov", "190"], "fov_deg between 0 and 180"),
@@ -162,7 +162,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_pat
         ),
         (
             [str(images / "cut.png"), *ckpt, "--out", str(images / "cut.png")],
-            "expected to write into .*choose another",
+            "expected to write into .*hoose another",
         ),
     ):
         with pytest.raises(SystemExit, match=message):

@@ -166,7 +166,7 @@ class OpenLRM(nn.Module):
         return out[..., 0], torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
 
     def render(self, planes, origins, directions, coarse, fine, background):
-        """Rays (B, R, 3) -> colors (B, R, 3), opacity (B, R); samples at bin centers, importance samples at even quantiles.
+        """Rays (B, R, 3) -> colors (B, R, 3), opacity (B, R); samples at bin centers and even quantiles.
 
         Rays are clipped to the box [-1, 1]^3; samples outside are empty.
         """
