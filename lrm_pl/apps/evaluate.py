@@ -20,7 +20,7 @@ from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.evaluation.records import DEFAULT_FOLDER
 from lrm_pl.inference.find_model import find_model
 from lrm_pl.paths import require_out, user_path
-from lrm_pl.training.processes import in_group, rank_and_world_size, run_processes
+from lrm_pl.training.processes import is_distributed_process, launch_processes, rank_and_world_size
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_out(args.out or DEFAULT_FOLDER)
         dataset = EvaluationDataset(args.data, args.split, args.ids, args.limit)
         PROTOCOLS[args.protocol].check_manifest(dataset.manifest, args.data)
-        if args.processes > 1 and not in_group():  # errors are reported once, before the processes start
-            run_processes(args.processes, ["evaluate", *arguments])
+        if (
+            args.processes > 1 and not is_distributed_process()
+        ):  # errors are reported once, before the processes start
+            launch_processes(args.processes, ["evaluate", *arguments])
         from lrm_pl.evaluation.run import run
 
         run(args, dataset, rank, world, console)

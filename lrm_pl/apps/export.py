@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_no_folder(args.out)
         from lrm_pl.inference.export import export
         from lrm_pl.inference.model_folder import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
-        from lrm_pl.training.ema import validates_average
+        from lrm_pl.training.ema import validates_with_average
 
         checkpoint, config = export(
             args.checkpoint, args.out, average=args.average, dtype=args.dtype, config=args.config
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{args.out / WEIGHTS_NAME}: {kind} of {checkpoint.path}, {args.dtype}, {size:.1f} MB")
     print(f"{args.out / CONFIG_NAME}: model section of the config; {args.out / CARD_NAME}: model card")
     print(f"Use it: lrm infer IMAGE --ckpt {shlex.quote(str(args.out))}")
-    if validates_average(config) == args.average:  # `lrm validate` measures these weights
+    if validates_with_average(config) == args.average:  # `lrm validate` measures these weights
         layers = ["-c", str(config), "--ckpt_path", checkpoint.path, "--data.val_objects", "null"]
         print(f"Measure that checkpoint: {shlex.join(['lrm', 'validate', *layers])}")
 

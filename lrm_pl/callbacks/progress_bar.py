@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from lrm_pl.training.logged import is_logged
+from lrm_pl.training.step_logging import is_logged_step
 
 #: Logged metrics shown first in the progress bar, and their labels.
 SHOWN = {"loss/total": "loss", "speed/samples_per_second": "samples/s"}
@@ -40,7 +40,7 @@ class ProgressBar(TQDMProgressBar):
         """Read logged metrics at logging steps."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if is_logged(trainer, trainer.global_step):
+        if is_logged_step(trainer, trainer.global_step):
             logged = trainer.callback_metrics
             self._shown = {title: float(logged[name]) for name, title in SHOWN.items() if name in logged}
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)

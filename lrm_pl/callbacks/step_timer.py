@@ -16,8 +16,8 @@ from lrm_pl.callbacks.phase_clock import PhaseClock
 from lrm_pl.callbacks.utilization import BatchSize, UtilizationMeter
 from lrm_pl.data.batch import Batch
 from lrm_pl.planning.memory import peak_memory
-from lrm_pl.training.logged import is_logged
 from lrm_pl.training.module import LRMModule
+from lrm_pl.training.step_logging import is_logged_step
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class StepTimer(L.Callback):
         if not ends_step:
             return
         self._steps += 1
-        if not is_logged(trainer, trainer.global_step):
+        if not is_logged_step(trainer, trainer.global_step):
             return
         spent = self._clock.pop_totals()
         total = max(sum(ms for phase, ms in spent.items() if phase != PAUSE), 1e-6)

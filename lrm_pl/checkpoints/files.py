@@ -1,7 +1,7 @@
-"""Files of checkpoints, in a local folder or an object store. Every file is hashed as it is written.
+"""Write and hash the files of checkpoints, in a local folder or an object store.
 
-Hashing what passes by costs no second reading (from an object store: no second transfer), and a file that is cut or
-changed on its way does not get a hash that agrees with the damage.
+Files are hashed while they are written. This avoids reading them again, and a file that is damaged on its way to the
+store does not match its hash.
 """
 
 import hashlib
@@ -13,19 +13,19 @@ from typing import Any
 from lrm_pl.errors import InputError
 from lrm_pl.storage import is_local, open_store, store_errors
 
-#: File name -> (size, sha256).
-Files = Mapping[str, tuple[int, str]]
+#: File name -> (size in bytes, SHA-256).
+FileRecords = Mapping[str, tuple[int, str]]
 
 
 class HashingWriter:
-    """A file that is written once from start to end.
+    """A write-only file that hashes its content.
 
     Attributes:
-        size: Bytes so far.
-        error: The first write that failed: PyTorch, in whose code it happens, reports something else afterward.
+        size: Number of bytes written.
+        error: The first failed write, None if there is none. PyTorch replaces this exception by another.
     """
 
-    def __init__(self, file: Any) -> None:  # noqa: ANN401 - fsspec's files have no type of their own
+    def __init__(self, file: Any) -> None:  # noqa: ANN401 - fsspec's files have no common type
         self._file, self._digest = file, hashlib.sha256()
         self.size, self.error = 0, None  # type: int, Exception | None
 
@@ -41,27 +41,27 @@ class HashingWriter:
         return memoryview(data).nbytes
 
     def tell(self) -> int:
-        """Return the size so far."""
+        """Return the number of bytes written."""
         return self.size
 
     def flush(self) -> None:
-        """Do nothing: ``writing`` flushes at the end."""
+        """Do nothing; ``hashed_file`` flushes at the end."""
 
     def close(self) -> None:
-        """Do nothing: ``writing`` closes."""
+        """Do nothing; ``hashed_file`` closes the file."""
 
     @property
     def record(self) -> tuple[int, str]:
-        """The size and the sha256 of what was written."""
+        """Size in bytes and SHA-256."""
         return self.size, self._digest.hexdigest()
 
 
 @contextmanager
-def writing(path: str) -> Iterator[HashingWriter]:
-    """Open a file for writing; at the end it is on disk, or in the store, whole. After an error it is not kept.
+def hashed_file(path: str) -> Iterator[HashingWriter]:
+    """Open a file for writing. On exit it is on disk or completely uploaded; after an error it is discarded.
 
     Raises:
-        OSError: No space, no permission.
+        OSError: The file cannot be written, for example for lack of space or permission.
         StoreError: The object store failed.
     """
     fs, inner = open_store(path)
@@ -76,7 +76,7 @@ def writing(path: str) -> Iterator[HashingWriter]:
         except BaseException:
             if is_local(path):
                 file.close()
-            else:  # closing would upload what there is of it
+            else:  # closing would upload an incomplete object
                 file.discard()
                 file.closed = True
             if writer.error is not None:
@@ -86,7 +86,7 @@ def writing(path: str) -> Iterator[HashingWriter]:
 
 
 def sha256(path: str) -> str:
-    """Hash a file; other threads run meanwhile."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     fs, inner = open_store(path)
     with store_errors(path), fs.open(inner, "rb") as file:
@@ -96,7 +96,7 @@ def sha256(path: str) -> str:
 
 
 def sync_folder(folder: str) -> None:
-    """Make the names in a local folder last, also through a power cut."""
+    """Write the directory entries of a local folder to disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,23 +105,26 @@ def sync_folder(folder: str) -> None:
 
 
 def require_writable(folder: str) -> None:
-    """Refuse a folder that cannot be written, before a run has anything to lose.
+    """Check that files can be written to a folder, creating it if needed.
 
     Raises:
-        InputError: It cannot be.
+        InputError: The folder is not writable.
     """
     fs, inner = open_store(folder)
     probe = f"{folder.rstrip('/')}/.writable"
     try:
         if is_local(folder):
             fs.makedirs(inner, exist_ok=True)
-        with writing(probe) as file:
+        with hashed_file(probe) as file:
             file.write(b"yes\n")
         with store_errors(probe):
             fs.rm_file(f"{inner.rstrip('/')}/.writable")
+    except InputError:
+        raise
     except OSError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
-            expected=f"to write checkpoints into {folder}", found=error, remedy="choose another"
+            subject=folder,
+            expected="a writable folder for checkpoints",
+            found=error,
+            remedy="choose another folder",
         ) from error

@@ -1,4 +1,4 @@
-"""Checkpoints as wholes: their index, finding the newest one, retention. All but ``complete`` is for one rank."""
+"""The index of a checkpoint, and listing, validation and retention of checkpoints. Call these on one rank."""
 
 import dataclasses
 import hashlib
@@ -11,91 +11,86 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from lrm_pl.checkpoints.files import Files, sha256, sync_folder, writing
+from lrm_pl.checkpoints.files import FileRecords, hashed_file, sha256, sync_folder
 from lrm_pl.errors import InputError
 from lrm_pl.storage import is_local, open_store, store_errors
-
-#: How the tensors lie: a file a rank, or one file.
-Format = Literal["sharded", "single"]
 
 #: Whether the highest or the lowest value of a metric is the best.
 Mode = Literal["max", "min"]
 
-#: What a value is multiplied by, so that the highest is the best.
-SIGNS: dict[Mode, float] = {"max": 1.0, "min": -1.0}
+#: Factor that makes the highest value the best.
+MODE_SIGNS: dict[Mode, float] = {"max": 1.0, "min": -1.0}
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
-SINGLE_NAME, METADATA_NAME = "tensors.pt", ".metadata"
-#: The file that a checkpoint of each format has whatever wrote it.
-_NEEDED: dict[str, str] = {"single": SINGLE_NAME, "sharded": METADATA_NAME}
+
+#: Metadata file of ``torch.distributed.checkpoint``.
+METADATA_NAME = ".metadata"
+
 _NAME = re.compile(r"step-(\d{8,})")
 
-#: Files that are checked at a time.
-_CHECKERS = 4
+#: Number of files to hash concurrently.
+_HASHING_THREADS = 4
 
 
 class CheckpointError(InputError):
-    """A checkpoint is missing, half-written, damaged, of another model, or wants to run code."""
+    """A checkpoint is missing, incomplete, damaged, unsafe to load, or belongs to another model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was written whole.
+    """A complete checkpoint.
 
     Attributes:
         path: Its folder, a local path or a URL.
-        format: How its tensors lie.
-        step: Optimizer steps done.
-        run: What a run needs besides tensors; JSON.
-        files: File name -> (size, sha256).
+        step: Number of optimizer steps done.
+        run: State of the run besides tensors, as JSON values.
+        files: File name -> (size in bytes, SHA-256).
     """
 
     path: str
-    format: Format
     step: int
     run: Mapping[str, Any]
-    files: Files
+    files: FileRecords
 
 
 def checkpoint_path(folder: str, step: int) -> str:
-    """Name the checkpoint of a step in a folder of checkpoints."""
+    """Return the path of the checkpoint of a step in a folder of checkpoints."""
     return f"{folder.rstrip('/')}/step-{step:08d}"
 
 
-def step_of(path: str) -> int:
-    """Read the step in the name of a checkpoint."""
+def checkpoint_step(path: str) -> int:
+    """Return the step in the path of a checkpoint."""
     return int(path.rsplit("step-", 1)[1])
 
 
 def partial_path(path: str) -> str:
-    """Name the folder in which a checkpoint is written."""
+    """Return the folder that a checkpoint is written to before it is complete."""
     return f"{path}.partial" if is_local(path) else path
 
 
-def begin(path: str) -> None:
-    """Make the folder in which a checkpoint is written, empty."""
+def create_partial(path: str) -> None:
+    """Create an empty folder to write a checkpoint to."""
     folder = partial_path(path)
     if is_local(folder):
         inner = open_store(folder)[1]
         shutil.rmtree(inner, ignore_errors=True)
-        os.makedirs(inner)  # an object store has no folders, and fsspec would make a misspelled bucket
+        os.makedirs(inner)  # not in an object store: fsspec would create a missing bucket
     else:
         remove_checkpoint(folder)
 
 
-def complete(path: str, layout: Format, step: int, run: Mapping[str, Any], files: Files) -> Checkpoint:
-    """Make a checkpoint whole: write its index, then give the folder its name. One rank calls this, after all wrote.
+def finalize_checkpoint(path: str, step: int, run: Mapping[str, Any], files: FileRecords) -> Checkpoint:
+    """Write the index of a checkpoint and move it to its final path. Call this on one rank, after all ranks wrote.
 
     Args:
         path: Folder of the checkpoint.
-        layout: How its tensors lie.
-        step: Optimizer steps done.
-        run: What a run needs besides tensors; JSON.
-        files: What ``write_tensors`` returned.
+        step: Number of optimizer steps done.
+        run: State of the run besides tensors, as JSON values.
+        files: The return value of ``write_tensors``.
 
     Raises:
-        OSError: No space, no permission, or a rank's file is not to be seen here.
+        OSError: The index cannot be written, or a file of another rank is missing.
     """
     folder = partial_path(path)
     fs, inner = open_store(folder)
@@ -104,33 +99,29 @@ def complete(path: str, layout: Format, step: int, run: Mapping[str, Any], files
             found = fs.size(f"{inner}/{name}") if fs.isfile(f"{inner}/{name}") else "none"
             if found != size:
                 raise OSError(
-                    f"expected {folder}/{name} of {size} bytes, which a rank has written, but found {found}. Do all "
-                    "nodes share this folder?"
+                    f"{folder}/{name}: expected {size} bytes, which a rank has written, but found {found}. "
+                    "Make sure that all nodes share this folder"
                 )
-    record: dict[str, Any] = {
-        "version": FORMAT_VERSION,
-        "format": layout,
-        "step": step,
-        "run": run,
-        "files": files,
-    }
+    record: dict[str, Any] = {"version": FORMAT_VERSION, "step": step, "run": run, "files": files}
     record["sha256"] = _digest(record)
-    with writing(f"{folder}/{INDEX_NAME}") as file:
+    with hashed_file(f"{folder}/{INDEX_NAME}") as file:
         file.write(json.dumps(record, indent=1).encode())
     if folder != path:
         target = open_store(path)[1]
         sync_folder(inner)
-        if os.path.lexists(
-            target
-        ):  # of the same step: a damaged one, or the run took another way from an older one
+        # An earlier checkpoint of this step is damaged or from a run that was resumed before it.
+        if os.path.lexists(target):
             remove_checkpoint(path)
         os.rename(inner, target)
         sync_folder(os.path.dirname(target))
-    return Checkpoint(path, layout, step, run, files)
+    return Checkpoint(path, step, run, files)
 
 
 def list_checkpoints(folder: str) -> list[str]:
-    """List the checkpoints of a folder, whole or not, newest first; none where there is no folder."""
+    """List the paths of the checkpoints in a folder, newest first, without validating them.
+
+    Returns an empty list if the folder does not exist.
+    """
     fs, inner = open_store(folder)
     with store_errors(folder):
         try:
@@ -143,7 +134,7 @@ def list_checkpoints(folder: str) -> list[str]:
 
 
 def remove_checkpoint(path: str) -> None:
-    """Delete a checkpoint, its index first, so that what is left of an interrupted deletion is not taken for whole."""
+    """Delete a checkpoint, its index first, so that an interrupted deletion leaves no valid checkpoint."""
     fs, inner = open_store(path)
     with store_errors(path):
         if fs.exists(f"{inner}/{INDEX_NAME}"):
@@ -152,22 +143,25 @@ def remove_checkpoint(path: str) -> None:
             fs.rm(inner, recursive=True)
 
 
-def remove_partial_files(folder: str, say: Callable[[str], None]) -> None:
-    """Delete what an interrupted run left half-written in a local folder; no other run may be at work there."""
+def remove_partial_checkpoints(folder: str, log: Callable[[str], None]) -> None:
+    """Delete incomplete checkpoints of an interrupted run from a local folder. No other run may use the folder.
+
+    In an object store, incomplete checkpoints have their final path and are overwritten or pruned later.
+    """
     if not is_local(folder):
-        return  # in an object store it has its step's name, and is replaced or tidied up by the run that goes on
+        return
     inner = open_store(folder)[1]
     for name in sorted(os.listdir(inner)) if os.path.isdir(inner) else []:
         if _NAME.fullmatch(name.removesuffix(".partial")) and name.endswith(".partial"):
-            say(f"deleting {inner}/{name}: a checkpoint that was not finished when the run ended")
+            log(f"Deleting the incomplete checkpoint {inner}/{name} of an interrupted run")
             shutil.rmtree(f"{inner}/{name}")
 
 
 def read_index(path: str) -> Checkpoint:
-    """Read what a checkpoint's index says, without looking at its other files.
+    """Read the index of a checkpoint without checking its other files.
 
     Raises:
-        CheckpointError: There is none, or it is no index.
+        CheckpointError: The index is missing or invalid.
     """
     fs, inner = open_store(path)
     with store_errors(path):
@@ -176,17 +170,18 @@ def read_index(path: str) -> Checkpoint:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise CheckpointError(
                 expected=f"a checkpoint at {path}",
-                found=f"no {INDEX_NAME} there: it is missing or half-written",
-                remedy="a run keeps its own in RUN/checkpoints/step-...",
+                found=f"no {INDEX_NAME}: the checkpoint is missing or incomplete",
+                remedy="pass the path of a checkpoint, RUN/checkpoints/step-...",
             ) from error
-    return _parsed(path, content)
+    return _parse_index(path, content)
 
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _parsed(path: str, content: bytes) -> Checkpoint:
+def _parse_index(path: str, content: bytes) -> Checkpoint:
+    subject = f"{path}/{INDEX_NAME}"
     try:
         record = json.loads(content)
         if record["version"] != FORMAT_VERSION:
@@ -199,167 +194,162 @@ def _parsed(path: str, content: bytes) -> Checkpoint:
         name = _NAME.fullmatch(path.rstrip("/").rsplit("/", 1)[-1])
         if record.pop("sha256") != _digest(record) or (name and int(name[1]) != record["step"]):
             raise CheckpointError(
-                subject=f"{path}/{INDEX_NAME}",
-                expected="the step of the folder's name and the sha256 of what else it says",
-                found="others: it is damaged",
+                subject=subject,
+                expected="the step in the folder's name and a matching SHA-256",
+                found="a different step or content: the index is damaged",
             )
-        layout, files = record["format"], record["files"]
-        strange = [name for name in files if not re.fullmatch(r"[\w.]+", name) or name in (".", "..")]
-        needed = _NEEDED.get(layout)
-        if needed is None or needed not in files or strange:
+        files = {name: (int(size), str(digest)) for name, (size, digest) in record["files"].items()}
+        unsafe = [name for name in files if not re.fullmatch(r"[\w.]+", name) or name in (".", "..")]
+        if METADATA_NAME not in files or unsafe:
             raise CheckpointError(
-                subject=f"{path}/{INDEX_NAME}",
-                expected=(
-                    f"one of the formats {', '.join(_NEEDED)}, its {needed or 'files'}, and names of files in "
-                    "the same folder"
-                ),
-                found=f"format {layout!r} and {strange[:3] or list(files)[:3]}: do not trust it",
+                subject=subject,
+                expected=f"the names of {METADATA_NAME} and other files in the same folder",
+                found=f"{unsafe[:3] or list(files)[:3]}",
+                remedy="do not trust this checkpoint",
             )
-        files = {name: (int(size), str(digest)) for name, (size, digest) in files.items()}
-        return Checkpoint(path, layout, int(record["step"]), dict(record["run"]), files)
+        return Checkpoint(path, int(record["step"]), dict(record["run"]), files)
     except CheckpointError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            subject=f"{path}/{INDEX_NAME}", expected="the index of a checkpoint", found=f"{error!r}"
+            subject=subject, expected="the index of a checkpoint", found=f"{error!r}"
         ) from error
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Read and check a checkpoint: that its index is there, and that every file has its size and its hash.
+    """Read the index of a checkpoint and verify the size and hash of all files.
 
     Raises:
-        CheckpointError: With what was expected and what was found.
+        CheckpointError: The index is missing or invalid, or a file is damaged.
     """
     checkpoint = read_index(path)
     fs, inner = open_store(path)
 
-    def problem(name: str) -> str | None:
+    def check(name: str) -> CheckpointError | None:
         size, digest = checkpoint.files[name]
-        found = fs.size(f"{inner}/{name}") if fs.isfile(f"{inner}/{name}") else "none"
-        if found != size:
-            return f"expected the file {name} of {size} bytes, but found {found}"
-        return (
-            None
-            if sha256(f"{path}/{name}") == digest
-            else f"expected {name} with sha256 {digest}, but found another"
-        )
+        found = fs.size(f"{inner}/{name}") if fs.isfile(f"{inner}/{name}") else None
+        if found is None:
+            expected, problem = "a file", "none: the checkpoint is damaged"
+        elif found != size:
+            expected, problem = f"{size} bytes", f"{found}: the checkpoint is damaged"
+        elif sha256(f"{path}/{name}") != digest:
+            expected, problem = f"SHA-256 {digest}", "a different one: the checkpoint is damaged"
+        else:
+            return None
+        return CheckpointError(subject=f"{path}/{name}", expected=expected, found=problem)
 
-    with store_errors(path), ThreadPoolExecutor(_CHECKERS) as pool:
-        problems = [found for found in pool.map(problem, checkpoint.files) if found]
-    if problems:
-        raise CheckpointError(f"{path}: {problems[0]}: it is damaged")
+    with store_errors(path), ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for error in pool.map(check, checkpoint.files):
+            if error is not None:
+                raise error
     return checkpoint
 
 
-def newest_checkpoint(folder: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """Find the newest checkpoint that is whole; damaged ones are passed over, and said so.
+def newest_checkpoint(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest valid checkpoint of a folder; skip damaged ones with a warning.
+
+    Returns None if the folder has no checkpoints. In an object store, where the index is written last, it also returns
+    None if no checkpoint has an index, because the run ended before its first checkpoint was complete.
 
     Raises:
-        CheckpointError: There are checkpoints, and none is whole: starting over in silence would lose the run. In an
-            object store, where the index comes last, those without one are of a run that ended before its first.
+        CheckpointError: The folder has checkpoints, but none is valid.
     """
     paths = list_checkpoints(folder)
     for path in paths:
         try:
             return read_checkpoint(path)
         except CheckpointError as error:
-            say(f"passed over a checkpoint: {error}")
-    if paths and not is_local(folder) and not any(map(is_there, paths)):
-        say(f"{folder}: no checkpoint was ever finished there; starting from the beginning")
+            warn(f"Skipping a damaged checkpoint. {error}")
+    if paths and not is_local(folder) and not any(map(has_index, paths)):
+        warn(f"{folder}: no checkpoint was completed; starting from the first step")
         return None
     if paths:
         raise CheckpointError(
-            expected=f"a whole checkpoint among the {len(paths)} in {folder}",
+            expected=f"a valid checkpoint among the {len(paths)} in {folder}",
             found="none",
-            remedy=(
-                "give one that is elsewhere (--run.resume PATH), or start over in another folder "
-                "(--run.folder)"
-            ),
+            remedy="pass another checkpoint (--run.resume PATH) or start in a new folder (--run.folder)",
         )
     return None
 
 
-def is_there(path: str) -> bool:
+def has_index(path: str) -> bool:
     """Return whether a checkpoint has its index, which is written last and deleted first."""
     fs, inner = open_store(path)
     with store_errors(path):
         return bool(fs.isfile(f"{inner}/{INDEX_NAME}"))
 
 
-def tidy(
+def prune_checkpoints(
     folder: str,
     *,
     keep: int,
     keep_every: int | None = None,
-    apart: Collection[str] = (),
+    ignored: Collection[str] = (),
     monitor: str | None = None,
     mode: Mode = "max",
 ) -> None:
-    """Delete the checkpoints of a folder that nothing keeps.
+    """Delete old checkpoints, except for the newest, the best and every n-th.
 
     Args:
         folder: Folder of the checkpoints.
-        keep: So many of the newest stay.
-        keep_every: Those of multiples of this step stay too.
-        apart: Checkpoints that are neither counted nor deleted: newer ones that the run has passed over. Were they
-            counted among the newest, they would push out the only whole ones.
-        monitor: What the best is found by; see ``best_score``.
-        mode: Whether the highest or the lowest is the best.
+        keep: Number of most recent checkpoints to keep.
+        keep_every: Also keep checkpoints of multiples of this step.
+        ignored: Checkpoints that are neither counted nor deleted, such as damaged ones that the run skipped. If they
+            were counted as recent, valid checkpoints would be deleted instead.
+        monitor: Metric of the best checkpoint; see ``best_score``.
+        mode: Whether the highest or the lowest value is the best.
     """
-    paths = [path for path in list_checkpoints(folder) if path not in apart]
-    scores = _ranks(paths, monitor, mode)
+    paths = [path for path in list_checkpoints(folder) if path not in ignored]
+    scores = _signed_scores(paths, monitor, mode)
     kept = {*paths[:keep], *sorted(scores, key=lambda path: scores[path])[-1:]}
     for path in reversed(paths):
-        if path not in kept and not (keep_every and step_of(path) % keep_every == 0):
+        if path not in kept and not (keep_every and checkpoint_step(path) % keep_every == 0):
             remove_checkpoint(path)
 
 
 def best_score(
     folder: str,
-    say: Callable[[str], None],
-    apart: Collection[str] = (),
+    warn: Callable[[str], None],
+    ignored: Collection[str] = (),
     monitor: str | None = None,
     mode: Mode = "max",
 ) -> tuple[float | None, set[str]]:
-    """Find the best score (``run["score"]``) of a folder's whole checkpoints, and the damaged ones with a better.
+    """Find the best score (``run["score"]``) of the valid checkpoints in a folder.
 
     Args:
         folder: Folder of the checkpoints.
-        say: Told about each damaged one.
-        apart: Checkpoints that are not looked at.
-        monitor: Name of the metric; scores of others are left out. None takes all.
-        mode: Whether the highest or the lowest is the best.
+        warn: Called with a message for each damaged checkpoint.
+        ignored: Checkpoints to ignore.
+        monitor: Name of the metric; scores of other metrics are ignored. None uses all scores.
+        mode: Whether the highest or the lowest value is the best.
 
     Returns:
-        The score, None where there is none; the damaged ones, which nothing should count as the best.
+        The best score, or None if there is none, and the damaged checkpoints with a better score.
     """
-    scores = _ranks([path for path in list_checkpoints(folder) if path not in apart], monitor, mode)
+    paths = [path for path in list_checkpoints(folder) if path not in ignored]
+    scores = _signed_scores(paths, monitor, mode)
     damaged: set[str] = set()
     for path in sorted(scores, key=lambda path: scores[path], reverse=True):
         try:
             read_checkpoint(path)
         except CheckpointError as error:
-            say(f"not the best checkpoint any more: {error}")
+            warn(f"The best checkpoint is damaged and no longer counts as the best. {error}")
             damaged.add(path)
         else:
-            return scores[path] * SIGNS[mode], damaged
+            return scores[path] * MODE_SIGNS[mode], damaged
     return None, damaged
 
 
-def _ranks(paths: Collection[str], monitor: str | None, mode: Mode) -> dict[str, float]:
-    """Return what is higher for a better checkpoint; without those that have no score in this metric."""
-    ranks = {}
+def _signed_scores(paths: Collection[str], monitor: str | None, mode: Mode) -> dict[str, float]:
+    """Return path -> score, negated if lower is better; checkpoints without a score in this metric are left out."""
+    scores = {}
     for path in paths:
         try:
             run = read_index(path).run
         except CheckpointError:
-            continue  # half-written or damaged: it has no score
+            continue
         score = run.get("score")
-        if (
-            score is not None
-            and not math.isnan(score)
-            and (monitor is None or run.get("monitor", monitor) == monitor)
-        ):
-            ranks[path] = float(score) * SIGNS[mode]
-    return ranks
+        matches = monitor is None or run.get("monitor", monitor) == monitor
+        if score is not None and not math.isnan(score) and matches:
+            scores[path] = float(score) * MODE_SIGNS[mode]
+    return scores

@@ -1,4 +1,4 @@
-"""The network of a checkpoint: its weights by name, and loading them where nothing is sharded."""
+"""The network weights of a checkpoint."""
 
 from torch import Tensor, nn
 
@@ -6,60 +6,69 @@ from lrm_pl.checkpoints.index import Checkpoint, CheckpointError
 from lrm_pl.checkpoints.tensors import read_tensors, tensor_names
 from lrm_pl.models.encoder import ImageEncoder
 
+_NETWORK, _AVERAGE = "network.", "average."
+
 
 def network_tensors(lrm: nn.Module) -> dict[str, Tensor]:
-    """Name the weights; the tensors are the network's own."""
-    return {f"network.{name}": tensor for name, tensor in lrm.state_dict().items()}
+    """Return the weights and buffers of a network by checkpoint name (``network.*``), sharing memory with it."""
+    return {f"{_NETWORK}{name}": tensor for name, tensor in lrm.state_dict().items()}
 
 
 def require_network(checkpoint: Checkpoint, lrm: nn.Module) -> None:
-    """Refuse a checkpoint of another model, before anything starts.
+    """Check that a checkpoint has exactly the weights of a network, by name and shape.
 
     Raises:
-        CheckpointError: With the first differences.
+        CheckpointError: Weights are missing, unexpected or of another shape.
     """
-    found = {name: shape for name, shape in tensor_names(checkpoint).items() if name.startswith("network.")}
+    found = {name: shape for name, shape in tensor_names(checkpoint).items() if name.startswith(_NETWORK)}
     expected = {name: tensor.shape for name, tensor in network_tensors(lrm).items()}
     wrong = [name for name, shape in expected.items() if found.get(name) != shape]
-    strange = [name for name in found if name not in expected]
-    if wrong or strange:
+    unexpected = [name for name in found if name not in expected]
+    if wrong or unexpected:
         raise CheckpointError(
-            f"{checkpoint.path}: expected the weights of this model; missing or of another shape: {wrong[:3]} "
-            f"({len(wrong)} in all), not of this model: {strange[:3]} ({len(strange)} in all); "
-            "pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
+            subject=checkpoint.path,
+            expected="the weights of this model",
+            found=(
+                f"{len(wrong)} missing or of another shape {wrong[:3]} and {len(unexpected)} unexpected "
+                f"{unexpected[:3]}"
+            ),
+            remedy="pass the config.yaml of the run that wrote it: -c RUN/config.yaml",
         )
 
 
 def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = False) -> None:
-    """Load weights into a network that is not sharded; with ``average``, the moving average of those that have one.
+    """Load weights into a network that is not sharded.
+
+    Args:
+        checkpoint: The checkpoint to read.
+        lrm: The network.
+        average: Load the moving average in place of the averaged weights.
 
     Raises:
-        CheckpointError: The checkpoint is of another model, or has no average.
+        CheckpointError: The checkpoint belongs to another model or has no moving average.
     """
     require_network(checkpoint, lrm)
     read_tensors(checkpoint, network_tensors(lrm))
-    for part in lrm.modules():
-        if isinstance(part, ImageEncoder):
-            part.has_weights = True
+    for module in lrm.modules():
+        if isinstance(module, ImageEncoder):
+            module.has_weights = True
     if average:
         weights = lrm.state_dict()
-        read_tensors(checkpoint, {f"average.{name}": weights[name] for name in averaged_names(checkpoint)})
+        read_tensors(checkpoint, {f"{_AVERAGE}{name}": weights[name] for name in averaged_names(checkpoint)})
 
 
 def averaged_names(checkpoint: Checkpoint) -> list[str]:
-    """List the weights that a checkpoint holds a moving average of.
+    """List the parameters that a checkpoint has a moving average of.
 
     Raises:
-        CheckpointError: There are none.
+        CheckpointError: The checkpoint has no moving average.
     """
-    names = [
-        name.removeprefix("average.") for name in tensor_names(checkpoint) if name.startswith("average.")
-    ]
+    names = [name.removeprefix(_AVERAGE) for name in tensor_names(checkpoint) if name.startswith(_AVERAGE)]
     if not names:
         raise CheckpointError(
             subject=checkpoint.path,
-            expected="a moving average",
-            found="none: the run kept none (its config names no lrm_pl.training.ema.WeightAverage)",
-            remedy="leave --average out; in a config, WeightAverage's `validate`",
+            expected="a moving average of the weights",
+            found="none, because the run had no lrm_pl.training.ema.WeightAverage",
+            remedy="omit --average, or `validate` of WeightAverage in a config",
         )
     return names

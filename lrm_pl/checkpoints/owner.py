@@ -1,8 +1,8 @@
-"""Who writes into a folder of checkpoints that is not in the run's own: the run that came last.
+"""Ownership of a checkpoint folder outside the run's own folder: the run that started last owns it.
 
-A run signs when it starts, in place of one that was killed there, and looks before each checkpoint that nobody has
-signed since: an object store has no locks. Of two runs at work in one folder the older stops at its next checkpoint,
-before it writes anything. A run of another name does not go on from what it finds there.
+Object stores have no locks. A run therefore writes a signature when it starts, which replaces the signature of an
+earlier run, and verifies it before each checkpoint. Of two runs that use the same folder, the older one stops at its
+next checkpoint, before it writes anything. A run with another name does not resume from the checkpoints in the folder.
 """
 
 import datetime
@@ -11,7 +11,7 @@ import socket
 import uuid
 from typing import Any
 
-from lrm_pl.checkpoints.files import writing
+from lrm_pl.checkpoints.files import hashed_file
 from lrm_pl.checkpoints.index import list_checkpoints
 from lrm_pl.errors import InputError
 from lrm_pl.storage import MissingError, open_store, store_errors
@@ -20,66 +20,66 @@ OWNER_NAME = "owner.json"
 
 
 class Owner:
-    """Sign a folder of checkpoints.
+    """The signature of a run in a folder of checkpoints, written on construction.
 
     Args:
         folder: The folder or URL.
-        run: How a message of another run names this one.
+        run: Name of this run, shown in the error of another run.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The signature cannot be written.
     """
 
     def __init__(self, folder: str, run: str) -> None:
         self.folder = folder.rstrip("/")
         since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._signature = {"run": run, "host": socket.gethostname(), "since": since, "id": uuid.uuid4().hex}
-        with writing(f"{self.folder}/{OWNER_NAME}") as file:
+        with hashed_file(f"{self.folder}/{OWNER_NAME}") as file:
             file.write(json.dumps(self._signature).encode())
 
     def require(self) -> None:
-        """Check that the signature is still the last.
+        """Check that this run still owns the folder.
 
         Raises:
-            InputError: Another run has signed.
+            InputError: Another run has taken over the folder.
         """
         found = _read_signature(self.folder)
         if found != self._signature:
             raise InputError(
-                expected=f"to be the only run that writes into {self.folder}",
-                found=f"that another took it over: {found}",
-                remedy="this one ends, and what it had written is whole; give each run a folder of its own",
+                expected=f"this run to be the only one that writes to {self.folder}",
+                found=f"a newer run: {found}",
+                remedy="use one folder per run; the checkpoints that this run has written are complete",
             )
 
 
-def require_own(folder: str, run: str) -> None:
-    """Refuse a folder with the checkpoints of another run.
+def require_ownership(folder: str, run: str) -> None:
+    """Check that a folder has no checkpoints of another run.
 
     Args:
         folder: The folder or URL.
-        run: What this run signs as.
+        run: Name of this run.
 
     Raises:
-        InputError: Another run has signed, and has left checkpoints.
+        InputError: Another run has written checkpoints to the folder.
     """
     try:
-        found = _read_signature(folder)
+        signature = _read_signature(folder)
     except (FileNotFoundError, MissingError):
         return
-    theirs = found.get("run") if isinstance(found, dict) else None
-    if theirs != run and (own := list_checkpoints(folder)):
+    owner = signature.get("run") if isinstance(signature, dict) else None
+    if owner != run and (existing := list_checkpoints(folder)):
         raise InputError(
             expected=f"no checkpoints of another run in {folder}",
-            found=f"{len(own)} of {theirs}",
+            found=f"{len(existing)} of {owner}",
             remedy=(
-                f"go on with that run, --run.folder {theirs}, or give the CheckpointAndResume another folder (and "
-                f"--run.resume {own[0]} to begin there); if it is the same run in another place, delete "
+                f"resume that run with --run.folder {owner}, or give CheckpointAndResume another folder (and start "
+                f"from --run.resume {existing[0]}); if the same run was moved, delete "
                 f"{folder.rstrip('/')}/{OWNER_NAME}"
             ),
         )
 
 
-def _read_signature(folder: str) -> Any:  # noqa: ANN401 - JSON, or what stands there instead
+def _read_signature(folder: str) -> Any:  # noqa: ANN401 - JSON, or the first bytes of an invalid file
     fs, inner = open_store(folder)
     with store_errors(folder):
         content = fs.cat_file(f"{inner.rstrip('/')}/{OWNER_NAME}")

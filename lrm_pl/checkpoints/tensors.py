@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint: written by all ranks together, read into any world, sharding and dtype.
+"""Read and write the tensors of checkpoints with ``torch.distributed.checkpoint`` (DCP), without executing pickles.
 
-What a file asks to be run is never run: ``.metadata`` goes through an unpickler that knows a dozen names, everything
-else through ``torch.load(weights_only=True)``.
+``.metadata`` is a pickle, which is read with an unpickler that allows only DCP's own classes. Tensors are read with
+``torch.load(weights_only=True)``.
 """
 
 import os
@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,64 +20,47 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemRe
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from lrm_pl.checkpoints.files import Files, writing
-from lrm_pl.checkpoints.index import (
-    METADATA_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    CheckpointError,
-    Format,
-    begin,
-    partial_path,
-)
+from lrm_pl.checkpoints.files import FileRecords, hashed_file
+from lrm_pl.checkpoints.index import METADATA_NAME, Checkpoint, CheckpointError, create_partial, partial_path
 from lrm_pl.errors import InputError
-from lrm_pl.storage import is_local, open_store, store_errors
+from lrm_pl.storage import open_store, store_errors
 
 
-def write_tensors(
-    path: str, tensors: Mapping[str, Tensor], layout: Format, group: ProcessGroup | None, *, writes: bool
-) -> Files:
-    """Write the tensor files of a checkpoint, not its index; all ranks of ``group`` call this together.
+def write_tensors(path: str, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> FileRecords:
+    """Write the tensor files of a checkpoint, without its index.
 
     Args:
         path: Folder of the checkpoint.
-        tensors: Name -> tensor; in the layout "sharded" they may be DTensors, in "single" only rank 0's are used.
-        layout: How they are to lie.
-        group: Processes that write together, rank 0 among them; None where there is one.
-        writes: Whether this is rank 0, which writes what is written once.
+        tensors: Name -> tensor on the CPU. With a group, they may be DTensors, and each rank writes its shards.
+        group: All ranks of this process group call this together. None: only the calling process writes.
 
     Returns:
-        On rank 0 every rank's files, for ``complete``.
+        The files of all ranks, for ``finalize_checkpoint``; on other ranks than 0 of the group an empty dict.
 
     Raises:
-        OSError: No space, no permission; on all ranks where they write together.
+        OSError: A file cannot be written; raised on all ranks of the group.
     """
-    _begin_together(path, group, writes=writes)
-    if layout == "single":
-        if not writes:
-            return {}
-        with writing(f"{partial_path(path)}/{SINGLE_NAME}") as file:
-            torch.save(dict(tensors), cast(Any, file))  # it only writes
-        return {SINGLE_NAME: file.record}
+    first = group is None or torch.distributed.get_rank(group) == 0
+    _create_partial_together(path, group, first=first)
     writer = _Writer(partial_path(path))
-    _meant_alone()
-    with _causes():
+    _ignore_single_process_warning()
+    with _unwrap_errors():
         save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     if group is None:
         return writer.files.written
-    gathered: list[Any] | None = [None] * torch.distributed.get_world_size(group) if writes else None
+    gathered: list[Any] | None = [None] * torch.distributed.get_world_size(group) if first else None
     torch.distributed.gather_object(writer.files.written, gathered, dst=0, group=group)
     return {name: record for files in gathered or [] for name, record in files.items()}
 
 
-def _begin_together(path: str, group: ProcessGroup | None, *, writes: bool) -> None:
-    """Make the folder on rank 0; where it cannot be made, no rank waits for it."""
+def _create_partial_together(path: str, group: ProcessGroup | None, *, first: bool) -> None:
+    """Create the folder on the first rank; an error is raised on all ranks."""
     outcome: list[OSError | None] = [None]
-    if writes:
+    if first:
         try:
-            begin(path)
+            create_partial(path)
         except OSError as error:
             outcome = [error]
     if group is not None:
@@ -87,87 +70,64 @@ def _begin_together(path: str, group: ProcessGroup | None, *, writes: bool) -> N
 
 
 def tensor_specs(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """List the tensors of a checkpoint as tensors on the device "meta": shape and dtype, nothing read.
+    """Return the tensors of a checkpoint on the meta device, with shape and dtype but without data.
 
     Raises:
-        CheckpointError: It holds something else, or wants to run code.
+        CheckpointError: The metadata is damaged, unsafe to load, or describes other objects than tensors.
     """
-    if checkpoint.format == "single":
-        return _load_single(checkpoint, "meta")
     metadata = _Reader(checkpoint).read_metadata()
     specs = {}
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
                 subject=checkpoint.path,
-                expected="tensors only",
-                found=f"a pickle for {name}: do not trust it",
+                expected="only tensors",
+                found=f"a pickle for {name}",
+                remedy="do not trust this checkpoint",
             )
         specs[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
     return specs
 
 
 def tensor_names(checkpoint: Checkpoint) -> dict[str, torch.Size]:
-    """List the tensors of a checkpoint with their shapes, without reading them."""
+    """Return name -> shape of the tensors of a checkpoint."""
     return {name: spec.shape for name, spec in tensor_specs(checkpoint).items()}
 
 
 def read_tensors(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place, whatever world, sharding and format wrote them; all ranks call this together.
+    """Fill tensors in place from a checkpoint that was written under any strategy and number of processes.
 
     Args:
-        checkpoint: What is read.
-        into: Name -> tensor or DTensor, on any device; each is overwritten.
+        checkpoint: The checkpoint to read.
+        into: Name -> tensor or DTensor, on any device. If there are DTensors, all ranks must call this together.
 
     Raises:
-        CheckpointError: A name is missing, its shape is another, or a file wants to run code.
+        CheckpointError: A name is missing, a shape differs, or a file is unsafe to load.
     """
     found = tensor_names(checkpoint)
     wrong = [name for name, tensor in into.items() if found.get(name) != tensor.shape]
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.path}: expected the tensors of this model; missing or of another shape: {wrong[:3]} "
-            f"({len(wrong)} in all); pass the config.yaml of the run that wrote it: -c RUN/config.yaml"
+            subject=checkpoint.path,
+            expected="the tensors of this model",
+            found=f"{len(wrong)} missing or of another shape {wrong[:3]}",
+            remedy="pass the config.yaml of the run that wrote it: -c RUN/config.yaml",
         )
-    if checkpoint.format == "single":
-        content = _load_single(checkpoint, "cpu")
-        for name, tensor in into.items():
-            _fill(tensor, content[name])
-        return
-    alone = not torch.distributed.is_initialized()
-    _meant_alone()
-    with _refusals(checkpoint.path), _causes():
+    sharded = any(isinstance(tensor, DTensor) for tensor in into.values())
+    _ignore_single_process_warning()
+    with _load_errors(checkpoint.path), _unwrap_errors():
         load(
             {name: tensor.detach() for name, tensor in into.items()},
             storage_reader=_Reader(checkpoint),
-            no_dist=alone,
+            no_dist=not sharded,
         )
 
 
-def _fill(tensor: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
-        tensor.copy_(value)
-
-
-def _load_single(checkpoint: Checkpoint, device: str) -> dict[str, Tensor]:
-    path = f"{checkpoint.path}/{SINGLE_NAME}"
-    fs, inner = open_store(path)
-    mapped = is_local(path) and device != "meta"  # pages are read when they are used
-    with store_errors(path), _refusals(path), fs.open(inner, "rb") as file:
-        source = inner if mapped else file
-        content = torch.load(source, map_location=device, weights_only=True, mmap=mapped)
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(subject=path, expected="tensors by name", found=type(content).__name__)
-    return content
-
-
 class _Store(FileSystemBase):
-    """The files of ``torch.distributed.checkpoint``, through ``store``.
+    """File access of ``torch.distributed.checkpoint`` through fsspec.
 
     Attributes:
-        written: File name -> (size, sha256) of what this process wrote.
+        written: File name -> (size, SHA-256) of the files that this process wrote.
     """
 
     def __init__(self) -> None:
@@ -177,7 +137,7 @@ class _Store(FileSystemBase):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         path = os.fspath(path)
         if mode == "wb":
-            with writing(path) as file:
+            with hashed_file(path) as file:
                 yield file
             self.written[os.path.basename(path)] = file.record
         else:
@@ -199,7 +159,7 @@ class _Store(FileSystemBase):
         return os.fspath(path)
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Do nothing: rank 0 has made the folder."""
+        """Do nothing; rank 0 has created the folder."""
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
         fs, inner = open_store(os.fspath(path))
@@ -218,13 +178,13 @@ class _Store(FileSystemBase):
 
 class _Writer(FileSystemWriter):
     def __init__(self, path: str) -> None:
-        super().__init__(path, sync_files=False)  # ``writing`` does
-        self.fs = self.files = _Store()  # type: ignore[assignment]  # torch says FileSystem, and means its base
+        super().__init__(path, sync_files=False)  # ``hashed_file`` does
+        self.fs = self.files = _Store()  # type: ignore[assignment]  # annotated as FileSystem, used as FileSystemBase
         self.path = path
 
 
 class _Reader(FileSystemReader):
-    """PyTorch's reader, whose own ``read_metadata`` runs whatever the file asks for."""
+    """A reader that loads ``.metadata`` safely; PyTorch's own executes its pickle."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.path)
@@ -232,22 +192,24 @@ class _Reader(FileSystemReader):
         self.path, self.checkpoint = checkpoint.path, checkpoint
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ANN401 - the overridden signature
-        """Read ``.metadata`` without running code, and check that it points to this checkpoint's files only."""
+        """Read ``.metadata`` and check that it refers only to files of this checkpoint."""
         path = f"{self.path}/{METADATA_NAME}"
-        with self.fs.create_stream(path, "rb") as file, _refusals(path):
+        with self.fs.create_stream(path, "rb") as file, _load_errors(path):
             metadata = _MetadataUnpickler(file).load()
             if not isinstance(metadata, Metadata):
-                raise pickle.UnpicklingError(f"expected a description of tensors, but found {type(metadata)}")
-            strange = {entry.relative_path for entry in metadata.storage_data.values()} - {
+                raise pickle.UnpicklingError(f"expected Metadata, but found {type(metadata).__name__}")
+            unknown = {entry.relative_path for entry in metadata.storage_data.values()} - {
                 *self.checkpoint.files
             }
-            if strange:
-                raise pickle.UnpicklingError(f"files that are not of this checkpoint: {sorted(strange)[:3]}")
+            if unknown:
+                raise pickle.UnpicklingError(
+                    f"references to files outside of the checkpoint: {sorted(unknown)[:3]}"
+                )
         return metadata
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Read what ``torch.distributed.checkpoint`` pickles into ``.metadata``, and nothing that could run code."""
+    """An unpickler for ``.metadata`` that allows only classes of ``torch.distributed.checkpoint`` and dtypes."""
 
     _MODULE = "torch.distributed.checkpoint"
     ALLOWED = frozenset({
@@ -260,7 +222,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         (f"{_MODULE}.metadata", "_MEM_FORMAT_ENCODING"),
         (f"{_MODULE}.filesystem", "_StorageInfo"),
         ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),  # looks a name up in a table
+        ("torch.serialization", "_get_layout"),  # a table lookup
     })  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - pickle's own signature
@@ -269,14 +231,12 @@ class _MetadataUnpickler(pickle.Unpickler):
             module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         ):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"GLOBAL {module}.{name} was not an allowed global"
-        )  # as torch.load says it
+        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")  # as in torch.load
 
 
 @contextmanager
-def _refusals(path: str) -> Iterator[None]:
-    """Say what is wrong with a file that cannot be read as tensors, and above all where it wants to run code."""
+def _load_errors(path: str) -> Iterator[None]:
+    """Convert errors of loading a file to ``CheckpointError``, naming any code that the file would execute."""
     try:
         yield
     except (
@@ -284,27 +244,29 @@ def _refusals(path: str) -> Iterator[None]:
     ) as error:  # fmt: skip
         if isinstance(error, InputError):
             raise
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        found = (
-            f"a file that wants to run {wanted[1]}, which was not done: do not trust it"
-            if wanted
-            else f"{type(error).__name__}: {error}"
-        )
-        raise CheckpointError(subject=path, expected="tensors by name", found=found) from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            subject=path,
+            expected="a dict of tensors",
+            found=f"a pickle that calls {code[1]}, which was not executed"
+            if code
+            else f"{type(error).__name__}: {error}",
+            remedy="do not trust this checkpoint" if code else "",
+        ) from error
 
 
 @contextmanager
-def _causes() -> Iterator[None]:
-    """Raise what lies under the exception of ``torch.distributed.checkpoint``, which is no ``Exception``."""
+def _unwrap_errors() -> Iterator[None]:
+    """Raise the cause of a ``CheckpointException``, which is not an ``Exception``."""
     try:
         yield
     except CheckpointException as error:
         raise next(failure[0] for failure in error.failures.values()) from error
 
 
-def _meant_alone() -> None:
-    """Silence what torch says of every write and read by one process, also where one is what is meant.
+def _ignore_single_process_warning() -> None:
+    """Ignore DCP's warning that a single process reads or writes.
 
-    For good, as checkpoints are written in a thread, and what restores warnings is for one thread.
+    The filter stays: checkpoints are written in a thread, and ``warnings.catch_warnings`` is not thread-safe.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

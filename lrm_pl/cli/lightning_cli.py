@@ -48,9 +48,9 @@ from lrm_pl.checkpoints import (
     load_network,
     read_index,
     read_newest,
-    remove_partial_files,
+    remove_partial_checkpoints,
     require_network,
-    require_own,
+    require_ownership,
     require_writable,
 )
 from lrm_pl.cli.hyperparameters import flattened, log_hyperparameters
@@ -67,26 +67,25 @@ from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import require_measurable
 from lrm_pl.planning.memory import memory_of_libraries
 from lrm_pl.storage import is_local
-from lrm_pl.training.checkpointing import FULL, CheckpointAndResume, StoppedError
+from lrm_pl.training.checkpointing import NO_SPACE_ERRORS, CheckpointAndResume, StoppedError
 from lrm_pl.training.ema import WeightAverage
-from lrm_pl.training.ending import settle_processes
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.processes import foreign_rank_message, tasks_of_srun
+from lrm_pl.training.processes import num_srun_tasks, unexpected_rank_message, wait_for_gloo_threads
 from lrm_pl.training.run_folder import (
     RunConfig,
-    claim_new_folder,
-    folder_of,
-    fresh_folder,
-    place_loggers,
-    purge_after,
-    run_of,
+    RunLock,
+    create_run_folder,
+    drop_logs_after,
+    find_run_folder,
+    new_run_folder,
     run_path,
+    set_logger_folders,
+    trainer_folder,
 )
-from lrm_pl.training.run_lock import RunLock
 from lrm_pl.training.run_state import set_progress
-from lrm_pl.training.state import load_average
-from lrm_pl.training.strategies import require_supported_name, require_supported_start
+from lrm_pl.training.sharded_state import load_average
+from lrm_pl.training.strategies import require_supported_start_method, require_supported_strategy_name
 from lrm_pl.version import git_commit
 from lrm_pl.weights.encoders import (
     TIMM_NAMES,
@@ -175,7 +174,7 @@ class RunConfigRecord(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``config.yaml`` and ``commit.txt``, on rank 0."""
-        folder = folder_of(trainer)
+        folder = trainer_folder(trainer)
         keepers = [callback for callback in trainer.callbacks if isinstance(callback, CheckpointAndResume)]  # type: ignore[attr-defined]
         start = next((keeper.resume_from.step for keeper in keepers if keeper.resume_from is not None), None)
         if start == trainer.max_steps and (folder / "config.yaml").is_file():
@@ -307,10 +306,10 @@ class LRMCLI(LightningCLI):
         """
         strategy = self._setting("trainer.strategy")
         if isinstance(strategy, str):
-            require_supported_name(strategy)
+            require_supported_strategy_name(strategy)
         elif strategy is not None:  # Lightning refuses that
-            require_supported_name(strategy["class_path"])
-            require_supported_start(strategy.get("init_args.start_method"))
+            require_supported_strategy_name(strategy["class_path"])
+            require_supported_start_method(strategy.get("init_args.start_method"))
         if isinstance(callback := self._setting("trainer.callbacks"), Namespace):
             self.config.trainer.callbacks = [callback]
         self.given = self.config.clone()
@@ -320,13 +319,13 @@ class LRMCLI(LightningCLI):
             self._scratch = TemporaryDirectory(prefix="lrm-fast-dev-run-")
             folder = self._scratch.name
         elif self.command != "fit":  # what a run has logged stays as it is
-            folder = folder or run_of(str(self._setting("ckpt_path")))
+            folder = folder or find_run_folder(str(self._setting("ckpt_path")))
             folder = folder and f"{folder}/{self.command}"
         elif folder is None:
             loggers, root = self._setting("trainer.logger"), self._setting("trainer.default_root_dir")
             if root is not None and loggers == self.parser.get_defaults().trainer.logger:
                 loggers["init_args"]["save_dir"] = root  # a logger that is given keeps its own
-            folder = fresh_folder(loggers, root)
+            folder = new_run_folder(loggers, root)
         if self.command == "fit":
             self.config["run"]["folder"] = folder
         if given := self._setting("trainer.callbacks"):
@@ -335,7 +334,7 @@ class LRMCLI(LightningCLI):
             self.config.trainer.callbacks = with_own_callbacks(given, own, progress_bar=shown)
         elif self.command == "fit":
             logger.warning("trainer.callbacks is empty: no checkpoints, no images and no LPIPS of this run")
-        place_loggers(self._setting("trainer.logger"), folder)
+        set_logger_folders(self._setting("trainer.logger"), folder)
         if folder is not None:
             self.config["trainer"]["default_root_dir"] = folder
 
@@ -399,7 +398,7 @@ class LRMCLI(LightningCLI):
         if self._setting("run.profile"):
             self.trainer.callbacks.append(TraceRecorder(self._setting("run.profile")))  # type: ignore[attr-defined]
         if (keeper := self._keeper()) is not None:
-            keeper.listens_on = True
+            keeper.keep_signal_handlers = True
         if self.trainer.is_global_zero:
             self._enter_run_folder()
             network = self._weights().network
@@ -459,7 +458,7 @@ class LRMCLI(LightningCLI):
                 table.add_row(name, f"{float(value):.6g}")
             console = Console()
             console.print(table)
-            console.print(f"Images and logs: {folder_of(self.trainer)}", soft_wrap=True)
+            console.print(f"Images and logs: {trainer_folder(self.trainer)}", soft_wrap=True)
 
     def after_predict(self) -> None:
         """Say where it is."""
@@ -493,7 +492,7 @@ class LRMCLI(LightningCLI):
         except ReportStopped:
             raise StoppedError(
                 f"stopped by a signal after the last step; everything is in {checkpoint or 'memory only'}: start the "
-                f"same command with --run.folder {folder_of(self.trainer)} for the report"
+                f"same command with --run.folder {trainer_folder(self.trainer)} for the report"
             ) from None
         finally:
             if keeper is not None:
@@ -510,7 +509,7 @@ class LRMCLI(LightningCLI):
     def _enter_run_folder(self) -> None:
         """Lock the folder and choose the checkpoint to go on from; rank 0 does this."""
         resume, given, keeper = self._setting("run.resume"), self._setting("run.folder"), self._keeper()
-        folder = run_path(given) if given is not None else claim_new_folder(self.trainer).absolute()
+        folder = run_path(given) if given is not None else create_run_folder(self.trainer).absolute()
         self._lock = RunLock(folder)
         if keeper is None:
             if resume not in ("auto", "never"):
@@ -525,15 +524,15 @@ class LRMCLI(LightningCLI):
             if is_local(keeper.folder):
                 self._checkpoints_lock = RunLock(Path(keeper.folder))
             if Path(keeper.folder).absolute().parent != folder:  # a run may be moved with what lies in it
-                require_own(keeper.folder, str(folder))
+                require_ownership(keeper.folder, str(folder))
                 keeper.owner = Owner(keeper.folder, str(folder))
-            remove_partial_files(keeper.folder, logger.warning)
+            remove_partial_checkpoints(keeper.folder, logger.warning)
         found = keeper.choose(resume)
         if found is not None:
             require_network(found, self.model.lrm)
             self._require_steps_left(found.step, folder)
         if given is not None:
-            purge_after(self.trainer.loggers, 0 if found is None else found.step)
+            drop_logs_after(self.trainer.loggers, 0 if found is None else found.step)
 
     def _require_steps_left(self, done: int, folder: Path) -> None:
         """Say that a run that is started again is at its end.
@@ -599,7 +598,7 @@ def _environment() -> ClusterEnvironment | None:
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if tasks_of_srun() == 1:
+    if num_srun_tasks() == 1:
         return LightningEnvironment() if SLURMEnvironment.detect() else None
     a_node, _, nodes = (tasks := os.environ["SLURM_STEP_TASKS_PER_NODE"]).partition("(")
     if not a_node.isdecimal() or "," in nodes:
@@ -630,7 +629,7 @@ def require_started_together(trainer: L.Trainer) -> None:
         )
     if TorchElasticEnvironment.detect():
         launcher, variable = "torchrun", "WORLD_SIZE"
-    elif tasks_of_srun() > 1:
+    elif num_srun_tasks() > 1:
         launcher, variable = "srun", "SLURM_STEP_NUM_TASKS"
     elif "OMPI_COMM_WORLD_SIZE" in os.environ:
         launcher, variable = "mpirun", "OMPI_COMM_WORLD_SIZE"
@@ -666,7 +665,7 @@ def _require_own_rank(trainer: L.Trainer) -> None:
         or int(os.environ.get("WORLD_SIZE", 1)) not in (1, world)
         or rank_zero_only.rank != rank  # type: ignore[attr-defined]
     ):
-        raise InputError(foreign_rank_message(rank, world))
+        raise InputError(unexpected_rank_message(rank, world))
 
 
 def plain(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
@@ -853,13 +852,13 @@ def _config_of_run(arguments: list[str]) -> list[str]:
             found="nothing",
             remedy="correct --ckpt_path",
         )
-    run = None if given.config or given.ckpt_path is None else run_of(given.ckpt_path)
+    run = None if given.config or given.ckpt_path is None else find_run_folder(given.ckpt_path)
     return [] if run is None else ["-c", str(run / "config.yaml")]
 
 
 def say_unless_full(found: threading.ExceptHookArgs) -> None:
     """Say what ended a thread; a logger's that met a full disk hands that to the main thread, which says it."""
-    if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in FULL):
+    if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in NO_SPACE_ERRORS):
         threading.__excepthook__(found)
 
 
@@ -878,7 +877,7 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # The planes are such a view; they are read, and never written in place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
-    atexit.register(settle_processes)
+    atexit.register(wait_for_gloo_threads)
     memory_of_libraries()
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = say_unless_full
@@ -899,7 +898,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"give this user "
                 "the right to it, or choose another folder for what the run writes: --run.folder"
             )
-        if error.errno not in FULL:
+        if error.errno not in NO_SPACE_ERRORS:
             raise
         sys.exit(
             f"lrm: expected room for what the run writes, but found {one_line(error)}. Make space and start the same "

@@ -14,7 +14,7 @@ from lrm_pl.cluster.checks.table import rows, show
 from lrm_pl.cluster.checks.versions import versions
 from lrm_pl.cluster.launch import data_folders, processes_a_node
 from lrm_pl.errors import InputError
-from lrm_pl.training.processes import is_task_of_srun
+from lrm_pl.training.processes import is_srun_task
 from lrm_pl.weights.resolve import cache_folder
 
 
@@ -45,7 +45,7 @@ def start_on_nodes(options: argparse.Namespace, arguments: Sequence[str]) -> lis
 
 def fit_arguments(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:
     """Return the arguments of the `lrm fit` that `lrm launch` would start."""
-    nodes = os.environ["SLURM_STEP_NUM_NODES"] if is_task_of_srun() else options.nodes
+    nodes = os.environ["SLURM_STEP_NUM_NODES"] if is_srun_task() else options.nodes
     added = [] if nodes is None else [f"--trainer.num_nodes={nodes}"]
     added += [] if options.data is None else [f"--data.folder={options.data}"]
     if options.gpus is not None or options.processes is not None:
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--container", default="", help="image to look into (pyxis)")
     add("--data.folder", dest="data", help="folder of the shards")
     options, arguments = parser.parse_known_args(sys.argv[2:] if argv is None else argv)
-    in_step = is_task_of_srun()
+    in_step = is_srun_task()
     if in_step and os.environ["SLURM_LOCALID"] != "0":
         return  # one a node is enough
     try:

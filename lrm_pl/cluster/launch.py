@@ -16,7 +16,7 @@ from lrm_pl.cluster import slurm
 from lrm_pl.cluster.job import FIRST_NODE, NODE_RANK, STRATEGIES, Launch, job_script, node_line, torchrun
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
-from lrm_pl.training.processes import run_processes
+from lrm_pl.training.processes import launch_processes
 from lrm_pl.weights.resolve import cache_folder
 
 #: Stands for a process's CPUs in a script that is shown where there is no Slurm to ask.
@@ -167,7 +167,7 @@ def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
                 found=f"{found} that PyTorch can use",
                 remedy="see `lrm doctor`, give fewer (GPUS=), or train on CPUs: GPUS=0 PROCESSES=2",
             )
-        run_processes(launch.processes, ["fit", *launch.fit_arguments()])
+        launch_processes(launch.processes, ["fit", *launch.fit_arguments()])
     where = shlex.quote(str(Path.cwd()))
     print(f"# on each of the {launch.nodes} nodes, in {where}; {NODE_RANK} is 0 on the first, then 1, 2 ...")
     print(node_line(launch, options.master))

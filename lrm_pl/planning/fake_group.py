@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch.distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lrm_pl.training.parallelize import mesh_layout
+from lrm_pl.training.parallelize import mesh_shape
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def as_rank(rank: int, processes: int, copies: int = 1) -> Iterator[DeviceMesh]:
 
     torch.distributed.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
     try:
-        shape, names = mesh_layout(processes, copies)
+        shape, names = mesh_shape(processes, copies)
         yield init_device_mesh("cpu", shape, mesh_dim_names=names)
     finally:
         torch.distributed.destroy_process_group()

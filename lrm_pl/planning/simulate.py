@@ -172,7 +172,7 @@ def simulate_step(
             batch = _batch(network, shape)
             autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
             with autocast:
-                terms = judge(module.look(batch), judge.lpips_start_step)
+                terms = judge(module.render_targets(batch), judge.lpips_start_step)
                 loss = sum(terms.values(), start=torch.zeros(()))
             forward = {part: ledger.flops(part) for part in PARTS[:-1]}
             ledger.part = "backward"

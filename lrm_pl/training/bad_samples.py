@@ -1,7 +1,7 @@
-"""Bad samples in training: named once, counted over all ranks, and too many of them end the run.
+"""Monitor bad samples in training: report each once, count them over all ranks, and stop the run at too many.
 
-A bad sample's place is taken by the next good one of its stream (``lrm_pl.data.order``), so no rank waits for another
-and a run survives a truncated shard. But a run that quietly trains on half of its data is worse than one that stops.
+A bad sample is replaced by the next good one of its stream (``lrm_pl.data.order``), so that one truncated shard
+neither stops the run nor makes ranks wait for each other.
 """
 
 import logging
@@ -13,34 +13,34 @@ import torch
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
-from lrm_pl.training.logged import is_logged
+from lrm_pl.training.step_logging import is_logged_step
 
 logger = logging.getLogger(__name__)
 
-#: Samples of all ranks that are read before their share of bad ones is judged.
-_LEAST = 100
+#: Minimum number of samples, over all ranks, before the fraction of bad ones is checked.
+_MIN_SAMPLES = 100
 
-#: Bad samples that the closing message lists.
-_LISTED = 20
+#: Maximum number of bad samples listed in the error.
+_MAX_LISTED = 20
 
 
 class BadSamplesError(InputError):
-    """More samples are bad than may be; the message lists them."""
+    """The fraction of bad samples exceeds the limit."""
 
 
 class BadSamples(L.Callback):
-    """Count bad samples, and say when there are more than ``data.max_bad_fraction`` allows.
+    """Count bad samples and compare their fraction with ``data.max_bad_fraction``.
 
-    The share is that of the samples read since the run was started, judged from 100 samples on.
+    The fraction is that of the samples read since the process started.
 
     Attributes:
-        too_many: What is wrong, for a message; None while the share is small enough. The same on every rank.
+        error: Message listing the bad samples if there are too many, else None. Equal on all ranks.
     """
 
     def __init__(self) -> None:
-        self.too_many: str | None = None
-        self._bad = self._seen = 0
-        self._named: dict[str, None] = {}  # in the order in which they were met
+        self.error: str | None = None
+        self._num_bad = self._num_seen = 0
+        self._messages: dict[str, None] = {}  # an ordered set
 
     def on_train_batch_end(
         self,
@@ -50,37 +50,38 @@ class BadSamples(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Name what is new; where a line of the log is due, count over all ranks and judge."""
-        for met in batch.faults:
-            self._seen += 1
-            self._bad += bool(met)
-            for message in met:
-                if message not in self._named:
-                    self._named[message] = None
-                    logger.warning("skipped %s", message)
+        """Log new bad samples; on logged steps, also reduce the counts over ranks and check the fraction."""
+        for faults in batch.faults:
+            self._num_seen += 1
+            self._num_bad += bool(faults)
+            for message in faults:
+                if message not in self._messages:
+                    self._messages[message] = None
+                    logger.warning("Skipped %s", message)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         last = trainer.global_step >= trainer.max_steps
-        if not (is_logged(trainer, trainer.global_step) or last):
+        if not (is_logged_step(trainer, trainer.global_step) or last):
             return
-        counts = torch.tensor([self._bad, self._seen], dtype=torch.float64, device=pl_module.device)
+        counts = torch.tensor([self._num_bad, self._num_seen], dtype=torch.float64, device=pl_module.device)
         bad, seen = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         pl_module.log_dict({"data/bad_samples": bad, "data/bad_share": bad / seen})
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ShardDataModule)
-        if seen >= _LEAST and bad > data.max_bad_fraction * seen:
-            self.too_many = (
-                f"expected at most {data.max_bad_fraction:.3g} of the samples to be bad, but found {bad:.0f} "
-                f"of {seen:.0f}:\n"
-                f"  {self._listed(trainer)}\nmend them, or let more pass: --data.max_bad_fraction"
+        if seen >= _MIN_SAMPLES and bad > data.max_bad_fraction * seen:
+            self.error = (
+                f"Expected at most a fraction of {data.max_bad_fraction:.3g} of the samples to be bad, but found "
+                f"{bad:.0f} of {seen:.0f}:\n"
+                f"  {self._list_messages(trainer)}\n"
+                "Repair or remove these samples, or raise --data.max_bad_fraction"
             )
 
-    def _listed(self, trainer: L.Trainer) -> str:
-        lists: list[list[str]] = [list(self._named)[:_LISTED]]
+    def _list_messages(self, trainer: L.Trainer) -> str:
+        lists: list[list[str]] = [list(self._messages)[:_MAX_LISTED]]
         if trainer.world_size > 1:
             lists *= trainer.world_size
             torch.distributed.all_gather_object(lists, lists[0])
-        named = list(dict.fromkeys(message for rank in lists for message in rank))
-        shown = "\n  ".join(named[:_LISTED])
-        more = f"\n  and {len(named) - _LISTED} more" if len(named) > _LISTED else ""
+        messages = list(dict.fromkeys(message for rank in lists for message in rank))
+        shown = "\n  ".join(messages[:_MAX_LISTED])
+        more = f"\n  and {len(messages) - _MAX_LISTED} more" if len(messages) > _MAX_LISTED else ""
         return f"{shown}{more}"

@@ -1,7 +1,7 @@
-"""What keeps a run: it saves, resumes where it was, and stops in time. All of it happens between two steps.
+"""Save checkpoints, resume from them, and stop a run early.
 
-Between two steps means at the start of the next step's first batch: by then the step's validation and its log lines
-are done, so a checkpoint is of everything up to the step, and a resumed run does and logs nothing twice.
+A step is checkpointed at the start of the next step's first batch. By then its validation and logging are done, so a
+resumed run repeats neither.
 """
 
 import errno
@@ -18,19 +18,18 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lrm_pl.checkpoints import (
-    SIGNS,
+    MODE_SIGNS,
     Checkpoint,
-    Format,
     Mode,
     Owner,
     best_score,
     checkpoint_path,
+    checkpoint_step,
     choose_checkpoint,
-    complete,
+    finalize_checkpoint,
     list_checkpoints,
+    prune_checkpoints,
     read_index,
-    step_of,
-    tidy,
     write_tensors,
 )
 from lrm_pl.data.batch import Batch
@@ -39,38 +38,36 @@ from lrm_pl.storage import is_local
 from lrm_pl.training.bad_samples import BadSamples, BadSamplesError
 from lrm_pl.training.gradient_guard import DivergedError
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.run_lock import RunLock
-from lrm_pl.training.run_state import data_of, load_run, run_numbers, run_tensors
+from lrm_pl.training.run_folder import RunLock
+from lrm_pl.training.run_state import load_run, require_data_module, run_metadata, run_tensors
+from lrm_pl.training.sharded_state import Snapshots
 from lrm_pl.training.signals import StopSignals
-from lrm_pl.training.state import Snapshots
 
 logger = logging.getLogger(__name__)
 
-
-#: Errors of a disk without room, and of a quota that is used up.
-FULL = (errno.ENOSPC, errno.EDQUOT)
+#: Error numbers of a full disk and an exhausted quota.
+NO_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoppedError(InputError):
-    """The run stopped before its last step, with everything kept: started again, it goes on."""
+    """A signal stopped the run before its last step. A checkpoint was saved; the same command resumes the run."""
 
 
 @final
 class CheckpointAndResume(L.Callback):
-    """Save checkpoints, resume from them, and stop at a signal or when training has gone wrong.
+    """Save checkpoints, resume from them, and stop the run on a signal, on divergence or on too many bad samples.
 
-    A run goes on from the newest checkpoint in its folder, unless ``choose`` was called with something else.
+    A fit resumes from the newest valid checkpoint in the folder, unless ``choose`` selected another one before.
 
     Args:
-        every: Steps from one checkpoint to the next. The last step is always kept.
-        keep: So many of the newest checkpoints stay.
-        keep_every: Checkpoints of multiples of this step stay too; null: none.
-        monitor: The checkpoint of the validation with the best value of this metric stays too; null: none.
-        mode: "max": the highest value is the best; "min": the lowest, as of LPIPS or a loss.
-        layout: "sharded" (a file a rank) or "single"; null: sharded where the network is.
-        background: Write while training goes on. On a CPU, training waits for the copy in memory; on an accelerator,
-            the device's next optimizer step does.
-        folder: Where to; null: ``checkpoints`` in the run's folder. A URL (``s3://``, ``gs://``) is an object store.
+        every: Number of steps between checkpoints. The last step is always saved.
+        keep: Number of most recent checkpoints to keep.
+        keep_every: Also keep the checkpoints of multiples of this step; null keeps none.
+        monitor: Also save and keep the checkpoint with the best validation value of this metric; null keeps none.
+        mode: "max" if a higher value of the metric is better, "min" if a lower one is (LPIPS, a loss).
+        folder: Folder or URL (``s3://``, ``gs://``) of the checkpoints; null uses ``checkpoints`` in the run folder.
+        background: Write checkpoints in a background thread. On a CPU, training waits for the copy in memory; on an
+            accelerator, only the next optimizer step waits for it.
     """
 
     def __init__(
@@ -79,7 +76,6 @@ class CheckpointAndResume(L.Callback):
         keep: int = 2,
         keep_every: int | None = None,
         monitor: str | None = "val/heldout/psnr_pooled",
-        layout: Format | None = None,
         folder: str | None = None,
         *,
         background: bool = True,
@@ -90,57 +86,58 @@ class CheckpointAndResume(L.Callback):
                 expected="every, keep and keep_every of at least 1", found=f"{every}, {keep}, {keep_every}"
             )
         self.every, self.keep, self.keep_every, self.monitor = every, keep, keep_every, monitor
-        self.layout, self.background, self.mode = layout, background, mode
+        self.background, self.mode = background, mode
         self.folder = folder and os.path.expanduser(folder)
-        #: What to go on from, as rank 0 knows it; None: nothing.
+        #: The checkpoint to resume from, on rank 0; None to start from the first step.
         self.resume_from: Checkpoint | None = None
         self._chosen = False
-        #: Whether the caller listens to signals after the fit too, until it calls ``signals.restore()``, and raises
-        #: ``stopped`` itself.
-        self.listens_on = False
-        #: Rank 0's signature in an object store's folder of checkpoints, made before the run starts.
+        #: Keep handling signals after the fit. The caller then calls ``signals.restore()`` and raises ``stopped``.
+        self.keep_signal_handlers = False
+        #: Rank 0's signature in a checkpoint folder in an object store, set before the run starts.
         self.owner: Owner | None = None
-        #: Why the run stopped before its last step; None while it has not.
+        #: Why the run stopped before its last step; None if it did not.
         self.stopped: InputError | None = None
-        #: The newest checkpoint that is whole, as rank 0 knows it.
+        #: Path of the newest complete checkpoint, on rank 0.
         self.newest: str | None = None
         self.signals = StopSignals()
-        #: Of all ranks, on gloo: one for the thread that writes, and one for what is agreed on meanwhile.
+        #: Gloo groups of all ranks: one for the writing thread, one for the flags that ranks agree on meanwhile.
         self._group: torch.distributed.ProcessGroup | None = None
-        self._agreement: torch.distributed.ProcessGroup | None = None
+        self._flag_group: torch.distributed.ProcessGroup | None = None
         self._snapshots: Snapshots | None = None
         self._writing: threading.Thread | None = None
-        self._failure: Exception | None = None
-        self._start, self._saved = 0, -1
-        self._validated: float | None = None
+        self._failure: Exception | None = None  # raised by the writing thread
+        self._start, self._saved = 0, -1  # first step of this fit, newest step with a checkpoint
+        self._score: float | None = None  # of a validation since the last step
         self._best: float | None = None
         self._run = "."
-        self._missed = False  # whether a validation without the monitored metric has been spoken of
-        self._lock: RunLock | None = None  # of the folder, on rank 0; one who has chosen holds it himself
-        #: Checkpoints in the folder that are not whole: newer than the one the run goes on from, or damaged best ones.
-        self._passed_over: set[str] = set()
+        self._warned = False  # about a validation without the monitored metric
+        self._lock: RunLock | None = (
+            None  # of the folder, on rank 0; a caller of ``choose`` holds its own lock
+        )
+        #: Damaged or later checkpoints in the folder, which pruning must not count.
+        self._ignored: set[str] = set()
 
     # --- resuming
 
     def choose(self, resume: str) -> Checkpoint | None:
-        """Choose what to go on from, before a fit; on rank 0.
+        """Choose the checkpoint to resume from, before a fit. Call this on rank 0.
 
         Args:
-            resume: "auto": the newest whole checkpoint of the folder; "never": none, and none may be there; or the
-                path of a checkpoint or run where this one begins.
+            resume: "auto" for the newest valid checkpoint of the folder; "never" to start from the first step and
+                reject a folder with checkpoints; or the path of a checkpoint or run to start from.
 
         Raises:
-            InputError: There is nothing where something was asked for, or something where nothing was expected.
+            InputError: There are checkpoints despite "never", or ``resume`` is a path without a usable checkpoint.
         """
         self.resume_from, self._chosen = choose_checkpoint(resume, self.folder), True
         return self.resume_from
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Load the state of the checkpoint that rank 0 chose."""
+        """Load the checkpoint that rank 0 chose."""
         assert isinstance(pl_module, LRMModule)
-        data_of(trainer)  # or no checkpoint could be written
+        require_data_module(trainer)
         if torch.distributed.is_initialized():
-            self._group, self._agreement = _gloo_group(), _gloo_group()
+            self._group, self._flag_group = _gloo_group(), _gloo_group()
         self._snapshots = Snapshots(trainer.strategy.root_device)
         self._run = trainer.log_dir or trainer.default_root_dir
         self.folder = trainer.strategy.broadcast(self.folder or f"{self._run}/checkpoints")
@@ -149,28 +146,28 @@ class CheckpointAndResume(L.Callback):
         path = trainer.strategy.broadcast(None if self.resume_from is None else self.resume_from.path)
         if trainer.is_global_zero:
             after = -1 if self.resume_from is None else self.resume_from.step
-            newer = {p for p in list_checkpoints(str(self.folder)) if step_of(p) > after}
+            newer = {p for p in list_checkpoints(str(self.folder)) if checkpoint_step(p) > after}
             self._best, damaged = best_score(str(self.folder), logger.warning, newer, self.monitor, self.mode)
-            self._passed_over = newer | damaged
+            self._ignored = newer | damaged
         self._best = trainer.strategy.broadcast(self._best)
         if path is None:
             return
-        checkpoint = self.resume_from or read_index(path)  # rank 0 has checked its files
+        checkpoint = self.resume_from or read_index(path)  # rank 0 has verified its files
         load_run(trainer, pl_module, checkpoint)
         self._start = self._saved = checkpoint.step
         self.newest = path
         if trainer.is_global_zero:
-            logger.info("going on after step %d from %s", checkpoint.step, path)
+            logger.info("Resuming after step %d from %s", checkpoint.step, path)
         if any(isinstance(c, EarlyStopping) and c.wait_count >= c.patience for c in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.should_stop = True
             if trainer.is_global_zero:
                 logger.warning(
-                    "EarlyStopping ended this run at step %d: no step is added; a larger patience goes on",
+                    "EarlyStopping ended this run at step %d. Increase its patience to continue",
                     checkpoint.step,
                 )
 
     def _choose_together(self, trainer: L.Trainer) -> None:
-        """Go on from the newest where nobody has chosen; an error is every rank's."""
+        """Choose the newest checkpoint if ``choose`` was not called; raise errors of rank 0 on all ranks."""
         error = None
         if trainer.is_global_zero:
             try:
@@ -179,29 +176,29 @@ class CheckpointAndResume(L.Callback):
                 found = self.resume_from if self._chosen else self.choose("auto")
                 if found is not None and trainer.ckpt_path is not None:
                     raise InputError(
-                        expected="one checkpoint to go on from",
+                        expected="one checkpoint to resume from",
                         found=f"ckpt_path {trainer.ckpt_path} and {found.path}",
-                        remedy="leave ckpt_path out, or give the CheckpointAndResume another folder",
+                        remedy="omit ckpt_path, or give CheckpointAndResume another folder",
                     )
             except (InputError, OSError) as problem:
                 error = str(problem)
         error = trainer.strategy.broadcast(error)
-        self._chosen = False  # of the next fit nothing is known
+        self._chosen = False
         if error is not None:
             raise InputError(error)
 
-    # --- between two steps
+    # --- between steps
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember what the validation found."""
+        """Store the monitored metric."""
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
-        self._validated = None if value is None else float(value)
-        if self.monitor and value is None and not (self._missed or trainer.sanity_checking):
-            self._missed = True
+        self._score = None if value is None else float(value)
+        if self.monitor and value is None and not (self._warned or trainer.sanity_checking):
+            self._warned = True
             if trainer.is_global_zero:
                 names = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
                 logger.warning(
-                    "no checkpoint is kept as the best: expected the metric %s in a validation, but found %s",
+                    "No best checkpoint is kept, because the validation has no metric %s; it has %s",
                     self.monitor,
                     ", ".join(names) or "none",
                 )
@@ -209,36 +206,36 @@ class CheckpointAndResume(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Save where one is due, and stop where a rank was told to; all ranks agree by one small reduction."""
+        """Save a checkpoint if one is due, and stop all ranks if any rank received a signal."""
         assert isinstance(pl_module, LRMModule)
         if batch_idx % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
-        told, failed = self._agree(self.signals.received is not None, self._failure is not None)
+        signaled, failed = self._agree(self.signals.received is not None, self._failure is not None)
         if failed:
             self._join()
-            raise self._explained(trainer, step)
+            raise self._write_error(trainer, step)
         if pl_module.guard.exhausted:
-            self.stopped = DivergedError(self._diverged(trainer, pl_module, step))
-        elif (too_many := _bad_samples(trainer)) is not None:
-            self.stopped = BadSamplesError(too_many)
-        elif told:
-            self.stopped = StoppedError(f"stopped by a signal after step {step}")
-        improved = self._validated is not None and self._is_better(self._validated)
+            self.stopped = DivergedError(self._divergence_message(trainer, pl_module, step))
+        elif (bad := _bad_samples(trainer)) is not None:
+            self.stopped = BadSamplesError(bad)
+        elif signaled:
+            self.stopped = StoppedError(f"The run was stopped by a signal after step {step}")
+        improved = self._score is not None and self._is_better(self._score)
         if step > self._start and (step % self.every == 0 or improved or self.stopped is not None):
             self._save(trainer, pl_module, step)
-        self._validated = None
+        self._score = None
         if self.stopped is not None:
             trainer.should_stop = True
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Let the device change the state only after a checkpoint's copy of it is complete."""
+        """Delay the optimizer step on the device until the copy for a checkpoint is complete."""
         self._hold_back()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
-        """Do the same before a validation, which may put the average in place of the weights."""
+        """Delay a validation in the same way, since it may swap the weights with their average."""
         self._hold_back()
 
     def _hold_back(self) -> None:
@@ -247,128 +244,126 @@ class CheckpointAndResume(L.Callback):
             self._snapshots.stream.hold_back_current()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the last step, and wait until it is written."""
+        """Save the last step, and wait until it is written."""
         assert isinstance(pl_module, LRMModule)
         if pl_module.guard.exhausted and self.stopped is None:
-            self.stopped = DivergedError(self._diverged(trainer, pl_module, trainer.global_step))
-        if (too_many := _bad_samples(trainer)) is not None and self.stopped is None:
-            self.stopped = BadSamplesError(too_many)
+            self.stopped = DivergedError(self._divergence_message(trainer, pl_module, trainer.global_step))
+        if (bad := _bad_samples(trainer)) is not None and self.stopped is None:
+            self.stopped = BadSamplesError(bad)
         if trainer.global_step > self._saved:
             self._save(trainer, pl_module, trainer.global_step)
         self._join()
         if any(self._agree(self._failure is not None)):
-            raise self._explained(trainer, trainer.global_step)
+            raise self._write_error(trainer, trainer.global_step)
         if self.stopped is not None and trainer.is_global_zero:
-            kind = type(self.stopped)
-            self.stopped = kind(
-                f"{self.stopped}; everything up to there is in {self.newest}: start the same command with "
-                f"--run.folder {self._run} to go on"
+            self.stopped = type(self.stopped)(
+                f"{self.stopped}. The state was saved in {self.newest}. To resume, run the same command with "
+                f"--run.folder {self._run}"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise what stopped the run, so that a script does not go on as after its last step."""
-        if self.stopped is not None and not self.listens_on:
+        """Raise the error of a run that stopped early, so that a script does not continue as if it had finished."""
+        if self.stopped is not None and not self.keep_signal_handlers:
             raise self.stopped
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Let a checkpoint that is being written be finished."""
+        """Finish writing a checkpoint."""
         self._join()
         self._lock = None
         self.signals.restore()
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             logger.warning(
-                "interrupted at step %d; the newest whole checkpoint is %s",
+                "Interrupted at step %d. The newest complete checkpoint is %s",
                 trainer.global_step,
                 self.newest or "none",
             )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the folder and the handlers of signals back."""
+        """Release the lock of the folder and restore the signal handlers."""
         self._lock = None
-        if not self.listens_on:
+        if not self.keep_signal_handlers:
             self.signals.restore()
 
     def _agree(self, *flags: bool) -> list[bool]:
-        """Return which flags any rank has set; on the CPU, so that no accelerator is waited for."""
-        mine = torch.tensor(flags, dtype=torch.int32)
-        if self._agreement is not None:
-            torch.distributed.all_reduce(mine, torch.distributed.ReduceOp.MAX, self._agreement)
-        return [bool(flag) for flag in mine.tolist()]
+        """Return which flags any rank has set. Runs on the CPU, so it does not synchronize with an accelerator."""
+        values = torch.tensor(flags, dtype=torch.int32)
+        if self._flag_group is not None:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, self._flag_group)
+        return [bool(flag) for flag in values.tolist()]
 
-    def _explained(self, trainer: L.Trainer, step: int) -> Exception:
-        """Say that a checkpoint could not be written, and what is left."""
+    def _write_error(self, trainer: L.Trainer, step: int) -> Exception:
+        """Return the error of a checkpoint that could not be written."""
         error = self._failure
         if error is not None and not isinstance(error, OSError):
             return error
-        found = "an error on another rank, see its log" if error is None else str(error)
-        newest = f"; the newest whole one is {self.newest or 'none'}" if trainer.is_global_zero else ""
-        remedy = "Make space" if getattr(error, "errno", None) in FULL else "Mend that"
+        cause = "see the log of another rank" if error is None else str(error)
+        newest = f". The newest complete one is {self.newest or 'none'}" if trainer.is_global_zero else ""
+        remedy = "Free some space" if getattr(error, "errno", None) in NO_SPACE_ERRORS else "Fix the cause"
         return InputError(
-            expected=f"to write a checkpoint into {self.folder}",
-            found=f"{found}{newest}",
-            remedy=f"{remedy} and start the same command again: it goes on from the newest whole one (training was at "
-            f"step {step})",
+            f"A checkpoint could not be written to {self.folder} by step {step}: {cause}{newest}. "
+            f"{remedy} and run the same command again to resume"
         )
 
-    def _diverged(self, trainer: L.Trainer, module: LRMModule, step: int) -> str:
-        self._join()  # its thread talks through the same group
+    def _divergence_message(self, trainer: L.Trainer, module: LRMModule, step: int) -> str:
+        self._join()  # its thread uses the same process group
         ids: list[tuple[str, ...]] = [module.current_sample_ids]
         if trainer.world_size > 1:
             ids = [()] * trainer.world_size
             torch.distributed.all_gather_object(ids, module.current_sample_ids, group=self._group)
+        guard = module.guard
         return (
-            f"expected {module.guard.expectation}, but found {module.guard.in_a_row} bad ones in a row "
-            f"by step {step}, the "
-            f"last of norm {module.guard.last:.3g}; the samples of the last one: "
-            f"{', '.join(sorted(key for rank in ids for key in rank))}; look at these, lower the learning rate, or "
-            f"{module.guard.remedy}"
+            f"Expected {guard.expectation}, but found {guard.consecutive_skips} bad ones in a row by step {step}, the "
+            f"last of norm {guard.last:.3g}. Check the samples of the last step "
+            f"({', '.join(sorted(key for rank in ids for key in rank))}), lower the learning rate, or {guard.remedy}"
         )
 
     # --- saving
 
     def _save(self, trainer: L.Trainer, module: LRMModule, step: int) -> None:
-        """Copy the state, and write it in the background."""
+        """Copy the state, and write it in a background thread."""
         self._join()
         self._require_ownership(trainer)
-        for log in trainer.loggers:  # what was logged up to here must not be lost while the checkpoint stays
+        for log in trainer.loggers:  # a resumed run does not log these steps again
             log.save()
             if isinstance(log, TensorBoardLogger):
                 log.experiment.flush()
-        layout = self.layout or ("single" if module.device_mesh is None else "sharded")
-        snapshots = self._snapshots
+        snapshots, sharded, first = self._snapshots, module.device_mesh is not None, trainer.is_global_zero
         assert snapshots is not None
-        copy = snapshots.take(run_tensors(trainer, module), layout, writes=trainer.is_global_zero)
-        run = run_numbers(trainer, module, step) | {"score": self._validated, "monitor": self.monitor}
+        copy = snapshots.take(run_tensors(trainer, module), sharded=sharded, keep=sharded or first)
+        run = run_metadata(trainer, module, step) | {"score": self._score, "monitor": self.monitor}
         path = checkpoint_path(str(self.folder), step)
-        first = trainer.is_global_zero
 
         def write() -> None:
             try:
                 snapshots.stream.synchronize()
-                files = write_tensors(path, copy, layout, self._group, writes=first)
+                files = (
+                    write_tensors(path, copy, self._group if sharded else None) if sharded or first else {}
+                )
                 if first:
-                    complete(path, layout, step, run, files)
+                    finalize_checkpoint(path, step, run, files)
                     self.newest = path
-                    self._passed_over.discard(path)
-                    self._tidy()
-            except Exception as error:  # handed to the main thread, which raises it
+                    self._ignored.discard(path)
+                    self._prune()
+            except Exception as error:  # the main thread raises it
                 self._failure = error
 
         self._saved = step
-        if self._validated is not None and self._is_better(self._validated):
-            self._best = self._validated
+        if self._score is not None and self._is_better(self._score):
+            self._best = self._score
         self._writing = threading.Thread(target=write, name=f"checkpoint {step}")
         self._writing.start()
         if not self.background:
             self._join()
 
     def _is_better(self, value: float) -> bool:
-        return not math.isnan(value) and (self._best is None or (value - self._best) * SIGNS[self.mode] > 0)
+        return not math.isnan(value) and (
+            self._best is None or (value - self._best) * MODE_SIGNS[self.mode] > 0
+        )
 
     def _require_ownership(self, trainer: L.Trainer) -> None:
-        """Stop on all ranks where another run has taken the folder over."""
+        """Raise on all ranks if another run has taken over the folder."""
         found = None
         if self.owner is not None:
             try:
@@ -379,18 +374,18 @@ class CheckpointAndResume(L.Callback):
         if found is not None:
             raise InputError(found)
 
-    def _tidy(self) -> None:
+    def _prune(self) -> None:
         try:
-            tidy(
+            prune_checkpoints(
                 str(self.folder),
                 keep=self.keep,
                 keep_every=self.keep_every,
-                apart=self._passed_over,
+                ignored=self._ignored,
                 monitor=self.monitor,
                 mode=self.mode,
             )
-        except OSError as error:  # the new checkpoint is whole all the same
-            logger.warning("old checkpoints in %s are not deleted: %s", self.folder, error)
+        except OSError as error:  # the new checkpoint is complete
+            logger.warning("Old checkpoints in %s could not be deleted: %s", self.folder, error)
 
     def _join(self) -> None:
         if self._writing is not None:
@@ -400,11 +395,10 @@ class CheckpointAndResume(L.Callback):
 
 def _gloo_group() -> torch.distributed.ProcessGroup:
     group = torch.distributed.new_group(backend="gloo")
-    assert isinstance(group, torch.distributed.ProcessGroup)  # of all ranks, so this one is in it
+    assert isinstance(group, torch.distributed.ProcessGroup)  # this rank is a member
     return group
 
 
 def _bad_samples(trainer: L.Trainer) -> str | None:
-    """Return what the counter of bad samples has to say, where there is one."""
-    counters = (c for c in trainer.callbacks if isinstance(c, BadSamples))  # type: ignore[attr-defined]
-    return next((counter.too_many for counter in counters), None)
+    """Return the error message of the bad-sample monitor, if any."""
+    return next((c.error for c in trainer.callbacks if isinstance(c, BadSamples)), None)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS over the validation sets, by torchmetrics, so that they add up over ranks."""
+"""PSNR, SSIM and LPIPS over the validation sets, reduced over ranks with torchmetrics."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ from lrm_pl.data.batch import Batch
 from lrm_pl.data.datamodule import EVALUATION_SETS
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores, NotFiniteError
-from lrm_pl.training.logged import log_step
+from lrm_pl.training.step_logging import log_global_step
 
 logger = logging.getLogger(__name__)
 
@@ -18,28 +18,28 @@ logger = logging.getLogger(__name__)
 class ImageMetricsLogger(L.Callback):
     """Log ``val/<set>/{psnr,psnr_pooled,ssim,lpips}`` for the sets "unseen" and "heldout".
 
-    An ``LRMModule`` brings one where the trainer has none.
+    ``LRMModule`` adds this callback to a trainer without it.
 
     Attributes:
-        perceptual: The LPIPS network; None leaves LPIPS out. `lrm` sets it.
+        perceptual: The LPIPS network; None disables LPIPS. The `lrm` command sets it.
     """
 
     def __init__(self) -> None:
         self.perceptual: PerceptualLoss | None = None
         self.metrics: dict[str, ImageMetrics] = {}
-        self._said = False
+        self._logged = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say that LPIPS is left out."""
-        if self.perceptual is None and not self._said and trainer.is_global_zero:
-            self._said = True
+        """Log that LPIPS is disabled."""
+        if self.perceptual is None and not self._logged and trainer.is_global_zero:
+            self._logged = True
             logger.info(
-                "validations measure PSNR and SSIM; for LPIPS, give the trainer a callback ImageMetricsLogger whose "
-                'perceptual is pretrained_perceptual_loss("alex")'
+                "Validation measures PSNR and SSIM. For LPIPS, add an ImageMetricsLogger with "
+                'perceptual = pretrained_perceptual_loss("alex") to the callbacks'
             )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start from nothing."""
+        """Create new metrics."""
         if self.perceptual is not None:
             self.perceptual.to(pl_module.device)
         self.metrics = {name: ImageMetrics(self.perceptual).to(pl_module.device) for name in EVALUATION_SETS}
@@ -53,24 +53,24 @@ class ImageMetricsLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take in one batch, without what only stands in."""
-        real = batch.weight.nonzero().squeeze(-1)  # the one wait for a GPU: boolean masks would wait each
+        """Update the metrics with a batch, without its padding samples."""
+        real = batch.weight.nonzero().squeeze(-1)  # one device synchronization; boolean masks need one each
         if len(real):
             self.metrics[EVALUATION_SETS[dataloader_idx]].update(
                 outputs.images[real].flatten(0, 1).float(), batch.target.images[real].flatten(0, 1).float()
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the means over all ranks."""
-        log_step(pl_module, trainer.global_step)
+        """Log the metrics over all ranks."""
+        log_global_step(pl_module, trainer.global_step)
         for name, metric in self.metrics.items():
             if not trainer.strategy.reduce(metric.images.float(), reduce_op="sum"):
-                continue  # no held-out objects, or none that can be read
+                continue  # the set is empty, or no sample could be read
             try:
                 result = metric.compute()
-            except NotFiniteError as error:  # the run goes on, and stops by itself where gradients stay bad
+            except NotFiniteError as error:  # the gradient guard stops the run if needed
                 if trainer.is_global_zero:
-                    logger.warning("step %d, %s: %s", trainer.global_step, name, error)
+                    logger.warning("Step %d, %s: %s", trainer.global_step, name, error)
                 lpips = None if self.perceptual is None else math.nan
                 result = ImageScores(math.nan, math.nan, math.nan, lpips, int(metric.images))
             for key in ("psnr", "psnr_pooled", "ssim", "lpips"):
@@ -78,7 +78,6 @@ class ImageMetricsLogger(L.Callback):
                 if value is not None:
                     pl_module.log(f"val/{name}/{key}", value, prog_bar=key == "psnr_pooled", sync_dist=False)
 
-    # `lrm test` measures the same.
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end

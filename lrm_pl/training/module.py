@@ -1,4 +1,4 @@
-"""The LightningModule: the steps, the optimizer, the losses by name. No plotting, no metric maths, no files."""
+"""The LightningModule: training, validation and prediction steps, optimizer and logged losses."""
 
 import dataclasses
 import logging
@@ -21,33 +21,33 @@ from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.gradient_guard import GradientGuard, GuardConfig
 from lrm_pl.training.image_metrics import ImageMetricsLogger
-from lrm_pl.training.logged import is_logged, log_step
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks, require_equal_weights, shard
-from lrm_pl.training.precision import Float32Convolutions
-from lrm_pl.training.sharded_state import holder_of
+from lrm_pl.training.precision import DisableTF32
+from lrm_pl.training.sharded_state import state_access
+from lrm_pl.training.step_logging import is_logged_step, log_global_step
 from lrm_pl.training.supported import (
-    require_own_optimizer,
+    require_builtin_optimizer,
+    require_optimized_parameters,
     require_supported_length,
     require_supported_settings,
-    require_trained,
 )
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
 logger = logging.getLogger(__name__)
 
-#: What blocks compute in and are gathered in when they are sharded, by the trainer's precision.
+#: ``trainer.precision`` -> dtype in which sharded blocks are gathered and compute; None is float32.
 SHARDED_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
 @dataclasses.dataclass
 class Prediction:
-    """What an evaluation step returns to the callbacks.
+    """Rendered views of a batch.
 
     Attributes:
         images: (B, V, 3, H, W) rendered views over the targets' backgrounds, in [0, 1].
-        rendering: The same pixels with opacity and depth.
-        triplane: What they were rendered from.
+        rendering: Color, opacity and depth of the same views.
+        triplane: The triplanes that were rendered.
     """
 
     images: Float[Tensor, "B V 3 H W"]
@@ -56,15 +56,15 @@ class Prediction:
 
 
 class LRMModule(L.LightningModule):
-    """Train an LRM: one input view in, the input view and side views rendered and compared (LRM, section 3.4).
+    """Train an LRM with losses on rendered views of each object (LRM, section 3.4).
 
     Args:
         lrm: The network.
         renderer: The volume renderer.
         objective: The loss terms.
-        optimizer: AdamW and its schedule.
-        parallel: What is done to the network's blocks from outside.
-        guard: When a step with a bad gradient is skipped.
+        optimizer: AdamW and its learning rate schedule.
+        parallel: Activation checkpointing and compilation.
+        guard: When to skip a step with a bad gradient.
     """
 
     def __init__(
@@ -79,20 +79,19 @@ class LRMModule(L.LightningModule):
         super().__init__()
         self.lrm, self.renderer, self.objective, self.optimizer = lrm, renderer, objective, optimizer
         self.parallel, self.guard = parallel, GradientGuard(guard)
-        self.current_sample_ids: tuple[str, ...] = ()  # ids of the samples of the newest step, of this rank
-        self._terms: list[dict[str, Tensor]] = []  # loss terms of the step's accumulated batches
+        self.current_sample_ids: tuple[str, ...] = ()  # of the newest step on this rank
+        self._terms: list[dict[str, Tensor]] = []  # loss terms of accumulated batches
         self._configured = False
 
     def setup(self, stage: str) -> None:
-        """Refuse settings of the trainer that cannot be kept, and parameters that would not be trained.
-
-        An objective with LPIPS whose network nobody has attached is given the pretrained one.
+        """Reject unsupported settings of the trainer, and load the LPIPS network if the objective lacks it.
 
         Raises:
-            InputError: There are some, or the weights of LPIPS cannot be had.
+            InputError: A setting is not supported, trainable parameters have no optimizer, or the weights of LPIPS are
+                not available.
         """
         require_supported_settings(self.trainer)
-        require_trained(self, self.lrm)
+        require_optimized_parameters(self, self.lrm)
         if stage == "fit":
             require_supported_length(self.trainer)
         if stage == "fit" and self.objective.lpips and self.objective.perceptual is None:
@@ -100,65 +99,65 @@ class LRMModule(L.LightningModule):
             self.objective.perceptual = loss.to(self.trainer.strategy.root_device)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Keep float32 training free of TF32, and measure validations where the trainer has nothing that does."""
-        there = self.trainer.callbacks  # type: ignore[attr-defined]
-        own: list[L.Callback] = [Float32Convolutions(), ImageMetricsLogger()]
-        return [one for one in own if not any(isinstance(other, type(one)) for other in there)]
+        """Add ``DisableTF32`` and ``ImageMetricsLogger``, unless the trainer has them."""
+        existing = self.trainer.callbacks  # type: ignore[attr-defined]
+        defaults: list[L.Callback] = [DisableTF32(), ImageMetricsLogger()]
+        return [one for one in defaults if not any(isinstance(other, type(one)) for other in existing)]
 
     def on_fit_start(self) -> None:
         """Reject a custom ``configure_optimizers``.
 
         Raises:
-            InputError: Its optimizer or schedule is not the one of ``optimizer``.
+            InputError: Its optimizer or schedule is not that of ``optimizer``.
         """
-        require_own_optimizer(self.trainer)
+        require_builtin_optimizer(self.trainer)
 
     def on_train_start(self) -> None:
         """Set the learning rate of the first step, and warn about an encoder without pretrained weights."""
         self._set_learning_rate(self.trainer.optimizers[0])
         if self.global_step == 0 and not self.lrm.encoder.has_weights and self.trainer.is_global_zero:
             logger.warning(
-                "the encoder %s starts from random weights; encoder.load_pretrained(load_encoder_state(...)), of "
-                "lrm_pl.weights.encoders, gives it the pretrained ones",
+                "The encoder %s starts from random weights. To load pretrained ones, call "
+                "encoder.load_pretrained(load_encoder_state(...)) of lrm_pl.weights.encoders",
                 self.lrm.encoder.name,
             )
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "LRMModule":  # type: ignore[override] # noqa: ANN401 - Lightning's
-        """Load a checkpoint of Lightning into a new module; ``lrm``, ``renderer`` and ``objective`` are given anew.
+        """Load a checkpoint of Lightning into a new module.
 
         Args:
-            checkpoint_path: A file that ``Trainer.save_checkpoint`` has written.
-            options: Arguments of this class, and those of ``LightningModule.load_from_checkpoint``.
+            checkpoint_path: A file written by ``Trainer.save_checkpoint``.
+            options: Arguments of this class, of which ``lrm``, ``renderer`` and ``objective`` are required, and of
+                ``LightningModule.load_from_checkpoint``.
 
         Raises:
-            InputError: The parts are not given, or it is a checkpoint of a CheckpointAndResume.
+            InputError: A required argument is missing, or the path is a checkpoint of ``CheckpointAndResume``.
         """
         if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
             raise InputError(
                 expected="a file of Trainer.save_checkpoint",
                 found=f"the folder {checkpoint_path}",
                 remedy=(
-                    "for inference, `lrm export` it and open the result with lrm_pl.LRMPipeline.from_pretrained; to "
-                    "train on, give the trainer a CheckpointAndResume; for the weights alone, "
-                    "load_network(find_checkpoint(folder), module.lrm) of lrm_pl.training.state and "
-                    "lrm_pl.checkpoints"
+                    "for inference, use lrm_pl.LRMPipeline.from_pretrained(folder); to resume training, give the "
+                    "trainer a CheckpointAndResume; for the weights alone, call "
+                    "load_network(find_checkpoint(folder), module.lrm) of lrm_pl.checkpoints"
                 ),
             )
-        missing = [part for part in ("lrm", "renderer", "objective") if part not in options]
-        if missing and cls is LRMModule:  # a subclass may make them itself
+        missing = [name for name in ("lrm", "renderer", "objective") if name not in options]
+        if missing and cls is LRMModule:  # a subclass may construct them
             raise InputError(
-                expected="the parts of the module, which checkpoints do not describe",
+                expected="the arguments lrm, renderer and objective, which checkpoints do not store",
                 found=f"no {', '.join(missing)}",
-                remedy="give them: LRMModule.load_from_checkpoint(path, lrm=..., renderer=..., objective=...)",
+                remedy="call LRMModule.load_from_checkpoint(path, lrm=..., renderer=..., objective=...)",
             )
         return super().load_from_checkpoint(checkpoint_path, **options)
 
     def configure_model(self) -> None:
-        """Prepare the blocks, and shard where the strategy has laid out a mesh; Lightning calls this more than once.
+        """Prepare the blocks, and shard the network if the strategy has a device mesh. Repeated calls do nothing.
 
         Raises:
-            InputError: A precision that cannot be sharded, or ranks that hold different weights.
+            InputError: Sharding does not support the precision, or the weights differ between ranks.
         """
         if self._configured:
             return
@@ -168,14 +167,14 @@ class LRMModule(L.LightningModule):
             precision = str(self.trainer.precision)
             if precision not in SHARDED_PRECISIONS:
                 raise InputError(
-                    expected=f"a precision of {', '.join(SHARDED_PRECISIONS)} with a sharded network",
+                    expected=f"trainer.precision {' or '.join(SHARDED_PRECISIONS)} for a sharded network",
                     found=precision,
                 )
             require_equal_weights(self.lrm)
             shard(self.lrm, self.device_mesh, SHARDED_PRECISIONS[precision])
 
     def render(self, batch: Batch, views: Views) -> Prediction:
-        """Reconstruct the objects of a batch from their input views and render other views of them."""
+        """Reconstruct the objects of a batch from their input views and render the given views."""
         source = batch.input
         triplane = self.lrm(source.images, source.c2w, source.fxfycxcy)
         rendering = self.renderer(
@@ -184,8 +183,8 @@ class LRMModule(L.LightningModule):
         pixels = rendering.over(views.background[:, :, None, None])  # (B, V, H, W, 3)
         return Prediction(pixels.permute(0, 1, 4, 2, 3), rendering, triplane)
 
-    def look(self, batch: Batch) -> LossInputs:
-        """Render the target views of a batch, for the objective to judge."""
+    def render_targets(self, batch: Batch) -> LossInputs:
+        """Render the target views of a batch, and return them with the targets."""
         prediction, target = self.render(batch, batch.target), batch.target
         return LossInputs(
             prediction.images.flatten(0, 1), target.images.flatten(0, 1),
@@ -193,36 +192,35 @@ class LRMModule(L.LightningModule):
         )  # fmt: skip
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
-        """Leave the loop at once where the run is to stop: -1 is Lightning's word for it."""
+        """Return -1, which skips the rest of the epoch, if the trainer is to stop."""
         return -1 if self.trainer.should_stop else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of one batch; ``on_before_optimizer_step`` logs its terms by name."""
-        terms = self.objective(self.look(batch), self.global_step)
+        """Compute the loss of one batch; ``on_before_optimizer_step`` logs its terms."""
+        terms = self.objective(self.render_targets(batch), self.global_step)
         loss = sum(terms.values(), start=batch.target.images.new_zeros(()))
         self._terms.append({name: value.detach() for name, value in (terms | {"total": loss}).items()})
         self.current_sample_ids = (self.current_sample_ids if len(self._terms) > 1 else ()) + batch.ids
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the step's learning rate; log it and the loss terms: means over accumulated batches and ranks."""
+        """Set the learning rate; log it and the loss terms, averaged over accumulated batches and ranks."""
         rate = self._set_learning_rate(optimizer)
         terms, self._terms = self._terms, []
-        log_step(self, self.global_step + 1)  # always: Lightning's ModelCheckpoint names its files by it
+        log_global_step(self, self.global_step + 1)  # on every step, for Lightning's ModelCheckpoint
         if not self._logs:
             return
-        self.log(
-            "optim/lr", torch.full((), rate, device=self.device)
-        )  # a float would be copied, and waited for
+        # Lightning would copy a float to the device and synchronize.
+        self.log("optim/lr", torch.full((), rate, device=self.device))
         for name in terms[0]:
             mean = torch.stack([batch[name] for batch in terms]).mean()
             self.log(f"loss/{name}", self.trainer.strategy.reduce(mean))
 
     def _set_learning_rate(self, optimizer: torch.optim.Optimizer) -> float:
-        """Set the learning rate of the next step, and return it."""
+        """Set and return the learning rate of the next step."""
         rate = self.optimizer.learning_rate(self.global_step, self.trainer.max_steps)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+            group["lr"] = rate * group["lr_scale"]
         return rate
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -231,7 +229,7 @@ class LRMModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the guard's state."""
-        self.guard.resume(checkpoint["guard"])
+        self.guard.load_state(checkpoint["guard"])
 
     def configure_gradient_clipping(
         self,
@@ -239,45 +237,45 @@ class LRMModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient by its norm, or skip the step if it is bad; nothing waits for the device."""
-        holder = holder_of(self.trainer, self.lrm)
-        norm = holder.gradient_norm()
-        holder.clip_or_skip(norm, gradient_clip_val, self.guard.judge(norm))
+        """Clip the gradient by its norm, or skip the step; does not synchronize with the device."""
+        access = state_access(self.trainer, self.lrm)
+        norm = access.gradient_norm()
+        access.clip_or_skip(norm, gradient_clip_val, self.guard.check(norm))
         if self._logs:
             self.log("optim/grad_norm", norm)
             self.log("optim/skipped_steps", self.guard.num_skipped)
 
-    # Lightning's type asks for a tensor or a mapping; it hands whatever comes to the callbacks.
+    # Lightning's annotation requires a tensor or a mapping, but any value is passed to callbacks.
     def validation_step(  # type: ignore[override]
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> Prediction:
-        """Render whole target views; callbacks measure and show them."""
+        """Render the target views at full size, for callbacks."""
         prediction = self.render(batch, batch.target)
         return dataclasses.replace(prediction, images=prediction.images.clamp(0, 1))
 
     def test_step(  # type: ignore[override]
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> Prediction:
-        """Do as in validation."""
+        """Render the target views, as in validation."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Scene]:
-        """Reconstruct the objects of a batch; a callback writes them."""
+        """Reconstruct the objects of a batch."""
         source = batch.input
         field = self.lrm.field(self.lrm(source.images, source.c2w, source.fxfycxcy))
         scenes = []
         for index in range(len(batch.ids)):
             camera = InputCamera.like(source.c2w[index, 0], source.fxfycxcy[index, 0])
-            one = dataclasses.replace(field, planes=field.planes[index : index + 1])
-            scenes.append(Scene(one, camera, self.renderer))
+            single = dataclasses.replace(field, planes=field.planes[index : index + 1])
+            scenes.append(Scene(single, camera, self.renderer))
         return scenes
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Make AdamW: fused, but for a GradScaler (16-mixed), under which Lightning cannot clip for a fused one."""
+        """Create AdamW, fused unless there is a GradScaler (16-mixed), with which Lightning cannot clip for it."""
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return self.optimizer.build(self.lrm, fused=not scaled)
 
     @property
     def _logs(self) -> bool:
-        """Whether the step that is being made is one that Lightning logs."""
-        return is_logged(self.trainer, self.global_step + 1)
+        """Whether the current step is logged."""
+        return is_logged_step(self.trainer, self.global_step + 1)

@@ -1,7 +1,7 @@
-"""AdamW without decay where it does not belong, and a warm-up + cosine schedule that fits the run's length.
+"""AdamW without weight decay of norms, biases and embeddings, and a warm-up and cosine schedule.
 
-The learning rate is a pure function of the step and the run's length, so it has no state to save, and a run that is
-resumed with another length follows the new one.
+The learning rate is a function of the step and the length of the run. It has no state, so a run that is resumed with
+another length follows the new schedule.
 """
 
 import dataclasses
@@ -24,13 +24,12 @@ class OptimizerConfig:
 
     Attributes:
         lr: Peak learning rate.
-        betas: Decay of the moment estimates.
-        weight_decay: Decoupled decay of matrices and kernels; none on norms, biases and embeddings.
-        warmup: Fraction of the run's steps spent warming up. A share and not a number, so that a short run leaves
-            its warm-up; the paper's 3000 steps are 0.07 of its run.
-        final_lr: Learning rate at the end, as a share of the peak.
-        layer_decay: For fine-tuning: a block learns at this share of the rate of the block behind it, through
-            transformer and encoder to the image; what follows the last block learns at the full rate (BEiT, A.2).
+        betas: Decay rates of the moment estimates.
+        weight_decay: Weight decay of linear and convolution weights; norms, biases and embeddings have none.
+        warmup: Number of warm-up steps as a fraction of all steps. The 3000 steps of the paper are 0.07.
+        final_lr: Learning rate of the last step as a fraction of the peak.
+        layer_decay: For fine-tuning, the learning rate of a block as a fraction of that of the next block, from the
+            last transformer block to the first encoder block (layer-wise decay; BEiT, A.2).
     """
 
     lr: float = 4e-4
@@ -41,17 +40,17 @@ class OptimizerConfig:
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Validate the ranges."""
         rules = {
             "lr of at least 0": self.lr >= 0,
             "betas in [0, 1)": all(0 <= beta < 1 for beta in self.betas),
             "weight_decay of at least 0": self.weight_decay >= 0,
-            "warmup, a share of the run's steps, in [0, 1]": 0 <= self.warmup <= 1,
-            "final_lr, a share of lr, in [0, 1]": 0 <= self.final_lr <= 1,
+            "warmup, a fraction of all steps, in [0, 1]": 0 <= self.warmup <= 1,
+            "final_lr, a fraction of lr, in [0, 1]": 0 <= self.final_lr <= 1,
             "layer_decay in (0, 1]": 0 < self.layer_decay <= 1,
         }
-        for rule, kept in rules.items():
-            if not kept:  # NaN keeps none
+        for rule, holds in rules.items():
+            if not holds:  # also for NaN
                 name = rule.replace(",", " ").split()[0]
                 raise InputError(
                     expected=f"model.optimizer.{rule}",
@@ -60,13 +59,13 @@ class OptimizerConfig:
                 )
 
     def build(self, model: LRM, *, fused: bool = True) -> torch.optim.AdamW:
-        """Make the optimizer; each group's share of the learning rate is its ``share``.
+        """Create the optimizer. The key ``lr_scale`` of each group scales its learning rate.
 
         Args:
-            model: Whose parameters.
-            fused: One kernel per step, which can skip a step on the device (``found_inf``).
+            model: The network to optimize.
+            fused: Use the fused implementation, which can skip a step on the device (``found_inf``).
         """
-        groups = parameter_groups(model, self.weight_decay, layer_shares(model, self.layer_decay))
+        groups = parameter_groups(model, self.weight_decay, layer_lr_scales(model, self.layer_decay))
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused)
 
     def learning_rate(self, step: int, steps: int) -> float:
@@ -83,43 +82,44 @@ def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def layer_shares(lrm: LRM, decay: float) -> dict[int, float]:
-    """Compute the share of the learning rate of every parameter in or before a block, by the parameter's id."""
+def layer_lr_scales(lrm: LRM, decay: float) -> dict[int, float]:
+    """Return id of the parameter -> factor on the learning rate for layer-wise decay."""
     blocks = network_blocks(lrm)
-    shares = {
+    scales = {
         id(p): decay ** (len(blocks) - number)
         for number, block in enumerate(blocks)
         for p in block.parameters()
     }
     encoder_blocks = len(blocks) - len(lrm.transformer.blocks)
-    # What a block is fed with learns as slowly as one more block in its place.
-    entries = [
+    # Inputs of a stage count as one more block in front of it.
+    inputs = [
         lrm.transformer.tokens,
         *(p for m in (lrm.camera_embedder, lrm.view_norm) if m for p in m.parameters()),
     ]
-    for parameters, number in ((lrm.encoder.parameters(), 0), (entries, encoder_blocks)):
+    for parameters, number in ((lrm.encoder.parameters(), 0), (inputs, encoder_blocks)):
         for parameter in parameters:
-            shares.setdefault(id(parameter), decay ** (len(blocks) - number + 1))
-    return shares
+            scales.setdefault(id(parameter), decay ** (len(blocks) - number + 1))
+    return scales
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, shares: Mapping[int, float] = MappingProxyType({})
+    model: nn.Module, weight_decay: float, lr_scales: Mapping[int, float] = MappingProxyType({})
 ) -> list[dict[str, Any]]:
-    """Split trainable parameters by whether they decay (weights of linear and convolution layers), and by share.
+    """Group trainable parameters by learning rate and weight decay.
 
     Args:
-        model: Whose parameters.
-        weight_decay: Of those that decay.
-        shares: Fraction of the learning rate by the parameter's id; 1 where none is named.
+        model: The module to optimize.
+        weight_decay: Weight decay of linear and convolution weights.
+        lr_scales: Id of the parameter -> factor on the learning rate, 1 by default.
     """
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, layers)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = []
-    for share in sorted({shares.get(id(p), 1.0) for p in trainable}):
-        members = [p for p in trainable if shares.get(id(p), 1.0) == share]
+    for scale in sorted({lr_scales.get(id(p), 1.0) for p in trainable}):
+        members = [p for p in trainable if lr_scales.get(id(p), 1.0) == scale]
         for decays in (True, False):
             chosen = [p for p in members if (id(p) in decayed) is decays]
-            groups.append({"params": chosen, "weight_decay": weight_decay if decays else 0.0, "share": share})
+            decay = weight_decay if decays else 0.0
+            groups.append({"params": chosen, "weight_decay": decay, "lr_scale": scale})
     return [group for group in groups if group["params"]]

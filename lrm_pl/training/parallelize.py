@@ -1,14 +1,14 @@
-"""What is done to the network from outside before it trains: recomputed activations, compiled blocks, shards.
+"""Prepare the network for training: activation checkpointing, compilation of blocks, and sharding.
 
-In this order: recomputation is compiled with its block, and a block is sharded as a whole. Nothing here changes a
-parameter's name, so a checkpoint does not depend on it.
+They are applied in this order, so that a checkpointed block is compiled as one unit and sharded as one unit. None of
+them renames parameters, so checkpoints do not depend on them.
 """
 
 import dataclasses
 import functools
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -21,14 +21,13 @@ from lrm_pl.models.lrm import LRM
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """How blocks are run.
+    """Activation checkpointing and compilation of blocks.
 
     Attributes:
-        activation_checkpointing_every: Checkpoint the activations of every n-th block (1: all, 0: none): backward
-            recomputes them.
-        recompute_mlp: The MLP of a transformer block keeps only its input, and computes the hidden layer again in
-            backward: a third less memory for a twentieth more time.
-        compile: Compile each block with ``torch.compile``: the first step takes minutes, later ones less.
+        activation_checkpointing_every: Checkpoint the activations of every n-th block (1: all, 0: none).
+        recompute_mlp: Checkpoint the activations of the MLPs of transformer blocks, which saves a third of the memory
+            for 5 % more time.
+        compile: Compile each block with ``torch.compile``. The first step takes minutes, later steps are faster.
     """
 
     activation_checkpointing_every: int = 0
@@ -36,7 +35,7 @@ class ParallelConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the ranges."""
         if self.activation_checkpointing_every < 0:
             raise InputError(
                 expected="activation_checkpointing_every of 0 or more",
@@ -50,43 +49,41 @@ def network_blocks(lrm: LRM) -> list[nn.Module]:
 
 
 def prepare_blocks(lrm: LRM, config: ParallelConfig) -> None:
-    """Make blocks recompute, then compile them, in place."""
+    """Apply activation checkpointing and compilation to blocks, in place."""
     if config.recompute_mlp:
         for block in lrm.transformer.blocks:
-            # It stops before the last product, whose result nothing needs.
-            _recompute(block, "mlp_step")
+            _checkpoint_method(block, "mlp_step")  # its recomputation stops before the last layer
     for number, block in enumerate(network_blocks(lrm), start=1):
         trained = any(p.requires_grad for p in block.parameters())
-        if (
-            config.activation_checkpointing_every
-            and number % config.activation_checkpointing_every == 0
-            and trained
-        ):
-            _recompute(block, "forward")
+        every = config.activation_checkpointing_every
+        if every and number % every == 0 and trained:
+            _checkpoint_method(block, "forward")
         if config.compile:
             block.compile()
 
 
-def _recompute(module: nn.Module, method: str) -> None:
-    """Make a method of a module keep only its inputs for backward."""
+def _checkpoint_method(module: nn.Module, method: str) -> None:
+    """Apply activation checkpointing to a method of a module."""
     setattr(module, method, functools.partial(checkpoint, getattr(module, method), use_reentrant=False))
 
 
-def mesh_layout(processes: int, copies: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return shape and names of the mesh that shards over all processes, or makes copies and shards each (HSDP)."""
-    return ((processes,), ("shard",)) if copies == 1 else ((copies, processes // copies), ("copy", "shard"))
+def mesh_shape(processes: int, replicas: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the shape and dimension names of a device mesh for FSDP, or for HSDP if there are several replicas."""
+    if replicas == 1:
+        return (processes,), ("shard",)
+    return (replicas, processes // replicas), ("replicate", "shard")
 
 
 def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
-    """Shard parameters over a mesh with FSDP2, in place: every block on its own, the small modules as one group.
+    """Shard parameters over a mesh with FSDP2, in place: one group per block, and one for all other modules.
 
     Args:
         lrm: The network, with equal weights on all ranks.
-        mesh: One dimension shards over all ranks; two replicate over the first and shard over the second (HSDP).
-        block_dtype: What blocks compute in and are gathered in; their gradients are reduced in float32. None, and
-            the small modules (camera embedder, decoder, norms, tokens) always: float32.
+        mesh: A 1-D mesh to shard over, or a 2-D mesh to replicate over the first dimension and shard over the second.
+        block_dtype: dtype in which blocks are gathered and compute; None is float32. Gradients are reduced in float32.
+            The other modules (camera embedder, decoder, norms, tokens) are always float32.
     """
-    # FSDP's own cast would round poses and intrinsics; autocast casts what may be cast.
+    # FSDP's cast of inputs would round poses and intrinsics; autocast casts selectively.
     policy = MixedPrecisionPolicy(
         param_dtype=block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -96,7 +93,7 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
             module for module in block.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)
         ]
         if block_dtype is not None and norms:
-            # A group of their own: what they norm is float32, and a CPU refuses weights of another type.
+            # Their inputs are float32, and the CPU kernel requires weights of the same dtype.
             fully_shard(norms, mesh=mesh, mp_policy=exact)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     shards = mesh.size(mesh.ndim - 1)
@@ -104,60 +101,26 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
-    """Cut tokens and embeddings, (1, N, D), along N or D: FSDP2 would pad their first dimension to a row a rank."""
+    """Shard tokens and embeddings (1, N, D) along N or D, since FSDP2 would pad the first dimension."""
     if parameter.shape[0] >= shards:
         return None
     return next((Shard(d) for d, size in enumerate(parameter.shape) if size % shards == 0), None)
 
 
 def require_equal_weights(module: nn.Module) -> None:
-    """Refuse ranks that start from different weights, which sharding would mix.
+    """Check that all ranks start from equal weights, which sharding would otherwise mix.
 
     Raises:
-        InputError: They differ.
+        InputError: The weights differ between ranks.
     """
     if not torch.distributed.is_initialized():
         return
-    # A sum a parameter, on the device that the process group speaks.
     sums = torch.stack([p.detach().double().sum() for p in module.parameters()])
     bounds = torch.stack([sums, -sums]).to(collective_device())
     torch.distributed.all_reduce(bounds, torch.distributed.ReduceOp.MAX)
     if not torch.equal(bounds[0], -bounds[1]):
         raise InputError(
-            expected="the same initial weights on all ranks",
+            expected="equal initial weights on all ranks",
             found="different ones",
-            remedy="give one seed to all of them (--seed_everything 0) and the same weights files",
+            remedy="use the same seed (--seed_everything 0) and the same weight files on all ranks",
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """What a rank holds of a tensor that is cut like a line of numbers, as ZeRO cuts.
-
-    Attributes:
-        local: The numbers from ``start`` on of the flattened tensor; may be none.
-        start: Where they begin.
-        shape: Shape of the whole.
-    """
-
-    local: Tensor
-    start: int
-    shape: torch.Size
-
-    def whole(self) -> Tensor:
-        """Return the whole tensor; all ranks must call this."""
-        flat = self.local.new_zeros(self.shape.numel())
-        flat[self.start : self.start + len(self.local)] = self.local
-        torch.distributed.all_reduce(flat)
-        return flat.view(self.shape)
-
-    def fill(self, value: Tensor) -> None:
-        """Take this rank's numbers from a whole tensor."""
-        self.local.copy_(value.flatten()[self.start : self.start + len(self.local)])
-
-
-def whole(tensor: Tensor | Part) -> Tensor:
-    """Return a tensor that may be in shards or parts as an ordinary one; all ranks must call this."""
-    if isinstance(tensor, Part):
-        return tensor.whole()
-    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Which precisions a trainer may have, and what they mean on GPUs."""
+"""Supported values of ``trainer.precision``."""
 
 import contextlib
 
@@ -8,57 +8,56 @@ import torch
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import without_tf32
 
-#: Type of products by the trainer's precision. Weights are float32 with all of them.
+#: ``trainer.precision`` -> dtype of matrix products. Weights are always float32.
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
-
 
 #: Lightning's short names.
 _SHORT = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def require_supported_precision(precision: str) -> str:
-    """Refuse precisions whose weights are not float32: cameras, compositing and the optimizer need it.
+    """Reject precisions with weights in another dtype than float32, which cameras and compositing need.
 
     Args:
-        precision: As in ``trainer.precision``.
+        precision: Value of ``trainer.precision``.
 
     Returns:
-        Its full name, a key of ``DTYPES``.
+        The full name of the precision, a key of ``DTYPES``.
 
     Raises:
-        InputError: It is one of these.
+        InputError: The precision is not supported.
     """
     precision = _SHORT.get(precision, precision)
     if precision not in DTYPES:
         raise InputError(
             expected=f"trainer.precision {', '.join(DTYPES)}",
             found=precision,
-            remedy="choose one of these: weights stay float32, and bf16-mixed computes products in bfloat16",
+            remedy="use bf16-mixed for float32 weights and bfloat16 products",
         )
     return precision
 
 
-class Float32Convolutions(L.Callback):
-    """Turn TF32 off for as long as a trainer with ``precision: 32-true`` runs.
+class DisableTF32(L.Callback):
+    """Disable TF32 in cuDNN convolutions while a trainer with ``precision: 32-true`` runs.
 
-    PyTorch lets cuDNN use TF32 by default; backward reads the switch too, so that all of the run is covered. Other
-    precisions, and products that ``torch.set_float32_matmul_precision`` allows to be rounded, are left alone.
+    PyTorch enables it by default. Other precisions are not affected, nor is a run for which
+    ``torch.set_float32_matmul_precision`` allows lower precision.
     """
 
     def __init__(self) -> None:
         self._running = contextlib.ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Turn it off."""
+        """Disable TF32."""
         if trainer.precision == "32-true" and torch.get_float32_matmul_precision() == "highest":
             self._running.enter_context(without_tf32())
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore it."""
+        """Restore the setting."""
         self._running.close()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Restore it: Lightning does not call ``teardown`` then."""
+        """Restore the setting; Lightning does not call ``teardown`` after an exception."""
         self._running.close()

@@ -1,7 +1,11 @@
-"""The folder of a run: where it is, that one run at a time is in it, and what to go on from."""
+"""The folder of a run: its path, its lock, and the log files of loggers in it."""
 
 import dataclasses
+import fcntl
 import inspect
+import logging
+import os
+import weakref
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -10,21 +14,54 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lrm_pl.errors import InputError
-from lrm_pl.training.csv_rows import AppendedRows
+from lrm_pl.locks import NO_LOCKS
+from lrm_pl.training.csv_log import AppendingCSVWriter
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+
+
+class RunLock:
+    """An exclusive lock of a run's folder, released when the object is deleted or the process ends.
+
+    It is a POSIX lock instead of ``flock``. Child processes do not inherit it, so data workers that outlive a killed
+    process do not block the next one, and it works across nodes on a network file system.
+
+    Raises:
+        InputError: Another process holds the lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+            raise InputError(
+                f"Another run is using {folder}",
+                remedy="wait until it ends, or use another folder (--run.folder, or folder of CheckpointAndResume)",
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning(
+                "The file system of %s has no locks (%s). Do not start a second run there", folder, error
+            )
 
 
 @dataclasses.dataclass
 class RunConfig:
-    """Where a run is kept, and whether it goes on.
+    """Folder and resumption of a run.
 
     Attributes:
-        folder: The run's folder. Started again with the same folder, a run goes on where it was. Null makes a new
-            one, runs/lrm/version_N.
-        resume: "auto" goes on from the newest whole checkpoint in the folder, and starts where there is none; "never"
-            starts, and refuses a folder that has checkpoints; anything else is where a new run begins: the path of a
-            checkpoint, or the folder of a run whose newest one is taken. Once the run has checkpoints of its own it
-            goes on from these, so that it may be started again with the same command.
-        profile: So many steps, after a warm-up of five, are traced into ``profile/`` in the folder; 0: none.
+        folder: Folder of the run. A run that is started again with the same folder is resumed. Null creates a new
+            folder, runs/lrm/version_N.
+        resume: "auto" resumes from the newest valid checkpoint in the folder, if any. "never" starts from the first
+            step and rejects a folder with checkpoints. A path of a checkpoint or of another run (its newest
+            checkpoint) is where a new run starts; once the run has its own checkpoints, it resumes from these.
+        profile: Number of steps to trace into ``profile/`` in the folder, after five warm-up steps; 0 disables this.
     """
 
     folder: str | None = None
@@ -33,35 +70,34 @@ class RunConfig:
 
 
 def run_path(folder: str) -> Path:
-    """Return the run's folder as an absolute path: what ``~`` and relative paths mean is settled once.
+    """Return the run's folder as an absolute path.
 
     Raises:
-        InputError: It is a URL: logs are appended to, which object stores cannot do; or nothing, which would be the
-            working folder.
+        InputError: The folder is empty, or a URL; object stores do not support appending to logs.
     """
     if not folder:
         raise InputError(
-            expected="a folder after --run.folder",
-            found="nothing",
-            remedy="is a variable of the shell empty?",
+            expected="a path for --run.folder",
+            found="an empty string",
+            remedy="check that the shell variable is set",
         )
     if "://" in folder:
         raise InputError(
-            expected="a local folder for a run's logs",
-            found=f"--run.folder {folder}",
+            expected="a local path for --run.folder",
+            found=folder,
             remedy=(
-                "keep only checkpoints there: --trainer.callbacks with CheckpointAndResume's init_args {folder: "
-                f"{folder}}}"
+                "to store only checkpoints there, use --trainer.callbacks with init_args of CheckpointAndResume "
+                f"{{folder: {folder}}}"
             ),
         )
     return Path(folder).expanduser().absolute()
 
 
-def place_loggers(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - a config: what the user gave, not checked yet
-    """Make every logger of a trainer's config write into the run's folder itself, where one is given.
+def set_logger_folders(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - an unvalidated config
+    """Make all loggers in a trainer's config write to the run's folder, if one is given.
 
     Raises:
-        InputError: A logger that Lightning would choose and place elsewhere.
+        InputError: ``loggers`` is null or true, so that Lightning would choose the logger and its folder.
     """
     path = None if folder is None else run_path(folder)
     for logger_config in _listed(loggers):
@@ -69,89 +105,84 @@ def place_loggers(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - a
             if path is None:
                 continue
             raise InputError(
-                expected="trainer.logger to name a logger, or false",
-                found=f"{logger_config}: Lightning's choice would not write into the run's folder",
-                remedy="leave it out for TensorBoard",
+                expected="trainer.logger as a logger or false",
+                found=f"{logger_config}, with which Lightning would not write to the run's folder",
+                remedy="omit the option for TensorBoard",
             )
-        if logger_config.get("init_args") is None:  # a class that was named without arguments
+        if logger_config.get("init_args") is None:
             logger_config["init_args"] = {}
-        arguments, kind = logger_config["init_args"], resolve_name(logger_config["class_path"])
         if path is None:
             continue
-        if issubclass(kind, TensorBoardLogger | CSVLogger):  # these would make a folder in it
-            placed = {"save_dir": str(path.parent), "name": "", "version": path.name}
+        logger_class = resolve_name(logger_config["class_path"])
+        if issubclass(logger_class, TensorBoardLogger | CSVLogger):  # they write to save_dir/name/version
+            values = {"save_dir": str(path.parent), "name": "", "version": path.name}
         else:
-            placed = {"save_dir": str(path), "name": path.name}
-        taken = inspect.signature(kind).parameters
-        for name in placed.keys() & taken.keys():
-            arguments[name] = placed[name]
+            values = {"save_dir": str(path), "name": path.name}
+        for name in values.keys() & inspect.signature(logger_class).parameters.keys():
+            logger_config["init_args"][name] = values[name]
 
 
-def fresh_folder(loggers: Any, root: str | None) -> str | None:  # noqa: ANN401 - a config
-    """Return a new folder for a run without one whose first logger makes none; None where it does.
+def new_run_folder(loggers: Any, root: str | None) -> str | None:  # noqa: ANN401 - a config
+    """Return a new folder for a run, or None if its first logger creates one.
 
     Args:
         loggers: ``trainer.logger`` of the config.
-        root: ``trainer.default_root_dir``.
+        root: ``trainer.default_root_dir`` of the config.
     """
     listed = _listed(loggers)
-    makes_one = listed and (
+    if listed and (
         listed[0] in (None, True)
         or issubclass(resolve_name(listed[0]["class_path"]), TensorBoardLogger | CSVLogger)
+    ):
+        return None
+    parent = Path(root or "runs") / "lrm"
+    versions = [path.name.removeprefix("version_") for path in parent.glob("version_*")]
+    return str(
+        parent / f"version_{max([int(name) for name in versions if name.isdecimal()], default=-1) + 1}"
     )
-    return None if makes_one else _new_version(root)
-
-
-def _new_version(root: str | None) -> str:
-    place = Path(root or "runs") / "lrm"
-    taken = [path.name.removeprefix("version_") for path in place.glob("version_*")]
-    return str(place / f"version_{max([int(name) for name in taken if name.isdecimal()], default=-1) + 1}")
 
 
 def _listed(loggers: Any) -> list[Any]:  # noqa: ANN401 - a config
-    """Return the loggers of a config as a list; false is none."""
+    """Return the loggers of a config as a list, empty for false."""
     return [one for one in (loggers if isinstance(loggers, list) else [loggers]) if one is not False]
 
 
-def folder_of(trainer: L.Trainer) -> Path:
-    """Return the run's folder as this process sees it; ``trainer.log_dir`` asks all ranks, this asks none."""
+def trainer_folder(trainer: L.Trainer) -> Path:
+    """Return the run's folder on this rank. Unlike ``trainer.log_dir``, it does not broadcast."""
     first = trainer.loggers[0] if trainer.loggers else None
-    made = first.log_dir if isinstance(first, TensorBoardLogger | CSVLogger) else first and first.save_dir
-    return Path(made or trainer.default_root_dir)
+    folder = first.log_dir if isinstance(first, TensorBoardLogger | CSVLogger) else first and first.save_dir
+    return Path(folder or trainer.default_root_dir)
 
 
-def claim_new_folder(trainer: L.Trainer) -> Path:
-    """Make the folder of a run without ``--run.folder``: the next version, also where others begin at the same time."""
+def create_run_folder(trainer: L.Trainer) -> Path:
+    """Create the folder of a run without ``--run.folder``, the next version; safe if several runs start at once."""
     first = trainer.loggers[0] if trainer.loggers else None
-    # None as long as nobody has looked; a number or a name that the config gives is kept.
-    finds_one = isinstance(first, TensorBoardLogger | CSVLogger) and first._version is None
+    # The version is None until it is read, unless the config sets it.
+    automatic = isinstance(first, TensorBoardLogger | CSVLogger) and first._version is None
     while True:
-        folder = folder_of(trainer)
+        folder = trainer_folder(trainer)
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            if first is None or not finds_one:
+            if first is None or not automatic:
                 return folder
-            first._version = None  # type: ignore[attr-defined]  # looks for the next one anew
+            first._version = None  # type: ignore[attr-defined]  # makes the logger choose the next version again
         else:
             return folder
 
 
-def run_of(path: str) -> Path | None:
-    """Return the local folder of the run that PATH is, or in which PATH, one checkpoint or all, lies; else None."""
+def find_run_folder(path: str) -> Path | None:
+    """Return the local run folder of a path: a run, its checkpoint folder or a checkpoint. Return None for others."""
     if "://" in path:
         return None
-    place = Path(path).expanduser().absolute()
-    return next((f for f in (place, *place.parents[:2]) if (f / "config.yaml").is_file()), None)
+    folder = Path(path).expanduser().absolute()
+    return next((f for f in (folder, *folder.parents[:2]) if (f / "config.yaml").is_file()), None)
 
 
-def purge_after(loggers: list[Any], step: int) -> None:
-    """Make loggers drop points after ``step``: a run logged them after the checkpoint it goes on from.
-
-    With step 0 these are all: of a run that ended before its first checkpoint.
-    """
+def drop_logs_after(loggers: list[Any], step: int) -> None:
+    """Make loggers drop values after ``step``, which the run logged after the checkpoint that it resumes from."""
     for log in loggers:
         if isinstance(log, TensorBoardLogger):
             log._kwargs["purge_step"] = step + 1
         elif isinstance(log, CSVLogger):
-            log._experiment = AppendedRows(log.log_dir, step)
+            log._experiment = AppendingCSVWriter(log.log_dir, step)

@@ -1,39 +1,40 @@
-"""What of a run goes into a checkpoint, and how it comes back: tensors, place in the data, guard, scaler, callbacks."""
+"""The state of a run in a checkpoint: tensors, data position, gradient guard, gradient scaler and callbacks."""
 
+import json
 import logging
 from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lrm_pl.checkpoints import Checkpoint, tensor_names
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
-from lrm_pl.training.callback_states import callback_states, load_callback_states
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.sharded_state import holder_of
-from lrm_pl.training.state import Held, average_tensors, read_state
+from lrm_pl.training.sharded_state import StateTensor, read_state, state_access
 
 logger = logging.getLogger(__name__)
 
-#: Tensors that a checkpoint may lack -> what is said then.
-OPTIONAL = {"adam": "the optimizer's moments start anew", "average": "it starts at the weights"}
+#: Prefix of optional tensors -> effect if a checkpoint lacks them.
+OPTIONAL = {"adam": "the optimizer state starts empty", "average": "the average starts from the weights"}
 
 
-def run_tensors(trainer: L.Trainer, module: LRMModule) -> dict[str, Held]:
-    """Name the weights, AdamW's moments and the moving average of a run; they are its own."""
-    holder = holder_of(trainer, module.lrm)
-    tensors = holder.network() | holder.moments()
+def run_tensors(trainer: L.Trainer, module: LRMModule) -> dict[str, StateTensor]:
+    """Return weights, optimizer state and moving average by checkpoint name, sharing memory with the run."""
+    access = state_access(trainer, module.lrm)
+    tensors = access.network() | access.optimizer_state()
     for callback in _averages(trainer):
-        tensors |= average_tensors(callback.average)
+        tensors |= {f"average.{name}": tensor for name, tensor in callback.average.items()}
     return tensors
 
 
-def run_numbers(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, Any]:
-    """Return what else a run is made of after ``step`` steps, the same on every rank, as JSON can hold it."""
+def run_metadata(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, Any]:
+    """Return the state besides tensors after ``step`` steps as JSON values, equal on all ranks."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return {
-        "position": data_of(trainer).position(step),
+        "position": require_data_module(trainer).position(step),
         "guard": module.guard.state(),
         "scaler": {} if scaler is None else scaler.state_dict(),
         "callbacks": callback_states(trainer),
@@ -41,48 +42,46 @@ def run_numbers(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, A
 
 
 def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> None:
-    """Make a run that is about to start go on from a checkpoint; all ranks call this together.
+    """Restore the state of a run before its first step. All ranks must call this together.
 
     Raises:
-        CheckpointError: A tensor of the network is missing, or a shape is another.
+        CheckpointError: A tensor of the network is missing, or a shape differs.
     """
-    for callback in _averages(trainer):
-        callback.begin(module)
+    averages = _averages(trainer)
+    for callback in averages:
+        callback.reset(module)
     tensors = run_tensors(trainer, module)
-    found = tensor_names(checkpoint)
-    for kind, lost in OPTIONAL.items():
-        if any(name.startswith(f"{kind}.") for name in found):
+    stored = {name.partition(".")[0] for name in tensor_names(checkpoint)}
+    for prefix, effect in OPTIONAL.items():
+        if prefix in stored:
             continue
-        if any(name.startswith(f"{kind}.") for name in tensors) and trainer.is_global_zero:
-            logger.warning("%s holds nothing under %r: %s", checkpoint.path, kind, lost)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{kind}.")}
-    if (
-        not _averages(trainer)
-        and any(name.startswith("average.") for name in found)
-        and trainer.is_global_zero
-    ):
+        remaining = {name: t for name, t in tensors.items() if not name.startswith(f"{prefix}.")}
+        if len(remaining) < len(tensors) and trainer.is_global_zero:
+            logger.warning("%s has no tensors %s.*; %s", checkpoint.path, prefix, effect)
+        tensors = remaining
+    if "average" in stored and not averages and trainer.is_global_zero:
         logger.warning(
-            "%s holds a moving average, which this run does not go on with: it has no WeightAverage among "
-            "trainer.callbacks", checkpoint.path,
-        )  # fmt: skip
+            "%s has a moving average, which this run does not continue, because trainer.callbacks has no WeightAverage",
+            checkpoint.path,
+        )
     read_state(checkpoint, tensors)
-    holder_of(trainer, module.lrm).changed()
-    if not any(name.startswith("average.") for name in tensors):
-        for callback in _averages(trainer):  # of the weights that have been read
-            callback.begin(module)
-    module.guard.resume(checkpoint.run["guard"])
+    state_access(trainer, module.lrm).apply_changes()
+    if "average" not in stored:
+        for callback in averages:  # from the weights that were read
+            callback.reset(module)
+    module.guard.load_state(checkpoint.run["guard"])
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and checkpoint.run["scaler"]:
         scaler.load_state_dict(checkpoint.run["scaler"])
     load_callback_states(trainer, checkpoint.run.get("callbacks", {}))
-    data_of(trainer).resume(checkpoint.step, int(checkpoint.run["position"]))
+    require_data_module(trainer).resume(checkpoint.step, int(checkpoint.run["position"]))
     set_progress(trainer, checkpoint.step)
 
 
 def set_progress(trainer: L.Trainer, step: int) -> None:
-    """Tell Lightning's loops that ``step`` optimizer steps are done, as if they had been done in this process.
+    """Set the counters of Lightning's loops to ``step`` optimizer steps done.
 
-    Its own loop state is not used: that is of a moment inside a step, and of one accumulation and world size.
+    Lightning's own loop state is not used, since it depends on gradient accumulation and world size.
     """
     loop = trainer.fit_loop.epoch_loop
     steps = loop.automatic_optimization.optim_progress.optimizer.step.total
@@ -96,18 +95,63 @@ def _averages(trainer: L.Trainer) -> list[WeightAverage]:
     return [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]  # type: ignore[attr-defined]
 
 
-def data_of(trainer: L.Trainer) -> ShardDataModule:
-    """Return the data module, whose position a checkpoint holds.
+def require_data_module(trainer: L.Trainer) -> ShardDataModule:
+    """Return the data module, whose position is part of a checkpoint.
 
     Raises:
-        InputError: The trainer has none, or another one.
+        InputError: The trainer has no ``ShardDataModule``.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, ShardDataModule):
-        found = "none" if data is None else f"a {type(data).__name__}"
         raise InputError(
-            expected="a ShardDataModule to fit with, whose position a CheckpointAndResume's checkpoints hold",
-            found=found,
-            remedy="give it: trainer.fit(module, ShardDataModule(...)), or leave the CheckpointAndResume out",
+            expected="a ShardDataModule, which CheckpointAndResume needs to save the data position",
+            found="none" if data is None else f"a {type(data).__name__}",
+            remedy="call trainer.fit(module, ShardDataModule(...)), or remove CheckpointAndResume",
         )
     return data
+
+
+#: Key of an encoded tensor: {_TENSOR: [dtype, values]}.
+_TENSOR = "__tensor__"
+
+
+def callback_states(trainer: L.Trainer) -> dict[str, Any]:
+    """Return the states of callbacks (``Callback.state_dict``) as JSON values; log a warning for unsupported types."""
+    states = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if state := callback.state_dict():
+            try:
+                states[callback.state_key] = json.loads(json.dumps(state, default=_encoded))
+            except TypeError as error:
+                if trainer.is_global_zero:
+                    logger.warning(
+                        "The state of %s is not saved, so a resumed run resets it: %s",
+                        callback.state_key,
+                        error,
+                    )
+    return states
+
+
+def load_callback_states(trainer: L.Trainer, states: dict[str, Any]) -> None:
+    """Restore the states of callbacks, except for the patience of EarlyStopping, which the config sets."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if callback.state_key in states:
+            state = _decoded(states[callback.state_key])
+            if isinstance(callback, EarlyStopping):
+                state["patience"] = callback.patience
+            callback.load_state_dict(state)
+
+
+def _encoded(value: Any) -> Any:  # noqa: ANN401 - any value in a callback's state
+    if isinstance(value, torch.Tensor) and not value.is_complex():
+        return {_TENSOR: [str(value.dtype).removeprefix("torch."), value.tolist()]}
+    raise TypeError(f"expected numbers, strings, lists and tensors, but found {type(value).__name__}")
+
+
+def _decoded(value: Any) -> Any:  # noqa: ANN401 - any value in a callback's state
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            dtype, numbers = value[_TENSOR]
+            return torch.tensor(numbers, dtype=getattr(torch, dtype))
+        return {name: _decoded(one) for name, one in value.items()}
+    return [_decoded(one) for one in value] if isinstance(value, list) else value

@@ -1,66 +1,116 @@
-"""How the numbers of a run are reached under a strategy: weights, AdamW's moments, the gradient of a step.
+"""Strategy-independent access to weights, optimizer state and gradients, and copies of them for checkpoints.
 
-The one here is of networks that PyTorch holds, whole or as DTensors; a strategy that holds them otherwise makes its
-own (``MakesHolder``).
+Every strategy uses the same tensor names, so a checkpoint written under one strategy can be read under any other:
+
+    network.<parameter or buffer>                weights, float32
+    adam.<parameter>.{step,exp_avg,exp_avg_sq}   state of AdamW
+    average.<parameter>                          moving average of the weights, if the run keeps one
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lrm_pl.checkpoints import network_tensors
-from lrm_pl.training.gradient_guard import clip, gradient_norm
-from lrm_pl.training.parallelize import Part
-from lrm_pl.training.state import Held, optimizer_tensors
+from lrm_pl.checkpoints import Checkpoint, averaged_names, network_tensors, read_tensors
+from lrm_pl.kernels.device import CopyStream, host_buffer, on_cpu
+
+#: Names of AdamW's moment estimates in its state.
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 
-class Holder:
-    """Weights, moments and gradients of a network and its optimizer.
+@dataclasses.dataclass(frozen=True)
+class FlatShard:
+    """This rank's contiguous range of a flattened tensor, as DeepSpeed ZeRO partitions tensors.
+
+    Attributes:
+        local: (N,) elements from ``start`` on; may be empty.
+        start: Index of the first local element in the flattened tensor.
+        shape: Shape of the full tensor.
+    """
+
+    local: Tensor
+    start: int
+    shape: torch.Size
+
+    def full_tensor(self) -> Tensor:
+        """Gather the full tensor. All ranks must call this together."""
+        flat = self.local.new_zeros(self.shape.numel())
+        flat[self.start : self.start + len(self.local)] = self.local
+        torch.distributed.all_reduce(flat)
+        return flat.view(self.shape)
+
+    def copy_(self, value: Tensor) -> None:
+        """Copy this rank's range from a full tensor."""
+        self.local.copy_(value.flatten()[self.start : self.start + len(self.local)])
+
+
+#: A tensor as a strategy stores it: replicated, a DTensor, or a flat shard.
+StateTensor = Tensor | FlatShard
+
+
+def full_tensor(tensor: StateTensor) -> Tensor:
+    """Return the full tensor of a possibly sharded one. All ranks must call this together."""
+    return tensor.full_tensor() if isinstance(tensor, FlatShard | DTensor) else tensor
+
+
+def local_tensor(tensor: StateTensor) -> Tensor:
+    """Return the elements stored on this rank; writes to them change the sharded tensor."""
+    if isinstance(tensor, FlatShard):
+        return tensor.local
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class StateAccess:
+    """Access to weights, optimizer state and gradients that PyTorch stores, as replicated tensors or DTensors.
+
+    The returned tensors share memory with the run. After writing to them, call ``apply_changes``.
 
     Args:
         lrm: The network.
-        optimizer: The strategy's optimizer.
+        optimizer: The optimizer of the strategy.
     """
 
     def __init__(self, lrm: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.lrm, self.optimizer = lrm, optimizer
 
-    def network(self) -> dict[str, Held]:
-        """Name the weights, ``network.*``, float32."""
+    def network(self) -> dict[str, StateTensor]:
+        """Return all weights and buffers in float32, by checkpoint name (``network.*``)."""
         return dict(network_tensors(self.lrm))
 
-    def trained(self) -> dict[str, Held]:
-        """Name the weights that the optimizer moves, by the network's own names."""
+    def trainable(self) -> dict[str, StateTensor]:
+        """Return the trainable weights by parameter name."""
         return {name: p.detach() for name, p in self.lrm.named_parameters() if p.requires_grad}
 
-    def moments(self) -> dict[str, Held]:
-        """Name AdamW's state, ``adam.*``, made where it has made none yet."""
+    def optimizer_state(self) -> dict[str, StateTensor]:
+        """Return the state of AdamW by checkpoint name (``adam.*``), initialized if it is still empty."""
         return dict(optimizer_tensors(self.lrm, self.optimizer))
 
-    def changed(self) -> None:
-        """Say that what was returned here has been written into; all ranks call this together."""
+    def apply_changes(self) -> None:
+        """Propagate in-place changes of the returned tensors to the network. All ranks must call this together."""
 
     def gradient_norm(self) -> Tensor:
-        """Measure the 2-norm of the whole gradient, the same on every rank."""
-        return gradient_norm(self._parameters())
+        """Return the 2-norm of the full gradient, a scalar that is equal on all ranks."""
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        return full_tensor(torch.nn.utils.get_total_norm(gradients))
 
     def clip_or_skip(self, norm: Tensor, limit: float | None, skip: Tensor) -> None:
-        """Clip the gradient, or make the optimizer leave weights and moments as they are, without a look at ``skip``.
+        """Clip the gradient, or make the optimizer skip the step; does not synchronize with the device.
 
         Args:
             norm: () norm of the gradient.
-            limit: Norm to clip to; None: not clipped.
-            skip: () 1 if this step is to be skipped, else 0.
+            limit: Maximum norm; None disables clipping.
+            skip: () 1 to skip this step, else 0.
         """
         if limit:
-            clip(self._parameters(), norm, limit)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters(), limit, norm)
         if self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # as torch.amp.GradScaler sets it
-        elif (
-            skip.item()
-        ):  # a GradScaler, which waits for the device anyway, see LRMModule.configure_optimizers
+            self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # the attribute that GradScaler sets
+        elif skip.item():  # with a GradScaler, which synchronizes anyway; see LRMModule.configure_optimizers
             for parameter in self._parameters():
                 parameter.grad = None
 
@@ -69,22 +119,103 @@ class Holder:
 
 
 @runtime_checkable
-class MakesHolder(Protocol):
-    """A strategy that holds the numbers of a run in a way of its own."""
+class ProvidesStateAccess(Protocol):
+    """A strategy that stores weights, optimizer state or gradients in its own way."""
 
-    def make_holder(self, lrm: nn.Module) -> Holder:
-        """Say how they are reached."""
-
-
-def holder_of(trainer: L.Trainer, lrm: nn.Module) -> Holder:
-    """Say how the numbers of a run are reached under its strategy."""
-    if isinstance(trainer.strategy, MakesHolder):
-        return trainer.strategy.make_holder(lrm)
-    return Holder(lrm, trainer.optimizers[0])
+    def state_access(self, lrm: nn.Module) -> StateAccess:
+        """Return access to the state of a run."""
 
 
-def local(held: Held) -> Tensor:
-    """Return what this rank holds, to be read or written."""
-    if isinstance(held, Part):
-        return held.local
-    return held.to_local() if isinstance(held, torch.distributed.tensor.DTensor) else held
+def state_access(trainer: L.Trainer, lrm: nn.Module) -> StateAccess:
+    """Return access to the state of a run under the trainer's strategy."""
+    if isinstance(trainer.strategy, ProvidesStateAccess):
+        return trainer.strategy.state_access(lrm)
+    return StateAccess(lrm, trainer.optimizers[0])
+
+
+def optimizer_tensors(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the state tensors of AdamW by checkpoint name, initialized if the state is still empty."""
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in lrm.named_parameters():
+        if id(parameter) not in optimized:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            device = parameter.device if optimizer.defaults["fused"] else None  # as AdamW places it
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for moment in MOMENT_NAMES:
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        tensors |= {f"adam.{name}.{key}": state[key] for key in ("step", *MOMENT_NAMES)}
+    return tensors
+
+
+class Snapshots:
+    """Copies of the state on the CPU, so that training continues while a checkpoint is written.
+
+    On an accelerator, tensors are copied on a separate stream into pinned buffers, which the next copy reuses.
+
+    Args:
+        device: The device that this process trains on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = CopyStream(device)
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(
+        self, state: Mapping[str, StateTensor], *, sharded: bool, keep: bool = True
+    ) -> dict[str, Tensor]:
+        """Copy a state. All ranks must call this together.
+
+        The copies are complete after ``stream.synchronize()``. Before the state changes, call
+        ``stream.hold_back_current()``. Do not take another copy until both are done.
+
+        Args:
+            state: The tensors, copied one by one: a second state would not fit in the memory of a GPU.
+            sharded: Keep the shards of DTensors; otherwise gather full tensors.
+            keep: Whether this rank keeps the copies. Ranks that do not write still take part in gathering.
+        """
+        copies = {}
+        with (
+            self.stream.after_current()
+        ):  # gathering runs on the stream too, so that full tensors are freed one by one
+            for name, tensor in state.items():
+                source = tensor if sharded and isinstance(tensor, Tensor) else full_tensor(tensor)
+                if keep:
+                    copies[name] = self._copied(name, source.detach())
+        return copies
+
+    def _copied(self, name: str, tensor: Tensor) -> Tensor:
+        if on_cpu(tensor):
+            return tensor.to("cpu", copy=True)
+        if name not in self._buffers:
+            self._buffers[name] = host_buffer(tensor)
+        self.stream.copy(self._buffers[name], tensor)
+        return self._buffers[name]
+
+
+def read_state(checkpoint: Checkpoint, state: Mapping[str, StateTensor]) -> None:
+    """Fill a state in place from a checkpoint. All ranks must call this together.
+
+    For flat shards, each rank temporarily holds the full tensors on the CPU.
+
+    Raises:
+        CheckpointError: A name is missing or a shape differs.
+    """
+    shards = {name: tensor for name, tensor in state.items() if isinstance(tensor, FlatShard)}
+    into = {name: tensor for name, tensor in state.items() if not isinstance(tensor, FlatShard)}
+    full = {name: torch.empty(shard.shape, dtype=shard.local.dtype) for name, shard in shards.items()}
+    read_tensors(checkpoint, into | full)
+    for name, shard in shards.items():
+        shard.copy_(full[name])
+
+
+def load_average(checkpoint: Checkpoint, lrm: nn.Module) -> None:
+    """Load the moving average in place of the averaged weights. All ranks of a sharded network must call this together.
+
+    Raises:
+        CheckpointError: The checkpoint has no moving average.
+    """
+    weights = lrm.state_dict()
+    read_state(checkpoint, {f"average.{name}": weights[name] for name in averaged_names(checkpoint)})

@@ -1,8 +1,8 @@
-"""Being told to stop: signals set a flag, and no more; the run reads it between two steps.
+"""Stop a run on a signal: handlers only set a flag, which the run reads between two steps.
 
-A handler must not talk to other processes: they may be anywhere, and would wait for one another. Lightning's own
-handlers do (2.6.6 broadcasts inside SIGTERM's, and saves inside SLURM's), so these take their place, and Lightning
-installs none. Nor does a handler write files, which may fail or take long: a thread does.
+Handlers must not communicate with other processes, which may be in another collective. Lightning's own handlers do
+(2.6.6 broadcasts in the SIGTERM handler and saves in the SLURM handler), so they are replaced. Handlers do not write
+files either, since that may fail or block; a thread does.
 """
 
 import logging
@@ -16,23 +16,22 @@ import lightning as L
 
 logger = logging.getLogger(__name__)
 
-#: Ctrl-C, what Slurm sends before the time is up (``--signal=USR1@120``), what every cluster sends before it kills, and
-#: a terminal or an ssh connection that was closed.
+#: Ctrl-C; Slurm's warning before the time limit (``--signal=USR1@120``); termination by a cluster; a closed terminal.
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 
-#: Names a file that SIGUSR1 makes: by it a Slurm job's script knows that the time was up, and asks for another start.
-#: For a SIGTERM its sender has decided what comes next. Not asked for from here: a container may have no scontrol.
+#: Environment variable with the path of a file that SIGUSR1 creates. It tells the script of a Slurm job that the time
+#: limit was reached and to requeue the job. The script does this, because a container may lack scontrol.
 REQUEUE_NOTE = "LRM_REQUEUE_NOTE"
 
-#: What ends the thread. The end of the pipe would not: forked data workers hold its other end too, and may live on.
+#: Written to the pipe to end the thread. Closing the pipe would not: forked data workers hold a copy of its write end.
 _END = b"\0"
 
 
 class StopSignals:
-    """Remember that a signal came; a second Ctrl-C ends the run at once.
+    """Record the first signal. A second Ctrl-C raises ``KeyboardInterrupt``.
 
     Attributes:
-        received: The first that came; None as yet.
+        received: The first signal, None if there was none.
     """
 
     def __init__(self) -> None:
@@ -41,47 +40,49 @@ class StopSignals:
         self._replaced: dict[signal.Signals, object] = {}
 
     def listen(self, trainer: L.Trainer) -> None:
-        """Take the handlers' place, from before Lightning would install its own."""
+        """Install the handlers. Call this before Lightning installs its own."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        self._told, self._tell = os.pipe()
-        self._speaker = threading.Thread(target=self._speak, name="stop signals", daemon=True)
-        self._speaker.start()
+        self._read_end, self._write_end = os.pipe()
+        self._thread = threading.Thread(target=self._handle, name="stop signals", daemon=True)
+        self._thread.start()
         for number in SIGNALS:
-            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # under nohup
                 continue
-            self._replaced[number] = signal.signal(number, self._remember)
+            self._replaced[number] = signal.signal(number, self._record)
 
     def restore(self) -> None:
-        """Give the handlers back; what was to be written by then is."""
+        """Restore the previous handlers, after pending log lines and files are written."""
         if not self._replaced:
             return
         for number, handler in self._replaced.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._replaced = {}
-        os.write(self._tell, _END)
-        self._speaker.join()
-        os.close(self._tell)
-        os.close(self._told)
+        os.write(self._write_end, _END)
+        self._thread.join()
+        os.close(self._write_end)
+        os.close(self._read_end)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
         if self.received is None:
             self.received = signal.Signals(number)
-        os.write(self._tell, bytes([number]))
+        os.write(self._write_end, bytes([number]))
 
-    def _speak(self) -> None:
-        """Say what a signal does, and leave the note of SIGUSR1."""
-        while (told := os.read(self._told, 1)) != _END:
-            if told[0] == signal.SIGINT:
+    def _handle(self) -> None:
+        """Log the effect of a signal, and create the file for SIGUSR1. Runs in the thread."""
+        while (byte := os.read(self._read_end, 1)) != _END:
+            if byte[0] == signal.SIGINT:
                 logger.warning(
-                    "stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one"
+                    "Stopping after this step with a checkpoint. Press Ctrl-C again to stop now, without a checkpoint"
                 )
             note = os.environ.get(REQUEUE_NOTE)
-            if note and told[0] == signal.SIGUSR1:
+            if note and byte[0] == signal.SIGUSR1:
                 try:
                     Path(note).touch()
                 except OSError as error:
-                    logger.warning("%s: the job's script will not ask for another start: %s", note, error)
+                    logger.warning(
+                        "%s could not be created, so the job will not be requeued: %s", note, error
+                    )

@@ -1,4 +1,4 @@
-"""FSDP2 with or without replicas as a Lightning strategy, and which of Lightning's own are refused."""
+"""FSDP2 and HSDP as a Lightning strategy, and checks for unsupported strategies of Lightning."""
 
 import re
 from datetime import timedelta
@@ -9,81 +9,83 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch.distributed.device_mesh import init_device_mesh
 
 from lrm_pl.errors import InputError
-from lrm_pl.training.parallelize import mesh_layout
-from lrm_pl.training.sharded_state import MakesHolder
+from lrm_pl.training.parallelize import mesh_shape
+from lrm_pl.training.sharded_state import ProvidesStateAccess
 
 
-def require_supported_name(name: str) -> None:
-    """Refuse the name or class of a strategy of Lightning that this package replaces by its own.
+def require_supported_strategy_name(name: str) -> None:
+    """Reject the name or class of a strategy of Lightning that this package replaces.
 
-    Lightning's FSDP and DeepSpeed round cameras to bf16 and hold weights and gradients in ways of their own, which
-    neither checkpoints nor the gradient guard read.
+    Lightning's FSDP and DeepSpeed round cameras to bf16, and store weights and gradients where neither checkpoints nor
+    the gradient guard can access them.
 
     Args:
-        name: As in ``trainer.strategy``: a registered name (``fsdp``) or a class.
+        name: Value of ``trainer.strategy``, a registered name (``fsdp``) or a class.
 
     Raises:
-        InputError: It is one of these; the message names the config file to use.
+        InputError: The strategy is not supported.
     """
-    given = name.rpartition(".")[2].lower()
+    short = name.rpartition(".")[2].lower()
     if name.lower() in ("fsdp2strategy", "zerostrategy"):
         config = "fsdp2" if name[0] in "fF" else "deepspeed_2"
         raise InputError(
             expected="the name of a strategy of Lightning",
             found=f"the class {name}",
-            remedy=f"-c configs/trainer/{config}.yaml",
+            remedy=f"use -c configs/trainer/{config}.yaml",
         )
-    found = re.match(r"(fsdp|deepspeed)(?:strategy|_stage_(\d)|_|$)", given)
-    if found is not None:
-        config = "fsdp2" if found[1] == "fsdp" else f"deepspeed_{found[2] or 2}"
+    match = re.match(r"(fsdp|deepspeed)(?:strategy|_stage_(\d)|_|$)", short)
+    if match is not None:
+        config = "fsdp2" if match[1] == "fsdp" else f"deepspeed_{match[2] or 2}"
         raise InputError(
-            expected="a strategy whose weights and gradients can be checkpointed and checked",
+            expected="a strategy that supports checkpoints and gradient checks",
             found=f"Lightning's own {name}",
-            remedy=f"use this package's instead: -c configs/trainer/{config}.yaml",
+            remedy=f"use -c configs/trainer/{config}.yaml",
         )
-    if (start := re.match(r"ddp_(spawn|fork|notebook)", name)) is not None:
-        require_supported_start(start[1])
+    if (method := re.match(r"ddp_(spawn|fork|notebook)", name)) is not None:
+        require_supported_start_method(method[1])
 
 
-def require_supported_start(method: str | None) -> None:
-    """Refuse processes that are started from a running program: what they reach stays with them when they end.
+def require_supported_start_method(method: str | None) -> None:
+    """Reject start methods that fork or spawn workers: the report after training needs results of the main process.
 
     Args:
-        method: ``start_method`` of a DDP strategy; None: the usual way.
+        method: ``start_method`` of a DDP strategy; None for the default.
 
     Raises:
-        InputError: It is one of these.
+        InputError: The start method is not supported.
     """
     if method not in (None, "popen"):
         raise InputError(
-            expected="processes that run the whole command",
-            found=f"start_method {method}, whose processes end before the report, with what it needs",
-            remedy="leave it out: -c configs/trainer/ddp.yaml",
+            expected="start_method popen",
+            found=f"{method}, whose processes end before the report is written",
+            remedy="omit it: -c configs/trainer/ddp.yaml",
         )
 
 
-def require_supported(strategy: Strategy) -> None:
-    """Refuse a strategy of Lightning that this package replaces by its own.
+def require_supported_strategy(strategy: Strategy) -> None:
+    """Reject a strategy of Lightning that this package replaces.
 
     Raises:
-        InputError: It is one of these; the message names the config file to use.
+        InputError: The strategy is not supported.
     """
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy) and not isinstance(strategy, MakesHolder):
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy) and not isinstance(
+        strategy, ProvidesStateAccess
+    ):
         base = FSDPStrategy if isinstance(strategy, FSDPStrategy) else DeepSpeedStrategy
-        require_supported_name(base.__name__)
+        require_supported_strategy_name(base.__name__)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Fully sharded data parallelism (FSDP2): every rank holds a part of parameters, gradients and optimizer state.
+    """Fully sharded data parallelism (FSDP2): every rank stores a shard of parameters, gradients and optimizer state.
 
-    ``training.parallel.shard`` cuts the network; this makes the mesh of processes. It runs on GPUs (NCCL) and, to be
-    tried out, on CPUs (gloo).
+    It creates the device mesh; ``lrm_pl.training.parallelize.shard`` shards the network. It runs on GPUs with NCCL,
+    and on CPUs with gloo for tests.
 
     Args:
-        replicas: 1 shards over all processes. More makes so many copies, each sharded over world / replicas processes
-            (HSDP): with one copy a node, weights are gathered inside nodes only.
-        process_group_backend: NCCL on GPUs, gloo on CPUs unless said otherwise.
-        timeout_s: Seconds until a rank that does not answer ends the run.
+        replicas: Number of replicas, each sharded over world size / replicas processes (HSDP); 1 shards over all
+            processes. With one replica per node, weights are gathered only within nodes.
+        process_group_backend: Backend of the process group; null is NCCL on GPUs and gloo on CPUs.
+        timeout_s: Timeout of collectives in seconds.
     """
 
     def __init__(
@@ -98,26 +100,26 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.replicas = replicas
 
     def setup_environment(self) -> None:
-        """Start the process group and lay the processes out as a mesh.
+        """Initialize the process group and the device mesh.
 
         Raises:
-            InputError: The replicas do not divide the processes.
+            InputError: The number of processes is not a multiple of the number of replicas.
         """
         self._setup_distributed()
         if self.replicas < 1 or self.world_size % self.replicas:
             raise InputError(
-                expected=f"replicas that divide the {self.world_size} processes",
+                expected=f"a number of replicas that divides the {self.world_size} processes",
                 found=self.replicas,
-                remedy="one a node is usual: --trainer.strategy.init_args.replicas NODES",
+                remedy="use one replica per node: --trainer.strategy.init_args.replicas NODES",
             )
-        shape, names = mesh_layout(self.world_size, self.replicas)
+        shape, names = mesh_shape(self.world_size, self.replicas)
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Say how data are divided: all ranks are data parallel."""
+        """Number of data-parallel replicas (all ranks) and the rank of this process."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def _determine_device_ids(self) -> list[int]:

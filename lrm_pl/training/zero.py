@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO under Lightning, on GPUs and on CPUs, without what either does to numbers behind one's back.
+"""DeepSpeed ZeRO as a Lightning strategy, on GPUs and on CPUs.
 
-Every rank holds a part of the optimizer's state (stage 1), of the gradients too (2), and of the weights too (3). The
-weights stay float32: bf16-mixed is autocast as under every other strategy, gradients are summed in float32, and no
-input is cast, so poses and rays stay what they are.
+Every rank stores a partition of the optimizer state (stage 1), of the gradients too (stage 2), and of the weights too
+(stage 3). As under every other strategy, weights are float32, bf16-mixed is autocast, gradients are reduced in float32,
+and inputs such as poses and rays are not cast.
 
-Only this file knows DeepSpeed; it is imported when a run asks for it.
+This is the only module that uses DeepSpeed, which is imported on demand.
 """
 
 import contextlib
@@ -24,25 +24,23 @@ from lrm_pl.checkpoints import network_tensors
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import indexed
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.parallelize import Part, whole
-from lrm_pl.training.sharded_state import Holder
-from lrm_pl.training.state import MOMENTS, Held
+from lrm_pl.training.sharded_state import MOMENT_NAMES, FlatShard, StateAccess, StateTensor, full_tensor
 
-#: What can be trained in; the others would cast weights, or scale losses out of the gradient guard's sight.
+#: Supported precisions. The others cast the weights, or scale the loss in a way that the gradient guard does not see.
 PRECISIONS = ("32-true", "bf16-mixed")
 
 Data = TypeVar("Data")
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Leave the batch alone, and let autocast choose what is computed in bf16, as every other strategy does."""
+    """Use autocast for bf16-mixed and do not cast the batch, as the other strategies do."""
 
     def convert_input(self, data: Data) -> Data:
-        """Return the batch as it is; Lightning's own would round cameras to bf16."""
+        """Return the batch unchanged; Lightning's implementation would round cameras to bf16."""
         return data
 
     def forward_context(self) -> contextlib.AbstractContextManager[Any]:
-        """Enter autocast; the engine enters it again, see ``ZeroStrategy``."""
+        """Enter autocast. The engine enters it again, see ``ZeroStrategy.init_deepspeed``."""
         if self.precision == "32-true":
             return contextlib.nullcontext()
         from deepspeed.accelerator import get_accelerator
@@ -57,7 +55,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Run backward; Lightning has divided the loss by the accumulated batches already."""
+        """Run backward without scaling, since Lightning has divided the loss by the number of accumulated batches."""
         model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[attr-defined]
 
     def optimizer_step(  # type: ignore[override]
@@ -67,7 +65,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         closure: Callable[[], Any],
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Run one batch; where it completes a step, judge and clip the gradient, then let the engine step."""
+        """Run one batch; if it completes a step, check and clip the gradient before the engine's step."""
         closure()
         engine = model.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
         if engine.is_gradient_accumulation_boundary():
@@ -76,12 +74,12 @@ class ZeroPrecision(DeepSpeedPrecision):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """DeepSpeed ZeRO on NCCL, or on gloo to be tried out on CPUs.
+    """DeepSpeed ZeRO with NCCL on GPUs, or with gloo on CPUs for tests.
 
     Args:
-        stage: 1 cuts the optimizer's state, 2 gradients too, 3 weights too.
-        process_group_backend: NCCL on GPUs, gloo on CPUs unless said otherwise.
-        timeout_s: Seconds until a rank that does not answer ends the run.
+        stage: 1 partitions the optimizer state, 2 also gradients, 3 also weights.
+        process_group_backend: Backend of the process group; null is NCCL on GPUs and gloo on CPUs.
+        timeout_s: Timeout of collectives in seconds.
 
     Raises:
         InputError: DeepSpeed is not installed.
@@ -95,29 +93,28 @@ class ZeroStrategy(DeepSpeedStrategy):
     ) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError(
-                expected="DeepSpeed for this strategy",
-                found="none",
-                remedy="install the extra: pip install 'lrm_pl[deepspeed]'",
+                "DeepSpeed is not installed, but this strategy needs it",
+                remedy="pip install 'lrm_pl[deepspeed]'",
             )
         super().__init__(
             stage=stage,
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout_s),
-            logging_batch_size_per_gpu=1,  # of its own throughput log; it would look for one in our loader
+            logging_batch_size_per_gpu=1,  # else Lightning reads it from the DataLoader
         )
         self.stage = stage
 
     @property
     def precision_plugin(self) -> Precision:
-        """What computes in which precision."""
+        """The precision plugin."""
         return self._precision_plugin or Precision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        """Take our own instead of the one that Lightning chose; its precision stays.
+        """Replace Lightning's plugin by ``ZeroPrecision`` with the same precision.
 
         Raises:
-            InputError: A precision that is not trained in.
+            InputError: The precision is not supported.
         """
         if plugin is not None and plugin.precision not in PRECISIONS:
             raise InputError(
@@ -127,27 +124,27 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """This process's device; DeepSpeed wants an index on a CPU too."""
+        """The device of this process, with an index, which DeepSpeed requires on CPUs too."""
         return indexed(super().root_device)
 
     def setup_environment(self) -> None:
-        """Start the process group; on a CPU too, which Lightning's own refuses."""
+        """Initialize the process group, also on CPUs, which Lightning's implementation rejects."""
         if not isinstance(self.accelerator, CUDAAccelerator):
             import deepspeed
             from deepspeed.accelerator import set_accelerator
             from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-            set_accelerator(CPU_Accelerator())  # DeepSpeed would take a GPU where it sees one
-            # Shared-memory sums, which it would compile now, for a minute and more; gloo's do.
+            set_accelerator(CPU_Accelerator())  # otherwise DeepSpeed selects a visible GPU
+            # Do not compile DeepSpeed's shared-memory collectives, which takes minutes; gloo is used instead.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed's own use, at every step, of names that torch 2.14 renamed.
+        # DeepSpeed calls functions in every step that torch 2.14 has renamed.
         warnings.filterwarnings(
             "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor`", FutureWarning
         )
         DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        """Start the process group."""
+        """Initialize the process group."""
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_distributed()
             return
@@ -156,11 +153,11 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Do nothing: the network is there already, and is cut when the engine is made."""
+        """Do nothing; the engine partitions the existing network."""
         yield
 
     def init_deepspeed(self) -> None:
-        """Make the engine for training; to measure, every rank holds the whole network."""
+        """Create the engine for training. In evaluation, every rank stores the full network instead."""
         assert isinstance(self.lightning_module, LRMModule)
         trainer = self.lightning_module.trainer
         if not trainer.training:
@@ -168,9 +165,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             return
         assert isinstance(self.config, dict)
         self.config |= {
-            "gradient_clipping": 0.0,  # the LightningModule's, as under every strategy
-            "bf16": {"enabled": False},  # Lightning's choice for bf16-mixed: weights in bf16
-            # Without this the engine would leave autocast on GPUs. No module has its weights or gradients sent in bf16.
+            "gradient_clipping": 0.0,  # LRMModule clips
+            "bf16": {"enabled": False},  # Lightning enables it for bf16-mixed, which casts the weights
+            # Otherwise the engine disables autocast on GPUs. Weights and gradients are communicated in float32.
             "torch_autocast": {
                 "enabled": self.precision_plugin.precision == "bf16-mixed",
                 "dtype": "bfloat16",
@@ -178,114 +175,115 @@ class ZeroStrategy(DeepSpeedStrategy):
             },
         }
         if self.stage == 3:
-            # Rendering reads the decoder's weights outside a module's forward: they stay whole between steps.
+            # Rendering uses the decoder's weights outside of a module's forward, so they are never partitioned.
             largest = max(p.numel() for p in self.lightning_module.lrm.decoder.parameters())
             zero = self.config["zero_optimization"]
             zero["stage3_param_persistence_threshold"] = max(100_000, largest)
         self._initialize_deepspeed_train(self.lightning_module)
 
-    def make_holder(self, lrm: nn.Module) -> Holder:
-        """Say how weights, moments and gradients are reached."""
-        return ZeroHolder(lrm, self.deepspeed_engine.optimizer)
+    def state_access(self, lrm: nn.Module) -> StateAccess:
+        """Return access to weights, optimizer state and gradients."""
+        return ZeroStateAccess(lrm, self.deepspeed_engine.optimizer)
 
     def on_train_end(self) -> None:
-        """Make the weights whole again, for what comes after training."""
+        """Restore the full weights for use after training."""
         assert isinstance(self.lightning_module, LRMModule)
         lrm = self.lightning_module.lrm
-        held = self.make_holder(lrm).network()
-        self.deepspeed_engine.destroy()  # takes its hooks off the modules
+        tensors = self.state_access(lrm).network()
+        self.deepspeed_engine.destroy()  # removes its hooks from the modules
         if self.stage < 3:
             return
         for name, parameter in lrm.named_parameters():
-            parameter.data = whole(held[f"network.{name}"]).clone()
+            parameter.data = full_tensor(tensors[f"network.{name}"]).clone()
 
 
-class ZeroHolder(Holder):
-    """Weights, moments and gradients of a ZeRO optimizer, each rank's parts of them.
+class ZeroStateAccess(StateAccess):
+    """Access to the partitions of a ZeRO optimizer on this rank.
 
-    Stages 1 and 2 lay the parameters of a group end to end and cut that in equal parts; stage 3 cuts every parameter.
+    Stages 1 and 2 flatten and concatenate the parameters of a group and partition the result; stage 3 partitions every
+    parameter.
     """
 
     def __init__(self, lrm: nn.Module, optimizer: Any) -> None:  # noqa: ANN401 - DeepSpeed has no types
         super().__init__(lrm, optimizer)
         self.optimizer: Any = optimizer
-        self._whole_weights = hasattr(optimizer, "single_partition_of_fp32_groups")  # stages 1 and 2
-        if self._whole_weights:
+        self._full_weights = hasattr(optimizer, "single_partition_of_fp32_groups")  # stages 1 and 2
+        if self._full_weights:
             self._groups, self._flats = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
         else:
             self._groups, self._flats = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
 
-    def network(self) -> dict[str, Held]:
-        """Name the weights: the float32 ones that the optimizer moves, and what is not trained."""
-        held: dict[str, Held] = dict(network_tensors(self.lrm))
-        if not self._whole_weights:
+    def network(self) -> dict[str, StateTensor]:
+        """Return all weights and buffers by checkpoint name; trainable ones are the optimizer's float32 weights."""
+        tensors: dict[str, StateTensor] = dict(network_tensors(self.lrm))
+        if not self._full_weights:
             frozen: Iterator[tuple[str, Any]] = (
                 (name, p) for name, p in self.lrm.named_parameters() if not p.requires_grad
             )
-            held |= {f"network.{name}": self._stage3_part(p, p.ds_tensor.data) for name, p in frozen}
-        return held | {f"network.{name}": part for name, part in self.trained().items()}
+            tensors |= {f"network.{name}": self._stage3_shard(p, p.ds_tensor.data) for name, p in frozen}
+        return tensors | {f"network.{name}": shard for name, shard in self.trainable().items()}
 
-    def trained(self) -> dict[str, Held]:
-        """Name the trained weights."""
-        return {name: self._part(p, flat, flat) for name, p, flat in self._trained()}
+    def trainable(self) -> dict[str, StateTensor]:
+        """Return the trainable weights by parameter name."""
+        return {name: self._shard(p, flat) for name, p, flat in self._trainable_parameters()}
 
-    def moments(self) -> dict[str, Held]:
-        """Name AdamW's state, made where it has made none yet."""
-        held: dict[str, Held] = {}
-        for name, parameter, flat in self._trained():
+    def optimizer_state(self) -> dict[str, StateTensor]:
+        """Return the state of AdamW by checkpoint name, initialized if it is still empty."""
+        tensors: dict[str, StateTensor] = {}
+        for name, parameter, flat in self._trainable_parameters():
             state = self.optimizer.optimizer.state[flat]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)  # as fused AdamW's
-                for moment in MOMENTS:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)  # as in fused AdamW
+                for moment in MOMENT_NAMES:
                     state[moment] = torch.zeros_like(flat)
-            held[f"adam.{name}.step"] = state["step"]
-            held |= {f"adam.{name}.{m}": self._part(parameter, flat, state[m]) for m in MOMENTS}
-        return held
+            tensors[f"adam.{name}.step"] = state["step"]
+            tensors |= {f"adam.{name}.{m}": self._shard(parameter, state[m]) for m in MOMENT_NAMES}
+        return tensors
 
-    def changed(self) -> None:
-        """Make the network compute with the weights that were written; all ranks call this."""
-        if self._whole_weights:
+    def apply_changes(self) -> None:
+        """Propagate in-place changes of the optimizer's weights to the network. All ranks must call this together."""
+        if self._full_weights:
             self.optimizer.update_lp_params()
             return
-        self.optimizer.checkpoint_event_prologue()  # lets go of what is gathered
+        self.optimizer.checkpoint_event_prologue()  # releases gathered parameters
         for number in range(len(self._flats)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        self.optimizer.checkpoint_event_epilogue()  # gathers what stays gathered between steps
+        self.optimizer.checkpoint_event_epilogue()  # gathers the parameters that are never partitioned
 
     def gradient_norm(self) -> Tensor:
-        """Measure the 2-norm over all ranks' parts of the gradient."""
+        """Return the 2-norm of the full gradient, a scalar that is equal on all ranks."""
         square = torch.stack([g.float().square().sum() for g in self._gradients()]).sum()
         torch.distributed.all_reduce(square)
         return square.sqrt()
 
     def clip_or_skip(self, norm: Tensor, limit: float | None, skip: Tensor) -> None:
-        """Clip with PyTorch's formula, or make it NaN: DeepSpeed takes no step with a gradient that is not finite."""
+        """Clip the gradient as PyTorch does, or set it to NaN: DeepSpeed skips steps with a non-finite gradient."""
         factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         torch._foreach_mul_(self._gradients(), factor.where(skip == 0, torch.nan))
 
     def _gradients(self) -> list[Tensor]:
-        parts = self.optimizer.averaged_gradients.values()
-        return [gradient for part in parts for gradient in part or ()]
+        partitions = self.optimizer.averaged_gradients.values()
+        return [gradient for partition in partitions for gradient in partition or ()]
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Name the trained parameters, each with the flat float32 tensor that holds this rank's part of its group."""
+    def _trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Yield (name, parameter, flat float32 weights of its group on this rank)."""
         flats = {id(p): flat for group, flat in zip(self._groups, self._flats, strict=True) for p in group}
         return ((name, p, flats[id(p)]) for name, p in self.lrm.named_parameters() if p.requires_grad)
 
-    def _part(self, parameter: Any, flat: Tensor, values: Tensor) -> Part:  # noqa: ANN401 - DeepSpeed's attributes
-        """Find a parameter's part in ``values``, which are laid out like the flat weights of its group."""
+    def _shard(self, parameter: Any, values: Tensor) -> FlatShard:  # noqa: ANN401 - DeepSpeed's attributes
+        """Return a parameter's range in ``values``, which has the layout of its group's flat weights."""
         values = values.detach()
-        if not self._whole_weights:
+        if not self._full_weights:
             _, offset, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-            return self._stage3_part(parameter, values.narrow(0, int(offset), int(count)))
+            return self._stage3_shard(parameter, values.narrow(0, int(offset), int(count)))
         mapping = parameter._hp_mapping
         if mapping is None:
-            return Part(values[:0], 0, parameter.shape)
-        place = mapping.hp_fragment_address
-        local = values.narrow(0, place.start, place.numel)
-        return Part(local, mapping.lp_fragment_address.start, parameter.shape)
+            return FlatShard(values[:0], 0, parameter.shape)
+        fragment = mapping.hp_fragment_address
+        local = values.narrow(0, fragment.start, fragment.numel)
+        return FlatShard(local, mapping.lp_fragment_address.start, parameter.shape)
 
-    def _stage3_part(self, parameter: Any, local: Tensor) -> Part:  # noqa: ANN401
-        """Cut off the padding that makes all ranks' parts of a parameter as long."""
+    def _stage3_shard(self, parameter: Any, local: Tensor) -> FlatShard:  # noqa: ANN401
+        """Remove the padding that makes the shards of all ranks equally long."""
         start = torch.distributed.get_rank() * parameter.ds_tensor.ds_numel
-        return Part(local[: max(0, parameter.ds_numel - start)], start, parameter.ds_shape)
+        return FlatShard(local[: max(0, parameter.ds_numel - start)], start, parameter.ds_shape)

@@ -46,7 +46,7 @@ ON_CUDA = {
     "lrm_pl/kernels/modulated_norm.py:_backward_op": MODEL,
     "lrm_pl/rendering/fused.py:_unsupported_reason": RENDER,
     "lrm_pl/planning/gpus.py:peak_flops": TRACE,
-    "lrm_pl/training/state.py:Snapshots._copied": MODEL,
+    "lrm_pl/training/sharded_state.py:Snapshots._copied": MODEL,
 }
 
 

@@ -95,7 +95,7 @@ def module(built, cuda, perceptual):
 
 def test_the_forward_of_a_training_step_stays_on_the_device(cuda, module):
     batch = arrived(cuda, training_batch())
-    inputs = module.look(batch)
+    inputs = module.render_targets(batch)
     assert devices(inputs) == {DEVICE}
     assert inputs.prediction.requires_grad
     terms = module.objective(dataclasses.replace(inputs, prediction=inputs.prediction.detach()), 0)

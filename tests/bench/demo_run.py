@@ -58,7 +58,7 @@ def fit_on_cached_batches(cli: LRMCLI, callback: L.Callback) -> None:
     cli.trainer.fit(cli.model, data)
 
 
-def run_processes(processes: int, threads: int, module: str, *arguments: str) -> str:
+def launch_processes(processes: int, threads: int, module: str, *arguments: str) -> str:
     """Run a module of this package under torchrun and return its standard output."""
     command = [
         sys.executable,

@@ -47,7 +47,7 @@ class BareLoop(L.Callback):
         optimizer = trainer.optimizers[0]
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = sum(module.objective(module.look(batch), 0).values())
+            loss = sum(module.objective(module.render_targets(batch), 0).values())
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in module.lrm.parameters() if p.requires_grad], 1.0)
         type(optimizer).step(optimizer)

@@ -14,7 +14,7 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from tests.bench.demo_run import build, fit_on_cached_batches, run_processes
+from tests.bench.demo_run import build, fit_on_cached_batches, launch_processes
 
 TARGET = 0.9
 SKIPPED = 5  # warm-up steps
@@ -35,7 +35,7 @@ def measure(shards: Path, rounds: int, steps: int = 25) -> dict[str, object]:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
         for processes in (1, 2):
-            printed = run_processes(
+            printed = launch_processes(
                 processes, 2 // processes, "tests.bench.scaling", str(shards), str(steps), str(processes)
             )
             lines = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]

@@ -39,7 +39,7 @@ def test_bad_steps_in_a_row_stop_the_run_with_a_checkpoint_and_the_samples_in_ha
     # A checkpoint is being written while the ranks tell each other their samples.
     options = (keep_every(1), *poison(5, 99), "--model.guard.patience=3")
     log = runs.run("diverged", 2, *options, layers=["ddp"], status=1)
-    assert "expected finite gradients, but found 3 bad ones in a row by step 8" in log
+    assert "Expected finite gradients, but found 3 bad ones in a row by step 8" in log
     assert log.count("train-ellipsoid-") >= 4, "the four samples of the step, of both ranks"
     checkpoint, tensors = runs.final("diverged")
     assert checkpoint.step == 8
@@ -54,5 +54,5 @@ def test_the_last_steps_are_judged_too(runs):
         "--trainer.max_steps=8",
     )  # fmt: skip
     log = runs.run("diverged-last", 1, *options, layers=["cpu"], status=1)
-    assert "expected finite gradients, but found 3 bad ones in a row by step 8, the last of norm nan" in log
+    assert "Expected finite gradients, but found 3 bad ones in a row by step 8, the last of norm nan" in log
     assert runs.final("diverged-last")[0].step == 8

@@ -30,10 +30,10 @@ def test_too_many_bad_samples_stop_both_ranks_with_the_list_and_a_checkpoint(run
         tuple(shard.samples for shard in read_manifest(damaged).split("train")), seed=0, streams=64
     )
     met = sum((place.shard, place.index) == (0, 0) for place in map(order.locate, range(100)))
-    assert f"expected at most 0.01 of the samples to be bad, but found {met} of 100" in log
+    assert f"Expected at most a fraction of 0.01 of the samples to be bad, but found {met} of 100" in log
     assert "train-000000.tar: sample 'train-ellipsoid-000'" in log
-    assert log.count("skipped ") == log.count("skipped /"), "each is named once a rank"
-    assert log.count("skipped /") <= 2
+    assert log.count("Skipped ") == log.count("Skipped /"), "each is named once a rank"
+    assert log.count("Skipped /") <= 2
     checkpoint, _ = runs.final("bad")
     assert checkpoint.step == 25
     assert runs.scalars("bad")["data/bad_samples"][-1][1] == met

@@ -40,7 +40,7 @@ def test_a_killed_run_that_goes_on_has_every_csv_row_once_and_the_values_of_an_u
     with open(runs.folder / "csv" / "metrics.csv", "a") as file:
         file.write("0,0.5")  # a row that was being written
     log = runs.run("csv", 1, *options, callbacks(KEEPER, METRICS), layers=["cpu"])
-    assert "going on after step 5" in log
+    assert "Resuming after step 5" in log
     found = points(runs.folder / "csv")
     assert len({(step, name) for step, name, _ in found}) == len(found)
     assert found == points(runs.folder / "csv-whole")

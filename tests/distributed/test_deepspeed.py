@@ -155,7 +155,7 @@ def go_on(runs, sources, goals):
             name, processes = f"{source}-to-{goal}", 1 if goal == "cpu" else 2
             half = runs.folder / f"from-{source}" / "checkpoints" / "step-00000010"
             log = runs.run(name, processes, callbacks(), f"--run.resume={half}", layers=[goal], limit_s=300)
-            assert "going on after step 10" in log
+            assert "Resuming after step 10" in log
             assert "start anew" not in log
             difference = largest_difference(runs.losses(name), rest)
             ours = tensors(runs, name, 20)

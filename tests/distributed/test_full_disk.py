@@ -42,13 +42,17 @@ def test_a_full_disk_ends_the_run_with_the_reason_and_it_goes_on_once_there_is_s
     second = subprocess.run([*OWN_MOUNTS, "sh", "-c", script], cwd=ROOT, timeout=280, check=False)
     first = (folder / "first.log").read_text()
     assert (folder / "status").read_text().strip() == "1", first[-4000:]
-    assert f"expected to write a checkpoint into {checkpoints}, but found [Errno 28] No space left" in first
+    assert f"A checkpoint could not be written to {checkpoints} by step" in first
+    assert "[Errno 28] No space left" in first
     *_, newest = [name for name in (folder / "left").read_text().split() if "partial" not in name]
     step = int(newest.removeprefix("step-"))
     assert step in (5, 10), "a rank's file takes more room than its tensors"
-    assert f"the newest whole one is {checkpoints}/{newest}. Make space and start the same command" in first
+    assert (
+        f"The newest complete one is {checkpoints}/{newest}. Free some space and run the same command"
+        in first
+    )
     assert second.returncode == 0, (folder / "second.log").read_text()[-4000:]
-    assert f"going on after step {step} from {checkpoints}/{newest}" in (folder / "second.log").read_text()
+    assert f"Resuming after step {step} from {checkpoints}/{newest}" in (folder / "second.log").read_text()
     assert [step for step, _ in runs.scalars(f"full-{layer}")["loss/total"]] == list(range(1, 21))
 
 

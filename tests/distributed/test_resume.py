@@ -78,7 +78,7 @@ def same(runs, name, reference):
 def test_a_killed_run_on_two_processes_ends_in_the_same_bits_with_every_point_logged_once(runs, whole):
     survive(runs, "ddp-killed", 2, 1, 0, "--data.workers=1", layer="ddp")
     same(runs, "ddp-killed", whole)
-    assert "going on after step" in runs.log("ddp-killed")
+    assert "Resuming after step" in runs.log("ddp-killed")
 
 
 @pytest.mark.soak
@@ -110,7 +110,7 @@ def test_sigterm_keeps_the_step_and_the_run_goes_on_where_it_was(runs, whole):
     stopped = runs.final("told")[0].step
     assert 5 <= stopped < 60
     runs.run("told", 2, OFTEN, *LONG, layers=["ddp"])
-    assert f"going on after step {stopped} from" in runs.log("told")
+    assert f"Resuming after step {stopped} from" in runs.log("told")
     same(runs, "told", whole)
 
 
@@ -136,9 +136,9 @@ def test_under_slurm_usr1_keeps_the_run_leaves_a_note_and_lightning_neither_save
     assert process.wait(60) == 75
     assert note.exists()
     stopped = runs.final("slurm")[0].step
-    assert f"stopped by a signal after step {stopped}; everything up to there is in" in runs.log("slurm")
+    assert f"stopped by a signal after step {stopped}. The state was saved in" in runs.log("slurm")
     runs.run("slurm", 1, *options, layers=["cpu"], **slurm)
-    assert f"going on after step {stopped} from" in runs.log("slurm")
+    assert f"Resuming after step {stopped} from" in runs.log("slurm")
     assert [step for step, _ in runs.scalars("slurm")["loss/total"]] == list(range(1, 61))
     assert not asked.exists(), asked.read_text()
     assert not list((runs.folder / "slurm").rglob("hpc_ckpt*"))

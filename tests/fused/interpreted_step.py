@@ -40,7 +40,7 @@ def gradients(activation, renderer):
         )  # fmt: skip
 
     batch = Batch(("a", "b"), views(32, 1), views(8, 2), torch.ones(2))
-    loss = sum(module.objective(module.look(batch), 0).values())
+    loss = sum(module.objective(module.render_targets(batch), 0).values())
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in network.named_parameters()}
 

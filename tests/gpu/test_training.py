@@ -75,7 +75,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(device, runs
     shutil.rmtree(runs.folder / name / "checkpoints" / "step-00000004")
     whole = runs.losses(name)
     assert largest_difference(run_on(device, runs, name, "gpu", keep_every(2)), whole) <= device.rounding
-    assert "going on after step 2" in runs.log(name)
+    assert "Resuming after step 2" in runs.log(name)
 
 
 def test_a_run_is_timed_and_traced(device, tmp_path, shards, lpips_networks, monkeypatch):

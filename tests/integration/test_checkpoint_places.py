@@ -62,7 +62,7 @@ def test_a_run_keeps_its_checkpoints_in_a_bucket_tidies_them_and_resumes_from_th
     bucket = "s3://bucket/runs/one"
     folder = fit("run", 6, keeper(folder=bucket))
     assert not (folder / "checkpoints").exists()
-    assert [ck.step_of(path) for path in ck.list_checkpoints(bucket)] == [6, 4]
+    assert [ck.checkpoint_step(path) for path in ck.list_checkpoints(bucket)] == [6, 4]
     whole = ck.newest_checkpoint(bucket, print)
     tensors = read(whole)
     ck.remove_checkpoint(whole.path)
@@ -86,22 +86,18 @@ class Intruder(L.Callback):
 def test_a_run_whose_bucket_another_run_took_over_ends_before_it_writes_there(fit, s3):
     bucket = "s3://bucket/run"
     intruder = {"class_path": f"{__name__}.Intruder", "init_args": {"folder": bucket}}
-    with pytest.raises(
-        SystemExit, match=r"another took it over: .*runs/newer.*give each run a folder of its own"
-    ):
+    with pytest.raises(SystemExit, match=r"a newer run: .*runs/newer.*Use one folder per run"):
         fit("run", 8, keeper(folder=bucket), intruder)
-    assert [ck.step_of(path) for path in ck.list_checkpoints(bucket)] == [2]
+    assert [ck.checkpoint_step(path) for path in ck.list_checkpoints(bucket)] == [2]
 
 
 def test_two_runs_with_one_local_folder_of_checkpoints_are_refused(fit, tmp_path):
-    code = "import sys; from pathlib import Path; from lrm_pl.training.run_lock import RunLock; "
+    code = "import sys; from pathlib import Path; from lrm_pl.training.run_folder import RunLock; "
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / "shared")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(
-            SystemExit, match=r"expected no other run in .*/shared, but found one at work there"
-        ):
+        with pytest.raises(SystemExit, match=r"Another run is using .*/shared"):
             fit("run", 2, keeper(folder=str(tmp_path / "shared")))
         other.stdin.close()
     fit("run", 2, keeper(folder=str(tmp_path / "shared")))
@@ -111,27 +107,28 @@ def test_a_new_run_does_not_go_on_from_another_runs_checkpoints(fit, tmp_path):
     shared = str(tmp_path / "shared")
     fit("a", 2, keeper(folder=shared))
     with pytest.raises(
-        SystemExit, match=rf"no checkpoints of another run in .*, but found 1 of {tmp_path}/a. Go on"
+        SystemExit,
+        match=rf"no checkpoints of another run in .*, but found 1 of {tmp_path}/a. Resume that run",
     ):
         fit("b", 4, keeper(folder=shared))
     assert not (tmp_path / "b" / "config.yaml").exists()
-    ck.require_own(shared, str(tmp_path / "a"))  # goes on
+    ck.require_ownership(shared, str(tmp_path / "a"))  # goes on
 
 
 def test_old_checkpoints_that_cannot_be_deleted_end_no_run(fit, monkeypatch, caplog):
     def refuse(*arguments, **options):
         raise OSError("busy")
 
-    monkeypatch.setattr("lrm_pl.training.checkpointing.tidy", refuse)
+    monkeypatch.setattr("lrm_pl.training.checkpointing.prune_checkpoints", refuse)
     folder = fit("run", 6, keeper(keep=1))
-    assert "are not deleted: busy" in caplog.text
+    assert "could not be deleted: busy" in caplog.text
     assert len(ck.list_checkpoints(str(folder / "checkpoints"))) == 3
 
 
 def test_an_average_that_a_run_does_not_go_on_with_is_named(fit, caplog):
     fit("run", 2, keeper(), AVERAGE)
     fit("run", 4, keeper())
-    assert "holds a moving average, which this run does not go on with" in caplog.text
+    assert "has a moving average, which this run does not continue" in caplog.text
 
 
 def test_a_run_that_goes_on_keeps_its_first_config_and_a_measurement_touches_nothing_of_it(
@@ -172,11 +169,11 @@ def test_a_damaged_newest_checkpoint_costs_a_run_only_the_steps_since_the_one_be
     folder = fit("run", 6, keeper(keep=9))
     path = f"{folder}/checkpoints/step-00000006"
     whole = read(ck.read_checkpoint(path))
-    with open(f"{path}/tensors.pt", "r+b") as file:
+    with open(f"{path}/__0_0.distcp", "r+b") as file:
         file.seek(5000)
         file.write(b"damage")
     fit("run", 6, keeper(keep=1))
-    assert "passed over a checkpoint" in caplog.text
+    assert "Skipping a damaged checkpoint" in caplog.text
     assert same(read(ck.read_checkpoint(path)), whole)
     assert ck.list_checkpoints(f"{folder}/checkpoints") == [path]
 
@@ -191,17 +188,15 @@ def test_a_run_is_kept_in_its_folder_and_resumed_from_it_whatever_its_logger(
     options = [f"--trainer.logger={logger}"]
     fit("run", 2, keeper(), options=options)
     folder = fit("run", 4, keeper(), options=options)
-    assert [ck.step_of(path) for path in ck.list_checkpoints(f"{folder}/checkpoints")] == [4, 2]
+    assert [ck.checkpoint_step(path) for path in ck.list_checkpoints(f"{folder}/checkpoints")] == [4, 2]
     assert not (tmp_path / "elsewhere" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("layout", [pytest.param("single", marks=pytest.mark.soak), "sharded"])
 def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_network_of_its_config(
-    fit, tmp_path, capsys, layout
+    fit, tmp_path, capsys
 ):
-    folder = fit("run", 2, keeper(layout=layout), AVERAGE)
+    folder = fit("run", 2, keeper(), AVERAGE)
     checkpoint = ck.newest_checkpoint(f"{folder}/checkpoints", print)
-    assert checkpoint.format == layout
     tensors = read(checkpoint)
     network = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
     average = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
@@ -264,9 +259,13 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
     (tmp_path / "begun" / "config.yaml").touch()
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.safetensors").touch()
-    with pytest.raises(SystemExit, match=r"expected a moving average, but found none.*leave --average out"):
+    with pytest.raises(
+        SystemExit, match=r"expected a moving average of the weights, but found none.*Omit --average"
+    ):
         export([str(folder), str(out), "--average"])
-    with pytest.raises(InputError, match=r"expected a moving average, but found none.*leave --average out"):
+    with pytest.raises(
+        InputError, match=r"expected a moving average of the weights, but found none.*Omit --average"
+    ):
         LRMPipeline.from_pretrained(str(folder), average=True)
     for file, message in (
         (
@@ -306,14 +305,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from lrm_pl.weights import checkpoints as ck
-from lrm_pl.training.ending import settle_processes
+from lrm_pl.training.processes import wait_for_gloo_threads
 
 def say(*words):  # one write, so that the ranks' lines do not mix
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
 what, folder = sys.argv[1:]
 dist.init_process_group("gloo")
-atexit.register(settle_processes)
+atexit.register(wait_for_gloo_threads)
 rank, world = dist.get_rank(), dist.get_world_size()
 mesh = init_device_mesh("cpu", (world,))
 copies = init_device_mesh("cpu", (2, world // 2))
@@ -334,21 +333,21 @@ tensors["adam.step"] = torch.tensor(3.0)
 whole |= {f"network.{name}": t for name, t in plain.items()} | {"adam.step": torch.tensor(3.0)}
 path = ck.checkpoint_path(folder, 1)
 if what == "write":
-    files = ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
+    files = ck.write_tensors(path, tensors, dist.group.WORLD)
     if rank == 0:
-        ck.complete(path, "sharded", 1, {}, files)
+        ck.finalize_checkpoint(path, 1, {}, files)
         say("FILES", json.dumps(files))
 elif what == "fail":  # rank 1 cannot write its file
     if rank == 1:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
     try:
-        ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
+        ck.write_tensors(path, tensors, dist.group.WORLD)
     except OSError as error:
         say("RANK", rank, error)
 elif what == "no folder":  # rank 0 cannot make the folder
     try:
-        ck.write_tensors(path, tensors, "sharded", dist.group.WORLD, writes=rank == 0)
+        ck.write_tensors(path, tensors, dist.group.WORLD)
     except OSError as error:
         say("RANK", rank, error)
 else:
@@ -394,12 +393,11 @@ def test_what_two_processes_wrote_in_shards_is_read_exactly_by_one_by_two_and_by
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [pytest.param("single", marks=pytest.mark.soak), "sharded"])
-def test_what_one_process_wrote_is_read_exactly_into_shards(tmp_path, processes, layout):
+def test_what_one_process_wrote_is_read_exactly_into_shards(tmp_path, processes):
     processes(2, "write", tmp_path / "two")
     tensors = read(ck.read_checkpoint(ck.checkpoint_path(str(tmp_path / "two"), 1)))
     path = ck.checkpoint_path(str(tmp_path / "one"), 1)
-    ck.complete(path, layout, 1, {}, ck.write_tensors(path, tensors, layout, None, writes=True))
+    ck.finalize_checkpoint(path, 1, {}, ck.write_tensors(path, tensors))
     assert processes(2, "read", tmp_path / "one").count("EXACT 9") == 2
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lrm_pl import checkpoints as ck
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.convert import main as convert
 from lrm_pl.checkpoints import read_index
@@ -64,7 +65,10 @@ def checkpoint(tmp_path, step, version=0):
 
 
 def weights(path):
-    return torch.load(path / "tensors.pt", weights_only=True)
+    found = ck.read_checkpoint(str(path))
+    into = {name: torch.empty_like(spec, device="cpu") for name, spec in ck.tensor_specs(found).items()}
+    ck.read_tensors(found, into)
+    return into
 
 
 def test_a_run_leaves_scalars_images_config_commit_and_checkpoint(tiny, tmp_path, capsys):
@@ -356,7 +360,9 @@ def test_missing_shards_and_a_truncated_shard_stop_before_training_with_the_reme
     size = tar.stat().st_size
     with open(tar, "r+b") as file:
         file.truncate(size - 1000)
-    with pytest.raises(SystemExit, match=f"expected {size} bytes, but found {size - 1000}: it is damaged"):
+    with pytest.raises(
+        SystemExit, match=f"expected {size} bytes, but found {size - 1000}: the checkpoint is damaged"
+    ):
         main(["fit", *tiny, "--data.folder", str(broken)])
     tar.unlink()
     with pytest.raises(SystemExit, match=r"expected the shard file .*train-000001\.tar, but found none"):
@@ -385,7 +391,7 @@ def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path,
     write_manifest(folder, Manifest((shard,), 8, 0, {"renderer": "synthetic", "normalize": "sphere"}))
     caplog.set_level("WARNING")
     main(["fit", *tiny, "--data.folder", str(folder), "--trainer.limit_val_batches", "0"])
-    message = r"skipped .*train-000000\.tar.*'opaque'.*expected RGBA views, but found mode RGB"
+    message = r"Skipped .*train-000000\.tar.*'opaque'.*expected RGBA views, but found mode RGB"
     assert re.search(message, caplog.text)
 
 

@@ -36,7 +36,7 @@ from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.inference.export import export
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.losses.objective import Objective
-from lrm_pl.training.ema import validates_average
+from lrm_pl.training.ema import validates_with_average
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
@@ -130,7 +130,7 @@ def here(tmp_path, shards, monkeypatch):
         (["--trainer.callbacks+=ModelCheckpoint"], "`ModelCheckpoint` in callbacks list"),
         (
             ["--trainer.callbacks+=lrm_pl.training.ema.WeightAverage"] * 2,
-            "expected one WeightAverage among trainer.callbacks, but found 2",
+            "expected one WeightAverage among trainer.callbacks, because checkpoints store one average, but found 2",
         ),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
@@ -212,7 +212,7 @@ def test_a_shell_that_srun_gives_a_terminal_is_one_process_and_what_it_starts_by
     line = [
         sys.executable,
         "-c",
-        "from lrm_pl.training.processes import tasks_of_srun; print(tasks_of_srun())",
+        "from lrm_pl.training.processes import num_srun_tasks; print(num_srun_tasks())",
     ]
     command = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *line] if terminal else line
     variables = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "1", "PYTHONPATH": str(root)}
@@ -389,7 +389,7 @@ def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
     assert process.wait(60) == 75, "".join(said)
     reader.join()
     text = "".join(said)
-    assert "stopping after this step, with a checkpoint; Ctrl-C again stops at once" in text
+    assert "Stopping after this step with a checkpoint. Press Ctrl-C again" in text
     assert "stopped by a signal after step" in text
     assert "Traceback" not in text
     assert "--run.folder" in text
@@ -560,7 +560,7 @@ def test_one_callback_needs_no_list(here):
 def test_validations_are_of_the_average_by_the_class_of_the_callback(tmp_path, name, averages):
     callback = {"class_path": name, "init_args": {"validate": True}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
-    assert validates_average(tmp_path / "config.yaml") is averages
+    assert validates_with_average(tmp_path / "config.yaml") is averages
 
 
 def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_a_run_keeper_goes_on_in_its_folder_without_the_command_line(fit, tmp_pa
     theirs = whole.lrm.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.lrm.state_dict().items())
     assert len(list_checkpoints(str(tmp_path / "plain/checkpoints"))) == 2
-    with pytest.raises(InputError, match="expected one checkpoint to go on from, but found ckpt_path"):
+    with pytest.raises(InputError, match="expected one checkpoint to resume from, but found ckpt_path"):
         fit(6, CheckpointAndResume(), ckpt_path=tmp_path / "at-4.ckpt")
     keeper = CheckpointAndResume(folder=str(tmp_path / "plain/checkpoints"))
     with pytest.raises(InputError, match=r"expected no checkpoints in .*, but found 2"):
@@ -146,7 +146,7 @@ class Told(L.Callback):
             Told(),
             4,
             StoppedError,
-            "stopped by a signal after step 2; everything up to there is in .*step-00000002",
+            "stopped by a signal after step 2. The state was saved in .*step-00000002",
         ),
     ],
 )
@@ -161,14 +161,12 @@ def test_a_script_does_not_go_on_after_a_fit_that_diverged_or_was_stopped(
 
 def test_a_second_script_in_the_folder_of_a_run_keeper_is_refused(fit, root, tmp_path):
     folder = tmp_path / "plain/checkpoints"
-    code = "import sys; from pathlib import Path; from lrm_pl.training.run_lock import RunLock; "
+    code = "import sys; from pathlib import Path; from lrm_pl.training.run_folder import RunLock; "
     code += "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": root}
     with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as other:
         other.stdout.readline()
-        with pytest.raises(
-            InputError, match=r"found one at work there; .* in Python the CheckpointAndResume's folder"
-        ):
+        with pytest.raises(InputError, match=r"Another run is using .* folder of CheckpointAndResume"):
             fit(2, CheckpointAndResume())
         other.stdin.close()
         other.wait(20)
@@ -204,12 +202,9 @@ def test_callbacks_go_on_with_their_state_and_what_cannot_be_kept_is_said(fit, t
         read_index(str(tmp_path / "plain/checkpoints/step-00000004")).run["callbacks"]["Counter"]["count"]
         == 4
     )
-    assert "the state of" not in caplog.text
+    assert "The state of" not in caplog.text
     fit(6, Counter(odd=True), CheckpointAndResume(every=2))
-    assert (
-        "the state of Counter is not in the checkpoint, and starts anew in a resumed run: expected"
-        in caplog.text
-    )
+    assert "The state of Counter is not saved, so a resumed run resets it: expected" in caplog.text
 
 
 def test_the_moving_average_goes_on_from_lightnings_checkpoint(fit, tmp_path):
@@ -236,16 +231,16 @@ def test_an_optimizer_a_schedule_or_data_that_a_run_could_not_go_on_with_are_ref
     )  # fmt: skip
     own = OwnOptimizer(module.lrm, module.renderer, module.objective)
     with pytest.raises(
-        InputError, match=r"the AdamW of model.optimizer alone, but found StepLR of configure_optim"
+        InputError, match=r"only the AdamW of model.optimizer, but found StepLR from configure_optim"
     ):
         plain().fit(own, trainer.datamodule)
     own.configure_optimizers = lambda: torch.optim.SGD(own.lrm.parameters(), lr=0.1)
     with pytest.raises(
-        InputError, match=r"the AdamW of model.optimizer alone, but found SGD of configure_optimizers"
+        InputError, match=r"only the AdamW of model.optimizer, but found SGD from configure_optimizers"
     ):
         plain().fit(own, trainer.datamodule)
     loader = trainer.datamodule.train_dataloader()
-    with pytest.raises(InputError, match=r"expected a ShardDataModule to fit with.*found none. Give it"):
+    with pytest.raises(InputError, match=r"expected a ShardDataModule, .*found none. Call trainer"):
         plain(callbacks=[CheckpointAndResume(folder=str(tmp_path / "kept"))]).fit(module, loader)
 
 
@@ -278,7 +273,7 @@ def test_a_run_that_early_stopping_ended_is_not_trained_further_when_it_is_start
     fit(2, stopping(1), CheckpointAndResume())
     _, trainer, seen = fit(4, stopping(1), CheckpointAndResume())
     assert (trainer.global_step, seen.ids) == (2, [])
-    assert "EarlyStopping ended this run at step 2: no step is added" in caplog.text
+    assert "EarlyStopping ended this run at step 2. Increase its patience" in caplog.text
     _, trainer, _ = fit(4, stopping(9), CheckpointAndResume())
     assert trainer.global_step == 4
 
@@ -286,7 +281,7 @@ def test_a_run_that_early_stopping_ended_is_not_trained_further_when_it_is_start
 def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_path, caplog):
     caplog.set_level("INFO")
     module, trainer, _ = fit(2)
-    assert "the encoder vit_small_patch14_dinov2 starts from random weights" in caplog.text
+    assert "The encoder vit_small_patch14_dinov2 starts from random weights" in caplog.text
     data = trainer.datamodule
     data.workers = 0
     plain = L.Trainer(
@@ -298,7 +293,7 @@ def test_validate_and_test_return_metrics_and_predict_returns_scenes(fit, tmp_pa
         found = {name: value for part in measure(module, data, verbose=False) for name, value in part.items()}
         assert found.keys() >= names
         assert 0 < found["val/heldout/psnr_pooled"] < 60
-    assert caplog.text.count("validations measure PSNR and SSIM; for LPIPS") == 2, "once a trainer"
+    assert caplog.text.count("Validation measures PSNR and SSIM. For LPIPS") == 2, "once a trainer"
     scenes = [scene for batch in plain.predict(module, data) for scene in batch]
     assert len(scenes) == 2
     assert scenes[0].render(torch.eye(4), 8).shape == (8, 8, 3)
@@ -314,7 +309,7 @@ def test_images_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(
     )  # fmt: skip
     found = plain.validate(module, trainer.datamodule, verbose=False)
     assert all(math.isnan(part[name]) for part in found for name in part if name.startswith("val/"))
-    assert "step 0, heldout: image metrics: expected finite predictions" in caplog.text
+    assert "Step 0, heldout: image metrics: expected finite predictions" in caplog.text
 
 
 def test_the_default_objective_brings_its_lpips_network(fit, monkeypatch):
@@ -331,9 +326,9 @@ def test_a_loader_before_a_fit_and_a_checkpoint_without_its_parts_say_what_is_mi
             make()
     module, _, _ = fit(4, CheckpointAndResume(every=4))
     path = tmp_path / "at-4.ckpt"
-    with pytest.raises(InputError, match=r"found no lrm, renderer, objective. Give them: LRMModule\.load_f"):
+    with pytest.raises(InputError, match=r"found no lrm, renderer, objective. Call LRMModule\.load_f"):
         LRMModule.load_from_checkpoint(path)
-    with pytest.raises(InputError, match=r"found the folder .*step-00000004. For inference, `lrm export`"):
+    with pytest.raises(InputError, match=r"found the folder .*step-00000004. For inference, use lrm_pl"):
         LRMModule.load_from_checkpoint(tmp_path / "plain/checkpoints/step-00000004")
     parts = {name: getattr(module, name) for name in ("renderer", "objective")}
     lrm = copy.deepcopy(module.lrm)

@@ -105,14 +105,12 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
         wait_for(log, "loss=", 1)
         subprocess.run(["scancel", "--signal=USR1", job], check=True)  # as --signal=USR1@120 does, in time
         text = wait_for(log, "is requeued, and goes on", 1)
-        stopped = int(
-            re.search(r"stopped by a signal after step (\d+); everything up to there is in", text)[1]
-        )
+        stopped = int(re.search(r"stopped by a signal after step (\d+). The state was saved in", text)[1])
         assert 0 < stopped < 60
         time.sleep(3)  # and not two minutes: see above
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
         text = wait_for(log, r"max_steps=60", 1)
-        assert f"going on after step {stopped} from" in text
+        assert f"Resuming after step {stopped} from" in text
         for _ in range(300):
             state = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True).stdout.strip()
             if not state:

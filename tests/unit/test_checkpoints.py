@@ -21,8 +21,6 @@ from lrm_pl import checkpoints as ck
 from lrm_pl.checkpoints import CheckpointError, checkpoint_path
 from lrm_pl.errors import InputError
 
-LAYOUTS = ("single", "sharded")
-
 
 def some_tensors(seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -37,12 +35,10 @@ def some_tensors(seed=0):
     }
 
 
-def write(folder, step, layout="single", tensors=None, run=None):
+def write(folder, step, tensors=None, run=None):
     path = checkpoint_path(str(folder), step)
-    files = ck.write_tensors(
-        path, some_tensors(step) if tensors is None else tensors, layout, None, writes=True
-    )
-    return ck.complete(path, layout, step, {"position": step} if run is None else run, files)
+    files = ck.write_tensors(path, some_tensors(step) if tensors is None else tensors)
+    return ck.finalize_checkpoint(path, step, {"position": step} if run is None else run, files)
 
 
 def read(checkpoint):
@@ -59,33 +55,30 @@ def same(ours, theirs):
     return True
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path, layout):
+def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path):
     run = {"position": 17, "guard": {"norms": [0.1, 1e-300]}, "score": None}
-    written = write(tmp_path, 17, layout, run=run)
+    written = write(tmp_path, 17, run=run)
     found = ck.read_checkpoint(checkpoint_path(str(tmp_path), 17))
     assert found == written
-    assert (found.step, found.run, found.format) == (17, run, layout)
+    assert (found.step, found.run) == (17, run)
     assert same(read(found), some_tensors(17))
     assert ck.tensor_names(found) == {name: tensor.shape for name, tensor in some_tensors(17).items()}
     assert os.listdir(tmp_path) == ["step-00000017"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_checkpoint_is_partial_until_its_index_is_in_it(tmp_path, layout):
+def test_a_checkpoint_is_partial_until_its_index_is_in_it(tmp_path):
     path = checkpoint_path(str(tmp_path), 3)
-    files = ck.write_tensors(path, some_tensors(), layout, None, writes=True)
+    files = ck.write_tensors(path, some_tensors())
     assert os.listdir(tmp_path) == ["step-00000003.partial"]
     assert ck.list_checkpoints(str(tmp_path)) == []
     assert ck.newest_checkpoint(str(tmp_path), print) is None
-    ck.complete(path, layout, 3, {}, files)
+    ck.finalize_checkpoint(path, 3, {}, files)
     assert os.listdir(tmp_path) == ["step-00000003"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_of_another_shape_is_refused_by_name(tmp_path, layout):
-    found = write(tmp_path, 1, layout)
-    with pytest.raises(CheckpointError, match=r"network\.a\.bias.*\(2 in all\).*-c RUN/config\.yaml"):
+def test_a_model_of_another_shape_is_refused_by_name(tmp_path):
+    found = write(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"found 2 missing.*network\.a\.bias.*-c RUN/config\.yaml"):
         ck.read_tensors(found, {"network.a.bias": torch.empty(1), "other": torch.empty(2)})
 
 
@@ -145,34 +138,30 @@ def changed(key, value):
 
 
 DAMAGES = {
-    without_index: "found no index.json there: it is missing or half-written",
-    truncated: "bytes, but found .*: it is damaged",
-    flipped: "with sha256 .*, but found another: it is damaged",
-    missing_file: "bytes, but found none: it is damaged",
+    without_index: "found no index.json: the checkpoint is missing or incomplete",
+    truncated: "expected .* bytes, but found .*: the checkpoint is damaged",
+    flipped: "expected SHA-256 .*, but found a different one: the checkpoint is damaged",
+    missing_file: "but found none: the checkpoint is damaged",
     no_json: "expected the index of a checkpoint, but found JSONDecodeError",
     no_text: "expected the index of a checkpoint, but found UnicodeDecodeError",
     a_list: "expected the index of a checkpoint, but found TypeError",
-    a_step_changed: "sha256 of what else it says, but found others: it is damaged",
-    changed("step", 9): "expected the step of the folder's name",
+    a_step_changed: "a matching SHA-256, but found a different step or content: the index is damaged",
+    changed("step", 9): "expected the step in the folder's name",
     changed(
         "version", 2
     ): "expected checkpoint version 1, but found 2. Use the version of lrm_pl that wrote it",
-    changed("format", "zip"): "expected one of the formats single, sharded.*found format 'zip'",
-    changed("files", {}): "found format .* do not trust it",
-    changed(
-        "files", {"../x": [1, "0"], "tensors.pt": [1, "0"], ".metadata": [1, "0"]}
-    ): r"\.\./x.*do not trust",
-    changed("files", 3): "expected the index of a checkpoint, but found TypeError",
+    changed("files", {}): r"expected the names of \.metadata.*Do not trust this checkpoint",
+    changed("files", {"../x": [1, "0"], ".metadata": [1, "0"]}): r"\.\./x.*Do not trust",
+    changed("files", 3): "expected the index of a checkpoint, but found AttributeError",
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message_and_the_one_before_is_used(
-    tmp_path, layout, damage
+    tmp_path, damage
 ):
-    write(tmp_path, 1, layout)
-    write(tmp_path, 2, layout)
+    write(tmp_path, 1)
+    write(tmp_path, 2)
     (tmp_path / "x").write_text("outside")
     damage(tmp_path / "step-00000002")
     said = []
@@ -184,7 +173,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_message_and_the_one_b
         ck.read_checkpoint(checkpoint_path(str(tmp_path), 2))
     damage(tmp_path / "step-00000001")
     with pytest.raises(
-        CheckpointError, match=r"expected a whole checkpoint among the 2 in .*--run.resume PATH"
+        CheckpointError, match=r"expected a valid checkpoint among the 2 in .*--run.resume PATH"
     ):
         ck.newest_checkpoint(str(tmp_path), said.append)
 
@@ -195,17 +184,18 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_to_its_step_again(t
     flipped(tmp_path / "step-00000002")
     write(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["step-00000001", "step-00000002"]
-    assert sorted(os.listdir(tmp_path / "step-00000002")) == ["index.json", "tensors.pt"]
+    assert sorted(os.listdir(tmp_path / "step-00000002")) == [".metadata", "__0_0.distcp", "index.json"]
     assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 2
 
 
 def test_a_rank_whose_file_is_not_in_the_folder_is_noticed(tmp_path):
     path = checkpoint_path(str(tmp_path), 1)
-    files = ck.write_tensors(path, some_tensors(), "sharded", None, writes=True)
+    files = ck.write_tensors(path, some_tensors())
     with pytest.raises(
-        OSError, match=r"__1_0\.distcp of 5 bytes.*found none. Do all nodes share this folder"
+        OSError,
+        match=r"__1_0\.distcp: expected 5 bytes.*found none. Make sure that all nodes share this folder",
     ):
-        ck.complete(path, "sharded", 1, {}, {**files, "__1_0.distcp": (5, "0")})
+        ck.finalize_checkpoint(path, 1, {}, {**files, "__1_0.distcp": (5, "0")})
     assert ck.list_checkpoints(str(tmp_path)) == []
 
 
@@ -237,17 +227,16 @@ def torch_file(value, path):
 
 def test_a_file_that_wants_to_run_code_is_refused_by_name_and_nothing_is_run(tmp_path):
     trace = tmp_path / "trace"
-    bare, nested = pickle.dumps(Runs(trace)), torch_file({"a": Runs(trace)}, tmp_path / "evil.pt")
-    for step, (layout, name, content) in enumerate((
-        ("sharded", ".metadata", bare), ("sharded", ".metadata", pickle.dumps({"a": [Runs(trace)]}, protocol=0)),
-        ("sharded", ".metadata", b"cbuiltins\neval\n(S'1'\ntR."), ("single", "tensors.pt", nested),
+    bare = pickle.dumps(Runs(trace))
+    for step, content in enumerate((
+        bare, pickle.dumps({"a": [Runs(trace)]}, protocol=0), b"cbuiltins\neval\n(S'1'\ntR.",
     )):  # fmt: skip
-        write(tmp_path, step, layout)
-        swap(tmp_path / f"step-{step:08d}", name, content)
+        write(tmp_path, step)
+        swap(tmp_path / f"step-{step:08d}", ".metadata", content)
         found = ck.read_checkpoint(checkpoint_path(str(tmp_path), step))
         for way in (ck.tensor_names, read, lambda one: ck.read_tensors(one, some_tensors())):
             with pytest.raises(
-                CheckpointError, match=r"wants to run (posix\.system|builtins\.eval), which was not"
+                CheckpointError, match=r"a pickle that calls (posix\.system|builtins\.eval), which was not"
             ):
                 way(found)
     assert not trace.exists()
@@ -257,7 +246,7 @@ def test_a_file_that_wants_to_run_code_is_refused_by_name_and_nothing_is_run(tmp
 
 def test_a_shard_that_wants_to_run_code_is_refused_and_nothing_is_run(tmp_path):
     trace = tmp_path / "trace"
-    found = write(tmp_path, 1, "sharded", {"a": torch.zeros(4)})
+    found = write(tmp_path, 1, {"a": torch.zeros(4)})
     evil = torch_file(Runs(trace), tmp_path / "evil.pt")
     swap(tmp_path / "step-00000001", "__0_0.distcp", evil)
     metadata = tmp_path / "step-00000001" / ".metadata"
@@ -266,18 +255,18 @@ def test_a_shard_that_wants_to_run_code_is_refused_and_nothing_is_run(tmp_path):
         entry.length = len(evil)
     swap(tmp_path / "step-00000001", ".metadata", pickle.dumps(content))
     found = ck.read_checkpoint(found.path)
-    with pytest.raises(CheckpointError, match=r"wants to run posix\.system, which was not done"):
+    with pytest.raises(CheckpointError, match=r"a pickle that calls posix\.system, which was not executed"):
         read(found)
     assert not trace.exists()
 
 
 def test_metadata_that_points_out_of_the_folder_is_refused(tmp_path):
-    write(tmp_path, 1, "sharded")
+    write(tmp_path, 1)
     path = tmp_path / "step-00000001"
     swap(path, ".metadata", (path / ".metadata").read_bytes().replace(b"__0_0.distcp", b"../../a/../b"))
     found = ck.read_checkpoint(str(path))
     with pytest.raises(
-        CheckpointError, match=r"files that are not of this checkpoint: \['\.\./\.\./a/\.\./b'\]"
+        CheckpointError, match=r"references to files outside of the checkpoint: \['\.\./\.\./a/\.\./b'\]"
     ):
         ck.tensor_names(found)
 
@@ -286,9 +275,9 @@ def test_metadata_that_points_out_of_the_folder_is_refused(tmp_path):
     "content", [b"", b"\x80\x04.", b"garbage", pickle.dumps({"a": 1}), b"\x80\x04K\x01h\x05."]
 )
 def test_metadata_that_is_none_is_refused(tmp_path, content):
-    write(tmp_path, 1, "sharded")
+    write(tmp_path, 1)
     swap(tmp_path / "step-00000001", ".metadata", content)
-    with pytest.raises(CheckpointError, match=r"\.metadata: expected tensors by name"):
+    with pytest.raises(CheckpointError, match=r"\.metadata: expected a dict of tensors"):
         ck.tensor_names(ck.read_index(str(tmp_path / "step-00000001")))
 
 
@@ -297,26 +286,25 @@ def test_metadata_that_is_none_is_refused(tmp_path, content):
 WRITER = """
 import sys, torch
 from lrm_pl.checkpoints import *
-folder, layout = sys.argv[1:]
+folder = sys.argv[1]
 newest = newest_checkpoint(folder, print)  # a run that is started again goes on
 print("ready", flush=True)
 for step in range((newest.step if newest else 0) + 1, 10**6):
     path = checkpoint_path(folder, step)
     tensors = {"a": torch.full((200_000,), float(step)), "b": torch.tensor(step)}
-    complete(path, layout, step, {"position": 2 * step}, write_tensors(path, tensors, layout, None, writes=True))
-    tidy(folder, keep=2)
+    finalize_checkpoint(path, step, {"position": 2 * step}, write_tensors(path, tensors))
+    prune_checkpoints(folder, keep=2)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp_path, root, layout, kills):
+def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp_path, root, kills):
     generator = torch.Generator().manual_seed(0)
     reached = 0
     for trial in range(kills):
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path), layout],
+            [sys.executable, "-W", "ignore", "-c", WRITER, str(tmp_path)],
             cwd=root, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         while process.stdout.readline() != b"ready\n":
@@ -326,7 +314,7 @@ def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp
         process.send_signal(signal.SIGKILL)
         process.wait(10)
         process.stdout.close()
-        ck.remove_partial_files(str(tmp_path), print)
+        ck.remove_partial_checkpoints(str(tmp_path), print)
         assert not [name for name in os.listdir(tmp_path) if name.endswith(".partial")]
         found = ck.newest_checkpoint(str(tmp_path), print)
         if found is None:
@@ -352,21 +340,17 @@ def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_file_that_cannot_be_written_to_its_end_is_an_os_error_and_the_checkpoint_is_not_taken(
-    tmp_path, layout
-):
-    write(tmp_path, 1, layout)
+def test_a_file_that_cannot_be_written_to_its_end_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path):
+    write(tmp_path, 1)
     with small_files(), pytest.raises(OSError, match="File too large"):
-        write(tmp_path, 2, layout, {"a": torch.randn(100_000)})
+        write(tmp_path, 2, {"a": torch.randn(100_000)})
     assert ck.list_checkpoints(str(tmp_path)) == [checkpoint_path(str(tmp_path), 1)]
     assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 1
-    write(tmp_path, 2, layout)  # on top of what was left
+    write(tmp_path, 2)  # on top of what was left
     assert ck.newest_checkpoint(str(tmp_path), pytest.fail).step == 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path, layout):
+def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -378,9 +362,9 @@ def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path, la
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
     try:
-        write(disk, 1, layout)
+        write(disk, 1)
         with pytest.raises(OSError, match="No space left on device"):
-            write(disk, 2, layout, {"a": torch.randn(100_000)})
+            write(disk, 2, {"a": torch.randn(100_000)})
         assert ck.newest_checkpoint(str(disk), pytest.fail).step == 1
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -390,14 +374,14 @@ def test_a_full_disk_is_an_os_error_and_the_checkpoint_is_not_taken(tmp_path, la
 
 
 def steps(folder):
-    return sorted(ck.step_of(path) for path in ck.list_checkpoints(str(folder)))
+    return sorted(ck.checkpoint_step(path) for path in ck.list_checkpoints(str(folder)))
 
 
 def test_the_newest_the_best_and_every_nth_stay(tmp_path):
     scores = {10: 1.0, 20: 3.0, 30: 2.0, 40: None, 50: 2.5}
     for step, score in scores.items():
         write(tmp_path, step, run={"score": score})
-        ck.tidy(str(tmp_path), keep=1, keep_every=30)
+        ck.prune_checkpoints(str(tmp_path), keep=1, keep_every=30)
     assert steps(tmp_path) == [20, 30, 50]
     assert ck.best_score(str(tmp_path), print) == (3.0, set())
 
@@ -415,7 +399,7 @@ def test_the_best_may_be_the_lowest_and_scores_of_another_metric_do_not_count(tm
     assert ck.best_score(str(tmp_path), print, monitor="lpips", mode="min") == (0.3, set())
     assert ck.best_score(str(tmp_path), print, monitor="psnr") == (0.1, set())
     assert ck.best_score(str(tmp_path), print, monitor="ssim") == (None, set())
-    ck.tidy(str(tmp_path), keep=1, monitor="lpips", mode="min")
+    ck.prune_checkpoints(str(tmp_path), keep=1, monitor="lpips", mode="min")
     assert steps(tmp_path) == [20, 50]
 
 
@@ -425,9 +409,9 @@ def test_a_damaged_best_checkpoint_is_not_the_best_any_more(tmp_path, capsys):
     flipped(tmp_path / "step-00000020")
     damaged = checkpoint_path(str(tmp_path), 20)
     assert ck.best_score(str(tmp_path), print) == (2.0, {damaged})
-    assert "not the best checkpoint any more" in capsys.readouterr().out
+    assert "The best checkpoint is damaged" in capsys.readouterr().out
     write(tmp_path, 40, run={"score": 1.5})
-    ck.tidy(str(tmp_path), keep=1, apart={damaged})
+    ck.prune_checkpoints(str(tmp_path), keep=1, ignored={damaged})
     assert steps(tmp_path) == [20, 30, 40], "the best whole one stays"
 
 
@@ -437,7 +421,7 @@ def test_a_damaged_checkpoint_that_a_run_passed_over_does_not_push_out_the_whole
     flipped(tmp_path / "step-00000030")
     apart = {checkpoint_path(str(tmp_path), 30)}
     write(tmp_path, 25)  # the run goes on after 20
-    ck.tidy(str(tmp_path), keep=1, apart=apart)
+    ck.prune_checkpoints(str(tmp_path), keep=1, ignored=apart)
     assert steps(tmp_path) == [25, 30]
     assert ck.newest_checkpoint(str(tmp_path), print).step == 25
 
@@ -455,7 +439,7 @@ def test_a_deletion_that_is_cut_short_leaves_nothing_that_is_taken_for_whole(tmp
     with pytest.raises(KeyboardInterrupt):
         ck.remove_checkpoint(checkpoint_path(str(tmp_path), 2))
     monkeypatch.undo()
-    assert os.listdir(tmp_path / "step-00000002") == ["tensors.pt"]
+    assert sorted(os.listdir(tmp_path / "step-00000002")) == [".metadata", "__0_0.distcp"]
     assert ck.newest_checkpoint(str(tmp_path), print).step == 1
     ck.remove_checkpoint(checkpoint_path(str(tmp_path), 2))
     assert steps(tmp_path) == [1]
@@ -466,27 +450,27 @@ def test_only_half_written_checkpoints_are_cleared_away(tmp_path):
     for name in ("step-00000002.partial", "mine.partial"):
         (tmp_path / name).mkdir()
     said = []
-    ck.remove_partial_files(str(tmp_path), said.append)
+    ck.remove_partial_checkpoints(str(tmp_path), said.append)
     assert sorted(os.listdir(tmp_path)) == ["mine.partial", "step-00000001"]
     assert len(said) == 1
-    ck.remove_partial_files(str(tmp_path / "none"), said.append)
+    ck.remove_partial_checkpoints(str(tmp_path / "none"), said.append)
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_lost(tmp_path):
     ck.require_writable(str(tmp_path / "new" / "folder"))
     assert os.listdir(tmp_path / "new" / "folder") == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"expected to write checkpoints into .*file"):
+    with pytest.raises(InputError, match=r"file: expected a writable folder"):
         ck.require_writable(str(tmp_path / "file"))
 
 
 def test_a_checkpoint_can_be_written_in_a_thread_while_others_read(tmp_path):
-    write(tmp_path, 1, "sharded")
+    write(tmp_path, 1)
     failures = []
 
     def work(step):
         try:
-            write(tmp_path, step, "sharded")
+            write(tmp_path, step)
         except Exception as error:
             failures.append(error)
 

@@ -107,7 +107,7 @@ def train_one_step(encoder, renderer, vgg, **options):
     objective = Objective(mask=0.1, tv=1e-3, opacity=0.01)
     objective.perceptual = vgg
     module, optimizer = LRMModule(network, renderer, objective), OptimizerConfig().build(network)
-    sum(objective(module.look(make_batch()), 0).values()).backward()
+    sum(objective(module.render_targets(make_batch()), 0).values()).backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
     optimizer.step()
 

@@ -12,7 +12,7 @@ from lrm_pl.training.gradient_guard import GradientGuard, GuardConfig
 
 
 def accepts(judge, norm):
-    return not judge.judge(torch.tensor(norm)).item()
+    return not judge.check(torch.tensor(norm)).item()
 
 
 def guard(*norms, **config):
@@ -25,9 +25,9 @@ def test_without_a_limit_only_what_is_not_finite_is_skipped_and_counted():
     judge = guard(1.0, 1e9, 1.0)
     assert not accepts(judge, math.nan)
     assert not accepts(judge, math.inf)
-    assert (judge.num_skipped.item(), judge.in_a_row) == (2, 2)
+    assert (judge.num_skipped.item(), judge.consecutive_skips) == (2, 2)
     assert accepts(judge, 2.0)
-    assert (judge.num_skipped.item(), judge.in_a_row) == (2, 0)
+    assert (judge.num_skipped.item(), judge.consecutive_skips) == (2, 0)
 
 
 def test_a_norm_above_so_many_times_the_running_median_is_skipped():
@@ -59,7 +59,7 @@ def test_norms_that_stay_larger_stop_the_run_with_what_to_do_and_the_next_start_
     assert judge.expectation == "gradient norms up to 5.0 times their running median, 0.1"
     assert judge.remedy == "raise --model.guard.spike"
     again = GradientGuard(judge.config)
-    again.resume(judge.state())
+    again.load_state(judge.state())
     assert not again.exhausted
     assert [accepts(again, 0.6) for _ in range(10)] == [True] * 10, "it has a new median"
 
@@ -76,17 +76,17 @@ def test_a_resumed_guard_judges_as_the_one_that_was_saved():
     judge = guard(1.0, 2.0, 0.1, spike=5.0, window=3)
     assert not accepts(judge, 5.1)
     again = GradientGuard(judge.config)
-    again.resume(json.loads(json.dumps(judge.state())))
+    again.load_state(json.loads(json.dumps(judge.state())))
     assert again.state() == judge.state()
-    assert judge.state() == {"skipped": 1, "in_a_row": 1, "norms": [1.0, 2.0, torch.tensor(0.1).item()]}
+    assert judge.state() == {"skipped": 1, "consecutive": 1, "norms": [1.0, 2.0, torch.tensor(0.1).item()]}
     assert not accepts(again, 5.1)
-    assert again.in_a_row == 2
+    assert again.consecutive_skips == 2
     assert accepts(again, 4.9)
 
 
 def test_a_window_that_a_resumed_run_makes_smaller_keeps_the_newest_norms():
     again = GradientGuard(GuardConfig(spike=2.0, window=2))
-    again.resume(guard(9.0, 1.0, 3.0, window=5).state())
+    again.load_state(guard(9.0, 1.0, 3.0, window=5).state())
     assert not accepts(again, 4.1)  # the median is 2
     assert accepts(again, 3.9)
 
@@ -100,7 +100,7 @@ def test_whether_it_is_exhausted_waits_for_the_newest_step_only_if_that_could_be
     monkeypatch.setattr(device.HostCopy, "numbers", lambda copy: waited.append(copy) or numbers(copy))
     found = []
     for norm in (math.nan, 1.0, math.nan, math.nan, math.nan):
-        judge.judge(torch.tensor(norm))
+        judge.check(torch.tensor(norm))
         waited.clear()
         found.append((judge.exhausted, judge._reports[-1] in waited))
     assert found == [(False, False)] * 4 + [(True, True)]

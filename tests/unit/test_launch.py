@@ -401,7 +401,7 @@ def group(checkout, root):
     def start(program):
         (checkout / "lrm_pl.py").write_text("import os, signal, sys, time\n" + program)
         launcher = "import sys; sys.path.pop(0); sys.path.insert(0, sys.argv[1])\n"
-        launcher += "from lrm_pl.training.processes import run_processes; run_processes(2, ['fit'])"
+        launcher += "from lrm_pl.training.processes import launch_processes; launch_processes(2, ['fit'])"
         return subprocess.Popen(
             [sys.executable, "-c", launcher, str(root)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -420,7 +420,7 @@ def group(checkout, root):
             1,
             "lrm: expected this, but found that\n" * 2,
         ),
-        ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was ended by signal 9\n"),
+        ("os.kill(os.getpid(), 9)", 137, "lrm: process 0 of 2 was terminated by signal 9\n"),
     ],
 )
 def test_the_last_thing_that_several_processes_say_is_their_own_message(

@@ -12,7 +12,6 @@ from lrm_pl.errors import InputError
 from lrm_pl.storage import StoreError
 
 pytest_plugins = ["tests.servers.s3_store"]
-LAYOUTS = ("single", "sharded")
 RUN = "s3://bucket/runs/one"
 
 # Sockets that the proxy or botocore leave to the garbage collector, on purpose or not, are no concern of these tests.
@@ -33,10 +32,10 @@ def some_tensors(step):
     }
 
 
-def write(step, layout="single", tensors=None):
+def write(step, tensors=None):
     path = checkpoint_path(RUN, step)
-    files = ck.write_tensors(path, tensors or some_tensors(step), layout, None, writes=True)
-    return ck.complete(path, layout, step, {"position": step}, files)
+    files = ck.write_tensors(path, tensors or some_tensors(step))
+    return ck.finalize_checkpoint(path, step, {"position": step}, files)
 
 
 def require_whole(step):
@@ -52,25 +51,23 @@ def require_whole(step):
     return said
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_checkpoints_are_written_listed_read_and_removed_in_a_bucket(s3, layout):
+def test_checkpoints_are_written_listed_read_and_removed_in_a_bucket(s3):
     assert ck.newest_checkpoint(RUN, print) is None
     for step in (1, 2, 3):
-        write(step, layout)
+        write(step)
     require_whole(3)
-    ck.tidy(RUN, keep=2)
+    ck.prune_checkpoints(RUN, keep=2)
     assert ck.list_checkpoints(RUN) == [checkpoint_path(RUN, 3), checkpoint_path(RUN, 2)]
     ck.remove_checkpoint(checkpoint_path(RUN, 3))
     require_whole(2)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_index_is_the_last_object_that_is_put(s3, layout):
+def test_the_index_is_the_last_object_that_is_put(s3):
     path = checkpoint_path(RUN, 1)
-    files = ck.write_tensors(path, some_tensors(1), layout, None, writes=True)
-    with pytest.raises(CheckpointError, match="half-written"):
+    files = ck.write_tensors(path, some_tensors(1))
+    with pytest.raises(CheckpointError, match="incomplete"):
         ck.read_checkpoint(path)
-    ck.complete(path, layout, 1, {}, files)
+    ck.finalize_checkpoint(path, 1, {}, files)
     puts = [path.rsplit("/", 1)[-1] for method, path in s3.seen if method == "PUT"]
     assert puts[-1] == "index.json"
     require_whole(1)
@@ -78,7 +75,7 @@ def test_the_index_is_the_last_object_that_is_put(s3, layout):
 
 def test_a_large_tensor_goes_up_in_parts_and_comes_back_exact(s3):
     large = {"large": torch.arange(30_000_000, dtype=torch.float32)}  # 120 MB; s3fs uploads parts of 50
-    found = write(5, "single", large)
+    found = write(5, large)
     assert any("partNumber=2" in path for _, path in s3.seen)
     into = {"large": torch.empty(30_000_000)}
     ck.read_tensors(ck.read_checkpoint(found.path), into)
@@ -90,55 +87,50 @@ def first_times(times, fault, *, method="PUT", name):
     return lambda m, path, number: fault if m == method and name in path and number < times else None
 
 
-OBJECTS = [
-    ("single", "tensors.pt"),
-    ("sharded", "__0_0.distcp"),
-    ("sharded", ".metadata"),
-    ("single", "index.json"),
-]
+OBJECTS = ["__0_0.distcp", ".metadata", "index.json"]
 
 
-@pytest.mark.parametrize(("layout", "name"), OBJECTS)
+@pytest.mark.parametrize("name", OBJECTS)
 @pytest.mark.parametrize("fault", ["503", "drop", "deaf"])
-def test_an_upload_that_fails_once_is_tried_again(s3, layout, name, fault):
-    write(1, layout)
+def test_an_upload_that_fails_once_is_tried_again(s3, name, fault):
+    write(1)
     s3.fault = first_times(1, fault, name=f"step-00000002/{name}")
-    write(2, layout)
+    write(2)
     assert s3.broken
     s3.fault = first_times(0, fault, name="-")
     assert require_whole(2) == []
 
 
 @pytest.mark.parametrize(
-    ("layout", "name", "fault"),
+    ("name", "fault"),
     [
         # each is tried again for seconds: one of each fault here, all others in `make soak`
-        pytest.param(*where, fault, marks=[] if number == 2 * (fault == "500") + 1 else pytest.mark.soak)
+        pytest.param(name, fault, marks=[] if number == (fault == "500") else pytest.mark.soak)
         for fault in ("500", "drop")
-        for number, where in enumerate(OBJECTS)
+        for number, name in enumerate(OBJECTS)
     ],
 )
-def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s3, layout, name, fault):
-    write(1, layout)
+def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s3, name, fault):
+    write(1)
     s3.fault = first_times(1000, fault, name=f"step-00000002/{name}")
     with pytest.raises(OSError, match=r"step-00000002.*expected the object store to do as asked"):
-        write(2, layout)
+        write(2)
     s3.fault = first_times(0, fault, name="-")
-    assert any("half-written" in message for message in require_whole(1)) or name != "index.json"
-    write(2, layout)  # the run goes on and comes there again
+    assert any("incomplete" in message for message in require_whole(1)) or name != "index.json"
+    write(2)  # the run goes on and comes there again
     assert require_whole(2) == []
 
 
 def test_a_part_of_an_upload_that_keeps_failing_is_an_error_and_leaves_no_object(s3):
     s3.fault = lambda method, path, number: "500" if method == "PUT" and "partNumber=2" in path else None
     with pytest.raises(OSError, match="expected the object store to do as asked"):
-        write(5, "single", {"large": torch.zeros(30_000_000)})
+        write(5, {"large": torch.zeros(30_000_000)})
     s3.fault = lambda method, path, number: None
     assert ck.list_checkpoints(RUN) == []
 
 
 def test_a_download_that_is_cut_once_is_tried_again(s3):
-    write(1, "single")
+    write(1)
     s3.fault = first_times(1, "drop", method="GET", name="step-00000001")
     assert require_whole(1) == []
     assert s3.broken
@@ -158,20 +150,20 @@ def test_an_object_that_was_changed_in_the_bucket_is_passed_over(s3):
     write(1)
     write(2)
     fs = fsspec.filesystem("s3")
-    content = bytearray(fs.cat_file("bucket/runs/one/step-00000002/tensors.pt"))
+    content = bytearray(fs.cat_file("bucket/runs/one/step-00000002/__0_0.distcp"))
     content[len(content) // 2] ^= 1
-    fs.pipe_file("bucket/runs/one/step-00000002/tensors.pt", bytes(content))
-    assert "found another: it is damaged" in require_whole(1)[0]
-    fs.pipe_file("bucket/runs/one/step-00000002/tensors.pt", bytes(content[:-5]))
+    fs.pipe_file("bucket/runs/one/step-00000002/__0_0.distcp", bytes(content))
+    assert "found a different one: the checkpoint is damaged" in require_whole(1)[0]
+    fs.pipe_file("bucket/runs/one/step-00000002/__0_0.distcp", bytes(content[:-5]))
     assert "bytes, but found" in require_whole(1)[0]
 
 
 def test_a_run_that_ended_in_its_first_upload_starts_from_the_beginning_and_says_so(s3):
     path = ck.checkpoint_path("s3://bucket/run", 5)
-    ck.write_tensors(path, {"a": torch.ones(3)}, "single", None, writes=True)
+    ck.write_tensors(path, {"a": torch.ones(3)})
     said = []
     assert ck.newest_checkpoint("s3://bucket/run", said.append) is None
-    assert "no checkpoint was ever finished there; starting from the beginning" in said[-1]
+    assert "no checkpoint was completed; starting from the first step" in said[-1]
 
 
 def test_of_two_runs_that_sign_one_folder_the_older_is_told(s3):
@@ -179,7 +171,9 @@ def test_of_two_runs_that_sign_one_folder_the_older_is_told(s3):
     older.require()
     newer = ck.Owner("s3://bucket/run", "runs/newer")
     newer.require()
-    with pytest.raises(InputError, match=r"expected to be the only run.*took it over: .*'run': 'runs/newer'"):
+    with pytest.raises(
+        InputError, match=r"expected this run to be the only one.*a newer run: .*'run': 'runs/newer'"
+    ):
         older.require()
     ck.Owner("s3://bucket/other", "runs/other")
     newer.require()

@@ -55,7 +55,7 @@ def test_with_layer_decay_every_block_learns_slower_than_the_next_down_to_the_im
     encoder = ImageEncoder("test_vit", image_size=32)
     model = LRM(encoder, NeRFDecoder(4, 8, 3), dim=16, depth=2, heads=2, camera_dim=8, plane_tokens=4)
     optimizer = OptimizerConfig(layer_decay=0.5).build(model)
-    share = {id(p): group["share"] for group in optimizer.param_groups for p in group["params"]}
+    share = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     assert len(share) == len(list(model.parameters()))
     depth = len(encoder.vit.blocks)
     for module, blocks_behind in (
@@ -79,8 +79,8 @@ def test_a_layer_decay_above_one_is_refused():
         ({"lr": -1.0}, "lr of at least 0, but found -1.0"),
         ({"betas": (0.9, 1.0)}, r"betas in \[0, 1\), but found \(0.9, 1.0\)"),
         ({"weight_decay": -0.05}, "weight_decay of at least 0, but found -0.05"),
-        ({"warmup": 3000.0}, "warmup, a share of the run's steps, in .*, but found 3000.0"),
-        ({"final_lr": 10.0}, "final_lr, a share of lr, in .*, but found 10.0"),
+        ({"warmup": 3000.0}, "warmup, a fraction of all steps, in .*, but found 3000.0"),
+        ({"final_lr": 10.0}, "final_lr, a fraction of lr, in .*, but found 10.0"),
     ],
 )
 def test_a_schedule_that_never_leaves_its_warm_up_and_a_weight_decay_that_grows_weights_are_refused(

@@ -9,7 +9,7 @@ from lrm_pl.losses.objective import Objective
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import LRMModule
-from lrm_pl.training.precision import Float32Convolutions, require_supported_precision
+from lrm_pl.training.precision import DisableTF32, require_supported_precision
 from tests.builders import tiny_lrm
 
 #: Lightning's own.
@@ -27,7 +27,7 @@ class Linear(L.LightningModule):
         self.layer, self.fails, self.allowed = nn.Linear(2, 1), fails, []
 
     def configure_callbacks(self):
-        return [Float32Convolutions()]
+        return [DisableTF32()]
 
     def training_step(self, batch, batch_idx):
         self.note()
@@ -76,9 +76,9 @@ def test_the_module_brings_its_callbacks_along_where_the_trainer_has_none_of_the
         module.trainer = L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
         return [type(callback) for callback in module.configure_callbacks()]
 
-    assert brought() == [Float32Convolutions, ImageMetricsLogger]
-    assert brought(ImageMetricsLogger()) == [Float32Convolutions]
-    assert brought(ImageMetricsLogger(), Float32Convolutions()) == []
+    assert brought() == [DisableTF32, ImageMetricsLogger]
+    assert brought(ImageMetricsLogger()) == [DisableTF32]
+    assert brought(ImageMetricsLogger(), DisableTF32()) == []
 
 
 def set_up(precision):

@@ -16,7 +16,7 @@ from lrm_pl.checkpoints import (
     CheckpointError,
     checkpoint_path,
     choose_checkpoint,
-    complete,
+    finalize_checkpoint,
     find_checkpoint,
     read_newest,
     remove_checkpoint,
@@ -25,14 +25,20 @@ from lrm_pl.checkpoints import (
 from lrm_pl.data.source import ShardSource
 from lrm_pl.errors import InputError
 from lrm_pl.training.checkpointing import CheckpointAndResume
-from lrm_pl.training.run_folder import claim_new_folder, folder_of, place_loggers, run_of, run_path
-from lrm_pl.training.run_lock import RunLock
+from lrm_pl.training.run_folder import (
+    RunLock,
+    create_run_folder,
+    find_run_folder,
+    run_path,
+    set_logger_folders,
+    trainer_folder,
+)
 
 
 def write(folder, step):
     path = checkpoint_path(str(folder), step)
-    files = write_tensors(path, {"a": torch.tensor(step)}, "single", None, writes=True)
-    return complete(path, "single", step, {}, files).path
+    files = write_tensors(path, {"a": torch.tensor(step)})
+    return finalize_checkpoint(path, step, {}, files).path
 
 
 # --- one run at a time
@@ -40,7 +46,7 @@ def write(folder, step):
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from lrm_pl.training.run_lock import RunLock
+from lrm_pl.training.run_folder import RunLock
 lock = RunLock(Path(sys.argv[1]))
 child = os.fork() if sys.argv[2] == "fork" else 1
 if child == 0:  # as a data worker
@@ -75,9 +81,7 @@ def holder(root, tmp_path):
 
 def test_a_second_run_in_a_folder_is_refused_and_one_in_another_is_not(tmp_path, holder):
     holder(tmp_path / "run")
-    with pytest.raises(
-        InputError, match=r"expected no other run in .*run, but found one at work.*--run\.folder"
-    ):
+    with pytest.raises(InputError, match=r"Another run is using .*run\. .*--run\.folder"):
         RunLock(tmp_path / "run")
     RunLock(tmp_path / "other")
 
@@ -105,7 +109,7 @@ def test_never_refuses_a_folder_with_checkpoints_whole_or_not(tmp_path):
     assert choose_checkpoint("never", str(tmp_path)) is None
     path = write(tmp_path, 1)
     (Path(path) / "index.json").unlink()
-    with pytest.raises(InputError, match=r"expected no checkpoints in .*, but found 1; .*--run\.resume auto"):
+    with pytest.raises(InputError, match=r"expected no checkpoints in .*, but found 1. .*--run\.resume auto"):
         choose_checkpoint("never", str(tmp_path))
 
 
@@ -130,11 +134,11 @@ def test_a_checkpoint_that_its_run_deletes_while_it_is_read_gives_way_to_a_newer
         if found.step == 10:  # meanwhile the run has gone on
             write(place, 20)
             remove_checkpoint(found.path)
-        return (Path(found.path) / "tensors.pt").read_bytes()
+        return (Path(found.path) / ".metadata").read_bytes()
 
     assert read_newest(str(tmp_path / "run"), read)
     assert tried == [10, 20]
-    assert "was deleted while it was read: taking a newer one" in caplog.text
+    assert "was deleted while it was read; reading a newer checkpoint" in caplog.text
     with pytest.raises(FileNotFoundError):
         read_newest(str(tmp_path / "run"), lambda found: (Path(found.path) / "none").read_bytes())
 
@@ -144,13 +148,15 @@ def test_started_again_with_the_same_command_a_run_goes_on_from_its_own_checkpoi
     own = tmp_path / "second" / "checkpoints"
     write(own, 15)
     assert choose_checkpoint(path, str(own)).step == 15
-    assert "checkpoints of its own" in caplog.text
+    assert "Resuming from this run's own checkpoints" in caplog.text
 
 
 def test_going_back_within_a_run_is_refused(tmp_path):
     path = write(tmp_path / "checkpoints", 10)
     write(tmp_path / "checkpoints", 20)
-    with pytest.raises(InputError, match=r"found it in this run's own folder, up to .*step-00000020"):
+    with pytest.raises(
+        InputError, match=r"in the folder of this run, whose newest checkpoint is .*step-00000020"
+    ):
         choose_checkpoint(path, str(tmp_path / "checkpoints"))
 
 
@@ -176,7 +182,7 @@ def test_tensorboard_and_csv_write_into_the_runs_folder_itself(tmp_path):
     from lightning.pytorch import loggers
 
     configs = [logger_config("TensorBoardLogger", save_dir="runs", name="lrm"), logger_config("CSVLogger")]
-    place_loggers(configs, str(tmp_path / "run"))
+    set_logger_folders(configs, str(tmp_path / "run"))
     for config in configs:
         made = getattr(loggers, config["class_path"].rsplit(".", 1)[1])(**config["init_args"])
         assert Path(made.log_dir) == tmp_path / "run"
@@ -185,12 +191,12 @@ def test_tensorboard_and_csv_write_into_the_runs_folder_itself(tmp_path):
 def test_one_logger_none_and_wandb_are_placed_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": None}
-    place_loggers(one, "runs/mine")  # relative: made absolute, so that a later chdir changes nothing
+    set_logger_folders(one, "runs/mine")  # relative: made absolute, so that a later chdir changes nothing
     assert one["init_args"] == {"save_dir": str(tmp_path / "runs"), "name": "", "version": "mine"}
-    place_loggers(False, "runs/mine")
-    place_loggers([], "runs/mine")
+    set_logger_folders(False, "runs/mine")
+    set_logger_folders([], "runs/mine")
     wandb = logger_config("WandbLogger", project="x")
-    place_loggers([wandb], "runs/mine")
+    set_logger_folders([wandb], "runs/mine")
     assert wandb["init_args"] == {"project": "x", "save_dir": str(tmp_path / "runs" / "mine"), "name": "mine"}
 
 
@@ -201,17 +207,17 @@ def test_runs_that_begin_at_the_same_time_get_folders_of_their_own(tmp_path):
 
     trainers = [begin() for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(claim_new_folder, trainers))
+        folders = list(pool.map(create_run_folder, trainers))
     assert sorted(folder.name for folder in folders) == [f"version_{number}" for number in range(8)]
-    assert [folder_of(trainer) for trainer in trainers] == folders
+    assert [trainer_folder(trainer) for trainer in trainers] == folders
 
 
 def test_the_run_of_a_checkpoint_of_its_folder_and_of_itself_is_found(tmp_path):
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "run/config.yaml").touch()
     for path in ("run", "run/checkpoints", "run/checkpoints/step-00000001"):
-        assert run_of(str(tmp_path / path)) == tmp_path / "run"
-    assert run_of(str(tmp_path)) is None
+        assert find_run_folder(str(tmp_path / path)) == tmp_path / "run"
+    assert find_run_folder(str(tmp_path)) is None
 
 
 def test_a_home_folder_of_data_or_checkpoints_is_the_home_folder(monkeypatch, tmp_path, shards):
@@ -223,19 +229,20 @@ def test_a_home_folder_of_data_or_checkpoints_is_the_home_folder(monkeypatch, tm
 
 @pytest.mark.parametrize("choice", [True, None])
 def test_lightnings_own_choice_of_a_logger_is_refused(choice, tmp_path):
-    with pytest.raises(InputError, match=r"expected trainer\.logger to name a logger, or false"):
-        place_loggers(choice, str(tmp_path))
+    with pytest.raises(InputError, match=r"expected trainer\.logger as a logger or false"):
+        set_logger_folders(choice, str(tmp_path))
 
 
 def test_a_home_folder_is_the_home_folder_and_a_url_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run_path("~/run") == tmp_path / "run"
     with pytest.raises(
-        InputError, match=r"folder after --run\.folder, but found nothing. Is a variable of the shell"
+        InputError, match=r"path for --run\.folder, but found an empty string. Check that the shell variable"
     ):
         run_path("")
     with pytest.raises(
-        InputError, match=r"expected a local folder .* found --run.folder s3://b/run\. .*CheckpointAndResume"
+        InputError,
+        match=r"expected a local path for --run.folder, but found s3://b/run\. .*CheckpointAndResume",
     ):
         run_path("s3://b/run")
 
@@ -251,5 +258,5 @@ def test_a_logger_is_given_the_places_that_its_class_takes(tmp_path):
     for kind, wanted in ((Bare, {}), (Named, {"save_dir": str(tmp_path / "run"), "name": "run"})):
         globals()[kind.__name__] = kind
         config = {"class_path": f"{__name__}:{kind.__name__}", "init_args": {}}
-        place_loggers(config, str(tmp_path / "run"))
+        set_logger_folders(config, str(tmp_path / "run"))
         assert config["init_args"] == wanted

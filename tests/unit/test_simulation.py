@@ -88,7 +88,7 @@ def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
     branches = as_accelerator(gpu) if gpu else contextlib.nullcontext()
     with branches, FlopCounterMode(display=False) as counter:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = sum(objective(module.look(batch), 0).values())
+            loss = sum(objective(module.render_targets(batch), 0).values())
         loss.backward()
     assert estimated.flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 

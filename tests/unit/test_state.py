@@ -20,9 +20,12 @@ from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.checkpointing import CheckpointAndResume
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
-from lrm_pl.training.sharded_state import Holder
-from lrm_pl.training.state import Snapshots, optimizer_tensors
-from lrm_pl.training.strategies import FSDP2Strategy, require_supported, require_supported_name
+from lrm_pl.training.sharded_state import Snapshots, StateAccess, optimizer_tensors
+from lrm_pl.training.strategies import (
+    FSDP2Strategy,
+    require_supported_strategy,
+    require_supported_strategy_name,
+)
 from tests.builders import tiny_lrm
 
 NAN, INF = float("nan"), float("inf")
@@ -112,7 +115,7 @@ def test_a_skipped_step_is_a_dropped_step_with_and_without_a_gradient_scaler(sca
             parameter.grad *= factor * scaler.get_scale()
         scaler.scale(torch.zeros(()))  # makes the scaler's own tensors
         scaler.unscale_(optimizer)
-        holder = Holder(model, optimizer)
+        holder = StateAccess(model, optimizer)
         holder.clip_or_skip(holder.gradient_norm(), None, torch.tensor(skip))
         scaler.step(optimizer)
         scaler.update()
@@ -135,7 +138,7 @@ def test_a_sharded_fused_adamw_skips_and_steps_as_a_whole_one(gloo):
         set_gradient(twin, number)
         for ours, theirs_ in zip(model.parameters(), twin.parameters(), strict=True):
             ours.grad = distribute_tensor(theirs_.grad * (NAN if skip else 1.0), mesh, [Shard(0)])
-        holder = Holder(model, optimizer)
+        holder = StateAccess(model, optimizer)
         norm = holder.gradient_norm()
         holder.clip_or_skip(norm, 0.1, torch.tensor(skip))
         optimizer.step()
@@ -162,18 +165,18 @@ def test_under_a_gradient_scaler_adamw_is_not_fused():
 # --- copies for checkpoints
 
 
-@pytest.mark.parametrize("layout", ["single", "sharded"])
-def test_copies_of_shards_keep_their_layout_and_the_next_checkpoint_reuses_their_memory(gloo, layout):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_copies_of_shards_keep_their_layout_and_the_next_checkpoint_reuses_their_memory(gloo, sharded):
     mesh = init_device_mesh("cpu", (1,))
     plain, whole = torch.randn(3, 4).t(), torch.randn(5, 2)
     state = {"plain": plain, "shards": distribute_tensor(whole, mesh, [Shard(1)]), "empty": torch.empty(0, 3)}
     snapshots = Snapshots(torch.device("cpu"))
     with as_accelerator():
-        first = snapshots.take(state, layout, writes=True)
+        first = snapshots.take(state, sharded=sharded)
         snapshots.stream.synchronize()
         assert torch.equal(first["plain"], plain)
         kept = first["shards"]
-        if layout == "sharded":
+        if sharded:
             assert isinstance(kept, DTensor)
             assert (kept.placements, kept.device_mesh, kept.shape) == ((Shard(1),), mesh, whole.shape)
             kept = kept.full_tensor()
@@ -182,7 +185,7 @@ def test_copies_of_shards_keep_their_layout_and_the_next_checkpoint_reuses_their
         assert torch.equal(kept, whole)
         plain += 1
         assert not torch.equal(first["plain"], plain), "a copy"
-        second = snapshots.take(state, layout, writes=True)
+        second = snapshots.take(state, sharded=sharded)
     assert torch.equal(second["plain"], plain)
     assert all(second[name] is first[name] for name in state)
 
@@ -190,9 +193,9 @@ def test_copies_of_shards_keep_their_layout_and_the_next_checkpoint_reuses_their
 def test_on_a_cpu_every_copy_has_its_own_memory_and_ranks_that_do_not_write_keep_none():
     state = {"a": torch.ones(3)}
     snapshots = Snapshots(torch.device("cpu"))
-    first, second = (snapshots.take(state, "single", writes=True)["a"] for _ in range(2))
+    first, second = (snapshots.take(state, sharded=False)["a"] for _ in range(2))
     assert first.data_ptr() != second.data_ptr() != state["a"].data_ptr()
-    assert snapshots.take(state, "single", writes=False) == {}
+    assert snapshots.take(state, sharded=False, keep=False) == {}
 
 
 # --- ranks that agree
@@ -202,7 +205,7 @@ def test_ranks_agree_on_a_group_of_the_cpu_and_alone_without_one(gloo, monkeypat
     keeper = CheckpointAndResume()
     assert keeper._agree(True, False) == [True, False]
     group = torch.distributed.new_group(backend="gloo")
-    keeper._agreement = group
+    keeper._flag_group = group
     reduce, seen = torch.distributed.all_reduce, []
     monkeypatch.setattr(
         torch.distributed,
@@ -235,7 +238,7 @@ def test_lightnings_own_sharding_is_refused_with_the_config_to_use(root, name, c
     with pytest.raises(
         InputError, match=rf"found Lightning's own {name}. Use .*configs/trainer/{config}\.yaml"
     ):
-        require_supported_name(name)
+        require_supported_strategy_name(name)
     assert (root / "configs" / "trainer" / f"{config}.yaml").is_file()
 
 
@@ -245,15 +248,15 @@ def test_every_other_strategy_of_lightning_is_let_through():
     refused = []
     for name in ("auto", *StrategyRegistry.available_strategies(), "lrm_pl.training.zero.ZeroStrategy"):
         try:
-            require_supported_name(name)
+            require_supported_strategy_name(name)
         except InputError:
             refused.append(name)
     started_inside = [name for name in refused if name.startswith("ddp")]
     assert all(re.match("ddp_(spawn|fork|notebook)", name) for name in started_inside)
     assert {"ddp_spawn", "ddp_notebook"} <= set(started_inside)
     assert {name.partition("_")[0] for name in refused} == {"fsdp", "deepspeed", "ddp"}
-    require_supported(FSDP2Strategy())
-    require_supported(DDPStrategy())
+    require_supported_strategy(FSDP2Strategy())
+    require_supported_strategy(DDPStrategy())
 
 
 @pytest.mark.filterwarnings("default")
@@ -278,6 +281,6 @@ def test_lightnings_deepspeed_is_refused_and_ours_is_not():
 
     from lrm_pl.training.zero import ZeroStrategy
 
-    require_supported(ZeroStrategy())
+    require_supported_strategy(ZeroStrategy())
     with pytest.raises(InputError, match=r"DeepSpeedStrategy. Use .*configs/trainer/deepspeed_2\.yaml"):
-        require_supported(DeepSpeedStrategy())
+        require_supported_strategy(DeepSpeedStrategy())

@@ -16,9 +16,9 @@ from torch import nn
 
 from lrm_pl.errors import InputError
 from lrm_pl.training.supported import (
+    require_optimized_parameters,
     require_supported_length,
     require_supported_settings,
-    require_trained,
 )
 
 
@@ -35,19 +35,19 @@ def trainer(**options):
         ({"limit_train_batches": 0.5}, r"no trainer.limit_train_batches, but found 0.5"),
         (
             {"accumulate_grad_batches": 2, "val_check_interval": 3},
-            "found 3 and 2.*give --trainer.val_check_interval 4",
+            "accumulate_grad_batches 2, but found 3. Use --trainer.val_check_interval 4",
         ),
         (
             {"val_check_interval": 0},
-            "val_check_interval of at least 1, but found 0; --trainer.limit_val_batches 0",
+            "val_check_interval of at least 1, but found 0.*--trainer.limit_val_batches 0",
         ),
         ({"log_every_n_steps": -1}, "log_every_n_steps of at least 0, but found -1"),
-        ({"overfit_batches": 1}, "no trainer.overfit_batches, but found 1: .*overfit.yaml"),
-        ({"gradient_clip_val": -1.0}, "gradient_clip_val of at least 0, but found -1.0: .*largest norm"),
-        ({"gradient_clip_val": float("nan")}, "gradient_clip_val of at least 0, but found nan"),
+        ({"overfit_batches": 1}, "no trainer.overfit_batches, but found 1, .*overfit.yaml"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val, a maximum norm, of at least 0, but found -1.0"),
+        ({"gradient_clip_val": float("nan")}, "of at least 0, but found nan"),
         (
             {"val_check_interval": "00:00:10:00"},
-            "val_check_interval as a number of batches, but found a time",
+            "val_check_interval as a number of batches, but found a duration",
         ),
     ],
 )
@@ -80,11 +80,14 @@ def test_every_other_setting_is_let_through(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_steps": 2}, "no trainer.min_steps, but found 2: neither signals"),
-        ({"min_epochs": 2}, "no trainer.min_epochs, but found 2: neither signals"),
-        ({"max_epochs": 2}, "max_epochs -1, but found 2: .*--trainer.max_steps"),
-        ({"max_epochs": 0}, "max_epochs -1, but found 0"),
-        ({"check_val_every_n_epoch": 2}, "check_val_every_n_epoch null, but found 2: .*never be validated"),
+        ({"min_steps": 2}, "no trainer.min_steps, but found 2, which would disable signals"),
+        ({"min_epochs": 2}, "no trainer.min_epochs, but found 2, which would disable signals"),
+        ({"max_epochs": 2}, "max_epochs -1, .* found 2. .*--trainer.max_steps"),
+        ({"max_epochs": 0}, "max_epochs -1, .* found 0"),
+        (
+            {"check_val_every_n_epoch": 2},
+            "check_val_every_n_epoch null, .* found 2. .*--trainer.val_check_interval",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("default")
@@ -102,18 +105,20 @@ def test_a_run_is_as_long_as_max_steps_says_and_may_be_stopped_at_any_step(optio
         (LearningRateFinder(), "--model.optimizer.lr"),
         (BatchSizeFinder(), "`lrm estimate`"),
         (BackboneFinetuning(), "--model.lrm.encoder.frozen true"),
-        (ModelPruning("l1_unstructured"), "prune an exported network"),
+        (ModelPruning("l1_unstructured"), "Prune an exported network"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_callback_that_checkpoints_data_or_optimizer_do_not_know_of_is_refused(callback, remedy):
-    with pytest.raises(InputError, match=f"no {type(callback).__name__} among trainer.callbacks.*{remedy}"):
+    with pytest.raises(
+        InputError, match=f"The callback {type(callback).__name__} is not supported: .*{remedy}"
+    ):
         require_supported_settings(trainer(callbacks=[callback]))
 
 
 def test_a_trainable_parameter_that_no_optimizer_has_is_refused_by_name():
     module = nn.ModuleDict({"lrm": nn.Linear(1, 1), "frozen": nn.Linear(1, 1).requires_grad_(False)})
-    require_trained(module, module["lrm"])
+    require_optimized_parameters(module, module["lrm"])
     module["scale"] = nn.Linear(1, 1, bias=False)
-    with pytest.raises(InputError, match=r"in module.lrm only, but found scale.weight: "):
-        require_trained(module, module["lrm"])
+    with pytest.raises(InputError, match=r"in module.lrm only, but found scale.weight, which"):
+        require_optimized_parameters(module, module["lrm"])

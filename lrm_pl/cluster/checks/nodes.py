@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment  # type: ign
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not listed in __all__
 
 from lrm_pl.cluster.checks.finding import Finding
-from lrm_pl.training.processes import is_task_of_srun
+from lrm_pl.training.processes import is_srun_task
 
 #: Nodes that start later than this are not waited for.
 MEETING_SECONDS = 120.0
@@ -38,7 +38,7 @@ class Crew:
 
 def crew() -> Crew | None:
     """Return the nodes of the Slurm step that this process is in; None outside of one."""
-    if not is_task_of_srun():
+    if not is_srun_task():
         return None
     environment = os.environ
     return Crew(

@@ -1,6 +1,6 @@
-"""metrics.csv of a run that goes on: rows up to the checkpoint stay, later ones are logged again.
+"""Append to the metrics.csv of a resumed run: keep rows up to the checkpoint and drop later ones.
 
-Lightning's own writer deletes the file at every start, and is without it for a moment whenever a new metric appears.
+Lightning's writer deletes the file when it starts, and rewrites it in place when a new metric appears.
 """
 
 import csv
@@ -11,12 +11,12 @@ from pathlib import Path
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 
-class AppendedRows(ExperimentWriter):
-    """Write metrics.csv after the rows that are there.
+class AppendingCSVWriter(ExperimentWriter):
+    """Append rows to an existing metrics.csv.
 
     Args:
         log_dir: Folder of the file.
-        step: Rows of later steps are dropped.
+        step: Drop the rows of later steps.
     """
 
     def __init__(self, log_dir: str, step: int) -> None:
@@ -24,7 +24,7 @@ class AppendedRows(ExperimentWriter):
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
-        """Drop later rows; Lightning deletes the file here."""
+        """Drop later rows, where Lightning deletes the file."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
@@ -42,20 +42,19 @@ class AppendedRows(ExperimentWriter):
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the columns and the rows of a metrics.csv; a last row that was not written to its end is left out."""
+    """Read the columns and rows of a metrics.csv, without an incomplete last row."""
     with open(path, newline="", encoding="utf-8") as file:
         lines = file.read().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    reader = csv.DictReader(whole)
+    reader = csv.DictReader(line for line in lines if line.endswith("\n"))
     rows = [row for row in reader if None not in row.values()]
     return list(reader.fieldnames or ()), rows
 
 
 def write_rows(path: Path, columns: Iterable[str], rows: Iterable[Mapping[str, str]]) -> None:
-    """Write a metrics.csv beside the old one, then put it in its place."""
-    beside = path.with_suffix(".partial")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
+    """Write a metrics.csv atomically."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(beside, path)
+    os.replace(partial, path)

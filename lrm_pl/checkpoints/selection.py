@@ -1,0 +1,139 @@
+"""Select the checkpoint to resume from, or to load."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from lrm_pl.checkpoints.index import (
+    INDEX_NAME,
+    Checkpoint,
+    CheckpointError,
+    has_index,
+    list_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from lrm_pl.errors import InputError
+from lrm_pl.storage import is_local
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
+    """Return the checkpoint to resume from, verified; None to start from the first step.
+
+    Args:
+        resume: "auto", "never" or a path; see ``RunConfig``.
+        folder: Checkpoint folder of the run; None for a new run.
+
+    Raises:
+        InputError: There are checkpoints despite "never", or ``resume`` is a path without a usable checkpoint.
+    """
+    existing = [] if folder is None else list_checkpoints(folder)
+    if resume == "never":
+        if existing:
+            raise InputError(
+                expected=f"no checkpoints in {folder}",
+                found=len(existing),
+                remedy="resume from them (--run.resume auto) or start in another folder (--run.folder)",
+            )
+        return None
+    if folder is None or (resume != "auto" and not existing):
+        return None if resume == "auto" else find_checkpoint(resume)
+    if resume != "auto":
+        _require_other_run(resume, existing[0])
+        logger.warning("Resuming from this run's own checkpoints; --run.resume %s is ignored", resume)
+    return newest_checkpoint(folder, logger.warning)
+
+
+def _require_other_run(resume: str, newest: str) -> None:
+    """Reject a checkpoint of the run's own folder: later checkpoints would be mixed with new ones."""
+    if Path(resume).expanduser().absolute().parent == Path(newest).expanduser().absolute().parent:
+        raise InputError(
+            expected="--run.resume with a checkpoint of another run",
+            found=f"{resume}, in the folder of this run, whose newest checkpoint is {newest}",
+            remedy=(
+                "omit --run.resume to resume from the newest; to go back, use another --run.folder or delete the "
+                "later checkpoints"
+            ),
+        )
+
+
+def find_checkpoint(path: str) -> Checkpoint:
+    """Find a checkpoint by its path, or the newest valid checkpoint of a run by the run's folder.
+
+    Raises:
+        CheckpointError: No valid checkpoint was found.
+    """
+    path = path.rstrip("/") if "://" in path else str(Path(path).expanduser())
+    if is_local(path):
+        _require_checkpoint_folder(Path(path))
+    for folder in (f"{path}/checkpoints", path):
+        checkpoint = newest_checkpoint(folder, logger.warning)
+        if checkpoint is not None:
+            return checkpoint
+    return read_checkpoint(path)
+
+
+def _require_checkpoint_folder(path: Path) -> None:
+    """Check that a local path is a checkpoint, or a folder with checkpoints.
+
+    Raises:
+        CheckpointError: The path does not exist, or is a file, an exported network, or a run without checkpoints.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            expected=f"a checkpoint or a run at {path}",
+            found="nothing",
+            remedy="pass the folder of a run, or one of its checkpoints, RUN/checkpoints/step-...",
+        )
+    if not path.is_dir():
+        folder = path.parent
+        in_checkpoint = (folder / INDEX_NAME).is_file() or (folder / "checkpoints").is_dir()
+        raise CheckpointError(
+            expected="the folder of a checkpoint or of a run",
+            found=f"the file {path}",
+            remedy=f"pass its folder: {folder}"
+            if in_checkpoint
+            else "convert published weights with `lrm convert`",
+        )
+    has_checkpoints = list_checkpoints(str(path)) or list_checkpoints(f"{path}/checkpoints")
+    if (path / INDEX_NAME).is_file() or has_checkpoints:
+        return
+    if (path / "model.safetensors").is_file():
+        raise CheckpointError(
+            expected=f"a checkpoint or a run at {path}",
+            found="an exported network",
+            remedy=f"start from it with `lrm fit --weights.network {path}`",
+        )
+    if (path / "config.yaml").is_file():
+        raise CheckpointError(
+            expected=f"a checkpoint of the run {path}",
+            found="none",
+            remedy="wait until the run has saved its first checkpoint, or pass another run",
+        )
+
+
+def read_newest(path: str, read: Callable[[Checkpoint], T]) -> T:
+    """Read a checkpoint by its path, or the newest valid checkpoint of a run, which may be training.
+
+    Args:
+        path: As in ``find_checkpoint``.
+        read: Reads from the checkpoint. Called again with a newer checkpoint if the run has deleted the first.
+
+    Raises:
+        CheckpointError: No valid checkpoint was found.
+    """
+    deleted = ""
+    while True:
+        checkpoint = find_checkpoint(path)
+        try:
+            return read(checkpoint)
+        except (FileNotFoundError, CheckpointError):
+            if has_index(checkpoint.path) or checkpoint.path == deleted:
+                raise
+            deleted = checkpoint.path
+            logger.warning("%s was deleted while it was read; reading a newer checkpoint", deleted)
