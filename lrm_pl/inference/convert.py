@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lrm_pl.data.input_framing import InputFraming
-from lrm_pl.data.manifest import require_no_folder
+from lrm_pl.data.manifest import new_folder, require_no_folder
 from lrm_pl.errors import InputError
 from lrm_pl.inference.model_card import model_card
-from lrm_pl.inference.model_folder import build_network, write_pretrained
+from lrm_pl.inference.model_folder import build_network, write_model_folder
 from lrm_pl.weights.key_map import Conversion, Hyperparameters, read_tensor_file
 from lrm_pl.weights.openlrm import convert_openlrm
 from lrm_pl.weights.triposr import convert_triposr
@@ -54,7 +54,8 @@ def convert(source: str, weights: Path, out: Path, hyperparameters: Hyperparamet
     network.load_state_dict(conversion.weights, strict=True)
     origin = f"Converted from {weights.name} ({source})."
     card = model_card(out.name, f"{origin} {LICENSES[source]}", conversion.model, {})
-    write_pretrained(out, conversion.model, conversion.weights, origin, FRAMINGS[source], card)
+    with new_folder(out) as folder:
+        write_model_folder(folder, conversion.model, conversion.weights, origin, FRAMINGS[source], card)
     return conversion
 
 

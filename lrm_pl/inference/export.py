@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrm_pl.checkpoints import Checkpoint, averaged_names, read_newest, read_tensors, tensor_specs
 from lrm_pl.data.input_framing import InputFraming
-from lrm_pl.data.manifest import require_no_folder
+from lrm_pl.data.manifest import new_folder, require_no_folder
 from lrm_pl.errors import InputError
 from lrm_pl.inference.model_card import model_card, run_facts
 from lrm_pl.inference.model_folder import (
@@ -17,7 +17,7 @@ from lrm_pl.inference.model_folder import (
     find_config,
     read_framing,
     read_model_section,
-    write_pretrained,
+    write_model_folder,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ def export(
             config.parent, FRAMING_NAME, out / FRAMING_NAME,
         )  # fmt: skip
         framing = InputFraming()
-    write_pretrained(out, model, weights, header, framing, card, checkpoint.step)
+    with new_folder(out) as folder:
+        write_model_folder(folder, model, weights, header, framing, card, checkpoint.step)
     return checkpoint, config
 
 

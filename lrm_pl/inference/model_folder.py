@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from lrm_pl.checkpoints.files import sync_folder
 from lrm_pl.checkpoints.index import Checkpoint
 from lrm_pl.data.input_framing import InputFraming
-from lrm_pl.data.manifest import new_folder
 from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
 from lrm_pl.rendering.renderer import Renderer
@@ -38,35 +37,7 @@ FRAMING_NAME = "input.yaml"
 CARD_NAME = "README.md"
 
 
-def write_pretrained(
-    out: Path,
-    model: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    header: str,
-    framing: InputFraming,
-    card: str,
-    step: int | None = None,
-) -> None:
-    """Create a model folder atomically.
-
-    Args:
-        out: The folder, which must not exist.
-        model: Model section of a config; ``lrm`` and ``renderer`` are required.
-        weights: The network's state dict.
-        header: Comment on the first line of config.yaml: the origin of the model.
-        framing: Framing of the input images.
-        card: Model card.
-        step: Optimizer steps of training; None if unknown.
-
-    Raises:
-        InputError: The folder exists.
-    """
-    with new_folder(out) as folder:
-        fill_pretrained(folder, model, weights, header, framing, card, step)
-        sync_folder(str(folder))
-
-
-def fill_pretrained(
+def write_model_folder(
     folder: Path,
     model: Mapping[str, Any],
     weights: Mapping[str, Tensor],
@@ -75,7 +46,17 @@ def fill_pretrained(
     card: str,
     step: int | None = None,
 ) -> None:
-    """Write the files of a model folder into an existing folder; arguments as ``write_pretrained``."""
+    """Write the files of a model folder and flush them to disk.
+
+    Args:
+        folder: An existing folder.
+        model: Model section of a config; ``lrm`` and ``renderer`` are required.
+        weights: The network's state dict.
+        header: Comment on the first line of config.yaml: the origin of the model.
+        framing: Framing of the input images.
+        card: Model card.
+        step: Optimizer steps of training; None if unknown.
+    """
     text = yaml.safe_dump({"model": dict(model)}, sort_keys=False)
     (folder / CONFIG_NAME).write_text(f"# {header}\n{text}")
     (folder / FRAMING_NAME).write_text(framing_yaml(framing))
@@ -84,6 +65,7 @@ def fill_pretrained(
     save_file(dict(weights), folder / WEIGHTS_NAME, metadata=metadata)
     # safetensors creates files that only the owner can read
     (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
+    sync_folder(str(folder))
 
 
 def read_step(folder: Path) -> int | None:

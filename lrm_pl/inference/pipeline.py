@@ -35,13 +35,13 @@ from lrm_pl.inference.model_folder import (
     FRAMING_NAME,
     WEIGHTS_NAME,
     build_network,
-    fill_pretrained,
     find_config,
     load_weights,
     read_framing,
     read_model_section,
     read_step,
     weights_hash,
+    write_model_folder,
 )
 from lrm_pl.inference.scene import Scene, as_tensor, reconstruct
 from lrm_pl.kernels.device import synchronize
@@ -182,7 +182,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         name = self._repository or save_directory.resolve().name
         card = renamed(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        fill_pretrained(
+        write_model_folder(
             save_directory, self.model, weights, "Saved from Python.", self.framing, card, self.step
         )
 
