@@ -96,7 +96,7 @@ class Scene:
             resolution,
             bounds=self.renderer.bounds,
             floaters=floaters,
-            most_faces=max_faces,
+            max_faces=max_faces,
         )
 
     def bake_texture(self, mesh: Mesh, size: int = 1024, limit_s: float = 60.0) -> Mesh:

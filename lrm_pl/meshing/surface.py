@@ -33,7 +33,7 @@ def extract_mesh(
     *,
     bounds: Bounds = "box",
     floaters: float = 0.0,
-    most_faces: int | None = None,
+    max_faces: int | None = None,
 ) -> Mesh:
     """Extract the isosurface of one object's density.
 
@@ -44,7 +44,7 @@ def extract_mesh(
         resolution: Grid points along each axis (LRM: 384).
         bounds: Bounds of the renderer; densities outside are untrained and treated as zero.
         floaters: Connected components with less than this fraction of the largest component's area are removed.
-        most_faces: Maximum number of faces; None for no limit.
+        max_faces: Maximum number of faces; None for no limit.
 
     Raises:
         NoSurfaceError: There is no surface at this threshold, or none with so few faces.
@@ -65,12 +65,12 @@ def extract_mesh(
     if floaters:
         with stage("floaters"):
             vertices, faces = remove_floaters(vertices, faces, floaters)
-    if most_faces is not None:
+    if max_faces is not None:
         with stage("decimation"):
-            vertices, faces = decimate(vertices, faces, most_faces)
+            vertices, faces = decimate(vertices, faces, max_faces)
     if not len(faces):
         raise NoSurfaceError(
-            expected=f"a surface of at most {most_faces} faces",
+            expected=f"a surface of at most {max_faces} faces",
             found="no faces after decimation",
             remedy="raise the limit",
         )

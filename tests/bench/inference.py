@@ -59,7 +59,7 @@ def measure(shards: Path, rounds: int) -> list[dict[str, object]]:
     level = query_density(noise, 0, points[::97]).quantile(0.99).item()
     noise_grid, _ = in_turns(lambda: density_grid(noise, 0, OURS, level), lambda: None, 1)
     with listening() as after:
-        mesh = extract_mesh(field, 0, TRIPOSR_LEVEL, OURS, most_faces=100_000)
+        mesh = extract_mesh(field, 0, TRIPOSR_LEVEL, OURS, max_faces=100_000)
         with stage("glb"):
             encode_glb(mesh)
     del after["grid"]

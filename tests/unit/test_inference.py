@@ -119,7 +119,7 @@ def test_a_surface_of_too_few_faces_to_be_one_says_so(monkeypatch):
         "lrm_pl.meshing.surface.decimate", lambda vertices, faces, most: (vertices[:0], faces[:0])
     )
     with pytest.raises(NoSurfaceError, match="at most 4 faces, but found no faces after decimation"):
-        extract_mesh(Ball(), 0, 20.0, resolution=32, most_faces=4)
+        extract_mesh(Ball(), 0, 20.0, resolution=32, max_faces=4)
 
 
 RENDERERS = {
