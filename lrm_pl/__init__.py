@@ -1,7 +1,6 @@
-"""lrm_pl: train Large Reconstruction Models (one image -> triplane NeRF) with Lightning.
+"""lrm_pl: train Large Reconstruction Models (single image to triplane NeRF) with Lightning.
 
-Importing this package loads nothing else, so that the rendering tools, which share its conventions and its shard
-schema, never pull in torch.
+Importing this package does not import torch, so that ``data_tools`` can use its conventions and shard schema.
 """
 
 import importlib

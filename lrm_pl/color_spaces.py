@@ -238,10 +238,10 @@ def _png_codes(content: bytes) -> ColorSpace | None:
     """Read PNG's cICP chunk."""
     at = 8 if content.startswith(_PNG) else len(content)
     while at + 12 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, at)
-        if kind == b"IDAT":
+        length, chunk_type = struct.unpack_from(">I4s", content, at)
+        if chunk_type == b"IDAT":
             break
-        if kind == b"cICP" and length == 4:
+        if chunk_type == b"cICP" and length == 4:
             primaries, transfer, matrix, full_range = content[at + 8 : at + 12]
             if matrix or full_range != 1:
                 raise ColorSpaceError(
@@ -273,8 +273,8 @@ def _avif_codes(_: Image.Image, content: bytes) -> ColorSpace | None:
     if content[4:8] != b"ftyp":
         return None
     try:
-        for kind, start, _end in _primary_properties(content):
-            if kind == b"colr" and content[start : start + 4] == b"nclx":
+        for box_type, start, _end in _primary_properties(content):
+            if box_type == b"colr" and content[start : start + 4] == b"nclx":
                 codes = struct.unpack_from(">HH", content, start + 4)
                 break
         else:
@@ -292,10 +292,10 @@ def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
             expected="a still image in the AVIF", found="an image sequence", remedy="export its first frame"
         )
     first = meta[0] + 4  # after version and flags
-    boxes = {kind: (start, end) for kind, start, end in _boxes(content, first, meta[1])}
+    boxes = {box_type: (start, end) for box_type, start, end in _boxes(content, first, meta[1])}
     start = boxes[b"pitm"][0]
     primary = struct.unpack_from(">I" if content[start] else ">H", content, start + 4)[0]
-    inside = {kind: (start, end) for kind, start, end in _boxes(content, *boxes[b"iprp"])}
+    inside = {box_type: (start, end) for box_type, start, end in _boxes(content, *boxes[b"iprp"])}
     known = list(_boxes(content, *inside[b"ipco"]))
     at, _ = inside[b"ipma"]
     version, wide = content[at], content[at + 3] & 1
@@ -312,25 +312,25 @@ def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
     return []
 
 
-def _box(content: bytes, wanted: bytes, start: int, end: int) -> tuple[int, int] | None:
-    return next(((low, high) for kind, low, high in _boxes(content, start, end) if kind == wanted), None)
+def _box(content: bytes, box_type: bytes, start: int, end: int) -> tuple[int, int] | None:
+    return next(((low, high) for found, low, high in _boxes(content, start, end) if found == box_type), None)
 
 
 def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield type, start and end of the content of each box of an ISO base media file."""
     while start + 8 <= end:
-        size, kind = struct.unpack_from(">I4s", content, start)
+        size, box_type = struct.unpack_from(">I4s", content, start)
         head = 8
         if size == 1:
             size, head = struct.unpack_from(">Q", content, start + 8)[0], 16
         size = size or end - start
         if size < head:
             return
-        yield kind, start + head, min(start + size, end)
+        yield box_type, start + head, min(start + size, end)
         start += size
 
 
-def _bmp_kind(content: bytes) -> bytes:
+def _bmp_type(content: bytes) -> bytes:
     """Return the four-letter color space type of a BMP's V4 or V5 header; empty without one."""
     if not content.startswith(b"BM") or len(content) < 122 or int.from_bytes(content[14:18], "little") < 108:
         return b""
@@ -338,22 +338,22 @@ def _bmp_kind(content: bytes) -> bytes:
 
 
 def _bmp_profile(content: bytes) -> bytes | None:
-    if _bmp_kind(content) != b"MBED" or len(content) < 134:
+    if _bmp_type(content) != b"MBED" or len(content) < 134:
         return None
     start, size = struct.unpack_from("<II", content, 126)
     return content[14 + start : 14 + start + size]
 
 
 def _bmp_space(_: Image.Image, content: bytes) -> ColorSpace | None:
-    kind = _bmp_kind(content)
-    if kind == b"LINK" or (kind == bytes(4) and any(content[74:122])):
-        found = "a profile in another file" if kind == b"LINK" else "custom endpoints"
+    space_type = _bmp_type(content)
+    if space_type == b"LINK" or (space_type == bytes(4) and any(content[74:122])):
+        found = "a profile in another file" if space_type == b"LINK" else "custom endpoints"
         raise ColorSpaceError(expected="an sRGB BMP", found=found, remedy="export it as sRGB")
     return None
 
 
 def _exif_space(image: Image.Image, _: bytes) -> ColorSpace | None:
-    """Read EXIF tags and the TIFF tags that EXIF shares."""
+    """Read EXIF tags and the TIFF tags used by EXIF."""
     try:
         exif = image.getexif()
         details = exif.get_ifd(_EXIF_IFD)

@@ -50,7 +50,7 @@ class StepTimer(L.Callback):
     the model account for, without recomputation (PaLM, appendix B). It is omitted on devices of unknown peak.
 
     The wait for data is measured through ``trainer.profiler``. A trainer without a profiler gets one that reports
-    only this; with a profiler of the user's own, the wait counts as ``other``.
+    only this; with a user-defined profiler, the wait counts as ``other``.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class StepTimer(L.Callback):
         if isinstance(trainer.profiler, PassThroughProfiler):  # type: ignore[attr-defined]
             trainer.profiler = _FetchProfiler(self._clock)  # type: ignore[attr-defined]
         else:
-            logger.info("time/data_wait is part of time/other: the trainer has a profiler of its own")
+            logger.info("time/data_wait is part of time/other: the trainer already has a profiler")
         self._clock.switch("other")
 
     def on_before_backward(

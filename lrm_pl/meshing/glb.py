@@ -73,11 +73,18 @@ class _Builder:
         self._accessors: list[dict[str, Any]] = []
         self._images: dict[str, Any] = {}
 
-    def add_values(self, values: np.ndarray, kind: str, component: int, *, bounds: bool = False) -> int:
+    def add_values(
+        self, values: np.ndarray, element_type: str, component: int, *, bounds: bool = False
+    ) -> int:
         """Add an array and return the index of its accessor."""
         values = values.astype({_FLOAT: "<f4", _UINT16: "<u2", _UINT32: "<u4"}[component])
-        view = self._add_view(values.tobytes(), target=_INDICES if kind == "SCALAR" else _VERTICES)
-        accessor = {"bufferView": view, "componentType": component, "count": len(values), "type": kind}
+        view = self._add_view(values.tobytes(), target=_INDICES if element_type == "SCALAR" else _VERTICES)
+        accessor = {
+            "bufferView": view,
+            "componentType": component,
+            "count": len(values),
+            "type": element_type,
+        }
         if component == _UINT16:
             accessor["normalized"] = True
         if bounds:

@@ -25,7 +25,7 @@ class ScaledLayerNorm(nn.LayerNorm):
     """Layer norm with a scale and shift per object.
 
     With gradients, scale and shift are merged into weight and bias, so that x is the only tensor of its size saved for
-    backward.
+    backward. A separate module, since ZeRO-3 gathers the parameters of each module before its forward.
     """
 
     def forward(  # type: ignore[override]

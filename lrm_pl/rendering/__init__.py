@@ -1,1 +1,1 @@
-"""Volume rendering. It knows a field only as something to query at points; ``volume.render`` is the entry."""
+"""Volume rendering. The entry point is ``renderer.Renderer``."""

@@ -128,7 +128,7 @@ class Rays:
         decode: Callable[[Tensor], tuple[Tensor, Tensor]],
         activate: Callable[[Tensor], Tensor],
     ) -> Rendering:
-        """RayMarching along rays of an object; ``decode`` maps points (q, 3) to raw density and color."""
+        """March along rays of an object; ``decode`` maps points (q, 3) to raw density and color."""
 
         def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
             raw, rgb = decode(self.points(index, rays, t))

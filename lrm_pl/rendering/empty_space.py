@@ -145,7 +145,7 @@ def _march_in_segments(
     decode: Decode,
     activate: Callable[[Tensor], Tensor],
 ) -> Rendering:
-    """RayMarching front to back in segments, evaluating only rays that have not ended.
+    """March front to back in segments, evaluating only rays that have not ended.
 
     On a CPU ended rays are removed. On an accelerator only their points are masked, since removing rays would
     synchronize with the device.

@@ -154,7 +154,7 @@ class PixelRays:
         evaluate: Evaluate,
         activate: Callable[[Tensor], Tensor],
     ) -> Rendering:
-        """RayMarching along rows of an object's rays; ``evaluate`` takes distances (N W, K)."""
+        """March along rows of an object's rays; ``evaluate`` takes distances (N W, K)."""
         near, far = self.near[index, rows].flatten(), self.far[index, rows].flatten()
         jitter = None if self.jitter is None else self.jitter[index, rows].flatten()
         seen = march_rays(march, near, far, jitter, evaluate, activate)

@@ -64,7 +64,7 @@ def march_rays(
     evaluate: Evaluate,
     activate: Activate,
 ) -> Rendering:
-    """RayMarching along rays and composite the samples.
+    """March along rays and composite the samples.
 
     Args:
         march: Ray marching settings.
