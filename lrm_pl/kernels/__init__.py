@@ -1,1 +1,1 @@
-"""One op, one contract, several bodies. Here: bilinear triplane sampling."""
+"""Optimized operations, each with a plain PyTorch reference implementation, and device-dependent decisions."""

@@ -1,4 +1,4 @@
-"""Which branches there are for accelerators, and which of them the tests have run.
+"""Find the branches for accelerators, and record which of them the tests have run.
 
 A question about the device is a call of a function of ``lrm_pl/kernels/device.py`` whose answer is ``on_cpu``'s. What
 hangs on it must run on both sides: RECORD stands in the place of ``device.HOST_TYPES``, notes who asks and what the
@@ -21,7 +21,7 @@ DEVICE_MODULE = "lrm_pl.kernels.device"
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A call that asks whether a device is a CPU: its file, function and lines."""
+    """A call that checks whether a device is a CPU: its file, function and lines."""
 
     file: str
     function: str
@@ -34,7 +34,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A statement that runs only for some devices: one below an ``if`` that asks."""
+    """A statement that runs only on some devices: one inside an ``if`` on such a check."""
 
     file: str
     first: int
@@ -45,7 +45,7 @@ class Statement:
 
 
 def functions_that_ask(name, source):
-    """List the functions of the device's file whose answer comes from ``name``, itself included."""
+    """List the functions of the device file whose result depends on ``name``, including itself."""
     calls = {
         node.name: {c.func.id for c in ast.walk(node) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)}
         for node in ast.parse(source).body
@@ -96,7 +96,7 @@ class _Finder(ast.NodeVisitor):
 
 
 def find(name="on_cpu"):
-    """List questions and statements of the package; what asks for CUDA too counts there."""
+    """List checks and statements of the package, including checks for CUDA."""
     source = (ROOT / DEVICE_FILE).read_text()
     asking = functions_that_ask(name, source)
     if name == "on_cpu":
@@ -110,7 +110,7 @@ def find(name="on_cpu"):
 
 
 def find_in(file, source, asking=frozenset({"on_cpu"})):
-    """List questions and statements of a file."""
+    """List checks and statements of a file."""
     finder = _Finder(file, asking)
     finder.visit(ast.parse(source))
     return finder.questions, finder.statements
@@ -122,7 +122,7 @@ def _asking_files():
 
 
 class Record:
-    """Stands in the place of ``device.HOST_TYPES``.
+    """Replacement of ``device.HOST_TYPES`` that records its use.
 
     Attributes:
         types: The device types that are CPUs.
@@ -147,7 +147,7 @@ class Record:
 
     @contextlib.contextmanager
     def tracing(self):
-        """Note the lines that run, in this thread and in those that it starts."""
+        """Record the lines that run, in this thread and in threads that it starts."""
         before = sys.gettrace()
         sys.settrace(self._enter)
         threading.settrace(self._enter)
@@ -166,7 +166,7 @@ class Record:
         return self._line
 
     def missing(self, questions, statements):
-        """List the questions that were not answered both ways, and the statements that did not run."""
+        """List the checks that did not have both results, and the statements that did not run."""
         found = []
         for question in questions:
             path, lines = str(ROOT / question.file), range(question.first, question.last + 1)

@@ -1,4 +1,4 @@
-"""The configs of configs/model with every size made small and every option kept."""
+"""The configurations of configs/model with small sizes and unchanged options."""
 
 import yaml
 
@@ -20,7 +20,7 @@ SIZES = {
     ("objective", "lpips_start_step"): 0,
 }
 
-#: Terms that a config does without are measured too.
+#: Loss terms that a configuration omits are measured too.
 TERMS = {"mse": 1.0, "lpips": 1.0, "mask": 0.05, "tv": 5e-4, "opacity": 0.01}
 
 

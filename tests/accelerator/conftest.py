@@ -1,4 +1,4 @@
-"""Fixtures of tests that run on a GPU, and on a CPU in its place."""
+"""Fixtures of tests that run on a GPU, or on a CPU that takes the branches of a GPU."""
 
 from tests.accelerator.devices import device, recorded  # noqa: F401 - fixtures
 from tests.accelerator.training import lpips_networks  # noqa: F401 - a fixture

@@ -1,4 +1,4 @@
-"""The device that a test runs on: a GPU, or a CPU that every question about the device takes for one."""
+"""The device of a test: a GPU, or a CPU that takes the branches of an accelerator."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from tests.accelerator.branches import RECORD
 
 @dataclasses.dataclass
 class Device:
-    """Where a test's body runs.
+    """Device on which a test runs.
 
     Attributes:
         name: PyTorch's name.
@@ -29,15 +29,15 @@ class Device:
         return self.name == "cuda"
 
     def to_accelerator(self):
-        """From here on, the CPU is no CPU."""
+        """Make the CPU take the branches of an accelerator."""
         RECORD.types = frozenset()
 
     def to_cpu(self):
-        """From here on, the CPU is one."""
+        """Make the CPU take its own branches."""
         RECORD.types = frozenset({"cpu"})
 
     def close(self, ours, theirs, times=1.0):
-        """Say whether tensors differ by no more than rounding, in the 2-norm of the whole."""
+        """Return whether tensors are equal up to rounding in the 2-norm."""
         ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
         assert ours.shape == theirs.shape
         return (ours - theirs).norm() <= times * self.rounding * theirs.norm().clamp_min(1e-12)
@@ -45,7 +45,7 @@ class Device:
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Note which questions about the device are asked; a CPU is one until a test says otherwise."""
+    """Record which device checks run; a CPU takes its own branches until a test changes this."""
     RECORD.types = frozenset({"cpu"})
     monkeypatch.setattr(device_file, "HOST_TYPES", RECORD)
     with RECORD.tracing():
@@ -54,7 +54,7 @@ def recorded(monkeypatch):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, recorded, monkeypatch):
-    """The accelerator: a CPU in its place, or (marked gpu) a GPU; a missing one is a failure, never a skip."""
+    """The accelerator: a CPU that takes its branches, or (marked gpu) a GPU; a missing GPU is a failure."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.fail("expected a GPU that PyTorch can use, but found none")
     found = Device(request.param, {"cpu": 1e-5, "cuda": 1e-3}[request.param], monkeypatch)

@@ -1,4 +1,4 @@
-"""Fake tensors on a CUDA device that is not there: operations check devices, dtypes and shapes, and compute nothing."""
+"""Fake tensors on a CUDA device: operations check devices, dtypes and shapes without computing."""
 
 import copy
 import warnings
@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda", 0)
 
 
 class AllTrue(TorchDispatchMode):
-    """Answer what depends on numbers: every mask selects everything, and every number read on the host is 0.5."""
+    """Define data-dependent results: every mask selects everything, and every value read on the host is 0.5."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         aten, keywords = torch.ops.aten, keywords or {}
@@ -45,7 +45,7 @@ class FakeCuda:
             mode.__enter__()
         self._caught = warnings.catch_warnings()
         self._caught.__enter__()
-        # torch.autocast says these of a machine without a GPU.
+        # Warnings of torch.autocast on a machine without a GPU.
         for message in (
             "User provided device_type of 'cuda', but CUDA is not available",
             "CUDA is not available or",

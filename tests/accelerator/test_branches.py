@@ -1,4 +1,4 @@
-"""Nothing that only accelerators run is left out: a new branch fails here until a test runs it.
+"""Every branch for accelerators is run by a test: a new branch fails here until a test runs it.
 
 Branches on ``on_cuda`` need CUDA itself; they are listed with the test that runs them on a GPU (``make test-gpu``).
 """
@@ -20,7 +20,7 @@ RENDER = (
     "tests/gpu/test_rendering.py::test_the_renderer_has_the_values_and_deferred_gradients_of_its_plain_twin"
 )
 
-#: Functions that ask ``on_cuda`` -> a test that runs them, on a GPU too.
+#: Functions that call ``on_cuda``, and a test that runs them on a GPU.
 ON_CUDA = {
     "lrm_pl/planning/memory.py:peak_memory": TRACE,
     "lrm_pl/callbacks/phase_clock.py:PhaseClock._now": TRACE,
@@ -50,7 +50,7 @@ ON_CUDA = {
 }
 
 
-#: Those that ask about GPUs that an estimate is of, present or not -> a test that runs them.
+#: Functions that check the GPU of an estimate, and a test that runs them.
 ESTIMATES = {
     "lrm_pl/planning/traffic.py:_backward_traffic": "tests/unit/test_simulation.py",
 }

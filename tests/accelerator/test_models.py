@@ -22,7 +22,7 @@ from tests.accelerator.training import train
 # Lightning warns of few workers and of short runs.
 pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.parametrize("model", MODELS)]
 
-#: Figures of a run that are not numbers of the network.
+#: Metrics that do not depend on the network's values.
 OTHER = ("time/", "speed/", "memory/", "data/")
 
 
@@ -39,7 +39,7 @@ def figures(run):
 
 @pytest.fixture(scope="module")
 def references():
-    """What a CPU made of a model, once it has."""
+    """Results of a CPU run of a model, cached."""
     return {}
 
 
@@ -83,7 +83,7 @@ def test_a_training_step_a_validation_and_their_checkpoint_are_those_of_a_cpu(de
     # Squares of gradients have twice the relative difference.
     assert [name for name in moments if not device.close(kept[name], reference[name], times=2)] == []
     for name, gradient in theirs.gradients.items():
-        # AdamW's first step is the rate times the sign of the gradient, which a gradient of rounding has not.
+        # AdamW's first step is the learning rate times the sign of the gradient, which is arbitrary for gradients of 0.
         clear = gradient.abs() > 10 * device.rounding * gradient.abs().max()
         difference = (kept[f"network.{name}"] - reference[f"network.{name}"]).abs()
         assert (difference[clear] <= 0.01 * step["optim/lr"]).all(), name
@@ -107,7 +107,7 @@ def test_training_under_bf16_autocast_stays_near_float32_on_a_cpu(trained, on_a_
 
 
 def opaque(model):
-    """A network with random weights that draws something with a surface."""
+    """A network with random weights whose field has a surface."""
     section = shrunk(model)
     torch.manual_seed(0)
     made = LRMPipeline({part: section[part] for part in ("lrm", "renderer")}, InputFraming())
@@ -125,7 +125,7 @@ def test_meshes_images_and_thresholds_are_those_of_a_cpu(device, model):
         choose()
         made = opaque(model).to(name)
         scene = reconstruct(made.network, made.renderer, image, camera)
-        # Without the rounding of bf16, which turns signs on the way to a surface.
+        # Without bf16 rounding, which changes signs near a surface.
         with torch.autocast(name, enabled=False):
             triplane = made.network(
                 image[None, None, :3].to(name), camera.c2w.to(name)[None, None],

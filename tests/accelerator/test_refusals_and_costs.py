@@ -1,4 +1,4 @@
-"""Branches that no run of a model takes."""
+"""Branches that no model run takes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A short training run in this process, by the command line's own way, and what it left."""
+"""A short training run in this process, as on the command line, and its results."""
 
 import copy
 import dataclasses
@@ -100,7 +100,7 @@ def train(model, folder, shards, networks, monkeypatch, *options, **trainer):
          *options],
         run=False,
     )  # fmt: skip
-    # Layers that begin as zeros would pass no gradient on.
+    # Layers initialized to zero would not propagate gradients.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in cli.model.lrm.parameters():

@@ -1,4 +1,4 @@
-"""Builds of the fused decoder's kernels for GPUs that are not here: registers, spills, shared memory, instructions.
+"""Builds of the fused decoder's kernels for GPUs that are not present: registers, spills, shared memory, instructions.
 
 python -m tests.fused.build prints the table, of one architecture if it is named.
 """
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, compile
 from lrm_pl.kernels import decode_along_rays_triton as kernels
 from lrm_pl.kernels.decode_along_rays import EMPTY_RAW_DENSITY, NUM_WARPS, TILES, WINDOW
 
-#: Another Triton allocates registers in another way: bounds are of the one that they were measured with.
+#: Version of Triton with which the bounds were measured; register allocation differs between versions.
 MEASURED = "3.8.0"
 
 TARGETS = {
@@ -116,7 +116,7 @@ def build(kernel, arch, width=64, tile=(4, 4, 4), half=True, layers=8, silu=Fals
 
 
 def assemble(ptx):
-    """Assemble PTX and return what ptxas says of registers and spills."""
+    """Assemble PTX and return the registers and spills reported by ptxas."""
     arch = re.search(r"\.target (\w+)", ptx)[1]
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     program = folder / ("ptxas-blackwell" if arch.startswith(("sm_10", "sm_12")) else "ptxas")
@@ -129,7 +129,7 @@ def assemble(ptx):
 
 
 def builds(arch):
-    """Build every body that is used on an architecture."""
+    """Build every kernel variant that is used on an architecture."""
     for (width, layers, silu), (dtype, tiles) in itertools.product(MLPS, TILES.items()):
         for tile, kernel in itertools.product(tiles, ("forward", "backward")):
             yield build(kernel, arch, width, tile, dtype == torch.bfloat16, layers, silu)

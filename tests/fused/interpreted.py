@@ -1,4 +1,4 @@
-"""The fused decoder's kernels, run by Triton's interpreter in float32, against the plain twin: the table of cases.
+"""The fused decoder's kernels, run by Triton's interpreter in float32, compared with the reference implementation.
 
 TRITON_INTERPRET=1 python -m tests.fused.interpreted prints a line per case and fails above 1e-5. It is a process of its
 own, since the interpreter must be chosen before Triton is first imported.
@@ -90,7 +90,7 @@ def case(
 
 
 def cases():
-    """Yield the table: every value with every other one at least once, and what is special."""
+    """Yield the test cases: all pairs of values, and special cases."""
     defaults = {"side": 16, "width": 16, "layers": 3, "act": "relu", "layout": "lrm", "tile": (4, 4, 4)}
     choices = {
         "side": (8, 16), "width": (16, 32, 64), "layers": (2, 3, 5, 10), "act": ("relu", "silu"),

@@ -1,4 +1,4 @@
-"""The modulated norm's kernels, run by Triton's interpreter, against the plain twin.
+"""The modulated norm's kernels, run by Triton's interpreter, compared with the reference implementation.
 
 TRITON_INTERPRET=1 python -m tests.fused.interpreted_norm
 """

@@ -18,7 +18,7 @@ from lrm_pl.models.triplane import Triplane
 
 
 class Driver:
-    """A GPU in name only."""
+    """A simulated GPU."""
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)

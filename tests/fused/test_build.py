@@ -1,4 +1,4 @@
-"""The kernels built for GPUs that are not here: what registers, spills and instructions say of their speed."""
+"""Kernels built for GPUs that are not present: registers, spills and instructions."""
 
 import pytest
 import torch

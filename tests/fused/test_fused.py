@@ -1,4 +1,4 @@
-"""The fused decoder without a GPU: Triton's interpreter, the plain twin in the renderer, and when it is not used."""
+"""The fused decoder without a GPU: Triton's interpreter, the reference implementation, and unsupported cases."""
 
 import logging
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ def test_every_launch_passes_tritons_jit_also_with_sizes_of_1():
 
 @pytest.fixture
 def twin(monkeypatch):
-    """Answer "not a CPU" and "Triton runs": the renderer takes the fused path, with the op's plain twin."""
+    """Make the renderer take the fused path with the reference implementation of the op."""
     monkeypatch.setattr(device, "HOST_TYPES", frozenset())
     monkeypatch.setattr(rendering, "triton_unavailable", lambda device: None)
 
@@ -198,7 +198,7 @@ def test_kernels_run_from_compute_capability_8_on(capability, works, monkeypatch
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A GPU of capability 8.0; what Triton needs besides it is looked for anew."""
+    """A GPU of capability 8.0; Triton's other requirements are checked again."""
     found = SimpleNamespace(major=8, minor=0, multi_processor_count=80, L2_cache_size=6 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
     monkeypatch.delenv("CC", raising=False)

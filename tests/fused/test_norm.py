@@ -1,4 +1,4 @@
-"""The modulated norm's kernels without a GPU: Triton's interpreter, and builds for GPUs that are not here."""
+"""The modulated norm's kernels without a GPU: Triton's interpreter, and builds for GPUs that are not present."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Real runs whose renderer uses the fused decoder, its twin or interpreted kernels: the losses of plain operators."""
+"""Training runs with the fused decoder, by reference or interpreted kernels, have the losses of plain operators."""
 
 import pytest
 

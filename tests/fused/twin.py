@@ -1,4 +1,4 @@
-"""``python -m tests.fused.twin fit ...``: the command line on a CPU, rendering with the fused decoder's plain twin."""
+"""``python -m tests.fused.twin fit ...``: the command line with the reference implementation of the fused decoder."""
 
 from lrm_pl.__main__ import main
 from lrm_pl.kernels.device import as_accelerator

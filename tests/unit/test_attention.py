@@ -1,4 +1,4 @@
-"""Attention block by block is attention: values, gradients, and no scores that are kept."""
+"""Blockwise attention: values, gradients and memory, compared with plain attention."""
 
 import pytest
 import torch

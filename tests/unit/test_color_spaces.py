@@ -1,4 +1,4 @@
-"""Color spaces that files declare: converted to sRGB as computed by hand, or refused by name."""
+"""Declared color spaces: conversion to sRGB compared with values computed by hand, and errors."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def plain(color=COLOR, mode="RGB"):
 
 
 def with_chunks(content, **chunks):
-    """Put chunks before a PNG's first data."""
+    """Insert chunks before the first IDAT chunk of a PNG."""
     at = content.index(b"IDAT") - 4
     for kind, data in chunks.items():
         name = kind.encode()
@@ -57,7 +57,7 @@ def gray_png(bits, rows, transparent, color_type=0):
 
 
 def gray_profile():
-    """Return an ICC profile of gray with the exponent 1: stored values are light."""
+    """Return a linear gray ICC profile."""
     d50 = struct.pack(">3i", 63190, 65536, 54061)
     tags = {
         b"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"g\0" + bytes(78),

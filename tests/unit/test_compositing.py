@@ -95,14 +95,14 @@ def test_a_ray_that_saw_nothing_is_sampled_evenly():
 
 
 def test_weights_are_widened_to_their_neighbours_by_hand():
-    # The larger of each two: 0 4 4 0 0 (with zeros outside); the mean of each two of these, and the floor.
+    # Maxima of neighbors, zero-padded: 0 4 4 0 0; then the mean of neighbors plus the floor.
     assert torch.allclose(
         blur_weights(torch.tensor([[0.0, 4.0, 0.0, 0.0]])), torch.tensor([[2.01, 4.01, 2.01, 0.01]])
     )
 
 
 def march_through(march, sigma_of, near=1.0, far=3.0):
-    """RayMarching one ray through a density sigma_of(t) of color 1."""
+    """March one ray through a density sigma_of(t) of color 1."""
 
     def evaluate(t):
         return sigma_of(t), torch.ones(*t.shape, 3)
@@ -118,7 +118,7 @@ def march_through(march, sigma_of, near=1.0, far=3.0):
 )
 def test_a_homogeneous_ray_has_the_closed_form_opacity_however_it_is_marched(march):
     pixels = march_through(march, lambda t: torch.full_like(t, 0.7))
-    # Midpoints lose what lies before the first sample, half a bin, and pass the end by no more.
+    # Midpoint quadrature omits half a bin at the start and exceeds the end by at most as much.
     slack = 0.7 * 2 / 30 if march.quadrature == "midpoints" else 1e-6
     assert pixels.opacity.item() == pytest.approx(1 - math.exp(-0.7 * 2), abs=slack)
 

@@ -8,14 +8,14 @@ from lrm_pl.errors import InputError
 from lrm_pl.kernels import device
 from tests import ROOT
 
-#: Where devices may be compared: PyTorch's in one file, Blender's in another.
+#: Files that may compare devices: one for PyTorch, one for Blender.
 ALLOWED = {"lrm_pl/kernels/device.py", "data_tools/blender/device.py"}
 
 DEVICE_TYPES = {"cpu", "cuda", "mps", "xpu", "hip"}
 
 
 def device_comparisons(source):
-    """Yield the line of every comparison of a device, and of every question whether CUDA is there."""
+    """Yield the line of every comparison of a device and of every check for CUDA."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Compare):
             operands = [node.left, *node.comparators]
@@ -120,7 +120,7 @@ def test_without_tf32_convolutions_and_products_are_float32_and_the_switches_com
 
 
 def launches(source):
-    """Yield the line of every Triton launch, ``kernels.name[grid](...)``, and whether a launch guard is around it."""
+    """Yield the line of every Triton launch, ``kernels.name[grid](...)``, and whether a launch guard encloses it."""
 
     def visit(node, guarded):
         if isinstance(node, ast.With):
@@ -157,7 +157,7 @@ def test_the_launch_guard_of_a_gpu_is_pytorchs_own_and_of_a_cpu_nothing(monkeypa
 
 
 class WithoutStreams:
-    """The module of a device such as MPS: events, and no streams."""
+    """Device module with events but without streams, such as MPS."""
 
     Event = torch.cpu.Event if hasattr(torch.cpu, "Event") else object
 

@@ -1,4 +1,4 @@
-"""The watchdog's clock ends a process that hangs, whatever holds Python's lock, and none that was suspended."""
+"""The watchdog timer ends a process that hangs, also while the GIL is held, and ignores suspension."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Images from outside: what is read, what is refused, how an object is framed."""
+"""Opening of untrusted images, and framing of objects."""
 
 import contextlib
 import struct

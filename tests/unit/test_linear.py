@@ -1,4 +1,4 @@
-"""A layer and its activation at once, against the plain twin."""
+"""Fused linear layer and activation, compared with the reference implementation."""
 
 import pytest
 import torch

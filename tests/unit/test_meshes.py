@@ -1,4 +1,4 @@
-"""Meshes: repair, texture, files that other programs open."""
+"""Meshes: simplification, texturing and export."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ from tests.builders import BALLS, is_closed, lumps, volume
 
 
 def by_place(points):
-    """A color for every place, steeper along x than 8 bits could hide."""
+    """Return a color for each position, with a gradient along x that 8 bits resolve."""
     return np.clip((points + 1) / 2, 0, 1).astype(np.float32)
 
 

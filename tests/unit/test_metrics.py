@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS against numbers worked out by hand."""
+"""PSNR, SSIM and LPIPS compared with values computed by hand."""
 
 import math
 
@@ -10,7 +10,7 @@ from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, NotFiniteError, psnr, psnr_pooled, ssim
 from tests.builders import Operators
 
-#: With the shape checker switched on, it speaks first.
+#: With the shape checker enabled, its error is raised first.
 WRONG_SHAPE = (ValueError, TypeCheckError)
 
 

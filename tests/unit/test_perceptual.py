@@ -1,4 +1,4 @@
-"""LPIPS: published figures, equality with the lpips package, where gradients go."""
+"""LPIPS: published values, equality with the lpips package, gradients."""
 
 import contextlib
 import warnings
@@ -25,7 +25,7 @@ def alex_features():
 
 
 def plain_lpips(net, features):
-    """Build the lpips package's own network with the same weights."""
+    """Build the network of the lpips package with the same weights."""
     import lpips
 
     with warnings.catch_warnings():
@@ -130,7 +130,7 @@ def test_the_features_of_another_network_are_refused(alex_features):
 
 def test_shapes_that_differ_are_refused_with_both(alex_features):
     loss = PerceptualLoss(alex_features, "alex")
-    # with the shape checker switched on, it speaks first
+    # with the shape checker enabled, its error is raised first
     with pytest.raises((ValueError, TypeCheckError), match=r"2, ?3, ?64, ?64[\s\S]*2, ?3, ?32, ?64"):
         loss(images()[0], images()[1][:, :, :32])
 

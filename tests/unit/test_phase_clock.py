@@ -28,7 +28,7 @@ def test_all_time_belongs_to_the_part_that_runs_and_a_renamed_part_is_renamed_fr
 
 
 class Queue:
-    """Stands in for a GPU: its time passes with the work that it is given, and events are recorded in it."""
+    """Simulated GPU queue with its own time, in which events are recorded."""
 
     def __init__(self):
         self.now, self.recorded, self.waits = 0.0, [], 0

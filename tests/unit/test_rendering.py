@@ -41,7 +41,7 @@ def render(decoder, planes, chunk=96, plain=False, jitter=True, march=EVEN):
 
 
 def loss_and_gradients(decoder, planes, **options):
-    """A loss that reads every output, and the gradients of planes and decoder weights."""
+    """Return a loss of every output, and the gradients of planes and decoder weights."""
     pixels = render(decoder, planes, **options)
     flat = pixels.rgb.reshape(-1)
     loss = (flat * torch.linspace(-1, 1, flat.numel())).sum() + pixels.opacity.square().sum()

@@ -22,8 +22,8 @@ def planes_and_points(channels=5, side=7, count=300):
 
 
 def test_bilinear_sampling_by_hand():
-    # One plane of 2 x 2 over [-1, 1]: centers at -0.5 and 0.5. At x = 0, y = -0.5 the first row's mean is read;
-    # at x = 1.0 (the border) half of the neighbor outside counts as zero.
+    # A 2 x 2 plane over [-1, 1]: centers at -0.5 and 0.5. At x = 0, y = -0.5 the sample is the mean of the first row;
+    # at x = 1.0 (the border) the neighbor outside counts as zero.
     plane = torch.tensor([[1.0, 3.0], [5.0, 7.0]]).view(1, 2, 2, 1)
     points = torch.tensor(
         [[0.0, -0.5, 9.0], [0.0, 0.0, 9.0], [1.0, -0.5, 9.0], [2.0, -0.5, 9.0], [0.5, 0.25, 9.0]]
@@ -87,7 +87,7 @@ def test_the_op_passes_pytorchs_own_checks():
     planes, points = planes_and_points(count=16)
     axes = [axis for pair in AXES for axis in pair]
     arguments = (planes.requires_grad_(), points, axes, False)
-    # The check itself reads .grad of a tensor that is no leaf.
+    # opcheck reads .grad of a non-leaf tensor.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     torch.library.opcheck(torch.ops.lrm_pl.triplane_sample.default, arguments)
 
@@ -106,7 +106,7 @@ def test_planes_that_do_not_fit_the_axes_are_refused_with_both_shapes():
 
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
-    """CPU tensors take the branches for accelerators."""
+    """Run the accelerator's branches on CPU tensors."""
     monkeypatch.setattr(device, "HOST_TYPES", frozenset())
 
 

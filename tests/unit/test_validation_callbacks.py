@@ -13,7 +13,7 @@ from lrm_pl.training.image_metrics import ImageMetricsLogger
 from lrm_pl.training.module import Prediction
 from tests.builders import Operators, make_batch
 
-#: What the callbacks are called with and do not use.
+#: Unused arguments of the callbacks.
 LIGHTNING = object.__new__(L.Trainer), L.LightningModule()
 
 

@@ -1,4 +1,4 @@
-"""Views from bytes to floats: the kernels against their plain twins."""
+"""Conversion of views to floats, compared with the reference implementations."""
 
 import numpy as np
 import pytest
