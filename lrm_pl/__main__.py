@@ -7,7 +7,7 @@ import sys
 from lrm_pl.apps.broken_pipes import ignore_broken_pipes
 from lrm_pl.paths import escape_names
 
-_CLI = "lrm_pl.cli.lightning_cli:main"
+_CLI = "lrm_pl.cli.main:main"
 
 #: Command -> (module:function, help).
 COMMANDS = {

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lrm_pl.cli.parsed import model_without_numbers
+from lrm_pl.cli.fit_config import build_meta_model
 from lrm_pl.errors import InputError, counted
 from lrm_pl.kernels.device import GpuProperties
 from lrm_pl.planning.fake_group import as_rank
@@ -41,7 +41,7 @@ _CPU_SHARE = 0.5
 
 
 def _plan(arguments: Sequence[str], processes: int, gpu: GpuProperties | None) -> Plan:
-    return plan(*model_without_numbers(list(arguments)), processes, gpu)
+    return plan(*build_meta_model(list(arguments)), processes, gpu)
 
 
 def _print_less_memory(

@@ -1,4 +1,4 @@
-"""The resolved config of a run as hyperparameters, for every logger: what its tables of runs are sorted by."""
+"""The resolved config of a run as hyperparameters of its loggers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,50 +7,50 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a config to the names that are typed on the command line: ``model.optimizer.lr``.
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a config to the option names of the command line, such as ``model.optimizer.lr``.
 
-    A ``class_path`` becomes the name of the class, with its ``init_args`` below it; of a list of classes each class has
-    its name as a level: ``trainer.callbacks.CheckpointAndResume.every``.
+    A ``class_path`` is replaced by the class name, with its ``init_args`` below it. In a list of classes, each class
+    name is a level: ``trainer.callbacks.CheckpointAndResume.every``.
 
     Args:
-        config: Mappings, lists, numbers and texts.
-        prefix: Begins every name.
+        config: Nested mappings and lists of plain values.
+        prefix: Prepended to every name.
     """
-    found = dict[str, Any]()
+    flat = dict[str, Any]()
     for name, value in config.items():
         key = f"{prefix}{name}"
-        if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
-            entries = {str(number): one for number, one in enumerate(value)}
-            if all(isinstance(one, Mapping) and "class_path" in one for one in value):
-                entries = {_class_name(one): one.get("init_args") or {} for one in value}
-                found[key] = ", ".join(entries)
-            found |= flattened(entries, f"{key}.")
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            entries = {str(index): item for index, item in enumerate(value)}
+            if all(isinstance(item, Mapping) and "class_path" in item for item in value):
+                entries = {_class_name(item): item.get("init_args") or {} for item in value}
+                flat[key] = ", ".join(entries)
+            flat |= flatten_config(entries, f"{key}.")
         elif isinstance(value, Mapping) and "class_path" in value:
-            found[key] = _class_name(value)
-            found |= flattened(value.get("init_args") or {}, f"{key}.")
+            flat[key] = _class_name(value)
+            flat |= flatten_config(value.get("init_args") or {}, f"{key}.")
         elif isinstance(value, Mapping):
-            found |= flattened(value, f"{key}.")
+            flat |= flatten_config(value, f"{key}.")
         else:
-            found[key] = value
-    return found
+            flat[key] = value
+    return flat
 
 
 def log_hyperparameters(loggers: Iterable[Logger], values: Mapping[str, Any], metrics: Iterable[str]) -> None:
-    """Give every logger the hyperparameters of a run; one process does this, before the first step.
+    """Log the hyperparameters of a run to every logger. Called on rank 0, before the first step.
 
     Args:
-        loggers: The trainer's.
-        values: By name, as ``flattened`` makes them.
-        metrics: Logged values that TensorBoard's HPARAMS tab shows beside them.
+        loggers: The trainer's loggers.
+        values: Hyperparameters by name, from ``flatten_config``.
+        metrics: Names of logged values that TensorBoard's HPARAMS tab shows beside them.
     """
     for log in loggers:
         if isinstance(log, TensorBoardLogger):
-            log.log_hyperparams(dict(values), {})  # into hparams.yaml alone
+            log.log_hyperparams(dict(values), {})  # writes hparams.yaml only
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in values.items()}
-            writer = log.experiment._get_file_writer()
-            # Lightning writes these only with values of the metrics, of which there are none yet.
+            # Lightning writes the HPARAMS tab only together with values of the metrics, which do not exist yet.
             experiment, start, _ = hparams(plain, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
+            writer = log.experiment.file_writer
             writer.add_summary(experiment)
             writer.add_summary(start)
         else:

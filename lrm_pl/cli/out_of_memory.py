@@ -1,4 +1,4 @@
-"""Out-of-memory errors: which they are, and the command that lists settings which need less."""
+"""Detection of out-of-memory errors, and the command that lists settings which need less memory."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,32 +8,32 @@ import torch
 from lrm_pl.kernels.device import num_visible_gpus
 from lrm_pl.planning.gpus import gpu_of_name
 
-#: Texts of memory errors that have no class of their own.
+#: Parts of messages of memory errors without a class of their own.
 _MESSAGES = ("can't allocate memory", "std::bad_alloc", "CUDA error: out of memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is one of memory: of a GPU, of PyTorch's CPU allocator, or of Python."""
+    """Return whether an error is an out-of-memory error of a GPU, of PyTorch's CPU allocator, or of Python."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
     )
 
 
 def out_of_memory_message(error: BaseException, arguments: Sequence[str]) -> str:
-    """Write what ran out and which command to run next.
+    """Return the message for an out-of-memory error, with the command to run next.
 
     Args:
         error: The error.
         arguments: Arguments of ``lrm fit``.
     """
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    command = ["lrm", "estimate", "--less-memory", *_gpus(), *arguments]
+    command = ["lrm", "estimate", "--less-memory", *_gpu_options(), *arguments]
     return (
         f"out of memory: {first_line}\nTo list settings that need less memory, run:\n  {shlex.join(command)}"
     )
 
 
-def _gpus() -> list[str]:
+def _gpu_options() -> list[str]:
     if not num_visible_gpus():
         return []
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

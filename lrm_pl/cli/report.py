@@ -1,4 +1,4 @@
-"""What ``lrm fit`` ends with: metrics beside simple baselines, an image grid, and what to type next."""
+"""The report after ``lrm fit``: metrics of the model and simple baselines, an image grid, and the next commands."""
 
 import dataclasses
 import json
@@ -25,15 +25,15 @@ from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
 
-#: Objects of a set that are measured at most, evenly spread over it.
-MEASURED = 256
+#: Maximum number of objects measured per set, evenly spaced over it.
+MAX_OBJECTS = 256
 
-#: Objects that the image shows.
-SHOWN = 8
+#: Objects in the image grid.
+GRID_OBJECTS = 8
 
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
 
-#: What loggers are given of the model's results, in these names; the baselines stand in report.json.
+#: Names under which the model's metrics are logged; report.json also has those of the baselines.
 REPORT_METRICS = tuple(
     f"report/{name}/{metric}"
     for name in EVALUATION_SETS
@@ -46,9 +46,9 @@ class Report:
     """Metrics of the model and of the baselines on one evaluation set.
 
     Attributes:
-        rows: Name of what was measured -> its metrics; "model" and the baselines.
-        views: Target views an object.
-        grid: (3, H, W) image: input | target | render | opacity | depth, a row an object; of this rank's objects.
+        rows: "model" or the name of a baseline -> its metrics.
+        views: Target views per object.
+        grid: Image with one row per object of this rank: input | target | render | opacity | depth.
     """
 
     rows: dict[str, ImageScores]
@@ -57,7 +57,7 @@ class Report:
 
 
 class ReportStopped(Exception):
-    """The process was told to stop while it measured."""
+    """A stop signal arrived during the report."""
 
 
 def print_report(
@@ -69,54 +69,47 @@ def print_report(
     stopped: Callable[[], bool],
     weights: str = "model",
 ) -> dict[str, Report]:
-    """Measure the trained model on both evaluation sets, and print the results and what to do with them.
+    """Measure the trained model on both evaluation sets, and print the metrics and the next commands.
 
-    All ranks measure their share; rank 0 prints, and names the trained model's row ``weights``.
+    Each rank measures its part of the objects; rank 0 prints.
+
+    Args:
+        trainer: The trainer, after its fit.
+        module: The trained model.
+        data: Its data module.
+        perceptual: Network of the LPIPS metric.
+        checkpoint: Path of the checkpoint, to print.
+        stopped: Returns whether a stop signal arrived; called between batches.
+        weights: Label of the model's row, which names the weights that are measured.
 
     Raises:
-        ReportStopped: ``stopped`` said so, between two batches.
+        ReportStopped: ``stopped`` returned true.
     """
     reports = {}
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when a fit ends
     console = Console(quiet=not trainer.is_global_zero)
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
-    training = data.training_views_loader(MEASURED)
-    mean_image = average(
-        _until(stopped, track(training, "Averaging the training images", len(training), console=console)),
+    training = data.training_views_loader(MAX_OBJECTS)
+    mean_image = mean_target_view(
+        _check_stop(
+            stopped, track(training, "Averaging the training images", len(training), console=console)
+        ),
         trainer,
     )
     for name in EVALUATION_SETS:
-        loader = data.evaluation_loader(name, MEASURED)
+        loader = data.evaluation_loader(name, MAX_OBJECTS)
         if not len(loader):
-            console.print(f"No {TITLES[name]} in {data.mixture.name}: nothing to measure there.")
+            console.print(f"{data.mixture.name} has no {TITLES[name]} to measure.")
             continue
         with trainer.precision_plugin.forward_context():
-            batches = _until(stopped, track(loader, f"Measuring {name}", console=console))
-            report = measure(module, batches, perceptual, mean_image, SHOWN)
+            batches = _check_stop(stopped, track(loader, f"Measuring {name}", console=console))
+            report = measure(module, batches, perceptual, mean_image, GRID_OBJECTS)
         if report is None:  # on all ranks alike
-            console.print(
-                f"No readable sample among the {TITLES[name]} of {data.mixture.name}: nothing to measure there."
-            )
+            console.print(f"{data.mixture.name} has no readable sample among the {TITLES[name]}.")
             continue
         reports[name] = report
-        images = report.rows["model"].images
-        objects = report.rows["model"].images // report.views
-        console.print(
-            f"{TITLES[name]}: {counted(images, 'image')} of {counted(objects, 'object')}", soft_wrap=True
-        )
-        table = Table()
-        for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
-            table.add_column(column, justify="left" if not column else "right")
-        for row, result in report.rows.items():
-            numbers = [
-                f"{result.psnr:.2f}",
-                f"{result.psnr_pooled:.2f}",
-                f"{result.ssim:.3f}",
-                f"{result.lpips:.3f}",
-            ]
-            table.add_row(weights if row == "model" else row, *numbers)
-        console.print(table)
+        _print_metrics(console, TITLES[name], report, weights)
         path = folder / f"{name}.png"
         if trainer.is_global_zero:
             write_png(path, report.grid)
@@ -126,50 +119,72 @@ def print_report(
             name: {row: s._asdict() for row, s in report.rows.items()} for name, report in reports.items()
         }
         path, content = folder / "report.json", json.dumps(record, indent=2).encode()
-        if not path.is_file() or path.read_bytes() != content:  # else a finished run that was started again
-            _log(trainer, reports)
+        if not path.is_file() or path.read_bytes() != content:  # else a complete run was started again
+            _log_metrics(trainer, reports)
         write_atomically(path, content)
-    console.print(f"Use it: make infer IMAGE=photo.png CKPT={shlex.quote(str(folder))}", soft_wrap=True)
+    console.print(
+        f"Reconstruct a photo: make infer IMAGE=photo.png CKPT={shlex.quote(str(folder))}", soft_wrap=True
+    )
     if any(isinstance(log, TensorBoardLogger) for log in trainer.loggers):
-        there = Path("runs").absolute() in folder.absolute().parents  # where make tensorboard looks
         command = f"tensorboard --logdir {folder.parent}"
-        shown = f"make tensorboard   ({command})" if there else command
+        in_runs = Path("runs").absolute() in folder.absolute().parents  # the folder of make tensorboard
+        shown = f"make tensorboard   ({command})" if in_runs else command
         console.print(f"Watch the run: {shown}", soft_wrap=True)
     return reports
 
 
-def _log(trainer: L.Trainer, reports: Mapping[str, Report]) -> None:
-    """Give the loggers what the model reached, at the run's last step."""
-    found = {
+def _print_metrics(console: Console, title: str, report: Report, weights: str) -> None:
+    images = report.rows["model"].images
+    objects = images // report.views
+    console.print(f"{title}: {counted(images, 'image')} of {counted(objects, 'object')}", soft_wrap=True)
+    table = Table()
+    for column in ("", "PSNR", "PSNR pooled", "SSIM", "LPIPS"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row, scores in report.rows.items():
+        table.add_row(
+            weights if row == "model" else row,
+            f"{scores.psnr:.2f}",
+            f"{scores.psnr_pooled:.2f}",
+            f"{scores.ssim:.3f}",
+            f"{scores.lpips:.3f}",
+        )
+    console.print(table)
+
+
+def _log_metrics(trainer: L.Trainer, reports: Mapping[str, Report]) -> None:
+    """Log the model's metrics at the run's last step."""
+    values = {
         f"report/{name}/{metric}": value
         for name, report in reports.items()
         for metric, value in report.rows["model"]._asdict().items()
     }
     for log in trainer.loggers:
-        log.log_metrics({tag: found[tag] for tag in REPORT_METRICS if tag in found}, trainer.global_step)
+        log.log_metrics({tag: values[tag] for tag in REPORT_METRICS if tag in values}, trainer.global_step)
         log.save()
 
 
-def _until(stopped: Callable[[], bool], batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
+def _check_stop(stopped: Callable[[], bool], batches: Iterable[PackedBatch]) -> Iterator[PackedBatch]:
     for batch in batches:
         if stopped():
             raise ReportStopped
         yield batch
 
 
-def average(batches: Iterable[PackedBatch], trainer: L.Trainer | None = None) -> Float[Tensor, "3 H W"]:
-    """Average all target views, in the size of the first: the best answer of someone who has not seen the object.
+def mean_target_view(
+    batches: Iterable[PackedBatch], trainer: L.Trainer | None = None
+) -> Float[Tensor, "3 H W"]:
+    """Return the mean target view at the size of the first one: the best prediction without an input image.
 
     Args:
-        batches: This process's share.
-        trainer: Where given, the average is over all its processes.
+        batches: Batches of this process.
+        trainer: If given, average over all its processes.
     """
     total, count = torch.zeros(()), torch.zeros(())
     for packed in batches:
         batch = packed.to("cpu")
         images = batch.target.images[batch.weight > 0].flatten(0, 1)
         if total.ndim:
-            images = _resized(images, total)
+            images = _resize_like(images, total)
         total, count = total + images.sum(dim=0), count + len(images)
     if trainer is not None and trainer.world_size > 1:
         device = trainer.strategy.root_device
@@ -177,7 +192,9 @@ def average(batches: Iterable[PackedBatch], trainer: L.Trainer | None = None) ->
     return total / count.clamp_min(1)
 
 
-def _resized(images: Float[Tensor, "*n 3 H W"], like: Float[Tensor, "*m 3 h w"]) -> Float[Tensor, "*n 3 h w"]:
+def _resize_like(
+    images: Float[Tensor, "*n 3 H W"], like: Float[Tensor, "*m 3 h w"]
+) -> Float[Tensor, "*n 3 h w"]:
     if images.shape[-2:] == like.shape[-2:]:
         return images
     flat = F.interpolate(
@@ -194,11 +211,19 @@ def measure(
     mean_image: Float[Tensor, "3 H W"],
     objects: int,
 ) -> Report | None:
-    """Render an evaluation set and measure it, with the baselines beside it; None if it has no readable sample."""
+    """Measure the model and the baselines on an evaluation set; None if it has no readable sample.
+
+    Args:
+        module: The trained model.
+        batches: The evaluation set.
+        perceptual: Network of the LPIPS metric.
+        mean_image: The mean training image, a baseline.
+        objects: Objects in the image grid.
+    """
     module.eval()
     baselines: dict[str, Callable[[Batch], Tensor]] = {
         "white image": lambda batch: torch.ones_like(batch.target.images),
-        "mean training image": lambda batch: _resized(
+        "mean training image": lambda batch: _resize_like(
             mean_image.to(batch.target.images), batch.target.images
         ).expand_as(batch.target.images),
         "input view repeated": lambda batch: batch.input.images[:, :1].expand_as(batch.target.images),
@@ -211,7 +236,7 @@ def measure(
         views = batch.target.images.shape[1]
         prediction = module.validation_step(batch, 0)
         if not batch.weight.all():
-            continue  # it only stands in
+            continue  # repeated samples of the last, padded batch
         images = {"model": prediction.images, **{name: make(batch) for name, make in baselines.items()}}
         for name, image in images.items():
             metrics[name].update(image.flatten(0, 1), batch.target.images.flatten(0, 1))

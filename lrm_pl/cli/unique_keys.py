@@ -1,4 +1,4 @@
-"""YAML in which a key stands twice in one mapping is refused: the first of two sections would be dropped unseen."""
+"""A YAML loader that rejects duplicate keys, of which PyYAML silently drops all but the last."""
 
 import os
 from collections.abc import Iterator
@@ -10,39 +10,37 @@ import yaml
 from lrm_pl.errors import InputError
 
 
-def load_yaml(text: str, path: str | os.PathLike[str] = "") -> Any:  # noqa: ANN401 - whatever it holds
+def load_yaml(text: str, path: str | os.PathLike[str] = "") -> Any:  # noqa: ANN401 - any YAML value
     """Load YAML as jsonargparse does.
 
     Args:
         text: The YAML.
-        path: The file that it is of, for messages; jsonargparse does not know that of a section.
+        path: Its file, for messages. jsonargparse does not pass it for the file of a section.
 
     Raises:
-        InputError: A key stands twice in one mapping.
+        InputError: A mapping has a key twice.
     """
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    for first, second in _repeated(root, set()):
-        where = os.path.abspath(path) if path else "a section's file, or an option"
+    for first, second in _duplicate_keys(root, set()):
         raise InputError(
-            subject=where,
+            subject=os.path.abspath(path) if path else "a section's file, or an option",
             expected="each key once",
             found=(
-                f"{second.value} on line {second.start_mark.line + 1} and on line "
-                f"{first.start_mark.line + 1} already, which would be dropped"
+                f"{second.value} on line {second.start_mark.line + 1} and on line {first.start_mark.line + 1}"
             ),
-            remedy="put what is below the two together",
+            remedy="merge the two entries",
         )
     return jsonargparse.get_loader("yaml")(text)
 
 
-def _repeated(node: yaml.Node | None, seen: set[int]) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Yield the keys that stand twice in a mapping, each with the one before."""
-    if id(node) in seen:  # an alias
+def _duplicate_keys(node: yaml.Node | None, visited: set[int]) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+    """Yield each duplicate key of a mapping, after its previous occurrence."""
+    if id(node) in visited:  # an alias
         return
-    seen.add(id(node))
+    visited.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _repeated(item, seen)
+            yield from _duplicate_keys(item, visited)
     elif isinstance(node, yaml.MappingNode):
         keys: dict[str, yaml.Node] = {}
         for key, value in node.value:
@@ -50,4 +48,4 @@ def _repeated(node: yaml.Node | None, seen: set[int]) -> Iterator[tuple[yaml.Nod
                 if key.value in keys:
                     yield keys[key.value], key
                 keys[key.value] = key
-            yield from _repeated(value, seen)
+            yield from _duplicate_keys(value, visited)

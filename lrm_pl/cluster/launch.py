@@ -84,7 +84,7 @@ def planned(options: argparse.Namespace, arguments: Sequence[str]) -> Launch:
 
 def data_folders(arguments: list[str]) -> list[str]:
     """Return the folders of all data sets that `lrm fit` with these arguments reads."""
-    from lrm_pl.cli.parsed import parse_fit  # loads torch, which most launches can do without
+    from lrm_pl.cli.fit_config import parse_fit  # loads torch, which most launches can do without
 
     data = parse_fit(arguments)["data"]
     return [data["folder"], *(one.folder for one in data["also"])]

@@ -10,7 +10,8 @@ import yaml
 from torch import nn
 
 from lrm_pl.checkpoints import newest_checkpoint
-from lrm_pl.cli.lightning_cli import command_line
+from lrm_pl.cli.lightning_cli import LRMCLI
+from lrm_pl.cli.run_start import checkpointing_of
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
@@ -95,11 +96,9 @@ def train(model, folder, shards, networks, monkeypatch, *options, **trainer):
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(PerceptualLoss, "pretrained", lambda net, **_: smooth(networks[net]))
-    cli = command_line(
+    cli = LRMCLI("fit", 
         ["-c", str(folder / "config.yaml"), "--data.folder", str(shards), "--run.folder", str(folder / "run"),
-         *options],
-        run=False,
-    )  # fmt: skip
+         *options], records=False)  # fmt: skip
     # Layers initialized to zero would not propagate gradients.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -110,7 +109,7 @@ def train(model, folder, shards, networks, monkeypatch, *options, **trainer):
     cli.trainer.callbacks.append(watch)
     cli.before_fit()
     cli.trainer.fit(cli.model, cli.datamodule)
-    cli._keeper().signals.restore()
+    checkpointing_of(cli.trainer).signals.restore()
     logged = watch.logged
     logged.append({name: float(value) for name, value in cli.trainer.callback_metrics.items()})
     checkpoint = newest_checkpoint(str(folder / "run" / "checkpoints"), print)

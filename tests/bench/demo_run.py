@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lrm_pl.cli.lightning_cli import LRMCLI, command_line
+from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.synthetic import write_synthetic_shards
 from tests import ROOT
@@ -29,7 +29,7 @@ def build(shards: Path, folder: Path, *options: str) -> LRMCLI:
         "--model.objective.lpips", "0", "--trainer.limit_val_batches", "0",
         "--trainer.logger.init_args.save_dir", str(folder), *options,
     ]  # fmt: skip
-    return command_line(arguments, run=False)
+    return LRMCLI("fit", arguments, records=False)
 
 
 class RepeatedBatches(Dataset[Batch]):

@@ -77,14 +77,14 @@ def test_a_disk_that_is_full_of_logs_and_images_ends_a_run_with_workers_in_one_m
     done = subprocess.run([*OWN_MOUNTS, "sh", "-c", script], cwd=ROOT, timeout=200, check=False)
     said = log.read_text()
     assert done.returncode == 1, said[-4000:]
-    assert "lrm: expected room for what the run writes, but found [Errno 28] No space left on device" in said
+    assert "lrm: no space left for files of the run: [Errno 28] No space left on device" in said
     assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
     ("size", "found"),
     [
-        ("64k", "expected room in /dev/shm for the batches of data workers, but found it full"),
+        ("64k", "/dev/shm is full"),
         pytest.param(
             "16k", "found [Errno 28] No space left on device", marks=pytest.mark.soak
         ),  # no queue either

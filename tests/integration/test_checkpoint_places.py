@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from lrm_pl import LRMPipeline
 from lrm_pl import checkpoints as ck
 from lrm_pl.apps.export import main as export
-from lrm_pl.cli.lightning_cli import command_line, main
+from lrm_pl.cli.lightning_cli import LRMCLI
+from lrm_pl.cli.main import main
 from lrm_pl.errors import InputError
 from tests.builders import TINY
 
@@ -236,7 +237,7 @@ def test_an_export_is_the_checkpoint_bit_for_bit_and_loads_strictly_into_the_net
 
     config = tmp_path / "weights" / "config.yaml"
     assert list(yaml.safe_load(config.read_text())) == ["model"]
-    cli = command_line(["-c", str(config), "--trainer.accelerator", "cpu"], run=False)
+    cli = LRMCLI("fit", ["-c", str(config), "--trainer.accelerator", "cpu"], records=False)
     cli.model.lrm.load_state_dict(load_file(tmp_path / "weights" / "model.safetensors"), strict=True)
 
 

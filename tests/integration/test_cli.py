@@ -18,8 +18,9 @@ from lrm_pl import checkpoints as ck
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.apps.convert import main as convert
 from lrm_pl.checkpoints import read_index
-from lrm_pl.cli.lightning_cli import command_line, main
-from lrm_pl.cli.parsed import parse_fit
+from lrm_pl.cli.fit_config import parse_fit
+from lrm_pl.cli.lightning_cli import LRMCLI
+from lrm_pl.cli.main import command_line, main
 from lrm_pl.data.manifest import Manifest, write_manifest
 from lrm_pl.data.order import SampleOrder
 from lrm_pl.data.schema import encode_sample
@@ -225,7 +226,7 @@ def test_a_mistake_of_our_own_keeps_its_traceback(tiny, monkeypatch):
 
 
 def test_measuring_without_a_checkpoint_is_refused(tiny):
-    with pytest.raises(SystemExit, match="expected --ckpt_path, but found none"):
+    with pytest.raises(SystemExit, match="--ckpt_path is not set"):
         main(["validate", *tiny])
 
 
@@ -460,7 +461,7 @@ def test_fine_tuning_starts_from_converted_weights_keeps_the_encoder_and_trains_
         str(shards),
     ]
     main(["fit", *layers, *small, *run, *start, "--trainer.precision=32-true"])
-    assert f"The whole network starts from the weights in {tmp_path / 'start'}" in capsys.readouterr().out
+    assert f"Initialized the network from {tmp_path / 'start'}" in capsys.readouterr().out
     before = load_file(tmp_path / "start" / "model.safetensors")
     after = weights(tmp_path / "run" / "checkpoints" / "step-00000002")
     moved = {name: (after[f"network.{name}"] - tensor).abs().max().item() for name, tensor in before.items()}
@@ -489,8 +490,8 @@ def test_a_network_of_two_input_views_is_given_two_and_their_number_is_no_settin
     def note(_, inputs):
         seen.append(tuple(inputs[0].shape))
 
-    cli = command_line(
-        [*tiny, "--model.lrm.input_views", "2", "--run.folder", str(tmp_path / "run")], run=False
+    cli = LRMCLI(
+        "fit", [*tiny, "--model.lrm.input_views", "2", "--run.folder", str(tmp_path / "run")], records=False
     )
     cli.before_fit()
     cli.model.lrm.register_forward_pre_hook(note)
@@ -530,7 +531,7 @@ def test_callbacks_of_a_config_are_added_to_those_that_keep_the_run(tiny, tmp_pa
         "  - lightning.pytorch.callbacks.LearningRateMonitor\n"
         "  - class_path: lightning.pytorch.callbacks.TQDMProgressBar\n    init_args: {refresh_rate: 5}\n"
     )
-    cli = command_line([*tiny, "-c", str(tmp_path / "own.yaml")], run=False)
+    cli = LRMCLI("fit", [*tiny, "-c", str(tmp_path / "own.yaml")], records=False)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert {"CheckpointAndResume", "ViewLogger", "LearningRateMonitor"} <= set(names)
     assert names.count("CheckpointAndResume") == 1
@@ -543,7 +544,7 @@ def test_one_of_those_callbacks_is_replaced_by_the_configs_own(tiny, tmp_path):
         "trainer:\n  callbacks:\n"
         "  - class_path: lrm_pl.training.checkpointing.CheckpointAndResume\n    init_args: {every: 7}\n"
     )
-    cli = command_line([*tiny, "-c", str(tmp_path / "own.yaml")], run=False)
+    cli = LRMCLI("fit", [*tiny, "-c", str(tmp_path / "own.yaml")], records=False)
     (keeper,) = [c for c in cli.trainer.callbacks if isinstance(c, CheckpointAndResume)]
     assert keeper.every == 7
 
@@ -566,7 +567,7 @@ def test_there_is_one_run_keeper_however_its_settings_are_given(tiny, tmp_path, 
         "  - class_path: lrm_pl.training.checkpointing.CheckpointAndResume\n    init_args: {every: 7}\n"
         "  - lrm_pl.training.ema.WeightAverage\n"
     )
-    cli = command_line([*tiny, *options], run=False)
+    cli = LRMCLI("fit", [*tiny, *options], records=False)
     assert [c.every for c in cli.trainer.callbacks if isinstance(c, CheckpointAndResume)] == [7]
     assert len(cli.trainer.callbacks) == 7 + ("-c" in options)
 
@@ -607,7 +608,7 @@ def test_an_optimizer_that_would_not_be_used_is_not_offered(tiny, option, capsys
 
 def test_a_validation_is_after_so_many_optimizer_steps_however_batches_are_accumulated(tiny, tmp_path):
     options = ["--data.batch_size=4", "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2"]
-    cli = command_line([*tiny, *options, "--trainer.max_steps=4"], run=False)
+    cli = LRMCLI("fit", [*tiny, *options, "--trainer.max_steps=4"], records=False)
     steps = []
 
     class Note(L.Callback):

@@ -140,7 +140,7 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
         ),
         (["--gpus", "12", "--data.batch_size", "12"], "expected whole nodes of 8 GPUs, but found 12"),
         (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),
-        (["--model.lrm.width", "3"], "expected arguments that `lrm fit` takes"),
+        (["--model.lrm.width", "3"], "expected arguments of `lrm fit`"),
         (["--gpus", "-1"], "expected --gpus of 0 or more"),
         (["--gpus", "8", "--network", "nan"], "--network above 0"),
         (

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lrm_pl.cli.lightning_cli import command_line
+from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.data.synthetic import write_synthetic_shards
 
 GOLDEN = "tests/golden/demo_step.json"
@@ -23,14 +23,14 @@ NORM = 5e-3
 @pytest.mark.filterwarnings("default")
 def test_the_demos_first_steps_have_the_losses_of_the_golden_file(root, tmp_path):
     write_synthetic_shards(tmp_path / "shards", train=16, val=2, views=16, resolution=64, shard_size=8)
-    cli = command_line([
+    cli = LRMCLI("fit", [
         "-c", str(root / "configs/experiment/demo.yaml"), "-c", str(root / "configs/trainer/cpu.yaml"),
         "--data.folder", str(tmp_path / "shards"), "--trainer.callbacks=[]",
         "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
         f"--trainer.logger.save_dir={tmp_path}", "--trainer.log_every_n_steps=1",
         "--trainer.precision=32-true", "--trainer.max_steps=3", "--trainer.limit_val_batches=0",
         "--trainer.enable_checkpointing=false", "--model.objective.lpips_start_step=0",
-    ], run=False)  # fmt: skip
+    ], records=False)  # fmt: skip
     cli.before_fit()
     cli.trainer.fit(cli.model, cli.datamodule)
     with open(f"{cli.trainer.logger.log_dir}/metrics.csv", newline="") as file:

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from lrm_pl.cli.lightning_cli import command_line
+from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.data.batch import collate
 from lrm_pl.data.stream import EvaluationSet
 from lrm_pl.metrics import psnr_pooled
@@ -23,11 +23,11 @@ def test_one_object_is_learnt_to_27_db_in_three_minutes(root, tmp_path, render_c
     assets.mkdir()
     shutil.copy(root / "data_tools" / "demo_assets" / f"{OBJECT}.glb", assets)
     render_command(assets, tmp_path / "shards", "--res", "64", "--views", "16")
-    cli = command_line([
+    cli = LRMCLI("fit", [
         "-c", str(root / "configs/experiment/demo.yaml"), "-c", str(root / "configs/experiment/overfit.yaml"),
         "--data.folder", str(tmp_path / "shards"),
         "--trainer.logger.init_args.save_dir", str(tmp_path), "--trainer.limit_val_batches", "0",
-    ], run=False)  # fmt: skip
+    ], records=False)  # fmt: skip
     cli.before_fit()
     start = time.perf_counter()
     cli.trainer.fit(cli.model, cli.datamodule)

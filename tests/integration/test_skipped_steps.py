@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrm_pl.callbacks.progress_bar import ProgressBar
 from lrm_pl.checkpoints import read_checkpoint, read_tensors, tensor_names
-from lrm_pl.cli.lightning_cli import command_line
+from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.kernels.device import CopyStream, as_accelerator
 from lrm_pl.training import state as state_file
 from lrm_pl.training.checkpointing import CheckpointAndResume
@@ -97,7 +97,7 @@ def fit(tmp_path, shards):
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(config))
         arguments = ["-c", str(path), "--data.folder", str(shards), "--run.folder", str(tmp_path / name)]
-        cli = command_line([*arguments, *options], run=False)
+        cli = LRMCLI("fit", [*arguments, *options], records=False)
         watch = Watch(mode)
         keeper = CheckpointAndResume(every=every, keep=100, monitor=None)
         average = WeightAverage(0.5, validate=validating is not None)
@@ -213,7 +213,7 @@ def test_with_the_default_callbacks_nothing_is_read_from_the_device_in_steps_tha
     path = tmp_path / "default.yaml"
     path.write_text(yaml.safe_dump(config))
     folders = ["--data.folder", str(shards), "--run.folder", str(tmp_path / "default")]
-    cli = command_line(["-c", str(path), *folders], run=False)
+    cli = LRMCLI("fit", ["-c", str(path), *folders], records=False)
     reads = ReadsPerStep()
     cli.trainer.callbacks.insert(0, reads)
     cli.before_fit()

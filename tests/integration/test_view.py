@@ -11,7 +11,7 @@ from PIL import Image
 
 from lrm_pl.apps.view import main
 from lrm_pl.apps.viewer import wait_for_checkpoint
-from lrm_pl.cli.lightning_cli import main as train
+from lrm_pl.cli.main import main as train
 from tests.builders import TINY, spoil_first_poses
 from tests.servers.lrm_server import Served
 

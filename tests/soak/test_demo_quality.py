@@ -2,7 +2,7 @@
 
 import pytest
 
-from lrm_pl.cli.lightning_cli import command_line
+from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.cli.report import Report
 
 
@@ -14,10 +14,10 @@ def test_the_demo_beats_white_by_3_db_on_unseen_views_and_by_2_db_on_held_out_ob
     root, tmp_path, render_command
 ):
     render_command(root / "data_tools" / "demo_assets", tmp_path / "demo")
-    cli = command_line([
+    cli = LRMCLI("fit", [
         "-c", str(root / "configs/experiment/demo.yaml"), "--data.folder", str(tmp_path / "demo"),
         "--trainer.logger.init_args.save_dir", str(tmp_path),
-    ], run=False)  # fmt: skip
+    ], records=False)  # fmt: skip
     cli.before_fit()
     cli.trainer.fit(cli.model, cli.datamodule)
     cli.after_fit()

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from lrm_pl.cli.parsed import model_without_numbers
+
 from lrm_pl.losses.objective import Objective
 from lrm_pl.planning.renderer import renderer_operations
 from lrm_pl.planning.run_plan import plan

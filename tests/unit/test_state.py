@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lrm_pl.cli.lightning_cli import LRMCLI, command_line
+from lrm_pl.cli.lightning_cli import LRMCLI
+from lrm_pl.cli.main import command_line
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import as_accelerator
 from lrm_pl.losses.objective import Objective

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from lrm_pl.cli.lightning_cli import WeightsConfig, WeightsFile, table_name
-from lrm_pl.cli.parsed import parse_fit
+from lrm_pl.cli.fit_config import parse_fit
+from lrm_pl.cli.weights import WeightsConfig, WeightsFile, catalog_name
 from lrm_pl.data.mixture import DataSet
 from lrm_pl.kernels.device import num_visible_gpus, requires_gpu
 from lrm_pl.weights.catalog import WeightName
@@ -99,6 +99,6 @@ def _weights(config: Namespace) -> tuple[Weights, ...]:
     if config.get("model.objective.init_args.lpips", 1.0):
         files.insert(0, ("lpips_vgg", given.lpips_vgg))
     encoder = config["model"]["lrm"]["encoder"]["name"]
-    if given.pretrained and given.network is None and (name := table_name(encoder)) is not None:
+    if given.pretrained and given.network is None and (name := catalog_name(encoder)) is not None:
         files.insert(0, (name, given.encoder))  # of others the hub is asked, or the user's file taken
     return tuple(Weights(name, given.source, file.path, file.sha256) for name, file in files)

@@ -1,0 +1,91 @@
+"""The cluster environment of a process: torchrun, Slurm, or none."""
+
+import os
+
+import lightning as L
+from lightning.pytorch.plugins.environments import (  # type: ignore[attr-defined]
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.utilities import rank_zero_only
+
+from lrm_pl.errors import InputError
+from lrm_pl.training.processes import num_srun_tasks, unexpected_rank_message
+
+
+def cluster_environment() -> ClusterEnvironment | None:
+    """Return the environment plugin for torchrun or Slurm; None leaves the choice to Lightning.
+
+    Lightning treats every process inside a Slurm allocation as a task of srun, including notebooks, shells and
+    processes of torchrun, except in jobs named ``interactive`` or ``bash``.
+
+    Raises:
+        InputError: The nodes have different numbers of tasks.
+    """
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if num_srun_tasks() == 1:
+        return LightningEnvironment() if SLURMEnvironment.detect() else None
+    per_node, _, repeats = (tasks := os.environ["SLURM_STEP_TASKS_PER_NODE"]).partition("(")
+    if not per_node.isdecimal() or "," in repeats:
+        raise InputError(
+            expected="the same number of srun tasks on each node", found=tasks, remedy="use --ntasks-per-node"
+        )
+    # Lightning requires this variable to equal trainer.devices; the allocation's value may differ from the step's.
+    os.environ["SLURM_NTASKS_PER_NODE"] = per_node
+    return SLURMEnvironment(auto_requeue=False)
+
+
+def require_started_together(trainer: L.Trainer) -> None:
+    """Check that the launcher started as many processes as the trainer has.
+
+    Raises:
+        InputError: The launcher started another number of processes, or no launcher started the other nodes.
+    """
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if nodes > 1 and isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            expected=f"{nodes} nodes started together",
+            found="this node alone",
+            remedy="start them with make train NODES=, srun or torchrun, or use --trainer.num_nodes 1",
+        )
+    if TorchElasticEnvironment.detect():
+        launcher, variable = "torchrun", "WORLD_SIZE"
+    elif num_srun_tasks() > 1:
+        launcher, variable = "srun", "SLURM_STEP_NUM_TASKS"
+    elif "OMPI_COMM_WORLD_SIZE" in os.environ:
+        launcher, variable = "mpirun", "OMPI_COMM_WORLD_SIZE"
+    else:
+        _require_own_rank(trainer)
+        return
+    started = int(os.environ.get(variable, 1))
+    if started not in (1, devices * nodes):
+        raise InputError(
+            expected=f"{devices * nodes} processes (trainer.devices {devices} x trainer.num_nodes {nodes})",
+            found=f"{started} started by {launcher}",
+            remedy=(
+                f"add -c configs/trainer/ddp.yaml --trainer.devices {started // nodes or 1}, or start one process "
+                "per device"
+            ),
+        )
+
+
+def _require_own_rank(trainer: L.Trainer) -> None:
+    """Reject rank variables that no launcher set for this process: loggers and ``rank_zero_only`` read them.
+
+    Raises:
+        InputError: They differ from the trainer's rank and world size.
+    """
+    rank, world = trainer.global_rank, trainer.num_devices * trainer.num_nodes
+    variables = LightningEnvironment()
+    if (
+        variables.local_rank() >= trainer.num_devices
+        or variables.node_rank() >= trainer.num_nodes
+        or int(os.environ.get("RANK", 0)) not in (0, rank)
+        or int(os.environ.get("WORLD_SIZE", 1)) not in (1, world)
+        or rank_zero_only.rank != rank  # type: ignore[attr-defined]
+    ):
+        raise InputError(unexpected_rank_message(rank, world))

@@ -1,0 +1,65 @@
+"""The config of a run as `lrm fit` parses it, without building the trainer."""
+
+import argparse
+from typing import cast
+
+import torch
+from jsonargparse import Namespace
+
+from lrm_pl.cli.lightning_cli import LRMCLI
+from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.errors import InputError
+from lrm_pl.training.module import LRMModule
+
+#: Trainer settings that need the run's own machine, or open files.
+_NO_TRAINER = {
+    "callbacks": None,
+    "strategy": "auto",
+    "logger": False,
+    "plugins": None,
+    "accelerator": "cpu",
+    "devices": 1,
+}
+
+
+class _ParseOnlyCLI(LRMCLI):
+    """The command line of `lrm fit` without instantiation."""
+
+    def instantiate_classes(self) -> None:
+        """Do nothing."""
+
+    def _set_seed(self) -> None:
+        """Do nothing."""
+
+
+def parse_fit(arguments: list[str]) -> Namespace:
+    """Parse the arguments of `lrm fit`.
+
+    Raises:
+        InputError: `lrm fit` would reject them.
+    """
+    return _parse(arguments).config
+
+
+def build_meta_model(arguments: list[str]) -> tuple[Namespace, LRMModule, ShardDataModule]:
+    """Parse the arguments of `lrm fit`, and build its model on the meta device and its data module.
+
+    Raises:
+        InputError: `lrm fit` would reject them.
+    """
+    cli = _parse(arguments)
+    config = cli.config.clone()
+    for name, value in _NO_TRAINER.items():
+        config[f"trainer.{name}"] = value
+    with torch.device("meta"):
+        built = cli.parser.instantiate_classes(config)
+    return cli.config, cast(LRMModule, built["model"]), cast(ShardDataModule, built["data"])
+
+
+def _parse(arguments: list[str]) -> _ParseOnlyCLI:
+    try:
+        return _ParseOnlyCLI("fit", arguments, records=False, exits=False)
+    except argparse.ArgumentError as error:
+        raise InputError(
+            expected="arguments of `lrm fit`", found=error, remedy="correct them; see `lrm fit --help`"
+        ) from error

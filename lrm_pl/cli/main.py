@@ -1,0 +1,118 @@
+"""The entry point of ``lrm fit | validate | test | predict``, with messages for expected errors."""
+
+import atexit
+import errno
+import logging
+import re
+import sys
+import threading
+import warnings
+from typing import cast
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lrm_pl.cli.arguments import run_config_arguments
+from lrm_pl.cli.lightning_cli import LRMCLI, Command, one_line
+from lrm_pl.cli.out_of_memory import is_out_of_memory, out_of_memory_message
+from lrm_pl.errors import InputError
+from lrm_pl.planning.memory import memory_of_libraries
+from lrm_pl.training.checkpointing import NO_SPACE_ERRORS, StoppedError
+from lrm_pl.training.processes import wait_for_gloo_threads
+
+#: Exit status of a run that stopped after a signal and can be resumed (EX_TEMPFAIL).
+STOPPED_STATUS = 75
+
+#: Error numbers of read-only file systems and missing permissions.
+_NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+#: Parts of PyTorch's messages when /dev/shm is full.
+_SHARED_MEMORY_MESSAGES = ("unable to allocate shared memory", "out of shared memory")
+
+#: Warnings that do not apply, as patterns.
+_IGNORED_WARNINGS = (
+    # The stream assigns whole batches to workers in turn, and reports its true length.
+    "Your `IterableDataset` has `__len__` defined",
+    # Jobs start with `make train NODES=` instead.
+    "The `srun` command is available",
+    # Validation metrics are reduced over ranks before they are logged.
+    "It is recommended to use `self.log",
+    # A deprecated name in Lightning 2.6.6 itself.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # The planes are such a view; they are never written in place.
+    r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor",
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; expected errors print one message instead of a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    advertising = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertising.addFilter(lambda record: "litlogger" not in record.getMessage())
+    for pattern in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+    atexit.register(wait_for_gloo_threads)
+    memory_of_libraries()  # measured before there is a network
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _report_unless_disk_full
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        command_line(words)
+    except StoppedError as stopped:
+        sys.stderr.write(f"lrm: {stopped}\n")
+        sys.exit(STOPPED_STATUS)
+    except (InputError, MisconfigurationException, OSError, RuntimeError, MemoryError) as error:
+        message = _message(error, words)
+        if message is None:
+            raise
+        sys.exit(f"lrm: {message}")
+
+
+def command_line(arguments: list[str]) -> LRMCLI:
+    """Parse a command with its arguments, and run it."""
+    command, *rest = arguments
+    if command == "fit" and any(re.match(r"--ckpt_path(=|$)", argument) for argument in rest):
+        raise InputError(
+            "lrm fit does not take --ckpt_path",
+            remedy=(
+                "start the same command with --run.folder to resume a run, or use --run.resume PATH to start a new run "
+                "from a checkpoint"
+            ),
+        )
+    if command != "fit":
+        rest = [*run_config_arguments(rest), *rest]
+    cli = LRMCLI(cast(Command, command), rest)
+    cli.run()
+    return cli
+
+
+def _message(error: Exception, arguments: list[str]) -> str | None:
+    """Return the message for an expected error; None for others."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MisconfigurationException):
+        return one_line(error)
+    if isinstance(error, OSError):
+        if error.errno in _NO_ACCESS:
+            return (
+                f"no access to a file of the run: {one_line(error)}. Give this user access to it, or choose another "
+                "folder with --run.folder"
+            )
+        if error.errno in NO_SPACE_ERRORS:
+            return (
+                f"no space left for files of the run: {one_line(error)}. Free space and start the same command again "
+                "with --run.folder; it resumes from the newest complete checkpoint"
+            )
+        return None
+    if any(text in str(error) for text in _SHARED_MEMORY_MESSAGES):
+        return "/dev/shm is full. Start the container with --shm-size=8g, or use --data.workers 0"
+    if str(error).startswith("Early stopping conditioned on metric"):  # a RuntimeError of Lightning's
+        return one_line(error)
+    if is_out_of_memory(error) and arguments[0] == "fit":
+        return out_of_memory_message(error, arguments[1:])
+    return None
+
+
+def _report_unless_disk_full(args: threading.ExceptHookArgs) -> None:
+    """Report a thread's exception, except on a full disk: loggers pass that one to the main thread."""
+    if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_SPACE_ERRORS):
+        threading.__excepthook__(args)

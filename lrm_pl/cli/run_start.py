@@ -1,0 +1,126 @@
+"""Steps before a command runs: data checks, weights, the run's folder and its checkpoint."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TypeVar
+
+import lightning as L
+
+from lrm_pl.checkpoints import (
+    Owner,
+    remove_partial_checkpoints,
+    require_network,
+    require_ownership,
+    require_writable,
+)
+from lrm_pl.cli.weights import WeightsConfig, initialize_network, loss_network, metric_network
+from lrm_pl.data.datamodule import ShardDataModule
+from lrm_pl.errors import InputError
+from lrm_pl.losses.perceptual import PerceptualLoss, require_measurable
+from lrm_pl.models.lrm import LRM
+from lrm_pl.storage import is_local
+from lrm_pl.training.checkpointing import CheckpointAndResume
+from lrm_pl.training.image_metrics import ImageMetricsLogger
+from lrm_pl.training.module import LRMModule
+from lrm_pl.training.run_folder import RunConfig, RunLock, create_run_folder, drop_logs_after, run_path
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=L.Callback)
+
+
+def callbacks_of(trainer: L.Trainer, cls: type[C]) -> list[C]:
+    """Return the trainer's callbacks of a class."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, cls)]  # type: ignore[attr-defined]
+
+
+def checkpointing_of(trainer: L.Trainer) -> CheckpointAndResume | None:
+    """Return the trainer's CheckpointAndResume callback, or None."""
+    return next(iter(callbacks_of(trainer, CheckpointAndResume)), None)
+
+
+def prepare_data(trainer: L.Trainer, module: LRMModule, data: ShardDataModule, *, training: bool) -> None:
+    """Set up the data module, and check its data against the model and the number of processes.
+
+    Raises:
+        InputError: The data cannot be used.
+    """
+    data.inputs = module.lrm.input_views
+    data.setup("fit")
+    data.trainer = trainer
+    if training:
+        data.train_dataloader()  # checks the data and their partition over the processes
+    data.mixture.require_usable(module.renderer.bounds)
+
+
+def load_networks(
+    trainer: L.Trainer, module: LRMModule, data: ShardDataModule, weights: WeightsConfig, *, training: bool
+) -> PerceptualLoss:
+    """Load the initial weights and the LPIPS networks, and return the network of the LPIPS metric."""
+    if training:
+        initialize_network(module.lrm, weights)
+    device = trainer.strategy.root_device
+    if module.objective.lpips:
+        require_measurable(min(crop.size for crop in data.augmentation.crops))
+        module.objective.perceptual = loss_network(weights).to(device)
+    metric = metric_network(weights).to(device)
+    for callback in callbacks_of(trainer, ImageMetricsLogger):
+        callback.perceptual = metric
+    return metric
+
+
+def enter_run_folder(trainer: L.Trainer, lrm: LRM, run: RunConfig) -> list[RunLock]:
+    """Lock the run's folder and choose the checkpoint to resume from, on rank 0.
+
+    Returns:
+        The locks, which are released when they are garbage-collected.
+
+    Raises:
+        InputError: The folder is in use, belongs to another run, or holds a checkpoint of another network.
+    """
+    checkpointing = checkpointing_of(trainer)
+    folder = run_path(run.folder) if run.folder is not None else create_run_folder(trainer).absolute()
+    locks = [RunLock(folder)]
+    if checkpointing is None:
+        if run.resume not in ("auto", "never"):
+            raise InputError(
+                expected="a CheckpointAndResume in trainer.callbacks for --run.resume", found="none"
+            )
+        return locks
+    if run.folder is not None and checkpointing.folder is None:
+        checkpointing.folder = f"{folder}/checkpoints"
+    if checkpointing.folder is not None:
+        require_writable(checkpointing.folder)
+        if is_local(checkpointing.folder):
+            locks.append(RunLock(Path(checkpointing.folder)))
+        if Path(checkpointing.folder).absolute().parent != folder:  # a run may be moved with its contents
+            require_ownership(checkpointing.folder, str(folder))
+            checkpointing.owner = Owner(checkpointing.folder, str(folder))
+        remove_partial_checkpoints(checkpointing.folder, logger.warning)
+    checkpoint = checkpointing.choose(run.resume)
+    if checkpoint is not None:
+        require_network(checkpoint, lrm)
+        _require_steps_left(trainer.max_steps, checkpoint.step, folder)
+    if run.folder is not None:
+        drop_logs_after(trainer.loggers, 0 if checkpoint is None else checkpoint.step)
+    return locks
+
+
+def _require_steps_left(max_steps: int, done: int, folder: Path) -> None:
+    """Print a message if a resumed run is complete.
+
+    Raises:
+        InputError: The run has more steps than ``max_steps``.
+    """
+    if done > max_steps:
+        raise InputError(
+            expected=f"trainer.max_steps of at least {done}, the steps of the run in {folder}",
+            found=max_steps,
+            remedy="raise it, or start another run with --run.folder",
+        )
+    if done == max_steps:
+        print(
+            f"The run in {folder} is complete ({max_steps} steps). Raise --trainer.max_steps to continue it."
+        )
+        warnings.filterwarnings("ignore", "Total length of `.*` across ranks is zero")
