@@ -11,8 +11,8 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.transforms import CropConfig
 from lrm_pl.kernels.device import gpu_properties
 from lrm_pl.planning.gpus import peak_flops
-from lrm_pl.planning.hits import cameras_of, default_cameras, hit_share
-from lrm_pl.planning.simulate import StepCosts, StepShape, simulate_step, without_numbers
+from lrm_pl.planning.ray_hits import default_cameras, hit_fraction, training_cameras
+from lrm_pl.planning.simulate import StepCosts, StepShape, meta_copy, simulate_step
 from lrm_pl.training.module import LRMModule
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class UtilizationMeter:
     """
 
     def __init__(self, module: LRMModule, data: L.LightningDataModule | None = None) -> None:
-        self.lrm = without_numbers(module.lrm)
+        self.lrm = meta_copy(module.lrm)
         self.renderer, self.objective, self.parallel = module.renderer, module.objective, module.parallel
         self.data = data
         self._costs: StepCosts | None = None
@@ -69,12 +69,14 @@ class UtilizationMeter:
                 return None
         start = self.objective.lpips_start_step if self.objective.lpips else None
         flops = sum(
-            self._costs.model_flops(x.objects, x.pixels, lpips=start is not None and x.step >= start)
+            self._costs.model_flops_of(x.objects, x.pixels, lpips=start is not None and x.step >= start)
             for x in batches
         )
         return flops / seconds / peak
 
     def _hit_fraction(self) -> float:
         if isinstance(self.data, ShardDataModule):
-            return hit_share(self.renderer.bounds, self.data.augmentation.crop, cameras_of(self.data))
-        return hit_share(self.renderer.bounds, CropConfig(), default_cameras())
+            return hit_fraction(
+                self.renderer.bounds, self.data.augmentation.crop, training_cameras(self.data)
+            )
+        return hit_fraction(self.renderer.bounds, CropConfig(), default_cameras())

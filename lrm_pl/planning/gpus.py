@@ -1,4 +1,4 @@
-"""Peak rates and memory of devices: GPUs by their makers' data sheets, the CPU by a measurement."""
+"""Peak rates and memory of GPUs, from their data sheets, and of the CPU, measured."""
 
 import dataclasses
 import difflib
@@ -15,16 +15,16 @@ from lrm_pl.kernels.device import GpuProperties, on_cpu, on_cuda
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU, by its maker's data sheet.
+    """Data sheet of a GPU.
 
     Attributes:
-        name: Its name; the memory is part of it where there are several.
-        half: Dense float16 products with float32 sums, operations per second; bfloat16 is as fast where there is any.
-        single: The same in float32, without TF32.
-        memory: Bytes.
-        bandwidth: Bytes of memory read or written per second.
-        link: Bytes per second that it sends to GPUs of its node (NVLink, Infinity Fabric, else PCIe), one direction.
-        properties: What kernels are chosen by.
+        name: Name, with the memory size if there are several.
+        half: Dense float16 FLOP/s with float32 accumulation; bfloat16 is equally fast where supported.
+        single: Dense float32 FLOP/s, without TF32.
+        memory: Memory in bytes.
+        bandwidth: Memory bandwidth in bytes per second.
+        link: Bandwidth to other GPUs of the node in bytes per second and direction (NVLink, Infinity Fabric, or PCIe).
+        properties: Properties that select kernels.
     """
 
     name: str
@@ -37,27 +37,27 @@ class Gpu:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether its tensor cores multiply bfloat16: from compute capability 8.0 on."""
+        """Whether its tensor cores support bfloat16 (compute capability 8.0 or higher)."""
         return self.properties.capability >= (8, 0)
 
-    def products(self, dtype: torch.dtype) -> float:
-        """Return operations per second of products in a type.
+    def peak(self, dtype: torch.dtype) -> float:
+        """Return the peak FLOP/s of matrix products in a type.
 
         Raises:
-            InputError: bfloat16 on a GPU that emulates it.
+            InputError: The type is bfloat16 and the GPU emulates it.
         """
         if dtype == torch.bfloat16 and not self.has_bfloat16:
             raise InputError(
-                expected=f"a precision that the {self.name} is built for",
-                found="bf16, which it emulates",
-                remedy="give --trainer.precision 16-mixed",
+                expected=f"a precision that the {self.name} supports in hardware",
+                found="bf16",
+                remedy="use --trainer.precision 16-mixed",
             )
         return self.single if dtype == torch.float32 else self.half
 
 
-#: Name; half and single TFLOP/s; GB; GB/s of memory and link; capability; multiprocessors; MB of L2. Makers' data
-#: sheets and architecture white papers. GeForce: float32 sums run at half the rate of float16 sums.
-#: The 480 GB in the GH200's name are its CPU's. A MI250X is two devices, of which this is one.
+#: Name; half and single TFLOP/s; GB; GB/s of memory and link; compute capability; multiprocessors; MB of L2 cache.
+#: Sources: the makers' data sheets and architecture white papers. On GeForce GPUs float32 accumulation halves the rate
+#: of float16 accumulation. The 480 GB in the GH200's name are CPU memory. A MI250X is two devices; this is one of them.
 _TABLE = """
 A100 80GB                  312    19.5   80 2039 300  8.0 108  40
 A100 40GB                  312    19.5   40 1555 300  8.0 108  40
@@ -148,10 +148,10 @@ def _row(line: str) -> Gpu:
     )  # fmt: skip
 
 
-#: The GPUs that are known; of several sizes of memory the first is meant where none is given.
+#: Known GPUs. If a name without a memory size matches several, the first one is used.
 GPUS = tuple(_row(line) for line in _TABLE.strip().splitlines())
 
-#: Words of a name that do not change which GPU it is.
+#: Words of a name that do not identify a GPU.
 _MAKERS = frozenset({"nvidia", "amd", "geforce", "tesla", "instinct", "rtx", "gpu"})
 _FORMS = frozenset(
     "sxm sxm2 sxm3 sxm4 sxm5 sxm6 oam pcie nvlink nvl72 hbm2 hbm2e hbm3 hbm3e generation workstation server edition "
@@ -160,49 +160,49 @@ _FORMS = frozenset(
 
 
 def gpu_of_name(name: str) -> Gpu | None:
-    """Return a GPU by its name as PyTorch or a person writes it; None where the table lacks it.
+    """Return the GPU with a name as PyTorch or users write it, or None if the table lacks it.
 
-    Every word counts but the maker's and the form factor's: laptop, Ti, SUPER and MIG variants are GPUs of their own.
+    All words except the maker and the form factor must match: laptop, Ti, SUPER and MIG variants are separate GPUs.
     """
-    words, memory = _parsed(name)
+    words, memory = _parse_name(name)
     for ignored in (frozenset[str](), _FORMS):
         for gpu in GPUS:
-            own, own_memory = _parsed(gpu.name)
-            if own == words - (ignored - own) and _may_be(memory, own_memory, gpu.memory / 1e9):
+            gpu_words, gpu_memory = _parse_name(gpu.name)
+            if gpu_words == words - (ignored - gpu_words) and _memory_matches(
+                memory, gpu_memory, gpu.memory / 1e9
+            ):
                 return gpu
     return None
 
 
-def _may_be(memory: int | None, own: int | None, size: float) -> bool:
-    """Return whether a GPU's memory in GB is the one named; of a single size some of it may be reserved (B200)."""
-    return memory is None or (memory == own if own else abs(memory - size) < size / 10)
+def _memory_matches(memory: int | None, named: int | None, size: float) -> bool:
+    """Return whether a memory size in GB matches the size in a GPU's name, or else its size within 10 %."""
+    return memory is None or (memory == named if named else abs(memory - size) < size / 10)
 
 
 def require_gpu(name: str) -> Gpu:
-    """Return a GPU by its name.
+    """Return the GPU with a name.
 
     Raises:
-        InputError: There is no such GPU in the table; the message lists the closest names.
+        InputError: The table has no such GPU; the message lists similar names.
     """
     gpu = gpu_of_name(name)
     if gpu is None:
         by_spelling = {_spelling(gpu.name): gpu.name for gpu in GPUS}
         close = difflib.get_close_matches(_spelling(name), by_spelling, n=4, cutoff=0.4)
-        listed = (
-            f"spelled like it: {', '.join(by_spelling[one] for one in close)}"
-            if close
-            else "names are like H100, 4090 or MI300X"
-        )
+        examples = [by_spelling[spelling] for spelling in close] or ["H100", "4090", "MI300X"]
         raise InputError(
             expected="a known GPU",
             found=f"{name!r}",
-            remedy=f"{listed}. For one that is not known give one of as much memory and as many TFLOP/s",
+            remedy=(
+                f"use a name such as {', '.join(examples)}, or a known GPU with similar memory and TFLOP/s"
+            ),
         )
     return gpu
 
 
-def _parsed(name: str) -> tuple[frozenset[str], int | None]:
-    """Return the words of a name in lower case without the maker's, and the gigabytes of memory that it names."""
+def _parse_name(name: str) -> tuple[frozenset[str], int | None]:
+    """Return the words of a name in lower case without the maker, and its memory size in GB, if named."""
     text = re.sub(r"(\d)\s+gb?\b", r"\1gb", name.lower())
     text = re.sub(
         r"\brtx(?=a|\d|pro)|(?<=\d{4})(?=ti|super|ada|d\b)|(?<=\d)(?=pcie|sxm|nvl)", r"\g<0> ", text
@@ -212,19 +212,19 @@ def _parsed(name: str) -> tuple[frozenset[str], int | None]:
     # Model numbers have four digits or letters.
     sizes = {word for word in words if re.fullmatch(r"\d+gb?|\d{2,3}", word)}
     if len(sizes) > 1:
-        return frozenset(words), None  # no GPU has two
+        return frozenset(words), None  # ambiguous
     memory = int(re.sub(r"\D", "", min(sizes))) if sizes else None
     return frozenset(words - sizes), memory
 
 
 def _spelling(name: str) -> str:
-    words, memory = _parsed(name)
+    words, memory = _parse_name(name)
     return " ".join(sorted(words)) + (f" {memory}" if memory else "")
 
 
 @functools.cache
 def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Measure this process's products a second, once: of the shape of the paper's MLP, the best of nine."""
+    """Measure the FLOP/s of this process: the best of nine products of the shape of the paper's MLP. Cached."""
     x, w = torch.randn(3072, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
     seconds = []
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -237,7 +237,7 @@ def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the half-precision operations a second that a device can do at most; None for a GPU not in the table."""
+    """Return the peak half-precision FLOP/s of a device; None for a GPU that the table lacks."""
     if not on_cuda(device):
         return cpu_flops() if on_cpu(device) else None
     gpu = gpu_of_name(torch.cuda.get_device_name(device))

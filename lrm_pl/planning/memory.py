@@ -1,4 +1,4 @@
-"""What a run holds in memory at most."""
+"""Peak memory of a process."""
 
 import functools
 import resource
@@ -11,7 +11,7 @@ from lrm_pl.kernels.device import peak_device_memory
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return the most memory that this process has held so far, in GiB, by the name it is logged under."""
+    """Return the peak memory of this process so far in GiB, by the name under which it is logged."""
     peaks = {"memory/peak_host_gib": _host_peak() / 1024**3}
     if (on_gpu := peak_device_memory(device)) is not None:
         peaks["memory/peak_gpu_gib"] = on_gpu / 1024**3
@@ -19,20 +19,23 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 def _host_peak() -> float:
-    """Return bytes. Linux' ru_maxrss is no less than that of whoever started the process: VmHWM is its own."""
+    """Return the peak resident set size in bytes.
+
+    VmHWM is used on Linux, since ru_maxrss is inherited from the parent process.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024.0 * int(line.split()[1])
-    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+    unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
     return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-#: Bytes that a run loads besides when it begins: compiled kernels, the networks of LPIPS while they are read.
-_LATER = 0.2e9
+#: Bytes allocated at the start of a run: compiled kernels, and temporary copies of the LPIPS networks.
+_STARTUP = 0.2e9
 
 
 @functools.cache
 def memory_of_libraries() -> float:
-    """Return the bytes of Python and its libraries in a run; to be called before there is a network."""
-    return peak_memory(torch.device("cpu"))["memory/peak_host_gib"] * 2**30 + _LATER
+    """Return the bytes held by Python and its libraries. Call it before a network is built; the result is cached."""
+    return peak_memory(torch.device("cpu"))["memory/peak_host_gib"] * 2**30 + _STARTUP

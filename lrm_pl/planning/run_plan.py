@@ -1,4 +1,4 @@
-"""One process of a planned run and the cost of its step."""
+"""A training run partitioned over processes, and the cost of one process's step."""
 
 import dataclasses
 
@@ -6,30 +6,30 @@ import torch
 from jsonargparse import Namespace
 
 from lrm_pl.data.datamodule import ShardDataModule
-from lrm_pl.errors import InputError
+from lrm_pl.data.stream import BatchPartition
 from lrm_pl.kernels.device import GpuProperties
 from lrm_pl.losses.perceptual import require_measurable
-from lrm_pl.planning.hits import cameras_of, hit_share
+from lrm_pl.planning.ray_hits import hit_fraction, training_cameras
 from lrm_pl.planning.simulate import StepCosts, StepShape, simulate_step
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.precision import DTYPES, require_supported_precision
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A run, divided over processes.
+class RunPlan:
+    """A training run partitioned over processes.
 
     Attributes:
-        module: Its model, on the meta device.
-        shape: What a process computes at a time.
-        cameras: Where the share of rays that hit the bounds is from.
-        batch_size: Objects an optimizer step.
-        processes: Processes.
-        accumulate: Batches of a process an optimizer step.
+        module: The model, on the meta device.
+        shape: Batch of one process.
+        cameras: Origin of the cameras from which the fraction of ray hits is computed.
+        batch_size: Objects per optimizer step.
+        processes: Number of processes.
+        accumulate: Accumulated batches per optimizer step.
         steps: Optimizer steps of the run.
-        strategy: The strategy's class, or Lightning's word for one.
-        replicas: Copies that FSDP2 makes.
-        stage: DeepSpeed's, or 0.
+        strategy: Class of the strategy, or Lightning's name for it.
+        replicas: Replicas under FSDP2.
+        stage: ZeRO stage under DeepSpeed, else 0.
     """
 
     module: LRMModule
@@ -45,11 +45,11 @@ class Plan:
 
     @property
     def fused(self) -> bool:
-        """Whether AdamW is fused, as ``LRMModule.configure_optimizers`` decides: but under a GradScaler."""
+        """Whether AdamW is fused, as in ``LRMModule.configure_optimizers``: unless a GradScaler is used."""
         return self.shape.dtype != torch.float16
 
     def optimizer_temporaries(self, costs: StepCosts) -> float:
-        """Return the bytes of temporary tensors of AdamW's step: all at once on a GPU, tensor by tensor on a CPU."""
+        """Return the bytes of temporary tensors of AdamW's step: of all weights on a GPU, of the largest on a CPU."""
         if self.fused:
             return 0.0
         return 4.0 * (costs.trained if self.shape.gpu else costs.largest)
@@ -60,46 +60,34 @@ class Plan:
         return simulate_step(module.lrm, module.renderer, module.objective, module.parallel, self.shape)
 
 
-def plan(
+def plan_run(
     config: Namespace, module: LRMModule, data: ShardDataModule, processes: int, gpu: GpuProperties | None
-) -> Plan:
-    """Divide a run over processes.
+) -> RunPlan:
+    """Partition a run over processes.
 
     Args:
         config: The run's config, as `lrm fit` parses it.
-        module: Its model, on the meta device.
-        data: Its data module.
-        processes: All processes of the run.
-        gpu: The GPU that each has; None for this machine's CPU, with as many threads as this process.
+        module: The model, on the meta device.
+        data: The data module.
+        processes: Number of processes.
+        gpu: GPU of each process; None for this machine's CPU, with the threads of this process.
 
     Raises:
-        InputError: The batch cannot be divided, or a setting is out of range.
+        InputError: The batch size is not divisible, or a setting is out of range.
     """
     trainer = config["trainer"]
     accumulate = trainer["accumulate_grad_batches"]
     precision = require_supported_precision(str(trainer["precision"]))
-    if accumulate < 1 or data.batch_size < 1:
-        raise InputError(
-            expected="data.batch_size and trainer.accumulate_grad_batches of 1 or more",
-            found=f"{data.batch_size} and {accumulate}",
-        )
-    parts = processes * accumulate
-    if data.batch_size % parts:
-        above = -(-data.batch_size // parts) * parts
-        raise InputError(
-            expected=f"a data.batch_size that {processes} processes x {accumulate} accumulated batches divide",
-            found=data.batch_size,
-            remedy=f"give --data.batch_size {above}",
-        )
+    partition = BatchPartition(data.batch_size, world=processes, accumulate=accumulate)
     if module.objective.lpips:
         require_measurable(min(crop.size for crop in data.augmentation.crops))
     crop = max(data.augmentation.crops, key=lambda crop: crop.size)
-    cameras = cameras_of(data)
+    cameras = training_cameras(data)
     shape = StepShape(
-        objects=data.batch_size // parts,
+        objects=partition.local_batch_size,
         views=module.lrm.input_views + data.side_views,
         size=crop.size,
-        hits=hit_share(module.renderer.bounds, crop, cameras),
+        hits=hit_fraction(module.renderer.bounds, crop, cameras),
         gpu=gpu,
         threads=1 if gpu else torch.get_num_threads(),
         dtype=DTYPES[precision],
@@ -110,7 +98,7 @@ def plan(
         (strategy, {}) if isinstance(strategy, str) else (strategy["class_path"], strategy["init_args"])
     )
     replicas, stage = options.get("replicas", 1), options.get("stage", 0)
-    return Plan(
+    return RunPlan(
         module,
         shape,
         cameras.source,

@@ -1,36 +1,60 @@
-"""Check how a network is cut, before there are GPUs: every process's part, by its own program."""
+"""Sharding of a run without its other processes, on PyTorch's fake process group, which sends nothing."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lrm_pl.errors import InputError
 from lrm_pl.models.lrm import LRM
-from lrm_pl.planning.fake_group import as_rank
 from lrm_pl.planning.simulate import fake_copy
-from lrm_pl.training.parallelize import shard
+from lrm_pl.training.parallelize import mesh_shape, shard
 
 
-def check_shards(lrm: LRM, processes: int, copies: int, dtype: torch.dtype, ranks: Iterable[int]) -> None:
-    """Shard a network as each of some ranks would, and compare what it holds with what it should.
-
-    A weight is cut along one dimension into parts of equal size, the last ones smaller or empty.
+@contextlib.contextmanager
+def fake_process_group(rank: int, processes: int, replicas: int = 1) -> Iterator[DeviceMesh]:
+    """Initialize a fake process group and yield the device mesh of ``FSDP2Strategy``.
 
     Args:
-        lrm: The network; best on the meta device, and not touched.
-        processes: All processes.
-        copies: Copies of the network.
-        dtype: What blocks compute in.
-        ranks: Which processes.
+        rank: Rank of this process.
+        processes: World size.
+        replicas: Copies of the network, each sharded over processes / replicas ranks.
+    """
+    # Private, but the base of PyTorch's own tools of this type; the import registers the backend.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
+    try:
+        shape, names = mesh_shape(processes, replicas)
+        yield init_device_mesh("cpu", shape, mesh_dim_names=names)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def check_shards(lrm: LRM, processes: int, replicas: int, dtype: torch.dtype, ranks: Iterable[int]) -> None:
+    """Shard a network as each of the given ranks, and check the shape of every local shard.
+
+    A weight is split along one dimension into shards of equal size; the last ones are smaller or empty.
+
+    Args:
+        lrm: The network, preferably on the meta device; it is copied.
+        processes: World size.
+        replicas: Copies of the network.
+        dtype: Compute type of the blocks.
+        ranks: Ranks to check.
 
     Raises:
-        InputError: A weight is not cut so.
+        InputError: A shard has another shape.
     """
-    parts = processes // copies
+    shards = processes // replicas
     for rank in ranks:
-        with as_rank(rank, processes, copies) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        with (
+            fake_process_group(rank, processes, replicas) as mesh,
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             network = fake_copy(lrm)
             shard(network, mesh, None if dtype == torch.float32 else dtype)
             for name, parameter in network.named_parameters():
@@ -38,13 +62,13 @@ def check_shards(lrm: LRM, processes: int, copies: int, dtype: torch.dtype, rank
                 placement = parameter.placements[-1]
                 assert isinstance(placement, Shard), (name, placement)
                 rows, expected = parameter.shape[placement.dim], list(parameter.shape)
-                size = -(-rows // parts)
-                first = min(rows, rank % parts * size)
+                size = -(-rows // shards)
+                first = min(rows, rank % shards * size)
                 expected[placement.dim] = min(rows, first + size) - first
                 found = list(parameter.to_local().shape)
                 if found != expected:
                     raise InputError(
                         subject=name,
-                        expected=f"rank {rank} to hold {expected} of {tuple(parameter.shape)}",
+                        expected=f"a shard of shape {expected} of {tuple(parameter.shape)} on rank {rank}",
                         found=found,
                     )

@@ -1,9 +1,8 @@
-"""One training step on fake tensors: the program itself, whose tensors have shapes and no numbers.
+"""Simulation of a training step on fake tensors, which have shapes but no data.
 
-So an estimate knows every option that the program knows. Nothing is computed: a step of the paper's size takes
-seconds on a laptop. For a GPU the program takes the branches of accelerators, on fake tensors of the CPU: autograd
-needs a real device of the tensors' type. Rendering depends on where rays go; here a given share of them hits the
-bounds, and one chunk of them stands for all.
+The simulation runs the training code itself, so it covers every option; a step at the paper's size takes seconds on a
+laptop. For a GPU, the code takes the branches for accelerators on fake CPU tensors, since autograd needs a real device
+of the tensors' type. A given fraction of the rays hits the bounds, and one chunk of rays represents all others.
 """
 
 import contextlib
@@ -24,8 +23,8 @@ from lrm_pl.kernels.device import GpuProperties, as_accelerator
 from lrm_pl.losses.objective import Objective
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.models.lrm import LRM
-from lrm_pl.planning import traffic  # noqa: F401 - registers formulas
-from lrm_pl.planning.ledger import Ledger, Message, Operation
+from lrm_pl.planning import kernel_bytes  # noqa: F401 - registers formulas
+from lrm_pl.planning.operation_counter import Collective, Operation, OperationCounter
 from lrm_pl.rendering.deferred import Rays, render_rays
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.fused import SAVED_BYTES, PixelGrid, PixelRays, is_fused, render_fused
@@ -36,7 +35,7 @@ from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks, shard
 
 Module = TypeVar("Module", bound=nn.Module)
 
-#: The GPU that a step is simulated for where none is named.
+#: Default GPU.
 A100 = GpuProperties((8, 0), 108, 40 * 2**20)
 
 PARTS = ("encoder", "transformer", "renderer", "losses", "backward")
@@ -44,17 +43,17 @@ PARTS = ("encoder", "transformer", "renderer", "losses", "backward")
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """What a process computes between two exchanges.
+    """Shape of one process's batch, and the device that computes it.
 
     Attributes:
-        objects: Objects of a batch of one process.
-        views: Target views of each.
-        size: Side of a target window.
-        hits: Fraction of the target rays that hit the renderer's bounds (``costs.hits``).
-        gpu: The GPU that computes it: the operations are then those of the accelerators' branches; None for a CPU.
+        objects: Objects per batch.
+        views: Target views per object.
+        size: Side of a target crop in pixels.
+        hits: Fraction of the target rays that hit the renderer's bounds (``ray_hits``).
+        gpu: The GPU; None for a CPU.
         threads: CPU threads; 1 for a GPU.
-        dtype: What products are computed in.
-        deterministic: Whether only deterministic algorithms may be used.
+        dtype: Type of matrix products.
+        deterministic: Whether deterministic algorithms are required.
     """
 
     objects: int
@@ -68,28 +67,28 @@ class StepShape:
 
     @property
     def pixels(self) -> int:
-        """Target pixels of all objects."""
+        """Target pixels of the batch."""
         return self.objects * self.views * self.size**2
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """What one process does and holds in a step, without the optimizer's own step.
+    """Operations and memory of one process in a step, without the optimizer's update.
 
     Attributes:
-        parameters: Numbers of the network.
-        trained: Those that learn.
-        largest: Numbers of the largest trained tensor.
-        weights: Bytes of weights held: all, or this process's part.
+        parameters: Number of parameters.
+        trained: Number of trained parameters.
+        largest: Elements of the largest trained tensor.
+        weights: Bytes of the weights in this process: all, or its shards.
         frozen_other: Bytes of networks that only the loss uses.
-        gradients: Bytes of all gradients of the weights held.
-        activations: Bytes at the peak besides weights, their gradients, and the loss's network.
-        work: The same with the gradients there are by then; those of early layers come after the peak.
-        operations: What ran.
-        messages: What was exchanged.
-        forward: FLOPs of forward by part.
-        shape: What was computed.
-        encoder_frozen: Whether the encoder has no backward.
+        gradients: Bytes of all gradients of these weights.
+        activations: Peak bytes without weights, gradients and the loss's networks.
+        work: Peak bytes of activations and gradients together; gradients of early layers are allocated after it.
+        operations: All operations.
+        collectives: All collectives.
+        forward: FLOPs of the forward pass by part.
+        shape: The batch.
+        encoder_frozen: Whether the encoder has no backward pass.
     """
 
     parameters: int
@@ -101,30 +100,31 @@ class StepCosts:
     activations: float
     work: float
     operations: tuple[Operation, ...]
-    messages: tuple[Message, ...]
+    collectives: tuple[Collective, ...]
     forward: dict[str, float]
     shape: StepShape
     encoder_frozen: bool
 
     @property
     def flops(self) -> float:
-        """FLOPs that are run, what backward computes again among them."""
+        """Executed FLOPs, including recomputation."""
         return sum(x.flops for x in self.operations)
 
     @property
-    def model(self) -> float:
-        """FLOPs that the mathematics needs, forward and backward, nothing computed twice."""
-        return self.model_flops(self.shape.objects, self.shape.pixels, lpips=True)
+    def model_flops(self) -> float:
+        """FLOPs of the model, forward and backward, without recomputation, as in MFU."""
+        return self.model_flops_of(self.shape.objects, self.shape.pixels, lpips=True)
 
-    def model_flops(self, objects: int, pixels: int, *, lpips: bool) -> float:
-        """Return ``model`` for another number of objects, of target pixels in all views, and with or without LPIPS.
+    def model_flops_of(self, objects: int, pixels: int, *, lpips: bool) -> float:
+        """Return ``model_flops`` for other numbers of objects and of target pixels, with or without LPIPS.
 
-        Backward is twice forward; LPIPS is differentiated in forward; a frozen encoder has no backward.
+        Backward takes twice the FLOPs of forward. LPIPS computes its gradient in forward. A frozen encoder has no
+        backward.
         """
-        part = self.forward
-        an_object = part["encoder"] * (1 if self.encoder_frozen else 3) + 3 * part["transformer"]
-        a_pixel = 3 * part["renderer"] + (part["losses"] if lpips else 0.0)
-        return an_object * objects / self.shape.objects + a_pixel * pixels / self.shape.pixels
+        forward = self.forward
+        per_batch = forward["encoder"] * (1 if self.encoder_frozen else 3) + 3 * forward["transformer"]
+        rendering = 3 * forward["renderer"] + (forward["losses"] if lpips else 0.0)
+        return per_batch * objects / self.shape.objects + rendering * pixels / self.shape.pixels
 
 
 def simulate_step(
@@ -135,47 +135,47 @@ def simulate_step(
     shape: StepShape,
     mesh: DeviceMesh | None = None,
 ) -> StepCosts:
-    """Run forward and backward of one batch on fake tensors and account for it.
+    """Run forward and backward of one batch on fake tensors and count its operations and memory.
 
     Args:
-        lrm: The network; best on the meta device, and not touched.
+        lrm: The network, preferably on the meta device; it is copied.
         renderer: The renderer.
-        objective: The loss terms; LPIPS is in from its start.
-        parallel: What is done to the blocks; compilation is left out.
+        objective: The loss terms; LPIPS is included from the start.
+        parallel: Settings of the blocks; compilation is ignored.
         shape: The batch.
-        mesh: Shards the network over it with FSDP2.
+        mesh: If given, shard the network over this mesh with FSDP2.
     """
-    ledger, fake = Ledger(opened_operators(shape)), FakeTensorMode(allow_non_fake_inputs=True)
-    judge = copy.copy(objective)
-    if judge.lpips:
-        judge.perceptual = _meta_perceptual_loss()
-    with fake, branches(shape):
+    counter, fake = OperationCounter(decomposed_operators(shape)), FakeTensorMode(allow_non_fake_inputs=True)
+    losses = copy.copy(objective)
+    if losses.lpips:
+        losses.perceptual = _meta_perceptual_loss()
+    with fake, emulate_device(shape):
         network = fake_copy(lrm).train()
         prepare_blocks(network, dataclasses.replace(parallel, compile=False))
         if mesh is not None:
             shard(network, mesh, None if shape.dtype == torch.float32 else shape.dtype)
-        if judge.perceptual is not None:
-            judge.perceptual.network = fake_copy(judge.perceptual.network)
-        module = LRMModule(network, renderer, judge)
-        module.renderer = FakeRenderer(renderer, shape, ledger)  # type: ignore[assignment]
-        resizes = contextlib.nullcontext() if mesh is None else ledger.seeing_resizes()
-        with ledger, resizes, _marked(network, ledger), warnings.catch_warnings():
-            # The planes are such a view; they are read, and never written in place.
+        if losses.perceptual is not None:
+            losses.perceptual.network = fake_copy(losses.perceptual.network)
+        module = LRMModule(network, renderer, losses)
+        module.renderer = FakeRenderer(renderer, shape, counter)  # type: ignore[assignment]
+        resizes = contextlib.nullcontext() if mesh is None else counter.track_resizes()
+        with counter, resizes, _record_parts(network, counter), warnings.catch_warnings():
+            # The planes are such a view; they are never written in place.
             warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
             parameters = list(network.parameters())
             for parameter in parameters:
-                ledger.hold(_local(parameter))
+                counter.track(_local(parameter))
                 if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(_set_gradient_aside(ledger))  # type: ignore[no-untyped-call]
-            weights = ledger.held
-            other = _hold_perceptual(judge, ledger)
+                    parameter.register_post_accumulate_grad_hook(_gradient_hook(counter))  # type: ignore[no-untyped-call]
+            weights = counter.allocated
+            other = _track_perceptual(losses, counter)
             batch = _batch(network, shape)
             autocast = torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32)
             with autocast:
-                terms = judge(module.render_targets(batch), judge.lpips_start_step)
+                terms = losses(module.render_targets(batch), losses.lpips_start_step)
                 loss = sum(terms.values(), start=torch.zeros(()))
-            forward = {part: ledger.flops(part) for part in PARTS[:-1]}
-            ledger.part = "backward"
+            forward = {part: counter.flops(part) for part in PARTS[:-1]}
+            counter.part = "backward"
             loss.backward()
     trained = [p for p in parameters if p.requires_grad]
     return StepCosts(
@@ -185,35 +185,35 @@ def simulate_step(
         weights=weights,
         frozen_other=other,
         gradients=4.0 * sum(_local(p).numel() for p in trained),
-        activations=ledger.peak - weights - other,
-        work=ledger.peak_with_aside - weights - other,
-        operations=tuple(ledger.operations),
-        messages=tuple(ledger.messages),
+        activations=counter.peak - weights - other,
+        work=counter.peak_with_gradients - weights - other,
+        operations=tuple(counter.operations),
+        collectives=tuple(counter.collectives),
         forward=forward,
         shape=shape,
         encoder_frozen=network.encoder.frozen,
     )
 
 
-def without_numbers(module: Module) -> Module:
+def meta_copy(module: Module) -> Module:
     """Copy a module to the meta device."""
-    return _copied(module, "meta")
+    return _copy(module, "meta")
 
 
 def fake_copy(module: Module) -> Module:
-    """Copy a module in the fake mode that this is called in: tensors on a CPU, without numbers."""
-    return _copied(module, "cpu")
+    """Copy a module to fake CPU tensors; to be called inside a ``FakeTensorMode``."""
+    return _copy(module, "cpu")
 
 
-def opened_operators(shape: StepShape) -> frozenset[str]:
-    """Return the custom operators whose body is made of PyTorch's operators on the device that is estimated."""
+def decomposed_operators(shape: StepShape) -> frozenset[str]:
+    """Return the custom operators that consist of PyTorch operators on the simulated device."""
     names = ("triplane_sample", "triplane_sample_backward", "triplane_accumulate")
     return frozenset() if shape.gpu is None else frozenset(names)
 
 
 @contextlib.contextmanager
-def branches(shape: StepShape) -> Iterator[None]:
-    """Answer questions about the device for the one that is estimated, and whether algorithms are deterministic."""
+def emulate_device(shape: StepShape) -> Iterator[None]:
+    """Make the code take the branches of the simulated device, and set deterministic algorithms."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -242,7 +242,7 @@ def _batch(network: LRM, shape: StepShape) -> Batch:
     )
 
 
-def _copied(module: Module, device: str) -> Module:
+def _copy(module: Module, device: str) -> Module:
     copies: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         new = torch.empty_like(tensor, device=device)
@@ -258,19 +258,19 @@ def _meta_perceptual_loss() -> PerceptualLoss:
     return PerceptualLoss({f"features.{name}": value for name, value in features.items()}, "vgg")
 
 
-def _hold_perceptual(objective: Objective, ledger: Ledger) -> float:
+def _track_perceptual(objective: Objective, counter: OperationCounter) -> float:
     if objective.perceptual is None:
         return 0.0
-    before = ledger.held
+    before = counter.allocated
     for tensor in (*objective.perceptual.network.parameters(), *objective.perceptual.network.buffers()):
-        ledger.hold(tensor)
-    return ledger.held - before
+        counter.track(tensor)
+    return counter.allocated - before
 
 
-def _set_gradient_aside(ledger: Ledger) -> Callable[[Tensor], None]:
+def _gradient_hook(counter: OperationCounter) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        ledger.set_aside(_local(parameter.grad))
+        counter.track_gradient(_local(parameter.grad))
 
     return hook
 
@@ -280,15 +280,15 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _marked(network: LRM, ledger: Ledger) -> Iterator[None]:
-    """Book operations under the part that runs; backward is one part, also what it computes again."""
+def _record_parts(network: LRM, counter: OperationCounter) -> Iterator[None]:
+    """Set the counter's part while the network runs; backward is one part, including recomputation."""
 
     def enter(part: str) -> Callable[..., None]:
-        def mark(*_: Any) -> None:  # noqa: ANN401 - a hook's arguments
-            if ledger.part != "backward":
-                ledger.part = part
+        def set_part(*_: Any) -> None:  # noqa: ANN401 - a hook's arguments
+            if counter.part != "backward":
+                counter.part = part
 
-        return mark
+        return set_part
 
     hooks = [
         network.encoder.register_forward_pre_hook(enter("encoder")),
@@ -300,37 +300,37 @@ def _marked(network: LRM, ledger: Ledger) -> Iterator[None]:
         hook.remove()
 
 
-class FakeRenderer(torch.nn.Module):
-    """A renderer that walks one chunk of an object's rays and books it as all of them."""
+class FakeRenderer(nn.Module):
+    """A renderer that marches one chunk of each object's rays and counts it as all of them."""
 
-    def __init__(self, renderer: Renderer, shape: StepShape, ledger: Ledger) -> None:
+    def __init__(self, renderer: Renderer, shape: StepShape, counter: OperationCounter) -> None:
         super().__init__()
-        self.renderer, self.step, self.ledger = renderer, shape, ledger
+        self.renderer, self.step, self.counter = renderer, shape, counter
 
     def forward(
         self, field: Field, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int], jitter: Tensor | None = None
     ) -> Rendering:
         """Render as ``Renderer.forward`` does."""
-        self.ledger.part = "renderer"
+        self.counter.part = "renderer"
         shape = (*c2w.shape[:2], *size)
-        most = max(1, self.renderer.chunk_on(c2w.device) // self.renderer.march.samples)
+        max_rays = max(1, self.renderer.chunk_on(c2w.device) // self.renderer.march.samples)
         noise = None if jitter is None else jitter.flatten(1)
-        cast = self.renderer.rays(c2w, fxfycxcy, size)
+        ray_bundle = self.renderer.rays(c2w, fxfycxcy, size)
         if is_fused(field, c2w.device):
             grid = PixelGrid(
                 c2w.shape[1] * size[0], size[1], self.renderer.march.samples, self.renderer.chunk
             )
-            pixels = _OneChunkOfPixels(cast, noise, grid, self.step, self.ledger)
+            pixels = _OneChunkOfPixels(ray_bundle, noise, grid, self.step, self.counter)
             flat = render_fused(field, pixels, self.renderer.march)
         else:
-            rays = _OneChunk(cast, noise, most, self.step, self.ledger)
+            rays = _OneChunk(ray_bundle, noise, max_rays, self.step, self.counter)
             flat = render_rays(field, rays, self.renderer.march)
-        self.ledger.part = "losses"
+        self.counter.part = "losses"
         return Rendering(flat.rgb.view(*shape, 3), flat.opacity.view(shape), flat.depth.view(shape))
 
 
 class _OneChunk(Rays):
-    """Rays that do not know where they go: a share of each object's hits, and one chunk of these is walked."""
+    """Rays without directions: a given fraction of them hits the bounds, and one chunk of these is marched."""
 
     def __init__(
         self,
@@ -338,30 +338,30 @@ class _OneChunk(Rays):
         jitter: Tensor | None,
         rays_per_chunk: int,
         step: StepShape,
-        ledger: Ledger,
+        counter: OperationCounter,
     ) -> None:
         self.origins, self.directions, self.near, self.far = rays
-        self.jitter, self.threads, self.ledger = jitter, step.threads, ledger
+        self.jitter, self.threads, self.counter = jitter, step.threads, counter
         hit = step.hits * self.near.shape[1]
-        self.walked = max(1, min(rays_per_chunk, round(hit / step.threads)))
-        self.times = hit / self.walked
+        self.marched = max(1, min(rays_per_chunk, round(hit / step.threads)))
+        self.times = hit / self.marched
 
     def for_each_chunk(
         self, work: Callable[[int, int, Tensor], None], done: Callable[[int, int], None] = lambda *_: None
     ) -> None:
-        """Let every thread walk one chunk of each object, which stands for all of its chunks."""
-        chunk = torch.empty(self.walked, dtype=torch.int64)
+        """March one chunk of each object on every thread, counted as all chunks."""
+        chunk = torch.empty(self.marched, dtype=torch.int64)
         for index in range(self.near.shape[0]):
             for thread in range(self.threads):
-                with self.ledger.repeated(self.times / self.threads, self.threads):
+                with self.counter.repeated(self.times / self.threads, self.threads):
                     work(thread, index, chunk)
                 done(thread, index)
 
 
 class _OneChunkOfPixels(PixelRays):
-    """Grids of rays of which one chunk per object is marched, and booked as all of them.
+    """Grids of rays of which one chunk per object is marched and counted as all of them.
 
-    Rays that miss stay in the grid; only the kernels pass over them.
+    Rays that miss the bounds stay in the grid; the kernels skip them.
     """
 
     def __init__(
@@ -370,21 +370,21 @@ class _OneChunkOfPixels(PixelRays):
         jitter: Tensor | None,
         grid: PixelGrid,
         step: StepShape,
-        ledger: Ledger,
+        counter: OperationCounter,
     ) -> None:
         super().__init__(*rays, jitter, grid)
-        self.ledger, self.walked = ledger, min(grid.chunk_rows, grid.rows)
-        self.times = grid.rows / self.walked
-        ledger.shares = dict.fromkeys(("decode_along_rays", "decode_along_rays_backward"), step.hits)
+        self.counter, self.marched = counter, min(grid.chunk_rows, grid.rows)
+        self.times = grid.rows / self.marched
+        counter.work_fractions = dict.fromkeys(("decode_along_rays", "decode_along_rays_backward"), step.hits)
         samples = self.alive.numel() * grid.samples
-        chunk = len(self.alive) * self.walked * grid.columns * grid.samples
-        #: Bytes kept for backward beyond those of the chunks that are marched.
+        chunk = len(self.alive) * self.marched * grid.columns * grid.samples
+        #: Bytes kept for backward, without those of the marched chunks.
         self.more = max(0, min(SAVED_BYTES, 16 * samples) - 16 * chunk)
         self.kept: Tensor | None = None
 
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
-        """RayMarching one chunk of each object; between forward and backward the others' samples are kept."""
+        """March one chunk of each object, and allocate the samples of the others between forward and backward."""
         for index in range(len(self.alive)):
-            with self.ledger.repeated(self.times):
-                work(index, slice(0, self.walked))
+            with self.counter.repeated(self.times):
+                work(index, slice(0, self.marched))
         self.kept = torch.empty(self.more, dtype=torch.uint8) if self.kept is None else None

@@ -1,19 +1,20 @@
-"""What a run costs a process under each strategy: memory, bytes sent, seconds a step.
+"""Estimated memory, communication and time of a run under each parallel strategy.
 
-Memory. Everything trained is float32 (4 bytes a number), AdamW holds two numbers more of each. DDP and ZeRO 1 hold all
-gradients all the time; alone, those of early layers come when activations are gone.
+Memory: trained weights are float32, and AdamW stores two float32 moments per weight. DDP and ZeRO 1 hold all gradients
+all the time; in a single process, gradients of early layers are allocated after most activations are freed.
 
-Time on a GPU is a range, estimated and not measured: a roofline between FAST and SLOW. Each operation takes as long as
-its products at some share of the data sheet's peak, its bytes at some share of the memory's bandwidth, or its launch,
-whichever is longest; nothing is fused. Atomic additions, waits of the host and loading of data are not in it. A message
-takes its bytes at the same share of the slowest link that its ring crosses, and a latency per process (an all-reduce
-goes along a tree). Gradients travel while backward runs, weights while anything else runs; those that ZeRO 1 and 2
-spread after their step, while nothing does. So waiting is a lower bound.
+Time on a GPU is a range between two roofline models, ``FAST`` and ``SLOW``, and is not measured. The time of an
+operation is the maximum of its FLOPs over a fraction of the peak rate, its bytes over a fraction of the memory
+bandwidth, and a launch overhead; no operations are fused. Atomic additions, host synchronization and data loading are
+excluded. The time of a collective is its bytes over a fraction of the slowest link of its ring, plus a latency per
+process (an all-reduce uses a tree). Gradients are reduced during backward, and weights are gathered during any
+computation; the all-gather of ZeRO 1 and 2 after the optimizer's step overlaps with nothing. The resulting waiting time
+is a lower bound.
 
-Where the shares are from. Products: attention kernels reach 35 % of an H100's peak and 50 to 73 % of an A100's (Dao
-2023, FlashAttention-2; Shah et al. 2024, FlashAttention-3); large matrix products reach the upper end. Bytes: copies
-reach 80 to 90 % of a data sheet's bandwidth, reductions and strided reads less; 50 % is a guess. Launches: 4 us is
-about what PyTorch needs for an operator without a graph, 10 us with autograd and a busy host; guesses.
+Sources of the fractions: attention kernels reach 35 % of the peak of an H100 and 50 to 73 % of an A100 (Dao 2023,
+FlashAttention-2; Shah et al. 2024, FlashAttention-3), and large matrix products reach the upper end. Copies reach 80 to
+90 % of the bandwidth, reductions and strided reads less; 50 % is a guess. A launch takes about 4 us without autograd,
+and 10 us with autograd and a busy host; both are guesses.
 """
 
 import dataclasses
@@ -21,22 +22,22 @@ import math
 from collections.abc import Callable, Sequence
 
 from lrm_pl.planning.gpus import Gpu
-from lrm_pl.planning.ledger import Message
+from lrm_pl.planning.operation_counter import Collective
 from lrm_pl.planning.simulate import StepCosts
 
 
 @dataclasses.dataclass(frozen=True)
 class Efficiency:
-    """What programs reach of a data sheet's figures.
+    """Achieved fractions of the peak rates, and overheads.
 
     Attributes:
-        products: Fraction of the peak of products.
+        flops: Fraction of the peak FLOP/s.
         bytes: Fraction of the bandwidth of memory and links.
-        launch: Seconds that an operation takes at least.
-        hop: Seconds of latency of a message, per process.
+        launch: Minimum seconds per operation.
+        hop: Latency of a collective in seconds, per process.
     """
 
-    products: float
+    flops: float
     bytes: float
     launch: float
     hop: float
@@ -44,27 +45,27 @@ class Efficiency:
 
 FAST, SLOW = Efficiency(0.7, 0.8, 4e-6, 6e-6), Efficiency(0.35, 0.5, 10e-6, 12e-6)
 
-#: Numbers read or written per trained number by the norm of gradients and their scaling, and by AdamW: fused, it reads
-#: weight, gradient and moments and writes weight and moments once. PyTorch's foreach AdamW makes a pass per operation:
-#: decay 2, first moment 3, second 2 + 3, square root 2, division 2, epsilon 2, update 4.
-NORM_NUMBERS, FUSED_NUMBERS, FOREACH_NUMBERS = 3, 7, 20
+#: Float32 values read or written per trained weight: by gradient clipping, by fused AdamW (reads weight, gradient and
+#: moments, writes weight and moments), and by PyTorch's foreach AdamW, with one pass per operation: decay 2, first
+#: moment 3, second 2 + 3, square root 2, division 2, epsilon 2, update 4.
+CLIPPING_VALUES, FUSED_VALUES, FOREACH_VALUES = 3, 7, 20
 
-#: What an allocator holds besides: on a GPU a guess; on a CPU what glibc's heap held of what was freed (measured).
+#: Factor for memory that the allocator holds in addition: a guess on a GPU; measured for glibc's heap on a CPU.
 GPU_SLACK, CPU_SLACK = 1.1, 1.5
 
-#: Bytes that a process holds before it has a network: CUDA's context and libraries.
+#: Bytes of the CUDA context and libraries in a process.
 CUDA_CONTEXT = 0.6e9
 
 
 @dataclasses.dataclass(frozen=True)
-class Machines:
-    """What a run runs on.
+class Hardware:
+    """GPUs and network of a run.
 
     Attributes:
-        gpu: Its GPUs.
-        processes: One a GPU.
-        per_node: GPUs of a node.
-        network: Bytes a second that a node sends to others.
+        gpu: Type of the GPUs.
+        processes: Number of processes, one per GPU.
+        per_node: GPUs per node.
+        network: Bandwidth between nodes in bytes per second and node.
     """
 
     gpu: Gpu
@@ -79,19 +80,19 @@ class Machines:
 
 
 @dataclasses.dataclass(frozen=True)
-class Division:
-    """One strategy's costs for one process; bytes and seconds per step, times from fast to slow.
+class StrategyEstimate:
+    """Memory in bytes and time in seconds per step of one process under a strategy.
 
     Attributes:
-        strategy: Its name among configs/trainer/.
-        weights: Of the network, and of the network that LPIPS uses.
-        gradients: What of them is held all the time, or at the end.
-        optimizer: AdamW's moments, and copies that ZeRO makes.
-        activations: At the peak, with what is gathered or made for a while.
-        peak: All together, with the allocator's slack.
-        sent: Bytes that the process sends.
-        compute: Seconds of computing.
-        exposed: Seconds of waiting for messages.
+        strategy: Name of the strategy in configs/trainer/.
+        weights: Bytes of the network and of the LPIPS network.
+        gradients: Bytes of gradients.
+        optimizer: Bytes of AdamW's moments, and of ZeRO's copies of the weights.
+        activations: Bytes of activations at the peak, with gathered and temporary tensors.
+        peak: Peak bytes, with the allocator's slack.
+        sent: Bytes sent.
+        compute: Seconds of computation, from fast to slow.
+        exposed: Seconds of communication that does not overlap with computation, from fast to slow.
     """
 
     strategy: str
@@ -106,110 +107,127 @@ class Division:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Seconds per step."""
+        """Seconds per step, from fast to slow."""
         fast, slow = (a + b for a, b in zip(self.compute, self.exposed, strict=True))
         return fast, slow
 
 
-def alone(costs: StepCosts, accumulate: int, base: float, slack: float, spare: float) -> Division:
-    """Divide nothing: one process. Times are not known here.
+def estimate_single_process(
+    costs: StepCosts, accumulate: int, base: float, slack: float, temporaries: float
+) -> StrategyEstimate:
+    """Estimate the memory of a single process; its times are left at 0.
 
     Args:
-        costs: Of its step.
-        accumulate: Batches a step.
-        base: Bytes that the process holds before it has a network.
-        slack: Factor on what comes and goes.
-        spare: Bytes that the optimizer's step needs for a while.
+        costs: Costs of a step.
+        accumulate: Batches per step.
+        base: Bytes of the process without a network.
+        slack: Factor for memory that the allocator holds in addition.
+        temporaries: Bytes of temporary tensors of the optimizer's step.
     """
     weights, optimizer = costs.weights + costs.frozen_other, 8.0 * costs.trained
     kept = costs.gradients if accumulate > 1 else 0.0
-    work = max(kept + costs.activations, costs.work, costs.gradients + spare)
-    # What a heap keeps of freed memory grows with all that comes and goes: activations, and gradients between steps.
+    work = max(kept + costs.activations, costs.work, costs.gradients + temporaries)
+    # The heap keeps a part of all freed memory: of activations, and of gradients between steps.
     peak = base + weights + optimizer + (work + (slack - 1) * (work + costs.gradients) if slack > 1 else work)
-    return Division(
+    return StrategyEstimate(
         "none", weights, costs.gradients, optimizer, costs.activations, peak, 0.0, (0.0, 0.0), (0.0, 0.0)
     )
 
 
-def divisions(
+def estimate_strategies(
     whole: StepCosts,
     sharded: StepCosts | None,
     hybrid: StepCosts | None,
-    machines: Machines,
+    hardware: Hardware,
     accumulate: int,
     *,
     fused: bool,
-) -> list[Division]:
-    """Cost every strategy on GPUs.
+) -> list[StrategyEstimate]:
+    """Estimate every strategy on GPUs, from simplest to most complex.
 
     Args:
-        whole: A step of a process that holds the whole network.
-        sharded: The same under FSDP2 over all processes; None for one process.
-        hybrid: The same with shards inside a node; None for one node.
-        machines: What it runs on.
-        accumulate: Batches a step.
-        fused: Whether AdamW is fused; else its step holds temporary tensors as large as the weights that it moves.
+        whole: Step of a process that holds the whole network.
+        sharded: Step under FSDP2 over all processes; None for one process.
+        hybrid: Step under FSDP2 with shards inside a node and replicas over nodes; None for one node.
+        hardware: GPUs and network.
+        accumulate: Batches per step.
+        fused: Whether AdamW is fused; otherwise its temporary tensors are as large as the weights that it updates.
     """
-    n, trained = machines.processes, 4.0 * whole.trained
-    spare = 0.0 if fused else 1.0
+    n, trained = hardware.processes, 4.0 * whole.trained
+    temporary = 0.0 if fused else 1.0
     if n == 1:
-        single = alone(whole, accumulate, CUDA_CONTEXT, 1.0, spare * trained)
-        compute = _range(lambda reach: _compute(whole, trained, machines.gpu, accumulate, reach, fused=fused))
+        single = estimate_single_process(whole, accumulate, CUDA_CONTEXT, 1.0, temporary * trained)
+        compute = _range(
+            lambda efficiency: _compute(whole, trained, hardware.gpu, accumulate, efficiency, fused=fused)
+        )
         return [dataclasses.replace(single, peak=_with_slack(single.peak), compute=compute)]
     weights, activations = whole.weights + whole.frozen_other, whole.activations
-    reduce, scatter, gather = (Message(kind, trained, n) for kind in ("reduce", "scatter", "gather"))
-    all_weights = Message("gather", whole.weights, n)
+    all_reduce, reduce_scatter, all_gather = (
+        Collective(op, trained, n) for op in ("all_reduce", "reduce_scatter", "all_gather")
+    )
+    gather_weights = Collective("all_gather", whole.weights, n)
     rows = [
-        # name, weights, gradients, optimizer, activations, messages, trained bytes of the optimizer's step
-        ("ddp", weights, trained, 2 * trained, max(activations, spare * trained), [reduce], trained),
-        ("deepspeed_1", weights, trained, 3 * trained / n, activations, [scatter, gather], trained / n),
-        ("deepspeed_2", weights, trained / n, 3 * trained / n, whole.work, [*[scatter] * accumulate, gather],
+        # name, weights, gradients, optimizer, activations, collectives, trained bytes of the optimizer's step
+        ("ddp", weights, trained, 2 * trained, max(activations, temporary * trained), [all_reduce], trained),
+        ("deepspeed_1", weights, trained, 3 * trained / n, activations, [reduce_scatter, all_gather], trained / n),
+        ("deepspeed_2", weights, trained / n, 3 * trained / n, whole.work, [*[reduce_scatter] * accumulate, all_gather],
          trained / n),
-        # ZeRO 3 keeps up to 1e9 gathered numbers: of these networks all.
+        # ZeRO 3 keeps up to 1e9 gathered weights, which are all weights of these networks.
         ("deepspeed_3", whole.weights / n + whole.frozen_other, trained / n, 3 * trained / n,
-         whole.weights + whole.work, [*[all_weights] * 2 * accumulate, *[scatter] * accumulate], trained / n),
+         whole.weights + whole.work, [*[gather_weights] * 2 * accumulate, *[reduce_scatter] * accumulate], trained / n),
     ]  # fmt: skip
     for name, costs in (("fsdp2", sharded), ("hsdp", hybrid)):
         if costs is not None:
             rows.append((name, costs.weights + costs.frozen_other, costs.gradients, 2 * costs.gradients,
-                         max(costs.activations, spare * costs.gradients), list(costs.messages) * accumulate,
+                         max(costs.activations, temporary * costs.gradients), list(costs.collectives) * accumulate,
                          costs.gradients))  # fmt: skip
-    found = []
-    for name, held, gradients, optimizer, active, messages, stepped in rows:
+    estimates = []
+    for name, held, gradients, optimizer, active, collectives, stepped in rows:
         times = [
-            _times(whole, messages, stepped, machines, accumulate, reach, fused=fused,
-                   in_parts=name in ("fsdp2", "hsdp", "deepspeed_3"))
-            for reach in (FAST, SLOW)
+            _times(whole, collectives, stepped, hardware, accumulate, efficiency, fused=fused,
+                   per_batch=name in ("fsdp2", "hsdp", "deepspeed_3"))
+            for efficiency in (FAST, SLOW)
         ]  # fmt: skip
         (fast, waiting), (slow, waiting_slow) = times
         peak = _with_slack(CUDA_CONTEXT + held + gradients + optimizer + active)
-        sent = sum(message.sent for message in messages)
-        found.append(
-            Division(
+        sent = sum(collective.sent for collective in collectives)
+        estimates.append(
+            StrategyEstimate(
                 name, held, gradients, optimizer, active, peak, sent, (fast, slow), (waiting, waiting_slow)
             )
         )
-    return found
+    return estimates
 
 
 def _times(
     whole: StepCosts,
-    messages: Sequence[Message],
+    collectives: Sequence[Collective],
     stepped: float,
-    machines: Machines,
+    hardware: Hardware,
     accumulate: int,
-    reach: Efficiency,
+    efficiency: Efficiency,
     *,
     fused: bool,
-    in_parts: bool,
+    per_batch: bool,
 ) -> tuple[float, float]:
-    """Return seconds of computing, and of waiting for messages; ``in_parts``: each batch sends, module by module."""
-    compute = _compute(whole, stepped, machines.gpu, accumulate, reach, fused=fused)
-    backward = _roofline(whole, machines.gpu, reach, "backward") * (accumulate if in_parts else 1)
-    gathering = sum(_seconds(message, machines, reach) for message in messages if message.kind == "gather")
-    summing = sum(_seconds(message, machines, reach) for message in messages if message.kind != "gather")
-    elsewhere = compute - min(summing, backward) if in_parts else 0.0
-    return compute, max(0.0, summing - backward) + max(0.0, gathering - elsewhere)
+    """Return seconds of computation and of exposed communication.
+
+    Args:
+        whole: Step of a process that holds the whole network.
+        collectives: Collectives of an optimizer step.
+        stepped: Bytes of the weights that the optimizer updates in this process.
+        hardware: GPUs and network.
+        accumulate: Batches per step.
+        efficiency: Achieved fractions of the peak rates.
+        fused: Whether AdamW is fused.
+        per_batch: Whether every accumulated batch communicates, module by module.
+    """
+    compute = _compute(whole, stepped, hardware.gpu, accumulate, efficiency, fused=fused)
+    backward = _roofline(whole, hardware.gpu, efficiency, "backward") * (accumulate if per_batch else 1)
+    gathering = sum(_seconds(x, hardware, efficiency) for x in collectives if x.op == "all_gather")
+    reducing = sum(_seconds(x, hardware, efficiency) for x in collectives if x.op != "all_gather")
+    elsewhere = compute - min(reducing, backward) if per_batch else 0.0
+    return compute, max(0.0, reducing - backward) + max(0.0, gathering - elsewhere)
 
 
 def _range(seconds: Callable[[Efficiency], float]) -> tuple[float, float]:
@@ -221,45 +239,49 @@ def _with_slack(peak: float) -> float:
 
 
 def _compute(
-    costs: StepCosts, stepped: float, gpu: Gpu, accumulate: int, reach: Efficiency, *, fused: bool
+    costs: StepCosts, stepped: float, gpu: Gpu, accumulate: int, efficiency: Efficiency, *, fused: bool
 ) -> float:
-    """Return the seconds of all batches of a step, then of the gradient's norm and AdamW."""
-    numbers = NORM_NUMBERS + (FUSED_NUMBERS if fused else FOREACH_NUMBERS)
-    return accumulate * _roofline(costs, gpu, reach) + numbers * stepped / (reach.bytes * gpu.bandwidth)
+    """Return the seconds of all batches of a step, gradient clipping and AdamW."""
+    values = CLIPPING_VALUES + (FUSED_VALUES if fused else FOREACH_VALUES)
+    return accumulate * _roofline(costs, gpu, efficiency) + values * stepped / (
+        efficiency.bytes * gpu.bandwidth
+    )
 
 
-def _roofline(costs: StepCosts, gpu: Gpu, reach: Efficiency, part: str | None = None) -> float:
+def _roofline(costs: StepCosts, gpu: Gpu, efficiency: Efficiency, part: str | None = None) -> float:
     return sum(
         max(
-            x.flops / (reach.products * gpu.products(costs.shape.dtype)),
-            x.moved / (reach.bytes * gpu.bandwidth),
-            x.count * reach.launch,
+            x.flops / (efficiency.flops * gpu.peak(costs.shape.dtype)),
+            x.accessed / (efficiency.bytes * gpu.bandwidth),
+            x.count * efficiency.launch,
         )
         for x in costs.operations
         if part is None or x.part == part
     )
 
 
-def _seconds(message: Message, machines: Machines, reach: Efficiency) -> float:
-    """A ring inside a node runs at the GPUs' links; one over nodes at what a node sends.
+def _seconds(collective: Collective, hardware: Hardware, efficiency: Efficiency) -> float:
+    """Return the seconds of a collective: at the GPUs' link inside a node, else at the network's bandwidth.
 
-    Shards are laid inside nodes first; what is reduced over copies crosses nodes, one ring a GPU of a node at once.
+    Shards are placed inside nodes first. Replicas are reduced over nodes, with one ring per GPU of a node at once.
     """
-    if message.processes == 1:
+    if collective.processes == 1:
         return 0.0
-    inside = message.processes <= machines.per_node and not (message.kind == "reduce" and machines.nodes > 1)
-    rings = machines.per_node if message.processes < machines.processes and not inside else 1
-    speed = machines.gpu.link if inside else min(machines.gpu.link, machines.network / rings)
-    n = message.processes
-    hops = 2 * math.log2(n) if message.kind == "reduce" else n - 1
-    return message.sent / (reach.bytes * speed) + reach.hop * hops
+    inside = collective.processes <= hardware.per_node and not (
+        collective.op == "all_reduce" and hardware.nodes > 1
+    )
+    rings = hardware.per_node if collective.processes < hardware.processes and not inside else 1
+    speed = hardware.gpu.link if inside else min(hardware.gpu.link, hardware.network / rings)
+    n = collective.processes
+    hops = 2 * math.log2(n) if collective.op == "all_reduce" else n - 1
+    return collective.sent / (efficiency.bytes * speed) + efficiency.hop * hops
 
 
-def best_fitting(rows: Sequence[Division], memory: float) -> Division | None:
-    """Return the simplest row that fits a GPU's memory and is as fast as any to 5 %; None where nothing fits.
+def best_fitting(estimates: Sequence[StrategyEstimate], memory: float) -> StrategyEstimate | None:
+    """Return the simplest strategy that fits into memory and is at most 5 % slower than the fastest; None if none fits.
 
-    The middles of the ranges are compared; estimates of one GPU's strategies are no closer to each other than that.
+    The midpoints of the time ranges are compared; smaller differences are within the error of the estimate.
     """
-    fits = [row for row in rows if row.peak <= memory]
-    least = min((sum(row.seconds) for row in fits), default=0.0)
-    return next((row for row in fits if sum(row.seconds) <= 1.05 * least), None)
+    fits = [x for x in estimates if x.peak <= memory]
+    least = min((sum(x.seconds) for x in fits), default=0.0)
+    return next((x for x in fits if sum(x.seconds) <= 1.05 * least), None)

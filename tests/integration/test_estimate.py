@@ -93,7 +93,7 @@ def test_a_run_out_of_memory_names_the_command_that_lists_smaller_settings(middl
     assert (lrm, command) == ("lrm", "estimate")
     estimate(typed)
     said = capsys.readouterr().out
-    now = float(re.search(r"estimated: ([\d.]+) GB a process\. What would help most:", said)[1])
+    now = float(re.search(r"estimated: ([\d.]+) GB per process\. Settings that reduce it most:", said)[1])
     remedies = re.findall(r"^  (--\S+) +([\d.]+) GB  \((.+)\)$", said, re.MULTILINE)
     assert len(remedies) == 3
     assert all(float(less) < now for _, less, _ in remedies)
@@ -105,15 +105,15 @@ def test_the_plan_for_many_gpus_builds_every_process_and_says_which_strategy_to_
         [middle, *SHALLOW, "--gpus", "8", "--gpus-per-node", "4", "--every-rank", "--data.batch_size", "16"]
     )
     said = capsys.readouterr().out
-    assert "fsdp2: built 8 of 8 processes' programs" in said
-    assert "hsdp: built 8 of 8 processes' programs" in said
+    assert "fsdp2: checked the shards of 8 of 8 processes" in said
+    assert "hsdp: checked the shards of 8 of 8 processes" in said
     ddp, fsdp2, hsdp = (cells(said, name) for name in ("ddp", "fsdp2", "hsdp"))
     assert ddp[0] > hsdp[0] >= fsdp2[0]  # weights held
     assert ddp[2] > hsdp[2] >= fsdp2[2]  # moments
     assert re.search(r"Next: make train NODES=2 GPUS=4 STRATEGY=\w+ CONFIG=", said)
     assert "Times are estimated, not measured" in said
     best = re.search(
-        r"fastest that fit: (\w+), ([\d.]+)-([\d.]+) s a step, MFU ([\d.]+)-([\d.]+) \(estimated, not", said
+        r"Recommended: (\w+), .*; ([\d.]+)-([\d.]+) s per step, MFU ([\d.]+)-([\d.]+) \(estimated, not", said
     )
     assert float(best[2]) < float(best[3])
     row = next(line for line in said.splitlines() if line.startswith(f"│ {best[1]} "))
@@ -128,7 +128,7 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
     }
     both = cells(said, "forward + backward")[-1]
     assert both == pytest.approx(3 * sum(forward.values()), rel=0.01)
-    assert cells(said, "run, with what is recomputed")[-1] > both
+    assert cells(said, "executed, with recomputation")[-1] > both
 
 
 @pytest.mark.parametrize(
@@ -136,21 +136,21 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
     [
         (
             ["--gpus", "3"],
-            "expected a data.batch_size that 3 processes x 1 accumulated batches divide, but found 2",
+            "3 processes x 1 accumulated batches divide, but found 2",
         ),
-        (["--gpus", "12", "--data.batch_size", "12"], "expected whole nodes of 8 GPUs, but found 12"),
+        (["--gpus", "12", "--data.batch_size", "12"], "expected whole nodes of 8 GPUs, but found 12 GPUs"),
         (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),
         (["--model.lrm.width", "3"], "expected arguments of `lrm fit`"),
-        (["--gpus", "-1"], "expected --gpus of 0 or more"),
+        (["--gpus", "-1"], "--gpus must be at least 0"),
         (["--gpus", "8", "--network", "nan"], "--network above 0"),
         (
             ["--gpus", "1", "--data.crop.size", "8", "--model.objective.lpips", "1"],
             "crops of at least 16 pixels for LPIPS, but found 8",
         ),
-        (["--gpus", "1", "--gpu", "4090x"], "found '4090x'. Spelled like it: GeForce RTX 4090"),
+        (["--gpus", "1", "--gpu", "4090x"], "found '4090x'. Use a name such as GeForce RTX 4090"),
         (
             ["--gpus", "1", "--gpu", "t4", "--trainer.precision", "bf16-mixed"],
-            "give --trainer.precision 16-mixed",
+            "use --trainer.precision 16-mixed",
         ),
     ],
 )

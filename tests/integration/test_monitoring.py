@@ -64,7 +64,7 @@ def test_utilisation_is_the_model_operations_of_the_logged_steps_over_their_time
 ):
     monkeypatch.setattr("lrm_pl.callbacks.utilization.peak_flops", lambda _: 1e9)
     monkeypatch.setattr(
-        StepCosts, "model_flops", lambda self, objects, pixels, *, lpips: 1000.0 * objects + pixels
+        StepCosts, "model_flops_of", lambda self, objects, pixels, *, lpips: 1000.0 * objects + pixels
     )
     main(["fit", *quick, TIMER_ALONE])
     for row in lines(tmp_path / "run"):

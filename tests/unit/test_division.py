@@ -8,17 +8,17 @@ import torch
 from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import GpuProperties
 from lrm_pl.planning.gpus import GPUS, Gpu, cpu_flops, gpu_of_name, peak_flops, require_gpu
-from lrm_pl.planning.ledger import Message, Operation
+from lrm_pl.planning.operation_counter import Collective, Operation
 from lrm_pl.planning.simulate import StepCosts, StepShape
 from lrm_pl.planning.strategies import (
     CUDA_CONTEXT,
     GPU_SLACK,
     SLOW,
-    Division,
-    Machines,
-    alone,
+    Hardware,
+    StrategyEstimate,
     best_fitting,
-    divisions,
+    estimate_single_process,
+    estimate_strategies,
 )
 
 #: A GPU of round numbers: 1 TFLOP/s, 1 TB/s, links of 100 GB/s.
@@ -33,7 +33,7 @@ STEP = StepCosts(
         Operation("backward", "add", 0.0, 1.6e12),  # two seconds of bytes at 80 %
         Operation("renderer", "mm", 1.0, 1.0, 500_000.0),  # two seconds of starting kernels
     ),
-    messages=(), forward={"encoder": 1.0, "transformer": 2.0, "renderer": 3.0, "losses": 4.0},
+    collectives=(), forward={"encoder": 1.0, "transformer": 2.0, "renderer": 3.0, "losses": 4.0},
     shape=StepShape(1, 4, 8, 1.0), encoder_frozen=False,
 )  # fmt: skip
 
@@ -41,12 +41,14 @@ STEP = StepCosts(
 OPTIMIZER = 10 * 4e9 / 0.8e12
 
 
-def machines(processes, per_node=8, network=10e9):
-    return Machines(ROUND, processes, per_node, network)
+def hardware(processes, per_node=8, network=10e9):
+    return Hardware(ROUND, processes, per_node, network)
 
 
 def rows(processes, accumulate=1, sharded=None, hybrid=None, *, fused=True, **options):
-    found = divisions(STEP, sharded, hybrid, machines(processes, **options), accumulate, fused=fused)
+    found = estimate_strategies(
+        STEP, sharded, hybrid, hardware(processes, **options), accumulate, fused=fused
+    )
     return {row.strategy: row for row in found}
 
 
@@ -104,7 +106,7 @@ def test_hybrid_sharding_gathers_inside_nodes_and_sums_in_as_many_rings_as_a_nod
         STEP,
         weights=0.5e9,
         gradients=0.5e9,
-        messages=(Message("gather", 2e9, 8), Message("reduce", 0.5e9, 2)),
+        collectives=(Collective("all_gather", 2e9, 8), Collective("all_reduce", 0.5e9, 2)),
     )
     row = rows(16, network=1e9, hybrid=hybrid)["hsdp"]
     inside, between = 2e9 * 7 / 8 / 80e9, 2 * 0.5e9 / 2 / (0.8e9 / 8)
@@ -115,18 +117,22 @@ def test_hybrid_sharding_gathers_inside_nodes_and_sums_in_as_many_rings_as_a_nod
 
 
 def test_alone_gradients_come_when_activations_are_gone_unless_batches_are_accumulated():
-    assert alone(STEP, 1, 0.0, 1.0, 0.0).peak == 4.5e9 + 8e9 + 5e9
-    assert alone(STEP, 2, 0.0, 1.0, 0.0).peak == 4.5e9 + 8e9 + 4e9 + 3e9
-    assert alone(STEP, 1, 0.0, 1.0, 4e9).peak == 4.5e9 + 8e9 + 8e9  # AdamW's own step is the peak
+    assert estimate_single_process(STEP, 1, 0.0, 1.0, 0.0).peak == 4.5e9 + 8e9 + 5e9
+    assert estimate_single_process(STEP, 2, 0.0, 1.0, 0.0).peak == 4.5e9 + 8e9 + 4e9 + 3e9
+    assert (
+        estimate_single_process(STEP, 1, 0.0, 1.0, 4e9).peak == 4.5e9 + 8e9 + 8e9
+    )  # AdamW's own step is the peak
 
 
 def test_a_heap_keeps_half_as_much_again_of_what_comes_and_goes():
-    assert alone(STEP, 1, 1e9, 1.5, 0.0).peak == pytest.approx(1e9 + 4.5e9 + 8e9 + 5e9 + 0.5 * (5e9 + 4e9))
+    assert estimate_single_process(STEP, 1, 1e9, 1.5, 0.0).peak == pytest.approx(
+        1e9 + 4.5e9 + 8e9 + 5e9 + 0.5 * (5e9 + 4e9)
+    )
 
 
 def test_the_simplest_of_the_fastest_that_fit_is_chosen():
     def row(name, peak, seconds):
-        return Division(name, 0.0, 0.0, 0.0, 0.0, peak, 0.0, (seconds, 2 * seconds), (0.0, 0.0))
+        return StrategyEstimate(name, 0.0, 0.0, 0.0, 0.0, peak, 0.0, (seconds, 2 * seconds), (0.0, 0.0))
 
     found = [row("ddp", 9.0, 1.04), row("zero", 5.0, 1.01), row("fsdp2", 3.0, 0.995), row("slow", 1.0, 2.0)]
     for memory, name in ((9.0, "ddp"), (6.0, "zero"), (4.0, "fsdp2"), (2.0, "slow")):
@@ -202,10 +208,10 @@ def test_an_unknown_gpu_is_refused_with_the_closest_names():
 
 def test_a_gpu_without_bfloat16_is_refused_for_it_and_computes_float16():
     for name in ("T4", "V100"):
-        with pytest.raises(InputError, match=r"which it emulates. Give --trainer"):
-            require_gpu(name).products(torch.bfloat16)
-    assert require_gpu("T4").products(torch.float16) == 65e12
-    assert require_gpu("T4").products(torch.float32) == 8.1e12
+        with pytest.raises(InputError, match=r"but found bf16. Use --trainer"):
+            require_gpu(name).peak(torch.bfloat16)
+    assert require_gpu("T4").peak(torch.float16) == 65e12
+    assert require_gpu("T4").peak(torch.float32) == 8.1e12
     assert {gpu.name.split()[0] for gpu in GPUS if not gpu.has_bfloat16} == {
         "T4", "V100", "V100S", "P100", "TITAN", "Quadro", "GeForce",
     }  # fmt: skip

@@ -8,79 +8,85 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from lrm_pl.kernels.attention import attention_in_blocks
-from lrm_pl.planning.fake_group import as_rank
-from lrm_pl.planning.ledger import _TRAFFIC, Ledger, Message, Traffic, register_bytes_formula
+from lrm_pl.planning.operation_counter import (
+    _BYTES_FORMULAS,
+    Collective,
+    MemoryAccess,
+    OperationCounter,
+    register_bytes_formula,
+)
+from lrm_pl.planning.sharding import fake_process_group
 
 
 def test_the_peak_is_what_lived_at_once():
-    ledger = Ledger()
-    with FakeTensorMode(), ledger:
+    counter = OperationCounter()
+    with FakeTensorMode(), counter:
         a = torch.empty(1000)
         b = a + 1  # 8000 bytes live
         del a
         c = b * 2  # again 8000
         del b, c
-    assert ledger.peak == 8000
-    assert ledger.held == 0
+    assert counter.peak == 8000
+    assert counter.allocated == 0
 
 
 def test_views_hold_nothing_of_their_own():
-    ledger = Ledger()
-    with FakeTensorMode(), ledger:
+    counter = OperationCounter()
+    with FakeTensorMode(), counter:
         a = torch.empty(10, 100)
         views = [a.T, a[3:], a.view(-1), a.detach()]
-        assert ledger.held == 4000
+        assert counter.allocated == 4000
         del a
-        assert ledger.held == 4000  # a view keeps it
+        assert counter.allocated == 4000  # a view keeps it
         del views
-    assert ledger.held == 0
+    assert counter.allocated == 0
 
 
 def test_products_are_counted_and_other_operations_have_bytes_only():
-    ledger = Ledger()
-    with FakeTensorMode(), ledger:
+    counter = OperationCounter()
+    with FakeTensorMode(), counter:
         x, w = torch.empty(5, 7), torch.empty(7, 11)
         product = x @ w
         product.relu()
-    assert ledger.flops() == 2 * 5 * 7 * 11
-    assert [(x.name, x.moved) for x in ledger.operations] == [
+    assert counter.flops() == 2 * 5 * 7 * 11
+    assert [(x.name, x.accessed) for x in counter.operations] == [
         ("empty", 0.0), ("empty", 0.0), ("mm", 4.0 * (35 + 77 + 55)), ("relu", 4.0 * (55 + 55)),
     ]  # fmt: skip
 
 
 def test_a_softmax_with_its_gradient_is_as_many_operations_as_kernels_are_started():
-    ledger = Ledger()
+    counter = OperationCounter()
     x = torch.empty(3, 5, requires_grad=True)
-    with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), counter:
         torch.softmax(x, -1).sum().backward()
-    names = [x.name for x in ledger.operations]
+    names = [x.name for x in counter.operations]
     assert names == ["_softmax", "sum", "ones_like", "_softmax_backward_data"]
-    assert ledger.operations[2].moved == 4.0  # what is made after a pattern does not read it
+    assert counter.operations[2].accessed == 4.0  # what is made after a pattern does not read it
 
 
 def test_blockwise_attention_counts_two_products_forward_and_five_backward():
-    ledger = Ledger()
-    with FakeTensorMode(), ledger:
+    counter = OperationCounter()
+    with FakeTensorMode(), counter:
         q, k, v = (torch.empty(2, 3, length, 8, requires_grad=True) for length in (40, 50, 50))
         out = attention_in_blocks(q, k, v)
-        forward = ledger.flops()
+        forward = counter.flops()
         out.sum().backward()
     product = 2 * (2 * 3) * 40 * 50 * 8
     assert forward == 2 * product
-    assert ledger.flops() - forward == 5 * product
+    assert counter.flops() - forward == 5 * product
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scaled_dot_product_attention_counts_two_products_forward_and_five_backward(dtype):
-    ledger = Ledger()
-    with FakeTensorMode(), ledger:
+    counter = OperationCounter()
+    with FakeTensorMode(), counter:
         q, k, v = (torch.empty(2, 3, length, 8, dtype=dtype, requires_grad=True) for length in (40, 50, 50))
         out = F.scaled_dot_product_attention(q, k, v)
-        forward, moved = ledger.flops(), ledger.moved()
+        forward, moved = counter.flops(), sum(x.accessed for x in counter.operations)
         out.sum().backward()
     product = 2 * (2 * 3) * 40 * 50 * 8
     assert forward == 2 * product
-    assert ledger.flops() - forward == 5 * product
+    assert counter.flops() - forward == 5 * product
     # Queries and the output, keys and values, and a float32 per query for backward: no scores.
     assert moved == dtype.itemsize * 6 * 8 * (2 * 40 + 2 * 50) + 4 * 6 * 40
 
@@ -96,12 +102,12 @@ def test_an_operator_moves_the_numbers_that_it_touches():
         "add": (lambda x, i: x + torch.empty(1, 6).expand(10, 6), 4 * (60 + 6 + 60)),
     }  # fmt: skip
     for name, (run, moved) in cases.items():
-        ledger = Ledger()
+        counter = OperationCounter()
         with FakeTensorMode():
             x, index = torch.empty(10, 6), torch.empty(3, dtype=torch.int64)
-            with ledger:
+            with counter:
                 run(x, index)
-        assert [(o.name, o.moved) for o in ledger.operations if o.moved] == [(name, moved)]
+        assert [(o.name, o.accessed) for o in counter.operations if o.accessed] == [(name, moved)]
 
 
 @torch.library.custom_op("lrm_pl::doubling_of_a_test", mutates_args=())
@@ -118,89 +124,90 @@ def _(x):
 def doubling():
     """An operator whose body doubles twice."""
     yield torch.ops.lrm_pl.doubling_of_a_test
-    _TRAFFIC.pop(torch.ops.lrm_pl.doubling_of_a_test, None)
+    _BYTES_FORMULAS.pop(torch.ops.lrm_pl.doubling_of_a_test, None)
 
 
 def booked(op, **options):
-    ledger = Ledger(**options)
+    counter = OperationCounter(**options)
     with FakeTensorMode():
         x = torch.empty(100)
-        with ledger:
+        with counter:
             op(x)
-    return ledger
+    return counter
 
 
 def test_a_custom_operator_moves_inputs_and_outputs_or_what_its_body_moves(doubling):
-    assert booked(doubling).moved() == 2 * 400
-    opened = booked(doubling, opened={"doubling_of_a_test"})
+    assert sum(x.accessed for x in booked(doubling).operations) == 2 * 400
+    opened = booked(doubling, decomposed={"doubling_of_a_test"})
     assert [x.name for x in opened.operations] == ["mul", "mul"]
-    assert opened.moved() == 4 * 400
+    assert sum(x.accessed for x in opened.operations) == 4 * 400
     assert opened.peak == 2 * 400
 
 
 def test_a_custom_operator_moves_what_its_formula_says_and_holds_its_scratch_apart(doubling):
     @register_bytes_formula(doubling)
     def _(x, *, out_val):
-        return Traffic(moved=x.nbytes + out_val.nbytes / 2, scratch=1000.0)
+        return MemoryAccess(accessed=x.nbytes + out_val.nbytes / 2, scratch=1000.0)
 
-    ledger = booked(doubling)
-    (operation,) = ledger.operations
-    assert (operation.moved, operation.scratch) == (600.0, 1000.0)
-    assert ledger.peak == 400 + 1000
-    assert ledger.held == 0
+    counter = booked(doubling)
+    (operation,) = counter.operations
+    assert (operation.accessed, operation.scratch) == (600.0, 1000.0)
+    assert counter.peak == 400 + 1000
+    assert counter.allocated == 0
 
 
 def test_scratch_is_not_multiplied_by_repetitions(doubling):
-    register_bytes_formula(doubling)(lambda x, out_val: Traffic(8.0, 16.0))
-    ledger = Ledger()
-    with FakeTensorMode(), ledger, ledger.repeated(5.0):
+    register_bytes_formula(doubling)(lambda x, out_val: MemoryAccess(8.0, 16.0))
+    counter = OperationCounter()
+    with FakeTensorMode(), counter, counter.repeated(5.0):
         doubling(torch.empty(1))
-    assert (ledger.operations[-1].moved, ledger.operations[-1].scratch) == (40.0, 16.0)
+    assert (counter.operations[-1].accessed, counter.operations[-1].scratch) == (40.0, 16.0)
 
 
 def test_what_is_repeated_by_several_threads_counts_as_often_and_is_held_as_often():
-    ledger = Ledger()
-    with FakeTensorMode(), ledger:
+    counter = OperationCounter()
+    with FakeTensorMode(), counter:
         x, w = torch.empty(10, 10), torch.empty(10, 10)
-        with ledger.repeated(6.0, threads=3):
+        with counter.repeated(6.0, threads=3):
             y = x @ w
             del y
-    assert ledger.flops() == 6 * 2000
-    assert ledger.operations[-1].count == 6
-    assert ledger.peak == 2 * 400 + 3 * 400
+    assert counter.flops() == 6 * 2000
+    assert counter.operations[-1].count == 6
+    assert counter.peak == 2 * 400 + 3 * 400
 
 
-def test_what_is_set_aside_is_out_of_the_peak_but_in_the_sum():
-    ledger = Ledger()
-    with FakeTensorMode(), ledger:
+def test_what_is_track_gradient_is_out_of_the_peak_but_in_the_sum():
+    counter = OperationCounter()
+    with FakeTensorMode(), counter:
         gradient = torch.empty(100)
-        ledger.set_aside(gradient)
+        counter.track_gradient(gradient)
         other = torch.empty(50)
         del other
-    assert ledger.peak == 400  # the gradient before it was set aside
-    assert ledger.aside == 400
-    assert ledger.peak_with_aside == 600
+    assert counter.peak == 400  # the gradient before it was set aside
+    assert counter.gradients == 400
+    assert counter.peak_with_gradients == 600
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [("gather", 1000 * 3 / 4), ("scatter", 1000 * 3 / 4), ("reduce", 2 * 1000 * 3 / 4)]
+    ("op", "expected"),
+    [("all_gather", 1000 * 3 / 4), ("reduce_scatter", 1000 * 3 / 4), ("all_reduce", 2 * 1000 * 3 / 4)],
 )
-def test_a_ring_of_four_sends_three_quarters_and_twice_for_a_sum_that_all_get(kind, expected):
-    assert Message(kind, 1000.0, 4).sent == expected
+def test_a_ring_of_four_sends_three_quarters_and_twice_for_a_sum_that_all_get(op, expected):
+    assert Collective(op, 1000.0, 4).sent == expected
 
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_messages_and_memory_of_a_sharded_layer_are_those_of_its_parts(copies):
     """A layer of 8 x 16 weights without bias: gathered twice, its gradient summed once."""
-    ledger, processes = Ledger(), 4
-    with as_rank(1, processes, copies) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+    counter, processes = OperationCounter(), 4
+    with fake_process_group(1, processes, copies) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         layer = nn.Sequential(nn.Linear(16, 8, bias=False), nn.ReLU())
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        with ledger, ledger.seeing_resizes():
+        with counter, counter.track_resizes():
             layer(torch.empty(2, 16)).sum().backward()
-    sizes = {(message.kind, message.size, message.processes) for message in ledger.messages}
+    sizes = {(message.op, message.size, message.processes) for message in counter.collectives}
     parts = processes // copies
-    expected = {("gather", 512.0, parts), ("scatter", 512.0, parts)}
+    expected = {("all_gather", 512.0, parts), ("reduce_scatter", 512.0, parts)}
     if copies > 1:
-        expected.add(("reduce", 512.0 / parts, copies))
+        expected.add(("all_reduce", 512.0 / parts, copies))
     assert sizes == expected

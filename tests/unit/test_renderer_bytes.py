@@ -2,12 +2,22 @@
 
 import pytest
 import torch
-from lrm_pl.cli.parsed import model_without_numbers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lrm_pl.cli.fit_config import build_meta_model
 from lrm_pl.losses.objective import Objective
-from lrm_pl.planning.renderer import renderer_operations
-from lrm_pl.planning.run_plan import plan
-from lrm_pl.planning.simulate import A100, StepShape, simulate_step
+from lrm_pl.models.triplane import Triplane
+from lrm_pl.planning.operation_counter import OperationCounter
+from lrm_pl.planning.run_plan import plan_run
+from lrm_pl.planning.simulate import (
+    A100,
+    FakeRenderer,
+    StepShape,
+    decomposed_operators,
+    emulate_device,
+    fake_copy,
+    simulate_step,
+)
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.parallelize import ParallelConfig
 from tests.builders import V100, small_lrm
@@ -16,12 +26,37 @@ from tests.builders import V100, small_lrm
 SHAPE, SAMPLES = StepShape(2, 4, 32, 1.0, V100), 2 * 4 * 32 * 32 * 24
 
 
+def renderer_operations(lrm, renderer, shape):
+    """Count the operations from planes to pixels and back, with given gradients of the pixels."""
+    counter = OperationCounter(decomposed_operators(shape))
+    with FakeTensorMode(allow_non_fake_inputs=True), emulate_device(shape):
+        decoder = fake_copy(lrm.decoder).train()
+        tokens = torch.empty(shape.objects, *lrm.transformer.tokens.shape[-2:])
+        with torch.no_grad():
+            planes = fake_copy(lrm.upsampler)(tokens).to(shape.dtype).requires_grad_()
+        views = shape.objects, shape.views
+        c2w, fxfycxcy = torch.empty(*views, 4, 4), torch.empty(*views, 4)
+        jitter = torch.empty(*views, shape.size, shape.size)
+        with counter, torch.autocast("cpu", shape.dtype, enabled=shape.dtype != torch.float32):
+            counter.part = "renderer"
+            field = decoder.field(Triplane(planes, lrm.plane_layout))
+            rendering = FakeRenderer(renderer, shape, counter)(
+                field, c2w, fxfycxcy, (shape.size,) * 2, jitter
+            )
+            pixels = rendering.rgb, rendering.opacity, rendering.depth
+            counter.part = "backward"
+            torch.autograd.grad(
+                pixels, [planes, *decoder.parameters()], [torch.empty_like(x) for x in pixels]
+            )
+    return tuple(counter.operations)
+
+
 @pytest.mark.parametrize("gpu", [None, V100, A100])
 def test_they_are_those_of_the_renderer_in_a_whole_step(gpu):
     lrm, shape = small_lrm(depth=1), StepShape(2, 4, 32, 1.0, gpu)
     step = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape)
     ours = renderer_operations(lrm, Renderer(24), shape)
-    for what in ("flops", "moved"):
+    for what in ("flops", "accessed"):
         theirs = sum(getattr(x, what) for x in step.operations if x.part == "renderer")
         assert sum(getattr(x, what) for x in ours if x.part == "renderer") == pytest.approx(theirs, rel=0.01)
 
@@ -34,7 +69,7 @@ def test_products_of_the_mlp_read_and_write_each_sample_once_a_layer():
     # Per layer x^T g and g W^T, of samples and weights.
     backward = sum(2 * 2 * (SAMPLES * (i + o) + SHAPE.objects * i * o) for i, o in layers)
     moved = {
-        (part, name): sum(x.moved for x in operations if (x.part, x.name) == (part, name))
+        (part, name): sum(x.accessed for x in operations if (x.part, x.name) == (part, name))
         for part in ("renderer", "backward")
         for name in ("addmm", "mm")
     }
@@ -57,7 +92,7 @@ def test_the_fused_decoder_moves_each_ray_and_sample_once_and_the_planes_once_a_
     rays, planes = 2 * 4 * 32 * 32, 2 * 3 * 32 * 32 * 32
     weights, biases = 2 * 2 * (2 * 32 * 32 + 32 * 16), 2 * 4 * (3 * 32 + 16)  # bytes, two objects
     moved = {
-        name: sum(x.moved for x in operations if x.name == name)
+        name: sum(x.accessed for x in operations if x.name == name)
         for name in ("decode_along_rays", "decode_along_rays_backward")
     }
     a_pass = rays * (24 + 1) + 2 * planes + weights + biases  # origins, directions, whether it hits
@@ -77,7 +112,7 @@ def test_rays_that_miss_save_the_fused_decoders_products_and_nothing_else():
     def costs(hits):
         operations = renderer_operations(small_lrm(), Renderer(24), StepShape(2, 4, 32, hits, A100))
         flops = sum(x.flops for x in operations if x.name in fused)
-        return flops, sum(x.moved for x in operations), sum(x.count for x in operations)
+        return flops, sum(x.accessed for x in operations), sum(x.count for x in operations)
 
     (flops, *rest), (all_flops, *all_rest) = costs(0.25), costs(1.0)
     assert flops == 0.25 * all_flops
@@ -92,12 +127,12 @@ def test_bytes_of_the_papers_step(root):
     """
     moved = {}
     for name, gpu in (("plain", V100), ("fused", A100)):
-        planned = plan(*model_without_numbers(["-c", str(root / "configs/experiment/paper.yaml")]), 128, gpu)
+        planned = plan_run(*build_meta_model(["-c", str(root / "configs/experiment/paper.yaml")]), 128, gpu)
         module, shape = planned.module, planned.shape
         assert (shape.objects, shape.views, shape.size, shape.dtype) == (8, 4, 128, torch.bfloat16)
         assert shape.hits == pytest.approx(0.95, abs=0.01)
         operations = renderer_operations(module.lrm, module.renderer, shape)
-        moved[name] = sum(x.moved for x in operations)
+        moved[name] = sum(x.accessed for x in operations)
         print(f"renderer of the paper's step, {name}: {moved[name] / 1e12:.3f} TB")
     assert 1.7e12 < moved["plain"] < 2.4e12
     assert moved["fused"] < 1.8e12 / 20

@@ -15,10 +15,9 @@ from lrm_pl.geometry.cameras import orbit, resize_and_crop
 from lrm_pl.geometry.rays import pixel_rays, ray_interval
 from lrm_pl.kernels.device import HOST_TYPES, as_accelerator, on_cpu
 from lrm_pl.losses.objective import Objective
-from lrm_pl.planning.fake_group import as_rank
-from lrm_pl.planning.hits import cameras_of, default_cameras, hit_share
-from lrm_pl.planning.sharding import check_shards
-from lrm_pl.planning.simulate import A100, StepShape, simulate_step, without_numbers
+from lrm_pl.planning.ray_hits import default_cameras, hit_fraction, training_cameras
+from lrm_pl.planning.sharding import check_shards, fake_process_group
+from lrm_pl.planning.simulate import A100, StepShape, meta_copy, simulate_step
 from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks
@@ -134,7 +133,7 @@ def test_a_simulation_touches_neither_the_network_nor_the_random_state():
 def test_a_network_without_numbers_costs_the_same():
     lrm = small_lrm()
     parts = (Renderer(16), Objective(lpips=2.0), ParallelConfig(), shape())
-    whole, bare = simulate_step(lrm, *parts), simulate_step(without_numbers(lrm), *parts)
+    whole, bare = simulate_step(lrm, *parts), simulate_step(meta_copy(lrm), *parts)
     assert whole == bare
 
 
@@ -144,22 +143,22 @@ def test_recomputing_needs_less_memory_and_more_operations_for_the_same_mathemat
     again = simulate_step(lrm, *rest, ParallelConfig(activation_checkpointing_every=1), shape())
     assert again.activations < 0.6 * plain.activations
     assert again.flops > 1.15 * plain.flops
-    assert again.model == plain.model
+    assert again.model_flops == plain.model_flops
 
 
 def test_model_operations_of_a_plain_network_are_what_is_run_but_for_rendering_again():
     """Without recomputed blocks or attention in blocks, only the renderer computes twice."""
     lrm = small_lrm(plane_tokens=8)
     costs = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape())
-    assert costs.flops - costs.forward["renderer"] == pytest.approx(costs.model, rel=0.02)
+    assert costs.flops - costs.forward["renderer"] == pytest.approx(costs.model_flops, rel=0.02)
 
 
 def test_model_operations_grow_with_objects_and_pixels():
     parts = (small_lrm(), Renderer(24), Objective(lpips=2.0), ParallelConfig())
     one, two = (simulate_step(*parts, shape(objects)) for objects in (1, 2))
-    assert one.model_flops(2, two.shape.pixels, lpips=True) == pytest.approx(two.model, rel=1e-3)
-    assert one.model_flops(1, one.shape.pixels, lpips=False) == pytest.approx(
-        one.model - one.forward["losses"]
+    assert one.model_flops_of(2, two.shape.pixels, lpips=True) == pytest.approx(two.model_flops, rel=1e-3)
+    assert one.model_flops_of(1, one.shape.pixels, lpips=False) == pytest.approx(
+        one.model_flops - one.forward["losses"]
     )
 
 
@@ -169,7 +168,7 @@ def test_a_frozen_encoder_has_neither_gradients_nor_a_backward():
     encoder = sum(p.numel() for p in small_lrm().encoder.parameters())
     assert trained.trained - frozen.trained == encoder
     assert trained.gradients - frozen.gradients == 4 * encoder
-    assert trained.model - frozen.model == pytest.approx(2 * trained.forward["encoder"])
+    assert trained.model_flops - frozen.model_flops == pytest.approx(2 * trained.forward["encoder"])
 
 
 def whole(size=128):
@@ -181,8 +180,8 @@ def test_the_default_camera_sees_the_sphere_as_a_disc_that_touches_the_images_si
     cameras = default_cameras()
     distance, focal = cameras.c2w[0, :3, 3].norm().item(), cameras.fxfycxcy[0, 0].item()
     assert focal / (distance**2 - 1) ** 0.5 == pytest.approx(0.5)
-    assert hit_share("sphere", whole(), cameras) == pytest.approx(3.14159 / 4, abs=0.01)
-    assert hit_share("box", whole(), cameras) > 0.99
+    assert hit_fraction("sphere", whole(), cameras) == pytest.approx(3.14159 / 4, abs=0.01)
+    assert hit_fraction("box", whole(), cameras) > 0.99
 
 
 def test_windows_of_the_papers_crops_hit_what_random_windows_hit():
@@ -195,8 +194,8 @@ def test_windows_of_the_papers_crops_hit_what_random_windows_hit():
         camera = resize_and_crop(cameras.fxfycxcy[:1], (side, side), (top, left, 128, 128))
         near, far = ray_interval(*pixel_rays(cameras.c2w[:1], camera, 32, 32), "sphere")
         count += (far > near).float().mean().item() / 300
-    assert hit_share("sphere", crop, cameras) == pytest.approx(count, abs=0.01)
-    assert hit_share("sphere", crop, cameras) == pytest.approx(0.956, abs=0.002)
+    assert hit_fraction("sphere", crop, cameras) == pytest.approx(count, abs=0.01)
+    assert hit_fraction("sphere", crop, cameras) == pytest.approx(0.956, abs=0.002)
 
 
 def test_windows_centered_on_the_object_hit_more_of_an_object_that_is_far_away():
@@ -204,19 +203,19 @@ def test_windows_centered_on_the_object_hit_more_of_an_object_that_is_far_away()
     cameras = default_cameras()
     far = cameras._replace(c2w=orbit(4, 10.0))
     crops = [CropConfig(low=512, high=512, size=64, foreground=share) for share in (0.0, 0.5, 1.0)]
-    anywhere, half, centered = (hit_share("sphere", crop, far) for crop in crops)
+    anywhere, half, centered = (hit_fraction("sphere", crop, far) for crop in crops)
     assert centered > 3 * anywhere
     assert half == pytest.approx((anywhere + centered) / 2)
 
 
 def test_cameras_are_those_of_the_shards_where_these_are_local(shards, tmp_path):
-    cameras = cameras_of(ShardDataModule(str(shards)))
+    cameras = training_cameras(ShardDataModule(str(shards)))
     assert cameras.source == "cameras of 4 training objects"
     assert cameras.c2w.shape == (16, 4, 4)
     distances = cameras.c2w[:, :3, 3].norm(dim=-1)
     assert (distances != default_cameras().c2w[0, :3, 3].norm()).all()
     for folder in (tmp_path, "s3://bucket/shards"):
-        assert cameras_of(ShardDataModule(str(folder))).source.startswith("assumed")
+        assert training_cameras(ShardDataModule(str(folder))).source.startswith("assumed")
 
 
 def test_work_of_rendering_grows_with_the_share_of_rays_that_hit():
@@ -229,7 +228,7 @@ def test_work_of_rendering_grows_with_the_share_of_rays_that_hit():
 def test_parts_of_all_ranks_are_the_whole_network_once_a_copy(copies):
     lrm, processes, held = small_lrm(depth=1), 4, 0.0
     for rank in range(processes):
-        with as_rank(rank, processes, copies) as mesh:
+        with fake_process_group(rank, processes, copies) as mesh:
             costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)
         held += costs.weights
         assert costs.flops > 0
@@ -241,13 +240,15 @@ def test_parts_of_all_ranks_are_the_whole_network_once_a_copy(copies):
 
 def test_sharding_sends_each_weight_twice_in_bf16_and_each_gradient_once_in_float32():
     lrm = small_lrm()
-    with as_rank(0, 4) as mesh:
+    with fake_process_group(0, 4) as mesh:
         costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)
-    sizes = {kind: sum(x.size for x in costs.messages if x.kind == kind) for kind in ("gather", "scatter")}
+    sizes = {
+        op: sum(x.size for x in costs.collectives if x.op == op) for op in ("all_gather", "reduce_scatter")
+    }
     numbers = sum(p.numel() for p in lrm.parameters())
     blocks = sum(
         p.numel() for b in (*lrm.encoder.vit.blocks, *lrm.transformer.blocks) for p in b.parameters()
     )
     # Small modules and norms are gathered in float32; those outside of blocks are kept after forward.
-    assert sizes["gather"] == pytest.approx(2 * 2 * blocks + 4 * (numbers - blocks), rel=0.05)
-    assert sizes["scatter"] == pytest.approx(4 * numbers, rel=0.02)
+    assert sizes["all_gather"] == pytest.approx(2 * 2 * blocks + 4 * (numbers - blocks), rel=0.05)
+    assert sizes["reduce_scatter"] == pytest.approx(4 * numbers, rel=0.02)

@@ -1,0 +1,133 @@
+"""Settings that reduce the memory of a run, with the estimated peak of each."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from lrm_pl.errors import InputError
+from lrm_pl.planning.memory import memory_of_libraries
+from lrm_pl.planning.run_plan import RunPlan
+from lrm_pl.planning.simulate import StepCosts
+from lrm_pl.planning.strategies import CPU_SLACK, CUDA_CONTEXT, GPU_SLACK, estimate_single_process
+from lrm_pl.training.parallelize import network_blocks
+
+#: Classes of the strategies that shard weights.
+_SHARDED = ("FSDP2Strategy", "ZeroStrategy")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryOption:
+    """A setting that reduces memory.
+
+    Attributes:
+        option: The command-line option.
+        cost: Its cost.
+        same_network: Whether the network stays the same.
+        peak: Peak bytes of a process with it.
+    """
+
+    option: str
+    cost: str
+    same_network: bool
+    peak: float
+
+
+def peak_bytes(plan: RunPlan, sharded: bool | None = None) -> float:
+    """Estimate the peak bytes of a process.
+
+    Args:
+        plan: The run.
+        sharded: Whether weights are sharded over the processes; None reads it from the plan.
+    """
+    costs, n, gpu = plan.costs(), plan.processes, plan.shape.gpu
+    if sharded is None:
+        sharded = plan.strategy.endswith(_SHARDED)
+    base, slack = (CUDA_CONTEXT, GPU_SLACK) if gpu else (memory_of_libraries(), CPU_SLACK)
+    step = plan.optimizer_temporaries(costs)
+    if sharded and n > 1:
+        held, transient = _sharded_bytes(costs, plan, stage=plan.stage or 3)
+        return base + held + slack * transient
+    # DDP holds all gradients all the time, as with accumulation.
+    batches = plan.accumulate if n == 1 else 2
+    if gpu:
+        return base + slack * estimate_single_process(costs, batches, 0.0, 1.0, step).peak
+    return estimate_single_process(costs, batches, base, slack, step).peak
+
+
+def _sharded_bytes(costs: StepCosts, plan: RunPlan, stage: int) -> tuple[float, float]:
+    """Return the bytes that a process holds permanently and transiently under ZeRO or FSDP2.
+
+    Stage 1 shards the moments, stage 2 also gradients, stage 3 also weights, gathering two blocks at a time.
+    """
+    n = plan.processes // plan.replicas
+    weights = costs.weights / n if stage == 3 else costs.weights
+    gradients = costs.gradients / n if stage > 1 else costs.gradients
+    gathered = 2 * costs.weights / len(network_blocks(plan.module.lrm)) if stage == 3 else 0.0
+    return weights + costs.frozen_other + gradients + 8.0 * costs.trained / n, costs.activations + gathered
+
+
+def find_memory_options(plan_with: Callable[[Sequence[str]], RunPlan]) -> tuple[float, list[MemoryOption]]:
+    """Find settings that reduce memory.
+
+    Args:
+        plan_with: Returns the plan of the run with additional arguments of `lrm fit`.
+
+    Returns:
+        Peak bytes of the run, and the settings, sorted by peak with those that change the network last.
+    """
+    plan = plan_with(())
+    peak = peak_bytes(plan)
+    found = []
+    for option, cost in _candidates(plan):
+        changes_strategy = "trainer.strategy" in option
+        try:
+            changed = plan if changes_strategy else plan_with([option])
+        except InputError:
+            continue  # not compatible with the rest of the config
+        reduced = peak_bytes(changed, True if changes_strategy else None)
+        if reduced < 0.99 * peak:
+            found.append(MemoryOption(option, cost, not cost.startswith("another network"), reduced))
+    return peak, sorted(found, key=lambda found: (not found.same_network, found.peak))
+
+
+def _candidates(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return options and their costs."""
+    lrm, parallel, objects = plan.module.lrm, plan.module.parallel, plan.shape.objects
+    tokens = round((lrm.transformer.tokens.shape[-2] // 3) ** 0.5)
+    depth = len(lrm.transformer.blocks)
+    options = []
+    if objects > 1:
+        batches = next(k for k in range(2, objects + 1) if objects % k == 0)
+        options.append(
+            (f"--trainer.accumulate_grad_batches={plan.accumulate * batches}", "same run, in smaller batches")
+        )
+    if parallel.activation_checkpointing_every != 1:
+        options.append(
+            ("--model.parallel.activation_checkpointing_every=1", "same run, about a third more time")
+        )
+    if not parallel.recompute_mlp and not parallel.activation_checkpointing_every:
+        options.append(("--model.parallel.recompute_mlp=true", "same run, about a twentieth more time"))
+    if plan.processes > 1 and not plan.strategy.endswith(_SHARDED):
+        options.append(
+            ("--trainer.strategy=lrm_pl.training.strategies.FSDP2Strategy", "same run, more communication")
+        )
+    if not lrm.encoder.frozen:
+        options.append(("--model.lrm.encoder.frozen=true", "the encoder is not trained"))
+    if depth > 1:
+        options.append((f"--model.lrm.depth={depth // 2}", "another network: half the depth"))
+    if tokens > 1:
+        options.append(
+            (f"--model.lrm.plane_tokens={tokens // 2}", "another network: half the plane resolution")
+        )
+    return options
+
+
+def memory_report(peak: float, options: Sequence[MemoryOption]) -> str:
+    """Return the estimated peak in bytes and the three settings that reduce it most, as text."""
+    need = f"estimated: {peak / 1e9:.1f} GB per process."
+    if not options:
+        return f"{need} No setting reduces it noticeably; most of it is Python and its libraries."
+    width = max(len(option.option) for option in options[:3])
+    lines = (
+        f"  {option.option:<{width}}  {option.peak / 1e9:6.1f} GB  ({option.cost})" for option in options[:3]
+    )
+    return "\n".join([f"{need} Settings that reduce it most:", *lines])
