@@ -201,7 +201,7 @@ def test_a_gpu_that_the_table_lacks_is_not_taken_for_another():
 
 def test_an_unknown_gpu_is_refused_with_the_closest_names():
     with pytest.raises(
-        InputError, match=r"found '4090x'. Spelled like it: GeForce RTX 4090, GeForce RTX 4090 D"
+        InputError, match=r"found '4090x'. Use a name such as GeForce RTX 4090, GeForce RTX 4090 D"
     ):
         require_gpu("4090x")
 
