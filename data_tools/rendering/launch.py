@@ -1,7 +1,7 @@
 """Rendering as a Slurm job: ``python -m data_tools launch`` (`make render-shards NODES=`).
 
-The job script is made from configs/cluster/render.sbatch. It starts Ray on all nodes with ``ray symmetric-run``, and
-``render`` on the first one.
+It submits the job script configs/cluster/render.sbatch, which starts Ray on the nodes with ``ray symmetric-run`` and
+``render`` on the first of them.
 """
 
 import argparse
@@ -12,24 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrm_pl.cluster import slurm
-from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
-TEMPLATE = Path("configs/cluster/render.sbatch")
+JOB_SCRIPT = Path("configs/cluster/render.sbatch")
 
 
 def launch(options: argparse.Namespace, out: Path) -> None:
-    """Print the job script, and submit it unless ``options.dry_run`` is set.
+    """Print the sbatch command, and run it unless this is a dry run.
 
     Args:
-        options: Parsed options of ``launch``.
-        out: Folder of shards in ``options.arguments``.
+        options: Options of ``launch``.
+        out: Folder of shards that ``options.arguments`` name.
 
     Raises:
-        InputError: An option is invalid, or Slurm is not available.
+        InputError: An option is invalid, or there is no Slurm.
     """
     for name, value, least in (("NODES", options.nodes, 1), ("GPUS", options.gpus or 0, 0)):
         if value < least:
@@ -43,13 +42,13 @@ def launch(options: argparse.Namespace, out: Path) -> None:
                 "NODES="
             ),
         )
+    partition = slurm.effective_partition(options.partition)
     gpus = options.gpus
-    partition = slurm.chosen_partition(options.partition)
     if gpus is None:
-        gpus = slurm.gpus_a_node(partition)
+        gpus = slurm.gpus_per_node(partition)
     elif slurm.available():
         slurm.node_shapes(partition)
-    script = job_script(
+    command = sbatch_command(
         options.nodes,
         gpus,
         out,
@@ -58,22 +57,20 @@ def launch(options: argparse.Namespace, out: Path) -> None:
         account=options.account,
         time=options.time,
     )
-    print(script)
-    path = out / "job.sbatch"
+    print(slurm.quoted(command), flush=True)
     if options.dry_run:
-        print(f"Dry run: not submitted. The script would be written to {path}.")
+        print("DRY_RUN: nothing was submitted.")
         return
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, script.encode())
-    job = slurm.submit(path)
-    print(f"Submitted job {job} with script {path}. {Path.cwd()}, {sys.prefix}, the assets and the shards")
+    job = slurm.submit(command)
+    print(f"Submitted job {job}. {Path.cwd()}, {sys.prefix}, the assets and the shards")
     print("must have the same paths on all nodes. To monitor the job:")
     print(f"  tail -F {out}/slurm-{job}.log    output of the job")
     print(f"  squeue -j {job}    state of the job")
     print(f"  scancel {job}    cancel it; run the same command again to resume")
 
 
-def job_script(
+def sbatch_command(
     nodes: int,
     gpus: int,
     out: Path,
@@ -82,45 +79,44 @@ def job_script(
     partition: str = "",
     account: str = "",
     time: str = "",
-) -> str:
-    """Create the job script from its template.
+) -> list[str]:
+    """Return the command that submits the rendering to Slurm.
 
     Args:
         nodes: Number of nodes.
         gpus: GPUs per node; 0 renders on CPUs.
-        out: Folder of shards, which also receives the job's log.
+        out: Folder of shards, and of the job's log.
         arguments: Arguments of ``render``.
-        partition: Slurm partition; "" for the default.
-        account: Slurm account; "" for the default.
-        time: Time limit of the job; "" for the partition's default.
+        partition: Slurm partition; "" is Slurm's default.
+        account: Slurm account; "" is Slurm's default.
+        time: Time limit of one start of the job; "" is Slurm's default.
 
     Raises:
-        InputError: A value cannot be used in a job script, or the template is missing.
+        InputError: The path of the folder is not plain.
     """
-    values = {
-        "name": f"render-{re.sub(r'[^A-Za-z0-9]+', '-', out.name).strip('-')}",
-        "nodes": str(nodes),
-        "gres": f"gpu:{gpus}" if gpus else "",  # required: --exclusive alone does not give GPUs to job steps
-        "gpus": str(gpus),
-        "partition": slurm.checked("partition", partition),
-        "account": slurm.checked("account", account),
-        "time": slurm.checked("time", time),
-        "out": slurm.checked("out", out.as_posix()),
-        "bin": slurm.quoted([str(Path(sys.executable).parent)]),
-        "command": slurm.quoted(["python", "-m", "data_tools", "render", *arguments]),
+    options: dict[str, str | int] = {
+        "job-name": f"render-{re.sub(r'[^A-Za-z0-9]+', '-', out.name).strip('-')}",
+        "nodes": nodes,
+        "gres": f"gpu:{gpus}" if gpus else "",  # --exclusive alone gives a step no GPUs
+        "partition": partition,
+        "account": account,
+        "time": time,
+        "output": f"{slurm.checked('out', out.as_posix())}/slurm-%j.log",
     }
-    return slurm.fill(slurm.read_template(TEMPLATE), values, TEMPLATE)
+    render = ["python", "-m", "data_tools", "render", *arguments]
+    return slurm.sbatch_command(JOB_SCRIPT, options, [str(Path(sys.executable).parent), str(gpus), *render])
 
 
 def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the parser of ``launch``, whose positional arguments are those of ``render``."""
+    """Add the parser of the options; arguments of ``render`` follow after ``--``."""
     parser = commands.add_parser(
         "launch",
         help="render with a Slurm job",
         usage="python -m data_tools launch [options] -- [arguments of render]",
         description=(
-            "Submit a Slurm job that starts Ray with `ray symmetric-run` and renders on all of its nodes. The log is "
-            "OUT/slurm-JOB.log. The job is requeued when its time limit is reached or a node fails, and resumes."
+            "Submit a Slurm job that starts Ray on whole nodes with `ray symmetric-run` and renders on all of them. "
+            "Its log is OUT/slurm-JOB.log. After its time limit or the loss of a node, the job is requeued and "
+            "continues."
         ),
     )
     add = parser.add_argument
@@ -128,6 +124,6 @@ def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
     add("--gpus", type=int, help="GPUs per node; 0 renders on CPUs (default: as reported by Slurm)")
     add("--partition", default="", help="Slurm partition")
     add("--account", default="", help="Slurm account")
-    add("--time", default="", help="time limit of the job (default: that of the partition)")
-    add("--dry-run", action="store_true", help="print the job script without submitting it")
+    add("--time", default="", help="time limit of one start of the job (default: Slurm's)")
+    add("--dry-run", action="store_true", help="print the command without running it")
     add("arguments", nargs="*", help=argparse.SUPPRESS)

@@ -1,1 +1,1 @@
-"""Slurm jobs, launching processes, and checks of nodes."""
+"""Start and check runs on several processes and nodes: Slurm, torchrun, ``lrm launch`` and ``lrm doctor``."""

@@ -52,7 +52,7 @@ def launch(python, *options):
 def test_a_job_renders_with_rays_own_launcher_and_ends_well(here, render_python):
     assert "found the partitions" in launch(render_python, "--partition=no-such").stderr
     done = launch(render_python, "--nodes=1", "--gpus=0", "--time=5")
-    job = re.search(r"^Submitted job (\d+), script out/job.sbatch", done.stdout, re.MULTILINE)
+    job = re.search(r"^Submitted job (\d+)\.", done.stdout, re.MULTILINE)
     assert job, done.stdout + done.stderr
     log = here / "out" / f"slurm-{job[1]}.log"
     try:

@@ -1,4 +1,4 @@
-"""The job that renders on a cluster: what its script says and does, and that nothing can be smuggled into it."""
+"""The job that renders on a cluster: its command and its script."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ import pytest
 from data_tools.__main__ import main
 from data_tools.assets.scan import find_assets
 from data_tools.quality.measures import CROPPED_RULE, DEFAULT_RULES
-from data_tools.rendering.launch import job_script
+from data_tools.rendering.launch import sbatch_command
 from data_tools.rendering.resume import plan_folder, write_plan
 from data_tools.rendering.settings import RenderSettings, write_settings
 from lrm_pl.errors import InputError
@@ -31,79 +31,25 @@ def checkout(tmp_path, root, monkeypatch):
     return tmp_path
 
 
-def script_of(*arguments, **changes):
+def command_of(*arguments, **changes):
     options = {"nodes": 8, "gpus": 0, "out": Path("data/mine")} | changes
-    return job_script(options.pop("nodes"), options.pop("gpus"), options.pop("out"), arguments, **options)
+    return sbatch_command(options.pop("nodes"), options.pop("gpus"), options.pop("out"), arguments, **options)
 
 
-def test_a_job_is_this_script_line_by_line(checkout, monkeypatch):
+def test_a_job_is_this_command(checkout, monkeypatch):
     monkeypatch.setattr("sys.executable", "/shared/my env/bin/python")
-    script = script_of(*ARGUMENTS, gpus=4, partition="gpu", account="lab", time="1-00:00:00")
-    assert [line for line in script.splitlines() if not line.startswith("# ")] == [
-        "#!/usr/bin/env bash",
-        "#SBATCH --job-name=render-mine",
-        "#SBATCH --nodes=8",
-        "#SBATCH --ntasks-per-node=1",
-        "#SBATCH --exclusive",
-        "#SBATCH --mem=0",
-        "#SBATCH --gres=gpu:4",
-        "#SBATCH --partition=gpu",
-        "#SBATCH --account=lab",
-        "#SBATCH --time=1-00:00:00",
-        "#SBATCH --output=data/mine/slurm-%j.log",
-        "#SBATCH --open-mode=append",
-        "#SBATCH --requeue",
-        "#SBATCH --signal=B:USR1@60",
-        "set -euo pipefail",
-        "export PATH='/shared/my env/bin':\"$PATH\"",
-        "export PYTHONUNBUFFERED=1",
-        "export RAY_USAGE_STATS_ENABLED=0",
-        "export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600",
-        "export RAY_py_gcs_connect_timeout_s=600",
-        "export RAY_gcs_rpc_server_reconnect_timeout_s=600",
-        'RAY_TMPDIR=$(dirname "$(env -u TMPDIR mktemp -u)")/lrm-ray-$SLURM_JOB_ID',
-        "export RAY_TMPDIR",
-        "export RAY_AUTH_MODE=token",
-        "RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')",
-        "export RAY_AUTH_TOKEN",
-        "export TMPDIR=$RAY_TMPDIR  # what a killed Blender leaves is removed with it",
-        "unset RAY_ADDRESS",
-        "export TQDM_MININTERVAL=30  # a log is no screen",
-        'echo "$(date -Is) job $SLURM_JOB_ID, start $((1 + ${SLURM_RESTART_COUNT:-0})), on $SLURM_JOB_NODELIST"',
-        "come_back() {",
-        '  echo "$(date -Is) the time is up: job $SLURM_JOB_ID is requeued, and goes on where it was"',
-        '  exec scontrol requeue "$SLURM_JOB_ID"',
-        "}",
-        "trap come_back USR1",
-        "ip=$(getent ahostsv4 \"$(hostname)\" | awk 'NR == 1 {print $1}') || ip=",
-        "case $ip in \"\" | 127.*) ip=$(hostname -I | awk '{print $1}') ;; esac",
-        "address=$ip:$((20000 + SLURM_JOB_ID % 10000))  # no port that Ray takes by itself",
-        "ended=$RAY_TMPDIR/ended  # holds the rendering's own status; that of symmetric-run is 0 where no head starts",
-        'mkdir -p "$RAY_TMPDIR"',
-        'rm -f "$ended"',
-        "srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --wait=0 \\",
-        '  sh -c \'"$@" && { [ "$SLURM_PROCID" != 0 ] || [ -s "$0" ]; }\' "$ended" \\',
-        '  ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" --num-gpus 4 -- \\',
-        '  sh -c \'"$@"; echo $? >"$0"\' "$ended" env RAY_ADDRESS="$address" '
-        "python -m data_tools render --assets meshes --out data/mine &",
-        "step=$!",
-        'while [ ! -s "$ended" ] && kill -0 $step 2>/dev/null; do sleep 1; done',
-        "status=1",
-        'if [ -s "$ended" ]; then',
-        '  status=$(cat "$ended")',
-        '  echo "$(date -Is) the rendering ended with status $status; now Ray is killed"',
-        '  scancel "$SLURM_JOB_ID.0"  # else the other nodes take a minute to see that their head is gone',
-        "fi",
-        "wait $step || true",
-        "srun --ntasks-per-node=1 sh -c 'ray stop --force --grace-period 5 >/dev/null; rm -rf \"$RAY_TMPDIR\"' || true",
-        'exit "$status"',
+    assert command_of(*ARGUMENTS, gpus=4, partition="gpu", account="lab", time="1-00:00:00") == [
+        *("sbatch", "--parsable", "--job-name=render-mine", "--nodes=8", "--gres=gpu:4", "--partition=gpu"),
+        *("--account=lab", "--time=1-00:00:00", "--output=data/mine/slurm-%j.log"),
+        *("configs/cluster/render.sbatch", "/shared/my env/bin", "4"),
+        *("python", "-m", "data_tools", "render", "--assets", "meshes", "--out", "data/mine"),
     ]
 
 
 def test_what_is_not_given_is_left_to_slurm(checkout):
-    script = script_of(*ARGUMENTS)
-    assert not re.search(r"^#SBATCH --(gres|partition|account|time)", script, re.MULTILINE)
-    assert "--num-gpus 0 " in script, "a GPU that Ray finds is not used where none was asked for"
+    command = command_of(*ARGUMENTS)
+    assert not [word for word in command if re.match("--(gres|partition|account|time)", word)]
+    assert command[command.index("configs/cluster/render.sbatch") + 2] == "0", "GPUs of Ray"
 
 
 #: Stand-ins for the programs of a node. `ray` runs what it is given, as on the head; its own status is ray_status.
@@ -126,25 +72,28 @@ exit 0
 """
 
 
-def node(checkout, python, script):
-    """Start a job's script by bash with the stand-ins; `python` is a script in the place of the rendering."""
+def node(checkout, python, *arguments):
+    """Start the job script by bash with the stand-ins; `python` is a script in the place of the rendering."""
     for name, text in (
         ("ray", RAY),
         ("python", f"#!/bin/sh\n[ $1 = -c ] && echo secret && exit\n{python}\n"),
     ):
         (checkout / name).write_text(text)
         (checkout / name).chmod(0o755)
+    script = (checkout / "configs/cluster/render.sbatch").read_text()
     script = re.sub("(?m)^export PATH=.*", "", script).replace("/tmp/", f"{checkout}/")
     (checkout / "job.sh").write_text(STAND_INS + script)
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin"}
+    command = command_of(*arguments)
+    words = command[command.index("configs/cluster/render.sbatch") + 1 :]
     return subprocess.Popen(
-        ["bash", "job.sh"], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True
+        ["bash", "job.sh", *words], cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True
     )
 
 
 @pytest.mark.parametrize("status", [0, 1, 130])
 def test_a_job_ends_with_the_status_of_the_rendering_whatever_ray_says(checkout, status):
-    with node(checkout, f"echo rendering at $RAY_ADDRESS; exit {status}", script_of(*ARGUMENTS)) as job:
+    with node(checkout, f"echo rendering at $RAY_ADDRESS; exit {status}", *ARGUMENTS) as job:
         said = job.stdout.read()
     assert re.search(r"^rendering at \d+\.\d+\.\d+\.\d+:2\d{4}$", said, re.MULTILINE), said
     assert "rendering at 127." not in said, "other nodes could not reach it"
@@ -155,7 +104,7 @@ def test_a_job_ends_with_the_status_of_the_rendering_whatever_ray_says(checkout,
 
 def test_a_job_fails_where_ray_ends_well_and_nothing_was_rendered(checkout):
     (checkout / "no-head").touch()
-    with node(checkout, "echo rendering", script_of(*ARGUMENTS)) as job:
+    with node(checkout, "echo rendering", *ARGUMENTS) as job:
         said = job.stdout.read()
     assert "rendering" not in said
     assert "scancel" not in said
@@ -163,7 +112,7 @@ def test_a_job_fails_where_ray_ends_well_and_nothing_was_rendered(checkout):
 
 
 def test_a_job_whose_time_is_up_asks_for_another_start_at_once(checkout):
-    with node(checkout, "sleep 5", script_of(*ARGUMENTS)) as job:
+    with node(checkout, "sleep 5", *ARGUMENTS) as job:
         until = time.monotonic() + 30
         while not (checkout / "begun").exists():
             assert time.monotonic() < until
@@ -175,27 +124,16 @@ def test_a_job_whose_time_is_up_asks_for_another_start_at_once(checkout):
 
 def test_the_script_is_a_shell_script_whatever_the_arguments_hold(checkout):
     nasty = ("$(touch pwned)", "`touch pwned`", "a b", "'; touch pwned; '", '"', "${HOME}", "*", "$$", "\\")
-    with node(checkout, "printf '<%s>\\n' \"$@\"", script_of(*ARGUMENTS, *nasty)) as job:
+    with node(checkout, "printf '<%s>\\n' \"$@\"", *ARGUMENTS, *nasty) as job:
         said = job.stdout.read()
     assert tuple(re.findall("<(.*)>", said))[-len(nasty) :] == nasty
     assert not (checkout / "pwned").exists()
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("partition", "gpu --uid=0"),
-        ("account", "lab;id"),
-        ("time", "soon"),
-        ("out", "data/a b"),
-        ("out", "data/%j"),
-        ("out", "--uid=0"),
-        ("out", "data\n#SBATCH --uid=0"),
-    ],
-)
-def test_a_value_that_would_add_to_the_script_is_refused(checkout, field, value):
-    with pytest.raises(InputError, match=f"expected {field.upper()} to look like "):
-        script_of(*ARGUMENTS, **{field: Path(value) if field == "out" else value})
+@pytest.mark.parametrize("out", ["data/a b", "data/%j", "--uid=0", "data\n#SBATCH --uid=0"])
+def test_a_folder_that_a_log_cannot_be_in_is_refused(checkout, out):
+    with pytest.raises(InputError, match="expected OUT to look like "):
+        command_of(*ARGUMENTS, out=Path(out))
 
 
 @pytest.mark.parametrize(
@@ -241,12 +179,12 @@ def test_without_slurm_nothing_is_started_and_the_other_way_is_named(checkout, c
     assert not Path("data").exists()
 
 
-def test_a_dry_run_shows_the_script_and_writes_nothing(checkout, capsys):
+def test_a_dry_run_shows_the_command_and_writes_nothing(checkout, capsys):
     assert main(["launch", "--nodes=8", "--gpus=0", "--dry-run", "--", *ARGUMENTS, "--views", "4"]) == 0
     said = capsys.readouterr().out
-    assert "#SBATCH --nodes=8\n" in said
-    assert "python -m data_tools render --assets meshes --out data/mine --views 4 &\n" in said
-    assert "The script would be written to data/mine/job.sbatch." in said
+    assert said.startswith("sbatch --parsable --job-name=render-mine --nodes=8 ")
+    assert "python -m data_tools render --assets meshes --out data/mine --views 4\n" in said
+    assert "DRY_RUN: nothing was submitted." in said
     assert not Path("data").exists()
 
 
@@ -263,7 +201,7 @@ def test_slurm_says_which_partitions_there_are_and_how_many_gpus_their_nodes_hav
     monkeypatch.setenv("PATH", f"{checkout}:/usr/bin:/bin")
     given = ["--dry-run", "--", *ARGUMENTS]
     assert main(["launch", "--partition=gpu", *given]) == 0
-    assert "#SBATCH --gres=gpu:4\n" in capsys.readouterr().out
+    assert " --gres=gpu:4 " in capsys.readouterr().out
     assert main(["launch", "--partition=gup", "--gpus=4", *given]) == 1
     assert "found the partitions ['gpu', 'main*']" in capsys.readouterr().err
 

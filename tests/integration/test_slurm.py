@@ -13,7 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lrm_pl.cluster import slurm
-from lrm_pl.cluster.job import Launch, job_script
+from lrm_pl.cluster.job import Launch, sbatch_command
 from lrm_pl.weights.resolve import cache_folder
 from tests.builders import TINY
 from tests.servers.slurm import idle_nodes
@@ -57,11 +57,8 @@ def wait_for(log, pattern, count, seconds=60):
 def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_rank_dies(here):
     launch = Launch(2, 1, 0, "ddp", (), "", "data", Path("runs/try"), ())
     launch.run.mkdir(parents=True)
-    script = launch.run / "job.sbatch"
-    script.write_text(
-        job_script(launch, [sys.executable, "program.py"], cpus=1, cache=here / "cache", time="5")
-    )
-    job = slurm.submit(script)
+    program = [sys.executable, "program.py"]
+    job = slurm.submit(sbatch_command(launch, program, cpus=1, cache=here / "cache", time="5"))
     log = launch.run / f"slurm-{job}.log"
     try:
         wait_for(log, r"^rank \d of 2", 2)
@@ -96,15 +93,13 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
     (here / "tiny.yaml").write_text(yaml.safe_dump(config | {"data": TINY["data"] | {"workers": 1}}))
     launch = Launch(2, 1, 0, "ddp", ("tiny.yaml",), "", str(shards), Path("runs/real"), ())
     launch.run.mkdir(parents=True)
-    script = launch.run / "job.sbatch"
-    program = [sys.executable, *launch.fit()]
-    script.write_text(job_script(launch, program, cpus=1, cache=cache_folder(), time="5"))
-    job = slurm.submit(script)
+    program = [sys.executable, *launch.fit_command()]
+    job = slurm.submit(sbatch_command(launch, program, cpus=1, cache=cache_folder(), time="5"))
     log = launch.run / f"slurm-{job}.log"
     try:
         wait_for(log, "loss=", 1)
         subprocess.run(["scancel", "--signal=USR1", job], check=True)  # as --signal=USR1@120 does, in time
-        text = wait_for(log, "is requeued, and goes on", 1)
+        text = wait_for(log, "which resumes from its last checkpoint", 1)
         stopped = int(re.search(r"stopped by a signal after step (\d+). The state was saved in", text)[1])
         assert 0 < stopped < 60
         time.sleep(3)  # and not two minutes: see above
@@ -140,7 +135,7 @@ def test_the_doctor_looks_at_both_nodes_and_prints_one_table(here, root, shards)
     found = [line.split("│")[2].strip() for line in done.stdout.splitlines() if line.startswith("│")]
     said = " ".join(found)  # cells are folded
     assert done.stdout.count("rendezvous") == 1, done.stdout + done.stderr
-    assert f"{here}/runs: all nodes see each other's files" in said
-    assert "missing: batch: 2 must divide it: --data.batch_size 2 or 4" in done.stdout
+    assert f"{here}/runs: shared by all nodes" in said
+    assert "take 2 or 4, or another number of processes" in done.stdout
     assert "expected a file at none.pth, but found none" in said
     assert not list(here.rglob(".doctor-*")), "the tokens are removed"

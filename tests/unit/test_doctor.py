@@ -14,11 +14,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from lrm_pl.cluster.checks import folders, machine, training
-from lrm_pl.cluster.checks.finding import Finding
-from lrm_pl.cluster.checks.table import rows, show
+from lrm_pl.cluster.checks import folders, inputs, machine
+from lrm_pl.cluster.checks.findings import Finding, merge_findings, print_table
+from lrm_pl.cluster.checks.requirements import RequiredWeights, process_count, read_requirements
 from lrm_pl.cluster.checks.versions import REQUIREMENTS, version, versions
-from lrm_pl.cluster.checks.wanted import Weights, process_count, read_wanted
 from lrm_pl.cluster.doctor import main
 from lrm_pl.data.manifest import read_manifest, write_manifest
 from lrm_pl.data.mixture import DataSet
@@ -57,8 +56,8 @@ def config(outside, shards):
 
 
 @pytest.fixture
-def wanted(config):
-    return read_wanted(["-c", str(config)])
+def requirements(config):
+    return read_requirements(["-c", str(config)])
 
 
 def run(capsys, *arguments):
@@ -75,7 +74,7 @@ def test_a_run_that_has_what_it_needs_passes_and_one_without_shards_does_not(con
     given = ["-c", config, f"--weights.lpips_alex.path={file}", f"--weights.lpips_alex.sha256={digest}"]
     status, said = run(capsys, *given)
     assert status == 0, said
-    assert "4 objects to train on, 2 held out" in said
+    assert "4 training objects, 2 held out" in said
     status, said = run(capsys, *given, f"--data.folder={outside / 'none'}")
     assert status == 1
     assert f"missing: shards: run `make render-shards OUT={outside / 'none'}`" in said
@@ -84,13 +83,16 @@ def test_a_run_that_has_what_it_needs_passes_and_one_without_shards_does_not(con
 def test_processes_that_do_not_divide_the_batch_are_told_which_would(config, capsys):
     status, said = run(capsys, "-c", config, "--gpus=0", "--processes=4", "--data.batch_size=6")
     assert status == 1
-    assert "missing: batch: 4 must divide it: --data.batch_size 4 or 8" in said
+    assert "take 4 or 8, or another number of processes" in said
 
 
-def test_accumulated_batches_divide_the_batch_too(wanted):
-    assert training.batch(dataclasses.replace(wanted, nodes=2, accumulate=2, batch_size=8)).verdict == "ok"
-    finding = training.batch(dataclasses.replace(wanted, nodes=2, accumulate=2, batch_size=2))
-    assert (finding.verdict, finding.remedy) == ("missing", "4 must divide it: --data.batch_size 4")
+def test_accumulated_batches_divide_the_batch_too(requirements):
+    assert (
+        inputs.batch(dataclasses.replace(requirements, nodes=2, accumulate=2, batch_size=8)).verdict == "ok"
+    )
+    finding = inputs.batch(dataclasses.replace(requirements, nodes=2, accumulate=2, batch_size=2))
+    assert finding.verdict == "missing"
+    assert "take 4, or another number of processes" in finding.remedy
 
 
 def test_the_doctor_reads_what_fit_would(config):
@@ -101,22 +103,25 @@ def test_the_doctor_reads_what_fit_would(config):
         "--trainer.accumulate_grad_batches=2",
         "--data.workers=5",
     ]
-    wanted = read_wanted([*given, "--trainer.devices=2", "--model.objective.lpips=1"])
-    assert (wanted.nodes, wanted.processes, wanted.gpus, wanted.accumulate) == (3, 2, 0, 2)
-    assert (wanted.views, wanted.workers, wanted.batch_size) == (4, 5, 2)
-    assert [file.name for file in wanted.weights] == ["lpips_vgg", "lpips_alex"]
+    requirements = read_requirements([*given, "--trainer.devices=2", "--model.objective.lpips=1"])
+    assert (requirements.nodes, requirements.processes, requirements.gpus, requirements.accumulate) == (
+        3,
+        2,
+        0,
+        2,
+    )
+    assert (requirements.views, requirements.workers, requirements.batch_size) == (4, 5, 2)
+    assert [file.name for file in requirements.weights] == ["lpips_vgg", "lpips_alex"]
 
 
 def test_all_sets_of_a_mixture_are_looked_at(config, shards, tmp_path):
     def looked_at(also):
-        wanted = read_wanted(["-c", str(config), f"--data.also=[{{folder: {also}, weight: 3}}]"])
-        return training.shards(wanted)[0]
+        requirements = read_requirements(["-c", str(config), f"--data.also=[{{folder: {also}, weight: 3}}]"])
+        return inputs.shards(requirements)[0]
 
     write_synthetic_shards(tmp_path / "other", train=4, val=2, views=6, resolution=32)
     assert looked_at(tmp_path / "other").verdict == "ok"
-    assert "16 objects to train on, 4 held out" in looked_at(tmp_path / "other").found, (
-        "4 once, 4 three times"
-    )
+    assert "16 training objects, 4 held out" in looked_at(tmp_path / "other").found, "4 once, 4 three times"
     assert looked_at(shards).remedy == "name a set once, with its weight"
     missing = looked_at(tmp_path / "nowhere")
     assert missing.verdict == "missing"
@@ -124,14 +129,14 @@ def test_all_sets_of_a_mixture_are_looked_at(config, shards, tmp_path):
 
 
 def test_the_encoders_weights_are_looked_for_unless_it_starts_from_random_ones(config):
-    wanted = read_wanted(["-c", str(config), "--weights.pretrained=true"])
-    assert [file.name for file in wanted.weights] == ["dino_vitb16", "lpips_alex"]
+    requirements = read_requirements(["-c", str(config), "--weights.pretrained=true"])
+    assert [file.name for file in requirements.weights] == ["dino_vitb16", "lpips_alex"]
 
 
 def test_arguments_that_fit_refuses_are_a_row_and_not_a_traceback(config, capsys):
     status, said = run(capsys, "-c", config, "--trainer.devicess=2")
     assert status == 1
-    assert "missing: config: correct them, see `lrm fit --help`" in said
+    assert "missing: config: correct them; see `lrm fit --help`" in said
     assert "devicess" in said
 
 
@@ -142,11 +147,11 @@ def test_devices_are_counted_as_lightning_counts_them(devices, count):
     assert process_count(devices, 8) == count
 
 
-def test_a_truncated_shard_is_missing(wanted, shards, tmp_path):
+def test_a_truncated_shard_is_missing(requirements, shards, tmp_path):
     copy = shutil.copytree(shards, tmp_path / "copy")
     tar = next(copy.glob("train-*.tar"))
     tar.write_bytes(tar.read_bytes()[:-512])
-    (finding,) = training.shards(dataclasses.replace(wanted, sets=(DataSet(str(copy)),)))
+    (finding,) = inputs.shards(dataclasses.replace(requirements, sets=(DataSet(str(copy)),)))
     assert (finding.verdict, "it is damaged" in finding.found or "damaged" in finding.remedy) == (
         "missing",
         True,
@@ -154,9 +159,9 @@ def test_a_truncated_shard_is_missing(wanted, shards, tmp_path):
     assert "delete it" in finding.remedy or "delete it" in finding.found
 
 
-def test_too_few_views_or_objects_are_missing(wanted):
-    few = dataclasses.replace(wanted, views=9, batch_size=5)
-    shards, views = training.shards(few)
+def test_too_few_views_or_objects_are_missing(requirements):
+    few = dataclasses.replace(requirements, views=9, batch_size=5)
+    shards, views = inputs.shards(few)
     assert (shards.verdict, views.verdict) == ("missing", "missing")
     assert "lower --data.batch_size" in shards.remedy
     assert "VIEWS=9" in views.remedy
@@ -165,11 +170,11 @@ def test_too_few_views_or_objects_are_missing(wanted):
 @pytest.mark.parametrize(
     ("render", "said"), [({"resolution": 24}, "found 24"), ({"normalize": "cube"}, "'cube'")]
 )
-def test_shards_that_fit_would_refuse_are_missing(wanted, shards, tmp_path, render, said):
+def test_shards_that_fit_would_refuse_are_missing(requirements, shards, tmp_path, render, said):
     copy = shutil.copytree(shards, tmp_path / "copy")
     manifest = read_manifest(copy)
     write_manifest(copy, dataclasses.replace(manifest, render=manifest.render | render))
-    (finding,) = training.shards(dataclasses.replace(wanted, sets=(DataSet(str(copy)),)))
+    (finding,) = inputs.shards(dataclasses.replace(requirements, sets=(DataSet(str(copy)),)))
     assert finding.verdict == "missing"
     assert said in finding.found
 
@@ -188,7 +193,7 @@ def test_a_folder_that_cannot_be_made_is_missing_and_leaves_nothing(tmp_path):
     ("gigabytes", "verdict"), [(0, "missing"), (1.9, "missing"), (3, "warning"), (21, "ok")]
 )
 def test_a_full_disk_is_missing_and_a_nearly_full_one_a_warning(gigabytes, verdict):
-    assert folders.room("run folder", Path("runs"), int(gigabytes * 2**30)).verdict == verdict
+    assert folders.free_space("run folder", Path("runs"), int(gigabytes * 2**30)).verdict == verdict
 
 
 def test_a_folder_that_is_not_shared_is_known_by_the_tokens_that_do_not_appear(tmp_path):
@@ -209,7 +214,7 @@ def test_weights_in_the_cache_are_verified(outside, monkeypatch):
     path = cached_path(artifact)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half a file")
-    finding = training.weights(Weights("lpips_alex", "official", None, None))
+    finding = inputs.weights(RequiredWeights("lpips_alex", "official", None, None))
     assert (finding.verdict, finding.remedy) == ("missing", "delete it and run again")
     assert "damaged" in finding.found
 
@@ -217,7 +222,7 @@ def test_weights_in_the_cache_are_verified(outside, monkeypatch):
 def test_weights_that_no_source_offers_are_missing_and_nothing_is_downloaded(outside, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the port of nobody: no network from here
     monkeypatch.delenv("no_proxy", raising=False)
-    finding = training.weights(Weights("lpips_alex", "official", None, None))
+    finding = inputs.weights(RequiredWeights("lpips_alex", "official", None, None))
     assert finding.verdict == "missing"
     assert "unavailable from official download" in finding.found
     assert str(outside / "cache" / "weights" / "official" / "alexnet-owt-7be5be79.pth") in finding.remedy
@@ -227,7 +232,7 @@ def test_weights_that_no_source_offers_are_missing_and_nothing_is_downloaded(out
 def test_a_release_that_was_malware_is_not_only_old():
     finding = version(LIGHTNING, "2.6.3")
     assert (finding.verdict, "malware" in finding.remedy) == ("missing", True)
-    assert version(LIGHTNING, "2.6.5").remedy == "pip install 'lightning>=2.6.6'"
+    assert version(LIGHTNING, "2.6.5").remedy == "run pip install 'lightning>=2.6.6'"
     assert version(LIGHTNING, "2.7.0").verdict == "ok"
     assert all(finding.verdict == "ok" for finding in versions())
 
@@ -237,8 +242,8 @@ def test_the_versions_are_those_of_pyproject(root):
     assert set(REQUIREMENTS) <= set(declared)
 
 
-def test_more_gpus_than_there_are_is_missing(wanted):
-    finding = machine.gpus(dataclasses.replace(wanted, gpus=1000))
+def test_more_gpus_than_there_are_is_missing(requirements):
+    finding = machine.gpus(dataclasses.replace(requirements, gpus=1000))
     assert finding.verdict == "missing"
     assert "GPUS=0" in finding.remedy
 
@@ -257,13 +262,15 @@ def test_little_shared_memory_is_a_warning_only_with_loader_workers():
     assert machine.shared_memory_of(64 << 20, 0).verdict == "ok"
 
 
-def test_more_workers_than_processors_is_a_warning(wanted):
-    assert machine.processors(dataclasses.replace(wanted, processes=1000, workers=4)).verdict == "warning"
+def test_more_workers_than_processors_is_a_warning(requirements):
+    assert (
+        machine.processors(dataclasses.replace(requirements, processes=1000, workers=4)).verdict == "warning"
+    )
 
 
 def test_nodes_that_agree_share_a_row_and_others_are_named():
     same, disk = Finding("python", "3.11.7"), Finding("cache", "full", "missing", "free some")
-    table = rows({"n0": [same, Finding("cache", "fine")], "n1": [same, disk], "n2": [same, disk]})
+    table = merge_findings({"n0": [same, Finding("cache", "fine")], "n1": [same, disk], "n2": [same, disk]})
     assert [(row.check, row.nodes, row.found, row.verdict) for row in table] == [
         ("python", "", "3.11.7", "ok"),
         ("cache", "n0", "fine", "ok"),
@@ -272,27 +279,27 @@ def test_nodes_that_agree_share_a_row_and_others_are_named():
 
 
 def test_what_must_be_alike_and_is_not_is_missing():
-    shards = [Finding("shards", f"10 objects ({digest})", alike=True) for digest in ("aa", "bb")]
-    table = rows({"n0": shards[:1], "n1": shards[1:]})
+    shards = [Finding("shards", f"10 objects ({digest})", uniform=True) for digest in ("aa", "bb")]
+    table = merge_findings({"n0": shards[:1], "n1": shards[1:]})
     assert [row.verdict for row in table] == ["missing", "missing"]
 
 
 def test_the_table_survives_brackets_and_warnings_alone_pass(capsys):
-    assert show(rows({"": [Finding("a", "[/red] n[0-1]", "warning", "see [this]")]}))
+    assert print_table(merge_findings({"": [Finding("a", "[/red] n[0-1]", "warning", "see [this]")]}))
     said = capsys.readouterr().out
     assert "[/red] n[0-1]" in said
     assert "warning: a: see [this]" in said
 
 
 def test_a_finding_travels_as_json():
-    finding = Finding("a", "b", "missing", "c", alike=True)
+    finding = Finding("a", "b", "missing", "c", uniform=True)
     assert Finding(**json.loads(json.dumps(dataclasses.asdict(finding)))) == finding
 
 
 def test_files_are_looked_for_of_encoders_whose_weights_are_in_our_table(config):
     def names(encoder):
         chosen = ["--weights.pretrained=true", f"--model.lrm.encoder.name={encoder}"]
-        return [weights.name for weights in read_wanted(["-c", str(config), *chosen]).weights]
+        return [weights.name for weights in read_requirements(["-c", str(config), *chosen]).weights]
 
     assert names("vit_small_patch14_dinov2") == ["dinov2_vits14", "lpips_alex"]
     assert names("vit_tiny_patch16_224") == ["lpips_alex"], "the hub is asked"
@@ -302,19 +309,19 @@ def test_the_meeting_ends_only_when_every_node_has_read_what_all_found(root):
     """Many times over, as processes on this machine; node 0's end takes the store with it."""
     program = """
 import os, socket, sys, time
-from lrm_pl.cluster.checks.finding import Finding
-from lrm_pl.cluster.checks.nodes import Crew, Meeting
+from lrm_pl.cluster.checks.findings import Finding
+from lrm_pl.cluster.checks.nodes import NodeExchange, NodeGroup
 import lrm_pl.cluster.checks.nodes as nodes
 index, port, slow = map(int, sys.argv[1:])
-nodes.meeting_point = lambda: ("127.0.0.1", port)
-meeting = Meeting(Crew(3, index, f"n{index}", "1"))
-exchanged = meeting._exchanged
+nodes.rendezvous_address = lambda: ("127.0.0.1", port)
+exchange = NodeExchange(NodeGroup(3, index, f"n{index}", "1"))
+gathered = exchange._all_gather
 def late(key, value):
-    found = exchanged(key, value)
+    found = gathered(key, value)
     time.sleep(0.5 * (index == slow))
     return found
-meeting._exchanged = late
-print([found.check for report in meeting.gather([Finding(f"c{index}", "")]) for found in report])
+exchange._all_gather = late
+print([found.check for report in exchange.gather([Finding(f"c{index}", "")]) for found in report])
 """
     for slow in (0, 2):
         with socket.socket() as probe:
@@ -338,8 +345,8 @@ def test_a_first_node_whose_name_stands_for_no_address_is_a_row(config, monkeypa
         ("SLURM_LOCALID", "0"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("lrm_pl.cluster.checks.nodes.meeting_point", lambda: ("no.such.host.invalid", 15005))
-    monkeypatch.setattr("lrm_pl.cluster.checks.rounds.meeting_point", lambda: ("no.such.host.invalid", 15005))
+    address = "no.such.host.invalid", 15005
+    monkeypatch.setattr("lrm_pl.cluster.checks.nodes.rendezvous_address", lambda: address)
     status, said = run(capsys, "-c", config)
     assert status == 1
-    assert "the name no.such.host.invalid must stand for node 0's address" in said
+    assert "make the name no.such.host.invalid resolve to the first node" in said

@@ -1,1 +1,1 @@
-"""What ``lrm doctor`` looks at: one file a subject, each check a function that returns findings."""
+"""Checks of ``lrm doctor``, by subject. Each check is a function that returns findings."""

@@ -1,4 +1,4 @@
-"""Versions of Python and of the packages without which nothing trains; imports none of them."""
+"""Checks of the versions of Python and of required packages, without importing them."""
 
 import importlib.metadata
 import platform
@@ -6,30 +6,30 @@ import platform
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from lrm_pl.cluster.checks.finding import Finding
+from lrm_pl.cluster.checks.findings import Finding
 
-#: The versions without which nothing trains, as in pyproject.toml (a test compares them).
+#: Required versions, as in pyproject.toml (a test compares them).
 REQUIREMENTS = ("torch>=2.14", "torchvision>=0.29", "lightning>=2.6.6")
-#: Releases that were malware: having had one matters more than its version.
+#: Releases with malware.
 MALWARE = {"lightning": ("2.6.2", "2.6.3")}
 
 
 def versions() -> list[Finding]:
-    """Compare versions with what this project needs."""
+    """Check the versions of Python and of the required packages."""
     python = platform.python_version()
     good = Version(python) >= Version("3.11")
     findings = [
-        Finding("python", python, alike=True)
+        Finding("python", python, uniform=True)
         if good
         else Finding(
-            "python", python, "missing", "make the environment with Python 3.11: make PYTHON=python3.11"
+            "python", python, "missing", "create the environment with Python 3.11: make PYTHON=python3.11"
         )
     ]
     for requirement in map(Requirement, REQUIREMENTS):
         try:
             found = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            remedy = f"pip install '{requirement}' in the environment that runs this"
+            remedy = f"run pip install '{requirement}' in this environment"
             findings.append(Finding(requirement.name, "not installed", "missing", remedy))
             continue
         findings.append(version(requirement, found))
@@ -37,12 +37,12 @@ def versions() -> list[Finding]:
 
 
 def version(requirement: Requirement, found: str) -> Finding:
-    """Judge the version of one package."""
+    """Check the version of one package."""
     if found in MALWARE.get(requirement.name, ()):
         remedy = (
-            f"that release was malware: install '{requirement}' and renew every secret this machine has held"
+            f"this release contained malware: install '{requirement}' and renew all secrets of this machine"
         )
         return Finding(requirement.name, found, "missing", remedy)
     if not requirement.specifier.contains(found, prereleases=True):
-        return Finding(requirement.name, found, "missing", f"pip install '{requirement}'")
-    return Finding(requirement.name, found, alike=True)
+        return Finding(requirement.name, found, "missing", f"run pip install '{requirement}'")
+    return Finding(requirement.name, found, uniform=True)

@@ -1,4 +1,4 @@
-"""What a run asks for: its config, as `lrm fit` would read it, without making the model."""
+"""Requirements of a run, from its config."""
 
 import dataclasses
 from pathlib import Path
@@ -14,8 +14,8 @@ from lrm_pl.weights.resolve import WeightSource
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
-    """One file of pretrained weights: the entry, and where the config looks for it."""
+class RequiredWeights:
+    """A file of pretrained weights: its name in the catalog, and the config's source, path and hash."""
 
     name: WeightName
     source: WeightSource
@@ -24,22 +24,22 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """What a run asks of the machines.
+class RunRequirements:
+    """Requirements of a run.
 
     Attributes:
-        nodes: Machines.
-        processes: Processes a machine.
-        gpus: GPUs a machine; 0 on CPUs.
-        precision: Lightning's name of it.
-        accumulate: Batches accumulated into an optimizer step.
-        batch_size: Objects an optimizer step.
-        views: Views an object must have.
-        workers: Loader workers a process.
+        nodes: Number of nodes.
+        processes: Processes per node.
+        gpus: GPUs per node; 0 on CPUs.
+        precision: Lightning's name of the precision.
+        accumulate: Accumulated batches per optimizer step.
+        batch_size: Objects per optimizer step.
+        views: Views per object.
+        workers: Data loader workers per process.
         bounds: ``bounds`` of the renderer.
         sets: The data sets.
-        run: Folder that the run writes into.
-        weights: Pretrained files that it starts from or measures with.
+        run: Folder of the run.
+        weights: Files of pretrained weights.
     """
 
     nodes: int
@@ -53,21 +53,21 @@ class Wanted:
     bounds: str
     sets: tuple[DataSet, ...]
     run: Path
-    weights: tuple[Weights, ...]
+    weights: tuple[RequiredWeights, ...]
 
 
-def read_wanted(arguments: list[str]) -> Wanted:
-    """Read the arguments of `lrm fit`.
+def read_requirements(arguments: list[str]) -> RunRequirements:
+    """Read the requirements from the arguments of `lrm fit`.
 
     Raises:
-        InputError: `lrm fit` would refuse them.
+        InputError: `lrm fit` would reject them.
     """
     config = parse_fit(arguments)
     trainer, data = config["trainer"], config["data"]
     accelerator = trainer["accelerator"]
     on_gpus = requires_gpu(accelerator) or num_visible_gpus(accelerator) > 0
     processes = process_count(trainer["devices"], num_visible_gpus(accelerator) if on_gpus else 1)
-    return Wanted(
+    return RunRequirements(
         nodes=trainer["num_nodes"],
         processes=processes,
         gpus=processes if on_gpus else 0,
@@ -77,28 +77,28 @@ def read_wanted(arguments: list[str]) -> Wanted:
         views=config["model"]["lrm"]["input_views"] + data["side_views"] + data["unseen_views"],
         workers=data["workers"],
         bounds=config["model"]["renderer"]["bounds"],
-        sets=(DataSet(data["folder"], data["weight"]), *(DataSet(**vars(one)) for one in data["also"])),
+        sets=(DataSet(data["folder"], data["weight"]), *(DataSet(**vars(also)) for also in data["also"])),
         run=Path(config.get("run.folder") or "runs"),
-        weights=_weights(config),
+        weights=_required_weights(config),
     )
 
 
 def process_count(devices: int | str | list[int], available: int) -> int:
-    """Return how many processes Lightning's ``devices`` starts on a node, of which -1 and "auto" mean all there are."""
+    """Return the number of processes per node for Lightning's ``devices``; -1 and "auto" are all available devices."""
     if isinstance(devices, list):
         return len(devices)
     if str(devices) in ("auto", "-1"):
         return max(1, available)
-    chosen = [part for part in str(devices).split(",") if part]
-    return len(chosen) if "," in str(devices) else int(chosen[0])
+    indices = [index for index in str(devices).split(",") if index]
+    return len(indices) if "," in str(devices) else int(indices[0])
 
 
-def _weights(config: Namespace) -> tuple[Weights, ...]:
-    given: WeightsConfig = config["weights"]
-    files: list[tuple[WeightName, WeightsFile]] = [("lpips_alex", given.lpips_alex)]
+def _required_weights(config: Namespace) -> tuple[RequiredWeights, ...]:
+    weights: WeightsConfig = config["weights"]
+    files: list[tuple[WeightName, WeightsFile]] = [("lpips_alex", weights.lpips_alex)]
     if config.get("model.objective.init_args.lpips", 1.0):
-        files.insert(0, ("lpips_vgg", given.lpips_vgg))
+        files.insert(0, ("lpips_vgg", weights.lpips_vgg))
     encoder = config["model"]["lrm"]["encoder"]["name"]
-    if given.pretrained and given.network is None and (name := catalog_name(encoder)) is not None:
-        files.insert(0, (name, given.encoder))  # of others the hub is asked, or the user's file taken
-    return tuple(Weights(name, given.source, file.path, file.sha256) for name, file in files)
+    if weights.pretrained and weights.network is None and (name := catalog_name(encoder)) is not None:
+        files.insert(0, (name, weights.encoder))
+    return tuple(RequiredWeights(name, weights.source, file.path, file.sha256) for name, file in files)
