@@ -49,7 +49,7 @@ def test_the_environment_does_not_change_what_make_does(typed):
         (("infer", "evaluate", "IMAGE=a.png", "DATA=x", "GPUS=2"), "found GPUS"),
         (("infer", "IMAGE=a.png", "DATA=data/mine"), "found DATA"),
         (("render-shards", "PROCESSES=4"), "found PROCESSES"),
-        (("lint", "ARGS=x"), "expected variables among none"),
+        (("lint", "ARGS=x"), "expected variables from none"),
     ],
 )
 def test_a_variable_that_a_target_does_not_take_is_refused(typed, words, named):
@@ -64,7 +64,7 @@ def test_a_variable_that_a_target_does_not_take_is_refused(typed, words, named):
 def test_a_variable_without_a_value_is_refused_and_not_taken_for_the_default(typed, words):
     with pytest.raises(subprocess.CalledProcessError) as refused:
         typed(*words)
-    assert f"expected a value after {words[1]}, but found nothing" in refused.value.stderr
+    assert f"{words[1]} has no value" in refused.value.stderr
     assert typed("train", "DATA=x", "ARGS=") == typed("train", "DATA=x")
 
 
