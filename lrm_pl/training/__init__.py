@@ -1,1 +1,1 @@
-"""How the network is trained: the LightningModule, the optimizer. Nothing here knows how images are shown."""
+"""Training: LightningModule, optimizer, strategies, checkpointing and checks of settings. See README.md."""
