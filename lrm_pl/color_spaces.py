@@ -91,6 +91,18 @@ SRGB: Final = ColorSpace()
 ADOBE_RGB: Final = ColorSpace((0.64, 0.33, 0.21, 0.71, 0.15, 0.06, *_D65), 563 / 256)
 
 
+def srgb_to_linear(srgb: npt.ArrayLike) -> npt.NDArray[np.floating]:
+    """Convert sRGB in [0, 1] to linear RGB (IEC 61966-2-1)."""
+    srgb = np.asarray(srgb)
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def linear_to_srgb(linear: npt.ArrayLike) -> npt.NDArray[np.floating]:
+    """Convert linear RGB in [0, 1] to sRGB (IEC 61966-2-1)."""
+    linear = np.asarray(linear)
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
 def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image.Image:
     """Convert an image from the color space declared by its file to sRGB.
 
@@ -162,14 +174,12 @@ def _by_space(rgb: Image.Image, space: ColorSpace, deep: npt.NDArray[np.uint16] 
     except np.linalg.LinAlgError:  # collinear primaries, or no white
         return rgb
     light = np.arange(1 << 16) / 65535
-    encoded = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    encoded = np.rint(encoded * 255).astype(np.uint8)
+    encoded = np.rint(linear_to_srgb(light) * 255).astype(np.uint8)
 
     def convert(image: Image.Image) -> Image.Image:
         stored = deep if deep is not None and image is rgb else np.asarray(image)
         codes = np.linspace(0, 1, np.iinfo(stored.dtype).max + 1)
-        linear = np.where(codes <= 0.04045, codes / 12.92, ((codes + 0.055) / 1.055) ** 2.4)
-        linear = (linear if space.gamma is None else codes**space.gamma).astype(np.float32)
+        linear = (srgb_to_linear(codes) if space.gamma is None else codes**space.gamma).astype(np.float32)
         converted = np.empty_like(stored, dtype=np.uint8)
         for top in range(0, len(stored), _ROWS):
             part = linear[stored[top : top + _ROWS]] @ matrix.T

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-import numpy.typing as npt
+from lrm_pl.color_spaces import srgb_to_linear
 
 #: Returns the content of a file relative to the OBJ's folder, or None if it is missing.
 ReadFile = Callable[[str], bytes | None]
@@ -240,12 +239,6 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
             *(f"{_SPELLING.get(key, key)} {value}" for key, value in statements.items()),
         ]
     return ("\n".join(lines) + "\n").encode("utf-8", errors="surrogateescape")
-
-
-def srgb_to_linear(srgb: npt.ArrayLike) -> npt.NDArray[np.floating]:
-    """Convert sRGB values to linear light."""
-    srgb = np.asarray(srgb)
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
 def _color(value: str) -> list[float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import bpy
 from PIL import Image
 
-from data_tools.assets.obj_materials import srgb_to_linear
+from lrm_pl.color_spaces import srgb_to_linear
 
 # isort: split
 import bmesh  # exists only once bpy is loaded

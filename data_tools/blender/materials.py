@@ -43,7 +43,8 @@ from PIL import Image
 # isort: split
 import bmesh  # exists only once bpy is loaded
 
-from data_tools.assets.obj_materials import normalize_lines, srgb_to_linear, translate_mtl
+from data_tools.assets.obj_materials import normalize_lines, translate_mtl
+from lrm_pl.color_spaces import linear_to_srgb, srgb_to_linear
 
 #: Corners are in one place if they are nearer than this, of the object's longest side.
 _SAME_PLACE = 1e-6
@@ -171,9 +172,7 @@ def _read_bytes_as_such() -> None:
     if max((float(values[:, :3].max(initial=0)) for values in colors), default=0) <= srgb_to_linear(2.0):
         return
     for layer, values in zip(layers, colors, strict=True):
-        light = values[:, :3].clip(0)
-        srgb = np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055) / 255
-        values[:, :3] = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        values[:, :3] = srgb_to_linear(linear_to_srgb(values[:, :3].clip(0)) / 255)
         layer.foreach_set("color", values.reshape(-1))
 
 

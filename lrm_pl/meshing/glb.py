@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lrm_pl import __version__
+from lrm_pl.color_spaces import srgb_to_linear
 from lrm_pl.meshing.mesh import Mesh, vertex_normals
 
 #: glTF's codes of component types and buffer view targets.
@@ -57,11 +58,6 @@ def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
         **builder.document(),
     }
     return _container(json.dumps(content, separators=(",", ":")).encode(), bytes(builder.data))
-
-
-def srgb_to_linear(colors: np.ndarray) -> np.ndarray:
-    """Convert sRGB in [0, 1] to linear RGB (IEC 61966-2-1)."""
-    return np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
 
 
 class _Builder:

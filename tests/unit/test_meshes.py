@@ -15,9 +15,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
+from lrm_pl.color_spaces import srgb_to_linear
 from lrm_pl.meshing import unwrap as unwrap_file
 from lrm_pl.meshing.export import encode_mesh
-from lrm_pl.meshing.glb import encode_glb, srgb_to_linear
+from lrm_pl.meshing.glb import encode_glb
 from lrm_pl.meshing.mesh import Mesh, decimate, remove_floaters, vertex_normals
 from lrm_pl.meshing.texture import bake_texture, texel_points
 from lrm_pl.meshing.unwrap import PADDING, Atlas, UnwrapError, unwrap
