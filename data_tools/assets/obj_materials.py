@@ -25,7 +25,7 @@ _MATT = frozenset({"0", "1"})
 _NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
 
 #: Statements with an image file, in addition to those that start with ``map_``.
-_PICTURES = frozenset({"bump", "disp", "decal", "norm", "refl"})
+_IMAGES = frozenset({"bump", "disp", "decal", "norm", "refl"})
 
 #: Keywords in the spelling that Blender requires; its parser is case-sensitive.
 _SPELLING = {
@@ -213,7 +213,7 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
                 value = " ".join(f"{x if by_blender else srgb_to_linear(x):.9g}" for x in color)
             elif keyword in ("refl", "map_refl") and not by_blender:
                 continue  # a reflection map, which Blender reads as a metallic map
-            elif keyword in _PICTURES or keyword.startswith("map_"):
+            elif keyword in _IMAGES or keyword.startswith("map_"):
                 value = _with_path(path.parent, value)
             statements = materials.setdefault(name, {})
             statements.pop(keyword, None)  # the last definition wins and determines the order

@@ -76,8 +76,8 @@ def load_asset(
         has_colors = materials.apply_vertex_colors()
         missing += [] if has_colors else undefined
         textures.clamp_textures(clamped)
-    pictures = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
-    _refuse_files_outside(root, Path.cwd(), pictures)
+    images = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
+    _refuse_files_outside(root, Path.cwd(), images)
     materials.load_unsupported_images()
     if kind not in gltf.GLTF_SUFFIXES:
         textures.ignore_color_alpha()
@@ -168,14 +168,14 @@ def prepare_scene(
     doubled = materials.separate_duplicate_faces()
     one_sided = materials.cull_back_faces()
     shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
-    unseen = _pictures(set(bpy.data.objects) - set(shown)) - _pictures(shown)
-    # Asking for the size makes Blender load the picture.
-    pictures = [
+    unseen = _images(set(bpy.data.objects) - set(shown)) - _images(shown)
+    # Asking for the size makes Blender load the image.
+    images = [
         image
         for image in bpy.data.images
         if image not in unseen and (image.source not in ("GENERATED", "VIEWER") or image.packed_file)
     ]
-    missing = [image.filepath or image.name for image in pictures if image.size[0] == 0]
+    missing = [image.filepath or image.name for image in images if image.size[0] == 0]
     missing += [f"that of {node.name}" for node in _texture_nodes(shown) if node.image is None]
     textures.assign_color_spaces()
     for name in [*missing, *lost]:
@@ -192,7 +192,7 @@ def prepare_scene(
         thinness=float(extent.min() / extent.max()),
         materials=len(used),
         colored=_is_colored(used),
-        textures=len(pictures),
+        textures=len(images),
         missing_textures=len(missing) + len(lost),
         animated=animated,
         hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in things),
@@ -201,8 +201,8 @@ def prepare_scene(
     )
 
 
-def _pictures(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
-    """Return the pictures of the materials of some objects."""
+def _images(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
+    """Return the images of the materials of some objects."""
     return {node.image for node in _texture_nodes(things) if node.image}
 
 

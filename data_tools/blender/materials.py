@@ -22,7 +22,7 @@
 | colors at vertices, and a material without one | the material's gray       | the colors; the gray of parts without   |
 | normals that point to the back of their face   | black                     | they are turned                         |
 | glTF without ``doubleSided``                   | both sides are seen       | back faces are not seen, holes or not   |
-| a GIF, PPM, PCX or AVIF as a texture           | magenta                   | the (first) picture                     |
+| a GIF, PPM, PCX or AVIF as a texture           | magenta                   | the (first) image                     |
 | several faces in one place                     | black speckles            | one of them; opaque under transparent   |
 | an OBJ whose MTL or material is not there      | gray                      | counted as a missing texture            |
 | colors at vertices in 0 to 255, not 0 to 1     | white                     | divided by 255                          |
@@ -190,7 +190,7 @@ def _color_with(material: bpy.types.Material, attribute: str) -> None:
 
 
 def load_unsupported_images() -> None:
-    """Open pictures that Blender cannot open (PPM, PCX, AVIF), and small GIFs, which it takes for movies."""
+    """Open images that Blender cannot open (PPM, PCX, AVIF), and small GIFs, which it takes for movies."""
     for image in [image for image in bpy.data.images if image.filepath and image.size[0] == 0]:
         try:
             with Image.open(bpy.path.abspath(image.filepath)) as first:
@@ -198,11 +198,11 @@ def load_unsupported_images() -> None:
         except (OSError, ValueError, Image.DecompressionBombError):
             continue  # counted as missing
         height, width = pixels.shape[:2]
-        picture = bpy.data.images.new(image.name, width, height, alpha=True)
-        picture.pixels.foreach_set(pixels.ravel())
-        picture.pack()
-        picture.alpha_mode = image.alpha_mode
-        image.user_remap(picture)
+        loaded = bpy.data.images.new(image.name, width, height, alpha=True)
+        loaded.pixels.foreach_set(pixels.ravel())
+        loaded.pack()
+        loaded.alpha_mode = image.alpha_mode
+        image.user_remap(loaded)
         bpy.data.images.remove(image)
 
 
@@ -456,15 +456,15 @@ def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(33))
 
 
-def apply_texture(picture: Path) -> None:
-    """Lay a picture on all meshes, by their texture coordinates."""
+def apply_texture(image: Path) -> None:
+    """Lay an image on all meshes, by their texture coordinates."""
     material = bpy.data.materials.new("texture")
     material.use_nodes = True
     shader = material.node_tree.nodes["Principled BSDF"]
     shader.inputs["Specular IOR Level"].default_value = 0.0
     shader.inputs["Roughness"].default_value = 1.0
     node = material.node_tree.nodes.new("ShaderNodeTexImage")
-    node.image = bpy.data.images.load(os.fspath(picture.absolute()))
+    node.image = bpy.data.images.load(os.fspath(image.absolute()))
     material.node_tree.links.new(node.outputs["Color"], shader.inputs["Base Color"])
     for mesh in bpy.data.meshes:
         mesh.materials.clear()

@@ -1,12 +1,12 @@
-"""Blender side: the pictures of materials, where Blender's importers or Cycles take them otherwise. Needs bpy.
+"""Blender side: the images of materials, where Blender's importers or Cycles take them otherwise. Needs bpy.
 
 | the file says                                     | Blender                     | here                             |
 |---------------------------------------------------|-----------------------------|----------------------------------|
-| one picture is both a color and data (roughness)  | its color is taken for data | each as it is meant              |
+| one image is both a color and data (roughness)  | its color is taken for data | each as it is meant              |
 | a color texture with alpha that nothing asks for  | darkened by the alpha       | its color                        |
-| MTL ``map_d``, a picture without alpha            | opaque                      | its brightness is the opacity    |
+| MTL ``map_d``, an image without alpha            | opaque                      | its brightness is the opacity    |
 | an alpha that is 0 in all of a color texture      | invisible                   | opaque                           |
-| MTL ``-clamp on``                                 | the picture is repeated     | its edge goes on                 |
+| MTL ``-clamp on``                                 | the image is repeated     | its edge goes on                 |
 | a bump map, which is heights, in MTL and FBX      | a normal map: dark faces    | left out: even light shows none  |
 | a name that differs in case; a path of Windows    | magenta                     | the file, where it is beside     |
 """
@@ -22,7 +22,7 @@ from data_tools.assets.obj_materials import find_file
 
 
 def find_textures(folder: Path) -> None:
-    """Look for the pictures that are not where they should be: other spellings, and the ends of their paths.
+    """Look for the images that are not where they should be: other spellings, and the ends of their paths.
 
     Args:
         folder: Where the mesh lies.
@@ -36,9 +36,9 @@ def find_textures(folder: Path) -> None:
         parts = windows.parts[bool(windows.anchor) :]
         ends = ["/".join(parts[start:]) for start in range(len(parts)) if ".." not in parts[start:]]
         if found := next(filter(None, (find_file(folder, end) for end in ends)), None):
-            picture = bpy.data.images.load(str(found.absolute()), check_existing=True)
-            picture.alpha_mode = image.alpha_mode
-            image.user_remap(picture)
+            loaded = bpy.data.images.load(str(found.absolute()), check_existing=True)
+            loaded.alpha_mode = image.alpha_mode
+            image.user_remap(loaded)
             bpy.data.images.remove(image)
 
 
@@ -50,7 +50,7 @@ def ignore_color_alpha() -> None:
 
 
 def link_opacity_masks() -> None:
-    """Take the brightness of an opacity texture for the opacity, where the picture has no alpha of its own.
+    """Take the brightness of an opacity texture for the opacity, where the image has no alpha of its own.
 
     An alpha channel of zeros is ignored: some programs leave the fourth byte of BMP and TGA files unset.
     """
@@ -82,25 +82,25 @@ def remove_bump_maps() -> None:
 
 
 def _pixels(image: bpy.types.Image) -> npt.NDArray[np.float32]:
-    """Return the (n, 4) values of a picture as its file holds them."""
+    """Return the (n, 4) values of an image as its file holds them."""
     pixels = np.empty(len(image.pixels), dtype=np.float32)
     image.pixels.foreach_get(pixels)
     return pixels.reshape(-1, 4)
 
 
-def clamp_textures(pictures: Container[str]) -> None:
-    """Let the edges of some pictures go on, where others are repeated.
+def clamp_textures(images: Container[str]) -> None:
+    """Let the edges of some images go on, where others are repeated.
 
     Args:
-        pictures: Their paths.
+        images: Their paths.
     """
     for _, node in _textures():
-        if str(Path(bpy.path.abspath(node.image.filepath))) in pictures:
+        if str(Path(bpy.path.abspath(node.image.filepath))) in images:
             node.extension = "EXTEND"
 
 
 def assign_color_spaces() -> None:
-    """Give each texture a picture of the color space that it is meant in: one may be used as both."""
+    """Give each texture an image of the color space that it is meant in: one may be used as both."""
     copies = dict[tuple[bpy.types.Image, bool], bpy.types.Image]()
     for _, node in _textures():
         image, color = node.image, node.outputs["Color"]
@@ -116,7 +116,7 @@ def assign_color_spaces() -> None:
 
 
 def _textures() -> Iterator[tuple[bpy.types.Material, bpy.types.ShaderNodeTexImage]]:
-    """Yield the materials and their textures that have a picture."""
+    """Yield the materials and their textures that have an image."""
     for material in bpy.data.materials:
         for node in material.node_tree.nodes if material.node_tree else ():
             if node.type == "TEX_IMAGE" and node.image:
