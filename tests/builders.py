@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
 import struct
+import subprocess
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -15,6 +17,7 @@ from skimage.measure import marching_cubes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_tools.rendering.settings import RenderSettings
+from lrm_pl.cluster.job import Launch, sbatch_command
 from lrm_pl.data.batch import Batch, Views
 from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.data.manifest import read_index, read_manifest
@@ -285,3 +288,37 @@ STAND_IN_WORKER = Path(__file__).parent / "data_tools" / "stand_in_worker.py"
 def read_tars(folder):
     """Return name -> bytes of the shards of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def a_launch(**changes):
+    fields = {
+        "nodes": 2,
+        "processes": 8,
+        "gpus": 8,
+        "base_strategy": "ddp",
+        "configs": ("mine.yaml",),
+        "strategy": "",
+        "data": "data/mine",
+        "run": Path("runs/mine-1"),
+        "arguments": (),
+    }
+    return Launch(**fields | changes)
+
+
+def command_of(launch, **changes):
+    options = {"cpus": 6, "cache": Path("/cache"), "partition": "gpu", "account": "lab", "time": "1-00:00:00"}
+    return sbatch_command(launch, ["python", *launch.fit_command()], **options | changes)
+
+
+SCRIPT = "configs/cluster/slurm.sbatch"
+
+
+def run_job(checkout, stand_ins, launch, **changes):
+    """Start the job script by bash, as Slurm does on the first node, after definitions that stand in for programs."""
+    command = command_of(launch, **changes)
+    (checkout / "job.sh").write_text(stand_ins + (checkout / SCRIPT).read_text())
+    environment = os.environ | {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n0", "SLURM_CPUS_PER_TASK": "6"}
+    return subprocess.Popen(
+        ["bash", "job.sh", *command[command.index(SCRIPT) + 1 :]],
+        cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip

@@ -1,98 +1,31 @@
 """Habits of users of Lightning: its settings, its loggers, Ctrl-C, a saved config. All work, or are refused at once."""
 
-import contextlib
 import csv
 import dataclasses
-import errno
-import fcntl
 import json
-import os
-import signal
 import subprocess
 import sys
-import termios
-import threading
-import time
 import warnings
 
-import lightning as L
 import pytest
 import yaml
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lrm_pl.__main__ import main as lrm
-from lrm_pl.apps.evaluate import main as evaluate
 from lrm_pl.checkpoints import list_checkpoints
-from lrm_pl.cli.fit_config import build_meta_model, parse_fit
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.cli.main import command_line, main
-from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.manifest import Manifest, write_manifest
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.inference.export import export
-from lrm_pl.inference.pipeline import LRMPipeline
-from lrm_pl.losses.objective import Objective
 from lrm_pl.training.ema import validates_with_average
-from lrm_pl.training.module import LRMModule
 from lrm_pl.training.optim import OptimizerConfig
-from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
 from lrm_pl.version import git_commit
-from tests.builders import TINY
 
 # Lightning warns of small things (few workers, short runs) that are so by design here.
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-class OtherLogger(Logger):
-    """A logger that takes no folder."""
-
-    name, version = "other", 0
-
-    def __init__(self, color: str = "red") -> None:
-        super().__init__()
-        self.color, self.steps = color, []
-
-    def log_metrics(self, metrics, step=None):
-        self.steps.append(step)
-
-    def log_hyperparams(self, params, *args, **kwargs):
-        self.params = params
-
-
-class Told(L.Callback):
-    """Tells this process that its time is up when training is done, before the report."""
-
-    def on_fit_end(self, trainer, pl_module):
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-
-class Mistaken(L.Callback):
-    """Raises in the middle of training."""
-
-    def on_train_batch_end(self, *arguments):
-        raise ArithmeticError("a mistake in a callback")
-
-
-class FullDisk(L.Callback):
-    """Writes to a disk without room, as a logger or an image might."""
-
-    def on_train_batch_end(self, *arguments):
-        with open("/dev/full", "w") as file:
-            file.write("anything")
-
-
-@pytest.fixture
-def here(tmp_path, shards, monkeypatch):
-    """An empty working folder; returns the arguments of a tiny run with the loggers and callbacks of every run."""
-    monkeypatch.chdir(tmp_path)
-    trainer = {"max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1, "precision": "32-true"}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
-    return ["-c", "tiny.yaml", "--data.folder", str(shards)]
 
 
 @pytest.mark.parametrize(
@@ -150,126 +83,9 @@ def test_what_lightning_refuses_is_one_message(here, options, message):
     assert "\n" not in said
 
 
-@pytest.mark.parametrize(
-    ("more", "options", "environment"),
-    [
-        ({"SLURM_JOB_NAME": "ondemand", "SLURM_NTASKS": "4"}, [], "LightningEnvironment"),
-        ({"SLURM_NTASKS": "1"}, ["--trainer.strategy=ddp", "--trainer.devices=2"], "LightningEnvironment"),
-        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, [], "LightningEnvironment"),
-        (
-            {
-                "SLURM_NTASKS": "1", "TORCHELASTIC_RUN_ID": "1", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
-                "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
-            },
-            ["--trainer.strategy=ddp", "--trainer.devices=2"],
-            "TorchElasticEnvironment",
-        ),
-        (
-            {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
-             "SLURM_NODEID": "1", "SLURM_NODELIST": "n[0-1]", "SLURM_NNODES": "2",
-             "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
-            ["--trainer.strategy=ddp", "--trainer.num_nodes=2"],
-            "SLURMEnvironment",
-        ),
-        (  # srun -n 2 from a shell that salloc started for 4 tasks a node
-            {"SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1",
-             "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "n0", "SLURM_NNODES": "1",
-             "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_PTY_PORT": "1"},
-            ["--trainer.strategy=ddp", "--trainer.devices=2"],
-            "SLURMEnvironment",
-        ),
-    ],
-)  # fmt: skip
-def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_started_it(
-    here, monkeypatch, more, options, environment
-):
-    monkeypatch.setattr(rank_zero_only, "rank", 0)  # the trainer sets it, for all that follows
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")  # it is set for Lightning, and taken back here
-    for name, value in ({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "notebook"} | more).items():
-        monkeypatch.setenv(name, value)
-    line = LRMCLI("fit", [*here, "--trainer.accelerator=cpu", *options], records=False)
-    assert type(line.trainer.strategy.cluster_environment).__name__ == environment if options else True
-    wanted = {"TorchElasticEnvironment": (2, 1), "SLURMEnvironment": (2, 1)}.get(environment)
-    if wanted is not None:
-        assert (line.trainer.world_size, line.trainer.global_rank) == wanted
-
-
-def test_nodes_with_different_numbers_of_tasks_are_refused(here, monkeypatch):
-    tasks = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
-    for name, value in tasks.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(
-        SystemExit, match="expected the same number of srun tasks on each node, but found 2,1"
-    ):
-        main(["fit", *here, "--trainer.accelerator=cpu"])
-
-
-@pytest.mark.parametrize(("terminal", "tasks"), [(True, 1), (False, 4)])
-def test_a_shell_that_srun_gives_a_terminal_is_one_process_and_what_it_starts_by_srun_are_several(
-    root, tmp_path, terminal, tasks
-):
-    line = [
-        sys.executable,
-        "-c",
-        "from lrm_pl.training.processes import num_srun_tasks; print(num_srun_tasks())",
-    ]
-    command = [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])", *line] if terminal else line
-    variables = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PTY_PORT": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        command, env=os.environ | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,
-        start_new_session=True, timeout=60,
-    )  # fmt: skip
-    assert int(done.stdout) == tasks
-
-
-@pytest.mark.parametrize(
-    ("launcher", "variables"),
-    [
-        ("torchrun", {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}),
-        ("srun", {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "a", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
-                  "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}),
-        ("mpirun", {"OMPI_COMM_WORLD_SIZE": "2"}),
-    ],
-)  # fmt: skip
-def test_processes_that_would_each_be_a_run_of_its_own_are_refused(
-    here, tmp_path, monkeypatch, launcher, variables
-):
-    for name, value in ({"SLURM_NTASKS_PER_NODE": "1"} | variables).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=f"found 2 that {launcher} started: .*--trainer.devices 2"):
-        main(["fit", *here, "--trainer.accelerator=cpu"])
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-        {"RANK": "1", "WORLD_SIZE": "2"},
-        {"RANK": "1"},
-        {"LOCAL_RANK": "1"},
-        {"NODE_RANK": "1"},
-    ],
-)
-def test_a_place_among_processes_that_no_launcher_gave_is_refused(here, tmp_path, monkeypatch, variables):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    found = " ".join(f"{name}={value}" for name, value in variables.items() if not name.startswith("MASTER"))
-    with pytest.raises(SystemExit, match=f"expected process 0 of 1, but found {found} in the environment"):
-        main(["fit", *here, "--trainer.accelerator=cpu"])
-    assert not (tmp_path / "runs").exists()
-    if "RANK" in variables:
-        with pytest.raises(
-            SystemExit, match=f"expected process 0 of 1, but found {found} in the environment"
-        ):
-            evaluate(["--ckpt=none", "--data=none"])
-
-
 @pytest.mark.parametrize("where", [[], ["--run.folder=run"]])
 def test_any_logger_works_and_each_run_has_a_folder_of_its_own(here, tmp_path, where):
-    for logger in (f"{__name__}.OtherLogger", "false"):
+    for logger in ("tests.integration.user_classes.OtherLogger", "false"):
         command_line(["fit", *here, f"--trainer.logger={logger}", *where, "--trainer.max_steps=2"])
         if where:
             break
@@ -368,135 +184,6 @@ def test_the_commit_is_that_of_this_code_and_not_of_a_project_around_it(tmp_path
     assert git_commit() != "unknown", "the code is in that project"
 
 
-def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
-    """Sent to the whole group, workers among them, as a terminal does."""
-    command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=2"]
-    process = subprocess.Popen(
-        [*command, "--trainer.max_steps=5000", "--trainer.log_every_n_steps=1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    said = []
-    assert process.stdout is not None
-    reader = threading.Thread(target=lambda: said.extend(process.stdout))
-    reader.start()
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/views/*step000002.png")) and process.poll() is None:
-        assert time.monotonic() < deadline, said
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 75, "".join(said)
-    reader.join()
-    text = "".join(said)
-    assert "Stopping after this step with a checkpoint. Press Ctrl-C again" in text
-    assert "stopped by a signal after step" in text
-    assert "Traceback" not in text
-    assert "--run.folder" in text
-    (kept,) = list_checkpoints(str(tmp_path / "run/checkpoints"))[:1]
-    step = int(kept.rpartition("-")[2])
-    line = command_line(["fit", *here, "--run.folder=run", f"--trainer.max_steps={step + 2}"])
-    assert line.trainer.callback_metrics["val/heldout/psnr_pooled"] > 0
-
-
-def test_a_terminal_that_is_closed_ends_a_run_with_its_newest_step_kept(here, tmp_path):
-    ours, theirs = os.openpty()
-    command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=1"]
-
-    def take_terminal():
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-
-    process = subprocess.Popen(
-        [*command, "--trainer.max_steps=5000"],
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal,
-    )  # fmt: skip
-    os.close(theirs)
-    os.set_blocking(ours, False)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/views/*step000002.png")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        with contextlib.suppress(BlockingIOError):
-            os.read(ours, 10_000)
-        time.sleep(0.05)
-    os.close(ours)
-    assert process.wait(60) == 75
-    assert list_checkpoints(str(tmp_path / "run/checkpoints"))
-
-
-def test_a_run_under_nohup_does_not_hear_of_its_terminals_end(monkeypatch):
-    signals, trainer = StopSignals(), L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        signals.listen(trainer)
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert signals.received is None
-        signals.restore()
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
-def test_a_second_ctrl_c_stops_at_once_whatever_came_before(first):
-    before = signal.getsignal(signal.SIGINT)
-    signals = StopSignals()
-    signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
-    try:
-        os.kill(os.getpid(), first)
-        if first != signal.SIGINT:
-            os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received is first
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signals.restore()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.timeout(60)
-def test_an_error_ends_a_run_that_has_data_workers(here):
-    with pytest.raises(ArithmeticError, match="a mistake in a callback"):
-        main(
-            [
-                "fit",
-                *here,
-                "--run.folder=run",
-                "--data.workers=2",
-                f"--trainer.callbacks+={__name__}.Mistaken",
-            ]
-        )
-
-
-def test_a_disk_that_is_full_of_anything_ends_the_run_with_one_message(here):
-    with pytest.raises(
-        SystemExit, match=r"^lrm: no space left .*No space left on device.*again with --run.folder"
-    ):
-        main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.FullDisk"])
-
-
-def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
-    code = "import sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
-    code += "print('begun', flush=True); sys.stdin.read(1); print('more'); sys.stderr.write('stopped'); sys.exit(75)"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    for unbuffered in ("", "1"):
-        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-        with subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, **pipes) as process:
-            assert process.stdout.readline() == b"begun\n"
-            process.stdout.close()
-            process.stdin.close()
-            assert process.wait(60) == 75
-
-
-def test_a_command_whose_stdout_is_closed_ends_well_and_what_it_prints_is_in_no_file(root, tmp_path):
-    code = "import os, sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
-    code += "file = open(sys.argv[1], 'wb'); print('said', flush=True); os.system('echo said')"
-    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
-    subprocess.run(closed, cwd=root, check=True, timeout=60)
-    assert (tmp_path / "file").read_bytes() == b""
-
-
 def test_views_that_are_too_small_to_be_measured_are_refused_before_a_run(here, tmp_path):
     manifest = write_synthetic_shards(tmp_path / "small", views=4, resolution=24)
     write_manifest(
@@ -508,15 +195,6 @@ def test_views_that_are_too_small_to_be_measured_are_refused_before_a_run(here, 
         main(["fit", *here, f"--data.folder={tmp_path / 'small'}"])
     with pytest.raises(InputError, match="found 24"):
         PROTOCOLS["lrm"].check_manifest(Manifest((), 15, 0, {"resolution": 24}), "data")
-
-
-def test_a_folder_that_cannot_be_written_ends_the_run_with_one_message(here, monkeypatch):
-    def read_only(path, *_, **__):
-        raise OSError(errno.EROFS, "Read-only file system", str(path))
-
-    monkeypatch.setattr("pathlib.Path.mkdir", read_only)
-    with pytest.raises(SystemExit, match=r"^lrm: no access to .*Read-only file system: 'runs.*--run"):
-        main(["fit", *here])
 
 
 def test_the_report_is_of_the_average_where_validations_are(here, tmp_path, capsys):
@@ -597,27 +275,6 @@ def test_what_lightnings_callbacks_say_of_learning_rates_and_steps_is_so(here, t
     assert rates[4] == pytest.approx(schedule.learning_rate(3, 5))
 
 
-def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv(REQUEUE_NOTE, str(tmp_path / "gone" / "note"))
-    signals = StopSignals()
-    signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
-    os.kill(os.getpid(), signal.SIGUSR1)
-    signals.restore()
-    assert signals.received is signal.SIGUSR1
-    assert "will not ask for another start" in caplog.text
-
-
-def test_a_signal_during_the_report_ends_it_and_the_run_can_be_measured_later(here, capsys):
-    before = signal.getsignal(signal.SIGUSR1)
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.Told"])
-    assert stopped.value.code == 75
-    said = capsys.readouterr().err
-    assert "a signal stopped the report after the last step; the run is in" in said
-    assert "start the same command with --run.folder" in said
-    assert signal.getsignal(signal.SIGUSR1) is before
-
-
 def test_validate_reads_the_runs_config_where_none_is_given(here, tmp_path, monkeypatch):
     command_line(["fit", *here, "--run.folder=run"])
     monkeypatch.setattr(sys, "argv", ["lrm", "validate", "--ckpt_path", "run"])
@@ -640,128 +297,3 @@ def test_the_seed_of_the_command_line_is_that_of_the_order_of_samples(here):
 
     assert positions("--seed_everything=5") == 5
     assert positions("--seed_everything=5", "--data.seed=3") == 3
-
-
-def test_hsdp_makes_a_copy_a_node(here, root):
-    hsdp = ["-c", str(root / "configs/trainer/hsdp.yaml"), "--trainer.num_nodes=4"]
-    assert parse_fit([*here, *hsdp])["trainer"]["strategy"]["init_args"]["replicas"] == 4
-
-
-def test_hyperparameters_and_the_reports_metrics_reach_tensorboard(here, tmp_path):
-    line = command_line(["fit", *here, "--run.folder=run", "--model.optimizer.lr=3e-4"])
-    events = EventAccumulator(str(tmp_path / "run")).Reload()
-    told = {}
-    for name, content in events.PluginTagToContent("hparams").items():
-        told[name.rpartition("/")[2]] = HParamsPluginData.FromString(content)
-    values = told["session_start_info"].session_start_info.hparams
-    assert values["model.optimizer.lr"].number_value == 3e-4
-    assert values["trainer.callbacks.CheckpointAndResume.every"].number_value == 500
-    assert values["model.objective.lpips_start_step"].number_value == 0
-    assert values["commit"].string_value == git_commit()
-    metrics = {info.name.tag for info in told["experiment"].experiment.metric_infos}
-    assert {"val/heldout/psnr_pooled", "report/heldout/psnr_pooled", "report/unseen/lpips"} <= metrics
-    (point,) = events.Scalars("report/heldout/psnr_pooled")
-    assert point.step == 2
-    assert point.value == pytest.approx(line.reports["heldout"].rows["model"].psnr_pooled)
-    assert "hp_metric" not in events.Tags()["scalars"]
-    assert yaml.safe_load((tmp_path / "run/hparams.yaml").read_text())["model.optimizer.lr"] == 3e-4
-
-
-def test_hyperparameters_and_the_reports_metrics_reach_csv_and_any_logger(here, root, tmp_path):
-    loggers = ["-c", str(root / "configs/logger/csv.yaml"), f"--trainer.logger+={__name__}.OtherLogger"]
-    line = command_line(["fit", *here, *loggers, "--run.folder=run", "--data.batch_size=1"])
-    told = yaml.safe_load((tmp_path / "run/hparams.yaml").read_text())
-    assert (told["data.batch_size"], told["commit"]) == (1, git_commit())
-    assert told["trainer.logger"] == "CSVLogger, OtherLogger"
-    assert line.trainer.loggers[1].params == told
-    rows = list(csv.reader((tmp_path / "run/metrics.csv").read_text().splitlines()))
-    last = dict(zip(rows[0], rows[-1], strict=True))
-    assert last["step"] == "2"
-    found = line.reports["heldout"].rows["model"].psnr_pooled
-    assert float(last["report/heldout/psnr_pooled"]) == pytest.approx(found)
-
-
-class OwnObjective(Objective):
-    """One term more.
-
-    Args:
-        weight: Of the planes' mean square.
-        options: Of ``Objective``.
-    """
-
-    def __init__(self, weight: float = 0.1, **options) -> None:
-        super().__init__(**options)
-        self.weight = weight
-
-    def forward(self, evidence, step):
-        return super().forward(evidence, step) | {"planes": self.weight * evidence.planes.square().mean()}
-
-
-class OwnModule(LRMModule):
-    """Counts its steps.
-
-    Args:
-        extra: A field of its own.
-        options: Of ``LRMModule``.
-    """
-
-    def __init__(self, extra: int = 1, **options) -> None:
-        super().__init__(**options)
-        self.extra, self.steps = extra, 0
-
-    def training_step(self, batch, batch_idx):
-        self.steps += 1
-        return super().training_step(batch, batch_idx)
-
-
-class OwnData(ShardDataModule):
-    """Takes a field more.
-
-    Args:
-        note: Of no effect.
-        options: Of ``ShardDataModule``.
-    """
-
-    def __init__(self, note: str = "", **options) -> None:
-        super().__init__(**options)
-        self.note = note
-
-
-def test_own_objective_module_and_data_are_trained_resumed_measured_estimated_and_exported(
-    here, tmp_path, capsys
-):
-    own = {
-        "model_class": f"{__name__}.OwnModule",
-        "data_class": f"{__name__}.OwnData",
-        "model": {"extra": 3, "objective": {"class_path": f"{__name__}.OwnObjective", "init_args": {"weight": 2.0}}},
-        "data": {"note": "mine"},
-    }  # fmt: skip
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    here = [*here, "-c", "own.yaml", "--run.folder=run", "--model.objective.mse=0.5"]
-    line = command_line(["fit", *here])
-    assert type(line.model) is OwnModule
-    assert (line.model.extra, line.model.steps, line.datamodule.note) == (3, 2, "mine")
-    assert (line.model.objective.weight, line.model.objective.mse, line.model.objective.lpips) == (2, 0.5, 0)
-    assert line.trainer.callback_metrics["loss/planes"] > 0
-    again = command_line(["fit", *here, "--trainer.max_steps=4"])
-    assert (again.model.steps, again.trainer.global_step) == (2, 4)
-    record = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert (record["model_class"], record["model"]["extra"]) == (own["model_class"], 3)
-    assert type(command_line(["validate", "--ckpt_path=run"]).model) is OwnModule
-    assert type(build_meta_model(here)[1].objective) is OwnObjective
-    export("run", tmp_path / "model")
-    assert LRMPipeline.from_pretrained(str(tmp_path / "model")).step == 4
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--model_class=nowhere.Module", r"name an importable class, but found nowhere.Module \(No module"),
-        ("--data_class=lightning.LightningDataModule", "to name a subclass of ShardDataModule, but found lightning."),
-        ("-c=class.yaml", "model_class: my.MyModule, and move its init_args directly into"),
-    ],
-)  # fmt: skip
-def test_a_class_that_cannot_be_trained_is_refused_with_what_to_write(here, tmp_path, option, message):
-    (tmp_path / "class.yaml").write_text("model: {class_path: my.MyModule, init_args: {extra: 3}}\n")
-    with pytest.raises(SystemExit, match=message):
-        main(["fit", *here, option])

@@ -3,162 +3,19 @@
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lrm_pl.__main__ import main as lrm
 from lrm_pl.cluster import slurm
-from lrm_pl.cluster.job import Launch, node_command, sbatch_command
+from lrm_pl.cluster.job import node_command
 from lrm_pl.cluster.launch import main
-from lrm_pl.errors import InputError
-
-
-@pytest.fixture
-def checkout(tmp_path, root, monkeypatch):
-    """A folder with the template, three strategies and a config, as the working folder."""
-    shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
-    (tmp_path / "configs" / "trainer").mkdir()
-    for strategy in ("cpu", "gpu", "ddp"):
-        (tmp_path / "configs" / "trainer" / f"{strategy}.yaml").write_text("trainer: {}\n")
-    (tmp_path / "mine.yaml").write_text("{}\n")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def no_slurm(checkout, monkeypatch):
-    """No sbatch on PATH; git, env and the shell stay."""
-    monkeypatch.setenv("PATH", str(checkout))
-
-
-def a_launch(**changes):
-    fields = {
-        "nodes": 2,
-        "processes": 8,
-        "gpus": 8,
-        "base_strategy": "ddp",
-        "configs": ("mine.yaml",),
-        "strategy": "",
-        "data": "data/mine",
-        "run": Path("runs/mine-1"),
-        "arguments": (),
-    }
-    return Launch(**fields | changes)
-
-
-def command_of(launch, **changes):
-    options = {"cpus": 6, "cache": Path("/cache"), "partition": "gpu", "account": "lab", "time": "1-00:00:00"}
-    return sbatch_command(launch, ["python", *launch.fit_command()], **options | changes)
-
-
-SCRIPT = "configs/cluster/slurm.sbatch"
-
-
-def run_job(checkout, stand_ins, launch, **changes):
-    """Start the job script by bash, as Slurm does on the first node, after definitions that stand in for programs."""
-    command = command_of(launch, **changes)
-    (checkout / "job.sh").write_text(stand_ins + (checkout / SCRIPT).read_text())
-    environment = os.environ | {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n0", "SLURM_CPUS_PER_TASK": "6"}
-    return subprocess.Popen(
-        ["bash", "job.sh", *command[command.index(SCRIPT) + 1 :]],
-        cwd=checkout, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def test_a_gpu_job_is_this_command(checkout):
-    assert command_of(a_launch()) == [
-        *(
-            "sbatch",
-            "--parsable",
-            "--job-name=mine-1",
-            "--nodes=2",
-            "--ntasks-per-node=8",
-            "--cpus-per-task=6",
-        ),
-        *("--gres=gpu:8", "--partition=gpu", "--account=lab", "--time=1-00:00:00"),
-        *("--output=runs/mine-1/slurm-%j.log", SCRIPT, "runs/mine-1", "/cache"),
-        *("python", "-m", "lrm_pl", "fit", "-c", "configs/trainer/ddp.yaml", "-c", "mine.yaml"),
-        *("--trainer.num_nodes", "2", "--trainer.devices", "8", "--trainer.accelerator", "gpu"),
-        *("--data.folder", "data/mine", "--run.folder", "runs/mine-1"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("note", "status", "requeued"),
-    [
-        (True, 75, True),
-        (True, 143, True),
-        (True, 0, False),
-        (True, 1, False),
-        (False, 75, False),
-        (False, 137, False),
-    ],
-)
-def test_a_job_asks_for_another_start_where_its_time_was_up_and_never_else(checkout, note, status, requeued):
-    """Run by bash; the run is a stand-in that leaves the note, or not, and ends with a status."""
-    (checkout / "runs" / "mine-1").mkdir(parents=True)
-    stand_ins = f"""
-        srun() {{ {'touch "$LRM_REQUEUE_NOTE"' if note else ":"}; return {status}; }}
-        exec() {{ echo "$@"; exit; }}
-    """
-    with run_job(checkout, stand_ins, a_launch()) as job:
-        said = job.stdout.read()
-    assert ("scontrol requeue 17" in said) == requeued, said
-    assert job.returncode == (0 if requeued else status)
-    assert (checkout / "runs/mine-1/.requeue").exists() == (note and not requeued), (
-        "else it is asked for twice"
-    )
-
-
-@pytest.mark.parametrize(("note", "found"), [(True, "scontrol requeue 17"), (False, "the run ended")])
-def test_at_the_time_limit_a_job_asks_at_once_and_one_that_is_cancelled_waits_for_its_run(
-    checkout, note, found
-):
-    (checkout / "runs" / "mine-1").mkdir(parents=True)
-    stand_ins = f"""
-        srun() {{
-            {'touch "$LRM_REQUEUE_NOTE"' if note else ":"}
-            touch begun; sleep 2; echo the run ended; return 75
-        }}
-        exec() {{ echo "$@"; exit; }}
-    """
-    with run_job(checkout, stand_ins, a_launch()) as job:
-        until = time.monotonic() + 30
-        while not (checkout / "begun").exists():
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        job.terminate()
-        said = job.stdout.read().splitlines()
-    assert found in said
-    assert ("scontrol requeue 17" in said) == note
-    assert job.returncode == (0 if note else 75)
-
-
-def test_a_cpu_job_asks_for_no_gpu_and_trains_on_cpus(checkout):
-    command = command_of(a_launch(gpus=0, processes=3), partition="", account="")
-    assert not [word for word in command if re.match("--(gres|partition|account)", word)]
-    assert "--ntasks-per-node=3" in command
-    assert "--trainer.devices 3 --trainer.accelerator cpu" in " ".join(command)
-
-
-def test_a_container_sees_the_working_folder_and_the_data_beside_it(checkout, tmp_path_factory):
-    outside = tmp_path_factory.mktemp("elsewhere")
-    command = command_of(a_launch(), container="lab/image:1", cache=checkout / "cache", mounts=[str(outside)])
-    mounts = f"--container-mounts={checkout}:{checkout},{outside}:{outside}"
-    step = ["--container-image=lab/image:1", mounts, f"--container-workdir={checkout}", "python"]
-    assert command[command.index(SCRIPT) + 3 :][: len(step)] == step
-
-
-def test_a_folder_that_a_mount_cannot_name_is_refused(checkout):
-    with pytest.raises(InputError, match="without commas and colons"):
-        command_of(a_launch(), container="image", mounts=["/data/a,b"])
+from tests.builders import a_launch, run_job
 
 
 def test_arguments_arrive_as_they_were_given_whatever_they_hold(checkout):
@@ -180,11 +37,6 @@ def test_arguments_arrive_as_they_were_given_whatever_they_hold(checkout):
 def test_a_name_that_is_no_plain_name_is_refused(no_slurm, name):
     with pytest.raises(SystemExit, match="NAME"):
         main(["--gpus", "0", "-c", "mine.yaml", f"--name={name}", "--dry-run"])
-
-
-def test_an_argument_with_a_line_end_is_refused(no_slurm):
-    with pytest.raises(SystemExit, match="printable"):
-        main(["--nodes=2", "--gpus=8", "-c", "mine.yaml", "--dry-run", "--partition=gpu\n#SBATCH --uid=0"])
 
 
 def test_many_nodes_without_slurm_are_one_line_in_which_a_word_stands_for_the_rank(no_slurm, capsys):

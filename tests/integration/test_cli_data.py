@@ -1,0 +1,137 @@
+"""Data that the command line trains on: what is refused, what is skipped, mixtures."""
+
+import dataclasses
+import io
+import re
+import shutil
+
+import pytest
+from PIL import Image
+
+from lrm_pl.cli.lightning_cli import LRMCLI
+from lrm_pl.cli.main import main
+from lrm_pl.data.manifest import Manifest, write_manifest
+from lrm_pl.data.schema import encode_sample
+from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
+from lrm_pl.data.tar import write_shard
+
+# Lightning warns of small things (few workers, short runs) that are so by design here.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused_before_the_first_step(tiny):
+    with pytest.raises(
+        SystemExit, match=r"3 processes x 1 accumulated batches divide, but found 2; .* take 3, or"
+    ):
+        main(["fit", *tiny, "--trainer.accelerator", "cpu", "--trainer.devices", "3"])
+    with pytest.raises(SystemExit, match=r"1 processes x 4 accumulated batches divide, but found 2"):
+        main(["fit", *tiny, "--trainer.accumulate_grad_batches", "4"])
+
+
+def test_fewer_samples_than_a_step_takes_are_refused_before_the_first_step(tiny):
+    with pytest.raises(SystemExit, match=r"expected at least 6 samples .* found 4; .* --data.batch_size 4"):
+        main(["fit", *tiny, "--data.batch_size", "6"])
+
+
+def test_cube_normalised_shards_are_not_cut_to_the_sphere_in_silence(tiny, tmp_path, shards):
+    cube = tmp_path / "cube"
+    shutil.copytree(shards, cube)
+    manifest = cube / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sphere"', '"cube"'))
+    with pytest.raises(SystemExit, match=r"found 'cube'.*--model\.renderer\.bounds box"):
+        main(["fit", *tiny, "--data.folder", str(cube)])
+
+
+def test_crops_too_small_for_the_perceptual_loss_are_refused_before_training(tiny):
+    small = ("--data.crop.size=8", "--data.crop.low=8", "--data.crop.high=16", "--model.objective.lpips=1")
+    with pytest.raises(SystemExit, match="expected crops of at least 16 pixels for LPIPS, but found 8"):
+        main(["fit", *tiny, *small])
+
+
+def test_missing_shards_and_a_truncated_shard_stop_before_training_with_the_remedy(tiny, tmp_path, shards):
+    with pytest.raises(SystemExit, match=r"expected finished shards in .*nowhere.*make render-shards OUT="):
+        main(["fit", *tiny, "--data.folder", str(tmp_path / "nowhere")])
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    tar = broken / "train-000001.tar"
+    size = tar.stat().st_size
+    with open(tar, "r+b") as file:
+        file.truncate(size - 1000)
+    with pytest.raises(
+        SystemExit, match=f"expected {size} bytes, but found {size - 1000}: it is damaged"
+    ):
+        main(["fit", *tiny, "--data.folder", str(broken)])
+    tar.unlink()
+    with pytest.raises(SystemExit, match=r"expected the shard file .*train-000001\.tar, but found none"):
+        main(["fit", *tiny, "--data.folder", str(broken)])
+
+
+def _break_poses(content):
+    place = content.index(b"\x93NUMPY")
+    content[place : place + 6] = b"corrup"
+
+
+def _break_images(content):
+    for place in (m.start() for m in re.finditer(rb"WEBPVP8L", bytes(content))):
+        content[place + 12] = 0  # what lossless pixels begin with
+
+
+def test_a_view_that_is_not_rgba_is_named_and_its_sample_skipped(tiny, tmp_path, caplog):
+    good = [synthetic_sample(f"good-{i}", views=8, resolution=32, seed=0) for i in range(2)]
+    opaque = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(opaque, "PNG")
+    bad = dataclasses.replace(synthetic_sample("opaque", 8, 32, seed=0), views=(opaque.getvalue(),) * 8)
+    folder = tmp_path / "rgb"
+    folder.mkdir()
+    samples = [(sample.info.id, encode_sample(sample)) for sample in (*good, bad)]
+    shard = write_shard(folder, "train-000000.tar", "train", samples)
+    write_manifest(folder, Manifest((shard,), 8, 0, {"renderer": "synthetic", "normalize": "sphere"}))
+    caplog.set_level("WARNING")
+    main(["fit", *tiny, "--data.folder", str(folder), "--trainer.limit_val_batches", "0"])
+    message = r"Skipped .*train-000000\.tar.*'opaque'.*expected RGBA views, but found mode RGB"
+    assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize("damage", [_break_poses, _break_images])
+def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_path, shards, caplog, damage):
+    broken = tmp_path / "broken"
+    shutil.copytree(shards, broken)
+    tar = broken / "train-000000.tar"
+    content = bytearray(tar.read_bytes())
+    damage(content)
+    tar.write_bytes(bytes(content))
+    caplog.set_level("WARNING")
+    main(["fit", *tiny, "--data.folder", str(broken), "--trainer.limit_val_batches", "0"])
+    assert "train-000000.tar" in caplog.text
+    assert "train-ellipsoid-000" in caplog.text
+
+
+def test_more_views_than_the_shards_have_are_refused_with_the_command_to_type(tiny):
+    with pytest.raises(
+        SystemExit, match=r"expected at least 12 views an object.*found 8.*make render-shards VIEWS=12"
+    ):
+        main(["fit", *tiny, "--data.side_views", "9"])
+
+
+def test_a_network_of_two_input_views_is_given_two_and_their_number_is_no_setting_of_the_data(tiny, tmp_path):
+    seen = []
+
+    def note(_, inputs):
+        seen.append(tuple(inputs[0].shape))
+
+    cli = LRMCLI(
+        "fit", [*tiny, "--model.lrm.input_views", "2", "--run.folder", str(tmp_path / "run")], records=False
+    )
+    cli.before_fit()
+    cli.model.lrm.register_forward_pre_hook(note)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    assert {shape[1] for shape in seen} == {2}
+    with pytest.raises(SystemExit):
+        main(["fit", *tiny, "--data.inputs", "3"])
+
+
+def test_a_mixture_of_sets_is_trained_on_and_measured(tiny, tmp_path, shards, capsys):
+    other = tmp_path / "other"
+    write_synthetic_shards(other, train=3, val=1, views=6, resolution=32)
+    main(["fit", *tiny, f"--data.also=[{{folder: {other}, weight: 3}}]"])
+    assert "unseen views of the training objects: 14 images of 7 objects" in capsys.readouterr().out

@@ -1,0 +1,203 @@
+"""Signals, closed terminals and full disks: how a run ends."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+
+import lightning as L
+import pytest
+
+from lrm_pl.checkpoints import list_checkpoints
+from lrm_pl.cli.main import command_line, main
+from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
+
+# Lightning warns of small things (few workers, short runs) that are so by design here.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+class Told(L.Callback):
+    """Tells this process that its time is up when training is done, before the report."""
+
+    def on_fit_end(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class Mistaken(L.Callback):
+    """Raises in the middle of training."""
+
+    def on_train_batch_end(self, *arguments):
+        raise ArithmeticError("a mistake in a callback")
+
+
+class FullDisk(L.Callback):
+    """Writes to a disk without room, as a logger or an image might."""
+
+    def on_train_batch_end(self, *arguments):
+        with open("/dev/full", "w") as file:
+            file.write("anything")
+
+
+def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
+    """Sent to the whole group, workers among them, as a terminal does."""
+    command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=2"]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_steps=5000", "--trainer.log_every_n_steps=1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    said = []
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda: said.extend(process.stdout))
+    reader.start()
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/views/*step000002.png")) and process.poll() is None:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 75, "".join(said)
+    reader.join()
+    text = "".join(said)
+    assert "Stopping after this step with a checkpoint. Press Ctrl-C again" in text
+    assert "stopped by a signal after step" in text
+    assert "Traceback" not in text
+    assert "--run.folder" in text
+    (kept,) = list_checkpoints(str(tmp_path / "run/checkpoints"))[:1]
+    step = int(kept.rpartition("-")[2])
+    line = command_line(["fit", *here, "--run.folder=run", f"--trainer.max_steps={step + 2}"])
+    assert line.trainer.callback_metrics["val/heldout/psnr_pooled"] > 0
+
+
+def test_a_terminal_that_is_closed_ends_a_run_with_its_newest_step_kept(here, tmp_path):
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=1"]
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
+    process = subprocess.Popen(
+        [*command, "--trainer.max_steps=5000"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=take_terminal,
+    )  # fmt: skip
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/views/*step000002.png")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 10_000)
+        time.sleep(0.05)
+    os.close(ours)
+    assert process.wait(60) == 75
+    assert list_checkpoints(str(tmp_path / "run/checkpoints"))
+
+
+def test_a_run_under_nohup_does_not_hear_of_its_terminals_end(monkeypatch):
+    signals, trainer = StopSignals(), L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals.listen(trainer)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received is None
+        signals.restore()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)])
+def test_a_second_ctrl_c_stops_at_once_whatever_came_before(first):
+    before = signal.getsignal(signal.SIGINT)
+    signals = StopSignals()
+    signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
+    try:
+        os.kill(os.getpid(), first)
+        if first != signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received is first
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signals.restore()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.timeout(60)
+def test_an_error_ends_a_run_that_has_data_workers(here):
+    with pytest.raises(ArithmeticError, match="a mistake in a callback"):
+        main(
+            [
+                "fit",
+                *here,
+                "--run.folder=run",
+                "--data.workers=2",
+                f"--trainer.callbacks+={__name__}.Mistaken",
+            ]
+        )
+
+
+def test_a_disk_that_is_full_of_anything_ends_the_run_with_one_message(here):
+    with pytest.raises(
+        SystemExit, match=r"^lrm: no space left .*No space left on device.*again with --run.folder"
+    ):
+        main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.FullDisk"])
+
+
+def test_the_exit_status_of_a_run_stays_where_nobody_reads_what_it_says(root):
+    code = "import sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
+    code += "print('begun', flush=True); sys.stdin.read(1); print('more'); sys.stderr.write('stopped'); sys.exit(75)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    for unbuffered in ("", "1"):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        with subprocess.Popen([sys.executable, "-c", code], cwd=root, env=environment, **pipes) as process:
+            assert process.stdout.readline() == b"begun\n"
+            process.stdout.close()
+            process.stdin.close()
+            assert process.wait(60) == 75
+
+
+def test_a_command_whose_stdout_is_closed_ends_well_and_what_it_prints_is_in_no_file(root, tmp_path):
+    code = "import os, sys; from lrm_pl.apps.broken_pipes import ignore_broken_pipes; ignore_broken_pipes(); "
+    code += "file = open(sys.argv[1], 'wb'); print('said', flush=True); os.system('echo said')"
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
+    subprocess.run(closed, cwd=root, check=True, timeout=60)
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_with_one_message(here, monkeypatch):
+    def read_only(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", read_only)
+    with pytest.raises(SystemExit, match=r"^lrm: no access to .*Read-only file system: 'runs.*--run"):
+        main(["fit", *here])
+
+
+def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv(REQUEUE_NOTE, str(tmp_path / "gone" / "note"))
+    signals = StopSignals()
+    signals.listen(L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu"))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signals.restore()
+    assert signals.received is signal.SIGUSR1
+    assert "will not ask for another start" in caplog.text
+
+
+def test_a_signal_during_the_report_ends_it_and_the_run_can_be_measured_later(here, capsys):
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *here, "--run.folder=run", f"--trainer.callbacks+={__name__}.Told"])
+    assert stopped.value.code == 75
+    said = capsys.readouterr().err
+    assert "a signal stopped the report after the last step; the run is in" in said
+    assert "start the same command with --run.folder" in said
+    assert signal.getsignal(signal.SIGUSR1) is before
