@@ -314,7 +314,7 @@ SCRIPT = "configs/cluster/slurm.sbatch"
 
 
 def run_job(checkout, stand_ins, launch, **changes):
-    """Start the job script by bash, as Slurm does on the first node, after definitions that stand in for programs."""
+    """Start the job script with bash, after shell functions that replace programs of Slurm."""
     command = command_of(launch, **changes)
     (checkout / "job.sh").write_text(stand_ins + (checkout / SCRIPT).read_text())
     environment = os.environ | {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n0", "SLURM_CPUS_PER_TASK": "6"}

@@ -1,1 +1,1 @@
-"""The command line of training: LightningCLI, its defaults and its reports."""
+"""Command line of training: ``LRMCLI``, its default config, and the report after a fit."""

@@ -1,1 +1,1 @@
-"""What training costs, before anything is run: a step on fake tensors, divided over machines."""
+"""Estimated memory and time of a run, from a simulated training step on fake tensors."""

@@ -1,4 +1,4 @@
-"""The job that renders on a cluster: its command and its script."""
+"""The Slurm job of the rendering: its command and its script."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ ARGUMENTS = ("--assets", "meshes", "--out", "data/mine")
 
 @pytest.fixture
 def checkout(tmp_path, root, monkeypatch):
-    """A working folder with the template and two meshes, and no Slurm on PATH."""
+    """A working folder with the job scripts and two meshes, and a PATH without Slurm."""
     shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
     (tmp_path / "meshes").mkdir()
     for name in "ab":
@@ -73,7 +73,7 @@ exit 0
 
 
 def node(checkout, python, *arguments):
-    """Start the job script by bash with the stand-ins; `python` is a script in the place of the rendering."""
+    """Start the job script with bash; `python` is a shell script that replaces the rendering."""
     for name, text in (
         ("ray", RAY),
         ("python", f"#!/bin/sh\n[ $1 = -c ] && echo secret && exit\n{python}\n"),

@@ -9,7 +9,7 @@ from tests.builders import TINY
 
 @pytest.fixture
 def here(tmp_path, shards, monkeypatch):
-    """An empty working folder; returns the arguments of a tiny run with the loggers and callbacks of every run."""
+    """Arguments of a tiny run with the default loggers and callbacks, in an empty working folder."""
     monkeypatch.chdir(tmp_path)
     trainer = {"max_steps": 2, "val_check_interval": 2, "log_every_n_steps": 1, "precision": "32-true"}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "trainer": trainer}))
@@ -18,7 +18,7 @@ def here(tmp_path, shards, monkeypatch):
 
 @pytest.fixture
 def tiny(tmp_path, shards):
-    """Arguments of a tiny run, logging below tmp_path."""
+    """Arguments of a tiny run that logs below tmp_path."""
     path = tmp_path / "tiny.yaml"
     logger = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",

@@ -14,7 +14,7 @@ from lrm_pl.cli.main import main
 from tests.integration.checkpoint_runs import AVERAGE, keeper, read, same
 
 pytest_plugins = ["tests.servers.s3_store"]
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

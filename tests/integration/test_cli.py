@@ -1,4 +1,4 @@
-"""The command line, in process, on analytic shards: what a user types, and what it must answer."""
+"""The command line on analytic shards."""
 
 import json
 
@@ -20,7 +20,7 @@ from tests.parity.networks import randomized
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -82,7 +82,7 @@ def test_a_run_leaves_scalars_images_config_commit_and_checkpoint(tiny, tmp_path
         "memory/peak_host_gib",
     } <= scalars
     assert {"views/unseen", "views/heldout"} <= set(events.Tags()["images"])
-    # Images, scalars and checkpoints count the same: optimizer steps that are done.
+    # Images, scalars and checkpoints count completed optimizer steps.
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2]
     assert [event.step for event in events.Scalars("val/heldout/psnr_pooled")] == [2]
     assert [event.step for event in events.Images("views/heldout")] == [2]
@@ -118,7 +118,7 @@ def test_predict_writes_meshes_and_orbits_of_the_held_out_objects(tiny, tmp_path
         assert record["network"]["step"] == 2
         assert record["network"]["sha256"] == LRMPipeline.from_pretrained(folder).sha256
         assert bool(record["mesh"]) != bool(record["warnings"])
-        # two steps of training may leave nothing opaque: then it says so
+        # after two steps there may be no surface, which is logged
         assert ("mesh.glb" in files) != (f"No mesh of {key}" in said)
 
 
@@ -129,7 +129,7 @@ def test_validate_and_test_measure_a_checkpoint_and_a_wrong_one_is_refused(tiny,
     for command in (
         "validate",
         "test",
-    ):  # from the run's own record, as the help says; the run's folder will do
+    ):  # with a checkpoint or the folder of its run
         for path in (run, checkpoint(tmp_path, 2)):
             main([command, "-c", str(run / "config.yaml"), "--ckpt_path", str(path)])
             printed = capsys.readouterr().out

@@ -11,7 +11,7 @@ from lrm_pl.cli.main import main
 from lrm_pl.errors import InputError
 from lrm_pl.training.checkpointing import CheckpointAndResume
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

@@ -15,7 +15,7 @@ from lrm_pl.data.schema import encode_sample
 from lrm_pl.data.synthetic import synthetic_sample, write_synthetic_shards
 from lrm_pl.data.tar import write_shard
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -57,9 +57,7 @@ def test_missing_shards_and_a_truncated_shard_stop_before_training_with_the_reme
     size = tar.stat().st_size
     with open(tar, "r+b") as file:
         file.truncate(size - 1000)
-    with pytest.raises(
-        SystemExit, match=f"expected {size} bytes, but found {size - 1000}: it is damaged"
-    ):
+    with pytest.raises(SystemExit, match=f"expected {size} bytes, but found {size - 1000}: it is damaged"):
         main(["fit", *tiny, "--data.folder", str(broken)])
     tar.unlink()
     with pytest.raises(SystemExit, match=r"expected the shard file .*train-000001\.tar, but found none"):

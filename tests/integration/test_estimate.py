@@ -1,4 +1,4 @@
-"""`lrm estimate`, held against real runs; and what a run says that ran out of memory."""
+"""`lrm estimate`, compared with real runs, and the message of runs out of memory."""
 
 import csv
 import dataclasses
@@ -51,7 +51,7 @@ def middle(tmp_path):
 
 
 def fit(arguments, limit=None):
-    """Run `lrm fit` in a process of its own, which may hold so many bytes of data."""
+    """Run `lrm fit` in a process with a memory limit in bytes."""
     command = [sys.executable, "-m", "lrm_pl", "fit", *arguments]
     limits = (
         {}
@@ -68,7 +68,7 @@ def peak_in_training(folder):
 
 @pytest.mark.slow
 def test_the_memory_of_a_run_is_what_was_estimated_to_15_percent(middle, shards, tmp_path):
-    # In a process of its own: what Python and its libraries hold is part of the estimate.
+    # In a new process, since the memory of Python and its libraries is part of the estimate.
     said = subprocess.run(
         [sys.executable, "-m", "lrm_pl", "estimate", middle],
         capture_output=True,
@@ -108,7 +108,7 @@ def test_the_plan_for_many_gpus_builds_every_process_and_says_which_strategy_to_
     assert "fsdp2: checked the shards of 8 of 8 processes" in said
     assert "hsdp: checked the shards of 8 of 8 processes" in said
     ddp, fsdp2, hsdp = (cells(said, name) for name in ("ddp", "fsdp2", "hsdp"))
-    assert ddp[0] > hsdp[0] >= fsdp2[0]  # weights held
+    assert ddp[0] > hsdp[0] >= fsdp2[0]  # weights
     assert ddp[2] > hsdp[2] >= fsdp2[2]  # moments
     assert re.search(r"Next: make train NODES=2 GPUS=4 STRATEGY=\w+ CONFIG=", said)
     assert "Times are estimated, not measured" in said

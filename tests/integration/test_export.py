@@ -13,7 +13,7 @@ from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.errors import InputError
 from tests.integration.checkpoint_runs import AVERAGE, keeper, read, same
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

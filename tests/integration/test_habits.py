@@ -1,4 +1,4 @@
-"""Habits of users of Lightning: its settings, its loggers, Ctrl-C, a saved config. All work, or are refused at once."""
+"""Lightning settings, loggers, signals and saved configs: each works, or is rejected before training."""
 
 import csv
 import dataclasses
@@ -24,7 +24,7 @@ from lrm_pl.training.ema import validates_with_average
 from lrm_pl.training.optim import OptimizerConfig
 from lrm_pl.version import git_commit
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

@@ -12,7 +12,7 @@ from lrm_pl.cli.fit_config import parse_fit
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.cli.main import main
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -49,10 +49,10 @@ pytestmark = pytest.mark.filterwarnings("default")
 def test_a_process_in_a_slurm_allocation_is_a_task_of_srun_only_where_srun_started_it(
     here, monkeypatch, more, options, environment
 ):
-    monkeypatch.setattr(rank_zero_only, "rank", 0)  # the trainer sets it, for all that follows
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # the trainer sets it
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")  # it is set for Lightning, and taken back here
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")  # restored after the test
     for name, value in ({"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "notebook"} | more).items():
         monkeypatch.setenv(name, value)
     line = LRMCLI("fit", [*here, "--trainer.accelerator=cpu", *options], records=False)

@@ -17,7 +17,7 @@ from lrm_pl.rendering.renderer import Renderer
 from lrm_pl.training.module import LRMModule
 from tests.runs import RUN_CONFIG
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 QUICK = {

@@ -14,7 +14,7 @@ from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.version import git_commit
 from tests.integration.user_classes import OwnModule, OwnObjective
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

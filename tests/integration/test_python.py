@@ -29,7 +29,7 @@ from lrm_pl.training.module import LRMModule
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
 from tests.builders import TINY
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 

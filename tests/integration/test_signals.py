@@ -18,26 +18,26 @@ from lrm_pl.checkpoints import list_checkpoints
 from lrm_pl.cli.main import command_line, main
 from lrm_pl.training.signals import REQUEUE_NOTE, StopSignals
 
-# Lightning warns of small things (few workers, short runs) that are so by design here.
+# Lightning warns about few workers and short runs.
 pytestmark = pytest.mark.filterwarnings("default")
 
 
 class Told(L.Callback):
-    """Tells this process that its time is up when training is done, before the report."""
+    """Send SIGUSR1 to this process after training, before the report."""
 
     def on_fit_end(self, trainer, pl_module):
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class Mistaken(L.Callback):
-    """Raises in the middle of training."""
+    """Raise an error during training."""
 
     def on_train_batch_end(self, *arguments):
         raise ArithmeticError("a mistake in a callback")
 
 
 class FullDisk(L.Callback):
-    """Writes to a disk without room, as a logger or an image might."""
+    """Write to a full disk."""
 
     def on_train_batch_end(self, *arguments):
         with open("/dev/full", "w") as file:
@@ -45,7 +45,7 @@ class FullDisk(L.Callback):
 
 
 def test_ctrl_c_keeps_the_step_and_the_run_goes_on_there(here, tmp_path):
-    """Sent to the whole group, workers among them, as a terminal does."""
+    """The signal goes to the process group, including workers, as from a terminal."""
     command = [sys.executable, "-m", "lrm_pl", "fit", *here, "--run.folder=run", "--data.workers=2"]
     process = subprocess.Popen(
         [*command, "--trainer.max_steps=5000", "--trainer.log_every_n_steps=1"],

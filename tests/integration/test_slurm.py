@@ -1,4 +1,4 @@
-"""The job script and the doctor under a real Slurm of two nodes, where there is one."""
+"""The job script and the doctor on a real Slurm with two nodes."""
 
 import os
 import re
@@ -33,7 +33,7 @@ raise SystemExit(3 if rank == "1" else time.sleep(300))
 
 @pytest.fixture
 def here(tmp_path, root, monkeypatch):
-    """A working folder with the template, where two nodes are idle."""
+    """A working folder with the job scripts, if two nodes are idle."""
     if len(idle := idle_nodes()) < 2:
         pytest.skip(f"needs a Slurm with two idle nodes, but found {idle}")
     shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
@@ -44,10 +44,10 @@ def here(tmp_path, root, monkeypatch):
 
 
 def wait_for(log, pattern, count, seconds=60):
-    """Wait until a log has so many lines of a kind, in any order; return its text."""
+    """Wait until a log has ``count`` matches of a pattern, and return its text."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        text = log.read_text(errors="replace") if log.is_file() else ""  # it is being written
+        text = log.read_text(errors="replace") if log.is_file() else ""  # while it is written
         if len(re.findall(pattern, text, re.MULTILINE)) >= count:
             return text
         time.sleep(0.2)
@@ -66,8 +66,8 @@ def test_a_job_runs_on_both_nodes_hears_its_signal_comes_back_and_ends_when_one_
         wait_for(log, r"^rank \d got USR1", 2)
         subprocess.run(["scontrol", "requeue", job], check=True)
         wait_for(log, "DUE TO JOB REQUEUE", 1)
-        # Slurm holds a requeued job back for two minutes, because nodes refuse the credential of a job that they have
-        # just ended; that is so for whole seconds, so three are enough here, and none is not.
+        # Slurm delays a requeued job for two minutes, since nodes reject the credential of a job that has just
+        # ended, for up to a second.
         time.sleep(3)
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
         text = wait_for(log, r"^rank \d of 2", 4)
@@ -102,7 +102,7 @@ def test_a_run_whose_time_is_up_is_kept_requeued_by_its_script_and_goes_on_by_it
         text = wait_for(log, "which resumes from its last checkpoint", 1)
         stopped = int(re.search(r"stopped by a signal after step (\d+). The state was saved in", text)[1])
         assert 0 < stopped < 60
-        time.sleep(3)  # and not two minutes: see above
+        time.sleep(3)  # see above
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)
         text = wait_for(log, r"max_steps=60", 1)
         assert f"Resuming after step {stopped} from" in text

@@ -8,7 +8,7 @@ from lrm_pl.training.module import LRMModule
 
 
 class OtherLogger(Logger):
-    """A logger that takes no folder."""
+    """A logger without a folder."""
 
     name, version = "other", 0
 

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def checkout(tmp_path, root, monkeypatch):
-    """A folder with the template, three strategies and a config, as the working folder."""
+    """A working folder with the job scripts, three strategies and a config."""
     shutil.copytree(root / "configs" / "cluster", tmp_path / "configs" / "cluster")
     (tmp_path / "configs" / "trainer").mkdir()
     for strategy in ("cpu", "gpu", "ddp"):
@@ -19,5 +19,5 @@ def checkout(tmp_path, root, monkeypatch):
 
 @pytest.fixture
 def no_slurm(checkout, monkeypatch):
-    """No sbatch on PATH; git, env and the shell stay."""
+    """A PATH without sbatch."""
     monkeypatch.setenv("PATH", str(checkout))

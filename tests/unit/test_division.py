@@ -1,4 +1,4 @@
-"""What a run costs a process under each strategy, worked out by hand on a step of round numbers."""
+"""Estimates of each strategy for a step of round numbers, compared with values computed by hand."""
 
 import dataclasses
 
@@ -29,9 +29,9 @@ STEP = StepCosts(
     parameters=10**9, trained=10**9, largest=10**6, weights=4e9, frozen_other=0.5e9, gradients=4e9, activations=3e9,
     work=5e9,
     operations=(
-        Operation("transformer", "mm", 0.7e12, 1.0),  # a second of products at 70 %
-        Operation("backward", "add", 0.0, 1.6e12),  # two seconds of bytes at 80 %
-        Operation("renderer", "mm", 1.0, 1.0, 500_000.0),  # two seconds of starting kernels
+        Operation("transformer", "mm", 0.7e12, 1.0),  # one second at 70 % of the peak
+        Operation("backward", "add", 0.0, 1.6e12),  # two seconds at 80 % of the bandwidth
+        Operation("renderer", "mm", 1.0, 1.0, 500_000.0),  # two seconds of launches
     ),
     collectives=(), forward={"encoder": 1.0, "transformer": 2.0, "renderer": 3.0, "losses": 4.0},
     shape=StepShape(1, 4, 8, 1.0), encoder_frozen=False,
@@ -57,7 +57,7 @@ def test_an_operation_takes_as_long_as_its_products_its_bytes_or_its_start():
 
 
 def test_the_slow_end_reaches_less_of_the_peaks_and_launches_later():
-    """35 instead of 70 % of products, 50 instead of 80 % of bytes, 10 instead of 4 us a launch."""
+    """35 instead of 70 % of the peak FLOP/s, 50 instead of 80 % of the bandwidth, 10 instead of 4 us per launch."""
     assert (SLOW.products, SLOW.bytes, SLOW.launch) == (0.35, 0.5, 10e-6)
     assert rows(1)["none"].seconds[1] == pytest.approx(2 + 3.2 + 5 + OPTIMIZER * 0.8 / 0.5)
     for row in rows(16, network=1e9).values():
@@ -112,7 +112,7 @@ def test_hybrid_sharding_gathers_inside_nodes_and_sums_in_as_many_rings_as_a_nod
     inside, between = 2e9 * 7 / 8 / 80e9, 2 * 0.5e9 / 2 / (0.8e9 / 8)
     assert row.sent == 2e9 * 7 / 8 + 0.5e9
     assert between > 2 > inside
-    # The sum hides behind backward, the gather elsewhere.
+    # The reduction overlaps with backward, the gather with other computation.
     assert row.exposed[0] == pytest.approx(between - 2, abs=1e-3)
 
 
@@ -218,7 +218,7 @@ def test_a_gpu_without_bfloat16_is_refused_for_it_and_computes_float16():
 
 
 def test_figures_of_geforce_cards_are_those_with_float32_sums():
-    """On GeForce 30, 40 and 50 these products are twice as fast as float32 without tensor cores; on 20, four times."""
+    """On GeForce 30, 40 and 50, half precision is twice as fast as float32 without tensor cores; on 20, four times."""
     cards = [gpu for gpu in GPUS if gpu.name.startswith("GeForce")]
     assert len(cards) >= 25
     for gpu in cards:

@@ -1,4 +1,4 @@
-"""What the doctor finds, what it says to do, and that it looks at what `lrm fit` would use."""
+"""Checks of `lrm doctor`: findings, remedies, and the requirements of `lrm fit`."""
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ LIGHTNING = Requirement("lightning>=2.6.6")
 
 @pytest.fixture
 def outside(monkeypatch, tmp_path):
-    """Outside of any Slurm job, with an empty cache of weights, in an empty folder."""
+    """An empty working folder outside of Slurm, with an empty cache of weights."""
     for name in ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LRM_CACHE", str(tmp_path / "cache"))
@@ -43,7 +43,7 @@ def outside(monkeypatch, tmp_path):
 
 @pytest.fixture
 def config(outside, shards):
-    """A layer that needs one file of weights: lpips_alex."""
+    """A config that needs one file of weights, lpips_alex."""
     path = outside / "layer.yaml"
     layer = {
         "model": {"objective": {"lpips": 0.0}},
@@ -61,7 +61,7 @@ def requirements(config):
 
 
 def run(capsys, *arguments):
-    """Exit status and everything that was printed, on one line a row."""
+    """Run the doctor; return its exit status and output."""
     with pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])
     return end.value.code, capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_a_full_disk_is_missing_and_a_nearly_full_one_a_warning(gigabytes, verdi
 
 def test_a_folder_that_is_not_shared_is_known_by_the_tokens_that_do_not_appear(tmp_path):
     folders.write_token(tmp_path / "a", "7", "n0")
-    folders.write_token(tmp_path / "b", "7", "n1")  # n1's "a" is another disk
+    folders.write_token(tmp_path / "b", "7", "n1")  # as if n1 mounted another disk
     assert folders.unseen_tokens(tmp_path / "a", "7", ["n0", "n1"], 0.0) == ["n1"]
     folders.write_token(tmp_path / "a", "7", "n1")
     assert folders.unseen_tokens(tmp_path / "a", "7", ["n0", "n1"], 0.0) == []
@@ -220,7 +220,7 @@ def test_weights_in_the_cache_are_verified(outside, monkeypatch):
 
 
 def test_weights_that_no_source_offers_are_missing_and_nothing_is_downloaded(outside, monkeypatch):
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # the port of nobody: no network from here
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # a closed port: no network
     monkeypatch.delenv("no_proxy", raising=False)
     finding = inputs.weights(RequiredWeights("lpips_alex", "official", None, None))
     assert finding.verdict == "missing"
@@ -306,7 +306,7 @@ def test_files_are_looked_for_of_encoders_whose_weights_are_in_our_table(config)
 
 
 def test_the_meeting_ends_only_when_every_node_has_read_what_all_found(root):
-    """Many times over, as processes on this machine; node 0's end takes the store with it."""
+    """Processes on this machine act as nodes; the store ends with the process of node 0."""
     program = """
 import os, socket, sys, time
 from lrm_pl.cluster.checks.findings import Finding

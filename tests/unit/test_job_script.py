@@ -40,7 +40,7 @@ def test_a_gpu_job_is_this_command(checkout):
     ],
 )
 def test_a_job_asks_for_another_start_where_its_time_was_up_and_never_else(checkout, note, status, requeued):
-    """Run by bash; the run is a stand-in that leaves the note, or not, and ends with a status."""
+    """The run is replaced by a function that may write the note, and returns a status."""
     (checkout / "runs" / "mine-1").mkdir(parents=True)
     stand_ins = f"""
         srun() {{ {'touch "$LRM_REQUEUE_NOTE"' if note else ":"}; return {status}; }}

@@ -19,7 +19,7 @@ from tests.builders import a_launch, run_job
 
 
 def test_arguments_arrive_as_they_were_given_whatever_they_hold(checkout):
-    """Run by bash, with srun replaced by printf: each argument arrives as it was given."""
+    """srun is replaced by printf, which prints each argument."""
     nasty = ("$(touch pwned)", "`touch pwned`", "a b", "'; touch pwned; '", '"', "${HOME}", "*", "$$", "\\")
     srun = "srun() { printf '%s\\n' \"$@\"; }\n"
     launch = a_launch(arguments=nasty, data="data/$(touch pwned)")
@@ -126,7 +126,7 @@ def test_two_nodes_without_slurm_and_master_end_in_an_error_that_says_what_to_do
 
 
 def test_master_leaves_a_slurm_alone_that_does_not_answer(checkout, monkeypatch, capsys):
-    """Programs of Slurm are on PATH, and there is no controller: as on a machine that once was in a cluster."""
+    """Slurm is installed, but its controller does not respond."""
     for name in ("sbatch", "sinfo"):
         program = checkout / name
         program.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
@@ -185,7 +185,7 @@ def test_more_gpus_than_the_machine_has_are_refused_before_anything_starts(no_sl
 
 @pytest.fixture
 def group(checkout, root):
-    """Start two processes of a program that stands in for lrm_pl's; the launcher's own code is the real one."""
+    """Return a function that launches two processes of a program in place of lrm_pl."""
 
     def start(program):
         (checkout / "lrm_pl.py").write_text("import os, signal, sys, time\n" + program)
@@ -275,7 +275,7 @@ def test_what_cannot_be_launched_says_so(no_slurm, arguments, message):
 
 
 def lrm_launch(arguments):
-    """As typed: through the table of commands."""
+    """Run the command through `lrm`."""
     before, sys.argv = sys.argv, ["lrm", "launch", *arguments]
     try:
         lrm()
@@ -284,7 +284,7 @@ def lrm_launch(arguments):
 
 
 def test_torchrun_really_starts_the_processes_of_a_line(checkout, root):
-    """The printed line, with a program of two lines in the place of lrm_pl."""
+    """Run the printed command with a short program in place of lrm_pl."""
     (checkout / "lrm_pl.py").write_text(
         "import os\nprint(f\"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}\")\n"
     )
@@ -300,7 +300,7 @@ def test_torchrun_really_starts_the_processes_of_a_line(checkout, root):
 
 
 def test_the_lines_of_two_nodes_really_meet(checkout, root):
-    """Both on this machine, with a program that sums the ranks in the place of lrm_pl."""
+    """Run both commands on this machine with a program that sums the ranks in place of lrm_pl."""
     program = "import torch.distributed as d, torch\nd.init_process_group('gloo')\nx = torch.tensor(d.get_rank() + 1)\n"
     program += "d.all_reduce(x)\nprint(f'sum {x.item()}')\nd.destroy_process_group()\n"
     (checkout / "lrm_pl.py").write_text(program)

@@ -1,4 +1,4 @@
-"""The account of a program on fake tensors: each figure is worked out by hand."""
+"""Operation counts of programs on fake tensors, compared with values computed by hand."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_views_hold_nothing_of_their_own():
         views = [a.T, a[3:], a.view(-1), a.detach()]
         assert counter.allocated == 4000
         del a
-        assert counter.allocated == 4000  # a view keeps it
+        assert counter.allocated == 4000  # a view keeps the storage
         del views
     assert counter.allocated == 0
 
@@ -61,7 +61,7 @@ def test_a_softmax_with_its_gradient_is_as_many_operations_as_kernels_are_starte
         torch.softmax(x, -1).sum().backward()
     names = [x.name for x in counter.operations]
     assert names == ["_softmax", "sum", "ones_like", "_softmax_backward_data"]
-    assert counter.operations[2].accessed == 4.0  # what is made after a pattern does not read it
+    assert counter.operations[2].accessed == 4.0  # only the shape of the other tensor is read
 
 
 def test_blockwise_attention_counts_two_products_forward_and_five_backward():
@@ -92,7 +92,7 @@ def test_scaled_dot_product_attention_counts_two_products_forward_and_five_backw
 
 
 def test_an_operator_moves_the_numbers_that_it_touches():
-    """float32 (4 bytes) and int64 (8 bytes), by hand."""
+    """float32 has 4 bytes, int64 has 8 bytes."""
     cases = {
         "copy_": (lambda x, i: x.copy_(torch.empty(10, 6)), 4 * 60 * 2),
         "zero_": (lambda x, i: x.zero_(), 4 * 60),
@@ -122,7 +122,7 @@ def _(x):
 
 @pytest.fixture
 def doubling():
-    """An operator whose body doubles twice."""
+    """A custom operator that doubles twice."""
     yield torch.ops.lrm_pl.doubling_of_a_test
     _BYTES_FORMULAS.pop(torch.ops.lrm_pl.doubling_of_a_test, None)
 
@@ -183,7 +183,7 @@ def test_what_is_track_gradient_is_out_of_the_peak_but_in_the_sum():
         counter.track_gradient(gradient)
         other = torch.empty(50)
         del other
-    assert counter.peak == 400  # the gradient before it was set aside
+    assert counter.peak == 400  # the gradient, before it is tracked as such
     assert counter.gradients == 400
     assert counter.peak_with_gradients == 600
 
@@ -198,7 +198,7 @@ def test_a_ring_of_four_sends_three_quarters_and_twice_for_a_sum_that_all_get(op
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_messages_and_memory_of_a_sharded_layer_are_those_of_its_parts(copies):
-    """A layer of 8 x 16 weights without bias: gathered twice, its gradient summed once."""
+    """The 8 x 16 weights are gathered twice, and their gradient is reduced once."""
     counter, processes = OperationCounter(), 4
     with fake_process_group(1, processes, copies) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         layer = nn.Sequential(nn.Linear(16, 8, bias=False), nn.ReLU())

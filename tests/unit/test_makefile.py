@@ -1,4 +1,4 @@
-"""What `make` hands on: what was typed, a word for a word, and nothing of the environment."""
+"""Commands that `make` runs: values arrive as single words, and the environment has no effect."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def typed(root, tmp_path):
-    """Return the words of the last command that make would run where no shards are, and its other lines."""
+    """Return a function that returns the words of the last command that make would run, and its other lines."""
     (tmp_path / "Makefile").write_bytes((root / "Makefile").read_bytes())
     for name in ("pyproject.toml", "data_tools/requirements.txt", ".venv/ready", ".venv-render/ready"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -62,7 +62,7 @@ def test_they_are_those_of_the_renderer_in_a_whole_step(gpu):
 
 
 def test_products_of_the_mlp_read_and_write_each_sample_once_a_layer():
-    """bf16: two layers of 32 x 32 + bias and one of 32 x 4; in backward again, and with two gradients each."""
+    """Two layers of 32 x 32 and one of 32 x 4 in bf16 with biases; backward also recomputes them."""
     operations = renderer_operations(small_lrm(), Renderer(24), SHAPE)
     layers = [(32, 32), (32, 32), (32, 4)]
     forward = sum(2 * (SAMPLES * (i + o) + SHAPE.objects * (i * o + o)) for i, o in layers)
@@ -106,7 +106,7 @@ def test_the_fused_decoder_moves_each_ray_and_sample_once_and_the_planes_once_a_
 
 
 def test_rays_that_miss_save_the_fused_decoders_products_and_nothing_else():
-    """They stay in their grid, which compositing walks whole."""
+    """They stay in their grid, which compositing processes as a whole."""
     fused = "decode_along_rays", "decode_along_rays_backward"
 
     def costs(hits):

@@ -1,4 +1,4 @@
-"""A step on fake tensors stands for a real one: the same operations, no numbers, nothing touched."""
+"""Simulated steps, compared with real ones."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ def shape(objects=2, *, gpu=None, **options):
 
 
 def real_batch(objects):
-    """Four views around each object from a distance that it fits the image from."""
+    """Four views around each object at a distance from which it fits the image."""
     c2w = orbit(4, 2.4, 12.0).expand(objects, 4, 4, 4)
     camera = CAMERA.expand(objects, 4, 4)
 
@@ -56,7 +56,7 @@ def real_batch(objects):
 
 @pytest.fixture
 def one_thread():
-    """PyTorch's counter sees the calling thread only, and rendering hands chunks to others."""
+    """PyTorch's counter counts only the calling thread, but rendering uses several."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,7 +75,7 @@ def test_the_share_of_a_real_batch_is_what_its_rays_say():
 def test_operations_are_those_that_pytorchs_counter_sees_in_a_real_step(
     one_thread, gpu, frozen, recompute, importance
 ):
-    """For a GPU: in a step whose CPU tensors go through the branches of accelerators."""
+    """For a GPU, CPU tensors take the branches of accelerators."""
     lrm, renderer = small_lrm(frozen=frozen), Renderer(24, importance)
     objective, parallel = (
         Objective(lpips=0.0, tv=1e-3),
@@ -147,7 +147,7 @@ def test_recomputing_needs_less_memory_and_more_operations_for_the_same_mathemat
 
 
 def test_model_operations_of_a_plain_network_are_what_is_run_but_for_rendering_again():
-    """Without recomputed blocks or attention in blocks, only the renderer computes twice."""
+    """Without recomputed blocks, only the renderer recomputes."""
     lrm = small_lrm(plane_tokens=8)
     costs = simulate_step(lrm, Renderer(24), Objective(lpips=0.0), ParallelConfig(), shape())
     assert costs.flops - costs.forward["renderer"] == pytest.approx(costs.model_flops, rel=0.02)
@@ -185,7 +185,7 @@ def test_the_default_camera_sees_the_sphere_as_a_disc_that_touches_the_images_si
 
 
 def test_windows_of_the_papers_crops_hit_what_random_windows_hit():
-    """128 pixels out of views resized to 128 to 384: 95.6 % of the rays, counted over random windows here."""
+    """Crops of 128 pixels from views resized to 128 to 384 pixels: 95.6 % of the rays, counted over random crops."""
     cameras, crop = default_cameras(), CropConfig(low=128, high=384, size=128)
     draw, count = torch.Generator().manual_seed(0), 0.0
     for _ in range(300):
@@ -199,7 +199,7 @@ def test_windows_of_the_papers_crops_hit_what_random_windows_hit():
 
 
 def test_windows_centered_on_the_object_hit_more_of_an_object_that_is_far_away():
-    """At twice the size of a window, a far object: from its middle all rays hit, from the image's corner none."""
+    """A distant object in a view of twice the crop's size: all rays of a centered crop hit, none in a corner."""
     cameras = default_cameras()
     far = cameras._replace(c2w=orbit(4, 10.0))
     crops = [CropConfig(low=512, high=512, size=64, foreground=share) for share in (0.0, 0.5, 1.0)]
@@ -232,7 +232,7 @@ def test_parts_of_all_ranks_are_the_whole_network_once_a_copy(copies):
             costs = simulate_step(lrm, Renderer(8), Objective(lpips=0.0), ParallelConfig(), shape(1), mesh)
         held += costs.weights
         assert costs.flops > 0
-    # PyTorch pads a part to the size of the largest; it is less than one row a tensor and rank.
+    # PyTorch pads shards to the size of the largest: less than one row per tensor and rank.
     whole = 4 * sum(p.numel() for p in lrm.parameters())
     assert copies * whole <= held < 1.1 * copies * whole
     check_shards(lrm, processes, copies, torch.bfloat16, range(processes))
