@@ -58,7 +58,7 @@ def test_an_operation_takes_as_long_as_its_products_its_bytes_or_its_start():
 
 def test_the_slow_end_reaches_less_of_the_peaks_and_launches_later():
     """35 instead of 70 % of the peak FLOP/s, 50 instead of 80 % of the bandwidth, 10 instead of 4 us per launch."""
-    assert (SLOW.products, SLOW.bytes, SLOW.launch) == (0.35, 0.5, 10e-6)
+    assert (SLOW.flops, SLOW.bytes, SLOW.launch) == (0.35, 0.5, 10e-6)
     assert rows(1)["none"].seconds[1] == pytest.approx(2 + 3.2 + 5 + OPTIMIZER * 0.8 / 0.5)
     for row in rows(16, network=1e9).values():
         assert row.seconds[0] < row.seconds[1]
