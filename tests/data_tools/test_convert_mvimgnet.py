@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import shutil
-import struct
 
 import numpy as np
 import pytest
@@ -15,91 +14,25 @@ from data_tools.__main__ import main
 from data_tools.layouts.colmap import Camera, read_model
 from data_tools.layouts.files import LayoutError
 from data_tools.layouts.object_frame import ObjectOutline, to_object_frame
-from data_tools.layouts.registry import get_layout
 from data_tools.quality.validate import validate
-from data_tools.shards.convert import convert
 from lrm_pl.conventions import rigid_error
 from lrm_pl.data.manifest import read_manifest, read_samples
 from lrm_pl.data.schema import decode_image, decode_sample
 from lrm_pl.data.synthetic import synthetic_sample
-
-FRAMES, SIDE = 10, 128
-
-#: A world of COLMAP's: turned (x -> y -> z -> x, then by 0.6 / 0.8 about z), 7 times as large, elsewhere.
-TURN = np.array([[0.6, -0.8, 0], [0.8, 0.6, 0], [0, 0, 1]]) @ np.array([[0.0, 0, 1], [1, 0, 0], [0, 1, 0]])
-SCALE, OFFSET = 7.0, np.array([3.0, -20.0, 11.0])
-
-SIMPLE_PINHOLE, PINHOLE, SIMPLE_RADIAL, RADIAL, OPENCV, FISHEYE = range(6)
-
-
-def quaternion(rotation):
-    """(w, x, y, z) of a rotation: the eigenvector of Bar-Itzhack's matrix, whichever its angle."""
-    (a, b, c), (d, e, f), (g, h, i) = rotation
-    k = np.array([
-        [a + e + i, h - f, c - g, d - b],
-        [h - f, a - e - i, b + d, c + g],
-        [c - g, b + d, e - a - i, f + h],
-        [d - b, c + g, f + h, i - a - e],
-    ])  # fmt: skip
-    return np.linalg.eigh(k)[1][:, -1]
-
-
-def write_model(folder, poses, parameters, model=PINHOLE):
-    """Write a COLMAP model by hand: w2c poses, with some points in each image."""
-    folder.mkdir(parents=True)
-    camera = struct.pack(f"<QIiQQ{len(parameters)}d", 1, 5, model, SIDE, SIDE, *parameters)
-    (folder / "cameras.bin").write_bytes(camera)
-    images = struct.pack("<Q", len(poses))
-    for number in reversed(range(len(poses))):  # in no order
-        images += struct.pack(
-            "<I7dI", number + 1, *quaternion(poses[number][:3, :3]), *poses[number][:3, 3], 5
-        )
-        images += f"{number + 1:03d}.jpg".encode() + b"\0" + struct.pack("<Q", number)
-        images += struct.pack("<ddq", 1.0, 2.0, -1) * number
-    (folder / "images.bin").write_bytes(images)
-
-
-def write_video(folder, sample, masks, parameters=None, model=PINHOLE):
-    """Write a sample as a video: JPEG images over a background, masks, poses in COLMAP's world."""
-    poses = []
-    for c2w in sample.c2w.astype(np.float64):
-        rotation, place = TURN @ c2w[:3, :3], SCALE * TURN @ c2w[:3, 3] + OFFSET
-        poses.append(np.column_stack([rotation.T, -rotation.T @ place]))
-    write_model(folder / "sparse" / "0", poses, parameters or sample.fxfycxcy[0] * SIDE, model)
-    (folder / "images").mkdir()
-    masks.mkdir(parents=True, exist_ok=True)
-    for number, view in enumerate(sample.views, start=1):
-        rgba = decode_image("a", view)
-        image = np.where(rgba[..., 3:] > 0, rgba[..., :3], [0, 255, 0]).astype(np.uint8)
-        Image.fromarray(image).save(folder / "images" / f"{number:03d}.jpg", quality=98, subsampling=0)
-        Image.fromarray(rgba[..., 3]).save(masks / f"{number:03d}.jpg.png")
-
-
-@pytest.fixture
-def video(tmp_path):
-    """The folder of one object, and what it was made of."""
-    sample = synthetic_sample("a", FRAMES, SIDE, 0)
-    write_video(tmp_path / "in" / "7" / "1a2b", sample, tmp_path / "in" / "7" / "1a2b" / "masks")
-    return tmp_path / "in" / "7" / "1a2b", sample
-
-
-def converted(root, out, views=FRAMES, resolution=64, masks=None):
-    manifest = convert(get_layout("mvimgnet", root, resolution, views, masks), root, out)
-    return {
-        key: decode_sample(key, members)
-        for shard in manifest.shards
-        for key, members in read_samples(out, shard)
-    }
-
-
-def reason(folder, out, views=FRAMES):
-    """Convert a folder with one bad object, and return why it is left out."""
-    root = folder.parents[1]
-    with pytest.raises(ValueError, match="none among 1 that can be used"):
-        converted(root, out, views)
-    (record,) = [json.loads(line) for line in (out.parent / "out.failures.jsonl").read_text().splitlines()]
-    assert record["id"] == f"{folder.parent.name}_{folder.name}"
-    return record["reason"]
+from tests.data_tools.mvimgnet_videos import (
+    FRAMES,
+    OPENCV,
+    PINHOLE,
+    RADIAL,
+    SIDE,
+    SIMPLE_PINHOLE,
+    SIMPLE_RADIAL,
+    converted,
+    missing,
+    reason,
+    write_model,
+    write_video,
+)
 
 
 def similarity(c2w, target):
@@ -282,82 +215,6 @@ def test_views_that_show_a_part_or_nothing_do_not_count(video, tmp_path):
     assert found.info.views == 3
 
 
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-30])
-
-
-def prolonged(path):
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def lying(path):
-    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
-
-
-def short_counted(path):
-    path.write_bytes(struct.pack("<Q", 3) + path.read_bytes()[8:])
-
-
-def not_finite(path):
-    content = bytearray(path.read_bytes())
-    content[12:20] = struct.pack("<d", np.nan)
-    path.write_bytes(bytes(content))
-
-
-def leaving(path):
-    path.write_bytes(path.read_bytes().replace(b"001.jpg", b"../1jpg"))
-
-
-def missing(path):
-    path.unlink()
-
-
-@pytest.mark.parametrize("name", ["cameras.bin", "images.bin"])
-@pytest.mark.parametrize("damage", [truncated, prolonged, lying, missing])
-def test_a_colmap_file_that_is_not_whole_is_refused_by_its_size(video, tmp_path, name, damage):
-    folder, _ = video
-    damage(folder / "sparse" / "0" / name)
-    assert name in reason(folder, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (short_counted, r"images\.bin: expected \d+ bytes, but found"),
-        (not_finite, "expected a valid pose and camera id, but found .*nan"),
-        (leaving, r"expected plain file names in images\.bin, but found '\.\./1jpg'"),
-    ],
-)
-def test_strange_poses_and_names_are_refused(video, damage, said):
-    folder, _ = video
-    damage(folder / "sparse" / "0" / "images.bin")
-    with pytest.raises(LayoutError, match=said):
-        get_layout("mvimgnet", folder.parents[1], 64, FRAMES).read(folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("images/003.jpg", b"nothing", "003.jpg: the image cannot be decoded"),
-        ("masks/003.jpg.png", b"nothing", "003.jpg.png: the mask cannot be decoded"),
-        (
-            "images/003.jpg",
-            None,
-            r"expected the camera's 128 x 128 pixels, .*found 9000 x 100",
-        ),
-        ("masks/003.jpg.png", None, r"expected the camera's 128 x 128 pixels"),
-    ],
-)
-def test_images_and_masks_that_are_not_their_cameras_are_refused(video, name, content, said):
-    folder, _ = video
-    if content is None:
-        Image.new("L", (9000, 100), 255).save(folder / name)
-    else:
-        (folder / name).write_bytes(content)
-    with pytest.raises(LayoutError, match=said):
-        get_layout("mvimgnet", folder.parents[1], 64, FRAMES).read(folder)
-
-
 @pytest.mark.parametrize(
     ("model", "parameters"),
     [
@@ -375,15 +232,6 @@ def test_every_camera_model_gives_the_same_cameras(tmp_path, model, parameters):
     assert image.camera == Camera(SIDE, SIDE, 137.0, 137.0, 64.0, 64.0, k1)
 
 
-def test_a_camera_model_that_we_do_not_know_and_a_strange_camera_are_refused(tmp_path):
-    write_model(tmp_path / "a", [], [100.0, 100, 64, 64, 0, 0, 0, 0], FISHEYE)
-    with pytest.raises(LayoutError, match=r"expected a pinhole, .*found model id 5"):
-        read_model(tmp_path / "a")
-    write_model(tmp_path / "b", [], [-100.0, 100, 64, 64])
-    with pytest.raises(LayoutError, match="expected valid intrinsics, but found 128 x 128 pixels"):
-        read_model(tmp_path / "b")
-
-
 def test_distortion_is_measured_by_hand_and_refused_above_a_hundredth_of_the_crop(video, tmp_path):
     camera = Camera(200, 100, 100.0, 50.0, 100.0, 50.0, k1=0.1, k2=0.01, p1=0.001, p2=0.002)
     # x = 1, y = 2, r^2 = 5: radial 0.5 + 0.25; dx = 0.75 + 2 p1 2 + p2 (5 + 2), dy = 1.5 + 2 p2 2 + p1 (5 + 8)
@@ -399,20 +247,6 @@ def test_distortion_is_measured_by_hand_and_refused_above_a_hundredth_of_the_cro
     converted(tmp_path / "mild", tmp_path / "mild-out")
     said = reason(tmp_path / "strong" / "7" / "a", tmp_path / "out")
     assert "expected lens distortion of at most 1% of the crop, but found" in said
-
-
-def test_cameras_that_do_not_go_around_an_object_are_refused(tmp_path):
-    sample = synthetic_sample("a", FRAMES, SIDE, 0)
-    still = np.repeat(sample.c2w[:1], FRAMES, axis=0)
-    away = sample.c2w.copy()
-    away[:, :3, :3] = away[:, :3, :3] @ np.diag([-1, 1, -1]).astype(np.float32)  # turned about their up axes
-    for name, c2w, said in (
-        ("still", still, "look in one direction"),
-        ("away", away, "found it behind camera"),
-    ):
-        sample.c2w[:] = c2w
-        write_video(tmp_path / name / "7" / "a", sample, tmp_path / name / "7" / "a" / "masks")
-        assert said in reason(tmp_path / name / "7" / "a", tmp_path / "out")
 
 
 def test_one_bad_object_leaves_the_others_and_is_named(video, tmp_path):
