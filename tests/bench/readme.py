@@ -46,7 +46,10 @@ def update(readme: Path, records: Iterable[dict]) -> None:
         raise ValueError(f"{readme}: expected the markers {BEGIN} and {END} once each")
     before, (old, after) = text.split(BEGIN)[0], text.split(BEGIN)[1].split(END)
     new = {
-        (_machine(record), record["bench"]): (f"{record['value']:.3g}", record["target"])
+        (_machine(record), record["bench"]): (
+            f"{record['value']:.3g}",
+            record["target"] + ("" if record["met"] else " **missed**"),
+        )
         for record in records
     }
     readme.write_text(f"{before}{BEGIN}\n{table(read_table(old) | new)}{END}{after}")

@@ -50,7 +50,7 @@ def commands(root):
     """Return the commands in the README's plain code blocks, comments left out."""
     blocks = re.findall(r"```\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line.split("  #")[0].strip() for line in lines]
+    return [command for line in lines if (command := line.split("  #")[0].strip())]
 
 
 def shortened(command):
