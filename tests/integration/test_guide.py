@@ -48,7 +48,12 @@ SHORTER = {
 
 def commands(root):
     """Return the commands in the README's plain code blocks, comments left out."""
-    blocks = re.findall(r"```\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    text = (root / "README.md").read_text()
+    blocks = [
+        block
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        if not language
+    ]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [command for line in lines if (command := line.split("  #")[0].strip())]
 

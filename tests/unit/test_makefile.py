@@ -122,6 +122,6 @@ def test_the_demos_shards_are_made_only_where_they_are_trained_on(typed, words, 
 def test_every_variable_that_a_readme_gives_to_make_is_read(typed, root):
     texts = [path.read_text() for path in (root / "README.md", *root.glob("lrm_pl/*/README.md"))]
     lines = re.findall(r"\bmake [a-z-]+(?: [A-Z]+=(?:\"[^\"]*\"|\S+))+", "\n".join(texts))
-    assert len(lines) > 10
+    assert len(lines) > 5
     for line in lines:
         typed(*shlex.split(line.rstrip("`,.;)"))[1:])
