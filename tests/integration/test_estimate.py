@@ -136,7 +136,7 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
     [
         (
             ["--gpus", "3"],
-            "3 processes x 1 accumulated batches divide, but found 2",
+            "divisible by 3 processes x 1 accumulated batches, but found 2",
         ),
         (["--gpus", "12", "--data.batch_size", "12"], "expected whole nodes of 8 GPUs, but found 12 GPUs"),
         (["--gpus", "2", "--trainer.precision", "64-true"], "expected trainer.precision bf16-mixed"),

@@ -136,6 +136,6 @@ def test_the_doctor_looks_at_both_nodes_and_prints_one_table(here, root, shards)
     said = " ".join(found)  # cells are folded
     assert done.stdout.count("rendezvous") == 1, done.stdout + done.stderr
     assert f"{here}/runs: shared by all nodes" in said
-    assert "take 2 or 4, or another number of processes" in done.stdout
+    assert "use 2 or 4 objects per optimizer step" in done.stdout
     assert "expected a file at none.pth, but found none" in said
     assert not list(here.rglob(".doctor-*")), "the tokens are removed"

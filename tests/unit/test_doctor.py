@@ -83,7 +83,7 @@ def test_a_run_that_has_what_it_needs_passes_and_one_without_shards_does_not(con
 def test_processes_that_do_not_divide_the_batch_are_told_which_would(config, capsys):
     status, said = run(capsys, "-c", config, "--gpus=0", "--processes=4", "--data.batch_size=6")
     assert status == 1
-    assert "take 4 or 8, or another number of processes" in said
+    assert "use 4 or 8 objects per optimizer step" in said
 
 
 def test_accumulated_batches_divide_the_batch_too(requirements):
@@ -92,7 +92,7 @@ def test_accumulated_batches_divide_the_batch_too(requirements):
     )
     finding = inputs.batch(dataclasses.replace(requirements, nodes=2, accumulate=2, batch_size=2))
     assert finding.verdict == "missing"
-    assert "take 4, or another number of processes" in finding.remedy
+    assert "use 4 objects per optimizer step" in finding.remedy
 
 
 def test_the_doctor_reads_what_fit_would(config):

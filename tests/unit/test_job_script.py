@@ -1,4 +1,4 @@
-"""The Slurm job script that ``lrm launch`` writes."""
+"""The Slurm job of ``lrm launch``: its command and its script."""
 
 import re
 import time
