@@ -104,7 +104,7 @@ def test_processes_that_would_each_be_a_run_of_its_own_are_refused(
 ):
     for name, value in ({"SLURM_NTASKS_PER_NODE": "1"} | variables).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=f"found 2 that {launcher} started: .*--trainer.devices 2"):
+    with pytest.raises(SystemExit, match=f"found 2 started by {launcher}. .*--trainer.devices 2"):
         main(["fit", *here, "--trainer.accelerator=cpu"])
     assert not (tmp_path / "runs").exists()
 

@@ -199,5 +199,5 @@ def test_a_signal_during_the_report_ends_it_and_the_run_can_be_measured_later(he
     assert stopped.value.code == 75
     said = capsys.readouterr().err
     assert "a signal stopped the report after the last step; the run is in" in said
-    assert "start the same command with --run.folder" in said
+    assert "Start the same command with --run.folder" in said
     assert signal.getsignal(signal.SIGUSR1) is before
