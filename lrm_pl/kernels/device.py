@@ -176,7 +176,7 @@ class CopyStream:
         """Queue a copy."""
         into.copy_(source, non_blocking=self._module is not torch.cpu)
 
-    def hold_back_current(self) -> None:
+    def block_current(self) -> None:
         """Make future work of the current stream wait for the copies, without blocking the host."""
         self._copied.wait(self._module.current_stream(self._device))
 
@@ -251,7 +251,7 @@ def peak_device_memory(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if on_cuda(device) else None
 
 
-def indexed(device: torch.device) -> torch.device:
+def with_index(device: torch.device) -> torch.device:
     """Return a CPU device with an index, as DeepSpeed requires; any other device unchanged."""
     return torch.device("cpu", 0) if device.type == "cpu" else device
 

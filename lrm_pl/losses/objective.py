@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lrm_pl.errors import InputError
 from lrm_pl.losses.perceptual import PerceptualLoss
-from lrm_pl.losses.photometric import mask, mse
+from lrm_pl.losses.photometric import mask_loss, mse_loss
 from lrm_pl.losses.regularizers import opacity_prior, total_variation
 
 
@@ -73,7 +73,7 @@ class Objective(nn.Module):
         """
         terms = {}
         if self.mse:
-            terms["mse"] = self.mse * mse(inputs.prediction, inputs.target)
+            terms["mse"] = self.mse * mse_loss(inputs.prediction, inputs.target)
         if self.lpips and step >= self.lpips_start_step:
             if self.perceptual is None:
                 raise ValueError(
@@ -82,7 +82,7 @@ class Objective(nn.Module):
                 )
             terms["lpips"] = self.lpips * self.perceptual(inputs.prediction, inputs.target).mean()
         if self.mask:
-            terms["mask"] = self.mask * mask(inputs.opacity, inputs.alpha)
+            terms["mask"] = self.mask * mask_loss(inputs.opacity, inputs.alpha)
         if self.tv:
             terms["tv"] = self.tv * total_variation(inputs.planes)
         if self.opacity:

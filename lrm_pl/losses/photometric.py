@@ -7,12 +7,12 @@ from torch import Tensor
 _MARGIN = 1e-4
 
 
-def mse(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
+def mse_loss(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
     """Return the mean squared error over images, channels and pixels."""
     return (prediction - target).square().mean()
 
 
-def mask(opacity: Float[Tensor, "n h w"], alpha: Float[Tensor, "n h w"]) -> Float[Tensor, ""]:
+def mask_loss(opacity: Float[Tensor, "n h w"], alpha: Float[Tensor, "n h w"]) -> Float[Tensor, ""]:
     """Return the mean binary cross-entropy of opacity against alpha (TripoSR, section 3.2)."""
     opacity, alpha = opacity.float(), alpha.float().clamp(0, 1)
     # Opacity may leave [0, 1] by rounding; the straight-through clamp keeps the gradient.

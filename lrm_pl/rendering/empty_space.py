@@ -20,8 +20,8 @@ from lrm_pl.rendering.deferred import Rays
 from lrm_pl.rendering.density_grid import density_grid
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.ray_marching import RayMarching, intervals
-from lrm_pl.rendering.sampling import stratified
+from lrm_pl.rendering.ray_marching import RayMarching, quadrature_intervals
+from lrm_pl.rendering.sampling import sample_stratified
 
 #: Density below visibility: over the longest chord of the box, 3.5 units, its opacity is a fifth of 1/255.
 _INVISIBLE_DENSITY = 2e-4
@@ -151,7 +151,7 @@ def _march_in_segments(
     synchronize with the device.
     """
     near, far = rays.near[index, numbers], rays.far[index, numbers]
-    t, _ = stratified(near, far, march.samples, None)
+    t, _ = sample_stratified(near, far, march.samples, None)
     rgb, opacity, weighted_t = near.new_zeros(len(near), 3), torch.zeros_like(near), torch.zeros_like(near)
     active, masks_ended_rays = torch.arange(len(near), device=near.device), not on_cpu(near)
     for start in range(0, march.samples, _SEGMENT):
@@ -161,7 +161,9 @@ def _march_in_segments(
             mask = (opacity < 1 - _MIN_TRANSMITTANCE).repeat_interleave(segment.shape[1])
         raw, color = decode(rays.points(index, numbers[active], segment), mask)
         raw, color = raw.view(segment.shape), color.view(*segment.shape, 3)
-        sigma, color, _, delta = intervals(march, raw, color, segment, near[active], far[active], activate)
+        sigma, color, _, delta = quadrature_intervals(
+            march, raw, color, segment, near[active], far[active], activate
+        )
         weights = sample_weights(sigma, delta) * (1 - opacity[active]).unsqueeze(-1)
         rgb[active] += (weights.unsqueeze(-1) * color).sum(dim=-2)
         weighted_t[active] += (weights * segment).sum(dim=-1)

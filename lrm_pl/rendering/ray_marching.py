@@ -12,7 +12,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.kernels.decode_along_rays import EMPTY_RAW_DENSITY
 from lrm_pl.rendering.compositing import composite, sample_weights
 from lrm_pl.rendering.output import Rendering
-from lrm_pl.rendering.sampling import blur_weights, importance, stratified
+from lrm_pl.rendering.sampling import blur_weights, sample_importance, sample_stratified
 
 #: Quadrature rule. "bins": one interval per sample, the bin that contains it (NeRF, TripoSR). "midpoints": one interval
 #: per pair of neighboring samples, with the mean of their raw densities and of their colors (mip-NeRF; EG3D, OpenLRM).
@@ -78,26 +78,26 @@ def march_rays(
         Pixels. Differentiable in the outputs of ``evaluate``; sample positions are constants.
     """
     first = march.samples - march.importance
-    t, _ = stratified(near, far, first, jitter, overshoot=march.quadrature == "midpoints")
+    t, _ = sample_stratified(near, far, first, jitter, overshoot=march.quadrature == "midpoints")
     raw, rgb = evaluate(t)
     if march.importance:
         with torch.no_grad():
-            sigma, _, _, delta = intervals(march, raw, rgb, t, near, far, activate)
+            sigma, _, _, delta = quadrature_intervals(march, raw, rgb, t, near, far, activate)
             weights = blur_weights(sample_weights(sigma, delta))
             if march.quadrature == "midpoints":
                 # Half an interval early, as in EG3D; published weights were trained this way.
                 edges, weights = (t[:, 1:-1] + t[:, :-2]) / 2, weights[:, 1:-1]
             else:
                 edges = bin_edges(t, near, far)
-            more = importance(edges, weights, march.importance, jitter)
+            more = sample_importance(edges, weights, march.importance, jitter)
         more_raw, more_rgb = evaluate(more)
         t, order = torch.cat([t, more], dim=-1).sort(dim=-1)
         raw = torch.cat([raw, more_raw], dim=-1).gather(-1, order)
         rgb = torch.cat([rgb, more_rgb], dim=-2).gather(-2, order.unsqueeze(-1).expand(-1, -1, 3))
-    return composite(*intervals(march, raw, rgb, t, near, far, activate))
+    return composite(*quadrature_intervals(march, raw, rgb, t, near, far, activate))
 
 
-def intervals(
+def quadrature_intervals(
     march: RayMarching,
     raw: Float[Tensor, "r k"],
     rgb: Float[Tensor, "r k 3"],

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def stratified(
+def sample_stratified(
     near: Float[Tensor, "*rays"],
     far: Float[Tensor, "*rays"],
     samples: int,
@@ -32,7 +32,7 @@ def stratified(
     return near.unsqueeze(-1) + position * width.unsqueeze(-1), width
 
 
-def importance(
+def sample_importance(
     edges: Float[Tensor, "*rays bins_plus_1"],
     weights: Float[Tensor, "*rays bins"],
     samples: int,

@@ -241,7 +241,7 @@ class CheckpointAndResume(L.Callback):
     def _hold_back(self) -> None:
         if self._writing is not None:
             assert self._snapshots is not None
-            self._snapshots.stream.hold_back_current()
+            self._snapshots.stream.block_current()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step, and wait until it is written."""

@@ -169,7 +169,7 @@ class Snapshots:
         """Copy a state. All ranks must call this together.
 
         The copies are complete after ``stream.synchronize()``. Before the state changes, call
-        ``stream.hold_back_current()``. Do not take another copy until both are done.
+        ``stream.block_current()``. Do not take another copy until both are done.
 
         Args:
             state: The tensors, copied one by one: a second state would not fit in the memory of a GPU.

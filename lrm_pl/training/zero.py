@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lrm_pl.checkpoints import network_tensors
 from lrm_pl.errors import InputError
-from lrm_pl.kernels.device import indexed
+from lrm_pl.kernels.device import with_index
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.sharded_state import MOMENT_NAMES, FlatShard, StateAccess, StateTensor, full_tensor
 
@@ -125,7 +125,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         """The device of this process, with an index, which DeepSpeed requires on CPUs too."""
-        return indexed(super().root_device)
+        return with_index(super().root_device)
 
     def setup_environment(self) -> None:
         """Initialize the process group, also on CPUs, which Lightning's implementation rejects."""

@@ -12,7 +12,8 @@ class PrecisionSpy(L.Callback):
 
     #: Functions whose tensors are float32 whatever the precision.
     EXACT = (
-        (renderer, "pixel_rays"), (renderer, "ray_interval"), (ray_marching, "stratified"), (ray_marching, "composite"),
+        (renderer, "pixel_rays"), (renderer, "ray_interval"),
+        (ray_marching, "sample_stratified"), (ray_marching, "composite"),
         (camera_embedder, "camera_vector"),
     )  # fmt: skip
 

@@ -233,12 +233,12 @@ def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, m
     for module, name in (
         (volume, "pixel_rays"),
         (volume, "ray_interval"),
-        (ray_marching, "stratified"),
+        (ray_marching, "sample_stratified"),
         (ray_marching, "composite"),
     ):
         spy(module, name)
     main(["fit", *tiny, "--trainer.precision", precision, "--trainer.max_steps", "1"])
-    assert seen.keys() == {"pixel_rays", "ray_interval", "stratified", "composite"}
+    assert seen.keys() == {"pixel_rays", "ray_interval", "sample_stratified", "composite"}
     assert set().union(*seen.values()) == {torch.float32}
 
 

@@ -255,7 +255,7 @@ class DeferredCopies(CopyStream):
     def copy(self, into, source):
         self.pending.append((into, source))
 
-    def hold_back_current(self):
+    def block_current(self):
         self._make()
         self.due.set()
 
@@ -282,7 +282,7 @@ class LateCopies(DeferredCopies):
 
     deferred, steps = 1, 0
 
-    def hold_back_current(self):
+    def block_current(self):
         self.steps += 1
         if self.steps > 1:  # one step was made after the copies were queued
             self.due.set()

@@ -5,14 +5,14 @@ import torch
 
 from lrm_pl.rendering.compositing import composite
 from lrm_pl.rendering.ray_marching import RayMarching, march_rays
-from lrm_pl.rendering.sampling import blur_weights, importance, stratified
+from lrm_pl.rendering.sampling import blur_weights, sample_importance, sample_stratified
 
 
 def test_a_box_of_constant_density_has_the_closed_form_opacity_and_color():
     near, far, sigma = torch.tensor([1.0]), torch.tensor([2.5]), 0.8
     color = torch.tensor([0.2, 0.5, 0.9])
     for samples in (1, 7, 64):
-        t, delta = stratified(near, far, samples, None)
+        t, delta = sample_stratified(near, far, samples, None)
         pixels = composite(torch.full((1, samples), sigma), color.expand(1, samples, 3), t, delta[..., None])
         opacity = 1 - math.exp(-sigma * 1.5)
         assert math.isclose(pixels.opacity.item(), opacity, rel_tol=1e-5)
@@ -22,7 +22,7 @@ def test_a_box_of_constant_density_has_the_closed_form_opacity_and_color():
 def test_depth_of_a_constant_density_converges_to_the_closed_form():
     # E[t] = integral of t sigma exp(-sigma (t - near)) / opacity = near + 1 / sigma - L exp(-sigma L) / opacity.
     near, far, sigma, length = 1.0, 3.0, 1.5, 2.0
-    t, delta = stratified(torch.tensor([near]), torch.tensor([far]), 512, None)
+    t, delta = sample_stratified(torch.tensor([near]), torch.tensor([far]), 512, None)
     pixels = composite(torch.full((1, 512), sigma), torch.zeros(1, 512, 3), t, delta[..., None])
     opacity = 1 - math.exp(-sigma * length)
     expected = near + 1 / sigma - length * math.exp(-sigma * length) / opacity
@@ -58,8 +58,8 @@ def test_huge_densities_give_no_nan_in_values_or_gradients():
 
 def test_jitter_moves_samples_inside_their_bins_only():
     near, far = torch.tensor([1.0]), torch.tensor([3.0])
-    low, width = stratified(near, far, 4, torch.tensor([0.0]))
-    high, _ = stratified(near, far, 4, torch.tensor([0.999]))
+    low, width = sample_stratified(near, far, 4, torch.tensor([0.0]))
+    high, _ = sample_stratified(near, far, 4, torch.tensor([0.999]))
     assert width.item() == 0.5
     assert torch.allclose(low[0], torch.tensor([1.0, 1.5, 2.0, 2.5]))
     assert torch.allclose(high[0], torch.tensor([1.4995, 1.9995, 2.4995, 2.9995]))
@@ -67,7 +67,7 @@ def test_jitter_moves_samples_inside_their_bins_only():
 
 def test_compositing_is_float32_under_autocast():
     sigma, rgb = torch.rand(5, 16), torch.rand(5, 16, 3)
-    t, delta = stratified(torch.ones(5), 3 * torch.ones(5), 16, None)
+    t, delta = sample_stratified(torch.ones(5), 3 * torch.ones(5), 16, None)
     expected = composite(sigma, rgb, t, delta[..., None])
     with torch.autocast("cpu", torch.bfloat16):
         pixels = composite(sigma, rgb, t, delta[..., None])
@@ -78,19 +78,19 @@ def test_compositing_is_float32_under_autocast():
 def test_importance_samples_are_where_the_weight_is_by_hand():
     # Weight 1 on [1, 2] and 3 on [2, 4]: a quarter of the samples evenly over the first, the rest over the second.
     edges, weights = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[1.0, 3.0]])
-    t = importance(edges, weights, 8, torch.tensor([0.5]))
+    t = sample_importance(edges, weights, 8, torch.tensor([0.5]))
     # u = (i + 0.5) / 8: 1/16 and 3/16 of the first quarter, then steps of 1/8 of the other three.
     expected = torch.tensor(
         [[1.25, 1.75, *(2 + 2 * (u - 0.25) / 0.75 for u in (torch.arange(2, 8) + 0.5) / 8)]]
     )
     assert torch.allclose(t, expected, atol=1e-3)
-    ends = importance(edges, weights, 5, None)
+    ends = sample_importance(edges, weights, 5, None)
     assert torch.allclose(ends[0, [0, 1, -1]], torch.tensor([1.0, 2.0, 4.0]), atol=1e-3)
 
 
 def test_a_ray_that_saw_nothing_is_sampled_evenly():
     edges = torch.linspace(1, 3, 9)[None]
-    t = importance(edges, torch.zeros(1, 8), 4, torch.tensor([0.5]))
+    t = sample_importance(edges, torch.zeros(1, 8), 4, torch.tensor([0.5]))
     assert torch.allclose(t[0], torch.tensor([1.25, 1.75, 2.25, 2.75]), atol=1e-5)
 
 

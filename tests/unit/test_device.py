@@ -167,7 +167,7 @@ def test_a_device_without_streams_copies_at_once(monkeypatch):
     stream, source, into = device.CopyStream(torch.device("cpu")), torch.arange(3.0), torch.zeros(3)
     with stream.after_current():
         stream.copy(into, source)
-    stream.hold_back_current()
+    stream.block_current()
     stream.synchronize()
     assert torch.equal(into, source)
     assert device.HostCopy(source).numbers() == [0, 1, 2]

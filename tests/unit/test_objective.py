@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrm_pl.losses.objective import LossInputs, Objective
-from lrm_pl.losses.photometric import mask
+from lrm_pl.losses.photometric import mask_loss
 from lrm_pl.losses.regularizers import opacity_prior, total_variation
 
 
@@ -44,7 +44,7 @@ def test_the_mask_term_is_the_cross_entropy_of_opacity_by_hand():
 
 def test_the_mask_term_is_finite_with_a_finite_gradient_where_opacity_is_wholly_wrong():
     opacity = torch.tensor([[[0.0, 1.0 + 1e-7], [1.0, 0.0]]], requires_grad=True)
-    loss = mask(opacity, torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))
+    loss = mask_loss(opacity, torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))
     loss.backward()
     assert math.isfinite(loss.item())
     assert opacity.grad.isfinite().all()
