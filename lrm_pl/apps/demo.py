@@ -10,9 +10,9 @@ from lrm_pl.apps.options import (
     add_background,
     add_model,
     fail,
+    format_url,
     load_pipeline,
     require_free,
-    url_of,
 )
 from lrm_pl.errors import InputError
 from lrm_pl.inference.find_model import find_model
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (InputError, OSError) as error:
         fail(error)
     page = launch(pipeline, args.host, args.port)
-    print(f"{url_of(args.host, args.port)} shows {pipeline.source}; press Ctrl-C to stop", flush=True)
+    print(f"{format_url(args.host, args.port)} shows {pipeline.source}; press Ctrl-C to stop", flush=True)
     page.block_thread()
 
 

@@ -62,7 +62,7 @@ def add_address(parser: argparse.ArgumentParser, port: int) -> None:
     parser.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
 
 
-def url_of(host: str, port: int) -> str:
+def format_url(host: str, port: int) -> str:
     """Return the URL of an address; IPv6 addresses are enclosed in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

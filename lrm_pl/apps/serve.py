@@ -17,9 +17,9 @@ from lrm_pl.apps.options import (
     add_background,
     add_model,
     fail,
+    format_url,
     load_pipeline,
     require_free,
-    url_of,
 )
 from lrm_pl.errors import InputError
 from lrm_pl.inference.find_model import find_model
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pipeline.remover.load()
     except (InputError, OSError) as error:
         fail(error)
-    url = url_of(args.host, args.port)
+    url = format_url(args.host, args.port)
     print(f"Model: {pipeline.description}\nTry: curl --data-binary @photo.png {url}/reconstruct -o mesh.glb")
     serve(pipeline, limits, args.host, args.port)
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lrm_pl.apps.options import add_address, fail, require_free, url_of
+from lrm_pl.apps.options import add_address, fail, format_url, require_free
 from lrm_pl.errors import InputError
 from lrm_pl.inference.find_model import newest_run
 
@@ -24,13 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = args.run or newest_run()
         if "://" not in run and not Path(run).expanduser().is_dir():
             raise InputError(expected=f"a run folder at {run}", found="none", remedy="correct the path")
-        from lrm_pl.apps.viewer import Viewer, data_of, wait_for_checkpoint
+        from lrm_pl.apps.viewer import Viewer, find_data, wait_for_checkpoint
 
         wait_for_checkpoint(run)
-        viewer = Viewer(run, args.data or data_of(run), args.device, args.host, args.port)
+        viewer = Viewer(run, args.data or find_data(run), args.device, args.host, args.port)
     except (InputError, OSError) as error:
         fail(error)
-    print(f"{url_of(args.host, viewer.server.get_port())} shows {run}; press Ctrl-C to stop", flush=True)
+    print(f"{format_url(args.host, viewer.server.get_port())} shows {run}; press Ctrl-C to stop", flush=True)
     try:
         viewer.serve()
     except KeyboardInterrupt:

@@ -301,7 +301,7 @@ def wait_for_checkpoint(run: str) -> None:
         time.sleep(_POLL_S)
 
 
-def data_of(run: str) -> str:
+def find_data(run: str) -> str:
     """Return the folder of shards of a run's training data.
 
     Raises:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from lrm_pl.data.batch import Batch
 from lrm_pl.data.manifest import write_atomically
-from lrm_pl.inference.scene import Scene, as_pixels
-from lrm_pl.inference.video import encode_video, grid
+from lrm_pl.inference.scene import Scene, to_uint8
+from lrm_pl.inference.video import encode_video, make_grid
 from lrm_pl.meshing.export import encode_mesh
 from lrm_pl.meshing.surface import NoSurfaceError
 
@@ -60,11 +60,11 @@ class SceneWriter(L.Callback):
     def _write(self, folder: Path, key: str, scene: Scene, batch: Batch, index: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD_NAME).unlink(missing_ok=True)
-        frames = [as_pixels(frame) for frame in scene.orbit(self.frames, self.size, 15.0)]
+        frames = [to_uint8(frame) for frame in scene.orbit(self.frames, self.size, 15.0)]
         pixels = batch.input.images[index, 0].float().cpu().permute(1, 2, 0).numpy()
         source = Image.fromarray((pixels * 255).round().astype(np.uint8)).convert("RGBA")
         image = io.BytesIO()
-        grid(source, frames).save(image, format="PNG")
+        make_grid(source, frames).save(image, format="PNG")
         files = {"orbit.mp4": encode_video(frames), "grid.png": image.getvalue()}
         shape, notes = None, list[str]()
         try:

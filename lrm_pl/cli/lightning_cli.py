@@ -46,7 +46,7 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.data.input_framing import measure_framing
 from lrm_pl.errors import InputError
 from lrm_pl.inference.model_card import weights_name
-from lrm_pl.inference.model_folder import weights_hash
+from lrm_pl.inference.model_folder import hash_weights
 from lrm_pl.losses.objective import Objective
 from lrm_pl.training.checkpointing import StoppedError
 from lrm_pl.training.ema import WeightAverage
@@ -289,7 +289,7 @@ class LRMCLI(LightningCLI):
         self.before_validate()
         root = Path(self.config.trainer.default_root_dir or ".")
         record = {
-            "network": self.measured | {"sha256": weights_hash(self.model.lrm)},
+            "network": self.measured | {"sha256": hash_weights(self.model.lrm)},
             "data": self.datamodule.folder,
             "versions": {"lrm_pl": __version__, "commit": git_commit(), "torch": torch.__version__},
         }

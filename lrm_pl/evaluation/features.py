@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
 from lrm_pl.weights.key_map import read_tensor_file
-from lrm_pl.weights.resolve import resolve, sha256_of
+from lrm_pl.weights.resolve import hash_file, resolve
 
 #: timm's name of CLIP ViT-B/32 with OpenAI's weights: what papers call CLIP similarity, unless they say otherwise.
 CLIP_NAME = "vit_base_patch32_clip_quickgelu_224.openai"
@@ -35,7 +35,7 @@ def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
     """
     import timm
 
-    if not path.is_file() or (found := sha256_of(path)) != sha256.lower():
+    if not path.is_file() or (found := hash_file(path)) != sha256.lower():
         raise InputError(
             expected=f"CLIP's image tower at {path} with sha256 {sha256}",
             found="no file" if not path.is_file() else found,

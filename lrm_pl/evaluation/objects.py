@@ -17,7 +17,7 @@ from lrm_pl.data.transforms import sample_rng
 from lrm_pl.evaluation.protocols import Protocol, SurfaceSettings, f_score_name
 from lrm_pl.evaluation.surfaces import PointCloud, SurfaceScores, align, compare_surfaces
 from lrm_pl.geometry.cameras import canonical_rotation, canonicalize
-from lrm_pl.inference.scene import Scene, as_tensor
+from lrm_pl.inference.scene import Scene, to_tensor
 from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.meshing.surface import NoSurfaceError
@@ -270,7 +270,7 @@ def decode_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
     Raises:
         SampleError: It cannot be read.
     """
-    return as_tensor(decode_image(sample.info.id, sample.views[view]))
+    return to_tensor(decode_image(sample.info.id, sample.views[view]))
 
 
 def input_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:

@@ -46,7 +46,7 @@ from lrm_pl.evaluation.summary import table
 from lrm_pl.evaluation.tensorboard import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.geometry.cameras import PosedCamera, canonicalize
 from lrm_pl.inference.find_model import find_model
-from lrm_pl.inference.model_folder import weights_hash
+from lrm_pl.inference.model_folder import hash_weights
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.scene import Scene
 from lrm_pl.kernels.device import choose_device
@@ -262,7 +262,7 @@ def _judges(
         if given.fid or given.inception:
             features, inception = load_inception(given.inception, given.inception_sha256, place)
         perceptual = PerceptualMetrics(lpips, clip, features)
-    lpips_sha256 = {name: weights_hash(judge.network) for name, judge in perceptual.lpips.items()}
+    lpips_sha256 = {name: hash_weights(judge.network) for name, judge in perceptual.lpips.items()}
     return perceptual, {"lpips": lpips_sha256, "inception": inception}
 
 

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.evaluation.page import rank_objects
 from lrm_pl.evaluation.records import OBJECTS_NAME, ObjectRecord, read_arrays
-from lrm_pl.inference.scene import Scene, as_pixels
+from lrm_pl.inference.scene import Scene, to_uint8
 from lrm_pl.inference.video import encode_gif
 from lrm_pl.meshing.surface import NoSurfaceError
 
@@ -34,7 +34,7 @@ def show_object(out: Path, key: str, scene: Scene) -> None:
     """Keep an orbit and a mesh of an object, for the board; the mesh has no faces where there is no surface."""
     place = out / SHOWN_NAME
     place.mkdir(parents=True, exist_ok=True)
-    frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
+    frames = [to_uint8(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
     write_atomically(place / f"{key}.gif", encode_gif(frames))
     try:
         mesh = scene.mesh(resolution=_LATTICE, max_faces=_FACES)

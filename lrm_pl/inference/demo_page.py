@@ -18,7 +18,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.images import open_image
 from lrm_pl.inference.options import MeshOptions
 from lrm_pl.inference.pipeline import LRMPipeline
-from lrm_pl.inference.scene import as_pixels, as_tensor, make_mesh
+from lrm_pl.inference.scene import make_mesh, to_tensor, to_uint8
 from lrm_pl.inference.video import encode_video
 from lrm_pl.meshing.glb import encode_glb
 from lrm_pl.progress import listening, stage
@@ -163,11 +163,11 @@ def make_page(pipeline: LRMPipeline, folder: Path) -> Any:  # noqa: ANN401 - a g
                     max_pixels=MEGAPIXELS * 10**6,
                 )
                 framed = pipeline.preprocess(image)
-                scene = pipeline(as_tensor(framed))
+                scene = pipeline(to_tensor(framed))
                 options = MeshOptions(threshold=threshold or None, resolution=resolution, floaters=0.01)
                 mesh, _ = make_mesh(scene, options)
                 with stage("orbit"):
-                    frames = [as_pixels(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
+                    frames = [to_uint8(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
                 result = Path(tempfile.mkdtemp(dir=folder))
                 (result / "mesh.glb").write_bytes(encode_glb(mesh))
                 (result / "orbit.mp4").write_bytes(encode_video(frames))

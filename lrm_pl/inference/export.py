@@ -11,7 +11,7 @@ from lrm_pl.checkpoints import Checkpoint, averaged_names, read_newest, read_ten
 from lrm_pl.data.input_framing import InputFraming
 from lrm_pl.data.manifest import new_folder, require_no_folder
 from lrm_pl.errors import InputError
-from lrm_pl.inference.model_card import model_card, run_facts
+from lrm_pl.inference.model_card import collect_run_facts, model_card
 from lrm_pl.inference.model_folder import (
     FRAMING_NAME,
     find_config,
@@ -50,7 +50,9 @@ def export(
     weights = {name: _cast(tensor, _DTYPES[dtype]) for name, tensor in tensors.items()}
     header = f"Model section of {config.name}; the weights are from step {checkpoint.step} of that run."
     kind = "Moving average of the weights" if average else "Weights"
-    facts = run_facts(config.parent, yaml.safe_load(config.read_text()), checkpoint.step, average=average)
+    facts = collect_run_facts(
+        config.parent, yaml.safe_load(config.read_text()), checkpoint.step, average=average
+    )
     card = model_card(out.name, f"{kind} at step {checkpoint.step} of a run.", model, facts)
     framing = read_framing(config.parent)
     if framing is None:

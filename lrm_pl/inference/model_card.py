@@ -61,7 +61,7 @@ def _use(name: str) -> str:
     return _USE.format(name=name, ckpt=f"{HUB}{name}" if "/" in name else name)
 
 
-def renamed(card: str, name: str) -> str:
+def rename_model_card(card: str, name: str) -> str:
     """Replace the model's name in a card of ``model_card``; other cards are returned unchanged."""
     found = re.search(r'LRMPipeline\.from_pretrained\("([^"\n]+)"\)', card)
     if found is None or _use(found[1]) not in card:
@@ -85,7 +85,7 @@ def weights_name(*, average: bool) -> str:
     return "model (average)" if average else "model"
 
 
-def run_facts(folder: Path, config: Mapping[str, Any], step: int, *, average: bool) -> dict[str, str]:
+def collect_run_facts(folder: Path, config: Mapping[str, Any], step: int, *, average: bool) -> dict[str, str]:
     """Collect the training data, the code version and the reported metrics of a run.
 
     Args:

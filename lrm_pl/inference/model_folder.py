@@ -98,7 +98,7 @@ def read_framing(folder: Path) -> InputFraming | None:
     return InputFraming.of_record(content, str(path))
 
 
-def weights_hash(network: nn.Module) -> str:
+def hash_weights(network: nn.Module) -> str:
     """Return the sha256 of the names, shapes and float32 values of a network's weights, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):

@@ -28,7 +28,7 @@ from lrm_pl.images import (
     to_rgb8,
 )
 from lrm_pl.inference.background import BackgroundRemover
-from lrm_pl.inference.model_card import model_card, renamed
+from lrm_pl.inference.model_card import model_card, rename_model_card
 from lrm_pl.inference.model_folder import (
     CARD_NAME,
     CONFIG_NAME,
@@ -36,14 +36,14 @@ from lrm_pl.inference.model_folder import (
     WEIGHTS_NAME,
     build_network,
     find_config,
+    hash_weights,
     load_weights,
     read_framing,
     read_model_section,
     read_step,
-    weights_hash,
     write_model_folder,
 )
-from lrm_pl.inference.scene import Scene, as_tensor, reconstruct
+from lrm_pl.inference.scene import Scene, reconstruct, to_tensor
 from lrm_pl.kernels.device import synchronize
 from lrm_pl.progress import stage
 from lrm_pl.storage import HUB
@@ -164,8 +164,8 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of the weights at first access; see ``weights_hash``."""
-        return weights_hash(self.network)
+        """Hash of the weights at first access; see ``hash_weights``."""
+        return hash_weights(self.network)
 
     @property
     def description(self) -> str:
@@ -180,7 +180,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the files of a model folder; called by the mixin."""
         name = self._repository or save_directory.resolve().name
-        card = renamed(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
+        card = rename_model_card(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         write_model_folder(
             save_directory, self.model, weights, "Saved from Python.", self.framing, card, self.step
@@ -246,7 +246,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         Raises:
             InputError: The image cannot be read or contains no object, or the network needs several views.
         """
-        pixels = image if isinstance(image, Tensor) else as_tensor(self.preprocess(image))
+        pixels = image if isinstance(image, Tensor) else to_tensor(self.preprocess(image))
         framing = self.framing
         with torch.inference_mode():
             return reconstruct(

@@ -17,8 +17,8 @@ from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.inference.options import MeshOptions
 from lrm_pl.inference.pipeline import LRMPipeline
-from lrm_pl.inference.scene import as_pixels, as_tensor, make_mesh
-from lrm_pl.inference.video import encode_video, grid
+from lrm_pl.inference.scene import make_mesh, to_tensor, to_uint8
+from lrm_pl.inference.video import encode_video, make_grid
 from lrm_pl.meshing.export import encode_mesh
 from lrm_pl.progress import Listener, listening, stage
 from lrm_pl.version import git_commit
@@ -60,7 +60,7 @@ def infer(
     files, orbit = dict[str, bytes](), dict[str, bytes]()
     with listening(listener, pipeline.synchronize) as seconds:
         framed = pipeline.preprocess(image)
-        scene = pipeline(as_tensor(framed), _camera(pipeline, options))
+        scene = pipeline(to_tensor(framed), _camera(pipeline, options))
         mesh, warnings = make_mesh(scene, options)
         with stage("files"):
             for file_format in options.formats:
@@ -91,11 +91,11 @@ def infer(
         if options.frames:
             with stage("orbit"):
                 frames = [
-                    as_pixels(frame)
+                    to_uint8(frame)
                     for frame in scene.orbit(options.frames, options.size, options.elevation_deg)
                 ]
             with stage("files"):
-                orbit = {"orbit.mp4": encode_video(frames), "grid.png": _png(grid(framed, frames))}
+                orbit = {"orbit.mp4": encode_video(frames), "grid.png": _png(make_grid(framed, frames))}
             record |= {
                 "seconds": _rounded(seconds),
                 "files": sorted({*files, *orbit}),

@@ -215,12 +215,12 @@ def make_mesh(scene: Scene, options: MeshOptions) -> tuple[Mesh, list[str]]:
         return mesh, [*warnings, f"vertex colors instead of a texture: {error}"]
 
 
-def as_tensor(image: Image.Image | np.ndarray) -> Float[Tensor, "C H W"]:
+def to_tensor(image: Image.Image | np.ndarray) -> Float[Tensor, "C H W"]:
     """Convert an image, or a uint8 array (H, W, C), to a tensor in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
-def as_pixels(image: Float[Tensor, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+def to_uint8(image: Float[Tensor, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
     """Convert a rendered image in [0, 1] to uint8."""
     return (image.float().cpu().numpy() * 255).round().astype(np.uint8)
 

@@ -29,7 +29,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.images import ImageError, ImageTooLargeError, NotAnImageError, open_image
 from lrm_pl.inference.options import MAX_FACES, MIN_SERVER_RESOLUTION, MeshOptions, ServerLimits
 from lrm_pl.inference.pipeline import LRMPipeline
-from lrm_pl.inference.scene import as_tensor, make_mesh
+from lrm_pl.inference.scene import make_mesh, to_tensor
 from lrm_pl.meshing.glb import encode_glb
 from lrm_pl.progress import listening, stage
 
@@ -145,7 +145,7 @@ class ReconstructionQueue:
             except ImageError as error:
                 raise RequestError(400, str(error)) from error
             try:
-                mesh, _ = make_mesh(self.pipeline(as_tensor(framed)), options)
+                mesh, _ = make_mesh(self.pipeline(to_tensor(framed)), options)
             except InputError as error:
                 raise RequestError(422, str(error)) from error
             with stage("files"):

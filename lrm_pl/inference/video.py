@@ -16,7 +16,7 @@ from lrm_pl.errors import InputError
 FPS = 20
 
 
-def grid(
+def make_grid(
     input_image: Image.Image, frames: Sequence[UInt8[np.ndarray, "S S 3"]], columns: int = 4
 ) -> Image.Image:
     """Arrange the input image over white and evenly spaced frames of an orbit in two rows.

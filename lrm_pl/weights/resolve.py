@@ -62,7 +62,7 @@ class ResolvedWeights:
         return self.file.description if self.file else f"custom file {self.path.name}"
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Return the sha256 of a file in lower-case hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -93,7 +93,7 @@ def cached_path(file: WeightFile) -> Path:
     return cache_folder() / "weights" / file.provider / file.filename
 
 
-def candidates(name: WeightName, source: WeightSource) -> list[WeightFile]:
+def list_weight_files(name: WeightName, source: WeightSource) -> list[WeightFile]:
     """Return the weight files of a name from a source, in the order in which they are tried."""
     return [file for file in WEIGHT_FILES[name] if source in ("any", file.provider)]
 
@@ -116,7 +116,7 @@ def find(
     Raises:
         WeightsError: A file has the wrong hash, or the source does not provide these weights.
     """
-    files = candidates(name, source)
+    files = list_weight_files(name, source)
     if sha256 is not None and (path is None or not re.fullmatch(r"[0-9a-fA-F]{64}", sha256)):
         raise WeightsError(
             subject=name,
@@ -186,7 +186,7 @@ def download(file: WeightFile, folder: Path) -> Path:
                 raise DownloadError(
                     f"expected a file named {file.filename}, but found {sorted(os.listdir(scratch.path))}"
                 )
-            if (found := sha256_of(partial)) != file.sha256:
+            if (found := hash_file(partial)) != file.sha256:
                 raise DownloadError(f"expected sha256 {file.sha256}, but found {found}")
             return partial.replace(folder / file.filename)
         finally:
@@ -226,7 +226,7 @@ def _download_url(file: WeightFile, path: Path) -> None:
 
 
 def _download(name: WeightName, source: WeightSource) -> ResolvedWeights:
-    files, failures = candidates(name, source), []
+    files, failures = list_weight_files(name, source), []
     for file in files:
         try:
             path = download(file, cached_path(file).parent)
@@ -246,7 +246,7 @@ def _verify_user_file(name: WeightName, path: Path, sha256: str | None) -> Resol
         raise WeightsError(
             subject=name, expected=f"a file at {path}", found="none", remedy="correct the path, or omit it"
         )
-    found = sha256_of(path)
+    found = hash_file(path)
     expected = [sha256.lower()] if sha256 else [file.sha256 for file in files]
     if found not in expected:
         raise WeightsError(
@@ -270,7 +270,7 @@ def _find_cached(name: WeightName, file: WeightFile) -> ResolvedWeights | None:
     path = cached_path(file)
     if not path.is_file():
         return None
-    found = sha256_of(path)
+    found = hash_file(path)
     if found != file.sha256:
         raise WeightsError(
             subject=f"{name}: the cached file {path} is damaged",

@@ -104,7 +104,7 @@ def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
     name = f"{source}.embeddings.position_embeddings"
     stored, patches = patch_sides(keys.shape_of(name, 3)[1], image_size, _PATCH, keys.source)
     positions = keys.take(name, (1, 1 + stored * stored, dim))
-    positions = _resized(positions, stored, patches) if keys.is_valid else positions
+    positions = _resize_positions(positions, stored, patches) if keys.is_valid else positions
     keys.put(f"{target}.pos_embed", positions, (name,), f"{stored} -> {patches}")
     for number in range(depth):
         layer, block = f"{source}.encoder.layer.{number}", f"{target}.blocks.{number}"
@@ -121,7 +121,7 @@ def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
         keys.ignore(f"{source}.pooler.dense.{kind}", "the pooled output is not used")
 
 
-def _resized(positions: Tensor, stored: int, side: int) -> Tensor:
+def _resize_positions(positions: Tensor, stored: int, side: int) -> Tensor:
     """Resize position embeddings (1, 1 + n n, M) to (1, 1 + side side, M) as transformers 4.35 does."""
     if stored == side:
         return positions

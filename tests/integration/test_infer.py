@@ -18,7 +18,7 @@ from lrm_pl.apps.infer import main
 from lrm_pl.inference.options import MeshOptions
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.result_folder import infer
-from lrm_pl.inference.video import encode_gif, encode_video, grid
+from lrm_pl.inference.video import encode_gif, encode_video, make_grid
 from lrm_pl.meshing import unwrap as unwrap_file
 
 SMALL = ["--resolution", "48", "--frames", "8", "--size", "64"]
@@ -283,7 +283,7 @@ def test_a_video_shows_its_frames_and_the_grid_begins_with_the_input():
     assert encode_video(frames)[4:8] == b"ftyp"
     gif = Image.open(io.BytesIO(encode_gif(frames)))
     assert gif.n_frames == 9
-    image = grid(Image.new("RGBA", (10, 10), (255, 0, 0, 0)), frames)
+    image = make_grid(Image.new("RGBA", (10, 10), (255, 0, 0, 0)), frames)
     cells = np.asarray(image).reshape(2, 32, 4, 32, 3)[:, 16, :, 16]
     assert cells[0, 0].tolist() == [255, 255, 255]
     assert [cell.tolist() for cell in cells.reshape(8, 3)[1:]] == [

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from lrm_pl.apps import demo, serve
-from lrm_pl.apps.options import require_free, url_of
+from lrm_pl.apps.options import format_url, require_free
 from lrm_pl.errors import InputError
 from lrm_pl.inference.options import ServerLimits
 
@@ -40,8 +40,8 @@ def test_limits_that_no_request_could_keep_are_refused(name):
 
 
 def test_a_url_has_an_ipv6_address_in_brackets():
-    assert url_of("::1", 80) == "http://[::1]:80"
-    assert url_of("127.0.0.1", 80) == "http://127.0.0.1:80"
+    assert format_url("::1", 80) == "http://[::1]:80"
+    assert format_url("127.0.0.1", 80) == "http://127.0.0.1:80"
 
 
 def test_a_port_that_is_chosen_after_its_address_was_printed_is_refused():

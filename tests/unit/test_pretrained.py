@@ -18,8 +18,8 @@ from lrm_pl.data.input_framing import InputFraming, measure_framing
 from lrm_pl.errors import InputError
 from lrm_pl.geometry.cameras import InputCamera
 from lrm_pl.inference.find_model import find_model
-from lrm_pl.inference.model_card import renamed
-from lrm_pl.inference.model_folder import weights_hash
+from lrm_pl.inference.model_card import rename_model_card
+from lrm_pl.inference.model_folder import hash_weights
 from lrm_pl.inference.options import MeshOptions
 from lrm_pl.inference.pipeline import LRMPipeline
 from lrm_pl.inference.result_folder import infer
@@ -52,7 +52,7 @@ def test_what_is_saved_comes_back_the_same(tmp_path, photo):
     model = tiny_pretrained()
     model.save_pretrained(tmp_path / "saved")
     again = lrm_pl.LRMPipeline.from_pretrained(tmp_path / "saved")
-    assert weights_hash(again.network) == weights_hash(model.network)
+    assert hash_weights(again.network) == hash_weights(model.network)
     assert again.framing == TINY_FRAMING
     assert torch.equal(again(photo).field.planes, model(photo).field.planes)
     card = (tmp_path / "saved" / "README.md").read_text()
@@ -95,7 +95,7 @@ def test_on_the_hub_the_card_calls_the_network_by_the_repositorys_name(pretraine
     assert set(sent) == {"README.md", "config.yaml", "model.safetensors", "input.yaml"}, (
         "as `lrm export` writes"
     )
-    assert renamed("a card of somebody's own", "x") == "a card of somebody's own"
+    assert rename_model_card("a card of somebody's own", "x") == "a card of somebody's own"
 
 
 def test_images_that_python_opened_are_seen_as_their_files_are(pretrained, photo, tmp_path):
@@ -123,10 +123,10 @@ def test_a_folder_that_does_not_say_how_images_are_taken_is_told_of(pretrained, 
 
 def test_a_hash_of_weights_tells_networks_apart():
     model = tiny_pretrained()
-    before = weights_hash(model.network)
+    before = hash_weights(model.network)
     with torch.no_grad():
         next(model.network.parameters()).view(-1)[0] += 1e-3
-    assert weights_hash(model.network) != before
+    assert hash_weights(model.network) != before
 
 
 def test_a_photo_is_framed_as_in_training_and_seen_by_the_camera_of_training(pretrained, photo):
@@ -203,10 +203,10 @@ def hub(pretrained, monkeypatch):
 def test_a_repository_on_the_hub_is_opened_by_its_name(hub, pretrained, tmp_path, photo):
     model = LRMPipeline.from_pretrained("me/tiny", cache_dir=tmp_path)
     here = LRMPipeline.from_pretrained(pretrained)
-    assert weights_hash(model.network) == weights_hash(here.network)
+    assert hash_weights(model.network) == hash_weights(here.network)
     assert model.framing == TINY_FRAMING
     again = LRMPipeline.from_pretrained("me/tiny", cache_dir=tmp_path, local_files_only=True)
-    assert weights_hash(again.network) == weights_hash(here.network)
+    assert hash_weights(again.network) == hash_weights(here.network)
     with pytest.raises(InputError, match="named 'me/other', but found neither"):
         LRMPipeline.from_pretrained("me/other", cache_dir=tmp_path)
 
@@ -229,7 +229,7 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub, pretrained, tmp_path,
             InputError, match=f"found nothing at {name}. Correct the path, or use hf://owner/name"
         ):
             find_model(name)
-    assert LRMPipeline.from_pretrained("hf://me/tiny").sha256 == weights_hash(tiny_pretrained().network)
+    assert LRMPipeline.from_pretrained("hf://me/tiny").sha256 == hash_weights(tiny_pretrained().network)
     for file in ("model.safetensors", "config.yaml"):
         assert LRMPipeline.from_pretrained(f"{pretrained}/{file}").source == str(pretrained)
 

@@ -9,7 +9,7 @@ from lrm_pl.data.manifest import SPLITS
 from lrm_pl.data.mixture import Mixture
 from lrm_pl.data.stream import BatchPartition
 from lrm_pl.errors import InputError, counted
-from lrm_pl.weights.resolve import WeightsError, cached_path, candidates, find, is_available
+from lrm_pl.weights.resolve import WeightsError, cached_path, find, is_available, list_weight_files
 
 
 def weights(required: RequiredWeights) -> Finding:
@@ -21,7 +21,7 @@ def weights(required: RequiredWeights) -> Finding:
         return Finding.from_error(check, error)
     if found is not None:
         return Finding(check, f"{found.description}, {found.found_in} {found.path}")
-    files = candidates(required.name, required.source)
+    files = list_weight_files(required.name, required.source)
     for file in files:
         if is_available(file):
             return Finding(check, f"not downloaded yet; available from the {file.source}")
