@@ -21,3 +21,8 @@ def test_no_test_module_imports_another(module):
 
 def test_benchmarks_can_be_imported():
     import tests.bench.__main__  # noqa: F401
+
+
+def test_no_file_has_more_than_400_lines():
+    lines = {path: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {path: count for path, count in lines.items() if count > 400} == {}
