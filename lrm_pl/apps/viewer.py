@@ -22,7 +22,7 @@ from lrm_pl.data.manifest import MANIFEST_NAME, Split
 from lrm_pl.data.schema import SampleError, decode_image
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.dataset import EvaluationDataset, NoObjectsError
-from lrm_pl.evaluation.objects import over_white
+from lrm_pl.evaluation.objects import decode_over_white
 from lrm_pl.evaluation.protocols import Protocol
 from lrm_pl.evaluation.run import reconstruct_sample
 from lrm_pl.geometry.cameras import canonicalize
@@ -187,7 +187,7 @@ class Viewer:
             except (InputError, SampleError, OSError) as error:  # shards may be deleted meanwhile
                 self.state.content = f"{self.object.value}: {error}"
                 return False
-            image = over_white(sample, (view,))[0]
+            image = decode_over_white(sample, (view,))[0]
             self._sample, self._c2w = sample, canonicalize(torch.from_numpy(sample.c2w[[view, *views]]))[1:]
             self.scene: Scene = reconstruct_sample(self.pipeline, sample, view)
             self.input.image = (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.nn import functional as F
 
 from lrm_pl.callbacks.view_logger import view_row, write_png
 from lrm_pl.data.batch import Batch, PackedBatch
 from lrm_pl.data.datamodule import EVALUATION_SETS, ShardDataModule
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import counted
+from lrm_pl.evaluation.baselines import resize_images, sum_images
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
@@ -179,28 +179,13 @@ def mean_target_view(
         batches: Batches of this process.
         trainer: If given, average over all its processes.
     """
-    total, count = torch.zeros(()), torch.zeros(())
-    for packed in batches:
-        batch = packed.to("cpu")
-        images = batch.target.images[batch.weight > 0].flatten(0, 1)
-        if total.ndim:
-            images = _resize_like(images, total)
-        total, count = total + images.sum(dim=0), count + len(images)
+    unpacked = (packed.to("cpu") for packed in batches)
+    total, images = sum_images(batch.target.images[batch.weight > 0].flatten(0, 1) for batch in unpacked)
+    count = torch.tensor(float(images))
     if trainer is not None and trainer.world_size > 1:
         device = trainer.strategy.root_device
         total, count = (trainer.strategy.reduce(x.to(device), reduce_op="sum").cpu() for x in (total, count))
     return total / count.clamp_min(1)
-
-
-def _resize_like(
-    images: Float[Tensor, "*n 3 H W"], like: Float[Tensor, "*m 3 h w"]
-) -> Float[Tensor, "*n 3 h w"]:
-    if images.shape[-2:] == like.shape[-2:]:
-        return images
-    flat = F.interpolate(
-        images.view(-1, *images.shape[-3:]), like.shape[-2:], mode="bilinear", antialias=True
-    )
-    return flat.view(*images.shape[:-2], *like.shape[-2:])
 
 
 @torch.inference_mode()
@@ -223,7 +208,7 @@ def measure(
     module.eval()
     baselines: dict[str, Callable[[Batch], Tensor]] = {
         "white image": lambda batch: torch.ones_like(batch.target.images),
-        "mean training image": lambda batch: _resize_like(
+        "mean training image": lambda batch: resize_images(
             mean_image.to(batch.target.images), batch.target.images
         ).expand_as(batch.target.images),
         "input view repeated": lambda batch: batch.input.images[:, :1].expand_as(batch.target.images),

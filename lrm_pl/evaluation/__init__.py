@@ -1,1 +1,1 @@
-"""Measuring trained networks: protocols by name, a record an object, tables and pages made of these."""
+"""Evaluation of trained models under named protocols."""

@@ -1,4 +1,7 @@
-"""Trivial answers that a network must beat: those of someone who has seen nothing, or only the input."""
+"""Trivial baselines: white image, mean training image, repeated input view."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -7,50 +10,67 @@ from torch.nn import functional as F
 
 from lrm_pl.data.schema import SampleError
 from lrm_pl.evaluation.dataset import EvaluationDataset
-from lrm_pl.evaluation.objects import Baseline, over_white
+from lrm_pl.evaluation.objects import Baseline, decode_over_white
 from lrm_pl.evaluation.protocols import Protocol
 
-#: Training objects, and views of each, that the mean image is of.
+#: Training objects, and views of each, that the mean image is computed from.
 _OBJECTS, _VIEWS = 64, (0, 1, 2, 3)
 
 
 def trivial_baselines(objects: EvaluationDataset) -> dict[str, Baseline]:
-    """Make all of them; the mean training image where there are training objects."""
+    """Return the baselines by name. The mean training image requires training objects."""
     made = {
         "white image": Baseline(
             lambda image, targets: targets.new_ones(()).expand_as(targets), uses_input=False
         ),
-        "input view repeated": Baseline(_resized, uses_input=True),
+        "input view repeated": Baseline(_repeat, uses_input=True),
     }
     if (mean := _mean_image(objects)) is not None:
         made["mean training image"] = Baseline(
-            lambda image, targets: _resized(mean, targets), uses_input=False
+            lambda image, targets: _repeat(mean, targets), uses_input=False
         )
     return made
 
 
 def _mean_image(objects: EvaluationDataset) -> Float[Tensor, "3 h w"] | None:
-    """Average views of training objects, in the size of the first."""
+    """Return the mean of views of training objects, in the size of the first view."""
     training = objects.samples_of("train")
     count = min(_OBJECTS, len(training))
     protocol = Protocol("mean image", "", inputs=_VIEWS, targets=_VIEWS)
-    total, images = torch.zeros(()), 0
-    for number in range(count):
-        _, place = training[number * len(training) // count]
-        try:
-            views = over_white(objects.read(place, protocol), _VIEWS)
-        except SampleError:
-            continue  # of so many, one that cannot be read does not matter
-        total = total + (views if not total.ndim else _resized_all(views, total)).sum(0)
-        images += len(views)
+
+    def views() -> Iterator[Tensor]:
+        for number in range(count):
+            _, location = training[number * len(training) // count]
+            with contextlib.suppress(SampleError):
+                yield decode_over_white(objects.read(location, protocol), _VIEWS)
+
+    total, images = sum_images(views())
     return total / images if images else None
 
 
-def _resized(image: Float[Tensor, "3 h w"], targets: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
-    return _resized_all(image[None].to(targets.device), targets[0]).expand_as(targets)
+def sum_images(batches: Iterable[Float[Tensor, "n 3 h w"]]) -> tuple[Tensor, int]:
+    """Sum images in the size of the first one.
+
+    Returns:
+        The sum, (3, h, w), or a scalar 0 without images, and the number of images.
+    """
+    total, count = torch.zeros(()), 0
+    for images in batches:
+        total = total + (resize_images(images, total) if total.ndim else images).sum(dim=0)
+        count += len(images)
+    return total, count
 
 
-def _resized_all(images: Float[Tensor, "n 3 h w"], like: Float[Tensor, "3 H W"]) -> Float[Tensor, "n 3 H W"]:
-    if images.shape[-2:] == like.shape[-2:]:
+def resize_images(
+    images: Float[Tensor, "*n 3 h w"], like: Float[Tensor, "*m 3 H W"]
+) -> Float[Tensor, "*n 3 H W"]:
+    """Resize images to the size of ``like`` by antialiased bilinear interpolation."""
+    size = like.shape[-2:]
+    if images.shape[-2:] == size:
         return images
-    return F.interpolate(images, like.shape[-2:], mode="bilinear", antialias=True)
+    flat = F.interpolate(images.reshape(-1, *images.shape[-3:]), size, mode="bilinear", antialias=True)
+    return flat.view(*images.shape[:-2], *size)
+
+
+def _repeat(image: Float[Tensor, "3 h w"], targets: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n 3 H W"]:
+    return resize_images(image[None].to(targets.device), targets).expand_as(targets)

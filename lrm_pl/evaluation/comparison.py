@@ -1,4 +1,4 @@
-"""Two evaluations side by side, object by object. Reads records: no network, and no torch."""
+"""Comparison of two evaluations by paired differences of their records, without torch."""
 
 import dataclasses
 from pathlib import Path
@@ -25,18 +25,18 @@ PAGE_NAME, TABLE_NAME = "comparison.html", "comparison.md"
 
 
 def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
-    """Put two evaluations side by side.
+    """Compare two evaluations, and write a page and a Markdown table.
 
     Args:
-        a: One of them.
-        b: The other.
-        out: Folder of the page; None: ``evaluation/A-B``, where no other comparison may lie.
+        a: Folder of the first evaluation.
+        b: Folder of the second evaluation.
+        out: Output folder; None for ``evaluation/A-B``, unless it contains another comparison.
 
     Returns:
-        A Markdown table of the paired differences, and the page.
+        Markdown table of the paired differences, and path of the page.
 
     Raises:
-        InputError: They are not of one protocol and one data set, or not finished; or there is another comparison.
+        InputError: The evaluations differ in protocol, data or metrics, or are not finished; or ``out`` is in use.
     """
     settings = [_finished(folder) for folder in (a, b)]
     for name in ("protocol", "data", "lpips", "clip"):
@@ -45,7 +45,7 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
         if of_a != of_b:
             if name == "protocol" and of_a["name"] != of_b["name"]:
                 of_a, of_b = of_a["name"], of_b["name"]
-            raise InputError(expected=f"two evaluations of one {name}", found=f"{of_a} and {of_b}")
+            raise InputError(expected=f"two evaluations with the same {name}", found=f"{of_a} and {of_b}")
     protocol = PROTOCOLS[settings[0]["protocol"]["name"]]
     found = common_objects(*(_records(*each) for each in zip((a, b), settings, strict=True)))
     differences = paired_differences(*found)
@@ -64,14 +64,12 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
     for metric in (metric for metric in better if metric in differences):
         d = differences[metric]
         lines.append(f"| {metric} | {d.mean:+.4f} | {d.low:+.4f} to {d.high:+.4f} | {d.objects} |")
-    told = "\n".join([*names, "", table(rows, better), "", *lines])
-    text = (told + "\n").encode()
+    summary = "\n".join([*names, "", table(rows, better), "", *lines])
+    text = (summary + "\n").encode()
     folder = out or DEFAULT_FOLDER / f"{a.absolute().name}-{b.absolute().name}"
     require_out(folder)
     if out is None and (folder / TABLE_NAME).is_file() and (folder / TABLE_NAME).read_bytes() != text:
-        raise InputError(
-            expected=f"no other comparison in {folder}", found="one", remedy="choose a folder: --out FOLDER"
-        )
+        raise InputError(expected=f"no other comparison in {folder}", found="one", remedy="pass --out FOLDER")
     page = render_comparison(
         f"Comparison: {protocol.name}; {names[0]}, {names[1]}",
         ("A", "B"),
@@ -83,11 +81,11 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
     )
     write_atomically(folder / PAGE_NAME, page.encode())
     write_atomically(folder / TABLE_NAME, text)
-    return told, folder / PAGE_NAME
+    return summary, folder / PAGE_NAME
 
 
 def common_objects(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
-    """Keep of two evaluations the objects, and of each the metrics, that both have."""
+    """Restrict the records of two evaluations to common objects and, for each object, to common metrics."""
     metrics = [{record.id: set(record.rows.get("model", {})) for record in records} for records in (a, b)]
     both = {key: metrics[0][key] & metrics[1][key] for key in metrics[0].keys() & metrics[1].keys()}
     return [
@@ -106,7 +104,7 @@ def _finished(folder: Path) -> dict[str, Any]:
         raise InputError(
             expected=f"a finished evaluation in {folder}",
             found="none",
-            remedy=f"make it: lrm evaluate --out {folder} ...",
+            remedy=f"run `lrm evaluate --out {folder} ...`",
         )
     settings = read_json(folder / SETTINGS_NAME)
     try:
@@ -120,8 +118,8 @@ def _finished(folder: Path) -> dict[str, Any]:
         raise InputError(
             subject=folder / SETTINGS_NAME,
             expected="the settings of an evaluation",
-            found="others",
-            remedy=f"delete {folder} and measure again",
+            found="other content",
+            remedy=f"delete {folder} and run `lrm evaluate` again",
         )
     return settings
 
@@ -133,8 +131,8 @@ def _records(folder: Path, settings: dict[str, Any]) -> list[ObjectRecord]:
     if len(records) != settings["data"]["objects"]:
         raise InputError(
             subject=folder,
-            expected=f"{settings['data']['objects']} measured objects",
+            expected=f"{settings['data']['objects']} evaluated objects",
             found=len(records),
-            remedy="measure the rest with the command that made it, it goes on where it was",
+            remedy="run the same `lrm evaluate` command again to resume",
         )
     return records

@@ -1,4 +1,4 @@
-"""Which objects of a folder of shards are measured, and reading them."""
+"""The objects of a folder of shards that are evaluated."""
 
 import fnmatch
 
@@ -13,25 +13,25 @@ from lrm_pl.evaluation.protocols import Protocol
 
 
 class NoObjectsError(InputError):
-    """A folder has no such objects."""
+    """No object matches the selection."""
 
 
 class EvaluationDataset:
-    """The objects that are measured, in the order of the shards.
+    """Selected objects of a folder of shards, in the order of the shards.
 
     Attributes:
-        manifest: Of the folder.
-        chosen: Their ids and places.
+        manifest: Manifest of the folder.
+        samples: Ids and locations of the selected objects.
 
     Args:
-        data: The folder of shards, or its URL.
-        split: Which objects.
-        pattern: What their ids fit, as file names fit a shell's patterns.
-        limit: Most objects, evenly spread; None: all.
+        data: Folder of shards, or its URL.
+        split: Split of the objects.
+        pattern: Shell-style wildcard pattern of the ids.
+        limit: Maximum number of objects, evenly spaced; None for all.
 
     Raises:
-        NoObjectsError: There are none.
-        InputError: The folder is not what it should be.
+        NoObjectsError: No object matches.
+        InputError: The folder cannot be read, or ``limit`` is not positive.
     """
 
     def __init__(self, data: str, split: Split, pattern: str = "*", limit: int | None = None) -> None:
@@ -42,18 +42,21 @@ class EvaluationDataset:
         self._reader = ShardReader(
             [Entry(source, shard, 0) for shard in self.manifest.shards if not shard.rejected]
         )
-        chosen = [(key, place) for key, place in self.samples_of(split) if fnmatch.fnmatchcase(key, pattern)]
+        chosen = [
+            (key, location) for key, location in self.samples_of(split) if fnmatch.fnmatchcase(key, pattern)
+        ]
         count = len(chosen) if limit is None else min(limit, len(chosen))
         self.samples = [chosen[i * len(chosen) // count] for i in range(count)]
         if not self.samples:
             raise NoObjectsError(
-                expected=f"objects of the split {split!r} named {pattern} in {data}",
-                found=f"none of {len(self.samples_of(split))}",
-                remedy="choose --split or --ids, or render with --held-out",
+                subject=data,
+                expected=f"objects of the split {split!r} with ids {pattern!r}",
+                found=f"none among {len(self.samples_of(split))}",
+                remedy="pass another --split or --ids, or render with --held-out",
             )
 
     def samples_of(self, split: Split) -> list[tuple[str, SampleLocation]]:
-        """List all objects of a split: id and place."""
+        """Return the ids and locations of all objects of a split."""
         return [
             (key, SampleLocation(0, number, index))
             for number, entry in enumerate(self._reader.entries)
@@ -61,11 +64,11 @@ class EvaluationDataset:
             for index, key in enumerate(self._reader.keys(number))
         ]
 
-    def read(self, place: SampleLocation, protocol: Protocol) -> Sample:
-        """Read an object with the views, and the surface, that a protocol needs.
+    def read(self, location: SampleLocation, protocol: Protocol) -> Sample:
+        """Read an object with the views and surface points that a protocol requires.
 
         Raises:
-            SampleError: It is bad.
+            SampleError: The object cannot be read.
         """
         extras = [SURFACE_MEMBER] if protocol.surface is not None else []
-        return self._reader.read(place, sorted({*protocol.inputs, *protocol.rendered}), extras)
+        return self._reader.read(location, sorted({*protocol.inputs, *protocol.rendered}), extras)

@@ -1,43 +1,50 @@
-"""Networks that turn images into features: CLIP's image tower (timm), and the Inception network of FID and KID."""
+"""Image features, and metrics of sets of images: CLIP similarity, FID and KID."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from lrm_pl.errors import InputError
 from lrm_pl.weights.key_map import read_tensor_file
 from lrm_pl.weights.resolve import hash_file, resolve
 
-#: timm's name of CLIP ViT-B/32 with OpenAI's weights: what papers call CLIP similarity, unless they say otherwise.
+#: timm's name of OpenAI's CLIP ViT-B/32, the default encoder of CLIP similarity in papers.
 CLIP_NAME = "vit_base_patch32_clip_quickgelu_224.openai"
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+#: Maximum size of the random subsets that KID is averaged over (Binkowski et al. 2018: 1000).
+_KID_SUBSET = 1000
 
 Embed = Callable[[Tensor], Tensor]
 
 
 def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
-    """Load CLIP's image tower.
+    """Load CLIP's image encoder.
 
     Args:
-        path: timm's state dict of ``CLIP_NAME`` (.safetensors or .pth), with the projection as its head.
-        sha256: Its hash.
-        device: Where it computes.
+        path: timm state dict of ``CLIP_NAME`` (.safetensors or .pth), including the projection head.
+        sha256: Expected sha256 of the file.
+        device: Device of the network.
 
     Returns:
-        Images (n, 3, h, w) in [0, 1] -> (n, 512).
+        Function that maps images (n, 3, h, w) in [0, 1] to embeddings (n, 512).
 
     Raises:
-        InputError: The file is another one.
+        InputError: The file does not exist, has another hash, or does not match the network.
     """
     import timm
 
     if not path.is_file() or (found := hash_file(path)) != sha256.lower():
         raise InputError(
-            expected=f"CLIP's image tower at {path} with sha256 {sha256}",
+            expected=f"CLIP's image encoder at {path} with sha256 {sha256}",
             found="no file" if not path.is_file() else found,
             remedy=f"timm's {CLIP_NAME} on the Hugging Face hub has it (model.safetensors)",
         )
@@ -59,18 +66,18 @@ def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
 
 
 def load_inception(path: str | None, sha256: str | None, device: torch.device) -> tuple[Embed, str]:
-    """Load the Inception network of FID through torch-fidelity.
+    """Load the Inception network of FID and KID from torch-fidelity.
 
     Args:
-        path: Its file; None uses_input for it as for other weights.
-        sha256: Its hash, where it is another file.
-        device: Where it computes.
+        path: Weight file; None to search the usual locations.
+        sha256: Expected sha256, for another file than the standard one.
+        device: Device of the network.
 
     Returns:
-        Images (n, 3, h, w) in [0, 1] -> (n, 2048), and the file's hash.
+        Function that maps images (n, 3, h, w) in [0, 1] to features (n, 2048), and the sha256 of the file.
 
     Raises:
-        InputError: torch-fidelity is not installed, or nothing gave the file.
+        InputError: torch-fidelity is not installed, or the weights are not available.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -91,3 +98,47 @@ def load_inception(path: str | None, sha256: str | None, device: torch.device) -
         return values
 
     return features, found.sha256
+
+
+def set_distances(features: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Compute FID and KID between the images of each row and the targets, with torchmetrics.
+
+    Args:
+        features: Features (n, d) of the targets ("target") and of each row.
+
+    Returns:
+        "fid" and "kid" of each row.
+    """
+    found = {}
+    for name, values in features.items():
+        if name == "target":
+            continue
+        real, ours = (
+            torch.from_numpy(np.asarray(array, dtype=np.float32)) for array in (features["target"], values)
+        )
+        extractor = _PrecomputedFeatures(real.shape[1])
+        fid = FrechetInceptionDistance(feature=extractor)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save")
+            kid = KernelInceptionDistance(
+                feature=extractor, subset_size=min(_KID_SUBSET, len(real), len(ours))
+            )
+        for metric in (fid, kid):
+            metric.update(real, real=True)
+            metric.update(ours, real=False)
+        # KID samples subsets from the global generator.
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            found[name] = {"fid": float(fid.compute()), "kid": float(kid.compute()[0])}
+    return found
+
+
+class _PrecomputedFeatures(nn.Module):
+    """Feature extractor for torchmetrics that returns its input, which are precomputed features."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.num_features = features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features

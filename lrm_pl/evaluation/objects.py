@@ -1,4 +1,4 @@
-"""Measure one object: reconstruct it from its inputs, compare images and surfaces with the truth."""
+"""Evaluation of one object: reconstruction from its input views, and metrics of images and surfaces."""
 
 import dataclasses
 import io
@@ -19,33 +19,34 @@ from lrm_pl.evaluation.surfaces import PointCloud, SurfaceScores, align, compare
 from lrm_pl.geometry.cameras import canonical_rotation, canonicalize
 from lrm_pl.inference.scene import Scene, to_tensor
 from lrm_pl.kernels.device import without_tf32
+from lrm_pl.kernels.views import over_white
 from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.meshing.surface import NoSurfaceError
 from lrm_pl.meshing.triangles import sample_surface
 from lrm_pl.metrics import NotFiniteError, psnr, ssim
 from lrm_pl.progress import stage
 
-#: Image embeddings (n, d) of images (n, 3, h, w) in [0, 1].
+#: Maps images (n, 3, h, w) in [0, 1] to embeddings (n, d).
 Embed = Callable[[Tensor], Tensor]
 
-#: Makes a scene of an input view: RGBA (4, h, w), its c2w and fxfycxcy, canonical.
+#: Reconstructs a scene from an input view: RGBA (4, h, w), c2w and fxfycxcy in the canonical frame.
 Reconstruct = Callable[[Tensor, Tensor, Tensor], Scene]
 
-#: Targets that the strip of images shows.
+#: Number of target views in the image strip.
 _SHOWN = 4
 
-#: Images that are measured at a time.
+#: Batch size of the image metrics.
 _IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class PerceptualMetrics:
-    """What images are measured with besides arithmetic.
+    """Networks of the perceptual metrics.
 
     Attributes:
-        lpips: Name -> network.
-        clip: CLIP's image embeddings; None leaves CLIP similarity out.
-        features: Features of FID and KID; None leaves these out.
+        lpips: LPIPS networks by name.
+        clip: CLIP image encoder; None to skip CLIP similarity.
+        features: Feature extractor of FID and KID; None to skip them.
     """
 
     lpips: Mapping[str, PerceptualLoss]
@@ -55,13 +56,13 @@ class PerceptualMetrics:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectResult:
-    """What was found about one object.
+    """Metrics and images of one object.
 
     Attributes:
-        rows: "model" and the baselines -> metric -> mean over the object's images, or of its surface.
-        strip: (3, H, W) input | target, render, target, render ...
-        features: "target", "model" and the baselines -> features of all images, where these were asked for.
-        notes: What could not be measured, and why.
+        rows: Metrics of the model ("model") and of each baseline, averaged over the images of the object.
+        strip: (3, H, W) image strip: input, then target and render of each shown view.
+        features: Image features of the targets ("target"), the model and each baseline; empty without FID and KID.
+        notes: Reasons for missing metrics.
     """
 
     rows: dict[str, dict[str, float]]
@@ -71,7 +72,7 @@ class ObjectResult:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The strip and the features as files: ending -> content."""
+        """Image strip and features as file contents, by file name suffix."""
         pixels = (self.strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="PNG")
@@ -79,7 +80,7 @@ class ObjectResult:
 
 
 def features_file(features: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """Encode features as ``folder.read_features`` reads them: ending -> content."""
+    """Encode features for ``records.read_features``, by file name suffix."""
     file = io.BytesIO()
     arrays: dict[str, Any] = {name.replace(" ", "_"): values for name, values in features.items()}
     np.savez(file, **arrays)
@@ -88,11 +89,11 @@ def features_file(features: Mapping[str, np.ndarray]) -> dict[str, bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """A trivial answer.
+    """A trivial prediction to compare the model with.
 
     Attributes:
-        make: Input image (3, h, w) and targets (n, 3, h, w) -> answers of the targets' shape.
-        uses_input: Whether it depends on the input.
+        predict: Maps the input image (3, h, w) and the targets (n, 3, h, w) to predictions of the targets' shape.
+        uses_input: Whether the prediction depends on the input image.
     """
 
     predict: Callable[[Tensor, Tensor], Tensor]
@@ -107,27 +108,27 @@ def measure_object(
     perceptual: PerceptualMetrics,
     baselines: Mapping[str, Baseline],
 ) -> ObjectResult:
-    """Measure one object, in float32 without TF32, where the network draws it.
+    """Reconstruct an object and compute its metrics in float32 without TF32, on the device of the model.
 
     Args:
-        sample: The object, with the views that the protocol needs.
-        protocol: What is measured.
-        reconstruct: The network.
-        perceptual: What images are measured with.
-        baselines: What else is measured, where images are.
+        sample: Sample with the views that the protocol requires.
+        protocol: Evaluation protocol.
+        reconstruct: Reconstruction function of the model.
+        perceptual: Networks of the perceptual metrics.
+        baselines: Baselines by name; used only if the protocol compares images.
 
     Raises:
-        SampleError: A view cannot be read, or there is no true surface where the protocol needs one.
-        NotFiniteError: The network draws values that are not finite.
+        SampleError: A view cannot be decoded, or the sample has no surface points and the protocol requires them.
+        NotFiniteError: A rendered image contains NaN or infinity.
     """
-    targets = over_white(sample, protocol.rendered)
+    targets = decode_over_white(sample, protocol.rendered)
     size = targets.shape[-2], targets.shape[-1]
     answers: dict[str, list[Tensor]] = {"model": []}
     surface: dict[str, list[float]] = {}
     notes = list[str]()
     strip: Tensor | None = None
     for view in protocol.inputs:
-        image = over_white(sample, (view,))[0]
+        image = decode_over_white(sample, (view,))[0]
         rgba = input_view(sample, view)
         c2w = canonicalize(torch.from_numpy(sample.c2w[[view, *protocol.rendered]]))
         fxfycxcy = torch.from_numpy(sample.fxfycxcy[[view, *protocol.rendered]])
@@ -137,9 +138,9 @@ def measure_object(
         if not torch.isfinite(renders).all():
             raise NotFiniteError(
                 subject=f"sample {sample.info.id!r}",
-                expected="finite views",
-                found="values that are NaN or infinite",
-                remedy="the network has diverged: take an earlier checkpoint",
+                expected="finite rendered images",
+                found="NaN or infinity",
+                remedy="the training has diverged. Use an earlier checkpoint",
             )
         image, targets = image.to(renders.device), targets.to(renders.device)
         answers["model"].append(renders)
@@ -170,25 +171,25 @@ def measure_baselines(
     baselines: Mapping[str, Baseline],
     device: torch.device,
 ) -> tuple[dict[str, dict[str, float]], dict[str, Float[np.ndarray, "n d"]]]:
-    """Measure baselines of an object whose network is measured already, as ``measure_object`` does.
+    """Compute the metrics of baselines for an object whose model metrics already exist.
 
     Args:
-        sample: The object, with the views that the protocol needs.
-        protocol: What is measured; it compares images.
-        perceptual: What images are measured with.
-        baselines: What is measured.
-        device: The network's.
+        sample: Sample with the views that the protocol requires.
+        protocol: Evaluation protocol, with target views.
+        perceptual: Networks of the perceptual metrics.
+        baselines: Baselines by name.
+        device: Device of the computation.
 
     Returns:
-        The baselines' rows, and their features.
+        Metrics and features of the baselines.
 
     Raises:
-        SampleError: A view cannot be read.
+        SampleError: A view cannot be decoded.
     """
-    targets = over_white(sample, protocol.rendered).to(device)
+    targets = decode_over_white(sample, protocol.rendered).to(device)
     answers = dict[str, list[Tensor]]()
     for view in protocol.inputs:
-        _add_baselines(answers, baselines, over_white(sample, (view,))[0].to(device), targets)
+        _add_baselines(answers, baselines, decode_over_white(sample, (view,))[0].to(device), targets)
     with stage("metrics"), without_tf32():
         return _measure_images(answers, targets, perceptual), _features(answers, perceptual)
 
@@ -196,7 +197,7 @@ def measure_baselines(
 def _add_baselines(
     answers: dict[str, list[Tensor]], baselines: Mapping[str, Baseline], image: Tensor, targets: Tensor
 ) -> None:
-    """Add what baselines answer to an input; those that do not look at it answer once."""
+    """Append the predictions of the baselines for one input. Those that do not use the input are computed once."""
     for name, baseline in baselines.items():
         if baseline.uses_input or name not in answers:
             answers.setdefault(name, []).append(baseline.predict(image, targets))
@@ -205,81 +206,72 @@ def _add_baselines(
 def _features(
     images: Mapping[str, list[Tensor]], perceptual: PerceptualMetrics
 ) -> dict[str, Float[np.ndarray, "n d"]]:
-    """Return the features of FID and KID of each row's images; nothing without a network for them."""
+    """Return the FID and KID features of the images of each row."""
     if perceptual.features is None:
         return {}
     return {name: perceptual.features(torch.cat(each)).float().cpu().numpy() for name, each in images.items()}
 
 
-def true_surface(sample: Sample, view: int, geometry: SurfaceSettings) -> PointCloud:
-    """Return the true surface as the input view's canonical frame has it.
+def true_surface(sample: Sample, view: int, settings: SurfaceSettings) -> PointCloud:
+    """Return the surface points of a sample in the canonical frame of the input view.
 
     Raises:
-        SampleError: The sample has none.
+        SampleError: The sample has no surface points.
     """
     if SURFACE_MEMBER not in sample.extras:
         raise SampleError(
             subject=f"sample {sample.info.id!r}",
-            expected=f"{SURFACE_MEMBER}, the true surface",
+            expected=f"surface points ({SURFACE_MEMBER})",
             found="none",
             remedy='render the shards with ARGS="--surface"',
         )
     points, normals = decode_surface(sample.info.id, sample.extras[SURFACE_MEMBER])
     turn = canonical_rotation(torch.from_numpy(sample.c2w[view])).double().numpy()
     truth = PointCloud(
-        points[: geometry.points].astype(np.float64), normals[: geometry.points].astype(np.float64)
+        points[: settings.points].astype(np.float64), normals[: settings.points].astype(np.float64)
     )
     truth = truth.transformed(turn)
-    return truth.normalized() if geometry.normalized else truth
+    return truth.normalized() if settings.normalized else truth
 
 
 def _measure_surface(
-    row: dict[str, list[float]], scene: Scene, sample: Sample, view: int, geometry: SurfaceSettings
+    row: dict[str, list[float]], scene: Scene, sample: Sample, view: int, settings: SurfaceSettings
 ) -> str:
-    """Add the scores of a mesh; returns why there is none, or nothing."""
-    truth = true_surface(sample, view, geometry)
+    """Append the surface metrics of a reconstruction to ``row``. Returns the reason if it has no surface, else ""."""
+    truth = true_surface(sample, view, settings)
     try:
-        mesh = scene.mesh(resolution=geometry.resolution)
+        mesh = scene.mesh(resolution=settings.resolution)
     except NoSurfaceError as error:
-        for threshold in geometry.thresholds:  # no point is near: distances are not defined, scores are
+        for threshold in settings.thresholds:  # without points, the F-score is 0 and distances are undefined
             row.setdefault(f_score_name(threshold), []).append(0.0)
         return f"view {view}: {error}"
     rng = sample_rng(0, view, sample.info.id)
     prediction = PointCloud(
-        *sample_surface([(mesh.vertices.astype(np.float64), mesh.faces)], geometry.points, rng)
+        *sample_surface([(mesh.vertices.astype(np.float64), mesh.faces)], settings.points, rng)
     )
-    if geometry.normalized:
+    if settings.normalized:
         prediction = prediction.normalized()
-    if geometry.aligned:
+    if settings.aligned:
         prediction = align(prediction, truth)
-    add_surface(row, compare_surfaces(prediction, truth, geometry.thresholds))
+    add_surface(row, compare_surfaces(prediction, truth, settings.thresholds))
     return ""
 
 
 def add_surface(row: dict[str, list[float]], scores: SurfaceScores) -> None:
-    """Add the scores of one surface to a row, by the names of ``surface_metrics``."""
+    """Append the scores of a surface to ``row``, under the names of ``surface_metrics``."""
     values = {"chamfer": scores.chamfer, "normal_consistency": scores.normal_consistency}
     values |= {f_score_name(threshold): value for threshold, value in scores.f_scores.items()}
     for name, value in values.items():
         row.setdefault(name, []).append(value)
 
 
-def decode_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
-    """Decode a view, RGBA with straight alpha.
-
-    Raises:
-        SampleError: It cannot be read.
-    """
-    return to_tensor(decode_image(sample.info.id, sample.views[view]))
-
-
 def input_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
-    """Decode a view that is to be reconstructed from.
+    """Decode an input view as RGBA with straight alpha.
 
     Raises:
-        SampleError: It cannot be read, or shows nothing.
+        SampleError: The view cannot be decoded, or is fully transparent.
     """
-    rgba = decode_view(sample, view)
+    rgba = to_tensor(decode_image(sample.info.id, sample.views[view]))
     if not rgba[3].any():
         raise SampleError(
             subject=f"sample {sample.info.id!r}",
@@ -289,17 +281,17 @@ def input_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
     return rgba
 
 
-def over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "n 3 h w"]:
-    """Decode views and put them over white.
+def decode_over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "n 3 h w"]:
+    """Decode views and composite them over white.
 
     Raises:
-        SampleError: One cannot be read, or they differ in size.
+        SampleError: A view cannot be decoded, or the views differ in size.
     """
-    rgba = [decode_view(sample, view) for view in views]
+    rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
     if len({image.shape for image in rgba}) > 1:
         raise SampleError(subject=f"sample {sample.info.id!r}", expected="views of one size", found="several")
-    pixels = torch.stack(rgba)
-    return pixels[:, :3] * pixels[:, 3:] + 1 - pixels[:, 3:]
+    images, _ = over_white(torch.from_numpy(np.stack(rgba)))
+    return images
 
 
 def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) -> Float[Tensor, "n 3 h w"]:
@@ -318,7 +310,7 @@ def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) 
 def _measure_images(
     answers: Mapping[str, list[Tensor]], targets: Tensor, perceptual: PerceptualMetrics
 ) -> dict[str, dict[str, float]]:
-    """Measure all answers; what is known of the targets is found out once."""
+    """Compute the image metrics of all predictions. Target features are computed once."""
     values: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
     for start in range(0, len(targets), _IMAGES):
         theirs = targets[start : start + _IMAGES]
@@ -334,10 +326,10 @@ def _measure_images(
                 if perceptual.clip is not None and clip is not None:
                     found["clip"] = torch.nn.functional.cosine_similarity(perceptual.clip(once), clip, dim=-1)
                 figures = torch.stack([figure.to(ours.device) for figure in found.values()]).cpu()
-                # A baseline that repeats the input equals it in that one view: no figure of a comparison.
-                counts = figures[0].isfinite()
+                # The repeated input view equals one target exactly; this target is excluded.
+                is_finite = figures[0].isfinite()
                 for metric, figure in zip(found, figures, strict=True):
-                    row.setdefault(metric, []).extend(figure[counts].tolist())
+                    row.setdefault(metric, []).extend(figure[is_finite].tolist())
     return {
         name: {metric: float(np.mean(v)) for metric, v in row.items() if v} for name, row in values.items()
     }

@@ -1,4 +1,4 @@
-"""The page of an evaluation: its table, and the worst, median and best objects in images. One file."""
+"""HTML page of an evaluation: the table of means, and images of the worst, median and best objects. Self-contained."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from pathlib import Path
 from lrm_pl.evaluation.records import OBJECTS_NAME, ObjectRecord
 from lrm_pl.evaluation.summary import Difference, digits
 
-#: EvaluationDataset that are shown of each kind.
+#: Objects shown per group.
 _SHOWN = 4
 
 _STYLE = """
@@ -25,9 +25,9 @@ figure{margin:0 0 1rem}img{max-width:100%;border:1px solid #ddd}figcaption{color
 def rank_objects(
     records: Sequence[ObjectRecord], metric: str, *, more_is_better: bool
 ) -> dict[str, list[ObjectRecord]]:
-    """Choose the worst, the median and the best objects by a metric of the model; none twice.
+    """Select the worst, median and best objects by a metric of the model, without duplicates.
 
-    One without a figure for it, though it has others, is the worst: there was no surface to measure.
+    Objects without this metric but with others, for which there was no surface, rank as the worst.
     """
     known = [record for record in records if record.rows.get("model")]
     missing = -math.inf if more_is_better else math.inf
@@ -57,31 +57,31 @@ def render_page(
     records: Sequence[ObjectRecord],
     folder: Path,
 ) -> str:
-    """Write the page.
+    """Render the page.
 
     Args:
-        title: Its title.
-        facts: What was measured, a row each.
-        rows: Row -> metric -> mean.
-        better: Metric -> whether more is better; objects are rank_objects by the first that there is.
-        records: All objects.
-        folder: The evaluation's, for the images.
+        title: Title of the page.
+        facts: Description of the evaluation, one table row per item.
+        rows: Mean metrics by row.
+        better: Metrics, and whether higher is better. Objects are ranked by the first available metric.
+        records: Records of all objects.
+        folder: Folder of the evaluation, which contains the images.
     """
     columns = [metric for metric in better if any(metric in row for row in rows.values())]
     parts = [f"<h1>{html.escape(title)}</h1>", _facts(facts), _means(rows, better, columns)]
     if columns:
         for name, chosen in rank_objects(records, columns[0], more_is_better=better[columns[0]]).items():
-            if not chosen:  # of few objects
+            if not chosen:
                 continue
             figures = "".join(_figure(record, columns, folder) for record in chosen)
-            parts.append(f"<h2>{name} objects, by {html.escape(columns[0])}</h2>{figures}")
+            parts.append(f"<h2>{name.capitalize()} objects by {html.escape(columns[0])}</h2>{figures}")
     missing = [record for record in records if record.bad or record.notes]
     if missing:
         lines = "".join(
             f"<li>{html.escape(record.id)}: {html.escape(record.bad or '; '.join(record.notes))}</li>"
             for record in missing
         )
-        parts.append(f"<h2>not measured, or not wholly</h2><ul>{lines}</ul>")
+        parts.append(f"<h2>Objects with missing metrics</h2><ul>{lines}</ul>")
     return _document(title, "".join(parts))
 
 
@@ -89,22 +89,21 @@ def render_comparison(
     title: str, names: tuple[str, str], rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool],
     differences: Mapping[str, Difference], folders: tuple[Path, Path], records: Sequence[ObjectRecord],
 ) -> str:  # fmt: skip
-    """Write the page of two evaluations: means, paired differences, and the objects whose difference is largest."""
+    """Render the page of a comparison: means, paired differences, and the objects with the largest differences."""
     columns = [metric for metric in better if metric in differences]
     lines = []
     for metric in columns:
         found = differences[metric]
-        sure = found.low > 0 or found.high < 0
-        kind = ("better" if (found.mean > 0) == better[metric] else "worse") if sure else ""
-        places = digits(metric)
+        significant = found.low > 0 or found.high < 0
+        style = ("better" if (found.mean > 0) == better[metric] else "worse") if significant else ""
+        decimals = digits(metric)
         lines.append(
-            f"<tr><td>{html.escape(metric)}</td><td class='{kind}'>{found.mean:+.{places}f}</td>"
-            f"<td>{found.low:+.{places}f} to {found.high:+.{places}f}</td><td>{found.objects}</td></tr>"
+            f"<tr><td>{html.escape(metric)}</td><td class='{style}'>{found.mean:+.{decimals}f}</td>"
+            f"<td>{found.low:+.{decimals}f} to {found.high:+.{decimals}f}</td><td>{found.objects}</td></tr>"
         )
     table = (
-        "<h2>B - A, object by object</h2><table><tr><th></th><th>mean</th><th>95 % interval</th><th>objects</th></tr>"
-        + "".join(lines)
-        + "</table>"
+        "<h2>Paired differences, B - A</h2><table><tr><th></th><th>mean</th><th>95 % confidence interval</th>"
+        "<th>objects</th></tr>" + "".join(lines) + "</table>"
     )
     images = []
     for record in records[:_SHOWN]:
@@ -138,8 +137,8 @@ def _means(
 
 def _figure(record: ObjectRecord, columns: Sequence[str], folder: Path) -> str:
     row = record.rows.get("model", {})
-    told = ", ".join(f"{metric} {row[metric]:.{digits(metric)}f}" for metric in columns if metric in row)
-    return _image(folder, record.id, f"{record.id}: {told}")
+    metrics = ", ".join(f"{metric} {row[metric]:.{digits(metric)}f}" for metric in columns if metric in row)
+    return _image(folder, record.id, f"{record.id}: {metrics}")
 
 
 def _image(folder: Path, key: str, caption: str) -> str:
@@ -147,7 +146,7 @@ def _image(folder: Path, key: str, caption: str) -> str:
     image = ""
     if path.is_file():
         data = base64.b64encode(path.read_bytes()).decode()
-        image = f"<img alt='input, then target and render by turns' src='data:image/png;base64,{data}'>"
+        image = f"<img alt='input, then target and render of each view' src='data:image/png;base64,{data}'>"
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 

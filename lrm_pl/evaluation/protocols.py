@@ -1,8 +1,9 @@
-"""What is measured, by name: which views go in, which are compared, how surfaces are held against the truth.
+"""Evaluation protocols: input views, target views and surface metrics.
 
-PSNR is of each image, on [0, 1] RGB over white; SSIM has data_range 1 (torchmetrics: Gaussian window of 11); LPIPS is
-measured with both networks. A metric's figure is the mean over an object's images, then the mean over objects. An
-object of which nothing is opaque has an F-score of 0; its distances are not defined and left out, and counted.
+PSNR is computed per image from RGB values in [0, 1] over white; SSIM uses torchmetrics' Gaussian window of size 11 with
+data range 1; LPIPS uses both AlexNet and VGG. Metrics are averaged over the images of an object, then over objects. An
+empty reconstruction has an F-score of 0; its distances are undefined and excluded from the means, whose number of
+objects is reported.
 """
 
 import dataclasses
@@ -14,16 +15,16 @@ from lrm_pl.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class SurfaceSettings:
-    """How a mesh is held against the points of the true surface (``surface.npy``).
+    """Comparison of a mesh with the true surface points (``surface.npy``).
 
     Attributes:
-        points: Drawn on either surface.
-        normalized: Whether either cloud's mean comes to the origin and its longest side becomes 2; else distances are
-            in scene units, where the object's bounding sphere has radius 1.
-        aligned: Whether the prediction is turned and shifted to where it fits best, as for networks that do not know
-            the camera; else it must stand where the input camera says.
-        resolution: Points of the lattice that the mesh is cut out of, along each axis.
-        thresholds: Of the F-score.
+        points: Number of points sampled on each surface.
+        normalized: Center each point cloud, and scale its longest side to 2. Otherwise distances are in scene units, in
+            which the object's bounding sphere has radius 1.
+        aligned: Align the prediction with the true surface, for models that do not know the camera. Otherwise the
+            prediction must be posed as in the input camera.
+        resolution: Resolution of the marching cubes grid.
+        thresholds: Distance thresholds of the F-score.
     """
 
     points: int = 10_000
@@ -35,16 +36,16 @@ class SurfaceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """What is measured.
+    """An evaluation protocol.
 
     Attributes:
-        name: How it is called.
-        what: In a sentence.
-        inputs: Views that go in, one at a time; each is a reconstruction of its own.
-        targets: Views that each reconstruction is compared in.
-        geometry: How its mesh is measured; None: it is not.
-        preset: Cameras that the shards must have been rendered with; "" takes any.
-        shown: Views in the images, where none are compared.
+        name: Name of the protocol.
+        description: Description in one sentence.
+        inputs: Input views; each one is reconstructed separately.
+        targets: Views that every reconstruction is compared in.
+        surface: Settings of the surface metrics; None to skip them.
+        preset: Required camera preset of the shards; "" for any.
+        preview: Views shown in the image strips if there are no targets.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Protocol:
 
     @property
     def views(self) -> int:
-        """Views that an object must have."""
+        """Number of views that an object must have."""
         return max((*self.inputs, *self.rendered)) + 1
 
     @property
@@ -65,26 +66,26 @@ class Protocol:
         """Views that are rendered."""
         return self.targets or self.preview
 
-    def check_manifest(self, manifest: Manifest, where: str) -> None:
-        """Check that shards can serve it.
+    def check_manifest(self, manifest: Manifest, folder: str) -> None:
+        """Check that a folder of shards is suitable for the protocol.
 
         Raises:
-            InputError: Too few views, too small ones, or other cameras.
+            InputError: There are too few views, the views are too small, or the camera preset differs.
         """
         if manifest.views < self.views:
             raise InputError(
-                subject=where,
-                expected=f"at least {self.views} views an object for the protocol {self.name!r}",
+                subject=folder,
+                expected=f"at least {self.views} views per object for the protocol {self.name!r}",
                 found=manifest.views,
                 remedy=f"render with VIEWS={self.views}",
             )
         if self.targets:
-            require_measurable_views(manifest, where)
+            require_measurable_views(manifest, folder)
         found = manifest.render.get("preset", "unknown")
         if self.preset and found != self.preset:
             raise InputError(
-                subject=where,
-                expected=f"the cameras {self.preset!r} for the protocol {self.name!r}",
+                subject=folder,
+                expected=f"the camera preset {self.preset!r} for the protocol {self.name!r}",
                 found=f"{found!r}",
                 remedy=f'render with ARGS="--preset {self.preset}" VIEWS={self.views}',
             )
@@ -93,13 +94,13 @@ class Protocol:
 _PROTOCOLS = (
     Protocol(
         "lrm",
-        "15 reference views an object, 5 of them go in one at a time, all 15 are compared (LRM, section 4.1)",
+        "5 of 15 views as single-image inputs, each compared in all 15 views (LRM, section 4.1)",
         inputs=(0, 3, 6, 9, 12),
         targets=tuple(range(15)),
     ),
     Protocol(
         "gso-orbit",
-        "the front view goes in, 24 views of an orbit are compared: 8 azimuths at elevations 0, 30 and -30 degrees "
+        "the front view as input, compared in 24 orbit views: 8 azimuths at elevations of 0, 30 and -30 degrees "
         "(MeshLRM, appendix I)",
         inputs=(0,),
         targets=tuple(range(24)),
@@ -107,16 +108,16 @@ _PROTOCOLS = (
     ),
     Protocol(
         "geometry",
-        "the first view goes in; 10,000 points of mesh and truth, normalized each, after a search over 6,912 rotations "
-        "and ICP (TripoSR, section 4)",
+        "the first view as input; 10,000 points of the predicted and the true surface, each normalized, aligned by a "
+        "search over 6,912 rotations and ICP (TripoSR, section 4)",
         inputs=(0,),
         targets=(),
         surface=SurfaceSettings(),
     ),
     Protocol(
         "geometry-posed",
-        "the first view goes in; 10,000 points of mesh and truth where the input camera says that they are, in units "
-        "of the object's bounding sphere",
+        "the first view as input; 10,000 points of the predicted and the true surface, posed by the input camera, with "
+        "distances in units of the bounding sphere's radius",
         inputs=(0,),
         targets=(),
         surface=SurfaceSettings(normalized=False, aligned=False),
@@ -127,18 +128,18 @@ PROTOCOLS = {protocol.name: protocol for protocol in _PROTOCOLS}
 
 
 def image_metrics(extras: Sequence[str] = ()) -> dict[str, bool]:
-    """Name the metrics of images -> whether more is better."""
+    """Return the image metrics, and whether higher is better."""
     usual = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg": False}
     return usual | dict.fromkeys(extras, True)
 
 
 def f_score_name(threshold: float) -> str:
-    """Name the F-score at a threshold."""
+    """Return the name of the F-score at a threshold."""
     return f"f_score@{threshold:g}"
 
 
 def surface_metrics(geometry: SurfaceSettings) -> dict[str, bool]:
-    """Name the metrics of surfaces -> whether more is better."""
+    """Return the surface metrics, and whether higher is better."""
     return {
         "chamfer": False,
         **{f_score_name(threshold): True for threshold in geometry.thresholds},
@@ -147,6 +148,6 @@ def surface_metrics(geometry: SurfaceSettings) -> dict[str, bool]:
 
 
 def metrics_of(protocol: Protocol) -> dict[str, bool]:
-    """Name the metrics that a protocol may have, in the order of tables -> whether more is better."""
+    """Return the possible metrics of a protocol in the order of tables, and whether higher is better."""
     images = image_metrics(["clip"]) | {"fid": False, "kid": False} if protocol.targets else {}
     return images | (surface_metrics(protocol.surface) if protocol.surface else {})

@@ -1,9 +1,9 @@
-"""The folder of an evaluation: a record an object, so that it goes on where it was, whoever measured what.
+"""Per-object records of an evaluation, so that it can be interrupted and resumed with any number of processes.
 
-OUT/settings.json      what is measured: protocol, weights, shards; another evaluation refuses the folder
-OUT/objects/ID.json    the metrics of one object, model and baselines
-OUT/objects/ID.png     its strip of images
-OUT/objects/ID.npz     features of its images, where FID and KID are wanted
+OUT/settings.json      protocol, weights and shards; other evaluations cannot use the folder
+OUT/objects/ID.json    metrics of the model and the baselines for one object
+OUT/objects/ID.png     image strip of the object
+OUT/objects/ID.npz     image features for FID and KID
 OUT/results.json, results.md, index.html    written last
 """
 
@@ -20,25 +20,25 @@ import numpy as np
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 
-#: Where evaluations and comparisons go that were given no folder.
+#: Parent folder of evaluations and comparisons without ``--out``.
 DEFAULT_FOLDER = Path("evaluation")
 
 SETTINGS_NAME, OBJECTS_NAME, RESULTS_NAME = "settings.json", "objects", "results.json"
 
-#: Settings that say where something was found; the hash beside them says what it is, wherever it lies.
-_PLACES = {"network": ("source", "step"), "data": ("folder",)}
+#: Settings that describe where the model and the data were read from. Their hashes identify the content.
+_LOCATION_FIELDS = {"network": ("source", "step"), "data": ("folder",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectRecord:
-    """What is kept of one object.
+    """Stored result of one object.
 
     Attributes:
-        id: Its key.
-        rows: "model" and the baselines -> metric -> figure.
-        notes: What could not be measured, and why.
-        bad: Why nothing was measured; empty where something was.
-        files: Endings of the files that were kept beside the record.
+        id: Id of the object.
+        rows: Metrics of the model ("model") and of each baseline.
+        notes: Reasons for missing metrics.
+        bad: Reason why the object could not be evaluated; "" otherwise.
+        files: Suffixes of the files stored with the record.
     """
 
     id: str
@@ -49,13 +49,13 @@ class ObjectRecord:
 
 
 def open_evaluation(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Create the folder of an evaluation, or check that it holds this evaluation; baselines may be added later.
+    """Create the folder of an evaluation, or check that it belongs to the same one. Baselines may be added later.
 
     Returns:
-        The settings that it was first claimed with: a network and shards may have moved, or been exported, since then.
+        The settings with which the folder was created, whose locations may be outdated.
 
     Raises:
-        InputError: It is another one's.
+        InputError: The folder belongs to another evaluation.
     """
     path = folder / SETTINGS_NAME
     content = _text(settings)
@@ -69,11 +69,11 @@ def open_evaluation(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     expected, found = without_locations(json.loads(content)), without_locations(first)
     if different := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
         name = sorted(different)[0]
-        remedy = "say --baseline too, or choose" if different == ["baselines"] else "choose"
+        remedy = "pass --baseline, or choose" if different == ["baselines"] else "choose"
         raise InputError(
             subject=path,
-            expected=f"{name} {expected.get(name)!r} as asked for now",
-            found=f"{found.get(name)!r}",
+            expected=f"{name} {expected.get(name)!r}",
+            found=f"{found.get(name)!r} in the folder",
             remedy=f"{remedy} another --out, or delete {folder}",
         )
     return first
@@ -84,9 +84,9 @@ def _text(settings: dict[str, Any]) -> bytes:
 
 
 def without_locations(settings: dict[str, Any]) -> dict[str, Any]:
-    """Drop where things lay from settings that were read: what is left says what was measured, and how."""
+    """Remove the locations of the model and the data from settings. The remaining settings identify an evaluation."""
     return {
-        name: {k: v for k, v in value.items() if k not in _PLACES.get(name, ())}
+        name: {k: v for k, v in value.items() if k not in _LOCATION_FIELDS.get(name, ())}
         if isinstance(value, dict)
         else value
         for name, value in settings.items()
@@ -94,25 +94,25 @@ def without_locations(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_object(folder: Path, record: ObjectRecord, files: Mapping[str, bytes]) -> None:
-    """Keep what was found about an object; its record comes last.
+    """Write the files and the record of an object, the record last.
 
     Args:
-        folder: The evaluation's.
-        record: What was found.
-        files: Ending -> content of the files beside the record.
+        folder: Folder of the evaluation.
+        record: Record of the object.
+        files: File contents by suffix.
     """
-    place = folder / OBJECTS_NAME
+    objects = folder / OBJECTS_NAME
     for ending, content in files.items():
-        write_atomically(place / f"{record.id}{ending}", content)
+        write_atomically(objects / f"{record.id}{ending}", content)
     text = json.dumps(dataclasses.asdict(record), sort_keys=True)
-    write_atomically(place / f"{record.id}.json", f"{text}\n".encode())
+    write_atomically(objects / f"{record.id}.json", f"{text}\n".encode())
 
 
 def read_object(folder: Path, key: str) -> ObjectRecord | None:
-    """Read the record of an object; None where there is none yet, or a file beside it is missing.
+    """Read the record of an object; None if the record or one of its files does not exist.
 
     Raises:
-        InputError: It is damaged.
+        InputError: The record is damaged.
     """
     path = folder / OBJECTS_NAME / f"{key}.json"
     if not path.is_file():
@@ -130,13 +130,13 @@ def read_object(folder: Path, key: str) -> ObjectRecord | None:
             subject=path,
             expected="the record of an object",
             found=f"{error!r}",
-            remedy="delete it and measure again",
+            remedy="delete it and run the command again",
         ) from error
     return found if all(path.with_name(key + ending).is_file() for ending in files) else None
 
 
 def read_features(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """Join the features of all objects: "target", "model" and the baselines -> (n, d)."""
+    """Concatenate the image features of objects: (n, d) for the targets ("target"), the model and each baseline."""
     parts: dict[str, list[np.ndarray]] = {}
     for key in keys:
         path = folder / OBJECTS_NAME / f"{key}.npz"
@@ -147,10 +147,10 @@ def read_features(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read arrays that belong to an object.
+    """Read the arrays of an object.
 
     Raises:
-        InputError: They are damaged.
+        InputError: The file is damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as found:
@@ -158,9 +158,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
         raise InputError(
             subject=path,
-            expected="arrays",
+            expected="an .npz file",
             found=error,
-            remedy="delete it and measure again: the same command",
+            remedy="delete it and run the command again",
         ) from error
 
 
@@ -168,16 +168,19 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: It is none.
+        InputError: The file is not a JSON object.
     """
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            subject=path, expected="JSON", found=error, remedy="delete it and measure again"
+            subject=path, expected="JSON", found=error, remedy="delete it and run the command again"
         ) from error
     if not isinstance(record, dict):
         raise InputError(
-            subject=path, expected="a JSON object", found=type(record).__name__, remedy="delete it"
+            subject=path,
+            expected="a JSON object",
+            found=type(record).__name__,
+            remedy="delete it and run the command again",
         )
     return record

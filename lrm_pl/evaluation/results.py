@@ -1,4 +1,4 @@
-"""What the records of an evaluation come to: results, tables, pages."""
+"""Aggregation of the records of an evaluation into results, tables and pages."""
 
 import json
 import time
@@ -11,31 +11,29 @@ import torch
 from lrm_pl import __version__
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
+from lrm_pl.evaluation.features import set_distances
 from lrm_pl.evaluation.page import render_page
 from lrm_pl.evaluation.protocols import Protocol, metrics_of
 from lrm_pl.evaluation.records import RESULTS_NAME, ObjectRecord, read_features, read_object
-from lrm_pl.evaluation.set_distances import set_distances
 from lrm_pl.evaluation.summary import means, table
 from lrm_pl.evaluation.tensorboard import write_board
 from lrm_pl.version import git_commit
 
-#: Seconds without a new record after which other processes are taken for dead.
-_PATIENCE_S = 1800.0
+#: Time without a new record, in seconds, after which the other processes are considered dead.
+_TIMEOUT_S = 1800.0
 
 
-def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, Any]) -> dict[str, Any]:
-    """Wait for all records, and write what they come to.
+def write_results(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, Any]) -> dict[str, Any]:
+    """Wait for the records of all objects, and write the results.
 
     Raises:
-        InputError: Other processes do not finish, or nothing could be measured.
+        InputError: The other processes stopped, or no object could be evaluated.
     """
     records = _wait_for(out, keys)
     good = [record for record in records if record.rows.get("model")]
     if not good:
         reasons = "; ".join(sorted({record.bad or "; ".join(record.notes) for record in records})[:3])
-        raise InputError(
-            subject=out, expected="at least one object that can be measured", found=f"none: {reasons}"
-        )
+        raise InputError(subject=out, expected="at least one evaluated object", found=f"none: {reasons}")
     rows = means(good)
     features = read_features(out, keys)
     for name, values in (set_distances(features) if features else {}).items():
@@ -45,7 +43,7 @@ def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, A
         "protocol": settings["protocol"],
         "settings": settings,
         "objects": len(good),
-        "not measured": {record.id: record.bad for record in records if record.bad},
+        "failed": {record.id: record.bad for record in records if record.bad},
         "notes": {record.id: list(record.notes) for record in records if record.notes},
         "mean": rows,
         "objects of the mean": count_objects(good),
@@ -54,16 +52,16 @@ def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, A
     step = settings["network"]["step"]
     facts = {
         "protocol": f"{protocol.name}: {protocol.description}",
-        "network": settings["network"]["source"] + ("" if step is None else f", step {step}"),
+        "model": settings["network"]["source"] + ("" if step is None else f", step {step}"),
         "weights, sha256": settings["network"]["sha256"],
         "shards": f"{settings['data']['folder']}, split {settings['data']['split']}, {settings['data']['ids']}",
         "objects": f"{len(good)} of {len(records)}",
         "code": f"lrm_pl {__version__}, {git_commit()}",
     }
     if short := incomplete_means(results):
-        facts["means of fewer"] = short
-    told = "\n".join(f"{name}: {value}  " for name, value in facts.items())
-    write_atomically(out / "results.md", f"{told}\n\n{table(rows, better)}\n".encode())
+        facts["means over fewer objects"] = short
+    header = "\n".join(f"{name}: {value}  " for name, value in facts.items())
+    write_atomically(out / "results.md", f"{header}\n\n{table(rows, better)}\n".encode())
     page = render_page(f"Evaluation: {protocol.name}", facts, rows, better, records, out)
     write_atomically(out / "index.html", page.encode())
     write_board(out, protocol.name, table(rows, better), rows, good, better, step or 0)
@@ -72,12 +70,12 @@ def finish(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, A
 
 
 def count_objects(records: list[ObjectRecord]) -> dict[str, int]:
-    """Count the objects that the network's mean of each metric is of."""
+    """Count the objects with each metric of the model."""
     return dict(Counter(metric for record in records for metric in record.rows.get("model", {})))
 
 
 def incomplete_means(results: dict[str, Any]) -> str:
-    """Say which means are of fewer objects than were measured; nothing where none is."""
+    """List the metrics that are averaged over fewer objects than were evaluated; "" if there are none."""
     fewer = {
         metric: count
         for metric, count in results["objects of the mean"].items()
@@ -98,11 +96,11 @@ def _wait_for(out: Path, keys: list[str]) -> list[ObjectRecord]:
             return [records[key] for key in keys]
         if len(records) > before:
             last = time.monotonic()
-        if time.monotonic() - last > _PATIENCE_S:
+        if time.monotonic() - last > _TIMEOUT_S:
             raise InputError(
                 subject=out,
-                expected=f"other processes to measure {len(keys) - len(records)} more objects",
-                found=f"nothing new for {_PATIENCE_S / 60:.0f} minutes",
-                remedy="start the same command again, it goes on where it was",
+                expected=f"records of {len(keys) - len(records)} more objects from other processes",
+                found=f"none within {_TIMEOUT_S / 60:.0f} minutes",
+                remedy="run the same command again to resume",
             )
         time.sleep(0.5)

@@ -1,4 +1,4 @@
-"""Measure a trained network: what is not measured yet, on each of several processes; then what it comes to."""
+"""Evaluation of a trained model on one or several processes."""
 
 import argparse
 import dataclasses
@@ -41,7 +41,7 @@ from lrm_pl.evaluation.records import (
     without_locations,
     write_object,
 )
-from lrm_pl.evaluation.results import finish, incomplete_means
+from lrm_pl.evaluation.results import incomplete_means, write_results
 from lrm_pl.evaluation.summary import table
 from lrm_pl.evaluation.tensorboard import SHOWN_OBJECTS, is_shown, show_object
 from lrm_pl.geometry.cameras import PosedCamera, canonicalize
@@ -53,10 +53,10 @@ from lrm_pl.kernels.device import choose_device
 from lrm_pl.storage import StoreError
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
-#: Seconds between two lines that say how far it is.
-_SAY_S = 30.0
+#: Interval between progress messages without a terminal, in seconds.
+_PROGRESS_S = 30.0
 
-Thing = TypeVar("Thing")
+Item = TypeVar("Item")
 
 
 def evaluate(
@@ -72,39 +72,39 @@ def evaluate(
     world: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
-    """Measure what is not measured yet; the first process then writes the results.
+    """Evaluate the objects that have no record yet. Rank 0 then writes the results.
 
     Args:
-        pipeline: The trained model.
-        protocol: What is measured.
-        objects: Of which objects.
-        out: The evaluation's folder.
-        perceptual: What images are measured with.
-        baselines: What else is measured.
-        settings: What the folder is claimed for.
-        rank: Number of this process.
+        pipeline: Trained model.
+        protocol: Evaluation protocol.
+        objects: Objects to evaluate.
+        out: Folder of the evaluation.
+        perceptual: Networks of the perceptual metrics.
+        baselines: Baselines by name.
+        settings: Settings that identify the evaluation.
+        rank: Rank of this process.
         world: Number of processes.
-        console: Where progress is shown.
+        console: Console for progress output.
 
     Returns:
-        The results, on rank 0.
+        The results on rank 0, None on other ranks.
     """
     console = console or Console(quiet=True)
     settings = open_evaluation(out, settings)
     mine = objects.samples[rank::world]
     shown = {key for key, _ in objects.samples[:SHOWN_OBJECTS]}
-    todo = [(key, place) for key, place in mine if not is_measured(out, key, shown, baselines)]
+    todo = [(key, location) for key, location in mine if not is_measured(out, key, shown, baselines)]
     if len(todo) < len(mine):
-        console.print(f"measured already: {counted(len(mine) - len(todo), 'object')}")
-    for key, place in track_progress(todo, f"Measuring, {protocol.name}", console):
+        console.print(f"Already evaluated: {counted(len(mine) - len(todo), 'object')}")
+    for key, location in track_progress(todo, f"Evaluating, {protocol.name}", console):
         try:
-            sample = objects.read(place, protocol)
-            if is_measured(out, key, shown, ()):  # but for the baselines
+            sample = objects.read(location, protocol)
+            if is_measured(out, key, shown, ()):  # only the baselines are missing
                 _add_baselines(out, key, sample, protocol, perceptual, baselines, pipeline)
                 continue
             measured = measure_object(sample, protocol, reconstructor(pipeline), perceptual, baselines)
         except SampleError as error:
-            if isinstance(error.__cause__, StoreError):  # it may answer the next time
+            if isinstance(error.__cause__, StoreError):  # possibly temporary
                 raise
             write_object(out, ObjectRecord(key, {}, bad=str(error)), {})
         else:
@@ -114,11 +114,11 @@ def evaluate(
             write_object(out, ObjectRecord(key, measured.rows, measured.notes, files=tuple(files)), files)
     if rank:
         return None
-    return finish(out, [key for key, _ in objects.samples], protocol, settings)
+    return write_results(out, [key for key, _ in objects.samples], protocol, settings)
 
 
 def is_measured(out: Path, key: str, shown: Collection[str], baselines: Iterable[str]) -> bool:
-    """Say whether an object has its record, with these baselines, and what is shown of it."""
+    """Return whether an object has its record, the options baselines, and the orbit video and mesh if it is shown."""
     record = read_object(out, key)
     if record is None or record.bad:
         return record is not None
@@ -129,26 +129,25 @@ def _add_baselines(
     out: Path, key: str, sample: Sample, protocol: Protocol, perceptual: PerceptualMetrics,
     baselines: Mapping[str, Baseline], pipeline: LRMPipeline,
 ) -> None:  # fmt: skip
-    """Add baselines to the record of an object."""
+    """Add the metrics of baselines to the record of an object."""
     record = read_object(out, key)
     assert record is not None, key
-    device = pipeline.device
-    rows, features = measure_baselines(sample, protocol, perceptual, baselines, device)
+    rows, features = measure_baselines(sample, protocol, perceptual, baselines, pipeline.device)
     files = features_file(read_features(out, [key]) | features) if features else {}
     write_object(out, dataclasses.replace(record, rows=record.rows | rows), files)
 
 
-def track_progress(things: Sequence[Thing], what: str, console: Console) -> Iterator[Thing]:
-    """Go through things, and say how far it is: a bar on a terminal, else a line now and then."""
+def track_progress(items: Sequence[Item], description: str, console: Console) -> Iterator[Item]:
+    """Iterate with a progress bar on a terminal, or with periodic messages elsewhere."""
     if console.is_terminal:
-        yield from track(things, what, console=console)
+        yield from track(items, description, console=console)
         return
-    told = time.monotonic()
-    for number, thing in enumerate(things):
-        yield thing
-        if time.monotonic() - told > _SAY_S:
-            told = time.monotonic()
-            console.print(f"{what}: {number + 1} of {len(things)}")
+    last_s = time.monotonic()
+    for number, item in enumerate(items):
+        yield item
+        if time.monotonic() - last_s > _PROGRESS_S:
+            last_s = time.monotonic()
+            console.print(f"{description}: {number + 1} of {len(items)}")
 
 
 def reconstructor(pipeline: LRMPipeline) -> Reconstruct:
@@ -160,36 +159,36 @@ def reconstruct_sample(pipeline: LRMPipeline, sample: Sample, view: int) -> Scen
     """Reconstruct an object from one of its views.
 
     Raises:
-        SampleError: The view cannot be read, or shows nothing.
+        SampleError: The view cannot be decoded, or is fully transparent.
     """
     c2w = canonicalize(torch.from_numpy(sample.c2w[[view]]))
     return reconstructor(pipeline)(input_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
 
 
 def run(
-    given: argparse.Namespace, objects: EvaluationDataset, rank: int, world: int, console: Console
+    options: argparse.Namespace, objects: EvaluationDataset, rank: int, world: int, console: Console
 ) -> None:
-    """Do what the command's options say, on one of several processes.
+    """Run `lrm evaluate` on one of several processes.
 
     Args:
-        given: Parsed options of `lrm evaluate`.
-        objects: Those that they name.
-        rank: Number of this process.
+        options: Parsed options.
+        objects: Objects to evaluate.
+        rank: Rank of this process.
         world: Number of processes.
-        console: Where it is said.
+        console: Console for the output.
 
     Raises:
-        InputError: Something is not what it should be.
+        InputError: An option or a file is invalid.
     """
-    protocol = PROTOCOLS[given.protocol]
-    place = choose_device(given.device, int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
-    name = find_model(given.ckpt)
-    pipeline = LRMPipeline.from_pretrained(name, average=given.average, config=given.config).to(place)
+    protocol = PROTOCOLS[options.protocol]
+    device = choose_device(
+        options.device, int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    )
+    name = find_model(options.ckpt)
+    pipeline = LRMPipeline.from_pretrained(name, average=options.average, config=options.config).to(device)
     manifest = json.dumps([(s.name, s.sha256) for s in objects.manifest.shards]).encode()
     settings = {
-        "protocol": json.loads(
-            json.dumps(vars(protocol) | {"geometry": vars(protocol.surface) if protocol.surface else None})
-        ),
+        "protocol": json.loads(json.dumps(dataclasses.asdict(protocol))),
         "network": {
             "source": pipeline.source,
             "step": pipeline.step,
@@ -198,31 +197,31 @@ def run(
             "renderer": pipeline.model.get("renderer", {}),
         },
         "data": {
-            "folder": given.data,
+            "folder": options.data,
             "shards": hashlib.sha256(manifest).hexdigest(),
-            "split": given.split,
-            "ids": given.ids,
+            "split": options.split,
+            "ids": options.ids,
             "objects": len(objects.samples),
         },
-        "baselines": bool(given.baseline),
-        "clip": given.clip_sha256.lower() if given.clip else None,
+        "baselines": bool(options.baseline),
+        "clip": options.clip_sha256.lower() if options.clip else None,
     }
-    out = given.out or DEFAULT_FOLDER / f"{protocol.name}-{Path(given.data).name}-{pipeline.sha256[:8]}"
+    out = options.out or DEFAULT_FOLDER / f"{protocol.name}-{Path(options.data).name}-{pipeline.sha256[:8]}"
     console.print(f"Model: {pipeline.description}\nProtocol {protocol.name}: {protocol.description}")
-    baselines = trivial_baselines(objects) if given.baseline and protocol.targets else {}
-    if _is_finished(out, settings, objects, baselines, given):
+    baselines = trivial_baselines(objects) if options.baseline and protocol.targets else {}
+    if _is_finished(out, settings, objects, baselines, options):
         console.print(
-            f"All of it is measured already; to measure again, delete {out}, or choose another --out."
+            f"All objects are already evaluated. To evaluate them again, delete {out} or pass another --out."
         )
         results = read_json(out / RESULTS_NAME) if not rank else None
     else:
-        perceptual, measured_with = _judges(given, protocol, place)
+        perceptual, measured_with = _load_perceptual(options, protocol, device)
         results = evaluate(
             pipeline, protocol, objects, out, perceptual, baselines, settings | measured_with,
             rank=rank, world=world, console=console,
         )  # fmt: skip
     if results is not None:
-        _say(results, protocol, objects, given, out, console)
+        _print_results(results, protocol, objects, options, out, console)
 
 
 def _is_finished(
@@ -230,19 +229,19 @@ def _is_finished(
     settings: dict[str, Any],
     objects: EvaluationDataset,
     baselines: Iterable[str],
-    given: argparse.Namespace,
+    options: argparse.Namespace,
 ) -> bool:
-    """Say whether a folder holds the results of such an evaluation, whatever LPIPS networks they were measured with."""
+    """Return whether a folder contains the results of this evaluation, for any LPIPS weights."""
     if not (out / RESULTS_NAME).is_file() or not (out / SETTINGS_NAME).is_file():
         return False
     found = read_json(out / SETTINGS_NAME)
     expected = without_locations(json.loads(json.dumps(settings)))
     same = {name: value for name, value in without_locations(found).items() if name in expected} == expected
     inception = found.get("inception")
-    wanted = bool(settings["protocol"]["targets"]) and (given.fid or given.inception is not None)
-    if not same or (inception is not None) != wanted:
+    needs_inception = bool(settings["protocol"]["targets"]) and (options.fid or options.inception is not None)
+    if not same or (inception is not None) != needs_inception:
         return False
-    if wanted and given.inception_sha256 and given.inception_sha256.lower() != inception:
+    if needs_inception and options.inception_sha256 and options.inception_sha256.lower() != inception:
         return False
     shown = {key for key, _ in objects.samples[:SHOWN_OBJECTS]}
     return read_json(out / RESULTS_NAME).get("settings") == found and all(
@@ -250,38 +249,36 @@ def _is_finished(
     )
 
 
-def _judges(
-    given: argparse.Namespace, protocol: Protocol, place: torch.device
+def _load_perceptual(
+    options: argparse.Namespace, protocol: Protocol, device: torch.device
 ) -> tuple[PerceptualMetrics, dict[str, Any]]:
-    """Load what images are measured with; and say by hashes what that is."""
+    """Load the networks of the perceptual metrics, and return them with their hashes."""
     perceptual, inception = PerceptualMetrics({}), None
     if protocol.targets:
-        lpips = {name: pretrained_perceptual_loss(name).to(place) for name in ("alex", "vgg")}
-        clip = load_clip(given.clip, given.clip_sha256, place) if given.clip else None
+        lpips = {name: pretrained_perceptual_loss(name).to(device) for name in ("alex", "vgg")}
+        clip = load_clip(options.clip, options.clip_sha256, device) if options.clip else None
         features = None
-        if given.fid or given.inception:
-            features, inception = load_inception(given.inception, given.inception_sha256, place)
+        if options.fid or options.inception:
+            features, inception = load_inception(options.inception, options.inception_sha256, device)
         perceptual = PerceptualMetrics(lpips, clip, features)
-    lpips_sha256 = {name: hash_weights(judge.network) for name, judge in perceptual.lpips.items()}
+    lpips_sha256 = {name: hash_weights(loss.network) for name, loss in perceptual.lpips.items()}
     return perceptual, {"lpips": lpips_sha256, "inception": inception}
 
 
-def _say(
-    results: dict[str, Any], protocol: Protocol, objects: EvaluationDataset, given: argparse.Namespace, out: Path,
+def _print_results(
+    results: dict[str, Any], protocol: Protocol, objects: EvaluationDataset, options: argparse.Namespace, out: Path,
     console: Console,
 ) -> None:  # fmt: skip
-    """Print the table, and what to type next."""
+    """Print the table of results and possible next commands."""
     console.print(
-        f"{results['objects']} of {len(objects.samples)} objects of {given.data}, split {given.split}:"
+        f"{results['objects']} of {len(objects.samples)} objects of {options.data}, split {options.split}:"
     )
     console.print(table(results["mean"], metrics_of(protocol)))
     if short := incomplete_means(results):
-        console.print(f"Means of fewer: {short}")
-    for key, why in results["not measured"].items():
-        console.print(f"  {key}: {why}")
+        console.print(f"Means over fewer objects: {short}")
+    for key, reason in results["failed"].items():
+        console.print(f"  {key}: {reason}")
     for key, notes in results["notes"].items():
         console.print(f"  {key}: {'; '.join(notes)}")
-    console.print(f"Page: {out / 'index.html'}; figures: {out / RESULTS_NAME}, {out / 'results.md'}")
-    console.print(
-        f"Compare it with another one: lrm evaluate --compare {out} OTHER   Watch: tensorboard --logdir {out}"
-    )
+    console.print(f"Page: {out / 'index.html'}; results: {out / RESULTS_NAME}, {out / 'results.md'}")
+    console.print(f"Compare: lrm evaluate --compare {out} OTHER   TensorBoard: tensorboard --logdir {out}")

@@ -1,4 +1,4 @@
-"""Figures of many objects: means, and two evaluations side by side."""
+"""Means over objects, paired differences of two evaluations, and Markdown tables."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from lrm_pl.evaluation.records import ObjectRecord
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How much B is above A in one metric, object by object.
+    """Paired difference of a metric between two evaluations A and B.
 
     Attributes:
-        mean: Of B - A.
-        low: Lower end of its confidence interval, 95 % (Student's t).
-        high: Upper end.
-        objects: How many there are of both.
+        mean: Mean of B - A over the objects.
+        low: Lower bound of the 95 % confidence interval (Student's t).
+        high: Upper bound.
+        objects: Number of objects that both evaluations have.
     """
 
     mean: float
@@ -28,7 +28,7 @@ class Difference:
 
 def means(records: Sequence[ObjectRecord]) -> dict[str, dict[str, float]]:
     """Average each metric of each row over the objects that have it, in order of their ids."""
-    values: dict[str, dict[str, list[float]]] = {"model": {}}  # it comes first
+    values: dict[str, dict[str, list[float]]] = {"model": {}}  # first row
     for record in sorted(records, key=lambda record: record.id):
         for name, row in record.rows.items():
             for metric, value in row.items():
@@ -37,12 +37,12 @@ def means(records: Sequence[ObjectRecord]) -> dict[str, dict[str, float]]:
 
 
 def paired_differences(a: Sequence[ObjectRecord], b: Sequence[ObjectRecord]) -> dict[str, Difference]:
-    """Compare two evaluations of one protocol and one data set, object by object.
+    """Compute the paired differences of two evaluations with the same protocol and data.
 
     Raises:
-        InputError: They have no two objects in common.
+        InputError: They have fewer than two objects in common.
     """
-    from scipy import stats  # a second to import, and nothing else needs it
+    from scipy import stats  # slow to import
 
     of_b = {record.id: record.rows.get("model", {}) for record in b}
     differences: dict[str, list[float]] = {}
@@ -55,19 +55,19 @@ def paired_differences(a: Sequence[ObjectRecord], b: Sequence[ObjectRecord]) -> 
         if len(values) < 2:
             continue
         mean, error = float(np.mean(values)), float(stats.sem(values))
-        reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
-        found[metric] = Difference(mean, mean - reach, mean + reach, len(values))
+        half_width = float(stats.t.ppf(0.975, len(values) - 1)) * error
+        found[metric] = Difference(mean, mean - half_width, mean + half_width, len(values))
     if not found:
-        raise InputError(expected="two evaluations with at least two objects in common", found="fewer")
+        raise InputError(expected="at least two objects that both evaluations have", found="fewer")
     return found
 
 
 def table(rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool]) -> str:
-    """Write means as a Markdown table: a row each, arrows where better is up or down.
+    """Format means as a Markdown table with one line per row. Arrows show whether higher or lower is better.
 
     Args:
-        rows: Row -> metric -> figure.
-        better: Metric -> whether more is better, in the order of the columns; those that nobody has are left out.
+        rows: Metrics by row.
+        better: Metrics in the order of the columns, and whether higher is better. Columns without values are omitted.
     """
     columns = [metric for metric in better if any(metric in row for row in rows.values())]
     head = [f"{metric} {'↑' if better[metric] else '↓'}" for metric in columns]
@@ -79,5 +79,5 @@ def table(rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool]) -
 
 
 def digits(metric: str) -> int:
-    """Say how many decimals of a metric mean anything."""
+    """Return the number of decimals to print for a metric."""
     return 2 if metric in ("psnr", "fid") else 4 if metric in ("chamfer", "kid") else 3

@@ -1,6 +1,6 @@
-"""Distances of surfaces, as points with normals: Chamfer distance, F-score, normal consistency, alignment. numpy only.
+"""Metrics of point clouds with normals: Chamfer distance, F-score, normal consistency, and alignment. numpy only.
 
-Definitions are those of ZeroShape (Huang et al. 2024, eval_3D.py), whose procedure TripoSR and SF3D report too.
+The definitions are those of ZeroShape (Huang et al. 2024, eval_3D.py), which TripoSR and SF3D also follow.
 """
 
 import dataclasses
@@ -14,10 +14,10 @@ from scipy.spatial.transform import Rotation
 
 Points = Float[np.ndarray, "Q 3"]
 
-#: Points of each cloud with which rotations are looked through, and how many of the best are looked at again in full.
+#: Points of each cloud in the rotation search, and number of rotations that are evaluated with all points.
 _SEARCH_POINTS, _FINALISTS = 512, 8
 
-#: Steps of the rotation search: azimuth, elevation, roll, evenly over the whole circle each (6,912 in all).
+#: Steps of the rotation search in azimuth, elevation and roll, each over 360 degrees: 6,912 rotations.
 _STEPS = (24, 24, 12)
 
 _ICP_STEPS = 50
@@ -25,11 +25,11 @@ _ICP_STEPS = 50
 
 @dataclasses.dataclass(frozen=True)
 class PointCloud:
-    """Points on a surface.
+    """Points with normals.
 
     Attributes:
-        points: Places.
-        normals: Unit normals there.
+        points: (Q, 3) positions.
+        normals: (Q, 3) unit normals.
     """
 
     points: Points
@@ -38,24 +38,25 @@ class PointCloud:
     def transformed(
         self, rotation: Float[np.ndarray, "3 3"], shift: Float[np.ndarray, "3"] | None = None
     ) -> "PointCloud":
-        """Turn about the origin, then shift."""
+        """Rotate about the origin, then translate."""
         points = self.points @ rotation.T
         return PointCloud(points if shift is None else points + shift, self.normals @ rotation.T)
 
     def normalized(self) -> "PointCloud":
-        """Move the mean to the origin, and scale so that the longest side of the bounding box is 2."""
+        """Center the mean at the origin, and scale the longest side of the bounding box to 2."""
         points = self.points - self.points.mean(axis=0)
         return PointCloud(points * (2 / np.ptp(points, axis=0).max()), self.normals)
 
 
 @dataclasses.dataclass(frozen=True)
 class SurfaceScores:
-    """How near two surfaces are.
+    """Similarity of two surfaces.
 
     Attributes:
         chamfer: Mean distance to the nearest point, averaged over both directions; not squared.
-        f_scores: Threshold -> 2 P R / (P + R); P: share of predicted points within it of the truth, R the converse.
-        normal_consistency: Mean |cosine| between normals at nearest points, averaged over both directions.
+        f_scores: F-score 2 P R / (P + R) by threshold. P is the fraction of predicted points within the threshold of
+            the true surface, and R the fraction of true points within the threshold of the prediction.
+        normal_consistency: Mean absolute cosine between normals at nearest points, averaged over both directions.
     """
 
     chamfer: float
@@ -64,7 +65,7 @@ class SurfaceScores:
 
 
 def compare_surfaces(prediction: PointCloud, truth: PointCloud, thresholds: Sequence[float]) -> SurfaceScores:
-    """Measure two clouds as they lie."""
+    """Compute the scores of two point clouds without aligning them."""
     there, near_truth = cKDTree(truth.points).query(prediction.points)
     back, near_prediction = cKDTree(prediction.points).query(truth.points)
     f_scores = {}
@@ -79,21 +80,21 @@ def compare_surfaces(prediction: PointCloud, truth: PointCloud, thresholds: Sequ
 
 
 def chamfer(prediction: Points, truth: Points) -> float:
-    """Average, over both directions, the mean distance to the nearest point; not squared."""
+    """Compute the mean distance to the nearest point, averaged over both directions; not squared."""
     there, _ = cKDTree(truth).query(prediction)
     back, _ = cKDTree(prediction).query(truth)
     return float(there.mean() + back.mean()) / 2
 
 
 def align(prediction: PointCloud, truth: PointCloud) -> PointCloud:
-    """Turn and shift a normalized cloud to where it is nearest to another one (TripoSR, section 4).
+    """Align a normalized point cloud with another one by rotation and translation (TripoSR, section 4).
 
-    All rotations of a grid are looked through, the best refined by the iterative closest point method; each is
-    normalized again after it was turned. The grid is searched with 512 points of each cloud, the best eight with all.
+    All rotations of a grid are evaluated with 512 points of each cloud, and the best eight with all points. The best
+    one is refined with the iterative closest point method. Rotated clouds are normalized again.
 
     Args:
-        prediction: The cloud that is moved.
-        truth: The cloud that stays, normalized.
+        prediction: Point cloud to align.
+        truth: Normalized reference point cloud.
     """
     few, true_tree = prediction.points[:_SEARCH_POINTS], cKDTree(truth.points[:_SEARCH_POINTS])
     distances = np.array([_distance(few, rotation, truth, true_tree) for rotation in rotation_grid()])
@@ -108,7 +109,7 @@ def align(prediction: PointCloud, truth: PointCloud) -> PointCloud:
 
 @functools.cache
 def rotation_grid() -> Float[np.ndarray, "N 3 3"]:
-    """Return all rotations of the search; the first is none."""
+    """Return all rotations of the search, starting with the identity."""
     angles = np.stack(np.meshgrid(*(np.arange(n) * 360 / n for n in _STEPS), indexing="ij"), axis=-1).reshape(
         -1, 3
     )
@@ -124,7 +125,7 @@ def _distance(points: Points, rotation: np.ndarray, truth: PointCloud, tree: cKD
 
 
 def _iterative_closest_point(prediction: PointCloud, truth: PointCloud) -> PointCloud:
-    """Refine rotation and place (Besl and McKay 1992); what comes out is never farther than what went in."""
+    """Refine rotation and translation (Besl and McKay 1992). Returns the input if the result is not closer."""
     tree, best, best_distance = cKDTree(truth.points), prediction, chamfer(prediction.points, truth.points)
     moved = prediction
     for _ in range(_ICP_STEPS):

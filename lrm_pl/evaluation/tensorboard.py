@@ -1,4 +1,4 @@
-"""An evaluation in TensorBoard: its table, its figures, its images; of a few objects an orbit and a mesh."""
+"""TensorBoard events of an evaluation: table, metrics and images, with an orbit video and a mesh of a few objects."""
 
 import io
 import shutil
@@ -18,36 +18,36 @@ from lrm_pl.inference.scene import Scene, to_uint8
 from lrm_pl.inference.video import encode_gif
 from lrm_pl.meshing.surface import NoSurfaceError
 
-#: Folder of an evaluation that holds TensorBoard's events.
+#: Subfolder with TensorBoard events.
 BOARD_NAME = "board"
 
-#: Folder of an evaluation that holds orbits (.gif) and meshes (.npz) of a few objects.
+#: Subfolder with orbit videos (.gif) and meshes (.npz) of a few objects.
 SHOWN_NAME = "shown"
 
-#: EvaluationDataset that these are made of.
+#: Number of objects with an orbit video and a mesh.
 SHOWN_OBJECTS = 3
 
-_FRAMES, _SIDE, _LATTICE, _FACES = 24, 128, 128, 20_000
+_FRAMES, _SIDE, _RESOLUTION, _FACES = 24, 128, 128, 20_000
 
 
 def show_object(out: Path, key: str, scene: Scene) -> None:
-    """Keep an orbit and a mesh of an object, for the board; the mesh has no faces where there is no surface."""
-    place = out / SHOWN_NAME
-    place.mkdir(parents=True, exist_ok=True)
+    """Write an orbit video and a mesh of an object. The mesh is empty if there is no surface."""
+    folder = out / SHOWN_NAME
+    folder.mkdir(parents=True, exist_ok=True)
     frames = [to_uint8(frame) for frame in scene.orbit(_FRAMES, _SIDE, 15.0)]
-    write_atomically(place / f"{key}.gif", encode_gif(frames))
+    write_atomically(folder / f"{key}.gif", encode_gif(frames))
     try:
-        mesh = scene.mesh(resolution=_LATTICE, max_faces=_FACES)
+        mesh = scene.mesh(resolution=_RESOLUTION, max_faces=_FACES)
         arrays = mesh.vertices, mesh.faces, np.rint(mesh.colors * 255).astype(np.uint8)
-    except NoSurfaceError:  # its record says so
+    except NoSurfaceError:  # also noted in the record
         arrays = (np.empty((0, 3)),) * 3
     file = io.BytesIO()
     np.savez(file, vertices=arrays[0], faces=arrays[1], colors=arrays[2])
-    write_atomically(place / f"{key}.npz", file.getvalue())
+    write_atomically(folder / f"{key}.npz", file.getvalue())
 
 
 def is_shown(out: Path, key: str) -> bool:
-    """Say whether both are there."""
+    """Return whether the orbit video and the mesh of an object exist."""
     return all((out / SHOWN_NAME / f"{key}{ending}").is_file() for ending in (".gif", ".npz"))
 
 
@@ -60,20 +60,20 @@ def write_board(
     better: Mapping[str, bool],
     step: int,
 ) -> None:
-    """Write events into the evaluation's folder; those of an earlier finish are replaced.
+    """Write the events, replacing those of a previous run.
 
     Args:
-        out: The folder.
-        name: Of the protocol.
-        table: The results in Markdown.
-        rows: Row -> metric -> mean.
-        records: The objects that were measured.
-        better: Metric -> whether more is better.
-        step: Of the network.
+        out: Folder of the evaluation.
+        name: Name of the protocol.
+        table: Markdown table of the results.
+        rows: Mean metrics by row.
+        records: Records of the evaluated objects.
+        better: Metrics, and whether higher is better.
+        step: Training step of the model.
     """
-    place = out / BOARD_NAME
-    shutil.rmtree(place, ignore_errors=True)
-    with SummaryWriter(str(place)) as board:
+    folder = out / BOARD_NAME
+    shutil.rmtree(folder, ignore_errors=True)
+    with SummaryWriter(str(folder)) as board:
         board.add_text(f"evaluation/{name}", table, step)
         for row, metrics in rows.items():
             for metric, value in metrics.items():
@@ -93,14 +93,14 @@ def write_board(
         first = next((metric for metric in better if metric in rows["model"]), None)
         if first is None:
             return
-        for kind, chosen in rank_objects(records, first, more_is_better=better[first]).items():
+        for group, chosen in rank_objects(records, first, more_is_better=better[first]).items():
             strips = [_image(out, record.id) for record in chosen]
             if strips:
                 width = max(strip.shape[1] for strip in strips)
                 padded = [
                     np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0)), constant_values=255) for s in strips
                 ]
-                board.add_image(f"{name}/{kind}", np.concatenate(padded), step, dataformats="HWC")
+                board.add_image(f"{name}/{group}", np.concatenate(padded), step, dataformats="HWC")
 
 
 def _image(out: Path, key: str) -> np.ndarray:

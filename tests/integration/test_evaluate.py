@@ -94,13 +94,13 @@ def test_what_is_measured_is_not_measured_again_and_the_rest_comes_to_the_same_b
     kept = (out / "objects" / "val-ellipsoid-000.json").stat().st_mtime_ns
     shutil.copytree(pretrained, tmp_path / "moved")
     run(tmp_path / "moved", data, out, "--baseline")
-    assert "measured already: 1 object\n" in capsys.readouterr().out
+    assert "Already evaluated: 1 object\n" in capsys.readouterr().out
     assert (out / "objects" / "val-ellipsoid-000.json").stat().st_mtime_ns == kept
     for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-001.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     with pytest.raises(
         SystemExit,
-        match=r"expected baselines False as asked for now, but found True. Say --baseline too, or choose",
+        match=r"expected baselines False, but found True in the folder. Pass --baseline, or choose",
     ):
         run(pretrained, data, out)
 
@@ -115,7 +115,7 @@ def test_a_finished_evaluation_typed_again_says_so_before_lpips_is_loaded(
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     run(pretrained, data, out, "--baseline")
     said = capsys.readouterr().out
-    assert f"All of it is measured already; to measure again, delete {out}" in said
+    assert f"All objects are already evaluated. To evaluate them again, delete {out}" in said
     assert "2 of 2 objects" in said
     assert "| model |" in said
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files
@@ -135,15 +135,15 @@ def test_baselines_that_are_asked_for_later_join_and_the_network_is_not_measured
     assert joined["settings"]["baselines"] is True
     for name in ("results.json", "results.md", "index.html", "objects/val-ellipsoid-000.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-    assert "measured already:" not in capsys.readouterr().out.split("Page:")[1]
+    assert "Already evaluated:" not in capsys.readouterr().out.split("Page:")[1]
 
 
 def test_how_far_it_is_is_said_where_no_terminal_shows_a_bar(monkeypatch):
     told = io.StringIO()
     console = Console(file=told, force_terminal=False)
-    monkeypatch.setattr("lrm_pl.evaluation.run._SAY_S", 0.0)
-    assert list(track_progress("abc", "Measuring, lrm", console)) == ["a", "b", "c"]
-    assert told.getvalue().splitlines() == [f"Measuring, lrm: {k} of 3" for k in (1, 2, 3)]
+    monkeypatch.setattr("lrm_pl.evaluation.run._PROGRESS_S", 0.0)
+    assert list(track_progress("abc", "Evaluating, lrm", console)) == ["a", "b", "c"]
+    assert told.getvalue().splitlines() == [f"Evaluating, lrm: {k} of 3" for k in (1, 2, 3)]
 
 
 def test_a_comparison_reads_records_only_and_leaves_others_alone(finished, tmp_path, root):
@@ -170,9 +170,7 @@ def test_a_comparison_reads_records_only_and_leaves_others_alone(finished, tmp_p
     table.write_text("of two others")
     done = compare("a", "other/a")
     assert done.returncode == 1
-    assert (
-        "expected no other comparison in evaluation/a-a, but found one. Choose a folder: --out" in done.stderr
-    )
+    assert "expected no other comparison in evaluation/a-a, but found one. Pass --out" in done.stderr
     assert table.read_text() == "of two others"
     assert compare("a", "other/a", "--out", "evaluation/a-a").returncode == 0
 
@@ -186,14 +184,14 @@ def test_what_is_missing_is_measured_again_and_what_is_damaged_is_named(
     mesh.write_bytes(mesh.read_bytes()[:500])
     (out / "results.json").unlink()  # what is finished is not looked at again
     with pytest.raises(
-        SystemExit, match=r"val-ellipsoid-001\.npz: expected arrays, but found .*measure again"
+        SystemExit, match=r"val-ellipsoid-001\.npz: expected an .npz file, but found .*run the command again"
     ):
         run(pretrained, data, out, "--baseline")
     mesh.unlink()
     (out / "objects" / "val-ellipsoid-000.png").unlink()
     capsys.readouterr()
     run(pretrained, data, out, "--baseline")
-    assert "measured already:" not in capsys.readouterr().out
+    assert "Already evaluated:" not in capsys.readouterr().out
     for name in ("objects/val-ellipsoid-000.png", "index.html", "results.json"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     assert mesh.is_file()
@@ -264,9 +262,9 @@ def test_surfaces_are_held_against_the_truth(name, pretrained, data, tmp_path, m
 
 def test_shards_that_cannot_serve_a_protocol_say_how_to_make_some(pretrained, shards, data, tmp_path):
     for arguments, message in (
-        ((shards, "--protocol", "lrm"), "at least 15 views an object for the protocol 'lrm', but found 8"),
+        ((shards, "--protocol", "lrm"), "at least 15 views per object for the protocol 'lrm', but found 8"),
         ((data, "--protocol", "gso-orbit"), "at least 24 views"),
-        ((data, "--ids", "chair*"), "objects of the split 'val' named chair"),
+        ((data, "--ids", "chair*"), "objects of the split 'val' with ids 'chair"),
         ((data, "--limit", "0"), "expected a limit of at least one object, but found 0"),
     ):
         with pytest.raises(SystemExit, match=message):
@@ -278,7 +276,7 @@ def test_shards_that_cannot_serve_a_protocol_say_how_to_make_some(pretrained, sh
     write_synthetic_shards(plain, train=1, val=1, views=16, resolution=32)
     with pytest.raises(
         SystemExit,
-        match=r"expected surface\.npy, the true surface, but found none. Render the shards with ARGS",
+        match=r"expected surface points \(surface\.npy\), but found none. Render the shards with ARGS",
     ):
         run(pretrained, plain, tmp_path / "out2", "--protocol", "geometry")
 
@@ -320,7 +318,7 @@ def test_a_bad_object_is_named_and_the_others_are_measured(pretrained, data, tmp
     (copy / "val-000000.tar").write_bytes(content)
     results = run(pretrained, copy, tmp_path / "out", "--protocol", "lrm")
     assert results["objects"] == 1
-    assert "expected a PNG or WebP view" in results["not measured"]["val-ellipsoid-000"]
+    assert "expected a PNG or WebP view" in results["failed"]["val-ellipsoid-000"]
     assert "val-ellipsoid-000: " in capsys.readouterr().out
 
 
@@ -358,6 +356,6 @@ def test_without_the_inception_network_fid_says_where_it_is_looked_for(
         load_inception(None, None, torch.device("cpu"))
     monkeypatch.delenv("LRM_CACHE")
     with pytest.raises(
-        SystemExit, match=r"expected CLIP's image tower at .*none.pth with sha256 00, but found no file"
+        SystemExit, match=r"expected CLIP's image encoder at .*none.pth with sha256 00, but found no file"
     ):
         run(pretrained, data, tmp_path / "out", "--clip", str(tmp_path / "none.pth"), "--clip-sha256", "00")

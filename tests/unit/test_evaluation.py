@@ -13,11 +13,11 @@ from lrm_pl.data.synthetic import synthetic_sample
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.baselines import Baseline
 from lrm_pl.evaluation.comparison import common_objects
+from lrm_pl.evaluation.features import set_distances
 from lrm_pl.evaluation.objects import ObjectResult, PerceptualMetrics, measure_object
 from lrm_pl.evaluation.page import rank_objects, render_page
 from lrm_pl.evaluation.protocols import PROTOCOLS, Protocol
 from lrm_pl.evaluation.records import ObjectRecord, open_evaluation, read_object, write_object
-from lrm_pl.evaluation.set_distances import set_distances
 from lrm_pl.evaluation.summary import means, paired_differences, table
 from lrm_pl.evaluation.surfaces import rotation_grid
 from lrm_pl.geometry.cameras import InputCamera, canonicalize
@@ -43,7 +43,7 @@ def test_paired_differences_have_the_interval_of_students_t():
     assert (found.mean, found.objects) == (2.5, 4)
     assert (found.low, found.high) == pytest.approx((2.5 - reach, 2.5 + reach))
     assert paired_differences(b, a)["psnr"].mean == -2.5
-    with pytest.raises(InputError, match="at least two objects in common"):
+    with pytest.raises(InputError, match="at least two objects that both evaluations have"):
         paired_differences(a[:1], b)
 
 
@@ -102,9 +102,9 @@ def test_figures_are_means_over_inputs_and_targets_and_a_copied_view_is_no_compa
 
     perceptual = PerceptualMetrics({}, clip=embed, features=embed)
     found = measure_object(sample, protocol, lambda *_: Given(None), perceptual, baselines)
-    from lrm_pl.evaluation.objects import over_white
+    from lrm_pl.evaluation.objects import decode_over_white
 
-    targets = over_white(sample, (0, 1, 2))
+    targets = decode_over_white(sample, (0, 1, 2))
 
     def psnr(images, targets):
         return (-10 * torch.log10((images - targets).square().mean((1, 2, 3)))).tolist()
@@ -199,7 +199,9 @@ def test_a_network_that_has_diverged_is_named_as_such_with_the_object(monkeypatc
     monkeypatch.setattr("lrm_pl.evaluation.objects._render", lambda *_: drawn)
     sample = synthetic_sample("a", 4, 32, 0)
     protocol = Protocol("one", "", inputs=(0,), targets=(0, 1, 2, 3))
-    with pytest.raises(InputError, match=r"sample 'a': expected finite views, .*take an earlier checkpoint"):
+    with pytest.raises(
+        InputError, match=r"sample 'a': expected finite rendered images, .*Use an earlier checkpoint"
+    ):
         measure_object(sample, protocol, lambda *_: Given(None), PerceptualMetrics({}), {})
 
 
@@ -228,10 +230,12 @@ def test_another_evaluation_refuses_the_folder(tmp_path):
     open_evaluation(tmp_path, {"limit": 3, "protocol": {"name": "lrm"}})
     open_evaluation(tmp_path / "b", {"baselines": False, "limit": 3})
     assert open_evaluation(tmp_path / "b", {"baselines": True, "limit": 3})["baselines"] is True
-    with pytest.raises(InputError, match=r"found True. Say --baseline too, or choose another --out"):
+    with pytest.raises(
+        InputError, match=r"found True in the folder. Pass --baseline, or choose another --out"
+    ):
         open_evaluation(tmp_path / "b", {"baselines": False, "limit": 3})
     with pytest.raises(
-        InputError, match=r"expected limit 4 as asked for now, but found 3. Choose another --out"
+        InputError, match=r"expected limit 4, but found 3 in the folder. Choose another --out"
     ):
         open_evaluation(tmp_path, {"protocol": {"name": "lrm"}, "limit": 4})
 
@@ -244,7 +248,7 @@ def test_a_network_and_shards_that_moved_are_the_same_ones_and_other_weights_are
     }
     assert open_evaluation(tmp_path, first) == first
     assert open_evaluation(tmp_path, moved) == first
-    with pytest.raises(InputError, match=r"expected network \{'sha256': 'b'\} as asked for now, but found"):
+    with pytest.raises(InputError, match=r"expected network \{'sha256': 'b'\}, but found"):
         open_evaluation(tmp_path, first | {"network": {"source": "run", "step": 5, "sha256": "b"}})
 
 
@@ -286,11 +290,11 @@ def test_a_protocol_names_what_shards_lack():
 
     with pytest.raises(
         InputError,
-        match=r"at least 15 views an object for the protocol 'lrm', but found 8. Render with VIEWS=15",
+        match=r"at least 15 views per object for the protocol 'lrm', but found 8. Render with VIEWS=15",
     ):
         PROTOCOLS["lrm"].check_manifest(Manifest((), 8, 0, {}), "data")
     with pytest.raises(
-        InputError, match=r"expected the cameras 'gso-orbit' .* found 'frame'. Render with ARGS"
+        InputError, match=r"expected the camera preset 'gso-orbit' .* found 'frame'. Render with ARGS"
     ):
         PROTOCOLS["gso-orbit"].check_manifest(Manifest((), 24, 0, {"preset": "frame"}), "data")
 
