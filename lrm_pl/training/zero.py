@@ -94,7 +94,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError(
                 "DeepSpeed is not installed, but this strategy needs it",
-                remedy="pip install 'lrm_pl[deepspeed]'",
+                remedy="install it with pip install 'lrm_pl[deepspeed]'",
             )
         super().__init__(
             stage=stage,

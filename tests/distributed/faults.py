@@ -1,11 +1,11 @@
-"""Faults for runs to survive, as callbacks that a test's config names."""
+"""Callbacks that inject faults into a run."""
 
 import lightning as L
 import torch
 
 
 class Poison(L.Callback):
-    """Make an image of one rank all NaN, at some steps."""
+    """Set an image of one rank to NaN at some steps."""
 
     def __init__(self, rank: int = 1, first: int = 3, last: int = 3) -> None:
         self.rank, self.first, self.last = rank, first, last
@@ -16,7 +16,7 @@ class Poison(L.Callback):
 
 
 class RunOut(L.Callback):
-    """Run out of a GPU's memory on every rank, at one step."""
+    """Raise an out-of-memory error on every rank at one step."""
 
     def __init__(self, step: int = 1) -> None:
         self.step = step

@@ -1,4 +1,4 @@
-"""Callbacks that tests add to a run of several processes: they look into it, or make it go wrong, on every rank."""
+"""Callbacks that inspect a distributed run or inject faults on every rank."""
 
 import lightning as L
 import torch
@@ -8,7 +8,7 @@ from lrm_pl.rendering import ray_marching, renderer
 
 
 class PrecisionSpy(L.Callback):
-    """Fail where poses, rays, t or compositing are not float32; say what the network computed in."""
+    """Raise if poses, rays, t or compositing are not float32; log the dtypes of the network."""
 
     #: Functions whose tensors are float32 whatever the precision.
     EXACT = (
@@ -57,7 +57,7 @@ class PrecisionSpy(L.Callback):
 
 
 class Spoiler(L.Callback):
-    """Put NaN into the images of one batch of one rank.
+    """Set the images of one batch of one rank to NaN.
 
     Args:
         step: Of this step.

@@ -1,4 +1,4 @@
-"""Callbacks that make a run go wrong at a chosen step, for the tests alone."""
+"""Callbacks that hang or kill a run at a chosen step."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import lightning as L
 
 
 class HangInTrainingStep(L.Callback):
-    """Make one rank sleep for ever in a training step."""
+    """Make one rank sleep forever in a training step."""
 
     def __init__(self, rank: int, step: int) -> None:
         self.rank, self.step = rank, step
@@ -24,7 +24,7 @@ def sleep_for_ever(*arguments):
 
 
 class KillAfterStep(L.Callback):
-    """End the process as kill -9 does, after a step and before its log line."""
+    """Kill the process with SIGKILL after a step and before its log line."""
 
     def __init__(self, step: int) -> None:
         self.step = step

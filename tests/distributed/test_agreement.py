@@ -1,4 +1,4 @@
-"""However it is divided, a run is the same run: one process = DDP = FSDP2 = HSDP = accumulation."""
+"""Tests that one process, DDP, FSDP2, HSDP and gradient accumulation give the same run."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def compare(runs, ways):
 
 @pytest.fixture(scope="module")
 def differences(runs):
-    """Run the ways of every test, each once, with a checkpoint at step 10; their losses' distance to one process."""
+    """Run each configuration once with a checkpoint at step 10, and compare its losses to one process."""
     return compare(runs, WAYS)
 
 

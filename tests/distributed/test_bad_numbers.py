@@ -1,4 +1,4 @@
-"""A NaN on one rank: all ranks leave that step out, count it, and stop with everything kept if it does not end."""
+"""Tests of NaN on one rank: all ranks skip the step, and stop with a checkpoint if it persists."""
 
 import math
 

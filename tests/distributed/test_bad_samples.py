@@ -1,4 +1,4 @@
-"""Samples that cannot be read: few cost nothing but themselves, many end the run on all ranks, with the list."""
+"""Tests of unreadable samples: few are replaced, many stop the run on all ranks."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""metrics.csv over a kill -9: every point once, the same values as if nothing had happened."""
+"""Tests that metrics.csv has every value once after a kill and resume."""
 
 import csv
 import json

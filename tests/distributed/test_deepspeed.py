@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 and 3, for real on two CPU processes: the same run as on one, and nothing lost between them."""
+"""Tests of DeepSpeed ZeRO 1, 2 and 3 on two CPU processes: agreement with one process, and checkpoints."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def tensors(runs, name, step):
 
 
 def farthest(ours, theirs, kind):
-    """The largest relative difference (2-norms) of the tensors of a kind; names and shapes are the same."""
+    """Return the largest relative difference (2-norms) of tensors with a prefix; check names and shapes."""
     assert ours.keys() == theirs.keys()
     keys = [key for key in ours if key.startswith(f"{kind}.")]
     assert keys
@@ -141,7 +141,7 @@ def test_stage_3_renders_with_a_wide_decoder_and_keeps_a_frozen_encoder(runs):
 
 
 def go_on(runs, sources, goals):
-    """Save at step 10 in some ways, go on from each in some ways; the rest equals the uninterrupted run's."""
+    """Resume checkpoints of step 10 across strategies, and compare the rest to the uninterrupted run."""
     runs.run("uninterrupted", 1, callbacks(), layers=["cpu"], limit_s=300)
     losses, end = runs.losses("uninterrupted"), tensors(runs, "uninterrupted", 20)
     rest = {step: value for step, value in losses.items() if step > 10}

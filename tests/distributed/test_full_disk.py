@@ -1,4 +1,4 @@
-"""A disk that fills up in the middle of a run, for real: checkpoints go to a tmpfs that holds one or two of them."""
+"""Tests of a full disk: checkpoints are written to a tmpfs with room for one or two of them."""
 
 import json
 import shlex

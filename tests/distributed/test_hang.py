@@ -1,4 +1,4 @@
-"""A rank that hangs: the job ends within the set time, and the log says where every rank was."""
+"""Tests of a hanging rank: the job ends within the timeout and logs the stacks of every rank."""
 
 import json
 import re

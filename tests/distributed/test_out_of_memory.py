@@ -1,4 +1,4 @@
-"""A run of two processes out of memory."""
+"""Test of two processes that run out of memory."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Under every configuration of a trainer: products as the precision says; poses, rays, t and compositing float32."""
+"""Tests of dtypes under every strategy: products in the configured precision, geometry in float32."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A run on CPUs that is killed at any moment and started again is the uninterrupted one: every bit, each point once."""
+"""Tests that a killed and resumed run on CPUs equals the uninterrupted run bit by bit, with each value logged once."""
 
 import os
 import random
@@ -31,13 +31,13 @@ OFTEN = keep_every(5, keep=2)
 
 @pytest.fixture(scope="module")
 def whole(runs):
-    """Make the uninterrupted run on two processes that others are compared with; returns its name."""
+    """Run two processes without interruption as the reference; return its name."""
     runs.run("ddp-whole", 2, OFTEN, *LONG, layers=["ddp"])
     return "ddp-whole"
 
 
 def survive(runs, name, processes, kills, seed, *options, layer, limit_s=240):
-    """Kill a run so many times, each some steps and a random moment after its start; returns where it was then."""
+    """Kill a run several times at random moments after some steps; return the steps."""
     rng, killed_at = random.Random(seed), []
     for _ in range(kills):
         before = len(runs.log(name)) if (runs.folder / f"{name}.log").is_file() else 0
@@ -54,7 +54,7 @@ def survive(runs, name, processes, kills, seed, *options, layer, limit_s=240):
 
 
 def _steps(log):
-    """Read off the progress bar how many steps this start has made; -1 before it is there."""
+    """Return the number of steps in the progress bar, -1 without one."""
     return max(
         (int(step) for step in re.findall(r"\| (\d+)/\d+ \[.*loss", log)),
         default=0 if "Epoch 0" in log else -1,
@@ -62,7 +62,7 @@ def _steps(log):
 
 
 def same(runs, name, reference):
-    """Compare two finished runs: tensors and run state bit for bit, every point of TensorBoard exactly once."""
+    """Check that tensors and run state are equal bit by bit, and that TensorBoard has each value once."""
     (checkpoint, tensors), (expected, theirs) = runs.final(name), runs.final(reference)
     assert checkpoint.step == expected.step == 60
     assert checkpoint.run == expected.run

@@ -1,4 +1,4 @@
-"""Checkpoints as files: whole or passed over, exact, and never run."""
+"""Tests of checkpoints in local folders: atomic writing, validation, safe loading and retention."""
 
 import contextlib
 import hashlib
@@ -87,7 +87,7 @@ def a_list(path):
 
 
 def sealed(record):
-    """The text of an index that is in itself consistent, as a hostile one would be."""
+    """Return an index with a matching hash, as an attacker would write it."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     seal = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
     return json.dumps(rest | {"sha256": seal})
@@ -173,7 +173,7 @@ def test_a_rank_whose_file_is_not_in_the_folder_is_noticed(tmp_path):
 
 
 class Runs:
-    """Pickles as a call of os.system that leaves a trace."""
+    """Pickle to a call of os.system that creates a file."""
 
     def __init__(self, trace):
         self.trace = trace
@@ -183,7 +183,7 @@ class Runs:
 
 
 def swap(path, name, content):
-    """Put content into a checkpoint's file, with an index that agrees."""
+    """Replace a file of a checkpoint and its hash in the index."""
     (path / name).write_bytes(content)
     index = json.loads((path / "index.json").read_text())
     index["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
@@ -301,7 +301,7 @@ def test_after_kill_9_at_any_moment_the_newest_checkpoint_is_whole_and_right(tmp
 
 @contextlib.contextmanager
 def small_files():
-    """Let no file grow beyond 100 kB, as on a full disk: writes fail in the middle. Only here: pytest has a log."""
+    """Limit files to 100 kB, so that larger writes fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Which steps are skipped: norms judged by hand."""
+"""Tests of the gradient guard on hand-computed norms."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Checkpoints in an object store: a real S3 server on loopback, and a network that fails at chosen requests."""
+"""Tests of checkpoints in an object store, with a local S3 server and injected network failures."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_a_large_tensor_goes_up_in_parts_and_comes_back_exact(s3):
 
 
 def first_times(times, fault, *, method="PUT", name):
-    """Break the first so many requests for an object."""
+    """Return a fault for the first ``times`` requests of an object."""
     return lambda m, path, number: fault if m == method and name in path and number < times else None
 
 

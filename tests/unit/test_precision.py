@@ -20,7 +20,7 @@ pytestmark = [
 
 
 class Linear(L.LightningModule):
-    """Notes whether TF32 is allowed in forward and in backward."""
+    """Record whether TF32 is enabled in forward and in backward."""
 
     def __init__(self, *, fails=False):
         super().__init__()

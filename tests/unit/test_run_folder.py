@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, what to go on from, where loggers write."""
+"""Tests of the run folder: lock, checkpoint selection and folders of loggers."""
 
 import os
 import signal
@@ -58,7 +58,7 @@ time.sleep(60)
 
 @pytest.fixture
 def holder(root, tmp_path):
-    """Start another process that holds a folder."""
+    """Start a process that holds the lock of a folder."""
     started = []
 
     def start(folder, how="alone"):

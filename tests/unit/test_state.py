@@ -1,4 +1,4 @@
-"""AdamW's state and copies of it, whatever holds them; ranks that agree; strategies that are refused."""
+"""Tests of optimizer state, skipped steps, copies for checkpoints, agreement of ranks and rejected strategies."""
 
 import re
 import types
@@ -106,7 +106,7 @@ def test_state_of_a_fused_adamw_goes_on_in_another_and_back(fused):
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_skipped_step_is_a_dropped_step_with_and_without_a_gradient_scaler(scaled):
-    """The scaler is that of 16-mixed: it steps an AdamW that is not fused."""
+    """With a scaler, as in 16-mixed, AdamW is not fused."""
     model, twin = network(), network()
     optimizer, theirs = (torch.optim.AdamW(m.parameters(), fused=not scaled) for m in (model, twin))
     scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1.0)

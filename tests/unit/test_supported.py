@@ -1,4 +1,4 @@
-"""Settings that a trainer would ignore, or that a run would repeat or lose work by, are refused by name."""
+"""Tests of rejected trainer settings and callbacks."""
 
 import lightning as L
 import pytest
