@@ -111,9 +111,7 @@ class CheckpointAndResume(L.Callback):
         self._best: float | None = None
         self._run = "."
         self._warned = False  # about a validation without the monitored metric
-        self._lock: RunLock | None = (
-            None  # of the folder, on rank 0; a caller of ``choose`` holds its own lock
-        )
+        self._lock: RunLock | None = None  # on rank 0; a caller of ``choose`` holds its own lock
         #: Damaged or later checkpoints in the folder, which pruning must not count.
         self._ignored: set[str] = set()
 
@@ -215,13 +213,10 @@ class CheckpointAndResume(L.Callback):
         if failed:
             self._join()
             raise self._write_error(trainer, step)
-        if pl_module.guard.exhausted:
-            self.stopped = DivergedError(self._divergence_message(trainer, pl_module, step))
-        elif (bad := _bad_samples(trainer)) is not None:
-            self.stopped = BadSamplesError(bad)
-        elif signaled:
+        self.stopped = self._run_error(trainer, pl_module, step)
+        if self.stopped is None and signaled:
             self.stopped = StoppedError(f"The run was stopped by a signal after step {step}")
-        improved = self._score is not None and self._is_better(self._score)
+        improved = self._improved()
         if step > self._start and (step % self.every == 0 or improved or self.stopped is not None):
             self._save(trainer, pl_module, step)
         self._score = None
@@ -246,10 +241,7 @@ class CheckpointAndResume(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the last step, and wait until it is written."""
         assert isinstance(pl_module, LRMModule)
-        if pl_module.guard.exhausted and self.stopped is None:
-            self.stopped = DivergedError(self._divergence_message(trainer, pl_module, trainer.global_step))
-        if (bad := _bad_samples(trainer)) is not None and self.stopped is None:
-            self.stopped = BadSamplesError(bad)
+        self.stopped = self.stopped or self._run_error(trainer, pl_module, trainer.global_step)
         if trainer.global_step > self._saved:
             self._save(trainer, pl_module, trainer.global_step)
         self._join()
@@ -306,6 +298,13 @@ class CheckpointAndResume(L.Callback):
             f"{remedy} and run the same command again to resume"
         )
 
+    def _run_error(self, trainer: L.Trainer, module: LRMModule, step: int) -> InputError | None:
+        """Return an error if the run has diverged or has too many bad samples."""
+        if module.guard.exhausted:
+            return DivergedError(self._divergence_message(trainer, module, step))
+        bad = next((c.error for c in trainer.callbacks if isinstance(c, BadSamples)), None)  # type: ignore[attr-defined]
+        return None if bad is None else BadSamplesError(bad)
+
     def _divergence_message(self, trainer: L.Trainer, module: LRMModule, step: int) -> str:
         self._join()  # its thread uses the same process group
         ids: list[tuple[str, ...]] = [module.current_sample_ids]
@@ -350,17 +349,18 @@ class CheckpointAndResume(L.Callback):
                 self._failure = error
 
         self._saved = step
-        if self._score is not None and self._is_better(self._score):
+        if self._improved():
             self._best = self._score
         self._writing = threading.Thread(target=write, name=f"checkpoint {step}")
         self._writing.start()
         if not self.background:
             self._join()
 
-    def _is_better(self, value: float) -> bool:
-        return not math.isnan(value) and (
-            self._best is None or (value - self._best) * MODE_SIGNS[self.mode] > 0
-        )
+    def _improved(self) -> bool:
+        """Return whether the last validation has the best score so far."""
+        if self._score is None or math.isnan(self._score):
+            return False
+        return self._best is None or (self._score - self._best) * MODE_SIGNS[self.mode] > 0
 
     def _require_ownership(self, trainer: L.Trainer) -> None:
         """Raise on all ranks if another run has taken over the folder."""
@@ -397,8 +397,3 @@ def _gloo_group() -> torch.distributed.ProcessGroup:
     group = torch.distributed.new_group(backend="gloo")
     assert isinstance(group, torch.distributed.ProcessGroup)  # this rank is a member
     return group
-
-
-def _bad_samples(trainer: L.Trainer) -> str | None:
-    """Return the error message of the bad-sample monitor, if any."""
-    return next((c.error for c in trainer.callbacks if isinstance(c, BadSamples)), None)  # type: ignore[attr-defined]
