@@ -22,7 +22,7 @@ class HashingWriter:
 
     Attributes:
         size: Number of bytes written.
-        error: The first failed write, None if there is none. PyTorch replaces this exception by another.
+        error: The first failed write, None if there is none. PyTorch raises another exception instead.
     """
 
     def __init__(self, file: Any) -> None:  # noqa: ANN401 - fsspec's files have no common type

@@ -100,7 +100,7 @@ class CheckpointAndResume(L.Callback):
         #: Path of the newest complete checkpoint, on rank 0.
         self.newest: str | None = None
         self.signals = StopSignals()
-        #: Gloo groups of all ranks: one for the writing thread, one for the flags that ranks agree on meanwhile.
+        #: Gloo groups of all ranks: one for the writing thread, one to reduce flags at the same time.
         self._group: torch.distributed.ProcessGroup | None = None
         self._flag_group: torch.distributed.ProcessGroup | None = None
         self._snapshots: Snapshots | None = None

@@ -271,7 +271,7 @@ class LRMModule(L.LightningModule):
         return scenes
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Create AdamW, fused unless there is a GradScaler (16-mixed), with which Lightning cannot clip for it."""
+        """Create AdamW. With a GradScaler (16-mixed) it is not fused, since Lightning could not clip gradients."""
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return self.optimizer.build(self.lrm, fused=not scaled)
 

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 #: Ctrl-C; Slurm's warning before the time limit (``--signal=USR1@120``); termination by a cluster; a closed terminal.
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 
-#: Environment variable with the path of a file that SIGUSR1 creates. It tells the script of a Slurm job that the time
-#: limit was reached and to requeue the job. The script does this, because a container may lack scontrol.
+#: Environment variable with the path of a file that is created on SIGUSR1. If it exists, the script of a Slurm job
+#: requeues the job. The run does not requeue the job itself, because scontrol may be missing in a container.
 REQUEUE_NOTE = "LRM_REQUEUE_NOTE"
 
 #: Written to the pipe to end the thread. Closing the pipe would not: forked data workers hold a copy of its write end.
