@@ -52,7 +52,7 @@ ON_CUDA = {
 
 #: Functions that check the GPU of an estimate, and a test that runs them.
 ESTIMATES = {
-    "lrm_pl/planning/traffic.py:_backward_traffic": "tests/unit/test_simulation.py",
+    "lrm_pl/planning/kernel_bytes.py:_backward_access": "tests/unit/test_simulation.py",
 }
 
 
