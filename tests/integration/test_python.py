@@ -339,7 +339,7 @@ def test_a_loader_before_a_fit_and_a_checkpoint_without_its_parts_say_what_is_mi
 
 
 def test_the_script_of_the_readme_trains(root, shards, tmp_path, monkeypatch, capsys):
-    text = (root / "README.md").read_text()
+    text = (root / "lrm_pl/README.md").read_text()
     script = re.search(r"## From Python\n\n```python\n(.*?)```", text, re.DOTALL)[1]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY["model"]))
     less = {
