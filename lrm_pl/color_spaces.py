@@ -323,7 +323,7 @@ def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
 
 
 def _box(content: bytes, box_type: bytes, start: int, end: int) -> tuple[int, int] | None:
-    return next(((low, high) for found, low, high in _boxes(content, start, end) if found == box_type), None)
+    return next(((low, high) for kind, low, high in _boxes(content, start, end) if kind == box_type), None)
 
 
 def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:

@@ -131,7 +131,7 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
             subject=name,
-            expected=f"at most {max_pixels / 1000000.0:.0f} megapixels",
+            expected=f"at most {max_pixels / 1e6:.0f} megapixels",
             found=f"more: {error}",
             remedy="make it smaller",
         ) from error
@@ -317,11 +317,11 @@ def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
     return image if transposition is None else image.transpose(transposition)
 
 
-def _require_pixels(name: str, size: tuple[int, int], most: int) -> None:
-    if size[0] * size[1] > most:
+def _require_pixels(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    if size[0] * size[1] > max_pixels:
         raise ImageTooLargeError(
             subject=name,
-            expected=f"at most {most / 1000000.0:.0f} megapixels",
+            expected=f"at most {max_pixels / 1e6:.0f} megapixels",
             found=f"{size[0]} x {size[1]}",
             remedy="make it smaller",
         )

@@ -198,8 +198,8 @@ def _ranges(prediction: Tensor, target: Tensor) -> tuple[Float[Tensor, "2"], Flo
 
 
 def _check_ranges(lowest: Float[Tensor, "2"], highest: Float[Tensor, "2"]) -> None:
-    found = torch.stack([lowest, highest], dim=-1).tolist()  # synchronizes with the GPU
-    for name, (low, high) in zip(("prediction", "target"), found, strict=True):
+    ranges = torch.stack([lowest, highest], dim=-1).tolist()  # synchronizes with the GPU
+    for name, (low, high) in zip(("prediction", "target"), ranges, strict=True):
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             raise ValueError(
                 f"image metrics: expected a {name} with values in [0, 1], but found [{low:g}, {high:g}]. "

@@ -43,7 +43,7 @@ def attention_in_blocks(
 
 @torch.library.custom_op("lrm_pl::attention_in_blocks", mutates_args=())
 def _op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = _like(q)
+    out = _empty_heads_last(q)
 
     def head(b: int, h: int) -> None:
         queries, keys, values = q[b, h] * q.shape[-1] ** -0.5, k[b, h].t(), v[b, h].contiguous()
@@ -56,7 +56,7 @@ def _op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.custom_op("lrm_pl::attention_in_blocks_backward", mutates_args=())
 def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q_grad, k_grad, v_grad = _like(q), _like(k), _like(v)
+    q_grad, k_grad, v_grad = _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
 
     def head(b: int, h: int) -> None:
         scale = q.shape[-1] ** -0.5
@@ -65,8 +65,8 @@ def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
         keys_sum, values_sum = (torch.zeros(x.shape, dtype=torch.float32) for x in (keys, values))
         blocks = _blocks(q.shape[2], k.shape[2])
         # Two buffers are reused for all blocks to avoid page faults.
-        most = max(rows.stop - rows.start for rows in blocks)
-        buffers = q.new_empty(2, most, k.shape[2])
+        size = max(rows.stop - rows.start for rows in blocks)
+        buffers = q.new_empty(2, size, k.shape[2])
         for rows in blocks:
             block, incoming = queries[rows], grad[b, h, rows]
             scores, other = buffers[:, : rows.stop - rows.start]
@@ -83,7 +83,7 @@ def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
     return q_grad, k_grad, v_grad
 
 
-def _like(x: Tensor) -> Tensor:
+def _empty_heads_last(x: Tensor) -> Tensor:
     """Return an empty tensor (B, h, L, d) stored as (B, L, h, d), the layout of the output projection's input."""
     batch, heads, length, width = x.shape
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
@@ -118,12 +118,12 @@ def _for_each_head(q: Tensor, work: Callable[[int, int], None]) -> None:
 
 @_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _like(q)
+    return _empty_heads_last(q)
 
 
 @_backward_op.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
+    return _empty_heads_last(q), _empty_heads_last(k), _empty_heads_last(v)
 
 
 def _setup_context(

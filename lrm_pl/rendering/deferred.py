@@ -81,10 +81,10 @@ def render_plain(
             return raw.view(t.shape), rgb.view(*t.shape, 3)
 
         noise = None if jitter is None else jitter[index, hit]
-        seen = march_rays(march, near[index, hit], far[index, hit], noise, evaluate, field.activate)
-        whole = Rendering(*(near.new_zeros(size) for size in ((*hit.shape, 3), hit.shape, hit.shape)))
+        pixels = march_rays(march, near[index, hit], far[index, hit], noise, evaluate, field.activate)
+        empty = Rendering(*(near.new_zeros(size) for size in ((*hit.shape, 3), hit.shape, hit.shape)))
         objects.append(
-            [a.index_put((hit,), b) for a, b in zip(vars(whole).values(), vars(seen).values(), strict=True)]
+            [a.index_put((hit,), b) for a, b in zip(vars(empty).values(), vars(pixels).values(), strict=True)]
         )
     return Rendering(*(torch.stack(parts) for parts in zip(*objects, strict=True)))
 
@@ -107,9 +107,9 @@ class Rays:
         self.threads = num_threads(near.device)
         self.chunks = [self._split(row.nonzero().squeeze(-1), rays_per_chunk) for row in far > near]
 
-    def _split(self, rays: Tensor, most: int) -> tuple[Tensor, ...]:
-        """Split ray indices into equal chunks of at most ``most`` rays, the same number for each thread."""
-        rounds = math.ceil(len(rays) / (most * self.threads))
+    def _split(self, rays: Tensor, max_rays: int) -> tuple[Tensor, ...]:
+        """Split ray indices into equal chunks of at most ``max_rays``, the same number for each thread."""
+        rounds = math.ceil(len(rays) / (max_rays * self.threads))
         return rays.tensor_split(max(1, rounds) * self.threads)
 
     def points(self, index: int, rays: Tensor, t: Tensor) -> Tensor:

@@ -157,9 +157,9 @@ class PixelRays:
         """March along rows of an object's rays; ``evaluate`` takes distances (N W, K)."""
         near, far = self.near[index, rows].flatten(), self.far[index, rows].flatten()
         jitter = None if self.jitter is None else self.jitter[index, rows].flatten()
-        seen = march_rays(march, near, far, jitter, evaluate, activate)
+        pixels = march_rays(march, near, far, jitter, evaluate, activate)
         shape = self.near[index, rows].shape
-        return Rendering(seen.rgb.view(*shape, 3), seen.opacity.view(shape), seen.depth.view(shape))
+        return Rendering(pixels.rgb.view(*shape, 3), pixels.opacity.view(shape), pixels.depth.view(shape))
 
     def samples(self, index: int, rows: slice, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return origins, directions, distances and alive mask, the ray arguments of ``decode_along_rays``."""
@@ -174,8 +174,8 @@ def render_fused(field: FusableField, rays: PixelRays, march: RayMarching) -> Re
         Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
     """
     saves = torch.is_grad_enabled()
-    seen = _Fused.apply(field, rays, march, saves, field.planes, *field.weights)
-    return Rendering(*(pixels.flatten(1, 2) for pixels in seen))
+    outputs = _Fused.apply(field, rays, march, saves, field.planes, *field.weights)
+    return Rendering(*(pixels.flatten(1, 2) for pixels in outputs))
 
 
 class _Fused(torch.autograd.Function):
@@ -193,12 +193,12 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(planes, *weights)
         ctx.autocast, ctx.dtype = autocast_state(planes.device.type), _compute_dtype(planes.device)
         ctx.saved = {}
-        mlp, room = pack(weights, ctx.dtype), SAVED_BYTES if saves else 0
+        mlp, budget = pack(weights, ctx.dtype), SAVED_BYTES if saves else 0
         shape = rays.near.shape
         rgb, opacity, depth = (planes.new_zeros(size) for size in ((*shape, 3), shape, shape))
 
         def render(index: int, rows: slice) -> None:
-            nonlocal room
+            nonlocal budget
             decoded: list[Tensor] = []
             texels = planes[index].to(ctx.dtype)
 
@@ -206,10 +206,14 @@ class _Fused(torch.autograd.Function):
                 decoded.append(_decode(field, rays, index, rows, texels, mlp, t))
                 return _split(field, decoded[-1], t)
 
-            seen = rays.march(march, index, rows, evaluate, field.activate)
-            rgb[index, rows], opacity[index, rows], depth[index, rows] = seen.rgb, seen.opacity, seen.depth
-            room -= sum(y.nbytes for y in decoded)
-            if room >= 0:
+            pixels = rays.march(march, index, rows, evaluate, field.activate)
+            rgb[index, rows], opacity[index, rows], depth[index, rows] = (
+                pixels.rgb,
+                pixels.opacity,
+                pixels.depth,
+            )
+            budget -= sum(y.nbytes for y in decoded)
+            if budget >= 0:
                 ctx.saved[index, rows.start] = decoded
 
         rays.for_each_chunk(render)
@@ -235,19 +239,19 @@ class _Fused(torch.autograd.Function):
                 return _split(field, leaf, t)
 
             with torch.enable_grad():
-                seen = rays.march(ctx.march, index, rows, evaluate, field.activate)
+                pixels = rays.march(ctx.march, index, rows, evaluate, field.activate)
             leaf_grads = torch.autograd.grad(
-                (seen.rgb, seen.opacity, seen.depth),
+                (pixels.rgb, pixels.opacity, pixels.depth),
                 [leaf for _, leaf in decoded],
                 [grad[index, rows] for grad in grads],
             )
             for (t, _), grad in zip(decoded, leaf_grads, strict=True):
                 samples = rays.samples(index, rows, t)
-                found = accumulate_gradient(
+                mlp_grads = accumulate_gradient(
                     planes_grad[index], grad, texels, *samples, mlp, field.axes, field.hidden_activation
                 )
-                sums.weights.add_(found.weights)
-                sums.biases.add_(found.biases)
+                sums.weights.add_(mlp_grads.weights)
+                sums.biases.add_(mlp_grads.biases)
 
         with ctx.autocast():
             rays.for_each_chunk(differentiate)

@@ -42,10 +42,10 @@ class RayMarching:
 
     def __post_init__(self) -> None:
         """Validate the sample counts."""
-        first, least = self.samples - self.importance, 4 if self.quadrature == "midpoints" else 1
-        if self.importance < 0 or first < least:
+        first, minimum = self.samples - self.importance, 4 if self.quadrature == "midpoints" else 1
+        if self.importance < 0 or first < minimum:
             raise InputError(
-                expected=f"at least {least} samples per ray in addition to importance samples",
+                expected=f"at least {minimum} samples per ray in addition to importance samples",
                 found=f"{self.samples} samples, of which {self.importance} are importance samples",
                 remedy="raise samples_per_ray",
             )

@@ -110,7 +110,7 @@ def test_what_reaches_the_faces_of_the_box_is_closed_there():
 def test_what_is_dense_on_the_faces_of_the_box_alone_is_no_surface():
     ball = Ball()
     ball.decode = lambda points, weights: ((points.abs().amax(dim=-1) - 0.99) * 100, points)
-    with pytest.raises(NoSurfaceError, match="both sides of 20, but found 0 to"):
+    with pytest.raises(NoSurfaceError, match="both sides of 20, but found densities from 0 to"):
         extract_mesh(ball, 0, 20.0, resolution=64)
 
 
