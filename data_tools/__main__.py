@@ -18,7 +18,7 @@ from data_tools.rendering.launch import add_parser as add_launch_parser
 from data_tools.rendering.launch import launch
 from data_tools.rendering.resume import plan_folder
 from data_tools.rendering.settings import RenderSettings, check_settings, recorded_held_out
-from data_tools.rendering.shard_plan import default_held_out
+from data_tools.rendering.shard_plan import default_held_out, default_shard_size, estimate_object_bytes
 from data_tools.shards import convert
 from lrm_pl.apps.broken_pipes import ignore_broken_pipes
 from lrm_pl.errors import InputError
@@ -65,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             from data_tools.quality.report import inspect
 
             inspect(args.shards)
+        elif args.command == "index":
+            from data_tools.shards.index import index_folder
+
+            index_folder(args.folder, args.jobs)
         elif args.command in ("repack", "merge"):
             from data_tools.shards.repack import repack
 
@@ -119,7 +123,12 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         samples=args.samples,
         seed=args.seed,
         held_out=held_out,
-        shard_size=args.shard_size,
+        shard_size=args.shard_size
+        or default_shard_size(
+            estimate_object_bytes(
+                args.views, args.res, depth=args.depth, normals=args.normals, surface=args.surface
+            )
+        ),
         depth=args.depth,
         normals=args.normals,
         surface=args.surface,
@@ -219,7 +228,9 @@ def _add_render(commands: "Commands") -> None:
         help="objects in the validation split (default: one sixth, at most 8)",
     )
     render.add_argument(
-        "--shard-size", type=_between(1, 10**6), default=8, help="objects per shard (default: %(default)s)"
+        "--shard-size",
+        type=_between(1, 10**6),
+        help="objects per shard (default: shards of at most about 256 MB)",
     )
     render.add_argument(
         "--time-limit",
@@ -273,6 +284,16 @@ def _add_inspection(commands: "Commands") -> None:
             "contains the contact sheet."
         ),
     )
+    index = commands.add_parser(
+        "index",
+        help="make shards written with plain webdataset ready for training",
+        description=(
+            "Check the tar shards in FOLDER and write a member index for each, and manifest.json. Shards whose names "
+            "begin with 'val' form the validation split. Damaged shards are refused."
+        ),
+    )
+    index.add_argument("folder", type=user_path, metavar="FOLDER", help="folder of tar shards")
+    index.add_argument("--jobs", type=int, help="number of processes (default: number of CPU cores)")
 
 
 def _add_repack(commands: "Commands") -> None:
@@ -297,8 +318,7 @@ def _add_repack(commands: "Commands") -> None:
         parser.add_argument(
             "--shard-size",
             type=_between(1, 10**6),
-            default=8,
-            help="objects per shard (default: %(default)s)",
+            help="objects per shard (default: shards of at most about 256 MB)",
         )
         parser.add_argument(
             "--held-out",

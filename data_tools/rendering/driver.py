@@ -52,9 +52,8 @@ from data_tools.rendering.shard_folder import (
     write_planned_shard,
     write_quarantine,
 )
-from data_tools.rendering.shard_plan import PlannedShard
+from data_tools.rendering.shard_plan import PlannedShard, estimate_object_bytes
 from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
-from lrm_pl.data.surface import SURFACE_POINTS
 from lrm_pl.errors import counted
 
 #: Number of consecutive download failures after which the network is assumed to be down.
@@ -178,13 +177,15 @@ def _mark_unfinished(out: Path, plan: ResumePlan, assets: Sequence[Asset]) -> No
 
 
 def estimate_bytes(objects: int, settings: RenderSettings) -> int:
-    """Return an upper estimate of the disk space for a number of objects.
-
-    Per pixel, 2 bytes for the image, 2 for depth and 3 for normals; per surface point, 24 bytes; plus headers.
-    """
-    view = (2 + 2 * settings.depth + 3 * settings.normals) * settings.resolution**2 + 4096
-    one = settings.views * view + settings.surface * SURFACE_POINTS * 24
-    return (objects + 2 * settings.shard_size if objects else 0) * one
+    """Return an upper estimate of the disk space for ``objects`` objects, and for two shards besides their parts."""
+    one = estimate_object_bytes(
+        settings.views,
+        settings.resolution,
+        depth=settings.depth,
+        normals=settings.normals,
+        surface=settings.surface,
+    )
+    return (objects + min(objects, 2 * settings.shard_size)) * one
 
 
 def _render_pending(

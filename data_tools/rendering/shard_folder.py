@@ -14,7 +14,6 @@ Files are written under a temporary name that contains ``.partial``, and renamed
 import dataclasses
 import json
 import shutil
-import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +23,9 @@ from data_tools.assets.asset_list import Asset, hash_file
 from data_tools.quality.filter_table import read_infos
 from data_tools.quality.measures import MEASURES_MEMBER, Rule, broken_rules, decode_measures
 from data_tools.rendering.shard_plan import PlannedShard
-from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, write_atomically
+from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, read_members, write_atomically
 from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, encode_info
-from lrm_pl.data.tar import write_shard
+from lrm_pl.data.tar import scan_tar, write_shard
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
 
@@ -299,14 +298,15 @@ def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rul
         rules: Rules that objects must satisfy. Other objects are written to a separate shard.
     """
     have = part_ids(folder)
-    chosen = dict[bool, list[tuple[str, dict[str, bytes]]]]({False: [], True: []})
+    chosen = dict[bool, list[str]]({False: [], True: []})
     for key in (key for key in planned.ids if key in have):
         for _, members in _read_tar(folder / PARTS_NAME / f"{key}.tar"):
             rejected = bool(broken_rules(decode_measures(key, members[MEASURES_MEMBER]), rules))
-            chosen[rejected].append((key, members))
+            chosen[rejected].append(key)
     for name, rejected in _names(planned):
-        if chosen[rejected]:
-            write_shard(folder, name, planned.split, chosen[rejected], rejected=rejected)
+        if keys := chosen[rejected]:
+            samples = (sample for key in keys for sample in _read_tar(folder / PARTS_NAME / f"{key}.tar"))
+            write_shard(folder, name, planned.split, samples, rejected=rejected)
     _drop_parts(folder, planned)
 
 
@@ -352,13 +352,7 @@ def _drop_parts(folder: Path, planned: PlannedShard) -> None:
             (folder / PARTS_NAME / (key + suffix)).unlink(missing_ok=True)
 
 
-def _read_tar(path: Path) -> list[tuple[str, dict[str, bytes]]]:
-    """Read a part or a shard: [(id, {member: content})] in order."""
-    samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path, "r:") as tar:
-        for header in tar:
-            key, member = header.name.split(".", 1)
-            file = tar.extractfile(header)
-            assert file is not None, header.name
-            samples.setdefault(key, {})[member] = file.read()
-    return list(samples.items())
+def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the samples of a tar in order: (key, member name -> bytes)."""
+    for key, members in scan_tar(path).items():
+        yield key, dict(zip(members, read_members(path, members.values()), strict=True))

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 
 from lrm_pl.data.manifest import Split
+from lrm_pl.data.surface import SURFACE_POINTS
 from lrm_pl.errors import InputError, counted
 
 #: Default size of the validation split: one sixth of the objects, but at most this many.
@@ -27,6 +28,26 @@ class PlannedShard:
     name: str
     split: Split
     ids: tuple[str, ...]
+
+
+#: Target size of a shard, bytes.
+SHARD_BYTES = 256 * 10**6
+
+
+def estimate_object_bytes(
+    views: int, resolution: int, *, depth: bool = False, normals: bool = False, surface: bool = False
+) -> int:
+    """Return an upper estimate of the size of a sample: 2 bytes per pixel, and headers.
+
+    Depth adds 2 bytes per pixel, normals 3, and a surface 24 bytes per point.
+    """
+    view = (2 + 2 * depth + 3 * normals) * resolution**2 + 4096
+    return views * view + surface * SURFACE_POINTS * 24
+
+
+def default_shard_size(object_bytes: float) -> int:
+    """Return the number of objects per shard of about ``SHARD_BYTES``."""
+    return max(1, int(SHARD_BYTES / object_bytes))
 
 
 def default_held_out(splits: Collection[str]) -> int:

@@ -20,7 +20,12 @@ from data_tools.layouts.registry import LAYOUTS, Layout, ViewFormat, get_layout,
 from data_tools.quality.contact_sheet import write_contact_sheet
 from data_tools.quality.validate import check_views, undetectable_message
 from data_tools.rendering.shard_folder import FAILURES_NAME, write_failures
-from data_tools.rendering.shard_plan import default_held_out, plan_shards
+from data_tools.rendering.shard_plan import (
+    default_held_out,
+    default_shard_size,
+    estimate_object_bytes,
+    plan_shards,
+)
 from data_tools.shards.pool import LeftOut, Made, write_shards
 from data_tools.shards.repack import resized
 from lrm_pl.data.manifest import Manifest, new_folder, write_manifest
@@ -61,7 +66,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--from", dest="layout", choices=LAYOUTS, required=True, help="whose layout it is")
     parser.add_argument("--folder", type=user_path, required=True, help="where the objects are")
     parser.add_argument("--out", type=user_path, required=True, help="folder to make")
-    parser.add_argument("--shard-size", type=int, default=8, help="objects a shard; 8 unless given")
+    parser.add_argument(
+        "--shard-size", type=int, help="objects per shard (default: shards of at most about 256 MB)"
+    )
     parser.add_argument(
         "--held-out", type=int, help="objects in the validation split; a sixth, at most 8, unless given"
     )
@@ -90,7 +97,7 @@ def convert(
     folder: Path,
     out: Path,
     resolution: int | None = None,
-    shard_size: int = 8,
+    shard_size: int | None = None,
     held_out: int | None = None,
 ) -> Manifest:
     """Make a folder of shards out of a folder of others' views.
@@ -100,7 +107,7 @@ def convert(
         folder: Where the objects are.
         out: The folder to make.
         resolution: Side of the views; None leaves them as they are.
-        shard_size: Objects a shard.
+        shard_size: Objects per shard; None: shards of at most about 256 MB.
         held_out: Objects in the validation split; None takes the renderer's number.
 
     Raises:
@@ -109,9 +116,11 @@ def convert(
     tasks = find_tasks(layout, folder)
     splits = dict.fromkeys(tasks, "")
     count = default_held_out(splits.values()) if held_out is None else held_out
-    plan = plan_shards(splits, count, shard_size)
     kinds = Counter(_wanted(task.kind, resolution) for task in tasks.values() if task.kind)
     kind = kinds.most_common(1)[0][0] if kinds else None
+    if shard_size is None:
+        shard_size = default_shard_size(estimate_object_bytes(kind.views, max(kind.size)) if kind else 1)
+    plan = plan_shards(splits, count, shard_size)
     with new_folder(out) as partial_out:
         make = partial(_members, name=layout.name, read=layout.read, kind=kind, resolution=resolution)
         shards, left_out, notes = write_shards(partial_out, plan, tasks, make)

@@ -21,7 +21,7 @@ from data_tools.quality.geometry import resize_geometry
 from data_tools.quality.measures import Rule, broken_rules, parse_rule
 from data_tools.quality.validate import find_file_problems
 from data_tools.rendering.shard_folder import FAILURES_NAME, read_failures, write_failures
-from data_tools.rendering.shard_plan import held_out_ids, split_into_shards
+from data_tools.rendering.shard_plan import default_shard_size, held_out_ids, split_into_shards
 from data_tools.shards.pool import Made, processes, write_shards
 from lrm_pl.data.manifest import (
     SPLITS,
@@ -75,7 +75,7 @@ def repack(
     folders: Sequence[Path],
     out: Path,
     resolution: int | None = None,
-    shard_size: int = 8,
+    shard_size: int | None = None,
     held_out: int | None = None,
     rules: Sequence[str] | None = None,
 ) -> Manifest:
@@ -85,7 +85,7 @@ def repack(
         folders: Folders of shards with equally many views an object, by cameras of one preset.
         out: The folder to make.
         resolution: Side of the images; None leaves them as they are.
-        shard_size: Objects a shard.
+        shard_size: Objects per shard; None: shards of at most about 256 MB.
         held_out: Objects in the validation split, chosen anew; None leaves every object in its split.
         rules: What an object must obey (``criteria.parse_rule``), those that were rejected before too; None leaves out
             just these.
@@ -102,6 +102,9 @@ def repack(
     total = sum(shard.samples for manifest in manifests.values() for shard in manifest.shards)
     if not samples:
         raise RepackError(expected=f"objects that obey {' and '.join(rules or ())}", found=f"none of {total}")
+    shard_size = shard_size or default_shard_size(
+        max(sum(size for _, size in found.members.values()) for found in samples.values())
+    )
     plan = split_into_shards(_splits(samples, held_out), shard_size)
     with new_folder(out) as folder:
         make = partial(_members, views=first.views, resolution=resolution)

@@ -26,7 +26,7 @@ from lrm_pl.storage import StoreError
 
 
 class PackedIndex:
-    """The member index of one shard in numpy arrays: about 6 bytes per member and 50 per sample.
+    """The member index of one shard in numpy arrays: about 6 bytes per member, and 16 and the key per sample.
 
     Args:
         index: Sample key -> member name -> (offset, size).
@@ -37,16 +37,18 @@ class PackedIndex:
 
     def __init__(self, index: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
         names: dict[str, int] = {}
-        ids, sizes, starts = list[int](), list[int](), list[int]()
+        ids, sizes, gaps, starts = list[int](), list[int](), list[int](), list[int]()
         for key, members in index.items():
             end = None
             for name, (offset, size) in members.items():
-                if end not in (None, offset - RECORD):
+                gap, rest = (1, 0) if end is None else divmod(offset - end, RECORD)
+                if rest or not 1 <= gap <= 255:
                     raise ShardError(
                         expected=f"adjacent members of {key!r}", found=f"{name} at byte {offset}"
                     )
                 if end is None:
-                    starts.append(offset)
+                    starts.append(offset - RECORD)
+                gaps.append(gap)
                 ids.append(names.setdefault(name, len(names)))
                 sizes.append(size)
                 end = offset + padded(size)
@@ -54,9 +56,12 @@ class PackedIndex:
                 raise ShardError(expected=f"members of {key!r}", found="none")
         self._names = tuple(names)
         self._keys = np.array([key.encode() for key in index], dtype=np.bytes_)
+        # Per sample: byte of its first header record, and number of members up to its last.
         self._starts = np.array(starts, np.int64)
         self._ends = np.cumsum([len(members) for members in index.values()], dtype=np.int64)
+        # Per member: index in ``_names``, size, and header records before it.
         self._ids, self._sizes = np.array(ids, np.min_scalar_type(len(names))), np.array(sizes, np.uint32)
+        self._gaps = np.array(gaps, np.uint8)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -65,7 +70,7 @@ class PackedIndex:
     @property
     def nbytes(self) -> int:
         """Memory of the arrays, bytes."""
-        return sum(a.nbytes for a in (self._keys, self._starts, self._ends, self._ids, self._sizes))
+        return sum(a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray))
 
     def key(self, number: int) -> str:
         """Return the key of a sample."""
@@ -74,10 +79,12 @@ class PackedIndex:
     def members(self, number: int) -> dict[str, tuple[int, int]]:
         """Return member name -> (offset, size) of a sample."""
         part = slice(int(self._ends[number - 1]) if number else 0, int(self._ends[number]))
+        columns = (column[part].tolist() for column in (self._ids, self._sizes, self._gaps))
         offset, members = int(self._starts[number]), dict[str, tuple[int, int]]()
-        for name, size in zip(self._ids[part].tolist(), self._sizes[part].tolist(), strict=True):
+        for name, size, gap in zip(*columns, strict=True):
+            offset += gap * RECORD
             members[self._names[name]] = (offset, size)
-            offset += padded(size) + RECORD
+            offset += padded(size)
         return members
 
 

@@ -1,6 +1,8 @@
 """Tar shards: writing them with webdataset, and the byte ranges of their members.
 
 A tar is a sequence of 512-byte records: for each member a header record, then the content, padded to whole records.
+Other writers put further header records before it (pax headers, for example for fractions of a second), which readers
+here skip.
 """
 
 import hashlib
@@ -78,8 +80,7 @@ def scan_tar(path: Path) -> MemberIndex:
     """Build the member index of a shard from its tar headers.
 
     Raises:
-        ShardError: The file is not a complete tar of regular files with one header record each, or the members of a
-            sample are not adjacent.
+        ShardError: The file is not a complete tar of regular files, or the members of a sample are not adjacent.
     """
     index: MemberIndex = {}
     key, end = "", 0
@@ -87,13 +88,13 @@ def scan_tar(path: Path) -> MemberIndex:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 sample, _, name = member.name.partition(".")
-                if not member.isreg() or member.issparse() or member.offset_data - member.offset != RECORD:
+                if not member.isreg() or member.issparse() or {"path", "size"} & member.pax_headers.keys():
                     raise ShardError(
                         subject=path,
-                        expected="regular files with one header record each, as webdataset writes",
+                        expected="regular files with plain names, as webdataset writes",
                         found=f"{member.name!r} of type {member.type!r} at byte {member.offset}",
                     )
-                if not KEY_PATTERN.fullmatch(sample) or not name or "/" in name:
+                if not KEY_PATTERN.fullmatch(sample) or not name or "/" in name or len(member.name) >= 100:
                     raise ShardError(
                         subject=path,
                         expected="members named KEY.NAME with a key of letters, digits, '_' and '-'",
@@ -131,7 +132,7 @@ def scan_tar(path: Path) -> MemberIndex:
 
 
 def record_spans(members: Mapping[str, tuple[int, int]], names: Iterable[str]) -> list[tuple[int, int]]:
-    """Return the byte ranges (offset, size) of whole members, headers and padding included; adjacent ones are merged.
+    """Return byte ranges (offset, size) of members with header record and padding; adjacent ones are merged.
 
     Args:
         members: Member name -> (offset, size) of its content.
