@@ -1,12 +1,12 @@
-"""A bounded folder of copies of remote shards, shared by all processes of a machine.
+"""A size-limited cache of remote shards, shared by all processes of a machine.
 
-    FOLDER/<sha256>.tar            a whole shard, verified: a name without ``.partial`` is a whole file
-    FOLDER/<sha256>.tar.partial    one that is on its way; nobody reads it
-    FOLDER/<sha256>.tar.lock       held by the process that brings it
-    FOLDER/lock                    held while space is counted and made
+    FOLDER/<sha256>.tar            a complete, verified copy of a shard
+    FOLDER/<sha256>.tar.partial    a download in progress
+    FOLDER/<sha256>.tar.lock       locked by the downloading process
+    FOLDER/lock                    locked while space is freed
 
-Copies are called by what is in them, so a data set that was made anew never meets its old copies. What was used least
-recently goes first; a process that has a file open keeps what is in it.
+Copies are named by their hash, so a data set that was rendered again does not match its old copies. The least recently
+used copy is evicted first; processes that have it open can finish reading it.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
 from lrm_pl.storage import StoreError, read_ranges, retry
 
-#: Bytes asked for at a time: what is lost when a transfer breaks off.
+#: Bytes per range request of a download.
 _BLOCK = 8 << 20
 
-#: Seconds to wait for space that other processes' transfers hold.
-_PATIENCE_S = 600.0
+#: Seconds to wait for space that downloads of other processes occupy.
+_MAX_WAIT_S = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """How shards at a URL are read; of no matter where they lie in a local folder.
+    """Reading of shards at a URL. Unused for local folders.
 
     Attributes:
-        folder: Where copies of shards are kept, for all processes of a machine; null for "shards" in the cache of
-            weights ($LRM_CACHE, else ~/.cache/lrm_pl).
-        gigabytes: Most that they take up. 0 keeps no copies: only the views that are used are read, each time.
-        attempts: How often a request is made before its sample counts as bad.
-        ahead: Samples that a loader worker looks ahead for shards to bring.
+        folder: Folder of the cache, shared by all processes of a machine; null: "shards" in the cache folder of weights
+            ($LRM_CACHE, by default ~/.cache/lrm_pl).
+        gigabytes: Maximum size of the cache. 0 disables it: only the views that are used are read, each time.
+        attempts: Number of attempts per request before its sample counts as bad.
+        ahead: Number of samples per loader worker for which shards are prefetched.
     """
 
     folder: str | None = None
@@ -64,10 +64,10 @@ class CacheConfig:
 
 
 class ShardCache:
-    """The copies of the shards at one URL.
+    """Cached copies of the shards at one URL.
 
     Args:
-        url: Where the shards are.
+        url: URL of the folder of shards.
         config: Folder and limits.
     """
 
@@ -76,7 +76,7 @@ class ShardCache:
         self._limit = int(config.gigabytes * 1e9)
 
     def find(self, shard: Shard) -> Path | None:
-        """Return the copy of a shard; None where there is none, or one that was damaged since."""
+        """Return the copy of a shard; None if there is none. A copy of the wrong size is removed."""
         path = self._path(shard)
         try:
             if path.stat().st_size != shard.bytes:
@@ -88,11 +88,7 @@ class ShardCache:
         return path
 
     def evict_if_corrupt(self, shard: Shard) -> bool:
-        """Hash the copy of a shard in which something bad was read, and remove it if it is not the shard's bytes.
-
-        Returns:
-            Whether it was removed: the bad thing is not the shard's then.
-        """
+        """Hash the copy of a shard and remove it if the hash differs from the manifest; returns whether it did."""
         path = self._path(shard)
         try:
             with open(path, "rb") as file:
@@ -103,11 +99,14 @@ class ShardCache:
         path.unlink(missing_ok=True)
         return True
 
-    def bring(self, shard: Shard) -> Path | None:
-        """Copy a shard unless it is there, or larger than the whole cache may be; waits for who is at it.
+    def download(self, shard: Shard) -> Path | None:
+        """Copy a shard to the cache unless it is there; waits if another process is downloading it.
+
+        Returns:
+            The copy; None if the shard is larger than the cache.
 
         Raises:
-            StoreError: It cannot be had whole.
+            StoreError: The shard cannot be read completely, or its hash differs.
         """
         if shard.bytes > self._limit:
             return None
@@ -121,7 +120,7 @@ class ShardCache:
             try:
                 retry(lambda: self._copy(shard, partial), 2)
                 _mark_used(partial)
-                with open(partial, "rb") as file:  # else a power failure may leave a whole size of nothing
+                with open(partial, "rb") as file:  # a power failure could leave an empty file of full size
                     os.fsync(file.fileno())
                 partial.replace(path)
             finally:
@@ -129,7 +128,7 @@ class ShardCache:
         return path
 
     def _copy(self, shard: Shard, partial: Path) -> None:
-        """Write a shard block by block: a block that fails is asked for again, not the whole."""
+        """Download a shard block by block; only failed blocks are retried."""
         url, digest = f"{self.url}/{shard.name}", hashlib.sha256()
         with open(partial, "r+b") as file:
             for start in range(0, shard.bytes, _BLOCK):
@@ -141,17 +140,15 @@ class ShardCache:
             raise StoreError(subject=url, expected=f"sha256 {shard.sha256}", found=digest.hexdigest())
 
     def _make_room(self, partial: Path, size: int) -> None:
-        """Count what is there, remove what was used least recently, and take up the space.
+        """Evict the least recently used copies until ``size`` bytes fit, and reserve the space.
 
         Raises:
-            StoreError: Other transfers hold it all.
+            StoreError: Other downloads occupy the space.
         """
-        give_up = time.monotonic() + _PATIENCE_S
+        give_up = time.monotonic() + _MAX_WAIT_S
         while True:
             with self._locked("lock"):
-                partial.unlink(
-                    missing_ok=True
-                )  # of a process that was killed: nobody else has the shard's lock
+                partial.unlink(missing_ok=True)  # of a killed process
                 files = dict(self._stats())
                 used = sum(stat.st_size for stat in files.values())
                 whole = sorted((f for f in files if f.suffix == ".tar"), key=lambda f: files[f].st_mtime_ns)
@@ -167,20 +164,20 @@ class ShardCache:
             if time.monotonic() > give_up:
                 raise StoreError(
                     subject=self.folder,
-                    expected=f"{size} of {self._limit} bytes for a shard",
-                    found="that other transfers hold them",
-                    remedy="allow more data.cache.gigabytes",
+                    expected=f"space for a shard of {size} bytes",
+                    found=f"other downloads in all {self._limit} bytes of the cache",
+                    remedy="increase data.cache.gigabytes",
                 )
             time.sleep(0.2)
 
     def _stats(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Look at the copies; readers remove damaged ones meanwhile, without the lock."""
+        """Yield copies with their status; readers may remove damaged copies meanwhile."""
         for path in self._files():
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
 
     def _files(self) -> Iterator[Path]:
-        """List whole and partial copies; partial ones that nobody is bringing are removed."""
+        """Yield complete and partial copies; partial copies of killed processes are removed."""
         for path in self.folder.iterdir():
             if path.suffix == ".partial" and not self._is_locked(
                 path.name.removesuffix(".partial") + ".lock"
@@ -192,7 +189,7 @@ class ShardCache:
     def _is_locked(self, name: str) -> bool:
         with open(self.folder / name, "w") as file:
             try:
-                return not lock(file, wait=False)  # where there are no locks, it may be somebody's
+                return not lock(file, wait=False)  # without locks, assume that it is in use
             except BlockingIOError:
                 return True
 
@@ -207,6 +204,6 @@ class ShardCache:
 
 
 def _mark_used(path: Path) -> None:
-    """Note the time, to the nanosecond: the system's own marks are thousands of times as coarse."""
+    """Set the modification time to now, in nanoseconds; the kernel's own time stamps are coarser."""
     now = time.time_ns()
     os.utime(path, ns=(now, now))

@@ -1,11 +1,11 @@
-"""A folder of shards: manifest, tar files and their member indices; writing them whole, reading members by offset.
+"""Folders of shards: the manifest, tar files and their member indices.
 
-    OUT/manifest.json            what is here: schema version, shards with counts, sizes and sha256, render settings
-    OUT/train-000000.tar         a WebDataset tar: samples of ``lrm_pl.data.schema``
-    OUT/train-000000.index.json  sample id -> member -> [offset, size] in the tar, so that a reader needs no scan
+    OUT/manifest.json            schema version, shards with counts, sizes and sha256, render settings
+    OUT/train-000000.tar         WebDataset tar with samples of ``lrm_pl.data.schema``
+    OUT/train-000000.index.json  sample key -> member name -> [offset, size] in the tar
 
-The manifest is written last: a folder without one is not finished. Every file is written beside its place and
-renamed when whole. numpy-free, torch-free.
+The manifest is written last: a folder without one is not finished. All files are written atomically. Imports neither
+numpy nor torch.
 """
 
 import dataclasses
@@ -28,30 +28,31 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 MANIFEST_NAME = "manifest.json"
 
-#: Side of the smallest image for LPIPS with AlexNet, in pixels: pooling needs it.
+#: Smallest image side that LPIPS with AlexNet accepts, pixels.
 LEAST_SIDE = 31
 
-#: A view of the largest size that is read, without any compression.
+#: Largest accepted member: an uncompressed view of the largest accepted size.
 MAX_MEMBER_BYTES = 4 * MAX_IMAGE_SIDE**2
 
+#: Sample key -> member name -> (offset, size) of its content, in tar order.
 MemberIndex = dict[str, dict[str, tuple[int, int]]]
 
 
 class ShardError(InputError):
-    """A shard folder is missing, unfinished or damaged; the message says what to do."""
+    """A shard or a folder of shards is missing, unfinished or damaged."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One tar file.
+    """Manifest entry of one shard.
 
     Attributes:
-        name: File name in the folder, ``train-000000.tar``.
-        split: The split that it belongs to.
-        samples: Number of samples in it.
+        name: File name of the tar, ``train-000000.tar``.
+        split: Split of its samples.
+        samples: Number of samples.
         bytes: Size of the tar.
         sha256: Hash of the tar, lower-case hex.
-        rejected: Whether a rule rejected its samples: kept, so that another rule may choose them, and never read.
+        rejected: Whether a rule rejected its samples. They are never trained on; ``repack`` can select them.
     """
 
     name: str
@@ -69,13 +70,13 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds.
+    """Contents of a folder of shards.
 
     Attributes:
         shards: All shards, in order.
-        views: Views a sample.
-        failures: Number of assets that were left out (``failures.jsonl`` says why).
-        render: Settings the views were made with (preset, resolution, samples, seed, normalization, renderer).
+        views: Views per sample.
+        failures: Number of assets that could not be rendered (listed in ``failures.jsonl``).
+        render: Render settings of the views (preset, resolution, samples, seed, normalization, renderer).
         schema_version: Version of the sample schema.
     """
 
@@ -87,12 +88,12 @@ class Manifest:
 
     @property
     def resolution(self) -> int | None:
-        """The longer side of the views in pixels; None where the settings do not say."""
+        """The longer side of the views in pixels; None if the settings do not contain it."""
         found = self.render.get("resolution")
         return found if isinstance(found, int) else None
 
     def split(self, split: Split) -> tuple[Shard, ...]:
-        """Return the shards of one split, in order, without those that were rejected."""
+        """Return the shards of one split, in order, without rejected ones."""
         return tuple(shard for shard in self.shards if shard.split == split and not shard.rejected)
 
 
@@ -117,31 +118,31 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def require_no_folder(out: Path) -> None:
-    """Refuse to write where something is.
+    """Check that a folder does not exist.
 
     Raises:
-        InputError: OUT is there.
+        InputError: ``out`` exists.
     """
     if os.path.lexists(out):
         raise InputError(
-            expected=f"to make the folder {out}", found="it there", remedy="name another, or delete it"
+            f"The folder {out} cannot be created because it exists. Choose another one, or delete it"
         )
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Give an empty folder beside ``out`` to write to: it takes that name when the block ends well, and goes if not.
+    """Create a temporary folder beside ``out``, renamed to ``out`` when the block ends and removed on an error.
 
-    Where the process is killed, the next one that makes ``out`` removes it.
+    If the process is killed, the next process that creates ``out`` removes the temporary folder.
 
     Raises:
-        InputError: ``out`` is there.
+        InputError: ``out`` exists.
     """
     require_no_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     place = ScratchFolder(f".{out.name}.", out.parent, ".partial")
     try:
-        folder = place.path / out.name  # of a usual folder's permissions
+        folder = place.path / out.name  # with default permissions
         folder.mkdir()
         yield folder
         require_no_folder(out)
@@ -151,35 +152,35 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``; do it last, its presence says that the folder is finished."""
+    """Write ``manifest.json``, which marks a folder as finished."""
     write_atomically(
         folder / MANIFEST_NAME, (json.dumps(dataclasses.asdict(manifest), indent=2) + "\n").encode()
     )
 
 
 def require_measurable_views(manifest: Manifest, where: str) -> None:
-    """Reject views that are too small for LPIPS (AlexNet), the metric of every validation.
+    """Check that views are large enough for LPIPS with AlexNet, which validation computes.
 
     Raises:
-        InputError: Their longer side is below ``LEAST_SIDE``.
+        InputError: The longer side of the views is below ``LEAST_SIDE``.
     """
     if (found := manifest.resolution) is not None and found < LEAST_SIDE:
         raise InputError(
             subject=where,
             expected=f"views of {LEAST_SIDE} pixels or more, as LPIPS needs (AlexNet)",
             found=found,
-            remedy="render larger ones: RES=",
+            remedy="render larger views: RES=",
         )
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``manifest.json``, and that each shard it names is there in its full size.
+    """Read ``manifest.json`` and check it, and that all of its shards exist in full size.
 
     Raises:
-        ShardError: No manifest, an unknown schema version, a strange field, a missing or truncated shard.
+        ShardError: The manifest is missing or invalid, or a shard is missing or truncated.
     """
     path = folder / MANIFEST_NAME
-    remedy = f"run `make render-shards OUT={folder}` (it goes on where it was)"
+    remedy = f"run `make render-shards OUT={folder}` (it resumes)"
     if not path.is_file():
         raise ShardError(expected=f"finished shards in {folder}", found=f"no {MANIFEST_NAME}", remedy=remedy)
     manifest = parse_manifest(path.read_bytes(), str(path))
@@ -201,14 +202,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: str) -> Manifest:
-    """Check the content of a ``manifest.json``.
+    """Parse the content of a ``manifest.json``.
 
     Args:
-        content: The file.
-        where: What messages call it.
+        content: The file content.
+        where: Path or URL for error messages.
 
     Raises:
-        ShardError: An unknown schema version, a strange field, or no samples.
+        ShardError: The schema version is unknown, a field is invalid, or there are no samples.
     """
     remedy = "render the shards again, or copy the whole folder again"
     try:
@@ -241,10 +242,10 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 
 def read_index(folder: Path, shard: Shard) -> MemberIndex:
-    """Read and check the member index of one shard: sample id -> member -> (offset, size), in tar order.
+    """Read the member index of one shard and check it.
 
     Raises:
-        ShardError: There is none, or it does not fit the tar.
+        ShardError: The index is missing or does not match the tar.
     """
     path = folder / shard.index_name
     try:
@@ -257,15 +258,15 @@ def read_index(folder: Path, shard: Shard) -> MemberIndex:
 
 
 def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
-    """Check the content of a member index.
+    """Parse the content of a member index.
 
     Args:
-        content: The file.
-        where: What messages call it.
-        shard: The shard that it belongs to.
+        content: The file content.
+        where: Path or URL for error messages.
+        shard: The shard that the index belongs to.
 
     Raises:
-        ShardError: It does not fit the tar.
+        ShardError: The index does not match the shard.
     """
     try:
         record = json.loads(content)
@@ -283,7 +284,7 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
             subject=where,
             expected=f"members of at most {MAX_MEMBER_BYTES} bytes",
             found=f"one of {large}",
-            remedy="it is no view",
+            remedy=f"render {shard.name} again",
         )
     spans = [span for members in index.values() for span in members.values()]
     if len(index) != shard.samples or any(o < 0 or n < 0 or o + n > shard.bytes for o, n in spans):
@@ -297,11 +298,11 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
 
 
 def read_members(tar: Path, spans: Iterable[tuple[int, int]]) -> list[bytes]:
-    """Read members of a shard by (offset, size).
+    """Read byte ranges of a shard, given as (offset, size).
 
     Raises:
-        SampleError: The file ends before one of them does.
-        OSError: It cannot be read.
+        SampleError: The file ends before a range does.
+        OSError: The file cannot be read.
     """
     contents = []
     with open(tar, "rb") as file:
@@ -317,10 +318,10 @@ def read_members(tar: Path, spans: Iterable[tuple[int, int]]) -> list[bytes]:
 
 
 def read_samples(folder: Path, shard: Shard) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Read a shard sample by sample: (key, member -> bytes), in tar order, one in memory at a time.
+    """Yield (key, member name -> bytes) of each sample of a shard, in tar order.
 
     Raises:
-        ShardError: The index does not fit the tar.
+        ShardError: The index does not match the tar.
         SampleError: The file ends before a member does.
     """
     for key, members in read_index(folder, shard).items():

@@ -1,8 +1,8 @@
-"""The bytes of a folder of shards, wherever it lies: a local folder, or a URL of an object store or a web server.
+"""Reading shards from a local folder, or from a URL of an object store or a web server.
 
-Locally, members are read by their offsets. At a URL a member is read out of the machine's copy of its shard where
-there is one (``lrm_pl.data.cache``), else alone, by its range; threads bring the shards that are needed next. So the
-first step waits for a few members, not for whole shards.
+Local shards are read by byte ranges. Members of a remote shard are read from its cached copy if there is one
+(``lrm_pl.data.cache``), otherwise by range requests, while threads prefetch the shards that are needed next. So the
+first step does not wait for whole shards.
 """
 
 import logging
@@ -39,25 +39,25 @@ from lrm_pl.storage import (
 
 logger = logging.getLogger(__name__)
 
-#: Shards that a process brings at the same time.
-_TRANSFERS = 2
+#: Concurrent shard downloads per process.
+_MAX_DOWNLOADS = 2
 
-#: Files in a row that a store does not give before it is taken for down.
-_DOWN = 4
+#: Consecutive unreadable files after which a store is considered down.
+_MAX_FAILURES = 4
 
-#: Seconds after which a shard that could not be read is asked for again.
-_REST_S = 300.0
+#: Seconds before an unreadable file is tried again.
+_RETRY_AFTER_S = 300.0
 
 
 class ShardSource:
-    """Reads what is in a folder of shards.
+    """A folder of shards, local or remote.
 
     Args:
         location: A local folder or a URL (``s3://``, ``gs://``, ``https://``).
-        cache: How shards at a URL are read.
+        cache: Reading of shards at a URL.
 
     Raises:
-        InputError: The package that reads such a URL is not installed.
+        InputError: The fsspec package for the URL is not installed.
     """
 
     def __init__(self, location: str, cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 - frozen
@@ -65,24 +65,24 @@ class ShardSource:
         self.location = (os.path.expanduser(location) if self.local else location).rstrip("/")
         self.config = cache
         self._cache = None if self.local or not cache.gigabytes else ShardCache(self.location, cache)
-        self._lost: dict[str, tuple[float, str]] = {}  # file -> when it could not be read, and why
-        self._in_a_row: set[str] = set()  # files that the store did not give since it last gave one
-        self._coming: set[str] = set()
-        self._doubted: set[str] = set()
-        self._errands: tuple[int, queue.SimpleQueue[Shard]] | None = None
+        self._unreadable: dict[str, tuple[float, str]] = {}  # file -> time and message of the failure
+        self._failed_in_a_row: set[str] = set()
+        self._prefetching: set[str] = set()
+        self._checked: set[str] = set()
+        self._prefetch_queue: tuple[int, queue.SimpleQueue[Shard]] | None = None
 
     def manifest(self) -> Manifest:
         """Read the manifest.
 
         Raises:
-            ShardError: There is none, or it is no manifest.
-            StoreError: The store does not answer.
+            ShardError: The manifest is missing or invalid.
+            StoreError: The store does not respond.
         """
         if self.local:
             return read_manifest(Path(self.location))
         where = f"{self.location}/{MANIFEST_NAME}"
         try:
-            return parse_manifest(self._small(where), where)
+            return parse_manifest(self._read_file(where), where)
         except MissingError as error:
             raise ShardError(
                 expected=f"finished shards at {self.location}",
@@ -91,110 +91,110 @@ class ShardSource:
             ) from error
 
     def index(self, shard: Shard) -> MemberIndex:
-        """Read where the members of a shard are.
+        """Read the member index of a shard.
 
         Raises:
-            ShardError: The index does not fit the shard.
-            StoreError: The store does not answer.
+            ShardError: The index does not match the shard.
+            StoreError: The store does not respond.
         """
         if self.local:
             return read_index(Path(self.location), shard)
         where = f"{self.location}/{shard.index_name}"
-        self._require_not_lost(shard.index_name)
+        self._require_readable(shard.index_name)
         try:
-            return parse_index(self._small(where), where, shard)
+            return parse_index(self._read_file(where), where, shard)
         except StoreError as error:
-            self._lose(shard.index_name, error)
+            self._mark_unreadable(shard.index_name, error)
             raise
 
     def read(self, shard: Shard, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Read members.
+        """Read byte ranges of a shard.
 
         Args:
             shard: The shard.
-            spans: (offset, size) of each member.
+            spans: (offset, size) of each range.
 
         Raises:
             SampleError: The shard is truncated.
-            OSError: It cannot be read; a ``StoreError`` at a URL.
-            StoreDownError: Nor can many others.
+            OSError: The shard cannot be read; a ``StoreError`` at a URL.
+            StoreDownError: Several files in a row could not be read.
         """
         if self.local:
             return read_members(Path(self.location) / shard.name, spans)
         if self._cache is not None and (copy := self._cache.find(shard)) is not None:
             try:
                 return read_members(copy, spans)
-            except FileNotFoundError:  # it has just been removed for another shard
+            except FileNotFoundError:  # evicted meanwhile
                 pass
-        self._require_not_lost(shard.name)
+        self._require_readable(shard.name)
         try:
             found = read_ranges(f"{self.location}/{shard.name}", spans, self.config.attempts)
         except StoreError as error:
-            self._lose(shard.name, error)
+            self._mark_unreadable(shard.name, error)
             raise
-        self._in_a_row.clear()
+        self._failed_in_a_row.clear()
         return found
 
     def evict_if_corrupt(self, shard: Shard) -> bool:
-        """Look once whether something bad that was read is this machine's copy's fault; such a copy is removed."""
-        if self._cache is None or shard.name in self._doubted:
+        """Check the cached copy of a shard, at most once per shard; remove it and return True if it is damaged."""
+        if self._cache is None or shard.name in self._checked:
             return False
-        self._doubted.add(shard.name)
+        self._checked.add(shard.name)
         removed = self._cache.evict_if_corrupt(shard)
         if removed:
             logger.warning("removed a damaged copy of %s/%s", self.location, shard.name)
         return removed
 
     def prefetch(self, shard: Shard) -> None:
-        """Have a shard brought that is needed soon; returns at once."""
+        """Start copying a remote shard to the cache in a thread."""
         cache = self._cache
-        if cache is None or shard.name in self._coming or cache.find(shard) is not None:
+        if cache is None or shard.name in self._prefetching or cache.find(shard) is not None:
             return
-        if self._errands is None or self._errands[0] != os.getpid():  # threads are left behind by a fork
-            self._errands = os.getpid(), queue.SimpleQueue()
-            for _ in range(_TRANSFERS):
-                # Daemons: a process that ends does not wait for a shard.
+        if self._prefetch_queue is None or self._prefetch_queue[0] != os.getpid():  # a fork has no threads
+            self._prefetch_queue = os.getpid(), queue.SimpleQueue()
+            for _ in range(_MAX_DOWNLOADS):
+                # Daemon threads, so that the process can exit during a download.
                 threading.Thread(
-                    target=self._run_errands, args=(cache, self._errands[1]), daemon=True
+                    target=self._run_prefetches, args=(cache, self._prefetch_queue[1]), daemon=True
                 ).start()
-        self._coming.add(shard.name)
-        self._errands[1].put(shard)
+        self._prefetching.add(shard.name)
+        self._prefetch_queue[1].put(shard)
 
-    def _run_errands(self, cache: ShardCache, errands: "queue.SimpleQueue[Shard]") -> None:
+    def _run_prefetches(self, cache: ShardCache, prefetch_queue: "queue.SimpleQueue[Shard]") -> None:
         while True:
-            shard = errands.get()
+            shard = prefetch_queue.get()
             try:
-                cache.bring(shard)
-                self._in_a_row.clear()
-            except OSError as error:  # members are read alone then, and say what is wrong with theirs
-                logger.warning("not copied: %s", error)
-                time.sleep(_REST_S / 10)
-            self._coming.discard(shard.name)
+                cache.download(shard)
+                self._failed_in_a_row.clear()
+            except OSError as error:  # its members are read by range requests
+                logger.warning("shard not cached: %s", error)
+                time.sleep(_RETRY_AFTER_S / 10)
+            self._prefetching.discard(shard.name)
 
-    def _lose(self, name: str, error: StoreError) -> None:
-        """Keep in mind that a file cannot be read: else each of its samples would be waited for in vain.
+    def _mark_unreadable(self, name: str, error: StoreError) -> None:
+        """Record that a file cannot be read, so that its other samples fail without waiting.
 
         Raises:
-            StoreDownError: It is one of many in a row; to go through all the others would take hours.
+            StoreDownError: Several files in a row could not be read.
         """
-        self._lost[name] = time.monotonic(), str(error)
+        self._unreadable[name] = time.monotonic(), str(error)
         if isinstance(error, MissingError):
             return
-        self._in_a_row.add(name)
-        if len(self._in_a_row) >= _DOWN:
+        self._failed_in_a_row.add(name)
+        if len(self._failed_in_a_row) >= _MAX_FAILURES:
             raise StoreDownError(
-                expected=f"{self.location} to answer",
-                found=f"that {_DOWN} files in a row could not be read, the last: {error}",
-                remedy="start the run again when the store is available: it resumes",
+                f"{self.location} does not respond: {_MAX_FAILURES} files in a row could not be read. "
+                f"The last error: {error}. "
+                "Start the run again when the store is available; it resumes"
             ) from error
 
-    def _require_not_lost(self, name: str) -> None:
-        when, why = self._lost.get(name, (-_REST_S, ""))
-        if why and time.monotonic() < when + _REST_S:
+    def _require_readable(self, name: str) -> None:
+        when, why = self._unreadable.get(name, (-_RETRY_AFTER_S, ""))
+        if why and time.monotonic() < when + _RETRY_AFTER_S:
             raise StoreError(why)
 
-    def _small(self, url: str) -> bytes:
-        """Read a whole small file."""
+    def _read_file(self, url: str) -> bytes:
+        """Read a whole file."""
 
         def read() -> bytes:
             fs, inner = open_store(url)

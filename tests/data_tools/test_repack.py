@@ -100,7 +100,7 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
     assert main(["merge", "--shards", str(shards), "--out", str(tmp_path / "out")]) == 0
     assert f"make train DATA={tmp_path / 'out'}" in capsys.readouterr().out
     assert main(["merge", "--shards", str(shards), "--out", str(tmp_path / "out")]) == 1
-    assert "found it there" in capsys.readouterr().err
+    assert "because it exists" in capsys.readouterr().err
 
 
 def rendered(folder, **render):

@@ -119,7 +119,7 @@ def test_a_size_of_no_published_model_must_be_said():
 
 def test_an_existing_folder_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit, match="found it there"):
+    with pytest.raises(SystemExit, match="because it exists"):
         main(["--from", "openlrm", str(tmp_path / "x.pth"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match=r"expected weights at .*x\.pth, but found no file"):
         main(["--from", "openlrm", str(tmp_path / "x.pth"), str(tmp_path / "new")])

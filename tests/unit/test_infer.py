@@ -152,7 +152,7 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_heavy_is_imported(
         (["demo", "--ckpt", "nosuch"], "found nothing at nosuch"),
         (["view", "nosuch"], "expected a run folder at nosuch, but found none"),
         (["export", "nosuch", "out"], "found nothing at nosuch"),
-        (["export", "a.png", "."], "expected to make the folder ., but found it there"),
+        (["export", "a.png", "."], "The folder . cannot be created because it exists"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60

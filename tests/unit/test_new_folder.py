@@ -76,10 +76,10 @@ def test_what_is_there_is_not_replaced_whenever_it_came(tmp_path, there):
             os.symlink("nothing", tmp_path / "out")
 
     with (
-        pytest.raises(InputError, match=r"expected to make the folder .*out, but found it there"),
+        pytest.raises(InputError, match=r"The folder .*out cannot be created because it exists"),
         new_folder(tmp_path / "out"),
     ):
         put()
     assert os.path.lexists(tmp_path / "out")
-    with pytest.raises(InputError, match="found it there"), new_folder(tmp_path / "out"):
+    with pytest.raises(InputError, match="because it exists"), new_folder(tmp_path / "out"):
         raise AssertionError

@@ -112,18 +112,18 @@ def test_copies_stay_within_their_limit_and_the_least_used_goes_first(remote, sh
     limit = first.bytes + max(second.bytes, third.bytes) + 1000
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), limit / 1e9))
     for shard in (first, second, first, third):
-        assert cache.bring(shard).read_bytes() == (shards / shard.name).read_bytes()
+        assert cache.download(shard).read_bytes() == (shards / shard.name).read_bytes()
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= limit
     assert cache.find(second) is None, "the first was used since"
     assert cache.find(first) is not None
     small = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), first.bytes / 2e9))
-    assert small.bring(second) is None, "a shard larger than the cache is read by its members"
+    assert small.download(second) is None, "a shard larger than the cache is read by its members"
 
 
 def test_a_copy_that_a_reader_removes_while_space_is_counted_costs_nothing(remote, shards, tmp_path):
     first, second, _ = read_manifest(shards).shards
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), 1.0))
-    files, gone = cache._files, cache.bring(first)
+    files, gone = cache._files, cache.download(first)
 
     def meanwhile():
         for path in files():
@@ -131,7 +131,7 @@ def test_a_copy_that_a_reader_removes_while_space_is_counted_costs_nothing(remot
             yield path
 
     cache._files = meanwhile
-    assert cache.bring(second).read_bytes() == (shards / second.name).read_bytes()
+    assert cache.download(second).read_bytes() == (shards / second.name).read_bytes()
     assert not gone.exists()
 
 
@@ -155,7 +155,7 @@ def bringing(remote, folder):
         "import sys\nfrom lrm_pl.data.cache import *\nfrom lrm_pl.data.source import ShardSource\n"
         "config = CacheConfig(sys.argv[2], 1.0)\n"
         "for shard in ShardSource(sys.argv[1], config).manifest().shards:\n"
-        "    ShardCache(sys.argv[1], config).bring(shard)\n"
+        "    ShardCache(sys.argv[1], config).download(shard)\n"
     )
     command = [sys.executable, "-c", program, remote.address, str(folder)]
     return subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -176,7 +176,7 @@ def test_a_transfer_that_was_killed_leaves_nothing_that_is_read_or_counted(remot
     limit = max(first.bytes, second.bytes) + 100  # no room for what was left behind
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), limit / 1e9))
     assert cache.find(first) is None
-    assert cache.bring(second).read_bytes() == (shards / second.name).read_bytes()
+    assert cache.download(second).read_bytes() == (shards / second.name).read_bytes()
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
@@ -187,7 +187,7 @@ def test_a_shard_that_is_not_the_manifests_is_never_copied(remote, shards, tmp_p
     put(remote, shard.name, bytes(content))
     cache = ShardCache(remote.address, CacheConfig(str(tmp_path / "cache"), 1.0))
     with pytest.raises(StoreError, match=f"expected sha256 {shard.sha256}, but found"):
-        cache.bring(shard)
+        cache.download(shard)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock", ""}, (
         "neither a copy nor a part of one"
     )
@@ -226,7 +226,7 @@ def test_a_vanished_shard_costs_its_own_samples_and_is_not_asked_for_each_time(r
 
 
 def test_a_shard_that_is_back_after_a_while_is_read_again(remote, shards, monkeypatch):
-    monkeypatch.setattr(source_module, "_REST_S", 0.3)
+    monkeypatch.setattr(source_module, "_RETRY_AFTER_S", 0.3)
     shard = read_manifest(shards).shards[0]
     source = ShardSource(remote.address, CacheConfig(None, 0.0, attempts=1))
     remote.fault = lambda method, path, number: "503" if path.endswith(".tar") else None
@@ -280,7 +280,7 @@ def test_a_store_that_is_down_ends_the_run_instead_of_being_asked_for_each_shard
     for path in (tmp_path / "many").iterdir():
         put(remote, path.name, path.read_bytes())
     remote.fault = lambda method, path, number: "503" if path.endswith(".tar") else None
-    with pytest.raises(StoreDownError, match=r"4 files in a row could not be read, .*Start the run again"):
+    with pytest.raises(StoreDownError, match=r"4 files in a row could not be read\. .*Start the run again"):
         items(remote.address, CacheConfig(None, 0.0, attempts=1))
 
 
@@ -290,7 +290,7 @@ def test_a_copy_that_was_damaged_on_this_machine_is_removed_and_read_anew(
 ):
     cache = CacheConfig(str(tmp_path / "cache"), 1.0)
     shard = read_manifest(shards).split("train")[0]
-    copy = ShardCache(remote.address, cache).bring(shard)
+    copy = ShardCache(remote.address, cache).download(shard)
     # As after a power failure: all of its size, and nothing in it.
     copy.write_bytes(copy.read_bytes().replace(where, bytes(len(where))) if where else bytes(shard.bytes))
     require_equal(items(remote.address, cache), items(shards))
