@@ -1,4 +1,4 @@
-"""Locks of files between processes and machines; some file systems have none (Lustre without ``-o flock``)."""
+"""File locks between processes and machines. Some file systems have none, for example Lustre without ``-o flock``."""
 
 import errno
 import fcntl
@@ -9,7 +9,7 @@ from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
-#: What a file system answers that has no locks.
+#: Error numbers of file systems without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -18,24 +18,26 @@ def lock(file: IO[Any], *, wait: bool) -> bool:
 
     Args:
         file: An open file.
-        wait: Whether to wait for whoever holds it.
+        wait: Whether to wait until the lock is free.
 
     Returns:
-        Whether it is locked: not where the file system has no locks, which is said once a folder.
+        Whether the file is locked; False if the file system has no locks, which is logged once per folder.
 
     Raises:
-        BlockingIOError: Somebody else holds it, and ``wait`` is false.
+        BlockingIOError: The lock is held and ``wait`` is False.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        _say_that_there_are_none(os.path.dirname(file.name), str(error))
+        _warn_no_locks(os.path.dirname(file.name), str(error))
         return False
     return True
 
 
 @functools.cache
-def _say_that_there_are_none(folder: str, error: str) -> None:
-    logger.warning("%s: its file system has no locks (%s): let one run at a time work there", folder, error)
+def _warn_no_locks(folder: str, error: str) -> None:
+    logger.warning(
+        "%s: the file system has no locks (%s). Run only one job at a time in this folder", folder, error
+    )

@@ -1,4 +1,4 @@
-"""Processes that end when the one that started them ends, also where that one was killed."""
+"""Child processes that end with their parent, even if it is killed."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ from multiprocessing.process import BaseProcess
 
 
 def end_with_parent() -> None:
-    """Make this process end with its parent, whatever it waits for then; ``initializer`` of a pool of processes."""
+    """Exit this process when its parent ends; use as ``initializer`` of a process pool."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_wait_for_end_of, args=(parent,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Paths that users typed, and names of files that are printed."""
+"""Paths in command-line arguments and in printed output."""
 
 import argparse
 import io
@@ -10,11 +10,10 @@ from lrm_pl.errors import InputError
 
 
 def user_path(text: str) -> Path:
-    """Read a path that was typed; a shell leaves the ``~`` of ``--out=~/x`` as it is.
+    """Parse a local path argument and expand ``~``, which shells do not expand in ``--out=~/x``.
 
     Raises:
-        argparse.ArgumentTypeError: It is a URL, or nothing: ``Path`` would make another path, or the current folder,
-            of them.
+        argparse.ArgumentTypeError: The argument is empty or a URL.
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(
@@ -28,16 +27,16 @@ def user_path(text: str) -> Path:
 
 
 def escape_names() -> None:
-    """Escape on stdout what its encoding cannot print, as stderr does: names of files may be any bytes."""
+    """Escape characters on stdout that its encoding cannot print, as stderr does; file names may be any bytes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def require_out(folder: Path) -> None:
-    """Make a folder of results, before anything is worked on.
+    """Create an output folder and check that it is writable.
 
     Raises:
-        InputError: It cannot be written.
+        InputError: The folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,5 +44,5 @@ def require_out(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            expected=f"to write into {folder}", found=error, remedy="choose another folder"
+            expected=f"a writable folder {folder}", found=error, remedy="choose another folder"
         ) from error

@@ -1,4 +1,4 @@
-"""Where files lie: a local folder, an object store or a web server, through fsspec; and what goes wrong there."""
+"""File access through fsspec for local folders, object stores and web servers, with uniform errors and retries."""
 
 import errno
 import random
@@ -15,59 +15,59 @@ from lrm_pl.errors import InputError
 
 Result = TypeVar("Result")
 
-#: Packages under object stores, whose exceptions are no OSErrors: not reached, no credentials, cut off.
+#: Packages of object stores, whose exceptions are not OSErrors.
 _STORE_PACKAGES = (
     "botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "huggingface_hub", "httpx", "httpx2", "httpcore",
     "httpcore2",
 )  # fmt: skip
 
-#: A web server's answers that will be the same tomorrow.
+#: HTTP status codes that are not retried.
 _REFUSALS = (401, 403, 404, 410)
 
-#: Errors of a connection that was never made.
+#: Error numbers of failed connections.
 _UNREACHED = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.ECONNREFUSED)
 
-#: URL scheme -> what to look at where a store fails.
+#: URL scheme -> remedy in error messages.
 _REMEDIES = {
-    "http": "look at the URL and its server",
-    "https": "look at the URL and its server",
-    "hf": "look at the name of the repository, and at HF_TOKEN if it is not public",
+    "http": "Check the URL and its server",
+    "https": "Check the URL and its server",
+    "hf": "Check the name of the repository, and HF_TOKEN if it is private",
 }
 
-#: URL scheme -> our extra that brings its fsspec package.
+#: URL scheme -> extra of this package that installs its fsspec package.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "https", "https": "https"}
 
 #: Begins the name of a network on the Hugging Face hub: a path that is mistyped must not open a stranger's.
 HUB = "hf://"
 
-#: Seconds that a web server gets to accept a connection, and then to send the next bytes.
+#: Timeouts of web servers in seconds: to connect, and between reads.
 _CONNECT_S, _SILENCE_S = 10.0, 30.0
 
-#: Longest wait between two attempts, seconds.
-_LONGEST_WAIT_S = 30.0
+#: Maximum delay between two attempts, seconds.
+_MAX_DELAY_S = 30.0
 
 
 class StoreError(InputError, OSError):
-    """An object store does not do what it was asked for."""
+    """An operation of an object store failed."""
 
 
 class MissingError(StoreError):
-    """What was asked for is not in the store, or not for us: to ask again is of no use."""
+    """Object missing or access denied; not retried."""
 
 
 class StoreDownError(InputError):
-    """A whole store does not answer: no fault of what was asked for."""
+    """A store does not respond to any request."""
 
 
 def open_store(path: str) -> tuple[Any, str]:
-    """Return the file system of a path or URL, and the path inside it.
+    """Return the fsspec file system of a path or URL, and the path in it.
 
     Raises:
-        InputError: The package for it is not installed, or there is none.
+        InputError: The fsspec package for the URL is unknown or not installed.
     """
     scheme = path.split("://")[0]
     try:
-        # A listing that is remembered is wrong as soon as another process has written.
+        # Cached listings would miss files that other processes write.
         return url_to_fs(path, use_listings_cache=False, **_options(scheme))
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
@@ -86,19 +86,19 @@ def _options(scheme: str) -> dict[str, Any]:
         return {}
     import aiohttp  # of the extra "https"
 
-    # By default a transfer may take five minutes in all, and be silent for as long.
+    # By default, aiohttp limits a whole transfer to five minutes and does not limit the time between reads.
     timeout = aiohttp.ClientTimeout(total=None, connect=_CONNECT_S, sock_read=_SILENCE_S)
     return {"client_kwargs": {"timeout": timeout}}
 
 
 def is_local(path: str) -> bool:
-    """Say whether a path is on this machine's file systems."""
+    """Return whether a path is on a local file system."""
     return isinstance(open_store(path)[0], LocalFileSystem)
 
 
 @contextmanager
 def store_errors(path: str) -> Iterator[None]:
-    """Turn what an object store's packages raise into one error; local paths keep their OSErrors."""
+    """Convert exceptions of object store packages to ``StoreError``; OSErrors of local paths are not changed."""
     try:
         yield
     except Exception as error:
@@ -111,22 +111,22 @@ def store_errors(path: str) -> Iterator[None]:
         if (unreached := _unreached(error)) is not None:
             raise StoreError(
                 subject=path,
-                expected="to reach its server",
-                found=f"no network or no such host: {unreached}",
-                remedy="look at the network, the proxy (HTTPS_PROXY) and the address",
+                expected="a connection to its server",
+                found=f"no network or an unknown host: {unreached}",
+                remedy="check the network, the proxy (HTTPS_PROXY) and the address",
             ) from error
-        kind = MissingError if isinstance(error, FileNotFoundError | PermissionError) else StoreError
+        error_class = MissingError if isinstance(error, FileNotFoundError | PermissionError) else StoreError
         remedy = _REMEDIES.get(
             path.split("://")[0],
-            "look at the bucket, the credentials and the endpoint (for S3: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)",
+            "Check the bucket, the credentials and the endpoint (for S3: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)",
         )
-        raise kind(
-            f"{path}: expected the object store to do as asked, but found {type(error).__name__}: {error}; {remedy}"
+        raise error_class(
+            f"{path}: the request failed with {type(error).__name__}: {error}. {remedy}"
         ) from error
 
 
 def is_server_fault(error: Exception) -> bool:
-    """Say whether fsspec calls a file missing whose web server only failed, or was not reached."""
+    """Return whether fsspec reports a failure of a web server as a missing file."""
     cause = error.__cause__
     return (
         isinstance(error, FileNotFoundError)
@@ -137,7 +137,7 @@ def is_server_fault(error: Exception) -> bool:
 
 
 def _unreached(error: BaseException) -> OSError | None:
-    """Return the error of the connection that was never made, if there is one behind an error."""
+    """Return the connection error in the causes of an exception, if there is one."""
     chain, found = [error], error.__cause__ or error.__context__
     while found is not None and found not in chain:
         chain.append(found)
@@ -149,15 +149,15 @@ def _unreached(error: BaseException) -> OSError | None:
 
 
 def retry(work: Callable[[], Result], attempts: int, first_wait_s: float = 0.5) -> Result:
-    """Do it again where the store failed, after twice as long each time (half of it by chance).
+    """Call a function until it succeeds, with exponential backoff and jitter after each ``StoreError``.
 
     Args:
-        work: What to do; from its beginning each time.
-        attempts: How often at most.
-        first_wait_s: Seconds before the second attempt.
+        work: The function; called from the start each time.
+        attempts: Maximum number of calls.
+        first_wait_s: Delay before the second call, seconds.
 
     Raises:
-        StoreError: Of the last attempt; at once where the file is not there.
+        StoreError: The last attempt failed, or the object is missing.
     """
     for attempt in range(1, attempts + 1):
         try:
@@ -167,25 +167,25 @@ def retry(work: Callable[[], Result], attempts: int, first_wait_s: float = 0.5) 
         except StoreError:
             if attempt == attempts:
                 raise
-            wait = min(first_wait_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
-            time.sleep(wait * random.uniform(0.5, 1))  # else all workers of a cluster would knock at once
+            wait = min(first_wait_s * 2 ** (attempt - 1), _MAX_DELAY_S)
+            time.sleep(wait * random.uniform(0.5, 1))  # jitter, so that workers do not retry in lockstep
     raise ValueError(f"expected at least one attempt, but found {attempts}")
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]], attempts: int = 1) -> list[bytes]:
-    """Read parts of one remote file, at the same time; those that fail are asked for again.
+    """Read byte ranges of one remote file concurrently; failed ranges are retried.
 
     Args:
-        url: The file.
-        ranges: (offset, size) of each part.
-        attempts: How often at most.
+        url: URL of the file.
+        ranges: (offset, size) of each range.
+        attempts: Maximum number of attempts.
 
     Raises:
-        StoreError: The store failed, or sent less than was asked for.
+        StoreError: A request failed or returned another number of bytes.
     """
     found: dict[tuple[int, int], bytes] = {}
 
-    def ask() -> None:
+    def request() -> None:
         missing = [part for part in ranges if part not in found]
         fs, inner = open_store(url)
         starts, ends = [offset for offset, _ in missing], [offset + size for offset, size in missing]
@@ -199,14 +199,12 @@ def read_ranges(url: str, ranges: Sequence[tuple[int, int]], attempts: int = 1) 
                     raise answer
         for (offset, size), answer in zip(missing, answers, strict=True):
             if len(answer) != size:
-                more = (
-                    "; a server must answer requests for a part of a file (Range)"
-                    if len(answer) > size
-                    else ""
-                )
                 raise StoreError(
-                    subject=url, expected=f"{size} bytes at {offset}", found=f"{len(answer)}{more}"
+                    subject=url,
+                    expected=f"{size} bytes at {offset}",
+                    found=len(answer),
+                    remedy="use a server that supports range requests" if len(answer) > size else "",
                 )
 
-    retry(ask, attempts)
+    retry(request, attempts)
     return [found[part] for part in ranges]

@@ -1,6 +1,6 @@
-"""Batches: ``collate`` packs items as bytes (``PackedBatch``), a step receives them as views (``Batch``).
+"""Batches: ``collate`` packs items into a ``PackedBatch``, which becomes a ``Batch`` on the device.
 
-The dataclasses are not frozen: Lightning rebuilds them field by field when it casts or moves a batch.
+The dataclasses are not frozen because Lightning sets their fields when it casts or moves a batch.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from lrm_pl.kernels.views import over_white
 
 Ids = tuple[str, ...]
 
-#: What was wrong with the samples in whose place each object stands.
+#: Per object, the error messages of the bad samples that it replaces.
 Faults = tuple[tuple[str, ...], ...]
 
-#: Dtype and shape of each tensor in a block.
+#: Dtype and shape of each tensor of a packed batch.
 Layout = list[tuple[torch.dtype, tuple[int, ...]]]
 
-#: Bytes that the start of each tensor in a block is a multiple of: what vectorized loads expect, of any dtype.
+#: Alignment of the tensors of a packed batch, bytes: suits vectorized loads of any dtype.
 _ALIGNMENT = 64
 
 
 @dataclasses.dataclass
 class Views:
-    """V views of each object (without the leading B while still one item).
+    """V views of each object; without the leading dimension B in an ``Item``.
 
     Attributes:
         images: (B, V, 3, H, W) sRGB in [0, 1], over ``background``.
@@ -39,7 +39,7 @@ class Views:
         background: (B, V, 3) color behind the object.
         c2w: (B, V, 4, 4) canonical poses, OpenCV.
         fxfycxcy: (B, V, 4) normalized intrinsics.
-        jitter: (B, V, H, W) in [0, 1), place of each ray's samples in their bins; None for the middle.
+        jitter: (B, V, H, W) in [0, 1), position of each ray's samples in their bins; None for the center.
     """
 
     images: Float[Tensor, "*B V 3 H W"]
@@ -57,14 +57,14 @@ class Views:
 
 @dataclasses.dataclass
 class Batch:
-    """B objects: the input views of each, and the views to be rendered.
+    """B objects with their input and target views.
 
     Attributes:
         ids: Keys of the samples.
-        input: The views that the network is given (usually V = 1), whole, over white.
-        target: Views that the loss or the metrics see.
-        weight: (B) 1, or 0 for an object that only stands in, so that all ranks have equally many.
-        faults: What was wrong with the samples in whose place each object stands; () for most.
+        input: Input views of the network (usually V = 1), whole, over white.
+        target: Views for the loss or the metrics.
+        weight: (B) 1, or 0 for a replacement that evens out the number of items over ranks.
+        faults: Error messages of the bad samples that each object replaces; () for most.
     """
 
     ids: Ids
@@ -76,7 +76,7 @@ class Batch:
 
 @dataclasses.dataclass
 class WholeViews:
-    """Views as they lie in a shard, but decoded: bytes are a quarter of what ``Views`` has to say of them.
+    """Whole decoded views as bytes, a quarter of the size of ``Views``.
 
     Attributes:
         rgba: (*B, V, H, W, 4) sRGB, straight alpha.
@@ -94,7 +94,7 @@ class WholeViews:
         return self.rgba.shape[-3], self.rgba.shape[-2]
 
     def over_white(self) -> Views:
-        """Lay them over white, on the device that they are on."""
+        """Composite the views over white, on their device."""
         images, alpha = over_white(self.rgba)
         background = torch.ones(*self.rgba.shape[:-3], 3, device=self.rgba.device)
         return Views(images, alpha, background, self.c2w, self.fxfycxcy)
@@ -102,14 +102,14 @@ class WholeViews:
 
 @dataclasses.dataclass
 class Item:
-    """One object of a batch; no field has a leading B.
+    """One object of a batch; fields have no leading dimension B.
 
     Attributes:
-        ids: The sample's key.
-        input: The views that the network is given.
-        target: Views that the loss or the metrics see.
-        weight: () 1, or 0 for an object that only stands in.
-        faults: What was wrong with the samples in whose place it stands.
+        ids: Key of the sample.
+        input: Input views of the network.
+        target: Views for the loss or the metrics.
+        weight: () 1, or 0 for a replacement.
+        faults: Error messages of the bad samples that it replaces.
     """
 
     ids: Ids
@@ -121,12 +121,12 @@ class Item:
 
 @dataclasses.dataclass
 class PackedBatch:
-    """A batch in one block of memory, with whole views as bytes: one shared-memory file, one pinning, one copy.
+    """A batch in one contiguous tensor: one shared-memory file, one pinning, one copy to the device.
 
     Attributes:
-        flat: (N) the block.
-        layout: Dtype and shape of each tensor in the block, in the order of ``_tensors``.
-        whole: Whether the targets are whole views.
+        flat: (N) bytes of all tensors.
+        layout: Dtype and shape of each tensor, in the order of ``_tensors``.
+        whole: Whether the targets are ``WholeViews``.
         ids: Keys of the samples.
         faults: As in ``Batch``.
     """
@@ -138,13 +138,13 @@ class PackedBatch:
     faults: Faults
 
     def pin_memory(self) -> "PackedBatch":
-        """Copy the block to pinned memory; a DataLoader with ``pin_memory=True`` calls this."""
+        """Copy to pinned memory; a DataLoader with ``pin_memory=True`` calls this."""
         return dataclasses.replace(self, flat=self.flat.pin_memory())
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy the block to a device and lay whole views over white there; Lightning calls this.
+        """Copy to a device and composite whole views over white there; Lightning calls this.
 
-        Copies to CUDA devices are asynchronous: a blocking copy would wait for everything queued before it.
+        Copies to CUDA devices are asynchronous, so that they do not wait for queued kernels.
         """
         device = torch.device(device)
         flat = self.flat.to(device, non_blocking=on_cuda(device))
@@ -154,10 +154,10 @@ class PackedBatch:
 
 
 def collate(items: Sequence[Item]) -> PackedBatch:
-    """Stack items to a batch; in a worker process in shared memory.
+    """Stack items to a batch; in shared memory in a worker process.
 
     Raises:
-        InputError: Items whose images differ in size.
+        InputError: The items differ in the size or number of their views.
     """
     for part in ("input", "target"):
         sizes = {getattr(item, part).size for item in items}
@@ -170,17 +170,14 @@ def collate(items: Sequence[Item]) -> PackedBatch:
             raise InputError(
                 expected=f"{part} views of one shape in a batch",
                 found=which,
-                remedy=(
-                    "render all objects with the same RES and VIEWS, leave out those that differ, or use a "
-                    "batch size of 1"
-                ),
+                remedy="render all objects with the same RES and VIEWS, or use a batch size of 1",
             )
     columns = list(zip(*map(_tensors, items), strict=True))
     layout = [(column[0].dtype, (len(items), *column[0].shape)) for column in columns]
     size = _offsets(layout)[-1]
     if get_worker_info() is None:
         flat = torch.empty(size, dtype=torch.uint8)
-    else:  # as PyTorch's own collate does: stacked where the other process reads it
+    else:  # as in PyTorch's default collate
         storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
         flat = torch.empty(0, dtype=torch.uint8).set_(storage)
     for tensor, column in zip(_unpack(flat, layout), columns, strict=True):
@@ -191,19 +188,19 @@ def collate(items: Sequence[Item]) -> PackedBatch:
 
 
 def _tensors(item: Item) -> list[Tensor]:
-    """List the tensors of an item, those of views in the order of their fields."""
+    """List the tensors of an item in the order of their fields."""
     views = (*vars(item.input).values(), *vars(item.target).values())
     return [item.weight, *(tensor for tensor in views if tensor is not None)]
 
 
 def _offsets(layout: Layout) -> list[int]:
-    """Return the byte at which each tensor of a block starts, and the size of the block."""
+    """Return the byte offset of each tensor in a packed batch, and the total size."""
     sizes = (math.prod(shape) * dtype.itemsize for dtype, shape in layout)
     return [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
 
 
 def _unpack(flat: Tensor, layout: Layout) -> list[Tensor]:
-    """Return the tensors of a block, as views of it."""
+    """Return the tensors of a packed batch as views of ``flat``."""
     return [
         flat[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
         for start, (dtype, shape) in zip(_offsets(layout), layout, strict=False)

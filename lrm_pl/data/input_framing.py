@@ -1,4 +1,4 @@
-"""How a network is used to seeing an object: by which camera, how large, over what. Measured from what it trains on."""
+"""Framing of input images that a network was trained with: camera, object size and background."""
 
 import dataclasses
 import statistics
@@ -16,11 +16,11 @@ class InputFraming:
     """What an image must be like that is given to a network.
 
     Attributes:
-        distance: Of the camera, in scene units (LRM and OpenLRM: 2).
-        fov_deg: Its field of view, of the whole square image.
+        distance: Distance of the camera, scene units (LRM and OpenLRM: 2).
+        fov_deg: Field of view of the square image.
         foreground: Longer side of the object's bounding box, as a share of the image's side.
         background: Gray that the object lies over, in [0, 1]; LRM: white, TripoSR: 0.5.
-        threshold: Density of the surface; None measures it of each object (``surface_density``).
+        threshold: Density of the surface; None: measured per object (``surface_density``).
     """
 
     distance: float = 2.0
@@ -37,19 +37,19 @@ class InputFraming:
 
     @property
     def camera(self) -> InputCamera:
-        """The camera."""
+        """The assumed input camera."""
         return InputCamera(self.distance, self.fov_deg)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], where: str) -> "InputFraming":
-        """Read it from a config.
+        """Create a framing from a config record.
 
         Args:
-            record: Names and numbers; what is missing is LRM's.
-            where: What messages call it.
+            record: Field names and numbers; missing fields take the values of LRM.
+            where: Name of the record for error messages.
 
         Raises:
-            InputError: It holds something else.
+            InputError: A field is unknown or not a number.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         wrong = sorted(
@@ -70,16 +70,16 @@ class InputFraming:
 
 
 def measure_framing(batches: Iterable[Batch]) -> InputFraming | None:
-    """Measure how objects are seen in evaluation batches: medians over views; None where there are none."""
-    distances, fovs, shares = list[float](), list[float](), list[float]()
+    """Return the median framing over the target views of evaluation batches; None if there are none."""
+    distances, fovs, fractions = list[float](), list[float](), list[float]()
     for batch in batches:
         target = batch.target
         distances += target.c2w[..., :3, 3].norm(dim=-1).flatten().tolist()
         fovs += target.fxfycxcy[..., 0].reciprocal().mul(0.5).atan().mul(2).rad2deg().flatten().tolist()
         for alpha in target.alpha.flatten(0, 1).numpy():
             if (box := object_box(alpha)) is not None:
-                shares.append(max(box[2] - box[0], box[3] - box[1]) / max(alpha.shape))
-    if not shares:
+                fractions.append(max(box[2] - box[0], box[3] - box[1]) / max(alpha.shape))
+    if not fractions:
         return None
-    rounded = (round(statistics.median(values), 3) for values in (distances, fovs, shares))
+    rounded = (round(statistics.median(values), 3) for values in (distances, fovs, fractions))
     return InputFraming(*rounded)

@@ -1,8 +1,7 @@
-"""Several data sets as one: which shards an epoch holds, and how often.
+"""Weighted mixtures of data sets.
 
-LRM trains on Objaverse once and MVImgNet three times an epoch (section 4.1). A set of weight w stands w times among the
-shards of an epoch, so all that follows (``lrm_pl.data.order``) knows one list of shards: the order stays a pure
-function, and where a run is in its data stays one number.
+LRM trains on Objaverse once and MVImgNet three times per epoch (section 4.1). The shards of a data set of weight w are
+listed w times per epoch, so ``lrm_pl.data.order`` sees a single list of shards.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ class DataSet:
 
     Attributes:
         folder: The folder or its URL.
-        weight: How often each of its objects comes in an epoch.
+        weight: Number of times that each of its objects appears in an epoch.
     """
 
     folder: str
@@ -29,17 +28,19 @@ class DataSet:
     def __post_init__(self) -> None:
         """Check the weight."""
         if self.weight < 1:
-            raise InputError(expected="weights of 1 or more", found=self, remedy="leave a set out instead")
+            raise InputError(
+                expected="weights of 1 or more", found=self, remedy="remove the data set instead"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A shard among those of an epoch.
+    """A shard in the list of an epoch.
 
     Attributes:
-        source: The set that it belongs to.
+        source: The folder of the shard.
         shard: The shard.
-        repeat: Which of its appearances in an epoch this is, from 0 on.
+        repeat: Number of this repetition of the shard in the epoch, starting at 0.
     """
 
     source: ShardSource
@@ -48,17 +49,17 @@ class Entry:
 
 
 class Mixture:
-    """Data sets, opened.
+    """A weighted mixture of data sets.
 
     Args:
-        sets: The sets.
-        cache: How shards at URLs are read.
+        sets: The data sets.
+        cache: Reading of shards at URLs.
 
     Attributes:
-        members: (source, manifest, weight) of each set.
+        members: (source, manifest, weight) of each data set.
 
     Raises:
-        InputError: A set is missing, unfinished or damaged, or two hold the same shard.
+        InputError: A data set is missing, unfinished or damaged, or two contain the same shard.
     """
 
     def __init__(self, sets: Sequence[DataSet], cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 - frozen
@@ -73,27 +74,27 @@ class Mixture:
                 other = holders.setdefault(shard.sha256, source)
                 if other is not source and shard.samples:
                     raise InputError(
-                        expected="sets of different objects",
-                        found=f"{shard.name} of {source.location} in {other.location} too",
-                        remedy="name a set once, with its weight",
+                        expected="data sets of different objects",
+                        found=f"{shard.name} in both {other.location} and {source.location}",
+                        remedy="list each data set once, with its weight",
                     )
 
     @property
     def name(self) -> str:
-        """What messages call it: the sets' folders."""
+        """The folders of the data sets, for error messages."""
         return " + ".join(source.location for source, _, _ in self.members)
 
     @property
     def views(self) -> int:
-        """Views of every object, at least."""
+        """Smallest number of views per object over all data sets."""
         return min(manifest.views for _, manifest, _ in self.members)
 
     def entries(self, split: Split, *, repeated: bool) -> tuple[Entry, ...]:
         """List the shards of a split.
 
         Args:
-            split: Which.
-            repeated: Each as often as its set's weight says, as in training; else once.
+            split: The split.
+            repeated: Whether shards are repeated by the weights of their data sets, as in training.
         """
         return tuple(
             Entry(source, shard, repeat)
@@ -103,13 +104,13 @@ class Mixture:
         )
 
     def require_usable(self, bounds: str) -> None:
-        """Reject views too small for LPIPS, and objects that extend beyond the bounds of the renderer.
+        """Check that views are large enough for LPIPS and that objects lie in the bounds of the renderer.
 
         Args:
             bounds: ``bounds`` of the renderer.
 
         Raises:
-            InputError: A set has such views or objects.
+            InputError: Views of a data set are too small, or objects exceed the bounds.
         """
         for source, manifest, _ in self.members:
             require_measurable_views(manifest, source.location)
@@ -117,15 +118,15 @@ class Mixture:
                 raise InputError(
                     subject=source.location,
                     expected="sphere-normalized shards for renderer bounds 'sphere'",
-                    found="'cube': corners outside the unit sphere would be cut off",
+                    found="'cube', with corners outside the unit sphere",
                     remedy="use --model.renderer.bounds box",
                 )
 
     def require_samples(self, least: int) -> None:
-        """Refuse a training split with fewer samples than an optimizer step takes.
+        """Check that the training split has at least ``least`` samples, those of an optimizer step.
 
         Raises:
-            ShardError: It is empty or too small.
+            ShardError: The training split of a data set is empty, or there are too few samples.
         """
         for source, manifest, _ in self.members:
             if not manifest.split("train"):
@@ -139,7 +140,7 @@ class Mixture:
         if found < least:
             raise ShardError(
                 subject=self.name,
-                expected=f"at least {least} samples in the split 'train', one optimizer step's",
+                expected=f"at least {least} samples in the split 'train' for one optimizer step",
                 found=found,
-                remedy=f"render more objects, or take a smaller batch: --data.batch_size {found}",
+                remedy=f"render more objects, or use a smaller batch: --data.batch_size {found}",
             )

@@ -1,21 +1,21 @@
-"""THE shard schema: what one sample (one object) is, how it becomes tar members and back. numpy + stdlib + PIL.
+"""Schema of a sample (one object) in a shard, and its encoding as tar members. Imports numpy and Pillow only.
 
-A sample with key ``chair`` and V views is these members of a WebDataset tar, in this order:
+A sample with key ``chair`` and V views has these members, which shards store sorted by name:
 
     chair.json           SampleInfo: id, name, license, creator, source, seed, renderer, views, sha256, schema_version
-    chair.c2w.npy        (V, 4, 4) float32, OpenCV camera to world
-    chair.fxfycxcy.npy   (V, 4)    float32, divided by image width / height
-    chair.view_000.webp  RGBA, 8 bits, straight alpha (lossless WebP, or PNG), one a view
+    chair.c2w.npy        (V, 4, 4) float32, camera to world, OpenCV
+    chair.fxfycxcy.npy   (V, 4)    float32, normalized by image width and height
+    chair.view_000.webp  one per view: RGBA, 8 bits, straight alpha, lossless WebP or PNG
     chair.view_001.webp  ...
-    chair.measures.json  optional: what was measured of the object (data_tools/quality/measures.py)
-    chair.depth_000.png  optional, one a view: 16 bits, depth along the camera's z axis, 0 where nothing is, else
-                         depth / ``MAX_DEPTH`` * 65535
-    chair.normal_000.png optional, one a view: RGB, 8 bits, world normal n as (n + 1) / 2, 0 where nothing is
-    chair.surface.npy    optional: (20000, 6) float32, points on the surface and their normals, in the world
+    chair.measures.json  optional: measurements of the object (data_tools/quality/measures.py)
+    chair.depth_000.png  optional, one per view: 16 bits, depth along the camera's z axis / ``MAX_DEPTH`` * 65535
+    chair.normal_000.png optional, one per view: RGB, 8 bits, world normal n as (n + 1) / 2
+    chair.surface.npy    optional: (20000, 6) float32, points on the surface and their normals, in world space
 
-Nothing is where alpha is 0, or where no surface lies at the pixel's center (soft edges; never where alpha is 255).
+Depth and normals are 0 where no surface lies at the pixel's center: where alpha is 0, and at some pixels with
+partial alpha.
 
-No member is a pickle. Everything read from a tar is checked before it is used.
+No member is a pickle. All members are checked before use.
 """
 
 import dataclasses
@@ -37,34 +37,33 @@ from lrm_pl.images import DECODE_ERRORS, webp_size
 
 SCHEMA_VERSION = 2
 
-#: WebDataset splits a member's name at its first dot, so a key holds none; nor anything that leaves the folder; and a
-#: tar header holds names of at most 100 bytes.
+#: WebDataset splits member names at the first dot, so keys contain none; tar headers hold names of at most 100 bytes.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 
 IMAGE_FORMATS = ("webp", "png")
 
-#: A member that is a view.
+#: Names of members that are views.
 VIEW_PATTERN = re.compile(rf"view_\d{{3}}\.({'|'.join(IMAGE_FORMATS)})")
 
-#: A view larger than this is refused before it is decoded (a decompression bomb, or the wrong file).
+#: Maximum side of a view in pixels, checked before decoding (decompression bombs).
 MAX_IMAGE_SIDE = 4096
 
-#: As long to encode as PNG; more effort saves a few hundredths of the size for ten times as long.
+#: Encodes as fast as PNG; more effort saves a few percent of the size for ten times the time.
 _WEBP_EFFORT = {"method": 2, "quality": 20}
 
-#: Member that holds the record of a sample.
+#: Name of the member with the ``SampleInfo``.
 INFO_MEMBER = "json"
 
-#: Members that are read whatever views are wanted.
+#: Members that are always read.
 NEEDED_MEMBERS = (INFO_MEMBER, "c2w.npy", "fxfycxcy.npy")
 
-#: Points on the surface, and their normals.
+#: Name of the member with surface points and normals.
 SURFACE_MEMBER = "surface.npy"
 
-#: Members that need not be there, and are read only by who asks for them.
+#: Names of optional members, read only on request.
 EXTRA_PATTERN = re.compile(r"measures\.json|surface\.npy|(depth|normal)_\d{3}\.png")
 
-#: What numpy's reader of headers answers to a broken one.
+#: Exceptions that numpy's header parser raises for damaged .npy files.
 HEADER_ERRORS = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
 
 #: Depth that the largest value of a depth image stands for, scene units.
@@ -72,24 +71,24 @@ MAX_DEPTH = 8.0
 
 
 class SampleError(InputError):
-    """A sample breaks the schema; the message says which sample, what was expected, what was found."""
+    """A sample violates the schema."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleInfo:
-    """What is known of an object besides its images; written to ``<key>.json``.
+    """Metadata of an object, stored as ``<key>.json``.
 
     Attributes:
         id: Key of the sample, unique in the data set.
-        name: Name for people.
-        license: License of the mesh, "unknown" when nobody said.
-        creator: Who made the mesh, "unknown" when nobody said.
-        source: Where the mesh came from (library, file name, URL).
-        seed: Seed of this object's cameras and of Cycles.
-        renderer: Program, version and device kind that made the views.
+        name: Display name.
+        license: License of the mesh, or "unknown".
+        creator: Creator of the mesh, or "unknown".
+        source: Origin of the mesh (library, file name, URL).
+        seed: Seed of the object's cameras and of Cycles.
+        renderer: Program, version and device type that rendered the views.
         views: Number of views V.
         schema_version: Version of this schema.
-        sha256: Hash of the mesh file that was rendered, lower-case hex; "" where there was none, or in older shards.
+        sha256: Hash of the rendered mesh file, lower-case hex; "" if unknown.
     """
 
     id: str
@@ -106,13 +105,13 @@ class SampleInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One object: views still encoded (decode only what is used), cameras, and what is known of it.
+    """One object: encoded views, cameras and metadata.
 
     Attributes:
-        info: The object's record.
+        info: The object's metadata.
         c2w: (V, 4, 4) float32 poses, OpenCV.
         fxfycxcy: (V, 4) float32 normalized intrinsics.
-        views: V encoded images; an empty ``bytes`` stands for a view that was not read.
+        views: V encoded images; empty bytes for a view that was not read.
         extras: Optional members, name -> bytes.
     """
 
@@ -124,18 +123,18 @@ class Sample:
 
 
 def view_member(index: int, image_format: str = "webp") -> str:
-    """Name the member (without its key) that holds view ``index``: ``view_003.webp``."""
+    """Return the member name of a view, for example ``view_003.webp``."""
     return f"view_{index:03d}.{image_format}"
 
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
-    """Turn a checked sample into tar members, in the order in which they are written.
+    """Encode a sample as tar members; deterministic.
 
     Returns:
-        Member name without its key (``json``, ``c2w.npy``, ...) -> bytes; equal samples give equal bytes.
+        Member name without the key (``json``, ``c2w.npy``, ...) -> bytes.
 
     Raises:
-        SampleError: The sample breaks the schema.
+        SampleError: The sample violates the schema.
     """
     check_sample(sample)
     members = {
@@ -149,46 +148,39 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
 
 
 def encode_info(info: SampleInfo) -> bytes:
-    """Turn a record into the member ``json``; a hash that is not known is not written."""
+    """Encode metadata as the member ``json``; an unknown hash is omitted."""
     record = {name: value for name, value in dataclasses.asdict(info).items() if name != "sha256" or value}
     return json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
 
 
 def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] | None = None) -> Sample:
-    """Rebuild a sample from its tar members and check it.
+    """Decode a sample from its tar members and check it.
 
     Args:
         key: The sample's key in the tar.
-        members: Member name without its key -> bytes.
-        views: Which views ``members`` holds; None means all of them.
+        members: Member name without the key -> bytes.
+        views: Indices of the views in ``members``; None: all views.
 
     Raises:
-        SampleError: A member is missing or strange, or the sample breaks the schema.
+        SampleError: A member is missing or invalid, or the sample violates the schema.
     """
-    info = decode_info(key, _member(key, members, INFO_MEMBER))
-    wanted = range(info.views) if views is None else views
+    info, subject = decode_info(key, _member(key, members, INFO_MEMBER)), f"sample {key!r}"
     encoded = [b""] * info.views
-    for index in wanted:
+    for index in range(info.views) if views is None else views:
         if not 0 <= index < info.views:
-            raise SampleError(f"sample {key!r}: expected views below {info.views}, asked for view {index}")
+            raise SampleError(subject=subject, expected=f"views below {info.views}", found=f"index {index}")
         names = [view_member(index, image_format) for image_format in IMAGE_FORMATS]
         found = [name for name in names if name in members]
-        if not found:
+        if len(found) != 1:
             raise SampleError(
-                f"sample {key!r}: its record says {info.views} views, but {names[0]} is missing; render it again"
-            )
-        if len(found) > 1:
-            raise SampleError(
-                subject=f"sample {key!r}", expected=f"view {index} once", found=" and ".join(found)
+                subject=subject,
+                expected=f"{info.views} views, each once",
+                found=" and ".join(found) or f"no {names[0]}",
             )
         encoded[index] = members[found[0]]
-    extra = {name for name in members if re.fullmatch(r"view_\d+\..*", name)} - {
-        view_member(index, image_format) for index in range(info.views) for image_format in IMAGE_FORMATS
-    }
-    if extra:
-        raise SampleError(
-            f"sample {key!r}: its record says {info.views} views, but found also {sorted(extra)}"
-        )
+    known = {view_member(index, suffix) for index in range(info.views) for suffix in IMAGE_FORMATS}
+    if extra := sorted(name for name in members if re.fullmatch(r"view_\d+\..*", name) and name not in known):
+        raise SampleError(subject=subject, expected=f"{info.views} views", found=f"also {extra}")
     sample = Sample(
         info=info,
         c2w=decode_array(key, "c2w.npy", _member(key, members, "c2w.npy"), (info.views, 4, 4)),
@@ -201,10 +193,10 @@ def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] |
 
 
 def check_sample(sample: Sample) -> None:
-    """Check everything that costs no decoding: key, counts, shapes, dtypes, finite and rigid poses, intrinsics.
+    """Check key, counts, shapes, dtypes, poses and intrinsics; does not decode images.
 
     Raises:
-        SampleError: With what was expected and what was found.
+        SampleError: The sample violates the schema.
     """
     info, key = sample.info, sample.info.id
     if not KEY_PATTERN.fullmatch(key):
@@ -258,7 +250,7 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
         (H, W, 4) uint8, straight alpha.
 
     Raises:
-        SampleError: Not an image, not RGBA, or too large.
+        SampleError: The view is not a PNG or WebP image, not RGBA, or too large.
     """
     _require_small(key, webp_size(encoded))
     try:
@@ -288,10 +280,10 @@ def _require_small(key: str, size: tuple[int, int]) -> None:
 
 
 def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
-    """Encode one (H, W, 4) uint8 view with straight alpha; equal pixels give equal bytes.
+    """Encode one (H, W, 4) uint8 view with straight alpha; deterministic.
 
-    As lossless WebP, which is decoded in a third to a half of PNG's time and is a quarter smaller. A view without a
-    transparent pixel becomes a PNG: WebP would not keep its alpha.
+    Uses lossless WebP, which decodes two to three times as fast as PNG and is a quarter smaller. Fully opaque views are
+    encoded as PNG, because WebP would drop their alpha channel.
     """
     if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
         raise SampleError(expected="an RGBA image (H, W, 4) of uint8", found=f"{rgba.shape} of {rgba.dtype}")
@@ -304,7 +296,7 @@ def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
 
 
 def encode_array(array: npt.NDArray[np.float32]) -> bytes:
-    """Encode an array as ``.npy``; equal arrays give equal bytes."""
+    """Encode an array as ``.npy``; deterministic."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -316,11 +308,11 @@ def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) ->
     Args:
         key: The sample's key, for messages.
         name: The member's name.
-        encoded: The member.
-        shape: The only shape that it may have.
+        encoded: Content of the member.
+        shape: The expected shape.
 
     Raises:
-        SampleError: It is no such array.
+        SampleError: The member is not a float32 array of that shape.
     """
     file = io.BytesIO(encoded)
     try:
@@ -332,7 +324,7 @@ def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) ->
         raise SampleError(
             subject=f"sample {key!r}", expected=f"a numpy array in {key}.{name}", found=error
         ) from error
-    # Before anything is allocated: a header of a hundred bytes can ask for terabytes.
+    # Checked before allocation, because a small header can declare terabytes.
     if found != shape or dtype != np.float32 or fortran:
         raise SampleError(
             subject=f"sample {key!r}",
@@ -366,10 +358,10 @@ def _member(key: str, members: Mapping[str, bytes], name: str) -> bytes:
 
 
 def decode_info(key: str, encoded: bytes) -> SampleInfo:
-    """Read the member ``json`` of a sample.
+    """Decode the member ``json`` of a sample.
 
     Raises:
-        SampleError: Other fields, another version, or another sample's.
+        SampleError: The JSON has other fields, another schema version or another id.
     """
     try:
         record: Any = json.loads(encoded)
@@ -392,8 +384,9 @@ def decode_info(key: str, encoded: bytes) -> SampleInfo:
     wrong = [name for name, kind in expected.items() if type(record.get(name)) is not kind]
     if wrong or set(record) != set(expected):
         raise SampleError(
-            f"sample {key!r}: expected the fields {sorted(expected)} with their types, but found {sorted(record)}"
-            + (f"; wrong or missing: {wrong}" if wrong else "")
+            subject=f"sample {key!r}",
+            expected=f"the fields {sorted(expected)} with their types",
+            found=f"{sorted(record)}" + (f", with {wrong} wrong or missing" if wrong else ""),
         )
     if record["id"] != key:
         raise SampleError(

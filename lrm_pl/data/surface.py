@@ -1,7 +1,7 @@
-"""Points on an object's surface, with normals: the optional member ``surface.npy``, the truth that meshes are held to.
+"""Points and normals on the surface of an object: the optional member ``surface.npy``, ground truth for meshes.
 
-They lie in the sample's world, uniform by area over everything that was rendered, inner surfaces too; independent of
-each other, so the first n of them are n such points.
+Points are in world space, independent and uniform by area over all rendered surfaces, inner surfaces included. So any
+prefix is a uniform sample too.
 """
 
 from typing import Final
@@ -11,18 +11,18 @@ import numpy.typing as npt
 
 from lrm_pl.data.schema import SURFACE_MEMBER, SampleError, decode_array, encode_array
 
-#: Points of an object: twice what TripoSR's protocol asks for.
+#: Points per object: twice the number in TripoSR's protocol.
 SURFACE_POINTS: Final = 20_000
 
-#: How far a normal's length may be from 1.
+#: Tolerance of the length of normals.
 _UNIT_TOLERANCE = 1e-3
 
-#: An object lies in the unit sphere, or in the cube of its longest side.
+#: Bound on coordinates: objects are normalized to the unit sphere or the cube [-1, 1]^3.
 _REACH = 1.001
 
 
 def encode_surface(points: npt.NDArray[np.floating], normals: npt.NDArray[np.floating]) -> bytes:
-    """Encode (``SURFACE_POINTS``, 3) points and their unit normals; equal ones give equal bytes."""
+    """Encode (``SURFACE_POINTS``, 3) points and their unit normals; deterministic."""
     record = np.concatenate([points, normals], axis=1).astype(np.float32)
     _check("", record)
     return encode_array(record)
@@ -33,13 +33,13 @@ def decode_surface(key: str, encoded: bytes) -> tuple[npt.NDArray[np.float32], n
 
     Args:
         key: The sample's key, for messages.
-        encoded: The member.
+        encoded: Content of the member.
 
     Returns:
         Points and normals, (``SURFACE_POINTS``, 3) each.
 
     Raises:
-        SampleError: It is no such array, a point lies outside [-1, 1]^3, or a normal is not of length 1.
+        SampleError: The array has another shape, a point is outside [-1, 1]^3, or a normal is not of unit length.
     """
     record = decode_array(key, SURFACE_MEMBER, encoded, (SURFACE_POINTS, 6))
     _check(key, record)

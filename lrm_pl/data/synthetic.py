@@ -1,7 +1,7 @@
-"""Analytic objects in schema form: shards in a second, without Blender, whose every pixel has a closed form.
+"""Synthetic shards of analytic objects, written in a second without Blender.
 
-Each object is an axis-aligned ellipsoid inside the unit sphere whose color is a linear function of position, seen
-over a transparent background; a ray hits it or not, so the alpha is 0 or 255.
+Each object is an axis-aligned ellipsoid inside the unit sphere. Its color is a linear function of position, and alpha
+is 0 or 255.
 """
 
 import hashlib
@@ -33,14 +33,14 @@ def write_synthetic_shards(
     """Write a folder of shards of ellipsoids.
 
     Args:
-        folder: Where to; made if it is not there.
-        train: Objects of the split "train".
-        val: Objects of the split "val".
-        views: Views an object.
-        resolution: Side of a view in pixels.
-        shard_size: Objects a shard.
+        folder: Output folder.
+        train: Number of objects in the split "train".
+        val: Number of objects in the split "val".
+        views: Views per object.
+        resolution: Side of a view, pixels.
+        shard_size: Objects per shard.
         seed: Seed of shapes, colors and cameras.
-        surface: Whether samples have points of their surface.
+        surface: Whether samples contain points on their surface.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -59,7 +59,7 @@ def write_synthetic_shards(
 
 
 def synthetic_sample(key: str, views: int, resolution: int, seed: int, *, surface: bool = False) -> Sample:
-    """Make one ellipsoid with its views."""
+    """Create one ellipsoid with its views."""
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     radii = rng.uniform(0.4, 0.95, 3)
@@ -80,13 +80,11 @@ def synthetic_sample(key: str, views: int, resolution: int, seed: int, *, surfac
 def ellipsoid_surface(
     radii: npt.NDArray[np.float64], count: int, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Draw points on an ellipsoid, uniformly by area, and its normals there."""
+    """Sample points on an ellipsoid, uniformly by area, and their normals."""
     unit = rng.normal(size=(16 * count, 3))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    gradient = (
-        unit / radii
-    )  # of the ellipsoid's function; its length is how much area a piece of the sphere becomes
-    stretch = np.linalg.norm(gradient, axis=1)
+    gradient = unit / radii  # of the implicit function
+    stretch = np.linalg.norm(gradient, axis=1)  # proportional to area on the ellipsoid per area on the sphere
     kept = np.flatnonzero(rng.random(len(unit)) < stretch * radii.min())[:count]
     assert len(kept) == count, len(kept)
     return unit[kept] * radii, gradient[kept] / stretch[kept, None]
@@ -115,7 +113,7 @@ def _render(
     centers = ((np.arange(resolution) + 0.5) / resolution - 0.5) / focal
     x, y = np.meshgrid(centers, centers)
     directions = np.stack([x, y, np.ones_like(x)], -1) @ c2w[:3, :3].T
-    o, d = c2w[:3, 3] / radii, directions / radii  # in the space where the ellipsoid is the unit sphere
+    o, d = c2w[:3, 3] / radii, directions / radii  # scaled so that the ellipsoid is the unit sphere
     a, b, c = (d * d).sum(-1), (o * d).sum(-1), (o * o).sum() - 1
     discriminant = b * b - a * c
     t = (-b - np.sqrt(np.maximum(discriminant, 0))) / a

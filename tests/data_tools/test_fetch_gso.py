@@ -55,7 +55,7 @@ def models(*names):
 @pytest.fixture
 def fuel(monkeypatch):
     """A server whose ``pages`` are path and query -> answer; what is not there is a 404, as behind Fuel's last page."""
-    monkeypatch.setattr("lrm_pl.storage._LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("lrm_pl.storage._MAX_DELAY_S", 0.02)
     monkeypatch.setattr(gso, "PAGE", 2)
     pages, asked = {}, []
 

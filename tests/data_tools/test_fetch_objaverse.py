@@ -48,7 +48,7 @@ def record(uid, **changes):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Wait for hundredths of a second where a user would wait for seconds."""
-    monkeypatch.setattr("lrm_pl.storage._LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr("lrm_pl.storage._MAX_DELAY_S", 0.02)
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def _no_view(members, sample):
         (_broken_measures, "expected finite measures"),
         (_another_size, "expected views of (32, 32) pixels like most objects, but found (16, 16)"),
         (_fewer_views, "expected 8 views as in the manifest, but found 4"),
-        (_no_view, "its record says 8 views, but view_005.webp is missing"),
+        (_no_view, "expected 8 views, each once, but found no view_005.webp"),
     ],
 )
 def test_a_bad_sample_is_named_with_its_shard(folder, capsys, change, message):

@@ -270,7 +270,9 @@ def test_shards_that_cannot_serve_a_protocol_say_how_to_make_some(pretrained, sh
         with pytest.raises(SystemExit, match=message):
             run(pretrained, arguments[0], tmp_path / "out", *arguments[1:])
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"expected to write into .*file, but found .*choose another folder"):
+    with pytest.raises(
+        SystemExit, match=r"expected a writable folder .*file, but found .*Choose another folder"
+    ):
         run(pretrained, data, tmp_path / "file")
     plain = tmp_path / "plain"
     write_synthetic_shards(plain, train=1, val=1, views=16, resolution=32)

@@ -162,7 +162,7 @@ def test_what_cannot_be_done_says_why_and_what_to_do(pretrained, images, tmp_pat
         ),
         (
             [str(images / "cut.png"), *ckpt, "--out", str(images / "cut.png")],
-            "expected to write into .*hoose another",
+            "expected a writable folder .*hoose another",
         ),
     ):
         with pytest.raises(SystemExit, match=message):

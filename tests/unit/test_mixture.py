@@ -95,7 +95,7 @@ def test_a_set_without_training_objects_and_weights_below_one_are_refused(two, t
     with pytest.raises(InputError, match=r"weights of 1 or more, but found .*weight=0"):
         DataSet("somewhere", 0)
     with pytest.raises(
-        InputError, match=r"found train-000000.tar of .* too. Name a set once, with its weight"
+        InputError, match=r"found train-000000.tar in both .* List each data set once, with its weight"
     ):
         mixed([two[0], f"{two[0]}/"], (1, 1))
     with pytest.raises(ShardError, match=r"expected at least 10 samples .* found 9\. .*--data.batch_size 9"):

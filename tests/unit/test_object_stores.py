@@ -113,7 +113,7 @@ def test_an_upload_that_fails_once_is_tried_again(s3, name, fault):
 def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s3, name, fault):
     write(1)
     s3.fault = first_times(1000, fault, name=f"step-00000002/{name}")
-    with pytest.raises(OSError, match=r"step-00000002.*expected the object store to do as asked"):
+    with pytest.raises(OSError, match=r"step-00000002.*the request failed with"):
         write(2)
     s3.fault = first_times(0, fault, name="-")
     assert any("incomplete" in message for message in require_whole(1)) or name != "index.json"
@@ -123,7 +123,7 @@ def test_an_upload_that_keeps_failing_is_an_error_and_is_never_taken_for_whole(s
 
 def test_a_part_of_an_upload_that_keeps_failing_is_an_error_and_leaves_no_object(s3):
     s3.fault = lambda method, path, number: "500" if method == "PUT" and "partNumber=2" in path else None
-    with pytest.raises(OSError, match="expected the object store to do as asked"):
+    with pytest.raises(OSError, match="the request failed with"):
         write(5, {"large": torch.zeros(30_000_000)})
     s3.fault = lambda method, path, number: None
     assert ck.list_checkpoints(RUN) == []
@@ -140,7 +140,7 @@ def test_a_store_that_does_not_answer_is_an_error_and_not_a_damaged_checkpoint(s
     write(1)
     write(2)
     s3.fault = first_times(1000, "drop", method="GET", name="step-00000002/index.json")
-    with pytest.raises(StoreError, match="look at the bucket, the credentials and the endpoint"):
+    with pytest.raises(StoreError, match="Check the bucket, the credentials and the endpoint"):
         ck.newest_checkpoint(RUN, pytest.fail)
 
 
