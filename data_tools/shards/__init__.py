@@ -1,1 +1,1 @@
-"""Writing shards from those of others."""
+"""Shards from existing data: convert, repack, merge, index."""

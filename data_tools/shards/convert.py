@@ -1,8 +1,7 @@
-"""``python -m data_tools convert``: folders of views that others rendered or filmed, made into shards.
+"""``python -m data_tools convert``: convert image folders in the layouts of other projects to shards.
 
-What a layout's files and numbers mean is in ``data_tools.layouts``; whether that is so is checked for every object: its
-cameras must fit its silhouettes (``silhouettes``). An object that cannot be used is left out, and named in
-``OUT/failures.jsonl``. RGBA images keep their bytes.
+``data_tools.layouts`` defines the layouts. The cameras of each object are checked against its silhouettes. Objects that
+cannot be used are skipped and listed in ``OUT/failures.jsonl``. RGBA images keep their bytes.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from data_tools.rendering.shard_plan import (
     estimate_object_bytes,
     plan_shards,
 )
-from data_tools.shards.pool import LeftOut, Made, write_shards
+from data_tools.shards.pool import EncodedSample, SkippedObject, write_shards
 from data_tools.shards.repack import resized
 from lrm_pl.data.manifest import Manifest, new_folder, write_manifest
 from lrm_pl.data.schema import Sample, SampleInfo, encode_sample
@@ -35,16 +34,16 @@ from lrm_pl.paths import user_path
 
 
 class ConvertError(InputError):
-    """A folder cannot be converted as it was asked for."""
+    """A folder cannot be converted with the given options."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """An object to be converted.
+    """An object to convert.
 
     Attributes:
-        folder: Its folder.
-        place: The same, from the root on.
+        folder: Folder of the object.
+        place: The same, relative to the root folder.
         kind: What it is.
     """
 
@@ -54,38 +53,40 @@ class Task:
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command to the others."""
+    """Add the parser of the command."""
     parser = commands.add_parser(
         "convert",
-        help="folders that others rendered or filmed, made into shards",
+        help="convert image folders of other projects to shards",
         description=(
-            "Make shards out of views in the layout of OpenLRM, Zero-1-to-3, InstantMesh or MVImgNet. An object that "
-            "cannot be used is left out and listed in OUT/failures.jsonl."
+            "Convert views in the layout of OpenLRM, Zero-1-to-3, InstantMesh or MVImgNet to shards. Objects that "
+            "cannot be used are skipped and listed in OUT/failures.jsonl."
         ),
     )
-    parser.add_argument("--from", dest="layout", choices=LAYOUTS, required=True, help="whose layout it is")
-    parser.add_argument("--folder", type=user_path, required=True, help="where the objects are")
-    parser.add_argument("--out", type=user_path, required=True, help="folder to make")
+    parser.add_argument("--from", dest="layout", choices=LAYOUTS, required=True, help="layout of FOLDER")
+    parser.add_argument("--folder", type=user_path, required=True, help="folder of the objects")
+    parser.add_argument("--out", type=user_path, required=True, help="output folder")
     parser.add_argument(
         "--shard-size", type=int, help="objects per shard (default: shards of at most about 256 MB)"
     )
     parser.add_argument(
-        "--held-out", type=int, help="objects in the validation split; a sixth, at most 8, unless given"
+        "--held-out", type=int, help="objects in the validation split (default: a sixth, at most 8)"
     )
     parser.add_argument(
-        "--res", type=int, help="side of the views, pixels; as they are (mvimgnet: 512) unless given"
+        "--res", type=int, help="side of the views in pixels (default: unchanged; mvimgnet: 512)"
     )
-    parser.add_argument("--views", type=int, help="mvimgnet: views an object, evenly spaced; 24 unless given")
+    parser.add_argument("--views", type=int, help="mvimgnet: views per object, evenly spaced (default: 24)")
     parser.add_argument(
-        "--masks", type=user_path, help="mvimgnet: folder of masks; else each instance has a folder masks"
+        "--masks",
+        type=user_path,
+        help="mvimgnet: folder of masks (default: the folder masks of each instance)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the command line says.
+    """Run the command.
 
     Raises:
-        InputError: It does not go together, or see ``convert``.
+        InputError: The options are incompatible, or see ``convert``.
     """
     layout = get_layout(args.layout, args.folder, args.res, args.views, args.masks)
     resolution = None if args.layout == "mvimgnet" else args.res
@@ -100,18 +101,18 @@ def convert(
     shard_size: int | None = None,
     held_out: int | None = None,
 ) -> Manifest:
-    """Make a folder of shards out of a folder of others' views.
+    """Convert a folder of views to a folder of shards.
 
     Args:
-        layout: How the folder is laid out.
-        folder: Where the objects are.
-        out: The folder to make.
-        resolution: Side of the views; None leaves them as they are.
+        layout: Layout of the folder.
+        folder: Folder of the objects.
+        out: Output folder.
+        resolution: Side of the views, pixels; None: unchanged.
         shard_size: Objects per shard; None: shards of at most about 256 MB.
-        held_out: Objects in the validation split; None takes the renderer's number.
+        held_out: Objects in the validation split; None: the default of ``render``.
 
     Raises:
-        InputError: ``out`` is there, there are no objects, none can be used, or two have one name.
+        InputError: ``out`` exists, no object can be used, or two objects have the same id.
     """
     tasks = find_tasks(layout, folder)
     splits = dict.fromkeys(tasks, "")
@@ -123,10 +124,9 @@ def convert(
     plan = plan_shards(splits, count, shard_size)
     with new_folder(out) as partial_out:
         make = partial(_members, name=layout.name, read=layout.read, kind=kind, resolution=resolution)
-        shards, left_out, notes = write_shards(partial_out, plan, tasks, make)
+        shards, skipped, notes = write_shards(partial_out, plan, tasks, make)
         failures = {
-            key: {"id": key, "file": tasks[key].place, "reason": left.reason}
-            for key, left in left_out.items()
+            key: {"id": key, "file": tasks[key].place, "reason": left.reason} for key, left in skipped.items()
         }
         if not shards or kind is None:
             why = out.with_name(f"{out.name}.{FAILURES_NAME}")
@@ -135,7 +135,7 @@ def convert(
                 subject=folder,
                 expected=f"objects as {layout.name} lays them out",
                 found=f"none among {len(tasks)} that can be used",
-                remedy=f"{why} says why; the first: {next(iter(left_out.values())).reason}",
+                remedy=f"{why} says why; the first: {next(iter(skipped.values())).reason}",
             )
         write_failures(partial_out / FAILURES_NAME, failures)
         settings = {
@@ -151,7 +151,7 @@ def convert(
         write_contact_sheet(partial_out, shards, kind.views)
         write_manifest(partial_out, manifest)
     objects = counted(len(tasks) - len(failures), "object")
-    print(f"{objects} in {counted(len(shards), 'shard')}, {len(failures)} left out")
+    print(f"{objects} in {counted(len(shards), 'shard')}, {len(failures)} skipped")
     if failures:
         print(f"why            {out / FAILURES_NAME}")
     for error, keys in notes.items():
@@ -161,10 +161,10 @@ def convert(
 
 
 def find_tasks(layout: Layout, folder: Path) -> dict[str, Task]:
-    """Find the objects of a folder, by the ids that they get: id -> object.
+    """Return id -> object for all objects of a folder.
 
     Raises:
-        ConvertError: There are none, or two have one id.
+        ConvertError: There are none, or two have the same id.
     """
     tasks: dict[str, Task] = {}
     found = layout.find(folder)
@@ -193,8 +193,8 @@ def _members(
     read: Callable[[Path], PosedViews],
     kind: ViewFormat | None,
     resolution: int | None,
-) -> Made | LeftOut:
-    """Convert an object and look at it; what is wrong with it stops nothing else."""
+) -> EncodedSample | SkippedObject:
+    """Convert an object and check it; returns a ``SkippedObject`` if it cannot be used."""
     try:
         if task.kind and _wanted(task.kind, resolution) != kind:
             raise ConvertError(expected=f"{kind}, as most objects have", found=task.kind)
@@ -215,9 +215,9 @@ def _members(
             views=len(views),
         )
         sample = Sample(info, posed.c2w, posed.fxfycxcy, views)
-        return Made(encode_sample(sample), check_views(sample).undetectable)
+        return EncodedSample(encode_sample(sample), check_views(sample).undetectable)
     except (InputError, OSError) as error:
-        return LeftOut(str(error))
+        return SkippedObject(str(error))
 
 
 def _wanted(kind: ViewFormat, resolution: int | None) -> ViewFormat:

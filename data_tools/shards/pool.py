@@ -1,4 +1,4 @@
-"""Shards made by a pool of processes out of what is there already."""
+"""Writing shards with a pool of processes."""
 
 import dataclasses
 import os
@@ -23,12 +23,12 @@ Task = TypeVar("Task")
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """A sample.
+class EncodedSample:
+    """An encoded sample.
 
     Attributes:
-        members: As ``schema.encode_sample`` gives them.
-        notes: What is to be said of it.
+        members: Members as from ``schema.encode_sample``.
+        notes: Remarks to collect over all samples.
     """
 
     members: dict[str, bytes]
@@ -36,11 +36,11 @@ class Made:
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """What takes the place of an object that cannot be used.
+class SkippedObject:
+    """An object that cannot be used.
 
     Attributes:
-        reason: Why.
+        reason: Error message.
     """
 
     reason: str
@@ -48,10 +48,10 @@ class LeftOut:
 
 @contextmanager
 def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Start a pool of processes, which end with this one; what waits is dropped where the block fails.
+    """Start a process pool that ends with this process; pending tasks are canceled if the block raises.
 
     Args:
-        count: Number of processes; None takes as many as there are cores.
+        count: Number of processes; None: one per core.
 
     Raises:
         InputError: The number is not positive, or a process was killed.
@@ -63,9 +63,8 @@ def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BrokenProcessPool as error:
             raise InputError(
-                expected="processes that run to their end",
-                found="that one was killed, most often for lack of memory",
-                remedy="run the command again on fewer cores: `taskset -c 0` before it",
+                "A worker process was killed, probably for lack of memory. Run the command again on fewer cores: "
+                "`taskset -c 0` before it"
             ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -76,34 +75,35 @@ def write_shards(
     folder: Path,
     plan: Sequence[PlannedShard],
     tasks: Mapping[str, Task],
-    make: Callable[[str, Task], Made | LeftOut],
-) -> tuple[tuple[Shard, ...], dict[str, LeftOut], dict[str, list[str]]]:
-    """Make all samples, in as many processes as there are cores, and write their shards.
+    make: Callable[[str, Task], EncodedSample | SkippedObject],
+) -> tuple[tuple[Shard, ...], dict[str, SkippedObject], dict[str, list[str]]]:
+    """Encode all samples with one process per core, and write their shards.
 
-    An object that is left out leaves a hole in its shard and moves nothing else; a shard of nothing but holes is not
-    written.
+    A skipped object does not move other objects to other shards. Empty shards are not written.
 
     Args:
-        folder: Where to.
+        folder: Output folder.
         plan: The shards.
-        tasks: What ``make`` is given besides the id, for every id of the plan.
-        make: Makes a sample, in another process; what it raises ends the whole.
+        tasks: Id -> second argument of ``make``, for every id of the plan.
+        make: Encodes a sample, in a worker process. Its exceptions end the call.
 
     Returns:
-        The shards, the objects left out, and note -> ids.
+        The shards, id -> skipped object, and note -> ids.
 
     Raises:
         InputError: A process was killed.
     """
     shards: list[Shard] = []
-    left_out: dict[str, LeftOut] = {}
+    skipped: dict[str, SkippedObject] = {}
     notes: dict[str, list[str]] = {}
 
-    def kept(made: Iterator[tuple[str, Made | LeftOut]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def kept(
+        made: Iterator[tuple[str, EncodedSample | SkippedObject]],
+    ) -> Iterator[tuple[str, dict[str, bytes]]]:
         for key, sample in made:
             bar.update()
-            if isinstance(sample, LeftOut):
-                left_out[key] = sample
+            if isinstance(sample, SkippedObject):
+                skipped[key] = sample
             else:
                 for note in sample.notes:
                     notes.setdefault(note, []).append(key)
@@ -116,4 +116,4 @@ def write_shards(
             first = next(samples, None)
             if first is not None:
                 shards.append(write_shard(folder, planned.name, planned.split, chain([first], samples)))
-    return tuple(shards), left_out, notes
+    return tuple(shards), skipped, notes

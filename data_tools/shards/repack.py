@@ -1,7 +1,7 @@
-"""``python -m data_tools repack``: folders of shards made into another one, without rendering.
+"""``python -m data_tools repack`` and ``merge``: create a folder of shards from others without rendering.
 
-Another resolution, shard size or split, several folders joined to one, or a part of them. Images that keep their size
-keep their bytes. The new folder appears under its name when it is whole.
+Changes the resolution, shard size, split or selection of objects, or merges folders. Images that keep their size
+keep their bytes. The output folder is created atomically.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from data_tools.quality.measures import Rule, broken_rules, parse_rule
 from data_tools.quality.validate import find_file_problems
 from data_tools.rendering.shard_folder import FAILURES_NAME, read_failures, write_failures
 from data_tools.rendering.shard_plan import default_shard_size, held_out_ids, split_into_shards
-from data_tools.shards.pool import Made, processes, write_shards
+from data_tools.shards.pool import EncodedSample, processes, write_shards
 from lrm_pl.data.manifest import (
     SPLITS,
     Manifest,
@@ -45,23 +45,23 @@ from lrm_pl.data.schema import (
 )
 from lrm_pl.errors import InputError, counted
 
-#: What a manifest says of the cameras of all its objects, where they were rendered here.
+#: Camera settings in the manifest of rendered shards.
 _CAMERAS = dict.fromkeys(("preset", "radius_range", "height_range", "fov_range_deg"))
 
-#: What lies beside the views of all objects; older manifests do not say.
+#: Optional members in all samples, by default absent.
 _GEOMETRY = dict.fromkeys(("depth", "normals", "surface"), False)
 
 
 class RepackError(InputError):
-    """Folders do not go together, or not into what was asked for."""
+    """Folders are incompatible with each other or with the options."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Where a sample lies now.
+class SampleSource:
+    """Location of a sample to copy.
 
     Attributes:
-        folder: Its folder.
+        folder: Folder of its shard.
         shard: Its shard.
         members: Member -> (offset, size).
     """
@@ -79,29 +79,31 @@ def repack(
     held_out: int | None = None,
     rules: Sequence[str] | None = None,
 ) -> Manifest:
-    """Make one folder of shards out of others.
+    """Create a folder of shards from others.
 
     Args:
-        folders: Folders of shards with equally many views an object, by cameras of one preset.
-        out: The folder to make.
+        folders: Folders of shards with the same number of views per object and the same camera preset.
+        out: Output folder.
         resolution: Side of the images; None leaves them as they are.
         shard_size: Objects per shard; None: shards of at most about 256 MB.
-        held_out: Objects in the validation split, chosen anew; None leaves every object in its split.
-        rules: What an object must obey (``criteria.parse_rule``), those that were rejected before too; None leaves out
-            just these.
+        held_out: Number of objects to choose for the validation split; None: splits are unchanged.
+        rules: Rules that objects must satisfy (``measures.parse_rule``), rejected ones included; None: all objects that
+            are not rejected.
 
     Raises:
-        InputError: ``out`` is there, folders differ in views, size, scale, cameras or geometry, two objects have one
-            name, images would become larger, nothing obeys, or a shard is damaged.
+        InputError: ``out`` exists, folders are incompatible, two objects have the same id, images would be enlarged, no
+            object satisfies the rules, or a shard is damaged.
     """
     manifests = {folder: read_manifest(folder) for folder in folders}
     first = manifests[folders[0]]
-    _require_one_kind(manifests, resolution)
-    _require_whole(manifests)
+    _require_compatible(manifests, resolution)
+    _require_undamaged(manifests)
     samples = _samples(manifests, rules)
     total = sum(shard.samples for manifest in manifests.values() for shard in manifest.shards)
     if not samples:
-        raise RepackError(expected=f"objects that obey {' and '.join(rules or ())}", found=f"none of {total}")
+        raise RepackError(
+            expected=f"objects that satisfy {' and '.join(rules or ())}", found=f"none of {total}"
+        )
     shard_size = shard_size or default_shard_size(
         max(sum(size for _, size in found.members.values()) for found in samples.values())
     )
@@ -111,8 +113,10 @@ def repack(
         shards, _, sizes = write_shards(folder, plan, samples, make)
         if len(sizes) > 1:
             told = ", ".join(f"{size} in {keys[0]!r}" for size, keys in sizes.items())
-            raise RepackError(expected="views of one size", found=told, remedy="--res N makes them alike")
-        # What folders may differ in, such as seeds, is said of the new one only where they agree.
+            raise RepackError(
+                expected="views of one size", found=told, remedy="use --res N to resize all views"
+            )
+        # Settings that differ between folders, such as seeds, are omitted.
         records = [manifest.render for manifest in manifests.values()]
         agreed = {
             name: value
@@ -136,17 +140,17 @@ def repack(
         manifest = Manifest(shards=shards, views=first.views, failures=len(failures), render=render)
         write_contact_sheet(folder, manifest.shards, manifest.views)
         write_manifest(folder, manifest)
-    left_out = f", {total - len(samples)} left out" if len(samples) < total else ""
-    print(f"{counted(len(samples), 'object')} in {counted(len(shards), 'shard')}{left_out}")
+    skipped = f", {total - len(samples)} skipped" if len(samples) < total else ""
+    print(f"{counted(len(samples), 'object')} in {counted(len(shards), 'shard')}{skipped}")
     print(f"next           make train DATA={shlex.quote(str(out))}")
     return manifest
 
 
-def _require_one_kind(manifests: Mapping[Path, Manifest], resolution: int | None) -> None:
-    """Refuse folders of which one manifest cannot tell the truth.
+def _require_compatible(manifests: Mapping[Path, Manifest], resolution: int | None) -> None:
+    """Check that one manifest can describe all folders.
 
     Raises:
-        RepackError: They differ in views, scale, cameras, geometry or, unless it becomes one, resolution.
+        RepackError: Folders differ in views, scale, cameras, optional members or resolution.
     """
     records = {
         folder: _CAMERAS | _GEOMETRY | manifest.render | {"views": manifest.views}
@@ -157,20 +161,22 @@ def _require_one_kind(manifests: Mapping[Path, Manifest], resolution: int | None
         if all(value == found[folder] for folder in found for value in found.values()):
             continue
         if name != "resolution":
-            remedy = _both_as_they_are(manifests)
+            remedy = _merge_remedy(manifests)
         elif resolution:
             continue
         else:
-            remedy = f"--res {min((size for size in found.values() if size), default='N')} makes them alike"
+            remedy = (
+                f"use --res {min((size for size in found.values() if size), default='N')} to resize all views"
+            )
         told = ", ".join(f"{value} in {folder}" for folder, value in found.items())
         raise RepackError(expected="folders of one kind", found=f"{name}: {told}", remedy=remedy)
 
 
-def _require_whole(manifests: Mapping[Path, Manifest]) -> None:
-    """Refuse shards that are not the bytes that were made: the new folder's hashes would vouch for them.
+def _require_undamaged(manifests: Mapping[Path, Manifest]) -> None:
+    """Check that shards match the hashes in their manifests and their indices.
 
     Raises:
-        ShardError: With the first difference.
+        ShardError: A shard is damaged.
     """
     shards = [(folder, shard) for folder, manifest in manifests.items() for shard in manifest.shards]
     with processes() as pool:
@@ -191,8 +197,8 @@ def _first_difference(folder: Path, shard: Shard) -> str:
         return f"expected a tar, but found {error}"
 
 
-def _both_as_they_are(manifests: Mapping[Path, Manifest]) -> str:
-    """Say what to do with folders that cannot be joined: training on them must not show what one of them holds out."""
+def _merge_remedy(manifests: Mapping[Path, Manifest]) -> str:
+    """Return the remedy for folders that cannot be merged, which must not leak held-out objects into training."""
     ids = {
         (folder, split): {key for shard in manifest.split(split) for key in read_index(folder, shard)}
         for folder, manifest in manifests.items()
@@ -207,8 +213,8 @@ def _both_as_they_are(manifests: Mapping[Path, Manifest]) -> str:
     return "train on both as they are: --data.also"
 
 
-def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) -> dict[str, Found]:
-    samples: dict[str, Found] = {}
+def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) -> dict[str, SampleSource]:
+    samples: dict[str, SampleSource] = {}
     parsed = None if rules is None else [parse_rule(rule) for rule in rules]
     for folder, manifest in manifests.items():
         for shard in manifest.shards:
@@ -220,14 +226,14 @@ def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) ->
                     raise RepackError(
                         expected="every name once",
                         found=f"{key!r} in {samples[key].folder} and in {folder}",
-                        remedy=_both_as_they_are(manifests),
+                        remedy=_merge_remedy(manifests),
                     )
-                samples[key] = Found(folder, shard, members)
+                samples[key] = SampleSource(folder, shard, members)
     return samples
 
 
 def _chosen(folder: Path, shard: Shard, rules: Sequence[Rule] | None) -> set[str]:
-    """Name the objects of a shard that obey; without rules those that none rejected before."""
+    """Return the keys of a shard that satisfy the rules; without rules, those that are not rejected."""
     keys = set(read_index(folder, shard))
     if rules is None:
         return set() if shard.rejected else keys
@@ -242,7 +248,7 @@ def _chosen(folder: Path, shard: Shard, rules: Sequence[Rule] | None) -> set[str
     return {key for key, measures in measured.items() if not broken_rules(measures, rules)}
 
 
-def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, list[str]]:
+def _splits(samples: Mapping[str, SampleSource], held_out: int | None) -> dict[Split, list[str]]:
     if held_out is None:
         val = {key for key, found in samples.items() if found.shard.split == "val"}
     elif held_out < len(samples):
@@ -252,8 +258,8 @@ def _splits(samples: Mapping[str, Found], held_out: int | None) -> dict[Split, l
     return {"train": sorted(set(samples) - val), "val": sorted(val)}
 
 
-def _members(key: str, found: Found, views: int, resolution: int | None) -> Made:
-    """Read a sample, check it, and give it its new size; members that the schema does not know stay as they are."""
+def _members(key: str, found: SampleSource, views: int, resolution: int | None) -> EncodedSample:
+    """Read, check and resize a sample; members outside the schema are copied unchanged."""
     path = found.folder / found.shard.name
     try:
         members = dict(zip(found.members, read_members(path, found.members.values()), strict=True))
@@ -271,20 +277,17 @@ def _members(key: str, found: Found, views: int, resolution: int | None) -> Made
         height, width, _ = decode_image(key, sample.views[0]).shape
     except SampleError as error:
         raise ShardError(f"{path}: {error}") from error
-    # A view is named by its format, which may be another one now.
+    # Names of views contain their format, which may have changed.
     unknown = {name for name in members if name not in encoded and not VIEW_PATTERN.fullmatch(name)}
     kept = {name: members[name] for name in sorted(unknown)}
-    return Made(encoded | kept, notes=(f"{width} x {height} pixels",))
+    return EncodedSample(encoded | kept, notes=(f"{width} x {height} pixels",))
 
 
 def resized(key: str, view: bytes, resolution: int) -> bytes:
-    """Make an image smaller; one of this size keeps its bytes.
-
-    Colors are weighted by their alpha, so that nothing bleeds in from where nothing is. Normalized intrinsics stay
-    true.
+    """Downsample a square view with premultiplied alpha; a view of this resolution keeps its bytes.
 
     Raises:
-        RepackError: The image is smaller.
+        RepackError: The view is smaller than ``resolution``.
     """
     rgba = decode_image(key, view)
     if rgba.shape[:2] == (resolution, resolution):
@@ -294,7 +297,7 @@ def resized(key: str, view: bytes, resolution: int) -> bytes:
             subject=f"sample {key!r}",
             expected=f"views of at least {resolution} pixels a side",
             found=rgba.shape[:2],
-            remedy="larger ones must be rendered",
+            remedy="render larger views",
         )
     small = Image.fromarray(rgba).convert("RGBa").resize((resolution, resolution), Image.Resampling.BOX)
     return encode_image(np.array(small.convert("RGBA"), dtype=np.uint8))

@@ -162,7 +162,7 @@ def test_masks_may_lie_in_a_folder_of_their_own_and_views_are_evenly_spaced(tmp_
         str(tmp_path / "out"),
     ]
     assert main([*arguments, "--masks", str(tmp_path / "masks"), "--views", "5", "--res", "32"]) == 0
-    assert "2 objects in 1 shard, 0 left out" in capsys.readouterr().out
+    assert "2 objects in 1 shard, 0 skipped" in capsys.readouterr().out
     all_views = converted(tmp_path / "in", tmp_path / "all", resolution=32, masks=tmp_path / "masks")["7_a"]
     assert read_manifest(tmp_path / "out").views == 5
     (shard,) = read_manifest(tmp_path / "out").shards

@@ -141,7 +141,7 @@ def test_bad_objects_are_named_and_the_others_stay(layout, tmp_path, capsys):
     ]
     assert main([*arguments, "--held-out", "0"]) == 0
     said = capsys.readouterr().out
-    assert f"2 objects in 1 shard, {len(expected)} left out\nwhy " in said
+    assert f"2 objects in 1 shard, {len(expected)} skipped\nwhy " in said
     assert said.splitlines()[-1] == f"next           make train DATA={tmp_path / 'out'}"
     found = reasons(tmp_path / "out")
     assert set(found) == set(expected)

@@ -91,7 +91,7 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
         if folder == small:
             shutil.copytree(shards, small)
         write_manifest(folder, dataclasses.replace(read_manifest(folder), render={"resolution": resolution}))
-    with pytest.raises(RepackError, match=r"resolution: 32 in .*, 64 in .*large; --res 32 makes them alike"):
+    with pytest.raises(RepackError, match=r"resolution: 32 in .*, 64 in .*large\. Use --res 32 to resize"):
         repack([small, large], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     only_val = tmp_path / "only-val"
@@ -291,7 +291,7 @@ def test_rules_choose_again_without_rendering_among_rejected_objects_too(shards,
     everything = set(members(shards))
     repack([tmp_path / "in"], tmp_path / "as-it-was")
     assert set(members(tmp_path / "as-it-was")) == everything - {first}
-    assert "5 objects in 2 shards, 1 left out" in capsys.readouterr().out
+    assert "5 objects in 2 shards, 1 skipped" in capsys.readouterr().out
     repack([tmp_path / "in"], tmp_path / "all", rules=["white <= 1"])
     assert members(tmp_path / "all") == members(tmp_path / "in")  # each in its split again, with its measures
     repack([tmp_path / "in"], tmp_path / "white", rules=["white == 1"])
