@@ -164,7 +164,7 @@ def test_a_sample_that_a_stage_rejects_is_replaced_and_counted(foreign, silent):
 
 
 def test_stages_are_set_in_a_config(foreign, tmp_path, capsys):
-    from lrm_pl.cli.lightning_cli import main as lrm
+    from lrm_pl.cli.main import main as lrm
 
     stages = [
         "tests.data_tools.test_index.paint_red",
