@@ -38,7 +38,7 @@ class AssetsError(InputError):
     """The assets folder, its list or its table cannot be used."""
 
 
-class AssetError(ValueError):
+class AssetError(InputError):
     """One asset cannot be rendered; the message is its reason in ``failures.jsonl``."""
 
 

@@ -29,7 +29,7 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
     Raises:
         FileTypeError: The file is of another type.
     """
-    kind = suffix.lower()
+    file_type = suffix.lower()
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     matches = {
         ".glb": head.startswith(b"glTF"),
@@ -40,10 +40,10 @@ def check_head(suffix: str, head: bytes, where: str) -> None:
         ".zip": head.startswith(b"PK"),
         ".gz": head.startswith(b"\x1f\x8b"),
     }
-    if not matches.get(kind, True):
+    if not matches.get(file_type, True):
         raise FileTypeError(
             subject=where,
-            expected=kind[1:],
+            expected=file_type[1:],
             found=f"a file that starts with {_quote(head)}",
             remedy="check the URL; the file may be an error page of the server",
         )
@@ -60,12 +60,12 @@ def check_file_type(path: Path, where: str, suffix: str | None = None) -> None:
     Raises:
         FileTypeError: The file is of another type or truncated.
     """
-    kind = (path.suffix if suffix is None else suffix).lower()
+    file_type = (path.suffix if suffix is None else suffix).lower()
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
-    check_head(kind, head, where)
+    check_head(file_type, head, where)
     size = path.stat().st_size
-    if kind == ".glb":
+    if file_type == ".glb":
         length = struct.unpack_from("<I", head, 8)[0] if len(head) >= 12 else 12
         if length != size:
             raise FileTypeError(
@@ -74,7 +74,7 @@ def check_file_type(path: Path, where: str, suffix: str | None = None) -> None:
                 found=size,
                 remedy="download it again",
             )
-    if kind == ".gltf" and b'"asset"' not in path.read_bytes():
+    if file_type == ".gltf" and b'"asset"' not in path.read_bytes():
         raise FileTypeError(
             subject=where,
             expected="gltf",
@@ -92,25 +92,25 @@ def check_mesh_file(path: Path) -> None:
     Raises:
         FileTypeError: The file is one of these.
     """
-    kind = path.suffix.lower()
+    file_type = path.suffix.lower()
     with open(path, "rb") as file:
         head = file.read(HEAD_BYTES)
     if not head.strip():
-        raise FileTypeError(expected=kind[1:], found="an empty file", remedy="download it again")
+        raise FileTypeError(expected=file_type[1:], found="an empty file", remedy="download it again")
     if head.lstrip().startswith(b"<"):
         raise FileTypeError(
-            expected=kind[1:],
+            expected=file_type[1:],
             found=f"a file that starts with {_quote(head)}",
             remedy="it may be an error page of a server",
         )
-    _reject_utf16(path, head, kind in (".obj", ".gltf"))
-    if kind == ".obj":
+    _reject_utf16(path, head, file_type in (".obj", ".gltf"))
+    if file_type == ".obj":
         content = path.read_bytes()
         for library in find_mtl_files(path, content)[0]:
             with open(library, "rb") as file:
                 _reject_utf16(library, file.read(HEAD_BYTES), True)
         _reject_non_finite(content, 1)
-    elif kind == ".ply" and b"format ascii" in head:
+    elif file_type == ".ply" and b"format ascii" in head:
         _reject_non_finite(path.read_bytes(), 0)
 
 

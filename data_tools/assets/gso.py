@@ -138,8 +138,10 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def _member_path(archive: zipfile.ZipFile, name: str) -> str:
     """Return the path in the zip of a file that the OBJ or its MTL refers to."""
-    beside = f"meshes/{name}"
-    return beside if beside in archive.namelist() else f"materials/textures/{posixpath.basename(name)}"
+    same_folder = f"meshes/{name}"
+    return (
+        same_folder if same_folder in archive.namelist() else f"materials/textures/{posixpath.basename(name)}"
+    )
 
 
 def _asset(key: str, record: dict[str, Any], base: str, out: Path) -> Asset:

@@ -1,1 +1,1 @@
-"""Loading meshes and rendering them with Blender."""
+"""Import, normalization and rendering of meshes with Blender."""

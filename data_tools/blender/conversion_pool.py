@@ -1,6 +1,6 @@
-"""Blender processes that turn OBJ models into GLB, one after another; a model that kills one costs only itself.
+"""Pool of Blender processes that convert OBJ models to GLB. A crash fails only the current model.
 
-The driver needs no Blender. A process receives ``ConversionTask`` objects through a pipe and returns an error or "".
+The driver runs without Blender. A process receives ``ConversionTask`` objects by a pipe and returns an error or "".
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from pathlib import Path
 from data_tools.assets.archives import extract
 from lrm_pl.data.manifest import write_atomically
 
-#: Seconds that one model may take; most take less than one.
+#: Time limit per model in seconds; most take less than one.
 TIME_LIMIT_S = 300.0
 
 
@@ -27,11 +27,11 @@ class ConversionTask:
     """One model to convert.
 
     Attributes:
-        id: What the driver calls it.
-        archive: The zip that holds it.
-        members: Its files: path in a folder of its own -> name in the zip.
-        obj: Which of these paths is the mesh.
-        glb: The file to write.
+        id: Id for the caller.
+        archive: Zip file of the model.
+        members: Files to extract: path -> name in the zip.
+        obj: Path of the mesh among them.
+        glb: Output file.
     """
 
     id: str
@@ -44,11 +44,11 @@ class ConversionTask:
 def convert_all(
     tasks: Sequence[ConversionTask], log: Path, jobs: int
 ) -> Iterator[tuple[ConversionTask, str]]:
-    """Convert models on ``jobs`` processes; yields each with why it failed, or "", as it happens.
+    """Convert models in ``jobs`` processes; yields each with its error, or "", on completion.
 
     Args:
         tasks: The models.
-        log: File that gets what Blender prints.
+        log: File for Blender's output.
         jobs: Number of processes.
     """
     processes = [_Process(log) for _ in range(jobs)]
@@ -72,11 +72,11 @@ def convert_all(
             for future in futures:
                 future.cancel()
             for process in processes:
-                process.end()
+                process.kill()
 
 
 class _Process:
-    """One Blender process; started when it is needed."""
+    """A Blender process, started on first use and restarted after a crash."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -86,21 +86,21 @@ class _Process:
 
     def convert(self, task: ConversionTask) -> str:
         if self._process is None or not self._process.is_alive():
-            self._pipe, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(theirs, self._log), daemon=True)
+            self._pipe, child_pipe = self._context.Pipe()
+            self._process = self._context.Process(target=_serve, args=(child_pipe, self._log), daemon=True)
             self._process.start()
-            theirs.close()  # else its death would not be noticed
+            child_pipe.close()  # otherwise the end of the process would not be detected
         try:
             self._pipe.send(task)
             if self._pipe.poll(TIME_LIMIT_S):
                 return self._pipe.recv()
         except (EOFError, OSError):
             self._process.join()
-            return f"Blender died: with status {self._process.exitcode}; see {self._log}"
-        self.end()
-        return f"too slow: took longer than {TIME_LIMIT_S:g} s"
+            return f"Blender crashed: exit status {self._process.exitcode}; see {self._log}"
+        self.kill()
+        return f"timeout: conversion took longer than {TIME_LIMIT_S:g} s"
 
-    def end(self) -> None:
+    def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -113,14 +113,14 @@ def _serve(pipe: Connection, log: Path) -> None:
     while True:
         try:
             task = pipe.recv()
-        except EOFError:  # the driver is gone
+        except EOFError:  # the driver has exited
             return
         print(f"--- {task.id}", flush=True)
         try:
             _convert(task)
-        except Exception as error:  # Blender's importers are scripts: a broken file may raise anything
+        except Exception as error:  # Blender's importers are scripts that may raise any exception
             traceback.print_exc()
-            pipe.send(f"not converted: {type(error).__name__}: {str(error).strip()}")
+            pipe.send(f"conversion failed: {type(error).__name__}: {str(error).strip()}")
         else:
             pipe.send("")
 

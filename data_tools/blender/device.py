@@ -1,34 +1,34 @@
-"""Blender's choice of a device: Cycles' name of the kind of GPU in lower case, or "cpu"."""
+"""Selection of the Cycles device: the lower-case name of a GPU backend, or "cpu"."""
 
 from typing import Any
 
-#: Kinds of GPU that Cycles supports, the fastest on the same card first.
-GPU_TYPES = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
+#: GPU backends of Cycles, fastest first.
+GPU_BACKENDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
 
 
 def enable_gpus(preferences: Any) -> str:  # noqa: ANN401 - Blender has no types
-    """Enable every GPU of the first kind that is present; to be called after each factory reset.
+    """Enable all GPUs of the first available backend. Call it after each factory reset.
 
     Args:
-        preferences: Of the add-on: ``bpy.context.preferences.addons["cycles"].preferences``.
+        preferences: ``bpy.context.preferences.addons["cycles"].preferences``.
 
     Returns:
-        The kind in lower case, "cpu" without a GPU.
+        The backend in lower case, or "cpu" without a GPU.
     """
-    for kind in GPU_TYPES:
+    for backend in GPU_BACKENDS:
         try:
-            preferences.compute_device_type = kind
-        except TypeError:  # this build of Blender does not support the kind
+            preferences.compute_device_type = backend
+        except TypeError:  # not supported by this build of Blender
             continue
-        devices = preferences.get_devices_for_type(kind)
+        devices = preferences.get_devices_for_type(backend)
         if devices:
             for device in devices:
-                device.use = device.type == kind
-            return kind.lower()
+                device.use = device.type == backend
+            return backend.lower()
     preferences.compute_device_type = "NONE"
     return "cpu"
 
 
 def cycles_device(device: str) -> str:
-    """Return the value of ``scene.cycles.device`` for a device as named by ``enable_gpus``."""
+    """Return the value of ``scene.cycles.device`` for a device name from ``enable_gpus``."""
     return "CPU" if device == "cpu" else "GPU"

@@ -1,15 +1,6 @@
-"""Blender side: glTF files as they are meant, where Blender's importer takes them otherwise. Needs bpy.
+"""Correction of glTF files that Blender's importer reads differently. Requires bpy.
 
-| the file says                                          | Blender                    | here                          |
-|--------------------------------------------------------|----------------------------|-------------------------------|
-| attributes of an application's own (``_NAME``)         | mixed up (up to 5.0.1)     | left out                      |
-| nodes with ``visible`` false                           | seen                       | not seen, nor what hangs under|
-| a node's ``matrix`` with a shear                       | the shear is lost          | two nodes without one         |
-| ``COLOR_0`` and no material                            | veiled with gloss          | glTF's default material       |
-| ``TEXCOORD_1`` without ``TEXCOORD_0``                  | one texel everywhere       | the image                   |
-| two faces of the same vertices, that look two ways     | the second is left out     | both                          |
-| positions that are not finite                          | the origin                 | refused                       |
-| damaged Draco data                                     | that part is left out      | refused                       |
+``data_tools/blender/README.md`` lists the corrections.
 """
 
 import copy
@@ -30,23 +21,21 @@ from data_tools.assets.asset_list import AssetError
 
 GLTF_SUFFIXES = (".glb", ".gltf")
 
-#: Cosine of the angle between two axes of a node from which on it is sheared: above the rounding of exporters.
+#: Cosine of the angle between two axes above which a matrix counts as sheared; exporters round below it.
 _SHEARED = 1e-4
 
 
 def external_uris(path: Path) -> list[str]:
-    """Return the URIs of the buffers and images in a glTF file, without those that hold their data."""
+    """Return the decoded URIs of external buffers and images of a glTF file."""
     record = _read_json(path)
     try:
         if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
-            raise AssetError("cannot be imported: expected glTF 2.0, but found version 1.0: convert it")
+            raise AssetError(expected="glTF 2.0", found="version 1.0", remedy="convert the file")
         found = [
-            str(entry.get("uri", "")) for kind in ("buffers", "images") for entry in record.get(kind, ())
+            str(entry.get("uri", "")) for field in ("buffers", "images") for entry in record.get(field, ())
         ]
-    except AssetError:
-        raise
     except (AttributeError, TypeError) as error:
-        raise AssetError(f"cannot be imported: expected JSON, but found {error}") from error
+        raise AssetError(f"invalid JSON: {error}") from error
     return [unquote(uri) for uri in found if uri and not _is_inline(uri)]
 
 
@@ -56,49 +45,47 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - whatever a file holds
     except (ValueError, RecursionError) as error:
         if isinstance(error, AssetError):
             raise
-        raise AssetError(f"cannot be imported: expected JSON, but found {error}") from error
+        raise AssetError(f"invalid JSON: {error}") from error
 
 
 def _json_of_glb(path: Path) -> bytes:
-    """Read the JSON of a binary glTF file (section 4.4)."""
+    """Return the JSON chunk of a binary glTF file (glTF 2.0 specification, section 4.4)."""
     with open(path, "rb") as file:
         head = file.read(20)
         if len(head) < 20 or head[:4] != b"glTF":
-            raise AssetError("cannot be imported: expected a binary glTF file, but found something else")
+            raise AssetError(expected="a binary glTF file", found="another file type")
         if (version := struct.unpack("<I", head[4:8])[0]) != 2:
-            raise AssetError(
-                f"cannot be imported: expected glTF 2.0, but found version {version}.0: convert it"
-            )
+            raise AssetError(expected="glTF 2.0", found=f"version {version}.0", remedy="convert the file")
         return file.read(struct.unpack("<I", head[12:16])[0])
 
 
 def _is_inline(uri: str) -> bool:
-    """Return whether a URI holds its data; Blender's importer opens other ``data:`` URIs as paths of files."""
+    """Return whether a URI contains its data. Blender's importer treats other ``data:`` URIs as file paths."""
     return uri.startswith("data:") and ";base64," in uri
 
 
 def prepare_gltf(path: Path, scratch: Path) -> Path:
-    """Return a glTF file whose JSON Blender's importer takes as it is meant.
+    """Return a glTF file whose JSON Blender's importer reads correctly.
 
     Args:
         path: The file.
-        scratch: Where a copy is written, if one is needed.
+        scratch: Folder for the corrected copy, if one is needed.
     """
     record = _read_json(path)
     try:
         before = copy.deepcopy(record)
         for primitive in (one for mesh in record.get("meshes", ()) for one in mesh["primitives"]):
-            _mend_attributes(primitive, record)
+            _correct_attributes(primitive, record)
         _split_sheared_nodes(record)
         if record == before:
             return path
-        for entry in (one for kind in ("buffers", "images") for one in record.get(kind, ())):
+        for entry in (one for field in ("buffers", "images") for one in record.get(field, ())):
             uri = entry.get("uri")
-            # A path in the copy must be the one that was checked: it starts from the original's folder.
+            # Paths in the copy are absolute, so that they are the checked ones.
             if uri and not _is_inline(uri):
                 entry["uri"] = quote(str(path.parent.absolute() / unquote(uri)))
     except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
-        raise AssetError(f"cannot be imported: expected meshes of glTF 2.0, but found {error!r}") from error
+        raise AssetError(f"invalid glTF 2.0: {error!r}") from error
     text = json.dumps(record).encode()
     if path.suffix.lower() == ".glb":
         text += b" " * (-len(text) % 4)
@@ -111,8 +98,8 @@ def prepare_gltf(path: Path, scratch: Path) -> Path:
     return readable
 
 
-def _mend_attributes(primitive: dict[str, Any], record: dict[str, Any]) -> None:
-    """Leave an application's own attributes out, fill gaps of texture coordinates, give colors a material."""
+def _correct_attributes(primitive: dict[str, Any], record: dict[str, Any]) -> None:
+    """Remove custom attributes, fill gaps in the texture coordinate sets, add a material for vertex colors."""
     attributes = primitive["attributes"]
     for name in [name for name in attributes if name.startswith("_")]:
         del attributes[name]
@@ -126,7 +113,7 @@ def _mend_attributes(primitive: dict[str, Any], record: dict[str, Any]) -> None:
 
 
 def _split_sheared_nodes(record: dict[str, Any]) -> None:
-    """Put a node with a rotation and scales over each node whose matrix is no rotation times scales."""
+    """Split nodes with sheared matrices into two nodes without shear, by a singular value decomposition."""
     nodes = record.get("nodes", [])
     for index, node in enumerate(nodes[:]):
         matrix = np.array(node.get("matrix", np.eye(4).ravel()), np.float64).reshape(4, 4).T
@@ -154,42 +141,42 @@ def import_gltf(file: str) -> set[str]:
     """Import a glTF file.
 
     Raises:
-        AssetError: A position is not finite, or compressed data are damaged.
+        AssetError: A position is not finite, or compressed data are invalid.
     """
     hooks = _Hooks()
     addon = sys.modules["io_scene_gltf2"]
-    addon.glTF2ImportUserExtension = lambda: hooks  # type: ignore[attr-defined]  # where the importer looks for hooks
+    addon.glTF2ImportUserExtension = lambda: hooks  # type: ignore[attr-defined]  # the importer reads its hooks here
     outcome = set(bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True))
-    if hooks.broken:
-        raise AssetError(f"{hooks.broken[0]}; mend it in the program that made it")
+    if hooks.errors:
+        raise AssetError(hooks.errors[0], remedy="export the mesh again")
     return outcome
 
 
 class _Hooks:
-    """Hooks of Blender's glTF importer.
+    """User extension of Blender's glTF importer.
 
     Attributes:
-        broken: What is wrong with meshes that the importer shows otherwise.
+        errors: Invalid meshes that the importer would silently change.
     """
 
     extensions = (types.SimpleNamespace(name="KHR_node_visibility", required=True),)
 
     def __init__(self) -> None:
-        self.broken = list[str]()
+        self.errors = list[str]()
         self._hidden: set[int] | None = None
 
     def gather_import_node_after_hook(
         self,
         vnode: types.SimpleNamespace,
         _: object,
-        thing: bpy.types.Object,
+        obj: bpy.types.Object,
         importer: types.SimpleNamespace,
     ) -> None:
-        """Hide an object whose node, or the node that it hangs under, is not visible."""
+        """Hide an object whose node or an ancestor of it is not visible."""
         if self._hidden is None:
             self._hidden = self._find_hidden(importer.data.nodes)
         if {vnode.mesh_node_idx, vnode.parent} & self._hidden:
-            thing.hide_render = True
+            obj.hide_render = True
 
     @staticmethod
     def _find_hidden(nodes: Sequence[types.SimpleNamespace]) -> set[int]:
@@ -204,15 +191,15 @@ class _Hooks:
     def gather_import_mesh_before_hook(
         self, mesh: types.SimpleNamespace, importer: types.SimpleNamespace
     ) -> None:
-        """Note positions that are not finite, and give faces that share all vertices with another one their own."""
+        """Record non-finite positions, and move faces with the vertices of another face to a new primitive."""
         try:
             for primitive in list(mesh.primitives):
                 if "KHR_draco_mesh_compression" not in (primitive.extensions or {}):
-                    self._look_at(primitive, mesh, importer)
+                    self._check_primitive(primitive, mesh, importer)
         except Exception as error:  # the importer would drop it, and the checks with it
-            self.broken.append(f"expected a mesh that can be read, but found {error!r} in mesh {mesh.name!r}")
+            self.errors.append(f"mesh {mesh.name!r} cannot be read: {error!r}")
 
-    def _look_at(
+    def _check_primitive(
         self, primitive: types.SimpleNamespace, mesh: types.SimpleNamespace, importer: types.SimpleNamespace
     ) -> None:
         from io_scene_gltf2.io.imp.gltf2_io_binary import BinaryData
@@ -221,9 +208,7 @@ class _Hooks:
         if "POSITION" in primitive.attributes:
             positions = decode(importer, primitive.attributes["POSITION"])
             if not np.isfinite(positions).all():
-                self.broken.append(
-                    f"expected finite vertex positions, but found NaN or infinity in mesh {mesh.name!r}"
-                )
+                self.errors.append(f"vertex positions of mesh {mesh.name!r} are not finite")
         if primitive.mode not in (None, 4) or primitive.indices is None:
             return
         indices = decode(importer, primitive.indices).reshape(-1)
@@ -245,12 +230,12 @@ class _Hooks:
         _: object,
         importer: types.SimpleNamespace,
     ) -> None:
-        """Note compressed meshes that could not be decompressed: the importer leaves them out."""
+        """Record meshes whose decompression failed, which the importer skips."""
         used = [primitive.attributes.get("POSITION"), primitive.indices]
         if "KHR_draco_mesh_compression" in (primitive.extensions or {}) and any(
             importer.data.accessors[one].buffer_view is None for one in used if one is not None
         ):
-            self.broken.append(f"expected Draco data, but found other data in mesh {mesh.name!r}")
+            self.errors.append(f"Draco data of mesh {mesh.name!r} are invalid")
 
     @staticmethod
     def _add_indices(importer: types.SimpleNamespace, faces: Any) -> int:  # noqa: ANN401 - an array

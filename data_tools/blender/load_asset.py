@@ -1,4 +1,4 @@
-"""Blender side: load one mesh file into an empty scene and scale it into the sphere or cube. Needs bpy."""
+"""Import of one mesh file into an empty scene, and its normalization to the unit sphere or cube. Requires bpy."""
 
 import math
 import os
@@ -15,174 +15,179 @@ import numpy.typing as npt
 
 from data_tools.assets import obj_materials, ply
 from data_tools.assets.asset_list import AssetError, UpAxis
-from data_tools.blender import gltf, materials, textures
+from data_tools.blender import faces, gltf, materials, textures
 from data_tools.quality.measures import MeshMeasures
 from lrm_pl.conventions import Normalization
 
-#: More than this is refused: it would take the memory and the time of thousands of objects.
+#: Maximum number of triangles per object.
 MAX_TRIANGLES = 20_000_000
 
-#: Positions that float32 must tell apart across an object: fewer make steps of its surface.
+#: Minimum number of float32 positions across an object; fewer would make its surface staircase-shaped.
 MIN_STEPS = 4096
 
-_WITH_FACES = {"MESH", "CURVE", "SURFACE", "FONT", "META"}
+_SURFACE_TYPES = {"MESH", "CURVE", "SURFACE", "FONT", "META"}
 
 
 def load_asset(
     path: Path, normalize: Normalization, root: Path | None = None, up: UpAxis = ""
 ) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
-    """Empty Blender, import one file and make it an object as ``prepare_scene`` does.
+    """Reset Blender, import one file, and prepare the scene with ``prepare_scene``.
 
     Args:
-        path: The file.
-        normalize: How it is scaled.
-        root: The only folder that its files may lie in; the file's own unless given.
-        up: The axis that points up in an OBJ or PLY, which do not say; "": y.
+        path: The mesh file.
+        normalize: Normalization.
+        root: Folder that must contain all files that the mesh refers to; default: the folder of the mesh.
+        up: Up axis of an OBJ or PLY; "" is y.
+
+    Returns:
+        See ``prepare_scene``.
 
     Raises:
-        AssetError: The file cannot be imported, holds no usable mesh, or uses files from elsewhere.
+        AssetError: The file cannot be imported, has no usable mesh, or refers to files outside ``root``.
     """
     root = (root or path.parent).absolute()
     bpy.ops.wm.read_factory_settings(use_empty=True)
-    kind = path.suffix.lower()
-    if (target := _target_with_its_files(path, kind)) is not None:
+    suffix = path.suffix.lower()
+    if (target := _target_with_its_files(path, suffix)) is not None:
         path, root = target, root if target.is_relative_to(root) else target.parent
     missing, texture, undefined, clamped = list[str](), "", list[str](), set[str]()
     with tempfile.TemporaryDirectory() as scratch:
         readable = path
-        if kind == ".obj":
+        if suffix == ".obj":
             content = path.read_bytes()
             mtl_files, missing = obj_materials.find_mtl_files(path, content)
-            _refuse_files_outside(root, path.parent, map(str, mtl_files))
+            _reject_files_outside(root, path.parent, map(str, mtl_files))
             undefined = [] if missing else obj_materials.find_undefined_materials(content, mtl_files)
             clamped = obj_materials.clamped_textures(mtl_files)
-            readable = materials.prepare_obj(path, content, mtl_files, Path(scratch))
-        elif kind == ".ply":
+            readable = materials.prepare_obj(content, mtl_files, Path(scratch))
+        elif suffix == ".ply":
             readable, texture, lost = ply.prepare_ply(path, Path(scratch))
             missing += lost
-            _refuse_files_outside(root, path.parent, [texture] if texture else [])
-        elif kind in gltf.GLTF_SUFFIXES:
-            _refuse_files_outside(root, path.parent, gltf.external_uris(path))
+            _reject_files_outside(root, path.parent, [texture] if texture else [])
+        elif suffix in gltf.GLTF_SUFFIXES:
+            _reject_files_outside(root, path.parent, gltf.external_uris(path))
             readable = gltf.prepare_gltf(path, Path(scratch))
         _import(readable, up or "y")
-    if kind == ".obj":
-        _refuse_lost_faces(content)
+    if suffix == ".obj":
+        _reject_lost_faces(content)
     if texture:
         materials.apply_texture(path.parent / texture)
     textures.find_textures(path.parent.absolute())
-    if kind == ".fbx":
+    if suffix == ".fbx":
         materials.correct_fbx(path)
-    if kind not in gltf.GLTF_SUFFIXES:
+    if suffix not in gltf.GLTF_SUFFIXES:
         has_colors = materials.apply_vertex_colors()
         missing += [] if has_colors else undefined
         textures.clamp_textures(clamped)
     images = [bpy.path.abspath(image.filepath) for image in bpy.data.images if image.filepath]
-    _refuse_files_outside(root, Path.cwd(), images)
+    _reject_files_outside(root, Path.cwd(), images)
     materials.load_unsupported_images()
-    if kind not in gltf.GLTF_SUFFIXES:
+    if suffix not in gltf.GLTF_SUFFIXES:
         textures.ignore_color_alpha()
         textures.link_opacity_masks()
         textures.remove_bump_maps()
     return prepare_scene(normalize, missing)
 
 
-def _refuse_lost_faces(obj: bytes) -> None:
-    """Refuse an OBJ of which the importer left a face out; not for one of several in one place."""
+def _reject_lost_faces(obj: bytes) -> None:
+    """Reject an OBJ from which the importer removed faces with invalid vertices. Removed duplicates are accepted."""
     if sum(len(mesh.polygons) for mesh in bpy.data.meshes) >= obj.count(b"\nf "):
         return
     if face := obj_materials.find_invalid_face(obj):
         raise AssetError(
-            f"expected faces between its vertices, but found {_printable(face)!r}; export or download it again"
+            expected="valid vertex indices",
+            found=f"the face {_printable(face)!r}",
+            remedy="export or download the mesh again",
         )
 
 
-def _target_with_its_files(path: Path, kind: str) -> Path | None:
-    """Return what a linked mesh links to, where the files that it names lie beside that and not beside the link."""
+def _target_with_its_files(path: Path, suffix: str) -> Path | None:
+    """Return the target of a linked mesh if the files that it refers to are next to the target only."""
     target = path.resolve()
-    if not path.is_symlink() or target.suffix.lower() != kind:
+    if not path.is_symlink() or target.suffix.lower() != suffix:
         return None
-    return target if _lacks_files(path, kind) and not _lacks_files(target, kind) else None
+    return target if _lacks_files(path, suffix) and not _lacks_files(target, suffix) else None
 
 
-def _lacks_files(path: Path, kind: str) -> bool:
-    """Say whether a file that a mesh file names is not beside it."""
-    if kind == ".obj":
+def _lacks_files(path: Path, suffix: str) -> bool:
+    """Return whether a file that a mesh refers to is missing."""
+    if suffix == ".obj":
         return bool(obj_materials.find_mtl_files(path, path.read_bytes())[1])
-    external_uris = gltf.external_uris(path) if kind in gltf.GLTF_SUFFIXES else []
-    return any(not (path.parent / uri.replace("\\", "/")).exists() for uri in external_uris)
+    uris = gltf.external_uris(path) if suffix in gltf.GLTF_SUFFIXES else []
+    return any(not (path.parent / uri.replace("\\", "/")).exists() for uri in uris)
 
 
-def _refuse_files_outside(root: Path, folder: Path, files: Iterable[str]) -> None:
-    """Keep a stranger's mesh from showing what else is on this machine.
+def _reject_files_outside(root: Path, folder: Path, files: Iterable[str]) -> None:
+    """Reject references of untrusted meshes to files outside a folder.
 
     Args:
-        root: Where files may lie.
-        folder: What relative paths start from.
-        files: Paths, however they are written: importers take a backslash for a slash, and ``file:`` away.
+        root: Folder that must contain the files.
+        folder: Base folder of relative paths.
+        files: Paths; importers also accept backslashes and the prefix ``file:``.
     """
     for file in files:
         for written in {file, file.replace("\\", "/"), re.sub("^file:/*", "/", file)}:
-            place = Path(os.path.normpath(folder.absolute() / written))  # links are the user's own
-            if os.path.exists(place) and not any(
-                place.is_relative_to(inside) for inside in (root, root.resolve())
+            path = Path(
+                os.path.normpath(folder.absolute() / written)
+            )  # does not resolve links, which the user made
+            if os.path.exists(path) and not any(
+                path.is_relative_to(inside) for inside in (root, root.resolve())
             ):
                 raise AssetError(
-                    f"expected its files in {root}, but found that it uses {_printable(str(place))}; put it there"
+                    expected=f"its files in {root}",
+                    found=f"a reference to {_printable(str(path))}",
+                    remedy="move the file there",
                 )
 
 
 def _printable(name: str) -> str:
-    """Return a name that may not be UTF-8 as text that can be printed and listed."""
+    """Return a name with bytes that are not UTF-8 escaped."""
     return name.encode(errors="backslashreplace").decode()
 
 
 def prepare_scene(
     normalize: Normalization, lost: Sequence[str] = ()
 ) -> tuple[npt.NDArray[np.float64], MeshMeasures]:
-    """Leave out of the scene what is not the object, and normalize it.
-
-    Left out are cameras, lights, and what the file hides; of an animation the first frame is shown.
+    """Hide cameras, lights and hidden objects, select the first frame, correct the materials, and normalize the scene.
 
     Args:
-        normalize: How it is scaled.
-        lost: Files that its colors come from, which are not there.
+        normalize: Normalization.
+        lost: Missing files and materials that define colors.
 
     Returns:
-        (3,) half sides of the bounding box, whose center is the origin now; and what the scene holds.
+        (3,) half sides of the bounding box, which is centered at the origin, and the measures of the scene.
 
     Raises:
         AssetError: There is no usable mesh.
     """
-    # None of these is removed: what hangs under it would lose its place.
-    things = list(
-        bpy.context.view_layer.objects
-    )  # a glTF file may hold other scenes than the one that it shows
-    for thing in things:
-        thing.hide_render = _is_hidden(thing)
+    # Hidden objects are not removed, because children would lose their transforms.
+    objects = list(bpy.context.view_layer.objects)  # a glTF file may contain more scenes than the active one
+    for obj in objects:
+        obj.hide_render = _is_hidden(obj)
     animated = _show_first_frame()
-    bpy.context.view_layer.update()  # evaluates world matrices
-    for thing in things:
-        if sum(map(bool, thing.matrix_world.to_scale())) < 2:  # a scale of 0 leaves no area
-            thing.hide_render = True
-    materials.flip_opposed_normals()
-    doubled = materials.separate_duplicate_faces()
-    one_sided = materials.cull_back_faces()
-    shown = [thing for thing in things if not thing.hide_render and thing.type in _WITH_FACES]
-    unseen = _images(set(bpy.data.objects) - set(shown)) - _images(shown)
-    # Asking for the size makes Blender load the image.
+    bpy.context.view_layer.update()  # updates world matrices
+    for obj in objects:
+        if sum(map(bool, obj.matrix_world.to_scale())) < 2:  # two scales of 0 leave no area
+            obj.hide_render = True
+    faces.flip_opposed_normals()
+    doubled = faces.separate_duplicate_faces()
+    one_sided = faces.cull_back_faces()
+    shown = [obj for obj in objects if not obj.hide_render and obj.type in _SURFACE_TYPES]
+    unused = _images_of(set(bpy.data.objects) - set(shown)) - _images_of(shown)
+    # Reading the size makes Blender load the image.
     images = [
         image
         for image in bpy.data.images
-        if image not in unseen and (image.source not in ("GENERATED", "VIEWER") or image.packed_file)
+        if image not in unused and (image.source not in ("GENERATED", "VIEWER") or image.packed_file)
     ]
     missing = [image.filepath or image.name for image in images if image.size[0] == 0]
-    missing += [f"that of {node.name}" for node in _texture_nodes(shown) if node.image is None]
+    missing += [f"node {node.name}" for node in _texture_nodes(shown) if node.image is None]
     textures.assign_color_spaces()
     for name in [*missing, *lost]:
         print(f"missing texture: {_printable(name)}")
     extent, size, triangles, degenerate = _normalize(normalize)
-    kinds = Counter(thing.type for thing in things)
-    used = {slot.material for thing in shown for slot in thing.material_slots if slot.material}
+    type_counts = Counter(obj.type for obj in objects)
+    used = {slot.material for obj in shown for slot in obj.material_slots if slot.material}
     return extent, MeshMeasures(
         triangles=triangles,
         degenerate=degenerate,
@@ -195,42 +200,42 @@ def prepare_scene(
         textures=len(images),
         missing_textures=len(missing) + len(lost),
         animated=animated,
-        hidden=sum(thing.hide_render and thing.type in _WITH_FACES for thing in things),
-        cameras=kinds["CAMERA"],
-        lights=kinds["LIGHT"],
+        hidden=sum(obj.hide_render and obj.type in _SURFACE_TYPES for obj in objects),
+        cameras=type_counts["CAMERA"],
+        lights=type_counts["LIGHT"],
     )
 
 
-def _images(things: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
-    """Return the images of the materials of some objects."""
-    return {node.image for node in _texture_nodes(things) if node.image}
+def _images_of(objects: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
+    """Return the images of the materials of objects."""
+    return {node.image for node in _texture_nodes(objects) if node.image}
 
 
-def _texture_nodes(things: Iterable[bpy.types.Object]) -> list[bpy.types.ShaderNodeTexImage]:
-    """Return the texture nodes of the materials of some objects."""
-    materials = {slot.material for thing in things for slot in thing.material_slots if slot.material}
+def _texture_nodes(objects: Iterable[bpy.types.Object]) -> list[bpy.types.ShaderNodeTexImage]:
+    """Return the texture nodes of the materials of objects."""
+    materials = {slot.material for obj in objects for slot in obj.material_slots if slot.material}
     trees = [material.node_tree for material in materials if material.node_tree]
     return [node for tree in trees for node in tree.nodes if node.type == "TEX_IMAGE"]
 
 
-def _is_hidden(thing: bpy.types.Object) -> bool:
-    """Say whether an object is no part of what the file shows."""
-    if thing.type in {"CAMERA", "LIGHT", "LIGHT_PROBE"}:
+def _is_hidden(obj: bpy.types.Object) -> bool:
+    """Return whether an object is not visible in the file."""
+    if obj.type in {"CAMERA", "LIGHT", "LIGHT_PROBE"}:
         return True
-    if thing.hide_render or thing.hide_viewport or thing.hide_get() or not thing.visible_camera:
+    if obj.hide_render or obj.hide_viewport or obj.hide_get() or not obj.visible_camera:
         return True
-    materials = [slot.material for slot in thing.material_slots if slot.material]
-    return bool(materials) and len(materials) == len(thing.material_slots) and all(map(_is_clear, materials))
+    materials = [slot.material for slot in obj.material_slots if slot.material]
+    return bool(materials) and len(materials) == len(obj.material_slots) and all(map(_is_clear, materials))
 
 
 def _is_clear(material: bpy.types.Material) -> bool:
-    """Say whether nothing of a material can be seen: its alpha is the number 0."""
+    """Return whether a material is fully transparent: its alpha is a constant 0."""
     found = materials.alpha_inputs(material)
     return bool(found) and not any(alpha.is_linked or alpha.default_value for alpha in found)
 
 
 def _is_colored(used: Iterable[bpy.types.Material]) -> bool:
-    """Say whether a surface has a texture, colors at its vertices, or a color that another one has not."""
+    """Return whether materials have a texture, vertex colors, or different colors."""
     colors = set()
     for material in used:
         shown = [
@@ -254,7 +259,7 @@ def _glows(shader: bpy.types.Node) -> bool:
 
 
 def _show_first_frame() -> bool:
-    """Go to the first frame of all animations; say whether there is one."""
+    """Set the first frame of all animations; return whether there are any."""
     starts = [float(action.frame_range[0]) for action in bpy.data.actions]
     if starts:
         first = math.floor(min(starts))
@@ -275,38 +280,37 @@ def _import(path: Path, up: str) -> None:
         outcome = importers[path.suffix.lower()](str(path))
     except AssetError:
         raise
-    except Exception as error:  # importers are scripts: a broken file may raise anything
-        # Of a traceback the last line says why, but for the place in Blender that follows it.
-        said = [line for line in str(error).splitlines() if line.strip() and "Location:" not in line] or [""]
-        remedy = (
-            "; gltf-transform turns it into one without (npm @gltf-transform/cli)"
-            if "Extension" in said[-1]
-            else ""
-        )
-        raise AssetError(f"cannot be imported: {type(error).__name__}: {said[-1].strip()}{remedy}") from error
+    except Exception as error:  # importers are scripts that may raise any exception
+        # The reason is the last line of a traceback, before the location in Blender.
+        lines = [line for line in str(error).splitlines() if line.strip() and "Location:" not in line] or [""]
+        raise AssetError(
+            f"import failed: {type(error).__name__}: {lines[-1].strip()}",
+            remedy="remove the extension with gltf-transform (npm @gltf-transform/cli)"
+            if "Extension" in lines[-1]
+            else "",
+        ) from error
     if "FINISHED" not in outcome:
-        raise AssetError("cannot be imported: Blender's importer gave up without a reason")
+        raise AssetError("import failed: Blender reported no reason")
 
 
 def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float, int, float]:
-    """Move the bounding box's center to the origin and scale, by hanging every root under one empty.
+    """Center the bounding box at the origin and scale the scene, with one new parent of all root objects.
 
     Returns:
-        (3,) half sides of the box; its longest side before, in the file's units; number of triangles; share of them
-        without an area.
+        (3,) half sides of the box; its longest side before scaling; number of triangles; fraction of degenerate ones.
     """
-    parts = list(world_meshes())
-    if not parts:
-        raise AssetError("is empty: expected mesh faces, but found none")
-    if not all(np.isfinite(points).all() for points, _ in parts):
-        raise AssetError("expected finite vertex positions, but found infinite or undefined ones")
-    flat = [_is_flat(points, corners) for points, corners in parts]
-    # faces without area, such as those that join triangle strips, are invisible
+    meshes = list(world_meshes())
+    if not meshes:
+        raise AssetError(expected="mesh faces", found="none")
+    if not all(np.isfinite(points).all() for points, _ in meshes):
+        raise AssetError(expected="finite vertex positions", found="NaN or infinity")
+    flat = [_is_flat(points, corners) for points, corners in meshes]
+    # degenerate faces, for example between triangle strips, are invisible
     vertices = np.concatenate(
-        [points[np.unique(corners[~none])] for (points, corners), none in zip(parts, flat, strict=True)]
+        [points[np.unique(corners[~none])] for (points, corners), none in zip(meshes, flat, strict=True)]
     )
     if not len(vertices):
-        raise AssetError("is empty: expected mesh faces with an area, but found none")
+        raise AssetError(expected="mesh faces with an area", found="none")
     low, high = vertices.min(axis=0), vertices.max(axis=0)
     center = (low + high) / 2
     size = (
@@ -315,20 +319,21 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
         else float((high - low).max()) / 2
     )
     if not 1e-12 < size < 1e12:
-        raise AssetError(f"expected an object with a size, but found one of {size:.3g} units")
+        raise AssetError(expected="an object of finite, nonzero size", found=f"{size:.3g} units")
     steps = size / max(float(np.abs(center).max()), 1e-300) * 2**24
     if steps < MIN_STEPS:
         raise AssetError(
-            f"lies {np.abs(center).max() / size:.3g} times its size from the origin, where float32 tells only "
-            f"{steps:.0f} positions across it apart: move it to the origin in the program that made it"
+            f"the object is {np.abs(center).max() / size:.3g} times its size from the origin, where float32 resolves "
+            f"only {steps:.0f} positions across it",
+            remedy="move it to the origin and export it again",
         )
-    triangles = sum(len(corners) for _, corners in parts)
+    triangles = sum(len(corners) for _, corners in meshes)
     if triangles > MAX_TRIANGLES:
-        raise AssetError(f"is huge: expected at most {MAX_TRIANGLES} triangles, but found {triangles}")
+        raise AssetError(expected=f"at most {MAX_TRIANGLES} triangles", found=triangles)
     root = bpy.data.objects.new("normalize", None)
-    for thing in bpy.context.scene.objects:
-        if thing.parent is None:
-            thing.parent = root
+    for obj in bpy.context.scene.objects:
+        if obj.parent is None:
+            obj.parent = root
     bpy.context.scene.collection.objects.link(root)
     root.matrix_world = mathutils.Matrix.Scale(1 / size, 4) @ mathutils.Matrix.Translation(-center)
     bpy.context.view_layer.update()
@@ -337,7 +342,7 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
 
 
 def _is_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Return which triangles (n, 3) have no area relative to their longest side squared."""
+    """Return a mask of degenerate triangles (n, 3), whose area is 0 relative to their longest side squared."""
     a, b, c = (points[corners[:, i]] for i in range(3))
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     sides = [((b - a) ** 2).sum(axis=1), ((c - b) ** 2).sum(axis=1), ((a - c) ** 2).sum(axis=1)]
@@ -345,39 +350,39 @@ def _is_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) ->
 
 
 def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]]:
-    """Yield (n, 3) world positions and (m, 3) triangles of every visible object, modifiers and instances included.
+    """Yield (n, 3) world positions and (m, 3) triangles of every visible object, with modifiers and instances applied.
 
-    Corners are in counterclockwise order seen from the front of a triangle.
+    Corners are in counterclockwise order from the front side.
     """
     depsgraph = bpy.context.evaluated_depsgraph_get()
     for instance in depsgraph.object_instances:
-        thing = instance.object
-        if thing.original.hide_render or thing.type not in _WITH_FACES:
+        obj = instance.object
+        if obj.original.hide_render or obj.type not in _SURFACE_TYPES:
             continue
-        mesh = thing.to_mesh()
+        mesh = obj.to_mesh()
         if mesh is not None and len(mesh.polygons):
             flat = np.empty(len(mesh.vertices) * 3, dtype=np.float32)
             mesh.vertices.foreach_get("co", flat)
             mesh.calc_loop_triangles()
             corners = np.empty(len(mesh.loop_triangles) * 3, dtype=np.int32)
             mesh.loop_triangles.foreach_get("vertices", corners)
-            corners = _visible_triangles(thing, mesh, corners.reshape(-1, 3))
+            corners = _visible_triangles(obj, mesh, corners.reshape(-1, 3))
             matrix = np.array(instance.matrix_world, dtype=np.float64)
             used = np.zeros(len(mesh.vertices), dtype=bool)
-            used[corners] = True  # scans have points, and CAD files lines, that no face uses
+            used[corners] = True  # scans and CAD files may have vertices without faces
             points = flat.reshape(-1, 3)[used].astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
             if np.linalg.det(matrix[:3, :3]) < 0:
-                corners = corners[:, ::-1]  # mirroring reverses the order
+                corners = corners[:, ::-1]  # mirroring reverses the corner order
             if len(corners):
                 yield points, (np.cumsum(used, dtype=np.int32) - 1)[corners]
-        thing.to_mesh_clear()
+        obj.to_mesh_clear()
 
 
 def _visible_triangles(
-    thing: bpy.types.Object, mesh: bpy.types.Mesh, corners: npt.NDArray[np.int32]
+    obj: bpy.types.Object, mesh: bpy.types.Mesh, corners: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int32]:
-    """Return the triangles (n, 3) of a mesh whose material is not fully transparent."""
-    clear = np.array([bool(slot.material) and _is_clear(slot.material) for slot in thing.material_slots])
+    """Return the triangles of a mesh whose material is not fully transparent."""
+    clear = np.array([bool(slot.material) and _is_clear(slot.material) for slot in obj.material_slots])
     if not clear.any():
         return corners
     slots = np.empty(len(corners), dtype=np.int32)

@@ -1,6 +1,6 @@
-"""Blender side: depth and normals of the view that was rendered last, from the same samples as its colors. Needs bpy.
+"""Depth and normal passes of the last rendered view. Requires bpy.
 
-Blender hands passes out as an OpenEXR file only; the OpenImageIO that comes with Blender reads it.
+Blender exports passes only as OpenEXR files, which Blender's own OpenImageIO reads.
 """
 
 import os
@@ -12,16 +12,16 @@ import bpy
 import numpy as np
 import numpy.typing as npt
 
-#: A surface of less opacity is not there: 8 bits would not show it. More than that must not be looked through, for
-#: Cycles does so by chance, sample by sample.
+#: Opacity from which on a surface is included in the passes. Lower opacities round to 0 in 8 bits; for higher
+#: thresholds, Cycles skips transparent surfaces at random per sample.
 _OPACITY = 1 / 512
 
-#: Cycles gives this depth, or more, where it meets nothing.
+#: Minimum depth that Cycles writes for pixels without a surface.
 _NOTHING = 1e9
 
 
 def enable_passes(*, normals: bool) -> None:
-    """Have Cycles keep the depth of each pixel, and its normals; to be called once the scene is set up."""
+    """Enable the depth pass and optionally the normal pass. Call it after ``set_up_scene``."""
     layer = bpy.context.scene.view_layers[0]
     layer.use_pass_z, layer.use_pass_normal = True, normals
     layer.pass_alpha_threshold = _OPACITY
@@ -30,19 +30,18 @@ def enable_passes(*, normals: bool) -> None:
 def read_geometry(
     alpha: npt.NDArray[np.uint8], scratch: Path
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
-    """Return what the view that was rendered last shows as geometry.
+    """Return depth and normals of the last rendered view.
 
-    Cycles' depth is that of its first sample, which goes through the pixel's center, along the camera's z axis. Its
-    normals are those of the shading, on the side that the camera sees; they are averages over the pixel, and made of
-    length 1 again here.
+    Depth is that of Cycles' first sample, through the pixel's center, along the camera's z axis. Normals are shading
+    normals that face the camera, averaged over the pixel and normalized.
 
     Args:
         alpha: (H, W) alpha of the view.
-        scratch: Folder for Blender's own file.
+        scratch: Folder for a temporary file.
 
     Returns:
-        (H, W) depth in scene units, and (H, W, 3) world normals if they are kept; 0 where alpha is 0 or nothing is at
-        the pixel's center.
+        (H, W) depth in scene units, and (H, W, 3) world normals if enabled; 0 where alpha is 0 or the pixel's center
+        shows no surface.
     """
     passes = _read(scratch)
     depth = passes["Depth"][..., 0]
@@ -55,7 +54,7 @@ def read_geometry(
 
 
 def _read(scratch: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """Write the passes of the last image to a file and read them: name -> (H, W, channels)."""
+    """Export and read the passes of the last image: name -> (H, W, channels)."""
     path = os.fspath(scratch / "passes.exr")
     image = bpy.context.scene.render.image_settings
     kept = {
@@ -72,13 +71,13 @@ def _read(scratch: Path) -> dict[str, npt.NDArray[np.float32]]:
     oiio = _open_image_io()
     file = oiio.ImageInput.open(path)
     if file is None:
-        raise RuntimeError(f"passes cannot be read: {oiio.geterror()}")
+        raise RuntimeError(f"cannot read the passes: {oiio.geterror()}")
     passes: dict[str, npt.NDArray[np.float32]] = {}
-    while file.seek_subimage(len(passes), 0):  # a part a pass, of channels such as ViewLayer.Normal.X
+    while file.seek_subimage(len(passes), 0):  # one part per pass, with channels such as ViewLayer.Normal.X
         names = file.spec().channelnames
         pixels = file.read_image(len(passes), 0, 0, len(names), oiio.FLOAT)
         if pixels is None:
-            raise RuntimeError(f"passes cannot be read: {file.geterror()}")
+            raise RuntimeError(f"cannot read the passes: {file.geterror()}")
         passes[names[0].split(".")[-2]] = pixels
     file.close()
     Path(path).unlink()
@@ -86,7 +85,7 @@ def _read(scratch: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def _open_image_io() -> ModuleType:
-    """Import Blender's own OpenImageIO, which its wheel keeps apart."""
+    """Import the OpenImageIO inside Blender's wheel."""
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     folder = os.path.join(bpy.utils.resource_path("LOCAL"), "python", "lib", python, "site-packages")
     if folder not in sys.path:

@@ -1,8 +1,7 @@
-"""A Blender process seen from outside: start it, have objects rendered one at a time, bound what each may take.
+"""The driver's side of a Blender process: start it, render one object at a time, enforce time and memory limits.
 
-The process is ``data_tools.blender.worker``. It speaks lines of JSON on its standard output, and an object's members
-follow their line as plain bytes. A process that dies, takes too long or too much memory costs the object it was at.
-Needs no bpy.
+The process runs ``data_tools.blender.worker``. Requests and responses are lines of JSON; a response is followed by the
+bytes of the sample's members. A crash or an exceeded limit fails only the current object. Does not require bpy.
 """
 
 import dataclasses
@@ -21,38 +20,38 @@ from data_tools.rendering.settings import RenderSettings
 from lrm_pl.errors import InputError
 from lrm_pl.scratch import ScratchFolder
 
-#: Seconds that Blender gets to start.
+#: Time limit for Blender's start in seconds.
 START_LIMIT_S = 300.0
 
-#: Samples of pixels that any machine computes in a second: a tenth of what a busy core does.
+#: Assumed minimum rendering speed in pixel samples per second, a tenth of that of a loaded core.
 SAMPLES_PER_S = 200_000
 
-#: Characters of Blender's log that a reason quotes, and that are kept of each object that failed.
+#: Characters of Blender's log that a reason quotes, and that are kept for each failed object.
 _TAIL_LENGTH, _LOG_LENGTH = 600, 100_000
 
-#: Seconds between two looks at a process's memory.
-_LOOK_S = 0.1
+#: Interval of memory checks in seconds.
+_MEMORY_CHECK_S = 0.1
 
 _PREFIX = "lrm-blender-"
 
-#: What a process runs.
+#: Command of a process.
 COMMAND = (sys.executable, "-m", "data_tools.blender.worker")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class BlenderError(InputError):
-    """Blender does not start."""
+    """Blender cannot be started."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one object may take.
+    """Limits per object.
 
     Attributes:
-        time_s: Seconds.
-        memory_gb: Resident memory of its process, GB.
-        objects: Objects that a process serves before another takes its place; Blender keeps some memory of each.
+        time_s: Time in seconds.
+        memory_gb: Resident memory of the process in GB.
+        objects: Objects after which a process is restarted, because Blender does not free all memory.
     """
 
     time_s: float = 600.0
@@ -61,10 +60,10 @@ class Limits:
 
 
 def time_limit_s(settings: RenderSettings) -> float:
-    """Return the seconds that one object may take unless the user says otherwise: those of ``Limits``, and its samples.
+    """Return the default time limit per object: that of ``Limits`` plus a time proportional to its samples.
 
-    A busy core computes two million samples per second (64 views of 512 x 512 pixels, 16 samples per pixel, eight
-    processes on two cores: 130 s).
+    A loaded core computes two million samples per second (64 views of 512 x 512 pixels with 16 samples per pixel take
+    130 s with eight processes on two cores).
     """
     samples = settings.views * settings.resolution**2 * settings.samples
     return Limits.time_s + samples / SAMPLES_PER_S
@@ -72,20 +71,20 @@ def time_limit_s(settings: RenderSettings) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class RenderResult:
-    """What became of one asset.
+    """Result of rendering one asset.
 
     Attributes:
         asset: The asset.
-        kind: "done"; "failed": the object is at fault, and would be again; "crashed": its process ended;
-            "unreachable": it could not be downloaded; "no space".
-        reason: Why, where it is not done.
-        members: The sample's members, where it is done.
-        log: What Blender printed, where it is not done.
-        cycles_s: Seconds that Cycles itself took, where it is done.
+        status: "done"; "failed": the asset is invalid, retries are useless; "crashed": the process ended;
+            "unreachable": the download failed; "no space": the disk is full.
+        reason: Reason, unless done.
+        members: Members of the sample, if done.
+        log: Blender's output, unless done.
+        cycles_s: Render time of Cycles in seconds, if done.
     """
 
     asset: Asset
-    kind: Literal["done", "failed", "crashed", "unreachable", "no space"]
+    status: Literal["done", "failed", "crashed", "unreachable", "no space"]
     reason: str = ""
     members: dict[str, bytes] = dataclasses.field(default_factory=dict)
     log: str = ""
@@ -93,11 +92,11 @@ class RenderResult:
 
 
 class BlenderProcess:
-    """One Blender process; a context manager that ends it.
+    """A running Blender process.
 
     Attributes:
         renderer: Name of its renderer.
-        served: Objects that it was given.
+        served: Number of objects sent to it.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class BlenderProcess:
         scratch = self._folder.path / "scratch"
         scratch.mkdir()
         self._log = tempfile.TemporaryFile()
-        self._mark = 0
+        self._log_start = 0
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -116,8 +115,8 @@ class BlenderProcess:
             stderr=self._log,
             cwd=REPOSITORY,
             env=os.environ
-            | {"TMPDIR": str(self._folder.path)},  # Blender leaves a folder behind when it is killed
-            start_new_session=True,  # Ctrl-C is the driver's to handle
+            | {"TMPDIR": str(self._folder.path)},  # Blender does not remove its temporary folder when killed
+            start_new_session=True,  # the driver handles Ctrl-C
         )
         record = {
             "assets": str(assets.resolve()),
@@ -125,59 +124,59 @@ class BlenderProcess:
             "threads": threads,
             "settings": dataclasses.asdict(settings),
         }
-        hello = self._ask(record, Limits(time_s=START_LIMIT_S))
-        if isinstance(hello, str):
-            tail = self._tail()
+        response = self._request(record, Limits(time_s=START_LIMIT_S))
+        if isinstance(response, str):
+            tail = self._last_output()
             self.close()
             raise BlenderError(
-                expected=f"Blender to start with {command[0]}",
-                found=f"that it {hello}",
-                remedy=(
-                    f"its last lines: {tail}\nremedy: run `make .venv-render`, which installs bpy and the "
-                    "system libraries that it links, and then `.venv-render/bin/python -m data_tools render`"
-                ),
+                f"Blender did not start with {command[0]}: it {response}. Last output:\n{tail}",
+                remedy="run `make .venv-render` to install bpy and its system libraries, then "
+                "`.venv-render/bin/python -m data_tools render`",
             )
-        self.renderer = str(hello["renderer"])
+        self.renderer = str(response["renderer"])
 
     def render(self, asset: Asset, limits: Limits) -> RenderResult:
-        """Render one asset; never raises for what the asset does."""
+        """Render one asset. Errors of the asset are returned, not raised."""
         self.served += 1
         self._log.seek(0, os.SEEK_END)
-        self._mark = self._log.tell()
-        answer = self._ask(dataclasses.asdict(asset), limits)
-        if isinstance(answer, str):
+        self._log_start = self._log.tell()
+        response = self._request(dataclasses.asdict(asset), limits)
+        if isinstance(response, str):
             return RenderResult(
-                asset, "crashed", f"Blender {answer}; its last lines: {self._tail()}", log=self._printed()
+                asset,
+                "crashed",
+                f"Blender {response}. Last output: {self._last_output()}",
+                log=self._output(),
             )
-        if answer["outcome"] != "done":
-            return RenderResult(asset, answer["outcome"], answer["reason"], log=self._printed())
-        return RenderResult(asset, "done", members=answer["members"], cycles_s=answer["cycles_s"])
+        if response["status"] != "done":
+            return RenderResult(asset, response["status"], response["reason"], log=self._output())
+        return RenderResult(asset, "done", members=response["members"], cycles_s=response["cycles_s"])
 
     def is_alive(self) -> bool:
-        """Say whether the process can take another asset."""
+        """Return whether the process is running."""
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End the process now, and remove its folder."""
+        """Kill the process and remove its folder."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
             assert pipe is not None
             try:
                 pipe.close()
-            except BrokenPipeError:  # what was still to be said to it is of no use now
+            except BrokenPipeError:  # unsent data can be discarded
                 continue
         self._folder.remove()
 
-    def _ask(self, record: dict[str, Any], limits: Limits) -> dict[str, Any] | str:
-        """Send a line and wait for the answer; a string says why there is none (the process is dead then)."""
+    def _request(self, record: dict[str, Any], limits: Limits) -> dict[str, Any] | str:
+        """Send a request and return the response; after a failure the process is dead, and the reason is returned."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(record).encode() + b"\n")
             self._process.stdin.flush()
-            return self._answer(limits)
+            return self._read_response(limits)
         except BrokenPipeError:
-            return self._ending()
+            return self._exit_reason()
         except TimeoutError:
             self._process.kill()
             self._process.wait()
@@ -185,17 +184,21 @@ class BlenderProcess:
         except MemoryError as error:
             self._process.kill()
             self._process.wait()
-            return f"took {error} GB of memory, more than {limits.memory_gb:g} GB"
+            return f"used {error} GB of memory, more than {limits.memory_gb:g} GB"
 
-    def _answer(self, limits: Limits) -> dict[str, Any] | str:
-        """Read one answer and the members that follow it.
+    def _read_response(self, limits: Limits) -> dict[str, Any] | str:
+        """Read one response and the members that follow it.
 
         Raises:
-            TimeoutError: It takes too long.
-            MemoryError: The process takes too much memory; the message is how much, in GB.
+            TimeoutError: The time limit is exceeded.
+            MemoryError: The memory limit is exceeded; the message is the memory in GB.
         """
         assert self._process.stdout is not None
-        pipe, give_up, received = self._process.stdout.fileno(), time.monotonic() + limits.time_s, bytearray()
+        pipe, deadline, received = (
+            self._process.stdout.fileno(),
+            time.monotonic() + limits.time_s,
+            bytearray(),
+        )
         header: dict[str, Any] | None = None
         needed = 0
         with selectors.DefaultSelector() as selector:
@@ -207,12 +210,12 @@ class BlenderProcess:
                     needed = sum(header.get("members", {}).values())
                 if header is not None and len(received) >= needed:
                     break
-                if time.monotonic() > give_up:
+                if time.monotonic() > deadline:
                     raise TimeoutError
-                if selector.select(_LOOK_S):
+                if selector.select(_MEMORY_CHECK_S):
                     chunk = os.read(pipe, 1 << 20)
                     if not chunk:
-                        return self._ending()
+                        return self._exit_reason()
                     received += chunk
                 if (used := self._resident_gb()) > limits.memory_gb:
                     raise MemoryError(f"{used:.1f}")
@@ -222,20 +225,20 @@ class BlenderProcess:
             at += size
         return header | {"members": members}
 
-    def _ending(self) -> str:
-        return f"ended with {self._process.wait()}"
+    def _exit_reason(self) -> str:
+        return f"exited with status {self._process.wait()}"
 
     def _resident_gb(self) -> float:
         try:
             pages = int(Path(f"/proc/{self._process.pid}/statm").read_bytes().split()[1])
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended, or this system has no /proc
+        except (FileNotFoundError, ProcessLookupError):  # the process has ended, or the system has no /proc
             return 0.0
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
-    def _printed(self) -> str:
+    def _output(self) -> str:
         self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(self._mark, self._log.tell() - _LOG_LENGTH))
+        self._log.seek(max(self._log_start, self._log.tell() - _LOG_LENGTH))
         return self._log.read().decode(errors="replace")
 
-    def _tail(self) -> str:
-        return self._printed()[-_TAIL_LENGTH:].strip()
+    def _last_output(self) -> str:
+        return self._output()[-_TAIL_LENGTH:].strip()

@@ -1,7 +1,6 @@
-"""Blender side: a scene lit by uniform white light, and one view of it as an RGBA array. Needs bpy.
+"""Scene setup with uniform white light, and rendering of views as RGBA arrays. Requires bpy.
 
-Uniform light of strength 1 and the Standard view transform make a matt surface come back in its own sRGB
-color.
+With uniform light of strength 1 and the Standard view transform, a matte surface renders in its own sRGB color.
 """
 
 import contextlib
@@ -23,27 +22,27 @@ from lrm_pl.data.geometry_views import MIN_DEPTH
 
 SENSOR_MM = 36.0
 
-#: Pixels around the object's bounding box that are rendered too: more than the pixel filter reaches.
+#: Margin in pixels around the object's bounding box that is rendered, wider than the pixel filter.
 MARGIN_PX = 2.0
 
 
 def choose_device() -> str:
-    """Choose the device of the running Blender; see ``device.enable_gpus``."""
+    """Enable GPUs and return the device; see ``device.enable_gpus``."""
     return enable_gpus(bpy.context.preferences.addons["cycles"].preferences)
 
 
 def renderer_name(device: str) -> str:
-    """Name what makes the pixels: ``blender 5.0.1 cycles cpu``."""
+    """Return the renderer's name, for example ``blender 5.0.1 cycles cpu``."""
     return f"blender {bpy.app.version_string} cycles {device}"
 
 
 def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> None:
-    """Set every option that decides pixels; nothing is left to Blender's defaults that matters.
+    """Set all options that affect pixels, independent of Blender's defaults.
 
     Args:
-        device: As from ``choose_device``.
+        device: Device from ``choose_device``.
         resolution: Side of the image, pixels.
-        samples: Samples a pixel.
+        samples: Samples per pixel.
         threads: CPU threads.
     """
     scene = bpy.context.scene
@@ -58,16 +57,16 @@ def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> No
     render.use_compositing = render.use_sequencer = render.use_motion_blur = render.use_simplify = False
     render.use_persistent_data = True  # keeps the scene and its BVH between the views of one object
     render.threads_mode, render.threads = "FIXED", threads
-    # a fixed number of independent samples: what a pixel costs and means does not depend on the image
+    # a fixed number of independent samples per pixel, for uniform cost and noise
     cycles.samples = samples
     cycles.use_adaptive_sampling = cycles.use_denoising = False
     cycles.sampling_pattern = "TABULATED_SOBOL"
     cycles.pixel_filter_type, cycles.filter_width = "BLACKMAN_HARRIS", 1.5
     cycles.max_bounces = cycles.transmission_bounces = 4
     cycles.diffuse_bounces = cycles.glossy_bounces = 2
-    cycles.transparent_max_bounces = 1024  # Cycles draws what lies behind so many layers black
+    cycles.transparent_max_bounces = 1024  # surfaces behind more layers would render black
     cycles.volume_bounces = 0
-    # without them no light comes to what lies behind glass; in uniform light they add no noise
+    # needed to light objects behind glass; they add no noise in uniform light
     cycles.caustics_reflective = cycles.caustics_refractive = True
     scene.display_settings.display_device = "sRGB"
     view = scene.view_settings
@@ -91,7 +90,7 @@ def add_camera() -> None:
 
 @contextlib.contextmanager
 def cycles_clock() -> Iterator[list[float]]:
-    """Note the seconds of each image between Blender's handing over to Cycles and Cycles' last pixel."""
+    """Record the render time of each image in seconds, without Blender's own overhead."""
     seconds, start = list[float](), [0.0]
 
     def begin(*_: object) -> None:
@@ -122,9 +121,9 @@ def render_view(
     Args:
         c2w: (4, 4) OpenCV pose.
         focal: Focal length in image sides.
-        half_extent: (3,) half sides of the object's bounding box about the origin; only there is rendered.
+        half_extent: (3,) half sides of the object's bounding box, centered at the origin; limits the rendered region.
         seed: Seed of Cycles.
-        scratch: Folder for Blender's own file; Blender hands its pixels out no other way.
+        scratch: Folder for a temporary file, the only way to read pixels from Blender.
 
     Returns:
         (H, W, 4) uint8, sRGB, straight alpha; (0, 0, 0) where alpha is 0.
@@ -154,6 +153,6 @@ def _white_world() -> None:
     background = world.node_tree.nodes["Background"]
     background.inputs["Color"].default_value = (1.0, 1.0, 1.0, 1.0)
     background.inputs["Strength"].default_value = 1.0
-    # every direction is equally bright: picking directions by brightness would only add noise
+    # importance sampling would only add noise in uniform light
     world.cycles.sampling_method = "NONE"
     bpy.context.scene.world = world

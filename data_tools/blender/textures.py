@@ -1,14 +1,6 @@
-"""Blender side: the images of materials, where Blender's importers or Cycles take them otherwise. Needs bpy.
+"""Correction of textures that Blender's importers or Cycles interpret differently. Requires bpy.
 
-| the file says                                     | Blender                     | here                             |
-|---------------------------------------------------|-----------------------------|----------------------------------|
-| one image is both a color and data (roughness)  | its color is taken for data | each as it is meant              |
-| a color texture with alpha that nothing asks for  | darkened by the alpha       | its color                        |
-| MTL ``map_d``, an image without alpha            | opaque                      | its brightness is the opacity    |
-| an alpha that is 0 in all of a color texture      | invisible                   | opaque                           |
-| MTL ``-clamp on``                                 | the image is repeated     | its edge goes on                 |
-| a bump map, which is heights, in MTL and FBX      | a normal map: dark faces    | left out: even light shows none  |
-| a name that differs in case; a path of Windows    | magenta                     | the file, where it is beside     |
+``data_tools/blender/README.md`` lists the corrections.
 """
 
 from collections.abc import Container, Iterator
@@ -22,17 +14,17 @@ from data_tools.assets.obj_materials import find_file
 
 
 def find_textures(folder: Path) -> None:
-    """Look for the images that are not where they should be: other spellings, and the ends of their paths.
+    """Find missing images by other spellings of their paths and by the last parts of their paths.
 
     Args:
-        folder: Where the mesh lies.
+        folder: Folder of the mesh.
     """
     for image in list(bpy.data.images):
-        wanted = Path(bpy.path.abspath(image.filepath))
-        if not image.filepath or image.packed_file or wanted.is_file():
+        path = Path(bpy.path.abspath(image.filepath))
+        if not image.filepath or image.packed_file or path.is_file():
             continue
-        inside = wanted.relative_to(folder) if wanted.is_relative_to(folder) else wanted
-        windows = PureWindowsPath(inside)
+        relative = path.relative_to(folder) if path.is_relative_to(folder) else path
+        windows = PureWindowsPath(relative)
         parts = windows.parts[bool(windows.anchor) :]
         ends = ["/".join(parts[start:]) for start in range(len(parts)) if ".." not in parts[start:]]
         if found := next(filter(None, (find_file(folder, end) for end in ends)), None):
@@ -43,16 +35,16 @@ def find_textures(folder: Path) -> None:
 
 
 def ignore_color_alpha() -> None:
-    """Keep alpha from darkening colors; where it is meant it is linked on its own."""
+    """Disable the premultiplication of colors by alpha; a used alpha has its own link."""
     for image in bpy.data.images:
         if image.alpha_mode == "STRAIGHT":
             image.alpha_mode = "CHANNEL_PACKED"
 
 
 def link_opacity_masks() -> None:
-    """Take the brightness of an opacity texture for the opacity, where the image has no alpha of its own.
+    """Use the brightness of opacity textures without alpha as opacity.
 
-    An alpha channel of zeros is ignored: some programs leave the fourth byte of BMP and TGA files unset.
+    An alpha channel of zeros is ignored: some programs do not set the fourth byte of BMP and TGA files.
     """
     for material, node in _textures():
         color, alpha = node.outputs["Color"], node.outputs["Alpha"]
@@ -72,7 +64,7 @@ def link_opacity_masks() -> None:
 
 
 def remove_bump_maps() -> None:
-    """Take away the normal maps that are none: the colors of one are a little around (0.5, 0.5, 1)."""
+    """Remove bump maps that are imported as normal maps, whose mean color would be near (0.5, 0.5, 1)."""
     for material, node in list(_textures()):
         for link in list(node.outputs["Color"].links):
             if link.to_node.type == "NORMAL_MAP" and node.image.size[0]:
@@ -82,25 +74,25 @@ def remove_bump_maps() -> None:
 
 
 def _pixels(image: bpy.types.Image) -> npt.NDArray[np.float32]:
-    """Return the (n, 4) values of an image as its file holds them."""
+    """Return the (n, 4) stored pixel values of an image."""
     pixels = np.empty(len(image.pixels), dtype=np.float32)
     image.pixels.foreach_get(pixels)
     return pixels.reshape(-1, 4)
 
 
-def clamp_textures(images: Container[str]) -> None:
-    """Let the edges of some images go on, where others are repeated.
+def clamp_textures(paths: Container[str]) -> None:
+    """Set textures to clamp instead of repeat.
 
     Args:
-        images: Their paths.
+        paths: Paths of their images.
     """
     for _, node in _textures():
-        if str(Path(bpy.path.abspath(node.image.filepath))) in images:
+        if str(Path(bpy.path.abspath(node.image.filepath))) in paths:
             node.extension = "EXTEND"
 
 
 def assign_color_spaces() -> None:
-    """Give each texture an image of the color space that it is meant in: one may be used as both."""
+    """Set the color space of each texture by its use; an image used as color and as data is copied."""
     copies = dict[tuple[bpy.types.Image, bool], bpy.types.Image]()
     for _, node in _textures():
         image, color = node.image, node.outputs["Color"]
@@ -116,7 +108,7 @@ def assign_color_spaces() -> None:
 
 
 def _textures() -> Iterator[tuple[bpy.types.Material, bpy.types.ShaderNodeTexImage]]:
-    """Yield the materials and their textures that have an image."""
+    """Yield all texture nodes with an image, and their materials."""
     for material in bpy.data.materials:
         for node in material.node_tree.nodes if material.node_tree else ():
             if node.type == "TEX_IMAGE" and node.image:
@@ -124,7 +116,7 @@ def _textures() -> Iterator[tuple[bpy.types.Material, bpy.types.ShaderNodeTexIma
 
 
 def _reaches_color(socket: bpy.types.NodeSocket) -> bool:
-    """Say whether an output ends in a color of a shader, through whatever nodes."""
+    """Return whether an output is connected, directly or indirectly, to a color input of a shader."""
     for link in socket.links:
         node, target = link.to_node, link.to_socket
         if any(output.type == "SHADER" for output in node.outputs):

@@ -1,9 +1,9 @@
-"""A long-lived Blender process that renders one asset after another: ``python -m data_tools.blender.worker``.
+"""Blender process that renders one asset after another: ``python -m data_tools.blender.worker``.
 
-It speaks lines of JSON. First line in: where things are and the settings; first line out: the renderer's name.
-After that each line in is an asset, each line out its outcome, with the sizes of the sample's members, which follow as
-plain bytes. When standard input closes (also because the driver was killed) the process ends at once, in the middle of
-an object too. Everything that Blender prints goes to standard error.
+Requests and responses are lines of JSON on standard input and output. The first request is a ``WorkerSetup``, and its
+response has the renderer's name. Each further request is an asset. Its response has the status and the sizes of the
+sample's members, whose bytes follow. The process exits at once when standard input closes, even while rendering.
+Blender's output goes to standard error.
 """
 
 import dataclasses
@@ -35,18 +35,18 @@ from lrm_pl.errors import InputError
 from lrm_pl.meshing.triangles import sample_surface
 from lrm_pl.storage import MissingError, StoreError
 
-#: With less room than this in the scratch folder, bytes, an object that fails has failed for want of it.
-_ROOM = 1 << 20
+#: Free bytes in the scratch folder below which a failure is attributed to a full disk.
+_MIN_FREE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerSetup:
-    """What a worker is told before its first asset.
+    """First request to a worker.
 
     Attributes:
         assets: Absolute path of the assets folder.
-        scratch: Absolute path of a folder for this worker alone; what holds it goes with the worker.
-        threads: CPU threads that it may use.
+        scratch: Absolute path of the worker's temporary folder; its parent is removed at exit.
+        threads: Number of CPU threads.
         settings: Settings of the run.
     """
 
@@ -57,44 +57,42 @@ class WorkerSetup:
 
 
 def main() -> None:
-    """Serve until standard input closes."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(
-        sys.stderr.fileno(), sys.stdout.fileno()
-    )  # Blender's C++ prints to descriptor 1, whatever sys.stdout is
+    """Process requests until standard input closes."""
+    responses = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Blender's C++ code prints to descriptor 1
     record = json.loads(sys.stdin.readline())
     setup = WorkerSetup(**record | {"settings": RenderSettings(**record["settings"])})
-    lines = _read_lines_aside(sys.stdin, setup.scratch)
+    lines = _start_reader(sys.stdin, setup.scratch)
     from data_tools.blender.scene import choose_device, renderer_name  # loads Blender
 
     renderer = renderer_name(choose_device())
-    _answer(answers, {"renderer": renderer}, {})
+    _respond(responses, {"renderer": renderer}, {})
     while True:
         asset = Asset(**json.loads(lines.get()))
         print(f"--- {asset.id} ({asset.file})", file=sys.stderr, flush=True)
-        outcome, reason, cycles_s, members = _try_render(asset, setup, renderer)
-        _answer(answers, {"outcome": outcome, "reason": reason, "cycles_s": cycles_s}, members)
+        status, reason, cycles_s, members = _try_render(asset, setup, renderer)
+        _respond(responses, {"status": status, "reason": reason, "cycles_s": cycles_s}, members)
 
 
 def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Sample, float]:
-    """Render all views of one asset in a scene of its own.
+    """Render all views of one asset in a new scene.
 
     Returns:
-        The sample, and the seconds that Cycles itself took.
+        The sample, and the render time of Cycles in seconds.
 
     Raises:
-        AssetError: The asset cannot be imported, is empty, or no view shows anything.
-        InputError: It is not the file that it should be, or cannot be downloaded.
+        AssetError: The asset cannot be imported or is empty, or all views are transparent.
+        InputError: The mesh file is missing, cannot be downloaded, or differs from the asset list.
     """
-    from data_tools.blender import load_asset, passes
-    from data_tools.blender import scene as blender_scene
+    from data_tools.blender import passes, scene
+    from data_tools.blender.load_asset import load_asset, world_meshes
 
     settings = setup.settings
     seed = derive_seed(settings.seed, asset.id)
     cameras = draw_cameras(settings.cameras, settings.views, np.random.default_rng(seed))
     path, sha256 = _mesh_file(asset, setup)
     check_mesh_file(path)
-    half_extent, mesh = load_asset.load_asset(
+    half_extent, mesh = load_asset(
         path,
         settings.normalize,
         Path(setup.scratch if asset.is_remote else setup.assets),
@@ -103,18 +101,16 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
     extras = dict[str, bytes]()
     if settings.surface:
         rng = np.random.default_rng(derive_seed(settings.seed, asset.id, SURFACE_MEMBER))
-        extras[SURFACE_MEMBER] = encode_surface(
-            *sample_surface(load_asset.world_meshes(), SURFACE_POINTS, rng)
-        )
-    device = blender_scene.choose_device()
-    blender_scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
-    blender_scene.add_camera()
+        extras[SURFACE_MEMBER] = encode_surface(*sample_surface(world_meshes(), SURFACE_POINTS, rng))
+    device = scene.choose_device()
+    scene.set_up_scene(device, settings.resolution, settings.samples, setup.threads)
+    scene.add_camera()
     if settings.depth or settings.normals:
         passes.enable_passes(normals=settings.normals)
     images, scratch = list[npt.NDArray[np.uint8]](), Path(setup.scratch)
-    with blender_scene.cycles_clock() as cycles_s:
+    with scene.cycles_clock() as cycles_s:
         for view in range(settings.views):
-            image = blender_scene.render_view(
+            image = scene.render_view(
                 cameras.c2w[view],
                 float(cameras.fxfycxcy[view, 0]),
                 half_extent,
@@ -127,7 +123,7 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
                 extras |= {depth_member(view): encode_depth(depth)} if settings.depth else {}
                 extras |= {normal_member(view): encode_normals(normals)} if normals is not None else {}
     if not any(image[..., 3].any() for image in images):
-        raise AssetError(f"renders to nothing: all {settings.views} views are transparent")
+        raise AssetError(f"not visible: all {settings.views} views are transparent")
     info = SampleInfo(
         id=asset.id,
         **asset.record(),
@@ -147,23 +143,23 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
 
 
 def _mesh_file(asset: Asset, setup: WorkerSetup) -> tuple[Path, str]:
-    """Return where the mesh lies, and its sha256; a remote one is brought here first.
+    """Return the path and sha256 of the mesh, which is downloaded first if it is remote.
 
     Raises:
-        InputError: It is another file, or cannot be downloaded.
+        InputError: The file is missing, cannot be downloaded, or has another hash.
     """
     if asset.is_remote:
         path = Path(setup.scratch) / f"{asset.id}{Path(asset.file).suffix.lower()}"
         return path, download(asset.file, path, sha256=asset.sha256 or None)
     path = Path(setup.assets) / asset.file
     if not path.is_file():
-        raise InputError(expected=f"the mesh at {path}", found="no file", remedy="put it there")
+        raise InputError(expected=f"a mesh at {path}", found="no file")
     found = hash_file(path)
     if asset.sha256 and found != asset.sha256:
         raise InputError(
-            expected=f"sha256 {asset.sha256} as listed",
+            expected=f"sha256 {asset.sha256} as in the asset list",
             found=found,
-            remedy="fetch the file again, or mend its row",
+            remedy="fetch the file again or correct the list",
         )
     return path, found
 
@@ -178,23 +174,23 @@ def _try_render(
         return "failed", str(error), 0.0, {}
     except StoreError as error:
         return "unreachable", str(error), 0.0, {}
-    except (AssetError, InputError) as error:
+    except InputError as error:
         return "failed", str(error), 0.0, {}
-    except Exception as error:  # whatever one asset does to Blender, the next one is still rendered
+    except Exception as error:  # any error of one asset must not stop the others
         traceback.print_exc()
         full = os.strerror(errno.ENOSPC)
-        # Blender does not always say so: then what it wrote cannot be read, and still takes the last room
-        short = shutil.disk_usage(setup.scratch).free < _ROOM
+        # Blender may not report a full disk; then the file that it wrote is unreadable
+        short = shutil.disk_usage(setup.scratch).free < _MIN_FREE_BYTES
         if short or getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
             return "no space", f"{setup.scratch}: {error}", 0.0, {}
         return "failed", f"{type(error).__name__}: {str(error).strip()}", 0.0, {}
     finally:
-        for path in Path(setup.scratch).iterdir():  # the next object finds an empty folder
+        for path in Path(setup.scratch).iterdir():  # start the next object with an empty folder
             path.unlink()
 
 
-def _read_lines_aside(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
-    """Read lines in a thread, which ends the process as soon as the driver is gone."""
+def _start_reader(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
+    """Read lines in a thread, which exits the process when the stream closes."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
@@ -207,7 +203,7 @@ def _read_lines_aside(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
     return lines
 
 
-def _answer(stream: BinaryIO, record: dict[str, Any], members: Mapping[str, bytes]) -> None:
+def _respond(stream: BinaryIO, record: dict[str, Any], members: Mapping[str, bytes]) -> None:
     record = record | {"members": {name: len(content) for name, content in members.items()}}
     stream.write(json.dumps(record).encode() + b"\n")
     for content in members.values():

@@ -217,13 +217,13 @@ def _render_pending(
         ) as bar:
             for result in results:
                 asset = result.asset
-                if result.kind == "no space":
+                if result.status == "no space":
                     raise FolderError(
                         expected="free disk space in the temporary folder of each node",
                         found=result.reason,
                         remedy="free some space, then run the same command again to resume",
                     )
-                unreachable = [*unreachable, asset.id] if result.kind == "unreachable" else []
+                unreachable = [*unreachable, asset.id] if result.status == "unreachable" else []
                 if len(unreachable) >= _UNREACHABLE:
                     for key in unreachable:  # these failures are not due to the assets
                         failures.pop(key, None)
@@ -233,7 +233,7 @@ def _render_pending(
                         found=f"{_UNREACHABLE} consecutive download failures: {result.reason}",
                         remedy="run the same command again to resume, once the network is available",
                     )
-                if result.kind == "done":
+                if result.status == "done":
                     rendered += 1
                     cycles_s += result.cycles_s
                     write_part(out, asset.id, result.members)

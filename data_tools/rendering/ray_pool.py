@@ -187,8 +187,8 @@ class RenderPool:
                         )
                     continue
                 self._idle.append(actor)
-                crashes[asset.id] += result.kind == "crashed"
-                if result.kind == "crashed" and crashes[asset.id] < _MAX_CRASHES:
+                crashes[asset.id] += result.status == "crashed"
+                if result.status == "crashed" and crashes[asset.id] < _MAX_CRASHES:
                     waiting.append(asset)
                 else:
                     yield result

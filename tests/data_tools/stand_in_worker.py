@@ -61,7 +61,7 @@ def serve():
         folder = Path(setup["assets"])
         text = (folder / asset["file"]).read_text()
         served += 1
-        outcome = {"outcome": "done", "reason": "", "cycles_s": 0.0}
+        outcome = {"status": "done", "reason": "", "cycles_s": 0.0}
         mended = (folder / "mended").exists()
         if text == "dies" or (text == "dies once" and not mended):
             (folder / "mended").touch()
@@ -81,11 +81,11 @@ def serve():
         if text == "bad" or (text == "bad once" and not mended):
             sys.stderr.write("what Blender says\n")
             sys.stderr.flush()
-            answer(outcome | {"outcome": "failed", "reason": "is bad"}, {})
+            answer(outcome | {"status": "failed", "reason": "is bad"}, {})
         elif text == "unreachable" and not mended:
-            answer(outcome | {"outcome": "unreachable", "reason": "no route to host"}, {})
+            answer(outcome | {"status": "unreachable", "reason": "no route to host"}, {})
         elif asset["id"] == "e" and (folder / "full").exists():
-            answer(outcome | {"outcome": "no space", "reason": "No space left on device"}, {})
+            answer(outcome | {"status": "no space", "reason": "No space left on device"}, {})
         else:
             seed = derive_seed(0, asset["id"])
             cameras = draw_cameras(PRESETS["frame"], views, np.random.default_rng(seed))

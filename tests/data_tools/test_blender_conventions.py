@@ -1,4 +1,4 @@
-"""What a file means and Blender takes otherwise: an object for each row of the table in ``blender_materials``."""
+"""Corrections of materials: one object per row of the table in ``data_tools/blender/README.md``."""
 
 import base64
 import json
@@ -28,7 +28,7 @@ RED, RED_SRGB = "0.588 0.1 0.1", (150, 26, 26)
 
 
 def write_partly_colored(folder):
-    """Write objects of two cubes with one material, of which only the first has (red) vertex colors."""
+    """Write objects of two cubes with one material; only the first cube has (red) vertex colors."""
     lines = ["mtllib kd_one.mtl"]
     for part, (x, color) in enumerate(((0, "1 0 0"), (6, ""))):
         lines += [f"o part{part}", *(f"v {a + x} {b} {c} {color}" for a, b, c in VERTICES), "usemtl m"]
@@ -52,7 +52,7 @@ VEIL = (VERTICES, TRIANGLES, (1, 0, 0), 0.5)
 
 
 def write_scenes(folder):
-    """Write objects of several parts; returns id -> the colors that are seen, the longest side, and ``doubled``."""
+    """Write objects of several parts; return id -> visible colors, longest side, and ``doubled``."""
     red, blue = (255, 0, 0), (0, 0, 255)
     aside = [{"mesh": 0}, {"mesh": 1, "translation": [6, 0, 0]}, {"mesh": 1}]
     write_scene(folder / "instances.gltf", [RED_PART, BLUE_PART], aside)
@@ -92,7 +92,7 @@ def write_scenes(folder):
 
 
 def write_assets(folder):
-    """Write the objects; returns id -> the color that it must come back in."""
+    """Write the objects; return id -> expected color."""
     plain = f"newmtl m\nKd {RED}\n"
     Image.new("RGB", (8, 8), (30, 160, 90)).save(folder / "green.png")
     Image.new("P", (64, 64), 0).save(folder / "green.gif")
@@ -184,7 +184,7 @@ def write_assets(folder):
 
 @pytest.fixture(scope="module")
 def rendered(render_command, tmp_path_factory):
-    """Render all; returns the folder, id -> views, the expected colors, and the expected scenes."""
+    """Render all objects; return the folder, id -> views, expected colors, and expected scenes."""
     folder = tmp_path_factory.mktemp("conventions")
     (folder / "assets").mkdir()
     expected = write_assets(folder / "assets"), write_scenes(folder / "assets")

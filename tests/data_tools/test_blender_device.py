@@ -6,7 +6,7 @@ from data_tools.blender.device import cycles_device, enable_gpus
 
 
 class Preferences:
-    """Cycles' preferences as Blender offers them: unknown kinds raise TypeError, CPUs are listed beside GPUs."""
+    """Fake of Cycles' preferences: unknown backends raise TypeError, and CPUs are listed with GPUs."""
 
     def __init__(self, known, present):
         self.known, self.present, self.kind = known, present, "NONE"

@@ -1,4 +1,4 @@
-"""What files say of images, vertices and nodes, and Blender's importers lose: an object for each."""
+"""Corrections of images, vertices and nodes that Blender's importers lose: one object for each."""
 
 import base64
 import json
@@ -77,7 +77,7 @@ def textured(uri, **surface):
 
 
 def write_images(folder):
-    """Write images, and objects that show them; returns id -> the color in which all of it comes back."""
+    """Write images and objects that use them; return id -> expected color."""
     Image.new("RGB", (16, 16), ORANGE).save(folder / "orange.png")
     Image.new("RGBA", (16, 16), (*ORANGE, 60)).save(folder / "veiled.png")
     (folder / "tex").mkdir()
@@ -125,7 +125,7 @@ def write_images(folder):
 
 
 def write_shapes(folder):
-    """Write objects of other colors and shapes; returns id -> color."""
+    """Write objects of other colors and shapes; return id -> expected color."""
     write_obj(folder, "bytes", color="30 160 90", head="")
     write_ply(folder, "bytes_ply", color=GREEN)
 
@@ -165,7 +165,7 @@ def write_shapes(folder):
 
 
 def write_refused(folder):
-    """Write objects that are left out; returns id -> reason."""
+    """Write objects that are rejected; return id -> reason."""
     lost = np.where(VERTICES > 0, np.nan, VERTICES)
     write_ply(folder, "nan_ply", vertices=lost)
     write_ply(folder, "beyond", triangles=np.where(TRIANGLES == 7, 8, TRIANGLES))
@@ -184,10 +184,10 @@ def write_refused(folder):
     (folder / "unnamed.mtl").unlink()
     return {
         "nan_ply": "expected finite float32 vertex positions, but found NaN or infinity",
-        "nan_gltf": "expected finite vertex positions, but found NaN or infinity in mesh",
+        "nan_gltf": "are not finite",
         "beyond": "expected vertex indices from 0 to 7, but found 8",
         "large": "expected finite float32 vertex positions, but found 'v -1 -1 4e38 ' in line 2",
-        "cut_off": "expected faces between its vertices, but found 'f 1 2 9'",
+        "cut_off": "expected valid vertex indices, but found the face 'f 1 2 9'",
         "undefined": "missing_textures 1", "unnamed": "missing_textures 1",
     }  # fmt: skip
 
@@ -212,7 +212,7 @@ bpy.ops.export_scene.fbx(filepath=sys.argv[1] + "/pane_fbx.fbx")
 
 
 def write_exported(folder, render_python, root):
-    """Write what Blender exports: an FBX, and a GLB whose compressed data are damaged; as ``write_shapes`` does."""
+    """Export an FBX and a GLB with damaged compressed data from Blender; return expected colors and reasons."""
     command = [str(render_python), "-c", EXPORT, str(folder)]
     subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=100)
     content = bytearray((folder / "packed.glb").read_bytes())
@@ -222,14 +222,12 @@ def write_exported(folder, render_python, root):
     for name in ("other_program.fbx", "pane_fbx.fbx"):
         content = (folder / name).read_bytes().replace(b"Blender", b"Another")
         (folder / name).write_bytes(content.replace(b"Opacity", b"Thicker"))
-    return {"no_gloss": RED, "other_program": ORANGE}, {
-        "packed": "expected Draco data, but found other data in mesh 'Cube'"
-    }
+    return {"no_gloss": RED, "other_program": ORANGE}, {"packed": "Draco data of mesh 'Cube' are invalid"}
 
 
 @pytest.fixture(scope="module")
 def rendered(render_command, render_python, root, tmp_path_factory):
-    """Render all; returns id -> views, id -> row of the table, and what is expected."""
+    """Render all objects; return id -> views, id -> row of the table, and the expected results."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "assets").mkdir()
     colors = write_images(folder / "assets") | write_shapes(folder / "assets")
@@ -287,7 +285,7 @@ def test_a_one_sided_card_of_shared_vertices_is_seen_from_both_sides(rendered):
 def test_opacity_without_alpha_is_the_brightness_of_its_image(rendered):
     found, rows, _, _ = rendered
     for key in ("masked", "masked_ppm"):
-        assert "renders to nothing" in rows[key]["reason"], key
+        assert "not visible" in rows[key]["reason"], key
     assert (found["unmasked"][:, 24:40, 24:40, 3] == 255).all()
     assert (found["half"][:, 24:40, 24:40, 3] == 255).all(), "an image of colors without alpha hides nothing"
 

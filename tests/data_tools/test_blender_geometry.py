@@ -1,4 +1,4 @@
-"""Real depth and normals of meshes in closed form, pixel by pixel, through the shards to points on the mesh."""
+"""Depth, normals and surface points of rendered shards against closed-form meshes, per pixel."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ def turned():
 
 
 def sphere(rings=256, segments=512):
-    """Return vertices and triangles so fine that a face lies 4e-5 inside the unit sphere."""
+    """Return a sphere whose faces deviate from the unit sphere by at most 4e-5."""
     polar, azimuth = np.meshgrid(
         np.pi * np.arange(rings + 1) / rings, 2 * np.pi * np.arange(segments) / segments, indexing="ij"
     )
@@ -71,7 +71,7 @@ def assets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(render_command, assets, tmp_path_factory):
-    """The same objects with nothing beside their views, with normals, and with all there is."""
+    """The same objects rendered without geometry, with normals, and with all geometry."""
     out = tmp_path_factory.mktemp("rendered")
     for name, options in (
         ("plain", []),
@@ -106,7 +106,7 @@ def rays(sample, view):
 
 
 def meet_sphere(origin, directions):
-    """Depth, 0 where the unit sphere is missed, and normals."""
+    """Depth of the unit sphere (0 for rays that miss it) and normals."""
     a, b, c = (directions**2).sum(-1), directions @ origin, origin @ origin - 1
     root = b * b - a * c
     depth = np.where(root > 0, (-b - np.sqrt(root.clip(0))) / a, 0)
@@ -114,7 +114,7 @@ def meet_sphere(origin, directions):
 
 
 def meet_cube(origin, directions, half):
-    """Depth, 0 where the turned cube is missed, and normals."""
+    """Depth of the rotated cube (0 for rays that miss it) and normals."""
     o, d = origin @ turned(), directions @ turned()
     near, far = np.sort(np.stack([(-half - o) / d, (half - o) / d]), axis=0)
     first, last = near.max(-1), far.min(-1)

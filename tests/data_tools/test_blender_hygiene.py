@@ -1,4 +1,4 @@
-"""What is left out of a scene, and what is measured of it, in the real Blender."""
+"""Hidden objects, animations and measures of prepared scenes, in the real Blender."""
 
 import json
 import subprocess

@@ -67,7 +67,7 @@ def test_sizes_and_axes_are_those_of_the_faces(loaded, tmp_path):
     assert y_up == pytest.approx([0.25, 0.5, 1.0])
     assert z_up == pytest.approx([0.25, 1.0, 0.5])
     assert unused == pytest.approx([1.0, 1.0, 1.0]), "a vertex that no face uses is no part of the object"
-    assert "times its size from the origin, where float32 tells only" in far
+    assert "times its size from the origin, where float32 resolves only" in far
 
 
 def test_no_way_to_write_a_path_leads_out_of_the_folder(loaded, tmp_path):
@@ -187,6 +187,6 @@ def test_reasons_of_what_cannot_be_imported_say_what_to_do(loaded, tmp_path):
     names = ("old.gltf", "old.glb", "empty.glb", "packed.glb", "lost.gltf")
     old, old_binary, empty, packed, lost = loaded(*((tmp_path / name, tmp_path, "") for name in names))
     assert "Missing resource, 'lost.bin'" in lost
-    assert old == old_binary == "cannot be imported: expected glTF 2.0, but found version 1.0: convert it"
+    assert old == old_binary == "expected glTF 2.0, but found version 1.0. Convert the file"
     assert "expected a binary glTF file" in empty
     assert "gltf-transform" in packed

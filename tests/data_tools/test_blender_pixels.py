@@ -23,7 +23,7 @@ COLOURS = np.where(SIGNS > 0, 0.9, 0.1)
 
 
 def write_ply(path, vertices, faces, color):
-    """Write a PLY whose vertices all have one 8-bit color, as scans have."""
+    """Write a PLY whose vertices share one 8-bit color, as in scans."""
     lines = ["ply", "format ascii 1.0", f"element vertex {len(vertices)}"]
     lines += [f"property float {name}" for name in "xyz"]
     lines += [f"property uchar {name}" for name in ("red", "green", "blue")]
@@ -143,9 +143,9 @@ def test_bad_assets_are_left_out_with_their_reasons(rendered):
         for record in map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     }
     assert reasons.keys() == {"garbage", "empty", "invisible"}
-    assert reasons["garbage"].startswith("cannot be imported: ")
-    assert reasons["empty"] == "is empty: expected mesh faces, but found none"
-    assert reasons["invisible"] == "is empty: expected mesh faces, but found none"
+    assert reasons["garbage"].startswith("import failed: ")
+    assert reasons["empty"] == "expected mesh faces, but found none"
+    assert reasons["invisible"] == "expected mesh faces, but found none"
     assert read_manifest(out).failures == 3
     rows = {row["id"]: row for row in pyarrow.parquet.read_table(out / "filter.parquet").to_pylist()}
     assert rows["untextured"]["outcome"] == "rejected"

@@ -1,4 +1,4 @@
-"""Real runs over demo objects: the same bytes in every order, at every width, after every interruption."""
+"""Runs over demo objects: identical bytes for every order, number of processes, and interruption."""
 
 import os
 import re

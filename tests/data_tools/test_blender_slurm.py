@@ -1,4 +1,4 @@
-"""A rendering job under a real Slurm, with the real Ray and Blender, where there is one."""
+"""A rendering job under Slurm with Ray and Blender, if Slurm is installed."""
 
 import os
 import re
@@ -21,7 +21,7 @@ ALONE = "unshare --map-root-user --pid --fork --kill-child --mount-proc"
 
 @pytest.fixture
 def here(tmp_path, root, monkeypatch):
-    """A working folder with the template and two meshes, where a node is idle."""
+    """A working folder with the job template and two meshes; needs an idle node."""
     if not (idle := idle_nodes()):
         pytest.skip(f"needs a Slurm with an idle node, but found {idle}")
     if subprocess.run([*ALONE.split(), "true"], capture_output=True, check=False).returncode:

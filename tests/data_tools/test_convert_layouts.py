@@ -1,4 +1,4 @@
-"""Folders in others' layouts made into shards: the cameras and images that come out are those that went in."""
+"""Conversion of other projects' layouts to shards: cameras and images are preserved."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""MVImgNet's videos made into shards: crops, cameras up to a similarity, and COLMAP files that are not believed."""
+"""Conversion of MVImgNet's videos to shards: crops, cameras up to a similarity, untrusted COLMAP files."""
 
 import dataclasses
 import hashlib
@@ -36,7 +36,7 @@ from tests.data_tools.mvimgnet_videos import (
 
 
 def similarity(c2w, target):
-    """Fit target = s R x + t to the places of cameras (Umeyama), and return s, R, t."""
+    """Fit target = s R x + t to camera positions (Umeyama), and return s, R, t."""
     x, y = c2w[:, :3, 3], target[:, :3, 3]
     u, spread, vt = np.linalg.svd((y - y.mean(0)).T @ (x - x.mean(0)))
     sign = np.diag([1, 1, np.sign(np.linalg.det(u @ vt))])

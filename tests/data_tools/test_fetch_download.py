@@ -1,4 +1,4 @@
-"""One file from a web server on loopback, behind a proxy that breaks requests: whole and right, or refused."""
+"""Downloads from a local web server behind a proxy that breaks requests."""
 
 import contextlib
 import hashlib
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Wait for hundredths of a second where a user would wait for seconds, and ask for kilobytes."""
+    """Shorten retry delays to hundredths of a second, and chunks to kilobytes."""
     monkeypatch.setattr("lrm_pl.storage._MAX_DELAY_S", 0.02)
     monkeypatch.setattr(module, "CHUNK", 1000)
 
@@ -176,7 +176,7 @@ def test_of_many_files_those_that_fail_are_named_and_the_others_come(web_server,
 
 @contextlib.contextmanager
 def serving(answer):
-    """A server without a proxy, whose answers ``answer(handler)`` writes itself."""
+    """A server without a proxy, whose responses are written by ``answer(handler)``."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

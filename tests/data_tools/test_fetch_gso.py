@@ -1,4 +1,4 @@
-"""Google Scanned Objects as Gazebo Fuel serves them: pages of records, and a zip a model."""
+"""Google Scanned Objects as served by Gazebo Fuel: pages of records, and one zip per model."""
 
 import http.server
 import io
@@ -54,7 +54,7 @@ def models(*names):
 
 @pytest.fixture
 def fuel(monkeypatch):
-    """A server whose ``pages`` are path and query -> answer; what is not there is a 404, as behind Fuel's last page."""
+    """A server of ``pages`` (path and query -> response); other paths return 404, as after Fuel's last page."""
     monkeypatch.setattr("lrm_pl.storage._MAX_DELAY_S", 0.02)
     monkeypatch.setattr(gso, "PAGE", 2)
     pages, asked = {}, []
@@ -121,7 +121,7 @@ def test_a_second_run_downloads_nothing_and_a_limit_goes_by_name(fuel, tmp_path)
 
 
 def needs_version(version):
-    """A zip of which the last entry says that only a later zip program can read it."""
+    """A zip whose last entry requires a later version of the zip format."""
     content = bytearray(zipped())
     content[content.rindex(b"PK\x01\x02") + 6] = version
     return bytes(content)

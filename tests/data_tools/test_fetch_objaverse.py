@@ -1,4 +1,4 @@
-"""Objaverse's published layout, a small copy of it on loopback."""
+"""A small copy of Objaverse's published layout on a local server."""
 
 import gzip
 import hashlib
@@ -47,13 +47,13 @@ def record(uid, **changes):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    """Wait for hundredths of a second where a user would wait for seconds."""
+    """Shorten retry delays to hundredths of a second."""
     monkeypatch.setattr("lrm_pl.storage._MAX_DELAY_S", 0.02)
 
 
 @pytest.fixture
 def objaverse(web_server):
-    """Two chairs, a table and a fish in two folders, as allenai/objaverse has them."""
+    """Two chairs, a table and a fish in two folders, as in allenai/objaverse."""
 
     def write(name, table):
         path = web_server.folder / name

@@ -1,4 +1,4 @@
-"""A small package of the layout of sweethome3d-furniture: what is used, what is left out, what Blender makes of it."""
+"""A small package with the layout of sweethome3d-furniture: usable models, left-out models, conversion."""
 
 import csv
 import hashlib
@@ -95,7 +95,7 @@ def write_package(path, libraries):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package with one good model a library, and what is left out in Scopia."""
+    """A package with one usable model per library, and unsuitable models in Scopia."""
     textured = OBJ.format(key="table", second="wood").encode()
     plain = OBJ.format(key="plain", second="red").encode()
     scopia = {
@@ -243,7 +243,7 @@ def test_a_surface_is_what_faces_show():
 
 
 def test_a_process_that_dies_or_hangs_costs_only_the_model_that_it_was_at(package, tmp_path, monkeypatch):
-    """In this environment, which has no Blender, the others are not converted either, and say so themselves."""
+    """In an environment without Blender, the other models fail with their own error."""
     monkeypatch.setattr("data_tools.blender.conversion_pool.TIME_LIMIT_S", 2.0)
     with open_package(package) as folder:
         archive = folder / "Scopia.sh3f"
@@ -252,15 +252,15 @@ def test_a_process_that_dies_or_hangs_costs_only_the_model_that_it_was_at(packag
         endless = ConversionTask("endless", archive, {}, _Run(time.sleep, 60), tmp_path / "endless.glb")
         tasks = [tasks[0], deadly, endless, tasks[1]]
         outcome = {task.id: reason for task, reason in convert_all(tasks, tmp_path / "log", 1)}
-    assert outcome["deadly"].startswith("Blender died: with status 3; see")
-    assert outcome["endless"] == "too slow: took longer than 2 s"
+    assert outcome["deadly"].startswith("Blender crashed: exit status 3; see")
+    assert outcome["endless"] == "timeout: conversion took longer than 2 s"
     for key in ("Scopia-chair", "Scopia-table"):
-        assert outcome[key].startswith("not converted: ModuleNotFoundError")
+        assert outcome[key].startswith("conversion failed: ModuleNotFoundError")
     assert "--- Scopia-chair" in (tmp_path / "log").read_text()
 
 
 class _Run:
-    """Something that runs a function in the process that it is sent to."""
+    """An object that runs a function when it is unpickled."""
 
     def __init__(self, function, argument):
         self._what = function, (argument,)

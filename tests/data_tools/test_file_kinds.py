@@ -1,4 +1,4 @@
-"""What importers would read as something else without a word is refused with its name."""
+"""Files that importers would silently misread are rejected."""
 
 import time
 

@@ -66,7 +66,7 @@ def test_a_failure_leaves_a_hole_and_moves_nothing_else(assets, tmp_path, capfd)
     assert all(holed[name] == whole[name] for name in ("train-000002.tar", "val-000000.tar"))
     reasons = failures(out)
     assert reasons["b"] == "is bad"
-    assert "Blender ended with -6; its last lines" in reasons["c"]
+    assert "Blender exited with status -6. Last output" in reasons["c"]
     assert "about to die" in reasons["c"]  # the tail of what it printed
     logs = {path.name: path.read_text() for path in (out / "quarantine").iterdir()}
     assert logs["b.log"] == "is bad\n\nwhat Blender says\n"
@@ -152,7 +152,7 @@ def test_an_object_over_the_memory_limit_costs_only_itself(assets, tmp_path):
     (assets / "b.glb").write_text("hungry")
     out = tmp_path / "out"
     assert run(assets, out, memory_gb=0.3).failures == 1
-    assert re.match(r"Blender took 0\.[345] GB of memory, more than 0\.3 GB", failures(out)["b"])
+    assert re.match(r"Blender used 0\.[345] GB of memory, more than 0\.3 GB", failures(out)["b"])
 
 
 def test_a_process_serves_as_many_objects_as_it_may_and_is_replaced(assets, tmp_path):

@@ -1,0 +1,262 @@
+"""Correction of duplicate faces, back faces and normals, which Cycles would render with artifacts. Requires bpy."""
+
+import math
+
+import bpy
+import mathutils
+import numpy as np
+import numpy.typing as npt
+
+# isort: split
+import bmesh  # available only after bpy is imported
+
+from data_tools.blender.materials import is_opaque
+
+#: Distance below which corners coincide, relative to the object's longest side.
+_COINCIDENT = 1e-6
+
+#: Distance by which coincident faces that are kept are separated, relative to the object's longest side.
+_SEPARATION = 1e-4
+
+
+def visible_meshes() -> list[bpy.types.Object]:
+    """Return the visible mesh objects that have faces."""
+    return [
+        obj
+        for obj in bpy.context.view_layer.objects
+        if obj.type == "MESH" and not obj.hide_render and obj.data.polygons
+    ]
+
+
+def cull_back_faces() -> bool:
+    """Apply back-face culling, which Cycles ignores, by making back faces of culled materials transparent.
+
+    Opaque materials with closed, outward-facing surfaces are not changed: their back faces are never visible, and
+    transparency is slow. Closed, inward-facing surfaces (outlines of cartoon characters) also transmit all light.
+
+    Returns:
+        Whether a culled surface is open, so that it is visible from one side only.
+    """
+    one_sided = False
+    meshes = list({obj.data: None for obj in visible_meshes()})
+    for material in [m for m in bpy.data.materials if m.use_backface_culling and m.node_tree]:
+        volumes = [volume for mesh in meshes if (volume := _closed_volume(mesh, material)) != 0]
+        output = next((node for node in material.node_tree.nodes if node.type == "OUTPUT_MATERIAL"), None)
+        if output is None or not output.inputs["Surface"].is_linked:
+            continue
+        one_sided |= -math.inf in volumes
+        if is_opaque(material) and all(volume > 0 for volume in volumes):
+            continue
+        nodes, links = material.node_tree.nodes, material.node_tree.links
+        surface = output.inputs["Surface"].links[0].from_socket
+        hidden = nodes.new("ShaderNodeNewGeometry").outputs["Backfacing"]
+        if all(-math.inf < volume < 0 for volume in volumes):
+            other = nodes.new("ShaderNodeMath")
+            other.operation = "SUBTRACT"  # 0 for camera rays, 1 for others
+            other.inputs[0].default_value = 1.0
+            links.new(nodes.new("ShaderNodeLightPath").outputs["Is Camera Ray"], other.inputs[1])
+            both = nodes.new("ShaderNodeMath")
+            both.operation = "MAXIMUM"
+            links.new(hidden, both.inputs[0])
+            links.new(other.outputs["Value"], both.inputs[1])
+            hidden = both.outputs["Value"]
+        mix = nodes.new("ShaderNodeMixShader")
+        links.new(hidden, mix.inputs[0])
+        links.new(surface, mix.inputs[1])
+        links.new(nodes.new("ShaderNodeBsdfTransparent").outputs["BSDF"], mix.inputs[2])
+        links.new(mix.outputs["Shader"], output.inputs["Surface"])
+    return one_sided
+
+
+def _closed_volume(mesh: bpy.types.Mesh, material: bpy.types.Material) -> float:
+    """Return the volume that the faces of a material enclose, negative for inward-facing surfaces.
+
+    It is 0 without faces and minus infinity for open surfaces, where an edge lacks its opposite.
+    """
+    slots = [index for index, one in enumerate(mesh.materials) if one == material]
+    if not slots:
+        return 0.0
+    points, corners, slot = _geometry(mesh)
+    corners = corners[np.isin(slot, slots)]
+    if not len(corners):
+        return 0.0
+    scale = max(float(np.ptp(points, axis=0).max()), 1e-30)
+    _, position = np.unique((points / scale).round(6), axis=0, return_inverse=True)
+    joined = position.reshape(-1)[corners]
+    edges = np.concatenate([joined[:, [0, 1]], joined[:, [1, 2]], joined[:, [2, 0]]])
+    edges = edges[edges[:, 0] != edges[:, 1]]
+    count = int(position.max()) + 1
+    if not np.array_equal(
+        np.sort(edges[:, 0] * count + edges[:, 1]), np.sort(edges[:, 1] * count + edges[:, 0])
+    ):
+        return -math.inf
+    a, b, c = (points[corners[:, i]] for i in range(3))
+    return float((np.cross(a, b) * c).sum())
+
+
+def _geometry(
+    mesh: bpy.types.Mesh,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Return vertex positions, triangles, and the material slot of each triangle."""
+    points = np.empty(len(mesh.vertices) * 3, dtype=np.float32)
+    mesh.vertices.foreach_get("co", points)
+    mesh.calc_loop_triangles()
+    corners = np.empty(len(mesh.loop_triangles) * 3, dtype=np.int32)
+    mesh.loop_triangles.foreach_get("vertices", corners)
+    slots = np.empty(len(mesh.loop_triangles), dtype=np.int32)
+    mesh.loop_triangles.foreach_get("material_index", slots)
+    return points.reshape(-1, 3).astype(np.float64), corners.reshape(-1, 3).astype(np.int64), slots
+
+
+def flip_opposed_normals() -> None:
+    """Flip custom normals that point to the back of their face, which Cycles would shade black."""
+    for mesh in {obj.data: None for obj in visible_meshes()}:
+        if not mesh.has_custom_normals:
+            continue
+        corners, faces = (
+            np.empty((len(mesh.loops), 3), np.float32),
+            np.empty((len(mesh.polygons), 3), np.float32),
+        )
+        mesh.corner_normals.foreach_get("vector", corners.reshape(-1))
+        mesh.polygons.foreach_get(
+            "normal", faces.reshape(-1)
+        )  # computed from the geometry, unlike polygon_normals
+        counts = np.empty(len(mesh.polygons), dtype=np.int32)
+        mesh.polygons.foreach_get("loop_total", counts)
+        opposed = (corners * np.repeat(faces, counts, axis=0)).sum(axis=1) < 0
+        if opposed.any():
+            corners[opposed] *= -1
+            mesh.normals_split_custom_set(corners)
+
+
+def separate_duplicate_faces() -> float:
+    """Remove duplicate faces, which cause ray-tracing artifacts; return the fraction of faces removed.
+
+    Coincident faces that are all visible are kept and separated slightly: transparent faces over an opaque one, and
+    single-sided faces of opposite orientation.
+    """
+    objects = visible_meshes()
+    if not objects:
+        return 0.0
+    bpy.context.evaluated_depsgraph_get()  # updates world matrices
+    size = _longest_side(objects)
+    faces = [_faces(obj, size) for obj in objects]
+    position, side, material, opaque = (np.concatenate(column) for column in zip(*faces, strict=True))
+    level = _levels(position, side, material, opaque)
+    edited = dict[tuple[str, float, bytes], bpy.types.Mesh]()
+    start = 0
+    for obj, own in zip(objects, faces, strict=True):
+        levels = level[start : start + len(own[0])]
+        start += len(levels)
+        if levels.any():
+            step = _SEPARATION * size / max(*map(abs, obj.matrix_world.to_scale()), 1e-30)
+            key = (obj.data.name, round(step, 9), levels.tobytes())
+            if key not in edited:  # other objects that share the mesh are not changed
+                edited[key] = obj.data.copy()
+                _offset_faces(edited[key], levels, step)
+            obj.data = edited[key]
+    return float((level < 0).mean())
+
+
+def _levels(
+    position: npt.NDArray[np.uint64],
+    side: npt.NDArray[np.uint8],
+    material: npt.NDArray[np.int64],
+    opaque: npt.NDArray[np.bool_],
+) -> npt.NDArray[np.int16]:
+    """Return the layer of each face among the coincident ones that are kept, or -1 for faces to remove."""
+    level = np.zeros(len(position), dtype=np.int16)
+    _, inverse, counts = np.unique(position, return_inverse=True, return_counts=True)
+    duplicates = np.flatnonzero(counts[inverse] > 1)
+    if not len(duplicates):
+        return level
+    _, where = np.unique(inverse[duplicates], return_inverse=True)
+    side, opaque = side[duplicates], opaque[duplicates]
+    # keep one opaque face per orientation, or a double-sided one, and one transparent face per material
+    double_sided = np.zeros(int(where.max()) + 1, dtype=bool)
+    double_sided[where[opaque & (side == 0)]] = True
+    rows = np.stack([where, opaque, side, np.where(opaque, -1, material[duplicates])], axis=1)
+    kept = np.zeros(len(duplicates), dtype=bool)
+    kept[np.unique(rows, axis=0, return_index=True)[1]] = True
+    kept &= ~(opaque & (side > 0) & double_sided[where])
+    level[duplicates[~kept]] = -1
+    order = np.flatnonzero(kept)
+    order = order[np.lexsort((order, ~opaque[order], where[order]))]
+    starts = np.flatnonzero(np.diff(where[order], prepend=-1))
+    lengths = np.diff(starts, append=len(order))
+    level[duplicates[order]] = np.arange(len(order)) - np.repeat(starts, lengths)
+    return level
+
+
+def _offset_faces(mesh: bpy.types.Mesh, levels: npt.NDArray[np.int16], step: float) -> None:
+    """Remove the faces of level -1, and offset the others along their normals by ``level * step``."""
+    editable = bmesh.new()
+    editable.from_mesh(mesh)
+    editable.faces.ensure_lookup_table()
+    faces = list(editable.faces)
+    for level in np.unique(levels[levels > 0]):
+        above = [faces[int(index)] for index in np.flatnonzero(levels == level)]
+        split = bmesh.ops.split(editable, geom=above)["geom"]
+        for vertex in [one for one in split if isinstance(one, bmesh.types.BMVert)]:
+            direction = sum((face.normal for face in vertex.link_faces), mathutils.Vector())
+            vertex.co += direction.normalized() * (step * int(level))
+    duplicates = [faces[int(index)] for index in np.flatnonzero(levels < 0)]
+    bmesh.ops.delete(editable, geom=duplicates, context="FACES_ONLY")
+    editable.to_mesh(mesh)
+    editable.free()
+
+
+def _longest_side(objects: list[bpy.types.Object]) -> float:
+    corners = []
+    for obj in objects:
+        matrix = np.array(obj.matrix_world, dtype=np.float64)
+        corners.append(
+            np.array([list(corner) for corner in obj.bound_box]) @ matrix[:3, :3].T + matrix[:3, 3]
+        )
+    return float(np.ptp(np.concatenate(corners), axis=0).max())
+
+
+def _faces(
+    obj: bpy.types.Object, size: float
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Return the properties of an object's faces that define duplicates.
+
+    Returns:
+        Per face: an order-independent hash of its corner positions; its orientation, 0 if double-sided; an id of its
+        material; and whether the material is opaque.
+    """
+    mesh = obj.data
+    posed = obj.evaluated_get(bpy.context.evaluated_depsgraph_get()).data
+    points = np.empty(len(mesh.vertices) * 3, dtype=np.float32)
+    (posed if len(posed.vertices) == len(mesh.vertices) else mesh).vertices.foreach_get("co", points)
+    matrix = np.array(obj.matrix_world, dtype=np.float64)
+    world = points.reshape(-1, 3).astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+    cells = np.rint(world / max(size * _COINCIDENT, 1e-30)).astype(np.int64).astype(np.uint64)
+    hashes = _mix_bits(cells[:, 0] ^ _mix_bits(cells[:, 1] ^ _mix_bits(cells[:, 2])))
+    loops = np.empty(len(mesh.loops), dtype=np.int32)
+    mesh.loops.foreach_get("vertex_index", loops)
+    starts = np.empty(len(mesh.polygons), dtype=np.int32)
+    mesh.polygons.foreach_get("loop_start", starts)
+    slots = np.empty(len(mesh.polygons), dtype=np.int32)
+    mesh.polygons.foreach_get("material_index", slots)
+    materials = [slot.material for slot in obj.material_slots] or [None]
+    slots = slots.clip(0, len(materials) - 1)
+    normals = np.empty(len(mesh.polygons) * 3, dtype=np.float32)
+    mesh.polygons.foreach_get("normal", normals)
+    orientations = normals.reshape(-1, 3) @ np.linalg.pinv(matrix[:3, :3])  # inverse transpose
+    largest = np.abs(orientations).argmax(axis=1)
+    side = 1 + 2 * largest + (np.take_along_axis(orientations, largest[:, None], 1)[:, 0] > 0)
+    one_sided = np.array([bool(m and m.use_backface_culling) for m in materials])
+    return (
+        np.add.reduceat(hashes[loops], starts),
+        np.where(one_sided[slots], side, 0).astype(np.uint8),
+        np.array([m.as_pointer() if m else 0 for m in materials], dtype=np.int64)[slots],
+        np.array([is_opaque(m) for m in materials])[slots],
+    )
+
+
+def _mix_bits(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Mix the bits of 64-bit numbers (the finalizer of MurmurHash3)."""
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return x ^ (x >> np.uint64(33))
