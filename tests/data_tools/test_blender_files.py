@@ -184,7 +184,7 @@ def write_refused(folder):
     (folder / "unnamed.mtl").unlink()
     return {
         "nan_ply": "expected finite float32 vertex positions, but found NaN or infinity",
-        "nan_gltf": "are not finite",
+        "nan_gltf": "vertex positions of mesh None are not finite",
         "beyond": "expected vertex indices from 0 to 7, but found 8",
         "large": "expected finite float32 vertex positions, but found 'v -1 -1 4e38 ' in line 2",
         "cut_off": "expected valid vertex indices, but found the face 'f 1 2 9'",

@@ -29,7 +29,7 @@ for file, root, up in json.loads(sys.argv[1]):
 
 @pytest.fixture
 def loaded(render_python, root):
-    """Load files one after another; returns half sides, or why not, of each."""
+    """Load files in sequence; return the half sides of each, or its error."""
 
     def run(*files):
         given = json.dumps([(str(file), str(folder), up) for file, folder, up in files])
@@ -151,7 +151,7 @@ def test_a_copy_of_a_gltf_file_opens_the_paths_that_were_checked(render_python, 
 
 
 def test_no_library_is_read_that_was_not_checked_however_its_name_is_written(loaded, tmp_path):
-    """Blender ends a name at a zero, or after 1024 bytes; an MTL that it read would bring a texture."""
+    """Blender truncates a name at a null byte or after 1024 bytes; an MTL that it read would add a texture."""
     inside, outside = tmp_path / "assets", tmp_path / "private"
     inside.mkdir()
     outside.mkdir()

@@ -143,7 +143,7 @@ def test_bad_assets_are_left_out_with_their_reasons(rendered):
         for record in map(json.loads, (out / "failures.jsonl").read_text().splitlines())
     }
     assert reasons.keys() == {"garbage", "empty", "invisible"}
-    assert reasons["garbage"].startswith("import failed: ")
+    assert reasons["garbage"].startswith("expected glTF 2.0, but found version ")
     assert reasons["empty"] == "expected mesh faces, but found none"
     assert reasons["invisible"] == "expected mesh faces, but found none"
     assert read_manifest(out).failures == 3

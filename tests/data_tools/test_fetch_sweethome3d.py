@@ -273,7 +273,7 @@ class _Run:
 def test_blender_makes_glb_files_and_a_second_run_makes_none(package, render_python, tmp_path):
     out = tmp_path / "out"
     program = (
-        "import sys\nfrom pathlib import Path\nfrom data_tools import sweethome3d\n"
+        "import sys\nfrom pathlib import Path\nfrom data_tools.assets import furniture_package\n"
         "from data_tools.assets.sweethome3d import fetch_sweethome3d\n"
         "if __name__ == '__main__':\n"
         "    furniture_package.PACKAGE_SHA256 = sys.argv[3]\n"
