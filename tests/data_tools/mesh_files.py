@@ -9,7 +9,7 @@ VERTICES, TRIANGLES = box((0, 0, 0), (1, 1, 1))
 
 
 def write_obj(folder, name, mtl=None, color="", triangles=TRIANGLES, vertices=VERTICES, library=None):
-    """Write a cube whose corners all have one texture coordinate, with its MTL beside it."""
+    """Write a cube whose corners share one texture coordinate, and its MTL."""
     lines = [f"mtllib {library or name + '.mtl'}"] + [f"v {x} {y} {z} {color}" for x, y, z in vertices]
     lines += ["vt 0.5 0.5", "usemtl m", *(f"f {a + 1}/1 {b + 1}/1 {c + 1}/1" for a, b, c in triangles)]
     (folder / f"{name}.obj").write_text("\n".join(lines) + "\n")
@@ -18,7 +18,7 @@ def write_obj(folder, name, mtl=None, color="", triangles=TRIANGLES, vertices=VE
 
 
 def write_ply(path, names, of="vertex", end="\n"):
-    """Write a cube whose vertices, or faces, are (30, 160, 90), under these names."""
+    """Write a cube with vertices or faces of color (30, 160, 90), with the given property names."""
     colors = [f"property uchar {name}" for name in names]
     lines = ["ply", "format ascii 1.0", "element vertex 8", *(f"property float {axis}" for axis in "xyz")]
     lines += colors if of == "vertex" else []
@@ -31,7 +31,7 @@ def write_ply(path, names, of="vertex", end="\n"):
 
 
 def write_scene(path, parts, nodes, one_sided=(), scenes=None):
-    """Write a glTF file whose meshes are the parts; the last of its scenes is the one that it shows."""
+    """Write a glTF file with the given meshes; its last scene is the active one."""
     write_gltf(path, parts)
     record = json.loads(path.read_text())
     record["meshes"] = [{"primitives": [primitive]} for primitive in record["meshes"][0]["primitives"]]
