@@ -115,7 +115,7 @@ def test_objects_whose_split_is_listed_stay_there_and_only_others_are_chosen_fro
     # sha256 of a, b, c, d begins with ca, 3e, 2e, 18
     plan = plan_shards({"a": "val", "b": "", "c": "", "d": "train"}, held_out=1, shard_size=8)
     assert {shard.split: shard.ids for shard in plan} == {"train": ("b", "d"), "val": ("a", "c")}
-    with pytest.raises(ValueError, match=r"expected --held-out between 0 and 2 \(2 assets to choose from"):
+    with pytest.raises(ValueError, match=r"expected --held-out between 0 and 2 for 2 unassigned assets"):
         plan_shards({"a": "val", "b": "", "c": "", "d": "train"}, held_out=3, shard_size=8)
 
 
