@@ -15,7 +15,6 @@ from lrm_pl.apps.options import add_model, fail
 from lrm_pl.data.manifest import SPLITS
 from lrm_pl.errors import InputError
 from lrm_pl.evaluation.comparison import compare
-from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.protocols import PROTOCOLS
 from lrm_pl.evaluation.records import DEFAULT_FOLDER
 from lrm_pl.inference.find_model import find_model
@@ -42,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise InputError("--clip needs the hash of the file: --clip-sha256 $(sha256sum FILE)")
         find_model(args.ckpt)
         require_out(args.out or DEFAULT_FOLDER)
+        from lrm_pl.evaluation.dataset import EvaluationDataset  # imports torch
+
         dataset = EvaluationDataset(args.data, args.split, args.ids, args.limit)
         PROTOCOLS[args.protocol].check_manifest(dataset.manifest, args.data)
         if (

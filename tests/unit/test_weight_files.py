@@ -180,7 +180,7 @@ def test_an_encoder_of_no_table_is_loaded_from_a_file_in_its_authors_names(tmp_p
         load_encoder_file(name, tmp_path / "reg4.pth", "0" * 64)
     del state["norm.bias"]
     with pytest.raises(
-        ValueError, match=rf"expected the weights of {name}, but found others: (?s:.*)norm\.bias"
+        ValueError, match=rf"expected the weights of {name}, but found a state dict (?s:.*)norm\.bias"
     ):
         encoder.load_pretrained(state)
 
