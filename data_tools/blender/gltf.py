@@ -39,7 +39,7 @@ def external_uris(path: Path) -> list[str]:
     return [unquote(uri) for uri in found if uri and not _is_inline(uri)]
 
 
-def _read_json(path: Path) -> Any:  # noqa: ANN401 - whatever a file holds
+def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON value
     try:
         return json.loads(_json_of_glb(path) if path.suffix.lower() == ".glb" else path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -196,7 +196,7 @@ class _Hooks:
             for primitive in list(mesh.primitives):
                 if "KHR_draco_mesh_compression" not in (primitive.extensions or {}):
                     self._check_primitive(primitive, mesh, importer)
-        except Exception as error:  # the importer would drop it, and the checks with it
+        except Exception as error:  # the importer would ignore the error and skip the checks
             self.errors.append(f"mesh {mesh.name!r} cannot be read: {error!r}")
 
     def _check_primitive(

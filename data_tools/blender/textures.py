@@ -64,7 +64,7 @@ def link_opacity_masks() -> None:
 
 
 def remove_bump_maps() -> None:
-    """Remove bump maps that are imported as normal maps, whose mean color would be near (0.5, 0.5, 1)."""
+    """Remove bump maps imported as normal maps. The mean color of a normal map is near (0.5, 0.5, 1)."""
     for material, node in list(_textures()):
         for link in list(node.outputs["Color"].links):
             if link.to_node.type == "NORMAL_MAP" and node.image.size[0]:
