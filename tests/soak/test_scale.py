@@ -11,7 +11,7 @@ pytestmark = pytest.mark.soak
 PROGRAM = """
 import json, resource, sys, time
 from pathlib import Path
-from data_tools import render
+from data_tools.rendering import driver
 from data_tools.assets.asset_list import Asset, write_list
 from data_tools.assets.scan import find_assets
 from data_tools.rendering.resume import plan_folder, write_plan
@@ -41,11 +41,11 @@ elif what == "begin":
 elif what == "add":
     write_list(folder, (*find_assets(folder), Asset("one_more", "https://example.org/1.glb", "", "", "", "", "")))
 else:
-    render.connect_ray = begin  # what comes next is Blender
+    driver.connect_ray = begin  # Blender would start next
     start = time.monotonic()
     assets = find_assets(folder)
     try:
-        render.render(assets, out, settings, render.PoolOptions(folder, settings, 1))
+        driver.render(assets, out, settings, driver.PoolOptions(folder, settings, 1))
     except Reached:
         found.append(time.monotonic() - start)
 print(json.dumps({"starts": found, "gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
