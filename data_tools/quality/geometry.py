@@ -35,7 +35,7 @@ _MAX_COORDINATE = 1.01
 
 def geometry_types(sample: Sample) -> list[str]:
     """Return which of "depth" and "normal" a sample contains."""
-    return [kind for kind in MEMBER_NAMES if any(name.startswith(kind) for name in sample.extras)]
+    return [type_ for type_ in MEMBER_NAMES if any(name.startswith(type_) for name in sample.extras)]
 
 
 def check_geometry(sample: Sample) -> None:
@@ -44,20 +44,20 @@ def check_geometry(sample: Sample) -> None:
     Raises:
         SampleError: A map is missing, inconsistent with its view, or inconsistent with another map.
     """
-    key, kinds = sample.info.id, geometry_types(sample)
-    for kind in kinds:
-        found = {name for name in sample.extras if name.startswith(kind)}
-        if odd := sorted(found ^ {MEMBER_NAMES[kind](view) for view in range(sample.info.views)}):
+    key, types = sample.info.id, geometry_types(sample)
+    for type_ in types:
+        found = {name for name in sample.extras if name.startswith(type_)}
+        if odd := sorted(found ^ {MEMBER_NAMES[type_](view) for view in range(sample.info.views)}):
             problem = "unexpected" if odd[0] in found else "missing"
             raise SampleError(
                 subject=f"sample {key!r}",
-                expected=f"{kind} maps of all {sample.info.views} views",
+                expected=f"{type_} maps of all {sample.info.views} views",
                 found=f"{len(found)} ({odd[0]} is {problem})",
             )
     depths: list[npt.NDArray[np.float32]] = []
-    for view, image in enumerate(sample.views if kinds else ()):
+    for view, image in enumerate(sample.views if types else ()):
         alpha = decode_image(key, image)[..., 3]
-        if "depth" in kinds:
+        if "depth" in types:
             name = depth_member(view)
             depth = decode_depth(key, name, sample.extras[name])
             _check_holes(key, name, depth > 0, alpha)
@@ -70,7 +70,7 @@ def check_geometry(sample: Sample) -> None:
                     found=f"a coordinate of {reach:.3g}",
                     remedy="store depth along the camera's z axis, in scene units",
                 )
-        if "normal" in kinds:
+        if "normal" in types:
             name = normal_member(view)
             normals = decode_normals(key, name, sample.extras[name])
             _check_holes(key, name, (normals != 0).any(axis=-1), alpha)

@@ -123,7 +123,7 @@ def measure_object(
     """
     targets = decode_over_white(sample, protocol.rendered)
     size = targets.shape[-2], targets.shape[-1]
-    answers: dict[str, list[Tensor]] = {"model": []}
+    predictions: dict[str, list[Tensor]] = {"model": []}
     surface: dict[str, list[float]] = {}
     notes = list[str]()
     strip: Tensor | None = None
@@ -143,8 +143,8 @@ def measure_object(
                 remedy="the training has diverged. Use an earlier checkpoint",
             )
         image, targets = image.to(renders.device), targets.to(renders.device)
-        answers["model"].append(renders)
-        _add_baselines(answers, baselines, image, targets)
+        predictions["model"].append(renders)
+        _add_baselines(predictions, baselines, image, targets)
         strip = _strip(image, targets, renders) if strip is None else strip
         if protocol.surface is not None:
             with stage("surface"):
@@ -157,9 +157,9 @@ def measure_object(
     features = dict[str, Float[np.ndarray, "n d"]]()
     if protocol.targets:
         with stage("metrics"), without_tf32():
-            for name, row in _measure_images(answers, targets, perceptual).items():
+            for name, row in _measure_images(predictions, targets, perceptual).items():
                 rows[name] = rows.get(name, {}) | row
-            features = _features(answers | {"target": [targets]}, perceptual)
+            features = _features(predictions | {"target": [targets]}, perceptual)
     return ObjectResult(rows, strip.cpu(), features, tuple(notes))
 
 
@@ -187,20 +187,20 @@ def measure_baselines(
         SampleError: A view cannot be decoded.
     """
     targets = decode_over_white(sample, protocol.rendered).to(device)
-    answers = dict[str, list[Tensor]]()
+    predictions = dict[str, list[Tensor]]()
     for view in protocol.inputs:
-        _add_baselines(answers, baselines, decode_over_white(sample, (view,))[0].to(device), targets)
+        _add_baselines(predictions, baselines, decode_over_white(sample, (view,))[0].to(device), targets)
     with stage("metrics"), without_tf32():
-        return _measure_images(answers, targets, perceptual), _features(answers, perceptual)
+        return _measure_images(predictions, targets, perceptual), _features(predictions, perceptual)
 
 
 def _add_baselines(
-    answers: dict[str, list[Tensor]], baselines: Mapping[str, Baseline], image: Tensor, targets: Tensor
+    predictions: dict[str, list[Tensor]], baselines: Mapping[str, Baseline], image: Tensor, targets: Tensor
 ) -> None:
     """Append the predictions of the baselines for one input. Those that do not use the input are computed once."""
     for name, baseline in baselines.items():
-        if baseline.uses_input or name not in answers:
-            answers.setdefault(name, []).append(baseline.predict(image, targets))
+        if baseline.uses_input or name not in predictions:
+            predictions.setdefault(name, []).append(baseline.predict(image, targets))
 
 
 def _features(
@@ -308,24 +308,30 @@ def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) 
 
 
 def _measure_images(
-    answers: Mapping[str, list[Tensor]], targets: Tensor, perceptual: PerceptualMetrics
+    predictions: Mapping[str, list[Tensor]], targets: Tensor, perceptual: PerceptualMetrics
 ) -> dict[str, dict[str, float]]:
     """Compute the image metrics of all predictions. Target features are computed once."""
-    values: dict[str, dict[str, list[float]]] = {name: {} for name in answers}
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in predictions}
     for start in range(0, len(targets), _IMAGES):
-        theirs = targets[start : start + _IMAGES]
-        known = {name: _features_of(network, theirs) for name, network in perceptual.lpips.items()}
-        clip = None if perceptual.clip is None else perceptual.clip(theirs)
+        target = targets[start : start + _IMAGES]
+        target_features = {name: _features_of(network, target) for name, network in perceptual.lpips.items()}
+        clip = None if perceptual.clip is None else perceptual.clip(target)
         for name, row in values.items():
-            for answer in answers[name]:
-                ours = answer[start : start + _IMAGES]
-                once = ours[:1] if ours.stride(0) == 0 else ours  # one image for all targets
-                found = {"psnr": psnr(ours, theirs), "ssim": ssim(ours, theirs)}
-                for kind, network in perceptual.lpips.items():
-                    found[f"lpips_{kind}"] = network.distance(_features_of(network, once), known[kind])
+            for images in predictions[name]:
+                prediction = images[start : start + _IMAGES]
+                is_repeated = prediction.stride(0) == 0  # one image, expanded to the number of targets
+                distinct = prediction[:1] if is_repeated else prediction
+                found = {"psnr": psnr(prediction, target), "ssim": ssim(prediction, target)}
+                for network_name, network in perceptual.lpips.items():
+                    distance = network.distance(
+                        _features_of(network, distinct), target_features[network_name]
+                    )
+                    found[f"lpips_{network_name}"] = distance
                 if perceptual.clip is not None and clip is not None:
-                    found["clip"] = torch.nn.functional.cosine_similarity(perceptual.clip(once), clip, dim=-1)
-                figures = torch.stack([figure.to(ours.device) for figure in found.values()]).cpu()
+                    found["clip"] = torch.nn.functional.cosine_similarity(
+                        perceptual.clip(distinct), clip, dim=-1
+                    )
+                figures = torch.stack([figure.to(prediction.device) for figure in found.values()]).cpu()
                 # The repeated input view equals one target exactly; this target is excluded.
                 is_finite = figures[0].isfinite()
                 for metric, figure in zip(found, figures, strict=True):

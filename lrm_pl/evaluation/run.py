@@ -118,7 +118,7 @@ def evaluate(
 
 
 def is_measured(out: Path, key: str, shown: Collection[str], baselines: Iterable[str]) -> bool:
-    """Return whether an object has its record, the options baselines, and the orbit video and mesh if it is shown."""
+    """Return whether an object has its record, the given baselines, and the orbit video and mesh if it is shown."""
     record = read_object(out, key)
     if record is None or record.bad:
         return record is not None
