@@ -30,9 +30,7 @@ def launch(options: argparse.Namespace, out: Path) -> None:
     Raises:
         InputError: An option is invalid, or there is no Slurm.
     """
-    for name, value, least in (("NODES", options.nodes, 1), ("GPUS", options.gpus or 0, 0)):
-        if value < least:
-            raise InputError(expected=f"{name} of at least {least}", found=value, remedy=f"correct {name}=")
+    slurm.check_counts(options.nodes, options.gpus or 0)
     if not options.dry_run and not slurm.available():
         raise InputError(
             expected="Slurm",
@@ -65,9 +63,7 @@ def launch(options: argparse.Namespace, out: Path) -> None:
     job = slurm.submit(command)
     print(f"Submitted job {job}. {Path.cwd()}, {sys.prefix}, the assets and the shards")
     print("must have the same paths on all nodes. To monitor the job:")
-    print(f"  tail -F {out}/slurm-{job}.log    output of the job")
-    print(f"  squeue -j {job}    state of the job")
-    print(f"  scancel {job}    cancel it; run the same command again to resume")
+    print(slurm.monitoring_commands(job, out, "run the same command again to resume"))
 
 
 def sbatch_command(

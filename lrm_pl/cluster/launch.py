@@ -94,9 +94,7 @@ def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch
         gpus = visible_gpus()
     elif gpus is None:
         gpus = slurm.gpus_per_node(options.partition)
-    for name, value, least in (("NODES", options.nodes, 1), ("GPUS", gpus, 0)):
-        if value < least:
-            raise InputError(expected=f"{name} of at least {least}", found=value, remedy=f"correct {name}=")
+    slurm.check_counts(options.nodes, gpus)
     processes = processes_per_node(gpus, options.processes)
     fitting = "ddp" if options.nodes * processes > 1 else "gpu" if gpus else "cpu"
     known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
@@ -189,10 +187,8 @@ def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     job = slurm.submit(command)
     print(f"Submitted job {job}. To follow it:")
-    print(f"  tail -F {launch.run}/slurm-{job}.log    its output")
-    print(f"  squeue -j {job}    its state in the queue")
-    print("  make tensorboard    its curves and images")
-    print(f"  scancel {job}    stops it; the same command with NAME={launch.run.name} resumes it")
+    print("  make tensorboard    curves and images")
+    print(slurm.monitoring_commands(job, launch.run, f"run it again with NAME={launch.run.name} to resume"))
 
 
 def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:

@@ -79,6 +79,26 @@ def sbatch_command(script: Path, options: Mapping[str, str | int], arguments: Se
     return ["sbatch", "--parsable", *given, str(script), *arguments]
 
 
+def check_counts(nodes: int, gpus: int) -> None:
+    """Check the number of nodes and of GPUs per node.
+
+    Raises:
+        InputError: A number is too small.
+    """
+    for name, value, minimum in (("NODES", nodes, 1), ("GPUS", gpus, 0)):
+        if value < minimum:
+            raise InputError(expected=f"{name} of at least {minimum}", found=value, remedy=f"correct {name}=")
+
+
+def monitoring_commands(job: str, folder: Path, resume: str) -> str:
+    """Return the commands to monitor and cancel a job with its log in ``folder``. ``resume`` is a note on resuming."""
+    return (
+        f"  tail -F {folder}/slurm-{job}.log    output of the job\n"
+        f"  squeue -j {job}    state of the job\n"
+        f"  scancel {job}    cancel it; {resume}"
+    )
+
+
 def submit(command: Sequence[str]) -> str:
     """Run a command of ``sbatch_command`` and return the job's id.
 
