@@ -216,7 +216,7 @@ def test_a_run_that_logs_no_step_trains(tiny, tmp_path):
     ],
 )
 def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, monkeypatch, precision):
-    from lrm_pl.rendering import ray_marching, volume
+    from lrm_pl.rendering import ray_marching, renderer
 
     seen = {}
 
