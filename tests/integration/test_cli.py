@@ -231,8 +231,8 @@ def test_poses_rays_t_and_compositing_are_float32_whatever_the_precision(tiny, m
         monkeypatch.setattr(module, name, wrapper)
 
     for module, name in (
-        (volume, "pixel_rays"),
-        (volume, "ray_interval"),
+        (renderer, "pixel_rays"),
+        (renderer, "ray_interval"),
         (ray_marching, "sample_stratified"),
         (ray_marching, "composite"),
     ):
