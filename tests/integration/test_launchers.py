@@ -123,12 +123,12 @@ def test_a_place_among_processes_that_no_launcher_gave_is_refused(here, tmp_path
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     found = " ".join(f"{name}={value}" for name, value in variables.items() if not name.startswith("MASTER"))
-    with pytest.raises(SystemExit, match=f"expected process 0 of 1, but found {found} in the environment"):
+    with pytest.raises(SystemExit, match=f"Expected process 0 of 1, but found {found} in the environment"):
         main(["fit", *here, "--trainer.accelerator=cpu"])
     assert not (tmp_path / "runs").exists()
     if "RANK" in variables:
         with pytest.raises(
-            SystemExit, match=f"expected process 0 of 1, but found {found} in the environment"
+            SystemExit, match=f"Expected process 0 of 1, but found {found} in the environment"
         ):
             evaluate(["--ckpt=none", "--data=none"])
 
