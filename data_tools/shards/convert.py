@@ -135,7 +135,7 @@ def convert(
                 subject=folder,
                 expected=f"objects as {layout.name} lays them out",
                 found=f"none among {len(tasks)} that can be used",
-                remedy=f"{why} says why; the first: {next(iter(skipped.values())).reason}",
+                remedy=f"see {why}. The first reason: {next(iter(skipped.values())).reason}",
             )
         write_failures(partial_out / FAILURES_NAME, failures)
         settings = {

@@ -112,9 +112,9 @@ def repack(
         make = partial(_members, views=first.views, resolution=resolution)
         shards, _, sizes = write_shards(folder, plan, samples, make)
         if len(sizes) > 1:
-            told = ", ".join(f"{size} in {keys[0]!r}" for size, keys in sizes.items())
+            differences = ", ".join(f"{size} in {keys[0]!r}" for size, keys in sizes.items())
             raise RepackError(
-                expected="views of one size", found=told, remedy="use --res N to resize all views"
+                expected="views of one size", found=differences, remedy="use --res N to resize all views"
             )
         # Settings that differ between folders, such as seeds, are omitted.
         records = [manifest.render for manifest in manifests.values()]
@@ -168,8 +168,8 @@ def _require_compatible(manifests: Mapping[Path, Manifest], resolution: int | No
             remedy = (
                 f"use --res {min((size for size in found.values() if size), default='N')} to resize all views"
             )
-        told = ", ".join(f"{value} in {folder}" for folder, value in found.items())
-        raise RepackError(expected="folders of one kind", found=f"{name}: {told}", remedy=remedy)
+        differences = ", ".join(f"{value} in {folder}" for folder, value in found.items())
+        raise RepackError(expected=f"folders with the same {name}", found=differences, remedy=remedy)
 
 
 def _require_undamaged(manifests: Mapping[Path, Manifest]) -> None:

@@ -1,7 +1,7 @@
-"""Depth and normals of a view as images, and back: the optional members ``depth_000.png`` and ``normal_000.png``.
+"""Depth and normals of views as images: the optional members ``depth_000.png`` and ``normal_000.png``.
 
-Both tell of the first surface at a pixel's center, be it of glass. They are 0 where there is none: wherever alpha is 0,
-and at some pixels of soft edges and thin things, which show something beside their center only.
+Both describe the first surface at the center of each pixel, transparent surfaces included. They are 0 where there is
+none: where alpha is 0, and at some pixels with partial alpha.
 """
 
 import io
@@ -13,39 +13,39 @@ from PIL import Image
 from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, SampleError
 from lrm_pl.images import DECODE_ERRORS
 
-#: Depth that is nearest to a camera, scene units.
+#: Smallest valid depth, scene units.
 MIN_DEPTH = 1e-3
 
-#: Value of a depth image that stands for ``MAX_DEPTH``.
+#: Pixel value of ``MAX_DEPTH``.
 _FULL = 65535
 
-#: How far a normal's length may be from 1: rounding to 8 bits alone makes it 0.007.
+#: Tolerance of the length of normals; rounding to 8 bits causes errors up to 0.007.
 _UNIT_TOLERANCE = 0.02
 
-#: Kind of member -> what Pillow calls its pixels.
+#: Prefix of the member name -> Pillow mode.
 _MODES = {"depth": "I;16", "normal": "RGB"}
 
 
 def depth_member(view: int) -> str:
-    """Name the member (without its key) that holds the depth of a view: ``depth_003.png``."""
+    """Return the member name of the depth of a view, for example ``depth_003.png``."""
     return f"depth_{view:03d}.png"
 
 
 def normal_member(view: int) -> str:
-    """Name the member (without its key) that holds the normals of a view: ``normal_003.png``."""
+    """Return the member name of the normals of a view, for example ``normal_003.png``."""
     return f"normal_{view:03d}.png"
 
 
 def encode_depth(depth: npt.NDArray[np.floating]) -> bytes:
-    """Encode (H, W) depth along the camera's z axis, scene units, 0 where nothing is; equal depths give equal bytes.
+    """Encode (H, W) depth along the camera's z axis in scene units, 0 without a surface; deterministic.
 
     Raises:
-        SampleError: It is neither 0 nor between ``MIN_DEPTH`` and ``MAX_DEPTH``.
+        SampleError: A depth is neither 0 nor between ``MIN_DEPTH`` and ``MAX_DEPTH``.
     """
     seen = depth != 0
     if not ((depth[seen] >= MIN_DEPTH) & (depth[seen] <= MAX_DEPTH)).all():
         raise SampleError(
-            expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH}, or 0 where nothing is",
+            expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH}, or 0",
             found=f"{depth[seen].min()} to {depth[seen].max()}",
         )
     return write_pixels(np.rint(depth.astype(np.float64) / MAX_DEPTH * _FULL).astype(np.uint16))
@@ -60,24 +60,24 @@ def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]
         encoded: PNG bytes.
 
     Returns:
-        (H, W) depth along the camera's z axis, scene units; 0 where nothing is.
+        (H, W) depth along the camera's z axis, scene units; 0 without a surface.
 
     Raises:
-        SampleError: Not an image of depth, too large, or nearer than ``MIN_DEPTH``.
+        SampleError: The member is not a depth image, too large, or nearer than ``MIN_DEPTH``.
     """
     pixels = read_pixels(key, name, encoded)
     least = round(MIN_DEPTH / MAX_DEPTH * _FULL)
     if ((pixels > 0) & (pixels < least)).any():
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH} in {name}, or 0 where nothing is",
+            expected=f"depth from {MIN_DEPTH} to {MAX_DEPTH} in {name}, or 0",
             found=f"{pixels[pixels > 0].min() / _FULL * MAX_DEPTH:.2g}",
         )
     return (pixels.astype(np.float64) / _FULL * MAX_DEPTH).astype(np.float32)
 
 
 def encode_normals(normals: npt.NDArray[np.floating]) -> bytes:
-    """Encode (H, W, 3) unit normals in the world, 0 where nothing is; equal normals give equal bytes.
+    """Encode (H, W, 3) unit normals in world space, 0 without a surface; deterministic.
 
     Raises:
         SampleError: A length is neither 0 nor 1.
@@ -85,7 +85,7 @@ def encode_normals(normals: npt.NDArray[np.floating]) -> bytes:
     length = np.linalg.norm(normals, axis=-1)
     seen = length != 0
     if not (np.abs(length[seen] - 1) < _UNIT_TOLERANCE).all():
-        raise SampleError(expected="normals of length 1, or 0 where nothing is", found=length[seen].min())
+        raise SampleError(expected="normals of length 1, or 0", found=length[seen].min())
     pixels = np.rint((normals.astype(np.float64) + 1) / 2 * 255)
     return write_pixels(np.where(seen[..., None], pixels, 0).clip(0, 255).astype(np.uint8))
 
@@ -99,10 +99,10 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
         encoded: PNG bytes.
 
     Returns:
-        (H, W, 3) normals in the world, of length 1; 0 where nothing is.
+        (H, W, 3) unit normals in world space; 0 without a surface.
 
     Raises:
-        SampleError: Not an image of normals, or too large.
+        SampleError: The member is not an image of normals, or too large.
     """
     pixels = read_pixels(key, name, encoded)
     seen = pixels.any(axis=-1)
@@ -112,7 +112,7 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
     if wrong.any():
         raise SampleError(
             subject=f"sample {key!r}",
-            expected=f"normals of length 1 in {name}, or 0 where nothing is",
+            expected=f"normals of length 1 in {name}, or 0",
             found=f"one of {length[wrong][0]:.3g}",
         )
     length[~seen] = np.inf
@@ -120,10 +120,10 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
 
 
 def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-    """Return an image as it is stored: (H, W) uint16 of ``depth_*``, (H, W, 3) uint8 of ``normal_*``.
+    """Decode the stored pixels: (H, W) uint16 of ``depth_*``, (H, W, 3) uint8 of ``normal_*``.
 
     Raises:
-        SampleError: It is no such image, or too large.
+        SampleError: The member is not such an image, or too large.
     """
     mode = _MODES[name.partition("_")[0]]
     try:
@@ -141,7 +141,7 @@ def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | 
 
 
 def write_pixels(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> bytes:
-    """Undo ``read_pixels``; equal pixels give equal bytes."""
+    """Encode pixels as PNG, the inverse of ``read_pixels``; deterministic."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()

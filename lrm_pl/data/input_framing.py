@@ -19,7 +19,7 @@ class InputFraming:
         distance: Distance of the camera, scene units (LRM and OpenLRM: 2).
         fov_deg: Field of view of the square image.
         foreground: Longer side of the object's bounding box, as a share of the image's side.
-        background: Gray that the object lies over, in [0, 1]; LRM: white, TripoSR: 0.5.
+        background: Gray level of the background in [0, 1]; LRM: 1, TripoSR: 0.5.
         threshold: Density of the surface; None: measured per object (``surface_density``).
     """
 

@@ -158,7 +158,7 @@ class ShardReader:
             raise SampleError(str(error)) from error
         tar = {"url": url, "stream": io.BytesIO(b"".join([*records, END_OF_ARCHIVE]))}
         samples, found = [], "others"
-        if records and records[0].startswith(prefix):  # webdataset would decompress what is not a plain tar
+        if records and records[0].startswith(prefix):  # webdataset would decompress other formats
             try:
                 samples = list(group_by_keys(tar_file_expander([tar])))
             except (tarfile.TarError, ValueError) as error:

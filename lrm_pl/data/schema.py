@@ -66,7 +66,7 @@ EXTRA_PATTERN = re.compile(r"measures\.json|surface\.npy|(depth|normal)_\d{3}\.p
 #: Exceptions that numpy's header parser raises for damaged .npy files.
 HEADER_ERRORS = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
 
-#: Depth that the largest value of a depth image stands for, scene units.
+#: Depth of the largest value of a depth image, scene units.
 MAX_DEPTH = 8.0
 
 

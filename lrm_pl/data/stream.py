@@ -141,9 +141,9 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         self.unseen_views, self.input_pool = unseen_views, input_pool
         self.augmentation, self.seed = augmentation, seed
         self.steps, self.step, self.position, self.counted = steps, step, position, counted
-        # One sample at a time is in the pipeline. Messages of the bad samples at its position, ...
+        # One sample at a time is in the pipeline: errors of the bad samples at its position, error of the latest
+        # candidate, and whether that candidate has passed all stages.
         self._faults: list[str] = []
-        # ... the error of the latest candidate, and whether it has passed all stages.
         self._error: Exception | None = None
         self._has_passed = False
         maps = (self.read, self.decode, *stages, self.augment)

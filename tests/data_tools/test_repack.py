@@ -83,7 +83,7 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
         repack([shards, other], tmp_path / "out")
     few = tmp_path / "few"
     write_synthetic_shards(few, train=1, val=0, views=3, resolution=32)
-    with pytest.raises(RepackError, match=r"views: 8 in .*, 3 in .*few"):
+    with pytest.raises(RepackError, match=r"the same views, but found 8 in .*, 3 in .*few"):
         repack([shards, few], tmp_path / "out")
     large = tmp_path / "large"
     write_synthetic_shards(large, train=2, val=0, views=8, resolution=64, seed=9)
@@ -91,7 +91,9 @@ def test_folders_are_joined_unless_names_or_views_clash(shards, tmp_path, capsys
         if folder == small:
             shutil.copytree(shards, small)
         write_manifest(folder, dataclasses.replace(read_manifest(folder), render={"resolution": resolution}))
-    with pytest.raises(RepackError, match=r"resolution: 32 in .*, 64 in .*large\. Use --res 32 to resize"):
+    with pytest.raises(
+        RepackError, match=r"the same resolution, but found 32 in .*, 64 in .*large\. Use --res 32 to resize"
+    ):
         repack([small, large], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     only_val = tmp_path / "only-val"
@@ -143,7 +145,8 @@ def test_folders_of_other_cameras_or_geometry_are_not_joined(shards, other, tmp_
     first = rendered(shutil.copytree(shards, tmp_path / "first"), **{name: one})
     rendered(other, **({} if two is None else {name: two}))
     with pytest.raises(
-        RepackError, match=f"found {name}: .* in .*first, .* in .*others. Train on both as they are"
+        RepackError,
+        match=f"the same {name}, but found .* in .*first, .* in .*others. Train on both as they are",
     ):
         repack([first, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -167,7 +170,8 @@ def test_objects_that_one_folder_holds_out_are_not_advised_into_training(shards,
     few = tmp_path / "few"
     write_synthetic_shards(few, train=1, val=0, views=3, resolution=32)
     with pytest.raises(
-        RepackError, match=r"views: 3 in .*, 8 in .*\. Train on both as they are: --data\.also"
+        RepackError,
+        match=r"the same views, but found 3 in .*, 8 in .*\. Train on both as they are: --data\.also",
     ):
         repack([few, shards], tmp_path / "out")
 
