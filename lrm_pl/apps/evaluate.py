@@ -45,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         dataset = EvaluationDataset(args.data, args.split, args.ids, args.limit)
         PROTOCOLS[args.protocol].check_manifest(dataset.manifest, args.data)
-        if (
-            args.processes > 1 and not is_distributed_process()
-        ):  # errors are reported once, before the processes start
+        # errors above are reported once, before the processes start
+        if args.processes > 1 and not is_distributed_process():
             launch_processes(args.processes, ["evaluate", *arguments])
         from lrm_pl.evaluation.run import run
 
