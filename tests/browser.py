@@ -7,9 +7,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A browser with a software GPU; a missing one is a failure, never a skip.
+    """Launch a browser with a software GPU; fail if Chromium is missing.
 
-    Of a module: while it is there, its event loop runs in the tests' thread.
+    Module scope: while it is open, its event loop runs in the thread of the tests.
     """
     from playwright.sync_api import sync_playwright
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: a folder of analytic shards, the repository's root."""
+"""Fixtures of all folders: shards, a pretrained folder, runs, a browser, the render command."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def render_python():
-    """The interpreter of the render environment; a missing one is a failure, never a skip."""
+    """Return the interpreter of the render environment; fail if it is missing."""
     path = Path(os.environ.get("LRM_RENDER_PYTHON", ROOT / ".venv-render" / "bin" / "python"))
     if not path.is_file():
         pytest.fail(f"expected the render environment at {path}, but found none. Run `make .venv-render`")
@@ -41,7 +41,7 @@ def render_python():
 
 @pytest.fixture(scope="session")
 def render_command(render_python):
-    """Run ``data_tools render`` to its end; returns the finished process with its output as text."""
+    """Return a function that runs ``data_tools render`` and returns the finished process."""
 
     def run(assets, out, *options, check=True):
         command = [render_python, "-m", "data_tools", "render", "--assets", assets, "--out", out, *options]

@@ -1,4 +1,4 @@
-"""Real runs on several processes of this machine (gloo), each with a time limit and a log; what they left behind."""
+"""Training runs in processes of their own (gloo), with a time limit and a log; their checkpoints and scalars."""
 
 import contextlib
 import json
@@ -52,7 +52,7 @@ RUN_CONFIG = {
 
 
 class Runs:
-    """Starts runs below one folder on one set of shards."""
+    """Runs in subfolders of one folder, on one set of shards."""
 
     def __init__(self, folder, shards):
         self.folder, self.shards = folder, shards
@@ -61,17 +61,17 @@ class Runs:
     def start(
         self, name, processes, *options, layers=(), threads=1, command="fit", module="lrm_pl", **environment
     ):
-        """Start a run in a process group of its own; its output goes to NAME.log, appended.
+        """Start a run in its own process group. Its output is appended to NAME.log.
 
         Args:
-            name: Of its folder and its log.
-            processes: How many.
-            options: Of the command line.
+            name: Name of its folder and its log.
+            processes: Number of processes.
+            options: Options of the command line.
             layers: Configs of configs/trainer.
-            threads: A process.
-            command: Of ``lrm``.
-            module: What is run: ``lrm_pl``, or ``tests.accelerator.run`` for the branches of accelerators.
-            environment: Variables that are set.
+            threads: Threads per process.
+            command: Subcommand of ``lrm``.
+            module: Module to run: ``lrm_pl``, or ``tests.accelerator.run`` for the code paths of accelerators.
+            environment: Environment variables.
         """
         arguments = [command, "-c", str(self.folder / "tiny.yaml")]
         arguments += [
@@ -91,7 +91,7 @@ class Runs:
             )  # fmt: skip
 
     def run(self, name, processes, *options, limit_s=150, status=0, **how):
-        """Run to the end; returns the log."""
+        """Run to the end and return the log."""
         process = self.start(name, processes, *options, **how)
         try:
             found = process.wait(limit_s)
@@ -105,7 +105,7 @@ class Runs:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def scalars(self, name):
-        """Read every point of TensorBoard: tag -> [(step, value)], time left out."""
+        """Return all scalars of TensorBoard but timings: tag -> [(step, value)]."""
         events = EventAccumulator(str(self.folder / name), size_guidance={"scalars": 0})
         events.Reload()
         timed = ("speed/", "memory/", "time/")
@@ -116,11 +116,11 @@ class Runs:
         return dict(self.scalars(name)["loss/total"])
 
     def final(self, name):
-        """Read the newest checkpoint: its run state and all its tensors, whole."""
+        """Return the newest checkpoint and all its tensors, unsharded."""
         return self._read(newest_checkpoint(str(self.folder / name / "checkpoints"), print))
 
     def at(self, name, step):
-        """Read the checkpoint of a step, as ``final`` does."""
+        """Return the checkpoint of a step and its tensors, as ``final`` does."""
         return self._read(read_checkpoint(str(self.folder / name / "checkpoints" / f"step-{step:08d}")))
 
     def _read(self, checkpoint):
@@ -130,14 +130,14 @@ class Runs:
 
 
 def descendants(pid):
-    """List the processes that a process has started, and theirs; a launcher's are in sessions of their own."""
+    """Return the process IDs of all descendants; those of a launcher run in sessions of their own."""
     done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
     own = [int(line) for line in done.stdout.split()]
     return own + [grandchild for child in own for grandchild in descendants(child)]
 
 
 def kill(process):
-    """End a run as a power cut would: every process of it at once."""
+    """Kill all processes of a run at once, as a power failure would."""
     everyone = [process.pid, *descendants(process.pid)]
     for pid in everyone:
         with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
@@ -153,7 +153,7 @@ def kill(process):
 
 
 def keep_every(steps, keep=10):
-    """The option that makes a run keep a checkpoint every so many steps."""
+    """Return the option that saves a checkpoint every ``steps`` steps."""
     callbacks = [
         {"class_path": "lightning.pytorch.callbacks.TQDMProgressBar"},
         {"class_path": "lrm_pl.training.image_metrics.ImageMetricsLogger"},
@@ -167,6 +167,6 @@ def keep_every(steps, keep=10):
 
 
 def largest_difference(ours, theirs):
-    """The largest relative difference of two loss curves of equal steps."""
+    """Return the largest relative difference of two loss curves with equal steps."""
     assert ours.keys() == theirs.keys()
     return max(abs(ours[step] - theirs[step]) / abs(theirs[step]) for step in theirs)

@@ -17,5 +17,5 @@ def modules_with_shapes(root: Path) -> list[str]:
 
 
 def check_shapes() -> None:
-    """Wrap every function of these modules; call before the first of them is imported."""
+    """Install the import hook for these modules. Call it before any of them is imported."""
     install_import_hook(modules_with_shapes(Path(__file__).resolve().parents[1]), "beartype.beartype")

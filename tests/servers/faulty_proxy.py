@@ -1,4 +1,4 @@
-"""An HTTP proxy on loopback that breaks chosen requests: what a network does to an object store's clients."""
+"""An HTTP proxy on loopback that breaks chosen requests, as a faulty network does."""
 
 import http.client
 import threading
@@ -9,12 +9,12 @@ ERROR = b"<Error><Code>%s</Code><Message>injected</Message></Error>"
 
 
 class FaultyProxy:
-    """Forwards to a server, unless ``fault`` says otherwise.
+    """Forward requests to a server, or break those that ``fault`` selects.
 
-    ``fault(method, path, number)`` is asked of every request (number: how many such requests came before) and returns
-    None, or "drop" (the body is read, then the line goes dead: the request is not made), "deaf" (the request is made,
-    its answer is lost), "cut" (half of the answer's body comes, then the line goes dead), "slow" (the answer comes
-    half a second late), "503" or "500".
+    ``fault(method, path, number)`` is called for every request, where ``number`` counts earlier equal requests. It
+    returns None, "drop" (close the connection without forwarding), "deaf" (forward, but drop the response), "cut"
+    (close the connection after half of the response body), "slow" (delay the response by half a second), "503" or
+    "500".
     """
 
     def __init__(self, host, port):

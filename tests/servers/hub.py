@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as it takes to download a repository, on loopback."""
+"""A Hugging Face hub on loopback that serves one repository."""
 
 import contextlib
 import http.server
@@ -7,7 +7,7 @@ import threading
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as it takes to download a repository."""
+    """Request handler for the endpoints that a download uses."""
 
     folder, repository, commit = None, "me/tiny", "1" * 40
     protocol_version = "HTTP/1.1"
@@ -52,7 +52,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def hub_with(folder, repository, monkeypatch):
-    """Serve a folder as a repository, where the hub's client looks; gives the address."""
+    """Serve a folder as a repository, point the hub's client to it, and yield the address."""
     handler = type("OneHub", (Hub,), {"folder": folder, "repository": repository})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Commands of ours that listen, as processes of their own."""
+"""`lrm` commands that serve, in processes of their own."""
 
 import signal
 import socket
@@ -12,10 +12,10 @@ import pytest
 
 
 class Served:
-    """A command that serves, at a free port of this machine.
+    """A serving command on a free port of this machine.
 
     Args:
-        arguments: Of `lrm`, but for the port.
+        arguments: Arguments of `lrm`, except the port.
     """
 
     def __init__(self, *arguments):
@@ -37,17 +37,17 @@ class Served:
         pytest.fail("it does not listen")
 
     def memory(self):
-        """What it holds, MB."""
+        """Return the resident memory in MB."""
         return psutil.Process(self.process.pid).memory_info().rss / 1e6
 
     def stop(self):
-        """End it as a service manager does; returns what it said."""
+        """Terminate it as a service manager does and return its output."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=60)
         return self.said()
 
     def kill(self):
-        """End it at once, if it has not ended, and for good; returns what it said."""
+        """Kill it and return its output."""
         self.process.kill()
         self.process.wait()
         said = self.said()
@@ -55,6 +55,6 @@ class Served:
         return said
 
     def said(self):
-        """What it has said so far."""
+        """Return its output so far."""
         self._log.seek(0)
         return self._log.read()

@@ -21,7 +21,7 @@ def moto():
 
 @pytest.fixture
 def s3(moto, monkeypatch):
-    """An empty bucket, s3://bucket, and the proxy before it, which breaks nothing as yet."""
+    """Create the empty bucket s3://bucket and yield the proxy, which breaks no request by default."""
     proxy = FaultyProxy(*moto)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.delenv(name, raising=False)

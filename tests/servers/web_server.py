@@ -1,4 +1,4 @@
-"""A web server (aiohttp) on loopback that answers requests for parts of files, behind the proxy that breaks some."""
+"""A web server (aiohttp) on loopback with range requests, behind a proxy that breaks chosen requests."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from tests.servers.faulty_proxy import FaultyProxy
 
 @pytest.fixture
 def web_server(tmp_path):
-    """Serves the folder tmp_path / "web": the proxy before it, which breaks nothing as yet."""
+    """Serve the folder tmp_path / "web" and yield the proxy, which breaks no request by default."""
     folder, loop, ready = tmp_path / "web", asyncio.new_event_loop(), threading.Event()
     folder.mkdir()
     app = web.Application()
