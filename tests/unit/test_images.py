@@ -32,13 +32,13 @@ RGB = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dty
         (b"hello " * 100, "expected an image .*found 600 bytes of an unknown format. Convert it"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-            ".*of something else",
+            ".*of an unknown format",
         ),  # PIL would start Ghostscript
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*of something else"),
-        (encoded(RGB, "GIF"), ".*of something else"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", ".*of an unknown format"),
+        (encoded(RGB, "GIF"), ".*of an unknown format"),
         (encoded(RGB)[:200], "expected an intact image, but found a damaged one"),
         (encoded(RGB, "JPEG")[:300], "expected an intact image, but found a damaged one"),
-        (encoded(RGB, "WEBP")[:300], "expected a (whole )?image"),
+        (encoded(RGB, "WEBP")[:300], "expected an (intact )?image"),
         (png(30_000, 30_000), "expected at most 67 megapixels, but found "),
         (png(20, 20, zlib.compress(b"")), "expected an intact image, but found a damaged one"),
     ],
