@@ -171,7 +171,7 @@ def test_colors_are_srgb_whatever_their_file_declares(content, expected):
             "found PQ, which is HDR. Export it as sRGB",
         ),
         (with_chunks(encoded(plain()), cICP=bytes((9, 18, 0, 1))), "found HLG, which is HDR"),
-        (with_chunks(encoded(plain()), cICP=bytes((1, 13, 0, 0))), "of YCbCr or of narrow range"),
+        (with_chunks(encoded(plain()), cICP=bytes((1, 13, 0, 0))), "of YCbCr or narrow range"),
         (avif(9, 16), "found PQ, which is HDR"),
         (avif(10, 13), "found color primaries 10 and transfer characteristics 13 of H.273"),
         (bmp(b"LINK"), "a profile in another file"),
