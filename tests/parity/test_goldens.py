@@ -1,9 +1,7 @@
-"""Compare networks and reference implementations with outputs of the original code in $LRM_GOLDENS."""
+"""Compare networks and reference implementations with outputs of the original code in tests/golden."""
 
-import os
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -17,16 +15,12 @@ from tests.parity.networks import built
 from tests.parity.openlrm import OpenLRM
 from tests.parity.triposr import TripoSR
 
-FOLDER = os.environ.get("LRM_GOLDENS")
-pytestmark = pytest.mark.skipif(
-    FOLDER is None,
-    reason="the original code's answers are not part of the project; set LRM_GOLDENS to their folder",
-)
+FOLDER = Path(__file__).parents[1] / "golden"
 OPENGL = torch.diag(torch.tensor([1.0, -1, -1, 1]))
 
 
 def golden(name):
-    tensors = load_file(Path(FOLDER) / f"{name}_tiny.safetensors")
+    tensors = load_file(FOLDER / f"{name}_tiny.safetensors")
     weights = {key.removeprefix("weights."): x for key, x in tensors.items() if key.startswith("weights.")}
     return tensors, weights
 
