@@ -64,7 +64,7 @@ def test_results_are_figures_tables_images_and_a_board(finished):
     assert f"| model | {rows['model']['psnr']:.2f} |" in table
     page = (finished / "index.html").read_text()
     for word in (
-        "worst objects",
+        "Worst objects",
         "best objects",
         "val-ellipsoid-000",
         "data:image/png;base64",
