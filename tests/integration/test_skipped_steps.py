@@ -15,7 +15,7 @@ from lrm_pl.callbacks.progress_bar import ProgressBar
 from lrm_pl.checkpoints import read_checkpoint, read_tensors, tensor_names
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.kernels.device import CopyStream, as_accelerator
-from lrm_pl.training import state as state_file
+from lrm_pl.training import sharded_state
 from lrm_pl.training.checkpointing import CheckpointAndResume
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.run_state import run_tensors
@@ -291,7 +291,7 @@ class LateCopies(DeferredCopies):
 def test_what_is_written_is_the_state_of_its_step_although_training_goes_on_before_it_is_copied(
     fit, monkeypatch
 ):
-    monkeypatch.setattr(state_file, "CopyStream", DeferredCopies)
+    monkeypatch.setattr(sharded_state, "CopyStream", DeferredCopies)
     with as_accelerator():
         watch, folder = fit("deferred", {}, every=2)
     for step in (2, 4, 6, 8):
@@ -300,7 +300,7 @@ def test_what_is_written_is_the_state_of_its_step_although_training_goes_on_befo
 
 def test_a_validation_of_the_average_waits_until_the_weights_are_copied(fit, monkeypatch):
     """Accumulation puts validations between a checkpoint and the next optimizer step."""
-    monkeypatch.setattr(state_file, "CopyStream", DeferredCopies)
+    monkeypatch.setattr(sharded_state, "CopyStream", DeferredCopies)
     options = ("--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=3")
     with as_accelerator():
         watch, folder = fit("validated", {}, *options, every=1, steps=4, validating=CopiesInValidation())
@@ -309,13 +309,13 @@ def test_a_validation_of_the_average_waits_until_the_weights_are_copied(fit, mon
 
 
 def test_without_the_optimizer_held_back_the_copies_would_be_of_later_steps(fit, monkeypatch):
-    monkeypatch.setattr(state_file, "CopyStream", LateCopies)
+    monkeypatch.setattr(sharded_state, "CopyStream", LateCopies)
     with as_accelerator():
         watch, folder = fit("late", {}, every=2, steps=4)
     assert different(read(folder, 2)[1], watch.states[2]) != []
 
 
 def test_on_a_cpu_a_checkpoint_is_copied_before_training_goes_on(fit, monkeypatch):
-    monkeypatch.setattr(state_file, "CopyStream", LateCopies)
+    monkeypatch.setattr(sharded_state, "CopyStream", LateCopies)
     watch, folder = fit("at-once", {}, every=2, steps=4)
     assert different(read(folder, 2)[1], watch.states[2]) == []

@@ -25,7 +25,7 @@ def test_look_at_gives_the_hand_computed_pose_from_plus_x_above():
 
 
 def test_a_camera_straight_above_is_refused():
-    with pytest.raises(ValueError, match="above or below"):
+    with pytest.raises(ValueError, match="directly above or directly below"):
         look_at(torch.tensor([0.0, 0.0, 2.0]))
 
 

@@ -187,7 +187,7 @@ def test_a_damaged_folder_is_refused_with_the_reason(tmp_path):
     ("source", "options", "message"),
     [
         ("openlrm", ["--image-size", "100"], "image size that is a multiple of 14, but found 100"),
-        ("openlrm", ["--samples-per-ray", "4"], "samples a ray"),
+        ("openlrm", ["--samples-per-ray", "4"], "samples per ray"),
         ("triposr", ["--image-size", "8"], "image size that is a multiple of 16, but found 8"),
         (
             "triposr",

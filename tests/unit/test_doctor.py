@@ -122,7 +122,7 @@ def test_all_sets_of_a_mixture_are_looked_at(config, shards, tmp_path):
     write_synthetic_shards(tmp_path / "other", train=4, val=2, views=6, resolution=32)
     assert looked_at(tmp_path / "other").verdict == "ok"
     assert "16 training objects, 4 held out" in looked_at(tmp_path / "other").found, "4 once, 4 three times"
-    assert looked_at(shards).remedy == "name a set once, with its weight"
+    assert looked_at(shards).remedy == "list each data set once, with its weight"
     missing = looked_at(tmp_path / "nowhere")
     assert missing.verdict == "missing"
     assert "nowhere" in missing.found

@@ -224,7 +224,7 @@ def test_each_family_of_encoders_gives_its_tokens_at_any_image_size(name, prefix
 
 def test_an_encoder_that_timm_does_not_know_is_refused_with_names_like_it():
     with pytest.raises(
-        ValueError, match=r"found 'vit_smal_patch14_dinov2'. Close to it: vit_small_patch14_dinov2"
+        ValueError, match=r"found 'vit_smal_patch14_dinov2'. Use one of vit_small_patch14_dinov2"
     ):
         ImageEncoder("vit_smal_patch14_dinov2")
 
