@@ -1,1 +1,1 @@
-"""The network: from an image and its camera to a triplane radiance field. Start with ``lrm.py``."""
+"""The network, which maps an image and its camera to a triplane radiance field. Start with ``lrm.py``."""

@@ -15,8 +15,9 @@ class Attention(nn.Module):
 
     Args:
         dim: Width D of the queries and of the output.
-        heads: Number of heads; divides D.
-        context_dim: Width of the context tokens; None for self-attention, with a fused QKV projection.
+        heads: Number of heads, which must divide D.
+        context_dim: Width M of the context tokens. If None, the layer computes self-attention with a fused QKV
+            projection.
         out_bias: Whether the output projection has a bias (TripoSR).
         qk_norm: Whether to apply RMSNorm to queries and keys per head, which bounds the logits (LVSM, section 4;
             Dehghani et al. 2023, section 2.1).
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         return x.view(batch, length, self.heads, -1).transpose(1, 2)
 
 
-#: Scores per head from which attention is computed block by block on a CPU.
+#: Minimum number of scores per head for which a CPU computes attention in blocks of queries.
 _MIN_BLOCKED_SCORES = 256 * 1024
 
 
@@ -72,9 +73,10 @@ def attend(
 ) -> Float[Tensor, "B h L d"]:
     """Compute softmax(q k^T / sqrt d) v.
 
-    On a CPU, attention is computed as written if the scores fit the cache, otherwise in blocks of queries. PyTorch's
-    ``scaled_dot_product_attention`` is used on accelerators, and in float32 without gradients, where results are
-    compared with the code of published weights: large logits amplify differences in summation order.
+    On a CPU, attention is computed by ``attention_plain`` if the scores fit in the cache, and in blocks of queries
+    otherwise. PyTorch's ``scaled_dot_product_attention`` is used on accelerators. It is also used in float32 without
+    gradients because the outputs of published weights are compared with the original code, and large logits amplify
+    differences in the order of summation.
     """
     if not on_cpu(q) or (q.dtype == torch.float32 and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v)

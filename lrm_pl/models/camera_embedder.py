@@ -1,4 +1,4 @@
-"""Camera embedding: an MLP on the camera vector of 20 (LRM, section 3.2) or 16 elements (OpenLRM)."""
+"""Camera embedding by an MLP on a camera vector of 20 elements (LRM, section 3.2) or 16 elements (OpenLRM)."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ class CameraEmbedder(nn.Module):
 
     Args:
         dim: Width E of the embedding.
-        numbers: Length of the camera vector; see ``camera_vector``.
+        numbers: Length of the camera vector (see ``camera_vector``).
     """
 
     def __init__(self, dim: int, numbers: CameraNumbers = 20) -> None:

@@ -1,8 +1,8 @@
-"""The NeRF MLP: from features of a point to density and color (LRM, section 3.3).
+"""The NeRF MLP, which maps the features of a point to density and color (LRM, section 3.3).
 
-The first linear layer can be folded into the planes, since it commutes with bilinear sampling:
-W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). This is exact and removes the widest layer from every sample. It is
-faster if the MLP is narrower than the three concatenated feature vectors.
+The first linear layer can be folded into the planes because it commutes with bilinear sampling:
+W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). Folding is exact and removes the widest layer from the evaluation of
+every sample. It is faster if the MLP is narrower than the three concatenated feature vectors.
 """
 
 from itertools import pairwise
@@ -22,20 +22,21 @@ DensityActivation = Literal["softplus", "exp"]
 
 @final
 class NeRFDecoder(nn.Module):
-    """MLP shared by density and color, without view dependence.
+    """MLP that predicts density and color together, independently of the view direction.
 
-    Density is softplus(x + density_bias) or exp(x + density_bias); color is a sigmoid.
+    The density is softplus(x + density_bias) or exp(x + density_bias), and the color is a scaled sigmoid.
 
     Args:
-        channels: Plane channels F.
-        width: Hidden width.
+        channels: Number F of channels per plane.
+        width: Width of the hidden layers.
         layers: Number of linear layers, including the output layer of width 4 (LRM: 10; OpenLRM: 4).
         activation: Activation between the layers: ReLU (OpenLRM) or SiLU (TripoSR).
         density_activation: Activation of the density: softplus (OpenLRM) or exp (TripoSR).
-        density_bias: Added to the density before its activation; -1 initializes a nearly empty field.
-        color_margin: Margin by which the sigmoid exceeds [0, 1], so that black and white are reachable (OpenLRM:
-            0.001; TripoSR: 0).
-        fold: Whether to fold the first layer into the planes; does not change the result.
+        density_bias: Bias that is added to the raw density before the activation. The value -1 initializes a nearly
+            empty field.
+        color_margin: Margin by which the range of colors exceeds [0, 1] at each end, so that black and white can be
+            reached (OpenLRM: 0.001; TripoSR: 0).
+        fold: Whether to fold the first layer into the planes. Folding does not change the result.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class NeRFDecoder(nn.Module):
         self.color_margin = color_margin
 
     def field(self, triplane: Triplane) -> TriplaneField:
-        """Combine triplanes with this decoder to fields that can be rendered."""
+        """Combine triplanes and this decoder into radiance fields that can be rendered."""
         first, *others = cast(list[nn.Linear], list(self.layers))
         weights: tuple[Tensor, ...] = tuple(x for layer in others for x in (layer.weight, layer.bias))
         planes = triplane.upright()
@@ -91,18 +92,19 @@ class NeRFDecoder(nn.Module):
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Run the MLP with weights in the order of ``TriplaneField.weights``.
+        """Decode features to raw densities and colors in float32.
 
-        Returns:
-            Raw density and color, float32.
+        Args:
+            features: Features of Q points.
+            weights: Weights in the order of ``TriplaneField.weights``.
         """
         x = self.mlp(features, weights)
         return x[:, 0], self.color(x[:, 1:])
 
     def mlp(self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]) -> Float[Tensor, "Q 4"]:
-        """Return raw density and color logits, float32."""
+        """Return raw densities and color logits in float32."""
         if torch.is_autocast_enabled(features.device.type):
-            # The linear layers would cast it anyway; casting first halves the cost of the first activation.
+            # Autocast casts the input of each linear layer. Casting here also halves the cost of the first activation.
             features = features.to(torch.get_autocast_dtype(features.device.type))
         if self.fold:
             x, weights = features + weights[0].to(features.dtype), weights[1:]
@@ -114,11 +116,11 @@ class NeRFDecoder(nn.Module):
         return F.linear(x, *weights[-2:]).float()
 
     def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:
-        """Map color logits to colors by a sigmoid with range [-margin, 1 + margin]."""
+        """Map color logits to colors by a sigmoid with the range [-color_margin, 1 + color_margin]."""
         return torch.sigmoid(logits) * (1 + 2 * self.color_margin) - self.color_margin
 
     def density(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
-        """Map raw density to density per unit of length of the renderer."""
+        """Map raw densities to densities per unit of length, which is a setting of the renderer."""
         raw = raw + self.density_bias
-        # Clamped so that the gradient of exp does not overflow; samples of density e^11 are opaque.
+        # The clamp prevents overflow of the gradient of exp. Samples of density e^11 are opaque.
         return F.softplus(raw) if self.density_activation == "softplus" else raw.clamp_max(11.0).exp()

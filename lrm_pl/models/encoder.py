@@ -1,4 +1,4 @@
-"""Image encoder: a DINO, DINOv2 or DINOv3 vision transformer of timm (LRM, section 3.1)."""
+"""Image encoder with a DINO, DINOv2 or DINOv3 vision transformer from timm (LRM, section 3.1)."""
 
 import difflib
 import sys
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lrm_pl.errors import InputError
 
-#: Output tokens: all, or without the register tokens (OpenLRM).
+#: Tokens to return: all tokens, or only the class and patch tokens (OpenLRM).
 EncoderTokens = Literal["all", "class_and_patches"]
 
 
@@ -23,21 +23,22 @@ EncoderTokens = Literal["all", "class_and_patches"]
 class ImageEncoder(nn.Module):
     """Vision transformer that returns its class, register and patch tokens.
 
-    Images are resized to ``image_size`` and normalized. Positional embeddings of weights for another size are resized
-    when they are loaded.
+    Images are resized to ``image_size`` and normalized. If pretrained weights were trained with a different image size,
+    ``load_pretrained`` resizes the positional embeddings.
 
     Args:
-        name: Name of the model in timm: ``vit_base_patch16_224.dino`` (DINO, LRM), ``vit_small_patch14_dinov2``,
-            ``vit_small_patch14_reg4_dinov2`` (with registers), ``vit_small_patch16_dinov3``.
-        image_size: Side of the square input image, a multiple of the patch size.
+        name: Name of the model in timm, for example, ``vit_base_patch16_224.dino`` (DINO, used by LRM),
+            ``vit_small_patch14_dinov2``, ``vit_small_patch14_reg4_dinov2`` (with register tokens) or
+            ``vit_small_patch16_dinov3``.
+        image_size: Side of the square input image in pixels, a multiple of the patch size.
         frozen: Whether to exclude the encoder from training.
-        normalize: Whether to normalize images with the model's mean and standard deviation; OpenLRM's weights expect
-            images in [0, 1].
+        normalize: Whether to normalize images with the mean and standard deviation of the model in timm. OpenLRM's
+            weights expect images in [0, 1].
         tokens: Tokens to return.
-        norm_eps: Epsilon of layer norms; None for the model's default (TripoSR: 1e-12).
-        dim: Width; None for the model's default.
-        depth: Number of blocks; None for the model's default.
-        heads: Number of attention heads; None for the model's default.
+        norm_eps: Epsilon of the layer norms (TripoSR: 1e-12). If None, the default of the model is used.
+        dim: Width M of the tokens. If None, the default of the model is used.
+        depth: Number of blocks. If None, the default of the model is used.
+        heads: Number of attention heads. If None, the default of the model is used.
     """
 
     mean: Tensor
@@ -100,7 +101,7 @@ class ImageEncoder(nn.Module):
         self.register_load_state_dict_post_hook(_note_weights)  # type: ignore[no-untyped-call]
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N M"]:
-        """Encode square sRGB images in [0, 1] of any size."""
+        """Encode square sRGB images of any size with values in [0, 1]."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             images = F.interpolate(
                 images, self.image_size, mode="bicubic", antialias=True, align_corners=False
@@ -112,10 +113,13 @@ class ImageEncoder(nn.Module):
         return tokens
 
     def load_pretrained(self, state: dict[str, Tensor]) -> None:
-        """Load a state dict with timm's or the authors' keys, strictly; positional embeddings are resized.
+        """Load a state dict strictly, and resize the positional embeddings if necessary.
+
+        Args:
+            state: State dict with the keys of timm or of the authors of the model.
 
         Raises:
-            InputError: Keys or shapes do not match.
+            InputError: The keys or shapes do not match the model.
         """
         convert = sys.modules[type(self.vit).__module__].checkpoint_filter_fn
         try:

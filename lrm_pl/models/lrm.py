@@ -1,4 +1,4 @@
-"""The LRM network: from an image and its camera to a triplane NeRF (arXiv 2311.04400, section 3 and figure 2).
+"""The LRM network, which maps an image and its camera to a triplane NeRF (arXiv 2311.04400, section 3 and figure 2).
 
 image (B, V, 3, H, W) --ImageEncoder--> tokens (B, V N, M) ----------.
 c2w, fxfycxcy ----CameraEmbedder--> camera (B, E) --ModLN in each--.  | cross-attention
@@ -28,16 +28,18 @@ class LRM(nn.Module):
 
     Args:
         encoder: Image encoder.
-        decoder: NeRF MLP; its ``channels`` are the channels of the planes.
+        decoder: NeRF MLP. The planes have ``decoder.channels`` channels.
         dim: Width D of the transformer.
-        depth: Number of blocks.
-        heads: Attention heads per block.
-        camera: Length of the camera vector: 20 (LRM), 16 (OpenLRM), or None for no camera conditioning (TripoSR).
+        depth: Number of transformer blocks.
+        heads: Number of attention heads per block.
+        camera: Length of the camera vector, 20 (LRM) or 16 (OpenLRM). If None, the network is not conditioned on the
+            camera (TripoSR).
         camera_dim: Width E of the camera embedding.
-        plane_tokens: Tokens s per side of a plane.
-        upsample: Upsampling factor; the planes have S = ``upsample`` s texels per side.
-        input_views: Number V of input views per object. With more than one, the tokens of each view are modulated by
-            its camera (after Instant3D, section 3.2), and the first camera modulates the transformer.
+        plane_tokens: Number s of tokens along each side of a plane.
+        upsample: Upsampling factor. The planes have S = ``upsample`` s texels per side.
+        input_views: Number V of input views per object. If there are several views, the tokens of each view are
+            modulated by the camera of the view (after Instant3D, section 3.2), and the first camera modulates the
+            transformer.
         blocks: Design of the transformer blocks.
         qk_norm: Whether attention normalizes queries and keys (LVSM, section 4).
         plane_layout: Orientation of the planes.
@@ -87,7 +89,7 @@ class LRM(nn.Module):
         """Reconstruct objects from their input views.
 
         Args:
-            image: Input views, sRGB in [0, 1].
+            image: Input views in sRGB, with values in [0, 1].
             c2w: Poses of the input views in the canonical frame.
             fxfycxcy: Normalized intrinsics of the input views.
         """
@@ -104,5 +106,5 @@ class LRM(nn.Module):
         return Triplane(self.upsampler(tokens), self.plane_layout)  # (B, 3, F, S, S)
 
     def field(self, triplane: Triplane) -> TriplaneField:
-        """Combine triplanes with the decoder to fields that can be rendered."""
+        """Combine triplanes and the decoder into radiance fields that can be rendered."""
         return self.decoder.field(triplane)

@@ -15,17 +15,19 @@ from lrm_pl.errors import InputError
 from lrm_pl.kernels.modulated_norm import modulated_norm
 from lrm_pl.models.attention import Attention
 
-#: "lrm": cross-attention, self-attention, GELU MLP; a final layer norm (LRM, OpenLRM). "triposr": self-attention,
-#: cross-attention, GEGLU MLP, biases on attention outputs; group norm and projection before the stack, projection and
-#: residual connection after it (TripoSR's Transformer1D).
+#: Design of the transformer blocks. "lrm" has cross-attention, self-attention and a GELU MLP in each block, and a layer
+#: norm after the last block (LRM, OpenLRM). "triposr" has self-attention, cross-attention and a GEGLU MLP in each block,
+#: biases on the attention outputs, a group norm and a projection before the blocks, and a projection and a residual
+#: connection after the blocks (Transformer1D of TripoSR).
 BlockDesign = Literal["lrm", "triposr"]
 
 
 class ScaledLayerNorm(nn.LayerNorm):
     """Layer norm with a scale and shift per object.
 
-    With gradients, scale and shift are merged into weight and bias, so that x is the only tensor of its size saved for
-    backward. A separate module, since ZeRO-3 gathers the parameters of each module before its forward.
+    If gradients are enabled, scale and shift are merged into weight and bias, so that ``x`` is the only large tensor
+    that is saved for the backward pass. The norm is a separate module because ZeRO-3 gathers the parameters of a module
+    before its forward pass.
     """
 
     def forward(  # type: ignore[override]
@@ -33,18 +35,20 @@ class ScaledLayerNorm(nn.LayerNorm):
     ) -> Float[Tensor, "B L D"]:
         """Compute LN(x) (1 + scale) + shift."""
         if not torch.is_grad_enabled():
-            # In the order of the published implementations, whose large weights amplify rounding.
+            # The order of operations is that of the published implementations because large weights amplify rounding.
             return super().forward(x) * (1 + scale).unsqueeze(1) + shift.unsqueeze(1)
         weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
         return modulated_norm(x, weight, bias, self.eps)
 
 
 class ModLN(nn.Module):
-    """Layer norm modulated by the camera: LN(x) (1 + scale) + shift, (shift, scale) = Linear(SiLU(c)) (DiT's adaLN).
+    """Layer norm that is modulated by the camera embedding c (adaLN of DiT).
+
+    The output is LN(x) (1 + scale) + shift, where (shift, scale) = Linear(SiLU(c)).
 
     Args:
         dim: Width D of the tokens.
-        camera_dim: Width E of the camera embedding; None for a plain layer norm.
+        camera_dim: Width E of the camera embedding. If None, the module is a plain layer norm.
         eps: Epsilon added to the variance.
     """
 
@@ -60,7 +64,7 @@ class ModLN(nn.Module):
     def forward(
         self, x: Float[Tensor, "B L D"], camera: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B L D"]:
-        """Normalize, and modulate if a camera embedding is given."""
+        """Normalize tokens, and modulate them if a camera embedding is given."""
         if camera is None:
             return self.norm(x)
         shift, scale = self.modulation(camera).float().chunk(2, dim=-1)  # each (B, D)
@@ -68,7 +72,9 @@ class ModLN(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Gated linear unit with GELU: a GELU(b) for (a, b) = Linear(x) (Shazeer 2020).
+    """Gated linear unit with GELU (Shazeer 2020).
+
+    The output is a GELU(b), where (a, b) = Linear(x).
 
     Args:
         dim: Width of the input.
@@ -80,19 +86,21 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * hidden)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L hidden"]:
-        """Project and gate."""
+        """Project the input, and multiply one half of the projection by the GELU of the other half."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
 class Block(nn.Module):
-    """Transformer block: cross-attention to the image, self-attention and MLP, each residual and pre-normalized.
+    """Transformer block of cross-attention to the image, self-attention and an MLP.
+
+    Each sublayer is pre-normalized and has a residual connection.
 
     Args:
         dim: Width D of the tokens.
-        heads: Attention heads.
+        heads: Number of attention heads.
         image_dim: Width M of the image features.
-        camera_dim: Width E of the camera embedding; None without camera conditioning.
+        camera_dim: Width E of the camera embedding. If None, the block is not conditioned on the camera.
         design: Order of the sublayers and type of the MLP.
         qk_norm: Whether queries and keys are normalized.
         mlp_ratio: Hidden width of the MLP as a multiple of D.
@@ -134,7 +142,10 @@ class Block(nn.Module):
     def mlp_step(
         self, x: Float[Tensor, "B L D"], camera: Float[Tensor, "B E"] | None
     ) -> Float[Tensor, "B L D"]:
-        """Apply norm and MLP; separate for activation checkpointing (``training.parallelize``)."""
+        """Apply the norm and the MLP.
+
+        ``training.parallelize`` wraps this method to checkpoint its activations.
+        """
         return self.mlp(self.mlp_norm(x, camera))
 
 
@@ -143,11 +154,11 @@ class TriplaneTransformer(nn.Module):
 
     Args:
         tokens: Number L of triplane tokens.
-        dim: Width D.
+        dim: Width D of the tokens.
         depth: Number of blocks.
-        heads: Attention heads per block.
+        heads: Number of attention heads per block.
         image_dim: Width M of the image features.
-        camera_dim: Width E of the camera embedding; None without camera conditioning.
+        camera_dim: Width E of the camera embedding. If None, the transformer is not conditioned on the camera.
         design: Design of the blocks and of the layers around them.
         qk_norm: Whether queries and keys are normalized.
     """
@@ -194,8 +205,8 @@ class TriplaneTransformer(nn.Module):
         residuals = 3 * len(self.blocks)
         for name, parameter in self.blocks.named_parameters():
             if name.endswith("weight") and parameter.ndim == 2 and "modulation" not in name:
-                # Variance 1 / fan-in; layers that add to the residual stream are scaled down by the square root of
-                # the number of residual additions (GPT-2).
+                # The variance of weights is 1 / fan-in. The standard deviation of layers that add to the residual
+                # stream is divided by the square root of the number of residual additions (GPT-2).
                 scale = residuals**-0.5 if name.endswith(("out.weight", "mlp.2.weight")) else 1.0
                 nn.init.trunc_normal_(parameter, std=scale * parameter.shape[1] ** -0.5)
             elif name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""The triplane, and the radiance field of a triplane and a decoder."""
+"""Triplanes, and radiance fields that combine a triplane and a decoder."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class Triplane:
     """Three feature planes over [-1, 1]^3 for each of B objects.
 
     Attributes:
-        planes: (B, 3, F, S, S).
+        planes: Planes of shape (B, 3, F, S, S).
         layout: Orientation of the planes.
     """
 
@@ -26,11 +26,11 @@ class Triplane:
 
     @property
     def axes(self) -> Axes:
-        """Column axis and row axis of each plane of ``upright``."""
+        """Column axis and row axis of each plane that ``upright`` returns."""
         return PLANE_AXES[self.layout]
 
     def upright(self) -> Float[Tensor, "B 3 F S S"]:
-        """Return the planes with all mirrored planes flipped."""
+        """Return the planes, with the mirrored planes flipped so that their columns follow their axis."""
         mirrored = MIRRORED_PLANES[self.layout]
         if not mirrored:
             return self.planes
@@ -43,17 +43,19 @@ class Triplane:
 
 @dataclasses.dataclass(frozen=True)
 class TriplaneField:
-    """Triplane radiance field; implements ``rendering.field.Field``.
+    """Radiance fields of B triplanes.
+
+    This class implements ``rendering.field.Field``.
 
     Attributes:
-        planes: (B, 3, S, S, C) float32, channels last; C is F, or the decoder's width if its first layer is folded into
-            the planes.
-        weights: Weights of the decoder; differentiable.
-        decoder: Function from features and weights to raw density and color; pure.
-        activation: Function from raw density to density; pure.
-        color_activation: Function from color logits to color; pure.
+        planes: Float32 planes of shape (B, 3, S, S, C), channels last. C is the width of the decoder if the first layer
+            is folded into the planes, and F otherwise.
+        weights: Differentiable weights of the decoder.
+        decoder: Pure function from features and weights to raw densities and colors.
+        activation: Pure function from raw densities to densities.
+        color_activation: Pure function from color logits to colors.
         hidden_activation: Activation between the layers of the MLP.
-        reduce: Whether features of the three planes are summed (folded) or concatenated.
+        reduce: Whether the features of the three planes are summed (if the first layer is folded) or concatenated.
         axes: Column axis and row axis of each plane.
     """
 
@@ -67,23 +69,23 @@ class TriplaneField:
     axes: Axes
 
     def sample(self, planes: Float[Tensor, "3 S S C"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
-        """Sample features of one object."""
+        """Sample the features of one object at points."""
         return triplane_sample(planes, points, self.axes, self.reduce)
 
     def accumulate(
         self, total: Float[Tensor, "3 S S C"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
     ) -> None:
-        """Add the gradient of ``sample`` to ``total`` in place."""
+        """Add the gradient of ``sample`` with respect to the planes to ``total`` in place."""
         accumulate_gradient(total, points, grad, self.axes, self.reduce)
 
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Decode features to raw density and color."""
+        """Decode features to raw densities and colors."""
         return self.decoder(features, weights)
 
     def activate(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
-        """Map raw density to density."""
+        """Map raw densities to densities."""
         return self.activation(raw)
 
     def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:

@@ -5,11 +5,13 @@ from torch import Tensor, nn
 
 
 class Upsampler(nn.Module):
-    """Deconvolution without overlap, shared by the planes: 3 s s tokens to three planes of side S = factor s.
+    """Deconvolution from triplane tokens to planes, with the same weights for the three planes.
+
+    The kernels do not overlap. The s x s tokens of a plane become S x S texels, where S = ``factor`` s.
 
     Args:
         dim: Width D of the tokens.
-        channels: Plane channels F.
+        channels: Number F of channels per plane.
         factor: Kernel size and stride of the deconvolution.
     """
 
@@ -18,7 +20,7 @@ class Upsampler(nn.Module):
         self.deconvolution = nn.ConvTranspose2d(dim, channels, kernel_size=factor, stride=factor)
 
     def forward(self, tokens: Float[Tensor, "B L D"]) -> Float[Tensor, "B 3 F S S"]:
-        """Reshape tokens to planes, in row-major order, and upsample."""
+        """Arrange the tokens as planes in row-major order, and upsample the planes."""
         batch, length, dim = tokens.shape
         side = round((length // 3) ** 0.5)
         assert 3 * side * side == length, (length, side)
