@@ -1,1 +1,1 @@
-"""Cameras and rays: pure functions on float32 tensors, in the conventions of ``lrm_pl.conventions``."""
+"""Pure functions for cameras and rays on float32 tensors, with the conventions of ``lrm_pl.conventions``."""

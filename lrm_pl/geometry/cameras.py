@@ -1,7 +1,7 @@
-"""Camera functions: look-at, orbit, the canonical frame, crop and resize, the camera vector.
+"""Functions for camera poses, the canonical frame, intrinsics of crops, and the camera vector.
 
-Shapes: poses ``c2w`` (..., 4, 4), intrinsics ``fxfycxcy`` (..., 4), float32. All functions compute in float32 under
-autocast: they use element-wise products instead of matrix products.
+Poses ``c2w`` have shape (..., 4, 4), and intrinsics ``fxfycxcy`` have shape (..., 4). All functions compute in float32
+even under autocast because they use element-wise products instead of matrix products.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def look_at(
     """Return OpenCV poses at ``position`` that look at ``target`` with +z up.
 
     Args:
-        position: (..., 3) camera centers in scene units, not straight above or below the target.
+        position: Camera centers of shape (..., 3) in scene units, not directly above or below the target.
         target: Point that the optical axis passes through.
 
     Raises:
@@ -48,7 +48,15 @@ def look_at(
 
 
 def orbit(frames: int, distance: float, elevation_deg: float = 15.0) -> Float[Tensor, "V 4 4"]:
-    """Return ``frames`` poses on a circle about +z, starting at -y, counter-clockwise seen from above."""
+    """Return poses on a circle about the z axis that look at the origin.
+
+    The circle starts on the side of -y and runs counter-clockwise, as seen from above.
+
+    Args:
+        frames: Number of poses.
+        distance: Distance of the cameras from the origin in scene units.
+        elevation_deg: Elevation of the cameras in degrees.
+    """
     azimuth = torch.arange(frames, dtype=torch.float32) * (2 * math.pi / frames) - math.pi / 2
     elevation = torch.full_like(azimuth, math.radians(elevation_deg))
     position = torch.stack(
@@ -58,12 +66,12 @@ def orbit(frames: int, distance: float, elevation_deg: float = 15.0) -> Float[Te
 
 
 def canonical_pose(distance: float) -> Float[Tensor, "4 4"]:
-    """Return the canonical pose of an input camera: at ``distance`` on -y, looking along +y, with +z up."""
+    """Return the canonical pose of an input camera, which is at (0, -distance, 0) and looks along +y with +z up."""
     return torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, -distance], [0, -1, 0, 0], [0, 0, 0, 1]])
 
 
 def canonical_rotation(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 3 3"]:
-    """Return the rotation of the world about the origin after which this camera looks along +y with +z up.
+    """Return the rotation of the world about the origin after which a camera looks along +y with +z up.
 
     A camera that looks at the origin from distance d is then at (0, -d, 0).
     """
@@ -83,12 +91,14 @@ def canonicalize(c2w: Float[Tensor, "*batch V 4 4"]) -> Float[Tensor, "*batch V 
 def resize_and_crop(
     fxfycxcy: Float[Tensor, "*batch 4"], size: tuple[int, int], window: tuple[int, int, int, int]
 ) -> Float[Tensor, "*batch 4"]:
-    """Return the normalized intrinsics of a crop; resizing alone does not change them.
+    """Return the normalized intrinsics of a crop.
+
+    Resizing an image does not change its normalized intrinsics.
 
     Args:
-        fxfycxcy: Intrinsics of the full image.
-        size: Height and width of the (resized) image before cropping.
-        window: Top, left, height and width of the crop in pixels of that image.
+        fxfycxcy: Normalized intrinsics of the full image.
+        size: Height and width of the image before cropping, in pixels.
+        window: Top, left, height and width of the crop, in pixels.
     """
     (height, width), (top, left, crop_height, crop_width) = size, window
     scale = fxfycxcy.new_tensor([width / crop_width, height / crop_height])
@@ -104,15 +114,15 @@ def camera_vector(
     Args:
         c2w: Poses.
         fxfycxcy: Normalized intrinsics.
-        numbers: Length of the vector: 20 for the flattened pose and the intrinsics (LRM, section 3.2), or 16 without
-            the last row of the pose (OpenLRM).
+        numbers: Length of the vector. A vector of 20 elements contains the flattened pose and the intrinsics (LRM,
+            section 3.2). A vector of 16 elements omits the last row of the pose (OpenLRM).
     """
     pose = c2w if numbers == 20 else c2w[..., :3, :]
     return torch.cat([pose.flatten(-2), fxfycxcy], dim=-1)
 
 
 def _matmul(a: Float[Tensor, "*batch n k"], b: Float[Tensor, "*batch k m"]) -> Float[Tensor, "*batch n m"]:
-    """Multiply small matrices element by element, since autocast would round a matrix product to bf16."""
+    """Multiply small matrices with element-wise products because autocast would round a matrix product to bf16."""
     return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(dim=-2)
 
 
@@ -130,7 +140,9 @@ class PosedCamera(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class InputCamera:
-    """Assumed camera of the input image; unused by models without camera conditioning.
+    """Camera that is assumed for the input image.
+
+    Models without camera conditioning do not use it.
 
     Attributes:
         distance: Distance from the origin in scene units (LRM and OpenLRM: 2).
@@ -141,7 +153,7 @@ class InputCamera:
     fov_deg: float = 50.0
 
     def __post_init__(self) -> None:
-        """Validate distance and field of view."""
+        """Validate the distance and the field of view."""
         if not 0 < self.distance < math.inf or not 0 < self.fov_deg < 180:
             raise InputError(expected="a distance above 0 and a fov_deg between 0 and 180", found=self)
 
@@ -152,7 +164,7 @@ class InputCamera:
 
     @property
     def c2w(self) -> Float[Tensor, "4 4"]:
-        """Canonical pose."""
+        """Canonical pose of the camera."""
         return canonical_pose(self.distance)
 
     @property

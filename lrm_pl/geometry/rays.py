@@ -1,4 +1,7 @@
-"""Camera rays and their intersection with the bounds of the field. Pure functions, float32."""
+"""Camera rays and their intersection with the bounds of the field.
+
+All functions are pure and compute in float32.
+"""
 
 from typing import Literal
 
@@ -18,11 +21,11 @@ def pixel_rays(
     Args:
         c2w: OpenCV poses.
         fxfycxcy: Normalized intrinsics.
-        height: Rows H.
-        width: Columns W.
+        height: Number H of pixel rows.
+        width: Number W of pixel columns.
 
     Returns:
-        Origins and unit directions, both (..., H, W, 3), in world space.
+        Origins and unit directions in world space, both of shape (..., H, W, 3).
     """
     rows = (torch.arange(height, dtype=torch.float32, device=c2w.device) + 0.5) / height
     columns = (torch.arange(width, dtype=torch.float32, device=c2w.device) + 0.5) / width
@@ -43,12 +46,12 @@ def ray_interval(
     """Intersect rays with the bounds.
 
     Args:
-        origins: (..., 3).
-        directions: (..., 3), unit length.
+        origins: Ray origins of shape (..., 3).
+        directions: Unit directions of shape (..., 3).
         bounds: The unit sphere or the box [-1, 1]^3.
 
     Returns:
-        ``near`` and ``far`` (...), non-negative distances along the ray; equal for rays that miss.
+        Non-negative distances ``near`` and ``far`` along each ray, which are equal if the ray misses the bounds.
     """
     if bounds == "sphere":
         middle = -(origins * directions).sum(dim=-1)
@@ -56,8 +59,8 @@ def ray_interval(
         half = (1 - closest.square().sum(dim=-1)).clamp_min(0).sqrt()
         near, far = middle - half, middle + half
     else:
-        # A zero component gives +-inf, which min and max handle correctly. 0 * inf, for a ray within a face, gives NaN,
-        # which means no limit along this axis.
+        # If a component of the direction is zero, the quotients are +-inf, which min and max handle correctly. If the
+        # ray lies in a face, 0 * inf is NaN, and the ray has no limit along this axis.
         inverse = 1 / directions
         low, high = (-1 - origins) * inverse, (1 - origins) * inverse
         near = (

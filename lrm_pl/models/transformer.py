@@ -16,9 +16,9 @@ from lrm_pl.kernels.modulated_norm import modulated_norm
 from lrm_pl.models.attention import Attention
 
 #: Design of the transformer blocks. "lrm" has cross-attention, self-attention and a GELU MLP in each block, and a layer
-#: norm after the last block (LRM, OpenLRM). "triposr" has self-attention, cross-attention and a GEGLU MLP in each block,
-#: biases on the attention outputs, a group norm and a projection before the blocks, and a projection and a residual
-#: connection after the blocks (Transformer1D of TripoSR).
+#: norm after the last block (LRM, OpenLRM). "triposr" has self-attention, cross-attention and a GEGLU MLP in each
+#: block, biases on the attention outputs, a group norm and a projection before the blocks, and a projection and a
+#: residual connection after the blocks (Transformer1D of TripoSR).
 BlockDesign = Literal["lrm", "triposr"]
 
 

@@ -1,4 +1,7 @@
-"""Volume rendering quadrature: from samples to pixels (NeRF, section 4; Max 1995). Pure functions, float32."""
+"""Volume rendering quadrature, which composites samples to pixels (NeRF, section 4; Max 1995).
+
+All functions are pure and compute in float32.
+"""
 
 import torch
 from jaxtyping import Float
@@ -13,16 +16,16 @@ def composite(
     t: Float[Tensor, "*rays K"],
     delta: Float[Tensor, "*rays #K"],
 ) -> Rendering:
-    """Composite the samples of each ray, each with constant density over its interval.
+    """Composite the samples of each ray, with a constant density over the interval of each sample.
 
     Args:
-        sigma: Density per unit length, non-negative.
-        rgb: Colors.
+        sigma: Non-negative densities per unit of length.
+        rgb: Colors of the samples.
         t: Distances of the samples along the ray.
-        delta: Lengths of the samples' intervals.
+        delta: Lengths of the intervals.
 
     Returns:
-        Premultiplied color, opacity and depth. Differentiable in sigma and rgb.
+        Premultiplied color, opacity and depth, which are differentiable with respect to ``sigma`` and ``rgb``.
     """
     weights = sample_weights(sigma, delta)
     opacity = weights.sum(dim=-1)
@@ -35,8 +38,9 @@ def sample_weights(
 ) -> Float[Tensor, "*rays K"]:
     """Compute the compositing weight of each sample.
 
-    w_k = T_k (1 - exp(-sigma_k delta_k)), T_k = exp(-sum_{j<k} sigma_j delta_j): exact for a density that is constant
-    over each interval, so a homogeneous box of length L has opacity 1 - exp(-sigma L) for any number of samples.
+    The weight of sample k is T_k (1 - exp(-sigma_k delta_k)), where T_k = exp(-sum_{j<k} sigma_j delta_j). The weights
+    are exact for a density that is constant over each interval. A homogeneous box of length L therefore has opacity
+    1 - exp(-sigma L) for any number of samples.
     """
     optical_depth = sigma.float() * delta
     accumulated = torch.cumsum(optical_depth, dim=-1)

@@ -1,8 +1,8 @@
-"""Deferred back-propagation: rendering as a single autograd operation (ARF, Zhang et al. 2022, section 4.2).
+"""Deferred back-propagation, which renders in a single autograd operation (ARF, Zhang et al. 2022, section 4.2).
 
-Forward renders chunks of rays without a graph. Backward renders each chunk again with its own graph and accumulates
-the gradient of the planes in place. Memory is independent of the number of rays, chunks fit the cache, and DDP, FSDP2,
-DeepSpeed and gradient accumulation see one ordinary operation.
+The forward pass renders chunks of rays without a graph. The backward pass renders each chunk again with a graph of this
+chunk only, and accumulates the gradient of the planes in place. Memory is therefore independent of the number of rays,
+chunks fit in the cache, and DDP, FSDP2, DeepSpeed and gradient accumulation need no special handling.
 """
 
 import contextlib
@@ -36,16 +36,17 @@ def render_deferred(
 
     Args:
         field: Fields of B objects.
-        origins: Ray origins; row b contains the rays of all views of object b.
-        directions: Unit directions.
-        near: Start of each ray's interval.
-        far: End of each ray's interval; rays with far <= near are empty and are not evaluated.
-        jitter: Position of the samples in their bins; None for bin centers.
+        origins: Ray origins. Row b contains the rays of all views of object b.
+        directions: Unit directions of the rays.
+        near: Distance at which the interval of each ray starts.
+        far: Distance at which the interval of each ray ends. Rays with far <= near are empty and are not evaluated.
+        jitter: Positions of the samples in their bins, in [0, 1). If None, samples are at bin centers.
         march: Ray marching settings.
         chunk: Maximum number of points decoded at a time.
 
     Returns:
-        Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
+        Pixels of shape (B, R). They are differentiable with respect to the planes and weights of the field, but not
+        the rays.
     """
     return render_rays(
         field, Rays(origins, directions, near, far, jitter, max(1, chunk // march.samples)), march
@@ -53,7 +54,7 @@ def render_deferred(
 
 
 def render_rays(field: Field, rays: "Rays", march: RayMarching) -> Rendering:
-    """Render rays that are already divided into chunks; see ``render_deferred``."""
+    """Render rays that are already divided into chunks (see ``render_deferred``)."""
     rgb, opacity, depth = _Deferred.apply(field, rays, march, field.planes, *field.weights)
     return Rendering(rgb, opacity, depth)
 
@@ -67,7 +68,7 @@ def render_plain(
     jitter: Float[Tensor, "B R"] | None,
     march: RayMarching,
 ) -> Rendering:
-    """Render with one ordinary autograd graph: reference implementation of ``render_deferred``."""
+    """Render with one ordinary autograd graph, as the reference implementation of ``render_deferred``."""
     objects = []
     for index in range(origins.shape[0]):
         hit = far[index] > near[index]
@@ -90,7 +91,7 @@ def render_plain(
 
 
 class Rays:
-    """Rays of B objects, divided into chunks that fit the cache; holds no graph."""
+    """Rays of B objects, divided into chunks that fit in the cache."""
 
     def __init__(
         self,
@@ -103,17 +104,17 @@ class Rays:
     ) -> None:
         self.origins, self.directions, self.near, self.far = origins, directions, near, far
         self.jitter = jitter
-        # On a CPU each thread processes whole chunks: their tensors are too small for intra-op parallelism.
+        # On a CPU, each thread processes whole chunks because their tensors are too small for intra-op parallelism.
         self.threads = num_threads(near.device)
         self.chunks = [self._split(row.nonzero().squeeze(-1), rays_per_chunk) for row in far > near]
 
     def _split(self, rays: Tensor, max_rays: int) -> tuple[Tensor, ...]:
-        """Split ray indices into equal chunks of at most ``max_rays``, the same number for each thread."""
+        """Split ray indices into equal chunks of at most ``max_rays`` rays, with the same number for each thread."""
         rounds = math.ceil(len(rays) / (max_rays * self.threads))
         return rays.tensor_split(max(1, rounds) * self.threads)
 
     def points(self, index: int, rays: Tensor, t: Tensor) -> Tensor:
-        """Return points (r k, 3) at distances t (r, k) along rays of an object."""
+        """Return the points (r k, 3) at distances ``t`` (r, k) along rays of an object."""
         origins, directions = (
             self.origins[index, rays].unsqueeze(-2),
             self.directions[index, rays].unsqueeze(-2),
@@ -128,7 +129,15 @@ class Rays:
         decode: Callable[[Tensor], tuple[Tensor, Tensor]],
         activate: Callable[[Tensor], Tensor],
     ) -> Rendering:
-        """March along rays of an object; ``decode`` maps points (q, 3) to raw density and color."""
+        """March along rays of an object.
+
+        Args:
+            march: Ray marching settings.
+            index: Index of the object.
+            rays: Indices of the rays.
+            decode: Function from points (q, 3) to raw densities and colors.
+            activate: Function from raw densities to densities.
+        """
 
         def evaluate(t: Tensor) -> tuple[Tensor, Tensor]:
             raw, rgb = decode(self.points(index, rays, t))
@@ -144,8 +153,9 @@ class Rays:
     ) -> None:
         """Call ``work(thread, object, rays)`` for every chunk, then ``finish(thread, object)`` for every object.
 
-        Thread k processes the chunks k, k + T, ... of every object. The threads are started once for all objects:
-        between parallel operations of the calling thread, OpenMP's idle threads spin and occupy the cores.
+        Thread k of T threads processes the chunks k, k + T, ... of every object. The threads are started only once for
+        all objects because the calling thread would otherwise start parallel operations between objects, after which
+        idle OpenMP threads spin and occupy the cores.
         """
 
         def run(thread: int) -> None:
@@ -163,16 +173,18 @@ class Rays:
             with autocast(), torch.inference_mode(inference), torch.set_grad_enabled(False):
                 run(thread)
 
-        # Autocast, gradient and inference modes are thread-local: pass on the caller's.
+        # Autocast, gradient and inference modes are thread-local, so each thread has to set the modes of the caller.
         autocast, inference = autocast_state(self.near.device.type), torch.is_inference_mode_enabled()
         run_threads(self.threads, run_alone)
 
 
 class _PlaneGradients:
-    """Per-thread plane gradients of each object, summed in a fixed order: bitwise reproducible on a CPU.
+    """Gradients of the planes of each object, accumulated in one buffer per thread.
+
+    The buffers are summed in a fixed order, so the result is bitwise reproducible on a CPU.
 
     Args:
-        result: (B, ...) output; overwritten completely.
+        result: Output of shape (B, ...), which is overwritten completely.
         threads: Number of threads.
     """
 
@@ -183,19 +195,22 @@ class _PlaneGradients:
         self._finished = [0] * result.shape[0]
 
     def partial(self, thread: int, index: int) -> Tensor:
-        """Return the buffer that a thread accumulates into for an object."""
+        """Return the buffer in which a thread accumulates the gradient of an object."""
         if thread not in self._partials[index]:
             self._partials[index][thread] = torch.zeros_like(self.result[index])
         return self._partials[index][thread]
 
     def finish(self, thread: int, index: int) -> None:
-        """Mark an object as finished by a thread; the last thread sums the buffers and frees them."""
+        """Record that a thread has finished an object.
+
+        When the last thread has finished, the buffers of the object are summed and freed.
+        """
         with self._lock:
             self._finished[index] += 1
             last = self._finished[index] == self.threads
         if last:
             partials, self._partials[index] = self._partials[index], {}
-            self.result[index] = 0  # an object that no ray hits has no buffers
+            self.result[index] = 0  # an object without rays in its bounds has no buffers
             for k in sorted(partials):
                 self.result[index] += partials[k]
 
@@ -233,7 +248,7 @@ class _Deferred(torch.autograd.Function):
         planes, *saved = (tensor.detach() for tensor in ctx.saved_tensors)
         plane_grad = torch.empty_like(planes)
         plane_sums = _PlaneGradients(plane_grad, rays.threads)
-        # Each thread has its own leaves and sums.
+        # Each thread has its own leaf tensors and sums.
         weights = [[w.detach().requires_grad_() for w in saved] for _ in range(rays.threads)]
         weight_grads = [[torch.zeros_like(w) for w in saved] for _ in range(rays.threads)]
 
@@ -270,6 +285,9 @@ class _Deferred(torch.autograd.Function):
 
 
 def autocast_state(device: str) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    """Capture the current autocast state, to restore it in backward and in other threads."""
+    """Return a function that creates contexts with the current autocast state.
+
+    The contexts restore the state in the backward pass and in other threads.
+    """
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype, enabled=True) if enabled else contextlib.nullcontext()

@@ -1,9 +1,10 @@
 """Query a field at points and on regular grids over [-1, 1]^3, without gradients.
 
-A mesh is extracted from a grid of 384^3 points (LRM). The surface crosses few of its cells, so the grid is evaluated
-coarse to fine: at every fourth point first, then at all points of the coarse cells that the surface may cross. A cell
-qualifies if it or a neighbor has a corner below the threshold and a corner above 1% of it. Features thinner than four
-points with sharper density falloff may be missed; if no cell qualifies, the whole grid is evaluated.
+LRM extracts meshes from grids of 384^3 points. The surface crosses only few cells of the grid, so the field is first
+evaluated at every fourth point along each axis, and then at all points of the coarse cells that the surface may cross.
+A coarse cell is refined if the cell or a neighbor has both a corner below the threshold and a corner above 1% of the
+threshold. Features that are thinner than four points and have a sharp density falloff may be missed. If no cell
+qualifies, the whole grid is evaluated.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from lrm_pl.rendering.field import Field
 #: Stride of the coarse grid, in points.
 _STRIDE = 4
 
-#: Fraction of the threshold from which a corner hints at a surface.
+#: Fraction of the threshold above which the density at a corner indicates a nearby surface.
 _HINT = 0.01
 
 
@@ -31,7 +32,7 @@ class DensityGrid:
     """Densities of one object on a regular grid.
 
     Attributes:
-        density: (X, Y, Z), from -1 to 1 inclusive along each axis.
+        density: Densities of shape (X, Y, Z) at points from -1 to 1 inclusive along each axis.
         num_queries: Number of points at which the field was evaluated.
     """
 
@@ -48,9 +49,9 @@ def density_grid(
     Args:
         field: Fields of B objects.
         index: Index of the object.
-        resolution: Points along each axis.
-        threshold: Density of the surface of interest; points far from it get the density of a nearby point. None
-            evaluates every point.
+        resolution: Number of points along each axis.
+        threshold: Density of the surface of interest. Points far from the surface get the density of a nearby point.
+            If None, every point is evaluated.
     """
     axis = torch.linspace(-1, 1, resolution, device=field.planes.device)
     if threshold is None or resolution <= 2 * _STRIDE:
@@ -101,7 +102,10 @@ def _crossed_cells(corners: Float[Tensor, "X Y Z"], threshold: float) -> Bool[Te
 
 
 def _upsample(cells: Tensor, resolution: int) -> Tensor:
-    """Assign each grid point the value of its coarse cell; the last points belong to the last cells."""
+    """Assign to each grid point the value of its coarse cell.
+
+    Points beyond the last cell get the value of the last cell.
+    """
     index = torch.arange(resolution, device=cells.device) // _STRIDE
     for axis in range(3):
         cells = cells.index_select(axis, index.clamp_max(cells.shape[axis] - 1))
@@ -113,7 +117,7 @@ def _decode(field: Field, index: int, points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _for_each_chunk(points: Tensor, work: Callable[[int, Tensor], None]) -> None:
-    """Call ``work(start, chunk)`` for chunks of points that fit the cache, distributed over threads on a CPU."""
+    """Call ``work(start, chunk)`` for chunks of points that fit in the cache, distributed over threads on a CPU."""
     size = points_per_chunk(points.device)
     chunks = [(start, points[start : start + size]) for start in range(0, len(points), size)]
     threads = min(num_threads(points.device), len(chunks))
@@ -122,7 +126,7 @@ def _for_each_chunk(points: Tensor, work: Callable[[int, Tensor], None]) -> None
             for start, chunk in chunks:
                 work(start, chunk)
         return
-    # Autocast and inference modes are thread-local: pass on the caller's.
+    # Autocast and inference modes are thread-local, so each thread has to set the modes of the caller.
     autocast, inference = autocast_state(points.device.type), torch.is_inference_mode_enabled()
 
     def run(thread: int) -> None:

@@ -1,7 +1,7 @@
 """Empty-space skipping and early ray termination, for rendering without gradients.
 
-The result is within 1/255 of ``render_deferred``: densities below visibility are treated as zero, and rays end once
-their transmittance falls below 0.001.
+Invisible densities are treated as zero, and rays are terminated when their transmittance falls below 0.001. The result
+differs from the result of ``render_deferred`` by at most 1/255.
 """
 
 import dataclasses
@@ -23,19 +23,19 @@ from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.ray_marching import RayMarching, quadrature_intervals
 from lrm_pl.rendering.sampling import sample_stratified
 
-#: Density below visibility: over the longest chord of the box, 3.5 units, its opacity is a fifth of 1/255.
+#: Maximum invisible density. Over the longest chord of the box, 3.5 units, its opacity is a fifth of 1/255.
 _INVISIBLE_DENSITY = 2e-4
 
 #: Grid points per cell along each axis.
 _POINTS_PER_CELL = 2
 
-#: Transmittance below which a ray ends.
+#: Transmittance below which a ray is terminated.
 _MIN_TRANSMITTANCE = 1e-3
 
-#: Samples per ray between two checks of its transmittance.
+#: Number of samples per ray between two checks of the transmittance.
 _SEGMENT = 16
 
-#: Decodes points (q, 3); where a second tensor (q) is False, a point counts as empty.
+#: Function that decodes points (q, 3). If a mask (q) is given, points outside the mask count as empty.
 Decode = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -44,7 +44,7 @@ class Occupancy:
     """Occupancy grid of one object over [-1, 1]^3.
 
     Attributes:
-        cells: Whether a cell or one of its neighbors contains a visible density.
+        cells: Mask of the cells that contain a visible density, and of their neighbors.
     """
 
     cells: Bool[Tensor, "n n n"]
@@ -61,7 +61,7 @@ class Occupancy:
 
         Args:
             points: Points in [-1, 1]^3.
-            mask: Points to consider; None for all.
+            mask: Mask of the points to consider. If None, all points are considered.
         """
         if on_cpu(points) and mask is None:
             return torch.from_numpy(occupied(self.cells.numpy(), points.numpy()))
@@ -80,11 +80,11 @@ def measure_occupancy(
     Args:
         field: Fields of B objects.
         index: Index of the object.
-        cells: Cells along each axis.
-        min_density: Densities up to this value, per scene unit, count as empty.
+        cells: Number of cells along each axis.
+        min_density: Density per scene unit up to which a point counts as empty.
     """
     visible = density_grid(field, index, _POINTS_PER_CELL * cells + 1).density > min_density
-    # Pool over the points of a cell, those on its faces included, with a margin of one cell on each side.
+    # Pool over the points of a cell, including points on its faces, with a margin of one cell on each side.
     padded = F.pad(visible.float()[None, None], (_POINTS_PER_CELL,) * 6)
     pooled = F.max_pool3d(padded, 3 * _POINTS_PER_CELL + 1, stride=_POINTS_PER_CELL)
     return Occupancy(pooled[0, 0] > 0)
@@ -107,9 +107,9 @@ def render_skipping(
         field: Fields of B objects.
         occupancies: Occupancy grid of each object.
         origins: Ray origins.
-        directions: Unit directions.
-        near: Start of each ray's interval.
-        far: End of each ray's interval.
+        directions: Unit directions of the rays.
+        near: Distance at which the interval of each ray starts.
+        far: Distance at which the interval of each ray ends.
         march: Ray marching settings.
         chunk: Maximum number of points processed at a time.
     """
@@ -145,9 +145,9 @@ def _march_in_segments(
     decode: Decode,
     activate: Callable[[Tensor], Tensor],
 ) -> Rendering:
-    """March front to back in segments, evaluating only rays that have not ended.
+    """March front to back in segments, and evaluate only rays that are not terminated.
 
-    On a CPU ended rays are removed. On an accelerator only their points are masked, since removing rays would
+    On a CPU, terminated rays are removed. On an accelerator, their points are masked because removing rays would
     synchronize with the device.
     """
     near, far = rays.near[index, numbers], rays.far[index, numbers]

@@ -8,22 +8,23 @@ from torch import Tensor
 
 @runtime_checkable  # for the shape checks in tests
 class Field(Protocol):
-    """Radiance fields of B objects: features that are linear in an object's planes, and a shared decoder.
+    """Radiance fields of B objects.
 
-    The two steps are separate for deferred back-propagation: the gradient of sampling is accumulated in place over
-    chunks, and only the decoder needs an autograd graph.
+    A field consists of features that are linear in the planes of an object, and a decoder that all objects share.
+    Sampling and decoding are separate because deferred back-propagation accumulates the gradient of sampling in place,
+    so that only the decoder needs an autograd graph.
     """
 
     @property
     def planes(self) -> Float[Tensor, "B *plane"]:
-        """Feature planes of each object; differentiable."""
+        """Differentiable feature planes of each object."""
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """Weights of the shared decoder; differentiable."""
+        """Differentiable weights of the shared decoder."""
 
     def sample(self, planes: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"]) -> Float[Tensor, "Q G"]:
-        """Sample features of one object at points."""
+        """Sample the features of one object at points."""
 
     def accumulate(
         self, total: Float[Tensor, "*plane"], points: Float[Tensor, "Q 3"], grad: Float[Tensor, "Q G"]
@@ -33,7 +34,13 @@ class Field(Protocol):
     def decode(
         self, features: Float[Tensor, "Q G"], weights: tuple[Tensor, ...]
     ) -> tuple[Float[Tensor, "Q"], Float[Tensor, "Q 3"]]:
-        """Decode features to raw density and color, both float32; pure."""
+        """Decode features to raw densities and colors in float32.
+
+        Implementations must be pure functions.
+        """
 
     def activate(self, raw: Float[Tensor, "*points"]) -> Float[Tensor, "*points"]:
-        """Map raw density to non-negative density per unit length; pure."""
+        """Map raw densities to non-negative densities per unit of length.
+
+        Implementations must be pure functions.
+        """

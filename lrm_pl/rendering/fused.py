@@ -1,9 +1,9 @@
-"""Rendering with the fused GPU decoder: a single autograd operation on grids of pixels.
+"""Rendering with the fused GPU decoder in a single autograd operation on grids of pixels.
 
-``is_fused`` decides whether a field is rendered by ``kernels.decode_along_rays`` or by its own ``sample`` and
-``decode``. The fused decoder processes compact tiles of pixels, so rays that miss the bounds stay in the grid and are
-masked. Its outputs, 16 bytes per sample, are saved for backward up to 2 GB and recomputed beyond that, so memory is
-bounded.
+``is_fused`` decides whether a field is rendered by ``kernels.decode_along_rays`` or by the methods ``sample`` and
+``decode`` of the field. The fused decoder processes compact tiles of pixels, so rays that miss the bounds stay in the
+grid and are masked. The outputs of the decoder take 16 bytes per sample. Up to 2 GB of outputs are saved for the
+backward pass, and the remaining outputs are recomputed, so that memory is bounded.
 """
 
 import functools
@@ -33,30 +33,36 @@ from lrm_pl.rendering.ray_marching import Evaluate, RayMarching, march_rays
 
 logger = logging.getLogger(__name__)
 
-#: Points decoded at a time; compositing them takes about 0.5 GB.
+#: Default number of points that are decoded at a time. Compositing them takes about 0.5 GB.
 _POINTS = 2**21
 
-#: Maximum points per launch: the kernels' offsets are 32 bits, and a point has 4 outputs.
+#: Maximum number of points per launch. The kernels use 32-bit offsets, and a point has 4 outputs.
 _MOST_POINTS = 2**28
 
-#: Bytes of decoded samples that are saved for backward.
+#: Maximum number of bytes of decoded samples that are saved for the backward pass.
 SAVED_BYTES = 2**31
 
 
 @runtime_checkable
 class FusableField(Field, Protocol):
-    """A triplane field with an MLP decoder, a candidate for the fused decoder."""
+    """Triplane field with an MLP decoder, which may be rendered by the fused decoder."""
 
     axes: Axes
     reduce: Reduce
     hidden_activation: HiddenActivation
 
     def color(self, logits: Float[Tensor, "*points 3"]) -> Float[Tensor, "*points 3"]:
-        """Map color logits to colors; pure."""
+        """Map color logits to colors.
+
+        Implementations must be pure functions.
+        """
 
 
 def is_fused(field: Field, device: torch.device) -> TypeGuard[FusableField]:
-    """Return whether the fused decoder renders a field; on an accelerator, log once why not."""
+    """Return whether a field is rendered by the fused decoder.
+
+    If an accelerator does not use the fused decoder, the reason is logged once.
+    """
     if on_cpu(device):
         return False
     reason = _unsupported_reason(field, device)
@@ -85,7 +91,7 @@ def _log_once(reason: str) -> None:
 
 
 def _compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the autocast dtype; float32 without autocast."""
+    """Return the autocast dtype, or float32 if autocast is disabled."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if enabled else torch.float32
 
@@ -97,7 +103,7 @@ class PixelGrid(NamedTuple):
         rows: Number N of pixel rows of all views.
         columns: Number W of pixel columns.
         samples: Samples per ray.
-        chunk: Maximum number of points decoded at a time, but at least 4 rows of pixels; None for 2 M.
+        chunk: Maximum number of points decoded at a time, but at least 4 rows of pixels. If None, 2^21 points.
     """
 
     rows: int
@@ -107,20 +113,20 @@ class PixelGrid(NamedTuple):
 
     @property
     def chunk_rows(self) -> int:
-        """Rows per chunk, a multiple of the tile height 4."""
+        """Number of pixel rows per chunk, a multiple of 4, which is the height of a tile."""
         return max(4, min(self.chunk or _POINTS, _MOST_POINTS) // (self.columns * self.samples) // 4 * 4)
 
 
 class PixelRays:
-    """Rays of B objects on grids of pixels, divided into chunks of rows; holds no graph.
+    """Rays of B objects on grids of pixels, divided into chunks of rows.
 
     Args:
         origins: Ray origins, row by row.
-        directions: Unit directions.
-        near: Start of each ray's interval.
-        far: End of each ray's interval; rays with far <= near are empty and are not evaluated.
-        jitter: Position of the samples in their bins; None for bin centers.
-        grid: Layout of the rays; R = N W.
+        directions: Unit directions of the rays.
+        near: Distance at which the interval of each ray starts.
+        far: Distance at which the interval of each ray ends. Rays with far <= near are empty and are not evaluated.
+        jitter: Positions of the samples in their bins, in [0, 1). If None, samples are at bin centers.
+        grid: Layout of the R = N W rays.
     """
 
     def __init__(
@@ -137,7 +143,7 @@ class PixelRays:
         near, far = (x.view(len(x), *size) for x in (near, far))
         self.jitter = None if jitter is None else jitter.view(len(jitter), *size)
         self.alive, self.grid = far > near, grid
-        # Both can be infinite for a ray that misses, and their difference NaN.
+        # If a ray misses the bounds, near and far can both be infinite, and their difference would be NaN.
         self.near, self.far = near.where(self.alive, 0), far.where(self.alive, 0)
 
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
@@ -154,7 +160,15 @@ class PixelRays:
         evaluate: Evaluate,
         activate: Callable[[Tensor], Tensor],
     ) -> Rendering:
-        """March along rows of an object's rays; ``evaluate`` takes distances (N W, K)."""
+        """March along the rays in pixel rows of an object.
+
+        Args:
+            march: Ray marching settings.
+            index: Index of the object.
+            rows: Range of N pixel rows.
+            evaluate: Function that evaluates the field at distances (N W, K) along the rays.
+            activate: Function from raw densities to densities.
+        """
         near, far = self.near[index, rows].flatten(), self.far[index, rows].flatten()
         jitter = None if self.jitter is None else self.jitter[index, rows].flatten()
         pixels = march_rays(march, near, far, jitter, evaluate, activate)
@@ -162,7 +176,7 @@ class PixelRays:
         return Rendering(pixels.rgb.view(*shape, 3), pixels.opacity.view(shape), pixels.depth.view(shape))
 
     def samples(self, index: int, rows: slice, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return origins, directions, distances and alive mask, the ray arguments of ``decode_along_rays``."""
+        """Return the origins, directions, distances and alive mask that ``decode_along_rays`` expects."""
         alive = self.alive[index, rows]
         return self.origins[index, rows], self.directions[index, rows], t.view(*alive.shape, -1), alive
 
@@ -171,7 +185,8 @@ def render_fused(field: FusableField, rays: PixelRays, march: RayMarching) -> Re
     """Render rays through the field of each object with the fused decoder.
 
     Returns:
-        Pixels with rays of shape (B, R). Differentiable in the field's planes and weights, not in the rays.
+        Pixels of shape (B, R). They are differentiable with respect to the planes and weights of the field, but not
+        the rays.
     """
     saves = torch.is_grad_enabled()
     outputs = _Fused.apply(field, rays, march, saves, field.planes, *field.weights)
@@ -267,5 +282,5 @@ def _decode(
 
 
 def _split(field: FusableField, decoded: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return raw density (r, k) and color (r, k, 3)."""
+    """Return the raw densities (r, k) and colors (r, k, 3) of decoded samples."""
     return decoded[..., 0].view(t.shape), field.color(decoded[..., 1:]).view(*t.shape, 3)

@@ -11,9 +11,9 @@ class Rendering:
     """Rendered pixels, before compositing over a background.
 
     Attributes:
-        rgb: (*rays, 3) color, premultiplied by opacity, float32.
-        opacity: (*rays) in [0, 1], float32.
-        depth: (*rays) expected distance t, weighted by opacity, 0 for empty rays, float32.
+        rgb: Float32 colors of shape (*rays, 3), premultiplied by opacity.
+        opacity: Float32 opacities of shape (*rays) in [0, 1].
+        depth: Float32 expected distances t of shape (*rays), which are 0 for empty rays.
     """
 
     rgb: Float[Tensor, "*rays 3"]
@@ -21,5 +21,5 @@ class Rendering:
     depth: Float[Tensor, "*rays"]
 
     def over(self, background: Float[Tensor, "*#rays 3"]) -> Float[Tensor, "*rays 3"]:
-        """Composite over a background color."""
+        """Composite the pixels over a background color."""
         return self.rgb + (1 - self.opacity).unsqueeze(-1) * background

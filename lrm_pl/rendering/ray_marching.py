@@ -1,4 +1,7 @@
-"""Ray marching: sample placement, quadrature intervals and compositing. Pure functions, float32."""
+"""Ray marching with sample placement, quadrature intervals and compositing.
+
+All functions are pure and compute in float32.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,11 +17,12 @@ from lrm_pl.rendering.compositing import composite, sample_weights
 from lrm_pl.rendering.output import Rendering
 from lrm_pl.rendering.sampling import blur_weights, sample_importance, sample_stratified
 
-#: Quadrature rule. "bins": one interval per sample, the bin that contains it (NeRF, TripoSR). "midpoints": one interval
-#: per pair of neighboring samples, with the mean of their raw densities and of their colors (mip-NeRF; EG3D, OpenLRM).
+#: Quadrature rule. "bins" has one interval per sample, namely the bin that contains the sample (NeRF, TripoSR).
+#: "midpoints" has one interval per pair of neighboring samples, and averages their raw densities and their colors
+#: (mip-NeRF, EG3D, OpenLRM).
 Quadrature = Literal["bins", "midpoints"]
 
-#: Unit of length of density: the scene unit, or the length of the ray inside the bounds (TripoSR).
+#: Unit of length for densities: the scene unit, or the length of the ray inside the bounds (TripoSR).
 LengthUnit = Literal["scene", "chord"]
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -30,9 +34,9 @@ class RayMarching:
 
     Attributes:
         samples: Total number K of samples per ray.
-        importance: Number of these that are placed by importance sampling.
+        importance: Number of the K samples that are placed by importance sampling.
         quadrature: Quadrature rule.
-        unit: Unit of length of density.
+        unit: Unit of length for densities.
     """
 
     samples: int
@@ -51,7 +55,7 @@ class RayMarching:
             )
 
 
-#: Raw density (r, k) and color (r, k, 3) at distances t (r, k) along rays.
+#: Function from distances t (r, k) along rays to raw densities (r, k) and colors (r, k, 3).
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 Activate = Callable[[Tensor], Tensor]
 
@@ -68,14 +72,15 @@ def march_rays(
 
     Args:
         march: Ray marching settings.
-        near: Start of each ray's interval.
-        far: End of the interval, larger than ``near``.
-        jitter: Position of the samples in their bins, in [0, 1); None for bin centers.
-        evaluate: Evaluates the field at distances; called once, or twice with importance sampling.
-        activate: Maps raw density to density.
+        near: Distance at which the interval of each ray starts.
+        far: Distance at which the interval of each ray ends, larger than ``near``.
+        jitter: Positions of the samples in their bins, in [0, 1). If None, samples are at bin centers.
+        evaluate: Function that evaluates the field at distances along the rays. It is called twice with importance
+            sampling and once otherwise.
+        activate: Function from raw densities to densities.
 
     Returns:
-        Pixels. Differentiable in the outputs of ``evaluate``; sample positions are constants.
+        Pixels, which are differentiable with respect to the outputs of ``evaluate``. Sample positions are constants.
     """
     first = march.samples - march.importance
     t, _ = sample_stratified(near, far, first, jitter, overshoot=march.quadrature == "midpoints")
@@ -85,7 +90,7 @@ def march_rays(
             sigma, _, _, delta = quadrature_intervals(march, raw, rgb, t, near, far, activate)
             weights = blur_weights(sample_weights(sigma, delta))
             if march.quadrature == "midpoints":
-                # Half an interval early, as in EG3D; published weights were trained this way.
+                # These edges are half an interval too close, as in EG3D, because published weights were trained so.
                 edges, weights = (t[:, 1:-1] + t[:, :-2]) / 2, weights[:, 1:-1]
             else:
                 edges = bin_edges(t, near, far)
@@ -115,12 +120,12 @@ def quadrature_intervals(
     else:
         sigma = activate(raw)
         delta = bin_edges(t, near, far).diff(dim=-1) if march.importance else chord / march.samples
-    # A ray that misses has a chord of length 0.
+    # A ray that misses the bounds has a chord of length 0.
     return sigma, rgb, t, delta / chord.clamp_min(_TINY) if march.unit == "chord" else delta
 
 
 def bin_edges(
     t: Float[Tensor, "r k"], near: Float[Tensor, " r"], far: Float[Tensor, " r"]
 ) -> Float[Tensor, "r k_plus_1"]:
-    """Return bin edges: near, the midpoints between neighboring samples, and far."""
+    """Return the bin edges, which are ``near``, the midpoints between neighboring samples, and ``far``."""
     return torch.cat([near.unsqueeze(-1), (t[:, 1:] + t[:, :-1]) / 2, far.unsqueeze(-1)], dim=-1)

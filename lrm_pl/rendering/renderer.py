@@ -1,4 +1,4 @@
-"""The volume renderer: from fields and cameras to images."""
+"""The volume renderer, which maps fields and cameras to images."""
 
 from collections.abc import Sequence
 from typing import final
@@ -20,17 +20,17 @@ from lrm_pl.rendering.ray_marching import LengthUnit, Quadrature, RayMarching
 
 @final
 class Renderer(nn.Module):
-    """Volume renderer (LRM, section 3.3). A module without parameters.
+    """Volume renderer without parameters (LRM, section 3.3).
 
     Args:
-        samples_per_ray: Number K of samples between the ray's entry into the bounds and its exit.
-        importance_samples: Number of these placed by importance sampling (OpenLRM: half).
-        bounds: Region that contains the object: the unit sphere for sphere-normalized data, the box [-1, 1]^3 for
+        samples_per_ray: Number K of samples per ray, which lie inside the bounds.
+        importance_samples: Number of the K samples that are placed by importance sampling (OpenLRM: half).
+        bounds: Region that contains the object: the unit sphere for sphere-normalized data, or the box [-1, 1]^3 for
             cube-normalized data.
-        quadrature: Quadrature rule: one interval per sample, or per pair of neighboring samples (OpenLRM).
-        unit: Unit of length of density: the scene unit, or the ray's length inside the bounds (TripoSR).
-        chunk: Maximum number of points decoded at a time; does not affect the result. None chooses by device: 32768
-            on a CPU, 262144 on an accelerator, 2 M (at least 4 rows of pixels) with the fused decoder.
+        quadrature: Quadrature rule with one interval per sample, or per pair of neighboring samples (OpenLRM).
+        unit: Unit of length for densities: the scene unit, or the length of the ray inside the bounds (TripoSR).
+        chunk: Maximum number of points decoded at a time, which does not affect the result. If None, 32768 points on a
+            CPU, 262144 on an accelerator, and 2^21 (or 4 rows of pixels, if larger) with the fused decoder.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Renderer(nn.Module):
         """Render V views of each object.
 
         Args:
-            field: The fields of B objects.
-            c2w: OpenCV poses.
-            fxfycxcy: Normalized intrinsics.
-            size: Height and width in pixels.
-            jitter: Position of each ray's samples in their bins, in [0, 1); None for bin centers.
+            field: Fields of B objects.
+            c2w: OpenCV poses of the views.
+            fxfycxcy: Normalized intrinsics of the views.
+            size: Height and width of the views in pixels.
+            jitter: Positions of the samples of each ray in their bins, in [0, 1). If None, samples are at bin centers.
 
         Returns:
-            Pixels with rays of shape (B, V, H, W).
+            Pixels of shape (B, V, H, W).
         """
         rays = self.rays(c2w, fxfycxcy, size)
         noise = None if jitter is None else jitter.float().flatten(1)
@@ -85,17 +85,19 @@ class Renderer(nn.Module):
         fxfycxcy: Float[Tensor, "B V 4"],
         size: tuple[int, int],
     ) -> Rendering:
-        """Render without gradients, skipping empty space and occluded samples; within 1/255 of ``forward``.
+        """Render without gradients, and skip empty space and occluded samples.
+
+        The result differs from the result of ``forward`` by at most 1/255.
 
         Args:
-            field: The fields of B objects.
-            occupancies: Occupancy grid of each object (``measure_occupancy``).
-            c2w: OpenCV poses.
-            fxfycxcy: Normalized intrinsics.
-            size: Height and width in pixels.
+            field: Fields of B objects.
+            occupancies: Occupancy grid of each object (see ``measure_occupancy``).
+            c2w: OpenCV poses of the views.
+            fxfycxcy: Normalized intrinsics of the views.
+            size: Height and width of the views in pixels.
 
         Returns:
-            Pixels with rays of shape (B, V, H, W).
+            Pixels of shape (B, V, H, W).
         """
         rays = self.rays(c2w, fxfycxcy, size)
         flat = render_skipping(field, occupancies, *rays, self.march, self.chunk_on(c2w.device))
@@ -108,7 +110,11 @@ class Renderer(nn.Module):
     def rays(
         self, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return origins, directions (B, R, 3), near and far (B, R) of all pixels of all views."""
+        """Return the rays through all pixels of all views.
+
+        Returns:
+            Origins and directions of shape (B, R, 3), and near and far of shape (B, R).
+        """
         with torch.autocast(c2w.device.type, enabled=False):
             origins, directions = pixel_rays(c2w.float(), fxfycxcy.float(), *size)
             near, far = ray_interval(origins, directions, self.bounds)

@@ -1,4 +1,4 @@
-"""Sample distances along rays: stratified sampling, and importance sampling from coarse weights. Float32."""
+"""Stratified sampling and importance sampling of distances along rays, in float32."""
 
 import torch
 from jaxtyping import Float
@@ -16,15 +16,16 @@ def sample_stratified(
     """Place one sample in each of K equal bins of [near, far].
 
     Args:
-        near: (...) start of the interval.
-        far: (...) end of the interval.
-        samples: K.
-        jitter: (...) in [0, 1), position inside the bin, one per ray: samples stay evenly spaced, which is less noisy
-            than K independent draws. None places samples at bin centers.
-        overshoot: Make the bins (far - near) / (K - 1) long, so that the last one starts at ``far`` (EG3D).
+        near: Start of the interval of each ray.
+        far: End of the interval of each ray.
+        samples: Number K of samples per ray.
+        jitter: Position of the samples of each ray in their bins, in [0, 1). A ray has one position for all bins, so
+            its samples are evenly spaced, which is less noisy than K independent draws. If None, samples are at bin
+            centers.
+        overshoot: Whether to make the bins (far - near) / (K - 1) long, so that the last bin starts at ``far`` (EG3D).
 
     Returns:
-        Distances ``t`` (..., K) and bin length (...).
+        Distances of shape (..., K) and bin lengths of shape (...).
     """
     width = (far - near) / (samples - 1 if overshoot else samples)
     steps = torch.arange(samples, dtype=torch.float32, device=near.device)
@@ -41,11 +42,11 @@ def sample_importance(
     """Draw distances by inverse transform sampling of a piecewise-constant density (NeRF, section 5.2).
 
     Args:
-        edges: Ascending distances.
-        weights: Unnormalized probability of each bin, non-negative.
+        edges: Edges of the bins in ascending order.
+        weights: Non-negative, unnormalized probability of each bin.
         samples: Number of samples per ray.
-        jitter: In [0, 1), one per ray: position inside each of ``samples`` strata of equal probability. None
-            uses evenly spaced probabilities from 0 to 1 inclusive.
+        jitter: Position of the samples of each ray in [0, 1), relative to strata of equal probability. If None, the
+            probabilities are evenly spaced from 0 to 1 inclusive.
 
     Returns:
         Distances in ascending order.
@@ -68,7 +69,7 @@ def sample_importance(
 def blur_weights(weights: Float[Tensor, "*rays bins"]) -> Float[Tensor, "*rays bins"]:
     """Blur weights so that importance sampling finds surfaces between samples (mip-NeRF, section 3.1; EG3D).
 
-    Maximum over pairs of neighbors, mean over pairs of maxima, plus 0.01.
+    The maxima of all pairs of neighbors are computed, and neighboring maxima are averaged. Then 0.01 is added.
     """
     zero = torch.zeros_like(weights[..., :1])
     padded = torch.cat([zero, weights, zero], dim=-1)
