@@ -1,1 +1,1 @@
-"""Training: LightningModule, optimizer, strategies, checkpointing and checks of settings. See README.md."""
+"""LightningModule, optimizer, strategies, checkpointing and validation of settings. See README.md."""

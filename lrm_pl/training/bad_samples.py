@@ -1,7 +1,7 @@
-"""Monitor bad samples in training: report each once, count them over all ranks, and stop the run at too many.
+"""Monitoring of bad samples in training, with a limit on the fraction of bad samples.
 
-A bad sample is replaced by the next good one of its stream (``lrm_pl.data.order``), so that one truncated shard
-neither stops the run nor makes ranks wait for each other.
+The dataset replaces a bad sample with the next valid sample of the same stream (``lrm_pl.data.order``). A truncated
+shard therefore neither stops the run nor makes ranks wait for each other.
 """
 
 import logging
@@ -17,10 +17,10 @@ from lrm_pl.training.step_logging import is_logged_step
 
 logger = logging.getLogger(__name__)
 
-#: Minimum number of samples, over all ranks, before the fraction of bad ones is checked.
+#: Minimum number of samples, summed over all ranks, before the fraction of bad samples is checked.
 _MIN_SAMPLES = 100
 
-#: Maximum number of bad samples listed in the error.
+#: Maximum number of bad samples listed in the error message.
 _MAX_LISTED = 20
 
 
@@ -31,10 +31,11 @@ class BadSamplesError(InputError):
 class BadSamples(L.Callback):
     """Count bad samples and compare their fraction with ``data.max_bad_fraction``.
 
-    The fraction is that of the samples read since the process started.
+    The fraction refers to the samples that all ranks have read since the process started.
 
     Attributes:
-        error: Message listing the bad samples if there are too many, else None. Equal on all ranks.
+        error: Message that lists the bad samples, or None if the fraction is within the limit. The message is equal
+            on all ranks.
     """
 
     def __init__(self) -> None:
@@ -50,7 +51,7 @@ class BadSamples(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Log new bad samples; on logged steps, also reduce the counts over ranks and check the fraction."""
+        """Log new bad samples. On logged steps, also sum the counts over all ranks and check the fraction."""
         for faults in batch.faults:
             self._num_seen += 1
             self._num_bad += bool(faults)

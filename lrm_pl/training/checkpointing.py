@@ -1,7 +1,7 @@
-"""Save checkpoints, resume from them, and stop a run early.
+"""Saving of checkpoints, resumption from checkpoints, and early termination of a run.
 
-A step is checkpointed at the start of the next step's first batch. By then its validation and logging are done, so a
-resumed run repeats neither.
+The checkpoint of a step is saved at the start of the first batch of the next step. At that time, the validation and
+the logging of the step are complete, so a resumed run repeats neither.
 """
 
 import errno
@@ -45,29 +45,29 @@ from lrm_pl.training.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
-#: Error numbers of a full disk and an exhausted quota.
+#: Error numbers of a full disk and of an exhausted quota.
 NO_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class StoppedError(InputError):
-    """A signal stopped the run before its last step. A checkpoint was saved; the same command resumes the run."""
+    """A signal stopped the run before the last step. A checkpoint was saved, and the same command resumes the run."""
 
 
 @final
 class CheckpointAndResume(L.Callback):
     """Save checkpoints, resume from them, and stop the run on a signal, on divergence or on too many bad samples.
 
-    A fit resumes from the newest valid checkpoint in the folder, unless ``choose`` selected another one before.
+    ``Trainer.fit`` resumes from the newest valid checkpoint in the folder, unless ``choose`` selected a checkpoint.
 
     Args:
         every: Number of steps between checkpoints. The last step is always saved.
         keep: Number of most recent checkpoints to keep.
-        keep_every: Also keep the checkpoints of multiples of this step; null keeps none.
-        monitor: Also save and keep the checkpoint with the best validation value of this metric; null keeps none.
-        mode: "max" if a higher value of the metric is better, "min" if a lower one is (LPIPS, a loss).
-        folder: Folder or URL (``s3://``, ``gs://``) of the checkpoints; null uses ``checkpoints`` in the run folder.
-        background: Write checkpoints in a background thread. On a CPU, training waits for the copy in memory; on an
-            accelerator, only the next optimizer step waits for it.
+        keep_every: Number of steps between checkpoints that are never deleted, or None.
+        monitor: Name of the validation metric whose best checkpoint is also saved and kept, or None.
+        mode: "max" if higher values of the metric are better, or "min" if lower values are better.
+        folder: Folder or URL (``s3://``, ``gs://``) of the checkpoints. If None, ``checkpoints`` in the run folder.
+        background: Whether to write checkpoints in a background thread. On a CPU, training waits until the state has
+            been copied. On an accelerator, only the next optimizer step waits for the copy.
     """
 
     def __init__(
@@ -88,44 +88,44 @@ class CheckpointAndResume(L.Callback):
         self.every, self.keep, self.keep_every, self.monitor = every, keep, keep_every, monitor
         self.background, self.mode = background, mode
         self.folder = folder and os.path.expanduser(folder)
-        #: The checkpoint to resume from, on rank 0; None to start from the first step.
+        #: The checkpoint to resume from, set only on rank 0. If None, the run starts from the first step.
         self.resume_from: Checkpoint | None = None
         self._chosen = False
-        #: Keep handling signals after the fit. The caller then calls ``signals.restore()`` and raises ``stopped``.
+        #: Whether the signal handlers remain installed, so that the caller restores them and raises ``stopped``.
         self.keep_signal_handlers = False
-        #: Rank 0's signature in a checkpoint folder in an object store, set before the run starts.
+        #: Signature of the run in a checkpoint folder in an object store, set only on rank 0 before the run starts.
         self.owner: Owner | None = None
-        #: Why the run stopped before its last step; None if it did not.
+        #: Error that stopped the run before the last step, or None.
         self.stopped: InputError | None = None
-        #: Path of the newest complete checkpoint, on rank 0.
+        #: Path of the newest complete checkpoint, set only on rank 0.
         self.newest: str | None = None
         self.signals = StopSignals()
-        #: Gloo groups of all ranks: one for the writing thread, one to reduce flags at the same time.
+        #: Gloo groups of all ranks. Separate groups allow reductions of flags while the thread writes a checkpoint.
         self._group: torch.distributed.ProcessGroup | None = None
         self._flag_group: torch.distributed.ProcessGroup | None = None
         self._snapshots: Snapshots | None = None
         self._writing: threading.Thread | None = None
-        self._failure: Exception | None = None  # raised by the writing thread
+        self._failure: Exception | None = None  # raised in the writing thread
         self._start, self._saved = 0, -1  # first step of this fit, newest step with a checkpoint
-        self._score: float | None = None  # of a validation since the last step
+        self._score: float | None = None  # score of a validation since the last step
         self._best: float | None = None
         self._run = "."
-        self._warned = False  # about a validation without the monitored metric
-        self._lock: RunLock | None = None  # on rank 0; a caller of ``choose`` holds its own lock
+        self._warned = False  # whether the warning about a missing monitored metric was logged
+        self._lock: RunLock | None = None  # only on rank 0, and only if ``choose`` was not called
         #: Damaged or later checkpoints in the folder, which pruning must not count.
         self._ignored: set[str] = set()
 
     # --- resuming
 
     def choose(self, resume: str) -> Checkpoint | None:
-        """Choose the checkpoint to resume from, before a fit. Call this on rank 0.
+        """Choose the checkpoint to resume from. Call this on rank 0, before ``Trainer.fit``.
 
         Args:
-            resume: "auto" for the newest valid checkpoint of the folder; "never" to start from the first step and
-                reject a folder with checkpoints; or the path of a checkpoint or run to start from.
+            resume: "auto" to select the newest valid checkpoint in the folder, "never" to start from the first step
+                and reject a folder with checkpoints, or the path of a checkpoint or run.
 
         Raises:
-            InputError: There are checkpoints despite "never", or ``resume`` is a path without a usable checkpoint.
+            InputError: The folder has checkpoints and ``resume`` is "never", or a path has no valid checkpoint.
         """
         self.resume_from, self._chosen = choose_checkpoint(resume, self.folder), True
         return self.resume_from
@@ -165,7 +165,7 @@ class CheckpointAndResume(L.Callback):
                 )
 
     def _choose_together(self, trainer: L.Trainer) -> None:
-        """Choose the newest checkpoint if ``choose`` was not called; raise errors of rank 0 on all ranks."""
+        """Choose the newest checkpoint if ``choose`` was not called, and raise errors of rank 0 on all ranks."""
         error = None
         if trainer.is_global_zero:
             try:
@@ -226,11 +226,11 @@ class CheckpointAndResume(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Delay the optimizer step on the device until the copy for a checkpoint is complete."""
+        """Delay the optimizer step on the device until the state has been copied for a checkpoint."""
         self._hold_back()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
-        """Delay a validation in the same way, since it may swap the weights with their average."""
+        """Delay a validation until the state has been copied, because it may swap the weights with their average."""
         self._hold_back()
 
     def _hold_back(self) -> None:
@@ -239,7 +239,7 @@ class CheckpointAndResume(L.Callback):
             self._snapshots.stream.block_current()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step, and wait until it is written."""
+        """Save a checkpoint of the last step and wait until it is written."""
         assert isinstance(pl_module, LRMModule)
         self.stopped = self.stopped or self._run_error(trainer, pl_module, trainer.global_step)
         if trainer.global_step > self._saved:
@@ -254,14 +254,14 @@ class CheckpointAndResume(L.Callback):
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise the error of a run that stopped early, so that a script does not continue as if it had finished."""
+        """Raise the error that stopped the run early, so that a script does not continue."""
         if self.stopped is not None and not self.keep_signal_handlers:
             raise self.stopped
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Finish writing a checkpoint."""
+        """Wait until a checkpoint is written, release the lock of the folder and restore the signal handlers."""
         self._join()
         self._lock = None
         self.signals.restore()
@@ -279,14 +279,14 @@ class CheckpointAndResume(L.Callback):
             self.signals.restore()
 
     def _agree(self, *flags: bool) -> list[bool]:
-        """Return which flags any rank has set. Runs on the CPU, so it does not synchronize with an accelerator."""
+        """Return for each flag whether any rank has set it. This does not synchronize with an accelerator."""
         values = torch.tensor(flags, dtype=torch.int32)
         if self._flag_group is not None:
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, self._flag_group)
         return [bool(flag) for flag in values.tolist()]
 
     def _write_error(self, trainer: L.Trainer, step: int) -> Exception:
-        """Return the error of a checkpoint that could not be written."""
+        """Return the error for a checkpoint that could not be written."""
         error = self._failure
         if error is not None and not isinstance(error, OSError):
             return error
@@ -306,7 +306,7 @@ class CheckpointAndResume(L.Callback):
         return None if bad is None else BadSamplesError(bad)
 
     def _divergence_message(self, trainer: L.Trainer, module: LRMModule, step: int) -> str:
-        self._join()  # its thread uses the same process group
+        self._join()  # the writing thread uses the same process group
         ids: list[tuple[str, ...]] = [module.current_sample_ids]
         if trainer.world_size > 1:
             ids = [()] * trainer.world_size
@@ -321,7 +321,7 @@ class CheckpointAndResume(L.Callback):
     # --- saving
 
     def _save(self, trainer: L.Trainer, module: LRMModule, step: int) -> None:
-        """Copy the state, and write it in a background thread."""
+        """Copy the state and write it, in a background thread if ``background`` is set."""
         self._join()
         self._require_ownership(trainer)
         for log in trainer.loggers:  # a resumed run does not log these steps again
@@ -357,7 +357,7 @@ class CheckpointAndResume(L.Callback):
             self._join()
 
     def _improved(self) -> bool:
-        """Return whether the last validation has the best score so far."""
+        """Return whether the score of the last validation is the best score of the run."""
         if self._score is None or math.isnan(self._score):
             return False
         return self._best is None or (self._score - self._best) * MODE_SIGNS[self.mode] > 0

@@ -1,6 +1,6 @@
-"""Append to the metrics.csv of a resumed run: keep rows up to the checkpoint and drop later ones.
+"""A writer that appends to the metrics.csv of a resumed run.
 
-Lightning's writer deletes the file when it starts, and rewrites it in place when a new metric appears.
+Lightning's writer deletes an existing file on construction, and is not atomic when it adds a column.
 """
 
 import csv
@@ -15,8 +15,8 @@ class AppendingCSVWriter(ExperimentWriter):
     """Append rows to an existing metrics.csv.
 
     Args:
-        log_dir: Folder of the file.
-        step: Drop the rows of later steps.
+        log_dir: Folder that contains the file.
+        step: Last step whose rows are kept. Rows of later steps are dropped.
     """
 
     def __init__(self, log_dir: str, step: int) -> None:
@@ -24,7 +24,7 @@ class AppendingCSVWriter(ExperimentWriter):
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
-        """Drop later rows, where Lightning deletes the file."""
+        """Drop the rows of later steps. Lightning's implementation deletes the file."""
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
@@ -42,7 +42,7 @@ class AppendingCSVWriter(ExperimentWriter):
 
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the columns and rows of a metrics.csv, without an incomplete last row."""
+    """Read the columns and rows of a metrics.csv. An incomplete last row is ignored."""
     with open(path, newline="", encoding="utf-8") as file:
         lines = file.read().splitlines(keepends=True)
     reader = csv.DictReader(line for line in lines if line.endswith("\n"))

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, in float32. Each rank averages the shards that it stores."""
+"""Exponential moving average of the weights in float32. Each rank averages the shards that it stores."""
 
 import logging
 from pathlib import Path
@@ -18,11 +18,13 @@ logger = logging.getLogger(__name__)
 
 @final
 class WeightAverage(L.Callback):
-    """Update average <- decay * average + (1 - decay) * weights after every step that is not skipped.
+    """Maintain an exponential moving average of the weights.
+
+    After every step that is not skipped, average = decay * average + (1 - decay) * weights.
 
     Args:
         decay: Weight of the previous average.
-        validate: Use the average instead of the weights in validation.
+        validate: Whether validation uses the average instead of the weights.
     """
 
     def __init__(self, decay: float = 0.9999, *, validate: bool = False) -> None:
@@ -30,10 +32,10 @@ class WeightAverage(L.Callback):
             raise InputError(expected="a decay in [0, 1)", found=decay)
         self.decay, self.validate = decay, validate
         self.average: dict[str, StateTensor] = {}
-        self._loaded: dict[str, torch.Tensor] = {}  # full tensors from a checkpoint of Lightning
+        self._loaded: dict[str, torch.Tensor] = {}  # full tensors of a Lightning checkpoint
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Reject a second moving average.
+        """Check that the trainer has only one moving average.
 
         Raises:
             InputError: The trainer has several ``WeightAverage`` callbacks.
@@ -47,7 +49,7 @@ class WeightAverage(L.Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start from the weights, unless the average was read from a checkpoint."""
+        """Set the average to the weights, unless the average was read from a checkpoint."""
         assert isinstance(pl_module, LRMModule)
         if not self.average:
             self.reset(pl_module)
@@ -58,14 +60,14 @@ class WeightAverage(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the average to a checkpoint of Lightning, unless it is sharded."""
+        """Add the average to a Lightning checkpoint, unless the average is sharded."""
         if all(type(tensor) is torch.Tensor for tensor in self.average.values()):
             checkpoint["average"] = dict(self.average)
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the average from a checkpoint of Lightning."""
+        """Restore the average from a Lightning checkpoint."""
         self._loaded = checkpoint.get("average", {})
         if not self._loaded:
             logger.warning("The checkpoint has no moving average; it starts from the weights")
@@ -102,7 +104,7 @@ class WeightAverage(L.Callback):
             self._swap(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Swap back."""
+        """Restore the weights."""
         if self.validate and self.average:
             self._swap(pl_module)
 
@@ -126,7 +128,7 @@ def _float_copy(tensor: StateTensor) -> StateTensor:
 
 
 def validates_with_average(config: Path) -> bool:
-    """Return whether the run with this config file validates the moving average of its weights."""
+    """Return whether a run with this config file validates the moving average of the weights."""
     callbacks = (yaml.safe_load(config.read_text()).get("trainer") or {}).get("callbacks") or []
     name = f"{WeightAverage.__module__}.{WeightAverage.__qualname__}"
     return any(one["init_args"]["validate"] for one in callbacks if one["class_path"] == name)

@@ -1,7 +1,7 @@
-"""Skip optimizer steps whose gradient is not finite or too large.
+"""Skipping of optimizer steps whose gradient is not finite or too large.
 
-The decision depends on the norm of the gradient that is reduced over ranks, so it is the same on all ranks. It is
-computed and applied on the device of the gradient; the host learns of it later.
+The decision depends on the norm of the gradient that is reduced over ranks, so it is equal on all ranks. It is made
+and applied on the device of the gradient, and is copied to the host asynchronously.
 """
 
 import dataclasses
@@ -17,17 +17,18 @@ from lrm_pl.kernels.device import HostCopy
 
 
 class DivergedError(InputError):
-    """Too many consecutive steps were skipped. The last good state was saved."""
+    """Too many consecutive steps were skipped. The state before these steps was saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """When to skip a step. A skipped step leaves weights, moments and averages unchanged, but counts as a step.
+    """Criteria for skipping a step. A skipped step counts as a step, but does not change weights, moments and averages.
 
     Attributes:
-        patience: Number of consecutive skipped steps that stops the run.
-        spike: Skip steps whose gradient norm exceeds this multiple of the running median; null disables this.
-        window: Number of accepted steps in the running median. Until there are as many, no norm is a spike.
+        patience: Number of consecutive skipped steps after which the run stops.
+        spike: Ratio of the gradient norm to the running median above which a step is skipped. If None, only steps
+            with a gradient that is not finite are skipped.
+        window: Number of accepted steps in the running median. Until this number is reached, ``spike`` has no effect.
     """
 
     patience: int = 10
@@ -43,12 +44,12 @@ class GuardConfig:
 class GradientGuard:
     """Decide from the gradient norm whether to skip a step.
 
-    ``check`` does not synchronize with the device. ``state`` and the properties wait for the newest norm;
-    ``exhausted`` does so only if the newest step may be the one that exceeds the patience.
+    ``check`` does not synchronize with the device. ``state`` and the properties wait for the newest norm, except that
+    ``exhausted`` waits only if the newest step can exhaust the patience.
 
     Attributes:
-        skip: () 1 if the newest step is skipped, else 0; on the device of the gradient.
-        num_skipped: () number of skipped steps, including the newest; on the device of the gradient.
+        skip: () 1 if the newest step is skipped, else 0, on the device of the gradient.
+        num_skipped: () number of skipped steps including the newest step, on the device of the gradient.
     """
 
     def __init__(self, config: GuardConfig) -> None:
@@ -56,7 +57,7 @@ class GradientGuard:
         self.load_state({"skipped": 0, "consecutive": 0, "norms": []})
 
     def load_state(self, state: dict[str, int | list[float]]) -> None:
-        """Restore a state. If the patience was exhausted, restart the count and the median."""
+        """Restore a state. If the patience was exhausted, reset the count and the median."""
         assert isinstance(state["skipped"], int)
         assert isinstance(state["consecutive"], int)
         assert isinstance(state["norms"], list)
@@ -64,7 +65,7 @@ class GradientGuard:
         with torch.device("cpu"):  # the network may be built under torch.device("meta")
             self.num_skipped = torch.tensor(float(state["skipped"]))
             self._consecutive = torch.tensor(0.0 if restart else float(state["consecutive"]))
-            #: (window,) accepted norms, oldest first, padded with NaN in front.
+            #: (window,) accepted norms in ascending order of steps, with NaN in front if there are fewer.
             self._norms = torch.tensor(([math.nan] * window + ([] if restart else state["norms"]))[-window:])
             self.skip, unknown = torch.zeros(()), torch.tensor(math.nan)
             #: Host copies of the last two steps.
@@ -73,7 +74,7 @@ class GradientGuard:
                 self._report(unknown, unknown)
 
     def check(self, norm: Float[Tensor, ""]) -> Float[Tensor, ""]:
-        """Return 1 if a step with this gradient norm is to be skipped, else 0, and count it."""
+        """Return 1 if a step with this gradient norm must be skipped, else 0, and update the state."""
         norm = norm.detach().float()
         norms, consecutive = self._norms.to(norm.device), self._consecutive.to(norm.device)
         bad, median = is_bad(norm, norms, self.config.spike)
@@ -92,17 +93,17 @@ class GradientGuard:
 
     @property
     def consecutive_skips(self) -> int:
-        """Number of steps skipped since the last accepted one."""
+        """Number of steps skipped since the last accepted step."""
         return int(self._reports[-1].numbers()[1])
 
     @property
     def last(self) -> float:
-        """Norm of the newest gradient; NaN before the first step."""
+        """Norm of the newest gradient, or NaN before the first step."""
         return self._reports[-1].numbers()[2]
 
     @property
     def expectation(self) -> str:
-        """The criterion that the newest gradient failed, for a message."""
+        """Description of the criterion that the newest gradient does not meet, for error messages."""
         _, _, norm, median, *_ = self._reports[-1].numbers()
         if not math.isfinite(norm):
             return "finite gradients"
@@ -110,11 +111,11 @@ class GradientGuard:
 
     @property
     def remedy(self) -> str:
-        """An alternative to a lower learning rate, for a message."""
+        """Description of an alternative to a lower learning rate, for error messages."""
         return "train in 32-true" if not math.isfinite(self.last) else "raise --model.guard.spike"
 
     def state(self) -> dict[str, int | list[float]]:
-        """Return the state as JSON values."""
+        """Return the state as values that JSON supports."""
         skipped, consecutive, _, _, *norms = self._reports[-1].numbers()
         return {
             "skipped": int(skipped),
@@ -130,12 +131,13 @@ class GradientGuard:
 def is_bad(
     norm: Float[Tensor, ""], accepted: Float[Tensor, "N"], spike: float | None
 ) -> tuple[Bool[Tensor, ""], Float[Tensor, ""]]:
-    """Return whether a gradient norm is not finite or a spike, and the median of the accepted norms.
+    """Return whether a gradient norm is not finite or too large, and the median of the accepted norms.
 
     Args:
-        norm: () the norm.
-        accepted: (N,) norms of earlier steps, oldest first, padded with NaN in front. With padding, no norm is a spike.
-        spike: A norm above this multiple of the median is a spike; None disables this.
+        norm: () gradient norm.
+        accepted: (N,) norms of accepted steps in ascending order of steps, with NaN in front if there are fewer. If
+            there is a NaN, ``spike`` has no effect.
+        spike: Ratio of the norm to the median above which the norm is too large. If None, the ratio is not limited.
     """
     ordered = accepted.sort().values
     median = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2

@@ -1,4 +1,4 @@
-"""PSNR, SSIM and LPIPS over the validation sets, reduced over ranks with torchmetrics."""
+"""PSNR, SSIM and LPIPS of the validation sets, reduced over ranks with torchmetrics."""
 
 import logging
 import math
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 class ImageMetricsLogger(L.Callback):
     """Log ``val/<set>/{psnr,psnr_pooled,ssim,lpips}`` for the sets "unseen" and "heldout".
 
-    ``LRMModule`` adds this callback to a trainer without it.
+    ``LRMModule`` adds this callback if the trainer does not have one.
 
     Attributes:
-        perceptual: The LPIPS network; None disables LPIPS. The `lrm` command sets it.
+        perceptual: The LPIPS network, which the ``lrm`` command sets. If None, LPIPS is not computed.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ImageMetricsLogger(L.Callback):
         self._logged = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Log that LPIPS is disabled."""
+        """Log a message if LPIPS is disabled."""
         if self.perceptual is None and not self._logged and trainer.is_global_zero:
             self._logged = True
             logger.info(
@@ -39,7 +39,7 @@ class ImageMetricsLogger(L.Callback):
             )
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Create new metrics."""
+        """Reset the metrics."""
         if self.perceptual is not None:
             self.perceptual.to(pl_module.device)
         self.metrics = {name: ImageMetrics(self.perceptual).to(pl_module.device) for name in EVALUATION_SETS}
@@ -53,15 +53,17 @@ class ImageMetricsLogger(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Update the metrics with a batch, without its padding samples."""
-        real = batch.weight.nonzero().squeeze(-1)  # one device synchronization; boolean masks need one each
+        """Update the metrics with the samples of a batch whose weight is not zero."""
+        real = batch.weight.nonzero().squeeze(
+            -1
+        )  # one device synchronization instead of one per boolean mask
         if len(real):
             self.metrics[EVALUATION_SETS[dataloader_idx]].update(
                 outputs.images[real].flatten(0, 1).float(), batch.target.images[real].flatten(0, 1).float()
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the metrics over all ranks."""
+        """Reduce the metrics over all ranks and log them."""
         log_global_step(pl_module, trainer.global_step)
         for name, metric in self.metrics.items():
             if not trainer.strategy.reduce(metric.images.float(), reduce_op="sum"):

@@ -1,4 +1,4 @@
-"""The LightningModule: training, validation and prediction steps, optimizer and logged losses."""
+"""The LightningModule with training, validation and prediction steps, the optimizer and logging of losses."""
 
 import dataclasses
 import logging
@@ -36,7 +36,7 @@ from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
 logger = logging.getLogger(__name__)
 
-#: ``trainer.precision`` -> dtype in which sharded blocks are gathered and compute; None is float32.
+#: ``trainer.precision`` -> dtype in which sharded blocks are gathered and computed. None means float32.
 SHARDED_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
 
 
@@ -45,9 +45,9 @@ class Prediction:
     """Rendered views of a batch.
 
     Attributes:
-        images: (B, V, 3, H, W) rendered views over the targets' backgrounds, in [0, 1].
-        rendering: Color, opacity and depth of the same views.
-        triplane: The triplanes that were rendered.
+        images: (B, V, 3, H, W) rendered views in [0, 1], composited over the backgrounds of the requested views.
+        rendering: Color, opacity and depth of the rendered views.
+        triplane: Triplanes of the objects.
     """
 
     images: Float[Tensor, "B V 3 H W"]
@@ -62,9 +62,9 @@ class LRMModule(L.LightningModule):
         lrm: The network.
         renderer: The volume renderer.
         objective: The loss terms.
-        optimizer: AdamW and its learning rate schedule.
-        parallel: Activation checkpointing and compilation.
-        guard: When to skip a step with a bad gradient.
+        optimizer: Settings of AdamW and of the learning rate schedule.
+        parallel: Settings of activation checkpointing and compilation.
+        guard: Criteria for skipping an optimizer step.
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class LRMModule(L.LightningModule):
         super().__init__()
         self.lrm, self.renderer, self.objective, self.optimizer = lrm, renderer, objective, optimizer
         self.parallel, self.guard = parallel, GradientGuard(guard)
-        self.current_sample_ids: tuple[str, ...] = ()  # of the newest step on this rank
+        self.current_sample_ids: tuple[str, ...] = ()  # samples of the newest step on this rank
         self._terms: list[dict[str, Tensor]] = []  # loss terms of accumulated batches
         self._configured = False
 
     def setup(self, stage: str) -> None:
-        """Reject unsupported settings of the trainer, and load the LPIPS network if the objective lacks it.
+        """Check the settings of the trainer, and load the LPIPS network if the objective needs it.
 
         Raises:
             InputError: A setting is not supported, trainable parameters have no optimizer, or the weights of LPIPS are
@@ -99,21 +99,21 @@ class LRMModule(L.LightningModule):
             self.objective.perceptual = loss.to(self.trainer.strategy.root_device)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Add ``DisableTF32`` and ``ImageMetricsLogger``, unless the trainer has them."""
+        """Return ``DisableTF32`` and ``ImageMetricsLogger``, except for callbacks that the trainer already has."""
         existing = self.trainer.callbacks  # type: ignore[attr-defined]
         defaults: list[L.Callback] = [DisableTF32(), ImageMetricsLogger()]
         return [one for one in defaults if not any(isinstance(other, type(one)) for other in existing)]
 
     def on_fit_start(self) -> None:
-        """Reject a custom ``configure_optimizers``.
+        """Check that ``configure_optimizers`` is not overridden with a custom optimizer or schedule.
 
         Raises:
-            InputError: Its optimizer or schedule is not that of ``optimizer``.
+            InputError: The optimizer or the schedule was not created from the argument ``optimizer``.
         """
         require_builtin_optimizer(self.trainer)
 
     def on_train_start(self) -> None:
-        """Set the learning rate of the first step, and warn about an encoder without pretrained weights."""
+        """Set the learning rate of the first step, and log a warning if the encoder has no pretrained weights."""
         self._set_learning_rate(self.trainer.optimizers[0])
         if self.global_step == 0 and not self.lrm.encoder.has_weights and self.trainer.is_global_zero:
             logger.warning(
@@ -124,15 +124,16 @@ class LRMModule(L.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> "LRMModule":  # type: ignore[override] # noqa: ANN401 - Lightning's
-        """Load a checkpoint of Lightning into a new module.
+        """Load a Lightning checkpoint into a new module.
 
         Args:
-            checkpoint_path: A file written by ``Trainer.save_checkpoint``.
-            options: Arguments of this class, of which ``lrm``, ``renderer`` and ``objective`` are required, and of
-                ``LightningModule.load_from_checkpoint``.
+            checkpoint_path: Path of a file written by ``Trainer.save_checkpoint``.
+            options: Arguments of this class and of ``LightningModule.load_from_checkpoint``. The arguments ``lrm``,
+                ``renderer`` and ``objective`` are required.
 
         Raises:
-            InputError: A required argument is missing, or the path is a checkpoint of ``CheckpointAndResume``.
+            InputError: A required argument is missing, or the path is a checkpoint written by
+                ``CheckpointAndResume``.
         """
         if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_dir():
             raise InputError(
@@ -145,7 +146,7 @@ class LRMModule(L.LightningModule):
                 ),
             )
         missing = [name for name in ("lrm", "renderer", "objective") if name not in options]
-        if missing and cls is LRMModule:  # a subclass may construct them
+        if missing and cls is LRMModule:  # a subclass may construct these arguments
             raise InputError(
                 expected="the arguments lrm, renderer and objective, which checkpoints do not store",
                 found=f"no {', '.join(missing)}",
@@ -154,10 +155,10 @@ class LRMModule(L.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, **options)
 
     def configure_model(self) -> None:
-        """Prepare the blocks, and shard the network if the strategy has a device mesh. Repeated calls do nothing.
+        """Prepare the blocks, and shard the network if the strategy has a device mesh. Repeated calls have no effect.
 
         Raises:
-            InputError: Sharding does not support the precision, or the weights differ between ranks.
+            InputError: The precision does not support sharding, or the weights differ between ranks.
         """
         if self._configured:
             return
@@ -184,7 +185,7 @@ class LRMModule(L.LightningModule):
         return Prediction(pixels.permute(0, 1, 4, 2, 3), rendering, triplane)
 
     def render_targets(self, batch: Batch) -> LossInputs:
-        """Render the target views of a batch, and return them with the targets."""
+        """Render the target views of a batch and return the inputs of the losses."""
         prediction, target = self.render(batch, batch.target), batch.target
         return LossInputs(
             prediction.images.flatten(0, 1), target.images.flatten(0, 1),
@@ -192,11 +193,11 @@ class LRMModule(L.LightningModule):
         )  # fmt: skip
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
-        """Return -1, which skips the rest of the epoch, if the trainer is to stop."""
+        """Return -1, which skips the rest of the epoch, if the trainer must stop."""
         return -1 if self.trainer.should_stop else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute the loss of one batch; ``on_before_optimizer_step`` logs its terms."""
+        """Compute the loss of one batch. ``on_before_optimizer_step`` logs the loss terms."""
         terms = self.objective(self.render_targets(batch), self.global_step)
         loss = sum(terms.values(), start=batch.target.images.new_zeros(()))
         self._terms.append({name: value.detach() for name, value in (terms | {"total": loss}).items()})
@@ -204,13 +205,13 @@ class LRMModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate; log it and the loss terms, averaged over accumulated batches and ranks."""
+        """Set the learning rate, and log it with the loss terms, averaged over accumulated batches and ranks."""
         rate = self._set_learning_rate(optimizer)
         terms, self._terms = self._terms, []
-        log_global_step(self, self.global_step + 1)  # on every step, for Lightning's ModelCheckpoint
+        log_global_step(self, self.global_step + 1)  # Lightning's ModelCheckpoint needs it in every step
         if not self._logs:
             return
-        # Lightning would copy a float to the device and synchronize.
+        # If it were a float, Lightning would copy it to the device and synchronize.
         self.log("optim/lr", torch.full((), rate, device=self.device))
         for name in terms[0]:
             mean = torch.stack([batch[name] for batch in terms]).mean()
@@ -224,11 +225,11 @@ class LRMModule(L.LightningModule):
         return rate
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the guard's state to the checkpoint."""
+        """Add the state of the gradient guard to the checkpoint."""
         checkpoint["guard"] = self.guard.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the guard's state."""
+        """Restore the state of the gradient guard."""
         self.guard.load_state(checkpoint["guard"])
 
     def configure_gradient_clipping(
@@ -237,7 +238,7 @@ class LRMModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradient by its norm, or skip the step; does not synchronize with the device."""
+        """Clip the gradient by its norm or skip the step, without synchronizing with the device."""
         access = state_access(self.trainer, self.lrm)
         norm = access.gradient_norm()
         access.clip_or_skip(norm, gradient_clip_val, self.guard.check(norm))
@@ -249,18 +250,18 @@ class LRMModule(L.LightningModule):
     def validation_step(  # type: ignore[override]
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> Prediction:
-        """Render the target views at full size, for callbacks."""
+        """Render the target views at full size and return them for callbacks."""
         prediction = self.render(batch, batch.target)
         return dataclasses.replace(prediction, images=prediction.images.clamp(0, 1))
 
     def test_step(  # type: ignore[override]
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> Prediction:
-        """Render the target views, as in validation."""
+        """Render the target views in the same way as ``validation_step``."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Scene]:
-        """Reconstruct the objects of a batch."""
+        """Reconstruct the objects of a batch and return one scene per object."""
         source = batch.input
         field = self.lrm.field(self.lrm(source.images, source.c2w, source.fxfycxcy))
         scenes = []
@@ -271,7 +272,7 @@ class LRMModule(L.LightningModule):
         return scenes
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Create AdamW. With a GradScaler (16-mixed) it is not fused, since Lightning could not clip gradients."""
+        """Create AdamW. It is not fused if a GradScaler is used, because Lightning could not clip the gradient."""
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return self.optimizer.build(self.lrm, fused=not scaled)
 

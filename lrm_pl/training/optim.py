@@ -1,7 +1,7 @@
-"""AdamW without weight decay of norms, biases and embeddings, and a warm-up and cosine schedule.
+"""AdamW without weight decay of norms, biases and embeddings, and a schedule with linear warm-up and cosine decay.
 
-The learning rate is a function of the step and the length of the run. It has no state, so a run that is resumed with
-another length follows the new schedule.
+The learning rate is a function of the step and the length of the run. The schedule has no state, so a run that is
+resumed with a different length follows the new schedule.
 """
 
 import dataclasses
@@ -25,11 +25,12 @@ class OptimizerConfig:
     Attributes:
         lr: Peak learning rate.
         betas: Decay rates of the moment estimates.
-        weight_decay: Weight decay of linear and convolution weights; norms, biases and embeddings have none.
-        warmup: Number of warm-up steps as a fraction of all steps. The 3000 steps of the paper are 0.07.
-        final_lr: Learning rate of the last step as a fraction of the peak.
-        layer_decay: For fine-tuning, the learning rate of a block as a fraction of that of the next block, from the
-            last transformer block to the first encoder block (layer-wise decay; BEiT, A.2).
+        weight_decay: Weight decay of linear and convolution weights. It does not apply to norms, biases and embeddings.
+        warmup: Number of warm-up steps as a fraction of all steps. The paper uses 3000 steps, a fraction of 0.07.
+        final_lr: Learning rate of the last step as a fraction of the peak learning rate.
+        layer_decay: Ratio of the learning rates of consecutive blocks for fine-tuning (BEiT, A.2). Each block has
+            ``layer_decay`` times the learning rate of the next block, from the last transformer block to the first
+            encoder block.
     """
 
     lr: float = 4e-4
@@ -59,22 +60,34 @@ class OptimizerConfig:
                 )
 
     def build(self, model: LRM, *, fused: bool = True) -> torch.optim.AdamW:
-        """Create the optimizer. The key ``lr_scale`` of each group scales its learning rate.
+        """Create the optimizer. The key ``lr_scale`` of a parameter group is the factor on the learning rate.
 
         Args:
             model: The network to optimize.
-            fused: Use the fused implementation, which can skip a step on the device (``found_inf``).
+            fused: Whether to use the fused implementation, which can skip a step on the device (``found_inf``).
         """
         groups = parameter_groups(model, self.weight_decay, layer_lr_scales(model, self.layer_decay))
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused)
 
     def learning_rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of optimizer step ``step`` of ``steps``, counted from 0."""
+        """Return the learning rate of an optimizer step.
+
+        Args:
+            step: Index of the optimizer step, starting at 0.
+            steps: Number of optimizer steps of the run.
+        """
         return self.lr * warmup_cosine(step, steps, self.warmup, self.final_lr)
 
 
 def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:
-    """Return the factor on the peak learning rate for optimizer step ``step`` of ``steps``, counted from 0."""
+    """Return the ratio of the learning rate of an optimizer step to the peak learning rate.
+
+    Args:
+        step: Index of the optimizer step, starting at 0.
+        steps: Number of optimizer steps of the run.
+        warmup: Number of warm-up steps as a fraction of all steps.
+        final: Ratio at the end of the run.
+    """
     warmup_steps = max(1, round(warmup * steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -83,7 +96,7 @@ def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:
 
 
 def layer_lr_scales(lrm: LRM, decay: float) -> dict[int, float]:
-    """Return id of the parameter -> factor on the learning rate for layer-wise decay."""
+    """Return a mapping from the ``id`` of each parameter to the factor on its learning rate for layer-wise decay."""
     blocks = network_blocks(lrm)
     scales = {
         id(p): decay ** (len(blocks) - number)
@@ -91,7 +104,7 @@ def layer_lr_scales(lrm: LRM, decay: float) -> dict[int, float]:
         for p in block.parameters()
     }
     encoder_blocks = len(blocks) - len(lrm.transformer.blocks)
-    # Inputs of a stage count as one more block in front of it.
+    # Modules that compute the inputs of a stage count as a block before the first block of the stage.
     inputs = [
         lrm.transformer.tokens,
         *(p for m in (lrm.camera_embedder, lrm.view_norm) if m for p in m.parameters()),
@@ -110,7 +123,7 @@ def parameter_groups(
     Args:
         model: The module to optimize.
         weight_decay: Weight decay of linear and convolution weights.
-        lr_scales: Id of the parameter -> factor on the learning rate, 1 by default.
+        lr_scales: Mapping from the ``id`` of a parameter to the factor on its learning rate. The default factor is 1.
     """
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, layers)}

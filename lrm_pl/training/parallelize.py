@@ -1,7 +1,7 @@
-"""Prepare the network for training: activation checkpointing, compilation of blocks, and sharding.
+"""Activation checkpointing, compilation of blocks, and sharding of the network.
 
-They are applied in this order, so that a checkpointed block is compiled as one unit and sharded as one unit. None of
-them renames parameters, so checkpoints do not depend on them.
+These transformations are applied in this order, so that each checkpointed block is compiled and sharded as one unit.
+They do not rename parameters, so checkpoints do not depend on them.
 """
 
 import dataclasses
@@ -21,13 +21,15 @@ from lrm_pl.models.lrm import LRM
 
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
-    """Activation checkpointing and compilation of blocks.
+    """Settings of activation checkpointing and compilation of blocks.
 
     Attributes:
-        activation_checkpointing_every: Checkpoint the activations of every n-th block (1: all, 0: none).
-        recompute_mlp: Checkpoint the activations of the MLPs of transformer blocks, which saves a third of the memory
-            for 5 % more time.
-        compile: Compile each block with ``torch.compile``. The first step takes minutes, later steps are faster.
+        activation_checkpointing_every: Interval of blocks whose activations are checkpointed. With 1, all blocks are
+            checkpointed. With 0, no block is checkpointed.
+        recompute_mlp: Whether to checkpoint the activations of the MLPs of transformer blocks. This reduces the memory
+            by a third and increases the time of a step by 5 %.
+        compile: Whether to compile each block with ``torch.compile``. The first step then takes minutes, and later
+            steps are faster.
     """
 
     activation_checkpointing_every: int = 0
@@ -44,15 +46,15 @@ class ParallelConfig:
 
 
 def network_blocks(lrm: LRM) -> list[nn.Module]:
-    """List the blocks of the encoder and of the transformer, in the order in which they run."""
+    """Return the blocks of the encoder and of the transformer, in the order in which they run."""
     return [*lrm.encoder.vit.blocks, *lrm.transformer.blocks]
 
 
 def prepare_blocks(lrm: LRM, config: ParallelConfig) -> None:
-    """Apply activation checkpointing and compilation to blocks, in place."""
+    """Apply activation checkpointing and compilation to the blocks of a network, in place."""
     if config.recompute_mlp:
         for block in lrm.transformer.blocks:
-            _checkpoint_method(block, "mlp_step")  # its recomputation stops before the last layer
+            _checkpoint_method(block, "mlp_step")  # recomputation stops before the last layer
     for number, block in enumerate(network_blocks(lrm), start=1):
         trained = any(p.requires_grad for p in block.parameters())
         every = config.activation_checkpointing_every
@@ -75,15 +77,18 @@ def mesh_shape(processes: int, replicas: int) -> tuple[tuple[int, ...], tuple[st
 
 
 def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
-    """Shard parameters over a mesh with FSDP2, in place: one group per block, and one for all other modules.
+    """Shard parameters over a mesh with FSDP2, in place.
+
+    Each block is one FSDP parameter group, and the other modules together are one group. Gradients are reduced in
+    float32.
 
     Args:
         lrm: The network, with equal weights on all ranks.
         mesh: A 1-D mesh to shard over, or a 2-D mesh to replicate over the first dimension and shard over the second.
-        block_dtype: dtype in which blocks are gathered and compute; None is float32. Gradients are reduced in float32.
-            The other modules (camera embedder, decoder, norms, tokens) are always float32.
+        block_dtype: Data type in which blocks are gathered and computed. If None, float32. Modules outside of blocks
+            and norms are always computed in float32.
     """
-    # FSDP's cast of inputs would round poses and intrinsics; autocast casts selectively.
+    # FSDP's cast of inputs would round poses and intrinsics. Autocast casts selectively.
     policy = MixedPrecisionPolicy(
         param_dtype=block_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -93,7 +98,7 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
             module for module in block.modules() if isinstance(module, nn.LayerNorm | nn.RMSNorm)
         ]
         if block_dtype is not None and norms:
-            # Their inputs are float32, and the CPU kernel requires weights of the same dtype.
+            # The inputs of norms are float32, and the CPU kernel requires weights of the same dtype.
             fully_shard(norms, mesh=mesh, mp_policy=exact)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     shards = mesh.size(mesh.ndim - 1)
@@ -101,14 +106,14 @@ def shard(lrm: LRM, mesh: DeviceMesh, block_dtype: torch.dtype | None) -> None:
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
-    """Shard tokens and embeddings (1, N, D) along N or D, since FSDP2 would pad the first dimension."""
+    """Shard tokens and embeddings (1, N, D) along N or D, because FSDP2 would pad the first dimension."""
     if parameter.shape[0] >= shards:
         return None
     return next((Shard(d) for d, size in enumerate(parameter.shape) if size % shards == 0), None)
 
 
 def require_equal_weights(module: nn.Module) -> None:
-    """Check that all ranks start from equal weights, which sharding would otherwise mix.
+    """Check that all ranks start from equal weights. Sharding would otherwise combine weights of different ranks.
 
     Raises:
         InputError: The weights differ between ranks.

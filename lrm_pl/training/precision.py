@@ -16,7 +16,7 @@ _SHORT = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 def require_supported_precision(precision: str) -> str:
-    """Reject precisions with weights in another dtype than float32, which cameras and compositing need.
+    """Check that a precision stores weights in float32, which cameras and compositing require.
 
     Args:
         precision: Value of ``trainer.precision``.
@@ -38,10 +38,10 @@ def require_supported_precision(precision: str) -> str:
 
 
 class DisableTF32(L.Callback):
-    """Disable TF32 in cuDNN convolutions while a trainer with ``precision: 32-true`` runs.
+    """Disable TF32 in cuDNN convolutions while a trainer with precision "32-true" runs.
 
-    PyTorch enables it by default. Other precisions are not affected, nor is a run for which
-    ``torch.set_float32_matmul_precision`` allows lower precision.
+    PyTorch enables TF32 in convolutions by default. The callback has no effect with other precisions, or if
+    ``torch.set_float32_matmul_precision`` was called with a precision other than "highest".
     """
 
     def __init__(self) -> None:
@@ -53,11 +53,11 @@ class DisableTF32(L.Callback):
             self._running.enter_context(without_tf32())
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore the setting."""
+        """Restore the TF32 setting."""
         self._running.close()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Restore the setting; Lightning does not call ``teardown`` after an exception."""
+        """Restore the TF32 setting, because Lightning does not call ``teardown`` after an exception."""
         self._running.close()

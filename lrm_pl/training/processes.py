@@ -1,4 +1,4 @@
-"""Detect the processes of torchrun and srun, and run a command in several local processes."""
+"""Detection of processes started by torchrun or srun, and launching of a command in several local processes."""
 
 import logging
 import os
@@ -11,32 +11,33 @@ from typing import NoReturn
 from lrm_pl.errors import InputError
 from lrm_pl.scratch import ScratchFolder
 
-#: Seconds between a signal and the killing of processes, in which they save a checkpoint.
+#: Seconds that processes have to save a checkpoint after a signal before they are killed.
 GRACE_S = 120
 
-#: Seconds for gloo's threads to acquire the interpreter lock and release their tensors; a few milliseconds suffice.
+#: Seconds that gloo's threads have to acquire the interpreter lock and release their tensors. They usually need a few
+#: milliseconds.
 _GLOO_RELEASE_S = 0.2
 
 
 def is_srun_task() -> bool:
-    """Return whether this process is a task of Slurm's srun.
+    """Return whether this process is a task started by Slurm's srun.
 
-    A notebook in an allocation or a shell of ``srun --pty`` is not. Such a shell has the environment variables of a
-    task, which nested srun tasks inherit, but only the shell has a terminal.
+    A notebook in an allocation and a shell started by ``srun --pty`` are not tasks. Such a shell has the environment
+    variables of a task, which nested srun tasks inherit, but only the shell has a terminal.
     """
     return "SLURM_STEP_NUM_TASKS" in os.environ and not ("SLURM_PTY_PORT" in os.environ and _has_terminal())
 
 
 def num_srun_tasks() -> int:
-    """Return the number of tasks in this process's srun step, 1 without srun."""
+    """Return the number of tasks in the srun step of this process, or 1 if srun did not start this process."""
     return int(os.environ["SLURM_STEP_NUM_TASKS"]) if is_srun_task() else 1
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return the rank and world size set by torchrun or srun, or (0, 1) without either.
+    """Return the rank and world size set by torchrun or srun, or (0, 1) if neither started this process.
 
     Raises:
-        InputError: RANK or WORLD_SIZE is set, but not by torchrun.
+        InputError: RANK or WORLD_SIZE is set, but torchrun did not start this process.
     """
     rank, world = (int(os.environ.get(name, least)) for name, least in (("RANK", 0), ("WORLD_SIZE", 1)))
     if is_torchrun_process():
@@ -47,7 +48,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def unexpected_rank_message(rank: int, world: int) -> str:
-    """Return an error message for rank variables in the environment of a process without a launcher."""
+    """Return the error message for a process that has rank variables but was not started by a launcher."""
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_PROCID")
     found = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
     return (
@@ -62,7 +63,7 @@ def is_torchrun_process() -> bool:
 
 
 def is_distributed_process() -> bool:
-    """Return whether a launcher started this process as one of several."""
+    """Return whether a launcher started this process as one of several processes."""
     return is_torchrun_process() or num_srun_tasks() > 1
 
 
@@ -75,25 +76,27 @@ def _has_terminal() -> bool:
 
 
 def launch_processes(count: int, arguments: Sequence[str]) -> NoReturn:
-    """Run ``python -m lrm_pl ARGUMENTS`` in local processes, and exit with the status of the first that failed.
+    """Run ``python -m lrm_pl ARGUMENTS`` in local processes and exit this process afterwards.
+
+    The exit status is 0 if all processes succeed, and otherwise the exit status of the first process that fails.
 
     Args:
         count: Number of processes.
-        arguments: Command line arguments.
+        arguments: Command-line arguments.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # it logs a traceback per failed process
+        if name.startswith("torch.distributed.elastic"):  # these loggers print a traceback per failed process
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    scratch = ScratchFolder("lrm-processes-")  # torchrun does not delete its own
+    scratch = ScratchFolder("lrm-processes-")  # torchrun does not delete the log folder that it creates
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1, shutdown_timeout=GRACE_S,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # torchrun's defaults and SIGUSR1, which Slurm sends
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # the defaults, and SIGUSR1, which Slurm sends
         logs_specs=DefaultLogsSpecs(log_dir=str(scratch.path)),
     )  # fmt: skip
     try:
@@ -112,12 +115,12 @@ def launch_processes(count: int, arguments: Sequence[str]) -> NoReturn:
 
 
 def wait_for_gloo_threads() -> None:
-    """Wait until gloo's threads have released the tensors of their last collectives; for ``atexit``.
+    """Wait until gloo's threads have released the tensors of the last collectives. Register this with ``atexit``.
 
     A thread that releases a tensor while the interpreter shuts down is terminated inside a C++ destructor, which
-    aborts the process with SIGABRT ("terminate called without an active exception"). Programs that exited right after
-    their last collective aborted in 8 of 40 runs. Destroying the process groups does not join these threads while a
-    device mesh refers to the groups (https://github.com/pytorch/pytorch/issues/190489).
+    aborts the process with SIGABRT ("terminate called without an active exception"). Without this wait, programs that
+    exit directly after a collective aborted in 8 of 40 runs. Destroying the process groups does not join the threads
+    while a device mesh refers to the groups (https://github.com/pytorch/pytorch/issues/190489).
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The folder of a run: its path, its lock, and the log files of loggers in it."""
+"""The folder of a run, with functions for the path, the lock and the log files."""
 
 import dataclasses
 import fcntl
@@ -23,13 +23,16 @@ LOCK_NAME = ".lock"
 
 
 class RunLock:
-    """An exclusive lock of a run's folder, released when the object is deleted or the process ends.
+    """An exclusive lock of the folder of a run, released when the object is deleted or the process ends.
 
-    It is a POSIX lock instead of ``flock``. Child processes do not inherit it, so data workers that outlive a killed
-    process do not block the next one, and it works across nodes on a network file system.
+    The lock is a POSIX lock instead of ``flock``. Child processes do not inherit POSIX locks, so data workers that
+    outlive a killed process do not block the next run. POSIX locks also work across nodes on network file systems.
+
+    Args:
+        folder: The folder, which is created if it does not exist.
 
     Raises:
-        InputError: Another process holds the lock.
+        InputError: A different process holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +41,7 @@ class RunLock:
         weakref.finalize(self, os.close, descriptor)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # POSIX allows both
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows either error
             raise InputError(
                 f"Another run is using {folder}",
                 remedy="wait until it ends, or use another folder (--run.folder, or folder of CheckpointAndResume)",
@@ -53,15 +56,18 @@ class RunLock:
 
 @dataclasses.dataclass
 class RunConfig:
-    """Folder and resumption of a run.
+    """Folder, resumption and profiling of a run.
 
     Attributes:
-        folder: Folder of the run. A run that is started again with the same folder is resumed. Null creates a new
-            folder, runs/lrm/version_N.
-        resume: "auto" resumes from the newest valid checkpoint in the folder, if any. "never" starts from the first
-            step and rejects a folder with checkpoints. A path of a checkpoint or of another run (its newest
-            checkpoint) is where a new run starts; once the run has its own checkpoints, it resumes from these.
-        profile: Number of steps to trace into ``profile/`` in the folder, after five warm-up steps; 0 disables this.
+        folder: Folder of the run. A run that is started again with the same folder is resumed. If None, a new folder
+            ``runs/lrm/version_N`` is created.
+        resume: "auto", "never" or a path. With "auto", the run resumes from the newest valid checkpoint in the folder,
+            or starts from the first step if there are no checkpoints. With "never", the run starts from the first step
+            and a folder with checkpoints is rejected. With the path of a checkpoint or of a different run, a new run
+            starts from that checkpoint or from the newest checkpoint of that run. A run that already has checkpoints
+            resumes from them.
+        profile: Number of steps to trace after five warm-up steps. Traces are written to ``profile`` in the folder. If
+            0, profiling is disabled.
     """
 
     folder: str | None = None
@@ -70,10 +76,10 @@ class RunConfig:
 
 
 def run_path(folder: str) -> Path:
-    """Return the run's folder as an absolute path.
+    """Return the folder of a run as an absolute path.
 
     Raises:
-        InputError: The folder is empty, or a URL; object stores do not support appending to logs.
+        InputError: The folder is an empty string, or is a URL. Object stores do not support appending to logs.
     """
     if not folder:
         raise InputError(
@@ -94,10 +100,14 @@ def run_path(folder: str) -> Path:
 
 
 def set_logger_folders(loggers: Any, folder: str | None) -> None:  # noqa: ANN401 - an unvalidated config
-    """Make all loggers in a trainer's config write to the run's folder, if one is given.
+    """Set the folder of all loggers in the config of a trainer, in place.
+
+    Args:
+        loggers: ``trainer.logger`` of the config.
+        folder: Folder of the run. If None, the folders of the loggers are not changed.
 
     Raises:
-        InputError: ``loggers`` is null or true, so that Lightning would choose the logger and its folder.
+        InputError: A folder is given and a logger is None or True, for which Lightning chooses the folder.
     """
     path = None if folder is None else run_path(folder)
     for logger_config in _listed(loggers):
@@ -114,7 +124,7 @@ def set_logger_folders(loggers: Any, folder: str | None) -> None:  # noqa: ANN40
         if path is None:
             continue
         logger_class = resolve_name(logger_config["class_path"])
-        if issubclass(logger_class, TensorBoardLogger | CSVLogger):  # they write to save_dir/name/version
+        if issubclass(logger_class, TensorBoardLogger | CSVLogger):  # their folder is save_dir/name/version
             values = {"save_dir": str(path.parent), "name": "", "version": path.name}
         else:
             values = {"save_dir": str(path), "name": path.name}
@@ -123,7 +133,7 @@ def set_logger_folders(loggers: Any, folder: str | None) -> None:  # noqa: ANN40
 
 
 def new_run_folder(loggers: Any, root: str | None) -> str | None:  # noqa: ANN401 - a config
-    """Return a new folder for a run, or None if its first logger creates one.
+    """Return a new folder for a run, or None if the first logger creates a folder.
 
     Args:
         loggers: ``trainer.logger`` of the config.
@@ -143,21 +153,24 @@ def new_run_folder(loggers: Any, root: str | None) -> str | None:  # noqa: ANN40
 
 
 def _listed(loggers: Any) -> list[Any]:  # noqa: ANN401 - a config
-    """Return the loggers of a config as a list, empty for false."""
+    """Return the loggers of a config as a list, which is empty if logging is disabled."""
     return [one for one in (loggers if isinstance(loggers, list) else [loggers]) if one is not False]
 
 
 def trainer_folder(trainer: L.Trainer) -> Path:
-    """Return the run's folder on this rank. Unlike ``trainer.log_dir``, it does not broadcast."""
+    """Return the folder of the run on this rank. Unlike ``trainer.log_dir``, this does not use a broadcast."""
     first = trainer.loggers[0] if trainer.loggers else None
     folder = first.log_dir if isinstance(first, TensorBoardLogger | CSVLogger) else first and first.save_dir
     return Path(folder or trainer.default_root_dir)
 
 
 def create_run_folder(trainer: L.Trainer) -> Path:
-    """Create the folder of a run without ``--run.folder``, the next version; safe if several runs start at once."""
+    """Create the folder of a run for which ``--run.folder`` is not set, and return the folder.
+
+    Runs that start at the same time create different folders.
+    """
     first = trainer.loggers[0] if trainer.loggers else None
-    # The version is None until it is read, unless the config sets it.
+    # The private version is None until the property is read, unless the config sets the version.
     automatic = isinstance(first, TensorBoardLogger | CSVLogger) and first._version is None
     while True:
         folder = trainer_folder(trainer)
@@ -172,7 +185,14 @@ def create_run_folder(trainer: L.Trainer) -> Path:
 
 
 def find_run_folder(path: str) -> Path | None:
-    """Return the local run folder of a path: a run, its checkpoint folder or a checkpoint. Return None for others."""
+    """Return the folder of the run to which a path belongs.
+
+    Args:
+        path: Path of a run, of the folder of its checkpoints, or of a checkpoint.
+
+    Returns:
+        The folder, or None if it has no ``config.yaml`` or the path is a URL.
+    """
     if "://" in path:
         return None
     folder = Path(path).expanduser().absolute()
@@ -180,7 +200,7 @@ def find_run_folder(path: str) -> Path | None:
 
 
 def drop_logs_after(loggers: list[Any], step: int) -> None:
-    """Make loggers drop values after ``step``, which the run logged after the checkpoint that it resumes from."""
+    """Remove logged values of steps after ``step``, the step of the checkpoint from which the run resumes."""
     for log in loggers:
         if isinstance(log, TensorBoardLogger):
             log._kwargs["purge_step"] = step + 1

@@ -1,4 +1,4 @@
-"""The state of a run in a checkpoint: tensors, data position, gradient guard, gradient scaler and callbacks."""
+"""The state of a run in a checkpoint (tensors, data position, gradient guard, gradient scaler and callbacks)."""
 
 import json
 import logging
@@ -17,12 +17,12 @@ from lrm_pl.training.sharded_state import StateTensor, read_state, state_access
 
 logger = logging.getLogger(__name__)
 
-#: Prefix of optional tensors -> effect if a checkpoint lacks them.
+#: Prefix of optional tensors -> effect of resuming from a checkpoint that does not contain them.
 OPTIONAL = {"adam": "the optimizer state starts empty", "average": "the average starts from the weights"}
 
 
 def run_tensors(trainer: L.Trainer, module: LRMModule) -> dict[str, StateTensor]:
-    """Return weights, optimizer state and moving average by checkpoint name, sharing memory with the run."""
+    """Return weights, optimizer state and moving average by checkpoint name. The tensors share memory with the run."""
     access = state_access(trainer, module.lrm)
     tensors = access.network() | access.optimizer_state()
     for callback in _averages(trainer):
@@ -31,7 +31,7 @@ def run_tensors(trainer: L.Trainer, module: LRMModule) -> dict[str, StateTensor]
 
 
 def run_metadata(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, Any]:
-    """Return the state besides tensors after ``step`` steps as JSON values, equal on all ranks."""
+    """Return the state after ``step`` steps, except for tensors, as values that JSON supports. Equal on all ranks."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return {
         "position": require_data_module(trainer).position(step),
@@ -45,7 +45,7 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
     """Restore the state of a run before its first step. All ranks must call this together.
 
     Raises:
-        CheckpointError: A tensor of the network is missing, or a shape differs.
+        CheckpointError: A tensor of the network is missing or has a different shape.
     """
     averages = _averages(trainer)
     for callback in averages:
@@ -67,7 +67,7 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
     read_state(checkpoint, tensors)
     state_access(trainer, module.lrm).apply_changes()
     if "average" not in stored:
-        for callback in averages:  # from the weights that were read
+        for callback in averages:  # start from the weights that were read
             callback.reset(module)
     module.guard.load_state(checkpoint.run["guard"])
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -79,9 +79,9 @@ def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> N
 
 
 def set_progress(trainer: L.Trainer, step: int) -> None:
-    """Set the counters of Lightning's loops to ``step`` optimizer steps done.
+    """Set the counters of Lightning's loops to ``step`` completed optimizer steps.
 
-    Lightning's own loop state is not used, since it depends on gradient accumulation and world size.
+    The loop state in Lightning checkpoints is not used, because it depends on gradient accumulation and world size.
     """
     loop = trainer.fit_loop.epoch_loop
     steps = loop.automatic_optimization.optim_progress.optimizer.step.total
@@ -96,7 +96,7 @@ def _averages(trainer: L.Trainer) -> list[WeightAverage]:
 
 
 def require_data_module(trainer: L.Trainer) -> ShardDataModule:
-    """Return the data module, whose position is part of a checkpoint.
+    """Return the data module of the trainer, whose position is part of a checkpoint.
 
     Raises:
         InputError: The trainer has no ``ShardDataModule``.
@@ -111,12 +111,15 @@ def require_data_module(trainer: L.Trainer) -> ShardDataModule:
     return data
 
 
-#: Key of an encoded tensor: {_TENSOR: [dtype, values]}.
+#: Key of a tensor encoded as the dictionary ``{_TENSOR: [dtype, values]}``.
 _TENSOR = "__tensor__"
 
 
 def callback_states(trainer: L.Trainer) -> dict[str, Any]:
-    """Return the states of callbacks (``Callback.state_dict``) as JSON values; log a warning for unsupported types."""
+    """Return the states of callbacks (``Callback.state_dict``) as values that JSON supports.
+
+    A warning is logged for each callback whose state has unsupported types. These states are omitted.
+    """
     states = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if state := callback.state_dict():
@@ -133,7 +136,7 @@ def callback_states(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def load_callback_states(trainer: L.Trainer, states: dict[str, Any]) -> None:
-    """Restore the states of callbacks, except for the patience of EarlyStopping, which the config sets."""
+    """Restore the states of callbacks, except for the patience of ``EarlyStopping``, which the config sets."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if callback.state_key in states:
             state = _decoded(states[callback.state_key])

@@ -1,10 +1,10 @@
-"""Strategy-independent access to weights, optimizer state and gradients, and copies of them for checkpoints.
+"""Strategy-independent access to weights, optimizer state and gradients, and copies of the state for checkpoints.
 
-Every strategy uses the same tensor names, so a checkpoint written under one strategy can be read under any other:
+All strategies use the same tensor names, so a checkpoint written with one strategy can be read with any strategy.
 
     network.<parameter or buffer>                weights, float32
     adam.<parameter>.{step,exp_avg,exp_avg_sq}   state of AdamW
-    average.<parameter>                          moving average of the weights, if the run keeps one
+    average.<parameter>                          moving average of the weights, if enabled
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 @dataclasses.dataclass(frozen=True)
 class FlatShard:
-    """This rank's contiguous range of a flattened tensor, as DeepSpeed ZeRO partitions tensors.
+    """A contiguous range of a flattened tensor that this rank stores, as partitioned by DeepSpeed ZeRO.
 
     Attributes:
-        local: (N,) elements from ``start`` on; may be empty.
+        local: (N,) elements of the range, which may be empty.
         start: Index of the first local element in the flattened tensor.
         shape: Shape of the full tensor.
     """
@@ -45,30 +45,30 @@ class FlatShard:
         return flat.view(self.shape)
 
     def copy_(self, value: Tensor) -> None:
-        """Copy this rank's range from a full tensor."""
+        """Copy the range of this rank from a full tensor."""
         self.local.copy_(value.flatten()[self.start : self.start + len(self.local)])
 
 
-#: A tensor as a strategy stores it: replicated, a DTensor, or a flat shard.
+#: A tensor as stored by a strategy. It is replicated, a DTensor, or a flat shard.
 StateTensor = Tensor | FlatShard
 
 
 def full_tensor(tensor: StateTensor) -> Tensor:
-    """Return the full tensor of a possibly sharded one. All ranks must call this together."""
+    """Return the full tensor of a tensor that may be sharded. All ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, FlatShard | DTensor) else tensor
 
 
 def local_tensor(tensor: StateTensor) -> Tensor:
-    """Return the elements stored on this rank; writes to them change the sharded tensor."""
+    """Return the elements stored on this rank, which share memory with the sharded tensor."""
     if isinstance(tensor, FlatShard):
         return tensor.local
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class StateAccess:
-    """Access to weights, optimizer state and gradients that PyTorch stores, as replicated tensors or DTensors.
+    """Access to weights, optimizer state and gradients that are stored as replicated tensors or DTensors.
 
-    The returned tensors share memory with the run. After writing to them, call ``apply_changes``.
+    The returned tensors share memory with the run. Call ``apply_changes`` after writing to them.
 
     Args:
         lrm: The network.
@@ -79,7 +79,7 @@ class StateAccess:
         self.lrm, self.optimizer = lrm, optimizer
 
     def network(self) -> dict[str, StateTensor]:
-        """Return all weights and buffers in float32, by checkpoint name (``network.*``)."""
+        """Return all weights and buffers in float32 by checkpoint name (``network.*``)."""
         return dict(network_tensors(self.lrm))
 
     def trainable(self) -> dict[str, StateTensor]:
@@ -87,11 +87,11 @@ class StateAccess:
         return {name: p.detach() for name, p in self.lrm.named_parameters() if p.requires_grad}
 
     def optimizer_state(self) -> dict[str, StateTensor]:
-        """Return the state of AdamW by checkpoint name (``adam.*``), initialized if it is still empty."""
+        """Return the state of AdamW by checkpoint name (``adam.*``). An empty state is initialized first."""
         return dict(optimizer_tensors(self.lrm, self.optimizer))
 
     def apply_changes(self) -> None:
-        """Propagate in-place changes of the returned tensors to the network. All ranks must call this together."""
+        """Apply in-place changes of the returned tensors to the network. All ranks must call this together."""
 
     def gradient_norm(self) -> Tensor:
         """Return the 2-norm of the full gradient, a scalar that is equal on all ranks."""
@@ -99,18 +99,20 @@ class StateAccess:
         return full_tensor(torch.nn.utils.get_total_norm(gradients))
 
     def clip_or_skip(self, norm: Tensor, limit: float | None, skip: Tensor) -> None:
-        """Clip the gradient, or make the optimizer skip the step; does not synchronize with the device.
+        """Clip the gradient, or make the optimizer skip the step.
+
+        This does not synchronize with the device if the optimizer is fused.
 
         Args:
             norm: () norm of the gradient.
-            limit: Maximum norm; None disables clipping.
-            skip: () 1 to skip this step, else 0.
+            limit: Maximum norm. If None or 0, the gradient is not clipped.
+            skip: () 1 if the step must be skipped, else 0.
         """
         if limit:
             torch.nn.utils.clip_grads_with_norm_(self._parameters(), limit, norm)
         if self.optimizer.defaults["fused"]:
             self.optimizer.found_inf = skip  # type: ignore[attr-defined]  # the attribute that GradScaler sets
-        elif skip.item():  # with a GradScaler, which synchronizes anyway; see LRMModule.configure_optimizers
+        elif skip.item():  # a GradScaler, which synchronizes too, is used; see LRMModule.configure_optimizers
             for parameter in self._parameters():
                 parameter.grad = None
 
@@ -120,21 +122,21 @@ class StateAccess:
 
 @runtime_checkable
 class ProvidesStateAccess(Protocol):
-    """A strategy that stores weights, optimizer state or gradients in its own way."""
+    """Protocol of a strategy that needs a subclass of ``StateAccess``."""
 
     def state_access(self, lrm: nn.Module) -> StateAccess:
-        """Return access to the state of a run."""
+        """Return an object that accesses the state of a run."""
 
 
 def state_access(trainer: L.Trainer, lrm: nn.Module) -> StateAccess:
-    """Return access to the state of a run under the trainer's strategy."""
+    """Return an object that accesses the state of a run, depending on the strategy of the trainer."""
     if isinstance(trainer.strategy, ProvidesStateAccess):
         return trainer.strategy.state_access(lrm)
     return StateAccess(lrm, trainer.optimizers[0])
 
 
 def optimizer_tensors(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state tensors of AdamW by checkpoint name, initialized if the state is still empty."""
+    """Return the state tensors of AdamW by checkpoint name. An empty state is initialized first."""
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     tensors: dict[str, Tensor] = {}
     for name, parameter in lrm.named_parameters():
@@ -142,7 +144,7 @@ def optimizer_tensors(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
             continue
         state = optimizer.state[parameter]
         if not state:
-            device = parameter.device if optimizer.defaults["fused"] else None  # as AdamW places it
+            device = parameter.device if optimizer.defaults["fused"] else None  # same device as in AdamW
             state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             for moment in MOMENT_NAMES:
                 state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -151,12 +153,12 @@ def optimizer_tensors(lrm: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 class Snapshots:
-    """Copies of the state on the CPU, so that training continues while a checkpoint is written.
+    """Copy the state to the CPU, so that training continues while a checkpoint is written.
 
     On an accelerator, tensors are copied on a separate stream into pinned buffers, which the next copy reuses.
 
     Args:
-        device: The device that this process trains on.
+        device: The device on which this process trains.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -168,18 +170,18 @@ class Snapshots:
     ) -> dict[str, Tensor]:
         """Copy a state. All ranks must call this together.
 
-        The copies are complete after ``stream.synchronize()``. Before the state changes, call
-        ``stream.block_current()``. Do not take another copy until both are done.
+        The copies are complete after ``stream.synchronize()`` returns. Call ``stream.block_current()`` before changing
+        the state. Do not call this method again until the copies are complete and written.
 
         Args:
-            state: The tensors, copied one by one: a second state would not fit in the memory of a GPU.
-            sharded: Keep the shards of DTensors; otherwise gather full tensors.
-            keep: Whether this rank keeps the copies. Ranks that do not write still take part in gathering.
+            state: Mapping from name to tensor. Tensors are gathered and copied one by one to limit the GPU memory.
+            sharded: Whether to copy the local shards of DTensors instead of full tensors.
+            keep: Whether this rank keeps the copies. Ranks that do not keep them still participate in gathering.
         """
         copies = {}
         with (
             self.stream.after_current()
-        ):  # gathering runs on the stream too, so that full tensors are freed one by one
+        ):  # tensors are gathered on the same stream, so that full tensors are freed one by one
             for name, tensor in state.items():
                 source = tensor if sharded and isinstance(tensor, Tensor) else full_tensor(tensor)
                 if keep:
@@ -201,7 +203,7 @@ def read_state(checkpoint: Checkpoint, state: Mapping[str, StateTensor]) -> None
     For flat shards, each rank temporarily holds the full tensors on the CPU.
 
     Raises:
-        CheckpointError: A name is missing or a shape differs.
+        CheckpointError: A tensor is missing from the checkpoint or has a different shape.
     """
     shards = {name: tensor for name, tensor in state.items() if isinstance(tensor, FlatShard)}
     into = {name: tensor for name, tensor in state.items() if not isinstance(tensor, FlatShard)}
@@ -212,7 +214,7 @@ def read_state(checkpoint: Checkpoint, state: Mapping[str, StateTensor]) -> None
 
 
 def load_average(checkpoint: Checkpoint, lrm: nn.Module) -> None:
-    """Load the moving average in place of the averaged weights. All ranks of a sharded network must call this together.
+    """Replace weights with their moving average. All ranks of a sharded network must call this together.
 
     Raises:
         CheckpointError: The checkpoint has no moving average.

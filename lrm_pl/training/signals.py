@@ -1,8 +1,8 @@
-"""Stop a run on a signal: handlers only set a flag, which the run reads between two steps.
+"""Signal handlers that stop a run between two steps.
 
-Handlers must not communicate with other processes, which may be in another collective. Lightning's own handlers do
-(2.6.6 broadcasts in the SIGTERM handler and saves in the SLURM handler), so they are replaced. Handlers do not write
-files either, since that may fail or block; a thread does.
+A handler sets a flag, which the run reads between two steps, and wakes a thread. It must not communicate with other
+processes, because they may be executing a different collective. Lightning 2.6.6 communicates in its handlers for
+SIGTERM and Slurm, so they are replaced. Files and log messages are written by the thread, because writing can block.
 """
 
 import logging
@@ -16,14 +16,15 @@ import lightning as L
 
 logger = logging.getLogger(__name__)
 
-#: Ctrl-C; Slurm's warning before the time limit (``--signal=USR1@120``); termination by a cluster; a closed terminal.
+#: Signals sent by Ctrl-C, by Slurm before the time limit (``--signal=USR1@120``), by clusters to terminate a job, and
+#: by closing a terminal.
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 
-#: Environment variable with the path of a file that is created on SIGUSR1. If it exists, the script of a Slurm job
-#: requeues the job. The run does not requeue the job itself, because scontrol may be missing in a container.
+#: Environment variable with the path of a file that is created on SIGUSR1. If the file exists, the script of a Slurm
+#: job requeues the job. The run does not call scontrol itself, because containers may not provide it.
 REQUEUE_NOTE = "LRM_REQUEUE_NOTE"
 
-#: Written to the pipe to end the thread. Closing the pipe would not: forked data workers hold a copy of its write end.
+#: Byte that ends the thread. Closing the pipe would not, because forked data workers hold a copy of the write end.
 _END = b"\0"
 
 
@@ -31,7 +32,7 @@ class StopSignals:
     """Record the first signal. A second Ctrl-C raises ``KeyboardInterrupt``.
 
     Attributes:
-        received: The first signal, None if there was none.
+        received: The first signal, or None if no signal was received.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class StopSignals:
         self._replaced: dict[signal.Signals, object] = {}
 
     def listen(self, trainer: L.Trainer) -> None:
-        """Install the handlers. Call this before Lightning installs its own."""
+        """Install the handlers. Call this before Lightning installs its handlers."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         self._read_end, self._write_end = os.pipe()
         self._thread = threading.Thread(target=self._handle, name="stop signals", daemon=True)
@@ -51,7 +52,7 @@ class StopSignals:
             self._replaced[number] = signal.signal(number, self._record)
 
     def restore(self) -> None:
-        """Restore the previous handlers, after pending log lines and files are written."""
+        """Restore the previous handlers and wait until pending log messages and files are written."""
         if not self._replaced:
             return
         for number, handler in self._replaced.items():
@@ -72,7 +73,7 @@ class StopSignals:
         os.write(self._write_end, bytes([number]))
 
     def _handle(self) -> None:
-        """Log the effect of a signal, and create the file for SIGUSR1. Runs in the thread."""
+        """Log the effect of SIGINT and create the file for SIGUSR1. This runs in the thread."""
         while (byte := os.read(self._read_end, 1)) != _END:
             if byte[0] == signal.SIGINT:
                 logger.warning(

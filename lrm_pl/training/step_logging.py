@@ -1,4 +1,4 @@
-"""Select the steps that are logged, and set their position on the x-axis of loggers."""
+"""Selection of the steps that are logged, and their position on the x-axis of loggers."""
 
 import lightning as L
 import torch
@@ -8,17 +8,21 @@ def is_logged_step(trainer: L.Trainer, step: int) -> bool:
     """Return whether a step is logged.
 
     Args:
-        trainer: The trainer; ``log_every_n_steps: 0`` disables logging of steps.
-        step: Number of optimizer steps done, including this one.
+        trainer: The trainer. If ``log_every_n_steps`` is 0, no step is logged.
+        step: Number of completed optimizer steps including this step.
     """
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and step % every == 0
 
 
 def log_global_step(module: L.LightningModule, step: int) -> None:
-    """Use the number of optimizer steps done as the x-axis of the values logged with it.
+    """Log the number of completed optimizer steps as the x-axis of other values.
 
-    Lightning uses the logged value "step" instead of its own counter, which is one lower.
+    Lightning uses the logged value "step" instead of an internal counter, which is lower by 1.
+
+    Args:
+        module: The module that logs the values.
+        step: Number of completed optimizer steps.
     """
-    # Lightning would copy a float to the device and synchronize.
+    # If it were a float, Lightning would copy it to the device and synchronize.
     module.log("step", torch.full((), float(step), device=module.device))

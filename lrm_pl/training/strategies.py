@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP as a Lightning strategy, and checks for unsupported strategies of Lightning."""
+"""A Lightning strategy for FSDP2 and HSDP, and checks for unsupported Lightning strategies."""
 
 import re
 from datetime import timedelta
@@ -14,13 +14,13 @@ from lrm_pl.training.sharded_state import ProvidesStateAccess
 
 
 def require_supported_strategy_name(name: str) -> None:
-    """Reject the name or class of a strategy of Lightning that this package replaces.
+    """Reject the name of a Lightning strategy that this package replaces.
 
-    Lightning's FSDP and DeepSpeed round cameras to bf16, and store weights and gradients where neither checkpoints nor
-    the gradient guard can access them.
+    Lightning's FSDP and DeepSpeed strategies round cameras to bfloat16, and store weights and gradients in a form that
+    checkpoints and the gradient guard do not support.
 
     Args:
-        name: Value of ``trainer.strategy``, a registered name (``fsdp``) or a class.
+        name: Value of ``trainer.strategy``, either a registered name such as "fsdp" or the name of a class.
 
     Raises:
         InputError: The strategy is not supported.
@@ -46,10 +46,10 @@ def require_supported_strategy_name(name: str) -> None:
 
 
 def require_supported_start_method(method: str | None) -> None:
-    """Reject start methods that fork or spawn workers: the report after training needs results of the main process.
+    """Reject start methods that fork or spawn workers, because the workers end before the report is written.
 
     Args:
-        method: ``start_method`` of a DDP strategy; None for the default.
+        method: ``start_method`` of a DDP strategy. If None, the default start method.
 
     Raises:
         InputError: The start method is not supported.
@@ -63,7 +63,7 @@ def require_supported_start_method(method: str | None) -> None:
 
 
 def require_supported_strategy(strategy: Strategy) -> None:
-    """Reject a strategy of Lightning that this package replaces.
+    """Reject a Lightning strategy that this package replaces.
 
     Raises:
         InputError: The strategy is not supported.
@@ -76,15 +76,15 @@ def require_supported_strategy(strategy: Strategy) -> None:
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Fully sharded data parallelism (FSDP2): every rank stores a shard of parameters, gradients and optimizer state.
+    """Fully sharded data parallelism (FSDP2), in which each rank stores a shard of the training state.
 
-    It creates the device mesh; ``lrm_pl.training.parallelize.shard`` shards the network. It runs on GPUs with NCCL,
-    and on CPUs with gloo for tests.
+    The training state consists of parameters, gradients and optimizer state. The strategy creates the device mesh, and
+    ``lrm_pl.training.parallelize.shard`` shards the network. The strategy supports GPUs, and CPUs for tests.
 
     Args:
-        replicas: Number of replicas, each sharded over world size / replicas processes (HSDP); 1 shards over all
-            processes. With one replica per node, weights are gathered only within nodes.
-        process_group_backend: Backend of the process group; null is NCCL on GPUs and gloo on CPUs.
+        replicas: Number of replicas of the training state (HSDP). Each replica is sharded over the number of processes
+            divided by ``replicas``. With one replica per node, weights are gathered only within nodes.
+        process_group_backend: Backend of the process group. If None, NCCL on GPUs and gloo on CPUs.
         timeout_s: Timeout of collectives in seconds.
     """
 
@@ -119,7 +119,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Number of data-parallel replicas (all ranks) and the rank of this process."""
+        """Number of data-parallel processes and the rank of this process."""
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def _determine_device_ids(self) -> list[int]:

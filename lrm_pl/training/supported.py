@@ -24,7 +24,7 @@ _AVERAGING = (
     "use lrm_pl.training.ema.WeightAverage, which checkpoints, validation and `lrm export --average` support",
 )
 
-#: Unsupported callback of Lightning -> (reason, alternative).
+#: Unsupported Lightning callback -> (reason, alternative).
 _UNSUPPORTED_CALLBACKS: dict[type[Callback], tuple[str, str]] = {
     GradientAccumulationScheduler: (
         "data.batch_size is the number of objects per step, divided into the same number of batches in all steps",
@@ -53,8 +53,8 @@ def require_supported_settings(trainer: L.Trainer) -> None:
     """Reject unsupported settings of a trainer.
 
     Raises:
-        InputError: A strategy, a precision, a callback or another setting is not supported. The message names an
-            alternative.
+        InputError: The strategy, the precision, a callback or a different setting is not supported. The message names
+            an alternative.
     """
     require_supported_strategy(trainer.strategy)
     require_supported_precision(str(trainer.precision))
@@ -131,10 +131,10 @@ def _require_supported_validation(trainer: L.Trainer) -> None:
 
 
 def require_supported_length(trainer: L.Trainer) -> None:
-    """Reject lengths of training that are not in steps, and minimum lengths.
+    """Check that the length of a run is given only by a maximum number of steps.
 
     Raises:
-        InputError: The trainer counts epochs, or has a minimum length.
+        InputError: The trainer has a maximum number of epochs, a minimum length, or a validation interval in epochs.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
@@ -160,10 +160,10 @@ def require_supported_length(trainer: L.Trainer) -> None:
 
 
 def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Reject callbacks of Lightning that are incompatible with the data, the optimizer or the checkpoints of a run.
+    """Reject Lightning callbacks that are incompatible with the data, the optimizer or the checkpoints of a run.
 
     Raises:
-        InputError: A callback is an instance of one of ``_UNSUPPORTED_CALLBACKS``.
+        InputError: A callback is not supported.
     """
     for callback in callbacks:
         for unsupported, (reason, alternative) in _UNSUPPORTED_CALLBACKS.items():
@@ -173,10 +173,10 @@ def require_supported_callbacks(callbacks: Sequence[Callback]) -> None:
 
 
 def require_builtin_optimizer(trainer: L.Trainer) -> None:
-    """Reject a custom ``configure_optimizers``, since ``LRMModule`` sets the learning rate of each step.
+    """Reject a custom ``configure_optimizers``, because ``LRMModule`` sets the learning rate of each step.
 
     Raises:
-        InputError: The optimizer is not that of ``OptimizerConfig``, or there is a scheduler.
+        InputError: The optimizer was not created by ``OptimizerConfig``, or there is a scheduler.
     """
     optimizers = trainer.optimizers
     custom = [type(one).__name__ for one in optimizers if any("lr_scale" not in g for g in one.param_groups)]
@@ -192,14 +192,14 @@ def require_builtin_optimizer(trainer: L.Trainer) -> None:
 
 
 def require_optimized_parameters(module: nn.Module, network: nn.Module) -> None:
-    """Check that all trainable parameters of a module are parameters of its network.
+    """Check that all trainable parameters of a module are parameters of the network.
 
     Args:
         module: The LightningModule.
         network: The submodule whose parameters are optimized, averaged and saved.
 
     Raises:
-        InputError: The module has other trainable parameters.
+        InputError: The module has trainable parameters outside of the network.
     """
     optimized = {id(parameter) for parameter in network.parameters()}
     others = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in optimized]

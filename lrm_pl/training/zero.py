@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO as a Lightning strategy, on GPUs and on CPUs.
+"""A Lightning strategy for DeepSpeed ZeRO on GPUs and CPUs.
 
-Every rank stores a partition of the optimizer state (stage 1), of the gradients too (stage 2), and of the weights too
-(stage 3). As under every other strategy, weights are float32, bf16-mixed is autocast, gradients are reduced in float32,
-and inputs such as poses and rays are not cast.
+Each rank stores a partition of the optimizer state. In stage 2, the gradients are also partitioned, and in stage 3, the
+gradients and the weights. As in all strategies, weights are float32, bf16-mixed uses autocast, gradients are reduced in
+float32, and inputs such as poses and rays are not cast.
 
 This is the only module that uses DeepSpeed, which is imported on demand.
 """
@@ -26,21 +26,21 @@ from lrm_pl.kernels.device import with_index
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.sharded_state import MOMENT_NAMES, FlatShard, StateAccess, StateTensor, full_tensor
 
-#: Supported precisions. The others cast the weights, or scale the loss in a way that the gradient guard does not see.
+#: Supported precisions. Other precisions cast the weights, or scale the loss without effect on the gradient guard.
 PRECISIONS = ("32-true", "bf16-mixed")
 
 Data = TypeVar("Data")
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Use autocast for bf16-mixed and do not cast the batch, as the other strategies do."""
+    """Precision plugin that uses autocast for bf16-mixed and does not cast the batch."""
 
     def convert_input(self, data: Data) -> Data:
-        """Return the batch unchanged; Lightning's implementation would round cameras to bf16."""
+        """Return the batch unchanged. Lightning's implementation would round cameras to bfloat16."""
         return data
 
     def forward_context(self) -> contextlib.AbstractContextManager[Any]:
-        """Enter autocast. The engine enters it again, see ``ZeroStrategy.init_deepspeed``."""
+        """Return the autocast context. The engine enters autocast too; see ``ZeroStrategy.init_deepspeed``."""
         if self.precision == "32-true":
             return contextlib.nullcontext()
         from deepspeed.accelerator import get_accelerator
@@ -55,7 +55,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Run backward without scaling, since Lightning has divided the loss by the number of accumulated batches."""
+        """Run the backward pass without scaling, because Lightning divides the loss by the accumulated batches."""
         model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[attr-defined]
 
     def optimizer_step(  # type: ignore[override]
@@ -65,7 +65,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         closure: Callable[[], Any],
         **kwargs: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Run one batch; if it completes a step, check and clip the gradient before the engine's step."""
+        """Run one batch. If it completes an optimizer step, check and clip the gradient before the step."""
         closure()
         engine = model.trainer.strategy.deepspeed_engine  # type: ignore[attr-defined]
         if engine.is_gradient_accumulation_boundary():
@@ -74,11 +74,12 @@ class ZeroPrecision(DeepSpeedPrecision):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """DeepSpeed ZeRO with NCCL on GPUs, or with gloo on CPUs for tests.
+    """Strategy for DeepSpeed ZeRO on GPUs, and on CPUs for tests.
 
     Args:
-        stage: 1 partitions the optimizer state, 2 also gradients, 3 also weights.
-        process_group_backend: Backend of the process group; null is NCCL on GPUs and gloo on CPUs.
+        stage: Stage of ZeRO. Stage 1 partitions the optimizer state, stage 2 also partitions the gradients, and stage
+            3 also partitions the weights.
+        process_group_backend: Backend of the process group. If None, NCCL on GPUs and gloo on CPUs.
         timeout_s: Timeout of collectives in seconds.
 
     Raises:
@@ -111,7 +112,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        """Replace Lightning's plugin by ``ZeroPrecision`` with the same precision.
+        """Replace Lightning's plugin with a ``ZeroPrecision`` of the same precision.
 
         Raises:
             InputError: The precision is not supported.
@@ -124,20 +125,20 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this process, with an index, which DeepSpeed requires on CPUs too."""
+        """The device of this process with an index, which DeepSpeed also requires on CPUs."""
         return with_index(super().root_device)
 
     def setup_environment(self) -> None:
-        """Initialize the process group, also on CPUs, which Lightning's implementation rejects."""
+        """Initialize the process group. Unlike Lightning's implementation, this supports CPUs."""
         if not isinstance(self.accelerator, CUDAAccelerator):
             import deepspeed
             from deepspeed.accelerator import set_accelerator
             from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
             set_accelerator(CPU_Accelerator())  # otherwise DeepSpeed selects a visible GPU
-            # Do not compile DeepSpeed's shared-memory collectives, which takes minutes; gloo is used instead.
+            # Use gloo, because compiling DeepSpeed's shared-memory collectives takes minutes.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed calls functions in every step that torch 2.14 has renamed.
+        # In every step, DeepSpeed calls functions that PyTorch 2.14 has renamed.
         warnings.filterwarnings(
             "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor`", FutureWarning
         )
@@ -153,11 +154,11 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Do nothing; the engine partitions the existing network."""
+        """Do nothing, because the engine partitions the existing network."""
         yield
 
     def init_deepspeed(self) -> None:
-        """Create the engine for training. In evaluation, every rank stores the full network instead."""
+        """Create the engine for training. For evaluation, move the full network to the device of each rank."""
         assert isinstance(self.lightning_module, LRMModule)
         trainer = self.lightning_module.trainer
         if not trainer.training:
@@ -167,7 +168,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config |= {
             "gradient_clipping": 0.0,  # LRMModule clips
             "bf16": {"enabled": False},  # Lightning enables it for bf16-mixed, which casts the weights
-            # Otherwise the engine disables autocast on GPUs. Weights and gradients are communicated in float32.
+            # Otherwise, the engine disables autocast on GPUs. Weights and gradients are communicated in float32.
             "torch_autocast": {
                 "enabled": self.precision_plugin.precision == "bf16-mixed",
                 "dtype": "bfloat16",
@@ -175,22 +176,22 @@ class ZeroStrategy(DeepSpeedStrategy):
             },
         }
         if self.stage == 3:
-            # Rendering uses the decoder's weights outside of a module's forward, so they are never partitioned.
+            # Rendering uses the weights of the decoder outside of a forward method, so they must not be partitioned.
             largest = max(p.numel() for p in self.lightning_module.lrm.decoder.parameters())
             zero = self.config["zero_optimization"]
             zero["stage3_param_persistence_threshold"] = max(100_000, largest)
         self._initialize_deepspeed_train(self.lightning_module)
 
     def state_access(self, lrm: nn.Module) -> StateAccess:
-        """Return access to weights, optimizer state and gradients."""
+        """Return an object that accesses weights, optimizer state and gradients."""
         return ZeroStateAccess(lrm, self.deepspeed_engine.optimizer)
 
     def on_train_end(self) -> None:
-        """Restore the full weights for use after training."""
+        """Remove the engine and restore the full weights for use after training."""
         assert isinstance(self.lightning_module, LRMModule)
         lrm = self.lightning_module.lrm
         tensors = self.state_access(lrm).network()
-        self.deepspeed_engine.destroy()  # removes its hooks from the modules
+        self.deepspeed_engine.destroy()  # removes hooks from the modules
         if self.stage < 3:
             return
         for name, parameter in lrm.named_parameters():
@@ -200,8 +201,12 @@ class ZeroStrategy(DeepSpeedStrategy):
 class ZeroStateAccess(StateAccess):
     """Access to the partitions of a ZeRO optimizer on this rank.
 
-    Stages 1 and 2 flatten and concatenate the parameters of a group and partition the result; stage 3 partitions every
-    parameter.
+    Stages 1 and 2 flatten and concatenate the parameters of a group and partition the result. Stage 3 partitions each
+    parameter separately.
+
+    Args:
+        lrm: The network.
+        optimizer: The optimizer created by DeepSpeed.
     """
 
     def __init__(self, lrm: nn.Module, optimizer: Any) -> None:  # noqa: ANN401 - DeepSpeed has no types
@@ -214,7 +219,7 @@ class ZeroStateAccess(StateAccess):
             self._groups, self._flats = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
 
     def network(self) -> dict[str, StateTensor]:
-        """Return all weights and buffers by checkpoint name; trainable ones are the optimizer's float32 weights."""
+        """Return all weights and buffers in float32 by checkpoint name (``network.*``)."""
         tensors: dict[str, StateTensor] = dict(network_tensors(self.lrm))
         if not self._full_weights:
             frozen: Iterator[tuple[str, Any]] = (
@@ -228,7 +233,7 @@ class ZeroStateAccess(StateAccess):
         return {name: self._shard(p, flat) for name, p, flat in self._trainable_parameters()}
 
     def optimizer_state(self) -> dict[str, StateTensor]:
-        """Return the state of AdamW by checkpoint name, initialized if it is still empty."""
+        """Return the state of AdamW by checkpoint name (``adam.*``). An empty state is initialized first."""
         tensors: dict[str, StateTensor] = {}
         for name, parameter, flat in self._trainable_parameters():
             state = self.optimizer.optimizer.state[flat]
@@ -241,7 +246,7 @@ class ZeroStateAccess(StateAccess):
         return tensors
 
     def apply_changes(self) -> None:
-        """Propagate in-place changes of the optimizer's weights to the network. All ranks must call this together."""
+        """Apply in-place changes of the returned tensors to the network. All ranks must call this together."""
         if self._full_weights:
             self.optimizer.update_lp_params()
             return
@@ -257,7 +262,7 @@ class ZeroStateAccess(StateAccess):
         return square.sqrt()
 
     def clip_or_skip(self, norm: Tensor, limit: float | None, skip: Tensor) -> None:
-        """Clip the gradient as PyTorch does, or set it to NaN: DeepSpeed skips steps with a non-finite gradient."""
+        """Clip the gradient, or set it to NaN if the step must be skipped, because DeepSpeed skips such steps."""
         factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         torch._foreach_mul_(self._gradients(), factor.where(skip == 0, torch.nan))
 
@@ -266,12 +271,12 @@ class ZeroStateAccess(StateAccess):
         return [gradient for partition in partitions for gradient in partition or ()]
 
     def _trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-        """Yield (name, parameter, flat float32 weights of its group on this rank)."""
+        """Yield the name, the parameter and the flat float32 weights of the parameter group on this rank."""
         flats = {id(p): flat for group, flat in zip(self._groups, self._flats, strict=True) for p in group}
         return ((name, p, flats[id(p)]) for name, p in self.lrm.named_parameters() if p.requires_grad)
 
     def _shard(self, parameter: Any, values: Tensor) -> FlatShard:  # noqa: ANN401 - DeepSpeed's attributes
-        """Return a parameter's range in ``values``, which has the layout of its group's flat weights."""
+        """Return the shard of a parameter in ``values``, which has the layout of the flat weights of the group."""
         values = values.detach()
         if not self._full_weights:
             _, offset, count = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
@@ -284,6 +289,6 @@ class ZeroStateAccess(StateAccess):
         return FlatShard(local, mapping.lp_fragment_address.start, parameter.shape)
 
     def _stage3_shard(self, parameter: Any, local: Tensor) -> FlatShard:  # noqa: ANN401
-        """Remove the padding that makes the shards of all ranks equally long."""
+        """Return a shard without the padding that makes the shards of all ranks equally long."""
         start = torch.distributed.get_rank() * parameter.ds_tensor.ds_numel
         return FlatShard(local[: max(0, parameter.ds_numel - start)], start, parameter.ds_shape)
