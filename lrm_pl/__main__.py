@@ -1,4 +1,4 @@
-"""``lrm COMMAND``: the table of commands; each is imported when it is run."""
+"""Entry point of ``lrm COMMAND``, which imports the module of a command only when the command is run."""
 
 import importlib
 import signal

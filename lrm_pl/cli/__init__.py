@@ -1,1 +1,1 @@
-"""Command line of training: ``LRMCLI``, its default config, and the report after a fit."""
+"""Command line for training: ``LRMCLI``, the default config, and the report after a fit."""

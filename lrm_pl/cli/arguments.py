@@ -1,4 +1,4 @@
-"""Arguments and config layers of ``lrm fit``: the user's own classes, empty sections, callbacks."""
+"""Arguments and config layers of ``lrm fit``, such as custom classes and the list of callbacks."""
 
 import argparse
 import enum
@@ -19,21 +19,21 @@ from lrm_pl.training.run_folder import find_run_folder
 #: The first config layer of every run.
 BASE = Path(__file__).with_name("base.yaml")
 
-#: How config files are parsed: ${...} is resolved after all layers are merged.
+#: Options of the argument parser. The parser mode resolves ${...} after all layers are merged.
 PARSER_OPTIONS = {"parser_mode": "omegaconf+", "default_config_files": [str(BASE)], "allow_abbrev": False}
 set_loader("omegaconf+", load_yaml, (yaml.YAMLError,))
 
-#: Options that name a class of the user's -> its base class, for help texts.
+#: Maps each option that names a custom class to the name of the base class, which is used in help texts.
 OWN_CLASSES = {"model_class": "LRMModule", "data_class": "ShardDataModule"}
 
 
 def own_classes(arguments: list[str]) -> dict[str, str | None]:
-    """Return the classes that ``--model_class`` and ``--data_class`` name, on the command line or in config files.
+    """Return the values of ``--model_class`` and ``--data_class`` from the command line and the config files.
 
-    The parser is built from their constructors, so they are read before it exists.
+    The values are read before the parser is created because the parser is built from the constructors of these classes.
 
     Raises:
-        InputError: The class is named as ``class_path``, as in LightningCLI's subclass mode.
+        InputError: A class is given as ``class_path``, as in LightningCLI's subclass mode.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
@@ -70,10 +70,10 @@ def own_classes(arguments: list[str]) -> dict[str, str | None]:
 
 
 def load_class(option: str, name: str | None, base: type) -> type:
-    """Import the class that an option names, or return ``base``.
+    """Import the class that an option names, or return ``base`` if the option is not set.
 
     Raises:
-        InputError: The class cannot be imported, or is not a subclass of ``base``.
+        InputError: The class cannot be imported or is not a subclass of ``base``.
     """
     if name is None:
         return base
@@ -91,7 +91,9 @@ def load_class(option: str, name: str | None, base: type) -> type:
 
 
 def run_config_arguments(arguments: list[str]) -> list[str]:
-    """Return ``-c config.yaml`` of the run that ``--ckpt_path`` points into, unless the arguments have a config.
+    """Return the arguments ``-c config.yaml`` for the run that contains ``--ckpt_path``.
+
+    The list is empty if the arguments already include a config file, or if no run contains the path.
 
     Raises:
         InputError: ``--ckpt_path`` does not exist.
@@ -110,7 +112,7 @@ def run_config_arguments(arguments: list[str]) -> list[str]:
 
 
 def plain_strings(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anything
-    """Replace enum members that are strings, as in defaults of Lightning's Timer, by plain strings, for YAML."""
+    """Replace string enum members, such as the defaults of Lightning's Timer, with plain strings for YAML."""
     if isinstance(config, Namespace):
         for name, value in vars(config).items():
             config[name] = plain_strings(value)
@@ -122,10 +124,10 @@ def plain_strings(config: Any) -> Any:  # noqa: ANN401 - a namespace holds anyth
 
 
 def reject_empty_sections(config: Namespace, defaults: Namespace, prefix: str = "") -> None:
-    """Reject config sections that are null, for example because every line of a section is commented out.
+    """Reject config sections that are null, for example because all lines of a section are commented out.
 
     Raises:
-        InputError: A section is null, which would discard the values of earlier config files.
+        InputError: A section is null, which would discard the settings of earlier config files.
     """
     for name, default in vars(defaults).items():
         if not isinstance(default, Namespace) or "class_path" in default:
@@ -142,10 +144,11 @@ def reject_empty_sections(config: Namespace, defaults: Namespace, prefix: str = 
 def merge_callbacks(
     configured: list[Namespace], defaults: list[Namespace], *, progress_bar: bool = True
 ) -> list[Namespace]:
-    """Append the callbacks of a config to those of ``base.yaml``.
+    """Append the callbacks of a config to the callbacks of ``base.yaml``.
 
-    A default callback is replaced by a configured one of its class or a subclass, and the progress bar by any other.
-    If the config has a default callback's class twice, as after ``callbacks+:``, the last one is used.
+    A default callback is replaced by a configured callback of the same class or of a subclass. The default progress bar
+    is replaced by any configured progress bar. If the config contains two callbacks of a default callback's class, for
+    example after ``callbacks+:``, the last one is used.
 
     Args:
         configured: ``trainer.callbacks`` of the config.

@@ -1,4 +1,4 @@
-"""The cluster environment of a process: torchrun, Slurm, or none."""
+"""Selection of Lightning's cluster environment for processes that torchrun or Slurm started."""
 
 import os
 
@@ -16,10 +16,10 @@ from lrm_pl.training.processes import num_srun_tasks, unexpected_rank_message
 
 
 def cluster_environment() -> ClusterEnvironment | None:
-    """Return the environment plugin for torchrun or Slurm; None leaves the choice to Lightning.
+    """Return the environment plugin for torchrun or Slurm, or None if Lightning should choose.
 
-    Lightning treats every process inside a Slurm allocation as a task of srun, including notebooks, shells and
-    processes of torchrun, except in jobs named ``interactive`` or ``bash``.
+    Lightning itself treats every process inside a Slurm allocation as an srun task, including notebooks, shells and
+    processes that torchrun started, except in jobs named ``interactive`` or ``bash``.
 
     Raises:
         InputError: The nodes have different numbers of tasks.
@@ -33,16 +33,17 @@ def cluster_environment() -> ClusterEnvironment | None:
         raise InputError(
             expected="the same number of srun tasks on each node", found=tasks, remedy="use --ntasks-per-node"
         )
-    # Lightning requires this variable to equal trainer.devices; the allocation's value may differ from the step's.
+    # Lightning requires this variable to equal trainer.devices. The value for the allocation may differ from the value
+    # for the step.
     os.environ["SLURM_NTASKS_PER_NODE"] = per_node
     return SLURMEnvironment(auto_requeue=False)
 
 
 def require_started_together(trainer: L.Trainer) -> None:
-    """Check that the launcher started as many processes as the trainer has.
+    """Check that the launcher started as many processes as the trainer expects.
 
     Raises:
-        InputError: The launcher started another number of processes, or no launcher started the other nodes.
+        InputError: The launcher started a different number of processes, or no launcher started the other nodes.
     """
     devices, nodes = trainer.num_devices, trainer.num_nodes
     environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -74,10 +75,10 @@ def require_started_together(trainer: L.Trainer) -> None:
 
 
 def _require_own_rank(trainer: L.Trainer) -> None:
-    """Reject rank variables that no launcher set for this process: loggers and ``rank_zero_only`` read them.
+    """Reject environment variables for ranks that contradict the trainer, because loggers read them.
 
     Raises:
-        InputError: They differ from the trainer's rank and world size.
+        InputError: The variables differ from the trainer's rank and world size.
     """
     rank, world = trainer.global_rank, trainer.num_devices * trainer.num_nodes
     variables = LightningEnvironment()

@@ -1,4 +1,4 @@
-"""The config of a run as `lrm fit` parses it, without building the trainer."""
+"""Parsing of the config of ``lrm fit`` without building the trainer."""
 
 import argparse
 from typing import cast
@@ -11,7 +11,7 @@ from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.training.module import LRMModule
 
-#: Trainer settings that need the run's own machine, or open files.
+#: Replacements for trainer settings that open files or require the machine of the run.
 _NO_TRAINER = {
     "callbacks": None,
     "strategy": "auto",
@@ -23,7 +23,7 @@ _NO_TRAINER = {
 
 
 class _ParseOnlyCLI(LRMCLI):
-    """The command line of `lrm fit` without instantiation."""
+    """Command line of ``lrm fit`` that parses arguments but instantiates nothing."""
 
     def instantiate_classes(self) -> None:
         """Do nothing."""
@@ -33,19 +33,19 @@ class _ParseOnlyCLI(LRMCLI):
 
 
 def parse_fit(arguments: list[str]) -> Namespace:
-    """Parse the arguments of `lrm fit`.
+    """Parse the arguments of ``lrm fit``.
 
     Raises:
-        InputError: `lrm fit` would reject them.
+        InputError: ``lrm fit`` would reject the arguments.
     """
     return _parse(arguments).config
 
 
 def build_meta_model(arguments: list[str]) -> tuple[Namespace, LRMModule, ShardDataModule]:
-    """Parse the arguments of `lrm fit`, and build its model on the meta device and its data module.
+    """Parse the arguments of ``lrm fit``, and build the data module and, on the meta device, the model.
 
     Raises:
-        InputError: `lrm fit` would reject them.
+        InputError: ``lrm fit`` would reject the arguments.
     """
     cli = _parse(arguments)
     config = cli.config.clone()

@@ -1,4 +1,4 @@
-"""The resolved config of a run as hyperparameters of its loggers."""
+"""Logging of a run's resolved config as hyperparameters."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,12 +10,13 @@ from torch.utils.tensorboard.summary import hparams
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten a config to the option names of the command line, such as ``model.optimizer.lr``.
 
-    A ``class_path`` is replaced by the class name, with its ``init_args`` below it. In a list of classes, each class
-    name is a level: ``trainer.callbacks.CheckpointAndResume.every``.
+    The value of a class is the last part of ``class_path``, and the names of ``init_args`` follow the name of the
+    option. In a list of classes, the class name is part of the option name, for example
+    ``trainer.callbacks.CheckpointAndResume.every``.
 
     Args:
         config: Nested mappings and lists of plain values.
-        prefix: Prepended to every name.
+        prefix: String to prepend to every name.
     """
     flat = dict[str, Any]()
     for name, value in config.items():
@@ -37,18 +38,20 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def log_hyperparameters(loggers: Iterable[Logger], values: Mapping[str, Any], metrics: Iterable[str]) -> None:
-    """Log the hyperparameters of a run to every logger. Called on rank 0, before the first step.
+    """Log the hyperparameters of a run to every logger.
+
+    Call this function on rank 0, before the first step.
 
     Args:
         loggers: The trainer's loggers.
-        values: Hyperparameters by name, from ``flatten_config``.
-        metrics: Names of logged values that TensorBoard's HPARAMS tab shows beside them.
+        values: Hyperparameters by name, as returned by ``flatten_config``.
+        metrics: Names of the metrics that TensorBoard's HPARAMS tab shows next to the hyperparameters.
     """
     for log in loggers:
         if isinstance(log, TensorBoardLogger):
             log.log_hyperparams(dict(values), {})  # writes hparams.yaml only
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in values.items()}
-            # Lightning writes the HPARAMS tab only together with values of the metrics, which do not exist yet.
+            # Lightning writes the HPARAMS tab only if the metrics have values, which do not exist yet.
             experiment, start, _ = hparams(plain, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
             writer = log.experiment.file_writer
             writer.add_summary(experiment)

@@ -1,6 +1,6 @@
 """LightningCLI for ``lrm fit | validate | test | predict``.
 
-Every constructor argument is a config key and a command-line option; unknown ones are rejected.
+Every constructor argument is a config key and a command-line option. Unknown keys and options are rejected.
 """
 
 import logging
@@ -65,7 +65,7 @@ from lrm_pl.version import git_commit
 
 logger = logging.getLogger(__name__)
 
-#: Trainer methods that are commands.
+#: Trainer methods that are available as commands.
 Command = Literal["fit", "validate", "test", "predict"]
 
 E = TypeVar("E", bound=BaseException)
@@ -74,13 +74,13 @@ E = TypeVar("E", bound=BaseException)
 class LRMCLI(LightningCLI):
     """LightningCLI with a run folder, pretrained weights, and a report after a fit.
 
-    All commands share one parser without subcommands: jsonargparse resolves ${...} in a root parser only.
+    All commands share one parser without subcommands because jsonargparse resolves ${...} only in a root parser.
 
     Args:
         command: Trainer method to run.
         arguments: Arguments after the command.
-        records: Write the config to the run's folder.
-        exits: Exit on invalid arguments instead of raising ``argparse.ArgumentError``.
+        records: Whether to write the config to the run's folder.
+        exits: Whether to exit on invalid arguments instead of raising ``argparse.ArgumentError``.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class LRMCLI(LightningCLI):
             load_class("data_class", classes["data_class"], ShardDataModule),
             run=False,
             args=arguments,
-            auto_configure_optimizers=False,  # model.optimizer configures it
+            auto_configure_optimizers=False,  # the optimizer is configured by model.optimizer
             save_config_callback=RunConfigRecord if records else None,
             save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs=PARSER_OPTIONS | {"prog": f"lrm {command}", "exit_on_error": exits},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run.*``, ``--weights.*``, the user's own classes and, except for fit, ``--ckpt_path``."""
+        """Add ``--run.*``, ``--weights.*``, the options for custom classes and, except for fit, ``--ckpt_path``."""
         parser.set_defaults(
             {"model.objective": {"class_path": f"{Objective.__module__}.{Objective.__name__}"}}
         )
@@ -133,10 +133,10 @@ class LRMCLI(LightningCLI):
             )
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run's folder, let the loggers write into it, and merge the callbacks.
+        """Choose the run's folder, set it in the loggers, and merge the callbacks.
 
         Raises:
-            InputError: The strategy is not supported, for example Lightning's own FSDP or DeepSpeed.
+            InputError: The strategy is not supported, for example Lightning's FSDP or DeepSpeed strategy.
         """
         config, trainer = self.config, self.config.trainer
         if isinstance(trainer.strategy, str):
@@ -162,12 +162,12 @@ class LRMCLI(LightningCLI):
             trainer.default_root_dir = folder
 
     def _choose_folder(self, default_logger: Namespace) -> str | None:
-        """Return the folder that the command writes into; None leaves it to the first logger."""
+        """Return the folder that the command writes into, or None if the first logger determines the folder."""
         run, trainer = self.config.run, self.config.trainer
         if trainer.fast_dev_run:
             self._scratch = TemporaryDirectory(prefix="lrm-fast-dev-run-")
             return self._scratch.name
-        if self.command != "fit":  # logs of the run stay unchanged
+        if self.command != "fit":  # the logs of the run remain unchanged
             folder = run.folder or find_run_folder(str(self.config.ckpt_path))
             return f"{folder}/{self.command}" if folder else None
         if run.folder is not None:
@@ -180,11 +180,11 @@ class LRMCLI(LightningCLI):
         """Build the model, the data module and the trainer.
 
         Raises:
-            InputError: A class rejects its arguments, or its package is not installed.
+            InputError: A class rejects the given arguments, or requires a package that is not installed.
         """
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse's message lists every type that it tried
+        except ValueError as error:  # the message of jsonargparse lists every type that was tried
             if (own := _cause(error, InputError)) is not None:
                 raise own from None
             match = re.search(
@@ -197,10 +197,10 @@ class LRMCLI(LightningCLI):
             raise InputError(f"cannot create {match[1]}: {' '.join(match[2].split())}") from error
 
     def instantiate_trainer(self, **options: Any) -> L.Trainer:  # noqa: ANN401 - the trainer's arguments
-        """Build the trainer, with validation intervals in optimizer steps.
+        """Build the trainer, with ``val_check_interval`` in optimizer steps.
 
         Raises:
-            InputError: Lightning rejects a setting, or would resume from a checkpoint of its own.
+            InputError: Lightning rejects a setting, or would automatically resume from one of Lightning's checkpoints.
         """
         trainer = self.config.trainer
         interval = trainer.val_check_interval
@@ -232,11 +232,11 @@ class LRMCLI(LightningCLI):
         with self._scratch or nullcontext():
             require_started_together(self.trainer)
             getattr(self, f"before_{self.command}")()
-            # Lightning's ckpt_path is for checkpoints in its own format.
+            # Lightning's argument ckpt_path accepts only Lightning checkpoints, so it is not passed here.
             options = {
                 "fit": {},
-                "predict": {"return_predictions": False},  # a callback writes them
-            }.get(self.command, {"verbose": False})  # Lightning prints each metric once per data loader
+                "predict": {"return_predictions": False},  # a callback writes the predictions
+            }.get(self.command, {"verbose": False})  # otherwise Lightning prints each metric once per data loader
             try:
                 getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **options)
             except RuntimeError as error:
@@ -246,7 +246,7 @@ class LRMCLI(LightningCLI):
             getattr(self, f"after_{self.command}")()
 
     def before_fit(self) -> None:
-        """Check the data, load weights, and choose the checkpoint to resume from."""
+        """Check the data, load the weights, and choose the checkpoint to resume from."""
         self._prepare(training=True)
         if self.config.run.profile:
             self.trainer.callbacks.append(TraceRecorder(self.config.run.profile))  # type: ignore[attr-defined]
@@ -263,7 +263,7 @@ class LRMCLI(LightningCLI):
                 record.input_framing = measure_framing(self.datamodule.framing_batches())
 
     def before_validate(self) -> None:
-        """Load the data, the metrics and the checkpoint.
+        """Set up the data, and load the metric network and the checkpoint.
 
         Raises:
             InputError: ``--ckpt_path`` is missing.
@@ -285,7 +285,7 @@ class LRMCLI(LightningCLI):
     before_test = before_validate
 
     def before_predict(self) -> None:
-        """Load the checkpoint, and add the callback that writes the reconstructions."""
+        """Load the checkpoint and add the callback that writes the reconstructions."""
         self.before_validate()
         root = Path(self.config.trainer.default_root_dir or ".")
         record = {
@@ -297,7 +297,7 @@ class LRMCLI(LightningCLI):
         self.trainer.callbacks.append(self.scenes)  # type: ignore[attr-defined]
 
     def after_validate(self) -> None:
-        """Print each metric once, and the folder of the images."""
+        """Print each metric once, and print the folder of the images."""
         if self.trainer.is_global_zero:
             table = Table("metric", "value")
             for name, value in sorted(self.trainer.callback_metrics.items()):
@@ -350,8 +350,8 @@ class LRMCLI(LightningCLI):
         return any(callback.validate for callback in callbacks_of(self.trainer, WeightAverage))
 
     def _load_validated_average(self, checkpoint: str) -> bool:
-        """Load the weight average if validations measured it, so that the report measures it too."""
-        path = self.trainer.strategy.broadcast(checkpoint)  # only rank 0 has it
+        """Load the weight average if validation used it, so that the report measures the same weights."""
+        path = self.trainer.strategy.broadcast(checkpoint)  # only rank 0 knows the path
         if averaged := bool(path) and self._validates_average():
             load_average(read_index(path), self.model.lrm)
         return averaged
@@ -364,7 +364,7 @@ class LRMCLI(LightningCLI):
 
 
 def _cause(error: BaseException | None, cls: type[E]) -> E | None:
-    """Return the first error of a class in the chain of causes."""
+    """Return the first error of class ``cls`` in the chain of causes, or None if there is no such error."""
     while error is not None and not isinstance(error, cls):
         error = error.__cause__ or error.__context__
     return error

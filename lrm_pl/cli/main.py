@@ -1,4 +1,4 @@
-"""The entry point of ``lrm fit | validate | test | predict``, with messages for expected errors."""
+"""Entry point of ``lrm fit | validate | test | predict``, which prints expected errors as short messages."""
 
 import atexit
 import errno
@@ -19,39 +19,39 @@ from lrm_pl.planning.memory import memory_of_libraries
 from lrm_pl.training.checkpointing import NO_SPACE_ERRORS, StoppedError
 from lrm_pl.training.processes import wait_for_gloo_threads
 
-#: Exit status of a run that stopped after a signal and can be resumed (EX_TEMPFAIL).
+#: Exit status (EX_TEMPFAIL) of a run that was stopped by a signal and can be resumed.
 STOPPED_STATUS = 75
 
-#: Error numbers of read-only file systems and missing permissions.
+#: Error numbers for read-only file systems and missing permissions.
 _NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
-#: Parts of PyTorch's messages when /dev/shm is full.
+#: Substrings of the PyTorch error messages that indicate that /dev/shm is full.
 _SHARED_MEMORY_MESSAGES = ("unable to allocate shared memory", "out of shared memory")
 
-#: Warnings that do not apply, as patterns.
+#: Patterns of warnings that do not apply to this project.
 _IGNORED_WARNINGS = (
-    # The stream assigns whole batches to workers in turn, and reports its true length.
+    # The stream assigns whole batches to the workers in turn and reports the correct length.
     "Your `IterableDataset` has `__len__` defined",
-    # Jobs start with `make train NODES=` instead.
+    # Jobs are started with `make train NODES=` instead.
     "The `srun` command is available",
     # Validation metrics are reduced over ranks before they are logged.
     "It is recommended to use `self.log",
-    # A deprecated name in Lightning 2.6.6 itself.
+    # Lightning 2.6.6 itself uses this deprecated name.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # The planes are such a view; they are never written in place.
+    # The triplane is such a view, but it is never modified in place.
     r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor",
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; expected errors print one message instead of a traceback."""
+    """Run the command line, and print expected errors as one message instead of a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     advertising = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advertising.addFilter(lambda record: "litlogger" not in record.getMessage())
     for pattern in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
     atexit.register(wait_for_gloo_threads)
-    memory_of_libraries()  # measured before there is a network
+    memory_of_libraries()  # must be measured before the network is created
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = _report_unless_disk_full
     words = sys.argv[1:] if arguments is None else arguments
@@ -68,7 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def command_line(arguments: list[str]) -> LRMCLI:
-    """Parse a command with its arguments, and run it."""
+    """Parse and run a command.
+
+    Args:
+        arguments: The name of the command, followed by the arguments of the command.
+    """
     command, *rest = arguments
     if command == "fit" and any(re.match(r"--ckpt_path(=|$)", argument) for argument in rest):
         raise InputError(
@@ -86,7 +90,7 @@ def command_line(arguments: list[str]) -> LRMCLI:
 
 
 def _message(error: Exception, arguments: list[str]) -> str | None:
-    """Return the message for an expected error; None for others."""
+    """Return the message for an expected error, or None if the error is not expected."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, MisconfigurationException):
@@ -105,7 +109,7 @@ def _message(error: Exception, arguments: list[str]) -> str | None:
         return None
     if any(text in str(error) for text in _SHARED_MEMORY_MESSAGES):
         return "/dev/shm is full. Start the container with --shm-size=8g, or use --data.workers 0"
-    if str(error).startswith("Early stopping conditioned on metric"):  # a RuntimeError of Lightning's
+    if str(error).startswith("Early stopping conditioned on metric"):  # a RuntimeError that Lightning raises
         return one_line(error)
     if is_out_of_memory(error) and arguments[0] == "fit":
         return out_of_memory_message(error, arguments[1:])
@@ -113,6 +117,9 @@ def _message(error: Exception, arguments: list[str]) -> str | None:
 
 
 def _report_unless_disk_full(args: threading.ExceptHookArgs) -> None:
-    """Report a thread's exception, except on a full disk: loggers pass that one to the main thread."""
+    """Report an exception in a thread, unless the disk is full.
+
+    Loggers pass errors about a full disk to the main thread.
+    """
     if not (isinstance(args.exc_value, OSError) and args.exc_value.errno in NO_SPACE_ERRORS):
         threading.__excepthook__(args)

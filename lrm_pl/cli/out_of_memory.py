@@ -1,4 +1,4 @@
-"""Detection of out-of-memory errors, and the command that lists settings which need less memory."""
+"""Detection of out-of-memory errors, and the message that is printed for them."""
 
 import shlex
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ import torch
 from lrm_pl.kernels.device import num_visible_gpus
 from lrm_pl.planning.gpus import gpu_of_name
 
-#: Parts of messages of memory errors without a class of their own.
+#: Substrings of the messages of out-of-memory errors that are plain ``RuntimeError`` exceptions.
 _MESSAGES = ("can't allocate memory", "std::bad_alloc", "CUDA error: out of memory", "ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is an out-of-memory error of a GPU, of PyTorch's CPU allocator, or of Python."""
+    """Return whether an error reports that a GPU, PyTorch's CPU allocator or Python is out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
     )
 
 
 def out_of_memory_message(error: BaseException, arguments: Sequence[str]) -> str:
-    """Return the message for an out-of-memory error, with the command to run next.
+    """Return the message for an out-of-memory error, including the command that lists settings with less memory use.
 
     Args:
         error: The error.

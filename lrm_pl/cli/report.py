@@ -1,4 +1,4 @@
-"""The report after ``lrm fit``: metrics of the model and simple baselines, an image grid, and the next commands."""
+"""Report after ``lrm fit``, with metrics of the model and of simple baselines, an image grid, and the next commands."""
 
 import dataclasses
 import json
@@ -25,15 +25,15 @@ from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.metrics import ImageMetrics, ImageScores
 from lrm_pl.training.module import LRMModule
 
-#: Maximum number of objects measured per set, evenly spaced over it.
+#: Maximum number of objects to measure per evaluation set. The objects are evenly spaced within the set.
 MAX_OBJECTS = 256
 
-#: Objects in the image grid.
+#: Number of objects in the image grid.
 GRID_OBJECTS = 8
 
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
 
-#: Names under which the model's metrics are logged; report.json also has those of the baselines.
+#: Names under which the model's metrics are logged. The metrics of the baselines are written only to report.json.
 REPORT_METRICS = tuple(
     f"report/{name}/{metric}"
     for name in EVALUATION_SETS
@@ -46,9 +46,9 @@ class Report:
     """Metrics of the model and of the baselines on one evaluation set.
 
     Attributes:
-        rows: "model" or the name of a baseline -> its metrics.
-        views: Target views per object.
-        grid: Image with one row per object of this rank: input | target | render | opacity | depth.
+        rows: Metrics by name, which is "model" or the name of a baseline.
+        views: Number of target views per object.
+        grid: Image with one row per object of this rank, with the columns input, target, render, opacity and depth.
     """
 
     rows: dict[str, ImageScores]
@@ -57,7 +57,7 @@ class Report:
 
 
 class ReportStopped(Exception):
-    """A stop signal arrived during the report."""
+    """Exception that is raised if a stop signal arrives during the report."""
 
 
 def print_report(
@@ -69,24 +69,24 @@ def print_report(
     stopped: Callable[[], bool],
     weights: str = "model",
 ) -> dict[str, Report]:
-    """Measure the trained model on both evaluation sets, and print the metrics and the next commands.
+    """Measure the trained model on all evaluation sets, and print the metrics and the next commands.
 
-    Each rank measures its part of the objects; rank 0 prints.
+    Each rank measures a part of the objects, and rank 0 prints the results.
 
     Args:
-        trainer: The trainer, after its fit.
+        trainer: The trainer, after ``fit`` has returned.
         module: The trained model.
-        data: Its data module.
+        data: The data module that the model was trained with.
         perceptual: Network of the LPIPS metric.
-        checkpoint: Path of the checkpoint, to print.
-        stopped: Returns whether a stop signal arrived; called between batches.
+        checkpoint: Path of the checkpoint to print.
+        stopped: Function that returns whether a stop signal arrived. It is called between batches.
         weights: Label of the model's row, which names the weights that are measured.
 
     Raises:
-        ReportStopped: ``stopped`` returned true.
+        ReportStopped: ``stopped`` returned True.
     """
     reports = {}
-    module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU when a fit ends
+    module.to(trainer.strategy.root_device)  # Lightning moves the module to the CPU when fit ends
     console = Console(quiet=not trainer.is_global_zero)
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     console.print(f"Checkpoint: {checkpoint}", soft_wrap=True)
@@ -105,7 +105,7 @@ def print_report(
         with trainer.precision_plugin.forward_context():
             batches = _check_stop(stopped, track(loader, f"Measuring {name}", console=console))
             report = measure(module, batches, perceptual, mean_image, GRID_OBJECTS)
-        if report is None:  # on all ranks alike
+        if report is None:  # the same on all ranks
             console.print(f"{data.mixture.name} has no readable sample among the {TITLES[name]}.")
             continue
         reports[name] = report
@@ -119,7 +119,7 @@ def print_report(
             name: {row: s._asdict() for row, s in report.rows.items()} for name, report in reports.items()
         }
         path, content = folder / "report.json", json.dumps(record, indent=2).encode()
-        if not path.is_file() or path.read_bytes() != content:  # else a complete run was started again
+        if not path.is_file() or path.read_bytes() != content:  # equal if a complete run was started again
             _log_metrics(trainer, reports)
         write_atomically(path, content)
     console.print(
@@ -127,7 +127,7 @@ def print_report(
     )
     if any(isinstance(log, TensorBoardLogger) for log in trainer.loggers):
         command = f"tensorboard --logdir {folder.parent}"
-        in_runs = Path("runs").absolute() in folder.absolute().parents  # the folder of make tensorboard
+        in_runs = Path("runs").absolute() in folder.absolute().parents  # make tensorboard shows this folder
         shown = f"make tensorboard   ({command})" if in_runs else command
         console.print(f"Watch the run: {shown}", soft_wrap=True)
     return reports
@@ -173,11 +173,13 @@ def _check_stop(stopped: Callable[[], bool], batches: Iterable[PackedBatch]) -> 
 def mean_target_view(
     batches: Iterable[PackedBatch], trainer: L.Trainer | None = None
 ) -> Float[Tensor, "3 H W"]:
-    """Return the mean target view at the size of the first one: the best prediction without an input image.
+    """Return the mean target view at the size of the first target view.
+
+    In terms of the mean squared error, the mean view is the best prediction that does not depend on the input image.
 
     Args:
         batches: Batches of this process.
-        trainer: If given, average over all its processes.
+        trainer: If given, the mean includes the batches of all processes of the trainer.
     """
     unpacked = (packed.to("cpu") for packed in batches)
     total, images = sum_images(batch.target.images[batch.weight > 0].flatten(0, 1) for batch in unpacked)
@@ -196,14 +198,17 @@ def measure(
     mean_image: Float[Tensor, "3 H W"],
     objects: int,
 ) -> Report | None:
-    """Measure the model and the baselines on an evaluation set; None if it has no readable sample.
+    """Measure the model and the baselines on an evaluation set.
 
     Args:
         module: The trained model.
-        batches: The evaluation set.
+        batches: Batches of the evaluation set.
         perceptual: Network of the LPIPS metric.
-        mean_image: The mean training image, a baseline.
-        objects: Objects in the image grid.
+        mean_image: The mean training image, which is one of the baselines.
+        objects: Maximum number of objects in the image grid.
+
+    Returns:
+        The report, or None if the set has no readable sample.
     """
     module.eval()
     baselines: dict[str, Callable[[Batch], Tensor]] = {
@@ -221,7 +226,7 @@ def measure(
         views = batch.target.images.shape[1]
         prediction = module.validation_step(batch, 0)
         if not batch.weight.all():
-            continue  # repeated samples of the last, padded batch
+            continue  # the batch repeats samples as padding
         images = {"model": prediction.images, **{name: make(batch) for name, make in baselines.items()}}
         for name, image in images.items():
             metrics[name].update(image.flatten(0, 1), batch.target.images.flatten(0, 1))

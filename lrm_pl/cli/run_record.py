@@ -1,4 +1,4 @@
-"""The config, commit and input framing that are stored with a run."""
+"""Callback that stores the config, the git commit and the input framing with a run."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ from lrm_pl.version import git_commit
 
 
 class RunConfigRecord(SaveConfigCallback):
-    """Write the resolved config, the git commit and the input framing to the run's folder and its loggers.
+    """Callback that writes the resolved config, the git commit and the input framing to the run's folder.
 
-    The files describe the latest start. If a start changes a file, its previous version is kept in
-    ``earlier/until-step-N``.
+    The config and the commit are also written to the loggers. The files describe the latest start of the run. If a
+    start changes a file, the previous version is kept in ``earlier/until-step-N``.
 
     Attributes:
-        input_framing: Framing of the training images, for inference.
+        input_framing: Framing of the training images, which is used for inference.
         portable_config: The config without ``run.folder`` and ``run.resume``, so that other runs can use it.
     """
 
@@ -33,12 +33,12 @@ class RunConfigRecord(SaveConfigCallback):
     portable_config: Namespace | None = None
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the files, on rank 0."""
+        """Write the files and log the config. Lightning calls this method on rank 0 only."""
         folder = trainer_folder(trainer)
         checkpointing = [c for c in trainer.callbacks if isinstance(c, CheckpointAndResume)]  # type: ignore[attr-defined]
         start = next((c.resume_from.step for c in checkpointing if c.resume_from is not None), None)
         if start == trainer.max_steps and (folder / "config.yaml").is_file():
-            return  # no step runs with these settings
+            return  # the run is complete, so no step will use these settings
         folder.mkdir(parents=True, exist_ok=True)
         commit = git_commit()
         config = self.parser.dump(self.portable_config or self.config, skip_none=False)
@@ -59,7 +59,7 @@ class RunConfigRecord(SaveConfigCallback):
 
 
 def _keep_previous(path: Path, text: str, folder: Path) -> None:
-    """Copy a file that is about to change into a folder, unless an earlier start from the same step copied it."""
+    """Copy a file that is about to change into a folder, unless the folder already contains a copy."""
     if path.is_file() and path.read_text() != text and not (folder / path.name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / path.name, path.read_bytes())

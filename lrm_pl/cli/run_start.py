@@ -1,4 +1,4 @@
-"""Steps before a command runs: data checks, weights, the run's folder and its checkpoint."""
+"""Preparation of a command, including data checks, weights, the run's folder and the checkpoint to resume from."""
 
 import logging
 import warnings
@@ -31,33 +31,37 @@ C = TypeVar("C", bound=L.Callback)
 
 
 def callbacks_of(trainer: L.Trainer, cls: type[C]) -> list[C]:
-    """Return the trainer's callbacks of a class."""
+    """Return the trainer's callbacks that are instances of ``cls``."""
     return [callback for callback in trainer.callbacks if isinstance(callback, cls)]  # type: ignore[attr-defined]
 
 
 def checkpointing_of(trainer: L.Trainer) -> CheckpointAndResume | None:
-    """Return the trainer's CheckpointAndResume callback, or None."""
+    """Return the trainer's ``CheckpointAndResume`` callback, or None if there is no such callback."""
     return next(iter(callbacks_of(trainer, CheckpointAndResume)), None)
 
 
 def prepare_data(trainer: L.Trainer, module: LRMModule, data: ShardDataModule, *, training: bool) -> None:
-    """Set up the data module, and check its data against the model and the number of processes.
+    """Set up the data module, and check that the data suit the model and the number of processes.
 
     Raises:
-        InputError: The data cannot be used.
+        InputError: The data are invalid or do not suit the model or the number of processes.
     """
     data.inputs = module.lrm.input_views
     data.setup("fit")
     data.trainer = trainer
     if training:
-        data.train_dataloader()  # checks the data and their partition over the processes
+        data.train_dataloader()  # checks the data and the partition of batches into processes
     data.mixture.require_usable(module.renderer.bounds)
 
 
 def load_networks(
     trainer: L.Trainer, module: LRMModule, data: ShardDataModule, weights: WeightsConfig, *, training: bool
 ) -> PerceptualLoss:
-    """Load the initial weights and the LPIPS networks, and return the network of the LPIPS metric."""
+    """Load the LPIPS networks and, for training, the initial weights.
+
+    Returns:
+        The network of the LPIPS metric.
+    """
     if training:
         initialize_network(module.lrm, weights)
     device = trainer.strategy.root_device
@@ -71,13 +75,13 @@ def load_networks(
 
 
 def enter_run_folder(trainer: L.Trainer, lrm: LRM, run: RunConfig) -> list[RunLock]:
-    """Lock the run's folder and choose the checkpoint to resume from, on rank 0.
+    """Lock the run's folder and choose the checkpoint to resume from. Call this function on rank 0 only.
 
     Returns:
         The locks, which are released when they are garbage-collected.
 
     Raises:
-        InputError: The folder is in use, belongs to another run, or holds a checkpoint of another network.
+        InputError: The folder is in use, belongs to a different run, or contains a checkpoint of a different network.
     """
     checkpointing = checkpointing_of(trainer)
     folder = run_path(run.folder) if run.folder is not None else create_run_folder(trainer).absolute()
@@ -94,7 +98,8 @@ def enter_run_folder(trainer: L.Trainer, lrm: LRM, run: RunConfig) -> list[RunLo
         require_writable(checkpointing.folder)
         if is_local(checkpointing.folder):
             locks.append(RunLock(Path(checkpointing.folder)))
-        if Path(checkpointing.folder).absolute().parent != folder:  # a run may be moved with its contents
+        # A folder inside the run has no ownership record because a run may be moved together with its contents.
+        if Path(checkpointing.folder).absolute().parent != folder:
             require_ownership(checkpointing.folder, str(folder))
             checkpointing.owner = Owner(checkpointing.folder, str(folder))
         remove_partial_checkpoints(checkpointing.folder, logger.warning)
@@ -108,7 +113,7 @@ def enter_run_folder(trainer: L.Trainer, lrm: LRM, run: RunConfig) -> list[RunLo
 
 
 def _require_steps_left(max_steps: int, done: int, folder: Path) -> None:
-    """Print a message if a resumed run is complete.
+    """Check that a resumed run is not longer than ``max_steps``, and print a message if it is complete.
 
     Raises:
         InputError: The run has more steps than ``max_steps``.

@@ -1,4 +1,4 @@
-"""A YAML loader that rejects duplicate keys, of which PyYAML silently drops all but the last."""
+"""YAML loader that rejects duplicate keys. PyYAML would silently use the last value of a duplicate key."""
 
 import os
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ def load_yaml(text: str, path: str | os.PathLike[str] = "") -> Any:  # noqa: ANN
     """Load YAML as jsonargparse does.
 
     Args:
-        text: The YAML.
-        path: Its file, for messages. jsonargparse does not pass it for the file of a section.
+        text: The YAML text.
+        path: Path of the file for error messages. jsonargparse does not pass the path of a section's file.
 
     Raises:
-        InputError: A mapping has a key twice.
+        InputError: A mapping contains a key twice.
     """
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     for first, second in _duplicate_keys(root, set()):
@@ -34,8 +34,8 @@ def load_yaml(text: str, path: str | os.PathLike[str] = "") -> Any:  # noqa: ANN
 
 
 def _duplicate_keys(node: yaml.Node | None, visited: set[int]) -> Iterator[tuple[yaml.Node, yaml.Node]]:
-    """Yield each duplicate key of a mapping, after its previous occurrence."""
-    if id(node) in visited:  # an alias
+    """Yield pairs of a previous and a repeated occurrence of a key in a mapping."""
+    if id(node) in visited:  # the node is an alias
         return
     visited.add(id(node))
     if isinstance(node, yaml.SequenceNode):

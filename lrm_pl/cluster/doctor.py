@@ -1,7 +1,7 @@
-"""``lrm doctor``: check the requirements of a run on every node, and print what is missing (`make doctor`).
+"""Check the requirements of a run on every node, and print what is missing (`make doctor`).
 
-It accepts the arguments of `lrm fit`. With ``--nodes`` it starts on several nodes with Slurm; inside a job, ``srun lrm
-doctor ...`` does the same. The first node prints one table for all nodes.
+The arguments of `lrm fit` are accepted. With ``--nodes``, the checks run on several nodes, which Slurm starts. Inside a
+Slurm job, use ``srun lrm doctor ...`` instead. The first node prints one table for all nodes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lrm_pl.weights.resolve import cache_folder
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; the exit status is 1 if something is missing."""
+    """Run the command, which exits with status 1 if something is missing."""
     parser = argparse.ArgumentParser(
         prog="lrm doctor",
         description=__doc__,
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     options, arguments = parser.parse_known_args(sys.argv[2:] if argv is None else argv)
     in_step = is_srun_task()
     if in_step and os.environ["SLURM_LOCALID"] != "0":
-        return  # one process per node
+        return  # only one process per node runs the checks
     try:
         if options.nodes is not None and not in_step and slurm.available():
             command = srun_command(options, arguments)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if any(finding.verdict == "missing" for finding in findings):
         print_table(merge_findings({"": findings}))
         sys.exit(1)
-    # Imported only here, since it loads torch and lightning, which may have been missing.
+    # Imported here because the module imports torch and lightning, which the checks above may report as missing.
     from lrm_pl.cluster.checks.nodes import run_checks
 
     try:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def srun_command(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:
-    """Return the srun command that starts one doctor per node.
+    """Return the srun command that starts ``lrm doctor`` once per node.
 
     Raises:
         InputError: An option is invalid.
@@ -91,7 +91,7 @@ def srun_command(options: argparse.Namespace, arguments: Sequence[str]) -> list[
 
 
 def fit_arguments(options: argparse.Namespace, arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of the `lrm fit` that `lrm launch` would start."""
+    """Return the arguments that ``lrm launch`` would pass to ``lrm fit``."""
     nodes = os.environ["SLURM_STEP_NUM_NODES"] if is_srun_task() else options.nodes
     added = [] if nodes is None else [f"--trainer.num_nodes={nodes}"]
     added += [] if options.data is None else [f"--data.folder={options.data}"]

@@ -1,4 +1,4 @@
-"""A training run on several processes, and the commands that start it: sbatch or torchrun."""
+"""Description of a training run on several processes, and the sbatch and torchrun commands that start the run."""
 
 import dataclasses
 import sys
@@ -11,7 +11,7 @@ STRATEGIES = Path("configs/trainer")
 JOB_SCRIPT = Path("configs/cluster/slurm.sbatch")
 PORT = 29500
 
-#: Placeholders for the first node's address and for a node's rank in printed commands.
+#: Placeholders in printed commands for the address of the first node and for the rank of a node.
 FIRST_NODE, NODE_RANK = "FIRST_NODE", "NODE_RANK"
 
 
@@ -21,14 +21,16 @@ class Launch:
 
     Attributes:
         nodes: Number of nodes.
-        processes: Processes per node; with GPUs, one per GPU.
-        gpus: GPUs per node; 0 trains on CPUs with Gloo.
-        base_strategy: Layer of ``configs/trainer`` below the config, which may override it.
-        configs: Config layers; later ones override earlier ones.
-        strategy: Layer of ``configs/trainer`` on top of the config; "" is none.
-        data: Folder of the shards; "" uses the config's.
-        run: Folder of the run, to which a restarted job returns.
-        arguments: Additional arguments of `lrm fit`.
+        processes: Number of processes per node. On GPUs, it equals the number of GPUs.
+        gpus: Number of GPUs per node. If 0, the run trains on CPUs.
+        base_strategy: Name, without ``.yaml``, of the file in ``configs/trainer`` that is loaded before the config
+            files, which may override the settings in it. If "", no such file is loaded.
+        configs: Paths of config files. Later files override earlier ones.
+        strategy: Name, without ``.yaml``, of the file in ``configs/trainer`` that is loaded after the config files. If
+            "", no such file is loaded.
+        data: Folder of the shards. If "", the folder in the config is used.
+        run: Folder of the run. A restarted job resumes the run in this folder.
+        arguments: Additional arguments of ``lrm fit``.
     """
 
     nodes: int
@@ -42,18 +44,18 @@ class Launch:
     arguments: tuple[str, ...]
 
     def fit_command(self) -> list[str]:
-        """Return the arguments of ``python`` that run `lrm fit`."""
+        """Return the arguments of ``python`` that run ``lrm fit``."""
         return ["-m", "lrm_pl", "fit", *self.fit_arguments()]
 
     def fit_arguments(self) -> list[str]:
-        """Return the arguments of `lrm fit`."""
+        """Return the arguments of ``lrm fit``."""
         below, above = (
             [str(STRATEGIES / f"{name}.yaml")] if name else [] for name in (self.base_strategy, self.strategy)
         )
         return [
             *(word for layer in [*below, *self.configs, *above] for word in ("-c", layer)),
             *("--trainer.num_nodes", str(self.nodes), "--trainer.devices", str(self.processes)),
-            # Explicit, since a node whose GPUs are not visible would otherwise train on its CPUs.
+            # The accelerator is explicit because a node without visible GPUs would otherwise train on CPUs.
             *("--trainer.accelerator", "gpu" if self.gpus else "cpu"),
             *(("--data.folder", self.data) if self.data else ()),
             *("--run.folder", str(self.run)),
@@ -77,14 +79,14 @@ def sbatch_command(
 
     Args:
         launch: The run.
-        program: Command of each process.
-        cpus: CPUs per process, or a placeholder.
+        program: Command that each process executes.
+        cpus: Number of CPUs per process, or a placeholder.
         cache: Folder of downloaded weights.
-        partition: Slurm partition; "" is Slurm's default.
-        account: Slurm account; "" is Slurm's default.
-        time: Time limit of one start of the job.
-        container: Container image; "" is none.
-        mounts: Folders to mount in the container besides the working folder, the runs and the cache.
+        partition: Slurm partition. If "", the default partition is used.
+        account: Slurm account. If "", the default account is used.
+        time: Time limit of one start of the job, such as "24:00:00".
+        container: Container image. If "", no container is used.
+        mounts: Folders to mount in the container, in addition to the working folder, the runs and the cache.
     """
     options: dict[str, str | int] = {
         "job-name": slurm.checked("name", launch.run.name),
@@ -102,22 +104,22 @@ def sbatch_command(
 
 
 def torchrun_command(launch: Launch, *rendezvous: str) -> list[str]:
-    """Return the command that starts the processes of one node.
+    """Return the torchrun command that starts the processes of one node.
 
     Args:
         launch: The run.
-        rendezvous: Options of torchrun that locate the other nodes.
+        rendezvous: Options of torchrun that specify how the nodes find each other.
     """
     processes = ("--nproc-per-node", str(launch.processes))
     return [sys.executable, "-m", "torch.distributed.run", *rendezvous, *processes, *launch.fit_command()]
 
 
 def node_command(launch: Launch, master: str, rank: int | str = NODE_RANK) -> str:
-    """Return the shell command to run on a node.
+    """Return the shell command that starts the processes of one node.
 
     Args:
         launch: The run.
-        master: Address of the first node, optionally with a port; "" prints a placeholder.
+        master: Address of the first node, optionally with a port. If "", the command contains a placeholder.
         rank: Rank of the node, or a placeholder.
     """
     host, _, port = (slurm.checked("master", master) or FIRST_NODE).partition(":")

@@ -1,7 +1,7 @@
-"""``lrm launch``: start `lrm fit` on several processes with Slurm or torchrun (`make train NODES= GPUS=`).
+"""Start `lrm fit` on several processes with Slurm or torchrun (`make train NODES= GPUS=`).
 
-With Slurm, it submits the job script configs/cluster/slurm.sbatch. Without Slurm, it starts the processes of one node,
-or prints the command to run on each of several nodes.
+If Slurm is installed, the command submits the job script configs/cluster/slurm.sbatch. Otherwise, the command starts
+the processes of one node, or prints the command to run on each of several nodes.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from lrm_pl.errors import InputError
 from lrm_pl.training.processes import launch_processes
 from lrm_pl.weights.resolve import cache_folder
 
-#: Placeholder for the CPUs per process where there is no Slurm to read them from.
+#: Placeholder for the number of CPUs per process if Slurm is not available to determine it.
 CPUS = "CPUS"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; expected errors print one message."""
+    """Run the command, and print expected errors as one message."""
     words = sys.argv[2:] if argv is None else argv
     split = words.index("--") if "--" in words else len(words)
     options = argument_parser().parse_args(words[:split])
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return the parser of the options; arguments of `lrm fit` follow after ``--``."""
+    """Return the parser for the options before ``--``. Arguments after ``--`` are passed to ``lrm fit``."""
     parser = argparse.ArgumentParser(
         prog="lrm launch", description=__doc__, usage="%(prog)s [options] -- [arguments of lrm fit]",
         allow_abbrev=False,
@@ -109,7 +109,7 @@ def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch
         if not Path(config).is_file():
             raise InputError(expected=f"a config file at {config}", found="none", remedy="correct CONFIG=")
     experiment = re.sub(r"[^A-Za-z0-9]+", "-", Path(options.config[0]).stem).strip("-") or "run"
-    # With microseconds, since a shell loop may launch two runs within a second.
+    # The name includes microseconds because a shell loop may launch two runs in the same second.
     name = options.name or f"{experiment}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     if name in ("bash", "interactive"):
         raise InputError(
@@ -129,8 +129,8 @@ def plan_launch(options: argparse.Namespace, arguments: Sequence[str]) -> Launch
 
 
 def data_folders(arguments: list[str]) -> list[str]:
-    """Return the folders of all data sets that `lrm fit` with these arguments reads."""
-    from lrm_pl.cli.fit_config import parse_fit  # loads torch, which most launches do not need
+    """Return the folders of all data sets that ``lrm fit`` reads when called with the given arguments."""
+    from lrm_pl.cli.fit_config import parse_fit  # imports torch, which most launches do not need
 
     data = parse_fit(arguments)["data"]
     return [data["folder"], *(dataset.folder for dataset in data["also"])]
@@ -138,16 +138,20 @@ def data_folders(arguments: list[str]) -> list[str]:
 
 def visible_gpus() -> int:
     """Return the number of GPUs of this machine that PyTorch can use."""
-    from lrm_pl.kernels.device import num_visible_gpus  # loads torch, which most launches do not need
+    from lrm_pl.kernels.device import num_visible_gpus  # imports torch, which most launches do not need
 
     return num_visible_gpus()
 
 
 def processes_per_node(gpus: int, processes: int | None) -> int:
-    """Return the processes per node: one per GPU, or the given number on CPUs (default 1).
+    """Return the number of processes per node.
+
+    Args:
+        gpus: Number of GPUs per node. There is one process per GPU.
+        processes: Number of processes per node on CPUs. If None, there is one process.
 
     Raises:
-        InputError: Both numbers are given and differ, or there are no processes.
+        InputError: ``processes`` is less than 1, or ``gpus`` is not 0 and differs from ``processes``.
     """
     count = (gpus or 1) if processes is None else processes
     if count < 1 or (gpus and count != gpus):
@@ -160,9 +164,9 @@ def processes_per_node(gpus: int, processes: int | None) -> int:
 
 
 def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
-    """Print the sbatch command, and run it unless this is a dry run."""
+    """Print the sbatch command, and run it unless ``options.dry_run`` is set."""
     here = slurm.available()
-    python = "python" if options.container else sys.executable  # a container has its own
+    python = "python" if options.container else sys.executable  # a container includes a Python interpreter
     command = sbatch_command(
         launch,
         [python, *launch.fit_command()],
@@ -183,7 +187,7 @@ def launch_with_slurm(launch: Launch, options: argparse.Namespace) -> None:
                 "MASTER=address prints commands of torchrun instead."
             )
         return
-    for folder in (launch.run, cache_folder()):  # Slurm's log and container mounts need them
+    for folder in (launch.run, cache_folder()):  # required by Slurm's log file and by container mounts
         folder.mkdir(parents=True, exist_ok=True)
     job = slurm.submit(command)
     print(f"Submitted job {job}. To follow it:")
@@ -195,7 +199,7 @@ def launch_with_torchrun(launch: Launch, options: argparse.Namespace) -> None:
     """Start the processes of this machine, or print the command to run on each node.
 
     Raises:
-        InputError: There are several nodes and no Slurm, or too few GPUs.
+        InputError: The run has several nodes but Slurm is not available, or this machine has too few GPUs.
     """
     if launch.nodes == 1:
         print(slurm.quoted(torchrun_command(launch, "--standalone")), flush=True)

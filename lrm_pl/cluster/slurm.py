@@ -1,4 +1,4 @@
-"""Slurm: job submission, the nodes of a partition, and container options of srun (pyxis)."""
+"""Interface to Slurm for job submission, queries of a partition's nodes, and container options of srun (pyxis)."""
 
 import dataclasses
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lrm_pl.errors import InputError
 
-#: Field -> pattern of its values, and an example.
+#: Maps the name of each field to a pattern for valid values and an example.
 PATTERNS = {
     "name": (r"[A-Za-z0-9][A-Za-z0-9._-]*", "demo-1"),
     "master": (r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d+)?", "node-1.cluster:29500"),
@@ -21,7 +21,7 @@ PATTERNS = {
 
 @dataclasses.dataclass(frozen=True)
 class NodeShape:
-    """CPUs and GPUs of a node."""
+    """Numbers of CPUs and GPUs of a node."""
 
     cpus: int
     gpus: int
@@ -33,10 +33,14 @@ def available() -> bool:
 
 
 def checked(field: str, value: str) -> str:
-    """Return the value of a field of ``PATTERNS``, or an empty string.
+    """Return a value after checking it against the pattern of its field. An empty value is always valid.
+
+    Args:
+        field: Name of a field in ``PATTERNS``.
+        value: Value to check.
 
     Raises:
-        InputError: The value does not match the field's pattern.
+        InputError: The value does not match the pattern of the field.
     """
     pattern, example = PATTERNS[field]
     if value and not re.fullmatch(pattern, value):
@@ -49,15 +53,18 @@ def checked(field: str, value: str) -> str:
 
 
 def effective_partition(partition: str) -> str:
-    """Return the partition that sbatch uses: the given one, else SBATCH_PARTITION; "" is Slurm's default."""
+    """Return the given partition or, if it is "", the value of SBATCH_PARTITION.
+
+    The result is "" if SBATCH_PARTITION is not set. Slurm then uses the default partition.
+    """
     return partition or os.environ.get("SBATCH_PARTITION", "")
 
 
 def quoted(words: Sequence[str]) -> str:
-    """Join words to a shell command.
+    """Quote words and join them into a shell command.
 
     Raises:
-        InputError: A word has control characters, such as a line break.
+        InputError: A word contains control characters, such as a line break.
     """
     for word in words:
         if not word.isprintable():
@@ -68,11 +75,12 @@ def quoted(words: Sequence[str]) -> str:
 
 
 def sbatch_command(script: Path, options: Mapping[str, str | int], arguments: Sequence[str]) -> list[str]:
-    """Return the command that submits a job script; options without a value are left out.
+    """Return the command that submits a job script.
 
     Args:
-        script: The job script. The options override its ``#SBATCH`` lines.
-        options: Long options of sbatch.
+        script: Path of the job script.
+        options: Values of long options of sbatch, by name. Options with an empty value are omitted. The other options
+            override the ``#SBATCH`` lines of the script.
         arguments: Arguments of the script.
     """
     given = [f"--{name}={value}" for name, value in options.items() if value]
@@ -80,10 +88,10 @@ def sbatch_command(script: Path, options: Mapping[str, str | int], arguments: Se
 
 
 def check_counts(nodes: int, gpus: int) -> None:
-    """Check the number of nodes and of GPUs per node.
+    """Check the number of nodes and the number of GPUs per node.
 
     Raises:
-        InputError: A number is too small.
+        InputError: There are fewer than one node or fewer than zero GPUs.
     """
     for name, value, minimum in (("NODES", nodes, 1), ("GPUS", gpus, 0)):
         if value < minimum:
@@ -91,7 +99,13 @@ def check_counts(nodes: int, gpus: int) -> None:
 
 
 def monitoring_commands(job: str, folder: Path, resume: str) -> str:
-    """Return the commands to monitor and cancel a job with its log in ``folder``. ``resume`` is a note on resuming."""
+    """Return the shell commands that monitor and cancel a job.
+
+    Args:
+        job: Id of the job.
+        folder: Folder of the job's log file.
+        resume: Note on how to resume the job.
+    """
     return (
         f"  tail -F {folder}/slurm-{job}.log    output of the job\n"
         f"  squeue -j {job}    state of the job\n"
@@ -100,19 +114,22 @@ def monitoring_commands(job: str, folder: Path, resume: str) -> str:
 
 
 def submit(command: Sequence[str]) -> str:
-    """Run a command of ``sbatch_command`` and return the job's id.
+    """Run a command that ``sbatch_command`` returned, and return the id of the job.
 
     Raises:
-        InputError: Slurm rejects the job.
+        InputError: Slurm rejected the job.
     """
     return _run(*command).strip().split(";")[0]
 
 
 def node_shapes(partition: str) -> list[NodeShape]:
-    """Return the shapes of the nodes of a partition; "" is the default partition.
+    """Return the shapes of the nodes of a partition.
+
+    Args:
+        partition: Name of the partition, or names separated by commas. If "", the default partition is used.
 
     Raises:
-        InputError: Slurm does not respond, or has no such partition.
+        InputError: Slurm does not respond, or the partition does not exist.
     """
     rows = _run("sinfo", "--all", "--noheader", "--Node", "--format=%P|%c|%N|%G").splitlines()
     entries = [row.strip().split("|", 3) for row in rows]
@@ -132,9 +149,10 @@ def node_shapes(partition: str) -> list[NodeShape]:
 
 
 def _usable_cpus() -> dict[str, int]:
-    """Return the CPUs per node that jobs can use: `sinfo` includes those reserved for the system by CoreSpecCount.
+    """Return the number of CPUs that jobs can use, by name of the node.
 
-    Empty before Slurm 22.05, which does not report them.
+    `sinfo` also counts CPUs that CoreSpecCount reserves for the system. The result is empty for versions of Slurm
+    before 22.05, which do not report the number of usable CPUs.
     """
     if shutil.which("scontrol") is None:
         return {}
@@ -144,10 +162,10 @@ def _usable_cpus() -> dict[str, int]:
 
 
 def gpus_per_node(partition: str) -> int:
-    """Return the number of GPUs of the nodes of a partition.
+    """Return the number of GPUs per node of a partition.
 
     Raises:
-        InputError: There is no Slurm, or the nodes have different numbers of GPUs.
+        InputError: Slurm is not available, or the nodes have different numbers of GPUs.
     """
     if not available():
         raise InputError("GPUS is not set", remedy="use GPUS=8 for eight GPUs per node, or GPUS=0 for CPUs")
@@ -162,12 +180,18 @@ def gpus_per_node(partition: str) -> int:
 
 
 def cpus_per_process(partition: str, gpus: int, processes: int) -> int:
-    """Return the CPUs for each process: those of a node over its GPUs, also of GPUs that the job does not use.
+    """Return the number of CPUs to request for each process, because Slurm's default of one CPU is too low.
 
-    Slurm's default of one CPU is too few for the data loader.
+    The result is the number of CPUs of a node divided by the number of GPUs of the node, including GPUs that the job
+    does not use. If the node has no GPUs, the divisor is the number of processes.
+
+    Args:
+        partition: Slurm partition. If "", the default partition is used.
+        gpus: Number of GPUs per node that the job uses.
+        processes: Number of processes per node.
 
     Raises:
-        InputError: There are more processes than CPUs; the job would never start.
+        InputError: A node has fewer CPUs than processes, so the job would never start.
     """
     shapes = node_shapes(partition)
     cpus = min(shape.cpus // (max(shape.gpus, gpus) or processes) for shape in shapes)
@@ -181,14 +205,15 @@ def cpus_per_process(partition: str, gpus: int, processes: int) -> int:
 
 
 def container_options(image: str, folders: Sequence[str | Path]) -> list[str]:
-    """Return options of srun (pyxis) that run a step in a container.
+    """Return the options of srun (pyxis) that run a step in a container.
 
     Args:
-        image: Image name for enroot, or a .sqsh file; "" is no container.
-        folders: Folders to mount at the same path in addition to the working folder; URLs are ignored.
+        image: Image name for enroot, or path of a .sqsh file. If "", no container is used.
+        folders: Folders to mount at the same path in the container, in addition to the working folder. URLs are
+            ignored.
 
     Raises:
-        InputError: A path has a comma or a colon, which mounts cannot express.
+        InputError: The path of a folder contains a comma or a colon, which mount options do not support.
     """
     if not image:
         return []

@@ -1,1 +1,1 @@
-"""Checks of ``lrm doctor``, by subject. Each check is a function that returns findings."""
+"""Checks of ``lrm doctor``. Each check is a function that returns one or more findings."""

@@ -1,4 +1,4 @@
-"""Findings of the checks, and the table that merges those of all nodes."""
+"""Findings of the checks, and the table that shows the findings of all nodes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from lrm_pl.errors import InputError
 Verdict = Literal["ok", "warning", "missing"]
 STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "missing": "red"}
 
-#: Width of the table without a terminal.
+#: Width of the table in characters if the output is not a terminal.
 LOG_WIDTH = 120
 
 
@@ -23,10 +23,10 @@ class Finding:
 
     Attributes:
         check: Name of the check.
-        found: What the check found.
-        verdict: "missing" if the run cannot start without it.
-        remedy: What to do, unless the verdict is "ok".
-        uniform: Whether all nodes must find the same.
+        found: Description of what the check found.
+        verdict: "ok", "warning", or "missing" if the run cannot start.
+        remedy: Instructions for the user. Empty if and only if the verdict is "ok".
+        uniform: Whether the finding must be the same on all nodes.
     """
 
     check: str
@@ -36,7 +36,7 @@ class Finding:
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        """Require a remedy for every verdict except "ok"."""
+        """Check that there is a remedy if and only if the verdict is not "ok"."""
         assert (self.verdict == "ok") == (not self.remedy), self
 
     @classmethod
@@ -47,7 +47,15 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Row of the table: the finding of some nodes, or of all nodes if ``nodes`` is empty."""
+    """Row of the table.
+
+    Attributes:
+        check: Name of the check.
+        nodes: Names of the nodes with this finding. Empty if all nodes have this finding.
+        found: Description of what the check found.
+        verdict: Verdict of the finding.
+        remedy: Instructions for the user.
+    """
 
     check: str
     nodes: str
@@ -57,10 +65,10 @@ class Row:
 
 
 def merge_findings(reports: Mapping[str, Sequence[Finding]]) -> list[Row]:
-    """Return one row per check if all nodes agree, otherwise one per distinct finding.
+    """Merge the findings of all nodes into rows, with one row per distinct finding of a check.
 
     Args:
-        reports: Name of a node -> its findings.
+        reports: Findings by name of the node.
     """
     checks: dict[str, dict[Finding, list[str]]] = {}
     for node, findings in reports.items():
@@ -79,7 +87,11 @@ def merge_findings(reports: Mapping[str, Sequence[Finding]]) -> list[Row]:
 
 
 def print_table(rows: Sequence[Row]) -> bool:
-    """Print the table and the remedies, and return whether nothing is missing."""
+    """Print the table and the remedies.
+
+    Returns:
+        Whether no row has the verdict "missing".
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)

@@ -1,4 +1,4 @@
-"""Checks of folders: write access, free space, and whether all nodes share them."""
+"""Checks whether folders are writable, have enough free space, and are shared by all nodes."""
 
 import os
 import shutil
@@ -9,12 +9,12 @@ from pathlib import Path
 from lrm_pl.cluster.checks.findings import Finding
 
 GB = 1 << 30
-#: Free space for one checkpoint, and for a long run of a large model.
+#: Free space in GB that one checkpoint needs, and that a long run of a large model needs.
 MINIMUM_GB, RECOMMENDED_GB = 2, 20
 
 
 def writable(check: str, folder: Path) -> Finding:
-    """Create a folder if necessary, write a small file into it, and check its free space."""
+    """Check that a folder can be created and written to, and that it has enough free space."""
     probe = folder / f".doctor-{os.uname().nodename}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,13 @@ def writable(check: str, folder: Path) -> Finding:
 
 
 def free_space(check: str, folder: Path, free: int) -> Finding:
-    """Check the free bytes of a writable folder."""
+    """Check the free space of a writable folder.
+
+    Args:
+        check: Name of the check.
+        folder: The folder.
+        free: Free space in bytes.
+    """
     found = f"{folder}: writable, {free // GB} GB free"
     if free < MINIMUM_GB * GB:
         return Finding(
@@ -44,12 +50,15 @@ def free_space(check: str, folder: Path, free: int) -> Finding:
 
 
 def token(folder: Path, job: str, node: str) -> Path:
-    """Return the file by which the other nodes see that a node shares the folder."""
+    """Return the path of the file that shows the other nodes that ``node`` shares the folder."""
     return folder / f".doctor-{job}-{node}"
 
 
 def write_token(folder: Path, job: str, node: str) -> None:
-    """Write this node's token; if that fails, the other nodes miss it and ``writable`` reports the reason."""
+    """Write the token of this node.
+
+    Errors are ignored because ``writable`` reports the reason and the other nodes report the missing token.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         token(folder, job, node).write_text(node)
@@ -58,7 +67,14 @@ def write_token(folder: Path, job: str, node: str) -> None:
 
 
 def unseen_tokens(folder: Path, job: str, nodes: Sequence[str], timeout_s: float) -> list[str]:
-    """Return the nodes whose tokens do not appear in time; network file systems show new files late."""
+    """Return the nodes whose tokens do not appear in time.
+
+    Args:
+        folder: The folder that contains the tokens.
+        job: Id of the Slurm job.
+        nodes: Names of the nodes.
+        timeout_s: Maximum waiting time in seconds. Network file systems may show new files with a delay.
+    """
     until = time.monotonic() + timeout_s
     while missing := [node for node in nodes if not token(folder, job, node).is_file()]:
         if time.monotonic() > until:
@@ -73,8 +89,8 @@ def shared(check: str, folder: Path, missing: Sequence[str], *, needed: bool) ->
     Args:
         check: Name of the check.
         folder: The folder.
-        missing: Nodes whose tokens this node does not see.
-        needed: Whether a folder that is not shared is an error.
+        missing: Names of the nodes whose tokens this node does not see.
+        needed: Whether the verdict is "missing" instead of "warning" if the folder is not shared.
     """
     if not missing:
         return Finding(check, f"{folder.absolute()}: shared by all nodes")

@@ -1,4 +1,4 @@
-"""Checks of a run's inputs: pretrained weights, shards, and the batch size."""
+"""Checks of the pretrained weights, the shards and the batch size of a run."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ from lrm_pl.weights.resolve import WeightsError, cached_path, find, is_available
 
 
 def weights(required: RequiredWeights) -> Finding:
-    """Find the source of a file of weights, without downloading it."""
+    """Check whether a weight file exists or can be downloaded, without downloading it."""
     check = f"weights {required.name}"
     try:
         found = find(required.name, source=required.source, path=required.path, sha256=required.sha256)
@@ -32,7 +32,7 @@ def weights(required: RequiredWeights) -> Finding:
 
 
 def shards(run: RunRequirements) -> list[Finding]:
-    """Read the manifests, and compare their objects and views with those of the run."""
+    """Check that the shards contain as many objects and views as the run needs."""
     try:
         mixture = Mixture(run.sets, CacheConfig(attempts=2))
         mixture.require_usable(run.bounds)
@@ -60,7 +60,7 @@ def shards(run: RunRequirements) -> list[Finding]:
 
 
 def batch(run: RunRequirements) -> Finding:
-    """Check that the processes and accumulated batches divide the batch size."""
+    """Check that the batch size is divisible by the number of processes times the number of accumulated batches."""
     found = (
         f"{run.batch_size} objects over {counted(run.nodes, 'node')} x {counted(run.processes, 'process')} x "
         f"{run.accumulate} accumulated"

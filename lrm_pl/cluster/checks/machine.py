@@ -1,4 +1,4 @@
-"""Checks of a node: CPUs, GPUs, collectives, shared memory, open files, and a port."""
+"""Checks of the CPUs, GPUs, collectives, shared memory, open files and ports of a node."""
 
 import os
 import resource
@@ -18,7 +18,7 @@ GB = 1 << 30
 
 
 def processors(run: RunRequirements) -> Finding:
-    """Compare the CPUs of this process with the processes and workers per node."""
+    """Check that there is one CPU for each process and each data worker of the node."""
     cpus = len(os.sched_getaffinity(0))
     needed = run.processes * (1 + run.workers)
     found = f"{cpus} CPUs for {counted(run.processes, 'process')} with {run.workers} data workers each"
@@ -29,7 +29,7 @@ def processors(run: RunRequirements) -> Finding:
 
 
 def gpus(run: RunRequirements) -> Finding:
-    """Count the GPUs that PyTorch can use."""
+    """Check that PyTorch can use as many GPUs as the run needs."""
     count = num_visible_gpus()
     found = "none"
     if count:
@@ -46,7 +46,7 @@ def gpus(run: RunRequirements) -> Finding:
 
 
 def bf16(run: RunRequirements) -> Finding:
-    """Check for hardware support of bf16 matrix products."""
+    """Check that the hardware supports bf16 matrix products."""
     if run.gpus and not num_visible_gpus():
         return Finding("bf16", "no GPU", "warning", "see the row of GPUs")
     if run.gpus:
@@ -63,7 +63,7 @@ def bf16(run: RunRequirements) -> Finding:
 
 
 def collectives(run: RunRequirements) -> Finding:
-    """Check the backend of collectives: NCCL on GPUs, Gloo on CPUs."""
+    """Check that the backend of collectives is available, which is NCCL on GPUs and Gloo on CPUs."""
     backend = "nccl" if run.gpus else "gloo"
     if not torch.distributed.is_available() or not torch.distributed.is_backend_available(backend):
         remedy = f"install a build of PyTorch with {backend}, such as the PyPI wheels"
@@ -73,7 +73,7 @@ def collectives(run: RunRequirements) -> Finding:
 
 
 def shared_memory(run: RunRequirements) -> Finding:
-    """Check /dev/shm, through which data workers and NCCL pass tensors."""
+    """Check that /dev/shm, which data workers and NCCL use to pass tensors, exists and is large enough."""
     path = Path("/dev/shm")
     if not path.is_dir():
         return Finding("/dev/shm", "none", "warning", "data workers need it: use --data.workers 0")
@@ -81,7 +81,12 @@ def shared_memory(run: RunRequirements) -> Finding:
 
 
 def shared_memory_of(total: int, workers: int) -> Finding:
-    """Check the size of /dev/shm in bytes for the data workers of a node."""
+    """Check the size of /dev/shm.
+
+    Args:
+        total: Size of /dev/shm in bytes.
+        workers: Number of data workers of the node.
+    """
     found = f"{total / GB:.1f} GB"
     if total < GB and workers:
         remedy = "data workers may crash: start the container with --shm-size=8g, or use --data.workers 0"
@@ -90,7 +95,7 @@ def shared_memory_of(total: int, workers: int) -> Finding:
 
 
 def open_files() -> Finding:
-    """Check the limit of open files; data workers pass tensors as open files."""
+    """Check the limit on open files, because data workers pass tensors as open files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"at most {soft}"
     if 0 <= soft < 1024:
@@ -101,7 +106,11 @@ def open_files() -> Finding:
 
 
 def port(number: int) -> Finding:
-    """Check that a port is free for the rendezvous of one node's processes; 0 is any port."""
+    """Check that a port is free for the rendezvous of one node's processes.
+
+    Args:
+        number: Number of the port. If 0, the operating system chooses a free port.
+    """
     with socket.socket() as probe:
         try:
             probe.bind(("", number))

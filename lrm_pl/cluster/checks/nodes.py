@@ -1,4 +1,4 @@
-"""All checks of a node, and checks that the nodes of a Slurm step make together.
+"""List of all checks of a node, and checks that involve all nodes of a Slurm step.
 
 The nodes rendezvous at the address and port that training processes would use, and exchange findings over a TCPStore.
 """
@@ -21,13 +21,13 @@ from lrm_pl.errors import InputError
 from lrm_pl.training.processes import is_srun_task
 from lrm_pl.weights.resolve import cache_folder
 
-#: Time limit of the rendezvous.
+#: Time limit of the rendezvous in seconds.
 RENDEZVOUS_SECONDS = 120.0
 
-#: Time limit of the checks; the slowest one reads and hashes weights from a cold disk.
+#: Time limit of the checks in seconds. The slowest check reads weights from disk and hashes them.
 CHECK_SECONDS = 600.0
 
-#: Time limit for files of other nodes to appear on a network file system.
+#: Time limit in seconds for files that other nodes write to appear on a network file system.
 FILE_SECONDS = 30.0
 
 
@@ -49,7 +49,7 @@ class NodeGroup:
 
 
 def node_group() -> NodeGroup | None:
-    """Return the nodes of this process's Slurm step; None outside of one."""
+    """Return the nodes of the Slurm step that this process belongs to, or None if there is no such step."""
     if not is_srun_task():
         return None
     environment = os.environ
@@ -68,14 +68,14 @@ class NodeExchange:
         group: The nodes.
 
     Raises:
-        OSError: The name of the first node has no address.
+        OSError: The name of the first node cannot be resolved to an address.
         torch.distributed.DistError: The rendezvous timed out.
     """
 
     def __init__(self, group: NodeGroup) -> None:
         self.group = group
         self.address, self.port = rendezvous_address()
-        socket.getaddrinfo(self.address, self.port)  # fails at once, where the store would retry for minutes
+        socket.getaddrinfo(self.address, self.port)  # fails immediately, while the store would retry for minutes
         self._store = TCPStore(
             self.address,
             self.port,
@@ -86,7 +86,7 @@ class NodeExchange:
         self._store.set_timeout(timedelta(seconds=CHECK_SECONDS))
 
     def names(self) -> list[str]:
-        """Return the names of all nodes, by rank."""
+        """Return the names of all nodes, ordered by rank."""
         return [name.decode() for name in self._all_gather("name", self.group.name)]
 
     def all(self, value: bool) -> bool:
@@ -94,18 +94,18 @@ class NodeExchange:
         return all(answer == b"yes" for answer in self._all_gather("value", "yes" if value else "no"))
 
     def barrier(self, name: str) -> None:
-        """Wait for all nodes. Each barrier needs a name of its own."""
+        """Wait until all nodes have called this method. Each call must use a different name."""
         self._all_gather(name, "")
 
     def gather(self, findings: Sequence[Finding]) -> list[list[Finding]]:
-        """Return the findings of all nodes, by rank, and close the exchange."""
+        """Return the findings of all nodes, ordered by rank, and close the exchange."""
         record = json.dumps([dataclasses.asdict(finding) for finding in findings])
         reports = self._all_gather("findings", record)
         self.close()
         return [[Finding(**entry) for entry in json.loads(report)] for report in reports]
 
     def close(self) -> None:
-        """Close the exchange: the first node, which serves the store, waits until all others are done."""
+        """Close the exchange. The first node, which serves the store, waits until all other nodes have closed it."""
         if self.group.rank:
             self._store.set(f"closed/{self.group.rank}", "")
         else:
@@ -117,17 +117,17 @@ class NodeExchange:
 
 
 def rendezvous_address() -> tuple[str, int]:
-    """Return the address and port that the processes of a run in this job would use."""
+    """Return the address and port that training processes in this job would use."""
     environment = SLURMEnvironment(auto_requeue=False)
     return environment.main_address, environment.main_port
 
 
 def run_checks(arguments: list[str], versions: Sequence[Finding]) -> list[Row]:
-    """Check this node, or all nodes of the Slurm step together.
+    """Run all checks on this node. Inside a Slurm step, also run the checks that involve all nodes of the step.
 
     Args:
-        arguments: Arguments of `lrm fit`.
-        versions: Findings about versions, which were checked before.
+        arguments: Arguments of ``lrm fit``.
+        versions: Findings about versions, which are included in the result.
     """
     run, findings = None, list(versions)
     try:
@@ -141,7 +141,7 @@ def run_checks(arguments: list[str], versions: Sequence[Finding]) -> list[Row]:
     try:
         exchange = NodeExchange(group)
         findings.append(Finding("rendezvous", f"all nodes at {exchange.address}:{exchange.port}"))
-        # Skipped together: a node without a config would keep the others waiting for its token.
+        # All nodes skip this check if one node has no valid config, because they would wait for the token of that node.
         if exchange.all(run is not None) and run is not None:
             findings += check_shared_folders(exchange, run)
         findings += [] if run is None else check_node(run)
@@ -153,7 +153,7 @@ def run_checks(arguments: list[str], versions: Sequence[Finding]) -> list[Row]:
 
 
 def check_node(run: RunRequirements) -> list[Finding]:
-    """Run the checks of a single node."""
+    """Run the checks that do not involve other nodes."""
     return [
         machine.processors(run),
         machine.gpus(run),
@@ -170,7 +170,10 @@ def check_node(run: RunRequirements) -> list[Finding]:
 
 
 def check_shared_folders(exchange: NodeExchange, run: RunRequirements) -> list[Finding]:
-    """Check whether the nodes share the run's folder and the cache: each node writes a token and looks for all."""
+    """Check whether all nodes share the run's folder and the cache folder.
+
+    Each node writes a token into each folder, and checks whether it sees the tokens of all nodes.
+    """
     group, names = exchange.group, exchange.names()
     shared = {"run folder, shared": (run.run, True), "cache, shared": (cache_folder(), False)}
     for folder, _ in shared.values():

@@ -1,4 +1,4 @@
-"""Requirements of a run, from its config."""
+"""Requirements of a run, as read from the config."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,14 @@ from lrm_pl.weights.resolve import WeightSource
 
 @dataclasses.dataclass(frozen=True)
 class RequiredWeights:
-    """A file of pretrained weights: its name in the catalog, and the config's source, path and hash."""
+    """A file of pretrained weights.
+
+    Attributes:
+        name: Name of the weights in the catalog.
+        source: Value of ``weights.source`` in the config.
+        path: Path of the file in the config, or None.
+        sha256: SHA-256 of the file in the config, or None.
+    """
 
     name: WeightName
     source: WeightSource
@@ -29,14 +36,14 @@ class RunRequirements:
 
     Attributes:
         nodes: Number of nodes.
-        processes: Processes per node.
-        gpus: GPUs per node; 0 on CPUs.
+        processes: Number of processes per node.
+        gpus: Number of GPUs per node. If 0, the run uses CPUs.
         precision: Lightning's name of the precision.
-        accumulate: Accumulated batches per optimizer step.
-        batch_size: Objects per optimizer step.
-        views: Views per object.
-        workers: Data loader workers per process.
-        bounds: ``bounds`` of the renderer.
+        accumulate: Number of accumulated batches per optimizer step.
+        batch_size: Number of objects per optimizer step.
+        views: Number of views per object.
+        workers: Number of data loader workers per process.
+        bounds: Value of ``bounds`` of the renderer.
         sets: The data sets.
         run: Folder of the run.
         weights: Files of pretrained weights.
@@ -57,10 +64,10 @@ class RunRequirements:
 
 
 def read_requirements(arguments: list[str]) -> RunRequirements:
-    """Read the requirements from the arguments of `lrm fit`.
+    """Read the requirements of a run from the arguments of ``lrm fit``.
 
     Raises:
-        InputError: `lrm fit` would reject them.
+        InputError: ``lrm fit`` would reject the arguments.
     """
     config = parse_fit(arguments)
     trainer, data = config["trainer"], config["data"]
@@ -84,7 +91,12 @@ def read_requirements(arguments: list[str]) -> RunRequirements:
 
 
 def process_count(devices: int | str | list[int], available: int) -> int:
-    """Return the number of processes per node for Lightning's ``devices``; -1 and "auto" are all available devices."""
+    """Return the number of processes per node.
+
+    Args:
+        devices: Value of ``trainer.devices``. -1 and "auto" select all available devices.
+        available: Number of available devices.
+    """
     if isinstance(devices, list):
         return len(devices)
     if str(devices) in ("auto", "-1"):

@@ -1,4 +1,4 @@
-"""Checks of the versions of Python and of required packages, without importing them."""
+"""Checks of the versions of Python and the required packages. The packages are not imported."""
 
 import importlib.metadata
 import platform
@@ -8,14 +8,14 @@ from packaging.version import Version
 
 from lrm_pl.cluster.checks.findings import Finding
 
-#: Required versions, as in pyproject.toml (a test compares them).
+#: Required versions. A test checks that they match pyproject.toml.
 REQUIREMENTS = ("torch>=2.14", "torchvision>=0.29", "lightning>=2.6.6")
-#: Releases with malware.
+#: Releases that contained malware, by name of the package.
 MALWARE = {"lightning": ("2.6.2", "2.6.3")}
 
 
 def versions() -> list[Finding]:
-    """Check the versions of Python and of the required packages."""
+    """Check the versions of Python and the required packages."""
     python = platform.python_version()
     good = Version(python) >= Version("3.11")
     findings = [
@@ -37,7 +37,7 @@ def versions() -> list[Finding]:
 
 
 def version(requirement: Requirement, found: str) -> Finding:
-    """Check the version of one package."""
+    """Check the installed version of one package."""
     if found in MALWARE.get(requirement.name, ()):
         remedy = (
             f"this release contained malware: install '{requirement}' and renew all secrets of this machine"
