@@ -236,7 +236,7 @@ class LRMCLI(LightningCLI):
             options = {
                 "fit": {},
                 "predict": {"return_predictions": False},  # a callback writes the predictions
-            }.get(self.command, {"verbose": False})  # otherwise Lightning prints each metric once per data loader
+            }.get(self.command, {"verbose": False})  # avoids one table per data loader
             try:
                 getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **options)
             except RuntimeError as error:

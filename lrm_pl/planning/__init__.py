@@ -1,1 +1,1 @@
-"""Estimated memory and time of a run, from a simulated training step on fake tensors."""
+"""Estimates of the memory and time of a run, based on a training step that is simulated with fake tensors."""

@@ -1,4 +1,4 @@
-"""Tables of the estimated cost of a run: operations, memory and time under each strategy."""
+"""Tables of the estimated operations, memory and time of a run for each parallel strategy."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from lrm_pl.planning.strategies import (
     estimate_strategies,
 )
 
-#: Returns the plan of a run with additional arguments of `lrm fit`.
+#: Function that takes additional arguments of `lrm fit` and returns the plan of the run.
 Planner = Callable[[Sequence[str]], RunPlan]
 
 #: Approximate fraction of the measured peak that a step reaches on a CPU (`make bench`).
@@ -35,14 +35,17 @@ _CPU_EFFICIENCY = 0.5
 def print_gpu_estimate(
     console: Console, planner: Planner, hardware: Hardware, *, every_rank: bool, less_memory: bool
 ) -> StrategyEstimate | None:
-    """Print the estimate of a run on GPUs, and return the recommended strategy; None if none fits into memory.
+    """Print the estimate of a run on GPUs.
 
     Args:
-        console: Where to print.
-        planner: Returns the plan of the run.
-        hardware: GPUs and network.
-        every_rank: Check the shards of every rank instead of the first and the last.
-        less_memory: Also print settings that reduce memory.
+        console: Console to print to.
+        planner: Function that returns the plan of the run.
+        hardware: GPUs and network of the run.
+        every_rank: Whether to check the shards of every rank instead of only the first and the last rank.
+        less_memory: Whether to also print settings that reduce memory.
+
+    Returns:
+        The recommended strategy, or None if no strategy fits into memory.
 
     Raises:
         InputError: The run cannot be planned, or the GPU does not support its precision.
@@ -85,12 +88,12 @@ def print_gpu_estimate(
 
 
 def print_cpu_estimate(console: Console, planner: Planner, *, less_memory: bool) -> None:
-    """Print the estimate of a run of one process on this machine's CPU.
+    """Print the estimate of a run with one process on the CPU of this machine.
 
     Args:
-        console: Where to print.
-        planner: Returns the plan of the run.
-        less_memory: Also print settings that reduce memory.
+        console: Console to print to.
+        planner: Function that returns the plan of the run.
+        less_memory: Whether to also print settings that reduce memory.
 
     Raises:
         InputError: The run cannot be planned.
@@ -116,7 +119,7 @@ def print_cpu_estimate(console: Console, planner: Planner, *, less_memory: bool)
 def _sharded_costs(
     console: Console, plan: RunPlan, name: str, replicas: int, *, every_rank: bool
 ) -> StepCosts:
-    """Check the shards of some ranks, and simulate a step of the first rank."""
+    """Check the shards of the first and last rank, or of all ranks, and simulate a step of the first rank."""
     module, n = plan.module, plan.processes
     ranks = range(n) if every_rank else (0, n - 1)
     tracked = track(ranks, f"checking shards, {name}", console=console, transient=True)
@@ -129,7 +132,7 @@ def _sharded_costs(
 
 
 def _print_step(console: Console, plan: RunPlan, costs: StepCosts) -> None:
-    """Print the size of the network and the operations of an optimizer step of all processes."""
+    """Print the size of the network, and the number of operations in an optimizer step of all processes."""
     lrm, batches = plan.module.lrm, plan.processes * plan.accumulate
     table = Table(title="Network, and one step of all processes", show_header=False)
     for name, module in (("encoder", lrm.encoder), ("transformer", lrm.transformer), ("all", lrm)):
@@ -148,7 +151,7 @@ def _print_step(console: Console, plan: RunPlan, costs: StepCosts) -> None:
 def _print_strategies(
     console: Console, rows: Sequence[StrategyEstimate], plan: RunPlan, memory: float | None
 ) -> None:
-    """Print one row per strategy."""
+    """Print a table with one row per strategy."""
     timed = any(row.compute[1] for row in rows)
     title = f"GB per process, of {plan.processes}" + (
         f"; a GPU has {memory / 1e9:.0f} GB. Times are estimated, not measured" if memory else ""
@@ -178,7 +181,7 @@ def _print_memory_options(console: Console, planner: Planner) -> None:
 
 
 def _format_duration(seconds: tuple[float, float]) -> str:
-    """Format a range of seconds in days, hours, minutes or seconds."""
+    """Format a range of durations, given in seconds, in days, hours, minutes or seconds."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds[1] >= 2 * size:
             return f"{_format_range((seconds[0] / size, seconds[1] / size), 1)} {unit}"
@@ -186,7 +189,7 @@ def _format_duration(seconds: tuple[float, float]) -> str:
 
 
 def _format_range(ends: tuple[float, float], digits: int) -> str:
-    """Format a range with at least ``digits`` decimals, and more if both ends would look equal."""
+    """Format a range with ``digits`` decimals, or up to 6 decimals if the two ends would look equal."""
     low, high = sorted(ends)
     while digits < 6 and low != high and f"{low:.{digits}f}" == f"{high:.{digits}f}":
         digits += 1

@@ -1,4 +1,4 @@
-"""Peak rates and memory of GPUs, from their data sheets, and of the CPU, measured."""
+"""Peak rates and memory of GPUs from data sheets, and a measurement of the peak rate of the CPU."""
 
 import dataclasses
 import difflib
@@ -15,16 +15,16 @@ from lrm_pl.kernels.device import GpuProperties, on_cpu, on_cuda
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Data sheet of a GPU.
+    """Specifications of a GPU.
 
     Attributes:
-        name: Name, with the memory size if there are several.
-        half: Dense float16 FLOP/s with float32 accumulation; bfloat16 is equally fast where supported.
-        single: Dense float32 FLOP/s, without TF32.
-        memory: Memory in bytes.
+        name: Name of the GPU. It includes the memory size if there are variants with different memory sizes.
+        half: Dense float16 rate with float32 accumulation, in FLOP/s. The bfloat16 rate is the same if supported.
+        single: Dense float32 rate without TF32, in FLOP/s.
+        memory: Memory size in bytes.
         bandwidth: Memory bandwidth in bytes per second.
-        link: Bandwidth to other GPUs of the node in bytes per second and direction (NVLink, Infinity Fabric, or PCIe).
-        properties: Properties that select kernels.
+        link: Bandwidth to other GPUs of the node (NVLink, Infinity Fabric or PCIe), in bytes per second per direction.
+        properties: Properties by which kernels are selected.
     """
 
     name: str
@@ -37,14 +37,17 @@ class Gpu:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether its tensor cores support bfloat16 (compute capability 8.0 or higher)."""
+        """Whether the tensor cores support bfloat16 (compute capability 8.0 or higher)."""
         return self.properties.capability >= (8, 0)
 
     def peak(self, dtype: torch.dtype) -> float:
-        """Return the peak FLOP/s of matrix products in a type.
+        """Return the peak rate of matrix products in FLOP/s.
+
+        Args:
+            dtype: Type of the matrix products.
 
         Raises:
-            InputError: The type is bfloat16 and the GPU emulates it.
+            InputError: ``dtype`` is bfloat16, which the GPU does not support in hardware.
         """
         if dtype == torch.bfloat16 and not self.has_bfloat16:
             raise InputError(
@@ -55,9 +58,10 @@ class Gpu:
         return self.single if dtype == torch.float32 else self.half
 
 
-#: Name; half and single TFLOP/s; GB; GB/s of memory and link; compute capability; multiprocessors; MB of L2 cache.
-#: Sources: the makers' data sheets and architecture white papers. On GeForce GPUs float32 accumulation halves the rate
-#: of float16 accumulation. The 480 GB in the GH200's name are CPU memory. A MI250X is two devices; this is one of them.
+#: The columns are name, half and single rate in TFLOP/s, memory in GB, bandwidth of memory and link in GB/s, compute
+#: capability, number of multiprocessors, and L2 cache in MB. The values are from data sheets and architecture white
+#: papers. On GeForce GPUs, the rate with float32 accumulation is half the rate with float16 accumulation. The 480 GB in
+#: the name of the GH200 refer to CPU memory. An MI250X consists of two devices, and the row describes one device.
 _TABLE = """
 A100 80GB                  312    19.5   80 2039 300  8.0 108  40
 A100 40GB                  312    19.5   40 1555 300  8.0 108  40
@@ -148,10 +152,10 @@ def _row(line: str) -> Gpu:
     )  # fmt: skip
 
 
-#: Known GPUs. If a name without a memory size matches several, the first one is used.
+#: Known GPUs. If a name without a memory size matches several GPUs, the first match is used.
 GPUS = tuple(_row(line) for line in _TABLE.strip().splitlines())
 
-#: Words of a name that do not identify a GPU.
+#: Words that are ignored in names of GPUs.
 _MAKERS = frozenset({"nvidia", "amd", "geforce", "tesla", "instinct", "rtx", "gpu"})
 _FORMS = frozenset(
     "sxm sxm2 sxm3 sxm4 sxm5 sxm6 oam pcie nvlink nvl72 hbm2 hbm2e hbm3 hbm3e generation workstation server edition "
@@ -160,9 +164,13 @@ _FORMS = frozenset(
 
 
 def gpu_of_name(name: str) -> Gpu | None:
-    """Return the GPU with a name as PyTorch or users write it, or None if the table lacks it.
+    """Return the GPU with a given name, or None if it is not in the table.
 
-    All words except the maker and the form factor must match: laptop, Ti, SUPER and MIG variants are separate GPUs.
+    All words except the manufacturer and the form factor must match, because laptop, Ti, SUPER and MIG variants are
+    different GPUs.
+
+    Args:
+        name: Name as reported by PyTorch, or a common name such as "4090".
     """
     words, memory = _parse_name(name)
     for ignored in (frozenset[str](), _FORMS):
@@ -176,15 +184,21 @@ def gpu_of_name(name: str) -> Gpu | None:
 
 
 def _memory_matches(memory: int | None, named: int | None, size: float) -> bool:
-    """Return whether a memory size in GB matches the size in a GPU's name, or else its size within 10 %."""
+    """Return whether a memory size matches a GPU.
+
+    Args:
+        memory: Memory size in GB. If None, every GPU matches.
+        named: Memory size in the name of the GPU in GB, which must match exactly, or None.
+        size: Memory size of the GPU in GB. If ``named`` is None, it must match with a tolerance of 10 %.
+    """
     return memory is None or (memory == named if named else abs(memory - size) < size / 10)
 
 
 def require_gpu(name: str) -> Gpu:
-    """Return the GPU with a name.
+    """Return the GPU with a given name.
 
     Raises:
-        InputError: The table has no such GPU; the message lists similar names.
+        InputError: The GPU is not in the table. The message lists similar names.
     """
     gpu = gpu_of_name(name)
     if gpu is None:
@@ -202,17 +216,21 @@ def require_gpu(name: str) -> Gpu:
 
 
 def _parse_name(name: str) -> tuple[frozenset[str], int | None]:
-    """Return the words of a name in lower case without the maker, and its memory size in GB, if named."""
+    """Split the name of a GPU into words in lower case, without the manufacturer, and a memory size.
+
+    Returns:
+        The words, and the memory size in GB or None if the name contains no unique memory size.
+    """
     text = re.sub(r"(\d)\s+gb?\b", r"\1gb", name.lower())
     text = re.sub(
         r"\brtx(?=a|\d|pro)|(?<=\d{4})(?=ti|super|ada|d\b)|(?<=\d)(?=pcie|sxm|nvl)", r"\g<0> ", text
     )
     text = re.sub(r"\bti(?=super)|\bpro(?=\d)", r"\g<0> ", text)
     words = set(re.split(r"[\s_\-]+", text.strip())) - _MAKERS
-    # Model numbers have four digits or letters.
+    # Model numbers have four digits or contain letters, so numbers with two or three digits are memory sizes.
     sizes = {word for word in words if re.fullmatch(r"\d+gb?|\d{2,3}", word)}
     if len(sizes) > 1:
-        return frozenset(words), None  # ambiguous
+        return frozenset(words), None  # the memory size is ambiguous
     memory = int(re.sub(r"\D", "", min(sizes))) if sizes else None
     return frozenset(words - sizes), memory
 
@@ -224,7 +242,10 @@ def _spelling(name: str) -> str:
 
 @functools.cache
 def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Measure the FLOP/s of this process: the best of nine products of the shape of the paper's MLP. Cached."""
+    """Measure the peak rate of matrix products on the CPU in FLOP/s, and cache the result.
+
+    The result is the best of nine products that have the shape of the MLP in the LRM paper.
+    """
     x, w = torch.randn(3072, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
     seconds = []
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -237,7 +258,7 @@ def cpu_flops(dtype: torch.dtype = torch.bfloat16) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak half-precision FLOP/s of a device; None for a GPU that the table lacks."""
+    """Return the peak half-precision rate of a device in FLOP/s, or None if the device is not in the table."""
     if not on_cuda(device):
         return cpu_flops() if on_cpu(device) else None
     gpu = gpu_of_name(torch.cuda.get_device_name(device))

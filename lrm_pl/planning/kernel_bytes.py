@@ -1,4 +1,4 @@
-"""Memory traffic of the fused decoder kernels, for ``OperationCounter``."""
+"""Formulas for the memory traffic of the fused decoder kernels, which ``OperationCounter`` uses."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def _forward_access(
     planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor, weights: Tensor, biases: Tensor,
     *_: object, out_val: Tensor, **__: object,
 ) -> MemoryAccess:  # fmt: skip
-    """Count planes and weights once, since they fit the L2 cache, and rays and samples once."""
+    """Count every tensor once. The planes and the weights fit into the L2 cache, so they are read from memory once."""
     tensors = planes, origins, directions, t, alive, weights, biases, out_val
     return MemoryAccess(float(sum(x.nbytes for x in tensors)))
 
@@ -23,7 +23,7 @@ def _backward_access(
     total: Tensor, grad: Tensor, planes: Tensor, origins: Tensor, directions: Tensor, t: Tensor, alive: Tensor,
     weights: Tensor, biases: Tensor, *_: object, **__: object,
 ) -> MemoryAccess:  # fmt: skip
-    """Count the inputs once, and read and write the planes' gradients and the partial sums of each program."""
+    """Count the inputs once, and the gradients of the planes and the partial sums of each program twice."""
     gpu = gpu_properties(t.device)
     assert gpu is not None, "the operator runs on a GPU, real or emulated"
     launch = plan_launch(planes, t, biases, gpu)

@@ -1,4 +1,4 @@
-"""Peak memory of a process."""
+"""Measurement of the peak memory of this process."""
 
 import functools
 import resource
@@ -11,7 +11,7 @@ from lrm_pl.kernels.device import peak_device_memory
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return the peak memory of this process so far in GiB, by the name under which it is logged."""
+    """Return the peak memory of this process so far in GiB, by the name under which the value is logged."""
     peaks = {"memory/peak_host_gib": _host_peak() / 1024**3}
     if (on_gpu := peak_device_memory(device)) is not None:
         peaks["memory/peak_gpu_gib"] = on_gpu / 1024**3
@@ -21,7 +21,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def _host_peak() -> float:
     """Return the peak resident set size in bytes.
 
-    VmHWM is used on Linux, since ru_maxrss is inherited from the parent process.
+    On Linux, VmHWM is used because ru_maxrss is inherited from the parent process.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -31,11 +31,14 @@ def _host_peak() -> float:
     return float(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-#: Bytes allocated at the start of a run: compiled kernels, and temporary copies of the LPIPS networks.
+#: Bytes that compiled kernels and temporary copies of the LPIPS networks occupy at the start of a run.
 _STARTUP = 0.2e9
 
 
 @functools.cache
 def memory_of_libraries() -> float:
-    """Return the bytes held by Python and its libraries. Call it before a network is built; the result is cached."""
+    """Return the memory that Python and the libraries occupy, in bytes.
+
+    The result is cached. Call this function for the first time before a network is created.
+    """
     return peak_memory(torch.device("cpu"))["memory/peak_host_gib"] * 2**30 + _STARTUP

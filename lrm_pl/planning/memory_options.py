@@ -1,4 +1,4 @@
-"""Settings that reduce the memory of a run, with the estimated peak of each."""
+"""Search for settings that reduce the estimated peak memory of a run."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from lrm_pl.planning.simulate import StepCosts
 from lrm_pl.planning.strategies import CPU_SLACK, CUDA_CONTEXT, GPU_SLACK, estimate_single_process
 from lrm_pl.training.parallelize import network_blocks
 
-#: Classes of the strategies that shard weights.
+#: Names of the strategy classes that shard weights.
 _SHARDED = ("FSDP2Strategy", "ZeroStrategy")
 
 
@@ -19,10 +19,10 @@ class MemoryOption:
     """A setting that reduces memory.
 
     Attributes:
-        option: The command-line option.
-        cost: Its cost.
-        same_network: Whether the network stays the same.
-        peak: Peak bytes of a process with it.
+        option: Command-line option that applies the setting.
+        cost: Description of the drawback of the setting.
+        same_network: Whether the architecture of the network remains the same.
+        peak: Peak memory of a process with the setting, in bytes.
     """
 
     option: str
@@ -32,11 +32,11 @@ class MemoryOption:
 
 
 def peak_bytes(plan: RunPlan, sharded: bool | None = None) -> float:
-    """Estimate the peak bytes of a process.
+    """Estimate the peak memory of a process in bytes.
 
     Args:
-        plan: The run.
-        sharded: Whether weights are sharded over the processes; None reads it from the plan.
+        plan: Plan of the run.
+        sharded: Whether weights are sharded over the processes. If None, this is determined by the plan's strategy.
     """
     costs, n, gpu = plan.costs(), plan.processes, plan.shape.gpu
     if sharded is None:
@@ -46,7 +46,7 @@ def peak_bytes(plan: RunPlan, sharded: bool | None = None) -> float:
     if sharded and n > 1:
         held, transient = _sharded_bytes(costs, plan, stage=plan.stage or 3)
         return base + held + slack * transient
-    # DDP holds all gradients all the time, as with accumulation.
+    # DDP always holds all gradients, as gradient accumulation does.
     batches = plan.accumulate if n == 1 else 2
     if gpu:
         return base + slack * estimate_single_process(costs, batches, 0.0, 1.0, step).peak
@@ -54,9 +54,10 @@ def peak_bytes(plan: RunPlan, sharded: bool | None = None) -> float:
 
 
 def _sharded_bytes(costs: StepCosts, plan: RunPlan, stage: int) -> tuple[float, float]:
-    """Return the bytes that a process holds permanently and transiently under ZeRO or FSDP2.
+    """Return the permanent and the transient memory of a process with ZeRO or FSDP2, in bytes.
 
-    Stage 1 shards the moments, stage 2 also gradients, stage 3 also weights, gathering two blocks at a time.
+    Stage 1 shards the moments, stage 2 also shards the gradients, and stage 3 also shards the weights. In stage 3, the
+    weights of two blocks are gathered at a time.
     """
     n = plan.processes // plan.replicas
     weights = costs.weights / n if stage == 3 else costs.weights
@@ -69,10 +70,11 @@ def find_memory_options(plan_with: Callable[[Sequence[str]], RunPlan]) -> tuple[
     """Find settings that reduce memory.
 
     Args:
-        plan_with: Returns the plan of the run with additional arguments of `lrm fit`.
+        plan_with: Function that takes additional arguments of ``lrm fit`` and returns the plan of the run.
 
     Returns:
-        Peak bytes of the run, and the settings, sorted by peak with those that change the network last.
+        The peak memory of the run in bytes, and the settings, sorted by peak memory. Settings that change the
+        architecture of the network are last.
     """
     plan = plan_with(())
     peak = peak_bytes(plan)
@@ -82,7 +84,7 @@ def find_memory_options(plan_with: Callable[[Sequence[str]], RunPlan]) -> tuple[
         try:
             changed = plan if changes_strategy else plan_with([option])
         except InputError:
-            continue  # not compatible with the rest of the config
+            continue  # the option is not compatible with the config
         reduced = peak_bytes(changed, True if changes_strategy else None)
         if reduced < 0.99 * peak:
             found.append(MemoryOption(option, cost, not cost.startswith("another network"), reduced))
@@ -90,7 +92,7 @@ def find_memory_options(plan_with: Callable[[Sequence[str]], RunPlan]) -> tuple[
 
 
 def _candidates(plan: RunPlan) -> list[tuple[str, str]]:
-    """Return options and their costs."""
+    """Return command-line options that may reduce memory, and descriptions of their drawbacks."""
     lrm, parallel, objects = plan.module.lrm, plan.module.parallel, plan.shape.objects
     tokens = round((lrm.transformer.tokens.shape[-2] // 3) ** 0.5)
     depth = len(lrm.transformer.blocks)
@@ -122,7 +124,12 @@ def _candidates(plan: RunPlan) -> list[tuple[str, str]]:
 
 
 def memory_report(peak: float, options: Sequence[MemoryOption]) -> str:
-    """Return the estimated peak in bytes and the three settings that reduce it most, as text."""
+    """Format the estimated peak memory and the first three settings as text.
+
+    Args:
+        peak: Peak memory of the run in bytes.
+        options: Settings as returned by ``find_memory_options``.
+    """
     need = f"estimated: {peak / 1e9:.1f} GB per process."
     if not options:
         return f"{need} No setting reduces it noticeably; most of it is Python and its libraries."

@@ -1,4 +1,4 @@
-"""A dispatch mode that counts the operations, memory and collectives of a program on fake tensors."""
+"""Dispatch mode that counts the operations, memory and collectives of a program that runs on fake tensors."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,17 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation, or several identical ones.
+    """One or several executions of an operator.
 
     Attributes:
-        part: Part of the program.
+        part: Part of the program that executes the operator.
         name: Name of the operator.
-        flops: Floating-point operations of matrix products and attention, 2 per multiply-add; 0 for others.
-        accessed: Bytes read and written.
-        count: Number of executions; ``flops`` and ``accessed`` are totals over all of them.
-        scratch: Bytes of temporary buffers inside the operator, which stay in a cache and are not in ``accessed``.
+        flops: Total number of floating-point operations. A multiply-add counts as 2, and operators without a formula
+            for FLOPs count as 0.
+        accessed: Total number of bytes read and written.
+        count: Number of executions.
+        scratch: Size of temporary buffers inside the operator in bytes. The buffers remain in the cache of the GPU, so
+            ``accessed`` does not include them.
     """
 
     part: str
@@ -37,7 +39,12 @@ class Operation:
 
 
 class MemoryAccess(NamedTuple):
-    """Bytes that an operator reads and writes, and bytes of its temporary buffers."""
+    """Memory traffic of one execution of an operator.
+
+    Attributes:
+        accessed: Number of bytes read and written.
+        scratch: Size of temporary buffers inside the operator in bytes.
+    """
 
     accessed: float
     scratch: float = 0.0
@@ -47,10 +54,10 @@ _BYTES_FORMULAS: dict[Any, Callable[..., MemoryAccess]] = {}
 
 
 def register_bytes_formula(op: Any) -> Callable[[Callable[..., MemoryAccess]], Callable[..., MemoryAccess]]:  # noqa: ANN401
-    """Register the decorated function as the memory access of an operator.
+    """Register the decorated function as the formula for the memory traffic of an operator.
 
-    The function takes the operator's arguments and ``out_val``. Operators without a formula are counted as reading each
-    input and writing each output once.
+    The function is called with the arguments of the operator and with ``out_val``. Without a formula, an operator is
+    counted as reading each input once and writing each output once.
 
     Args:
         op: The operator, such as ``torch.ops.lrm_pl.decode_along_rays``.
@@ -65,7 +72,7 @@ def register_bytes_formula(op: Any) -> Callable[[Callable[..., MemoryAccess]], C
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of attention. PyTorch 2.14 registers formulas of the CUDA operators only."""
+    """Return the FLOPs of attention. PyTorch 2.14 registers formulas for the CUDA operators only."""
     return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
@@ -73,7 +80,7 @@ def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **
 def _attention_backward_flops(
     grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object
 ) -> int:
-    """Return the FLOPs of the recomputed q k^T and of the four products of the gradients."""
+    """Return the FLOPs of the recomputed product q k^T and of the four products that compute the gradients."""
     return 2 * math.prod(q[:-1]) * k[-2] * (3 * q[-1] + 2 * v[-1])
 
 
@@ -82,9 +89,9 @@ class Collective:
     """One collective operation.
 
     Attributes:
-        op: "all_gather", "reduce_scatter" or "all_reduce".
-        size: Bytes of the full tensor.
-        processes: Processes in the group.
+        op: Type of the collective, which is "all_gather", "reduce_scatter" or "all_reduce".
+        size: Size of the full tensor in bytes.
+        processes: Number of processes in the group.
     """
 
     op: str
@@ -93,7 +100,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a process sends in a ring algorithm: (n - 1) / n of the tensor, twice for an all-reduce."""
+        """Number of bytes that each process sends in a ring algorithm."""
         return (2 if self.op == "all_reduce" else 1) * self.size * (self.processes - 1) / self.processes
 
 
@@ -105,20 +112,20 @@ _COLLECTIVES = {
 
 
 class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count every operation of the calling thread inside the context.
+    """Dispatch mode that counts the operations that the calling thread executes inside the context.
 
     Args:
-        decomposed: Names of custom operators that are counted by the PyTorch operators of their implementation.
+        decomposed: Names of custom operators for which the operators in the Python implementation are counted instead.
 
     Attributes:
-        part: Current part of the program, recorded with each operation.
-        allocated: Bytes of live tensors, without gradients.
+        part: Current part of the program, which is recorded with each operation.
+        allocated: Size of live tensors in bytes, excluding gradients of parameters.
         peak: Maximum of ``allocated``.
-        gradients: Bytes of gradients of parameters, which some strategies hold all the time.
-        peak_with_gradients: Maximum of the sum of both.
+        gradients: Size of the gradients of parameters in bytes.
+        peak_with_gradients: Maximum of ``allocated + gradients``.
         operations: All operations.
         collectives: All collectives.
-        work_fractions: Operator name -> fraction of its FLOPs that is executed (1 by default).
+        work_fractions: Fraction of the FLOPs that is executed, by name of the operator. The default is 1.
     """
 
     def __init__(self, decomposed: Container[str] = ()) -> None:
@@ -133,11 +140,11 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._times = 1.0
 
     def flops(self, part: str | None = None) -> float:
-        """Return the FLOPs of one part, or of all parts."""
+        """Return the FLOPs of one part of the program, or of all parts if ``part`` is None."""
         return sum(x.flops for x in self.operations if part is None or x.part == part)
 
     def track(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor until it is freed; a shared storage counts once."""
+        """Count the storage of a tensor as allocated until it is freed. A storage is counted only once."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
@@ -162,7 +169,12 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def repeated(self, times: float, threads: int = 1) -> Iterator[None]:
-        """Count the operations inside as executed ``times`` times, by ``threads`` threads at once."""
+        """Count the operations inside the context as executed several times.
+
+        Args:
+            times: Number of executions, which may be a fraction.
+            threads: Number of threads that allocate the memory of an execution at the same time.
+        """
         before, peak, self._times = self.allocated, self.peak, times
         self.peak = before
         try:
@@ -175,7 +187,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def track_resizes(self) -> Iterator[None]:
-        """Track resized storages: FSDP2 frees and reallocates gathered weights without an operation."""
+        """Track resized storages, because FSDP2 frees and reallocates gathered weights without calling an operator."""
         original: Callable[..., Any] = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:  # noqa: ANN401 - torch's signature
@@ -197,7 +209,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Run an operation and count it."""
+        """Run an operator and count the operation."""
         kwargs = kwargs or {}
         if func._overloadpacket.__name__ in self.decomposed:
             with self:
@@ -209,7 +221,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if func.namespace == "c10d":
             self._count_collective(func, args, inputs)
-        elif func.namespace != "prim" and not _is_view(func):  # prim reads devices and other properties
+        elif func.namespace != "prim" and not _is_view(func):  # operators in prim only read properties
             self._count(func, args, kwargs, out, inputs, results)
         return out
 
@@ -253,8 +265,8 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _implementation(func: Any) -> Callable[..., Any]:  # noqa: ANN401 - an operator
-    """Return the Python function of a custom operator."""
-    # Private (torch 2.14.1): the function that custom_op decorated has no public accessor.
+    """Return the Python function that implements a custom operator."""
+    # This API is private (torch 2.14.1), but there is no public access to the function that custom_op decorated.
     definition = torch._library.custom_ops.OPDEFS[func._schema.name]
     function: Callable[..., Any] = definition._init_fn
     return function
@@ -267,20 +279,24 @@ def _is_view(func: Any) -> bool:  # noqa: ANN401 - an operator
     )
 
 
-#: Operators that overwrite their first argument, that read as much of it as the result has, and that write as much of
-#: it as their last tensor has.
+#: Operators that overwrite the first argument, operators that read as many bytes of the first argument as the result
+#: has, and operators that write as many bytes of the first argument as the last argument has.
 _OVERWRITING = frozenset({"copy_", "fill_", "zero_"})
 _GATHERING = frozenset({"index", "index_select", "gather", "embedding"})
 _SCATTERING = frozenset({"index_put_", "_index_put_impl_"})
 
 
 def _accessed(func: Any, inputs: list[Tensor], results: list[Tensor]) -> float:  # noqa: ANN401 - an operator
-    """Return the bytes that an operator reads and writes: each input and result once, except as listed above."""
+    """Return the number of bytes that an operator reads and writes.
+
+    Each input and each result is counted once, except for the operators in the sets above and for operators that only
+    create tensors.
+    """
     name = func._overloadpacket.__name__
     if "empty" in name:
         tensors = []
     elif name.startswith("new_") or name.endswith("_like"):
-        tensors = results  # of the other tensor only the shape is read
+        tensors = results  # the operator uses only the shape of the input
     elif name in _OVERWRITING:
         tensors = [*inputs[1:], *results]
     elif name in _GATHERING:
@@ -293,7 +309,7 @@ def _accessed(func: Any, inputs: list[Tensor], results: list[Tensor]) -> float: 
 
 
 def _size(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's distinct elements; an expanded dimension counts once."""
+    """Return the size of a tensor's distinct elements in bytes. An expanded dimension counts as having size 1."""
     if tensor.layout != torch.strided:
         return tensor.numel() * tensor.element_size()
     return tensor.element_size() * math.prod(

@@ -1,4 +1,4 @@
-"""Fraction of rays that hit the renderer's bounds, to which the cost of rendering is proportional."""
+"""Fraction of rays that hit the bounds of the renderer. The cost of rendering is proportional to this fraction."""
 
 import contextlib
 import math
@@ -21,10 +21,10 @@ from lrm_pl.errors import counted
 from lrm_pl.geometry.cameras import canonicalize, orbit
 from lrm_pl.geometry.rays import Bounds, pixel_rays, ray_interval
 
-#: Objects whose cameras are read, and views of each.
+#: Number of objects whose cameras are read, and number of views per object.
 _OBJECTS, _VIEWS = 8, 4
 
-#: Sampled sizes of the resized view; maximum side in pixels of a crop and of a view.
+#: Number of sizes of the resized view to evaluate, and maximum side length of a crop and of a view in pixels.
 _SIZES, _MAX_CROP, _MAX_VIEW = 16, 32, 256
 
 
@@ -32,9 +32,9 @@ class Cameras(NamedTuple):
     """Cameras of target views.
 
     Attributes:
-        c2w: Camera-to-world matrices.
-        fxfycxcy: Normalized intrinsics.
-        source: Description of their origin.
+        c2w: Camera-to-world matrices of shape (N, 4, 4).
+        fxfycxcy: Normalized intrinsics of shape (N, 4).
+        source: Description of where the cameras come from.
     """
 
     c2w: Float[Tensor, "N 4 4"]
@@ -43,7 +43,7 @@ class Cameras(NamedTuple):
 
 
 def default_cameras() -> Cameras:
-    """Return cameras with a 50 degree field of view that fits the unit sphere, at distance 1 / sin(25 degrees)."""
+    """Return cameras with a field of view of 50 degrees, at the distance at which the unit sphere fits the image."""
     half = math.radians(25)
     focal = 0.5 / math.tan(half)
     fxfycxcy = torch.tensor([focal, focal, 0.5, 0.5]).expand(_VIEWS, 4)
@@ -53,7 +53,9 @@ def default_cameras() -> Cameras:
 
 
 def training_cameras(data: ShardDataModule) -> Cameras:
-    """Return the cameras of a few training objects if all data sets are local folders, else the default cameras.
+    """Return the cameras of a few training objects.
+
+    If a data set is not a local folder, or if no object can be read, the default cameras are returned.
 
     Raises:
         InputError: A local data set is damaged.
@@ -66,7 +68,7 @@ def training_cameras(data: ShardDataModule) -> Cameras:
     ]
     reader, c2w, fxfycxcy = ShardReader(entries), list[Tensor](), list[Tensor]()
     for location in locations[:: max(1, len(locations) // _OBJECTS)][:_OBJECTS]:
-        with contextlib.suppress(SampleError):  # training skips it too, with a warning
+        with contextlib.suppress(SampleError):  # training also skips the sample, with a warning
             sample = reader.read(location, [])
             c2w.append(canonicalize(torch.from_numpy(sample.c2w[:_VIEWS])))
             fxfycxcy.append(torch.from_numpy(sample.fxfycxcy[:_VIEWS]))
@@ -78,8 +80,8 @@ def training_cameras(data: ShardDataModule) -> Cameras:
 def hit_fraction(bounds: Bounds, crop: CropConfig, cameras: Cameras) -> float:
     """Return the fraction of rays of random target crops that hit the bounds.
 
-    As in ``data.transforms``, a view is resized to a random side and cropped. A foreground crop is centered on a pixel
-    whose ray hits the bounds.
+    As in ``data.transforms``, a view is resized to a random side length and then cropped. A foreground crop is centered
+    on a pixel whose ray hits the bounds.
     """
     count = min(_SIZES, crop.high - crop.low + 1)
     sides = [crop.low + (k + 0.5) / count * (crop.high - crop.low) for k in range(count)]
@@ -88,7 +90,7 @@ def hit_fraction(bounds: Bounds, crop: CropConfig, cameras: Cameras) -> float:
 
 
 def _hit_fraction_at_scale(bounds: Bounds, ratio: float, crop: CropConfig, cameras: Cameras) -> float:
-    """Return the fraction of hits for views whose side is ``ratio`` times that of the crop."""
+    """Return the fraction of rays that hit the bounds for views that are ``ratio`` times as large as the crop."""
     size = max(1, min(_MAX_CROP, round(_MAX_VIEW / ratio)))
     side = max(size, round(size * ratio)) if size > 1 else _MAX_VIEW
     near, far = ray_interval(*pixel_rays(cameras.c2w, cameras.fxfycxcy, side, side), bounds)

@@ -1,4 +1,4 @@
-"""A training run partitioned over processes, and the cost of one process's step."""
+"""Partition of a training run over processes, and the cost of a step of one process."""
 
 import dataclasses
 
@@ -17,19 +17,19 @@ from lrm_pl.training.precision import DTYPES, require_supported_precision
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """A training run partitioned over processes.
+    """A training run that is partitioned over processes.
 
     Attributes:
         module: The model, on the meta device.
-        shape: Batch of one process.
-        cameras: Origin of the cameras from which the fraction of ray hits is computed.
-        batch_size: Objects per optimizer step.
+        shape: Shape of the batch of one process.
+        cameras: Description of the cameras that are used to compute the fraction of rays that hit the bounds.
+        batch_size: Number of objects per optimizer step.
         processes: Number of processes.
-        accumulate: Accumulated batches per optimizer step.
-        steps: Optimizer steps of the run.
-        strategy: Class of the strategy, or Lightning's name for it.
-        replicas: Replicas under FSDP2.
-        stage: ZeRO stage under DeepSpeed, else 0.
+        accumulate: Number of accumulated batches per optimizer step.
+        steps: Number of optimizer steps of the run.
+        strategy: Class path of the strategy, or Lightning's name of the strategy.
+        replicas: Number of replicas for FSDP2.
+        stage: ZeRO stage for DeepSpeed. If 0, DeepSpeed is not used.
     """
 
     module: LRMModule
@@ -45,17 +45,21 @@ class RunPlan:
 
     @property
     def fused(self) -> bool:
-        """Whether AdamW is fused, as in ``LRMModule.configure_optimizers``: unless a GradScaler is used."""
+        """Whether AdamW is fused. As in ``LRMModule.configure_optimizers``, it is fused unless dtype is float16."""
         return self.shape.dtype != torch.float16
 
     def optimizer_temporaries(self, costs: StepCosts) -> float:
-        """Return the bytes of temporary tensors of AdamW's step: of all weights on a GPU, of the largest on a CPU."""
+        """Return the size of the temporary tensors in AdamW's step in bytes.
+
+        If AdamW is not fused, the temporary tensors are as large as all trained weights on a GPU, and as large as the
+        largest trained tensor on a CPU.
+        """
         if self.fused:
             return 0.0
         return 4.0 * (costs.trained if self.shape.gpu else costs.largest)
 
     def costs(self) -> StepCosts:
-        """Simulate a step of a process that holds the whole network."""
+        """Simulate a step of one process that holds the whole network, and return the costs of the step."""
         module = self.module
         return simulate_step(module.lrm, module.renderer, module.objective, module.parallel, self.shape)
 
@@ -66,14 +70,16 @@ def plan_run(
     """Partition a run over processes.
 
     Args:
-        config: The run's config, as `lrm fit` parses it.
+        config: Config of the run as parsed by ``lrm fit``.
         module: The model, on the meta device.
         data: The data module.
         processes: Number of processes.
-        gpu: GPU of each process; None for this machine's CPU, with the threads of this process.
+        gpu: Properties of the GPU of each process. If None, the CPU of this machine is used, with the number of threads
+            of this process.
 
     Raises:
-        InputError: The batch size is not divisible, or a setting is out of range.
+        InputError: The batch size is not divisible by the number of processes and accumulated batches, or a setting is
+            out of range.
     """
     trainer = config["trainer"]
     accumulate = trainer["accumulate_grad_batches"]

@@ -1,4 +1,4 @@
-"""Sharding of a run without its other processes, on PyTorch's fake process group, which sends nothing."""
+"""Simulation of sharding in a single process, with PyTorch's fake process group that does not communicate."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -16,14 +16,14 @@ from lrm_pl.training.parallelize import mesh_shape, shard
 
 @contextlib.contextmanager
 def fake_process_group(rank: int, processes: int, replicas: int = 1) -> Iterator[DeviceMesh]:
-    """Initialize a fake process group and yield the device mesh of ``FSDP2Strategy``.
+    """Initialize a fake process group, and yield a device mesh with the shape that ``FSDP2Strategy`` uses.
 
     Args:
         rank: Rank of this process.
         processes: World size.
-        replicas: Copies of the network, each sharded over processes / replicas ranks.
+        replicas: Number of replicas of the network. Each replica is sharded over ``processes / replicas`` ranks.
     """
-    # Private, but the base of PyTorch's own tools of this type; the import registers the backend.
+    # This module of PyTorch is private. The import registers the backend "fake".
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=rank, world_size=processes, store=FakeStore())
@@ -35,19 +35,20 @@ def fake_process_group(rank: int, processes: int, replicas: int = 1) -> Iterator
 
 
 def check_shards(lrm: LRM, processes: int, replicas: int, dtype: torch.dtype, ranks: Iterable[int]) -> None:
-    """Shard a network as each of the given ranks, and check the shape of every local shard.
+    """Shard a network for each of the given ranks, and check the shape of every local shard.
 
-    A weight is split along one dimension into shards of equal size; the last ones are smaller or empty.
+    A weight is split along one dimension into shards of equal size. If the size is not divisible, the last shards are
+    smaller or empty.
 
     Args:
-        lrm: The network, preferably on the meta device; it is copied.
+        lrm: The network, which is copied. It should be on the meta device to save memory.
         processes: World size.
-        replicas: Copies of the network.
+        replicas: Number of replicas of the network.
         dtype: Compute type of the blocks.
         ranks: Ranks to check.
 
     Raises:
-        InputError: A shard has another shape.
+        InputError: A shard does not have the expected shape.
     """
     shards = processes // replicas
     for rank in ranks:

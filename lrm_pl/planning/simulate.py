@@ -1,8 +1,8 @@
 """Simulation of a training step on fake tensors, which have shapes but no data.
 
-The simulation runs the training code itself, so it covers every option; a step at the paper's size takes seconds on a
-laptop. For a GPU, the code takes the branches for accelerators on fake CPU tensors, since autograd needs a real device
-of the tensors' type. A given fraction of the rays hits the bounds, and one chunk of rays represents all others.
+The simulation runs the training code itself, so it covers all options. To simulate a GPU, the code runs the branches
+for accelerators on fake CPU tensors, because autograd on fake GPU tensors would require a GPU. The fraction of rays
+that hit the bounds is an input. For each object, only one chunk of rays is simulated, and the cost is multiplied.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from lrm_pl.training.parallelize import ParallelConfig, prepare_blocks, shard
 
 Module = TypeVar("Module", bound=nn.Module)
 
-#: Default GPU.
+#: Properties of the default GPU.
 A100 = GpuProperties((8, 0), 108, 40 * 2**20)
 
 PARTS = ("encoder", "transformer", "renderer", "losses", "backward")
@@ -43,15 +43,15 @@ PARTS = ("encoder", "transformer", "renderer", "losses", "backward")
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """Shape of one process's batch, and the device that computes it.
+    """Shape of the batch of one process, and the device that processes the batch.
 
     Attributes:
-        objects: Objects per batch.
-        views: Target views per object.
-        size: Side of a target crop in pixels.
-        hits: Fraction of the target rays that hit the renderer's bounds (``ray_hits``).
-        gpu: The GPU; None for a CPU.
-        threads: CPU threads; 1 for a GPU.
+        objects: Number of objects per batch.
+        views: Number of target views per object.
+        size: Side length of a target crop in pixels.
+        hits: Fraction of the target rays that hit the bounds of the renderer.
+        gpu: Properties of the GPU. If None, the device is a CPU.
+        threads: Number of CPU threads. It must be 1 for a GPU.
         dtype: Type of matrix products.
         deterministic: Whether deterministic algorithms are required.
     """
@@ -67,27 +67,27 @@ class StepShape:
 
     @property
     def pixels(self) -> int:
-        """Target pixels of the batch."""
+        """Number of target pixels in the batch."""
         return self.objects * self.views * self.size**2
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCosts:
-    """Operations and memory of one process in a step, without the optimizer's update.
+    """Operations and memory of one process in a training step, excluding the update by the optimizer.
 
     Attributes:
         parameters: Number of parameters.
         trained: Number of trained parameters.
-        largest: Elements of the largest trained tensor.
-        weights: Bytes of the weights in this process: all, or its shards.
-        frozen_other: Bytes of networks that only the loss uses.
-        gradients: Bytes of all gradients of these weights.
-        activations: Peak bytes without weights, gradients and the loss's networks.
-        work: Peak bytes of activations and gradients together; gradients of early layers are allocated after it.
+        largest: Number of elements of the largest trained tensor.
+        weights: Size of the weights that this process holds in bytes.
+        frozen_other: Size of networks that only the loss uses in bytes.
+        gradients: Size of all gradients of the weights that this process holds in bytes.
+        activations: Peak memory in bytes, excluding weights, gradients and networks of the loss.
+        work: Peak memory of activations and gradients together in bytes.
         operations: All operations.
         collectives: All collectives.
-        forward: FLOPs of the forward pass by part.
-        shape: The batch.
+        forward: FLOPs of the forward pass, by part of the network.
+        shape: Shape of the batch.
         encoder_frozen: Whether the encoder has no backward pass.
     """
 
@@ -107,19 +107,24 @@ class StepCosts:
 
     @property
     def flops(self) -> float:
-        """Executed FLOPs, including recomputation."""
+        """Number of executed FLOPs, including recomputation."""
         return sum(x.flops for x in self.operations)
 
     @property
     def model_flops(self) -> float:
-        """FLOPs of the model, forward and backward, without recomputation, as in MFU."""
+        """Number of FLOPs in forward and backward without recomputation, as in the definition of MFU."""
         return self.model_flops_of(self.shape.objects, self.shape.pixels, lpips=True)
 
     def model_flops_of(self, objects: int, pixels: int, *, lpips: bool) -> float:
-        """Return ``model_flops`` for other numbers of objects and of target pixels, with or without LPIPS.
+        """Return ``model_flops`` for a different number of objects and target pixels.
 
-        Backward takes twice the FLOPs of forward. LPIPS computes its gradient in forward. A frozen encoder has no
-        backward.
+        Backward is counted as twice the FLOPs of forward, with two exceptions. LPIPS computes the gradient in the
+        forward pass, and a frozen encoder has no backward pass.
+
+        Args:
+            objects: Number of objects.
+            pixels: Number of target pixels.
+            lpips: Whether to include LPIPS.
         """
         forward = self.forward
         per_batch = forward["encoder"] * (1 if self.encoder_frozen else 3) + 3 * forward["transformer"]
@@ -135,15 +140,15 @@ def simulate_step(
     shape: StepShape,
     mesh: DeviceMesh | None = None,
 ) -> StepCosts:
-    """Run forward and backward of one batch on fake tensors and count its operations and memory.
+    """Run the forward and backward pass of one batch on fake tensors, and count the operations and memory.
 
     Args:
-        lrm: The network, preferably on the meta device; it is copied.
+        lrm: The network, which is copied. It should be on the meta device to save memory.
         renderer: The renderer.
-        objective: The loss terms; LPIPS is included from the start.
-        parallel: Settings of the blocks; compilation is ignored.
-        shape: The batch.
-        mesh: If given, shard the network over this mesh with FSDP2.
+        objective: The loss terms. LPIPS is included regardless of ``lpips_start_step``.
+        parallel: Settings for the blocks of the network. Compilation is not simulated.
+        shape: Shape of the batch.
+        mesh: Device mesh over which FSDP2 shards the network. If None, the network is not sharded.
     """
     counter, fake = OperationCounter(decomposed_operators(shape)), FakeTensorMode(allow_non_fake_inputs=True)
     losses = copy.copy(objective)
@@ -160,7 +165,7 @@ def simulate_step(
         module.renderer = FakeRenderer(renderer, shape, counter)  # type: ignore[assignment]
         resizes = contextlib.nullcontext() if mesh is None else counter.track_resizes()
         with counter, resizes, _record_parts(network, counter), warnings.catch_warnings():
-            # The planes are such a view; they are never written in place.
+            # The triplane is such a view, but it is never modified in place.
             warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLRM\) returned a view tensor")
             parameters = list(network.parameters())
             for parameter in parameters:
@@ -201,19 +206,19 @@ def meta_copy(module: Module) -> Module:
 
 
 def fake_copy(module: Module) -> Module:
-    """Copy a module to fake CPU tensors; to be called inside a ``FakeTensorMode``."""
+    """Copy a module to fake CPU tensors. Call this function inside a ``FakeTensorMode``."""
     return _copy(module, "cpu")
 
 
 def decomposed_operators(shape: StepShape) -> frozenset[str]:
-    """Return the custom operators that consist of PyTorch operators on the simulated device."""
+    """Return the names of the custom operators that call PyTorch operators on the simulated device."""
     names = ("triplane_sample", "triplane_sample_backward", "triplane_accumulate")
     return frozenset() if shape.gpu is None else frozenset(names)
 
 
 @contextlib.contextmanager
 def emulate_device(shape: StepShape) -> Iterator[None]:
-    """Make the code take the branches of the simulated device, and set deterministic algorithms."""
+    """Select the code for the simulated device, and set whether deterministic algorithms are required."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -281,7 +286,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _record_parts(network: LRM, counter: OperationCounter) -> Iterator[None]:
-    """Set the counter's part while the network runs; backward is one part, including recomputation."""
+    """Set the part of the counter in forward. The backward pass, including recomputation, is a single part."""
 
     def enter(part: str) -> Callable[..., None]:
         def set_part(*_: Any) -> None:  # noqa: ANN401 - a hook's arguments
@@ -301,7 +306,7 @@ def _record_parts(network: LRM, counter: OperationCounter) -> Iterator[None]:
 
 
 class FakeRenderer(nn.Module):
-    """A renderer that marches one chunk of each object's rays and counts it as all of them."""
+    """A renderer that marches one chunk of rays per object, and counts the chunk as if it were all rays."""
 
     def __init__(self, renderer: Renderer, shape: StepShape, counter: OperationCounter) -> None:
         super().__init__()
@@ -330,7 +335,7 @@ class FakeRenderer(nn.Module):
 
 
 class _OneChunk(Rays):
-    """Rays without directions: a given fraction of them hits the bounds, and one chunk of these is marched."""
+    """Rays of which a given fraction hits the bounds. Only one chunk of these rays is marched."""
 
     def __init__(
         self,
@@ -349,7 +354,7 @@ class _OneChunk(Rays):
     def for_each_chunk(
         self, work: Callable[[int, int, Tensor], None], done: Callable[[int, int], None] = lambda *_: None
     ) -> None:
-        """March one chunk of each object on every thread, counted as all chunks."""
+        """March one chunk per object on every thread, and count it as all chunks."""
         chunk = torch.empty(self.marched, dtype=torch.int64)
         for index in range(self.near.shape[0]):
             for thread in range(self.threads):
@@ -359,9 +364,9 @@ class _OneChunk(Rays):
 
 
 class _OneChunkOfPixels(PixelRays):
-    """Grids of rays of which one chunk per object is marched and counted as all of them.
+    """Grids of rays of which one chunk per object is marched and counted as all chunks.
 
-    Rays that miss the bounds stay in the grid; the kernels skip them.
+    Rays that miss the bounds remain in the grid, and the kernels skip these rays.
     """
 
     def __init__(
@@ -378,12 +383,15 @@ class _OneChunkOfPixels(PixelRays):
         counter.work_fractions = dict.fromkeys(("decode_along_rays", "decode_along_rays_backward"), step.hits)
         samples = self.alive.numel() * grid.samples
         chunk = len(self.alive) * self.marched * grid.columns * grid.samples
-        #: Bytes kept for backward, without those of the marched chunks.
+        #: Number of bytes that are saved for backward, excluding the bytes for the marched chunks.
         self.more = max(0, min(SAVED_BYTES, 16 * samples) - 16 * chunk)
         self.kept: Tensor | None = None
 
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
-        """March one chunk of each object, and allocate the samples of the others between forward and backward."""
+        """March one chunk per object.
+
+        Between forward and backward, a buffer stands in for the saved samples of the other chunks.
+        """
         for index in range(len(self.alive)):
             with self.counter.repeated(self.times):
                 work(index, slice(0, self.marched))

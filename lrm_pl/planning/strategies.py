@@ -1,20 +1,20 @@
-"""Estimated memory, communication and time of a run under each parallel strategy.
+"""Estimates of the memory, communication and time of a run for each parallel strategy.
 
-Memory: trained weights are float32, and AdamW stores two float32 moments per weight. DDP and ZeRO 1 hold all gradients
-all the time; in a single process, gradients of early layers are allocated after most activations are freed.
+Trained weights are float32, and AdamW stores two float32 moments per weight. DDP and ZeRO stage 1 always hold all
+gradients. In a single process, the gradients of early layers are allocated after most activations have been freed.
 
-Time on a GPU is a range between two roofline models, ``FAST`` and ``SLOW``, and is not measured. The time of an
-operation is the maximum of its FLOPs over a fraction of the peak rate, its bytes over a fraction of the memory
-bandwidth, and a launch overhead; no operations are fused. Atomic additions, host synchronization and data loading are
-excluded. The time of a collective is its bytes over a fraction of the slowest link of its ring, plus a latency per
-process (an all-reduce uses a tree). Gradients are reduced during backward, and weights are gathered during any
-computation; the all-gather of ZeRO 1 and 2 after the optimizer's step overlaps with nothing. The resulting waiting time
-is a lower bound.
+Times on GPUs are not measured. They are ranges between the roofline models ``FAST`` and ``SLOW``. The time of an
+operation is the maximum of three terms: the FLOPs divided by a fraction of the peak rate, the bytes divided by a
+fraction of the memory bandwidth, and a launch overhead. The model assumes that no operations are fused. Atomic
+additions, host synchronization and data loading are excluded. The time of a collective is the number of bytes divided
+by a fraction of the bandwidth of the slowest link, plus a latency per hop. Gradients are reduced during backward, and
+weights are gathered during any computation. The all-gather of ZeRO stages 1 and 2 follows the optimizer step and does
+not overlap with computation. The resulting waiting time is a lower bound.
 
-Sources of the fractions: attention kernels reach 35 % of the peak of an H100 and 50 to 73 % of an A100 (Dao 2023,
-FlashAttention-2; Shah et al. 2024, FlashAttention-3), and large matrix products reach the upper end. Copies reach 80 to
-90 % of the bandwidth, reductions and strided reads less; 50 % is a guess. A launch takes about 4 us without autograd,
-and 10 us with autograd and a busy host; both are guesses.
+Attention kernels reach 35 % of the peak rate of an H100 and 50 to 73 % of the peak rate of an A100 (Dao 2023,
+FlashAttention-2; Shah et al. 2024, FlashAttention-3). Large matrix products reach the upper end of the range. Copies
+reach 80 to 90 % of the memory bandwidth. The lower fraction of 50 % for reductions and strided reads is an assumption,
+as are launch overheads of 4 us without autograd and of 10 us with autograd and a busy host.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ class Efficiency:
     Attributes:
         flops: Fraction of the peak FLOP/s.
         bytes: Fraction of the bandwidth of memory and links.
-        launch: Minimum seconds per operation.
-        hop: Latency of a collective in seconds, per process.
+        launch: Minimum time per operation in seconds.
+        hop: Latency per hop of a collective in seconds.
     """
 
     flops: float
@@ -45,15 +45,17 @@ class Efficiency:
 
 FAST, SLOW = Efficiency(0.7, 0.8, 4e-6, 6e-6), Efficiency(0.35, 0.5, 10e-6, 12e-6)
 
-#: Float32 values read or written per trained weight: by gradient clipping, by fused AdamW (reads weight, gradient and
-#: moments, writes weight and moments), and by PyTorch's foreach AdamW, with one pass per operation: decay 2, first
-#: moment 3, second 2 + 3, square root 2, division 2, epsilon 2, update 4.
+#: Number of float32 values that are read or written per trained weight in gradient clipping, in fused AdamW and in
+#: PyTorch's foreach AdamW. Fused AdamW reads the weight, the gradient and two moments, and writes the weight and the
+#: moments. Foreach AdamW uses 2 values for the decay, 3 for the first moment, 2 + 3 for the second moment, 2 for the
+#: square root, 2 for the division, 2 for epsilon and 4 for the update.
 CLIPPING_VALUES, FUSED_VALUES, FOREACH_VALUES = 3, 7, 20
 
-#: Factor for memory that the allocator holds in addition: a guess on a GPU; measured for glibc's heap on a CPU.
+#: Factors for memory that the allocator holds in addition to the tensors. The factor for GPUs is an assumption. The
+#: factor for CPUs was measured with the allocator of glibc.
 GPU_SLACK, CPU_SLACK = 1.1, 1.5
 
-#: Bytes of the CUDA context and libraries in a process.
+#: Memory that the CUDA context and the libraries of a process occupy, in bytes.
 CUDA_CONTEXT = 0.6e9
 
 
@@ -63,9 +65,9 @@ class Hardware:
 
     Attributes:
         gpu: Type of the GPUs.
-        processes: Number of processes, one per GPU.
-        per_node: GPUs per node.
-        network: Bandwidth between nodes in bytes per second and node.
+        processes: Number of processes, which equals the number of GPUs.
+        per_node: Number of GPUs per node.
+        network: Bandwidth between nodes in bytes per second per node.
     """
 
     gpu: Gpu
@@ -81,18 +83,20 @@ class Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class StrategyEstimate:
-    """Memory in bytes and time in seconds per step of one process under a strategy.
+    """Memory and time per step of one process with a given strategy.
+
+    Times are pairs of the estimates of the models ``FAST`` and ``SLOW``.
 
     Attributes:
         strategy: Name of the strategy in configs/trainer/.
-        weights: Bytes of the network and of the LPIPS network.
-        gradients: Bytes of gradients.
-        optimizer: Bytes of AdamW's moments, and of ZeRO's copies of the weights.
-        activations: Bytes of activations at the peak, with gathered and temporary tensors.
-        peak: Peak bytes, with the allocator's slack.
-        sent: Bytes sent.
-        compute: Seconds of computation, from fast to slow.
-        exposed: Seconds of communication that does not overlap with computation, from fast to slow.
+        weights: Size of the weights of the network and of the LPIPS network in bytes.
+        gradients: Size of the gradients in bytes.
+        optimizer: Size of AdamW's moments and of ZeRO's copies of the weights in bytes.
+        activations: Peak size of activations, gathered weights and temporary tensors in bytes.
+        peak: Peak memory in bytes, including memory that the allocator holds in addition.
+        sent: Number of bytes sent.
+        compute: Time of computation in seconds.
+        exposed: Time of communication that does not overlap with computation, in seconds.
     """
 
     strategy: str
@@ -107,7 +111,7 @@ class StrategyEstimate:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Seconds per step, from fast to slow."""
+        """Total time per step in seconds."""
         fast, slow = (a + b for a, b in zip(self.compute, self.exposed, strict=True))
         return fast, slow
 
@@ -115,19 +119,19 @@ class StrategyEstimate:
 def estimate_single_process(
     costs: StepCosts, accumulate: int, base: float, slack: float, temporaries: float
 ) -> StrategyEstimate:
-    """Estimate the memory of a single process; its times are left at 0.
+    """Estimate the memory of a single process. All times in the result are 0.
 
     Args:
         costs: Costs of a step.
-        accumulate: Batches per step.
-        base: Bytes of the process without a network.
-        slack: Factor for memory that the allocator holds in addition.
-        temporaries: Bytes of temporary tensors of the optimizer's step.
+        accumulate: Number of batches per optimizer step.
+        base: Memory of the process without a network in bytes.
+        slack: Factor for memory that the allocator holds in addition to the tensors.
+        temporaries: Size of the temporary tensors in the optimizer step in bytes.
     """
     weights, optimizer = costs.weights + costs.frozen_other, 8.0 * costs.trained
     kept = costs.gradients if accumulate > 1 else 0.0
     work = max(kept + costs.activations, costs.work, costs.gradients + temporaries)
-    # The heap keeps a part of all freed memory: of activations, and of gradients between steps.
+    # The heap keeps a part of the memory that was freed, including the gradients that are freed between steps.
     peak = base + weights + optimizer + (work + (slack - 1) * (work + costs.gradients) if slack > 1 else work)
     return StrategyEstimate(
         "none", weights, costs.gradients, optimizer, costs.activations, peak, 0.0, (0.0, 0.0), (0.0, 0.0)
@@ -143,15 +147,19 @@ def estimate_strategies(
     *,
     fused: bool,
 ) -> list[StrategyEstimate]:
-    """Estimate every strategy on GPUs, from simplest to most complex.
+    """Estimate all strategies on GPUs.
 
     Args:
-        whole: Step of a process that holds the whole network.
-        sharded: Step under FSDP2 over all processes; None for one process.
-        hybrid: Step under FSDP2 with shards inside a node and replicas over nodes; None for one node.
-        hardware: GPUs and network.
-        accumulate: Batches per step.
-        fused: Whether AdamW is fused; otherwise its temporary tensors are as large as the weights that it updates.
+        whole: Costs of a step of a process that holds the whole network.
+        sharded: Costs of a step with FSDP2 over all processes, or None if there is one process.
+        hybrid: Costs of a step with FSDP2 inside each node and replicas over nodes, or None if there is one node.
+        hardware: GPUs and network of the run.
+        accumulate: Number of batches per optimizer step.
+        fused: Whether AdamW is fused. If it is not fused, it allocates temporary tensors that are as large as the
+            weights that it updates.
+
+    Returns:
+        The estimates, ordered from the simplest to the most complex strategy.
     """
     n, trained = hardware.processes, 4.0 * whole.trained
     temporary = 0.0 if fused else 1.0
@@ -172,7 +180,7 @@ def estimate_strategies(
         ("deepspeed_1", weights, trained, 3 * trained / n, activations, [reduce_scatter, all_gather], trained / n),
         ("deepspeed_2", weights, trained / n, 3 * trained / n, whole.work, [*[reduce_scatter] * accumulate, all_gather],
          trained / n),
-        # ZeRO 3 keeps up to 1e9 gathered weights, which are all weights of these networks.
+        # ZeRO stage 3 keeps up to 1e9 gathered weights, so it keeps all weights of these networks.
         ("deepspeed_3", whole.weights / n + whole.frozen_other, trained / n, 3 * trained / n,
          whole.weights + whole.work, [*[gather_weights] * 2 * accumulate, *[reduce_scatter] * accumulate], trained / n),
     ]  # fmt: skip
@@ -210,17 +218,17 @@ def _times(
     fused: bool,
     per_batch: bool,
 ) -> tuple[float, float]:
-    """Return seconds of computation and of exposed communication.
+    """Return the time of computation and of exposed communication per optimizer step in seconds.
 
     Args:
-        whole: Step of a process that holds the whole network.
+        whole: Costs of a step of a process that holds the whole network.
         collectives: Collectives of an optimizer step.
-        stepped: Bytes of the weights that the optimizer updates in this process.
-        hardware: GPUs and network.
-        accumulate: Batches per step.
+        stepped: Size of the weights that the optimizer updates in this process in bytes.
+        hardware: GPUs and network of the run.
+        accumulate: Number of batches per optimizer step.
         efficiency: Achieved fractions of the peak rates.
         fused: Whether AdamW is fused.
-        per_batch: Whether every accumulated batch communicates, module by module.
+        per_batch: Whether there is communication in every accumulated batch, which overlaps with computation.
     """
     compute = _compute(whole, stepped, hardware.gpu, accumulate, efficiency, fused=fused)
     backward = _roofline(whole, hardware.gpu, efficiency, "backward") * (accumulate if per_batch else 1)
@@ -241,7 +249,7 @@ def _with_slack(peak: float) -> float:
 def _compute(
     costs: StepCosts, stepped: float, gpu: Gpu, accumulate: int, efficiency: Efficiency, *, fused: bool
 ) -> float:
-    """Return the seconds of all batches of a step, gradient clipping and AdamW."""
+    """Return the time of all batches of an optimizer step, gradient clipping and AdamW in seconds."""
     values = CLIPPING_VALUES + (FUSED_VALUES if fused else FOREACH_VALUES)
     return accumulate * _roofline(costs, gpu, efficiency) + values * stepped / (
         efficiency.bytes * gpu.bandwidth
@@ -261,9 +269,11 @@ def _roofline(costs: StepCosts, gpu: Gpu, efficiency: Efficiency, part: str | No
 
 
 def _seconds(collective: Collective, hardware: Hardware, efficiency: Efficiency) -> float:
-    """Return the seconds of a collective: at the GPUs' link inside a node, else at the network's bandwidth.
+    """Return the time of a collective in seconds.
 
-    Shards are placed inside nodes first. Replicas are reduced over nodes, with one ring per GPU of a node at once.
+    A collective inside a node uses the links between the GPUs, and other collectives use the network. The processes of
+    a replica are placed on the same node if possible. If replicas are reduced over nodes, each GPU of a node is part of
+    a different ring, and all rings communicate at the same time.
     """
     if collective.processes == 1:
         return 0.0
@@ -278,9 +288,16 @@ def _seconds(collective: Collective, hardware: Hardware, efficiency: Efficiency)
 
 
 def best_fitting(estimates: Sequence[StrategyEstimate], memory: float) -> StrategyEstimate | None:
-    """Return the simplest strategy that fits into memory and is at most 5 % slower than the fastest; None if none fits.
+    """Return the simplest strategy that fits into memory and is at most 5 % slower than the fastest such strategy.
 
-    The midpoints of the time ranges are compared; smaller differences are within the error of the estimate.
+    The midpoints of the time ranges are compared. Differences of less than 5 % are within the error of the estimate.
+
+    Args:
+        estimates: Estimates, ordered from the simplest to the most complex strategy.
+        memory: Memory of a GPU in bytes.
+
+    Returns:
+        The estimate of the strategy, or None if no strategy fits into memory.
     """
     fits = [x for x in estimates if x.peak <= memory]
     least = min((sum(x.seconds) for x in fits), default=0.0)

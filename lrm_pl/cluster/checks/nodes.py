@@ -75,7 +75,7 @@ class NodeExchange:
     def __init__(self, group: NodeGroup) -> None:
         self.group = group
         self.address, self.port = rendezvous_address()
-        socket.getaddrinfo(self.address, self.port)  # fails immediately, while the store would retry for minutes
+        socket.getaddrinfo(self.address, self.port)  # fails immediately; the store would retry for minutes
         self._store = TCPStore(
             self.address,
             self.port,
