@@ -1,4 +1,7 @@
-"""File locks between processes and machines. Some file systems have none, for example Lustre without ``-o flock``."""
+"""File locks between processes and machines.
+
+Some file systems do not support locks, for example Lustre if it is mounted without ``-o flock``.
+"""
 
 import errno
 import fcntl
@@ -9,7 +12,7 @@ from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
-#: Error numbers of file systems without locks.
+#: Error numbers of file systems that do not support locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -21,10 +24,11 @@ def lock(file: IO[Any], *, wait: bool) -> bool:
         wait: Whether to wait until the lock is free.
 
     Returns:
-        Whether the file is locked; False if the file system has no locks, which is logged once per folder.
+        Whether the file is locked. If the file system does not support locks, the result is False and a warning is
+        logged once per folder.
 
     Raises:
-        BlockingIOError: The lock is held and ``wait`` is False.
+        BlockingIOError: The lock is not free, and ``wait`` is False.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

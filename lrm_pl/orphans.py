@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, even if it is killed."""
+"""Child processes that exit when the parent process exits or is killed."""
 
 import multiprocessing
 import os
@@ -7,7 +7,7 @@ from multiprocessing.process import BaseProcess
 
 
 def end_with_parent() -> None:
-    """Exit this process when its parent ends; use as ``initializer`` of a process pool."""
+    """Exit this process when the parent process exits. Use this as the ``initializer`` of a process pool."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_wait_for_end_of, args=(parent,), daemon=True).start()

@@ -10,10 +10,10 @@ from lrm_pl.errors import InputError
 
 
 def user_path(text: str) -> Path:
-    """Parse a local path argument and expand ``~``, which shells do not expand in ``--out=~/x``.
+    """Parse a local path argument and expand ``~``, because shells do not expand it in ``--out=~/x``.
 
     Raises:
-        argparse.ArgumentTypeError: The argument is empty or a URL.
+        argparse.ArgumentTypeError: The argument is empty or is a URL.
     """
     if "://" in text:
         raise argparse.ArgumentTypeError(
@@ -27,7 +27,7 @@ def user_path(text: str) -> Path:
 
 
 def escape_names() -> None:
-    """Escape characters on stdout that its encoding cannot print, as stderr does; file names may be any bytes."""
+    """Escape characters that the encoding of stdout does not support, because file names may contain any bytes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

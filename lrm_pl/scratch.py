@@ -1,6 +1,6 @@
-"""Temporary folders, and removal of those of killed processes.
+"""Temporary folders, and removal of temporary folders that killed processes have left.
 
-The process that creates a folder locks ``.lock`` in it. If the lock is free, the process has ended.
+The process that creates a folder locks the file ``.lock`` in the folder. If the lock is free, the process has ended.
 """
 
 import contextlib
@@ -14,17 +14,19 @@ from lrm_pl.locks import lock
 
 LOCK_NAME = ".lock"
 
-#: Age in seconds from which a folder without a lock file is considered abandoned rather than new.
+#: Age in seconds after which a folder without a lock file is considered abandoned.
 _ABANDONED_S = 3600.0
 
 
 class ScratchFolder:
-    """A temporary folder. If its process is killed, the next ``ScratchFolder`` of the same prefix removes it.
+    """A temporary folder.
+
+    If the process is killed, the folder is removed when the next ``ScratchFolder`` with the same prefix is created.
 
     Args:
-        prefix: Prefix of its name.
-        parent: Parent folder; None: the system's temporary folder.
-        suffix: Suffix of its name.
+        prefix: Prefix of the name.
+        parent: Parent folder. If None, the temporary folder of the system.
+        suffix: Suffix of the name.
     """
 
     def __init__(self, prefix: str, parent: Path | None = None, suffix: str = "") -> None:
@@ -33,17 +35,23 @@ class ScratchFolder:
         self.path = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=directory))
         self._lock = open(self.path / LOCK_NAME, "w")
         lock(self._lock, wait=False)
-        # A forked child must not keep the lock.
+        # A forked child process must not hold the lock.
         os.register_at_fork(after_in_child=self._lock.close)
 
     def remove(self) -> None:
-        """Remove the folder and its content."""
+        """Remove the folder and its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
 
 def remove_stale(prefix: str, directory: Path, suffix: str = "") -> None:
-    """Remove the folders of ended processes; folders of other users are kept."""
+    """Remove temporary folders of processes that have ended. Folders of other users are not removed.
+
+    Args:
+        prefix: Prefix of the names.
+        directory: Parent folder.
+        suffix: Suffix of the names.
+    """
     for folder in directory.iterdir():
         if not (folder.name.startswith(prefix) and folder.name.endswith(suffix) and folder.is_dir()):
             continue

@@ -1,4 +1,4 @@
-"""File access through fsspec for local folders, object stores and web servers, with uniform errors and retries."""
+"""File access through fsspec to local folders, object stores and web servers, with uniform errors and retries."""
 
 import errno
 import random
@@ -15,7 +15,7 @@ from lrm_pl.errors import InputError
 
 Result = TypeVar("Result")
 
-#: Packages of object stores, whose exceptions are not OSErrors.
+#: Packages for access to object stores, whose exceptions are not subclasses of OSError.
 _STORE_PACKAGES = (
     "botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "huggingface_hub", "httpx", "httpx2", "httpcore",
     "httpcore2",
@@ -37,22 +37,22 @@ _REMEDIES = {
 #: URL scheme -> extra of this package that installs its fsspec package.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "https", "https": "https"}
 
-#: Begins the name of a network on the Hugging Face hub: a path that is mistyped must not open a stranger's.
+#: Required prefix of a network on the Hugging Face Hub, so that a mistyped local path does not refer to the Hub.
 HUB = "hf://"
 
-#: Timeouts of web servers in seconds: to connect, and between reads.
+#: Timeouts of web servers in seconds, for connecting and between reads.
 _CONNECT_S, _SILENCE_S = 10.0, 30.0
 
-#: Maximum delay between two attempts, seconds.
+#: Maximum delay between two attempts in seconds.
 _MAX_DELAY_S = 30.0
 
 
 class StoreError(InputError, OSError):
-    """An operation of an object store failed."""
+    """A request to an object store or web server failed."""
 
 
 class MissingError(StoreError):
-    """Object missing or access denied; not retried."""
+    """An object is missing or access is denied. The request is not retried."""
 
 
 class StoreDownError(InputError):
@@ -60,10 +60,10 @@ class StoreDownError(InputError):
 
 
 def open_store(path: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a path or URL, and the path in it.
+    """Return the fsspec file system of a path or URL, and the path in the file system.
 
     Raises:
-        InputError: The fsspec package for the URL is unknown or not installed.
+        InputError: The fsspec package for the URL is unknown or is not installed.
     """
     scheme = path.split("://")[0]
     try:
@@ -98,7 +98,7 @@ def is_local(path: str) -> bool:
 
 @contextmanager
 def store_errors(path: str) -> Iterator[None]:
-    """Convert exceptions of object store packages to ``StoreError``; OSErrors of local paths are not changed."""
+    """Convert exceptions of object store packages to ``StoreError``. OSErrors of local paths are not converted."""
     try:
         yield
     except Exception as error:
@@ -126,7 +126,7 @@ def store_errors(path: str) -> Iterator[None]:
 
 
 def is_server_fault(error: Exception) -> bool:
-    """Return whether fsspec reports a failure of a web server as a missing file."""
+    """Return whether an exception reports a missing file although the web server failed."""
     cause = error.__cause__
     return (
         isinstance(error, FileNotFoundError)
@@ -137,7 +137,7 @@ def is_server_fault(error: Exception) -> bool:
 
 
 def _unreached(error: BaseException) -> OSError | None:
-    """Return the connection error in the causes of an exception, if there is one."""
+    """Return the connection error in the chain of causes of an exception, or None."""
     chain, found = [error], error.__cause__ or error.__context__
     while found is not None and found not in chain:
         chain.append(found)
@@ -152,12 +152,15 @@ def retry(work: Callable[[], Result], attempts: int, first_wait_s: float = 0.5) 
     """Call a function until it succeeds, with exponential backoff and jitter after each ``StoreError``.
 
     Args:
-        work: The function; called from the start each time.
+        work: The function to call.
         attempts: Maximum number of calls.
-        first_wait_s: Delay before the second call, seconds.
+        first_wait_s: Maximum delay before the second call in seconds.
+
+    Returns:
+        The return value of ``work``.
 
     Raises:
-        StoreError: The last attempt failed, or the object is missing.
+        StoreError: The last attempt failed, or an object is missing.
     """
     for attempt in range(1, attempts + 1):
         try:
@@ -168,20 +171,23 @@ def retry(work: Callable[[], Result], attempts: int, first_wait_s: float = 0.5) 
             if attempt == attempts:
                 raise
             wait = min(first_wait_s * 2 ** (attempt - 1), _MAX_DELAY_S)
-            time.sleep(wait * random.uniform(0.5, 1))  # jitter, so that workers do not retry in lockstep
+            time.sleep(wait * random.uniform(0.5, 1))  # jitter, so that workers do not retry at the same time
     raise ValueError(f"expected at least one attempt, but found {attempts}")
 
 
 def read_ranges(url: str, ranges: Sequence[tuple[int, int]], attempts: int = 1) -> list[bytes]:
-    """Read byte ranges of one remote file concurrently; failed ranges are retried.
+    """Read byte ranges of a remote file concurrently. Failed ranges are retried.
 
     Args:
         url: URL of the file.
-        ranges: (offset, size) of each range.
+        ranges: Offset and size of each range in bytes.
         attempts: Maximum number of attempts.
 
+    Returns:
+        The content of each range.
+
     Raises:
-        StoreError: A request failed or returned another number of bytes.
+        StoreError: A request failed or returned an unexpected number of bytes.
     """
     found: dict[tuple[int, int], bytes] = {}
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: sharded, hashed and atomic, in a local folder or an object store. See README.md."""
+"""Sharded, hashed and atomic training checkpoints in a local folder or an object store. See README.md."""
 
 from lrm_pl.checkpoints.files import require_writable
 from lrm_pl.checkpoints.index import (

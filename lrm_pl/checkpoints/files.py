@@ -1,7 +1,7 @@
-"""Write and hash the files of checkpoints, in a local folder or an object store.
+"""Writing and hashing of checkpoint files in a local folder or an object store.
 
-Files are hashed while they are written. This avoids reading them again, and a file that is damaged on its way to the
-store does not match its hash.
+Files are hashed while they are written, so that they need not be read again, and so that damage during an upload is
+detected.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ class HashingWriter:
 
     Attributes:
         size: Number of bytes written.
-        error: The first failed write, None if there is none. PyTorch raises another exception instead.
+        error: Exception of the first failed write, or None. PyTorch replaces this exception with a different one.
     """
 
     def __init__(self, file: Any) -> None:  # noqa: ANN401 - fsspec's files have no common type
@@ -30,7 +30,7 @@ class HashingWriter:
         self.size, self.error = 0, None  # type: int, Exception | None
 
     def write(self, data: Any) -> int:  # noqa: ANN401 - any buffer
-        """Write and hash."""
+        """Write and hash a buffer, and return its size in bytes."""
         try:
             self._file.write(data)
         except Exception as error:
@@ -45,10 +45,10 @@ class HashingWriter:
         return self.size
 
     def flush(self) -> None:
-        """Do nothing; ``hashed_file`` flushes at the end."""
+        """Do nothing, because ``hashed_file`` flushes the file."""
 
     def close(self) -> None:
-        """Do nothing; ``hashed_file`` closes the file."""
+        """Do nothing, because ``hashed_file`` closes the file."""
 
     @property
     def record(self) -> tuple[int, str]:
@@ -58,11 +58,14 @@ class HashingWriter:
 
 @contextmanager
 def hashed_file(path: str) -> Iterator[HashingWriter]:
-    """Open a file for writing. On exit it is on disk or completely uploaded; after an error it is discarded.
+    """Open a file for writing.
+
+    When the context exits, the file has been flushed to disk or uploaded completely. An upload is discarded if an error
+    occurs.
 
     Raises:
-        OSError: The file cannot be written, for example for lack of space or permission.
-        StoreError: The object store failed.
+        OSError: The file cannot be written, for example because the disk is full or permission is denied.
+        StoreError: A request to the object store failed.
     """
     fs, inner = open_store(path)
     with store_errors(path):
@@ -105,7 +108,7 @@ def sync_folder(folder: str) -> None:
 
 
 def require_writable(folder: str) -> None:
-    """Check that files can be written to a folder, creating it if needed.
+    """Check that files can be written to a folder. A local folder is created if it does not exist.
 
     Raises:
         InputError: The folder is not writable.

@@ -1,4 +1,4 @@
-"""The index of a checkpoint, and listing, validation and retention of checkpoints. Call these on one rank."""
+"""The index of a checkpoint, and functions that list, verify and delete checkpoints. Call the functions on one rank."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ from lrm_pl.storage import is_local, open_store, store_errors
 #: Whether the highest or the lowest value of a metric is the best.
 Mode = Literal["max", "min"]
 
-#: Factor that makes the highest value the best.
+#: Factor on a metric with which the highest value is the best.
 MODE_SIGNS: dict[Mode, float] = {"max": 1.0, "min": -1.0}
 
 FORMAT_VERSION = 1
@@ -34,7 +34,7 @@ _HASHING_THREADS = 4
 
 
 class CheckpointError(InputError):
-    """A checkpoint is missing, incomplete, damaged, unsafe to load, or belongs to another model."""
+    """A checkpoint is missing, incomplete, damaged, unsafe to load, or belongs to a different model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Checkpoint:
     """A complete checkpoint.
 
     Attributes:
-        path: Its folder, a local path or a URL.
-        step: Number of optimizer steps done.
-        run: State of the run besides tensors, as JSON values.
-        files: File name -> (size in bytes, SHA-256).
+        path: Path or URL of the folder of the checkpoint.
+        step: Number of completed optimizer steps.
+        run: State of the run except for tensors, as JSON values.
+        files: Mapping from file name to size in bytes and SHA-256.
     """
 
     path: str
@@ -55,42 +55,44 @@ class Checkpoint:
 
 
 def checkpoint_path(folder: str, step: int) -> str:
-    """Return the path of the checkpoint of a step in a folder of checkpoints."""
+    """Return the path of the checkpoint of a step."""
     return f"{folder.rstrip('/')}/step-{step:08d}"
 
 
 def checkpoint_step(path: str) -> int:
-    """Return the step in the path of a checkpoint."""
+    """Return the step that the path of a checkpoint contains."""
     return int(path.rsplit("step-", 1)[1])
 
 
 def partial_path(path: str) -> str:
-    """Return the folder that a checkpoint is written to before it is complete."""
+    """Return the folder to which a checkpoint is written before it is complete."""
     return f"{path}.partial" if is_local(path) else path
 
 
 def create_partial(path: str) -> None:
-    """Create an empty folder to write a checkpoint to."""
+    """Create an empty folder for the files of an incomplete checkpoint."""
     folder = partial_path(path)
     if is_local(folder):
         inner = open_store(folder)[1]
         shutil.rmtree(inner, ignore_errors=True)
-        os.makedirs(inner)  # not in an object store: fsspec would create a missing bucket
+        os.makedirs(inner)  # only for local folders, because fsspec would create a missing bucket
     else:
         remove_checkpoint(folder)
 
 
 def finalize_checkpoint(path: str, step: int, run: Mapping[str, Any], files: FileRecords) -> Checkpoint:
-    """Write the index of a checkpoint and move it to its final path. Call this on one rank, after all ranks wrote.
+    """Write the index of a checkpoint and move the checkpoint to its final path.
+
+    Call this on one rank after all ranks have written their files.
 
     Args:
-        path: Folder of the checkpoint.
-        step: Number of optimizer steps done.
-        run: State of the run besides tensors, as JSON values.
+        path: Path or URL of the folder of the checkpoint.
+        step: Number of completed optimizer steps.
+        run: State of the run except for tensors, as JSON values.
         files: The return value of ``write_tensors``.
 
     Raises:
-        OSError: The index cannot be written, or a file of another rank is missing.
+        OSError: The index cannot be written, or a file written by a different rank is missing.
     """
     folder = partial_path(path)
     fs, inner = open_store(folder)
@@ -109,7 +111,7 @@ def finalize_checkpoint(path: str, step: int, run: Mapping[str, Any], files: Fil
     if folder != path:
         target = open_store(path)[1]
         sync_folder(inner)
-        # An earlier checkpoint of this step is damaged or from a run that was resumed before it.
+        # An existing checkpoint of this step is damaged, or the run was resumed from an earlier step.
         if os.path.lexists(target):
             remove_checkpoint(path)
         os.rename(inner, target)
@@ -118,9 +120,9 @@ def finalize_checkpoint(path: str, step: int, run: Mapping[str, Any], files: Fil
 
 
 def list_checkpoints(folder: str) -> list[str]:
-    """List the paths of the checkpoints in a folder, newest first, without validating them.
+    """Return the paths of the checkpoints in a folder, newest first, without verifying the checkpoints.
 
-    Returns an empty list if the folder does not exist.
+    If the folder does not exist, the list is empty.
     """
     fs, inner = open_store(folder)
     with store_errors(folder):
@@ -134,7 +136,7 @@ def list_checkpoints(folder: str) -> list[str]:
 
 
 def remove_checkpoint(path: str) -> None:
-    """Delete a checkpoint, its index first, so that an interrupted deletion leaves no valid checkpoint."""
+    """Delete a checkpoint. The index is deleted first, so that a partially deleted checkpoint is not valid."""
     fs, inner = open_store(path)
     with store_errors(path):
         if fs.exists(f"{inner}/{INDEX_NAME}"):
@@ -144,9 +146,14 @@ def remove_checkpoint(path: str) -> None:
 
 
 def remove_partial_checkpoints(folder: str, log: Callable[[str], None]) -> None:
-    """Delete incomplete checkpoints of an interrupted run from a local folder. No other run may use the folder.
+    """Delete incomplete checkpoints of an interrupted run from a local folder.
 
-    In an object store, incomplete checkpoints have their final path and are overwritten or pruned later.
+    No other run may use the folder. In an object store, this does nothing, because incomplete checkpoints have their
+    final path and are overwritten or pruned later.
+
+    Args:
+        folder: Folder of the checkpoints.
+        log: Function that is called with a message for each deleted checkpoint.
     """
     if not is_local(folder):
         return
@@ -158,7 +165,7 @@ def remove_partial_checkpoints(folder: str, log: Callable[[str], None]) -> None:
 
 
 def read_index(path: str) -> Checkpoint:
-    """Read the index of a checkpoint without checking its other files.
+    """Read the index of a checkpoint without verifying the other files.
 
     Raises:
         CheckpointError: The index is missing or invalid.
@@ -217,7 +224,7 @@ def _parse_index(path: str, content: bytes) -> Checkpoint:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Read the index of a checkpoint and verify the size and hash of all files.
+    """Read the index of a checkpoint and verify the sizes and hashes of all files.
 
     Raises:
         CheckpointError: The index is missing or invalid, or a file is damaged.
@@ -246,13 +253,18 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 
 def newest_checkpoint(folder: str, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest valid checkpoint of a folder; skip damaged ones with a warning.
+    """Return the newest valid checkpoint in a folder.
 
-    Returns None if the folder has no checkpoints. In an object store, where the index is written last, it also returns
-    None if no checkpoint has an index, because the run ended before its first checkpoint was complete.
+    Args:
+        folder: Folder of the checkpoints.
+        warn: Function that is called with a message for each damaged checkpoint.
+
+    Returns:
+        The checkpoint, or None if the folder has no checkpoints. In an object store, also None if no checkpoint has an
+        index, because the run ended before the first checkpoint was complete.
 
     Raises:
-        CheckpointError: The folder has checkpoints, but none is valid.
+        CheckpointError: The folder has checkpoints, but no checkpoint is valid.
     """
     paths = list_checkpoints(folder)
     for path in paths:
@@ -273,7 +285,7 @@ def newest_checkpoint(folder: str, warn: Callable[[str], None]) -> Checkpoint | 
 
 
 def has_index(path: str) -> bool:
-    """Return whether a checkpoint has its index, which is written last and deleted first."""
+    """Return whether a checkpoint has an index, which is written last and deleted first."""
     fs, inner = open_store(path)
     with store_errors(path):
         return bool(fs.isfile(f"{inner}/{INDEX_NAME}"))
@@ -288,16 +300,15 @@ def prune_checkpoints(
     monitor: str | None = None,
     mode: Mode = "max",
 ) -> None:
-    """Delete old checkpoints, except for the newest, the best and every n-th.
+    """Delete old checkpoints, except for the newest, the best and every n-th checkpoint.
 
     Args:
         folder: Folder of the checkpoints.
         keep: Number of most recent checkpoints to keep.
-        keep_every: Also keep checkpoints of multiples of this step.
-        ignored: Checkpoints that are neither counted nor deleted, such as damaged ones that the run skipped. If they
-            were counted as recent, valid checkpoints would be deleted instead.
-        monitor: Metric of the best checkpoint; see ``best_score``.
-        mode: Whether the highest or the lowest value is the best.
+        keep_every: Number of steps between checkpoints that are never deleted, or None.
+        ignored: Paths of checkpoints that are neither counted nor deleted, such as damaged checkpoints.
+        monitor: Name of the metric of the best checkpoint; see ``best_score``.
+        mode: Whether the highest or the lowest value of the metric is the best.
     """
     paths = [path for path in list_checkpoints(folder) if path not in ignored]
     scores = _signed_scores(paths, monitor, mode)
@@ -314,17 +325,17 @@ def best_score(
     monitor: str | None = None,
     mode: Mode = "max",
 ) -> tuple[float | None, set[str]]:
-    """Find the best score (``run["score"]``) of the valid checkpoints in a folder.
+    """Return the best score (``run["score"]``) of the valid checkpoints in a folder.
 
     Args:
         folder: Folder of the checkpoints.
-        warn: Called with a message for each damaged checkpoint.
-        ignored: Checkpoints to ignore.
-        monitor: Name of the metric; scores of other metrics are ignored. None uses all scores.
-        mode: Whether the highest or the lowest value is the best.
+        warn: Function that is called with a message for each damaged checkpoint.
+        ignored: Paths of checkpoints to ignore.
+        monitor: Name of the metric. Scores of other metrics are ignored. If None, all scores are used.
+        mode: Whether the highest or the lowest value of the metric is the best.
 
     Returns:
-        The best score, or None if there is none, and the damaged checkpoints with a better score.
+        The best score, or None if no checkpoint has a score, and the paths of damaged checkpoints with a better score.
     """
     paths = [path for path in list_checkpoints(folder) if path not in ignored]
     scores = _signed_scores(paths, monitor, mode)
@@ -341,7 +352,7 @@ def best_score(
 
 
 def _signed_scores(paths: Collection[str], monitor: str | None, mode: Mode) -> dict[str, float]:
-    """Return path -> score, negated if lower is better; checkpoints without a score in this metric are left out."""
+    """Return a mapping from path to score, negated if lower is better, for checkpoints with a score in a metric."""
     scores = {}
     for path in paths:
         try:

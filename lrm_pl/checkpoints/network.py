@@ -1,4 +1,4 @@
-"""The network weights of a checkpoint."""
+"""Loading of network weights from a checkpoint."""
 
 from torch import Tensor, nn
 
@@ -10,15 +10,15 @@ _NETWORK, _AVERAGE = "network.", "average."
 
 
 def network_tensors(lrm: nn.Module) -> dict[str, Tensor]:
-    """Return the weights and buffers of a network by checkpoint name (``network.*``), sharing memory with it."""
+    """Return the weights and buffers of a network by checkpoint name (``network.*``). They share memory with it."""
     return {f"{_NETWORK}{name}": tensor for name, tensor in lrm.state_dict().items()}
 
 
 def require_network(checkpoint: Checkpoint, lrm: nn.Module) -> None:
-    """Check that a checkpoint has exactly the weights of a network, by name and shape.
+    """Check that the names and shapes of the weights in a checkpoint and in a network are equal.
 
     Raises:
-        CheckpointError: Weights are missing, unexpected or of another shape.
+        CheckpointError: Weights are missing, are unexpected or have a different shape.
     """
     found = {name: shape for name, shape in tensor_names(checkpoint).items() if name.startswith(_NETWORK)}
     expected = {name: tensor.shape for name, tensor in network_tensors(lrm).items()}
@@ -42,10 +42,10 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
     Args:
         checkpoint: The checkpoint to read.
         lrm: The network.
-        average: Load the moving average in place of the averaged weights.
+        average: Whether to load the moving average of the weights, for weights that have an average.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another model or has no moving average.
+        CheckpointError: The checkpoint belongs to a different model or has no moving average.
     """
     require_network(checkpoint, lrm)
     read_tensors(checkpoint, network_tensors(lrm))
@@ -58,7 +58,7 @@ def load_network(checkpoint: Checkpoint, lrm: nn.Module, *, average: bool = Fals
 
 
 def averaged_names(checkpoint: Checkpoint) -> list[str]:
-    """List the parameters that a checkpoint has a moving average of.
+    """Return the names of the parameters whose moving average a checkpoint contains.
 
     Raises:
         CheckpointError: The checkpoint has no moving average.

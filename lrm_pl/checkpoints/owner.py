@@ -1,8 +1,9 @@
-"""Ownership of a checkpoint folder outside the run's own folder: the run that started last owns it.
+"""Ownership of a checkpoint folder in an object store.
 
 Object stores have no locks. A run therefore writes a signature when it starts, which replaces the signature of an
-earlier run, and verifies it before each checkpoint. Of two runs that use the same folder, the older one stops at its
-next checkpoint, before it writes anything. A run with another name does not resume from the checkpoints in the folder.
+earlier run, and verifies the signature before each checkpoint. If two runs use the same folder, the run that started
+first stops before it writes the next checkpoint. A run with a different name does not resume from the checkpoints in
+the folder.
 """
 
 import datetime
@@ -20,11 +21,11 @@ OWNER_NAME = "owner.json"
 
 
 class Owner:
-    """The signature of a run in a folder of checkpoints, written on construction.
+    """The signature of a run in a folder of checkpoints, which is written on construction.
 
     Args:
-        folder: The folder or URL.
-        run: Name of this run, shown in the error of another run.
+        folder: Path or URL of the folder.
+        run: Name of this run, which is shown in error messages of other runs.
 
     Raises:
         OSError: The signature cannot be written.
@@ -41,7 +42,7 @@ class Owner:
         """Check that this run still owns the folder.
 
         Raises:
-            InputError: Another run has taken over the folder.
+            InputError: A run that started later uses the folder.
         """
         found = _read_signature(self.folder)
         if found != self._signature:
@@ -53,14 +54,14 @@ class Owner:
 
 
 def require_ownership(folder: str, run: str) -> None:
-    """Check that a folder has no checkpoints of another run.
+    """Check that a folder has no checkpoints of a different run.
 
     Args:
-        folder: The folder or URL.
+        folder: Path or URL of the folder.
         run: Name of this run.
 
     Raises:
-        InputError: Another run has written checkpoints to the folder.
+        InputError: A different run has written checkpoints to the folder.
     """
     try:
         signature = _read_signature(folder)

@@ -1,4 +1,4 @@
-"""Select the checkpoint to resume from, or to load."""
+"""Selection of the checkpoint to resume from or to load."""
 
 import logging
 from collections.abc import Callable
@@ -23,14 +23,15 @@ T = TypeVar("T")
 
 
 def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
-    """Return the checkpoint to resume from, verified; None to start from the first step.
+    """Return the verified checkpoint to resume from, or None to start from the first step.
 
     Args:
         resume: "auto", "never" or a path; see ``RunConfig``.
-        folder: Checkpoint folder of the run; None for a new run.
+        folder: Folder of the checkpoints of the run. If None, the run is new.
 
     Raises:
-        InputError: There are checkpoints despite "never", or ``resume`` is a path without a usable checkpoint.
+        InputError: ``resume`` is "never" and the folder has checkpoints, or ``resume`` is a path without a valid
+            checkpoint.
     """
     existing = [] if folder is None else list_checkpoints(folder)
     if resume == "never":
@@ -50,7 +51,7 @@ def choose_checkpoint(resume: str, folder: str | None) -> Checkpoint | None:
 
 
 def _require_other_run(resume: str, newest: str) -> None:
-    """Reject a checkpoint of the run's own folder: later checkpoints would be mixed with new ones."""
+    """Reject a checkpoint in the folder of the run, because later checkpoints would be mixed with new checkpoints."""
     if Path(resume).expanduser().absolute().parent == Path(newest).expanduser().absolute().parent:
         raise InputError(
             expected="--run.resume with a checkpoint of another run",
@@ -63,7 +64,10 @@ def _require_other_run(resume: str, newest: str) -> None:
 
 
 def find_checkpoint(path: str) -> Checkpoint:
-    """Find a checkpoint by its path, or the newest valid checkpoint of a run by the run's folder.
+    """Return the checkpoint at a path, or the newest valid checkpoint of a run.
+
+    Args:
+        path: Path or URL of a checkpoint, of a run or of a folder of checkpoints.
 
     Raises:
         CheckpointError: No valid checkpoint was found.
@@ -79,10 +83,10 @@ def find_checkpoint(path: str) -> Checkpoint:
 
 
 def _require_checkpoint_folder(path: Path) -> None:
-    """Check that a local path is a checkpoint, or a folder with checkpoints.
+    """Check that a local path is a checkpoint or a folder with checkpoints.
 
     Raises:
-        CheckpointError: The path does not exist, or is a file, an exported network, or a run without checkpoints.
+        CheckpointError: The path does not exist, or is a file, an exported network or a run without checkpoints.
     """
     if not path.exists():
         raise CheckpointError(
@@ -118,11 +122,15 @@ def _require_checkpoint_folder(path: Path) -> None:
 
 
 def read_newest(path: str, read: Callable[[Checkpoint], T]) -> T:
-    """Read a checkpoint by its path, or the newest valid checkpoint of a run, which may be training.
+    """Read the checkpoint at a path or the newest valid checkpoint of a run, which may be in progress.
 
     Args:
-        path: As in ``find_checkpoint``.
-        read: Reads from the checkpoint. Called again with a newer checkpoint if the run has deleted the first.
+        path: Path or URL of a checkpoint, of a run or of a folder of checkpoints.
+        read: Function that reads from the checkpoint. If the run deletes the checkpoint during the call, the function
+            is called again with a newer checkpoint.
+
+    Returns:
+        The return value of ``read``.
 
     Raises:
         CheckpointError: No valid checkpoint was found.

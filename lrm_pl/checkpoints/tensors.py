@@ -1,6 +1,6 @@
-"""Read and write the tensors of checkpoints with ``torch.distributed.checkpoint`` (DCP), without executing pickles.
+"""Reading and writing of checkpoint tensors with ``torch.distributed.checkpoint`` (DCP) without executing pickles.
 
-``.metadata`` is a pickle, which is read with an unpickler that allows only DCP's own classes. Tensors are read with
+``.metadata`` is a pickle, which is read with an unpickler that allows only DCP's classes. Tensors are read with
 ``torch.load(weights_only=True)``.
 """
 
@@ -29,18 +29,20 @@ from lrm_pl.storage import open_store, store_errors
 
 
 def write_tensors(path: str, tensors: Mapping[str, Tensor], group: ProcessGroup | None = None) -> FileRecords:
-    """Write the tensor files of a checkpoint, without its index.
+    """Write the tensor files of a checkpoint without the index.
 
     Args:
-        path: Folder of the checkpoint.
-        tensors: Name -> tensor on the CPU. With a group, they may be DTensors, and each rank writes its shards.
-        group: All ranks of this process group call this together. None: only the calling process writes.
+        path: Path or URL of the folder of the checkpoint.
+        tensors: Mapping from name to tensor on the CPU. If there is a group, the tensors may be DTensors, of which each
+            rank writes the local shards.
+        group: Process group whose ranks call this together. If None, only the calling process writes.
 
     Returns:
-        The files of all ranks, for ``finalize_checkpoint``; on other ranks than 0 of the group an empty dict.
+        The files of all ranks for ``finalize_checkpoint`` on rank 0 of the group, and an empty dictionary on other
+        ranks.
 
     Raises:
-        OSError: A file cannot be written; raised on all ranks of the group.
+        OSError: A file cannot be written. The error is raised on all ranks of the group.
     """
     first = group is None or torch.distributed.get_rank(group) == 0
     _create_partial_together(path, group, first=first)
@@ -56,7 +58,7 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor], group: ProcessGroup 
 
 
 def _create_partial_together(path: str, group: ProcessGroup | None, *, first: bool) -> None:
-    """Create the folder on the first rank; an error is raised on all ranks."""
+    """Create the folder on the first rank. An error is raised on all ranks."""
     outcome: list[OSError | None] = [None]
     if first:
         try:
@@ -70,10 +72,10 @@ def _create_partial_together(path: str, group: ProcessGroup | None, *, first: bo
 
 
 def tensor_specs(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint on the meta device, with shape and dtype but without data.
+    """Return tensors on the meta device with the names, shapes and dtypes of the tensors in a checkpoint.
 
     Raises:
-        CheckpointError: The metadata is damaged, unsafe to load, or describes other objects than tensors.
+        CheckpointError: The metadata is damaged or unsafe to load, or describes objects that are not tensors.
     """
     metadata = _Reader(checkpoint).read_metadata()
     specs = {}
@@ -90,19 +92,22 @@ def tensor_specs(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def tensor_names(checkpoint: Checkpoint) -> dict[str, torch.Size]:
-    """Return name -> shape of the tensors of a checkpoint."""
+    """Return a mapping from name to shape of the tensors in a checkpoint."""
     return {name: spec.shape for name, spec in tensor_specs(checkpoint).items()}
 
 
 def read_tensors(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
-    """Fill tensors in place from a checkpoint that was written under any strategy and number of processes.
+    """Fill tensors in place from a checkpoint.
+
+    The checkpoint may have been written with a different strategy or number of processes.
 
     Args:
         checkpoint: The checkpoint to read.
-        into: Name -> tensor or DTensor, on any device. If there are DTensors, all ranks must call this together.
+        into: Mapping from name to tensor or DTensor on any device. If there are DTensors, all ranks must call this
+            together.
 
     Raises:
-        CheckpointError: A name is missing, a shape differs, or a file is unsafe to load.
+        CheckpointError: A tensor is missing or has a different shape, or a file is unsafe to load.
     """
     found = tensor_names(checkpoint)
     wrong = [name for name, tensor in into.items() if found.get(name) != tensor.shape]
@@ -124,10 +129,10 @@ def read_tensors(checkpoint: Checkpoint, into: Mapping[str, Tensor]) -> None:
 
 
 class _Store(FileSystemBase):
-    """File access of ``torch.distributed.checkpoint`` through fsspec.
+    """File access through fsspec for ``torch.distributed.checkpoint``.
 
     Attributes:
-        written: File name -> (size, SHA-256) of the files that this process wrote.
+        written: Mapping from name to size and SHA-256 of the files that this process has written.
     """
 
     def __init__(self) -> None:
@@ -159,7 +164,7 @@ class _Store(FileSystemBase):
         return os.fspath(path)
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Do nothing; rank 0 has created the folder."""
+        """Do nothing, because rank 0 has created the folder."""
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
         fs, inner = open_store(os.fspath(path))
@@ -178,13 +183,13 @@ class _Store(FileSystemBase):
 
 class _Writer(FileSystemWriter):
     def __init__(self, path: str) -> None:
-        super().__init__(path, sync_files=False)  # ``hashed_file`` does
+        super().__init__(path, sync_files=False)  # ``hashed_file`` flushes files to disk
         self.fs = self.files = _Store()  # type: ignore[assignment]  # annotated as FileSystem, used as FileSystemBase
         self.path = path
 
 
 class _Reader(FileSystemReader):
-    """A reader that loads ``.metadata`` safely; PyTorch's own executes its pickle."""
+    """A reader that loads ``.metadata`` safely. PyTorch's reader would execute the pickle."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.path)
@@ -236,7 +241,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @contextmanager
 def _load_errors(path: str) -> Iterator[None]:
-    """Convert errors of loading a file to ``CheckpointError``, naming any code that the file would execute."""
+    """Convert errors that occur while a file is loaded to ``CheckpointError``.
+
+    The message names a function that the pickle would call.
+    """
     try:
         yield
     except (
@@ -267,6 +275,7 @@ def _unwrap_errors() -> Iterator[None]:
 def _ignore_single_process_warning() -> None:
     """Ignore DCP's warning that a single process reads or writes.
 
-    The filter stays: checkpoints are written in a thread, and ``warnings.catch_warnings`` is not thread-safe.
+    The filter is not removed, because checkpoints are written in a thread and ``warnings.catch_warnings`` is not
+    thread-safe.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
