@@ -1,1 +1,1 @@
-"""Commands of ``lrm``: argument parsing and output; the work is done by the other packages."""
+"""Commands of ``lrm``, which parse arguments, call the other packages and print results."""

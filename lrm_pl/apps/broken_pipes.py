@@ -1,6 +1,6 @@
-"""Ignore closed output pipes and terminals, so that a run can finish its work.
+"""Handling of closed output pipes and terminals, which must not prevent a run from finishing its work.
 
-For example, Ctrl-C in `lrm fit ... 2>&1 | tee log` ends tee before the run has saved its checkpoint.
+For example, Ctrl-C in ``lrm fit ... 2>&1 | tee log`` stops tee before the run has saved a checkpoint.
 """
 
 import errno
@@ -11,16 +11,16 @@ from typing import Any
 
 
 def ignore_broken_pipes() -> None:
-    """Discard output to closed pipes instead of raising, and open closed standard streams on the null device."""
+    """Discard output to closed pipes instead of raising an error, and redirect closed standard streams to /dev/null."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: another file could be opened with its descriptor
+        if getattr(sys, name) is None:  # without a redirection, a different file could get this descriptor
             null = os.open(os.devnull, os.O_RDWR)  # returns the lowest free descriptor
             os.set_inheritable(null, True)
             setattr(sys, name, open(null, mode))
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             is_standard = stream.fileno() == descriptor
-        except (OSError, ValueError, AttributeError):  # in notebooks
+        except (OSError, ValueError, AttributeError):  # streams of notebooks have no descriptor
             continue
         if is_standard:
             for name in ("write", "flush"):
@@ -28,9 +28,9 @@ def ignore_broken_pipes() -> None:
 
 
 def _guarded(method: Callable[..., Any], descriptor: int) -> Callable[..., Any]:
-    """Redirect the descriptor to the null device when a write fails because the reader is gone."""
+    """Wrap a method so that the descriptor is redirected to /dev/null if a write fails because the reader is gone."""
 
-    def call(*arguments: Any) -> Any:  # noqa: ANN401 - the method's own
+    def call(*arguments: Any) -> Any:  # noqa: ANN401 - arguments of the method
         try:
             return method(*arguments)
         except OSError as error:

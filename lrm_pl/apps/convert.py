@@ -1,7 +1,7 @@
-"""``lrm convert --from openlrm|triposr WEIGHTS OUT``: convert published weights to a model folder.
+"""Convert published weights of OpenLRM or TripoSR to a model folder.
 
-Every key of WEIGHTS (.safetensors, .pth, .pt, .ckpt or .bin) must be mapped or known to be unused; otherwise nothing is
-written. Reading the file runs no code. OUT contains config.yaml and model.safetensors.
+WEIGHTS is a .safetensors, .pth, .pt, .ckpt or .bin file. Code in the file is not executed. If the file contains unknown
+keys, nothing is written. The folder OUT contains config.yaml and model.safetensors.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from lrm_pl.apps.options import fail
 from lrm_pl.errors import InputError
 from lrm_pl.paths import user_path
 
-#: Coordinate frame and scale of converted models.
+#: Descriptions of the coordinate frame and the scale of converted models.
 COORDINATES = {
     "openlrm": "Objects are scaled as in OpenLRM: the longest side is 2 (cube-normalized); field of view 67 degrees.",
     "triposr": "One scene unit is 0.87 of TripoSR's, and its +x is -y here (weights/triposr.py, from_triposr_world).",

@@ -1,4 +1,4 @@
-"""``lrm demo``: web page that turns a photo into a mesh and an orbit video."""
+"""Serve a web page that reconstructs a photo as a mesh and shows a video of an orbit around it."""
 
 import argparse
 import importlib.util

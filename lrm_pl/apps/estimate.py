@@ -1,8 +1,7 @@
-"""``lrm estimate CONFIG... --gpus N``: estimate the memory and time of a run. Needs no GPU and no data.
+"""Estimate the memory and time of a run, without a GPU and without data.
 
-One process's step is simulated on fake tensors, so every option is covered; under FSDP2, as one process of the whole
-run, and the shards of the first and last process are checked. Times on GPUs are estimated ranges, not measurements. All
-arguments of `lrm fit` are accepted.
+The command simulates a step of one process on fake tensors. For FSDP2, it also checks the shards of the first and the
+last process. Times on GPUs are estimated ranges and not measurements. All arguments of `lrm fit` are accepted.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from lrm_pl.planning.strategies import Hardware
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; expected errors print one message."""
+    """Run the command, and print expected errors as one message."""
     options, arguments = parse(sys.argv[2:] if argv is None else argv)
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Split the command line into the options of this command and the arguments of `lrm fit`."""
+    """Split the command line into the options of this command and the arguments of ``lrm fit``."""
     parser = argparse.ArgumentParser(
         prog="lrm estimate",
         description=__doc__,
@@ -88,7 +87,13 @@ def _estimate(console: Console, options: argparse.Namespace, arguments: list[str
 
 
 def _print_next(console: Console, arguments: Sequence[str], variables: Sequence[str]) -> None:
-    """Print the command that starts the run with variables of make."""
+    """Print the make command that starts the run.
+
+    Args:
+        console: Console to print to.
+        arguments: Arguments of ``lrm fit``.
+        variables: Assignments of make variables.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     options, others = parser.parse_known_args(arguments)

@@ -1,7 +1,7 @@
-"""``lrm evaluate``: evaluate a trained model under a named protocol.
+"""Evaluate a trained model under a named protocol.
 
-The processes of a group (torchrun, Slurm) divide the objects. Objects that were evaluated before are skipped. OUT
-contains results.json, results.md, index.html and TensorBoard events.
+If torchrun or Slurm starts several processes, each process evaluates a part of the objects. Objects that were evaluated
+before are skipped. The folder OUT contains results.json, results.md, index.html and TensorBoard event files.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         dataset = EvaluationDataset(args.data, args.split, args.ids, args.limit)
         PROTOCOLS[args.protocol].check_manifest(dataset.manifest, args.data)
-        # errors above are reported once, before the processes start
+        # The errors above are reported only once because the processes have not been started yet.
         if args.processes > 1 and not is_distributed_process():
             launch_processes(args.processes, ["evaluate", *arguments])
         from lrm_pl.evaluation.run import run

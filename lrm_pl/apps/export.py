@@ -1,4 +1,4 @@
-"""``lrm export CKPT OUT``: export a checkpoint to a folder with config.yaml and model.safetensors."""
+"""Export a checkpoint to a folder with config.yaml and model.safetensors."""
 
 import argparse
 import logging

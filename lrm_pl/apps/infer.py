@@ -1,6 +1,7 @@
-"""``lrm infer IMAGE...``: reconstruct photos as meshes.
+"""Reconstruct photos as meshes.
 
-Each image gets a folder OUT/NAME with mesh.glb, orbit.mp4, grid.png, input.png (the network's input) and result.json.
+The result of each image is a folder OUT/NAME with mesh.glb, orbit.mp4, grid.png, input.png (the input of the network)
+and result.json.
 """
 
 import argparse
@@ -24,19 +25,23 @@ from lrm_pl.inference.options import TEXTURE_FACES, MeshOptions
 from lrm_pl.meshing.mesh import MESH_FORMATS
 from lrm_pl.paths import require_out, user_path
 
-#: Suffixes of image files; others in a folder are skipped.
+#: Suffixes of image files. Files with other suffixes in a folder are skipped.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 
 def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
-    """List image files, the images in folders, and the matches of glob patterns.
+    """List the images that a list of paths refers to.
+
+    Args:
+        paths: Image files, folders of images, and glob patterns.
 
     Returns:
-        Name of the result folder -> image, and skipped files of the folders. The name is the image's stem; its file
-        name if stems collide; and its folder's name and file name if file names collide.
+        The images by name of the result folder, and the skipped files in the folders. The name of a result folder is
+        the stem of the image. If two images have the same stem, the file name is used. If two images have the same
+        file name, the names of their folders are prepended.
 
     Raises:
-        InputError: A path does not exist, a folder has no images, or two results would have the same name.
+        InputError: A path does not exist, a folder contains no images, or two results would have the same name.
     """
     found, skipped = list[Path](), list[Path]()
     for path in (match for given in paths for match in _expand(given)):
@@ -76,7 +81,7 @@ def find_images(paths: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
 
 
 def _expand(path: Path) -> list[Path]:
-    """Expand a glob pattern; other paths are returned unchanged."""
+    """Expand a glob pattern. Existing paths and patterns without matches are returned unchanged."""
     return [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
 
 
@@ -120,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 record = infer(
                     pipeline, image, out, options, functools.partial(_show_stage, bar, task, name[:12])
                 )
-            except RemoverError as error:  # fails for all images with a background
+            except RemoverError as error:  # all images with a background would fail
                 fail(f"{image}: {error}")
             except (InputError, OSError) as error:
                 failed += 1
@@ -148,7 +153,10 @@ def _print_result(console: Console, out: Path, record: dict[str, Any]) -> None:
 
 
 def _texture_side(text: str) -> int:
-    """Parse the value of --texture, which is optional and may have consumed an image."""
+    """Parse the value of --texture.
+
+    Because the value is optional, argparse may pass the path of an image, which is rejected.
+    """
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(
             f"expected a number of pixels or nothing, but found {text!r}. Give images first: lrm infer IMAGE --texture"
@@ -157,7 +165,10 @@ def _texture_side(text: str) -> int:
 
 
 def _mesh_format(text: str) -> str:
-    """Parse a value of --formats, which may have consumed an image."""
+    """Parse a value of --formats.
+
+    Because the number of values is not fixed, argparse may pass the path of an image, which is rejected.
+    """
     if text not in MESH_FORMATS:
         raise argparse.ArgumentTypeError(
             f"expected some of {', '.join(MESH_FORMATS)}, but found {text!r}. Give images first: lrm infer IMAGE "

@@ -1,4 +1,7 @@
-"""Options shared by commands. Imports nothing heavy, so that a wrong command is reported at once."""
+"""Options that several commands share.
+
+Importing this module does not import torch, so that invalid commands are reported immediately.
+"""
 
 import argparse
 import socket
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def fail(error: object) -> NoReturn:
-    """Exit with a message and status 1."""
+    """Print an error message and exit with status 1."""
     sys.exit(f"lrm: {error}")
 
 
@@ -31,7 +34,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_background(parser: argparse.ArgumentParser) -> None:
-    """Add the options of background removal."""
+    """Add the options for background removal."""
     rembg = parser.add_argument_group("background removal")
     rembg.add_argument(
         "--rembg-model", metavar="FILE", help="ONNX file of U^2-Net (default: found or downloaded)"
@@ -40,10 +43,10 @@ def add_background(parser: argparse.ArgumentParser) -> None:
 
 
 def load_pipeline(args: argparse.Namespace) -> "LRMPipeline":
-    """Load the model selected by ``add_model`` and ``add_background``.
+    """Load the model that the options of ``add_model`` and ``add_background`` select.
 
     Raises:
-        InputError: There is no such model, or its files do not match.
+        InputError: The model does not exist, or its weights do not match its config.
     """
     from lrm_pl.inference.background import BackgroundRemover
     from lrm_pl.inference.pipeline import LRMPipeline
@@ -57,18 +60,18 @@ def load_pipeline(args: argparse.Namespace) -> "LRMPipeline":
 
 
 def add_address(parser: argparse.ArgumentParser, port: int) -> None:
-    """Add the options of the address of a server."""
+    """Add the options for the address of a server."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=port, help=f"port to listen on (default: {port})")
 
 
 def format_url(host: str, port: int) -> str:
-    """Return the URL of an address; IPv6 addresses are enclosed in brackets."""
+    """Return the URL of an address. IPv6 addresses are enclosed in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def require_free(host: str, port: int) -> None:
-    """Check that a server can listen on an address, before a model is loaded.
+    """Check that a server can listen on an address.
 
     Raises:
         InputError: The address is invalid or in use.
@@ -78,7 +81,7 @@ def require_free(host: str, port: int) -> None:
             expected=f"a port of {host} to listen on", found="port 0", remedy="choose one: --port 8000"
         )
     try:
-        # A name may resolve to several addresses; servers listen on all of them.
+        # A name may resolve to several addresses, and servers listen on all of them.
         for family, kind, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM):
             with socket.socket(family, kind) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore sockets in TIME_WAIT

@@ -1,9 +1,10 @@
-"""``lrm serve``: HTTP server. POST /reconstruct takes an image and returns a GLB.
+"""Serve reconstructions over HTTP. POST /reconstruct accepts an image and returns a GLB file.
 
     curl --data-binary @photo.png http://127.0.0.1:8000/reconstruct -o mesh.glb
 
-One image is processed at a time; further requests wait in a bounded queue. GET /health returns the status, GET /metrics
-Prometheus metrics, and GET /docs the documentation of the API. Put public services behind a reverse proxy.
+One image is processed at a time, and other requests wait in a queue of limited length. GET /health returns the status,
+GET /metrics returns Prometheus metrics, and GET /docs returns the documentation of the API. Run public services behind
+a reverse proxy.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""``lrm view RUN``: web viewer of a run's reconstructions, also during training."""
+"""Show the reconstructions of a run in a web viewer, after or during training."""
 
 import argparse
 import importlib.util

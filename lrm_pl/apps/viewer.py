@@ -1,7 +1,7 @@
-"""viser page of ``lrm view``.
+"""Web page of ``lrm view``, which is based on viser.
 
-The page renders the field of an object at the visitor's camera, shows the cameras of the object's views as frusta, and
-follows new checkpoints of the run.
+The page renders the reconstruction of an object from the camera of each visitor and shows the cameras of the object's
+views as frusta. New checkpoints of the run are loaded automatically.
 """
 
 import dataclasses
@@ -35,16 +35,17 @@ from lrm_pl.storage import is_local
 
 logger = logging.getLogger(__name__)
 
-#: Height of renderings while the camera moves and at rest, pixels.
+#: Heights in pixels of renderings while the camera moves and while it is at rest.
 _MOVING, _RESTING = 96, 288
 
-#: Seconds after which the camera is at rest, and between two checks for new checkpoints.
+#: Time in seconds after the last movement until a camera counts as at rest, and interval in seconds between checks for
+#: new checkpoints.
 _REST_S, _POLL_S = 0.4, 3.0
 
 #: Maximum number of objects per split.
 _OBJECTS = 24
 
-#: Depth of the camera frusta, scene units.
+#: Depth of the camera frusta in scene units.
 _FRUSTUM = 0.2
 
 
@@ -53,8 +54,8 @@ class ClientView:
     """Rendering state of a visitor.
 
     Attributes:
-        moved: Time of the last camera movement, ``time.monotonic``.
-        height: Height of the current rendering, pixels; 0 if it is outdated.
+        moved: Time of the last camera movement, as returned by ``time.monotonic``.
+        height: Height of the current rendering in pixels, or 0 if the rendering is outdated.
     """
 
     moved: float = 0.0
@@ -62,12 +63,12 @@ class ClientView:
 
 
 class Viewer:
-    """Web viewer of a run.
+    """Web viewer for the reconstructions of a run.
 
     Args:
-        run: Run folder.
-        data: Folder of shards with the objects to show.
-        device: Device for computation.
+        run: Path or URL of the run folder.
+        data: Path or URL of the folder of shards with the objects to show.
+        device: Device of the model, or "auto".
         host: Address to listen on.
         port: Port to listen on.
     """
@@ -104,7 +105,7 @@ class Viewer:
         self.server.on_client_disconnect(lambda client: self._views.pop(client.client_id, None))
 
     def serve(self) -> None:
-        """Render for all visitors and follow new checkpoints, until the process ends."""
+        """Render for all visitors and load new checkpoints until the process ends."""
         checked = time.monotonic()
         while True:
             is_busy = False
@@ -159,16 +160,16 @@ class Viewer:
                     (height, width),
                 )
         rgb = output.over(torch.ones(3, device=device))[0, 0].clamp(0, 1).cpu().numpy()
-        # the depth makes frusta in front of the object visible and hides the others
+        # With the depth, the object occludes the frusta behind it.
         z = output.depth * _cosines(fxfycxcy, height, width).to(device)
         depth = torch.where(output.opacity > 0.5, z, 100.0)[0, 0].cpu().numpy()
         client.scene.set_background_image((rgb * 255).astype(np.uint8), format="jpeg", depth=depth)
 
     def _show_first_object(self) -> None:
-        """Show the first readable object.
+        """Show the first object that can be read.
 
         Raises:
-            InputError: No object is readable.
+            InputError: No object can be read.
         """
         for name in self.objects:
             self.object.value = name
@@ -177,14 +178,18 @@ class Viewer:
         raise InputError(f"No object can be read. The last one: {self.state.content}")
 
     def _show_object(self) -> bool:
-        """Reconstruct and show the chosen object from the chosen view; return whether it is readable."""
+        """Reconstruct the selected object from the selected view, and show the result.
+
+        Returns:
+            Whether the object could be read.
+        """
         dataset, location = self.objects[self.object.value]
         views = tuple(range(dataset.manifest.views))
         view = min(int(self.view.value), len(views) - 1)
         with self._lock:
             try:
                 sample = dataset.read(location, Protocol("view", "", inputs=(view,), targets=views))
-            except (InputError, SampleError, OSError) as error:  # shards may be deleted meanwhile
+            except (InputError, SampleError, OSError) as error:  # the shards may have been deleted
                 self.state.content = f"{self.object.value}: {error}"
                 return False
             image = decode_over_white(sample, (view,))[0]
@@ -237,11 +242,11 @@ class Viewer:
         return [Path(path).name for path in list_checkpoints(str(Path(self.pipeline.source).parent))]
 
     def _checkpoints(self) -> tuple[str, ...]:
-        """List the run's checkpoints and the current one, which may be deleted."""
+        """Return the names of the run's checkpoints and of the current checkpoint, which may have been deleted."""
         return tuple(sorted({*self._run_checkpoints(), Path(self.pipeline.source).name}))
 
     def _newest(self) -> str:
-        """Return the run's newest checkpoint; a restarted run may have only older ones than the current one."""
+        """Return the name of the run's newest checkpoint, or of the current checkpoint if the run has none."""
         return max(self._run_checkpoints(), default=Path(self.pipeline.source).name)
 
     def _check_for_checkpoints(self) -> None:
@@ -254,7 +259,7 @@ class Viewer:
             self._load(newest)
 
     def _on_checkpoint(self, event: Any) -> None:  # noqa: ANN401 - viser's event
-        """Load the checkpoint that a visitor chose; stop following the run if it is not the newest."""
+        """Load the checkpoint that a visitor selected, and stop following the run if it is not the newest one."""
         if event.client_id is None:
             return
         if self.checkpoint.value != self._newest():
@@ -262,7 +267,7 @@ class Viewer:
         self._load(self.checkpoint.value)
 
     def _load(self, name: str) -> None:
-        """Load the weights of another checkpoint."""
+        """Load the weights of the checkpoint with the given name, unless they are already loaded."""
         path = str(Path(self.pipeline.source).with_name(name))
         if path == self.pipeline.source:
             return
@@ -270,7 +275,7 @@ class Viewer:
             try:
                 checkpoint = find_checkpoint(path)
                 load_network(checkpoint, self.pipeline.network, average=False)
-            except (InputError, OSError) as error:  # the run deletes old checkpoints
+            except (InputError, OSError) as error:  # the run may have deleted the checkpoint
                 logger.warning("%s", error)
                 return
             self.pipeline.source, self.pipeline.step = path, checkpoint.step
@@ -278,14 +283,14 @@ class Viewer:
 
 
 def _cosines(fxfycxcy: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Return the cosine of the angle between each pixel's ray and the camera's z axis."""
+    """Return the cosines of the angles between the rays of the pixels and the z axis of the camera."""
     y = ((torch.arange(height) + 0.5) / height - 0.5) / fxfycxcy[1]
     x = ((torch.arange(width) + 0.5) / width - 0.5) / fxfycxcy[0]
     return (1 + y[:, None] ** 2 + x**2).rsqrt()
 
 
 def wait_for_checkpoint(run: str) -> None:
-    """Wait until a run that has started saves its first checkpoint."""
+    """Wait until a run that has started has saved a checkpoint."""
     if not is_local(run):
         return
     folder = Path(run).expanduser()
@@ -302,7 +307,7 @@ def wait_for_checkpoint(run: str) -> None:
 
 
 def find_data(run: str) -> str:
-    """Return the folder of shards of a run's training data.
+    """Return the folder of the shards that a run was trained on.
 
     Raises:
         InputError: The run has no checkpoint or no config.
@@ -312,7 +317,7 @@ def find_data(run: str) -> str:
 
 
 def _list_objects(data: str) -> dict[str, tuple[EvaluationDataset, Any]]:
-    """Return the objects to choose from by name, held-out objects first."""
+    """Return the objects that can be selected, by name. Held-out objects come first."""
     if is_local(data) and not (Path(data) / MANIFEST_NAME).is_file():
         raise InputError(
             expected=f"finished shards in {data}",

@@ -1,1 +1,1 @@
-"""Pretrained weights of other projects: find, download, verify, read and convert."""
+"""Functions that find, download, verify, read and convert pretrained weights of other projects."""

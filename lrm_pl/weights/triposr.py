@@ -1,13 +1,17 @@
-"""Convert weights of TripoSR (VAST-AI-Research/TripoSR).
+"""Conversion of weights of TripoSR (VAST-AI-Research/TripoSR).
 
-Differences from this project, and how they are represented:
+TripoSR differs from this project in the following ways:
 
-- The input camera is on +x, and the bounding box has a half side of 0.87. Here the camera is on -y and the box is
-  [-1, 1]^3: ``plane_layout`` rotates the planes, and one scene unit is 0.87 of TripoSR's (``from_triposr_world``). An
-  object normalized to the unit sphere then has the size of training.
-- Densities are per fraction of a ray's chord (``Renderer.unit``), and so independent of the scale.
-- Position embeddings are resized as in transformers 4.35: bicubic, with a scale factor of (side + 0.1) / stored side.
-- Blocks consist of self-attention, cross-attention and GEGLU, between projections with a group norm: ``blocks``.
+- The input camera is on the +x axis and the bounding box is [-0.87, 0.87]^3. In this project, the camera is on the -y
+  axis and the box is [-1, 1]^3. ``plane_layout`` rotates the planes, and ``from_triposr_world`` converts poses. One
+  scene unit corresponds to 0.87 units of TripoSR, so that an object that fits the unit sphere has the same size as in
+  TripoSR's training.
+- Densities are given per length of the ray inside the bounding box, so they do not depend on the scale. This is
+  configured by the option ``unit`` of ``Renderer``.
+- Position embeddings are resized as in transformers 4.35, with bicubic interpolation and a scale factor of
+  (side + 0.1) / stored side.
+- Blocks consist of self-attention, cross-attention and GEGLU, and the transformer begins with a group norm and a
+  projection and ends with a projection. This is configured by the option ``blocks`` of ``LRM``.
 """
 
 from collections.abc import Mapping
@@ -20,17 +24,20 @@ from torch.nn import functional as F
 
 from lrm_pl.weights.key_map import Conversion, Hyperparameters, KeyMapper, default_heads, patch_sides
 
-#: Half side of TripoSR's bounding box, in its scene units.
+#: Half side length of the bounding box in TripoSR's scene units.
 RADIUS = 0.87
 
 _PATCH = 16
 
-#: timm's encoders: width -> name, depth, heads.
+#: Maps the width of an encoder to the name in timm, the depth and the number of heads.
 _ENCODERS = {384: ("vit_small_patch16_224.dino", 12, 6), 768: ("vit_base_patch16_224.dino", 12, 12)}
 
 
 def from_triposr_world(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 4 4"]:
-    """Convert OpenCV poses from TripoSR's world: rotate by 90 degrees about +z, and divide lengths by 0.87."""
+    """Convert OpenCV camera-to-world matrices from the coordinates of TripoSR to the coordinates of this project.
+
+    Poses are rotated by -90 degrees about the z axis, and lengths are divided by 0.87.
+    """
     turn = c2w.new_tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
     rotation, center = turn @ c2w[..., :3, :3], turn @ c2w[..., :3, 3:] / RADIUS
     return torch.cat([torch.cat([rotation, center], dim=-1), c2w[..., 3:, :]], dim=-2)
@@ -40,10 +47,14 @@ def convert_triposr(
     state: Mapping[Any, Any],
     hyperparameters: Hyperparameters = Hyperparameters(),  # noqa: B008 - frozen
 ) -> Conversion:
-    """Convert a state dict of TripoSR; sizes are read from the tensors.
+    """Convert a state dict of TripoSR. Sizes are determined from the tensors.
+
+    Args:
+        state: State dict of TripoSR.
+        hyperparameters: Hyperparameters that cannot be determined from the tensors.
 
     Raises:
-        ConversionError: A key is missing, unexpected or invalid, or a hyperparameter must be given.
+        ConversionError: A tensor is missing, unexpected or invalid, or a hyperparameter must be given.
     """
     keys = KeyMapper("TripoSR", state)
     side = keys.shape_of("tokenizer.embeddings", 4)[2]
@@ -122,7 +133,7 @@ def _encoder(keys: KeyMapper, dim: int, depth: int, image_size: int) -> None:
 
 
 def _resize_positions(positions: Tensor, stored: int, side: int) -> Tensor:
-    """Resize position embeddings (1, 1 + n n, M) to (1, 1 + side side, M) as transformers 4.35 does."""
+    """Resize position embeddings of shape (1, 1 + n * n, M) to (1, 1 + side * side, M), as in transformers 4.35."""
     if stored == side:
         return positions
     grid = positions[:, 1:].view(1, stored, stored, -1).permute(0, 3, 1, 2)
