@@ -1,1 +1,1 @@
-"""Optimized operations, each with a plain PyTorch reference implementation, and device-dependent decisions."""
+"""Optimized operations with PyTorch reference implementations, and decisions that depend on the device."""

@@ -1,8 +1,9 @@
 """Memory-efficient attention on a CPU, computed block by block (Rabe and Staats 2021; FlashAttention, Dao et al. 2022).
 
-softmax(q k^T / sqrt d) v for ``q`` (B, h, L, d), ``k`` and ``v`` (B, h, N, d) of one dtype; differentiable in all
-three. Only the scores of one block of queries are in memory at a time, and backward recomputes them. The full scores of
-3072 tokens take 150 MB per layer in bf16. The reference implementation is ``attention_plain``.
+The operation computes softmax(q k^T / sqrt d) v for ``q`` (B, h, L, d), and ``k`` and ``v`` (B, h, N, d) of the same
+dtype. It is differentiable with respect to all three tensors. Each thread holds the scores of only one block of queries
+at a time, and the backward pass recomputes the scores. By comparison, the full scores of 3072 tokens take 150 MB per
+layer in bf16. The reference implementation is ``attention_plain``.
 """
 
 import math
@@ -16,21 +17,24 @@ from torch.utils.flop_counter import register_flop_formula
 from lrm_pl.kernels.device import on_cpu
 from lrm_pl.kernels.threads import run_threads
 
-#: Scores per block and thread; a block and its derived tensors fit a core's L2 cache.
+#: Number of scores per block. A block and the tensors derived from it fit in the L2 cache of a core.
 _SCORES = 768 * 1024
 
 
 def attention_plain(
     q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
 ) -> Float[Tensor, "B h L d"]:
-    """Compute attention as written: reference implementation, also used for small inputs."""
+    """Compute attention with one matrix of scores per head.
+
+    This is the reference implementation, which is also used for small inputs.
+    """
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), dim=-1) @ v
 
 
 def attention_in_blocks(
     q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
 ) -> Float[Tensor, "B h L d"]:
-    """Compute attention block by block; see the top of this file.
+    """Compute attention block by block (see the top of this file).
 
     Raises:
         ValueError: The tensors are not on the CPU or have different dtypes.
@@ -84,7 +88,7 @@ def _backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def _empty_heads_last(x: Tensor) -> Tensor:
-    """Return an empty tensor (B, h, L, d) stored as (B, L, h, d), the layout of the output projection's input."""
+    """Return an empty tensor (B, h, L, d) with the memory layout (B, L, h, d) that the output projection expects."""
     batch, heads, length, width = x.shape
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
@@ -97,11 +101,11 @@ def _blocks(queries: int, keys: int) -> list[slice]:
 
 
 def _for_each_head(q: Tensor, work: Callable[[int, int], None]) -> None:
-    """Call ``work(b, h)`` for every head of every object, with whole heads distributed over threads."""
+    """Call ``work(b, h)`` for every head of every object, and distribute the heads over threads."""
     heads = [(b, h) for b in range(q.shape[0]) for h in range(q.shape[1])]
     threads = min(torch.get_num_threads(), len(heads))
 
-    inference = torch.is_inference_mode_enabled()  # thread-local: passed on
+    inference = torch.is_inference_mode_enabled()  # thread-local, so each thread has to set it
 
     def run(thread: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
@@ -139,7 +143,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[T
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# FLOPs of the custom operators; backward recomputes the scores.
+# FLOPs of the custom operators. The backward pass recomputes the scores.
 @register_flop_formula(torch.ops.lrm_pl.attention_in_blocks)
 def _(q: torch.Size, k: torch.Size, v: torch.Size, **_: object) -> int:
     return 2 * _products(q, k)
@@ -151,5 +155,5 @@ def _(grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, **_: object
 
 
 def _products(q: torch.Size, k: torch.Size) -> int:
-    """Return the FLOPs of one product of the size of the scores: 2 B h L N d."""
+    """Return the FLOPs of one matrix product between queries and keys, 2 B h L N d."""
     return 2 * q.numel() * k[2]

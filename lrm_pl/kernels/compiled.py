@@ -1,4 +1,4 @@
-"""Compile functions with numba, with an on-disk cache if it is writable."""
+"""Compilation of functions with numba, with an on-disk cache if possible."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,8 +11,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def compiled(**options: Any) -> Callable[[F], F]:  # noqa: ANN401 - numba's
     """Return a decorator that compiles a function at its first call and releases the GIL while it runs.
 
-    numba caches the code next to the source or in the home folder. If neither is writable, as in a read-only
-    container, each process compiles it again.
+    numba caches the compiled code next to the source file or in the home folder. If neither folder is writable, for
+    example, in a read-only container, each process compiles the function again.
 
     Args:
         options: Options of ``numba.njit``.

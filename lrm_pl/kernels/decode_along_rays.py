@@ -1,17 +1,18 @@
 """Fused triplane sampling and NeRF MLP along rays, with Triton kernels.
 
-Inputs are ``planes`` (3, S, S, C), bfloat16 or float32, the channels-last planes of one object with the MLP's first
-layer folded in; float32 ``origins`` and ``directions`` (N, W, 3) of N rows of W pixels; float32 sample distances ``t``
-(N, W, K); and the mask ``alive`` (N, W) of rays to evaluate. ``weights`` and ``biases`` are packed by ``pack``.
+The input ``planes`` (3, S, S, C) contains the channels-last planes of one object in bfloat16 or float32, with the first
+layer of the MLP folded in. The inputs ``origins`` and ``directions`` (N, W, 3) contain the float32 rays of N rows of W
+pixels, ``t`` (N, W, K) contains the float32 sample distances, and ``alive`` (N, W) is the mask of rays to evaluate. The
+weights and biases of the MLP are packed by ``pack``.
 
-The features of a sample are the sum of the three planes' bilinear samples (see ``kernels.triplane``) and a bias. They
-pass through the activation, L layers C x C with the activation, and one layer C x 4. The output is (N, W, K, 4)
-float32: raw density and three color logits; ``EMPTY_RAW_DENSITY`` and zeros for rays that are not alive. Positions and
-interpolation are float32; products have the dtype of the planes and float32 accumulators. Differentiable in planes,
-weights and biases, not in the rays.
+The features of a sample are the sum of the bilinear samples of the three planes (see ``kernels.triplane``) and a bias.
+They pass through the activation, L layers C x C with the activation, and one layer C x 4. The float32 output
+(N, W, K, 4) contains the raw density and three color logits of each sample, or ``EMPTY_RAW_DENSITY`` and zeros if the
+ray is not alive. Positions and interpolation are computed in float32. Matrix products have the dtype of the planes and
+float32 accumulators. The output is differentiable with respect to planes, weights and biases, but not the rays.
 
-Backward recomputes the layers, adds to a given gradient of the planes, and returns the gradients of weights and biases.
-The gradient of the planes uses atomic additions and is not bitwise reproducible.
+The backward pass recomputes the layers, adds to a given gradient of the planes, and returns the gradients of weights
+and biases. The gradient of the planes uses atomic additions and is not bitwise reproducible.
 """
 
 import dataclasses
@@ -29,21 +30,21 @@ from lrm_pl.kernels.device import GpuProperties, gpu_properties, launch_guard, t
 from lrm_pl.kernels.linear import HiddenActivation, activation
 from lrm_pl.kernels.triplane import Axes, triplane_sample_plain
 
-#: Raw density of empty samples: density 0 under every activation, even averaged with a large raw density.
+#: Raw density of empty samples. Every activation maps it to density 0, even after averaging with a large raw density.
 EMPTY_RAW_DENSITY = -1e4
 
-#: Supported widths C; at 128, backward spills more than 1 KB per thread (tests/fused/build.py).
+#: Supported widths C. At width 128, the backward kernel spills more than 1 KB per thread (tests/fused/build.py).
 WIDTHS = (16, 32, 64)
 
-#: Tile shapes (pixel rows, pixel columns, samples) by dtype of the planes; the first whose scratch fits is used.
+#: Tile shapes (pixel rows, pixel columns, samples) by dtype of the planes. See ``plan_launch`` for the choice.
 TILES = {torch.bfloat16: ((4, 4, 8), (4, 4, 4)), torch.float32: ((4, 4, 2),)}
 
-#: Side of the window of texels for which a tile's gradients are summed at a time.
+#: Side of the window of texels whose gradients are summed over a tile at a time.
 WINDOW = 8
 
 NUM_WARPS = 8
 
-#: Columns of the last layer, padded to the smallest tensor core product.
+#: Number of columns of the last layer, padded to the minimum size of a tensor core product.
 _LAST = 16
 
 
@@ -51,9 +52,10 @@ class PackedMLP(NamedTuple):
     """Weights of the MLP in the layout of the kernels.
 
     Attributes:
-        weights: L matrices (C, C) as [in, out], then (C, 16), of which the first 4 columns are used; flat, bfloat16 or
-            float32.
-        biases: L + 1 rows of C, the first for the sampled features, then 16; flat, float32.
+        weights: Flat bfloat16 or float32 tensor of L matrices [in, out] of shape (C, C), followed by the last matrix of
+            shape (C, 16), of which the first 4 columns are used.
+        biases: Flat float32 tensor of L + 1 rows of C elements, followed by 16 elements for the last layer. The first
+            row is the bias of the sampled features.
     """
 
     weights: Float[Tensor, " n"]
@@ -61,7 +63,12 @@ class PackedMLP(NamedTuple):
 
 
 def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> PackedMLP:
-    """Pack (bias, W_1, b_1, ..., W_L, b_L, W (4, C), b (4)), the matrices as [out, in], for the kernels."""
+    """Pack the weights of the MLP for the kernels.
+
+    Args:
+        weights: Bias of the sampled features, then weight [out, in] and bias of each layer.
+        dtype: Dtype of the packed matrices.
+    """
     first, *hidden, last, last_bias = (w.detach() for w in weights)
     wide = F.pad(last.t(), (0, _LAST - 4))
     matrices = torch.cat([*(w.t().reshape(-1) for w in hidden[::2]), wide.reshape(-1)])
@@ -70,7 +77,7 @@ def pack(weights: Sequence[Tensor], dtype: torch.dtype) -> PackedMLP:
 
 
 def unpack(packed: PackedMLP, width: int) -> tuple[Tensor, ...]:
-    """Invert ``pack``, for weights or their gradients."""
+    """Unpack weights, or gradients of weights, to the arguments of ``pack``."""
     layers = (packed.biases.numel() - _LAST) // width - 1
     matrices = packed.weights[: layers * width * width].view(layers, width, width).transpose(1, 2)
     biases = packed.biases[: (layers + 1) * width].view(layers + 1, width)
@@ -89,7 +96,10 @@ def decode_along_rays_plain(
     axes: Axes,
     act: HiddenActivation,
 ) -> Float[Tensor, "N W K 4"]:
-    """Compute ``decode_along_rays`` with PyTorch operators: reference implementation, used without Triton."""
+    """Compute ``decode_along_rays`` with PyTorch operators.
+
+    This is the reference implementation, which is also used if the Triton kernels cannot run.
+    """
     points = origins.unsqueeze(-2) + t.unsqueeze(-1) * directions.unsqueeze(-2)
     dtype = planes.dtype
     bias, *hidden, last, last_bias = unpack(mlp, planes.shape[-1])
@@ -102,7 +112,7 @@ def decode_along_rays_plain(
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round the factors to a dtype, then multiply in float32."""
+    """Round two matrices to a dtype, and multiply them in float32."""
     return x.to(dtype).float() @ weight.to(dtype).float().t()
 
 
@@ -116,10 +126,10 @@ def decode_along_rays(
     axes: Axes,
     act: HiddenActivation,
 ) -> Float[Tensor, "N W K 4"]:
-    """Evaluate the field at samples along rays, without a graph; see the top of this file.
+    """Evaluate the field at samples along rays without a graph (see the top of this file).
 
     Raises:
-        ValueError: The shapes or dtypes are wrong.
+        ValueError: The shapes or dtypes are invalid.
     """
     _check(planes, origins, t, alive, mlp)
     if triton_unavailable(planes.device) is not None:
@@ -146,19 +156,22 @@ def accumulate_gradient(
     """Add the gradient of ``decode_along_rays`` with respect to the planes to ``total`` in place.
 
     Args:
-        total: Float32 buffer that is added to.
+        total: Contiguous float32 gradient of the planes, which is modified in place.
         grad: Gradient of the output.
-        planes: Planes of the object; this and the following arguments are those of ``decode_along_rays``.
+        planes: Planes of the object.
         origins: Ray origins.
-        directions: Unit directions.
+        directions: Unit directions of the rays.
         t: Sample distances.
         alive: Mask of evaluated rays.
         mlp: Packed weights.
-        axes: Axes of the planes.
-        act: Activation.
+        axes: Column axis and row axis of each plane.
+        act: Activation between the layers.
 
     Returns:
-        Gradients of weights and biases, float32, packed.
+        Packed float32 gradients of weights and biases.
+
+    Raises:
+        ValueError: The shapes or dtypes are invalid, or ``total`` is not contiguous.
     """
     _check(planes, origins, t, alive, mlp)
     if total.dtype != torch.float32 or not total.is_contiguous():
@@ -219,18 +232,19 @@ class Launch:
 
     @property
     def scratch(self) -> int:
-        """Bytes of pre-activations of all programs, which backward stores in the L2 cache."""
+        """Size in bytes of the scratch buffer, in which the backward kernel stores pre-activations."""
         return self.programs * (self.layers + 1) * math.prod(self.tile) * self.width * self.dtype.itemsize
 
 
 def plan_launch(planes: Tensor, t: Tensor, biases: Tensor, gpu: GpuProperties) -> Launch:
-    """Choose the largest tile whose scratch, with one program per multiprocessor, is below a quarter of the L2 cache.
+    """Choose the largest tile for which the scratch buffer takes less than a quarter of the L2 cache.
 
-    If none is (RTX 30xx, A10, A40, A30, MI300X), choose the smallest.
+    Each multiprocessor runs one program. If no tile is small enough (RTX 30xx, A10, A40, A30, MI300X), the smallest
+    tile is chosen.
 
     Args:
-        planes: (3, S, S, C).
-        t: (N, W, K).
+        planes: Planes of shape (3, S, S, C).
+        t: Sample distances of shape (N, W, K).
         biases: Packed biases.
         gpu: Properties of the GPU.
     """
@@ -326,7 +340,7 @@ def _(
     return torch.empty_like(weights, dtype=torch.float32), torch.empty_like(biases)
 
 
-# FLOPs per sample: L layers and the last one, of 4 columns.
+# The FLOPs of a sample are those of L hidden layers and the last layer with 4 columns.
 @register_flop_formula(torch.ops.lrm_pl.decode_along_rays)
 def _(
     planes: torch.Size, origins: torch.Size, directions: torch.Size, t: torch.Size, alive: torch.Size,
@@ -335,8 +349,8 @@ def _(
     return t.numel() * _flops_per_sample(planes[3], biases)
 
 
-# Backward recomputes the layers and computes the gradients of inputs and of weights, at equal cost each; a product with
-# the bilinear weights sums the planes' gradients window by window.
+# The backward pass recomputes the layers and computes the gradients of inputs and weights. Each of these three steps
+# costs as much as the forward pass. A product with the bilinear weights sums the gradients of the planes per window.
 @register_flop_formula(torch.ops.lrm_pl.decode_along_rays_backward)
 def _(
     total: torch.Size, grad: torch.Size, planes: torch.Size, origins: torch.Size, directions: torch.Size,

@@ -1,12 +1,14 @@
-"""Triton kernels of ``decode_along_rays``: triplane sampling and MLP, forward and backward.
+"""Triton kernels of ``decode_along_rays`` for the forward and backward pass of triplane sampling and the MLP.
 
-One launch processes one object. A tile is TH x TW pixels x TK samples, compact in space, so that it covers about one
-window of 8 x 8 texels per plane. Programs are persistent: program i of P processes tiles i, i + P, i + 2 P, ..., so its
-private sums have a fixed order. In backward, a program recomputes the pre-activations of a tile into a private scratch
-buffer that stays in the L2 cache. Weight gradients are accumulated in private buffers. Plane gradients are summed over
-the tile by a matrix product with the bilinear weights, then added with one atomic per element of each window.
+One launch processes one object. A tile contains TH x TW pixels with TK samples each. It is compact in space, so that it
+covers about one window of 8 x 8 texels per plane. Programs are persistent. Program i of P programs processes the tiles
+i, i + P, i + 2 P, ..., so the order of its private sums is fixed. In the backward pass, a program recomputes the
+pre-activations of a tile into a private scratch buffer that stays in the L2 cache. Weight gradients are accumulated in
+private buffers. Plane gradients are summed over the tile by a matrix product with the bilinear weights, and then added
+with one atomic operation per element of each window.
 
-The loop over layers must not be unrolled: Triton would hoist the weights of all layers into registers and spill.
+The loop over layers must not be unrolled because Triton would then hoist the weights of all layers into registers,
+which would cause spilling.
 """
 
 import triton
@@ -15,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _axis(px, py, pz, AXIS: tl.constexpr):
-    """Select the coordinate of an axis."""
+    """Return the coordinate along an axis."""
     if AXIS == 0:
         return px
     elif AXIS == 1:
@@ -26,7 +28,7 @@ def _axis(px, py, pz, AXIS: tl.constexpr):
 
 @triton.jit
 def _texel(position, S: tl.constexpr):
-    """Convert a position in [-1, 1] to texels, clamped to a range outside of which every weight is 0."""
+    """Convert positions in [-1, 1] to texels, and clamp them to a range outside of which all weights are 0."""
     return tl.minimum(tl.maximum(0.5 * ((position + 1.0) * S - 1.0), -2.0), S + 1.0)
 
 
@@ -43,7 +45,7 @@ def _gather(plane, u, v, S: tl.constexpr, C: tl.constexpr):
         yi = y_low.to(tl.int32) + (corner // 2)
         weight = (fx if corner % 2 else 1.0 - fx) * (fy if corner // 2 else 1.0 - fy)
         inside = (xi >= 0) & (xi < S) & (yi >= 0) & (yi < S)
-        # Without the hint the alignment is lost after the select, and loads are 2 bytes wide.
+        # Without this hint, the select loses the alignment, and loads are only 2 bytes wide.
         at = tl.multiple_of(tl.where(inside, yi * S + xi, 0) * C, 16)
         texels = tl.load(plane + at[:, None] + c[None, :]).to(tl.float32)
         out += tl.where(inside, weight, 0.0)[:, None] * texels
@@ -52,7 +54,7 @@ def _gather(plane, u, v, S: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, sums, HALF: tl.constexpr):
-    """Multiply in bfloat16 or float32 and add to float32 accumulators."""
+    """Multiply matrices in bfloat16 or float32, and add the product to float32 accumulators."""
     if HALF:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), sums)
     else:
@@ -78,7 +80,7 @@ def _tile(
     tile, origins, directions, t, alive, N, W, K,
     TH: tl.constexpr, TW: tl.constexpr, TK: tl.constexpr,
 ):  # fmt: skip
-    """Return sample indices of a tile, masks of existing samples and of those on alive rays, and their points."""
+    """Return the sample indices of a tile, masks of existing and of alive samples, and the coordinates of samples."""
     m = tl.arange(0, TH * TW * TK)
     slabs, across = tl.cdiv(K, TK), tl.cdiv(W, TW)
     k = (tile % slabs) * TK + m % TK
@@ -89,7 +91,7 @@ def _tile(
     ray = tl.where(exists, row * W + column, 0)
     n = ray * K + tl.where(exists, k, 0)
     hit = exists & (tl.load(alive + ray) != 0)
-    # Loaded as a column: a vectorized load has a layout that makes the layers spill.
+    # The distances are loaded as a column because the layout of a vectorized load would make the layers spill.
     distance = tl.sum(tl.load(t + n[:, None] + tl.arange(0, 1)[None, :]), 1)
     px = tl.load(origins + ray * 3) + distance * tl.load(directions + ray * 3)
     py = tl.load(origins + ray * 3 + 1) + distance * tl.load(directions + ray * 3 + 1)
@@ -112,7 +114,10 @@ def forward(
     S: tl.constexpr, C: tl.constexpr, L: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, TK: tl.constexpr,
     AXES: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr, EMPTY_RAW_DENSITY: tl.constexpr,
 ):  # fmt: skip
-    """Write raw density and color logits (N, W, K, 4); EMPTY_RAW_DENSITY and zeros for rays that are not alive."""
+    """Write raw densities and color logits to ``out`` (N, W, K, 4).
+
+    Samples on rays that are not alive get EMPTY_RAW_DENSITY and zeros.
+    """
     M: tl.constexpr = TH * TW * TK
     c, four = tl.arange(0, C), tl.arange(0, 16)
     square = c[:, None] * C + c[None, :]
@@ -139,7 +144,10 @@ def forward(
 def _scatter(
     grad, g, u, v, hit, S: tl.constexpr, C: tl.constexpr, WINDOW: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    """Add the gradient of ``_gather``, summed over the tile by a product, with one atomic per element of a window."""
+    """Add the gradient of ``_gather`` with respect to the plane to ``grad``.
+
+    A matrix product sums the gradient over the tile. Each element of a window is added with one atomic operation.
+    """
     c, k = tl.arange(0, C), tl.arange(0, WINDOW * WINDOW)
     x, y = _texel(u, S), _texel(v, S)
     x_low = tl.maximum(tl.floor(tl.min(tl.where(hit, x, S + 1.0), 0)).to(tl.int32), 0)
@@ -207,7 +215,7 @@ def backward(
                 side = db + (layer + 1) * C + c
                 tl.store(side, tl.load(side) + tl.sum(dz, 0))
                 dz = _dot(dz, tl.trans(back), tl.zeros((M, C), tl.float32), HALF) * _derivative(before, SILU)
-            # Recomputed, since keeping the points across the layers would spill registers.
+            # The points are recomputed because keeping them across the layers would spill registers.
             n, _, hit, px, py, pz = _tile(tile, origins, directions, t, alive, N, W, K, TH, TW, TK)
             first = db + c
             tl.store(first, tl.load(first) + tl.sum(dz, 0))
@@ -230,5 +238,5 @@ def backward(
                 planes_grad + 2 * SIZE, dz, _axis(px, py, pz, AXES[4]), _axis(px, py, pz, AXES[5]), hit, S, C,
                 WINDOW, HALF,
             )  # fmt: skip
-            # The next tile overwrites the scratch and reads sums stored by other threads.
+            # The next tile overwrites the scratch buffer and reads sums that other threads have stored.
             tl.debug_barrier()

@@ -1,7 +1,7 @@
-"""Device-dependent decisions: which implementation runs, how work is divided, and the API of ``torch.cuda``.
+"""Decisions that depend on the device, such as the choice of implementations and calls of ``torch.cuda``.
 
-No other file compares devices (``tests/unit/test_device.py``). All choices between a CPU and an accelerator go through
-``on_cpu``, so that ``as_accelerator`` can run the accelerator's branches on CPU tensors.
+No other file compares devices (``tests/unit/test_device.py``). All choices between a CPU and an accelerator are made
+with ``on_cpu``, so that ``as_accelerator`` can run the branches for accelerators on CPU tensors.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from lrm_pl.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-#: Device types served by the CPU implementations.
+#: Device types that use the CPU implementations.
 HOST_TYPES: Container[str] = frozenset({"cpu"})
 
 
@@ -39,8 +39,8 @@ class GpuProperties(NamedTuple):
 
     Attributes:
         capability: Compute capability.
-        multiprocessors: Streaming multiprocessors (compute units).
-        l2: Bytes of the L2 cache.
+        multiprocessors: Number of streaming multiprocessors (compute units).
+        l2: Size of the L2 cache in bytes.
     """
 
     capability: tuple[int, int]
@@ -48,22 +48,22 @@ class GpuProperties(NamedTuple):
     l2: int
 
 
-#: GPU that CPU tensors represent; see ``as_accelerator``.
+#: GPU that CPU tensors represent (see ``as_accelerator``).
 _assumed: GpuProperties | None = None
 
-#: Properties used with Triton's interpreter: few programs, since it runs them sequentially.
+#: Properties that are used with Triton's interpreter, which runs programs sequentially and should have few of them.
 _INTERPRETED = GpuProperties((8, 0), 3, 40 * 10**6)
 
 
 @contextlib.contextmanager
 def as_accelerator(gpu: GpuProperties | None = None) -> Iterator[None]:
-    """Run CPU tensors, real or fake, through the branches of accelerators, for the whole process.
+    """Use the branches for accelerators on CPU tensors, real or fake, in the whole process.
 
-    Used by the cost estimate of a GPU step and by tests of those branches.
+    Cost estimates of a GPU step and tests of these branches use this context.
 
     Args:
-        gpu: GPU that fake tensors represent; Triton kernels are chosen as on this GPU. None chooses kernels that can
-            run.
+        gpu: GPU that fake tensors represent. Triton kernels are chosen as on this GPU. If None, only kernels that can
+            run are chosen.
     """
     global HOST_TYPES, _assumed
     before = HOST_TYPES, _assumed
@@ -80,19 +80,25 @@ def on_cuda(device: torch.device) -> bool:
 
 
 def num_threads(device: torch.device) -> int:
-    """Return the number of threads that process chunks: PyTorch's intra-op threads on a CPU, 1 on an accelerator."""
+    """Return the number of threads that process chunks.
+
+    This is the number of PyTorch's intra-op threads on a CPU, and 1 on an accelerator.
+    """
     return torch.get_num_threads() if on_cpu(device) else 1
 
 
 def points_per_chunk(device: torch.device) -> int:
-    """Return the number of points decoded at a time: fits the cache on a CPU, fills the device elsewhere."""
+    """Return the number of points that are decoded at a time.
+
+    They fit in the cache of a CPU, or keep all multiprocessors of an accelerator busy.
+    """
     return 32768 if on_cpu(device) else 262144
 
 
 def pixels_per_group(device: torch.device) -> int:
     """Return the number of pixels that LPIPS processes at a time.
 
-    One 384 x 384 image on a CPU, whose activations take 0.25 GB; eight on a GPU.
+    This is one image of 384 x 384 pixels on a CPU, whose activations take 0.25 GB, and eight such images on a GPU.
     """
     return 384 * 384 * (1 if on_cpu(device) else 8)
 
@@ -112,10 +118,10 @@ def record_event(device: torch.device) -> torch.cuda.Event:
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Compute float32 convolutions and matrix products in float32, for the whole process; restored on exit.
+    """Disable TF32 for convolutions and matrix products in the whole process, and restore the settings on exit.
 
-    By default, PyTorch lets cuDNN round the factors of float32 convolutions to TF32's 10 bits of mantissa on GPUs of
-    compute capability 8.0 and higher.
+    On GPUs of compute capability 8.0 and higher, PyTorch by default lets cuDNN round the factors of float32
+    convolutions to the 10 bits of mantissa of TF32.
     """
     # Lightning and torch.compile read these switches, which raises if conv.fp32_precision has been set.
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -131,18 +137,27 @@ def without_tf32() -> Iterator[None]:
 
 
 def host_buffer(tensor: Tensor) -> Tensor:
-    """Return an uninitialized CPU tensor (or DTensor) to copy ``tensor`` into; pinned if that is on CUDA."""
+    """Return an uninitialized CPU tensor or DTensor to copy ``tensor`` into.
+
+    The memory is pinned if ``tensor`` is on CUDA.
+    """
     return torch.empty_like(tensor, device="cpu", pin_memory=on_cuda(tensor.device))
 
 
 def _streams(device: torch.device) -> Any:  # noqa: ANN401 - a module
-    """Return the module with a device's streams; ``torch.cpu``, with no-op streams, if it has none (MPS)."""
+    """Return the module that provides the streams of a device.
+
+    If the device has no streams (MPS), ``torch.cpu`` is returned, whose streams do nothing.
+    """
     module = torch.get_device_module(device)
     return module if hasattr(module, "Stream") else torch.cpu
 
 
 class HostCopy:
-    """Asynchronous copy of a tensor to the host; only ``numbers`` waits for the device."""
+    """Asynchronous copy of a tensor to the host.
+
+    Only ``numbers`` waits for the device.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         module = _streams(tensor.device)
@@ -157,7 +172,10 @@ class HostCopy:
 
 
 class CopyStream:
-    """A stream for copies to the host that overlap with the current stream; a no-op on a CPU."""
+    """Stream for copies to the host that overlap with the work of the current stream.
+
+    On a CPU, copies are synchronous.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._module, self._device = _streams(device), device
@@ -166,14 +184,14 @@ class CopyStream:
 
     @contextlib.contextmanager
     def after_current(self) -> Iterator[None]:
-        """Queue work on this stream, after all work queued on the current stream so far."""
+        """Queue work on this stream that starts after all work that is queued on the current stream."""
         self._stream.wait_stream(self._module.current_stream(self._device))
         with self._module.stream(self._stream):
             yield
             self._copied.record(self._stream)
 
     def copy(self, into: Tensor, source: Tensor) -> None:
-        """Queue a copy."""
+        """Queue a copy of ``source`` to ``into``."""
         into.copy_(source, non_blocking=self._module is not torch.cpu)
 
     def block_current(self) -> None:
@@ -181,16 +199,16 @@ class CopyStream:
         self._copied.wait(self._module.current_stream(self._device))
 
     def synchronize(self) -> None:
-        """Wait until the copies are complete; from any thread."""
+        """Wait until the copies are complete. This method can be called from any thread."""
         self._copied.synchronize()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def triton_unavailable(device: torch.device) -> str | None:
-    """Return why Triton kernels cannot run on a device, and log it once; None if they can.
+    """Return the reason why Triton kernels cannot run on a device, or None if they can.
 
-    The kernels need bfloat16 tensor cores, that is, compute capability 8.0. Triton's interpreter
-    (``TRITON_INTERPRET=1`` at process start) runs them on CPU tensors, for tests.
+    The reason is logged once. The kernels need bfloat16 tensor cores, that is, compute capability 8.0 or higher. In
+    tests, Triton's interpreter runs them on CPU tensors (``TRITON_INTERPRET=1`` when the process starts).
     """
     reason = _missing_for_triton() if _assumed is None else None
     gpu = gpu_properties(device)
@@ -212,10 +230,13 @@ def _log_once(message: str, reason: str) -> None:
 
 @functools.cache
 def _missing_for_triton() -> str | None:
-    """Return which requirement of Triton is missing: it compiles C code that includes Python's headers."""
+    """Return the requirement of Triton that is missing, or None if there is none.
+
+    Triton compiles C code that includes Python's headers.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    compiler = os.environ.get("CC")  # Triton takes the whole value for the name of a program
+    compiler = os.environ.get("CC")  # Triton interprets the whole value as the name of a program
     if not any(map(shutil.which, ("gcc", "clang") if compiler is None else (compiler,))):
         found = "none was found" if compiler is None else f"CC={compiler} is not a program"
         return f"Triton requires a C compiler, but {found}. Install gcc, and unset CC or set it to a path"
@@ -227,7 +248,7 @@ def _missing_for_triton() -> str | None:
 
 
 def gpu_properties(device: torch.device) -> GpuProperties | None:
-    """Return the properties that determine the choice of Triton kernels; None if the device cannot run any."""
+    """Return the properties that determine the choice of Triton kernels, or None if the device cannot run any."""
     if on_cuda(device):
         gpu = torch.cuda.get_device_properties(device)
         return GpuProperties((gpu.major, gpu.minor), gpu.multi_processor_count, gpu.L2_cache_size)
@@ -237,7 +258,10 @@ def gpu_properties(device: torch.device) -> GpuProperties | None:
 
 
 def launch_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a CUDA device current, which Triton launches require; a no-op elsewhere."""
+    """Return a context in which a CUDA device is current, as launches of Triton kernels require.
+
+    On other devices, the context does nothing.
+    """
     return torch.cuda.device(device) if on_cuda(device) else contextlib.nullcontext()
 
 
@@ -247,12 +271,12 @@ def profiler_activities(device: torch.device) -> list[ProfilerActivity]:
 
 
 def peak_device_memory(device: torch.device) -> int | None:
-    """Return the peak GPU memory allocated by tensors of this process, in bytes; None without a GPU."""
+    """Return the peak GPU memory of the tensors of this process in bytes, or None if the device is not a GPU."""
     return torch.cuda.max_memory_allocated(device) if on_cuda(device) else None
 
 
 def with_index(device: torch.device) -> torch.device:
-    """Return a CPU device with an index, as DeepSpeed requires; any other device unchanged."""
+    """Add the index that DeepSpeed requires to a CPU device, and return other devices unchanged."""
     return torch.device("cpu", 0) if device.type == "cpu" else device
 
 
@@ -265,7 +289,7 @@ def num_visible_gpus(accelerator: str = "auto") -> int:
     """Return the number of GPUs that a Lightning accelerator setting can use on this machine.
 
     Args:
-        accelerator: ``trainer.accelerator``.
+        accelerator: Value of ``trainer.accelerator``.
     """
     usable = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return torch.cuda.device_count() if usable else 0
@@ -277,15 +301,15 @@ def requires_gpu(accelerator: str) -> bool:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return a device by name.
+    """Return the device with a given name.
 
     Args:
-        name: PyTorch's name of a device. "auto" is a GPU if one is available; "auto" and "cuda" select one GPU per
-            local rank.
+        name: Name of a device in PyTorch, or "auto" for a GPU if one is available, and the CPU otherwise. "auto" and
+            "cuda" select a GPU by the local rank.
         local_rank: Rank of this process on its node.
 
     Raises:
-        InputError: The device does not exist.
+        InputError: The device does not exist or cannot hold data.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

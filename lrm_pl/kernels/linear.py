@@ -1,8 +1,8 @@
 """Fused linear layer and activation for inference on a CPU.
 
-act(x W^T + b) for ``x`` (Q, I), ``weight`` (O, I), ``bias`` (O), with act ReLU or SiLU; under autocast in its dtype.
-The fused operator is oneDNN's, the one that ``torch.compile`` generates on a CPU: it applies the activation in
-registers. It has no gradient. It agrees with the plain implementation up to bf16 rounding.
+The operation computes act(x W^T + b) for ``x`` (Q, I), ``weight`` (O, I) and ``bias`` (O), where the activation is ReLU
+or SiLU. The fused operator belongs to oneDNN, and ``torch.compile`` also uses it on a CPU. It applies the activation in
+registers, has no gradient, and agrees with ``linear_plain`` up to bf16 rounding.
 """
 
 import functools
@@ -18,29 +18,29 @@ from lrm_pl.kernels.device import on_cpu
 
 HiddenActivation = Literal["relu", "silu"]
 
-#: Whether this build of PyTorch has oneDNN's fused linear layers.
+#: Whether this build of PyTorch has the fused linear layers of oneDNN.
 _BUILT = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
-#: oneDNN's names of the activations.
+#: Names of the activations in oneDNN.
 _NAMES: dict[HiddenActivation, str] = {"relu": "relu", "silu": "swish"}
 
 
 def activation(x: Tensor, act: HiddenActivation) -> Tensor:
-    """Apply an activation by its name."""
+    """Apply the activation with a given name."""
     return F.relu(x) if act == "relu" else F.silu(x)
 
 
 def linear_plain(
     x: Float[Tensor, "Q I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"], act: HiddenActivation
 ) -> Float[Tensor, "Q O"]:
-    """Compute the layer as written: reference implementation, and the one with a gradient."""
+    """Compute a linear layer and its activation with PyTorch operators, which have gradients."""
     return activation(F.linear(x, weight, bias), act)
 
 
 def linear_activated(
     x: Float[Tensor, "Q I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"], act: HiddenActivation
 ) -> Float[Tensor, "Q O"]:
-    """Compute a linear layer and its activation; see the top of this file."""
+    """Compute a linear layer and its activation, with the fused operator if possible (see the top of this file)."""
     fused = (
         type(x) is Tensor  # not a subclass such as a fake tensor
         and x.dtype == torch.bfloat16

@@ -1,8 +1,9 @@
-"""Layer normalization with weight and bias per object.
+"""Layer normalization with a weight and bias per object.
 
-LN(x) weight + bias for ``x`` (B, L, D), ``weight`` and ``bias`` (B, D), normalized over D; differentiable in all three.
-x is the only tensor of its size that is saved for backward. The Triton kernels compute in float32, read x once in
-forward, and x and the gradient once in backward. Their sums have a fixed order, so results are bitwise reproducible.
+The operation computes LN(x) weight + bias for ``x`` of shape (B, L, D), and ``weight`` and ``bias`` of shape (B, D).
+It normalizes over D and is differentiable with respect to all three tensors. The only large tensor that is saved for
+the backward pass is ``x``. The Triton kernels compute in float32. They read ``x`` once in the forward pass, and ``x``
+and the gradient once in the backward pass. Sums have a fixed order, so results are bitwise reproducible.
 """
 
 import torch
@@ -12,15 +13,18 @@ from torch.nn import functional as F
 
 from lrm_pl.kernels.device import gpu_properties, launch_guard, on_cpu, triton_unavailable
 
-#: Maximum row width that a program of the kernels holds in registers.
+#: Maximum width of a row, which a program of the kernels holds in registers.
 _WIDEST = 4096
 
 
 def modulated_norm_plain(
     x: Float[Tensor, "B L D"], weight: Float[Tensor, "B D"], bias: Float[Tensor, "B D"], eps: float
 ) -> Float[Tensor, "B L D"]:
-    """Compute one layer norm per object: reference implementation, used without Triton."""
-    # unbind, since the gradient of indexing is a tensor of zeros of the full size for each object.
+    """Compute one layer norm per object.
+
+    This is the reference implementation, which is also used if the Triton kernels cannot run.
+    """
+    # The gradient of indexing would allocate a tensor of zeros of the full size for each object.
     objects = zip(x.unbind(0), weight.unbind(0), bias.unbind(0), strict=True)
     return torch.stack([F.layer_norm(one, one.shape[-1:], w, b, eps) for one, w, b in objects])
 
@@ -28,7 +32,7 @@ def modulated_norm_plain(
 def modulated_norm(
     x: Float[Tensor, "B L D"], weight: Float[Tensor, "B D"], bias: Float[Tensor, "B D"], eps: float
 ) -> Float[Tensor, "B L D"]:
-    """Normalize and modulate; see the top of this file."""
+    """Normalize tokens with a weight and bias per object (see the top of this file)."""
     fused = (
         not on_cpu(x)
         and x.dtype == weight.dtype == bias.dtype == torch.float32
@@ -65,7 +69,7 @@ def _backward_op(
     gpu = gpu_properties(x.device)
     assert gpu is not None, x.device
     batch, length, dim = x.shape
-    # Four programs per multiprocessor hide memory latency; their partial sums are 1% of the size of x.
+    # Four programs per multiprocessor hide memory latency. Their partial sums take 1% of the memory of x.
     programs = min(length, max(1, 4 * gpu.multiprocessors // batch))
     out, sums = torch.empty_like(x), x.new_empty(2, batch, programs, dim)
     with launch_guard(x.device):

@@ -1,4 +1,4 @@
-"""Triton kernels of ``modulated_norm``; forward and backward read each row once."""
+"""Triton kernels of ``modulated_norm``, which read each row once in forward and once in backward."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def forward(x, weight, bias, out, mean, rstd, L, D, eps, BLOCK: tl.constexpr):
-    """Normalize one row per program (L rows per object)."""
+    """Normalize one row per program. Each object has L rows."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = c < D
@@ -24,9 +24,9 @@ def forward(x, weight, bias, out, mean, rstd, L, D, eps, BLOCK: tl.constexpr):
 
 @triton.jit
 def backward(g, x, weight, mean, rstd, dx, dw, db, L, D, BLOCK: tl.constexpr):
-    """Compute gradients of rows p, p + P, ... of object b in program (p, b) of (P, B).
+    """Compute the gradients of rows p, p + P, ... of object b in program (p, b) of a grid (P, B).
 
-    Partial sums of the gradients of weight and bias are written to row p of ``dw[b]`` and ``db[b]``.
+    Partial sums of the gradients of the weight and bias are written to row p of ``dw[b]`` and ``db[b]``.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     of_object = tl.program_id(1).to(tl.int64)

@@ -8,9 +8,13 @@ from lrm_pl.kernels.compiled import compiled
 
 @compiled()
 def occupied(cells: npt.NDArray[np.bool_], points: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """Return the indices of the points (Q, 3) in occupied cells (n, n, n) of [-1, 1]^3, in ascending order.
+    """Return the indices of the points in occupied cells, in ascending order.
 
     A point outside the grid is assigned to the nearest cell.
+
+    Args:
+        cells: Occupancy grid of shape (n, n, n) over [-1, 1]^3.
+        points: Points of shape (Q, 3).
     """
     size = cells.shape[0]
     numbers = np.empty(points.shape[0], dtype=np.int64)

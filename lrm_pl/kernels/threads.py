@@ -1,4 +1,4 @@
-"""Run work in threads that each use one PyTorch intra-op thread."""
+"""Threads that each use one PyTorch intra-op thread."""
 
 import threading
 from collections.abc import Callable
@@ -10,12 +10,12 @@ import torch
 def run_threads(count: int, work: Callable[[int], None]) -> None:
     """Call ``work(0)`` to ``work(count - 1)``, each in its own thread.
 
-    ``torch.set_num_threads`` is thread-local, but new threads inherit the value that was set last. It is restored
-    before the work starts, so that threads started elsewhere in the meantime inherit the usual value.
+    ``torch.set_num_threads`` is thread-local, but new threads inherit the value that was set last. The value of the
+    caller is therefore restored before the work starts, so that threads that are started elsewhere inherit it.
 
     Args:
         count: Number of threads.
-        work: Function of the thread's index.
+        work: Function that is called with the index of the thread.
     """
     usual, ready = torch.get_num_threads(), threading.Barrier(count + 1)
 

@@ -1,15 +1,15 @@
 """Bilinear triplane sampling.
 
-``planes`` (P, S, S, C) are the float32, channels-last planes of one object; ``points`` (Q, 3) are float32, in [-1, 1]
-inside the field. Plane p is sampled at column ``points[:, axes[p][0]]`` and row ``points[:, axes[p][1]]``, with
-``align_corners=False`` and zero padding, as in ``torch.nn.functional.grid_sample``. ``reduce`` sums the planes'
-features ("sum", (Q, C)) or concatenates them ("concat", (Q, P C)). Differentiable in the planes. The points get no
-gradient.
+``planes`` (P, S, S, C) are the channels-last float32 planes of one object, and ``points`` (Q, 3) are float32 points,
+which are in [-1, 1] inside the field. Plane p is sampled at column ``points[:, axes[p][0]]`` and row
+``points[:, axes[p][1]]``, with ``align_corners=False`` and zero padding, as in ``torch.nn.functional.grid_sample``. The
+features of the planes are summed to (Q, C) if ``reduce`` is "sum", and concatenated to (Q, P C) if it is "concat".
+Sampling is differentiable with respect to the planes, but not the points.
 
-On a CPU sampling runs in numba. Elsewhere ``embedding_bag`` gathers and sums the four neighbors of a point in one
-kernel, and ``index_add_`` accumulates their gradients in place. Both agree up to float32 rounding. Gradients are
-bitwise reproducible on a CPU; on CUDA with ``torch.use_deterministic_algorithms``, which ``grid_sample`` does not
-support.
+On a CPU, sampling is implemented with numba. On other devices, ``embedding_bag`` gathers and sums the four neighbors of
+a point in one kernel, and ``index_add_`` accumulates the gradients in place. The two implementations agree up to
+float32 rounding. Gradients are bitwise reproducible on a CPU. On CUDA, they are reproducible with
+``torch.use_deterministic_algorithms``, which ``grid_sample`` does not support.
 """
 
 from typing import Literal
@@ -30,7 +30,7 @@ Axes = tuple[tuple[int, int], ...]
 def triplane_sample_plain(
     planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
 ) -> Float[Tensor, "Q G"]:
-    """Sample with ``grid_sample``: reference implementation."""
+    """Sample with ``grid_sample``, as the reference implementation."""
     features = F.grid_sample(
         planes.permute(0, 3, 1, 2),
         _plane_coordinates(points, axes).transpose(0, 1).unsqueeze(2),
@@ -43,9 +43,9 @@ def triplane_sample_plain(
 
 
 def _plane_coordinates(points: Float[Tensor, "Q 3"], axes: Axes) -> Float[Tensor, "Q P 2"]:
-    """Project points onto each plane: column coordinate, row coordinate.
+    """Return the column and row coordinates of points in each plane.
 
-    Slices are stacked, since indexing with a list copies the list to the device and synchronizes.
+    Slices are stacked because indexing with a list would copy the list to the device and synchronize.
     """
     columns, rows = (torch.stack([points[:, pair[k]] for pair in axes], dim=-1) for k in (0, 1))
     return torch.stack([columns, rows], dim=-1)
@@ -54,11 +54,11 @@ def _plane_coordinates(points: Float[Tensor, "Q 3"], axes: Axes) -> Float[Tensor
 def _neighbors(
     points: Float[Tensor, "Q 3"], axes: Axes, side: int
 ) -> tuple[Int[Tensor, "Q P 4"], Float[Tensor, "Q P 4"]]:
-    """Return the four texels around each point in each plane, as rows of (P S S, C), and their bilinear weights.
+    """Return the four texels around each point in each plane, and their bilinear weights.
 
-    Texels outside a plane have weight 0.
+    Texels are row indices of the planes in the shape (P S S, C). Texels outside a plane have weight 0.
     """
-    # In texels, clamped to one texel beyond the border to avoid integer overflow.
+    # Positions in texels are clamped to one texel beyond the border to avoid integer overflow.
     positions = (((_plane_coordinates(points, axes) + 1) * side - 1) / 2).clamp(-1, side)
     low = positions.floor()
     high_weight = positions - low
@@ -76,10 +76,10 @@ def _neighbors(
 def triplane_sample(
     planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
 ) -> Float[Tensor, "Q G"]:
-    """Sample a triplane at points; see the top of this file.
+    """Sample a triplane at points (see the top of this file).
 
     Raises:
-        ValueError: The shapes or dtypes are wrong.
+        ValueError: The shapes or dtypes are invalid.
     """
     if planes.ndim != 4 or planes.shape[1] != planes.shape[2] or planes.shape[0] != len(axes):
         raise ValueError(f"expected planes ({len(axes)}, S, S, C), but found {tuple(planes.shape)}")
@@ -119,11 +119,11 @@ def _accumulate_op(total: Tensor, points: Tensor, grad: Tensor, axes: list[int],
         return
     rows, weights = _neighbors(points, pairs, total.shape[1])
     table = total.view(-1, total.shape[3])
-    # (Q, 1, C) or (Q, P, C): gradient of each plane's features.
+    # The gradient of the features of each plane has shape (Q, P, C).
     groups = len(pairs) if concat else 1
     incoming = grad.float().reshape(len(points), groups, total.shape[3]).expand(-1, len(pairs), -1)
     for plane in range(len(pairs)):
-        for k in range(4):  # one neighbor at a time, so that no temporary exceeds the gradient
+        for k in range(4):  # one neighbor at a time, so that no temporary tensor is larger than the gradient
             table.index_add_(0, rows[:, plane, k], weights[:, plane, k, None] * incoming[:, plane])
 
 
@@ -137,7 +137,7 @@ def _op(planes: Tensor, points: Tensor, axes: list[int], concat: bool) -> Tensor
     pairs = tuple(zip(axes[::2], axes[1::2], strict=True))
     if not on_cpu(planes):
         rows, weights = _neighbors(points, pairs, planes.shape[1])
-        # A bag is a set of texels that are summed: the neighbors of a point in all planes, or in one.
+        # A bag is a set of texels that are summed. It contains the neighbors of a point in all planes, or in one plane.
         bag = 4 if concat else 4 * len(pairs)
         return F.embedding_bag(
             rows.view(-1, bag),

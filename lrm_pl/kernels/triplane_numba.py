@@ -1,9 +1,10 @@
-"""CPU implementation of triplane sampling: numba loops over points, channels last.
+"""CPU implementation of triplane sampling by numba loops over points.
 
-Forward and backward are about ten times faster than ``grid_sample`` on two cores.
+Planes are stored channels last. The forward and backward passes are about ten times as fast as ``grid_sample`` on two
+cores.
 
-The functions run on the calling thread and release the GIL. To use several threads, give each its own points and its
-own gradient buffer, as ``lrm_pl.rendering.deferred`` does; results are then bitwise reproducible.
+The functions run in the calling thread and release the GIL. To use several threads, give each thread its own points and
+gradient buffer, as in ``lrm_pl.rendering.deferred``. The results are then bitwise reproducible.
 """
 
 import numba
@@ -17,7 +18,10 @@ Floats = npt.NDArray[np.float32]
 
 @numba.njit(inline="always", fastmath=False)  # type: ignore[untyped-decorator]
 def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.float32]:
-    """Return the two neighbors of a position in [-1, 1] and their weights; 0 for a neighbor outside."""
+    """Return the two neighbors of a position in [-1, 1] and their weights.
+
+    The weight of a neighbor outside the plane is 0.
+    """
     x = np.float32(0.5) * ((position + np.float32(1)) * np.float32(size) - np.float32(1))
     x = min(max(x, np.float32(-2)), np.float32(size + 1))  # avoids integer overflow; the weights are 0
     low = int(np.floor(x))
@@ -35,14 +39,14 @@ def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.floa
 
 @compiled(fastmath={"contract", "reassoc", "nsz"})
 def sample(planes: Floats, points: Floats, axes: npt.NDArray[np.int64], concat: bool, out: Floats) -> None:
-    """Write samples to ``out``: (Q, C), summed over planes, or (Q, P C), concatenated.
+    """Sample planes bilinearly at points.
 
     Args:
-        planes: (P, S, S, C).
-        points: (Q, 3) in [-1, 1]; zero padding outside.
-        axes: (P, 2) column axis and row axis of each plane.
-        concat: Whether to concatenate instead of summing.
-        out: Output; overwritten.
+        planes: Planes of shape (P, S, S, C).
+        points: Points of shape (Q, 3). Planes are zero outside of [-1, 1].
+        axes: Column axis and row axis of each plane, of shape (P, 2).
+        concat: Whether to concatenate the features of the planes instead of summing them.
+        out: Buffer for the features, of shape (Q, C), or (Q, P C) if the features are concatenated. It is overwritten.
     """
     side, channels = planes.shape[1], planes.shape[3]
     for q in range(points.shape[0]):
@@ -68,11 +72,11 @@ def accumulate(
     """Add the gradient of ``sample`` with respect to the planes to ``grad_planes``.
 
     Args:
-        grad_planes: (P, S, S, C), added to in place.
-        points: (Q, 3).
-        axes: (P, 2).
-        concat: As in ``sample``.
-        grad: (Q, C) or (Q, P C) gradient of the output.
+        grad_planes: Gradient of the planes, of shape (P, S, S, C), which is modified in place.
+        points: Points of shape (Q, 3).
+        axes: Column axis and row axis of each plane, of shape (P, 2).
+        concat: Whether the features of the planes are concatenated instead of summed.
+        grad: Gradient of the features, of shape (Q, C), or (Q, P C) if they are concatenated.
     """
     side, channels = grad_planes.shape[1], grad_planes.shape[3]
     for q in range(points.shape[0]):

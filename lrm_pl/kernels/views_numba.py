@@ -12,7 +12,7 @@ _BYTE = np.float32(1 / 255)
 def over_white(
     rgba: npt.NDArray[np.uint8], images: npt.NDArray[np.float32], alpha: npt.NDArray[np.float32]
 ) -> None:
-    """Composite a view (H, W, 4) over white; write ``images`` (3, H, W) and ``alpha`` (H, W)."""
+    """Composite a view (H, W, 4) over white, and write the result to ``images`` (3, H, W) and ``alpha`` (H, W)."""
     one, byte = np.float32(1), np.float32(255)
     for y in range(rgba.shape[0]):
         row = rgba[y].reshape(-1)
@@ -27,9 +27,16 @@ def over_white(
 def resized_window(
     rgba: npt.NDArray[np.uint8], side: int, top: int, left: int, window: npt.NDArray[np.float32]
 ) -> None:
-    """Resize a view (H, W, 4) to ``side`` x ``side``, premultiplied, and write a window of it to (4, h, w).
+    """Resize a view to ``side`` x ``side``, and write premultiplied colors and alpha of a window of the result.
 
     Only pixels that contribute to the window are read.
+
+    Args:
+        rgba: View of shape (H, W, 4) with straight alpha.
+        side: Side of the resized view in pixels.
+        top: First row of the window in the resized view.
+        left: First column of the window in the resized view.
+        window: Buffer of shape (4, h, w) for the window.
     """
     height, width = window.shape[1], window.shape[2]
     y_first, y_weights = _taps(rgba.shape[0], side, top, height)
@@ -79,10 +86,10 @@ def resized_window(
 def _taps(
     size: int, resized: int, start: int, count: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Return the first source pixel and the filter weights of ``count`` resized pixels from ``start`` on.
+    """Return the first source pixel and the filter weights of ``count`` resized pixels, beginning with ``start``.
 
-    Triangle filter with a support of two resized pixels, or two source pixels if these are larger; float32 arithmetic
-    as in PyTorch.
+    The filter is a triangle with a support of two resized pixels, or two source pixels if source pixels are larger.
+    Arithmetic is in float32, as in PyTorch.
     """
     half, one = np.float32(0.5), np.float32(1)
     scale = np.float32(size) / np.float32(resized)
