@@ -1,4 +1,4 @@
-"""The training objective: a weighted sum of named terms (LRM, section 3.4: MSE + 2.0 LPIPS)."""
+"""The training objective, a weighted sum of named terms (MSE + 2.0 LPIPS in LRM, section 3.4)."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from lrm_pl.losses.regularizers import opacity_prior, total_variation
 
 @dataclasses.dataclass(frozen=True)
 class LossInputs:
-    """Inputs of the loss terms: n views of B objects.
+    """Inputs of the loss terms for n views of B objects.
 
     Attributes:
-        prediction: Rendered views, composited over their backgrounds.
-        target: Ground truth views over the same backgrounds.
+        prediction: Rendered views, composited over a background.
+        target: Ground truth views, composited over the same background.
         opacity: Opacity of the rendered views.
-        alpha: Alpha of the ground truth views.
+        alpha: Alpha channel of the ground truth views.
         planes: Triplanes of the objects.
     """
 
@@ -31,17 +31,18 @@ class LossInputs:
 
 
 class Objective(nn.Module):
-    """Weighted loss terms; a module without parameters. Terms of weight 0 are not computed.
+    """Weighted sum of loss terms without parameters.
 
-    To add terms, override ``forward`` in a subclass and select it with ``model.objective.class_path``.
+    Terms with weight 0 are not computed. To add terms, override ``forward`` in a subclass, and select the subclass with
+    ``model.objective.class_path``.
 
     Args:
         mse: Weight of the mean squared error.
-        lpips: Weight of LPIPS (VGG).
-        lpips_start_step: First optimizer step with LPIPS; early training is faster without it (LGM).
-        mask: Weight of the cross-entropy of opacity against alpha (TripoSR: 0.05), which removes floaters.
+        lpips: Weight of LPIPS with VGG.
+        lpips_start_step: First optimizer step with LPIPS. Steps without LPIPS are faster (LGM).
+        mask: Weight of the cross-entropy between opacity and alpha, which removes floaters (TripoSR: 0.05).
         tv: Weight of the total variation of the planes (OpenLRM: 5e-4).
-        opacity: Weight of the prior that pixels are transparent or opaque.
+        opacity: Weight of the prior that pixels are either transparent or opaque.
     """
 
     def __init__(
@@ -62,11 +63,14 @@ class Objective(nn.Module):
         self.perceptual: PerceptualLoss | None = None
 
     def forward(self, inputs: LossInputs, step: int) -> dict[str, Float[Tensor, ""]]:
-        """Compute the weighted terms by name; the loss is their sum.
+        """Compute the weighted terms, whose sum is the loss.
 
         Args:
             inputs: Rendered and ground truth views.
             step: Number of completed optimizer steps.
+
+        Returns:
+            Weighted terms by name.
 
         Raises:
             ValueError: LPIPS is enabled but ``perceptual`` is None.

@@ -1,7 +1,7 @@
-"""LPIPS: perceptual distance of two images in the features of a frozen network (Zhang et al. 2018; LRM, section 3.4).
+"""LPIPS, the perceptual distance of images in the features of a frozen network (Zhang et al. 2018; LRM, section 3.4).
 
-For each of five layers, features are normalized over channels and their squared differences are weighted by LPIPS's
-linear layer and averaged over pixels. The distance is the sum over layers.
+In each of five layers, the features are normalized over channels. Their squared differences are weighted by a linear
+layer of LPIPS and averaged over pixels. The distance is the sum over the five layers.
 """
 
 import warnings
@@ -20,7 +20,7 @@ from lrm_pl.kernels.device import pixels_per_group
 #: Networks for which LPIPS provides linear layers.
 LpipsNet = Literal["vgg", "alex"]
 
-#: Added to the norm of a feature vector, as in the lpips package.
+#: Constant that is added to the norm of a feature vector, as in the lpips package.
 _EPSILON = 1e-10
 
 
@@ -28,10 +28,10 @@ def require_measurable(side: int) -> None:
     """Raise an error if images are too small for the four pooling layers of VGG.
 
     Args:
-        side: Shorter side of the images, pixels.
+        side: Shorter side of the images in pixels.
 
     Raises:
-        InputError: The side is below 16.
+        InputError: The side is less than 16 pixels.
     """
     if side < 16:
         raise InputError(
@@ -43,18 +43,19 @@ def require_measurable(side: int) -> None:
 
 @final
 class PerceptualLoss:
-    """LPIPS of images in [0, 1], differentiable in the prediction only.
+    """LPIPS of images in [0, 1], which is differentiable with respect to the prediction only.
 
-    This is not an ``nn.Module``, so a module that has it as an attribute does not save, cast, shard or train it. Move
-    it with ``to``. The network runs channels last under the caller's autocast; the distance is computed in float32.
+    This class is not an ``nn.Module``, so a module with a ``PerceptualLoss`` as an attribute does not save, cast, shard
+    or train it. Move it with ``to``. The network runs channels last under the autocast state of the caller, and the
+    distance is computed in float32.
 
     Attributes:
         name: Name of the network.
         network: Frozen network of the lpips package.
 
     Args:
-        features: Convolution weights with torchvision's keys (``features.<i>.weight``, ``.bias``).
-        net: Network of these weights; LRM uses VGG.
+        features: Convolution weights with the keys of torchvision (``features.<i>.weight``, ``features.<i>.bias``).
+        net: Network to which the weights belong. LRM uses VGG.
     """
 
     def __init__(self, features: Mapping[str, Tensor], net: LpipsNet = "vgg") -> None:
@@ -62,7 +63,7 @@ class PerceptualLoss:
         self.network = _build(features, net)
 
     def to(self, device: torch.device | str) -> "PerceptualLoss":
-        """Move the network to a device; it stays float32."""
+        """Move the network to a device without changing its dtype."""
         self.network.to(device)
         return self
 
@@ -72,14 +73,14 @@ class PerceptualLoss:
         """Compute the LPIPS of each image.
 
         Args:
-            prediction: sRGB images in [0, 1].
-            target: Target images of the same shape; they get no gradient.
+            prediction: Predicted sRGB images in [0, 1].
+            target: Target images of the same shape, which get no gradient.
 
         Returns:
-            Distances, float32; 0 for equal images.
+            Float32 distances, which are 0 for equal images.
 
         Raises:
-            ValueError: The shapes differ or are not (n, 3, h, w).
+            ValueError: The shapes differ, or are not (n, 3, h, w).
         """
         if prediction.shape != target.shape or prediction.ndim != 4 or prediction.shape[1] != 3:
             raise ValueError(
@@ -93,12 +94,12 @@ class PerceptualLoss:
         return torch.cat([self._measure(predicted, expected) for predicted, expected in pairs])
 
     def features(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Tensor, ...]:
-        """Return the features that ``distance`` compares, without gradients, to reuse them for several comparisons."""
+        """Return the features for ``distance`` without gradients, so that several comparisons can use them."""
         with torch.no_grad():
             return self._features(images)
 
     def distance(self, prediction: tuple[Tensor, ...], target: tuple[Tensor, ...]) -> Float[Tensor, " n"]:
-        """Compute LPIPS from ``features``; either may have batch size 1."""
+        """Compute LPIPS from results of ``features``. Batches of size 1 are broadcast."""
         distances = [
             _distance(a, b, linear.model[-1].weight.flatten())
             for a, b, linear in zip(prediction, target, self.network.lins, strict=True)
@@ -122,9 +123,10 @@ class PerceptualLoss:
 
 
 class _EagerGradient(torch.autograd.Function):
-    """Compute distances and their gradients in forward, group by group, to hold the activations of one group at a time.
+    """Distances whose gradients are computed in the forward pass, group by group.
 
-    The total work equals that of an ordinary graph; backward only scales the gradients.
+    Only the activations of one group of images are in memory at a time. The backward pass scales the gradients, so the
+    total work is the same as with an ordinary graph.
     """
 
     @staticmethod
@@ -135,7 +137,7 @@ class _EagerGradient(torch.autograd.Function):
         measure: Callable[[Tensor, Tensor], Tensor],
         group: int,
     ) -> Tensor:
-        # A gradient scaler acts later, so scale here to keep small float16 gradients from underflow.
+        # A gradient scaler acts only later. Scaling the distances here keeps small float16 gradients from underflow.
         half = torch.is_autocast_enabled(prediction.device.type) and (
             torch.get_autocast_dtype(prediction.device.type) == torch.float16
         )
@@ -165,9 +167,10 @@ def _distance(
 ) -> Float[Tensor, " n"]:
     """Return the mean over pixels of weighted squared differences of normalized features.
 
-    Unlike the square root of a sum in the lpips package, ``vector_norm`` has gradient 0, not NaN, at zero features.
+    If all features are zero, the gradient of ``vector_norm`` is 0, whereas the gradient of the square root in the lpips
+    package is NaN.
     """
-    # Features are channels last, so (n, h, w, c) is a view.
+    # Features are stored channels last, so the permutation to (n, h, w, c) is contiguous.
     a, b = (layer.float().permute(0, 2, 3, 1) for layer in (prediction, target))
     a = a / (torch.linalg.vector_norm(a, dim=-1, keepdim=True) + _EPSILON)
     b = b / (torch.linalg.vector_norm(b, dim=-1, keepdim=True) + _EPSILON)
@@ -176,19 +179,19 @@ def _distance(
 
 
 def _build(features: Mapping[str, Tensor], net: LpipsNet) -> lpips.LPIPS:
-    """Build the lpips network with given convolution weights and the package's linear layers, loaded strictly.
+    """Build the lpips network, and strictly load the given convolution weights and the linear layers of the package.
 
-    It is built on the meta device, since torchvision would otherwise draw 138 million random weights, which takes
-    seconds and advances the global random state.
+    The network is built on the meta device because torchvision would otherwise draw 138 million random weights, which
+    takes seconds and advances the global random state.
     """
     with warnings.catch_warnings(), torch.device("meta"):
-        # lpips 0.1.4 passes `pretrained` to torchvision, deprecated since 0.13.
+        # lpips 0.1.4 passes `pretrained` to torchvision, which is deprecated since torchvision 0.13.
         for message in ("The parameter 'pretrained'", "Arguments other than a weight enum"):
             warnings.filterwarnings("ignore", message, UserWarning, r"torchvision\.models\._utils")
         model = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
     package = Path(lpips.__file__).parent
     linear = torch.load(package / "weights" / "v0.1" / f"{net}.pth", map_location="cpu", weights_only=True)
-    # lpips registers each linear layer as `lin0` and `lins.0`; its weight file has the first.
+    # lpips registers each linear layer as `lin0` and `lins.0`, but the weight file contains only `lin0`.
     linear |= {name.replace("lin", "lins.", 1): value for name, value in linear.items()}
     scaling = {name: value for name, value in model.state_dict().items() if name.startswith("scaling_layer.")}
     # net.slice<j>.<i>.<name> is torchvision's features.<i>.<name>

@@ -1,9 +1,9 @@
-"""Per-pixel terms: color error in sRGB [0, 1] (LRM, section 3.4, eq. 1) and mask cross-entropy."""
+"""Loss terms per pixel, the color error in sRGB [0, 1] (LRM, section 3.4, eq. 1) and the mask cross-entropy."""
 
 from jaxtyping import Float
 from torch import Tensor
 
-#: Opacity is mapped to [margin, 1 - margin] so that the cross-entropy is finite.
+#: Margin of the range [margin, 1 - margin] of opacity in the cross-entropy, which is thus finite.
 _MARGIN = 1e-4
 
 
@@ -13,9 +13,9 @@ def mse_loss(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h 
 
 
 def mask_loss(opacity: Float[Tensor, "n h w"], alpha: Float[Tensor, "n h w"]) -> Float[Tensor, ""]:
-    """Return the mean binary cross-entropy of opacity against alpha (TripoSR, section 3.2)."""
+    """Return the mean binary cross-entropy between opacity and alpha (TripoSR, section 3.2)."""
     opacity, alpha = opacity.float(), alpha.float().clamp(0, 1)
-    # Opacity may leave [0, 1] by rounding; the straight-through clamp keeps the gradient.
+    # Rounding can move opacity out of [0, 1]. The straight-through clamp does not change the gradient.
     clamped = opacity + (opacity.clamp(0, 1) - opacity).detach()
     probability = clamped * (1 - 2 * _MARGIN) + _MARGIN
     # F.binary_cross_entropy does not run under autocast on a GPU.

@@ -1,4 +1,4 @@
-"""Mesh export to glb and obj (+y up), and to ply and stl (+z up, as usual in printing and scanning).
+"""Mesh export to glb and obj with +y up, and to ply and stl with +z up, as is usual in printing and scanning.
 
 One scene unit is one meter in glTF, and ``STL_MM`` millimeters in STL.
 """
@@ -15,7 +15,7 @@ from trimesh.visual.material import SimpleMaterial
 from lrm_pl.meshing.glb import Y_UP, encode_glb
 from lrm_pl.meshing.mesh import Mesh, MeshFormat
 
-#: Millimeters per scene unit in STL; an object with a bounding sphere of radius 1 is about 100 mm wide.
+#: Millimeters per scene unit in STL. An object with a bounding sphere of radius 1 is at most 100 mm wide.
 STL_MM = 50.0
 
 
@@ -23,12 +23,14 @@ def encode_mesh(mesh: Mesh, file_format: MeshFormat, stem: str = "mesh") -> dict
     """Encode a mesh in a file format.
 
     Args:
-        mesh: The mesh.
-        file_format: File format. glb and obj store the texture or vertex colors, ply vertex colors, stl no colors.
+        mesh: Mesh to encode.
+        file_format: File format. glb and obj store the texture or vertex colors, ply stores vertex colors, and stl
+            stores no colors.
         stem: File name without suffix.
 
     Returns:
-        Contents by file name. The first file is the mesh; others (texture, material) belong in the same folder.
+        File contents by file name. The first file is the mesh. If there are more files (texture and material), they
+        must be stored in the same folder.
     """
     if file_format == "glb":
         return {f"{stem}.glb": encode_glb(mesh, stem)}

@@ -1,6 +1,7 @@
-"""Export of meshes to binary glTF 2.0: matte, +y up, meters, linear colors.
+"""Export of meshes to binary glTF 2.0, with a matte material, +y up, meters and linear colors.
 
-https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, sections 3.6 (accessors), 3.7.2 (attributes), 4.4 (GLB).
+See https://registry.khronos.org/glTF/specs/2.0/glTF-2.0.html, sections 3.6 (accessors), 3.7.2 (attributes) and 4.4
+(GLB).
 """
 
 import io
@@ -15,20 +16,21 @@ from lrm_pl import __version__
 from lrm_pl.color_spaces import srgb_to_linear
 from lrm_pl.meshing.mesh import Mesh, vertex_normals
 
-#: glTF's codes of component types and buffer view targets.
+#: Codes of component types and buffer view targets in glTF.
 _UINT16, _UINT32, _FLOAT = 5123, 5125, 5126
 _VERTICES, _INDICES = 34962, 34963
 
-#: Rotation from +z up to +y up; the side that faces the input camera (-y) faces the viewer (+z).
+#: Rotation from +z up to +y up. The side of the object that faces the input camera (-y) then faces the viewer (+z).
 Y_UP: Final = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], dtype=np.float32)
 
 
 def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
-    """Encode a mesh as binary glTF; one scene unit is one meter.
+    """Encode a mesh as binary glTF. One scene unit is one meter.
 
     Args:
-        mesh: The mesh. Vertex colors are omitted if it has a texture, since viewers multiply the two.
-        name: Name of the node and mesh.
+        mesh: Mesh to encode. If the mesh has a texture, vertex colors are omitted because viewers would multiply the
+            texture by them.
+        name: Name of the node and the mesh in the file.
     """
     builder = _Builder()
     vertices = mesh.vertices @ Y_UP.T
@@ -38,7 +40,7 @@ def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
     }
     surface: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
     if mesh.texture is None:
-        # 16 bits, since 8 bits of linear color show banding in dark areas
+        # Colors have 16 bits because 8 bits of linear color would show banding in dark areas.
         colors = np.rint(srgb_to_linear(mesh.colors.clip(0, 1)) * 65535)
         opaque = np.concatenate([colors, np.full((len(colors), 1), 65535)], axis=1).astype("<u2")
         attributes["COLOR_0"] = builder.add_values(opaque, "VEC4", _UINT16)
@@ -61,7 +63,7 @@ def encode_glb(mesh: Mesh, name: str = "object") -> bytes:
 
 
 class _Builder:
-    """Builder of the binary buffer and the JSON that describes it."""
+    """Builder of the binary buffer and of the JSON properties that describe the buffer."""
 
     def __init__(self) -> None:
         self.data = bytearray()
@@ -89,7 +91,7 @@ class _Builder:
         return len(self._accessors) - 1
 
     def add_texture(self, image: np.ndarray) -> None:
-        """Add the texture, (H, W, 3) uint8, and its sampler."""
+        """Add a uint8 texture of shape (H, W, 3) and a sampler."""
         file = io.BytesIO()
         Image.fromarray(image).save(file, format="PNG")
         self._images = {
@@ -99,7 +101,7 @@ class _Builder:
         }
 
     def document(self) -> dict[str, Any]:
-        """Return the JSON properties of everything added."""
+        """Return the JSON properties of the buffer and everything it contains."""
         return {
             "buffers": [{"byteLength": len(self.data)}],
             "bufferViews": self._views,

@@ -1,4 +1,4 @@
-"""Triangle meshes: data structure, vertex normals, floater removal and decimation."""
+"""Triangle meshes with vertex normals, floater removal and decimation."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-#: File formats of ``meshing.export``.
+#: File formats that ``meshing.export`` supports.
 MeshFormat = Literal["glb", "obj", "ply", "stl"]
 MESH_FORMATS: tuple[MeshFormat, ...] = get_args(MeshFormat)
 
@@ -19,8 +19,9 @@ class Texture:
     """Texture map of a mesh.
 
     Attributes:
-        uv: (N, 2) texture coordinates of the vertices, from 0 at the left and top edge to 1 at the right and bottom.
-        image: (H, W, 3) sRGB.
+        uv: Texture coordinates of the vertices, of shape (N, 2). They range from 0 at the left and top edges to 1 at
+            the right and bottom edges.
+        image: sRGB image of shape (H, W, 3).
     """
 
     uv: Float[np.ndarray, "N 2"]
@@ -32,10 +33,10 @@ class Mesh:
     """Triangle mesh.
 
     Attributes:
-        vertices: (N, 3) in scene units.
-        faces: (M, 3) vertex indices, counter-clockwise seen from outside.
-        colors: (N, 3) vertex colors, sRGB in [0, 1].
-        texture: Texture map; None if the mesh has vertex colors only.
+        vertices: Vertex positions of shape (N, 3) in scene units.
+        faces: Vertex indices of shape (M, 3), counter-clockwise as seen from outside.
+        colors: sRGB vertex colors of shape (N, 3) in [0, 1].
+        texture: Texture map. If None, the mesh has only vertex colors.
     """
 
     vertices: Vertices
@@ -45,9 +46,10 @@ class Mesh:
 
 
 def vertex_normals(vertices: Vertices, faces: Faces) -> Vertices:
-    """Return unit vertex normals: area-weighted means of the normals of adjacent faces; +z if these cancel out.
+    """Return unit vertex normals, which are area-weighted means of the normals of adjacent faces.
 
-    Vertices at the same position, as at the seams of a texture, share one normal.
+    Vertices at the same position, for example, at the seams of a texture, share one normal. If the normals of the
+    adjacent faces cancel out, the vertex normal is +z.
     """
     _, welded = np.unique(vertices, axis=0, return_inverse=True)
     welded = welded.reshape(-1)
@@ -70,10 +72,10 @@ def remove_floaters(vertices: Vertices, faces: Faces, min_fraction: float) -> tu
     Args:
         vertices: Vertex positions.
         faces: Vertex indices.
-        min_fraction: Components with less than this fraction of the largest component's area are removed.
+        min_fraction: Minimum area of a component as a fraction of the area of the largest component.
 
     Returns:
-        Remaining vertices and faces, in their original order.
+        Remaining vertices and faces in their original order.
     """
     from scipy.sparse import coo_array  # slow to import
     from scipy.sparse.csgraph import connected_components
@@ -96,7 +98,7 @@ def decimate(vertices: Vertices, faces: Faces, max_faces: int) -> tuple[np.ndarr
     Args:
         vertices: Vertex positions.
         faces: Vertex indices.
-        max_faces: Maximum number of faces; a mesh with no more faces is returned unchanged.
+        max_faces: Maximum number of faces. A mesh that has at most this number of faces is returned unchanged.
     """
     if len(faces) <= max_faces:
         return vertices, faces
@@ -112,13 +114,13 @@ def decimate(vertices: Vertices, faces: Faces, max_faces: int) -> tuple[np.ndarr
 
 
 def _area_vectors(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """Return the (M, 3) normals of faces, with twice the faces' areas as lengths."""
+    """Return the normals of faces, of shape (M, 3). The length of a normal is twice the area of the face."""
     corners = vertices[faces].astype(np.float64)
     return np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
 
 
 def _compact(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove unused vertices."""
+    """Remove vertices that no face uses."""
     used = np.zeros(len(vertices), dtype=bool)
     used[faces] = True
     index = np.cumsum(used) - 1

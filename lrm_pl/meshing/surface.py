@@ -16,7 +16,7 @@ from lrm_pl.rendering.empty_space import Occupancy
 from lrm_pl.rendering.field import Field
 from lrm_pl.rendering.renderer import Renderer
 
-#: Views from which the surface density is measured: number per elevation, side in pixels, elevations.
+#: Number of views per elevation from which the surface density is measured, their side in pixels, and the elevations.
 _VIEWS, _VIEW_SIDE, _ELEVATIONS_DEG = 4, 48, (-20.0, 20.0)
 
 
@@ -41,13 +41,14 @@ def extract_mesh(
         field: Fields of B objects.
         index: Index of the object.
         threshold: Density at the surface (OpenLRM: 3 per scene unit; TripoSR: 25 per chord).
-        resolution: Grid points along each axis (LRM: 384).
-        bounds: Bounds of the renderer; densities outside are untrained and treated as zero.
-        floaters: Connected components with less than this fraction of the largest component's area are removed.
-        max_faces: Maximum number of faces; None for no limit.
+        resolution: Number of grid points along each axis (LRM: 384).
+        bounds: Bounds of the renderer. Densities outside the bounds are untrained and treated as zero.
+        floaters: Minimum area of a connected component as a fraction of the area of the largest component. Smaller
+            components are removed.
+        max_faces: Maximum number of faces. If None, the number is not limited.
 
     Raises:
-        NoSurfaceError: There is no surface at this threshold, or none with so few faces.
+        NoSurfaceError: There is no surface at this threshold, or no faces remain after decimation.
     """
     with stage("grid"):
         density = density_grid(field, index, resolution, threshold).density.cpu()
@@ -98,7 +99,7 @@ def _marching_cubes(density: Tensor, inside: Tensor, threshold: float) -> tuple[
 
 @torch.no_grad()
 def sample_colors(field: Field, index: int, points: Float[np.ndarray, "Q 3"]) -> Float[np.ndarray, "Q 3"]:
-    """Return the colors of one object at points, sRGB in [0, 1]."""
+    """Return the sRGB colors in [0, 1] of one object at points."""
     queries = torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)).to(field.planes.device)
     return query_color(field, index, queries).float().clamp(0, 1).cpu().numpy()
 
@@ -112,17 +113,17 @@ def surface_density(
     distance: float,
     fxfycxcy: Float[Tensor, "4"],
 ) -> float:
-    """Estimate the isosurface threshold of one object: the median density at the expected depth of opaque rays.
+    """Estimate the isosurface threshold of one object as the median density at the expected depth of opaque rays.
 
-    A fixed threshold does not fit all objects, since the density at the visible surface depends on how sharp the
-    model's surfaces are.
+    A fixed threshold is not suitable for all objects because the density at the visible surface depends on the
+    sharpness of the predicted surface.
 
     Args:
         field: Fields of B objects.
         index: Index of the object.
-        renderer: Renderer that the network was trained with.
+        renderer: Renderer with which the network was trained.
         occupancy: Occupancy grid of the object.
-        distance: Distance of the cameras from the origin.
+        distance: Distance of the cameras from the origin in scene units.
         fxfycxcy: Normalized intrinsics of the cameras.
 
     Raises:
@@ -148,7 +149,7 @@ def surface_density(
 
 
 def _bounds(inside: Tensor) -> tuple[list[int], list[int]]:
-    """Return the bounding box of the surface in the grid, which limits marching cubes to it."""
+    """Return the bounding box of the surface in the grid, so that marching cubes can skip the rest of the grid."""
     low, high = [], []
     for axis in range(3):
         others = [other for other in range(3) if other != axis]

@@ -1,4 +1,4 @@
-"""Texture baking: from colors of a field to a texture map."""
+"""Texture baking, which samples the colors of a field at the texels of a texture map."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,21 +11,23 @@ from lrm_pl.meshing.mesh import Mesh, Texture
 from lrm_pl.meshing.unwrap import Atlas, unwrap
 from lrm_pl.progress import stage
 
-#: Colors (Q, 3), sRGB in [0, 1], at points (Q, 3).
+#: Function from points (Q, 3) to sRGB colors (Q, 3) in [0, 1].
 Color = Callable[[np.ndarray], np.ndarray]
 
-#: Texels rasterized at a time.
+#: Approximate number of texels that are rasterized at a time.
 _CHUNK = 1 << 21
 
 
 def bake_texture(mesh: Mesh, color: Color, size: int = 1024, limit_s: float = 60.0) -> Mesh:
-    """Unwrap a mesh and bake a texture map.
+    """Unwrap a mesh, and bake a texture map.
+
+    Vertices at seams are duplicated.
 
     Args:
-        mesh: The mesh; vertices at seams are duplicated.
+        mesh: Mesh without a texture.
         color: Function from points to colors.
-        size: Target side of the texture, pixels; the packed atlas may be up to 1.5 times larger.
-        limit_s: Time limit of unwrapping, seconds.
+        size: Target side of the texture in pixels. The packed atlas may be up to 1.5 times as large.
+        limit_s: Time limit of unwrapping in seconds.
 
     Raises:
         UnwrapError: Unwrapping failed or timed out.
@@ -50,7 +52,7 @@ def texel_points(
     """Return the surface point at the center of each texel.
 
     Returns:
-        Points, and a mask of the texels that are covered by a face.
+        Points, and a mask of the texels that are covered by a face. The points of other texels are zero.
     """
     size = np.array(atlas.size)
     points = np.zeros((*atlas.size[::-1], 3), dtype=np.float32)
@@ -79,7 +81,7 @@ def _rasterize(
     low: np.ndarray,
     high: np.ndarray,
 ) -> None:
-    """Rasterize a range of faces, testing each texel in the bounding box of each face."""
+    """Rasterize a range of faces by testing each texel in the bounding box of each face."""
     wide = high[batch] - low[batch] + 1
     count = wide.prod(axis=1)
     face = np.repeat(np.arange(batch.start, batch.stop), count)
@@ -100,6 +102,6 @@ def _rasterize(
 
 
 def _dilate(image: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Fill uncovered texels with the color of the nearest covered one, for filtering across chart borders."""
+    """Fill uncovered texels with the color of the nearest covered texel, so that filtering can cross chart borders."""
     rows, columns = distance_transform_edt(~covered, return_distances=False, return_indices=True)
     return image[rows, columns]

@@ -1,4 +1,7 @@
-"""Uniform sampling of points on triangle meshes. numpy only: also runs in Blender."""
+"""Uniform sampling of points on triangle meshes.
+
+This module imports only numpy, so it also runs in Blender.
+"""
 
 from collections.abc import Iterable
 
@@ -19,13 +22,14 @@ def sample_surface(
     Args:
         meshes: Meshes that together form the surface.
         count: Number of points.
-        rng: Random generator.
+        rng: Random number generator.
 
     Returns:
-        (count, 3) points and (count, 3) unit normals of their triangles, by the order of the corners.
+        Points and unit normals of the triangles that contain them, both of shape (count, 3). The order of the corners
+        of a triangle determines the sign of the normal.
 
     Raises:
-        InputError: The total area is zero.
+        InputError: The total area of the triangles is zero.
     """
     corners = np.concatenate([vertices[faces] for vertices, faces in meshes])
     a, ab, ac = corners[:, 0], corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
@@ -36,6 +40,6 @@ def sample_surface(
         raise InputError(expected="a surface", found="triangles of zero area")
     chosen = np.searchsorted(total, rng.random(count) * total[-1], side="right")
     u, v = rng.random((2, count, 1))
-    outside = u + v > 1  # reflect into the triangle
+    outside = u + v > 1  # these points are reflected into the triangle
     u, v = np.where(outside, 1 - u, u), np.where(outside, 1 - v, v)
     return a[chosen] + u * ab[chosen] + v * ac[chosen], cross[chosen] / twice_area[chosen, None]

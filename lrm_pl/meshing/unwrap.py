@@ -1,6 +1,6 @@
-"""UV unwrapping with xatlas, in a subprocess with a time limit, since xatlas can hang or crash on a bad mesh.
+"""UV unwrapping with xatlas, in a subprocess with a time limit because xatlas can hang or crash on degenerate meshes.
 
-``python -m lrm_pl.meshing.unwrap FOLDER SIZE`` reads vertices.npy and faces.npy and writes atlas.npz.
+``python -m lrm_pl.meshing.unwrap FOLDER SIZE`` reads vertices.npy and faces.npy, and writes atlas.npz.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-#: Texels between charts, so that bilinear filtering of mipmaps does not mix them.
+#: Number of texels between charts, so that bilinear filtering of mipmaps does not mix charts.
 PADDING = 4
 
 
 class UnwrapError(RuntimeError):
-    """Unwrapping failed or timed out; the message is one line."""
+    """Unwrapping failed or timed out. The message is a single line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,11 @@ class Atlas:
     """UV atlas of a mesh.
 
     Attributes:
-        source: (N,) mesh vertex of each atlas vertex; vertices at seams are duplicated.
-        faces: (M, 3) the faces, as indices of atlas vertices.
-        uv: (N, 2) texture coordinates, from 0 at the left and top edge to 1 at the right and bottom.
-        size: Width and height of the atlas, pixels; close to the requested size.
+        source: Index of the mesh vertex of each atlas vertex, of shape (N,). Vertices at seams are duplicated.
+        faces: Faces as indices of atlas vertices, of shape (M, 3).
+        uv: Texture coordinates of shape (N, 2). They range from 0 at the left and top edges to 1 at the right and
+            bottom edges.
+        size: Width and height of the atlas in pixels, which may differ from the requested size.
     """
 
     source: Int[np.ndarray, " N"]
@@ -45,8 +46,8 @@ def unwrap(
     Args:
         vertices: Vertex positions.
         faces: Vertex indices.
-        size: Target side of the atlas, pixels.
-        limit_s: Time limit, seconds.
+        size: Target side of the atlas in pixels.
+        limit_s: Time limit in seconds.
 
     Raises:
         UnwrapError: xatlas failed, crashed or timed out.
@@ -87,7 +88,7 @@ def _main(folder: Path, size: int) -> None:
     source, faces, uv = atlas[0]
     if atlas.atlas_count != 1:
         raise SystemExit(f"the mesh needs {atlas.atlas_count} atlases of {size} x {size} pixels")
-    # The packed size differs slightly from the requested one; resizing would shrink the padding.
+    # The packed size differs slightly from the requested size. Resizing the atlas would shrink the padding.
     packed_size = np.array((atlas.width, atlas.height))
     np.savez(folder / "atlas.npz", source=source, faces=faces, uv=uv.astype(np.float32), size=packed_size)
 
