@@ -1,1 +1,1 @@
-"""Callbacks that observe a run; they do not change training state."""
+"""Callbacks that observe a run without changing the training state."""

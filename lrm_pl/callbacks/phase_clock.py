@@ -1,4 +1,4 @@
-"""A clock that divides elapsed time into named phases; exactly one phase is active at any time."""
+"""Clock that divides elapsed time into named phases, exactly one of which is active at any time."""
 
 import itertools
 import time
@@ -9,13 +9,13 @@ from lrm_pl.kernels.device import on_cuda, record_event
 
 
 class PhaseClock:
-    """Attribute elapsed time to the active phase.
+    """Clock that attributes elapsed time to the active phase.
 
-    On CUDA, time is measured with events in the current stream, so it is device time and only ``pop_totals``
-    synchronizes. Elsewhere it is wall-clock time of the host.
+    On CUDA, device time is measured with events in the current stream, and only ``pop_totals`` synchronizes. On other
+    devices, wall-clock time of the host is measured.
 
     Args:
-        device: Device that does the work.
+        device: Device whose time is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,18 +23,18 @@ class PhaseClock:
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def switch(self, phase: str) -> None:
-        """End the active phase and start another one."""
+        """End the active phase and start a new phase."""
         self._marks.append((phase, self._now()))
 
     def rename(self, phase: str) -> None:
-        """Rename the active phase, from its start on."""
+        """Rename the active phase, including the time that has already elapsed."""
         if self._marks:
             self._marks[-1] = (phase, self._marks[-1][1])
 
     def pop_totals(self) -> dict[str, float]:
-        """Return the milliseconds of every phase since the last call; the active phase continues.
+        """Return the milliseconds of every phase since the last call, and continue the active phase.
 
-        On CUDA this waits for all queued work.
+        On CUDA, this method waits for all queued work.
         """
         if not self._marks:
             return {}

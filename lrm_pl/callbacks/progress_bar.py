@@ -1,4 +1,4 @@
-"""Progress bar over optimizer steps, with loss and throughput of the last logged step."""
+"""Progress bar over optimizer steps, with the loss and throughput of the last logged step."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lrm_pl.training.step_logging import is_logged_step
 
-#: Logged metrics shown first in the progress bar, and their labels.
+#: Logged metrics that are shown first in the progress bar, and their labels.
 SHOWN = {"loss/total": "loss", "speed/samples_per_second": "samples/s"}
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar without device synchronization between logging steps.
+    """Progress bar that does not synchronize with the device between logging steps.
 
-    Lightning reads values logged with ``prog_bar=True`` from the device at every step.
+    In contrast, Lightning's progress bar reads values that are logged with ``prog_bar=True`` at every step.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class ProgressBar(TQDMProgressBar):
         self._shown: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401 - Lightning's signature
-        """Count optimizer steps of the whole run, including those before a resume."""
+        """Count the optimizer steps of the whole run, including the steps before the run was resumed."""
         super().on_train_epoch_start(trainer)
         bar = self.train_progress_bar
         bar.unit, bar.total = "step", trainer.max_steps if trainer.max_steps >= 0 else None
@@ -48,7 +48,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return the metrics of the last logged step, then Lightning's, without the version number."""
+        """Return the metrics of the last logged step and Lightning's metrics, without the version number."""
         others = super().get_metrics(trainer, pl_module)
         others.pop("v_num", None)
         return self._shown | others

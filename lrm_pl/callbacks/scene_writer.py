@@ -1,4 +1,4 @@
-"""Write the results of ``lrm predict``: mesh, orbit video and image grid of each object."""
+"""Writer of the results of ``lrm predict``, that is, a mesh, an orbit video and an image grid of each object."""
 
 import dataclasses
 import io
@@ -24,15 +24,15 @@ RECORD_NAME = "result.json"
 
 
 class SceneWriter(L.Callback):
-    """Write mesh.glb, orbit.mp4, grid.png and result.json of each object to FOLDER/ID.
+    """Callback that writes mesh.glb, orbit.mp4, grid.png and result.json of each object to FOLDER/ID.
 
-    result.json is written last. It records the model, the camera and the options.
+    The file result.json is written last. It records the model, the camera and the options.
 
     Args:
         folder: Output folder.
-        metadata: Entries of every record, such as model and versions.
-        resolution: Points of the mesh's density grid along each axis.
-        frames: Number of frames of the orbit.
+        metadata: Entries of every result.json, such as the model and the versions.
+        resolution: Number of points of the density grid along each axis.
+        frames: Number of frames of the orbit video.
         size: Side of a frame in pixels.
     """
 
@@ -51,7 +51,7 @@ class SceneWriter(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the objects of a batch, except padding."""
+        """Write the results of the objects of a batch, except for padding."""
         scenes: list[Scene] = outputs
         for index, (key, scene) in enumerate(zip(batch.ids, scenes, strict=True)):
             if batch.weight[index]:
@@ -75,7 +75,7 @@ class SceneWriter(L.Callback):
         except NoSurfaceError as error:
             logger.warning("No mesh of %s: %s", key, error)
             notes.append(f"No mesh: {error}")
-            (folder / "mesh.glb").unlink(missing_ok=True)  # of an earlier run
+            (folder / "mesh.glb").unlink(missing_ok=True)  # written by an earlier run
         for name, content in files.items():
             write_atomically(folder / name, content)
         record = self.metadata | {

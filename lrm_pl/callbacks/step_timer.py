@@ -1,7 +1,7 @@
 """Time per phase of an optimizer step, throughput and peak memory.
 
 Phases are marked by forward hooks, by Lightning's callback hooks and, for data loading, by Lightning's profiler
-interface. Their names and units are listed in the README of this folder.
+interface. The README of this folder lists the logged metrics and their units.
 """
 
 import logging
@@ -32,7 +32,7 @@ PHASES = (
     "other",
 )
 
-#: Phase that is excluded from all totals: validation.
+#: Phase of validation, which is excluded from all totals.
 PAUSE = "pause"
 
 #: Action that the training loop reports to ``trainer.profiler`` while it waits for a batch.
@@ -41,16 +41,17 @@ FETCH_ACTION = "[_TrainingEpochLoop].train_dataloader_next"
 
 @final
 class StepTimer(L.Callback):
-    """Log ``time/<phase>``, ``time/step``, ``speed/*`` and ``memory/*_gib`` at the trainer's logging steps.
+    """Callback that logs ``time/<phase>``, ``time/step``, ``speed/*`` and ``memory/*_gib`` at the logging steps.
 
-    Times are milliseconds per optimizer step of this process, averaged since the last logged step; the phases sum to
+    Times are milliseconds per optimizer step of this process, averaged since the last logged step. The phases sum to
     ``time/step``. Rates cover all processes. Validation is excluded.
 
-    ``speed/mfu`` is the model FLOPs utilization: the fraction of the devices' bf16 peak that forward and backward of
-    the model account for, without recomputation (PaLM, appendix B). It is omitted on devices of unknown peak.
+    ``speed/mfu`` is the model FLOPs utilization, which is the fraction of the bf16 peak of the devices that the forward
+    and backward passes of the model reach, without recomputation (PaLM, appendix B). It is omitted if the peak of the
+    devices is unknown.
 
-    The wait for data is measured through ``trainer.profiler``. A trainer without a profiler gets one that reports
-    only this; with a user-defined profiler, the wait counts as ``other``.
+    The wait for data is measured by a profiler. If the trainer has no profiler, it gets a profiler that measures only
+    this wait. If the trainer has a profiler, the wait counts as ``other``.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class StepTimer(L.Callback):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Record the network's shapes before it is sharded."""
+        """Record the shapes of the network before it is sharded."""
         if stage == "fit":
             assert isinstance(pl_module, LRMModule)
             self._meter = UtilizationMeter(pl_module, trainer.datamodule)  # type: ignore[attr-defined]
@@ -135,7 +136,7 @@ class StepTimer(L.Callback):
         self._batches = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Exclude validation, including the start of its loader workers since the last batch."""
+        """Exclude validation and the preceding start of the loader workers for validation."""
         if self._clock is not None:
             self._clock.rename(PAUSE)
 
@@ -150,7 +151,7 @@ class StepTimer(L.Callback):
         self._clear(trainer)
 
     def _utilization(self, device: torch.device, seconds: float) -> float | None:
-        """Return the model FLOPs utilization; the time of its first, simulated step is excluded."""
+        """Return the model FLOPs utilization, and exclude the time that its computation takes."""
         assert self._clock is not None
         assert self._meter is not None
         self._clock.switch(PAUSE)
@@ -186,7 +187,7 @@ class StepTimer(L.Callback):
 
 
 class _FetchProfiler(PassThroughProfiler):
-    """Lightning's null profiler, with the wait for a batch as a phase of a clock."""
+    """Profiler that does nothing except recording the wait for a batch as a phase of a clock."""
 
     def __init__(self, clock: PhaseClock) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Profiler traces of a few steps, for Perfetto or Chrome."""
+"""Profiler traces of a few training steps, for Perfetto or Chrome."""
 
 import logging
 from pathlib import Path
@@ -14,13 +14,13 @@ from lrm_pl.kernels.device import profiler_activities
 
 logger = logging.getLogger(__name__)
 
-#: Steps before the trace, in which kernels compile, caches fill and loader workers start.
+#: Number of steps before the trace, in which kernels are compiled, caches are filled and loader workers are started.
 WARMUP = 5
 
 
 @final
 class TraceRecorder(L.Callback):
-    """Record a trace of ``steps`` optimizer steps of rank 0, after a warm-up, to ``profile/`` in the run folder.
+    """Callback that records a trace of optimizer steps of rank 0, after a warm-up, to ``profile/`` in the run folder.
 
     Args:
         steps: Number of steps to record.
@@ -36,7 +36,7 @@ class TraceRecorder(L.Callback):
         """Start the profiler schedule.
 
         Raises:
-            InputError: The run has too few steps. A resumed run with too few steps left logs a warning instead.
+            InputError: The run has too few steps. If a resumed run has too few steps left, a warning is logged instead.
         """
         left = trainer.max_steps - trainer.global_step
         if left < WARMUP + self.steps and trainer.global_step:
@@ -67,7 +67,7 @@ class TraceRecorder(L.Callback):
             activities=profiler_activities(pl_module.device),
             schedule=schedule(wait=WARMUP - 1, warmup=1, active=self.steps, repeat=1),
             on_trace_ready=write,
-            # On a CPU the renderer starts its own threads.
+            # On a CPU, the renderer starts threads, which are not traced by default.
             experimental_config=_ExperimentalConfig(profile_all_threads=True),
         )
         self._profile.start()

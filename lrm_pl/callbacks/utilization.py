@@ -1,4 +1,4 @@
-"""Model FLOPs utilization (MFU): the fraction of a device's peak FLOP/s that training reaches."""
+"""Model FLOPs utilization (MFU), the fraction of the peak FLOP/s of a device that training reaches."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ class BatchSize:
     Attributes:
         objects: Number of objects.
         pixels: Number of target pixels of all objects.
-        step: Optimizer steps completed before.
+        step: Number of optimizer steps completed before the pass.
     """
 
     objects: int
@@ -34,11 +34,13 @@ class BatchSize:
 
 
 class UtilizationMeter:
-    """Compute the model FLOPs utilization of batches from a simulated step, which runs at the first call.
+    """Meter of the model FLOPs utilization, based on a simulated step.
+
+    The step is simulated at the first call of ``utilization``.
 
     Args:
-        module: Training module before sharding; only its shapes are kept.
-        data: Training data, whose cameras and crops determine the fraction of rays that hit the bounds.
+        module: Training module before sharding. Only the shapes of the network are kept.
+        data: Training data. The cameras and crops determine the fraction of rays that hit the bounds.
     """
 
     def __init__(self, module: LRMModule, data: L.LightningDataModule | None = None) -> None:
@@ -49,10 +51,15 @@ class UtilizationMeter:
         self._failed = False
 
     def utilization(self, batches: Sequence[BatchSize], device: torch.device, seconds: float) -> float | None:
-        """Return the fraction of a device's peak that batches reached in ``seconds``.
+        """Return the fraction of the peak FLOP/s of a device that training reached.
+
+        Args:
+            batches: Processed batches.
+            device: Device that processed the batches.
+            seconds: Duration of the processing.
 
         Returns:
-            The fraction; None if the device's peak is unknown or the network cannot be simulated.
+            The fraction, or None if the peak of the device is unknown or the network cannot be simulated.
         """
         peak = peak_flops(device)
         if peak is None or self._failed:
@@ -62,7 +69,7 @@ class UtilizationMeter:
                 with torch.enable_grad():
                     shape = StepShape(1, 1, 64, self._hit_fraction(), gpu=gpu_properties(device))
                     self._costs = simulate_step(self.lrm, self.renderer, self.objective, self.parallel, shape)
-            # A custom network may not run on fake tensors; training continues without this value.
+            # A custom network may not support fake tensors. Training then continues without this metric.
             except Exception as error:
                 logger.warning("speed/mfu is not logged: the network cannot run on fake tensors: %r", error)
                 self._failed = True

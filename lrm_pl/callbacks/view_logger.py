@@ -1,4 +1,4 @@
-"""Image grids of validation views: input | target | rendering | opacity | depth."""
+"""Image grids of validation views with the columns input, target, rendering, opacity and depth."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from lrm_pl.training.module import Prediction
 
 
 class ViewLogger(L.Callback):
-    """Write an image grid of each validation set to a PNG file, TensorBoard and Weights & Biases.
+    """Callback that logs an image grid of each validation set to a PNG file, TensorBoard and Weights & Biases.
 
     Args:
-        objects: Number of objects per set, one row each.
+        objects: Number of objects per set. Each object has one row.
     """
 
     def __init__(self, objects: int = 4) -> None:
@@ -65,10 +65,9 @@ class ViewLogger(L.Callback):
 
 
 def view_row(prediction: Prediction, batch: Batch, index: int) -> Float[Tensor, "3 H W"]:
-    """Return one row: input image, then target, rendering, opacity and depth of the first target view.
+    """Return a row with the input image, and the target, rendering, opacity and depth of the first target view.
 
-    Depth is shown as inverse brightness: white at the nearest point of the unit sphere, black at the farthest and in
-    empty pixels.
+    In the depth image, the nearest point of the unit sphere is white. The farthest point and empty pixels are black.
     """
     rendering = prediction.rendering
     source, target = batch.input.images[index, 0], batch.target.images[index, 0]
@@ -86,5 +85,5 @@ def view_row(prediction: Prediction, batch: Batch, index: int) -> Float[Tensor, 
 
 
 def write_png(path: Path, image: Float[Tensor, "3 H W"]) -> None:
-    """Write an image in [0, 1] as PNG."""
+    """Write an image with values in [0, 1] to a PNG file."""
     Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)

@@ -1,8 +1,8 @@
-"""Hang watchdog: ends a job that makes no progress, with the stacks of all threads in the log.
+"""Watchdog that ends a hanging job and prints the stacks of all threads.
 
 A rank that waits for a hanging rank makes no progress either, so every rank of the job prints its stacks and exits. The
-timer runs in a thread of compiled code, so it works while the GIL is held. It counts its own sleeps instead of the time
-of day, so it does not count the time during which the process is suspended (Ctrl-Z, ``scontrol suspend``).
+timer runs in a thread of compiled code, so it works while the GIL is held. The timer counts sleeps instead of measuring
+the time, so the time during which the process is suspended (Ctrl-Z, ``scontrol suspend``) does not count.
 """
 
 import ctypes
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from lrm_pl.errors import InputError
 
-#: Seconds between the timeouts of consecutive ranks of a node, so that their stacks do not interleave in one log.
+#: Seconds between the timeouts of consecutive ranks of a node, so that their stacks do not interleave in a shared log.
 STAGGER_S = 0.25
 
 #: Seconds per sleep of the timer.
 TICK_S = 0.1
 
-#: Signal on which faulthandler prints the stacks of all threads.
+#: Signal that makes faulthandler print the stacks of all threads.
 _SIGNAL = signal.SIGUSR2
 
 _TICK_US, _STDERR, _SIGNAL_NUMBER = int(TICK_S * 1e6), 2, int(_SIGNAL)
@@ -36,7 +36,10 @@ _write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def _run_timer(state: NDArray[np.int64], limit: int, message: NDArray[np.uint8]) -> None:
-    """Exit the process when the counter state[0] is unchanged for ``limit`` sleeps; return when state[1] is set."""
+    """Exit the process if the counter state[0] does not change during ``limit`` sleeps.
+
+    The function returns when state[1] is set.
+    """
     ticks, last = 0, state[0]
     while state[1] == 0:
         _usleep(_TICK_US)
@@ -49,10 +52,10 @@ def _run_timer(state: NDArray[np.int64], limit: int, message: NDArray[np.uint8])
 
 
 class WatchdogTimer:
-    """Timer that ends the process, with the stacks of all threads on stderr, unless it is reset in time.
+    """Timer that prints the stacks of all threads to stderr and ends the process, unless it is reset in time.
 
     Args:
-        limit_s: Timeout in seconds during which the process is not suspended.
+        limit_s: Timeout in seconds. The time during which the process is suspended does not count.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -60,7 +63,7 @@ class WatchdogTimer:
         message = np.frombuffer(f"Timeout: no progress for {limit_s:g} s\n".encode(), np.uint8).copy()
         faulthandler.register(_SIGNAL, file=_STDERR, all_threads=True)
         limit = max(1, round(limit_s / TICK_S))
-        _run_timer(np.ones(2, np.int64), limit, message)  # compiles the function and returns at once
+        _run_timer(np.ones(2, np.int64), limit, message)  # compiles the function and returns immediately
         self._thread = threading.Thread(
             target=_run_timer, args=(self._state, limit, message), name="hang watchdog", daemon=True
         )
@@ -78,11 +81,12 @@ class WatchdogTimer:
 
 @final
 class HangWatchdog(L.Callback):
-    """End the process if no batch and no checkpoint is finished within a time limit.
+    """Callback that ends the process if no batch and no checkpoint is finished within a time limit.
 
     Args:
-        limit_s: Time limit in seconds, without suspension. It must exceed the longest regular pause: compilation, the
-            first read of a large data set, or a checkpoint on a slow disk.
+        limit_s: Time limit in seconds. The time during which the process is suspended does not count. The limit must
+            exceed the longest regular pause, for example, compilation, the first read of a large data set, or a
+            checkpoint on a slow disk.
     """
 
     def __init__(self, limit_s: float = 1800.0) -> None:
