@@ -1,1 +1,1 @@
-"""Data preparation: from meshes to shards. Runs in the render environment."""
+"""Data preparation. The package converts meshes to shards and runs in the render environment."""

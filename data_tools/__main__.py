@@ -1,4 +1,4 @@
-"""Command line of the data tools: ``python -m data_tools <command>``."""
+"""The command line ``python -m data_tools <command>``."""
 
 import argparse
 import signal
@@ -46,7 +46,14 @@ def _terminate(*_: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status."""
+    """Run a command.
+
+    Args:
+        argv: Command-line arguments. If None, ``sys.argv[1:]`` is used.
+
+    Returns:
+        The exit status.
+    """
     args = _parser().parse_args(argv)
     try:
         if args.command == "render":
@@ -99,7 +106,7 @@ def _report(error: Exception) -> int:
 
 def _render(args: argparse.Namespace) -> None:
     from data_tools.rendering.driver import render
-    from data_tools.rendering.ray_pool import PoolOptions  # loads Ray
+    from data_tools.rendering.ray_pool import PoolOptions  # imports Ray, which is slow
 
     settings, assets = _settings(args)
     limits = Limits(getattr(args, "time_limit", time_limit_s(settings)), args.memory_limit)

@@ -1,1 +1,1 @@
-"""Asset lists, and the sources that ``fetch`` downloads meshes from."""
+"""Asset lists, and the sources from which ``fetch`` downloads meshes."""

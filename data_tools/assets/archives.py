@@ -1,4 +1,4 @@
-"""Safe extraction of untrusted zip files: bounded sizes, and no paths outside the destination folder."""
+"""Safe extraction of untrusted zip files, with a maximum size and without paths outside the destination folder."""
 
 import errno
 import lzma
@@ -30,7 +30,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file.
 
     Raises:
-        ArchiveError: The file is not a zip.
+        ArchiveError: The file is not a zip file.
     """
     try:
         return zipfile.ZipFile(path)
@@ -39,10 +39,18 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTES) -> bytes | None:
-    """Return one file of a zip, or None if there is no such file.
+    """Read one file of a zip archive.
+
+    Args:
+        archive: Zip archive.
+        name: Name of the file in the archive.
+        limit: Maximum unpacked size of the file in bytes.
+
+    Returns:
+        The content of the file, or None if the archive does not contain it.
 
     Raises:
-        ArchiveError: The file is larger than ``limit`` bytes or damaged.
+        ArchiveError: The file is damaged or larger than ``limit``.
     """
     try:
         member = archive.getinfo(name)
@@ -63,15 +71,16 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTE
 
 
 def extract(archive: zipfile.ZipFile, members: Mapping[str, str], folder: Path) -> None:
-    """Extract files of a zip to a folder.
+    """Extract files of a zip archive to a folder.
 
     Args:
-        archive: The zip.
-        members: Path in the folder -> name in the zip.
-        folder: Destination.
+        archive: Zip archive.
+        members: Mapping from paths in the folder to names in the archive.
+        folder: Destination folder.
 
     Raises:
-        ArchiveError: A path is outside the folder, a file is missing or damaged, or the total size is too large.
+        ArchiveError: A path is invalid or outside the folder, a file is missing or damaged, or the total unpacked
+            size exceeds ``MAX_MODEL_BYTES``.
     """
     remaining = MAX_MODEL_BYTES
     for path, name in members.items():

@@ -1,7 +1,7 @@
-"""The asset list ``assets.parquet``: the meshes to render and their metadata.
+"""The asset list ``assets.parquet``, which contains the meshes to render and their metadata.
 
-``python -m data_tools fetch`` writes the list and ``render`` reads it. Its columns are the fields of ``Asset``. A mesh
-is a path in the assets folder or a URL; the renderer downloads URLs.
+``python -m data_tools fetch`` writes the list, and ``render`` reads it. The columns are the fields of ``Asset``. A mesh
+is identified by a path in the assets folder or by a URL, from which the renderer downloads it.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from lrm_pl.errors import InputError
 
 MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".fbx")
 
-#: The supported formats in messages: ``glb, gltf, ...``.
+#: The supported formats as text for messages, for example ``glb, gltf``.
 MESH_FORMATS = ", ".join(suffix[1:] for suffix in MESH_SUFFIXES)
 
 LIST_NAME = "assets.parquet"
 
-#: Up axis of an OBJ or PLY file, whose formats do not define one; "" is y, the axis that most programs write.
+#: Up axis of an OBJ or PLY file. These formats do not define an up axis. "" is the default, y.
 UpAxis = Literal["", "y", "z"]
 
 MAX_ID_LENGTH = 80
@@ -35,11 +35,11 @@ SHA256_PATTERN = re.compile("([0-9a-f]{64})?")
 
 
 class AssetsError(InputError):
-    """The assets folder, its list or its table cannot be used."""
+    """Raised if an assets folder, ``assets.parquet`` or ``assets.csv`` is missing or invalid."""
 
 
 class AssetError(InputError):
-    """One asset cannot be rendered; the message is its reason in ``failures.jsonl``."""
+    """Raised if an asset cannot be rendered. The message is the reason that ``failures.jsonl`` contains."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,16 +47,16 @@ class Asset:
     """One mesh file and its metadata.
 
     Attributes:
-        id: Key of its sample.
-        file: Path relative to the assets folder, with forward slashes; or a URL.
-        sha256: Expected hash of the mesh file, without its textures and materials; "" accepts any file.
+        id: Key of the sample in the shards.
+        file: Path relative to the assets folder, with forward slashes, or URL.
+        sha256: Expected hash of the mesh file, without textures and materials. If "", the file is not verified.
         name: Display name.
         creator: Author.
         source: Origin.
-        license: License, an SPDX id where known.
+        license: SPDX id if the license is known, otherwise the text of the source.
         tags: Categories and keywords.
-        split: "train" or "val" if the source defines the split, else "".
-        up: Up axis of an OBJ or PLY.
+        split: "train" or "val" if the source defines the split, otherwise "".
+        up: Up axis of an OBJ or PLY file.
     """
 
     id: str
@@ -76,7 +76,7 @@ class Asset:
         return "://" in self.file
 
     def record(self) -> dict[str, Any]:
-        """Return the metadata that its sample stores."""
+        """Return the metadata that are stored in the sample."""
         return {
             "name": self.name, "license": self.license, "creator": self.creator, "source": self.source
         }  # fmt: skip
@@ -90,19 +90,19 @@ LIST_SCHEMA = pyarrow.schema([
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file, lower-case hex."""
+    """Return the sha256 of a file in lower-case hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hashed_id(text: str) -> str:
-    """Return an id made of a name: invalid characters become "_", and a hash of the name follows."""
+    """Return a name with invalid characters replaced by "_" and with a hash of the name appended."""
     suffix = "_" + hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return re.sub(r"[^A-Za-z0-9_-]", "_", text)[: MAX_ID_LENGTH - len(suffix)] + suffix
 
 
 def read_ids(folder: Path) -> dict[str, str]:
-    """Read the ids of a folder's ``assets.parquet``: file -> id; empty if the list is missing or damaged."""
+    """Return a mapping from files to ids according to ``assets.parquet``, or {} if the list is missing or damaged."""
     try:
         table = pyarrow.parquet.read_table(folder / LIST_NAME, columns=["file", "id"], memory_map=False)
     except (OSError, pyarrow.ArrowException):
@@ -118,7 +118,7 @@ def write_list(folder: Path, assets: Iterable[Asset]) -> None:
 
 
 def list_matches(folder: Path, assets: Iterable[Asset]) -> bool:
-    """Return whether ``assets.parquet`` holds exactly these assets; False if it is damaged."""
+    """Return whether ``assets.parquet`` contains exactly these assets. If the list is damaged, return False."""
     try:
         return bool(pyarrow.parquet.read_table(folder / LIST_NAME, memory_map=False).equals(_table(assets)))
     except (OSError, pyarrow.ArrowException):
@@ -132,11 +132,19 @@ def _table(assets: Iterable[Asset]) -> pyarrow.Table:
 
 
 def read_list(folder: Path) -> tuple[Asset, ...]:
-    """Read and validate ``assets.parquet``. Mesh files are not opened; the renderer checks their hashes.
+    """Read and validate ``assets.parquet``.
+
+    Mesh files are not opened. The renderer verifies the hashes.
+
+    Args:
+        folder: Folder of assets.
+
+    Returns:
+        The assets, sorted by id.
 
     Raises:
-        AssetsError: The list is damaged or empty, its columns are wrong, an id is invalid or occurs twice, a mesh
-            has an unsupported suffix, or a path is outside the folder.
+        AssetsError: The list is damaged, empty or has invalid columns, an id is invalid or occurs twice, a mesh has an
+            unsupported suffix, a path is outside the folder, or a hash, split or up axis is invalid.
     """
     path = folder / LIST_NAME
     remedy = "write the list again with `python -m data_tools fetch`"

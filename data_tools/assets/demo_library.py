@@ -1,7 +1,8 @@
-"""``python -m data_tools demo-assets``: convert the demo objects from the Debian package ``sweethome3d-furniture``.
+"""The command ``python -m data_tools demo-assets``, which creates the demo assets.
 
-They are 48 OBJ models of the package's library "Blend Swap CC-0", which their authors dedicated to the public domain.
-The selection is varied in category and color and excludes thin structures and extreme aspect ratios.
+The demo assets are 48 OBJ models from the library "Blend Swap CC-0" of the Debian package ``sweethome3d-furniture``.
+The authors of the models dedicated them to the public domain. The selection covers many categories and colors and
+excludes thin structures and extreme aspect ratios.
 """
 
 import csv
@@ -48,14 +49,14 @@ The library's own license text:
 
 
 def make_demo_assets(package: Path, out: Path) -> None:
-    """Write 48 GLB files, ``assets.csv`` and ``LICENSE.txt``. The output is deterministic to the byte.
+    """Write 48 GLB files, ``assets.csv`` and ``LICENSE.txt``. The bytes of the files are deterministic.
 
     Args:
-        package: ``sweethome3d-furniture_1.8-1_all.deb``.
-        out: Destination; existing files are overwritten.
+        package: Path of ``sweethome3d-furniture_1.8-1_all.deb``.
+        out: Destination folder. Existing files are overwritten.
 
     Raises:
-        PackageError: The file is not the expected version of the package.
+        PackageError: The package is missing or not the expected version.
     """
     with open_package(package) as folder, tempfile.TemporaryDirectory() as name:
         out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ def make_demo_assets(package: Path, out: Path) -> None:
 
 
 def _convert(model: Model, library: Path, out: Path) -> dict[str, str]:
-    from data_tools.blender.convert import convert_to_glb  # loads Blender
+    from data_tools.blender.convert import convert_to_glb  # imports Blender, which is slow
 
     glb = out / f"{model.key}.glb"
     with tempfile.TemporaryDirectory() as scratch:

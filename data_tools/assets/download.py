@@ -1,8 +1,8 @@
-"""Download files with resume, retries and verification.
+"""Downloads of files that can be resumed, with retries and verification.
 
-Data are written to ``PATH.partial``, which the next call resumes, and renamed when the file is complete. A file is
-verified by its size, its first bytes (``file_types``) and, if given, its sha256. Only one process at a time may
-download to a path.
+Data are written to ``PATH.partial``, which is renamed to ``PATH`` when the file is complete. If a download is
+interrupted, the next call resumes it. The size and the first bytes (see ``file_types``) of a file are verified, as well
+as the sha256 if it is known. Two processes must not download to the same path at the same time.
 """
 
 import contextlib
@@ -17,30 +17,30 @@ from data_tools.assets.file_types import HEAD_BYTES, FileTypeError, check_file_t
 from lrm_pl.errors import InputError
 from lrm_pl.storage import MissingError, is_server_fault, open_store, read_ranges, retry, store_errors
 
-#: Bytes per request. Larger files need a server that supports range requests.
+#: Size of a request in bytes. For larger files, the server must support range requests.
 CHUNK = 8 << 20
 
-#: Maximum attempts per request; the last one starts after half a minute.
+#: Maximum number of attempts per request. The last attempt starts after about 30 seconds.
 ATTEMPTS = 7
 
-#: Concurrent downloads.
+#: Number of concurrent downloads.
 JOBS = 16
 
-#: Maximum file size.
+#: Maximum size of a file in bytes.
 MAX_BYTES = 16 << 30
 
 
 class DownloadError(InputError):
-    """A downloaded file differs from the expected one."""
+    """Raised if a file does not have the expected size or hash."""
 
 
 class Download(NamedTuple):
     """A file to download.
 
     Attributes:
-        id: Id for the caller.
-        url: Source.
-        path: Destination.
+        id: Id by which the caller identifies the download.
+        url: Source URL.
+        path: Destination path.
     """
 
     id: str
@@ -49,19 +49,19 @@ class Download(NamedTuple):
 
 
 def download(url: str, path: Path, *, size: int | None = None, sha256: str | None = None) -> str:
-    """Download a file, or the missing part of it. An existing file is only verified.
+    """Download a file or the missing part of a file. If the file exists and is valid, it is not downloaded.
 
     Args:
-        url: Source, on any file system of fsspec.
-        path: Destination; its suffix defines the expected file type.
-        size: Expected size in bytes, if known.
-        sha256: Expected hash in lower-case hex, if known.
+        url: Source URL of any file system that fsspec supports.
+        path: Destination path. The suffix determines the expected file type.
+        size: Expected size in bytes. If None, the size is not verified.
+        sha256: Expected hash in lower-case hexadecimal. If None, the hash is not verified.
 
     Returns:
-        Its sha256.
+        The sha256 of the file.
 
     Raises:
-        InputError: The server failed after all attempts, or the file is not the expected one.
+        InputError: All attempts failed, or the file does not have the expected type, size or hash.
     """
     if path.is_file():
         with contextlib.suppress(DownloadError, FileTypeError):  # an outdated file is downloaded again
@@ -82,7 +82,7 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
         digest = _verify(partial, path.suffix, url, size, sha256)
     except (DownloadError, FileTypeError):
         partial.unlink()
-        if resumed:  # the partial file may be of an older version: start over
+        if resumed:  # the partial file may belong to an older version
             return download(url, path, size=size, sha256=sha256)
         raise
     os.replace(partial, path)
@@ -90,7 +90,15 @@ def download(url: str, path: Path, *, size: int | None = None, sha256: str | Non
 
 
 def download_all(downloads: Sequence[Download]) -> Iterator[tuple[Download, str, str]]:
-    """Download files concurrently; yields each with its sha256 and error, one of which is "", on completion."""
+    """Download files concurrently.
+
+    Args:
+        downloads: Files to download.
+
+    Yields:
+        A tuple (download, sha256, error) when a download is complete or has failed. After a failure, the sha256 is "".
+        Otherwise, the error is "".
+    """
     with ThreadPoolExecutor(JOBS) as threads:
         futures: dict[Future[str], Download] = {
             threads.submit(download, each.url, each.path): each for each in downloads
@@ -106,11 +114,16 @@ def download_all(downloads: Sequence[Download]) -> Iterator[tuple[Download, str,
 
 
 def read_url(url: str, limit: int) -> bytes:
-    """Read a whole remote file into memory.
+    """Read a remote file into memory.
+
+    Args:
+        url: URL of the file.
+        limit: Maximum size of the file in bytes.
 
     Raises:
-        StoreError: The store failed after all attempts. A missing file (``MissingError``) is not retried.
-        DownloadError: The file has more than ``limit`` bytes.
+        MissingError: The file does not exist.
+        StoreError: All attempts failed.
+        DownloadError: The file is larger than ``limit``.
     """
 
     def read() -> bytes:
@@ -130,8 +143,8 @@ def read_url(url: str, limit: int) -> bytes:
 
 
 def _download_missing(url: str, partial: Path, size: int | None, suffix: str) -> bool:
-    """Append the missing part of a file; return whether the download was resumed."""
-    if size is None:  # a dynamic page, which cannot be resumed
+    """Download the missing part of a file, and return whether the download was resumed."""
+    if size is None:  # the download of a dynamic page cannot be resumed
         retry(lambda: _write(partial, _stream(url)), ATTEMPTS)
         return False
     have = partial.stat().st_size if partial.is_file() else 0
@@ -140,7 +153,7 @@ def _download_missing(url: str, partial: Path, size: int | None, suffix: str) ->
     with open(partial, "ab" if have else "wb") as file:
         for at in range(have, size, CHUNK):
             part = read_ranges(url, [(at, min(CHUNK, size - at))], ATTEMPTS)[0]
-            if at == 0:  # fail before downloading gigabytes of another file type
+            if at == 0:  # reject a file of an unexpected type before it is downloaded
                 check_head(suffix, part[:HEAD_BYTES], url)
             file.write(part)
         file.flush()
@@ -172,7 +185,7 @@ def _remote_size(url: str) -> int | None:
 
 
 def _verify(path: Path, suffix: str, where: str, size: int | None, sha256: str | None) -> str:
-    """Verify a complete file and return its sha256."""
+    """Verify a complete file and return the sha256 of the file."""
     found = path.stat().st_size
     if size is not None and found != size:
         raise DownloadError(subject=where, expected=f"{size} bytes", found=found, remedy="download it again")
@@ -187,7 +200,7 @@ def _verify(path: Path, suffix: str, where: str, size: int | None, sha256: str |
 
 @contextlib.contextmanager
 def _store_errors(url: str) -> Iterator[None]:
-    """Convert errors like ``store_errors``, including those of missing local files."""
+    """Convert errors as ``store_errors`` does, and convert the error of a missing local file to ``MissingError``."""
     with store_errors(url):
         try:
             yield

@@ -1,4 +1,4 @@
-"""``python -m data_tools fetch <source>``: download meshes and write the asset list for ``render``."""
+"""The command ``python -m data_tools fetch``, which downloads meshes and writes the asset list for ``render``."""
 
 import argparse
 import errno
@@ -13,10 +13,13 @@ _Parsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def fetch(args: argparse.Namespace) -> None:
-    """Run the command.
+    """Run the ``fetch`` command.
+
+    Args:
+        args: Parsed arguments of the command.
 
     Raises:
-        InputError: No asset is usable, or the disk is full.
+        InputError: There are no usable assets, or the disk is full.
     """
     try:
         _fetch(args)

@@ -8,26 +8,26 @@ from pathlib import Path
 from data_tools.assets.obj_materials import find_mtl_files
 from lrm_pl.errors import InputError
 
-#: Bytes that are read to detect a file type.
+#: Number of bytes that are read to detect the type of a file.
 HEAD_BYTES = 4096
 
 _OBJ_WORDS = frozenset(b"mtllib usemtl v vn vt vp o g s f l p mg".split())
 
 
 class FileTypeError(InputError):
-    """The contents of a file are not of the expected type."""
+    """Raised if the contents of a file do not have the expected type."""
 
 
 def check_head(suffix: str, head: bytes, where: str) -> None:
-    """Check the first bytes of a file.
+    """Check the type of a file by its first bytes.
 
     Args:
-        suffix: Suffix (".glb") of the expected type; suffixes other than of meshes, zip and gzip are not checked.
-        head: The first ``HEAD_BYTES`` bytes, or the whole file.
-        where: Path or URL for messages.
+        suffix: Suffix of the expected type, for example ".glb". Only mesh, zip and gzip files are checked.
+        head: First ``HEAD_BYTES`` bytes of the file, or the whole file if it is smaller.
+        where: Path or URL for error messages.
 
     Raises:
-        FileTypeError: The file is of another type.
+        FileTypeError: The file has a different type.
     """
     file_type = suffix.lower()
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -53,12 +53,12 @@ def check_file_type(path: Path, where: str, suffix: str | None = None) -> None:
     """Check the type of a file, and the length in the header of a GLB.
 
     Args:
-        path: The file.
-        where: Path or URL for messages.
-        suffix: Suffix of the expected type; None is that of the path.
+        path: Path of the file.
+        where: Path or URL for error messages.
+        suffix: Suffix of the expected type. If None, the suffix of ``path`` is used.
 
     Raises:
-        FileTypeError: The file is of another type or truncated.
+        FileTypeError: The file has a different type or is truncated.
     """
     file_type = (path.suffix if suffix is None else suffix).lower()
     with open(path, "rb") as file:
@@ -84,13 +84,13 @@ def check_file_type(path: Path, where: str, suffix: str | None = None) -> None:
 
 
 def check_mesh_file(path: Path) -> None:
-    """Reject meshes that importers misread without an error: empty files, HTML, UTF-16, non-finite positions.
+    """Reject mesh files that importers read incorrectly without an error.
 
     Args:
-        path: A mesh file.
+        path: Mesh file.
 
     Raises:
-        FileTypeError: The file is one of these.
+        FileTypeError: The file is empty, HTML or UTF-16, or contains a non-finite position.
     """
     file_type = path.suffix.lower()
     with open(path, "rb") as file:
@@ -122,7 +122,12 @@ def _reject_utf16(path: Path, head: bytes, is_text: bool) -> None:
 
 
 def _reject_non_finite(content: bytes, first: int) -> None:
-    """Reject positions (words ``first`` to ``first + 2``) outside float32's range, which importers read as 0."""
+    """Reject vertex positions outside the range of float32, which importers read as 0.
+
+    Args:
+        content: Content of an OBJ or of an ASCII PLY.
+        first: Index of the x coordinate among the words of a line. Lines of an OBJ start with "v", so it is 1.
+    """
     for at in _candidates(content):
         start = max(content.rfind(b"\n", 0, at), content.rfind(b"\r", 0, at)) + 1
         line = (content[start : start + 2000].splitlines() or [b""])[0]
@@ -137,9 +142,9 @@ def _reject_non_finite(content: bytes, first: int) -> None:
 
 
 def _candidates(content: bytes) -> Iterator[int]:
-    """Yield offsets of possible NaN, infinite or too large numbers."""
+    """Yield the offsets of numbers that may be NaN, infinite or outside the range of float32."""
     lower = content.lower()
-    if any(word in lower for word in (b"nan", b"inf", b"#ind")):  # much faster than the regular expression
+    if any(word in lower for word in (b"nan", b"inf", b"#ind")):  # faster than the regular expression
         yield from (found.start() for found in re.finditer(rb"nan|inf|#ind", lower))
     yield from (found.start() for found in re.finditer(rb"e\+?0*(?:3[89]|[4-9]\d|\d{3})", lower))
     digits, long = content.translate(_DIGITS), b"0" * 39
@@ -156,13 +161,13 @@ def _is_non_finite(word: bytes) -> bool:
         return _NON_FINITE.fullmatch(word) is not None
 
 
-#: NaN and infinity as C libraries print them.
+#: NaN and infinity in the formats that C libraries print.
 _NON_FINITE = re.compile(rb"[+-]?(nan(\(\w*\))?|inf(inity)?|1\.?#\w+)", re.IGNORECASE)
 
 #: The largest float32.
 _LARGEST = 3.4028235677973366e38
 
-#: Translation of every digit to 0 and other bytes to a space.
+#: Translation table that replaces digits by 0 and other bytes by a space.
 _DIGITS = bytes(48 if chr(code).isdigit() and code < 128 else 32 for code in range(256))
 
 

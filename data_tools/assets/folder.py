@@ -1,4 +1,4 @@
-"""``fetch folder``: list the meshes of a local folder, and optionally copy them."""
+"""The source ``fetch folder``, which lists the meshes of a local folder and optionally copies them."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from data_tools.assets.scan import (
 )
 from lrm_pl.errors import counted
 
-#: Suffixes of materials, buffers, textures, and license texts that are copied with the meshes.
+#: Suffixes of material, buffer, texture and text files, which are copied with the meshes.
 _COMPANION_SUFFIXES = (
     ".mtl", ".bin", ".png", ".jpg", ".jpeg", ".jp2", ".j2c", ".tga", ".bmp", ".tif", ".tiff", ".webp", ".dds", ".gif",
     ".hdr", ".exr", ".psd", ".sgi", ".rgb", ".rgba", ".bw", ".cin", ".dpx", ".ktx", ".ktx2", ".basis", ".txt", ".md",
@@ -29,13 +29,14 @@ def fetch_folder(assets: Path, out: Path | None, up: UpAxis = "") -> None:
     """Write the asset list of a folder of meshes.
 
     Args:
-        assets: Folder of meshes, with an optional ``assets.csv``.
-        out: Folder to copy the meshes to first, with their materials, textures and texts; links are followed.
-            None lists the meshes in place.
-        up: Up axis of OBJ and PLY files whose row in ``assets.csv`` does not define one.
+        assets: Folder of meshes, which can contain an ``assets.csv``.
+        out: Folder to which the meshes, materials, textures and text files are copied before they are listed.
+            Symbolic links are followed. If None, the meshes are listed in ``assets``.
+        up: Up axis of OBJ and PLY files for which ``assets.csv`` does not define one.
 
     Raises:
-        AssetsError: The folder is missing or has no meshes, the table is invalid, or ``out`` is inside ``assets``.
+        AssetsError: The folder is missing or has no meshes, ``assets.csv`` is invalid, or ``out`` is inside
+            ``assets``.
     """
     if not assets.is_dir():
         raise AssetsError(
@@ -57,12 +58,15 @@ def fetch_folder(assets: Path, out: Path | None, up: UpAxis = "") -> None:
 
 
 def _copy(folder: Path, out: Path, ancestors: tuple[tuple[int, int], ...]) -> Counter[str]:
-    """Copy meshes and their companion files; return counts of the links that were skipped.
+    """Copy meshes and the files with ``_COMPANION_SUFFIXES``.
 
     Args:
         folder: Source folder.
-        out: Destination folder, created with the first file.
+        out: Destination folder. It is created if there is at least one file to copy.
         ancestors: Identities of the parent folders and of the destination, to detect circular links.
+
+    Returns:
+        Number of skipped links by kind.
     """
     ancestors = (*ancestors, _identity(folder))
     ignored = Counter[str]()

@@ -1,7 +1,8 @@
-"""Reader of the Debian package ``sweethome3d-furniture`` 1.8-1: five libraries of OBJ models with catalogs.
+"""Reader of the Debian package ``sweethome3d-furniture`` 1.8-1, which contains five libraries of OBJ models.
 
-The package is an ar archive with a ``data.tar.xz``. A library in it is a zip (``Scopia.sh3f``) of
-``PluginFurnitureCatalog.properties``, ``LICENSE.TXT``, and one folder per model (OBJ, MTL, textures).
+The package is an ar archive that contains a ``data.tar.xz``. Each library in the tar file is a zip file, for example
+``Scopia.sh3f``, with a catalog (``PluginFurnitureCatalog.properties``), a license (``LICENSE.TXT``) and one folder per
+model (OBJ, MTL, textures).
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ PACKAGE_SHA256 = "3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a21186
 CATALOG = "PluginFurnitureCatalog.properties"
 LICENSE = "LICENSE.TXT"
 
-#: Library -> license of its models, according to its ``LICENSE.TXT``.
+#: Mapping from libraries to the licenses of their models, according to the ``LICENSE.TXT`` files.
 LIBRARIES = {
     "Scopia": "CC-BY-3.0",
     "BlendSwap-CC-0": "CC0-1.0",
@@ -41,24 +42,24 @@ _MAX_TEXT_BYTES = 1 << 20
 
 
 class PackageError(InputError):
-    """The package cannot be downloaded, or is not the expected version."""
+    """Raised if the package cannot be downloaded or is not the expected version."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """One entry of a library's catalog.
+    """One entry of the catalog of a library.
 
     Attributes:
-        library: Name of its library.
-        key: Its id in the library.
+        library: Name of the library.
+        key: Id of the model in the library.
         name: Display name.
         creator: Author.
-        obj: Path of the OBJ in the library's zip.
+        obj: Path of the OBJ in the zip file of the library.
         category: Category, for example "Kitchen".
         tags: Keywords.
-        size: Width, depth and height in centimeters; 0 if missing from the catalog.
-        is_opening: Whether the catalog marks it as a door or window.
-        is_staircase: Whether the catalog defines a cut-out in the ceiling.
+        size: Width, depth and height in centimeters. A value that the catalog does not define is 0.
+        is_opening: Whether the catalog describes the model as a door or window.
+        is_staircase: Whether the catalog defines a cut-out in the ceiling for the model.
     """
 
     library: str
@@ -75,16 +76,16 @@ class Model:
 
 @contextmanager
 def open_package(package: Path | None) -> Iterator[Path]:
-    """Verify the package and unpack its libraries to a temporary folder.
+    """Verify the package and unpack the libraries to a temporary folder.
 
     Args:
-        package: ``sweethome3d-furniture_1.8-1_all.deb``; None downloads it with apt-get.
+        package: Path of ``sweethome3d-furniture_1.8-1_all.deb``. If None, the package is downloaded with ``apt-get``.
 
     Yields:
-        The folder with a file ``LIBRARY.sh3f`` for each of ``LIBRARIES``.
+        The folder, which contains a file ``LIBRARY.sh3f`` for each library in ``LIBRARIES``.
 
     Raises:
-        PackageError: The package is missing or not the expected version.
+        PackageError: The package is missing, cannot be downloaded, or is not the expected version.
     """
     with tempfile.TemporaryDirectory(prefix="sweethome3d-") as name:
         folder = Path(name)
@@ -95,7 +96,13 @@ def open_package(package: Path | None) -> Iterator[Path]:
 
 
 def read_catalog(library: Path) -> dict[str, Model]:
-    """Read the catalog of a library: model key (``armchair``) -> entry.
+    """Read the catalog of a library.
+
+    Args:
+        library: Path of the ``.sh3f`` file.
+
+    Returns:
+        Mapping from model keys, for example ``armchair``, to catalog entries.
 
     Raises:
         PackageError: The catalog is missing or incomplete.
@@ -145,7 +152,7 @@ def _model(library: str, entry: dict[str, str]) -> Model:
 
 
 def _unescape(text: str) -> str:
-    r"""Decode the escapes of Java properties: ``Bill 10\u20ac`` -> ``Bill 10€``."""
+    r"""Decode the escape sequences of a Java properties file. ``Bill 10\u20ac`` becomes ``Bill 10€``."""
     return re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
 
 
@@ -184,7 +191,7 @@ def _check(package: Path) -> None:
 
 
 def _unpack(package: Path, folder: Path) -> None:
-    """Extract the libraries. The package is trusted, because its hash was verified."""
+    """Extract the libraries. The package is trusted, because the hash has been verified."""
     with open(package, "rb") as file:
         _seek_member(file, "data.tar.xz", package)
         with lzma.open(file) as data, tarfile.open(fileobj=data, mode="r|") as tar:
@@ -192,7 +199,7 @@ def _unpack(package: Path, folder: Path) -> None:
                 name = Path(member.name).name
                 if member.isfile() and name in {f"{library}.sh3f" for library in LIBRARIES}:
                     content = tar.extractfile(member)
-                    assert content is not None  # a regular file
+                    assert content is not None  # None only if the member is not a regular file
                     with open(folder / name, "wb") as library:
                         shutil.copyfileobj(content, library)
     missing = [name for name in LIBRARIES if not (folder / f"{name}.sh3f").is_file()]
@@ -206,7 +213,11 @@ def _unpack(package: Path, folder: Path) -> None:
 
 
 def _seek_member(file: BinaryIO, name: str, package: Path) -> None:
-    """Seek to a member of an ar archive: 8 bytes of magic, then per member a 60-byte header and padded data."""
+    """Seek to the data of a member of an ar archive.
+
+    The archive starts with 8 magic bytes. Each member consists of a header of 60 bytes and the data, which are padded
+    to an even size.
+    """
     at = 8
     while True:
         file.seek(at)

@@ -1,7 +1,7 @@
-"""``fetch gso``: Google Scanned Objects from Gazebo Fuel, one zip file per model.
+"""The source ``fetch gso``, which downloads Google Scanned Objects from Gazebo Fuel.
 
-A zip has ``meshes/model.obj``, ``meshes/model.mtl`` and ``materials/textures/texture.png``. The MTL refers to
-``texture.png`` without the folder, so all files are unpacked to one folder.
+The zip file of a model contains ``meshes/model.obj``, ``meshes/model.mtl`` and ``materials/textures/texture.png``. All
+files are unpacked to one folder, because the MTL refers to ``texture.png`` without a folder.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ CHANGES = (
     "the mesh."
 )
 
-#: Models per page of the listing, and maximum size of a page.
+#: Number of models per page of the model list, and maximum size of a page in bytes.
 PAGE, MAX_PAGE_BYTES = 100, 32 << 20
 
-#: Maximum number of pages; the data set has about a thousand models.
+#: Maximum number of pages. The data set has 1,030 models.
 MAX_PAGES = 1000
 
 
@@ -43,12 +43,12 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
     """Download and unpack missing models, and write the asset list.
 
     Args:
-        out: Destination of ``NAME/model.obj`` with its MTL and texture, and of the files of ``write_outputs``.
-        limit: Maximum number of models, in order of name.
+        out: Destination folder of ``NAME/model.obj``, the MTL files, the textures and the files of ``write_outputs``.
+        limit: Maximum number of models. The models are sorted by name. If None, all models are included.
         base: Base URL of the collection.
 
     Raises:
-        InputError: The list of models is not available, or no model is usable.
+        InputError: The list of models is not available, or there are no usable models.
     """
     base = base.rstrip("/")
     records = dict(sorted(list_models(base).items())[:limit])
@@ -71,7 +71,7 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
         if reason:
             left_out[key] = reason
             bar.set_postfix(failures=len(left_out))
-    with contextlib.suppress(OSError):  # not empty if it has partial downloads
+    with contextlib.suppress(OSError):  # the folder is not empty if there are partial downloads
         (out / "zips").rmdir()
     assets = [
         _asset(keys[name], record, base, out)
@@ -83,7 +83,12 @@ def fetch_gso(out: Path, limit: int | None, base: str) -> None:
 
 
 def list_models(base: str) -> dict[str, dict[str, Any]]:
-    """Return the records of all models by name. Pages are read until one is missing or has no new models.
+    """Return a mapping from the names of all models to their records.
+
+    Pages of the list are read until a page is missing or contains no new models.
+
+    Args:
+        base: Base URL of the collection.
 
     Raises:
         InputError: The response is not a list of models.
@@ -93,7 +98,7 @@ def list_models(base: str) -> dict[str, dict[str, Any]]:
         url = f"{base}/models?page={page}&per_page={PAGE}"
         try:
             content = read_url(url, MAX_PAGE_BYTES)
-        except MissingError:  # the response after the last page
+        except MissingError:  # there are no more pages
             if models:
                 return models
             raise
@@ -120,7 +125,7 @@ def list_models(base: str) -> dict[str, dict[str, Any]]:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Unpack mesh, materials and textures to one folder, which is renamed when it is complete."""
+    """Unpack the mesh, materials and textures to one folder. It is renamed to ``folder`` when it is complete."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -137,7 +142,7 @@ def _unpack(path: Path, folder: Path) -> None:
 
 
 def _member_path(archive: zipfile.ZipFile, name: str) -> str:
-    """Return the path in the zip of a file that the OBJ or its MTL refers to."""
+    """Return the path in the zip file of a file to which the OBJ or MTL refers."""
     same_folder = f"meshes/{name}"
     return (
         same_folder if same_folder in archive.namelist() else f"materials/textures/{posixpath.basename(name)}"

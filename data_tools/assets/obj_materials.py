@@ -1,4 +1,4 @@
-"""Parsing of OBJ and MTL files without Blender: the materials that faces use, their colors and textures."""
+"""Parser of OBJ and MTL files, which finds the materials of faces, their colors and textures without Blender."""
 
 import dataclasses
 import math
@@ -12,22 +12,23 @@ from pathlib import Path, PurePosixPath
 
 from lrm_pl.color_spaces import srgb_to_linear
 
-#: Returns the content of a file relative to the OBJ's folder, or None if it is missing.
+#: Function that returns the content of a file relative to the folder of the OBJ, or None if the file is missing.
 ReadFile = Callable[[str], bytes | None]
 
 #: Values of ``illum`` for transmissive materials (MTL format, section 5).
 _GLASS = frozenset({"4", "6", "7", "9"})
 
-#: Values of ``illum`` for materials without specular highlights, which ignore ``Ks``.
+#: Values of ``illum`` for materials without specular highlights. ``Ks`` has no effect for them.
 _MATT = frozenset({"0", "1"})
 
-#: Statements with numeric arguments, which a comment may follow; file names may contain "#".
+#: Statements with numeric arguments. Only in these statements does "#" start a comment, because file names may contain
+#: "#".
 _NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
 
 #: Statements with an image file, in addition to those that start with ``map_``.
 _IMAGES = frozenset({"bump", "disp", "decal", "norm", "refl"})
 
-#: Keywords in the spelling that Blender requires; its parser is case-sensitive.
+#: Mapping from lower-case keywords to the spelling that Blender requires.
 _SPELLING = {
     name.lower(): name
     for name in (
@@ -42,10 +43,10 @@ class ObjMaterials:
     """Materials that the faces of an OBJ use.
 
     Attributes:
-        libraries: MTL files that it refers to, in order, relative to the OBJ's folder.
-        textures: Color and opacity textures of these materials, relative to the OBJ's folder.
-        colors: Colors (``Kd``, as written) of these materials without a texture.
-        missing: Items of ``libraries`` and ``textures`` that do not exist or are outside the folder.
+        libraries: MTL files to which the OBJ refers, in order, relative to the folder of the OBJ.
+        textures: Color and opacity textures of the materials, relative to the folder of the OBJ.
+        colors: Text of the colors (``Kd``) of materials without a texture.
+        missing: Items of ``libraries`` and ``textures`` that do not exist or are outside the folder of the OBJ.
     """
 
     libraries: tuple[str, ...]
@@ -59,7 +60,7 @@ def read_obj_materials(obj: bytes, read: ReadFile) -> ObjMaterials:
 
     Args:
         obj: Content of the OBJ.
-        read: Reads a file relative to its folder.
+        read: Function that reads a file relative to the folder of the OBJ.
     """
     used = _names(b"usemtl", obj)
     names = mtl_names(obj, lambda name: not is_outside(name) and read(posixpath.normpath(name)) is not None)
@@ -85,12 +86,12 @@ def read_obj_materials(obj: bytes, read: ReadFile) -> ObjMaterials:
 def mtl_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
     """Return the names of the MTL files of an OBJ.
 
-    The argument of ``mtllib`` is one name if such a file exists. Otherwise it is split at spaces and quotes if one of
-    the resulting names exists.
+    If the argument of ``mtllib`` is not the name of a file, it is split at spaces and quotes, provided that a file with
+    one of the resulting names exists.
 
     Args:
         obj: Content of the OBJ.
-        exists: Whether a file of a name exists.
+        exists: Function that returns whether a file with a name exists.
     """
     names = list[str]()
     for line in re.findall(rb"^[^\S\n]*mtllib[^\S\n]+(\S[^\n]*)", normalize_lines(obj), re.MULTILINE):
@@ -102,14 +103,17 @@ def mtl_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
 
 
 def find_mtl_files(path: Path, obj: bytes) -> tuple[list[Path], list[str]]:
-    """Find the MTL files of an OBJ. If one is missing, an MTL file with the name of the OBJ is added.
+    """Find the MTL files of an OBJ.
+
+    If a file is missing or the OBJ does not name any, an MTL file with the stem of the OBJ is added.
 
     Args:
-        path: The OBJ.
-        obj: Its content.
+        path: Path of the OBJ.
+        obj: Content of the OBJ.
 
     Returns:
-        The files in reading order, and the names of missing ones.
+        The paths of the files in the order in which they are read, and the names of missing files. If an MTL file with
+        the stem of the OBJ was added, no file counts as missing.
     """
     named = mtl_names(obj, partial(_is_beside, path))
     paths = [find_file(path.parent, name) for name in named]
@@ -128,11 +132,14 @@ def _is_beside(path: Path, name: str) -> bool:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """Find a file whose path may differ in case, Unicode normalization or path separators.
+    """Find a file whose path may differ from a name in case, Unicode normalization or path separators.
 
     Args:
-        folder: Base folder of the path.
-        name: Relative path.
+        folder: Base folder.
+        name: Path relative to the base folder.
+
+    Returns:
+        Path of the file, or None if there is no such file.
     """
     current = folder
     for part in PurePosixPath(name.replace("\\", "/")).parts:
@@ -148,12 +155,15 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def _normalized(name: str) -> str:
-    """Return a name in normalized form, case-folded."""
+    """Return a name after Unicode normalization and case folding."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def find_undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]:
-    """Return names of materials that faces use but no MTL file defines, except Blender's names for no material."""
+    """Return the names of materials that faces use and no MTL file defines.
+
+    "(null)" and "None", which Blender writes for faces without a material, are excluded.
+    """
     defined = {name for path in mtl_files for name in _names(b"newmtl", path.read_bytes())}
     parts = re.split(
         rb"^[ \t]*usemtl[ \t]+(\S[^\n]*)", normalize_lines(obj), flags=re.MULTILINE | re.IGNORECASE
@@ -168,7 +178,7 @@ def find_undefined_materials(obj: bytes, mtl_files: Iterable[Path]) -> list[str]
 
 
 def find_invalid_face(obj: bytes) -> str:
-    """Return the first face statement with an out-of-range vertex index, or ""."""
+    """Return the first face statement with an out-of-range vertex index, or "" if there is none."""
     lines = [line.split() for line in normalize_lines(obj).split(b"\n")]
     total, count = sum(words[:1] == [b"v"] for words in lines), 0
     for words in lines:
@@ -189,17 +199,22 @@ def _names(keyword: bytes, content: bytes) -> set[str]:
 
 
 def normalize_lines(content: bytes) -> bytes:
-    """Return an OBJ or MTL with line feeds only, without a byte order mark and line continuations."""
+    """Return the content of an OBJ or MTL without carriage returns, a byte order mark and line continuations."""
     content = content.removeprefix(b"\xef\xbb\xbf")
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in content else content
     return re.sub(rb"\\[ \t]*\n", b" ", content)
 
 
 def translate_mtl(files: Iterable[Path]) -> bytes:
-    """Merge MTL files into one that Blender reads correctly; ``data_tools/blender/README.md`` lists the rules.
+    """Merge MTL files into an MTL file that Blender reads correctly.
+
+    ``data_tools/blender/README.md`` lists the rules.
 
     Args:
-        files: The MTL files; later definitions override earlier ones.
+        files: Paths of the MTL files. Later definitions override earlier definitions.
+
+    Returns:
+        Content of the merged MTL file.
     """
     materials = dict[str, dict[str, str]]()
     for path in files:
@@ -216,7 +231,7 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
             elif keyword in _IMAGES or keyword.startswith("map_"):
                 value = _with_path(path.parent, value)
             statements = materials.setdefault(name, {})
-            statements.pop(keyword, None)  # the last definition wins and determines the order
+            statements.pop(keyword, None)  # the last definition determines the value and the position
             if value:
                 statements[keyword] = value
     lines = list[str]()
@@ -230,7 +245,7 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
             for keyword in ("ks", "map_ks"):
                 statements.pop(keyword, None)
         if statements.get("illum") == "2" and "map_ks" not in statements:
-            statements.setdefault("ks", "0 0 0")  # Blender's default is 1 1 1
+            statements.setdefault("ks", "0 0 0")  # the default of Blender is 1 1 1
         transparency = _color(statements.pop("tr", ""))
         if transparency and transparency[0] < 1:  # some programs write Tr 1 for opaque materials
             statements.setdefault("d", f"{1 - transparency[0]:.9g}")
@@ -242,7 +257,7 @@ def translate_mtl(files: Iterable[Path]) -> bytes:
 
 
 def _color(value: str) -> list[float]:
-    """Parse a color of one or three numbers, clamped to [0, 1]; empty if invalid."""
+    """Parse a color of one or three numbers and clamp it to [0, 1]. If the text is invalid, return []."""
     try:
         numbers = [float(word) for word in value.split()]
     except ValueError:
@@ -253,7 +268,7 @@ def _color(value: str) -> list[float]:
 
 
 def clamped_textures(files: Iterable[Path]) -> set[str]:
-    """Return the paths of textures that are clamped (``-clamp on``)."""
+    """Return the paths of textures with the option ``-clamp on``."""
     return {
         _without_options(_with_path(path.parent, value))
         for path in files
@@ -263,7 +278,7 @@ def clamped_textures(files: Iterable[Path]) -> set[str]:
 
 
 def _with_path(folder: Path, value: str) -> str:
-    """Replace the file name of a texture statement by its absolute path, also if the file is missing."""
+    """Replace the file name of a texture statement by the absolute path, even if the file does not exist."""
     name = _without_options(value)
     bare = name.strip('"').replace("\\", "/")
     candidates = [folder / one for one in (name, bare, bare.replace("_", " "), posixpath.basename(bare))]
@@ -272,12 +287,12 @@ def _with_path(folder: Path, value: str) -> str:
 
 
 def is_outside(path: str) -> bool:
-    """Return whether a relative path may lead outside its base folder."""
+    """Return whether a relative path may be outside the base folder."""
     return path.startswith("/") or ".." in path.split("/") or "\\" in path or ":" in path
 
 
 def _statements(mtl: bytes) -> Iterator[tuple[str, str, str]]:
-    """Yield (material, lower-case keyword, arguments) of each statement of an MTL."""
+    """Yield (material, lower-case keyword, arguments) for each statement of an MTL."""
     material = ""
     for line in _text(normalize_lines(mtl)).split("\n"):
         found = re.match(r"[ \t]*(\S+)[ \t]+(.*)", line)
@@ -289,7 +304,7 @@ def _statements(mtl: bytes) -> Iterator[tuple[str, str, str]]:
 
 
 def _without_options(value: str) -> str:
-    """Remove the options before a texture's name: ``-s 2 2 1 -bm 0.03 wood grain.jpg`` -> ``wood grain.jpg``."""
+    """Remove the options of a texture. ``-s 2 2 1 -bm 0.03 wood grain.jpg`` becomes ``wood grain.jpg``."""
     return re.sub(r"^(-((imfchan|type)\s+\w+|\w+(\s+(on|off|[-+.\d]+(e[-+]?\d+)?))*)\s+)+", "", value)
 
 

@@ -1,10 +1,10 @@
-"""``fetch objaverse``: objects of Objaverse 1.0, in its published layout.
+"""The source ``fetch objaverse``, which downloads objects of Objaverse 1.0.
+
+The data set has the following tables, which are stored in ``OUT/index`` after the download:
 
     object-paths.json.gz        uid -> glbs/000-023/UID.glb
     lvis-annotations.json.gz    LVIS category -> uids
-    metadata/000-023.json.gz    uid -> record: name, license, user, tags, categories, sizes of the files
-
-Downloaded tables are kept in ``OUT/index``.
+    metadata/000-023.json.gz    uid -> record (name, license, user, tags, categories, sizes of the files)
 """
 
 import difflib
@@ -26,7 +26,8 @@ from lrm_pl.errors import InputError, counted
 
 BASE = "https://huggingface.co/datasets/allenai/objaverse/resolve/main"
 
-#: License of a record -> SPDX id. All objects are from Sketchfab, which uses version 4.0 of each license.
+#: Mapping from license names in the metadata to SPDX ids. All objects are from Sketchfab, which uses version 4.0 of the
+#: CC BY licenses.
 LICENSES = {
     "cc0": "CC0-1.0",
     **{name: f"CC-{name.upper()}-4.0" for name in ("by", "by-sa", "by-nd", "by-nc", "by-nc-sa", "by-nc-nd")},
@@ -36,7 +37,7 @@ CHANGES = "Objects of Objaverse 1.0 (Deitke et al., CVPR 2023), all from sketchf
 
 _PATH = re.compile(r"glbs/(\d{3}-\d{3})/([A-Za-z0-9_-]{1,80})\.glb")
 
-#: Maximum size of an unpacked table; the paths of all objects are about 80 MB.
+#: Maximum unpacked size of a table in bytes. The largest table, ``object-paths.json.gz``, has about 80 MB.
 _MAX_TABLE_BYTES = 1 << 30
 
 
@@ -51,12 +52,13 @@ def fetch_objaverse(
     """Download missing objects and write the asset list.
 
     Args:
-        out: Destination of ``glbs/000-023/UID.glb``, ``index/`` and the files of ``write_outputs``.
-        uids: Uids of objects to include.
-        categories: LVIS categories whose objects are included.
-        limit: Maximum number of objects, in order of uid, which is random.
-        urls_only: List the URLs of the meshes without downloading them.
-        base: Base URL of Objaverse or a mirror.
+        out: Destination folder of ``glbs/000-023/UID.glb``, ``index/`` and the files of ``write_outputs``.
+        uids: Uids of objects to include. If None, objects are selected by category only.
+        categories: LVIS categories of objects to include. If None, objects are selected by uid only.
+        limit: Maximum number of objects. The objects are sorted by uid, and uids are random. If None, all objects are
+            included.
+        urls_only: Whether to list the URLs of the meshes without downloading the meshes.
+        base: Base URL of Objaverse or of a mirror.
 
     Raises:
         InputError: No objects are selected, a uid or category does not exist, or a table cannot be read.
@@ -98,13 +100,13 @@ def fetch_objaverse(
 
 
 def make_asset(uid: str, file: str, record: object, category: str = "") -> Asset:
-    """Convert the metadata record of an object to an asset; missing fields are "unknown".
+    """Convert the metadata of an object to an asset. If the creator or license is missing, it is "unknown".
 
     Args:
         uid: Uid of the object.
-        file: Path of its mesh in the assets folder, or its URL.
-        record: Metadata, of any type, because they are untrusted.
-        category: LVIS category that the object was selected by.
+        file: Path of the mesh in the assets folder, or URL of the mesh.
+        record: Metadata of the object. They are untrusted, so the value can have any type.
+        category: LVIS category by which the object was selected, or "" if it was selected by uid.
     """
     license = _text(record, "license")
     words = [category]
@@ -136,13 +138,19 @@ def _text(record: object, *fields: str) -> str:
 
 
 def _size(uid: str, record: object) -> dict[str, int]:
-    """Return uid -> size of the GLB in bytes, empty if the metadata lack it."""
+    """Return a mapping from the uid to the size of the GLB in bytes, or {} if the metadata do not contain the size."""
     size = _look_up(record, "archives", "glb", "size")
     return {uid: size} if isinstance(size, int) and size > 0 else {}
 
 
 def _by_folder(uids: Sequence[str], paths: dict[str, Any], left_out: dict[str, str]) -> dict[str, list[str]]:
-    """Return folder (``000-023``) -> uids; uids with an unexpected path are added to ``left_out``."""
+    """Return a mapping from folders, for example ``000-023``, to uids.
+
+    Args:
+        uids: Uids of the objects.
+        paths: Mapping from uids to paths.
+        left_out: Mapping from ids to reasons, to which objects with an unexpected path are added.
+    """
     folders: dict[str, list[str]] = {}
     for uid in uids:
         path = str(paths.get(uid))
@@ -155,7 +163,7 @@ def _by_folder(uids: Sequence[str], paths: dict[str, Any], left_out: dict[str, s
 
 
 def _by_category(annotations: dict[str, Any], categories: Sequence[str]) -> dict[str, str]:
-    """Return uid -> category for the objects of LVIS categories."""
+    """Return a mapping from uids to categories for the objects of LVIS categories."""
     _refuse_unknown("category", categories, annotations)
     return {str(uid): category for category in categories for uid in annotations[category]}
 
@@ -163,7 +171,7 @@ def _by_category(annotations: dict[str, Any], categories: Sequence[str]) -> dict
 def _refuse_unknown(noun: str, names: Sequence[str], known: dict[str, Any]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
-        head, tail = unknown[0][:4], unknown[0][-4:]  # comparing all 798,759 uids takes about a minute
+        head, tail = unknown[0][:4], unknown[0][-4:]  # comparing all 798,759 uids would take about a minute
         alike = [name for name in known if len(known) < 9999 or name[:4] == head or name[-4:] == tail]
         near = difflib.get_close_matches(unknown[0], alike, n=3, cutoff=0.5)
         meant = (
@@ -176,7 +184,7 @@ def _refuse_unknown(noun: str, names: Sequence[str], known: dict[str, Any]) -> N
 
 
 def _table(base: str, index: Path, name: str) -> dict[str, Any]:
-    """Read a table, which is downloaded if missing."""
+    """Read a table. If it is missing, it is downloaded."""
     path = index / name
     download(f"{base}/{name}", path)
     remedy = f"delete {path} and run the same command again"
@@ -198,10 +206,18 @@ def _table(base: str, index: Path, name: str) -> dict[str, Any]:
 def _download_meshes(
     downloads: Sequence[Download], sizes: dict[str, int], left_out: dict[str, str]
 ) -> dict[str, str]:
-    """Download meshes and return uid -> sha256; failures are added to ``left_out``.
+    """Download meshes.
 
-    A GLB header contains the file's length, so a complete file whose size differs from the metadata is accepted, with a
-    message: the metadata may be older than the file.
+    The length of a GLB file is verified by its header. A complete file whose size differs from the metadata is
+    accepted with a printed note, because the metadata may be older than the file.
+
+    Args:
+        downloads: Meshes to download.
+        sizes: Mapping from uids to sizes in bytes according to the metadata.
+        left_out: Mapping from ids to reasons, to which failures are added.
+
+    Returns:
+        Mapping from uids to sha256 hashes.
     """
     hashes: dict[str, str] = {}
     others: list[str] = []

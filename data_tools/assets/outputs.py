@@ -1,8 +1,8 @@
-"""The files that every ``fetch`` source writes, and its closing lines.
+"""The output files of the ``fetch`` sources, and the summary that is printed.
 
-OUT/assets.parquet    the asset list (``asset_list``)
-OUT/ATTRIBUTION.txt   creator, license and source of each asset, as licenses such as CC BY require
-OUT/left_out.jsonl    {"id", "reason"} of each object that is not used
+OUT/assets.parquet    the asset list (see ``asset_list``)
+OUT/ATTRIBUTION.txt   creator, license and source of each asset, which licenses such as CC BY require
+OUT/left_out.jsonl    {"id", "reason"} for each object that is left out
 """
 
 import json
@@ -21,24 +21,25 @@ ATTRIBUTION_NAME = "ATTRIBUTION.txt"
 
 
 def make_id(text: str) -> str:
-    """Return a name as an id that is also a valid file name. Different names give different ids."""
+    """Return an id for a name. The id is a valid file name, and different names have different ids."""
     return text if KEY_PATTERN.fullmatch(text) else hashed_id(text)
 
 
 def write_outputs(
     out: Path, assets: Sequence[Asset], left_out: Mapping[str, str], changes: str, hint: str = ""
 ) -> None:
-    """Write the three files and print the closing lines.
+    """Write the output files and print a summary.
 
     Args:
-        out: Folder of the meshes.
-        assets: The usable assets.
-        left_out: Id -> reason; the text before the first ":" is its category in the printed counts.
-        changes: Modifications of the meshes, for the attribution.
-        hint: Line to print if objects were left out.
+        out: Folder of the meshes, to which the files are written.
+        assets: Usable assets.
+        left_out: Mapping from the ids of objects that are left out to the reasons. The text of a reason before the
+            first ":" is the category in the printed counts.
+        changes: Description of the collection and of modifications to the meshes, for ``ATTRIBUTION.txt``.
+        hint: Line to print if objects were left out. If "", no line is printed.
 
     Raises:
-        InputError: There is no usable asset.
+        InputError: There are no usable assets.
     """
     lines = [json.dumps({"id": key, "reason": left_out[key]}) + "\n" for key in sorted(left_out)]
     write_atomically(out / LEFT_OUT_NAME, "".join(lines).encode())
@@ -65,7 +66,7 @@ def write_outputs(
 
 
 def next_command(assets: Path) -> str:
-    """Return the line with the command that renders a folder of assets."""
+    """Return a line with the command that renders a folder of assets."""
     out = f"data/{assets.resolve().name}"
     return f"next  make render-shards ASSETS={shlex.quote(str(assets))} OUT={shlex.quote(out)}"
 

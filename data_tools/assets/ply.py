@@ -1,6 +1,6 @@
-"""Conversion of PLY files whose colors or faces Blender's importer would lose.
+"""Conversion of PLY files whose colors or faces would be lost by Blender's importer.
 
-| file                                           | Blender's importer    | result here                   |
+| file                                           | Blender's importer    | result of this module         |
 |------------------------------------------------|-----------------------|-------------------------------|
 | other names of colors and texture coordinates  | gray                  | recognized                    |
 | face colors                                    | gray                  | the colors                    |
@@ -44,13 +44,18 @@ _NAMES = {code: name.decode() for name, code in _TYPES.items()}
 
 _RGB = ("red", "green", "blue")
 
-#: Color types that Blender's importer does not scale to [0, 1].
+#: Types of color properties that Blender's importer does not scale to [0, 1].
 _UNSCALED = ("i1", "i2", "i4", "u4")
 
 
 @dataclass(frozen=True)
 class _Element:
-    """Number of rows, and property name -> (type, type of the list length or "" for scalars)."""
+    """Element of a PLY header.
+
+    Attributes:
+        count: Number of rows.
+        properties: Mapping from property names to (type, type of the list length). The second item is "" for scalars.
+    """
 
     count: int
     properties: dict[str, tuple[str, str]]
@@ -58,7 +63,12 @@ class _Element:
 
 @dataclass(frozen=True)
 class _Lists:
-    """A list property: the length of each row's list, and the concatenated values."""
+    """Values of a list property.
+
+    Attributes:
+        lengths: Length of the list in each row, shape (rows,).
+        values: Concatenated values of all rows, shape (sum of lengths,).
+    """
 
     lengths: npt.NDArray[np.int64]
     values: npt.NDArray[np.generic]
@@ -68,20 +78,23 @@ _Columns = dict[str, npt.NDArray[np.generic] | _Lists]
 
 
 def prepare_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
-    """Return a PLY that Blender's importer reads completely.
+    """Convert a PLY to a file that Blender's importer reads completely.
 
-    Color and texture coordinate properties are lines, line ends become line feeds, and colors and texture coordinates
-    of faces are moved to vertices, which are then split at each corner.
+    Properties for colors and texture coordinates are renamed to the names that the importer expects, and all line ends
+    are replaced by line feeds. If faces have colors or texture coordinates, each corner of a face becomes a separate
+    vertex, to which these values are copied.
 
     Args:
-        path: The file.
-        scratch: Folder for the converted copy, if one is needed.
+        path: Path of the PLY.
+        scratch: Folder for the converted file.
 
     Returns:
-        The file; its texture relative to the folder of ``path``, or ""; and descriptions of lost colors.
+        A tuple (file, texture, lost). ``file`` is ``path`` if no conversion is required. ``texture`` is relative to the
+        folder of ``path``, or "" if there is no texture. ``lost`` contains the names of missing textures and of
+        properties that cannot be converted.
 
     Raises:
-        FileTypeError: A position is not finite, or a face has an out-of-range vertex.
+        FileTypeError: A position is not finite, or a face has an out-of-range vertex index.
     """
     content = path.read_bytes()
     end = re.search(rb"end_header[ \t]*(\r\n|\r|\n)", content[: 1 << 20])
@@ -100,7 +113,7 @@ def prepare_ply(path: Path, scratch: Path) -> tuple[Path, str, list[str]]:
     face_colors = faces.keys() >= set(_RGB) and not vertices.keys() >= set(_RGB)
     face_uvs, vertex_uvs = "texcoord" in faces, vertices.keys() >= {"s", "t"}
     if not face_uvs and not vertex_uvs:
-        textures = []  # the comment has no effect without texture coordinates
+        textures = []  # a texture has no effect if there are no texture coordinates
     found = find_file(path.parent, textures[0]) if len(textures) == 1 else None
     lost = textures if textures and not found else []
     written = b"\n".join(lines) + b"\n" + body
@@ -144,12 +157,16 @@ def _parse(header: bytes) -> tuple[list[bytes], dict[str, _Element], list[str]]:
 
 
 def _read(elements: dict[str, _Element], body: bytes, order: str) -> dict[str, _Columns]:
-    """Read all elements; empty if the body is invalid, so that Blender's importer reports the error.
+    """Read all elements of a PLY.
 
     Args:
         elements: Elements of the header.
         body: Data after the header.
-        order: Byte order in NumPy's notation; "" for text.
+        order: Byte order in the notation of NumPy, or "" for an ASCII file.
+
+    Returns:
+        Mapping from element names to columns. It is empty if the data are invalid, in which case Blender's importer
+        reports the error.
     """
     table, at = dict[str, _Columns](), 0
     data = body if order else np.fromstring(body.decode("latin-1"), np.float64, sep=" ").tobytes()
@@ -168,7 +185,17 @@ def _read(elements: dict[str, _Element], body: bytes, order: str) -> dict[str, _
 
 
 def _rows(count: int, types: dict[str, tuple[str, str]], data: bytes, at: int) -> tuple[_Columns, int]:
-    """Read the rows of an element, at once if all lists have the lengths of the first row."""
+    """Read the rows of an element. If the lists have the same lengths in all rows, the rows are read in one operation.
+
+    Args:
+        count: Number of rows.
+        types: Mapping from property names to NumPy types (type, type of the list length).
+        data: Data of all elements.
+        at: Offset of the first row in bytes.
+
+    Returns:
+        The columns, and the offset after the last row.
+    """
     first = _row(types, data, at)[0] if count else {}
     lengths = {key: len(value) for key, value in first.items()}
     fields = list[tuple[str, str] | tuple[str, str, tuple[int]]]()
@@ -214,7 +241,7 @@ def _row(
 
 
 def _check(table: dict[str, _Columns]) -> None:
-    """Reject positions and faces that Blender's importer would silently change."""
+    """Reject positions and faces that Blender's importer would change without an error."""
     vertex, face = table.get("vertex", {}), table.get("face", {})
     positions = [vertex[axis] for axis in "xyz" if axis in vertex]
     for values in positions:
@@ -243,12 +270,15 @@ def _corners(face: _Columns) -> _Lists | None:
 
 
 def _split_corners(elements: dict[str, _Element], table: dict[str, _Columns], added: Sequence[str]) -> bytes:
-    """Encode a PLY with a separate vertex for each face corner; empty if the faces cannot be converted.
+    """Encode a PLY with a separate vertex for each corner of a face.
 
     Args:
         elements: Elements of the header.
-        table: Their data.
-        added: Face properties to move to vertices.
+        table: Mapping from element names to columns.
+        added: Names of face properties that are copied to the vertices.
+
+    Returns:
+        Content of the PLY, or b"" if the faces cannot be converted.
     """
     vertex, face = table.get("vertex", {}), table.get("face", {})
     corners = _corners(face)

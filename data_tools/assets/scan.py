@@ -1,8 +1,9 @@
-"""Search a folder for meshes and read their metadata from ``assets.csv``.
+"""Search for meshes in a folder, and reader of their metadata (``assets.csv``).
 
-``assets.csv`` is UTF-8 with the header ``id,name,creator,source,license,sha256`` and an optional last column ``up``
-("z" for OBJ and PLY files whose z axis points up). An id is the mesh's path in the folder without its suffix, with
-invalid characters replaced by "_". Without a row, the name is the id and the other fields are "unknown".
+``assets.csv`` is a UTF-8 file with the header ``id,name,creator,source,license,sha256`` and an optional last column
+``up``, which is "z" for OBJ and PLY files whose z axis points up. The id of a mesh is the path in the folder without
+the suffix, with invalid characters replaced by "_". If there is no row for a mesh, the name is the id, and the creator,
+source and license are "unknown".
 """
 
 import csv
@@ -30,7 +31,7 @@ from data_tools.assets.asset_list import (
 from lrm_pl.data.schema import KEY_PATTERN
 from lrm_pl.errors import counted
 
-#: Unsupported mesh formats, and archives that may contain meshes; they are reported as ignored.
+#: Suffixes of unsupported mesh formats and of archives that may contain meshes. These files are reported as ignored.
 UNSUPPORTED_SUFFIXES = frozenset(
     ".3dm .3ds .3mf .7z .abc .blend .bz2 .c4d .ctm .dae .dxf .e57 .gz .iges .igs .jt .lwo .ma .max .mb .ms3d .off .pcd "
     ".rar .skp .sldprt .spz .splat .step .stl .stp .tar .tgz .u3d .usd .usda .usdc .usdz .vox .vrm .vrml .vtk .vtp "
@@ -43,17 +44,22 @@ _UP_COLUMN = "up"
 
 
 def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
-    """Return the assets of a folder: its ``assets.parquet``, or all meshes in it and its subfolders.
+    """Return the assets of a folder.
+
+    If the folder has an ``assets.parquet``, the assets in this list are returned. Otherwise, the folder is searched
+    recursively for meshes.
 
     Args:
         folder: Folder of assets.
-        out: Folder of shards of an earlier run; assets that its list contains keep their ids.
+        out: Folder of shards that an earlier run wrote. The ids of assets in its ``assets.parquet`` do not change. If
+            None, all ids are derived from the paths.
 
     Returns:
         The assets, sorted by id.
 
     Raises:
-        AssetsError: The folder is missing or has no assets, the list or table is invalid, or ``out`` is ``folder``.
+        AssetsError: The folder is missing or has no assets, ``assets.parquet`` or ``assets.csv`` is invalid, or ``out``
+            is ``folder``.
     """
     if not folder.is_dir():
         raise AssetsError(
@@ -86,14 +92,19 @@ def _report_unlisted(folder: Path, assets: Iterable[Asset]) -> None:
 
 
 def scan_folder(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> tuple[Asset, ...]:
-    """Find all meshes in a folder and its subfolders, with their metadata from ``assets.csv``. No mesh is opened.
+    """Find all meshes in a folder and its subfolders, and read their metadata from ``assets.csv``.
+
+    Mesh files are not opened.
 
     Args:
         folder: Folder of assets.
-        known: File -> id of assets whose id is fixed.
+        known: Mapping from files to ids, for assets that already have an id.
+
+    Returns:
+        The assets, sorted by id.
 
     Raises:
-        AssetsError: There are no meshes, or the table is invalid.
+        AssetsError: There are no meshes, or ``assets.csv`` is invalid.
     """
     found = find_meshes(folder)
     files = sorted(path for path in found.meshes if _is_utf8(path))
@@ -123,8 +134,8 @@ class ScannedFolder(NamedTuple):
     """Meshes of a folder.
 
     Attributes:
-        meshes: Mesh files, unordered.
-        ignored: Counts of what is not rendered, by suffix or description ("linked folder", "hidden mesh").
+        meshes: Paths of mesh files, in no specific order.
+        ignored: Number of files and folders that are not rendered, by suffix or description, for example "hidden mesh".
     """
 
     meshes: tuple[Path, ...]
@@ -132,7 +143,7 @@ class ScannedFolder(NamedTuple):
 
 
 def format_ignored(ignored: Counter[str]) -> str:
-    """Format counts, largest first: ``41 .stl, 19 .dae, 1 linked folder``."""
+    """Format counts in descending order, for example as ``41 .stl, 19 .dae, 1 linked folder``."""
     return ", ".join(
         f"{count} {what}" if what.startswith(".") else counted(count, what)
         for what, count in ignored.most_common()
@@ -140,7 +151,10 @@ def format_ignored(ignored: Counter[str]) -> str:
 
 
 def find_meshes(folder: Path) -> ScannedFolder:
-    """Search a folder recursively. Linked folders, hidden files and ``__MACOSX`` folders are skipped."""
+    """Search a folder recursively for meshes.
+
+    Symbolic links to folders, hidden files and ``__MACOSX`` folders are skipped.
+    """
     meshes, ignored, pending = list[Path](), Counter[str](), [(folder, False)]
     while pending:
         current, hidden = pending.pop()
@@ -168,7 +182,7 @@ def find_meshes(folder: Path) -> ScannedFolder:
 
 
 def is_hidden_name(name: str) -> bool:
-    """Return whether files and folders of this name are skipped."""
+    """Return whether files and folders with this name are skipped."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -181,14 +195,18 @@ def _is_utf8(path: Path) -> bool:
 
 
 def assign_ids(files: Iterable[Path], known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Path]:
-    """Derive ids from paths in the assets folder: ``chairs/red 1.glb`` -> ``chairs_red_1``.
+    """Derive ids from paths in the assets folder. The id of ``chairs/red 1.glb`` is ``chairs_red_1``.
 
-    Ids that would collide (``a.obj`` and ``a.ply``, ``a b.glb`` and ``a_b.glb``) get the file's suffix appended, or, if
-    that is not unique either, a hash of the path. Paths that are too long or not ASCII get the hash too.
+    If ids are equal, for example for ``a.obj`` and ``a.ply``, the suffix of the file is appended. If the ids are still
+    equal, for example for ``a b.glb`` and ``a_b.glb``, a hash of the path is appended instead. The hash is also
+    appended if a path is too long or not ASCII.
 
     Args:
-        files: Paths relative to the folder.
-        known: File -> id of files whose id is fixed.
+        files: Paths relative to the assets folder.
+        known: Mapping from files to ids, for files that already have an id.
+
+    Returns:
+        Mapping from ids to paths.
     """
     files = sorted(files)
     names = [re.sub(r"[^A-Za-z0-9_-]", "_", file.with_suffix("").as_posix()) for file in files]
@@ -212,10 +230,17 @@ def assign_ids(files: Iterable[Path], known: Mapping[str, str] = MappingProxyTyp
 
 
 def read_table(path: Path) -> dict[str, dict[str, str]]:
-    """Read ``assets.csv``: id -> column -> text. A missing file is an empty table.
+    """Read ``assets.csv``.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Mapping from ids to rows, where a row is a mapping from columns to text. If the file does not exist, the mapping
+        is empty.
 
     Raises:
-        AssetsError: The file is not a UTF-8 CSV, its columns are wrong, or a value is invalid.
+        AssetsError: The file is not a UTF-8 CSV file, has unexpected columns, or contains an invalid value.
     """
     if not path.is_file():
         return {}

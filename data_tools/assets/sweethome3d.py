@@ -1,7 +1,8 @@
-"""``fetch sweethome3d``: convert the models of the Debian package ``sweethome3d-furniture`` to GLB files.
+"""The source ``fetch sweethome3d``, which converts models of the Debian package ``sweethome3d-furniture`` to GLB files.
 
-The library KatorLegaz is held out (split "val"), so that validation objects are by an author unseen in training.
-Unsuitable models are left out based on the catalog, OBJ and MTL, before Blender starts.
+Models of the library KatorLegaz are assigned to the split "val". Their author is not represented in the training split.
+Models that are not suitable for training are left out before Blender is started, based on the catalog, OBJ and MTL
+files.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from lrm_pl.errors import InputError
 
 HELD_OUT = "KatorLegaz"
 
-#: Minimum thickness as a fraction of the longest side; excludes rugs, banknotes and road markings.
+#: Minimum thickness as a fraction of the longest side. It excludes rugs, banknotes and road markings.
 MIN_THICKNESS = 0.02
 
 CHANGES = (
@@ -52,11 +53,11 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
     """Convert missing models and write the asset list.
 
     Args:
-        out: Destination of ``LIBRARY/KEY.glb``, ``LIBRARY/LICENSE.txt`` and the files of ``write_outputs``.
-        package: The Debian package; None downloads it with apt-get.
+        out: Destination folder of ``LIBRARY/KEY.glb``, ``LIBRARY/LICENSE.txt`` and the files of ``write_outputs``.
+        package: Path of the Debian package. If None, the package is downloaded with ``apt-get``.
 
     Raises:
-        InputError: Blender is not installed, or the package is not the expected version.
+        InputError: Blender is not installed, the package is not the expected version, or there are no usable models.
     """
     if importlib.util.find_spec("bpy") is None:
         raise InputError(
@@ -91,8 +92,13 @@ def fetch_sweethome3d(out: Path, package: Path | None) -> None:
 def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTask, str]]:
     """List the models of a library without starting Blender.
 
+    Args:
+        archive: Path of the ``.sh3f`` file of the library.
+        out: Destination folder of the GLB files.
+
     Returns:
-        For each model its asset (without a hash), its conversion task, and the reason to leave it out or "".
+        A tuple (asset, task, reason) per model. The hash of the asset is "", and the reason is "" if the model is
+        usable.
     """
     found = []
     with zipfile.ZipFile(archive) as members:
@@ -129,11 +135,11 @@ def plan_conversions(archive: Path, out: Path) -> list[tuple[Asset, ConversionTa
 
 
 def rejection_reason(model: Model, materials: ObjMaterials | None) -> str:
-    """Return the reason why a model is unsuitable for training, or "".
+    """Return the reason why a model is not suitable for training, or "" if it is suitable.
 
     Args:
-        model: Catalog entry.
-        materials: Materials of its OBJ; None if the OBJ is missing.
+        model: Catalog entry of the model.
+        materials: Materials of the OBJ, or None if the OBJ is missing.
     """
     if model.is_opening or model.category == _OPENINGS:
         return "door or window"
@@ -160,7 +166,7 @@ def _read_materials(model: Model, members: zipfile.ZipFile) -> ObjMaterials | No
 
 
 def _source(model: Model, members: zipfile.ZipFile) -> str:
-    """Return the origin of a model, with the URL of its original page if a license file contains it."""
+    """Return the origin of a model. It contains the URL of the original page if the license file contains the URL."""
     source = f"{model.key} in {model.library} of the Debian package {PACKAGE} {VERSION}"
     text = read_member(members, posixpath.join(posixpath.dirname(model.obj), "BLENDSWAP_LICENSE.txt"))
     page = re.search(rb"Downloaded from (https?://[!-~]+)", text or b"")
@@ -168,7 +174,7 @@ def _source(model: Model, members: zipfile.ZipFile) -> str:
 
 
 def _convert(tasks: list[ConversionTask], out: Path, left_out: dict[str, str]) -> None:
-    """Convert missing models; failures are added to ``left_out``."""
+    """Convert models without a complete GLB, and add failures to ``left_out``."""
     missing = [task for task in tasks if not _is_complete(task.glb)]
     if not missing:
         return
@@ -192,7 +198,7 @@ def _is_complete(glb: Path) -> bool:
 
 
 def _print_table(assets: Mapping[str, Asset], left_out: Mapping[str, str]) -> None:
-    """Print the number of usable models per library, and of the others by reason."""
+    """Print the number of usable models per library, and the number of models that are left out, by reason."""
     cells = Counter(
         (left_out.get(key, "usable").partition(":")[0], asset.file.partition("/")[0])
         for key, asset in assets.items()
