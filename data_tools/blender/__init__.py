@@ -1,1 +1,1 @@
-"""Import, normalization and rendering of meshes with Blender."""
+"""Import, normalization and rendering of meshes in Blender."""

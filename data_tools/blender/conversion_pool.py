@@ -1,6 +1,7 @@
-"""Pool of Blender processes that convert OBJ models to GLB. A crash fails only the current model.
+"""Pool of Blender processes that convert OBJ models to GLB. If a process crashes, only the current model fails.
 
-The driver runs without Blender. A process receives ``ConversionTask`` objects by a pipe and returns an error or "".
+Blender is not imported in the calling process. A Blender process receives ``ConversionTask`` objects through a pipe and
+returns an error or "".
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from pathlib import Path
 from data_tools.assets.archives import extract
 from lrm_pl.data.manifest import write_atomically
 
-#: Time limit per model in seconds; most take less than one.
+#: Time limit per model in seconds. The conversion of most models takes less than a second.
 TIME_LIMIT_S = 300.0
 
 
@@ -27,11 +28,11 @@ class ConversionTask:
     """One model to convert.
 
     Attributes:
-        id: Id for the caller.
-        archive: Zip file of the model.
-        members: Files to extract: path -> name in the zip.
-        obj: Path of the mesh among them.
-        glb: Output file.
+        id: Id by which the caller identifies the model.
+        archive: Zip file that contains the model.
+        members: Mapping from the paths of files to extract to their names in the zip file.
+        obj: Path of the OBJ, which is a key of ``members``.
+        glb: Path of the output file.
     """
 
     id: str
@@ -44,12 +45,15 @@ class ConversionTask:
 def convert_all(
     tasks: Sequence[ConversionTask], log: Path, jobs: int
 ) -> Iterator[tuple[ConversionTask, str]]:
-    """Convert models in ``jobs`` processes; yields each with its error, or "", on completion.
+    """Convert models in several processes.
 
     Args:
-        tasks: The models.
-        log: File for Blender's output.
+        tasks: Models to convert.
+        log: File to which the output of Blender is appended.
         jobs: Number of processes.
+
+    Yields:
+        A tuple (task, error) when a model is complete or has failed. The error is "" if the model was converted.
     """
     processes = [_Process(log) for _ in range(jobs)]
     idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
@@ -76,7 +80,7 @@ def convert_all(
 
 
 class _Process:
-    """A Blender process, started on first use and restarted after a crash."""
+    """A Blender process that is started on first use and restarted after a crash."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -89,7 +93,7 @@ class _Process:
             self._pipe, child_pipe = self._context.Pipe()
             self._process = self._context.Process(target=_serve, args=(child_pipe, self._log), daemon=True)
             self._process.start()
-            child_pipe.close()  # otherwise the end of the process would not be detected
+            child_pipe.close()  # otherwise, the end of the process would not be detected
         try:
             self._pipe.send(task)
             if self._pipe.poll(TIME_LIMIT_S):
@@ -118,7 +122,7 @@ def _serve(pipe: Connection, log: Path) -> None:
         print(f"--- {task.id}", flush=True)
         try:
             _convert(task)
-        except Exception as error:  # Blender's importers are scripts that may raise any exception
+        except Exception as error:  # Blender's importers can raise any exception
             traceback.print_exc()
             pipe.send(f"conversion failed: {type(error).__name__}: {str(error).strip()}")
         else:
@@ -126,7 +130,7 @@ def _serve(pipe: Connection, log: Path) -> None:
 
 
 def _convert(task: ConversionTask) -> None:
-    from data_tools.blender.convert import convert_to_glb  # loads Blender
+    from data_tools.blender.convert import convert_to_glb  # imports Blender, which is slow
 
     with tempfile.TemporaryDirectory() as name, zipfile.ZipFile(task.archive) as archive:
         folder, textures = Path(name) / "model", Path(name) / "textures"

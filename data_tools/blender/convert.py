@@ -9,7 +9,7 @@ from PIL import Image
 from lrm_pl.color_spaces import srgb_to_linear
 
 # isort: split
-import bmesh  # exists only once bpy is loaded
+import bmesh  # available only after bpy is imported
 
 MAX_TEXTURE_SIDE = 512
 
@@ -18,8 +18,8 @@ def convert_to_glb(obj: Path, glb: Path, scratch: Path) -> None:
     """Convert an OBJ to a GLB with matte materials and resized textures. The output is deterministic.
 
     Args:
-        obj: The mesh, with its MTL and textures in the same folder.
-        glb: Output file.
+        obj: Path of the OBJ. The MTL files and textures are in the same folder.
+        glb: Path of the output file.
         scratch: Empty folder for resized textures.
     """
     bpy.ops.wm.read_factory_settings(use_empty=True)
@@ -30,7 +30,7 @@ def convert_to_glb(obj: Path, glb: Path, scratch: Path) -> None:
         _make_matte(material, scratch)
     if not any(node.type == "TEX_IMAGE" for m in bpy.data.materials for node in m.node_tree.nodes):
         for mesh in bpy.data.meshes:
-            while mesh.uv_layers:  # unused without textures
+            while mesh.uv_layers:  # not used, because there are no textures
                 mesh.uv_layers.remove(mesh.uv_layers[0])
     bpy.ops.export_scene.gltf(
         filepath=os.fspath(glb),
@@ -43,7 +43,7 @@ def convert_to_glb(obj: Path, glb: Path, scratch: Path) -> None:
 
 
 def _remove_duplicate_faces(mesh: bpy.types.Mesh) -> None:
-    """Remove duplicate faces, which cause ray-tracing artifacts."""
+    """Remove duplicate faces, because they cause artifacts in ray tracing."""
     editable = bmesh.new()
     editable.from_mesh(mesh)
     seen: set[frozenset[tuple[float, ...]]] = set()
@@ -59,10 +59,10 @@ def _remove_duplicate_faces(mesh: bpy.types.Mesh) -> None:
 
 
 def _make_matte(material: bpy.types.Material, scratch: Path) -> None:
-    """Keep the color or texture of a material and remove specular reflection, which would whiten it."""
+    """Replace a material by a matte material with the same color, texture and opacity."""
     tree = material.node_tree
     shader = next(node for node in tree.nodes if node.type == "BSDF_PRINCIPLED")
-    # Kd is sRGB in these files, but Blender reads it as linear light
+    # Kd is an sRGB color in these files, but Blender reads it as a linear color
     color = (*(float(srgb_to_linear(x)) for x in shader.inputs["Base Color"].default_value[:3]), 1.0)
     texture = next(
         (link.from_node.image for link in tree.links if link.to_socket == shader.inputs["Base Color"]), None
@@ -92,7 +92,10 @@ def _make_matte(material: bpy.types.Material, scratch: Path) -> None:
 
 
 def _resize(texture: Path, scratch: Path, *, keep_alpha: bool) -> Path:
-    """Write a texture with at most 512 pixels per side, as JPEG, or as PNG if its alpha is used."""
+    """Resize a texture to at most ``MAX_TEXTURE_SIDE`` pixels per side and write it to a folder.
+
+    The format is PNG if alpha is kept, otherwise JPEG.
+    """
     with Image.open(texture) as image:
         small = image.convert("RGBA" if keep_alpha else "RGB")
     small.thumbnail((MAX_TEXTURE_SIDE, MAX_TEXTURE_SIDE), Image.Resampling.LANCZOS)

@@ -1,19 +1,21 @@
-"""Selection of the Cycles device: the lower-case name of a GPU backend, or "cpu"."""
+"""Selection of the device for Cycles."""
 
 from typing import Any
 
-#: GPU backends of Cycles, fastest first.
+#: GPU backends of Cycles, in order of decreasing speed.
 GPU_BACKENDS = ("OPTIX", "CUDA", "HIP", "METAL", "ONEAPI")
 
 
 def enable_gpus(preferences: Any) -> str:  # noqa: ANN401 - Blender has no types
-    """Enable all GPUs of the first available backend. Call it after each factory reset.
+    """Enable all GPUs of the first available backend.
+
+    A factory reset disables the GPUs, so this function must be called after each reset.
 
     Args:
-        preferences: ``bpy.context.preferences.addons["cycles"].preferences``.
+        preferences: The object ``bpy.context.preferences.addons["cycles"].preferences``.
 
     Returns:
-        The backend in lower case, or "cpu" without a GPU.
+        Name of the backend in lower case, or "cpu" if no GPU is available.
     """
     for backend in GPU_BACKENDS:
         try:

@@ -1,4 +1,4 @@
-"""Correction of duplicate faces, back faces and normals, which Cycles would render with artifacts. Requires bpy."""
+"""Correction of duplicate faces, back faces and normals for Cycles. Requires bpy."""
 
 import math
 
@@ -12,10 +12,10 @@ import bmesh  # available only after bpy is imported
 
 from data_tools.blender.materials import is_opaque
 
-#: Distance below which corners coincide, relative to the object's longest side.
+#: Distance below which corners coincide, as a fraction of the longest side of the object.
 _COINCIDENT = 1e-6
 
-#: Distance by which coincident faces that are kept are separated, relative to the object's longest side.
+#: Distance by which coincident faces are separated, as a fraction of the longest side of the object.
 _SEPARATION = 1e-4
 
 
@@ -29,13 +29,14 @@ def visible_meshes() -> list[bpy.types.Object]:
 
 
 def cull_back_faces() -> bool:
-    """Apply back-face culling, which Cycles ignores, by making back faces of culled materials transparent.
+    """Make the back faces of materials with back-face culling transparent, because Cycles ignores this setting.
 
-    Opaque materials with closed, outward-facing surfaces are not changed: their back faces are never visible, and
-    transparency is slow. Closed, inward-facing surfaces (outlines of cartoon characters) also transmit all light.
+    Opaque materials with closed, outward-facing surfaces are not changed, because their back faces are not visible and
+    transparency is slow to render. Closed, inward-facing surfaces, which are used for the outlines of cartoon
+    characters, are transparent for all rays except camera rays.
 
     Returns:
-        Whether a culled surface is open, so that it is visible from one side only.
+        Whether there is an open surface with back-face culling, which is visible from one side only.
     """
     one_sided = False
     meshes = list({obj.data: None for obj in visible_meshes()})
@@ -52,7 +53,7 @@ def cull_back_faces() -> bool:
         hidden = nodes.new("ShaderNodeNewGeometry").outputs["Backfacing"]
         if all(-math.inf < volume < 0 for volume in volumes):
             other = nodes.new("ShaderNodeMath")
-            other.operation = "SUBTRACT"  # 0 for camera rays, 1 for others
+            other.operation = "SUBTRACT"  # 0 for camera rays, 1 for all other rays
             other.inputs[0].default_value = 1.0
             links.new(nodes.new("ShaderNodeLightPath").outputs["Is Camera Ray"], other.inputs[1])
             both = nodes.new("ShaderNodeMath")
@@ -69,9 +70,10 @@ def cull_back_faces() -> bool:
 
 
 def _closed_volume(mesh: bpy.types.Mesh, material: bpy.types.Material) -> float:
-    """Return the volume that the faces of a material enclose, negative for inward-facing surfaces.
+    """Return a number with the sign of the volume that the faces of a material enclose.
 
-    It is 0 without faces and minus infinity for open surfaces, where an edge lacks its opposite.
+    The number is negative if the faces point inward, 0 if there are no faces, and minus infinity if the surface is
+    open, which means that an edge does not belong to two faces with consistent orientation.
     """
     slots = [index for index, one in enumerate(mesh.materials) if one == material]
     if not slots:
@@ -109,7 +111,7 @@ def _geometry(
 
 
 def flip_opposed_normals() -> None:
-    """Flip custom normals that point to the back of their face, which Cycles would shade black."""
+    """Flip custom normals that point to the back of a face, because Cycles renders them black."""
     for mesh in {obj.data: None for obj in visible_meshes()}:
         if not mesh.has_custom_normals:
             continue
@@ -130,10 +132,13 @@ def flip_opposed_normals() -> None:
 
 
 def separate_duplicate_faces() -> float:
-    """Remove duplicate faces, which cause ray-tracing artifacts; return the fraction of faces removed.
+    """Remove duplicate faces, because they cause artifacts in ray tracing.
 
-    Coincident faces that are all visible are kept and separated slightly: transparent faces over an opaque one, and
-    single-sided faces of opposite orientation.
+    Coincident faces that are all visible are not removed but separated by a small distance. These are transparent faces
+    on an opaque face, and single-sided faces with opposite orientations.
+
+    Returns:
+        Number of removed faces divided by the number of all faces.
     """
     objects = visible_meshes()
     if not objects:
@@ -151,7 +156,7 @@ def separate_duplicate_faces() -> float:
         if levels.any():
             step = _SEPARATION * size / max(*map(abs, obj.matrix_world.to_scale()), 1e-30)
             key = (obj.data.name, round(step, 9), levels.tobytes())
-            if key not in edited:  # other objects that share the mesh are not changed
+            if key not in edited:  # the mesh is copied, because other objects may share it
                 edited[key] = obj.data.copy()
                 _offset_faces(edited[key], levels, step)
             obj.data = edited[key]
@@ -164,7 +169,16 @@ def _levels(
     material: npt.NDArray[np.int64],
     opaque: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int16]:
-    """Return the layer of each face among the coincident ones that are kept, or -1 for faces to remove."""
+    """Return the level of each face, from which the offset is computed.
+
+    Coincident faces that are kept have the levels 0, 1, and so on. The level of faces to remove is -1.
+
+    Args:
+        position: (n,) hashes of the corner positions.
+        side: (n,) orientations, where 0 is a double-sided face.
+        material: (n,) ids of the materials.
+        opaque: (n,) whether the material of the face is opaque.
+    """
     level = np.zeros(len(position), dtype=np.int16)
     _, inverse, counts = np.unique(position, return_inverse=True, return_counts=True)
     duplicates = np.flatnonzero(counts[inverse] > 1)
@@ -172,7 +186,7 @@ def _levels(
         return level
     _, where = np.unique(inverse[duplicates], return_inverse=True)
     side, opaque = side[duplicates], opaque[duplicates]
-    # keep one opaque face per orientation, or a double-sided one, and one transparent face per material
+    # keep one double-sided opaque face or one opaque face per orientation, and one transparent face per material
     double_sided = np.zeros(int(where.max()) + 1, dtype=bool)
     double_sided[where[opaque & (side == 0)]] = True
     rows = np.stack([where, opaque, side, np.where(opaque, -1, material[duplicates])], axis=1)
@@ -189,7 +203,7 @@ def _levels(
 
 
 def _offset_faces(mesh: bpy.types.Mesh, levels: npt.NDArray[np.int16], step: float) -> None:
-    """Remove the faces of level -1, and offset the others along their normals by ``level * step``."""
+    """Remove faces with level -1, and move all other faces by ``level * step`` along the normals."""
     editable = bmesh.new()
     editable.from_mesh(mesh)
     editable.faces.ensure_lookup_table()
@@ -219,11 +233,15 @@ def _longest_side(objects: list[bpy.types.Object]) -> float:
 def _faces(
     obj: bpy.types.Object, size: float
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the properties of an object's faces that define duplicates.
+    """Return the properties of faces by which duplicates are found.
+
+    Args:
+        obj: Mesh object.
+        size: Longest side of the bounding box of all objects.
 
     Returns:
-        Per face: an order-independent hash of its corner positions; its orientation, 0 if double-sided; an id of its
-        material; and whether the material is opaque.
+        Arrays with one item per face. They are a hash of the corner positions that does not depend on the order of the
+        corners, the orientation (0 if double-sided), an id of the material, and whether the material is opaque.
     """
     mesh = obj.data
     posed = obj.evaluated_get(bpy.context.evaluated_depsgraph_get()).data
@@ -256,7 +274,7 @@ def _faces(
 
 
 def _mix_bits(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Mix the bits of 64-bit numbers (the finalizer of MurmurHash3)."""
+    """Mix the bits of 64-bit numbers with the finalizer of MurmurHash3."""
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
     return x ^ (x >> np.uint64(33))

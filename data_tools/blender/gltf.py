@@ -1,4 +1,4 @@
-"""Correction of glTF files that Blender's importer reads differently. Requires bpy.
+"""Correction of glTF files that Blender's importer does not read as the format specifies. Requires bpy.
 
 ``data_tools/blender/README.md`` lists the corrections.
 """
@@ -21,12 +21,16 @@ from data_tools.assets.asset_list import AssetError
 
 GLTF_SUFFIXES = (".glb", ".gltf")
 
-#: Cosine of the angle between two axes above which a matrix counts as sheared; exporters round below it.
+#: Cosine of the angle between two axes above which a matrix is treated as sheared. Rounding errors are smaller.
 _SHEARED = 1e-4
 
 
 def external_uris(path: Path) -> list[str]:
-    """Return the decoded URIs of external buffers and images of a glTF file."""
+    """Return the decoded URIs of the external buffers and images of a glTF file.
+
+    Raises:
+        AssetError: The file is invalid or a glTF 1.0 file.
+    """
     record = _read_json(path)
     try:
         if str(record.get("asset", {}).get("version", "2.0")).startswith("1."):
@@ -60,16 +64,22 @@ def _json_of_glb(path: Path) -> bytes:
 
 
 def _is_inline(uri: str) -> bool:
-    """Return whether a URI contains its data. Blender's importer treats other ``data:`` URIs as file paths."""
+    """Return whether a URI contains base64 data. Blender's importer treats all other URIs as file paths."""
     return uri.startswith("data:") and ";base64," in uri
 
 
 def prepare_gltf(path: Path, scratch: Path) -> Path:
-    """Return a glTF file whose JSON Blender's importer reads correctly.
+    """Correct the JSON of a glTF file for Blender's importer.
 
     Args:
-        path: The file.
-        scratch: Folder for the corrected copy, if one is needed.
+        path: Path of the file.
+        scratch: Folder for the corrected file.
+
+    Returns:
+        Path of the corrected file, or ``path`` if no correction is required.
+
+    Raises:
+        AssetError: The file is not a valid glTF 2.0 file.
     """
     record = _read_json(path)
     try:
@@ -81,7 +91,7 @@ def prepare_gltf(path: Path, scratch: Path) -> Path:
             return path
         for entry in (one for field in ("buffers", "images") for one in record.get(field, ())):
             uri = entry.get("uri")
-            # Paths in the copy are absolute, so that they are the checked ones.
+            # Paths in the corrected file are absolute, so that they refer to the files that were checked.
             if uri and not _is_inline(uri):
                 entry["uri"] = quote(str(path.parent.absolute() / unquote(uri)))
     except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
@@ -99,7 +109,11 @@ def prepare_gltf(path: Path, scratch: Path) -> Path:
 
 
 def _correct_attributes(primitive: dict[str, Any], record: dict[str, Any]) -> None:
-    """Remove custom attributes, fill gaps in the texture coordinate sets, add a material for vertex colors."""
+    """Correct the attributes of a primitive.
+
+    Custom attributes are removed. If a set of texture coordinates is missing, the last set is used in its place. If the
+    primitive has vertex colors and no material, the default material is assigned.
+    """
     attributes = primitive["attributes"]
     for name in [name for name in attributes if name.startswith("_")]:
         del attributes[name]
@@ -113,7 +127,7 @@ def _correct_attributes(primitive: dict[str, Any], record: dict[str, Any]) -> No
 
 
 def _split_sheared_nodes(record: dict[str, Any]) -> None:
-    """Split nodes with sheared matrices into two nodes without shear, by a singular value decomposition."""
+    """Split nodes with a sheared matrix into two nodes without shear, by singular value decomposition."""
     nodes = record.get("nodes", [])
     for index, node in enumerate(nodes[:]):
         matrix = np.array(node.get("matrix", np.eye(4).ravel()), np.float64).reshape(4, 4).T
@@ -140,12 +154,18 @@ def _split_sheared_nodes(record: dict[str, Any]) -> None:
 def import_gltf(file: str) -> set[str]:
     """Import a glTF file.
 
+    Args:
+        file: Path of the file.
+
+    Returns:
+        Status of Blender's import operator, for example {"FINISHED"}.
+
     Raises:
-        AssetError: A position is not finite, or compressed data are invalid.
+        AssetError: A vertex position is not finite, or the data of a mesh are invalid.
     """
     hooks = _Hooks()
     addon = sys.modules["io_scene_gltf2"]
-    addon.glTF2ImportUserExtension = lambda: hooks  # type: ignore[attr-defined]  # the importer reads its hooks here
+    addon.glTF2ImportUserExtension = lambda: hooks  # type: ignore[attr-defined]  # from which the importer takes the hooks
     outcome = set(bpy.ops.import_scene.gltf(filepath=file, disable_bone_shape=True))
     if hooks.errors:
         raise AssetError(hooks.errors[0], remedy="export the mesh again")
@@ -156,7 +176,7 @@ class _Hooks:
     """User extension of Blender's glTF importer.
 
     Attributes:
-        errors: Invalid meshes that the importer would silently change.
+        errors: Messages about invalid meshes, which the importer would change without an error.
     """
 
     extensions = (types.SimpleNamespace(name="KHR_node_visibility", required=True),)
@@ -172,7 +192,7 @@ class _Hooks:
         obj: bpy.types.Object,
         importer: types.SimpleNamespace,
     ) -> None:
-        """Hide an object whose node or an ancestor of it is not visible."""
+        """Hide an object if the node or an ancestor of the node is not visible."""
         if self._hidden is None:
             self._hidden = self._find_hidden(importer.data.nodes)
         if {vnode.mesh_node_idx, vnode.parent} & self._hidden:
@@ -191,12 +211,15 @@ class _Hooks:
     def gather_import_mesh_before_hook(
         self, mesh: types.SimpleNamespace, importer: types.SimpleNamespace
     ) -> None:
-        """Record non-finite positions, and move faces with the vertices of another face to a new primitive."""
+        """Record non-finite vertex positions, and move faces with the same vertices as an earlier face.
+
+        These faces are moved to a new primitive, because the importer would remove them.
+        """
         try:
             for primitive in list(mesh.primitives):
                 if "KHR_draco_mesh_compression" not in (primitive.extensions or {}):
                     self._check_primitive(primitive, mesh, importer)
-        except Exception as error:  # the importer would ignore the error and skip the checks
+        except Exception as error:  # the importer would ignore the exception
             self.errors.append(f"mesh {mesh.name!r} cannot be read: {error!r}")
 
     def _check_primitive(
@@ -230,7 +253,7 @@ class _Hooks:
         _: object,
         importer: types.SimpleNamespace,
     ) -> None:
-        """Record meshes whose decompression failed, which the importer skips."""
+        """Record meshes for which the decompression failed, because the importer skips them without an error."""
         used = [primitive.attributes.get("POSITION"), primitive.indices]
         if "KHR_draco_mesh_compression" in (primitive.extensions or {}) and any(
             importer.data.accessors[one].buffer_view is None for one in used if one is not None

@@ -1,4 +1,4 @@
-"""Import of one mesh file into an empty scene, and its normalization to the unit sphere or cube. Requires bpy."""
+"""Import of a mesh file into an empty scene, and normalization of the scene. Requires bpy."""
 
 import math
 import os
@@ -22,7 +22,7 @@ from lrm_pl.conventions import Normalization
 #: Maximum number of triangles per object.
 MAX_TRIANGLES = 20_000_000
 
-#: Minimum number of float32 positions across an object; fewer would make its surface staircase-shaped.
+#: Minimum number of float32 positions across an object. With fewer positions, the surface would have visible steps.
 MIN_STEPS = 4096
 
 _SURFACE_TYPES = {"MESH", "CURVE", "SURFACE", "FONT", "META"}
@@ -34,13 +34,13 @@ def load_asset(
     """Reset Blender, import one file, and prepare the scene with ``prepare_scene``.
 
     Args:
-        path: The mesh file.
-        normalize: Normalization.
-        root: Folder that must contain all files that the mesh refers to; default: the folder of the mesh.
-        up: Up axis of an OBJ or PLY; "" is y.
+        path: Path of the mesh file.
+        normalize: Normalization, "sphere" or "cube".
+        root: Folder that must contain all files to which the mesh refers. If None, the folder of the mesh is used.
+        up: Up axis of an OBJ or PLY file. If "", it is y.
 
     Returns:
-        See ``prepare_scene``.
+        The return values of ``prepare_scene``.
 
     Raises:
         AssetError: The file cannot be imported, has no usable mesh, or refers to files outside ``root``.
@@ -90,7 +90,7 @@ def load_asset(
 
 
 def _reject_lost_faces(obj: bytes) -> None:
-    """Reject an OBJ from which the importer removed faces with invalid vertices. Removed duplicates are accepted."""
+    """Reject an OBJ if the importer removed faces with invalid vertex indices. Duplicate faces may be removed."""
     if sum(len(mesh.polygons) for mesh in bpy.data.meshes) >= obj.count(b"\nf "):
         return
     if face := obj_materials.find_invalid_face(obj):
@@ -102,7 +102,7 @@ def _reject_lost_faces(obj: bytes) -> None:
 
 
 def _target_with_its_files(path: Path, suffix: str) -> Path | None:
-    """Return the target of a linked mesh if the files that it refers to are next to the target only."""
+    """Return the target of a symbolic link to a mesh if the files to which the mesh refers exist only at the target."""
     target = path.resolve()
     if not path.is_symlink() or target.suffix.lower() != suffix:
         return None
@@ -110,7 +110,7 @@ def _target_with_its_files(path: Path, suffix: str) -> Path | None:
 
 
 def _lacks_files(path: Path, suffix: str) -> bool:
-    """Return whether a file that a mesh refers to is missing."""
+    """Return whether a file to which a mesh refers is missing."""
     if suffix == ".obj":
         return bool(obj_materials.find_mtl_files(path, path.read_bytes())[1])
     uris = gltf.external_uris(path) if suffix in gltf.GLTF_SUFFIXES else []
@@ -123,13 +123,13 @@ def _reject_files_outside(root: Path, folder: Path, files: Iterable[str]) -> Non
     Args:
         root: Folder that must contain the files.
         folder: Base folder of relative paths.
-        files: Paths; importers also accept backslashes and the prefix ``file:``.
+        files: Paths of the files. They may contain backslashes and the prefix ``file:``, which importers accept.
     """
     for file in files:
         for written in {file, file.replace("\\", "/"), re.sub("^file:/*", "/", file)}:
             path = Path(
                 os.path.normpath(folder.absolute() / written)
-            )  # does not resolve links, which the user made
+            )  # symbolic links are allowed and not resolved
             if os.path.exists(path) and not any(
                 path.is_relative_to(inside) for inside in (root, root.resolve())
             ):
@@ -141,7 +141,7 @@ def _reject_files_outside(root: Path, folder: Path, files: Iterable[str]) -> Non
 
 
 def _printable(name: str) -> str:
-    """Return a name with bytes that are not UTF-8 escaped."""
+    """Return a name in which bytes that are not valid UTF-8 are escaped."""
     return name.encode(errors="backslashreplace").decode()
 
 
@@ -151,23 +151,23 @@ def prepare_scene(
     """Hide cameras, lights and hidden objects, select the first frame, correct the materials, and normalize the scene.
 
     Args:
-        normalize: Normalization.
-        lost: Missing files and materials that define colors.
+        normalize: Normalization, "sphere" or "cube".
+        lost: Names of missing files and materials, which are counted as missing textures.
 
     Returns:
-        (3,) half sides of the bounding box, which is centered at the origin, and the measures of the scene.
+        Half sides of the bounding box, shape (3,), and measures of the scene. The box is centered at the origin.
 
     Raises:
-        AssetError: There is no usable mesh.
+        AssetError: There are no visible faces, or their positions, size or number are outside the limits.
     """
-    # Hidden objects are not removed, because children would lose their transforms.
-    objects = list(bpy.context.view_layer.objects)  # a glTF file may contain more scenes than the active one
+    # Hidden objects are not removed, because the transforms of their children depend on them.
+    objects = list(bpy.context.view_layer.objects)  # a glTF file can contain inactive scenes
     for obj in objects:
         obj.hide_render = _is_hidden(obj)
     animated = _show_first_frame()
     bpy.context.view_layer.update()  # updates world matrices
     for obj in objects:
-        if sum(map(bool, obj.matrix_world.to_scale())) < 2:  # two scales of 0 leave no area
+        if sum(map(bool, obj.matrix_world.to_scale())) < 2:  # the area is 0 if two scales are 0
             obj.hide_render = True
     faces.flip_opposed_normals()
     doubled = faces.separate_duplicate_faces()
@@ -207,19 +207,19 @@ def prepare_scene(
 
 
 def _images_of(objects: Iterable[bpy.types.Object]) -> set[bpy.types.Image]:
-    """Return the images of the materials of objects."""
+    """Return the images that the materials of objects use."""
     return {node.image for node in _texture_nodes(objects) if node.image}
 
 
 def _texture_nodes(objects: Iterable[bpy.types.Object]) -> list[bpy.types.ShaderNodeTexImage]:
-    """Return the texture nodes of the materials of objects."""
+    """Return the texture nodes in the materials of objects."""
     materials = {slot.material for obj in objects for slot in obj.material_slots if slot.material}
     trees = [material.node_tree for material in materials if material.node_tree]
     return [node for tree in trees for node in tree.nodes if node.type == "TEX_IMAGE"]
 
 
 def _is_hidden(obj: bpy.types.Object) -> bool:
-    """Return whether an object is not visible in the file."""
+    """Return whether the file specifies that an object is not visible."""
     if obj.type in {"CAMERA", "LIGHT", "LIGHT_PROBE"}:
         return True
     if obj.hide_render or obj.hide_viewport or obj.hide_get() or not obj.visible_camera:
@@ -229,7 +229,7 @@ def _is_hidden(obj: bpy.types.Object) -> bool:
 
 
 def _is_clear(material: bpy.types.Material) -> bool:
-    """Return whether a material is fully transparent: its alpha is a constant 0."""
+    """Return whether the alpha of a material is 0 and not controlled by a texture."""
     found = materials.alpha_inputs(material)
     return bool(found) and not any(alpha.is_linked or alpha.default_value for alpha in found)
 
@@ -242,7 +242,7 @@ def _is_colored(used: Iterable[bpy.types.Material]) -> bool:
             [shader.inputs["Base Color"], *([shader.inputs["Emission Color"]] if _glows(shader) else [])]
             for shader in materials.principled_shaders(material)
         ]
-        if not shown and material.node_tree:  # unlit
+        if not shown and material.node_tree:  # an unlit material
             shown = [[node.inputs["Color"]] for node in material.node_tree.nodes if node.type == "EMISSION"]
         for inputs in shown:
             if any(color.is_linked for color in inputs):
@@ -259,7 +259,7 @@ def _glows(shader: bpy.types.Node) -> bool:
 
 
 def _show_first_frame() -> bool:
-    """Set the first frame of all animations; return whether there are any."""
+    """Set the scene to the first frame of all animations, and return whether there are any animations."""
     starts = [float(action.frame_range[0]) for action in bpy.data.actions]
     if starts:
         first = math.floor(min(starts))
@@ -280,8 +280,8 @@ def _import(path: Path, up: str) -> None:
         outcome = importers[path.suffix.lower()](str(path))
     except AssetError:
         raise
-    except Exception as error:  # importers are scripts that may raise any exception
-        # The reason is the last line of a traceback, before the location in Blender.
+    except Exception as error:  # importers can raise any exception
+        # The reason is the last line of the traceback that is not the location in Blender.
         lines = [line for line in str(error).splitlines() if line.strip() and "Location:" not in line] or [""]
         raise AssetError(
             f"import failed: {type(error).__name__}: {lines[-1].strip()}",
@@ -294,10 +294,11 @@ def _import(path: Path, up: str) -> None:
 
 
 def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float, int, float]:
-    """Center the bounding box at the origin and scale the scene, with one new parent of all root objects.
+    """Center the bounding box at the origin and scale the scene, by adding a parent to all root objects.
 
     Returns:
-        (3,) half sides of the box; its longest side before scaling; number of triangles; fraction of degenerate ones.
+        Half sides of the box, shape (3,), longest side of the box before scaling, number of triangles, and fraction of
+        degenerate triangles.
     """
     meshes = list(world_meshes())
     if not meshes:
@@ -305,7 +306,7 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
     if not all(np.isfinite(points).all() for points, _ in meshes):
         raise AssetError(expected="finite vertex positions", found="NaN or infinity")
     flat = [_is_flat(points, corners) for points, corners in meshes]
-    # degenerate faces, for example between triangle strips, are invisible
+    # degenerate faces, for example between triangle strips, are not visible
     vertices = np.concatenate(
         [points[np.unique(corners[~none])] for (points, corners), none in zip(meshes, flat, strict=True)]
     )
@@ -342,7 +343,7 @@ def _normalize(normalize: Normalization) -> tuple[npt.NDArray[np.float64], float
 
 
 def _is_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Return a mask of degenerate triangles (n, 3), whose area is 0 relative to their longest side squared."""
+    """Return a mask of triangles whose area is negligible compared to the square of the longest side."""
     a, b, c = (points[corners[:, i]] for i in range(3))
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1)
     sides = [((b - a) ** 2).sum(axis=1), ((c - b) ** 2).sum(axis=1), ((a - c) ** 2).sum(axis=1)]
@@ -350,9 +351,10 @@ def _is_flat(points: npt.NDArray[np.float64], corners: npt.NDArray[np.int32]) ->
 
 
 def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]]:
-    """Yield (n, 3) world positions and (m, 3) triangles of every visible object, with modifiers and instances applied.
+    """Yield (positions, triangles) for each visible object, after modifiers and instances are applied.
 
-    Corners are in counterclockwise order from the front side.
+    Positions are world coordinates with shape (n, 3). Triangles are vertex indices with shape (m, 3), in
+    counterclockwise order as seen from the front side.
     """
     depsgraph = bpy.context.evaluated_depsgraph_get()
     for instance in depsgraph.object_instances:
@@ -369,7 +371,7 @@ def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int
             corners = _visible_triangles(obj, mesh, corners.reshape(-1, 3))
             matrix = np.array(instance.matrix_world, dtype=np.float64)
             used = np.zeros(len(mesh.vertices), dtype=bool)
-            used[corners] = True  # scans and CAD files may have vertices without faces
+            used[corners] = True  # scans and CAD files can contain vertices without faces
             points = flat.reshape(-1, 3)[used].astype(np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
             if np.linalg.det(matrix[:3, :3]) < 0:
                 corners = corners[:, ::-1]  # mirroring reverses the corner order
@@ -381,7 +383,7 @@ def world_meshes() -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.int
 def _visible_triangles(
     obj: bpy.types.Object, mesh: bpy.types.Mesh, corners: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int32]:
-    """Return the triangles of a mesh whose material is not fully transparent."""
+    """Return the triangles of a mesh whose materials are not fully transparent."""
     clear = np.array([bool(slot.material) and _is_clear(slot.material) for slot in obj.material_slots])
     if not clear.any():
         return corners

@@ -1,4 +1,4 @@
-"""Correction of materials that Blender's importers or Cycles interpret differently. Requires bpy.
+"""Correction of materials that Blender's importers or Cycles do not read as the formats specify. Requires bpy.
 
 ``data_tools/blender/README.md`` lists the corrections.
 """
@@ -23,14 +23,18 @@ def principled_shaders(material: bpy.types.Material) -> list[bpy.types.Node]:
 
 
 def prepare_obj(content: bytes, mtl_files: Iterable[Path], scratch: Path) -> Path:
-    """Write a copy of an OBJ without ``mtllib``, and its merged MTL under the same name, which Blender finds.
+    """Write a copy of an OBJ and a merged MTL with the same stem.
 
-    Without file names in the OBJ, Blender cannot open files that were not checked.
+    ``mtllib`` statements that Blender would recognize are removed from the copy, so that Blender opens only the merged
+    MTL and no file that has not been checked.
 
     Args:
         content: Content of the OBJ.
-        mtl_files: Its MTL files.
-        scratch: Folder for the copy.
+        mtl_files: MTL files of the OBJ.
+        scratch: Folder for the files.
+
+    Returns:
+        Path of the copy of the OBJ.
     """
     copy = scratch / "readable.obj"
     copy.write_bytes(re.sub(rb"mtllib(?=[^\x21-\x7f]|\\)", b"#", normalize_lines(content)))
@@ -39,7 +43,7 @@ def prepare_obj(content: bytes, mtl_files: Iterable[Path], scratch: Path) -> Pat
 
 
 def apply_vertex_colors() -> bool:
-    """Use vertex colors for materials that have neither a texture nor a color. Not needed for glTF.
+    """Use vertex colors for materials that have neither a texture nor a color. glTF files do not require this.
 
     Returns:
         Whether vertex colors are used.
@@ -64,7 +68,7 @@ def apply_vertex_colors() -> bool:
 
 
 def correct_fbx(path: Path) -> None:
-    """Correct the colors of FBX materials, and opacity and specular of binary files."""
+    """Correct the colors of FBX materials, and the opacity and specular reflection if the file is binary."""
     with open(path, "rb") as file:
         head = file.read(4096)
     if b"Blender" not in head:  # Blender writes linear colors
@@ -88,7 +92,7 @@ def correct_fbx(path: Path) -> None:
     names = [one.props[1].split(b"\0")[0].decode("utf-8", "replace") for one in found]
     for element, name in zip(found, names, strict=True):
         if names.count(name) > 1:
-            continue  # Blender renames all but one
+            continue  # Blender renames materials with the same name, so they cannot be identified
         parts = {part.id: part for part in element.elems}
         rows = [row.props for row in parts[b"Properties70"].elems] if b"Properties70" in parts else []
         values = {row[0]: row[4:] for row in rows if len(row) > 4}
@@ -102,7 +106,7 @@ def correct_fbx(path: Path) -> None:
 
 
 def _opacity(values: dict[bytes, list[float]]) -> float:
-    """Return the opacity of an FBX material, as in Blender's Python importer and three.js."""
+    """Return the opacity of an FBX material with the rules of Blender's Python importer and three.js."""
     opacity = 1 - values.get(b"TransparencyFactor", [0.0])[0]
     if opacity in (0, 1):
         opacity = values.get(b"Opacity", [1 - values.get(b"TransparentColor", [0.0])[0]])[0]
@@ -110,7 +114,7 @@ def _opacity(values: dict[bytes, list[float]]) -> float:
 
 
 def _rescale_byte_colors() -> None:
-    """Divide vertex colors by 255 in files that store 0 to 255, where Blender's importer assumes 0 to 1."""
+    """Divide vertex colors in the range [0, 255] by 255, because Blender's importer expects the range [0, 1]."""
     layers = [mesh.color_attributes[0].data for mesh in bpy.data.meshes if mesh.color_attributes]
     colors = [np.empty((len(layer), 4), np.float32) for layer in layers]
     for layer, values in zip(layers, colors, strict=True):
@@ -136,7 +140,7 @@ def _link_vertex_colors(material: bpy.types.Material, attribute: str) -> None:
 
 
 def load_unsupported_images() -> None:
-    """Load images that Blender does not support (PPM, PCX, AVIF), and small GIFs, which it treats as movies."""
+    """Load images in formats that Blender does not support (PPM, PCX, AVIF), and GIFs that Blender reads as movies."""
     for image in [image for image in bpy.data.images if image.filepath and image.size[0] == 0]:
         try:
             with Image.open(bpy.path.abspath(image.filepath)) as first:
@@ -160,7 +164,7 @@ def is_opaque(material: bpy.types.Material | None) -> bool:
 
 
 def alpha_inputs(material: bpy.types.Material) -> list[bpy.types.NodeSocket]:
-    """Return the sockets that control a material's opacity."""
+    """Return the sockets that control the opacity of a material."""
     tree = material.node_tree
     mixes = [node.inputs[0] for node in tree.nodes if node.type == "MIX_SHADER"] if tree else []
     unlit = [fac for fac in mixes if not (fac.is_linked and fac.links[0].from_node.type == "LIGHT_PATH")]
@@ -168,7 +172,7 @@ def alpha_inputs(material: bpy.types.Material) -> list[bpy.types.NodeSocket]:
 
 
 def apply_texture(image_path: Path) -> None:
-    """Apply a texture to all meshes, by their texture coordinates."""
+    """Apply a texture to all meshes with their texture coordinates."""
     material, shader = _new_material("texture")
     node = material.node_tree.nodes.new("ShaderNodeTexImage")
     node.image = bpy.data.images.load(os.fspath(image_path.absolute()))
@@ -179,7 +183,7 @@ def apply_texture(image_path: Path) -> None:
 
 
 def _new_material(name: str) -> tuple[bpy.types.Material, bpy.types.Node]:
-    """Return a matte material and its shader."""
+    """Return a new matte material and the Principled BSDF node of the material."""
     material = bpy.data.materials.new(name)
     material.use_nodes = True
     shader = material.node_tree.nodes["Principled BSDF"]

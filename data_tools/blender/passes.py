@@ -1,6 +1,6 @@
 """Depth and normal passes of the last rendered view. Requires bpy.
 
-Blender exports passes only as OpenEXR files, which Blender's own OpenImageIO reads.
+Blender exports passes only as OpenEXR files. They are read with the OpenImageIO library from Blender's wheel.
 """
 
 import os
@@ -12,16 +12,16 @@ import bpy
 import numpy as np
 import numpy.typing as npt
 
-#: Opacity from which on a surface is included in the passes. Lower opacities round to 0 in 8 bits; for higher
-#: thresholds, Cycles skips transparent surfaces at random per sample.
+#: Minimum opacity of surfaces that are included in the passes. Lower opacities are rounded to 0 in 8 bits. If the
+#: threshold were higher, Cycles would randomly skip transparent surfaces.
 _OPACITY = 1 / 512
 
-#: Minimum depth that Cycles writes for pixels without a surface.
+#: Depth above which a pixel does not show a surface.
 _NOTHING = 1e9
 
 
 def enable_passes(*, normals: bool) -> None:
-    """Enable the depth pass and optionally the normal pass. Call it after ``set_up_scene``."""
+    """Enable the depth pass and optionally the normal pass. ``set_up_scene`` must have been called before."""
     layer = bpy.context.scene.view_layers[0]
     layer.use_pass_z, layer.use_pass_normal = True, normals
     layer.pass_alpha_threshold = _OPACITY
@@ -30,18 +30,19 @@ def enable_passes(*, normals: bool) -> None:
 def read_geometry(
     alpha: npt.NDArray[np.uint8], scratch: Path
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
-    """Return depth and normals of the last rendered view.
+    """Return the depth and normals of the last rendered view.
 
-    Depth is that of Cycles' first sample, through the pixel's center, along the camera's z axis. Normals are shading
-    normals that face the camera, averaged over the pixel and normalized.
+    The depth is computed by the first sample of Cycles, which passes through the center of the pixel. It is measured
+    along the z axis of the camera. Normals are shading normals that point toward the camera. They are averaged over the
+    pixel and normalized.
 
     Args:
         alpha: (H, W) alpha of the view.
         scratch: Folder for a temporary file.
 
     Returns:
-        (H, W) depth in scene units, and (H, W, 3) world normals if enabled; 0 where alpha is 0 or the pixel's center
-        shows no surface.
+        (H, W) depth in scene units, and (H, W, 3) normals in world coordinates, or None if normals are not enabled.
+        The values are 0 where alpha is 0 or where there is no surface at the center of the pixel.
     """
     passes = _read(scratch)
     depth = passes["Depth"][..., 0]
@@ -54,7 +55,7 @@ def read_geometry(
 
 
 def _read(scratch: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """Export and read the passes of the last image: name -> (H, W, channels)."""
+    """Return a mapping from the names of the passes of the last image to arrays (H, W, channels)."""
     path = os.fspath(scratch / "passes.exr")
     image = bpy.context.scene.render.image_settings
     kept = {
@@ -85,7 +86,7 @@ def _read(scratch: Path) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def _open_image_io() -> ModuleType:
-    """Import the OpenImageIO inside Blender's wheel."""
+    """Import OpenImageIO from Blender's wheel."""
     python = f"python{sys.version_info.major}.{sys.version_info.minor}"
     folder = os.path.join(bpy.utils.resource_path("LOCAL"), "python", "lib", python, "site-packages")
     if folder not in sys.path:

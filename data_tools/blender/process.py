@@ -1,7 +1,7 @@
-"""The driver's side of a Blender process: start it, render one object at a time, enforce time and memory limits.
+"""Blender processes, in which the driver renders objects with time and memory limits. Does not require bpy.
 
-The process runs ``data_tools.blender.worker``. Requests and responses are lines of JSON; a response is followed by the
-bytes of the sample's members. A crash or an exceeded limit fails only the current object. Does not require bpy.
+A process runs ``data_tools.blender.worker``, which describes the protocol. If the process crashes or exceeds a limit,
+only the current object fails.
 """
 
 import dataclasses
@@ -20,38 +20,39 @@ from data_tools.rendering.settings import RenderSettings
 from lrm_pl.errors import InputError
 from lrm_pl.scratch import ScratchFolder
 
-#: Time limit for Blender's start in seconds.
+#: Time limit for the start of Blender in seconds.
 START_LIMIT_S = 300.0
 
-#: Assumed minimum rendering speed in pixel samples per second, a tenth of that of a loaded core.
+#: Assumed minimum render speed in pixel samples per second. It is one tenth of the speed of a fully loaded core.
 SAMPLES_PER_S = 200_000
 
-#: Characters of Blender's log that a reason quotes, and that are kept for each failed object.
+#: Maximum number of characters of Blender's output in a reason, and in the stored output of a failed object.
 _TAIL_LENGTH, _LOG_LENGTH = 600, 100_000
 
-#: Interval of memory checks in seconds.
+#: Interval between memory checks in seconds.
 _MEMORY_CHECK_S = 0.1
 
 _PREFIX = "lrm-blender-"
 
-#: Command of a process.
+#: Command that starts a process.
 COMMAND = (sys.executable, "-m", "data_tools.blender.worker")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class BlenderError(InputError):
-    """Blender cannot be started."""
+    """Raised if Blender cannot be started."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Limits per object.
+    """Limits of a Blender process.
 
     Attributes:
-        time_s: Time in seconds.
-        memory_gb: Resident memory of the process in GB.
-        objects: Objects after which a process is restarted, because Blender does not free all memory.
+        time_s: Maximum time per object in seconds.
+        memory_gb: Maximum resident memory of the process in GB.
+        objects: Number of objects after which the process is restarted. Restarts are necessary because Blender does not
+            free all memory.
     """
 
     time_s: float = 600.0
@@ -60,10 +61,11 @@ class Limits:
 
 
 def time_limit_s(settings: RenderSettings) -> float:
-    """Return the default time limit per object: that of ``Limits`` plus a time proportional to its samples.
+    """Return the default time limit per object in seconds.
 
-    A loaded core computes two million samples per second (64 views of 512 x 512 pixels with 16 samples per pixel take
-    130 s with eight processes on two cores).
+    It is the default of ``Limits`` plus a time that is proportional to the number of samples in all views. A fully
+    loaded core computes about two million samples per second. With eight processes on two cores, 64 views of 512 x 512
+    pixels with 16 samples per pixel took 130 s.
     """
     samples = settings.views * settings.resolution**2 * settings.samples
     return Limits.time_s + samples / SAMPLES_PER_S
@@ -75,12 +77,12 @@ class RenderResult:
 
     Attributes:
         asset: The asset.
-        status: "done"; "failed": the asset is invalid, retries are useless; "crashed": the process ended;
-            "unreachable": the download failed; "no space": the disk is full.
-        reason: Reason, unless done.
-        members: Members of the sample, if done.
-        log: Blender's output, unless done.
-        cycles_s: Render time of Cycles in seconds, if done.
+        status: "done" if the object was rendered, "failed" if the asset is invalid and must not be retried, "crashed"
+            if the process ended, "unreachable" if the download failed, or "no space" if the disk is full.
+        reason: Reason of the failure, or "" if the status is "done".
+        members: Mapping from names to contents of the members of the sample. It is empty unless the status is "done".
+        log: Output of Blender, or "" if the status is "done".
+        cycles_s: Render time of Cycles in seconds, or 0 unless the status is "done".
     """
 
     asset: Asset
@@ -94,9 +96,18 @@ class RenderResult:
 class BlenderProcess:
     """A running Blender process.
 
+    Args:
+        assets: Assets folder.
+        settings: Settings of the run.
+        threads: Number of CPU threads of the process.
+        command: Command that starts the process.
+
     Attributes:
-        renderer: Name of its renderer.
-        served: Number of objects sent to it.
+        renderer: Name of the renderer.
+        served: Number of objects that were sent to the process.
+
+    Raises:
+        BlenderError: Blender cannot be started.
     """
 
     def __init__(
@@ -136,7 +147,7 @@ class BlenderProcess:
         self.renderer = str(response["renderer"])
 
     def render(self, asset: Asset, limits: Limits) -> RenderResult:
-        """Render one asset. Errors of the asset are returned, not raised."""
+        """Render one asset. Errors are returned in the result and do not raise an exception."""
         self.served += 1
         self._log.seek(0, os.SEEK_END)
         self._log_start = self._log.tell()
@@ -157,7 +168,7 @@ class BlenderProcess:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """Kill the process and remove its folder."""
+        """Kill the process and remove the temporary folder."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout, self._log):
@@ -169,7 +180,7 @@ class BlenderProcess:
         self._folder.remove()
 
     def _request(self, record: dict[str, Any], limits: Limits) -> dict[str, Any] | str:
-        """Send a request and return the response; after a failure the process is dead, and the reason is returned."""
+        """Send a request and return the response. If the process ends or is killed, return the reason."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(record).encode() + b"\n")
@@ -187,11 +198,11 @@ class BlenderProcess:
             return f"used {error} GB of memory, more than {limits.memory_gb:g} GB"
 
     def _read_response(self, limits: Limits) -> dict[str, Any] | str:
-        """Read one response and the members that follow it.
+        """Read a response and the subsequent members. If the process exits, return the reason.
 
         Raises:
             TimeoutError: The time limit is exceeded.
-            MemoryError: The memory limit is exceeded; the message is the memory in GB.
+            MemoryError: The memory limit is exceeded. The message is the used memory in GB.
         """
         assert self._process.stdout is not None
         pipe, deadline, received = (

@@ -1,6 +1,7 @@
-"""Scene setup with uniform white light, and rendering of views as RGBA arrays. Requires bpy.
+"""Setup of a scene with uniform white light, and rendering of views as RGBA arrays. Requires bpy.
 
-With uniform light of strength 1 and the Standard view transform, a matte surface renders in its own sRGB color.
+Because the light has strength 1 and the view transform is Standard, the pixels of a matte surface have the sRGB color
+of the surface.
 """
 
 import contextlib
@@ -22,28 +23,28 @@ from lrm_pl.data.geometry_views import MIN_DEPTH
 
 SENSOR_MM = 36.0
 
-#: Margin in pixels around the object's bounding box that is rendered, wider than the pixel filter.
+#: Margin around the bounding box of the object that is also rendered, in pixels. It is wider than the pixel filter.
 MARGIN_PX = 2.0
 
 
 def choose_device() -> str:
-    """Enable GPUs and return the device; see ``device.enable_gpus``."""
+    """Enable all GPUs and return the name of the device (see ``device.enable_gpus``)."""
     return enable_gpus(bpy.context.preferences.addons["cycles"].preferences)
 
 
 def renderer_name(device: str) -> str:
-    """Return the renderer's name, for example ``blender 5.0.1 cycles cpu``."""
+    """Return the name of the renderer, for example ``blender 5.0.1 cycles cpu``."""
     return f"blender {bpy.app.version_string} cycles {device}"
 
 
 def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> None:
-    """Set all options that affect pixels, independent of Blender's defaults.
+    """Set all options that affect the pixels, so that they do not depend on the defaults of Blender.
 
     Args:
-        device: Device from ``choose_device``.
-        resolution: Side of the image, pixels.
-        samples: Samples per pixel.
-        threads: CPU threads.
+        device: Name of the device, from ``choose_device``.
+        resolution: Width and height of the image in pixels.
+        samples: Number of samples per pixel.
+        threads: Number of CPU threads.
     """
     scene = bpy.context.scene
     render, cycles = scene.render, scene.cycles
@@ -55,18 +56,18 @@ def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> No
     render.film_transparent = True
     render.dither_intensity = 0.0
     render.use_compositing = render.use_sequencer = render.use_motion_blur = render.use_simplify = False
-    render.use_persistent_data = True  # keeps the scene and its BVH between the views of one object
+    render.use_persistent_data = True  # keeps the scene and the BVH between the views of an object
     render.threads_mode, render.threads = "FIXED", threads
-    # a fixed number of independent samples per pixel, for uniform cost and noise
+    # a fixed number of independent samples per pixel, so that cost and noise are uniform
     cycles.samples = samples
     cycles.use_adaptive_sampling = cycles.use_denoising = False
     cycles.sampling_pattern = "TABULATED_SOBOL"
     cycles.pixel_filter_type, cycles.filter_width = "BLACKMAN_HARRIS", 1.5
     cycles.max_bounces = cycles.transmission_bounces = 4
     cycles.diffuse_bounces = cycles.glossy_bounces = 2
-    cycles.transparent_max_bounces = 1024  # surfaces behind more layers would render black
+    cycles.transparent_max_bounces = 1024  # surfaces behind more layers would be black
     cycles.volume_bounces = 0
-    # needed to light objects behind glass; they add no noise in uniform light
+    # objects behind glass would be black without caustics, which do not add noise in uniform light
     cycles.caustics_reflective = cycles.caustics_refractive = True
     scene.display_settings.display_device = "sRGB"
     view = scene.view_settings
@@ -78,7 +79,7 @@ def set_up_scene(device: str, resolution: int, samples: int, threads: int) -> No
 
 
 def add_camera() -> None:
-    """Add the scene's camera; ``render_view`` places it."""
+    """Add a camera to the scene. ``render_view`` sets the pose."""
     data = bpy.data.cameras.new("view")
     data.sensor_fit, data.sensor_width = "HORIZONTAL", SENSOR_MM
     data.shift_x = data.shift_y = 0.0
@@ -90,7 +91,7 @@ def add_camera() -> None:
 
 @contextlib.contextmanager
 def cycles_clock() -> Iterator[list[float]]:
-    """Record the render time of each image in seconds, without Blender's own overhead."""
+    """Record the render time of each image in seconds, without the time that Blender needs before and after."""
     seconds, start = list[float](), [0.0]
 
     def begin(*_: object) -> None:
@@ -119,14 +120,15 @@ def render_view(
     """Render one view.
 
     Args:
-        c2w: (4, 4) OpenCV pose.
-        focal: Focal length in image sides.
-        half_extent: (3,) half sides of the object's bounding box, centered at the origin; limits the rendered region.
+        c2w: (4, 4) camera-to-world matrix in the OpenCV convention.
+        focal: Focal length as a fraction of the image side.
+        half_extent: (3,) half sides of the bounding box of the object, which is centered at the origin. Only the part
+            of the image that shows the box is rendered.
         seed: Seed of Cycles.
-        scratch: Folder for a temporary file, the only way to read pixels from Blender.
+        scratch: Folder for a temporary image file.
 
     Returns:
-        (H, W, 4) uint8, sRGB, straight alpha; (0, 0, 0) where alpha is 0.
+        (H, W, 4) uint8 image in sRGB with straight alpha. The color is (0, 0, 0) where alpha is 0.
     """
     scene = bpy.context.scene
     scene.camera.matrix_world = mathutils.Matrix(opengl_to_opencv(c2w).tolist())
@@ -153,6 +155,6 @@ def _white_world() -> None:
     background = world.node_tree.nodes["Background"]
     background.inputs["Color"].default_value = (1.0, 1.0, 1.0, 1.0)
     background.inputs["Strength"].default_value = 1.0
-    # importance sampling would only add noise in uniform light
+    # importance sampling would only add noise, because the light is uniform
     world.cycles.sampling_method = "NONE"
     bpy.context.scene.world = world

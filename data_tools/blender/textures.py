@@ -1,4 +1,4 @@
-"""Correction of textures that Blender's importers or Cycles interpret differently. Requires bpy.
+"""Correction of textures that Blender's importers or Cycles do not read as the formats specify. Requires bpy.
 
 ``data_tools/blender/README.md`` lists the corrections.
 """
@@ -14,10 +14,13 @@ from data_tools.assets.obj_materials import find_file
 
 
 def find_textures(folder: Path) -> None:
-    """Find missing images by other spellings of their paths and by the last parts of their paths.
+    """Load missing images from the folder of the mesh.
+
+    A file is searched by the path and then by the last components of the path. Differences in case, Unicode
+    normalization and path separators are ignored.
 
     Args:
-        folder: Folder of the mesh.
+        folder: Absolute path of the folder of the mesh.
     """
     for image in list(bpy.data.images):
         path = Path(bpy.path.abspath(image.filepath))
@@ -35,7 +38,7 @@ def find_textures(folder: Path) -> None:
 
 
 def ignore_color_alpha() -> None:
-    """Disable the premultiplication of colors by alpha; a used alpha has its own link."""
+    """Disable the multiplication of colors by alpha. Alpha that is used as opacity is not affected."""
     for image in bpy.data.images:
         if image.alpha_mode == "STRAIGHT":
             image.alpha_mode = "CHANNEL_PACKED"
@@ -44,7 +47,7 @@ def ignore_color_alpha() -> None:
 def link_opacity_masks() -> None:
     """Use the brightness of opacity textures without alpha as opacity.
 
-    An alpha channel of zeros is ignored: some programs do not set the fourth byte of BMP and TGA files.
+    If alpha is 0 in all pixels, it is ignored, because some programs do not set the fourth byte of BMP and TGA files.
     """
     for material, node in _textures():
         color, alpha = node.outputs["Color"], node.outputs["Alpha"]
@@ -64,7 +67,10 @@ def link_opacity_masks() -> None:
 
 
 def remove_bump_maps() -> None:
-    """Remove bump maps imported as normal maps. The mean color of a normal map is near (0.5, 0.5, 1)."""
+    """Remove bump maps that were imported as normal maps.
+
+    They are recognized by the mean color, which is approximately (0.5, 0.5, 1) for normal maps.
+    """
     for material, node in list(_textures()):
         for link in list(node.outputs["Color"].links):
             if link.to_node.type == "NORMAL_MAP" and node.image.size[0]:
@@ -74,17 +80,17 @@ def remove_bump_maps() -> None:
 
 
 def _pixels(image: bpy.types.Image) -> npt.NDArray[np.float32]:
-    """Return the (n, 4) stored pixel values of an image."""
+    """Return the stored pixel values of an image, shape (n, 4)."""
     pixels = np.empty(len(image.pixels), dtype=np.float32)
     image.pixels.foreach_get(pixels)
     return pixels.reshape(-1, 4)
 
 
 def clamp_textures(paths: Container[str]) -> None:
-    """Set textures to clamp instead of repeat.
+    """Clamp textures instead of repeating them.
 
     Args:
-        paths: Paths of their images.
+        paths: Paths of the images of the textures.
     """
     for _, node in _textures():
         if str(Path(bpy.path.abspath(node.image.filepath))) in paths:
@@ -92,7 +98,10 @@ def clamp_textures(paths: Container[str]) -> None:
 
 
 def assign_color_spaces() -> None:
-    """Set the color space of each texture by its use; an image used as color and as data is copied."""
+    """Set the color space of each texture according to the use of the image.
+
+    If an image is used both as color and as data, it is copied.
+    """
     copies = dict[tuple[bpy.types.Image, bool], bpy.types.Image]()
     for _, node in _textures():
         image, color = node.image, node.outputs["Color"]
@@ -108,7 +117,7 @@ def assign_color_spaces() -> None:
 
 
 def _textures() -> Iterator[tuple[bpy.types.Material, bpy.types.ShaderNodeTexImage]]:
-    """Yield all texture nodes with an image, and their materials."""
+    """Yield (material, texture node) for all texture nodes with an image."""
     for material in bpy.data.materials:
         for node in material.node_tree.nodes if material.node_tree else ():
             if node.type == "TEX_IMAGE" and node.image:

@@ -1,9 +1,10 @@
-"""Blender process that renders one asset after another: ``python -m data_tools.blender.worker``.
+"""The program ``python -m data_tools.blender.worker``, which renders assets in a Blender process.
 
-Requests and responses are lines of JSON on standard input and output. The first request is a ``WorkerSetup``, and its
-response has the renderer's name. Each further request is an asset. Its response has the status and the sizes of the
-sample's members, whose bytes follow. The process exits at once when standard input closes, even while rendering.
-Blender's output goes to standard error.
+Requests are read from standard input, and responses are written to standard output, as lines of JSON. The first request
+is a ``WorkerSetup``, and the response contains the name of the renderer. Each subsequent request is an asset. The
+response contains the status and the sizes of the members of the sample, and is followed by the bytes of the members.
+The process exits immediately when standard input is closed, even during a render. Messages from Blender are written to
+standard error.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from lrm_pl.errors import InputError
 from lrm_pl.meshing.triangles import sample_surface
 from lrm_pl.storage import MissingError, StoreError
 
-#: Free bytes in the scratch folder below which a failure is attributed to a full disk.
+#: Free space of the scratch folder in bytes. If less space is available, a failure is attributed to a full disk.
 _MIN_FREE_BYTES = 1 << 20
 
 
@@ -45,7 +46,7 @@ class WorkerSetup:
 
     Attributes:
         assets: Absolute path of the assets folder.
-        scratch: Absolute path of the worker's temporary folder; its parent is removed at exit.
+        scratch: Absolute path of the temporary folder of the worker. The parent folder is removed at exit.
         threads: Number of CPU threads.
         settings: Settings of the run.
     """
@@ -57,13 +58,13 @@ class WorkerSetup:
 
 
 def main() -> None:
-    """Process requests until standard input closes."""
+    """Process requests until standard input is closed."""
     responses = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Blender's C++ code prints to descriptor 1
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the C++ code of Blender prints to descriptor 1
     record = json.loads(sys.stdin.readline())
     setup = WorkerSetup(**record | {"settings": RenderSettings(**record["settings"])})
     lines = _start_reader(sys.stdin, setup.scratch)
-    from data_tools.blender.scene import choose_device, renderer_name  # loads Blender
+    from data_tools.blender.scene import choose_device, renderer_name  # imports Blender, which is slow
 
     renderer = renderer_name(choose_device())
     _respond(responses, {"renderer": renderer}, {})
@@ -77,12 +78,17 @@ def main() -> None:
 def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Sample, float]:
     """Render all views of one asset in a new scene.
 
+    Args:
+        asset: Asset to render.
+        setup: Setup of the worker.
+        renderer: Name of the renderer, which is stored in the sample.
+
     Returns:
         The sample, and the render time of Cycles in seconds.
 
     Raises:
         AssetError: The asset cannot be imported or is empty, or all views are transparent.
-        InputError: The mesh file is missing, cannot be downloaded, or differs from the asset list.
+        InputError: The mesh file is missing, cannot be downloaded, or does not match the hash in the asset list.
     """
     from data_tools.blender import passes, scene
     from data_tools.blender.load_asset import load_asset, world_meshes
@@ -143,10 +149,10 @@ def render_object(asset: Asset, setup: WorkerSetup, renderer: str) -> tuple[Samp
 
 
 def _mesh_file(asset: Asset, setup: WorkerSetup) -> tuple[Path, str]:
-    """Return the path and sha256 of the mesh, which is downloaded first if it is remote.
+    """Return the path and sha256 of the mesh. If the mesh is remote, it is downloaded.
 
     Raises:
-        InputError: The file is missing, cannot be downloaded, or has another hash.
+        InputError: The file is missing, cannot be downloaded, or does not have the expected hash.
     """
     if asset.is_remote:
         path = Path(setup.scratch) / f"{asset.id}{Path(asset.file).suffix.lower()}"
@@ -176,21 +182,21 @@ def _try_render(
         return "unreachable", str(error), 0.0, {}
     except InputError as error:
         return "failed", str(error), 0.0, {}
-    except Exception as error:  # any error of one asset must not stop the others
+    except Exception as error:  # an error in one asset must not stop the worker
         traceback.print_exc()
         full = os.strerror(errno.ENOSPC)
-        # Blender may not report a full disk; then the file that it wrote is unreadable
+        # Blender does not always report a full disk, so the error can be that a file is not readable
         short = shutil.disk_usage(setup.scratch).free < _MIN_FREE_BYTES
         if short or getattr(error, "errno", None) == errno.ENOSPC or full in str(error):
             return "no space", f"{setup.scratch}: {error}", 0.0, {}
         return "failed", f"{type(error).__name__}: {str(error).strip()}", 0.0, {}
     finally:
-        for path in Path(setup.scratch).iterdir():  # start the next object with an empty folder
+        for path in Path(setup.scratch).iterdir():  # the folder must be empty for the next object
             path.unlink()
 
 
 def _start_reader(stream: TextIO, scratch: str) -> "queue.SimpleQueue[str]":
-    """Read lines in a thread, which exits the process when the stream closes."""
+    """Read lines in a thread. When the stream is closed, the thread exits the process."""
     lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def read() -> None:
