@@ -1,8 +1,8 @@
-"""Camera presets, and sampling of the cameras of an object. numpy only.
+"""Camera presets, and sampling of the cameras of an object. The module requires only NumPy.
 
-A camera has a radius and a height drawn from a preset's ranges, and looks at the origin with +z up. Azimuths are
-stratified: the circle is divided into V equal sectors with one view each, in random order, so that any few consecutive
-views show the object from different sides.
+The radius and the height of a camera are sampled from the ranges of a preset. A camera looks at the origin with +z up.
+The azimuths are stratified. The circle is divided into V equal sectors, and each view has an azimuth in one sector. The
+order of the sectors is random, so that consecutive views show the object from different sides.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lrm_pl.conventions import Normalization
 
-#: Maximum height of a camera as a fraction of its radius: a pose along the up axis is undefined.
+#: Maximum absolute height of a camera as a fraction of the radius. The pose of a camera on the up axis is not defined.
 MAX_HEIGHT_OF_RADIUS = 0.95
 
 
@@ -23,11 +23,11 @@ class CameraPreset:
     """Uniform distributions of the camera parameters.
 
     Attributes:
-        radius_range: Distance from the origin, in scene units.
-        height_range: World z, in scene units; clipped to 0.95 of the radius.
-        fov_range_deg: Horizontal and vertical field of view, in degrees (images are square).
-        normalize: Normalization of the objects.
-        orbit: Use the fixed directions of ``ORBIT_DEG``, in order, instead of random ones.
+        radius_range: Range of the distance from the origin in scene units.
+        height_range: Range of the z coordinate in scene units. It is clipped to 0.95 times the radius.
+        fov_range_deg: Range of the horizontal and vertical field of view in degrees. Images are square.
+        normalize: Normalization of the objects, "sphere" or "cube".
+        orbit: Whether to use the directions in ``ORBIT_DEG``, in order, instead of random directions.
     """
 
     radius_range: tuple[float, float]
@@ -37,16 +37,18 @@ class CameraPreset:
     orbit: bool = False
 
     def shows_whole(self, normalize: Normalization) -> bool:
-        """Return whether every view contains the whole normalized object."""
+        """Return whether all views contain the whole object if it is normalized with ``normalize``."""
         reach = {"sphere": 1.0, "cube": math.sqrt(3)}[normalize] / self.radius_range[0]
         return reach <= math.sin(math.radians(self.fov_range_deg[0] / 2))
 
 
-#: Azimuth and elevation of the 24 views of MeshLRM's protocol (appendix I), starting with the front view.
+#: Azimuth and elevation in degrees of the 24 views in the evaluation protocol of MeshLRM (appendix I). The first view is
+#: the front view.
 ORBIT_DEG = [(azimuth, elevation) for elevation in (0, 30, -30) for azimuth in range(0, 360, 45)]
 
-#: ``frame`` keeps the unit sphere inside the image: its half angle is at most asin(1 / 2.4) = 24.6 of 25 degrees.
-#: ``lrm``, ``openlrm`` and ``instantmesh`` follow the published ranges of these models, and may crop close objects.
+#: Camera presets. With ``frame``, the unit sphere is inside the image, because the angular radius of the sphere is at
+#: most asin(1 / 2.4) = 24.6 degrees and half of the field of view is 25 degrees. ``lrm``, ``openlrm`` and
+#: ``instantmesh`` have the published ranges of these models, with which objects can be cropped.
 PRESETS: dict[str, CameraPreset] = {
     "frame": CameraPreset((2.4, 2.8), (-0.75, 1.60), (50.0, 50.0), "sphere"),
     "lrm": CameraPreset((1.5, 3.0), (-0.75, 1.60), (50.0, 50.0), "cube"),
@@ -61,8 +63,8 @@ class Cameras:
     """Cameras of the V views of an object.
 
     Attributes:
-        c2w: (V, 4, 4) float32, OpenCV camera-to-world poses.
-        fxfycxcy: (V, 4) float32, intrinsics divided by the image size.
+        c2w: (V, 4, 4) float32 camera-to-world matrices in the OpenCV convention.
+        fxfycxcy: (V, 4) float32 intrinsics divided by the image size.
     """
 
     c2w: npt.NDArray[np.float32]
@@ -70,7 +72,7 @@ class Cameras:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Hash numbers and names to a seed in [0, 2^31), identical on every machine."""
+    """Return a hash of numbers and names in [0, 2^31), which is the same on all machines."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
@@ -81,7 +83,7 @@ def draw_cameras(preset: CameraPreset, views: int, rng: np.random.Generator) -> 
     Args:
         preset: Distributions of the camera parameters.
         views: Number of views V.
-        rng: Random generator, seeded per object.
+        rng: Random number generator.
     """
     sectors = rng.permutation(views)
     azimuth_rad = 2 * math.pi * (sectors + rng.uniform(0, 1, views)) / views
@@ -102,9 +104,15 @@ def draw_cameras(preset: CameraPreset, views: int, rng: np.random.Generator) -> 
 def camera_positions(
     radius: npt.NDArray[np.float64], height: npt.NDArray[np.float64], azimuth_rad: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Return (V, 3) camera positions at distance ``radius`` from the origin and clipped world z ``height``.
+    """Compute camera positions.
 
-    Azimuth 0 is +x and increases toward +y.
+    Args:
+        radius: (V,) distances from the origin.
+        height: (V,) z coordinates, which are clipped to ``MAX_HEIGHT_OF_RADIUS`` times the radius.
+        azimuth_rad: (V,) azimuths in radians. 0 is the direction +x, and the azimuth increases toward +y.
+
+    Returns:
+        (V, 3) positions.
     """
     limit = MAX_HEIGHT_OF_RADIUS * radius
     z = np.clip(height, -limit, limit)
@@ -113,7 +121,14 @@ def camera_positions(
 
 
 def look_at_origin(position: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the (4, 4) OpenCV pose of a camera at ``position`` (3,) that looks at the origin with +z up."""
+    """Return the pose of a camera that looks at the origin with +z up.
+
+    Args:
+        position: (3,) position of the camera.
+
+    Returns:
+        (4, 4) camera-to-world matrix in the OpenCV convention.
+    """
     forward = -position / np.linalg.norm(position)
     right = np.cross(forward, (0.0, 0.0, 1.0))
     right /= np.linalg.norm(right)
@@ -126,17 +141,17 @@ def look_at_origin(position: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]
 def frame_rectangle(
     c2w: npt.NDArray[np.float32], focal: float, half_extent: npt.NDArray[np.float64], margin: float
 ) -> tuple[float, float, float, float]:
-    """Compute the image rectangle that contains a bounding box, so that only this region is rendered.
+    """Compute the rectangle of the image that contains the projection of a bounding box.
 
     Args:
-        c2w: (4, 4) OpenCV pose.
-        focal: Focal length, divided by the image size.
+        c2w: (4, 4) camera-to-world matrix in the OpenCV convention.
+        focal: Focal length divided by the image size.
         half_extent: (3,) half side lengths of the box, which is centered at the origin.
-        margin: Margin added on each side, as a fraction of the image size.
+        margin: Margin that is added on each side, as a fraction of the image size.
 
     Returns:
-        Left, top, right and bottom as fractions of the image size, from the top left corner. The whole image if a part
-        of the box is behind the camera.
+        Left, top, right and bottom as fractions of the image size, measured from the top left corner. If a part of the
+        box is behind the camera, the rectangle is the whole image.
     """
     signs = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
     corners = (signs * half_extent - c2w[:3, 3]) @ c2w[:3, :3].astype(np.float64)
@@ -148,5 +163,5 @@ def frame_rectangle(
 
 
 def focal_from_fov(fov_deg: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the focal length, divided by the image size, for a field of view: f = 0.5 / tan(fov / 2)."""
+    """Return the focal length divided by the image size, 0.5 / tan(fov / 2), for a field of view in degrees."""
     return 0.5 / np.tan(np.radians(fov_deg) / 2)

@@ -1,7 +1,8 @@
-"""Render meshes into shards: ``python -m data_tools render``.
+"""The command ``python -m data_tools render``, which renders meshes into shards.
 
-Files in OUT are written in this order: ``plan.parquet``, ``assets.parquet`` and ``render.json``; parts and shards as
-objects finish (``shard_folder``); the contact sheet and ``filter.parquet``; ``manifest.json``.
+The first files in OUT are ``plan.parquet``, ``assets.parquet`` and ``render.json``. Parts and shards are written when
+objects are complete (see ``shard_folder``). After all objects, ``filter.parquet`` and the contact sheet are written.
+The last file is ``manifest.json``.
 """
 
 import dataclasses
@@ -56,13 +57,18 @@ from data_tools.rendering.shard_plan import PlannedShard, estimate_object_bytes
 from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
 from lrm_pl.errors import counted
 
-#: Number of consecutive download failures after which the network is assumed to be down.
+#: Number of consecutive download failures after which the network is assumed to be unavailable.
 _UNREACHABLE = 5
 
 
 @dataclasses.dataclass
 class _RenderStatistics:
-    """Number of rendered objects, and the fraction of the processes' time spent in Cycles."""
+    """Statistics of a run.
+
+    Attributes:
+        objects: Number of rendered objects.
+        cycles_fraction: Fraction of the time that the processes spent in Cycles.
+    """
 
     objects: int = 0
     cycles_fraction: float = 0.0
@@ -70,14 +76,19 @@ class _RenderStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class _PreviousManifest:
-    """The manifest of a previous run, and its modification time."""
+    """Manifest that a previous run wrote.
+
+    Attributes:
+        manifest: The manifest, or None if there is none.
+        written_ns: Modification time of the manifest in nanoseconds.
+    """
 
     manifest: Manifest | None = None
     written_ns: int = 0
 
 
 def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, options: PoolOptions) -> Manifest:
-    """Render all assets that are not rendered yet, and finish the folder.
+    """Render all assets that have not been rendered, and write the manifest.
 
     Args:
         assets: Assets to render.
@@ -86,11 +97,11 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, options
         options: Options of the Blender processes.
 
     Returns:
-        The manifest of the finished folder.
+        The manifest.
 
     Raises:
-        InputError: The assets or settings are invalid, the disk is full, all assets failed, or Blender does not
-            start.
+        InputError: The assets or settings are invalid, the disk is full, all assets failed or were rejected, or Blender
+            cannot be started.
     """
     start = time.monotonic()
     rules = [parse_rule(rule) for rule in settings.rules]
@@ -177,7 +188,15 @@ def _mark_unfinished(out: Path, plan: ResumePlan, assets: Sequence[Asset]) -> No
 
 
 def estimate_bytes(objects: int, settings: RenderSettings) -> int:
-    """Return an upper estimate of the disk space for ``objects`` objects, and for two shards besides their parts."""
+    """Estimate the required disk space, including the space for two shards whose parts have not been deleted.
+
+    Args:
+        objects: Number of objects to render.
+        settings: Render settings.
+
+    Returns:
+        Upper estimate of the size in bytes.
+    """
     one = estimate_object_bytes(
         settings.views,
         settings.resolution,
@@ -197,7 +216,7 @@ def _render_pending(
     failures: dict[str, dict[str, str]],
     plan: ResumePlan,
 ) -> _RenderStatistics:
-    """Render the pending assets, and write each shard as soon as it is complete."""
+    """Render the pending assets, and write each shard when it is complete."""
     rules = [parse_rule(rule) for rule in options.settings.rules]
     rendered, failed, cycles_s = 0, 0, 0.0
     unreachable: list[str] = []
@@ -225,7 +244,7 @@ def _render_pending(
                     )
                 unreachable = [*unreachable, asset.id] if result.status == "unreachable" else []
                 if len(unreachable) >= _UNREACHABLE:
-                    for key in unreachable:  # these failures are not due to the assets
+                    for key in unreachable:  # the assets did not cause these failures
                         failures.pop(key, None)
                     write_failures(out / FAILURES_NAME, failures)
                     raise FolderError(
@@ -260,7 +279,7 @@ def _finish(
     failures: Mapping[str, Mapping[str, str]],
     last: _PreviousManifest,
 ) -> tuple[Manifest, int]:
-    """Update the records, describe the shards, draw the contact sheet, and write the manifest last.
+    """Update the records in the shards, and write the filter table, the contact sheet and the manifest.
 
     Returns:
         The manifest, and the number of updated records.

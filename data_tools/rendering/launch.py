@@ -1,7 +1,7 @@
-"""Rendering as a Slurm job: ``python -m data_tools launch`` (`make render-shards NODES=`).
+"""The command ``python -m data_tools launch`` (``make render-shards NODES=``), which renders in a Slurm job.
 
-It submits the job script configs/cluster/render.sbatch, which starts Ray on the nodes with ``ray symmetric-run`` and
-``render`` on the first of them.
+The job script ``configs/cluster/render.sbatch`` starts Ray on all nodes with ``ray symmetric-run``, and runs ``render``
+on the first node.
 """
 
 import argparse
@@ -21,14 +21,14 @@ JOB_SCRIPT = Path("configs/cluster/render.sbatch")
 
 
 def launch(options: argparse.Namespace, out: Path) -> None:
-    """Print the sbatch command, and run it unless this is a dry run.
+    """Print the sbatch command, and run it if ``options.dry_run`` is False.
 
     Args:
-        options: Options of ``launch``.
-        out: Folder of shards that ``options.arguments`` name.
+        options: Parsed arguments of the command.
+        out: Folder of shards, which is an option in ``options.arguments``.
 
     Raises:
-        InputError: An option is invalid, or there is no Slurm.
+        InputError: An option is invalid, or Slurm is not available.
     """
     slurm.check_counts(options.nodes, options.gpus or 0)
     if not options.dry_run and not slurm.available():
@@ -80,20 +80,20 @@ def sbatch_command(
 
     Args:
         nodes: Number of nodes.
-        gpus: GPUs per node; 0 renders on CPUs.
-        out: Folder of shards, and of the job's log.
+        gpus: Number of GPUs per node. If 0, the CPUs are used.
+        out: Folder of shards, to which the log of the job is also written.
         arguments: Arguments of ``render``.
-        partition: Slurm partition; "" is Slurm's default.
-        account: Slurm account; "" is Slurm's default.
-        time: Time limit of one start of the job; "" is Slurm's default.
+        partition: Slurm partition. If "", the default of Slurm is used.
+        account: Slurm account. If "", the default of Slurm is used.
+        time: Time limit of one start of the job, in the format of Slurm. If "", the default of Slurm is used.
 
     Raises:
-        InputError: The path of the folder is not plain.
+        InputError: The path of the folder contains characters that Slurm does not accept.
     """
     options: dict[str, str | int] = {
         "job-name": f"render-{re.sub(r'[^A-Za-z0-9]+', '-', out.name).strip('-')}",
         "nodes": nodes,
-        "gres": f"gpu:{gpus}" if gpus else "",  # --exclusive alone gives a step no GPUs
+        "gres": f"gpu:{gpus}" if gpus else "",  # --exclusive does not assign GPUs to a step
         "partition": partition,
         "account": account,
         "time": time,
@@ -104,7 +104,7 @@ def sbatch_command(
 
 
 def add_parser(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the parser of the options; arguments of ``render`` follow after ``--``."""
+    """Add the ``launch`` subcommand. The arguments of ``render`` follow after ``--``."""
     parser = commands.add_parser(
         "launch",
         help="render with a Slurm job",

@@ -1,8 +1,9 @@
-"""A pool of Blender processes on one machine or on a Ray cluster.
+"""Pool of Blender processes on one machine or on a Ray cluster.
 
-Without ``RAY_ADDRESS``, Ray runs on this machine for the duration of the run. Otherwise the run uses all nodes of that
-cluster, which may join and leave at any time. Meshes must have the same path on every node, or be URLs. Rendered
-objects are returned through Ray's object store, so that only the driver writes files.
+If ``RAY_ADDRESS`` is set, the pool uses all nodes of the Ray cluster at this address. Nodes can join and leave the
+cluster during a run. Otherwise, Ray is started on this machine and stopped after the run. Meshes must have the same
+path on all nodes, or be URLs. Rendered objects are returned through the object store of Ray, and only the driver writes
+to the output folder.
 """
 
 import contextlib
@@ -32,37 +33,38 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-#: Maximum attempts for an object whose Blender process crashes, and for one whose Ray worker or node is lost.
+#: Maximum number of attempts per object if Blender crashes, and if a Ray worker or node is lost.
 _MAX_CRASHES, _MAX_LOST_WORKERS = 2, 5
 
-#: Delays before each new attempt to start Blender, in seconds.
+#: Delays between attempts to start Blender in seconds.
 _START_RETRY_DELAYS_S = (0.5, 2.0)
 
-#: Interval between queries of the cluster's nodes, in seconds.
+#: Interval between queries of the nodes of the cluster in seconds.
 _NODE_POLL_S = 10.0
 
-#: Timeout of the connection to a cluster, in seconds.
+#: Timeout of the connection to a cluster in seconds.
 _CONNECT_TIMEOUT_S = 10.0
 
-#: Timeout of the shutdown of idle processes, in seconds.
+#: Timeout of the shutdown of idle processes in seconds.
 _CLOSE_TIMEOUT_S = 5.0
 
-#: CPUs reserved per Blender process, at most half of a machine. A process runs one more thread than this, because
-#: loading and encoding leave CPUs idle: on two CPUs, two such processes render a sixth more views per second than one.
+#: Number of CPUs that are reserved per Blender process, if this is not more than half of a machine. A process has one
+#: additional thread, because rendering does not use the CPUs during loading and encoding. On a machine with two CPUs,
+#: two processes rendered 17 % more views per second than one process.
 _CPUS = 2
 
-#: Size of Ray's object store, which holds each rendered object only briefly.
+#: Size of the object store of Ray in bytes. A rendered object stays in the store only until the driver receives it.
 _STORE_BYTES = 256 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolOptions:
-    """Options shared by all Blender processes of a run.
+    """Options that are common to all Blender processes of a run.
 
     Attributes:
         assets: Folder of the meshes.
         settings: Render settings.
-        jobs: Maximum number of processes; None for as many as the cluster has resources for.
+        jobs: Maximum number of processes. If None, it is determined by the resources of the cluster.
         limits: Time and memory limits per object.
         command: Command line of a Blender process.
     """
@@ -81,7 +83,7 @@ class WorkerResources:
     Attributes:
         cpus: Number of CPUs.
         threads: Number of render threads.
-        gpus: Number of GPUs; a fraction if several processes use one GPU.
+        gpus: Number of GPUs. It is a fraction if several processes share a GPU.
     """
 
     cpus: int
@@ -90,7 +92,12 @@ class WorkerResources:
 
 
 class RenderActor:
-    """Ray actor that owns one Blender process, and restarts it after a crash or when it reaches ``Limits.objects``."""
+    """Ray actor with a Blender process, which is restarted after a crash and after ``Limits.objects`` objects.
+
+    Args:
+        options: Options of the Blender process.
+        threads: Number of render threads.
+    """
 
     def __init__(self, options: PoolOptions, threads: int) -> None:
         self._options, self._threads = options, threads
@@ -119,7 +126,7 @@ class RenderActor:
         return blender
 
     def _start(self) -> BlenderProcess:
-        """Start Blender, with retries."""
+        """Start Blender. If this fails, the start is retried."""
         options = self._options
         for wait_s in _START_RETRY_DELAYS_S:
             try:
@@ -132,17 +139,20 @@ class RenderActor:
 class RenderPool:
     """The Blender processes of a run.
 
+    Args:
+        options: Options of the Blender processes.
+
     Attributes:
-        renderer: Name of the renderer, identical for all processes.
+        renderer: Name of the renderer, which is the same for all processes.
         resources: Resources per process.
     """
 
     def __init__(self, options: PoolOptions) -> None:
-        # The working directory of a Ray worker is the one in which its node was started.
+        # Ray workers do not have the working directory of the driver, so the path must be absolute.
         self._options = dataclasses.replace(options, assets=options.assets.absolute())
         self.resources = _choose_resources(options.jobs)
         self._actors: set[ActorHandle] = set()
-        self._starting: dict[ObjectRef, ActorHandle] = {}  # result of ``start`` -> actor
+        self._starting: dict[ObjectRef, ActorHandle] = {}  # mapping from results of ``start`` to actors
         self._next_poll = 0.0
         self._max_processes = 0
         self.renderer = ""
@@ -151,13 +161,13 @@ class RenderPool:
             self._finish_start(self._add_actor())
 
     def render(self, assets: Sequence[Asset]) -> Generator[RenderResult]:
-        """Render assets, and yield the result of each as soon as it is available.
+        """Render assets, and yield each result as soon as it is available.
 
         Args:
-            assets: Assets, in the order in which they are scheduled.
+            assets: Assets in the order in which they are scheduled.
 
         Raises:
-            BlenderError: Blender cannot be restarted, or another node uses another renderer.
+            BlenderError: Blender cannot be started, or the nodes have different renderers.
         """
         waiting, busy = deque(assets), dict[ObjectRef, tuple[ActorHandle, Asset]]()
         crashes, lost = Counter[str](), Counter[str]()
@@ -176,7 +186,7 @@ class RenderPool:
                     result: RenderResult = ray.get(reference)
                 except RayTaskError as error:
                     raise _cause(error) from error
-                except RayError as error:  # the worker, its node or the result is lost
+                except RayError as error:  # the worker, the node or the result was lost
                     self._actors.discard(actor)
                     lost[asset.id] += 1
                     if lost[asset.id] < _MAX_LOST_WORKERS:
@@ -199,7 +209,7 @@ class RenderPool:
         return len(self._actors)
 
     def describe(self) -> str:
-        """Return a summary such as ``2 Blender processes (2 CPUs each) on 1 node``."""
+        """Return a summary, for example ``2 Blender processes (2 CPUs each) on 1 node``."""
         nodes = sum(node["Alive"] for node in ray.nodes())
         count = min(_capacity(self.resources), self._options.jobs or sys.maxsize)
         resources = counted(self.resources.cpus, "CPU")
@@ -208,12 +218,15 @@ class RenderPool:
         return f"{counted(count, 'Blender process')} ({resources}{each}) on {counted(nodes, 'node')}"
 
     def close(self) -> None:
-        """Stop all processes: idle ones gracefully, busy ones immediately, starting ones once they have started."""
+        """Stop all processes.
+
+        Idle processes are closed, busy processes are killed, and starting processes are closed after they have started.
+        """
         closing = [actor.close.remote() for actor in self._idle]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
-        # Ray may lose the kill of an actor that is being created, whose CPUs would then stay reserved. An actor
-        # without handles exits after its pending calls.
+        # Ray can ignore the kill of an actor that is being created, so that the CPUs stay reserved. Such an actor is
+        # not killed. It exits after the pending calls, because there are no more handles of it.
         starting = set(self._starting.values())
         for actor in starting:
             actor.close.remote()
@@ -224,7 +237,7 @@ class RenderPool:
         self._idle.clear()
 
     def _grow(self, busy: int, waiting: int) -> None:
-        """Start further processes if the cluster has capacity and assets are waiting."""
+        """Start additional processes if the cluster has free resources and assets are waiting."""
         if time.monotonic() > self._next_poll:
             self._next_poll = time.monotonic() + _NODE_POLL_S
             self._max_processes = min(_capacity(self.resources), self._options.jobs or sys.maxsize)
@@ -256,7 +269,7 @@ class RenderPool:
                     found=str(error).splitlines()[-1],
                     remedy="start Ray in that environment on every node, or use a shared file system",
                 ) from error
-            # The node was lost before the process started; ``_grow`` starts another one.
+            # The node was lost before the process started. ``_grow`` starts a new process.
             self._actors.discard(actor)
             return
         if renderer != (self.renderer or renderer):
@@ -271,13 +284,15 @@ class RenderPool:
 
 @contextlib.contextmanager
 def connect_ray(jobs: int | None) -> Iterator[None]:
-    """Connect to the Ray cluster at ``RAY_ADDRESS``, or start Ray on this machine. An existing connection is reused.
+    """Connect to the Ray cluster at ``RAY_ADDRESS``, or start Ray on this machine if the variable is not set.
+
+    An existing connection is reused.
 
     Args:
-        jobs: Maximum number of processes, if Ray is started here.
+        jobs: Maximum number of processes. It is used only if Ray is started on this machine.
 
     Raises:
-        BlenderError: There is no cluster at that address.
+        BlenderError: There is no cluster at ``RAY_ADDRESS``.
     """
     if ray.is_initialized():
         yield
@@ -288,7 +303,7 @@ def connect_ray(jobs: int | None) -> Iterator[None]:
         try:
             host, _, port = address.rpartition(":")
             if "/" not in host and port.isdecimal():
-                # Ray's own connection attempt takes minutes to fail.
+                # Without this check, it would take minutes until ``ray.init`` fails.
                 socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
             with _own_signals():
                 ray.init(address, **quiet)
@@ -307,9 +322,9 @@ def connect_ray(jobs: int | None) -> Iterator[None]:
             ray.shutdown()
         return
     cpus = len(os.sched_getaffinity(0))
-    # Otherwise Ray writes a token into the home folder, which may be missing or read-only.
+    # Otherwise, Ray writes a token to the home folder, which may be missing or read-only.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # The default folder may belong to another user. The path must be short, since it contains sockets.
+    # The default folder may belong to a different user. The path must be short, because it contains sockets.
     folder = ScratchFolder("lrm-ray-", Path("/tmp"))
     try:
         with _own_signals():
@@ -329,11 +344,11 @@ def connect_ray(jobs: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Restore the SIGTERM handler that ``ray.init`` replaces."""
+    """Restore the SIGTERM handler, which ``ray.init`` replaces."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit:  # from Ray's own handler during ``ray.init``
+    except SystemExit:  # raised by the SIGTERM handler of Ray during ``ray.init``
         if callable(handler):
             handler(signal.SIGTERM, None)
         raise
@@ -342,7 +357,11 @@ def _own_signals() -> Iterator[None]:
 
 
 def _choose_resources(jobs: int | None) -> WorkerResources:
-    """Choose the resources per process: a GPU, or a fraction of it for more jobs than GPUs; without GPUs, CPUs only."""
+    """Choose the resources per process.
+
+    A process uses one GPU, or a fraction of a GPU if there are more processes than GPUs. If no GPUs are available, it
+    uses CPUs only.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     if gpus:
@@ -351,13 +370,13 @@ def _choose_resources(jobs: int | None) -> WorkerResources:
         return WorkerResources(max(1, int(fewest * each)), max(1, int(fewest * each)), each)
     largest = max(int(node.get("CPU", 1.0)) for node in nodes)
     cpus = sum(int(node.get("CPU", 0.0)) for node in nodes)
-    # With ``jobs`` given, all CPUs are divided among the processes.
+    # If ``jobs`` is set, all CPUs are divided among the processes.
     each = max(1, min(largest, cpus // jobs) if jobs else min(_CPUS, largest // 2))
     return WorkerResources(each, min(each + 1, largest))
 
 
 def _capacity(resources: WorkerResources) -> int:
-    """Return how many processes fit on the current nodes."""
+    """Return the number of processes for which the current nodes have resources."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return sum(
         int(

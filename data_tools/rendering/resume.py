@@ -1,18 +1,19 @@
-"""Planning of a folder of shards, and resuming it with a changed list of assets.
+"""Plan of a folder of shards, and changes of the plan if the list of assets has changed.
 
-The plan is stored in ``OUT/plan.parquet``, the list of assets in ``OUT/assets.parquet``. Differences between the
-stored and the current list are handled as follows:
+The plan is stored in ``OUT/plan.parquet``, and the list of assets in ``OUT/assets.parquet``. Differences between the
+stored list and the current list have the following results:
 
 | difference | result |
 |---|---|
-| added assets | rendered into additional shards, in the training split unless the list assigns another one |
+| added assets | rendered into additional shards, in the training split unless the list assigns them to ``val`` |
 | changed name, creator, source or license | updated in the shards without rendering |
 | changed tags | updated in ``assets.parquet`` |
-| asset not rendered yet, removed or changed | the plan is updated |
-| asset already rendered, removed or with another mesh, up axis or split | error |
+| removed or changed asset that has not been rendered | the plan is updated |
+| removed asset that has been rendered | error |
+| changed mesh, up axis or split of an asset that has been rendered | error |
 
-A planned object never moves to another shard. A mesh is hashed and compared with the rendered one only if its size or
-modification time differs from the plan.
+An object is not moved to a different shard after it has been planned. A mesh is hashed and compared with the rendered
+mesh only if the size or the modification time differs from the plan.
 """
 
 import dataclasses
@@ -36,8 +37,8 @@ from lrm_pl.data.manifest import MANIFEST_NAME, Split, write_atomically
 
 PLAN_NAME = "plan.parquet"
 
-#: One row per object, in order of the shards. ``sha256`` and ``up`` are those of the asset list; ``bytes`` and
-#: ``mtime_ns`` are the size and the modification time of the mesh, -1 if unknown.
+#: Columns of ``plan.parquet``, which has one row per object in order of the shards. ``sha256`` and ``up`` are copied
+#: from the asset list. ``bytes`` and ``mtime_ns`` are the size and the modification time of the mesh, or -1 if unknown.
 _SCHEMA = pyarrow.schema([
     ("id", pyarrow.string()),
     ("shard", pyarrow.string()),
@@ -47,11 +48,11 @@ _SCHEMA = pyarrow.schema([
     ("mtime_ns", pyarrow.int64()),
 ])  # fmt: skip
 
-#: Maximum total size of the meshes to hash. Above it, for example after a copy that changed all modification times,
-#: only the sizes are compared.
+#: Maximum total size of the meshes to hash in bytes. If it is exceeded, for example because all modification times have
+#: changed, only the sizes are compared.
 MAX_HASHED_BYTES = 4 << 30
 
-#: Number of files examined concurrently.
+#: Number of threads that read file sizes and modification times.
 _THREADS = 16
 
 _NO_STAMP = (-1, -1)
@@ -59,14 +60,14 @@ _NO_STAMP = (-1, -1)
 
 @dataclasses.dataclass(frozen=True)
 class ResumePlan:
-    """Shards to be written, and the state of the meshes.
+    """Plan of a folder of shards for N assets.
 
     Attributes:
-        shards: All shards, existing ones first.
-        stamps: (N, 2) int64, size and modification time (ns) of the mesh of each asset; -1 if unknown.
-        hashes: (N) previously listed hash of each asset; "" if there is none.
+        shards: All shards. Existing shards precede new shards.
+        stamps: (N, 2) int64 sizes in bytes and modification times in nanoseconds of the meshes, or -1 if unknown.
+        hashes: (N,) hashes of the meshes in the previous plan, or "" if unknown.
         is_recorded: Whether ``plan.parquet`` and ``assets.parquet`` are up to date.
-        list_changed: Whether the list of assets differs from the previous run.
+        list_changed: Whether the list of assets differs from the list in the previous run.
     """
 
     shards: tuple[PlannedShard, ...]
@@ -77,17 +78,17 @@ class ResumePlan:
 
 
 def plan_folder(out: Path, settings: RenderSettings, assets: Sequence[Asset], folder: Path) -> ResumePlan:
-    """Plan a folder of shards, or update its existing plan. Nothing is written.
+    """Plan a folder of shards, or update an existing plan. The function does not write files.
 
     Args:
         out: Folder of shards.
-        settings: Render settings, identical to those of the folder.
-        assets: Assets of this run, sorted by id.
+        settings: Render settings. They must be equal to the settings in the folder.
+        assets: Assets of the run, sorted by id.
         folder: Folder of the meshes.
 
     Raises:
-        SettingsError: A rendered object is no longer listed, or differs from its rendering.
-        InputError: The settings do not fit the assets, or a shard is damaged.
+        SettingsError: A rendered asset was removed from the list or changed, or ``plan.parquet`` cannot be read.
+        InputError: The settings are not valid for the assets, or a shard is damaged.
     """
     stamps, hashes = _stamp(folder, assets), np.full(len(assets), "", dtype=object)
     if not (out / SETTINGS_NAME).is_file():
@@ -136,7 +137,10 @@ def _table(plan: ResumePlan, assets: Sequence[Asset]) -> pyarrow.Table:
 
 
 def _stamp(folder: Path, assets: Sequence[Asset]) -> npt.NDArray[np.int64]:
-    """Return the size and modification time of each local mesh whose hash is not listed."""
+    """Return the sizes and modification times of the meshes, shape (N, 2).
+
+    They are -1 for remote meshes and for meshes whose hash is in the asset list.
+    """
 
     def stamp(asset: Asset) -> tuple[int, int]:
         if asset.sha256 or asset.is_remote:
@@ -175,14 +179,19 @@ def _stamps_of(table: pyarrow.Table) -> npt.NDArray[np.int64]:
 
 
 def _positions(ids: pyarrow.ChunkedArray, assets: Sequence[Asset]) -> npt.NDArray[np.int64]:
-    """Return the index of each id in ``assets``; -1 if it is not listed."""
+    """Return the index of each id in ``assets``, or -1 if the id is not in ``assets``."""
     mine = pyarrow.array([asset.id for asset in assets], pyarrow.string())
     found = pyarrow.compute.fill_null(pyarrow.compute.index_in(ids, mine), -1)
     return np.asarray(found.to_numpy(), dtype=np.int64)
 
 
 def _group_rows(table: pyarrow.Table, ids: Sequence[str]) -> tuple[PlannedShard, ...]:
-    """Group the rows of a plan by shard. ``ids`` is the id column as Python strings."""
+    """Group the rows of a plan by shard.
+
+    Args:
+        table: Rows of the plan.
+        ids: Values of the column ``id``.
+    """
     names = table["shard"].combine_chunks().dictionary_encode()
     words, codes = names.dictionary.to_pylist(), names.indices.to_numpy()
     bounds = [*np.flatnonzero(np.diff(codes, prepend=-1)).tolist(), len(codes)]
@@ -197,7 +206,7 @@ def _split_of(name: str) -> Split:
 
 
 def _plan_added(new: Sequence[Asset], before: pyarrow.Table, shard_size: int) -> tuple[PlannedShard, ...]:
-    """Plan shards for added assets, numbered after the existing shards."""
+    """Plan shards for added assets. The numbers of new shards follow the numbers of existing shards."""
     members: dict[Split, list[str]] = {"train": [], "val": []}
     for asset in new:  # in order of id
         members[asset.split or "train"].append(asset.id)
@@ -249,16 +258,16 @@ def _refuse_changed_meshes(
     at: npt.NDArray[np.int64],
     stamps: npt.NDArray[np.int64],
 ) -> None:
-    """Raise an error if a rendered object has another mesh or up axis now.
+    """Raise an error if the mesh or the up axis of a rendered object has changed.
 
     Args:
         out: Folder of shards.
         folder: Folder of the meshes.
         assets: All assets.
         shards: Planned shards, without removed assets.
-        known: Rows of the plan for these assets.
+        known: Rows of the plan for the assets in ``shards``.
         at: Index of each row in ``assets``.
-        stamps: Current stamps of all assets.
+        stamps: (N, 2) current sizes and modification times of all assets.
     """
     now, then = stamps[at], _stamps_of(known)
     touched = (now[:, 0] >= 0) & (now != then).any(axis=1)

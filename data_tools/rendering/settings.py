@@ -1,6 +1,7 @@
-"""Settings that determine the pixels and the layout of a folder of shards, stored in ``render.json``.
+"""Settings that determine the pixels and the layout of a folder of shards.
 
-The file is written before the first object is rendered. Later runs in the same folder must use the same settings.
+They are stored in ``render.json`` before the first object is rendered. Later runs in the same folder must use the same
+settings.
 """
 
 import dataclasses
@@ -16,31 +17,32 @@ from lrm_pl.errors import InputError
 
 SETTINGS_NAME = "render.json"
 
-#: Increase this number when a change to this package changes pixels or layout. Older folders then cannot be resumed.
+#: Version of the rendering pipeline. It must be increased when a change affects the pixels or the layout of the shards.
+#: A folder with a different version cannot be resumed.
 PIPELINE_VERSION = 7
 
 
 class SettingsError(InputError):
-    """The settings are invalid, or differ from those of the folder."""
+    """Raised if the settings are invalid or differ from the settings of the folder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RenderSettings:
-    """Settings, besides the assets, that determine the bytes of the shards.
+    """Settings that, together with the assets, determine the bytes of the shards.
 
     Attributes:
         preset: Name of the camera preset.
-        normalize: Normalization of the objects.
-        views: Views per object.
-        resolution: Height and width of the images, in pixels.
-        samples: Cycles samples per pixel.
+        normalize: Normalization of the objects, "sphere" or "cube".
+        views: Number of views per object.
+        resolution: Width and height of the views in pixels.
+        samples: Number of Cycles samples per pixel.
         seed: Seed of the cameras and of Cycles.
         held_out: Number of objects in the validation split.
-        shard_size: Objects per shard.
-        depth: Store a depth map for each view.
-        normals: Store a normal map for each view.
-        surface: Store points sampled on the surface of each object.
-        rules: Rules that objects must satisfy; see ``parse_rule``. Other objects are rejected.
+        shard_size: Number of objects per shard.
+        depth: Whether to store a depth map for each view.
+        normals: Whether to store a normal map for each view.
+        surface: Whether to store points on the surface of each object.
+        rules: Rules that objects must satisfy (see ``parse_rule``). Objects that violate a rule are rejected.
         pipeline_version: Version of the rendering pipeline.
     """
 
@@ -60,7 +62,7 @@ class RenderSettings:
 
     @property
     def cameras(self) -> CameraPreset:
-        """Camera preset."""
+        """The camera preset."""
         return PRESETS[self.preset]
 
     def record(self) -> dict[str, Any]:
@@ -77,23 +79,23 @@ def write_settings(folder: Path, settings: RenderSettings, renderer: str) -> Non
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read ``render.json``, including the name of the renderer."""
+    """Read ``render.json``, which contains the settings and the name of the renderer."""
     return dict(json.loads((folder / SETTINGS_NAME).read_bytes()))
 
 
 def check_settings(folder: Path, settings: RenderSettings, renderer: str | None = None) -> bool:
-    """Compare ``render.json`` with the settings of this run.
+    """Compare ``render.json`` with the settings of a run.
 
     Args:
         folder: Folder of shards.
-        settings: Settings of this run.
-        renderer: Renderer of this run; None if it is not known yet.
+        settings: Settings of the run.
+        renderer: Name of the renderer. If None, the renderer is not compared.
 
     Returns:
         Whether the folder has a ``render.json``.
 
     Raises:
-        SettingsError: A setting differs, or the folder has shards but no ``render.json``.
+        SettingsError: A setting differs, ``render.json`` is invalid, or the folder has shards but no ``render.json``.
     """
     path = folder / SETTINGS_NAME
     if not path.is_file():
@@ -131,7 +133,7 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
 
 
 def recorded_held_out(folder: Path) -> int | None:
-    """Return the number of held-out objects in ``render.json``; None if it cannot be read."""
+    """Return the number of held-out objects according to ``render.json``, or None if the file cannot be read."""
     try:
         found = read_settings(folder)["held_out"]
     except (ValueError, KeyError, TypeError, OSError):  # reported by ``check_settings``
@@ -139,7 +141,7 @@ def recorded_held_out(folder: Path) -> int | None:
     return found if type(found) is int else None
 
 
-#: Settings that ``repack`` can change without rendering, and its options.
+#: Mapping from settings that ``repack`` can change without rendering to the options of ``repack``.
 _REPACKED = {
     "rules": "--where RULE ...",
     "held_out": "--held-out N",

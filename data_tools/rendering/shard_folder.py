@@ -1,14 +1,15 @@
-"""On-disk state of an unfinished folder of shards, so that an interrupted run can be resumed.
+"""Files in a folder of shards that is not complete, from which an interrupted run is resumed.
 
-    OUT/plan.parquet       assignment of objects to shards (``resume``)
-    OUT/parts/<id>.tar     a rendered object, until its shard is written
-    OUT/failures.jsonl     {"id", "file", "reason"} of objects that could not be rendered; delete it to retry them
-    OUT/quarantine/<id>.log    Blender's output for these objects
-    OUT/train-000000.tar   a shard; written when all of its objects are rendered or failed
-    OUT/rejected-train-000000.tar    objects of this shard that a rule rejected
-    OUT/manifest.json      written last
+    OUT/plan.parquet                 assignment of objects to shards (see ``resume``)
+    OUT/parts/<id>.tar               a part, which is a rendered object whose shard is not complete
+    OUT/failures.jsonl               {"id", "file", "reason"} of objects that could not be rendered
+    OUT/quarantine/<id>.log          output of Blender for an object that could not be rendered
+    OUT/train-000000.tar             a shard, which is written when all objects of the shard are rendered or failed
+    OUT/rejected-train-000000.tar    objects of the shard that violate a rule
+    OUT/manifest.json                the manifest, which is written last
 
-Files are written under a temporary name that contains ``.partial``, and renamed when complete.
+If ``failures.jsonl`` is deleted, the next run retries the failed objects. The temporary names of files that are not
+complete contain ``.partial``.
 """
 
 import dataclasses
@@ -33,20 +34,23 @@ FAILURES_NAME = "failures.jsonl"
 PARTS_NAME = "parts"
 QUARANTINE_NAME = "quarantine"
 
-#: Time to wait for the lock, in seconds; a run that was just killed may still hold it.
+#: Maximum time to wait for the lock in seconds. A run that has been killed can hold the lock for a short time.
 LOCK_TIMEOUT_S = 30.0
 
 
 class FolderError(InputError):
-    """The folder of shards cannot be used."""
+    """Raised if a folder of shards or its disk cannot be used, or if no object can be rendered."""
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Lock a folder of shards for this run.
+    """Lock a folder of shards.
+
+    Args:
+        folder: Folder of shards.
 
     Raises:
-        FolderError: Another run has locked the folder.
+        FolderError: A different process has locked the folder.
     """
     with open(folder / ".lock", "w") as file:
         give_up = time.monotonic() + LOCK_TIMEOUT_S
@@ -67,20 +71,26 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove incomplete files of an interrupted run."""
+    """Remove incomplete files that an interrupted run left."""
     (folder / PARTS_NAME).mkdir(exist_ok=True)
     for path in [*folder.glob("*.partial"), *(folder / PARTS_NAME).glob("*.partial")]:
         path.unlink()
 
 
 def write_part(folder: Path, key: str, members: Mapping[str, bytes]) -> None:
-    """Write a rendered object, whose members are those of ``schema.encode_sample``, as a part."""
+    """Write a rendered object as a part.
+
+    Args:
+        folder: Folder of shards.
+        key: Id of the object.
+        members: Members of the sample, from ``schema.encode_sample``.
+    """
     write_shard(folder / PARTS_NAME, f"{key}.tar", "train", [(key, members)])
     (folder / QUARANTINE_NAME / f"{key}.log").unlink(missing_ok=True)
 
 
 def write_quarantine(folder: Path, key: str, log: str) -> None:
-    """Write Blender's output for an object that could not be rendered."""
+    """Write the output of Blender for an object that could not be rendered."""
     (folder / QUARANTINE_NAME).mkdir(exist_ok=True)
     write_atomically(folder / QUARANTINE_NAME / f"{key}.log", log.encode())
 
@@ -91,7 +101,7 @@ def part_ids(folder: Path) -> set[str]:
 
 
 def read_failures(folder: Path) -> dict[str, dict[str, str]]:
-    """Read ``failures.jsonl`` as a mapping of id to record.
+    """Return a mapping from ids to the records in ``failures.jsonl``.
 
     Raises:
         FolderError: A line is not a valid record.
@@ -99,7 +109,7 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / FAILURES_NAME
     if not path.is_file():
         return {}
-    *lines, _ = path.read_bytes().split(b"\n")  # an interrupted run may have left an incomplete last line
+    *lines, _ = path.read_bytes().split(b"\n")  # an interrupted run can leave an incomplete last line
     records = dict[str, dict[str, str]]()
     for number, line in enumerate(lines, 1):
         try:
@@ -117,7 +127,7 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def write_failures(path: Path, failures: dict[str, dict[str, str]]) -> None:
-    """Write ``failures.jsonl``, sorted by id. Characters that UTF-8 cannot encode are escaped."""
+    """Write ``failures.jsonl``, sorted by id. Characters that cannot be encoded in UTF-8 are escaped."""
     if failures or path.is_file():
         write_atomically(path, b"".join(_line(failures[key]) for key in sorted(failures)))
 
@@ -135,8 +145,12 @@ def _line(record: dict[str, str]) -> bytes:
 def find_records(folder: Path, planned: PlannedShard) -> dict[str, tuple[Path, SampleInfo]]:
     """Find the rendered objects of a shard.
 
+    Args:
+        folder: Folder of shards.
+        planned: Shard whose objects are searched.
+
     Returns:
-        Mapping of id to the tar file that contains the object, and its record.
+        Mapping from ids to tuples (path, record), where the path is the tar file that contains the object.
 
     Raises:
         InputError: A shard or a record is damaged.
@@ -158,17 +172,17 @@ def check_recorded_hashes(
     known: Mapping[str, Shard],
     before_ns: int,
 ) -> None:
-    """Check the hashes of existing shards that will be hashed again, so that no damaged file gets a new hash.
+    """Verify the files of a shard that will be hashed again, so that no hash of a damaged file is recorded.
 
     Args:
         folder: Folder of shards.
-        planned: The shard.
-        assets: Mapping of id to asset.
-        known: Mapping of name to shard in the previous manifest.
-        before_ns: Time at which that manifest was written.
+        planned: Shard to verify.
+        assets: Mapping from ids to assets.
+        known: Mapping from names to shards in the previous manifest.
+        before_ns: Modification time of the previous manifest in nanoseconds.
 
     Raises:
-        FolderError: A file does not have the hash in the manifest.
+        FolderError: A file does not have the hash in the previous manifest.
     """
     paths = [folder / name for name, _ in _names(planned) if name in known and (folder / name).is_file()]
     is_rewritten = bool(_changed_records(folder, planned, assets))
@@ -197,7 +211,7 @@ def _changed_records(
 
 
 def _is_unchanged(path: Path, shard: Shard, before_ns: int) -> bool:
-    """Return whether a file has the recorded size and is older than the manifest."""
+    """Return whether a file has the size in the manifest and is older than the manifest."""
     stat = path.stat()
     return shard.bytes == stat.st_size and stat.st_mtime_ns < before_ns
 
@@ -205,12 +219,12 @@ def _is_unchanged(path: Path, shard: Shard, before_ns: int) -> bool:
 def update_records(
     folder: Path, planned: PlannedShard, assets: Mapping[str, Asset], rules: Sequence[Rule]
 ) -> int:
-    """Update the names, licenses, creators and sources in a shard to those of the asset list, without rendering.
+    """Update the names, licenses, creators and sources in a shard according to the asset list.
 
     Args:
         folder: Folder of shards.
-        planned: The shard.
-        assets: Mapping of id to asset.
+        planned: Shard to update.
+        assets: Mapping from ids to assets.
         rules: Rules that objects must satisfy.
 
     Returns:
@@ -236,16 +250,16 @@ def _with_listed(info: SampleInfo, asset: Asset) -> SampleInfo:
 def describe_shards(
     folder: Path, planned: PlannedShard, known: Mapping[str, Shard], before_ns: int
 ) -> list[Shard]:
-    """Describe the shards on disk that belong to a planned shard: accepted and rejected objects.
+    """Return the manifest entries of the files of a planned shard.
+
+    There is one file for accepted objects and one file for rejected objects. A file without objects does not exist.
 
     Args:
         folder: Folder of shards.
-        planned: The shard.
-        known: Mapping of name to shard in the previous manifest.
-        before_ns: Time at which that manifest was written. Older files of the recorded size are not hashed again.
-
-    Raises:
-        lrm_pl.data.manifest.ShardError: The index does not match the tar file.
+        planned: Shard to describe.
+        known: Mapping from names to shards in the previous manifest.
+        before_ns: Modification time of the previous manifest in nanoseconds. Older files are not hashed again if they
+            have the size in the manifest.
     """
     found = []
     for name, rejected in _names(planned):
@@ -260,20 +274,25 @@ def describe_shards(
 
 
 def shard_ids(folder: Path, planned: PlannedShard) -> set[str]:
-    """Return the ids of the objects that are in the shards on disk, from their indices.
+    """Return the ids of the objects in the files of a planned shard, according to the indices.
 
     Raises:
-        lrm_pl.data.manifest.ShardError: The index does not match the tar file.
+        lrm_pl.data.manifest.ShardError: An index is invalid.
     """
     shards = (_shard(folder / name, planned) for name, _ in _names(planned))
     return {key for shard in shards if shard for key in read_index(folder, shard)}
 
 
 def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -> set[str]:
-    """Return the ids of all objects that are already rendered, in shards or as parts.
+    """Return the ids of all objects that have been rendered into shards or parts.
 
-    A shard with a gap that is not a recorded failure (for example after ``failures.jsonl`` was deleted) is split into
-    parts again, so that it is rewritten once the missing object is rendered.
+    If an object is missing from a shard and not recorded as failed, for example because ``failures.jsonl`` was deleted,
+    the shard is split into parts. It is written again when the missing object has been rendered.
+
+    Args:
+        folder: Folder of shards.
+        plan: All shards.
+        failed: Ids of objects that are recorded as failed.
     """
     done = part_ids(folder)
     for planned in plan:
@@ -290,12 +309,12 @@ def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -
 
 
 def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rule]) -> None:
-    """Write a shard from its parts. A shard without objects is not written.
+    """Write the files of a planned shard from the parts. A file without objects is not written.
 
     Args:
         folder: Folder of shards.
-        planned: The shard.
-        rules: Rules that objects must satisfy. Other objects are written to a separate shard.
+        planned: Shard to write.
+        rules: Rules that objects must satisfy. Objects that violate a rule are written to a separate file.
     """
     have = part_ids(folder)
     chosen = dict[bool, list[str]]({False: [], True: []})
@@ -311,12 +330,12 @@ def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rul
 
 
 def _names(planned: PlannedShard) -> tuple[tuple[str, bool], ...]:
-    """Return the file names of a planned shard, and whether each contains the rejected objects."""
+    """Return a tuple (name, rejected) for each file of a planned shard."""
     return (planned.name, False), (f"rejected-{planned.name}", True)
 
 
 def _shard(tar: Path, planned: PlannedShard) -> Shard | None:
-    """Describe an existing tar file, without its hash and whether it is rejected."""
+    """Return the manifest entry of a tar file without a hash, or None if the tar file or the index is missing."""
     index = tar.with_name(tar.stem + ".index.json")
     if not tar.is_file() or not index.is_file():
         return None
@@ -328,7 +347,13 @@ def _split_into_parts(
     planned: PlannedShard,
     change: Callable[[str, dict[str, bytes]], dict[str, bytes]] = lambda _, members: members,
 ) -> None:
-    """Split a shard into parts. Safe against interruption at any time."""
+    """Split a shard into parts. No object is lost if this operation is interrupted.
+
+    Args:
+        folder: Folder of shards.
+        planned: Shard to split.
+        change: Function that maps the id and the members of an object to the members of the part.
+    """
     for name in (name for name, _ in _names(planned) if (folder / name).is_file()):
         for key, members in _read_tar(folder / name):
             write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, change(key, members))])
@@ -336,7 +361,12 @@ def _split_into_parts(
 
 
 def no_space_error(folder: Path, needed: int) -> FolderError:
-    """Return the error for a full disk."""
+    """Return the exception for a full disk.
+
+    Args:
+        folder: Folder on the disk.
+        needed: Required space in bytes.
+    """
     free = shutil.disk_usage(folder).free
     return FolderError(
         subject=folder,
@@ -353,6 +383,6 @@ def _drop_parts(folder: Path, planned: PlannedShard) -> None:
 
 
 def _read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield the samples of a tar in order: (key, member name -> bytes)."""
+    """Yield (key, members) for the samples of a tar file in order, where members is a mapping from names to bytes."""
     for key, members in scan_tar(path).items():
         yield key, dict(zip(members, read_members(path, members.values()), strict=True))

@@ -1,6 +1,7 @@
-"""Assignment of objects to splits and shards: pure functions of the list of ids.
+"""Assignment of objects to splits and shards.
 
-The assignment does not depend on how rendering proceeds. An object that fails leaves a gap in its shard.
+The assignment depends only on the ids and the options. If an object fails, the assignment of all other objects does not
+change.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from lrm_pl.data.manifest import Split
 from lrm_pl.data.surface import SURFACE_POINTS
 from lrm_pl.errors import InputError, counted
 
-#: Default size of the validation split: one sixth of the objects, but at most this many.
+#: Maximum number of objects in the validation split by default. The default is one sixth of the objects.
 DEFAULT_HELD_OUT = 8
 
 
@@ -30,46 +31,58 @@ class PlannedShard:
     ids: tuple[str, ...]
 
 
-#: Target size of a shard, bytes.
+#: Target size of a shard in bytes.
 SHARD_BYTES = 256 * 10**6
 
 
 def estimate_object_bytes(
     views: int, resolution: int, *, depth: bool = False, normals: bool = False, surface: bool = False
 ) -> int:
-    """Return an upper estimate of the size of a sample: 2 bytes per pixel, and headers.
+    """Return an upper estimate of the size of a sample in bytes.
 
-    Depth adds 2 bytes per pixel, normals 3, and a surface 24 bytes per point.
+    The estimate is 2 bytes per pixel and 4096 bytes per view. Depth maps add 2 bytes per pixel, normal maps 3 bytes per
+    pixel, and surface points 24 bytes per point.
+
+    Args:
+        views: Number of views.
+        resolution: Width and height of the views in pixels.
+        depth: Whether the sample contains depth maps.
+        normals: Whether the sample contains normal maps.
+        surface: Whether the sample contains surface points.
     """
     view = (2 + 2 * depth + 3 * normals) * resolution**2 + 4096
     return views * view + surface * SURFACE_POINTS * 24
 
 
 def default_shard_size(object_bytes: float) -> int:
-    """Return the number of objects per shard of about ``SHARD_BYTES``."""
+    """Return the number of objects per shard for which the size of a shard is at most about ``SHARD_BYTES``."""
     return max(1, int(SHARD_BYTES / object_bytes))
 
 
 def default_held_out(splits: Collection[str]) -> int:
-    """Return the default number of held-out objects; 0 if the asset list defines a validation split."""
+    """Return the default number of held-out objects. If the asset list defines a validation split, it is 0.
+
+    Args:
+        splits: Split of each object, "train", "val" or "" if it is not assigned.
+    """
     return 0 if "val" in splits else min(DEFAULT_HELD_OUT, len(splits) // 6)
 
 
 def held_out_ids(ids: Sequence[str], held_out: int) -> set[str]:
-    """Select the ids with the ``held_out`` smallest sha256 hashes as the validation split."""
+    """Select the ids of the validation split. They are the ``held_out`` ids with the smallest sha256 hashes."""
     return set(sorted(ids, key=lambda key: hashlib.sha256(key.encode()).hexdigest())[:held_out])
 
 
 def plan_shards(splits: Mapping[str, str], held_out: int, shard_size: int) -> tuple[PlannedShard, ...]:
-    """Assign the objects of each split, in order of their ids, to shards.
+    """Assign objects to shards, in order of the ids in each split.
 
     Args:
-        splits: Mapping of id to "train", "val" or "" (unassigned).
-        held_out: Number of unassigned objects to hold out.
-        shard_size: Objects per shard.
+        splits: Mapping from ids to "train", "val" or "", where "" means that the split is not assigned.
+        held_out: Number of objects without an assigned split to move to the validation split.
+        shard_size: Number of objects per shard.
 
     Raises:
-        InputError: No objects would remain for training, or ``shard_size`` is not positive.
+        InputError: There would be no objects in the training split, or ``shard_size`` is not positive.
     """
     free = [key for key, split in splits.items() if not split]
     val = {key for key, split in splits.items() if split == "val"}
@@ -87,12 +100,12 @@ def plan_shards(splits: Mapping[str, str], held_out: int, shard_size: int) -> tu
 def split_into_shards(
     members: Mapping[Split, Sequence[str]], shard_size: int, first: Mapping[Split, int] | None = None
 ) -> tuple[PlannedShard, ...]:
-    """Assign ids to shards of ``shard_size`` objects, in order.
+    """Assign ids to shards in order.
 
     Args:
-        members: Mapping of split to ids.
-        shard_size: Objects per shard.
-        first: Mapping of split to the number of its first shard; 0 by default.
+        members: Mapping from splits to ids.
+        shard_size: Number of objects per shard.
+        first: Mapping from splits to the number of the first shard. If None, the first shard has the number 0.
 
     Raises:
         InputError: ``shard_size`` is not positive.
