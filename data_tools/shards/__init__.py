@@ -1,1 +1,1 @@
-"""Shards from existing data: convert, repack, merge, index."""
+"""Commands that create shards from existing views or shards."""

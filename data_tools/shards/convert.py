@@ -1,7 +1,8 @@
-"""``python -m data_tools convert``: convert image folders in the layouts of other projects to shards.
+"""The command ``python -m data_tools convert``, which converts image folders to shards.
 
-``data_tools.layouts`` defines the layouts. The cameras of each object are checked against its silhouettes. Objects that
-cannot be used are skipped and listed in ``OUT/failures.jsonl``. RGBA images keep their bytes.
+``data_tools.layouts`` defines the supported layouts. The cameras of an object must be consistent with the silhouettes.
+Objects that cannot be used are skipped and listed in ``OUT/failures.jsonl``. The bytes of RGBA images do not change if
+the images are not resized.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from lrm_pl.paths import user_path
 
 
 class ConvertError(InputError):
-    """A folder cannot be converted with the given options."""
+    """Raised if a folder cannot be converted with the given options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Task:
 
     Attributes:
         folder: Folder of the object.
-        place: The same, relative to the root folder.
-        kind: What it is.
+        place: Path of the folder relative to the root folder.
+        kind: Number and size of the views, or None if unknown.
     """
 
     folder: Path
@@ -53,7 +54,7 @@ class Task:
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the parser of the command."""
+    """Add the ``convert`` subcommand."""
     parser = commands.add_parser(
         "convert",
         help="convert image folders of other projects to shards",
@@ -83,10 +84,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the command.
+    """Run the ``convert`` command.
+
+    Args:
+        args: Parsed arguments of the command.
 
     Raises:
-        InputError: The options are incompatible, or see ``convert``.
+        InputError: The options are incompatible, or ``convert`` raises an error.
     """
     layout = get_layout(args.layout, args.folder, args.res, args.views, args.masks)
     resolution = None if args.layout == "mvimgnet" else args.res
@@ -107,9 +111,12 @@ def convert(
         layout: Layout of the folder.
         folder: Folder of the objects.
         out: Output folder.
-        resolution: Side of the views, pixels; None: unchanged.
-        shard_size: Objects per shard; None: shards of at most about 256 MB.
-        held_out: Objects in the validation split; None: the default of ``render``.
+        resolution: Width and height of the views in pixels. If None, the views are not resized.
+        shard_size: Number of objects per shard. If None, the size of a shard is at most about 256 MB.
+        held_out: Number of objects in the validation split. If None, it is one sixth of the objects, but at most 8.
+
+    Returns:
+        The manifest of the output folder.
 
     Raises:
         InputError: ``out`` exists, no object can be used, or two objects have the same id.
@@ -161,14 +168,14 @@ def convert(
 
 
 def find_tasks(layout: Layout, folder: Path) -> dict[str, Task]:
-    """Return id -> object for all objects of a folder.
+    """Return a mapping from the ids of all objects in a folder to tasks.
 
     Raises:
-        ConvertError: There are none, or two have the same id.
+        ConvertError: There are no objects, or two objects have the same id.
     """
     tasks: dict[str, Task] = {}
     found = layout.find(folder)
-    with ThreadPoolExecutor(8) as pool:  # it waits for the disk
+    with ThreadPoolExecutor(8) as pool:  # the tasks mostly wait for the disk
         kinds = list(pool.map(layout.view_format, found))
     for path, kind in zip(found, kinds, strict=True):
         place = path.relative_to(folder).as_posix()
@@ -194,7 +201,7 @@ def _members(
     kind: ViewFormat | None,
     resolution: int | None,
 ) -> EncodedSample | SkippedObject:
-    """Convert an object and check it; returns a ``SkippedObject`` if it cannot be used."""
+    """Convert and check an object. If it cannot be used, return a ``SkippedObject``."""
     try:
         if task.kind and _wanted(task.kind, resolution) != kind:
             raise ConvertError(expected=f"{kind}, as most objects have", found=task.kind)

@@ -1,4 +1,4 @@
-"""``python -m data_tools index``: indices and manifest of shards that were written with plain webdataset."""
+"""The command ``python -m data_tools index``, which prepares shards from plain ``webdataset`` for training."""
 
 import shlex
 from collections import Counter
@@ -20,17 +20,21 @@ from lrm_pl.errors import InputError, counted
 
 
 def index_folder(folder: Path, jobs: int | None = None) -> Manifest:
-    """Write the member index of every tar in a folder, then manifest.json.
+    """Write a member index for each tar file in a folder, and ``manifest.json``.
 
-    Shards whose names begin with ``val`` form the split "val", all others the split "train". All views are decoded.
+    Shards whose names begin with ``val`` are assigned to the split "val", and all other shards to the split "train".
+    All views are decoded to verify them.
 
     Args:
-        folder: Folder of tar shards in the schema of ``lrm_pl.data.schema``.
-        jobs: Number of processes; None: one per core.
+        folder: Folder of tar shards with the schema in ``lrm_pl.data.schema``.
+        jobs: Number of processes. If None, the number of available CPU cores is used.
+
+    Returns:
+        The manifest.
 
     Raises:
-        InputError: The folder has a manifest or no shards, a shard or sample is damaged, two samples have one key, or
-            samples differ in the number or size of their views.
+        InputError: The folder has a manifest or no shards, a shard or sample is damaged, two samples have the same key,
+            or samples differ in the number or size of the views.
     """
     if (folder / MANIFEST_NAME).exists():
         raise InputError(
@@ -67,10 +71,13 @@ def index_folder(folder: Path, jobs: int | None = None) -> Manifest:
 
 
 def _index_shard(path: Path) -> tuple[Shard, list[str], set[tuple[int, int, int]]]:
-    """Check a shard and write its index; returns its manifest entry, its keys, and (views, width, height) of samples.
+    """Check a shard and write the index of the shard.
+
+    Returns:
+        The manifest entry, the keys, and the set of tuples (views, width, height) of the samples.
 
     Raises:
-        ShardError: The shard or a sample in it is damaged.
+        ShardError: The shard or a sample is damaged.
     """
     index = scan_tar(path)
     shapes = set()

@@ -1,4 +1,4 @@
-"""Writing shards with a pool of processes."""
+"""Pool of processes that encode samples, and a function that writes the samples to shards."""
 
 import dataclasses
 import os
@@ -27,8 +27,8 @@ class EncodedSample:
     """An encoded sample.
 
     Attributes:
-        members: Members as from ``schema.encode_sample``.
-        notes: Remarks to collect over all samples.
+        members: Members of the sample, from ``schema.encode_sample``.
+        notes: Notes about the sample, which ``write_shards`` collects.
     """
 
     members: dict[str, bytes]
@@ -48,10 +48,12 @@ class SkippedObject:
 
 @contextmanager
 def processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Start a process pool that ends with this process; pending tasks are canceled if the block raises.
+    """Start a process pool. The processes exit when the parent process ends.
+
+    If the block raises an exception, pending tasks are canceled.
 
     Args:
-        count: Number of processes; None: one per core.
+        count: Number of processes. If None, the number of available CPU cores is used.
 
     Raises:
         InputError: The number is not positive, or a process was killed.
@@ -77,18 +79,18 @@ def write_shards(
     tasks: Mapping[str, Task],
     make: Callable[[str, Task], EncodedSample | SkippedObject],
 ) -> tuple[tuple[Shard, ...], dict[str, SkippedObject], dict[str, list[str]]]:
-    """Encode all samples with one process per core, and write their shards.
+    """Encode all samples with one process per CPU core, and write the shards.
 
-    A skipped object does not move other objects to other shards. Empty shards are not written.
+    If an object is skipped, the assignment of all other objects does not change. Empty shards are not written.
 
     Args:
         folder: Output folder.
-        plan: The shards.
-        tasks: Id -> second argument of ``make``, for every id of the plan.
-        make: Encodes a sample, in a worker process. Its exceptions end the call.
+        plan: Shards to write.
+        tasks: Mapping from the ids in the plan to the second argument of ``make``.
+        make: Function that encodes a sample in a worker process. Exceptions of this function are propagated.
 
     Returns:
-        The shards, id -> skipped object, and note -> ids.
+        The shards, a mapping from ids to skipped objects, and a mapping from notes to ids.
 
     Raises:
         InputError: A process was killed.

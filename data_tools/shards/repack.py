@@ -1,7 +1,7 @@
-"""``python -m data_tools repack`` and ``merge``: create a folder of shards from others without rendering.
+"""The commands ``python -m data_tools repack`` and ``merge``, which create a folder of shards from existing shards.
 
-Changes the resolution, shard size, split or selection of objects, or merges folders. Images that keep their size
-keep their bytes. The output folder is created atomically.
+They change the resolution, the shard size, the split or the selection of objects, or merge folders. The bytes of images
+that are not resized do not change. The output folder is created atomically.
 """
 
 import dataclasses
@@ -48,12 +48,12 @@ from lrm_pl.errors import InputError, counted
 #: Camera settings in the manifest of rendered shards.
 _CAMERAS = dict.fromkeys(("preset", "radius_range", "height_range", "fov_range_deg"))
 
-#: Optional members in all samples, by default absent.
+#: Settings in the manifest that define which optional members the samples contain, with the default values.
 _GEOMETRY = dict.fromkeys(("depth", "normals", "surface"), False)
 
 
 class RepackError(InputError):
-    """Folders are incompatible with each other or with the options."""
+    """Raised if folders are incompatible with each other or with the options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,9 @@ class SampleSource:
     """Location of a sample to copy.
 
     Attributes:
-        folder: Folder of its shard.
-        shard: Its shard.
-        members: Member -> (offset, size).
+        folder: Folder of the shard.
+        shard: Shard that contains the sample.
+        members: Mapping from member names to (offset, size) in bytes.
     """
 
     folder: Path
@@ -79,20 +79,23 @@ def repack(
     held_out: int | None = None,
     rules: Sequence[str] | None = None,
 ) -> Manifest:
-    """Create a folder of shards from others.
+    """Create a folder of shards from existing folders of shards.
 
     Args:
         folders: Folders of shards with the same number of views per object and the same camera preset.
         out: Output folder.
-        resolution: Side of the images; None leaves them as they are.
-        shard_size: Objects per shard; None: shards of at most about 256 MB.
-        held_out: Number of objects to choose for the validation split; None: splits are unchanged.
-        rules: Rules that objects must satisfy (``measures.parse_rule``), rejected ones included; None: all objects that
-            are not rejected.
+        resolution: Width and height of the views in pixels. If None, the views are not resized.
+        shard_size: Number of objects per shard. If None, the size of a shard is at most about 256 MB.
+        held_out: Number of objects to select for the validation split. If None, the splits do not change.
+        rules: Rules (see ``measures.parse_rule``) that all objects, including rejected objects, must satisfy to be
+            copied. If None, all objects that are not rejected are copied.
+
+    Returns:
+        The manifest of the output folder.
 
     Raises:
-        InputError: ``out`` exists, folders are incompatible, two objects have the same id, images would be enlarged, no
-            object satisfies the rules, or a shard is damaged.
+        InputError: ``out`` exists, folders are incompatible, two objects have the same id, ``resolution`` is larger
+            than a view, no object satisfies the rules, or a shard is damaged.
     """
     manifests = {folder: read_manifest(folder) for folder in folders}
     first = manifests[folders[0]]
@@ -147,10 +150,10 @@ def repack(
 
 
 def _require_compatible(manifests: Mapping[Path, Manifest], resolution: int | None) -> None:
-    """Check that one manifest can describe all folders.
+    """Check whether folders can be merged.
 
     Raises:
-        RepackError: Folders differ in views, scale, cameras, optional members or resolution.
+        RepackError: Folders differ in number of views, scale, cameras, optional members or resolution.
     """
     records = {
         folder: _CAMERAS | _GEOMETRY | manifest.render | {"views": manifest.views}
@@ -173,7 +176,7 @@ def _require_compatible(manifests: Mapping[Path, Manifest], resolution: int | No
 
 
 def _require_undamaged(manifests: Mapping[Path, Manifest]) -> None:
-    """Check that shards match the hashes in their manifests and their indices.
+    """Check whether shards match the hashes in the manifests and the indices.
 
     Raises:
         ShardError: A shard is damaged.
@@ -198,7 +201,11 @@ def _first_difference(folder: Path, shard: Shard) -> str:
 
 
 def _merge_remedy(manifests: Mapping[Path, Manifest]) -> str:
-    """Return the remedy for folders that cannot be merged, which must not leak held-out objects into training."""
+    """Return the remedy for folders that cannot be merged.
+
+    Joint training is not suggested if an object is in the validation split of one folder and in the training split of
+    a different folder.
+    """
     ids = {
         (folder, split): {key for shard in manifest.split(split) for key in read_index(folder, shard)}
         for folder, manifest in manifests.items()
@@ -233,7 +240,7 @@ def _samples(manifests: Mapping[Path, Manifest], rules: Sequence[str] | None) ->
 
 
 def _chosen(folder: Path, shard: Shard, rules: Sequence[Rule] | None) -> set[str]:
-    """Return the keys of a shard that satisfy the rules; without rules, those that are not rejected."""
+    """Return the keys of objects that satisfy the rules, or of objects that are not rejected if ``rules`` is None."""
     keys = set(read_index(folder, shard))
     if rules is None:
         return set() if shard.rejected else keys
@@ -259,7 +266,7 @@ def _splits(samples: Mapping[str, SampleSource], held_out: int | None) -> dict[S
 
 
 def _members(key: str, found: SampleSource, views: int, resolution: int | None) -> EncodedSample:
-    """Read, check and resize a sample; members outside the schema are copied unchanged."""
+    """Read, check and resize a sample. Members that the schema does not define are copied unchanged."""
     path = found.folder / found.shard.name
     try:
         members = dict(zip(found.members, read_members(path, found.members.values()), strict=True))
@@ -277,14 +284,22 @@ def _members(key: str, found: SampleSource, views: int, resolution: int | None) 
         height, width, _ = decode_image(key, sample.views[0]).shape
     except SampleError as error:
         raise ShardError(f"{path}: {error}") from error
-    # Names of views contain their format, which may have changed.
+    # Views are excluded, because their names contain the format, which may have changed.
     unknown = {name for name in members if name not in encoded and not VIEW_PATTERN.fullmatch(name)}
     kept = {name: members[name] for name in sorted(unknown)}
     return EncodedSample(encoded | kept, notes=(f"{width} x {height} pixels",))
 
 
 def resized(key: str, view: bytes, resolution: int) -> bytes:
-    """Downsample a square view with premultiplied alpha; a view of this resolution keeps its bytes.
+    """Downsample a square view with premultiplied alpha. A view with the requested resolution is returned unchanged.
+
+    Args:
+        key: Key of the sample, for error messages.
+        view: Encoded view.
+        resolution: Width and height in pixels.
+
+    Returns:
+        The encoded view.
 
     Raises:
         RepackError: The view is smaller than ``resolution``.
