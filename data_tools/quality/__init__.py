@@ -1,1 +1,1 @@
-"""Quality control: measures and rules, validation and statistics of shards."""
+"""Quality control of shards with measures, rules, validation and statistics."""

@@ -1,4 +1,4 @@
-"""The contact sheet of a folder of shards: ``contact_sheet.png``."""
+"""The contact sheet of a folder of shards, ``contact_sheet.png``."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ INK = {"train": (20, 20, 20), "val": (180, 60, 0)}
 
 
 def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Path:
-    """Draw a few views and the id of up to ``MAX_OBJECTS`` objects, evenly spaced over all shards.
+    """Write an image that shows views and ids of at most ``MAX_OBJECTS`` objects, evenly spaced over all shards.
 
     Args:
         folder: Folder of shards.
-        shards: All shards; rejected ones are skipped.
-        views: Views per object.
+        shards: All shards. Rejected shards are skipped.
+        views: Number of views per object.
 
     Returns:
         Path of the image.

@@ -1,4 +1,4 @@
-"""Measures and status of every asset: ``filter.parquet``, with one row per asset, sorted by id."""
+"""The table ``filter.parquet``, which contains the measures and the outcome of each asset, sorted by id."""
 
 import dataclasses
 from collections import Counter
@@ -18,16 +18,16 @@ FILTER_NAME = "filter.parquet"
 
 
 class FilterTableError(InputError):
-    """``filter.parquet`` is damaged."""
+    """Raised if ``filter.parquet`` is damaged."""
 
 
 _TYPES = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
 
 _SCHEMA = pyarrow.schema([
     ("id", pyarrow.string()),
-    ("outcome", pyarrow.string()),  # kept, rejected, failed
+    ("outcome", pyarrow.string()),  # "kept", "rejected" or "failed"
     ("reason", pyarrow.string()),
-    ("sha256", pyarrow.string()),  # of the rendered mesh
+    ("sha256", pyarrow.string()),  # hash of the rendered mesh
     *((field.name, _TYPES[field.type]) for field in dataclasses.fields(Measures)),  # type: ignore[index]
 ])  # fmt: skip
 
@@ -43,10 +43,11 @@ def write_filter_table(
 
     Args:
         out: Folder of shards.
-        shards: All shards, including rejected ones.
+        shards: All shards, including rejected shards.
         assets: All assets.
         rules: Rules that objects must satisfy.
-        failures: Records of the assets that could not be rendered, by id. Their measures are null.
+        failures: Mapping from ids to records of assets that could not be rendered. The measures of these assets are
+            null.
     """
     parsed = [parse_rule(rule) for rule in rules]
     measured = {key: measures for shard in shards for key, measures in read_measures(out, shard)}
@@ -69,7 +70,7 @@ def write_filter_table(
 
 
 def count_outcomes(out: Path) -> Counter[str]:
-    """Count accepted, rejected and failed assets, and the rejections by measure, for example ``rejected: white``.
+    """Count the assets by outcome, and the rejected assets by measure, for example with the key ``rejected: white``.
 
     Raises:
         FilterTableError: The table is damaged.
@@ -95,20 +96,20 @@ def count_outcomes(out: Path) -> Counter[str]:
 
 
 def read_measures(folder: Path, shard: Shard) -> Iterator[tuple[str, Measures]]:
-    """Yield the id and the measures of each object of a shard. Objects without measures are skipped.
+    """Yield (id, measures) for each object in a shard. Objects without measures are skipped.
 
     Raises:
-        InputError: The index does not match the tar file, or measures are damaged.
+        InputError: The index does not match the tar file, or measures are invalid.
     """
     for key, content in _contents(folder, shard, MEASURES_MEMBER):
         yield key, decode_measures(key, content)
 
 
 def read_infos(folder: Path, shard: Shard) -> Iterator[tuple[str, SampleInfo]]:
-    """Yield the id and the record of each object of a shard.
+    """Yield (id, record) for each object in a shard.
 
     Raises:
-        InputError: The index does not match the tar file, or a record is damaged.
+        InputError: The index does not match the tar file, or a record is invalid.
     """
     for key, content in _contents(folder, shard, INFO_MEMBER):
         yield key, decode_info(key, content)

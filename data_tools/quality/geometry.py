@@ -1,4 +1,4 @@
-"""Validation and downsampling of the depth and normal maps of samples. numpy only."""
+"""Validation and downsampling of depth and normal maps. The module requires only NumPy."""
 
 import numpy as np
 import numpy.typing as npt
@@ -13,36 +13,37 @@ from lrm_pl.data.geometry_views import (
 )
 from lrm_pl.data.schema import Sample, SampleError, decode_image
 
-#: Functions that return the member name of a view's depth or normal map.
+#: Functions that return the name of the member that contains the depth or normal map of a view.
 MEMBER_NAMES = {"depth": depth_member, "normal": normal_member}
 
-#: Maximum fraction of opaque pixels without depth or normal: a ray through a pixel center may pass between triangles.
+#: Maximum fraction of opaque pixels without a depth or normal. Such pixels occur if the ray through the center of the
+#: pixel passes between triangles.
 _CRACKS = 1e-3
 
-#: Stride of the depth pixels that are compared with other views.
+#: Stride of the sequence of depth pixels that are compared with different views.
 _POINT_STRIDE = 7
 
-#: Maximum ratio of points in front of the surface of another view to points on it. Edges and single-sided faces cause
-#: some of them.
+#: Maximum number of points in front of the surface of a different view, divided by the number of points on the surface.
+#: Edges and single-sided faces can cause points in front of the surface.
 _MAX_IN_FRONT = 0.35
 
-#: Maximum fraction of normals that face away from the camera. Interpolated normals do, at edges.
+#: Maximum fraction of normals that point away from the camera. Interpolated normals at edges can point away.
 _MAX_FACING_AWAY = 0.5
 
-#: Maximum absolute coordinate of a point. Objects lie in [-1, 1]^3; depth values are rounded.
+#: Maximum absolute coordinate of a point. Objects are inside [-1, 1]^3, and depth values are rounded.
 _MAX_COORDINATE = 1.01
 
 
 def geometry_types(sample: Sample) -> list[str]:
-    """Return which of "depth" and "normal" a sample contains."""
+    """Return the types of maps ("depth", "normal") that a sample contains."""
     return [type_ for type_ in MEMBER_NAMES if any(name.startswith(type_) for name in sample.extras)]
 
 
 def check_geometry(sample: Sample) -> None:
-    """Check the depth and normal maps of a sample against its views and cameras.
+    """Check whether the depth and normal maps of a sample are consistent with the views and cameras.
 
     Raises:
-        SampleError: A map is missing, inconsistent with its view, or inconsistent with another map.
+        SampleError: A map is missing, or inconsistent with a view or with a different map.
     """
     key, types = sample.info.id, geometry_types(sample)
     for type_ in types:
@@ -95,7 +96,16 @@ def check_geometry(sample: Sample) -> None:
 def back_project(
     depth: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float64]:
-    """Return the (N, 3) world points of an (H, W) depth map, row by row. Pixels with depth 0 are skipped."""
+    """Compute the points of a depth map. Pixels with depth 0 are skipped.
+
+    Args:
+        depth: (H, W) depth map.
+        c2w: (4, 4) camera-to-world matrix in the OpenCV convention.
+        fxfycxcy: (4,) normalized intrinsics.
+
+    Returns:
+        (N, 3) points in world coordinates, in row-major order of the pixels.
+    """
     rows, columns = np.nonzero(depth)
     height, width = depth.shape
     pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
@@ -107,10 +117,18 @@ def back_project(
 def _compare_depths(
     depths: list[npt.NDArray[np.float32]], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> tuple[int, int]:
-    """Project the points of each depth map into the other views, and count those on and in front of their surface.
+    """Project the points of each depth map to all other views, and compare the depths.
 
-    The tolerance is the size of a pixel. With correct cameras, only points at edges and behind single-sided faces lie
-    in front of the surface of another view.
+    If the cameras are correct, only points at edges and behind single-sided faces are in front of the surface of a
+    different view. The tolerance is the size of a pixel on the surface.
+
+    Args:
+        depths: V depth maps, shape (H, W).
+        c2w: (V, 4, 4) camera-to-world matrices in the OpenCV convention.
+        fxfycxcy: (V, 4) normalized intrinsics.
+
+    Returns:
+        Number of points on the surface of a different view, and number of points in front of the surface.
     """
     on = before = 0
     for view, depth in enumerate(depths):
@@ -132,7 +150,7 @@ def _compare_depths(
 def _facing_away(
     normals: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> float:
-    """Return the fraction of the normals in an (H, W, 3) map that face away from the camera."""
+    """Return the fraction of the normals in a map with shape (H, W, 3) that point away from the camera."""
     rows, columns = np.nonzero((normals != 0).any(axis=-1))
     height, width = normals.shape[:2]
     pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
@@ -144,16 +162,19 @@ def _facing_away(
 def resize_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes]:
     """Downsample depth and normal maps to the size of downsampled views.
 
-    Nearest-neighbor sampling at pixel centers is used (of four pixels, the lower right one): averaging across an edge
-    would create surface points in empty space. Values are 0 where the alpha of the view is 0. Other extras, and maps
-    whose size does not change, keep their bytes.
+    The maps are downsampled by nearest-neighbor sampling, because averaging across an edge would create surface points
+    in empty space. If four pixels are reduced to one, the lower right pixel is used. Values are 0 where the alpha of
+    the view is 0. All other extras, and maps whose size does not change, are copied unchanged.
 
     Args:
-        sample: Sample in its original size.
+        sample: Sample in the original size.
         views: Downsampled views.
 
+    Returns:
+        Mapping from names to contents of all extras.
+
     Raises:
-        SampleError: A map cannot be decoded, or its size differs from that of its view.
+        SampleError: A map cannot be decoded, or a map and the view do not have the same size.
     """
     key, smaller = sample.info.id, dict(sample.extras)
     for view, (before, after) in enumerate(

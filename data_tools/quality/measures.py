@@ -1,7 +1,7 @@
-"""Measures of an object and its views, and rules on them.
+"""Measures of objects and their views, and rules that compare a measure with a number.
 
-The measures of an object are stored in its shard (``ID.measures.json``) and in ``filter.parquet``, so that other rules
-can be applied without rendering (``repack --where``).
+The measures of an object are stored in the shard (``ID.measures.json``) and in ``filter.parquet``. Therefore,
+``repack --where`` can apply different rules without rendering.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lrm_pl.errors import InputError
 
-#: Name of the sample member that holds the measures.
+#: Name of the sample member that contains the measures.
 MEASURES_MEMBER = "measures.json"
 
 #: Rules that objects must satisfy by default.
@@ -28,13 +28,13 @@ DEFAULT_RULES = (
 #: Additional default rule for presets whose views show whole objects.
 CROPPED_RULE = "cropped <= 0.5"
 
-#: A pixel with all channels at or above this value (of 255) counts as white.
+#: Minimum value of all channels of a white pixel, in the range [0, 255].
 _WHITE = 250
 
-#: A pixel with all channels below this value counts as black.
+#: Value below which all channels of a black pixel are, in the range [0, 255].
 _BLACK = 5
 
-#: A pixel with alpha above this value belongs to the object.
+#: Alpha above which a pixel belongs to the object, in the range [0, 255].
 _SOLID = 127
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -47,7 +47,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 
 
 class RuleError(InputError):
-    """A rule or the measures of an object are invalid."""
+    """Raised if a rule or the measures of an object are invalid."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +56,19 @@ class MeshMeasures:
 
     Attributes:
         triangles: Number of visible triangles.
-        degenerate: Fraction of triangles without area.
-        doubled: Fraction of faces that coincide with another face; only one of them is kept.
-        one_sided: Whether there are open surfaces that are invisible from behind.
-        size: Longest side of the bounding box, in the units of the file.
-        thinness: Ratio of the shortest to the longest side.
-        materials: Number of materials in use.
-        colored: Whether there is a texture, a vertex color or more than one color.
+        degenerate: Fraction of triangles whose area is 0.
+        doubled: Fraction of faces that were removed because they coincide with a different face.
+        one_sided: Whether there are open surfaces that are not visible from the back.
+        size: Longest side of the bounding box in the units of the file.
+        thinness: Shortest side of the bounding box divided by the longest side.
+        materials: Number of materials that visible objects use.
+        colored: Whether the materials have a texture, vertex colors or different colors.
         textures: Number of textures.
-        missing_textures: Number of textures and material files that are missing or unreadable.
-        animated: Whether there is an animation; its first frame is rendered.
+        missing_textures: Number of missing or unreadable textures, material files and materials.
+        animated: Whether the file contains animations. Only the first frame is rendered.
         hidden: Number of hidden objects, which are ignored.
-        cameras: Number of cameras in the file, which are ignored.
-        lights: Number of lights in the file, which are ignored.
+        cameras: Number of cameras, which are ignored.
+        lights: Number of lights, which are ignored.
     """
 
     triangles: int
@@ -92,11 +92,11 @@ class Measures(MeshMeasures):
     """Measures of a mesh and its views.
 
     Attributes:
-        coverage: Fraction of the image that the object covers, averaged over the views.
-        coverage_min: Minimum of that fraction over the views.
+        coverage: Mean fraction of the image that the object covers.
+        coverage_min: Minimum fraction of the image that the object covers in a view.
         cropped: Fraction of views in which the object touches the image border.
-        white: Fraction of the object's pixels that are white, over all views.
-        black: Fraction of the object's pixels that are black, over all views.
+        white: Fraction of white pixels among the pixels of the object in all views.
+        black: Fraction of black pixels among the pixels of the object in all views.
     """
 
     coverage: float
@@ -111,9 +111,9 @@ class Rule:
     """Comparison of a measure with a number.
 
     Attributes:
-        measure: Field of ``Measures``.
-        sign: One of < <= == >= >.
-        number: Number to compare with.
+        measure: Name of a field of ``Measures``.
+        sign: One of the operators <, <=, ==, >= and >.
+        number: Number with which the measure is compared.
     """
 
     measure: str
@@ -129,10 +129,10 @@ MEASURE_NAMES = tuple(field.name for field in dataclasses.fields(Measures))
 
 
 def parse_rule(text: str) -> Rule:
-    """Parse a rule such as ``coverage >= 0.01``.
+    """Parse a rule, for example ``coverage >= 0.01``.
 
     Raises:
-        RuleError: The text is not a rule.
+        RuleError: The text is not a valid rule.
     """
     found = re.fullmatch(r"\s*(\w+)\s*(<=|>=|==|<|>)\s*([0-9.eE+-]+)\s*", text)
     try:
@@ -148,7 +148,7 @@ def parse_rule(text: str) -> Rule:
 
 
 def broken_rules(measures: Measures, rules: Sequence[Rule]) -> str:
-    """Describe the violated rules, for example ``white 0.99, expected <= 0.98``; "" if there are none."""
+    """Describe the violated rules, for example ``white 0.99, expected <= 0.98``, or return "" if there are none."""
     return "; ".join(
         f"{rule.measure} {float(getattr(measures, rule.measure)):.4g}, expected {rule.sign} {rule.number:g}"
         for rule in rules
@@ -157,7 +157,15 @@ def broken_rules(measures: Measures, rules: Sequence[Rule]) -> str:
 
 
 def measure_views(mesh: MeshMeasures, views: Sequence[npt.NDArray[np.uint8]]) -> Measures:
-    """Add measures of the views, (H, W, 4) uint8 each, to those of the mesh."""
+    """Compute the measures of the views.
+
+    Args:
+        mesh: Measures of the mesh file.
+        views: RGBA images, shape (H, W, 4) and dtype uint8.
+
+    Returns:
+        The measures of the mesh file and of the views.
+    """
     solid = [np.asarray(view[..., 3] > _SOLID) for view in views]
     white = [np.asarray((view[..., :3] >= _WHITE).all(axis=-1)) for view in views]
     black = [np.asarray((view[..., :3] < _BLACK).all(axis=-1)) for view in views]
@@ -180,10 +188,14 @@ def encode_measures(measures: Measures) -> bytes:
 
 
 def decode_measures(key: str, content: bytes) -> Measures:
-    """Decode the measures that ``encode_measures`` encoded.
+    """Decode measures that were encoded by ``encode_measures``.
+
+    Args:
+        key: Key of the sample, for error messages.
+        content: Encoded measures.
 
     Raises:
-        RuleError: Fields are missing or unknown, or a value has the wrong type or is not finite.
+        RuleError: Fields are missing or unknown, or a value has an unexpected type or is not finite.
     """
     try:
         record: Any = json.loads(content)

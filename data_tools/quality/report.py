@@ -1,7 +1,7 @@
-"""Statistics of a folder of shards, as text and as one HTML page with images: ``python -m data_tools inspect``.
+"""The command ``python -m data_tools inspect``, which prints statistics and writes an HTML page.
 
-They cover the cameras (distance, elevation, field of view, position), image coverage and sizes, licenses, creators and
-failures. The page is self-contained.
+The statistics describe the cameras (distance, elevation, field of view, position), image coverage and sizes, licenses,
+creators and failures. The page is a single file that contains all images.
 """
 
 import base64
@@ -28,28 +28,28 @@ from lrm_pl.errors import counted
 
 PAGE_NAME = "inspect.html"
 
-#: Bins of a histogram, and rows of a table.
+#: Number of bins in a histogram, and maximum number of rows in a table.
 _BARS, _LINES = 24, 20
 
-#: Maximum number of points in the plot of the camera positions.
+#: Maximum number of points in the plot of camera positions.
 _DOTS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Statistics of a folder. N is the number of views of all objects.
+    """Statistics of a folder of shards, where N is the total number of views.
 
     Attributes:
         infos: Records of all objects.
-        splits: Number of objects per split, and of rejected objects.
-        geometry: Number of objects with depth, normals and surface points.
-        distance: (N) distance of the cameras from the origin, in scene units.
-        elevation_deg: (N) elevation angle of the cameras.
-        fov_deg: (N) horizontal field of view.
-        camera_positions: (N, 3) world positions of the cameras.
-        coverage: (N) fraction of the image that the object covers.
-        side: (N) longer side of the images, in pixels.
-        view_bytes: (N) size of the image files.
+        splits: Number of objects with the keys "train", "val" and "rejected".
+        geometry: Number of objects with the keys "depth", "normal" and "surface".
+        distance: (N,) distances of the cameras from the origin in scene units.
+        elevation_deg: (N,) elevation angles of the cameras in degrees.
+        fov_deg: (N,) horizontal fields of view in degrees.
+        camera_positions: (N, 3) positions of the cameras in world coordinates.
+        coverage: (N,) fractions of the image that the object covers.
+        side: (N,) longer sides of the images in pixels.
+        view_bytes: (N,) sizes of the image files in bytes.
     """
 
     infos: tuple[SampleInfo, ...]
@@ -76,13 +76,16 @@ class Statistics:
 
 
 def inspect(folder: Path) -> Path:
-    """Print the statistics of a folder, and write the page.
+    """Print the statistics of a folder of shards, and write the HTML page.
+
+    Args:
+        folder: Folder of shards.
 
     Returns:
         Path of the page.
 
     Raises:
-        ShardError: The folder is not a finished folder of shards, or is damaged.
+        ShardError: The folder is not a complete folder of shards, or a shard is damaged.
     """
     manifest = read_manifest(folder)
     found = collect_statistics(folder, manifest)
@@ -110,7 +113,7 @@ def inspect(folder: Path) -> Path:
 
 
 def collect_statistics(folder: Path, manifest: Manifest) -> Statistics:
-    """Read all samples.
+    """Read all samples of a folder of shards, and compute the statistics.
 
     Raises:
         ShardError: A sample cannot be read.
@@ -157,7 +160,7 @@ def count_values(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
     """Count licenses, creators, renderers, outcomes and reasons of failures."""
     failures = read_failures(folder)
     reasons = (record["reason"].partition("\n")[0][:80] for record in failures.values())
-    has_table = (folder / FILTER_NAME).is_file()  # written by `render` only
+    has_table = (folder / FILTER_NAME).is_file()  # only `render` writes this file
     rejected = found.splits["rejected"]
     known = Counter(kept=found.splits.total() - rejected, rejected=rejected, failed=len(failures))
     return {
@@ -170,7 +173,7 @@ def count_values(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
 
 
 def render_page(folder: Path, manifest: Manifest, found: Statistics) -> str:
-    """Render the page. Text from records is escaped."""
+    """Return the HTML page. Text from the records of objects is escaped."""
     sheet = base64.b64encode((folder / SHEET_NAME).read_bytes()).decode()
     train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
     figures = "".join(
@@ -202,7 +205,7 @@ and {counted(rejected, "rejected object")}, in {counted(len(manifest.shards), "s
 
 
 def histogram(values: npt.NDArray[np.float64], width: int = 300, height: int = 120) -> str:
-    """Draw a histogram as SVG, labeled with the minimum and the maximum."""
+    """Return a histogram as SVG, labeled with the minimum and the maximum."""
     low, high = float(values.min()), float(values.max())
     counts, _ = np.histogram(values, bins=_BARS, range=(low, high if high > low else low + 1))
     step, top = width / _BARS, height / counts.max()
@@ -219,7 +222,7 @@ def histogram(values: npt.NDArray[np.float64], width: int = 300, height: int = 1
 
 
 def plot_cameras(positions: npt.NDArray[np.float64], side: int = 220) -> str:
-    """Plot camera positions and the unit circle as SVG, from above (x, y) and from the front (x, z)."""
+    """Return an SVG with the camera positions and the unit circle, from above (x, y) and from the front (x, z)."""
     shown = positions[:: max(1, -(-len(positions) // _DOTS))]
     scale = side / 2 / (1.05 * max(1.0, float(np.abs(positions).max())))
     parts = []

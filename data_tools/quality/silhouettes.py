@@ -1,11 +1,14 @@
-"""Silhouette coherence: whether one object can produce the silhouettes of all views under the given cameras.
+"""Silhouette coherence test, which checks whether the silhouettes of all views can show the same object.
 
-A ray through a pixel of the object hits the object at some point, and the projection of this point lies inside the
-silhouette of every other view. The distance of a ray is the minimum over its points of the maximum distance to the
-silhouettes of the other views, in grid cells. It is 0 for correct cameras, up to sampling errors (Hernandez, Schmitt
-and Cipolla, "Silhouette Coherence for Camera Calibration under Circular Motion", PAMI 2007). Coherence is a necessary
-condition: the views of a sphere are coherent in any order. Altered cameras therefore show whether the test can detect
-errors for a given object. numpy only.
+A ray through a pixel of the object intersects the object, and the intersection point projects into the silhouettes of
+all other views. For each point on the ray, the maximum distance between the projection and the silhouettes is computed
+in grid cells. The distance of the ray is the minimum over all points. If the cameras are correct, it is 0 except for
+sampling errors (Hernandez, Schmitt and Cipolla, "Silhouette Coherence for Camera Calibration under Circular Motion",
+PAMI 2007).
+
+Coherence is a necessary condition but not a sufficient condition. For example, the views of a sphere are coherent in
+any order. Therefore, the test is repeated with modified cameras to determine whether errors can be detected for the
+object. The module requires only NumPy.
 """
 
 import dataclasses
@@ -14,39 +17,41 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-#: Maximum distance, in cells; larger ones are clipped.
+#: Distance to which larger distances are clipped, in cells.
 _MAX_DISTANCE = 6
 
-#: Rays per view, three quarters of them along the silhouette; points per ray; other views per ray.
+#: Maximum number of rays per view, number of points per ray, and maximum number of views to which a point is projected.
+#: Three quarters of the rays are at the boundary of the silhouette.
 _RAYS, _POINTS, _OTHER_VIEWS = 96, 96, 12
 
-#: Half the side length of the box that contains the object: [-1, 1]^3 with a margin.
+#: Half of the side length of the box that contains the object, which is [-1, 1]^3 with a margin.
 _HALF_SIDE = 1.05
 
-#: Detectability test: minimum angle between two swapped views, in degrees, and maximum number of pairs.
+#: Minimum angle between two views that are swapped to test whether errors are detectable, and maximum number of pairs.
 _MIN_ANGLE_DEG, _MAX_PAIRS = 30, 24
 
-#: Fraction of the swapped pairs that must be detected.
+#: Minimum fraction of swapped pairs that must be detected.
 _MIN_DETECTED = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class CoherenceTolerance:
-    """Resolution of the test, and tolerance for errors of masks and cameras.
+    """Resolution of the test, and tolerance for errors in masks and cameras.
 
     Attributes:
         cells: Maximum number of grid cells along each side of an image.
-        tolerance: Maximum mean distance of a view's rays for a correct camera, in cells.
+        tolerance: Maximum mean distance of the rays of a view with a correct camera, in cells.
     """
 
     cells: int
     tolerance: float
 
 
-#: Rendered views. The maximum distance over 724 objects (demo, furniture; 12 views, 8 samples per pixel) was 0.115.
+#: Tolerance for rendered views. The maximum distance for the 724 objects of the demo assets and of ``fetch
+#: sweethome3d`` was 0.115, with 12 views and 8 samples per pixel.
 RENDERED = CoherenceTolerance(128, 0.15)
 
-#: Video frames, whose masks and poses are estimates.
+#: Tolerance for video frames. It is larger, because the masks and poses are estimates.
 FILMED = CoherenceTolerance(32, 0.4)
 
 
@@ -55,8 +60,8 @@ class Silhouettes:
     """Silhouettes of the V views of an object.
 
     Attributes:
-        distance: (V, cells, cells) distance to the nearest nonempty cell, in cells.
-        pixels: V arrays (R, 2) of normalized image coordinates (x, y) of pixels on the object.
+        distance: (V, cells, cells) distances to the nearest nonempty cell, in cells.
+        pixels: V arrays with shape (R, 2) of normalized image coordinates (x, y) of pixels on the object.
     """
 
     distance: npt.NDArray[np.float32]
@@ -73,8 +78,8 @@ class Coherence:
     """Result of the coherence test.
 
     Attributes:
-        distances: (V) mean distance of each view's rays, in cells.
-        undetectable: Camera errors that the silhouettes of this object do not reveal; empty if the test failed.
+        distances: (V,) mean distance of the rays of each view, in cells.
+        undetectable: Camera errors that the silhouettes of the object do not reveal. It is empty if the test failed.
     """
 
     distances: npt.NDArray[np.float64]
@@ -85,8 +90,8 @@ def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Sil
     """Compute distance maps from masks, and sample pixels on the object.
 
     Args:
-        alphas: V masks (H, W), 0 to 255.
-        cells: Maximum number of cells along each side.
+        alphas: V masks with shape (H, W) and values in [0, 255].
+        cells: Maximum number of cells along each side of an image.
     """
     rng = np.random.default_rng(0)
     distances, pixels = [], []
@@ -98,7 +103,7 @@ def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Sil
         inner = _all_neighbors(solid)
         solid = _any_neighbor(
             inner
-        )  # opening removes lines thinner than three cells, which other views may miss
+        )  # opening removes lines thinner than three cells, which are not visible in all views
         chosen = [
             rng.permutation(np.argwhere(where))[:count]
             for where, count in ((solid & ~inner, _RAYS * 3 // 4), (inner, _RAYS // 4))
@@ -113,13 +118,15 @@ def check_coherence(
     fxfycxcy: npt.NDArray[np.float32],
     tolerance: float,
 ) -> Coherence:
-    """Test cameras against silhouettes. If they pass, test whether wrong cameras would be detected.
+    """Test whether cameras are consistent with silhouettes.
+
+    If they are consistent, the function also tests whether swapped poses and incorrect focal lengths would be detected.
 
     Args:
         silhouettes: Silhouettes of V views.
-        c2w: (V, 4, 4) OpenCV poses.
+        c2w: (V, 4, 4) camera-to-world matrices in the OpenCV convention.
         fxfycxcy: (V, 4) normalized intrinsics.
-        tolerance: Maximum mean distance of a view's rays for a correct camera, in cells.
+        tolerance: Maximum mean distance of the rays of a view with a correct camera, in cells.
     """
     views = np.arange(len(c2w))
     distances = ray_distances(silhouettes, c2w, fxfycxcy, views, views)
@@ -142,7 +149,10 @@ def check_coherence(
 def _swapped_distances(
     silhouettes: Silhouettes, c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float64]:
-    """Return the larger distance of each pair of views after swapping their cameras; 0 if there is no pair."""
+    """Swap the images of pairs of views, and return the larger distance of each pair.
+
+    If there are no pairs, [0] is returned.
+    """
     views = np.arange(len(c2w))
     forward = c2w[:, :3, 2].astype(np.float64)
     pairs = np.argwhere(np.triu(forward @ forward.T < np.cos(np.radians(_MIN_ANGLE_DEG)), 1))
@@ -161,17 +171,17 @@ def ray_distances(
     images: npt.NDArray[np.int64],
     views: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float64]:
-    """Return the mean distance of the rays of each view, in cells.
+    """Compute the mean distance of the rays of each view.
 
     Args:
         silhouettes: Silhouettes of V views.
-        c2w: (V, 4, 4) OpenCV poses.
+        c2w: (V, 4, 4) camera-to-world matrices in the OpenCV convention.
         fxfycxcy: (V, 4) normalized intrinsics.
-        images: (V) index of the image of each camera.
-        views: (N) indices of the cameras to test.
+        images: (V,) indices of the images that belong to the cameras.
+        views: (N,) indices of the cameras to test.
 
     Returns:
-        (N) distances; 0 for an image without an object.
+        (N,) distances in cells. If the object is not visible in an image, the distance is 0.
     """
     maps = _padded(silhouettes)
     count = len(c2w)
@@ -205,16 +215,16 @@ def uncovered_distances(
     c2w: npt.NDArray[np.float32],
     fxfycxcy: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float64]:
-    """Return the mean distance of each view's object pixels to the nearest projected surface point, in cells.
+    """Compute the mean distance between the pixels of the object and the nearest projected surface point.
 
     Args:
         silhouettes: Silhouettes of V views.
-        points: (N, 3) points on the surface of the object.
-        c2w: (V, 4, 4) OpenCV poses.
+        points: (N, 3) points on the surface of the object in world coordinates.
+        c2w: (V, 4, 4) camera-to-world matrices in the OpenCV convention.
         fxfycxcy: (V, 4) normalized intrinsics.
 
     Returns:
-        (V) distances; 0 for an image without an object.
+        (V,) distances in cells. If the object is not visible in an image, the distance is 0.
     """
     cells = silhouettes.cells
     means = []
@@ -230,14 +240,14 @@ def uncovered_distances(
 
 
 def _padded(silhouettes: Silhouettes) -> npt.NDArray[np.float32]:
-    """Pad the distance maps with zeros: outside an image, a point may be on the object."""
+    """Pad the distance maps with zeros, because a point outside an image can be on the object."""
     return np.pad(silhouettes.distance, ((0, 0), (1, 1), (1, 1)))
 
 
 def _projection(
     pose: npt.NDArray[np.float32], camera: npt.NDArray[np.float32], silhouettes: Silhouettes
 ) -> npt.NDArray[np.float64]:
-    """Return the matrix that maps world directions to homogeneous coordinates of the padded maps."""
+    """Return the matrix that maps world directions to homogeneous coordinates in the padded maps, shape (3, 3)."""
     fx, fy, cx, cy = camera.astype(np.float64) * silhouettes.cells
     return pose[:3, :3] @ np.array([[fx, 0, 0], [0, fy, 0], [cx + 1, cy + 1, 1]])
 
@@ -248,7 +258,7 @@ def _look_up(
     row: npt.NDArray[np.floating],
     z: npt.NDArray[np.floating],
 ) -> npt.NDArray[np.float32]:
-    """Look up distances at homogeneous coordinates; points behind the camera get the maximum distance."""
+    """Look up distances at homogeneous coordinates. Points behind the camera have the distance ``_MAX_DISTANCE``."""
     behind = z < 1e-6
     scale = 1 / np.where(behind, 1, z)
     last = len(padded) - 1
@@ -262,7 +272,16 @@ def _look_up(
 def _inside(
     origin: npt.NDArray[np.floating], rays: npt.NDArray[np.floating]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the distances at which rays enter and leave the object's box; far <= near for rays that miss it."""
+    """Compute the intersections of rays with the box that contains the object.
+
+    Args:
+        origin: (3,) origin of the rays.
+        rays: (N, 3) directions of the rays.
+
+    Returns:
+        Ray parameters of the first and the second intersection, shape (N,). If a ray does not intersect the box, the
+        second parameter is not larger than the first.
+    """
     rays = np.where(np.abs(rays) < 1e-12, 1e-12, rays)
     ends = (np.array([[-_HALF_SIDE], [_HALF_SIDE]]) - origin)[:, None] / rays
     return np.maximum(ends.min(axis=0).max(axis=1), 1e-3), ends.max(axis=0).min(axis=1)
@@ -271,12 +290,17 @@ def _inside(
 def _cells(
     alpha: npt.NDArray[np.uint8], side: int, *, edges: bool
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Reduce a mask to cells, and return which cells are nonempty and which are mostly covered.
+    """Reduce a mask to a grid of cells.
 
     Args:
-        alpha: (H, W) mask.
+        alpha: (H, W) mask with values in [0, 255].
         side: Number of cells along each side.
-        edges: Whether the mask is antialiased. In a binary mask, pixels next to the object may be partly covered.
+        edges: Whether the mask is antialiased. If it is binary, pixels next to the object are treated as part of the
+            object, because they can be partly covered.
+
+    Returns:
+        Masks with shape (side, side) of the cells that are nonempty, and of the cells that are covered by at least one
+        half.
     """
     rows, columns = (np.linspace(0, size, side + 1).astype(int)[:-1] for size in alpha.shape)
 
@@ -293,19 +317,22 @@ def _cells(
 
 
 def _any_neighbor(cells: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Dilate a mask by one cell, diagonals included."""
+    """Dilate a mask by one cell, including diagonal neighbors."""
     padded = np.pad(cells, 1)
     rows = padded[:-2] | padded[1:-1] | padded[2:]
     return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
 
 
 def _all_neighbors(cells: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Erode a mask by one cell, diagonals included."""
+    """Erode a mask by one cell, including diagonal neighbors."""
     return ~_any_neighbor(~cells)
 
 
 def _distance(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-    """Return the clipped distance of each cell to the nearest nonempty one: minimum over columns, then over rows."""
+    """Return the distance of each cell to the nearest nonempty cell, clipped to ``_MAX_DISTANCE``.
+
+    The squared distance is separable, so the minimum is computed along one axis and then along the second axis.
+    """
     far, size = _MAX_DISTANCE, len(seen)
     squared = np.where(seen, 0, far**2)
     for _ in range(2):

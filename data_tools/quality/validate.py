@@ -1,7 +1,7 @@
-"""Validation of every byte of a folder of shards: ``python -m data_tools validate``.
+"""The command ``python -m data_tools validate``, which checks every byte of a folder of shards.
 
-For each shard, the size, the sha256, the tar members and the index are checked; for each sample, the schema, all
-images, depth, normals and surface points, and the consistency of cameras and images (``silhouettes``).
+The size, sha256, tar members and index of each shard are checked. For each sample, the schema, the images, the depth
+and normal maps, the surface points and the cameras (see ``silhouettes``) are checked.
 """
 
 import dataclasses
@@ -50,27 +50,27 @@ from lrm_pl.data.schema import (
 from lrm_pl.data.surface import decode_surface
 from lrm_pl.errors import InputError, counted
 
-#: Maximum number of pixels in all views of an object: 64 views of 2048 x 2048.
+#: Maximum number of pixels in all views of an object, which is 64 views of 2048 x 2048 pixels.
 _MAX_PIXELS = 1 << 28
 
-#: Maximum mean distance of a view's pixels to the nearest projected surface point, in cells of 1/128 of the image.
+#: Maximum mean distance between the pixels of a view and the nearest projected surface point, in grid cells.
 _MAX_UNCOVERED = 0.5
 
-#: Error that cannot be detected for one-sided surfaces.
+#: Camera error that cannot be detected if surfaces are one-sided.
 WRONG_CAMERAS = "wrong cameras (one-sided surfaces)"
 
-#: Maximum number of samples listed per line.
+#: Maximum number of samples that are listed in a line.
 _NAMED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A problem found in a shard.
+    """A problem in a shard.
 
     Attributes:
-        shard: File name.
-        sample: Key of the sample; "" for the shard as a whole.
-        message: Description.
+        shard: File name of the shard.
+        sample: Key of the sample, or "" if the problem does not belong to a sample.
+        message: Description of the problem.
     """
 
     shard: str
@@ -83,9 +83,9 @@ class ShardReport:
     """Result of checking a shard.
 
     Attributes:
-        problems: Problems found.
-        undetectable: Camera errors that the views of a sample do not reveal, by key.
-        shapes: Number of views, and (height, width) of the images, by key.
+        problems: Problems in the shard.
+        undetectable: Mapping from sample keys to camera errors that the views do not reveal.
+        shapes: Mapping from sample keys to (number of views, (height, width) of the images).
     """
 
     problems: list[Problem]
@@ -98,7 +98,7 @@ class CheckedViews:
     """Result of checking the views of a sample.
 
     Attributes:
-        size: (height, width) of the images.
+        size: Height and width of the images.
         silhouettes: Silhouettes of the views.
         undetectable: Camera errors that the views do not reveal.
     """
@@ -113,13 +113,13 @@ def validate(folder: Path, jobs: int | None = None) -> int:
 
     Args:
         folder: Folder of shards.
-        jobs: Number of processes; None for the number of CPU cores.
+        jobs: Number of processes. If None, the number of available CPU cores is used.
 
     Returns:
         Number of problems.
 
     Raises:
-        ShardError: The folder is not a finished folder of shards.
+        ShardError: The folder is not a complete folder of shards.
         InputError: A process was killed.
     """
     manifest = read_manifest(folder)
@@ -169,13 +169,18 @@ def validate(folder: Path, jobs: int | None = None) -> int:
 
 
 def undetectable_message(error: str, keys: Sequence[str]) -> str:
-    """Describe the objects whose views do not reveal a camera error."""
+    """Return a message that lists objects whose views do not reveal a camera error.
+
+    Args:
+        error: Name of the camera error.
+        keys: Keys of the samples.
+    """
     more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
     return f"{error} cannot be detected for {counted(len(keys), 'object')}: {', '.join(keys[:_NAMED])}{more}"
 
 
 def check_shard(folder: Path, shard: Shard) -> ShardReport:
-    """Check a shard and its samples."""
+    """Check a shard and all samples in the shard."""
     report = ShardReport([], {}, {})
 
     def add(sample: str, message: str) -> None:
@@ -189,7 +194,7 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
                 sample = decode_sample(key, content)
                 encoded = sample.extras.get(MEASURES_MEMBER)
                 one_sided = encoded is not None and decode_measures(key, encoded).one_sided
-                # Rejected objects may be almost invisible.
+                # The cameras of rejected objects are not checked, because the objects may be almost invisible.
                 checked = check_views(sample, cameras=not shard.rejected, one_sided=one_sided)
                 report.shapes[key] = (sample.info.views, checked.size)
                 report.undetectable[key] = checked.undetectable
@@ -204,10 +209,14 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
 
 
 def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
-    """Check that the surface points of a sample cover the object in its views.
+    """Check whether the surface points of a sample cover the object in all views.
+
+    Args:
+        sample: Sample with surface points.
+        silhouettes: Silhouettes of the views of the sample.
 
     Raises:
-        SampleError: They do not.
+        SampleError: The points are invalid or do not cover the object.
     """
     key = sample.info.id
     points, _ = decode_surface(key, sample.extras[SURFACE_MEMBER])
@@ -225,7 +234,15 @@ def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
 
 
 def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Iterator[Problem]:
-    """Find duplicate ids, and samples with another number or size of views."""
+    """Find duplicate ids, and samples whose number or size of views differs from the other samples.
+
+    Args:
+        manifest: Manifest of the folder.
+        reports: Reports of all shards, in the order of the manifest.
+
+    Yields:
+        The problems.
+    """
     first: dict[str, str] = {}
     sizes = Counter(size for report in reports for _, size in report.shapes.values())
     usual = sizes.most_common(1)[0][0] if sizes else (0, 0)
@@ -242,7 +259,10 @@ def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Itera
 
 
 def find_file_problems(folder: Path, shard: Shard) -> Iterator[str]:
-    """Compare the file of a shard with the hash in the manifest, and with its index.
+    """Compare the file of a shard with the hash in the manifest and with the index.
+
+    Yields:
+        Descriptions of the differences.
 
     Raises:
         ShardError: The index is missing, or does not match the tar file.
@@ -255,7 +275,14 @@ def find_file_problems(folder: Path, shard: Shard) -> Iterator[str]:
 
 
 def find_index_problems(path: Path, index: MemberIndex) -> Iterator[str]:
-    """Compare the headers of a tar file with its index. Only regular files with valid names are allowed.
+    """Compare the headers of a tar file with the index. Only regular files with valid names are allowed.
+
+    Args:
+        path: Path of the tar file.
+        index: Member index of the tar file.
+
+    Yields:
+        Descriptions of the differences.
 
     Raises:
         tarfile.TarError: The file is not a tar file.
@@ -273,14 +300,17 @@ def find_index_problems(path: Path, index: MemberIndex) -> Iterator[str]:
 
 
 def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
-    """Decode the views one at a time, and yield the alpha channel of each.
+    """Decode the views of a sample one at a time.
+
+    Yields:
+        The alpha channel of each view, shape (H, W).
 
     Raises:
         SampleError: A view cannot be decoded, or the views have too many pixels.
     """
     left = _MAX_PIXELS
     for view in sample.views:
-        alpha = decode_image(sample.info.id, view)[..., 3].copy()  # releases the colors
+        alpha = decode_image(sample.info.id, view)[..., 3].copy()  # the copy releases the color channels
         left -= alpha.size
         if left < 0:
             raise SampleError(
@@ -293,12 +323,13 @@ def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False) -> CheckedViews:
-    """Check the images of a sample, and the consistency of its cameras with them.
+    """Check the images of a sample, and whether the cameras are consistent with the images.
 
     Args:
-        sample: The sample.
+        sample: Sample to check.
         cameras: Whether to check the cameras.
-        one_sided: Whether surfaces are invisible from behind, so that silhouettes need not be coherent.
+        one_sided: Whether surfaces are visible from one side only. The silhouettes of such surfaces are not always
+            coherent.
 
     Raises:
         SampleError: An image or a camera is invalid.
