@@ -1,4 +1,4 @@
-"""Readers of other projects' layouts of rendered or filmed views, one module per layout.
+"""Readers of folders of views that were rendered or recorded by other projects, with one module per layout.
 
-Each returns ``PosedViews`` in the conventions of ``lrm_pl.conventions``.
+The readers return ``PosedViews`` in the conventions of ``lrm_pl.conventions``.
 """

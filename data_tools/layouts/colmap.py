@@ -1,11 +1,14 @@
-"""Reader of COLMAP's binary models (colmap.github.io/format.html), little endian.
+"""Reader of COLMAP models in the binary format (colmap.github.io/format.html), which is little endian.
 
-    cameras.bin   count; each: id u32, model i32, width u64, height u64, parameters f64
-    images.bin    count; each: id u32, rotation w x y z and translation f64 (world-to-camera, OpenCV axes),
-                  camera u32, null-terminated name, count of points u64; each: x y f64, id i64
+    cameras.bin   number of cameras (u64), and for each camera
+                  id (u32), model (i32), width (u64), height (u64), parameters (f64)
+    images.bin    number of images (u64), and for each image
+                  id (u32), rotation w x y z (f64), translation (f64), camera (u32), null-terminated name,
+                  number of points (u64), and for each point x y (f64), id (i64)
 
-Counts are untrusted: records are read sequentially without preallocation. The center of the first pixel is (0.5, 0.5),
-as in ``lrm_pl.conventions``.
+The rotation and translation are a world-to-camera transform with OpenCV axes. The numbers of records are untrusted, so
+the records are read sequentially without preallocation. The center of the first pixel is (0.5, 0.5), as in
+``lrm_pl.conventions``.
 """
 
 import dataclasses
@@ -18,10 +21,10 @@ import numpy.typing as npt
 
 from data_tools.layouts.files import LayoutError, read_file
 
-#: Maximum size of a file.
+#: Maximum size of a file in bytes.
 _MAX_MODEL_BYTES = 1 << 28
 
-#: Camera model id -> names of its parameters.
+#: Mapping from the ids of camera models to the names of the parameters.
 _MODELS = {
     0: ("f", "cx", "cy"),  # SIMPLE_PINHOLE
     1: ("fx", "fy", "cx", "cy"),  # PINHOLE
@@ -37,7 +40,7 @@ _POINT_BYTES = 24
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """Camera intrinsics in pixels, with OpenCV's distortion coefficients."""
+    """Camera intrinsics in pixels, with the distortion coefficients of OpenCV."""
 
     width: int
     height: int
@@ -51,7 +54,14 @@ class Camera:
     p2: float = 0.0
 
     def displacement(self, pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Return the displacement of image points by lens distortion: (N, 2) pixels -> (N) pixels."""
+        """Compute the displacement of image points by lens distortion.
+
+        Args:
+            pixels: (N, 2) image points in pixels.
+
+        Returns:
+            (N,) displacements in pixels.
+        """
         x, y = (pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy
         square = x * x + y * y
         radial = self.k1 * square + self.k2 * square**2
@@ -62,11 +72,11 @@ class Camera:
 
 @dataclasses.dataclass(frozen=True)
 class PosedImage:
-    """An image registered by COLMAP.
+    """An image whose pose COLMAP estimated.
 
     Attributes:
         name: File name.
-        c2w: (4, 4) float64 pose, OpenCV axes, in COLMAP's world.
+        c2w: (4, 4) float64 camera-to-world matrix with OpenCV axes, in the world coordinates of COLMAP.
         camera: Intrinsics.
     """
 
@@ -76,7 +86,13 @@ class PosedImage:
 
 
 def read_model(folder: Path) -> list[PosedImage]:
-    """Read the images of a model, sorted by name.
+    """Read the images of a model.
+
+    Args:
+        folder: Folder that contains ``cameras.bin`` and ``images.bin``.
+
+    Returns:
+        The images, sorted by name.
 
     Raises:
         LayoutError: A file is missing, truncated or invalid.
@@ -86,10 +102,10 @@ def read_model(folder: Path) -> list[PosedImage]:
 
 
 def read_cameras(path: Path) -> dict[int, Camera]:
-    """Read ``cameras.bin``: id -> camera.
+    """Return a mapping from ids to the cameras in ``cameras.bin``.
 
     Raises:
-        LayoutError: The file is missing or truncated, or a camera model is not supported.
+        LayoutError: The file is missing, truncated or invalid, or a camera model is not supported.
     """
     reader, cameras = _Reader(path), dict[int, Camera]()
     for _ in range(reader.read_count()):
@@ -120,8 +136,8 @@ def read_images(path: Path, cameras: dict[int, Camera]) -> list[PosedImage]:
     """Read ``images.bin``.
 
     Args:
-        path: The file.
-        cameras: Id -> camera.
+        path: Path of the file.
+        cameras: Mapping from ids to cameras.
 
     Raises:
         LayoutError: The file is missing, truncated or invalid.
@@ -145,14 +161,14 @@ def read_images(path: Path, cameras: dict[int, Camera]) -> list[PosedImage]:
 
 
 def _rotation(quaternion: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Convert a unit quaternion (w, x, y, z) to a (3, 3) matrix: I + 2 w [v] + 2 [v]^2."""
+    """Convert a unit quaternion (w, x, y, z) to the rotation matrix I + 2 w [v] + 2 [v]^2, where v = (x, y, z)."""
     w, x, y, z = quaternion
     cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
     return np.eye(3) + 2 * w * cross + 2 * cross @ cross
 
 
 class _Reader:
-    """Bounds-checked sequential reader of a binary file."""
+    """Sequential reader of a binary file with bounds checks."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._content, self._at = path, read_file(path, _MAX_MODEL_BYTES), 0

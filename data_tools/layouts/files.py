@@ -1,6 +1,6 @@
-"""Shared by all layouts: search for object folders, and safe reading of untrusted files.
+"""Search for object folders, and safe readers of untrusted files, which all layouts use.
 
-File sizes and array headers are checked before data are read or allocated. Pickles are rejected.
+File sizes and array headers are checked before data are read and memory is allocated. Pickled arrays are rejected.
 """
 
 import dataclasses
@@ -24,25 +24,25 @@ from lrm_pl.data.schema import HEADER_ERRORS, MAX_IMAGE_SIDE, encode_image
 from lrm_pl.errors import InputError
 from lrm_pl.images import DECODE_ERRORS, open_image, webp_size
 
-#: Maximum size of a file of poses or intrinsics.
+#: Maximum size of a file with poses or intrinsics in bytes.
 _MAX_ARRAY_BYTES = 1 << 20
 
-#: Maximum views of a sample, whose numbers have three digits.
+#: Maximum number of views of a sample. The number of a view has three digits.
 MAX_VIEWS = 999
 
 
 class LayoutError(InputError):
-    """A folder or file does not follow its layout."""
+    """Raised if a folder or file does not match the layout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PosedViews:
-    """Views of one object with cameras, in the conventions of ``lrm_pl.conventions``.
+    """Views and cameras of an object, in the conventions of ``lrm_pl.conventions``.
 
     Attributes:
-        c2w: (V, 4, 4) float32 poses, OpenCV, +z up.
-        fxfycxcy: (V, 4) float32 intrinsics, normalized by image width and height.
-        views: V encoded RGBA images, sRGB.
+        c2w: (V, 4, 4) float32 camera-to-world matrices in the OpenCV convention, with +z up.
+        fxfycxcy: (V, 4) float32 intrinsics divided by the image width and height.
+        views: V encoded RGBA images in sRGB.
     """
 
     c2w: npt.NDArray[np.float32]
@@ -51,14 +51,17 @@ class PosedViews:
 
 
 def find_folders(root: Path, names: str) -> list[Path]:
-    """Find the folders that contain a file or folder of a given name, sorted. Their subfolders are not searched.
+    """Find all folders that contain a file or folder whose name matches a pattern.
 
-    Links to folders are followed, and each folder is returned once. Dangling links are returned too, so that reading
-    them reports an error.
+    Subfolders of a matching folder are not searched. Symbolic links to folders are followed, and each folder is
+    returned only once. Dangling links are also returned, so that an error is reported when they are read.
 
     Args:
         root: Folder to search.
-        names: Regular expression of the names.
+        names: Regular expression for the names.
+
+    Returns:
+        The folders, sorted by path.
 
     Raises:
         LayoutError: A folder cannot be listed.
@@ -84,7 +87,7 @@ def find_folders(root: Path, names: str) -> list[Path]:
 
 
 def numbered_images(folder: Path) -> list[Path]:
-    """List the images of a folder whose names are numbers (``007.png``), in order.
+    """Return the images in a folder whose names are numbers, for example ``007.png``, in order.
 
     Raises:
         LayoutError: Two images have the same number.
@@ -105,10 +108,14 @@ def numbered_images(folder: Path) -> list[Path]:
 
 
 def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
-    """Read a file of at most ``limit`` bytes.
+    """Read a file.
+
+    Args:
+        path: Path of the file.
+        limit: Maximum size of the file in bytes.
 
     Raises:
-        LayoutError: The file is missing or larger.
+        LayoutError: The file is missing or larger than ``limit``.
     """
     if not path.is_file():
         raise LayoutError(expected=f"a file at {path}", found="none")
@@ -118,16 +125,19 @@ def read_file(path: Path, limit: int = MAX_MEMBER_BYTES) -> bytes:
 
 
 def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tuple[bytes, ...]:
-    """Read the images of an object, converted by ``to_rgba_view``.
+    """Read the images of an object and convert them with ``to_rgba_view``.
 
     Args:
-        files: The images.
-        folder: Folder of the object, for messages.
-        aspect: Width over height of the camera.
+        files: Paths of the images.
+        folder: Folder of the object, for error messages.
+        aspect: Expected width of the images divided by the height.
+
+    Returns:
+        The encoded images.
 
     Raises:
-        InputError: There are no or too many images, or an image is too large, of another aspect ratio, or in an
-            unsupported color space.
+        InputError: There are no images or more than ``MAX_VIEWS``, or an image is too large, has an unexpected aspect
+            ratio, or has an unsupported color space.
     """
     if not 1 <= len(files) <= MAX_VIEWS:
         raise LayoutError(
@@ -153,18 +163,19 @@ def read_views(files: Sequence[Path], folder: Path, aspect: float = 1.0) -> tupl
 def to_rgba_view(content: bytes, name: str) -> bytes:
     """Convert an image with transparency to RGBA in sRGB.
 
-    PNG optimizers store RGBA images with a palette, as gray with alpha, or with one transparent color (tRNS).
+    The image can also have a palette, a gray and an alpha channel, or one transparent color (tRNS), because PNG
+    optimizers convert RGBA images to these formats.
 
     Args:
-        content: The encoded image.
-        name: Path for messages.
+        content: Encoded image.
+        name: Path for error messages.
 
     Returns:
-        The converted image. The input is returned unchanged if it is RGBA in sRGB already, has no transparency, or is
-        not a valid image, which is reported when it is decoded.
+        The encoded image. If ``content`` is an RGBA image in sRGB, has no transparency, or is not a valid image, it is
+        returned unchanged. Invalid images are reported when they are decoded.
 
     Raises:
-        ImageError: Its colors cannot be converted to sRGB.
+        ImageError: The colors cannot be converted to sRGB.
     """
     if max(webp_size(content)) > MAX_IMAGE_SIDE:
         return content
@@ -179,19 +190,22 @@ def to_rgba_view(content: bytes, name: str) -> bytes:
                     return content
                 stored = np.asarray(image)
     except ColorSpaceError:
-        pass  # raised again by open_image, with the name
+        pass  # open_image raises the error with the name of the file
     except DECODE_ERRORS:
         return content
-    # The EXIF orientation is ignored: the camera refers to the stored pixels.
+    # The EXIF orientation is ignored, because the camera refers to the stored pixels.
     rgba = np.asarray(open_image(content, name, upright=False))
     return content if stored is not None and np.array_equal(rgba, stored) else encode_image(rgba)
 
 
 def read_pose(path: Path) -> npt.NDArray[np.float64]:
-    """Read a (4, 4) pose from a ``.npy`` file of a 3 x 4 or 4 x 4 matrix.
+    """Read a pose from a ``.npy`` file that contains a (3, 4) or (4, 4) matrix.
+
+    Returns:
+        (4, 4) matrix.
 
     Raises:
-        LayoutError: The file has other contents.
+        LayoutError: The file does not contain such a matrix.
     """
     pose = to_4x4(read_npy(path), str(path))
     if pose.shape != (4, 4):
@@ -203,24 +217,28 @@ def read_npy(path: Path) -> npt.NDArray[np.float64]:
     """Read a numeric array from a ``.npy`` file.
 
     Raises:
-        LayoutError: The file is not a numeric array, or its size differs from the header.
+        LayoutError: The file does not contain a numeric array, or the size does not match the header.
     """
     return parse_npy(read_file(path, _MAX_ARRAY_BYTES), str(path))
 
 
 def read_npz(path: Path, name: str) -> npt.NDArray[np.float64]:
-    """Read one numeric array from a ``.npz`` file.
+    """Read a numeric array from a ``.npz`` file.
+
+    Args:
+        path: Path of the file.
+        name: Name of the array.
 
     Raises:
-        LayoutError: The array is missing or not numeric.
+        LayoutError: The array is missing, not numeric or too large.
     """
     where = f"{path}, {name}"
     content = read_file(path, _MAX_ARRAY_BYTES)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             with archive.open(f"{name}.npy") as member:
-                content = member.read(_MAX_ARRAY_BYTES + 1)  # regardless of the size in the header
-    except (*ZIP_ERRORS, KeyError, OSError) as error:  # bz2 raises OSError
+                content = member.read(_MAX_ARRAY_BYTES + 1)  # the size in the header is not trusted
+    except (*ZIP_ERRORS, KeyError, OSError) as error:  # bz2 raises OSError for invalid data
         raise LayoutError(subject=where, expected="an array", found=error) from error
     if len(content) > _MAX_ARRAY_BYTES:
         raise LayoutError(subject=where, expected=f"at most {_MAX_ARRAY_BYTES} bytes", found="more")
@@ -232,10 +250,10 @@ def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
 
     Args:
         content: Content of the file.
-        where: Path for messages.
+        where: Path for error messages.
 
     Raises:
-        LayoutError: The content is not a numeric array, or its size differs from the header.
+        LayoutError: The content is not a numeric array, or the size does not match the header.
     """
     file = io.BytesIO(content)
     try:
@@ -255,7 +273,7 @@ def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
             remedy="save it without pickling",
         )
     numbers = file.read()
-    # Checked before the allocation, because the header is untrusted.
+    # The size is checked before memory is allocated, because the header is untrusted.
     if any(n < 1 for n in shape) or len(numbers) != math.prod(shape) * dtype.itemsize:
         raise LayoutError(
             subject=where, expected=f"the data of shape {shape} and {dtype}", found=f"{len(numbers)} bytes"
@@ -264,10 +282,17 @@ def parse_npy(content: bytes, where: str) -> npt.NDArray[np.float64]:
 
 
 def to_4x4(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]:
-    """Append the row 0 0 0 1 to (..., 3, 4) matrices; (..., 4, 4) matrices are returned unchanged.
+    """Append the row (0, 0, 0, 1) to matrices.
+
+    Args:
+        matrices: Matrices with shape (..., 3, 4) or (..., 4, 4). The latter are returned unchanged.
+        where: Path for error messages.
+
+    Returns:
+        Matrices with shape (..., 4, 4).
 
     Raises:
-        LayoutError: The shape is another one.
+        LayoutError: The matrices have an unexpected shape.
     """
     if matrices.shape[-2:] == (4, 4):
         return matrices
@@ -278,7 +303,7 @@ def to_4x4(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.floa
 
 
 def invert_poses(poses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Invert rigid (..., 4, 4) transforms."""
+    """Invert rigid transforms with shape (..., 4, 4)."""
     inverse = poses.copy()
     rotation = poses[..., :3, :3].swapaxes(-1, -2)
     inverse[..., :3, :3] = rotation

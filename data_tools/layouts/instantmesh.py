@@ -1,12 +1,15 @@
-"""Layout of InstantMesh's Objaverse renders (github.com/TencentARC/InstantMesh, src/data/objaverse.py and issue 13).
+"""Layout of Objaverse renders by InstantMesh (github.com/TencentARC/InstantMesh, src/data/objaverse.py and issue 13).
 
-    <uid>/000.png        RGBA; 000_normal.png and 000_depth.png are not read
-    <uid>/cameras.npz    cam_poses: V x 3 x 4
+    <uid>/000.png        RGBA image
+    <uid>/cameras.npz    array ``cam_poses`` with shape (V, 3, 4)
 
-The field of view is 50 degrees, cameras are at distances of 2.0 to 3.5, +z is up, and the object is inside [-1, 1]^3.
-The authors' loader reads ``cam_poses`` as world-to-camera with OpenGL axes (x right, y up, z backward). Their rendering
-script is not published, and scripts by others store camera-to-world matrices or OpenCV axes. All these cameras look at
-the origin, which ``to_opencv_poses`` uses to detect the convention. Another field of view is not detected.
+The field of view is 50 degrees, the distance of the cameras is between 2.0 and 3.5, the up axis is +z, and the object
+is inside [-1, 1]^3. The files ``000_normal.png`` and ``000_depth.png`` are ignored.
+
+The data loader of InstantMesh reads ``cam_poses`` as world-to-camera matrices with OpenGL axes (x right, y up, z
+backward). The script that rendered the images is not published, and scripts by third parties store camera-to-world
+matrices or OpenCV axes. ``to_opencv_poses`` detects the convention, because the cameras look at the origin. A field of
+view that is not 50 degrees is not detected.
 """
 
 from pathlib import Path
@@ -29,17 +32,17 @@ from lrm_pl.conventions import opengl_to_opencv
 
 FOV_DEG = 50.0
 
-#: Maximum offset of the origin from a camera's optical axis, relative to its distance.
+#: Maximum distance between the origin and the optical axis of a camera, as a fraction of the distance along the axis.
 _OFF_AXIS = 0.02
 
 
 def find_objects(root: Path) -> list[Path]:
-    """List the object folders below ``root``."""
+    """Return the object folders in ``root`` and its subfolders."""
     return find_folders(root, r"\d{1,6}\.(png|webp)|cameras\.npz")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the images of an object, in order."""
+    """Return the images of an object in order."""
     return numbered_images(folder)
 
 
@@ -66,20 +69,20 @@ def read_object(folder: Path) -> PosedViews:
 
 
 def to_opencv_poses(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float32]:
-    """Convert poses of unknown convention to OpenCV camera-to-world.
+    """Convert poses in an unknown convention to OpenCV camera-to-world matrices.
 
-    Under the correct interpretation (camera-to-world or world-to-camera) the origin is on every optical axis, at
-    negative z for OpenGL axes and at positive z for OpenCV axes.
+    If the matrices are interpreted correctly as camera-to-world or world-to-camera, the origin is on the optical axes
+    of all cameras. The z coordinate of the origin is negative for OpenGL axes and positive for OpenCV axes.
 
     Args:
         matrices: (V, 4, 4) poses of cameras that look at the origin.
-        where: Path for messages.
+        where: Path for error messages.
 
     Returns:
-        (V, 4, 4) poses.
+        (V, 4, 4) camera-to-world matrices in the OpenCV convention.
 
     Raises:
-        LayoutError: The cameras do not look at the origin under either interpretation.
+        LayoutError: The cameras do not look at the origin in any of the supported conventions.
     """
     for c2w, w2c in ((invert_poses(matrices), matrices), (matrices, invert_poses(matrices))):
         origin = w2c[:, :3, 3]

@@ -1,15 +1,16 @@
-"""Layout of MVImgNet's videos (github.com/GAP-LAB-CUHK-SZ/MVImgNet), cropped to the object as in LRM (section 4.1).
+"""Layout of MVImgNet videos (github.com/GAP-LAB-CUHK-SZ/MVImgNet), which are cropped as in LRM (section 4.1).
 
-    <category>/<instance>/images/001.jpg
-    <category>/<instance>/sparse/0/{cameras,images}.bin         COLMAP; missing for some instances; sparse/1 is not used
-    MASKS/<category>/<instance>/001.jpg.png                     masks of MVImgNet, a separate download
-    <category>/<instance>/masks/001.jpg.png                     masks of MVImgNet 2.0
+    <category>/<instance>/images/001.jpg                        video frame
+    <category>/<instance>/sparse/0/{cameras,images}.bin         COLMAP model, which some instances do not have
+    MASKS/<category>/<instance>/001.jpg.png                     mask of MVImgNet, which is a separate download
+    <category>/<instance>/masks/001.jpg.png                     mask of MVImgNet 2.0
 
-A view is the square around its mask with a margin. Pixels outside the mask or the image are transparent, and the
-intrinsics are those of the square. ``object_frame`` normalizes the world; camera distances vary with the video.
+A view is cropped to a square around the mask with a margin, and the intrinsics refer to the square. Pixels outside the
+mask or the image are transparent. ``object_frame`` normalizes the cameras. After the normalization, the distance of the
+cameras depends on the video.
 
-A view is usable if its image and mask exist and the mask does not touch the image border, where the object would be
-cropped. Evenly spaced usable views are selected.
+A frame is usable if the image and the mask exist and the mask does not touch the image border, where the object could
+be cropped. The views are selected evenly from the usable frames. COLMAP models in ``sparse/1`` are not used.
 """
 
 import dataclasses
@@ -29,22 +30,22 @@ from lrm_pl.data.schema import MAX_IMAGE_SIDE, encode_image
 from lrm_pl.errors import InputError
 from lrm_pl.images import DECODE_ERRORS, open_image, to_rgb8
 
-#: Margin on each side of the mask, relative to its longer side.
+#: Margin on each side of the mask, as a fraction of the longer side of the mask.
 MARGIN = 0.1
 
-#: Maximum displacement of a corner of the crop by lens distortion, relative to its side.
+#: Maximum displacement of a corner of the crop by lens distortion, as a fraction of the side of the crop.
 MAX_DISTORTION = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A usable view.
+    """A usable frame of a video.
 
     Attributes:
         posed: Pose and intrinsics.
-        image: File of the image.
-        mask: File of its mask.
-        corner: Left and top of the crop in pixels, possibly outside the image.
+        image: Path of the image.
+        mask: Path of the mask.
+        corner: Left and top of the crop in pixels. They can be outside the image.
         side: Side of the crop in pixels.
         outline: Outline of the object.
     """
@@ -58,7 +59,7 @@ class Frame:
 
 
 def find_objects(root: Path) -> list[Path]:
-    """List the object folders below ``root``."""
+    """Return the object folders in ``root`` and its subfolders."""
     return find_folders(root, "images|sparse")
 
 
@@ -67,12 +68,12 @@ def read_object(folder: Path, masks: Path, views: int, resolution: int) -> Posed
 
     Args:
         folder: Folder of the object.
-        masks: Folder of its masks.
+        masks: Folder of the masks of the object.
         views: Number of views.
-        resolution: Side of the crops, pixels.
+        resolution: Width and height of the views in pixels.
 
     Raises:
-        LayoutError: A file is invalid, or there are too few usable views.
+        LayoutError: A file is invalid, or there are fewer than ``views`` usable frames.
     """
     found = [_frame(image, folder / "images", masks) for image in read_model(folder / "sparse" / "0")]
     frames = [frame for frame in found if isinstance(frame, Frame)]
@@ -93,7 +94,7 @@ def read_object(folder: Path, masks: Path, views: int, resolution: int) -> Posed
 
 
 def _frame(posed: PosedImage, images: Path, masks: Path) -> Frame | str:
-    """Return the crop of a view, or the reason why the view is not usable."""
+    """Return a frame, or the reason why it is not usable."""
     if Path(posed.name).name != posed.name:
         raise LayoutError(subject=images, expected="plain file names in images.bin", found=f"{posed.name!r}")
     image, mask = images / posed.name, masks / f"{posed.name}.png"
@@ -120,14 +121,14 @@ def _frame(posed: PosedImage, images: Path, masks: Path) -> Frame | str:
             found=f"{displacement:.1%}",
             remedy="undistort the images with COLMAP's image_undistorter",
         )
-    # The two ends of each row of the mask contain all extreme points.
+    # The ends of the rows of the mask include all vertices of the convex hull.
     outline = np.concatenate([np.stack([first, rows + 0.5], axis=1), np.stack([last, rows + 0.5], axis=1)])
     rays, center = _rays(posed, outline), _rays(posed, (low + high)[None] / 2)[0]
     return Frame(posed, image, mask, (left, top), side, ObjectOutline(posed.c2w, rays, center))
 
 
 def _rays(posed: PosedImage, pixels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the unit world directions of (N, 2) pixels."""
+    """Return the unit directions in world coordinates, shape (N, 3), of pixels with shape (N, 2)."""
     camera = posed.camera
     x, y = (pixels[:, 0] - camera.cx) / camera.fx, (pixels[:, 1] - camera.cy) / camera.fy
     rays = np.stack([x, y, np.ones_like(x)], axis=1) @ posed.c2w[:3, :3].T
@@ -140,20 +141,21 @@ def _intrinsics(frame: Frame) -> npt.NDArray[np.float64]:
 
 
 def _crop(frame: Frame, resolution: int) -> bytes:
-    """Crop the square with the mask as alpha, resize and encode it."""
+    """Crop a frame with the mask as alpha, resize the crop, and return the encoded image."""
     rgb, alpha = _decode(frame.image, "image", frame.posed), _decode(frame.mask, "mask", frame.posed)
     left, top = frame.corner
     whole = Image.fromarray(np.concatenate([rgb, alpha], axis=2))
     square = whole.crop((left, top, left + frame.side, top + frame.side))
-    # Premultiplied, so that no background bleeds in. BOX would shift pixels for non-integer ratios of sizes.
+    # Premultiplied alpha excludes the background. BOX would shift pixels if the ratio of the sizes is not an integer.
     small = square.convert("RGBa").resize((resolution, resolution), Image.Resampling.HAMMING)
     return encode_image(np.array(small.convert("RGBA"), dtype=np.uint8))
 
 
 def _decode(path: Path, content_type: Literal["image", "mask"], posed: PosedImage) -> npt.NDArray[np.uint8]:
-    """Decode an image to (H, W, 3) sRGB, or a mask (its alpha, else its last channel) to (H, W, 1).
+    """Decode an image to sRGB with shape (H, W, 3), or the last channel of a mask with shape (H, W, 1).
 
-    The EXIF orientation is ignored: COLMAP's camera refers to the stored pixels.
+    If the mask has an alpha channel, it is the last channel. The EXIF orientation is ignored, because the cameras of
+    COLMAP refer to the stored pixels.
     """
     size, content = (posed.camera.width, posed.camera.height), read_file(path)
     try:
@@ -168,7 +170,7 @@ def _decode(path: Path, content_type: Literal["image", "mask"], posed: PosedImag
                 return np.array(open_image(content, str(path), upright=False).convert("RGB"), dtype=np.uint8)
             if encoded.mode in ("1", "P"):
                 plain = encoded.convert("L")
-            else:  # Pillow clips 16 bits at 255
+            else:  # 16-bit images are converted separately, because Pillow clips the values at 255
                 plain = to_rgb8(encoded, upright=False) if encoded.mode.startswith("I") else encoded
             return np.array(plain.getchannel(len(plain.getbands()) - 1).convert("L"), dtype=np.uint8)[
                 ..., None

@@ -1,7 +1,7 @@
-"""Normalization of structure-from-motion cameras: +z up, the object in the unit sphere.
+"""Normalization of structure-from-motion cameras, after which +z is up and the object is inside the unit sphere.
 
-Only the cameras and the object's outline in each image are used. The ratio of camera distance to object size is
-preserved.
+Only the cameras and the outline of the object in each image are used. The camera distance divided by the size of the
+object does not change.
 """
 
 import dataclasses
@@ -11,18 +11,19 @@ import numpy.typing as npt
 
 from data_tools.layouts.files import LayoutError
 
-#: Minimum spread of the cameras' right axes, relative to the maximum; about 20 degrees of arc.
+#: Minimum ratio of the second and the first principal standard deviation of the right axes of the cameras. It
+#: corresponds to an arc of about 20 degrees.
 _LEAST_TURN = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectOutline:
-    """The object's outline in one image, as rays.
+    """Outline of an object in an image, described by rays from the camera.
 
     Attributes:
-        c2w: (4, 4) OpenCV pose.
-        rays: (N, 3) unit world directions to points of the outline.
-        center: (3) unit world direction to the center of its bounding box.
+        c2w: (4, 4) camera-to-world matrix in the OpenCV convention.
+        rays: (N, 3) unit directions in world coordinates toward points on the outline.
+        center: (3,) unit direction in world coordinates toward the center of the bounding box of the outline.
     """
 
     c2w: npt.NDArray[np.float64]
@@ -31,18 +32,18 @@ class ObjectOutline:
 
 
 def to_object_frame(outlines: list[ObjectOutline], where: str) -> npt.NDArray[np.float64]:
-    """Express the cameras in the object's frame.
+    """Transform the cameras to the coordinate system of the object.
 
-    The origin is the point closest to the rays through the centers of the outlines. The unit of length is the radius of
-    the smallest sphere about the origin that covers every outline. The first camera's right axis is +x, so this
-    camera is on the -y side.
+    The origin is the point with the smallest sum of squared distances to the rays through the centers of the outlines.
+    The unit of length is the radius of the smallest sphere around the origin that covers all outlines. The right axis
+    of the first camera is +x, so this camera is on the side -y of the object.
 
     Args:
         outlines: Outlines in V images from different sides.
-        where: Path for messages.
+        where: Path for error messages.
 
     Returns:
-        (V, 4, 4) OpenCV poses.
+        (V, 4, 4) camera-to-world matrices in the OpenCV convention.
 
     Raises:
         LayoutError: The cameras do not surround an object.
@@ -65,10 +66,10 @@ def to_object_frame(outlines: list[ObjectOutline], where: str) -> npt.NDArray[np
 
 
 def _axes(poses: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]:
-    """Estimate the world axes +x, +y and +z, as rows.
+    """Estimate the world axes +x, +y and +z, which are the rows of the returned matrix.
 
-    The horizon is assumed to be level in videos, so the right axes of all cameras are parallel to the ground, for any
-    tilt. This works for shorter arcs than a plane fitted to the camera positions.
+    The horizon is assumed to be level in all frames, so that the right axes of the cameras are parallel to the ground,
+    regardless of the tilt. Compared to fitting a plane to the camera positions, this method works for shorter arcs.
     """
     right, down = poses[:, :3, 0], poses[:, :3, 1]
     _, spread, directions = np.linalg.svd(right.T @ right)
@@ -87,7 +88,12 @@ def _axes(poses: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.float64]
 def _nearest_point(
     origins: npt.NDArray[np.float64], directions: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Return the point with the smallest sum of squared distances to rays."""
+    """Return the point with the smallest sum of squared distances to lines.
+
+    Args:
+        origins: (N, 3) points on the lines.
+        directions: (N, 3) unit directions of the lines.
+    """
     across = (
         np.eye(3) - directions[:, :, None] * directions[:, None, :]
     )  # projection onto the plane perpendicular to the ray
@@ -95,5 +101,5 @@ def _nearest_point(
 
 
 def _distances(point: npt.NDArray[np.float64], rays: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the distances of a point from rays through the origin."""
+    """Return the distances between a point and rays through the origin, shape (N,)."""
     return np.linalg.norm(point - (rays @ point)[:, None] * rays, axis=1)

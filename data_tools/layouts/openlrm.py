@@ -1,11 +1,12 @@
-"""Layout of OpenLRM's Objaverse renders (github.com/3DTopia/OpenLRM, scripts/data/objaverse/blender_script.py).
+"""Layout of Objaverse renders by OpenLRM (github.com/3DTopia/OpenLRM, scripts/data/objaverse/blender_script.py).
 
-    <uid>/rgba/000.png        RGBA
-    <uid>/pose/000.npy        3 x 4 camera-to-world, OpenGL axes (x right, y up, z backward)
-    <uid>/intrinsics.npy      3 x 2 in pixels: fx fy, cx cy, width height; images may have been resized since
+    <uid>/rgba/000.png        RGBA image
+    <uid>/pose/000.npy        (3, 4) camera-to-world matrix with OpenGL axes (x right, y up, z backward)
+    <uid>/intrinsics.npy      (3, 2) rows (fx, fy), (cx, cy) and (width, height) in pixels
 
-The world has +z up. The object's bounding box is centered at the origin, with a longest side of 2. The focal length is
-0.75 image widths (24 mm lens, 32 mm sensor).
+The images can have a different size than ``intrinsics.npy`` specifies. The up axis of the world is +z. The bounding box
+of the object is centered at the origin, and the longest side is 2. The focal length is 0.75 times the image width
+(24 mm lens, 32 mm sensor).
 """
 
 from pathlib import Path
@@ -25,12 +26,12 @@ from lrm_pl.conventions import opengl_to_opencv
 
 
 def find_objects(root: Path) -> list[Path]:
-    """List the object folders below ``root``."""
+    """Return the object folders in ``root`` and its subfolders."""
     return find_folders(root, r"rgba|pose|intrinsics\.npy")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the images of an object, in order."""
+    """Return the images of an object in order."""
     return numbered_images(folder / "rgba")
 
 

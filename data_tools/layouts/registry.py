@@ -1,4 +1,4 @@
-"""The supported layouts: searching, inspecting and reading their objects."""
+"""The supported layouts, and the functions that find and read their objects."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,24 +15,24 @@ from lrm_pl.images import DECODE_ERRORS
 
 LAYOUTS = ("openlrm", "zero123", "instantmesh", "mvimgnet")
 
-#: Default number of views per object, and their side in pixels, for videos.
+#: Default number of views per object, and width and height of the views in pixels, for videos.
 VIDEO_VIEWS, VIDEO_RESOLUTION = 24, 512
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewFormat:
-    """Number and size of views, which all objects of a data set share.
+    """Number and size of views, which must be the same for all objects of a data set.
 
     Attributes:
         views: Number of views.
-        size: Width and height of the images.
+        size: Width and height of the views in pixels.
     """
 
     views: int
     size: tuple[int, int]
 
     def __str__(self) -> str:
-        """Return the format for messages."""
+        """Return a description for messages."""
         return f"{self.views} views of {self.size[0]} x {self.size[1]} pixels"
 
 
@@ -41,11 +41,12 @@ class Layout:
     """Functions that read a layout.
 
     Attributes:
-        name: Name on the command line.
-        find: Lists the object folders.
-        read: Reads the views of an object folder.
-        view_format: Returns the format of an object without decoding it; None if its images are not readable.
-        normalize: Normalization of the objects.
+        name: Name of the layout on the command line.
+        find: Function that returns the object folders in a folder.
+        read: Function that reads the views in an object folder.
+        view_format: Function that returns the format of the views of an object without decoding the images, or None if
+            the images cannot be read.
+        normalize: Normalization of the objects, "sphere" or "cube".
     """
 
     name: str
@@ -56,21 +57,21 @@ class Layout:
 
 
 def layout_renderer(layout: str) -> str:
-    """Return the ``renderer`` field of samples that are converted from a layout."""
+    """Return the ``renderer`` field of samples that were converted from a layout."""
     return f"converted from {layout}"
 
 
 def get_layout(
     name: str, root: Path, resolution: int | None = None, views: int | None = None, masks: Path | None = None
 ) -> Layout:
-    """Return the reader of a layout.
+    """Return the functions that read a layout.
 
     Args:
-        name: One of ``LAYOUTS``.
+        name: Name of the layout, one of ``LAYOUTS``.
         root: Folder of the data set.
-        resolution: Side of the views in pixels.
-        views: Number of views per object, for videos.
-        masks: Folder of masks, for videos.
+        resolution: Width and height of the views in pixels, for videos. If None, ``VIDEO_RESOLUTION`` is used.
+        views: Number of views per object, for videos. If None, ``VIDEO_VIEWS`` is used.
+        masks: Folder of masks, for videos. If None, the folder ``masks`` of each object is used.
 
     Raises:
         LayoutError: A number is out of range, or an option does not apply to the layout.

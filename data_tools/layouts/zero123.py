@@ -1,11 +1,12 @@
-"""Layout of Zero-1-to-3's Objaverse renders (github.com/cvlab-columbia/zero123, objaverse-rendering/).
+"""Layout of Objaverse renders by Zero-1-to-3 (github.com/cvlab-columbia/zero123, objaverse-rendering/).
 
-    <uid>/000.png    RGBA
-    <uid>/000.npy    3 x 4 world-to-camera, OpenGL axes (x right, y up, z backward)
+    <uid>/000.png    RGBA image
+    <uid>/000.npy    (3, 4) world-to-camera matrix with OpenGL axes (x right, y up, z backward)
 
-The rendering script's conversion to OpenCV axes is commented out. Intrinsics are not stored: the lens is 35 mm and the
-sensor 32 mm, a field of view of 49.1 degrees. The world has +z up. The object's longest side is 1 and the cameras are
-at distances of 1.5 to 2.2, so all lengths are doubled here.
+The matrices have OpenGL axes, because the conversion to OpenCV axes is disabled in the script that rendered the images.
+Intrinsics are not stored. The focal length is 35 mm and the sensor width is 32 mm, which is a field of view of 49.1
+degrees. The up axis of the world is +z. The longest side of an object is 1, and the distance of the cameras is between
+1.5 and 2.2. This module multiplies all lengths by 2.
 """
 
 from pathlib import Path
@@ -22,20 +23,20 @@ from data_tools.layouts.files import (
 )
 from lrm_pl.conventions import opengl_to_opencv
 
-#: Focal length in image widths: lens / sensor.
+#: Focal length divided by the image width.
 FOCAL = 35 / 32
 
-#: Longest side of an object here over that in the layout.
+#: Factor by which all lengths are multiplied, so that the longest side of an object is 2.
 SCALE = 2.0
 
 
 def find_objects(root: Path) -> list[Path]:
-    """List the object folders below ``root``."""
+    """Return the object folders in ``root`` and its subfolders."""
     return find_folders(root, r"\d{1,6}\.(png|webp|npy)")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the images of an object, in order."""
+    """Return the images of an object in order."""
     return numbered_images(folder)
 
 
