@@ -42,8 +42,8 @@ class CameraPreset:
         return reach <= math.sin(math.radians(self.fov_range_deg[0] / 2))
 
 
-#: Azimuth and elevation in degrees of the 24 views in the evaluation protocol of MeshLRM (appendix I). The first view is
-#: the front view.
+#: Azimuth and elevation in degrees of the 24 views in the evaluation protocol of MeshLRM (appendix I). The first view
+#: is the front view.
 ORBIT_DEG = [(azimuth, elevation) for elevation in (0, 30, -30) for azimuth in range(0, 360, 45)]
 
 #: Camera presets. With ``frame``, the unit sphere is inside the image, because the angular radius of the sphere is at
