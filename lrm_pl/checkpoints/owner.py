@@ -1,4 +1,4 @@
-"""Ownership of a checkpoint folder in an object store.
+"""Ownership of a checkpoint folder outside of the folder of the run.
 
 Object stores have no locks. A run therefore writes a signature when it starts, which replaces the signature of an
 earlier run, and verifies the signature before each checkpoint. If two runs use the same folder, the run that started

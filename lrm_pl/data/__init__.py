@@ -1,1 +1,4 @@
-"""Shards on disk -> batches. ``schema`` and ``manifest`` never import torch: the rendering tools share them."""
+"""Reading of shards and creation of batches.
+
+``schema``, ``manifest`` and ``tar`` do not import torch, because the rendering tools use them.
+"""

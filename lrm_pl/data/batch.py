@@ -1,6 +1,7 @@
-"""Batches: ``collate`` packs items into a ``PackedBatch``, which becomes a ``Batch`` on the device.
+"""Items and batches of views.
 
-The dataclasses are not frozen because Lightning sets their fields when it casts or moves a batch.
+``collate`` packs items into a ``PackedBatch``, and ``PackedBatch.to`` converts it to a ``Batch`` on a device. The
+dataclasses are not frozen, because Lightning sets their fields when it casts or moves a batch.
 """
 
 import dataclasses
@@ -19,27 +20,28 @@ from lrm_pl.kernels.views import over_white
 
 Ids = tuple[str, ...]
 
-#: Per object, the error messages of the bad samples that it replaces.
+#: Error messages of the bad samples that each object replaces.
 Faults = tuple[tuple[str, ...], ...]
 
 #: Dtype and shape of each tensor of a packed batch.
 Layout = list[tuple[torch.dtype, tuple[int, ...]]]
 
-#: Alignment of the tensors of a packed batch, bytes: suits vectorized loads of any dtype.
+#: Alignment of the tensors of a packed batch in bytes, which allows vectorized loads of any dtype.
 _ALIGNMENT = 64
 
 
 @dataclasses.dataclass
 class Views:
-    """V views of each object; without the leading dimension B in an ``Item``.
+    """Views of objects. In an ``Item``, the fields do not have the leading dimension B.
 
     Attributes:
-        images: (B, V, 3, H, W) sRGB in [0, 1], over ``background``.
-        alpha: (B, V, H, W) coverage by the object.
-        background: (B, V, 3) color behind the object.
-        c2w: (B, V, 4, 4) canonical poses, OpenCV.
+        images: (B, V, 3, H, W) sRGB colors in [0, 1], composited over ``background``.
+        alpha: (B, V, H, W) coverage of each pixel by the object in [0, 1].
+        background: (B, V, 3) background color of each view in [0, 1].
+        c2w: (B, V, 4, 4) canonical camera-to-world poses in the OpenCV convention.
         fxfycxcy: (B, V, 4) normalized intrinsics.
-        jitter: (B, V, H, W) in [0, 1), position of each ray's samples in their bins; None for the center.
+        jitter: (B, V, H, W) positions of the samples of each ray in their bins in [0, 1). If None, samples are at bin
+            centers.
     """
 
     images: Float[Tensor, "*B V 3 H W"]
@@ -57,14 +59,14 @@ class Views:
 
 @dataclasses.dataclass
 class Batch:
-    """B objects with their input and target views.
+    """A batch of B objects with input and target views.
 
     Attributes:
         ids: Keys of the samples.
-        input: Input views of the network (usually V = 1), whole, over white.
-        target: Views for the loss or the metrics.
-        weight: (B) 1, or 0 for a replacement that evens out the number of items over ranks.
-        faults: Error messages of the bad samples that each object replaces; () for most.
+        input: Input views of the network at full size over a white background.
+        target: Target views of the losses or metrics.
+        weight: (B,) 1 for a sample, or 0 for a replacement that equalizes the number of items per rank.
+        faults: Error messages of the bad samples that each object replaces.
     """
 
     ids: Ids
@@ -76,11 +78,11 @@ class Batch:
 
 @dataclasses.dataclass
 class WholeViews:
-    """Whole decoded views as bytes, a quarter of the size of ``Views``.
+    """Decoded views at full size in 8 bits per channel.
 
     Attributes:
-        rgba: (*B, V, H, W, 4) sRGB, straight alpha.
-        c2w: (*B, V, 4, 4) canonical poses, OpenCV.
+        rgba: (*B, V, H, W, 4) sRGB colors with straight alpha.
+        c2w: (*B, V, 4, 4) canonical camera-to-world poses in the OpenCV convention.
         fxfycxcy: (*B, V, 4) normalized intrinsics.
     """
 
@@ -94,7 +96,7 @@ class WholeViews:
         return self.rgba.shape[-3], self.rgba.shape[-2]
 
     def over_white(self) -> Views:
-        """Composite the views over white, on their device."""
+        """Composite the views over a white background."""
         images, alpha = over_white(self.rgba)
         background = torch.ones(*self.rgba.shape[:-3], 3, device=self.rgba.device)
         return Views(images, alpha, background, self.c2w, self.fxfycxcy)
@@ -102,14 +104,14 @@ class WholeViews:
 
 @dataclasses.dataclass
 class Item:
-    """One object of a batch; fields have no leading dimension B.
+    """One object of a batch. The fields do not have the leading dimension B.
 
     Attributes:
         ids: Key of the sample.
         input: Input views of the network.
-        target: Views for the loss or the metrics.
-        weight: () 1, or 0 for a replacement.
-        faults: Error messages of the bad samples that it replaces.
+        target: Target views of the losses or metrics.
+        weight: () 1 for a sample, or 0 for a replacement.
+        faults: Error messages of the bad samples that the object replaces.
     """
 
     ids: Ids
@@ -121,14 +123,14 @@ class Item:
 
 @dataclasses.dataclass
 class PackedBatch:
-    """A batch in one contiguous tensor: one shared-memory file, one pinning, one copy to the device.
+    """A batch in one contiguous tensor, which needs only one shared-memory file and one copy to the device.
 
     Attributes:
-        flat: (N) bytes of all tensors.
-        layout: Dtype and shape of each tensor, in the order of ``_tensors``.
+        flat: (N,) bytes of all tensors.
+        layout: Data type and shape of each tensor.
         whole: Whether the targets are ``WholeViews``.
         ids: Keys of the samples.
-        faults: As in ``Batch``.
+        faults: Error messages of the bad samples that each object replaces.
     """
 
     flat: UInt8[Tensor, " N"]
@@ -138,11 +140,11 @@ class PackedBatch:
     faults: Faults
 
     def pin_memory(self) -> "PackedBatch":
-        """Copy to pinned memory; a DataLoader with ``pin_memory=True`` calls this."""
+        """Copy the batch to pinned memory. A DataLoader with ``pin_memory=True`` calls this."""
         return dataclasses.replace(self, flat=self.flat.pin_memory())
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to a device and composite whole views over white there; Lightning calls this.
+        """Copy the batch to a device, and composite views of full size over white. Lightning calls this.
 
         Copies to CUDA devices are asynchronous, so that they do not wait for queued kernels.
         """
@@ -154,10 +156,10 @@ class PackedBatch:
 
 
 def collate(items: Sequence[Item]) -> PackedBatch:
-    """Stack items to a batch; in shared memory in a worker process.
+    """Stack items into a batch. In a worker process, the batch is created in shared memory.
 
     Raises:
-        InputError: The items differ in the size or number of their views.
+        InputError: The size or the number of views differs between items.
     """
     for part in ("input", "target"):
         sizes = {getattr(item, part).size for item in items}
@@ -177,7 +179,7 @@ def collate(items: Sequence[Item]) -> PackedBatch:
     size = _offsets(layout)[-1]
     if get_worker_info() is None:
         flat = torch.empty(size, dtype=torch.uint8)
-    else:  # as in PyTorch's default collate
+    else:  # same as in PyTorch's default collate function
         storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
         flat = torch.empty(0, dtype=torch.uint8).set_(storage)
     for tensor, column in zip(_unpack(flat, layout), columns, strict=True):
@@ -188,13 +190,13 @@ def collate(items: Sequence[Item]) -> PackedBatch:
 
 
 def _tensors(item: Item) -> list[Tensor]:
-    """List the tensors of an item in the order of their fields."""
+    """Return the tensors of an item in the order of the fields."""
     views = (*vars(item.input).values(), *vars(item.target).values())
     return [item.weight, *(tensor for tensor in views if tensor is not None)]
 
 
 def _offsets(layout: Layout) -> list[int]:
-    """Return the byte offset of each tensor in a packed batch, and the total size."""
+    """Return the byte offsets of the tensors in a packed batch, followed by the total size."""
     sizes = (math.prod(shape) * dtype.itemsize for dtype, shape in layout)
     return [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
 

@@ -1,12 +1,12 @@
-"""A size-limited cache of remote shards, shared by all processes of a machine.
+"""A cache of remote shards with a maximum size, shared by all processes on a machine.
 
     FOLDER/<sha256>.tar            a complete, verified copy of a shard
     FOLDER/<sha256>.tar.partial    a download in progress
     FOLDER/<sha256>.tar.lock       locked by the downloading process
     FOLDER/lock                    locked while space is freed
 
-Copies are named by their hash, so a data set that was rendered again does not match its old copies. The least recently
-used copy is evicted first; processes that have it open can finish reading it.
+The name of a copy is the hash of the shard, so copies are not used after a data set is rendered again. The least
+recently used copy is evicted first. A process that has an evicted copy open can continue to read it.
 """
 
 import contextlib
@@ -22,22 +22,23 @@ from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
 from lrm_pl.storage import StoreError, read_ranges, retry
 
-#: Bytes per range request of a download.
+#: Number of bytes per range request in a download.
 _BLOCK = 8 << 20
 
-#: Seconds to wait for space that downloads of other processes occupy.
+#: Maximum time to wait for space that downloads of other processes occupy, in seconds.
 _MAX_WAIT_S = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """Reading of shards at a URL. Unused for local folders.
+    """Settings for reading shards from a URL. They have no effect on local folders.
 
     Attributes:
-        folder: Folder of the cache, shared by all processes of a machine; null: "shards" in the cache folder of weights
-            ($LRM_CACHE, by default ~/.cache/lrm_pl).
-        gigabytes: Maximum size of the cache. 0 disables it: only the views that are used are read, each time.
-        attempts: Number of attempts per request before its sample counts as bad.
+        folder: Folder of the cache. All processes on a machine share it. If None, the folder ``shards`` in
+            ``$LRM_CACHE``, or in ``~/.cache/lrm_pl`` if this variable is not set.
+        gigabytes: Maximum size of the cache in gigabytes. If 0, the cache is disabled, and only the required views are
+            read with range requests.
+        attempts: Maximum number of attempts per request. If all fail, the sample is treated as bad.
         ahead: Number of samples per loader worker for which shards are prefetched.
     """
 
@@ -47,7 +48,7 @@ class CacheConfig:
     ahead: int = 64
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the ranges."""
         if self.gigabytes < 0 or self.attempts < 1 or self.ahead < 0:
             raise InputError(
                 expected="gigabytes and ahead of 0 or more and attempts of 1 or more", found=self
@@ -55,7 +56,7 @@ class CacheConfig:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """Folder of the cache."""
         if self.folder is not None:
             return Path(self.folder).expanduser()
         ours = os.environ.get("LRM_CACHE")
@@ -68,7 +69,7 @@ class ShardCache:
 
     Args:
         url: URL of the folder of shards.
-        config: Folder and limits.
+        config: Settings of the cache.
     """
 
     def __init__(self, url: str, config: CacheConfig) -> None:
@@ -76,7 +77,7 @@ class ShardCache:
         self._limit = int(config.gigabytes * 1e9)
 
     def find(self, shard: Shard) -> Path | None:
-        """Return the copy of a shard; None if there is none. A copy of the wrong size is removed."""
+        """Return the path of the copy of a shard, or None. A copy of an unexpected size is removed."""
         path = self._path(shard)
         try:
             if path.stat().st_size != shard.bytes:
@@ -88,7 +89,11 @@ class ShardCache:
         return path
 
     def evict_if_corrupt(self, shard: Shard) -> bool:
-        """Hash the copy of a shard and remove it if the hash differs from the manifest; returns whether it did."""
+        """Hash the copy of a shard, and remove the copy if the hash differs from the manifest.
+
+        Returns:
+            Whether the copy was removed.
+        """
         path = self._path(shard)
         try:
             with open(path, "rb") as file:
@@ -100,13 +105,15 @@ class ShardCache:
         return True
 
     def download(self, shard: Shard) -> Path | None:
-        """Copy a shard to the cache unless it is there; waits if another process is downloading it.
+        """Copy a shard to the cache, unless the cache already contains a copy.
+
+        If a different process is downloading the shard, this waits until the download ends.
 
         Returns:
-            The copy; None if the shard is larger than the cache.
+            The path of the copy, or None if the shard is larger than the cache.
 
         Raises:
-            StoreError: The shard cannot be read completely, or its hash differs.
+            StoreError: The shard cannot be read completely, the hash differs from the manifest, or there is no space.
         """
         if shard.bytes > self._limit:
             return None
@@ -128,7 +135,7 @@ class ShardCache:
         return path
 
     def _copy(self, shard: Shard, partial: Path) -> None:
-        """Download a shard block by block; only failed blocks are retried."""
+        """Download a shard in blocks, of which only failed blocks are retried."""
         url, digest = f"{self.url}/{shard.name}", hashlib.sha256()
         with open(partial, "r+b") as file:
             for start in range(0, shard.bytes, _BLOCK):
@@ -140,15 +147,15 @@ class ShardCache:
             raise StoreError(subject=url, expected=f"sha256 {shard.sha256}", found=digest.hexdigest())
 
     def _make_room(self, partial: Path, size: int) -> None:
-        """Evict the least recently used copies until ``size`` bytes fit, and reserve the space.
+        """Evict the least recently used copies until ``size`` bytes are free, and reserve the space.
 
         Raises:
-            StoreError: Other downloads occupy the space.
+            StoreError: Downloads of other processes occupy the space.
         """
         give_up = time.monotonic() + _MAX_WAIT_S
         while True:
             with self._locked("lock"):
-                partial.unlink(missing_ok=True)  # of a killed process
+                partial.unlink(missing_ok=True)  # left by a killed process
                 files = dict(self._stats())
                 used = sum(stat.st_size for stat in files.values())
                 whole = sorted((f for f in files if f.suffix == ".tar"), key=lambda f: files[f].st_mtime_ns)
@@ -171,13 +178,13 @@ class ShardCache:
             time.sleep(0.2)
 
     def _stats(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield copies with their status; readers may remove damaged copies meanwhile."""
+        """Yield the paths and the status of copies. Copies that are removed at the same time are skipped."""
         for path in self._files():
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat()
 
     def _files(self) -> Iterator[Path]:
-        """Yield complete and partial copies; partial copies of killed processes are removed."""
+        """Yield the paths of complete and partial copies, and remove partial copies left by killed processes."""
         for path in self.folder.iterdir():
             if path.suffix == ".partial" and not self._is_locked(
                 path.name.removesuffix(".partial") + ".lock"
@@ -189,7 +196,7 @@ class ShardCache:
     def _is_locked(self, name: str) -> bool:
         with open(self.folder / name, "w") as file:
             try:
-                return not lock(file, wait=False)  # without locks, assume that it is in use
+                return not lock(file, wait=False)  # assume use if the file system does not support locks
             except BlockingIOError:
                 return True
 
@@ -204,6 +211,6 @@ class ShardCache:
 
 
 def _mark_used(path: Path) -> None:
-    """Set the modification time to now, in nanoseconds; the kernel's own time stamps are coarser."""
+    """Set the modification time to the current time in nanoseconds, because time stamps of the kernel are coarser."""
     now = time.time_ns()
     os.utime(path, ns=(now, now))

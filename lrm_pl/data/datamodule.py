@@ -1,4 +1,4 @@
-"""The LightningDataModule over folders of shards."""
+"""The LightningDataModule for folders of shards."""
 
 import logging
 import os
@@ -20,43 +20,45 @@ from lrm_pl.kernels.device import on_cuda
 
 logger = logging.getLogger(__name__)
 
-#: Names of the two validation sets, in the order of their loaders.
+#: Names of the two validation sets, in the order of the loaders.
 EVALUATION_SETS = ("unseen", "heldout")
 
-#: Objects, and views per object, from which the input framing is measured.
+#: Number of objects and number of views per object from which the input framing is measured.
 _FRAMING_OBJECTS, _FRAMING_VIEWS = 32, 4
 
 
 class ShardDataModule(L.LightningDataModule):
-    """Data module over folders of shards, as ``make render-shards`` writes them.
+    """Data module for folders of shards written by ``make render-shards``.
 
-    Validation has two sets: "unseen", the unseen views of the training objects, and "heldout", the same views of the
-    objects of the split "val". Both use the first views as input.
+    There are two validation sets. "unseen" contains the unseen views of the training objects, and "heldout" contains
+    the same views of the objects in the split "val". The first views of an object are the input views in both sets.
 
     Args:
-        folder: Folder with the shards and manifest.json, or its URL (``s3://``, ``gs://``, ``https://``).
-        weight: Number of times that each of its objects appears in an epoch, if other data sets are mixed in.
-        also: Other data sets to mix in (LRM: Objaverse once, MVImgNet three times per epoch).
-        cache: Reading of shards at a URL.
-        batch_size: Objects per optimizer step, over all processes and accumulated batches. The run does not depend on
-            the number of processes, which must divide it (times ``accumulate_grad_batches``).
-        side_views: Target views besides the input views (LRM: 3).
-        unseen_views: Number of last views per object that are never trained on; validation renders them.
-        val_objects: Number of objects of each set to validate on, evenly spread, whatever the number of processes;
-            null: all.
-        input_pool: The first input view is one of this many first views; null: any training view, as in LRM. A small
-            number makes a small data set learnable in minutes, because the canonical frame depends on the input view.
-        crop: Random resizing and cropping of target views.
-        crop_stages: Other crop sizes from later steps on (progressive resolution).
+        folder: Folder of the shards and ``manifest.json``, or the URL of such a folder (``s3://``, ``gs://``,
+            ``https://``).
+        weight: Number of times that each object in ``folder`` appears in an epoch.
+        also: Additional data sets (in LRM, Objaverse appears once and MVImgNet three times per epoch).
+        cache: Settings for reading shards from a URL.
+        batch_size: Number of objects per optimizer step, including all processes and accumulated batches. It must be
+            divisible by the number of processes times ``accumulate_grad_batches``.
+        side_views: Number of target views per object in addition to the input views (LRM uses 3).
+        unseen_views: Number of views at the end of each object that are used in validation, but not in training.
+        val_objects: Number of objects per validation set, evenly distributed over the set. If None, all objects.
+        input_pool: Number of views at the start of each object from which the first input view is drawn. If None, it
+            is drawn from all training views (as in LRM). Small values shorten training on small data sets, because
+            the canonical frame depends on the input view.
+        crop: Settings of random resizing and cropping of target views.
+        crop_stages: Crop settings that replace ``crop`` from a given step (progressive resolution).
         camera_noise: Half-width of the uniform noise added to the input cameras.
-        stages: Functions from ``lrm_pl.data.transforms.DecodedSample`` to ``DecodedSample``, applied in order between
-            decoding and augmentation: import paths, or classes with init_args whose instances are called. One that
-            raises ``SampleError`` or returns None rejects the sample, which is replaced and counted as bad.
-        max_bad_fraction: Maximum fraction of unreadable samples before training stops and lists them. They are replaced
-            by others. 1 disables the limit.
-        workers: Number of data loading processes; 0 loads in the training process.
-        seed: Seed of the order of samples and of all augmentation; null: that of ``seed_everything``, or 0.
-        streams: Number of streams per epoch, so that neighbors in a batch come from different shards.
+        stages: Functions from ``lrm_pl.data.transforms.DecodedSample`` to ``DecodedSample``, which are applied in order
+            between decoding and augmentation. Each is given as an import path, or as a class with ``init_args`` whose
+            instance is called. A function rejects a sample by raising ``SampleError`` or returning None.
+        max_bad_fraction: Maximum fraction of unreadable or rejected samples, which are replaced by other samples. If it
+            is exceeded, training stops. With 1, the fraction is not limited.
+        workers: Number of data loading processes. With 0, data is loaded in the training process.
+        seed: Seed of the order of samples and of augmentation. If None, the seed of ``seed_everything``, or 0.
+        streams: Number of streams per epoch. Samples in a batch come from different streams and thus mostly from
+            different shards.
     """
 
     def __init__(
@@ -112,15 +114,15 @@ class ShardDataModule(L.LightningDataModule):
         self._reset()
 
     def _reset(self) -> None:
-        """Set the start of the run: optimizer steps done, and the global position g after them."""
+        """Set the number of completed optimizer steps and the global position to 0."""
         self._step, self._position = 0, 0
         self._resumed_by_lightning = False
 
     def setup(self, stage: str) -> None:
-        """Read the manifests and check the number of views; a fit starts at position 0 until ``resume`` is called.
+        """Read the manifests and check the number of views. Training starts at position 0 unless ``resume`` is called.
 
         Raises:
-            InputError: Shards are missing or damaged, or have too few views.
+            InputError: Shards are missing, are damaged or have too few views.
         """
         if stage == "fit":
             self._reset()
@@ -143,7 +145,7 @@ class ShardDataModule(L.LightningDataModule):
 
     @property
     def partition(self) -> BatchPartition:
-        """The positions of each global batch that this process reads.
+        """Positions of each global batch that this process reads.
 
         Raises:
             InputError: The number of processes does not divide the batch size, or ``trainer.max_steps`` is not set.
@@ -163,28 +165,34 @@ class ShardDataModule(L.LightningDataModule):
         )
 
     def position(self, step: int) -> int:
-        """Return the global position g after ``step`` optimizer steps, which is the whole state of the data."""
+        """Return the global position after ``step`` optimizer steps, which is the complete state of the data."""
         return self._position + (step - self._step) * self.batch_size
 
     def resume(self, step: int, position: int) -> None:
-        """Continue after ``step`` optimizer steps at position g; batch size, processes and workers may have changed."""
+        """Continue a run in which the batch size and the number of processes and workers may have changed.
+
+        Args:
+            step: Number of completed optimizer steps.
+            position: Global position of the next sample.
+        """
         self._step, self._position = step, position
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position in the data, for Lightning checkpoints."""
+        """Return the position in the data for Lightning checkpoints."""
         step = self._ready().global_step
         return {"step": step, "position": self.position(step)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Resume from a Lightning checkpoint, whose loops count the earlier batches."""
+        """Resume from a Lightning checkpoint, after which Lightning's loops count earlier batches."""
         self.resume(state_dict["step"], state_dict["position"])
         self._resumed_by_lightning = True
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Return the loader of the remaining steps.
+        """Return the loader for the remaining steps.
 
         Raises:
-            InputError: The data cannot serve this run.
+            InputError: There are too few samples, the number of processes does not divide the batch size, or
+                ``trainer.max_steps`` is not set.
         """
         trainer = self._ready()
         if trainer.global_rank == 0 and not self._has_warned:
@@ -208,29 +216,38 @@ class ShardDataModule(L.LightningDataModule):
         return self._loader(stream, batch_size=None)
 
     def val_dataloader(self) -> list[DataLoader[PackedBatch]]:
-        """Return the loaders of ``EVALUATION_SETS``, one object per batch; "heldout" may be empty."""
+        """Return the loaders of ``EVALUATION_SETS`` with one object per batch. "heldout" may be empty."""
         return [self.evaluation_loader(name, self.val_objects) for name in EVALUATION_SETS]
 
     def test_dataloader(self) -> list[DataLoader[PackedBatch]]:
-        """Return the loaders of ``lrm test``: all objects of ``EVALUATION_SETS``."""
+        """Return the loaders of all objects of ``EVALUATION_SETS`` for ``lrm test``."""
         return [self.evaluation_loader(name) for name in EVALUATION_SETS]
 
     def predict_dataloader(self) -> DataLoader[PackedBatch]:
-        """Return the loader of ``lrm predict``: the held-out objects."""
+        """Return the loader of the held-out objects for ``lrm predict``."""
         return self.evaluation_loader("heldout")
 
     def evaluation_loader(self, name: str, limit: int | None = None) -> DataLoader[PackedBatch]:
-        """Return one evaluation loader by its name in ``EVALUATION_SETS``, of at most ``limit`` objects."""
+        """Return the loader of an evaluation set.
+
+        Args:
+            name: Name in ``EVALUATION_SETS``.
+            limit: Maximum number of objects. If None, all objects.
+        """
         splits: dict[str, Split] = {"unseen": "train", "heldout": "val"}
         views = slice(-self.unseen_views, None) if self.unseen_views else slice(0)
         return self._evaluation_loader(splits[name], views, limit)
 
     def training_views_loader(self, limit: int | None = None) -> DataLoader[PackedBatch]:
-        """Return a loader of the whole training views of at most ``limit`` training objects."""
+        """Return a loader of the training views of training objects at full size.
+
+        Args:
+            limit: Maximum number of objects. If None, all objects.
+        """
         return self._evaluation_loader("train", slice(-self.unseen_views or None), limit)
 
     def framing_batches(self) -> Iterator[Batch]:
-        """Yield the input views of a few training objects, for ``measure_framing``; reads in this process."""
+        """Yield input views of a few training objects for ``measure_framing``, without worker processes."""
         views = slice(min(self.input_pool or _FRAMING_VIEWS, _FRAMING_VIEWS))
         few = EvaluationSet(self.mixture, "train", self.inputs, views, _FRAMING_OBJECTS)
         return (collate([item]).to("cpu") for item in few.readable())
@@ -264,11 +281,11 @@ class ShardDataModule(L.LightningDataModule):
         trainer = self._ready()
         rank, world = trainer.global_rank, trainer.world_size
         items = EvaluationSet(self.mixture, split, self.inputs, views, limit, rank, world)
-        # Workers persist from one validation to the next.
+        # Worker processes are reused in later validations.
         return self._loader(items, batch_size=1, collate_fn=collate, persistent_workers=self.workers > 0)
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[PackedBatch]:  # noqa: ANN401 - DataLoader's
-        """Return a loader with this run's workers; batches are pinned if the device is CUDA."""
+        """Return a loader with ``workers`` processes. Batches are copied to pinned memory if the device is CUDA."""
         return DataLoader(
             dataset,
             num_workers=self.workers,

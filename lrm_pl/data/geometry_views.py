@@ -1,7 +1,7 @@
-"""Depth and normals of views as images: the optional members ``depth_000.png`` and ``normal_000.png``.
+"""Depth and normals of views, stored as images in the optional members ``depth_000.png`` and ``normal_000.png``.
 
-Both describe the first surface at the center of each pixel, transparent surfaces included. They are 0 where there is
-none: where alpha is 0, and at some pixels with partial alpha.
+Depth and normals describe the first surface at the center of each pixel, which may be transparent. They are 0 at pixels
+whose center is not covered by a surface, which have zero or partial alpha.
 """
 
 import io
@@ -13,31 +13,37 @@ from PIL import Image
 from lrm_pl.data.schema import MAX_DEPTH, MAX_IMAGE_SIDE, SampleError
 from lrm_pl.images import DECODE_ERRORS
 
-#: Smallest valid depth, scene units.
+#: Smallest valid depth in scene units.
 MIN_DEPTH = 1e-3
 
-#: Pixel value of ``MAX_DEPTH``.
+#: Pixel value that represents ``MAX_DEPTH``.
 _FULL = 65535
 
-#: Tolerance of the length of normals; rounding to 8 bits causes errors up to 0.007.
+#: Tolerance of the length of normals. Rounding to 8 bits causes errors of up to 0.007.
 _UNIT_TOLERANCE = 0.02
 
-#: Prefix of the member name -> Pillow mode.
+#: Prefix of a member name -> Pillow mode.
 _MODES = {"depth": "I;16", "normal": "RGB"}
 
 
 def depth_member(view: int) -> str:
-    """Return the member name of the depth of a view, for example ``depth_003.png``."""
+    """Return the name of the member with the depth of a view, for example ``depth_003.png``."""
     return f"depth_{view:03d}.png"
 
 
 def normal_member(view: int) -> str:
-    """Return the member name of the normals of a view, for example ``normal_003.png``."""
+    """Return the name of the member with the normals of a view, for example ``normal_003.png``."""
     return f"normal_{view:03d}.png"
 
 
 def encode_depth(depth: npt.NDArray[np.floating]) -> bytes:
-    """Encode (H, W) depth along the camera's z axis in scene units, 0 without a surface; deterministic.
+    """Encode the depth of a view deterministically.
+
+    Args:
+        depth: (H, W) depth along the z axis of the camera in scene units, or 0 where there is no surface.
+
+    Returns:
+        PNG bytes.
 
     Raises:
         SampleError: A depth is neither 0 nor between ``MIN_DEPTH`` and ``MAX_DEPTH``.
@@ -55,15 +61,15 @@ def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]
     """Decode the depth of a view.
 
     Args:
-        key: The sample's key, for messages.
-        name: The member's name, ``depth_003.png``.
+        key: Key of the sample for error messages.
+        name: Name of the member, for example ``depth_003.png``.
         encoded: PNG bytes.
 
     Returns:
-        (H, W) depth along the camera's z axis, scene units; 0 without a surface.
+        (H, W) depth along the z axis of the camera in scene units, or 0 where there is no surface.
 
     Raises:
-        SampleError: The member is not a depth image, too large, or nearer than ``MIN_DEPTH``.
+        SampleError: The member is not a depth image or is too large, or a depth is smaller than ``MIN_DEPTH``.
     """
     pixels = read_pixels(key, name, encoded)
     least = round(MIN_DEPTH / MAX_DEPTH * _FULL)
@@ -77,10 +83,16 @@ def decode_depth(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float32]
 
 
 def encode_normals(normals: npt.NDArray[np.floating]) -> bytes:
-    """Encode (H, W, 3) unit normals in world space, 0 without a surface; deterministic.
+    """Encode the normals of a view deterministically.
+
+    Args:
+        normals: (H, W, 3) unit normals in world space, or 0 where there is no surface.
+
+    Returns:
+        PNG bytes.
 
     Raises:
-        SampleError: A length is neither 0 nor 1.
+        SampleError: The length of a normal is neither 0 nor 1.
     """
     length = np.linalg.norm(normals, axis=-1)
     seen = length != 0
@@ -94,15 +106,15 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
     """Decode the normals of a view.
 
     Args:
-        key: The sample's key, for messages.
-        name: The member's name, ``normal_003.png``.
+        key: Key of the sample for error messages.
+        name: Name of the member, for example ``normal_003.png``.
         encoded: PNG bytes.
 
     Returns:
-        (H, W, 3) unit normals in world space; 0 without a surface.
+        (H, W, 3) unit normals in world space, or 0 where there is no surface.
 
     Raises:
-        SampleError: The member is not an image of normals, or too large.
+        SampleError: The member is not an image of normals or is too large.
     """
     pixels = read_pixels(key, name, encoded)
     seen = pixels.any(axis=-1)
@@ -120,10 +132,18 @@ def decode_normals(key: str, name: str, encoded: bytes) -> npt.NDArray[np.float3
 
 
 def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-    """Decode the stored pixels: (H, W) uint16 of ``depth_*``, (H, W, 3) uint8 of ``normal_*``.
+    """Decode the pixel values of a depth or normal image.
+
+    Args:
+        key: Key of the sample for error messages.
+        name: Name of the member.
+        encoded: PNG bytes.
+
+    Returns:
+        (H, W) uint16 values of a depth image, or (H, W, 3) uint8 values of a normal image.
 
     Raises:
-        SampleError: The member is not such an image, or too large.
+        SampleError: The member is not an image of this type or is too large.
     """
     mode = _MODES[name.partition("_")[0]]
     try:
@@ -141,7 +161,7 @@ def read_pixels(key: str, name: str, encoded: bytes) -> npt.NDArray[np.uint8] | 
 
 
 def write_pixels(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> bytes:
-    """Encode pixels as PNG, the inverse of ``read_pixels``; deterministic."""
+    """Encode pixel values as PNG deterministically. This is the inverse of ``read_pixels``."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Framing of input images that a network was trained with: camera, object size and background."""
+"""Framing of the input images with which a network was trained."""
 
 import dataclasses
 import statistics
@@ -13,14 +13,14 @@ from lrm_pl.images import object_box
 
 @dataclasses.dataclass(frozen=True)
 class InputFraming:
-    """What an image must be like that is given to a network.
+    """Camera, object size and background of the input images of a network, and the density threshold of the surface.
 
     Attributes:
-        distance: Distance of the camera, scene units (LRM and OpenLRM: 2).
-        fov_deg: Field of view of the square image.
-        foreground: Longer side of the object's bounding box, as a share of the image's side.
-        background: Gray level of the background in [0, 1]; LRM: 1, TripoSR: 0.5.
-        threshold: Density of the surface; None: measured per object (``surface_density``).
+        distance: Distance of the camera from the origin in scene units (LRM and OpenLRM use 2).
+        fov_deg: Field of view of the square image in degrees.
+        foreground: Longer side of the bounding box of the object divided by the side of the image.
+        background: Gray level of the background in [0, 1] (LRM uses 1, and TripoSR uses 0.5).
+        threshold: Density at the surface. If None, it is measured for each object with ``surface_density``.
     """
 
     distance: float = 2.0
@@ -30,26 +30,26 @@ class InputFraming:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Validate the ranges."""
         _ = self.camera
         if not 0 < self.foreground <= 1 or not 0 <= self.background <= 1:
             raise InputError(expected="foreground in (0, 1] and background in [0, 1]", found=self)
 
     @property
     def camera(self) -> InputCamera:
-        """The assumed input camera."""
+        """Camera of the input images."""
         return InputCamera(self.distance, self.fov_deg)
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], where: str) -> "InputFraming":
-        """Create a framing from a config record.
+        """Create a framing from a dictionary.
 
         Args:
-            record: Field names and numbers; missing fields take the values of LRM.
+            record: Mapping from field names to numbers. Missing fields have the default values.
             where: Name of the record for error messages.
 
         Raises:
-            InputError: A field is unknown or not a number.
+            InputError: A field is unknown or is not a number.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         wrong = sorted(
@@ -70,7 +70,7 @@ class InputFraming:
 
 
 def measure_framing(batches: Iterable[Batch]) -> InputFraming | None:
-    """Return the median framing over the target views of evaluation batches; None if there are none."""
+    """Return the median framing of the target views of evaluation batches, or None if no view shows an object."""
     distances, fovs, fractions = list[float](), list[float](), list[float]()
     for batch in batches:
         target = batch.target

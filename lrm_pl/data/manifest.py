@@ -1,11 +1,10 @@
-"""Folders of shards: the manifest, tar files and their member indices.
+"""Folders of shards with a manifest, tar files and member indices.
 
     OUT/manifest.json            schema version, shards with counts, sizes and sha256, render settings
     OUT/train-000000.tar         WebDataset tar with samples of ``lrm_pl.data.schema``
     OUT/train-000000.index.json  sample key -> member name -> [offset, size] in the tar
 
-The manifest is written last: a folder without one is not finished. All files are written atomically. Imports neither
-numpy nor torch.
+The manifest is written last, so a folder without a manifest is not finished. All files are written atomically.
 """
 
 import dataclasses
@@ -28,13 +27,13 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 MANIFEST_NAME = "manifest.json"
 
-#: Smallest image side that LPIPS with AlexNet accepts, pixels.
+#: Smallest image side that LPIPS with AlexNet accepts, in pixels.
 LEAST_SIDE = 31
 
-#: Largest accepted member: an uncompressed view of the largest accepted size.
+#: Maximum size of a member in bytes, which is the size of an uncompressed view of ``MAX_IMAGE_SIDE`` pixels a side.
 MAX_MEMBER_BYTES = 4 * MAX_IMAGE_SIDE**2
 
-#: Sample key -> member name -> (offset, size) of its content, in tar order.
+#: Sample key -> member name -> (offset, size) of the content in bytes, in tar order.
 MemberIndex = dict[str, dict[str, tuple[int, int]]]
 
 
@@ -47,12 +46,13 @@ class Shard:
     """Manifest entry of one shard.
 
     Attributes:
-        name: File name of the tar, ``train-000000.tar``.
-        split: Split of its samples.
+        name: File name of the tar, for example ``train-000000.tar``.
+        split: Split of the samples.
         samples: Number of samples.
-        bytes: Size of the tar.
-        sha256: Hash of the tar, lower-case hex.
-        rejected: Whether a rule rejected its samples. They are never trained on; ``repack`` can select them.
+        bytes: Size of the tar in bytes.
+        sha256: Hash of the tar in lower-case hexadecimal digits.
+        rejected: Whether the samples were rejected by a rule. They are not used for training, but can be selected with
+            ``repack``.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Shard:
 
     @property
     def index_name(self) -> str:
-        """File name of the member index beside the tar."""
+        """File name of the member index in the folder of the tar."""
         return self.name.removesuffix(".tar") + ".index.json"
 
 
@@ -74,8 +74,8 @@ class Manifest:
 
     Attributes:
         shards: All shards, in order.
-        views: Views per sample.
-        failures: Number of assets that could not be rendered (listed in ``failures.jsonl``).
+        views: Number of views per sample.
+        failures: Number of assets that could not be rendered, which are listed in ``failures.jsonl``.
         render: Render settings of the views (preset, resolution, samples, seed, normalization, renderer).
         schema_version: Version of the sample schema.
     """
@@ -88,18 +88,18 @@ class Manifest:
 
     @property
     def resolution(self) -> int | None:
-        """The longer side of the views in pixels; None if the settings do not contain it."""
+        """Longer side of the views in pixels, or None if the render settings do not contain it."""
         found = self.render.get("resolution")
         return found if isinstance(found, int) else None
 
     def split(self, split: Split) -> tuple[Shard, ...]:
-        """Return the shards of one split, in order, without rejected ones."""
+        """Return the shards of a split in order, except for rejected shards."""
         return tuple(shard for shard in self.shards if shard.split == split and not shard.rejected)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path``, which replaces ``path`` when the block ends without an error."""
+    """Open a temporary file in the folder of ``path`` that replaces ``path`` if the context exits without an error."""
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -112,7 +112,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file beside ``path``, flush it to disk and rename it to ``path``."""
+    """Write a temporary file in the folder of ``path``, flush it to disk and rename it to ``path``."""
     with new_file(path) as file:
         file.write(content)
 
@@ -131,9 +131,10 @@ def require_no_folder(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Create a temporary folder beside ``out``, renamed to ``out`` when the block ends and removed on an error.
+    """Create a temporary folder in the parent folder of ``out``.
 
-    If the process is killed, the next process that creates ``out`` removes the temporary folder.
+    The folder is renamed to ``out`` if the context exits without an error, and is removed otherwise. If the process is
+    killed, the next process that creates ``out`` removes the temporary folder.
 
     Raises:
         InputError: ``out`` exists.
@@ -142,7 +143,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     place = ScratchFolder(f".{out.name}.", out.parent, ".partial")
     try:
-        folder = place.path / out.name  # with default permissions
+        folder = place.path / out.name  # a subfolder, because it has default permissions
         folder.mkdir()
         yield folder
         require_no_folder(out)
@@ -152,7 +153,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``, which marks a folder as finished."""
+    """Write ``manifest.json``, which indicates that a folder is finished."""
     write_atomically(
         folder / MANIFEST_NAME, (json.dumps(dataclasses.asdict(manifest), indent=2) + "\n").encode()
     )
@@ -161,8 +162,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def require_measurable_views(manifest: Manifest, where: str) -> None:
     """Check that views are large enough for LPIPS with AlexNet, which validation computes.
 
+    Args:
+        manifest: Manifest of the views.
+        where: Path or URL for error messages.
+
     Raises:
-        InputError: The longer side of the views is below ``LEAST_SIDE``.
+        InputError: The longer side of the views is smaller than ``LEAST_SIDE``.
     """
     if (found := manifest.resolution) is not None and found < LEAST_SIDE:
         raise InputError(
@@ -174,10 +179,10 @@ def require_measurable_views(manifest: Manifest, where: str) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read ``manifest.json`` and check it, and that all of its shards exist in full size.
+    """Read and validate ``manifest.json``, and check the existence and size of all shards.
 
     Raises:
-        ShardError: The manifest is missing or invalid, or a shard is missing or truncated.
+        ShardError: The manifest is missing or invalid, or a shard is missing or has an unexpected size.
     """
     path = folder / MANIFEST_NAME
     remedy = f"run `make render-shards OUT={folder}` (it resumes)"
@@ -242,7 +247,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
 
 
 def read_index(folder: Path, shard: Shard) -> MemberIndex:
-    """Read the member index of one shard and check it.
+    """Read and validate the member index of a shard.
 
     Raises:
         ShardError: The index is missing or does not match the tar.
@@ -263,7 +268,7 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
     Args:
         content: The file content.
         where: Path or URL for error messages.
-        shard: The shard that the index belongs to.
+        shard: The shard to which the index belongs.
 
     Raises:
         ShardError: The index does not match the shard.
@@ -298,10 +303,14 @@ def parse_index(content: bytes, where: str, shard: Shard) -> MemberIndex:
 
 
 def read_members(tar: Path, spans: Iterable[tuple[int, int]]) -> list[bytes]:
-    """Read byte ranges of a shard, given as (offset, size).
+    """Read byte ranges of a shard.
+
+    Args:
+        tar: Path of the shard.
+        spans: Offset and size of each range in bytes.
 
     Raises:
-        SampleError: The file ends before a range does.
+        SampleError: A range extends beyond the end of the file.
         OSError: The file cannot be read.
     """
     contents = []
@@ -318,11 +327,11 @@ def read_members(tar: Path, spans: Iterable[tuple[int, int]]) -> list[bytes]:
 
 
 def read_samples(folder: Path, shard: Shard) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield (key, member name -> bytes) of each sample of a shard, in tar order.
+    """Yield the key and the members of each sample of a shard in tar order.
 
     Raises:
         ShardError: The index does not match the tar.
-        SampleError: The file ends before a member does.
+        SampleError: A member extends beyond the end of the file.
     """
     for key, members in read_index(folder, shard).items():
         yield key, dict(zip(members, read_members(folder / shard.name, members.values()), strict=True))

@@ -1,7 +1,7 @@
 """Weighted mixtures of data sets.
 
-LRM trains on Objaverse once and MVImgNet three times per epoch (section 4.1). The shards of a data set of weight w are
-listed w times per epoch, so ``lrm_pl.data.order`` sees a single list of shards.
+In each epoch, LRM uses Objaverse once and MVImgNet three times (section 4.1). The shards of a data set of weight w are
+therefore listed w times per epoch.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ class DataSet:
     """A folder of shards in a mixture.
 
     Attributes:
-        folder: The folder or its URL.
-        weight: Number of times that each of its objects appears in an epoch.
+        folder: Path or URL of the folder.
+        weight: Number of times that each object in the folder appears in an epoch.
     """
 
     folder: str
     weight: int = 1
 
     def __post_init__(self) -> None:
-        """Check the weight."""
+        """Validate the weight."""
         if self.weight < 1:
             raise InputError(
                 expected="weights of 1 or more", found=self, remedy="remove the data set instead"
@@ -40,7 +40,7 @@ class Entry:
     Attributes:
         source: The folder of the shard.
         shard: The shard.
-        repeat: Number of this repetition of the shard in the epoch, starting at 0.
+        repeat: Index of the repetition of the shard in the epoch, starting at 0.
     """
 
     source: ShardSource
@@ -53,13 +53,13 @@ class Mixture:
 
     Args:
         sets: The data sets.
-        cache: Reading of shards at URLs.
+        cache: Settings for reading shards from URLs.
 
     Attributes:
-        members: (source, manifest, weight) of each data set.
+        members: Source, manifest and weight of each data set.
 
     Raises:
-        InputError: A data set is missing, unfinished or damaged, or two contain the same shard.
+        InputError: A data set is missing, unfinished or damaged, or two data sets contain the same shard.
     """
 
     def __init__(self, sets: Sequence[DataSet], cache: CacheConfig = CacheConfig()) -> None:  # noqa: B008 - frozen
@@ -81,20 +81,20 @@ class Mixture:
 
     @property
     def name(self) -> str:
-        """The folders of the data sets, for error messages."""
+        """Paths or URLs of the data sets for error messages."""
         return " + ".join(source.location for source, _, _ in self.members)
 
     @property
     def views(self) -> int:
-        """Smallest number of views per object over all data sets."""
+        """Minimum number of views per object of the data sets."""
         return min(manifest.views for _, manifest, _ in self.members)
 
     def entries(self, split: Split, *, repeated: bool) -> tuple[Entry, ...]:
-        """List the shards of a split.
+        """Return the shards of a split.
 
         Args:
             split: The split.
-            repeated: Whether shards are repeated by the weights of their data sets, as in training.
+            repeated: Whether shards are repeated according to the weights of the data sets, as in training.
         """
         return tuple(
             Entry(source, shard, repeat)
@@ -104,13 +104,13 @@ class Mixture:
         )
 
     def require_usable(self, bounds: str) -> None:
-        """Check that views are large enough for LPIPS and that objects lie in the bounds of the renderer.
+        """Check that views are large enough for LPIPS and that objects are inside the bounds of the renderer.
 
         Args:
-            bounds: ``bounds`` of the renderer.
+            bounds: Bounds of the renderer, "sphere" or "box".
 
         Raises:
-            InputError: Views of a data set are too small, or objects exceed the bounds.
+            InputError: The views of a data set are too small, or objects exceed the bounds.
         """
         for source, manifest, _ in self.members:
             require_measurable_views(manifest, source.location)
@@ -123,7 +123,10 @@ class Mixture:
                 )
 
     def require_samples(self, least: int) -> None:
-        """Check that the training split has at least ``least`` samples, those of an optimizer step.
+        """Check that the training split has enough samples for an optimizer step.
+
+        Args:
+            least: Number of samples per optimizer step.
 
         Raises:
             ShardError: The training split of a data set is empty, or there are too few samples.

@@ -1,10 +1,10 @@
-"""The global order of training samples: a pure function of (seed, position).
+"""The global order of training samples, which is a pure function of seed and position.
 
-Epoch e concatenates the shards of the training split (those of a data set of weight w appear w times). Shards, and the
-samples in each shard, are permuted by (seed, e). The N samples are cut into S streams of equal length +-1, and position
-p of the epoch is element p // S of stream p mod S. A run reads the endless sequence g = e N + p. A batch takes the next
-G positions, so batches straddle epochs and no sample is dropped or padded. The position g is the whole state of the
-data.
+In each epoch e, the shards of the training split and the samples in each shard are permuted depending on (seed, e). The
+N samples are then divided into S contiguous streams whose lengths differ by at most 1. Position p in the epoch refers
+to element p // S of stream p mod S, and the global position is g = e N + p. Each batch contains the samples at the next
+G global positions, so a batch can contain samples of two epochs, and no sample is dropped. The global position is the
+complete state of the data.
 """
 
 import dataclasses
@@ -17,7 +17,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class SampleLocation:
-    """Location of a sample: epoch, number of the shard, index in that shard."""
+    """Location of a sample.
+
+    Attributes:
+        epoch: Index of the epoch.
+        shard: Index of the shard.
+        index: Index of the sample in the shard.
+    """
 
     epoch: int
     shard: int
@@ -31,7 +37,7 @@ class SampleOrder:
     Attributes:
         counts: Number of samples per shard.
         seed: Seed of the permutations.
-        streams: S, the number of streams per epoch. Neighbors in the order come from different streams, so mostly from
+        streams: Number of streams per epoch. Consecutive samples come from different streams, and thus mostly from
             different shards.
     """
 
@@ -41,11 +47,11 @@ class SampleOrder:
 
     @cached_property
     def total(self) -> int:
-        """N, the number of samples per epoch."""
+        """Number of samples per epoch."""
         return sum(self.counts)
 
     def locate(self, position: int) -> SampleLocation:
-        """Return the location of the sample at global position g."""
+        """Return the location of the sample at a global position."""
         epoch, p = divmod(position, self.total)
         index, stream = divmod(p, self.streams)
         quotient, remainder = divmod(self.total, self.streams)
@@ -58,9 +64,10 @@ class SampleOrder:
         )
 
     def candidates(self, position: int) -> Iterator[SampleLocation]:
-        """Yield the sample at a position, then its replacements in case it is bad: every sample of the epoch once.
+        """Yield the location of the sample at a global position, followed by replacements for a bad sample.
 
-        Replacements are the following samples of its stream, then the samples of the other streams.
+        The replacements are the remaining samples of the same stream, followed by the samples of all other streams.
+        Each sample of the epoch is yielded once.
         """
         start = position - position % self.total
         stream = position % self.total % self.streams
@@ -80,7 +87,10 @@ class SampleOrder:
         return {}
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the permutation of the shards in an epoch, and their ends; the newest two epochs are cached."""
+        """Return the permutation of the shards in an epoch, and the cumulative numbers of samples.
+
+        The results of two epochs are cached.
+        """
         if epoch not in self._layouts:
             permutation = np.random.default_rng([self.seed, epoch]).permutation(len(self.counts))
             for old in list(self._layouts)[:-1]:
@@ -89,7 +99,7 @@ class SampleOrder:
         return self._layouts[epoch]
 
     def _shuffled(self, epoch: int, shard: int) -> np.ndarray:
-        """Return the permutation of the samples of a shard in an epoch; those of the shards in use are cached."""
+        """Return the permutation of the samples of a shard in an epoch. Permutations of shards in use are cached."""
         if (key := (epoch, shard)) not in self._shuffles:
             if len(self._shuffles) >= 4 * self.streams:
                 del self._shuffles[next(iter(self._shuffles))]

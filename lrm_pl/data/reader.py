@@ -1,4 +1,4 @@
-"""Random access to samples of shards: reads only the members that are used."""
+"""Random access to samples in shards, in which only the required members are read."""
 
 import io
 import tarfile
@@ -26,13 +26,15 @@ from lrm_pl.storage import StoreError
 
 
 class PackedIndex:
-    """The member index of one shard in numpy arrays: about 6 bytes per member, and 16 and the key per sample.
+    """The member index of a shard in numpy arrays.
+
+    The arrays use about 6 bytes per member, and 16 bytes and the size of the key per sample.
 
     Args:
-        index: Sample key -> member name -> (offset, size).
+        index: Mapping from sample key to member name to offset and size in bytes.
 
     Raises:
-        ShardError: The members of a sample are not adjacent.
+        ShardError: The members of a sample are not adjacent, or a sample has no members.
     """
 
     def __init__(self, index: Mapping[str, Mapping[str, tuple[int, int]]]) -> None:
@@ -56,10 +58,10 @@ class PackedIndex:
                 raise ShardError(expected=f"members of {key!r}", found="none")
         self._names = tuple(names)
         self._keys = np.array([key.encode() for key in index], dtype=np.bytes_)
-        # Per sample: byte of its first header record, and number of members up to its last.
+        # Offset of the first header record of each sample, and cumulative number of members.
         self._starts = np.array(starts, np.int64)
         self._ends = np.cumsum([len(members) for members in index.values()], dtype=np.int64)
-        # Per member: index in ``_names``, size, and header records before it.
+        # Index in ``_names``, size and number of header records of each member.
         self._ids, self._sizes = np.array(ids, np.min_scalar_type(len(names))), np.array(sizes, np.uint32)
         self._gaps = np.array(gaps, np.uint8)
 
@@ -69,7 +71,7 @@ class PackedIndex:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the arrays, bytes."""
+        """Size of the arrays in bytes."""
         return sum(a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray))
 
     def key(self, number: int) -> str:
@@ -77,7 +79,7 @@ class PackedIndex:
         return bytes(self._keys[number]).decode()
 
     def members(self, number: int) -> dict[str, tuple[int, int]]:
-        """Return member name -> (offset, size) of a sample."""
+        """Return a mapping from member name to offset and size in bytes for a sample."""
         part = slice(int(self._ends[number - 1]) if number else 0, int(self._ends[number]))
         columns = (column[part].tolist() for column in (self._ids, self._sizes, self._gaps))
         offset, members = int(self._starts[number]), dict[str, tuple[int, int]]()
@@ -89,12 +91,12 @@ class PackedIndex:
 
 
 class ShardReader:
-    """Reads samples by their locations; a shard's index is read when first needed.
+    """Reader of samples at given locations. The index of a shard is read when it is first needed.
 
     Args:
-        entries: The shards that ``SampleLocation.shard`` numbers.
-        kept: Number of indices to keep, least recently used evicted first; at least the number of shards that are
-            read in turn.
+        entries: The shards to which ``SampleLocation.shard`` refers.
+        kept: Maximum number of indices in memory, of which the least recently used is evicted first. It should be at
+            least the number of shards that are read alternately.
     """
 
     def __init__(self, entries: Sequence[Entry], kept: int = 16) -> None:
@@ -102,15 +104,15 @@ class ShardReader:
         self._indices: OrderedDict[tuple[str, str], PackedIndex] = OrderedDict()
 
     def prefetch(self, shard: int) -> None:
-        """Start copying a remote shard that is needed soon."""
+        """Start copying a remote shard to the cache."""
         entry = self.entries[shard]
         entry.source.prefetch(entry.shard)
 
     def keys(self, shard: int) -> list[str]:
-        """Return the sample keys of a shard, in tar order.
+        """Return the sample keys of a shard in tar order.
 
         Raises:
-            SampleError: The shard's index cannot be read.
+            SampleError: The index of the shard cannot be read.
         """
         index = self._index(shard)
         return [index.key(number) for number in range(len(index))]
@@ -119,15 +121,15 @@ class ShardReader:
         """Return the key of a sample.
 
         Raises:
-            SampleError: The shard's index cannot be read.
+            SampleError: The index of the shard cannot be read.
         """
         return self._index(location.shard).key(location.index)
 
     def view_count(self, location: SampleLocation) -> int:
-        """Return the number of views of a sample, by the shard's index.
+        """Return the number of views of a sample according to the index of the shard.
 
         Raises:
-            SampleError: The shard's index cannot be read.
+            SampleError: The index of the shard cannot be read.
         """
         members = self._index(location.shard).members(location.index)
         return sum(VIEW_PATTERN.fullmatch(name) is not None for name in members)
@@ -135,14 +137,18 @@ class ShardReader:
     def read_members(
         self, location: SampleLocation, views: Sequence[int], extras: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Read one sample in the form of webdataset: ``__key__``, ``__url__`` and member name -> bytes.
+        """Read the members of one sample without decoding them.
 
-        The records of the members that are used, followed by two records of zeros, are themselves a tar.
+        The records of the required members, followed by two records of zeros, form a tar, which is parsed with
+        webdataset.
 
         Args:
             location: Location of the sample.
             views: Indices of the views to read.
-            extras: Optional members to read where they exist.
+            extras: Names of optional members to read if they exist.
+
+        Returns:
+            A dictionary in the format of webdataset, with ``__key__``, ``__url__`` and the content of each member.
 
         Raises:
             SampleError: The members cannot be read.
@@ -158,7 +164,7 @@ class ShardReader:
             raise SampleError(str(error)) from error
         tar = {"url": url, "stream": io.BytesIO(b"".join([*records, END_OF_ARCHIVE]))}
         samples, found = [], "others"
-        if records and records[0].startswith(prefix):  # webdataset would decompress other formats
+        if records and records[0].startswith(prefix):  # otherwise, webdataset may decompress other formats
             try:
                 samples = list(group_by_keys(tar_file_expander([tar])))
             except (tarfile.TarError, ValueError) as error:
@@ -168,15 +174,15 @@ class ShardReader:
         return samples[0]
 
     def read(self, location: SampleLocation, views: Sequence[int], extras: Sequence[str] = ()) -> Sample:
-        """Read and decode one sample, with only the views that are used.
+        """Read and decode one sample.
 
         Args:
             location: Location of the sample.
             views: Indices of the views to read.
-            extras: Optional members to read where they exist.
+            extras: Names of optional members to read if they exist.
 
         Raises:
-            SampleError: The sample is bad; the message names shard and sample.
+            SampleError: The sample cannot be read or is invalid. The message contains the shard and the sample.
         """
         key = self.key(location)
         try:
@@ -187,15 +193,19 @@ class ShardReader:
             raise self.located(location, error) from error
 
     def evict_if_corrupt(self, location: SampleLocation) -> bool:
-        """Check the cached copy of a shard after a bad sample; returns whether it was damaged and has been removed."""
+        """Check the cached copy of a shard after a bad sample, and remove the copy if it is damaged.
+
+        Returns:
+            Whether the copy was removed.
+        """
         entry = self.entries[location.shard]
         return entry.source.evict_if_corrupt(entry.shard)
 
     def located(self, location: SampleLocation, error: Exception) -> SampleError:
-        """Return the error of a bad sample with its shard, its key and a remedy added.
+        """Return the error of a bad sample, to which the shard, the key and a remedy are added.
 
         Raises:
-            SampleError: The shard's index cannot be read, which the message states.
+            SampleError: The index of the shard cannot be read.
         """
         entry, key, message = self.entries[location.shard], self.key(location), str(error)
         message = message if repr(key) in message else f"sample {key!r}: {message}"
@@ -207,7 +217,7 @@ class ShardReader:
         return SampleError(f"{entry.source.location}/{entry.shard.name}: {message}. {remedy}")
 
     def _index(self, shard: int) -> PackedIndex:
-        """Return the index of a shard; repeated entries of a shard have one index."""
+        """Return the index of a shard. Repeated entries of a shard use the same index."""
         entry = self.entries[shard]
         name = entry.source.location, entry.shard.name
         if name in self._indices:

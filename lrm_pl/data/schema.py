@@ -1,21 +1,19 @@
-"""Schema of a sample (one object) in a shard, and its encoding as tar members. Imports numpy and Pillow only.
+"""Schema of a sample, which represents one object in a shard, and encoding of samples as tar members.
 
-A sample with key ``chair`` and V views has these members, which shards store sorted by name:
+A sample with key ``chair`` and V views has the following members, which are sorted by name in shards:
 
     chair.json           SampleInfo: id, name, license, creator, source, seed, renderer, views, sha256, schema_version
-    chair.c2w.npy        (V, 4, 4) float32, camera to world, OpenCV
-    chair.fxfycxcy.npy   (V, 4)    float32, normalized by image width and height
-    chair.view_000.webp  one per view: RGBA, 8 bits, straight alpha, lossless WebP or PNG
+    chair.c2w.npy        (V, 4, 4) float32 camera-to-world poses, OpenCV convention
+    chair.fxfycxcy.npy   (V, 4) float32 intrinsics, normalized by image width and height
+    chair.view_000.webp  one per view, RGBA with 8 bits and straight alpha, lossless WebP or PNG
     chair.view_001.webp  ...
-    chair.measures.json  optional: measurements of the object (data_tools/quality/measures.py)
-    chair.depth_000.png  optional, one per view: 16 bits, depth along the camera's z axis / ``MAX_DEPTH`` * 65535
-    chair.normal_000.png optional, one per view: RGB, 8 bits, world normal n as (n + 1) / 2
-    chair.surface.npy    optional: (20000, 6) float32, points on the surface and their normals, in world space
+    chair.measures.json  optional, measurements of the object (data_tools/quality/measures.py)
+    chair.depth_000.png  optional, one per view, 16 bits, depth along the z axis of the camera / ``MAX_DEPTH`` * 65535
+    chair.normal_000.png optional, one per view, RGB with 8 bits, world-space normal n as (n + 1) / 2
+    chair.surface.npy    optional, (20000, 6) float32 world-space surface points and normals
 
-Depth and normals are 0 where no surface lies at the pixel's center: where alpha is 0, and at some pixels with
-partial alpha.
-
-No member is a pickle. All members are checked before use.
+Depth and normals are 0 at pixels whose center is not covered by a surface, which have zero or partial alpha. No member
+is a pickle. All members are validated before use.
 """
 
 import dataclasses
@@ -37,18 +35,18 @@ from lrm_pl.images import DECODE_ERRORS, webp_size
 
 SCHEMA_VERSION = 2
 
-#: WebDataset splits member names at the first dot, so keys contain none; tar headers hold names of at most 100 bytes.
+#: Keys contain no dot, because WebDataset splits names at the first dot, and are short, because tar limits names.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 
 IMAGE_FORMATS = ("webp", "png")
 
-#: Names of members that are views.
+#: Names of the members that contain views.
 VIEW_PATTERN = re.compile(rf"view_\d{{3}}\.({'|'.join(IMAGE_FORMATS)})")
 
-#: Maximum side of a view in pixels, checked before decoding (decompression bombs).
+#: Maximum side of a view in pixels, which is checked before decoding as a protection against decompression bombs.
 MAX_IMAGE_SIDE = 4096
 
-#: Encodes as fast as PNG; more effort saves a few percent of the size for ten times the time.
+#: Settings with which encoding is as fast as PNG. Files that are a few percent smaller would take ten times as long.
 _WEBP_EFFORT = {"method": 2, "quality": 20}
 
 #: Name of the member with the ``SampleInfo``.
@@ -60,13 +58,13 @@ NEEDED_MEMBERS = (INFO_MEMBER, "c2w.npy", "fxfycxcy.npy")
 #: Name of the member with surface points and normals.
 SURFACE_MEMBER = "surface.npy"
 
-#: Names of optional members, read only on request.
+#: Names of optional members, which are read only on request.
 EXTRA_PATTERN = re.compile(r"measures\.json|surface\.npy|(depth|normal)_\d{3}\.png")
 
-#: Exceptions that numpy's header parser raises for damaged .npy files.
+#: Exceptions that the header parser of numpy raises for damaged .npy files.
 HEADER_ERRORS = (ValueError, TypeError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError)
 
-#: Depth of the largest value of a depth image, scene units.
+#: Depth that the largest pixel value of a depth image represents, in scene units.
 MAX_DEPTH = 8.0
 
 
@@ -79,16 +77,16 @@ class SampleInfo:
     """Metadata of an object, stored as ``<key>.json``.
 
     Attributes:
-        id: Key of the sample, unique in the data set.
+        id: Key of the sample, which is unique in the data set.
         name: Display name.
         license: License of the mesh, or "unknown".
         creator: Creator of the mesh, or "unknown".
         source: Origin of the mesh (library, file name, URL).
-        seed: Seed of the object's cameras and of Cycles.
-        renderer: Program, version and device type that rendered the views.
-        views: Number of views V.
+        seed: Seed of the cameras of the object and of Cycles.
+        renderer: Program, version and device type with which the views were rendered.
+        views: Number of views.
         schema_version: Version of this schema.
-        sha256: Hash of the rendered mesh file, lower-case hex; "" if unknown.
+        sha256: Hash of the rendered mesh file in lower-case hexadecimal digits, or "" if unknown.
     """
 
     id: str
@@ -105,14 +103,14 @@ class SampleInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One object: encoded views, cameras and metadata.
+    """Encoded views, cameras and metadata of one object.
 
     Attributes:
-        info: The object's metadata.
-        c2w: (V, 4, 4) float32 poses, OpenCV.
+        info: Metadata of the object.
+        c2w: (V, 4, 4) float32 camera-to-world poses in the OpenCV convention.
         fxfycxcy: (V, 4) float32 normalized intrinsics.
-        views: V encoded images; empty bytes for a view that was not read.
-        extras: Optional members, name -> bytes.
+        views: Encoded images of the V views. The entry of a view that was not read is empty.
+        extras: Mapping from the names of optional members to their content.
     """
 
     info: SampleInfo
@@ -123,15 +121,15 @@ class Sample:
 
 
 def view_member(index: int, image_format: str = "webp") -> str:
-    """Return the member name of a view, for example ``view_003.webp``."""
+    """Return the name of the member with a view, for example ``view_003.webp``."""
     return f"view_{index:03d}.{image_format}"
 
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
-    """Encode a sample as tar members; deterministic.
+    """Encode a sample as tar members deterministically.
 
     Returns:
-        Member name without the key (``json``, ``c2w.npy``, ...) -> bytes.
+        Mapping from member name without the key (``json``, ``c2w.npy``, ...) to content.
 
     Raises:
         SampleError: The sample violates the schema.
@@ -148,18 +146,18 @@ def encode_sample(sample: Sample) -> dict[str, bytes]:
 
 
 def encode_info(info: SampleInfo) -> bytes:
-    """Encode metadata as the member ``json``; an unknown hash is omitted."""
+    """Encode metadata as the member ``json``. An unknown hash is omitted."""
     record = {name: value for name, value in dataclasses.asdict(info).items() if name != "sha256" or value}
     return json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
 
 
 def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] | None = None) -> Sample:
-    """Decode a sample from its tar members and check it.
+    """Decode a sample from tar members and validate it.
 
     Args:
-        key: The sample's key in the tar.
-        members: Member name without the key -> bytes.
-        views: Indices of the views in ``members``; None: all views.
+        key: Key of the sample in the tar.
+        members: Mapping from member name without the key to content.
+        views: Indices of the views in ``members``. If None, all views.
 
     Raises:
         SampleError: A member is missing or invalid, or the sample violates the schema.
@@ -193,7 +191,7 @@ def decode_sample(key: str, members: Mapping[str, bytes], views: Sequence[int] |
 
 
 def check_sample(sample: Sample) -> None:
-    """Check key, counts, shapes, dtypes, poses and intrinsics; does not decode images.
+    """Validate key, counts, shapes, dtypes, poses and intrinsics without decoding images.
 
     Raises:
         SampleError: The sample violates the schema.
@@ -243,14 +241,14 @@ def decode_image(key: str, encoded: bytes) -> npt.NDArray[np.uint8]:
     """Decode one view.
 
     Args:
-        key: The sample's key, for messages.
+        key: Key of the sample for error messages.
         encoded: PNG or WebP bytes.
 
     Returns:
-        (H, W, 4) uint8, straight alpha.
+        (H, W, 4) uint8 image with straight alpha.
 
     Raises:
-        SampleError: The view is not a PNG or WebP image, not RGBA, or too large.
+        SampleError: The view is not a PNG or WebP image, is not RGBA, or is too large.
     """
     _require_small(key, webp_size(encoded))
     try:
@@ -280,10 +278,10 @@ def _require_small(key: str, size: tuple[int, int]) -> None:
 
 
 def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
-    """Encode one (H, W, 4) uint8 view with straight alpha; deterministic.
+    """Encode one (H, W, 4) uint8 view with straight alpha deterministically.
 
-    Uses lossless WebP, which decodes two to three times as fast as PNG and is a quarter smaller. Fully opaque views are
-    encoded as PNG, because WebP would drop their alpha channel.
+    Views are encoded as lossless WebP, which is decoded two to three times as fast as PNG and is a quarter smaller.
+    Fully opaque views are encoded as PNG, because WebP would drop the alpha channel.
     """
     if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
         raise SampleError(expected="an RGBA image (H, W, 4) of uint8", found=f"{rgba.shape} of {rgba.dtype}")
@@ -296,23 +294,23 @@ def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
 
 
 def encode_array(array: npt.NDArray[np.float32]) -> bytes:
-    """Encode an array as ``.npy``; deterministic."""
+    """Encode an array in the ``.npy`` format deterministically."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 
 def decode_array(key: str, name: str, encoded: bytes, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Decode an array of float32.
+    """Decode a float32 array.
 
     Args:
-        key: The sample's key, for messages.
-        name: The member's name.
+        key: Key of the sample for error messages.
+        name: Name of the member.
         encoded: Content of the member.
-        shape: The expected shape.
+        shape: Expected shape.
 
     Raises:
-        SampleError: The member is not a float32 array of that shape.
+        SampleError: The member is not a float32 array of the expected shape.
     """
     file = io.BytesIO(encoded)
     try:
@@ -361,7 +359,7 @@ def decode_info(key: str, encoded: bytes) -> SampleInfo:
     """Decode the member ``json`` of a sample.
 
     Raises:
-        SampleError: The JSON has other fields, another schema version or another id.
+        SampleError: The JSON is invalid, or has unexpected fields, a different schema version or a different id.
     """
     try:
         record: Any = json.loads(encoded)

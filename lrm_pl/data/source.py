@@ -1,8 +1,7 @@
-"""Reading shards from a local folder, or from a URL of an object store or a web server.
+"""Reading of shards from a local folder, an object store or a web server.
 
-Local shards are read by byte ranges. Members of a remote shard are read from its cached copy if there is one
-(``lrm_pl.data.cache``), otherwise by range requests, while threads prefetch the shards that are needed next. So the
-first step does not wait for whole shards.
+Members of a remote shard are read from the copy in the cache (``lrm_pl.data.cache``). If there is no copy, they are
+read with range requests while threads copy the shard, so that the first step does not wait for complete shards.
 """
 
 import logging
@@ -39,22 +38,22 @@ from lrm_pl.storage import (
 
 logger = logging.getLogger(__name__)
 
-#: Concurrent shard downloads per process.
+#: Maximum number of concurrent shard downloads per process.
 _MAX_DOWNLOADS = 2
 
-#: Consecutive unreadable files after which a store is considered down.
+#: Number of consecutive unreadable files after which a store is considered unavailable.
 _MAX_FAILURES = 4
 
-#: Seconds before an unreadable file is tried again.
+#: Seconds after which reading of an unreadable file is attempted again.
 _RETRY_AFTER_S = 300.0
 
 
 class ShardSource:
-    """A folder of shards, local or remote.
+    """A local or remote folder of shards.
 
     Args:
-        location: A local folder or a URL (``s3://``, ``gs://``, ``https://``).
-        cache: Reading of shards at a URL.
+        location: Path or URL (``s3://``, ``gs://``, ``https://``) of the folder.
+        cache: Settings for reading shards from a URL.
 
     Raises:
         InputError: The fsspec package for the URL is not installed.
@@ -112,19 +111,22 @@ class ShardSource:
 
         Args:
             shard: The shard.
-            spans: (offset, size) of each range.
+            spans: Offset and size of each range in bytes.
+
+        Returns:
+            The content of each range.
 
         Raises:
             SampleError: The shard is truncated.
-            OSError: The shard cannot be read; a ``StoreError`` at a URL.
-            StoreDownError: Several files in a row could not be read.
+            OSError: The shard cannot be read. For a URL, this is a ``StoreError``.
+            StoreDownError: Several consecutive files could not be read.
         """
         if self.local:
             return read_members(Path(self.location) / shard.name, spans)
         if self._cache is not None and (copy := self._cache.find(shard)) is not None:
             try:
                 return read_members(copy, spans)
-            except FileNotFoundError:  # evicted meanwhile
+            except FileNotFoundError:  # the copy has been evicted
                 pass
         self._require_readable(shard.name)
         try:
@@ -136,7 +138,11 @@ class ShardSource:
         return found
 
     def evict_if_corrupt(self, shard: Shard) -> bool:
-        """Check the cached copy of a shard, at most once per shard; remove it and return True if it is damaged."""
+        """Check the cached copy of a shard at most once, and remove the copy if it is damaged.
+
+        Returns:
+            Whether the copy was removed.
+        """
         if self._cache is None or shard.name in self._checked:
             return False
         self._checked.add(shard.name)
@@ -146,7 +152,7 @@ class ShardSource:
         return removed
 
     def prefetch(self, shard: Shard) -> None:
-        """Start copying a remote shard to the cache in a thread."""
+        """Start copying a remote shard to the cache in a background thread."""
         cache = self._cache
         if cache is None or shard.name in self._prefetching or cache.find(shard) is not None:
             return
@@ -166,16 +172,16 @@ class ShardSource:
             try:
                 cache.download(shard)
                 self._failed_in_a_row.clear()
-            except OSError as error:  # its members are read by range requests
+            except OSError as error:  # members are read with range requests instead
                 logger.warning("shard not cached: %s", error)
                 time.sleep(_RETRY_AFTER_S / 10)
             self._prefetching.discard(shard.name)
 
     def _mark_unreadable(self, name: str, error: StoreError) -> None:
-        """Record that a file cannot be read, so that its other samples fail without waiting.
+        """Record that a file cannot be read, so that other samples in the file fail without retries.
 
         Raises:
-            StoreDownError: Several files in a row could not be read.
+            StoreDownError: Several consecutive files could not be read.
         """
         self._unreadable[name] = time.monotonic(), str(error)
         if isinstance(error, MissingError):
@@ -194,7 +200,7 @@ class ShardSource:
             raise StoreError(why)
 
     def _read_file(self, url: str) -> bytes:
-        """Read a whole file."""
+        """Read a complete file."""
 
         def read() -> bytes:
             fs, inner = open_store(url)

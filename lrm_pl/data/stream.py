@@ -1,4 +1,4 @@
-"""Datasets over shards: the training stream, a webdataset pipeline; and evaluation sets, each sample once."""
+"""Datasets of shards for training (a webdataset pipeline) and for evaluation (each sample once)."""
 
 import dataclasses
 import logging
@@ -37,18 +37,18 @@ SampleStage = Callable[[DecodedSample], DecodedSample]
 class BatchPartition:
     """The positions of each global batch that one process reads.
 
-    The batch of an optimizer step is G positions of the global order. It is cut into ``accumulate`` contiguous parts of
-    equal length, and rank r of ``world`` takes every ``world``-th position of a part, starting at r. So the samples of
-    a step do not depend on the number of processes or on the accumulation.
+    The batch of an optimizer step consists of ``batch_size`` positions of the global order. It is divided into
+    ``accumulate`` contiguous parts of equal length, of which rank r reads every ``world``-th position, starting at
+    position r of the part. The samples of a step therefore do not depend on ``world`` and ``accumulate``.
 
     Attributes:
-        batch_size: G, objects per optimizer step over all ranks and accumulated batches.
+        batch_size: Number of objects per optimizer step, including all ranks and accumulated batches.
         rank: Rank of this process.
         world: Number of processes.
-        accumulate: Batches per optimizer step.
+        accumulate: Number of batches per optimizer step.
 
     Raises:
-        InputError: The batch cannot be divided.
+        InputError: ``batch_size`` is not divisible by ``world`` times ``accumulate``.
     """
 
     batch_size: int
@@ -57,7 +57,7 @@ class BatchPartition:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        """Check that the batch can be divided."""
+        """Validate the ranges."""
         if self.accumulate < 1:
             raise InputError(expected="trainer.accumulate_grad_batches of at least 1", found=self.accumulate)
         parts = self.world * self.accumulate
@@ -76,42 +76,48 @@ class BatchPartition:
 
     @property
     def local_batch_size(self) -> int:
-        """Objects per batch of one process."""
+        """Number of objects per batch of this process."""
         return self.batch_size // (self.world * self.accumulate)
 
     def positions(self, start: int, batch: int) -> range:
-        """Return the global positions of this process's batch number ``batch``, counted from ``start``."""
+        """Return the global positions of a batch of this process.
+
+        Args:
+            start: Global position of the first batch.
+            batch: Index of the batch.
+        """
         part = self.batch_size // self.accumulate
         first = start + batch * part
         return range(first + self.rank, first + part, self.world)
 
 
 class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
-    """The training batches of this process, from global position ``position`` on (``lrm_pl.data.order``).
+    """The training batches of this process, starting at a global position (``lrm_pl.data.order``).
 
-    The stages are ``locations``, ``read``, ``decode``, those of ``stages``, ``augment`` and ``batches``. Worker k of K
-    makes batches k, k + K, ..., so the order does not depend on K. A bad sample keeps its position: the first stage
-    yields the next candidate for that position until one passes all stages.
+    The stages are ``locations``, ``read``, ``decode``, the elements of ``stages``, ``augment`` and ``batches``. Worker
+    k of K creates batches k, k + K, ..., so the order does not depend on K. For a bad sample, ``locations`` yields
+    replacements until one passes all stages.
 
     Args:
         mixture: The data sets.
         partition: The positions that this process reads.
-        inputs: Input views per object, which are targets too.
-        side_views: Views per object that are targets only.
-        unseen_views: Number of last views per object that are never trained on.
-        input_pool: The first input view is one of this many first views; None: any training view.
-        augmentation: Random crops and camera noise.
-        seed: Seed of order and augmentation.
-        streams: S of the global order.
-        steps: Number of optimizer steps to feed.
-        step: Optimizer steps done before.
-        position: First global position g.
-        counted: Earlier optimizer steps that the length includes, as Lightning counts after a resume.
-        stages: Functions from ``DecodedSample`` to ``DecodedSample``, applied in order before augmentation. One that
-            raises ``SampleError`` or returns None rejects the sample.
+        inputs: Number of input views per object, which are also target views.
+        side_views: Number of additional target views per object.
+        unseen_views: Number of views at the end of each object that are not used in training.
+        input_pool: Number of views at the start of each object from which the first input view is drawn. If None, it
+            is drawn from all training views.
+        augmentation: Settings of random crops and camera noise.
+        seed: Seed of the order and of augmentation.
+        streams: Number of streams of the global order.
+        steps: Number of optimizer steps.
+        step: Number of optimizer steps completed before.
+        position: Global position of the first sample.
+        counted: Number of earlier optimizer steps included in the length, as Lightning requires after a resume.
+        stages: Functions from ``DecodedSample`` to ``DecodedSample``, which are applied in order before augmentation. A
+            function rejects a sample by raising ``SampleError`` or returning None.
 
     Raises:
-        InputError: The split has fewer samples than an optimizer step.
+        InputError: The training split has fewer samples than an optimizer step.
     """
 
     def __init__(
@@ -134,15 +140,15 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
     ) -> None:
         mixture.require_samples(partition.batch_size)
         entries = mixture.entries("train", repeated=True)
-        # Each stream is in one shard, or between two.
+        # Each stream reads from one shard, or from two at a boundary.
         self.reader, self.ahead = ShardReader(entries, kept=2 * streams), mixture.ahead
         self.order = SampleOrder(tuple(entry.shard.samples for entry in entries), seed, streams)
         self.partition, self.inputs, self.side_views = partition, inputs, side_views
         self.unseen_views, self.input_pool = unseen_views, input_pool
         self.augmentation, self.seed = augmentation, seed
         self.steps, self.step, self.position, self.counted = steps, step, position, counted
-        # One sample at a time is in the pipeline: errors of the bad samples at its position, error of the latest
-        # candidate, and whether that candidate has passed all stages.
+        # The pipeline processes one sample at a time. These attributes are the errors of the bad samples at its
+        # position, the error of the latest candidate, and whether the latest candidate has passed all stages.
         self._faults: list[str] = []
         self._error: Exception | None = None
         self._has_passed = False
@@ -152,11 +158,11 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         )
 
     def __len__(self) -> int:
-        """Return the number of batches; the same on every rank."""
+        """Return the number of batches, which is equal on all ranks."""
         return (self.counted + self.steps) * self.partition.accumulate
 
     def locations(self) -> Iterator[tuple[SampleLocation, int]]:
-        """Yield (location, optimizer step) of the samples of this worker, and of the replacements of bad samples."""
+        """Yield the location and the optimizer step of the samples of this worker, including replacements."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         batches = range(worker, self.steps * self.partition.accumulate, workers)
@@ -189,16 +195,16 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         )
 
     def _fault(self, location: SampleLocation) -> str:
-        """Return the message of the latest candidate, which is bad."""
+        """Return the error message of the latest candidate, which is a bad sample."""
         try:
             if self._error is None:
                 return f"sample {self.reader.key(location)!r}: rejected by a stage of data.stages"
             return str(self.reader.located(location, self._error))
-        except SampleError as error:  # the shard's index cannot be read
+        except SampleError as error:  # the index of the shard cannot be read
             return str(error)
 
     def _prefetch(self, batches: range) -> Iterator[None]:
-        """Prefetch the shards of the next ``ahead`` samples at first, then those of one more batch per iteration."""
+        """Prefetch the shards of the next ``ahead`` samples, and of one additional batch per iteration."""
         first = -(-self.ahead // self.partition.local_batch_size)
         for number, batch in enumerate(batches):
             for g in self.partition.positions(self.position, batch):
@@ -207,7 +213,7 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
                 yield
 
     def read(self, source: tuple[SampleLocation, int]) -> dict[str, Any]:
-        """Choose the views of a sample and read its tar members."""
+        """Select views of a sample and read the tar members."""
         location, step = source
         entry = self.reader.entries[location.shard]
         rng = sample_rng(self.seed, location.epoch, self.reader.key(location), entry.repeat)
@@ -220,25 +226,25 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
         }
 
     def decode(self, members: dict[str, Any]) -> DecodedSample:
-        """Check the members against the schema and decode the chosen views."""
+        """Validate the members and decode the selected views."""
         sample = decode_sample(members["__key__"], members, members["__views__"])
         return decode_views(sample, members["__views__"], members["__step__"], members["__rng__"])
 
     def augment(self, sample: DecodedSample) -> Item:
-        """Crop and recolor the views."""
+        """Create a training item with random crops and backgrounds."""
         item = training_item(sample, self.inputs, self.augmentation)
         self._has_passed = True
         return dataclasses.replace(item, faults=(tuple(self._faults),))
 
     def batches(self, items: Iterable[Item]) -> Iterator[PackedBatch]:
-        """Collate items to batches."""
-        # Unlike ``webdataset.batched``, yields a batch before the first item of the next one is made.
+        """Collate items into batches."""
+        # Unlike ``webdataset.batched``, this yields a batch before it requests the first item of the next batch.
         remaining = iter(items)
         while batch := list(islice(remaining, self.partition.local_batch_size)):
             yield collate(batch)
 
     def skip(self, error: Exception) -> bool:
-        """Record the error of a bad sample; other errors are raised. The handler of all stages."""
+        """Record the error of a bad sample and raise other errors. This is the error handler of all stages."""
         if not isinstance(error, SampleError):
             raise error
         self._error = error
@@ -246,18 +252,18 @@ class TrainingStream(webdataset.DataPipeline):  # type: ignore[misc]
 
 
 class EvaluationSet(IterableDataset[Item]):
-    """Every sample of a split once, without augmentation: whole views over white.
+    """The samples of a split for evaluation, each once, with views at full size over white.
 
-    Rank r of W takes every W-th sample, starting at r. All ranks make the same number of items, as sharded networks
-    need: a bad sample, which is logged, and a missing last one are replaced by another sample of weight 0. Worker k of
-    K makes items k, k + K, ...
+    Rank r of W reads every W-th sample, starting at sample r, and worker k of K creates items k, k + K, ... of the
+    rank. All ranks create the same number of items, because sharded networks require it. For this purpose, bad samples
+    and missing samples at the end are replaced with a valid sample of weight 0.
 
     Args:
-        mixture: The data sets; each object is included once, whatever the weights.
+        mixture: The data sets. Each object is included once, regardless of the weights.
         split: The split.
-        inputs: Number of first views that are inputs.
-        views: Target views, as a slice of all views of an object.
-        limit: Maximum number of objects, evenly spread over the split; None: all.
+        inputs: Number of input views, which are the first views of an object.
+        views: Target views as a slice of all views of an object.
+        limit: Maximum number of objects, which are evenly distributed over the split. If None, all objects.
         rank: Rank of this process.
         world: Number of processes.
     """
@@ -282,11 +288,11 @@ class EvaluationSet(IterableDataset[Item]):
         self.inputs, self.views, self.rank, self.world = inputs, views, rank, world
 
     def __len__(self) -> int:
-        """Return the number of items per rank, including those of weight 0."""
+        """Return the number of items per rank, including items of weight 0."""
         return -(-len(self.locations) // self.world)
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield one item per object; a sample that cannot be read is replaced by an item of weight 0.
+        """Yield one item per object. A sample that cannot be read is replaced with an item of weight 0.
 
         Raises:
             InputError: No sample can be read.
@@ -308,7 +314,7 @@ class EvaluationSet(IterableDataset[Item]):
             yield item
 
     def readable(self) -> Iterator[Item]:
-        """Yield the items of all readable samples, without warnings about the others."""
+        """Yield the items of all readable samples, without warnings about unreadable samples."""
         items = (self._try(index, warn=False) for index in range(len(self.locations)))
         return (item for item in items if item is not None)
 

@@ -1,7 +1,7 @@
-"""Points and normals on the surface of an object: the optional member ``surface.npy``, ground truth for meshes.
+"""Points and normals on the surface of an object, stored in the optional member ``surface.npy``.
 
-Points are in world space, independent and uniform by area over all rendered surfaces, inner surfaces included. So any
-prefix is a uniform sample too.
+They are the ground truth for the evaluation of meshes. The points are in world space and are drawn independently and
+uniformly by area from all rendered surfaces, including inner surfaces. Any prefix is therefore also a uniform sample.
 """
 
 from typing import Final
@@ -11,18 +11,23 @@ import numpy.typing as npt
 
 from lrm_pl.data.schema import SURFACE_MEMBER, SampleError, decode_array, encode_array
 
-#: Points per object: twice the number in TripoSR's protocol.
+#: Number of points per object, twice the number in the evaluation protocol of TripoSR.
 SURFACE_POINTS: Final = 20_000
 
 #: Tolerance of the length of normals.
 _UNIT_TOLERANCE = 1e-3
 
-#: Bound on coordinates: objects are normalized to the unit sphere or the cube [-1, 1]^3.
+#: Maximum absolute value of coordinates, because objects are normalized to the unit sphere or to [-1, 1]^3.
 _REACH = 1.001
 
 
 def encode_surface(points: npt.NDArray[np.floating], normals: npt.NDArray[np.floating]) -> bytes:
-    """Encode (``SURFACE_POINTS``, 3) points and their unit normals; deterministic."""
+    """Encode (``SURFACE_POINTS``, 3) points and their unit normals deterministically.
+
+    Raises:
+        SampleError: The number of points is unexpected, a point is outside [-1, 1]^3, or a normal does not have length
+            1.
+    """
     record = np.concatenate([points, normals], axis=1).astype(np.float32)
     _check("", record)
     return encode_array(record)
@@ -32,14 +37,15 @@ def decode_surface(key: str, encoded: bytes) -> tuple[npt.NDArray[np.float32], n
     """Decode the surface of a sample.
 
     Args:
-        key: The sample's key, for messages.
+        key: Key of the sample for error messages.
         encoded: Content of the member.
 
     Returns:
-        Points and normals, (``SURFACE_POINTS``, 3) each.
+        (``SURFACE_POINTS``, 3) points and (``SURFACE_POINTS``, 3) normals.
 
     Raises:
-        SampleError: The array has another shape, a point is outside [-1, 1]^3, or a normal is not of unit length.
+        SampleError: The array has an unexpected shape, a point is outside [-1, 1]^3, or a normal does not have length
+            1.
     """
     record = decode_array(key, SURFACE_MEMBER, encoded, (SURFACE_POINTS, 6))
     _check(key, record)

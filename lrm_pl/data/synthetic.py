@@ -1,7 +1,7 @@
-"""Synthetic shards of analytic objects, written in a second without Blender.
+"""Synthetic shards of analytic objects for tests, which can be written quickly and without Blender.
 
-Each object is an axis-aligned ellipsoid inside the unit sphere. Its color is a linear function of position, and alpha
-is 0 or 255.
+Each object is an axis-aligned ellipsoid inside the unit sphere. The color is a linear function of the position, and
+alpha is 0 or 255.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ def write_synthetic_shards(
         folder: Output folder.
         train: Number of objects in the split "train".
         val: Number of objects in the split "val".
-        views: Views per object.
-        resolution: Side of a view, pixels.
-        shard_size: Objects per shard.
+        views: Number of views per object.
+        resolution: Side of a view in pixels.
+        shard_size: Number of objects per shard.
         seed: Seed of shapes, colors and cameras.
-        surface: Whether samples contain points on their surface.
+        surface: Whether samples contain surface points and normals.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -59,7 +59,15 @@ def write_synthetic_shards(
 
 
 def synthetic_sample(key: str, views: int, resolution: int, seed: int, *, surface: bool = False) -> Sample:
-    """Create one ellipsoid with its views."""
+    """Create the sample of an ellipsoid.
+
+    Args:
+        key: Key of the sample.
+        views: Number of views.
+        resolution: Side of a view in pixels.
+        seed: Seed of shape, color and cameras.
+        surface: Whether the sample contains surface points and normals.
+    """
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     radii = rng.uniform(0.4, 0.95, 3)
@@ -80,10 +88,19 @@ def synthetic_sample(key: str, views: int, resolution: int, seed: int, *, surfac
 def ellipsoid_surface(
     radii: npt.NDArray[np.float64], count: int, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Sample points on an ellipsoid, uniformly by area, and their normals."""
+    """Sample points uniformly by area on an axis-aligned ellipsoid.
+
+    Args:
+        radii: (3,) radii of the ellipsoid.
+        count: Number of points.
+        rng: Random generator.
+
+    Returns:
+        (``count``, 3) points and (``count``, 3) unit normals.
+    """
     unit = rng.normal(size=(16 * count, 3))
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    gradient = unit / radii  # of the implicit function
+    gradient = unit / radii  # gradient of the implicit function
     stretch = np.linalg.norm(gradient, axis=1)  # proportional to area on the ellipsoid per area on the sphere
     kept = np.flatnonzero(rng.random(len(unit)) < stretch * radii.min())[:count]
     assert len(kept) == count, len(kept)

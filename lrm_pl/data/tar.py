@@ -1,8 +1,8 @@
-"""Tar shards: writing them with webdataset, and the byte ranges of their members.
+"""Writing of tar shards with webdataset, and byte ranges of the members.
 
-A tar is a sequence of 512-byte records: for each member a header record, then the content, padded to whole records.
-Other writers put further header records before it (pax headers, for example for fractions of a second), which readers
-here skip.
+A tar is a sequence of records of 512 bytes. Each member consists of a header record and the content, which is padded to
+full records. Some writers add header records before the header record of a member, for example pax headers with
+fractions of a second. The readers in this package skip these records.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ from typing import Final
 from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, Split, new_file, write_atomically
 from lrm_pl.data.schema import KEY_PATTERN
 
-#: Bytes per tar record.
+#: Size of a tar record in bytes.
 RECORD: Final = 512
 
-#: Two records of zeros end a tar.
+#: The end of a tar, which consists of two records of zeros.
 END_OF_ARCHIVE: Final = bytes(2 * RECORD)
 
-#: Largest padding after the last member that is accepted.
+#: Maximum accepted size of the padding after the last member in bytes.
 _MAX_PADDING = 1 << 20
 
 
 def padded(size: int) -> int:
-    """Round a size up to whole records."""
+    """Return a size in bytes rounded up to full records."""
     return -(-size // RECORD) * RECORD
 
 
@@ -38,16 +38,19 @@ def write_shard(
     *,
     rejected: bool = False,
 ) -> Shard:
-    """Write one tar and its index atomically; equal samples give equal bytes.
+    """Write a tar and a member index atomically and deterministically.
 
     Args:
         folder: Folder of the shards.
         name: File name of the tar.
         split: Split of the samples.
-        samples: (key, members) in order, with members as from ``schema.encode_sample``; written sorted by name.
+        samples: Key and members (``schema.encode_sample``) of each sample, in order.
         rejected: Whether a rule rejected the samples.
+
+    Returns:
+        The manifest entry of the shard.
     """
-    from webdataset import TarWriter  # loads torch where it is installed
+    from webdataset import TarWriter  # imports torch if it is installed
 
     with new_file(folder / name) as file:
         with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
@@ -65,7 +68,15 @@ def write_shard(
 def describe_shard(
     path: Path, name: str, split: Split, index: MemberIndex, *, rejected: bool = False
 ) -> Shard:
-    """Return the manifest entry of a tar: counts, size and hash."""
+    """Return the manifest entry of a tar.
+
+    Args:
+        path: Path of the tar.
+        name: File name of the shard.
+        split: Split of the samples.
+        index: Member index of the tar.
+        rejected: Whether a rule rejected the samples.
+    """
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Shard(name, split, len(index), path.stat().st_size, digest, rejected)
@@ -77,7 +88,7 @@ def encode_index(index: MemberIndex) -> bytes:
 
 
 def scan_tar(path: Path) -> MemberIndex:
-    """Build the member index of a shard from its tar headers.
+    """Return the member index of a shard, which is read from the tar headers.
 
     Raises:
         ShardError: The file is not a complete tar of regular files, or the members of a sample are not adjacent.
@@ -132,11 +143,14 @@ def scan_tar(path: Path) -> MemberIndex:
 
 
 def record_spans(members: Mapping[str, tuple[int, int]], names: Iterable[str]) -> list[tuple[int, int]]:
-    """Return byte ranges (offset, size) of members with header record and padding; adjacent ones are merged.
+    """Return the byte ranges of members including header records and padding.
 
     Args:
-        members: Member name -> (offset, size) of its content.
-        names: The members to cover, in tar order.
+        members: Mapping from member name to offset and size of the content in bytes.
+        names: Names of the members to include, in tar order.
+
+    Returns:
+        Offset and size of each range in bytes. Adjacent ranges are merged.
     """
     spans: list[tuple[int, int]] = []
     for offset, size in (members[name] for name in names):

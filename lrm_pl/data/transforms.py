@@ -1,7 +1,7 @@
-"""View choice, canonical cameras, resizing, cropping and backgrounds: pure functions from samples to items.
+"""Pure functions that create items from samples, with view selection, canonical cameras, random crops and backgrounds.
 
-All randomness of a sample comes from one generator seeded by (seed, epoch, key), never from global state. So a sample
-is the same on any rank or worker, and after a resume.
+All randomness of a sample comes from one generator seeded by (seed, epoch, key). A sample is therefore equal on every
+rank and worker, and after a run is resumed.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from lrm_pl.kernels.views import resized_window
 
 @dataclasses.dataclass(frozen=True)
 class CropConfig:
-    """Random resizing and cropping of target views in training (LRM, section 4.2: [128, 384] and 128).
+    """Settings of random resizing and cropping of target views in training (LRM, section 4.2).
 
     Attributes:
-        low: Smallest side of a resized view, pixels.
-        high: Largest side of a resized view, pixels.
-        size: Side of the supervised window, pixels.
-        foreground: Probability that a window is centered on a pixel of the object, as far as the image borders allow,
-            instead of uniformly placed (TripoSR, section 3.2: "crops covering foreground").
+        low: Minimum side of a resized view in pixels.
+        high: Maximum side of a resized view in pixels.
+        size: Side of the window that is used as the target in pixels.
+        foreground: Probability that the window is centered on a pixel of the object, or as close to it as the image
+            borders allow (TripoSR, section 3.2). Otherwise, the position is drawn uniformly.
     """
 
     low: int = 128
@@ -38,7 +38,7 @@ class CropConfig:
     foreground: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the order of the sizes."""
+        """Validate the sizes and the probability."""
         if not 0 < self.size <= self.low <= self.high:
             raise InputError(expected="0 < size <= low <= high", found=self)
         if not 0 <= self.foreground <= 1:
@@ -47,11 +47,11 @@ class CropConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CropStage:
-    """Crop sizes from an optimizer step on: progressive resolution (MeshLRM, section 3.3).
+    """Crop settings that are used from a given optimizer step (progressive resolution; MeshLRM, section 3.3).
 
     Attributes:
-        from_step: First optimizer step.
-        crop: The sizes.
+        from_step: First optimizer step in which the settings are used.
+        crop: The crop settings.
     """
 
     from_step: int
@@ -60,13 +60,13 @@ class CropStage:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Random crops and camera noise of training items.
+    """Settings of random crops and camera noise of training items.
 
     Attributes:
-        crop: Sizes of the target windows.
-        stages: Sizes from later steps on, in ascending order.
-        camera_noise: Half-width of the uniform noise added to each number of the input cameras (InstantMesh: 0.02).
-            Target cameras are exact.
+        crop: Crop settings at the start of training.
+        stages: Crop settings of later steps, in ascending order of steps.
+        camera_noise: Half-width of the uniform noise added to each element of the poses and intrinsics of the input
+            views (InstantMesh uses 0.02). Target cameras are not changed.
     """
 
     crop: CropConfig
@@ -74,7 +74,7 @@ class Augmentation:
     camera_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the order of the stages."""
+        """Validate the order of the stages and the noise."""
         starts = [stage.from_step for stage in self.stages]
         if starts != sorted(set(starts)) or any(start < 1 for start in starts):
             raise InputError(expected="crop_stages that begin at ascending steps from 1 on", found=starts)
@@ -83,16 +83,23 @@ class Augmentation:
 
     @property
     def crops(self) -> tuple[CropConfig, ...]:
-        """The crop sizes of all stages."""
+        """Crop settings of all stages."""
         return self.crop, *(stage.crop for stage in self.stages)
 
     def crop_at(self, step: int) -> CropConfig:
-        """Return the crop sizes of an optimizer step."""
+        """Return the crop settings of an optimizer step."""
         return [self.crop, *(stage.crop for stage in self.stages if stage.from_step <= step)][-1]
 
 
 def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Generator:
-    """Return the random generator of a sample in an epoch; ``repeat`` tells its appearances in the epoch apart."""
+    """Return the random generator of a sample.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Index of the epoch.
+        key: Key of the sample.
+        repeat: Index of the repetition of the sample in the epoch.
+    """
     again = f"/{repeat}" if repeat else ""
     digest = hashlib.sha256(f"{seed}/{epoch}/{key}{again}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
@@ -101,16 +108,20 @@ def sample_rng(seed: int, epoch: int, key: str, repeat: int = 0) -> np.random.Ge
 def choose_views(
     rng: np.random.Generator, available: int, count: int, input_pool: int | None = None
 ) -> list[int]:
-    """Draw ``count`` distinct views out of the first ``available``; the input views come first.
+    """Draw distinct training views of an object without replacement.
 
     Args:
-        rng: The sample's random generator.
+        rng: Random generator of the sample.
         available: Number of training views of the object.
         count: Number of views to draw.
-        input_pool: The first view is one of this many first views; None: any.
+        input_pool: Number of views at the start of the object from which the first view is drawn. If None, it is drawn
+            from all training views.
+
+    Returns:
+        Indices of the views.
 
     Raises:
-        SampleError: There are too few views.
+        SampleError: There are fewer than ``count`` training views.
     """
     if available < count:
         raise SampleError(
@@ -123,16 +134,16 @@ def choose_views(
 
 @dataclasses.dataclass
 class DecodedSample:
-    """A training sample between decoding and augmentation: what the stages of ``data.stages`` receive and return.
+    """A training sample after decoding and before augmentation, which the functions in ``data.stages`` process.
 
     Attributes:
-        info: The object's record.
-        views: Indices of the chosen views, the input views first.
-        images: One (H, W, 4) uint8 array per chosen view: sRGB, straight alpha.
-        c2w: (V, 4, 4) float32 poses of the chosen views, OpenCV, in world space.
-        fxfycxcy: (V, 4) float32 normalized intrinsics.
-        step: Optimizer step that the sample is for.
-        rng: The sample's random generator; the only source of randomness that keeps a run reproducible.
+        info: Metadata of the object.
+        views: Indices of the selected views, starting with the input views.
+        images: One (H, W, 4) uint8 sRGB image with straight alpha per selected view.
+        c2w: (V, 4, 4) float32 camera-to-world poses of the selected views in the OpenCV convention.
+        fxfycxcy: (V, 4) float32 normalized intrinsics of the selected views.
+        step: Optimizer step in which the sample is used.
+        rng: Random generator of the sample. Use no other source of randomness, so that runs are reproducible.
     """
 
     info: SampleInfo
@@ -145,13 +156,13 @@ class DecodedSample:
 
 
 def decode_views(sample: Sample, views: Sequence[int], step: int, rng: np.random.Generator) -> DecodedSample:
-    """Decode the chosen views of a sample.
+    """Decode selected views of a sample.
 
     Args:
-        sample: The sample, with at least the chosen views read.
-        views: Indices of the chosen views, the input views first.
-        step: Optimizer step that the sample is for.
-        rng: The sample's random generator.
+        sample: The sample, which must contain the selected views.
+        views: Indices of the selected views, starting with the input views.
+        step: Optimizer step in which the sample is used.
+        rng: Random generator of the sample.
 
     Raises:
         SampleError: A view cannot be decoded.
@@ -162,15 +173,15 @@ def decode_views(sample: Sample, views: Sequence[int], step: int, rng: np.random
 
 
 def training_item(sample: DecodedSample, inputs: int, augmentation: Augmentation) -> Item:
-    """Make a training item: whole input views over white, and a random window of each view as target.
+    """Create a training item with input views at full size and a random window of each view as a target.
 
     Args:
-        sample: The decoded views; the first ``inputs`` are inputs, all are targets.
+        sample: The decoded views. The first ``inputs`` views are input views, and all views are target views.
         inputs: Number of input views.
-        augmentation: Random crops and camera noise.
+        augmentation: Settings of random crops and camera noise.
 
     Raises:
-        SampleError: The input views differ in size.
+        SampleError: The sizes of the input views differ.
     """
     crop, rng, count = augmentation.crop_at(sample.step), sample.rng, len(sample.images)
     c2w, fxfycxcy = canonicalize(torch.from_numpy(sample.c2w)), torch.from_numpy(sample.fxfycxcy)
@@ -183,7 +194,7 @@ def training_item(sample: DecodedSample, inputs: int, augmentation: Augmentation
     background = torch.from_numpy(rng.random((count, 3), dtype=np.float32))
     jitter = torch.from_numpy(rng.random((count, crop.size, crop.size), dtype=np.float32))
     target = _views(torch.stack(windows), background, c2w, torch.stack(intrinsics), jitter)
-    # Copies, because noise is added in place.
+    # The cameras are copied, because noise is added in place.
     views = _whole(sample.info.id, sample.images[:inputs], c2w[:inputs].clone(), fxfycxcy[:inputs].clone())
     if augmentation.camera_noise:
         views.c2w[:, :3] += _noise(rng, augmentation.camera_noise, (inputs, 3, 4))
@@ -192,10 +203,15 @@ def training_item(sample: DecodedSample, inputs: int, augmentation: Augmentation
 
 
 def evaluation_item(sample: Sample, inputs: int, target_views: Sequence[int]) -> Item:
-    """Make an evaluation item: whole views over white; the first ``inputs`` views of the object are inputs.
+    """Create an evaluation item with input and target views at full size.
+
+    Args:
+        sample: The sample, which must contain the input and target views.
+        inputs: Number of input views, which are the first views of the object.
+        target_views: Indices of the target views.
 
     Raises:
-        SampleError: A view cannot be decoded, or views differ in size.
+        SampleError: A view cannot be decoded, or the sizes of the input or target views differ.
     """
     key, views = sample.info.id, [*range(inputs), *target_views]
     rgba = [decode_image(key, sample.views[view]) for view in views]
@@ -206,7 +222,7 @@ def evaluation_item(sample: Sample, inputs: int, target_views: Sequence[int]) ->
 
 
 def _whole(key: str, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxcy: Tensor) -> WholeViews:
-    """Stack views of one size."""
+    """Stack views of equal size."""
     sizes = sorted({view.shape[:2] for view in rgba})
     if len(sizes) > 1:
         raise SampleError(subject=f"sample {key!r}", expected="views of one size", found=sizes)
@@ -217,7 +233,7 @@ def _whole(key: str, rgba: Sequence[npt.NDArray[np.uint8]], c2w: Tensor, fxfycxc
 def _place_window(
     rgba: npt.NDArray[np.uint8], side: int, crop: CropConfig, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Draw the top left corner (row, column) of a window in the resized view."""
+    """Return the row and column of the top left pixel of a random window in the resized view."""
     spare = side - crop.size
     if crop.foreground and rng.random() < crop.foreground:
         pixels = (resized_window(rgba, side, 0, 0, side)[3] > 0.5).nonzero()

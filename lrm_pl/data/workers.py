@@ -14,22 +14,22 @@ import torch.distributed
 from lrm_pl.errors import InputError
 from lrm_pl.orphans import end_with_parent
 
-#: Signals that terminals (Ctrl-C, hang-up) and clusters send to all processes of a job before they kill it.
+#: Signals that terminals and clusters send to all processes of a job before they kill the processes.
 STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP})
 
-#: Socket paths have at most 107 bytes; those of multiprocessing are TMPDIR/pymp-xxxxxxxx/listener-xxxxxxxx.
+#: Maximum length of the path of the temporary folder of multiprocessing, because socket paths have at most 107 bytes.
 _LONGEST_TEMP_DIR = 107 - len("/listener-xxxxxxxx")
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Ignore stop signals in a DataLoader worker, except SIGTERM from its parent; use as ``worker_init_fn``.
+    """Ignore stop signals in a DataLoader worker, except for SIGTERM sent by the parent process.
 
-    Otherwise a stop signal would kill the workers, and with them the run before it can save a checkpoint. The worker
-    also ends when its parent ends: PyTorch checks this only between batches, which a worker blocked on a full pipe
-    does not reach.
+    Use this as the ``worker_init_fn`` of a DataLoader. Otherwise, a stop signal would kill the workers, and the run
+    would fail before it saves a checkpoint. The worker also exits when the parent process exits. PyTorch checks this
+    only between batches, but a worker can be blocked on a full pipe.
 
     Args:
-        worker: Number of the worker; unused.
+        worker: Index of the worker, which is not used.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()
@@ -41,15 +41,15 @@ def ignore_stop_signals(worker: int) -> None:
 def start_method(workers: int) -> str | None:
     """Return the ``multiprocessing_context`` of a DataLoader.
 
-    A process that uses an object store or a process group has background threads, and a fork copies the locks that they
-    hold, which can deadlock the worker. Such a process starts workers from a fork server without threads. The server
-    ignores stop signals, like the workers.
+    A process that uses an object store or a process group has background threads. A fork copies locks that are held by
+    these threads, which can cause a deadlock in the worker. Such a process therefore starts workers from a fork server,
+    which has no threads and ignores stop signals.
 
     Args:
         workers: Number of workers.
 
     Returns:
-        "forkserver", or None for the default.
+        "forkserver", or None to use the default start method.
 
     Raises:
         InputError: The path of the temporary folder is too long for the sockets of the workers.

@@ -93,7 +93,7 @@ class CheckpointAndResume(L.Callback):
         self._chosen = False
         #: Whether the signal handlers remain installed, so that the caller restores them and raises ``stopped``.
         self.keep_signal_handlers = False
-        #: Signature of the run in a checkpoint folder in an object store, set only on rank 0 before the run starts.
+        #: Signature of the run in a checkpoint folder outside of the run folder, set only on rank 0 before the run.
         self.owner: Owner | None = None
         #: Error that stopped the run before the last step, or None.
         self.stopped: InputError | None = None
