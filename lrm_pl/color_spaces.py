@@ -1,9 +1,10 @@
-"""Conversion of images from the color space declared by their file to 8-bit sRGB. numpy and PIL only.
+"""Conversion of images from the color space that the file declares to 8-bit sRGB, with numpy and PIL only.
 
 Supported declarations are ICC profiles, the cICP, sRGB, gAMA and cHRM chunks of PNG, nclx of AVIF, the V4 and V5
-headers of BMP, and EXIF and TIFF tags. A declaration that is damaged or does not match the image's mode is ignored, as
-in browsers. Without a declaration, colors are sRGB, and CMYK is its complement. A 16-bit PNG with a declared transfer
-function is converted before rounding to 8 bits; ICC profiles are applied to 8 bits.
+headers of BMP, and EXIF and TIFF tags. A declaration that is damaged or does not match the mode of the image is
+ignored, as in browsers. If there is no declaration, colors are assumed to be sRGB, and CMYK is assumed to be the
+complement of sRGB. A 16-bit PNG with a declared transfer function is converted before colors are rounded to 8 bits. ICC
+profiles are applied to 8-bit colors.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from lrm_pl.errors import InputError
 _D65: Final = (0.3127, 0.3290)
 _BT709: Final = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, *_D65)
 
-#: ITU-T H.273, table 2: code -> CIE 1931 xy of red, green, blue and white. 2 means unspecified.
+#: CIE 1931 xy of red, green, blue and white by code (ITU-T H.273, table 2). Code 2 means unspecified.
 _PRIMARIES: Final = {
     1: _BT709,
     2: _BT709,
@@ -33,22 +34,22 @@ _PRIMARIES: Final = {
     12: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, *_D65),  # Display P3
 }
 
-#: ITU-T H.273, table 3: code -> exponent; None is sRGB's curve. BT.601, 709 and 2020 (1, 6, 14, 15) define
-#: camera curves; browsers display such images with the sRGB curve.
+#: Exponents by code, or None for the sRGB curve (ITU-T H.273, table 3). The codes 1, 6, 14 and 15 (BT.601, BT.709 and
+#: BT.2020) define curves of cameras. Browsers display such images with the sRGB curve.
 _TRANSFERS: Final = dict.fromkeys((1, 2, 6, 13, 14, 15)) | {4: 2.2, 5: 2.8, 8: 1.0}
 _HDR: Final = {16: "PQ, which is HDR", 18: "HLG, which is HDR"}
 
-#: XYZ to cone responses (Bradford).
+#: Matrix from XYZ to cone responses (Bradford).
 _CONES: Final = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 _GRAY_MODES: Final = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N")
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 
-#: Maximum difference, in levels of 255, that counts as rounding.
+#: Maximum difference, on a scale of 0 to 255, that counts as rounding.
 _ROUNDING: Final = 1
 
-#: Rows converted at a time; bounds memory.
+#: Number of rows that are converted at a time, which bounds the memory.
 _ROWS: Final = 256
 
 #: EXIF tags of the main directory and of its sub-directories.
@@ -76,11 +77,11 @@ class ColorSpaceError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class ColorSpace:
-    """An RGB color space.
+    """RGB color space.
 
     Attributes:
         xy: CIE 1931 x and y of red, green, blue and white.
-        gamma: Exponent from stored to linear values; None for the sRGB curve.
+        gamma: Exponent from stored to linear values, or None for the sRGB curve.
     """
 
     xy: tuple[float, ...] = _BT709
@@ -104,18 +105,18 @@ def linear_to_srgb(linear: npt.ArrayLike) -> npt.NDArray[np.floating]:
 
 
 def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image.Image:
-    """Convert an image from the color space declared by its file to sRGB.
+    """Convert an image from the color space that the file declares to sRGB.
 
     Args:
-        image: Image as opened by PIL, for its mode and metadata.
-        rgb: Stored colors, 8-bit RGB.
-        content: Content of the file, for declarations that PIL does not read (cICP, nclx, BMP headers); may be empty.
+        image: Image with the mode and metadata that PIL has read.
+        rgb: Stored colors as 8-bit RGB.
+        content: Content of the file, for declarations that PIL does not read (cICP, nclx, BMP headers). May be empty.
 
     Returns:
-        8-bit RGB; ``rgb`` itself if its colors are sRGB up to rounding.
+        8-bit RGB image, which is ``rgb`` if the stored colors are sRGB up to rounding.
 
     Raises:
-        ColorSpaceError: The color space cannot be converted, such as HDR.
+        ColorSpaceError: The color space cannot be converted, for example, because it is HDR.
     """
     space = _png_codes(content)  # takes precedence over a profile (PNG specification)
     profile = image.info.get("icc_profile") or _bmp_profile(content)
@@ -128,7 +129,7 @@ def to_srgb(image: Image.Image, rgb: Image.Image, content: bytes = b"") -> Image
 
 
 def is_srgb(image: Image.Image, content: bytes) -> bool:
-    """Return whether an image declares sRGB or no color space; arguments as in ``to_srgb``.
+    """Return whether an image declares sRGB or no color space. The arguments are the same as for ``to_srgb``.
 
     Raises:
         ColorSpaceError: The color space cannot be converted.
@@ -147,7 +148,7 @@ def _declared_space(image: Image.Image, content: bytes) -> ColorSpace | None:
 
 
 def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] | None:
-    """Return the (H, W, 3) colors of a 16-bit PNG, of which PIL keeps only the upper bytes; None for other images."""
+    """Return the 16-bit colors (H, W, 3) of a PNG, of which PIL keeps only the upper bytes, or None otherwise."""
     if not content.startswith(_PNG) or content[24] != 16:
         return None
     if image.mode.startswith("I;16"):
@@ -166,12 +167,12 @@ def _by_space(rgb: Image.Image, space: ColorSpace, deep: npt.NDArray[np.uint16] 
 
     Args:
         rgb: 8-bit colors.
-        space: Their color space.
-        deep: The same colors in 16 bits, if available.
+        space: Color space of the colors.
+        deep: 16-bit version of the colors, if available.
     """
     try:
         matrix = (np.linalg.inv(_to_xyz(_BT709)) @ _to_xyz(space.xy)).astype(np.float32)
-    except np.linalg.LinAlgError:  # collinear primaries, or no white
+    except np.linalg.LinAlgError:  # the primaries are collinear, or there is no white
         return rgb
     light = np.arange(1 << 16) / 65535
     encoded = np.rint(linear_to_srgb(light) * 255).astype(np.uint8)
@@ -202,7 +203,7 @@ def _to_xyz(xy: tuple[float, ...]) -> npt.NDArray[np.float64]:
 
 
 def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
-    """Convert an image, unless the conversion changes colors by rounding only."""
+    """Convert an image, unless the conversion only changes the rounding of colors."""
     levels = np.linspace(0, 255, 18).astype(np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 18, 3)
     if image.mode == "L":
@@ -215,7 +216,7 @@ def _unless_rounding(image: Image.Image, convert: Converter) -> Image.Image:
 
 
 def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.Image | None:
-    """Convert by an ICC profile; None if it is damaged or does not match the image."""
+    """Convert an image by an ICC profile. Return None if the profile is damaged or does not match the image."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space)
@@ -231,7 +232,7 @@ def _by_profile(image: Image.Image, rgb: Image.Image, profile: bytes) -> Image.I
 
 
 def _coded(primaries: int, transfer: int) -> ColorSpace | None:
-    """Return the color space of codes of H.273; None if both are unspecified."""
+    """Return the color space with the given codes of H.273, or None if both codes are unspecified."""
     if primaries == transfer == 2:
         return None
     if primaries in _PRIMARIES and transfer in _TRANSFERS:
@@ -245,7 +246,7 @@ def _coded(primaries: int, transfer: int) -> ColorSpace | None:
 
 
 def _png_codes(content: bytes) -> ColorSpace | None:
-    """Read PNG's cICP chunk."""
+    """Read the cICP chunk of a PNG."""
     at = 8 if content.startswith(_PNG) else len(content)
     while at + 12 <= len(content):
         length, chunk_type = struct.unpack_from(">I4s", content, at)
@@ -265,7 +266,7 @@ def _png_codes(content: bytes) -> ColorSpace | None:
 
 
 def _png_gamma(image: Image.Image, _: bytes) -> ColorSpace | None:
-    """Read PNG's sRGB, gAMA and cHRM chunks."""
+    """Read the sRGB, gAMA and cHRM chunks of a PNG."""
     gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
     if "srgb" in image.info:
         return SRGB
@@ -273,13 +274,13 @@ def _png_gamma(image: Image.Image, _: bytes) -> ColorSpace | None:
         points = None
     if not gamma and points is None:
         return None
-    # 0.45455 denotes the sRGB curve: encoders write it together with an sRGB chunk.
+    # 0.45455 denotes the sRGB curve because encoders write this value together with an sRGB chunk.
     exponent = None if not gamma or abs(gamma - 0.45455) < 0.0005 else 1 / gamma
     return ColorSpace(_BT709 if points is None else (*points[2:], *points[:2]), exponent)
 
 
 def _avif_codes(_: Image.Image, content: bytes) -> ColorSpace | None:
-    """Read the nclx box of an AVIF's primary item."""
+    """Read the nclx box of the primary item of an AVIF."""
     if content[4:8] != b"ftyp":
         return None
     try:
@@ -295,7 +296,7 @@ def _avif_codes(_: Image.Image, content: bytes) -> ColorSpace | None:
 
 
 def _primary_properties(content: bytes) -> list[tuple[bytes, int, int]]:
-    """Return type, start and end of the properties of the primary item of a HEIF file (ISO 23008-12)."""
+    """Return the type, start and end of each property of the primary item of a HEIF file (ISO 23008-12)."""
     meta = _box(content, b"meta", 0, len(content))
     if meta is None:
         raise ColorSpaceError(
@@ -327,7 +328,7 @@ def _box(content: bytes, box_type: bytes, start: int, end: int) -> tuple[int, in
 
 
 def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield type, start and end of the content of each box of an ISO base media file."""
+    """Yield the type of each box of an ISO base media file, and the start and end of its content."""
     while start + 8 <= end:
         size, box_type = struct.unpack_from(">I4s", content, start)
         head = 8
@@ -341,7 +342,7 @@ def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, i
 
 
 def _bmp_type(content: bytes) -> bytes:
-    """Return the four-letter color space type of a BMP's V4 or V5 header; empty without one."""
+    """Return the four-letter color space type in the V4 or V5 header of a BMP, or b"" if there is none."""
     if not content.startswith(b"BM") or len(content) < 122 or int.from_bytes(content[14:18], "little") < 108:
         return b""
     return content[70:74][::-1]
@@ -390,7 +391,7 @@ def _exif_space(image: Image.Image, _: bytes) -> ColorSpace | None:
 
 
 def _numbers(value: object, count: int) -> tuple[float, ...]:
-    """Return the ``count`` finite positive numbers of a tag's value; empty if it has others."""
+    """Return the value of a tag as a tuple, or () if it does not consist of ``count`` finite positive numbers."""
     numbers = () if value is None else tuple(np.asarray(value, dtype=np.float64).ravel().tolist())
     fits = len(numbers) == count and all(math.isfinite(number) and number > 0 for number in numbers)
     return numbers if fits else ()

@@ -2,15 +2,15 @@
 
 
 class InputError(ValueError):
-    """Invalid configuration, command, file or folder. Programs print its message without a traceback.
+    """Error caused by an invalid configuration, command, file or folder.
 
-    Other exceptions are bugs and keep their traceback.
+    Commands print the message without a traceback. Other exceptions are bugs and keep the traceback.
 
     Args:
         expected: Expected value as a noun phrase, or the complete message.
         found: Actual value as a noun phrase.
         remedy: Suggested fix as an imperative sentence.
-        subject: Subject of the error, for example a path.
+        subject: Subject of the error, for example, a path.
 
     Attributes:
         problem: The message without the remedy.
@@ -23,11 +23,11 @@ class InputError(ValueError):
         super().__init__(f"{self.problem}. {remedy[0].upper()}{remedy[1:]}" if remedy else self.problem)
 
     def __str__(self) -> str:
-        """Return the message without the traceback that a DataLoader prepends to a worker's error."""
+        """Return the message without the traceback that a DataLoader prepends to the error of a worker."""
         message = super().__str__()
         return message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].rstrip()
 
 
 def counted(number: int, noun: str) -> str:
-    """Format a count with its noun: ``1 shard``, ``2 shards``, ``2 processes``, ``2 meshes``."""
+    """Format a count with a noun, for example, ``1 shard``, ``2 shards``, ``2 processes`` or ``2 meshes``."""
     return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith(("s", "sh")) else "s")

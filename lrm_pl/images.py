@@ -1,4 +1,4 @@
-"""Open untrusted image files and frame objects as in training. numpy and PIL only."""
+"""Functions to open untrusted image files and to frame objects as in training images, with numpy and PIL only."""
 
 import io
 import struct
@@ -14,10 +14,10 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from lrm_pl.color_spaces import ColorSpaceError, to_srgb
 from lrm_pl.errors import InputError
 
-#: Supported file formats; PIL supports more, some of which run external programs.
+#: Supported file formats. PIL supports more formats, some of which run external programs.
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
 
-#: Size limits, checked before decoding.
+#: Size limits, which are checked before an image is decoded.
 MAX_BYTES: Final = 64 << 20
 MAX_PIXELS: Final = 64 << 20
 
@@ -35,7 +35,7 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
 )
 
-#: EXIF orientation tag, and the transposition that makes an image of each orientation upright.
+#: EXIF orientation tag, and the transposition for each orientation that makes an image upright.
 _ORIENTATION: Final = 0x0112
 _TRANSPOSITIONS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,16 +52,16 @@ _BITS_PER_SAMPLE, _COMPRESSION, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 259, 262, 33
 _WHITE_IS_ZERO, _YCBCR = 0, 6
 _JPEG_IN_TIFF: Final = (6, 7)
 
-#: Alpha (of 255) above which a pixel belongs to the object.
+#: Alpha on a scale of 0 to 255 above which a pixel belongs to the object.
 _SOLID = 127
 
 #: Minimum fraction of opaque pixels of an image with an object.
 _MIN_FRACTION = 1e-3
 
-#: Minimum longer side of an object, pixels.
+#: Minimum of the longer side of an object in pixels.
 _MIN_SIDE = 8
 
-#: Maximum range of the colors of a uniform image, in levels of 255.
+#: Maximum range of the colors of a uniform image, on a scale of 0 to 255.
 _UNIFORM_RANGE = 8
 
 
@@ -85,17 +85,17 @@ def open_image(
     max_pixels: int = MAX_PIXELS,
     upright: bool = True,
 ) -> Image.Image:
-    """Open an untrusted image as 8-bit sRGB, RGB or RGBA.
+    """Open an untrusted image as an 8-bit sRGB image.
 
     Args:
-        source: Path of the file, or its content.
-        name: Name in error messages; the path by default.
+        source: Path or content of the file.
+        name: Name of the image in error messages. If empty, the path is used.
         max_bytes: Maximum number of bytes.
         max_pixels: Maximum number of pixels.
-        upright: Whether to apply the EXIF orientation; False if camera parameters refer to the stored pixels.
+        upright: Whether to apply the EXIF orientation. Pass False if camera parameters refer to the stored pixels.
 
     Returns:
-        The image; RGBA if it has transparency, else RGB.
+        RGBA image if the file has transparency, otherwise RGB image.
 
     Raises:
         ImageError: The file is missing, damaged, too large, or has an unsupported format or color space.
@@ -154,11 +154,11 @@ def open_image(
 
 
 def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -> Image.Image:
-    """Convert an image to 8-bit sRGB without metadata: RGBA if it has transparency, else RGB.
+    """Convert an image to 8-bit sRGB without metadata, as RGBA if it has transparency and as RGB otherwise.
 
     Args:
-        image: Image of any mode except floats and 32 bits.
-        content: Content of its file, for declarations that PIL does not read (see ``color_spaces``).
+        image: Image of any mode except floats and 32-bit integers.
+        content: Content of the file, for color spaces that PIL does not read (see ``color_spaces``).
         upright: Whether to apply the EXIF orientation.
 
     Raises:
@@ -177,10 +177,9 @@ def to_rgb8(image: Image.Image, content: bytes = b"", *, upright: bool = True) -
 
 
 def webp_size(encoded: bytes) -> tuple[int, int]:
-    """Return width and height from a WebP header, since Pillow 12 allocates the image on opening.
+    """Return the width and height in a WebP header, or (0, 0) if the content is not WebP.
 
-    Returns:
-        The size; (0, 0) if the content is not WebP.
+    The header is read separately because Pillow 12 allocates the image when it opens the file.
     """
     if encoded[8:12] != b"WEBP":
         return 0, 0
@@ -194,9 +193,9 @@ def webp_size(encoded: bytes) -> tuple[int, int]:
 
 
 def has_background(image: Image.Image) -> bool:
-    """Return whether an image has a background, that is, more than half of its border is opaque.
+    """Return whether an image has a background, that is, whether more than half of the border pixels are opaque.
 
-    A cutout may touch the border, and a screenshot may have transparent corners.
+    The border of a cutout may be partly opaque, and a screenshot may have transparent corners.
     """
     if image.mode != "RGBA":
         return True
@@ -206,14 +205,14 @@ def has_background(image: Image.Image) -> bool:
 
 
 def remove_background(image: Image.Image, remover: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Remove the background of an image; transparent pixels stay transparent.
+    """Remove the background of an image. Transparent pixels stay transparent.
 
     Args:
-        image: RGB or RGBA.
+        image: RGB or RGBA image.
         remover: Function from an RGB image to an RGBA image without background.
 
     Returns:
-        RGBA image.
+        RGBA image without background.
     """
     alpha = image.convert("RGBA").getchannel("A")
     white = Image.new("RGB", image.size, "white")
@@ -224,14 +223,14 @@ def remove_background(image: Image.Image, remover: Callable[[Image.Image], Image
 
 
 def is_uniform(image: Image.Image) -> bool:
-    """Return whether an image has a uniform color, as with a covered lens."""
+    """Return whether an image has a uniform color, for example, because the lens was covered."""
     return int(np.ptp(np.asarray(image.convert("RGB")), axis=(0, 1)).max()) <= _UNIFORM_RANGE
 
 
 def has_object(image: Image.Image) -> bool:
     """Return whether at least 0.1% of the pixels of an RGBA image are more than half opaque.
 
-    Background removal normalizes its masks to [0, 1], so it leaves a few pixels even without an object.
+    Background removal normalizes masks to [0, 1], so a few pixels remain opaque even if there is no object.
     """
     return float((np.asarray(image.getchannel("A")) > _SOLID).mean()) >= _MIN_FRACTION
 
@@ -240,9 +239,9 @@ def frame_object(image: Image.Image, foreground: float, side: int) -> Image.Imag
     """Center and scale an object in a square image, as in the training images.
 
     Args:
-        image: RGBA with straight alpha.
-        foreground: Longer side of the object's bounding box as a fraction of the square's side.
-        side: Side of the square, pixels.
+        image: RGBA image with straight alpha.
+        foreground: Longer side of the bounding box of the object as a fraction of the side of the square.
+        side: Side of the square in pixels.
 
     Returns:
         Square RGBA image with straight alpha.
@@ -265,12 +264,12 @@ def frame_object(image: Image.Image, foreground: float, side: int) -> Image.Imag
         )
     scale = foreground * side / max(bottom - top, right - left)
     middle = (top + bottom) / 2, (left + right) / 2
-    # A margin for soft alpha; cropping to a square could exceed memory for a long thin object.
+    # The margin keeps soft alpha. A square crop around a long thin object could exceed the memory.
     margin = 2 + max(bottom - top, right - left) // 50
     top, left = max(0, top - margin), max(0, left - margin)
     rgba = rgba[top : bottom + margin, left : right + margin]
     offset = round(side / 2 + (top - middle[0]) * scale), round(side / 2 + (left - middle[1]) * scale)
-    # Resize premultiplied colors, so that hidden colors do not bleed in.
+    # Premultiplied colors are resized so that colors of transparent pixels do not bleed into the object.
     premultiplied = (*np.moveaxis(rgba[..., :3] * rgba[..., 3:], -1, 0), rgba[..., 3])
     channels = [_resize_and_place(channel, scale, offset, side) for channel in premultiplied]
     red, green, blue, alpha = (channel.clip(0, 1) for channel in channels)
@@ -283,10 +282,11 @@ def frame_object(image: Image.Image, foreground: float, side: int) -> Image.Imag
 def object_box(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
     """Return top, left, bottom and right of the pixels that are more than half opaque.
 
-    If there are none, use all pixels with alpha above 0; return None if the image is fully transparent.
+    If no pixel is more than half opaque, all pixels with alpha above 0 are used. If the image is fully transparent,
+    None is returned.
 
     Args:
-        alpha: (H, W) in [0, 1].
+        alpha: Alpha channel of shape (H, W) in [0, 1].
     """
     for threshold in (_SOLID / 255, 0.0):
         mask = alpha > threshold
@@ -297,7 +297,7 @@ def object_box(alpha: np.ndarray) -> tuple[int, int, int, int] | None:
 
 
 def _resize_and_place(channel: np.ndarray, scale: float, offset: tuple[int, int], side: int) -> np.ndarray:
-    """Resize a channel and copy it into an empty square at an offset; what does not fit is cropped."""
+    """Resize a channel, and copy it into an empty square at an offset. The part outside the square is cropped."""
     height, width = (max(1, round(length * scale)) for length in channel.shape)
     resized = np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
     square = np.zeros((side, side), dtype=np.float32)
@@ -308,7 +308,7 @@ def _resize_and_place(channel: np.ndarray, scale: float, offset: tuple[int, int]
 
 
 def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of ``opened`` to an image; damaged EXIF is ignored."""
+    """Apply the EXIF orientation of ``opened`` to an image. Damaged EXIF data is ignored."""
     try:
         orientation = opened.getexif().get(_ORIENTATION)
     except (*DECODE_ERRORS, AttributeError):
@@ -328,12 +328,12 @@ def _require_pixels(name: str, size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB or RGBA in its own color space.
+    """Convert an image to 8-bit RGB or RGBA without changing the color space.
 
     Raises:
-        ImageError: The white level is unknown: floats, 32-bit or signed integers.
+        ImageError: The white level is unknown because the image has floats, 32-bit integers or signed integers.
     """
-    tags = getattr(image, "tag_v2", {})  # TIFF's
+    tags = getattr(image, "tag_v2", {})  # tags of TIFF
     if image.mode in ("F", "I") or 2 in tags.get(_SAMPLE_FORMAT, ()):
         samples = "floats" if image.mode == "F" else "signed or 32-bit integers"
         raise ImageError(

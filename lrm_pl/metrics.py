@@ -1,7 +1,7 @@
-"""Image metrics: PSNR, SSIM and LPIPS of sRGB images in [0, 1], in float32 without TF32.
+"""Image metrics PSNR, SSIM and LPIPS of sRGB images in [0, 1], computed in float32 without TF32.
 
-SSIM is that of torchmetrics (Gaussian window of 11 pixels, sigma 1.5, data range 1, borders excluded), LPIPS that of
-the lpips package. PSNR is reported both as the mean over images and from the pooled squared error.
+SSIM is computed with torchmetrics (Gaussian window of 11 pixels, sigma 1.5, data range 1, borders excluded), and LPIPS
+is computed with the lpips package. PSNR is reported both as the mean over images and from the pooled squared error.
 """
 
 from typing import Any, Final, NamedTuple
@@ -16,10 +16,10 @@ from lrm_pl.errors import InputError
 from lrm_pl.kernels.device import without_tf32
 from lrm_pl.losses.perceptual import PerceptualLoss
 
-#: Tolerance for values outside [0, 1], which are clamped: the decoder's colors exceed the range by up to 0.001.
+#: Maximum distance of values from [0, 1], to which they are clamped. The decoder exceeds the range by up to 0.001.
 RANGE_TOLERANCE: Final = 0.01
 
-#: Side of SSIM's window, the minimum image size.
+#: Side of the window of SSIM in pixels, which is the minimum side of an image.
 SSIM_WINDOW: Final = 11
 
 
@@ -30,14 +30,14 @@ class NotFiniteError(InputError):
 class ImageScores(NamedTuple):
     """Metrics of a set of images.
 
-    A named tuple, since torchmetrics cannot copy frozen dataclasses returned by ``compute``.
+    This is a named tuple because torchmetrics cannot copy frozen dataclasses that ``compute`` returns.
 
     Attributes:
-        psnr: Mean PSNR over images, dB; infinite if any image equals its target.
-        psnr_pooled: PSNR of the squared error averaged over all pixels of all images, dB; infinite if all images
-            equal their targets.
+        psnr: Mean PSNR over images in dB, which is infinite if any image equals its target.
+        psnr_pooled: PSNR of the squared error averaged over all pixels of all images, in dB. It is infinite if all
+            images equal their targets.
         ssim: Mean SSIM over images.
-        lpips: Mean LPIPS over images; None without an LPIPS network.
+        lpips: Mean LPIPS over images, or None if there is no LPIPS network.
         images: Number of images.
     """
 
@@ -49,28 +49,31 @@ class ImageScores(NamedTuple):
 
 
 def psnr(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-    """Compute the PSNR of each image, dB; infinite for identical images."""
+    """Compute the PSNR of each image in dB, which is infinite if an image equals its target."""
     prediction, target = _checked(prediction, target)
     return _decibel((prediction - target).square().mean((1, 2, 3)))
 
 
 def psnr_pooled(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, ""]:
-    """Compute the PSNR of the squared error averaged over all images, dB; infinite if all are identical."""
+    """Compute the PSNR in dB of the squared error averaged over all images.
+
+    The PSNR is infinite if all images equal their targets.
+    """
     prediction, target = _checked(prediction, target)
     return _decibel((prediction - target).square().mean())
 
 
 def ssim(prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> Float[Tensor, " n"]:
-    """Compute the structural similarity of each image; 1 for identical images.
+    """Compute the structural similarity of each image, which is 1 if an image equals its target.
 
     Raises:
-        ValueError: The images are smaller than SSIM's window, outside [0, 1] or of different shapes.
+        ValueError: The images are smaller than the window of SSIM, have values outside [0, 1], or differ in shape.
     """
     return _ssim(*_checked(prediction, target))
 
 
 def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
-    """Compute SSIM of validated images."""
+    """Compute the SSIM of validated images."""
     if min(prediction.shape[-2:]) < SSIM_WINDOW:
         raise InputError(
             subject="SSIM",
@@ -85,10 +88,10 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class ImageMetrics(Metric):
-    """Image metrics accumulated over images, batches and ranks, with equal weight for every image.
+    """Image metrics that are accumulated over images, batches and ranks, with equal weight for every image.
 
     Args:
-        perceptual: LPIPS network; None to omit LPIPS.
+        perceptual: LPIPS network. If None, LPIPS is omitted.
         options: Options of ``torchmetrics.Metric``.
     """
 
@@ -107,17 +110,17 @@ class ImageMetrics(Metric):
     def __init__(self, perceptual: PerceptualLoss | None = None, **options: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(**options)
         self.perceptual = perceptual
-        # float64, since a float32 sum over thousands of images loses precision.
+        # Sums are in float64 because a float32 sum over thousands of images loses precision.
         for name in ("squared_error", "psnr_sum", "ssim_sum", "lpips_sum"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("values", "images"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        # Ranges of predictions and targets, read in ``compute`` only, since reading them synchronizes with the GPU.
+        # The ranges of predictions and targets are read only in ``compute`` because reading synchronizes with the GPU.
         self.add_state("lowest", torch.full((2,), torch.inf), dist_reduce_fx="min")
         self.add_state("highest", torch.full((2,), -torch.inf), dist_reduce_fx="max")
 
     def update(self, prediction: Float[Tensor, "n 3 h w"], target: Float[Tensor, "n 3 h w"]) -> None:
-        """Add a batch of images; ``compute`` checks that they are in [0, 1]."""
+        """Add a batch of images. ``compute`` checks that their values are in [0, 1]."""
         _check_shapes(prediction, target)
         lowest, highest = _ranges(prediction, target)
         self.lowest, self.highest = (
@@ -137,11 +140,11 @@ class ImageMetrics(Metric):
             self.lpips_sum += distances.double().sum()
 
     def compute(self) -> ImageScores:
-        """Return the metrics of all images of all ranks.
+        """Compute the metrics of all images of all ranks.
 
         Raises:
             NotFiniteError: A predicted image contains NaN or infinity.
-            ValueError: There are no images, or images with values outside [0, 1].
+            ValueError: There are no images, or an image has values outside [0, 1].
         """
         images = int(self.images)
         if images == 0:
@@ -173,7 +176,7 @@ def _decibel(squared_error: Tensor) -> Tensor:
 
 
 def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Validate shapes and ranges, and return both images in float32, clamped to [0, 1]."""
+    """Validate shapes and ranges, and return predictions and targets in float32, clamped to [0, 1]."""
     _check_shapes(prediction, target)
     _check_ranges(*_ranges(prediction, target))
     return _clamped(prediction), _clamped(target)
@@ -192,7 +195,7 @@ def _check_shapes(prediction: Tensor, target: Tensor) -> None:
 
 
 def _ranges(prediction: Tensor, target: Tensor) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
-    """Return minimum and maximum of prediction and target, on their device; NaN propagates."""
+    """Return the minima and maxima of prediction and target on the device of the images. NaN is propagated."""
     (a, b), (c, d) = (images.detach().float().aminmax() for images in (prediction, target))
     return torch.stack([a, c]), torch.stack([b, d])
 

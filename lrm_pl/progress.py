@@ -1,11 +1,11 @@
-"""Named stages of long operations, for timing and progress display."""
+"""Named stages of long operations, for measuring and displaying progress."""
 
 import contextlib
 import contextvars
 import time
 from collections.abc import Callable, Iterator
 
-#: Called with the name of each stage when it starts.
+#: Function that is called with the name of each stage when the stage starts.
 Listener = Callable[[str], None]
 
 _LISTENER: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("listener", default=None)
@@ -15,7 +15,7 @@ _WAIT: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVa
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Run a stage: notify the active listener and add its duration to the active timing."""
+    """Return a context that notifies the active listener and measures the duration of a stage."""
     listener, seconds = _LISTENER.get(), _SECONDS.get()
     if listener is not None:
         listener(name)
@@ -33,14 +33,14 @@ def stage(name: str) -> Iterator[None]:
 def listening(
     listener: Listener | None = None, wait: Callable[[], None] | None = None
 ) -> Iterator[dict[str, float]]:
-    """Listen to the stages of this thread.
+    """Listen to the stages of the current thread.
 
     Args:
-        listener: Called when a stage starts.
-        wait: Called before the clock is read, to synchronize with a GPU.
+        listener: Function that is called when a stage starts.
+        wait: Function that is called at the end of a stage before the clock is read, to synchronize with a GPU.
 
-    Returns:
-        Seconds by stage, updated when stages end.
+    Yields:
+        Seconds by stage, which are updated when a stage ends.
     """
     seconds = dict[str, float]()
     tokens = _LISTENER.set(listener), _SECONDS.set(seconds), _WAIT.set(wait)

@@ -5,7 +5,11 @@ from pathlib import Path
 
 
 def git_commit() -> str:
-    """Return the git commit of the running code, with "-dirty" for local changes; "unknown" outside a checkout."""
+    """Return the git commit of the running code.
+
+    The commit is followed by "-dirty" if there are local changes. If the code is not in a checkout, "unknown" is
+    returned.
+    """
     git, here = ("git", "-C", str(Path(__file__).parent)), Path(__file__).name
     try:  # the package may be installed inside another project's checkout
         subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
