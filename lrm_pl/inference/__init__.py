@@ -1,1 +1,1 @@
-"""Inference: load a trained model, reconstruct images, export and convert weights."""
+"""Inference with trained models, and export and conversion of weights."""

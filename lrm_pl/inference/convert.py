@@ -1,4 +1,4 @@
-"""Convert published weights of OpenLRM or TripoSR to a model folder."""
+"""Conversion of published weights of OpenLRM or TripoSR to a model folder."""
 
 import sys
 from pathlib import Path
@@ -17,15 +17,15 @@ from lrm_pl.weights.triposr import convert_triposr
 
 CONVERTERS = {"openlrm": convert_openlrm, "triposr": convert_triposr}
 
-#: Input framing and density threshold of the original inference programs.
+#: Input framing and density threshold of the original inference programs, by source.
 FRAMINGS = {
-    # openlrm/utils/preprocess.py (a border of a fifth) and configs/infer-*.yaml
+    # The values are from openlrm/utils/preprocess.py and configs/infer-*.yaml.
     "openlrm": InputFraming(distance=2.0, fov_deg=67.38, foreground=0.8, threshold=3.0),
-    # run.py: cameras at distance 1.9; one scene unit here is 0.87 of TripoSR's
+    # The values are from run.py, where the distance is 1.9. One scene unit corresponds to 0.87 units of TripoSR.
     "triposr": InputFraming(1.9 / 0.87, 40.0, foreground=0.85, background=0.5, threshold=25.0),
 }
 
-#: Licenses of the published weights.
+#: Licenses of the published weights, by source.
 LICENSES = {
     "openlrm": "OpenLRM's published weights are CC BY-NC 4.0.",
     "triposr": "TripoSR's published weights are MIT.",
@@ -35,13 +35,13 @@ LICENSES = {
 def convert(source: str, weights: Path, out: Path, hyperparameters: Hyperparameters) -> Conversion:
     """Convert a weight file to a new model folder.
 
-    The folder is written only if the network can be built and loads the converted weights strictly.
+    The folder is written only after the converted weights have been loaded strictly into the network.
 
     Args:
-        source: "openlrm" or "triposr".
-        weights: Weight file.
-        out: The folder, which must not exist.
-        hyperparameters: Hyperparameters that cannot be read from tensor shapes.
+        source: Project that the weights are from, "openlrm" or "triposr".
+        weights: Path of the weight file.
+        out: Path of the model folder, which must not exist.
+        hyperparameters: Hyperparameters that cannot be determined from tensor shapes.
 
     Raises:
         InputError: The weights do not match the architecture, or the folder exists.
@@ -60,10 +60,10 @@ def convert(source: str, weights: Path, out: Path, hyperparameters: Hyperparamet
 
 
 def print_report(conversion: Conversion) -> None:
-    """Print a table of the source keys, the keys they map to, and the changes."""
+    """Print a table of the source keys, the keys that they are mapped to, and the changes."""
     table = Table("source key", "key", "shape", "change")
     for record in conversion.report:
         shape = " x ".join(map(str, record.shape))
         table.add_row("\n".join(record.sources), record.target or "unused", shape, record.change)
-    # Fixed width for redirected output, so that keys are not truncated.
+    # Redirected output has a fixed width so that keys are not truncated.
     Console(width=None if sys.stdout.isatty() else 200).print(table)

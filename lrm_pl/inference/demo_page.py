@@ -1,4 +1,4 @@
-"""Gradio page of ``lrm demo``."""
+"""Gradio page for ``lrm demo``."""
 
 import atexit
 import contextlib
@@ -23,33 +23,43 @@ from lrm_pl.inference.video import encode_video
 from lrm_pl.meshing.glb import encode_glb
 from lrm_pl.progress import listening, stage
 
-#: Example images: renderings of the CC0 demo objects.
+#: Folder of example images, which are renderings of the CC0 demo objects.
 EXAMPLES = Path(__file__).with_name("examples")
 
-#: Maximum size and number of pixels of an upload.
+#: Maximum size of an upload in megabytes, and maximum number of pixels in millions.
 MEGABYTES, MEGAPIXELS = 16, 25
 
 #: Maximum number of waiting visitors.
 QUEUE = 16
 
-#: Ranges of the grid resolution and of the density threshold (0: estimated).
+#: Ranges of the grid resolution and of the density threshold. The threshold 0 means that it is estimated.
 RESOLUTIONS, THRESHOLDS = (64, 384), (0, 60)
 
-#: Number and side of the frames of the orbit.
+#: Number of frames of the orbit, and side length of a frame in pixels.
 _FRAMES, _SIDE = 36, 256
 
-#: Seconds until files of visitors are deleted, and between two cleanups.
+#: Time in seconds until files of visitors are deleted, and interval between two cleanups.
 _KEEP_S, _CLEANUP_S = 3600, 600
 
 
 def launch(pipeline: LRMPipeline, host: str, port: int) -> Any:  # noqa: ANN401 - a gradio.Blocks
-    """Serve the page in background threads; files of visitors are deleted when the process ends."""
+    """Serve the page in background threads. Files of visitors are deleted when the process ends.
+
+    Args:
+        pipeline: Trained model.
+        host: Address to listen on.
+        port: Port to listen on.
+
+    Returns:
+        The ``gradio.Blocks`` of the page.
+    """
     folder = Path(tempfile.mkdtemp(prefix="lrm-demo-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for name in (signal.SIGTERM, signal.SIGHUP):  # run the exit handlers
-        if signal.getsignal(name) is not signal.SIG_IGN:  # set by nohup
+    for name in (signal.SIGTERM, signal.SIGHUP):  # exit handlers must also run after these signals
+        if signal.getsignal(name) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(name, lambda *_: sys.exit(0))
-    # Gradio reads the environment when it is imported. It also requests its own page, which proxies cannot reach.
+    # Gradio reads the environment when it is imported. The proxies are removed from the environment because gradio
+    # sends a request to the page, which proxies cannot reach.
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
     for variable in [
         each for each in os.environ if each.lower() in ("http_proxy", "https_proxy", "all_proxy")
@@ -72,14 +82,14 @@ def launch(pipeline: LRMPipeline, host: str, port: int) -> Any:  # noqa: ANN401 
 
 
 def clean_up(folder: Path, keep_s: float) -> None:
-    """Delete files that gradio does not: interrupted uploads and empty result folders.
+    """Delete interrupted uploads and empty result folders, which gradio does not delete.
 
     Args:
-        folder: Folder of the visitors' files.
-        keep_s: Minimum age of deleted files, seconds.
+        folder: Folder with the files of visitors.
+        keep_s: Minimum age of deleted files in seconds.
     """
     for path in folder.glob("tmp*"):
-        with contextlib.suppress(OSError):  # a folder that is not empty, or a file that was deleted meanwhile
+        with contextlib.suppress(OSError):  # the folder is not empty, or the file has been deleted
             if time.time() - path.stat().st_mtime >= keep_s:
                 path.rmdir() if path.is_dir() else path.unlink()
 
@@ -91,10 +101,10 @@ def _clean_up_periodically(folder: Path) -> None:
 
 
 def reject_urls(data: Any) -> None:  # noqa: ANN401 - JSON
-    """Reject files given by URL, which gradio would download.
+    """Reject URLs of files, which gradio would download.
 
     Args:
-        data: Inputs of a request.
+        data: Inputs of a request, as decoded from JSON.
 
     Raises:
         gradio.Error: An input is a URL.
@@ -112,10 +122,15 @@ def reject_urls(data: Any) -> None:  # noqa: ANN401 - JSON
 
 
 def require_within(bounds: tuple[int, int], value: Any, name: str) -> float:  # noqa: ANN401 - JSON
-    """Return a number that is within bounds.
+    """Return a value after checking that it is a number within bounds.
+
+    Args:
+        bounds: Minimum and maximum.
+        value: Value to check.
+        name: Name of the value, for messages.
 
     Raises:
-        InputError: The value is not a number, or is out of bounds.
+        InputError: The value is not a number or is out of bounds.
     """
     low, high = bounds
     if not isinstance(value, int | float) or not low <= value <= high:
@@ -128,7 +143,10 @@ def make_page(pipeline: LRMPipeline, folder: Path) -> Any:  # noqa: ANN401 - a g
 
     Args:
         pipeline: Trained model.
-        folder: Folder for results.
+        folder: Folder that results are written to.
+
+    Returns:
+        The ``gradio.Blocks`` of the page.
     """
     import gradio as gr
 
@@ -203,7 +221,7 @@ def make_page(pipeline: LRMPipeline, folder: Path) -> Any:  # noqa: ANN401 - a g
                 summary = gr.Markdown(elem_id="told")
                 download = gr.DownloadButton("Download mesh.glb", elem_id="download")
         outputs = [framed, orbit, mesh, download, summary]
-        # Clear earlier outputs first. Inputs are validated in `reconstruct`, not by gradio (preprocess=False).
+        # The first step clears previous outputs. The inputs are validated by `reconstruct` instead of gradio.
         button.click(lambda: (None, None, None, None, ""), None, outputs, queue=False).then(
             reconstruct, [photo, resolution, threshold], outputs, concurrency_limit=1, preprocess=False
         )

@@ -1,4 +1,4 @@
-"""Export a checkpoint to a model folder."""
+"""Export of a checkpoint to a model folder."""
 
 import logging
 from pathlib import Path
@@ -28,20 +28,20 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 def export(
     source: str, out: Path, *, average: bool = False, dtype: str = "float32", config: Path | None = None
 ) -> tuple[Checkpoint, Path]:
-    """Write the weights of a checkpoint and the model section of its config into a new model folder.
+    """Write the weights of a checkpoint and the section ``model`` of the config into a new model folder.
 
     Args:
-        source: Checkpoint, or run folder (its newest valid checkpoint); a path or a URL.
-        out: The folder, which must not exist.
+        source: Path or URL of a checkpoint or of a run folder. The newest valid checkpoint of a run is used.
+        out: Path of the model folder, which must not exist.
         average: Whether to export the moving average of the weights.
         dtype: Floating-point type of the weights, "float32" or "bf16".
-        config: The run's config.yaml, if it is not in the run folder.
+        config: Path of the config.yaml of the run. If None, the file in the run folder is used.
 
     Returns:
-        The checkpoint and the path of its config.
+        The checkpoint and the path of the config.
 
     Raises:
-        InputError: The checkpoint or its config is missing, or the folder exists.
+        InputError: The checkpoint or the config does not exist, or the folder exists.
     """
     require_no_folder(out)
     checkpoint, tensors = read_newest(source, lambda found: (found, _weights(found, average=average)))
@@ -67,7 +67,7 @@ def export(
 
 
 def _weights(checkpoint: Checkpoint, *, average: bool) -> dict[str, Tensor]:
-    """Read the network's state dict from a checkpoint."""
+    """Read the state dict of the network from a checkpoint."""
     specs = tensor_specs(checkpoint)
     names = [name.removeprefix("network.") for name in specs if name.startswith("network.")]
     averaged = averaged_names(checkpoint) if average else []

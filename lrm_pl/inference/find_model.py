@@ -1,4 +1,7 @@
-"""Find a trained model on this machine. Imports nothing heavy, so that a wrong path is reported at once."""
+"""Search for trained models on this machine.
+
+Importing this module does not import torch, so that invalid paths are reported immediately.
+"""
 
 import re
 from pathlib import Path
@@ -6,18 +9,18 @@ from pathlib import Path
 from lrm_pl.errors import InputError
 from lrm_pl.storage import HUB
 
-#: Default folder of `lrm fit` runs.
+#: Default folder of the runs of ``lrm fit``.
 RUNS = Path("runs/lrm")
 
 _VERSION, _CHECKPOINT = re.compile(r"version_\d+"), re.compile(r"step-\d{8,}")
 
 
 def find_model(name: str | None) -> str:
-    """Return the name of a trained model after checking that it exists; the newest run if None.
+    """Return the name of a trained model after checking that it exists.
 
     Args:
-        name: Run folder, checkpoint, exported folder, URL, or ``hf://owner/name`` on the Hugging Face Hub. URLs are
-            not opened.
+        name: Path of a run folder, a checkpoint or an exported folder, or a URL, which may be ``hf://owner/name`` for a
+            repository on the Hugging Face Hub. URLs are not checked. If None, the newest run is used.
 
     Raises:
         InputError: The path does not exist, or there is no run.
@@ -33,10 +36,10 @@ def find_model(name: str | None) -> str:
 
 
 def newest_run() -> str:
-    """Return the newest run in ``runs/lrm`` that has a checkpoint.
+    """Return the path of the newest run in ``runs/lrm`` that has a checkpoint.
 
     Raises:
-        InputError: There is no such run.
+        InputError: No run has a checkpoint.
     """
     runs = [
         path

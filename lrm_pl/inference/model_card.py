@@ -1,4 +1,4 @@
-"""Model cards: Markdown with the metadata of the Hugging Face Hub."""
+"""Model cards in Markdown, with metadata for the Hugging Face Hub."""
 
 import json
 import re
@@ -36,13 +36,13 @@ or `lrm infer photo.png --ckpt {ckpt}`.
 
 
 def model_card(name: str, origin: str, model: Mapping[str, Any], facts: Mapping[str, str]) -> str:
-    """Return a model card.
+    """Return the text of a model card.
 
     Args:
         name: Name of the model.
-        origin: A sentence about the origin of the weights.
-        model: Model section of the config.
-        facts: Further rows of the table.
+        origin: Sentence that describes the origin of the weights.
+        model: Section ``model`` of the config.
+        facts: Additional rows of the table.
     """
     lrm = model.get("lrm", {})
     encoder = lrm.get("encoder", {})
@@ -62,7 +62,7 @@ def _use(name: str) -> str:
 
 
 def rename_model_card(card: str, name: str) -> str:
-    """Replace the model's name in a card of ``model_card``; other cards are returned unchanged."""
+    """Replace the name of the model in a card that ``model_card`` created. Other cards are returned unchanged."""
     found = re.search(r'LRMPipeline\.from_pretrained\("([^"\n]+)"\)', card)
     if found is None or _use(found[1]) not in card:
         return card
@@ -71,7 +71,7 @@ def rename_model_card(card: str, name: str) -> str:
 
 
 def _describe_data(folder: str) -> str:
-    """Return the name of a folder of shards, with its numbers of objects and views if it is readable."""
+    """Return the name of a folder of shards, with the numbers of objects and views if the manifest can be read."""
     try:
         manifest = parse_manifest((Path(folder) / MANIFEST_NAME).read_bytes(), folder)
     except (OSError, InputError):
@@ -81,7 +81,11 @@ def _describe_data(folder: str) -> str:
 
 
 def weights_name(*, average: bool) -> str:
-    """Return the name of the evaluated weights in reports."""
+    """Return the label of the evaluated weights in reports.
+
+    Args:
+        average: Whether the weights are the moving average.
+    """
     return "model (average)" if average else "model"
 
 
@@ -89,9 +93,9 @@ def collect_run_facts(folder: Path, config: Mapping[str, Any], step: int, *, ave
     """Collect the training data, the code version and the reported metrics of a run.
 
     Args:
-        folder: The run folder.
-        config: The run's config.
-        step: Step of the weights.
+        folder: Path of the run folder.
+        config: Config of the run.
+        step: Optimizer step of the weights.
         average: Whether the weights are the moving average.
     """
     facts = dict[str, str]()
@@ -108,7 +112,7 @@ def collect_run_facts(folder: Path, config: Mapping[str, Any], step: int, *, ave
         found = json.loads(report.read_text())
         measured = [found.pop(name, None) for name in ("step", "weights", "data")]
         if measured != [step, weights_name(average=average), data.get("folder")]:
-            return facts  # the report is of other weights or other data
+            return facts  # the report describes different weights or different data
         for split, rows in found.items():
             scores = rows["model"]
             facts[f"{split} views"] = (

@@ -1,13 +1,13 @@
-"""The folder format of trained models.
+"""Folder format of trained models.
 
-    config.yaml          model section of the config: network and renderer
+    config.yaml          section ``model`` of the config, which describes the network and the renderer
     model.safetensors    weights
     input.yaml           framing of the input images (``InputFraming``)
     README.md            model card
 
-Written by ``lrm export``, ``lrm convert`` and ``LRMPipeline.save_pretrained``; read by ``LRMPipeline.from_pretrained``
-and ``lrm fit --weights.network``. Reading it runs no code: the config
-names no classes, and the weights are safetensors.
+``lrm export``, ``lrm convert`` and ``LRMPipeline.save_pretrained`` write model folders, and
+``LRMPipeline.from_pretrained`` and ``lrm fit --weights.network`` read model folders. Reading a model folder does not
+execute code, because the config contains no class names and the weights are in the safetensors format.
 """
 
 import dataclasses
@@ -49,13 +49,13 @@ def write_model_folder(
     """Write the files of a model folder and flush them to disk.
 
     Args:
-        folder: An existing folder.
-        model: Model section of a config; ``lrm`` and ``renderer`` are required.
-        weights: The network's state dict.
-        header: Comment on the first line of config.yaml: the origin of the model.
+        folder: Path of an existing folder.
+        model: Section ``model`` of a config, which must contain ``lrm`` and ``renderer``.
+        weights: State dict of the network.
+        header: Comment about the origin of the model, which is written on the first line of config.yaml.
         framing: Framing of the input images.
-        card: Model card.
-        step: Optimizer steps of training; None if unknown.
+        card: Text of the model card.
+        step: Number of optimizer steps of training, or None if unknown.
     """
     text = yaml.safe_dump({"model": dict(model)}, sort_keys=False)
     (folder / CONFIG_NAME).write_text(f"# {header}\n{text}")
@@ -63,25 +63,25 @@ def write_model_folder(
     (folder / CARD_NAME).write_text(card)
     metadata = {"format": "pt"} | ({} if step is None else {"step": str(step)})
     save_file(dict(weights), folder / WEIGHTS_NAME, metadata=metadata)
-    # safetensors creates files that only the owner can read
+    # safetensors creates files that only the owner can read.
     (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
     sync_folder(str(folder))
 
 
 def read_step(folder: Path) -> int | None:
-    """Read the optimizer steps of the weights of a model folder; None if unknown."""
+    """Return the number of optimizer steps after which the weights in a model folder were saved, or None if unknown."""
     with safe_open(folder / WEIGHTS_NAME, "pt") as file:
         step = (file.metadata() or {}).get("step", "")
     return int(step) if step.isdecimal() else None
 
 
 def framing_yaml(framing: InputFraming) -> str:
-    """Return the content of ``input.yaml``."""
+    """Return the content of ``input.yaml`` for a framing."""
     return yaml.safe_dump(dataclasses.asdict(framing), sort_keys=False)
 
 
 def read_framing(folder: Path) -> InputFraming | None:
-    """Read ``input.yaml`` of a model or run folder; None if there is none.
+    """Read ``input.yaml`` in a model folder or run folder, or return None if the file does not exist.
 
     Raises:
         InputError: The file is invalid.
@@ -99,7 +99,7 @@ def read_framing(folder: Path) -> InputFraming | None:
 
 
 def hash_weights(network: nn.Module) -> str:
-    """Return the sha256 of the names, shapes and float32 values of a network's weights, sorted by name."""
+    """Return the SHA-256 of the names, shapes and float32 values of a network's weights, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -108,10 +108,10 @@ def hash_weights(network: nn.Module) -> str:
 
 
 def read_model_section(config: Path) -> dict[str, Any]:
-    """Read the model section of a config file.
+    """Read the section ``model`` of a config file.
 
     Raises:
-        InputError: The file cannot be read, or has no section ``model.lrm``.
+        InputError: The file cannot be read, or does not contain a section ``model.lrm``.
     """
     try:
         content = yaml.safe_load(config.read_text())
@@ -129,10 +129,14 @@ def read_model_section(config: Path) -> dict[str, Any]:
 
 
 def find_config(checkpoint: Checkpoint, config: Path | None) -> Path:
-    """Return the config of a checkpoint's run: ``config``, or RUN/config.yaml of RUN/checkpoints/step-....
+    """Return the path of the config of the run that a checkpoint belongs to.
+
+    Args:
+        checkpoint: The checkpoint.
+        config: Path of the config. If None, it is config.yaml in the parent of the folder that contains the checkpoint.
 
     Raises:
-        InputError: There is no such file.
+        InputError: The file does not exist, or ``config`` is None and the checkpoint is remote.
     """
     if config is None and is_local(checkpoint.path):
         config = Path(checkpoint.path).absolute().parents[1] / CONFIG_NAME
@@ -146,10 +150,13 @@ def find_config(checkpoint: Checkpoint, config: Path | None) -> Path:
 
 
 def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:
-    """Build the network, with random weights, and the renderer of a model section.
+    """Build the network, with random weights, and the renderer.
+
+    Args:
+        model: Section ``model`` of a config.
 
     Raises:
-        InputError: The section has unknown or invalid fields.
+        InputError: The section contains unknown or invalid settings.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(LRM, "lrm")
@@ -163,10 +170,10 @@ def build_network(model: Mapping[str, Any]) -> tuple[LRM, Renderer]:
 
 
 def load_weights(network: LRM, folder: Path) -> None:
-    """Load ``model.safetensors`` of a model folder strictly; the network keeps its dtype.
+    """Load ``model.safetensors`` in a model folder into a network. The dtype of the network does not change.
 
     Raises:
-        InputError: The file is missing or damaged, or does not match the network.
+        InputError: The file does not exist, is damaged, or does not match the network exactly.
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():

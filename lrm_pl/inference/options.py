@@ -1,4 +1,7 @@
-"""Options of inference and limits of the HTTP server. Imports nothing heavy: commands check them first."""
+"""Options for inference, and limits of the HTTP server.
+
+Importing this module does not import torch, so that invalid options are reported immediately.
+"""
 
 import dataclasses
 import math
@@ -6,33 +9,35 @@ import math
 from lrm_pl.errors import InputError
 from lrm_pl.meshing.mesh import MeshFormat
 
-#: Default maximum of faces for texture baking; xatlas' time grows superlinearly.
+#: Default maximum number of faces for texture baking. The run time of xatlas grows superlinearly with this number.
 TEXTURE_FACES = 20_000
 
 #: Upper bound of ``MeshOptions.max_faces``.
 MAX_FACES = 10**8
 
-#: Lower bound of the grid resolution in HTTP requests.
+#: Minimum grid resolution in HTTP requests.
 MIN_SERVER_RESOLUTION = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-    """Options of the mesh and the orbit.
+    """Options for the mesh and the orbit.
 
     Attributes:
         resolution: Resolution of the density grid.
-        threshold: Density at the surface; None uses the model's value, or estimates it per object.
-        floaters: Minimum area of a connected component, as a fraction of the largest one's.
-        max_faces: Maximum number of faces; None keeps all, or ``TEXTURE_FACES`` with a texture.
-        texture: Approximate side of the texture, pixels; 0 stores vertex colors.
-        texture_limit_s: Time limit of the UV unwrapping, seconds.
+        threshold: Density at the surface. If None, the threshold of the model is used, or it is estimated per object.
+        floaters: Minimum area of a connected component, as a fraction of the area of the largest component.
+        max_faces: Maximum number of faces. If None, there is no limit for meshes with vertex colors, and the limit for
+            meshes with a texture is ``TEXTURE_FACES``.
+        texture: Approximate side length of the texture in pixels. If 0, the mesh has vertex colors.
+        texture_limit_s: Time limit of the UV unwrapping in seconds.
         formats: File formats of the mesh.
-        frames: Frames of the orbit; 0 renders no orbit and no grid image.
-        size: Side of a frame, pixels.
-        elevation_deg: Elevation of the orbit.
-        distance: Distance of the assumed input camera from the origin, scene units; None uses that of training.
-        fov_deg: Field of view of the assumed input camera; None uses that of training.
+        frames: Number of frames of the orbit. If 0, neither an orbit nor a grid image is rendered.
+        size: Side length of a frame in pixels.
+        elevation_deg: Elevation of the orbit in degrees.
+        distance: Distance of the assumed input camera from the origin in scene units. If None, the distance of training
+            is used.
+        fov_deg: Field of view of the assumed input camera in degrees. If None, the field of view of training is used.
     """
 
     resolution: int = 256
@@ -78,10 +83,11 @@ class ServerLimits:
     """Limits of HTTP requests.
 
     Attributes:
-        megabytes: Maximum size of the image file.
-        megapixels: Maximum number of pixels of the image.
-        seconds: Time limit from the end of the upload to the response, including queueing; checked between stages.
-        upload_seconds: Time limit of the upload.
+        megabytes: Maximum size of the image file in megabytes.
+        megapixels: Maximum number of pixels of the image in millions.
+        seconds: Maximum time from the end of the upload to the response in seconds, including the time in the queue. It
+            is checked between stages.
+        upload_seconds: Maximum time of the upload in seconds.
         queue: Maximum number of waiting requests.
         resolution: Maximum grid resolution.
     """

@@ -1,4 +1,4 @@
-"""``LRMPipeline``: a trained model with its preprocessing; maps an image to a ``Scene``."""
+"""``LRMPipeline``, which combines a trained model with the preprocessing of images."""
 
 import functools
 import logging
@@ -50,24 +50,22 @@ from lrm_pl.storage import HUB
 
 logger = logging.getLogger(__name__)
 
-#: Minimum side of the framed image, pixels; the encoder resizes it.
+#: Minimum side length of the framed image in pixels. The encoder resizes the image.
 _MIN_SIDE = 512
 
 
 class LRMPipeline(nn.Module, PyTorchModelHubMixin):
-    """A trained LRM: network, renderer, background removal and input framing, in evaluation mode.
-
-    ``save_pretrained`` and ``push_to_hub`` come from the hub's mixin.
+    """A trained LRM in evaluation mode, with a renderer, background removal and input framing.
 
     Args:
-        model: Model section of a config; its parts ``lrm`` and ``renderer`` are built.
-        framing: Framing of the input images; LRM's unless given.
-        card: Model card; ``save_pretrained`` generates one unless given.
-        remover: Background remover; rembg's small U^2-Net unless given.
+        model: Section ``model`` of a config, which describes the network and the renderer.
+        framing: Framing of the input images. If None, images are framed as in the LRM paper.
+        card: Text of the model card. If empty, ``save_pretrained`` generates a model card.
+        remover: Background remover. If None, the small U^2-Net of rembg is used.
 
     Attributes:
-        source: Where the weights were loaded from.
-        step: Optimizer steps of training; None if unknown.
+        source: Path, URL or name from which the weights were loaded.
+        step: Number of optimizer steps of training, or None if unknown.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         self.source = ""
         self.step: int | None = None
         self._repository = ""
-        self._hub_mixin_config = None  # config.yaml replaces the mixin's config.json
+        self._hub_mixin_config = None  # prevents the mixin from writing config.json
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -104,18 +102,19 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         """Load a trained model on the CPU.
 
         Args:
-            name: Folder of `lrm export` or `lrm convert`, run folder (its newest valid checkpoint), checkpoint (path
-                or URL), or repository on the Hugging Face Hub ("owner/name" or "hf://owner/name").
-            average: Whether to load the moving average of the weights; checkpoints only.
-            config: The run's config.yaml, if it is not in the run folder; checkpoints only.
-            remover: Background remover; rembg's small U^2-Net unless given.
-            revision: Branch, tag or commit of the repository.
-            token: Access token of the hub.
-            cache_dir: Cache folder of the hub.
-            local_files_only: Whether to use cached files of the hub only.
+            name: Path of a model folder, path or URL of a run folder or checkpoint, or name of a repository on the
+                Hugging Face Hub ("owner/name" or "hf://owner/name"). The newest valid checkpoint of a run is used.
+            average: Whether to load the moving average of the weights, which is available only for checkpoints.
+            config: Path of the config.yaml of the run that a checkpoint belongs to. If None, the file in the run folder
+                is used.
+            remover: Background remover. If None, the small U^2-Net of rembg is used.
+            revision: Branch, tag or commit of the repository on the Hub. If None, the default branch is used.
+            token: Access token for the Hub. If None, the stored token is used.
+            cache_dir: Cache folder of the Hub. If None, the default folder is used.
+            local_files_only: Whether to use only cached files instead of connecting to the Hub.
 
         Raises:
-            InputError: There is no such model, or its files do not match.
+            InputError: The model does not exist, or the weights do not match the config.
         """
         name = str(name)
         path = Path(name).expanduser()
@@ -164,12 +163,12 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash of the weights at first access; see ``hash_weights``."""
+        """SHA-256 of the weights as computed by ``hash_weights`` when this property is first accessed."""
         return hash_weights(self.network)
 
     @property
     def description(self) -> str:
-        """Source, step and device in one line."""
+        """Description of the source, the step and the device in one line."""
         step = "" if self.step is None else f", step {self.step}"
         return f"{self.source}{step}, on {self.device}"
 
@@ -178,7 +177,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         synchronize(self.device)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write the files of a model folder; called by the mixin."""
+        """Write the files of a model folder. ``save_pretrained`` and ``push_to_hub`` call this method."""
         name = self._repository or save_directory.resolve().name
         card = rename_model_card(self.card, name) or model_card(name, "Saved from Python.", self.model, {})
         weights = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
@@ -186,15 +185,15 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
             save_directory, self.model, weights, "Saved from Python.", self.framing, card, self.step
         )
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # noqa: ANN401 - the mixin's
-        """Upload the model folder, with the repository's name in its model card.
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # noqa: ANN401 - signature of the mixin
+        """Upload the model to the Hugging Face Hub. The model card contains the name of the repository.
 
         Args:
             repo_id: Full name of the repository, "owner/name".
-            options: Options of ``PyTorchModelHubMixin.push_to_hub``.
+            options: Additional arguments of ``PyTorchModelHubMixin.push_to_hub``.
 
         Raises:
-            InputError: The name has no owner.
+            InputError: ``repo_id`` does not contain the name of an owner.
         """
         if "/" not in repo_id:
             raise InputError(expected="a repository's full name, owner/name", found=f"{repo_id!r}")
@@ -205,17 +204,19 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
             self._repository = ""
 
     def preprocess(self, image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
-        """Remove the background if there is one, and center and scale the object as in training.
+        """Remove the background of an image, and center and scale the object as in training.
+
+        The background is removed only if most of the border of the image is opaque.
 
         Args:
-            image: File, encoded bytes, Pillow image, or uint8 RGB(A) array (H, W, 3 or 4). The background is removed
-                if most of the border is opaque.
+            image: Path of an image file, content of an image file, Pillow image, or uint8 array of shape (H, W, 3) or
+                (H, W, 4).
 
         Returns:
             A square RGBA image.
 
         Raises:
-            InputError: The image cannot be read, or contains no object.
+            InputError: The image cannot be read or contains no object.
         """
         image = _open(image)
         if has_background(image):
@@ -240,11 +241,11 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
         """Reconstruct the object in an image.
 
         Args:
-            image: An image for ``preprocess``, or a preprocessed (C, H, W) tensor in [0, 1].
-            camera: Assumed camera of the image; the camera of training unless given.
+            image: Image as accepted by ``preprocess``, or preprocessed tensor of shape (C, H, W) with values in [0, 1].
+            camera: Assumed camera of the image. If None, the camera of training is used.
 
         Raises:
-            InputError: The image cannot be read or contains no object, or the network needs several views.
+            InputError: The image cannot be read or contains no object, or the network requires several views.
         """
         pixels = image if isinstance(image, Tensor) else to_tensor(self.preprocess(image))
         framing = self.framing
@@ -260,7 +261,7 @@ class LRMPipeline(nn.Module, PyTorchModelHubMixin):
 
 
 def _open(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
-    """Return an upright 8-bit sRGB image, RGB or RGBA."""
+    """Return an upright 8-bit sRGB image in the mode RGB or RGBA."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:
             raise InputError(
@@ -302,8 +303,8 @@ def _download(
     *,
     local_files_only: bool,
 ) -> Path:
-    """Download the files of a model folder from the Hugging Face Hub into its cache."""
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a path, not a repository
+    """Download the files of a model folder from the Hugging Face Hub into the cache, and return their folder."""
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # the name is a path
         raise InputError(
             expected=f"a folder of `lrm export`, a run or a checkpoint at {name}",
             found="nothing",
@@ -320,7 +321,7 @@ def _download(
                 allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, FRAMING_NAME, CARD_NAME],
             )
         )
-    except (  # ImportError: a SOCKS proxy without the package that supports it
+    except (  # ImportError is raised if there is a SOCKS proxy but the package that supports it is missing
         HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError, ImportError,
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""``infer``: reconstruct an image file and write the mesh, the orbit and ``result.json`` into a folder."""
+"""Reconstruction of an image file, with the mesh, the orbit and a record as files in a folder."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ from lrm_pl.meshing.export import encode_mesh
 from lrm_pl.progress import Listener, listening, stage
 from lrm_pl.version import git_commit
 
-#: Record of a result; lists its other files.
+#: Name of the record of a result, which lists the other files of the result.
 RECORD_NAME = "result.json"
 
 
@@ -31,7 +31,7 @@ def require_video() -> None:
     """Check that videos can be encoded.
 
     Raises:
-        InputError: OpenCV is missing or has no VP9 encoder.
+        InputError: OpenCV is not installed or has no VP9 encoder.
     """
     encode_video([np.zeros((16, 16, 3), np.uint8)])
 
@@ -39,21 +39,25 @@ def require_video() -> None:
 def infer(
     pipeline: LRMPipeline, image: Path, out: Path, options: MeshOptions, listener: Listener | None = None
 ) -> dict[str, Any]:
-    """Reconstruct an image file; the mesh is written before the orbit is rendered.
+    """Reconstruct an image file and write the results into a folder.
+
+    The mesh is written before the orbit is rendered. If the folder contains a result.json, the files that it lists are
+    replaced or removed.
 
     Args:
         pipeline: Trained model.
-        image: Image file.
-        out: Folder of the result. Files of an earlier result, as listed in its result.json, are replaced or removed.
-        options: Options of the mesh and the orbit.
-        listener: Called with the name of each stage when it begins.
+        image: Path of the image file.
+        out: Path of the folder.
+        options: Options for the mesh and the orbit.
+        listener: Function that is called with the name of each stage when the stage begins, or None.
 
     Returns:
-        The content of result.json. On disk, its "finished" is false until all files are written.
+        The content of result.json. The value of "finished" in the file is false until all files have been written.
 
     Raises:
-        RemoverError: The image has a background, and background removal is unavailable.
-        InputError: The image cannot be read, there is no surface, or the folder contains foreign files.
+        RemoverError: The image has a background, and background removal is not available.
+        InputError: The image cannot be read, there is no surface, or a file that is not part of an earlier result would
+            be overwritten.
     """
     earlier = _files_of(out)
     _require_own(out, _files_for(options), earlier)
@@ -106,16 +110,16 @@ def infer(
 
 
 def _write(out: Path, files: Mapping[str, bytes], record: Mapping[str, Any], present: set[str]) -> None:
-    """Write files of a result, delete obsolete ones, and write the final record.
+    """Write files of a result, delete obsolete files, and write the final record.
 
-    Until then the record on disk lists the old and the new files, so that every file of an interrupted run is
-    recognized by the next one.
+    Before the final record is written, the record in the folder lists all old and new files. If the command is
+    interrupted, the next command can therefore recognize all files.
 
     Args:
         out: Folder of the result.
-        files: Files to write.
-        record: Final record; files of ``present`` that it does not list are deleted.
-        present: Existing files of this or an earlier result.
+        files: Contents of the files to write, by name.
+        record: Final record. Files in ``present`` that the record does not list are deleted.
+        present: Names of existing files of this result or of an earlier result.
     """
     out.mkdir(parents=True, exist_ok=True)
     kept = set(record["files"])
@@ -137,7 +141,7 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def _camera(pipeline: LRMPipeline, options: MeshOptions) -> InputCamera:
-    """Return the camera of training, overridden by the options."""
+    """Return the camera of training with the distance and the field of view of the options, if they are set."""
     default = pipeline.framing.camera
     return InputCamera(
         default.distance if options.distance is None else options.distance,
@@ -146,13 +150,13 @@ def _camera(pipeline: LRMPipeline, options: MeshOptions) -> InputCamera:
 
 
 def _files_for(options: MeshOptions) -> set[str]:
-    """Return the names of the files that every result with these options has."""
+    """Return the names of the files that all results with the given options contain."""
     orbit = {"orbit.mp4", "grid.png"} if options.frames else set[str]()
     return {"input.png", RECORD_NAME, *(f"mesh.{file_format}" for file_format in options.formats)} | orbit
 
 
 def _files_of(out: Path) -> set[str]:
-    """Return result.json and the files that it lists; empty if there is no valid result.json."""
+    """Return the names of result.json and of the files that it lists, or an empty set if it is missing or invalid."""
     try:
         files = json.loads((out / RECORD_NAME).read_text())["files"]
         return {name for name in files if isinstance(name, str) and name == Path(name).name} | {RECORD_NAME}
@@ -161,10 +165,10 @@ def _files_of(out: Path) -> set[str]:
 
 
 def _require_own(out: Path, files: Iterable[str], earlier: set[str]) -> None:
-    """Check that no file would be overwritten that is not listed by an earlier result.
+    """Check that no file would be overwritten that is not part of an earlier result.
 
     Raises:
-        InputError: There are such files.
+        InputError: A file exists that is not part of an earlier result.
     """
     if foreign := sorted(name for name in files if name not in earlier and (out / name).exists()):
         raise InputError(

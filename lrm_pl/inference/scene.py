@@ -1,4 +1,4 @@
-"""``Scene``: a reconstructed object, with its mesh and renderings. Nothing here computes gradients."""
+"""Reconstructed objects, which can be rendered and converted to meshes. Gradients are not supported."""
 
 import dataclasses
 import functools
@@ -29,10 +29,10 @@ class Scene:
     """A reconstructed object.
 
     Attributes:
-        field: Radiance field.
+        field: Radiance field of the object.
         camera: Camera of the input image in the canonical frame.
         renderer: Renderer of the model.
-        default_threshold: Density at the surface; None estimates it for this object.
+        default_threshold: Density at the surface. If None, it is estimated for this object.
     """
 
     field: TriplaneField
@@ -41,7 +41,7 @@ class Scene:
     default_threshold: float | None = None
 
     def to(self, device: torch.device | str) -> "Scene":
-        """Return the scene on a device; ``Trainer.predict`` moves its results to the CPU."""
+        """Return a copy of the scene on a device. ``Trainer.predict`` calls this method to move results to the CPU."""
         field = dataclasses.replace(
             self.field,
             planes=self.field.planes.to(device),
@@ -51,13 +51,13 @@ class Scene:
 
     @functools.cached_property
     def occupancy(self) -> Occupancy:
-        """Occupancy grid of the field."""
+        """Occupancy grid of the field, which is computed when this property is first accessed."""
         with stage("occupancy"), _autocast(self.field.planes.device):
             return measure_occupancy(self.field, 0)
 
     @functools.cached_property
     def threshold(self) -> float:
-        """Density at the surface.
+        """Density at the surface, which is estimated when first accessed unless ``default_threshold`` is set.
 
         Raises:
             NoSurfaceError: The object is transparent everywhere.
@@ -78,13 +78,15 @@ class Scene:
         floaters: float = 0.0,
         max_faces: int | None = None,
     ) -> Mesh:
-        """Extract a mesh with vertex colors; see ``extract_mesh``. Densities are float32: bf16 would cause terracing.
+        """Extract a mesh with vertex colors.
+
+        Densities are computed in float32 because the precision of bf16 would cause steps in the surface.
 
         Args:
-            threshold: Density at the surface; ``self.threshold`` unless given.
+            threshold: Density at the surface. If None, ``self.threshold`` is used.
             resolution: Resolution of the density grid.
-            floaters: Minimum area of a connected component, as a fraction of the largest one's.
-            max_faces: Maximum number of faces; None keeps all.
+            floaters: Minimum area of a connected component, as a fraction of the area of the largest component.
+            max_faces: Maximum number of faces. If None, the number of faces is not limited.
 
         Raises:
             NoSurfaceError: There is no surface at this threshold.
@@ -100,7 +102,12 @@ class Scene:
         )
 
     def bake_texture(self, mesh: Mesh, size: int = 1024, limit_s: float = 60.0) -> Mesh:
-        """Return the mesh with UV coordinates and a texture; see ``meshing.texture``.
+        """Return a copy of a mesh with UV coordinates and a texture.
+
+        Args:
+            mesh: Mesh of this scene.
+            size: Approximate side length of the texture in pixels.
+            limit_s: Time limit of the UV unwrapping in seconds.
 
         Raises:
             UnwrapError: The UV unwrapping failed or exceeded the time limit.
@@ -109,7 +116,15 @@ class Scene:
 
     @torch.no_grad()
     def render(self, c2w: Float[Tensor, "4 4"], size: int) -> Float[Tensor, "size size 3"]:
-        """Render one view over white with the intrinsics of the input camera."""
+        """Render one view over a white background with the intrinsics of the input camera.
+
+        Args:
+            c2w: OpenCV camera-to-world matrix.
+            size: Side length of the image in pixels.
+
+        Returns:
+            RGB image of shape (size, size, 3) with values in [0, 1].
+        """
         device = self.field.planes.device
         occupancy = self.occupancy
         with _autocast(device):
@@ -125,12 +140,17 @@ class Scene:
     def orbit(
         self, frames: int = 60, size: int = 256, elevation_deg: float = 0.0
     ) -> Iterator[Float[Tensor, "size size 3"]]:
-        """Render a circular orbit over white, beginning at the azimuth of the input camera.
+        """Render frames of a circular orbit over a white background.
+
+        The orbit begins at the azimuth of the input camera and has the same distance from the origin.
 
         Args:
             frames: Number of frames.
-            size: Side of a frame, pixels.
-            elevation_deg: Elevation of the circle; 0 contains the input camera.
+            size: Side length of a frame in pixels.
+            elevation_deg: Elevation of the orbit in degrees. The input camera has the elevation 0.
+
+        Yields:
+            RGB images of shape (size, size, 3) with values in [0, 1].
         """
         for c2w in orbit(frames, self.camera.distance, elevation_deg):
             yield self.render(c2w, size)
@@ -148,15 +168,16 @@ def reconstruct(
     """Reconstruct the object in an image.
 
     Args:
-        network: A single-view network in evaluation mode.
-        renderer: The renderer that it was trained with.
-        image: (C, H, W), square, sRGB in [0, 1]; RGB over the background of training, or RGBA with straight alpha.
+        network: Single-view network in evaluation mode.
+        renderer: Renderer that the network was trained with.
+        image: Square sRGB image of shape (C, H, W) with values in [0, 1]. An RGB image must have the background of
+            training, and an RGBA image must have straight alpha.
         camera: Assumed or known camera of the image.
-        background: Gray level that RGBA images are composited over; LRM: white.
-        threshold: Density at the surface; None estimates it for this object.
+        background: Gray level that RGBA images are composited over. LRM uses white.
+        threshold: Density at the surface. If None, it is estimated for this object.
 
     Raises:
-        InputError: The image is not a square RGB or RGBA image in [0, 1], or the network needs several views.
+        InputError: The image is not a square RGB or RGBA image in [0, 1], or the network requires several views.
     """
     shape = tuple(image.shape)
     if len(shape) != 3 or shape[0] not in (3, 4) or shape[1] != shape[2] or shape[1] < 1:
@@ -194,13 +215,13 @@ def reconstruct(
 
 
 def make_mesh(scene: Scene, options: MeshOptions) -> tuple[Mesh, list[str]]:
-    """Extract the mesh of an object, with a texture if requested.
+    """Extract the mesh of an object, and bake a texture if the options request it.
 
     Returns:
         The mesh, and warnings about options that could not be satisfied.
 
     Raises:
-        NoSurfaceError: There is no surface.
+        NoSurfaceError: There is no surface at the threshold.
     """
     limit = TEXTURE_FACES if options.max_faces is None and options.texture else options.max_faces
     mesh = scene.mesh(options.threshold, options.resolution, floaters=options.floaters, max_faces=limit)
@@ -216,15 +237,15 @@ def make_mesh(scene: Scene, options: MeshOptions) -> tuple[Mesh, list[str]]:
 
 
 def to_tensor(image: Image.Image | np.ndarray) -> Float[Tensor, "C H W"]:
-    """Convert an image, or a uint8 array (H, W, C), to a tensor in [0, 1]."""
+    """Convert an image, or a uint8 array of shape (H, W, C), to a tensor of shape (C, H, W) with values in [0, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def to_uint8(image: Float[Tensor, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Convert a rendered image in [0, 1] to uint8."""
+    """Convert a rendered image with values in [0, 1] to a uint8 array."""
     return (image.float().cpu().numpy() * 255).round().astype(np.uint8)
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    """Use bf16 matrix products, as in training; geometry stays float32."""
+    """Return a context that computes matrix products in bf16, as in training. Geometry is computed in float32."""
     return torch.autocast(device.type, torch.bfloat16)

@@ -1,9 +1,9 @@
-"""HTTP server of ``lrm serve``. POST /reconstruct takes an image and returns a GLB.
+"""HTTP server of ``lrm serve``. POST /reconstruct accepts an image and returns a GLB file.
 
     curl --data-binary @photo.png http://127.0.0.1:8000/reconstruct -o mesh.glb
 
-One image is processed at a time; further requests wait in a bounded queue. GET /health returns the status, GET /metrics
-Prometheus metrics, and GET /docs the documentation of the API.
+One image is processed at a time, and other requests wait in a queue of limited length. GET /health returns the status,
+GET /metrics returns Prometheus metrics, and GET /docs returns the documentation of the API.
 """
 
 import asyncio
@@ -35,25 +35,26 @@ from lrm_pl.progress import listening, stage
 
 logger = logging.getLogger(__name__)
 
-#: Query parameters of /reconstruct.
+#: Names of the query parameters of /reconstruct.
 _PARAMETERS = frozenset({"resolution", "threshold", "floaters", "faces"})
 
-#: Seconds between checks for disconnected clients.
+#: Interval in seconds between checks for disconnected clients.
 _POLL_S = 0.5
 
-#: Connections beyond the queue, for uploads and other requests; bounds the memory of uploads.
+#: Maximum number of connections in addition to the queue, for uploads and other requests. It limits the memory that
+#: uploads occupy.
 _EXTRA_CONNECTIONS = 64
 
-#: Seconds that running requests may take after a stop signal.
+#: Maximum time in seconds that running requests may take after a stop signal.
 _SHUTDOWN_S = 30
 
 
 class RequestError(Exception):
-    """A request is rejected.
+    """Exception that is raised if a request is rejected.
 
     Args:
         status: HTTP status.
-        detail: Reason for the client.
+        detail: Reason, which is sent to the client.
     """
 
     def __init__(self, status: int, detail: str) -> None:
@@ -62,15 +63,15 @@ class RequestError(Exception):
 
 
 class ReconstructionQueue:
-    """Reconstructs images one at a time in a worker thread.
+    """Queue of images that are reconstructed one at a time in a worker thread.
 
     Args:
         pipeline: Trained model.
-        limits: Limits per request.
+        limits: Limits of requests.
 
     Attributes:
         waiting: Number of running and waiting requests.
-        is_stopping: Whether the server is shutting down; waiting requests are then rejected.
+        is_stopping: Function that returns whether the server is shutting down. Waiting requests are then rejected.
     """
 
     def __init__(self, pipeline: LRMPipeline, limits: ServerLimits) -> None:
@@ -85,15 +86,16 @@ class ReconstructionQueue:
         """Reconstruct an encoded image.
 
         Args:
-            content: The image file.
-            options: Options of the mesh.
-            disconnected: Whether the client has disconnected.
+            content: Content of the image file.
+            options: Options for the mesh.
+            disconnected: Function that returns whether the client has disconnected.
 
         Returns:
-            The GLB file, and the seconds of each stage.
+            The content of the GLB file, and the duration of each stage in seconds.
 
         Raises:
-            RequestError: The queue is full, a limit was exceeded, or there is no mesh.
+            RequestError: The queue is full, the client has disconnected, the server is shutting down, the time limit
+                was exceeded, or the image cannot be reconstructed.
         """
         if self.waiting > self.limits.queue or self.is_stopping():
             raise RequestError(503, f"The queue is full: {self.waiting} requests are waiting. Retry later.")
@@ -152,18 +154,18 @@ class ReconstructionQueue:
                 return encode_glb(mesh), seconds
 
     def close(self) -> None:
-        """Wait for the running reconstruction."""
+        """Wait until the running reconstruction is complete, and stop the worker thread."""
         self._thread.shutdown(wait=True)
 
 
 async def read_body(request: Request, limits: ServerLimits) -> bytes:
-    """Read a request's body.
+    """Read the body of a request.
 
-    A body that is too large is received to its end, within the time limit, and discarded: if the connection were closed
-    during the upload, the client would not read the response.
+    A body that is too large is received completely and discarded, unless the time limit is exceeded. If the server
+    closed the connection during the upload, the client would not read the response.
 
     Raises:
-        RequestError: The body is too large or too slow, or was interrupted.
+        RequestError: The body is too large, the time limit of the upload was exceeded, or the upload was interrupted.
     """
     max_bytes = int(limits.megabytes * 1e6)
     content, size = bytearray(), 0
@@ -187,7 +189,14 @@ async def read_body(request: Request, limits: ServerLimits) -> bytes:
 
 
 def describe_non_image(content: bytes, content_type: str) -> str:
-    """Return the type of a body that is a common mistake of clients; empty if it may be an image."""
+    """Return a description of the content if it is not an image, or an empty string if it may be an image.
+
+    Only types that clients commonly send by mistake are recognized.
+
+    Args:
+        content: Body of the request.
+        content_type: Value of the header Content-Type.
+    """
     if content_type.startswith("multipart/"):
         return "a form"
     if not content:
@@ -198,14 +207,19 @@ def describe_non_image(content: bytes, content_type: str) -> str:
         return "JSON"
     if content[:5] == b"data:" or re.fullmatch(rb"[A-Za-z0-9+/=\s]+", content[:4096]):
         return "text such as base64"
-    # curl -d strips newlines and null bytes, which the signatures of PNG and JPEG files are followed by
+    # The option -d of curl removes newlines and null bytes, which occur at the beginning of PNG and JPEG files.
     if content[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0") and not {10, 0} & set(content[:4096]):
         return "an image without newlines and null bytes, as sent by curl -d"
     return ""
 
 
 def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
-    """Create the web application."""
+    """Create the FastAPI application.
+
+    Args:
+        queue: Queue of reconstructions.
+        limits: Limits of requests.
+    """
     registry = CollectorRegistry()
     requests = Counter(
         "lrm_requests", "Requests to /reconstruct by HTTP status", ["status"], registry=registry
@@ -254,7 +268,7 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
             )
         return await queue.reconstruct(content, options, request.is_disconnected)
 
-    # Clients that follow a redirect from the path with a slash do not send the image again.
+    # The path with a slash is not redirected because clients may not send the image again after a redirect.
     @app.post("/reconstruct/", include_in_schema=False)
     @app.post(
         "/reconstruct",
@@ -271,7 +285,7 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
         floaters: Annotated[float, Query(ge=0, le=1)] = 0.0,
         faces: Annotated[int | None, Query(ge=4, le=MAX_FACES)] = None,
     ) -> Response:
-        """Reconstruct the image in the body (PNG, JPEG, WebP, BMP, TIFF or AVIF); returns a GLB file."""
+        """Reconstruct the image in the body (PNG, JPEG, WebP, BMP, TIFF or AVIF), and return a GLB file."""
         try:
             options = MeshOptions(
                 resolution=resolution, threshold=threshold, floaters=floaters, max_faces=faces
@@ -312,7 +326,16 @@ def make_app(queue: ReconstructionQueue, limits: ServerLimits) -> FastAPI:
 
 
 def serve(pipeline: LRMPipeline, limits: ServerLimits, host: str, port: int) -> None:
-    """Run the server until it receives a stop signal; requests in progress are completed."""
+    """Run the server until it receives a stop signal.
+
+    The running request is completed, and waiting requests are rejected.
+
+    Args:
+        pipeline: Trained model.
+        limits: Limits of requests.
+        host: Address to listen on.
+        port: Port to listen on.
+    """
     queue = ReconstructionQueue(pipeline, limits)
     server = uvicorn.Server(
         uvicorn.Config(

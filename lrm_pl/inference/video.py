@@ -1,4 +1,4 @@
-"""Images and videos of an orbit."""
+"""Creation of grid images and videos from the frames of an orbit."""
 
 import io
 import os
@@ -19,12 +19,12 @@ FPS = 20
 def make_grid(
     input_image: Image.Image, frames: Sequence[UInt8[np.ndarray, "S S 3"]], columns: int = 4
 ) -> Image.Image:
-    """Arrange the input image over white and evenly spaced frames of an orbit in two rows.
+    """Arrange the input image and evenly spaced frames of an orbit in two rows.
 
     Args:
-        input_image: RGBA.
+        input_image: RGBA image, which is composited over white.
         frames: Frames of the orbit.
-        columns: Images per row.
+        columns: Number of images per row.
     """
     side = len(frames[0])
     white = Image.new("RGBA", input_image.size, "white")
@@ -36,10 +36,10 @@ def make_grid(
 
 
 def encode_video(frames: Sequence[UInt8[np.ndarray, "S S 3"]]) -> bytes:
-    """Encode frames as MP4 with VP9, a royalty-free codec that all browsers support.
+    """Encode frames as an MP4 file with VP9, which is a royalty-free codec that all browsers support.
 
     Raises:
-        InputError: OpenCV is not installed, or has no VP9 encoder.
+        InputError: OpenCV is not installed or has no VP9 encoder.
     """
     try:
         import cv2

@@ -6,8 +6,8 @@ TripoSR differs from this project in the following ways:
   axis and the box is [-1, 1]^3. ``plane_layout`` rotates the planes, and ``from_triposr_world`` converts poses. One
   scene unit corresponds to 0.87 units of TripoSR, so that an object that fits the unit sphere has the same size as in
   TripoSR's training.
-- Densities are given per length of the ray inside the bounding box, so they do not depend on the scale. This is
-  configured by the option ``unit`` of ``Renderer``.
+- Distances between samples are divided by the length of the ray inside the bounding box, so densities do not depend on
+  the scale. This is configured by the option ``unit`` of ``Renderer``.
 - Position embeddings are resized as in transformers 4.35, with bicubic interpolation and a scale factor of
   (side + 0.1) / stored side.
 - Blocks consist of self-attention, cross-attention and GEGLU, and the transformer begins with a group norm and a
