@@ -18,7 +18,7 @@ from lrm_pl.storage import is_local, open_store, store_errors
 #: Whether the highest or the lowest value of a metric is the best.
 Mode = Literal["max", "min"]
 
-#: Factor on a metric with which the highest value is the best.
+#: Factor by which a metric is multiplied so that the highest value is the best.
 MODE_SIGNS: dict[Mode, float] = {"max": 1.0, "min": -1.0}
 
 FORMAT_VERSION = 1

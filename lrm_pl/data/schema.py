@@ -2,7 +2,7 @@
 
 A sample with key ``chair`` and V views has the following members, which are sorted by name in shards:
 
-    chair.json           SampleInfo: id, name, license, creator, source, seed, renderer, views, sha256, schema_version
+    chair.json           fields of ``SampleInfo``
     chair.c2w.npy        (V, 4, 4) float32 camera-to-world poses, OpenCV convention
     chair.fxfycxcy.npy   (V, 4) float32 intrinsics, normalized by image width and height
     chair.view_000.webp  one per view, RGBA with 8 bits and straight alpha, lossless WebP or PNG
@@ -35,7 +35,7 @@ from lrm_pl.images import DECODE_ERRORS, webp_size
 
 SCHEMA_VERSION = 2
 
-#: Keys contain no dot, because WebDataset splits names at the first dot, and are short, because tar limits names.
+#: Keys contain no dot, because WebDataset splits names at the first dot. Names in a tar have at most 100 bytes.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 
 IMAGE_FORMATS = ("webp", "png")
@@ -282,6 +282,9 @@ def encode_image(rgba: npt.NDArray[np.uint8]) -> bytes:
 
     Views are encoded as lossless WebP, which is decoded two to three times as fast as PNG and is a quarter smaller.
     Fully opaque views are encoded as PNG, because WebP would drop the alpha channel.
+
+    Raises:
+        SampleError: The array is not an RGBA image of uint8.
     """
     if rgba.ndim != 3 or rgba.shape[2] != 4 or rgba.dtype != np.uint8:
         raise SampleError(expected="an RGBA image (H, W, 4) of uint8", found=f"{rgba.shape} of {rgba.dtype}")

@@ -1,7 +1,8 @@
 """Monitoring of bad samples in training, with a limit on the fraction of bad samples.
 
-The dataset replaces a bad sample with the next valid sample of the same stream (``lrm_pl.data.order``). A truncated
-shard therefore neither stops the run nor makes ranks wait for each other.
+A sample is bad if it cannot be read, violates the schema or is rejected by a stage of ``data.stages``. The dataset
+replaces it with the next valid sample of the same stream (``lrm_pl.data.order``). A truncated shard therefore neither
+stops the run nor makes ranks wait for each other.
 """
 
 import logging

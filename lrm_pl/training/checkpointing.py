@@ -204,7 +204,7 @@ class CheckpointAndResume(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Save a checkpoint if one is due, and stop all ranks if any rank received a signal."""
+        """Save a checkpoint if required, and stop all ranks if any rank received a signal."""
         assert isinstance(pl_module, LRMModule)
         if batch_idx % trainer.accumulate_grad_batches:
             return
@@ -363,7 +363,7 @@ class CheckpointAndResume(L.Callback):
         return self._best is None or (self._score - self._best) * MODE_SIGNS[self.mode] > 0
 
     def _require_ownership(self, trainer: L.Trainer) -> None:
-        """Raise on all ranks if another run has taken over the folder."""
+        """Raise an error on all ranks if a run that started later uses the folder."""
         found = None
         if self.owner is not None:
             try:

@@ -1,6 +1,6 @@
 """A writer that appends to the metrics.csv of a resumed run.
 
-Lightning's writer deletes an existing file on construction, and is not atomic when it adds a column.
+Lightning's writer deletes an existing file on construction, and rewrites the file in place when a metric is added.
 """
 
 import csv

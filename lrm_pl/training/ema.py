@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class WeightAverage(L.Callback):
     """Maintain an exponential moving average of the weights.
 
-    After every step that is not skipped, average = decay * average + (1 - decay) * weights.
+    After every step that is not skipped, the update is ``average = decay * average + (1 - decay) * weights``.
 
     Args:
         decay: Weight of the previous average.
@@ -95,7 +95,7 @@ class WeightAverage(L.Callback):
         values = [local_tensor(weights[name]) for name in self.average]
         weight = (1 - pl_module.guard.skip) * (
             1 - self.decay
-        )  # 0 in a skipped step, without a device synchronization
+        )  # the weight is 0 in a skipped step, which avoids a device synchronization
         torch._foreach_lerp_(averages, values, [weight] * len(averages))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -60,7 +60,7 @@ class OptimizerConfig:
                 )
 
     def build(self, model: LRM, *, fused: bool = True) -> torch.optim.AdamW:
-        """Create the optimizer. The key ``lr_scale`` of a parameter group is the factor on the learning rate.
+        """Create the optimizer. The learning rate of a parameter group is multiplied by the key ``lr_scale``.
 
         Args:
             model: The network to optimize.
@@ -96,7 +96,7 @@ def warmup_cosine(step: int, steps: int, warmup: float, final: float) -> float:
 
 
 def layer_lr_scales(lrm: LRM, decay: float) -> dict[int, float]:
-    """Return a mapping from the ``id`` of each parameter to the factor on its learning rate for layer-wise decay."""
+    """Return a mapping from the ``id`` of each parameter to a scale of the learning rate for layer-wise decay."""
     blocks = network_blocks(lrm)
     scales = {
         id(p): decay ** (len(blocks) - number)
@@ -123,7 +123,7 @@ def parameter_groups(
     Args:
         model: The module to optimize.
         weight_decay: Weight decay of linear and convolution weights.
-        lr_scales: Mapping from the ``id`` of a parameter to the factor on its learning rate. The default factor is 1.
+        lr_scales: Mapping from the ``id`` of a parameter to a scale of the learning rate. The default scale is 1.
     """
     layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
     decayed = {id(m.weight) for m in model.modules() if isinstance(m, layers)}

@@ -24,8 +24,8 @@ class ParallelConfig:
     """Settings of activation checkpointing and compilation of blocks.
 
     Attributes:
-        activation_checkpointing_every: Interval of blocks whose activations are checkpointed. With 1, all blocks are
-            checkpointed. With 0, no block is checkpointed.
+        activation_checkpointing_every: Interval between blocks whose activations are checkpointed. With 1, all blocks
+            are checkpointed. With 0, no block is checkpointed.
         recompute_mlp: Whether to checkpoint the activations of the MLPs of transformer blocks. This reduces the memory
             by a third and increases the time of a step by 5 %.
         compile: Whether to compile each block with ``torch.compile``. The first step then takes minutes, and later

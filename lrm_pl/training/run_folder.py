@@ -191,7 +191,7 @@ def find_run_folder(path: str) -> Path | None:
         path: Path of a run, of the folder of its checkpoints, or of a checkpoint.
 
     Returns:
-        The folder, or None if it has no ``config.yaml`` or the path is a URL.
+        The folder, or None if no folder with a ``config.yaml`` was found or if the path is a URL.
     """
     if "://" in path:
         return None

@@ -31,7 +31,7 @@ def run_tensors(trainer: L.Trainer, module: LRMModule) -> dict[str, StateTensor]
 
 
 def run_metadata(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, Any]:
-    """Return the state after ``step`` steps, except for tensors, as values that JSON supports. Equal on all ranks."""
+    """Return the state after ``step`` steps except for tensors, as JSON values that are equal on all ranks."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return {
         "position": require_data_module(trainer).position(step),
@@ -42,7 +42,7 @@ def run_metadata(trainer: L.Trainer, module: LRMModule, step: int) -> dict[str, 
 
 
 def load_run(trainer: L.Trainer, module: LRMModule, checkpoint: Checkpoint) -> None:
-    """Restore the state of a run before its first step. All ranks must call this together.
+    """Restore the state of a run from a checkpoint. All ranks must call this together before the first step.
 
     Raises:
         CheckpointError: A tensor of the network is missing or has a different shape.

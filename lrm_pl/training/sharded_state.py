@@ -122,7 +122,7 @@ class StateAccess:
 
 @runtime_checkable
 class ProvidesStateAccess(Protocol):
-    """Protocol of a strategy that needs a subclass of ``StateAccess``."""
+    """Protocol of strategies that provide a subclass of ``StateAccess``."""
 
     def state_access(self, lrm: nn.Module) -> StateAccess:
         """Return an object that accesses the state of a run."""

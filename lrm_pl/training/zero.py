@@ -1,6 +1,6 @@
 """A Lightning strategy for DeepSpeed ZeRO on GPUs and CPUs.
 
-Each rank stores a partition of the optimizer state. In stage 2, the gradients are also partitioned, and in stage 3, the
+Each rank stores a partition of the optimizer state. Stage 2 also partitions the gradients, and stage 3 partitions the
 gradients and the weights. As in all strategies, weights are float32, bf16-mixed uses autocast, gradients are reduced in
 float32, and inputs such as poses and rays are not cast.
 
@@ -26,7 +26,7 @@ from lrm_pl.kernels.device import with_index
 from lrm_pl.training.module import LRMModule
 from lrm_pl.training.sharded_state import MOMENT_NAMES, FlatShard, StateAccess, StateTensor, full_tensor
 
-#: Supported precisions. Other precisions cast the weights, or scale the loss without effect on the gradient guard.
+#: Supported precisions. Other precisions cast the weights or scale the loss, which the gradient guard does not support.
 PRECISIONS = ("32-true", "bf16-mixed")
 
 Data = TypeVar("Data")
@@ -55,7 +55,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
-        """Run the backward pass without scaling, because Lightning divides the loss by the accumulated batches."""
+        """Run the backward pass without scaling, because Lightning scales the loss for gradient accumulation."""
         model.trainer.strategy.deepspeed_engine.backward(tensor, scale_wrt_gas=False)  # type: ignore[attr-defined]
 
     def optimizer_step(  # type: ignore[override]
@@ -262,7 +262,10 @@ class ZeroStateAccess(StateAccess):
         return square.sqrt()
 
     def clip_or_skip(self, norm: Tensor, limit: float | None, skip: Tensor) -> None:
-        """Clip the gradient, or set it to NaN if the step must be skipped, because DeepSpeed skips such steps."""
+        """Clip the gradient, or make the engine skip the step.
+
+        To skip a step, the gradient is set to NaN, because DeepSpeed skips steps whose gradient is not finite.
+        """
         factor = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
         torch._foreach_mul_(self._gradients(), factor.where(skip == 0, torch.nan))
 
