@@ -9,7 +9,7 @@ from lrm_pl.paths import escape_names
 
 _CLI = "lrm_pl.cli.main:main"
 
-#: Command -> (module:function, help).
+#: Maps the name of each command to ``module:function`` and a help text.
 COMMANDS = {
     "fit": (_CLI, "train a model: lrm fit -c configs/experiment/demo.yaml"),
     "validate": (_CLI, "measure a checkpoint: lrm validate -c RUN/config.yaml --ckpt_path RUN"),

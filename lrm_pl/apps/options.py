@@ -46,7 +46,7 @@ def load_pipeline(args: argparse.Namespace) -> "LRMPipeline":
     """Load the model that the options of ``add_model`` and ``add_background`` select.
 
     Raises:
-        InputError: The model does not exist, or its weights do not match its config.
+        InputError: The model does not exist, or the weights do not match the config.
     """
     from lrm_pl.inference.background import BackgroundRemover
     from lrm_pl.inference.pipeline import LRMPipeline
@@ -76,7 +76,7 @@ def require_free(host: str, port: int) -> None:
     Raises:
         InputError: The address is invalid or in use.
     """
-    if port == 0:  # the system would choose a port after the URL was printed
+    if port == 0:  # the operating system would choose a port, which the printed URL would not contain
         raise InputError(
             expected=f"a port of {host} to listen on", found="port 0", remedy="choose one: --port 8000"
         )

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 #: Heights in pixels of renderings while the camera moves and while it is at rest.
 _MOVING, _RESTING = 96, 288
 
-#: Time in seconds after the last movement until a camera counts as at rest, and interval in seconds between checks for
-#: new checkpoints.
+#: Time in seconds without movement after which a camera is considered to be at rest, and interval in seconds between
+#: checks for new checkpoints.
 _REST_S, _POLL_S = 0.4, 3.0
 
 #: Maximum number of objects per split.

@@ -33,7 +33,7 @@ GRID_OBJECTS = 8
 
 TITLES = {"unseen": "unseen views of the training objects", "heldout": "held-out objects"}
 
-#: Names under which the model's metrics are logged. The metrics of the baselines are written only to report.json.
+#: Names under which the metrics of the model are logged. The metrics of the baselines are in report.json only.
 REPORT_METRICS = tuple(
     f"report/{name}/{metric}"
     for name in EVALUATION_SETS
@@ -46,7 +46,7 @@ class Report:
     """Metrics of the model and of the baselines on one evaluation set.
 
     Attributes:
-        rows: Metrics by name, which is "model" or the name of a baseline.
+        rows: Metrics by name of the row, which is "model" or the name of a baseline.
         views: Number of target views per object.
         grid: Image with one row per object of this rank, with the columns input, target, render, opacity and depth.
     """

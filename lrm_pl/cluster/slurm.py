@@ -91,7 +91,7 @@ def check_counts(nodes: int, gpus: int) -> None:
     """Check the number of nodes and the number of GPUs per node.
 
     Raises:
-        InputError: There are fewer than one node or fewer than zero GPUs.
+        InputError: ``nodes`` is less than 1, or ``gpus`` is less than 0.
     """
     for name, value, minimum in (("NODES", nodes, 1), ("GPUS", gpus, 0)):
         if value < minimum:

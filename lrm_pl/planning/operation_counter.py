@@ -26,8 +26,8 @@ class Operation:
             for FLOPs count as 0.
         accessed: Total number of bytes read and written.
         count: Number of executions.
-        scratch: Size of temporary buffers inside the operator in bytes. The buffers remain in the cache of the GPU, so
-            ``accessed`` does not include them.
+        scratch: Size in bytes of the temporary buffers inside the operator. The buffers remain in the cache of the GPU,
+            so ``accessed`` does not include them.
     """
 
     part: str
@@ -43,7 +43,7 @@ class MemoryAccess(NamedTuple):
 
     Attributes:
         accessed: Number of bytes read and written.
-        scratch: Size of temporary buffers inside the operator in bytes.
+        scratch: Size in bytes of the temporary buffers inside the operator.
     """
 
     accessed: float
@@ -119,9 +119,9 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         part: Current part of the program, which is recorded with each operation.
-        allocated: Size of live tensors in bytes, excluding gradients of parameters.
+        allocated: Size in bytes of the live tensors, excluding gradients of parameters.
         peak: Maximum of ``allocated``.
-        gradients: Size of the gradients of parameters in bytes.
+        gradients: Size in bytes of the gradients of parameters.
         peak_with_gradients: Maximum of ``allocated + gradients``.
         operations: All operations.
         collectives: All collectives.
@@ -309,7 +309,7 @@ def _accessed(func: Any, inputs: list[Tensor], results: list[Tensor]) -> float: 
 
 
 def _size(tensor: Tensor) -> int:
-    """Return the size of a tensor's distinct elements in bytes. An expanded dimension counts as having size 1."""
+    """Return the size in bytes of a tensor's distinct elements. An expanded dimension counts as having size 1."""
     if tensor.layout != torch.strided:
         return tensor.numel() * tensor.element_size()
     return tensor.element_size() * math.prod(

@@ -1,4 +1,4 @@
-"""Partition of a training run over processes, and the cost of a step of one process."""
+"""Distribution of a training run over processes, and the cost of a step of one process."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from lrm_pl.training.precision import DTYPES, require_supported_precision
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """A training run that is partitioned over processes.
+    """A training run that is distributed over processes.
 
     Attributes:
         module: The model, on the meta device.
@@ -49,7 +49,7 @@ class RunPlan:
         return self.shape.dtype != torch.float16
 
     def optimizer_temporaries(self, costs: StepCosts) -> float:
-        """Return the size of the temporary tensors in AdamW's step in bytes.
+        """Return the size in bytes of the temporary tensors that AdamW allocates in a step.
 
         If AdamW is not fused, the temporary tensors are as large as all trained weights on a GPU, and as large as the
         largest trained tensor on a CPU.
@@ -67,7 +67,7 @@ class RunPlan:
 def plan_run(
     config: Namespace, module: LRMModule, data: ShardDataModule, processes: int, gpu: GpuProperties | None
 ) -> RunPlan:
-    """Partition a run over processes.
+    """Distribute a run over processes.
 
     Args:
         config: Config of the run as parsed by ``lrm fit``.

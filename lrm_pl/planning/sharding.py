@@ -37,8 +37,8 @@ def fake_process_group(rank: int, processes: int, replicas: int = 1) -> Iterator
 def check_shards(lrm: LRM, processes: int, replicas: int, dtype: torch.dtype, ranks: Iterable[int]) -> None:
     """Shard a network for each of the given ranks, and check the shape of every local shard.
 
-    A weight is split along one dimension into shards of equal size. If the size is not divisible, the last shards are
-    smaller or empty.
+    A weight is split along one dimension into shards of equal size. If the size of the dimension is not divisible by
+    the number of shards, the last shards are smaller or empty.
 
     Args:
         lrm: The network, which is copied. It should be on the meta device to save memory.

@@ -79,11 +79,11 @@ class StepCosts:
         parameters: Number of parameters.
         trained: Number of trained parameters.
         largest: Number of elements of the largest trained tensor.
-        weights: Size of the weights that this process holds in bytes.
-        frozen_other: Size of networks that only the loss uses in bytes.
-        gradients: Size of all gradients of the weights that this process holds in bytes.
+        weights: Size in bytes of the weights that this process holds.
+        frozen_other: Size in bytes of the networks that only the loss uses.
+        gradients: Size in bytes of all gradients of the weights that this process holds.
         activations: Peak memory in bytes, excluding weights, gradients and networks of the loss.
-        work: Peak memory of activations and gradients together in bytes.
+        work: Peak memory in bytes of activations and gradients together.
         operations: All operations.
         collectives: All collectives.
         forward: FLOPs of the forward pass, by part of the network.
@@ -286,7 +286,7 @@ def _local(parameter: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _record_parts(network: LRM, counter: OperationCounter) -> Iterator[None]:
-    """Set the part of the counter in forward. The backward pass, including recomputation, is a single part."""
+    """Set the part of the counter during the forward pass. The whole backward pass is a single part."""
 
     def enter(part: str) -> Callable[..., None]:
         def set_part(*_: Any) -> None:  # noqa: ANN401 - a hook's arguments
@@ -390,7 +390,7 @@ class _OneChunkOfPixels(PixelRays):
     def for_each_chunk(self, work: Callable[[int, slice], None]) -> None:
         """March one chunk per object.
 
-        Between forward and backward, a buffer stands in for the saved samples of the other chunks.
+        Between forward and backward, a buffer represents the saved samples of the other chunks.
         """
         for index in range(len(self.alive)):
             with self.counter.repeated(self.times):

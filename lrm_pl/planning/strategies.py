@@ -89,10 +89,10 @@ class StrategyEstimate:
 
     Attributes:
         strategy: Name of the strategy in configs/trainer/.
-        weights: Size of the weights of the network and of the LPIPS network in bytes.
-        gradients: Size of the gradients in bytes.
-        optimizer: Size of AdamW's moments and of ZeRO's copies of the weights in bytes.
-        activations: Peak size of activations, gathered weights and temporary tensors in bytes.
+        weights: Size in bytes of the weights of the network and of the LPIPS network.
+        gradients: Size in bytes of the gradients.
+        optimizer: Size in bytes of AdamW's moments and of ZeRO's copies of the weights.
+        activations: Peak size in bytes of activations, gathered weights and temporary tensors.
         peak: Peak memory in bytes, including memory that the allocator holds in addition.
         sent: Number of bytes sent.
         compute: Time of computation in seconds.
@@ -124,9 +124,9 @@ def estimate_single_process(
     Args:
         costs: Costs of a step.
         accumulate: Number of batches per optimizer step.
-        base: Memory of the process without a network in bytes.
+        base: Memory in bytes of the process without a network.
         slack: Factor for memory that the allocator holds in addition to the tensors.
-        temporaries: Size of the temporary tensors in the optimizer step in bytes.
+        temporaries: Size in bytes of the temporary tensors in the optimizer step.
     """
     weights, optimizer = costs.weights + costs.frozen_other, 8.0 * costs.trained
     kept = costs.gradients if accumulate > 1 else 0.0
@@ -218,12 +218,12 @@ def _times(
     fused: bool,
     per_batch: bool,
 ) -> tuple[float, float]:
-    """Return the time of computation and of exposed communication per optimizer step in seconds.
+    """Return the times in seconds of computation and of exposed communication per optimizer step.
 
     Args:
         whole: Costs of a step of a process that holds the whole network.
         collectives: Collectives of an optimizer step.
-        stepped: Size of the weights that the optimizer updates in this process in bytes.
+        stepped: Size in bytes of the weights that the optimizer updates in this process.
         hardware: GPUs and network of the run.
         accumulate: Number of batches per optimizer step.
         efficiency: Achieved fractions of the peak rates.
@@ -249,7 +249,7 @@ def _with_slack(peak: float) -> float:
 def _compute(
     costs: StepCosts, stepped: float, gpu: Gpu, accumulate: int, efficiency: Efficiency, *, fused: bool
 ) -> float:
-    """Return the time of all batches of an optimizer step, gradient clipping and AdamW in seconds."""
+    """Return the time in seconds of all batches of an optimizer step, gradient clipping and AdamW."""
     values = CLIPPING_VALUES + (FUSED_VALUES if fused else FOREACH_VALUES)
     return accumulate * _roofline(costs, gpu, efficiency) + values * stepped / (
         efficiency.bytes * gpu.bandwidth

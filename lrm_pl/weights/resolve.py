@@ -280,7 +280,7 @@ def _find_cached(name: WeightName, file: WeightFile) -> ResolvedWeights | None:
     """Find and verify a file in the cache.
 
     Downloads are moved into the cache after verification, so an invalid file indicates a failing disk or a manual
-    change. It therefore raises an error instead of being downloaded again.
+    change. An error is therefore raised instead of downloading the file again.
     """
     path = cached_path(file)
     if not path.is_file():
