@@ -1,4 +1,4 @@
-"""Safe extraction of untrusted zip files, with a maximum size and without paths outside the destination folder."""
+"""Safe extraction of untrusted zip files. The unpacked size is limited, and paths outside the folder are rejected."""
 
 import errno
 import lzma
@@ -11,7 +11,7 @@ from pathlib import Path
 from data_tools.assets.obj_materials import is_outside
 from lrm_pl.errors import InputError
 
-#: Maximum total size of the unpacked files of one model.
+#: Maximum total size of the unpacked files of a model in bytes.
 MAX_MODEL_BYTES = 1 << 30
 
 
@@ -23,7 +23,7 @@ ZIP_ERRORS = (
 
 
 class ArchiveError(InputError):
-    """An archive is damaged or has invalid contents."""
+    """Raised if an archive is damaged or has invalid contents."""
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -63,7 +63,7 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTE
             found=member.file_size,
         )
     try:
-        return archive.read(member)  # at most file_size bytes, with a verified checksum
+        return archive.read(member)  # reads at most file_size bytes and verifies the checksum
     except (*ZIP_ERRORS, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # bz2 raises OSError without errno
             raise

@@ -44,7 +44,7 @@ class AssetError(InputError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asset:
-    """One mesh file and its metadata.
+    """A mesh file and its metadata.
 
     Attributes:
         id: Key of the sample in the shards.
@@ -76,7 +76,7 @@ class Asset:
         return "://" in self.file
 
     def record(self) -> dict[str, Any]:
-        """Return the metadata that are stored in the sample."""
+        """Return the metadata to store in the sample."""
         return {
             "name": self.name, "license": self.license, "creator": self.creator, "source": self.source
         }  # fmt: skip
@@ -118,7 +118,7 @@ def write_list(folder: Path, assets: Iterable[Asset]) -> None:
 
 
 def list_matches(folder: Path, assets: Iterable[Asset]) -> bool:
-    """Return whether ``assets.parquet`` contains exactly these assets. If the list is damaged, return False."""
+    """Return whether ``assets.parquet`` contains exactly the given assets. If the list is damaged, return False."""
     try:
         return bool(pyarrow.parquet.read_table(folder / LIST_NAME, memory_map=False).equals(_table(assets)))
     except (OSError, pyarrow.ArrowException):

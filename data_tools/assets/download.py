@@ -1,6 +1,6 @@
 """Downloads of files that can be resumed, with retries and verification.
 
-Data are written to ``PATH.partial``, which is renamed to ``PATH`` when the file is complete. If a download is
+Data is written to ``PATH.partial``, which is renamed to ``PATH`` when the file is complete. If a download is
 interrupted, the next call resumes it. The size and the first bytes (see ``file_types``) of a file are verified, as well
 as the sha256 if it is known. Two processes must not download to the same path at the same time.
 """

@@ -1,4 +1,4 @@
-"""Detection of files whose contents do not match their suffix, such as error pages saved as meshes."""
+"""Detection of files whose contents do not match the suffix, such as error pages that were saved as meshes."""
 
 import re
 import struct
@@ -19,7 +19,7 @@ class FileTypeError(InputError):
 
 
 def check_head(suffix: str, head: bytes, where: str) -> None:
-    """Check the type of a file by its first bytes.
+    """Check the type of a file from the first bytes.
 
     Args:
         suffix: Suffix of the expected type, for example ".glb". Only mesh, zip and gzip files are checked.
@@ -87,7 +87,7 @@ def check_mesh_file(path: Path) -> None:
     """Reject mesh files that importers read incorrectly without an error.
 
     Args:
-        path: Mesh file.
+        path: Path of the mesh file.
 
     Raises:
         FileTypeError: The file is empty, HTML or UTF-16, or contains a non-finite position.
@@ -126,7 +126,7 @@ def _reject_non_finite(content: bytes, first: int) -> None:
 
     Args:
         content: Content of an OBJ or of an ASCII PLY.
-        first: Index of the x coordinate among the words of a line. Lines of an OBJ start with "v", so it is 1.
+        first: Index of the word that is the x coordinate in a line. It is 1 for an OBJ, because lines start with "v".
     """
     for at in _candidates(content):
         start = max(content.rfind(b"\n", 0, at), content.rfind(b"\r", 0, at)) + 1

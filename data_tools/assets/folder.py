@@ -32,7 +32,7 @@ def fetch_folder(assets: Path, out: Path | None, up: UpAxis = "") -> None:
         assets: Folder of meshes, which can contain an ``assets.csv``.
         out: Folder to which the meshes, materials, textures and text files are copied before they are listed.
             Symbolic links are followed. If None, the meshes are listed in ``assets``.
-        up: Up axis of OBJ and PLY files for which ``assets.csv`` does not define one.
+        up: Up axis of OBJ and PLY files for which ``assets.csv`` does not define an up axis.
 
     Raises:
         AssetsError: The folder is missing or has no meshes, ``assets.csv`` is invalid, or ``out`` is inside
@@ -58,7 +58,7 @@ def fetch_folder(assets: Path, out: Path | None, up: UpAxis = "") -> None:
 
 
 def _copy(folder: Path, out: Path, ancestors: tuple[tuple[int, int], ...]) -> Counter[str]:
-    """Copy meshes and the files with ``_COMPANION_SUFFIXES``.
+    """Copy meshes, ``assets.csv`` and the files with ``_COMPANION_SUFFIXES``.
 
     Args:
         folder: Source folder.

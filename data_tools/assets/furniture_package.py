@@ -1,4 +1,4 @@
-"""Reader of the Debian package ``sweethome3d-furniture`` 1.8-1, which contains five libraries of OBJ models.
+"""Reader for the Debian package ``sweethome3d-furniture`` 1.8-1, which contains five libraries of OBJ models.
 
 The package is an ar archive that contains a ``data.tar.xz``. Each library in the tar file is a zip file, for example
 ``Scopia.sh3f``, with a catalog (``PluginFurnitureCatalog.properties``), a license (``LICENSE.TXT``) and one folder per

@@ -164,5 +164,5 @@ def _asset(key: str, record: dict[str, Any], base: str, out: Path) -> Asset:
         license=LICENSE,
         tags=tuple(dict.fromkeys(words)),
         split="val",
-        up="z",  # convention of Gazebo
+        up="z",  # the up axis in Gazebo
     )

@@ -1,4 +1,4 @@
-"""Parser of OBJ and MTL files, which finds the materials of faces, their colors and textures without Blender."""
+"""Parser for OBJ and MTL files. It finds the materials of the faces, the colors and the textures without Blender."""
 
 import dataclasses
 import math
@@ -21,11 +21,11 @@ _GLASS = frozenset({"4", "6", "7", "9"})
 #: Values of ``illum`` for materials without specular highlights. ``Ks`` has no effect for them.
 _MATT = frozenset({"0", "1"})
 
-#: Statements with numeric arguments. Only in these statements does "#" start a comment, because file names may contain
-#: "#".
+#: Statements with numeric arguments. A comment can follow the arguments. In all other statements, "#" does not start a
+#: comment, because file names can contain this character.
 _NUMBERS = frozenset({"ka", "kd", "ks", "ke", "tf", "ns", "ni", "d", "tr", "illum"})
 
-#: Statements with an image file, in addition to those that start with ``map_``.
+#: Statements with an image file whose keyword does not start with ``map_``.
 _IMAGES = frozenset({"bump", "disp", "decal", "norm", "refl"})
 
 #: Mapping from lower-case keywords to the spelling that Blender requires.
@@ -45,7 +45,7 @@ class ObjMaterials:
     Attributes:
         libraries: MTL files to which the OBJ refers, in order, relative to the folder of the OBJ.
         textures: Color and opacity textures of the materials, relative to the folder of the OBJ.
-        colors: Text of the colors (``Kd``) of materials without a texture.
+        colors: Colors (arguments of ``Kd``) of the materials without a texture.
         missing: Items of ``libraries`` and ``textures`` that do not exist or are outside the folder of the OBJ.
     """
 
@@ -91,7 +91,7 @@ def mtl_names(obj: bytes, exists: Callable[[str], bool]) -> list[str]:
 
     Args:
         obj: Content of the OBJ.
-        exists: Function that returns whether a file with a name exists.
+        exists: Function that returns whether the file with the given name exists.
     """
     names = list[str]()
     for line in re.findall(rb"^[^\S\n]*mtllib[^\S\n]+(\S[^\n]*)", normalize_lines(obj), re.MULTILINE):
@@ -132,7 +132,7 @@ def _is_beside(path: Path, name: str) -> bool:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """Find a file whose path may differ from a name in case, Unicode normalization or path separators.
+    """Find a file, ignoring differences in case, Unicode normalization and path separators.
 
     Args:
         folder: Base folder.

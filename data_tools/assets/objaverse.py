@@ -105,7 +105,7 @@ def make_asset(uid: str, file: str, record: object, category: str = "") -> Asset
     Args:
         uid: Uid of the object.
         file: Path of the mesh in the assets folder, or URL of the mesh.
-        record: Metadata of the object. They are untrusted, so the value can have any type.
+        record: Metadata of the object. It is untrusted, so the value can have any type.
         category: LVIS category by which the object was selected, or "" if it was selected by uid.
     """
     license = _text(record, "license")
@@ -138,7 +138,7 @@ def _text(record: object, *fields: str) -> str:
 
 
 def _size(uid: str, record: object) -> dict[str, int]:
-    """Return a mapping from the uid to the size of the GLB in bytes, or {} if the metadata do not contain the size."""
+    """Return a mapping from the uid to the size of the GLB in bytes, or {} if the metadata has no size."""
     size = _look_up(record, "archives", "glb", "size")
     return {uid: size} if isinstance(size, int) and size > 0 else {}
 
@@ -208,8 +208,8 @@ def _download_meshes(
 ) -> dict[str, str]:
     """Download meshes.
 
-    The length of a GLB file is verified by its header. A complete file whose size differs from the metadata is
-    accepted with a printed note, because the metadata may be older than the file.
+    The size of a GLB file is compared with the length in the header of the file. If it differs from the size in the
+    metadata, a note is printed and the file is accepted, because the metadata may be older than the file.
 
     Args:
         downloads: Meshes to download.

@@ -1,4 +1,4 @@
-"""The output files of the ``fetch`` sources, and the summary that is printed.
+"""Output files and printed summary of the ``fetch`` sources.
 
 OUT/assets.parquet    the asset list (see ``asset_list``)
 OUT/ATTRIBUTION.txt   creator, license and source of each asset, which licenses such as CC BY require

@@ -2,13 +2,13 @@
 
 | file                                           | Blender's importer    | result of this module         |
 |------------------------------------------------|-----------------------|-------------------------------|
-| other names of colors and texture coordinates  | gray                  | recognized                    |
+| nonstandard color or texture coordinate names  | gray                  | recognized                    |
 | face colors                                    | gray                  | the colors                    |
 | ``TextureFile`` with UVs of vertices or faces  | gray                  | the texture                   |
-| several ``TextureFile``                        | gray                  | counted as missing textures   |
-| ``int`` colors in 0 to 255                     | black                 | the colors                    |
-| non-finite positions in binary files           | the origin            | rejected                      |
-| a face with an out-of-range vertex             | face left out         | rejected                      |
+| several ``TextureFile`` comments               | gray                  | counted as missing textures   |
+| ``int`` colors in the range [0, 255]           | black                 | the colors                    |
+| non-finite positions in binary files           | moved to the origin   | rejected                      |
+| face with an out-of-range vertex index         | face is removed       | rejected                      |
 """
 
 import os
@@ -165,8 +165,8 @@ def _read(elements: dict[str, _Element], body: bytes, order: str) -> dict[str, _
         order: Byte order in the notation of NumPy, or "" for an ASCII file.
 
     Returns:
-        Mapping from element names to columns. It is empty if the data are invalid, in which case Blender's importer
-        reports the error.
+        Mapping from element names to columns. If the data is invalid, it is empty, so that Blender's importer reports
+        the error.
     """
     table, at = dict[str, _Columns](), 0
     data = body if order else np.fromstring(body.decode("latin-1"), np.float64, sep=" ").tobytes()

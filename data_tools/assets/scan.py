@@ -1,4 +1,4 @@
-"""Search for meshes in a folder, and reader of their metadata (``assets.csv``).
+"""Search for meshes in a folder, and reader for the metadata in ``assets.csv``.
 
 ``assets.csv`` is a UTF-8 file with the header ``id,name,creator,source,license,sha256`` and an optional last column
 ``up``, which is "z" for OBJ and PLY files whose z axis points up. The id of a mesh is the path in the folder without
@@ -51,7 +51,7 @@ def find_assets(folder: Path, out: Path | None = None) -> tuple[Asset, ...]:
 
     Args:
         folder: Folder of assets.
-        out: Folder of shards that an earlier run wrote. The ids of assets in its ``assets.parquet`` do not change. If
+        out: Folder of shards from an earlier run. Assets in ``assets.parquet`` of this folder keep the same ids. If
             None, all ids are derived from the paths.
 
     Returns:
@@ -182,7 +182,7 @@ def find_meshes(folder: Path) -> ScannedFolder:
 
 
 def is_hidden_name(name: str) -> bool:
-    """Return whether files and folders with this name are skipped."""
+    """Return whether files and folders with the given name are skipped."""
     return name.startswith(".") or name == "__MACOSX"
 
 
