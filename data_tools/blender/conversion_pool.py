@@ -25,7 +25,7 @@ TIME_LIMIT_S = 300.0
 
 @dataclasses.dataclass(frozen=True)
 class ConversionTask:
-    """One model to convert.
+    """A model to convert.
 
     Attributes:
         id: Id by which the caller identifies the model.

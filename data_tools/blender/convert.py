@@ -1,4 +1,4 @@
-"""Conversion of an OBJ to a GLB with matte materials and small textures. Requires bpy."""
+"""Conversion of an OBJ to a GLB with matte materials and small textures. The module requires ``bpy``."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Correction of duplicate faces, back faces and normals for Cycles. Requires bpy."""
+"""Correction of duplicate faces, back faces and normals for Cycles. The module requires ``bpy``."""
 
 import math
 

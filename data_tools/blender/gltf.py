@@ -1,6 +1,6 @@
-"""Correction of glTF files that Blender's importer does not read as the format specifies. Requires bpy.
+"""Correction of glTF files that Blender's importer does not read as the format specifies.
 
-``data_tools/blender/README.md`` lists the corrections.
+``data_tools/blender/README.md`` lists the corrections. The module requires ``bpy``.
 """
 
 import copy
@@ -111,7 +111,7 @@ def prepare_gltf(path: Path, scratch: Path) -> Path:
 def _correct_attributes(primitive: dict[str, Any], record: dict[str, Any]) -> None:
     """Correct the attributes of a primitive.
 
-    Custom attributes are removed. If a set of texture coordinates is missing, the last set is used in its place. If the
+    Custom attributes are removed. If a set of texture coordinates is missing, the last set is used instead. If the
     primitive has vertex colors and no material, the default material is assigned.
     """
     attributes = primitive["attributes"]
@@ -161,7 +161,7 @@ def import_gltf(file: str) -> set[str]:
         Status of Blender's import operator, for example {"FINISHED"}.
 
     Raises:
-        AssetError: A vertex position is not finite, or the data of a mesh are invalid.
+        AssetError: A vertex position is not finite, or the data of a mesh is invalid.
     """
     hooks = _Hooks()
     addon = sys.modules["io_scene_gltf2"]

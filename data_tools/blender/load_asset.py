@@ -1,4 +1,4 @@
-"""Import of a mesh file into an empty scene, and normalization of the scene. Requires bpy."""
+"""Import of a mesh file into an empty scene, and normalization of the scene. The module requires ``bpy``."""
 
 import math
 import os
@@ -161,7 +161,7 @@ def prepare_scene(
         AssetError: There are no visible faces, or their positions, size or number are outside the limits.
     """
     # Hidden objects are not removed, because the transforms of their children depend on them.
-    objects = list(bpy.context.view_layer.objects)  # a glTF file can contain inactive scenes
+    objects = list(bpy.context.view_layer.objects)  # excludes the inactive scenes of glTF files
     for obj in objects:
         obj.hide_render = _is_hidden(obj)
     animated = _show_first_frame()

@@ -1,6 +1,6 @@
-"""Correction of materials that Blender's importers or Cycles do not read as the formats specify. Requires bpy.
+"""Correction of materials that Blender's importers or Cycles do not read as the formats specify.
 
-``data_tools/blender/README.md`` lists the corrections.
+``data_tools/blender/README.md`` lists the corrections. The module requires ``bpy``.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""Depth and normal passes of the last rendered view. Requires bpy.
+"""Depth and normal passes of the last rendered view.
 
-Blender exports passes only as OpenEXR files. They are read with the OpenImageIO library from Blender's wheel.
+Blender exports passes only as OpenEXR files, which are read with the OpenImageIO library from Blender's wheel. The
+module requires ``bpy``.
 """
 
 import os
@@ -21,7 +22,7 @@ _NOTHING = 1e9
 
 
 def enable_passes(*, normals: bool) -> None:
-    """Enable the depth pass and optionally the normal pass. ``set_up_scene`` must have been called before."""
+    """Enable the depth pass and optionally the normal pass. ``set_up_scene`` must be called before this function."""
     layer = bpy.context.scene.view_layers[0]
     layer.use_pass_z, layer.use_pass_normal = True, normals
     layer.pass_alpha_threshold = _OPACITY

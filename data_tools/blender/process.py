@@ -1,7 +1,7 @@
-"""Blender processes, in which the driver renders objects with time and memory limits. Does not require bpy.
+"""Blender processes, in which the driver renders objects with time and memory limits.
 
 A process runs ``data_tools.blender.worker``, which describes the protocol. If the process crashes or exceeds a limit,
-only the current object fails.
+only the current object fails. The module does not require ``bpy``.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Setup of a scene with uniform white light, and rendering of views as RGBA arrays. Requires bpy.
+"""Setup of a scene with uniform white light, and rendering of views as RGBA arrays.
 
 Because the light has strength 1 and the view transform is Standard, the pixels of a matte surface have the sRGB color
-of the surface.
+of the surface. The module requires ``bpy``.
 """
 
 import contextlib

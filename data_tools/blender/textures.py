@@ -1,6 +1,6 @@
-"""Correction of textures that Blender's importers or Cycles do not read as the formats specify. Requires bpy.
+"""Correction of textures that Blender's importers or Cycles do not read as the formats specify.
 
-``data_tools/blender/README.md`` lists the corrections.
+``data_tools/blender/README.md`` lists the corrections. The module requires ``bpy``.
 """
 
 from collections.abc import Container, Iterator
@@ -16,8 +16,8 @@ from data_tools.assets.obj_materials import find_file
 def find_textures(folder: Path) -> None:
     """Load missing images from the folder of the mesh.
 
-    A file is searched by the path and then by the last components of the path. Differences in case, Unicode
-    normalization and path separators are ignored.
+    The path of the image and its last components are searched in the folder. Differences in case, Unicode normalization
+    and path separators are ignored.
 
     Args:
         folder: Absolute path of the folder of the mesh.
