@@ -1,7 +1,7 @@
 """The command ``python -m data_tools render``, which renders meshes into shards.
 
 The first files in OUT are ``plan.parquet``, ``assets.parquet`` and ``render.json``. Parts and shards are written when
-objects are complete (see ``shard_folder``). After all objects, ``filter.parquet`` and the contact sheet are written.
+objects are complete (see ``shard_folder``). After the last shard, ``filter.parquet`` and the contact sheet are written.
 The last file is ``manifest.json``.
 """
 
@@ -166,7 +166,7 @@ def _read_previous(out: Path) -> _PreviousManifest:
 
 
 def _is_described(out: Path, last: _PreviousManifest) -> bool:
-    """Return whether the filter table and the contact sheet of a finished folder exist."""
+    """Return whether the filter table and the contact sheet of a complete folder exist."""
     has_kept = last.manifest is not None and not all(shard.rejected for shard in last.manifest.shards)
     return all((out / name).is_file() for name in (FILTER_NAME, *[SHEET_NAME] * has_kept))
 

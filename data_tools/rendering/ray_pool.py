@@ -48,9 +48,9 @@ _CONNECT_TIMEOUT_S = 10.0
 #: Timeout of the shutdown of idle processes in seconds.
 _CLOSE_TIMEOUT_S = 5.0
 
-#: Number of CPUs that are reserved per Blender process, if this is not more than half of a machine. A process has one
-#: additional thread, because rendering does not use the CPUs during loading and encoding. On a machine with two CPUs,
-#: two processes rendered 17 % more views per second than one process.
+#: Maximum number of CPUs that are reserved per Blender process. At most half of the CPUs of a machine are reserved. The
+#: number of threads is larger by one, because a process does not use all CPUs during loading and encoding. On a machine
+#: with two CPUs, two processes rendered 17 % more views per second than one process.
 _CPUS = 2
 
 #: Size of the object store of Ray in bytes. A rendered object stays in the store only until the driver receives it.
@@ -225,8 +225,8 @@ class RenderPool:
         closing = [actor.close.remote() for actor in self._idle]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
-        # Ray can ignore the kill of an actor that is being created, so that the CPUs stay reserved. Such an actor is
-        # not killed. It exits after the pending calls, because there are no more handles of it.
+        # If an actor is killed while it is being created, Ray can ignore the kill, and the CPUs stay reserved.
+        # Therefore, such an actor is not killed. It exits after the pending calls, because no handle refers to it.
         starting = set(self._starting.values())
         for actor in starting:
             actor.close.remote()

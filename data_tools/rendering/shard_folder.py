@@ -71,7 +71,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove incomplete files that an interrupted run left."""
+    """Remove the incomplete files of an interrupted run."""
     (folder / PARTS_NAME).mkdir(exist_ok=True)
     for path in [*folder.glob("*.partial"), *(folder / PARTS_NAME).glob("*.partial")]:
         path.unlink()

@@ -12,7 +12,7 @@ from lrm_pl.data.manifest import Split
 from lrm_pl.data.surface import SURFACE_POINTS
 from lrm_pl.errors import InputError, counted
 
-#: Maximum number of objects in the validation split by default. The default is one sixth of the objects.
+#: Maximum of the default size of the validation split, which is one sixth of the objects.
 DEFAULT_HELD_OUT = 8
 
 
