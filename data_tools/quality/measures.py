@@ -28,13 +28,13 @@ DEFAULT_RULES = (
 #: Additional default rule for presets whose views show whole objects.
 CROPPED_RULE = "cropped <= 0.5"
 
-#: Minimum value of all channels of a white pixel, in the range [0, 255].
+#: A pixel is white if all channels are greater than or equal to this value, in the range [0, 255].
 _WHITE = 250
 
-#: Value below which all channels of a black pixel are, in the range [0, 255].
+#: A pixel is black if all channels are less than this value, in the range [0, 255].
 _BLACK = 5
 
-#: Alpha above which a pixel belongs to the object, in the range [0, 255].
+#: A pixel belongs to the object if alpha is greater than this value, in the range [0, 255].
 _SOLID = 127
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {

@@ -64,7 +64,7 @@ class Statistics:
     view_bytes: npt.NDArray[np.float64]
 
     def rows(self) -> list[tuple[str, npt.NDArray[np.float64], str]]:
-        """Return the name, the values and the unit of each quantity."""
+        """Return (name, values, unit) for each quantity."""
         return [
             ("camera distance", self.distance, "scene units"),
             ("elevation", self.elevation_deg, "degrees"),
