@@ -1,4 +1,4 @@
-"""Reader of COLMAP models in the binary format (colmap.github.io/format.html), which is little endian.
+"""Reader for COLMAP models in the binary format (colmap.github.io/format.html), which is little endian.
 
     cameras.bin   number of cameras (u64), and for each camera
                   id (u32), model (i32), width (u64), height (u64), parameters (f64)

@@ -1,6 +1,6 @@
-"""Search for object folders, and safe readers of untrusted files, which all layouts use.
+"""Search for object folders, and safe readers for untrusted files.
 
-File sizes and array headers are checked before data are read and memory is allocated. Pickled arrays are rejected.
+File sizes and array headers are checked before data is read and memory is allocated. Pickled arrays are rejected.
 """
 
 import dataclasses
@@ -205,7 +205,7 @@ def read_pose(path: Path) -> npt.NDArray[np.float64]:
         (4, 4) matrix.
 
     Raises:
-        LayoutError: The file does not contain such a matrix.
+        LayoutError: The file does not contain a matrix with one of these shapes.
     """
     pose = to_4x4(read_npy(path), str(path))
     if pose.shape != (4, 4):
@@ -285,7 +285,7 @@ def to_4x4(matrices: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.floa
     """Append the row (0, 0, 0, 1) to matrices.
 
     Args:
-        matrices: Matrices with shape (..., 3, 4) or (..., 4, 4). The latter are returned unchanged.
+        matrices: Matrices with shape (..., 3, 4) or (..., 4, 4). If the shape is (..., 4, 4), they are not changed.
         where: Path for error messages.
 
     Returns:
