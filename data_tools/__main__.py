@@ -1,4 +1,4 @@
-"""The command line ``python -m data_tools <command>``."""
+"""Command line of the data tools, ``python -m data_tools <command>``."""
 
 import argparse
 import signal
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 DEMO_ASSETS = Path(__file__).parent / "demo_assets"
 
 
-#: Commands that resume after an interruption.
+#: Commands that can be resumed after an interruption.
 _RESUMABLE = ("render", "fetch")
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM was received, for example from `kill`, `timeout` or a batch system."""
+    """Raised when SIGTERM is received, for example from ``kill``, ``timeout`` or a batch system."""
 
 
 def _terminate(*_: object) -> None:
