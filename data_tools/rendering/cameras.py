@@ -48,7 +48,7 @@ ORBIT_DEG = [(azimuth, elevation) for elevation in (0, 30, -30) for azimuth in r
 
 #: Camera presets. With ``frame``, the unit sphere is inside the image, because the angular radius of the sphere is at
 #: most asin(1 / 2.4) = 24.6 degrees and half of the field of view is 25 degrees. ``lrm``, ``openlrm`` and
-#: ``instantmesh`` have the published ranges of these models. With these ranges, views can show only a part of an object.
+#: ``instantmesh`` have the published ranges of these models. With these ranges, objects are cropped in some views.
 PRESETS: dict[str, CameraPreset] = {
     "frame": CameraPreset((2.4, 2.8), (-0.75, 1.60), (50.0, 50.0), "sphere"),
     "lrm": CameraPreset((1.5, 3.0), (-0.75, 1.60), (50.0, 50.0), "cube"),
