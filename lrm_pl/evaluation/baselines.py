@@ -1,4 +1,4 @@
-"""Trivial baselines: white image, mean training image, repeated input view."""
+"""Trivial baselines that predict a white image, the mean training image, or the input view."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -13,12 +13,12 @@ from lrm_pl.evaluation.dataset import EvaluationDataset
 from lrm_pl.evaluation.objects import Baseline, decode_over_white
 from lrm_pl.evaluation.protocols import Protocol
 
-#: Training objects, and views of each, that the mean image is computed from.
+#: Number of training objects, and views of each object, from which the mean image is computed.
 _OBJECTS, _VIEWS = 64, (0, 1, 2, 3)
 
 
 def trivial_baselines(objects: EvaluationDataset) -> dict[str, Baseline]:
-    """Return the baselines by name. The mean training image requires training objects."""
+    """Return the baselines by name. The mean training image is omitted if there are no training objects."""
     made = {
         "white image": Baseline(
             lambda image, targets: targets.new_ones(()).expand_as(targets), uses_input=False
@@ -33,7 +33,7 @@ def trivial_baselines(objects: EvaluationDataset) -> dict[str, Baseline]:
 
 
 def _mean_image(objects: EvaluationDataset) -> Float[Tensor, "3 h w"] | None:
-    """Return the mean of views of training objects, in the size of the first view."""
+    """Return the mean of views of training objects in the size of the first view, or None if there are no views."""
     training = objects.samples_of("train")
     count = min(_OBJECTS, len(training))
     protocol = Protocol("mean image", "", inputs=_VIEWS, targets=_VIEWS)
@@ -49,10 +49,10 @@ def _mean_image(objects: EvaluationDataset) -> Float[Tensor, "3 h w"] | None:
 
 
 def sum_images(batches: Iterable[Float[Tensor, "n 3 h w"]]) -> tuple[Tensor, int]:
-    """Sum images in the size of the first one.
+    """Sum images after resizing them to the size of the first image.
 
     Returns:
-        The sum, (3, h, w), or a scalar 0 without images, and the number of images.
+        Sum of shape (3, h, w), or a scalar 0 if there are no images, and the number of images.
     """
     total, count = torch.zeros(()), 0
     for images in batches:

@@ -1,4 +1,4 @@
-"""Comparison of two evaluations by paired differences of their records, without torch."""
+"""Comparison of two evaluations by paired differences. This module does not import torch."""
 
 import dataclasses
 from pathlib import Path
@@ -30,13 +30,14 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
     Args:
         a: Folder of the first evaluation.
         b: Folder of the second evaluation.
-        out: Output folder; None for ``evaluation/A-B``, unless it contains another comparison.
+        out: Output folder. If None, ``evaluation/A-B`` is used, where A and B are the names of the folders.
 
     Returns:
         Markdown table of the paired differences, and path of the page.
 
     Raises:
-        InputError: The evaluations differ in protocol, data or metrics, or are not finished; or ``out`` is in use.
+        InputError: The evaluations are not finished or differ in protocol, data or metrics, or the output folder is
+            in use.
     """
     settings = [_finished(folder) for folder in (a, b)]
     for name in ("protocol", "data", "lpips", "clip"):
@@ -85,7 +86,7 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
 
 
 def common_objects(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
-    """Restrict the records of two evaluations to common objects and, for each object, to common metrics."""
+    """Restrict the records of two evaluations to the objects and, for each object, the metrics in both evaluations."""
     metrics = [{record.id: set(record.rows.get("model", {})) for record in records} for records in (a, b)]
     both = {key: metrics[0][key] & metrics[1][key] for key in metrics[0].keys() & metrics[1].keys()}
     return [

@@ -1,4 +1,4 @@
-"""The objects of a folder of shards that are evaluated."""
+"""Selection and reading of the objects to evaluate in a folder of shards."""
 
 import fnmatch
 
@@ -24,13 +24,13 @@ class EvaluationDataset:
         samples: Ids and locations of the selected objects.
 
     Args:
-        data: Folder of shards, or its URL.
-        split: Split of the objects.
-        pattern: Shell-style wildcard pattern of the ids.
-        limit: Maximum number of objects, evenly spaced; None for all.
+        data: Path or URL of the folder of shards.
+        split: Split from which objects are selected.
+        pattern: Shell-style wildcard pattern that the ids must match.
+        limit: Maximum number of objects, which are evenly spaced. If None, all objects are selected.
 
     Raises:
-        NoObjectsError: No object matches.
+        NoObjectsError: No object matches the selection.
         InputError: The folder cannot be read, or ``limit`` is not positive.
     """
 

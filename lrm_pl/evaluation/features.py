@@ -1,4 +1,4 @@
-"""Image features, and metrics of sets of images: CLIP similarity, FID and KID."""
+"""Image features for CLIP similarity, FID and KID."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,12 +15,12 @@ from lrm_pl.errors import InputError
 from lrm_pl.weights.key_map import read_tensor_file
 from lrm_pl.weights.resolve import hash_file, resolve
 
-#: timm's name of OpenAI's CLIP ViT-B/32, the default encoder of CLIP similarity in papers.
+#: Name of OpenAI's CLIP ViT-B/32 in timm, the usual encoder of CLIP similarity in papers.
 CLIP_NAME = "vit_base_patch32_clip_quickgelu_224.openai"
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-#: Maximum size of the random subsets that KID is averaged over (Binkowski et al. 2018: 1000).
+#: Maximum size of the random subsets over which KID is averaged (Binkowski et al. 2018: 1000).
 _KID_SUBSET = 1000
 
 Embed = Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
     """Load CLIP's image encoder.
 
     Args:
-        path: timm state dict of ``CLIP_NAME`` (.safetensors or .pth), including the projection head.
+        path: File with the state dict of ``CLIP_NAME`` in timm (.safetensors or .pth), including the projection head.
         sha256: Expected sha256 of the file.
         device: Device of the network.
 
@@ -38,7 +38,7 @@ def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
         Function that maps images (n, 3, h, w) in [0, 1] to embeddings (n, 512).
 
     Raises:
-        InputError: The file does not exist, has another hash, or does not match the network.
+        InputError: The file does not exist, has a different hash, or does not match the network.
     """
     import timm
 
@@ -66,11 +66,11 @@ def load_clip(path: Path, sha256: str, device: torch.device) -> Embed:
 
 
 def load_inception(path: str | None, sha256: str | None, device: torch.device) -> tuple[Embed, str]:
-    """Load the Inception network of FID and KID from torch-fidelity.
+    """Load the Inception network for FID and KID from torch-fidelity.
 
     Args:
-        path: Weight file; None to search the usual locations.
-        sha256: Expected sha256, for another file than the standard one.
+        path: Weight file. If None, the usual locations are searched.
+        sha256: Expected sha256 of the file. If None, the file must contain the standard weights.
         device: Device of the network.
 
     Returns:
@@ -104,10 +104,10 @@ def set_distances(features: Mapping[str, np.ndarray]) -> dict[str, dict[str, flo
     """Compute FID and KID between the images of each row and the targets, with torchmetrics.
 
     Args:
-        features: Features (n, d) of the targets ("target") and of each row.
+        features: Features (n, d) of the targets (key "target") and of each row.
 
     Returns:
-        "fid" and "kid" of each row.
+        Metrics "fid" and "kid" of each row.
     """
     found = {}
     for name, values in features.items():
@@ -126,7 +126,7 @@ def set_distances(features: Mapping[str, np.ndarray]) -> dict[str, dict[str, flo
         for metric in (fid, kid):
             metric.update(real, real=True)
             metric.update(ours, real=False)
-        # KID samples subsets from the global generator.
+        # KID samples subsets with the global random number generator.
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             found[name] = {"fid": float(fid.compute()), "kid": float(kid.compute()[0])}
@@ -134,7 +134,7 @@ def set_distances(features: Mapping[str, np.ndarray]) -> dict[str, dict[str, flo
 
 
 class _PrecomputedFeatures(nn.Module):
-    """Feature extractor for torchmetrics that returns its input, which are precomputed features."""
+    """Feature extractor for torchmetrics that returns precomputed features, which are the input."""
 
     def __init__(self, features: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Evaluation of one object: reconstruction from its input views, and metrics of images and surfaces."""
+"""Reconstruction of one object from input views, and metrics of images and surfaces."""
 
 import dataclasses
 import io
@@ -26,10 +26,10 @@ from lrm_pl.meshing.triangles import sample_surface
 from lrm_pl.metrics import NotFiniteError, psnr, ssim
 from lrm_pl.progress import stage
 
-#: Maps images (n, 3, h, w) in [0, 1] to embeddings (n, d).
+#: Function from images (n, 3, h, w) in [0, 1] to embeddings (n, d).
 Embed = Callable[[Tensor], Tensor]
 
-#: Reconstructs a scene from an input view: RGBA (4, h, w), c2w and fxfycxcy in the canonical frame.
+#: Function from an RGBA input view (4, h, w), a canonical pose and normalized intrinsics to a reconstructed scene.
 Reconstruct = Callable[[Tensor, Tensor, Tensor], Scene]
 
 #: Number of target views in the image strip.
@@ -45,8 +45,8 @@ class PerceptualMetrics:
 
     Attributes:
         lpips: LPIPS networks by name.
-        clip: CLIP image encoder; None to skip CLIP similarity.
-        features: Feature extractor of FID and KID; None to skip them.
+        clip: CLIP image encoder. If None, CLIP similarity is not computed.
+        features: Feature extractor for FID and KID. If None, FID and KID are not computed.
     """
 
     lpips: Mapping[str, PerceptualLoss]
@@ -59,9 +59,10 @@ class ObjectResult:
     """Metrics and images of one object.
 
     Attributes:
-        rows: Metrics of the model ("model") and of each baseline, averaged over the images of the object.
-        strip: (3, H, W) image strip: input, then target and render of each shown view.
-        features: Image features of the targets ("target"), the model and each baseline; empty without FID and KID.
+        rows: Metrics of the model (key "model") and of each baseline, averaged over the images of the object.
+        strip: Image strip of shape (3, H, W) with the input, and the target and rendering of each shown view.
+        features: Image features of the targets (key "target"), the model and each baseline. Empty if FID and KID are
+            not computed.
         notes: Reasons for missing metrics.
     """
 
@@ -72,7 +73,7 @@ class ObjectResult:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """Image strip and features as file contents, by file name suffix."""
+        """File contents of the image strip and the features by file name suffix."""
         pixels = (self.strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, format="PNG")
@@ -80,7 +81,7 @@ class ObjectResult:
 
 
 def features_file(features: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """Encode features for ``records.read_features``, by file name suffix."""
+    """Encode features for ``records.read_features``, and return the file content by file name suffix."""
     file = io.BytesIO()
     arrays: dict[str, Any] = {name.replace(" ", "_"): values for name, values in features.items()}
     np.savez(file, **arrays)
@@ -89,10 +90,11 @@ def features_file(features: Mapping[str, np.ndarray]) -> dict[str, bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """A trivial prediction to compare the model with.
+    """Trivial prediction with which the model is compared.
 
     Attributes:
-        predict: Maps the input image (3, h, w) and the targets (n, 3, h, w) to predictions of the targets' shape.
+        predict: Function from an input image (3, h, w) and targets (n, 3, h, w) to predictions of the same shape as the
+            targets.
         uses_input: Whether the prediction depends on the input image.
     """
 
@@ -115,7 +117,7 @@ def measure_object(
         protocol: Evaluation protocol.
         reconstruct: Reconstruction function of the model.
         perceptual: Networks of the perceptual metrics.
-        baselines: Baselines by name; used only if the protocol compares images.
+        baselines: Baselines by name, which are used only if the protocol compares images.
 
     Raises:
         SampleError: A view cannot be decoded, or the sample has no surface points and the protocol requires them.
@@ -175,10 +177,10 @@ def measure_baselines(
 
     Args:
         sample: Sample with the views that the protocol requires.
-        protocol: Evaluation protocol, with target views.
+        protocol: Evaluation protocol with target views.
         perceptual: Networks of the perceptual metrics.
         baselines: Baselines by name.
-        device: Device of the computation.
+        device: Device on which metrics are computed.
 
     Returns:
         Metrics and features of the baselines.
@@ -197,7 +199,10 @@ def measure_baselines(
 def _add_baselines(
     predictions: dict[str, list[Tensor]], baselines: Mapping[str, Baseline], image: Tensor, targets: Tensor
 ) -> None:
-    """Append the predictions of the baselines for one input. Those that do not use the input are computed once."""
+    """Append the predictions of the baselines for one input image.
+
+    Predictions that do not depend on the input image are computed only once.
+    """
     for name, baseline in baselines.items():
         if baseline.uses_input or name not in predictions:
             predictions.setdefault(name, []).append(baseline.predict(image, targets))
@@ -206,7 +211,7 @@ def _add_baselines(
 def _features(
     images: Mapping[str, list[Tensor]], perceptual: PerceptualMetrics
 ) -> dict[str, Float[np.ndarray, "n d"]]:
-    """Return the FID and KID features of the images of each row."""
+    """Return the features for FID and KID of the images in each row."""
     if perceptual.features is None:
         return {}
     return {name: perceptual.features(torch.cat(each)).float().cpu().numpy() for name, each in images.items()}
@@ -237,12 +242,16 @@ def true_surface(sample: Sample, view: int, settings: SurfaceSettings) -> PointC
 def _measure_surface(
     row: dict[str, list[float]], scene: Scene, sample: Sample, view: int, settings: SurfaceSettings
 ) -> str:
-    """Append the surface metrics of a reconstruction to ``row``. Returns the reason if it has no surface, else ""."""
+    """Append the surface metrics of a reconstruction to ``row``.
+
+    Returns:
+        Reason why the reconstruction has no surface, or "" if it has a surface.
+    """
     truth = true_surface(sample, view, settings)
     try:
         mesh = scene.mesh(resolution=settings.resolution)
     except NoSurfaceError as error:
-        for threshold in settings.thresholds:  # without points, the F-score is 0 and distances are undefined
+        for threshold in settings.thresholds:  # if there are no points, distances are undefined
             row.setdefault(f_score_name(threshold), []).append(0.0)
         return f"view {view}: {error}"
     rng = sample_rng(0, view, sample.info.id)
@@ -258,7 +267,7 @@ def _measure_surface(
 
 
 def add_surface(row: dict[str, list[float]], scores: SurfaceScores) -> None:
-    """Append the scores of a surface to ``row``, under the names of ``surface_metrics``."""
+    """Append the scores of a surface to ``row``, with the names that ``surface_metrics`` defines."""
     values = {"chamfer": scores.chamfer, "normal_consistency": scores.normal_consistency}
     values |= {f_score_name(threshold): value for threshold, value in scores.f_scores.items()}
     for name, value in values.items():
@@ -269,7 +278,7 @@ def input_view(sample: Sample, view: int) -> Float[Tensor, "4 h w"]:
     """Decode an input view as RGBA with straight alpha.
 
     Raises:
-        SampleError: The view cannot be decoded, or is fully transparent.
+        SampleError: The view cannot be decoded or is fully transparent.
     """
     rgba = to_tensor(decode_image(sample.info.id, sample.views[view]))
     if not rgba[3].any():
@@ -285,7 +294,7 @@ def decode_over_white(sample: Sample, views: tuple[int, ...]) -> Float[Tensor, "
     """Decode views and composite them over white.
 
     Raises:
-        SampleError: A view cannot be decoded, or the views differ in size.
+        SampleError: A view cannot be decoded, or the views have different sizes.
     """
     rgba = [decode_image(sample.info.id, sample.views[view]) for view in views]
     if len({image.shape for image in rgba}) > 1:
@@ -310,7 +319,7 @@ def _render(scene: Scene, c2w: Tensor, fxfycxcy: Tensor, size: tuple[int, int]) 
 def _measure_images(
     predictions: Mapping[str, list[Tensor]], targets: Tensor, perceptual: PerceptualMetrics
 ) -> dict[str, dict[str, float]]:
-    """Compute the image metrics of all predictions. Target features are computed once."""
+    """Compute the image metrics of all predictions."""
     values: dict[str, dict[str, list[float]]] = {name: {} for name in predictions}
     for start in range(0, len(targets), _IMAGES):
         target = targets[start : start + _IMAGES]
@@ -332,7 +341,7 @@ def _measure_images(
                         perceptual.clip(distinct), clip, dim=-1
                     )
                 figures = torch.stack([figure.to(prediction.device) for figure in found.values()]).cpu()
-                # The repeated input view equals one target exactly; this target is excluded.
+                # The repeated input view equals one target exactly, which has an infinite PSNR and is excluded.
                 is_finite = figures[0].isfinite()
                 for metric, figure in zip(found, figures, strict=True):
                     row.setdefault(metric, []).extend(figure[is_finite].tolist())

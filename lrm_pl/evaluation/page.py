@@ -1,4 +1,4 @@
-"""HTML page of an evaluation: the table of means, and images of the worst, median and best objects. Self-contained."""
+"""Self-contained HTML page of an evaluation, with means and images of the worst, median and best objects."""
 
 import base64
 import html
@@ -9,7 +9,7 @@ from pathlib import Path
 from lrm_pl.evaluation.records import OBJECTS_NAME, ObjectRecord
 from lrm_pl.evaluation.summary import Difference, digits
 
-#: Objects shown per group.
+#: Maximum number of objects that are shown per group.
 _SHOWN = 4
 
 _STYLE = """
@@ -27,7 +27,7 @@ def rank_objects(
 ) -> dict[str, list[ObjectRecord]]:
     """Select the worst, median and best objects by a metric of the model, without duplicates.
 
-    Objects without this metric but with others, for which there was no surface, rank as the worst.
+    Objects that have other metrics but not this metric, because no surface was found, rank as the worst objects.
     """
     known = [record for record in records if record.rows.get("model")]
     missing = -math.inf if more_is_better else math.inf
@@ -57,13 +57,14 @@ def render_page(
     records: Sequence[ObjectRecord],
     folder: Path,
 ) -> str:
-    """Render the page.
+    """Render the page of an evaluation as HTML.
 
     Args:
         title: Title of the page.
-        facts: Description of the evaluation, one table row per item.
-        rows: Mean metrics by row.
-        better: Metrics, and whether higher is better. Objects are ranked by the first available metric.
+        facts: Description of the evaluation, with one table row per item.
+        rows: Mean metrics of the model and the baselines.
+        better: Names of metrics, and whether higher values are better. Objects are ranked by the first metric that is
+            available.
         records: Records of all objects.
         folder: Folder of the evaluation, which contains the images.
     """
@@ -89,7 +90,7 @@ def render_comparison(
     title: str, names: tuple[str, str], rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool],
     differences: Mapping[str, Difference], folders: tuple[Path, Path], records: Sequence[ObjectRecord],
 ) -> str:  # fmt: skip
-    """Render the page of a comparison: means, paired differences, and the objects with the largest differences."""
+    """Render the page of a comparison with means, paired differences and the objects with the largest differences."""
     columns = [metric for metric in better if metric in differences]
     lines = []
     for metric in columns:

@@ -1,9 +1,9 @@
-"""Evaluation protocols: input views, target views and surface metrics.
+"""Evaluation protocols, which define input views, target views and surface metrics.
 
-PSNR is computed per image from RGB values in [0, 1] over white; SSIM uses torchmetrics' Gaussian window of size 11 with
-data range 1; LPIPS uses both AlexNet and VGG. Metrics are averaged over the images of an object, then over objects. An
-empty reconstruction has an F-score of 0; its distances are undefined and excluded from the means, whose number of
-objects is reported.
+PSNR is computed per image from RGB values in [0, 1] over white. SSIM uses a Gaussian window of size 11 with data range
+1, as implemented by torchmetrics. LPIPS is computed with AlexNet and with VGG. Metrics are averaged over the images of
+an object, and then over objects. The F-score of an empty reconstruction is 0. The distances are undefined and excluded
+from the means, and the report states the number of objects in each mean.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ from lrm_pl.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class SurfaceSettings:
-    """Comparison of a mesh with the true surface points (``surface.npy``).
+    """Settings for the comparison of a mesh with points of the true surface (``surface.npy``).
 
     Attributes:
-        points: Number of points sampled on each surface.
-        normalized: Center each point cloud, and scale its longest side to 2. Otherwise distances are in scene units, in
-            which the object's bounding sphere has radius 1.
-        aligned: Align the prediction with the true surface, for models that do not know the camera. Otherwise the
-            prediction must be posed as in the input camera.
-        resolution: Resolution of the marching cubes grid.
+        points: Number of points of each surface.
+        normalized: Whether to center each point cloud and scale the longest side to 2. If False, distances are in scene
+            units, in which the bounding sphere of the object has radius 1.
+        aligned: Whether to align the prediction with the true surface, for models that do not know the camera. If
+            False, the prediction must have the pose that the input camera defines.
+        resolution: Number of points along each axis of the grid for marching cubes.
         thresholds: Distance thresholds of the F-score.
     """
 
@@ -36,16 +36,16 @@ class SurfaceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """An evaluation protocol.
+    """Evaluation protocol.
 
     Attributes:
         name: Name of the protocol.
         description: Description in one sentence.
-        inputs: Input views; each one is reconstructed separately.
-        targets: Views that every reconstruction is compared in.
-        surface: Settings of the surface metrics; None to skip them.
-        preset: Required camera preset of the shards; "" for any.
-        preview: Views shown in the image strips if there are no targets.
+        inputs: Indices of the input views. A separate reconstruction is computed from each input view.
+        targets: Indices of the views in which each reconstruction is compared with the object.
+        surface: Settings of the surface metrics. If None, surfaces are not compared.
+        preset: Camera preset that the shards must have. If empty, any preset is accepted.
+        preview: Indices of the views in the image strips if there are no target views.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Protocol:
 
     @property
     def rendered(self) -> tuple[int, ...]:
-        """Views that are rendered."""
+        """Indices of the views that are rendered."""
         return self.targets or self.preview
 
     def check_manifest(self, manifest: Manifest, folder: str) -> None:
@@ -128,7 +128,7 @@ PROTOCOLS = {protocol.name: protocol for protocol in _PROTOCOLS}
 
 
 def image_metrics(extras: Sequence[str] = ()) -> dict[str, bool]:
-    """Return the image metrics, and whether higher is better."""
+    """Return the names of the image metrics, and whether higher values are better."""
     usual = {"psnr": True, "ssim": True, "lpips_alex": False, "lpips_vgg": False}
     return usual | dict.fromkeys(extras, True)
 
@@ -139,7 +139,7 @@ def f_score_name(threshold: float) -> str:
 
 
 def surface_metrics(geometry: SurfaceSettings) -> dict[str, bool]:
-    """Return the surface metrics, and whether higher is better."""
+    """Return the names of the surface metrics, and whether higher values are better."""
     return {
         "chamfer": False,
         **{f_score_name(threshold): True for threshold in geometry.thresholds},
@@ -148,6 +148,6 @@ def surface_metrics(geometry: SurfaceSettings) -> dict[str, bool]:
 
 
 def metrics_of(protocol: Protocol) -> dict[str, bool]:
-    """Return the possible metrics of a protocol in the order of tables, and whether higher is better."""
+    """Return the names of all metrics of a protocol in the order of tables, and whether higher values are better."""
     images = image_metrics(["clip"]) | {"fid": False, "kid": False} if protocol.targets else {}
     return images | (surface_metrics(protocol.surface) if protocol.surface else {})

@@ -1,6 +1,6 @@
-"""Per-object records of an evaluation, so that it can be interrupted and resumed with any number of processes.
+"""Records of the objects of an evaluation, so that any number of processes can resume an interrupted evaluation.
 
-OUT/settings.json      protocol, weights and shards; other evaluations cannot use the folder
+OUT/settings.json      protocol, weights and shards, which must match when an evaluation is resumed
 OUT/objects/ID.json    metrics of the model and the baselines for one object
 OUT/objects/ID.png     image strip of the object
 OUT/objects/ID.npz     image features for FID and KID
@@ -20,12 +20,12 @@ import numpy as np
 from lrm_pl.data.manifest import write_atomically
 from lrm_pl.errors import InputError
 
-#: Parent folder of evaluations and comparisons without ``--out``.
+#: Parent folder of evaluations and comparisons for which ``--out`` is not passed.
 DEFAULT_FOLDER = Path("evaluation")
 
 SETTINGS_NAME, OBJECTS_NAME, RESULTS_NAME = "settings.json", "objects", "results.json"
 
-#: Settings that describe where the model and the data were read from. Their hashes identify the content.
+#: Settings that describe where the model and the data were read from. Hashes in other settings identify the content.
 _LOCATION_FIELDS = {"network": ("source", "step"), "data": ("folder",)}
 
 
@@ -35,9 +35,9 @@ class ObjectRecord:
 
     Attributes:
         id: Id of the object.
-        rows: Metrics of the model ("model") and of each baseline.
+        rows: Metrics of the model (key "model") and of each baseline.
         notes: Reasons for missing metrics.
-        bad: Reason why the object could not be evaluated; "" otherwise.
+        bad: Reason why the object could not be evaluated, or "" if it was evaluated.
         files: Suffixes of the files stored with the record.
     """
 
@@ -49,13 +49,19 @@ class ObjectRecord:
 
 
 def open_evaluation(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Create the folder of an evaluation, or check that it belongs to the same one. Baselines may be added later.
+    """Create the folder of an evaluation, or check that an existing folder belongs to this evaluation.
+
+    Baselines can be added to an existing evaluation.
+
+    Args:
+        folder: Folder of the evaluation.
+        settings: Settings of the evaluation.
 
     Returns:
-        The settings with which the folder was created, whose locations may be outdated.
+        Settings with which the folder was created. The locations of the model and the data may be outdated.
 
     Raises:
-        InputError: The folder belongs to another evaluation.
+        InputError: The folder belongs to a different evaluation.
     """
     path = folder / SETTINGS_NAME
     content = _text(settings)
@@ -84,7 +90,10 @@ def _text(settings: dict[str, Any]) -> bytes:
 
 
 def without_locations(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove the locations of the model and the data from settings. The remaining settings identify an evaluation."""
+    """Remove the locations of the model and the data from settings.
+
+    The remaining settings identify an evaluation.
+    """
     return {
         name: {k: v for k, v in value.items() if k not in _LOCATION_FIELDS.get(name, ())}
         if isinstance(value, dict)
@@ -94,12 +103,12 @@ def without_locations(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_object(folder: Path, record: ObjectRecord, files: Mapping[str, bytes]) -> None:
-    """Write the files and the record of an object, the record last.
+    """Write the files of an object, and then the record of the object.
 
     Args:
         folder: Folder of the evaluation.
         record: Record of the object.
-        files: File contents by suffix.
+        files: File contents by file name suffix.
     """
     objects = folder / OBJECTS_NAME
     for ending, content in files.items():
@@ -109,7 +118,7 @@ def write_object(folder: Path, record: ObjectRecord, files: Mapping[str, bytes])
 
 
 def read_object(folder: Path, key: str) -> ObjectRecord | None:
-    """Read the record of an object; None if the record or one of its files does not exist.
+    """Read the record of an object, or return None if the record or one of the files does not exist.
 
     Raises:
         InputError: The record is damaged.
@@ -136,7 +145,11 @@ def read_object(folder: Path, key: str) -> ObjectRecord | None:
 
 
 def read_features(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    """Concatenate the image features of objects: (n, d) for the targets ("target"), the model and each baseline."""
+    """Read the image features of objects, and concatenate them to (n, d).
+
+    Returns:
+        Features of the targets (key "target"), the model and each baseline.
+    """
     parts: dict[str, list[np.ndarray]] = {}
     for key in keys:
         path = folder / OBJECTS_NAME / f"{key}.npz"
@@ -147,10 +160,10 @@ def read_features(folder: Path, keys: list[str]) -> dict[str, np.ndarray]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Read the arrays of an object.
+    """Read the arrays in an .npz file.
 
     Raises:
-        InputError: The file is damaged.
+        InputError: The file is missing or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as found:
@@ -165,10 +178,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a file that contains a JSON object.
 
     Raises:
-        InputError: The file is not a JSON object.
+        InputError: The file is missing or does not contain a JSON object.
     """
     try:
         record = json.loads(path.read_text())

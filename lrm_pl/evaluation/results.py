@@ -26,8 +26,17 @@ _TIMEOUT_S = 1800.0
 def write_results(out: Path, keys: list[str], protocol: Protocol, settings: dict[str, Any]) -> dict[str, Any]:
     """Wait for the records of all objects, and write the results.
 
+    Args:
+        out: Folder of the evaluation.
+        keys: Ids of the objects.
+        protocol: Evaluation protocol.
+        settings: Settings of the evaluation.
+
+    Returns:
+        Content of results.json.
+
     Raises:
-        InputError: The other processes stopped, or no object could be evaluated.
+        InputError: Other processes have stopped, or no object could be evaluated.
     """
     records = _wait_for(out, keys)
     good = [record for record in records if record.rows.get("model")]
@@ -70,12 +79,12 @@ def write_results(out: Path, keys: list[str], protocol: Protocol, settings: dict
 
 
 def count_objects(records: list[ObjectRecord]) -> dict[str, int]:
-    """Count the objects with each metric of the model."""
+    """Return the number of objects that have each metric of the model."""
     return dict(Counter(metric for record in records for metric in record.rows.get("model", {})))
 
 
 def incomplete_means(results: dict[str, Any]) -> str:
-    """List the metrics that are averaged over fewer objects than were evaluated; "" if there are none."""
+    """List the metrics that some of the evaluated objects lack, or return "" if there are none."""
     fewer = {
         metric: count
         for metric, count in results["objects of the mean"].items()

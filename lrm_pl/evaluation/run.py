@@ -53,7 +53,7 @@ from lrm_pl.kernels.device import choose_device
 from lrm_pl.storage import StoreError
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
-#: Interval between progress messages without a terminal, in seconds.
+#: Interval in seconds between progress messages if the output is not a terminal.
 _PROGRESS_S = 30.0
 
 Item = TypeVar("Item")
@@ -72,7 +72,7 @@ def evaluate(
     world: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
-    """Evaluate the objects that have no record yet. Rank 0 then writes the results.
+    """Evaluate the objects that have no record yet, and write the results on rank 0.
 
     Args:
         pipeline: Trained model.
@@ -87,7 +87,7 @@ def evaluate(
         console: Console for progress output.
 
     Returns:
-        The results on rank 0, None on other ranks.
+        Results on rank 0, and None on other ranks.
     """
     console = console or Console(quiet=True)
     settings = open_evaluation(out, settings)
@@ -118,7 +118,14 @@ def evaluate(
 
 
 def is_measured(out: Path, key: str, shown: Collection[str], baselines: Iterable[str]) -> bool:
-    """Return whether an object has its record, the given baselines, and the orbit video and mesh if it is shown."""
+    """Return whether the evaluation of an object is complete.
+
+    Args:
+        out: Folder of the evaluation.
+        key: Id of the object.
+        shown: Ids of the objects with an orbit video and a mesh.
+        baselines: Names of the required baselines.
+    """
     record = read_object(out, key)
     if record is None or record.bad:
         return record is not None
@@ -138,7 +145,7 @@ def _add_baselines(
 
 
 def track_progress(items: Sequence[Item], description: str, console: Console) -> Iterator[Item]:
-    """Iterate with a progress bar on a terminal, or with periodic messages elsewhere."""
+    """Iterate over items with a progress bar on a terminal, or with periodic messages otherwise."""
     if console.is_terminal:
         yield from track(items, description, console=console)
         return
@@ -151,15 +158,15 @@ def track_progress(items: Sequence[Item], description: str, console: Console) ->
 
 
 def reconstructor(pipeline: LRMPipeline) -> Reconstruct:
-    """Return a function that reconstructs input views with their own cameras."""
+    """Return a function that reconstructs scenes from input views with known cameras."""
     return lambda image, c2w, fxfycxcy: pipeline(image, PosedCamera(c2w, fxfycxcy))
 
 
 def reconstruct_sample(pipeline: LRMPipeline, sample: Sample, view: int) -> Scene:
-    """Reconstruct an object from one of its views.
+    """Reconstruct an object from one view.
 
     Raises:
-        SampleError: The view cannot be decoded, or is fully transparent.
+        SampleError: The view cannot be decoded or is fully transparent.
     """
     c2w = canonicalize(torch.from_numpy(sample.c2w[[view]]))
     return reconstructor(pipeline)(input_view(sample, view), c2w[0], torch.from_numpy(sample.fxfycxcy[view]))
@@ -168,10 +175,10 @@ def reconstruct_sample(pipeline: LRMPipeline, sample: Sample, view: int) -> Scen
 def run(
     options: argparse.Namespace, objects: EvaluationDataset, rank: int, world: int, console: Console
 ) -> None:
-    """Run `lrm evaluate` on one of several processes.
+    """Run ``lrm evaluate`` in one of several processes.
 
     Args:
-        options: Parsed options.
+        options: Parsed command line options.
         objects: Objects to evaluate.
         rank: Rank of this process.
         world: Number of processes.
@@ -231,7 +238,7 @@ def _is_finished(
     baselines: Iterable[str],
     options: argparse.Namespace,
 ) -> bool:
-    """Return whether a folder contains the results of this evaluation, for any LPIPS weights."""
+    """Return whether a folder contains the results of this evaluation. LPIPS weights are not compared."""
     if not (out / RESULTS_NAME).is_file() or not (out / SETTINGS_NAME).is_file():
         return False
     found = read_json(out / SETTINGS_NAME)
@@ -252,7 +259,7 @@ def _is_finished(
 def _load_perceptual(
     options: argparse.Namespace, protocol: Protocol, device: torch.device
 ) -> tuple[PerceptualMetrics, dict[str, Any]]:
-    """Load the networks of the perceptual metrics, and return them with their hashes."""
+    """Load the networks of the perceptual metrics, and return the networks and the hashes of the weights."""
     perceptual, inception = PerceptualMetrics({}), None
     if protocol.targets:
         lpips = {name: pretrained_perceptual_loss(name).to(device) for name in ("alex", "vgg")}

@@ -16,8 +16,8 @@ class Difference:
     Attributes:
         mean: Mean of B - A over the objects.
         low: Lower bound of the 95 % confidence interval (Student's t).
-        high: Upper bound.
-        objects: Number of objects that both evaluations have.
+        high: Upper bound of the confidence interval.
+        objects: Number of objects in both evaluations.
     """
 
     mean: float
@@ -27,7 +27,10 @@ class Difference:
 
 
 def means(records: Sequence[ObjectRecord]) -> dict[str, dict[str, float]]:
-    """Average each metric of each row over the objects that have it, in order of their ids."""
+    """Average each metric of each row over the objects that have the metric.
+
+    Objects are sorted by id, so that the result does not depend on the order of the records.
+    """
     values: dict[str, dict[str, list[float]]] = {"model": {}}  # first row
     for record in sorted(records, key=lambda record: record.id):
         for name, row in record.rows.items():
@@ -40,7 +43,7 @@ def paired_differences(a: Sequence[ObjectRecord], b: Sequence[ObjectRecord]) -> 
     """Compute the paired differences of two evaluations with the same protocol and data.
 
     Raises:
-        InputError: They have fewer than two objects in common.
+        InputError: The evaluations have fewer than two objects in common.
     """
     from scipy import stats  # slow to import
 
@@ -63,11 +66,14 @@ def paired_differences(a: Sequence[ObjectRecord], b: Sequence[ObjectRecord]) -> 
 
 
 def table(rows: Mapping[str, Mapping[str, float]], better: Mapping[str, bool]) -> str:
-    """Format means as a Markdown table with one line per row. Arrows show whether higher or lower is better.
+    """Format means as a Markdown table with one line per row.
+
+    Arrows show whether higher or lower values are better.
 
     Args:
         rows: Metrics by row.
-        better: Metrics in the order of the columns, and whether higher is better. Columns without values are omitted.
+        better: Names of metrics in the order of the columns, and whether higher values are better. Columns without
+            values are omitted.
     """
     columns = [metric for metric in better if any(metric in row for row in rows.values())]
     head = [f"{metric} {'↑' if better[metric] else '↓'}" for metric in columns]

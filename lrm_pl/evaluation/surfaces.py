@@ -1,6 +1,7 @@
-"""Metrics of point clouds with normals: Chamfer distance, F-score, normal consistency, and alignment. numpy only.
+"""Metrics and alignment of point clouds with normals, computed with numpy and scipy.
 
-The definitions are those of ZeroShape (Huang et al. 2024, eval_3D.py), which TripoSR and SF3D also follow.
+The metrics are the Chamfer distance, the F-score and the normal consistency as defined by ZeroShape (Huang et al. 2024,
+eval_3D.py). TripoSR and SF3D use the same definitions.
 """
 
 import dataclasses
@@ -14,10 +15,10 @@ from scipy.spatial.transform import Rotation
 
 Points = Float[np.ndarray, "Q 3"]
 
-#: Points of each cloud in the rotation search, and number of rotations that are evaluated with all points.
+#: Number of points of each cloud in the rotation search, and number of rotations that are evaluated with all points.
 _SEARCH_POINTS, _FINALISTS = 512, 8
 
-#: Steps of the rotation search in azimuth, elevation and roll, each over 360 degrees: 6,912 rotations.
+#: Number of steps of the rotation search in azimuth, elevation and roll, each over 360 degrees (6,912 rotations).
 _STEPS = (24, 24, 12)
 
 _ICP_STEPS = 50
@@ -28,8 +29,8 @@ class PointCloud:
     """Points with normals.
 
     Attributes:
-        points: (Q, 3) positions.
-        normals: (Q, 3) unit normals.
+        points: Positions of shape (Q, 3).
+        normals: Unit normals of shape (Q, 3).
     """
 
     points: Points
@@ -38,12 +39,12 @@ class PointCloud:
     def transformed(
         self, rotation: Float[np.ndarray, "3 3"], shift: Float[np.ndarray, "3"] | None = None
     ) -> "PointCloud":
-        """Rotate about the origin, then translate."""
+        """Return the point cloud after a rotation about the origin and a translation."""
         points = self.points @ rotation.T
         return PointCloud(points if shift is None else points + shift, self.normals @ rotation.T)
 
     def normalized(self) -> "PointCloud":
-        """Center the mean at the origin, and scale the longest side of the bounding box to 2."""
+        """Return the point cloud with the mean at the origin and a bounding box with a longest side of 2."""
         points = self.points - self.points.mean(axis=0)
         return PointCloud(points * (2 / np.ptp(points, axis=0).max()), self.normals)
 
@@ -53,10 +54,10 @@ class SurfaceScores:
     """Similarity of two surfaces.
 
     Attributes:
-        chamfer: Mean distance to the nearest point, averaged over both directions; not squared.
+        chamfer: Mean distance to the nearest point, averaged over both directions. Distances are not squared.
         f_scores: F-score 2 P R / (P + R) by threshold. P is the fraction of predicted points within the threshold of
-            the true surface, and R the fraction of true points within the threshold of the prediction.
-        normal_consistency: Mean absolute cosine between normals at nearest points, averaged over both directions.
+            the true surface, and R is the fraction of true points within the threshold of the prediction.
+        normal_consistency: Mean absolute cosine between the normals of nearest points, averaged over both directions.
     """
 
     chamfer: float
@@ -80,17 +81,17 @@ def compare_surfaces(prediction: PointCloud, truth: PointCloud, thresholds: Sequ
 
 
 def chamfer(prediction: Points, truth: Points) -> float:
-    """Compute the mean distance to the nearest point, averaged over both directions; not squared."""
+    """Compute the mean distance to the nearest point, averaged over both directions. Distances are not squared."""
     there, _ = cKDTree(truth).query(prediction)
     back, _ = cKDTree(prediction).query(truth)
     return float(there.mean() + back.mean()) / 2
 
 
 def align(prediction: PointCloud, truth: PointCloud) -> PointCloud:
-    """Align a normalized point cloud with another one by rotation and translation (TripoSR, section 4).
+    """Align a normalized point cloud with a reference point cloud by rotation and translation (TripoSR, section 4).
 
-    All rotations of a grid are evaluated with 512 points of each cloud, and the best eight with all points. The best
-    one is refined with the iterative closest point method. Rotated clouds are normalized again.
+    All rotations of a grid are evaluated with 512 points of each cloud. The best eight rotations are evaluated with all
+    points, and the best of these is refined with the iterative closest point method. Rotated clouds are normalized.
 
     Args:
         prediction: Point cloud to align.
@@ -109,7 +110,7 @@ def align(prediction: PointCloud, truth: PointCloud) -> PointCloud:
 
 @functools.cache
 def rotation_grid() -> Float[np.ndarray, "N 3 3"]:
-    """Return all rotations of the search, starting with the identity."""
+    """Return all rotations of the rotation search, starting with the identity."""
     angles = np.stack(np.meshgrid(*(np.arange(n) * 360 / n for n in _STEPS), indexing="ij"), axis=-1).reshape(
         -1, 3
     )
@@ -125,7 +126,10 @@ def _distance(points: Points, rotation: np.ndarray, truth: PointCloud, tree: cKD
 
 
 def _iterative_closest_point(prediction: PointCloud, truth: PointCloud) -> PointCloud:
-    """Refine rotation and translation (Besl and McKay 1992). Returns the input if the result is not closer."""
+    """Refine rotation and translation with the iterative closest point method (Besl and McKay 1992).
+
+    If the result is not closer to the reference, the input is returned.
+    """
     tree, best, best_distance = cKDTree(truth.points), prediction, chamfer(prediction.points, truth.points)
     moved = prediction
     for _ in range(_ICP_STEPS):

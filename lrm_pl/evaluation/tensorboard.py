@@ -1,4 +1,4 @@
-"""TensorBoard events of an evaluation: table, metrics and images, with an orbit video and a mesh of a few objects."""
+"""TensorBoard events of an evaluation, with a table, metrics, images, and orbit videos and meshes of a few objects."""
 
 import io
 import shutil
@@ -39,7 +39,7 @@ def show_object(out: Path, key: str, scene: Scene) -> None:
     try:
         mesh = scene.mesh(resolution=_RESOLUTION, max_faces=_FACES)
         arrays = mesh.vertices, mesh.faces, np.rint(mesh.colors * 255).astype(np.uint8)
-    except NoSurfaceError:  # also noted in the record
+    except NoSurfaceError:  # the record states the reason
         arrays = (np.empty((0, 3)),) * 3
     file = io.BytesIO()
     np.savez(file, vertices=arrays[0], faces=arrays[1], colors=arrays[2])
@@ -60,15 +60,15 @@ def write_board(
     better: Mapping[str, bool],
     step: int,
 ) -> None:
-    """Write the events, replacing those of a previous run.
+    """Write the TensorBoard events of an evaluation, and delete events from a previous run.
 
     Args:
         out: Folder of the evaluation.
         name: Name of the protocol.
         table: Markdown table of the results.
-        rows: Mean metrics by row.
+        rows: Mean metrics of the model and the baselines.
         records: Records of the evaluated objects.
-        better: Metrics, and whether higher is better.
+        better: Names of metrics, and whether higher values are better.
         step: Training step of the model.
     """
     folder = out / BOARD_NAME
