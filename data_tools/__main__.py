@@ -17,7 +17,7 @@ from data_tools.rendering.cameras import PRESETS
 from data_tools.rendering.launch import add_parser as add_launch_parser
 from data_tools.rendering.launch import launch
 from data_tools.rendering.resume import plan_folder
-from data_tools.rendering.settings import RenderSettings, check_settings, recorded_held_out
+from data_tools.rendering.settings import RenderSettings, check_settings, recorded_count
 from data_tools.rendering.shard_plan import default_held_out, default_shard_size, estimate_object_bytes
 from data_tools.shards import convert
 from lrm_pl.apps.broken_pipes import ignore_broken_pipes
@@ -117,7 +117,7 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
     assets = find_assets(args.assets, args.out)
     held_out = getattr(args, "held_out", None)
     if held_out is None:
-        held_out = recorded_held_out(args.out)
+        held_out = recorded_count(args.out, "held_out")
     if held_out is None:
         held_out = default_held_out([asset.split for asset in assets])
     normalize = getattr(args, "normalize", PRESETS[args.preset].normalize)
@@ -131,6 +131,7 @@ def _settings(args: argparse.Namespace) -> tuple[RenderSettings, tuple[Asset, ..
         seed=args.seed,
         held_out=held_out,
         shard_size=args.shard_size
+        or recorded_count(args.out, "shard_size")
         or default_shard_size(
             estimate_object_bytes(
                 args.views, args.res, depth=args.depth, normals=args.normals, surface=args.surface

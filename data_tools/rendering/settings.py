@@ -7,7 +7,7 @@ settings.
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_tools.quality.measures import DEFAULT_RULES
 from data_tools.rendering.cameras import PRESETS, CameraPreset
@@ -132,10 +132,10 @@ def check_settings(folder: Path, settings: RenderSettings, renderer: str | None 
     return True
 
 
-def recorded_held_out(folder: Path) -> int | None:
-    """Return the number of held-out objects according to ``render.json``, or None if the file cannot be read."""
+def recorded_count(folder: Path, name: Literal["held_out", "shard_size"]) -> int | None:
+    """Return a number of objects recorded in ``render.json``, or None if the file cannot be read."""
     try:
-        found = read_settings(folder)["held_out"]
+        found = read_settings(folder)[name]
     except (ValueError, KeyError, TypeError, OSError):  # reported by ``check_settings``
         return None
     return found if type(found) is int else None

@@ -12,7 +12,6 @@ from torch import nn
 from lrm_pl.checkpoints import newest_checkpoint
 from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.cli.run_start import checkpointing_of
-from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.weights.encoders import pretrained_perceptual_loss
 
 DATA = {
@@ -95,7 +94,9 @@ def train(model, folder, shards, networks, monkeypatch, *options, **trainer):
         "trainer": TRAINER | trainer,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(PerceptualLoss, "pretrained", lambda net, **_: smooth(networks[net]))
+    monkeypatch.setattr(
+        "lrm_pl.cli.weights.pretrained_perceptual_loss", lambda net, **_: smooth(networks[net])
+    )
     cli = LRMCLI("fit", 
         ["-c", str(folder / "config.yaml"), "--data.folder", str(shards), "--run.folder", str(folder / "run"),
          *options], records=False)  # fmt: skip

@@ -232,7 +232,4 @@ def test_a_folder_that_was_begun_without_depth_is_not_continued_with_it(render_c
     done = render_command(assets, folders / "plain", *OPTIONS, "--depth", check=False)
     assert done.returncode == 1
     assert "render.json: depth: expected True, but found False" in done.stderr
-    # folders of earlier versions say nothing of either
-    old = {name: value for name, value in record.items() if name not in ("depth", "normals")}
-    (folders / "plain" / "render.json").write_text(json.dumps(old))
     assert "Nothing to render" in render_command(assets, folders / "plain", *OPTIONS).stdout

@@ -165,7 +165,7 @@ def test_where_all_objects_are_bad_nothing_takes_the_name_and_the_reasons_stay(l
     ]
     assert main(arguments) == 1
     assert re.search(
-        r"found none among 1 that can be used\. .*failures.jsonl .*expected a file", capsys.readouterr().err
+        r"found none among 1 that can be used\. .*failures.jsonl.*expected a file", capsys.readouterr().err
     )
     assert not (tmp_path / "out").exists()
     assert "a" in (tmp_path / "out.failures.jsonl").read_text()
@@ -183,7 +183,7 @@ def test_poses_of_another_convention_are_refused_at_conversion(layout, tmp_path)
         WRITERS[layout](tmp_path / "in" / key, sample)
     with pytest.raises(
         InputError,
-        match="silhouettes, but found that what view 0 shows is, on average, 6",
+        match="silhouettes, but found a mean distance of 6",
     ):
         converted(layout, tmp_path / "in", tmp_path / "out")
 

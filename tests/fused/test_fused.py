@@ -129,7 +129,7 @@ def test_nothing_is_kept_for_backward_without_gradients(twin, monkeypatch):
     with torch.no_grad():
         Renderer(12)(field, *given)
     Renderer(12)(field, *given)
-    assert [len(context.kept) for context in contexts] == [0, 2]
+    assert [len(context.saved) for context in contexts] == [0, 2]
 
 
 def test_under_autocast_the_fused_decoder_multiplies_in_bfloat16_as_exactly_as_plain_operators(
@@ -220,7 +220,7 @@ def test_without_triton_nothing_is_fused(machine):
 def test_without_a_c_compiler_triton_is_not_used_and_that_is_logged_once(machine, tmp_path, caplog):
     machine.setenv("PATH", str(tmp_path))
     with caplog.at_level(logging.INFO):
-        assert "found no C compiler. Install gcc" in reason_against_triton()
+        assert "but none was found. Install gcc" in reason_against_triton()
         assert reason_against_triton()
     (record,) = caplog.records
     assert record.getMessage().startswith("Running without Triton kernels: Triton requires")
@@ -237,13 +237,13 @@ def test_what_triton_would_take_for_a_compiler_and_is_none_is_named(machine, giv
     assert reason_against_triton() is None
     machine.setenv("CC", given)
     device._missing_for_triton.cache_clear()
-    assert f"found CC={given}, which is no program" in reason_against_triton()
+    assert f"CC={given} is not a program" in reason_against_triton()
 
 
 def test_without_pythons_headers_triton_is_not_used(machine, tmp_path):
     machine.setattr(device.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
     machine.setattr(device.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert f"{tmp_path} has no Python.h; install python3-dev" in reason_against_triton()
+    assert f"{tmp_path} contains no Python.h. Install python3-dev" in reason_against_triton()
     (tmp_path / "Python.h").touch()
     device._missing_for_triton.cache_clear()
     assert reason_against_triton() is None

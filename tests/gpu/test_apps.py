@@ -14,7 +14,6 @@ from lrm_pl.apps.infer import main as infer
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.evaluation import tensorboard
 from lrm_pl.evaluation.protocols import PROTOCOLS
-from lrm_pl.losses.perceptual import PerceptualLoss
 from tests.accelerator.configs import shrunk
 from tests.accelerator.training import train
 
@@ -24,7 +23,9 @@ pytestmark = pytest.mark.filterwarnings("default")
 @pytest.fixture
 def networks(lpips_networks, monkeypatch):
     """Read the networks of LPIPS once."""
-    monkeypatch.setattr(PerceptualLoss, "pretrained", lambda net, **_: lpips_networks[net])
+    monkeypatch.setattr(
+        "lrm_pl.evaluation.run.pretrained_perceptual_loss", lambda net, **_: lpips_networks[net]
+    )
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from lrm_pl.weights import checkpoints as ck
+from lrm_pl import checkpoints as ck
 from lrm_pl.training.processes import wait_for_gloo_threads
 
 def say(*words):  # one write, so that the ranks' lines do not mix

@@ -29,7 +29,7 @@ def test_processes_that_do_not_divide_the_batch_are_refused_before_the_first_ste
 
 
 def test_fewer_samples_than_a_step_takes_are_refused_before_the_first_step(tiny):
-    with pytest.raises(SystemExit, match=r"expected at least 6 samples .* found 4; .* --data.batch_size 4"):
+    with pytest.raises(SystemExit, match=r"expected at least 6 samples .* found 4. .* --data.batch_size 4"):
         main(["fit", *tiny, "--data.batch_size", "6"])
 
 
@@ -106,7 +106,7 @@ def test_a_corrupt_sample_is_named_and_skipped_and_training_goes_on(tiny, tmp_pa
 
 def test_more_views_than_the_shards_have_are_refused_with_the_command_to_type(tiny):
     with pytest.raises(
-        SystemExit, match=r"expected at least 12 views an object.*found 8.*make render-shards VIEWS=12"
+        SystemExit, match=r"expected at least 12 views per object.*found 8.*make render-shards VIEWS=12"
     ):
         main(["fit", *tiny, "--data.side_views", "9"])
 

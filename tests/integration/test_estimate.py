@@ -150,7 +150,7 @@ def test_each_number_that_is_said_of_the_network_adds_up(middle, capsys):
         (["--gpus", "1", "--gpu", "4090x"], "found '4090x'. Use a name such as GeForce RTX 4090"),
         (
             ["--gpus", "1", "--gpu", "t4", "--trainer.precision", "bf16-mixed"],
-            "use --trainer.precision 16-mixed",
+            "Use --trainer.precision 16-mixed",
         ),
     ],
 )

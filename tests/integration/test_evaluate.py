@@ -65,7 +65,7 @@ def test_results_are_figures_tables_images_and_a_board(finished):
     page = (finished / "index.html").read_text()
     for word in (
         "Worst objects",
-        "best objects",
+        "Best objects",
         "val-ellipsoid-000",
         "data:image/png;base64",
     ):
