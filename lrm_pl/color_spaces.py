@@ -52,7 +52,7 @@ _ROUNDING: Final = 1
 #: Number of rows that are converted at a time, which bounds the memory.
 _ROWS: Final = 256
 
-#: EXIF tags of the main directory and of its sub-directories.
+#: EXIF tags in the main directory and the sub-directories.
 _TRANSFER_FUNCTION, _WHITE, _RGB_PRIMARIES = 0x012D, 0x013E, 0x013F
 _EXIF_IFD, _INTEROP_IFD = 0x8769, 0xA005
 _COLOR_SPACE, _GAMMA, _INTEROP_INDEX = 0xA001, 0xA500, 1
@@ -72,7 +72,7 @@ Converter = Callable[[Image.Image], Image.Image]
 
 
 class ColorSpaceError(InputError):
-    """The colors of an image cannot be converted to sRGB."""
+    """Error raised if the colors of an image cannot be converted to sRGB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _sixteen_bits(image: Image.Image, content: bytes) -> npt.NDArray[np.uint16] 
     if image.mode not in ("RGB", "RGBA"):
         return None
     with Image.open(io.BytesIO(content), formats=("PNG",)) as lower:
-        # In this mode PIL keeps the second byte of each sample, the lower one in PNG's byte order.
+        # In this mode, PIL keeps the second byte of each sample, which is the lower byte in a PNG.
         lower.tile = [tile._replace(args=f"{lower.mode};16L") for tile in lower.tile]
         upper, low = (np.asarray(half)[..., :3].astype(np.uint16) for half in (image, lower))
     return np.bitwise_or(upper << np.uint16(8), low)

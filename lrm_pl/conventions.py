@@ -6,9 +6,9 @@ Dimension letters in shape annotations
     R rays, K samples per ray, Q query points. Per-ray scalars have no trailing dimension of size 1.
 
 Camera
-    OpenCV axes: +x right, +y down, +z forward. A pose is ``c2w``, camera to world, 4x4, float32.
-    Intrinsics are ``fxfycxcy``, divided by image width (fx, cx) and height (fy, cy).
-    Pixel (row i, column j) is sampled at its center: ((j + 0.5) / W, (i + 0.5) / H).
+    Cameras have OpenCV axes, that is, +x right, +y down and +z forward. A pose ``c2w`` is a 4 x 4 float32
+    camera-to-world matrix. Intrinsics ``fxfycxcy`` are divided by the image width (fx, cx) and height (fy, cy). The
+    pixel in row i and column j is sampled at the center, ((j + 0.5) / W, (i + 0.5) / H).
 
 World
     The world is right-handed with +z up, and lengths are in scene units. The field covers [-1, 1]^3. Objects are scaled
@@ -48,7 +48,7 @@ PLANE_AXES: dict[PlaneLayout, tuple[tuple[int, int], ...]] = {
     "triposr": ((1, 0), (1, 2), (0, 2)),
 }
 
-#: Planes whose columns run opposite to their axis.
+#: Planes in which the column index decreases along the column axis.
 MIRRORED_PLANES: dict[PlaneLayout, tuple[int, ...]] = {"lrm": (), "openlrm": (), "triposr": (0, 1)}
 
 #: Blender and OpenGL cameras look along -z with +y up, and OpenCV cameras look along +z with +y down.

@@ -1,4 +1,4 @@
-"""The base class of expected errors."""
+"""Base class of errors that users can fix."""
 
 
 class InputError(ValueError):
@@ -13,7 +13,7 @@ class InputError(ValueError):
         subject: Subject of the error, for example, a path.
 
     Attributes:
-        problem: The message without the remedy.
+        problem: Message without the remedy.
     """
 
     def __init__(self, expected: object, found: object = "", remedy: str = "", subject: object = "") -> None:

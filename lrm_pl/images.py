@@ -66,15 +66,15 @@ _UNIFORM_RANGE = 8
 
 
 class ImageError(InputError):
-    """An image is missing, damaged, unsupported or unusable."""
+    """Error raised if an image is missing, damaged, unsupported or unusable."""
 
 
 class ImageTooLargeError(ImageError):
-    """An image exceeds the limit of bytes or pixels."""
+    """Error raised if an image exceeds the maximum number of bytes or pixels."""
 
 
 class NotAnImageError(ImageError):
-    """A file is not an image of a supported format."""
+    """Error raised if a file is not an image of a supported format."""
 
 
 def open_image(
@@ -372,7 +372,7 @@ def _prepare(image: Image.Image, content: bytes) -> None:
     if image.format != "PNG" or "transparency" not in image.info:
         return
     bits = content[24]
-    if image.mode == "RGB" and bits == 16:  # PIL drops the lower bytes, so several colors match
+    if image.mode == "RGB" and bits == 16:  # PIL drops the lower bytes, so several colors become transparent
         raise ImageError(
             expected="8 bits per channel in a PNG with a transparent color (tRNS)",
             found="16",

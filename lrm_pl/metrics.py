@@ -24,7 +24,7 @@ SSIM_WINDOW: Final = 11
 
 
 class NotFiniteError(InputError):
-    """An image contains NaN or infinity."""
+    """Error raised if an image contains NaN or infinity."""
 
 
 class ImageScores(NamedTuple):
@@ -83,7 +83,7 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
         )
     with torch.autocast(prediction.device.type, enabled=False), without_tf32():
         values = structural_similarity_index_measure(prediction, target, data_range=1.0, reduction="none")
-    assert isinstance(values, Tensor)  # a pair only with return_full_image
+    assert isinstance(values, Tensor)  # with return_full_image, it would be a tuple
     return values
 
 

@@ -11,7 +11,7 @@ def git_commit() -> str:
     returned.
     """
     git, here = ("git", "-C", str(Path(__file__).parent)), Path(__file__).name
-    try:  # the package may be installed inside another project's checkout
+    try:  # the package may be installed inside the checkout of a different project
         subprocess.run([*git, "ls-files", "--error-unmatch", here], capture_output=True, check=True)
         command = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -37,7 +37,7 @@ class ProgressBar(TQDMProgressBar):
         batch: Any,  # noqa: ANN401
         batch_idx: int,
     ) -> None:
-        """Read logged metrics at logging steps."""
+        """Update the progress bar, and read logged metrics at logging steps."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if is_logged_step(trainer, trainer.global_step):

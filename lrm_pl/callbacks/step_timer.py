@@ -1,4 +1,4 @@
-"""Time per phase of an optimizer step, throughput and peak memory.
+"""Measurement of the time per phase of an optimizer step, the throughput and the peak memory.
 
 Phases are marked by forward hooks, by Lightning's callback hooks and, for data loading, by Lightning's profiler
 interface. The README of this folder lists the logged metrics and their units.
@@ -104,7 +104,7 @@ class StepTimer(L.Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Count samples and rays, and log at logging steps."""
+        """Count samples and rays, and log metrics at logging steps."""
         assert self._clock is not None
         self._clock.switch("other")
         self._samples += len(batch.ids) * trainer.world_size

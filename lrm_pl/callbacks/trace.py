@@ -50,7 +50,8 @@ class TraceRecorder(L.Callback):
                 found=left,
                 remedy="raise --trainer.max_steps or lower --run.profile",
             )
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "profile"  # log_dir is a collective
+        # All ranks must read log_dir because it communicates between ranks.
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "profile"
         if not trainer.is_global_zero:
             return
         first = trainer.global_step + WARMUP + 1

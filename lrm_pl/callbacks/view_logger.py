@@ -47,7 +47,8 @@ class ViewLogger(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the grids on rank 0."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "views"  # log_dir is a collective
+        # All ranks must read log_dir because it communicates between ranks.
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "views"
         if not trainer.is_global_zero:
             return
         for name, rows in self._rows.items():

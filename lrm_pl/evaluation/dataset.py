@@ -13,11 +13,11 @@ from lrm_pl.evaluation.protocols import Protocol
 
 
 class NoObjectsError(InputError):
-    """No object matches the selection."""
+    """Error raised if no object matches the selection."""
 
 
 class EvaluationDataset:
-    """Selected objects of a folder of shards, in the order of the shards.
+    """Selected objects in a folder of shards, in the order of the shards.
 
     Attributes:
         manifest: Manifest of the folder.

@@ -110,12 +110,12 @@ def measure_object(
     perceptual: PerceptualMetrics,
     baselines: Mapping[str, Baseline],
 ) -> ObjectResult:
-    """Reconstruct an object and compute its metrics in float32 without TF32, on the device of the model.
+    """Reconstruct an object, and compute metrics in float32 without TF32 on the device of the model.
 
     Args:
         sample: Sample with the views that the protocol requires.
         protocol: Evaluation protocol.
-        reconstruct: Reconstruction function of the model.
+        reconstruct: Function that reconstructs a scene with the model.
         perceptual: Networks of the perceptual metrics.
         baselines: Baselines by name, which are used only if the protocol compares images.
 
@@ -328,7 +328,8 @@ def _measure_images(
         for name, row in values.items():
             for images in predictions[name]:
                 prediction = images[start : start + _IMAGES]
-                is_repeated = prediction.stride(0) == 0  # one image, expanded to the number of targets
+                # A baseline may be a single image that is expanded to the number of targets.
+                is_repeated = prediction.stride(0) == 0
                 distinct = prediction[:1] if is_repeated else prediction
                 found = {"psnr": psnr(prediction, target), "ssim": ssim(prediction, target)}
                 for network_name, network in perceptual.lpips.items():

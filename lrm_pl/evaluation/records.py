@@ -38,7 +38,7 @@ class ObjectRecord:
         rows: Metrics of the model (key "model") and of each baseline.
         notes: Reasons for missing metrics.
         bad: Reason why the object could not be evaluated, or "" if it was evaluated.
-        files: Suffixes of the files stored with the record.
+        files: File name suffixes of the files that are stored with the record.
     """
 
     id: str

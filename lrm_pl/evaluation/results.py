@@ -19,7 +19,7 @@ from lrm_pl.evaluation.summary import means, table
 from lrm_pl.evaluation.tensorboard import write_board
 from lrm_pl.version import git_commit
 
-#: Time without a new record, in seconds, after which the other processes are considered dead.
+#: Time in seconds without new records after which the remaining processes are considered dead.
 _TIMEOUT_S = 1800.0
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of a trained model on one or several processes."""
+"""Evaluation of a trained model in one or several processes."""
 
 import argparse
 import dataclasses
@@ -104,7 +104,7 @@ def evaluate(
                 continue
             measured = measure_object(sample, protocol, reconstructor(pipeline), perceptual, baselines)
         except SampleError as error:
-            if isinstance(error.__cause__, StoreError):  # possibly temporary
+            if isinstance(error.__cause__, StoreError):  # the error may be temporary
                 raise
             write_object(out, ObjectRecord(key, {}, bad=str(error)), {})
         else:

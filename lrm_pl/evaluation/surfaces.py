@@ -26,7 +26,7 @@ _ICP_STEPS = 50
 
 @dataclasses.dataclass(frozen=True)
 class PointCloud:
-    """Points with normals.
+    """Point cloud with normals.
 
     Attributes:
         points: Positions of shape (Q, 3).

@@ -25,7 +25,7 @@ def look_at(
 
     Args:
         position: Camera centers of shape (..., 3) in scene units, not directly above or below the target.
-        target: Point that the optical axis passes through.
+        target: Point through which the optical axes of the cameras pass.
 
     Raises:
         ValueError: A camera is at, directly above or directly below the target.
@@ -112,7 +112,7 @@ def camera_vector(
     """Return the camera vector that conditions the network.
 
     Args:
-        c2w: Poses.
+        c2w: Camera poses.
         fxfycxcy: Normalized intrinsics.
         numbers: Length of the vector. A vector of 20 elements contains the flattened pose and the intrinsics (LRM,
             section 3.2). A vector of 16 elements omits the last row of the pose (OpenLRM).
@@ -127,7 +127,7 @@ def _matmul(a: Float[Tensor, "*batch n k"], b: Float[Tensor, "*batch k m"]) -> F
 
 
 class PosedCamera(NamedTuple):
-    """Known camera of an image.
+    """Camera of an image with known parameters.
 
     Attributes:
         c2w: Canonical pose.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-#: Region that contains the object: the unit sphere (sphere-normalized data), or the box [-1, 1]^3.
+#: Region that contains the object, the unit sphere (for sphere-normalized data) or the box [-1, 1]^3.
 Bounds = Literal["sphere", "box"]
 
 

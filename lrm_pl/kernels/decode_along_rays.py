@@ -219,7 +219,7 @@ class Launch:
         tiles: Number of tiles.
         programs: Number of programs.
         layers: Number L of hidden layers.
-        width: Width C.
+        width: Width C of the hidden layers.
         dtype: Dtype of the planes.
     """
 
@@ -340,7 +340,7 @@ def _(
     return torch.empty_like(weights, dtype=torch.float32), torch.empty_like(biases)
 
 
-# The FLOPs of a sample are those of L hidden layers and the last layer with 4 columns.
+# Each sample passes through L hidden layers and the last layer, which has 4 columns.
 @register_flop_formula(torch.ops.lrm_pl.decode_along_rays)
 def _(
     planes: torch.Size, origins: torch.Size, directions: torch.Size, t: torch.Size, alive: torch.Size,

@@ -175,7 +175,7 @@ def backward(
     S: tl.constexpr, C: tl.constexpr, L: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, TK: tl.constexpr,
     AXES: tl.constexpr, SILU: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Add gradients to ``planes_grad`` and to this program's rows of ``dw`` and ``db``."""
+    """Add gradients to ``planes_grad``, and to the rows of ``dw`` and ``db`` that belong to this program."""
     M: tl.constexpr = TH * TW * TK
     SIZE: tl.constexpr = S * S * C
     c, four, m = tl.arange(0, C), tl.arange(0, 16), tl.arange(0, M)
@@ -196,7 +196,7 @@ def backward(
                 s = _dot(_activation(z.to(tl.float32), SILU), w, tl.zeros((M, C), tl.float32), HALF)
                 z = (s + tl.load(biases + (layer + 1) * C + c)[None, :]).to(scratch.dtype.element_ty)
                 tl.store(scratch + (layer + 1) * M * C + here, z)
-            tl.debug_barrier()  # wait for the other threads' stores
+            tl.debug_barrier()  # wait for the stores of all threads
             y = tl.load(
                 g + n[:, None] * 4 + four[None, :], mask=hit[:, None] & (four[None, :] < 4), other=0.0
             )

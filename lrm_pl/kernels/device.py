@@ -123,7 +123,7 @@ def without_tf32() -> Iterator[None]:
     On GPUs of compute capability 8.0 and higher, PyTorch by default lets cuDNN round the factors of float32
     convolutions to the 10 bits of mantissa of TF32.
     """
-    # Lightning and torch.compile read these switches, which raises if conv.fp32_precision has been set.
+    # Lightning and torch.compile read these settings, which raises an error if conv.fp32_precision has been set.
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
     if products != "highest":  # setting it also sets oneDNN's precision

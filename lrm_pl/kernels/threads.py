@@ -8,7 +8,7 @@ import torch
 
 
 def run_threads(count: int, work: Callable[[int], None]) -> None:
-    """Call ``work(0)`` to ``work(count - 1)``, each in its own thread.
+    """Call ``work(0)`` to ``work(count - 1)`` in separate threads.
 
     ``torch.set_num_threads`` is thread-local, but new threads inherit the value that was set last. The value of the
     caller is therefore restored before the work starts, so that threads that are started elsewhere inherit it.

@@ -23,7 +23,7 @@ def _tap(position: np.float32, size: int) -> tuple[int, int, np.float32, np.floa
     The weight of a neighbor outside the plane is 0.
     """
     x = np.float32(0.5) * ((position + np.float32(1)) * np.float32(size) - np.float32(1))
-    x = min(max(x, np.float32(-2)), np.float32(size + 1))  # avoids integer overflow; the weights are 0
+    x = min(max(x, np.float32(-2)), np.float32(size + 1))  # avoids integer overflow where all weights are 0
     low = int(np.floor(x))
     high_weight = x - np.float32(low)
     low_weight = np.float32(1) - high_weight

@@ -67,7 +67,7 @@ def vertex_normals(vertices: Vertices, faces: Faces) -> Vertices:
 
 
 def remove_floaters(vertices: Vertices, faces: Faces, min_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Remove connected components that are small compared with the largest one.
+    """Remove connected components that are small compared with the largest component.
 
     Args:
         vertices: Vertex positions.

@@ -21,7 +21,7 @@ _VIEWS, _VIEW_SIDE, _ELEVATIONS_DEG = 4, 48, (-20.0, 20.0)
 
 
 class NoSurfaceError(InputError):
-    """The density does not cross the threshold, so there is no surface."""
+    """Error raised if there is no surface because the density does not cross the threshold."""
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def extract_mesh(
     floaters: float = 0.0,
     max_faces: int | None = None,
 ) -> Mesh:
-    """Extract the isosurface of one object's density.
+    """Extract the isosurface of the density of one object.
 
     Args:
         field: Fields of B objects.

@@ -59,7 +59,7 @@ def texel_points(
     covered = np.zeros(atlas.size[::-1], dtype=bool)
     corners = (
         atlas.uv[atlas.faces].astype(np.float64) * size - 0.5
-    )  # (M, 3, 2) in texels; centers are integers
+    )  # (M, 3, 2) in texels, with texel centers at integers
     low = np.floor(corners.min(axis=1)).clip(0, size - 1).astype(np.int64)
     high = np.ceil(corners.max(axis=1)).clip(0, size - 1).astype(np.int64)
     count = (high - low + 1).prod(axis=1)

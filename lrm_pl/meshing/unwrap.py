@@ -17,7 +17,7 @@ PADDING = 4
 
 
 class UnwrapError(RuntimeError):
-    """Unwrapping failed or timed out. The message is a single line."""
+    """Error raised if unwrapping fails or times out. The message is a single line."""
 
 
 @dataclasses.dataclass(frozen=True)

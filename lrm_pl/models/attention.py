@@ -1,4 +1,4 @@
-"""Multi-head self- and cross-attention."""
+"""Multi-head self-attention and cross-attention."""
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from lrm_pl.kernels.device import on_cpu
 
 
 class Attention(nn.Module):
-    """Multi-head attention without input biases (LRM, section 3.2).
+    """Multi-head attention without biases in the input projections (LRM, section 3.2).
 
     Args:
         dim: Width D of the queries and of the output.
@@ -49,7 +49,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B L D"], context: Float[Tensor, "B N M"] | None = None
     ) -> Float[Tensor, "B L D"]:
-        """Attend from ``x`` to itself or to ``context``."""
+        """Compute self-attention of ``x``, or cross-attention from ``x`` to ``context``."""
         if self.is_self:
             q, k, v = (self._split(part) for part in self.qkv(x).chunk(3, dim=-1))
         else:

@@ -7,7 +7,7 @@ from lrm_pl.geometry.cameras import CameraNumbers, camera_vector
 
 
 class CameraEmbedder(nn.Module):
-    """MLP from pose, focal lengths and principal point to an embedding of width E.
+    """MLP that maps the pose, focal lengths and principal point of a camera to an embedding of width E.
 
     Args:
         dim: Width E of the embedding.

@@ -30,8 +30,8 @@ class NeRFDecoder(nn.Module):
         channels: Number F of channels per plane.
         width: Width of the hidden layers.
         layers: Number of linear layers, including the output layer of width 4 (LRM: 10; OpenLRM: 4).
-        activation: Activation between the layers: ReLU (OpenLRM) or SiLU (TripoSR).
-        density_activation: Activation of the density: softplus (OpenLRM) or exp (TripoSR).
+        activation: Activation between the layers, ReLU (OpenLRM) or SiLU (TripoSR).
+        density_activation: Activation of the density, softplus (OpenLRM) or exp (TripoSR).
         density_bias: Bias that is added to the raw density before the activation. The value -1 initializes a nearly
             empty field.
         color_margin: Margin by which the range of colors exceeds [0, 1] at each end, so that black and white can be

@@ -21,7 +21,7 @@ EncoderTokens = Literal["all", "class_and_patches"]
 
 @final
 class ImageEncoder(nn.Module):
-    """Vision transformer that returns its class, register and patch tokens.
+    """Vision transformer that returns class, register and patch tokens.
 
     Images are resized to ``image_size`` and normalized. If pretrained weights were trained with a different image size,
     ``load_pretrained`` resizes the positional embeddings.
@@ -96,7 +96,7 @@ class ImageEncoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         if frozen:
             self.vit.requires_grad_(False)
-        #: Whether weights have been loaded.
+        #: Whether a state dict has been loaded.
         self.has_weights = False
         self.register_load_state_dict_post_hook(_note_weights)  # type: ignore[no-untyped-call]
 

@@ -24,7 +24,9 @@ from lrm_pl.models.upsampler import Upsampler
 
 @final
 class LRM(nn.Module):
-    """Large Reconstruction Model. The default sizes are those of the paper.
+    """Large Reconstruction Model.
+
+    The defaults are the sizes in the paper.
 
     Args:
         encoder: Image encoder.
@@ -86,7 +88,7 @@ class LRM(nn.Module):
         c2w: Float[Tensor, "B V 4 4"],
         fxfycxcy: Float[Tensor, "B V 4"],
     ) -> Triplane:
-        """Reconstruct objects from their input views.
+        """Reconstruct objects from input views.
 
         Args:
             image: Input views in sRGB, with values in [0, 1].

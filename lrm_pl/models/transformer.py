@@ -35,7 +35,7 @@ class ScaledLayerNorm(nn.LayerNorm):
     ) -> Float[Tensor, "B L D"]:
         """Compute LN(x) (1 + scale) + shift."""
         if not torch.is_grad_enabled():
-            # The order of operations is that of the published implementations because large weights amplify rounding.
+            # Published implementations use this order of operations, and large weights amplify rounding errors.
             return super().forward(x) * (1 + scale).unsqueeze(1) + shift.unsqueeze(1)
         weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
         return modulated_norm(x, weight, bias, self.eps)
@@ -57,7 +57,7 @@ class ModLN(nn.Module):
         self.norm = (nn.LayerNorm if camera_dim is None else ScaledLayerNorm)(dim, eps=eps)
         if camera_dim is not None:
             linear = nn.Linear(camera_dim, 2 * dim)
-            nn.init.zeros_(linear.weight)  # initially a plain layer norm
+            nn.init.zeros_(linear.weight)  # the module is initialized as a plain layer norm
             nn.init.zeros_(linear.bias)
             self.modulation = nn.Sequential(nn.SiLU(), linear)
 

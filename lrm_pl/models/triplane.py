@@ -14,7 +14,7 @@ from lrm_pl.kernels.triplane import Axes, Reduce, accumulate_gradient, triplane_
 
 @dataclasses.dataclass(frozen=True)
 class Triplane:
-    """Three feature planes over [-1, 1]^3 for each of B objects.
+    """Triplanes of B objects, each with three feature planes over [-1, 1]^3.
 
     Attributes:
         planes: Planes of shape (B, 3, F, S, S).

@@ -151,7 +151,7 @@ class Rays:
         work: Callable[[int, int, Tensor], None],
         finish: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
-        """Call ``work(thread, object, rays)`` for every chunk, then ``finish(thread, object)`` for every object.
+        """Call ``work(thread, object, rays)`` for every chunk, and ``finish(thread, object)`` after each object.
 
         Thread k of T threads processes the chunks k, k + T, ... of every object. The threads are started only once for
         all objects because the calling thread would otherwise start parallel operations between objects, after which

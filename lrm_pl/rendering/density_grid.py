@@ -1,4 +1,4 @@
-"""Query a field at points and on regular grids over [-1, 1]^3, without gradients.
+"""Queries of a field at points and on regular grids over [-1, 1]^3, without gradients.
 
 LRM extracts meshes from grids of 384^3 points. The surface crosses only few cells of the grid, so the field is first
 evaluated at every fourth point along each axis, and then at all points of the coarse cells that the surface may cross.

@@ -26,7 +26,7 @@ from lrm_pl.rendering.sampling import sample_stratified
 #: Maximum invisible density. Over the longest chord of the box, 3.5 units, its opacity is a fifth of 1/255.
 _INVISIBLE_DENSITY = 2e-4
 
-#: Grid points per cell along each axis.
+#: Number of grid points per cell along each axis.
 _POINTS_PER_CELL = 2
 
 #: Transmittance below which a ray is terminated.

@@ -102,7 +102,7 @@ class PixelGrid(NamedTuple):
     Attributes:
         rows: Number N of pixel rows of all views.
         columns: Number W of pixel columns.
-        samples: Samples per ray.
+        samples: Number of samples per ray.
         chunk: Maximum number of points decoded at a time, but at least 4 rows of pixels. If None, 2^21 points.
     """
 

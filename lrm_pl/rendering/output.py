@@ -1,4 +1,4 @@
-"""The result of rendering."""
+"""Output of the renderer."""
 
 import dataclasses
 

@@ -33,7 +33,7 @@ class RayMarching:
     """Settings of ray marching.
 
     Attributes:
-        samples: Total number K of samples per ray.
+        samples: Total number K of samples per ray, including importance samples.
         importance: Number of the K samples that are placed by importance sampling.
         quadrature: Quadrature rule.
         unit: Unit of length for densities.
@@ -111,7 +111,7 @@ def quadrature_intervals(
     far: Float[Tensor, " r"],
     activate: Activate,
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "r n 3"], Float[Tensor, "r n"], Float[Tensor, "r #n"]]:
-    """Return density, color, midpoint distance and length of each quadrature interval."""
+    """Return the density, color, distance and length of each quadrature interval."""
     chord = (far - near).unsqueeze(-1)
     if march.quadrature == "midpoints":
         raw = raw.masked_fill(t > far.unsqueeze(-1), EMPTY_RAW_DENSITY)

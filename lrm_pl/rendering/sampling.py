@@ -49,7 +49,7 @@ def sample_importance(
             probabilities are evenly spaced from 0 to 1 inclusive.
 
     Returns:
-        Distances in ascending order.
+        Distances of the samples along each ray, in ascending order.
     """
     weights = weights + 1e-5  # an empty ray is sampled uniformly
     cumulative = (weights / weights.sum(-1, keepdim=True)).cumsum(-1)
