@@ -86,7 +86,7 @@ def compare(a: Path, b: Path, out: Path | None = None) -> tuple[str, Path]:
 
 
 def common_objects(a: list[ObjectRecord], b: list[ObjectRecord]) -> list[list[ObjectRecord]]:
-    """Restrict the records of two evaluations to the objects and, for each object, the metrics in both evaluations."""
+    """Restrict the records of two evaluations to the objects and metrics that both evaluations contain."""
     metrics = [{record.id: set(record.rows.get("model", {})) for record in records} for records in (a, b)]
     both = {key: metrics[0][key] & metrics[1][key] for key in metrics[0].keys() & metrics[1].keys()}
     return [

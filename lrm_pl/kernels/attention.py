@@ -34,7 +34,7 @@ def attention_plain(
 def attention_in_blocks(
     q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h N d"], v: Float[Tensor, "B h N d"]
 ) -> Float[Tensor, "B h L d"]:
-    """Compute attention block by block (see the top of this file).
+    """Compute attention block by block (see the module docstring).
 
     Raises:
         ValueError: The tensors are not on the CPU or have different dtypes.

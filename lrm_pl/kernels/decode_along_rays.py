@@ -126,7 +126,7 @@ def decode_along_rays(
     axes: Axes,
     act: HiddenActivation,
 ) -> Float[Tensor, "N W K 4"]:
-    """Evaluate the field at samples along rays without a graph (see the top of this file).
+    """Evaluate the field at samples along rays without a graph (see the module docstring).
 
     Raises:
         ValueError: The shapes or dtypes are invalid.

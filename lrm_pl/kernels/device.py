@@ -57,9 +57,9 @@ _INTERPRETED = GpuProperties((8, 0), 3, 40 * 10**6)
 
 @contextlib.contextmanager
 def as_accelerator(gpu: GpuProperties | None = None) -> Iterator[None]:
-    """Use the branches for accelerators on CPU tensors, real or fake, in the whole process.
+    """Return a context that uses the branches for accelerators on real or fake CPU tensors in the whole process.
 
-    Cost estimates of a GPU step and tests of these branches use this context.
+    The context is used to estimate the cost of a GPU step, and to test these branches.
 
     Args:
         gpu: GPU that fake tensors represent. Triton kernels are chosen as on this GPU. If None, only kernels that can
@@ -90,7 +90,7 @@ def num_threads(device: torch.device) -> int:
 def points_per_chunk(device: torch.device) -> int:
     """Return the number of points that are decoded at a time.
 
-    They fit in the cache of a CPU, or keep all multiprocessors of an accelerator busy.
+    The points fit in the cache of a CPU, or keep all multiprocessors of an accelerator busy.
     """
     return 32768 if on_cpu(device) else 262144
 
@@ -118,7 +118,7 @@ def record_event(device: torch.device) -> torch.cuda.Event:
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Disable TF32 for convolutions and matrix products in the whole process, and restore the settings on exit.
+    """Return a context that disables TF32 for convolutions and matrix products in the whole process.
 
     On GPUs of compute capability 8.0 and higher, PyTorch by default lets cuDNN round the factors of float32
     convolutions to the 10 bits of mantissa of TF32.
@@ -230,7 +230,7 @@ def _log_once(message: str, reason: str) -> None:
 
 @functools.cache
 def _missing_for_triton() -> str | None:
-    """Return the requirement of Triton that is missing, or None if there is none.
+    """Return the requirement of Triton that is missing, or None if all requirements are met.
 
     Triton compiles C code that includes Python's headers.
     """

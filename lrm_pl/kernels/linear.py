@@ -40,7 +40,7 @@ def linear_plain(
 def linear_activated(
     x: Float[Tensor, "Q I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, " O"], act: HiddenActivation
 ) -> Float[Tensor, "Q O"]:
-    """Compute a linear layer and its activation, with the fused operator if possible (see the top of this file)."""
+    """Compute a linear layer and its activation, with the fused operator if possible (see the module docstring)."""
     fused = (
         type(x) is Tensor  # not a subclass such as a fake tensor
         and x.dtype == torch.bfloat16

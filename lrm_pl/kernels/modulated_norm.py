@@ -32,7 +32,7 @@ def modulated_norm_plain(
 def modulated_norm(
     x: Float[Tensor, "B L D"], weight: Float[Tensor, "B D"], bias: Float[Tensor, "B D"], eps: float
 ) -> Float[Tensor, "B L D"]:
-    """Normalize tokens with a weight and bias per object (see the top of this file)."""
+    """Normalize tokens with a weight and bias per object (see the module docstring)."""
     fused = (
         not on_cpu(x)
         and x.dtype == weight.dtype == bias.dtype == torch.float32

@@ -76,7 +76,7 @@ def _neighbors(
 def triplane_sample(
     planes: Float[Tensor, "P S S C"], points: Float[Tensor, "Q 3"], axes: Axes, reduce: Reduce
 ) -> Float[Tensor, "Q G"]:
-    """Sample a triplane at points (see the top of this file).
+    """Sample a triplane at points (see the module docstring).
 
     Raises:
         ValueError: The shapes or dtypes are invalid.

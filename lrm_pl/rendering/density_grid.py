@@ -1,6 +1,6 @@
 """Queries of a field at points and on regular grids over [-1, 1]^3, without gradients.
 
-LRM extracts meshes from grids of 384^3 points. The surface crosses only few cells of the grid, so the field is first
+LRM extracts meshes from grids of 384^3 points. The surface crosses only a few cells of the grid, so the field is first
 evaluated at every fourth point along each axis, and then at all points of the coarse cells that the surface may cross.
 A coarse cell is refined if the cell or a neighbor has both a corner below the threshold and a corner above 1% of the
 threshold. Features that are thinner than four points and have a sharp density falloff may be missed. If no cell
