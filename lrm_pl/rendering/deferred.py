@@ -109,7 +109,10 @@ class Rays:
         self.chunks = [self._split(row.nonzero().squeeze(-1), rays_per_chunk) for row in far > near]
 
     def _split(self, rays: Tensor, max_rays: int) -> tuple[Tensor, ...]:
-        """Split ray indices into equal chunks of at most ``max_rays`` rays. Each thread gets the same number of chunks."""
+        """Split ray indices into equal chunks of at most ``max_rays`` rays.
+
+        Each thread gets the same number of chunks.
+        """
         rounds = math.ceil(len(rays) / (max_rays * self.threads))
         return rays.tensor_split(max(1, rounds) * self.threads)
 
