@@ -1,7 +1,7 @@
 """LPIPS, the perceptual distance of images in the features of a frozen network (Zhang et al. 2018; LRM, section 3.4).
 
-In each of five layers, the features are normalized over channels. Their squared differences are weighted by a linear
-layer of LPIPS and averaged over pixels. The distance is the sum over the five layers.
+In each of five layers, the features are normalized over channels. The squared differences of the features are weighted
+by a linear layer of LPIPS and averaged over pixels. The distance is the sum over the five layers.
 """
 
 import warnings

@@ -1,8 +1,8 @@
 """The NeRF MLP, which maps the features of a point to density and color (LRM, section 3.3).
 
 The first linear layer can be folded into the planes because it commutes with bilinear sampling:
-W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). Folding is exact and removes the widest layer from the evaluation of
-every sample. It is faster if the MLP is narrower than the three concatenated feature vectors.
+W [f_xy; f_xz; f_yz] = sum_p sample(W_p planes_p). Folding is exact, and samples need not be passed through the widest
+layer. Folding is faster if the MLP is narrower than the three concatenated feature vectors.
 """
 
 from itertools import pairwise

@@ -30,7 +30,7 @@ class Triplane:
         return PLANE_AXES[self.layout]
 
     def upright(self) -> Float[Tensor, "B 3 F S S"]:
-        """Return the planes, with the mirrored planes flipped so that their columns follow their axis."""
+        """Return the planes after flipping the columns of mirrored planes."""
         mirrored = MIRRORED_PLANES[self.layout]
         if not mirrored:
             return self.planes
