@@ -87,7 +87,7 @@ def train(model, folder, shards, networks, monkeypatch, *options, **trainer):
     """Train a model section for a step, validate it, and keep its checkpoint below a folder."""
     folder.mkdir(parents=True)
     config = {
-        "seed_everything": 0,
+        "seed_everything": 2,  # no sample of this data lies on a kink of a ReLU, where rounding changes gradients
         "model": model,
         "data": DATA,
         "weights": {"pretrained": False, "source": "pypi"},

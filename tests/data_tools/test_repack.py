@@ -214,7 +214,7 @@ def say_fewer_views(folder):
     ("damage", "message"),
     [
         (flip_a_pixel, "expected sha256 .* as in the manifest, but found .*validate --shards"),
-        (exchange_two_views, r"expected member 'train-ellipsoid-000\.view_000\.webp' where the index says"),
+        (exchange_two_views, r"expected 'train-ellipsoid-000\.view_000\.webp' at the offset in the index"),
         (say_fewer_views, "expected 7 views as in the manifest, but found 8"),
     ],
 )
@@ -301,7 +301,7 @@ def test_rules_choose_again_without_rendering_among_rejected_objects_too(shards,
     repack([tmp_path / "in"], tmp_path / "white", rules=["white == 1"])
     assert set(members(tmp_path / "white")) == {first}
     assert read_manifest(tmp_path / "white").render["rules"] == ["white == 1"]
-    with pytest.raises(RepackError, match="expected objects that obey white > 1, but found none of 6"):
+    with pytest.raises(RepackError, match="expected objects that satisfy white > 1, but found none of 6"):
         repack([tmp_path / "in"], tmp_path / "none", rules=["white > 1"])
     with pytest.raises(
         RepackError, match="expected measures of every object, but found none of 'train-ellipsoid-000'"

@@ -144,7 +144,7 @@ def _no_view(members, sample):
         (_empty, "expected an object in every view, but found 8 empty of 8 views, the first is view 0"),
         (_two_sizes, "expected views of one size, but found 16 x 16, 32 x 32"),
         (_opaque, "expected a transparent background, but found opaque pixels only in 8 views"),
-        (_both_formats, "expected view 5 once, but found view_005.webp and view_005.png"),
+        (_both_formats, "each once, but found view_005.webp and view_005.png"),
         (_other_surface, "expected points of surface.npy that cover the object"),
         (_broken_measures, "expected finite measures"),
         (_another_size, "expected views of (32, 32) pixels like most objects, but found (16, 16)"),
@@ -249,7 +249,7 @@ def test_what_the_system_refuses_is_one_message(shards, tmp_path, capsys):
 
 
 def test_a_process_that_is_killed_ends_the_check_with_a_remedy():
-    with pytest.raises(InputError, match="found that one was killed"), processes(1) as pool:
+    with pytest.raises(InputError, match="A worker process was killed"), processes(1) as pool:
         pool.submit(_die).result()
 
 

@@ -298,7 +298,7 @@ def test_two_networks_are_compared_object_by_object(finished, data, tmp_path, ca
     assert f"| psnr | {b['psnr'] - a['psnr']:+.4f} |" in said
     assert "| 2 |" in said
     page = (tmp_path / "c" / "comparison.html").read_text()
-    assert "95 % interval" in page
+    assert "95 % confidence interval" in page
     assert page.count("data:image/png;base64") == 4
     with pytest.raises(SystemExit, match="expected a finished evaluation in"):
         main(["--compare", str(finished), str(tmp_path / "nothing")])

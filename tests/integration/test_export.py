@@ -97,7 +97,7 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
             tmp_path / "nothing",
             "found nothing at .*nothing. Correct the path",
         ),
-        (folder / "config.yaml", f"found the file {folder}/config.yaml. Name its folder: {folder}$"),
+        (folder / "config.yaml", f"found the file {folder}/config.yaml. Pass its folder: {folder}$"),
         (folder / "checkpoints" / "step-00000002" / "index.json", "name its folder: .*/step-00000002$"),
         (tmp_path / "weights.pth", "found the file .*weights.pth; `lrm convert` reads weights"),
         (tmp_path / "begun", "expected a checkpoint of the run .*begun, but found none. Wait until"),
