@@ -21,7 +21,6 @@ from lrm_pl.cli.lightning_cli import LRMCLI
 from lrm_pl.data.datamodule import ShardDataModule
 from lrm_pl.errors import InputError
 from lrm_pl.losses.objective import Objective
-from lrm_pl.losses.perceptual import PerceptualLoss
 from lrm_pl.training.checkpointing import CheckpointAndResume, StoppedError
 from lrm_pl.training.ema import WeightAverage
 from lrm_pl.training.gradient_guard import DivergedError
@@ -314,7 +313,7 @@ def test_images_that_are_not_finite_make_the_metrics_nan_and_do_not_end_the_run(
 
 def test_the_default_objective_brings_its_lpips_network(fit, monkeypatch):
     pinned = functools.partial(pretrained_perceptual_loss, source="pypi")
-    monkeypatch.setattr(PerceptualLoss, "pretrained", pinned)
+    monkeypatch.setattr("lrm_pl.training.module.pretrained_perceptual_loss", pinned)
     module, _, _ = fit(1, objective=Objective())
     assert module.objective.perceptual.name == "vgg"
 
@@ -322,7 +321,9 @@ def test_the_default_objective_brings_its_lpips_network(fit, monkeypatch):
 def test_a_loader_before_a_fit_and_a_checkpoint_without_its_parts_say_what_is_missing(fit, tmp_path, shards):
     data = ShardDataModule(str(shards))
     for make in (data.train_dataloader, data.val_dataloader, data.predict_dataloader, data.state_dict):
-        with pytest.raises(InputError, match=r"expected a trainer and a call of setup .* data\.trainer = Tr"):
+        with pytest.raises(
+            InputError, match=r"expected a data module with a trainer, after setup, .* data\.trainer = Tr"
+        ):
             make()
     module, _, _ = fit(4, CheckpointAndResume(every=4))
     path = tmp_path / "at-4.ckpt"

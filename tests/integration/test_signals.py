@@ -189,7 +189,7 @@ def test_a_note_that_cannot_be_written_does_not_end_the_run(monkeypatch, tmp_pat
     os.kill(os.getpid(), signal.SIGUSR1)
     signals.restore()
     assert signals.received is signal.SIGUSR1
-    assert "will not ask for another start" in caplog.text
+    assert "will not be requeued" in caplog.text
 
 
 def test_a_signal_during_the_report_ends_it_and_the_run_can_be_measured_later(here, capsys):

@@ -104,6 +104,6 @@ def test_a_run_that_has_just_begun_is_waited_for(run, tmp_path, monkeypatch, cap
         "lrm_pl.apps.viewer.time.sleep", lambda _: (tmp_path / "later").rename(folder / "checkpoints")
     )
     wait_for_checkpoint(str(folder))
-    assert "waiting for its first checkpoint" in capsys.readouterr().out
+    assert "for the first checkpoint of" in capsys.readouterr().out
     wait_for_checkpoint(str(folder))
     assert capsys.readouterr().out == ""
