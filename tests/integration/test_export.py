@@ -98,12 +98,15 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
             "found nothing at .*nothing. Correct the path",
         ),
         (folder / "config.yaml", f"found the file {folder}/config.yaml. Pass its folder: {folder}$"),
-        (folder / "checkpoints" / "step-00000002" / "index.json", "name its folder: .*/step-00000002$"),
-        (tmp_path / "weights.pth", "found the file .*weights.pth; `lrm convert` reads weights"),
+        (folder / "checkpoints" / "step-00000002" / "index.json", "Pass its folder: .*/step-00000002$"),
+        (
+            tmp_path / "weights.pth",
+            "found the file .*weights.pth. Convert published weights with `lrm convert`",
+        ),
         (tmp_path / "begun", "expected a checkpoint of the run .*begun, but found none. Wait until"),
         (
             tmp_path / "exported",
-            "found an exported network; `lrm fit --weights.network .*exported` starts from",
+            "found an exported network. Start from it with `lrm fit --weights.network",
         ),
     ):
         with pytest.raises(SystemExit, match=message):
