@@ -119,5 +119,5 @@ def test_an_export_refuses_what_it_cannot_do_and_leaves_nothing(fit, tmp_path):
         export([str(folder), str(out), "--config", str(tmp_path / "other.yaml")])
     assert not list(tmp_path.glob("out*"))
     export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])
-    with pytest.raises(SystemExit, match=r"expected to make the folder .*out, but found it there"):
+    with pytest.raises(SystemExit, match=r"The folder .*out cannot be created because it exists"):
         export([str(folder), str(out), "--config", str(tmp_path / "config.yaml")])
