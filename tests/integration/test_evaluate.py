@@ -303,10 +303,10 @@ def test_two_networks_are_compared_object_by_object(finished, data, tmp_path, ca
     with pytest.raises(SystemExit, match="expected a finished evaluation in"):
         main(["--compare", str(finished), str(tmp_path / "nothing")])
     (tmp_path / "b" / "objects" / "val-ellipsoid-000.json").unlink()
-    with pytest.raises(SystemExit, match=r"expected 2 measured objects, but found 1. Measure the rest"):
+    with pytest.raises(SystemExit, match=r"expected 2 evaluated objects, but found 1. Run the same"):
         main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
     (tmp_path / "b" / "settings.json").write_text('{"protocol": {"name": "lrm"}}')
-    with pytest.raises(SystemExit, match="expected the settings of an evaluation, but found others"):
+    with pytest.raises(SystemExit, match="expected the settings of an evaluation, but found other content"):
         main(["--compare", str(finished), str(tmp_path / "b"), "--out", str(tmp_path / "c")])
 
 
