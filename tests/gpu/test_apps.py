@@ -33,7 +33,7 @@ def short_protocol(monkeypatch):
     """LRM's protocol with one input, three targets, and small images on the board."""
     short = dataclasses.replace(PROTOCOLS["lrm"], inputs=(0,), targets=(1, 2, 3))
     monkeypatch.setitem(PROTOCOLS, "lrm", short)
-    for name, value in (("_FRAMES", 2), ("_SIDE", 32), ("_LATTICE", 32)):
+    for name, value in (("_FRAMES", 2), ("_SIDE", 32), ("_RESOLUTION", 32)):
         monkeypatch.setattr(tensorboard, name, value)
 
 
