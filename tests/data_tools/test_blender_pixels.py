@@ -19,7 +19,7 @@ PLANE_SRGB = (200, 100, 50)
 #: The cube's corners lie at +-CORNER, each marked by a small box of half side MARK in a color of its own.
 CORNER, MARK = 1.0, 0.04
 SIGNS = np.array(list(itertools.product((-1, 1), repeat=3)))
-COLOURS = np.where(SIGNS > 0, 0.9, 0.1)
+COLORS = np.where(SIGNS > 0, 0.9, 0.1)
 
 
 def write_ply(path, vertices, faces, color):
@@ -54,9 +54,7 @@ def rendered(render_command, tmp_path_factory):
     color = np.array(PLANE_SRGB) / 255
     write_gltf(assets / "plane.gltf", [(plane[[0, 2, 6, 4]], [(0, 1, 2), (0, 2, 3)], color, 1.0)])
     write_ply(assets / "scan.ply", plane[[0, 2, 6, 4]], [(0, 1, 2, 3)], PLANE_SRGB)
-    marks = [
-        (*box(CORNER * sign, [MARK] * 3), color, 1.0) for sign, color in zip(SIGNS, COLOURS, strict=True)
-    ]
+    marks = [(*box(CORNER * sign, [MARK] * 3), color, 1.0) for sign, color in zip(SIGNS, COLORS, strict=True)]
     # away from the origin and large: normalizing must bring it back
     write_gltf(assets / "corners.gltf", [(5 * v + (7, -3, 2), t, c, a) for v, t, c, a in marks])
     write_bad_assets(assets)
@@ -93,7 +91,7 @@ def project(points, c2w, fxfycxcy):
 def find_marks(rgba):
     """Find the colored marks: sign index -> (x, y) of its center of mass."""
     rows, columns = np.mgrid[:RESOLUTION, :RESOLUTION] + 0.5
-    nearest = np.abs(rgba[..., None, :3] - COLOURS).max(-1).argmin(-1)
+    nearest = np.abs(rgba[..., None, :3] - COLORS).max(-1).argmin(-1)
     found = {}
     for corner in range(8):
         weight = rgba[..., 3] * (nearest == corner)
