@@ -252,7 +252,7 @@ def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
 def test_blender_that_does_not_start_is_one_clear_error(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(blender_process, "COMMAND", (sys.executable, "-c", "raise SystemExit('no bpy')"))
     with pytest.raises(
-        BlenderError, match=r"(?s)expected Blender to start .* no bpy.*run `make .venv-render`"
+        BlenderError, match=r"(?s)Blender did not start with .*no bpy\. Run `make .venv-render`"
     ):
         run(assets, tmp_path / "out")
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import yaml
 
-from lrm_pl.callbacks.step_timer import PHASES
+from lrm_pl.callbacks.step_timer import PHASES, StepTimer
 from lrm_pl.cli.main import main
 from lrm_pl.data.stream import TrainingStream
 from lrm_pl.losses.objective import Objective
@@ -86,9 +86,9 @@ def test_every_part_of_a_step_has_its_own_time_and_together_they_are_the_step(
     quick, tmp_path, monkeypatch, no_report, accumulate
 ):
     ends, validations = [], []
-    end_of_batch, validation = LRMModule.on_train_batch_end, LRMModule.validation_step
+    end_of_batch, validation = StepTimer.on_train_batch_end, LRMModule.validation_step
     monkeypatch.setattr(
-        LRMModule,
+        StepTimer,
         "on_train_batch_end",
         lambda self, *arguments: (ends.append(time.perf_counter()), end_of_batch(self, *arguments))[1],
     )
