@@ -1,6 +1,7 @@
-"""Paths in command-line arguments and in printed output."""
+"""Local paths: command-line arguments, printed names, and hashes of files."""
 
 import argparse
+import hashlib
 import io
 import sys
 import tempfile
@@ -24,6 +25,12 @@ def user_path(text: str) -> Path:
             "expected a path, but found nothing; is a variable of the shell empty?"
         )
     return Path(text).expanduser()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file in lower-case hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def escape_names() -> None:

@@ -89,12 +89,6 @@ LIST_SCHEMA = pyarrow.schema([
 ])  # fmt: skip
 
 
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file in lower-case hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def hashed_id(text: str) -> str:
     """Return a name with invalid characters replaced by "_" and with a hash of the name appended."""
     suffix = "_" + hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]

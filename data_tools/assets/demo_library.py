@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.assets.asset_list import hash_file
 from data_tools.assets.furniture_package import (
     LIBRARIES,
     PACKAGE,
@@ -23,6 +22,7 @@ from data_tools.assets.furniture_package import (
     read_license,
 )
 from data_tools.assets.scan import TABLE_COLUMNS, TABLE_NAME
+from lrm_pl.paths import hash_file
 
 LIBRARY = "BlendSwap-CC-0"
 SOURCE = f"{LIBRARY} of the Debian package {PACKAGE} {VERSION}"

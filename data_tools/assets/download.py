@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from data_tools.assets.asset_list import hash_file
 from data_tools.assets.file_types import HEAD_BYTES, FileTypeError, check_file_type, check_head
 from lrm_pl.errors import InputError
+from lrm_pl.paths import hash_file
 from lrm_pl.storage import MissingError, is_server_fault, open_store, read_ranges, retry, store_errors
 
 #: Size of a request in bytes. For larger files, the server must support range requests.

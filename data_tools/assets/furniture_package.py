@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_tools.assets.archives import read_member
-from data_tools.assets.asset_list import hash_file
 from lrm_pl.errors import InputError
+from lrm_pl.paths import hash_file
 
 PACKAGE = "sweethome3d-furniture"
 VERSION = "1.8-1"

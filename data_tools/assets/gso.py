@@ -16,11 +16,12 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from data_tools.assets.archives import ArchiveError, extract, open_zip, read_member
-from data_tools.assets.asset_list import Asset, hash_file
+from data_tools.assets.asset_list import Asset
 from data_tools.assets.download import Download, download_all, read_url
 from data_tools.assets.obj_materials import read_obj_materials
 from data_tools.assets.outputs import make_id, write_outputs
 from lrm_pl.errors import InputError
+from lrm_pl.paths import hash_file
 from lrm_pl.storage import MissingError
 
 BASE = "https://fuel.gazebosim.org/1.0/GoogleResearch"

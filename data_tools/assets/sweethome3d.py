@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_tools.assets.archives import ArchiveError, read_member
-from data_tools.assets.asset_list import Asset, hash_file
+from data_tools.assets.asset_list import Asset
 from data_tools.assets.file_types import FileTypeError, check_file_type
 from data_tools.assets.furniture_package import (
     LIBRARIES,
@@ -33,6 +33,7 @@ from data_tools.assets.obj_materials import ObjMaterials, read_obj_materials
 from data_tools.assets.outputs import make_id, write_outputs
 from data_tools.blender.conversion_pool import ConversionTask, convert_all
 from lrm_pl.errors import InputError
+from lrm_pl.paths import hash_file
 
 HELD_OUT = "KatorLegaz"
 

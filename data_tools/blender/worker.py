@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.assets.asset_list import Asset, AssetError, hash_file
+from data_tools.assets.asset_list import Asset, AssetError
 from data_tools.assets.download import download
 from data_tools.assets.file_types import check_mesh_file
 from data_tools.quality.measures import MEASURES_MEMBER, encode_measures, measure_views
@@ -34,6 +34,7 @@ from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleInfo, encode_image,
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.errors import InputError
 from lrm_pl.meshing.triangles import sample_surface
+from lrm_pl.paths import hash_file
 from lrm_pl.storage import MissingError, StoreError
 
 #: Free space of the scratch folder in bytes. If less space is available, a failure is attributed to a full disk.

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from data_tools.assets.asset_list import hash_file
 from data_tools.layouts.registry import layout_renderer
 from data_tools.quality.geometry import check_geometry
 from data_tools.quality.measures import MEASURES_MEMBER, decode_measures
@@ -49,6 +48,7 @@ from lrm_pl.data.schema import (
 )
 from lrm_pl.data.surface import decode_surface
 from lrm_pl.errors import InputError, counted
+from lrm_pl.paths import hash_file
 
 #: Maximum number of pixels in all views of an object, which is 64 views of 2048 x 2048 pixels.
 _MAX_PIXELS = 1 << 28

@@ -29,11 +29,12 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from data_tools.assets.asset_list import Asset, hash_file, list_matches, write_list
+from data_tools.assets.asset_list import Asset, list_matches, write_list
 from data_tools.rendering.settings import SETTINGS_NAME, RenderSettings, SettingsError
 from data_tools.rendering.shard_folder import find_records
 from data_tools.rendering.shard_plan import PlannedShard, plan_shards, split_into_shards
 from lrm_pl.data.manifest import MANIFEST_NAME, Split, write_atomically
+from lrm_pl.paths import hash_file
 
 PLAN_NAME = "plan.parquet"
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_tools.assets.asset_list import Asset, hash_file
+from data_tools.assets.asset_list import Asset
 from data_tools.quality.filter_table import read_infos
 from data_tools.quality.measures import MEASURES_MEMBER, Rule, broken_rules, decode_measures
 from data_tools.rendering.shard_plan import PlannedShard
@@ -29,6 +29,7 @@ from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, encode_info
 from lrm_pl.data.tar import scan_tar, write_shard
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
+from lrm_pl.paths import hash_file
 
 FAILURES_NAME = "failures.jsonl"
 PARTS_NAME = "parts"

@@ -125,7 +125,7 @@ class StepTimer(L.Callback):
         pl_module.log_dict(
             {
                 "speed/rays_per_second": 1000 * self._rays / total,
-                "speed/data_wait_share": spent.get("data_wait", 0.0) / total,
+                "speed/data_wait_fraction": spent.get("data_wait", 0.0) / total,
                 "time/step": total / self._steps,
                 **({} if mfu is None else {"speed/mfu": mfu}),
                 **times,

@@ -88,16 +88,6 @@ def hashed_file(path: str) -> Iterator[HashingWriter]:
         file.close()
 
 
-def sha256(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    fs, inner = open_store(path)
-    with store_errors(path), fs.open(inner, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def sync_folder(folder: str) -> None:
     """Write the directory entries of a local folder to disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)

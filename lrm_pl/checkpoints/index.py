@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from lrm_pl.checkpoints.files import FileRecords, hashed_file, sha256, sync_folder
+from lrm_pl.checkpoints.files import FileRecords, hashed_file, sync_folder
 from lrm_pl.errors import InputError
 from lrm_pl.storage import is_local, open_store, store_errors
 
@@ -239,10 +239,11 @@ def read_checkpoint(path: str) -> Checkpoint:
             expected, problem = "a file", "none: the checkpoint is damaged"
         elif found != size:
             expected, problem = f"{size} bytes", f"{found}: the checkpoint is damaged"
-        elif sha256(f"{path}/{name}") != digest:
-            expected, problem = f"SHA-256 {digest}", "a different one: the checkpoint is damaged"
         else:
-            return None
+            with fs.open(f"{inner}/{name}", "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == digest:
+                    return None
+            expected, problem = f"SHA-256 {digest}", "a different one: the checkpoint is damaged"
         return CheckpointError(subject=f"{path}/{name}", expected=expected, found=problem)
 
     with store_errors(path), ThreadPoolExecutor(_HASHING_THREADS) as pool:

@@ -20,6 +20,7 @@ from pathlib import Path
 from lrm_pl.data.manifest import Shard
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
+from lrm_pl.paths import hash_file
 from lrm_pl.storage import StoreError, read_ranges, retry
 
 #: Number of bytes per range request in a download.
@@ -96,9 +97,8 @@ class ShardCache:
         """
         path = self._path(shard)
         try:
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
-                    return False
+            if hash_file(path) == shard.sha256:
+                return False
         except FileNotFoundError:
             return False
         path.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ full records. Some writers add header records before the header record of a memb
 fractions of a second. The readers in this package skip these records.
 """
 
-import hashlib
 import json
 import tarfile
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import Final
 
 from lrm_pl.data.manifest import MemberIndex, Shard, ShardError, Split, new_file, write_atomically
 from lrm_pl.data.schema import KEY_PATTERN
+from lrm_pl.paths import hash_file
 
 #: Size of a tar record in bytes.
 RECORD: Final = 512
@@ -77,9 +77,7 @@ def describe_shard(
         index: Member index of the tar.
         rejected: Whether a rule rejected the samples.
     """
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(name, split, len(index), path.stat().st_size, digest, rejected)
+    return Shard(name, split, len(index), path.stat().st_size, hash_file(path), rejected)
 
 
 def encode_index(index: MemberIndex) -> bytes:

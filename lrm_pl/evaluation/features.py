@@ -12,8 +12,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lrm_pl.errors import InputError
+from lrm_pl.paths import hash_file
 from lrm_pl.weights.key_map import read_tensor_file
-from lrm_pl.weights.resolve import hash_file, resolve
+from lrm_pl.weights.resolve import resolve
 
 #: Name of OpenAI's CLIP ViT-B/32 in timm, the usual encoder of CLIP similarity in papers.
 CLIP_NAME = "vit_base_patch32_clip_quickgelu_224.openai"

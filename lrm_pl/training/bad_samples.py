@@ -67,7 +67,7 @@ class BadSamples(L.Callback):
             return
         counts = torch.tensor([self._num_bad, self._num_seen], dtype=torch.float64, device=pl_module.device)
         bad, seen = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        pl_module.log_dict({"data/bad_samples": bad, "data/bad_share": bad / seen})
+        pl_module.log_dict({"data/bad_samples": bad, "data/bad_fraction": bad / seen})
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ShardDataModule)
         if seen >= _MIN_SAMPLES and bad > data.max_bad_fraction * seen:

@@ -16,9 +16,10 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from lrm_pl.losses.perceptual import LpipsNet, PerceptualLoss
+from lrm_pl.paths import hash_file
 from lrm_pl.weights import pypi_mirror
 from lrm_pl.weights.key_map import read_tensor_file
-from lrm_pl.weights.resolve import ResolvedWeights, WeightsError, WeightSource, hash_file, resolve
+from lrm_pl.weights.resolve import ResolvedWeights, WeightsError, WeightSource, resolve
 
 logger = logging.getLogger(__name__)
 

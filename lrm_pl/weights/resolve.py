@@ -6,7 +6,6 @@ downloads the file while the other processes wait.
 """
 
 import dataclasses
-import hashlib
 import http.client
 import logging
 import os
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from lrm_pl.errors import InputError
 from lrm_pl.locks import lock
+from lrm_pl.paths import hash_file
 from lrm_pl.scratch import ScratchFolder
 from lrm_pl.weights import pypi_mirror
 from lrm_pl.weights.catalog import WEIGHT_FILES, DownloadError, WeightFile, WeightName
@@ -62,12 +62,6 @@ class ResolvedWeights:
     def description(self) -> str:
         """Description of the file's contents for logs and run records."""
         return self.file.description if self.file else f"custom file {self.path.name}"
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file as lower-case hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:

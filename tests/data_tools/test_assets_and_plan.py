@@ -9,7 +9,6 @@ from data_tools.assets.asset_list import (
     LIST_SCHEMA,
     Asset,
     AssetsError,
-    hash_file,
     write_list,
 )
 from data_tools.assets.demo_library import OBJECTS
@@ -17,6 +16,7 @@ from data_tools.assets.folder import fetch_folder
 from data_tools.assets.scan import TABLE_COLUMNS, assign_ids, find_assets, read_table, scan_folder
 from data_tools.rendering.shard_plan import default_held_out, held_out_ids, plan_shards
 from lrm_pl.data.schema import KEY_PATTERN
+from lrm_pl.paths import hash_file
 from tests import ROOT
 
 DEMO_ASSETS = ROOT / "data_tools" / "demo_assets"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from data_tools.assets.asset_list import hash_file
 from data_tools.quality.filter_table import read_infos
 from lrm_pl.data.manifest import read_index, read_manifest
+from lrm_pl.paths import hash_file
 from tests import ROOT
 
 pytestmark = pytest.mark.blender

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.assets.asset_list import hash_file, write_list
+from data_tools.assets.asset_list import write_list
 from data_tools.assets.scan import find_assets
 from data_tools.quality.filter_table import read_infos
 from data_tools.quality.validate import find_index_problems
@@ -21,6 +21,7 @@ from data_tools.rendering.settings import SettingsError, write_settings
 from data_tools.rendering.shard_folder import FolderError
 from data_tools.shards.repack import repack
 from lrm_pl.data.manifest import ShardError, read_index, read_manifest, read_samples
+from lrm_pl.paths import hash_file
 from tests.builders import RENDER_SETTINGS, read_tars
 from tests.data_tools.driver_runs import failures, run
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.assets.asset_list import hash_file
 from data_tools.quality.measures import encode_measures
 from data_tools.quality.validate import validate
 from data_tools.rendering.shard_folder import read_failures
@@ -19,6 +18,7 @@ from lrm_pl.data.schema import decode_image, encode_image
 from lrm_pl.data.stream import EvaluationSet
 from lrm_pl.data.synthetic import write_synthetic_shards
 from lrm_pl.data.tar import write_shard
+from lrm_pl.paths import hash_file
 from tests.builders import members, spoil_first_poses
 from tests.data_tools.stand_in_worker import MEASURES
 

@@ -117,7 +117,7 @@ def test_every_part_of_a_step_has_its_own_time_and_together_they_are_the_step(
         assert parts["data_wait"] >= 4 * 20
         assert parts["renderer"] >= 60 * accumulate
         assert parts["losses"] >= 40 * accumulate
-        assert float(line["speed/data_wait_share"]) == pytest.approx(parts["data_wait"] / step, rel=1e-3)
+        assert float(line["speed/data_wait_fraction"]) == pytest.approx(parts["data_wait"] / step, rel=1e-3)
         assert float(line["speed/samples_per_second"]) == pytest.approx(4000 / step, rel=1e-3)
         rays = 4 * 2 * 16 * 16  # objects, views, pixels
         assert float(line["speed/rays_per_second"]) == pytest.approx(1000 * rays / step, rel=1e-3)

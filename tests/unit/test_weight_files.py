@@ -16,8 +16,8 @@ from onnx.reference import ReferenceEvaluator
 from safetensors.torch import save_file
 
 from lrm_pl.models.encoder import ImageEncoder
+from lrm_pl.paths import hash_file
 from lrm_pl.weights import encoders, pypi_mirror
-from lrm_pl.weights import resolve as weights
 from lrm_pl.weights.encoders import load_encoder_file, load_encoder_from_hub
 from lrm_pl.weights.resolve import WeightsError, resolve
 from tests.parity.networks import randomized
@@ -59,7 +59,7 @@ def test_a_torch_file_that_would_run_something_is_refused(tmp_path, cache):
     torch.save({"features.0.weight": RunsACommand()}, tmp_path / "evil.pth")
     with pytest.raises(WeightsError, match="an unreadable file"):
         encoders.load_lpips_features(
-            "alex", path=tmp_path / "evil.pth", sha256=weights.hash_file(tmp_path / "evil.pth")
+            "alex", path=tmp_path / "evil.pth", sha256=hash_file(tmp_path / "evil.pth")
         )
 
 
@@ -87,7 +87,7 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
     path = tmp_path / f"mine{suffix}"
     save = save_file if suffix == ".safetensors" else torch.save
     save(state | {"classifier.1.weight": torch.zeros(2, 2)}, path)  # torchvision's files include a classifier
-    loaded = encoders.load_lpips_features("alex", path=path, sha256=weights.hash_file(path))
+    loaded = encoders.load_lpips_features("alex", path=path, sha256=hash_file(path))
     assert loaded.keys() == state.keys()
     assert torch.equal(loaded["features.3.weight"], state["features.3.weight"])
     state["features.0.bias"][0] = float("nan")
@@ -95,7 +95,7 @@ def test_a_file_of_the_users_own_is_read_and_its_tensors_are_checked(suffix, tmp
     state["features.99.bias"] = state.pop("features.6.bias")
     save(state, path)
     with pytest.raises(WeightsError) as refused:
-        encoders.load_lpips_features("alex", path=path, sha256=weights.hash_file(path))
+        encoders.load_lpips_features("alex", path=path, sha256=hash_file(path))
     for part in ("features.6.bias is missing", "features.99.bias is unexpected", "non-finite", "(7,)"):
         assert part in str(refused.value)
 
