@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lrm_pl.data.manifest import Shard, read_index, read_members, write_atomically
+from lrm_pl.data.manifest import Shard, new_file, read_index, read_members
 from lrm_pl.data.schema import IMAGE_FORMATS, view_member
 
 SHEET_NAME = "contact_sheet.png"
@@ -56,9 +56,8 @@ def write_contact_sheet(folder: Path, shards: Sequence[Shard], views: int) -> Pa
             sheet.paste(thumbnail, (left + column * THUMBNAIL, top), thumbnail)
         pen.text((left, top + THUMBNAIL), key[:48], fill=INK[shard.split], font=font)
     path = folder / SHEET_NAME
-    file = io.BytesIO()
-    sheet.save(file, format="PNG")
-    write_atomically(path, file.getvalue())
+    with new_file(path) as file:
+        sheet.save(file, format="PNG")
     return path
 
 

@@ -2,23 +2,19 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 
 from data_tools.assets.asset_list import Asset
-from data_tools.quality.measures import MEASURES_MEMBER, Measures, broken_rules, decode_measures, parse_rule
-from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, read_members, write_atomically
+from data_tools.quality.measures import MEASURES_MEMBER, Measures, Rule, broken_rules, decode_measures
+from lrm_pl.data.manifest import MANIFEST_NAME, Shard, new_file, read_index, read_members
 from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, decode_info
 from lrm_pl.errors import InputError
 
 FILTER_NAME = "filter.parquet"
-
-
-class FilterTableError(InputError):
-    """Raised if ``filter.parquet`` is damaged."""
 
 
 _TYPES = {int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
@@ -35,8 +31,8 @@ _SCHEMA = pyarrow.schema([
 def write_filter_table(
     out: Path,
     shards: Sequence[Shard],
-    assets: Sequence[Asset],
-    rules: Sequence[str],
+    assets: Iterable[Asset],
+    rules: Sequence[Rule],
     failures: Mapping[str, Mapping[str, str]],
 ) -> None:
     """Write ``filter.parquet``.
@@ -49,31 +45,25 @@ def write_filter_table(
         failures: Mapping from ids to records of assets that could not be rendered. The measures of these assets are
             null.
     """
-    parsed = [parse_rule(rule) for rule in rules]
     measured = {key: measures for shard in shards for key, measures in read_measures(out, shard)}
     hashes = {key: info.sha256 for shard in shards for key, info in read_infos(out, shard)}
     rows = []
     for asset in assets:
-        if asset.id in measured:
-            measures = measured[asset.id]
-            reason = broken_rules(measures, parsed)
-            rows.append(
-                {"id": asset.id, "outcome": "rejected" if reason else "kept", "reason": reason}
-                | {"sha256": hashes[asset.id]}
-                | dataclasses.asdict(measures)
-            )
+        if measures := measured.get(asset.id):
+            reason = broken_rules(measures, rules)
+            row = {"outcome": "rejected" if reason else "kept", "reason": reason, "sha256": hashes[asset.id]}
+            rows.append({"id": asset.id} | row | dataclasses.asdict(measures))
         else:
             rows.append({"id": asset.id, "outcome": "failed", "reason": failures[asset.id]["reason"]})
-    sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA), sink)
-    write_atomically(out / FILTER_NAME, sink.getvalue().to_pybytes())
+    with new_file(out / FILTER_NAME) as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, _SCHEMA), file)
 
 
 def count_outcomes(out: Path) -> Counter[str]:
     """Count the assets by outcome, and the rejected assets by measure, for example with the key ``rejected: white``.
 
     Raises:
-        FilterTableError: The table is damaged.
+        InputError: The table is damaged.
     """
     counted = Counter[str]()
     try:
@@ -83,7 +73,7 @@ def count_outcomes(out: Path) -> Counter[str]:
             if outcome == "rejected":
                 counted.update(f"rejected: {part.split()[0]}" for part in reason.split("; "))
     except (pyarrow.ArrowException, ValueError, AttributeError, LookupError) as error:
-        raise FilterTableError(
+        raise InputError(
             subject=out / FILTER_NAME,
             expected="the outcome of each asset",
             found=error,

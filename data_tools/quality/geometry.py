@@ -1,5 +1,7 @@
 """Validation and downsampling of depth and normal maps. The module requires only NumPy."""
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 
@@ -46,27 +48,27 @@ def check_geometry(sample: Sample) -> None:
         SampleError: A map is missing, or inconsistent with a view or with a different map.
     """
     key, types = sample.info.id, geometry_types(sample)
+    invalid = partial(SampleError, subject=f"sample {key!r}")
     for type_ in types:
         found = {name for name in sample.extras if name.startswith(type_)}
         if odd := sorted(found ^ {MEMBER_NAMES[type_](view) for view in range(sample.info.views)}):
             problem = "unexpected" if odd[0] in found else "missing"
-            raise SampleError(
-                subject=f"sample {key!r}",
+            raise invalid(
                 expected=f"{type_} maps of all {sample.info.views} views",
                 found=f"{len(found)} ({odd[0]} is {problem})",
             )
     depths: list[npt.NDArray[np.float32]] = []
     for view, image in enumerate(sample.views if types else ()):
         alpha = decode_image(key, image)[..., 3]
+        c2w, fxfycxcy = sample.c2w[view], sample.fxfycxcy[view]
         if "depth" in types:
             name = depth_member(view)
             depth = decode_depth(key, name, sample.extras[name])
             _check_holes(key, name, depth > 0, alpha)
             depths.append(depth)
-            reach = np.abs(back_project(depth, sample.c2w[view], sample.fxfycxcy[view])).max(initial=0)
+            reach = np.abs(back_project(depth, c2w, fxfycxcy)).max(initial=0)
             if reach > _MAX_COORDINATE:
-                raise SampleError(
-                    subject=f"sample {key!r}",
+                raise invalid(
                     expected=f"points of {name} within [-1, 1]^3",
                     found=f"a coordinate of {reach:.3g}",
                     remedy="store depth along the camera's z axis, in scene units",
@@ -74,19 +76,18 @@ def check_geometry(sample: Sample) -> None:
         if "normal" in types:
             name = normal_member(view)
             normals = decode_normals(key, name, sample.extras[name])
-            _check_holes(key, name, (normals != 0).any(axis=-1), alpha)
-            away = _facing_away(normals, sample.c2w[view], sample.fxfycxcy[view])
-            if away > _MAX_FACING_AWAY:
-                raise SampleError(
-                    subject=f"sample {key!r}",
+            seen = (normals != 0).any(axis=-1)
+            _check_holes(key, name, seen, alpha)
+            away = (normals[seen] * (_camera_rays(seen, fxfycxcy) @ c2w[:3, :3].T)).sum(axis=1) > 0
+            if away.sum() > _MAX_FACING_AWAY * len(away):
+                raise invalid(
                     expected=f"normals of {name} that face the camera",
-                    found=f"{away:.0%} that face away",
+                    found=f"{away.mean():.0%} that face away",
                 )
 
     on, before = _compare_depths(depths, sample.c2w, sample.fxfycxcy)
     if before > _MAX_IN_FRONT * on:
-        raise SampleError(
-            subject=f"sample {key!r}",
+        raise invalid(
             expected="depth maps of one surface",
             found=f"{before} points in front of the surface of another view and {on} on it",
             remedy="store depth along the camera's z axis, not along the ray",
@@ -106,12 +107,15 @@ def back_project(
     Returns:
         (N, 3) points in world coordinates, in row-major order of the pixels.
     """
-    rows, columns = np.nonzero(depth)
-    height, width = depth.shape
-    pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
-    z = depth[rows, columns].astype(np.float64)[:, None]
-    points = np.concatenate([(pixels - fxfycxcy[2:]) / fxfycxcy[:2] * z, z], axis=1)
+    seen = depth > 0
+    points = _camera_rays(seen, fxfycxcy) * depth[seen].astype(np.float64)[:, None]
     return points @ c2w[:3, :3].T.astype(np.float64) + c2w[:3, 3]
+
+
+def _camera_rays(seen: npt.NDArray[np.bool_], fxfycxcy: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return the rays through the centers of the N pixels in a mask, in camera coordinates with z = 1, shape (N, 3)."""
+    pixels = (np.argwhere(seen)[:, ::-1] + 0.5) / seen.shape[::-1]
+    return np.column_stack([(pixels - fxfycxcy[2:]) / fxfycxcy[:2], np.ones(len(pixels))])
 
 
 def _compare_depths(
@@ -147,18 +151,6 @@ def _compare_depths(
     return on, before
 
 
-def _facing_away(
-    normals: npt.NDArray[np.float32], c2w: npt.NDArray[np.float32], fxfycxcy: npt.NDArray[np.float32]
-) -> float:
-    """Return the fraction of the normals in a map with shape (H, W, 3) that point away from the camera."""
-    rows, columns = np.nonzero((normals != 0).any(axis=-1))
-    height, width = normals.shape[:2]
-    pixels = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=1)
-    local = np.column_stack([(pixels - fxfycxcy[2:]) / fxfycxcy[:2], np.ones(len(pixels))])
-    cosine = (normals[rows, columns] * (local @ c2w[:3, :3].T.astype(np.float64))).sum(axis=1)
-    return float((cosine > 0).mean()) if len(cosine) else 0.0
-
-
 def resize_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes]:
     """Downsample depth and normal maps to the size of downsampled views.
 
@@ -177,38 +169,34 @@ def resize_geometry(sample: Sample, views: tuple[bytes, ...]) -> dict[str, bytes
         SampleError: A map cannot be decoded, or a map and the view do not have the same size.
     """
     key, smaller = sample.info.id, dict(sample.extras)
-    for view, (before, after) in enumerate(
-        zip(sample.views, views, strict=True) if geometry_types(sample) else ()
-    ):
+    if not geometry_types(sample):
+        return smaller
+    for view, (before, after) in enumerate(zip(sample.views, views, strict=True)):
         size, alpha = decode_image(key, before).shape[:2], decode_image(key, after)[..., 3]
-        for name in (member(view) for member in MEMBER_NAMES.values()):
-            if name in sample.extras and alpha.shape != size:
-                pixels = read_pixels(key, name, sample.extras[name])
-                _check_size(key, name, pixels.shape[:2], size)
-                rows, columns = (
-                    (np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(alpha.shape, size, strict=True)
-                )
-                pixels = pixels[rows[:, None], columns]
-                pixels[alpha == 0] = 0
-                smaller[name] = write_pixels(pixels)
+        if alpha.shape == size:
+            continue
+        rows, columns = (
+            (np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(alpha.shape, size, strict=True)
+        )
+        for name in sorted({member(view) for member in MEMBER_NAMES.values()} & smaller.keys()):
+            pixels = read_pixels(key, name, sample.extras[name])
+            _check_size(key, name, pixels.shape[:2], size)
+            pixels = pixels[rows[:, None], columns]
+            pixels[alpha == 0] = 0
+            smaller[name] = write_pixels(pixels)
     return smaller
 
 
 def _check_holes(key: str, name: str, seen: npt.NDArray[np.bool_], alpha: npt.NDArray[np.uint8]) -> None:
     _check_size(key, name, seen.shape, alpha.shape)
+    invalid = partial(SampleError, subject=f"sample {key!r}")
     if outside := int((seen & (alpha == 0)).sum()):
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"{name} to be 0 where alpha is 0",
-            found=f"other values at {outside} pixels",
-        )
+        raise invalid(expected=f"{name} to be 0 where alpha is 0", found=f"other values at {outside} pixels")
     opaque = alpha == 255
-    holes = int((opaque & ~seen).sum())
-    if holes > _CRACKS * opaque.sum():
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected=f"values in {name} where alpha is 255",
-            found=f"0 at {holes} of {int(opaque.sum())} pixels",
+    holes, total = int((opaque & ~seen).sum()), int(opaque.sum())
+    if holes > _CRACKS * total:
+        raise invalid(
+            expected=f"values in {name} where alpha is 255", found=f"0 at {holes} of {total} pixels"
         )
 
 

@@ -166,19 +166,22 @@ def measure_views(mesh: MeshMeasures, views: Sequence[npt.NDArray[np.uint8]]) ->
     Returns:
         The measures of the mesh file and of the views.
     """
-    solid = [np.asarray(view[..., 3] > _SOLID) for view in views]
-    white = [np.asarray((view[..., :3] >= _WHITE).all(axis=-1)) for view in views]
-    black = [np.asarray((view[..., :3] < _BLACK).all(axis=-1)) for view in views]
     coverage = [float(view[..., 3].mean()) / 255 for view in views]
-    cropped = [bool(s[0].any() or s[-1].any() or s[:, 0].any() or s[:, -1].any()) for s in solid]
-    pixels = sum(int(s.sum()) for s in solid)
+    pixels = white = black = cropped = 0
+    for view in views:
+        solid = view[..., 3] > _SOLID
+        colors = view[solid, :3]
+        pixels += len(colors)
+        white += int((colors >= _WHITE).all(axis=1).sum())
+        black += int((colors < _BLACK).all(axis=1).sum())
+        cropped += bool(solid[[0, -1]].any() or solid[:, [0, -1]].any())
     return Measures(
         **dataclasses.asdict(mesh),
         coverage=sum(coverage) / len(views),
         coverage_min=min(coverage),
-        cropped=sum(cropped) / len(views),
-        white=sum(int((w & s).sum()) for w, s in zip(white, solid, strict=True)) / max(1, pixels),
-        black=sum(int((b & s).sum()) for b, s in zip(black, solid, strict=True)) / max(1, pixels),
+        cropped=cropped / len(views),
+        white=white / max(1, pixels),
+        black=black / max(1, pixels),
     )
 
 

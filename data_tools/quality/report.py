@@ -10,7 +10,7 @@ import html
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from data_tools.quality.filter_table import FILTER_NAME, count_outcomes
 from data_tools.quality.geometry import geometry_types
 from data_tools.quality.validate import decode_alphas
 from data_tools.rendering.shard_folder import read_failures
-from lrm_pl.data.manifest import Manifest, ShardError, read_manifest, read_samples, write_atomically
+from lrm_pl.data.manifest import SPLITS, Manifest, ShardError, read_manifest, read_samples, write_atomically
 from lrm_pl.data.schema import SURFACE_MEMBER, SampleError, SampleInfo, decode_sample
 from lrm_pl.errors import counted
 
@@ -41,38 +41,26 @@ class Statistics:
 
     Attributes:
         infos: Records of all objects.
-        splits: Number of objects with the keys "train", "val" and "rejected".
         geometry: Number of objects with the keys "depth", "normal" and "surface".
-        distance: (N,) distances of the cameras from the origin in scene units.
-        elevation_deg: (N,) elevation angles of the cameras in degrees.
-        fov_deg: (N,) horizontal fields of view in degrees.
         camera_positions: (N, 3) positions of the cameras in world coordinates.
-        coverage: (N,) fractions of the image that the object covers.
-        side: (N,) longer sides of the images in pixels.
-        view_bytes: (N,) sizes of the image files in bytes.
+        quantities: Mapping from tuples (name, unit) to the (N,) values of all views.
     """
 
     infos: tuple[SampleInfo, ...]
-    splits: Counter[str]
     geometry: Counter[str]
-    distance: npt.NDArray[np.float64]
-    elevation_deg: npt.NDArray[np.float64]
-    fov_deg: npt.NDArray[np.float64]
     camera_positions: npt.NDArray[np.float64]
-    coverage: npt.NDArray[np.float64]
-    side: npt.NDArray[np.float64]
-    view_bytes: npt.NDArray[np.float64]
+    quantities: dict[tuple[str, str], npt.NDArray[np.float64]]
 
-    def rows(self) -> list[tuple[str, npt.NDArray[np.float64], str]]:
-        """Return (name, values, unit) for each quantity."""
-        return [
-            ("camera distance", self.distance, "scene units"),
-            ("elevation", self.elevation_deg, "degrees"),
-            ("field of view", self.fov_deg, "degrees"),
-            ("image coverage", 100 * self.coverage, "%"),
-            ("longer side", self.side, "pixels"),
-            ("image file size", self.view_bytes / 1000, "kB"),
-        ]
+
+def describe_objects(manifest: Manifest) -> str:
+    """Return the number of objects per split and the number of views per object."""
+    train, val = (sum(shard.samples for shard in manifest.split(split)) for split in SPLITS)
+    return f"{train + val} ({train} train, {val} held out), {counted(manifest.views, 'view')} each"
+
+
+def count_rejected(manifest: Manifest) -> int:
+    """Return the number of rejected objects."""
+    return sum(shard.samples for shard in manifest.shards if shard.rejected)
 
 
 def inspect(folder: Path) -> Path:
@@ -89,27 +77,29 @@ def inspect(folder: Path) -> Path:
     """
     manifest = read_manifest(folder)
     found = collect_statistics(folder, manifest)
-    train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
-    print(
-        f"objects        {train + val} ({train} train, {val} held out), {counted(manifest.views, 'view')} each"
-    )
-    if rejected:
+    print(f"objects        {describe_objects(manifest)}")
+    if rejected := count_rejected(manifest):
         print(f"rejected       {rejected}, included in the statistics below")
-    print(f"shards         {len(manifest.shards)}, {sum(s.bytes for s in manifest.shards) / 1e6:.1f} MB")
-    for name, values, unit in found.rows():
+    print(f"shards         {_describe_shards(manifest)}")
+    for (name, unit), values in found.quantities.items():
         low, middle, high = np.percentile(values, (0, 50, 100))
         print(f"{name:<31}{low:.4g} / {middle:.4g} / {high:.4g} {unit} (min, median, max)")
     geometry = " / ".join(str(found.geometry[name]) for name in ("depth", "normal", "surface"))
     print(f"{'objects with geometry':<31}{geometry} (depth, normals, surface points)")
-    for name, counts in count_values(folder, found).items():
+    tables = count_values(folder, manifest, found.infos)
+    for name, counts in tables.items():
         top = ", ".join(f"{value} {count}" for value, count in counts.most_common(3))
         print(f"{name:<31}{counted(len(counts), 'value')}: {top}" if counts else f"{name:<31}none")
     if not (folder / SHEET_NAME).is_file():
         write_contact_sheet(folder, manifest.shards, manifest.views)
     path = folder / PAGE_NAME
-    write_atomically(path, render_page(folder, manifest, found).encode())
+    write_atomically(path, render_page(folder, manifest, found, tables).encode())
     print(f"page           {path}")
     return path
+
+
+def _describe_shards(manifest: Manifest) -> str:
+    return f"{len(manifest.shards)}, {sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB"
 
 
 def collect_statistics(folder: Path, manifest: Manifest) -> Statistics:
@@ -118,71 +108,80 @@ def collect_statistics(folder: Path, manifest: Manifest) -> Statistics:
     Raises:
         ShardError: A sample cannot be read.
     """
-    infos, splits, positions, fovs, coverage, side, sizes = [], Counter[str](), [], [], [], [], []
-    geometry = Counter[str]()
+    infos, geometry = list[SampleInfo](), Counter[str]()
+    columns = []  # position, focal length, coverage, longer side and file size of the views of each sample
     with tqdm(total=sum(shard.samples for shard in manifest.shards), unit="object", file=sys.stderr) as bar:
         for shard in manifest.shards:
             for key, content in read_samples(folder, shard):
                 try:
                     sample = decode_sample(key, content)
-                    seen = [(float(alpha.mean()) / 255, max(alpha.shape)) for alpha in decode_alphas(sample)]
+                    views = [
+                        (float(alpha.mean()) / 255, max(alpha.shape), len(view))
+                        for alpha, view in zip(decode_alphas(sample), sample.views, strict=True)
+                    ]
                 except SampleError as error:
                     raise ShardError(
-                        f"{folder / shard.name}: {error}; see `python -m data_tools validate --shards {folder}`"
+                        subject=folder / shard.name,
+                        expected=error.problem,
+                        remedy=f"run `python -m data_tools validate --shards {folder}` to list all problems",
                     ) from error
                 infos.append(sample.info)
-                splits["rejected" if shard.rejected else shard.split] += 1
                 geometry.update(geometry_types(sample))
                 geometry["surface"] += SURFACE_MEMBER in sample.extras
-                positions.append(sample.c2w[:, :3, 3])
-                fovs.append(sample.fxfycxcy[:, 0])
-                coverage += [fraction for fraction, _ in seen]
-                side += [longer for _, longer in seen]
-                sizes += [len(view) for view in sample.views]
+                columns.append(np.column_stack([sample.c2w[:, :3, 3], sample.fxfycxcy[:, 0], views]).T)
                 bar.update()
-    camera_positions = np.concatenate(positions).astype(np.float64)
+    *position, focal, coverage, side, size = np.concatenate(columns, axis=1)
+    camera_positions = np.stack(position, axis=1)
     distance = np.linalg.norm(camera_positions, axis=1)
-    return Statistics(
-        infos=tuple(infos),
-        splits=splits,
-        geometry=geometry,
-        distance=distance,
-        elevation_deg=np.degrees(np.arcsin((camera_positions[:, 2] / distance).clip(-1, 1))),
-        fov_deg=np.degrees(2 * np.arctan(0.5 / np.concatenate(fovs).astype(np.float64))),
-        camera_positions=camera_positions,
-        coverage=np.array(coverage),
-        side=np.array(side, dtype=np.float64),
-        view_bytes=np.array(sizes, dtype=np.float64),
-    )
+    quantities = {
+        ("camera distance", "scene units"): distance,
+        ("elevation", "degrees"): np.degrees(np.arcsin((camera_positions[:, 2] / distance).clip(-1, 1))),
+        ("field of view", "degrees"): np.degrees(2 * np.arctan(0.5 / focal)),
+        ("image coverage", "%"): 100 * coverage,
+        ("longer side", "pixels"): side,
+        ("image file size", "kB"): size / 1000,
+    }
+    return Statistics(tuple(infos), geometry, camera_positions, quantities)
 
 
-def count_values(folder: Path, found: Statistics) -> dict[str, Counter[str]]:
-    """Count licenses, creators, renderers, outcomes and reasons of failures."""
+def count_values(folder: Path, manifest: Manifest, infos: Sequence[SampleInfo]) -> dict[str, Counter[str]]:
+    """Count licenses, creators, renderers, outcomes and reasons of failures.
+
+    Args:
+        folder: Folder of shards.
+        manifest: Manifest of the folder.
+        infos: Records of all objects.
+    """
     failures = read_failures(folder)
     reasons = (record["reason"].partition("\n")[0][:80] for record in failures.values())
     has_table = (folder / FILTER_NAME).is_file()  # only `render` writes this file
-    rejected = found.splits["rejected"]
-    known = Counter(kept=found.splits.total() - rejected, rejected=rejected, failed=len(failures))
+    rejected = count_rejected(manifest)
+    known = Counter(kept=len(infos) - rejected, rejected=rejected, failed=len(failures))
     return {
-        "licenses": Counter(info.license for info in found.infos),
-        "creators": Counter(info.creator for info in found.infos),
-        "renderers": Counter(info.renderer for info in found.infos),
+        "licenses": Counter(info.license for info in infos),
+        "creators": Counter(info.creator for info in infos),
+        "renderers": Counter(info.renderer for info in infos),
         "outcomes": count_outcomes(folder) if has_table else +known,
         "failures": Counter(reasons),
     }
 
 
-def render_page(folder: Path, manifest: Manifest, found: Statistics) -> str:
-    """Return the HTML page. Text from the records of objects is escaped."""
+def render_page(
+    folder: Path, manifest: Manifest, found: Statistics, tables: Mapping[str, Counter[str]]
+) -> str:
+    """Return the HTML page. Text from the records of objects is escaped.
+
+    Args:
+        folder: Folder of shards, which contains the contact sheet.
+        manifest: Manifest of the folder.
+        found: Statistics of the folder.
+        tables: Mapping from titles to counts of values.
+    """
     sheet = base64.b64encode((folder / SHEET_NAME).read_bytes()).decode()
-    train, val, rejected = (found.splits[split] for split in ("train", "val", "rejected"))
-    figures = "".join(
-        f"<figure>{histogram(values)}<figcaption>{name}, {unit}</figcaption></figure>"
-        for name, values, unit in found.rows()
-    )
+    figures = [(histogram(values), f"{name}, {unit}") for (name, unit), values in found.quantities.items()]
     caption = "camera positions from above (x, y) and from the front (x, z)"
-    figures += f"<figure>{plot_cameras(found.camera_positions)}<figcaption>{caption}</figcaption></figure>"
-    tables = "".join(_table(name, counts) for name, counts in count_values(folder, found).items())
+    figures.append((plot_cameras(found.camera_positions), caption))
+    drawn = "".join(f"<figure>{svg}<figcaption>{text}</figcaption></figure>" for svg, text in figures)
     settings = html.escape(json.dumps(manifest.render, indent=1, ensure_ascii=False))
     title = html.escape(folder.resolve().name)
     return f"""<!doctype html>
@@ -193,11 +192,10 @@ table {{ display: inline-block; vertical-align: top; margin: 0 2em 1em 0; border
 td, th {{ text-align: left; padding: .1em .8em .1em 0; }} td.number {{ text-align: right; }} img {{ max-width: 100%; }}
 </style></head><body>
 <h1>{title}</h1>
-<p>{counted(train + val, "object")} ({train} train, {val} held out) with {counted(manifest.views, "view")} each,
-and {counted(rejected, "rejected object")}, in {counted(len(manifest.shards), "shard")} of
-{sum(shard.bytes for shard in manifest.shards) / 1e6:.1f} MB. {counted(manifest.failures, "asset")} failed.</p>
-{figures}
-<div>{tables}</div>
+<p>Objects: {describe_objects(manifest)}. Rejected: {count_rejected(manifest)}. Failed: {manifest.failures}.
+Shards: {_describe_shards(manifest)}.</p>
+{drawn}
+<div>{"".join(_table(name, counts) for name, counts in tables.items())}</div>
 <img alt="contact sheet" src="data:image/png;base64,{sheet}">
 <details><summary>Settings</summary><pre>{settings}</pre></details>
 </body></html>
@@ -236,10 +234,9 @@ def plot_cameras(positions: npt.NDArray[np.float64], side: int = 220) -> str:
     return f'<svg width="{2 * side + 20}" height="{side}">{"".join(parts)}</svg>'
 
 
-def _table(name: str, counted: Counter[str]) -> str:
-    lines: Sequence[tuple[str, int]] = counted.most_common(_LINES)
-    rows = "".join(
-        f'<tr><td>{html.escape(word)}</td><td class="number">{count}</td></tr>' for word, count in lines
-    )
-    more = f"<tr><td>and {len(counted) - _LINES} more</td><td></td></tr>" if len(counted) > _LINES else ""
-    return f"<table><tr><th>{name}</th><th></th></tr>{rows or '<tr><td>none</td></tr>'}{more}</table>"
+def _table(name: str, counts: Counter[str]) -> str:
+    rows = [(html.escape(word), str(count)) for word, count in counts.most_common(_LINES)]
+    if len(counts) > _LINES:
+        rows.append((f"and {len(counts) - _LINES} more", ""))
+    cells = "".join(f'<tr><td>{word}</td><td class="number">{count}</td></tr>' for word, count in rows)
+    return f"<table><tr><th>{name}</th><th></th></tr>{cells or '<tr><td>none</td></tr>'}</table>"

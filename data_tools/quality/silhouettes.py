@@ -101,9 +101,8 @@ def make_silhouettes(alphas: Sequence[npt.NDArray[np.uint8]], cells: int) -> Sil
         seen, solid = _cells(alpha, side, edges=partial)
         distances.append(_distance(seen))
         inner = _all_neighbors(solid)
-        solid = _any_neighbor(
-            inner
-        )  # opening removes lines thinner than three cells, which are not visible in all views
+        # Opening removes lines thinner than three cells, which are not visible in all views.
+        solid = _any_neighbor(inner)
         chosen = [
             rng.permutation(np.argwhere(where))[:count]
             for where, count in ((solid & ~inner, _RAYS * 3 // 4), (inner, _RAYS // 4))
@@ -135,13 +134,8 @@ def check_coherence(
         swaps = _swapped_distances(silhouettes, c2w, fxfycxcy)
         if np.mean(swaps > tolerance) < _MIN_DETECTED:
             undetectable.append("swapped poses")
-        zooms = [
-            ray_distances(
-                silhouettes, c2w, fxfycxcy * np.array([zoom, zoom, 1, 1], dtype=np.float32), views, views
-            ).max()
-            for zoom in (0.7, 1.3)
-        ]
-        if min(zooms) <= tolerance:
+        zoomed = [fxfycxcy * np.array([zoom, zoom, 1, 1], dtype=np.float32) for zoom in (0.7, 1.3)]
+        if any(ray_distances(silhouettes, c2w, k, views, views).max() <= tolerance for k in zoomed):
             undetectable.append("another focal length")
     return Coherence(distances, tuple(undetectable))
 
@@ -183,7 +177,8 @@ def ray_distances(
     Returns:
         (N,) distances in cells. If the object is not visible in an image, the distance is 0.
     """
-    maps = _padded(silhouettes)
+    # The maps are padded with zeros, because a point outside an image can be on the object.
+    maps = np.pad(silhouettes.distance, ((0, 0), (1, 1), (1, 1)))
     count = len(c2w)
     steps = np.unique(np.linspace(1, count - 1, min(_OTHER_VIEWS, count - 1)).astype(np.int64))
     depths = (np.arange(_POINTS, dtype=np.float32) + 0.5) / _POINTS
@@ -237,11 +232,6 @@ def uncovered_distances(
         x, y = (pixels.T * cells).astype(int)
         means.append(float(_distance(covered)[y, x].mean()) if len(pixels) else 0.0)
     return np.array(means)
-
-
-def _padded(silhouettes: Silhouettes) -> npt.NDArray[np.float32]:
-    """Pad the distance maps with zeros, because a point outside an image can be on the object."""
-    return np.pad(silhouettes.distance, ((0, 0), (1, 1), (1, 1)))
 
 
 def _projection(

@@ -7,8 +7,7 @@ and normal maps, the surface points and the cameras (see ``silhouettes``) are ch
 import dataclasses
 import shlex
 import sys
-import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,24 +28,10 @@ from data_tools.quality.silhouettes import (
     uncovered_distances,
 )
 from data_tools.shards.pool import processes
-from lrm_pl.data.manifest import (
-    Manifest,
-    MemberIndex,
-    Shard,
-    ShardError,
-    read_index,
-    read_manifest,
-    read_samples,
-)
-from lrm_pl.data.schema import (
-    KEY_PATTERN,
-    SURFACE_MEMBER,
-    Sample,
-    SampleError,
-    decode_image,
-    decode_sample,
-)
+from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, Shard, read_index, read_manifest, read_samples
+from lrm_pl.data.schema import SURFACE_MEMBER, Sample, SampleError, decode_image, decode_sample
 from lrm_pl.data.surface import decode_surface
+from lrm_pl.data.tar import scan_tar
 from lrm_pl.errors import InputError, counted
 from lrm_pl.paths import hash_file
 
@@ -60,22 +45,7 @@ _MAX_UNCOVERED = 0.5
 WRONG_CAMERAS = "wrong cameras (one-sided surfaces)"
 
 #: Maximum number of samples that are listed in a line.
-_NAMED = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A problem in a shard.
-
-    Attributes:
-        shard: File name of the shard.
-        sample: Key of the sample, or "" if the problem does not belong to a sample.
-        message: Description of the problem.
-    """
-
-    shard: str
-    sample: str
-    message: str
+_MAX_LISTED = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +53,14 @@ class ShardReport:
     """Result of checking a shard.
 
     Attributes:
-        problems: Problems in the shard.
+        problems: Tuples (key, message), where the key is "" if the problem does not belong to a sample.
         undetectable: Mapping from sample keys to camera errors that the views do not reveal.
         shapes: Mapping from sample keys to (number of views, (height, width) of the images).
     """
 
-    problems: list[Problem]
-    undetectable: dict[str, tuple[str, ...]]
-    shapes: dict[str, tuple[int, tuple[int, int]]]
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    undetectable: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    shapes: dict[str, tuple[int, tuple[int, int]]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +75,7 @@ class CheckedViews:
 
     size: tuple[int, int]
     silhouettes: Silhouettes
-    undetectable: tuple[str, ...]
+    undetectable: tuple[str, ...] = ()
 
 
 def validate(folder: Path, jobs: int | None = None) -> int:
@@ -124,48 +94,38 @@ def validate(folder: Path, jobs: int | None = None) -> int:
     """
     manifest = read_manifest(folder)
     samples = sum(shard.samples for shard in manifest.shards)
-    found: list[Problem] = []
-    undetectable: dict[str, list[str]] = {}
+    problems = 0
+    reports: list[ShardReport] = []
+    undetectable = defaultdict[str, list[str]](list)
     with tqdm(total=samples, unit="object", file=sys.stderr) as bar, processes(jobs) as pool:
-
-        def add(problem: Problem) -> None:
-            found.append(problem)
-            bar.write(f"{problem.shard}: {problem.message}", file=sys.stdout)
-
-        reports = []
         for shard, report in zip(
             manifest.shards, pool.map(partial(check_shard, folder), manifest.shards), strict=True
         ):
             reports.append(report)
-            for problem in report.problems:
-                add(problem)
+            for _, message in report.problems:
+                bar.write(f"{shard.name}: {message}", file=sys.stdout)
             for key, errors in report.undetectable.items():
                 for error in errors:
-                    undetectable.setdefault(error, []).append(key)
+                    undetectable[error].append(key)
+            problems += len(report.problems)
             bar.update(shard.samples)
-        for problem in folder_problems(manifest, reports):
-            add(problem)
-    bad = len({(problem.shard, problem.sample) for problem in found})
-    verdict = (
-        f"{counted(len(found), 'problem')}, in {bad} {'sample or shard' if bad == 1 else 'samples or shards'}"
-        if found
-        else "no problems"
-    )
+        for name, message in find_folder_problems(manifest, reports):
+            bar.write(f"{name}: {message}", file=sys.stdout)
+            problems += 1
+    verdict = counted(problems, "problem") if problems else "no problems"
     print(f"{counted(samples, 'object')} in {counted(len(manifest.shards), 'shard')}: {verdict}")
-    if unlisted := sorted(
-        {path.name for path in folder.glob("*.tar")} - {one.name for one in manifest.shards}
-    ):
+    listed = {shard.name for shard in manifest.shards}
+    if unlisted := sorted(path.name for path in folder.glob("*.tar") if path.name not in listed):
         print(
             f"ignored        {counted(len(unlisted), 'tar')} not in the manifest, for example {unlisted[0]}"
         )
     for error, keys in undetectable.items():
         print(f"undetectable   {undetectable_message(error, keys)}")
-    print(
-        f"next           make train DATA={shlex.quote(str(folder))}"
-        if not found
-        else f"next           delete the shards above and {folder / 'manifest.json'}, then render again"
-    )
-    return len(found)
+    if problems:
+        print(f"next           delete the shards above and {folder / MANIFEST_NAME}, then render again")
+    else:
+        print(f"next           make train DATA={shlex.quote(str(folder))}")
+    return problems
 
 
 def undetectable_message(error: str, keys: Sequence[str]) -> str:
@@ -175,20 +135,16 @@ def undetectable_message(error: str, keys: Sequence[str]) -> str:
         error: Name of the camera error.
         keys: Keys of the samples.
     """
-    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
-    return f"{error} cannot be detected for {counted(len(keys), 'object')}: {', '.join(keys[:_NAMED])}{more}"
+    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
+    return f"{error} cannot be detected for {counted(len(keys), 'object')}: {', '.join(keys[:_MAX_LISTED])}{more}"
 
 
 def check_shard(folder: Path, shard: Shard) -> ShardReport:
     """Check a shard and all samples in the shard."""
-    report = ShardReport([], {}, {})
-
-    def add(sample: str, message: str) -> None:
-        report.problems.append(Problem(shard.name, sample, message))
-
+    report = ShardReport()
     try:
-        for difference in list(find_file_problems(folder, shard)):
-            add("", difference)
+        for problem in find_file_problems(folder, shard):
+            report.problems.append(("", problem))
         for key, content in read_samples(folder, shard):
             try:
                 sample = decode_sample(key, content)
@@ -202,9 +158,9 @@ def check_shard(folder: Path, shard: Shard) -> ShardReport:
                 if SURFACE_MEMBER in sample.extras:
                     check_surface(sample, checked.silhouettes)
             except InputError as error:
-                add(key, str(error))
-    except (OSError, ShardError, tarfile.TarError) as error:
-        add("", str(error))
+                report.problems.append((key, str(error)))
+    except (OSError, InputError) as error:
+        report.problems.append(("", str(error)))
     return report
 
 
@@ -233,7 +189,7 @@ def check_surface(sample: Sample, silhouettes: Silhouettes) -> None:
         )
 
 
-def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Iterator[Problem]:
+def find_folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Iterator[tuple[str, str]]:
     """Find duplicate ids, and samples whose number or size of views differs from the other samples.
 
     Args:
@@ -241,62 +197,41 @@ def folder_problems(manifest: Manifest, reports: Sequence[ShardReport]) -> Itera
         reports: Reports of all shards, in the order of the manifest.
 
     Yields:
-        The problems.
+        The name of the shard and a message.
     """
     first: dict[str, str] = {}
     sizes = Counter(size for report in reports for _, size in report.shapes.values())
     usual = sizes.most_common(1)[0][0] if sizes else (0, 0)
     for shard, report in zip(manifest.shards, reports, strict=True):
         for key, (views, size) in report.shapes.items():
-            for wrong, message in (
+            for is_wrong, message in (
                 (key in first, f"a unique id, but found it also in {first.get(key)}"),
                 (views != manifest.views, f"{manifest.views} views as in the manifest, but found {views}"),
                 (size != usual, f"views of {usual} pixels like most objects, but found {size}"),
             ):
-                if wrong:
-                    yield Problem(shard.name, key, f"sample {key!r}: expected {message}")
+                if is_wrong:
+                    yield shard.name, f"sample {key!r}: expected {message}"
             first.setdefault(key, shard.name)
 
 
 def find_file_problems(folder: Path, shard: Shard) -> Iterator[str]:
-    """Compare the file of a shard with the hash in the manifest and with the index.
+    """Compare the file of a shard with the hash in the manifest, and the tar headers with the index.
 
     Yields:
         Descriptions of the differences.
 
     Raises:
-        ShardError: The index is missing, or does not match the tar file.
-        tarfile.TarError: The file is not a tar file.
+        ShardError: The index is missing, or the file is not a tar of regular files with valid names.
     """
-    found = hash_file(folder / shard.name)
-    if found != shard.sha256:
+    path = folder / shard.name
+    if (found := hash_file(path)) != shard.sha256:
         yield f"expected sha256 {shard.sha256} as in the manifest, but found {found}"
-    yield from find_index_problems(folder / shard.name, read_index(folder, shard))
-
-
-def find_index_problems(path: Path, index: MemberIndex) -> Iterator[str]:
-    """Compare the headers of a tar file with the index. Only regular files with valid names are allowed.
-
-    Args:
-        path: Path of the tar file.
-        index: Member index of the tar file.
-
-    Yields:
-        Descriptions of the differences.
-
-    Raises:
-        tarfile.TarError: The file is not a tar file.
-    """
-    expected = {f"{key}.{name}": span for key, members in index.items() for name, span in members.items()}
-    with tarfile.open(path, "r:") as tar:
-        for header in tar:
-            key, _, _ = header.name.partition(".")
-            if not header.isreg() or not KEY_PATTERN.fullmatch(key) or "/" in header.name:
-                yield f"expected regular files with valid names, but found {header.name!r} of type {header.type!r}"
-            elif expected.pop(header.name, None) != (header.offset_data, header.size):
-                yield f"expected {header.name!r} at the offset in the index, but found it at {header.offset_data}"
-    if expected:
-        yield f"expected {counted(len(expected), 'further member')} of the index, for example {sorted(expected)[0]!r}"
+    index, members = read_index(folder, shard), scan_tar(path)
+    if different := sorted(key for key in index | members if index.get(key) != members.get(key)):
+        yield (
+            f"expected the members and offsets in {shard.index_name}, but found others in "
+            f"{counted(len(different), 'sample')}, for example {different[0]!r}"
+        )
 
 
 def decode_alphas(sample: Sample) -> Iterator[npt.NDArray[np.uint8]]:
@@ -334,47 +269,39 @@ def check_views(sample: Sample, *, cameras: bool = True, one_sided: bool = False
     Raises:
         SampleError: An image or a camera is invalid.
     """
-    key = sample.info.id
+    invalid = partial(SampleError, subject=f"sample {sample.info.id!r}")
     alphas = list(decode_alphas(sample))
-    if len({alpha.shape for alpha in alphas}) > 1:
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected="views of one size",
-            found=", ".join(f"{height} x {width}" for height, width in sorted({a.shape for a in alphas})),
-        )
+    size, *others = sorted({alpha.shape for alpha in alphas})
+    if others:
+        found = ", ".join(f"{height} x {width}" for height, width in (size, *others))
+        raise invalid(expected="views of one size", found=found)
     precision = FILMED if sample.info.renderer == layout_renderer("mvimgnet") else RENDERED
     silhouettes = make_silhouettes(alphas, precision.cells)
     if not cameras:
-        return CheckedViews(alphas[0].shape, silhouettes, ())
-    empty = [view for view, alpha in enumerate(alphas) if not alpha.any()]
-    if empty:
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected="an object in every view",
-            found=f"{len(empty)} empty of {counted(len(alphas), 'view')}, the first is view {empty[0]}",
-        )
+        return CheckedViews(size, silhouettes)
+    if empty := [view for view, alpha in enumerate(alphas) if not alpha.any()]:
+        found = f"{counted(len(empty), 'empty view')}, for example view {empty[0]}"
+        raise invalid(expected="an object in every view", found=found)
     if all((alpha == 255).all() for alpha in alphas):
-        raise SampleError(
-            subject=f"sample {key!r}",
+        raise invalid(
             expected="a transparent background",
-            found=f"opaque pixels only in {counted(len(alphas), 'view')}",
+            found=f"{counted(len(alphas), 'view')} without a transparent pixel",
             remedy="remove the background of the object",
         )
     coherence = check_coherence(silhouettes, sample.c2w, sample.fxfycxcy, precision.tolerance)
     worst = int(coherence.distances.argmax())
-    if coherence.distances[worst] > precision.tolerance and one_sided:
-        return CheckedViews(alphas[0].shape, silhouettes, (WRONG_CAMERAS,))
-    if coherence.distances[worst] > precision.tolerance:
-        raise SampleError(
-            subject=f"sample {key!r}",
-            expected="cameras that fit the silhouettes",
-            found=(
-                f"a mean distance of {coherence.distances[worst]:.2f} cells between view {worst} and the silhouettes "
-                f"of the other views (at most {precision.tolerance} of {silhouettes.cells} cells)"
-            ),
-            remedy=(
-                "check the order of the poses, their convention (OpenCV camera-to-world, +z up), the focal length, "
-                "and that the object lies in [-1, 1]^3"
-            ),
-        )
-    return CheckedViews(alphas[0].shape, silhouettes, coherence.undetectable)
+    if coherence.distances[worst] <= precision.tolerance:
+        return CheckedViews(size, silhouettes, coherence.undetectable)
+    if one_sided:
+        return CheckedViews(size, silhouettes, (WRONG_CAMERAS,))
+    raise invalid(
+        expected="cameras that fit the silhouettes",
+        found=(
+            f"a mean distance of {coherence.distances[worst]:.2f} cells between view {worst} and the silhouettes "
+            f"of the other views (at most {precision.tolerance} of {silhouettes.cells} cells)"
+        ),
+        remedy=(
+            "check the order of the poses, the pose convention (OpenCV camera-to-world, +z up), the focal length, "
+            "and that the object is inside [-1, 1]^3"
+        ),
+    )

@@ -5,7 +5,6 @@ objects are complete (see ``shard_folder``). After the last shard, ``filter.parq
 The last file is ``manifest.json``.
 """
 
-import dataclasses
 import errno
 import os
 import shlex
@@ -23,68 +22,34 @@ from tqdm import tqdm
 from data_tools.assets.asset_list import Asset
 from data_tools.quality.contact_sheet import SHEET_NAME, write_contact_sheet
 from data_tools.quality.filter_table import FILTER_NAME, write_filter_table
-from data_tools.quality.measures import parse_rule
+from data_tools.quality.report import count_rejected, describe_objects
 from data_tools.rendering.ray_pool import PoolOptions, RenderPool, connect_ray
 from data_tools.rendering.resume import ResumePlan, plan_folder, write_plan
-from data_tools.rendering.settings import (
-    SETTINGS_NAME,
-    RenderSettings,
-    check_settings,
-    read_settings,
-    write_settings,
-)
+from data_tools.rendering.settings import RenderSettings, check_settings, read_settings, write_settings
 from data_tools.rendering.shard_folder import (
     FAILURES_NAME,
     PARTS_NAME,
     QUARANTINE_NAME,
-    FolderError,
+    PreviousShards,
     add_failure,
-    check_recorded_hashes,
     describe_shards,
-    finished_ids,
+    find_changed_records,
     lock_folder,
-    no_space_error,
     part_ids,
     read_failures,
     remove_partial_files,
-    update_records,
+    reopen_shard,
+    shard_ids,
     write_failures,
     write_part,
     write_planned_shard,
-    write_quarantine,
 )
 from data_tools.rendering.shard_plan import PlannedShard, estimate_object_bytes
-from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, Shard, read_manifest, write_manifest
-from lrm_pl.errors import counted
+from lrm_pl.data.manifest import MANIFEST_NAME, Manifest, write_manifest
+from lrm_pl.errors import InputError, counted
 
 #: Number of consecutive download failures after which the network is assumed to be unavailable.
 _UNREACHABLE = 5
-
-
-@dataclasses.dataclass
-class _RenderStatistics:
-    """Statistics of a run.
-
-    Attributes:
-        objects: Number of rendered objects.
-        cycles_fraction: Fraction of the time that the processes spent in Cycles.
-    """
-
-    objects: int = 0
-    cycles_fraction: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _PreviousManifest:
-    """Manifest that a previous run wrote.
-
-    Attributes:
-        manifest: The manifest, or None if there is none.
-        written_ns: Modification time of the manifest in nanoseconds.
-    """
-
-    manifest: Manifest | None = None
-    written_ns: int = 0
 
 
 def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, options: PoolOptions) -> Manifest:
@@ -104,81 +69,88 @@ def render(assets: Sequence[Asset], out: Path, settings: RenderSettings, options
             cannot be started.
     """
     start = time.monotonic()
-    rules = [parse_rule(rule) for rule in settings.rules]
     check_settings(out, settings)
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
-        last = _read_previous(out)
-        plan = plan_folder(out, settings, assets, options.assets)
-        remove_partial_files(out)
-        by_id = {asset.id: asset for asset in assets}
-        failures = {key: record for key, record in read_failures(out).items() if key in by_id}
-        ended = finished_ids(out, plan.shards, set(failures)) | failures.keys()
-        pending = [by_id[key] for shard in plan.shards for key in shard.ids if key not in ended]
-        if not pending and last.manifest is not None and not plan.list_changed and _is_described(out, last):
-            write_plan(out, plan, assets)
-            manifest = last.manifest
-            shutil.rmtree(out / PARTS_NAME)
-            print(
-                f"Nothing to render: all {counted(len(assets), 'object')} of {options.assets} are finished."
-            )
-            _require_kept(out, manifest, len(assets))
-            _print_summary(out, manifest, time.monotonic() - start, _RenderStatistics())
-            return manifest
-        _check_recorded_hashes(out, plan.shards, by_id, last)
-        write_failures(out / FAILURES_NAME, failures)  # removes an incomplete last line
-        needed = estimate_bytes(len(pending), settings)
-        if shutil.disk_usage(out).free < needed:
-            raise no_space_error(out, needed)
-        try:
-            left = {shard: {key for key in shard.ids if key not in ended} for shard in plan.shards}
-            have = part_ids(out)
-            for shard in (shard for shard in plan.shards if not left[shard] and have.intersection(shard.ids)):
-                write_planned_shard(out, shard, rules)
-            statistics = _RenderStatistics()
-            if pending:
-                with connect_ray(options.jobs):
-                    statistics = _render_pending(options, out, assets, pending, left, failures, plan)
-            else:
-                _mark_unfinished(out, plan, assets)
-            write_failures(out / FAILURES_NAME, failures)  # sorted, without duplicates
-            manifest, updated = _finish(out, plan.shards, by_id, failures, last)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise no_space_error(out, needed) from error
-    _require_kept(out, manifest, len(assets))
-    if updated:
-        print(
-            f"updated        name, creator, source or license of {counted(updated, 'object')}, without rendering"
+        manifest, rendered, cycles_fraction = _complete_folder(assets, out, options)
+    if all(shard.rejected for shard in manifest.shards):
+        raise InputError(
+            expected="at least one accepted object",
+            found=f"{manifest.failures} failed and {len(assets) - manifest.failures} rejected objects",
+            remedy=(
+                f"see {out / FILTER_NAME} and {out / FAILURES_NAME} for the reasons. Choose other rules with `python "
+                f"-m data_tools repack --shards {out} --out ... --where ...`, or correct the assets"
+            ),
         )
-    _print_summary(out, manifest, time.monotonic() - start, statistics)
+    _print_summary(out, manifest)
+    if rendered:
+        views, seconds = rendered * manifest.views, time.monotonic() - start
+        print(
+            f"speed          {views / seconds:.1f} views/s ({views} views in {seconds:.1f} s, including startup); "
+            f"{cycles_fraction:.0%} of the time in Cycles"
+        )
+    print(f"next           make train DATA={shlex.quote(str(out))}")
     return manifest
 
 
-def _read_previous(out: Path) -> _PreviousManifest:
-    path = out / MANIFEST_NAME
-    return (
-        _PreviousManifest(read_manifest(out), path.stat().st_mtime_ns)
-        if path.is_file()
-        else _PreviousManifest()
-    )
+def _complete_folder(assets: Sequence[Asset], out: Path, options: PoolOptions) -> tuple[Manifest, int, float]:
+    """Render the pending assets and complete the folder.
+
+    Returns:
+        The manifest, the number of rendered objects, and the fraction of the time that the processes spent in Cycles.
+    """
+    previous = PreviousShards(out)
+    plan = plan_folder(out, options.settings, assets, options.assets)
+    remove_partial_files(out)
+    by_id = {asset.id: asset for asset in assets}
+    failures = {key: record for key, record in read_failures(out).items() if key in by_id}
+    ended = part_ids(out).union(failures, *(shard_ids(out, shard) for shard in plan.shards))
+    pending = {shard: {key for key in shard.ids if key not in ended} for shard in plan.shards}
+    number = sum(map(len, pending.values()))
+    if not number and previous.manifest and not plan.list_changed and _is_described(out, previous.manifest):
+        write_plan(out, plan, assets)
+        shutil.rmtree(out / PARTS_NAME)
+        print(f"Nothing to render: all {counted(len(assets), 'object')} of {options.assets} are finished.")
+        return previous.manifest, 0, 0.0
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        # The list is written after all records have been updated. If it is equal, the records are up to date.
+        listed = by_id if plan.list_changed else {}
+        find_changed = partial(find_changed_records, out, assets=listed, previous=previous)
+        changes = list(pool.map(find_changed, plan.shards))
+    needed = estimate_bytes(number, options.settings)
+    if shutil.disk_usage(out).free < needed:
+        raise _no_space_error(out, needed)
+    rules = options.settings.parsed_rules
+    try:
+        write_failures(out / FAILURES_NAME, failures)  # removes an incomplete last line
+        for shard, changed in zip(plan.shards, changes, strict=True):
+            reopen_shard(out, shard, failures, changed)
+        have = part_ids(out)
+        for shard in (shard for shard, keys in pending.items() if not keys and have.intersection(shard.ids)):
+            write_planned_shard(out, shard, rules)
+        rendered, cycles_fraction = 0, 0.0
+        if number:
+            with connect_ray(options.jobs):
+                rendered, cycles_fraction = _render_pending(options, out, plan, by_id, pending, failures)
+        else:
+            _mark_unfinished(out, plan, assets)
+        write_failures(out / FAILURES_NAME, failures)  # sorted, without duplicates
+        manifest = _write_manifest(out, plan.shards, options.settings, by_id, failures, previous)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise _no_space_error(out, needed) from error
+    if updated := sum(map(len, changes)):
+        print(
+            f"updated        name, creator, source or license of {counted(updated, 'object')}, without rendering"
+        )
+    return manifest, rendered, cycles_fraction
 
 
-def _is_described(out: Path, last: _PreviousManifest) -> bool:
+def _is_described(out: Path, manifest: Manifest) -> bool:
     """Return whether the filter table and the contact sheet of a complete folder exist."""
-    has_kept = last.manifest is not None and not all(shard.rejected for shard in last.manifest.shards)
-    return all((out / name).is_file() for name in (FILTER_NAME, *[SHEET_NAME] * has_kept))
-
-
-def _check_recorded_hashes(
-    out: Path, plan: Sequence[PlannedShard], assets: Mapping[str, Asset], last: _PreviousManifest
-) -> None:
-    if last.manifest is not None:
-        known = {shard.name: shard for shard in last.manifest.shards}
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            check = partial(check_recorded_hashes, out, assets=assets, known=known, before_ns=last.written_ns)
-            list(pool.map(check, plan))
+    has_accepted = not all(shard.rejected for shard in manifest.shards)
+    return all((out / name).is_file() for name in (FILTER_NAME, *[SHEET_NAME] * has_accepted))
 
 
 def _mark_unfinished(out: Path, plan: ResumePlan, assets: Sequence[Asset]) -> None:
@@ -207,37 +179,55 @@ def estimate_bytes(objects: int, settings: RenderSettings) -> int:
     return (objects + min(objects, 2 * settings.shard_size)) * one
 
 
+def _no_space_error(folder: Path, needed: int) -> InputError:
+    """Return the exception for a full disk.
+
+    Args:
+        folder: Folder on the disk.
+        needed: Required space in bytes.
+    """
+    return InputError(
+        subject=folder,
+        expected=f"about {needed / 1e6:.1f} MB of free disk space",
+        found=f"{shutil.disk_usage(folder).free / 1e6:.1f} MB",
+        remedy="free some space, then run the same command again to resume",
+    )
+
+
 def _render_pending(
     options: PoolOptions,
     out: Path,
-    assets: Sequence[Asset],
-    pending: Sequence[Asset],
-    left: Mapping[PlannedShard, set[str]],
-    failures: dict[str, dict[str, str]],
     plan: ResumePlan,
-) -> _RenderStatistics:
-    """Render the pending assets, and write each shard when it is complete."""
-    rules = [parse_rule(rule) for rule in options.settings.rules]
+    assets: Mapping[str, Asset],
+    pending: Mapping[PlannedShard, set[str]],
+    failures: dict[str, dict[str, str]],
+) -> tuple[int, float]:
+    """Render the pending assets, and write each shard when it is complete.
+
+    Returns:
+        The number of rendered objects, and the fraction of the time that the processes spent in Cycles.
+    """
+    settings = options.settings
     rendered, failed, cycles_s = 0, 0, 0.0
     unreachable: list[str] = []
     start = time.monotonic()
-    by_id = {key: shard for shard in left for key in shard.ids}
-    with closing(RenderPool(options)) as pool, closing(pool.render(pending)) as results:
-        is_new = not check_settings(out, options.settings, pool.renderer)
-        _mark_unfinished(out, plan, assets)
+    shard_of = {key: shard for shard in plan.shards for key in shard.ids}
+    queue = [assets[key] for shard in plan.shards for key in shard.ids if key in pending[shard]]
+    with closing(RenderPool(options)) as pool, closing(pool.render(queue)) as results:
+        is_new = not check_settings(out, settings, pool.renderer)
+        _mark_unfinished(out, plan, tuple(assets.values()))
         if is_new:
-            write_settings(out, options.settings, pool.renderer)
+            write_settings(out, settings, pool.renderer)
         print(
-            f"Rendering {len(pending)} of {counted(len(assets), 'object')}, {pool.describe()} ...", flush=True
+            f"Rendering {len(queue)} of {counted(len(assets), 'object')}, {pool.describe()} ...", flush=True
         )
         begun = time.monotonic()
-        with tqdm(
-            total=len(assets), initial=len(assets) - len(pending), unit="object", file=sys.stderr
-        ) as bar:
+        done = len(assets) - len(queue)
+        with tqdm(total=len(assets), initial=done, unit="object", file=sys.stderr) as bar:
             for result in results:
                 asset = result.asset
                 if result.status == "no space":
-                    raise FolderError(
+                    raise InputError(
                         expected="free disk space in the temporary folder of each node",
                         found=result.reason,
                         remedy="free some space, then run the same command again to resume",
@@ -247,7 +237,7 @@ def _render_pending(
                     for key in unreachable:  # the assets did not cause these failures
                         failures.pop(key, None)
                     write_failures(out / FAILURES_NAME, failures)
-                    raise FolderError(
+                    raise InputError(
                         expected="reachable meshes",
                         found=f"{_UNREACHABLE} consecutive download failures: {result.reason}",
                         remedy="run the same command again to resume, once the network is available",
@@ -259,91 +249,54 @@ def _render_pending(
                 else:
                     failed += 1
                     failures[asset.id] = {"id": asset.id, "file": asset.file, "reason": result.reason}
-                    write_quarantine(out, asset.id, f"{result.reason}\n\n{result.log}")
-                    add_failure(out / FAILURES_NAME, failures[asset.id])
+                    add_failure(out, failures[asset.id], result.log)
                     bar.write(f"failed: {asset.file}: {result.reason.splitlines()[0]}", file=sys.stderr)
-                speed = rendered * options.settings.views / (time.monotonic() - begun)
+                speed = rendered * settings.views / (time.monotonic() - begun)
                 bar.set_postfix_str(f"{failed} failed, {speed:.1f} views/s", refresh=False)
                 bar.update()
-                shard = by_id[asset.id]
-                left[shard].discard(asset.id)
-                if not left[shard]:
-                    write_planned_shard(out, shard, rules)
-        return _RenderStatistics(rendered, cycles_s / ((time.monotonic() - start) * max(1, pool.processes)))
+                shard = shard_of[asset.id]
+                pending[shard].discard(asset.id)
+                if not pending[shard]:
+                    write_planned_shard(out, shard, settings.parsed_rules)
+        return rendered, cycles_s / ((time.monotonic() - start) * max(1, pool.processes))
 
 
-def _finish(
+def _write_manifest(
     out: Path,
     plan: Sequence[PlannedShard],
+    settings: RenderSettings,
     assets: Mapping[str, Asset],
     failures: Mapping[str, Mapping[str, str]],
-    last: _PreviousManifest,
-) -> tuple[Manifest, int]:
-    """Update the records in the shards, and write the filter table, the contact sheet and the manifest.
-
-    Returns:
-        The manifest, and the number of updated records.
-    """
-    settings = read_settings(out) if (out / SETTINGS_NAME).is_file() else {}
-    rules = settings.get("rules", ())
-    known = {shard.name: shard for shard in last.manifest.shards} if last.manifest else {}
-
-    def describe(planned: PlannedShard) -> tuple[int, list[Shard]]:
-        updated = update_records(out, planned, assets, [parse_rule(rule) for rule in rules])
-        return updated, describe_shards(out, planned, known, last.written_ns)
-
+    previous: PreviousShards,
+) -> Manifest:
+    """Write the filter table, the contact sheet and the manifest."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        found = list(pool.map(describe, plan))
-    shards = tuple(shard for _, described in found for shard in described)
-    kept = tuple(shard for shard in shards if not shard.rejected)
-    write_filter_table(out, shards, tuple(assets.values()), rules, failures)
+        described = pool.map(partial(describe_shards, out, previous=previous), plan)
+        shards = tuple(shard for files in described for shard in files)
+    write_filter_table(out, shards, assets.values(), settings.parsed_rules, failures)
     if not shards:
-        raise FolderError(
+        raise InputError(
             expected="at least one rendered object",
-            found=f"{counted(len(assets), 'failure')}",
+            found=counted(len(assets), "failure"),
             remedy=f"see {out / FAILURES_NAME} for the reasons, correct the assets, delete that file and run again",
         )
-    views = settings["views"]
-    if kept:
-        write_contact_sheet(out, kept, views)
-    manifest = Manifest(shards=shards, views=views, failures=len(failures), render=settings)
+    if not all(shard.rejected for shard in shards):
+        write_contact_sheet(out, shards, settings.views)
+    manifest = Manifest(shards, settings.views, len(failures), read_settings(out))
     write_manifest(out, manifest)
     shutil.rmtree(out / PARTS_NAME, ignore_errors=True)
-    return manifest, sum(updated for updated, _ in found)
+    return manifest
 
 
-def _require_kept(out: Path, manifest: Manifest, assets: int) -> None:
-    if all(shard.rejected for shard in manifest.shards):
-        raise FolderError(
-            expected="at least one accepted object",
-            found=f"{manifest.failures} failed and {assets - manifest.failures} rejected ones",
-            remedy=(
-                f"see {out / FILTER_NAME} and {out / FAILURES_NAME} for the reasons. Choose other rules with `python "
-                f"-m data_tools repack --shards {out} --out ... --where ...`, or correct the assets"
-            ),
-        )
-
-
-def _print_summary(out: Path, manifest: Manifest, seconds: float, statistics: _RenderStatistics) -> None:
-    train, val = (sum(s.samples for s in manifest.split(split)) for split in ("train", "val"))
-    rejected = sum(shard.samples for shard in manifest.shards if shard.rejected)
-    print(
-        f"objects        {train + val} ({train} train, {val} held out), {counted(manifest.views, 'view')} each"
-    )
+def _print_summary(out: Path, manifest: Manifest) -> None:
+    print(f"objects        {describe_objects(manifest)}")
     print(f"shards         {len(manifest.shards)}")
-    if rejected:
+    if rejected := count_rejected(manifest):
         print(f"rejected       {rejected}, see {out / FILTER_NAME}; `repack --where` applies other rules")
     if manifest.failures:
         print(
             f"failed         {manifest.failures}, see {out / FAILURES_NAME} and {out / QUARANTINE_NAME}; delete "
             f"{FAILURES_NAME} to retry"
         )
-    if statistics.objects:
-        views = statistics.objects * manifest.views
-        print(
-            f"speed          {views / seconds:.1f} views/s ({views} views in {seconds:.1f} s, including startup); "
-            f"{statistics.cycles_fraction:.0%} of the time in Cycles"
-        )
     print(f"folder         {out}")
     print(f"contact sheet  {out / SHEET_NAME}")
-    print(f"next           make train DATA={shlex.quote(str(out))}")

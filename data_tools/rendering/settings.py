@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from data_tools.quality.measures import DEFAULT_RULES
+from data_tools.quality.measures import DEFAULT_RULES, Rule, parse_rule
 from data_tools.rendering.cameras import PRESETS, CameraPreset
 from lrm_pl.conventions import Normalization
 from lrm_pl.data.manifest import write_atomically
@@ -64,6 +64,11 @@ class RenderSettings:
     def cameras(self) -> CameraPreset:
         """The camera preset."""
         return PRESETS[self.preset]
+
+    @property
+    def parsed_rules(self) -> list[Rule]:
+        """The rules that objects must satisfy."""
+        return [parse_rule(rule) for rule in self.rules]
 
     def record(self) -> dict[str, Any]:
         """Return the settings and the ranges of the camera preset as JSON values."""

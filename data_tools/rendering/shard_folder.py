@@ -14,9 +14,8 @@ complete contain ``.partial``.
 
 import dataclasses
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +23,14 @@ from data_tools.assets.asset_list import Asset
 from data_tools.quality.filter_table import read_infos
 from data_tools.quality.measures import MEASURES_MEMBER, Rule, broken_rules, decode_measures
 from data_tools.rendering.shard_plan import PlannedShard
-from lrm_pl.data.manifest import MANIFEST_NAME, Shard, read_index, read_members, write_atomically
+from lrm_pl.data.manifest import (
+    MANIFEST_NAME,
+    Shard,
+    read_index,
+    read_manifest,
+    read_members,
+    write_atomically,
+)
 from lrm_pl.data.schema import INFO_MEMBER, SampleInfo, encode_info
 from lrm_pl.data.tar import scan_tar, write_shard
 from lrm_pl.errors import InputError
@@ -39,10 +45,6 @@ QUARANTINE_NAME = "quarantine"
 LOCK_TIMEOUT_S = 30.0
 
 
-class FolderError(InputError):
-    """Raised if a folder of shards or its disk cannot be used, or if no object can be rendered."""
-
-
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder of shards.
@@ -51,7 +53,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         folder: Folder of shards.
 
     Raises:
-        FolderError: A different process has locked the folder.
+        InputError: A different process has locked the folder.
     """
     with open(folder / ".lock", "w") as file:
         give_up = time.monotonic() + LOCK_TIMEOUT_S
@@ -61,7 +63,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > give_up:
-                    raise FolderError(
+                    raise InputError(
                         subject=folder,
                         expected="no other process that renders into this folder",
                         found="one",
@@ -90,12 +92,6 @@ def write_part(folder: Path, key: str, members: Mapping[str, bytes]) -> None:
     (folder / QUARANTINE_NAME / f"{key}.log").unlink(missing_ok=True)
 
 
-def write_quarantine(folder: Path, key: str, log: str) -> None:
-    """Write the output of Blender for an object that could not be rendered."""
-    (folder / QUARANTINE_NAME).mkdir(exist_ok=True)
-    write_atomically(folder / QUARANTINE_NAME / f"{key}.log", log.encode())
-
-
 def part_ids(folder: Path) -> set[str]:
     """Return the ids of all parts."""
     return {path.stem for path in (folder / PARTS_NAME).glob("*.tar")}
@@ -105,7 +101,7 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
     """Return a mapping from ids to the records in ``failures.jsonl``.
 
     Raises:
-        FolderError: A line is not a valid record.
+        InputError: A line is not a valid record.
     """
     path = folder / FAILURES_NAME
     if not path.is_file():
@@ -118,7 +114,7 @@ def read_failures(folder: Path) -> dict[str, dict[str, str]]:
                 record = json.loads(line)
                 records[record["id"]] = {name: str(record[name]) for name in ("id", "file", "reason")}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise FolderError(
+            raise InputError(
                 subject=f"{path}, line {number}",
                 expected="a record with id, file and reason",
                 found=f"{line[:60]!r}",
@@ -133,9 +129,12 @@ def write_failures(path: Path, failures: dict[str, dict[str, str]]) -> None:
         write_atomically(path, b"".join(_line(failures[key]) for key in sorted(failures)))
 
 
-def add_failure(path: Path, record: dict[str, str]) -> None:
-    """Append a record to ``failures.jsonl``."""
-    with open(path, "ab") as file:
+def add_failure(folder: Path, record: dict[str, str], log: str) -> None:
+    """Append a record to ``failures.jsonl``, and write the output of Blender to the folder ``quarantine``."""
+    (folder / QUARANTINE_NAME).mkdir(exist_ok=True)
+    output = f"{record['reason']}\n\n{log}".encode("utf-8", "backslashreplace")
+    write_atomically(folder / QUARANTINE_NAME / f"{record['id']}.log", output)
+    with open(folder / FAILURES_NAME, "ab") as file:
         file.write(_line(record))
 
 
@@ -156,7 +155,7 @@ def find_records(folder: Path, planned: PlannedShard) -> dict[str, tuple[Path, S
     Raises:
         InputError: A shard or a record is damaged.
     """
-    tars = [folder / name for name, _ in _names(planned)]
+    tars = [folder / name for name in _names(planned)]
     tars += [folder / PARTS_NAME / f"{key}.tar" for key in planned.ids]
     found = dict[str, tuple[Path, SampleInfo]]()
     for tar in tars:
@@ -166,112 +165,72 @@ def find_records(folder: Path, planned: PlannedShard) -> dict[str, tuple[Path, S
     return found
 
 
-def check_recorded_hashes(
-    folder: Path,
-    planned: PlannedShard,
-    assets: Mapping[str, Asset],
-    known: Mapping[str, Shard],
-    before_ns: int,
-) -> None:
-    """Verify the files of a shard that will be hashed again, so that no hash of a damaged file is recorded.
+class PreviousShards:
+    """Shards in the manifest of the previous run.
 
     Args:
         folder: Folder of shards.
-        planned: Shard to verify.
-        assets: Mapping from ids to assets.
-        known: Mapping from names to shards in the previous manifest.
-        before_ns: Modification time of the previous manifest in nanoseconds.
+
+    Attributes:
+        manifest: Manifest of the previous run, or None if there is none.
+        shards: Mapping from names to entries of the manifest.
 
     Raises:
-        FolderError: A file does not have the hash in the previous manifest.
+        lrm_pl.data.manifest.ShardError: The manifest is invalid, or a shard is missing.
     """
-    paths = [folder / name for name, _ in _names(planned) if name in known and (folder / name).is_file()]
-    is_rewritten = bool(_changed_records(folder, planned, assets))
-    for path in paths:
-        shard = known[path.name]
-        if (is_rewritten or not _is_unchanged(path, shard, before_ns)) and hash_file(path) != shard.sha256:
-            raise FolderError(
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / MANIFEST_NAME
+        self.manifest = read_manifest(folder) if path.is_file() else None
+        self.shards = {shard.name: shard for shard in self.manifest.shards} if self.manifest else {}
+        self._written_ns = path.stat().st_mtime_ns if self.manifest else 0
+
+    def sha256(self, path: Path) -> str:
+        """Return the hash of a shard. A file that has not changed since the manifest was written is not read."""
+        shard, stat = self.shards.get(path.name), path.stat()
+        if shard and shard.bytes == stat.st_size and stat.st_mtime_ns < self._written_ns:
+            return shard.sha256
+        return hash_file(path)
+
+
+def find_changed_records(
+    folder: Path, planned: PlannedShard, assets: Mapping[str, Asset], previous: PreviousShards
+) -> dict[str, dict[str, bytes]]:
+    """Find objects whose name, license, creator or source differs from the asset list.
+
+    The files that will be hashed again are verified, so that no hash of a damaged file is recorded.
+
+    Args:
+        folder: Folder of shards.
+        planned: Shard whose objects are compared.
+        assets: Mapping from ids to assets. If it is empty, no records are read.
+        previous: Shards in the previous manifest.
+
+    Returns:
+        Mapping from ids to the changed members of the sample.
+
+    Raises:
+        InputError: A file does not have the hash in the previous manifest.
+    """
+    changed = {}
+    for key, (_, info) in find_records(folder, planned).items() if assets else ():
+        if key in assets and info != (listed := dataclasses.replace(info, **assets[key].record())):
+            changed[key] = {INFO_MEMBER: encode_info(listed)}
+    for path in (folder / name for name in _names(planned)):
+        recorded = previous.shards.get(path.name)
+        if not recorded or not path.is_file():
+            continue
+        if (hash_file(path) if changed else previous.sha256(path)) != recorded.sha256:
+            raise InputError(
                 subject=path,
-                expected=f"the sha256 {shard.sha256} of the manifest",
-                found="another one",
+                expected=f"the sha256 {recorded.sha256} in the manifest",
+                found="a different sha256",
                 remedy=(
-                    f"the file is damaged. Delete it and {folder / MANIFEST_NAME}, then run the same command to render "
+                    f"the file is damaged: delete it and {folder / MANIFEST_NAME}, then run the same command to render "
                     "its objects again"
                 ),
             )
-
-
-def _changed_records(
-    folder: Path, planned: PlannedShard, assets: Mapping[str, Asset]
-) -> dict[str, SampleInfo]:
-    return {
-        key: info
-        for key, (_, info) in find_records(folder, planned).items()
-        if key in assets and info != _with_listed(info, assets[key])
-    }
-
-
-def _is_unchanged(path: Path, shard: Shard, before_ns: int) -> bool:
-    """Return whether a file has the size in the manifest and is older than the manifest."""
-    stat = path.stat()
-    return shard.bytes == stat.st_size and stat.st_mtime_ns < before_ns
-
-
-def update_records(
-    folder: Path, planned: PlannedShard, assets: Mapping[str, Asset], rules: Sequence[Rule]
-) -> int:
-    """Update the names, licenses, creators and sources in a shard according to the asset list.
-
-    Args:
-        folder: Folder of shards.
-        planned: Shard to update.
-        assets: Mapping from ids to assets.
-        rules: Rules that objects must satisfy.
-
-    Returns:
-        Number of updated records.
-    """
-    changed = _changed_records(folder, planned, assets)
-    if changed:
-
-        def update(key: str, members: dict[str, bytes]) -> dict[str, bytes]:
-            if key not in changed:
-                return members
-            return members | {INFO_MEMBER: encode_info(_with_listed(changed[key], assets[key]))}
-
-        _split_into_parts(folder, planned, update)
-        write_planned_shard(folder, planned, rules)
-    return len(changed)
-
-
-def _with_listed(info: SampleInfo, asset: Asset) -> SampleInfo:
-    return dataclasses.replace(info, **asset.record())
-
-
-def describe_shards(
-    folder: Path, planned: PlannedShard, known: Mapping[str, Shard], before_ns: int
-) -> list[Shard]:
-    """Return the manifest entries of the files of a planned shard.
-
-    There is one file for accepted objects and one file for rejected objects. A file without objects does not exist.
-
-    Args:
-        folder: Folder of shards.
-        planned: Shard to describe.
-        known: Mapping from names to shards in the previous manifest.
-        before_ns: Modification time of the previous manifest in nanoseconds. Older files are not hashed again if they
-            have the size in the manifest.
-    """
-    found = []
-    for name, rejected in _names(planned):
-        shard = _shard(folder / name, planned)
-        if shard is None:
-            continue
-        previous = known.get(name)
-        unchanged = previous and _is_unchanged(folder / name, previous, before_ns)
-        sha256 = previous.sha256 if previous and unchanged else hash_file(folder / name)
-        found.append(dataclasses.replace(shard, sha256=sha256, rejected=rejected))
-    return found
+    return changed
 
 
 def shard_ids(folder: Path, planned: PlannedShard) -> set[str]:
@@ -280,33 +239,36 @@ def shard_ids(folder: Path, planned: PlannedShard) -> set[str]:
     Raises:
         lrm_pl.data.manifest.ShardError: An index is invalid.
     """
-    shards = (_shard(folder / name, planned) for name, _ in _names(planned))
+    shards = (_shard(folder / name, planned) for name in _names(planned))
     return {key for shard in shards if shard for key in read_index(folder, shard)}
 
 
-def finished_ids(folder: Path, plan: Sequence[PlannedShard], failed: set[str]) -> set[str]:
-    """Return the ids of all objects that have been rendered into shards or parts.
+def reopen_shard(
+    folder: Path, planned: PlannedShard, failed: Collection[str], changed: Mapping[str, dict[str, bytes]]
+) -> None:
+    """Split a shard into parts if an object is missing or if records have changed.
 
-    If an object is missing from a shard and not recorded as failed, for example because ``failures.jsonl`` was deleted,
-    the shard is split into parts. It is written again when the missing object has been rendered.
+    An object can be missing, for example, because ``failures.jsonl`` was deleted. No object is lost if this operation
+    is interrupted. If the shard is complete and unchanged, its parts are deleted.
 
     Args:
         folder: Folder of shards.
-        plan: All shards.
+        planned: Shard to split.
         failed: Ids of objects that are recorded as failed.
+        changed: Mapping from ids to changed members.
     """
-    done = part_ids(folder)
-    for planned in plan:
-        ids = shard_ids(folder, planned)
-        if not ids:
-            continue
-        if all(key in ids or key in failed for key in planned.ids):
-            _drop_parts(folder, planned)
-        else:
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)
-            _split_into_parts(folder, planned)
-        done |= ids
-    return done
+    ids = shard_ids(folder, planned)
+    if ids and not changed and all(key in ids or key in failed for key in planned.ids):
+        _delete_parts(folder, planned)
+        return
+    parts = folder / PARTS_NAME
+    tars = [folder / name for name in _names(planned)] + [parts / f"{key}.tar" for key in changed]
+    for tar in (tar for tar in tars if tar.is_file()):
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        for key, members in _read_tar(tar):
+            write_shard(parts, f"{key}.tar", planned.split, [(key, members | changed.get(key, {}))])
+        if tar.parent == folder:
+            tar.unlink()
 
 
 def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rule]) -> None:
@@ -317,22 +279,35 @@ def write_planned_shard(folder: Path, planned: PlannedShard, rules: Sequence[Rul
         planned: Shard to write.
         rules: Rules that objects must satisfy. Objects that violate a rule are written to a separate file.
     """
-    have = part_ids(folder)
-    chosen = dict[bool, list[str]]({False: [], True: []})
-    for key in (key for key in planned.ids if key in have):
-        for _, members in _read_tar(folder / PARTS_NAME / f"{key}.tar"):
-            rejected = bool(broken_rules(decode_measures(key, members[MEASURES_MEMBER]), rules))
-            chosen[rejected].append(key)
-    for name, rejected in _names(planned):
-        if keys := chosen[rejected]:
-            samples = (sample for key in keys for sample in _read_tar(folder / PARTS_NAME / f"{key}.tar"))
+    parts = [folder / PARTS_NAME / f"{key}.tar" for key in planned.ids]
+    chosen: dict[bool, list[Path]] = {False: [], True: []}
+    for part in (part for part in parts if part.is_file()):
+        for key, members in _read_tar(part):
+            chosen[bool(broken_rules(decode_measures(key, members[MEASURES_MEMBER]), rules))].append(part)
+    for name, (rejected, paths) in zip(_names(planned), chosen.items(), strict=True):
+        if paths:
+            samples = (sample for path in paths for sample in _read_tar(path))
             write_shard(folder, name, planned.split, samples, rejected=rejected)
-    _drop_parts(folder, planned)
+    _delete_parts(folder, planned)
 
 
-def _names(planned: PlannedShard) -> tuple[tuple[str, bool], ...]:
-    """Return a tuple (name, rejected) for each file of a planned shard."""
-    return (planned.name, False), (f"rejected-{planned.name}", True)
+def describe_shards(folder: Path, planned: PlannedShard, previous: PreviousShards) -> list[Shard]:
+    """Return the manifest entries of the files of a planned shard.
+
+    Args:
+        folder: Folder of shards.
+        planned: Shard to describe.
+        previous: Shards in the previous manifest.
+    """
+    shards = (_shard(folder / name, planned) for name in _names(planned))
+    return [
+        dataclasses.replace(shard, sha256=previous.sha256(folder / shard.name)) for shard in shards if shard
+    ]
+
+
+def _names(planned: PlannedShard) -> tuple[str, str]:
+    """Return the names of the files of accepted and of rejected objects. A file without objects does not exist."""
+    return planned.name, f"rejected-{planned.name}"
 
 
 def _shard(tar: Path, planned: PlannedShard) -> Shard | None:
@@ -340,44 +315,11 @@ def _shard(tar: Path, planned: PlannedShard) -> Shard | None:
     index = tar.with_name(tar.stem + ".index.json")
     if not tar.is_file() or not index.is_file():
         return None
-    return Shard(tar.name, planned.split, len(json.loads(index.read_bytes())), tar.stat().st_size, "")
+    samples = len(json.loads(index.read_bytes()))
+    return Shard(tar.name, planned.split, samples, tar.stat().st_size, "", tar.name != planned.name)
 
 
-def _split_into_parts(
-    folder: Path,
-    planned: PlannedShard,
-    change: Callable[[str, dict[str, bytes]], dict[str, bytes]] = lambda _, members: members,
-) -> None:
-    """Split a shard into parts. No object is lost if this operation is interrupted.
-
-    Args:
-        folder: Folder of shards.
-        planned: Shard to split.
-        change: Function that maps the id and the members of an object to the members of the part.
-    """
-    for name in (name for name, _ in _names(planned) if (folder / name).is_file()):
-        for key, members in _read_tar(folder / name):
-            write_shard(folder / PARTS_NAME, f"{key}.tar", planned.split, [(key, change(key, members))])
-        (folder / name).unlink()
-
-
-def no_space_error(folder: Path, needed: int) -> FolderError:
-    """Return the exception for a full disk.
-
-    Args:
-        folder: Folder on the disk.
-        needed: Required space in bytes.
-    """
-    free = shutil.disk_usage(folder).free
-    return FolderError(
-        subject=folder,
-        expected=f"about {needed / 1e6:.1f} MB of free disk space",
-        found=f"{free / 1e6:.1f} MB",
-        remedy="free some space, then run the same command again to resume",
-    )
-
-
-def _drop_parts(folder: Path, planned: PlannedShard) -> None:
+def _delete_parts(folder: Path, planned: PlannedShard) -> None:
     for key in planned.ids:
         for suffix in (".tar", ".index.json"):
             (folder / PARTS_NAME / (key + suffix)).unlink(missing_ok=True)

@@ -174,7 +174,7 @@ def test_bad_geometry_is_named_by_shard_sample_and_member(folder, capsys, name, 
     out = capsys.readouterr().out
     assert "train-000000.tar: sample 'c': " in out
     assert message in out
-    assert "1 problem, in 1 sample or shard" in out
+    assert "3 objects in 1 shard: 1 problem\n" in out
 
 
 def test_geometry_of_a_view_that_is_not_there_is_named(sample):

@@ -38,12 +38,16 @@ def folder(tmp_path):
 
 def test_numbers_are_those_that_are_known(folder):
     found = collect_statistics(folder, read_manifest(folder))
-    assert found.splits == Counter(train=1)
-    np.testing.assert_allclose(found.distance, [3, 2**0.5], rtol=1e-6)
-    np.testing.assert_allclose(found.elevation_deg, [0, 45], atol=1e-5)
-    np.testing.assert_allclose(found.fov_deg, [90, 90], rtol=1e-6)
-    np.testing.assert_allclose(found.coverage, [0.25, 1.0])
-    assert found.side.tolist() == [20, 20]
+    expected = {
+        ("camera distance", "scene units"): [3, 2**0.5],
+        ("elevation", "degrees"): [0, 45],
+        ("field of view", "degrees"): [90, 90],
+        ("image coverage", "%"): [25, 100],
+        ("longer side", "pixels"): [20, 20],
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(found.quantities[name], values, rtol=1e-6, atol=1e-5)
+    assert {unit for _, unit in found.quantities.keys() - expected.keys()} == {"kB"}
 
 
 def test_the_page_is_one_file_in_which_records_are_text(folder, capsys):
@@ -93,7 +97,9 @@ def test_a_damaged_folder_points_to_validate(shards, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(shards, broken)
     spoil_first_poses(broken / "train-000000.tar")
-    with pytest.raises(ShardError, match=r"train-000000\.tar: sample .*data_tools validate --shards"):
+    with pytest.raises(
+        ShardError, match=r"train-000000\.tar: sample .*Run `python -m data_tools validate --shards"
+    ):
         inspect(broken)
 
 

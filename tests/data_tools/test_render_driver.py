@@ -21,9 +21,9 @@ from data_tools.__main__ import main
 from data_tools.blender import process as blender_process
 from data_tools.blender.process import BlenderError
 from data_tools.rendering import ray_pool, shard_folder
-from data_tools.rendering.shard_folder import FolderError
 from lrm_pl.data.manifest import read_index, read_manifest, read_samples
 from lrm_pl.data.schema import decode_sample
+from lrm_pl.errors import InputError
 from tests.builders import RENDER_SETTINGS, STAND_IN_WORKER, read_tars
 from tests.data_tools.driver_runs import failures, run
 
@@ -102,7 +102,7 @@ def test_the_time_limit_is_ten_minutes_and_grows_with_the_samples_that_are_compu
 def test_if_every_asset_fails_the_run_fails(assets, tmp_path):
     for path in assets.iterdir():
         path.write_text("bad")
-    with pytest.raises(FolderError, match="at least one rendered object, but found 6 failures"):
+    with pytest.raises(InputError, match="at least one rendered object, but found 6 failures"):
         run(assets, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -111,7 +111,7 @@ def test_too_little_space_is_said_before_anything_is_rendered(assets, tmp_path, 
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     message = r"expected about 0\.1 MB of free disk space, but found 0\.0 MB. Free some space, then run"
-    with pytest.raises(FolderError, match=message):
+    with pytest.raises(InputError, match=message):
         run(assets, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
 
@@ -130,7 +130,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_the_next_run_goes_on(assets, tmp
             return original(folder, name, *args, **options)
 
         monkeypatch.setattr(shard_folder, "write_shard", fail)
-    with pytest.raises(FolderError, match=r"free disk space.* run the same command again to resume"):
+    with pytest.raises(InputError, match=r"free disk space.* run the same command again to resume"):
         run(assets, out)
     assert not (out / "manifest.json").exists()
     if where == "worker":
@@ -245,7 +245,7 @@ def test_two_runs_in_one_folder_are_refused(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(shard_folder, "LOCK_TIMEOUT_S", 0.2)
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FolderError, match=r"expected no other process .*, but found one"):
+        with pytest.raises(InputError, match=r"expected no other process .*, but found one"):
             run(assets, out)
 
 
@@ -277,9 +277,7 @@ def test_a_line_of_the_failures_that_is_none_is_named_with_the_remedy(assets, tm
     run(assets, tmp_path)
     for line in ("garbage", "[1]", '{"id": "a"}'):
         (tmp_path / "failures.jsonl").write_text(f"\n{line}\n")
-        with pytest.raises(
-            FolderError, match=r"failures\.jsonl, line 2: expected a record with id, .*Delete"
-        ):
+        with pytest.raises(InputError, match=r"failures\.jsonl, line 2: expected a record with id, .*Delete"):
             run(assets, tmp_path)
 
 
@@ -294,7 +292,7 @@ def test_a_blender_that_is_killed_while_it_starts_is_started_again(assets, tmp_p
 def test_a_network_that_is_down_stops_the_run_and_blames_no_object(assets, tmp_path):
     for name in "abcdef":
         (assets / f"{name}.glb").write_text("unreachable")
-    with pytest.raises(FolderError, match=r"5 consecutive download failures: .*Run the same command again"):
+    with pytest.raises(InputError, match=r"5 consecutive download failures: .*Run the same command again"):
         run(assets, tmp_path / "out")
     assert shard_folder.read_failures(tmp_path / "out") == {}
     (assets / "mended").touch()
@@ -306,10 +304,11 @@ def test_a_network_that_is_down_stops_the_run_and_blames_no_object(assets, tmp_p
 def test_a_line_of_the_failures_that_a_killed_run_began_is_not_taken_for_one(tmp_path):
     path = tmp_path / "failures.jsonl"
     for key in "ba":
-        shard_folder.add_failure(path, {"id": key, "file": f"{key}.glb", "reason": "stühle \udc80"})
+        shard_folder.add_failure(tmp_path, {"id": key, "file": f"{key}.glb", "reason": "stühle \udc80"}, "")
     path.write_bytes(path.read_bytes() + b'{"id": "c", "fi')
     found = shard_folder.read_failures(tmp_path)
     assert list(found) == ["b", "a"]
+    assert "\\udc80" in (tmp_path / "quarantine" / "a.log").read_text()
     shard_folder.write_failures(path, found)
     assert [line[:10] for line in path.read_text().splitlines()] == ['{"id": "a"', '{"id": "b"']
     assert shard_folder.read_failures(tmp_path) == found

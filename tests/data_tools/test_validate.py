@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,13 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.quality.measures import encode_measures
-from data_tools.quality.validate import check_views, find_index_problems
+from data_tools.quality.validate import check_views, find_file_problems
 from data_tools.shards.pool import processes
-from lrm_pl.data.manifest import read_index, read_manifest, write_manifest
+from lrm_pl.data.manifest import ShardError, read_index, read_manifest, write_manifest
 from lrm_pl.data.schema import SampleError, decode_image, encode_image, encode_sample
 from lrm_pl.data.surface import SURFACE_POINTS, encode_surface
 from lrm_pl.data.synthetic import synthetic_sample
-from lrm_pl.data.tar import write_shard
+from lrm_pl.data.tar import encode_index, write_shard
 from lrm_pl.errors import InputError
 from tests.data_tools.stand_in_worker import MEASURES
 
@@ -141,9 +142,9 @@ def _no_view(members, sample):
     [
         (_opengl, "cameras that fit the silhouettes, but found a mean distance of"),
         (_pixels, "cameras that fit the silhouettes"),
-        (_empty, "expected an object in every view, but found 8 empty of 8 views, the first is view 0"),
+        (_empty, "expected an object in every view, but found 8 empty views, for example view 0"),
         (_two_sizes, "expected views of one size, but found 16 x 16, 32 x 32"),
-        (_opaque, "expected a transparent background, but found opaque pixels only in 8 views"),
+        (_opaque, "expected a transparent background, but found 8 views without a transparent pixel"),
         (_both_formats, "each once, but found view_005.webp and view_005.png"),
         (_other_surface, "expected points of surface.npy that cover the object"),
         (_broken_measures, "expected finite measures"),
@@ -157,7 +158,7 @@ def test_a_bad_sample_is_named_with_its_shard(folder, capsys, change, message):
     out = said(folder, capsys, 1)
     assert "train-000000.tar: sample 'train-ellipsoid-000': " in out
     assert message in out
-    assert "1 problem, in 1 sample or shard" in out
+    assert "6 objects in 3 shards: 1 problem\n" in out
 
 
 def test_an_object_that_is_in_both_splits_is_named(folder, capsys):
@@ -268,28 +269,28 @@ def _die():
         ("device.json", tarfile.CHRTYPE),
     ],
 )
-def test_members_that_leave_the_folder_links_and_devices_are_named(tmp_path, name, kind):
-    path = tmp_path / "bad.tar"
-    with tarfile.open(path, "w") as tar:
+def test_paths_links_and_devices_in_a_tar_are_reported(tmp_path, name, kind):
+    shard = write_shard(tmp_path, "bad.tar", "train", [("a", encode_sample(synthetic_sample("a", 1, 32, 0)))])
+    with tarfile.open(tmp_path / "bad.tar", "a") as tar:
         header = tarfile.TarInfo(name)
-        header.type, header.linkname = (
-            kind,
-            "/etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else "",
-        )
+        header.type, header.linkname = kind, "/etc/passwd"
         tar.addfile(header, io.BytesIO())
-    (difference,) = find_index_problems(path, {})
-    assert name in difference
+    problems = find_file_problems(tmp_path, dataclasses.replace(shard, bytes=1 << 20))
+    assert "expected sha256" in next(problems)
+    with pytest.raises(ShardError, match=re.escape(repr(name))):
+        next(problems)
 
 
-def test_an_index_that_points_elsewhere_is_named(shards):
-    shard = read_manifest(shards).shards[0]
-    index = read_index(shards, shard)
-    assert not list(find_index_problems(shards / shard.name, index))
+def test_an_index_with_a_wrong_offset_is_reported(folder):
+    shard = read_manifest(folder).shards[0]
+    assert not list(find_file_problems(folder, shard))
+    index = read_index(folder, shard)
     key = next(iter(index))
     offset, size = index[key]["json"]
     index[key]["json"] = (offset + 512, size)
-    (difference,) = find_index_problems(shards / shard.name, index)
-    assert f"{key}.json" in difference
+    (folder / shard.index_name).write_bytes(encode_index(index))
+    (problem,) = find_file_problems(folder, shard)
+    assert problem.endswith(f"but found others in 1 sample, for example {key!r}")
 
 
 def test_more_pixels_than_an_object_may_have_are_not_all_decoded(monkeypatch):

@@ -6,7 +6,8 @@ import logging
 
 import pytest
 
-from data_tools.rendering.shard_folder import FolderError, lock_folder
+from data_tools.rendering.shard_folder import lock_folder
+from lrm_pl.errors import InputError
 from lrm_pl.kernels.compiled import compiled
 from lrm_pl.locks import lock
 
@@ -33,7 +34,7 @@ def test_other_errors_of_a_lock_are_errors(monkeypatch, tmp_path):
 
 def test_a_second_rendering_in_a_folder_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("data_tools.rendering.shard_folder.LOCK_TIMEOUT_S", 0.2)
-    with lock_folder(tmp_path), pytest.raises(FolderError, match="found one"), lock_folder(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(InputError, match="but found one"), lock_folder(tmp_path):
         raise AssertionError
 
 
