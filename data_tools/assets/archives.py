@@ -14,12 +14,14 @@ from lrm_pl.errors import InputError
 #: Maximum total size of the unpacked files of a model in bytes.
 MAX_MODEL_BYTES = 1 << 30
 
-
 #: Exceptions that ``zipfile`` raises for damaged or malicious archives.
-ZIP_ERRORS = (
+_ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, ValueError,
     OverflowError, struct.error,
 )  # fmt: skip
+
+#: Error numbers of invalid file names, and of a name that a file and a folder have in common.
+_NAME_ERRORS = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 class ArchiveError(InputError):
@@ -34,7 +36,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     """
     try:
         return zipfile.ZipFile(path)
-    except ZIP_ERRORS as error:
+    except _ZIP_ERRORS as error:
         raise ArchiveError(subject=path.name, expected="a zip file", found=error) from error
 
 
@@ -57,14 +59,11 @@ def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_MODEL_BYTE
     except KeyError:
         return None
     if member.file_size > limit:
-        raise ArchiveError(
-            subject=archive.filename,
-            expected=f"at most {limit} bytes in {name}",
-            found=member.file_size,
-        )
+        expected = f"at most {limit} bytes in {name}"
+        raise ArchiveError(subject=archive.filename, expected=expected, found=member.file_size)
     try:
         return archive.read(member)  # reads at most file_size bytes and verifies the checksum
-    except (*ZIP_ERRORS, OSError) as error:
+    except (*_ZIP_ERRORS, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # bz2 raises OSError without errno
             raise
         raise ArchiveError(f"{archive.filename}: {name} is damaged: {error}") from error
@@ -85,9 +84,7 @@ def extract(archive: zipfile.ZipFile, members: Mapping[str, str], folder: Path) 
     remaining = MAX_MODEL_BYTES
     for path, name in members.items():
         if is_outside(path):
-            raise ArchiveError(
-                subject=archive.filename, expected="paths inside the folder", found=f"{path!r}"
-            )
+            raise ArchiveError(subject=archive.filename, expected="paths inside the folder", found=repr(path))
         content = read_member(archive, name, remaining)
         if content is None:
             raise ArchiveError(subject=archive.filename, expected=f"the file {name}", found="none")
@@ -95,11 +92,7 @@ def extract(archive: zipfile.ZipFile, members: Mapping[str, str], folder: Path) 
         try:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(content)
-        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
-            raise ArchiveError(
-                subject=archive.filename, expected="files and folders of different names", found=error
-            ) from error
         except OSError as error:
-            if error.errno not in (errno.ENAMETOOLONG, errno.EINVAL):
+            if error.errno not in _NAME_ERRORS:
                 raise
             raise ArchiveError(subject=archive.filename, expected="valid file names", found=error) from error

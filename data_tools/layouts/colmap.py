@@ -12,14 +12,20 @@ the records are read sequentially without preallocation. The center of the first
 """
 
 import dataclasses
+import os
 import struct
+from collections.abc import Callable
+from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from data_tools.layouts.files import LayoutError, read_file
+
+_Record = TypeVar("_Record")
 
 #: Maximum size of a file in bytes.
 _MAX_MODEL_BYTES = 1 << 28
@@ -95,69 +101,63 @@ def read_model(folder: Path) -> list[PosedImage]:
         The images, sorted by name.
 
     Raises:
-        LayoutError: A file is missing, truncated or invalid.
+        LayoutError: A file is missing, truncated or invalid, or a camera model is not supported.
     """
-    cameras = read_cameras(folder / "cameras.bin")
-    return sorted(read_images(folder / "images.bin", cameras), key=lambda image: image.name)
+    cameras = dict(_read_records(folder / "cameras.bin", _read_camera))
+    read_image = partial(_read_image, cameras=cameras)
+    return sorted(_read_records(folder / "images.bin", read_image), key=lambda image: image.name)
 
 
-def read_cameras(path: Path) -> dict[int, Camera]:
-    """Return a mapping from ids to the cameras in ``cameras.bin``.
-
-    Raises:
-        LayoutError: The file is missing, truncated or invalid, or a camera model is not supported.
-    """
-    reader, cameras = _Reader(path), dict[int, Camera]()
-    for _ in range(reader.read_count()):
-        key, model, width, height = reader.read(_CAMERA)
-        if model not in _MODELS:
-            raise LayoutError(
-                subject=path,
-                expected="a pinhole, radial or OpenCV camera model",
-                found=f"model id {model}",
-            )
-        values = dict(zip(_MODELS[model], reader.read(f"<{len(_MODELS[model])}d"), strict=True))
-        if "f" in values:
-            values["fx"] = values["fy"] = values.pop("f")
-        if (
-            not np.isfinite(list(values.values())).all()
-            or min(values["fx"], values["fy"]) <= 0
-            or not width * height
-        ):
-            raise LayoutError(
-                subject=path, expected="valid intrinsics", found=f"{width} x {height} pixels, {values}"
-            )
-        cameras[key] = Camera(width, height, **values)
-    reader.require_end()
-    return cameras
+def _read_records(path: Path, read_record: Callable[[BytesIO], _Record]) -> list[_Record]:
+    """Read a file that consists of a number of records and the records."""
+    content = read_file(path, _MAX_MODEL_BYTES)
+    file = BytesIO(content)
+    try:
+        (count,) = _unpack(file, "<Q")
+        records = [read_record(file) for _ in range(count)]
+    except (
+        struct.error,
+        OverflowError,
+    ) as error:  # an OverflowError is raised for a file position above 2^63
+        raise LayoutError(subject=path, expected="complete records", found=f"{len(content)} bytes") from error
+    except LayoutError as error:
+        raise LayoutError(f"{path}: {error}") from error
+    if file.tell() != len(content):
+        raise LayoutError(subject=path, expected=f"{file.tell()} bytes", found=len(content))
+    return records
 
 
-def read_images(path: Path, cameras: dict[int, Camera]) -> list[PosedImage]:
-    """Read ``images.bin``.
+def _read_camera(file: BytesIO) -> tuple[int, Camera]:
+    key, model, width, height = _unpack(file, _CAMERA)
+    if model not in _MODELS:
+        raise LayoutError(expected="a pinhole, radial or OpenCV camera model", found=f"model id {model}")
+    values = dict(zip(_MODELS[model], _unpack(file, f"<{len(_MODELS[model])}d"), strict=True))
+    if "f" in values:
+        values["fx"] = values["fy"] = values.pop("f")
+    positive = min(width, height, values["fx"], values["fy"]) > 0
+    if not positive or not np.isfinite(list(values.values())).all():
+        raise LayoutError(expected="valid intrinsics", found=f"{width} x {height} pixels, {values}")
+    return key, Camera(width, height, **values)
 
-    Args:
-        path: Path of the file.
-        cameras: Mapping from ids to cameras.
 
-    Raises:
-        LayoutError: The file is missing, truncated or invalid.
-    """
-    reader, images = _Reader(path), []
-    for _ in range(reader.read_count()):
-        _, *pose, camera = reader.read(_IMAGE)
-        name = reader.read_name()
-        reader.skip(_POINT_BYTES * reader.read_count())
-        length = np.linalg.norm(pose[:4])
-        if camera not in cameras or not np.isfinite(pose).all() or not 0.5 < length < 2:
-            raise LayoutError(
-                subject=path, expected="a valid pose and camera id", found=f"{pose} and {camera}"
-            )
-        c2w = np.eye(4)
-        c2w[:3, :3] = _rotation(np.array(pose[:4]) / length).T
-        c2w[:3, 3] = -c2w[:3, :3] @ pose[4:]
-        images.append(PosedImage(name, c2w, cameras[camera]))
-    reader.require_end()
-    return images
+def _read_image(file: BytesIO, cameras: dict[int, Camera]) -> PosedImage:
+    _, *pose, camera = _unpack(file, _IMAGE)
+    name = bytearray()
+    while (character := _unpack(file, "c")[0]) != b"\0":
+        name += character
+    (points,) = _unpack(file, "<Q")
+    file.seek(_POINT_BYTES * points, os.SEEK_CUR)
+    length = np.linalg.norm(pose[:4])
+    if camera not in cameras or not np.isfinite(pose).all() or not 0.5 < length < 2:
+        raise LayoutError(expected="a valid pose and camera id", found=f"{pose} and {camera}")
+    c2w = np.eye(4)
+    c2w[:3, :3] = _rotation(np.array(pose[:4]) / length).T
+    c2w[:3, 3] = -c2w[:3, :3] @ pose[4:]
+    return PosedImage(name.decode(errors="replace"), c2w, cameras[camera])
+
+
+def _unpack(file: BytesIO, layout: str) -> tuple[Any, ...]:
+    return struct.unpack(layout, file.read(struct.calcsize(layout)))
 
 
 def _rotation(quaternion: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -165,39 +165,3 @@ def _rotation(quaternion: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     w, x, y, z = quaternion
     cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
     return np.eye(3) + 2 * w * cross + 2 * cross @ cross
-
-
-class _Reader:
-    """Sequential reader of a binary file with bounds checks."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._content, self._at = path, read_file(path, _MAX_MODEL_BYTES), 0
-
-    def read(self, layout: str) -> tuple[Any, ...]:
-        start = self._at
-        self.skip(struct.calcsize(layout))
-        return struct.unpack_from(layout, self._content, start)
-
-    def read_count(self) -> int:
-        return int(self.read("<Q")[0])
-
-    def read_name(self) -> str:
-        end = self._content.find(b"\0", self._at)
-        if end < 0:
-            raise LayoutError(
-                subject=self._path, expected="a null-terminated name", found="the end of the file"
-            )
-        text = self._content[self._at : end]
-        self._at = end + 1
-        return text.decode(errors="replace")
-
-    def skip(self, size: int) -> None:
-        if self._at + size > len(self._content):
-            raise LayoutError(
-                subject=self._path, expected=f"at least {self._at + size} bytes", found=len(self._content)
-            )
-        self._at += size
-
-    def require_end(self) -> None:
-        if self._at != len(self._content):
-            raise LayoutError(subject=self._path, expected=f"{self._at} bytes", found=len(self._content))

@@ -14,21 +14,21 @@ be cropped. The views are selected evenly from the usable frames. COLMAP models 
 """
 
 import dataclasses
-import io
 from collections import Counter
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from data_tools.layouts.colmap import PosedImage, read_model
-from data_tools.layouts.files import LayoutError, PosedViews, find_folders, read_file
+from data_tools.layouts.files import LayoutError, PosedViews
 from data_tools.layouts.object_frame import ObjectOutline, to_object_frame
-from lrm_pl.data.schema import MAX_IMAGE_SIDE, encode_image
-from lrm_pl.errors import InputError
-from lrm_pl.images import DECODE_ERRORS, open_image, to_rgb8
+from lrm_pl.data.schema import encode_image
+from lrm_pl.images import open_image
+
+#: Regular expression for the folders that an object folder contains.
+OBJECT_NAMES = "images|sparse"
 
 #: Margin on each side of the mask, as a fraction of the longer side of the mask.
 MARGIN = 0.1
@@ -58,24 +58,21 @@ class Frame:
     outline: ObjectOutline
 
 
-def find_objects(root: Path) -> list[Path]:
-    """Return the object folders in ``root`` and its subfolders."""
-    return find_folders(root, "images|sparse")
-
-
-def read_object(folder: Path, masks: Path, views: int, resolution: int) -> PosedViews:
+def read_object(folder: Path, root: Path, masks: Path | None, views: int, resolution: int) -> PosedViews:
     """Read the views of an object.
 
     Args:
         folder: Folder of the object.
-        masks: Folder of the masks of the object.
+        root: Folder of the data set.
+        masks: Folder of the masks of all objects. If None, the folder ``masks`` of the object is used.
         views: Number of views.
         resolution: Width and height of the views in pixels.
 
     Raises:
         LayoutError: A file is invalid, or there are fewer than ``views`` usable frames.
     """
-    found = [_frame(image, folder / "images", masks) for image in read_model(folder / "sparse" / "0")]
+    own_masks = folder / "masks" if masks is None else masks / folder.relative_to(root)
+    found = [_frame(image, folder / "images", own_masks) for image in read_model(folder / "sparse" / "0")]
     frames = [frame for frame in found if isinstance(frame, Frame)]
     if len(frames) < views:
         lost = Counter(frame for frame in found if isinstance(frame, str))
@@ -102,7 +99,7 @@ def _frame(posed: PosedImage, images: Path, masks: Path) -> Frame | str:
         return "without an image"
     if not mask.is_file():
         return "without a mask"
-    solid = _decode(mask, "mask", posed)[..., 0] > 127
+    solid = np.asarray(_open_mask(mask, posed)) > 127
     if not solid.any():
         return "with an empty mask"
     if solid[[0, -1]].any() or solid[:, [0, -1]].any():
@@ -142,40 +139,27 @@ def _intrinsics(frame: Frame) -> npt.NDArray[np.float64]:
 
 def _crop(frame: Frame, resolution: int) -> bytes:
     """Crop a frame with the mask as alpha, resize the crop, and return the encoded image."""
-    rgb, alpha = _decode(frame.image, "image", frame.posed), _decode(frame.mask, "mask", frame.posed)
+    whole = _open(frame.image, frame.posed).convert("RGB")
+    whole.putalpha(_open_mask(frame.mask, frame.posed))
     left, top = frame.corner
-    whole = Image.fromarray(np.concatenate([rgb, alpha], axis=2))
     square = whole.crop((left, top, left + frame.side, top + frame.side))
     # Premultiplied alpha excludes the background. BOX would shift pixels if the ratio of the sizes is not an integer.
     small = square.convert("RGBa").resize((resolution, resolution), Image.Resampling.HAMMING)
     return encode_image(np.array(small.convert("RGBA"), dtype=np.uint8))
 
 
-def _decode(path: Path, content_type: Literal["image", "mask"], posed: PosedImage) -> npt.NDArray[np.uint8]:
-    """Decode an image to sRGB with shape (H, W, 3), or the last channel of a mask with shape (H, W, 1).
+def _open(path: Path, posed: PosedImage) -> Image.Image:
+    """Open an image in sRGB. The EXIF orientation is ignored, because the cameras refer to the stored pixels."""
+    image, camera = open_image(path, upright=False), posed.camera
+    if image.size != (camera.width, camera.height):
+        raise LayoutError(
+            subject=path,
+            expected=f"{camera.width} x {camera.height} pixels according to the camera",
+            found=f"{image.width} x {image.height}",
+        )
+    return image
 
-    If the mask has an alpha channel, it is the last channel. The EXIF orientation is ignored, because the cameras of
-    COLMAP refer to the stored pixels.
-    """
-    size, content = (posed.camera.width, posed.camera.height), read_file(path)
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as encoded:
-            if encoded.size != size or max(size) > MAX_IMAGE_SIDE:
-                raise LayoutError(
-                    subject=path,
-                    expected=f"the camera's {size[0]} x {size[1]} pixels, at most {MAX_IMAGE_SIDE} per side",
-                    found=f"{encoded.size[0]} x {encoded.size[1]}",
-                )
-            if content_type == "image":
-                return np.array(open_image(content, str(path), upright=False).convert("RGB"), dtype=np.uint8)
-            if encoded.mode in ("1", "P"):
-                plain = encoded.convert("L")
-            else:  # 16-bit images are converted separately, because Pillow clips the values at 255
-                plain = to_rgb8(encoded, upright=False) if encoded.mode.startswith("I") else encoded
-            return np.array(plain.getchannel(len(plain.getbands()) - 1).convert("L"), dtype=np.uint8)[
-                ..., None
-            ]
-    except InputError:
-        raise
-    except DECODE_ERRORS as error:
-        raise LayoutError(f"{path}: the {content_type} cannot be decoded: {error}") from error
+
+def _open_mask(path: Path, posed: PosedImage) -> Image.Image:
+    """Return the last channel of a mask, which is the alpha channel if the mask has one."""
+    return _open(path, posed).split()[-1]

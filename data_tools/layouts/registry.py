@@ -7,13 +7,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_tools.layouts import instantmesh, mvimgnet, openlrm, zero123
-from data_tools.layouts.files import MAX_VIEWS, LayoutError, PosedViews
+from data_tools.layouts import mvimgnet
+from data_tools.layouts.files import MAX_VIEWS, LayoutError, PosedViews, find_folders, numbered_images
+from data_tools.layouts.renders import RENDER_LAYOUTS
 from lrm_pl.conventions import Normalization
 from lrm_pl.data.schema import MAX_IMAGE_SIDE
 from lrm_pl.images import DECODE_ERRORS
 
-LAYOUTS = ("openlrm", "zero123", "instantmesh", "mvimgnet")
+LAYOUTS = (*RENDER_LAYOUTS, "mvimgnet")
 
 #: Default number of views per object, and width and height of the views in pixels, for videos.
 VIDEO_VIEWS, VIDEO_RESOLUTION = 24, 512
@@ -81,24 +82,22 @@ def get_layout(
             raise LayoutError(expected=f"{option} from 1 to {most}", found=value)
     if name == "mvimgnet":
         video = ViewFormat(views or VIDEO_VIEWS, (resolution or VIDEO_RESOLUTION,) * 2)
-        read = partial(_read_video, root=root, masks=masks, view_format=video)
-        return Layout(name, mvimgnet.find_objects, read, lambda _: video, "sphere")
+        find = partial(find_folders, names=mvimgnet.OBJECT_NAMES)
+        read = partial(
+            mvimgnet.read_object, root=root, masks=masks, views=video.views, resolution=video.size[0]
+        )
+        return Layout(name, find, read, lambda _: video, "sphere")
     if views is not None or masks is not None:
         raise LayoutError(expected="--views and --masks with --from mvimgnet only", found=f"--from {name}")
-    files = {"openlrm": openlrm, "zero123": zero123, "instantmesh": instantmesh}[name]
-    view_format = partial(_view_format, list_images=files.list_images)
-    return Layout(name, files.find_objects, files.read_object, view_format, "cube")
+    layout = RENDER_LAYOUTS[name]
+    find = partial(find_folders, names=layout.names)
+    return Layout(name, find, layout.read, partial(_view_format, images=layout.images), "cube")
 
 
-def _view_format(folder: Path, list_images: Callable[[Path], list[Path]]) -> ViewFormat | None:
+def _view_format(folder: Path, images: str) -> ViewFormat | None:
     try:
-        images = list_images(folder)
-        with Image.open(images[0], formats=("PNG", "WEBP")) as image:  # reads only the header
-            return ViewFormat(len(images), image.size)
-    except (IndexError, *DECODE_ERRORS):
+        files = numbered_images(folder / images)
+        with Image.open(files[0], formats=("PNG", "WEBP")) as image:  # reads only the header
+            return ViewFormat(len(files), image.size)
+    except DECODE_ERRORS:
         return None  # reported when the object is read
-
-
-def _read_video(folder: Path, root: Path, masks: Path | None, view_format: ViewFormat) -> PosedViews:
-    folder_of_masks = folder / "masks" if masks is None else masks / folder.relative_to(root)
-    return mvimgnet.read_object(folder, folder_of_masks, view_format.views, view_format.size[0])

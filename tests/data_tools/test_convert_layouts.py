@@ -23,7 +23,7 @@ from tests.data_tools.layout_folders import (
 )
 
 
-def test_cameras_and_images_come_out_as_they_went_in(layout, tmp_path):
+def test_conversion_preserves_cameras_and_images(layout, tmp_path):
     went_in = {key: ellipsoid(key) for key in ("a", "b", "c")}
     for key, sample in went_in.items():
         WRITERS[layout](tmp_path / "in" / "000-023" / key, sample)  # folders of folders are searched
@@ -44,13 +44,13 @@ def test_cameras_and_images_come_out_as_they_went_in(layout, tmp_path):
     assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
 
 
-def test_an_object_is_not_searched_for_others(layout, tmp_path):
+def test_subfolders_of_an_object_are_not_searched(layout, tmp_path):
     for folder in (tmp_path / "in" / "a", tmp_path / "in" / "a" / "before"):
         WRITERS[layout](folder, ellipsoid("a"))
     assert set(converted(layout, tmp_path / "in", tmp_path / "out")) == {"a"}
 
 
-def test_an_object_without_its_first_view_is_named_and_not_overlooked(layout, tmp_path):
+def test_an_object_without_its_first_view_is_reported(layout, tmp_path):
     for key in ("a", "b", "c"):
         WRITERS[layout](tmp_path / "in" / key, ellipsoid(key))
     for path in (tmp_path / "in" / "b").rglob("000.*"):
@@ -62,7 +62,7 @@ def test_an_object_without_its_first_view_is_named_and_not_overlooked(layout, tm
     )
 
 
-def test_a_resolution_makes_images_smaller_and_keeps_cameras(layout, tmp_path):
+def test_resizing_changes_images_and_preserves_cameras(layout, tmp_path):
     WRITERS[layout](tmp_path / "in" / "a", ellipsoid("a"))
     found = converted(layout, tmp_path / "in", tmp_path / "out", resolution=16)["a"]
     assert {decode_image("a", view).shape for view in found.views} == {(16, 16, 4)}
@@ -70,7 +70,7 @@ def test_a_resolution_makes_images_smaller_and_keeps_cameras(layout, tmp_path):
     assert validate(tmp_path / "out") == 0
 
 
-def test_folders_behind_links_are_found_once_and_dead_links_are_named(layout, tmp_path):
+def test_linked_folders_are_found_once_and_dangling_links_are_reported(layout, tmp_path):
     root, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
     WRITERS[layout](root / "a", ellipsoid("a"))
     for key in ("b", "c"):
@@ -102,7 +102,7 @@ def as_key_color(rgba):
 
 
 @pytest.mark.parametrize("stored", [as_palette, as_gray, as_key_color])
-def test_views_that_a_tool_made_smaller_are_the_rgba_views_that_they_stand_for(layout, tmp_path, stored):
+def test_optimized_png_files_are_converted_to_rgba(layout, tmp_path, stored):
     sample = ellipsoid("a")
     WRITERS[layout](tmp_path / "in" / "a", sample)
     images = []
@@ -117,7 +117,7 @@ def test_views_that_a_tool_made_smaller_are_the_rgba_views_that_they_stand_for(l
         np.testing.assert_array_equal(decode_image("a", view), image)
 
 
-def test_views_of_another_color_space_become_srgb_and_declared_srgb_keeps_its_bytes():
+def test_views_are_converted_to_srgb_and_srgb_views_are_unchanged():
     rgba = np.array([[[55, 55, 55, 255], [188, 0, 255, 77]]], dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(rgba).save(file, "PNG")
@@ -135,7 +135,7 @@ def test_views_of_another_color_space_become_srgb_and_declared_srgb_keeps_its_by
         to_rgba_view(png_chunk(plain, b"cICP", bytes((9, 16, 0, 1))), "a.png")
 
 
-def test_views_are_not_turned_by_exif_since_their_cameras_are_not():
+def test_the_exif_orientation_of_views_is_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.new("P", (3, 2))

@@ -55,7 +55,7 @@ def box(alpha):
     return np.array([columns[0], rows[0]]), np.array([columns[-1] + 1, rows[-1] + 1])
 
 
-def test_cameras_come_out_up_to_a_similarity_and_points_fall_where_they_fell(video, tmp_path):
+def test_cameras_are_preserved_up_to_a_similarity_transform(video, tmp_path):
     folder, sample = video
     found = converted(folder.parents[1], tmp_path / "out")["7_1a2b"]
     c2w, before = found.c2w.astype(np.float64), sample.c2w.astype(np.float64)
@@ -85,7 +85,7 @@ def test_cameras_come_out_up_to_a_similarity_and_points_fall_where_they_fell(vid
     )
 
 
-def test_the_object_fills_the_unit_sphere_and_the_camera_keeps_its_distance_in_objects(video, tmp_path):
+def test_the_object_is_scaled_to_the_unit_sphere(video, tmp_path):
     folder, sample = video
     found = converted(folder.parents[1], tmp_path / "out")["7_1a2b"]
     scale, _, _ = similarity(sample.c2w.astype(np.float64), found.c2w.astype(np.float64))
@@ -96,7 +96,7 @@ def test_the_object_fills_the_unit_sphere_and_the_camera_keeps_its_distance_in_o
     np.testing.assert_allclose(ratio, 2.6 / longest, rtol=0.02)
 
 
-def test_a_quarter_of_a_circle_is_enough_to_find_up_and_the_middle(tmp_path):
+def test_an_arc_of_90_degrees_determines_the_up_axis_and_the_center(tmp_path):
     sample = synthetic_sample("a", 32, SIDE, 0)
     sample = dataclasses.replace(
         sample, c2w=sample.c2w[:8], fxfycxcy=sample.fxfycxcy[:8], views=sample.views[:8]
@@ -109,7 +109,7 @@ def test_a_quarter_of_a_circle_is_enough_to_find_up_and_the_middle(tmp_path):
     assert 0.9 < scale < 1.6
 
 
-def test_a_hand_that_is_not_steady_still_gives_rigid_cameras_and_up_within_its_own_unsteadiness():
+def test_the_up_axis_is_accurate_for_cameras_with_random_roll():
     rng, sightings, before = np.random.default_rng(0), [], []
     middle = np.array([5.0, -3.0, 2.0])
     for c2w in synthetic_sample("a", 24, 8, 0).c2w.astype(np.float64):
@@ -131,7 +131,7 @@ def test_a_hand_that_is_not_steady_still_gives_rigid_cameras_and_up_within_its_o
         to_object_frame(sightings[:1], "here")
 
 
-def test_crops_are_squares_about_the_mask_without_background(video, tmp_path):
+def test_views_are_square_crops_around_the_mask_without_background(video, tmp_path):
     folder, _ = video
     found = converted(folder.parents[1], tmp_path / "out", resolution=96)["7_1a2b"]
     for view in found.views:
@@ -145,7 +145,7 @@ def test_crops_are_squares_about_the_mask_without_background(video, tmp_path):
     assert np.isclose(found.fxfycxcy[:, 0], found.fxfycxcy[:, 1]).all()
 
 
-def test_masks_may_lie_in_a_folder_of_their_own_and_views_are_evenly_spaced(tmp_path, capsys):
+def test_masks_are_read_from_a_separate_folder_and_views_are_evenly_spaced(tmp_path, capsys):
     for key in ("a", "b"):
         write_video(
             tmp_path / "in" / "7" / key,
@@ -170,7 +170,7 @@ def test_masks_may_lie_in_a_folder_of_their_own_and_views_are_evenly_spaced(tmp_
     assert found["7_a"].views == all_views.views[::2]
 
 
-def test_frames_are_srgb_and_not_turned_and_masks_may_have_sixteen_bits(video, tmp_path):
+def test_frames_are_converted_to_srgb_without_rotation_and_masks_may_have_16_bits(video, tmp_path):
     folder, _ = video
     (before,) = converted(tmp_path / "in", tmp_path / "plain").values()
     exif = Image.Exif()
@@ -196,7 +196,7 @@ def test_frames_are_srgb_and_not_turned_and_masks_may_have_sixteen_bits(video, t
     assert np.abs(views[1][solid] - views[0][solid]).max() > 10
 
 
-def test_views_that_show_a_part_or_nothing_do_not_count(video, tmp_path):
+def test_frames_with_a_missing_empty_or_cropped_mask_are_not_used(video, tmp_path):
     folder, _ = video
     (folder / "masks" / "001.jpg.png").unlink()
     (folder / "images" / "002.jpg").unlink()
@@ -225,14 +225,14 @@ def test_views_that_show_a_part_or_nothing_do_not_count(video, tmp_path):
         (OPENCV, [137.0, 137.0, 64, 64, 0.01, 0, 0, 0]),
     ],
 )
-def test_every_camera_model_gives_the_same_cameras(tmp_path, model, parameters):
+def test_all_camera_models_are_supported(tmp_path, model, parameters):
     write_model(tmp_path / "0", [np.eye(4)[:3]], parameters, model)
     (image,) = read_model(tmp_path / "0")
     k1 = 0.01 if model >= SIMPLE_RADIAL else 0.0
     assert image.camera == Camera(SIDE, SIDE, 137.0, 137.0, 64.0, 64.0, k1)
 
 
-def test_distortion_is_measured_by_hand_and_refused_above_a_hundredth_of_the_crop(video, tmp_path):
+def test_lens_distortion_above_one_percent_of_the_crop_is_rejected(video, tmp_path):
     camera = Camera(200, 100, 100.0, 50.0, 100.0, 50.0, k1=0.1, k2=0.01, p1=0.001, p2=0.002)
     # x = 1, y = 2, r^2 = 5: radial 0.5 + 0.25; dx = 0.75 + 2 p1 2 + p2 (5 + 2), dy = 1.5 + 2 p2 2 + p1 (5 + 8)
     dx, dy = 0.75 + 0.004 + 0.014, 1.5 + 0.008 + 0.013
@@ -249,7 +249,7 @@ def test_distortion_is_measured_by_hand_and_refused_above_a_hundredth_of_the_cro
     assert "expected lens distortion of at most 1% of the crop, but found" in said
 
 
-def test_one_bad_object_leaves_the_others_and_is_named(video, tmp_path):
+def test_an_object_with_a_damaged_model_is_reported(video, tmp_path):
     folder, _ = video
     shutil.copytree(folder, folder.parent / "bad")
     missing(folder.parent / "bad" / "sparse" / "0" / "images.bin")
